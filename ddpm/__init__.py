@@ -1,0 +1,1 @@
+"""Denoising diffusion models in pure torch: schedules, objectives, guidance, samplers, likelihoods, networks."""

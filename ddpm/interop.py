@@ -1,0 +1,149 @@
+"""Models as folders: `model.json` says what it is, `model.safetensors` holds the weights. No pickle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ddpm.generate import SamplingSettings, generate
+from ddpm.models.unet import UNet, UNetConfig
+from ddpm.prediction import NetworkDenoiser, Parameterization
+from ddpm.schedule import NoiseSchedule, make_schedule
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything but the weights.
+
+    Attributes:
+        network: shape of the UNet.
+        schedule: keyword arguments of `make_schedule`.
+        prediction: what the network's output means.
+        image_size: height and width in pixels.
+        classes: class names, empty for an unconditional model.
+        sampling: default settings for sampling.
+        lineage: where it comes from: run, images seen, dataset digest, ...
+    """
+
+    network: UNetConfig
+    schedule: dict[str, Any]
+    prediction: Parameterization
+    image_size: int
+    classes: tuple[str, ...] = ()
+    sampling: SamplingSettings = SamplingSettings()
+    lineage: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        return self.network.out_channels, self.image_size, self.image_size
+
+    def to_json(self) -> str:
+        """`model.json`."""
+        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelSpec:
+        """Read `model.json`.
+
+        Raises:
+            ValueError: of another version.
+        """
+        plain = json.loads(text)
+        version = plain.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise ValueError(f"model.json has format version {version}, this release reads {FORMAT_VERSION}")
+        network = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.pop("network").items()}
+        sampling = plain.pop("sampling")
+        sampling["interval"] = tuple(sampling["interval"])
+        return cls(
+            network=UNetConfig(**network),
+            sampling=SamplingSettings(**sampling),
+            classes=tuple(plain.pop("classes")),
+            **plain,
+        )
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained model, ready to sample."""
+
+    spec: ModelSpec
+    network: UNet
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The schedule it was trained on."""
+        return make_schedule(**self.spec.schedule)
+
+    @property
+    def denoiser(self) -> NetworkDenoiser:
+        """The network as a `Denoiser`."""
+        return NetworkDenoiser(self.network, self.schedule, self.spec.prediction)
+
+    def generate(
+        self,
+        labels: Tensor | None,
+        *,
+        seed: int = 0,
+        settings: SamplingSettings | None = None,
+        images: Tensor | None = None,
+        count: int | None = None,
+        batch_size: int = 64,
+    ) -> Tensor:
+        """Images in [-1, 1], [N, C, H, W]; see `ddpm.generate.generate`.
+
+        Raises:
+            ValueError: labels outside the model's classes, or given to a model without any.
+        """
+        if labels is not None:
+            if not self.spec.classes:
+                raise ValueError("this model has no classes: sample it without labels")
+            if bool((labels < 0).any()) or bool((labels >= len(self.spec.classes)).any()):
+                raise ValueError(f"labels must be in 0..{len(self.spec.classes) - 1}, got {labels.unique().tolist()}")
+        return generate(
+            self.denoiser,
+            self.schedule,
+            settings or self.spec.sampling,
+            labels=labels,
+            shape=self.spec.shape,
+            seed=seed,
+            images=images,
+            count=count,
+            batch_size=batch_size,
+        )
+
+
+def save_model(folder: Path, spec: ModelSpec, weights: Mapping[str, Tensor]) -> None:
+    """Write a model folder; weights as float32."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: w.detach().float().cpu().contiguous() for name, w in weights.items()}, folder / "model.safetensors")
+    (folder / "model.json").write_text(spec.to_json())
+
+
+def load_model(folder: Path, device: torch.device | str = "cpu") -> Model:
+    """Read a model folder.
+
+    Raises:
+        ValueError: not a model folder, of another version, or weights that do not fit.
+    """
+    try:
+        spec = ModelSpec.from_json((folder / "model.json").read_text())
+        weights = load_file(folder / "model.safetensors")
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} is not a model folder: {Path(error.filename).name} is missing") from error
+    network = UNet(spec.network)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: the weights do not fit model.json: {error}") from error
+    return Model(spec, network.eval().requires_grad_(False).to(device))

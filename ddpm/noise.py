@@ -1,0 +1,89 @@
+"""Random numbers as a pure function of (seed, purpose, ordinal): Philox 4x32-10, vectorised, the same on every device.
+
+Training draws timestep, noise, label drop and flip of sample n from here, so they do not depend on the batch, the rank or
+the restart that computes them. Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") maps a 128-bit
+counter and a 64-bit key to 128 random bits; ours are
+    counter = (block, purpose, ordinal low, ordinal high),   key = (seed low, seed high).
+int64 arithmetic wraps, and its low 64 bits are those of the unsigned product, so one code serves CPU and GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+class Purpose(IntEnum):
+    """What a stream is for. Streams of different purposes are independent; the numbers are part of the trace: append only."""
+
+    TIMESTEP = 0
+    NOISE = 1
+    LABEL_DROP = 2
+    FLIP = 3
+    SAMPLING = 4
+    SAMPLING_STEP = 5
+    DEQUANTIZE = 6
+    MASK = 7
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten rounds of Philox 4x32 on int64 tensors that hold 32-bit words (broadcast together)."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
+            p1 & _MASK,
+            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
+            p0 & _MASK,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def words(seed: int, ordinals: Tensor, purpose: Purpose, count: int) -> Tensor:
+    """`count` random 32-bit words for each ordinal, int64 [len(ordinals), count].
+
+    Args:
+        seed: 0 <= seed < 2^64.
+        ordinals: int64 [B], non-negative.
+    """
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed must be in [0, 2^64), got {seed}")
+    n = ordinals.long().unsqueeze(1)
+    blocks = torch.arange((count + 3) // 4, device=n.device).unsqueeze(0)
+    zero = torch.zeros_like(n + blocks)
+    out = philox((zero + blocks, zero + int(purpose), zero + (n & _MASK), zero + (n >> 32)), (seed & _MASK, seed >> 32))
+    return torch.stack(out, dim=-1).flatten(1)[:, :count]
+
+
+def uniform(seed: int, ordinals: Tensor, purpose: Purpose, count: int = 1) -> Tensor:
+    """float64 in (0, 1), [B, count]: the centres of 2^32 equal cells, never 0 and never 1."""
+    return (words(seed, ordinals, purpose, count).double() + 0.5) * 2.0**-32
+
+
+def normal(seed: int, ordinals: Tensor, purpose: Purpose, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal float32 [B, *shape] by Box and Muller (1958): the batch's other members never matter."""
+    count = math.prod(shape)
+    bits = words(seed, ordinals, purpose, count + count % 2)
+    pairs = ((bits.double() + 0.5) * 2.0**-32).float().unflatten(1, (-1, 2))
+    # float32 rounds the last 2^-25 below 1 up to 1, where the radius is 0: harmless, and log never sees 0.
+    radius = torch.sqrt(-2 * pairs[..., 0].log())
+    angle = (2 * math.pi) * pairs[..., 1]
+    both = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1).flatten(1)
+    return both[:, :count].unflatten(1, shape) if shape else both[:, 0]
+
+
+def integers(seed: int, ordinals: Tensor, purpose: Purpose, high: int) -> Tensor:
+    """int64 [B] in [0, high): floor(word * high / 2^32), biased by at most high / 2^32; high <= 2^31."""
+    if not 1 <= high <= 1 << 31:
+        raise ValueError(f"high must be in 1..2^31, got {high}")
+    return (words(seed, ordinals, purpose, 1)[:, 0] * high) >> 32

@@ -1,0 +1,146 @@
+"""What a denoiser says about x_t, in every parameterization, and the protocol that samplers and guidance speak.
+
+At a given (x_t, t) the forms are linear in each other (Salimans & Ho 2022, sec. 4; Song et al. 2021, eq. 9):
+    x_t = alpha_t x_0 + sigma_t eps,   v = alpha_t eps - sigma_t x_0,   score = -eps / sigma_t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ddpm.schedule import NoiseSchedule
+
+Parameterization = Literal["eps", "x0", "v", "score"]
+PARAMETERIZATIONS: tuple[Parameterization, ...] = ("eps", "x0", "v", "score")
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a sample is conditioned on; every tensor is batched on its first axis.
+
+    Attributes:
+        label: class index in [0, num_classes), int64 [B].
+        drop: bool [B]; True replaces the sample's condition by the null condition that the network owns.
+    """
+
+    label: Tensor | None = None
+    drop: Tensor | None = None
+
+    def dropped(self, drop: Tensor) -> Conditioning:
+        """The same conditions with `drop` [B] added to what is dropped already (Ho & Salimans 2022, algorithm 1)."""
+        return replace(self, drop=drop if self.drop is None else self.drop | drop)
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Conditioning:
+        """Every tensor replaced by f(tensor): for moving, slicing or repeating the batch."""
+        return Conditioning(**{k: None if v is None else f(v) for k, v in self._tensors()})
+
+    def to(self, device: torch.device | str) -> Conditioning:
+        """On `device`."""
+        return self.map(lambda tensor: tensor.to(device))
+
+    def _tensors(self) -> list[tuple[str, Tensor | None]]:
+        return [(f.name, getattr(self, f.name)) for f in fields(self)]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A denoiser's answer at (x_t, t): both ends of the line through x_t, [B, C, H, W] each.
+
+    Attributes:
+        x0: the clean image, E[x_0 | x_t] for an ideal denoiser.
+        eps: the noise, with x_t = alpha_t x0 + sigma_t eps.
+        log_variance: of the reverse step, where the network learns it, else None.
+    """
+
+    x0: Tensor
+    eps: Tensor
+    log_variance: Tensor | None = None
+
+
+class Denoiser(Protocol):
+    """Anything that estimates x_0 and eps from x_t [B, C, H, W] at t [B] in [0, T]; cond None is the null condition."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning | None = None) -> Prediction: ...  # noqa: D102
+
+
+def coefficients(schedule: NoiseSchedule, t: Tensor | float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(alpha_t, sigma_t) in `like`'s dtype and device, shaped to broadcast over [B, C, H, W]."""
+    alpha_bar = schedule.alpha_bar(t)
+    shape = (-1,) + (1,) * (like.dim() - 1)
+    alpha = alpha_bar.sqrt().to(device=like.device, dtype=like.dtype).reshape(shape)
+    sigma = (1 - alpha_bar).sqrt().to(device=like.device, dtype=like.dtype).reshape(shape)
+    return alpha, sigma
+
+
+def from_output(
+    output: Tensor, x_t: Tensor, t: Tensor | float, schedule: NoiseSchedule, kind: Parameterization
+) -> Prediction:
+    """The `Prediction` that a network's output of this kind means.
+
+    Raises:
+        ValueError: unknown kind, or one that does not determine the other at this t (eps at alpha_t = 0).
+    """
+    alpha, sigma = coefficients(schedule, t, x_t)
+    if kind == "v":
+        return Prediction(x0=alpha * x_t - sigma * output, eps=sigma * x_t + alpha * output)
+    if kind == "x0":
+        return Prediction(x0=output, eps=eps_from_x0(output, x_t, t, schedule))
+    if kind == "score":
+        output, kind = -sigma * output, "eps"
+    if kind == "eps":
+        if bool((alpha == 0).any()):
+            raise ValueError("eps does not determine x_0 where alpha_t = 0 (zero terminal SNR): predict v or x0")
+        return Prediction(x0=(x_t - sigma * output) / alpha, eps=output)
+    raise ValueError(f"unknown parameterization {kind!r}; allowed: {', '.join(PARAMETERIZATIONS)}")
+
+
+def target(x_0: Tensor, eps: Tensor, t: Tensor | float, schedule: NoiseSchedule, kind: Parameterization) -> Tensor:
+    """What a network of this kind regresses on for x_t = alpha_t x_0 + sigma_t eps."""
+    alpha, sigma = coefficients(schedule, t, x_0)
+    if kind == "eps":
+        return eps
+    if kind == "x0":
+        return x_0
+    if kind == "v":
+        return alpha * eps - sigma * x_0
+    if kind == "score":
+        return -eps / sigma
+    raise ValueError(f"unknown parameterization {kind!r}; allowed: {', '.join(PARAMETERIZATIONS)}")
+
+
+def eps_from_x0(x_0: Tensor, x_t: Tensor, t: Tensor | float, schedule: NoiseSchedule) -> Tensor:
+    """The noise that joins x_0 to x_t; 0 at t = 0, where x_t carries none."""
+    alpha, sigma = coefficients(schedule, t, x_t)
+    return torch.where(sigma > 0, (x_t - alpha * x_0) / torch.where(sigma > 0, sigma, 1), torch.zeros_like(x_t))
+
+
+def clip_x0(prediction: Prediction, x_t: Tensor, t: Tensor | float, schedule: NoiseSchedule, bound: float) -> Prediction:
+    """x_0 clipped to [-bound, bound], with eps recomputed so that the two still meet in x_t."""
+    x_0 = prediction.x0.clamp(-bound, bound)
+    return replace(prediction, x0=x_0, eps=eps_from_x0(x_0, x_t, t, schedule))
+
+
+@dataclass(frozen=True)
+class NetworkDenoiser:
+    """A trained network as a `Denoiser`.
+
+    Attributes:
+        network: maps (x_t, table index t - 1 [B], cond) to an output of `kind`, [B, C, H, W].
+        schedule: the schedule it was trained on.
+        kind: what its output means.
+    """
+
+    network: nn.Module
+    schedule: NoiseSchedule
+    kind: Parameterization = "eps"
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning | None = None) -> Prediction:
+        """One forward pass; see `Denoiser`."""
+        t = torch.as_tensor(t, dtype=torch.float64, device=x_t.device).expand(len(x_t))
+        output = self.network(x_t, (t - 1).clamp(min=0).float(), cond)
+        return from_output(output.to(x_t.dtype), x_t, t, self.schedule, self.kind)

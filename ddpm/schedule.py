@@ -1,0 +1,200 @@
+"""Noise schedules: betas, alpha_bar and log-SNR of a variance-preserving forward process.
+
+A schedule is a table over the timesteps t = 0, 1, ..., T with alpha_bar(0) = 1, so that
+q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)  (DDPM, Ho et al. 2020, eq. 4).
+Between the table's points the *angle* atan2(sigma, alpha) of Salimans & Ho (2022, app. D) is interpolated: it is
+finite at both ends, monotone, and keeps alpha^2 + sigma^2 = 1 exactly, zero terminal SNR included.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """A variance-preserving noise schedule with float64 tables.
+
+    Attributes:
+        alphas_cumprod: alpha_bar for t = 0..T, float64 [T + 1], starts at 1, strictly decreasing, >= 0.
+        closed_form: alpha_bar at real t in [0, T], where the family has one; else the table is interpolated.
+    """
+
+    alphas_cumprod: Tensor
+    closed_form: Callable[[Tensor], Tensor] | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        table = self.alphas_cumprod
+        if table.dtype != torch.float64 or table.dim() != 1 or len(table) < 2:
+            raise ValueError(f"alphas_cumprod must be float64 [T + 1] with T >= 1, got {table.dtype} {tuple(table.shape)}")
+        if table[0] != 1:
+            raise ValueError(f"alphas_cumprod[0] must be 1 (no noise at t = 0), got {table[0].item()}")
+        if not bool(torch.isfinite(table).all()) or not bool((table.diff() < 0).all()) or table[-1] < 0:
+            raise ValueError("alphas_cumprod must be finite, strictly decreasing and >= 0: every step has to add noise")
+
+    @property
+    def num_steps(self) -> int:
+        """T, the number of noising steps."""
+        return len(self.alphas_cumprod) - 1
+
+    @property
+    def betas(self) -> Tensor:
+        """beta_t = 1 - alpha_bar_t / alpha_bar_{t-1} for t = 1..T, float64 [T]."""
+        return 1 - self.alphas_cumprod[1:] / self.alphas_cumprod[:-1]
+
+    def alpha_bar(self, t: Tensor | float) -> Tensor:
+        """alpha_bar at real t in [0, T], float64, of t's shape. Table points are met exactly.
+
+        Raises:
+            ValueError: t outside [0, T].
+        """
+        t = torch.as_tensor(t, dtype=torch.float64)
+        if bool((t < 0).any()) or bool((t > self.num_steps).any()):
+            raise ValueError(f"t must be in [0, {self.num_steps}], got {t.min().item()}..{t.max().item()}")
+        table = self.alphas_cumprod.to(t.device)
+        lower = t.floor().long()
+        at_table = table[lower]
+        on_grid = t == lower
+        if bool(on_grid.all()):
+            return at_table
+        between = self.closed_form(t) if self.closed_form is not None else _interpolate(table, t)
+        return torch.where(on_grid, at_table, between)
+
+    def alpha(self, t: Tensor | float) -> Tensor:
+        """Signal level sqrt(alpha_bar_t), float64."""
+        return self.alpha_bar(t).sqrt()
+
+    def sigma(self, t: Tensor | float) -> Tensor:
+        """Noise level sqrt(1 - alpha_bar_t), float64."""
+        return (1 - self.alpha_bar(t)).sqrt()
+
+    def snr(self, t: Tensor | float) -> Tensor:
+        """Signal-to-noise ratio alpha_bar / (1 - alpha_bar), float64; infinite at t = 0."""
+        alpha_bar = self.alpha_bar(t)
+        return alpha_bar / (1 - alpha_bar)
+
+    def log_snr(self, t: Tensor | float) -> Tensor:
+        """log-SNR, the lambda of Kingma et al. (2021) up to sign convention: falls from +inf at t = 0."""
+        alpha_bar = self.alpha_bar(t)
+        return alpha_bar.log() - torch.log1p(-alpha_bar)
+
+    def timesteps(self, steps: int) -> list[int]:
+        """`steps` + 1 integer timesteps from T down to 0, as evenly spaced as integers allow.
+
+        Raises:
+            ValueError: `steps` outside 1..T.
+        """
+        if not 1 <= steps <= self.num_steps:
+            raise ValueError(f"steps must be in 1..{self.num_steps} for this schedule, got {steps}")
+        return [round(i * self.num_steps / steps) for i in range(steps, -1, -1)]
+
+    def pairs(self, steps: int) -> Iterator[tuple[int, int]]:
+        """(t, s) with s < t, from (T, .) down to (., 0): one pair per network evaluation."""
+        grid = self.timesteps(steps)
+        return zip(grid[:-1], grid[1:], strict=True)
+
+    def respace(self, steps: int) -> NoiseSchedule:
+        """The schedule of `steps` steps whose marginals are this one's at `timesteps(steps)` (Improved DDPM, sec. 4)."""
+        return NoiseSchedule(self.alphas_cumprod[torch.tensor(self.timesteps(steps)[::-1])])
+
+    def zero_terminal_snr(self) -> NoiseSchedule:
+        """Rescaled so that alpha_bar_T = 0 and sqrt(alpha_bar_1) is kept (Lin et al. 2024, algorithm 1)."""
+        root = self.alphas_cumprod[1:].sqrt()
+        first, last = root[0], root[-1]
+        rescaled = ((root - last) * first / (first - last)).square()
+        return NoiseSchedule(torch.cat([torch.ones(1, dtype=torch.float64), rescaled]))
+
+
+def from_betas(betas: Tensor | Sequence[float]) -> NoiseSchedule:
+    """A schedule from betas for t = 1..T, each in (0, 1] (1 only at t = T)."""
+    betas = torch.as_tensor(betas, dtype=torch.float64)
+    if betas.dim() != 1 or len(betas) == 0 or bool((betas <= 0).any()) or bool((betas > 1).any()):
+        raise ValueError("betas must be a non-empty vector with every value in (0, 1]")
+    return NoiseSchedule(torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - betas, 0)]))
+
+
+def from_log_snr(log_snr: Callable[[Tensor], Tensor], num_steps: int) -> NoiseSchedule:
+    """A schedule from a decreasing log-SNR of u = t / T in (0, 1], evaluated in float64."""
+
+    def closed_form(t: Tensor) -> Tensor:
+        u = t.double() / num_steps
+        return torch.where(u == 0, torch.ones_like(u), torch.sigmoid(log_snr(u.clamp(min=1e-12))))
+
+    return NoiseSchedule(closed_form(torch.arange(num_steps + 1, dtype=torch.float64)), closed_form)
+
+
+def linear(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
+    """Linear betas (DDPM, sec. 4), scaled by 1000 / T so that the end is as noisy at every T (Improved DDPM's code)."""
+    if not 0 < beta_start <= beta_end:
+        raise ValueError(f"need 0 < beta_start <= beta_end, got {beta_start} and {beta_end}")
+    scale = 1000 / num_steps
+    if beta_end * scale >= 1:
+        least = math.floor(1000 * beta_end) + 1
+        raise ValueError(
+            f"linear betas reach {beta_end * scale:.3g} >= 1 with num_steps={num_steps}: use num_steps >= {least}"
+        )
+    return from_betas(torch.linspace(beta_start * scale, beta_end * scale, num_steps, dtype=torch.float64))
+
+
+def cosine(num_steps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
+    """Squared-cosine alpha_bar with offset s (Improved DDPM, Nichol & Dhariwal 2021, eq. 17), betas capped at max_beta."""
+    if s < 0:
+        raise ValueError(f"s must be >= 0, got {s}")
+
+    def alpha_bar(t: Tensor) -> Tensor:
+        return torch.cos((t / num_steps + s) / (1 + s) * math.pi / 2).square() / math.cos(s / (1 + s) * math.pi / 2) ** 2
+
+    exact = alpha_bar(torch.arange(num_steps + 1, dtype=torch.float64))
+    return from_betas((1 - exact[1:] / exact[:-1]).clamp(max=max_beta))
+
+
+def sigmoid(num_steps: int = 1000, start: float = -3.0, end: float = 3.0, tau: float = 1.0) -> NoiseSchedule:
+    """Sigmoid alpha_bar (Jabri et al. 2022, sec. 2.3; Chen 2023, algorithm 1), betas capped at 0.999."""
+    if not start < end or tau <= 0:
+        raise ValueError(f"need start < end and tau > 0, got {start}, {end}, {tau}")
+    v_start, v_end = _sigmoid(start / tau), _sigmoid(end / tau)
+    u = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+    alpha_bar = (v_end - torch.sigmoid((u * (end - start) + start) / tau)) / (v_end - v_start)
+    alpha_bar[0] = 1
+    return from_betas((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999))
+
+
+FAMILIES: dict[str, Callable[..., NoiseSchedule]] = {"linear": linear, "cosine": cosine, "sigmoid": sigmoid}
+
+
+def make_schedule(kind: str, *, zero_terminal_snr: bool = False, **parameters: Any) -> NoiseSchedule:
+    """The schedule of a family by name, as configuration files and stored models spell it.
+
+    Raises:
+        ValueError: unknown `kind`, or parameters out of range.
+        TypeError: a parameter that the family does not have.
+    """
+    if kind not in FAMILIES:
+        raise ValueError(f"unknown schedule {kind!r}; allowed: {', '.join(sorted(FAMILIES))}")
+    schedule = FAMILIES[kind](**parameters)
+    return schedule.zero_terminal_snr() if zero_terminal_snr else schedule
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def _interpolate(table: Tensor, t: Tensor) -> Tensor:
+    """alpha_bar between table points: monotone cubic (PCHIP, Fritsch & Butland 1984) through the angles."""
+    angle = torch.atan2((1 - table).sqrt(), table.sqrt())
+    slope = angle.diff()
+    left, right = slope[:-1], slope[1:]
+    inner = torch.where(left * right > 0, 2 * left * right / (left + right), torch.zeros_like(left))
+    tangent = torch.cat([slope[:1], inner, slope[-1:]])
+    i = t.floor().long().clamp(max=len(table) - 2)
+    u = t - i
+    h00, h10 = (1 + 2 * u) * (1 - u) ** 2, u * (1 - u) ** 2
+    h01, h11 = u**2 * (3 - 2 * u), u**2 * (u - 1)
+    return (h00 * angle[i] + h10 * tangent[i] + h01 * angle[i + 1] + h11 * tangent[i + 1]).cos().square()

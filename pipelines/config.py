@@ -1,0 +1,446 @@
+"""Configuration: Hydra composes `conf/`, pydantic checks it, and one frozen `Config` goes to every other part."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import sys
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+if TYPE_CHECKING:
+    from ddpm.models.unet import UNetConfig
+    from ddpm.schedule import NoiseSchedule
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run: says where, what is allowed and how to fix it."""
+
+
+class _Model(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+
+class DataConfig(_Model):
+    """The dataset and how it is read."""
+
+    source: str | None = Field(None, description="what `ddpm flow` ingests: `digits` or a folder of class folders")
+    uri: str = Field(description="where the shards and dataset.json are")
+    image_size: PositiveInt = Field(description="height and width in pixels")
+    channels: Literal[1, 3]
+    num_classes: NonNegativeInt = Field(description="0 for data without labels")
+    lanes: PositiveInt = Field(8, description="parallel reading positions of the whole run; divides the batch")
+    window: PositiveInt = Field(4, description="consecutive shards of a lane that are shuffled together")
+    flip: bool = Field(False, description="mirror every image with probability 1/2")
+    shard_samples: PositiveInt = Field(1000, description="samples per shard that an ingest writes")
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="of a folder that has no test/")
+    cache_dir: str | None = Field(None, description="node-wide shard cache; null: the user's cache folder")
+    cache_gib: PositiveFloat = 20.0
+    decode_threads: PositiveInt = 2
+    prefetch_batches: PositiveInt = 4
+
+
+class ModelConfig(_Model):
+    """The UNet; channels in and out and the classes come from the data."""
+
+    channels: tuple[PositiveInt, ...]
+    layers_per_block: PositiveInt = 2
+    attention: tuple[bool, ...]
+    head_dim: PositiveInt = 64
+    norm_groups: PositiveInt = 32
+    scale_shift: bool = False
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="0 keeps the loss trace independent of the number of workers"
+    )
+    class_conditional: bool = True
+
+
+class LinearSchedule(_Model):
+    """Linear betas."""
+
+    kind: Literal["linear"]
+    num_steps: PositiveInt = 1000
+    beta_start: PositiveFloat = 1e-4
+    beta_end: PositiveFloat = 0.02
+    zero_terminal_snr: bool = False
+
+
+class CosineSchedule(_Model):
+    """Squared-cosine alpha_bar."""
+
+    kind: Literal["cosine"]
+    num_steps: PositiveInt = 1000
+    s: NonNegativeFloat = 0.008
+    zero_terminal_snr: bool = False
+
+
+class SigmoidSchedule(_Model):
+    """Sigmoid alpha_bar."""
+
+    kind: Literal["sigmoid"]
+    num_steps: PositiveInt = 1000
+    start: float = -3.0
+    end: float = 3.0
+    tau: PositiveFloat = 1.0
+    zero_terminal_snr: bool = False
+
+
+ScheduleConfig = Annotated[LinearSchedule | CosineSchedule | SigmoidSchedule, Field(discriminator="kind")]
+
+
+class ObjectiveConfig(_Model):
+    """What the network predicts and how it is judged."""
+
+    prediction: Literal["eps", "x0", "v"] = "eps"
+    loss: Literal["simple"] = "simple"
+    label_drop: Fraction = Field(0.1, description="probability of the null label, per sample")
+
+
+class GuidanceConfig(_Model):
+    """Classifier-free guidance when sampling."""
+
+    scale: NonNegativeFloat = 1.0
+    interval: tuple[Fraction, Fraction] = (0.0, 1.0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> GuidanceConfig:
+        if self.interval[0] > self.interval[1]:
+            raise ValueError(f"interval must be [low, high] with low <= high, got {list(self.interval)}")
+        return self
+
+
+class DDIMSampler(_Model):
+    """Few deterministic steps."""
+
+    kind: Literal["ddim"]
+    steps: PositiveInt = 50
+    eta: Fraction = 0.0
+    clip: PositiveFloat | None = 1.0
+
+
+class AncestralSampler(_Model):
+    """The reverse Markov chain."""
+
+    kind: Literal["ancestral"]
+    steps: PositiveInt = 1000
+    variance: Literal["small", "large"] = "small"
+    clip: PositiveFloat | None = 1.0
+
+
+SamplerConfig = Annotated[DDIMSampler | AncestralSampler, Field(discriminator="kind")]
+
+
+class OptimConfig(_Model):
+    """Optimizer, learning rate by images seen, and the average of the weights."""
+
+    lr: PositiveFloat = 2e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    weight_decay: NonNegativeFloat = 0.0
+    warmup_images: NonNegativeInt = 0
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    grad_clip: PositiveFloat | None = 1.0
+    ema_half_life: PositiveFloat = Field(500_000, description="in images")
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the hardware has it")
+
+
+class ClusterConfig(_Model):
+    """What the run asks of Ray."""
+
+    num_workers: PositiveInt = 2
+    cpus_per_worker: PositiveFloat = 1
+    gpus_per_worker: Literal[0, 1] = 0
+    threads_per_worker: PositiveInt = 1
+    max_failures: NonNegativeInt = Field(3, description="restarts of the worker group before the run fails")
+    address: str | None = Field(None, description="of the Ray cluster; null: RAY_ADDRESS, else the local stack")
+
+
+class StorageConfig(_Model):
+    """Where data, checkpoints and artifacts are."""
+
+    root: str = Field(description="s3://BUCKET[/PREFIX] or file:///PATH")
+    endpoint_url: str | None = Field(None, description="of an S3 that is not AWS")
+    credentials_file: str | None = Field(None, description="AWS shared credentials file")
+    region: str | None = None
+    local_stack: bool = Field(False, description="start the local S3 when nothing else is named")
+
+    @model_validator(mode="after")
+    def _known_scheme(self) -> StorageConfig:
+        if not self.root.startswith(("s3://", "file:///")) or self.root == "s3://":
+            raise ValueError(f"root must be s3://BUCKET[/PREFIX] or file:///PATH, got {self.root!r}")
+        return self
+
+
+class TrackingConfig(_Model):
+    """MLflow."""
+
+    uri: str | None = None
+    experiment: str = "ddpm"
+    log_every: PositiveInt = 2_000
+    grid_every: PositiveInt = 10_000
+    grid_rows: PositiveInt = 8
+
+
+class CheckpointConfig(_Model):
+    """How often state is saved, in images."""
+
+    every: PositiveInt
+    keep: Annotated[int, Field(ge=1)] = 2
+    publish_every: PositiveInt = 50_000
+
+
+class EvaluationConfig(_Model):
+    """How samples are scored."""
+
+    seed: NonNegativeInt = 1
+    batch_size: PositiveInt = 90
+
+
+class RegistryConfig(_Model):
+    """Under which name a model is registered, and which alias the gate guards."""
+
+    model: str
+    alias: str = "champion"
+
+
+class Config(_Model):
+    """One run, complete and frozen."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    seed: NonNegativeInt = 0
+    images: PositiveInt
+    batch_size: PositiveInt
+    micro_batch_size: PositiveInt | None = None
+    data: DataConfig
+    model: ModelConfig
+    schedule: ScheduleConfig
+    objective: ObjectiveConfig
+    guidance: GuidanceConfig
+    sampler: SamplerConfig
+    optim: OptimConfig
+    cluster: ClusterConfig
+    storage: StorageConfig
+    tracking: TrackingConfig
+    checkpoint: CheckpointConfig
+    evaluation: EvaluationConfig
+    registry: RegistryConfig
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.batch_size % self.data.lanes:
+            raise ValueError(f"data.lanes = {self.data.lanes} must divide batch_size = {self.batch_size}")
+        if self.cluster.num_workers > self.batch_size:
+            raise ValueError(
+                f"cluster.num_workers = {self.cluster.num_workers} exceeds batch_size = {self.batch_size}: "
+                "a worker would have no image; raise batch_size or use fewer workers"
+            )
+        if self.objective.prediction == "eps" and self.schedule.zero_terminal_snr:
+            raise ValueError(
+                "objective.prediction = eps cannot be used with schedule.zero_terminal_snr: "
+                "eps does not determine the image where there is no signal; use objective.prediction=v"
+            )
+        if self.sampler.steps > self.schedule.num_steps:
+            raise ValueError(f"sampler.steps = {self.sampler.steps} exceeds schedule.num_steps = {self.schedule.num_steps}")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the loss trace, flat; a resumed run must have the same."""
+        data = self.model_dump(mode="json", include={"data": {"image_size", "channels", "num_classes", "lanes", "window", "flip"}})
+        rest = self.model_dump(mode="json", include={"seed", "batch_size", "model", "schedule", "objective", "optim"})
+        length = {} if self.optim.decay == "constant" else {"images": self.images}
+        return flatten({**rest, **data, **length})
+
+    def digest(self) -> str:
+        """SHA-256 of the whole resolved configuration."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+# --- to the core's objects ---------------------------------------------------------------------------------------------
+
+
+def unet_config(config: Config) -> UNetConfig:
+    """The network's shape.
+
+    Raises:
+        ConfigError: widths, groups, heads or the image size do not fit together.
+    """
+    from ddpm.models.unet import UNetConfig
+
+    shape = config.model.model_dump(exclude={"class_conditional"})
+    try:
+        unet = UNetConfig(
+            in_channels=config.data.channels,
+            out_channels=config.data.channels,
+            num_classes=config.data.num_classes if config.model.class_conditional else 0,
+            **shape,
+        )
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from error
+    if config.data.image_size % unet.downsampling:
+        raise ConfigError(
+            f"data.image_size = {config.data.image_size} must be a multiple of {unet.downsampling}: "
+            f"model.channels has {len(unet.channels)} levels; use fewer levels or another size"
+        )
+    return unet
+
+
+def noise_schedule(config: Config) -> NoiseSchedule:
+    """The noise schedule.
+
+    Raises:
+        ConfigError: parameters that the family refuses.
+    """
+    from ddpm.schedule import make_schedule
+
+    try:
+        return make_schedule(**config.schedule.model_dump())
+    except ValueError as error:
+        raise ConfigError(f"schedule: {error}") from error
+
+
+# --- composition -------------------------------------------------------------------------------------------------------
+
+
+def conf_dir() -> Path:
+    """The folder of the shipped configuration, in a checkout as in an installed wheel."""
+    for candidate in (Path(__file__).parents[1] / "conf", Path(sys.prefix) / "share" / "ddpm-pipelines" / "conf"):
+        if (candidate / "config.yaml").is_file():
+            return candidate
+    raise ConfigError("the shipped conf/ folder is missing: reinstall ddpm-pipelines")
+
+
+def groups() -> dict[str, list[str]]:
+    """Config groups and their choices."""
+    folders = sorted(p for p in conf_dir().iterdir() if p.is_dir())
+    return {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in folders if any(p.glob("*.yaml"))}
+
+
+def compose(overrides: Sequence[str] = ()) -> Config:
+    """The `Config` of `conf/` with Hydra overrides such as `+experiment=digits` or `optim.lr=1e-3`.
+
+    Raises:
+        ConfigError: anything that is wrong with it, before anything starts.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import OverrideType
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError(f"cannot read the overrides {' '.join(overrides)!r}: {str(error).splitlines()[0]}") from error
+    lines = []
+    for override in parsed:
+        line = override.input_line or ""
+        _check_override(override.key_or_group, override.value(), line)
+        # A field that the shipped YAML leaves at its default is not in Hydra's struct: "++" sets it all the same.
+        plain_key = override.type is OverrideType.CHANGE and override.key_or_group not in groups()
+        lines.append(f"++{line}" if plain_key else line)
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+            composed = hydra_compose("config", lines)
+        unresolved = typing.cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=False))
+        missing = sorted(key for key, value in flatten(unresolved).items() if value == "???")
+        if missing:
+            raise ConfigError("\n".join(f"{key} has no value: set it with {key}=VALUE" for key in missing))
+        plain = OmegaConf.to_container(composed, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+    assert isinstance(plain, dict)
+    return from_dict(typing.cast("dict[str, Any]", plain))
+
+
+def from_dict(plain: Mapping[str, Any]) -> Config:
+    """A checked `Config` from nested plain values.
+
+    Raises:
+        ConfigError: names every field that is wrong.
+    """
+    try:
+        config = Config.model_validate(plain)
+    except pydantic.ValidationError as error:
+        raise ConfigError("\n".join(_explain(e) for e in error.errors())) from error
+    noise_schedule(config)
+    unet_config(config)
+    return config
+
+
+def suggest(word: str, allowed: Iterable[str]) -> str:
+    """" Did you mean 'x'?" or nothing."""
+    close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def _check_override(key: str, value: Any, line: str) -> None:
+    choices = groups()
+    if key in choices:
+        if isinstance(value, str) and value not in choices[key]:
+            raise ConfigError(
+                f"{line}: no '{value}' in {key}. Allowed: {', '.join(choices[key])}.{suggest(value, choices[key])}"
+            )
+        return
+    allowed: set[str] = set(Config.model_fields) | set(choices)
+    types_here: list[type[pydantic.BaseModel]] = [Config]
+    path = ""
+    for part in key.split("."):
+        fields = {name: f.annotation for model in types_here for name, f in model.model_fields.items()}
+        if part not in fields:
+            where = f"in {path.rstrip('.')}" if path else "at the top"
+            allowed = set(fields) | (set() if path else set(choices))
+            raise ConfigError(
+                f"{line}: there is no '{part}' {where}. Allowed: {', '.join(sorted(allowed))}.{suggest(part, allowed)}"
+            )
+        types_here = _models_in(fields[part])
+        path += f"{part}."
+
+
+def _models_in(annotation: Any) -> list[type[pydantic.BaseModel]]:
+    """The pydantic models that a field's annotation can hold."""
+    if typing.get_origin(annotation) is Annotated:
+        return _models_in(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [model for arg in typing.get_args(annotation) for model in _models_in(arg)]
+    return [annotation] if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel) else []
+
+
+def _explain(error: Any) -> str:
+    # pydantic puts the discriminator's value ("cosine") into the location: it selects the model, not a field.
+    models: list[type[pydantic.BaseModel]] = [Config]
+    parts, allowed = [], list(Config.model_fields)
+    for part in map(str, error["loc"]):
+        variants = [m for m in models if "kind" in m.model_fields and part in typing.get_args(m.model_fields["kind"].annotation)]
+        if variants:
+            models = variants
+        else:
+            parts.append(part)
+            allowed = sorted({field for model in models for field in model.model_fields})
+            fields = [model.model_fields[part] for model in models if part in model.model_fields]
+            models = [m for f in fields for m in _models_in(f.annotation)]
+    path = ".".join(parts)
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        return f"{path}: no such field here. Allowed: {', '.join(allowed)}.{suggest(parts[-1], allowed)}"
+    if error["type"] == "missing":
+        return f"{path} has no value: set it with {path}=VALUE"
+    got = "" if isinstance(error["input"], dict) else f", got {error['input']!r}"
+    return f"{path}: {message}{got}" if path else message

@@ -1,0 +1,1 @@
+"""Evaluation: features, scores, pictures."""

@@ -1,0 +1,1 @@
+"""WebDataset shards: writing, indexing, the order of samples, and reading."""

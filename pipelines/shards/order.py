@@ -1,0 +1,173 @@
+"""The order of samples: which sample the n-th of the endless stream is, as a pure function.
+
+Per epoch the shards are permuted and dealt to K lanes; round r takes one sample of every lane that is longer than r.
+Inside a lane a window of consecutive shards is permuted by a keyed Feistel network. Nothing depends on the number of
+workers, and any position is found without walking to it. Pure NumPy, no I/O.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Located:
+    """Samples of the stream: for each, its ordinal, shard and index within the shard, int64 [n] each."""
+
+    ordinals: Ints
+    shards: Ints
+    indices: Ints
+
+
+@dataclass(frozen=True)
+class _EpochPlan:
+    lane_shards: Ints  # shard ids, lane after lane
+    lane_of: Ints  # first entry of each lane in lane_shards, [K + 1]
+    ends: Ints  # running sample count over lane_shards, with a leading 0
+    lengths: Ints  # samples per lane, longest first
+    segment_start: Ints  # first ordinal of the epoch with one lane less alive
+    segment_round: Ints  # its round
+    segment_live: Ints  # lanes alive in it
+    key: int
+
+
+class SampleOrder:
+    """The stream of one dataset split.
+
+    Args:
+        shard_samples: samples of each shard, all >= 0, at least one sample in total.
+        lanes: K; lanes beyond the number of shards stay empty.
+        window: shards per shuffled block of a lane.
+        seed: of the run.
+        digest: of the dataset (and of its quarantine), so that another dataset gets another order.
+    """
+
+    def __init__(self, shard_samples: Ints | list[int], *, lanes: int, window: int, seed: int, digest: str) -> None:
+        self.shard_samples = np.asarray(shard_samples, dtype=np.int64)
+        self.total = int(self.shard_samples.sum())
+        if self.total < 1:
+            raise ValueError("the split has no samples")
+        if lanes < 1 or window < 1:
+            raise ValueError(f"lanes and window must be >= 1, got {lanes} and {window}")
+        self.lanes, self.window, self.seed, self.digest = lanes, window, seed, digest
+        self._plan = lru_cache(maxsize=2)(self._make_plan)
+
+    def locate(self, ordinals: Ints) -> Located:
+        """Where samples n of the stream lie."""
+        shards, indices = np.empty_like(ordinals), np.empty_like(ordinals)
+        for epoch in np.unique(ordinals // self.total):
+            chosen = ordinals // self.total == epoch
+            _, _, shards[chosen], indices[chosen] = self._locate(int(epoch), ordinals[chosen] % self.total)
+        return Located(ordinals, shards, indices)
+
+    def batch(self, start: int, size: int) -> Located:
+        """Samples start .. start + size - 1, sorted by (lane, ordinal) so that a piece keeps to few lanes."""
+        ordinals = np.arange(start, start + size, dtype=np.int64)
+        lane = np.empty_like(ordinals)
+        for epoch in np.unique(ordinals // self.total):
+            chosen = ordinals // self.total == epoch
+            lane[chosen] = self._locate(int(epoch), ordinals[chosen] % self.total)[0]
+        return self.locate(ordinals[np.lexsort((ordinals, lane))])
+
+    def piece(self, start: int, size: int, rank: int, world_size: int) -> Located:
+        """The part of a global batch that belongs to one rank: sizes differ by at most one.
+
+        Raises:
+            ValueError: more ranks than samples in the batch.
+        """
+        if world_size > size:
+            raise ValueError(f"{world_size} ranks cannot share a batch of {size}: use fewer workers or a larger batch")
+        whole = self.batch(start, size)
+        span = slice(rank * size // world_size, (rank + 1) * size // world_size)
+        return Located(whole.ordinals[span], whole.shards[span], whole.indices[span])
+
+    def _make_plan(self, epoch: int) -> _EpochPlan:
+        key = int.from_bytes(hashlib.sha256(f"{self.digest}/{self.seed}/{epoch}".encode()).digest()[:16], "little")
+        order = np.random.Generator(np.random.Philox(key=key)).permutation(len(self.shard_samples))
+        dealt: list[list[int]] = [[] for _ in range(self.lanes)]
+        heap = [(0, lane) for lane in range(self.lanes)]
+        for shard in order.tolist():
+            length, lane = heap[0]
+            dealt[lane].append(shard)
+            heapq.heapreplace(heap, (length + int(self.shard_samples[shard]), lane))
+        lengths = np.array([self.shard_samples[shards].sum() if shards else 0 for shards in dealt], dtype=np.int64)
+        by_length = np.argsort(-lengths, kind="stable")
+        lengths = lengths[by_length]
+        lane_shards = np.array([s for lane in by_length for s in dealt[lane]], dtype=np.int64)
+        counts = np.array([len(dealt[lane]) for lane in by_length], dtype=np.int64)
+
+        # Rounds [previous length, this length) have the lanes that are at least this long: one segment per distinct length.
+        distinct = np.unique(lengths[lengths > 0])
+        rounds = np.concatenate([[0], distinct[:-1]])
+        live = np.array([(lengths >= d).sum() for d in distinct], dtype=np.int64)
+        starts = np.concatenate([[0], np.cumsum((distinct - rounds) * live)[:-1]])
+        return _EpochPlan(
+            lane_shards,
+            np.concatenate([[0], np.cumsum(counts)]),
+            np.concatenate([[0], np.cumsum(self.shard_samples[lane_shards])]),
+            lengths,
+            starts,
+            rounds,
+            live,
+            key & (2**63 - 1),
+        )
+
+    def _locate(self, epoch: int, m: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+        """(lane, round, shard, index) of the epoch's samples m in [0, total)."""
+        plan = self._plan(epoch)
+        segment = np.searchsorted(plan.segment_start, m, side="right") - 1
+        within = m - plan.segment_start[segment]
+        lane = within % plan.segment_live[segment]
+        round_ = plan.segment_round[segment] + within // plan.segment_live[segment]
+
+        lane_first = plan.lane_of[lane]
+        position = plan.ends[lane_first] + round_  # in the lanes laid end to end
+        slot = np.searchsorted(plan.ends, position, side="right") - 1
+        window = (slot - lane_first) // self.window
+        first = lane_first + window * self.window
+        last = np.minimum(first + self.window, plan.lane_of[lane + 1])
+        begin, end = plan.ends[first], plan.ends[last]
+        shuffled = begin + feistel(position - begin, end - begin, key=plan.key ^ (first * 2 + 1))
+        slot = np.searchsorted(plan.ends, shuffled, side="right") - 1
+        return lane, round_, plan.lane_shards[slot], shuffled - plan.ends[slot]
+
+
+def feistel(x: Ints, size: Ints, key: Ints | int, rounds: int = 6) -> Ints:
+    """A keyed permutation of [0, size), element by element: a balanced Feistel network with cycle-walking.
+
+    The network permutes [0, 4^h) with 4^h >= size; a result beyond size is fed in again until it falls inside
+    (Black & Rogaway 2002), fewer than four times on average.
+    """
+    size = np.asarray(size, dtype=np.int64)
+    bits = np.ceil(np.log2(np.maximum(size, 2))).astype(np.uint64)
+    half = (bits + np.uint64(1)) // np.uint64(2)
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = np.broadcast_to(np.asarray(key).astype(np.uint64), size.shape)
+
+    def once(value: NDArray[np.uint64], at: NDArray[np.bool_]) -> NDArray[np.uint64]:
+        left, right = value >> half[at], value & mask[at]
+        for i in range(rounds):
+            left, right = right, left ^ (_mix(right + keys[at] + np.uint64(i * 0x9E3779B97F4A7C15 % 2**64)) & mask[at])
+        return (left << half[at]) | right
+
+    value = np.asarray(x, dtype=np.int64).astype(np.uint64)
+    outside = np.ones(size.shape, dtype=bool)
+    while outside.any():
+        value[outside] = once(value[outside], outside)
+        outside = value >= size.astype(np.uint64)
+    return value.astype(np.int64)
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finalizer of SplitMix64 (Steele et al. 2014): every input bit reaches every output bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
