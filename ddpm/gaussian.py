@@ -28,7 +28,9 @@ def q_sample(x_0: Tensor, t: Tensor | float, eps: Tensor, schedule: NoiseSchedul
     return alpha * x_0 + sigma * eps
 
 
-def q_posterior(x_t: Tensor, x_0: Tensor, t: Tensor | float, s: Tensor | float, schedule: NoiseSchedule) -> DiagonalGaussian:
+def q_posterior(
+    x_t: Tensor, x_0: Tensor, t: Tensor | float, s: Tensor | float, schedule: NoiseSchedule
+) -> DiagonalGaussian:
     """q(x_s | x_t, x_0) for s < t (DDPM, eq. 6-7, for any two levels of the chain).
 
     At s = 0 the mean is x_0 and the variance 0.
@@ -47,7 +49,7 @@ def q_posterior(x_t: Tensor, x_0: Tensor, t: Tensor | float, s: Tensor | float, 
 
 
 def reverse_variance(t: int, s: int, schedule: NoiseSchedule, kind: str) -> Tensor:
-    """The fixed variance of p(x_s | x_t): "small" is the posterior's, "large" is beta_{t|s} (DDPM, sec. 3.2); float64."""
+    """The fixed variance of p(x_s | x_t), float64: the posterior's ("small") or beta_{t|s} ("large") (DDPM, sec. 3.2)."""
     bar_t, bar_s = schedule.alpha_bar(t), schedule.alpha_bar(s)
     beta = 1 - bar_t / bar_s
     if kind == "large":

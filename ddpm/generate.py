@@ -59,7 +59,11 @@ def trajectory(
     cond = None if labels is None else Conditioning(label=labels)
     guided = classifier_free(denoiser, schedule, settings.scale, settings.interval)
     if settings.kind == "ancestral":
-        options: dict[str, Any] = {"variance": settings.variance, "clip": settings.clip, "steps": settings.steps}
+        options: dict[str, Any] = {
+            "variance": settings.variance,
+            "clip": settings.clip,
+            "steps": settings.steps,
+        }
         return ancestral(guided, schedule, x_T, cond, noise=step_noise(seed, images, shape), **options)
     noise = step_noise(seed, images, shape) if settings.eta > 0 else None
     return ddim(guided, schedule, x_T, cond, steps=settings.steps, eta=settings.eta, clip=settings.clip, noise=noise)
@@ -98,9 +102,7 @@ def generate(
     for i in range(0, total, batch_size):
         span = slice(i, i + batch_size)
         some = None if labels is None else labels[span]
-        steps = trajectory(
-            denoiser, schedule, settings, labels=some, images=numbers[span], shape=shape, seed=seed
-        )
+        steps = trajectory(denoiser, schedule, settings, labels=some, images=numbers[span], shape=shape, seed=seed)
         parts.append(last(steps).clamp(-1, 1))
     return torch.cat(parts)
 

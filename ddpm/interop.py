@@ -39,7 +39,7 @@ class ModelSpec:
     prediction: Parameterization
     image_size: int
     classes: tuple[str, ...] = ()
-    sampling: SamplingSettings = SamplingSettings()
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
     lineage: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -62,7 +62,7 @@ class ModelSpec:
         version = plain.pop("format_version", None)
         if version != FORMAT_VERSION:
             raise ValueError(f"model.json has format version {version}, this release reads {FORMAT_VERSION}")
-        network = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.pop("network").items()}
+        network: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.pop("network").items()}
         sampling = plain.pop("sampling")
         sampling["interval"] = tuple(sampling["interval"])
         return cls(
@@ -126,7 +126,10 @@ class Model:
 def save_model(folder: Path, spec: ModelSpec, weights: Mapping[str, Tensor]) -> None:
     """Write a model folder; weights as float32."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: w.detach().float().cpu().contiguous() for name, w in weights.items()}, folder / "model.safetensors")
+    save_file(
+        {name: w.detach().float().cpu().contiguous() for name, w in weights.items()},
+        folder / "model.safetensors",
+    )
     (folder / "model.json").write_text(spec.to_json())
 
 

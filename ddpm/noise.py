@@ -1,8 +1,8 @@
 """Random numbers as a pure function of (seed, purpose, ordinal): Philox 4x32-10, vectorised, the same on every device.
 
-Training draws timestep, noise, label drop and flip of sample n from here, so they do not depend on the batch, the rank or
-the restart that computes them. Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") maps a 128-bit
-counter and a 64-bit key to 128 random bits; ours are
+Training draws timestep, noise, label drop and flip of sample n from here, so they do not depend on the batch, the rank
+or the restart that computes them. Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") maps a
+128-bit counter and a 64-bit key to 128 random bits; ours are
     counter = (block, purpose, ordinal low, ordinal high),   key = (seed low, seed high).
 int64 arithmetic wraps, and its low 64 bits are those of the unsigned product, so one code serves CPU and GPU.
 """
@@ -21,7 +21,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 class Purpose(IntEnum):
-    """What a stream is for. Streams of different purposes are independent; the numbers are part of the trace: append only."""
+    """What a stream is for; streams are independent of each other. The numbers are part of the trace: append only."""
 
     TIMESTEP = 0
     NOISE = 1
@@ -33,7 +33,9 @@ class Purpose(IntEnum):
     MASK = 7
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ten rounds of Philox 4x32 on int64 tensors that hold 32-bit words (broadcast together)."""
     c0, c1, c2, c3 = counter
     k0, k1 = key

@@ -65,7 +65,7 @@ class Prediction:
 class Denoiser(Protocol):
     """Anything that estimates x_0 and eps from x_t [B, C, H, W] at t [B] in [0, T]; cond None is the null condition."""
 
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning | None = None) -> Prediction: ...  # noqa: D102
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning | None = None) -> Prediction: ...
 
 
 def coefficients(schedule: NoiseSchedule, t: Tensor | float, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,7 +119,9 @@ def eps_from_x0(x_0: Tensor, x_t: Tensor, t: Tensor | float, schedule: NoiseSche
     return torch.where(sigma > 0, (x_t - alpha * x_0) / torch.where(sigma > 0, sigma, 1), torch.zeros_like(x_t))
 
 
-def clip_x0(prediction: Prediction, x_t: Tensor, t: Tensor | float, schedule: NoiseSchedule, bound: float) -> Prediction:
+def clip_x0(
+    prediction: Prediction, x_t: Tensor, t: Tensor | float, schedule: NoiseSchedule, bound: float
+) -> Prediction:
     """x_0 clipped to [-bound, bound], with eps recomputed so that the two still meet in x_t."""
     x_0 = prediction.x0.clamp(-bound, bound)
     return replace(prediction, x0=x_0, eps=eps_from_x0(x_0, x_t, t, schedule))

@@ -8,6 +8,7 @@ finite at both ends, monotone, and keeps alpha^2 + sigma^2 = 1 exactly, zero ter
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,9 @@ class NoiseSchedule:
     def __post_init__(self) -> None:
         table = self.alphas_cumprod
         if table.dtype != torch.float64 or table.dim() != 1 or len(table) < 2:
-            raise ValueError(f"alphas_cumprod must be float64 [T + 1] with T >= 1, got {table.dtype} {tuple(table.shape)}")
+            raise ValueError(
+                f"alphas_cumprod must be float64 [T + 1] with T >= 1, got {table.dtype} {tuple(table.shape)}"
+            )
         if table[0] != 1:
             raise ValueError(f"alphas_cumprod[0] must be 1 (no noise at t = 0), got {table[0].item()}")
         if not bool(torch.isfinite(table).all()) or not bool((table.diff() < 0).all()) or table[-1] < 0:
@@ -98,10 +100,10 @@ class NoiseSchedule:
     def pairs(self, steps: int) -> Iterator[tuple[int, int]]:
         """(t, s) with s < t, from (T, .) down to (., 0): one pair per network evaluation."""
         grid = self.timesteps(steps)
-        return zip(grid[:-1], grid[1:], strict=True)
+        return itertools.pairwise(grid)
 
     def respace(self, steps: int) -> NoiseSchedule:
-        """The schedule of `steps` steps whose marginals are this one's at `timesteps(steps)` (Improved DDPM, sec. 4)."""
+        """The schedule of `steps` steps with this one's marginals at `timesteps(steps)` (Improved DDPM, sec. 4)."""
         return NoiseSchedule(self.alphas_cumprod[torch.tensor(self.timesteps(steps)[::-1])])
 
     def zero_terminal_snr(self) -> NoiseSchedule:
@@ -144,12 +146,14 @@ def linear(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.
 
 
 def cosine(num_steps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
-    """Squared-cosine alpha_bar with offset s (Improved DDPM, Nichol & Dhariwal 2021, eq. 17), betas capped at max_beta."""
+    """Squared-cosine alpha_bar with offset s, betas capped at max_beta (Nichol & Dhariwal 2021, eq. 17)."""
     if s < 0:
         raise ValueError(f"s must be >= 0, got {s}")
 
     def alpha_bar(t: Tensor) -> Tensor:
-        return torch.cos((t / num_steps + s) / (1 + s) * math.pi / 2).square() / math.cos(s / (1 + s) * math.pi / 2) ** 2
+        return (
+            torch.cos((t / num_steps + s) / (1 + s) * math.pi / 2).square() / math.cos(s / (1 + s) * math.pi / 2) ** 2
+        )
 
     exact = alpha_bar(torch.arange(num_steps + 1, dtype=torch.float64))
     return from_betas((1 - exact[1:] / exact[:-1]).clamp(max=max_beta))

@@ -248,12 +248,17 @@ class Config(_Model):
                 "eps does not determine the image where there is no signal; use objective.prediction=v"
             )
         if self.sampler.steps > self.schedule.num_steps:
-            raise ValueError(f"sampler.steps = {self.sampler.steps} exceeds schedule.num_steps = {self.schedule.num_steps}")
+            raise ValueError(
+                f"sampler.steps = {self.sampler.steps} exceeds schedule.num_steps = {self.schedule.num_steps}"
+            )
         return self
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the loss trace, flat; a resumed run must have the same."""
-        data = self.model_dump(mode="json", include={"data": {"image_size", "channels", "num_classes", "lanes", "window", "flip"}})
+        data = self.model_dump(
+            mode="json",
+            include={"data": {"image_size", "channels", "num_classes", "lanes", "window", "flip"}},
+        )
         rest = self.model_dump(mode="json", include={"seed", "batch_size", "model", "schedule", "objective", "optim"})
         length = {} if self.optim.decay == "constant" else {"images": self.images}
         return flatten({**rest, **data, **length})
@@ -271,7 +276,7 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-# --- to the core's objects ---------------------------------------------------------------------------------------------
+# --- to the core's objects -----------------------------------------------------------------------------------
 
 
 def unet_config(config: Config) -> UNetConfig:
@@ -314,12 +319,15 @@ def noise_schedule(config: Config) -> NoiseSchedule:
         raise ConfigError(f"schedule: {error}") from error
 
 
-# --- composition -------------------------------------------------------------------------------------------------------
+# --- composition ---------------------------------------------------------------------------------------------
 
 
 def conf_dir() -> Path:
     """The folder of the shipped configuration, in a checkout as in an installed wheel."""
-    for candidate in (Path(__file__).parents[1] / "conf", Path(sys.prefix) / "share" / "ddpm-pipelines" / "conf"):
+    for candidate in (
+        Path(__file__).parents[1] / "conf",
+        Path(sys.prefix) / "share" / "ddpm-pipelines" / "conf",
+    ):
         if (candidate / "config.yaml").is_file():
             return candidate
     raise ConfigError("the shipped conf/ folder is missing: reinstall ddpm-pipelines")
@@ -386,7 +394,7 @@ def from_dict(plain: Mapping[str, Any]) -> Config:
 
 
 def suggest(word: str, allowed: Iterable[str]) -> str:
-    """" Did you mean 'x'?" or nothing."""
+    """ " Did you mean 'x'?" or nothing."""
     close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else ""
 
@@ -428,7 +436,9 @@ def _explain(error: Any) -> str:
     models: list[type[pydantic.BaseModel]] = [Config]
     parts, allowed = [], list(Config.model_fields)
     for part in map(str, error["loc"]):
-        variants = [m for m in models if "kind" in m.model_fields and part in typing.get_args(m.model_fields["kind"].annotation)]
+        variants = [
+            m for m in models if "kind" in m.model_fields and part in typing.get_args(m.model_fields["kind"].annotation)
+        ]
         if variants:
             models = variants
         else:

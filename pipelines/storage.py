@@ -156,18 +156,6 @@ class Storage:
                 bucket, key = split_s3(uri)
                 _client(self).delete_object(Bucket=bucket, Key=key)
 
-    def copy_folder(self, source: str, target: str) -> None:
-        """Copy every object under one folder address to another; between S3 addresses without passing through here."""
-        for entry in self.list(source):
-            to = target.rstrip("/") + entry.uri[len(source.rstrip("/")) :]
-            if is_local(entry.uri):
-                self.upload(local_path(entry.uri), to)
-            else:
-                bucket, key = split_s3(entry.uri)
-                to_bucket, to_key = split_s3(to)
-                with _reporting(to):
-                    _client(self).copy({"Bucket": bucket, "Key": key}, to_bucket, to_key)
-
     def download_folder(self, uri: str, folder: Path) -> None:
         """Fetch every object under a folder address.
 
@@ -247,10 +235,16 @@ def _client(storage: Storage) -> Any:
     if storage.credentials_file:
         session._session.set_config_variable("credentials_file", storage.credentials_file)
     client_config = ClientConfig(
-        retries={"max_attempts": 8, "mode": "standard"}, connect_timeout=5, read_timeout=30, max_pool_connections=32
+        retries={"max_attempts": 8, "mode": "standard"},
+        connect_timeout=5,
+        read_timeout=30,
+        max_pool_connections=32,
     )
     return session.client(
-        "s3", endpoint_url=storage.endpoint_url, region_name=storage.region or "us-east-1", config=client_config
+        "s3",
+        endpoint_url=storage.endpoint_url,
+        region_name=storage.region or "us-east-1",
+        config=client_config,
     )
 
 

@@ -7,7 +7,9 @@ unchanged. A class-conditional network has one embedding row more than classes: 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -160,13 +162,14 @@ class Stage(nn.Module):
     def __init__(self, config: UNetConfig, widths: list[tuple[int, int]], time_dim: int, attends: bool) -> None:
         super().__init__()
         self.resnets = nn.ModuleList([ResnetBlock(config, i, o, time_dim) for i, o in widths])
-        if attends:
-            self.attentions = nn.ModuleList([Attention(config, o) for _, o in widths])
+        self.attentions = nn.ModuleList([Attention(config, o) for _, o in widths]) if attends else None
+        self.downsamplers: nn.ModuleList | None = None
+        self.upsamplers: nn.ModuleList | None = None
 
     def block(self, i: int, x: Tensor, activated_time: Tensor) -> Tensor:
         """The i-th residual block with its attention."""
         x = self.resnets[i](x, activated_time)
-        return self.attentions[i](x) if hasattr(self, "attentions") else x
+        return x if self.attentions is None else self.attentions[i](x)
 
 
 class MidBlock(nn.Module):
@@ -242,18 +245,18 @@ class UNet(nn.Module):
 
         x = self.conv_in(x_t)
         skips = [x]
-        for stage in self.down_blocks:
+        for stage in cast("Iterable[Stage]", self.down_blocks):
             for i in range(len(stage.resnets)):
                 x = stage.block(i, x, emb)
                 skips.append(x)
-            if hasattr(stage, "downsamplers"):
+            if stage.downsamplers is not None:
                 x = stage.downsamplers[0](x)
                 skips.append(x)
         x = self.mid_block(x, emb)
-        for stage in self.up_blocks:
+        for stage in cast("Iterable[Stage]", self.up_blocks):
             for i in range(len(stage.resnets)):
                 x = stage.block(i, torch.cat([x, skips.pop()], dim=1), emb)
-            if hasattr(stage, "upsamplers"):
+            if stage.upsamplers is not None:
                 x = stage.upsamplers[0](x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 

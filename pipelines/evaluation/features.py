@@ -50,7 +50,9 @@ class Features:
     predicted: Tensor
 
 
-def train_evaluator(images: Tensor, labels: Tensor, num_classes: int, *, seed: int = 0, passes: int = 40) -> EvaluatorNetwork:
+def train_evaluator(
+    images: Tensor, labels: Tensor, num_classes: int, *, seed: int = 0, passes: int = 40
+) -> EvaluatorNetwork:
     """Train on real images [N, C, S, S] in [-1, 1] with labels [N]; one-pixel shifts are the augmentation."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -135,7 +135,9 @@ class ShardIndex:
         """Read a sidecar."""
         plain = json.loads(text)
         if plain["schema_version"] != SCHEMA_VERSION:
-            raise DatasetError(f"a shard index has version {plain['schema_version']}, this release reads {SCHEMA_VERSION}")
+            raise DatasetError(
+                f"a shard index has version {plain['schema_version']}, this release reads {SCHEMA_VERSION}"
+            )
         return cls(
             tuple(sample["key"] for sample in plain["samples"]),
             tuple({ext: Member(*span) for ext, span in sample["members"].items()} for sample in plain["samples"]),

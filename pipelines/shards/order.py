@@ -104,7 +104,7 @@ class SampleOrder:
         lane_shards = np.array([s for lane in by_length for s in dealt[lane]], dtype=np.int64)
         counts = np.array([len(dealt[lane]) for lane in by_length], dtype=np.int64)
 
-        # Rounds [previous length, this length) have the lanes that are at least this long: one segment per distinct length.
+        # Rounds from one distinct length to the next have the same live lanes, those at least as long: a segment.
         distinct = np.unique(lengths[lengths > 0])
         rounds = np.concatenate([[0], distinct[:-1]])
         live = np.array([(lengths >= d).sum() for d in distinct], dtype=np.int64)
@@ -155,7 +155,10 @@ def feistel(x: Ints, size: Ints, key: Ints | int, rounds: int = 6) -> Ints:
     def once(value: NDArray[np.uint64], at: NDArray[np.bool_]) -> NDArray[np.uint64]:
         left, right = value >> half[at], value & mask[at]
         for i in range(rounds):
-            left, right = right, left ^ (_mix(right + keys[at] + np.uint64(i * 0x9E3779B97F4A7C15 % 2**64)) & mask[at])
+            left, right = (
+                right,
+                left ^ (_mix(right + keys[at] + np.uint64(i * 0x9E3779B97F4A7C15 % 2**64)) & mask[at]),
+            )
         return (left << half[at]) | right
 
     value = np.asarray(x, dtype=np.int64).astype(np.uint64)

@@ -1,4 +1,4 @@
-"""Reading shards: a node-wide verified cache, memory maps, decoding in threads, batches ready before they are asked for."""
+"""Reading shards: a node-wide verified cache, memory maps, decoding in threads, batches ready ahead of need."""
 
 from __future__ import annotations
 

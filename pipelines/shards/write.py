@@ -9,6 +9,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,12 @@ def source_digest(source: str) -> str:
 
 
 def _write_split(
-    split: str, samples: Iterator[dict[str, Any]], scratch: Path, uri: str, storage: Storage, shard_samples: int
+    split: str,
+    samples: Iterator[dict[str, Any]],
+    scratch: Path,
+    uri: str,
+    storage: Storage,
+    shard_samples: int,
 ) -> tuple[ShardInfo, ...]:
     shards: list[ShardInfo] = []
 
@@ -162,7 +168,9 @@ def _write_split(
 
     pattern = str(scratch / f"{split}-%06d.tar")
     # mtime=0: the writer would stamp the current time, and equal inputs would not give equal digests.
-    with webdataset.ShardWriter(pattern, maxcount=shard_samples, maxsize=1e12, post=publish, mtime=0.0, verbose=0) as writer:
+    with webdataset.ShardWriter(
+        pattern, maxcount=shard_samples, maxsize=1e12, post=publish, mtime=0.0, verbose=0
+    ) as writer:
         for sample in samples:
             writer.write(sample)
     return tuple(shards)
@@ -179,7 +187,9 @@ def _remove_stale(uri: str, dataset: Dataset, storage: Storage) -> None:
 def _digits(image_size: int, channels: int) -> tuple[list[str], list[Source]]:
     """scikit-learn's 1,797 digits; every fifth, counted from the fifth, is for testing."""
     if (image_size, channels) != (8, 1):
-        raise DatasetError(f"digits are 8x8 grey, not {image_size}x{image_size} with {channels} channels: use data=digits")
+        raise DatasetError(
+            f"digits are 8x8 grey, not {image_size}x{image_size} with {channels} channels: use data=digits"
+        )
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -187,7 +197,12 @@ def _digits(image_size: int, channels: int) -> tuple[list[str], list[Source]]:
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     return [str(i) for i in range(10)], [
-        Source("test" if i % 5 == 4 else "train", int(label), f"digits[{i}]", lambda i=i: Image.fromarray(pixels[i]))
+        Source(
+            "test" if i % 5 == 4 else "train",
+            int(label),
+            f"digits[{i}]",
+            partial(Image.fromarray, pixels[i]),
+        )
         for i, label in enumerate(digits.target)
     ]
 
@@ -210,7 +225,7 @@ def _folder(folder: Path, test_fraction: float) -> tuple[list[str], list[Source]
                     origin = str(path.relative_to(folder))
                     rank = hashlib.sha256(origin.encode()).hexdigest()
                     here = split or ("test" if int(rank[:8], 16) < test_fraction * 2**32 else "train")
-                    sources.append((rank, Source(here, label, origin, lambda path=path: _open(path))))
+                    sources.append((rank, Source(here, label, origin, partial(_open, path))))
     # Files come class by class: ordered by hash instead, every shard holds every class.
     return classes, [source for _, source in sorted(sources, key=lambda pair: pair[0])]
 

@@ -280,8 +280,7 @@ def test_rays_schema_refuses_a_misspelt_field() -> None:
 
 def test_aws_nodes_have_roles_instead_of_keys() -> None:
     profiles = [
-        node["node_config"]["IamInstanceProfile"]["Name"]
-        for node in AWS_CLUSTER["available_node_types"].values()
+        node["node_config"]["IamInstanceProfile"]["Name"] for node in AWS_CLUSTER["available_node_types"].values()
     ]
     assert len(profiles) == len(set(profiles)) == 2  # the head may start machines, the workers may not
 
@@ -420,8 +419,6 @@ def test_the_dependency_list_step_prints_pyprojects_dependencies() -> None:
     (step,) = [value for _, value in final_stage() if "tomllib" in value]
     (program,) = re.findall(r'python -c "([^"]+)"', step)
     program = program.replace("/tmp/pyproject.toml", str(ROOT / "pyproject.toml"))
-    run = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=10
-    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=10)
     expected = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     assert run.stdout.splitlines() == expected

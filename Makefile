@@ -1,0 +1,42 @@
+# `make demo` and `make test` each do everything from a machine with python3, make and git.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: install demo test test-unit check format clean
+.DEFAULT_GOAL := help
+
+help: ## Show the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+
+install: $(STAMP) ## Make .venv and install the project with what its tests need
+
+# pip, not uv: with pip an already configured CPU build of torch is taken.
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[local,dev]'
+	touch $@
+
+demo: $(STAMP) ## Train, evaluate and register a digits model on the local stack
+	$(BIN)/ddpm flow +experiment=digits --out demo-samples
+
+test: $(STAMP) ## Unit and integration tests
+	$(BIN)/pytest -m 'not slow and not gpu' --cov=ddpm --cov-report=term:skip-covered
+
+test-unit: $(STAMP) ## Unit tests only: no Ray, no network
+	$(BIN)/pytest -m 'not slow and not gpu and not integration and not chaos'
+
+check: $(STAMP) ## Lint, format, types, import contracts, spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+format: $(STAMP) ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove .venv and build products; .ddpm (data of the local stack) stays
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

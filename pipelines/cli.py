@@ -1,0 +1,333 @@
+"""`ddpm VERB [key=value …]`: one command per verb, no logic. Heavy imports wait until a verb needs them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipelines.config import Config, ConfigError, compose
+from pipelines.terminal import Terminal
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+terminal = Terminal()
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Hydra overrides, such as +experiment=digits optim.lr=1e-3")
+]
+Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")]
+
+
+def main() -> None:
+    """Entry point: 0 done, 1 failed, 2 bad usage or configuration."""
+    try:
+        app(standalone_mode=True)
+    except ConfigError as error:
+        terminal.console.print(f"[bold red]configuration error[/]\n{_escape(error)}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        terminal.console.print("aborted")
+        sys.exit(130)
+    except Exception as error:
+        if not _is_expected(error):
+            raise
+        terminal.console.print(f"[bold red]error[/] {_escape(error)}")
+        sys.exit(1)
+
+
+@app.command()
+def up(as_json: Json = False) -> None:
+    """Start the local stack: S3 (SeaweedFS), MLflow, a Ray head. Example: ddpm up"""
+    from pipelines import stack
+
+    state = stack.up(report=lambda service, phase: terminal.stage(service, phase))
+    _show_status(as_json, {"home": str(state.home)})
+
+
+@app.command()
+def down(as_json: Json = False) -> None:
+    """Stop what `ddpm up` started; data stays. Example: ddpm down"""
+    from pipelines import stack
+
+    ended = stack.down(report=lambda service, phase: terminal.stage(service, phase))
+    if not ended:
+        terminal.stage("stack", "nothing is running")
+    _finish(as_json, {"stopped": ended})
+
+
+@app.command()
+def status(as_json: Json = False) -> None:
+    """Show the local stack and the URLs to open. Example: ddpm status"""
+    _show_status(as_json, {})
+
+
+@app.command()
+def ingest(
+    source: Annotated[str, typer.Argument(help="`digits`, or a folder of class folders")],
+    to: Annotated[str, typer.Option("--to", help="s3://BUCKET/PATH or file:///PATH to write to")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Write images as WebDataset shards. Example: ddpm ingest photos/ --to s3://ddpm/datasets/photos"""
+    from pipelines.connect import connect
+
+    folder = source != "digits"
+    defaults = ["data=folder", "model=unet_small", "data.num_classes=1"] if folder else ["data=digits"]
+    config = compose([*defaults, *_set("data.source", source), *_set("data.uri", to), *(overrides or [])])
+    config = connect(config, os.environ, ["s3"] if to.startswith("s3://") else [], report=terminal.stage)
+
+    from pipelines.shards.write import ingest as write
+    from pipelines.storage import Storage
+
+    data = config.data
+    with terminal.live():
+        done = write(
+            source,
+            data.uri,
+            Storage.of(config),
+            image_size=data.image_size,
+            channels=data.channels,
+            shard_samples=data.shard_samples,
+            test_fraction=data.test_fraction,
+            progress=terminal.counter("ingest", "images"),
+        )
+    dataset = done.dataset
+    for bad in done.bad:
+        terminal.stage("left out", f"{bad.origin}: {bad.reason}")
+    for name in done.empty_classes:
+        terminal.stage("empty", f"class {name} has no readable image")
+    counts = {split: dataset.samples(split) for split in dataset.splits}
+    terminal.stage("dataset", f"{data.uri}: {counts}, {len(dataset.classes)} classes, digest {dataset.digest[:12]}")
+    _finish(as_json, {"uri": data.uri, "digest": dataset.digest, "samples": counts, "left_out": len(done.bad)})
+
+
+@app.command()
+def train(overrides: Overrides = None, as_json: Json = False) -> None:
+    """Train, or resume the run of that name. Example: ddpm train +experiment=digits name=first"""
+    config = _connected(overrides)
+
+    from pipelines import flow
+    from pipelines.storage import Storage
+
+    with terminal.live():
+        result = flow.train_stage(config, Storage.of(config), _lineage(), terminal)
+    terminal.stage("train", f"{result.status} at {result.images_seen:,} images; runs:/{result.tracker.run_id}")
+    published = dataclasses.asdict(result.published) if result.published else None
+    _finish(
+        as_json,
+        {
+            "status": result.status,
+            "run_id": result.tracker.run_id,
+            "images_seen": result.images_seen,
+            "published": published,
+            "mlflow": result.tracker.url,
+        },
+    )
+
+
+@app.command()
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(help="runs:/ID[/IMAGES], models:/NAME@alias, models:/NAME/VERSION or a folder")
+    ],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Score a model against the real test split. Example: ddpm evaluate models:/digits@champion guidance.scale=2"""
+    config = _connected(overrides)
+
+    from pipelines import flow, models
+    from pipelines.storage import Storage
+
+    storage = Storage.of(config)
+    resolved = models.resolve(model, tracking_uri=config.tracking.uri, storage=storage)
+    chosen = any(o.lstrip("+").startswith(("guidance", "sampler")) for o in overrides or [])
+    settings = models.sampling_settings(config) if chosen else resolved.model.spec.sampling
+    with terminal.live():
+        scores, _ = flow.evaluate_stage(resolved, None, settings, config, storage, terminal)
+    _show_scores(scores)
+    _finish(as_json, dataclasses.asdict(scores))
+
+
+@app.command()
+def sample(
+    model: Annotated[
+        str, typer.Argument(help="runs:/ID[/IMAGES], models:/NAME@alias, models:/NAME/VERSION or a folder")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the PNGs and grid.png")],
+    labels: Annotated[str | None, typer.Option(help="Class names or indices, comma-separated; default all")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Images per label (in all, for a model without classes)")] = 1,
+    guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale; default the model's")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Network evaluations; default the model's")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once; does not change them")] = 64,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Draw images. Example: ddpm sample models:/digits@champion --labels 0,1,2 --guidance 2 --steps 50 --out samples"""
+    from pipelines.connect import connect
+
+    wanted = {"runs": ["s3", "mlflow"], "mode": ["mlflow"]}.get(model[:4], [])
+    config = connect(compose(overrides or []), os.environ, wanted, report=terminal.stage)
+
+    from pipelines import models
+    from pipelines.sampling import write_samples
+    from pipelines.storage import Storage
+
+    resolved = models.resolve(model, tracking_uri=config.tracking.uri, storage=Storage.of(config))
+    files = write_samples(
+        resolved.model,
+        out,
+        labels=labels,
+        count=count,
+        guidance=guidance,
+        steps=steps,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    terminal.stage("sample", f"{len(files) - 1} images and {files[-1]}")
+    _finish(as_json, {"files": [str(f) for f in files]})
+
+
+@app.command()
+def promote(
+    model: Annotated[str, typer.Argument(help="models:/NAME/VERSION")],
+    alias: Annotated[str, typer.Option(help="The alias to move")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Move an alias to a version if the gate allows it. Example: ddpm promote models:/digits/2 --alias champion"""
+    from pipelines.connect import connect
+
+    config = connect(compose(overrides or []), os.environ, ["mlflow"], report=terminal.stage)
+
+    from pipelines import registry, tracking
+
+    assert config.tracking.uri is not None
+    name, _, number = model.removeprefix("models:/").partition("/")
+    version = tracking.version(config.tracking.uri, name, number=number) if number.isdigit() else None
+    if version is None:
+        raise registry.RegistryError(f"{model} is not a registered version; write models:/NAME/VERSION")
+    verdict = registry.promote(config.tracking.uri, version, alias)
+    terminal.stage("gate", f"{'passed' if verdict.passed else 'refused'}: {verdict.reason}")
+    _finish(as_json, dataclasses.asdict(verdict))
+    if not verdict.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def flow(
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Draw a grid of the registered model into this folder")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Ingest, train, evaluate, register; finished stages are skipped. Example: ddpm flow +experiment=digits"""
+    config = _connected(overrides)
+
+    from pipelines import flow as whole
+    from pipelines import models
+    from pipelines.sampling import write_samples
+    from pipelines.storage import Storage
+
+    with terminal.live():
+        result = whole.run(config, _lineage(), terminal)
+    _show_scores(result.scores)
+    verdict = f"{'passed' if result.verdict.passed else 'refused'}: {result.verdict.reason}"
+    terminal.stage("gate", verdict)
+    terminal.stage("registry", f"{result.version.uri}, alias {config.registry.alias} {verdict.split(':')[0]}")
+    answer: dict[str, Any] = {
+        "scores": dataclasses.asdict(result.scores),
+        "model": result.version.uri,
+        "gate": dataclasses.asdict(result.verdict),
+        "skipped": result.skipped,
+        "run_id": result.tracker.run_id,
+        "mlflow": result.tracker.url,
+    }
+    if out is not None:
+        resolved = models.resolve(result.version.uri, tracking_uri=config.tracking.uri, storage=Storage.of(config))
+        answer["grid"] = str(write_samples(resolved.model, out, count=8)[-1])
+        terminal.stage("grid", answer["grid"])
+    terminal.stage("mlflow", result.tracker.url)
+    _finish(as_json, answer)
+
+
+def _connected(overrides: list[str] | None) -> Config:
+    """Compose, and have S3, MLflow and Ray at hand."""
+    from pipelines.connect import connect
+
+    config = compose(overrides or [])
+    return connect(config, os.environ, ["s3", "mlflow", "ray"], report=terminal.stage)
+
+
+def _show_status(as_json: bool, extra: dict[str, Any]) -> None:
+    from pipelines import stack
+
+    services = stack.status()
+    hints = {
+        "s3": "S3 endpoint",
+        "mlflow": "MLflow page",
+        "ray": "Ray dashboard; its token is in .ddpm/ray-token",
+    }
+    for service in services:
+        state = "healthy" if service.healthy else "running, does not answer" if service.running else "not running"
+        where = f"  {service.url}  ({hints[service.name]})" if service.url else ""
+        terminal.stage(service.name, f"{state}{where}")
+    plain = {s.name: {"running": s.running, "healthy": s.healthy, "url": s.url, "log": str(s.log)} for s in services}
+    _finish(as_json, {**extra, "services": plain})
+
+
+def _show_scores(scores: Any) -> None:
+    if scores.class_accuracy is not None:
+        terminal.stage(
+            "accuracy", f"{scores.class_accuracy:.4f} of {scores.n} samples (real test: {scores.real_accuracy:.4f})"
+        )
+    ratio = scores.frechet_distance / scores.floor
+    terminal.stage(
+        "distance",
+        f"Frechet {scores.frechet_distance:.2f} = {ratio:.2f} times the floor {scores.floor:.2f} of real test images "
+        f"(noise: {scores.ceiling:.0f})",
+    )
+
+
+def _finish(as_json: bool, answer: dict[str, Any]) -> None:
+    if as_json:
+        print(json.dumps(answer))
+
+
+def _lineage() -> dict[str, Any]:
+    """Which code trains: the git commit of the checkout, or the release."""
+    from importlib.metadata import version
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    commit = git("rev-parse", "HEAD")
+    dirty = commit and git("status", "--porcelain", "--untracked-files=no")
+    return {"code_version": version("ddpm-pipelines"), "git_commit": f"{commit}-dirty" if dirty else commit or None}
+
+
+def _set(key: str, value: str) -> Iterator[str]:
+    """An override whose value may hold any character."""
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    yield f"{key}='{escaped}'"
+
+
+def _escape(error: Exception) -> str:
+    from rich.markup import escape
+
+    return escape(str(error))
+
+
+def _is_expected(error: Exception) -> bool:
+    """Errors whose message is written for the user; anything else is a defect and shows its traceback."""
+    return type(error).__module__.startswith("pipelines.") and type(error).__name__.endswith("Error")

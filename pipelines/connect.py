@@ -1,0 +1,71 @@
+"""Where the services are: explicit configuration, else the environment, else the local stack, which is started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+
+from pipelines import stack
+from pipelines.config import Config, ConfigError
+from pipelines.stack import StackState
+
+Report = Callable[[str, str], None]
+
+
+def missing_services(config: Config, environ: Mapping[str, str], wanted: Collection[str]) -> list[str]:
+    """Which of `wanted` ("s3", "mlflow", "ray") neither the configuration nor the environment names."""
+    named = {
+        "s3": not config.storage.root.startswith("s3://")
+        or not config.storage.local_stack
+        or bool(config.storage.endpoint_url or environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL")),
+        "mlflow": bool(config.tracking.uri or environ.get("MLFLOW_TRACKING_URI")),
+        "ray": bool(config.cluster.address or environ.get("RAY_ADDRESS")),
+    }
+    return [service for service in stack.SERVICES if service in wanted and not named[service]]
+
+
+def fill(config: Config, environ: Mapping[str, str], state: StackState | None) -> Config:
+    """The configuration with every address explicit.
+
+    Raises:
+        ConfigError: the local stack is asked for a bucket that it does not have.
+    """
+    storage, track, cluster = config.storage, config.tracking, config.cluster
+    track = track.model_copy(update={"uri": track.uri or environ.get("MLFLOW_TRACKING_URI") or None})
+    cluster = cluster.model_copy(update={"address": cluster.address or environ.get("RAY_ADDRESS") or None})
+    if state is not None:
+        if state.s3_endpoint and "s3" in missing_services(config, environ, ["s3"]):
+            if storage.root != f"s3://{state.bucket}" and not storage.root.startswith(f"s3://{state.bucket}/"):
+                raise ConfigError(
+                    f"storage.root = {storage.root}: the local stack has the bucket {state.bucket}; "
+                    f"use storage.root=s3://{state.bucket}, or storage=s3 for another server"
+                )
+            storage = storage.model_copy(
+                update={"endpoint_url": state.s3_endpoint, "credentials_file": str(state.credentials_file)}
+            )
+        track = track.model_copy(update={"uri": track.uri or state.tracking_uri})
+        cluster = cluster.model_copy(update={"address": cluster.address or state.ray_address})
+    return config.model_copy(update={"storage": storage, "tracking": track, "cluster": cluster})
+
+
+def connect(
+    config: Config,
+    environ: Mapping[str, str],
+    wanted: Collection[str],
+    *,
+    home: Path | None = None,
+    report: Report | None = None,
+) -> Config:
+    """Start what of the local stack is needed and not running, and fill in all addresses.
+
+    Call it before ray is imported: a driver of the local Ray head needs `stack.ray_environment` by then.
+
+    Raises:
+        StackError: a service of the local stack does not come up.
+    """
+    missing = missing_services(config, environ, wanted)
+    state = stack.up(home, missing, report=report) if missing else None
+    if state is not None and "ray" in missing:
+        os.environ.update(stack.ray_environment(state.home))
+    return fill(config, environ, state)

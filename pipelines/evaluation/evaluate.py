@@ -1,0 +1,227 @@
+"""Scores of a model: samples as many and with the labels of the real test split, judged by the evaluator's features."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ddpm.generate import SamplingSettings, to_uint8
+from ddpm.interop import Model, ModelSpec
+from ddpm.models.unet import UNet
+from ddpm.quality import FeatureMoments, frechet_distance
+from pipelines.evaluation.features import EvaluatorNetwork, extract, train_evaluator
+from pipelines.shards.index import Dataset, DatasetError
+from pipelines.shards.read import Batch, ShardCache, ShardReader, default_cache_dir, read_split
+from pipelines.storage import Storage, join
+
+EVALUATOR_SEED = 0
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """A dataset's evaluator network.
+
+    Attributes:
+        digest: SHA-256 of its weights.
+        test_accuracy: on the real test split.
+    """
+
+    network: EvaluatorNetwork
+    digest: str
+    test_accuracy: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Quality of a model's samples; comparable only with scores of the same evaluator, n and seed.
+
+    Attributes:
+        frechet_distance: of the samples to the real train split.
+        floor: the same distance of the real test split: what n perfect samples get.
+        ceiling: the same distance of noise.
+        class_accuracy: share of samples that the evaluator takes for the class asked for; None without classes.
+        real_accuracy: the evaluator's accuracy on the real test split.
+        n: number of samples, that of the test split.
+        seed: of the samples' noise.
+        evaluator_digest: which features.
+        dataset_digest: which data.
+        sampling: settings that the samples were drawn with.
+    """
+
+    frechet_distance: float
+    floor: float
+    ceiling: float
+    class_accuracy: float | None
+    real_accuracy: float
+    n: int
+    seed: int
+    evaluator_digest: str
+    dataset_digest: str
+    sampling: dict[str, Any]
+
+    def metrics(self) -> dict[str, float]:
+        """As MLflow metrics."""
+        values = {
+            "eval/frechet_distance": self.frechet_distance,
+            "eval/frechet_floor": self.floor,
+            "eval/frechet_ceiling": self.ceiling,
+            "eval/frechet_over_floor": self.frechet_distance / self.floor,
+        }
+        return values if self.class_accuracy is None else values | {"eval/class_accuracy": self.class_accuracy}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores and the samples that they belong to, uint8 [N, H, W, C]."""
+
+    scores: Scores
+    samples: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+
+def open_splits(dataset: Dataset, storage: Storage, cache_dir: str | None, cache_gib: float) -> dict[str, Batch]:
+    """Every real sample, by split."""
+    cache = ShardCache(Path(cache_dir) if cache_dir else default_cache_dir(), int(cache_gib * 2**30))
+    return {split: read_split(ShardReader(dataset, split, storage, cache)) for split in ("train", "test")}
+
+
+def get_evaluator(dataset: Dataset, splits: dict[str, Batch], storage: Storage) -> Evaluator:
+    """The dataset's evaluator: read from beside it, or trained on its train split and stored there.
+
+    Raises:
+        DatasetError: the data has no labels to train on.
+    """
+    folder = join(dataset.uri, "evaluator", dataset.digest[:16])
+    network = EvaluatorNetwork(dataset.channels, dataset.image_size, max(len(dataset.classes), 1)).eval()
+    with tempfile.TemporaryDirectory(prefix="ddpm-evaluator-") as scratch:
+        path = Path(scratch) / "evaluator.safetensors"
+        if storage.exists(join(folder, "evaluator.json")):
+            storage.download(join(folder, path.name), path)
+            described = json.loads(storage.read(join(folder, "evaluator.json")))
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            if digest != described["digest"]:
+                raise DatasetError(f"{folder}: the evaluator's weights are not those that evaluator.json records")
+            network.load_state_dict(load_file(path))
+            return Evaluator(network, digest, described["test_accuracy"])
+        train, test = splits["train"], splits["test"]
+        if train.labels is None or test.labels is None:
+            raise DatasetError(f"{dataset.uri} has no labels: an evaluator is trained on classes")
+        network = train_evaluator(train.images, train.labels, len(dataset.classes), seed=EVALUATOR_SEED)
+        accuracy = (extract(network, test.images).predicted == test.labels).double().mean().item()
+        save_file(dict(network.state_dict()), path)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        storage.upload(path, join(folder, path.name))
+        described = {
+            "digest": digest,
+            "test_accuracy": accuracy,
+            "seed": EVALUATOR_SEED,
+            "dataset_digest": dataset.digest,
+        }
+        storage.write(join(folder, "evaluator.json"), json.dumps(described, indent=1).encode())
+        return Evaluator(network, digest, accuracy)
+
+
+def evaluate(
+    model: Model,
+    settings: SamplingSettings,
+    dataset: Dataset,
+    splits: dict[str, Batch],
+    evaluator: Evaluator,
+    *,
+    seed: int,
+    batch_size: int,
+    use_gpu: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Draw samples on the Ray cluster, as many and with the labels of the test split, and score them."""
+    test = splits["test"]
+    n = len(test.images)
+    labels = test.labels if model.spec.classes else None
+    samples = sample_on_ray(
+        model, settings, labels=labels, count=n, seed=seed, batch_size=batch_size, use_gpu=use_gpu, progress=progress
+    )
+    reference = FeatureMoments.of(extract(evaluator.network, splits["train"].images).features)
+
+    def distance(images: Tensor) -> float:
+        return frechet_distance(reference, FeatureMoments.of(extract(evaluator.network, images).features))
+
+    noise = torch.randn(test.images.shape, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1)
+    accuracy = None
+    if labels is not None:
+        accuracy = (extract(evaluator.network, samples).predicted == labels).double().mean().item()
+    scores = Scores(
+        frechet_distance=distance(samples),
+        floor=distance(test.images),
+        ceiling=distance(noise),
+        class_accuracy=accuracy,
+        real_accuracy=evaluator.test_accuracy,
+        n=n,
+        seed=seed,
+        evaluator_digest=evaluator.digest,
+        dataset_digest=dataset.digest,
+        sampling=json.loads(json.dumps(asdict(settings))),
+    )
+    return Evaluation(scores, to_uint8(samples).numpy(), (torch.zeros(n) if labels is None else labels).long().numpy())
+
+
+def sample_on_ray(
+    model: Model,
+    settings: SamplingSettings,
+    *,
+    labels: Tensor | None,
+    count: int,
+    seed: int,
+    batch_size: int,
+    use_gpu: bool,
+    progress: Callable[[int, int], None],
+) -> Tensor:
+    """Images in [-1, 1], [count, C, H, W]; chunks are Ray tasks, and image i is the same in every chunking.
+
+    Values are rounded to the 256 levels of a picture, because that is what a user of the model receives.
+    """
+    weights = ray.put({name: tensor.cpu() for name, tensor in model.network.state_dict().items()})
+    spec = ray.put(model.spec)
+    task = _sample_chunk.options(num_cpus=1, num_gpus=1 if use_gpu else 0)
+    pending: dict[Any, int] = {}
+    for first in range(0, count, batch_size):
+        numbers = torch.arange(first, min(first + batch_size, count))
+        some = None if labels is None else labels[numbers]
+        pending[task.remote(spec, weights, settings, some, numbers, seed)] = first
+    parts: dict[int, Tensor] = {}
+    while pending:
+        done, _ = ray.wait(list(pending), num_returns=1)
+        parts[pending.pop(done[0])] = torch.from_numpy(ray.get(done[0]).copy())
+        progress(sum(len(part) for part in parts.values()), count)
+    pixels = torch.cat([parts[first] for first in sorted(parts)])
+    return (pixels.permute(0, 3, 1, 2).float() / 127.5) - 1
+
+
+@ray.remote
+def _sample_chunk(
+    spec: ModelSpec,
+    weights: dict[str, Tensor],
+    settings: SamplingSettings,
+    labels: Tensor | None,
+    numbers: Tensor,
+    seed: int,
+) -> NDArray[np.uint8]:
+    torch.set_num_threads(1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = UNet(spec.network)
+    network.load_state_dict(weights)
+    model = Model(spec, network.eval().requires_grad_(False).to(device))
+    on_device = None if labels is None else labels.to(device)
+    images = model.generate(on_device, settings=settings, seed=seed, images=numbers.to(device), batch_size=len(numbers))
+    return to_uint8(images).cpu().numpy()

@@ -1,0 +1,124 @@
+"""From a scored checkpoint to a registered, aliased model: package, register, gate."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import ddpm
+from ddpm.interop import Model, save_model
+from pipelines import served_model, tracking
+from pipelines.evaluation.evaluate import Scores
+from pipelines.tracking import ModelVersion, Tracker
+
+ACCURACY_TOLERANCE = 0.01
+
+
+class RegistryError(RuntimeError):
+    """The registry does not have what was asked for."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an alias may move, and why."""
+
+    passed: bool
+    reason: str
+
+
+def gate(candidate: Scores, champion: Scores | None) -> Verdict:
+    """Better than the alias's current version: nearer to real images, at no loss of class accuracy beyond a point.
+
+    Scores of another evaluator, data, n or seed are not comparable, and the alias stays.
+    """
+    if champion is None:
+        return Verdict(True, "the alias has no version yet")
+    for name in ("evaluator_digest", "dataset_digest", "n", "seed"):
+        mine, theirs = getattr(candidate, name), getattr(champion, name)
+        if mine != theirs:
+            return Verdict(False, f"scores do not compare: {name} is {mine} here and {theirs} at the alias")
+    distances = f"Frechet distance {candidate.frechet_distance:.3f} against {champion.frechet_distance:.3f}"
+    if candidate.frechet_distance >= champion.frechet_distance:
+        return Verdict(False, f"not better: {distances}")
+    if (candidate.class_accuracy or 0) < (champion.class_accuracy or 0) - ACCURACY_TOLERANCE:
+        return Verdict(
+            False, f"class accuracy falls from {champion.class_accuracy:.4f} to {candidate.class_accuracy:.4f}"
+        )
+    return Verdict(True, f"better: {distances}")
+
+
+def package(tracker: Tracker, model: Model) -> str:
+    """Store a model in its run as an MLflow pyfunc that carries the code it needs; its address."""
+    labels = np.arange(2, dtype=np.int64)
+    shape = (2, model.spec.image_size, model.spec.image_size, model.spec.network.out_channels)
+    example = (
+        _table(labels),
+        np.zeros(shape, dtype=np.uint8),
+        {"guidance_scale": -1.0, "steps": 0, "seed": 0},
+    )
+    requirements = [f"{name}=={_release(name)}" for name in ("mlflow", "torch", "numpy", "safetensors")]
+    with tempfile.TemporaryDirectory(prefix="ddpm-package-") as scratch:
+        folder = Path(scratch) / "model"
+        save_model(folder, model.spec, model.network.state_dict())
+        code = Path(served_model.__file__)
+        return tracking.log_pyfunc(tracker, folder, code, [Path(ddpm.__path__[0])], requirements, example)
+
+
+def register(
+    tracker: Tracker, name: str, source: str, scores: Scores, lineage: Mapping[str, Any], model_digest: str
+) -> ModelVersion:
+    """A new version with the evidence that a gate asks for in its tags."""
+    tags = {
+        "scores": json.dumps(asdict(scores)),
+        "frechet_distance": f"{scores.frechet_distance:.4f}",
+        "class_accuracy": "" if scores.class_accuracy is None else f"{scores.class_accuracy:.4f}",
+        "model_digest": model_digest,
+        "dataset_digest": scores.dataset_digest,
+        "sampling": json.dumps(scores.sampling),
+        **{key: str(value) for key, value in lineage.items()},
+    }
+    return tracking.register(tracker, name, source, tags)
+
+
+def promote(uri: str, candidate: ModelVersion, alias: str) -> Verdict:
+    """Move an alias to a version if the gate lets it through; the verdict is tagged onto the version either way."""
+    current = tracking.version(uri, candidate.name, alias=alias)
+    if current is not None and current.version == candidate.version:
+        return Verdict(True, f"the alias {alias} is there already")
+    scores = scores_of(candidate)
+    if scores is None:
+        verdict = Verdict(False, "the version carries no scores: evaluate and register it first")
+    else:
+        verdict = gate(scores, None if current is None else scores_of(current))
+    if verdict.passed:
+        tracking.set_alias(uri, candidate.name, alias, candidate.version)
+    tags = {f"gate.{alias}": f"{'passed' if verdict.passed else 'refused'}: {verdict.reason}"}
+    tracking.set_version_tags(uri, candidate.name, candidate.version, tags)
+    return verdict
+
+
+def scores_of(version: ModelVersion) -> Scores | None:
+    """The scores in a version's tags."""
+    text = version.tags.get("scores")
+    if text is None:
+        return None
+    plain = json.loads(text)
+    return Scores(**{f.name: plain[f.name] for f in fields(Scores)})
+
+
+def _table(labels: Any) -> Any:
+    import pandas
+
+    return pandas.DataFrame({"label": labels})
+
+
+def _release(name: str) -> str:
+    """An installed version without its local part ("2.13.0+cpu"), which no index serves."""
+    return installed(name).split("+")[0]

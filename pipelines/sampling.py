@@ -1,0 +1,86 @@
+"""`ddpm sample`: images of a model as PNG files and a grid."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from ddpm.generate import to_uint8
+from ddpm.interop import Model
+from pipelines.config import suggest
+from pipelines.evaluation.plots import label_grid
+from pipelines.models import ModelError
+
+
+def write_samples(
+    model: Model,
+    out: Path,
+    *,
+    labels: str | None = None,
+    count: int = 1,
+    guidance: float | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> list[Path]:
+    """Write `count` images per label as PNGs, and `grid.png` with one column per label; the paths, the grid's last.
+
+    Raises:
+        ModelError: labels that the model does not have, or more steps than its schedule.
+    """
+    settings = model.spec.sampling
+    if guidance is not None:
+        settings = replace(settings, scale=guidance)
+    if steps is not None:
+        if steps > model.schedule.num_steps:
+            raise ModelError(f"steps must be in 1..{model.schedule.num_steps} for this model, got {steps}")
+        settings = replace(settings, steps=steps)
+    chosen = parse_labels(labels, model.spec.classes)
+    columns = len(chosen) or count
+    every = torch.tensor(chosen * count) if chosen else None
+    device = next(model.network.parameters()).device
+    images = model.generate(
+        None if every is None else every.to(device),
+        seed=seed,
+        settings=settings,
+        images=torch.arange(len(chosen) * count or count, device=device),
+        batch_size=batch_size,
+    )
+    pixels = to_uint8(images).cpu().numpy()
+    out.mkdir(parents=True, exist_ok=True)
+    files = []
+    for i, image in enumerate(pixels):
+        name = f"{i:05d}" + (f"-{model.spec.classes[chosen[i % columns]]}" if chosen else "")
+        files.append(out / f"{name}.png")
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(files[-1])
+    grid = label_grid(pixels, columns, tuple(model.spec.classes[c] for c in chosen))
+    files.append(out / "grid.png")
+    Image.fromarray(grid).save(files[-1])
+    return files
+
+
+def parse_labels(labels: str | None, classes: tuple[str, ...]) -> list[int]:
+    """Class indices from names or indices; every class where nothing is said.
+
+    Raises:
+        ModelError: a label that is neither.
+    """
+    if not classes:
+        if labels is not None:
+            raise ModelError("this model has no classes: leave --labels out")
+        return []
+    if labels is None:
+        return list(range(len(classes)))
+    chosen = []
+    for word in (part.strip() for part in labels.split(",")):
+        if word in classes:
+            chosen.append(classes.index(word))
+        elif word.isdigit() and int(word) < len(classes):
+            chosen.append(int(word))
+        else:
+            shown = ", ".join(classes[:20]) + (", …" if len(classes) > 20 else "")
+            raise ModelError(f"no class {word!r}; the model has: {shown}.{suggest(word, classes)}")
+    return chosen

@@ -1,0 +1,84 @@
+"""What a person sees: stages, bars where stderr is a terminal, plain lines where it is not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+PLAIN_EVERY_S = 5.0
+
+
+class Terminal:
+    """`Display` on stderr; stdout is left to results."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.progress: Progress | None = None
+
+    @contextmanager
+    def live(self) -> Iterator[Terminal]:
+        """Bars are drawn inside this block."""
+        if not self.console.is_terminal:
+            yield self
+            return
+        columns: list[ProgressColumn] = [
+            TextColumn("{task.description:>10}"),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[detail]}"),
+            TimeRemainingColumn(compact=True),
+        ]
+        with Progress(*columns, console=self.console, transient=False) as self.progress:
+            yield self
+        self.progress = None
+
+    def stage(self, name: str, text: str) -> None:
+        """A line of a stage."""
+        self.console.print(Text.assemble((f"{name:>10}", "bold cyan"), "  ", text))
+
+    def counter(self, description: str, unit: str) -> Callable[[int, int], None]:
+        """A bar over a known number of things; call it with (done, total)."""
+        show = self._meter(description)
+
+        def update(done: int, total: int) -> None:
+            show(done, total, f"{done:,} {unit}")
+
+        return update
+
+    def training(self, images: int, resumes_at: int) -> Callable[[dict[str, float]], None]:
+        """The bar of a training; call it with what rank 0 reports."""
+        show = self._meter("train")
+        began: list[tuple[float, float]] = []
+
+        def update(values: dict[str, float]) -> None:
+            seen, loss = values.get("images_seen", resumes_at), values.get("loss")
+            if not began:
+                began.append((time.monotonic(), seen))
+            elapsed = time.monotonic() - began[0][0]
+            rate = (seen - began[0][1]) / elapsed if elapsed > 1 else 0.0
+            left = f", {(images - seen) / rate:,.0f} s left" if rate and not self.progress else ""
+            detail = f"{min(seen, images):,.0f} images, {rate:,.0f}/s" + (
+                f", loss {loss:.4f}" if loss is not None else ""
+            )
+            show(min(seen, images), images, detail + left)
+
+        return update
+
+    def _meter(self, description: str) -> Callable[[float, float, str], None]:
+        if self.progress is not None:
+            progress = self.progress
+            task = progress.add_task(description, total=None, detail="starting")
+            return lambda done, total, detail: progress.update(task, completed=done, total=total, detail=detail)
+        said = [-PLAIN_EVERY_S]
+
+        def line(done: float, total: float, detail: str) -> None:
+            if time.monotonic() - said[0] >= PLAIN_EVERY_S or (done >= total and said[0] != float("inf")):
+                said[0] = float("inf") if done >= total else time.monotonic()
+                self.stage(description, f"{done / total:4.0%}  {detail}")
+
+        return line

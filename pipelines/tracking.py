@@ -1,0 +1,325 @@
+"""The one door to MLflow: runs, metrics, pictures, artifacts and the model registry.
+
+One training run is one MLflow run, found again by its name whatever crashed in between; steps are images seen.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunStatus, RunTag, ViewType
+from mlflow.exceptions import MlflowException
+from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
+
+RUN_TAG = "ddpm.run"
+
+
+class TrackingError(RuntimeError):
+    """MLflow cannot be reached, or does not have what was asked for; says how to fix it."""
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """A registered model version.
+
+    Attributes:
+        run_id: the run that it came from.
+        aliases: aliases that point to it now.
+    """
+
+    name: str
+    version: str
+    run_id: str
+    tags: dict[str, str]
+    aliases: tuple[str, ...]
+
+    @property
+    def uri(self) -> str:
+        """models:/NAME/VERSION."""
+        return f"models:/{self.name}/{self.version}"
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """One MLflow run. Pickles, so that driver, workers and evaluation write to the same one."""
+
+    uri: str
+    run_id: str
+
+    @property
+    def client(self) -> MlflowClient:
+        """A client per process."""
+        return _client(self.uri)
+
+    @property
+    def url(self) -> str:
+        """The page of the run."""
+        return f"{self.uri}/#/experiments/{self.client.get_run(self.run_id).info.experiment_id}/runs/{self.run_id}"
+
+    def params(self, params: Mapping[str, Any]) -> None:
+        """Record flat parameters; those that are recorded already with the same value stay."""
+        known = self.client.get_run(self.run_id).data.params
+        fresh = [Param(k, str(v)[:6000]) for k, v in params.items() if k not in known]
+        for i in range(0, len(fresh), 100):
+            self.client.log_batch(self.run_id, params=fresh[i : i + 100])
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Points of curves at `step` images seen."""
+        now = int(time.time() * 1000)
+        self.client.log_batch(self.run_id, metrics=[Metric(k, float(v), now, step) for k, v in values.items()])
+
+    def metric(self, key: str) -> list[tuple[int, float]]:
+        """A recorded curve as (step, value)."""
+        return [(m.step, m.value) for m in self.client.get_metric_history(self.run_id, key)]
+
+    def image(self, key: str, pixels: NDArray[Any], step: int) -> None:
+        """A picture, uint8 [H, W, C], under a key whose pictures the page shows with a step slider."""
+        self.client.log_image(self.run_id, pixels, key=key, step=step, synchronous=True)
+
+    def file(self, path: Path, folder: str | None = None) -> None:
+        """A file as an artifact."""
+        self.client.log_artifact(self.run_id, str(path), folder)
+
+    def text(self, text: str, name: str) -> None:
+        """A text file as an artifact."""
+        self.client.log_text(self.run_id, text, name)
+
+    def read_text(self, name: str) -> str:
+        """A text artifact."""
+        with tempfile.TemporaryDirectory(prefix="ddpm-artifact-") as scratch:
+            return Path(self.client.download_artifacts(self.run_id, name, scratch)).read_text()
+
+    def names(self, folder: str) -> list[str]:
+        """Artifact paths in a folder."""
+        return [info.path for info in self.client.list_artifacts(self.run_id, folder)]
+
+    def tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags."""
+        self.client.log_batch(self.run_id, tags=[RunTag(k, str(v)) for k, v in tags.items()])
+
+    def tag(self, key: str) -> str | None:
+        """A tag's value."""
+        return self.client.get_run(self.run_id).data.tags.get(key)
+
+    def status(self, status: str) -> None:
+        """RUNNING, FINISHED, FAILED or KILLED."""
+        if status == "RUNNING":
+            self.client.update_run(self.run_id, status=status)
+        else:
+            self.client.set_terminated(self.run_id, status=RunStatus.to_string(RunStatus.from_string(status)))
+
+
+class MetricLog:
+    """Curves of a run from one process: nothing twice after a restart, nothing lost while the server is away.
+
+    Points at or below the last recorded step are skipped; points that could not be sent wait for the next call.
+    """
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.tracker = tracker
+        self.last = max((step for step, _ in tracker.metric("train/loss")), default=-1)
+        self.waiting: list[tuple[dict[str, float], int]] = []
+
+    def add(self, values: Mapping[str, float], step: int) -> None:
+        """Record points at `step` images seen."""
+        if step > self.last:
+            self.waiting.append((dict(values), step))
+            with self.tolerant():
+                self.flush()
+
+    def flush(self) -> None:
+        """Send what waits."""
+        while self.waiting:
+            values, step = self.waiting[0]
+            self.tracker.metrics(values, step)
+            self.last = step
+            self.waiting.pop(0)
+
+    @staticmethod
+    @contextmanager
+    def tolerant() -> Iterator[None]:
+        """Training goes on when the server does not answer; says so in the log."""
+        try:
+            yield
+        except MlflowException as error:
+            logger.warning("MLflow does not answer, training goes on: %s", error.message.splitlines()[0])
+
+
+def open_run(uri: str, experiment: str, name: str, tags: Mapping[str, str]) -> tuple[Tracker, bool]:
+    """The run of a name in an experiment and whether it was there before; opened where there is none.
+
+    Raises:
+        TrackingError: no MLflow server answers at `uri`.
+    """
+    client = _client(uri)
+    found_experiment = _answering(uri, client.get_experiment_by_name, experiment)
+    if found_experiment is None:
+        try:
+            experiment_id = client.create_experiment(experiment)
+        except MlflowException:  # another run was faster
+            experiment_id = client.get_experiment_by_name(experiment).experiment_id
+    else:
+        experiment_id = found_experiment.experiment_id
+    found = _named(client, [experiment_id], name)
+    if found is not None:
+        return Tracker(uri, found), True
+    run = client.create_run(experiment_id, run_name=name, tags={**tags, RUN_TAG: name})
+    return Tracker(uri, run.info.run_id), False
+
+
+def find_run(uri: str, experiment: str, name: str) -> Tracker | None:
+    """The run of a name, if there is one."""
+    client = _client(uri)
+    found_experiment = _answering(uri, client.get_experiment_by_name, experiment)
+    run_id = None if found_experiment is None else _named(client, [found_experiment.experiment_id], name)
+    return None if run_id is None else Tracker(uri, run_id)
+
+
+def get_run(uri: str, run_id: str) -> Tracker:
+    """The run of an ID.
+
+    Raises:
+        TrackingError: there is none.
+    """
+    try:
+        _client(uri).get_run(run_id)
+    except MlflowException as error:
+        raise TrackingError(f"no run {run_id} at {uri}: {error.message}") from error
+    return Tracker(uri, run_id)
+
+
+def log_pyfunc(
+    tracker: Tracker,
+    folder: Path,
+    code: Path,
+    packages: Iterable[Path],
+    requirements: list[str],
+    example: Any,
+) -> str:
+    """Store a models-from-code pyfunc with a model folder in the run; the address of what was stored.
+
+    Args:
+        folder: the model folder, the artifact "model" of the pyfunc.
+        code: the module that defines the pyfunc.
+        packages: source folders that travel with it.
+        example: (inputs, outputs, params) from which the signature is inferred.
+    """
+    from mlflow.models import infer_signature
+
+    inputs, outputs, params = example
+    mlflow.set_tracking_uri(tracker.uri)
+    with mlflow.start_run(run_id=tracker.run_id, log_system_metrics=False):
+        info = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(code),
+            artifacts={"model": str(folder)},
+            code_paths=[str(p) for p in packages],
+            pip_requirements=requirements,
+            signature=infer_signature(inputs, outputs, params=params),
+        )
+    tracker.status("FINISHED")
+    return str(info.model_uri)
+
+
+def register(tracker: Tracker, name: str, source: str, tags: Mapping[str, str]) -> ModelVersion:
+    """A new version of a registered model, from what `log_pyfunc` stored."""
+    client = tracker.client
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    created = client.create_model_version(
+        name, source, run_id=tracker.run_id, tags={k: str(v)[:4900] for k, v in tags.items()}
+    )
+    return ModelVersion(name, str(created.version), tracker.run_id, dict(tags), ())
+
+
+def version(uri: str, name: str, *, alias: str | None = None, number: str | None = None) -> ModelVersion | None:
+    """A version by alias or number, None where there is none."""
+    client = _client(uri)
+    try:
+        found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise TrackingError(f"cannot read {name} from the registry at {uri}: {error.message}") from error
+    return ModelVersion(name, str(found.version), found.run_id, dict(found.tags), tuple(found.aliases))
+
+
+def versions(uri: str, name: str) -> list[ModelVersion]:
+    """Every version of a registered model, newest first."""
+    found = _client(uri).search_model_versions(f"name = '{name}'")
+    numbered = sorted(found, key=lambda v: -int(v.version))
+    return [ModelVersion(name, str(v.version), v.run_id, dict(v.tags), tuple(v.aliases)) for v in numbered]
+
+
+def set_alias(uri: str, name: str, alias: str, number: str) -> None:
+    """Move an alias."""
+    _client(uri).set_registered_model_alias(name, alias, number)
+
+
+def set_version_tags(uri: str, name: str, number: str, tags: Mapping[str, str]) -> None:
+    """Set tags of a version."""
+    for key, value in tags.items():
+        _client(uri).set_model_version_tag(name, number, key, value)
+
+
+def download_version(uri: str, found: ModelVersion, folder: Path) -> Path:
+    """The model folder inside a registered pyfunc, fetched below `folder`."""
+    mlflow.set_tracking_uri(uri)
+    local = mlflow.artifacts.download_artifacts(found.uri, dst_path=str(folder))
+    return Path(local) / "artifacts" / "model"
+
+
+def load_pyfunc(uri: str, model_uri: str) -> Any:
+    """A registered model as MLflow's pyfunc."""
+    mlflow.set_tracking_uri(uri)
+    return mlflow.pyfunc.load_model(model_uri)
+
+
+def to_json(value: Any) -> str:
+    """JSON as artifacts hold it."""
+    return json.dumps(value, indent=1, sort_keys=True)
+
+
+@lru_cache(maxsize=4)
+def _client(uri: str) -> MlflowClient:
+    # A server that is away must not hold a command for MLflow's default of minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _named(client: MlflowClient, experiments: list[str], name: str) -> str | None:
+    runs = client.search_runs(experiments, f"tags.`{RUN_TAG}` = '{name}'", ViewType.ACTIVE_ONLY, max_results=1)
+    return runs[0].info.run_id if runs else None
+
+
+def _answering(uri: str, call: Any, *args: Any) -> Any:
+    try:
+        return call(*args)
+    except MlflowException as error:
+        raise TrackingError(
+            f"no answer from MLflow at {uri}: {error.message.splitlines()[0]}. "
+            "Check tracking.uri and MLFLOW_TRACKING_URI, or start the local stack with `ddpm up`"
+        ) from error
