@@ -49,7 +49,7 @@ def q_posterior(
 
 
 def reverse_variance(t: int, s: int, schedule: NoiseSchedule, kind: str) -> Tensor:
-    """The fixed variance of p(x_s | x_t), float64: the posterior's ("small") or beta_{t|s} ("large") (DDPM, sec. 3.2)."""
+    """Fixed variance of p(x_s | x_t), float64: the posterior's ("small") or beta_{t|s} ("large"); DDPM, sec. 3.2."""
     bar_t, bar_s = schedule.alpha_bar(t), schedule.alpha_bar(s)
     beta = 1 - bar_t / bar_s
     if kind == "large":

@@ -204,7 +204,7 @@ def register_stage(
     display.stage("register", f"as {name}")
     settings = scores.sampling | {"interval": tuple(scores.sampling["interval"])}
     spec = replace(resolved.model.spec, sampling=SamplingSettings(**settings))
-    source = registry.package(tracker, replace(resolved.model, spec=spec))
-    version = registry.register(tracker, name, source, scores, spec.lineage, published.digest)
+    model_id = registry.package(tracker, replace(resolved.model, spec=spec))
+    version = registry.register(tracker, name, model_id, scores, spec.lineage, published.digest)
     verdict = registry.promote(tracker.uri, version, alias)
     return version, verdict, True

@@ -14,7 +14,7 @@ import numpy as np
 
 import ddpm
 from ddpm.interop import Model, save_model
-from pipelines import served_model, tracking
+from pipelines import tracking
 from pipelines.evaluation.evaluate import Scores
 from pipelines.tracking import ModelVersion, Tracker
 
@@ -55,7 +55,7 @@ def gate(candidate: Scores, champion: Scores | None) -> Verdict:
 
 
 def package(tracker: Tracker, model: Model) -> str:
-    """Store a model in its run as an MLflow pyfunc that carries the code it needs; its address."""
+    """Store a model in its run as an MLflow pyfunc that carries the code it needs; the ID of the logged model."""
     labels = np.arange(2, dtype=np.int64)
     shape = (2, model.spec.image_size, model.spec.image_size, model.spec.network.out_channels)
     example = (
@@ -67,12 +67,12 @@ def package(tracker: Tracker, model: Model) -> str:
     with tempfile.TemporaryDirectory(prefix="ddpm-package-") as scratch:
         folder = Path(scratch) / "model"
         save_model(folder, model.spec, model.network.state_dict())
-        code = Path(served_model.__file__)
+        code = Path(__file__).with_name("served_model.py")
         return tracking.log_pyfunc(tracker, folder, code, [Path(ddpm.__path__[0])], requirements, example)
 
 
 def register(
-    tracker: Tracker, name: str, source: str, scores: Scores, lineage: Mapping[str, Any], model_digest: str
+    tracker: Tracker, name: str, model_id: str, scores: Scores, lineage: Mapping[str, Any], model_digest: str
 ) -> ModelVersion:
     """A new version with the evidence that a gate asks for in its tags."""
     tags = {
@@ -84,7 +84,7 @@ def register(
         "sampling": json.dumps(scores.sampling),
         **{key: str(value) for key, value in lineage.items()},
     }
-    return tracking.register(tracker, name, source, tags)
+    return tracking.register(tracker, name, model_id, tags)
 
 
 def promote(uri: str, candidate: ModelVersion, alias: str) -> Verdict:

@@ -22,7 +22,8 @@ class DiffusionModel(mlflow.pyfunc.PythonModel):
         self.model = load_model(Path(context.artifacts["model"]), device)
         self.device = device
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> Any:
+    # Without annotations: MLflow would take them for a schema; the logged signature is the schema.
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """One image per row.
 
         Args:

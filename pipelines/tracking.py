@@ -10,6 +10,7 @@ import logging
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from mlflow.exceptions import MlflowException
 from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
+logging.getLogger("mlflow.store.model_registry").setLevel(logging.WARNING)
 
 RUN_TAG = "ddpm.run"
 
@@ -215,7 +217,7 @@ def log_pyfunc(
     requirements: list[str],
     example: Any,
 ) -> str:
-    """Store a models-from-code pyfunc with a model folder in the run; the address of what was stored.
+    """Store a models-from-code pyfunc with a model folder in the run; the ID of the logged model.
 
     Args:
         folder: the model folder, the artifact "model" of the pyfunc.
@@ -227,7 +229,9 @@ def log_pyfunc(
 
     inputs, outputs, params = example
     mlflow.set_tracking_uri(tracker.uri)
-    with mlflow.start_run(run_id=tracker.run_id, log_system_metrics=False):
+    # MLflow's hints (type hints, input examples, nullable integers) are for whoever writes the model, not for who trains.
+    with warnings.catch_warnings(), mlflow.start_run(run_id=tracker.run_id, log_system_metrics=False):
+        warnings.simplefilter("ignore")
         info = mlflow.pyfunc.log_model(
             name="model",
             python_model=str(code),
@@ -237,10 +241,10 @@ def log_pyfunc(
             signature=infer_signature(inputs, outputs, params=params),
         )
     tracker.status("FINISHED")
-    return str(info.model_uri)
+    return str(info.model_id)
 
 
-def register(tracker: Tracker, name: str, source: str, tags: Mapping[str, str]) -> ModelVersion:
+def register(tracker: Tracker, name: str, model_id: str, tags: Mapping[str, str]) -> ModelVersion:
     """A new version of a registered model, from what `log_pyfunc` stored."""
     client = tracker.client
     try:
@@ -249,7 +253,11 @@ def register(tracker: Tracker, name: str, source: str, tags: Mapping[str, str]) 
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     created = client.create_model_version(
-        name, source, run_id=tracker.run_id, tags={k: str(v)[:4900] for k, v in tags.items()}
+        name,
+        f"models:/{model_id}",
+        run_id=tracker.run_id,
+        model_id=model_id,
+        tags={k: str(v)[:4900] for k, v in tags.items()},
     )
     return ModelVersion(name, str(created.version), tracker.run_id, dict(tags), ())
 

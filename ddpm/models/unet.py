@@ -114,10 +114,10 @@ class ResnetBlock(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention over positions, with a residual path."""
 
-    def __init__(self, config: UNetConfig, channels: int) -> None:
+    def __init__(self, config: UNetConfig, channels: int, *, norm: bool = True) -> None:
         super().__init__()
         self.heads = channels // config.head_dim
-        self.group_norm = nn.GroupNorm(config.norm_groups, channels, eps=1e-5)
+        self.group_norm = nn.GroupNorm(config.norm_groups, channels, eps=1e-5) if norm else None
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -125,7 +125,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2)
+        tokens = (x if self.group_norm is None else self.group_norm(x)).flatten(2).transpose(1, 2)
         weight = torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])
         bias = torch.cat([self.to_q.bias, self.to_k.bias, self.to_v.bias])
         qkv = F.linear(tokens, weight, bias).view(batch, height * width, 3, self.heads, -1)
@@ -177,7 +177,8 @@ class MidBlock(nn.Module):
 
     def __init__(self, config: UNetConfig, channels: int, time_dim: int) -> None:
         super().__init__()
-        self.attentions = nn.ModuleList([Attention(config, channels)])
+        # diffusers leaves this norm out where the time embedding scales and shifts; the parameters have to match.
+        self.attentions = nn.ModuleList([Attention(config, channels, norm=not config.scale_shift)])
         self.resnets = nn.ModuleList([ResnetBlock(config, channels, channels, time_dim) for _ in range(2)])
 
     def forward(self, x: Tensor, activated_time: Tensor) -> Tensor:

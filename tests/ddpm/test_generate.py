@@ -1,0 +1,50 @@
+import pytest
+import torch
+
+from ddpm.generate import SamplingSettings, generate, to_uint8
+from ddpm.schedule import make_schedule
+from tests.ddpm.exact import GaussianDenoiser
+
+SCHEDULE = make_schedule("cosine")
+EXACT = GaussianDenoiser(SCHEDULE, std=0.1)
+
+
+def draw(settings, **options):
+    options = {"labels": torch.zeros(6, dtype=torch.long), "shape": (1, 4, 4), "seed": 3, **options}
+    return generate(EXACT, SCHEDULE, settings, **options)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SamplingSettings(steps=10),
+        SamplingSettings(steps=10, scale=2.0),
+        SamplingSettings(steps=10, eta=1.0),
+        SamplingSettings(kind="ancestral", steps=10),
+    ],
+)
+def test_the_same_seed_gives_the_same_images_in_any_batching(settings):
+    whole = draw(settings, batch_size=64)
+    assert whole.shape == (6, 1, 4, 4)
+    assert (to_uint8(draw(settings, batch_size=4)).int() - to_uint8(whole).int()).abs().max() <= 1
+    some = draw(settings, labels=torch.zeros(2, dtype=torch.long), images=torch.tensor([4, 1]))
+    torch.testing.assert_close(some, whole[[4, 1]], rtol=1e-4, atol=1e-4)
+    assert not torch.equal(draw(settings, seed=4), whole)
+
+
+def test_unconditional_images_need_a_count():
+    assert draw(SamplingSettings(steps=5), labels=None, count=3).shape == (3, 1, 4, 4)
+    with pytest.raises(ValueError, match="number of images"):
+        draw(SamplingSettings(steps=5), labels=None)
+
+
+def test_images_stay_within_range_and_round_to_grey_levels():
+    pixels = to_uint8(torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).reshape(1, 1, 1, 5))
+    assert pixels.shape == (1, 1, 5, 1)
+    assert pixels.flatten().tolist() == [0, 0, 128, 255, 255]
+
+
+@pytest.mark.parametrize("bad", [{"kind": "euler"}, {"scale": -1.0}])
+def test_unknown_samplers_and_negative_scales_are_refused(bad):
+    with pytest.raises(ValueError, match=r"sampler|scale"):
+        SamplingSettings(**bad)

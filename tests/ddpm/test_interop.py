@@ -1,0 +1,54 @@
+import json
+
+import pytest
+import torch
+
+from ddpm.generate import SamplingSettings
+from ddpm.interop import ModelSpec, load_model, save_model
+from ddpm.models.unet import UNet, UNetConfig
+
+CONFIG = UNetConfig(1, 1, (32, 64), 1, (False, True), 32, num_classes=2)
+SPEC = ModelSpec(
+    CONFIG,
+    {"kind": "cosine", "num_steps": 100, "s": 0.01},
+    "v",
+    8,
+    ("cat", "dog"),
+    SamplingSettings(scale=2.0, interval=(0.1, 0.9), steps=5),
+    {"run": "test"},
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(0)
+    save_model(tmp_path / "model", SPEC, UNet(CONFIG).state_dict())
+    return tmp_path / "model"
+
+
+def test_a_saved_model_comes_back_with_everything_it_needs_to_sample(folder):
+    model = load_model(folder)
+    torch.manual_seed(0)
+    reference = UNet(CONFIG).state_dict()
+    assert model.spec == SPEC
+    assert all(torch.equal(w, reference[name]) for name, w in model.network.state_dict().items())
+    assert model.generate(torch.tensor([0, 1, 1]), seed=1).shape == (3, 1, 8, 8)
+    assert model.schedule.num_steps == 100
+
+
+def test_labels_that_the_model_does_not_have_are_refused(folder):
+    with pytest.raises(ValueError, match=r"labels must be in 0\.\.1"):
+        load_model(folder).generate(torch.tensor([2]))
+
+
+def test_damaged_folders_are_refused_with_the_reason(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"model\.json is missing"):
+        load_model(tmp_path)
+    plain = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps({**plain, "format_version": 99}))
+    with pytest.raises(ValueError, match="version 99"):
+        load_model(folder)
+    plain["network"]["channels"] = [64, 64]
+    (folder / "model.json").write_text(json.dumps(plain))
+    with pytest.raises(ValueError, match="do not fit"):
+        load_model(folder)

@@ -1,0 +1,100 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ddpm import schedule as schedules
+from ddpm.schedule import NoiseSchedule, from_betas, from_log_snr, make_schedule
+
+KINDS = sorted(schedules.FAMILIES)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(num_steps=st.integers(25, 2000))
+def test_a_table_starts_clean_falls_strictly_and_agrees_with_its_betas(kind, num_steps):
+    schedule = make_schedule(kind, num_steps=num_steps)
+    table = schedule.alphas_cumprod
+    assert schedule.num_steps == num_steps
+    assert table[0] == 1
+    assert (table.diff() < 0).all()
+    torch.testing.assert_close(torch.cumprod(1 - schedule.betas, 0), table[1:], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("num_steps, expected", [(100, 2.04e-5), (1000, 4.04e-5), (4000, 4.25e-5)])
+def test_linear_betas_are_scaled_so_that_the_end_is_noise_at_any_length(num_steps, expected):
+    assert make_schedule("linear", num_steps=num_steps).alphas_cumprod[-1].item() == pytest.approx(expected, rel=5e-3)
+
+
+def test_linear_and_cosine_tables_are_those_of_diffusers():
+    diffusers = pytest.importorskip("diffusers", reason="comes with the dev extra")
+    linear = diffusers.DDPMScheduler(beta_schedule="linear").alphas_cumprod
+    cosine = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod
+    torch.testing.assert_close(make_schedule("linear").alphas_cumprod[1:].float(), linear, rtol=2e-5, atol=0)
+    torch.testing.assert_close(make_schedule("cosine").alphas_cumprod[1:].float(), cosine, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(fraction=st.floats(0, 1))
+def test_signal_and_noise_levels_keep_unit_variance_between_table_points(kind, fraction):
+    schedule = make_schedule(kind)
+    t = fraction * schedule.num_steps
+    assert (schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2).item() == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_interpolation_is_monotone_and_meets_the_table(kind, zero_terminal_snr):
+    schedule = make_schedule(kind, num_steps=50, zero_terminal_snr=zero_terminal_snr)
+    fine = schedule.alpha_bar(torch.linspace(0, 50, 5001, dtype=torch.float64))
+    assert (fine.diff() < 0).all()
+    torch.testing.assert_close(fine[::100], schedule.alphas_cumprod, rtol=1e-9, atol=1e-15)
+
+
+def test_zero_terminal_snr_ends_in_pure_noise_and_keeps_the_first_step():
+    plain, rescaled = make_schedule("linear"), make_schedule("linear", zero_terminal_snr=True)
+    assert rescaled.alphas_cumprod[-1] == 0
+    assert rescaled.snr(1000.0) == 0
+    torch.testing.assert_close(rescaled.alphas_cumprod[1], plain.alphas_cumprod[1])
+
+
+@given(steps=st.integers(1, 1000))
+def test_respacing_keeps_the_marginals_at_the_chosen_timesteps(steps):
+    schedule = make_schedule("cosine")
+    chosen = schedule.timesteps(steps)
+    assert chosen[0] == 1000
+    assert chosen[-1] == 0
+    assert all(a > b for a, b in schedule.pairs(steps))
+    assert torch.equal(schedule.respace(steps).alphas_cumprod, schedule.alphas_cumprod[chosen[::-1]])
+
+
+def test_a_log_snr_gives_a_schedule_with_that_log_snr_at_any_time():
+    schedule = from_log_snr(lambda u: 10 - 20 * u, num_steps=100)
+    t = torch.tensor([0.5, 20.0, 33.3, 100.0], dtype=torch.float64)
+    torch.testing.assert_close(schedule.log_snr(t), 10 - 20 * t / 100)
+    assert schedule.alpha_bar(0.0) == 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: make_schedule("quadratic"),
+        lambda: make_schedule("linear", num_steps=10),
+        lambda: make_schedule("cosine", s=-1),
+        lambda: make_schedule("sigmoid", start=3, end=-3),
+        lambda: from_betas([0.1, 1.2]),
+        lambda: from_betas([]),
+        lambda: NoiseSchedule(torch.tensor([0.9, 0.5], dtype=torch.float64)),
+        lambda: NoiseSchedule(torch.tensor([1.0, 0.5, 0.5], dtype=torch.float64)),
+        lambda: NoiseSchedule(torch.tensor([1.0, math.nan], dtype=torch.float64)),
+        lambda: NoiseSchedule(torch.tensor([1.0, 0.5])),
+        lambda: make_schedule("cosine").timesteps(0),
+        lambda: make_schedule("cosine").timesteps(1001),
+        lambda: make_schedule("cosine").alpha_bar(1000.5),
+        lambda: make_schedule("cosine").alpha_bar(-1.0),
+    ],
+)
+def test_impossible_schedules_are_refused(make):
+    with pytest.raises(ValueError, match=r"\w"):
+        make()
