@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -324,10 +323,7 @@ def noise_schedule(config: Config) -> NoiseSchedule:
 
 def conf_dir() -> Path:
     """The folder of the shipped configuration, in a checkout as in an installed wheel."""
-    for candidate in (
-        Path(__file__).parents[1] / "conf",
-        Path(sys.prefix) / "share" / "ddpm-pipelines" / "conf",
-    ):
+    for candidate in (Path(__file__).parents[1] / "conf", Path(__file__).parent / "conf"):
         if (candidate / "config.yaml").is_file():
             return candidate
     raise ConfigError("the shipped conf/ folder is missing: reinstall ddpm-pipelines")

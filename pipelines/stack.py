@@ -68,7 +68,7 @@ class _Service:
     started: float
     url: str
     address: str
-    probe: str
+    probes: tuple[str, ...]
 
 
 def default_home() -> Path:
@@ -198,8 +198,11 @@ def _start_s3(home: Path, running: dict[str, _Service]) -> _Service:
     command += [f"-{name}={port}" for name, port in ports.items()]
     (home / "s3").mkdir(exist_ok=True)
     url = f"http://127.0.0.1:{ports['s3.port']}"
-    # S3 answers before its bucket exists; the filer shows the bucket's folder when it does.
-    return _launch("s3", command, home, {}, url, url, f"http://127.0.0.1:{ports['filer.port']}/buckets/{BUCKET}/")
+    # S3 answers before its bucket exists, which the filer knows, and before the volumes are there, which the master
+    # knows: it can place a file then.
+    bucket = f"http://127.0.0.1:{ports['filer.port']}/buckets/{BUCKET}/"
+    volumes = f"http://127.0.0.1:{ports['master.port']}/dir/assign"
+    return _launch("s3", command, home, {}, url, url, (url, bucket, volumes))
 
 
 def _start_mlflow(home: Path, running: dict[str, _Service]) -> _Service:
@@ -209,7 +212,7 @@ def _start_mlflow(home: Path, running: dict[str, _Service]) -> _Service:
     command += ["--artifacts-destination", f"s3://{BUCKET}/mlflow"]
     environment = _s3_environment(home, running) | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     url = f"http://127.0.0.1:{port}"
-    return _launch("mlflow", command, home, environment, url, url, f"{url}/health")
+    return _launch("mlflow", command, home, environment, url, url, (f"{url}/health",))
 
 
 def _start_ray(home: Path, running: dict[str, _Service]) -> _Service:
@@ -224,7 +227,7 @@ def _start_ray(home: Path, running: dict[str, _Service]) -> _Service:
     environment |= {name: str(port) for name, port in ports.items() if name.isupper()}
     environment |= ray_environment(home) | _s3_environment(home, running)
     url = f"http://127.0.0.1:{ports['dashboard-port']}"
-    return _launch("ray", command, home, environment, url, f"127.0.0.1:{ports['port']}", f"{url}/api/version")
+    return _launch("ray", command, home, environment, url, f"127.0.0.1:{ports['port']}", (f"{url}/api/version",))
 
 
 _STARTERS: dict[str, Callable[[Path, dict[str, _Service]], _Service]] = {
@@ -235,11 +238,15 @@ _STARTERS: dict[str, Callable[[Path, dict[str, _Service]], _Service]] = {
 
 
 def _answers(service: _Service, timeout_s: float = 1.5) -> bool:
+    return all(_url_answers(url, timeout_s) for url in service.probes)
+
+
+def _url_answers(url: str, timeout_s: float) -> bool:
     try:
-        with urllib.request.urlopen(service.probe, timeout=timeout_s):
+        with urllib.request.urlopen(url, timeout=timeout_s):
             return True
     except urllib.error.HTTPError as error:
-        return error.code == 401  # Ray's dashboard asks for the token: an answer too
+        return error.code in (401, 403)  # asking for Ray's token or for S3 credentials is an answer too
     except OSError:
         return False
 
@@ -260,7 +267,13 @@ def _await_healthy(name: str, service: _Service, home: Path, timeout_s: float) -
 
 
 def _launch(
-    name: str, command: list[str], home: Path, environment: dict[str, str], url: str, address: str, probe: str
+    name: str,
+    command: list[str],
+    home: Path,
+    environment: dict[str, str],
+    url: str,
+    address: str,
+    probes: tuple[str, ...],
 ) -> _Service:
     """Start a process in a session of its own, so that Ctrl-C in the terminal does not reach it."""
     # The user's own addresses and keys are not the stack's.
@@ -275,7 +288,7 @@ def _launch(
             cwd=home,
             env={**inherited, **environment},
         )
-    return _Service(process.pid, psutil.Process(process.pid).create_time(), url, address, probe)
+    return _Service(process.pid, psutil.Process(process.pid).create_time(), url, address, probes)
 
 
 def _process(service: _Service) -> psutil.Process | None:
@@ -294,6 +307,9 @@ def _end(service: _Service, grace_s: float = 15) -> None:
     The family is what descends from it or is in its session; a session outlives its leader, and its number is not
     given to another process before the last member is gone.
     """
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if abs(psutil.Process(service.pid).create_time() - service.started) >= 1:
+            return  # the number is another process's now, so nothing of the old session is left
     root = _process(service)
     family = set() if root is None else {root, *root.children(recursive=True)}
     for process in psutil.process_iter():
@@ -318,9 +334,13 @@ def _end(service: _Service, grace_s: float = 15) -> None:
 def _recorded(home: Path) -> dict[str, _Service]:
     try:
         recorded = json.loads((home / "stack.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        return {name: _Service(**{**plain, "probes": tuple(plain["probes"])}) for name, plain in recorded.items()}
+    except FileNotFoundError:
         return {}
-    return {name: _Service(**plain) for name, plain in recorded.items()}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise StackError(
+            f"{home / 'stack.json'} is damaged or of another release: end the processes that it names, then delete it"
+        ) from error
 
 
 def _alive(home: Path) -> dict[str, _Service]:

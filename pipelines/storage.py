@@ -19,6 +19,7 @@ from urllib.parse import urlencode, urlsplit
 
 from pipelines.config import Config
 
+MAX_ATTEMPTS = 8
 _FATAL = {
     "NoSuchBucket": "the bucket does not exist: create it, or name another with storage.root=s3://BUCKET",
     "InvalidAccessKeyId": "the access key is unknown to this server: check the credentials file or AWS_ACCESS_KEY_ID",
@@ -235,7 +236,7 @@ def _client(storage: Storage) -> Any:
     if storage.credentials_file:
         session._session.set_config_variable("credentials_file", storage.credentials_file)
     client_config = ClientConfig(
-        retries={"max_attempts": 8, "mode": "standard"},
+        retries={"max_attempts": MAX_ATTEMPTS, "mode": "standard"},
         connect_timeout=5,
         read_timeout=30,
         max_pool_connections=32,

@@ -229,7 +229,7 @@ def log_pyfunc(
 
     inputs, outputs, params = example
     mlflow.set_tracking_uri(tracker.uri)
-    # MLflow's hints (type hints, input examples, nullable integers) are for whoever writes the model, not for who trains.
+    # MLflow's hints (types, input examples, nullable integers) are for who writes the model, not for who trains.
     with warnings.catch_warnings(), mlflow.start_run(run_id=tracker.run_id, log_system_metrics=False):
         warnings.simplefilter("ignore")
         info = mlflow.pyfunc.log_model(

@@ -97,7 +97,7 @@ class ShardCache:
 
 @retry(
     retry=retry_if_exception_type(TransientStorageError),
-    wait=wait_exponential_jitter(initial=0.5, max=10),
+    wait=wait_exponential_jitter(multiplier=0.5, max=10),
     stop=stop_after_delay(300),
     reraise=True,
 )

@@ -185,7 +185,7 @@ def test_a_recorded_pid_that_belongs_to_another_process_is_not_ours(tmp_path: Pa
         home.mkdir(mode=0o700)
         started = psutil.Process(bystander.pid).create_time() - 3600
         nowhere = "http://127.0.0.1:1"
-        record = {"pid": bystander.pid, "started": started, "url": nowhere, "address": nowhere, "probe": nowhere}
+        record = {"pid": bystander.pid, "started": started, "url": nowhere, "address": nowhere, "probes": [nowhere]}
         (home / "stack.json").write_text(json.dumps({"ray": record}))
         assert stack.read_state(home) is None
         stack.down(home)

@@ -51,8 +51,8 @@ def test_missing_weed_names_the_remedy(tmp_path, monkeypatch):
 def test_a_process_is_known_by_its_number_and_its_birth():
     me = psutil.Process()
     born = me.create_time()
-    assert stack._process(stack._Service(os.getpid(), born, "", "", "")) == me
-    assert stack._process(stack._Service(os.getpid(), born - 60, "", "", "")) is None
+    assert stack._process(stack._Service(os.getpid(), born, "", "", ())) == me
+    assert stack._process(stack._Service(os.getpid(), born - 60, "", "", ())) is None
 
 
 def test_nothing_recorded_is_nothing_running(tmp_path):

@@ -1,0 +1,85 @@
+"""One local stack for all integration tests, and the command line as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines import stack
+from pipelines.stack import StackState
+from pipelines.storage import Storage
+
+DDPM = str(Path(sys.executable).parent / "ddpm")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that has ended."""
+
+    code: int
+    err: str
+    answer: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Shell:
+    """The `ddpm` command in a folder of its own, on the tests' stack."""
+
+    folder: Path
+    environment: dict[str, str]
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [DDPM, *arguments],
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def __call__(self, *arguments: str, timeout: float = 280) -> Finished:
+        process = self.start(*arguments)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        finally:
+            process.kill()
+        lines = out.strip().splitlines()
+        return Finished(process.returncode, err, json.loads(lines[-1]) if lines and lines[-1][0] == "{" else {})
+
+    def ok(self, *arguments: str) -> Finished:
+        done = self(*arguments)
+        assert done.code == 0, done.err[-3000:]
+        return done
+
+
+@pytest.fixture(scope="session")
+def local_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StackState]:
+    """SeaweedFS, MLflow and Ray on loopback, ended at the end."""
+    home = tmp_path_factory.mktemp("home") / ".ddpm"
+    try:
+        yield stack.up(home)
+    finally:
+        stack.down(home)
+
+
+@pytest.fixture(scope="session")
+def shell(local_stack: StackState, tmp_path_factory: pytest.TempPathFactory) -> Shell:
+    """Commands find the stack through DDPM_HOME; shards are cached in a folder of their own."""
+    foreign = ("AWS_", "MLFLOW_", "RAY_")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
+    environment |= {"DDPM_HOME": str(local_stack.home), "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
+    return Shell(tmp_path_factory.mktemp("work"), environment)
+
+
+@pytest.fixture(scope="session")
+def s3(local_stack: StackState) -> Storage:
+    return Storage(local_stack.s3_endpoint, str(local_stack.credentials_file), "us-east-1")

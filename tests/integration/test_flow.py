@@ -1,0 +1,204 @@
+"""The whole way on real services: what a user types, and what S3 and MLflow hold afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import webdataset
+from mlflow import MlflowClient
+from PIL import Image
+
+from pipelines.storage import Storage
+from tests.integration.conftest import Finished, Shell
+
+pytestmark = pytest.mark.integration
+
+SHORT = [
+    "+experiment=digits",
+    "images=6400",
+    "checkpoint.every=2560",
+    "tracking.log_every=640",
+    "tracking.grid_every=1280",
+    "tracking.grid_rows=2",
+    "sampler.steps=10",
+]
+
+
+@pytest.fixture(scope="module")
+def flow(shell: Shell) -> Finished:
+    return shell.ok("flow", *SHORT, "--out", "flow", "--json")
+
+
+@pytest.fixture
+def client(local_stack) -> MlflowClient:
+    return MlflowClient(tracking_uri=local_stack.tracking_uri)
+
+
+def test_the_run_holds_curves_grids_config_and_lineage(flow, client, tmp_path):
+    experiment = client.get_experiment_by_name("ddpm")
+    runs = client.search_runs([experiment.experiment_id], "tags.`ddpm.run` = 'digits'")
+    assert [run.info.run_id for run in runs] == [flow.answer["run_id"]]
+    run = runs[0]
+    assert run.info.status == "FINISHED"
+    steps = [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 6400
+    assert len(steps) == 10
+    losses = [m.value for m in client.get_metric_history(run.info.run_id, "train/loss")]
+    assert losses[-1] < losses[0] / 2
+    assert run.data.params["optim.lr"] == "0.002"
+    assert run.data.tags["dataset_digest"] == flow.answer["scores"]["dataset_digest"]
+    assert len(run.data.tags["git_commit"]) >= 7
+    grids = [i.path for i in client.list_artifacts(run.info.run_id, "images") if "samples" in i.path]
+    assert len([path for path in grids if path.endswith(".png")]) == 5
+    names = {i.path for i in client.list_artifacts(run.info.run_id)}
+    assert {"config.json", "checkpoints", "evaluation"} <= names
+    config = json.loads(Path(client.download_artifacts(run.info.run_id, "config.json", str(tmp_path))).read_text())
+    assert config["images"] == 6400
+    assert run.data.metrics["eval/frechet_distance"] < run.data.metrics["eval/frechet_ceiling"]
+
+
+def test_the_registry_holds_version_one_as_champion_with_its_evidence(flow, client):
+    version = client.get_model_version_by_alias("digits", "champion")
+    assert version.version in (1, "1")
+    assert version.run_id == flow.answer["run_id"]
+    scores = json.loads(version.tags["scores"])
+    assert scores == flow.answer["scores"]
+    assert scores["n"] == 359
+    assert {"git_commit", "dataset_digest", "model_digest", "code_version", "sampling"} <= set(version.tags)
+    assert version.tags["gate.champion"].startswith("passed")
+
+
+def test_s3_holds_shards_evaluator_checkpoints_and_artifacts(flow, s3: Storage):
+    objects = {entry.uri.removeprefix("s3://ddpm/"): entry.size for entry in s3.list("s3://ddpm")}
+    assert {"datasets/digits/dataset.json", "runs/digits/published/000000006400/state.json"} <= set(objects)
+    assert any(name.startswith("datasets/digits/evaluator/") for name in objects)
+    assert any(name.startswith("mlflow/") for name in objects)
+    kept = {name.split("/")[2] for name in objects if name.startswith("runs/digits/checkpoint_2")}
+    assert len(kept) == 2
+    assert not [name for name in objects if name.endswith((".pkl", ".pt", ".pickle")) and "runs/" in name]
+
+
+def test_plain_webdataset_reads_every_image_once(flow, s3: Storage, tmp_path: Path):
+    s3.download_folder("s3://ddpm/datasets/digits", tmp_path)
+    shards = sorted(str(p) for p in tmp_path.glob("*.tar"))
+    seen = list(webdataset.WebDataset(shards, shardshuffle=False).decode("pil").to_tuple("__key__", "png", "cls"))
+    assert len(seen) == len({key for key, _, _ in seen}) == 1797
+    assert {image.size for _, image, _ in seen} == {(8, 8)}
+    assert {label for _, _, label in seen} == set(range(10))
+
+
+def test_a_second_flow_skips_every_stage(flow, shell, client):
+    again = shell.ok("flow", *SHORT, "--json")
+    assert again.answer["skipped"] == ["ingest", "train", "evaluate", "register"]
+    assert again.answer["scores"] == flow.answer["scores"]
+    assert again.answer["model"] == flow.answer["model"]
+    assert len(client.search_model_versions("name = 'digits'")) == 1
+
+
+def test_samples_do_not_depend_on_the_batch_size(flow, shell):
+    options = ["--labels", "0,1,2", "--guidance", "2", "--steps", "10", "--count", "3", "--seed", "7"]
+    first = shell.ok("sample", "models:/digits@champion", *options, "--batch-size", "9", "--out", "a", "--json")
+    second = shell.ok("sample", "models:/digits/1", *options, "--batch-size", "2", "--out", "b", "--json")
+    assert len(first.answer["files"]) == 10
+    for one, other in zip(first.answer["files"][:-1], second.answer["files"][:-1], strict=True):
+        pixels = [np.asarray(Image.open(shell.folder / path)).astype(int) for path in (one, other)]
+        assert pixels[0].shape == (8, 8)
+        assert np.abs(pixels[0] - pixels[1]).max() <= 1
+    assert Image.open(shell.folder / first.answer["files"][-1]).mode == "RGB"
+
+
+def test_the_registered_pyfunc_gives_the_images_of_ddpm_sample(flow, shell, local_stack):
+    mlflow.set_tracking_uri(local_stack.tracking_uri)
+    model = mlflow.pyfunc.load_model("models:/digits@champion")
+    import pandas
+
+    frame = pandas.DataFrame({"label": np.array([0, 1, 2], dtype=np.int64)})
+    images = model.predict(frame, params={"guidance_scale": 2.0, "steps": 10, "seed": 7})
+    assert images.shape == (3, 8, 8, 1)
+    assert images.dtype == np.uint8
+    options = ["--labels", "0,1,2", "--guidance", "2", "--steps", "10", "--seed", "7", "--out", "c", "--json"]
+    files = shell.ok("sample", "models:/digits@champion", *options).answer["files"][:-1]
+    drawn = np.stack([np.asarray(Image.open(shell.folder / path)) for path in files])
+    assert np.abs(drawn.astype(int) - images[..., 0].astype(int)).max() <= 1
+
+
+def test_published_checkpoints_are_named_by_run_and_images(flow, shell):
+    run = f"runs:/{flow.answer['run_id']}"
+    newest = shell.ok("sample", run, "--labels", "3", "--steps", "5", "--out", "d", "--json")
+    named = shell.ok("sample", f"{run}/6400", "--labels", "3", "--steps", "5", "--out", "e", "--json")
+    one, other = [(shell.folder / done.answer["files"][0]).read_bytes() for done in (newest, named)]
+    assert one == other
+    missing = shell("sample", f"{run}/123", "--out", "f")
+    assert missing.code == 1
+    assert "the run has: 6400" in missing.err
+
+
+def test_a_weaker_model_does_not_take_the_alias(flow, shell, client):
+    weak = shell.ok("flow", *SHORT, "name=weak", "images=1280", "registry.model=digits", "--json")
+    assert not weak.answer["gate"]["passed"]
+    assert "not better" in weak.answer["gate"]["reason"]
+    assert str(client.get_model_version_by_alias("digits", "champion").version) == "1"
+    assert shell("promote", "models:/digits/2", "--alias", "champion").code == 1
+
+
+LONG = ["+experiment=digits", "name=interrupted", "optim.decay=constant", "sampler.steps=5", "tracking.log_every=640"]
+
+
+def test_ctrl_c_stops_with_a_checkpoint_and_the_same_name_resumes_there(flow, shell: Shell, client):
+    process = shell.start("train", *LONG, "images=1000000", "--json")
+    assert process.stderr is not None
+    assert process.stdout is not None
+    deadline, said = time.monotonic() + 120, ""
+    while "images, " not in said or " 0 images" in said:
+        said = process.stderr.readline()
+        assert time.monotonic() < deadline
+    time.sleep(2)
+    os.kill(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "press Ctrl-C again" in err
+    stopped = json.loads(out.strip().splitlines()[-1])
+    assert stopped["status"] == "stopped"
+    assert 0 < stopped["images_seen"] < 1_000_000
+
+    more = stopped["images_seen"] + 1280
+    resumed = shell.ok("train", *LONG, f"images={more}", "--json")
+    assert f"resuming run 'interrupted' at {stopped['images_seen']:,}" in resumed.err
+    assert resumed.answer["run_id"] == stopped["run_id"]
+    assert resumed.answer["images_seen"] == more
+    steps = [m.step for m in client.get_metric_history(stopped["run_id"], "train/loss")]
+    assert len(steps) == len(set(steps))
+
+    other = shell("train", *LONG, f"images={more + 1280}", "optim.lr=0.5")
+    assert other.code == 1
+    assert "optim.lr: 0.002 before, 0.5 now" in other.err
+    done = shell.ok("train", *LONG, f"images={more}", "--json")
+    assert done.answer["status"] == "complete"
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        (["train", "+experiment=digits", "modle.width=3"], 2, "Did you mean 'model'?"),
+        (["train", "+experiment=digits", "name=big", "cluster.num_workers=64"], 1, "too small for 64 workers"),
+        (["train", "+experiment=digits", "data.uri=s3://ddpm/nothing"], 1, "no dataset at s3://ddpm/nothing"),
+        (["train", "+experiment=digits", "storage.root=s3://other"], 2, "the local stack has the bucket ddpm"),
+        (["train", "+experiment=digits", "tracking.uri=http://127.0.0.1:9"], 1, "no answer from MLflow"),
+        (["sample", "models:/nobody@champion", "--out", "x"], 1, "not in the registry"),
+        (["sample", "models:/digits@champion", "--labels", "eleven", "--out", "x"], 1, "no class 'eleven'"),
+        (["sample", "nowhere", "--out", "x"], 1, "names no model"),
+        (["ingest", "missing-folder", "--to", "s3://ddpm/datasets/x"], 1, "is not a folder"),
+    ],
+)
+def test_mistakes_are_named_before_anything_starts(flow, shell, arguments, code, message):
+    failed = shell(*arguments)
+    assert (failed.code, message in failed.err) == (code, True), failed.err[-1500:]
+    assert "Traceback" not in failed.err

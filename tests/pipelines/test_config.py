@@ -1,0 +1,119 @@
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from pipelines.config import ConfigError, compose, conf_dir, flatten, from_dict, groups, noise_schedule, unet_config
+
+NEEDED = {"folder32": ["name=mine", "data.source=photos", "data.num_classes=3"]}
+
+
+@pytest.mark.parametrize("name", groups()["experiment"])
+def test_every_shipped_experiment_is_complete(name):
+    config = compose([f"+experiment={name}", *NEEDED.get(name, [])])
+    assert unet_config(config).in_channels == config.data.channels
+    assert noise_schedule(config).num_steps == config.schedule.num_steps
+
+
+@pytest.mark.parametrize("group, choice", [(g, c) for g, cs in groups().items() if g != "experiment" for c in cs])
+def test_every_shipped_choice_composes(group, choice):
+    needed = {"folder": ["data.num_classes=3", "model=unet_small"], "s3": ["storage.root=s3://b"]}
+    needed |= {"file": ["storage.root=file:///tmp/b"], "unet_cifar10": ["data.image_size=32"]}
+    needed |= {"unet_small": ["data.image_size=32"]}
+    compose([f"{group}={choice}", *needed.get(choice, [])])
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["modle.width=3"], r"no 'modle' at the top\. .*Did you mean 'model'\?"),
+        (["optim.learning_rate=1"], r"no 'learning_rate' in optim\. Allowed: betas, decay"),
+        (["schedule=cosin"], r"no 'cosin' in schedule\. Allowed: cosine, linear, sigmoid\. Did you mean 'cosine'\?"),
+        (["+experiment=digit"], r"Did you mean 'digits'\?"),
+        (["schedule=linear", "schedule.s=0.1"], r"schedule\.s: no such field here\. Allowed: beta_end"),
+        (["schedule.kind=quadratic"], r"schedule: .*'linear', 'cosine', 'sigmoid'"),
+        (["optim.lr=-1"], r"optim\.lr: .*greater than 0, got -1"),
+        (["objective.prediction=noise"], r"objective\.prediction: .*'eps', 'x0' or 'v', got 'noise'"),
+        (["batch_size=many"], r"batch_size: .*integer.*got 'many'"),
+        (["data.lanes=3"], r"data\.lanes = 3 must divide batch_size = 128"),
+        (["cluster.num_workers=200"], r"num_workers = 200 exceeds batch_size = 128"),
+        (["schedule.zero_terminal_snr=true"], r"use objective\.prediction=v"),
+        (["sampler.steps=2000"], r"sampler\.steps = 2000 exceeds schedule\.num_steps = 1000"),
+        (["data.image_size=9"], r"data\.image_size = 9 must be a multiple of 2"),
+        (["model.channels=[30,60]"], r"model: channels\[0\] = 30 is not divisible by norm_groups = 32"),
+        (
+            ["schedule=linear", "schedule.num_steps=15", "sampler.steps=5"],
+            r"schedule: linear betas reach .* num_steps >= 21",
+        ),
+        (["guidance.interval=[0.9,0.1]"], r"low <= high"),
+        (["storage=s3"], r"storage\.root has no value: set it with storage\.root=VALUE"),
+        (["storage=file", "storage.root=/tmp"], r"root must be s3://BUCKET\[/PREFIX\] or file:///PATH"),
+        (["name=a/b"], r"name: .*pattern.*got 'a/b'"),
+        (["+experiment=folder32"], r"data\.num_classes has no value"),
+        (["a b"], r"cannot read the overrides"),
+    ],
+)
+def test_a_mistake_is_named_with_its_place_and_what_is_allowed(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        compose(overrides)
+
+
+def test_fields_that_the_yaml_leaves_at_their_default_can_be_set_all_the_same():
+    config = compose(["cluster.max_failures=7", "data.cache_gib=1.5"])
+    assert (config.cluster.max_failures, config.data.cache_gib) == (7, 1.5)
+
+
+def test_a_configuration_is_frozen_and_comes_back_from_plain_values():
+    config = compose(["+experiment=digits"])
+    assert from_dict(config.model_dump(mode="json")) == config
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3
+
+
+@pytest.mark.parametrize(
+    "override, same",
+    [
+        ("optim.lr=0.5", False),
+        ("seed=1", False),
+        ("schedule.s=0.1", False),
+        ("images=5", False),  # digits' learning rate decays over the run
+        ("data.lanes=8", False),
+        ("cluster.num_workers=1", True),
+        ("guidance.scale=7", True),
+        ("sampler.steps=7", True),
+        ("data.cache_gib=1", True),
+        ("tracking.experiment=x", True),
+    ],
+)
+def test_the_identity_covers_what_decides_the_trace_and_nothing_else(override, same):
+    one, other = compose(["+experiment=digits"]), compose(["+experiment=digits", override])
+    assert (one.identity() == other.identity()) is same
+
+
+def test_the_length_of_a_run_is_part_of_its_identity_only_where_the_rate_decays():
+    constant = ["+experiment=digits", "optim.decay=constant"]
+    assert compose([*constant, "images=5"]).identity() == compose(constant).identity()
+
+
+def test_flatten_joins_paths():
+    assert flatten({"a": {"b": 1, "c": {"d": 2}}, "e": [3]}) == {"a.b": 1, "a.c.d": 2, "e": [3]}
+
+
+def test_a_built_wheel_carries_the_configuration(tmp_path):
+    root = Path(__file__).parents[2]
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
+    subprocess.run([*build, str(tmp_path), str(root)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    shipped = {p.relative_to(conf_dir()) for p in conf_dir().rglob("*.yaml")}
+    assert {
+        p.relative_to(tmp_path / "site/pipelines/conf") for p in tmp_path.rglob("pipelines/conf/**/*.yaml")
+    } == shipped
+    script = "import pipelines.config as c; print(c.__file__, c.compose(['+experiment=digits']).name)"
+    environment = {"PYTHONPATH": str(tmp_path / "site"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [str(tmp_path / "site/pipelines/config.py"), "digits"]

@@ -1,0 +1,80 @@
+import pytest
+
+from pipelines.config import compose
+from pipelines.storage import NotFoundError, Storage, StorageError, TransientStorageError, is_local, join, split_s3
+
+STORAGE = Storage()
+
+
+def test_files_round_trip_and_ranges_are_half_open(tmp_path):
+    uri = f"file://{tmp_path}/a/b.bin"
+    STORAGE.write(uri, b"0123456789")
+    assert STORAGE.read(uri) == b"0123456789"
+    assert STORAGE.read(uri, 3, 6) == b"345"
+    assert STORAGE.read(uri, 8) == b"89"
+    assert STORAGE.exists(uri)
+    STORAGE.delete(uri)
+    STORAGE.delete(uri)
+    assert not STORAGE.exists(uri)
+
+
+def test_folders_are_listed_in_order_and_downloaded_whole(tmp_path):
+    for name in ("b", "a/c", "a/d"):
+        STORAGE.write(f"file://{tmp_path}/store/{name}", name.encode())
+    listed = STORAGE.list(f"file://{tmp_path}/store")
+    assert [e.uri.rsplit("store/")[1] for e in listed] == ["a/c", "a/d", "b"]
+    assert [e.size for e in listed] == [3, 3, 1]
+    STORAGE.download_folder(f"file://{tmp_path}/store", tmp_path / "copy")
+    assert (tmp_path / "copy" / "a" / "d").read_bytes() == b"a/d"
+    with pytest.raises(NotFoundError, match="nothing is stored there"):
+        STORAGE.download_folder(f"file://{tmp_path}/empty", tmp_path / "copy")
+
+
+def test_a_failed_write_leaves_the_old_bytes_and_no_debris(tmp_path):
+    uri = f"file://{tmp_path}/x"
+    STORAGE.write(uri, b"old")
+    with pytest.raises(StorageError):
+        STORAGE.upload(tmp_path / "missing", uri)
+    assert STORAGE.read(uri) == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_addresses_are_checked():
+    assert is_local("file:///a")
+    assert split_s3("s3://b/c/d") == ("b", "c/d")
+    assert join("s3://b/", "c", "d") == "s3://b/c/d"
+    for wrong in ("http://x", "/tmp/x", "file://x"):
+        with pytest.raises(StorageError, match="addresses are s3://BUCKET/KEY or file:///PATH"):
+            is_local(wrong)
+    with pytest.raises(StorageError, match="no bucket"):
+        split_s3("s3:///x")
+    with pytest.raises(NotFoundError, match="nothing is stored there"):
+        STORAGE.read("file:///nowhere/at/all")
+
+
+def test_an_unreachable_server_is_worth_another_try_and_says_which(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.storage.MAX_ATTEMPTS", 1)
+    (tmp_path / "keys").write_text("[default]\naws_access_key_id=a\naws_secret_access_key=b\n")
+    away = Storage("http://127.0.0.1:9", str(tmp_path / "keys"))
+    with pytest.raises(TransientStorageError, match=r"127\.0\.0\.1:9"):
+        away.read("s3://bucket/key")
+
+
+def test_explicit_settings_beat_the_environment(monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://env")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-1")
+    assert Storage.of(compose()) == Storage("http://env", None, "eu-1")
+    explicit = compose(["storage.endpoint_url=http://explicit", "storage.region=us-2"])
+    assert Storage.of(explicit) == Storage("http://explicit", None, "us-2")
+
+
+def test_workers_are_told_paths_and_endpoints_only():
+    assert Storage("http://e", "/c", "r").environment() == {
+        "AWS_ENDPOINT_URL": "http://e",
+        "AWS_SHARED_CREDENTIALS_FILE": "/c",
+        "AWS_DEFAULT_REGION": "r",
+    }
+    assert Storage("http://h:1", None, "r").arrow_uri("s3://b/p") == (
+        "s3://b/p?scheme=http&endpoint_override=h%3A1&region=r"
+    )
+    assert Storage().arrow_uri("file:///a/b") == "/a/b"
