@@ -30,7 +30,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except ConfigError as error:
-        terminal.console.print(f"[bold red]configuration error[/]\n{_escape(error)}")
+        terminal.error("configuration error", error)
         sys.exit(2)
     except KeyboardInterrupt:
         terminal.console.print("aborted")
@@ -38,7 +38,7 @@ def main() -> None:
     except Exception as error:
         if not _is_expected(error):
             raise
-        terminal.console.print(f"[bold red]error[/] {_escape(error)}")
+        terminal.error("error", error)
         sys.exit(1)
 
 
@@ -47,7 +47,8 @@ def up(as_json: Json = False) -> None:
     """Start the local stack: S3 (SeaweedFS), MLflow, a Ray head. Example: ddpm up"""
     from pipelines import stack
 
-    state = stack.up(report=lambda service, phase: terminal.stage(service, phase))
+    with terminal.services() as report:
+        state = stack.up(report=report)
     _show_status(as_json, {"home": str(state.home)})
 
 
@@ -56,7 +57,7 @@ def down(as_json: Json = False) -> None:
     """Stop what `ddpm up` started; data stays. Example: ddpm down"""
     from pipelines import stack
 
-    ended = stack.down(report=lambda service, phase: terminal.stage(service, phase))
+    ended = stack.down(report=terminal.stage)
     if not ended:
         terminal.stage("stack", "nothing is running")
     _finish(as_json, {"stopped": ended})
@@ -76,12 +77,10 @@ def ingest(
     as_json: Json = False,
 ) -> None:
     """Write images as WebDataset shards. Example: ddpm ingest photos/ --to s3://ddpm/datasets/photos"""
-    from pipelines.connect import connect
-
     folder = source != "digits"
     defaults = ["data=folder", "model=unet_small", "data.num_classes=1"] if folder else ["data=digits"]
     config = compose([*defaults, *_set("data.source", source), *_set("data.uri", to), *(overrides or [])])
-    config = connect(config, os.environ, ["s3"] if to.startswith("s3://") else [], report=terminal.stage)
+    config = _connect(config, ["s3"] if to.startswith("s3://") else [])
 
     from pipelines.shards.write import ingest as write
     from pipelines.storage import Storage
@@ -172,10 +171,8 @@ def sample(
     as_json: Json = False,
 ) -> None:
     """Draw images. Example: ddpm sample models:/digits@champion --labels 0,1,2 --guidance 2 --steps 50 --out samples"""
-    from pipelines.connect import connect
-
     wanted = {"runs": ["s3", "mlflow"], "mode": ["mlflow"]}.get(model[:4], [])
-    config = connect(compose(overrides or []), os.environ, wanted, report=terminal.stage)
+    config = _connect(compose(overrides or []), wanted)
 
     from pipelines import models
     from pipelines.sampling import write_samples
@@ -204,9 +201,7 @@ def promote(
     as_json: Json = False,
 ) -> None:
     """Move an alias to a version if the gate allows it. Example: ddpm promote models:/digits/2 --alias champion"""
-    from pipelines.connect import connect
-
-    config = connect(compose(overrides or []), os.environ, ["mlflow"], report=terminal.stage)
+    config = _connect(compose(overrides or []), ["mlflow"])
 
     from pipelines import registry, tracking
 
@@ -262,10 +257,15 @@ def flow(
 
 def _connected(overrides: list[str] | None) -> Config:
     """Compose, and have S3, MLflow and Ray at hand."""
+    return _connect(compose(overrides or []), ["s3", "mlflow", "ray"])
+
+
+def _connect(config: Config, services: list[str]) -> Config:
+    """Every address explicit; what of the local stack is needed and not running is started."""
     from pipelines.connect import connect
 
-    config = compose(overrides or [])
-    return connect(config, os.environ, ["s3", "mlflow", "ray"], report=terminal.stage)
+    with terminal.services() as report:
+        return connect(config, os.environ, services, report=report)
 
 
 def _show_status(as_json: bool, extra: dict[str, Any]) -> None:
@@ -320,12 +320,6 @@ def _set(key: str, value: str) -> Iterator[str]:
     """An override whose value may hold any character."""
     escaped = value.replace("\\", "\\\\").replace("'", "\\'")
     yield f"{key}='{escaped}'"
-
-
-def _escape(error: Exception) -> str:
-    from rich.markup import escape
-
-    return escape(str(error))
 
 
 def _is_expected(error: Exception) -> bool:

@@ -135,9 +135,8 @@ def check_resumable(state: CheckpointState, config: Config, dataset: Dataset) ->
     """
     now = json.loads(json.dumps(config.identity()))
     fields = sorted(state.identity.keys() | now.keys())
-    differing = [
-        f"{f}: {state.identity.get(f)} before, {now.get(f)} now" for f in fields if state.identity.get(f) != now.get(f)
-    ]
+    named = [f for f in fields if state.identity.get(f) != now.get(f)]
+    differing = [f"{f}: {state.identity.get(f)} before, {now.get(f)} now" for f in named]
     if state.dataset_digest != dataset.digest:
         differing.append(f"dataset digest: {state.dataset_digest[:12]} before, {dataset.digest[:12]} now")
     if differing:
@@ -145,6 +144,7 @@ def check_resumable(state: CheckpointState, config: Config, dataset: Dataset) ->
         raise ModelError(
             f"the run '{config.name}' was trained with other settings:\n  {listed}\n"
             "Use the same settings to resume it, or another name=… to start a new run"
+            + (" (optim.decay=constant lets a run go on past its length)" if "images" in named else "")
         )
 
 

@@ -7,7 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 PLAIN_EVERY_S = 5.0
@@ -37,9 +47,36 @@ class Terminal:
             yield self
         self.progress = None
 
+    @contextmanager
+    def services(self) -> Iterator[Callable[[str, str], None]]:
+        """A bar per service of the local stack; call it with (service, phase)."""
+        if not self.console.is_terminal:
+            yield self.stage
+            return
+        columns: list[ProgressColumn] = [
+            TextColumn("[bold cyan]{task.description:>10}"),
+            SpinnerColumn(finished_text="✓"),
+            TextColumn("{task.fields[phase]}"),
+            TimeElapsedColumn(),
+        ]
+        with Progress(*columns, console=self.console) as progress:
+            tasks: dict[str, TaskID] = {}
+
+            def report(service: str, phase: str) -> None:
+                if service not in tasks:
+                    tasks[service] = progress.add_task(service, total=1, phase=phase)
+                done = phase in ("healthy", "already running")
+                progress.update(tasks[service], phase=phase, completed=int(done))
+
+            yield report
+
     def stage(self, name: str, text: str) -> None:
         """A line of a stage."""
         self.console.print(Text.assemble((f"{name:>10}", "bold cyan"), "  ", text))
+
+    def error(self, kind: str, error: Exception) -> None:
+        """What went wrong, as it is: square brackets in it are not markup."""
+        self.console.print(Text.assemble((kind, "bold red"), "\n", str(error)))
 
     def counter(self, description: str, unit: str) -> Callable[[int, int], None]:
         """A bar over a known number of things; call it with (done, total)."""

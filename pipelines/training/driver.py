@@ -166,6 +166,9 @@ def train(
     try:
         error = _fit_and_watch(job, monitor, report, notice)
         last = ray.get(monitor.snapshot.remote())
+    except KeyboardInterrupt:
+        tracker.status("KILLED")
+        raise
     finally:
         ray.kill(monitor)
     if error is not None:

@@ -191,7 +191,7 @@ def test_ctrl_c_stops_with_a_checkpoint_and_the_same_name_resumes_there(flow, sh
         (["train", "+experiment=digits", "name=big", "cluster.num_workers=64"], 1, "too small for 64 workers"),
         (["train", "+experiment=digits", "data.uri=s3://ddpm/nothing"], 1, "no dataset at s3://ddpm/nothing"),
         (["train", "+experiment=digits", "storage.root=s3://other"], 2, "the local stack has the bucket ddpm"),
-        (["train", "+experiment=digits", "tracking.uri=http://127.0.0.1:9"], 1, "no answer from MLflow"),
+        (["train", "+experiment=digits", "name=off", "tracking.uri=http://127.0.0.1:9"], 1, "no answer from MLflow"),
         (["sample", "models:/nobody@champion", "--out", "x"], 1, "not in the registry"),
         (["sample", "models:/digits@champion", "--labels", "eleven", "--out", "x"], 1, "no class 'eleven'"),
         (["sample", "nowhere", "--out", "x"], 1, "names no model"),
