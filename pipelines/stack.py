@@ -156,7 +156,8 @@ def down(home: Path | None = None, *, report: Report | None = None) -> list[str]
         for name in ended:
             if report:
                 report(name, "stopping")
-            _end(running[name])
+            # Ray has nothing to save, and its processes wait for each other; the others write to disk.
+            _end(running[name], grace_s=2 if name == "ray" else 15)
         (home / "stack.json").unlink(missing_ok=True)
     return ended
 
@@ -301,7 +302,7 @@ def _process(service: _Service) -> psutil.Process | None:
         return None
 
 
-def _end(service: _Service, grace_s: float = 15) -> None:
+def _end(service: _Service, grace_s: float = 8) -> None:
     """Terminate a service and its family, and kill what is left after a grace period.
 
     The family is what descends from it or is in its session; a session outlives its leader, and its number is not
@@ -316,15 +317,10 @@ def _end(service: _Service, grace_s: float = 15) -> None:
         with contextlib.suppress(psutil.Error, ProcessLookupError, PermissionError):
             if os.getsid(process.pid) == service.pid and process.create_time() >= service.started - 1:
                 family |= {process, *process.children(recursive=True)}
-    if root is not None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            root.terminate()
-        psutil.wait_procs([root], timeout=grace_s)
-    left = [process for process in family if process.is_running()]
-    for process in left:
+    for process in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
-    _, stubborn = psutil.wait_procs(left, timeout=5)
+    _, stubborn = psutil.wait_procs(family, timeout=grace_s)
     for process in stubborn:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()

@@ -25,14 +25,16 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunStatus, RunTag, ViewType
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunStatus, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
 logging.getLogger("mlflow.store.model_registry").setLevel(logging.WARNING)
+warnings.filterwarnings("ignore", message=r"(?s).*Add type hints to the `predict` method", module=r"mlflow\.")
 
 RUN_TAG = "ddpm.run"
+KIND = "custom_model_development"
 
 
 class TrackingError(RuntimeError):
@@ -122,6 +124,14 @@ class Tracker:
         """A tag's value."""
         return self.client.get_run(self.run_id).data.tags.get(key)
 
+    def dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
+        """The dataset that the run reads, as MLflow's page shows it; once."""
+        if not self.client.get_run(self.run_id).inputs.dataset_inputs:
+            described = Dataset(name, digest[:36], "s3", source, profile=json.dumps(profile))
+            self.client.log_inputs(
+                self.run_id, [DatasetInput(described, [InputTag("mlflow.data.context", "training")])]
+            )
+
     def status(self, status: str) -> None:
         """RUNNING, FINISHED, FAILED or KILLED."""
         if status == "RUNNING":
@@ -176,7 +186,8 @@ def open_run(uri: str, experiment: str, name: str, tags: Mapping[str, str]) -> t
     found_experiment = _answering(uri, client.get_experiment_by_name, experiment)
     if found_experiment is None:
         try:
-            experiment_id = client.create_experiment(experiment)
+            # The kind that opens the pages on training runs and charts, not on language-model traces.
+            experiment_id = client.create_experiment(experiment, tags={"mlflow.experimentKind": KIND})
         except MlflowException:  # another run was faster
             experiment_id = client.get_experiment_by_name(experiment).experiment_id
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import signal
@@ -153,14 +154,22 @@ def train(
     require_resources(config)
     tracker.status("RUNNING")
     tracker.params(config.identity() | {"images": config.images, "name": config.name})
+    commit = str(job.lineage.get("git_commit") or "unknown")
     tracker.tags(
         {
             "dataset_digest": job.dataset.digest,
             "dataset_uri": job.dataset.uri,
-            "mlflow.source.git.commit": str(job.lineage.get("git_commit") or "unknown"),
-            "git_commit": str(job.lineage.get("git_commit") or "unknown"),
+            "git_commit": commit,
+            "code_version": str(job.lineage.get("code_version")),
+            "mlflow.source.git.commit": commit,
+            "mlflow.source.name": f"ddpm train name={config.name}",
+            "mlflow.source.type": "LOCAL",
+            "mlflow.user": getpass.getuser(),
+            "mlflow.note.content": _description(job),
         }
     )
+    counts = {split: job.dataset.samples(split) for split in job.dataset.splits}
+    tracker.dataset(job.dataset.uri.rsplit("/", 1)[-1], job.dataset.digest, job.dataset.uri, counts)
     tracker.text(tracking.to_json(config.model_dump(mode="json")), "config.json")
     monitor = ray.remote(num_cpus=0)(Monitor).remote()
     try:
@@ -178,6 +187,18 @@ def train(
     finished = seen >= config.images
     tracker.status("FINISHED" if finished else "KILLED")
     return _result(tracker, "finished" if finished else "stopped", seen)
+
+
+def _description(job: Job) -> str:
+    """The run in words, as the page of the run shows it."""
+    config = job.config
+    return (
+        f"{config.images:,} images of `{job.dataset.uri}` in batches of {config.batch_size} "
+        f"on {config.cluster.num_workers} workers: {config.objective.prediction}-prediction, "
+        f"{config.schedule.kind} schedule. Steps of all curves are images seen; sample grids are under *Artifacts*, "
+        f"`images/`. Resume with `ddpm train … name={config.name}`; sample with "
+        f"`ddpm sample runs:/{job.tracker.run_id} --out DIR`."
+    )
 
 
 def check_dataset(dataset: Dataset, config: Config) -> None:

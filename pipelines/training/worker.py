@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -101,6 +101,8 @@ def train(job: Job, shell: Shell, *, rank: int, world_size: int, device: torch.d
     log = MetricLog(job.tracker) if rank == 0 else None
     saved_at = training.images_seen
     window = _Window(training.images_seen)
+    if training.images_seen == 0:
+        draw_grid(training, schedule, spec, job, rank, world_size, device)
 
     for batch in make_stream(job, rank, world_size, training.images_seen):
         loss, stop = step(
@@ -115,11 +117,13 @@ def train(job: Job, shell: Shell, *, rank: int, world_size: int, device: torch.d
             log.add({"train/loss": window.mean(), "train/lr": learning_rate(config.optim, seen, config.images),
                      "train/images_per_s": window.rate(seen)}, seen)  # fmt: skip
             window = _Window(seen)
-        if _crossed(seen, config.batch_size, config.tracking.grid_every) or finished:
-            draw_grid(training, schedule, spec, job, rank, world_size, device)
-        if stop or finished or _crossed(seen, config.batch_size, config.checkpoint.every):
-            checkpoint(training, spec, job, shell, rank, publish_too=finished or _publishes(saved_at, seen, config))
-            saved_at = seen
+        with window.paused():
+            if _crossed(seen, config.batch_size, config.tracking.grid_every) or finished:
+                draw_grid(training, schedule, spec, job, rank, world_size, device)
+            if stop or finished or _crossed(seen, config.batch_size, config.checkpoint.every):
+                publish_too = finished or _publishes(saved_at, seen, config)
+                checkpoint(training, spec, job, shell, rank, publish_too=publish_too)
+                saved_at = seen
         if stop:
             break
     if log:
@@ -368,11 +372,17 @@ def _publishes(saved_at: int, seen: int, config: Config) -> bool:
 
 
 class _Window:
-    """Mean loss and speed since the last logged point."""
+    """Mean loss and speed of the steps since the last logged point; grids and checkpoints do not count as steps."""
 
     def __init__(self, images_seen: int) -> None:
         self.start, self.began = images_seen, time.perf_counter()
         self.total, self.count = 0.0, 0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - began
 
     def add(self, loss: float) -> None:
         self.total += loss

@@ -57,7 +57,7 @@ def test_the_run_holds_curves_grids_config_and_lineage(flow, client, tmp_path):
     assert run.data.tags["dataset_digest"] == flow.answer["scores"]["dataset_digest"]
     assert len(run.data.tags["git_commit"]) >= 7
     grids = [i.path for i in client.list_artifacts(run.info.run_id, "images") if "samples" in i.path]
-    assert len([path for path in grids if path.endswith(".png")]) == 5
+    assert len([path for path in grids if path.endswith(".png")]) == 6  # one of them before the first step
     names = {i.path for i in client.list_artifacts(run.info.run_id)}
     assert {"config.json", "checkpoints", "evaluation"} <= names
     config = json.loads(Path(client.download_artifacts(run.info.run_id, "config.json", str(tmp_path))).read_text())
