@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import pandas  # comes with mlflow
 import torch
 
 from ddpm.generate import to_uint8
@@ -22,8 +23,7 @@ class DiffusionModel(mlflow.pyfunc.PythonModel):
         self.model = load_model(Path(context.artifacts["model"]), device)
         self.device = device
 
-    # Without annotations: MLflow would take them for a schema; the logged signature is the schema.
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+    def predict(self, context: Any, model_input: pandas.DataFrame, params: dict[str, Any] | None = None) -> Any:
         """One image per row.
 
         Args:
@@ -45,8 +45,7 @@ class DiffusionModel(mlflow.pyfunc.PythonModel):
         rows = len(model_input)
         labels = None
         if self.model.spec.classes:
-            column = model_input["label"] if hasattr(model_input, "columns") else model_input
-            labels = torch.as_tensor(list(column), dtype=torch.long).flatten()
+            labels = torch.as_tensor(model_input["label"].to_numpy(), dtype=torch.long)
         images = self.model.generate(
             labels.to(self.device) if labels is not None else None,
             seed=int(params.get("seed", 0)),

@@ -31,7 +31,6 @@ from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
 logging.getLogger("mlflow.store.model_registry").setLevel(logging.WARNING)
-warnings.filterwarnings("ignore", message=r"(?s).*Add type hints to the `predict` method", module=r"mlflow\.")
 
 RUN_TAG = "ddpm.run"
 KIND = "custom_model_development"

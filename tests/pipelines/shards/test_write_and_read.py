@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,6 +58,17 @@ def test_the_same_input_gives_the_same_digest_and_another_input_another(folder, 
     (folder / "owl" / "00.png").unlink()
     assert source_digest(str(folder)) != before
     assert write(folder, f"file://{tmp_path}/c").dataset.digest != first.digest
+
+
+def test_dataset_json_follows_the_documented_schema(folder, tmp_path):
+    import jsonschema
+
+    write(folder, f"file://{tmp_path}/ds")
+    schema = json.loads((Path(__file__).parents[3] / "docs" / "dataset.schema.json").read_text())
+    described = json.loads((tmp_path / "ds" / "dataset.json").read_text())
+    jsonschema.validate(described, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**described, "schema_version": 2}, schema)
 
 
 def test_writing_again_leaves_no_stale_shard(folder, tmp_path):
