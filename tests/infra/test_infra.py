@@ -405,8 +405,8 @@ def test_the_build_context_has_what_the_wheel_needs_and_little_else() -> None:
     assert rules[0] == "*"
     assert {rule[1:] for rule in rules if rule.startswith("!")} == copied
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    patterns = project["tool"]["setuptools"]["packages"]["find"]["include"]
-    assert {project["project"]["readme"], *(p.rstrip("*") for p in patterns), "pyproject.toml"} <= copied
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert {project["project"]["readme"], *wheel["packages"], *wheel["force-include"], "pyproject.toml"} <= copied
 
 
 def test_the_entrypoint_runs_any_command() -> None:
