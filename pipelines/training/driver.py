@@ -195,9 +195,10 @@ def _description(job: Job) -> str:
     return (
         f"{config.images:,} images of `{job.dataset.uri}` in batches of {config.batch_size} "
         f"on {config.cluster.num_workers} workers: {config.objective.prediction}-prediction, "
-        f"{config.schedule.kind} schedule. Steps of all curves are images seen. Sample grids are under "
-        f"*Artifacts*, `images/`, and, with a step slider, at the end of *Model metrics*. Resume with `ddpm train … name={config.name}`; sample with "
-        f"`ddpm sample runs:/{job.tracker.run_id} --out DIR`."
+        f"{config.schedule.kind} schedule. Steps of all curves are images seen. Sample grids are under *Artifacts*, "
+        "`images/`, and, with a step slider, at the end of *Model metrics*. "
+        f"Resume with `ddpm train … name={config.name}`; "
+        f"sample with `ddpm sample runs:/{job.tracker.run_id} --out DIR`."
     )
 
 
