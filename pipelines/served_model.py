@@ -45,7 +45,7 @@ class DiffusionModel(mlflow.pyfunc.PythonModel):
         rows = len(model_input)
         labels = None
         if self.model.spec.classes:
-            labels = torch.as_tensor(model_input["label"].to_numpy(), dtype=torch.long)
+            labels = torch.as_tensor(model_input["label"].to_numpy(copy=True), dtype=torch.long)
         images = self.model.generate(
             labels.to(self.device) if labels is not None else None,
             seed=int(params.get("seed", 0)),

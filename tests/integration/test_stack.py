@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import hmac
@@ -44,11 +45,19 @@ def pids(home: Path) -> dict[str, int | None]:
     return {service.name: service.pid for service in stack.status(home)}
 
 
+def session(pid: int) -> int | None:
+    """The session of a process; None for one that has ended since it was listed."""
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
+
+
 def family(home: Path) -> list[psutil.Process]:
     """Every process of the stack: the services, their sessions and their descendants."""
     leaders = {pid for pid in pids(home).values() if pid}
     found = {p.pid: p for pid in leaders for p in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]}
-    found |= {p.pid: p for p in psutil.process_iter() if os.getsid(p.pid) in leaders}
+    found |= {p.pid: p for p in psutil.process_iter() if session(p.pid) in leaders}
     return list(found.values())
 
 
@@ -119,9 +128,16 @@ class Worker:
         return os.getpid(), dict(os.environ)
 worker = Worker.remote()  # Ray's workers and drivers listen as well
 pid, environ = ray.get(worker.environment.remote())
-listening = lambda p: [c.laddr.ip for c in psutil.Process(p).net_connections() if c.status == "LISTEN"]
+def listening(p):
+    return [c.laddr.ip for c in psutil.Process(p).net_connections() if c.status == "LISTEN"]
 sessions = {os.getsid(int(leader)) for leader in sys.argv[2].split(",")}
-found = {p.pid: listening(p.pid) for p in psutil.process_iter() if os.getsid(p.pid) in sessions}
+found = {}
+for p in psutil.process_iter():
+    try:
+        if os.getsid(p.pid) in sessions:
+            found[p.pid] = listening(p.pid)
+    except (ProcessLookupError, psutil.NoSuchProcess):
+        pass  # ended since it was listed
 print(environ["OMP_WAIT_POLICY"], environ["RAY_TRAIN_V2_ENABLED"], environ["AWS_ENDPOINT_URL"])
 every = sum(found.values(), [])
 print(bool(found[pid]), len(every), *{*every, *listening(os.getpid())})
@@ -146,8 +162,9 @@ def test_credentials_are_private_and_appear_nowhere(up: StackState) -> None:
         for log in (up.home / "logs").rglob("*.log*"):
             assert secret not in log.read_text(errors="replace"), log
         for process in family(up.home):
-            assert secret not in " ".join(process.cmdline())
-            assert secret not in str(process.environ())
+            with contextlib.suppress(psutil.NoSuchProcess):
+                assert secret not in " ".join(process.cmdline())
+                assert secret not in str(process.environ())
 
 
 def test_a_wrong_key_and_no_key_are_refused(up: StackState) -> None:
