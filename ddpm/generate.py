@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ddpm.guidance import classifier_free
 from ddpm.prediction import Conditioning, Denoiser
-from ddpm.samplers import Sample, ancestral, ddim, initial_noise, last, step_noise
+from ddpm.samplers import Sample, ancestral, ddim, dpm_solver, heun, initial_noise, last, step_noise
 from ddpm.schedule import NoiseSchedule
+
+SAMPLERS = ("ddim", "ancestral", "dpm_solver", "heun")
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,8 @@ class SamplingSettings:
     Attributes:
         scale: classifier-free guidance scale; 0 is unconditional, 1 conditional.
         interval: fractions of T between which guidance acts.
-        kind: "ddim" or "ancestral".
-        steps: network evaluations (twice as many forward passes where guidance evaluates both conditions).
+        kind: one of `SAMPLERS`.
+        steps: steps of the sampler, one network evaluation each (two for "heun"); guidance doubles the forward passes.
         eta: of DDIM.
         variance: of ancestral sampling, "small" or "large".
         clip: bound on the predicted |x_0|; None for no clipping.
@@ -38,8 +40,8 @@ class SamplingSettings:
     clip: float | None = 1.0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("ddim", "ancestral"):
-            raise ValueError(f"unknown sampler {self.kind!r}; allowed: ddim, ancestral")
+        if self.kind not in SAMPLERS:
+            raise ValueError(f"unknown sampler {self.kind!r}; allowed: {', '.join(SAMPLERS)}")
         if self.scale < 0:
             raise ValueError(f"guidance scale must be >= 0, got {self.scale}")
 
@@ -65,6 +67,9 @@ def trajectory(
             "steps": settings.steps,
         }
         return ancestral(guided, schedule, x_T, cond, noise=step_noise(seed, images, shape), **options)
+    if settings.kind in ("dpm_solver", "heun"):
+        solver = {"dpm_solver": dpm_solver, "heun": heun}[settings.kind]
+        return solver(guided, schedule, x_T, cond, steps=settings.steps, clip=settings.clip)
     noise = step_noise(seed, images, shape) if settings.eta > 0 else None
     return ddim(guided, schedule, x_T, cond, steps=settings.steps, eta=settings.eta, clip=settings.clip, noise=noise)
 

@@ -82,6 +82,7 @@ def ingest(
     config = compose([*defaults, *_set("data.source", source), *_set("data.uri", to), *(overrides or [])])
     config = _connect(config, ["s3"] if to.startswith("s3://") else [])
 
+    from pipelines.flow import show_ingested
     from pipelines.shards.write import ingest as write
     from pipelines.storage import Storage
 
@@ -97,13 +98,9 @@ def ingest(
             test_fraction=data.test_fraction,
             progress=terminal.counter("ingest", "images"),
         )
+    show_ingested(done, terminal)
     dataset = done.dataset
-    for bad in done.bad:
-        terminal.stage("left out", f"{bad.origin}: {bad.reason}")
-    for name in done.empty_classes:
-        terminal.stage("empty", f"class {name} has no readable image")
     counts = {split: dataset.samples(split) for split in dataset.splits}
-    terminal.stage("dataset", f"{data.uri}: {counts}, {len(dataset.classes)} classes, digest {dataset.digest[:12]}")
     _finish(as_json, {"uri": data.uri, "digest": dataset.digest, "samples": counts, "left_out": len(done.bad)})
 
 

@@ -135,7 +135,23 @@ class AncestralSampler(_Model):
     clip: PositiveFloat | None = 1.0
 
 
-SamplerConfig = Annotated[DDIMSampler | AncestralSampler, Field(discriminator="kind")]
+class DPMSolverSampler(_Model):
+    """DPM-Solver++(2M): second order at one evaluation a step."""
+
+    kind: Literal["dpm_solver"]
+    steps: PositiveInt = 20
+    clip: PositiveFloat | None = 1.0
+
+
+class HeunSampler(_Model):
+    """Heun's method: second order at two evaluations a step."""
+
+    kind: Literal["heun"]
+    steps: PositiveInt = 25
+    clip: PositiveFloat | None = 1.0
+
+
+SamplerConfig = Annotated[DDIMSampler | AncestralSampler | DPMSolverSampler | HeunSampler, Field(discriminator="kind")]
 
 
 class OptimConfig(_Model):

@@ -112,9 +112,22 @@ def ingest_stage(config: Config, storage: Storage, display: Display) -> Ingested
         test_fraction=data.test_fraction,
         progress=counter,
     )
+    show_ingested(done, display)
     driver.check_dataset(done.dataset, config)
     storage.write(join(data.uri, "ingest-key"), key.encode())
     return done
+
+
+def show_ingested(done: Ingested, display: Display) -> None:
+    """What was written, and by name what was left out."""
+    dataset = done.dataset
+    for bad in done.bad:
+        display.stage("left out", f"{bad.origin}: {bad.reason}")
+    for name in done.empty_classes:
+        display.stage("empty", f"class {name} has no readable image")
+    counts = ", ".join(f"{dataset.samples(split):,} {split}" for split in dataset.splits)
+    classes = f"{len(dataset.classes)} classes, digest {dataset.digest[:12]}"
+    display.stage("dataset", f"{dataset.uri}: {counts}, {classes}, {len(done.bad)} left out")
 
 
 def ingest_key(config: Config) -> str:
@@ -159,7 +172,7 @@ def evaluate_stage(
     uri = model.spec.lineage.get("dataset_uri", config.data.uri)
     dataset = read_dataset(uri, storage)
     splits = evaluation.open_splits(dataset, storage, config.data.cache_dir, config.data.cache_gib)
-    evaluator = evaluation.get_evaluator(dataset, splits, storage)
+    evaluator = evaluation.get_evaluator(dataset, splits, storage, lambda text: display.stage("evaluate", text))
     images_seen = int(model.spec.lineage.get("images_seen", published.images_seen if published else 0))
     model_digest = published.digest if published else json.dumps(model.spec.lineage, sort_keys=True)
     key_parts = [model_digest, evaluator.digest, dataset.digest, config.evaluation.seed, asdict(settings)]

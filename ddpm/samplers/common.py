@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from ddpm.noise import Purpose, normal
+from ddpm.schedule import NoiseSchedule
 
 StepNoise = Callable[[int], Tensor]
 
@@ -19,12 +21,12 @@ class Sample:
     Attributes:
         x_t: at noise level t, [B, C, H, W].
         x0: the denoiser's estimate of the clean image that led here.
-        t: the level, 0 when finished.
+        t: the level, 0 when finished; between the table's where a sampler was given real `timesteps`.
     """
 
     x_t: Tensor
     x0: Tensor
-    t: int
+    t: float
 
 
 def last(samples: Iterable[Sample]) -> Tensor:
@@ -50,3 +52,20 @@ def step_noise(seed: int, images: Tensor, shape: tuple[int, ...]) -> StepNoise:
         return normal(seed, images + ((s + 1) << 32), Purpose.SAMPLING_STEP, shape)
 
     return noise
+
+
+def time_grid(schedule: NoiseSchedule, steps: int, timesteps: Sequence[float] | None) -> list[float]:
+    """The levels that an ODE solver visits: `timesteps` where given, else `schedule.timesteps(steps)`.
+
+    Raises:
+        ValueError: `steps` out of range, or `timesteps` not two or more strictly decreasing levels in [0, T].
+    """
+    if timesteps is None:
+        return list(schedule.timesteps(steps))
+    grid = list(timesteps)
+    falling = all(s < t for t, s in itertools.pairwise(grid))
+    if len(grid) < 2 or not falling or not 0 <= grid[-1] <= grid[0] <= schedule.num_steps:
+        raise ValueError(
+            f"timesteps must be at least 2 strictly decreasing levels within [{schedule.num_steps}, 0], got {grid}"
+        )
+    return grid

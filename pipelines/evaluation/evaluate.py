@@ -97,7 +97,9 @@ def open_splits(dataset: Dataset, storage: Storage, cache_dir: str | None, cache
     return {split: read_split(ShardReader(dataset, split, storage, cache)) for split in ("train", "test")}
 
 
-def get_evaluator(dataset: Dataset, splits: dict[str, Batch], storage: Storage) -> Evaluator:
+def get_evaluator(
+    dataset: Dataset, splits: dict[str, Batch], storage: Storage, notice: Callable[[str], None] = lambda text: None
+) -> Evaluator:
     """The dataset's evaluator: read from beside it, or trained on its train split and stored there.
 
     Raises:
@@ -118,6 +120,7 @@ def get_evaluator(dataset: Dataset, splits: dict[str, Batch], storage: Storage) 
         train, test = splits["train"], splits["test"]
         if train.labels is None or test.labels is None:
             raise DatasetError(f"{dataset.uri} has no labels: an evaluator is trained on classes")
+        notice("training the evaluator on the real train split, once for this dataset")
         network = train_evaluator(train.images, train.labels, len(dataset.classes), seed=EVALUATOR_SEED)
         accuracy = (extract(network, test.images).predicted == test.labels).double().mean().item()
         save_file(dict(network.state_dict()), path)

@@ -14,6 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 from ddpm.noise import Purpose, integers, words
 
 FEATURES = 64
+MAX_STEPS = 5_000
 
 
 class EvaluatorNetwork(nn.Module):
@@ -58,7 +59,7 @@ def train_evaluator(
         torch.manual_seed(seed)
         network = EvaluatorNetwork(images.shape[1], images.shape[2], num_classes)
     batch = 64
-    steps = passes * ((len(images) + batch - 1) // batch)
+    steps = min(passes * ((len(images) + batch - 1) // batch), MAX_STEPS)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
     for step in range(steps):

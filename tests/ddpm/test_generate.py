@@ -21,6 +21,8 @@ def draw(settings, **options):
         SamplingSettings(steps=10, scale=2.0),
         SamplingSettings(steps=10, eta=1.0),
         SamplingSettings(kind="ancestral", steps=10),
+        SamplingSettings(kind="dpm_solver", steps=10),
+        SamplingSettings(kind="heun", steps=5, scale=2.0),
     ],
 )
 def test_the_same_seed_gives_the_same_images_in_any_batching(settings):

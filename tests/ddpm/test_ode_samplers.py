@@ -1,0 +1,164 @@
+import math
+
+import pytest
+import torch
+
+from ddpm.samplers import ddim, dpm_solver, heun, initial_noise, last
+from ddpm.schedule import from_log_snr, make_schedule
+from tests.ddpm.exact import GaussianDenoiser, PointDenoiser
+
+SHAPE = (1, 4, 4)
+COSINE = make_schedule("cosine")
+SOLVERS = [dpm_solver, heun]
+# log-SNR from 8 down to -8, linear in t: even steps in t are even steps in log-SNR.
+UNIFORM = from_log_snr(lambda u: 8 - 16 * u, 1024)
+END = 128
+
+
+def noise(count=16):
+    return initial_noise(0, torch.arange(count), SHAPE).double()
+
+
+def exact(denoiser, schedule, x_T, t, start=None):
+    """The probability-flow ODE's solution at t for N(m, s^2) data: x_t keeps its standard score under q(x_t)."""
+
+    def moments(u):
+        alpha, sigma = schedule.alpha(u), schedule.sigma(u)
+        return alpha * denoiser.mean, (alpha**2 * denoiser.std**2 + sigma**2).sqrt()
+
+    (mean_T, std_T), (mean, std) = moments(schedule.num_steps if start is None else start), moments(t)
+    return mean + (x_T - mean_T) * std / std_T
+
+
+def error(x, y):
+    return (x - y).square().mean().sqrt().item()
+
+
+def even(steps):
+    return [1024 - i * (1024 - END) / steps for i in range(steps + 1)]
+
+
+def by_timesteps(solver):
+    return lambda denoiser, x_T, steps: last(solver(denoiser, UNIFORM, x_T, timesteps=even(steps)))
+
+
+def by_ddim(denoiser, x_T, steps):
+    """DDIM's sample at END on its way to 0: `steps` steps of the same length as the others'."""
+    samples = ddim(denoiser, UNIFORM, x_T, steps=steps * 1024 // (1024 - END))
+    return next(s.x_t for s in samples if s.t == END)
+
+
+@pytest.mark.parametrize(
+    ("run", "order"),
+    [(by_ddim, 1), (by_timesteps(dpm_solver), 2), (by_timesteps(heun), 2)],
+    ids=["ddim", "dpm_solver", "heun"],
+)
+@pytest.mark.parametrize(("mean", "std"), [(0.2, 0.3), (-0.5, 1.5)])
+def test_the_error_against_the_exact_ode_falls_with_the_order(run, order, mean, std):
+    denoiser = GaussianDenoiser(UNIFORM, mean, std)  # at std = 0.1 DPM-Solver's leading error happens to vanish here
+    x_T = noise()
+    truth = exact(denoiser, UNIFORM, x_T, END)
+    counts = [28, 56, 112, 224]
+    errors = [error(run(denoiser, x_T, n), truth) for n in counts]
+    logs = torch.tensor([[math.log(n), math.log(e)] for n, e in zip(counts, errors, strict=True)], dtype=torch.float64)
+    n, e = (logs - logs.mean(0)).T
+    slope = -((n * e).sum() / n.square().sum()).item()
+    assert slope == pytest.approx(order, abs=0.25), errors
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("kind", ["linear", "cosine", "sigmoid"])
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+def test_second_order_beats_ddim_of_as_many_evaluations(solver, kind, zero_terminal_snr):
+    schedule = make_schedule(kind, zero_terminal_snr=zero_terminal_snr)
+    denoiser = GaussianDenoiser(schedule, -0.8, 1.0)
+    truth = exact(denoiser, schedule, noise(), 0)
+    evaluations = 2 if solver is heun else 1
+    ours = error(last(solver(denoiser, schedule, noise(), steps=20)), truth)
+    ddims = error(last(ddim(denoiser, schedule, noise(), steps=20 * evaluations)), truth)
+    assert ours < ddims / 2
+    assert ours < 0.03
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("steps", [1, 2, 10])
+def test_the_only_image_there_is_comes_out_in_float32(solver, steps):
+    image = torch.linspace(-1, 1, 16).reshape(1, 4, 4)
+    out = last(solver(PointDenoiser(COSINE, image), COSINE, noise(3).float(), steps=steps))
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, image.expand(3, *SHAPE), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("clip", [None, 0.25])
+def test_the_step_to_zero_returns_x0_and_the_first_step_of_many_is_on_the_way(solver, clip):
+    steps = list(solver(GaussianDenoiser(COSINE), COSINE, noise(), steps=7, clip=clip))
+    assert [s.t for s in steps] == COSINE.timesteps(7)[1:]
+    torch.testing.assert_close(steps[-1].x_t, steps[-1].x0, rtol=0, atol=1e-12)
+    assert (steps[-1].x0.abs().max().item() == 0.25) == (clip is not None)
+
+
+def test_dpm_solver_starts_with_a_step_of_ddim():
+    denoiser = GaussianDenoiser(COSINE)
+    ours = list(dpm_solver(denoiser, COSINE, noise(), steps=10))
+    theirs = list(ddim(denoiser, COSINE, noise(), steps=10))
+    torch.testing.assert_close(ours[0].x_t, theirs[0].x_t)
+    assert error(ours[4].x_t, theirs[4].x_t) > 1e-3
+
+
+def test_dpm_solver_agrees_with_diffusers_from_the_same_noise():
+    diffusers = pytest.importorskip("diffusers", reason="comes with the dev extra")
+    scheduler = diffusers.DPMSolverMultistepScheduler(beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing")
+    scheduler.set_timesteps(20)
+    denoiser = GaussianDenoiser(COSINE)
+    theirs = x_T = noise(4)
+    for index in scheduler.timesteps:
+        eps = denoiser(theirs, torch.full((4,), float(index) + 1)).eps
+        theirs = scheduler.step(eps, index, theirs).prev_sample
+    ours = last(dpm_solver(denoiser, COSINE, x_T, steps=20))
+    assert error(ours, theirs) < 2e-4  # their tables are float32
+    assert error(ours, last(ddim(denoiser, COSINE, x_T, steps=20))) > 5e-3
+
+
+def test_heun_evaluates_twice_a_step_except_at_the_ends():
+    seen = []
+
+    def counting(denoiser):
+        return lambda x_t, t, cond: seen.append(t[0].item()) or denoiser(x_t, t, cond)
+
+    last(heun(counting(GaussianDenoiser(UNIFORM)), UNIFORM, noise(), steps=4))
+    assert seen == [1024, 768, 768, 512, 512, 256, 256]
+    seen.clear()
+    last(heun(counting(GaussianDenoiser(COSINE)), COSINE, noise(), steps=4))  # sigma / alpha is 20,000 at T
+    assert seen == [1000, 750, 500, 500, 250, 250]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_real_levels_may_start_below_the_top_and_lie_between_the_tables(solver):
+    """The ODE can be joined half-way: from its solution at 500.5 to 0, and only as far as 20.25."""
+    denoiser = GaussianDenoiser(COSINE)
+    half_way = exact(denoiser, COSINE, noise(), 500.5)
+    grid = [500.5 * (1 - i / 60) ** 1.5 for i in range(60)]
+    for end in (0.0, 1e-3):
+        steps = list(solver(denoiser, COSINE, half_way, timesteps=[*grid, end]))
+        assert [s.t for s in steps] == [*grid[1:], end]
+        assert error(steps[-1].x_t, exact(denoiser, COSINE, half_way, end, start=500.5)) < 2e-3
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": 0},
+        {"steps": 1001},
+        {"timesteps": [1000]},
+        {"timesteps": [10, 10, 0]},
+        {"timesteps": [0, 500, 1000]},
+        {"timesteps": [1000.5, 0]},
+        {"timesteps": [1000, -1]},
+        {"timesteps": [1000, float("nan"), 0]},
+    ],
+)
+def test_levels_that_cannot_be_visited_are_refused(solver, options):
+    with pytest.raises(ValueError, match="steps"):
+        last(solver(GaussianDenoiser(COSINE), COSINE, noise(), **options))
