@@ -98,10 +98,6 @@ class Tracker:
         """A picture, uint8 [H, W, C], under a key whose pictures the page shows with a step slider."""
         self.client.log_image(self.run_id, pixels, key=key, step=step, synchronous=True)
 
-    def file(self, path: Path, folder: str | None = None) -> None:
-        """A file as an artifact."""
-        self.client.log_artifact(self.run_id, str(path), folder)
-
     def text(self, text: str, name: str) -> None:
         """A text file as an artifact."""
         self.client.log_text(self.run_id, text, name)
@@ -307,12 +303,6 @@ def download_version(uri: str, found: ModelVersion, folder: Path) -> Path:
     mlflow.set_tracking_uri(uri)
     local = mlflow.artifacts.download_artifacts(found.uri, dst_path=str(folder))
     return Path(local) / "artifacts" / "model"
-
-
-def load_pyfunc(uri: str, model_uri: str) -> Any:
-    """A registered model as MLflow's pyfunc."""
-    mlflow.set_tracking_uri(uri)
-    return mlflow.pyfunc.load_model(model_uri)
 
 
 def to_json(value: Any) -> str:

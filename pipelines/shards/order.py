@@ -62,20 +62,22 @@ class SampleOrder:
 
     def locate(self, ordinals: Ints) -> Located:
         """Where samples n of the stream lie."""
-        shards, indices = np.empty_like(ordinals), np.empty_like(ordinals)
-        for epoch in np.unique(ordinals // self.total):
-            chosen = ordinals // self.total == epoch
-            _, _, shards[chosen], indices[chosen] = self._locate(int(epoch), ordinals[chosen] % self.total)
-        return Located(ordinals, shards, indices)
+        return self._find(ordinals)[1]
 
     def batch(self, start: int, size: int) -> Located:
         """Samples start .. start + size - 1, sorted by (lane, ordinal) so that a piece keeps to few lanes."""
         ordinals = np.arange(start, start + size, dtype=np.int64)
-        lane = np.empty_like(ordinals)
+        lane, found = self._find(ordinals)
+        by_lane = np.lexsort((ordinals, lane))
+        return Located(ordinals[by_lane], found.shards[by_lane], found.indices[by_lane])
+
+    def _find(self, ordinals: Ints) -> tuple[Ints, Located]:
+        """(lane, place) of samples that may span epochs."""
+        lane, shards, indices = (np.empty_like(ordinals) for _ in range(3))
         for epoch in np.unique(ordinals // self.total):
             chosen = ordinals // self.total == epoch
-            lane[chosen] = self._locate(int(epoch), ordinals[chosen] % self.total)[0]
-        return self.locate(ordinals[np.lexsort((ordinals, lane))])
+            lane[chosen], _, shards[chosen], indices[chosen] = self._locate(int(epoch), ordinals[chosen] % self.total)
+        return lane, Located(ordinals, shards, indices)
 
     def piece(self, start: int, size: int, rank: int, world_size: int) -> Located:
         """The part of a global batch that belongs to one rank: sizes differ by at most one.
