@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from torch import Tensor
 
-from ddpm.prediction import coefficients
+from ddpm.prediction import Prediction, coefficients
 from ddpm.schedule import NoiseSchedule
+
+ReverseVariance = Literal["small", "large"]
 
 
 @dataclass(frozen=True)
@@ -21,11 +26,46 @@ class DiagonalGaussian:
         """mean + sqrt(variance) noise, for standard normal noise of mean's shape."""
         return self.mean + self.variance.sqrt() * noise
 
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-density of each element of x, in nats, of x's shape."""
+        return -((x - self.mean).square() / self.variance + self.variance.log() + math.log(2 * math.pi)) / 2
+
+    def discretized_log_prob(self, x: Tensor, levels: int = 256) -> Tensor:
+        """Log-probability of the bin around each element of x, in nats, of x's shape (DDPM, eq. 13).
+
+        The grid has `levels` values from -1 to 1; the outermost bins reach to infinity, so that all bins sum to 1.
+        The normal distribution function is exact, in log form: far tails neither vanish nor lose their gradient.
+        """
+        half = 1 / (levels - 1)
+        std = self.variance.sqrt()
+        low, high = (x - half - self.mean) / std, (x + half - self.mean) / std
+        # Both ends of a bin in the upper tail have a distribution function of nearly 1: use the mirrored ones.
+        mirrored = low > 0
+        low, high = torch.where(mirrored, -high, low), torch.where(mirrored, -low, high)
+        log_high, log_low = torch.special.log_ndtr(high), torch.special.log_ndtr(low)
+        inside = log_high + torch.log(-torch.expm1((log_low - log_high).clamp(max=-1e-30)))
+        first, last = x < -1 + half, x > 1 - half
+        left_of = torch.where(mirrored, torch.special.log_ndtr(-low), log_high)
+        right_of = torch.where(mirrored, log_high, torch.special.log_ndtr(-low))
+        return torch.where(first, left_of, torch.where(last, right_of, inside))
+
+
+def kl(q: DiagonalGaussian, p: DiagonalGaussian) -> Tensor:
+    """KL(q || p) of each element, in nats, of the means' shape."""
+    ratio = q.variance / p.variance
+    return ((q.mean - p.mean).square() / p.variance + ratio - 1 - ratio.log()) / 2
+
 
 def q_sample(x_0: Tensor, t: Tensor | float, eps: Tensor, schedule: NoiseSchedule) -> Tensor:
     """x_t ~ q(x_t | x_0) in one jump: alpha_t x_0 + sigma_t eps (DDPM, eq. 4)."""
     alpha, sigma = coefficients(schedule, t, x_0)
     return alpha * x_0 + sigma * eps
+
+
+def q_transition(x_s: Tensor, s: Tensor | float, t: Tensor | float, schedule: NoiseSchedule) -> DiagonalGaussian:
+    """q(x_t | x_s) for s < t: one step of the forward chain for s = t - 1 (DDPM, eq. 2), a jump for any other."""
+    step = schedule.alpha_bar(t) / schedule.alpha_bar(s)
+    return DiagonalGaussian(_cast(step.sqrt(), x_s) * x_s, _cast(1 - step, x_s))
 
 
 def q_posterior(
@@ -37,23 +77,58 @@ def q_posterior(
     """
     bar_t, bar_s = schedule.alpha_bar(t), schedule.alpha_bar(s)
     step = bar_t / bar_s  # alpha_{t|s}^2
-    shape = (-1,) + (1,) * (x_t.dim() - 1)
-
-    def cast(value: Tensor) -> Tensor:
-        return value.to(device=x_t.device, dtype=x_t.dtype).reshape(shape)
-
-    from_x_0 = cast(bar_s.sqrt() * (1 - step) / (1 - bar_t))
-    from_x_t = cast(step.sqrt() * (1 - bar_s) / (1 - bar_t))
-    variance = cast((1 - step) * (1 - bar_s) / (1 - bar_t))
-    return DiagonalGaussian(from_x_0 * x_0 + from_x_t * x_t, variance)
+    from_x_0 = _cast(bar_s.sqrt() * (1 - step) / (1 - bar_t), x_t)
+    from_x_t = _cast(step.sqrt() * (1 - bar_s) / (1 - bar_t), x_t)
+    return DiagonalGaussian(from_x_0 * x_0 + from_x_t * x_t, _cast(posterior_variance(t, s, schedule), x_t))
 
 
-def reverse_variance(t: int, s: int, schedule: NoiseSchedule, kind: str) -> Tensor:
-    """Fixed variance of p(x_s | x_t), float64: the posterior's ("small") or beta_{t|s} ("large"); DDPM, sec. 3.2."""
+def posterior_variance(t: Tensor | float, s: Tensor | float, schedule: NoiseSchedule) -> Tensor:
+    """Variance of q(x_s | x_t, x_0), float64 (DDPM, eq. 7); 0 at s = 0."""
     bar_t, bar_s = schedule.alpha_bar(t), schedule.alpha_bar(s)
-    beta = 1 - bar_t / bar_s
+    return (1 - bar_t / bar_s) * (1 - bar_s) / (1 - bar_t)
+
+
+def reverse_variance(
+    t: Tensor | float, s: Tensor | float, schedule: NoiseSchedule, kind: ReverseVariance = "small"
+) -> Tensor:
+    """Fixed variance of p(x_s | x_t), float64: the posterior's ("small") or beta_{t|s} ("large"); DDPM, sec. 3.2.
+
+    At s = 0 the posterior's is 0, with which no data has a likelihood. Both kinds take that of the step of the same
+    length above it, (2 t, t), there: for single steps the one of t = 2, as the authors' code does.
+    """
+    t, s = torch.as_tensor(t, dtype=torch.float64), torch.as_tensor(s, dtype=torch.float64)
+    beta = 1 - schedule.alpha_bar(t) / schedule.alpha_bar(s)
+    above = (2 * t).clamp(max=schedule.num_steps)
+    last = torch.where(above > t, posterior_variance(above, t, schedule), beta)
     if kind == "large":
-        return beta
+        return torch.where(s > 0, beta, last)
     if kind == "small":
-        return beta * (1 - bar_s) / (1 - bar_t)
+        return torch.where(s > 0, posterior_variance(t, s, schedule), last)
     raise ValueError(f"unknown variance {kind!r}; allowed: small, large")
+
+
+def p_reverse(
+    pred: Prediction,
+    x_t: Tensor,
+    t: Tensor | float,
+    s: Tensor | float,
+    schedule: NoiseSchedule,
+    variance: ReverseVariance = "small",
+) -> DiagonalGaussian:
+    """p(x_s | x_t): the posterior's mean at the predicted x_0, and a variance (DDPM, sec. 3.2).
+
+    Args:
+        pred: of a denoiser at (x_t, t).
+        variance: the fixed one, `reverse_variance`; a learned one takes its place (Improved DDPM, eq. 15).
+    """
+    mean = q_posterior(x_t, pred.x0, t, s, schedule).mean
+    if pred.variance_fraction is None:
+        return DiagonalGaussian(mean, _cast(reverse_variance(t, s, schedule, variance), x_t))
+    low = _cast(reverse_variance(t, s, schedule, "small").log(), x_t)
+    high = _cast((1 - schedule.alpha_bar(t) / schedule.alpha_bar(s)).log(), x_t)
+    return DiagonalGaussian(mean, torch.lerp(low, high, pred.variance_fraction).exp())
+
+
+def _cast(value: Tensor, like: Tensor) -> Tensor:
+    """A float64 scalar or [B], in `like`'s dtype and device, to broadcast over [B, C, H, W]."""
+    return value.to(device=like.device, dtype=like.dtype).reshape(-1, *(1,) * (like.dim() - 1))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddpm.generate import SamplingSettings, generate
 from ddpm.models.unet import UNet, UNetConfig
-from ddpm.prediction import NetworkDenoiser, Parameterization
+from ddpm.prediction import Conditioning, NetworkDenoiser, Parameterization
 from ddpm.schedule import NoiseSchedule, make_schedule
 
 FORMAT_VERSION = 1
@@ -114,7 +114,7 @@ class Model:
             self.denoiser,
             self.schedule,
             settings or self.spec.sampling,
-            labels=labels,
+            cond=None if labels is None else Conditioning(label=labels),
             shape=self.spec.shape,
             seed=seed,
             images=images,

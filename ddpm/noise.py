@@ -31,6 +31,7 @@ class Purpose(IntEnum):
     SAMPLING_STEP = 5
     DEQUANTIZE = 6
     MASK = 7
+    STRATUM = 8
 
 
 def philox(

@@ -25,15 +25,45 @@ class Conditioning:
 
     Attributes:
         label: class index in [0, num_classes), int64 [B].
-        drop: bool [B]; True replaces the sample's condition by the null condition that the network owns.
+        text: token embeddings [B, L, D].
+        text_mask: bool [B, L], True for the tokens that are there; None where all are.
+        pooled: embedding of the whole text, [B, D].
+        mask: bool or float [B, 1, H, W], 1 where a pixel is known (inpainting).
+        context: the clear image [B, C, H, W]; only what `mask` lets through is seen.
+        drop: bool [B]; True replaces the sample's label and text by the null condition that the network owns. What is
+            known of the image itself (mask and context) is never dropped.
     """
 
     label: Tensor | None = None
+    text: Tensor | None = None
+    text_mask: Tensor | None = None
+    pooled: Tensor | None = None
+    mask: Tensor | None = None
+    context: Tensor | None = None
     drop: Tensor | None = None
 
     def dropped(self, drop: Tensor) -> Conditioning:
         """The same conditions with `drop` [B] added to what is dropped already (Ho & Salimans 2022, algorithm 1)."""
         return replace(self, drop=drop if self.drop is None else self.drop | drop)
+
+    def __len__(self) -> int:
+        """The number of samples.
+
+        Raises:
+            ValueError: an empty condition, which fits any number.
+        """
+        for _, tensor in self._tensors():
+            if tensor is not None:
+                return len(tensor)
+        raise ValueError("a condition without any tensor has no length")
+
+    def __getitem__(self, span: slice | Tensor) -> Conditioning:
+        """The conditions of some of the samples."""
+        return self.map(lambda tensor: tensor[span])
+
+    def null(self) -> Conditioning:
+        """Without label and text: the null condition beside the same known pixels."""
+        return Conditioning(mask=self.mask, context=self.context)
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Conditioning:
         """Every tensor replaced by f(tensor): for moving, slicing or repeating the batch."""
@@ -54,12 +84,13 @@ class Prediction:
     Attributes:
         x0: the clean image, E[x_0 | x_t] for an ideal denoiser.
         eps: the noise, with x_t = alpha_t x0 + sigma_t eps.
-        log_variance: of the reverse step, where the network learns it, else None.
+        variance_fraction: where the network learns the reverse variance: for log-variances, how far from the
+            posterior's (0) to beta's (1), v of Improved DDPM, eq. 15; else None. Unlike a variance, it fits any step.
     """
 
     x0: Tensor
     eps: Tensor
-    log_variance: Tensor | None = None
+    variance_fraction: Tensor | None = None
 
 
 class Denoiser(Protocol):
@@ -128,11 +159,76 @@ def clip_x0(
 
 
 @dataclass(frozen=True)
+class Clipped:
+    """A denoiser whose x_0 is clipped to [-bound, bound] (DDPM's code), with eps recomputed to match.
+
+    Attributes:
+        denoiser: what is clipped.
+        schedule: its schedule.
+        bound: on |x_0|; 1 for images in [-1, 1].
+    """
+
+    denoiser: Denoiser
+    schedule: NoiseSchedule
+    bound: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.bound <= 0:
+            raise ValueError(f"bound must be > 0, got {self.bound}")
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning | None = None) -> Prediction:
+        """See `Denoiser`."""
+        return clip_x0(self.denoiser(x_t, t, cond), x_t, t, self.schedule, self.bound)
+
+
+@dataclass(frozen=True)
+class DynamicThreshold:
+    """A denoiser with Imagen's dynamic thresholding (Saharia et al. 2022, sec. 2.3), against saturation by guidance.
+
+    x_0 is clipped to [-s, s] and divided by s, where s is the image's own `quantile` of |x_0|, at least 1.
+
+    Attributes:
+        denoiser: what is thresholded.
+        schedule: its schedule.
+        quantile: of |x_0| over an image; 1 scales without clipping.
+    """
+
+    denoiser: Denoiser
+    schedule: NoiseSchedule
+    quantile: float = 0.995
+
+    def __post_init__(self) -> None:
+        if not 0 < self.quantile <= 1:
+            raise ValueError(f"quantile must be in (0, 1], got {self.quantile}")
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning | None = None) -> Prediction:
+        """See `Denoiser`."""
+        pred = self.denoiser(x_t, t, cond)
+        size = torch.quantile(pred.x0.abs().flatten(1).float(), self.quantile, dim=1).clamp(min=1)
+        s = size.to(x_t.dtype).reshape(-1, *(1,) * (x_t.dim() - 1))
+        x_0 = pred.x0.clamp(-s, s) / s
+        return replace(pred, x0=x_0, eps=eps_from_x0(x_0, x_t, t, self.schedule))
+
+
+def split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+    """(prediction, variance fraction) of a network for images of so many channels; None where it learns no variance.
+
+    A network with twice the channels learns the variance: its second half, from -1 to 1 (nothing bounds it), is the
+    fraction from 0 to 1 (Improved DDPM, Nichol & Dhariwal 2021, sec. 3.1).
+    """
+    if output.shape[1] == 2 * channels:
+        prediction, raw = output.split(channels, dim=1)
+        return prediction, (raw + 1) / 2
+    return output, None
+
+
+@dataclass(frozen=True)
 class NetworkDenoiser:
     """A trained network as a `Denoiser`.
 
     Attributes:
-        network: maps (x_t, table index t - 1 [B], cond) to an output of `kind`, [B, C, H, W].
+        network: maps (x_t, table index t - 1 [B], cond) to an output of `kind`, [B, C, H, W], or [B, 2 C, H, W] where
+            the variance is learned.
         schedule: the schedule it was trained on.
         kind: what its output means.
     """
@@ -144,5 +240,7 @@ class NetworkDenoiser:
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning | None = None) -> Prediction:
         """One forward pass; see `Denoiser`."""
         t = torch.as_tensor(t, dtype=torch.float64, device=x_t.device).expand(len(x_t))
-        output = self.network(x_t, (t - 1).clamp(min=0).float(), cond)
-        return from_output(output.to(x_t.dtype), x_t, t, self.schedule, self.kind)
+        # Between t = 0 and 1 the network sees what it saw at 1, the least noise that it was trained on.
+        output = self.network(x_t, (t - 1).clamp(min=0).float(), cond).to(x_t.dtype)
+        output, fraction = split_output(output, x_t.shape[1])
+        return replace(from_output(output, x_t, t, self.schedule, self.kind), variance_fraction=fraction)

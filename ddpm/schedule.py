@@ -87,6 +87,29 @@ class NoiseSchedule:
         alpha_bar = self.alpha_bar(t)
         return alpha_bar.log() - torch.log1p(-alpha_bar)
 
+    def angle(self, t: Tensor | float) -> Tensor:
+        """atan2(sigma, alpha), float64: rises from 0 at t = 0 to at most pi / 2 (Salimans & Ho 2022, app. D)."""
+        alpha_bar = self.alpha_bar(t)
+        return torch.atan2((1 - alpha_bar).sqrt(), alpha_bar.sqrt())
+
+    def timestep(self, angle: Tensor | float) -> Tensor:
+        """The real t in [0, T] at which the schedule has this angle, float64: the inverse of `angle`, by bisection.
+
+        Raises:
+            ValueError: an angle that the schedule does not reach.
+        """
+        angle = torch.as_tensor(angle, dtype=torch.float64)
+        table = self.angle(torch.arange(self.num_steps + 1)).to(angle.device)
+        if bool((angle < 0).any()) or bool((angle > table[-1]).any()):
+            raise ValueError(f"angles must be in [0, {table[-1].item():.6g}] for this schedule, got {angle.tolist()}")
+        upper = torch.searchsorted(table, angle.contiguous()).double()
+        lower = (upper - 1).clamp(min=0)
+        for _ in range(48):  # an interval of one step, down to float64's resolution at T = 1000
+            middle = (lower + upper) / 2
+            below = self.angle(middle) < angle
+            lower, upper = torch.where(below, middle, lower), torch.where(below, upper, middle)
+        return upper
+
     def timesteps(self, steps: int) -> list[int]:
         """`steps` + 1 integer timesteps from T down to 0, as evenly spaced as integers allow.
 
@@ -170,7 +193,12 @@ def sigmoid(num_steps: int = 1000, start: float = -3.0, end: float = 3.0, tau: f
     return from_betas((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999))
 
 
-FAMILIES: dict[str, Callable[..., NoiseSchedule]] = {"linear": linear, "cosine": cosine, "sigmoid": sigmoid}
+FAMILIES: dict[str, Callable[..., NoiseSchedule]] = {
+    "linear": linear,
+    "cosine": cosine,
+    "sigmoid": sigmoid,
+    "betas": from_betas,
+}
 
 
 def make_schedule(kind: str, *, zero_terminal_snr: bool = False, **parameters: Any) -> NoiseSchedule:

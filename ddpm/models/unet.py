@@ -2,6 +2,7 @@
 
 Parameter for parameter the network of diffusers' `UNet2DModel`, names included, so that weights pass between the two
 unchanged. A class-conditional network has one embedding row more than classes: the last is its null condition.
+What diffusers' network does not know (text, the clear context of inpainting) adds parameters and changes none.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from torch.nn import functional as F  # noqa: N812
 
 from ddpm.prediction import Conditioning
 
+Text = tuple[Tensor, Tensor]
+"""Token embeddings [B, L, D] and which of them are there, bool [B, L]."""
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -24,7 +28,7 @@ class UNetConfig:
 
     Attributes:
         in_channels: channels of x_t.
-        out_channels: channels of the output.
+        out_channels: channels of the output; 2 in_channels where the reverse variance is learned.
         channels: width of each resolution level, finest first; the resolution halves between levels.
         layers_per_block: residual blocks per level on the way down (one more on the way up).
         attention: for each level, whether its residual blocks are followed by self-attention.
@@ -32,7 +36,11 @@ class UNetConfig:
         norm_groups: groups of every group norm; divides every width.
         scale_shift: time embedding scales and shifts the second norm (ADM) instead of being added (DDPM).
         dropout: in every residual block.
-        num_classes: class labels, 0 for an unconditional network.
+        num_classes: class labels, 0 for none.
+        text_dim: width of text embeddings, 0 for none. Tokens are attended to wherever there is self-attention, the
+            pooled embedding joins that of time.
+        context_channels: channels of the clear context, 0 for none: the first convolution then sees x_t, the mask of
+            what is known, and the known pixels (inpainting).
     """
 
     in_channels: int = 3
@@ -45,6 +53,8 @@ class UNetConfig:
     scale_shift: bool = False
     dropout: float = 0.0
     num_classes: int = 0
+    text_dim: int = 0
+    context_channels: int = 0
 
     def __post_init__(self) -> None:
         if len(self.channels) != len(self.attention) or not self.channels:
@@ -56,8 +66,10 @@ class UNetConfig:
                 raise ValueError(f"channels[{level}] = {width} is not divisible by norm_groups = {self.norm_groups}")
             if (attends or level == len(self.channels) - 1) and width % self.head_dim:
                 raise ValueError(f"channels[{level}] = {width} is not divisible by head_dim = {self.head_dim}")
-        if self.layers_per_block < 1 or self.num_classes < 0 or not 0 <= self.dropout < 1:
-            raise ValueError("need layers_per_block >= 1, num_classes >= 0 and 0 <= dropout < 1")
+        if self.layers_per_block < 1 or not 0 <= self.dropout < 1:
+            raise ValueError("need layers_per_block >= 1 and 0 <= dropout < 1")
+        if min(self.num_classes, self.text_dim, self.context_channels) < 0:
+            raise ValueError("need num_classes, text_dim and context_channels >= 0")
 
     @property
     def downsampling(self) -> int:
@@ -134,6 +146,32 @@ class Attention(nn.Module):
         return x + self.to_out[0](attended).transpose(1, 2).reshape(batch, channels, height, width)
 
 
+class CrossAttention(nn.Module):
+    """Multi-head attention from positions to text tokens, with a residual path that starts at zero.
+
+    Starting at zero, text can be added to a trained network without disturbing it.
+    """
+
+    def __init__(self, config: UNetConfig, channels: int) -> None:
+        super().__init__()
+        self.heads = channels // config.head_dim
+        self.group_norm = nn.GroupNorm(config.norm_groups, channels, eps=1e-5)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_kv = nn.Linear(config.text_dim, 2 * channels)
+        self.to_out = nn.Linear(channels, channels)
+        nn.init.zeros_(self.to_out.weight)
+        nn.init.zeros_(self.to_out.bias)
+
+    def forward(self, x: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)
+        q = self.to_q(tokens).view(batch, height * width, self.heads, -1).transpose(1, 2)
+        k, v = self.to_kv(text).view(batch, text.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=text_mask[:, None, None, :])
+        attended = attended.transpose(1, 2).reshape(batch, height * width, channels)
+        return x + self.to_out(attended).transpose(1, 2).reshape(batch, channels, height, width)
+
+
 class Downsample(nn.Module):
     """Strided convolution that halves height and width."""
 
@@ -163,13 +201,19 @@ class Stage(nn.Module):
         super().__init__()
         self.resnets = nn.ModuleList([ResnetBlock(config, i, o, time_dim) for i, o in widths])
         self.attentions = nn.ModuleList([Attention(config, o) for _, o in widths]) if attends else None
+        reads = attends and config.text_dim > 0
+        self.cross_attentions = nn.ModuleList([CrossAttention(config, o) for _, o in widths]) if reads else None
         self.downsamplers: nn.ModuleList | None = None
         self.upsamplers: nn.ModuleList | None = None
 
-    def block(self, i: int, x: Tensor, activated_time: Tensor) -> Tensor:
+    def block(self, i: int, x: Tensor, activated_time: Tensor, text: Text | None) -> Tensor:
         """The i-th residual block with its attention."""
         x = self.resnets[i](x, activated_time)
-        return x if self.attentions is None else self.attentions[i](x)
+        if self.attentions is not None:
+            x = self.attentions[i](x)
+        if self.cross_attentions is not None and text is not None:
+            x = self.cross_attentions[i](x, *text)
+        return x
 
 
 class MidBlock(nn.Module):
@@ -179,41 +223,77 @@ class MidBlock(nn.Module):
         super().__init__()
         # diffusers leaves this norm out where the time embedding scales and shifts; the parameters have to match.
         self.attentions = nn.ModuleList([Attention(config, channels, norm=not config.scale_shift)])
+        self.cross_attentions = nn.ModuleList([CrossAttention(config, channels)]) if config.text_dim else None
         self.resnets = nn.ModuleList([ResnetBlock(config, channels, channels, time_dim) for _ in range(2)])
 
-    def forward(self, x: Tensor, activated_time: Tensor) -> Tensor:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x, activated_time)), activated_time)
+    def forward(self, x: Tensor, activated_time: Tensor, text: Text | None) -> Tensor:
+        x = self.attentions[0](self.resnets[0](x, activated_time))
+        if self.cross_attentions is not None and text is not None:
+            x = self.cross_attentions[0](x, *text)
+        return self.resnets[1](x, activated_time)
 
 
-class UNet(nn.Module):
-    """Maps (x_t [B, C, H, W], table index [B], condition) to an output [B, out_channels, H, W].
+class Encoder(nn.Module):
+    """The way down: first convolution, time embedding, residual blocks of every level, middle block.
 
-    H and W must be multiples of `config.downsampling`.
+    Attributes:
+        skip_widths: channels of the tensors that the way up takes over, in the order of their making.
     """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
         widths, time_dim = config.channels, 4 * config.channels[0]
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        extra = 1 + config.context_channels if config.context_channels else 0
+        self.conv_in = nn.Conv2d(config.in_channels + extra, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], time_dim)
-        if config.num_classes:
-            self.class_embedding = nn.Embedding(config.num_classes + 1, time_dim)
-
         self.down_blocks = nn.ModuleList()
-        skips, width = [widths[0]], widths[0]
+        self.skip_widths, width = [widths[0]], widths[0]
         for level, out in enumerate(widths):
             pairs = [(width if i == 0 else out, out) for i in range(config.layers_per_block)]
             stage = Stage(config, pairs, time_dim, config.attention[level])
-            skips += [out] * config.layers_per_block
+            self.skip_widths += [out] * config.layers_per_block
             if level < len(widths) - 1:
                 stage.downsamplers = nn.ModuleList([Downsample(out)])
-                skips.append(out)
+                self.skip_widths.append(out)
             self.down_blocks.append(stage)
             width = out
-
         self.mid_block = MidBlock(config, width, time_dim)
 
+    def embed_time(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """The embedding of t [B], [B, time_dim]."""
+        return self.time_embedding(timestep_embedding(t, self.config.channels[0]).to(dtype))
+
+    def encode(self, x: Tensor, activated_time: Tensor, text: Text | None = None) -> tuple[Tensor, list[Tensor]]:
+        """What the middle block makes of the input of the first convolution, and the skips."""
+        x = self.conv_in(x)
+        skips = [x]
+        for stage in cast("Iterable[Stage]", self.down_blocks):
+            for i in range(len(stage.resnets)):
+                x = stage.block(i, x, activated_time, text)
+                skips.append(x)
+            if stage.downsamplers is not None:
+                x = stage.downsamplers[0](x)
+                skips.append(x)
+        return self.mid_block(x, activated_time, text), skips
+
+
+class UNet(Encoder):
+    """Maps (x_t [B, C, H, W], table index [B], condition) to an output [B, out_channels, H, W].
+
+    H and W must be multiples of `config.downsampling`.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
+        widths, time_dim = config.channels, 4 * config.channels[0]
+        if config.num_classes:
+            self.class_embedding = nn.Embedding(config.num_classes + 1, time_dim)
+        if config.text_dim:
+            self.pooled_projection = nn.Linear(config.text_dim, time_dim)
+            self.null_text = nn.Parameter(torch.randn(config.text_dim) / config.text_dim**0.5)
+
+        skips, width = list(self.skip_widths), widths[-1]
         self.up_blocks = nn.ModuleList()
         for level in reversed(range(len(widths))):
             out = widths[level]
@@ -235,42 +315,86 @@ class UNet(nn.Module):
         Args:
             x_t: noisy images [B, C, H, W].
             t: what the network was trained to see as time, [B]; the table index for a discrete schedule.
-            cond: labels; None, or dropped ones, mean the null condition.
+            cond: the condition; what is missing or dropped of label and text is the null condition, and without mask
+                and context nothing of the image is known.
+
+        Raises:
+            ValueError: a condition of a kind that this network does not have.
         """
-        emb = self.time_embedding(timestep_embedding(t, self.config.channels[0]).to(x_t.dtype))
+        cond = Conditioning() if cond is None else cond
+        self._check(cond)
+        emb = self.embed_time(t, x_t.dtype)
         if self.config.num_classes:
             emb = emb + self.class_embedding(self.class_index(cond, len(x_t), x_t.device)).to(emb.dtype)
-        elif cond is not None and cond.label is not None:
-            raise ValueError("labels were given to a network without classes: set num_classes, or pass no labels")
+        text: Text | None = None
+        if self.config.text_dim:
+            tokens, mask, pooled = self.text_embedding(cond, len(x_t), x_t.dtype)
+            text = tokens, mask
+            emb = emb + self.pooled_projection(pooled)
         emb = F.silu(emb)
 
-        x = self.conv_in(x_t)
-        skips = [x]
-        for stage in cast("Iterable[Stage]", self.down_blocks):
-            for i in range(len(stage.resnets)):
-                x = stage.block(i, x, emb)
-                skips.append(x)
-            if stage.downsamplers is not None:
-                x = stage.downsamplers[0](x)
-                skips.append(x)
-        x = self.mid_block(x, emb)
+        x, skips = self.encode(self.with_context(x_t, cond), emb, text)
         for stage in cast("Iterable[Stage]", self.up_blocks):
             for i in range(len(stage.resnets)):
-                x = stage.block(i, torch.cat([x, skips.pop()], dim=1), emb)
+                x = stage.block(i, torch.cat([x, skips.pop()], dim=1), emb, text)
             if stage.upsamplers is not None:
                 x = stage.upsamplers[0](x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
-    def class_index(self, cond: Conditioning | None, batch: int, device: torch.device) -> Tensor:
-        """The embedding row of each sample, int64 [B]; dropped and absent labels take the null row.
+    def class_index(self, cond: Conditioning, batch: int, device: torch.device) -> Tensor:
+        """The embedding row of each sample, int64 [B]; dropped and absent labels take the null row."""
+        null = self.config.num_classes
+        if cond.label is None:
+            return torch.full((batch,), null, dtype=torch.long, device=device)
+        return cond.label if cond.drop is None else torch.where(cond.drop, null, cond.label)
+
+    def text_embedding(self, cond: Conditioning, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """(tokens [B, L, D], mask [B, L], pooled [B, D]); dropped and absent text is the one null token.
 
         Raises:
-            ValueError: a label outside [0, num_classes).
+            ValueError: tokens without their pooled embedding, or the reverse.
         """
-        null = self.config.num_classes
-        if cond is None or cond.label is None:
-            return torch.full((batch,), null, dtype=torch.long, device=device)
-        label = cond.label
+        null = self.null_text.to(dtype)
+        if cond.text is None and cond.pooled is None:
+            return null.expand(batch, 1, -1), null.new_ones(batch, 1).bool(), null.expand(batch, -1)
+        if cond.text is None or cond.pooled is None:
+            raise ValueError("text needs both its tokens (text) and their pooled embedding (pooled)")
+        tokens, pooled = cond.text.to(dtype), cond.pooled.to(dtype)
+        there = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        mask = there if cond.text_mask is None else cond.text_mask.bool()
         if cond.drop is not None:
-            label = torch.where(cond.drop, null, label)
-        return label
+            first = there.cumsum(1) == 1
+            tokens = torch.where(cond.drop[:, None, None], null, tokens)
+            mask = torch.where(cond.drop[:, None], first, mask)
+            pooled = torch.where(cond.drop[:, None], null, pooled)
+        return tokens, mask, pooled
+
+    def with_context(self, x_t: Tensor, cond: Conditioning) -> Tensor:
+        """The input of the first convolution: x_t, and for an inpainting network mask and known pixels beside it.
+
+        Raises:
+            ValueError: a mask without its context, or the reverse.
+        """
+        channels = self.config.context_channels
+        if channels == 0:
+            return x_t
+        if cond.mask is None and cond.context is None:
+            batch, _, height, width = x_t.shape
+            return torch.cat([x_t, x_t.new_zeros(batch, 1 + channels, height, width)], dim=1)
+        if cond.mask is None or cond.context is None:
+            raise ValueError("inpainting needs both the mask of what is known (mask) and the clear image (context)")
+        mask = cond.mask.to(x_t.dtype)
+        return torch.cat([x_t, mask, mask * cond.context.to(x_t.dtype)], dim=1)
+
+    def _check(self, cond: Conditioning) -> None:
+        config = self.config
+        needs = {
+            "label": ("num_classes", config.num_classes),
+            "text": ("text_dim", config.text_dim),
+            "pooled": ("text_dim", config.text_dim),
+            "mask": ("context_channels", config.context_channels),
+            "context": ("context_channels", config.context_channels),
+        }
+        for kind, (option, there) in needs.items():
+            if getattr(cond, kind) is not None and not there:
+                raise ValueError(f"{kind} was given to a network without: set {option}, or pass no {kind}")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal
+import itertools
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from ddpm.gaussian import DiagonalGaussian, q_posterior, reverse_variance
-from ddpm.prediction import Conditioning, Denoiser, clip_x0
-from ddpm.samplers.common import Sample, StepNoise
+from ddpm.gaussian import ReverseVariance, p_reverse
+from ddpm.prediction import Conditioning, Denoiser
+from ddpm.samplers.common import Sample, StepNoise, predict, time_grid
 from ddpm.schedule import NoiseSchedule
 
 
@@ -21,12 +21,12 @@ def ancestral(
     *,
     steps: int | None = None,
     noise: StepNoise,
-    variance: Literal["small", "large"] = "small",
-    clip: float | None = None,
+    variance: ReverseVariance = "small",
+    timesteps: Sequence[float] | None = None,
 ) -> Iterator[Sample]:
     """Sample x_s ~ p(x_s | x_t) down the chain, one `Sample` per step.
 
-    The mean is that of q(x_s | x_t, x_0) at the predicted x_0. A predicted log-variance beats `variance`.
+    The mean is that of q(x_s | x_t, x_0) at the predicted x_0. A learned variance takes the place of `variance`.
 
     Args:
         denoiser: maps (x_t [B, C, H, W], t [B], cond) to a `Prediction`.
@@ -34,18 +34,11 @@ def ancestral(
         steps: network evaluations; None is every step of the schedule, fewer respace it.
         noise: level -> standard normal noise like x_T.
         variance: the fixed one of p, the posterior's ("small") or beta ("large").
-        clip: bound on |x_0|.
+        timesteps: real levels to visit instead, strictly decreasing, from the level of x_T to 0 or above.
     """
     x_t = x_T
-    for t, s in schedule.pairs(steps or schedule.num_steps):
-        pred = denoiser(x_t, x_t.new_full((len(x_t),), t), cond)
-        if clip is not None:
-            pred = clip_x0(pred, x_t, t, schedule, clip)
-        mean = q_posterior(x_t, pred.x0, t, s, schedule).mean
-        if s == 0:
-            x_t = mean
-        else:
-            fixed = reverse_variance(t, s, schedule, variance).to(x_t)
-            learned = None if pred.log_variance is None else pred.log_variance.exp()
-            x_t = DiagonalGaussian(mean, fixed if learned is None else learned).sample(noise(s))
+    for t, s in itertools.pairwise(time_grid(schedule, steps or schedule.num_steps, timesteps)):
+        pred = predict(denoiser, x_t, t, cond)
+        p = p_reverse(pred, x_t, t, s, schedule, variance)
+        x_t = p.sample(noise(s)) if s > 0 else p.mean
         yield Sample(x_t, pred.x0, s)

@@ -6,12 +6,14 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ddpm.noise import Purpose, normal
+from ddpm.prediction import Conditioning, Denoiser, Prediction
 from ddpm.schedule import NoiseSchedule
 
-StepNoise = Callable[[int], Tensor]
+StepNoise = Callable[[float], Tensor]
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,11 @@ class Sample:
     x_t: Tensor
     x0: Tensor
     t: float
+
+
+def predict(denoiser: Denoiser, x_t: Tensor, t: float, cond: Conditioning | None) -> Prediction:
+    """The denoiser's answer for a batch that is all at level t."""
+    return denoiser(x_t, torch.full((len(x_t),), t, dtype=torch.float64, device=x_t.device), cond)
 
 
 def last(samples: Iterable[Sample]) -> Tensor:
@@ -45,11 +52,14 @@ def initial_noise(seed: int, images: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def step_noise(seed: int, images: Tensor, shape: tuple[int, ...]) -> StepNoise:
-    """Fresh N(0, I) for each level s that a stochastic sampler steps to, per image like `initial_noise`."""
+    """Fresh N(0, I) for each key, mostly a level s that a sampler steps to, per image like `initial_noise`.
 
-    def noise(s: int) -> Tensor:
-        # 2^32 images per level before two levels could share an ordinal.
-        return normal(seed, images + ((s + 1) << 32), Purpose.SAMPLING_STEP, shape)
+    Keys are told apart to 1/256: levels between the table's have noise of their own.
+    """
+
+    def noise(s: float) -> Tensor:
+        # 2^32 images per key before two keys could share an ordinal.
+        return normal(seed, images + ((round(s * 256) + 256) << 32), Purpose.SAMPLING_STEP, shape)
 
     return noise
 

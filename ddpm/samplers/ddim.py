@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from ddpm.gaussian import reverse_variance
-from ddpm.prediction import Conditioning, Denoiser, clip_x0, coefficients
-from ddpm.samplers.common import Sample, StepNoise
+from ddpm.gaussian import posterior_variance
+from ddpm.prediction import Conditioning, Denoiser, coefficients
+from ddpm.samplers.common import Sample, StepNoise, predict, time_grid
 from ddpm.schedule import NoiseSchedule
 
 
@@ -21,7 +22,7 @@ def ddim(
     steps: int = 50,
     eta: float = 0.0,
     noise: StepNoise | None = None,
-    clip: float | None = None,
+    timesteps: Sequence[float] | None = None,
 ) -> Iterator[Sample]:
     """DDIM (eq. 12), one `Sample` per step.
 
@@ -31,7 +32,7 @@ def ddim(
         steps: network evaluations, 1..schedule.num_steps.
         eta: 0 is deterministic, 1 adds the noise of the DDPM posterior (eq. 16).
         noise: level -> standard normal noise like x_T; needed where eta > 0.
-        clip: bound on |x_0|; eps is recomputed so that the step stays consistent.
+        timesteps: real levels to visit instead, strictly decreasing, from the level of x_T to 0 or above.
 
     Raises:
         ValueError: `steps` out of range, eta outside [0, 1], or eta > 0 without noise.
@@ -41,12 +42,10 @@ def ddim(
     if eta > 0 and noise is None:
         raise ValueError("eta > 0 needs noise: pass noise=step_noise(seed, images, shape)")
     x_t = x_T
-    for t, s in schedule.pairs(steps):
-        pred = denoiser(x_t, x_t.new_full((len(x_t),), t), cond)
-        if clip is not None:
-            pred = clip_x0(pred, x_t, t, schedule, clip)
+    for t, s in itertools.pairwise(time_grid(schedule, steps, timesteps)):
+        pred = predict(denoiser, x_t, t, cond)
         alpha, sigma = coefficients(schedule, s, x_t)
-        variance = eta**2 * reverse_variance(t, s, schedule, "small").item()
+        variance = eta**2 * posterior_variance(t, s, schedule).item()
         x_t = alpha * pred.x0 + (sigma**2 - variance).clamp(min=0).sqrt() * pred.eps
         if variance > 0 and noise is not None:
             x_t = x_t + variance**0.5 * noise(s)

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from ddpm.prediction import Conditioning, Denoiser, clip_x0
-from ddpm.samplers.common import Sample, time_grid
+from ddpm.prediction import Conditioning, Denoiser
+from ddpm.samplers.common import Sample, predict, time_grid
 from ddpm.schedule import NoiseSchedule
 
 
@@ -19,7 +19,6 @@ def dpm_solver(
     cond: Conditioning | None = None,
     *,
     steps: int = 20,
-    clip: float | None = None,
     timesteps: Sequence[float] | None = None,
 ) -> Iterator[Sample]:
     """DPM-Solver++(2M) (algorithm 2): data prediction, two-step, order 2; one `Sample` per step.
@@ -34,7 +33,6 @@ def dpm_solver(
         denoiser: maps (x_t [B, C, H, W], t [B], cond) to a `Prediction`.
         x_T: standard normal noise [B, C, H, W].
         steps: network evaluations, 1..schedule.num_steps.
-        clip: bound on |x_0|.
         timesteps: real levels to visit instead, strictly decreasing, from the level of x_T to 0 or above.
 
     Raises:
@@ -43,9 +41,7 @@ def dpm_solver(
     x_t = x_T
     previous, h_previous = None, 0.0
     for t, s in itertools.pairwise(time_grid(schedule, steps, timesteps)):
-        pred = denoiser(x_t, x_t.new_full((len(x_t),), t), cond)
-        if clip is not None:
-            pred = clip_x0(pred, x_t, t, schedule, clip)
+        pred = predict(denoiser, x_t, t, cond)
         h = (schedule.log_snr(s) - schedule.log_snr(t)).item() / 2
         if previous is None or s == 0:
             data = pred.x0

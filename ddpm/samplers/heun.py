@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from ddpm.prediction import Conditioning, Denoiser, Prediction, clip_x0
-from ddpm.samplers.common import Sample, time_grid
+from ddpm.prediction import Conditioning, Denoiser
+from ddpm.samplers.common import Sample, predict, time_grid
 from ddpm.schedule import NoiseSchedule
 
 SIGMA_MAX = 80.0
@@ -22,7 +22,6 @@ def heun(
     cond: Conditioning | None = None,
     *,
     steps: int = 25,
-    clip: float | None = None,
     timesteps: Sequence[float] | None = None,
 ) -> Iterator[Sample]:
     """EDM's algorithm 1 with S_churn = 0, one `Sample` per step.
@@ -37,25 +36,20 @@ def heun(
         denoiser: maps (x_t [B, C, H, W], t [B], cond) to a `Prediction`.
         x_T: standard normal noise [B, C, H, W].
         steps: 1..schedule.num_steps; at most 2 steps - 1 network evaluations.
-        clip: bound on |x_0|; eps is recomputed so that the step stays consistent.
         timesteps: real levels to visit instead, strictly decreasing, from the level of x_T to 0 or above.
 
     Raises:
         ValueError: `steps` out of range, or `timesteps` that do not fall within [T, 0].
     """
 
-    def predict(x: Tensor, t: float) -> Prediction:
-        pred = denoiser(x, x.new_full((len(x),), t), cond)
-        return pred if clip is None else clip_x0(pred, x, t, schedule, clip)
-
     x_t = x_T
     for t, s in itertools.pairwise(time_grid(schedule, steps, timesteps)):
         alpha_t, sigma_t = schedule.alpha(t).item(), schedule.sigma(t).item()
         alpha_s, sigma_s = schedule.alpha(s).item(), schedule.sigma(s).item()
-        pred = predict(x_t, t)
+        pred = predict(denoiser, x_t, t, cond)
         x_s = alpha_s * pred.x0 + sigma_s * pred.eps
         if s > 0 and sigma_t <= SIGMA_MAX * alpha_t:
-            slope = (pred.eps + predict(x_s, s).eps) / 2
+            slope = (pred.eps + predict(denoiser, x_s, s, cond).eps) / 2
             x_s = alpha_s * (x_t / alpha_t + (sigma_s / alpha_s - sigma_t / alpha_t) * slope)
         x_t = x_s
         yield Sample(x_t, pred.x0, s)

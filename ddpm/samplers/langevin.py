@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ddpm.gaussian import DiagonalGaussian, q_posterior, reverse_variance
-from ddpm.prediction import Conditioning, Denoiser, Prediction, clip_x0
-from ddpm.samplers.common import Sample, StepNoise, time_grid
+from ddpm.gaussian import ReverseVariance, p_reverse
+from ddpm.prediction import Conditioning, Denoiser
+from ddpm.samplers.common import Sample, StepNoise, predict, time_grid
 from ddpm.schedule import NoiseSchedule
 
 
@@ -54,20 +53,17 @@ def annealed_langevin(
             f"got steps_per_level={steps_per_level} and step_size={step_size}"
         )
 
-    def predict(x: Tensor, t: float) -> Prediction:
-        return denoiser(x, x.new_full((len(x),), t), cond)
-
     grid = time_grid(schedule, levels, timesteps)
     x_t = x_T
     for i, t in enumerate(grid):
         if t == 0:
-            x_t = predict(x_t, grid[i - 1]).x0
+            x_t = predict(denoiser, x_t, grid[i - 1], cond).x0
             yield Sample(x_t, x_t, t)
             return
         sigma = schedule.sigma(t).item()
         a = step_size * sigma**2
         for j in range(steps_per_level):
-            pred = predict(x_t, t)
+            pred = predict(denoiser, x_t, t, cond)
             x_t = x_t - a / 2 / sigma * pred.eps + a**0.5 * noise(i * steps_per_level + j)
         yield Sample(x_t, pred.x0, t)
 
@@ -82,8 +78,7 @@ def predictor_corrector(
     corrector_steps: int = 1,
     snr: float = 0.16,
     noise: StepNoise,
-    variance: Literal["small", "large"] = "small",
-    clip: float | None = None,
+    variance: ReverseVariance = "small",
 ) -> Iterator[Sample]:
     """Predictor-corrector sampling (Song et al. 2021, algorithm 3), one `Sample` per step.
 
@@ -100,8 +95,7 @@ def predictor_corrector(
         snr: signal-to-noise ratio of the corrector's step, in (0, 1); 0.16 is the authors' for CIFAR-10.
         noise: key -> standard normal noise like x_T. At level s the predictor's key is s (corrector_steps + 1), its
             j-th corrector step's j more: no two steps share one.
-        variance: the predictor's fixed one, the posterior's ("small") or beta ("large"); a predicted one beats it.
-        clip: bound on |x_0|, in both; eps is recomputed so that the score stays consistent.
+        variance: the predictor's fixed one, the posterior's ("small") or beta ("large"); a learned one takes its place.
 
     Raises:
         ValueError: `steps`, `corrector_steps` or `snr` out of range.
@@ -109,26 +103,20 @@ def predictor_corrector(
     if corrector_steps < 0 or not 0 < snr < 1:
         raise ValueError(f"need corrector_steps >= 0 and snr in (0, 1), got {corrector_steps} and {snr}")
 
-    def predict(x: Tensor, t: int) -> Prediction:
-        pred = denoiser(x, x.new_full((len(x),), t), cond)
-        return pred if clip is None else clip_x0(pred, x, t, schedule, clip)
-
     x_t = x_T
     grid = schedule.timesteps(steps)
     for i, (t, s) in enumerate(schedule.pairs(steps)):
-        pred = predict(x_t, t)
-        mean = q_posterior(x_t, pred.x0, t, s, schedule).mean
+        pred = predict(denoiser, x_t, t, cond)
+        p = p_reverse(pred, x_t, t, s, schedule, variance)
         if s == 0:
-            yield Sample(mean, pred.x0, s)
+            yield Sample(p.mean, pred.x0, s)
             return
-        fixed = reverse_variance(t, s, schedule, variance).to(x_t)
-        learned = None if pred.log_variance is None else pred.log_variance.exp()
         key = s * (corrector_steps + 1)
-        x_t = DiagonalGaussian(mean, fixed if learned is None else learned).sample(noise(key))
+        x_t = p.sample(noise(key))
         sigma = schedule.sigma(s).item()
         one_minus_beta = (schedule.alpha_bar(s) / schedule.alpha_bar(grid[i + 2])).item()
         for j in range(1, corrector_steps + 1):
-            score, z = predict(x_t, s).eps / -sigma, noise(key + j)
+            score, z = predict(denoiser, x_t, s, cond).eps / -sigma, noise(key + j)
             e = 2 * one_minus_beta * (snr * _norm(z) / _norm(score)).square()
             x_t = x_t + e * score + (2 * e).sqrt() * z
         yield Sample(x_t, pred.x0, s)

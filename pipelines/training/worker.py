@@ -281,7 +281,7 @@ def draw_grid(
         NetworkDenoiser(training.network, schedule, spec.prediction),
         schedule,
         spec.sampling,
-        labels=None if labels is None else labels[mine].to(device),
+        cond=None if labels is None else Conditioning(label=labels[mine].to(device)),
         shape=spec.shape,
         seed=GRID_SEED,
         images=mine.to(device),

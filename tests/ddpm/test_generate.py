@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from ddpm.generate import SamplingSettings, generate, to_uint8
+from ddpm.prediction import Conditioning
 from ddpm.schedule import make_schedule
 from tests.ddpm.exact import GaussianDenoiser
 
@@ -10,7 +11,7 @@ EXACT = GaussianDenoiser(SCHEDULE, std=0.1)
 
 
 def draw(settings, **options):
-    options = {"labels": torch.zeros(6, dtype=torch.long), "shape": (1, 4, 4), "seed": 3, **options}
+    options = {"cond": Conditioning(label=torch.zeros(6, dtype=torch.long)), "shape": (1, 4, 4), "seed": 3, **options}
     return generate(EXACT, SCHEDULE, settings, **options)
 
 
@@ -22,22 +23,24 @@ def draw(settings, **options):
         SamplingSettings(steps=10, eta=1.0),
         SamplingSettings(kind="ancestral", steps=10),
         SamplingSettings(kind="dpm_solver", steps=10),
-        SamplingSettings(kind="heun", steps=5, scale=2.0),
+        SamplingSettings(kind="heun", steps=5, scale=2.0, rescale=0.5),
+        SamplingSettings(kind="predictor_corrector", steps=5, corrector_steps=2),
+        SamplingSettings(steps=10, scale=4.0, clip=None, threshold=0.9),
     ],
 )
 def test_the_same_seed_gives_the_same_images_in_any_batching(settings):
     whole = draw(settings, batch_size=64)
     assert whole.shape == (6, 1, 4, 4)
     assert (to_uint8(draw(settings, batch_size=4)).int() - to_uint8(whole).int()).abs().max() <= 1
-    some = draw(settings, labels=torch.zeros(2, dtype=torch.long), images=torch.tensor([4, 1]))
+    some = draw(settings, cond=Conditioning(label=torch.zeros(2, dtype=torch.long)), images=torch.tensor([4, 1]))
     torch.testing.assert_close(some, whole[[4, 1]], rtol=1e-4, atol=1e-4)
     assert not torch.equal(draw(settings, seed=4), whole)
 
 
 def test_unconditional_images_need_a_count():
-    assert draw(SamplingSettings(steps=5), labels=None, count=3).shape == (3, 1, 4, 4)
+    assert draw(SamplingSettings(steps=5), cond=None, count=3).shape == (3, 1, 4, 4)
     with pytest.raises(ValueError, match="number of images"):
-        draw(SamplingSettings(steps=5), labels=None)
+        draw(SamplingSettings(steps=5), cond=None)
 
 
 def test_images_stay_within_range_and_round_to_grey_levels():

@@ -1,15 +1,30 @@
 import pytest
 import torch
 
-from ddpm.guidance import ClassifierFree, classifier_free
-from ddpm.prediction import Conditioning
+from ddpm.guidance import Autoguided, ClassifierFree, ClassifierGuided, ConditionedOn
+from ddpm.prediction import Conditioning, coefficients
+from ddpm.samplers import ddim, last
 from ddpm.schedule import make_schedule
-from tests.ddpm.exact import GaussianDenoiser
+from tests.ddpm.exact import GaussianDenoiser, MixtureDenoiser
 
 SCHEDULE = make_schedule("cosine")
 EXACT = GaussianDenoiser(SCHEDULE)
 X, T = torch.randn(4, 1, 4, 4, dtype=torch.float64), torch.full((4,), 300.0)
 LABELS = Conditioning(label=torch.arange(4))
+
+MIXTURE = MixtureDenoiser(
+    SCHEDULE,
+    means=torch.tensor([[-0.6, 0.2], [0.5, 0.5], [0.3, -0.7]], dtype=torch.float64),
+    std=0.2,
+    weights=torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64),
+)
+X2, T2 = torch.randn(6, 1, 1, 2, dtype=torch.float64), torch.full((6,), 400.0)
+LABELS2 = Conditioning(label=torch.arange(6) % 3)
+
+
+def classifier(x_t, t, cond):
+    """The mixture's exact log p(label | x_t)."""
+    return MIXTURE.class_log_posterior(x_t, t).gather(1, cond.label[:, None])[:, 0]
 
 
 class Counting:
@@ -24,14 +39,14 @@ class Counting:
 def test_scale_zero_is_exactly_unconditional_and_one_exactly_conditional():
     for scale, cond in ((0.0, None), (1.0, LABELS)):
         counting = Counting()
-        guided = classifier_free(counting, SCHEDULE, scale)(X, T, LABELS)
+        guided = ClassifierFree(counting, SCHEDULE, scale)(X, T, LABELS)
         assert torch.equal(guided.x0, EXACT(X, T, cond).x0)
         assert counting.batches == [4]
 
 
 def test_other_scales_extrapolate_from_null_to_conditional_in_one_batch():
     counting = Counting()
-    guided = classifier_free(counting, SCHEDULE, 3.0)(X, T, LABELS)
+    guided = ClassifierFree(counting, SCHEDULE, 3.0)(X, T, LABELS)
     null, conditional = EXACT(X, T, None), EXACT(X, T, LABELS)
     torch.testing.assert_close(guided.eps, null.eps + 3 * (conditional.eps - null.eps))
     torch.testing.assert_close(guided.x0, null.x0 + 3 * (conditional.x0 - null.x0))
@@ -40,14 +55,125 @@ def test_other_scales_extrapolate_from_null_to_conditional_in_one_batch():
 
 def test_samples_that_are_dropped_already_stay_unconditional():
     dropped = LABELS.dropped(torch.ones(4, dtype=torch.bool))
-    guided = classifier_free(EXACT, SCHEDULE, 3.0)(X, T, dropped)
+    guided = ClassifierFree(EXACT, SCHEDULE, 3.0)(X, T, dropped)
     torch.testing.assert_close(guided.x0, EXACT(X, T, None).x0)
+    guided = ClassifierGuided(MIXTURE, SCHEDULE, classifier, 3.0)(X2, T2, LABELS2.dropped(torch.ones(6).bool()))
+    torch.testing.assert_close(guided.x0, MIXTURE(X2, T2).x0)
 
 
-def test_outside_its_interval_guidance_leaves_the_conditional_model_alone():
-    guided = ClassifierFree(EXACT, 3.0, interval=(0.4, 0.8), num_steps=1000)
-    assert torch.equal(guided(X, T, LABELS).x0, EXACT(X, T, LABELS).x0)
-    inside = torch.full((4,), 500.0)
-    assert not torch.equal(guided(X, inside, LABELS).x0, EXACT(X, inside, LABELS).x0)
+def test_the_known_pixels_of_inpainting_condition_both_sides():
+    seen = []
+
+    def network(x_t, t, cond=None):
+        seen.append(cond)
+        return EXACT(x_t, t, cond)
+
+    mask, context = torch.ones(4, 1, 4, 4), torch.rand(4, 1, 4, 4)
+    cond = Conditioning(label=torch.arange(4), mask=mask, context=context)
+    for scale in (0.0, 2.0):
+        ClassifierFree(network, SCHEDULE, scale)(X, T, cond)
+    assert seen[0].label is None
+    assert seen[0].mask is mask
+    assert torch.equal(seen[1].context, torch.cat([context, context]))
+    assert seen[1].drop.tolist() == [False] * 4 + [True] * 4
+
+
+@pytest.mark.parametrize("kind", ["classifier_free", "classifier", "auto"])
+def test_outside_its_interval_guidance_leaves_the_model_alone(kind):
+    def guided(interval):
+        if kind == "classifier_free":
+            return ClassifierFree(MIXTURE, SCHEDULE, 3.0, interval)
+        if kind == "classifier":
+            return ClassifierGuided(MIXTURE, SCHEDULE, classifier, 3.0, interval)
+        return Autoguided(MIXTURE, GaussianDenoiser(SCHEDULE), SCHEDULE, 3.0, interval)
+
+    alone = MIXTURE(X2, T2, None if kind == "classifier" else LABELS2)
+    assert torch.equal(guided((0.5, 0.8))(X2, T2, LABELS2).x0, alone.x0)
+    assert not torch.allclose(guided((0.4, 0.8))(X2, T2, LABELS2).x0, alone.x0)
     with pytest.raises(ValueError, match="low <= high"):
-        ClassifierFree(EXACT, 3.0, interval=(0.8, 0.4))
+        guided((0.8, 0.4))
+
+
+def test_rescale_brings_back_the_spread_of_the_conditional_image():
+    conditional = EXACT(X, T, LABELS)
+    plain = ClassifierFree(EXACT, SCHEDULE, 5.0)(X, T, LABELS)
+    full = ClassifierFree(EXACT, SCHEDULE, 5.0, rescale=1.0)(X, T, LABELS)
+    half = ClassifierFree(EXACT, SCHEDULE, 5.0, rescale=0.5)(X, T, LABELS)
+    torch.testing.assert_close(full.x0.std((1, 2, 3)), conditional.x0.std((1, 2, 3)))
+    torch.testing.assert_close(half.x0, (plain.x0 + full.x0) / 2)
+    alpha, sigma = coefficients(SCHEDULE, T, X)
+    torch.testing.assert_close(alpha * full.x0 + sigma * full.eps, X)
+    with pytest.raises(ValueError, match="rescale"):
+        ClassifierFree(EXACT, SCHEDULE, 5.0, rescale=2.0)
+
+
+def test_an_exact_classifier_turns_the_unconditional_model_into_the_conditional_one():
+    """Bayes' rule: grad log p(x_t | y) = grad log p(x_t) + grad log p(y | x_t)."""
+    for t in (20.0, 400.0, 900.0):
+        at = torch.full((6,), t)
+        guided = ClassifierGuided(MIXTURE, SCHEDULE, classifier, 1.0)(X2, at, LABELS2)
+        conditional = MIXTURE(X2, at, LABELS2)
+        torch.testing.assert_close(guided.x0, conditional.x0)
+        torch.testing.assert_close(guided.eps, conditional.eps)
+    off = ClassifierGuided(MIXTURE, SCHEDULE, classifier, 0.0)(X2, T2, LABELS2)
+    assert torch.equal(off.x0, MIXTURE(X2, T2).x0)
+
+
+def test_both_kinds_of_guidance_follow_the_score_of_the_sharpened_class_posterior():
+    """grad [log p(x_t) + scale log p(y | x_t)], for exact models, by automatic differentiation of the densities."""
+    scale = 2.5
+    x = X2.clone().requires_grad_()
+    log_p = MIXTURE.log_density(x, T2) + scale * classifier(x, T2, LABELS2)
+    (score,) = torch.autograd.grad(log_p.sum(), x)
+    _, sigma = coefficients(SCHEDULE, T2, X2)
+    for guided in (
+        ClassifierFree(MIXTURE, SCHEDULE, scale),
+        ClassifierGuided(MIXTURE, SCHEDULE, classifier, scale),
+    ):
+        torch.testing.assert_close(guided(X2, T2, LABELS2).eps, -sigma * score)
+
+
+def test_guidance_by_a_classifier_works_where_gradients_are_off_and_draws_the_class():
+    x_T = torch.randn(200, 1, 1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    cond = Conditioning(label=torch.full((200,), 2))
+    guided = ClassifierGuided(MIXTURE, SCHEDULE, classifier, 2.0)
+    with torch.no_grad():
+        samples = last(ddim(guided, SCHEDULE, x_T, cond, steps=50))
+    nearest = torch.cdist(samples.flatten(1), MIXTURE.means).argmin(1)
+    assert not samples.requires_grad
+    assert (nearest == 2).double().mean() > 0.99
+
+
+def test_a_classifier_is_not_asked_about_pure_noise():
+    schedule = make_schedule("cosine", zero_terminal_snr=True)
+    mixture = MixtureDenoiser(schedule, MIXTURE.means, 0.2, MIXTURE.weights)
+
+    def log_prob(x_t, t, cond):
+        return mixture.class_log_posterior(x_t, t).gather(1, cond.label[:, None])[:, 0]
+
+    end = torch.full((6,), 1000.0)
+    guided = ClassifierGuided(mixture, schedule, log_prob, 5.0)(X2, end, LABELS2)
+    assert torch.isfinite(guided.x0).all()
+    torch.testing.assert_close(guided.eps, mixture(X2, end).eps)
+
+
+def test_guiding_a_conditional_model_adds_to_its_own_condition():
+    base = ConditionedOn(MIXTURE, LABELS2)
+    guided = ClassifierGuided(base, SCHEDULE, classifier, 0.0)(X2, T2, LABELS2)
+    assert torch.equal(guided.x0, MIXTURE(X2, T2, LABELS2).x0)
+
+
+def test_autoguidance_extrapolates_from_the_weak_model():
+    weak = GaussianDenoiser(SCHEDULE, std=0.6)
+    strong, bad = EXACT(X, T, LABELS), weak(X, T, LABELS)
+    assert torch.equal(Autoguided(EXACT, weak, SCHEDULE, 1.0)(X, T, LABELS).x0, strong.x0)
+    assert torch.equal(Autoguided(EXACT, weak, SCHEDULE, 0.0)(X, T, LABELS).x0, bad.x0)
+    twice = Autoguided(EXACT, weak, SCHEDULE, 2.0)(X, T, LABELS)
+    torch.testing.assert_close(twice.x0, 2 * strong.x0 - bad.x0)
+    torch.testing.assert_close(Autoguided(EXACT, weak, SCHEDULE, 2.0)(X, T).x0, 2 * EXACT(X, T).x0 - weak(X, T).x0)
+
+
+@pytest.mark.parametrize("make", [ClassifierFree, lambda d, s, w: Autoguided(d, d, s, w)])
+def test_negative_scales_are_refused(make):
+    with pytest.raises(ValueError, match="scale must be >= 0"):
+        make(EXACT, SCHEDULE, -1.0)

@@ -11,10 +11,16 @@ from ddpm.schedule import NoiseSchedule, from_betas, from_log_snr, make_schedule
 KINDS = sorted(schedules.FAMILIES)
 
 
+def make(kind, num_steps=1000, **options):
+    if kind == "betas":
+        return make_schedule(kind, betas=torch.linspace(1e-3, 20 / num_steps, num_steps).tolist(), **options)
+    return make_schedule(kind, num_steps=num_steps, **options)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @given(num_steps=st.integers(25, 2000))
 def test_a_table_starts_clean_falls_strictly_and_agrees_with_its_betas(kind, num_steps):
-    schedule = make_schedule(kind, num_steps=num_steps)
+    schedule = make(kind, num_steps)
     table = schedule.alphas_cumprod
     assert schedule.num_steps == num_steps
     assert table[0] == 1
@@ -38,7 +44,7 @@ def test_linear_and_cosine_tables_are_those_of_diffusers():
 @pytest.mark.parametrize("kind", KINDS)
 @given(fraction=st.floats(0, 1))
 def test_signal_and_noise_levels_keep_unit_variance_between_table_points(kind, fraction):
-    schedule = make_schedule(kind)
+    schedule = make(kind)
     t = fraction * schedule.num_steps
     assert (schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2).item() == pytest.approx(1, abs=1e-12)
 
@@ -46,7 +52,7 @@ def test_signal_and_noise_levels_keep_unit_variance_between_table_points(kind, f
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_interpolation_is_monotone_and_meets_the_table(kind, zero_terminal_snr):
-    schedule = make_schedule(kind, num_steps=50, zero_terminal_snr=zero_terminal_snr)
+    schedule = make(kind, 50, zero_terminal_snr=zero_terminal_snr)
     fine = schedule.alpha_bar(torch.linspace(0, 50, 5001, dtype=torch.float64))
     assert (fine.diff() < 0).all()
     torch.testing.assert_close(fine[::100], schedule.alphas_cumprod, rtol=1e-9, atol=1e-15)
@@ -98,3 +104,23 @@ def test_a_log_snr_gives_a_schedule_with_that_log_snr_at_any_time():
 def test_impossible_schedules_are_refused(make):
     with pytest.raises(ValueError, match=r"\w"):
         make()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+def test_the_angle_rises_and_timestep_is_its_inverse(kind, zero_terminal_snr):
+    schedule = make(kind, 200, zero_terminal_snr=zero_terminal_snr)
+    t = torch.linspace(0, 200, 777, dtype=torch.float64)
+    angle = schedule.angle(t)
+    assert (angle.diff() > 0).all()
+    torch.testing.assert_close(angle.cos(), schedule.alpha(t))
+    torch.testing.assert_close(angle.sin(), schedule.sigma(t))
+    torch.testing.assert_close(schedule.timestep(angle), t, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="angles must be in"):
+        schedule.timestep(2.0)
+
+
+def test_a_closed_form_is_inverted_between_the_points_too():
+    schedule = from_log_snr(lambda u: 8 - 16 * u, 16)
+    t = torch.tensor([0.5, 3.3, 15.9], dtype=torch.float64)
+    torch.testing.assert_close(schedule.timestep(schedule.angle(t)), t, rtol=0, atol=1e-9)

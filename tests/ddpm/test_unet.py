@@ -53,7 +53,7 @@ def test_it_is_the_network_of_diffusers_parameter_for_parameter(changes):
     theirs.load_state_dict(ours.state_dict())
     x, t = torch.randn(3, ours.config.in_channels, 8, 8), torch.tensor([0.0, 400.0, 999.0])
     labels = torch.tensor([0, 5, 10]) if ours.config.num_classes else None
-    cond = Conditioning(labels.clamp(max=9), labels == 10) if labels is not None else None
+    cond = Conditioning(label=labels.clamp(max=9), drop=labels == 10) if labels is not None else None
     expected = theirs(x, t, labels).sample
     torch.testing.assert_close(ours(x, t, cond), expected, rtol=1e-4, atol=1e-5)
     ours(x, t, cond).square().mean().backward()
@@ -72,8 +72,75 @@ def test_no_label_a_dropped_label_and_no_condition_are_the_same_null():
 
 
 def test_an_unconditional_network_refuses_labels():
-    with pytest.raises(ValueError, match="without classes"):
+    with pytest.raises(ValueError, match="label was given to a network without: set num_classes"):
         make()(torch.zeros(1, 1, 8, 8), torch.zeros(1), Conditioning(label=torch.zeros(1, dtype=torch.long)))
+
+
+def captions(n, length=5):
+    mask = torch.arange(length)[None] < torch.tensor([2, 5, 3, 4])[:n, None]
+    return Conditioning(text=torch.randn(n, length, 12), text_mask=mask, pooled=torch.randn(n, 12))
+
+
+def awake(network):
+    """Cross-attention starts at zero; give it something to say."""
+    for name, parameter in network.named_parameters():
+        if "cross_attentions" in name and "to_out" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return network
+
+
+def test_text_reaches_the_image_and_starts_out_by_the_pooled_vector_alone():
+    network, x, t, cond = make(text_dim=12), torch.randn(4, 1, 8, 8), torch.arange(4.0), captions(4)
+    other = Conditioning(text=torch.randn(4, 5, 12), text_mask=cond.text_mask, pooled=cond.pooled)
+    torch.testing.assert_close(network(x, t, cond), network(x, t, other))
+    assert not torch.allclose(network(x, t, cond), network(x, t, captions(4)))
+    awake(network)
+    assert not torch.allclose(network(x, t, cond), network(x, t, other))
+
+
+def test_padding_tokens_are_not_seen():
+    network, x, t, cond = awake(make(text_dim=12)), torch.randn(4, 1, 8, 8), torch.arange(4.0), captions(4)
+    garbage = torch.where(cond.text_mask[..., None], cond.text, 100.0)
+    torch.testing.assert_close(
+        network(x, t, cond), network(x, t, Conditioning(text=garbage, text_mask=cond.text_mask, pooled=cond.pooled))
+    )
+    whole = Conditioning(text=cond.text[:, :2], pooled=cond.pooled)
+    same = Conditioning(text=cond.text, text_mask=torch.arange(5).expand(4, 5) < 2, pooled=cond.pooled)
+    torch.testing.assert_close(network(x, t, whole), network(x, t, same))
+
+
+def test_dropped_text_and_no_text_are_the_same_null():
+    network, x, t, cond = awake(make(text_dim=12)), torch.randn(4, 1, 8, 8), torch.arange(4.0), captions(4)
+    some = cond.dropped(torch.tensor([True, False, True, False]))
+    null, with_text = network(x, t), network(x, t, cond)
+    expected = torch.stack([null[0], with_text[1], null[2], with_text[3]])
+    torch.testing.assert_close(network(x, t, some), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_for_inpainting_sees_the_known_pixels_only():
+    network, x, t = make(context_channels=1), torch.randn(4, 1, 8, 8), torch.arange(4.0)
+    mask, context = torch.rand(4, 1, 8, 8) < 0.5, torch.randn(4, 1, 8, 8)
+    out = network(x, t, Conditioning(mask=mask, context=context))
+    hidden = torch.where(mask, context, 7.0)
+    torch.testing.assert_close(network(x, t, Conditioning(mask=mask, context=hidden)), out)
+    known = torch.where(mask, context + 1, context)
+    assert not torch.allclose(network(x, t, Conditioning(mask=mask, context=known)), out)
+    nothing = Conditioning(mask=torch.zeros_like(mask), context=context)
+    torch.testing.assert_close(network(x, t, nothing), network(x, t))
+
+
+@pytest.mark.parametrize(
+    "options, cond, message",
+    [
+        ({"text_dim": 12}, Conditioning(text=torch.zeros(1, 2, 12)), "both its tokens"),
+        ({"context_channels": 1}, Conditioning(mask=torch.zeros(1, 1, 8, 8)), "both the mask"),
+        ({}, Conditioning(pooled=torch.zeros(1, 12)), "set text_dim"),
+        ({}, Conditioning(mask=torch.zeros(1, 1, 8, 8)), "set context_channels"),
+    ],
+)
+def test_conditions_that_are_incomplete_or_of_another_network_are_refused(options, cond, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)(torch.zeros(1, 1, 8, 8), torch.zeros(1), cond)
 
 
 def test_a_sample_does_not_depend_on_its_batch():
@@ -98,6 +165,7 @@ def test_time_embeddings_are_distinct_cosines_and_sines():
         ({"head_dim": 48}, "head_dim"),
         ({"layers_per_block": 0}, "layers_per_block"),
         ({"dropout": 1.0}, "dropout"),
+        ({"text_dim": -1}, "text_dim"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(changes, message):
