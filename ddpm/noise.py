@@ -32,6 +32,7 @@ class Purpose(IntEnum):
     DEQUANTIZE = 6
     MASK = 7
     STRATUM = 8
+    CAPTION = 9
 
 
 def philox(

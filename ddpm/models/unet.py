@@ -291,7 +291,7 @@ class UNet(Encoder):
             self.class_embedding = nn.Embedding(config.num_classes + 1, time_dim)
         if config.text_dim:
             self.pooled_projection = nn.Linear(config.text_dim, time_dim)
-            self.null_text = nn.Parameter(torch.randn(config.text_dim) / config.text_dim**0.5)
+            self.null_text = nn.Parameter(torch.randn(config.text_dim))
 
         skips, width = list(self.skip_widths), widths[-1]
         self.up_blocks = nn.ModuleList()
@@ -351,15 +351,18 @@ class UNet(Encoder):
     def text_embedding(self, cond: Conditioning, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """(tokens [B, L, D], mask [B, L], pooled [B, D]); dropped and absent text is the one null token.
 
+        Every vector is brought to unit variance, because encoders differ in scale by far: a pooled one of unit length
+        would hardly be heard.
+
         Raises:
             ValueError: tokens without their pooled embedding, or the reverse.
         """
-        null = self.null_text.to(dtype)
+        null = F.layer_norm(self.null_text, (self.config.text_dim,)).to(dtype)
         if cond.text is None and cond.pooled is None:
             return null.expand(batch, 1, -1), null.new_ones(batch, 1).bool(), null.expand(batch, -1)
         if cond.text is None or cond.pooled is None:
             raise ValueError("text needs both its tokens (text) and their pooled embedding (pooled)")
-        tokens, pooled = cond.text.to(dtype), cond.pooled.to(dtype)
+        tokens, pooled = (F.layer_norm(e, (self.config.text_dim,)).to(dtype) for e in (cond.text, cond.pooled))
         there = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         mask = there if cond.text_mask is None else cond.text_mask.bool()
         if cond.drop is not None:

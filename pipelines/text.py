@@ -1,0 +1,62 @@
+"""Text encoders: captions to token embeddings and a pooled vector, by the name of any public encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from ddpm.prediction import Conditioning
+
+DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+class TextEncoder:
+    """A frozen text encoder.
+
+    Args:
+        name: a `sentence-transformers` model or any `transformers` encoder, by hub name or as a folder; an encoder
+            without a pooling of its own gets the mean over its tokens.
+        device: where it runs.
+
+    Attributes:
+        dim: width of the embeddings, `text_dim` of a network that reads them.
+
+    Raises:
+        ValueError: the extra `text` is not installed, or there is no such encoder.
+    """
+
+    def __init__(self, name: str = DEFAULT_ENCODER, device: str = "cpu") -> None:
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            raise ValueError("text encoders need the extra `text`: pip install 'ddpm-pipelines[text]'") from error
+        try:
+            self._encoder: Any = SentenceTransformer(name, device=device)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot load the text encoder {name!r}: {str(error).splitlines()[0]}") from error
+        self.name = name
+        self.dim = int(self._encoder.encode([""], show_progress_bar=False).shape[1])
+
+    def __call__(self, captions: Sequence[str]) -> Conditioning:
+        """Conditions with `text` [B, L, D], `text_mask` [B, L] and `pooled` [B, D], float32 on the CPU.
+
+        L is the longest caption's number of tokens; longer ones than the encoder reads are cut.
+        """
+        if not captions:
+            raise ValueError("give at least one caption")
+        with torch.no_grad():
+            encoded = self._encoder.encode(list(captions), output_value=None, show_progress_bar=False)
+        tokens = [self._tokens(e) for e in encoded]
+        lengths = torch.tensor([len(t) for t in tokens])
+        text = pad_sequence(tokens, batch_first=True)
+        mask = torch.arange(text.shape[1])[None] < lengths[:, None]
+        pooled = torch.stack([e["sentence_embedding"].float().cpu() for e in encoded])
+        return Conditioning(text=text, text_mask=mask, pooled=pooled)
+
+    @staticmethod
+    def _tokens(encoded: dict[str, Any]) -> Tensor:
+        return encoded["token_embeddings"][encoded["attention_mask"].bool()].float().cpu()
