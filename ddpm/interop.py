@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -45,7 +46,7 @@ class ModelSpec:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image."""
-        return self.network.out_channels, self.image_size, self.image_size
+        return self.network.in_channels, self.image_size, self.image_size
 
     def to_json(self) -> str:
         """`model.json`."""
@@ -56,21 +57,26 @@ class ModelSpec:
         """Read `model.json`.
 
         Raises:
-            ValueError: of another version.
+            ValueError: of another version, or damaged.
         """
-        plain = json.loads(text)
-        version = plain.pop("format_version", None)
-        if version != FORMAT_VERSION:
-            raise ValueError(f"model.json has format version {version}, this release reads {FORMAT_VERSION}")
-        network: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.pop("network").items()}
-        sampling = plain.pop("sampling")
-        sampling["interval"] = tuple(sampling["interval"])
-        return cls(
-            network=UNetConfig(**network),
-            sampling=SamplingSettings(**sampling),
-            classes=tuple(plain.pop("classes")),
-            **plain,
-        )
+        try:
+            plain = json.loads(text)
+            version = plain.pop("format_version", None)
+            if version != FORMAT_VERSION:
+                raise ValueError(f"model.json has format version {version}, this release reads {FORMAT_VERSION}")
+            network: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in plain.pop("network").items()
+            }
+            sampling = plain.pop("sampling")
+            sampling["interval"] = tuple(sampling["interval"])
+            return cls(
+                network=UNetConfig(**network),
+                sampling=SamplingSettings(**sampling),
+                classes=tuple(plain.pop("classes")),
+                **plain,
+            )
+        except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"model.json is damaged ({error!r}): export or save the model again") from error
 
 
 @dataclass(frozen=True)
@@ -141,12 +147,34 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> Model:
     """
     try:
         spec = ModelSpec.from_json((folder / "model.json").read_text())
-        weights = load_file(folder / "model.safetensors")
     except FileNotFoundError as error:
-        raise ValueError(f"{folder} is not a model folder: {Path(error.filename).name} is missing") from error
-    network = UNet(spec.network)
+        raise ValueError(f"{folder} is not a model folder: model.json is missing") from error
+    return Model(spec, build_network(spec.network, read_weights(folder / "model.safetensors"), device))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, by name.
+
+    Raises:
+        ValueError: missing or damaged.
+    """
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path.parent} holds no weights: {path.name} is missing") from error
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): copy or save it again") from error
+
+
+def build_network(config: UNetConfig, weights: Mapping[str, Tensor], device: torch.device | str = "cpu") -> UNet:
+    """The network with these weights, ready to sample.
+
+    Raises:
+        ValueError: weights of another network.
+    """
+    network = UNet(config)
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f"{folder}: the weights do not fit model.json: {error}") from error
-    return Model(spec, network.eval().requires_grad_(False).to(device))
+        raise ValueError(f"the weights do not fit the network that is described beside them: {error}") from error
+    return network.eval().requires_grad_(False).to(device)

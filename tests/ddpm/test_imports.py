@@ -4,14 +4,25 @@ from pathlib import Path
 
 import ddpm
 
-ALLOWED = {"torch", "numpy", "safetensors"}
+ALWAYS = {"torch", "numpy", "safetensors"}
+INSIDE_A_FUNCTION = {"torchdiffeq"}
+TREES = [ast.parse(path.read_text()) for path in Path(ddpm.__path__[0]).rglob("*.py")]
 
 
-def test_the_core_imports_torch_numpy_and_safetensors_only():
+def imported(nodes):
     found = set()
-    for path in Path(ddpm.__path__[0]).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            found |= {name.split(".")[0] for name in names}
-    assert found - set(sys.stdlib_module_names) - {"ddpm"} <= ALLOWED
+    for node in nodes:
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        found |= {name.split(".")[0] for name in names}
+    return found - set(sys.stdlib_module_names) - {"ddpm", "__future__"}
+
+
+def test_the_core_imports_torch_numpy_and_safetensors_and_one_solver_where_it_is_needed():
+    everywhere = imported(node for tree in TREES for node in ast.walk(tree))
+    lazily = imported(
+        node for tree in TREES for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for node in ast.walk(f)
+    )
+    assert everywhere == ALWAYS | INSIDE_A_FUNCTION
+    assert lazily == INSIDE_A_FUNCTION
+    assert "torchdiffeq" not in imported(node for tree in TREES for node in tree.body)

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,3 +53,21 @@ def test_damaged_folders_are_refused_with_the_reason(folder, tmp_path):
     (folder / "model.json").write_text(json.dumps(plain))
     with pytest.raises(ValueError, match="do not fit"):
         load_model(folder)
+    for damaged in ("", "[]", "{", '{"format_version": 1}', json.dumps({**plain, "surplus": 1, "format_version": 1})):
+        (folder / "model.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"model\.json is damaged"):
+            load_model(folder)
+
+
+def test_missing_and_damaged_weights_are_named(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        load_model(folder)
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors is missing"):
+        load_model(folder)
+
+
+def test_an_image_has_the_channels_of_the_input_where_the_variance_is_learned():
+    assert replace(SPEC, network=replace(CONFIG, in_channels=3, out_channels=6)).shape == (3, 8, 8)

@@ -1,0 +1,266 @@
+"""The tables of the page: every row is drawn from the models, none is remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.digits.data import SEEN, UNSEEN, WORDS, Digits
+from benchmarks.digits.training import SCHEDULE, Zoo
+from ddpm.gaussian import ReverseVariance
+from ddpm.generate import SamplingSettings, generate
+from ddpm.guidance import Autoguided, ClassifierGuided
+from ddpm.inpainting import inpainting_condition, masked_error, paste, random_mask, repaint, replacement, seam_error
+from ddpm.likelihood import mean_bits_per_dim, ode_bits_per_dim, variational_bound
+from ddpm.prediction import Clipped, Conditioning, Denoiser, Prediction
+from ddpm.quality import FeatureMoments, Interval, bootstrap, frechet_distance, precision_recall
+from ddpm.samplers import Sample, initial_noise, last, step_noise
+from pipelines.evaluation.features import extract
+
+SEED = 1
+SHAPE = (1, 8, 8)
+DRAWS = 200
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table: what was run, what was measured, and the images, [N, 1, 8, 8]."""
+
+    name: str
+    scores: dict[str, Any]
+    images: Tensor
+
+
+def quality(images: Tensor, labels: Tensor, digits: Digits) -> dict[str, Any]:
+    """Class accuracy, Frechet distance to the train split, precision and recall against the test split."""
+    found = extract(digits.evaluator, images)
+    real = extract(digits.evaluator, digits.test).features
+    manifold = precision_recall(real, found.features)
+
+    def distance(part: Tensor) -> float:
+        return frechet_distance(digits.reference, FeatureMoments.of(part))
+
+    return {
+        "class accuracy": (found.predicted == labels).double().mean().item(),
+        "Frechet distance": bootstrap(distance, found.features, draws=DRAWS, seed=0),
+        "precision": manifold.precision,
+        "recall": manifold.recall,
+    }
+
+
+def draw(denoiser: Denoiser, cond: Conditioning | None, count: int, **settings: Any) -> Tensor:
+    """Images 0 .. count - 1 of the page's seed."""
+    return generate(
+        denoiser, SCHEDULE, SamplingSettings(**settings), cond=cond, count=count, shape=SHAPE, seed=SEED, batch_size=128
+    )
+
+
+# --- guidance ------------------------------------------------------------------------------------------------
+
+
+def guidance(zoo: Zoo) -> Iterator[Row]:
+    """One model under every kind of guidance, DDIM with 50 steps, the labels of the test split."""
+    digits, model = zoo.digits, zoo.classes()
+    labels, n = digits.test_labels, len(digits.test_labels)
+    cond = Conditioning(label=labels)
+    yield Row("real test images", quality(digits.test, labels, digits), digits.test)
+    free = [("no label (scale 0)", 0.0), ("label, no guidance (scale 1)", 1.0)]
+    free += [(f"classifier-free {s:g}", s) for s in (1.5, 2.0, 3.0)]
+    for name, scale in free:
+        images = draw(model, cond, n, scale=scale)
+        yield Row(name, quality(images, labels, digits), images)
+    options = {"scale": 3.0, "rescale": 0.7}
+    images = draw(model, cond, n, **options)
+    yield Row("classifier-free 3, rescale 0.7", quality(images, labels, digits), images)
+    images = draw(model, cond, n, scale=3.0, interval=(0.2, 0.8))
+    yield Row("classifier-free 3 in 0.2..0.8 T", quality(images, labels, digits), images)
+    for scale in (1.0, 2.0, 4.0):
+        guided = ClassifierGuided(model, SCHEDULE, zoo.classifier().class_log_prob, scale)
+        images = draw(guided, cond, n)
+        yield Row(f"classifier {scale:g}", quality(images, labels, digits), images)
+    for scale in (1.5, 2.0):
+        images = draw(Autoguided(model, zoo.weak(), SCHEDULE, scale), cond, n)
+        yield Row(f"autoguidance {scale:g}", quality(images, labels, digits), images)
+
+
+# --- samplers ------------------------------------------------------------------------------------------------
+
+
+def samplers(zoo: Zoo, budgets: tuple[int, ...], longest: int) -> Iterator[Row]:
+    """Every sampler at each budget of network evaluations, labels of the test split, no guidance."""
+    digits, model = zoo.digits, zoo.classes()
+    cond, n = Conditioning(label=digits.test_labels), len(digits.test_labels)
+    for kind in ("ddim", "dpm_solver", "heun", "ancestral", "predictor_corrector"):
+        slow = kind in ("ancestral", "predictor_corrector")
+        for budget in budgets + ((longest,) if slow else ()):
+            # Heun takes 2 steps - 1 evaluations, a corrector at every level but the last as many again.
+            steps = budget if kind in ("ddim", "dpm_solver", "ancestral") else (budget + 1) // 2
+            nfe = steps if kind in ("ddim", "dpm_solver", "ancestral") else 2 * steps - 1
+            images = draw(model, cond, n, kind=kind, steps=steps)
+            scores = {"budget": budget, "evaluations": nfe, **quality(images, digits.test_labels, digits)}
+            yield Row(kind, scores, images)
+
+
+# --- inpainting ----------------------------------------------------------------------------------------------
+
+
+def inpainting(zoo: Zoo) -> Iterator[Row]:
+    """Three ways to fill the hidden pixels of the test split, the class being given to all of them."""
+    digits = zoo.digits
+    truth, labels, n = digits.test, digits.test_labels, len(digits.test)
+    numbers = torch.arange(n)
+    mask = random_mask(SEED, numbers, SHAPE[1:])
+    cond = Conditioning(label=labels)
+    x_T, noise = initial_noise(SEED, numbers, SHAPE), step_noise(SEED, numbers, SHAPE)
+    model = Clipped(zoo.classes(), SCHEDULE)
+    tuned = Clipped(zoo.inpainting(), SCHEDULE)
+
+    hidden = torch.where(mask, truth, 0.0)
+    yield Row("what is known", _inpainting_scores(hidden, truth, mask, labels, digits), hidden)
+    ways: list[tuple[str, int, Iterator[Sample]]] = [
+        ("replacement", 50, replacement(model, SCHEDULE, x_T, truth, mask, cond, steps=50, noise=noise)),
+        ("replacement", 250, replacement(model, SCHEDULE, x_T, truth, mask, cond, steps=250, noise=noise)),
+        (
+            "RePaint (50 steps, jump 1, 5 resamplings)",
+            50 + 4 * 49,
+            repaint(model, SCHEDULE, x_T, truth, mask, cond, steps=50, jump_length=1, resamplings=5, noise=noise),
+        ),
+    ]
+    for name, nfe, steps in ways:
+        with torch.no_grad():
+            images = last(steps).clamp(-1, 1)
+        yield Row(name, {"evaluations": nfe, **_inpainting_scores(images, truth, mask, labels, digits)}, images)
+    asked = inpainting_condition(truth, mask, cond)
+    for kind in ("ancestral", "ddim"):
+        drawn = draw(tuned, asked, n, kind=kind, steps=50, clip=None)
+        images = paste(truth, drawn, mask)
+        scores = {"evaluations": 50, **_inpainting_scores(images, truth, mask, labels, digits)}
+        yield Row(f"fine-tuned model, {kind}", scores, images)
+
+
+def _inpainting_scores(images: Tensor, truth: Tensor, mask: Tensor, labels: Tensor, digits: Digits) -> dict[str, Any]:
+    errors = {
+        "error in the hidden region": bootstrap(_mean, masked_error(images, truth, mask), draws=DRAWS, seed=0),
+        "error across the seam": bootstrap(_mean, seam_error(images, truth, mask), draws=DRAWS, seed=0),
+    }
+    scores = quality(images, labels, digits)
+    return {**errors, "class accuracy": scores["class accuracy"], "Frechet distance": scores["Frechet distance"]}
+
+
+def _mean(values: Tensor) -> float:
+    return values.double().mean().item()
+
+
+# --- text ----------------------------------------------------------------------------------------------------
+
+
+def text(zoo: Zoo) -> Iterator[Row]:
+    """Images for prompts, as many as the test split has: is the digit that was asked for what the evaluator sees?"""
+    digits, captions, model = zoo.digits, zoo.captions, zoo.text()
+    labels, n = digits.test_labels, len(digits.test_labels)
+    for name, first, count in (("templates seen in training", 0, len(SEEN)), ("unseen", len(SEEN), len(UNSEEN))):
+        cond = captions.of(labels, first + torch.arange(n) % count)
+        for how, denoiser, scale in (
+            ("no guidance", model, 1.0),
+            ("classifier-free 2", model, 2.0),
+            ("classifier of text 1", ClassifierGuided(model, SCHEDULE, zoo.reader().text_log_prob, 1.0), 1.0),
+        ):
+            images = draw(denoiser, cond, n, scale=scale)
+            scores = quality(images, labels, digits)
+            named = {"prompts": name, "guidance": how, "prompt accuracy": scores.pop("class accuracy"), **scores}
+            yield Row(f"{name}, {how}", named, images)
+
+
+def prompted(zoo: Zoo) -> list[tuple[str, Tensor]]:
+    """Eight images for one prompt of every digit, templates taking turns, the unseen ones too."""
+    captions = zoo.captions
+    templates = [*SEEN, *UNSEEN]
+    pictures = []
+    for label, _ in enumerate(WORDS):
+        template = label % len(templates)
+        cond = captions.of(torch.full((8,), label), torch.full((8,), template))
+        pictures.append((templates[template].format(WORDS[label]), draw(zoo.text(), cond, 8, scale=2.0)))
+    return pictures
+
+
+# --- likelihood ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FixedVariance:
+    """A model whose learned variance is left out of account."""
+
+    denoiser: Denoiser
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning | None = None) -> Prediction:
+        return replace(self.denoiser(x_t, t, cond), variance_fraction=None)
+
+
+@dataclass(frozen=True)
+class Likelihoods:
+    """Bits per dimension of the test split by method, and the bound's mean terms by timestep and variance."""
+
+    bits: dict[str, Interval]
+    terms: dict[str, list[float]]
+    prior: float
+    nfe: dict[str, int]
+
+
+def likelihood(zoo: Zoo, batch_size: int = 128, steps: int | None = None) -> Likelihoods:
+    """The bound under three variances, all from the same noise, and the ODE with Hutchinson's and the exact trace."""
+    digits, model = zoo.digits, zoo.classes()
+    fixed = FixedVariance(model)
+    spans = [slice(i, i + batch_size) for i in range(0, len(digits.test), batch_size)]
+    bits: dict[str, Interval] = {}
+    terms: dict[str, list[float]] = {}
+    nfe: dict[str, int] = {}
+    prior = 0.0
+    numbers = torch.arange(len(digits.test))
+    kinds: list[tuple[str, Denoiser, ReverseVariance]] = [
+        ("bound, variance learned", model, "small"),
+        ("bound, variance small", fixed, "small"),
+        ("bound, variance large", fixed, "large"),
+    ]
+    for name, denoiser, variance in kinds:
+        bounds = [
+            variational_bound(
+                denoiser,
+                SCHEDULE,
+                digits.test[span],
+                Conditioning(label=digits.test_labels[span]),
+                seed=SEED,
+                images=numbers[span],
+                steps=steps,
+                variance=variance,
+            )
+            for span in spans
+        ]
+        bits[name] = mean_bits_per_dim(torch.cat([b.total for b in bounds]))
+        terms[name] = torch.cat([b.terms for b in bounds]).mean(0).tolist()
+        prior = torch.cat([b.prior for b in bounds]).mean().item()
+        nfe[name] = steps or SCHEDULE.num_steps
+    odes = [
+        ode_bits_per_dim(
+            model,
+            SCHEDULE,
+            digits.test[span],
+            Conditioning(label=digits.test_labels[span]),
+            seed=SEED,
+            images=numbers[span],
+        )
+        for span in spans
+    ]
+    bits["probability-flow ODE"] = mean_bits_per_dim(torch.cat([o.bits_per_dim for o in odes]))
+    nfe["probability-flow ODE"] = max(o.nfe for o in odes)
+    return Likelihoods(bits, terms, prior, nfe)
+
+
+def plain(value: Any) -> Any:
+    """For JSON: intervals as objects."""
+    if isinstance(value, Interval):
+        return asdict(value)
+    return value

@@ -1,0 +1,224 @@
+"""The five models of the page, each by a plain loop over ordinals; trained once and kept in the work folder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from benchmarks.digits.data import Captions, Digits, drawn_template
+from ddpm.ema import EMA
+from ddpm.inpainting import extend_for_inpainting, inpainting_condition, random_mask
+from ddpm.models.classifier import NoisyClassifier, class_loss, text_loss
+from ddpm.models.unet import UNet, UNetConfig
+from ddpm.noise import Purpose, normal, uniform
+from ddpm.objectives import Objective, stratified_timesteps
+from ddpm.prediction import Conditioning, NetworkDenoiser
+from ddpm.schedule import make_schedule
+
+SEED = 0
+BATCH = 128
+LABEL_DROP = 0.1
+HALF_LIFE = 8_000
+SCHEDULE = make_schedule("cosine")
+# The experiment `digits`' network, with a learned variance: one model then answers for every kind of likelihood.
+SHAPE = UNetConfig(
+    in_channels=1,
+    out_channels=2,
+    channels=(32, 64),
+    layers_per_block=2,
+    attention=(False, True),
+    head_dim=32,
+    num_classes=10,
+)
+OBJECTIVE = Objective(prediction="eps", loss="hybrid")
+
+# (ordinals, indices into the train split, timesteps, noise) -> loss of each sample
+Losses = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def fit(
+    network: nn.Module,
+    losses: Losses,
+    digits: Digits,
+    images: int,
+    *,
+    lr: float = 2e-3,
+    keep_at: int | None = None,
+    say: Callable[[str], None],
+) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+    """The averaged weights after `images` images, and those after `keep_at`, where asked for."""
+    optimizer = torch.optim.AdamW(network.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    ema, early = EMA(network, HALF_LIFE), None
+    order, epoch = torch.empty(0, dtype=torch.long), 0
+    for start in range(0, images, BATCH):
+        while len(order) < BATCH:
+            generator = torch.Generator().manual_seed(SEED + epoch)
+            order, epoch = torch.cat([order, torch.randperm(len(digits.train), generator=generator)]), epoch + 1
+        index, order = order[:BATCH], order[BATCH:]
+        n = torch.arange(start, start + BATCH)
+        t = stratified_timesteps(SEED, n, SCHEDULE.num_steps, BATCH)
+        loss = losses(n, index, t, normal(SEED, n, Purpose.NOISE, (1, 8, 8))).mean()
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"the loss is {loss.item()} at {start} images")
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (start + 1) / 5_000) * max(1 - start / images, 0.02)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        ema.update(network, start + BATCH, BATCH)
+        if keep_at is not None and early is None and start + BATCH >= keep_at:
+            early = {name: value.clone() for name, value in ema.state_dict().items()}
+        if start // BATCH % 200 == 0:
+            say(f"{start:>7,} of {images:,} images, loss {loss.item():.4f}")
+    return ema.state_dict(), early
+
+
+class Zoo:
+    """The models, trained where the work folder does not have them yet.
+
+    Args:
+        work: keeps their weights, under a name that says how many images each has seen.
+        scale: factor on the number of images; 1 is the page's.
+    """
+
+    def __init__(
+        self, digits: Digits, captions: Captions, work: Path, scale: float, say: Callable[[str], None]
+    ) -> None:
+        self.digits, self.captions, self.work, self.scale, self.say = digits, captions, work, scale, say
+        self.images = {
+            name: max(int(images * scale) // BATCH * BATCH, BATCH)
+            for name, images in {
+                "classes": 200_000, "classifier": 80_000, "inpainting": 100_000, "text": 200_000, "reader": 80_000,
+            }.items()
+        }  # fmt: skip
+
+    def unet(self, config: UNetConfig, start: dict[str, Tensor] | None = None) -> UNet:
+        """A fresh network, or one that starts from given weights."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)
+            network = UNet(config)
+        if start is not None:
+            network.load_state_dict(start)
+        return network
+
+    def classes(self) -> NetworkDenoiser:
+        """Conditioned on the class."""
+        return self._denoiser(SHAPE, self._kept("classes", self._train_classes))
+
+    def weak(self) -> NetworkDenoiser:
+        """The same after an eighth of the training, for autoguidance."""
+        self.classes()
+        return self._denoiser(SHAPE, load_file(self._path("classes", "-weak")))
+
+    def _train_classes(self) -> dict[str, Tensor]:
+        network, digits = self.unet(SHAPE), self.digits
+
+        def losses(n: Tensor, index: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+            cond = Conditioning(label=digits.train_labels[index], drop=drop(n))
+            return OBJECTIVE.losses(network, SCHEDULE, digits.train[index], t, eps, cond)
+
+        images = self.images["classes"]
+        weights, early = fit(network, losses, digits, images, keep_at=images // 8, say=self._about("classes"))
+        assert early is not None
+        save_file(early, self._path("classes", "-weak"))
+        return weights
+
+    def classifier(self) -> NoisyClassifier:
+        """Classes of noisy images, same schedule."""
+        return self._reader("classifier", 10, self._class_losses)
+
+    def reader(self) -> NoisyClassifier:
+        """Texts of noisy images, same schedule."""
+        return self._reader("reader", self.captions.dim, self._text_losses)
+
+    def _class_losses(self, network: NoisyClassifier) -> Losses:
+        digits = self.digits
+        return lambda n, index, t, eps: class_loss(
+            network, SCHEDULE, digits.train[index], t, eps, digits.train_labels[index]
+        )
+
+    def _text_losses(self, network: NoisyClassifier) -> Losses:
+        digits, captions = self.digits, self.captions
+
+        def losses(n: Tensor, index: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+            pooled = captions.of(digits.train_labels[index], drawn_template(n)).pooled
+            assert pooled is not None
+            return text_loss(network, SCHEDULE, digits.train[index], t, eps, pooled)
+
+        return losses
+
+    def _reader(self, name: str, outputs: int, losses_of: Callable[[NoisyClassifier], Losses]) -> NoisyClassifier:
+        def make() -> NoisyClassifier:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(SEED)
+                return NoisyClassifier(SHAPE, outputs)
+
+        def train() -> dict[str, Tensor]:
+            network = make()
+            return fit(network, losses_of(network), self.digits, self.images[name], say=self._about(name))[0]
+
+        network = make()
+        network.load_state_dict(self._kept(name, train))
+        return network.eval().requires_grad_(False)
+
+    def inpainting(self) -> NetworkDenoiser:
+        """`classes`, fine-tuned on random masks with the clear context beside them."""
+        return self._denoiser(self._inpainting_shape(), self._kept("inpainting", self._train_inpainting))
+
+    def _inpainting_shape(self) -> UNetConfig:
+        return UNetConfig(**{**vars(SHAPE), "context_channels": 1})
+
+    def _train_inpainting(self) -> dict[str, Tensor]:
+        start = extend_for_inpainting(self._kept("classes", self._train_classes), 1)
+        network, digits = self.unet(self._inpainting_shape(), start), self.digits
+
+        def losses(n: Tensor, index: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+            x_0 = digits.train[index]
+            label = Conditioning(label=digits.train_labels[index], drop=drop(n))
+            cond = inpainting_condition(x_0, random_mask(SEED, n, (8, 8)), label)
+            return OBJECTIVE.losses(network, SCHEDULE, x_0, t, eps, cond)
+
+        return fit(network, losses, digits, self.images["inpainting"], lr=1e-3, say=self._about("inpainting"))[0]
+
+    def text(self) -> NetworkDenoiser:
+        """Conditioned on captions, no class anywhere."""
+        shape = UNetConfig(**{**vars(SHAPE), "num_classes": 0, "text_dim": self.captions.dim})
+        digits, captions = self.digits, self.captions
+
+        def train() -> dict[str, Tensor]:
+            network = self.unet(shape)
+
+            def losses(n: Tensor, index: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+                cond = captions.of(digits.train_labels[index], drawn_template(n)).dropped(drop(n))
+                return OBJECTIVE.losses(network, SCHEDULE, digits.train[index], t, eps, cond)
+
+            return fit(network, losses, digits, self.images["text"], say=self._about("text"))[0]
+
+        return self._denoiser(shape, self._kept("text", train))
+
+    def _denoiser(self, config: UNetConfig, weights: dict[str, Tensor]) -> NetworkDenoiser:
+        network = self.unet(config, weights).eval().requires_grad_(False)
+        return NetworkDenoiser(network, SCHEDULE, OBJECTIVE.prediction)
+
+    def _kept(self, name: str, train: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        path = self._path(name)
+        if not path.exists():
+            save_file(train(), path)
+        return load_file(path)
+
+    def _path(self, name: str, suffix: str = "") -> Path:
+        return self.work / f"{name}-{self.images[name]}{suffix}.safetensors"
+
+    def _about(self, name: str) -> Callable[[str], None]:
+        return lambda text: self.say(f"{name}: {text}")
+
+
+def drop(n: Tensor) -> Tensor:
+    """Which samples lose their condition, bool [B]."""
+    return uniform(SEED, n, Purpose.LABEL_DROP)[:, 0] < LABEL_DROP
