@@ -16,6 +16,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 if TYPE_CHECKING:
     from ddpm.models.unet import UNetConfig
+    from ddpm.objectives import Objective
     from ddpm.schedule import NoiseSchedule
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -61,6 +62,7 @@ class ModelConfig(_Model):
         0.0, description="0 keeps the loss trace independent of the number of workers"
     )
     class_conditional: bool = True
+    learned_variance: bool = Field(False, description="of the reverse steps; trained by objective.loss hybrid or vlb")
 
 
 class LinearSchedule(_Model):
@@ -100,7 +102,15 @@ class ObjectiveConfig(_Model):
     """What the network predicts and how it is judged."""
 
     prediction: Literal["eps", "x0", "v"] = "eps"
-    loss: Literal["simple"] = "simple"
+    loss: Literal["simple", "hybrid", "vlb"] = Field(
+        "simple", description="squared error; that and the bound for a learned variance; the bound alone"
+    )
+    weight: Literal["uniform", "min_snr"] = Field("uniform", description="of the squared error, by timestep")
+    min_snr_gamma: PositiveFloat = 5.0
+    vlb_weight: PositiveFloat = Field(1e-3, description="of the bound in the hybrid loss")
+    timesteps: Literal["uniform", "stratified"] = Field(
+        "uniform", description="independent, or spread evenly over each global batch"
+    )
     label_drop: Fraction = Field(0.1, description="probability of the null label, per sample")
 
 
@@ -109,6 +119,7 @@ class GuidanceConfig(_Model):
 
     scale: NonNegativeFloat = 1.0
     interval: tuple[Fraction, Fraction] = (0.0, 1.0)
+    rescale: Fraction = Field(0.0, description="how far contrast is brought back to the conditional image's")
 
     @model_validator(mode="after")
     def _ordered(self) -> GuidanceConfig:
@@ -117,41 +128,57 @@ class GuidanceConfig(_Model):
         return self
 
 
-class DDIMSampler(_Model):
+class _Sampler(_Model):
+    clip: PositiveFloat | None = Field(1.0, description="bound on the predicted |x_0|")
+    threshold: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="quantile of dynamic thresholding, instead of clipping"
+    )
+
+
+class DDIMSampler(_Sampler):
     """Few deterministic steps."""
 
     kind: Literal["ddim"]
     steps: PositiveInt = 50
     eta: Fraction = 0.0
-    clip: PositiveFloat | None = 1.0
 
 
-class AncestralSampler(_Model):
+class AncestralSampler(_Sampler):
     """The reverse Markov chain."""
 
     kind: Literal["ancestral"]
     steps: PositiveInt = 1000
     variance: Literal["small", "large"] = "small"
-    clip: PositiveFloat | None = 1.0
 
 
-class DPMSolverSampler(_Model):
+class DPMSolverSampler(_Sampler):
     """DPM-Solver++(2M): second order at one evaluation a step."""
 
     kind: Literal["dpm_solver"]
     steps: PositiveInt = 20
-    clip: PositiveFloat | None = 1.0
 
 
-class HeunSampler(_Model):
+class HeunSampler(_Sampler):
     """Heun's method: second order at two evaluations a step."""
 
     kind: Literal["heun"]
     steps: PositiveInt = 25
-    clip: PositiveFloat | None = 1.0
 
 
-SamplerConfig = Annotated[DDIMSampler | AncestralSampler | DPMSolverSampler | HeunSampler, Field(discriminator="kind")]
+class PredictorCorrectorSampler(_Sampler):
+    """The reverse chain with Langevin steps at every level."""
+
+    kind: Literal["predictor_corrector"]
+    steps: PositiveInt = 500
+    variance: Literal["small", "large"] = "small"
+    corrector_steps: NonNegativeInt = 1
+    snr: Annotated[float, Field(gt=0, lt=1)] = 0.16
+
+
+SamplerConfig = Annotated[
+    DDIMSampler | AncestralSampler | DPMSolverSampler | HeunSampler | PredictorCorrectorSampler,
+    Field(discriminator="kind"),
+]
 
 
 class OptimConfig(_Model):
@@ -262,6 +289,12 @@ class Config(_Model):
                 "objective.prediction = eps cannot be used with schedule.zero_terminal_snr: "
                 "eps does not determine the image where there is no signal; use objective.prediction=v"
             )
+        if self.model.learned_variance != (self.objective.loss == "hybrid") and self.objective.loss != "vlb":
+            raise ValueError(
+                f"objective.loss = {self.objective.loss} and model.learned_variance = {self.model.learned_variance} do "
+                "not fit: hybrid trains a learned variance, simple trains none; use hybrid with "
+                "model.learned_variance=true, or simple with false"
+            )
         if self.sampler.steps > self.schedule.num_steps:
             raise ValueError(
                 f"sampler.steps = {self.sampler.steps} exceeds schedule.num_steps = {self.schedule.num_steps}"
@@ -302,11 +335,11 @@ def unet_config(config: Config) -> UNetConfig:
     """
     from ddpm.models.unet import UNetConfig
 
-    shape = config.model.model_dump(exclude={"class_conditional"})
+    shape = config.model.model_dump(exclude={"class_conditional", "learned_variance"})
     try:
         unet = UNetConfig(
             in_channels=config.data.channels,
-            out_channels=config.data.channels,
+            out_channels=config.data.channels * (2 if config.model.learned_variance else 1),
             num_classes=config.data.num_classes if config.model.class_conditional else 0,
             **shape,
         )
@@ -318,6 +351,13 @@ def unet_config(config: Config) -> UNetConfig:
             f"model.channels has {len(unet.channels)} levels; use fewer levels or another size"
         )
     return unet
+
+
+def training_objective(config: Config) -> Objective:
+    """What the network predicts and how it is judged."""
+    from ddpm.objectives import Objective
+
+    return Objective(**config.objective.model_dump(exclude={"timesteps", "label_drop"}))
 
 
 def noise_schedule(config: Config) -> NoiseSchedule:

@@ -65,9 +65,7 @@ class Published:
 
 def sampling_settings(config: Config) -> SamplingSettings:
     """Sampler and guidance of a configuration."""
-    return SamplingSettings(
-        scale=config.guidance.scale, interval=config.guidance.interval, **config.sampler.model_dump()
-    )
+    return SamplingSettings(**config.guidance.model_dump(), **config.sampler.model_dump())
 
 
 def model_spec(config: Config, dataset: Dataset, lineage: Mapping[str, Any]) -> ModelSpec:

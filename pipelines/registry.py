@@ -57,7 +57,8 @@ def gate(candidate: Scores, champion: Scores | None) -> Verdict:
 def package(tracker: Tracker, model: Model) -> str:
     """Store a model in its run as an MLflow pyfunc that carries the code it needs; the ID of the logged model."""
     labels = np.arange(2, dtype=np.int64)
-    shape = (2, model.spec.image_size, model.spec.image_size, model.spec.network.out_channels)
+    channels, height, width = model.spec.shape
+    shape = (2, height, width, channels)
     example = (
         _table(labels),
         np.zeros(shape, dtype=np.uint8),

@@ -21,11 +21,11 @@ from ddpm.ema import EMA
 from ddpm.generate import generate, to_uint8
 from ddpm.interop import ModelSpec
 from ddpm.models.unet import UNet
-from ddpm.noise import Purpose, integers, normal, uniform
-from ddpm.objectives import simple_loss
+from ddpm.noise import Purpose, normal, uniform
+from ddpm.objectives import stratified_timesteps, uniform_timesteps
 from ddpm.prediction import Conditioning, NetworkDenoiser
 from ddpm.schedule import NoiseSchedule
-from pipelines.config import Config, OptimConfig, noise_schedule, unet_config
+from pipelines.config import Config, OptimConfig, noise_schedule, training_objective, unet_config
 from pipelines.evaluation.plots import label_grid
 from pipelines.models import (
     check_resumable,
@@ -242,13 +242,16 @@ def losses(network: nn.Module, schedule: NoiseSchedule, batch: Batch, config: Co
     if config.data.flip:
         mirrored = uniform(config.seed, n, Purpose.FLIP)[:, 0] < 0.5
         x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(-1), x_0)
-    t = integers(config.seed, n, Purpose.TIMESTEP, schedule.num_steps) + 1
+    if config.objective.timesteps == "stratified":
+        t = stratified_timesteps(config.seed, n, schedule.num_steps, config.batch_size)
+    else:
+        t = uniform_timesteps(config.seed, n, schedule.num_steps)
     eps = normal(config.seed, n, Purpose.NOISE, tuple(x_0.shape[1:]))
     cond = None
     if config.model.class_conditional and batch.labels is not None:
         drop = uniform(config.seed, n, Purpose.LABEL_DROP)[:, 0] < config.objective.label_drop
         cond = Conditioning(label=batch.labels.to(device), drop=drop)
-    return simple_loss(network, schedule, x_0, t, eps, cond, kind=config.objective.prediction)
+    return training_objective(config).losses(network, schedule, x_0, t, eps, cond)
 
 
 def learning_rate(optim: OptimConfig, images_seen: int, images: int) -> float:

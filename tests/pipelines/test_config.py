@@ -21,7 +21,7 @@ def test_every_shipped_experiment_is_complete(name):
 def test_every_shipped_choice_composes(group, choice):
     needed = {"folder": ["data.num_classes=3", "model=unet_small"], "s3": ["storage.root=s3://b"]}
     needed |= {"file": ["storage.root=file:///tmp/b"], "unet_cifar10": ["data.image_size=32"]}
-    needed |= {"unet_small": ["data.image_size=32"]}
+    needed |= {"unet_small": ["data.image_size=32"], "hybrid": ["model.learned_variance=true"]}
     compose([f"{group}={choice}", *needed.get(choice, [])])
 
 
@@ -41,6 +41,10 @@ def test_every_shipped_choice_composes(group, choice):
         (["cluster.num_workers=200"], r"num_workers = 200 exceeds batch_size = 128"),
         (["schedule.zero_terminal_snr=true"], r"use objective\.prediction=v"),
         (["sampler.steps=2000"], r"sampler\.steps = 2000 exceeds schedule\.num_steps = 1000"),
+        (["objective=hybrid"], r"use hybrid with model\.learned_variance=true"),
+        (["model.learned_variance=true"], r"hybrid trains a learned variance, simple trains none"),
+        (["objective.weight=snr"], r"objective\.weight: .*'uniform' or 'min_snr', got 'snr'"),
+        (["sampler.threshold=0"], r"sampler\.threshold: .*greater than 0"),
         (["data.image_size=9"], r"data\.image_size = 9 must be a multiple of 2"),
         (["model.channels=[30,60]"], r"model: channels\[0\] = 30 is not divisible by norm_groups = 32"),
         (

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from ddpm.interop import load_model
 from pipelines.config import Config, compose
 from pipelines.shards.index import Dataset
 from pipelines.shards.write import ingest
@@ -117,6 +118,24 @@ def test_the_loss_trace_does_not_depend_on_the_number_of_workers_or_micro_batche
     assert len(one) == STEPS
     torch.testing.assert_close(torch.tensor(accumulated), torch.tensor(one), rtol=1e-3, atol=0)
     torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        ["objective=hybrid", "model.learned_variance=true", "objective.timesteps=stratified"],
+        ["objective=min_snr", "schedule.zero_terminal_snr=true"],
+        ["objective.loss=vlb"],
+    ],
+    ids=["hybrid", "min_snr", "vlb"],
+)
+def test_every_objective_trains_with_a_trace_that_is_the_same_in_parts(dataset, tmp_path, objective):
+    whole = run(tmp_path / "whole", dataset, *objective)
+    parts = run(tmp_path / "micro", dataset, "micro_batch_size=7", *objective)
+    torch.testing.assert_close(torch.tensor(parts), torch.tensor(whole), rtol=1e-3, atol=0)
+    model = load_model(tmp_path / "whole" / "checkpoint")
+    assert model.spec.shape == (1, 8, 8)
+    assert model.generate(torch.tensor([3])).shape == (1, 1, 8, 8)
 
 
 def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(dataset, tmp_path):
