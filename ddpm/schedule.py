@@ -93,7 +93,7 @@ class NoiseSchedule:
         return torch.atan2((1 - alpha_bar).sqrt(), alpha_bar.sqrt())
 
     def timestep(self, angle: Tensor | float) -> Tensor:
-        """The real t in [0, T] at which the schedule has this angle, float64: the inverse of `angle`, by bisection.
+        """The real t in [0, T] at which the schedule has this angle, float64: the inverse of `angle`, by search.
 
         Raises:
             ValueError: an angle that the schedule does not reach.
@@ -102,13 +102,15 @@ class NoiseSchedule:
         table = self.angle(torch.arange(self.num_steps + 1)).to(angle.device)
         if bool((angle < 0).any()) or bool((angle > table[-1]).any()):
             raise ValueError(f"angles must be in [0, {table[-1].item():.6g}] for this schedule, got {angle.tolist()}")
-        upper = torch.searchsorted(table, angle.contiguous()).double()
-        lower = (upper - 1).clamp(min=0)
-        for _ in range(48):  # an interval of one step, down to float64's resolution at T = 1000
-            middle = (lower + upper) / 2
-            below = self.angle(middle) < angle
-            lower, upper = torch.where(below, middle, lower), torch.where(below, upper, middle)
-        return upper
+        lower = (torch.searchsorted(table, angle.contiguous()).double() - 1).clamp(min=0)
+        width, parts = 1.0, torch.arange(65, dtype=torch.float64, device=angle.device) / 64
+        # 64 parts at once instead of halves: a call costs the same for 64 points as for one. 64^8 = 2^48, which is
+        # float64's resolution at T = 1000.
+        for _ in range(8):
+            points = (lower.unsqueeze(-1) + width * parts).clamp(max=self.num_steps)
+            below = (self.angle(points) < angle.unsqueeze(-1)).sum(-1) - 1
+            lower, width = lower + width * below.clamp(min=0) / 64, width / 64
+        return (lower + width).clamp(max=self.num_steps)
 
     def timesteps(self, steps: int) -> list[int]:
         """`steps` + 1 integer timesteps from T down to 0, as evenly spaced as integers allow.

@@ -54,11 +54,11 @@ Made by `{command}` from commit `{about["commit"]}` on {about["machine"]}, in
 {about["test"]} for testing), the network the UNet of the experiment `digits` ({about["parameters"]:,} parameters) on a
 cosine schedule of 1,000 steps, trained on the hybrid loss, which learns the reverse variance.
 
-All numbers are of {about["test"]} images with the labels of the test split. Class accuracy and Frechet distance are by an evaluator that is trained on real images and guides nothing
-(digest `{about["evaluator"]}`); square brackets are 95 % bootstrap intervals, which for Frechet distances are about
-the value of infinitely many samples and therefore lie below the biased value of these few. Precision and recall
-(Kynkäänniemi et al. 2019) take the test split for the real images. One run, one seed: differences within the
-intervals are none.
+All numbers are of {about["test"]} images with the labels of the test split. Class accuracy and Frechet distance are by
+an evaluator that is trained on real images and guides nothing (digest `{about["evaluator"]}`); square brackets are 95 %
+bootstrap intervals, which for Frechet distances are about the value of infinitely many samples and therefore lie below
+the biased value of these few. Precision and recall (Kynkäänniemi et al. 2019) take the test split for the real images.
+One run, one seed: differences within the intervals are none.
 
 ## Guidance
 
@@ -103,8 +103,8 @@ never seen. Prompt accuracy: the evaluator sees the digit that the prompt names.
 ## Likelihood
 
 Bits per dimension of the test split for 8-bit images (of which digits use 17 grey levels, so small numbers are
-expected). The bound's decoder is a discretized Gaussian; the ODE is integrated to tolerance 1e-5 from t = 1 on
-uniformly dequantized images with Hutchinson's trace. They are different models, so neither has to be smaller.
+expected). The bound's decoder is a discretized Gaussian and its x_0 clipped; the ODE is integrated to tolerance 1e-5
+from t = 1 on uniformly dequantized images with Hutchinson's trace. They are different models, so neither has to be smaller.
 
 | method | bits per dimension | network evaluations |
 |---|---|---|

@@ -1,0 +1,399 @@
+"""How probable a model finds images, in bits per dimension: the variational bound and the probability-flow ODE.
+
+A denoiser is called in the dtype of the images that it is given; everything round the calls is float64, because the
+bound's terms are differences of nearly equal Gaussians. Random numbers belong to (seed, image), never to a batch.
+
+Three conventions make numbers comparable, and all are explicit here. 8-bit data is x = k / 127.5 - 1; a dequantized
+density of x becomes one of k by an offset of log2(127.5) bits per dimension; and the ODE's data is taken to lie at
+`t_min`, with N(0, I) at T for its prior, which together cost up to 1e-3 bits per dimension whatever the solver.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ddpm.gaussian import DiagonalGaussian, ReverseVariance, kl, p_reverse, q_posterior, q_sample
+from ddpm.noise import Purpose, uniform, words
+from ddpm.prediction import Conditioning, Denoiser, Prediction
+from ddpm.quality import Interval, bootstrap
+from ddpm.samplers.common import predict, step_noise
+from ddpm.schedule import NoiseSchedule
+
+Trace = Literal["hutchinson", "exact"]
+OdeMethod = Literal["dopri5", "dopri8", "bosh3"]
+LogDensity = Callable[[Tensor], Tensor]
+
+_MAX_STEPS = 1_000  # some dozens are usual
+
+
+# --- the variational bound -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bound:
+    """-log2 p(x_0) is at most this, term by term; bits per dimension, float64, one draw of noise per term.
+
+    Attributes:
+        prior: KL(q(x_T | x_0) || N(0, I)), [B].
+        terms: [B, steps], from the least noise up: column 0 is the decoder's -log p(x_0 | x_t), column i > 0 is
+            KL(q(x_s | x_t, x_0) || p(x_s | x_t)).
+        timesteps: t of each column, int64 [steps]; s is the one before, 0 for column 0.
+    """
+
+    prior: Tensor
+    terms: Tensor
+    timesteps: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """The bound itself, [B]."""
+        return self.prior + self.terms.sum(1)
+
+
+@torch.no_grad()
+def variational_bound(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    x_0: Tensor,
+    cond: Conditioning | None = None,
+    *,
+    seed: int,
+    images: Tensor,
+    steps: int | None = None,
+    variance: ReverseVariance = "small",
+    levels: int | None = 256,
+) -> Bound:
+    """The bound of DDPM (Ho et al. 2020, eq. 5) with all its terms: an unbiased estimate, fresh noise for every t.
+
+    x_t is drawn from q(x_t | x_0) anew for each term, not along one trajectory, where the terms vary together. Its
+    noise is `step_noise(seed, images, shape)(t)`.
+
+    Args:
+        denoiser: maps (x_t [B, C, H, W], t [B], cond) to a `Prediction`; called `steps` times. Where eps is predicted,
+            wrap it in `Clipped`, as DDPM's code does: near T its x_0 is without bounds, and so is the last term.
+        x_0: clean images in [-1, 1], [B, C, H, W].
+        seed: of the noise.
+        images: their numbers, int64 [B]: image i of a seed gets the same bound in every batch.
+        steps: of the reverse chain; None is every step of the schedule, fewer respace it.
+        variance: of p(x_s | x_t), where it is not learned; at s = 0 see `reverse_variance`.
+        levels: grey levels of the data, for a discretized decoder (DDPM, eq. 13). None is for continuous data, with
+            the decoder's density: the bound is then one of a density, and may be negative.
+
+    Raises:
+        ValueError: `steps` out of range, `images` not one number per image, or x_0 off the grid of `levels`.
+    """
+    _check_images(images, x_0)
+    if levels is not None:
+        _check_grid(x_0, levels)
+    dtype, x_0 = x_0.dtype, x_0.double()
+    noise = step_noise(seed, images.to(x_0.device), tuple(x_0.shape[1:]))
+    pairs = list(schedule.pairs(schedule.num_steps if steps is None else steps))[::-1]
+    terms = []
+    for t, s in pairs:
+        x_t = q_sample(x_0, t, noise(t).double(), schedule)
+        pred = _double(predict(denoiser, x_t.to(dtype), t, cond))
+        p = p_reverse(pred, x_t, t, s, schedule, variance)
+        if s > 0:
+            nats = kl(q_posterior(x_t, x_0, t, s, schedule), p)
+        else:
+            nats = -(p.log_prob(x_0) if levels is None else p.discretized_log_prob(x_0, levels))
+        terms.append(_bits_per_dim(nats))
+    timesteps = torch.tensor([t for t, _ in pairs])
+    return Bound(_prior_term(x_0, schedule), torch.stack(terms, dim=1), timesteps)
+
+
+def _prior_term(x_0: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """KL(q(x_T | x_0) || N(0, I)), [B]; has no parameters, and is 0 with zero terminal SNR."""
+    alpha_bar = schedule.alpha_bar(schedule.num_steps).to(x_0)
+    q = DiagonalGaussian(alpha_bar.sqrt() * x_0, 1 - alpha_bar)
+    return _bits_per_dim(kl(q, DiagonalGaussian(torch.zeros_like(x_0), torch.ones_like(alpha_bar))))
+
+
+# --- the probability-flow ODE --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OdeDensity:
+    """What the probability-flow ODE says about x.
+
+    Attributes:
+        log_density: of x at t_min, in nats, float64 [B].
+        x_T: where the flow takes x, float64 [B, C, H, W].
+        nfe: evaluations of the denoiser.
+    """
+
+    log_density: Tensor
+    x_T: Tensor  # noqa: N815
+    nfe: int
+
+
+def log_density(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    x: Tensor,
+    cond: Conditioning | None = None,
+    *,
+    probes: Tensor | None = None,
+    t_min: float = 1.0,
+    prior: LogDensity | None = None,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    method: OdeMethod = "dopri5",
+    dtype: torch.dtype | None = None,
+) -> OdeDensity:
+    """log p(x) by the probability-flow ODE from `t_min` to T (Song et al. 2021, "Score-based", sec. 4.3, app. D.2).
+
+    In the angle phi = atan2(sigma, alpha) the ODE of a variance-preserving process is exactly dx / dphi = v(x, phi) =
+    alpha eps - sigma x_0 (Salimans & Ho 2022, app. D), finite up to T with zero terminal SNR too. Along it
+    d log p / dphi = -div v, so that log p(x) = log prior(x_T) + the integral of div v. The adaptive steps are the whole
+    batch's, so a result depends on the batch, within the tolerance, which the worst image of every step keeps.
+
+    Args:
+        denoiser: maps (x_t [B, C, H, W], t [B], cond) to a `Prediction`, t real; differentiable in x_t, which
+            `ClassifierGuided` is not, since it takes its own gradient for a constant.
+        x: at noise level `t_min`, [B, C, H, W].
+        probes: [P, B, C, H, W] of mean 0 and covariance I, such as `rademacher`: Hutchinson's unbiased estimate of the
+            divergence (Grathwohl et al. 2019, eq. 7-8), with the same probes all along the way. None is the exact
+            divergence. P or C H W vector-Jacobian products an evaluation.
+        t_min: in (0, T). Networks are trained from t = 1 up; at t = 0 itself scores may be singular.
+        prior: log-density of x_T in nats, [B, C, H, W] -> [B]; None is N(0, I).
+        rtol, atol: tolerances, relative and absolute, of x and of the log-density per dimension.
+        method: an adaptive Runge-Kutta method of torchdiffeq.
+        dtype: in which the denoiser is called; None is x's.
+
+    Raises:
+        ValueError: an argument out of range, a denoiser that cannot be differentiated, or an ODE that cannot be solved.
+        ImportError: torchdiffeq is not installed.
+    """
+    if not 0 < t_min < schedule.num_steps:
+        raise ValueError(
+            f"t_min must be in (0, {schedule.num_steps}), got {t_min}: at t = 0 itself the score may be singular"
+        )
+    if probes is not None and (probes.shape[1:] != x.shape or len(probes) == 0):
+        raise ValueError(f"probes must be [P, *x.shape] with P >= 1, got {tuple(probes.shape)} for {tuple(x.shape)}")
+    flow = _Flow(denoiser, schedule, cond, probes, x.dtype if dtype is None else dtype)
+    x_T, change = _integrate(flow, x.detach().double(), schedule.angle(t_min).item(), rtol, atol, method)
+    return OdeDensity((prior or _standard_normal)(x_T) + change, x_T, flow.nfe)
+
+
+@dataclass(frozen=True)
+class OdeBitsPerDim:
+    """Likelihood of quantized images under the probability-flow ODE.
+
+    Attributes:
+        bits_per_dim: -log2 p(x) / D + offset for the dequantized images, float64 [B]. On average over dequantizations
+            it is at least the bits per dimension of the quantized ones (Flow++, Ho et al. 2019, sec. 3.1).
+        offset: log2((levels - 1) / 2), from a density of x to one of the levels.
+        nfe: evaluations of the denoiser.
+    """
+
+    bits_per_dim: Tensor
+    offset: float
+    nfe: int
+
+
+def ode_bits_per_dim(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    x_0: Tensor,
+    cond: Conditioning | None = None,
+    *,
+    seed: int,
+    images: Tensor,
+    trace: Trace = "hutchinson",
+    probes: int = 1,
+    levels: int = 256,
+    t_min: float = 1.0,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    method: OdeMethod = "dopri5",
+) -> OdeBitsPerDim:
+    """Bits per dimension of uniformly dequantized images by `log_density`, which explains what is not said here.
+
+    Args:
+        x_0: images in [-1, 1] on the grid of `levels`, [B, C, H, W].
+        seed: of the dequantization and the probes.
+        images: their numbers, int64 [B]: image i of a seed gets the same noise and probes in every batch.
+        trace: "hutchinson", an unbiased estimate of the divergence, or "exact", for small images.
+        probes: of the former, >= 1, `rademacher`'s.
+        levels: grey levels of the data.
+
+    Raises:
+        ValueError: an argument out of range, images that are off the grid, or what `log_density` refuses.
+        ImportError: torchdiffeq is not installed.
+    """
+    if trace not in get_args(Trace):
+        raise ValueError(f"unknown trace {trace!r}; allowed: {', '.join(get_args(Trace))}")
+    x = dequantize(x_0, levels, seed=seed, images=images)
+    vectors = rademacher(seed, images, tuple(x_0.shape[1:]), probes) if trace == "hutchinson" else None
+    density = log_density(
+        denoiser, schedule, x, cond, probes=vectors, t_min=t_min, rtol=rtol, atol=atol, method=method, dtype=x_0.dtype
+    )
+    offset = math.log2((levels - 1) / 2)
+    bits = -density.log_density / (x_0[0].numel() * math.log(2)) + offset
+    return OdeBitsPerDim(bits, offset, density.nfe)
+
+
+def dequantize(x_0: Tensor, levels: int = 256, *, seed: int, images: Tensor) -> Tensor:
+    """x_0 + (2 u - 1) / (levels - 1), u uniform in (0, 1): uniform in the bin round each level, float64 like x_0.
+
+    Level k of x = 2 k / (levels - 1) - 1 becomes 2 (k + u - 1/2) / (levels - 1) - 1, between -levels / (levels - 1)
+    and its opposite.
+
+    Args:
+        x_0: images in [-1, 1] on the grid of `levels`, [B, C, H, W].
+        images: their numbers, int64 [B].
+
+    Raises:
+        ValueError: images that are off the grid, or `images` not one number per image.
+    """
+    _check_images(images, x_0)
+    _check_grid(x_0, levels)
+    u = uniform(seed, images.to(x_0.device), Purpose.DEQUANTIZE, x_0[0].numel()).reshape(x_0.shape)
+    grid = ((x_0.double() + 1) * (levels - 1) / 2).round()  # float32 images are off by their rounding
+    return 2 * (grid + u - 0.5) / (levels - 1) - 1
+
+
+def rademacher(seed: int, images: Tensor, shape: tuple[int, ...], probes: int = 1) -> Tensor:
+    """Random signs for Hutchinson's estimate, float64 [probes, B, *shape]; each image has its own.
+
+    Raises:
+        ValueError: fewer than 1 probe.
+    """
+    if probes < 1:
+        raise ValueError(f"probes must be >= 1, got {probes}")
+    # Key 0 of this purpose is the dequantization's, with 2^32 images per key before two could share an ordinal.
+    bits = [words(seed, images + ((i + 1) << 32), Purpose.DEQUANTIZE, math.prod(shape)) >> 31 for i in range(probes)]
+    return (2 * torch.stack(bits).double() - 1).unflatten(2, shape)
+
+
+def mean_bits_per_dim(bits: Tensor, *, seed: int = 0, draws: int = 1000, level: float = 0.95) -> Interval:
+    """Mean over a data set with its number of images and confidence interval, from `Bound.total` or `bits_per_dim`.
+
+    The interval is about the images, and with them about the noise that each was evaluated with.
+
+    Args:
+        bits: bits per dimension of each image, [N], N >= 2.
+        seed: of the bootstrap.
+        draws: of the bootstrap.
+        level: of confidence.
+
+    Raises:
+        ValueError: not a vector of finite numbers, or what `bootstrap` refuses.
+    """
+    if bits.dim() != 1 or not bool(bits.isfinite().all()):
+        raise ValueError(f"bits must be finite, [N], got shape {tuple(bits.shape)}, finite: {bits.isfinite().all()}")
+    return bootstrap(lambda part: part.double().mean().item(), bits, draws=draws, seed=seed, level=level)
+
+
+class _Flow:
+    """The right-hand side of the ODE in (x, log-density per dimension), which counts its evaluations."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        schedule: NoiseSchedule,
+        cond: Conditioning | None,
+        probes: Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self.denoiser, self.schedule, self.cond, self.probes, self.dtype = denoiser, schedule, cond, probes, dtype
+        self.end = schedule.angle(schedule.num_steps).item()
+        self.nfe = 0
+
+    def __call__(self, phi: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        self.nfe += 1
+        angle = min(phi.item(), self.end)  # the solver's first guess of a step may look beyond the end
+        t = self.schedule.timestep(angle).item()
+        with torch.enable_grad():
+            x = state[0].detach().requires_grad_()
+            pred = _double(predict(self.denoiser, x.to(self.dtype), t, self.cond))
+            velocity = math.cos(angle) * pred.eps - math.sin(angle) * pred.x0
+        if not velocity.requires_grad:
+            raise ValueError("the denoiser's answer has no gradient with respect to x_t, which the divergence needs")
+        if not bool(velocity.isfinite().all()):
+            raise ValueError(f"the denoiser's answer is not finite at t = {t:.6g}: a larger t_min may help")
+        return velocity.detach(), self._divergence(velocity, x) / x[0].numel()
+
+    def _divergence(self, y: Tensor, x: Tensor) -> Tensor:
+        """Trace of dy/dx, [B]; a vector's product with the batch is one with each image, as none depends on another."""
+
+        def product(vector: Tensor) -> Tensor:
+            return torch.autograd.grad(y, x, vector, retain_graph=True)[0].flatten(1)
+
+        if self.probes is not None:
+            return torch.stack([(v.flatten(1) * product(v)).sum(1) for v in self.probes.to(x)]).mean(0)
+        basis = torch.eye(x[0].numel(), dtype=x.dtype, device=x.device).unflatten(1, x.shape[1:])
+        return torch.stack([product(v.expand_as(x))[:, i] for i, v in enumerate(basis)]).sum(0)
+
+
+def _integrate(
+    flow: _Flow, x: Tensor, start: float, rtol: float, atol: float, method: OdeMethod
+) -> tuple[Tensor, Tensor]:
+    """x_T and the integral of the divergence in nats [B], from x at angle `start`."""
+    if method not in get_args(OdeMethod):
+        raise ValueError(f"unknown method {method!r}; allowed: {', '.join(get_args(OdeMethod))}")
+    if not rtol > 0 or not atol > 0:
+        raise ValueError(f"rtol and atol must be > 0, got {rtol} and {atol}")
+    try:
+        from torchdiffeq import odeint
+    except ImportError as error:
+        raise ImportError("the probability-flow likelihood needs torchdiffeq: pip install torchdiffeq") from error
+
+    def worst(scaled: tuple[Tensor, Tensor]) -> Tensor:
+        """Of all images: in the solver's own norm a bad one hides among many good ones."""
+        return torch.maximum(scaled[0].flatten(1).square().mean(1).sqrt(), scaled[1].abs()).max()
+
+    span = torch.tensor([start, flow.end], dtype=x.dtype, device=x.device)
+    # Without step_t the solver steps over the end and interpolates back; there may be nothing beyond.
+    options = {"norm": worst, "step_t": span[1:], "max_num_steps": _MAX_STEPS}
+    state = (x, torch.zeros(len(x), dtype=x.dtype, device=x.device))
+    try:
+        xs, changes = odeint(flow, state, span, rtol=rtol, atol=atol, method=method, options=options)
+    except AssertionError as error:  # this is how torchdiffeq gives up
+        raise ValueError(
+            f"the probability-flow ODE cannot be solved to rtol={rtol}, atol={atol} ({error}): a larger t_min avoids "
+            "a singular score, larger tolerances the rounding of a float32 network"
+        ) from error
+    return xs[-1], x[0].numel() * changes[-1]
+
+
+# --- both ----------------------------------------------------------------------------------------------------
+
+
+def _double(pred: Prediction) -> Prediction:
+    fraction = pred.variance_fraction
+    return Prediction(pred.x0.double(), pred.eps.double(), None if fraction is None else fraction.double())
+
+
+def _standard_normal(x: Tensor) -> Tensor:
+    return -(x.square() + math.log(2 * math.pi)).flatten(1).sum(1) / 2
+
+
+def _bits_per_dim(nats: Tensor) -> Tensor:
+    """Nats of each element [B, C, H, W] to bits per dimension [B]."""
+    return nats.flatten(1).mean(1) / math.log(2)
+
+
+def _check_images(images: Tensor, x_0: Tensor) -> None:
+    if images.shape != x_0.shape[:1] or len(images) == 0:
+        raise ValueError(f"images must be one number per image, [{len(x_0)}], got shape {tuple(images.shape)}")
+
+
+def _check_grid(x_0: Tensor, levels: int) -> None:
+    """Off its grid, data has no probability under a discretized decoder, and no bin to dequantize in."""
+    if levels < 2:
+        raise ValueError(f"levels must be >= 2, got {levels}")
+    grid = (x_0.double() + 1) * (levels - 1) / 2
+    off = (grid - grid.round().clamp(0, levels - 1)).abs().max().item()
+    if not off < 0.01:
+        raise ValueError(
+            f"x_0 must lie on the grid of {levels} levels from -1 to 1, but is off it by up to {off:.3g} levels: "
+            "pass the data's `levels`, and x = 2 k / (levels - 1) - 1"
+        )

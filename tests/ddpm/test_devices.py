@@ -1,0 +1,128 @@
+"""The same numbers on a GPU as on the CPU: integers bit for bit, everything else up to float rounding."""
+
+import pytest
+import torch
+
+from ddpm.generate import SamplingSettings, generate
+from ddpm.guidance import ClassifierGuided
+from ddpm.inpainting import random_mask
+from ddpm.likelihood import variational_bound
+from ddpm.models.classifier import NoisyClassifier
+from ddpm.models.unet import UNet, UNetConfig
+from ddpm.noise import Purpose, integers, normal, words
+from ddpm.objectives import Objective, stratified_timesteps
+from ddpm.prediction import Conditioning, NetworkDenoiser
+from ddpm.schedule import make_schedule
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+SCHEDULE = make_schedule("cosine")
+CONFIG = UNetConfig(
+    in_channels=3,
+    out_channels=6,
+    channels=(32, 64),
+    layers_per_block=1,
+    attention=(False, True),
+    head_dim=32,
+    num_classes=4,
+    text_dim=8,
+    context_channels=3,
+)
+N = torch.arange(8)
+
+
+@pytest.fixture(autouse=True)
+def _full_precision():
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def network():
+    torch.manual_seed(0)
+    return UNet(CONFIG).eval()
+
+
+def condition():
+    return Conditioning(
+        label=N % 4,
+        text=normal(1, N, Purpose.CAPTION, (5, 8)),
+        pooled=normal(2, N, Purpose.CAPTION, (8,)),
+        mask=random_mask(0, N, (16, 16)),
+        context=normal(3, N, Purpose.CAPTION, (3, 16, 16)),
+        drop=N % 3 == 0,
+    )
+
+
+def test_random_integers_masks_and_timesteps_are_the_same_bits():
+    far = N + (1 << 40)
+    for ordinals in (N, far):
+        on_gpu = ordinals.cuda()
+        assert torch.equal(words(7, on_gpu, Purpose.NOISE, 9).cpu(), words(7, ordinals, Purpose.NOISE, 9))
+        assert torch.equal(
+            integers(7, on_gpu, Purpose.TIMESTEP, 1000).cpu(), integers(7, ordinals, Purpose.TIMESTEP, 1000)
+        )
+        assert torch.equal(random_mask(7, on_gpu, (16, 16)).cpu(), random_mask(7, ordinals, (16, 16)))
+        strata = stratified_timesteps(7, ordinals, 1000, 5)
+        assert torch.equal(stratified_timesteps(7, on_gpu, 1000, 5).cpu(), strata)
+    torch.testing.assert_close(
+        normal(7, N.cuda(), Purpose.NOISE, (3, 16)).cpu(), normal(7, N, Purpose.NOISE, (3, 16)), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_losses_and_gradients_agree(channels_last):
+    x_0, eps, t = normal(4, N, Purpose.CAPTION, (3, 16, 16)), normal(5, N, Purpose.NOISE, (3, 16, 16)), N * 120 + 1
+    results = []
+    for device in ("cpu", "cuda"):
+        unet = network().to(device)
+        if channels_last and device == "cuda":
+            unet = unet.to(memory_format=torch.channels_last)
+        loss = Objective(loss="hybrid").losses(
+            unet, SCHEDULE, x_0.to(device), t.to(device), eps.to(device), condition().to(device)
+        )
+        loss.mean().backward()
+        results.append(
+            (loss.detach().cpu(), {k: p.grad.cpu() for k, p in unet.named_parameters() if p.grad is not None})
+        )
+    (cpu, cpu_gradients), (gpu, gpu_gradients) = results
+    torch.testing.assert_close(gpu, cpu, rtol=1e-3, atol=1e-4)
+    for name, gradient in cpu_gradients.items():
+        torch.testing.assert_close(gpu_gradients[name], gradient, rtol=5e-3, atol=5e-4, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["ddim", "ancestral", "dpm_solver", "heun", "predictor_corrector"])
+def test_samples_agree(kind):
+    settings = SamplingSettings(kind=kind, steps=8, scale=2.0, rescale=0.3)
+    drawn = [
+        generate(
+            NetworkDenoiser(network().to(device), SCHEDULE),
+            SCHEDULE,
+            settings,
+            cond=condition().to(device),
+            shape=(3, 16, 16),
+            seed=0,
+            images=N.to(device),
+        ).cpu()
+        for device in ("cpu", "cuda")
+    ]
+    torch.testing.assert_close(drawn[1], drawn[0], rtol=0, atol=5e-3)
+
+
+def test_guidance_by_a_classifier_and_the_bound_agree():
+    torch.manual_seed(0)
+    classifier = NoisyClassifier(CONFIG, 4).eval()
+    x, t = normal(6, N, Purpose.NOISE, (3, 16, 16)), torch.full((8,), 300.0)
+    guided, bounds = [], []
+    for device in ("cpu", "cuda"):
+        model = NetworkDenoiser(network().to(device), SCHEDULE)
+        both = ClassifierGuided(model, SCHEDULE, classifier.to(device).class_log_prob, 2.0)
+        guided.append(both(x.to(device), t.to(device), Conditioning(label=N.to(device) % 4)).x0.cpu())
+        bound = variational_bound(model, SCHEDULE, x.to(device), seed=0, images=N.to(device), steps=10, levels=None)
+        bounds.append(bound.total.cpu())
+    torch.testing.assert_close(guided[1], guided[0], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(bounds[1], bounds[0], rtol=1e-3, atol=1e-3)
