@@ -104,7 +104,8 @@ never seen. Prompt accuracy: the evaluator sees the digit that the prompt names.
 
 Bits per dimension of the test split for 8-bit images (of which digits use 17 grey levels, so small numbers are
 expected). The bound's decoder is a discretized Gaussian and its x_0 clipped; the ODE is integrated to tolerance 1e-5
-from t = 1 on uniformly dequantized images with Hutchinson's trace. They are different models, so neither has to be smaller.
+from t = 1 on uniformly dequantized images with the trace by Hutchinson. They are different models: neither has to be
+smaller.
 
 | method | bits per dimension | network evaluations |
 |---|---|---|

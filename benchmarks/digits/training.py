@@ -94,7 +94,7 @@ class Zoo:
         self.images = {
             name: max(int(images * scale) // BATCH * BATCH, BATCH)
             for name, images in {
-                "classes": 200_000, "classifier": 80_000, "inpainting": 100_000, "text": 200_000, "reader": 80_000,
+                "classes": 200_000, "classifier": 80_000, "inpainting": 200_000, "text": 200_000, "reader": 80_000,
             }.items()
         }  # fmt: skip
 
