@@ -5,11 +5,16 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import pytest
-from hypothesis import HealthCheck, settings
+import contextlib
 
-settings.register_profile("ddpm", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("ddpm")
+import pytest
+
+# A GPU box may have torch and pytest only, which is what the tests marked `gpu` need.
+with contextlib.suppress(ImportError):
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("ddpm", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("ddpm")
 
 
 @pytest.fixture(autouse=True)

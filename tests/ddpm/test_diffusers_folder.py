@@ -220,7 +220,15 @@ def test_ours_gets_diffusers_numbers_from_what_it_writes(tmp_path, kind, options
 @pytest.mark.parametrize(
     "changes",
     [
-        {"attention_head_dim": None},
+        {
+            "attention_head_dim": None,
+            "down_block_types": ("AttnDownBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D"),
+        },
+        {"flip_sin_to_cos": False},
+        {"freq_shift": 1},
+        {"norm_eps": 0.1},
+        {"downsample_padding": 0},
         {"resnet_time_scale_shift": "scale_shift"},
         {"attn_norm_num_groups": 8, "sample_size": (8, 8)},
         {
@@ -259,25 +267,92 @@ def test_the_defaults_of_ddpm_schedulers_come_over(tmp_path):
     assert (settings.kind, settings.steps, settings.variance, settings.clip) == ("ancestral", 100, "large", None)
 
 
-def test_flat_folders_half_precision_and_old_names_of_attention_are_read(tmp_path):
-    """As the first models on the hub were saved: no folder per part, and attention's parameters by their old names."""
-    unet, scheduler = foreign(tmp_path)
-    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+OF_GOOGLE = {
+    "_class_name": "UNet2DModel",
+    "_diffusers_version": "0.0.4",
+    "act_fn": "silu",
+    "attention_head_dim": None,
+    "center_input_sample": False,
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "in_channels": 3,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-06,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+    "time_embedding_type": "positional",
+}
+CIFAR10 = {
+    "sample_size": 32,
+    "block_out_channels": [32, 64, 64, 64],  # 4 times as many
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+}
+CELEBAHQ = {
+    "sample_size": 64,  # 256
+    "block_out_channels": [32, 32, 64, 64, 128, 128],  # 4 times as many
+    "down_block_types": [*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4],
+}
+SCHEDULER_OF_GOOGLE = {
+    "_class_name": "DDPMScheduler",
+    "_diffusers_version": "0.1.1",
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "clip_sample": True,
+    "num_train_timesteps": 1000,
+    "trained_betas": None,
+}
+
+
+@pytest.mark.parametrize("levels, variance", [(CIFAR10, "large"), (CELEBAHQ, "small")])
+def test_the_models_of_ho_et_al_come_over_and_go_back(tmp_path, levels, variance):
+    """google/ddpm-cifar10-32 and ddpm-celebahq-256, made smaller, with random weights in half precision.
+
+    As the first models on the hub they have no folder per part, and attention's parameters by their old names.
+    """
+    fields = {**OF_GOOGLE, **levels}
+    torch.manual_seed(1)
+    unet = diffusers.UNet2DModel.from_config(fields).half().float().eval().requires_grad_(False)
+    unet.conv_out.weight.mul_(0.25)
+    old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
     weights = {}
-    for name, w in load_file(tmp_path / "unet/diffusion_pytorch_model.safetensors").items():
+    for name, w in unet.state_dict().items():
         for new, former in old.items():
-            name = name.replace(f".{new}.", f".{former}.")
+            name = name.replace(new, former)
         weights[name] = w.half()
-    save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors")
-    (tmp_path / "unet/config.json").rename(tmp_path / "config.json")
-    (tmp_path / "scheduler/scheduler_config.json").rename(tmp_path / "scheduler_config.json")
-    (tmp_path / "unet/diffusion_pytorch_model.safetensors").unlink()
-    (tmp_path / "unet").rmdir()
-    (tmp_path / "scheduler").rmdir()
     assert "mid_block.attentions.0.query.weight" in weights
-    model = import_diffusers(tmp_path)
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    save_file(weights, hub / "diffusion_pytorch_model.safetensors")
+    (hub / "config.json").write_text(json.dumps(fields))
+    scheduler = {**SCHEDULER_OF_GOOGLE, "variance_type": f"fixed_{variance}"}
+    (hub / "scheduler_config.json").write_text(json.dumps(scheduler))
+    parts = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
+    (hub / "model_index.json").write_text(json.dumps({"_class_name": "DDPMPipeline", **parts}))
+
+    model = import_diffusers(hub)
     assert model.network.conv_in.weight.dtype == torch.float32
-    assert_same_numbers(model, unet.half().float(), scheduler)
+    assert model.spec.sampling == SamplingSettings(kind="ancestral", steps=1000, variance=variance, clip=1.0)
+    assert_same_numbers(model, unet, diffusers.DDIMScheduler.from_config(scheduler, timestep_spacing="trailing"))
+
+    export_diffusers(model, tmp_path / "back")
+    assert_same_numbers(model, *theirs(tmp_path / "back"))
+    back = json.loads((tmp_path / "back/unet/config.json").read_text())
+    assert {**back, "_diffusers_version": "0.0.4"}.items() >= fields.items()
+    (tmp_path / "back/model.json").unlink()
+    assert import_diffusers(tmp_path / "back").spec.network == model.spec.network
+
+
+def test_a_model_json_from_before_these_options_is_read_as_it_was_meant():
+    spec = make().spec
+    plain = json.loads(spec.to_json())
+    for option in ("flip_sin_to_cos", "freq_shift", "norm_eps", "downsample_padding"):
+        del plain["network"][option]
+    assert ModelSpec.from_json(json.dumps(plain)) == spec
 
 
 # Refusals.
@@ -296,10 +371,11 @@ def edit(path, **changes):
         ({"out_channels": 5}, "out_channels = 5 .* allowed: 1"),
         ({"time_embedding_type": "fourier"}, 'time_embedding_type = "fourier" .* allowed: "positional"'),
         ({"time_embedding_dim": 32}, "time_embedding_dim = 32 .* allowed: null, 64"),
-        ({"freq_shift": 1}, "freq_shift = 1 .* allowed: 0"),
-        ({"flip_sin_to_cos": False}, "flip_sin_to_cos = false .* allowed: true"),
-        ({"norm_eps": 1e-6}, "norm_eps = 1e-06 .* allowed: 1e-05"),
-        ({"downsample_padding": 0}, "downsample_padding = 0 .* allowed: 1"),
+        ({"freq_shift": 2}, "freq_shift = 2 .* allowed: 0, 1"),
+        ({"flip_sin_to_cos": 1}, "flip_sin_to_cos = 1 .* allowed: true, false"),
+        ({"norm_eps": "1e-6"}, 'norm_eps = "1e-6" must be a number'),
+        ({"norm_eps": 0}, r"unet/config\.json: need norm_eps > 0"),
+        ({"downsample_padding": 2}, "downsample_padding = 2 .* allowed: 0, 1"),
         ({"downsample_type": "resnet"}, "downsample_type"),
         ({"upsample_type": "resnet"}, "upsample_type"),
         ({"act_fn": "gelu"}, 'act_fn = "gelu"'),
@@ -316,14 +392,6 @@ def edit(path, **changes):
             r'up_block_types .* allowed: \["AttnUpBlock2D", "UpBlock2D"\]',
         ),
         ({"attention_head_dim": 5}, "channels.1. = 32 is not divisible by head_dim = 5"),
-        (
-            {
-                "attention_head_dim": None,
-                "down_block_types": ["AttnDownBlock2D"] * 2,
-                "up_block_types": ["AttnUpBlock2D"] * 2,
-            },
-            r"attention_head_dim = null with attention at widths \[16, 32\]",
-        ),
         ({"norm_num_groups": None}, "norm_num_groups = null must be a whole number"),
         ({"layers_per_block": [1, 2]}, "layers_per_block"),
         ({"down_block_types": 7}, r"unet/config\.json: 'int' object is not iterable"),
@@ -341,19 +409,11 @@ def test_networks_that_ours_cannot_express_are_refused(written, changes, message
 
 
 def test_all_that_stands_in_the_way_is_named_at_once(written):
-    """The fields of google/ddpm-cifar10-32, the most used pixel model on the hub."""
-    edit(
-        written / "unet/config.json",
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        norm_eps=1e-6,
-        attention_head_dim=None,
-        downsample_padding=0,
-    )
-    with pytest.raises(ValueError, match=r"unet/config\.json: freq_shift") as error:
+    edit(written / "unet/config.json", act_fn="gelu", upsample_type="resnet", center_input_sample=True)
+    with pytest.raises(ValueError, match=r"unet/config\.json: center_input_sample") as error:
         import_diffusers(written)
-    assert all(name in str(error.value) for name in ("flip_sin_to_cos", "norm_eps", "downsample_padding"))
-    assert "attention_head_dim" not in str(error.value)
+    assert all(name in str(error.value) for name in ("act_fn", "upsample_type"))
+    assert "downsample_type" not in str(error.value)
 
 
 @pytest.fixture

@@ -6,14 +6,19 @@ from hypothesis import strategies as st
 from ddpm.gaussian import q_sample
 from ddpm.prediction import (
     PARAMETERIZATIONS,
+    Clipped,
     Conditioning,
+    DynamicThreshold,
     NetworkDenoiser,
+    Prediction,
     clip_x0,
     coefficients,
+    eps_from_x0,
     from_output,
     target,
 )
 from ddpm.schedule import make_schedule
+from tests.ddpm.exact import GaussianDenoiser
 
 SCHEDULE = make_schedule("cosine")
 
@@ -74,3 +79,67 @@ def test_conditions_move_together_and_drops_add_up():
     doubled = cond.map(lambda v: torch.cat([v, v])).to("cpu")
     assert doubled.label is not None
     assert doubled.label.tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_a_clipped_denoiser_is_the_clipped_prediction_at_any_t():
+    x_t = 3 * torch.randn(5, 1, 4, 4, dtype=torch.float64)
+    t = torch.tensor([0.0, 1.0, 300.0, 700.5, 1000.0])
+    exact = GaussianDenoiser(SCHEDULE, std=2.0)
+    plain, clipped = exact(x_t, t), Clipped(exact, SCHEDULE, 0.7)(x_t, t)
+    torch.testing.assert_close(clipped.x0, plain.x0.clamp(-0.7, 0.7))
+    alpha, sigma = coefficients(SCHEDULE, t, x_t)
+    torch.testing.assert_close((alpha * clipped.x0 + sigma * clipped.eps)[1:], x_t[1:])
+    with pytest.raises(ValueError, match="bound must be > 0"):
+        Clipped(exact, SCHEDULE, 0.0)
+
+
+def test_dynamic_thresholding_scales_only_images_that_leave_the_range():
+    """Imagen, sec. 2.3: each image by its own quantile, and those within [-1, 1] not at all."""
+    x_t, t = torch.randn(2, 1, 8, 8, dtype=torch.float64), torch.full((2,), 500.0)
+    x_0 = torch.stack([torch.linspace(-0.9, 0.9, 64), torch.linspace(-4, 4, 64)]).reshape(2, 1, 8, 8).double()
+
+    def denoiser(x, t, cond=None):
+        return Prediction(x_0, eps_from_x0(x_0, x, t, SCHEDULE))
+
+    pred = DynamicThreshold(denoiser, SCHEDULE, 0.9)(x_t, t)
+    torch.testing.assert_close(pred.x0[0], x_0[0])
+    s = x_0[1].abs().flatten().quantile(0.9)
+    torch.testing.assert_close(pred.x0[1], x_0[1].clamp(-s, s) / s)
+    alpha, sigma = coefficients(SCHEDULE, t, x_t)
+    torch.testing.assert_close(alpha * pred.x0 + sigma * pred.eps, x_t)
+    for bad in (0.0, 1.5):
+        with pytest.raises(ValueError, match="quantile must be in"):
+            DynamicThreshold(denoiser, SCHEDULE, bad)
+
+
+@given(dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), kind=st.sampled_from(["eps", "x0", "v"]))
+def test_predictions_and_noised_images_keep_the_dtype_of_the_images(dtype, kind):
+    x_0, eps = torch.randn(2, 3, 1, 2, 2).to(dtype)
+    t = torch.tensor([1, 400, 900])
+    x_t = q_sample(x_0, t, eps, SCHEDULE)
+    pred = from_output(target(x_0, eps, t, SCHEDULE, kind), x_t, t, SCHEDULE, kind)
+    assert x_t.dtype == pred.x0.dtype == pred.eps.dtype == dtype
+
+
+def test_a_network_with_twice_the_channels_gives_a_variance_fraction():
+    class Network(torch.nn.Module):
+        def forward(self, x_t, t, cond):
+            return torch.cat([x_t, torch.full_like(x_t, -1.0)], dim=1)
+
+    x_t, t = torch.randn(2, 3, 4, 4), torch.tensor([5.0, 6.0])
+    pred = NetworkDenoiser(Network(), SCHEDULE, "eps")(x_t, t)
+    torch.testing.assert_close(pred.eps, x_t)
+    assert pred.variance_fraction.eq(0).all()
+    assert pred.variance_fraction.shape == x_t.shape
+
+
+def test_conditions_are_cut_counted_and_freed_of_label_and_text():
+    mask, context = torch.ones(3, 1, 2, 2), torch.rand(3, 1, 2, 2)
+    cond = Conditioning(label=torch.arange(3), mask=mask, context=context)
+    assert len(cond) == 3
+    assert cond[1:].label.tolist() == [1, 2]
+    assert cond[torch.tensor([2, 0])].label.tolist() == [2, 0]
+    assert cond.null().label is None
+    assert cond.null().context is context
+    with pytest.raises(ValueError, match="no length"):
+        len(Conditioning())

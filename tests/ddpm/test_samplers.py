@@ -1,10 +1,11 @@
 import pytest
 import torch
 
-from ddpm.prediction import coefficients
-from ddpm.samplers import ancestral, ddim, initial_noise, last, step_noise
+from ddpm.generate import SAMPLERS, SamplingSettings, generate
+from ddpm.prediction import Conditioning, coefficients
+from ddpm.samplers import ancestral, annealed_langevin, ddim, initial_noise, last, step_noise
 from ddpm.schedule import make_schedule
-from tests.ddpm.exact import GaussianDenoiser, PointDenoiser
+from tests.ddpm.exact import GaussianDenoiser, MixtureDenoiser, PointDenoiser
 
 SCHEDULE = make_schedule("cosine")
 SHAPE = (1, 4, 4)
@@ -98,3 +99,77 @@ def test_ddim_refuses_what_it_cannot_do(options):
 def test_a_sampler_without_steps_is_an_error():
     with pytest.raises(ValueError, match="yielded nothing"):
         last(iter(()))
+
+
+MIXTURE = MixtureDenoiser(
+    SCHEDULE,
+    means=torch.tensor([[-0.6, 0.2], [0.5, 0.5], [0.3, -0.7]], dtype=torch.float64),
+    std=0.1,
+    weights=torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64),
+)
+
+
+def components(samples):
+    """(share of each component, mean [3, 2], standard deviation [3]) of samples in the plane."""
+    points = samples.flatten(1).double()
+    nearest = torch.cdist(points, MIXTURE.means).argmin(1)
+    parts = [points[nearest == k] for k in range(3)]
+    return (
+        torch.tensor([len(part) / len(points) for part in parts], dtype=torch.float64),
+        torch.stack([part.mean(0) for part in parts]),
+        torch.stack([(part - part.mean(0)).square().mean().sqrt() for part in parts]),
+    )
+
+
+# A corrector's step goes by the ratio of two norms, which two pixels are too few for: its own tests take more of them.
+@pytest.mark.parametrize("kind", sorted(set(SAMPLERS) - {"predictor_corrector"}))
+def test_every_sampler_recovers_a_mixture_in_the_plane(kind):
+    settings = SamplingSettings(kind=kind, steps=200 if kind == "ancestral" else 100, clip=None)
+    samples = generate(MIXTURE, SCHEDULE, settings, cond=None, count=4000, shape=(1, 1, 2), seed=5, batch_size=4000)
+    share, mean, std = components(samples)
+    torch.testing.assert_close(share, MIXTURE.weights, rtol=0, atol=0.03)  # a standard error is 0.008
+    torch.testing.assert_close(mean, MIXTURE.means, rtol=0, atol=0.02)
+    torch.testing.assert_close(std, torch.full_like(std, 0.1), rtol=0.12, atol=0)
+
+
+def test_annealed_langevin_finds_the_components_of_a_mixture_in_the_plane():
+    images = torch.arange(3000)
+    x_T, noise = initial_noise(5, images, (1, 1, 2)).double(), step_noise(5, images, (1, 1, 2))
+    grid = [*range(700, 300, -20), 300, 250, 200, 150, 100, 70, 50, 30, 0]
+    chain = annealed_langevin(MIXTURE, SCHEDULE, x_T, noise=noise, timesteps=grid, steps_per_level=20)
+    share, mean, _ = components(last(chain))
+    torch.testing.assert_close(share, MIXTURE.weights, rtol=0, atol=0.06)
+    torch.testing.assert_close(mean, MIXTURE.means, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_a_label_draws_its_component_and_guidance_sharpens_it(kind):
+    """Guided samples lie further from the other components than the component itself does (Ho & Salimans, fig. 2)."""
+    cond = Conditioning(label=torch.full((1000,), 1))
+
+    def draw(scale):
+        settings = SamplingSettings(kind=kind, steps=100, scale=scale, clip=None)
+        samples = generate(MIXTURE, SCHEDULE, settings, cond=cond, shape=(1, 1, 2), seed=6, batch_size=1000)
+        return samples.flatten(1).double()
+
+    plain, guided = draw(1.0), draw(3.0)
+    torch.testing.assert_close(plain.mean(0), MIXTURE.means[1], rtol=0, atol=0.02)
+    others = MIXTURE.means[[0, 2]]
+    assert torch.cdist(guided, others).mean() > torch.cdist(plain, others).mean() + 0.01
+
+
+def test_real_levels_may_start_below_the_top_for_the_markov_samplers_too():
+    x_t = initial_noise(0, torch.arange(4), SHAPE).double()
+    noise = step_noise(0, torch.arange(4), SHAPE)
+    denoiser = GaussianDenoiser(SCHEDULE)
+    for run in (ddim(denoiser, SCHEDULE, x_t, timesteps=[400.5, 200.0, 0.0]),
+                ancestral(denoiser, SCHEDULE, x_t, timesteps=[400.5, 200.0, 0.0], noise=noise)):  # fmt: skip
+        assert [sample.t for sample in run] == [200.0, 0.0]
+    with pytest.raises(ValueError, match="strictly decreasing"):
+        next(ddim(denoiser, SCHEDULE, x_t, timesteps=[1.0, 2.0]))
+
+
+def test_noise_of_levels_between_the_tables_is_of_their_own():
+    noise = step_noise(0, torch.arange(3), (4,))
+    assert not torch.equal(noise(10.0), noise(10.25))
+    assert torch.equal(noise(10), noise(10.0))

@@ -12,6 +12,14 @@ SMALL = {
     "attention": (False, True),
     "head_dim": 32,
 }
+OF_HO_ET_AL = {
+    "head_dim": None,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "norm_eps": 1e-6,
+    "downsample_padding": 0,
+}
+"""As in their code, so in the models that were converted from it: google/ddpm-cifar10-32 and the like."""
 
 
 def make(**changes):
@@ -35,6 +43,10 @@ def diffusers_twin(config, size):
         norm_num_groups=config.norm_groups,
         resnet_time_scale_shift="scale_shift" if config.scale_shift else "default",
         num_class_embeds=config.num_classes + 1 if config.num_classes else None,
+        flip_sin_to_cos=config.flip_sin_to_cos,
+        freq_shift=config.freq_shift,
+        norm_eps=config.norm_eps,
+        downsample_padding=config.downsample_padding,
     ).eval()
 
 
@@ -45,6 +57,12 @@ def diffusers_twin(config, size):
         {"num_classes": 10},
         {"scale_shift": True, "layers_per_block": 2},
         {"channels": (32, 64, 64), "attention": (False, True, False), "in_channels": 3, "out_channels": 3},
+        {"flip_sin_to_cos": False},
+        {"freq_shift": 1},
+        {"norm_eps": 0.1, "scale_shift": True},
+        {"downsample_padding": 0},
+        {"head_dim": None, "attention": (True, True)},
+        {**OF_HO_ET_AL, "channels": (32, 64, 64), "attention": (False, True, False), "layers_per_block": 2},
     ],
 )
 def test_it_is_the_network_of_diffusers_parameter_for_parameter(changes):
@@ -157,6 +175,13 @@ def test_time_embeddings_are_distinct_cosines_and_sines():
     assert torch.cdist(emb, emb).fill_diagonal_(1).min() > 0.01
 
 
+def test_the_time_embedding_of_ho_et_al_is_sines_then_cosines_down_to_a_frequency_of_1_in_10000():
+    frequencies = 10000 ** -torch.linspace(0, 1, 32)
+    expected = torch.cat([(7 * frequencies).sin(), (7 * frequencies).cos()])
+    emb = timestep_embedding(torch.tensor([7.0]), 64, flip_sin_to_cos=False, freq_shift=1)
+    torch.testing.assert_close(emb[0], expected)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -166,6 +191,9 @@ def test_time_embeddings_are_distinct_cosines_and_sines():
         ({"layers_per_block": 0}, "layers_per_block"),
         ({"dropout": 1.0}, "dropout"),
         ({"text_dim": -1}, "text_dim"),
+        ({"freq_shift": 16}, "freq_shift = 16 .* below half of channels.0. = 32"),
+        ({"norm_eps": 0.0}, "norm_eps"),
+        ({"downsample_padding": 2}, "downsample_padding 0 or 1"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(changes, message):
