@@ -19,7 +19,7 @@ from ddpm.objectives import vlb_weight
 from ddpm.schedule import make_schedule
 
 mpl.use("Agg")
-ZOOM, GAP, LABEL = 5, 3, 250
+ZOOM, GAP, LABEL = 5, 3, 290
 
 
 def strips(path: Path, rows: list[tuple[str, Tensor]]) -> None:

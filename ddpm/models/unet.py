@@ -32,7 +32,7 @@ class UNetConfig:
         channels: width of each resolution level, finest first; the resolution halves between levels.
         layers_per_block: residual blocks per level on the way down (one more on the way up).
         attention: for each level, whether its residual blocks are followed by self-attention.
-        head_dim: channels per attention head.
+        head_dim: channels per attention head; None for one head per block, as wide as the block.
         norm_groups: groups of every group norm; divides every width.
         scale_shift: time embedding scales and shifts the second norm (ADM) instead of being added (DDPM).
         dropout: in every residual block.
@@ -41,6 +41,12 @@ class UNetConfig:
             pooled embedding joins that of time.
         context_channels: channels of the clear context, 0 for none: the first convolution then sees x_t, the mask of
             what is known, and the known pixels (inpainting).
+        flip_sin_to_cos: cosines before sines in the time embedding. False, as in the code of Ho et al.: sines first.
+        freq_shift: the k-th of n frequencies is 10000^(-k / (n - freq_shift)). 1, as in the code of Ho et al.: the
+            last is 1/10000.
+        norm_eps: added to the variance in every group norm.
+        downsample_padding: of the strided convolutions, on all sides. 0, as in the code of Ho et al.: one row at the
+            bottom and one column at the right only (TensorFlow's SAME).
     """
 
     in_channels: int = 3
@@ -48,13 +54,17 @@ class UNetConfig:
     channels: tuple[int, ...] = (128, 256, 256, 256)
     layers_per_block: int = 2
     attention: tuple[bool, ...] = (False, True, False, False)
-    head_dim: int = 64
+    head_dim: int | None = 64
     norm_groups: int = 32
     scale_shift: bool = False
     dropout: float = 0.0
     num_classes: int = 0
     text_dim: int = 0
     context_channels: int = 0
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    norm_eps: float = 1e-5
+    downsample_padding: int = 1
 
     def __post_init__(self) -> None:
         if len(self.channels) != len(self.attention) or not self.channels:
@@ -64,25 +74,38 @@ class UNetConfig:
         for level, (width, attends) in enumerate(zip(self.channels, self.attention, strict=True)):
             if width % self.norm_groups:
                 raise ValueError(f"channels[{level}] = {width} is not divisible by norm_groups = {self.norm_groups}")
-            if (attends or level == len(self.channels) - 1) and width % self.head_dim:
+            if (attends or level == len(self.channels) - 1) and self.head_dim is not None and width % self.head_dim:
                 raise ValueError(f"channels[{level}] = {width} is not divisible by head_dim = {self.head_dim}")
         if self.layers_per_block < 1 or not 0 <= self.dropout < 1:
             raise ValueError("need layers_per_block >= 1 and 0 <= dropout < 1")
         if min(self.num_classes, self.text_dim, self.context_channels) < 0:
             raise ValueError("need num_classes, text_dim and context_channels >= 0")
+        if not 0 <= self.freq_shift < self.channels[0] // 2:
+            raise ValueError(
+                f"freq_shift = {self.freq_shift} must be >= 0 and below half of channels[0] = {self.channels[0]}"
+            )
+        if self.norm_eps <= 0 or self.downsample_padding not in (0, 1):
+            raise ValueError(
+                f"need norm_eps > 0 and downsample_padding 0 or 1, got {self.norm_eps} and {self.downsample_padding}"
+            )
 
     @property
     def downsampling(self) -> int:
         """Height and width must be multiples of this."""
         return 2 ** (len(self.channels) - 1)
 
+    def heads(self, width: int) -> int:
+        """Attention heads of a block of this width."""
+        return 1 if self.head_dim is None else width // self.head_dim
 
-def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sinusoidal embedding of t [B], float32 [B, dim]: cosines first, frequencies 1 .. 1/10000 (DDPM, app. B)."""
+
+def timestep_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: int = 0) -> Tensor:
+    """Sinusoidal embedding of t [B], float32 [B, dim], frequencies 1 .. 1/10000 (DDPM, app. B); see `UNetConfig`."""
     half = dim // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-    angles = t.float()[:, None] * frequencies[None]
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t.float()[:, None] * torch.exp(-math.log(10000) * steps / (half - freq_shift))[None]
+    waves = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
+    return torch.cat(waves, dim=-1)
 
 
 class TimestepEmbedding(nn.Module):
@@ -103,10 +126,10 @@ class ResnetBlock(nn.Module):
     def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, time_dim: int) -> None:
         super().__init__()
         self.scale_shift = config.scale_shift
-        self.norm1 = nn.GroupNorm(config.norm_groups, in_channels, eps=1e-5)
+        self.norm1 = nn.GroupNorm(config.norm_groups, in_channels, eps=config.norm_eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_dim, 2 * out_channels if config.scale_shift else out_channels)
-        self.norm2 = nn.GroupNorm(config.norm_groups, out_channels, eps=1e-5)
+        self.norm2 = nn.GroupNorm(config.norm_groups, out_channels, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
@@ -128,8 +151,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: UNetConfig, channels: int, *, norm: bool = True) -> None:
         super().__init__()
-        self.heads = channels // config.head_dim
-        self.group_norm = nn.GroupNorm(config.norm_groups, channels, eps=1e-5) if norm else None
+        self.heads = config.heads(channels)
+        self.group_norm = nn.GroupNorm(config.norm_groups, channels, eps=config.norm_eps) if norm else None
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -154,8 +177,8 @@ class CrossAttention(nn.Module):
 
     def __init__(self, config: UNetConfig, channels: int) -> None:
         super().__init__()
-        self.heads = channels // config.head_dim
-        self.group_norm = nn.GroupNorm(config.norm_groups, channels, eps=1e-5)
+        self.heads = config.heads(channels)
+        self.group_norm = nn.GroupNorm(config.norm_groups, channels, eps=config.norm_eps)
         self.to_q = nn.Linear(channels, channels)
         self.to_kv = nn.Linear(config.text_dim, 2 * channels)
         self.to_out = nn.Linear(channels, channels)
@@ -175,12 +198,13 @@ class CrossAttention(nn.Module):
 class Downsample(nn.Module):
     """Strided convolution that halves height and width."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, config: UNetConfig, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.pad = (0, 1, 0, 1) if config.downsample_padding == 0 else None
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=config.downsample_padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
+        return self.conv(x if self.pad is None else F.pad(x, self.pad))
 
 
 class Upsample(nn.Module):
@@ -254,7 +278,7 @@ class Encoder(nn.Module):
             stage = Stage(config, pairs, time_dim, config.attention[level])
             self.skip_widths += [out] * config.layers_per_block
             if level < len(widths) - 1:
-                stage.downsamplers = nn.ModuleList([Downsample(out)])
+                stage.downsamplers = nn.ModuleList([Downsample(config, out)])
                 self.skip_widths.append(out)
             self.down_blocks.append(stage)
             width = out
@@ -262,7 +286,11 @@ class Encoder(nn.Module):
 
     def embed_time(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """The embedding of t [B], [B, time_dim]."""
-        return self.time_embedding(timestep_embedding(t, self.config.channels[0]).to(dtype))
+        config = self.config
+        waves = timestep_embedding(
+            t, config.channels[0], flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift
+        )
+        return self.time_embedding(waves.to(dtype))
 
     def encode(self, x: Tensor, activated_time: Tensor, text: Text | None = None) -> tuple[Tensor, list[Tensor]]:
         """What the middle block makes of the input of the first convolution, and the skips."""
@@ -306,7 +334,7 @@ class UNet(Encoder):
                 stage.upsamplers = nn.ModuleList([Upsample(out)])
             self.up_blocks.append(stage)
 
-        self.conv_norm_out = nn.GroupNorm(config.norm_groups, widths[0], eps=1e-5)
+        self.conv_norm_out = nn.GroupNorm(config.norm_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning | None = None) -> Tensor:

@@ -244,6 +244,12 @@ def test_networks_of_other_shapes_come_over(tmp_path, changes):
     assert_same_numbers(import_diffusers(tmp_path), unet, scheduler)
 
 
+def test_whole_numbers_may_be_spelt_as_fractions(written):
+    spec = import_diffusers(written).spec
+    edit(written / "unet/config.json", downsample_padding=1.0, freq_shift=0.0, mid_block_scale_factor=1.0)
+    assert import_diffusers(written).spec.to_json() == spec.to_json()
+
+
 def test_the_last_class_row_is_what_the_caller_says(tmp_path):
     unet, scheduler = foreign(tmp_path, num_class_embeds=4)
     model = import_diffusers(tmp_path, last_row="null")
