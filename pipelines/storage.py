@@ -9,13 +9,15 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
+
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
 
 from pipelines.config import Config
 
@@ -92,6 +94,62 @@ class Storage:
         span = {} if start == 0 and stop is None else {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"}
         with _reporting(uri):
             return _client(self).get_object(Bucket=bucket, Key=key, **span)["Body"].read()
+
+    def stream(self, uri: str, start: int, stop: int, chunk: int = 1 << 20) -> Iterator[bytes]:
+        """The bytes [start, stop) as they arrive; fewer where the object ends before.
+
+        Raises:
+            TransientStorageError: the connection broke; what was given out until then is good.
+        """
+        with _reporting(uri):
+            if is_local(uri):
+                with open(local_path(uri), "rb") as file:
+                    file.seek(start)
+                    while part := file.read(min(chunk, stop - file.tell())):
+                        yield part
+            else:
+                bucket, key = split_s3(uri)
+                body = _client(self).get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}")["Body"]
+                with closing(body):
+                    yield from body.iter_chunks(chunk)
+
+    def fetch(
+        self, uri: str, start: int, stop: int, sink: Callable[[bytes], object], *, patience_s: float = 300.0
+    ) -> int:
+        """Hand the bytes [start, stop) to `sink` in order, going on where a connection broke; the number of requests.
+
+        A store that is away for a minute costs a minute: requests are repeated with exponential backoff and jitter
+        until one brings a byte or `patience_s` have passed without any.
+
+        Raises:
+            TransientStorageError: patience has run out.
+            StorageError: what no patience mends, or an object that ends before `stop`.
+        """
+        at, requests = start, 0
+
+        def request() -> None:
+            nonlocal at, requests
+            began = at
+            requests += 1
+            try:
+                for part in self.stream(uri, at, stop):
+                    sink(part)
+                    at += len(part)
+            except TransientStorageError:
+                if at == began:
+                    raise
+
+        while at < stop:
+            reached = at
+            Retrying(
+                retry=retry_if_exception_type(TransientStorageError),
+                wait=wait_exponential_jitter(multiplier=0.2, max=10),
+                stop=stop_after_delay(patience_s),
+                reraise=True,
+            )(request)
+            if at == reached:
+                raise StorageError(f"{uri} ends at byte {at}, {stop} were expected: it is cut short")
+        return requests
 
     def write(self, uri: str, data: bytes) -> None:
         """Store bytes at an address, replacing what is there in one step."""
