@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+FEW = 16
+"""Up to so many lanes and stretches of a batch are looked at one by one; beyond, the whole batch is found at once."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,56 @@ class SampleOrder:
         """
         if world_size > size:
             raise ValueError(f"{world_size} ranks cannot share a batch of {size}: use fewer workers or a larger batch")
-        whole = self.batch(start, size)
         span = slice(rank * size // world_size, (rank + 1) * size // world_size)
-        return Located(whole.ordinals[span], whole.shards[span], whole.indices[span])
+        ordinals = self._piece_ordinals(start, size, span)
+        if ordinals is None:
+            whole = self.batch(start, size)
+            return Located(whole.ordinals[span], whole.shards[span], whole.indices[span])
+        return self.locate(ordinals)
+
+    def _piece_ordinals(self, start: int, size: int, span: slice) -> Ints | None:
+        """The ordinals at places `span` of a batch in order of lane, without finding the rest; None if not worth it.
+
+        While the same lanes are alive, lane l has every L-th ordinal, so how many of the batch lie in each lane is
+        arithmetic, and a rank of thousands looks at its own few lanes only.
+        """
+        stretches = self._stretches(start, size)
+        if stretches is None:
+            return None
+        lanes = np.arange(self.lanes)
+        offsets, counts = [], []
+        for _, count, live, phase in stretches:
+            offset = (lanes - phase) % live
+            offsets.append(offset)
+            counts.append(np.where(lanes < live, np.maximum(0, -(-(count - offset) // live)), 0))
+        ends = np.cumsum(np.sum(counts, axis=0))
+        first, last = np.searchsorted(ends, [span.start, span.stop - 1], side="right")
+        if last - first >= FEW:
+            return None
+        parts = [
+            begin + offset[lane] + live * np.arange(count[lane])
+            for lane in range(first, last + 1)
+            for (begin, _, live, _), offset, count in zip(stretches, offsets, counts, strict=True)
+        ]
+        before = int(ends[first - 1]) if first else 0
+        return np.concatenate(parts)[span.start - before : span.stop - before]
+
+    def _stretches(self, start: int, size: int) -> list[tuple[int, int, int, int]] | None:
+        """A batch cut where lanes end: (first ordinal, count, live lanes, lane of the first); None if too often."""
+        stretches: list[tuple[int, int, int, int]] = []
+        at, stop = start, start + size
+        while at < stop:
+            if len(stretches) == FEW:
+                return None
+            epoch, m = divmod(at, self.total)
+            plan = self._plan(epoch)
+            segment = int(np.searchsorted(plan.segment_start, m, side="right")) - 1
+            later = segment + 1 < len(plan.segment_start)
+            end = int(plan.segment_start[segment + 1]) if later else self.total
+            count, live = min(end - m, stop - at), int(plan.segment_live[segment])
+            stretches.append((at, count, live, (m - int(plan.segment_start[segment])) % live))
+            at += count
+        return stretches
 
     def _make_plan(self, epoch: int) -> _EpochPlan:
         key = int.from_bytes(hashlib.sha256(f"{self.digest}/{self.seed}/{epoch}".encode()).digest()[:16], "little")

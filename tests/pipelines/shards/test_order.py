@@ -34,6 +34,31 @@ def test_ranks_share_a_batch_without_gap_or_overlap_whatever_their_number(shards
         assert np.array_equal(joined[by_ordinal], getattr(whole, name))
 
 
+@given(
+    shards=st.lists(st.integers(0, 40), min_size=1, max_size=120).filter(sum),
+    lanes=st.integers(1, 100),
+    start=st.integers(0, 10_000),
+    size=st.integers(1, 300),
+    data=st.data(),
+)
+def test_a_rank_finds_its_piece_alone_as_it_lies_in_the_whole_batch(shards, lanes, start, size, data):
+    """By arithmetic where a piece has few lanes, by the whole batch where it has many or lanes end all the time."""
+    order = make(shards, lanes)
+    world = data.draw(st.integers(1, size))
+    whole = order.batch(start, size)
+    pieces = [order.piece(start, size, rank, world) for rank in range(world)]
+    for name in ("ordinals", "shards", "indices"):
+        assert np.array_equal(np.concatenate([getattr(p, name) for p in pieces]), getattr(whole, name))
+
+
+def test_a_piece_among_thousands_of_ranks_is_arithmetic():
+    order = make([100] * 4096, lanes=2048)
+    stretches = order._stretches(10_000, 8192)
+    assert len(stretches) == 1
+    assert len(order._piece_ordinals(10_000, 8192, slice(40, 48))) == 8
+    assert order._piece_ordinals(10_000, 8192, slice(0, 8192)) is None
+
+
 @given(n=st.lists(st.integers(0, 5000), min_size=1, max_size=20))
 def test_a_sample_is_found_without_its_neighbours(n):
     order = make([10, 20, 30, 5])
