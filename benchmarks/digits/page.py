@@ -92,11 +92,11 @@ from a known pixel to its hidden neighbour. Known pixels are exact in all rows.
 
 ## Text
 
-A model without classes, conditioned on captions by `{about["encoder"]}` through cross-attention and the pooled vector,
-trained on five templates ("a handwritten three", "the digit three", ...) and asked with these and with two that it has
+A model without classes, conditioned on captions by `{about["encoder"]}` through cross-attention and the
+pooled vector, trained on five templates ("a handwritten three", "the digit three", ...) and asked with these and with two that it has
 never seen. Prompt accuracy: the evaluator sees the digit that the prompt names.
 
-{table("", found["text"])}
+{table("prompts", found["text"])}
 
 ![Prompts and samples at guidance 2](images/digits-text.png)
 
@@ -118,12 +118,14 @@ The prior's share of the bound is {likelihood.prior:.2g}. The bound by timestep:
 ## Two pictures about the objective
 
 What a step's noise weighs in L_simple relative to the variational bound: least near the data, so that the network
-spends itself on larger structure (DDPM, section 3.4).
+spends itself on larger structure (DDPM, section 3.4); on the cosine schedule also at its capped end, where hardly any
+signal is left.
 
 ![Weight in L_simple over weight in L_vlb by timestep](images/digits-weights.png)
 
 Why a reverse step may be Gaussian: for data with two modes q(x_{{t-1}} | x_t), here at x_t = 0.1, approaches a Gaussian
-as beta falls. Its total variation distance from the Gaussian of the same mean and variance is {distances}.
+as beta falls. Its total variation distance from the Gaussian of the same mean and variance is
+{distances}.
 
 ![q(x_(t-1) | x_t) beside a Gaussian for falling beta](images/digits-reverse-step.png)
 """

@@ -171,8 +171,8 @@ def text(zoo: Zoo) -> Iterator[Row]:
         ):
             images = draw(denoiser, cond, n, scale=scale)
             scores = quality(images, labels, digits)
-            named = {"prompts": name, "guidance": how, "prompt accuracy": scores.pop("class accuracy"), **scores}
-            yield Row(f"{name}, {how}", named, images)
+            named = {"guidance": how, "prompt accuracy": scores.pop("class accuracy"), **scores}
+            yield Row(name, named, images)
 
 
 def prompted(zoo: Zoo) -> list[tuple[str, Tensor]]:
