@@ -25,6 +25,16 @@ Overrides = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")]
 
 
+def _address(uri: str) -> str:
+    if not uri.rstrip("/").startswith(("s3://", "file:///")):
+        raise typer.BadParameter(f"{uri} is no address: write s3://BUCKET/PATH or file:///PATH")
+    return uri.rstrip("/")
+
+
+Folder = Annotated[str, typer.Argument(callback=_address, help="s3://BUCKET/PATH or file:///PATH of the shards")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Shards read at once; default twice the cores, at most 32")]
+
+
 def main() -> None:
     """Entry point: 0 done, 1 failed, 2 bad usage or configuration."""
     try:
@@ -102,6 +112,69 @@ def ingest(
     dataset = done.dataset
     counts = {split: dataset.samples(split) for split in dataset.splits}
     _finish(as_json, {"uri": data.uri, "digest": dataset.digest, "samples": counts, "left_out": len(done.bad)})
+
+
+@app.command()
+def index(
+    uri: Folder,
+    split: Annotated[list[str] | None, typer.Option(help="NAME=PATTERN of paths, or NAME for all; repeatable")] = None,
+    classes: Annotated[str | None, typer.Option(help="Class names, comma-separated; default the numbers")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Height and width; default the first image's")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Write an index again that is there already")] = False,
+    quarantine: Annotated[bool, typer.Option("--quarantine", help="List what is bad instead of refusing it")] = False,
+    threads: Threads = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Describe WebDataset tars that others wrote. Example: ddpm index s3://ddpm/datasets/birds --split train"""
+    from pipelines.shards.foreign import SplitRule, index_tars
+    from pipelines.storage import Storage
+
+    try:
+        rules = [SplitRule.parse(text) for text in split or []]
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--split") from error
+    config = _connect(compose(overrides or []), ["s3"] if uri.startswith("s3://") else [])
+    with terminal.live():
+        done = index_tars(
+            uri,
+            Storage.of(config),
+            rules=rules,
+            classes=classes.split(",") if classes else (),
+            image_size=image_size,
+            replace=replace,
+            quarantine=quarantine,
+            threads=threads,
+            progress=terminal.counter("index", "MiB"),
+        )
+    for line in done.lines():
+        terminal.stage("index", line)
+    _finish(as_json, done.to_dict())
+
+
+@app.command()
+def check(
+    uri: Folder,
+    quarantine: Annotated[bool, typer.Option("--quarantine", help="Write quarantine.json: what to leave out")] = False,
+    threads: Threads = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Verify every byte and sample of a dataset. Example: ddpm check s3://ddpm/datasets/birds --quarantine"""
+    config = _connect(compose(overrides or []), ["s3"] if uri.startswith("s3://") else [])
+
+    from pipelines.shards import check as checking
+    from pipelines.storage import Storage
+
+    storage = Storage.of(config)
+    with terminal.live():
+        report = checking.check(uri, storage, threads=threads, progress=terminal.counter("check", "MiB"))
+    if quarantine:
+        report = checking.write_quarantine(report, storage)
+    checking.show(report, terminal.console, terminal.stage)
+    _finish(as_json, report.to_dict())
+    if report.problems:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -43,6 +43,7 @@ class DataConfig(_Model):
     flip: bool = Field(False, description="mirror every image with probability 1/2")
     shard_samples: PositiveInt = Field(1000, description="samples per shard that an ingest writes")
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="of a folder that has no test/")
+    allow_changed: bool = Field(False, description="resume a run although its data or their quarantine have changed")
     cache_dir: str | None = Field(None, description="node-wide shard cache; null: the user's cache folder")
     cache_gib: PositiveFloat = 20.0
     decode_threads: PositiveInt = 2

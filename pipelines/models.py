@@ -23,7 +23,7 @@ from ddpm.generate import SamplingSettings
 from ddpm.interop import Model, ModelSpec, load_model, save_model
 from pipelines import tracking
 from pipelines.config import Config, unet_config
-from pipelines.shards.index import Dataset
+from pipelines.shards.index import Dataset, Quarantine, stream_digest
 from pipelines.storage import Storage
 from pipelines.tracking import ModelVersion, Tracker
 
@@ -42,14 +42,14 @@ class CheckpointState:
     Attributes:
         images_seen: the cursor of the stream.
         identity: `Config.identity()` of the run.
-        dataset_digest: of the data it was trained on.
+        stream_digest: of the data it was trained on, what was left out of it included.
         optimizer_steps: updates made so far.
         files: SHA-256 of the other files.
     """
 
     images_seen: int
     identity: dict[str, Any]
-    dataset_digest: str
+    stream_digest: str
     optimizer_steps: int
     files: dict[str, str]
 
@@ -68,8 +68,16 @@ def sampling_settings(config: Config) -> SamplingSettings:
     return SamplingSettings(**config.guidance.model_dump(), **config.sampler.model_dump())
 
 
-def model_spec(config: Config, dataset: Dataset, lineage: Mapping[str, Any]) -> ModelSpec:
+def model_spec(
+    config: Config, dataset: Dataset, lineage: Mapping[str, Any], quarantine: Quarantine | None = None
+) -> ModelSpec:
     """What `model.json` says of a run's model."""
+    data = {
+        "dataset_digest": dataset.digest,
+        "dataset_uri": dataset.uri,
+        "stream_digest": stream_digest(dataset, quarantine),
+        "quarantined": 0 if quarantine is None else len(quarantine.excluded),
+    }
     return ModelSpec(
         network=unet_config(config),
         schedule=config.schedule.model_dump(),
@@ -77,7 +85,7 @@ def model_spec(config: Config, dataset: Dataset, lineage: Mapping[str, Any]) -> 
         image_size=dataset.image_size,
         classes=dataset.classes if config.model.class_conditional else (),
         sampling=sampling_settings(config),
-        lineage={"run": config.name, "dataset_digest": dataset.digest, "dataset_uri": dataset.uri, **lineage},
+        lineage={"run": config.name, **data, **lineage},
     )
 
 
@@ -98,7 +106,7 @@ def save_checkpoint(
         folder / "training.safetensors",
     )
     files = {name: _sha256(folder / name) for name in ("model.json", "model.safetensors", "training.safetensors")}
-    state = CheckpointState(images_seen, identity, spec.lineage["dataset_digest"], optimizer_steps, files)
+    state = CheckpointState(images_seen, identity, spec.lineage["stream_digest"], optimizer_steps, files)
     (folder / "state.json").write_text(
         json.dumps({"checkpoint_version": CHECKPOINT_VERSION, **asdict(state)}, indent=1)
     )
@@ -125,8 +133,10 @@ def load_checkpoint(folder: Path) -> tuple[CheckpointState, dict[str, Tensor], d
     return state, load_file(folder / "model.safetensors"), load_file(folder / "training.safetensors")
 
 
-def check_resumable(state: CheckpointState, config: Config, dataset: Dataset) -> None:
-    """Refuse to continue a run on other settings or other data.
+def check_resumable(
+    state: CheckpointState, config: Config, dataset: Dataset, quarantine: Quarantine | None = None
+) -> None:
+    """Refuse to continue a run on other settings, or on other data unless `data.allow_changed` says so.
 
     Raises:
         ModelError: names every field that differs.
@@ -135,8 +145,12 @@ def check_resumable(state: CheckpointState, config: Config, dataset: Dataset) ->
     fields = sorted(state.identity.keys() | now.keys())
     named = [f for f in fields if state.identity.get(f) != now.get(f)]
     differing = [f"{f}: {state.identity.get(f)} before, {now.get(f)} now" for f in named]
-    if state.dataset_digest != dataset.digest:
-        differing.append(f"dataset digest: {state.dataset_digest[:12]} before, {dataset.digest[:12]} now")
+    digest = stream_digest(dataset, quarantine)
+    if state.stream_digest != digest and not config.data.allow_changed:
+        differing.append(
+            f"dataset digest: {state.stream_digest[:12]} before, {digest[:12]} now (data or quarantine have changed; "
+            "data.allow_changed=true goes on with them, and from there on which sample is which is another matter)"
+        )
     if differing:
         listed = "\n  ".join(differing)
         raise ModelError(

@@ -93,8 +93,8 @@ from a known pixel to its hidden neighbour. Known pixels are exact in all rows.
 ## Text
 
 A model without classes, conditioned on captions by `{about["encoder"]}` through cross-attention and the
-pooled vector, trained on five templates ("a handwritten three", "the digit three", ...) and asked with these and with two that it has
-never seen. Prompt accuracy: the evaluator sees the digit that the prompt names.
+pooled vector, trained on five templates ("a handwritten three", "the digit three", ...) and asked with these
+and with two that it has never seen. Prompt accuracy: the evaluator sees the digit that the prompt names.
 
 {table("prompts", found["text"])}
 

@@ -22,8 +22,9 @@ from ddpm.interop import Model, ModelSpec
 from ddpm.models.unet import UNet
 from ddpm.quality import FeatureMoments, frechet_distance
 from pipelines.evaluation.features import EvaluatorNetwork, extract, train_evaluator
-from pipelines.shards.index import Dataset, DatasetError
-from pipelines.shards.read import Batch, ShardCache, ShardReader, default_cache_dir, read_split
+from pipelines.shards.fetch import ShardCache, ShardFetcher
+from pipelines.shards.index import Dataset, DatasetError, read_quarantine
+from pipelines.shards.read import Batch, ShardReader, default_cache_dir, read_split
 from pipelines.storage import Storage, join
 
 EVALUATOR_SEED = 0
@@ -94,7 +95,16 @@ class Evaluation:
 def open_splits(dataset: Dataset, storage: Storage, cache_dir: str | None, cache_gib: float) -> dict[str, Batch]:
     """Every real sample, by split."""
     cache = ShardCache(Path(cache_dir) if cache_dir else default_cache_dir(), int(cache_gib * 2**30))
-    return {split: read_split(ShardReader(dataset, split, storage, cache)) for split in ("train", "test")}
+    quarantine = read_quarantine(dataset.uri, storage)
+
+    def read(split: str) -> Batch:
+        fetcher = ShardFetcher(dataset.uri, storage, cache)
+        try:
+            return read_split(ShardReader(dataset, split, fetcher, quarantine))
+        finally:
+            fetcher.close()
+
+    return {split: read(split) for split in ("train", "test")}
 
 
 def get_evaluator(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from pipelines.shards.index import ShardIndex, ShardInfo, sidecar
+from pipelines.shards.index import Dataset, DatasetError, ShardIndex, ShardInfo, sidecar
 from pipelines.storage import Storage, join
 
 Span = tuple[int, int]
@@ -104,7 +104,7 @@ class ShardCache:
         temporary.unlink(missing_ok=True)
         raise ShardCorruptError(
             f"{uri} has SHA-256 {digest.hexdigest()[:12]}, dataset.json says {shard.sha256[:12]}, on two downloads: "
-            "the shard is damaged; see what else is with `ddpm check`, and write the dataset again with `ddpm ingest`"
+            "the shard is damaged: write it again, or leave it out with `ddpm check URI --quarantine`"
         )
 
     def _evict(self, keep: Path) -> None:
@@ -169,6 +169,14 @@ class ShardFetcher:
         self._map = lru_cache(maxsize=256)(self._open)
         self.index = lru_cache(maxsize=1024)(self._read_index)
 
+    @classmethod
+    def opened(
+        cls, dataset: Dataset, split: str, storage: Storage, cache_dir: Path, cache_bytes: int, lanes: int, window: int
+    ) -> ShardFetcher:
+        """For a split read in so many lanes and windows: without the cache where what is in use would not fit it."""
+        whole = fits(dataset.shards(split), lanes, window, cache_bytes)
+        return cls(dataset.uri, storage, ShardCache(cache_dir, cache_bytes) if whole else None)
+
     def read(self, shard: ShardInfo, spans: Sequence[Span]) -> list[bytes]:
         """The bytes of each span.
 
@@ -190,6 +198,18 @@ class ShardFetcher:
             offset = start // size * size
             out.append(b"".join(parts)[start - offset : stop - offset])
         return out
+
+    def require(self, shards: Sequence[ShardInfo]) -> None:
+        """Have whole shards in the cache, verified, before anything is read of them; nothing happens without a cache.
+
+        Raises:
+            ShardCorruptError: one failed its checksum twice.
+            StorageError: the store cannot be reached, or has no such shard.
+        """
+        if self.cache is not None:
+            fetch = self.cache.fetch
+            for outcome in [self._whole.submit(fetch, self.uri, s, self.storage, self.stats) for s in shards]:
+                outcome.result()
 
     def close(self) -> None:
         """Stop what is under way in the background."""
@@ -258,12 +278,13 @@ class ShardFetcher:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def _read_index(self, shard: ShardInfo) -> ShardIndex:
-        index = ShardIndex.from_json(self.storage.read(join(self.uri, sidecar(shard.name))))
+        where = join(self.uri, sidecar(shard.name))
+        try:
+            index = ShardIndex.from_json(self.storage.read(where))
+        except DatasetError as error:
+            raise ShardCorruptError(f"{where}: {error}") from error
         if len(index.keys) != shard.samples:
-            raise ShardCorruptError(
-                f"{sidecar(shard.name)} lists {len(index.keys)} samples, dataset.json says {shard.samples}: "
-                "see what is wrong with `ddpm check`"
-            )
+            raise ShardCorruptError(f"{where} lists {len(index.keys)} samples, dataset.json says {shard.samples}")
         return index
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tarfile
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +96,10 @@ def read_dataset(uri: str, storage: Storage) -> Dataset:
     try:
         plain = json.loads(storage.read(join(uri, "dataset.json")))
     except NotFoundError as error:
-        raise DatasetError(f"no dataset at {uri} (dataset.json is missing): write one with `ddpm ingest`") from error
+        raise DatasetError(
+            f"no dataset at {uri} (dataset.json is missing): write one with `ddpm ingest`, or describe the tars "
+            f"that are there with `ddpm index {uri}`"
+        ) from error
     except json.JSONDecodeError as error:
         raise DatasetError(f"{uri}/dataset.json is damaged: {error}") from error
     version = plain.pop("schema_version", None)
@@ -132,16 +138,22 @@ class ShardIndex:
 
     @classmethod
     def from_json(cls, text: bytes | str) -> ShardIndex:
-        """Read a sidecar."""
-        plain = json.loads(text)
-        if plain["schema_version"] != SCHEMA_VERSION:
-            raise DatasetError(
-                f"a shard index has version {plain['schema_version']}, this release reads {SCHEMA_VERSION}"
-            )
-        return cls(
-            tuple(sample["key"] for sample in plain["samples"]),
-            tuple({ext: Member(*span) for ext, span in sample["members"].items()} for sample in plain["samples"]),
-        )
+        """Read a sidecar.
+
+        Raises:
+            DatasetError: of another version, or damaged.
+        """
+        try:
+            plain = json.loads(text)
+            version = plain["schema_version"]
+            if version == SCHEMA_VERSION:
+                return cls(
+                    tuple(str(sample["key"]) for sample in plain["samples"]),
+                    tuple({ext: Member(*map(int, m)) for ext, m in s["members"].items()} for s in plain["samples"]),
+                )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DatasetError(f"the shard index is damaged: {error}") from error
+        raise DatasetError(f"the shard index has version {version}, this release reads {SCHEMA_VERSION}")
 
 
 def sidecar(shard: str) -> str:
@@ -149,19 +161,183 @@ def sidecar(shard: str) -> str:
     return shard.removesuffix(".tar") + ".index.json"
 
 
+_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
+_META = re.compile(r"__[^/]*__($|/)")
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """(key, extension) of a tar entry by WebDataset's rule; None where it skips the entry.
+
+    The key ends at the first dot after the last slash, dots of folders belong to it; extensions are lower case; names
+    without an extension and entries such as `__meta__/x.json` are no samples (`webdataset.tariterators`, 1.0).
+    """
+    found = _NAME.match(name)
+    return None if found is None or _META.match(name) else (found.group(1), found.group(2).lower())
+
+
 def index_tar(path: Path) -> ShardIndex:
-    """Scan a tar once. Members of one sample share the name up to its first dot (WebDataset's rule)."""
+    """Scan a sound tar of our own once; `scan.scan_shard` is for those that may be damaged."""
     keys: list[str] = []
     members: list[dict[str, Member]] = []
     with tarfile.open(path) as tar:
         for info in tar:
-            if not info.isfile():
+            parts = split_name(info.name) if info.isfile() else None
+            if parts is None:
                 continue
-            folder, _, base = info.name.rpartition("/")
-            stem, _, extension = base.partition(".")
-            key = f"{folder}/{stem}" if folder else stem
+            key, extension = parts
             if not keys or keys[-1] != key:
                 keys.append(key)
                 members.append({})
             members[-1][extension] = Member(info.offset_data, info.size)
     return ShardIndex(tuple(keys), tuple(members))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with a sample, or with a shard as a whole.
+
+    Attributes:
+        shard: its name beside dataset.json.
+        index: of the sample within the shard; None for the whole shard, or for a sample that cannot be read apart.
+        sample: its key; None where the shard itself is meant.
+        kind: a word for programs, such as "truncated", "bytes", "decode" or "label".
+        reason: for people.
+    """
+
+    shard: str
+    index: int | None
+    sample: str | None
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Quarantine:
+    """The content of `quarantine.json`: samples and whole shards of one dataset that a reader leaves out.
+
+    Attributes:
+        dataset_digest: of the dataset that it belongs to.
+        excluded: in order of shard and index; one entry for a whole shard.
+    """
+
+    dataset_digest: str
+    excluded: tuple[Problem, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the dataset digest and what is left out; the reasons are not part of it."""
+        content = [self.dataset_digest, [[p.shard, p.index, p.sample] for p in self.excluded]]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    @cached_property
+    def by_shard(self) -> dict[str, dict[int, Problem] | None]:
+        """For each shard with something left out: the entries by index, or None where all of it is."""
+        found: dict[str, dict[int, Problem] | None] = {}
+        for problem in self.excluded:
+            if problem.index is None:
+                found[problem.shard] = None
+            elif (entries := found.setdefault(problem.shard, {})) is not None:
+                entries[problem.index] = problem
+        return found
+
+    def to_json(self) -> str:
+        """`quarantine.json`."""
+        plain = {"schema_version": SCHEMA_VERSION, **asdict(self), "digest": self.digest}
+        return json.dumps(plain, indent=1)
+
+
+def make_quarantine(dataset: Dataset, problems: Iterable[Problem]) -> Quarantine:
+    """What a reader has to leave out because of these problems: the same ones in any order give the same digest.
+
+    A shard with a problem of its own goes as a whole. Tars that are not part of the dataset need no exclusion.
+    """
+    shards = {shard.name for shards in dataset.splits.values() for shard in shards}
+    first: dict[tuple[str, int], Problem] = {}
+    for problem in sorted(problems, key=lambda p: (p.shard, p.index is not None, p.index or 0)):
+        if problem.shard not in shards or (problem.shard, -1) in first:
+            continue
+        if problem.index is None:
+            first[problem.shard, -1] = replace(problem, sample=None)
+        else:
+            first.setdefault((problem.shard, problem.index), problem)
+    return Quarantine(dataset.digest, tuple(first.values()))
+
+
+def read_quarantine(uri: str, storage: Storage) -> Quarantine | None:
+    """The quarantine beside a dataset, None where there is none. Nothing applies it but what is given it.
+
+    Raises:
+        DatasetError: of an unknown version, or damaged.
+    """
+    where = join(uri, "quarantine.json")
+    try:
+        plain = json.loads(storage.read(where))
+        version, recorded = plain["schema_version"], plain["digest"]
+        if version == SCHEMA_VERSION:
+            found = Quarantine(plain["dataset_digest"], tuple(Problem(**entry) for entry in plain["excluded"]))
+            if found.digest == recorded:
+                return found
+    except NotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DatasetError(
+            f"{where} is damaged: {error}; write it again with `ddpm check {uri} --quarantine`"
+        ) from error
+    if version != SCHEMA_VERSION:
+        raise DatasetError(f"{where} has version {version}, this release reads {SCHEMA_VERSION}")
+    raise DatasetError(
+        f"{where} does not match its own digest: it was edited or damaged; "
+        f"write it again with `ddpm check {uri} --quarantine`"
+    )
+
+
+def stream_digest(dataset: Dataset, quarantine: Quarantine | None) -> str:
+    """What the order of samples depends on: the dataset's digest, with the quarantine's where there is one."""
+    if quarantine is None:
+        return dataset.digest
+    return hashlib.sha256(f"{dataset.digest}/{quarantine.digest}".encode()).hexdigest()
+
+
+def kept_shards(dataset: Dataset, split: str, quarantine: Quarantine | None) -> tuple[ShardInfo, ...]:
+    """A split's shards with the counts that the quarantine leaves; those it leaves out as a whole are gone.
+
+    Raises:
+        DatasetError: the quarantine is of another dataset, or leaves nothing.
+    """
+    shards = dataset.shards(split)
+    if quarantine is None:
+        return shards
+    if quarantine.dataset_digest != dataset.digest:
+        raise DatasetError(
+            f"the quarantine is of dataset {quarantine.dataset_digest[:12]}, {dataset.uri} is {dataset.digest[:12]}: "
+            f"write it again with `ddpm check {dataset.uri} --quarantine`"
+        )
+    left_out = quarantine.by_shard
+    counts = {
+        shard.name: 0 if (gone := left_out.get(shard.name, {})) is None else shard.samples - len(gone)
+        for shard in shards
+    }
+    kept = tuple(replace(shard, samples=counts[shard.name]) for shard in shards if counts[shard.name] > 0)
+    if not kept:
+        raise DatasetError(f"the quarantine leaves no sample of {dataset.uri}'s split {split!r}")
+    return kept
+
+
+def kept_samples(name: str, index: ShardIndex, quarantine: Quarantine | None) -> ShardIndex:
+    """A shard's samples without those in quarantine.
+
+    Raises:
+        DatasetError: an entry names another sample than the shard index has in its place.
+    """
+    gone = quarantine.by_shard.get(name, {}) if quarantine else {}
+    if not gone:
+        return index if gone is not None else ShardIndex((), ())
+    for i, problem in gone.items():
+        if not 0 <= i < len(index.keys) or index.keys[i] != problem.sample:
+            there = repr(index.keys[i]) if 0 <= i < len(index.keys) else "nothing"
+            raise DatasetError(
+                f"the quarantine leaves out sample {i} ({problem.sample!r}) of {name}, whose index has {there} there: "
+                "write it again with `ddpm check URI --quarantine`"
+            )
+    kept = [i for i in range(len(index.keys)) if i not in gone]
+    return ShardIndex(tuple(index.keys[i] for i in kept), tuple(index.members[i] for i in kept))

@@ -1,62 +1,54 @@
-"""Ingest: images of a folder, or the built-in digits, to WebDataset shards with their indexes."""
+"""Ingest: a source's images to WebDataset shards with their indexes, in parallel, resumable, the same bytes each time.
+
+The images of a split are cut into shards by count before any is opened, so what a shard holds depends on the source
+and the settings alone. Each shard is one task (`tasks.write_shard`) that runs anywhere and leaves a record behind. An
+ingest that was cut off finds the records and goes on from there; `dataset.json` comes last.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import reduce
+from itertools import islice
+from operator import add
 
-import numpy as np
-import webdataset
-from numpy.typing import NDArray
-from PIL import Image
+from pipelines.shards.encode import CaptionEncoder, Encoding, Geometry, ImageFormat
+from pipelines.shards.index import Dataset, DatasetError, ShardInfo, make_dataset, sidecar
+from pipelines.shards.report import BadImage, IngestReport, ShardRecord, compose_report
+from pipelines.shards.sources import Source, open_source, source_digest
+from pipelines.shards.tasks import PROGRESS, Settings, ShardJob, plan_shards, record_name, samples_for, write_shard
+from pipelines.shards.tasks import identify as identify_encoder
+from pipelines.shards.trees import address
+from pipelines.storage import Storage, is_local, join
 
-from pipelines.shards.index import Dataset, DatasetError, ShardInfo, index_tar, make_dataset, sidecar
-from pipelines.storage import Storage, join
+__all__ = ["Ingested", "ingest", "source_digest"]
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SHARD_FILES = (".tar", ".index.json")
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Source:
-    """One image to ingest, not yet opened.
+class Ingested:
+    """What an ingest wrote and what it left out.
 
     Attributes:
-        split: "train" or "test".
-        label: index into the classes.
-        origin: where it comes from, for reports and the sample's json.
-        load: opens it; may raise OSError or ValueError.
+        dataset: as in `dataset.json`.
+        bad: images and rows that were left out.
+        empty_classes: classes without one sample.
+        report: as in `ingest-report.json`.
+        reused_shards: shards that an earlier ingest had finished.
     """
-
-    split: str
-    label: int
-    origin: str
-    load: Callable[[], Image.Image]
-
-
-@dataclass(frozen=True)
-class BadImage:
-    """An image that was left out, and why."""
-
-    origin: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Ingested:
-    """What an ingest wrote and what it left out."""
 
     dataset: Dataset
     bad: tuple[BadImage, ...]
     empty_classes: tuple[str, ...]
+    report: IngestReport
+    reused_shards: int = 0
 
 
 def ingest(
@@ -67,210 +59,209 @@ def ingest(
     image_size: int,
     channels: int,
     shard_samples: int = 1000,
+    shard_bytes: int | None = None,
     test_fraction: float = 0.1,
+    geometry: Geometry = "crop",
+    encoding: Encoding = "png",
+    text_encoder: CaptionEncoder | None = None,
+    workers: int | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Ingested:
-    """Write a source's images as PNG shards with `dataset.json`; the same input gives the same digest.
+    """Write a source's images as shards with `dataset.json`; the same input gives the same bytes and digest.
+
+    Shards are written as Ray tasks where this process is connected to a Ray cluster that reaches source and
+    destination, else by threads. Called again after an interruption, it goes on where it was.
 
     Args:
-        source: "digits", or a folder of class folders, with or without `train/` and `test/` above them.
+        source: "digits"; a folder of class folders, with or without `train/` and `test/` above them; a folder with
+            metadata.jsonl or metadata.csv; a .zip of either; a .csv or .jsonl of paths. Paths, file:/// or s3://.
         uri: the folder to write to. `dataset.json` is written last and stale shards are removed after it.
-        image_size: images are cropped to their central square and resized to this.
-        channels: 1 (grey) or 3 (RGB).
-        shard_samples: samples per shard.
-        test_fraction: share of a folder without `test/` that becomes the test split, chosen by path.
+        image_size: height and width of the images written.
+        channels: 1 (grey) or 3 (RGB); other images are converted, and the report counts them.
+        shard_samples: images per shard; a bad one leaves its shard smaller.
+        shard_bytes: size to aim at instead, estimated from the first images.
+        test_fraction: share of a source without a test split of its own that becomes one, chosen by path.
+        geometry: "crop", "resize" or "keep"; see `ImageFormat`.
+        encoding: "png", "jpg", "webp" or "npy"; see `ImageFormat`.
+        text_encoder: captions to a `Conditioning`, stored as `emb.npy`; see `pack_embeddings`. It must pickle where Ray
+            is used.
+        workers: threads; default one per core. Ray uses what the cluster has.
+        progress: called with (images done, of).
 
     Raises:
-        DatasetError: no such source, no class folders, or not one readable image in a split.
+        DatasetError: no such source, a layout or setting that cannot be, or not one readable image in a split.
+        StorageError: source or destination cannot be reached; what was finished is kept for the next call.
     """
-    if source == "digits":
-        classes, sources = _digits(image_size, channels)
-    else:
-        classes, sources = _folder(Path(source), test_fraction)
-    bad: list[BadImage] = []
-    per_class: Counter[int] = Counter()
-    splits: dict[str, tuple[ShardInfo, ...]] = {}
-    statistics = _Statistics(channels)
-    done = 0
-    with tempfile.TemporaryDirectory(prefix="ddpm-ingest-") as scratch:
-        for split in ("train", "test"):
+    form = ImageFormat(image_size, channels, geometry, encoding)
+    _check_settings(source, uri, form, shard_samples, shard_bytes, workers)
+    listed = open_source(source, storage, test_fraction)
+    if text_encoder is not None and not listed.captioned:
+        raise DatasetError(f"{source} has no captions for the text encoder: add `text` or `caption` to its metadata")
+    encoder_id = None if text_encoder is None else identify_encoder(text_encoder)
+    settings = Settings(uri, storage, form, listed.classes, listed.captioned, text_encoder, encoder_id)
+    if shard_bytes is not None:
+        shard_samples = samples_for(shard_bytes, listed.images, settings)
+    jobs = plan_shards(listed.images, settings, shard_samples, _recorded(uri, storage))
+    if any(job.recorded is None for job in jobs):
+        # From here on the shards of an earlier dataset are overwritten: it must not be taken for whole.
+        storage.delete(join(uri, "dataset.json"))
+    meter = _Meter(sum(len(job.images) for job in jobs), progress)
+    over_ray = _ray_reaches(source, uri)
+    records = _write_over_ray(jobs, settings, meter) if over_ray else _write_in_threads(jobs, settings, meter, workers)
+    return _publish(source, listed, settings, jobs, records)
 
-            def samples(split: str = split) -> Iterator[dict[str, Any]]:
-                nonlocal done
-                for number, item in enumerate(s for s in sources if s.split == split):
-                    done += 1
-                    progress(done, len(sources))
-                    try:
-                        pixels = _prepare(item.load(), image_size, channels)
-                    except (OSError, ValueError, Image.DecompressionBombError) as error:
-                        bad.append(BadImage(item.origin, str(error) or type(error).__name__))
-                        continue
-                    per_class[item.label] += 1
-                    if split == "train":
-                        statistics.add(pixels)
-                    yield {
-                        "__key__": f"{split}-{number:08d}",
-                        "png": _png(pixels),
-                        "cls": str(item.label).encode(),
-                        "json": json.dumps({"origin": item.origin, "class": classes[item.label]}).encode(),
-                    }
 
-            splits[split] = _write_split(split, samples(), Path(scratch), uri, storage, shard_samples)
-            if not splits[split]:
-                named = "".join(f"\n  {b.origin}: {b.reason}" for b in bad[:5])
-                raise DatasetError(f"{source}: no readable image for the {split} split{named}")
+def _check_settings(
+    source: str, uri: str, form: ImageFormat, shard_samples: int, shard_bytes: int | None, workers: int | None
+) -> None:
+    if source != "digits" and f"{uri.rstrip('/')}/".startswith(f"{address(source)}/"):
+        raise DatasetError(f"{uri} lies inside the source {source}, which the next ingest would read: write elsewhere")
+    for name, value in (("shard_samples", shard_samples), ("shard_bytes", shard_bytes), ("workers", workers)):
+        if value is not None and value < 1:
+            raise DatasetError(f"{name} must be at least 1, got {value}")
+    if source == "digits" and (form.size, form.channels) != (8, 1):
+        size = f"{form.size}x{form.size}"
+        raise DatasetError(f"digits are 8x8 grey, not {size} with {form.channels} channels: use data=digits")
+
+
+def _recorded(uri: str, storage: Storage) -> dict[str, ShardRecord]:
+    """Records that an earlier ingest left at the destination, by shard."""
+    found = storage.list(join(uri, PROGRESS))
+    with ThreadPoolExecutor(16) as pool:
+        records = pool.map(lambda entry: ShardRecord.from_json(storage.read(entry.uri)), found)
+    return {record.name: record for record in records if record is not None}
+
+
+class _StoppedError(Exception):
+    """Another shard has failed."""
+
+
+class _Meter:
+    """Progress from many threads; it also passes the word that all are to stop."""
+
+    def __init__(self, total: int, progress: Progress) -> None:
+        self.done, self.total, self.progress = 0, total, progress
+        self.lock, self.stopped = threading.Lock(), threading.Event()
+
+    def __call__(self, count: int) -> None:
+        if self.stopped.is_set():
+            raise _StoppedError
+        with self.lock:
+            self.done += count
+            self.progress(self.done, self.total)
+
+
+def _write_in_threads(
+    jobs: Sequence[ShardJob], settings: Settings, meter: _Meter, workers: int | None
+) -> list[tuple[ShardRecord, bool]]:
+    """Decoding and encoding release the interpreter's lock, so threads use all cores."""
+    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), thread_name_prefix="ingest") as pool:
+        futures = [pool.submit(write_shard, job, settings, meter) for job in jobs]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            return [future.result() for future in futures]
+        finally:
+            meter.stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _ray_reaches(source: str, uri: str) -> bool:
+    """Whether this process is in a Ray cluster whose every node can read the source and write to the destination."""
+    if "ray" not in sys.modules:
+        return False  # whoever has connected has imported it
+    import ray
+
+    if not ray.is_initialized() or ray.cluster_resources().get("CPU", 0) < 1:
+        return False
+    shared = (source == "digits" or not is_local(address(source))) and not is_local(uri)
+    return shared or sum(node["Alive"] for node in ray.nodes()) == 1
+
+
+def _write_over_ray(jobs: Sequence[ShardJob], settings: Settings, meter: _Meter) -> list[tuple[ShardRecord, bool]]:
+    """One task per shard, a few more in flight than the cluster has cores; Ray repeats those whose node dies."""
+    import ray
+
+    task = ray.remote(num_cpus=1)(write_shard)
+    shared = ray.put(settings)
+    ahead = 2 * int(ray.cluster_resources()["CPU"])
+    waiting, found = iter(jobs), {}
+    running = {task.remote(job, shared): job for job in islice(waiting, ahead)}
+    try:
+        while running:
+            ready, _ = ray.wait(list(running), num_returns=1)
+            job = running.pop(ready[0])
+            found[job.name] = ray.get(ready[0])
+            meter(len(job.images))
+            running |= {task.remote(job, shared): job for job in islice(waiting, 1)}
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    finally:
+        for reference in running:
+            ray.cancel(reference)
+    return [found[job.name] for job in jobs]
+
+
+def _publish(
+    source: str,
+    listed: Source,
+    settings: Settings,
+    jobs: Sequence[ShardJob],
+    written: Sequence[tuple[ShardRecord, bool]],
+) -> Ingested:
+    """Report, `dataset.json`, and nothing left of an earlier dataset."""
+    storage, uri = settings.storage, settings.uri
+    records = [record for record, _ in written]
+    missing = [i.origin for i in listed.images if listed.captioned and not i.caption]
+    report = compose_report(
+        source,
+        settings.described(),
+        listed.classes,
+        records,
+        bad=listed.bad,
+        without_caption=missing,
+        unused=listed.unused,
+    )
+    storage.write(join(uri, "ingest-report.json"), report.to_json().encode())
+    splits = {
+        split: tuple(ShardInfo(r.name, r.samples, r.size, r.sha256) for r in records if r.split == split and r.samples)
+        for split in ("train", "test")
+    }
+    for split, shards in splits.items():
+        if not shards:
+            raise DatasetError(_explain_empty(source, split, listed, report))
+    pixels = reduce(add, (record.pixels for record in records if record.split == "train"))
     dataset = make_dataset(
         uri,
         splits=splits,
-        classes=tuple(classes),
-        channels=channels,
-        image_size=image_size,
-        mean=statistics.mean(),
-        std=statistics.std(),
+        classes=listed.classes,
+        channels=settings.form.channels,
+        image_size=settings.form.size,
+        mean=pixels.mean(),
+        std=pixels.std(),
     )
-    empty = tuple(name for i, name in enumerate(classes) if not per_class[i])
-    report = {"source": source, "bad": [asdict(b) for b in bad], "empty_classes": empty}
-    storage.write(join(uri, "ingest-report.json"), json.dumps(report, indent=1).encode())
     storage.write(join(uri, "dataset.json"), dataset.to_json().encode())
-    _remove_stale(uri, dataset, storage)
-    return Ingested(dataset, tuple(bad), empty)
+    _remove_stale(uri, {s.name for shards in splits.values() for s in shards}, {job.name for job in jobs}, storage)
+    reused = sum(found for _, found in written)
+    return Ingested(dataset, report.bad, report.empty_classes, report, reused)
 
 
-def source_digest(source: str) -> str:
-    """A digest that changes when a source's files do (names, sizes and modification times for a folder)."""
-    state = [source]
-    if source != "digits":
-        folder = Path(source)
-        files = sorted(p for p in folder.rglob("*") if p.is_file())
-        state += [f"{p.relative_to(folder)} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files]
-    return hashlib.sha256("\n".join(state).encode()).hexdigest()
+def _explain_empty(source: str, split: str, listed: Source, report: IngestReport) -> str:
+    named = "".join(f"\n  {bad.origin}: {bad.reason}" for bad in report.bad[:5])
+    more = f"\n  and {len(report.bad) - 5:,} more: see ingest-report.json" if len(report.bad) > 5 else ""
+    if any(image.split == split for image in listed.images):
+        return f"{source}: no readable image for the {split} split{named}{more}"
+    other = sum(image.split != split for image in listed.images)
+    fix = f"the {other:,} images fell to the other: choose another test_fraction, or make train/ and test/ yourself"
+    return f"{source}: no readable image for the {split} split; {fix if other else 'it holds no image'}{named}{more}"
 
 
-def _write_split(
-    split: str,
-    samples: Iterator[dict[str, Any]],
-    scratch: Path,
-    uri: str,
-    storage: Storage,
-    shard_samples: int,
-) -> tuple[ShardInfo, ...]:
-    shards: list[ShardInfo] = []
-
-    def publish(name: str) -> None:
-        path = Path(name)
-        index = index_tar(path)
-        if index.keys:
-            storage.upload(path, join(uri, path.name))
-            storage.write(join(uri, sidecar(path.name)), index.to_json().encode())
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            shards.append(ShardInfo(path.name, len(index.keys), path.stat().st_size, digest))
-        path.unlink()
-
-    pattern = str(scratch / f"{split}-%06d.tar")
-    # mtime=0: the writer would stamp the current time, and equal inputs would not give equal digests.
-    with webdataset.ShardWriter(
-        pattern, maxcount=shard_samples, maxsize=1e12, post=publish, mtime=0.0, verbose=0
-    ) as writer:
-        for sample in samples:
-            writer.write(sample)
-    return tuple(shards)
-
-
-def _remove_stale(uri: str, dataset: Dataset, storage: Storage) -> None:
-    current = {name for shards in dataset.splits.values() for s in shards for name in (s.name, sidecar(s.name))}
+def _remove_stale(uri: str, shards: set[str], planned: set[str], storage: Storage) -> None:
+    current = {name for shard in shards for name in (shard, sidecar(shard))} | {record_name(name) for name in planned}
     for entry in storage.list(uri):
         name = entry.uri[len(uri.rstrip("/")) + 1 :]
-        if name.startswith(("train-", "test-")) and name.endswith((".tar", ".index.json")) and name not in current:
+        # A killed write to a folder leaves a hidden temporary file.
+        ours = name.lstrip(".").startswith(("train-", "test-")) and (name[0] == "." or name.endswith(SHARD_FILES))
+        if (ours or name.startswith(f"{PROGRESS}/")) and name not in current:
             storage.delete(entry.uri)
-
-
-def _digits(image_size: int, channels: int) -> tuple[list[str], list[Source]]:
-    """scikit-learn's 1,797 digits; every fifth, counted from the fifth, is for testing."""
-    if (image_size, channels) != (8, 1):
-        raise DatasetError(
-            f"digits are 8x8 grey, not {image_size}x{image_size} with {channels} channels: use data=digits"
-        )
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise DatasetError("digits come with scikit-learn: pip install 'ddpm-pipelines[local]'") from error
-    digits = load_digits()
-    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    return [str(i) for i in range(10)], [
-        Source(
-            "test" if i % 5 == 4 else "train",
-            int(label),
-            f"digits[{i}]",
-            partial(Image.fromarray, pixels[i]),
-        )
-        for i, label in enumerate(digits.target)
-    ]
-
-
-def _folder(folder: Path, test_fraction: float) -> tuple[list[str], list[Source]]:
-    if not folder.is_dir():
-        raise DatasetError(f"{folder} is not a folder; a source is `digits` or a folder of class folders")
-    if not 0 < test_fraction < 1:
-        raise DatasetError(f"the test fraction must be between 0 and 1, got {test_fraction}")
-    divided = (folder / "train").is_dir() and (folder / "test").is_dir()
-    roots = {split: folder / split for split in ("train", "test")} if divided else {"": folder}
-    classes = sorted({p.name for root in roots.values() for p in root.iterdir() if p.is_dir() and p.name[0] != "."})
-    if not classes:
-        raise DatasetError(f"{folder} has no class folders; expected {folder}/CLASS/*.png")
-    sources: list[tuple[str, Source]] = []
-    for split, root in roots.items():
-        for label, name in enumerate(classes):
-            for path in sorted((root / name).rglob("*")) if (root / name).is_dir() else []:
-                if path.suffix.lower() in SUFFIXES:
-                    origin = str(path.relative_to(folder))
-                    rank = hashlib.sha256(origin.encode()).hexdigest()
-                    here = split or ("test" if int(rank[:8], 16) < test_fraction * 2**32 else "train")
-                    sources.append((rank, Source(here, label, origin, partial(_open, path))))
-    # Files come class by class: ordered by hash instead, every shard holds every class.
-    return classes, [source for _, source in sorted(sources, key=lambda pair: pair[0])]
-
-
-def _open(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        image.load()
-        return image.copy()
-
-
-def _prepare(image: Image.Image, size: int, channels: int) -> NDArray[np.uint8]:
-    """Central square, resized, as uint8 [size, size, channels]."""
-    image = image.convert("L" if channels == 1 else "RGB")
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    if image.size != (side, side):
-        image = image.crop((left, top, left + side, top + side))
-    if side != size:
-        image = image.resize((size, size), Image.Resampling.BOX if side > 2 * size else Image.Resampling.BICUBIC)
-    return np.asarray(image, dtype=np.uint8).reshape(size, size, channels)
-
-
-def _png(pixels: NDArray[np.uint8]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(buffer, "png")
-    return buffer.getvalue()
-
-
-class _Statistics:
-    """Running mean and deviation of pixels in [-1, 1], per channel."""
-
-    def __init__(self, channels: int) -> None:
-        self.count = 0
-        self.sum = np.zeros(channels)
-        self.squares = np.zeros(channels)
-
-    def add(self, pixels: NDArray[np.uint8]) -> None:
-        values = pixels.reshape(-1, pixels.shape[-1]).astype(np.float64) / 127.5 - 1
-        self.count += len(values)
-        self.sum += values.sum(0)
-        self.squares += (values**2).sum(0)
-
-    def mean(self) -> tuple[float, ...]:
-        return tuple(round(float(v), 6) for v in self.sum / max(self.count, 1))
-
-    def std(self) -> tuple[float, ...]:
-        variance = self.squares / max(self.count, 1) - (self.sum / max(self.count, 1)) ** 2
-        return tuple(round(float(v) ** 0.5, 6) for v in np.maximum(variance, 0))

@@ -22,7 +22,7 @@ from ray.train.torch import TorchTrainer
 from pipelines import models, tracking
 from pipelines.config import Config
 from pipelines.models import CheckpointState, Published
-from pipelines.shards.index import Dataset, DatasetError, read_dataset
+from pipelines.shards.index import Dataset, DatasetError, read_dataset, read_quarantine
 from pipelines.storage import Storage, join
 from pipelines.tracking import Tracker
 from pipelines.training import worker
@@ -126,12 +126,13 @@ def make_plan(config: Config, storage: Storage, lineage: dict[str, Any]) -> Plan
     storage.require(config.storage.root)
     dataset = read_dataset(config.data.uri, storage)
     check_dataset(dataset, config)
+    quarantine = read_quarantine(config.data.uri, storage)
     state = newest_checkpoint(config, storage)
     if state is not None:
-        models.check_resumable(state, config, dataset)
+        models.check_resumable(state, config, dataset, quarantine)
     assert config.tracking.uri is not None
     tracker, existed = tracking.open_run(config.tracking.uri, config.tracking.experiment, config.name, {})
-    job = Job(config, dataset, storage, tracker, {**lineage, "run_id": tracker.run_id})
+    job = Job(config, dataset, storage, tracker, {**lineage, "run_id": tracker.run_id}, quarantine)
     return Plan(job, state.images_seen if state else 0, existed)
 
 

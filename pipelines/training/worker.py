@@ -36,9 +36,9 @@ from pipelines.models import (
     publish,
     save_checkpoint,
 )
-from pipelines.shards.index import Dataset
-from pipelines.shards.order import SampleOrder
-from pipelines.shards.read import Batch, ShardCache, ShardReader, TrainingStream, default_cache_dir
+from pipelines.shards.index import Dataset, Quarantine
+from pipelines.shards.read import Batch, default_cache_dir
+from pipelines.shards.stream import StreamSettings, TrainingStream, open_stream
 from pipelines.storage import Storage, join
 from pipelines.tracking import MetricLog, Tracker
 
@@ -70,6 +70,7 @@ class Job:
     storage: Storage
     tracker: Tracker
     lineage: dict[str, Any]
+    quarantine: Quarantine | None = None
 
     @property
     def published_uri(self) -> str:
@@ -96,7 +97,7 @@ def train(job: Job, shell: Shell, *, rank: int, world_size: int, device: torch.d
     with shell.restored() as folder:
         if folder is not None:
             restore(training, folder, job)
-    schedule, spec = noise_schedule(config), model_spec(config, job.dataset, job.lineage)
+    schedule, spec = noise_schedule(config), model_spec(config, job.dataset, job.lineage, job.quarantine)
     parallel = _wrap(training.network, device, world_size)
     log = MetricLog(job.tracker) if rank == 0 else None
     saved_at = training.images_seen
@@ -153,7 +154,7 @@ def restore(training: Training, folder: Path, job: Job) -> None:
         ModelError: damaged, or of a run with other settings or data.
     """
     state, averaged, tensors = load_checkpoint(folder)
-    check_resumable(state, job.config, job.dataset)
+    check_resumable(state, job.config, job.dataset, job.quarantine)
     weights = {name.removeprefix("network."): t for name, t in tensors.items() if name.startswith("network.")}
     training.network.load_state_dict(weights)
     training.ema.load_state_dict(averaged)
@@ -164,15 +165,16 @@ def restore(training: Training, folder: Path, job: Job) -> None:
 def make_stream(job: Job, rank: int, world_size: int, start: int) -> TrainingStream:
     """This rank's batches from `start` images on."""
     data = job.config.data
-    cache_dir = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
-    reader = ShardReader(job.dataset, "train", job.storage, ShardCache(cache_dir, int(data.cache_gib * 2**30)))
-    order = SampleOrder(
-        [shard.samples for shard in reader.shards],
+    settings = StreamSettings(
         lanes=data.lanes,
         window=data.window,
         seed=job.config.seed,
-        digest=job.dataset.digest,
+        cache_dir=Path(data.cache_dir) if data.cache_dir else default_cache_dir(),
+        cache_bytes=int(data.cache_gib * 2**30),
+        threads=data.decode_threads,
+        prefetch=data.prefetch_batches,
     )
+    reader, order = open_stream(job.dataset, "train", job.storage, settings, job.quarantine)
     return TrainingStream(
         reader,
         order,
@@ -181,8 +183,8 @@ def make_stream(job: Job, rank: int, world_size: int, start: int) -> TrainingStr
         world_size=world_size,
         start=start,
         stop=job.config.images,
-        threads=data.decode_threads,
-        prefetch=data.prefetch_batches,
+        threads=settings.threads,
+        prefetch=settings.prefetch,
     )
 
 

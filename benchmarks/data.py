@@ -1,0 +1,330 @@
+"""Reading shards from S3: this project's stream beside WebDataset's documented pipeline and MosaicML Streaming.
+
+    python -m benchmarks.data [--quick] [--json]
+
+One SeaweedFS on this machine serves the same images to all, as the same tar shards (MosaicML: as its own). Each
+measurement is a fresh process pinned to the same number of cores, systems taking turns; medians are reported. Every
+system ends in float32 tensors [B, 3, 32, 32] and int64 labels, batches of 256, shuffled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+# Before torch is imported: a step on many threads beside other processes is ten times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+
+from pipelines import stack
+from pipelines.shards.index import read_dataset
+from pipelines.shards.stream import StreamSettings, TrainingStream, open_stream
+from pipelines.shards.write import ingest
+from pipelines.storage import Storage, join
+
+ROOT = Path(__file__).parents[1]
+BATCH = 256
+SHARD_SAMPLES = 2_000
+SYSTEMS = {"ours": "ddpm-pipelines", "webdataset": "webdataset", "mosaicml": "mosaicml-streaming"}
+URI = "s3://ddpm/benchmarks/data"
+Make = Callable[[int], Iterator[Any]]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer images and turns, within 3 minutes on 2 cores")
+    parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
+    parser.add_argument("--child", nargs=4, metavar=("SYSTEM", "MEASURE", "WORKERS", "CACHE"), help=argparse.SUPPRESS)
+    parser.add_argument("--home", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.child:
+        system, measure, workers, cache = options.child
+        print(json.dumps(child(system, measure, int(workers), Path(cache), options.home)))
+        return
+    result = run(options.quick)
+    folder = ROOT / "benchmarks" / "results"
+    folder.mkdir(exist_ok=True)
+    (folder / f"data{'-quick' if options.quick else ''}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+# --- the parent ----------------------------------------------------------------------------------------------
+
+
+def run(quick: bool) -> dict[str, Any]:
+    """Write the data, let the systems take turns, sum up."""
+    images, turns = (20_000, 3) if quick else (60_000, 5)
+    with tempfile.TemporaryDirectory(prefix="ddpm-bench-") as scratch:
+        home = Path(scratch) / "home"
+        state = stack.up(home, ["s3"])
+        try:
+            storage = Storage(state.s3_endpoint, str(state.credentials_file), "us-east-1")
+            say(f"writing {images:,} images")
+            systems = write_data(storage, Path(scratch), images)
+            rows = measure(systems, Path(scratch), home, turns)
+        finally:
+            stack.down(home)
+    return summary(rows, systems, images, quick)
+
+
+def write_data(storage: Storage, scratch: Path, images: int) -> list[str]:
+    """Smooth random pictures as tar shards, and as MDS where that is installed; the systems that can be measured."""
+    folder = scratch / "images"
+    rng = np.random.default_rng(0)
+    from PIL import Image
+
+    for split, count in (("train", images), ("test", 10)):
+        for label in range(10):
+            (folder / split / str(label)).mkdir(parents=True)
+        for i in range(count):
+            pixels = Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).resize((32, 32))
+            pixels.save(folder / split / str(i % 10) / f"{i:07d}.png")
+    ingest(str(folder), URI, storage, image_size=32, channels=3, shard_samples=SHARD_SAMPLES)
+    systems = ["ours", "webdataset"]
+    try:
+        from streaming import MDSWriter
+    except ImportError:
+        say("mosaicml-streaming is not installed: left out")
+        return systems
+    with MDSWriter(out=str(scratch / "mds"), columns={"image": "bytes", "label": "int"}) as writer:
+        for path in sorted((folder / "train").rglob("*.png"), key=lambda p: p.name):
+            writer.write({"image": path.read_bytes(), "label": int(path.parent.name)})
+    for path in (scratch / "mds").iterdir():
+        storage.upload(path, join(f"{URI}-mds", path.name))
+    return [*systems, "mosaicml"]
+
+
+MEASURES = ("cold", "warm", "resume10", "resume50", "resume90")
+
+
+def measure(systems: list[str], scratch: Path, home: Path, turns: int) -> list[dict[str, Any]]:
+    """Fresh processes, system by system, turn by turn."""
+    rows = []
+    for turn in range(turns):
+        for cores in (1, 2):
+            for system in systems:
+                cache = scratch / f"cache-{system}-{cores}"
+                shutil.rmtree(cache, ignore_errors=True)
+                for name in MEASURES:
+                    if name == "resume10":
+                        shutil.rmtree(cache, ignore_errors=True)  # where a run is resumed the node may be a new one
+                    row = in_process(system, name, cores, cache, home)
+                    say(f"turn {turn}, {cores} cores, {system}, {name}: {row}")
+                    rows.append({"system": system, "measure": name, "cores": cores, "turn": turn, **row})
+                shutil.rmtree(cache, ignore_errors=True)
+    return rows
+
+
+def in_process(system: str, name: str, cores: int, cache: Path, home: Path) -> dict[str, Any]:
+    """One measurement in a process of its own on so many cores."""
+    command = [sys.executable, "-m", "benchmarks.data", "--home", str(home)]
+    command += ["--child", system, name, str(cores), str(cache)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{system}, {name}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def summary(rows: list[dict[str, Any]], systems: list[str], images: int, quick: bool) -> dict[str, Any]:
+    """Medians by system and cores, and the ratios."""
+
+    def median(system: str, measure_: str, cores: int, key: str) -> float:
+        picked = [r[key] for r in rows if (r["system"], r["measure"], r["cores"]) == (system, measure_, cores)]
+        return statistics.median(picked)
+
+    table: dict[str, Any] = {}
+    for system in systems:
+        for cores in (1, 2):
+            table[f"{system}_{cores}"] = {
+                "samples_per_s": median(system, "cold", cores, "samples_per_s"),
+                "samples_per_s_warm": median(system, "warm", cores, "samples_per_s"),
+                "first_batch_s_cold": median(system, "cold", cores, "first_batch_s"),
+                "first_batch_s_warm": median(system, "warm", cores, "first_batch_s"),
+                "resume_first_batch_s": {
+                    f"{p}": median(system, f"resume{p}", cores, "first_batch_s") for p in (10, 50, 90)
+                },
+                "peak_rss_mib": median(system, "cold", cores, "anonymous_mib"),
+            }
+    ratios = {
+        f"speedup_{peer}" + ("" if cores == 1 else "_2_cores"): table[f"ours_{cores}"]["samples_per_s"]
+        / table[f"{peer}_{cores}"]["samples_per_s"]
+        for peer in systems[1:]
+        for cores in (1, 2)
+    }
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return {
+        "benchmark": "data",
+        "quick": quick,
+        "commit": git.stdout.strip() or "unknown",
+        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()})",
+        "versions": {name: _version(package) for name, package in SYSTEMS.items()},
+        "images": images,
+        **ratios,
+        "systems": table,
+        "rows": rows,
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+# --- a child -------------------------------------------------------------------------------------------------
+
+
+def child(system: str, name: str, cores: int, cache: Path, home: Path) -> dict[str, Any]:
+    """Time to the first batch, and for "cold" and "warm" samples per second over an epoch."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    torch.set_num_threads(1)
+    state = stack.read_state(home)
+    assert state is not None
+    storage = Storage(state.s3_endpoint, str(state.credentials_file), "us-east-1")
+    total = read_dataset(URI, storage).samples("train")
+    skip = int(name.removeprefix("resume")) * total // 100 // BATCH * BATCH if name.startswith("resume") else 0
+    make = {"ours": ours, "webdataset": webdataset_, "mosaicml": mosaicml}[system](storage, cache, cores)
+    began = time.perf_counter()
+    batches = make(skip)
+    images, labels = next(batches)
+    first = time.perf_counter() - began
+    assert images.dtype == torch.float32
+    assert tuple(images.shape[1:]) == (3, 32, 32)
+    assert len(labels) == len(images)
+    row = {"first_batch_s": round(first, 4)}
+    if not skip:
+        count, began = 0, time.perf_counter()
+        for images, _ in batches:
+            count += len(images)
+            if count >= total - 2 * BATCH:
+                break
+        row["samples_per_s"] = round(count / (time.perf_counter() - began))
+        row["anonymous_mib"] = round(anonymous_mib())
+    return row
+
+
+def anonymous_mib() -> float:
+    """Of this process and its children: memory that is theirs, mapped files left out."""
+    import psutil
+
+    total = 0
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        with contextlib.suppress(OSError):  # a loader's worker that has just ended
+            lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+            total += sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
+    return total / 1024
+
+
+def ours(storage: Storage, cache: Path, cores: int) -> Make:
+    """The stream that training reads, with as many decoding threads as cores."""
+
+    def make(skip: int) -> Iterator[Any]:
+        settings = StreamSettings(lanes=8, window=4, seed=0, cache_dir=cache, cache_bytes=20 << 30, threads=cores)
+        reader, order = open_stream(read_dataset(URI, storage), "train", storage, settings)
+        stream = TrainingStream(
+            reader, order, batch_size=BATCH, rank=0, world_size=1, start=skip, stop=order.total, threads=cores
+        )
+        for batch in stream:
+            yield batch.images, batch.labels
+
+    return make
+
+
+def webdataset_(storage: Storage, cache: Path, cores: int) -> Make:
+    """WebDataset as its README has it, shards opened through boto3; loader workers where there are two cores."""
+    import webdataset as wds
+
+    def open_s3(url: str, mode: str = "rb", bufsize: int = 8192, **options: Any) -> Any:
+        import io
+
+        return io.BufferedReader(_Body(storage, url), 1 << 20)
+
+    wds.gopen_schemes["s3"] = open_s3
+    urls = [join(URI, shard.name) for shard in read_dataset(URI, storage).shards("train")]
+
+    def make(skip: int) -> Iterator[Any]:
+        raw = wds.WebDataset(urls, shardshuffle=len(urls), seed=0)
+        if skip:  # it has no state: what has been seen is read and thrown away
+            raw = raw.slice(skip, 10**12)
+        pipeline = raw.shuffle(1000).decode("torchrgb").to_tuple("png", "cls")
+        if cores == 1:
+            yield from pipeline.batched(BATCH)
+        else:
+            yield from wds.WebLoader(pipeline.batched(BATCH), batch_size=None, num_workers=cores)
+
+    return make
+
+
+class _Body:
+    """A tar's bytes as a raw stream over one GET."""
+
+    def __new__(cls, storage: Storage, url: str) -> Any:
+        import io
+
+        from pipelines.storage import _client, split_s3
+
+        bucket, key = split_s3(url)
+        body = _client(storage).get_object(Bucket=bucket, Key=key)["Body"]
+
+        class Raw(io.RawIOBase):
+            def readable(self) -> bool:
+                return True
+
+            def readinto(self, buffer: Any) -> int:
+                data = body.read(len(buffer))
+                buffer[: len(data)] = data
+                return len(data)
+
+        return Raw()
+
+
+def mosaicml(storage: Storage, cache: Path, cores: int) -> Make:
+    """MosaicML Streaming on its own shards of the same images."""
+    import io
+
+    from PIL import Image
+    from streaming import StreamingDataset
+    from torch.utils.data import DataLoader
+
+    os.environ["S3_ENDPOINT_URL"] = storage.endpoint_url or ""
+    os.environ["AWS_SHARED_CREDENTIALS_FILE"] = storage.credentials_file or ""
+
+    class Decoded(StreamingDataset):
+        def __getitem__(self, at: Any) -> Any:
+            sample = super().__getitem__(at)
+            pixels = np.asarray(Image.open(io.BytesIO(sample["image"])).convert("RGB"))
+            return torch.from_numpy(pixels).permute(2, 0, 1).float().div_(255), sample["label"]
+
+    def make(skip: int) -> Iterator[Any]:
+        data = Decoded(remote=f"{URI}-mds", local=str(cache), shuffle=True, batch_size=BATCH)
+        if skip:
+            data.load_state_dict({"epoch": 0, "sample_in_epoch": skip, "num_canonical_nodes": 1, "shuffle_seed": 9176})
+        yield from DataLoader(data, batch_size=BATCH, num_workers=0 if cores == 1 else cores)
+
+    return make
+
+
+def say(text: str) -> None:
+    """Progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

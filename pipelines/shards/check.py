@@ -1,0 +1,249 @@
+"""`ddpm check`: every byte of a dataset against its index, every sample against what it should be."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipelines.shards.foreign import default_threads, tars
+from pipelines.shards.index import (
+    Dataset,
+    DatasetError,
+    Member,
+    Problem,
+    Quarantine,
+    ShardIndex,
+    ShardInfo,
+    make_quarantine,
+    read_dataset,
+    read_quarantine,
+    sidecar,
+)
+from pipelines.shards.members import Form
+from pipelines.shards.scan import ByteCounter, ObjectStream, ShardScan, in_threads, scan_shard
+from pipelines.storage import Entry, NotFoundError, Storage, join
+
+Progress = Callable[[int, int], None]
+SHOWN = 100
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What a check found.
+
+    Attributes:
+        dataset: that was checked.
+        bytes: that were read.
+        problems: in order of shard, then sample.
+        quarantine: that lies beside the dataset after the check; None where there is none.
+    """
+
+    dataset: Dataset
+    bytes: int
+    problems: tuple[Problem, ...]
+    quarantine: Quarantine | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return {
+            "uri": self.dataset.uri,
+            "digest": self.dataset.digest,
+            "clean": not self.problems,
+            "shards": sum(len(shards) for shards in self.dataset.splits.values()),
+            "samples": {split: self.dataset.samples(split) for split in self.dataset.splits},
+            "bytes": self.bytes,
+            "problems": [asdict(problem) for problem in self.problems],
+            "quarantine": self.quarantine
+            and {"digest": self.quarantine.digest, "excluded": len(self.quarantine.excluded)},
+        }
+
+    def summary(self) -> list[str]:
+        """Lines: what was read, what is wrong by kind, what of it is in quarantine."""
+        shards = sum(len(shards) for shards in self.dataset.splits.values())
+        samples = sum(self.dataset.samples(split) for split in self.dataset.splits)
+        read = f"{shards:,} shards, {samples:,} samples, {self.bytes / 2**20:,.1f} MiB read"
+        if not self.problems:
+            return [f"{read}: every byte and every sample is as recorded"]
+        kinds = ", ".join(f"{kind} {count:,}" for kind, count in Counter(p.kind for p in self.problems).most_common())
+        found = [f"{read}; {len(self.problems):,} problem{'s' * (len(self.problems) != 1)}: {kinds}"]
+        needed = make_quarantine(self.dataset, self.problems)
+        if self.quarantine is not None and self.quarantine.digest == needed.digest:
+            entries = f"{len(needed.excluded):,} entr{'y' if len(needed.excluded) == 1 else 'ies'}"
+            found.append(f"quarantine.json covers them: {entries}, digest {needed.digest[:12]}")
+        elif needed.excluded:
+            found.append(f"leave them out of training with `ddpm check {self.dataset.uri} --quarantine`")
+        return found
+
+
+def check(
+    uri: str,
+    storage: Storage,
+    *,
+    threads: int | None = None,
+    progress: Progress = lambda done, total: None,
+) -> CheckReport:
+    """Verify a dataset; nothing is changed.
+
+    Args:
+        uri: its folder.
+        threads: shards at once.
+        progress: told (done, total) MiB.
+
+    Raises:
+        DatasetError: no dataset there, or its description is damaged.
+        StorageError: the store does not answer; what it could not give is no finding.
+    """
+    dataset = read_dataset(uri, storage)
+    quarantine, found = _read_quarantine(dataset, storage)
+    stored = tars(uri, storage)
+    shards = sorted((s for split in dataset.splits.values() for s in split), key=lambda s: s.name)
+    counter = ByteCounter(sum(stored[s.name].size for s in shards if s.name in stored), progress)
+    work = partial(_check_shard, stored=stored, dataset=dataset, storage=storage, counter=counter)
+    found += [p for problems in in_threads(work, shards, threads or default_threads()) for p in problems]
+    found += [
+        Problem(name, None, None, "extra", "is not in dataset.json, so it is never read: remove it, or index it")
+        for name in stored.keys() - {s.name for s in shards}
+    ]
+    found += _listed_twice(shards)
+    order = sorted(found, key=lambda p: (p.shard, p.index is not None or p.sample is not None, p.index or 0))
+    return CheckReport(dataset, counter.done, tuple(order), quarantine)
+
+
+def write_quarantine(report: CheckReport, storage: Storage) -> CheckReport:
+    """Make `quarantine.json` what this check found: readers that are given it leave those samples out.
+
+    Without problems there is none; one that was there is removed.
+    """
+    where = join(report.dataset.uri, "quarantine.json")
+    quarantine = make_quarantine(report.dataset, report.problems)
+    if not quarantine.excluded:
+        storage.delete(where)
+        return CheckReport(report.dataset, report.bytes, report.problems, None)
+    storage.write(where, quarantine.to_json().encode())
+    return CheckReport(report.dataset, report.bytes, report.problems, quarantine)
+
+
+def show(report: CheckReport, console: Console, say: Callable[[str, str], None]) -> None:
+    """Print the problems, as a table on a terminal and as plain lines elsewhere, and the summary.
+
+    Args:
+        console: where to print.
+        say: prints a line (stage, text) on it.
+    """
+    shown = report.problems[:SHOWN]
+    if console.is_terminal and shown:
+        columns = Table("shard", "sample", "what is wrong")
+        for problem in shown:
+            columns.add_row(Text(problem.shard), Text(problem.sample or "(the shard)"), Text(problem.reason))
+        console.print(columns)
+    else:
+        for problem in shown:
+            say("wrong", f"{problem.shard}  {problem.sample or '(the shard)'}  {problem.reason}")
+    if len(report.problems) > SHOWN:
+        say("wrong", f"… and {len(report.problems) - SHOWN:,} more: --json has all of them")
+    for line in report.summary():
+        say("check", line)
+
+
+def _check_shard(
+    info: ShardInfo, *, stored: dict[str, Entry], dataset: Dataset, storage: Storage, counter: ByteCounter
+) -> list[Problem]:
+    whole = partial(Problem, info.name, None, None)
+    entry = stored.get(info.name)
+    if entry is None:
+        return [whole("missing", f"is not there: put it back, {info.bytes:,} bytes with SHA-256 {info.sha256[:12]}…")]
+    form = Form(dataset.image_size, dataset.channels, bool(dataset.classes), len(dataset.classes))
+    try:
+        scan = scan_shard(info.name, ObjectStream(entry.uri, entry.size, storage, counter.add), form)
+    except NotFoundError:
+        return [whole("missing", "disappeared while it was read: put it back")]
+    problems = []
+    if scan.bytes != info.bytes:
+        kind, word = ("truncated", "cut short") if scan.bytes < info.bytes else ("bytes", "too long")
+        problems.append(
+            whole(kind, f"is {word}: {scan.bytes:,} bytes, dataset.json says {info.bytes:,}; write or copy it again")
+        )
+    elif scan.sha256 != info.sha256:
+        problems.append(
+            whole(
+                "bytes",
+                f"has other bytes than were indexed: SHA-256 {scan.sha256[:12]}…, dataset.json says "
+                f"{info.sha256[:12]}…; write or copy it again",
+            )
+        )
+    damaged = bool(problems)
+    problems += [p for p in scan.problems if p.index is None] + [p for p in scan.problems if p.index is not None]
+    return problems + _check_sidecar(info, scan, dataset, storage, damaged)
+
+
+def _check_sidecar(
+    info: ShardInfo, scan: ShardScan, dataset: Dataset, storage: Storage, damaged: bool
+) -> list[Problem]:
+    """The sidecar against what the tar holds; where the tar is `damaged`, the samples that it lost."""
+    name = sidecar(info.name)
+    again = f"write it again with `ddpm index {dataset.uri} --replace`"
+    whole = partial(Problem, info.name, None, None, "sidecar")
+    try:
+        index = ShardIndex.from_json(storage.read(join(dataset.uri, name)))
+    except NotFoundError:
+        return [whole(f"has no {name}: {again}")]
+    except DatasetError as error:
+        return [whole(f"has a {name} that cannot be read ({error}): {again}")]
+    if len(index.keys) != info.samples:
+        return [whole(f"has a {name} with {len(index.keys)} samples, dataset.json says {info.samples}: {again}")]
+    if damaged or any(p.index is None for p in scan.problems):
+        there = dict(zip(scan.index.keys, scan.index.members, strict=True))
+        return [
+            Problem(info.name, i, key, "lost", _lost(members))
+            for i, (key, members) in enumerate(zip(index.keys, index.members, strict=True))
+            if there.get(key) != members
+        ]
+    return (
+        []
+        if index == scan.index
+        else [whole(f"has a {name} that does not fit it: {_difference(index, scan)}; {again}")]
+    )
+
+
+def _lost(members: Mapping[str, Member]) -> str:
+    first, last = min(m.offset for m in members.values()), max(m.offset + m.size for m in members.values())
+    return f"is not in the tar as recorded, at bytes {first:,} to {last:,}"
+
+
+def _difference(index: ShardIndex, scan: ShardScan) -> str:
+    if len(index.keys) != len(scan.index.keys):
+        return f"it lists {len(index.keys)} samples, the tar holds {len(scan.index.keys)}"
+    pairs = enumerate(zip(index.keys, scan.index.keys, index.members, scan.index.members, strict=True))
+    i, (listed, key, _, _) = next((i, p) for i, p in pairs if p[0] != p[1] or p[2] != p[3])
+    if listed != key:
+        return f"sample {i} is {listed!r} in it and {key!r} in the tar"
+    return f"members of sample {i} ({key!r}) lie elsewhere in the tar"
+
+
+def _read_quarantine(dataset: Dataset, storage: Storage) -> tuple[Quarantine | None, list[Problem]]:
+    """The one that is there, and what is wrong with it: readers would refuse it."""
+    problem = partial(Problem, "quarantine.json", None, None, "quarantine")
+    try:
+        quarantine = read_quarantine(dataset.uri, storage)
+    except DatasetError as error:
+        return None, [problem(str(error))]
+    if quarantine is not None and quarantine.dataset_digest != dataset.digest:
+        theirs, ours = quarantine.dataset_digest[:12], dataset.digest[:12]
+        return quarantine, [problem(f"is of dataset {theirs}, this one is {ours}: write it again with --quarantine")]
+    return quarantine, []
+
+
+def _listed_twice(shards: Sequence[ShardInfo]) -> list[Problem]:
+    counts = Counter(shard.name for shard in shards)
+    return [
+        Problem(name, None, None, "duplicate", f"is listed {count} times in dataset.json, which lets splits overlap")
+        for name, count in counts.items()
+        if count > 1
+    ]

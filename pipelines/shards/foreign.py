@@ -1,0 +1,337 @@
+"""`ddpm index`: describe WebDataset tars that others wrote, so that training reads them like our own."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from pipelines.shards.index import (
+    Dataset,
+    DatasetError,
+    Problem,
+    Quarantine,
+    ShardInfo,
+    make_dataset,
+    make_quarantine,
+    read_dataset,
+    sidecar,
+)
+from pipelines.shards.members import MAX_CLASSES, Examined, FlawError, Form, decode_image
+from pipelines.shards.scan import ByteCounter, ObjectStream, TarFaultError, in_threads, read_samples, scan_shard
+from pipelines.storage import Entry, Storage, join
+
+Progress = Callable[[int, int], None]
+SHOWN = 20
+
+
+@dataclass(frozen=True)
+class SplitRule:
+    """Which tars are a split's: those whose path below the dataset matches a pattern."""
+
+    split: str
+    pattern: str
+
+    @classmethod
+    def parse(cls, text: str) -> SplitRule:
+        """NAME=PATTERN, or NAME for every tar.
+
+        Raises:
+            ValueError: neither.
+        """
+        split, _, pattern = text.partition("=")
+        if not re.fullmatch(r"[a-z][a-z0-9_-]*", split):
+            raise ValueError(f"{text!r} is no split: write NAME=PATTERN, such as 'train=part-00[0-8]*.tar', or NAME")
+        return cls(split, pattern or "*")
+
+
+# Without rules: the first folder below the dataset is the split, or the start of the tar's name is.
+_BY_NAME = re.compile(r"^(train|test)(?:/|[^a-z/][^/]*\.tar$|\.tar$)")
+
+
+class IndexRefusedError(DatasetError):
+    """Tars or samples that training could not use; `problems` has all of them."""
+
+    def __init__(self, uri: str, problems: Sequence[Problem]) -> None:
+        lines = [f"\n  {p.shard}: {p.sample + ': ' if p.sample else ''}{p.reason}" for p in problems[:SHOWN]]
+        more = f"\n  … and {len(problems) - SHOWN:,} more" if len(problems) > SHOWN else ""
+        super().__init__(
+            f"{uri}: {len(problems):,} problem{'s' * (len(problems) != 1)}, so no dataset.json was written"
+            f"{''.join(lines)}{more}\nWrite those again, or leave them out with --quarantine"
+        )
+        self.problems = tuple(problems)
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """What `index_tars` wrote."""
+
+    dataset: Dataset
+    quarantine: Quarantine | None
+
+    def lines(self) -> list[str]:
+        """What a person wants to know: the data as a configuration would name it, and what is missing."""
+        data = self.dataset
+        counts = ", ".join(f"{data.samples(split):,} {split}" for split in data.splits)
+        said = [
+            f"{counts} samples in {sum(len(s) for s in data.splits.values()):,} shards; digest {data.digest[:12]}",
+            f"train on it with data.uri={data.uri} data.image_size={data.image_size} data.channels={data.channels} "
+            f"data.num_classes={len(data.classes)}",
+        ]
+        if "test" not in data.splits:
+            said.append("there is no split test: training works, `ddpm evaluate` needs one")
+        if self.quarantine is not None:
+            said.append(f"entries in quarantine.json: {len(self.quarantine.excluded):,}")
+        return said
+
+    def to_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return {
+            "uri": self.dataset.uri,
+            "digest": self.dataset.digest,
+            "samples": {split: self.dataset.samples(split) for split in self.dataset.splits},
+            "image_size": self.dataset.image_size,
+            "channels": self.dataset.channels,
+            "classes": list(self.dataset.classes),
+            "quarantine": self.quarantine
+            and {"digest": self.quarantine.digest, "excluded": [asdict(p) for p in self.quarantine.excluded]},
+        }
+
+
+def tars(uri: str, storage: Storage) -> dict[str, Entry]:
+    """Every tar below a folder, by its path there."""
+    start = len(uri.rstrip("/")) + 1
+    return {e.uri[start:]: e for e in storage.list(uri) if e.uri.endswith(".tar")}
+
+
+def assign_splits(names: Sequence[str], rules: Sequence[SplitRule] = ()) -> dict[str, list[str]]:
+    """Split -> tars in order of name; the first rule that fits decides.
+
+    Raises:
+        DatasetError: a tar that belongs to no split, or nothing to train on.
+    """
+    splits: dict[str, list[str]] = {}
+    nowhere = []
+    for name in sorted(names):
+        if rules:
+            split = next((rule.split for rule in rules if fnmatchcase(name, rule.pattern)), None)
+        else:
+            split = found.group(1) if (found := _BY_NAME.match(name)) else None
+        if split is None:
+            nowhere.append(name)
+        else:
+            splits.setdefault(split, []).append(name)
+    if nowhere:
+        raise DatasetError(
+            f"{len(nowhere)} of {len(names)} tars belong to no split: {', '.join(nowhere[:5])}"
+            f"{' …' if len(nowhere) > 5 else ''}; a split is a folder or the start of a name, train or test; "
+            "or say which are which with --split 'train=PATTERN' --split 'test=PATTERN', or --split train for all"
+        )
+    if "train" not in splits:
+        raise DatasetError(f"no tar is in the split train, only in {', '.join(splits)}: name it with --split train=…")
+    # As the ingest has it: train, then the others.
+    return {"train": splits.pop("train"), **splits}
+
+
+class Tally:
+    """What is counted over the sound samples of a shard: pixels by value, and labels. Integers: no order matters."""
+
+    def __init__(self) -> None:
+        self.grey = np.zeros((1, 256), dtype=np.int64)
+        self.colour = np.zeros((3, 256), dtype=np.int64)
+        self.coloured = self.labelled = self.samples = 0
+        self.top_label = -1
+
+    def add(self, sample: Examined) -> None:
+        """One sample."""
+        assert sample.pixels is not None
+        channels = sample.pixels.shape[-1]
+        counts = self.grey if channels == 1 else self.colour
+        for c in range(channels):
+            counts[c] += np.bincount(sample.pixels[..., c].ravel(), minlength=256)
+        self.samples += 1
+        self.coloured += channels == 3
+        self.labelled += sample.label is not None
+        self.top_label = max(self.top_label, -1 if sample.label is None else sample.label)
+
+    @classmethod
+    def of(cls, parts: Sequence[Tally]) -> Tally:
+        """Over several shards."""
+        whole = cls()
+        for part in parts:
+            whole.grey += part.grey
+            whole.colour += part.colour
+            whole.coloured += part.coloured
+            whole.labelled += part.labelled
+            whole.samples += part.samples
+            whole.top_label = max(whole.top_label, part.top_label)
+        return whole
+
+    def statistics(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation of pixels in [-1, 1] per channel; a grey image counts in each channel of colour."""
+        counts = self.grey if channels == 1 else self.colour + self.grey
+        values = np.arange(256)
+        mean, std = [], []
+        for n, s, q in zip(
+            counts.sum(1).tolist(), (counts @ values).tolist(), (counts @ values**2).tolist(), strict=True
+        ):
+            mean.append(round(s / n / 127.5 - 1, 6))
+            std.append(round((n * q - s * s) ** 0.5 / n / 127.5, 6))
+        return tuple(mean), tuple(std)
+
+
+@dataclass(frozen=True)
+class _Scanned:
+    info: ShardInfo
+    problems: tuple[Problem, ...]
+    tally: Tally
+
+
+def index_tars(
+    uri: str,
+    storage: Storage,
+    *,
+    rules: Sequence[SplitRule] = (),
+    classes: Sequence[str] = (),
+    image_size: int | None = None,
+    replace: bool = False,
+    quarantine: bool = False,
+    threads: int | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Indexed:
+    """Scan every tar below an address and write sidecars and, when all is right, `dataset.json`.
+
+    Args:
+        uri: the folder; tars in folders below it count too.
+        rules: which tars are which split; by default folders and name starts `train` and `test`.
+        classes: their names; by default those of the description that is replaced, else "0", "1", ….
+        image_size: height and width; by default those of the first image.
+        replace: describe again what is described already.
+        quarantine: write problems into `quarantine.json` instead of refusing.
+        threads: shards at once.
+        progress: told (done, total) MiB.
+
+    Raises:
+        IndexRefusedError: something is wrong with a tar or a sample, and `quarantine` is false.
+        DatasetError: no tars, a split without samples, or a description is there already.
+    """
+    described = _described(uri, storage, replace)
+    entries = tars(uri, storage)
+    if not entries:
+        raise DatasetError(f"no *.tar at {uri}: give the folder that holds the shards")
+    splits = assign_splits(list(entries), rules)
+    form = find_form([(name, entries[name]) for name in splits["train"]], storage, image_size, len(classes) or None)
+    counter = ByteCounter(sum(entry.size for entry in entries.values()), progress)
+    scan = partial(_scan, uri=uri, storage=storage, form=form, counter=counter)
+    order = [(name, entries[name]) for names in splits.values() for name in names]
+    done = dict(zip([name for name, _ in order], in_threads(scan, order, threads or default_threads()), strict=True))
+    problems = [problem for scanned in done.values() for problem in scanned.problems]
+    if problems and not quarantine:
+        raise IndexRefusedError(uri, problems)
+    for split, names in splits.items():
+        if not any(done[name].tally.samples for name in names):
+            raise IndexRefusedError(uri, problems) if problems else DatasetError(f"{uri}: {split} has no samples")
+    dataset = _describe(
+        uri, {split: [done[n] for n in names] for split, names in splits.items()}, form, classes, described
+    )
+    left_out = make_quarantine(dataset, problems) if problems else None
+    if left_out is None:
+        storage.delete(join(uri, "quarantine.json"))
+    else:
+        storage.write(join(uri, "quarantine.json"), left_out.to_json().encode())
+    storage.write(join(uri, "dataset.json"), dataset.to_json().encode())
+    return Indexed(dataset, left_out)
+
+
+def default_threads() -> int:
+    """Shards at once: they wait for the network half of the time."""
+    return min(32, 2 * (os.cpu_count() or 1))
+
+
+def _described(uri: str, storage: Storage, replace: bool) -> Dataset | None:
+    """The description that is there already, if it can be read."""
+    if not storage.exists(join(uri, "dataset.json")):
+        return None
+    if not replace:
+        raise DatasetError(
+            f"{uri} has a dataset.json already: verify it with `ddpm check {uri}`, or write it again with --replace"
+        )
+    try:
+        return read_dataset(uri, storage)
+    except (DatasetError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def find_form(
+    shards: Sequence[tuple[str, Entry]], storage: Storage, image_size: int | None, classes: int | None
+) -> Form:
+    """What every sample has to be like: as the first one whose image can be read.
+
+    Raises:
+        IndexRefusedError: there is none; with what is wrong with those that were looked at.
+        DatasetError: it is not square, or of another size than asked for.
+    """
+    problems = []
+    for name, entry in shards:
+        try:
+            for number, sample in enumerate(read_samples(ObjectStream(entry.uri, entry.size, storage))):
+                try:
+                    height, width, _ = decode_image(sample.contents).shape
+                except FlawError as error:
+                    problems.append(Problem(name, number, sample.key, error.flaw.kind, error.flaw.reason))
+                    continue
+                if image_size is None and height != width:
+                    raise DatasetError(
+                        f"{name}: {sample.key} is {height}x{width}: images must be square and of one size; unpack and "
+                        "ingest them with `ddpm ingest FOLDER`, or give --image-size if this one is the exception"
+                    )
+                return Form(image_size or height, None, "cls" in sample.contents, classes)
+        except TarFaultError as error:
+            problems.append(error.problem(name))
+    raise (
+        IndexRefusedError(shards[0][1].uri.removesuffix("/" + shards[0][0]), problems)
+        if problems
+        else DatasetError(f"{', '.join(name for name, _ in shards[:5])}: not one sample for the split train")
+    )
+
+
+def _scan(named: tuple[str, Entry], *, uri: str, storage: Storage, form: Form, counter: ByteCounter) -> _Scanned:
+    """Scan one shard and write its sidecar, so that no more than the shards in work are held in memory."""
+    name, entry = named
+    tally = Tally()
+    found = scan_shard(name, ObjectStream(entry.uri, entry.size, storage, counter.add), form, tally.add)
+    storage.write(join(uri, sidecar(name)), found.index.to_json().encode())
+    return _Scanned(ShardInfo(name, len(found.index.keys), found.bytes, found.sha256), found.problems, tally)
+
+
+def _describe(
+    uri: str, splits: dict[str, list[_Scanned]], form: Form, classes: Sequence[str], described: Dataset | None
+) -> Dataset:
+    everything = Tally.of([scanned.tally for shards in splits.values() for scanned in shards])
+    channels = 3 if everything.coloured else 1
+    mean, std = Tally.of([scanned.tally for scanned in splits["train"]]).statistics(channels)
+    assert form.image_size is not None
+    return make_dataset(
+        uri,
+        splits={split: tuple(scanned.info for scanned in shards) for split, shards in splits.items()},
+        classes=_class_names(everything.top_label + 1, classes, described),
+        channels=channels,
+        image_size=form.image_size,
+        mean=mean,
+        std=std,
+    )
+
+
+def _class_names(count: int, given: Sequence[str], described: Dataset | None) -> tuple[str, ...]:
+    assert count <= MAX_CLASSES
+    if given:
+        return tuple(given) if count else ()
+    if described is not None and len(described.classes) >= count > 0:
+        return described.classes
+    return tuple(str(i) for i in range(count))

@@ -1,0 +1,205 @@
+"""What the members of a sample hold: image, label, text; and what is wrong with one that does not."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import zlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+IMAGE_MEMBERS = ("png", "jpg", "jpeg", "webp", "npy")
+"""In order of preference: a sample with several is trained on the first."""
+KNOWN_MEMBERS = (*IMAGE_MEMBERS, "cls", "txt", "json", "emb.npy")
+MAX_CLASSES = 100_000
+
+# Never Pillow's whole list: it has formats that start other programs.
+_FORMATS = ("PNG", "JPEG", "WEBP")
+_GREY = ("1", "L", "LA", "La")
+_COLOUR = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+_UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+
+
+@dataclass(frozen=True)
+class Flaw:
+    """One thing that is wrong with a sample: a word for programs, and a sentence."""
+
+    kind: str
+    reason: str
+
+
+class FlawError(ValueError):
+    """A member is not what it should be."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.flaw = Flaw(kind, reason)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What every sample of a dataset is like; None is not known, and not looked at.
+
+    Attributes:
+        image_size: height and width.
+        channels: 1 (grey) or 3.
+        labelled: whether each sample has a `cls`.
+        classes: number of classes.
+    """
+
+    image_size: int | None = None
+    channels: int | None = None
+    labelled: bool | None = None
+    classes: int | None = None
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A sample that was looked at: its pixels [H, W, 1 or 3] and label as far as they can be read, and its flaws."""
+
+    pixels: NDArray[np.uint8] | None
+    label: int | None
+    flaws: tuple[Flaw, ...]
+
+
+def decode_image(members: Mapping[str, bytes], channels: int | None = None) -> NDArray[np.uint8]:
+    """The pixels [H, W, C] of a sample's image.
+
+    Args:
+        members: the bytes of each, by extension.
+        channels: 1 or 3 to convert to grey or RGB; None for 1 where the image is grey and 3 where it is not.
+
+    Raises:
+        FlawError: no image, or one that cannot be read.
+    """
+    name = next((extension for extension in IMAGE_MEMBERS if extension in members), None)
+    if name is None:
+        raise FlawError("no-image", _no_image(members))
+    if name == "npy":
+        return _from_array(members[name], channels)
+    try:
+        with Image.open(io.BytesIO(members[name]), formats=_FORMATS) as image:
+            if image.mode not in _GREY + _COLOUR:
+                raise FlawError("channels", f"{name} has pixels of mode {image.mode}: write 8 bits, grey or colour")
+            grey = image.mode in _GREY if channels is None else channels == 1
+            pixels = np.asarray(image.convert("L" if grey else "RGB"))
+    except FlawError:
+        raise
+    except UnidentifiedImageError as error:
+        raise FlawError("decode", f"{name} cannot be decoded: it is no PNG, JPEG or WebP image") from error
+    except (*_UNDECODABLE, Image.DecompressionBombError) as error:
+        raise FlawError("decode", f"{name} cannot be decoded: {error}") from error
+    return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def _no_image(names: Collection[str]) -> str:
+    return f"has no image: a sample needs one of {', '.join(IMAGE_MEMBERS)}; it has {', '.join(sorted(names))}"
+
+
+def _from_array(data: bytes, channels: int | None) -> NDArray[np.uint8]:
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except _UNDECODABLE as error:
+        raise FlawError("decode", f"npy cannot be decoded: {error}") from error
+    array = array[..., None] if array.ndim == 2 else array
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] not in (1, 3):
+        raise FlawError(
+            "channels", f"npy is {array.dtype} {list(array.shape)}: write uint8 [H, W], [H, W, 1] or [H, W, 3]"
+        )
+    if channels == 3 and array.shape[-1] == 1:
+        return np.repeat(array, 3, axis=-1)
+    if channels == 1 and array.shape[-1] == 3:
+        return np.asarray(Image.fromarray(array).convert("L"))[..., None]
+    return array
+
+
+def decode_label(data: bytes) -> int:
+    """The class index in a `cls` member.
+
+    Raises:
+        FlawError: not a whole number from 0 on.
+    """
+    text = data[:40].decode("ascii", "backslashreplace").strip()
+    if not text.isdecimal() or len(data) > 40:
+        raise FlawError("label", f"cls is {text!r}: write a class index, a whole number from 0 on")
+    return int(text)
+
+
+def examine(members: Mapping[str, bytes], form: Form, others: Collection[str] = ()) -> Examined:
+    """Look at everything that is known about a sample; `others` are the names of its members of unknown kinds."""
+    flaws: list[Flaw] = []
+    pixels, label = None, None
+    try:
+        if not any(extension in members for extension in IMAGE_MEMBERS):
+            raise FlawError("no-image", _no_image({*members, *others}))
+        pixels = decode_image(members)
+        flaws += _check_pixels(pixels, form)
+        _check_png(members)
+    except FlawError as error:
+        flaws.append(error.flaw)
+    try:
+        if "cls" in members:
+            label = decode_label(members["cls"])
+        flaws += _check_label(label, form)
+    except FlawError as error:
+        flaws.append(error.flaw)
+    return Examined(pixels, label, (*flaws, *_check_texts(members)))
+
+
+def _check_pixels(pixels: NDArray[np.uint8], form: Form) -> list[Flaw]:
+    height, width, channels = pixels.shape
+    flaws = []
+    if form.image_size is not None and (height, width) != (form.image_size, form.image_size):
+        flaws.append(Flaw("shape", f"is {height}x{width} pixels, the dataset is {form.image_size}x{form.image_size}"))
+    if form.channels == 1 and channels == 3:
+        flaws.append(Flaw("channels", "is in colour, the dataset is grey (1 channel)"))
+    return flaws
+
+
+def _check_png(members: Mapping[str, bytes]) -> None:
+    """Pillow decodes past a wrong checksum of a PNG's pixels; here it counts."""
+    if "png" not in members:
+        return
+    try:
+        with Image.open(io.BytesIO(members["png"]), formats=_FORMATS) as image:
+            image.verify()
+    except _UNDECODABLE as error:
+        raise FlawError("decode", f"png is damaged: {error}") from error
+
+
+def _check_label(label: int | None, form: Form) -> list[Flaw]:
+    if label is None:
+        return [Flaw("label", "has no cls member, other samples of the dataset do")] if form.labelled else []
+    if form.labelled is False:
+        return [Flaw("label", f"has the label {label}, the dataset has no classes")]
+    if label >= (form.classes if form.classes is not None else MAX_CLASSES):
+        allowed = f"the dataset has {form.classes}" if form.classes is not None else f"at most {MAX_CLASSES:,} can be"
+        return [Flaw("label", f"has the label {label}, but classes are counted from 0 and {allowed}")]
+    return []
+
+
+def _check_texts(members: Mapping[str, bytes]) -> list[Flaw]:
+    flaws = []
+    try:
+        members.get("txt", b"").decode()
+    except UnicodeDecodeError as error:
+        flaws.append(Flaw("text", f"txt is not UTF-8: {error.reason} at byte {error.start}"))
+    try:
+        json.loads(members.get("json", b"{}"))
+    except ValueError as error:
+        flaws.append(Flaw("json", f"json cannot be read: {error}"))
+    if "emb.npy" in members:
+        try:
+            array = np.load(io.BytesIO(members["emb.npy"]), allow_pickle=False)
+            # Ours is one record of arrays; others store a plain array.
+            parts = [array[name] for name in array.dtype.names or ()] or [array]
+            if not all(part.dtype.kind == "f" and np.isfinite(part).all() for part in parts):
+                flaws.append(Flaw("embedding", f"emb.npy ({array.dtype}) holds values that are no finite floats"))
+        except _UNDECODABLE as error:
+            flaws.append(Flaw("embedding", f"emb.npy cannot be read: {error}"))
+    return flaws

@@ -1,0 +1,187 @@
+"""What an ingest leaves behind besides shards: a record per finished shard, and a report of all that was unusual."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+REPORT_VERSION = 1
+EXAMPLES = 100
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """An image or a row that was left out, and why."""
+
+    origin: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PixelSums:
+    """Exact sums over uint8 pixels per channel; in any order and grouping they add up to the same."""
+
+    count: int
+    sums: tuple[int, ...]
+    squares: tuple[int, ...]
+
+    @classmethod
+    def of(cls, pixels: NDArray[np.uint8]) -> PixelSums:
+        """Those of one image [H, W, C]."""
+        flat = pixels.reshape(-1, pixels.shape[-1]).astype(np.int64)
+        return cls(len(flat), tuple(flat.sum(0).tolist()), tuple((flat * flat).sum(0).tolist()))
+
+    def __add__(self, other: PixelSums) -> PixelSums:
+        """Sums over both; one of no pixels fits any number of channels."""
+        if not self.count or not other.count:
+            return self if self.count else other
+        return PixelSums(
+            self.count + other.count,
+            tuple(a + b for a, b in zip(self.sums, other.sums, strict=True)),
+            tuple(a + b for a, b in zip(self.squares, other.squares, strict=True)),
+        )
+
+    def mean(self) -> tuple[float, ...]:
+        """Mean of pixels in [-1, 1], per channel."""
+        return tuple(round(s / self.count / 127.5 - 1, 6) for s in self.sums)
+
+    def std(self) -> tuple[float, ...]:
+        """Deviation of pixels in [-1, 1], per channel."""
+        pairs = zip(self.sums, self.squares, strict=True)
+        return tuple(round((self.count * q - s * s) ** 0.5 / self.count / 127.5, 6) for s, q in pairs)
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What is known of a finished shard; `ingest-progress/SHARD.json`.
+
+    Attributes:
+        name: of the tar.
+        key: digest of the inputs and settings that it was made from.
+        samples: 0 where every input was bad; then there is no tar.
+        size: bytes of the tar.
+        sha256: of the tar.
+        index_sha256: of its sidecar.
+        pixels: sums over its images.
+        per_class: samples by class index.
+        changes: images by what was done to them beyond crop and resize, such as "RGBA made RGB".
+        bad: what was left out.
+    """
+
+    name: str
+    key: str
+    samples: int
+    size: int
+    sha256: str
+    index_sha256: str
+    pixels: PixelSums
+    per_class: dict[int, int]
+    changes: dict[str, int]
+    bad: tuple[BadImage, ...]
+
+    @property
+    def split(self) -> str:
+        """The split that the shard belongs to."""
+        return self.name.partition("-")[0]
+
+    def to_json(self) -> str:
+        """The record's text."""
+        return json.dumps({"schema_version": REPORT_VERSION, **asdict(self)}, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: bytes | str) -> ShardRecord | None:
+        """Read a record; None for one that is damaged or of another version, whose shard is then made again."""
+        try:
+            plain = json.loads(text)
+            if plain.pop("schema_version") != REPORT_VERSION:
+                return None
+            pixels = plain.pop("pixels")
+            return cls(
+                pixels=PixelSums(pixels["count"], tuple(pixels["sums"]), tuple(pixels["squares"])),
+                per_class={int(label): count for label, count in plain.pop("per_class").items()},
+                bad=tuple(BadImage(**bad) for bad in plain.pop("bad")),
+                **plain,
+            )
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+
+@dataclass(frozen=True)
+class IngestReport:
+    """`ingest-report.json`: everything about an ingest that a person would want to know and cannot see in the shards.
+
+    Attributes:
+        source: as it was given.
+        settings: that shaped the shards.
+        samples: written, by split and class ("" for data without classes).
+        bad: images and rows that were left out.
+        empty_classes: classes without one sample.
+        changes: images by what was done to them beyond crop and resize.
+        without_caption: images that have none in a source with captions; they got the empty caption.
+        unused: files and columns that the layout has no place for, by reason.
+    """
+
+    source: str
+    settings: dict[str, Any]
+    samples: dict[str, dict[str, int]]
+    bad: tuple[BadImage, ...] = ()
+    empty_classes: tuple[str, ...] = ()
+    changes: dict[str, int] = field(default_factory=dict)
+    without_caption: tuple[str, ...] = ()
+    unused: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The report's text: all that was left out by name, the rest as counts with the first names."""
+        plain = asdict(self)
+        plain["bad_count"] = len(self.bad)
+        plain["without_caption"] = _some(self.without_caption)
+        plain["unused"] = {reason: _some(names) for reason, names in sorted(self.unused.items())}
+        return json.dumps({"report_version": REPORT_VERSION, **plain}, indent=1)
+
+    def lines(self) -> list[str]:
+        """One line per kind of finding, for a terminal; nothing where all was usual."""
+        found = [f"{count:,} images: {change}" for change, count in sorted(self.changes.items())]
+        if self.without_caption:
+            found.append(f"{len(self.without_caption):,} images have no caption, such as {self.without_caption[0]}")
+        return found + [f"{len(n):,} not used, {why}: such as {n[0]}" for why, n in sorted(self.unused.items()) if n]
+
+
+def compose_report(
+    source: str,
+    settings: dict[str, Any],
+    classes: Sequence[str],
+    records: Iterable[ShardRecord],
+    *,
+    bad: Iterable[BadImage],
+    without_caption: Iterable[str],
+    unused: Mapping[str, Iterable[str]],
+) -> IngestReport:
+    """The report of a source's findings and the records of its shards."""
+    samples: dict[str, Counter[int]] = {"train": Counter(), "test": Counter()}
+    changes: Counter[str] = Counter()
+    left_out = list(bad)
+    for record in records:
+        samples[record.split].update(record.per_class)
+        changes.update(record.changes)
+        left_out += record.bad
+    named = dict(enumerate(classes)) or {0: ""}
+    return IngestReport(
+        source=source,
+        settings=settings,
+        samples={split: {name: count[i] for i, name in named.items()} for split, count in samples.items()},
+        bad=tuple(left_out),
+        empty_classes=tuple(n for i, n in named.items() if classes and not any(c[i] for c in samples.values())),
+        changes=dict(sorted(changes.items())),
+        without_caption=tuple(without_caption),
+        unused={reason: tuple(names) for reason, names in unused.items()},
+    )
+
+
+def _some(names: Sequence[str]) -> dict[str, Any]:
+    return {"count": len(names), "examples": list(names[:EXAMPLES])}

@@ -1,0 +1,282 @@
+"""What is to be ingested: class folders, an imagefolder with metadata, a zip, a table of paths, or the digits.
+
+Whatever the kind, the outcome is a list of images in a fixed order, each with split, label and caption, and by name all
+that was left out. Where an image is in the order depends on its path alone, so the same pictures give the same dataset
+from a folder, from a zip of it and from S3.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import posixpath
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image
+
+from pipelines.shards.index import DatasetError
+from pipelines.shards.report import BadImage
+from pipelines.shards.tables import METADATA, Row, Table, parse_table
+from pipelines.shards.trees import (
+    File,
+    InMemory,
+    Read,
+    Tree,
+    UnreadableError,
+    address,
+    find_files,
+    open_tree,
+    read_table,
+    shown,
+)
+from pipelines.storage import Storage, is_local, local_path
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+TEST_FOLDERS = ("test", "validation", "val", "valid")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceImage:
+    """One image to ingest, not yet opened.
+
+    Attributes:
+        split: "train" or "test".
+        label: index into the classes; None for data without labels.
+        caption: None where the source gives none.
+        origin: its path within the source, for reports and the sample's json.
+        stamp: changes when its bytes do.
+        read: fetches the file.
+    """
+
+    split: str
+    label: int | None
+    caption: str | None
+    origin: str
+    stamp: str
+    read: Read
+
+
+@dataclass(frozen=True)
+class Source:
+    """All images of a source in the order in which they are written.
+
+    Attributes:
+        classes: names; empty for data without labels.
+        images: in order; a split's are those with its name.
+        bad: rows and files that were left out before any image was opened.
+        unused: names of files and columns that the layout has no place for, by reason.
+    """
+
+    classes: tuple[str, ...]
+    images: tuple[SourceImage, ...]
+    bad: tuple[BadImage, ...] = ()
+    unused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def captioned(self) -> bool:
+        """Whether any image has a caption."""
+        return any(image.caption for image in self.images)
+
+
+def open_source(source: str, storage: Storage, test_fraction: float = 0.1) -> Source:
+    """List a source's images.
+
+    Args:
+        source: "digits", a path, or an s3:// or file:/// address.
+        test_fraction: share of a source without a test split of its own that becomes one, chosen by path.
+
+    Raises:
+        DatasetError: there is no such source, its layout is unknown, or a table of it cannot be read at all.
+    """
+    if source == "digits":
+        return _digits()
+    if not 0 < test_fraction < 1:
+        raise DatasetError(f"the test fraction must be between 0 and 1, got {test_fraction}")
+    uri = address(source)
+    if _is_table(uri):
+        folder, _, name = uri.rpartition("/")
+        table = parse_table(name, read_table(uri, storage))
+        files = find_files(folder, {row.path for row in table.rows}, storage)
+        return _from_tables(table, Tree(files, frozenset()), test_fraction)
+    tree = open_tree(uri, storage)
+    names = sorted(name for name in tree.files if posixpath.basename(name) in METADATA)
+    if names:
+        try:
+            table = Table.joined([parse_table(name, tree.files[name].read(storage)) for name in names])
+        except UnreadableError as error:
+            raise DatasetError(f"{shown(uri)}: {names[0]}: {error}") from error
+        return _from_tables(table, tree, test_fraction)
+    return _class_folders(shown(uri), tree, test_fraction)
+
+
+def source_digest(source: str, storage: Storage | None = None) -> str:
+    """A digest that changes when a source's files do: by name, size and modification time; by name and size on S3."""
+    storage = storage or Storage()
+    state = [source]
+    if source != "digits":
+        uri = address(source)
+        if _is_table(uri):
+            folder, _, name = uri.rpartition("/")
+            data = read_table(uri, storage)
+            state.append(hashlib.sha256(data).hexdigest())
+            files = find_files(folder, {row.path for row in parse_table(name, data).rows}, storage)
+        else:
+            files = open_tree(uri, storage).files
+        state += [f"{name} {files[name].stamp}" for name in sorted(files)]
+    return hashlib.sha256("\n".join(state).encode()).hexdigest()
+
+
+def _is_table(uri: str) -> bool:
+    return uri.lower().endswith((".csv", ".jsonl")) and not (is_local(uri) and local_path(uri).is_dir())
+
+
+def _digits() -> Source:
+    """scikit-learn's 1,797 digits, 8x8 grey; every fifth, counted from the fifth, is for testing."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DatasetError("digits come with scikit-learn: pip install 'ddpm-pipelines[local]'") from error
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+
+    def picture(i: int, label: int) -> SourceImage:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels[i]).save(buffer, "png")
+        split = "test" if i % 5 == 4 else "train"
+        return SourceImage(split, label, None, f"digits[{i}]", "", InMemory(buffer.getvalue()))
+
+    images = tuple(picture(i, int(label)) for i, label in enumerate(digits.target))
+    return Source(tuple(str(i) for i in range(10)), images)
+
+
+def _class_folders(where: str, tree: Tree, test_fraction: float) -> Source:
+    roots = _split_folders(tree)
+    classes = sorted({f.removeprefix(p) for p in roots for f in tree.folders if _is_child(f, p)})
+    if not classes:
+        loose = sum(name.lower().endswith(SUFFIXES) for name in tree.files)
+        found = f"it has {loose:,} images without a folder; " if loose else ""
+        raise DatasetError(f"{where} has no class folders; {found}expected {where}/CLASS/*.png, or a metadata.jsonl")
+    labels = {name: i for i, name in enumerate(classes)}
+    images, unused = [], _Unused()
+    for name, file in tree.files.items():
+        prefix = next((p for p in roots if name.startswith(p)), None)
+        if prefix is None:
+            unused.add(f"outside {' and '.join(roots)}", name)
+        elif not name.lower().endswith(SUFFIXES):
+            unused.add(f"not named as an image ({', '.join(SUFFIXES)})", name)
+        elif "/" not in name.removeprefix(prefix):
+            unused.add("an image outside any class folder", name)
+        else:
+            label = labels[name.removeprefix(prefix).partition("/")[0]]
+            split = roots[prefix] or _drawn_split(name, test_fraction)
+            images.append(SourceImage(split, label, None, name, file.stamp, file.read))
+    bad = tuple(BadImage(name, "a second entry of this name in the zip") for name in tree.repeated)
+    return Source(tuple(classes), _in_order(images), bad, unused.by_reason())
+
+
+def _is_child(folder: str, prefix: str) -> bool:
+    return folder.startswith(prefix) and "/" not in folder.removeprefix(prefix)
+
+
+def _split_folders(tree: Tree) -> dict[str, str]:
+    """Prefixes of the split folders with their splits; one empty prefix, or `train/` alone, where none is given."""
+    tops = {folder for folder in tree.folders if "/" not in folder}
+    test = next((name for name in TEST_FOLDERS if name in tops), None)
+    if "train" in tops and test is not None:
+        return {"train/": "train", f"{test}/": "test"}
+    loose = any(name.startswith("train/") and name.count("/") == 1 for name in tree.files)
+    if tops == {"train"} and not loose:
+        return {"train/": ""}
+    return {"": ""}
+
+
+def _from_tables(table: Table, tree: Tree, test_fraction: float) -> Source:
+    bad = [*table.bad, *(BadImage(name, "a second entry of this name in the zip") for name in tree.repeated)]
+    tops = {row.path.partition("/")[0] for row in table.rows if "/" in row.path}
+    test = next((name for name in TEST_FOLDERS if name in tops), None)
+    folders = {"train": "train", test: "test"} if "train" in tops and test is not None else {}
+    classes, labels = _number(table.rows)
+    seen: dict[str, str] = {}
+    images = []
+    for row in table.rows:
+        top = row.path.partition("/")[0]
+        split = row.split or (folders.get(top) if folders else _drawn_split(row.path, test_fraction))
+        reason = _row_fault(row, tree.files, seen, split, bool(classes), folders)
+        if reason:
+            bad.append(BadImage(row.where, reason))
+            continue
+        seen[row.path] = row.where
+        file = tree.files[row.path]
+        label = None if row.label is None else labels[str(row.label)]
+        assert split is not None
+        images.append(SourceImage(split, label, row.caption, row.path, file.stamp, file.read))
+    unused = _Unused()
+    for column in table.unread_columns:
+        unused.add("columns that nothing reads", column)
+    for name in tree.files.keys() - seen.keys() - set(table.names):
+        unused.add("not named by a good row of the metadata", name)
+    return Source(classes, _in_order(images), tuple(bad), unused.by_reason())
+
+
+def _row_fault(
+    row: Row,
+    files: Mapping[str, File],
+    seen: Mapping[str, str],
+    split: str | None,
+    labelled: bool,
+    folders: Mapping[str, str],
+) -> str | None:
+    """Why a row is left out; None for a good one."""
+    if row.path in seen:
+        return f"repeats {row.path} of {seen[row.path]}"
+    if row.path not in files:
+        return f"{row.path}: no such file"
+    if labelled and row.label is None:
+        return f"{row.path} has no label while other rows have one"
+    if split is None:
+        return f"{row.path} is outside {' and '.join(f'{name}/' for name in folders)}"
+    return None
+
+
+def _number(rows: Collection[Row]) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Class names, and the index of each label: decimal labels are indices already, names are numbered as sorted."""
+    found = {str(row.label) for row in rows if row.label is not None}
+    if not found or not all(label.isdecimal() and label.isascii() for label in found):
+        names = sorted(found)
+        return tuple(names), {name: i for i, name in enumerate(names)}
+    indices = {label: int(label) for label in found}
+    count = max(indices.values()) + 1
+    if count > 10 * len(found) + 100:
+        raise DatasetError(
+            f"the labels are class indices up to {count - 1:,}, but only {len(found):,} of them are used: "
+            "number the classes from 0, or give their names as labels"
+        )
+    return tuple(str(i) for i in range(count)), indices
+
+
+def _drawn_split(path: str, test_fraction: float) -> str:
+    return "test" if int(_rank(path)[:8], 16) < test_fraction * 2**32 else "train"
+
+
+def _in_order(images: Iterable[SourceImage]) -> tuple[SourceImage, ...]:
+    """Files come class by class: ordered by hash instead, every shard holds every class."""
+    return tuple(sorted(images, key=lambda image: _rank(image.origin)))
+
+
+def _rank(path: str) -> str:
+    return hashlib.sha256(path.encode()).hexdigest()
+
+
+class _Unused:
+    """Names by the reason for which nothing uses them."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, list[str]] = {}
+
+    def add(self, reason: str, name: str) -> None:
+        self.names.setdefault(reason, []).append(name)
+
+    def by_reason(self) -> dict[str, tuple[str, ...]]:
+        return {reason: tuple(sorted(names)) for reason, names in self.names.items()}

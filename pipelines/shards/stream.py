@@ -1,0 +1,210 @@
+"""One rank's part of the endless stream: decoded batches for the trainer, sample dicts for everybody else."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from pipelines.shards.fetch import ShardFetcher
+from pipelines.shards.index import Dataset, DatasetError, Quarantine, stream_digest
+from pipelines.shards.order import SampleOrder
+from pipelines.shards.read import Batch, ShardReader
+from pipelines.storage import Storage
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """How a split is ordered and read.
+
+    Attributes:
+        lanes: parallel reading positions of the whole run.
+        window: consecutive shards of a lane that are shuffled together.
+        seed: of the order.
+        cache_dir: the node's shard cache.
+        cache_bytes: its bound.
+        threads: that decode.
+        prefetch: batches read ahead.
+    """
+
+    lanes: int
+    window: int
+    seed: int
+    cache_dir: Path
+    cache_bytes: int
+    threads: int = 2
+    prefetch: int = 4
+
+
+def open_stream(
+    dataset: Dataset, split: str, storage: Storage, settings: StreamSettings, quarantine: Quarantine | None = None
+) -> tuple[ShardReader, SampleOrder]:
+    """A reader of a split and the order of its samples.
+
+    Raises:
+        DatasetError: no such split, or a quarantine of another dataset.
+    """
+    fetcher = ShardFetcher.opened(
+        dataset, split, storage, settings.cache_dir, settings.cache_bytes, settings.lanes, settings.window
+    )
+    reader = ShardReader(dataset, split, fetcher, quarantine)
+    order = SampleOrder(
+        [shard.samples for shard in reader.shards],
+        lanes=settings.lanes,
+        window=settings.window,
+        seed=settings.seed,
+        digest=stream_digest(dataset, quarantine),
+    )
+    return reader, order
+
+
+class TrainingStream:
+    """Decoded batches of one rank, in the order of `SampleOrder`, read ahead by threads.
+
+    Attributes:
+        waited_s: seconds that the consumer has spent waiting for data.
+    """
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        order: SampleOrder,
+        *,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        start: int = 0,
+        stop: int,
+        threads: int = 2,
+        prefetch: int = 4,
+    ) -> None:
+        self.reader, self.order = reader, order
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.start, self.stop = start, stop
+        self.threads, self.prefetch = threads, prefetch
+        self.waited_s = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        """This rank's pieces of the global batches from `start` until `stop` samples have been given out."""
+        batches = read_ahead(self._load, range(self.start, self.stop, self.batch_size), self.threads, self.prefetch)
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            self.waited_s += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
+
+    def _load(self, first: int) -> Batch:
+        return self.reader.batch(self.order.piece(first, self.batch_size, self.rank, self.world_size))
+
+
+class ShardDataset(IterableDataset[dict[str, Any]]):
+    """One rank's samples as WebDataset sample dicts, without end: the source of a pipeline of WebDataset's stages.
+
+        source = ShardDataset(dataset, "train", storage, settings, batch_size=256, rank=rank, world_size=world_size)
+        pipeline = webdataset.DataPipeline(source, webdataset.decode("torchrgb"), webdataset.to_tuple("png", "cls"))
+
+    A sample has `__key__`, `__url__`, `__ordinal__` (its number in the stream of all ranks) and its members' bytes by
+    extension. Under n workers of a DataLoader worker i gives out every n-th sample from the i-th on, so that
+    `DataLoader(source, batch_size=None, num_workers=n)` has the order of one process and no sample twice. Stages that
+    shuffle or filter afterwards are the user's: the stream is then no longer a function of the ordinal.
+
+    The state is the number of samples that all ranks together have seen, at a batch's boundary, and the digest of the
+    stream. In the process that iterates `state_dict` has it; where workers iterate only the consumer knows how many
+    batches it has taken, and passes `samples_seen` itself.
+
+    Args:
+        batch_size: of the global batch, whose pieces the ranks take.
+        samples_seen: where to begin, a multiple of the batch size.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: str,
+        storage: Storage,
+        settings: StreamSettings,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        samples_seen: int = 0,
+        quarantine: Quarantine | None = None,
+    ) -> None:
+        if not 0 <= rank < world_size <= batch_size:
+            raise ValueError(
+                f"need 0 <= rank < world_size <= batch_size, got rank={rank}, world_size={world_size} and "
+                f"batch_size={batch_size}: a rank beyond the batch would have no sample"
+            )
+        if samples_seen % batch_size:
+            raise ValueError(f"samples_seen = {samples_seen} is not a multiple of batch_size = {batch_size}")
+        self.dataset, self.split, self.storage, self.settings = dataset, split, storage, settings
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.samples_seen, self.quarantine = samples_seen, quarantine
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """From `samples_seen` on."""
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        # Made here and not before: a dataset travels to the loader's workers, threads and memory maps do not.
+        reader, order = open_stream(self.dataset, self.split, self.storage, self.settings, self.quarantine)
+
+        def load(first: int) -> list[dict[str, Any]]:
+            return reader.samples(order.piece(first, self.batch_size, self.rank, self.world_size))
+
+        firsts = itertools.count(self.samples_seen, self.batch_size)
+        number = 0
+        try:
+            for samples in read_ahead(load, firsts, self.settings.threads, self.settings.prefetch):
+                for sample in samples:
+                    if number % workers == worker:
+                        yield sample
+                    number += 1
+                self.samples_seen += self.batch_size
+        finally:
+            reader.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is, for a checkpoint."""
+        return {"samples_seen": self.samples_seen, "digest": stream_digest(self.dataset, self.quarantine)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state.
+
+        Raises:
+            DatasetError: it is of another dataset or quarantine.
+        """
+        here = stream_digest(self.dataset, self.quarantine)
+        if state["digest"] != here:
+            raise DatasetError(
+                f"the state is of a stream with digest {str(state['digest'])[:12]}, this one has {here[:12]}: the "
+                "dataset or its quarantine has changed, and with it which sample is which"
+            )
+        self.samples_seen = state["samples_seen"]
+
+
+def read_ahead(load: Callable[[int], T], firsts: Iterable[int], threads: int, prefetch: int) -> Iterator[T]:
+    """load(first) for each first, in order, `prefetch` of them under way at a time."""
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+        ahead: deque[Future[T]] = deque()
+        waiting = iter(firsts)
+        try:
+            while True:
+                while len(ahead) < prefetch and (first := next(waiting, None)) is not None:
+                    ahead.append(pool.submit(load, first))
+                if not ahead:
+                    return
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()

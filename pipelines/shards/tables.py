@@ -1,0 +1,139 @@
+"""Tables of images: metadata.jsonl and metadata.csv of an imagefolder, or a .csv or .jsonl of paths on its own."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import posixpath
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.shards.index import DatasetError
+from pipelines.shards.report import BadImage
+
+METADATA = ("metadata.jsonl", "metadata.csv")
+PATH = ("file_name", "path")
+CAPTION = ("text", "caption")
+READ = (*PATH, *CAPTION, "label", "split")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One image of a table.
+
+    Attributes:
+        where: file and line, for messages.
+        path: relative to the source's root, or absolute, or an address.
+        label: a class name, or a class index; None where there is none.
+        caption: None where there is none.
+        split: "train", "test", or None where the table does not say.
+    """
+
+    where: str
+    path: str
+    label: str | int | None
+    caption: str | None
+    split: str | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Good rows, bad rows, and the columns that nothing reads."""
+
+    names: tuple[str, ...]
+    rows: tuple[Row, ...]
+    bad: tuple[BadImage, ...]
+    unread_columns: frozenset[str]
+
+    @classmethod
+    def joined(cls, tables: Iterable[Table]) -> Table:
+        """Several tables as one, their paths being relative to the same root."""
+        every = list(tables)
+        return cls(
+            tuple(name for table in every for name in table.names),
+            tuple(row for table in every for row in table.rows),
+            tuple(bad for table in every for bad in table.bad),
+            frozenset().union(*(table.unread_columns for table in every)),
+        )
+
+
+def parse_table(name: str, data: bytes) -> Table:
+    """Read a table; paths in it are relative to the folder it lies in.
+
+    Args:
+        name: path of the table relative to the source's root, ending with .jsonl or .csv.
+        data: its bytes.
+
+    Raises:
+        DatasetError: it is not UTF-8, has no column of paths, or breaks off inside a quoted field.
+    """
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{name} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
+    records = _csv(name, text) if name.lower().endswith(".csv") else _jsonl(name, text)
+    rows, bad = [], []
+    columns: set[str] = set()
+    for where, values in records:
+        try:
+            if isinstance(values, str):
+                raise ValueError(values)
+            columns |= values.keys()
+            rows.append(_row(where, values, posixpath.dirname(name)))
+        except ValueError as error:
+            bad.append(BadImage(where, str(error)))
+    return Table((name,), tuple(rows), tuple(bad), frozenset(columns - set(READ)))
+
+
+def _csv(name: str, text: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    columns = [column or "" for column in reader.fieldnames or []]
+    if not set(PATH) & set(columns):
+        found = ", ".join(columns) or "nothing"
+        raise DatasetError(f"{name} has the columns {found}; it needs `path`, and may have `label`, `caption`, `split`")
+    try:
+        for values in reader:
+            where = f"{name}:{reader.line_num}"
+            if None in values or None in values.values():
+                yield where, f"has not {len(columns)} fields as the first line has: quote fields that hold commas"
+            else:
+                yield where, {column: value for column, value in values.items() if value != ""}
+    except csv.Error as error:
+        raise DatasetError(f"{name}, after line {reader.line_num}: {error}: mend the quotes there") from error
+
+
+def _jsonl(name: str, text: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{name}:{number}"
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            yield where, f"is not JSON: {error}"
+            continue
+        yield where, values if isinstance(values, dict) else f"is not a JSON object but {line.strip()[:40]}"
+
+
+def _row(where: str, values: dict[str, Any], folder: str) -> Row:
+    path = next((values[column] for column in PATH if values.get(column) is not None), None)
+    if not isinstance(path, str) or not path.strip():
+        raise ValueError(f"has no path in {' or '.join(PATH)}")
+    if "://" in path and not path.startswith(("s3://", "file:///")):
+        raise ValueError(f"{path}: addresses are s3://BUCKET/KEY or file:///PATH; fetch the file and name its path")
+    if "://" not in path:
+        path = posixpath.normpath(posixpath.join(folder, path))
+    caption = next((values[column] for column in CAPTION if values.get(column) is not None), None)
+    if caption is not None and not isinstance(caption, str):
+        raise ValueError(f"{path} has the caption {caption!r}, which is not a text")
+    label = values.get("label")
+    if label is not None and (isinstance(label, bool) or not isinstance(label, str | int)):
+        raise ValueError(f"{path} has the label {label!r}: labels are class names, or class indices from 0")
+    if isinstance(label, int) and label < 0:
+        raise ValueError(f"{path} has the label {label}: class indices start at 0; leave the label out where none is")
+    split = values.get("split")
+    if split not in (None, "train", "test"):
+        raise ValueError(f"{path} has the split {split!r}: splits are train and test")
+    return Row(where, path, label, (caption or "").strip() or None, split)

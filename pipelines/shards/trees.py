@@ -1,0 +1,329 @@
+"""Where a source's bytes are: a local folder, a zip, an S3 prefix, all as names with a way to read each file."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from pipelines.shards.index import DatasetError
+from pipelines.storage import Entry, NotFoundError, Storage, StorageError, is_local, join, local_path
+
+KINDS = (
+    "a source is `digits`, a folder of class folders, a folder with metadata.jsonl or metadata.csv, a .zip of either, "
+    "or a .csv or .jsonl of paths; on this machine or under s3://"
+)
+
+
+class UnreadableError(ValueError):
+    """One file of a source that cannot be read, or is not an image; the ingest goes on without it."""
+
+
+Read = Callable[[Storage], bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """One file of a source.
+
+    Attributes:
+        name: relative to the source's root, with forward slashes.
+        stamp: changes when the bytes do: size and modification time, or size and CRC; only the size on S3.
+        read: fetches the bytes; raises `UnreadableError`. It pickles.
+    """
+
+    name: str
+    stamp: str
+    read: Read
+
+
+@dataclass(frozen=True)
+class Tree:
+    """All files under a root by name, those hidden left aside, and the folders that are known to exist.
+
+    Attributes:
+        repeated: names that a zip holds more than once; the first entry counts.
+    """
+
+    files: dict[str, File]
+    folders: frozenset[str]
+    repeated: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file of its own, local or on S3."""
+
+    uri: str
+
+    def __call__(self, storage: Storage) -> bytes:
+        """Its bytes; an S3 that refuses or is away is no fault of the file and raises `StorageError`."""
+        try:
+            return storage.read(self.uri)
+        except NotFoundError as error:
+            raise UnreadableError("no such file") from error
+        except StorageError as error:
+            if is_local(self.uri):
+                raise UnreadableError(str(error)) from error
+            raise
+
+
+@dataclass(frozen=True, slots=True)
+class InMemory:
+    """A file that is made here."""
+
+    data: bytes
+
+    def __call__(self, storage: Storage) -> bytes:
+        """Its bytes."""
+        return self.data
+
+
+@dataclass(frozen=True, slots=True)
+class ZipMember:
+    """A file inside a zip: one ranged read, the same for a local zip and one on S3."""
+
+    uri: str
+    offset: int
+    compressed: int
+    size: int
+    method: int
+    crc: int
+    encrypted: bool
+
+    def __call__(self, storage: Storage) -> bytes:
+        """Its bytes, checked against the zip's CRC."""
+        if self.encrypted:
+            raise UnreadableError("is encrypted: make the zip without a password")
+        # The local header's name and extra field may be longer than the directory's: 1 KiB nearly always holds both.
+        block = storage.read(self.uri, self.offset, self.offset + 1024 + self.compressed)
+        if block[:4] != b"PK\x03\x04" or len(block) < 30:
+            raise UnreadableError("the zip's directory points to no file: the zip is damaged")
+        begin = 30 + sum(struct.unpack_from("<HH", block, 26))
+        if len(block) < begin + self.compressed:
+            block = storage.read(self.uri, self.offset, self.offset + begin + self.compressed)
+        data = self._inflate(block[begin : begin + self.compressed])
+        if len(data) != self.size or zlib.crc32(data) != self.crc:
+            raise UnreadableError("does not have the checksum that the zip records: the zip is damaged")
+        return data
+
+    def _inflate(self, data: bytes) -> bytes:
+        if self.method == zipfile.ZIP_STORED:
+            return data
+        if self.method != zipfile.ZIP_DEFLATED:
+            raise UnreadableError(f"is compressed by method {self.method}: make the zip anew, stored or deflated")
+        try:
+            return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, self.size + 1)
+        except zlib.error as error:
+            raise UnreadableError(f"cannot be decompressed: {error}: the zip is damaged") from error
+
+
+def is_remote(read: Read) -> bool:
+    """Whether reading costs a round trip, so that many are better under way at a time."""
+    uri = getattr(read, "uri", None)
+    return uri is not None and not is_local(uri)
+
+
+def address(source: str) -> str:
+    """The address of a source that is given as a path or as an address."""
+    if "://" in source:
+        is_local(source)  # raises for another scheme
+        return source.rstrip("/")
+    return f"file://{os.path.abspath(os.path.expanduser(source))}"
+
+
+def shown(uri: str) -> str:
+    """An address as messages show it: a plain path where it is local."""
+    return uri.removeprefix("file://")
+
+
+def open_tree(uri: str, storage: Storage) -> Tree:
+    """The files of a folder, a zip or an S3 prefix.
+
+    Raises:
+        DatasetError: there is nothing, or it is no folder and no zip.
+    """
+    if uri.lower().endswith(".zip") and not (is_local(uri) and local_path(uri).is_dir()):
+        return _zip_tree(uri, storage)
+    if is_local(uri):
+        if not local_path(uri).is_dir():
+            raise DatasetError(f"{shown(uri)} is not a folder; {KINDS}")
+        return _local_tree(local_path(uri))
+    entries = storage.list(uri)
+    if not entries:
+        raise DatasetError(f"nothing is stored under {uri}/; {KINDS}")
+    names = {entry.uri[len(uri) + 1 :]: entry for entry in entries}
+    # Consoles mark an empty folder by an object whose name ends with a slash.
+    files = (File(n, str(e.size), StoredFile(e.uri)) for n, e in names.items() if n and not n.endswith("/"))
+    return _tree(files, [name.rstrip("/") for name in names if name.endswith("/")])
+
+
+def find_files(base: str, paths: Iterable[str], storage: Storage) -> dict[str, File]:
+    """Those of `paths` that exist, each relative to the folder `base`, absolute, or an s3:// address of its own.
+
+    A path that another machine or bucket holds is taken on trust: reading it will tell.
+    """
+    resolved = {path: _resolve(base, path) for path in paths}
+    below = [uri for uri in resolved.values() if not is_local(uri) and uri.startswith(base + "/")]
+    sizes = {entry.uri: entry.size for entry in _list_common(base, below, storage)}
+    found = {}
+    for path, uri in resolved.items():
+        if is_local(uri):
+            if local_path(uri).is_file():
+                found[path] = File(path, _stamp(local_path(uri).stat()), StoredFile(uri))
+        elif uri in sizes:
+            found[path] = File(path, str(sizes[uri]), StoredFile(uri))
+        elif not uri.startswith(base + "/"):
+            found[path] = File(path, "", StoredFile(uri))
+    return found
+
+
+def read_table(uri: str, storage: Storage) -> bytes:
+    """The bytes of a table that is a source of its own.
+
+    Raises:
+        DatasetError: there is none.
+    """
+    try:
+        return storage.read(uri)
+    except NotFoundError as error:
+        raise DatasetError(f"{shown(uri)} does not exist; {KINDS}") from error
+
+
+def _size(uri: str, storage: Storage) -> int:
+    """Size of one object; a store answers that in its listing."""
+    if is_local(uri) and local_path(uri).is_file():
+        return local_path(uri).stat().st_size
+    listed = [] if is_local(uri) else storage.list(uri.rpartition("/")[0])
+    size = next((entry.size for entry in listed if entry.uri == uri), None)
+    if size is None:
+        raise DatasetError(f"{shown(uri)} does not exist; {KINDS}")
+    return size
+
+
+def _tree(files: Iterable[File], folders: Iterable[str] = (), repeated: tuple[str, ...] = ()) -> Tree:
+    kept = {file.name: file for file in files if not _hidden(file.name)}
+    above = {str(parent) for name in kept for parent in PurePosixPath(name).parents}
+    return Tree(kept, frozenset(above | {f for f in folders if not _hidden(f)}) - {"."}, repeated)
+
+
+def _hidden(name: str) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+def _stamp(status: os.stat_result) -> str:
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def _local_tree(root: Path) -> Tree:
+    files, folders = [], []
+    for here, below, names in os.walk(root, followlinks=True):
+        relative = Path(here).relative_to(root).as_posix()
+        prefix = "" if relative == "." else f"{relative}/"
+        below[:] = [name for name in below if name[0] != "." and not _climbs(os.path.join(here, name))]
+        folders += [prefix + name for name in below]
+        for name in names:
+            path = Path(here, name)
+            if path.is_file():
+                files.append(File(prefix + name, _stamp(path.stat()), StoredFile(f"file://{path}")))
+    return _tree(files, folders)
+
+
+def _climbs(folder: str) -> bool:
+    """Whether a link leads back to a folder above it, where walking on would never end."""
+    if not os.path.islink(folder):
+        return False
+    target, here = os.path.realpath(folder), os.path.realpath(os.path.dirname(folder))
+    return (here + "/").startswith(target.rstrip("/") + "/")
+
+
+def _zip_tree(uri: str, storage: Storage) -> Tree:
+    raw = _Ranged(uri, _size(uri, storage), storage)
+    try:
+        with zipfile.ZipFile(io.BufferedReader(raw, buffer_size=1 << 20)) as archive:
+            entries = archive.infolist()
+    except zipfile.BadZipFile as error:
+        raise DatasetError(f"{shown(uri)} is not a readable zip ({error}): make it again, or copy it whole") from error
+    top = _top_folder([entry.filename for entry in entries if not _hidden(entry.filename)])
+    files: dict[str, File] = {}
+    folders, repeated = [], []
+    for entry in entries:
+        name = entry.filename.removeprefix(top)
+        if entry.is_dir():
+            folders.append(name.rstrip("/"))
+        elif name in files:
+            repeated.append(name)
+        else:
+            member = ZipMember(
+                uri,
+                entry.header_offset,
+                entry.compress_size,
+                entry.file_size,
+                entry.compress_type,
+                entry.CRC,
+                bool(entry.flag_bits & 1),
+            )
+            files[name] = File(name, f"{entry.file_size} {entry.CRC:08x}", member)
+    return _tree(files.values(), [f for f in folders if f], tuple(repeated))
+
+
+def _top_folder(names: list[str]) -> str:
+    """`photos/` of a zip whose every file is below photos/CLASS/ or beside photos/metadata.jsonl, else nothing."""
+    tops = {name.partition("/")[0] for name in names}
+    if len(tops) != 1 or not all("/" in name for name in names):
+        return ""
+    top = tops.pop() + "/"
+    below = [name.removeprefix(top) for name in names if name != top]
+    described = any(name in ("metadata.jsonl", "metadata.csv") for name in below)
+    return top if described or any("/" in name for name in below) else ""
+
+
+class _Ranged(io.RawIOBase):
+    """A stored object as a file that can be read anywhere."""
+
+    def __init__(self, uri: str, size: int, storage: Storage) -> None:
+        self.uri, self.size, self.storage, self.position = uri, size, storage, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
+        return self.position
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        stop = min(self.position + len(buffer), self.size)
+        data = self.storage.read(self.uri, self.position, stop) if stop > self.position else b""
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)
+
+
+def _resolve(base: str, path: str) -> str:
+    if "://" in path:
+        return path
+    if path.startswith("/"):
+        return f"file://{path}"
+    if is_local(base):
+        return f"file://{os.path.normpath(local_path(base) / path)}"
+    # normpath would take the // of s3:// for a mistake
+    return "s3://" + os.path.normpath(join(base, path).removeprefix("s3://"))
+
+
+def _list_common(base: str, uris: list[str], storage: Storage) -> list[Entry]:
+    """One listing of the deepest folder below `base` that holds all of `uris`."""
+    if not uris:
+        return []
+    folders = [uri.removeprefix("s3://").rpartition("/")[0] for uri in uris]
+    return storage.list("s3://" + os.path.commonpath(folders))

@@ -1,0 +1,103 @@
+"""The same pictures as every kind of source, and a bucket that is a folder."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pipelines.storage import Entry, Storage
+
+CLASSES = ("cat", "dog", "owl")
+
+
+@dataclass(frozen=True)
+class Bucket(Storage):
+    """Answers s3://bucket/ from a folder, and counts nothing as local that is not."""
+
+    root: str = ""
+
+    def _there(self, uri: str) -> str:
+        return uri.replace("s3://bucket", f"file://{self.root}", 1)
+
+    def read(self, uri, start=0, stop=None):
+        return super().read(self._there(uri), start, stop)
+
+    def write(self, uri, data):
+        super().write(self._there(uri), data)
+
+    def upload(self, path, uri):
+        super().upload(path, self._there(uri))
+
+    def download(self, uri, path):
+        super().download(self._there(uri), path)
+
+    def delete(self, uri):
+        super().delete(self._there(uri))
+
+    def list(self, uri):
+        entries = super().list(self._there(uri))
+        return [Entry(e.uri.replace(f"file://{self.root}", "s3://bucket", 1), e.size) for e in entries]
+
+
+def picture(seed: int, size: tuple[int, int] = (12, 10), kind: str = "png", mode: str = "RGB") -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def pictures(per_class: int = 12) -> dict[str, bytes]:
+    """Files of three classes by path."""
+    kinds = ("png", "jpeg", "webp")
+    return {
+        f"{name}/{i:02d}.{kinds[i % 3].replace('jpeg', 'jpg')}": picture(100 * c + i, (12 + i, 10), kinds[i % 3])
+        for c, name in enumerate(CLASSES)
+        for i in range(per_class)
+    }
+
+
+def write_files(root: Path, files: dict[str, bytes | str]) -> Path:
+    for name, data in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return root
+
+
+def write_zip(path: Path, files: dict[str, bytes | str], method: int = zipfile.ZIP_DEFLATED) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
+def jsonl(rows: list[dict]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def every_kind(root: Path, files: dict[str, bytes]) -> dict[str, str]:
+    """The same labelled pictures as each kind of source, by a name for the kind."""
+    labelled = [{"file_name": name, "label": name.partition("/")[0]} for name in files]
+    table = "path,label\n" + "".join(f"{row['file_name']},{row['label']}\n" for row in labelled)
+    described = {**files, "metadata.jsonl": jsonl(labelled)}
+    sources = {
+        "class folders": write_files(root / "folders", files),
+        "imagefolder": write_files(root / "imagefolder", described),
+        "imagefolder, csv": write_files(root / "imagefolder-csv", {**files, "metadata.csv": table}),
+        "zip": write_zip(root / "plain.zip", files),
+        "zip, stored, with a top folder": write_zip(
+            root / "top.zip", {f"photos/{name}": data for name, data in files.items()}, zipfile.ZIP_STORED
+        ),
+        "zip of an imagefolder": write_zip(root / "described.zip", described),
+        "csv": write_files(root / "table", {**files, "list.csv": table}) / "list.csv",
+        "jsonl": write_files(root / "lines", {**files, "list.jsonl": jsonl(labelled)}) / "list.jsonl",
+    }
+    stored = {f"s3, {kind}": f"s3://bucket/{path.relative_to(root)}" for kind, path in sources.items()}
+    return {kind: str(path) for kind, path in sources.items()} | stored

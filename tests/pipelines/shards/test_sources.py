@@ -1,0 +1,264 @@
+import os
+import pickle
+import zipfile
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines.shards.index import DatasetError
+from pipelines.shards.sources import open_source, source_digest
+from pipelines.shards.tables import parse_table
+from pipelines.shards.trees import UnreadableError
+from pipelines.storage import Storage, StorageError
+from tests.pipelines.shards.sources import Bucket, every_kind, jsonl, picture, pictures, write_files, write_zip
+
+STORAGE = Storage()
+KINDS = [
+    *(plain := ["class folders", "imagefolder", "imagefolder, csv", "zip", "zip, stored, with a top folder"]),
+    *(others := ["zip of an imagefolder", "csv", "jsonl"]),
+    *(f"s3, {kind}" for kind in [*plain, *others]),
+]
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    root = tmp_path_factory.mktemp("kinds")
+    return every_kind(root, pictures()), Bucket(root=str(root))
+
+
+def content(source, storage):
+    return [(i.split, i.label, i.caption, i.origin, i.read(storage)) for i in source.images]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_source_lists_the_same_pictures_in_the_same_order(kinds, kind):
+    sources, storage = kinds
+    source = open_source(sources[kind], storage)
+    expected = open_source(sources["class folders"], storage)
+    assert content(source, storage) == content(expected, storage)
+    assert source.classes == ("cat", "dog", "owl")
+    assert {i.origin: i.read(storage) for i in source.images} == pictures()
+    assert not source.bad
+    assert pickle.loads(pickle.dumps(source)) == source
+
+
+def test_the_shares_of_the_splits_follow_the_fraction_and_grow_with_it(kinds):
+    sources, storage = kinds
+    tested = [
+        {i.origin for i in open_source(sources["zip"], storage, fraction).images if i.split == "test"}
+        for fraction in (0.1, 0.3, 0.6)
+    ]
+    assert tested[0] < tested[1] < tested[2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_digest_of_a_source_changes_with_its_files_and_not_else(tmp_path, kind):
+    files = pictures(3)
+    location = every_kind(tmp_path, files)[kind]
+    storage = Bucket(root=str(tmp_path))
+    before = source_digest(location, storage)
+    assert source_digest(location, storage) == before
+    every_kind(tmp_path, {**files, "cat/00.png": picture(9, (40, 40))})
+    assert source_digest(location, storage) != before
+
+
+@pytest.mark.parametrize("test", ["test", "validation", "val"])
+def test_given_splits_are_kept_whatever_the_second_is_called(tmp_path, test):
+    files = {"train/cat/a.png": b"1", "train/dog/b.png": b"2", f"{test}/cat/c.png": b"3", "extra/x.png": b"4"}
+    source = open_source(str(write_files(tmp_path / "divided", files)), STORAGE)
+    assert {(i.split, i.label, i.origin) for i in source.images} == {
+        ("train", 0, "train/cat/a.png"),
+        ("train", 1, "train/dog/b.png"),
+        ("test", 0, f"{test}/cat/c.png"),
+    }
+    assert source.unused == {f"outside train/ and {test}/": ("extra/x.png",)}
+    rows = [{"file_name": name.partition("/")[2], "text": "x"} for name in files if name[0] in "tv"]
+    described = {"train/metadata.jsonl": jsonl(rows[:2]), f"{test}/metadata.jsonl": jsonl(rows[2:])}
+    source = open_source(str(write_files(tmp_path / "divided", described)), STORAGE)
+    assert {(i.split, i.origin) for i in source.images} == {
+        ("train" if n.startswith("train/") else "test", n) for n in list(files)[:3]
+    }
+    assert source.classes == ()
+
+
+def test_a_lone_train_folder_is_no_class(tmp_path):
+    files = {f"train/{c}/{i}.png": b"" for c in ("cat", "dog") for i in range(30)}
+    source = open_source(str(write_files(tmp_path / "one", files)), STORAGE, 0.5)
+    assert source.classes == ("cat", "dog")
+    assert {i.split for i in source.images} == {"train", "test"}
+
+
+def test_class_folders_that_are_links_are_followed_and_loops_are_not(tmp_path):
+    root = write_files(tmp_path / "links", {"cat/a.png": b"1"})
+    elsewhere = write_files(tmp_path / "elsewhere", {"b.png": b"2"})
+    (root / "dog").symlink_to(elsewhere)
+    (root / "cat" / "again").symlink_to(root)
+    source = open_source(str(root), STORAGE)
+    assert {i.origin for i in source.images} == {"cat/a.png", "dog/b.png"}
+
+
+def test_captions_labels_and_splits_come_from_the_columns(tmp_path):
+    rows = [
+        {"file_name": "a.png", "text": " a cat ", "label": 2, "split": "train"},
+        {"file_name": "b.png", "caption": "a dog", "label": 0, "split": "test", "mood": "glad"},
+        {"file_name": "./sub/../c.png", "label": 0, "split": "test", "text": None},
+    ]
+    root = write_files(
+        tmp_path / "t", {"metadata.jsonl": jsonl(rows), "a.png": b"", "b.png": b"", "c.png": b"", "d.png": b""}
+    )
+    source = open_source(str(root), STORAGE)
+    assert source.classes == ("0", "1", "2")
+    found = {i.origin: (i.split, i.label, i.caption) for i in source.images}
+    assert found == {"a.png": ("train", 2, "a cat"), "b.png": ("test", 0, "a dog"), "c.png": ("test", 0, None)}
+    assert source.captioned
+    assert source.unused == {
+        "columns that nothing reads": ("mood",),
+        "not named by a good row of the metadata": ("d.png",),
+    }
+
+
+def test_a_table_may_name_files_anywhere(tmp_path):
+    write_files(tmp_path, {"far/a.png": b"1", "here/near/b.png": b"2", "store/c.png": b"3"})
+    table = f"path\n{tmp_path}/far/a.png\nnear/b.png\n../far/a.png\ns3://bucket/c.png\ns3://bucket/none.png\n"
+    write_files(tmp_path / "here", {"list.csv": table})
+    storage = Bucket(root=str(tmp_path / "store"))
+    source = open_source(str(tmp_path / "here" / "list.csv"), storage)
+    images = {i.origin: i for i in source.images}
+    assert images.pop("s3://bucket/none.png").stamp == ""
+    assert sorted(i.read(storage) for i in images.values()) == [b"1", b"1", b"2", b"3"]
+
+
+@given(text=st.text(alphabet=st.characters(codec="utf-8", exclude_characters="\r\n\0"), min_size=1).filter(str.strip))
+def test_any_caption_survives_both_kinds_of_table(text):
+    import csv
+    import io
+
+    out = io.StringIO(newline="")
+    csv.writer(out).writerows([["path", "caption"], ["a.png", text]])
+    for name, data in (("m.csv", out.getvalue()), ("m.jsonl", jsonl([{"path": "a.png", "caption": text}]))):
+        table = parse_table(name, data.encode())
+        assert [row.caption for row in table.rows] == [text.strip()]
+        assert not table.bad
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ('{"file_name": "a.png"', "m.jsonl:2: is not JSON"),
+        ('["a.png"]', "m.jsonl:2: is not a JSON object but"),
+        ('{"text": "x"}', "m.jsonl:2: has no path in file_name or path"),
+        ('{"file_name": 7}', "m.jsonl:2: has no path"),
+        ('{"file_name": "a.png", "text": ["x"]}', "which is not a text"),
+        ('{"file_name": "a.png", "label": 1.5}', "labels are class names, or class indices from 0"),
+        ('{"file_name": "a.png", "label": true}', "labels are class names"),
+        ('{"file_name": "a.png", "label": -1}', "class indices start at 0"),
+        ('{"file_name": "a.png", "split": "dev"}', "splits are train and test"),
+        ('{"file_name": "https://x/a.png"}', "addresses are s3://BUCKET/KEY or file:///PATH"),
+    ],
+)
+def test_an_unreadable_row_is_named_with_its_reason_and_the_others_count(line, reason):
+    table = parse_table("m.jsonl", b'{"file_name": "first.png"}\n' + line.encode() + b'\n\n{"file_name": "last.png"}\n')
+    assert [row.path for row in table.rows] == ["first.png", "last.png"]
+    assert [f"{bad.origin}: {bad.reason}".find(reason) >= 0 for bad in table.bad] == [True]
+
+
+@pytest.mark.parametrize(
+    "rows, reason",
+    [
+        (
+            [{"path": "cat/00.png"}, {"path": "./cat/00.png"}],
+            "metadata.jsonl:2: repeats cat/00.png of metadata.jsonl:1",
+        ),
+        ([{"path": "cat/00.png"}, {"path": "cat/99.png"}], "metadata.jsonl:2: cat/99.png: no such file"),
+        ([{"path": "cat/00.png"}, {"path": "../out.png"}], "../out.png: no such file"),
+        ([{"path": "cat/00.png", "label": "a"}, {"path": "dog/00.png"}], "dog/00.png has no label while other rows"),
+    ],
+)
+def test_rows_that_do_not_fit_their_source_are_named(tmp_path, rows, reason):
+    root = write_files(tmp_path / "photos", {**pictures(2), "metadata.jsonl": jsonl(rows)})
+    write_files(tmp_path, {"out.png": b""})
+    source = open_source(str(root), STORAGE)
+    assert [i.origin for i in source.images] == ["cat/00.png"]
+    assert [reason in f"{bad.origin}: {bad.reason}" for bad in source.bad] == [True]
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_bad_entries_of_a_zip_are_named(tmp_path):
+    path = write_zip(tmp_path / "z.zip", {"cat/a.png": b"a" * 100, "dog/b.png": b"b" * 100, "dog/c.png": b"c" * 100})
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_BZIP2) as archive:
+        archive.writestr("cat/a.png", b"again")
+        archive.writestr("cat/bz.png", b"1")
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.filename: entry for entry in archive.infolist()}
+    data[entries["dog/b.png"].header_offset + 30 + len("dog/b.png")] ^= 255
+    data[entries["dog/c.png"].header_offset] ^= 255
+    path.write_bytes(data)
+    source = open_source(str(path), STORAGE)
+    assert [(b.origin, b.reason) for b in source.bad] == [("cat/a.png", "a second entry of this name in the zip")]
+    reasons = {}
+    for image in source.images:
+        try:
+            image.read(STORAGE)
+        except UnreadableError as error:
+            reasons[image.origin] = str(error)
+    assert "the zip is damaged" in reasons.pop("dog/b.png")
+    assert "directory points to no file" in reasons.pop("dog/c.png")
+    assert "compressed by method 12" in reasons.pop("cat/bz.png")
+    assert not reasons
+
+
+def test_a_zip_with_anything_in_front_is_read(tmp_path):
+    path = write_zip(tmp_path / "z.zip", {"cat/a.png": b"abc"})
+    path.write_bytes(b"#!/bin/sh\nexec true\n" + path.read_bytes())
+    assert [i.read(STORAGE) for i in open_source(str(path), STORAGE).images] == [b"abc"]
+
+
+@pytest.mark.parametrize(
+    "files, name, message",
+    [
+        ({}, "nowhere", "nowhere is not a folder; a source is `digits`"),
+        ({}, "nowhere.zip", "nowhere.zip does not exist; a source is"),
+        ({}, "nowhere.csv", "nowhere.csv does not exist; a source is"),
+        ({"photos.tar": b""}, "photos.tar", "photos.tar is not a folder; a source is"),
+        ({"z.zip": b"PK nothing"}, "z.zip", "z.zip is not a readable zip"),
+        ({"p/x.png": b""}, "p", "p has no class folders; it has 1 images without a folder; expected"),
+        ({"l.csv": "file,label\na.png,1\n"}, "l.csv", "l.csv has the columns file, label; it needs `path`"),
+        ({"l.csv": b""}, "l.csv", "l.csv has the columns nothing; it needs `path`"),
+        ({"l.csv": b"path\n\xff\xfe\n"}, "l.csv", "l.csv is not UTF-8 .byte 5.: save it as UTF-8"),
+        ({"l.csv": 'path\n"a"b.png\n'}, "l.csv", "l.csv, after line 1: .* mend the quotes"),
+        (
+            {"l.csv": "path,label\na,0\nb,5000000\n"},
+            "l.csv",
+            "class indices up to 5,000,000, but only 2 of them are used",
+        ),
+    ],
+)
+def test_sources_that_cannot_be_are_refused_with_the_way_out(tmp_path, files, name, message):
+    write_files(tmp_path, files)
+    with pytest.raises(DatasetError, match=message):
+        open_source(str(tmp_path / name), STORAGE)
+
+
+def test_addresses_and_fractions_are_checked(tmp_path):
+    with pytest.raises(StorageError, match="addresses are s3://BUCKET/KEY or file:///PATH"):
+        open_source("https://host/photos.zip", STORAGE)
+    with pytest.raises(DatasetError, match="nothing is stored under s3://bucket/none"):
+        open_source("s3://bucket/none", Bucket(root=str(tmp_path)))
+    with pytest.raises(DatasetError, match="the test fraction must be between 0 and 1, got 1"):
+        open_source(str(tmp_path), STORAGE, 1.0)
+
+
+def test_a_csv_row_with_another_number_of_fields_is_named(tmp_path):
+    table = parse_table("l.csv", b"path,caption\na.png,hello, world\nb.png\nc.png,\n")
+    assert [(row.path, row.caption) for row in table.rows] == [("c.png", None)]
+    assert [(b.origin, b.reason[:19]) for b in table.bad] == [(f"l.csv:{n}", "has not 2 fields as") for n in (2, 3)]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission_is_left_out(tmp_path):
+    root = write_files(tmp_path / "p", {"cat/a.png": b""})
+    (root / "cat" / "a.png").chmod(0)
+    with pytest.raises(UnreadableError, match="Permission denied"):
+        open_source(str(root), STORAGE).images[0].read(STORAGE)
