@@ -291,6 +291,16 @@ def read_quarantine(uri: str, storage: Storage) -> Quarantine | None:
     )
 
 
+def drop_stale_quarantine(dataset: Dataset, storage: Storage) -> None:
+    """Remove the quarantine of another dataset, or a damaged one, from beside a dataset that was written anew."""
+    try:
+        quarantine = read_quarantine(dataset.uri, storage)
+    except DatasetError:
+        quarantine = None
+    if quarantine is None or quarantine.dataset_digest != dataset.digest:
+        storage.delete(join(dataset.uri, "quarantine.json"))
+
+
 def stream_digest(dataset: Dataset, quarantine: Quarantine | None) -> str:
     """What the order of samples depends on: the dataset's digest, with the quarantine's where there is one."""
     if quarantine is None:

@@ -18,7 +18,7 @@ from itertools import islice
 from operator import add
 
 from pipelines.shards.encode import CaptionEncoder, Encoding, Geometry, ImageFormat
-from pipelines.shards.index import Dataset, DatasetError, ShardInfo, make_dataset, sidecar
+from pipelines.shards.index import Dataset, DatasetError, ShardInfo, drop_stale_quarantine, make_dataset, sidecar
 from pipelines.shards.report import BadImage, IngestReport, ShardRecord, compose_report
 from pipelines.shards.sources import Source, open_source, source_digest
 from pipelines.shards.tasks import PROGRESS, Settings, ShardJob, plan_shards, record_name, samples_for, write_shard
@@ -241,6 +241,7 @@ def _publish(
         mean=pixels.mean(),
         std=pixels.std(),
     )
+    drop_stale_quarantine(dataset, storage)
     storage.write(join(uri, "dataset.json"), dataset.to_json().encode())
     _remove_stale(uri, {s.name for shards in splits.values() for s in shards}, {job.name for job in jobs}, storage)
     reused = sum(found for _, found in written)

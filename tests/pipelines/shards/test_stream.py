@@ -6,7 +6,7 @@ import torch
 import webdataset
 from torch.utils.data import DataLoader
 
-from pipelines.shards.index import DatasetError, Problem, Quarantine
+from pipelines.shards.index import DatasetError, Problem, Quarantine, read_quarantine
 from pipelines.shards.stream import ShardDataset, StreamSettings, TrainingStream, open_stream, read_ahead
 from pipelines.shards.write import ingest
 from pipelines.storage import Storage
@@ -86,6 +86,17 @@ def test_a_quarantine_changes_the_stream_and_its_digest(dataset, settings):
     keys = [key for key, _ in reader.members(order.batch(0, order.total))]
     assert "train-00000000" not in keys
     assert len(set(keys)) == order.total
+
+
+def test_data_that_is_written_anew_loses_the_quarantine_of_the_old(tmp_path):
+    uri, storage = f"file://{tmp_path}/digits", Storage()
+    old = ingest("digits", uri, storage, image_size=8, channels=1, shard_samples=900).dataset
+    problem = Problem(old.shards("train")[0].name, 0, "train-00000000", "decode", "damaged")
+    storage.write(f"{uri}/quarantine.json", Quarantine(old.digest, (problem,)).to_json().encode())
+    ingest("digits", uri, storage, image_size=8, channels=1, shard_samples=900)
+    assert read_quarantine(uri, storage) is not None
+    ingest("digits", uri, storage, image_size=8, channels=1, shard_samples=700)
+    assert read_quarantine(uri, storage) is None
 
 
 @pytest.mark.parametrize(
