@@ -474,6 +474,7 @@ def test_an_image_with_a_damaged_exif_is_kept_and_counted():
     assert (encoded.pixels == [255, 0, 0]).all()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @settings(max_examples=100)
 @given(st.sampled_from(["png", "jpeg", "webp", "bmp", "tiff", "gif"]), st.data())
 def test_damaged_images_are_read_or_refused_and_never_stop_an_ingest(kind, data):
