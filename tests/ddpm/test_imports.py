@@ -1,4 +1,5 @@
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -26,3 +27,11 @@ def test_the_core_imports_torch_numpy_and_safetensors_and_one_solver_where_it_is
     assert everywhere == ALWAYS | INSIDE_A_FUNCTION
     assert lazily == INSIDE_A_FUNCTION
     assert "torchdiffeq" not in imported(node for tree in TREES for node in tree.body)
+
+
+def test_the_sampling_benchmark_runs_where_there_is_torch_only():
+    absent = ("ray", "mlflow", "boto3", "webdataset", "hydra", "pydantic", "safetensors", "diffusers", "pipelines")
+    program = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); import benchmarks.sampling"
+    root = Path(ddpm.__path__[0]).parent
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
