@@ -25,7 +25,7 @@ test: $(STAMP) ## Unit and integration tests
 	$(BIN)/pytest -m 'not slow and not gpu' --cov=ddpm --cov-report=term:skip-covered
 
 test-unit: $(STAMP) ## Unit tests only: no Ray, no network
-	$(BIN)/pytest -m 'not slow and not gpu and not integration and not chaos'
+	$(BIN)/pytest -n auto -m 'not slow and not gpu and not integration and not chaos'
 
 check: $(STAMP) ## Lint, format, types, import contracts, spelling
 	$(BIN)/ruff check .

@@ -105,6 +105,7 @@ def test_flatten_joins_paths():
     assert flatten({"a": {"b": 1, "c": {"d": 2}}, "e": [3]}) == {"a.b": 1, "a.c.d": 2, "e": [3]}
 
 
+@pytest.mark.integration
 def test_a_built_wheel_carries_the_configuration(tmp_path):
     root = Path(__file__).parents[2]
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]

@@ -111,6 +111,7 @@ def run(folder: Path, dataset: Dataset, *overrides: str, world: int = 1, stop_af
     return json.loads((folder / "losses.json").read_text())
 
 
+@pytest.mark.integration
 def test_the_loss_trace_does_not_depend_on_the_number_of_workers_or_micro_batches(dataset, tmp_path):
     one = run(tmp_path / "one", dataset)
     accumulated = run(tmp_path / "micro", dataset, "micro_batch_size=7")
