@@ -32,13 +32,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 
+from benchmarks.results import ROOT, commit, publish
 from pipelines import stack
 from pipelines.shards.index import read_dataset
 from pipelines.shards.stream import StreamSettings, TrainingStream, open_stream
 from pipelines.shards.write import ingest
 from pipelines.storage import Storage, join
 
-ROOT = Path(__file__).parents[1]
 BATCH = 256
 SHARD_SAMPLES = 2_000
 SYSTEMS = {"ours": "ddpm-pipelines", "webdataset": "webdataset", "mosaicml": "mosaicml-streaming"}
@@ -47,6 +47,7 @@ Make = Callable[[int], Iterator[Any]]
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Run the benchmark and keep its result."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer images and turns, within 3 minutes on 2 cores")
     parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
@@ -57,11 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
         system, measure, workers, cache = options.child
         print(json.dumps(child(system, measure, int(workers), Path(cache), options.home)))
         return
-    result = run(options.quick)
-    folder = ROOT / "benchmarks" / "results"
-    folder.mkdir(exist_ok=True)
-    (folder / f"data{'-quick' if options.quick else ''}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    publish(run(options.quick), "data", options.quick)
 
 
 # --- the parent ----------------------------------------------------------------------------------------------
@@ -167,11 +164,10 @@ def summary(rows: list[dict[str, Any]], systems: list[str], images: int, quick: 
         for peer in systems[1:]
         for cores in (1, 2)
     }
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     return {
         "benchmark": "data",
         "quick": quick,
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit(),
         "machine": f"{os.cpu_count()} CPU cores ({platform.machine()})",
         "versions": {name: _version(package) for name, package in SYSTEMS.items()},
         "images": images,

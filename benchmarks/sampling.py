@@ -9,14 +9,11 @@ process, medians are reported, and the images of the two are compared: a faster 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 # Before torch is imported: a step on many threads beside other processes is ten times slower.
@@ -26,13 +23,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from torch import Tensor
 
+from benchmarks.results import commit, publish
 from ddpm.models.unet import UNet, UNetConfig
 from ddpm.prediction import NetworkDenoiser
 from ddpm.samplers.common import last
 from ddpm.samplers.ddim import ddim
 from ddpm.schedule import make_schedule
 
-ROOT = Path(__file__).parents[1]
 # 9.0 M parameters for 32x32 images.
 CONFIG = UNetConfig(
     channels=(64, 128, 128, 128), layers_per_block=2, attention=(False, True, False, False), head_dim=64
@@ -40,15 +37,12 @@ CONFIG = UNetConfig(
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Run the benchmark and keep its result."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sampling", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer images, steps and turns")
     parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
     options = parser.parse_args(arguments)
-    result = run(options.quick)
-    folder = ROOT / "benchmarks" / "results"
-    folder.mkdir(exist_ok=True)
-    (folder / f"sampling{'-quick' if options.quick else ''}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    publish(run(options.quick), "sampling", options.quick)
 
 
 def run(quick: bool) -> dict[str, Any]:
@@ -74,11 +68,10 @@ def run(quick: bool) -> dict[str, Any]:
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - began)
     rate = {name: batch / statistics.median(s) for name, s in seconds.items()}
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     result: dict[str, Any] = {
         "benchmark": "sampling",
         "quick": quick,
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit(),
         "machine": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU ({platform.machine()}), 1 thread",
         "torch": torch.__version__,
         "parameters": sum(p.numel() for p in network.parameters()),

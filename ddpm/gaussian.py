@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ddpm.prediction import Prediction, coefficients
+from ddpm.prediction import Prediction, coefficients, per_sample
 from ddpm.schedule import NoiseSchedule
 
 ReverseVariance = Literal["small", "large"]
@@ -65,7 +65,7 @@ def q_sample(x_0: Tensor, t: Tensor | float, eps: Tensor, schedule: NoiseSchedul
 def q_transition(x_s: Tensor, s: Tensor | float, t: Tensor | float, schedule: NoiseSchedule) -> DiagonalGaussian:
     """q(x_t | x_s) for s < t: one step of the forward chain for s = t - 1 (DDPM, eq. 2), a jump for any other."""
     step = schedule.alpha_bar(t) / schedule.alpha_bar(s)
-    return DiagonalGaussian(_cast(step.sqrt(), x_s) * x_s, _cast(1 - step, x_s))
+    return DiagonalGaussian(per_sample(step.sqrt(), x_s) * x_s, per_sample(1 - step, x_s))
 
 
 def q_posterior(
@@ -77,9 +77,9 @@ def q_posterior(
     """
     bar_t, bar_s = schedule.alpha_bar(t), schedule.alpha_bar(s)
     step = bar_t / bar_s  # alpha_{t|s}^2
-    from_x_0 = _cast(bar_s.sqrt() * (1 - step) / (1 - bar_t), x_t)
-    from_x_t = _cast(step.sqrt() * (1 - bar_s) / (1 - bar_t), x_t)
-    return DiagonalGaussian(from_x_0 * x_0 + from_x_t * x_t, _cast(posterior_variance(t, s, schedule), x_t))
+    from_x_0 = per_sample(bar_s.sqrt() * (1 - step) / (1 - bar_t), x_t)
+    from_x_t = per_sample(step.sqrt() * (1 - bar_s) / (1 - bar_t), x_t)
+    return DiagonalGaussian(from_x_0 * x_0 + from_x_t * x_t, per_sample(posterior_variance(t, s, schedule), x_t))
 
 
 def posterior_variance(t: Tensor | float, s: Tensor | float, schedule: NoiseSchedule) -> Tensor:
@@ -123,12 +123,7 @@ def p_reverse(
     """
     mean = q_posterior(x_t, pred.x0, t, s, schedule).mean
     if pred.variance_fraction is None:
-        return DiagonalGaussian(mean, _cast(reverse_variance(t, s, schedule, variance), x_t))
-    low = _cast(reverse_variance(t, s, schedule, "small").log(), x_t)
-    high = _cast((1 - schedule.alpha_bar(t) / schedule.alpha_bar(s)).log(), x_t)
+        return DiagonalGaussian(mean, per_sample(reverse_variance(t, s, schedule, variance), x_t))
+    low = per_sample(reverse_variance(t, s, schedule, "small").log(), x_t)
+    high = per_sample((1 - schedule.alpha_bar(t) / schedule.alpha_bar(s)).log(), x_t)
     return DiagonalGaussian(mean, torch.lerp(low, high, pred.variance_fraction).exp())
-
-
-def _cast(value: Tensor, like: Tensor) -> Tensor:
-    """A float64 scalar or [B], in `like`'s dtype and device, to broadcast over [B, C, H, W]."""
-    return value.to(device=like.device, dtype=like.dtype).reshape(-1, *(1,) * (like.dim() - 1))

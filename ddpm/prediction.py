@@ -102,10 +102,12 @@ class Denoiser(Protocol):
 def coefficients(schedule: NoiseSchedule, t: Tensor | float, like: Tensor) -> tuple[Tensor, Tensor]:
     """(alpha_t, sigma_t) in `like`'s dtype and device, shaped to broadcast over [B, C, H, W]."""
     alpha_bar = schedule.alpha_bar(t)
-    shape = (-1,) + (1,) * (like.dim() - 1)
-    alpha = alpha_bar.sqrt().to(device=like.device, dtype=like.dtype).reshape(shape)
-    sigma = (1 - alpha_bar).sqrt().to(device=like.device, dtype=like.dtype).reshape(shape)
-    return alpha, sigma
+    return per_sample(alpha_bar.sqrt(), like), per_sample((1 - alpha_bar).sqrt(), like)
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """A scalar or [B] in `like`'s dtype and device, shaped to broadcast over [B, C, H, W]."""
+    return values.to(device=like.device, dtype=like.dtype).reshape(-1, *(1,) * (like.dim() - 1))
 
 
 def from_output(
@@ -205,7 +207,7 @@ class DynamicThreshold:
         """See `Denoiser`."""
         pred = self.denoiser(x_t, t, cond)
         size = torch.quantile(pred.x0.abs().flatten(1).float(), self.quantile, dim=1).clamp(min=1)
-        s = size.to(x_t.dtype).reshape(-1, *(1,) * (x_t.dim() - 1))
+        s = per_sample(size, x_t)
         x_0 = pred.x0.clamp(-s, s) / s
         return replace(pred, x0=x_0, eps=eps_from_x0(x_0, x_t, t, self.schedule))
 

@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -23,12 +22,13 @@ from benchmarks.digits import figures, page, tables
 from benchmarks.digits.data import load_captions, load_digits
 from benchmarks.digits.tables import Row
 from benchmarks.digits.training import Zoo
+from benchmarks.results import ROOT, commit
 
-ROOT = Path(__file__).parents[2]
 COMMAND = "python -m benchmarks.digits"
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Measure everything and write the page."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=ROOT / ".ddpm" / "digits", help="keeps trained models")
     parser.add_argument("--quick", action="store_true", help="a hundredth of the training, nothing written to docs/")
@@ -100,9 +100,8 @@ def about(work: Path, quick: bool) -> dict[str, Any]:
     """The conditions of the run."""
     models = zoo(work, quick)
     digits = models.digits
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     return {
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit(),
         "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__.split('+')[0]}",
         "train": len(digits.train),
         "test": len(digits.test),

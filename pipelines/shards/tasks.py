@@ -169,6 +169,7 @@ def samples_for(shard_bytes: int, images: Sequence[SourceImage], settings: Setti
 
 
 def record_name(shard: str) -> str:
+    """Where the record of a finished shard lies, below the dataset."""
     return f"{PROGRESS}/{shard.removesuffix('.tar')}.json"
 
 

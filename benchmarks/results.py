@@ -1,0 +1,24 @@
+"""Where a benchmark's figures go, and of which commit they are."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+
+def commit() -> str:
+    """The checkout's commit, short."""
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return git.stdout.strip() or "unknown"
+
+
+def publish(result: dict[str, Any], name: str, quick: bool) -> None:
+    """Keep a result under `benchmarks/results/` (a quick one under a name that git ignores), and print it as a line."""
+    folder = ROOT / "benchmarks" / "results"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}{'-quick' if quick else ''}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
