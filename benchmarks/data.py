@@ -35,8 +35,8 @@ import torch
 from benchmarks.results import ROOT, commit, publish
 from pipelines import stack
 from pipelines.shards.index import read_dataset
+from pipelines.shards.ingest.write import ingest
 from pipelines.shards.stream import StreamSettings, TrainingStream, open_stream
-from pipelines.shards.write import ingest
 from pipelines.storage import Storage, join
 
 BATCH = 256

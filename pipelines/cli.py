@@ -93,7 +93,7 @@ def ingest(
     config = _connect(config, ["s3"] if to.startswith("s3://") else [])
 
     from pipelines.flow import show_ingested
-    from pipelines.shards.write import ingest as write
+    from pipelines.shards.ingest.write import ingest as write
     from pipelines.storage import Storage
 
     data = config.data
@@ -127,7 +127,7 @@ def index(
     as_json: Json = False,
 ) -> None:
     """Describe WebDataset tars that others wrote. Example: ddpm index s3://ddpm/datasets/birds --split train"""
-    from pipelines.shards.foreign import SplitRule, index_tars
+    from pipelines.shards.audit.foreign import SplitRule, index_tars
     from pipelines.storage import Storage
 
     try:
@@ -163,7 +163,7 @@ def check(
     """Verify every byte and sample of a dataset. Example: ddpm check s3://ddpm/datasets/birds --quarantine"""
     config = _connect(compose(overrides or []), ["s3"] if uri.startswith("s3://") else [])
 
-    from pipelines.shards import check as checking
+    from pipelines.shards.audit import check as checking
     from pipelines.storage import Storage
 
     storage = Storage.of(config)

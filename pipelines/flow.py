@@ -21,7 +21,7 @@ from pipelines.evaluation.plots import label_grid
 from pipelines.models import Published, Resolved
 from pipelines.registry import Verdict
 from pipelines.shards.index import DatasetError, read_dataset
-from pipelines.shards.write import Ingested, ingest, source_digest
+from pipelines.shards.ingest.write import Ingested, ingest, source_digest
 from pipelines.storage import NotFoundError, Storage, join
 from pipelines.tracking import ModelVersion, Tracker
 from pipelines.training import driver

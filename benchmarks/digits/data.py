@@ -13,7 +13,7 @@ from ddpm.prediction import Conditioning
 from ddpm.quality import FeatureMoments
 from pipelines.evaluation.evaluate import get_evaluator, open_splits
 from pipelines.evaluation.features import EvaluatorNetwork, extract
-from pipelines.shards.write import ingest
+from pipelines.shards.ingest.write import ingest
 from pipelines.storage import Storage
 from pipelines.text import DEFAULT_ENCODER, TextEncoder
 

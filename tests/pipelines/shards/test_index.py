@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipelines.shards import scan
+from pipelines.shards.audit import scan
+from pipelines.shards.audit.foreign import IndexRefusedError, SplitRule, assign_splits, index_tars, tars
+from pipelines.shards.audit.scan import ObjectStream, TarFaultError, read_samples
 from pipelines.shards.fetch import ShardCache, ShardFetcher
-from pipelines.shards.foreign import IndexRefusedError, SplitRule, assign_splits, index_tars, tars
 from pipelines.shards.index import (
     DatasetError,
     ShardIndex,
@@ -28,10 +29,9 @@ from pipelines.shards.index import (
     sidecar,
     split_name,
 )
+from pipelines.shards.ingest.write import ingest
 from pipelines.shards.order import Located, SampleOrder
 from pipelines.shards.read import ShardReader, read_split
-from pipelines.shards.scan import ObjectStream, TarFaultError, read_samples
-from pipelines.shards.write import ingest
 from pipelines.storage import Storage
 
 STORAGE = Storage()

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipelines.shards.audit.foreign import index_tars
 from pipelines.shards.fetch import ShardCache, ShardCorruptError, ShardFetcher
-from pipelines.shards.foreign import index_tars
 from pipelines.shards.index import (
     DatasetError,
     Problem,

@@ -7,8 +7,8 @@ import webdataset
 from torch.utils.data import DataLoader
 
 from pipelines.shards.index import DatasetError, Problem, Quarantine, read_quarantine
+from pipelines.shards.ingest.write import ingest
 from pipelines.shards.stream import ShardDataset, StreamSettings, TrainingStream, open_stream, read_ahead
-from pipelines.shards.write import ingest
 from pipelines.storage import Storage
 
 

@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from ddpm.interop import load_model
 from pipelines.config import Config, compose
 from pipelines.shards.index import Dataset
-from pipelines.shards.write import ingest
+from pipelines.shards.ingest.write import ingest
 from pipelines.storage import Storage
 from pipelines.training import worker
 from pipelines.training.worker import Job, learning_rate

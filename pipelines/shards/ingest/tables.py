@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.shards.index import DatasetError
-from pipelines.shards.report import BadImage
+from pipelines.shards.ingest.report import BadImage
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 PATH = ("file_name", "path")

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.shards.foreign import default_threads, tars
+from pipelines.shards.audit.foreign import default_threads, tars
+from pipelines.shards.audit.scan import ByteCounter, ObjectStream, ShardScan, in_threads, scan_shard
 from pipelines.shards.index import (
     Dataset,
     DatasetError,
@@ -27,7 +28,6 @@ from pipelines.shards.index import (
     sidecar,
 )
 from pipelines.shards.members import Form
-from pipelines.shards.scan import ByteCounter, ObjectStream, ShardScan, in_threads, scan_shard
 from pipelines.storage import Entry, NotFoundError, Storage, join
 
 Progress = Callable[[int, int], None]

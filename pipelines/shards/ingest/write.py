@@ -17,13 +17,21 @@ from functools import reduce
 from itertools import islice
 from operator import add
 
-from pipelines.shards.encode import CaptionEncoder, Encoding, Geometry, ImageFormat
 from pipelines.shards.index import Dataset, DatasetError, ShardInfo, drop_stale_quarantine, make_dataset, sidecar
-from pipelines.shards.report import BadImage, IngestReport, ShardRecord, compose_report
-from pipelines.shards.sources import Source, open_source, source_digest
-from pipelines.shards.tasks import PROGRESS, Settings, ShardJob, plan_shards, record_name, samples_for, write_shard
-from pipelines.shards.tasks import identify as identify_encoder
-from pipelines.shards.trees import address
+from pipelines.shards.ingest.encode import CaptionEncoder, Encoding, Geometry, ImageFormat
+from pipelines.shards.ingest.report import BadImage, IngestReport, ShardRecord, compose_report
+from pipelines.shards.ingest.sources import Source, open_source, source_digest
+from pipelines.shards.ingest.tasks import (
+    PROGRESS,
+    Settings,
+    ShardJob,
+    plan_shards,
+    record_name,
+    samples_for,
+    write_shard,
+)
+from pipelines.shards.ingest.tasks import identify as identify_encoder
+from pipelines.shards.ingest.trees import address
 from pipelines.storage import Storage, is_local, join
 
 __all__ = ["Ingested", "ingest", "source_digest"]

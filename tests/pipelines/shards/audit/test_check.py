@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from pipelines.shards import check as checking
-from pipelines.shards.check import check, write_quarantine
-from pipelines.shards.foreign import index_tars
+from pipelines.shards.audit import check as checking
+from pipelines.shards.audit.check import check, write_quarantine
+from pipelines.shards.audit.foreign import index_tars
 from pipelines.shards.index import DatasetError, Quarantine, ShardIndex, make_dataset, read_dataset, read_quarantine
 from pipelines.storage import Storage
 

@@ -24,7 +24,7 @@ from PIL import (
 
 from ddpm.prediction import Conditioning
 from pipelines.shards.index import DatasetError
-from pipelines.shards.trees import UnreadableError
+from pipelines.shards.ingest.trees import UnreadableError
 
 Geometry = Literal["crop", "resize", "keep"]
 Encoding = Literal["png", "jpg", "webp", "npy"]

@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from ddpm.prediction import Conditioning
-from pipelines.shards.encode import ImageFormat, encode_image, pack_embeddings, unpack_embedding
 from pipelines.shards.index import DatasetError, ShardIndex, index_tar, read_dataset, sidecar
-from pipelines.shards.report import PixelSums, ShardRecord
-from pipelines.shards.trees import UnreadableError
-from pipelines.shards.write import ingest
+from pipelines.shards.ingest.encode import ImageFormat, encode_image, pack_embeddings, unpack_embedding
+from pipelines.shards.ingest.report import PixelSums, ShardRecord
+from pipelines.shards.ingest.trees import UnreadableError
+from pipelines.shards.ingest.write import ingest
 from pipelines.storage import Storage, StorageError
 from pipelines.text import TextEncoder
-from tests.pipelines.shards.sources import Bucket, every_kind, jsonl, picture, pictures, write_files
+from tests.pipelines.shards.ingest.sources import Bucket, every_kind, jsonl, picture, pictures, write_files
 
 STORAGE = Storage()
 
@@ -151,7 +151,7 @@ def test_lossless_encodings_hold_the_same_pixels_and_their_statistics(photos, tm
 
 KILLED = """
 import os, signal, sys
-from pipelines.shards.write import ingest
+from pipelines.shards.ingest.write import ingest
 from pipelines.storage import Storage
 def progress(done, total):
     if done == 24:
@@ -164,7 +164,7 @@ def test_after_a_kill_finished_shards_are_kept_and_the_dataset_is_the_same(photo
     whole = write(photos, tmp_path / "whole").dataset
     command = [sys.executable, "-c", KILLED, str(photos), f"file://{tmp_path}/ds"]
     environment = os.environ | {"TMPDIR": str(tmp_path)}  # what is killed cannot tidy up
-    killed = subprocess.run(command, cwd=Path(__file__).parents[3], env=environment, check=False)
+    killed = subprocess.run(command, cwd=Path(__file__).parents[4], env=environment, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "ds" / "dataset.json").exists()
     finished = {p.name: p.stat().st_ino for p in (tmp_path / "ds").glob("*.tar")}

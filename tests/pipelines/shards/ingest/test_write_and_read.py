@@ -9,10 +9,10 @@ from PIL import Image
 
 from pipelines.shards.fetch import FetchStats, ShardCache, ShardCorruptError, ShardFetcher
 from pipelines.shards.index import DatasetError, ShardIndex, index_tar, read_dataset, sidecar
+from pipelines.shards.ingest.write import ingest, source_digest
 from pipelines.shards.order import SampleOrder
 from pipelines.shards.read import ShardReader, read_split
 from pipelines.shards.stream import TrainingStream
-from pipelines.shards.write import ingest, source_digest
 from pipelines.storage import Storage
 
 STORAGE = Storage()
@@ -66,7 +66,7 @@ def test_dataset_json_follows_the_documented_schema(folder, tmp_path):
     import jsonschema
 
     write(folder, f"file://{tmp_path}/ds")
-    schema = json.loads((Path(__file__).parents[3] / "docs" / "dataset.schema.json").read_text())
+    schema = json.loads((Path(__file__).parents[4] / "docs" / "dataset.schema.json").read_text())
     described = json.loads((tmp_path / "ds" / "dataset.json").read_text())
     jsonschema.validate(described, schema)
     with pytest.raises(jsonschema.ValidationError):

@@ -24,11 +24,11 @@ import PIL
 import webdataset
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
 
-from pipelines.shards.encode import CaptionEncoder, ImageFormat, encode_image, pack_embeddings
 from pipelines.shards.index import index_tar, sidecar
-from pipelines.shards.report import BadImage, PixelSums, ShardRecord
-from pipelines.shards.sources import SourceImage
-from pipelines.shards.trees import UnreadableError, is_remote
+from pipelines.shards.ingest.encode import CaptionEncoder, ImageFormat, encode_image, pack_embeddings
+from pipelines.shards.ingest.report import BadImage, PixelSums, ShardRecord
+from pipelines.shards.ingest.sources import SourceImage
+from pipelines.shards.ingest.trees import UnreadableError, is_remote
 from pipelines.storage import NotFoundError, Storage, TransientStorageError, join
 
 LAYOUT_VERSION = 1  # of the members that a shard is made of; another one makes every shard again

@@ -17,9 +17,9 @@ import numpy as np
 from PIL import Image
 
 from pipelines.shards.index import DatasetError
-from pipelines.shards.report import BadImage
-from pipelines.shards.tables import METADATA, Row, Table, parse_table
-from pipelines.shards.trees import (
+from pipelines.shards.ingest.report import BadImage
+from pipelines.shards.ingest.tables import METADATA, Row, Table, parse_table
+from pipelines.shards.ingest.trees import (
     File,
     InMemory,
     Read,

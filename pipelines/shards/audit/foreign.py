@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.shards.audit.scan import ByteCounter, ObjectStream, TarFaultError, in_threads, read_samples, scan_shard
 from pipelines.shards.index import (
     Dataset,
     DatasetError,
@@ -24,7 +25,6 @@ from pipelines.shards.index import (
     sidecar,
 )
 from pipelines.shards.members import MAX_CLASSES, Examined, FlawError, Form, decode_image
-from pipelines.shards.scan import ByteCounter, ObjectStream, TarFaultError, in_threads, read_samples, scan_shard
 from pipelines.storage import Entry, Storage, join
 
 Progress = Callable[[int, int], None]

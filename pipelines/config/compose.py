@@ -1,0 +1,146 @@
+"""From `conf/` and Hydra overrides to a checked `Config`; errors say where, what is allowed and how to fix it."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+
+from pipelines.config.build import noise_schedule, unet_config
+from pipelines.config.schema import Config, ConfigError, flatten
+
+
+def conf_dir() -> Path:
+    """The folder of the shipped configuration, in a checkout as in an installed wheel."""
+    for candidate in (Path(__file__).parents[2] / "conf", Path(__file__).parents[1] / "conf"):
+        if (candidate / "config.yaml").is_file():
+            return candidate
+    raise ConfigError("the shipped conf/ folder is missing: reinstall ddpm-pipelines")
+
+
+def groups() -> dict[str, list[str]]:
+    """Config groups and their choices."""
+    folders = sorted(p for p in conf_dir().iterdir() if p.is_dir())
+    return {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in folders if any(p.glob("*.yaml"))}
+
+
+def compose(overrides: Sequence[str] = ()) -> Config:
+    """The `Config` of `conf/` with Hydra overrides such as `+experiment=digits` or `optim.lr=1e-3`.
+
+    Raises:
+        ConfigError: anything that is wrong with it, before anything starts.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import OverrideType
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError(f"cannot read the overrides {' '.join(overrides)!r}: {str(error).splitlines()[0]}") from error
+    lines = []
+    for override in parsed:
+        line = override.input_line or ""
+        _check_override(override.key_or_group, override.value(), line)
+        # A field that the shipped YAML leaves at its default is not in Hydra's struct: "++" sets it all the same.
+        plain_key = override.type is OverrideType.CHANGE and override.key_or_group not in groups()
+        lines.append(f"++{line}" if plain_key else line)
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+            composed = hydra_compose("config", lines)
+        unresolved = typing.cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=False))
+        missing = sorted(key for key, value in flatten(unresolved).items() if value == "???")
+        if missing:
+            raise ConfigError("\n".join(f"{key} has no value: set it with {key}=VALUE" for key in missing))
+        plain = OmegaConf.to_container(composed, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+    assert isinstance(plain, dict)
+    return from_dict(typing.cast("dict[str, Any]", plain))
+
+
+def from_dict(plain: Mapping[str, Any]) -> Config:
+    """A checked `Config` from nested plain values.
+
+    Raises:
+        ConfigError: names every field that is wrong.
+    """
+    try:
+        config = Config.model_validate(plain)
+    except pydantic.ValidationError as error:
+        raise ConfigError("\n".join(_explain(e) for e in error.errors())) from error
+    noise_schedule(config)
+    unet_config(config)
+    return config
+
+
+def suggest(word: str, allowed: Iterable[str]) -> str:
+    """ " Did you mean 'x'?" or nothing."""
+    close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def _check_override(key: str, value: Any, line: str) -> None:
+    choices = groups()
+    if key in choices:
+        if isinstance(value, str) and value not in choices[key]:
+            raise ConfigError(
+                f"{line}: no '{value}' in {key}. Allowed: {', '.join(choices[key])}.{suggest(value, choices[key])}"
+            )
+        return
+    allowed: set[str] = set(Config.model_fields) | set(choices)
+    types_here: list[type[pydantic.BaseModel]] = [Config]
+    path = ""
+    for part in key.split("."):
+        fields = {name: f.annotation for model in types_here for name, f in model.model_fields.items()}
+        if part not in fields:
+            where = f"in {path.rstrip('.')}" if path else "at the top"
+            allowed = set(fields) | (set() if path else set(choices))
+            raise ConfigError(
+                f"{line}: there is no '{part}' {where}. Allowed: {', '.join(sorted(allowed))}.{suggest(part, allowed)}"
+            )
+        types_here = _models_in(fields[part])
+        path += f"{part}."
+
+
+def _models_in(annotation: Any) -> list[type[pydantic.BaseModel]]:
+    """The pydantic models that a field's annotation can hold."""
+    if typing.get_origin(annotation) is Annotated:
+        return _models_in(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [model for arg in typing.get_args(annotation) for model in _models_in(arg)]
+    return [annotation] if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel) else []
+
+
+def _explain(error: Any) -> str:
+    # pydantic puts the discriminator's value ("cosine") into the location: it selects the model, not a field.
+    models: list[type[pydantic.BaseModel]] = [Config]
+    parts, allowed = [], list(Config.model_fields)
+    for part in map(str, error["loc"]):
+        variants = [
+            m for m in models if "kind" in m.model_fields and part in typing.get_args(m.model_fields["kind"].annotation)
+        ]
+        if variants:
+            models = variants
+        else:
+            parts.append(part)
+            allowed = sorted({field for model in models for field in model.model_fields})
+            fields = [model.model_fields[part] for model in models if part in model.model_fields]
+            models = [m for f in fields for m in _models_in(f.annotation)]
+    path = ".".join(parts)
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        return f"{path}: no such field here. Allowed: {', '.join(allowed)}.{suggest(parts[-1], allowed)}"
+    if error["type"] == "missing":
+        return f"{path} has no value: set it with {path}=VALUE"
+    got = "" if isinstance(error["input"], dict) else f", got {error['input']!r}"
+    return f"{path}: {message}{got}" if path else message

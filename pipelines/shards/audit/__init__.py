@@ -1,0 +1,1 @@
+"""What tars hold: scan them, describe those that others wrote, check all bytes against the index."""

@@ -1,0 +1,1 @@
+"""Ingest: images from any source to shards with their indexes."""
