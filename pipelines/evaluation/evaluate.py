@@ -22,7 +22,8 @@ from ddpm.interop import Model, ModelSpec
 from ddpm.models.unet import UNet
 from ddpm.quality import FeatureMoments, frechet_distance
 from pipelines.evaluation.features import EvaluatorNetwork, extract, train_evaluator
-from pipelines.shards.fetch import ShardCache, ShardFetcher
+from pipelines.shards.cache import ShardCache
+from pipelines.shards.fetch import ShardFetcher
 from pipelines.shards.index import Dataset, DatasetError, read_quarantine
 from pipelines.shards.read import Batch, ShardReader, default_cache_dir, read_split
 from pipelines.storage import Storage, join

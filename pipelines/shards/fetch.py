@@ -1,149 +1,48 @@
-"""The bytes of shards on a node: ranged blocks until a shard is in the node's cache, a memory map from then on."""
+"""The bytes of members: from a node's cache where the shard is in it, by ranged blocks until then."""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
+import logging
 import mmap
-import os
 import threading
+import zlib
+from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
-from pipelines.shards.index import Dataset, DatasetError, ShardIndex, ShardInfo, sidecar
-from pipelines.storage import Storage, join
+from pipelines.shards.cache import FetchStats, PartialShard, ShardCache, ShardCorruptError
+from pipelines.shards.index import Dataset, DatasetError, Member, ShardIndex, ShardInfo, sidecar
+from pipelines.storage import Storage, StorageError, join
 
+logger = logging.getLogger(__name__)
+
+Wanted = Sequence[tuple[ShardInfo, Sequence[Member]]]
 Span = tuple[int, int]
 """Bytes [start, stop) of a shard."""
-
-
-class ShardCorruptError(RuntimeError):
-    """A shard whose bytes are not those that dataset.json records, twice in a row."""
-
-
-@dataclass
-class FetchStats:
-    """What a process asked of the object store and of its node's cache.
-
-    Attributes:
-        requests: GETs, those that went on after a broken connection included.
-        bytes: fetched.
-        whole_shards: shards brought into the cache by this process.
-        cached_reads: samples read from a memory map.
-        block_reads: samples read from ranged blocks.
-    """
-
-    requests: int = 0
-    bytes: int = 0
-    whole_shards: int = 0
-    cached_reads: int = 0
-    block_reads: int = 0
-
-
-class ShardCache:
-    """Whole shards on local disk, by their SHA-256, shared by the processes of a node.
-
-    A shard appears under its name only when it is complete and verified. Beyond `limit_bytes` the least recently
-    opened are removed; whoever has one mapped keeps it. What a killed process leaves behind is taken up or overwritten
-    by the next.
-    """
-
-    def __init__(self, folder: Path, limit_bytes: int) -> None:
-        self.folder = folder
-        self.limit_bytes = limit_bytes
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def find(self, shard: ShardInfo) -> Path | None:
-        """The path of a verified copy where there is one, which then counts as used."""
-        path = self.folder / f"{shard.sha256}.tar"
-        try:
-            os.utime(path)
-        except FileNotFoundError:
-            return None
-        return path
-
-    def fetch(self, uri: str, shard: ShardInfo, storage: Storage, stats: FetchStats) -> Path:
-        """The path of a verified copy, brought in where it is missing; one process of the node at a time does so.
-
-        Raises:
-            ShardCorruptError: two downloads in a row had the wrong checksum.
-            StorageError: the store cannot be reached, or has no such shard.
-        """
-        found = self.find(shard)
-        if found is not None:
-            return found
-        with self._locked(shard.sha256):
-            path = self.find(shard)
-            if path is None:
-                path = self._download(join(uri, shard.name), shard, storage, stats)
-                self._evict(keep=path)
-        return path
-
-    def _download(self, uri: str, shard: ShardInfo, storage: Storage, stats: FetchStats) -> Path:
-        path = self.folder / f"{shard.sha256}.tar"
-        temporary = path.with_suffix(".part")  # under the shard's lock: no other process writes it
-        for _ in range(2):
-            digest = hashlib.sha256()
-            with temporary.open("wb") as file:
-
-                def sink(part: bytes, file=file, digest=digest) -> None:  # type: ignore[no-untyped-def]
-                    file.write(part)
-                    digest.update(part)
-
-                stats.requests += storage.fetch(uri, 0, shard.bytes, sink)
-            stats.bytes += shard.bytes
-            if digest.hexdigest() == shard.sha256:
-                temporary.replace(path)
-                stats.whole_shards += 1
-                return path
-        temporary.unlink(missing_ok=True)
-        raise ShardCorruptError(
-            f"{uri} has SHA-256 {digest.hexdigest()[:12]}, dataset.json says {shard.sha256[:12]}, on two downloads: "
-            "the shard is damaged: write it again, or leave it out with `ddpm check URI --quarantine`"
-        )
-
-    def _evict(self, keep: Path) -> None:
-        shards = []
-        for path in self.folder.glob("*.tar"):
-            try:
-                stat = path.stat()
-            except FileNotFoundError:  # another process was faster
-                continue
-            shards.append((stat.st_mtime, stat.st_size, path))
-        excess = sum(size for _, size, _ in shards) - self.limit_bytes
-        for _, size, path in sorted(shards):
-            if excess <= 0:
-                break
-            if path != keep:
-                excess -= size
-                path.unlink(missing_ok=True)
-
-    @contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
-        with (self.folder / f"{name}.lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+FILL_BYTES = 8 << 20
+"""Of one request that brings a shard into the cache in the background."""
+GAP_BYTES = 64 << 10
+"""Bytes that cost less to fetch than another request."""
 
 
 class ShardFetcher:
-    """Reads spans of shards, from any thread.
+    """Reads members of shards, from any thread.
 
-    A shard that is in the node's cache is read through a memory map. Of any other the blocks that hold the wanted spans
-    are fetched by ranged GETs, neighbours in one request, so that a stream starts and resumes at any place without
-    waiting for whole shards; meanwhile the shard follows into the cache in the background.
+    A shard that is in the node's cache is read through a memory map. Of any other the wanted bytes are fetched by
+    ranged GETs, neighbours in one request: a stream starts and resumes at any place without waiting for whole shards.
+    Where the shard is put together they are kept, block by block; the rest of it follows in the background and no byte
+    is fetched twice. Bytes that are not yet verified as part of a whole shard are held to the CRC of their member.
 
     Args:
         uri: of the dataset.
-        cache: the node's; None keeps to ranged blocks, which is right where the shards in use do not fit.
-        block_bytes: size of a block.
-        memory_bytes: of blocks kept, least recently used first out.
+        cache: the node's; None keeps to ranged reads, which is right where the shards in use do not fit.
+        block_bytes: what is fetched at least of a shard that is on its way into the cache.
         requests: ranged GETs at a time.
-        downloads: whole shards at a time.
+        downloads: shards that are brought into the cache at a time.
     """
 
     def __init__(
@@ -152,22 +51,21 @@ class ShardFetcher:
         storage: Storage,
         cache: ShardCache | None,
         *,
-        block_bytes: int = 1 << 20,
-        memory_bytes: int = 256 << 20,
+        block_bytes: int = 256 << 10,
         requests: int = 16,
         downloads: int = 2,
     ) -> None:
         self.uri, self.storage, self.cache = uri, storage, cache
         self.block_bytes = block_bytes
-        self.max_blocks = max(memory_bytes // block_bytes, 1)
         self.stats = FetchStats()
         self._ranged = ThreadPoolExecutor(requests, thread_name_prefix="ranged")
         self._whole = ThreadPoolExecutor(downloads, thread_name_prefix="whole")
+        self._closed = threading.Event()
+        self._warned = False
         self._lock = threading.Lock()
-        self._blocks: OrderedDict[tuple[str, int], Future[bytes]] = OrderedDict()
-        self._downloads: dict[str, Future[Path]] = {}
-        self._map = lru_cache(maxsize=256)(self._open)
-        self.index = lru_cache(maxsize=1024)(self._read_index)
+        self._partial: dict[str, PartialShard] = {}
+        self._indexes: OrderedDict[str, Future[ShardIndex]] = OrderedDict()
+        self._map = lru_cache(maxsize=4096)(_open)
 
     @classmethod
     def opened(
@@ -177,27 +75,40 @@ class ShardFetcher:
         whole = fits(dataset.shards(split), lanes, window, cache_bytes)
         return cls(dataset.uri, storage, ShardCache(cache_dir, cache_bytes) if whole else None)
 
-    def read(self, shard: ShardInfo, spans: Sequence[Span]) -> list[bytes]:
-        """The bytes of each span.
+    def read(self, wanted: Wanted) -> list[list[memoryview]]:
+        """The bytes of members, shard by shard; all that is missing is asked for before anything is waited for.
 
         Raises:
-            ShardCorruptError: the shard failed its checksum twice.
+            ShardCorruptError: a member or its shard was wrong twice.
             StorageError: the store cannot be reached, has no such shard, or a shorter one.
         """
-        mapped = self._mapped(shard)
-        if mapped is not None:
-            self.stats.cached_reads += len(spans)
-            return [mapped[start:stop] for start, stop in spans]
-        self.stats.block_reads += len(spans)
-        size = self.block_bytes
-        numbers = sorted({n for start, stop in spans for n in range(start // size, -(-stop // size))})
-        blocks = dict(zip(numbers, self._request(shard, numbers), strict=True))
-        out = []
-        for start, stop in spans:
-            parts = [blocks[n].result() for n in range(start // size, -(-stop // size))]
-            offset = start // size * size
-            out.append(b"".join(parts)[start - offset : stop - offset])
-        return out
+        return [finish() for finish in [self._begin(shard, members) for shard, members in wanted]]
+
+    def indexes(self, shards: Sequence[ShardInfo]) -> list[ShardIndex]:
+        """The sidecars of shards, fetched side by side.
+
+        Raises:
+            ShardCorruptError: one is damaged, or does not list as many samples as dataset.json says.
+            StorageError: the store cannot be reached, or has no such sidecar.
+        """
+        with self._lock:
+            futures = []
+            for shard in shards:
+                if shard.sha256 not in self._indexes:
+                    self._indexes[shard.sha256] = self._ranged.submit(self._read_index, shard)
+                self._indexes.move_to_end(shard.sha256)
+                futures.append(self._indexes[shard.sha256])
+            while len(self._indexes) > max(256, len(shards)):
+                self._indexes.popitem(last=False)
+        found = []
+        for shard, future in zip(shards, futures, strict=True):
+            try:
+                found.append(future.result())
+            except Exception:
+                with self._lock:  # not to be remembered: the next reader asks again
+                    self._indexes.pop(shard.sha256, None)
+                raise
+        return found
 
     def require(self, shards: Sequence[ShardInfo]) -> None:
         """Have whole shards in the cache, verified, before anything is read of them; nothing happens without a cache.
@@ -206,76 +117,175 @@ class ShardFetcher:
             ShardCorruptError: one failed its checksum twice.
             StorageError: the store cannot be reached, or has no such shard.
         """
-        if self.cache is not None:
-            fetch = self.cache.fetch
-            for outcome in [self._whole.submit(fetch, self.uri, s, self.storage, self.stats) for s in shards]:
-                outcome.result()
+        if self.cache is None:
+            return
+        ways: list[Future[Path]] = []
+        for shard in shards:
+            if self._mapped(shard) is not None:
+                continue
+            partial = self._put_together(shard)
+            if partial is not None:
+                ways.append(partial.done)
+            else:  # another process has begun
+                ways.append(self._whole.submit(self.cache.fetch, self.uri, shard, self.storage, self.stats))
+        for way in ways:
+            way.result()
 
     def close(self) -> None:
         """Stop what is under way in the background."""
-        self._ranged.shutdown(wait=False, cancel_futures=True)
-        self._whole.shutdown(wait=False, cancel_futures=True)
+        self._closed.set()
+        for pool in (self._ranged, self._whole):
+            pool.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            for partial in self._partial.values():
+                partial.give_up(StorageError(f"{self.uri} was closed while {partial.shard.name} was being read"))
+            self._partial.clear()
 
-    def _mapped(self, shard: ShardInfo) -> mmap.mmap | None:
+    # --- whole shards ----------------------------------------------------------------------------------------
+
+    def _mapped(self, shard: ShardInfo) -> memoryview | None:
         if self.cache is None:
             return None
         path = self.cache.find(shard)
-        if path is not None:
-            return self._map(path)
-        with self._lock:
-            under_way = self._downloads.get(shard.sha256)
-            if under_way is None:
-                under_way = self._whole.submit(self.cache.fetch, self.uri, shard, self.storage, self.stats)
-                self._downloads[shard.sha256] = under_way
-        if not under_way.done():
-            return None
-        with self._lock:  # evicted since, or failed: the next read tries again
-            self._downloads.pop(shard.sha256, None)
-        return self._map(under_way.result())
+        return None if path is None else self._map(path)
 
-    def _request(self, shard: ShardInfo, numbers: Sequence[int]) -> list[Future[bytes]]:
-        """The blocks, some perhaps still on their way; runs of missing ones are one request."""
-        runs: list[list[int]] = []
-        futures: list[Future[bytes]] = []
+    def _put_together(self, shard: ShardInfo) -> PartialShard | None:
+        """The shard's unfinished copy, begun where nobody has; None where another process of the node has."""
+        assert self.cache is not None
         with self._lock:
-            for n in numbers:
-                key = (shard.sha256, n)
-                if key not in self._blocks:
-                    self._blocks[key] = Future()
-                    if runs and runs[-1][-1] == n - 1:
-                        runs[-1].append(n)
-                    else:
-                        runs.append([n])
-                self._blocks.move_to_end(key)
-                futures.append(self._blocks[key])
-            while len(self._blocks) > self.max_blocks:
-                self._blocks.popitem(last=False)
-            promised = dict(zip(numbers, futures, strict=True))
-        for run in runs:
-            self._ranged.submit(self._fetch_run, shard, run, [promised[n] for n in run])
-        return futures
+            partial = self._partial.get(shard.sha256)
+            if partial is not None and partial.done.done():
+                del self._partial[shard.sha256]
+                partial.done.result()  # it failed, else the shard was mapped; the next reader tries again
+                partial = None
+            if partial is None and not self._closed.is_set():
+                try:
+                    partial = self.cache.claim(shard, self.block_bytes)
+                except StorageError as error:
+                    # The cache makes reading faster; a run does not end for want of it.
+                    if not self._warned:
+                        logger.warning("shards are read by ranges: %s", error)
+                    self._warned = True
+                if partial is not None:
+                    self._partial[shard.sha256] = partial
+                    self._whole.submit(self._fill, partial)
+            return partial
 
-    def _fetch_run(self, shard: ShardInfo, run: list[int], promised: list[Future[bytes]]) -> None:
-        start, stop = run[0] * self.block_bytes, min((run[-1] + 1) * self.block_bytes, shard.bytes)
-        data = bytearray()
+    def _fill(self, partial: PartialShard) -> None:
+        """Bring in what nobody has asked for, then verify the whole."""
         try:
-            requests = self.storage.fetch(join(self.uri, shard.name), start, stop, data.extend)
-        except Exception as error:  # noqa: BLE001  whatever it is, readers wait for it
-            with self._lock:
-                for n in run:  # not to be remembered: the next read asks again
-                    self._blocks.pop((shard.sha256, n), None)
-            for future in promised:
-                future.set_exception(error)
-            return
-        with self._lock:
-            self.stats.requests += requests
-            self.stats.bytes += stop - start
-        for i, future in enumerate(promised):
-            future.set_result(bytes(data[i * self.block_bytes : (i + 1) * self.block_bytes]))
+            while not self._closed.is_set():
+                run = partial.missing(max(FILL_BYTES // self.block_bytes, 1))
+                if run:
+                    self._fetch_run(partial, run)
+                    continue
+                for future in list(partial.blocks.values()):
+                    with suppress(Exception):  # whoever asked has the error; what is missing now is fetched here
+                        future.result()
+                if len(partial.blocks) == partial.count:
+                    break
+            if self._closed.is_set():
+                return
+            if not partial.admit():
+                partial.fetch_again(self.uri, self.storage, self.stats)
+                if not partial.admit():
+                    raise partial.corrupt(self.uri)
+            self.stats.add(whole_shards=1)
+            partial.finish(partial.cache.path(partial.shard))
+        except Exception as error:  # noqa: BLE001  whatever it is, readers of the shard are told
+            partial.give_up(error)
 
-    def _open(self, path: Path) -> mmap.mmap:
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    # --- ranges ----------------------------------------------------------------------------------------------
+
+    def _begin(self, shard: ShardInfo, members: Sequence[Member]) -> Callable[[], list[memoryview]]:
+        """Have members on their way; call the result to wait for them."""
+        mapped = self._mapped(shard)
+        if mapped is not None:
+            self.stats.add(cached_reads=len(members))
+            return lambda: [mapped[m.offset : m.offset + m.size] for m in members]
+        self.stats.add(block_reads=len(members))
+        partial = self._put_together(shard) if self.cache is not None else None
+        if partial is None:
+            spans = coalesce(members)
+            futures = [self._ranged.submit(self._get, shard, start, stop) for start, stop in spans]
+            return lambda: self._from_spans(shard, members, spans, futures)
+        blocks, fresh = partial.promise(sorted({n for m in members for n in partial.numbers(m)}))
+        for run in _runs(fresh):
+            self._ranged.submit(self._fetch_run, partial, run)
+        return lambda: self._from_partial(partial, members, blocks)
+
+    def _from_partial(
+        self, partial: PartialShard, members: Sequence[Member], blocks: Sequence[Future[None]]
+    ) -> list[memoryview]:
+        try:
+            for block in blocks:
+                block.result()
+            found = [memoryview(partial.read(m.offset, m.offset + m.size)) for m in members]
+        except (ValueError, OSError):
+            # The file has gone: the shard is in the cache now, or it could not be had.
+            mapped = self._map(partial.done.result())
+            return [mapped[m.offset : m.offset + m.size] for m in members]
+        wrong = [m for m, data in zip(members, found, strict=True) if zlib.crc32(data) != m.crc32]
+        partial.forget(sorted({n for m in wrong for n in partial.numbers(m)}))
+        return self._verified(partial.shard, members, found)
+
+    def _from_spans(
+        self, shard: ShardInfo, members: Sequence[Member], spans: Sequence[Span], futures: Sequence[Future[memoryview]]
+    ) -> list[memoryview]:
+        starts, parts = [start for start, _ in spans], [future.result() for future in futures]
+        found = []
+        for m in members:
+            i = bisect_right(starts, m.offset) - 1
+            found.append(parts[i][m.offset - starts[i] :][: m.size])
+        return self._verified(shard, members, found)
+
+    def _verified(self, shard: ShardInfo, members: Sequence[Member], found: Sequence[memoryview]) -> list[memoryview]:
+        """The members, those read once more that are not what the sidecar says."""
+        return [
+            data if zlib.crc32(data) == m.crc32 else self._once_more(shard, m)
+            for m, data in zip(members, found, strict=True)
+        ]
+
+    def _once_more(self, shard: ShardInfo, member: Member) -> memoryview:
+        start, stop = member.offset, member.offset + member.size
+        data = self._get(shard, start, stop)
+        if zlib.crc32(data) != member.crc32:
+            raise ShardCorruptError(
+                f"{join(self.uri, shard.name)}: bytes {start:,} to {stop:,} do not have the CRC that "
+                f"{sidecar(shard.name)} records, on two reads: the shard is damaged: write it again, or leave it out "
+                f"with `ddpm check {self.uri} --quarantine`"
+            )
+        return data
+
+    def _fetch_run(self, partial: PartialShard, run: Sequence[int]) -> None:
+        """Bring neighbouring blocks into the file.
+
+        Raises:
+            StorageError: they cannot be had; those who wait for them are told too.
+        """
+        start = at = run[0] * partial.block_bytes
+        stop = min((run[-1] + 1) * partial.block_bytes, partial.shard.bytes)
+
+        def sink(part: bytes) -> None:
+            nonlocal at
+            partial.put(at, part)
+            at += len(part)
+
+        try:
+            requests = self.storage.fetch(join(self.uri, partial.shard.name), start, stop, sink)
+        except Exception as error:
+            partial.lost(run, error)
+            raise
+        self.stats.add(requests=requests, bytes=stop - start)
+        partial.arrived(run)
+
+    def _get(self, shard: ShardInfo, start: int, stop: int) -> memoryview:
+        """Bytes [start, stop) of a shard."""
+        data = bytearray()
+        if start < stop:
+            requests = self.storage.fetch(join(self.uri, shard.name), start, stop, data.extend)
+            self.stats.add(requests=requests, bytes=stop - start)
+        return memoryview(data)
 
     def _read_index(self, shard: ShardInfo) -> ShardIndex:
         where = join(self.uri, sidecar(shard.name))
@@ -283,9 +293,20 @@ class ShardFetcher:
             index = ShardIndex.from_json(self.storage.read(where))
         except DatasetError as error:
             raise ShardCorruptError(f"{where}: {error}") from error
-        if len(index.keys) != shard.samples:
-            raise ShardCorruptError(f"{where} lists {len(index.keys)} samples, dataset.json says {shard.samples}")
+        if len(index) != shard.samples:
+            raise ShardCorruptError(f"{where} lists {len(index)} samples, dataset.json says {shard.samples}")
         return index
+
+
+def coalesce(members: Sequence[Member], gap: int = GAP_BYTES) -> list[Span]:
+    """Spans that hold the members, in order; members closer than `gap` share one."""
+    spans: list[Span] = []
+    for m in sorted(members, key=lambda m: m.offset):
+        if spans and m.offset - spans[-1][1] <= gap:
+            spans[-1] = spans[-1][0], max(spans[-1][1], m.offset + m.size)
+        else:
+            spans.append((m.offset, m.offset + m.size))
+    return spans
 
 
 def fits(shards: Sequence[ShardInfo], lanes: int, window: int, limit_bytes: int) -> bool:
@@ -296,3 +317,19 @@ def fits(shards: Sequence[ShardInfo], lanes: int, window: int, limit_bytes: int)
     """
     mean = sum(s.bytes for s in shards) / max(len(shards), 1)
     return min(2 * lanes * window, len(shards)) * mean <= limit_bytes
+
+
+def _runs(numbers: Sequence[int]) -> list[list[int]]:
+    """Neighbours together."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and runs[-1][-1] == n - 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return runs
+
+
+def _open(path: Path) -> memoryview:
+    with path.open("rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import struct
 import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeVar
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
@@ -17,6 +21,11 @@ IMAGE_MEMBERS = ("png", "jpg", "jpeg", "webp", "npy")
 """In order of preference: a sample with several is trained on the first."""
 KNOWN_MEMBERS = (*IMAGE_MEMBERS, "cls", "txt", "json", "emb.npy")
 MAX_CLASSES = 100_000
+Embedding = tuple[NDArray[np.float16] | None, NDArray[np.float16] | None]
+"""`pooled` [D] and `text` [L, D'] of a caption."""
+T = TypeVar("T")
+
+cv2.setNumThreads(1)  # threads are the reader's
 
 # Never Pillow's whole list: it has formats that start other programs.
 _FORMATS = ("PNG", "JPEG", "WEBP")
@@ -67,7 +76,7 @@ class Examined:
     flaws: tuple[Flaw, ...]
 
 
-def decode_image(members: Mapping[str, bytes], channels: int | None = None) -> NDArray[np.uint8]:
+def decode_image(members: Mapping[str, bytes | memoryview], channels: int | None = None) -> NDArray[np.uint8]:
     """The pixels [H, W, C] of a sample's image.
 
     Args:
@@ -97,11 +106,92 @@ def decode_image(members: Mapping[str, bytes], channels: int | None = None) -> N
     return pixels.reshape(*pixels.shape[:2], -1)
 
 
+def decode_pixels(members: Mapping[str, bytes | memoryview], size: int, channels: int) -> NDArray[np.uint8]:
+    """The pixels [size, size, channels] of a sample that was found sound: `decode_image`, three times as fast.
+
+    Raises:
+        FlawError: no image, one that cannot be read, or one of another size.
+    """
+    name = next((extension for extension in IMAGE_MEMBERS if extension in members), None)
+    pixels = None if name is None else _decode_fast(name, memoryview(members[name]), channels)
+    if pixels is None:
+        pixels = decode_image(members, channels)
+    if pixels.shape[:2] != (size, size):
+        raise FlawError("shape", f"is {pixels.shape[0]}x{pixels.shape[1]}, dataset.json says {size}x{size}")
+    return pixels
+
+
+def _decode_fast(name: str, data: memoryview, channels: int) -> NDArray[np.uint8] | None:
+    """What OpenCV decodes to the very pixels that Pillow gives; None for what it might not.
+
+    It works in C without the interpreter's lock, so that threads decode side by side.
+    """
+    if name == "npy":
+        header = _npy_header(bytes(data[: 10 + int.from_bytes(data[8:10], "little")])) if len(data) > 10 else None
+        if header is None or header[0][-1] != channels or math.prod(header[0]) + header[1] != len(data):
+            return None
+        return np.frombuffer(data, np.uint8, offset=header[1]).reshape(header[0])
+    if name == "png":
+        # Eight bits, grey or RGB: no palette, no transparency, nothing to scale.
+        whole = len(data) > 34 and data[-8:-4] == b"IEND"
+        if not whole or data[24] != 8 or data[25] not in ((0, 2) if channels == 3 else (0,)):
+            return None
+    elif channels == 1 or b"Adobe" in bytes(data[:1024]):  # a JPEG in CMYK or with a colour transform of its own
+        return None
+    flags = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
+    return None if pixels is None else pixels.reshape(*pixels.shape[:2], channels)
+
+
+@lru_cache(maxsize=64)
+def _npy_header(header: bytes) -> tuple[tuple[int, int, int], int] | None:
+    """(shape [H, W, C], offset of the data) of an array of bytes in rows; None for any other. All samples share it."""
+    try:
+        file = io.BytesIO(header)
+        if np.lib.format.read_magic(file) != (1, 0):
+            return None
+        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+    except _UNDECODABLE:
+        return None
+    if dtype != np.uint8 or by_columns or len(shape) not in (2, 3):
+        return None
+    return (*shape, 1)[:3], len(header)  # type: ignore[return-value]
+
+
+def require_member(members: Mapping[str, T], name: str) -> T:
+    """A member that every sample of the dataset has.
+
+    Raises:
+        FlawError: this one has not.
+    """
+    if name not in members:
+        raise FlawError("member", f"has no {name}, other samples of the dataset do")
+    return members[name]
+
+
+def unpack_embedding(data: bytes | memoryview) -> Embedding:
+    """(pooled [D], text [L, D']) of an `emb.npy` as ingest writes it, each None where its encoder gave none.
+
+    Raises:
+        FlawError: it is no such record.
+    """
+    try:
+        record = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except _UNDECODABLE as error:
+        raise FlawError("embedding", f"emb.npy cannot be read: {error}") from error
+    names = record.dtype.names or ()
+    if not {"pooled", "text"} & set(names):
+        raise FlawError(
+            "embedding", f"emb.npy ({record.dtype}) has neither `pooled` nor `text`: ingest it with an encoder"
+        )
+    return (record["pooled"] if "pooled" in names else None), (record["text"] if "text" in names else None)
+
+
 def _no_image(names: Collection[str]) -> str:
     return f"has no image: a sample needs one of {', '.join(IMAGE_MEMBERS)}; it has {', '.join(sorted(names))}"
 
 
-def _from_array(data: bytes, channels: int | None) -> NDArray[np.uint8]:
+def _from_array(data: bytes | memoryview, channels: int | None) -> NDArray[np.uint8]:
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
     except _UNDECODABLE as error:

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from pipelines.shards.fetch import ShardCorruptError, ShardFetcher
-from pipelines.shards.index import Dataset, Quarantine, ShardIndex, kept_samples, kept_shards
-from pipelines.shards.members import FlawError, decode_image, decode_label
+from pipelines.shards.cache import ShardCorruptError
+from pipelines.shards.fetch import ShardFetcher
+from pipelines.shards.index import Dataset, Member, Quarantine, ShardIndex, ShardInfo, kept_samples, kept_shards
+from pipelines.shards.members import (
+    IMAGE_MEMBERS,
+    Embedding,
+    FlawError,
+    decode_label,
+    decode_pixels,
+    require_member,
+    unpack_embedding,
+)
 from pipelines.shards.order import Located
 from pipelines.storage import join
 
@@ -29,11 +38,33 @@ class Batch:
         ordinals: their numbers in the stream, int64 [B].
         images: float32 in [-1, 1], [B, C, S, S].
         labels: int64 [B]; None for data without labels.
+        text: token embeddings float32 [B, L, D], padded with zeros; None where they were not asked for.
+        text_mask: bool [B, L], True for the tokens that are there.
+        pooled: embeddings of the whole texts, float32 [B, D].
     """
 
     ordinals: Tensor
     images: Tensor
     labels: Tensor | None
+    text: Tensor | None = None
+    text_mask: Tensor | None = None
+    pooled: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.ordinals)
+
+    def __getitem__(self, span: slice) -> Batch:
+        """Some of the samples."""
+        return self._each(lambda tensor: tensor[span])
+
+    def pinned(self) -> Batch:
+        """In page-locked memory, from which a GPU copies while it computes."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        there = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: change(tensor) for name, tensor in there.items() if tensor is not None})
 
 
 class ShardReader:
@@ -44,6 +75,7 @@ class ShardReader:
         split: "train" or "test".
         fetcher: brings the bytes.
         quarantine: what to leave out; the order of samples then needs `stream_digest(dataset, quarantine)`.
+        text: whether batches have the text embeddings that were computed at ingest.
 
     Attributes:
         shards: with the number of samples that are left in each.
@@ -53,87 +85,136 @@ class ShardReader:
     """
 
     def __init__(
-        self, dataset: Dataset, split: str, fetcher: ShardFetcher, quarantine: Quarantine | None = None
+        self,
+        dataset: Dataset,
+        split: str,
+        fetcher: ShardFetcher,
+        quarantine: Quarantine | None = None,
+        *,
+        text: bool = False,
     ) -> None:
-        self.dataset, self.split, self.fetcher, self.quarantine = dataset, split, fetcher, quarantine
+        self.dataset, self.split, self.fetcher, self.quarantine, self.text = dataset, split, fetcher, quarantine, text
         self.shards = kept_shards(dataset, split, quarantine)
+        self._selected: dict[str, ShardIndex] = {}
         self._recorded = {shard.name: shard for shard in dataset.shards(split)}
-        self._index = lru_cache(maxsize=1024)(self._read_index)
 
     def close(self) -> None:
         """Stop what is read ahead."""
         self.fetcher.close()
 
-    def members(self, located: Located) -> list[tuple[str, dict[str, bytes]]]:
-        """(key, members by extension) of each sample; the spans of one shard are fetched together.
+    def samples(self, located: Located) -> list[dict[str, Any]]:
+        """The samples as WebDataset has them: `__key__`, `__url__`, bytes by extension; and `__ordinal__`.
 
         Raises:
             ShardCorruptError: a shard is damaged.
             StorageError: the store cannot be reached, or has no such shard.
         """
-        by_shard: dict[int, list[int]] = defaultdict(list)
-        for place, shard in enumerate(located.shards.tolist()):
-            by_shard[shard].append(place)
-        found: list[tuple[str, dict[str, bytes]]] = [("", {})] * len(located.shards)
-        for shard, places in by_shard.items():
-            index = self._index(shard)
-            at = located.indices[places].tolist()
-            spans = [(m.offset, m.offset + m.size) for i in at for m in index.members[i].values()]
-            parts = iter(self.fetcher.read(self._recorded[self.shards[shard].name], spans))
-            for place, i in zip(places, at, strict=True):
-                found[place] = index.keys[i], {extension: next(parts) for extension in index.members[i]}
+        found: list[dict[str, Any]] = [{}] * len(located.shards)
+        for group, contents in self._read(located, lambda index, at: [index.members(i) for i in at]):
+            for place, i, members in zip(group.places, group.at, contents, strict=True):
+                found[place] = {
+                    "__key__": group.index.keys[i],
+                    "__url__": join(self.dataset.uri, group.shard.name),
+                    "__ordinal__": int(located.ordinals[place]),
+                    **{name: bytes(data) for name, data in members.items()},
+                }
         return found
-
-    def samples(self, located: Located) -> list[dict[str, Any]]:
-        """The samples as WebDataset has them: `__key__`, `__url__`, bytes by extension; and `__ordinal__`."""
-        places = zip(self.members(located), located.shards.tolist(), located.ordinals.tolist(), strict=True)
-        return [
-            {
-                "__key__": key,
-                "__url__": join(self.dataset.uri, self.shards[shard].name),
-                "__ordinal__": ordinal,
-                **found,
-            }
-            for (key, found), shard, ordinal in places
-        ]
 
     def batch(self, located: Located) -> Batch:
         """Read and decode samples.
 
         Raises:
-            ShardCorruptError: a shard or one of its images is damaged.
+            ShardCorruptError: a shard or one of its samples is damaged, or lacks what others have.
             StorageError: the store cannot be reached, or has no such shard.
         """
-        size, channels = self.dataset.image_size, self.dataset.channels
-        pixels = np.empty((len(located.shards), size, size, channels), np.uint8)
-        labels = []
-        for place, (key, members) in enumerate(self.members(located)):
-            try:
-                pixels[place] = self._decode(members)
-                if "cls" in members:
-                    labels.append(decode_label(members["cls"]))
-            except FlawError as error:
-                raise ShardCorruptError(
-                    f"{self.dataset.uri}: sample {key} of {self.shards[int(located.shards[place])].name} {error}; "
-                    f"see all such samples with `ddpm check {self.dataset.uri}`"
-                ) from error
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        size, channels, count = self.dataset.image_size, self.dataset.channels, len(located.shards)
+        pixels = np.empty((count, size, size, channels), np.uint8)
+        labels = np.zeros(count, np.int64) if self.dataset.classes else None
+        embeddings: list[Embedding] = [(None, None)] * count
+        for group, contents in self._read(located, self._needed):
+            for place, i, members in zip(group.places, group.at, contents, strict=True):
+                try:
+                    pixels[place] = decode_pixels(members, size, channels)
+                    if labels is not None:
+                        labels[place] = decode_label(bytes(require_member(members, "cls")))
+                    if self.text:
+                        embeddings[place] = unpack_embedding(require_member(members, "emb.npy"))
+                except FlawError as error:
+                    raise ShardCorruptError(
+                        f"{self.dataset.uri}: sample {group.index.keys[i]} of {group.shard.name} {error}; "
+                        f"see all such samples with `ddpm check {self.dataset.uri}`"
+                    ) from error
+        # Channels first while a pixel is one byte: the copy is a quarter as large.
+        images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
         return Batch(
             torch.from_numpy(located.ordinals),
-            images.float().div_(127.5).sub_(1).contiguous(),
-            torch.tensor(labels) if labels else None,
+            images.float().div_(127.5).sub_(1),
+            None if labels is None else torch.from_numpy(labels),
+            *(_padded(embeddings) if self.text else ()),
         )
 
-    def _decode(self, members: dict[str, bytes]) -> NDArray[np.uint8]:
-        pixels = decode_image(members, self.dataset.channels)
-        size = self.dataset.image_size
-        if pixels.shape[:2] != (size, size):
-            raise FlawError("shape", f"is {pixels.shape[0]}x{pixels.shape[1]}, dataset.json says {size}x{size}")
-        return pixels
+    def _needed(self, index: ShardIndex, at: list[int]) -> list[dict[str, Member]]:
+        """Of each sample the members that a batch is made of: one image, the label, the embedding."""
+        names = [name for name in (*IMAGE_MEMBERS, "cls", "emb.npy") if name in index.columns]
+        rows = {name: index.columns[name][at].tolist() for name in names if name != "emb.npy" or self.text}
+        needed = []
+        for j in range(len(at)):
+            there = [name for name in rows if rows[name][j][0] >= 0]
+            image = next((name for name in there if name in IMAGE_MEMBERS), None)
+            kept = [name for name in there if name == image or name not in IMAGE_MEMBERS]
+            needed.append({name: Member(*rows[name][j]) for name in kept})
+        return needed
 
-    def _read_index(self, shard: int) -> ShardIndex:
-        name = self.shards[shard].name
-        return kept_samples(name, self.fetcher.index(self._recorded[name]), self.quarantine)
+    def _kept(self, name: str, index: ShardIndex) -> ShardIndex:
+        """A shard's samples without those in quarantine; few shards have any, so they are remembered."""
+        if self.quarantine is None or name not in self.quarantine.by_shard:
+            return index
+        if name not in self._selected:
+            self._selected[name] = kept_samples(name, index, self.quarantine)
+        return self._selected[name]
+
+    def _read(
+        self, located: Located, choose: Callable[[ShardIndex, list[int]], list[dict[str, Member]]]
+    ) -> Iterator[tuple[_Group, list[dict[str, memoryview]]]]:
+        """The samples of a batch shard by shard, with the bytes of the chosen members of each."""
+        by_shard: dict[int, list[int]] = defaultdict(list)
+        for place, shard in enumerate(located.shards.tolist()):
+            by_shard[shard].append(place)
+        infos = [self._recorded[self.shards[shard].name] for shard in by_shard]
+        groups = []
+        for info, index, places in zip(infos, self.fetcher.indexes(infos), by_shard.values(), strict=True):
+            kept = self._kept(info.name, index)
+            groups.append(_Group(info, kept, places, located.indices[places].tolist()))
+        chosen = [choose(group.index, group.at) for group in groups]
+        wanted = [
+            (group.shard, [member for members in samples for member in members.values()])
+            for group, samples in zip(groups, chosen, strict=True)
+        ]
+        for group, samples, data in zip(groups, chosen, self.fetcher.read(wanted), strict=True):
+            parts = iter(data)
+            yield group, [{name: next(parts) for name in members} for members in samples]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The samples of a batch that lie in one shard: places in the batch, and places `at` in the shard's index."""
+
+    shard: ShardInfo
+    index: ShardIndex
+    places: list[int]
+    at: list[int]
+
+
+def _padded(embeddings: list[Embedding]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(text, text_mask, pooled) of a batch, as `Batch` has them."""
+    pooled = [torch.from_numpy(p.astype(np.float32)) for p, _ in embeddings if p is not None]
+    tokens = [torch.from_numpy(t.astype(np.float32)) for _, t in embeddings if t is not None]
+    together = torch.stack(pooled) if pooled else None
+    if not tokens:
+        return None, None, together
+    text = pad_sequence(tokens, batch_first=True)
+    lengths = torch.tensor([len(t) for t in tokens])
+    return text, torch.arange(text.shape[1])[None] < lengths[:, None], together
 
 
 def read_split(reader: ShardReader) -> Batch:

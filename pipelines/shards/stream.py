@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from pipelines.shards.fetch import ShardFetcher
@@ -34,6 +35,7 @@ class StreamSettings:
         cache_bytes: its bound.
         threads: that decode.
         prefetch: batches read ahead.
+        text: whether batches have the text embeddings that were computed at ingest.
     """
 
     lanes: int
@@ -43,6 +45,7 @@ class StreamSettings:
     cache_bytes: int
     threads: int = 2
     prefetch: int = 4
+    text: bool = False
 
 
 def open_stream(
@@ -56,7 +59,7 @@ def open_stream(
     fetcher = ShardFetcher.opened(
         dataset, split, storage, settings.cache_dir, settings.cache_bytes, settings.lanes, settings.window
     )
-    reader = ShardReader(dataset, split, fetcher, quarantine)
+    reader = ShardReader(dataset, split, fetcher, quarantine, text=settings.text)
     order = SampleOrder(
         [shard.samples for shard in reader.shards],
         lanes=settings.lanes,
@@ -69,6 +72,8 @@ def open_stream(
 
 class TrainingStream:
     """Decoded batches of one rank, in the order of `SampleOrder`, read ahead by threads.
+
+    Where there is a GPU they lie in page-locked memory, so that they are copied to it while it computes.
 
     Attributes:
         waited_s: seconds that the consumer has spent waiting for data.
@@ -105,7 +110,8 @@ class TrainingStream:
             yield batch
 
     def _load(self, first: int) -> Batch:
-        return self.reader.batch(self.order.piece(first, self.batch_size, self.rank, self.world_size))
+        batch = self.reader.batch(self.order.piece(first, self.batch_size, self.rank, self.world_size))
+        return batch.pinned() if torch.cuda.is_available() else batch
 
 
 class ShardDataset(IterableDataset[dict[str, Any]]):

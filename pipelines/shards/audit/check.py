@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -196,14 +196,14 @@ def _check_sidecar(
         return [whole(f"has no {name}: {again}")]
     except DatasetError as error:
         return [whole(f"has a {name} that cannot be read ({error}): {again}")]
-    if len(index.keys) != info.samples:
-        return [whole(f"has a {name} with {len(index.keys)} samples, dataset.json says {info.samples}: {again}")]
+    if len(index) != info.samples:
+        return [whole(f"has a {name} with {len(index)} samples, dataset.json says {info.samples}: {again}")]
     if damaged or any(p.index is None for p in scan.problems):
-        there = dict(zip(scan.index.keys, scan.index.members, strict=True))
+        there = {key: scan.index.members(i) for i, key in enumerate(scan.index.keys)}
         return [
-            Problem(info.name, i, key, "lost", _lost(members))
-            for i, (key, members) in enumerate(zip(index.keys, index.members, strict=True))
-            if there.get(key) != members
+            Problem(info.name, i, key, *_changed(index.members(i), there.get(key, {})))
+            for i, key in enumerate(index.keys)
+            if there.get(key) != index.members(i)
         ]
     return (
         []
@@ -212,19 +212,28 @@ def _check_sidecar(
     )
 
 
-def _lost(members: Mapping[str, Member]) -> str:
-    first, last = min(m.offset for m in members.values()), max(m.offset + m.size for m in members.values())
-    return f"is not in the tar as recorded, at bytes {first:,} to {last:,}"
+def _changed(recorded: Mapping[str, Member], there: Mapping[str, Member]) -> tuple[str, str]:
+    """(kind, reason) of a sample that is not as the sidecar records it."""
+    others = [name for name, m in there.items() if name in recorded and replace(recorded[name], crc32=m.crc32) == m]
+    if len(others) == len(recorded) == len(there):
+        changed = ", ".join(name for name in others if there[name] != recorded[name])
+        return "changed", f"has other bytes than were indexed: {changed}"
+    first, last = min(m.offset for m in recorded.values()), max(m.offset + m.size for m in recorded.values())
+    return "lost", f"is not in the tar as recorded, at bytes {first:,} to {last:,}"
 
 
 def _difference(index: ShardIndex, scan: ShardScan) -> str:
-    if len(index.keys) != len(scan.index.keys):
-        return f"it lists {len(index.keys)} samples, the tar holds {len(scan.index.keys)}"
-    pairs = enumerate(zip(index.keys, scan.index.keys, index.members, scan.index.members, strict=True))
-    i, (listed, key, _, _) = next((i, p) for i, p in pairs if p[0] != p[1] or p[2] != p[3])
+    if len(index) != len(scan.index):
+        return f"it lists {len(index)} samples, the tar holds {len(scan.index)}"
+    keys = enumerate(zip(index.keys, scan.index.keys, strict=True))
+    differing = (i for i, (a, b) in keys if a != b or index.members(i) != scan.index.members(i))
+    i = next(differing, -1)
+    if i < 0:
+        return "it lists extensions that no sample has"
+    listed, key = index.keys[i], scan.index.keys[i]
     if listed != key:
         return f"sample {i} is {listed!r} in it and {key!r} in the tar"
-    return f"members of sample {i} ({key!r}) lie elsewhere in the tar"
+    return f"members of sample {i} ({key!r}) lie elsewhere in the tar, or hold other bytes"
 
 
 def _read_quarantine(dataset: Dataset, storage: Storage) -> tuple[Quarantine | None, list[Problem]]:

@@ -307,7 +307,7 @@ def _scan(named: tuple[str, Entry], *, uri: str, storage: Storage, form: Form, c
     tally = Tally()
     found = scan_shard(name, ObjectStream(entry.uri, entry.size, storage, counter.add), form, tally.add)
     storage.write(join(uri, sidecar(name)), found.index.to_json().encode())
-    return _Scanned(ShardInfo(name, len(found.index.keys), found.bytes, found.sha256), found.problems, tally)
+    return _Scanned(ShardInfo(name, len(found.index), found.bytes, found.sha256), found.problems, tally)
 
 
 def _describe(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import tarfile
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -77,13 +78,15 @@ class ObjectStream:
 
     def read(self, size: int) -> bytes:
         """The next `size` bytes, fewer at the end."""
-        parts = []
+        return b"".join(self.parts(size))
+
+    def parts(self, size: int) -> Iterator[memoryview]:
+        """The next `size` bytes as they lie in memory, fewer at the end."""
         while size > 0 and self._fill():
             part = self._block[self._at - self._start :][:size]
-            parts.append(part)
             self._at += len(part)
             size -= len(part)
-        return b"".join(parts)
+            yield part
 
     def drain(self) -> bool:
         """Read to the end; whether a byte other than zero was left."""
@@ -204,9 +207,14 @@ def _add(sample: RawSample, info: tarfile.TarInfo, extension: str, stream: Objec
     if info.offset_data + info.size > stream.size:
         stream.drain()
         raise tarfile.ReadError("unexpected end of data")
-    sample.members[extension] = Member(info.offset_data, info.size)
+    crc32, kept = 0, []
+    for part in stream.parts(info.size):
+        crc32 = zlib.crc32(part, crc32)
+        if extension in KNOWN_MEMBERS:
+            kept.append(part)
+    sample.members[extension] = Member(info.offset_data, info.size, crc32)
     if extension in KNOWN_MEMBERS:
-        sample.contents[extension] = stream.read(info.size)
+        sample.contents[extension] = b"".join(kept)
 
 
 @dataclass(frozen=True)
@@ -258,7 +266,7 @@ def scan_shard(
             keys.append(error.pending.key)
             members.append(error.pending.members)
     stream.drain()
-    return ShardScan(ShardIndex(tuple(keys), tuple(members)), stream.tell(), stream.sha256(), tuple(problems))
+    return ShardScan(ShardIndex.of(keys, members), stream.tell(), stream.sha256(), tuple(problems))
 
 
 def in_threads(work: Callable[[T], R], items: Sequence[T], threads: int) -> list[R]:

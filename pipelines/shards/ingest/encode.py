@@ -196,13 +196,6 @@ def pack_embeddings(cond: Conditioning) -> list[bytes]:
     return packed
 
 
-def unpack_embedding(data: bytes) -> tuple[NDArray[np.float16] | None, NDArray[np.float16] | None]:
-    """`pooled` [D] and `text` [L, D'] of an `emb.npy`, each None where its encoder gave none."""
-    record = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    names = record.dtype.names or ()
-    return (record["pooled"] if "pooled" in names else None), (record["text"] if "text" in names else None)
-
-
 def _decode(data: bytes) -> tuple[Image.Image, str | None]:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)

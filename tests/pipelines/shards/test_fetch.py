@@ -1,16 +1,20 @@
 import hashlib
+import itertools
 import random
 import threading
 import time
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import CancelledError
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.shards.fetch import FetchStats, ShardCache, ShardCorruptError, ShardFetcher, fits
-from pipelines.shards.index import ShardInfo
+from pipelines.shards.cache import FetchStats, ShardCache, ShardCorruptError
+from pipelines.shards.fetch import ShardFetcher, coalesce, fits
+from pipelines.shards.index import Member, ShardInfo
 from pipelines.storage import Storage, StorageError, TransientStorageError
 
 DATA = random.Random(0).randbytes(100_000)
@@ -36,6 +40,19 @@ class Flaky(Storage):
             yield part
 
 
+class Garbling(Storage):
+    """A store that flips a bit of its first answers."""
+
+    def __init__(self, times):
+        super().__init__()
+        object.__setattr__(self, "left", [times])
+
+    def stream(self, uri, start, stop, chunk=1 << 20) -> Iterator[bytes]:
+        for part in super().stream(uri, start, stop, chunk):
+            self.left[0] -= 1
+            yield bytes([part[0] ^ 1]) + part[1:] if self.left[0] >= 0 else part
+
+
 @pytest.fixture
 def uri(tmp_path):
     (tmp_path / "data").mkdir()
@@ -53,44 +70,97 @@ def eventually(condition, seconds=10.0):
 span = st.integers(0, len(DATA) - 1).flatmap(lambda a: st.tuples(st.just(a), st.integers(a + 1, len(DATA))))
 
 
+def get(fetcher, *spans):
+    """The bytes of spans, asked for as members of the shard."""
+    members = [Member(a, b - a, zlib.crc32(DATA[a:b])) for a, b in spans]
+    return [bytes(data) for data in fetcher.read([(SHARD, members)])[0]]
+
+
 @given(spans=st.lists(span, min_size=1, max_size=8), block_bytes=st.sampled_from([512, 4096, 200_000]))
-def test_spans_read_by_blocks_are_the_shards_bytes(tmp_path_factory, spans, block_bytes):
+def test_members_are_the_shards_bytes_by_ranges_by_blocks_and_from_the_cache(tmp_path_factory, spans, block_bytes):
     folder = tmp_path_factory.mktemp("spans")
     (folder / "a.tar").write_bytes(DATA)
-    fetcher = ShardFetcher(f"file://{folder}", Storage(), None, block_bytes=block_bytes)
-    assert fetcher.read(SHARD, spans) == [DATA[a:b] for a, b in spans]
-    fetcher.close()
+    for cache in (None, ShardCache(folder / "cache", 1 << 20)):
+        fetcher = ShardFetcher(f"file://{folder}", Storage(), cache, block_bytes=block_bytes)
+        assert get(fetcher, *spans) == [DATA[a:b] for a, b in spans]
+        fetcher.require([SHARD])
+        assert get(fetcher, *spans) == [DATA[a:b] for a, b in spans]
+        fetcher.close()
 
 
-def test_neighbouring_blocks_are_one_request_and_known_ones_none(uri):
+@given(st.lists(st.tuples(st.integers(0, 500), st.integers(0, 50)), min_size=1, max_size=20), st.integers(0, 60))
+def test_spans_hold_every_member_once_and_lie_apart_by_more_than_the_gap(places, gap):
+    spans = coalesce([Member(a, n, 0) for a, n in places], gap)
+    for a, n in places:
+        assert sum(start <= a and a + n <= stop for start, stop in spans) >= 1
+    assert all(start - stop > gap for (_, stop), (start, _) in itertools.pairwise(spans))
+    assert sum(stop - start for start, stop in spans) <= sum(n + gap for _, n in places)
+
+
+def test_neighbours_are_one_request(uri):
     store = Flaky()
-    fetcher = ShardFetcher(uri, store, None, block_bytes=1000)
-    fetcher.read(SHARD, [(500, 3500), (3600, 3700), (9000, 9001)])
-    assert sorted(store.asked) == [(0, 4000), (9000, 10_000)]
-    fetcher.read(SHARD, [(0, 5000)])
-    assert sorted(store.asked) == [(0, 4000), (4000, 5000), (9000, 10_000)]
-    assert fetcher.stats.bytes == 6000
-    assert fetcher.stats.requests == 3
+    get(ShardFetcher(uri, store, None), (500, 3500), (3600, 3700), (90_000, 90_001))
+    assert sorted(store.asked) == [(500, 3700), (90_000, 90_001)]
 
 
-def test_blocks_in_memory_are_bounded(uri):
-    fetcher = ShardFetcher(uri, Storage(), None, block_bytes=1000, memory_bytes=5000)
-    for start in range(0, 100_000, 10_000):
-        assert fetcher.read(SHARD, [(start, start + 10_000)]) == [DATA[start : start + 10_000]]
-        assert len(fetcher._blocks) <= 5
+def test_no_byte_of_a_shard_is_fetched_twice_on_its_way_into_the_cache(uri, tmp_path):
+    store = Flaky()
+    fetcher = ShardFetcher(uri, store, ShardCache(tmp_path / "cache", 1 << 20), block_bytes=1000)
+    get(fetcher, (500, 3500), (9000, 9001), (99_000, 99_010))
+    fetcher.require([SHARD])
+    covered = sorted(store.asked)
+    assert covered[0][0] == 0
+    assert covered[-1][1] == len(DATA)
+    assert all(stop == start for (_, stop), (start, _) in itertools.pairwise(covered))
+    assert fetcher.stats.bytes == len(DATA)
+    assert fetcher.stats.requests == len(covered)
+
+
+def test_bytes_that_are_wrong_once_are_read_again_and_wrong_twice_are_an_error(uri, tmp_path):
+    fetcher = ShardFetcher(uri, Garbling(times=1), None)
+    assert get(fetcher, (10, 20), (50_000, 50_100)) == [DATA[10:20], DATA[50_000:50_100]]
+    with pytest.raises(ShardCorruptError, match=r"a.tar: bytes 10 to 20 do not have the CRC .* on two reads"):
+        get(ShardFetcher(uri, Garbling(times=9), None), (10, 20))
+    # On the way into the cache: the block is fetched again before the whole is held to its checksum.
+    fetcher = ShardFetcher(uri, Garbling(times=1), ShardCache(tmp_path / "cache", 1 << 20), block_bytes=1000)
+    assert get(fetcher, (10, 20)) == [DATA[10:20]]
+    fetcher.require([SHARD])
+    assert fetcher.cache.find(SHARD).read_bytes() == DATA
+
+
+def test_a_disk_without_room_is_named_and_reading_goes_on_by_ranges(uri, tmp_path, caplog):
+    huge = replace(SHARD, bytes=1 << 60)
+    cache = ShardCache(tmp_path / "cache", 1 << 62)
+    with pytest.raises(StorageError, match=r"no room for 1,152.* bytes of a.tar .* set data.cache_dir to another disk"):
+        cache.claim(huge, 1 << 50)
+    fetcher = ShardFetcher(uri, Storage(), cache)
+    for _ in range(2):
+        assert bytes(fetcher.read([(huge, [Member(3, 5, zlib.crc32(DATA[3:8]))])])[0][0]) == DATA[3:8]
+    assert [r.message.startswith("shards are read by ranges: no room for") for r in caplog.records] == [True]
+
+
+def test_a_closed_fetcher_leaves_nothing_half_done(uri, tmp_path):
+    cache = ShardCache(tmp_path / "cache", 1 << 20)
+    fetcher = ShardFetcher(uri, Flaky(breaks=(0,) * 10_000), cache, block_bytes=1000)
+    waiting = fetcher._begin(SHARD, [Member(0, 10, 0)])
+    fetcher.close()
+    with pytest.raises((StorageError, CancelledError)):
+        waiting()
+    eventually(lambda: not list((tmp_path / "cache").glob("*.part")))
+    assert cache.claim(SHARD, 1000) is not None
 
 
 def test_a_shard_follows_into_the_cache_and_is_mapped_from_then_on(uri, tmp_path):
     cache = ShardCache(tmp_path / "cache", 1 << 20)
     fetcher = ShardFetcher(uri, Storage(), cache, block_bytes=1000)
-    assert fetcher.read(SHARD, [(10, 20)]) == [DATA[10:20]]
+    assert get(fetcher, (10, 20)) == [DATA[10:20]]
     eventually(lambda: cache.find(SHARD) is not None)
-    assert fetcher.read(SHARD, [(50_000, 50_010)]) == [DATA[50_000:50_010]]
+    assert get(fetcher, (50_000, 50_010)) == [DATA[50_000:50_010]]
     assert fetcher.stats.cached_reads >= 1  # the first read too, where the shard was faster
     assert fetcher.stats.cached_reads + fetcher.stats.block_reads == 2
     assert fetcher.stats.whole_shards == 1
     (tmp_path / "data" / "a.tar").unlink()  # the store is not asked any more
-    assert ShardFetcher(uri, Storage(), cache).read(SHARD, [(0, 9)]) == [DATA[:9]]
+    assert get(ShardFetcher(uri, Storage(), cache), (0, 9)) == [DATA[:9]]
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -101,7 +171,7 @@ def test_a_broken_connection_is_resumed_from_the_byte_that_it_reached(uri, tmp_p
         assert path.read_bytes() == DATA
     else:
         fetcher = ShardFetcher(uri, store, None, block_bytes=len(DATA))
-        assert fetcher.read(SHARD, [(0, len(DATA))]) == [DATA]
+        assert get(fetcher, (0, len(DATA))) == [DATA]
     assert [start for start, _ in store.asked] == [0, 30_500, 30_500, 50_500]
 
 
@@ -113,21 +183,21 @@ def test_a_store_that_stays_away_is_an_error_when_patience_ends(uri):
 def test_a_shard_that_is_cut_short_or_gone_is_named(uri, tmp_path):
     (tmp_path / "data" / "a.tar").write_bytes(DATA[:60_000])
     fetcher = ShardFetcher(uri, Storage(), None, block_bytes=1000)
-    assert fetcher.read(SHARD, [(0, 10)]) == [DATA[:10]]
-    with pytest.raises(StorageError, match=r"a\.tar ends at byte 60000, 61000 were expected"):
-        fetcher.read(SHARD, [(60_500, 60_600)])
+    assert get(fetcher, (0, 10)) == [DATA[:10]]
+    with pytest.raises(StorageError, match=r"a\.tar ends at byte 60000, 60600 were expected"):
+        get(fetcher, (59_500, 60_600))
     (tmp_path / "data" / "a.tar").unlink()
     with pytest.raises(StorageError, match="nothing is stored there"):
-        fetcher.read(SHARD, [(90_000, 90_001)])
+        get(fetcher, (90_000, 90_001))
 
 
 def test_a_failed_block_is_asked_for_again(uri, tmp_path):
     (tmp_path / "data" / "a.tar").rename(tmp_path / "away")
     fetcher = ShardFetcher(uri, Storage(), None)
     with pytest.raises(StorageError):
-        fetcher.read(SHARD, [(0, 10)])
+        get(fetcher, (0, 10))
     (tmp_path / "away").rename(tmp_path / "data" / "a.tar")
-    assert fetcher.read(SHARD, [(0, 10)]) == [DATA[:10]]
+    assert get(fetcher, (0, 10)) == [DATA[:10]]
 
 
 def test_a_shard_that_fails_its_checksum_twice_stops_the_reader_by_name(uri, tmp_path):
@@ -136,7 +206,7 @@ def test_a_shard_that_fails_its_checksum_twice_stops_the_reader_by_name(uri, tmp
 
     def read():
         try:
-            fetcher.read(SHARD, [(0, 10)])
+            get(fetcher, (0, 10))
         except ShardCorruptError as error:
             return error
         return None

@@ -19,7 +19,8 @@ from PIL import Image
 from pipelines.shards.audit import scan
 from pipelines.shards.audit.foreign import IndexRefusedError, SplitRule, assign_splits, index_tars, tars
 from pipelines.shards.audit.scan import ObjectStream, TarFaultError, read_samples
-from pipelines.shards.fetch import ShardCache, ShardFetcher
+from pipelines.shards.cache import ShardCache
+from pipelines.shards.fetch import ShardFetcher
 from pipelines.shards.index import (
     DatasetError,
     ShardIndex,
@@ -33,6 +34,7 @@ from pipelines.shards.ingest.write import ingest
 from pipelines.shards.order import Located, SampleOrder
 from pipelines.shards.read import ShardReader, read_split
 from pipelines.storage import Storage
+from tests.pipelines.shards.tars import tar_bytes
 
 STORAGE = Storage()
 
@@ -47,17 +49,6 @@ def png(value, size=8, mode="RGB"):
 def jpeg():
     buffer = io.BytesIO()
     Image.effect_noise((8, 8), 50).convert("RGB").save(buffer, "jpeg")
-    return buffer.getvalue()
-
-
-def tar_bytes(entries, **options):
-    """A tar of (name, bytes) in this order."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", **options) as tar:
-        for name, data in entries:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
     return buffer.getvalue()
 
 
@@ -92,10 +83,10 @@ def ours(dataset, split, cache, quarantine=None):
         index = ShardIndex.from_json(STORAGE.read(f"{dataset.uri}/{sidecar(shard.name)}"))
         keys = kept_samples(shard.name, index, quarantine).keys
         count = np.arange(len(keys))
-        here = reader.members(Located(count, np.full(len(keys), s), count))
-        assert [key for key, _ in here] == list(keys)
+        here = reader.samples(Located(count, np.full(len(keys), s), count))
+        assert [sample["__key__"] for sample in here] == list(keys)
         assert len(keys) == shard.samples
-        found += here
+        found += [(s["__key__"], {name: s[name] for name in s if not name.startswith("__")}) for s in here]
     return found
 
 

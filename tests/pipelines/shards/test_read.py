@@ -4,7 +4,6 @@ import dataclasses
 import io
 import json
 import pickle
-import tarfile
 
 import numpy as np
 import pytest
@@ -13,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipelines.shards.audit.foreign import index_tars
-from pipelines.shards.fetch import ShardCache, ShardCorruptError, ShardFetcher
+from pipelines.shards.cache import ShardCache, ShardCorruptError
+from pipelines.shards.fetch import ShardFetcher
 from pipelines.shards.index import (
     DatasetError,
     Problem,
@@ -29,6 +29,7 @@ from pipelines.shards.index import (
 from pipelines.shards.order import SampleOrder
 from pipelines.shards.read import ShardReader, read_split
 from pipelines.storage import Storage
+from tests.pipelines.shards.tars import tar_bytes
 
 STORAGE = Storage()
 PER_SHARD = 5
@@ -44,11 +45,7 @@ def picture(value, kind="png", mode="RGB"):
 
 
 def write_shard(path, entries):
-    with tarfile.open(path, "w") as tar:
-        for name, data in entries:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+    path.write_bytes(tar_bytes(entries))
 
 
 @pytest.fixture
@@ -155,7 +152,7 @@ def test_a_quarantine_of_another_dataset_or_another_sample_is_refused(dataset, t
         DatasetError, match=r"leaves out sample 1 \('004'\) of train-0.tar, whose index has '001' there"
     ):
         read_split(reader(dataset, tmp_path, moved))
-    index = ShardIndex(("a",), ({},))
+    index = ShardIndex.of(("a",), ({},))
     beyond = Quarantine("", (Problem("x.tar", 3, "b", "decode", ""),))
     with pytest.raises(DatasetError, match=r"leaves out sample 3 \('b'\) of x.tar, whose index has nothing there"):
         kept_samples("x.tar", index, beyond)

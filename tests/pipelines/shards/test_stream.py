@@ -83,7 +83,7 @@ def test_a_quarantine_changes_the_stream_and_its_digest(dataset, settings):
     quarantine = Quarantine(dataset.digest, (Problem(shard, 0, "train-00000000", "decode", "damaged"),))
     reader, order = open_stream(dataset, "train", Storage(), settings, quarantine)
     assert order.total == dataset.samples("train") - 1
-    keys = [key for key, _ in reader.members(order.batch(0, order.total))]
+    keys = [s["__key__"] for s in reader.samples(order.batch(0, order.total))]
     assert "train-00000000" not in keys
     assert len(set(keys)) == order.total
 

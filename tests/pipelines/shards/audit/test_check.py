@@ -5,7 +5,6 @@ import gzip
 import io
 import json
 import shutil
-import tarfile
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from pipelines.shards.audit.check import check, write_quarantine
 from pipelines.shards.audit.foreign import index_tars
 from pipelines.shards.index import DatasetError, Quarantine, ShardIndex, make_dataset, read_dataset, read_quarantine
 from pipelines.storage import Storage
+from tests.pipelines.shards.tars import tar_bytes
 
 STORAGE = Storage()
 SHARD = "train-1.tar"
@@ -42,16 +42,6 @@ def npy(array):
 
 def sample(key, value=0, label=0):
     return [(f"{key}.png", png(value)), (f"{key}.cls", str(label).encode()), (f"{key}.json", b"{}")]
-
-
-def tar_bytes(entries):
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, data in entries:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +72,7 @@ def found(folder, **options):
 def member(folder, key, extension):
     """(offset, size) of a member of the damaged shard."""
     index = ShardIndex.from_json((folder / "train-1.index.json").read_text())
-    place = index.members[index.keys.index(key)][extension]
+    place = index.members(index.keys.index(key))[extension]
     return place.offset, place.size
 
 
@@ -106,16 +96,17 @@ def sidecar_text(change):
 
 
 def one_offset_off(plain):
-    plain["samples"][2]["members"]["png"][0] += 512
+    plain["members"]["png"]["offset"][2] += 512
     return plain
 
 
 def fewer_samples(plain):
-    return {**plain, "samples": plain["samples"][:-1]}
+    columns = {n: {p: v[:-1] for p, v in column.items()} for n, column in plain["members"].items()}
+    return {**plain, "keys": plain["keys"][:-1], "members": columns}
 
 
 def another_key(plain):
-    plain["samples"][1]["key"] = "other"
+    plain["keys"][1] = "other"
     return plain
 
 
@@ -161,12 +152,12 @@ STORED_DAMAGE = {
     ),
     "a bit of an image flipped": (
         lambda f: flip(f, member(f, "f", "png")[0] + 50),
-        {("shard", "bytes"), ("f", "decode")},
+        {("shard", "bytes"), ("f", "decode"), ("f", "changed")},
         r"has other bytes than were indexed: SHA-256 [0-9a-f]{12}…, dataset.json says [0-9a-f]{12}…; write or copy",
     ),
     "a bit of a label flipped": (
         lambda f: flip(f, member(f, "f", "cls")[0], 8),
-        {("shard", "bytes"), ("f", "label")},
+        {("shard", "bytes"), ("f", "label"), ("f", "changed")},
         r"f  has the label 9, but classes are counted from 0 and the dataset has 3",
     ),
     "a bit of a header flipped": (
@@ -201,14 +192,14 @@ STORED_DAMAGE = {
         r"has no train-1.index.json: write it again with `ddpm index file:///.*/ds --replace`",
     ),
     "with a sidecar that is no JSON": (
-        lambda f: add(f / "train-1.index.json", b'{"schema_version": 1, "sam'),
+        lambda f: add(f / "train-1.index.json", b'{"schema_version": 2, "sam'),
         {("shard", "sidecar")},
         r"has a train-1.index.json that cannot be read \(the shard index is damaged: ",
     ),
     "with a sidecar of another version": (
         sidecar_text(lambda plain: {**plain, "schema_version": 7}),
         {("shard", "sidecar")},
-        r"cannot be read \(the shard index has version 7, this release reads 1\)",
+        r"cannot be read \(the shard index has version 7, this release reads 2\)",
     ),
     "with the sidecar of another shard": (
         lambda f: shutil.copyfile(f / "train-0.index.json", f / "train-1.index.json"),

@@ -20,10 +20,11 @@ from PIL import Image, ImageOps
 
 from ddpm.prediction import Conditioning
 from pipelines.shards.index import DatasetError, ShardIndex, index_tar, read_dataset, sidecar
-from pipelines.shards.ingest.encode import ImageFormat, encode_image, pack_embeddings, unpack_embedding
+from pipelines.shards.ingest.encode import ImageFormat, encode_image, pack_embeddings
 from pipelines.shards.ingest.report import PixelSums, ShardRecord
 from pipelines.shards.ingest.trees import UnreadableError
 from pipelines.shards.ingest.write import ingest
+from pipelines.shards.members import unpack_embedding
 from pipelines.storage import Storage, StorageError
 from pipelines.text import TextEncoder
 from tests.pipelines.shards.ingest.sources import Bucket, every_kind, jsonl, picture, pictures, write_files

@@ -7,7 +7,8 @@ import torch
 import webdataset
 from PIL import Image
 
-from pipelines.shards.fetch import FetchStats, ShardCache, ShardCorruptError, ShardFetcher
+from pipelines.shards.cache import FetchStats, ShardCache, ShardCorruptError
+from pipelines.shards.fetch import ShardFetcher
 from pipelines.shards.index import DatasetError, ShardIndex, index_tar, read_dataset, sidecar
 from pipelines.shards.ingest.write import ingest, source_digest
 from pipelines.shards.order import SampleOrder
@@ -97,7 +98,7 @@ def test_sidecars_give_the_bytes_that_webdataset_reads(folder, tmp_path):
         data = path.read_bytes()
         for i, sample in enumerate(webdataset.WebDataset(str(path), shardshuffle=False)):
             assert sample["__key__"] == index.keys[i]
-            for extension, member in index.members[i].items():
+            for extension, member in index.members(i).items():
                 assert data[member.offset : member.offset + member.size] == sample[extension]
 
 

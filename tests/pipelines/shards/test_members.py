@@ -1,0 +1,126 @@
+"""The fast way to pixels gives the pixels of the thorough one, whatever the file."""
+
+import hashlib
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpm.prediction import Conditioning
+from pipelines.shards.fetch import ShardFetcher
+from pipelines.shards.index import ShardInfo, index_tar, make_dataset, sidecar
+from pipelines.shards.ingest.encode import npy, pack_embeddings
+from pipelines.shards.members import FlawError, decode_image, decode_pixels, unpack_embedding
+from pipelines.shards.order import Located
+from pipelines.shards.read import ShardReader
+from pipelines.storage import Storage
+from tests.pipelines.shards.tars import tar_bytes
+
+SIZE = 12
+PIXELS = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+
+
+def file(kind, mode="RGB", **options):
+    buffer = io.BytesIO()
+    Image.fromarray(PIXELS).convert(mode).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def turned():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return file("JPEG", exif=exif)
+
+
+FILES = {
+    "grey PNG": ("png", file("PNG", "L")),
+    "RGB PNG": ("png", file("PNG")),
+    "PNG with transparency": ("png", file("PNG", "RGBA")),
+    "grey PNG with transparency": ("png", file("PNG", "LA")),
+    "PNG with a palette": ("png", file("PNG", "P")),
+    "PNG of one bit": ("png", file("PNG", "1")),
+    "JPEG": ("jpg", file("JPEG", quality=95)),
+    "JPEG with chroma subsampling": ("jpg", file("JPEG", quality=75, subsampling=2)),
+    "progressive JPEG": ("jpg", file("JPEG", progressive=True)),
+    "grey JPEG": ("jpg", file("JPEG", "L")),
+    "JPEG in CMYK": ("jpg", file("JPEG", "CMYK")),
+    "JPEG that EXIF says is turned": ("jpeg", turned()),
+    "WebP without loss": ("webp", file("WEBP", lossless=True)),
+    "WebP with transparency": ("webp", file("WEBP", "RGBA", lossless=True)),
+    "array": ("npy", npy(PIXELS)),
+    "grey array": ("npy", npy(PIXELS[..., 0])),
+    "grey array with an axis": ("npy", npy(PIXELS[..., :1])),
+    "array by columns": ("npy", npy(np.asfortranarray(PIXELS))),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", FILES)
+def test_pixels_are_those_of_the_thorough_decoder(kind, channels):
+    name, data = FILES[kind]
+    expected = decode_image({name: data}, channels)
+    found = decode_pixels({name: memoryview(data)}, SIZE, channels)
+    assert found.shape == (SIZE, SIZE, channels)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "members, message",
+    [
+        ({"png": FILES["RGB PNG"][1][:-30]}, "png cannot be decoded"),
+        ({"png": b"\x89PNG"}, "is no PNG, JPEG or WebP"),
+        ({"jpg": b"no image at all"}, "is no PNG, JPEG or WebP"),
+        ({"npy": FILES["array"][1][:-5]}, "npy cannot be decoded"),
+        ({"npy": npy(PIXELS.astype(np.float32))}, r"npy is float32 \[12, 12, 3\]: write uint8"),
+        ({"txt": b"words"}, "has no image: a sample needs one of png"),
+        ({"png": file("PNG"), "cls": b"1"}, "is 12x12, dataset.json says 9x9"),
+    ],
+)
+def test_what_cannot_be_decoded_says_why(members, message):
+    with pytest.raises(FlawError, match=message):
+        decode_pixels(members, 9 if "cls" in members else SIZE, 3)
+
+
+def test_an_embedding_comes_back_as_it_was_packed():
+    cond = Conditioning(
+        text=torch.randn(2, 3, 4), text_mask=torch.tensor([[True, True, False], [True] * 3]), pooled=torch.randn(2, 5)
+    )
+    pooled, text = unpack_embedding(memoryview(pack_embeddings(cond)[0]))
+    np.testing.assert_array_equal(pooled, cond.pooled[0].half().numpy())
+    np.testing.assert_array_equal(text, cond.text[0, :2].half().numpy())
+    with pytest.raises(FlawError, match="has neither `pooled` nor `text`"):
+        unpack_embedding(npy(np.zeros(3, np.float16)))
+    with pytest.raises(FlawError, match=r"emb\.npy cannot be read"):
+        unpack_embedding(b"")
+
+
+def test_a_batch_has_the_text_where_it_is_asked_for(tmp_path):
+    cond = Conditioning(
+        text=torch.randn(2, 3, 4), text_mask=torch.tensor([[True, False, False], [True] * 3]), pooled=torch.randn(2, 5)
+    )
+    image = file("PNG")
+    entries = [
+        entry
+        for i, packed in enumerate(pack_embeddings(cond))
+        for entry in ((f"{i}.png", image), (f"{i}.txt", b"words"), (f"{i}.emb.npy", packed))
+    ]
+    data = tar_bytes(entries)
+    shard = ShardInfo("train-0.tar", 2, len(data), hashlib.sha256(data).hexdigest())
+    (tmp_path / shard.name).write_bytes(data)
+    (tmp_path / sidecar(shard.name)).write_text(index_tar(tmp_path / shard.name).to_json())
+    dataset = make_dataset(
+        f"file://{tmp_path}", splits={"train": (shard,)}, classes=(), channels=3, image_size=SIZE, mean=(), std=()
+    )
+    located = Located(np.arange(2), np.zeros(2, np.int64), np.array([1, 0]))
+    fetcher = ShardFetcher(dataset.uri, Storage(), None)
+    batch = ShardReader(dataset, "train", fetcher, text=True).batch(located)
+    assert batch.labels is None
+    assert batch.text_mask.tolist() == [[True, True, True], [True, False, False]]
+    torch.testing.assert_close(batch.pooled, cond.pooled[[1, 0]].half().float())
+    torch.testing.assert_close(batch.text[0], cond.text[1].half().float())
+    assert batch.text[1, 1:].abs().max() == 0
+    plain = ShardReader(dataset, "train", fetcher).batch(located)
+    assert (plain.text, plain.text_mask, plain.pooled) == (None, None, None)
+    assert len(batch[:1]) == len(batch[:1].text) == 1
