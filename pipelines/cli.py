@@ -81,8 +81,10 @@ def status(as_json: Json = False) -> None:
 
 @app.command()
 def ingest(
-    source: Annotated[str, typer.Argument(help="`digits`, or a folder of class folders")],
-    to: Annotated[str, typer.Option("--to", help="s3://BUCKET/PATH or file:///PATH to write to")],
+    source: Annotated[
+        str, typer.Argument(help="`digits`, a folder, a .zip, or a .csv or .jsonl of paths; a path or s3://…")
+    ],
+    to: Annotated[str, typer.Option("--to", callback=_address, help="s3://BUCKET/PATH or file:///PATH to write to")],
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
@@ -90,28 +92,33 @@ def ingest(
     folder = source != "digits"
     defaults = ["data=folder", "model=unet_small", "data.num_classes=1"] if folder else ["data=digits"]
     config = compose([*defaults, *_set("data.source", source), *_set("data.uri", to), *(overrides or [])])
-    config = _connect(config, ["s3"] if to.startswith("s3://") else [])
+    # A cluster that is named writes the shards; the local stack has no more cores than the threads of this process.
+    over_ray = bool(config.cluster.address or os.environ.get("RAY_ADDRESS"))
+    config = _connect(config, ["s3"] if any(end.startswith("s3://") for end in (source, to)) else [])
 
-    from pipelines.flow import show_ingested
-    from pipelines.shards.ingest.write import ingest as write
+    from pipelines import flow
     from pipelines.storage import Storage
 
-    data = config.data
+    storage = Storage.of(config)
+    if over_ray:
+        from pipelines.training.driver import connect_ray
+
+        connect_ray(config, storage)
     with terminal.live():
-        done = write(
-            source,
-            data.uri,
-            Storage.of(config),
-            image_size=data.image_size,
-            channels=data.channels,
-            shard_samples=data.shard_samples,
-            test_fraction=data.test_fraction,
-            progress=terminal.counter("ingest", "images"),
-        )
-    show_ingested(done, terminal)
+        done = flow.write_dataset(config, storage, terminal)
     dataset = done.dataset
     counts = {split: dataset.samples(split) for split in dataset.splits}
-    _finish(as_json, {"uri": data.uri, "digest": dataset.digest, "samples": counts, "left_out": len(done.bad)})
+    _finish(
+        as_json,
+        {
+            "uri": dataset.uri,
+            "digest": dataset.digest,
+            "samples": counts,
+            "left_out": len(done.bad),
+            "changed": done.report.changes,
+            "reused_shards": done.reused_shards,
+        },
+    )
 
 
 @app.command()

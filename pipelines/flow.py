@@ -21,11 +21,25 @@ from pipelines.evaluation.plots import label_grid
 from pipelines.models import Published, Resolved
 from pipelines.registry import Verdict
 from pipelines.shards.index import DatasetError, read_dataset
+from pipelines.shards.ingest.encode import CaptionEncoder
 from pipelines.shards.ingest.write import Ingested, ingest, source_digest
 from pipelines.storage import NotFoundError, Storage, join
 from pipelines.tracking import ModelVersion, Tracker
 from pipelines.training import driver
 from pipelines.training.driver import TrainingError, TrainingResult
+
+INGEST_KEY = "ingest-key"
+INGEST_SETTINGS = (
+    "image_size",
+    "channels",
+    "geometry",
+    "encoding",
+    "shard_samples",
+    "shard_bytes",
+    "test_fraction",
+    "text_encoder",
+)
+SHOWN = 20
 
 
 class Display(Protocol):
@@ -91,17 +105,33 @@ def ingest_stage(config: Config, storage: Storage, display: Display) -> Ingested
         read_dataset(data.uri, storage)
         display.stage("ingest", f"skipped: data.source is not set, {data.uri} is used as it is")
         return None
-    key = ingest_key(config)
     try:
-        if storage.read(join(data.uri, "ingest-key")).decode() == key:
+        if storage.read(join(data.uri, INGEST_KEY)).decode() == ingest_key(config, storage):
             dataset = read_dataset(data.uri, storage)
             driver.check_dataset(dataset, config)
             display.stage("ingest", f"skipped: {data.uri} holds this input already (digest {dataset.digest[:12]})")
             return None
     except (NotFoundError, DatasetError):
         pass
+    driver.connect_ray(config, storage)
+    done = write_dataset(config, storage, display)
+    driver.check_dataset(done.dataset, config)
+    return done
+
+
+def write_dataset(config: Config, storage: Storage, display: Display) -> Ingested:
+    """Ingest `data.source` as the configuration says, and leave behind of what input and settings.
+
+    Over Ray where this process is connected to a cluster that reaches both ends.
+
+    Raises:
+        ConfigError: there is no such text encoder.
+    """
+    data = config.data
+    assert data.source is not None
+    key, encoder = ingest_key(config, storage), _text_encoder(data.text_encoder)
+    storage.delete(join(data.uri, INGEST_KEY))  # an interrupted ingest must not look finished
     display.stage("ingest", f"{data.source} -> {data.uri}")
-    counter = display.counter("ingest", "images")
     done = ingest(
         data.source,
         data.uri,
@@ -109,34 +139,63 @@ def ingest_stage(config: Config, storage: Storage, display: Display) -> Ingested
         image_size=data.image_size,
         channels=data.channels,
         shard_samples=data.shard_samples,
+        shard_bytes=data.shard_bytes,
         test_fraction=data.test_fraction,
-        progress=counter,
+        geometry=data.geometry,
+        encoding=data.encoding,
+        text_encoder=encoder,
+        progress=display.counter("ingest", "images"),
+        notice=lambda text: display.stage("ingest", text),
     )
+    storage.write(join(data.uri, INGEST_KEY), key.encode())
     show_ingested(done, display)
-    driver.check_dataset(done.dataset, config)
-    storage.write(join(data.uri, "ingest-key"), key.encode())
     return done
 
 
 def show_ingested(done: Ingested, display: Display) -> None:
-    """What was written, and by name what was left out."""
+    """What was written, what was changed on the way, and by name what was left out."""
     dataset = done.dataset
-    for bad in done.bad:
-        display.stage("left out", f"{bad.origin}: {bad.reason}")
-    for name in done.empty_classes:
-        display.stage("empty", f"class {name} has no readable image")
+    _show_some(display, "left out", [f"{bad.origin}: {bad.reason}" for bad in done.bad])
+    _show_some(display, "empty", [f"class {name} has no readable image" for name in done.empty_classes])
+    for line in done.report.lines():
+        display.stage("note", line)
+    if done.reused_shards:
+        shards = sum(map(len, dataset.splits.values()))
+        display.stage("ingest", f"{done.reused_shards:,} of {shards:,} shards were finished before and are whole")
     counts = ", ".join(f"{dataset.samples(split):,} {split}" for split in dataset.splits)
     classes = f"{len(dataset.classes)} classes, digest {dataset.digest[:12]}"
     display.stage("dataset", f"{dataset.uri}: {counts}, {classes}, {len(done.bad)} left out")
+    display.stage("report", join(dataset.uri, "ingest-report.json"))
 
 
-def ingest_key(config: Config) -> str:
-    """Digest of everything that decides what an ingest writes."""
+def _show_some(display: Display, name: str, lines: list[str]) -> None:
+    for line in lines[:SHOWN]:
+        display.stage(name, line)
+    if len(lines) > SHOWN:
+        display.stage(name, f"… and {len(lines) - SHOWN:,} more; ingest-report.json has all {len(lines):,}")
+
+
+def _text_encoder(name: str | None) -> CaptionEncoder | None:
+    if name is None:
+        return None
+    from pipelines.text import TextEncoder
+
+    try:
+        return TextEncoder(name)
+    except ValueError as error:
+        raise ConfigError(f"data.text_encoder: {error}") from error
+
+
+def ingest_key(config: Config, storage: Storage) -> str:
+    """Digest of the input and of every setting that decides what an ingest writes.
+
+    Not of this code's or Pillow's version: those would have finished data written again below a run that trains on it.
+    """
     data = config.data
-    if data.source is None:
-        raise ConfigError("data.source has no value: set it to `digits` or to a folder of class folders")
-    settings = [source_digest(data.source), data.image_size, data.channels, data.shard_samples, data.test_fraction]
-    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    assert data.source is not None
+    settings = data.model_dump(mode="json", include=set(INGEST_SETTINGS))
+    content = [source_digest(data.source, storage), settings]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def train_stage(config: Config, storage: Storage, lineage: dict[str, Any], display: Display) -> TrainingResult:

@@ -11,6 +11,8 @@ import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Geometry = Literal["crop", "resize", "keep"]
+Encoding = Literal["png", "jpg", "webp", "npy"]
 
 
 class ConfigError(ValueError):
@@ -24,7 +26,9 @@ class _Model(pydantic.BaseModel):
 class DataConfig(_Model):
     """The dataset and how it is read."""
 
-    source: str | None = Field(None, description="what `ddpm flow` ingests: `digits` or a folder of class folders")
+    source: str | None = Field(
+        None, description="what `ddpm flow` ingests: `digits`, a folder, a .zip, or a .csv or .jsonl of paths"
+    )
     uri: str = Field(description="where the shards and dataset.json are")
     image_size: PositiveInt = Field(description="height and width in pixels")
     channels: Literal[1, 3]
@@ -32,8 +36,14 @@ class DataConfig(_Model):
     lanes: PositiveInt = Field(8, description="parallel reading positions of the whole run; divides the batch")
     window: PositiveInt = Field(4, description="consecutive shards of a lane that are shuffled together")
     flip: bool = Field(False, description="mirror every image with probability 1/2")
+    geometry: Geometry = Field("crop", description="how an ingest brings images to size: crop takes the central square")
+    encoding: Encoding = Field("png", description="of the images that an ingest writes; jpg alone loses something")
     shard_samples: PositiveInt = Field(1000, description="samples per shard that an ingest writes")
-    test_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="of a folder that has no test/")
+    shard_bytes: PositiveInt | None = Field(None, description="size of a shard to aim at, instead of shard_samples")
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="of a source that has no test/")
+    text_encoder: str | None = Field(
+        None, description="hub name or folder of the encoder whose embeddings of the captions an ingest stores"
+    )
     allow_changed: bool = Field(False, description="resume a run although its data or their quarantine have changed")
     cache_dir: str | None = Field(None, description="node-wide shard cache; null: the user's cache folder")
     cache_gib: PositiveFloat = 20.0

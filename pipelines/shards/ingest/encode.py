@@ -7,7 +7,7 @@ import struct
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,11 +23,10 @@ from PIL import (
 )
 
 from ddpm.prediction import Conditioning
+from pipelines.config.schema import Encoding, Geometry
 from pipelines.shards.index import DatasetError
 from pipelines.shards.ingest.trees import UnreadableError
 
-Geometry = Literal["crop", "resize", "keep"]
-Encoding = Literal["png", "jpg", "webp", "npy"]
 CaptionEncoder = Callable[[Sequence[str]], Conditioning]
 
 ORIENTATION = 0x0112  # EXIF

@@ -17,8 +17,9 @@ from functools import reduce
 from itertools import islice
 from operator import add
 
+from pipelines.config.schema import Encoding, Geometry
 from pipelines.shards.index import Dataset, DatasetError, ShardInfo, drop_stale_quarantine, make_dataset, sidecar
-from pipelines.shards.ingest.encode import CaptionEncoder, Encoding, Geometry, ImageFormat
+from pipelines.shards.ingest.encode import CaptionEncoder, ImageFormat
 from pipelines.shards.ingest.report import BadImage, IngestReport, ShardRecord, compose_report
 from pipelines.shards.ingest.sources import Source, open_source, source_digest
 from pipelines.shards.ingest.tasks import (
@@ -31,7 +32,7 @@ from pipelines.shards.ingest.tasks import (
     write_shard,
 )
 from pipelines.shards.ingest.tasks import identify as identify_encoder
-from pipelines.shards.ingest.trees import address
+from pipelines.shards.ingest.trees import address, shown
 from pipelines.storage import Storage, is_local, join
 
 __all__ = ["Ingested", "ingest", "source_digest"]
@@ -74,6 +75,7 @@ def ingest(
     text_encoder: CaptionEncoder | None = None,
     workers: int | None = None,
     progress: Progress = lambda done, total: None,
+    notice: Callable[[str], None] = lambda text: None,
 ) -> Ingested:
     """Write a source's images as shards with `dataset.json`; the same input gives the same bytes and digest.
 
@@ -95,6 +97,7 @@ def ingest(
             is used.
         workers: threads; default one per core. Ray uses what the cluster has.
         progress: called with (images done, of).
+        notice: called with a line for the user: who writes the shards.
 
     Raises:
         DatasetError: no such source, a layout or setting that cannot be, or not one readable image in a split.
@@ -114,8 +117,14 @@ def ingest(
         # From here on the shards of an earlier dataset are overwritten: it must not be taken for whole.
         storage.delete(join(uri, "dataset.json"))
     meter = _Meter(sum(len(job.images) for job in jobs), progress)
-    over_ray = _ray_reaches(source, uri)
-    records = _write_over_ray(jobs, settings, meter) if over_ray else _write_in_threads(jobs, settings, meter, workers)
+    threads = workers or len(os.sched_getaffinity(0))
+    obstacle = _obstacle_to_ray(source, uri)
+    if obstacle is None:
+        notice(f"{len(jobs):,} shards as Ray tasks on {_ray_cpus():,} CPUs")
+        records = _write_over_ray(jobs, settings, meter)
+    else:
+        notice(f"{len(jobs):,} shards by {threads} threads of this process{obstacle and ': ' + obstacle}")
+        records = _write_in_threads(jobs, settings, meter, threads)
     return _publish(source, listed, settings, jobs, records)
 
 
@@ -160,10 +169,10 @@ class _Meter:
 
 
 def _write_in_threads(
-    jobs: Sequence[ShardJob], settings: Settings, meter: _Meter, workers: int | None
+    jobs: Sequence[ShardJob], settings: Settings, meter: _Meter, threads: int
 ) -> list[tuple[ShardRecord, bool]]:
     """Decoding and encoding release the interpreter's lock, so threads use all cores."""
-    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), thread_name_prefix="ingest") as pool:
+    with ThreadPoolExecutor(threads, thread_name_prefix="ingest") as pool:
         futures = [pool.submit(write_shard, job, settings, meter) for job in jobs]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -175,16 +184,27 @@ def _write_in_threads(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _ray_reaches(source: str, uri: str) -> bool:
-    """Whether this process is in a Ray cluster whose every node can read the source and write to the destination."""
+def _obstacle_to_ray(source: str, uri: str) -> str | None:
+    """Why shards are not written as Ray tasks, "" where nobody has connected; None where every node reaches both ends."""
     if "ray" not in sys.modules:
-        return False  # whoever has connected has imported it
+        return ""  # whoever has connected has imported it
     import ray
 
-    if not ray.is_initialized() or ray.cluster_resources().get("CPU", 0) < 1:
-        return False
-    shared = (source == "digits" or not is_local(address(source))) and not is_local(uri)
-    return shared or sum(node["Alive"] for node in ray.nodes()) == 1
+    if not ray.is_initialized():
+        return ""
+    if _ray_cpus() < 1:
+        return "the Ray cluster has no CPUs"
+    if sum(node["Alive"] for node in ray.nodes()) == 1:
+        return None
+    ends = [uri] if source == "digits" else [address(source), uri]
+    local = next((end for end in ends if is_local(end)), None)
+    return None if local is None else f"the Ray cluster's other nodes do not see {shown(local)}"
+
+
+def _ray_cpus() -> int:
+    import ray
+
+    return int(ray.cluster_resources().get("CPU", 0))
 
 
 def _write_over_ray(jobs: Sequence[ShardJob], settings: Settings, meter: _Meter) -> list[tuple[ShardRecord, bool]]:
@@ -193,7 +213,7 @@ def _write_over_ray(jobs: Sequence[ShardJob], settings: Settings, meter: _Meter)
 
     task = ray.remote(num_cpus=1)(write_shard)
     shared = ray.put(settings)
-    ahead = 2 * int(ray.cluster_resources()["CPU"])
+    ahead = 2 * _ray_cpus()
     waiting, found = iter(jobs), {}
     running = {task.remote(job, shared): job for job in islice(waiting, ahead)}
     try:

