@@ -31,14 +31,14 @@ from pipelines.shards.ingest.sources import SourceImage
 from pipelines.shards.ingest.trees import UnreadableError, is_remote
 from pipelines.storage import NotFoundError, Storage, TransientStorageError, join
 
-LAYOUT_VERSION = 1  # of the members that a shard is made of; another one makes every shard again
+LAYOUT_VERSION = 2  # of the members that a shard is made of; another one makes every shard again
 PROBED = 32
 CAPTIONS_AT_ONCE = 64
 READS_AHEAD = 16
 TAR_END = 6144  # two empty blocks, and on average half a record of 20 blocks
-# Fixed, because the writer would stamp the current time and equal inputs would not give equal digests. A float has the
-# tar carry a pax header of 1 KiB for every member; an int would not, and would give every dataset another digest.
-MTIME = 0.0
+# Fixed, because the writer would stamp the current time and equal inputs would not give equal digests. An int, because
+# a float has the tar carry a pax header of 1 KiB for every member.
+MTIME = 0
 PROGRESS = "ingest-progress"
 
 Tick = Callable[[int], None]
