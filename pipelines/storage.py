@@ -45,10 +45,18 @@ class TransientStorageError(StorageError):
 
 @dataclass(frozen=True)
 class Entry:
-    """One stored object: its address and size in bytes."""
+    """One stored object.
+
+    Attributes:
+        uri: its address.
+        size: in bytes.
+        tag: changes when the bytes do: the store's ETag, or a file's modification time in nanoseconds. The same bytes
+            stored again may have another.
+    """
 
     uri: str
     size: int
+    tag: str
 
 
 @dataclass(frozen=True)
@@ -199,11 +207,12 @@ class Storage:
         folder = uri.rstrip("/") + "/"
         if is_local(folder):
             files = sorted(p for p in local_path(folder).rglob("*") if p.is_file())
-            return [Entry(f"file://{p}", p.stat().st_size) for p in files]
+            return [Entry(f"file://{p}", (s := p.stat()).st_size, str(s.st_mtime_ns)) for p in files]
         bucket, prefix = split_s3(folder)
         with _reporting(uri):
             pages = _client(self).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-            found = [Entry(f"s3://{bucket}/{o['Key']}", o["Size"]) for page in pages for o in page.get("Contents", [])]
+            objects = [o for page in pages for o in page.get("Contents", [])]
+        found = [Entry(f"s3://{bucket}/{o['Key']}", o["Size"], o.get("ETag", "").strip('"')) for o in objects]
         return sorted(found, key=lambda entry: entry.uri)
 
     def delete(self, uri: str) -> None:

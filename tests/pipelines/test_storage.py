@@ -24,6 +24,10 @@ def test_folders_are_listed_in_order_and_downloaded_whole(tmp_path):
     listed = STORAGE.list(f"file://{tmp_path}/store")
     assert [e.uri.rsplit("store/")[1] for e in listed] == ["a/c", "a/d", "b"]
     assert [e.size for e in listed] == [3, 3, 1]
+    STORAGE.write(f"file://{tmp_path}/store/b", b"B")
+    assert [(e.size, e.tag) for e in STORAGE.list(f"file://{tmp_path}/store")][2] not in {
+        (e.size, e.tag) for e in listed
+    }
     STORAGE.download_folder(f"file://{tmp_path}/store", tmp_path / "copy")
     assert (tmp_path / "copy" / "a" / "d").read_bytes() == b"a/d"
     with pytest.raises(NotFoundError, match="nothing is stored there"):

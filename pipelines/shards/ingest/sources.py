@@ -112,7 +112,7 @@ def open_source(source: str, storage: Storage, test_fraction: float = 0.1) -> So
 
 
 def source_digest(source: str, storage: Storage | None = None) -> str:
-    """A digest that changes when a source's files do: by name, size and modification time; by name and size on S3."""
+    """A digest that changes when a source's files do: by name, size and modification time, the ETag on S3."""
     storage = storage or Storage()
     state = [source]
     if source != "digits":

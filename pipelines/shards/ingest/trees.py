@@ -33,7 +33,7 @@ class File:
 
     Attributes:
         name: relative to the source's root, with forward slashes.
-        stamp: changes when the bytes do: size and modification time, or size and CRC; only the size on S3.
+        stamp: changes when the bytes do: size with modification time, with the store's ETag, or with the zip's CRC.
         read: fetches the bytes; raises `UnreadableError`. It pickles.
     """
 
@@ -159,7 +159,7 @@ def open_tree(uri: str, storage: Storage) -> Tree:
         raise DatasetError(f"nothing is stored under {uri}/; {KINDS}")
     names = {entry.uri[len(uri) + 1 :]: entry for entry in entries}
     # Consoles mark an empty folder by an object whose name ends with a slash.
-    files = (File(n, str(e.size), StoredFile(e.uri)) for n, e in names.items() if n and not n.endswith("/"))
+    files = (File(n, f"{e.size} {e.tag}", StoredFile(e.uri)) for n, e in names.items() if n and not n.endswith("/"))
     return _tree(files, [name.rstrip("/") for name in names if name.endswith("/")])
 
 
@@ -170,14 +170,14 @@ def find_files(base: str, paths: Iterable[str], storage: Storage) -> dict[str, F
     """
     resolved = {path: _resolve(base, path) for path in paths}
     below = [uri for uri in resolved.values() if not is_local(uri) and uri.startswith(base + "/")]
-    sizes = {entry.uri: entry.size for entry in _list_common(base, below, storage)}
+    listed = {entry.uri: entry for entry in _list_common(base, below, storage)}
     found = {}
     for path, uri in resolved.items():
         if is_local(uri):
             if local_path(uri).is_file():
                 found[path] = File(path, _stamp(local_path(uri).stat()), StoredFile(uri))
-        elif uri in sizes:
-            found[path] = File(path, str(sizes[uri]), StoredFile(uri))
+        elif uri in listed:
+            found[path] = File(path, f"{listed[uri].size} {listed[uri].tag}", StoredFile(uri))
         elif not uri.startswith(base + "/"):
             found[path] = File(path, "", StoredFile(uri))
     return found

@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from pipelines.storage import Entry, Storage
+from pipelines.storage import Storage
 
 CLASSES = ("cat", "dog", "owl")
 
@@ -42,7 +42,7 @@ class Bucket(Storage):
 
     def list(self, uri):
         entries = super().list(self._there(uri))
-        return [Entry(e.uri.replace(f"file://{self.root}", "s3://bucket", 1), e.size) for e in entries]
+        return [replace(e, uri=e.uri.replace(f"file://{self.root}", "s3://bucket", 1)) for e in entries]
 
 
 def picture(seed: int, size: tuple[int, int] = (12, 10), kind: str = "png", mode: str = "RGB") -> bytes:
