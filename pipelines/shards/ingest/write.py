@@ -185,7 +185,7 @@ def _write_in_threads(
 
 
 def _obstacle_to_ray(source: str, uri: str) -> str | None:
-    """Why shards are not Ray tasks, "" where nobody has connected; None where they are: every node reaches both ends."""
+    """Why shards are not Ray tasks, "" where nobody has connected; None where every node reaches both ends."""
     if "ray" not in sys.modules:
         return ""  # whoever has connected has imported it
     import ray

@@ -11,7 +11,7 @@ from pipelines.shards.ingest.sources import open_source, source_digest
 from pipelines.shards.ingest.tables import parse_table
 from pipelines.shards.ingest.trees import UnreadableError
 from pipelines.storage import Storage, StorageError
-from tests.pipelines.shards.ingest.sources import Bucket, every_kind, jsonl, picture, pictures, write_files, write_zip
+from tests.pipelines.shards.ingest.sources import Bucket, every_kind, jsonl, pictures, write_files, write_zip
 
 STORAGE = Storage()
 KINDS = [
