@@ -1,0 +1,159 @@
+"""How well orders mix data that are stored class by class: this project's, WebDataset's documented one, a full shuffle.
+
+    python -m benchmarks.shuffle [--quick] [--json]
+
+Pure order: nothing is read or decoded. The data are the worst case, samples sorted by class. Three epochs of each
+order are looked at in batches of 256:
+
+- `neighbour_correlation`: rank correlation (Spearman's) of the storage positions of a sample and the next; 1 for
+  storage order, 0 for a full shuffle. `largest_correlation` is the largest of those 1 to 256 samples apart.
+- `class_distance`: total variation distance of a batch's classes from the dataset's, mean over batches; it cannot be
+  less than a full shuffle's by more than chance. `classes_per_batch` counts distinct ones.
+- `chi_square`: Pearson's of a batch's classes by degree of freedom; 1 for a full shuffle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+
+import numpy as np
+import webdataset
+from numpy.typing import NDArray
+
+from benchmarks.results import commit, publish
+from pipelines.config import DataConfig, compose
+from pipelines.shards.order import SampleOrder
+
+BATCH = 256
+EPOCHS = 3
+LAGS = 256
+READERS = 16
+Ints = NDArray[np.int64]
+Order = Callable[[int], Ints]
+"""From the number of an epoch to the storage positions in the order in which they are seen."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Data in shards of equal size, sorted by class."""
+
+    shards: int
+    shard_samples: int
+    classes: int
+
+    @property
+    def total(self) -> int:
+        """Samples."""
+        return self.shards * self.shard_samples
+
+    def labels(self, positions: Ints) -> Ints:
+        """The class of each sample."""
+        return positions * self.classes // self.total
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the benchmark and keep its result."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.shuffle", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one epoch of the smaller data")
+    parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
+    options = parser.parse_args(arguments)
+    kinds = {"10 classes, 100 shards of 1,000": Stored(100, 1000, 10)}
+    if not options.quick:
+        kinds["1,000 classes, 1,280 shards of 1,000"] = Stored(1280, 1000, 1000)
+    began = time.perf_counter()
+    rows = [
+        {"data": name, "system": system, **measure(order, stored, 1 if options.quick else EPOCHS)}
+        for name, stored in kinds.items()
+        for system, order in orders(stored).items()
+    ]
+    result = {
+        "benchmark": "shuffle",
+        "quick": options.quick,
+        "commit": commit(),
+        "versions": {"python": platform.python_version(), "webdataset": version("webdataset")},
+        "batch_size": BATCH,
+        "seconds": round(time.perf_counter() - began, 1),
+        "rows": rows,
+    }
+    publish(result, "shuffle", options.quick)
+
+
+def orders(stored: Stored) -> dict[str, Order]:
+    """The orders that are compared, by name."""
+    fields = DataConfig.model_fields
+    folder = compose(["data=folder", "model=unet_small", "data.num_classes=1"]).data
+    shapes = sorted({(fields["lanes"].default, fields["window"].default), (folder.lanes, folder.window)})
+    return {
+        "storage order": lambda epoch: np.arange(stored.total),
+        "full shuffle": lambda epoch: np.random.default_rng(epoch).permutation(stored.total),
+        **{f"ours, {lanes} lanes, window {window}": lanes_order(stored, lanes, window) for lanes, window in shapes},
+        "WebDataset, 1 reader": partial(buffered, stored, 1),
+        f"WebDataset, {READERS} readers": partial(buffered, stored, READERS),
+    }
+
+
+def lanes_order(stored: Stored, lanes: int, window: int) -> Order:
+    """The stream that training reads."""
+    order = SampleOrder([stored.shard_samples] * stored.shards, lanes=lanes, window=window, seed=0, digest="benchmark")
+
+    def positions(epoch: int) -> Ints:
+        found = order.locate(np.arange(epoch * stored.total, (epoch + 1) * stored.total))
+        return found.shards * stored.shard_samples + found.indices
+
+    return positions
+
+
+def buffered(stored: Stored, readers: int, epoch: int) -> Ints:
+    """`WebDataset(urls, shardshuffle=100).shuffle(1000)` by its own stages, each reader with its share of the shards.
+
+    Readers take turns sample by sample, which mixes a batch as well as can be.
+    """
+    streams = [
+        _reader(stored, range(reader, stored.shards, readers), 1000 * epoch + reader) for reader in range(readers)
+    ]
+    turns = itertools.zip_longest(*streams)
+    return np.fromiter((n for turn in turns for n in turn if n is not None), np.int64, stored.total)
+
+
+def _reader(stored: Stored, shards: range, seed: int) -> Iterator[int]:
+    size = stored.shard_samples
+    names = webdataset.shuffle(100, seed=seed)(iter(shards))
+    samples = itertools.chain.from_iterable(range(shard * size, (shard + 1) * size) for shard in names)
+    return webdataset.shuffle(1000, seed=seed)(samples)
+
+
+def measure(order: Order, stored: Stored, epochs: int) -> dict[str, float]:
+    """The measures over some epochs."""
+    found = [order(epoch) for epoch in range(epochs)]
+    for positions in found:
+        assert len(np.unique(positions)) == stored.total
+    correlations = np.mean([autocorrelation(positions) for positions in found], axis=0)
+    batches = np.concatenate([p[: stored.total // BATCH * BATCH].reshape(-1, BATCH) for p in found])
+    counts = np.stack([np.bincount(labels, minlength=stored.classes) for labels in stored.labels(batches)])
+    expected = BATCH / stored.classes
+    return {
+        "neighbour_correlation": round(float(correlations[0]), 4),
+        "largest_correlation": round(float(correlations.max()), 4),
+        "class_distance": round(float(np.abs(counts - expected).sum(1).mean() / (2 * BATCH)), 4),
+        "classes_per_batch": round(float((counts > 0).sum(1).mean()), 2),
+        "chi_square": round(float(((counts - expected) ** 2 / expected).sum(1).mean() / (stored.classes - 1)), 2),
+    }
+
+
+def autocorrelation(positions: Ints) -> NDArray[np.float64]:
+    """Of ranks, which storage positions are, at 1 to LAGS samples apart."""
+    centred = positions - positions.mean()
+    power = np.abs(np.fft.rfft(centred, 2 * len(centred))) ** 2
+    products = np.fft.irfft(power)[: LAGS + 1]
+    return products[1:] / products[0]
+
+
+if __name__ == "__main__":
+    main()
