@@ -138,6 +138,19 @@ class NoiseSchedule:
         rescaled = ((root - last) * first / (first - last)).square()
         return NoiseSchedule(torch.cat([torch.ones(1, dtype=torch.float64), rescaled]))
 
+    def shifted(self, log_snr_shift: float) -> NoiseSchedule:
+        """The schedule with its log-SNR moved by a constant at every t (Hoogeboom et al. 2023, eq. 4).
+
+        Below 0 there is more noise at every step: what larger images need, where neighbouring pixels say the same.
+        """
+        factor = math.exp(log_snr_shift)
+
+        def move(alpha_bar: Tensor) -> Tensor:
+            return alpha_bar * factor / (1 - alpha_bar + alpha_bar * factor)
+
+        form = self.closed_form
+        return NoiseSchedule(move(self.alphas_cumprod), None if form is None else lambda t: move(form(t)))
+
 
 def from_betas(betas: Tensor | Sequence[float]) -> NoiseSchedule:
     """A schedule from betas for t = 1..T, each in (0, 1] (1 only at t = T)."""
@@ -203,8 +216,16 @@ FAMILIES: dict[str, Callable[..., NoiseSchedule]] = {
 }
 
 
-def make_schedule(kind: str, *, zero_terminal_snr: bool = False, **parameters: Any) -> NoiseSchedule:
+def make_schedule(
+    kind: str, *, zero_terminal_snr: bool = False, log_snr_shift: float = 0.0, **parameters: Any
+) -> NoiseSchedule:
     """The schedule of a family by name, as configuration files and stored models spell it.
+
+    Args:
+        kind: of `FAMILIES`.
+        zero_terminal_snr: whether it ends in pure noise; see `NoiseSchedule.zero_terminal_snr`.
+        log_snr_shift: see `NoiseSchedule.shifted`.
+        parameters: of the family.
 
     Raises:
         ValueError: unknown `kind`, or parameters out of range.
@@ -213,6 +234,8 @@ def make_schedule(kind: str, *, zero_terminal_snr: bool = False, **parameters: A
     if kind not in FAMILIES:
         raise ValueError(f"unknown schedule {kind!r}; allowed: {', '.join(sorted(FAMILIES))}")
     schedule = FAMILIES[kind](**parameters)
+    if log_snr_shift:
+        schedule = schedule.shifted(log_snr_shift)
     return schedule.zero_terminal_snr() if zero_terminal_snr else schedule
 
 

@@ -75,6 +75,7 @@ class LinearSchedule(_Model):
     beta_start: PositiveFloat = 1e-4
     beta_end: PositiveFloat = 0.02
     zero_terminal_snr: bool = False
+    log_snr_shift: float = Field(0.0, description="added to the log-SNR at every step; below 0 is more noise")
 
 
 class CosineSchedule(_Model):
@@ -84,6 +85,7 @@ class CosineSchedule(_Model):
     num_steps: PositiveInt = 1000
     s: NonNegativeFloat = 0.008
     zero_terminal_snr: bool = False
+    log_snr_shift: float = Field(0.0, description="added to the log-SNR at every step; below 0 is more noise")
 
 
 class SigmoidSchedule(_Model):
@@ -95,6 +97,7 @@ class SigmoidSchedule(_Model):
     end: float = 3.0
     tau: PositiveFloat = 1.0
     zero_terminal_snr: bool = False
+    log_snr_shift: float = Field(0.0, description="added to the log-SNR at every step; below 0 is more noise")
 
 
 ScheduleConfig = Annotated[LinearSchedule | CosineSchedule | SigmoidSchedule, Field(discriminator="kind")]

@@ -124,3 +124,22 @@ def test_a_closed_form_is_inverted_between_the_points_too():
     schedule = from_log_snr(lambda u: 8 - 16 * u, 16)
     t = torch.tensor([0.5, 3.3, 15.9], dtype=torch.float64)
     torch.testing.assert_close(schedule.timestep(schedule.angle(t)), t, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "sigmoid"])
+@pytest.mark.parametrize("shift", [-2.0, 0.7])
+def test_a_shift_moves_the_log_snr_by_the_same_at_every_step_and_keeps_the_ends(kind, shift):
+    plain, moved = make_schedule(kind, num_steps=100), make_schedule(kind, num_steps=100, log_snr_shift=shift)
+    t = torch.arange(1, 101)
+    torch.testing.assert_close(moved.log_snr(t), plain.log_snr(t) + shift)
+    assert moved.alpha_bar(0) == 1
+    ended = make_schedule(kind, num_steps=100, log_snr_shift=shift, zero_terminal_snr=True)
+    assert ended.alpha_bar(100) == 0
+    there_and_back = moved.shifted(-shift)
+    torch.testing.assert_close(there_and_back.alphas_cumprod, plain.alphas_cumprod, rtol=1e-12, atol=1e-15)
+
+
+def test_a_shift_moves_a_closed_form_too():
+    plain = from_log_snr(lambda u: 5 - 10 * u, 50)
+    t = torch.tensor([0.5, 3.25, 49.9])
+    torch.testing.assert_close(plain.shifted(1.5).log_snr(t), plain.log_snr(t) + 1.5)
