@@ -18,6 +18,8 @@ from pipelines.terminal import Terminal
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 terminal = Terminal()
+search_app = typer.Typer(no_args_is_help=True, help="Search hyperparameters with Ray Tune and Optuna.")
+app.add_typer(search_app, name="search")
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Hydra overrides, such as +experiment=digits optim.lr=1e-3")
@@ -330,6 +332,74 @@ def flow(
         terminal.stage("grid", answer["grid"])
     terminal.stage("mlflow", result.tracker.url)
     _finish(as_json, answer)
+
+
+Study = Annotated[str | None, typer.Option(help="Name of the study; default that of the space and the run or model")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the study of that name")]
+
+
+@search_app.command("guidance")
+def search_guidance(
+    model: Annotated[str, typer.Option(help="runs:/ID[/IMAGES], models:/NAME@alias, models:/NAME/VERSION or a folder")],
+    space: Annotated[str, typer.Option(help="A study of conf/search/, or a YAML file")] = "guidance",
+    study: Study = None,
+    resume: Resume = False,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Search guidance and sampler of a model. Example: ddpm search guidance --model models:/digits@champion"""
+    chosen, config = _study(space, "guidance", overrides)
+    config = _connect(config, ["s3", "mlflow", "ray"])
+
+    from pipelines.search import studies, table
+
+    name = study or f"guidance-{config.name}"
+    with table.shown(terminal.console, terminal.stage) as report:
+        found = studies.guidance_study(config, model, name, chosen, resume=resume, report=report, say=terminal.stage)
+    _show_study(found)
+    _finish(as_json, found.answer)
+
+
+@search_app.command("status")
+def search_status(
+    study: Annotated[str, typer.Argument(help="Name of the study")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Show a study, running or ended. Example: ddpm search status guidance-digits"""
+    config = _connect(compose(overrides or []), ["s3"])
+
+    from pipelines.search import studies, table
+    from pipelines.search.space import StudyConfig
+    from pipelines.search.study import StudyStore
+
+    store = StudyStore.of(config, study)
+    described = store.description()
+    records = store.records()
+    kind = StudyConfig.model_validate({**described["space"], "trials": described["trials"]})
+    terminal.console.print(table.table(kind, records))
+    terminal.stage("study", f"{len(records)} of {described['trials']} trials have begun")
+    _finish(as_json, {"study": study, "trials": studies.count_states(records)})
+
+
+def _study(space: str, kind: str, overrides: list[str] | None) -> tuple[Any, Config]:
+    """The study and the configuration that its trials share; overrides of the former begin with `search.`."""
+    from pipelines.search.space import load_study
+
+    lines = overrides or []
+    chosen = load_study(space, [line for line in lines if line.startswith("search.")])
+    if chosen.kind != kind:
+        raise ConfigError(f"the space '{space}' is for `ddpm search {chosen.kind}`, not for `ddpm search {kind}`")
+    return chosen, compose([line for line in lines if not line.startswith("search.")])
+
+
+def _show_study(found: Any) -> None:
+    if found.best is not None:
+        from pipelines.search.table import line
+
+        terminal.stage("best", line(found.best))
+    terminal.stage("page", found.page)
+    terminal.stage("mlflow", found.tracker.url)
 
 
 def _connected(overrides: list[str] | None) -> Config:

@@ -11,7 +11,7 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,12 @@ class Published:
 def sampling_settings(config: Config) -> SamplingSettings:
     """Sampler and guidance of a configuration."""
     return SamplingSettings(**config.guidance.model_dump(), **config.sampler.model_dump())
+
+
+def settings_from_json(text: str) -> SamplingSettings:
+    """What `json.dumps(asdict(settings))` wrote."""
+    plain = json.loads(text)
+    return SamplingSettings(**{**plain, "interval": tuple(plain["interval"])})
 
 
 def model_spec(
@@ -244,6 +250,8 @@ def _from_registry(reference: str, tracking_uri: str, device: str) -> Resolved:
         raise ModelError(f"{reference} is not in the registry at {tracking_uri}; it has: {listed}")
     with tempfile.TemporaryDirectory(prefix="ddpm-model-") as scratch:
         model = load_model(tracking.download_version(tracking_uri, found, Path(scratch)), device)
+    if "sampling" in found.tags:  # found by a later search; the artifact itself never changes
+        model = replace(model, spec=replace(model.spec, sampling=settings_from_json(found.tags["sampling"])))
     return Resolved(reference, model, Tracker(tracking_uri, found.run_id), found)
 
 

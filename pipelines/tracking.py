@@ -102,6 +102,13 @@ class Tracker:
         """A text file as an artifact."""
         self.client.log_text(self.run_id, text, name)
 
+    def file(self, data: bytes, name: str) -> None:
+        """A file as an artifact; its name may have folders."""
+        folder, _, last = name.rpartition("/")
+        with tempfile.TemporaryDirectory(prefix="ddpm-artifact-") as scratch:
+            (Path(scratch) / last).write_bytes(data)
+            self.client.log_artifact(self.run_id, str(Path(scratch) / last), folder or None)
+
     def read_text(self, name: str) -> str:
         """A text artifact."""
         with tempfile.TemporaryDirectory(prefix="ddpm-artifact-") as scratch:

@@ -1,0 +1,192 @@
+"""Whole studies: from a MODEL or a configuration to records, an MLflow run with its page, and the winner's settings."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ddpm.generate import SamplingSettings
+from pipelines import models, tracking
+from pipelines.config import Config
+from pipelines.evaluation import evaluate as evaluation
+from pipelines.models import Resolved
+from pipelines.search import guidance_search
+from pipelines.search.guidance_search import GuidanceResult, base_of, subject_of
+from pipelines.search.observer import Observer, Report
+from pipelines.search.page import Page, png
+from pipelines.search.space import StudyConfig, check_space
+from pipelines.search.study import StudyStore, TrialRecord, best, done
+from pipelines.shards.index import read_dataset
+from pipelines.storage import Storage, join
+from pipelines.tracking import Tracker
+from pipelines.training import driver
+
+Say = Callable[[str, str], None]
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """What a study leaves behind.
+
+    Attributes:
+        tracker: its MLflow run.
+        records: every trial.
+        best: of them.
+        page: its HTML page, beside the records.
+        answer: for --json.
+    """
+
+    tracker: Tracker
+    records: list[TrialRecord]
+    best: TrialRecord | None
+    page: str
+    answer: dict[str, Any]
+
+
+def guidance_study(
+    config: Config, reference: str, name: str, study: StudyConfig, *, resume: bool, report: Report, say: Say
+) -> StudyResult:
+    """`ddpm search guidance`: see `guidance_search`.
+
+    Raises:
+        ConfigError, StudyError, ModelError, DatasetError: before anything starts.
+    """
+    began = time.monotonic()
+    storage = Storage.of(config)
+    resolved = models.resolve(reference, tracking_uri=config.tracking.uri, storage=storage)
+    base = base_of(config, resolved.model.spec.sampling)
+    check_space(study, base)
+    dataset = read_dataset(resolved.model.spec.lineage.get("dataset_uri", config.data.uri), storage)
+    splits = evaluation.open_splits(dataset, storage, config.data.cache_dir, config.data.cache_gib)
+    evaluator = evaluation.get_evaluator(dataset, splits, storage, lambda text: say("study", text))
+    subject = subject_of(resolved.model, evaluator, splits)
+    driver.connect_ray(config, storage)
+    store, tracker = _open(config, name, study, reference)
+    observer = Observer(store, study, tracker, config.tracking.experiment, study.samples, report)
+    found = guidance_search.search(
+        subject,
+        study,
+        base,
+        store,
+        observer,
+        subject_name=_identity(resolved),
+        resume=resume,
+        storage_path=storage.arrow_uri(join(config.storage.root, "studies", name, "tune")),
+    )
+    observer.settle()
+    seconds = time.monotonic() - began
+    _write_sampling(resolved, found, name, say)
+    page = Page(
+        name,
+        study,
+        reference,
+        found.records,
+        found.confirmed,
+        found.pictures,
+        command=f"ddpm search guidance --model {reference} --study {name}",
+        notes=_cost(found, resolved, study, seconds),
+    )
+    where = _publish(page, store, tracker)
+    winner = found.winner
+    answer = {
+        "study": name,
+        "run_id": tracker.run_id,
+        "trials": count_states(found.records),
+        "front": [asdict(record) for record in found.front],
+        "confirmed": [asdict(c) | {"better": c.better} for c in found.confirmed],
+        "winner": None if winner is None else winner.trial,
+        "page": where,
+        "seconds": seconds,
+    }
+    if winner is not None:
+        tracker.text(tracking.to_json(asdict(winner.settings)), "best/sampling.json")
+        tracker.text(_overrides(base, winner.settings), "best/overrides.txt")
+    return StudyResult(tracker, found.records, best(found.records), where, answer)
+
+
+def _open(config: Config, name: str, study: StudyConfig, subject: str) -> tuple[StudyStore, Tracker]:
+    """The study's records and its MLflow run."""
+    assert config.tracking.uri is not None
+    store = StudyStore.of(config, name)
+    tags = {
+        "ddpm.study": name,
+        "ddpm.study.kind": study.kind,
+        "mlflow.note.content": f"{study.kind} study of {subject}",
+    }
+    tracker, _ = tracking.open_run(config.tracking.uri, config.tracking.experiment, f"study-{name}", tags)
+    tracker.text(tracking.to_json(study.model_dump(mode="json", by_alias=True)), "study.json")
+    return store, tracker
+
+
+def _publish(page: Page, store: StudyStore, tracker: Tracker) -> str:
+    """The page beside the records and in the run, with still pictures where they can be drawn."""
+    text = page.html()
+    where = join(store.uri, "study.html")
+    store.storage.write(where, text.encode())
+    tracker.text(text, "study.html")
+    for name, figure in page.figures().items():
+        tracker.text(figure.to_json(), f"figures/{name}.json")
+        picture = png(figure)
+        if picture is not None:
+            tracker.file(picture, f"figures/{name}.png")
+    top = best(page.records)
+    if top is not None:
+        tracker.metrics({"search/frechet_distance": top.scores["frechet_distance"]}, len(page.records))
+        tracker.tags({"ddpm.best": top.trial})
+    tracker.status("FINISHED")
+    return where
+
+
+def _identity(resolved: Resolved) -> str:
+    """The same for the same weights, whatever they are called."""
+    lineage = resolved.model.spec.lineage
+    return json.dumps({key: lineage.get(key) for key in ("run_id", "images_seen", "dataset_digest")}, sort_keys=True)
+
+
+def _write_sampling(resolved: Resolved, found: GuidanceResult, name: str, say: Say) -> None:
+    """The winner's settings as the defaults of a registered version; nothing where none beats what it has."""
+    winner = found.winner
+    if winner is None:
+        say("study", "no setting beats the model's own by more than chance: its defaults stay")
+        return
+    assert winner.gain is not None
+    gained = f"{winner.gain.value:.3f} ({winner.gain.low:.3f} to {winner.gain.high:.3f})"
+    say("study", f"trial {winner.trial} beats the model's own setting by {gained} on fresh seeds")
+    version = resolved.version
+    if version is None or resolved.tracker is None:
+        say("study", "the model is no registered version: use the settings of best/sampling.json")
+        return
+    tags = {"sampling": json.dumps(asdict(winner.settings)), "sampling.study": name, "sampling.gain": gained}
+    tracking.set_version_tags(resolved.tracker.uri, version.name, version.version, tags)
+    say("study", f"written onto {version.uri} as its default sampling")
+
+
+def _cost(found: GuidanceResult, resolved: Resolved, study: StudyConfig, seconds: float) -> list[str]:
+    """What was spent, in network evaluations, beside the training that it did not need."""
+    trials = sum(r.scores.get("evaluations", 0) * r.scores.get("samples", 0) for r in done(found.records))
+    fresh = sum(c.scores["evaluations"] * study.confirm_samples for c in found.confirmed)
+    spent = trials + fresh
+    # A training step is a forward and a backward pass, which costs about two: three evaluations an image.
+    seen = int(resolved.model.spec.lineage.get("images_seen") or 0)
+    beside = f"; the training of the model took about {3 * seen:,} (3 for each of {seen:,} images)" if seen else ""
+    shares = f"{trials:,.0f} in trials, {fresh:,.0f} to confirm"
+    return [f"{spent:,.0f} network evaluations ({shares}){beside}.", f"{seconds:,.0f} s for this call."]
+
+
+def _overrides(config: Config, settings: SamplingSettings) -> str:
+    """Sampler and guidance as `ddpm` takes them."""
+    plain = base_of(config, settings).model_dump(mode="json", include={"guidance", "sampler"})
+    kind = plain["sampler"].pop("kind")
+    fields = [
+        f"{group}.{name}={json.dumps(value)}" for group, values in plain.items() for name, value in values.items()
+    ]
+    return "\n".join([f"sampler={kind}", *fields]).replace(" ", "") + "\n"
+
+
+def count_states(records: list[TrialRecord]) -> dict[str, int]:
+    """Trials by state."""
+    states = [record.state for record in records]
+    return {state: states.count(state) for state in ("finished", "stopped", "failed", "running")}

@@ -1,0 +1,259 @@
+"""The record of a study: what each trial tried and how it was judged, one file a trial, so that nothing is done twice.
+
+Whatever dies, the records are the truth: a study that goes on reads them, gives what is finished to Optuna as its past,
+asks for what was begun again, and counts both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from pipelines.config import Config
+from pipelines.search.space import Choice, Int, Log, Params, StudyConfig, Uniform, Value
+from pipelines.storage import NotFoundError, Storage, join
+
+State = Literal["running", "finished", "stopped", "failed"]
+OBJECTIVES = {
+    "training": {"frechet_distance": "min"},
+    "guidance": {"frechet_distance": "min", "evaluations": "min"},
+}
+"""What a study of a kind minimises or maximises."""
+
+
+class StudyError(RuntimeError):
+    """A study that cannot start or go on; says why and what to do."""
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial.
+
+    Attributes:
+        trial: its name, the same for the same parameters.
+        params: what it tried.
+        state: "stopped" before its end because others were better; "failed" with `error`.
+        scores: the last that were reported.
+        history: scores in the order in which they were reported.
+        run_id: of its MLflow run.
+        seconds: it took.
+        error: why it failed.
+        began: when, seconds since 1970.
+    """
+
+    trial: str
+    params: dict[str, Value]
+    state: State
+    scores: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    run_id: str | None = None
+    seconds: float = 0.0
+    error: str | None = None
+    began: float = field(default_factory=time.time)
+
+    def reported(self, scores: Mapping[str, float]) -> TrialRecord:
+        """With one more report."""
+        plain = {name: float(value) for name, value in scores.items()}
+        return replace(self, scores=plain, history=[*self.history, plain])
+
+    def ended(self, state: State, error: str | None = None) -> TrialRecord:
+        """At its end."""
+        return replace(self, state=state, error=error, seconds=time.time() - self.began)
+
+
+def trial_name(params: Params) -> str:
+    """A name that depends on what is tried alone."""
+    return hashlib.sha256(json.dumps(dict(sorted(params.items()))).encode()).hexdigest()[:10]
+
+
+@dataclass(frozen=True)
+class StudyStore:
+    """Where a study's records are: `ROOT/studies/NAME/study.json` and `trials/TRIAL.json`."""
+
+    storage: Storage
+    uri: str
+
+    @classmethod
+    def of(cls, config: Config, name: str) -> StudyStore:
+        """For a study of this name."""
+        return cls(Storage.of(config), join(config.storage.root, "studies", name))
+
+    def open(self, study: StudyConfig, base: Config, subject: str, *, resume: bool) -> list[TrialRecord]:
+        """The trials so far of a study that begins or goes on.
+
+        Args:
+            study: what it tries.
+            base: what its trials share.
+            subject: what it is about, such as the model that is sampled.
+            resume: whether it may have begun.
+
+        Raises:
+            StudyError: it has begun and is not to be resumed, or it is of other settings.
+        """
+        described = self.describe(study, base, subject)
+        try:
+            before = json.loads(self.storage.read(join(self.uri, "study.json")))
+        except NotFoundError:
+            self.storage.write(join(self.uri, "study.json"), json.dumps(described, indent=1).encode())
+            return []
+        name = self.uri.rsplit("/", 1)[-1]
+        if not resume:
+            raise StudyError(f"a study '{name}' is at {self.uri}: go on with --resume, or give another --study NAME")
+        differing = [key for key in described if key != "trials" and before.get(key) != described[key]]
+        if differing:
+            raise StudyError(
+                f"the study '{name}' was begun with another {', '.join(differing)}: resume it with the same, "
+                "or begin another with --study NAME"
+            )
+        return self.records()
+
+    @staticmethod
+    def describe(study: StudyConfig, base: Config, subject: str) -> dict[str, Any]:
+        """What makes a study this one; the number of trials may grow."""
+        plain = study.model_dump(mode="json", by_alias=True)
+        trials, shared = plain.pop("trials"), base.model_dump(mode="json", exclude={"cluster", "storage", "tracking"})
+        return json.loads(json.dumps({"space": plain, "config": shared, "subject": subject, "trials": trials}))
+
+    def description(self) -> dict[str, Any]:
+        """`study.json`.
+
+        Raises:
+            StudyError: there is no such study.
+        """
+        try:
+            return json.loads(self.storage.read(join(self.uri, "study.json")))
+        except NotFoundError as error:
+            folder = self.uri.rpartition("/")[0]
+            there = sorted({e.uri[len(folder) + 1 :].split("/")[0] for e in self.storage.list(folder)})
+            raise StudyError(f"no study at {self.uri}; there are: {', '.join(there) or 'none'}") from error
+
+    def record(self, record: TrialRecord) -> None:
+        """Keep a trial as it stands."""
+        where = join(self.uri, "trials", f"{record.trial}.json")
+        self.storage.write(where, json.dumps(asdict(record), indent=1).encode())
+
+    def get(self, trial: str) -> TrialRecord | None:
+        """A trial, if it has begun."""
+        try:
+            return TrialRecord(**json.loads(self.storage.read(join(self.uri, "trials", f"{trial}.json"))))
+        except NotFoundError:
+            return None
+
+    def records(self) -> list[TrialRecord]:
+        """Every trial, in the order in which they began."""
+        found = self.storage.list(join(self.uri, "trials"))
+        with ThreadPoolExecutor(8) as pool:
+            records = pool.map(lambda entry: TrialRecord(**json.loads(self.storage.read(entry.uri))), found)
+        return sorted(records, key=lambda record: record.began)
+
+
+# --- what the records say ------------------------------------------------------------------------------------
+
+
+def done(records: Iterable[TrialRecord]) -> list[TrialRecord]:
+    """Those that ran to their end, or as far as others allowed."""
+    return [record for record in records if record.state in ("finished", "stopped")]
+
+
+def best(records: Iterable[TrialRecord], metric: str = "frechet_distance") -> TrialRecord | None:
+    """The finished trial with the lowest finite score; a stopped one was judged on less."""
+    finished = [r for r in records if r.state == "finished" and math.isfinite(r.scores.get(metric, math.nan))]
+    return min(finished, key=lambda record: record.scores[metric], default=None)
+
+
+def pareto_front(records: Iterable[TrialRecord], metrics: Sequence[str]) -> list[TrialRecord]:
+    """The finished trials that no other is better than in one metric and as good in the rest; by the last metric."""
+    finished = [r for r in records if r.state == "finished" and all(math.isfinite(r.scores[m]) for m in metrics)]
+
+    def beats(a: TrialRecord, b: TrialRecord) -> bool:
+        pairs = [(a.scores[m], b.scores[m]) for m in metrics]
+        return all(x <= y for x, y in pairs) and any(x < y for x, y in pairs)
+
+    front = [r for r in finished if not any(beats(other, r) for other in finished)]
+    return sorted(front, key=lambda record: record.scores[metrics[-1]])
+
+
+# --- Optuna --------------------------------------------------------------------------------------------------
+
+
+def past_of(study: StudyConfig, records: Iterable[TrialRecord]) -> Any:
+    """An Optuna study that knows the records: what TPE learns from, and what the pictures are made of."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    metrics = OBJECTIVES[study.kind]
+    past = optuna.create_study(
+        storage=optuna.storages.InMemoryStorage(),
+        study_name="study",
+        directions=["minimize" if mode == "min" else "maximize" for mode in metrics.values()],
+    )
+    for record in records:
+        values = [record.scores.get(metric, math.nan) for metric in metrics]
+        judged = record.state in ("finished", "stopped") and all(map(math.isfinite, values))
+        state = optuna.trial.TrialState.COMPLETE if judged else optuna.trial.TrialState.FAIL
+        if record.state == "running":
+            continue
+        past.add_trial(
+            optuna.trial.create_trial(
+                state=state,
+                values=values if judged else None,
+                params=dict(record.params),
+                distributions={path: _distribution(study, path) for path in record.params},
+                user_attrs={"trial": record.trial},
+            )
+        )
+    return past
+
+
+def searcher(study: StudyConfig, base: Config, records: Sequence[TrialRecord], first: Sequence[Params] = ()) -> Any:
+    """Ray Tune's `OptunaSearch` (TPE, multivariate) that goes on from the records.
+
+    Args:
+        records: of this study: those that have ended are its past, those that were running come first.
+        first: tried before anything else, such as the best of earlier studies or the present default.
+    """
+    import optuna
+    from ray.tune.search.optuna import OptunaSearch
+
+    metrics = OBJECTIVES[study.kind]
+    ended = [record for record in records if record.state != "running"]
+    past = past_of(study, ended)
+    sampler = optuna.samplers.TPESampler(
+        multivariate=True,
+        group=True,  # conditional parameters: each group of those that exist together has a model of its own
+        seed=study.seed + len(ended),
+        n_startup_trials=study.random_trials,
+        constant_liar=True,  # trials that run at a time do not all try the same
+    )
+    tried = {record.trial for record in ended}
+    again = [dict(r.params) for r in records if r.state == "running"]
+    points = again + [dict(p) for p in first if trial_name(p) not in tried | {trial_name(a) for a in again}]
+    return OptunaSearch(
+        space=lambda trial: study.suggest(trial, base),
+        metric=list(metrics) if len(metrics) > 1 else next(iter(metrics)),
+        mode=list(metrics.values()) if len(metrics) > 1 else next(iter(metrics.values())),
+        points_to_evaluate=points or None,
+        sampler=sampler,
+        study_name="study",
+        storage=past._storage,
+    )
+
+
+def _distribution(study: StudyConfig, path: str) -> Any:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    parameter = study.space[path]
+    if isinstance(parameter, Uniform):
+        return FloatDistribution(*parameter.uniform)
+    if isinstance(parameter, Log):
+        return FloatDistribution(*parameter.log, log=True)
+    if isinstance(parameter, Int):
+        return IntDistribution(*parameter.bounds)
+    assert isinstance(parameter, Choice)
+    return CategoricalDistribution(parameter.choice)

@@ -1,0 +1,100 @@
+"""The table of a running study: its trials, the best so far, budget used and time left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from pipelines.search.observer import AXIS, Observer, describe_params
+from pipelines.search.space import StudyConfig
+from pipelines.search.study import TrialRecord, best
+
+SHOWN = 12
+"""Trials in the table: the running ones, then the newest."""
+
+
+@contextmanager
+def shown(console: Console, say: Callable[[str, str], None]) -> Iterator[Callable[[Observer], None]]:
+    """A table that follows a study on a terminal, lines for trials that end elsewhere; call it with the observer."""
+    if console.is_terminal:
+        with Live(console=console, refresh_per_second=4) as live:
+            yield lambda observer: live.update(_view(observer))
+        return
+    told: set[tuple[str, str]] = set()
+
+    def tell(observer: Observer) -> None:
+        for record in observer.records.values():
+            if record.state != "running" and (record.trial, record.state) not in told:
+                told.add((record.trial, record.state))
+                ended = sum(r.state != "running" for r in observer.records.values())
+                say("trial", f"{ended}/{observer.study.trials}  {line(record)}")
+
+    yield tell
+
+
+def line(record: TrialRecord) -> str:
+    """A trial in words."""
+    distance = record.scores.get("frechet_distance")
+    judged = "" if distance is None else f" at distance {distance:.3f}"
+    why = f" ({record.error})" if record.error else ""
+    return f"{record.trial} {record.state}{judged}{why}: {describe_params(record.params)}"
+
+
+def progress(observer: Observer) -> str:
+    """Budget used, time left, best so far."""
+    records = list(observer.records.values())
+    ended = sum(r.state != "running" for r in records)
+    here = ended - observer.before
+    elapsed = time.monotonic() - observer.began
+    left = (observer.study.trials - ended) * elapsed / here if here else None
+    first = observer.best
+    return ", ".join(
+        part
+        for part in (
+            f"{ended} of {observer.study.trials} trials",
+            f"{elapsed:,.0f} s",
+            f"about {left:,.0f} s left" if left is not None else "",
+            f"best {first.scores['frechet_distance']:.3f} ({first.trial})" if first else "",
+        )
+        if part
+    )
+
+
+def table(study: StudyConfig, records: Sequence[TrialRecord], limit: int | None = None) -> Table:
+    """Trials with the running ones first, then the newest."""
+    ordered = sorted(records, key=lambda r: (r.state != "running", -r.began))[:limit]
+    first = best(records)
+    columns = Table(box=None, pad_edge=False)
+    for name in ("trial", "state", AXIS[study.kind], "distance", "bits/dim" if study.kind == "training" else "evals"):
+        columns.add_column(name, justify="left" if name in ("trial", "state") else "right", no_wrap=True)
+    columns.add_column("parameters", overflow="ellipsis", no_wrap=True)
+    second = "bits_per_dim" if study.kind == "training" else "evaluations"
+    for record in ordered:
+        style = "bold green" if first and record.trial == first.trial else "dim" if record.state == "stopped" else ""
+        columns.add_row(
+            record.trial,
+            record.state,
+            _number(record, AXIS[study.kind], ",.0f"),
+            _number(record, "frechet_distance", ".3f"),
+            _number(record, second, ".2f"),
+            Text(record.error or describe_params(record.params)),
+            style="red" if record.state == "failed" else style,
+        )
+    return columns
+
+
+def _number(record: TrialRecord, name: str, form: str) -> str:
+    return format(record.scores[name], form) if name in record.scores else ""
+
+
+def _view(observer: Observer) -> Table:
+    view = Table.grid()
+    view.add_row(table(observer.study, list(observer.records.values()), SHOWN))
+    view.add_row(Text(progress(observer), style="bold cyan"))
+    return view

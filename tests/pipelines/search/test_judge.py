@@ -1,0 +1,96 @@
+"""A trial is ended when another is better for no more money, beyond chance; and is judged on the same images alone."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ddpm.generate import SamplingSettings
+from ddpm.interop import ModelSpec
+from ddpm.models.unet import UNet, UNetConfig
+from ddpm.quality import FeatureMoments
+from pipelines.evaluation.features import EvaluatorNetwork, extract
+from pipelines.search.judge import Subject, draw, hopeless, rungs, scores
+
+CLASSES = ("a", "b")
+
+
+def judged(distance, error=0.1, evaluations=10, samples=100):
+    return {
+        "frechet_distance": distance,
+        "standard_error": error,
+        "evaluations": evaluations,
+        "samples": samples,
+    }
+
+
+@pytest.mark.parametrize(
+    "mine, other, ended",
+    [
+        (judged(6.0), judged(5.0), True),
+        (judged(5.3), judged(5.0), False),  # 0.3 is 2.1 of its errors: chance at 1 %
+        (judged(5.4), judged(5.0), True),
+        (judged(6.0, evaluations=9), judged(5.0), False),  # cheaper: it may be on the front
+        (judged(6.0), judged(5.0, samples=50), False),  # distances of unlike numbers of samples do not compare
+        (judged(5.0), judged(6.0), False),
+    ],
+)
+def test_the_test_is_one_sided_at_equal_samples_and_no_higher_cost(mine, other, ended):
+    assert hopeless(mine, [other]) is ended
+    assert hopeless(mine, [judged(9.0), other]) is ended
+
+
+def test_the_first_trial_has_nothing_to_lose_to():
+    assert not hopeless(judged(1e9), [])
+
+
+@given(st.integers(4, 10_000), st.integers(1, 12))
+def test_rungs_grow_to_the_number_of_samples(samples, count):
+    found = rungs(samples, count)
+    assert found == sorted(set(found))
+    assert found[-1] == samples
+    assert min(found) >= min(4, samples)
+    assert len(found) <= count
+
+
+@pytest.fixture(scope="module")
+def subject():
+    torch.manual_seed(0)
+    network = UNetConfig(1, 1, (8,), 1, (False,), 8, 4, num_classes=2)
+    spec = ModelSpec(network, {"kind": "cosine", "num_steps": 50}, "v", 8, CLASSES)
+    evaluator = EvaluatorNetwork(1, 8, 2).eval()
+    real = torch.rand(60, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    with torch.no_grad():
+        features = extract(evaluator, real).features
+    weights = UNet(network).state_dict()
+    return Subject(spec, weights, evaluator, FeatureMoments.of(features), features, torch.arange(60) % 2)
+
+
+@pytest.mark.parametrize(
+    "settings, evaluations",
+    [
+        (SamplingSettings(scale=1.0, kind="ddim", steps=4), 4),
+        (SamplingSettings(scale=0.0, kind="ddim", steps=4), 4),
+        (SamplingSettings(scale=2.0, kind="ddim", steps=4), 8),
+        (SamplingSettings(scale=1.0, kind="heun", steps=3), 4),  # first and last step have no second half
+        (SamplingSettings(scale=2.0, interval=(0.0, 0.5), kind="ddim", steps=4), 6),
+    ],
+)
+def test_cost_is_what_the_network_was_really_asked(subject, settings, evaluations):
+    drawn = draw(subject, subject.model(), settings, torch.arange(6), seed=1)
+    assert drawn.evaluations == evaluations
+
+
+def test_rungs_add_up_to_the_whole(subject):
+    settings, model = SamplingSettings(kind="ddim", steps=2), subject.model()
+    parts = [draw(subject, model, settings, torch.arange(a, b), seed=3, keep=2) for a, b in ((0, 6), (6, 10), (10, 24))]
+    whole = draw(subject, model, settings, torch.arange(24), seed=3, keep=2)
+    together = parts[0] + parts[1] + parts[2]
+    torch.testing.assert_close(together.features, whole.features, rtol=1e-4, atol=1e-5)
+    assert together.evaluations == whole.evaluations == 2
+    assert torch.equal(together.correct, whole.correct)
+    assert (together.pixels == whole.pixels).all()
+    found = scores(subject, whole, full=True)
+    assert found["samples"] == 24
+    assert {"precision", "recall", "class_accuracy", "standard_error"} <= found.keys()
+    assert found["standard_error"] > 0
