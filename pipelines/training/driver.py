@@ -6,6 +6,7 @@ import getpass
 import json
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,8 +26,9 @@ from pipelines.models import CheckpointState, Published
 from pipelines.shards.index import Dataset, DatasetError, read_dataset, read_quarantine
 from pipelines.storage import Storage, join
 from pipelines.tracking import Tracker
-from pipelines.training import worker
-from pipelines.training.worker import Job
+from pipelines.training import STARTED, worker
+from pipelines.training.progress import Progress
+from pipelines.training.worker import Job, Store
 
 Report = Callable[[dict[str, float]], None]
 
@@ -281,14 +283,19 @@ class RayShell:
             with newest.as_directory() as folder:
                 yield Path(folder)
 
-    def save(self, folder: Path | None, metrics: dict[str, Any]) -> None:
+    def save(self, store: Store | None, metrics: dict[str, Any]) -> None:
         """Upload through Ray Train, which keeps the list that a restart reads."""
-        checkpoint = None if folder is None else Checkpoint.from_directory(str(folder))
-        ray.train.report(metrics, checkpoint=checkpoint)
+        with tempfile.TemporaryDirectory(prefix="ddpm-report-") as folder:
+            if store is not None:
+                store(f"file://{folder}")
+            ray.train.report(metrics, checkpoint=None if store is None else Checkpoint.from_directory(folder))
         if self.rank == 0:
             ray.get(self.monitor.post.remote(metrics))
 
-    def progress(self, values: dict[str, float]) -> None:
+    def flush(self) -> None:
+        """Nothing is under way: `save` waits."""
+
+    def progress(self, progress: Progress) -> None:
         """Send at most four times a second; the answer is looked at later, without waiting."""
         if self.answer is not None:
             done, _ = ray.wait([self.answer], timeout=0)
@@ -296,11 +303,16 @@ class RayShell:
                 self.stop = self.stop or ray.get(self.answer)
                 self.answer = None
         if self.answer is None and time.monotonic() - self.posted > 0.25:
+            values = {"images_seen": progress.images_seen, "loss": progress.loss}
             self.answer, self.posted = self.monitor.post.remote(values), time.monotonic()
 
     def stop_requested(self) -> bool:
         """What the driver last answered."""
         return self.stop
+
+    def checkpoint_requested(self) -> bool:
+        """No preemption notice is listened to yet."""
+        return False
 
 
 def _worker_main(settings: dict[str, Any]) -> None:
@@ -317,6 +329,7 @@ def _worker_main(settings: dict[str, Any]) -> None:
         rank=rank,
         world_size=context.get_world_size(),
         device=get_device(),
+        started=STARTED,
     )
 
 

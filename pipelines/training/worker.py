@@ -6,7 +6,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,8 +41,13 @@ from pipelines.shards.read import Batch, default_cache_dir
 from pipelines.shards.stream import StreamSettings, TrainingStream, open_stream
 from pipelines.storage import Storage, join
 from pipelines.tracking import MetricLog, Tracker
+from pipelines.training.progress import Clock, Progress
 
 GRID_SEED = 0
+
+
+Store = Callable[[str], None]
+"""Writes a checkpoint's files to a folder's URI (s3:// or file://), `state.json` last."""
 
 
 class Shell(Protocol):
@@ -51,14 +56,31 @@ class Shell(Protocol):
     def restored(self) -> AbstractContextManager[Path | None]:
         """The newest complete checkpoint folder, or None for a fresh start; the same on every rank."""
 
-    def save(self, folder: Path | None, metrics: dict[str, Any]) -> None:
-        """Keep a checkpoint folder; called by every rank at the same step, with a folder on rank 0 only."""
+    def save(self, store: Store | None, metrics: dict[str, Any]) -> None:
+        """Keep a checkpoint; called by every rank at the same step, with something to store on rank 0 only.
 
-    def progress(self, values: dict[str, float]) -> None:
-        """Tell whoever watches; rank 0 only, must not block."""
+        Returns quickly: `store(uri)` is called once, with a URI that is new, in a thread of the shell's, one checkpoint
+        after the other. It takes long and raises `StorageError` where storage stays away.
+        """
+
+    def flush(self) -> None:
+        """Wait until everything saved is durable; called by every rank at the same step.
+
+        Raises:
+            Exception: what a `store` raised.
+        """
+
+    def progress(self, progress: Progress) -> None:
+        """Tell whoever watches; rank 0 only, after every step, must not block."""
 
     def stop_requested(self) -> bool:
-        """Whether to stop at the next step boundary; rank 0 only, must not block."""
+        """Whether to stop at the next step boundary, with a checkpoint; rank 0 only, must not block."""
+
+    def checkpoint_requested(self) -> bool:
+        """Whether to save a checkpoint at the next step boundary and go on (preemption); any rank, must not block.
+
+        True once per wish: asking answers it.
+        """
 
 
 @dataclass(frozen=True)
@@ -90,8 +112,15 @@ class Training:
     names: list[str] = field(default_factory=list)
 
 
-def train(job: Job, shell: Shell, *, rank: int, world_size: int, device: torch.device) -> None:
-    """Train until `config.images` images are seen or a stop is asked for; the last checkpoint is always saved."""
+def train(
+    job: Job, shell: Shell, *, rank: int, world_size: int, device: torch.device, started: float | None = None
+) -> None:
+    """Train until `config.images` images are seen or a stop is asked for; the last checkpoint is always saved.
+
+    Args:
+        started: `time.monotonic()` when this attempt began on this rank; now, where not given.
+    """
+    clock = Clock(time.monotonic() if started is None else started)
     config = job.config
     training = make_training(config, device)
     with shell.restored() as folder:
@@ -100,33 +129,43 @@ def train(job: Job, shell: Shell, *, rank: int, world_size: int, device: torch.d
     schedule, spec = noise_schedule(config), model_spec(config, job.dataset, job.lineage, job.quarantine)
     parallel = _wrap(training.network, device, world_size)
     log = MetricLog(job.tracker) if rank == 0 else None
-    saved_at = training.images_seen
+    resumed_at = saved_at = training.images_seen
     window = _Window(training.images_seen)
     if training.images_seen == 0:
-        draw_grid(training, schedule, spec, job, rank, world_size, device)
+        with clock.during("grid"):
+            draw_grid(training, schedule, spec, job, rank, world_size, device)
 
-    for batch in make_stream(job, rank, world_size, training.images_seen):
-        loss, stop = step(
-            training, parallel, schedule, batch, config, device, stop=rank == 0 and shell.stop_requested()
-        )
+    batches = iter(make_stream(job, rank, world_size, training.images_seen))
+    clock.switch("step")
+    while True:
+        with clock.during("data"):
+            batch = next(batches, None)
+        if batch is None:
+            break
+        wishes = (rank == 0 and shell.stop_requested(), shell.checkpoint_requested())
+        loss, stop, save_now = step(training, parallel, schedule, batch, config, device, wishes=wishes)
         seen = training.images_seen
         finished = seen >= config.images
         window.add(loss)
         if rank == 0:
-            shell.progress({"images_seen": seen, "loss": loss})
+            shell.progress(Progress(seen, resumed_at, loss, clock.seconds()))
         if log and (_crossed(seen, config.batch_size, config.tracking.log_every) or finished):
             log.add({"train/loss": window.mean(), "train/lr": learning_rate(config.optim, seen, config.images),
                      "train/images_per_s": window.rate(seen)}, seen)  # fmt: skip
             window = _Window(seen)
         with window.paused():
             if _crossed(seen, config.batch_size, config.tracking.grid_every) or finished:
-                draw_grid(training, schedule, spec, job, rank, world_size, device)
-            if stop or finished or _crossed(seen, config.batch_size, config.checkpoint.every):
+                with clock.during("grid"):
+                    draw_grid(training, schedule, spec, job, rank, world_size, device)
+            if stop or save_now or finished or _crossed(seen, config.batch_size, config.checkpoint.every):
                 publish_too = finished or _publishes(saved_at, seen, config)
-                checkpoint(training, spec, job, shell, rank, publish_too=publish_too)
+                with clock.during("checkpoint"):
+                    checkpoint(training, spec, job, shell, rank, publish_too=publish_too)
                 saved_at = seen
         if stop:
             break
+    with clock.during("checkpoint"):
+        shell.flush()
     if log:
         log.flush()
 
@@ -196,9 +235,9 @@ def step(
     config: Config,
     device: torch.device,
     *,
-    stop: bool = False,
-) -> tuple[float, bool]:
-    """One optimizer step on a global batch; (mean loss over it, whether any rank wants to stop).
+    wishes: tuple[bool, bool] = (False, False),
+) -> tuple[float, bool, bool]:
+    """One optimizer step on a global batch; (mean loss over it, whether any rank has the first wish, the second).
 
     Gradients are weighted by samples: each rank's loss is its sum over the global batch size, times the number of
     ranks because DDP averages over them, so ranks with unequal pieces give the gradient of the whole batch exactly.
@@ -217,10 +256,10 @@ def step(
         with _no_sync(parallel, held_back):
             (loss * world_size).backward()
         total += loss.detach()
-    shared = torch.stack([total, torch.tensor(float(stop), device=device)])
+    shared = torch.cat([total[None], torch.tensor(wishes, dtype=total.dtype, device=device)])
     if world_size > 1:
         dist.all_reduce(shared)
-    mean, stops = shared.tolist()
+    mean, stops, saves = shared.tolist()
     if not math.isfinite(mean):
         first = training.images_seen
         raise FloatingPointError(
@@ -234,7 +273,7 @@ def step(
     training.images_seen += config.batch_size
     training.optimizer_steps += 1
     training.ema.update(training.network, training.images_seen, config.batch_size)
-    return mean, stops > 0
+    return mean, stops > 0, saves > 0
 
 
 def losses(network: nn.Module, schedule: NoiseSchedule, batch: Batch, config: Config, device: torch.device) -> Tensor:
@@ -310,28 +349,28 @@ def checkpoint(training: Training, spec: ModelSpec, job: Job, shell: Shell, rank
         shell.save(None, metrics)
         return
     folder = Path(tempfile.mkdtemp(prefix="ddpm-checkpoint-"))
-    try:
-        tensors = {f"network.{k}": v for k, v in training.network.state_dict().items()}
-        state = save_checkpoint(
-            folder,
-            spec,
-            training.ema.state_dict(),
-            {**tensors, **optimizer_tensors(training.optimizer, training.names)},
-            images_seen=training.images_seen,
-            identity=job.config.identity(),
-            optimizer_steps=training.optimizer_steps,
-        )
-        shell.save(folder, metrics)
-        if publish_too:
-            publish(
-                job.tracker,
-                job.storage,
-                folder,
-                join(job.published_uri, f"{training.images_seen:012d}"),
-                state,
-            )
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    tensors = {f"network.{k}": v for k, v in training.network.state_dict().items()}
+    state = save_checkpoint(
+        folder,
+        spec,
+        training.ema.state_dict(),
+        {**tensors, **optimizer_tensors(training.optimizer, training.names)},
+        images_seen=training.images_seen,
+        identity=job.config.identity(),
+        optimizer_steps=training.optimizer_steps,
+    )
+
+    def store(uri: str) -> None:
+        try:
+            for name in [*state.files, "state.json"]:
+                job.storage.upload(folder / name, f"{uri}/{name}")
+            if publish_too:
+                target = join(job.published_uri, f"{state.images_seen:012d}")
+                publish(job.tracker, job.storage, folder, target, state)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    shell.save(store, metrics)
 
 
 def _micro_batches(batch: Batch, config: Config, world_size: int) -> Iterator[tuple[Batch, float, bool]]:

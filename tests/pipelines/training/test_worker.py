@@ -52,15 +52,21 @@ class FolderShell:
     def restored(self):
         yield self.folder / "checkpoint" if (self.folder / "checkpoint").exists() else None
 
-    def save(self, folder, metrics):
-        if folder is not None:
+    def save(self, store, metrics):
+        if store is not None:
             shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
-            shutil.copytree(folder, self.folder / "checkpoint")
+            store(f"file://{self.folder}/checkpoint")
         if dist.is_initialized():
             dist.barrier()
 
-    def progress(self, values):
-        self.losses.append(values["loss"])
+    def flush(self):
+        pass
+
+    def progress(self, progress):
+        self.losses.append(progress.loss)
+
+    def checkpoint_requested(self):
+        return False
 
     def stop_requested(self):
         return self.stop_after is not None and len(self.losses) >= self.stop_after - 1
