@@ -28,7 +28,7 @@ from pipelines.storage import Storage, join
 from pipelines.tracking import Tracker
 from pipelines.training import STARTED, worker
 from pipelines.training.progress import Progress
-from pipelines.training.worker import Job, Store
+from pipelines.training.shell import Job, Store
 
 Report = Callable[[dict[str, float]], None]
 

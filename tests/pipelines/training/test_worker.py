@@ -18,7 +18,8 @@ from pipelines.shards.index import Dataset
 from pipelines.shards.ingest.write import ingest
 from pipelines.storage import Storage
 from pipelines.training import worker
-from pipelines.training.worker import Job, learning_rate
+from pipelines.training.shell import Job
+from pipelines.training.worker import learning_rate
 
 STEPS, BATCH = 6, 25  # two ranks cannot share 25 images evenly
 
