@@ -37,7 +37,7 @@ class EMA:
     def update(self, module: nn.Module, images_seen: int, batch_size: int) -> None:
         """Move towards the module's weights after a step that ended at `images_seen` images."""
         weight = 1 - self.decay(images_seen, batch_size)
-        torch._foreach_lerp_(list(self.shadow.values()), _float(module.state_dict().values()), weight)
+        torch._foreach_lerp_(_local(self.shadow.values()), _float(module.state_dict().values()), weight)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged weights, ready for `module.load_state_dict`."""
@@ -148,7 +148,7 @@ class PowerEMA:
         weights = _float(module.state_dict().values())
         for gamma, shadow in zip(self.gammas, self.shadows, strict=True):
             move = 1 - power_decay(gamma, images_seen, batch_size)
-            torch._foreach_lerp_(list(shadow.values()), weights, move)
+            torch._foreach_lerp_(_local(shadow.values()), weights, move)
         self.images_seen = images_seen
 
     def snapshot(self) -> list[PowerSnapshot]:
@@ -288,5 +288,10 @@ def _inner_product(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_
     return (gamma_a + 1) * (gamma_b + 1) * ratio / ((gamma_a + gamma_b + 1) * np.maximum(t_a, t_b))
 
 
+def _local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This rank's part of sharded tensors (FSDP2): a part's average is the average's part."""
+    return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+
+
 def _float(tensors: Iterable[Tensor]) -> list[Tensor]:
-    return [t.detach().float() for t in tensors]
+    return [t.float() for t in _local(t.detach() for t in tensors)]

@@ -57,7 +57,7 @@ class Objective:
         eps: Tensor,
         cond: Conditioning | None = None,
     ) -> Tensor:
-        """Loss of each sample, float32 [B].
+        """Loss of each sample, float32 (float64 for a network in float64), [B].
 
         Args:
             network: maps (x_t [B, C, H, W], table index t - 1 [B], cond) to [B, C, H, W], or [B, 2 C, H, W] where it
@@ -71,7 +71,7 @@ class Objective:
         """
         x_t = q_sample(x_0, t, eps, schedule)
         output, fraction = split_output(network(x_t, (t - 1).float(), cond), x_0.shape[1])
-        output = output.float()
+        output = output.to(torch.promote_types(output.dtype, torch.float32))
         if self.loss == "vlb":
             return self._vlb(output, fraction, x_0, x_t, t, schedule)
         error = output - target(x_0, eps, t, schedule, self.prediction)
@@ -97,7 +97,7 @@ class Objective:
         x_t = x_t.double()
         pred = from_output(output.double(), x_t, t, schedule, self.prediction)
         pred = replace(pred, variance_fraction=None if fraction is None else fraction.double())
-        return (schedule.num_steps * vlb_term(pred, x_0.double(), x_t, t, schedule)).float()
+        return (schedule.num_steps * vlb_term(pred, x_0.double(), x_t, t, schedule)).to(output.dtype)
 
 
 def simple_loss(
