@@ -6,14 +6,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpm.generate import SamplingSettings, generate
+from ddpm.models.classifier import NoisyClassifier
 from ddpm.models.unet import UNet, UNetConfig
 from ddpm.prediction import Conditioning, NetworkDenoiser, Parameterization
 from ddpm.schedule import NoiseSchedule, make_schedule
@@ -33,6 +34,7 @@ class ModelSpec:
         classes: class names, empty for an unconditional model.
         sampling: default settings for sampling.
         lineage: where it comes from: run, images seen, dataset digest, ...
+        task: "denoiser", or "classifier" for a `NoisyClassifier` on that shape, of `classes`.
     """
 
     network: UNetConfig
@@ -42,6 +44,7 @@ class ModelSpec:
     classes: tuple[str, ...] = ()
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     lineage: dict[str, Any] = field(default_factory=dict)
+    task: Literal["denoiser", "classifier"] = "denoiser"
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -143,13 +146,38 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> Model:
     """Read a model folder.
 
     Raises:
-        ValueError: not a model folder, of another version, or weights that do not fit.
+        ValueError: not a model folder, of another version or task, or weights that do not fit.
+    """
+    spec = read_spec(folder)
+    if spec.task != "denoiser":
+        raise ValueError(f"{folder} holds a {spec.task}, which cannot sample: name a model that was trained to denoise")
+    return Model(spec, build_network(spec.network, read_weights(folder / "model.safetensors"), device))
+
+
+def load_classifier(folder: Path, device: torch.device | str = "cpu") -> tuple[ModelSpec, NoisyClassifier]:
+    """Read a classifier of noisy images from a model folder; its `class_log_prob` guides a denoiser.
+
+    Raises:
+        ValueError: not a model folder, of another version or task, or weights that do not fit.
+    """
+    spec = read_spec(folder)
+    if spec.task != "classifier":
+        raise ValueError(f"{folder} holds a {spec.task}: train a classifier with task=classifier")
+    classifier = NoisyClassifier(spec.network, len(spec.classes))
+    _load(classifier, read_weights(folder / "model.safetensors"))
+    return spec, classifier.eval().requires_grad_(False).to(device)
+
+
+def read_spec(folder: Path) -> ModelSpec:
+    """What `model.json` says.
+
+    Raises:
+        ValueError: missing, damaged or of another version.
     """
     try:
-        spec = ModelSpec.from_json((folder / "model.json").read_text())
+        return ModelSpec.from_json((folder / "model.json").read_text())
     except FileNotFoundError as error:
         raise ValueError(f"{folder} is not a model folder: model.json is missing") from error
-    return Model(spec, build_network(spec.network, read_weights(folder / "model.safetensors"), device))
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -173,8 +201,12 @@ def build_network(config: UNetConfig, weights: Mapping[str, Tensor], device: tor
         ValueError: weights of another network.
     """
     network = UNet(config)
+    _load(network, weights)
+    return network.eval().requires_grad_(False).to(device)
+
+
+def _load(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"the weights do not fit the network that is described beside them: {error}") from error
-    return network.eval().requires_grad_(False).to(device)
