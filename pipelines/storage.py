@@ -186,6 +186,18 @@ class Storage:
                 bucket, key = split_s3(uri)
                 _client(self).download_file(bucket, key, str(path))
 
+    def copy(self, source: str, target: str) -> None:
+        """Store an object anew under another address; its bytes stay in S3 where both addresses are there."""
+        if is_local(source):
+            self.upload(local_path(source), target)
+        elif is_local(target):
+            with _reporting(source):
+                _atomically(local_path(target), lambda temporary: self.download(source, temporary))
+        else:
+            bucket, key = split_s3(source)
+            with _reporting(source):
+                _client(self).copy({"Bucket": bucket, "Key": key}, *split_s3(target))
+
     def exists(self, uri: str) -> bool:
         """Whether an object is at the address."""
         if is_local(uri):

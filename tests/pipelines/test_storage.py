@@ -82,3 +82,15 @@ def test_workers_are_told_paths_and_endpoints_only():
         "s3://b/p?scheme=http&endpoint_override=h%3A1&region=r"
     )
     assert Storage().arrow_uri("file:///a/b") == "/a/b"
+
+
+def test_a_copy_is_whole_and_replaces_what_was_there(tmp_path):
+    storage, source, target = Storage(), f"file://{tmp_path}/a", f"file://{tmp_path}/deep/b"
+    storage.write(source, b"one")
+    storage.copy(source, target)
+    storage.write(source, b"two")
+    assert storage.read(target) == b"one"
+    storage.copy(source, target)
+    assert storage.read(target) == b"two"
+    with pytest.raises(NotFoundError):
+        storage.copy(f"file://{tmp_path}/none", target)
