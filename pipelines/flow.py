@@ -14,11 +14,12 @@ from typing import Any, Protocol
 
 from ddpm.generate import SamplingSettings
 from pipelines import models, registry, tracking
+from pipelines.checkpoints import Published
 from pipelines.config import Config, ConfigError
 from pipelines.evaluation import evaluate as evaluation
 from pipelines.evaluation.evaluate import Scores
 from pipelines.evaluation.plots import label_grid
-from pipelines.models import Published, Resolved
+from pipelines.models import Resolved
 from pipelines.registry import Verdict
 from pipelines.shards.index import DatasetError, read_dataset
 from pipelines.shards.ingest.encode import CaptionEncoder

@@ -1,66 +1,25 @@
-"""Checkpoint files, and MODEL references to models: runs, the registry, or a folder.
-
-A checkpoint is a folder: `model.json`, `model.safetensors` (the average that samples, which makes it a model folder),
-`training.safetensors` (raw weights and optimizer) and `state.json`, written last, which names the others' digests.
-"""
+"""Models by MODEL reference: a run's, the registry's, or a folder's; and what a run's model says of itself."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddpm.generate import SamplingSettings
-from ddpm.interop import Model, ModelSpec, load_model, save_model
+from ddpm.inpainting import extend_for_inpainting
+from ddpm.interop import Model, ModelSpec, load_model
 from pipelines import tracking
+from pipelines.checkpoints import ModelError, list_published
 from pipelines.config import Config, unet_config
 from pipelines.shards.index import Dataset, Quarantine, stream_digest
 from pipelines.storage import Storage
 from pipelines.tracking import ModelVersion, Tracker
-
-CHECKPOINT_VERSION = 1
-PUBLISHED = "checkpoints"
-
-
-class ModelError(ValueError):
-    """A MODEL reference that names nothing, or a checkpoint that is damaged or of another run."""
-
-
-@dataclass(frozen=True)
-class CheckpointState:
-    """`state.json`.
-
-    Attributes:
-        images_seen: the cursor of the stream.
-        identity: `Config.identity()` of the run.
-        stream_digest: of the data it was trained on, what was left out of it included.
-        optimizer_steps: updates made so far.
-        files: SHA-256 of the other files.
-    """
-
-    images_seen: int
-    identity: dict[str, Any]
-    stream_digest: str
-    optimizer_steps: int
-    files: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Published:
-    """A checkpoint that stays, as MLflow records it."""
-
-    uri: str
-    images_seen: int
-    digest: str
 
 
 def sampling_settings(config: Config) -> SamplingSettings:
@@ -89,96 +48,39 @@ def model_spec(
         schedule=config.schedule.model_dump(),
         prediction=config.objective.prediction,
         image_size=dataset.image_size,
-        classes=dataset.classes if config.model.class_conditional else (),
+        task=config.task,
+        classes=dataset.classes if config.model.class_conditional or config.task == "classifier" else (),
         sampling=sampling_settings(config),
         lineage={"run": config.name, **data, **lineage},
     )
 
 
-def save_checkpoint(
-    folder: Path,
-    spec: ModelSpec,
-    averaged: Mapping[str, Tensor],
-    training: Mapping[str, Tensor],
-    *,
-    images_seen: int,
-    identity: dict[str, Any],
-    optimizer_steps: int,
-) -> CheckpointState:
-    """Write a checkpoint folder; `state.json` last, so that a folder with it is complete."""
-    save_model(folder, spec, averaged)
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in training.items()},
-        folder / "training.safetensors",
-    )
-    files = {name: _sha256(folder / name) for name in ("model.json", "model.safetensors", "training.safetensors")}
-    state = CheckpointState(images_seen, identity, spec.lineage["stream_digest"], optimizer_steps, files)
-    (folder / "state.json").write_text(
-        json.dumps({"checkpoint_version": CHECKPOINT_VERSION, **asdict(state)}, indent=1)
-    )
-    return state
+def initial_weights(config: Config, tracking_uri: str | None, storage: Storage) -> dict[str, Tensor]:
+    """The weights that `init_from` names, for the network that the configuration describes.
 
-
-def load_checkpoint(folder: Path) -> tuple[CheckpointState, dict[str, Tensor], dict[str, Tensor]]:
-    """(state, averaged weights, training tensors) of a checkpoint folder.
+    A network that is to inpaint takes those of one that is not, and computes the same to begin with.
 
     Raises:
-        ModelError: incomplete, damaged or of another version.
+        ModelError: no such model, or one of another network; names every field that differs.
     """
-    try:
-        plain = json.loads((folder / "state.json").read_text())
-    except FileNotFoundError as error:
-        raise ModelError(f"{folder} is not a complete checkpoint: state.json is missing") from error
-    version = plain.pop("checkpoint_version", None)
-    if version != CHECKPOINT_VERSION:
-        raise ModelError(f"{folder}: checkpoint version {version}, this release reads {CHECKPOINT_VERSION}")
-    state = CheckpointState(**plain)
-    for name, digest in state.files.items():
-        if not (folder / name).is_file() or _sha256(folder / name) != digest:
-            raise ModelError(f"{folder / name} is missing or damaged: its SHA-256 is not the recorded one")
-    return state, load_file(folder / "model.safetensors"), load_file(folder / "training.safetensors")
-
-
-def check_resumable(
-    state: CheckpointState, config: Config, dataset: Dataset, quarantine: Quarantine | None = None
-) -> None:
-    """Refuse to continue a run on other settings, or on other data unless `data.allow_changed` says so.
-
-    Raises:
-        ModelError: names every field that differs.
-    """
-    now = json.loads(json.dumps(config.identity()))
-    fields = sorted(state.identity.keys() | now.keys())
-    named = [f for f in fields if state.identity.get(f) != now.get(f)]
-    differing = [f"{f}: {state.identity.get(f)} before, {now.get(f)} now" for f in named]
-    digest = stream_digest(dataset, quarantine)
-    if state.stream_digest != digest and not config.data.allow_changed:
-        differing.append(
-            f"dataset digest: {state.stream_digest[:12]} before, {digest[:12]} now (data or quarantine have changed; "
-            "data.allow_changed=true goes on with them, and from there on which sample is which is another matter)"
-        )
+    assert config.init_from is not None
+    model = resolve(config.init_from, tracking_uri=tracking_uri, storage=storage).model
+    weights: dict[str, Tensor] = dict(model.network.state_dict())
+    wanted, there = unet_config(config), model.spec.network
+    if wanted.context_channels and not there.context_channels:
+        weights = extend_for_inpainting(weights, wanted.context_channels)
+        there = replace(there, context_channels=wanted.context_channels)
+    there = replace(there, dropout=wanted.dropout)
+    differing = [
+        f"{k}: {v} there, {getattr(wanted, k)} here" for k, v in vars(there).items() if v != getattr(wanted, k)
+    ]
     if differing:
         listed = "\n  ".join(differing)
         raise ModelError(
-            f"the run '{config.name}' was trained with other settings:\n  {listed}\n"
-            "Use the same settings to resume it, or another name=… to start a new run"
-            + (" (optim.decay=constant lets a run go on past its length)" if "images" in named else "")
+            f"init_from = {config.init_from} is another network than the configuration's:\n  {listed}\n"
+            "Set model.* to what it has, or start without init_from"
         )
-
-
-def publish(tracker: Tracker, storage: Storage, folder: Path, target_uri: str, state: CheckpointState) -> Published:
-    """Store a checkpoint folder where nothing deletes it and record it in the run; `state.json` last."""
-    for name in [*state.files, "state.json"]:
-        storage.upload(folder / name, f"{target_uri}/{name}")
-    digest = hashlib.sha256(json.dumps(state.files, sort_keys=True).encode()).hexdigest()
-    published = Published(target_uri, state.images_seen, digest)
-    tracker.text(tracking.to_json(asdict(published)), f"{PUBLISHED}/{state.images_seen:012d}.json")
-    return published
-
-
-def list_published(tracker: Tracker) -> list[Published]:
-    """A run's published checkpoints, oldest first."""
-    return [Published(**json.loads(tracker.read_text(name))) for name in sorted(tracker.names(PUBLISHED))]
+    return weights
 
 
 @dataclass(frozen=True)
@@ -261,29 +163,3 @@ def _needs(tracking_uri: str | None, reference: str) -> str:
             f"{reference} needs an MLflow server: set tracking.uri or MLFLOW_TRACKING_URI, or run `ddpm up`"
         )
     return tracking_uri
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """An optimizer's state as named tensors, for safetensors; `names` in the order of its parameters."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"optimizer.{key}.{names[i]}": torch.as_tensor(value)
-        for i, entries in state.items()
-        for key, value in entries.items()
-    }
-
-
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave."""
-    index = {name: i for i, name in enumerate(names)}
-    state: dict[int, dict[str, Tensor]] = {}
-    for full, value in tensors.items():
-        if full.startswith("optimizer."):
-            _, key, name = full.split(".", 2)
-            state.setdefault(index[name], {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

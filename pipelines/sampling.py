@@ -10,9 +10,9 @@ from PIL import Image
 
 from ddpm.generate import to_uint8
 from ddpm.interop import Model
+from pipelines.checkpoints import ModelError
 from pipelines.config import suggest
 from pipelines.evaluation.plots import label_grid
-from pipelines.models import ModelError
 
 
 def write_samples(

@@ -2,9 +2,10 @@
 
 from pipelines.config.build import noise_schedule, training_objective, unet_config
 from pipelines.config.compose import compose, conf_dir, from_dict, groups, suggest
-from pipelines.config.schema import Config, ConfigError, DataConfig, OptimConfig, flatten
+from pipelines.config.schema import ClusterConfig, Config, ConfigError, DataConfig, OptimConfig, flatten
 
 __all__ = [
+    "ClusterConfig",
     "Config",
     "ConfigError",
     "DataConfig",

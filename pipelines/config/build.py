@@ -20,12 +20,13 @@ def unet_config(config: Config) -> UNetConfig:
     """
     from ddpm.models.unet import UNetConfig
 
-    shape = config.model.model_dump(exclude={"class_conditional", "learned_variance"})
+    shape = config.model.model_dump(exclude={"class_conditional", "inpainting", "learned_variance"})
     try:
         unet = UNetConfig(
             in_channels=config.data.channels,
             out_channels=config.data.channels * (2 if config.model.learned_variance else 1),
             num_classes=config.data.num_classes if config.model.class_conditional else 0,
+            context_channels=config.data.channels if config.model.inpainting else 0,
             **shape,
         )
     except ValueError as error:
@@ -42,7 +43,7 @@ def training_objective(config: Config) -> Objective:
     """What the network predicts and how it is judged."""
     from ddpm.objectives import Objective
 
-    return Objective(**config.objective.model_dump(exclude={"timesteps", "label_drop"}))
+    return Objective(**config.objective.model_dump(exclude={"timesteps", "label_drop", "mask"}))
 
 
 def noise_schedule(config: Config) -> NoiseSchedule:

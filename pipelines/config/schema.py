@@ -64,6 +64,10 @@ class ModelConfig(_Model):
         0.0, description="0 keeps the loss trace independent of the number of workers"
     )
     class_conditional: bool = True
+    text_dim: NonNegativeInt = Field(
+        0, description="width of the dataset's text embeddings; 0: not conditioned on text"
+    )
+    inpainting: bool = Field(False, description="conditioned on the known pixels of a masked image")
     learned_variance: bool = Field(False, description="of the reverse steps; trained by objective.loss hybrid or vlb")
 
 
@@ -113,10 +117,11 @@ class ObjectiveConfig(_Model):
     weight: Literal["uniform", "min_snr"] = Field("uniform", description="of the squared error, by timestep")
     min_snr_gamma: PositiveFloat = 5.0
     vlb_weight: PositiveFloat = Field(1e-3, description="of the bound in the hybrid loss")
-    timesteps: Literal["uniform", "stratified"] = Field(
-        "uniform", description="independent, or spread evenly over each global batch"
+    timesteps: Literal["uniform", "stratified", "importance"] = Field(
+        "uniform", description="independent, spread evenly over each global batch, or by the size of recent losses"
     )
-    label_drop: Fraction = Field(0.1, description="probability of the null label, per sample")
+    label_drop: Fraction = Field(0.1, description="probability of the null condition (label and text), per sample")
+    mask: Literal["any", "box", "stroke", "half"] = Field("any", description="what inpainting hides in training")
 
 
 class GuidanceConfig(_Model):
@@ -193,10 +198,30 @@ class OptimConfig(_Model):
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     weight_decay: NonNegativeFloat = 0.0
     warmup_images: NonNegativeInt = 0
-    decay: Literal["constant", "linear", "cosine"] = "constant"
+    decay: Literal["constant", "linear", "cosine", "inverse_sqrt"] = Field(
+        "constant", description="of the rate: none, down to 2 % at the end of the run, or by 1/sqrt(images seen)"
+    )
+    decay_images: PositiveInt = Field(1_000_000, description="images from which inverse_sqrt falls")
     grad_clip: PositiveFloat | None = 1.0
     ema_half_life: PositiveFloat = Field(500_000, description="in images")
-    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the hardware has it")
+    power_ema: tuple[PositiveFloat, ...] = Field(
+        (), description="relative widths of power-function averages, whose width can be chosen after training"
+    )
+    precision: Literal["auto", "bf16", "tf32", "fp32", "fp64"] = Field(
+        "auto", description="auto: bf16 where the hardware has it, else tf32 or fp32; weights stay float32"
+    )
+    max_skipped: PositiveInt = Field(
+        10, description="updates in a row that are left out for a loss or gradient that is not finite"
+    )
+
+    @model_validator(mode="after")
+    def _widths(self) -> OptimConfig:
+        if len(set(self.power_ema)) < len(self.power_ema) or max(self.power_ema, default=0) > 1 / (2 * 3**0.5):
+            raise ValueError(
+                f"power_ema must name widths in (0, 0.2886], each once, got {list(self.power_ema)}: "
+                "[0.05, 0.1] is enough to reconstruct any other"
+            )
+        return self
 
 
 class ClusterConfig(_Model):
@@ -206,6 +231,13 @@ class ClusterConfig(_Model):
     cpus_per_worker: PositiveFloat = 1
     gpus_per_worker: Literal[0, 1] = 0
     threads_per_worker: PositiveInt = 1
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="a copy of the network per worker, or its parts shared out over them (FSDP2)"
+    )
+    compile: bool = Field(False, description="torch.compile the network; what it makes is kept on the node's disk")
+    peak_tflops: PositiveFloat | None = Field(
+        None, description="dense bf16 peak of one GPU, for the utilization; null: from the card's name"
+    )
     max_failures: NonNegativeInt = Field(3, description="restarts of the worker group before the run fails")
     address: str | None = Field(None, description="of the Ray cluster; null: RAY_ADDRESS, else the local stack")
 
@@ -234,6 +266,8 @@ class TrackingConfig(_Model):
     log_every: PositiveInt = 2_000
     grid_every: PositiveInt = 10_000
     grid_rows: PositiveInt = 8
+    profile_at: NonNegativeInt | None = Field(None, description="images seen at which torch.profiler begins to look")
+    profile_steps: PositiveInt = Field(5, description="steps that it looks at")
 
 
 class CheckpointConfig(_Model):
@@ -262,6 +296,10 @@ class Config(_Model):
     """One run, complete and frozen."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    task: Literal["denoiser", "classifier"] = Field(
+        "denoiser", description="what is trained: the model, or a classifier of noisy images for classifier guidance"
+    )
+    init_from: str | None = Field(None, description="MODEL whose weights a new run starts from")
     seed: NonNegativeInt = 0
     images: PositiveInt
     batch_size: PositiveInt
@@ -304,7 +342,31 @@ class Config(_Model):
             raise ValueError(
                 f"sampler.steps = {self.sampler.steps} exceeds schedule.num_steps = {self.schedule.num_steps}"
             )
+        self._check_task()
         return self
+
+    def _check_task(self) -> None:
+        model, objective = self.model, self.objective
+        if model.class_conditional and not self.data.num_classes:
+            raise ValueError(
+                "model.class_conditional = True needs labels, and data.num_classes = 0: "
+                "set model.class_conditional=false, or use data with classes"
+            )
+        if self.task == "denoiser":
+            return
+        if not self.data.num_classes:
+            raise ValueError("task = classifier learns classes, and data.num_classes = 0: use data with labels")
+        denoiser_only = {
+            "init_from": self.init_from is not None,
+            "model.text_dim": model.text_dim > 0,
+            "model.inpainting": model.inpainting,
+            "model.learned_variance": model.learned_variance,
+            "objective.loss": objective.loss != "simple",
+            "objective.weight": objective.weight != "uniform",
+        }
+        wrong = [name for name, is_set in denoiser_only.items() if is_set]
+        if wrong:
+            raise ValueError(f"task = classifier has no use for {', '.join(wrong)}: leave them at their defaults")
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the loss trace, flat; a resumed run must have the same."""
@@ -312,8 +374,9 @@ class Config(_Model):
             mode="json",
             include={"data": {"image_size", "channels", "num_classes", "lanes", "window", "flip"}},
         )
-        rest = self.model_dump(mode="json", include={"seed", "batch_size", "model", "schedule", "objective", "optim"})
-        length = {} if self.optim.decay == "constant" else {"images": self.images}
+        decisive = {"task", "init_from", "seed", "batch_size", "model", "schedule", "objective", "optim"}
+        rest = self.model_dump(mode="json", include=decisive, exclude={"optim": {"max_skipped"}})
+        length = {"images": self.images} if self.optim.decay in ("linear", "cosine") else {}
         return flatten({**rest, **data, **length})
 
     def digest(self) -> str:

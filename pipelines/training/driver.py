@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import json
 import os
 import signal
 import tempfile
@@ -20,9 +19,9 @@ import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from pipelines import models, tracking
+from pipelines import checkpoints, models, tracking
+from pipelines.checkpoints import CheckpointState, Published
 from pipelines.config import Config
-from pipelines.models import CheckpointState, Published
 from pipelines.shards.index import Dataset, DatasetError, read_dataset, read_quarantine
 from pipelines.storage import Storage, join
 from pipelines.tracking import Tracker
@@ -131,7 +130,9 @@ def make_plan(config: Config, storage: Storage, lineage: dict[str, Any]) -> Plan
     quarantine = read_quarantine(config.data.uri, storage)
     state = newest_checkpoint(config, storage)
     if state is not None:
-        models.check_resumable(state, config, dataset, quarantine)
+        checkpoints.check_resumable(state, config, dataset, quarantine)
+    elif config.init_from is not None:
+        models.initial_weights(config, config.tracking.uri, storage)  # whether there are any
     assert config.tracking.uri is not None
     tracker, existed = tracking.open_run(config.tracking.uri, config.tracking.experiment, config.name, {})
     job = Job(config, dataset, storage, tracker, {**lineage, "run_id": tracker.run_id}, quarantine)
@@ -228,18 +229,12 @@ def check_dataset(dataset: Dataset, config: Config) -> None:
 
 def newest_checkpoint(config: Config, storage: Storage) -> CheckpointState | None:
     """The newest complete checkpoint that Ray Train would resume this name from."""
-    folder = join(config.storage.root, "runs", config.name)
-    found = [e.uri for e in storage.list(folder) if e.uri.endswith("/state.json") and "/checkpoint_" in e.uri]
-    states = []
-    for uri in found:
-        plain = json.loads(storage.read(uri))
-        if plain.pop("checkpoint_version") == models.CHECKPOINT_VERSION:
-            states.append(CheckpointState(**plain))
-    return max(states, key=lambda s: s.images_seen, default=None)
+    found = checkpoints.complete_checkpoints(storage, join(config.storage.root, "runs", config.name))
+    return found[0][1] if found else None
 
 
 def _result(tracker: Tracker, status: str, images_seen: int) -> TrainingResult:
-    published = models.list_published(tracker)
+    published = checkpoints.list_published(tracker)
     return TrainingResult(tracker, status, images_seen, published[-1] if published else None)
 
 

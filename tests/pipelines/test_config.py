@@ -57,6 +57,12 @@ def test_every_shipped_choice_composes(group, choice):
         (["name=a/b"], r"name: .*pattern.*got 'a/b'"),
         (["+experiment=folder32"], r"data\.num_classes has no value"),
         (["a b"], r"cannot read the overrides"),
+        (["optim.power_ema=[0.1,0.1]"], r"power_ema must name widths in \(0, 0\.2886\], each once"),
+        (["optim.power_ema=[0.5]"], r"power_ema must name widths"),
+        (["data.num_classes=0"], r"set model\.class_conditional=false"),
+        (["task=classifier", "data.num_classes=0", "model.class_conditional=false"], r"use data with labels"),
+        (["task=classifier", "model.inpainting=true"], r"task = classifier has no use for model\.inpainting"),
+        (["task=classifier", "init_from=/m"], r"task = classifier has no use for init_from"),
     ],
 )
 def test_a_mistake_is_named_with_its_place_and_what_is_allowed(overrides, message):
@@ -84,6 +90,11 @@ def test_a_configuration_is_frozen_and_comes_back_from_plain_values():
         ("schedule.s=0.1", False),
         ("images=5", False),  # digits' learning rate decays over the run
         ("data.lanes=8", False),
+        ("init_from=/model", False),
+        ("task=classifier", False),
+        ("objective.timesteps=importance", False),
+        ("cluster.parallel=fsdp", True),
+        ("optim.max_skipped=1", True),
         ("cluster.num_workers=1", True),
         ("guidance.scale=7", True),
         ("sampler.steps=7", True),

@@ -1,131 +1,26 @@
-"""The rank loop under plain torch.distributed: the trace does not depend on who computes it."""
+"""The loop of one rank in this process; what several ranks agree on is in test_invariance.py."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
-from ddpm.interop import load_model
-from pipelines.config import Config, compose
-from pipelines.shards.index import Dataset
-from pipelines.shards.ingest.write import ingest
-from pipelines.storage import Storage
-from pipelines.training import worker
-from pipelines.training.shell import Job
-from pipelines.training.worker import learning_rate
+from ddpm.interop import load_classifier, load_model
+from pipelines.checkpoints import ModelError
+from tests.pipelines.training.ranks import last_checkpoint, tiny_config, trace, train_here
 
-STEPS, BATCH = 6, 25  # two ranks cannot share 25 images evenly
+STEPS, BATCH = 6, 25
 
 
-class MemoryTracker:
-    """Stands where MLflow would: the loop's own numbers are what is tested here."""
-
-    run_id = "test"
-
-    def metric(self, key):
-        return []
-
-    def metrics(self, values, step):
-        pass
-
-    def image(self, key, pixels, step):
-        pass
-
-    def text(self, text, name):
-        pass
-
-
-class FolderShell:
-    """Checkpoints in a folder, a loss trace in a file, a stop after so many steps."""
-
-    def __init__(self, folder: Path, rank: int, stop_after: int | None) -> None:
-        self.folder, self.rank, self.stop_after = folder, rank, stop_after
-        self.losses: list[float] = []
-
-    @contextmanager
-    def restored(self):
-        yield self.folder / "checkpoint" if (self.folder / "checkpoint").exists() else None
-
-    def save(self, store, metrics):
-        if store is not None:
-            shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
-            store(f"file://{self.folder}/checkpoint")
-        if dist.is_initialized():
-            dist.barrier()
-
-    def flush(self):
-        pass
-
-    def progress(self, progress):
-        self.losses.append(progress.loss)
-
-    def checkpoint_requested(self):
-        return False
-
-    def stop_requested(self):
-        return self.stop_after is not None and len(self.losses) >= self.stop_after - 1
-
-
-def config_for(root: Path, *overrides: str) -> Config:
-    tiny = ["model.channels=[32]", "model.attention=[true]", "model.layers_per_block=1", "optim.precision=fp32"]
-    tiny += [
-        f"images={STEPS * BATCH}",
-        f"batch_size={BATCH}",
-        "data.lanes=5",
-        "checkpoint.every=100000",
-        "tracking.grid_every=100000",
-    ]
-    tiny += ["storage=file", f"storage.root=file://{root}", f"data.cache_dir={root}/cache", "sampler.steps=2"]
-    return compose(["+experiment=digits", *tiny, "tracking.grid_rows=1", *overrides])
-
-
-def run_rank(rank: int, world: int, folder: Path, dataset: Dataset, config: Config, stop_after: int | None) -> None:
-    torch.set_num_threads(1)
-    if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    shell = FolderShell(folder, rank, stop_after)
-    job = Job(config, dataset, Storage(), MemoryTracker(), {})  # type: ignore[arg-type]
-    worker.train(job, shell, rank=rank, world_size=world, device=torch.device("cpu"))
-    if rank == 0:
-        path = folder / "losses.json"
-        before = json.loads(path.read_text()) if path.exists() else []
-        path.write_text(json.dumps(before + shell.losses))
-    if world > 1:
-        dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> Dataset:
-    uri = f"file://{tmp_path_factory.mktemp('data')}/digits"
-    return ingest("digits", uri, Storage(), image_size=8, channels=1, shard_samples=128).dataset
-
-
-def run(folder: Path, dataset: Dataset, *overrides: str, world: int = 1, stop_after: int | None = None):
+def run(folder, dataset, *overrides, **wishes):
     folder.mkdir(exist_ok=True)
-    (folder / "rendezvous").unlink(missing_ok=True)
-    arguments = (world, folder, dataset, config_for(folder, *overrides), stop_after)
-    if world == 1:
-        run_rank(0, *arguments)
-    else:
-        mp.spawn(run_rank, arguments, nprocs=world)
-    return json.loads((folder / "losses.json").read_text())
+    return train_here(folder, dataset, tiny_config(folder, STEPS * BATCH, BATCH, *overrides), **wishes)
 
 
-@pytest.mark.integration
-def test_the_loss_trace_does_not_depend_on_the_number_of_workers_or_micro_batches(dataset, tmp_path):
-    one = run(tmp_path / "one", dataset)
-    accumulated = run(tmp_path / "micro", dataset, "micro_batch_size=7")
-    two = run(tmp_path / "two", dataset, "micro_batch_size=4", world=2)
-    assert len(one) == STEPS
-    torch.testing.assert_close(torch.tensor(accumulated), torch.tensor(one), rtol=1e-3, atol=0)
-    torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=1e-3, atol=0)
+def losses(folder):
+    return torch.tensor(list(trace(folder).values()), dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
@@ -134,44 +29,110 @@ def test_the_loss_trace_does_not_depend_on_the_number_of_workers_or_micro_batche
         ["objective=hybrid", "model.learned_variance=true", "objective.timesteps=stratified"],
         ["objective=min_snr", "schedule.zero_terminal_snr=true"],
         ["objective.loss=vlb"],
+        ["model.inpainting=true", "model.class_conditional=false"],
+        ["objective.timesteps=importance", "schedule.num_steps=4", "sampler.steps=2"],
     ],
-    ids=["hybrid", "min_snr", "vlb"],
+    ids=["hybrid", "min_snr", "vlb", "inpainting", "importance"],
 )
-def test_every_objective_trains_with_a_trace_that_is_the_same_in_parts(dataset, tmp_path, objective):
-    whole = run(tmp_path / "whole", dataset, *objective)
-    parts = run(tmp_path / "micro", dataset, "micro_batch_size=7", *objective)
-    torch.testing.assert_close(torch.tensor(parts), torch.tensor(whole), rtol=1e-3, atol=0)
-    model = load_model(tmp_path / "whole" / "checkpoint")
-    assert model.spec.shape == (1, 8, 8)
-    assert model.generate(torch.tensor([3])).shape == (1, 1, 8, 8)
+def test_every_objective_trains_with_a_trace_that_is_the_same_in_parts(digits, tmp_path, objective):
+    run(tmp_path / "whole", digits, *objective)
+    run(tmp_path / "parts", digits, "micro_batch_size=7", *objective)
+    torch.testing.assert_close(losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=1e-3, atol=0)
+    model = load_model(last_checkpoint(tmp_path / "whole"))
+    labels = torch.tensor([3]) if model.spec.classes else None
+    assert model.generate(labels, count=1).shape == (1, 1, 8, 8)
 
 
-def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(dataset, tmp_path):
-    whole = run(tmp_path / "whole", dataset)
-    first = run(tmp_path / "parts", dataset, stop_after=3)
-    assert len(first) == 3
-    both = run(tmp_path / "parts", dataset)
-    assert both == whole
-    for name in ("model.safetensors", "training.safetensors"):
-        one, other = [(tmp_path / run_ / "checkpoint" / name).read_bytes() for run_ in ("whole", "parts")]
-        assert one == other
-    state = json.loads((tmp_path / "parts" / "checkpoint" / "state.json").read_text())
-    assert (state["images_seen"], state["optimizer_steps"]) == (STEPS * BATCH, STEPS)
-    assert (tmp_path / "parts" / "runs" / "digits" / "published" / f"{STEPS * BATCH:012d}" / "state.json").exists()
+@pytest.mark.parametrize("extra", [[], ["objective.timesteps=importance", "schedule.num_steps=4", "sampler.steps=2"]])
+def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(digits, tmp_path, extra):
+    extra = [*extra, "optim.power_ema=[0.05,0.1]"]
+    run(tmp_path / "whole", digits, *extra)
+    first, _ = run(tmp_path / "parts", digits, *extra, stop_after=3)
+    assert [r.images_seen for r in first.reports] == [25, 50, 75]
+    second, _ = run(tmp_path / "parts", digits, *extra)
+    assert {r.resumed_at for r in second.reports} == {75}
+    assert trace(tmp_path / "parts") == trace(tmp_path / "whole")
+    one, other = last_checkpoint(tmp_path / "whole"), last_checkpoint(tmp_path / "parts")
+    for name in ("model.safetensors", "training.safetensors", "power_ema.safetensors"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+    state = json.loads((other / "state.json").read_text())
+    assert (state["images_seen"], state["optimizer_steps"], state["skipped"]) == (STEPS * BATCH, STEPS, 0)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(dataset, tmp_path):
-    with pytest.raises(FloatingPointError, match=r"samples \d+\.\.\d+ of the stream"):
-        run(tmp_path / "nan", dataset, "optim.lr=1e30", "optim.grad_clip=null", "optim.warmup_images=0")
+def test_a_run_that_has_seen_all_its_images_does_nothing_more(digits, tmp_path):
+    run(tmp_path / "r", digits)
+    shell, tracker = run(tmp_path / "r", digits)
+    assert (shell.reports, shell.under_way, tracker.points) == ([], [], {})
 
 
-def test_the_learning_rate_warms_up_and_decays_by_images_seen():
-    optim = compose(["+experiment=digits", "optim.warmup_images=1000", "optim.lr=1.0"]).optim
-    assert learning_rate(optim, 0, 10_000) == pytest.approx(0.001)
-    assert learning_rate(optim, 499, 10_000) == pytest.approx(0.5 * (1 - 499 / 10_000))
-    assert learning_rate(optim, 5_000, 10_000) == pytest.approx(0.5)
-    assert learning_rate(optim, 10_000, 10_000) == pytest.approx(0.02)
-    constant = optim.model_copy(update={"decay": "constant"})
-    assert learning_rate(constant, 9_999, 10_000) == 1.0
-    cosine = optim.model_copy(update={"decay": "cosine"})
-    assert learning_rate(cosine, 5_000, 10_000) == pytest.approx(0.5)
+def test_a_wished_checkpoint_is_saved_at_the_step_boundary_and_training_goes_on(digits, tmp_path):
+    shell, _ = run(tmp_path / "r", digits, checkpoint_after=2)
+    saved = sorted(int(p.name.split("-")[0]) for p in (tmp_path / "r" / "checkpoints").iterdir())
+    assert saved == [50, STEPS * BATCH]
+    assert len(shell.reports) == STEPS
+
+
+def test_the_seconds_of_an_attempt_add_up_and_what_is_stored_is_counted(digits, tmp_path):
+    shell, _ = run(tmp_path / "r", digits, "tracking.grid_every=50", checkpoint_after=2)
+    last = shell.reports[-1]
+    assert set(last.seconds) == {"startup", "step", "data", "checkpoint", "grid"}
+    assert all(last.seconds[kind] > 0 for kind in ("startup", "step", "data", "checkpoint", "grid"))
+    (saved,) = [p for p in (tmp_path / "r" / "checkpoints").iterdir() if p.name.startswith("000000050")]
+    assert last.uploaded_bytes == sum(f.stat().st_size for f in saved.iterdir())
+    assert last.upload_s > 0
+
+
+def test_curves_are_by_images_seen_and_have_speed_and_health(digits, tmp_path):
+    shell, tracker = run(tmp_path / "r", digits, "tracking.log_every=75", "cluster.peak_tflops=0.1")
+    assert sorted(tracker.points) == [75, 150]
+    first = tracker.points[75]
+    assert first["train/loss"] == pytest.approx(sum(r.loss for r in shell.reports[:3]) / 3)
+    assert first["train/images_per_s"] > 0
+    assert first["train/grad_norm"] > 0
+    assert first["train/memory_gib"] > 0
+    assert 0 <= first["train/data_wait_share"] <= 1
+    assert 0 < first["train/mfu"] < 1
+    assert first["train/skipped_updates"] == 0
+
+
+def test_a_profile_of_the_steps_that_were_asked_for_is_kept(digits, tmp_path):
+    _, tracker = run(tmp_path / "r", digits, "tracking.profile_at=50", "tracking.profile_steps=2")
+    events = json.loads(tracker.texts["profile/000000000050.json"])["traceEvents"]
+    assert sum(e.get("name", "").startswith("Optimizer.step") for e in events) == 2
+
+
+def test_updates_that_are_not_finite_are_left_out_and_too_many_in_a_row_stop_the_run(digits, tmp_path):
+    bad = ["optim.lr=1e30", "optim.grad_clip=null", "optim.warmup_images=0", "optim.max_skipped=3"]
+    with pytest.raises(FloatingPointError, match=r"3 updates in a row .* on samples \d+\.\.\d+ of the stream"):
+        run(tmp_path / "nan", digits, *bad)
+
+
+def test_fine_tuning_starts_from_the_averaged_weights_of_a_model(digits, tmp_path):
+    run(tmp_path / "base", digits)
+    base = last_checkpoint(tmp_path / "base")
+    tuned = [f"init_from={base}", "optim.lr=1e-30"]
+    run(tmp_path / "tuned", digits, *tuned)
+    run(tmp_path / "inpaint", digits, *tuned, "model.inpainting=true")
+    weights = load_model(base).network.state_dict()
+    for name in ("tuned", "inpaint"):
+        network = load_model(last_checkpoint(tmp_path / name)).network.state_dict()
+        network["conv_in.weight"] = network["conv_in.weight"][:, :1]
+        assert all(torch.equal(network[k], v) for k, v in weights.items())
+    with pytest.raises(ModelError, match=r"another network than the configuration's:\n  channels: \(32,\) there"):
+        run(tmp_path / "other", digits, *tuned, "model.channels=[64]")
+    with pytest.raises(ModelError, match="names no model"):
+        run(tmp_path / "none", digits, "init_from=/nowhere")
+
+
+def test_a_classifier_of_noisy_images_is_trained_by_the_same_loop(digits, tmp_path):
+    config = ["task=classifier", "optim.lr=1e-2", "optim.warmup_images=0", "optim.ema_half_life=400", "batch_size=50"]
+    _, tracker = run(tmp_path / "c", digits, *config, "images=4000", "tracking.grid_every=4000")
+    keys = [f"test/accuracy_t{t:04d}" for t in (50, 250, 500, 750)]
+    first, last = ([tracker.points[n][key] for key in keys] for n in (0, 4000))
+    assert max(first) < 0.2
+    assert last[0] > 0.25
+    assert last[0] > last[-1]
+    spec, classifier = load_classifier(last_checkpoint(tmp_path / "c"))
+    assert classifier(torch.zeros(2, 1, 8, 8), torch.zeros(2)).shape == (2, len(spec.classes))
+    with pytest.raises(ValueError, match="holds a classifier, which cannot sample"):
+        load_model(last_checkpoint(tmp_path / "c"))

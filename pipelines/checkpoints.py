@@ -1,0 +1,314 @@
+"""Checkpoint files: written whole or not at all, found again after any kill, published and scored.
+
+A checkpoint is a folder: `model.json`, `model.safetensors` (the average that samples, which makes it a model folder),
+`power_ema.safetensors` (averages for post-hoc reconstruction, where the run tracks them), `training.safetensors` (raw
+weights, optimizer, timestep history) and `state.json`, written last, which has the others' sizes and digests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ddpm.ema import PowerSnapshot, reconstruct
+from ddpm.interop import ModelSpec, save_model
+from pipelines import tracking
+from pipelines.config import Config
+from pipelines.shards.index import Dataset, Quarantine, stream_digest
+from pipelines.storage import Storage, join
+from pipelines.tracking import Tracker
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_VERSION = 2
+PUBLISHED = "checkpoints"
+_EMA, _POWER = "ema.", "power."  # how tensors are named that have a file of their own
+
+
+class ModelError(ValueError):
+    """A MODEL reference that names nothing, or a checkpoint that is damaged or of another run."""
+
+
+@dataclass(frozen=True)
+class CheckpointState:
+    """`state.json`.
+
+    Attributes:
+        images_seen: the cursor of the stream.
+        identity: `Config.identity()` of the run.
+        stream_digest: of the data it was trained on, what was left out of it included.
+        optimizer_steps: updates made so far.
+        skipped: updates left out so far, because a loss or gradient was not finite.
+        files: SHA-256 of the other files.
+        sizes: their bytes.
+    """
+
+    images_seen: int
+    identity: dict[str, Any]
+    stream_digest: str
+    optimizer_steps: int
+    skipped: int
+    files: dict[str, str]
+    sizes: dict[str, int]
+
+    def to_json(self) -> str:
+        """`state.json`."""
+        return json.dumps({"checkpoint_version": CHECKPOINT_VERSION, **asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str) -> CheckpointState:
+        """Read `state.json`.
+
+        Raises:
+            ModelError: damaged, or of another version.
+        """
+        try:
+            plain = json.loads(text)
+            version = plain.pop("checkpoint_version", None)
+            if version == CHECKPOINT_VERSION:
+                return cls(**plain)
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ModelError(f"{where}/state.json is damaged ({error}): the checkpoint cannot be used") from error
+        raise ModelError(f"{where}: checkpoint version {version}, this release reads {CHECKPOINT_VERSION}")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint folder is written from.
+
+    Attributes:
+        spec: of the model that the averaged weights make.
+        tensors: by name: "ema.NAME" the average that samples, "power.I.NAME" those for reconstruction, the rest what
+            only a training needs.
+    """
+
+    spec: ModelSpec
+    tensors: Mapping[str, Tensor]
+    images_seen: int
+    identity: dict[str, Any]
+    optimizer_steps: int
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class Published:
+    """A checkpoint that stays, as MLflow records it.
+
+    Attributes:
+        scores: what an evaluation found, by name; recorded afterwards.
+    """
+
+    uri: str
+    images_seen: int
+    digest: str
+    scores: dict[str, float] = field(default_factory=dict)
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> CheckpointState:
+    """Write a checkpoint folder; `state.json` last, so that a folder with it is complete."""
+    averaged, power, rest = {}, {}, {}
+    for name, tensor in checkpoint.tensors.items():
+        if name.startswith(_EMA):
+            averaged[name.removeprefix(_EMA)] = tensor
+        elif name.startswith(_POWER):
+            power[name] = tensor
+        else:
+            rest[name] = tensor
+    save_model(folder, checkpoint.spec, averaged)
+    save_file(rest, folder / "training.safetensors")
+    if power:
+        save_file(power, folder / "power_ema.safetensors")
+    paths = sorted(path for path in folder.iterdir() if path.name != "state.json")
+    state = CheckpointState(
+        checkpoint.images_seen,
+        checkpoint.identity,
+        checkpoint.spec.lineage["stream_digest"],
+        checkpoint.optimizer_steps,
+        checkpoint.skipped,
+        {path.name: _sha256(path) for path in paths},
+        {path.name: path.stat().st_size for path in paths},
+    )
+    (folder / "state.json").write_text(state.to_json())
+    return state
+
+
+def load_checkpoint(folder: Path) -> tuple[CheckpointState, dict[str, Tensor]]:
+    """(state, tensors by their names in `Checkpoint`) of a checkpoint folder.
+
+    Raises:
+        ModelError: incomplete, damaged or of another version.
+    """
+    try:
+        state = CheckpointState.from_json((folder / "state.json").read_bytes(), str(folder))
+    except FileNotFoundError as error:
+        raise ModelError(f"{folder} is not a complete checkpoint: state.json is missing") from error
+    for name, digest in state.files.items():
+        if not (folder / name).is_file() or _sha256(folder / name) != digest:
+            raise ModelError(f"{folder / name} is missing or damaged: its SHA-256 is not the recorded one")
+    tensors = load_file(folder / "training.safetensors")
+    tensors |= {_EMA + name: tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    if "power_ema.safetensors" in state.files:
+        tensors |= load_file(folder / "power_ema.safetensors")
+    return state, tensors
+
+
+def complete_checkpoints(storage: Storage, uri: str) -> list[tuple[str, CheckpointState]]:
+    """(address, state) of every complete checkpoint folder directly below an address, newest first.
+
+    Complete is what has a `state.json` of this release and the files that it names, of their sizes; what a kill cut
+    short is passed over. Digests are checked by `load_checkpoint`, which reads every byte anyhow.
+    """
+    sizes = {entry.uri: entry.size for entry in storage.list(uri)}
+    found = []
+    for state_uri in [u for u in sizes if u.endswith("/state.json")]:
+        folder = state_uri.removesuffix("/state.json")
+        if "/" in folder[len(uri.rstrip("/")) + 1 :]:
+            continue
+        try:
+            state = CheckpointState.from_json(storage.read(state_uri), folder)
+        except ModelError as error:
+            logger.warning("%s", error)
+            continue
+        if all(sizes.get(join(folder, name)) == size for name, size in state.sizes.items()):
+            found.append((folder, state))
+    return sorted(found, key=lambda pair: (-pair[1].images_seen, pair[0]))
+
+
+def fetch_newest(storage: Storage, uri: str, folder: Path) -> CheckpointState | None:
+    """Download the newest checkpoint below an address that is whole, byte for byte; None where there is none."""
+    for address, state in complete_checkpoints(storage, uri):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        storage.download_folder(address, folder)
+        try:
+            load_checkpoint(folder)
+        except ModelError as error:
+            logger.warning("%s; looking for an older checkpoint", error)
+            continue
+        return state
+    return None
+
+
+def check_resumable(
+    state: CheckpointState, config: Config, dataset: Dataset, quarantine: Quarantine | None = None
+) -> None:
+    """Refuse to continue a run on other settings, or on other data unless `data.allow_changed` says so.
+
+    Raises:
+        ModelError: names every field that differs.
+    """
+    now = json.loads(json.dumps(config.identity()))
+    fields = sorted(state.identity.keys() | now.keys())
+    named = [f for f in fields if state.identity.get(f) != now.get(f)]
+    differing = [f"{f}: {state.identity.get(f)} before, {now.get(f)} now" for f in named]
+    digest = stream_digest(dataset, quarantine)
+    if state.stream_digest != digest and not config.data.allow_changed:
+        differing.append(
+            f"dataset digest: {state.stream_digest[:12]} before, {digest[:12]} now (data or quarantine have changed; "
+            "data.allow_changed=true goes on with them, and from there on which sample is which is another matter)"
+        )
+    if differing:
+        listed = "\n  ".join(differing)
+        raise ModelError(
+            f"the run '{config.name}' was trained with other settings:\n  {listed}\n"
+            "Use the same settings to resume it, or another name=… to start a new run"
+            + (" (optim.decay=constant lets a run go on past its length)" if "images" in named else "")
+        )
+
+
+def publish(storage: Storage, uri: str, target_uri: str, state: CheckpointState) -> Published:
+    """Copy a stored checkpoint to where nothing deletes it, inside the store where it can; `state.json` last."""
+    for name in [*state.files, "state.json"]:
+        storage.copy(join(uri, name), join(target_uri, name))
+    digest = hashlib.sha256(json.dumps(state.files, sort_keys=True).encode()).hexdigest()
+    return Published(target_uri, state.images_seen, digest)
+
+
+def record_published(tracker: Tracker, published: Published) -> None:
+    """Tell the run of a published checkpoint, or of what is now known of it."""
+    tracker.text(tracking.to_json(asdict(published)), f"{PUBLISHED}/{published.images_seen:012d}.json")
+
+
+def list_published(tracker: Tracker) -> list[Published]:
+    """A run's published checkpoints, oldest first."""
+    return [Published(**json.loads(tracker.read_text(name))) for name in sorted(tracker.names(PUBLISHED))]
+
+
+def record_scores(tracker: Tracker, images_seen: int, scores: Mapping[str, float]) -> None:
+    """Add an evaluation's scores to a published checkpoint's record.
+
+    Raises:
+        ModelError: the run has published none at that number of images.
+    """
+    for published in list_published(tracker):
+        if published.images_seen == images_seen:
+            record_published(tracker, replace(published, scores={**published.scores, **scores}))
+            return
+    raise ModelError(f"run {tracker.run_id} has no published checkpoint at {images_seen} images to add scores to")
+
+
+def best_published(tracker: Tracker, score: str, *, lowest: bool) -> Published:
+    """The published checkpoint with the best value of a score; the older one of equals.
+
+    Raises:
+        ModelError: none has that score; says which scores there are.
+    """
+    published = list_published(tracker)
+    scored = [p for p in published if score in p.scores]
+    if not scored:
+        there = ", ".join(sorted({name for p in published for name in p.scores})) or "none"
+        raise ModelError(f"no published checkpoint of run {tracker.run_id} has the score '{score}'; there are: {there}")
+    return min(scored, key=lambda p: p.scores[score] if lowest else -p.scores[score])
+
+
+def reconstruct_average(
+    tracker: Tracker, storage: Storage, sigma_rel: float, images_seen: int | None = None
+) -> dict[str, Tensor]:
+    """The weights of an average whose width is chosen after training, from a run's published checkpoints.
+
+    Args:
+        sigma_rel: its relative width.
+        images_seen: where it stands; at the newest published checkpoint where not given.
+
+    Raises:
+        ModelError: the run kept no power-function averages, or the width or place is out of range.
+    """
+    snapshots = []
+    with tempfile.TemporaryDirectory(prefix="ddpm-power-") as scratch:
+        for published in list_published(tracker):
+            state = CheckpointState.from_json(storage.read(join(published.uri, "state.json")), published.uri)
+            if "power_ema.safetensors" not in state.files:
+                continue
+            path = Path(scratch) / f"{published.images_seen}.safetensors"
+            storage.download(join(published.uri, "power_ema.safetensors"), path)
+            by_width: dict[int, dict[str, Tensor]] = defaultdict(dict)
+            for full, tensor in load_file(path).items():
+                _, number, name = full.split(".", 2)
+                by_width[int(number)][name] = tensor
+            widths = state.identity["optim.power_ema"]
+            snapshots += [PowerSnapshot(w, state.images_seen, widths[i]) for i, w in sorted(by_width.items())]
+    if not snapshots:
+        raise ModelError(
+            f"run {tracker.run_id} has published no power-function averages: train with optim.power_ema=[0.05,0.1]"
+        )
+    try:
+        at = max(s.images_seen for s in snapshots) if images_seen is None else images_seen
+        return reconstruct(snapshots, at, sigma_rel)
+    except ValueError as error:
+        raise ModelError(f"run {tracker.run_id}: {error}") from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,93 @@
+"""How a machine is used: precision, memory layout, the disk cache of compiled code, and how busy it is."""
+
+from __future__ import annotations
+
+import os
+import resource
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipelines.config import Config, OptimConfig
+
+# Dense bf16 peaks in TFLOP/s, from the makers' data sheets; the first name that is part of the card's.
+PEAKS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125}
+
+
+def prepare(config: Config, cache: Path) -> None:
+    """Settings of the process; before the first computation.
+
+    Args:
+        cache: the node's folder for what torch.compile makes; a restart finds it there.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
+    tf32 = config.optim.precision in ("auto", "bf16", "tf32")
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+
+
+def weight_dtype(optim: OptimConfig) -> torch.dtype:
+    """Of weights, gradients and optimizer state; "fp64" is for tests of exactness."""
+    return torch.float64 if optim.precision == "fp64" else torch.float32
+
+
+def computes_in_bf16(optim: OptimConfig, device: torch.device) -> bool:
+    """Whether forward and backward run under bf16 autocast."""
+    if optim.precision != "auto":
+        return optim.precision == "bf16"
+    return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+
+
+def autocast(optim: OptimConfig, device: torch.device) -> AbstractContextManager[Any]:
+    """bf16 where it is wanted, around weights that stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bf16(optim, device))
+
+
+def channels_last(config: Config, device: torch.device) -> bool:
+    """Whether activations are laid out channels last: what tensor cores and AMX want."""
+    return device.type == "cuda" or computes_in_bf16(config.optim, device)
+
+
+def place(network: nn.Module, config: Config, device: torch.device) -> nn.Module:
+    """The network on its device; FSDP2 cuts contiguous weights only, so there the layout is the activations' alone."""
+    if channels_last(config, device) and config.cluster.parallel != "fsdp":
+        return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network.to(device)
+
+
+def to_device(images: Tensor, config: Config, device: torch.device) -> Tensor:
+    """Images in the network's precision and layout."""
+    layout = torch.channels_last if channels_last(config, device) else torch.contiguous_format
+    return images.to(device, weight_dtype(config.optim), non_blocking=True, memory_format=layout)
+
+
+def flops_per_image(network: nn.Module, channels: int, size: int) -> int:
+    """Floating-point operations of one image's forward and backward (twice the forward), multiply and add as two.
+
+    Args:
+        network: on the meta device: shapes are counted, nothing is computed.
+    """
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.empty(1, channels, size, size, device="meta"), torch.empty(1, device="meta"))
+    return 3 * int(counter.get_total_flops())
+
+
+def peak_flops(config: Config, device: torch.device) -> float | None:
+    """Dense bf16 peak of the device in FLOP/s, None where it is not known."""
+    if config.cluster.peak_tflops is not None:
+        return config.cluster.peak_tflops * 1e12
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak * 1e12 for card, peak in PEAKS.items() if card in name), None)
+
+
+def memory_gib(device: torch.device) -> float:
+    """The most memory used so far: the GPU's by tensors, or the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
