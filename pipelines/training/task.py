@@ -65,20 +65,19 @@ def describe(batch: Batch, config: Config, device: torch.device) -> Conditioning
     """Label and text of each sample, as far as the network takes them.
 
     Raises:
-        ValueError: the data has no labels, or no text, for a network that is conditioned on them.
+        ValueError: text embeddings of another width than the network's.
     """
     model = config.model
-    if model.class_conditional and batch.labels is None:
-        raise ValueError("model.class_conditional = true, and the samples have no label: set it to false")
-    if model.text_dim and (batch.text is None or batch.pooled is None):
+    if not model.class_conditional and model.text_dim == 0:
+        return None
+    label = batch.labels if model.class_conditional else None
+    if model.text_dim == 0:
+        return Conditioning(label=label).to(device)
+    text, pooled = batch.text, batch.pooled
+    assert text is not None and pooled is not None  # noqa: PT018 - the reader was asked for them
+    if {text.shape[-1], pooled.shape[-1]} != {model.text_dim}:
         raise ValueError(
-            f"model.text_dim = {model.text_dim}, and the samples have no text embeddings: "
-            "ingest them with captions, or set model.text_dim=0"
+            f"model.text_dim = {model.text_dim}, and the samples' text embeddings have {text.shape[-1]} (tokens) and "
+            f"{pooled.shape[-1]} (pooled) numbers: set model.text_dim to the encoder's width"
         )
-    given = Conditioning(
-        label=batch.labels if model.class_conditional else None,
-        text=batch.text if model.text_dim else None,
-        text_mask=batch.text_mask if model.text_dim else None,
-        pooled=batch.pooled if model.text_dim else None,
-    )
-    return given.to(device) if model.class_conditional or model.text_dim else None
+    return Conditioning(label=label, text=text, text_mask=batch.text_mask, pooled=pooled).to(device)

@@ -8,7 +8,11 @@ import pytest
 import torch
 
 from ddpm.interop import load_classifier, load_model
+from ddpm.prediction import Conditioning
 from pipelines.checkpoints import ModelError
+from pipelines.shards.ingest.write import ingest
+from pipelines.storage import Storage
+from tests.pipelines.shards.ingest.sources import jsonl, pictures, write_files
 from tests.pipelines.training.ranks import last_checkpoint, tiny_config, trace, train_here
 
 STEPS, BATCH = 6, 25
@@ -136,3 +140,41 @@ def test_a_classifier_of_noisy_images_is_trained_by_the_same_loop(digits, tmp_pa
     assert classifier(torch.zeros(2, 1, 8, 8), torch.zeros(2)).shape == (2, len(spec.classes))
     with pytest.raises(ValueError, match="holds a classifier, which cannot sample"):
         load_model(last_checkpoint(tmp_path / "c"))
+
+
+def encoder(captions):
+    """Four numbers a letter, of the letter alone."""
+    text = torch.zeros(len(captions), max(map(len, captions)), 4)
+    mask = torch.zeros(text.shape[:2], dtype=torch.bool)
+    for i, caption in enumerate(captions):
+        for j, letter in enumerate(caption):
+            text[i, j] = torch.tensor([ord(letter) % 7, ord(letter) % 5, ord(letter) % 3, 1.0])
+            mask[i, j] = True
+    return Conditioning(text=text, text_mask=mask, pooled=text.sum(1))
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    """Pictures with captions of different lengths."""
+    root, files = tmp_path_factory.mktemp("captioned"), pictures(40)
+    rows = [{"file_name": name, "text": "x" * (i % 4 + 1) + name[-5:]} for i, name in enumerate(files)]
+    source = write_files(root / "source", {**files, "metadata.jsonl": jsonl(rows)})
+    options = {"image_size": 8, "channels": 1, "shard_samples": 16, "test_fraction": 0.2, "text_encoder": encoder}
+    return ingest(str(source), f"file://{root}/dataset", Storage(), **options).dataset
+
+
+TEXT = ["data.num_classes=0", "model.class_conditional=false", "model.text_dim=4"]
+
+
+def test_a_network_is_conditioned_on_captions(captioned, tmp_path):
+    run(tmp_path / "whole", captioned, *TEXT)
+    run(tmp_path / "parts", captioned, *TEXT, "micro_batch_size=7")
+    run(tmp_path / "blind", captioned, *TEXT, "objective.label_drop=1")
+    torch.testing.assert_close(losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=1e-3, atol=0)
+    assert not torch.equal(losses(tmp_path / "blind"), losses(tmp_path / "whole"))
+    assert load_model(last_checkpoint(tmp_path / "whole")).spec.network.text_dim == 4
+
+
+def test_text_of_another_width_is_refused(captioned, tmp_path):
+    with pytest.raises(ValueError, match=r"text_dim = 5, and the samples' text embeddings have 4 \(tokens\)"):
+        run(tmp_path / "wide", captioned, *TEXT, "model.text_dim=5")
