@@ -6,10 +6,13 @@ each, and a new trial is a new configuration of an old actor.
 
 from __future__ import annotations
 
+import os
+import tempfile
 import typing
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -30,6 +33,10 @@ from pipelines.search.observer import Observer
 from pipelines.search.space import StudyConfig, Value, apply, check_space
 from pipelines.search.study import StudyStore, TrialRecord, pareto_front, searcher
 from pipelines.shards.read import Batch
+
+# Tune's own tables and log files: a study has its own.
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 
 SHOWN = 20
 """Images of each point that the study's page shows."""
@@ -167,11 +174,8 @@ def run_trials(
     subject: Subject,
     study: StudyConfig,
     base: Config,
-    store: StudyStore,
     records: Sequence[TrialRecord],
     observer: Observer,
-    *,
-    storage_path: str,
 ) -> None:
     """Every trial that is still to be run; the records are written on the way."""
     left = study.trials - sum(record.state != "running" for record in records)
@@ -182,24 +186,25 @@ def run_trials(
     trainable = tune.with_resources(
         tune.with_parameters(GuidanceTrial, shared={"subject": subject, "study": study, "base": base}), resources
     )
-    tuner = tune.Tuner(
-        trainable,
-        tune_config=tune.TuneConfig(
-            search_alg=searcher(study, base, records, first=[study.nearest(base)]),
-            num_samples=left,
-            max_concurrent_trials=min(study.concurrent or room, room),
-            reuse_actors=True,
-        ),
-        run_config=tune.RunConfig(
-            name=store.uri.rsplit("/", 1)[-1],
-            storage_path=storage_path,
-            stop=Hopeless(),
-            callbacks=[observer],
-            verbose=0,
-            failure_config=tune.FailureConfig(max_failures=0),
-        ),
-    )
-    tuner.fit()
+    # The records are the study's state; Tune's own, which it cannot do without, goes with the call.
+    with tempfile.TemporaryDirectory(prefix="ddpm-tune-") as scratch:
+        tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                search_alg=searcher(study, base, records, Path(scratch), first=[study.nearest(base)]),
+                num_samples=left,
+                max_concurrent_trials=min(study.concurrent or room, room),
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(
+                name="study",
+                storage_path=scratch,
+                stop=Hopeless(),
+                callbacks=[observer],
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=0),
+            ),
+        ).fit()
 
 
 def confirm(subject: Subject, study: StudyConfig, base: Config, records: Sequence[TrialRecord]) -> list[Confirmed]:
@@ -260,7 +265,6 @@ def search(
     *,
     subject_name: str,
     resume: bool,
-    storage_path: str,
 ) -> GuidanceResult:
     """The whole study.
 
@@ -272,7 +276,6 @@ def search(
         observer: watches.
         subject_name: of the model; a study is resumed on the same one only.
         resume: whether it may have begun.
-        storage_path: where Ray Tune keeps its own state.
 
     Raises:
         ConfigError: a space that gives invalid configurations.
@@ -281,7 +284,7 @@ def search(
     check_space(study, base)
     records = store.open(study, base, subject_name, resume=resume)
     observer.begin(records)
-    run_trials(subject, study, base, store, records, observer, storage_path=storage_path)
+    run_trials(subject, study, base, records, observer)
     records = store.records()
     front = pareto_front(records, ("frechet_distance", "evaluations"))
     return GuidanceResult(records, front, confirm(subject, study, base, records), draw_front(subject, base, front))

@@ -58,6 +58,10 @@ class Observer(Callback):
         self.before = len([r for r in records if r.state != "running"])
         self.report(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Ray Tune pickles its callbacks, to restore what is never restored here; a terminal does not pickle."""
+        return {name: value for name, value in self.__dict__.items() if name != "report"}
+
     # --- what Ray Tune tells ---------------------------------------------------------------------------------
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -241,13 +241,27 @@ def load_study(name: str, overrides: Sequence[str] = ()) -> StudyConfig:
             f"no study {name!r}: choose one of {', '.join(shipped)}, or give a YAML file.{suggest(name, shipped)}"
         )
     try:
-        dotted = OmegaConf.from_dotlist([line.removeprefix("search.") for line in overrides])
-        plain = OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(path), dotted), resolve=True)
+        plain = typing.cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(path), resolve=True))
+        for line in overrides:
+            _override(plain, *line.removeprefix("search.").split("=", 1))
         return StudyConfig.model_validate(plain)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError) as error:
         raise ConfigError(f"{path.name}: {str(error).splitlines()[0]}") from error
     except pydantic.ValidationError as error:
-        raise ConfigError("\n".join(_explain(path.name, e) for e in error.errors())) from error
+        raise ConfigError("\n".join(dict.fromkeys(_explain(path.name, e) for e in error.errors()))) from error
+
+
+def _override(plain: dict[str, Any], key: str, text: str) -> None:
+    """`trials=8`, or a distribution such as `space.optim.lr.log=[1e-4,1e-2]`, whose conditions stay."""
+    from omegaconf import OmegaConf
+
+    value = OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]  # type: ignore[call-overload, index]
+    if not key.startswith("space."):
+        plain[key] = value
+        return
+    searched, _, distribution = key.removeprefix("space.").rpartition(".")
+    when = plain["space"].get(searched, {}).get("when")
+    plain["space"][searched] = {distribution: value, **({"when": when} if when else {})}
 
 
 def apply(base: Config, params: Params) -> Config:

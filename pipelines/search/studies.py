@@ -74,7 +74,6 @@ def guidance_study(
         observer,
         subject_name=_identity(resolved),
         resume=resume,
-        storage_path=storage.arrow_uri(join(config.storage.root, "studies", name, "tune")),
     )
     observer.settle()
     seconds = time.monotonic() - began

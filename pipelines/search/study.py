@@ -13,6 +13,8 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.config import Config
@@ -182,14 +184,18 @@ def pareto_front(records: Iterable[TrialRecord], metrics: Sequence[str]) -> list
 # --- Optuna --------------------------------------------------------------------------------------------------
 
 
-def past_of(study: StudyConfig, records: Iterable[TrialRecord]) -> Any:
-    """An Optuna study that knows the records: what TPE learns from, and what the pictures are made of."""
+def past_of(study: StudyConfig, records: Iterable[TrialRecord], storage: Any = None) -> Any:
+    """An Optuna study that knows the records: what TPE learns from, and what the pictures are made of.
+
+    Args:
+        storage: Optuna's; None for memory.
+    """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     metrics = OBJECTIVES[study.kind]
     past = optuna.create_study(
-        storage=optuna.storages.InMemoryStorage(),
+        storage=storage or optuna.storages.InMemoryStorage(),
         study_name="study",
         directions=["minimize" if mode == "min" else "maximize" for mode in metrics.values()],
     )
@@ -211,19 +217,25 @@ def past_of(study: StudyConfig, records: Iterable[TrialRecord]) -> Any:
     return past
 
 
-def searcher(study: StudyConfig, base: Config, records: Sequence[TrialRecord], first: Sequence[Params] = ()) -> Any:
+def searcher(
+    study: StudyConfig, base: Config, records: Sequence[TrialRecord], folder: Path, first: Sequence[Params] = ()
+) -> Any:
     """Ray Tune's `OptunaSearch` (TPE, multivariate) that goes on from the records.
 
     Args:
         records: of this study: those that have ended are its past, those that were running come first.
+        folder: for Optuna's journal, as long as the search lasts: Ray Tune pickles what it is given.
         first: tried before anything else, such as the best of earlier studies or the present default.
     """
     import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
     from ray.tune.search.optuna import OptunaSearch
 
     metrics = OBJECTIVES[study.kind]
     ended = [record for record in records if record.state != "running"]
-    past = past_of(study, ended)
+    storage = JournalStorage(JournalFileBackend(str(folder / "optuna.journal")))
+    past_of(study, ended, storage)
     sampler = optuna.samplers.TPESampler(
         multivariate=True,
         group=True,  # conditional parameters: each group of those that exist together has a model of its own
@@ -235,14 +247,18 @@ def searcher(study: StudyConfig, base: Config, records: Sequence[TrialRecord], f
     again = [dict(r.params) for r in records if r.state == "running"]
     points = again + [dict(p) for p in first if trial_name(p) not in tried | {trial_name(a) for a in again}]
     return OptunaSearch(
-        space=lambda trial: study.suggest(trial, base),
+        space=partial(_suggest, study, base),
         metric=list(metrics) if len(metrics) > 1 else next(iter(metrics)),
         mode=list(metrics.values()) if len(metrics) > 1 else next(iter(metrics.values())),
         points_to_evaluate=points or None,
         sampler=sampler,
         study_name="study",
-        storage=past._storage,
+        storage=storage,
     )
+
+
+def _suggest(study: StudyConfig, base: Config, trial: Any) -> dict[str, Value]:
+    return study.suggest(trial, base)
 
 
 def _distribution(study: StudyConfig, path: str) -> Any:

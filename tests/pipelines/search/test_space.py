@@ -92,7 +92,7 @@ def test_a_guidance_study_does_not_train():
         (["shedule"], r"no study 'shedule': choose one of guidance, schedule, smoke.*Did you mean 'schedule'\?"),
         (["schedule", ["search.trails=3"]], r"schedule\.yaml: trails: Extra inputs are not permitted"),
         (["schedule", ["search.trials=0"]], r"schedule\.yaml: trials: Input should be greater than 0, got 0"),
-        (["schedule", ["search.space.optim.lr.log=[1,2]"]], r"space\.optim: a parameter is \{uniform: \[a, b\]\}"),
+        (["schedule", ["search.space.optim.lr.lag=[1,2]"]], r"optim\.lr: a parameter is \{uniform: \[a, b\]\}"),
     ],
 )
 def test_a_study_that_is_not_there_or_wrong_is_named(arguments, message):
@@ -121,5 +121,8 @@ def test_a_space_that_makes_no_sense_in_itself_is_refused(space, message):
 
 
 def test_overrides_change_a_study():
-    changed = load_study("smoke", ["search.trials=5", "search.samples=99"])
+    changed = load_study("smoke", ["search.trials=5", "search.samples=99", "search.space.optim.lr.uniform=[1e-3,0.5]"])
     assert (changed.trials, changed.samples, changed.kind) == (5, 99, "training")
+    assert changed.space["optim.lr"].uniform == (1e-3, 0.5)
+    eta = load_study("guidance", ["search.space.sampler.eta.uniform=[0,0.5]"]).space["sampler.eta"]
+    assert (eta.uniform, eta.when) == ((0, 0.5), {"sampler.kind": "ddim"})

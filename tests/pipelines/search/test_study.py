@@ -110,14 +110,14 @@ def test_the_front_is_what_nothing_beats(trials):
         assert top.scores["frechet_distance"] == min(r.scores["frechet_distance"] for r in finished)
 
 
-def test_optuna_knows_what_has_ended_and_is_asked_for_what_was_begun():
+def test_optuna_knows_what_has_ended_and_is_asked_for_what_was_begun(tmp_path):
     ended = [record(i, 5.0 + i) for i in range(4)] + [record(9, math.nan, state="failed")]
     begun = record(7, math.nan, state="running")
     past = past_of(STUDY, [*ended, begun])
     states = [trial.state for trial in past.trials]
     assert states == [optuna.trial.TrialState.COMPLETE] * 4 + [optuna.trial.TrialState.FAIL]
     assert past.trials[0].params == ended[0].params
-    again = searcher(STUDY, BASE, [*ended, begun], first=[ended[0].params, STUDY.nearest(BASE)])
+    again = searcher(STUDY, BASE, [*ended, begun], tmp_path, first=[ended[0].params, STUDY.nearest(BASE)])
     again.set_search_properties(None, None, {})
     assert again.suggest("a") == begun.params
     assert again.suggest("b") == STUDY.nearest(BASE)  # what has ended is not asked for again
@@ -127,9 +127,11 @@ def test_optuna_knows_what_has_ended_and_is_asked_for_what_was_begun():
     assert len(again._ot_study.trials) == 5 + 3
 
 
-def test_the_search_is_the_same_for_the_same_seed_and_past():
+def test_the_search_is_the_same_for_the_same_seed_and_past(tmp_path):
     ended = [record(i, 5.0 + i) for i in range(12)]
-    one, two = (searcher(STUDY, BASE, ended).suggest("x") for _ in range(2))
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    one, two = (searcher(STUDY, BASE, ended, tmp_path / name).suggest("x") for name in "ab")
     assert one == two
 
 
@@ -137,7 +139,7 @@ def test_the_page_holds_everything_and_loads_nothing():
     records = [record(i, 9.0 - i, 10.0 + i) for i in range(6)]
     records += [record(8, 30.0, state="stopped"), record(9, math.nan, state="failed")]
     eta = {"sampler.kind": "ddim", "sampler.eta": 0.5}
-    records.append(record(11, 4.5, 8.0, **eta))
+    records.append(record(11, 3.5, 8.0, **eta))
     pictures = {records[-1].trial: np.zeros((5, 8, 8, 1), np.uint8)}
     text = Page("first", STUDY, "models:/digits@champion", records, pictures=pictures, command="ddpm search").html()
     for one in records:
