@@ -91,8 +91,9 @@ def ingest(
     as_json: Json = False,
 ) -> None:
     """Write images as WebDataset shards. Example: ddpm ingest photos/ --to s3://ddpm/datasets/photos"""
-    folder = source != "digits"
-    defaults = ["data=folder", "model=unet_small", "data.num_classes=1"] if folder else ["data=digits"]
+    # No network is made here; one of a single level fits images of any size.
+    folder = ["data=folder", "data.num_classes=1", "model.channels=[32]", "model.attention=[false]"]
+    defaults = ["data=digits"] if source == "digits" else folder
     config = compose([*defaults, *_set("data.source", source), *_set("data.uri", to), *(overrides or [])])
     # A cluster that is named writes the shards; the local stack has no more cores than the threads of this process.
     over_ray = bool(config.cluster.address or os.environ.get("RAY_ADDRESS"))

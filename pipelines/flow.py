@@ -114,7 +114,8 @@ def ingest_stage(config: Config, storage: Storage, display: Display) -> Ingested
             return None
     except (NotFoundError, DatasetError):
         pass
-    driver.connect_ray(config, storage)
+    if not config.storage.local_stack:  # whose Ray has no more cores than the threads of this process
+        driver.connect_ray(config, storage)
     done = write_dataset(config, storage, display)
     driver.check_dataset(done.dataset, config)
     return done
