@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines.config import Config, ConfigError, compose
+from pipelines.config import Config, ConfigError, compose, read_config
 from pipelines.terminal import Terminal
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -188,9 +188,18 @@ def check(
 
 
 @app.command()
-def train(overrides: Overrides = None, as_json: Json = False) -> None:
+def train(
+    overrides: Overrides = None,
+    config_file: Annotated[
+        Path | None, typer.Option("--config", help="A whole configuration, such as a run's config.json")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Train, or resume the run of that name. Example: ddpm train +experiment=digits name=first"""
-    config = _connected(overrides)
+    if config_file is None:
+        config = _connected(overrides)
+    else:
+        config = _connect(read_config(config_file, overrides or []), ["s3", "mlflow", "ray"])
 
     from pipelines import flow
     from pipelines.storage import Storage
@@ -357,6 +366,29 @@ def search_guidance(
     name = study or f"guidance-{config.name}"
     with table.shown(terminal.console, terminal.stage) as report:
         found = studies.guidance_study(config, model, name, chosen, resume=resume, report=report, say=terminal.stage)
+    _show_study(found)
+    _finish(as_json, found.answer)
+
+
+@search_app.command("training")
+def search_training(
+    space: Annotated[str, typer.Option(help="A study of conf/search/, or a YAML file")] = "schedule",
+    study: Study = None,
+    resume: Resume = False,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Search what needs training. Example: ddpm search training +experiment=digits images=25600 search.trials=16"""
+    chosen, config = _study(space, "training", overrides)
+    config = _connect(config, ["s3", "mlflow", "ray"])
+
+    from pipelines.search import studies, table
+
+    name = study or f"{space}-{config.name}"
+    with table.shown(terminal.console, terminal.stage) as report:
+        found = studies.training_study(
+            config, name, chosen, _lineage(), resume=resume, report=report, say=terminal.stage
+        )
     _show_study(found)
     _finish(as_json, found.answer)
 

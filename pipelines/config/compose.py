@@ -68,6 +68,28 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     return from_dict(typing.cast("dict[str, Any]", plain))
 
 
+def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """A whole configuration from a JSON or YAML file, such as the `config.json` of a run, with overrides by path.
+
+    Raises:
+        ConfigError: no such file, or anything that is wrong with it.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        plain = OmegaConf.to_container(given, resolve=True)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file") from error
+    except (OmegaConfBaseException, YAMLError, OSError, TypeError) as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
+    if not isinstance(plain, dict):
+        raise ConfigError(f"{path}: a configuration is a mapping, this is a {type(plain).__name__}")
+    return from_dict(typing.cast("dict[str, Any]", plain))
+
+
 def from_dict(plain: Mapping[str, Any]) -> Config:
     """A checked `Config` from nested plain values.
 

@@ -264,7 +264,7 @@ class TrackingConfig(_Model):
     uri: str | None = None
     experiment: str = "ddpm"
     log_every: PositiveInt = 2_000
-    grid_every: PositiveInt = 10_000
+    grid_every: PositiveInt | None = Field(10_000, description="images between sample grids; null: none")
     grid_rows: PositiveInt = 8
     profile_at: NonNegativeInt | None = Field(None, description="images seen at which torch.profiler begins to look")
     profile_steps: PositiveInt = Field(5, description="steps that it looks at")

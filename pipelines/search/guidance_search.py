@@ -19,16 +19,17 @@ import ray
 import torch
 from ray import tune
 from ray.tune import Stopper
+from torch import Tensor
 
 from ddpm.generate import SamplingSettings
 from ddpm.interop import Model
-from ddpm.quality import FeatureMoments, Interval, bootstrap
+from ddpm.quality import FeatureMoments, Interval, bootstrap, frechet_distance
 from pipelines.config import Config, from_dict
 from pipelines.config.schema import SamplerConfig
 from pipelines.evaluation.evaluate import Evaluator
 from pipelines.evaluation.features import extract
 from pipelines.models import sampling_settings
-from pipelines.search.judge import Drawn, Subject, distance, draw, hopeless, interval, rungs, scores
+from pipelines.search.judge import Drawn, Subject, draw, hopeless, interval, rungs, scores
 from pipelines.search.observer import Observer
 from pipelines.search.space import StudyConfig, Value, apply, check_space
 from pipelines.search.study import StudyStore, TrialRecord, pareto_front, searcher
@@ -229,17 +230,24 @@ def confirm(subject: Subject, study: StudyConfig, base: Config, records: Sequenc
         gain = None
         if trial != "default":
             gain = bootstrap(
-                lambda default, other: distance(subject, default) - distance(subject, other),
+                lambda default, other: gained(subject, default, other),
                 drawn["default"].features,
                 samples.features,
                 draws=200,
                 seed=0,
             )
-        spread = interval(subject, samples.features, draws=200)
+        spread = interval(subject.reference, samples.features, draws=200)
         found.append(
             Confirmed(trial, params[trial], settings[trial], spread, scores(subject, samples, full=True), gain)
         )
     return sorted(found, key=lambda c: c.distance.value)
+
+
+def gained(subject: Subject, default: Tensor, other: Tensor) -> float:
+    """By how much the distance of samples' features is less than the default's."""
+    moments = [FeatureMoments.of(features) for features in (default, other)]
+    before, after = (frechet_distance(subject.reference, m) for m in moments)
+    return before - after
 
 
 def draw_front(subject: Subject, base: Config, front: Sequence[TrialRecord]) -> dict[str, Any]:

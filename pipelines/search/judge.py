@@ -107,14 +107,22 @@ def draw(
     return Drawn(found.features, correct, pixels[:keep].cpu().numpy(), (network.count - before) / len(numbers))
 
 
-def distance(subject: Subject, features: Tensor) -> float:
-    """Frechet distance of samples' features to the real train split's."""
-    return frechet_distance(subject.reference, FeatureMoments.of(features))
+def distance_and_error(reference: FeatureMoments, features: Tensor) -> dict[str, float]:
+    """Frechet distance of samples' features [N, D] to the reference, and its standard error by the bootstrap."""
+    spread = interval(reference, features)
+    return {
+        "frechet_distance": spread.value,
+        "standard_error": (spread.high - spread.low) / (2 * 1.96),
+    }
 
 
-def interval(subject: Subject, features: Tensor, *, draws: int = DRAWS, seed: int = 0) -> Interval:
+def interval(reference: FeatureMoments, features: Tensor, *, draws: int = DRAWS, seed: int = 0) -> Interval:
     """The distance with its confidence interval."""
-    return bootstrap(lambda part: distance(subject, part), features, draws=draws, seed=seed)
+
+    def distance(part: Tensor) -> float:
+        return frechet_distance(reference, FeatureMoments.of(part))
+
+    return bootstrap(distance, features, draws=draws, seed=seed)
 
 
 def scores(subject: Subject, drawn: Drawn, *, full: bool) -> dict[str, float]:
@@ -123,13 +131,8 @@ def scores(subject: Subject, drawn: Drawn, *, full: bool) -> dict[str, float]:
     Args:
         full: whether precision and recall are taken too, which compare all pairs.
     """
-    spread = interval(subject, drawn.features)
-    values = {
-        "frechet_distance": spread.value,
-        "standard_error": (spread.high - spread.low) / (2 * 1.96),
-        "samples": float(len(drawn.features)),
-        "evaluations": drawn.evaluations,
-    }
+    values = distance_and_error(subject.reference, drawn.features)
+    values |= {"samples": float(len(drawn.features)), "evaluations": drawn.evaluations}
     if drawn.correct is not None:
         values["class_accuracy"] = drawn.correct.double().mean().item()
     if full and min(len(subject.real), len(drawn.features)) > 3:

@@ -23,7 +23,10 @@ Value = bool | int | float | str | None
 Params = Mapping[str, Value]
 """Path -> value; what one trial tries."""
 FIXED = {
-    "training": ("name", "cluster", "storage", "tracking", "registry", "evaluation", "checkpoint", "data.uri", "seed"),
+    "training": (
+        *("name", "seed", "images", "data.uri", "cluster.address"),
+        *("storage", "tracking", "registry", "evaluation", "checkpoint"),
+    ),
     "guidance": tuple(name for name in Config.model_fields if name not in ("guidance", "sampler")),
 }
 """What a study of a kind cannot vary: trials share it."""

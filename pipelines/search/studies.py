@@ -8,16 +8,18 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import ray
+
 from ddpm.generate import SamplingSettings
 from pipelines import models, tracking
 from pipelines.config import Config
 from pipelines.evaluation import evaluate as evaluation
 from pipelines.models import Resolved
-from pipelines.search import guidance_search
+from pipelines.search import guidance_search, training_search
 from pipelines.search.guidance_search import GuidanceResult, base_of, subject_of
 from pipelines.search.observer import Observer, Report
 from pipelines.search.page import Page, png
-from pipelines.search.space import StudyConfig, check_space
+from pipelines.search.space import StudyConfig, apply, check_space
 from pipelines.search.study import StudyStore, TrialRecord, best, done
 from pipelines.shards.index import read_dataset
 from pipelines.storage import Storage, join
@@ -64,7 +66,7 @@ def guidance_study(
     evaluator = evaluation.get_evaluator(dataset, splits, storage, lambda text: say("study", text))
     subject = subject_of(resolved.model, evaluator, splits)
     driver.connect_ray(config, storage)
-    store, tracker = _open(config, name, study, reference)
+    store, tracker = StudyStore.of(config, name), _open_run(config, name, study, reference)
     observer = Observer(store, study, tracker, config.tracking.experiment, study.samples, report)
     found = guidance_search.search(
         subject,
@@ -106,18 +108,67 @@ def guidance_study(
     return StudyResult(tracker, found.records, best(found.records), where, answer)
 
 
-def _open(config: Config, name: str, study: StudyConfig, subject: str) -> tuple[StudyStore, Tracker]:
-    """The study's records and its MLflow run."""
-    assert config.tracking.uri is not None
+def training_study(
+    config: Config, name: str, study: StudyConfig, lineage: dict[str, Any], *, resume: bool, report: Report, say: Say
+) -> StudyResult:
+    """`ddpm search training`: see `training_search`.
+
+    Raises:
+        ConfigError, StudyError, DatasetError: before anything starts.
+    """
+    began = time.monotonic()
+    check_space(study, config)
+    training_search.rungs(config.images, config.batch_size, study)
+    storage = Storage.of(config)
+    dataset = read_dataset(config.data.uri, storage)
+    driver.check_dataset(dataset, config)
+    splits = evaluation.open_splits(dataset, storage, config.data.cache_dir, config.data.cache_gib)
+    evaluator = evaluation.get_evaluator(dataset, splits, storage, lambda text: say("study", text))
+    driver.connect_ray(config, storage)
+    training_search.concurrency(study, config, ray.cluster_resources())
     store = StudyStore.of(config, name)
-    tags = {
-        "ddpm.study": name,
-        "ddpm.study.kind": study.kind,
-        "mlflow.note.content": f"{study.kind} study of {subject}",
+    records = store.open(study, config, dataset.digest, resume=resume)
+    tracker = _open_run(config, name, study, dataset.uri)
+    observer = Observer(store, study, tracker, config.tracking.experiment, config.images, report)
+    observer.begin(records)
+    shared = training_search.Shared.of(study, config, name, lineage, evaluator.network, splits)
+    training_search.run_trials(shared, records, observer)
+    observer.settle()
+    records = store.records()
+    seen = sum(r.scores.get("images_seen", 0) for r in records)
+    notes = [
+        f"Each trial trains on up to {config.images:,} images; together they saw {seen:,.0f}, where training each to "
+        f"its end would have taken {config.images * len(records):,}.",
+        f"{time.monotonic() - began:,.0f} s for this call.",
+    ]
+    page = Page(name, study, dataset.uri, records, command=f"ddpm search training --study {name} …", notes=notes)
+    where = _publish(page, store, tracker)
+    top = best(records)
+    if top is not None:
+        chosen = apply(config, top.params).model_copy(update={"name": f"{name}-best"})
+        text = tracking.to_json(chosen.model_dump(mode="json"))
+        tracker.text(text, "best/config.json")
+        storage.write(join(store.uri, "best.json"), text.encode())
+    answer = {
+        "study": name,
+        "run_id": tracker.run_id,
+        "trials": count_states(records),
+        "best": None if top is None else asdict(top),
+        "failed": {r.trial: r.error for r in records if r.state == "failed"},
+        "page": where,
+        "seconds": time.monotonic() - began,
     }
+    return StudyResult(tracker, records, top, where, answer)
+
+
+def _open_run(config: Config, name: str, study: StudyConfig, subject: str) -> Tracker:
+    """The study's MLflow run, the parent of its trials'."""
+    assert config.tracking.uri is not None
+    note = f"{study.kind} study of {subject}; its trials are the runs below it, its page is the artifact `study.html`."
+    tags = {"ddpm.study": name, "ddpm.study.kind": study.kind, "mlflow.note.content": note}
     tracker, _ = tracking.open_run(config.tracking.uri, config.tracking.experiment, f"study-{name}", tags)
     tracker.text(tracking.to_json(study.model_dump(mode="json", by_alias=True)), "study.json")
-    return store, tracker
+    return tracker
 
 
 def _publish(page: Page, store: StudyStore, tracker: Tracker) -> str:

@@ -6,13 +6,19 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
+
+from ddpm.interop import ModelSpec
 from pipelines.config import Config
 from pipelines.shards.index import Dataset, Quarantine
 from pipelines.storage import Storage, join
 from pipelines.tracking import Tracker
 from pipelines.training.progress import Progress
+
+if TYPE_CHECKING:
+    from pipelines.training.state import Training
 
 Store = Callable[[str], None]
 """Writes a checkpoint's files to a folder's URI (s3:// or file://), `state.json` last."""
@@ -51,6 +57,16 @@ class Shell(Protocol):
         """
 
 
+class Judge(Protocol):
+    """Scores a model while it trains; picklable."""
+
+    def due(self, before: int, seen: int) -> bool:
+        """Whether a step from `before` to `seen` images calls for it; the same on every rank."""
+
+    def __call__(self, training: Training, spec: ModelSpec, device: torch.device) -> None:
+        """Judge the average; called by every rank at the same step."""
+
+
 @dataclass(frozen=True)
 class Job:
     """Everything a rank needs to know, picklable."""
@@ -61,6 +77,7 @@ class Job:
     tracker: Tracker
     lineage: dict[str, Any]
     quarantine: Quarantine | None = None
+    judge: Judge | None = None
 
     @property
     def published_uri(self) -> str:

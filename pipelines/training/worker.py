@@ -55,10 +55,10 @@ class Loop:
             initialize(self.training, job, rank, device)
         self.resumed_at = self.saved_at = self.training.images_seen
         self.schedule = noise_schedule(config)
-        spec = models.model_spec(config, job.dataset, job.lineage, job.quarantine)
+        self.spec = models.model_spec(config, job.dataset, job.lineage, job.quarantine)
         self.stream = make_stream(job, rank, world_size, self.resumed_at)
-        self.checkpointer = Checkpointer(job, spec, shell, rank)
-        self.preview = Preview(job, spec, self.schedule, stream_settings(config), rank, device)
+        self.checkpointer = Checkpointer(job, self.spec, shell, rank)
+        self.preview = Preview(job, self.spec, self.schedule, stream_settings(config), rank, device)
         self.log = MetricLog(job.tracker) if rank == 0 else None
         self.window = Window(config, clock, self.resumed_at, device)
         self.profiler = Profiler(job, rank, self.resumed_at)
@@ -73,17 +73,16 @@ class Loop:
 
     def _run(self) -> None:
         if self.training.images_seen == 0:
-            with self.clock.during("grid"):
-                self.preview.show(self.training)
+            self._show()
         batches = iter(self.stream)
         self.clock.switch("step")
         while (batch := self._next(batches)) is not None:
             outcome = self._step(batch)
             finished = self.training.images_seen >= self.config.images
             self._tell(outcome, finished)
-            if finished or self._crossed(self.config.tracking.grid_every):
-                with self.clock.during("grid"):
-                    self.preview.show(self.training)
+            if finished or self._crossed(self.config.tracking.grid_every or self.config.images):
+                self._show()
+            self._judge()
             if finished or outcome.stop or outcome.checkpoint or self._crossed(self.config.checkpoint.every):
                 self._save(finished)
             if outcome.stop:
@@ -116,6 +115,17 @@ class Loop:
         self.shell.progress(Progress(seen, self.resumed_at, outcome.loss, self.clock.seconds(), *stored))
         if finished or self._crossed(self.config.tracking.log_every):
             self.log.add(self.window.metrics(self.training), seen)
+
+    def _show(self) -> None:
+        if self.config.tracking.grid_every is not None:
+            with self.clock.during("grid"):
+                self.preview.show(self.training)
+
+    def _judge(self) -> None:
+        seen, judge = self.training.images_seen, self.job.judge
+        if judge is not None and judge.due(seen - self.config.batch_size, seen):
+            with self.clock.during("grid"):
+                judge(self.training, self.spec, self.device)
 
     def _save(self, finished: bool) -> None:
         seen, every = self.training.images_seen, self.config.checkpoint.publish_every

@@ -1,0 +1,305 @@
+"""`ddpm search training`: what needs training, each trial a distributed Ray Train run, judged by its samples.
+
+Losses of different schedules do not compare: a trial is judged by the Frechet distance of samples of fixed seeds and by
+the variational bound, at rungs of growing numbers of images, in the training itself, where the weights are. ASHA ends
+trials that are behind at a rung; Optuna chooses the next.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray import tune
+from ray.tune.schedulers import AsyncHyperBandScheduler
+from torch import Tensor
+
+from ddpm.generate import configured, generate, to_uint8
+from ddpm.interop import ModelSpec
+from ddpm.likelihood import variational_bound
+from ddpm.prediction import Conditioning, NetworkDenoiser
+from ddpm.quality import FeatureMoments
+from ddpm.schedule import make_schedule
+from pipelines.config import Config, ConfigError
+from pipelines.evaluation.features import EvaluatorNetwork, extract
+from pipelines.search.judge import distance_and_error
+from pipelines.search.observer import Observer
+from pipelines.search.space import Params, StudyConfig, Value, apply
+from pipelines.search.study import OBJECTIVES, StudyError, TrialRecord, searcher, trial_name
+from pipelines.shards.read import Batch
+from pipelines.storage import Storage, join
+from pipelines.training import driver
+from pipelines.training.preview import collect, share_out
+from pipelines.training.state import Training, averaged
+
+# Ray Train looks at its workers every two seconds, and so at the end of every trial; Tune has a table of its own.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+
+BOUND_STEPS = 64
+"""Of the chain whose bound judges a trial: respaced from the schedule's own, and one evaluation each."""
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class RungJudge:
+    """Judges a training's average at given numbers of images; see `pipelines.training.shell.Judge`.
+
+    The scores are files beside the run's checkpoints: a trial that comes again finds those it has earned.
+
+    Attributes:
+        rungs: images seen.
+        samples: images drawn at each.
+        labels: of them, in turn; None for a model without classes.
+        evaluator: whose features judge.
+        reference: moments of the real train split's features.
+        held_out: real test images for the bound, [B, C, H, W] in [-1, 1]; none for B = 0.
+        held_out_labels: theirs.
+        seed: of the noise.
+        storage: where the scores go.
+        uri: the folder.
+    """
+
+    rungs: tuple[int, ...]
+    samples: int
+    labels: Tensor | None
+    evaluator: EvaluatorNetwork
+    reference: FeatureMoments
+    held_out: Tensor
+    held_out_labels: Tensor | None
+    seed: int
+    storage: Storage
+    uri: str
+
+    def due(self, before: int, seen: int) -> bool:
+        """Whether a rung lies in (before, seen]."""
+        return any(before < rung <= seen for rung in self.rungs)
+
+    def __call__(self, training: Training, spec: ModelSpec, device: torch.device) -> None:
+        """Draw and judge, the work shared out over the ranks; rank 0 writes the scores."""
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        schedule = make_schedule(**spec.schedule)
+        with averaged(training) as network, torch.no_grad():
+            denoiser = NetworkDenoiser(network, schedule, spec.prediction)
+            mine = share_out(self.samples, rank)
+            images = generate(
+                denoiser,
+                schedule,
+                spec.sampling,
+                cond=self._labels(self.labels, mine, spec, device),
+                shape=spec.shape,
+                seed=self.seed,
+                images=mine.to(device),
+                batch_size=BATCH,
+            )
+            features = collect(extract(self.evaluator, to_levels(images)).features.to(device), self.samples).cpu()
+            scores = distance_and_error(self.reference, features)
+            if len(self.held_out):
+                part = share_out(len(self.held_out), rank)
+                bound = variational_bound(
+                    configured(denoiser, schedule, replace(spec.sampling, scale=1.0, rescale=0.0)),
+                    schedule,
+                    self.held_out[part].to(device),
+                    self._labels(self.held_out_labels, part, spec, device),
+                    seed=self.seed,
+                    images=part.to(device),
+                    steps=min(BOUND_STEPS, schedule.num_steps),
+                )
+                scores["bits_per_dim"] = collect(bound.total, len(self.held_out)).mean().item()
+        if rank == 0:
+            scores |= {"images_seen": float(training.images_seen), "samples": float(self.samples)}
+            where = join(self.uri, f"{training.images_seen:012d}.json")
+            self.storage.write(where, json.dumps(scores).encode())
+
+    @staticmethod
+    def _labels(labels: Tensor | None, numbers: Tensor, spec: ModelSpec, device: torch.device) -> Conditioning | None:
+        if labels is None or not spec.classes:
+            return None
+        return Conditioning(label=labels[numbers % len(labels)].to(device))
+
+
+def to_levels(images: Tensor) -> Tensor:
+    """Rounded to the 256 levels of a picture, on the CPU."""
+    return to_uint8(images).permute(0, 3, 1, 2).float().cpu() / 127.5 - 1
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all trials have in common; put into Ray's object store once."""
+
+    study: StudyConfig
+    base: Config
+    name: str
+    lineage: Mapping[str, Any]
+    evaluator: EvaluatorNetwork
+    reference: FeatureMoments
+    labels: Tensor | None
+    held_out: Tensor
+    held_out_labels: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        study: StudyConfig,
+        base: Config,
+        name: str,
+        lineage: Mapping[str, Any],
+        evaluator: EvaluatorNetwork,
+        splits: Mapping[str, Batch],
+    ) -> Shared:
+        """From the real splits."""
+        train, test = splits["train"], splits["test"]
+        count = min(study.bits_per_dim_images, len(test.images))
+        return cls(
+            study,
+            base,
+            name,
+            lineage,
+            evaluator,
+            FeatureMoments.of(extract(evaluator, train.images).features),
+            test.labels,
+            test.images[:count].clone(),
+            None if test.labels is None else test.labels[:count].clone(),
+        )
+
+
+def rungs(images: int, batch_size: int, study: StudyConfig) -> tuple[int, ...]:
+    """Numbers of images at which trials are judged: the whole length, and that over powers of `reduction`.
+
+    Raises:
+        ConfigError: the first would come before a batch has been seen.
+    """
+    found = [images // study.reduction**i // batch_size * batch_size for i in range(study.rungs - 1, 0, -1)]
+    if found and found[0] < batch_size:
+        raise ConfigError(
+            f"search.rungs = {study.rungs} with search.reduction = {study.reduction} puts the first rung before the "
+            f"first batch: use fewer rungs, or more images than {images:,}"
+        )
+    return (*found, -(-images // batch_size) * batch_size)
+
+
+def trial_config(shared: Shared, params: Params) -> Config:
+    """The run of a trial: the base with what it tries, judged by its own rungs and nothing on the side."""
+    config, study = apply(shared.base, params), shared.study
+    first = rungs(config.images, config.batch_size, study)[0]
+    return config.model_copy(
+        update={
+            "name": f"{shared.name}-{trial_name(params)}",
+            "tracking": config.tracking.model_copy(update={"grid_every": None}),
+            "checkpoint": config.checkpoint.model_copy(
+                update={"every": first, "keep": 1, "publish_every": 2 * config.images}
+            ),
+            # What fails by itself, such as a loss that is not finite, fails again.
+            "cluster": config.cluster.model_copy(update={"max_failures": min(1, config.cluster.max_failures)}),
+        }
+    )
+
+
+def run_trial(params: dict[str, Value], *, shared: Shared) -> None:
+    """One trial, in an actor of Ray Tune: fits the run and reports each score as it comes.
+
+    Raises:
+        TrainingError: the run failed.
+    """
+    config = trial_config(shared, params)
+    storage = Storage.of(config)
+    uri = join(config.storage.root, "runs", config.name, "scores")
+    judge = RungJudge(
+        rungs(config.images, config.batch_size, shared.study),
+        shared.study.samples,
+        shared.labels,
+        shared.evaluator,
+        shared.reference,
+        shared.held_out,
+        shared.held_out_labels,
+        config.evaluation.seed,
+        storage,
+        uri,
+    )
+    plan = driver.make_plan(config, storage, dict(shared.lineage))
+    plan = replace(plan, job=replace(plan.job, judge=judge))
+    outcome: list[BaseException | None] = []
+
+    def fit() -> None:
+        try:
+            driver.train(plan)
+            outcome.append(None)
+        except BaseException as error:  # noqa: BLE001 - it is raised below, in Tune's own thread
+            outcome.append(error)
+
+    thread = threading.Thread(target=fit, name="fit", daemon=True)
+    thread.start()
+    reported = -1.0
+    while True:
+        ended = not thread.is_alive()
+        for entry in storage.list(uri):
+            scores = json.loads(storage.read(entry.uri))
+            if scores["images_seen"] > reported:
+                reported = scores["images_seen"]
+                tune.report(scores)
+        if ended:
+            break
+        thread.join(0.25)
+    if outcome[0] is not None:
+        raise outcome[0]
+
+
+def concurrency(study: StudyConfig, base: Config, resources: Mapping[str, float]) -> int:
+    """Trials at a time, so that each has its workers.
+
+    Raises:
+        StudyError: the cluster has no room for one.
+    """
+    cluster = base.cluster
+    workers = cluster.num_workers
+    needed = {"CPU": workers * cluster.cpus_per_worker, "GPU": workers * cluster.gpus_per_worker}
+    room = min(int(resources.get(kind, 0) // need) for kind, need in needed.items() if need)
+    if room < 1:
+        listed = ", ".join(f"{need:g} {k} needed, {resources.get(k, 0):g} there" for k, need in needed.items() if need)
+        raise StudyError(f"the Ray cluster has no room for one trial of {workers} workers: {listed}")
+    return min(room, study.concurrent or room)
+
+
+def run_trials(shared: Shared, records: Sequence[TrialRecord], observer: Observer) -> None:
+    """Every trial that is still to be run; the records are written on the way."""
+    study, base = shared.study, shared.base
+    left = study.trials - sum(record.state != "running" for record in records)
+    if left <= 0:
+        return
+    at = rungs(base.images, base.batch_size, study)
+    metric, mode = next(iter(OBJECTIVES["training"].items()))
+    # The workers have placement groups of their own; the trial itself waits and reports.
+    trainable = tune.with_resources(tune.with_parameters(run_trial, shared=shared), {"cpu": 0, "memory": 1 << 20})
+    with tempfile.TemporaryDirectory(prefix="ddpm-tune-") as scratch:
+        tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                search_alg=searcher(study, base, records, Path(scratch), first=[study.nearest(base)]),
+                scheduler=AsyncHyperBandScheduler(
+                    time_attr="images_seen",
+                    metric=metric,
+                    mode=mode,
+                    max_t=at[-1],
+                    grace_period=at[0],
+                    reduction_factor=study.reduction,
+                ),
+                num_samples=left,
+                max_concurrent_trials=concurrency(study, base, ray.cluster_resources()),
+            ),
+            run_config=tune.RunConfig(
+                name="study",
+                storage_path=scratch,
+                callbacks=[observer],
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=0),
+            ),
+        ).fit()
