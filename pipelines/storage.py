@@ -6,6 +6,7 @@ per process. Secrets are never part of it: it holds the path of a credentials fi
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -14,20 +15,29 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlencode, urlsplit
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
 
 from pipelines.config import Config
 
+T = TypeVar("T")
 MAX_ATTEMPTS = 8
+PATIENCE_S = 300.0
 _FATAL = {
     "NoSuchBucket": "the bucket does not exist: create it, or name another with storage.root=s3://BUCKET",
     "InvalidAccessKeyId": "the access key is unknown to this server: check the credentials file or AWS_ACCESS_KEY_ID",
     "SignatureDoesNotMatch": "the secret key is wrong: check the credentials file or AWS_SECRET_ACCESS_KEY",
     "AccessDenied": "the credentials may not do this: grant read, write and list on the bucket",
     "403": "the credentials may not do this: grant read, write and list on the bucket",
+}
+
+_HINTS = {
+    errno.ENOSPC: "free some, or set storage.root (and TMPDIR, where checkpoints are written first) to another disk",
+    errno.EDQUOT: "free some, or set storage.root (and TMPDIR, where checkpoints are written first) to another disk",
+    errno.EACCES: "the user of this process may not: change the folder's owner, or storage.root",
+    errno.EROFS: "set storage.root to a disk that can be written",
 }
 
 
@@ -122,7 +132,7 @@ class Storage:
                     yield from body.iter_chunks(chunk)
 
     def fetch(
-        self, uri: str, start: int, stop: int, sink: Callable[[bytes], object], *, patience_s: float = 300.0
+        self, uri: str, start: int, stop: int, sink: Callable[[bytes], object], *, patience_s: float = PATIENCE_S
     ) -> int:
         """Hand the bytes [start, stop) to `sink` in order, going on where a connection broke; the number of requests.
 
@@ -149,12 +159,7 @@ class Storage:
 
         while at < stop:
             reached = at
-            Retrying(
-                retry=retry_if_exception_type(TransientStorageError),
-                wait=wait_exponential_jitter(multiplier=0.2, max=10),
-                stop=stop_after_delay(patience_s),
-                reraise=True,
-            )(request)
+            patiently(request, patience_s)
             if at == reached:
                 raise StorageError(f"{uri} ends at byte {at}, {stop} were expected: it is cut short")
         return requests
@@ -168,23 +173,41 @@ class Storage:
                 bucket, key = split_s3(uri)
                 _client(self).put_object(Bucket=bucket, Key=key, Body=data)
 
-    def upload(self, path: Path, uri: str) -> None:
-        """Store a file; in parts where it is large."""
-        with _reporting(uri):
-            if is_local(uri):
-                _atomically(local_path(uri), lambda temporary: shutil.copyfile(path, temporary))
-            else:
-                bucket, key = split_s3(uri)
-                _client(self).upload_file(str(path), bucket, key)
+    def upload(self, path: Path, uri: str, *, patience_s: float = PATIENCE_S) -> None:
+        """Store a file in one step; in parts where it is large. A store that is away for a minute costs a minute.
 
-    def download(self, uri: str, path: Path) -> None:
-        """Fetch an object into a file; ranged and in parallel where it is large."""
-        with _reporting(uri):
-            if is_local(uri):
-                shutil.copyfile(local_path(uri), path)
-            else:
-                bucket, key = split_s3(uri)
-                _client(self).download_file(bucket, key, str(path))
+        Raises:
+            TransientStorageError: patience has run out.
+            StorageError: what no patience mends: no permission, a full disk, no such bucket.
+        """
+
+        def once() -> None:
+            with _reporting(uri):
+                if is_local(uri):
+                    _atomically(local_path(uri), lambda temporary: shutil.copyfile(path, temporary))
+                else:
+                    bucket, key = split_s3(uri)
+                    _client(self).upload_file(str(path), bucket, key)
+
+        patiently(once, patience_s)
+
+    def download(self, uri: str, path: Path, *, patience_s: float = PATIENCE_S) -> None:
+        """Fetch an object into a file; ranged and in parallel where it is large, and with patience.
+
+        Raises:
+            TransientStorageError: patience has run out.
+            NotFoundError: nothing is stored there.
+        """
+
+        def once() -> None:
+            with _reporting(uri):
+                if is_local(uri):
+                    shutil.copyfile(local_path(uri), path)
+                else:
+                    bucket, key = split_s3(uri)
+                    _client(self).download_file(bucket, key, str(path))
+
+        patiently(once, patience_s)
 
     def copy(self, source: str, target: str) -> None:
         """Store an object anew under another address; its bytes stay in S3 where both addresses are there."""
@@ -273,6 +296,20 @@ class Storage:
         return f"{uri}?{urlencode(options)}" if options else uri
 
 
+def patiently(call: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
+    """Repeat a call with exponential backoff and jitter while the store does not answer.
+
+    Raises:
+        TransientStorageError: it did not for `patience_s` seconds.
+    """
+    return Retrying(
+        retry=retry_if_exception_type(TransientStorageError),
+        wait=wait_exponential_jitter(multiplier=0.2, max=10),
+        stop=stop_after_delay(patience_s),
+        reraise=True,
+    )(call)
+
+
 def join(uri: str, *parts: str) -> str:
     """An address below another."""
     return "/".join([uri.rstrip("/"), *parts])
@@ -339,7 +376,8 @@ def _reporting(uri: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise NotFoundError(f"{uri}: nothing is stored there") from error
     except OSError as error:
-        raise StorageError(f"{uri}: {error.strerror or error}") from error
+        hint = _HINTS.get(error.errno or 0)
+        raise StorageError(f"{uri}: {error.strerror or error}{f': {hint}' if hint else ''}") from error
     except ClientError as error:
         code = str(error.response["Error"]["Code"])
         if code in ("404", "NoSuchKey", "NotFound"):

@@ -1,7 +1,20 @@
+import errno
+import os
+import shutil
+
 import pytest
 
 from pipelines.config import compose
-from pipelines.storage import NotFoundError, Storage, StorageError, TransientStorageError, is_local, join, split_s3
+from pipelines.storage import (
+    NotFoundError,
+    Storage,
+    StorageError,
+    TransientStorageError,
+    is_local,
+    join,
+    patiently,
+    split_s3,
+)
 
 STORAGE = Storage()
 
@@ -64,6 +77,27 @@ def test_an_unreachable_server_is_worth_another_try_and_says_which(tmp_path, mon
         away.read("s3://bucket/key")
 
 
+def test_patience_outlasts_a_store_that_is_away_and_no_other_fault():
+    answers = iter([TransientStorageError("away"), TransientStorageError("away"), None])
+    asked = 0
+
+    def call() -> str:
+        nonlocal asked
+        asked += 1
+        if (error := next(answers)) is not None:
+            raise error
+        return "done"
+
+    assert (patiently(call), asked) == ("done", 3)
+    asked, answers = 0, iter([StorageError("no such bucket"), None])
+    with pytest.raises(StorageError, match="no such bucket"):
+        patiently(call)
+    assert asked == 1
+    answers = iter([TransientStorageError("away")] * 9)
+    with pytest.raises(TransientStorageError):
+        patiently(call, patience_s=0.1)
+
+
 def test_explicit_settings_beat_the_environment(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://env")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-1")
@@ -94,3 +128,18 @@ def test_a_copy_is_whole_and_replaces_what_was_there(tmp_path):
     assert storage.read(target) == b"two"
     with pytest.raises(NotFoundError):
         storage.copy(f"file://{tmp_path}/none", target)
+
+
+def test_a_full_disk_and_a_missing_permission_say_what_to_do(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"x")
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(StorageError, match=r"No space left on device: free some, or set storage\.root"):
+        STORAGE.upload(tmp_path / "file", f"file://{tmp_path}/store/x")
+    assert not list((tmp_path / "store").iterdir())
+    (tmp_path / "a-file").write_text("")
+    with pytest.raises(StorageError, match="a-file/x"):
+        STORAGE.write(f"file://{tmp_path}/a-file/x", b"")
