@@ -114,6 +114,10 @@ class Published:
     digest: str
     scores: dict[str, float] = field(default_factory=dict)
 
+    def record(self) -> tuple[str, str]:
+        """(text, name) of the artifact that tells a run of it."""
+        return tracking.to_json(asdict(self)), f"{PUBLISHED}/{self.images_seen:012d}.json"
+
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> CheckpointState:
     """Write a checkpoint folder; `state.json` last, so that a folder with it is complete."""
@@ -237,7 +241,7 @@ def publish(storage: Storage, uri: str, target_uri: str, state: CheckpointState)
 
 def record_published(tracker: Tracker, published: Published) -> None:
     """Tell the run of a published checkpoint, or of what is now known of it."""
-    tracker.text(tracking.to_json(asdict(published)), f"{PUBLISHED}/{published.images_seen:012d}.json")
+    tracker.text(*published.record())
 
 
 def list_published(tracker: Tracker) -> list[Published]:

@@ -9,14 +9,15 @@ import json
 import logging
 import os
 import tempfile
+import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
@@ -24,20 +25,29 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 import mlflow
+import requests
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunStatus, RunTag, ViewType
 from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from numpy.typing import NDArray
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
 
 logger = logging.getLogger(__name__)
 logging.getLogger("mlflow.store.model_registry").setLevel(logging.WARNING)
 
 RUN_TAG = "ddpm.run"
 KIND = "custom_model_development"
+PATIENCE_S = 300.0
+T = TypeVar("T")
 
 
 class TrackingError(RuntimeError):
     """MLflow cannot be reached, or does not have what was asked for; says how to fix it."""
+
+
+class UnreachableError(TrackingError):
+    """The server did not answer, or could not do now what it was asked for: worth another try."""
 
 
 @dataclass(frozen=True)
@@ -80,15 +90,37 @@ class Tracker:
 
     def params(self, params: Mapping[str, Any]) -> None:
         """Record flat parameters; those that are recorded already with the same value stay."""
-        known = self.client.get_run(self.run_id).data.params
-        fresh = [Param(k, str(v)[:6000]) for k, v in params.items() if k not in known]
-        for i in range(0, len(fresh), 100):
-            self.client.log_batch(self.run_id, params=fresh[i : i + 100])
 
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Points of curves at `step` images seen."""
-        now = int(time.time() * 1000)
-        self.client.log_batch(self.run_id, metrics=[Metric(k, float(v), now, step) for k, v in values.items()])
+        def write() -> None:
+            with _reporting(self.uri):
+                known = self.client.get_run(self.run_id).data.params
+                fresh = [Param(k, str(v)[:6000]) for k, v in params.items() if k not in known]
+                for i in range(0, len(fresh), 100):
+                    self.client.log_batch(self.run_id, params=fresh[i : i + 100])
+
+        patiently(write)
+
+    def metrics(self, values: Mapping[str, float], step: int, at_ms: int | None = None) -> None:
+        """Points of curves at `step` images seen; sent twice with the same time, they are there once.
+
+        Raises:
+            UnreachableError: at once; `MetricLog` waits.
+        """
+        now = int(time.time() * 1000) if at_ms is None else at_ms
+        with _reporting(self.uri):
+            self.client.log_batch(self.run_id, metrics=[Metric(k, float(v), now, step) for k, v in values.items()])
+
+    def last_steps(self) -> dict[str, int]:
+        """The last step of every curve by its name, and of every picture by images/KEY."""
+        with _reporting(self.uri):
+            run = self.client.get_run(self.run_id)
+            # A run knows each curve's newest point; its history may be long. MLflow's own monitor reads it there too.
+            steps = {m.key: m.step for m in run.data._metric_objs}
+            for info in self.client.list_artifacts(self.run_id, "images"):
+                key, word, step, *_ = f"{info.path}+++".split("+")
+                if word == "step":
+                    steps[key] = max(int(step), steps.get(key, -1))
+        return steps
 
     def metric(self, key: str) -> list[tuple[int, float]]:
         """A recorded curve as (step, value)."""
@@ -96,31 +128,55 @@ class Tracker:
 
     def image(self, key: str, pixels: NDArray[Any], step: int) -> None:
         """A picture, uint8 [H, W, C], under a key whose pictures the page shows with a step slider."""
-        self.client.log_image(self.run_id, pixels, key=key, step=step, synchronous=True)
+        with _reporting(self.uri):
+            self.client.log_image(self.run_id, pixels, key=key, step=step, synchronous=True)
 
     def text(self, text: str, name: str) -> None:
         """A text file as an artifact."""
-        self.client.log_text(self.run_id, text, name)
+
+        def write() -> None:
+            with _reporting(self.uri):
+                self.client.log_text(self.run_id, text, name)
+
+        patiently(write)
 
     def file(self, data: bytes, name: str) -> None:
         """A file as an artifact; its name may have folders."""
         folder, _, last = name.rpartition("/")
-        with tempfile.TemporaryDirectory(prefix="ddpm-artifact-") as scratch:
-            (Path(scratch) / last).write_bytes(data)
-            self.client.log_artifact(self.run_id, str(Path(scratch) / last), folder or None)
+
+        def write() -> None:
+            with tempfile.TemporaryDirectory(prefix="ddpm-artifact-") as scratch, _reporting(self.uri):
+                (Path(scratch) / last).write_bytes(data)
+                self.client.log_artifact(self.run_id, str(Path(scratch) / last), folder or None)
+
+        patiently(write)
 
     def read_text(self, name: str) -> str:
         """A text artifact."""
-        with tempfile.TemporaryDirectory(prefix="ddpm-artifact-") as scratch:
-            return Path(self.client.download_artifacts(self.run_id, name, scratch)).read_text()
+
+        def read() -> str:
+            with tempfile.TemporaryDirectory(prefix="ddpm-artifact-") as scratch, _reporting(self.uri):
+                return Path(self.client.download_artifacts(self.run_id, name, scratch)).read_text()
+
+        return patiently(read)
 
     def names(self, folder: str) -> list[str]:
         """Artifact paths in a folder."""
-        return [info.path for info in self.client.list_artifacts(self.run_id, folder)]
+
+        def read() -> list[str]:
+            with _reporting(self.uri):
+                return [info.path for info in self.client.list_artifacts(self.run_id, folder)]
+
+        return patiently(read)
 
     def tags(self, tags: Mapping[str, str]) -> None:
         """Set tags."""
-        self.client.log_batch(self.run_id, tags=[RunTag(k, str(v)) for k, v in tags.items()])
+
+        def write() -> None:
+            with _reporting(self.uri):
+                self.client.log_batch(self.run_id, tags=[RunTag(k, str(v)) for k, v in tags.items()])
+
+        patiently(write)
 
     def tag(self, key: str) -> str | None:
         """A tag's value."""
@@ -136,46 +192,58 @@ class Tracker:
 
     def status(self, status: str) -> None:
         """RUNNING, FINISHED, FAILED or KILLED."""
-        if status == "RUNNING":
-            self.client.update_run(self.run_id, status=status)
-        else:
-            self.client.set_terminated(self.run_id, status=RunStatus.to_string(RunStatus.from_string(status)))
+
+        def write() -> None:
+            with _reporting(self.uri):
+                if status == "RUNNING":
+                    self.client.update_run(self.run_id, status=status)
+                else:
+                    self.client.set_terminated(self.run_id, status=RunStatus.to_string(RunStatus.from_string(status)))
+
+        patiently(write)
 
 
-class MetricLog:
-    """Curves of a run from one process: nothing twice after a restart, nothing lost while the server is away.
+def patiently(call: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
+    """Repeat a call while the server does not answer.
 
-    Points at or below the last recorded step are skipped; points that could not be sent wait for the next call.
+    Raises:
+        UnreachableError: it did not for `patience_s` seconds.
     """
+    return Retrying(
+        retry=retry_if_exception_type(UnreachableError),
+        wait=wait_exponential_jitter(multiplier=0.5, max=10),
+        stop=stop_after_delay(patience_s),
+        reraise=True,
+    )(call)
 
-    def __init__(self, tracker: Tracker) -> None:
-        self.tracker = tracker
-        self.last = max((step for step, _ in tracker.metric("train/loss")), default=-1)
-        self.waiting: list[tuple[dict[str, float], int]] = []
 
-    def add(self, values: Mapping[str, float], step: int) -> None:
-        """Record points at `step` images seen."""
-        if step > self.last:
-            self.waiting.append((dict(values), step))
-            with self.tolerant():
-                self.flush()
+@contextmanager
+def system_metrics(tracker: Tracker, node: str) -> Iterator[None]:
+    """Log this machine's processor, memory, disk, network and GPUs to a run while the block runs, as system/NODE/…"""
+    ending = threading.Event()
 
-    def flush(self) -> None:
-        """Send what waits."""
-        while self.waiting:
-            values, step = self.waiting[0]
-            self.tracker.metrics(values, step)
-            self.last = step
-            self.waiting.pop(0)
+    def watch() -> None:
+        # MLflow's monitor ends when the server is away for a moment: it is started again then.
+        while not ending.is_set():
+            try:
+                monitor = SystemMetricsMonitor(
+                    tracker.run_id, resume_logging=True, node_id=node, tracking_uri=tracker.uri
+                )
+                monitors.append(monitor)
+                monitor.monitor()
+            except Exception as error:  # noqa: BLE001 - whatever it is, training matters more
+                logger.warning("system metrics of %s: %s", node, error)
+            ending.wait(30)
 
-    @staticmethod
-    @contextmanager
-    def tolerant() -> Iterator[None]:
-        """Training goes on when the server does not answer; says so in the log."""
-        try:
-            yield
-        except MlflowException as error:
-            logger.warning("MLflow does not answer, training goes on: %s", error.message.splitlines()[0])
+    monitors: list[SystemMetricsMonitor] = []
+    thread = threading.Thread(target=watch, name="system-metrics", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ending.set()
+        for monitor in monitors[-1:]:
+            monitor._shutdown_event.set()
 
 
 def open_run(uri: str, experiment: str, name: str, tags: Mapping[str, str]) -> tuple[Tracker, bool]:
@@ -328,6 +396,19 @@ def _client(uri: str) -> MlflowClient:
 def _named(client: MlflowClient, experiments: list[str], name: str) -> str | None:
     runs = client.search_runs(experiments, f"tags.`{RUN_TAG}` = '{name}'", ViewType.ACTIVE_ONLY, max_results=1)
     return runs[0].info.run_id if runs else None
+
+
+@contextmanager
+def _reporting(uri: str) -> Iterator[None]:
+    """Turn what MLflow raises into a `TrackingError`."""
+    try:
+        yield
+    except requests.RequestException as error:
+        raise UnreachableError(f"no answer from MLflow at {uri}: {error}") from error
+    except MlflowException as error:
+        message = error.message.splitlines()[0]
+        kind = UnreachableError if error.get_http_status_code() >= 500 else TrackingError
+        raise kind(f"MLflow at {uri}: {message}") from error
 
 
 def _answering(uri: str, call: Any, *args: Any) -> Any:

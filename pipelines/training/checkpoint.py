@@ -17,19 +17,20 @@ from pipelines.checkpoints import (
     Checkpoint,
     CheckpointState,
     ModelError,
-    Published,
     check_resumable,
     load_checkpoint,
     publish,
-    record_published,
     save_checkpoint,
 )
+from pipelines.metric_log import MetricLog
 from pipelines.models import initial_weights
-from pipelines.storage import StorageError, join
-from pipelines.tracking import MetricLog
+from pipelines.storage import StorageError, join, patiently
 from pipelines.training.parallel import gather, share, spread
 from pipelines.training.shell import Job, Shell
 from pipelines.training.state import Training, start_from
+
+UNSENT = "unsent.zip"
+"""What of the run MLflow has not been told, in a checkpoint's folder: a resumed run does not come by it again."""
 
 
 class Checkpointer:
@@ -40,12 +41,11 @@ class Checkpointer:
         upload_s: seconds that this took, while training went on.
     """
 
-    def __init__(self, job: Job, spec: ModelSpec, shell: Shell, rank: int) -> None:
-        self.job, self.spec, self.shell, self.rank = job, spec, shell, rank
+    def __init__(self, job: Job, spec: ModelSpec, shell: Shell, log: MetricLog | None, rank: int) -> None:
+        self.job, self.spec, self.shell, self.log, self.rank = job, spec, shell, log, rank
         self.uploaded_bytes, self.upload_s = 0, 0.0
         self._idle = threading.Event()
         self._idle.set()
-        self._unrecorded: list[Published] = []
 
     def save(self, training: Training, *, keep: bool) -> None:
         """Copy the state and hand it to the shell; called by every rank at the same step.
@@ -80,19 +80,20 @@ class Checkpointer:
         self.shell.save(store, metrics)
 
     def finish(self) -> None:
-        """Wait until all is durable and recorded; called by every rank.
+        """Wait until all is durable; called by every rank.
 
         Raises:
-            Exception: what kept a checkpoint from being stored or recorded.
+            Exception: what kept a checkpoint from being stored.
         """
         self.shell.flush()
-        self._record()
 
     def _store(self, checkpoint: Checkpoint, uri: str, *, keep: bool) -> None:
         storage = self.job.storage
         folder = Path(tempfile.mkdtemp(prefix="ddpm-checkpoint-"))
         try:
             state = save_checkpoint(folder, checkpoint)
+            if self.log and (unsent := self.log.pack()):
+                patiently(lambda: storage.write(join(uri, UNSENT), unsent))
             for name in [*state.files, "state.json"]:
                 storage.upload(folder / name, join(uri, name))
                 self.uploaded_bytes += (folder / name).stat().st_size
@@ -100,14 +101,9 @@ class Checkpointer:
             shutil.rmtree(folder, ignore_errors=True)
         if keep:
             target = join(self.job.published_uri, f"{state.images_seen:012d}")
-            self._unrecorded.append(publish(storage, uri, target, state))
-            with MetricLog.tolerant():
-                self._record()
-
-    def _record(self) -> None:
-        while self._unrecorded:
-            record_published(self.job.tracker, self._unrecorded[0])
-            self._unrecorded.pop(0)
+            published = publish(storage, uri, target, state)
+            if self.log:
+                self.log.text(*published.record(), state.images_seen)
 
 
 @dataclass(frozen=True)
@@ -118,7 +114,7 @@ class _Found:
     error: str | None
 
 
-def restore(training: Training, shell: Shell, job: Job, rank: int, device: torch.device) -> bool:
+def restore(training: Training, shell: Shell, job: Job, log: MetricLog | None, rank: int, device: torch.device) -> bool:
     """Put the newest checkpoint's state back, if there is one; whether there was. Called by every rank.
 
     Rank 0 reads and sends; so any number of ranks, with whole networks or parts, resumes what any other saved.
@@ -129,7 +125,7 @@ def restore(training: Training, shell: Shell, job: Job, rank: int, device: torch
     found = _Found(None, None)
     tensors: dict[str, Tensor] = {}
     if rank == 0:
-        found, tensors = _read(training, shell, job)
+        found, tensors = _read(training, shell, job, log)
     found = share(found)
     if found.error is not None:
         raise ModelError(found.error)
@@ -161,7 +157,7 @@ def initialize(training: Training, job: Job, rank: int, device: torch.device) ->
     start_from(training, weights, device)
 
 
-def _read(training: Training, shell: Shell, job: Job) -> tuple[_Found, dict[str, Tensor]]:
+def _read(training: Training, shell: Shell, job: Job, log: MetricLog | None) -> tuple[_Found, dict[str, Tensor]]:
     try:
         with shell.restored() as folder:
             if folder is None:
@@ -172,6 +168,8 @@ def _read(training: Training, shell: Shell, job: Job) -> tuple[_Found, dict[str,
             differing = {n for n, s in shapes.items() ^ {n: tuple(t.shape) for n, t in tensors.items()}.items()}
             if differing:
                 raise ModelError(f"the checkpoint holds other tensors than this release's: {sorted(differing)[:5]}")
+            if log and (folder / UNSENT).exists():
+                log.adopt(folder / UNSENT)
             return _Found(state, None), tensors
     except ModelError as error:
         return _Found(None, str(error)), {}

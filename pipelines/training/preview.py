@@ -17,10 +17,10 @@ from ddpm.noise import Purpose, normal
 from ddpm.prediction import Conditioning, NetworkDenoiser
 from ddpm.schedule import NoiseSchedule
 from pipelines.evaluation.plots import label_grid
+from pipelines.metric_log import MetricLog
 from pipelines.shards.order import Located
 from pipelines.shards.read import Batch, ShardReader
 from pipelines.shards.stream import StreamSettings, open_stream
-from pipelines.tracking import MetricLog
 from pipelines.training.hardware import to_device
 from pipelines.training.parallel import world
 from pipelines.training.shell import Job
@@ -37,6 +37,7 @@ class Preview:
 
     Args:
         settings: how test images are read, where conditions come from them.
+        log: of rank 0.
     """
 
     def __init__(
@@ -45,11 +46,12 @@ class Preview:
         spec: ModelSpec,
         schedule: NoiseSchedule,
         settings: StreamSettings,
+        log: MetricLog | None,
         rank: int,
         device: torch.device,
     ) -> None:
         self.job, self.spec, self.schedule, self.settings = job, spec, schedule, settings
-        self.rank, self.device = rank, device
+        self.log, self.rank, self.device = log, rank, device
 
     @cached_property
     def examples(self) -> ShardReader:
@@ -80,10 +82,9 @@ class Preview:
                 batch_size=BATCH,
             )
         grid = collect(images, count)
-        if self.rank == 0:
+        if self.log:
             pixels = label_grid(to_uint8(grid).cpu().numpy(), columns, self.spec.classes)
-            with MetricLog.tolerant():
-                self.job.tracker.image("samples", pixels, training.images_seen)
+            self.log.image("samples", pixels, training.images_seen)
 
     def _conditions(self, numbers: Tensor, columns: int) -> Conditioning | None:
         """The classes in turn; captions and known pixels of the first test images."""
@@ -116,12 +117,11 @@ class Preview:
                     row.append(scores.argmax(1) == labels)
                 rights.append(torch.stack(row, dim=1).double())
         accuracy = collect(torch.cat(rights), count).mean(0)
-        if self.rank == 0:
+        if self.log:
             values = {
                 f"test/accuracy_t{self._level(at):04d}": a for at, a in zip(LEVELS, accuracy.tolist(), strict=True)
             }
-            with MetricLog.tolerant():
-                self.job.tracker.metrics(values, training.images_seen)
+            self.log.add(values, training.images_seen)
 
     def _level(self, fraction: float) -> int:
         return max(1, round(fraction * self.schedule.num_steps))

@@ -45,7 +45,7 @@ class Shell(Protocol):
         """
 
     def progress(self, progress: Progress) -> None:
-        """Tell whoever watches; rank 0 only, after every step, must not block."""
+        """Tell whoever watches; rank 0 only, after every step and once more at the end, must not block."""
 
     def stop_requested(self) -> bool:
         """Whether to stop at the next step boundary, with a checkpoint; rank 0 only, must not block."""

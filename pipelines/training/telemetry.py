@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from pipelines.config import Config
-from pipelines.tracking import MetricLog
+from pipelines.tracking import TrackingError
 from pipelines.training.hardware import flops_per_image, memory_gib, peak_flops
 from pipelines.training.parallel import world
 from pipelines.training.progress import Clock
@@ -81,7 +82,7 @@ class Profiler:
             self.profile.start()
         elif self.left == 1:
             self.profile.stop()
-            with tempfile.TemporaryDirectory(prefix="ddpm-profile-") as scratch, MetricLog.tolerant():
+            with tempfile.TemporaryDirectory(prefix="ddpm-profile-") as scratch, suppress(TrackingError):
                 path = Path(scratch) / "trace.json"
                 self.profile.export_chrome_trace(str(path))
                 self.job.tracker.text(path.read_text(), f"profile/{self.at:012d}.json")

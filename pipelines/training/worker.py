@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,9 @@ import torch
 
 from pipelines import models
 from pipelines.config import Config, noise_schedule
+from pipelines.metric_log import MetricLog
 from pipelines.shards.read import Batch, default_cache_dir
 from pipelines.shards.stream import StreamSettings, TrainingStream, open_stream
-from pipelines.tracking import MetricLog
 from pipelines.training import hardware
 from pipelines.training.checkpoint import Checkpointer, initialize, restore
 from pipelines.training.preview import Preview
@@ -51,17 +52,20 @@ class Loop:
         config = job.config
         self.job, self.config, self.shell, self.rank, self.device, self.clock = job, config, shell, rank, device, clock
         self.training = make_training(config, device)
-        if not restore(self.training, shell, job, rank, device) and config.init_from is not None:
+        self.log = None
+        if rank == 0:
+            self.log = MetricLog(job.tracker, stream_settings(config).cache_dir.parent / "unsent" / job.tracker.run_id)
+        if not restore(self.training, shell, job, self.log, rank, device) and config.init_from is not None:
             initialize(self.training, job, rank, device)
         self.resumed_at = self.saved_at = self.training.images_seen
         self.schedule = noise_schedule(config)
         self.spec = models.model_spec(config, job.dataset, job.lineage, job.quarantine)
         self.stream = make_stream(job, rank, world_size, self.resumed_at)
-        self.checkpointer = Checkpointer(job, self.spec, shell, rank)
-        self.preview = Preview(job, self.spec, self.schedule, stream_settings(config), rank, device)
-        self.log = MetricLog(job.tracker) if rank == 0 else None
+        self.checkpointer = Checkpointer(job, self.spec, shell, self.log, rank)
+        self.preview = Preview(job, self.spec, self.schedule, stream_settings(config), self.log, rank, device)
         self.window = Window(config, clock, self.resumed_at, device)
         self.profiler = Profiler(job, rank, self.resumed_at)
+        self.loss = math.nan
         self.guard = SkipGuard(config.optim, config.batch_size)
 
     def run(self) -> None:
@@ -70,6 +74,8 @@ class Loop:
             self._run()
         finally:
             self.stream.reader.close()
+            if self.log:
+                self.log.close()
 
     def _run(self) -> None:
         if self.training.images_seen == 0:
@@ -90,6 +96,8 @@ class Loop:
         with self.clock.during("checkpoint"):
             self.checkpointer.finish()
         if self.log:
+            if not math.isnan(self.loss):
+                self._progress(self.loss)
             self.log.flush()
 
     def _next(self, batches: Iterator[Batch]) -> Batch | None:
@@ -111,8 +119,7 @@ class Loop:
         if warning:
             logger.warning("%s", warning)
         self.window.add(outcome)
-        stored = self.checkpointer.uploaded_bytes, self.checkpointer.upload_s
-        self.shell.progress(Progress(seen, self.resumed_at, outcome.loss, self.clock.seconds(), *stored))
+        self._progress(outcome.loss)
         if finished or self._crossed(self.config.tracking.log_every):
             self.log.add(self.window.metrics(self.training), seen)
 
@@ -126,6 +133,12 @@ class Loop:
         if judge is not None and judge.due(seen - self.config.batch_size, seen):
             with self.clock.during("grid"):
                 judge(self.training, self.spec, self.device)
+
+    def _progress(self, loss: float) -> None:
+        self.loss = loss
+        stored = self.checkpointer.uploaded_bytes, self.checkpointer.upload_s
+        seconds = self.clock.seconds()
+        self.shell.progress(Progress(self.training.images_seen, self.resumed_at, loss, seconds, *stored))
 
     def _save(self, finished: bool) -> None:
         seen, every = self.training.images_seen, self.config.checkpoint.publish_every

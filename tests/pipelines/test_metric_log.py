@@ -1,0 +1,148 @@
+"""What rank 0 logs arrives once, whatever happens to the server and to rank 0."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from pipelines import metric_log
+from pipelines.metric_log import MetricLog
+from pipelines.tracking import TrackingError, UnreachableError
+
+
+class Server:
+    """MLflow as far as it matters here: away at times, and sometimes it takes what it does not acknowledge."""
+
+    uri = "http://mlflow"
+    run_id = "run"
+
+    def __init__(self) -> None:
+        self.away = False
+        self.deaf_once = False
+        self.points: list[tuple[str, int, float]] = []
+        self.pictures: list[tuple[str, int]] = []
+        self.texts: dict[str, str] = {}
+
+    def last_steps(self):
+        self._answer()
+        steps = {}
+        for key, step, *_ in [*self.points, *((f"images/{k}", s) for k, s in self.pictures)]:
+            steps[key] = max(step, steps.get(key, -1))
+        return steps
+
+    def metrics(self, values, step, at_ms):
+        self._answer()
+        if any(np.isnan(v) for v in values.values()):
+            raise TrackingError("not a number")
+        self.points += [(key, step, value) for key, value in values.items()]
+        if self.deaf_once:
+            self.deaf_once = False
+            raise UnreachableError("timed out")
+
+    def image(self, key, pixels, step):
+        self._answer()
+        assert pixels.dtype == np.uint8
+        self.pictures.append((key, step))
+
+    def text(self, text, name):
+        self._answer()
+        self.texts[name] = text
+
+    def _answer(self):
+        if self.away:
+            raise UnreachableError("away")
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch):
+    monkeypatch.setattr(metric_log, "RETRY_S", 0.01)
+
+
+PIXELS = np.zeros((2, 2, 1), np.uint8)
+
+
+def test_points_wait_for_a_server_that_is_away_and_arrive_in_order_once(tmp_path):
+    server = Server()
+    server.away = True
+    log = MetricLog(server, tmp_path)
+    for step in (10, 20, 30):
+        log.add({"loss": step / 10}, step)
+    log.image("samples", PIXELS, 30)
+    with pytest.raises(UnreachableError, match="4 points of the run wait"):
+        log.flush(0.1)
+    server.away = False
+    log.flush()
+    assert server.points == [("loss", 10, 1.0), ("loss", 20, 2.0), ("loss", 30, 3.0)]
+    assert server.pictures == [("samples", 30)]
+    log.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_next_process_sends_what_a_killed_one_could_not_and_drops_what_it_computes_again(tmp_path):
+    server = Server()
+    killed = MetricLog(server, tmp_path)
+    killed.add({"loss": 1.0}, 10)
+    killed.image("samples", PIXELS, 10)
+    killed.flush()
+    server.away = True
+    killed.add({"loss": 2.0}, 20)
+    killed.close()  # as good as killed: it says nothing more
+    after = MetricLog(server, tmp_path)  # resumes at 0: passes 10 and 20 again
+    for step in (10, 20, 30):
+        after.add({"loss": step / 10, "lr": 0.1}, step)
+        after.image("samples", PIXELS, step)
+    server.away = False
+    after.flush()
+    assert [p for p in server.points if p[0] == "loss"] == [("loss", 10, 1.0), ("loss", 20, 2.0), ("loss", 30, 3.0)]
+    assert [step for key, step, _ in server.points if key == "lr"] == [10, 20, 30]
+    assert server.pictures == [("samples", 10), ("samples", 20), ("samples", 30)]
+    after.close()
+
+
+def test_what_was_taken_but_not_acknowledged_is_not_sent_again(tmp_path):
+    server = Server()
+    log = MetricLog(server, tmp_path)
+    server.deaf_once = True
+    log.add({"loss": 1.0}, 10)
+    log.add({"loss": 2.0}, 20)
+    log.flush()
+    assert Counter(step for _, step, _ in server.points) == {10: 1, 20: 1}
+    log.close()
+
+
+def test_a_point_that_the_server_refuses_does_not_hold_up_the_others(tmp_path):
+    server = Server()
+    log = MetricLog(server, tmp_path)
+    log.add({"loss": float("nan")}, 10)
+    log.add({"loss": 2.0}, 20)
+    log.flush()
+    assert server.points == [("loss", 20, 2.0)]
+    log.close()
+
+
+def test_what_waits_travels_with_a_checkpoint_to_another_node(tmp_path):
+    server = Server()
+    server.away = True
+    here = MetricLog(server, tmp_path / "here")
+    for step in (10, 20):
+        here.add({"loss": step / 10}, step)
+    here.text("where it is", "checkpoints/20.json", 20)
+    packed = here.pack()
+    assert packed is not None
+    here.close()
+    (tmp_path / "unsent.zip").write_bytes(packed)
+    there = MetricLog(server, tmp_path / "there")
+    there.adopt(tmp_path / "unsent.zip")
+    there.add({"loss": 3.0}, 30)
+    server.away = False
+    there.flush()
+    assert server.points == [("loss", 10, 1.0), ("loss", 20, 2.0), ("loss", 30, 3.0)]
+    assert server.texts == {"checkpoints/20.json": "where it is"}
+    assert there.pack() is None
+    there.close()
+    back = MetricLog(server, tmp_path / "here")  # the first node again, with what it could not send then
+    back.flush()
+    back.close()
+    assert len(server.points) == 3
