@@ -104,7 +104,7 @@ def ingest(
 
     storage = Storage.of(config)
     if over_ray:
-        from pipelines.training.driver import connect_ray
+        from pipelines.training.resources import connect_ray
 
         connect_ray(config, storage)
     with terminal.live():
@@ -215,6 +215,7 @@ def train(
             "run_id": result.tracker.run_id,
             "images_seen": result.images_seen,
             "published": published,
+            "goodput": result.goodput.to_dict() if result.goodput else None,
             "mlflow": result.tracker.url,
         },
     )

@@ -27,7 +27,9 @@ from pipelines.shards.ingest.write import Ingested, ingest, source_digest
 from pipelines.storage import NotFoundError, Storage, join
 from pipelines.tracking import ModelVersion, Tracker
 from pipelines.training import driver
-from pipelines.training.driver import TrainingError, TrainingResult
+from pipelines.training.driver import TrainingResult
+from pipelines.training.goodput import Goodput
+from pipelines.training.resources import TrainingError, connect_ray
 
 INGEST_KEY = "ingest-key"
 INGEST_SETTINGS = (
@@ -54,6 +56,9 @@ class Display(Protocol):
 
     def training(self, images: int, resumes_at: int) -> Callable[[dict[str, float]], None]:
         """A training progress bar: call it with what the workers report."""
+
+    def goodput(self, goodput: Goodput) -> None:
+        """Where the time of a training went."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ def ingest_stage(config: Config, storage: Storage, display: Display) -> Ingested
     except (NotFoundError, DatasetError):
         pass
     if not config.storage.local_stack:  # whose Ray has no more cores than the threads of this process
-        driver.connect_ray(config, storage)
+        connect_ray(config, storage)
     done = write_dataset(config, storage, display)
     driver.check_dataset(done.dataset, config)
     return done
@@ -208,15 +213,15 @@ def train_stage(config: Config, storage: Storage, lineage: dict[str, Any], displ
     elif plan.resumes_at:
         display.stage("train", f"resuming run '{config.name}' at {plan.resumes_at:,} of {config.images:,} images")
     else:
-        display.stage(
-            "train", f"new run '{config.name}', {config.images:,} images, {config.cluster.num_workers} workers"
-        )
+        display.stage("train", f"new run '{config.name}', {config.images:,} images, {driver.workers_text(config)}")
     if not plan.complete:
         display.stage("train", f"follow it at {plan.job.tracker.url}")
     report = (lambda values: None) if plan.complete else display.training(config.images, plan.resumes_at)
     result = driver.train(plan, report, lambda text: display.stage("train", text))
     if result.status == "stopped":
         display.stage("train", f"stopped with a checkpoint at {result.images_seen:,} images")
+    if result.goodput is not None and result.status != "complete":
+        display.goodput(result.goodput)
     return result
 
 
@@ -244,7 +249,7 @@ def evaluate_stage(
         display.stage("evaluate", "skipped: this model was scored with these settings already")
         return Scores(**{f.name: plain[f.name] for f in fields(Scores)}), False
     display.stage("evaluate", f"{len(splits['test'].images)} samples at guidance scale {settings.scale:g}")
-    driver.connect_ray(config, storage)
+    connect_ray(config, storage)
     done = evaluation.evaluate(
         model,
         settings,

@@ -225,6 +225,8 @@ def _start_ray(home: Path, running: dict[str, _Service]) -> _Service:
     command += [f"--object-store-memory={OBJECT_STORE_BYTES}", "--min-worker-port=0", "--max-worker-port=0"]
     command += [f"--{name}={ports[name]}" for name in options]
     environment = {"OMP_WAIT_POLICY": "PASSIVE", "RAY_TRAIN_V2_ENABLED": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    # Ray's default of 15 leaves a training next to nothing wherever anything else runs.
+    environment |= {"RAY_worker_niceness": "0"}
     environment |= {name: str(port) for name, port in ports.items() if name.isupper()}
     environment |= ray_environment(home) | _s3_environment(home, running)
     url = f"http://127.0.0.1:{ports['dashboard-port']}"

@@ -18,7 +18,10 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 from rich.text import Text
+
+from pipelines.training.goodput import Goodput
 
 PLAIN_EVERY_S = 5.0
 
@@ -105,6 +108,22 @@ class Terminal:
             show(min(seen, images), images, detail + left)
 
         return update
+
+    def goodput(self, goodput: Goodput) -> None:
+        """Where the time of a training went: a table on a terminal, lines elsewhere."""
+        if not self.console.is_terminal:
+            for line in goodput.lines():
+                self.stage("goodput", line)
+            return
+        table = Table(title=f"{goodput.fraction:.1%} of the time was training that lasts", title_justify="left")
+        for name, justify in (("time for", "left"), ("seconds", "right"), ("share", "right")):
+            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        for name, seconds in goodput.parts().items():
+            table.add_row(name, f"{seconds:,.1f}", f"{seconds / max(goodput.wall_s, 1e-9):.1%}")
+        table.add_section()
+        table.add_row("all", f"{goodput.wall_s:,.1f}", "")
+        self.console.print(table)
+        self.stage("goodput", goodput.lines()[-1])
 
     def _meter(self, description: str) -> Callable[[float, float, str], None]:
         if self.progress is not None:

@@ -227,7 +227,9 @@ class OptimConfig(_Model):
 class ClusterConfig(_Model):
     """What the run asks of Ray."""
 
-    num_workers: PositiveInt = 2
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
+        2, description="or [min, max]: start with what the cluster has, go on with fewer, grow back"
+    )
     cpus_per_worker: PositiveFloat = 1
     gpus_per_worker: Literal[0, 1] = 0
     threads_per_worker: PositiveInt = 1
@@ -238,8 +240,26 @@ class ClusterConfig(_Model):
     peak_tflops: PositiveFloat | None = Field(
         None, description="dense bf16 peak of one GPU, for the utilization; null: from the card's name"
     )
-    max_failures: NonNegativeInt = Field(3, description="restarts of the worker group before the run fails")
+    max_failures: NonNegativeInt = Field(3, description="failures without a new checkpoint before the run fails")
+    patience_s: PositiveFloat = Field(300, description="how long to wait for nodes that are missing")
+    resize_every_s: PositiveFloat = Field(60, description="how often to look whether an elastic run can grow")
     address: str | None = Field(None, description="of the Ray cluster; null: RAY_ADDRESS, else the local stack")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ClusterConfig:
+        if self.min_workers > self.max_workers:
+            raise ValueError(f"num_workers must be [min, max] with min <= max, got {list(self.num_workers)}")  # type: ignore[arg-type]
+        return self
+
+    @property
+    def min_workers(self) -> int:
+        """Fewer cannot train."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """More are not asked for."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
 class StorageConfig(_Model):
@@ -322,9 +342,9 @@ class Config(_Model):
     def _consistent(self) -> Config:
         if self.batch_size % self.data.lanes:
             raise ValueError(f"data.lanes = {self.data.lanes} must divide batch_size = {self.batch_size}")
-        if self.cluster.num_workers > self.batch_size:
+        if self.cluster.max_workers > self.batch_size:
             raise ValueError(
-                f"cluster.num_workers = {self.cluster.num_workers} exceeds batch_size = {self.batch_size}: "
+                f"cluster.num_workers = {self.cluster.max_workers} exceeds batch_size = {self.batch_size}: "
                 "a worker would have no image; raise batch_size or use fewer workers"
             )
         if self.objective.prediction == "eps" and self.schedule.zero_terminal_snr:

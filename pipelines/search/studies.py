@@ -24,7 +24,8 @@ from pipelines.search.study import StudyStore, TrialRecord, best, done
 from pipelines.shards.index import read_dataset
 from pipelines.storage import Storage, join
 from pipelines.tracking import Tracker
-from pipelines.training import driver
+from pipelines.training.driver import check_dataset
+from pipelines.training.resources import connect_ray
 
 Say = Callable[[str, str], None]
 
@@ -65,7 +66,7 @@ def guidance_study(
     splits = evaluation.open_splits(dataset, storage, config.data.cache_dir, config.data.cache_gib)
     evaluator = evaluation.get_evaluator(dataset, splits, storage, lambda text: say("study", text))
     subject = subject_of(resolved.model, evaluator, splits)
-    driver.connect_ray(config, storage)
+    connect_ray(config, storage)
     store, tracker = StudyStore.of(config, name), _open_run(config, name, study, reference)
     observer = Observer(store, study, tracker, config.tracking.experiment, study.samples, report)
     found = guidance_search.search(
@@ -121,10 +122,10 @@ def training_study(
     training_search.rungs(config.images, config.batch_size, study)
     storage = Storage.of(config)
     dataset = read_dataset(config.data.uri, storage)
-    driver.check_dataset(dataset, config)
+    check_dataset(dataset, config)
     splits = evaluation.open_splits(dataset, storage, config.data.cache_dir, config.data.cache_gib)
     evaluator = evaluation.get_evaluator(dataset, splits, storage, lambda text: say("study", text))
-    driver.connect_ray(config, storage)
+    connect_ray(config, storage)
     training_search.concurrency(study, config, ray.cluster_resources())
     store = StudyStore.of(config, name)
     records = store.open(study, config, dataset.digest, resume=resume)

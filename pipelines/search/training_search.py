@@ -260,7 +260,7 @@ def concurrency(study: StudyConfig, base: Config, resources: Mapping[str, float]
         StudyError: the cluster has no room for one.
     """
     cluster = base.cluster
-    workers = cluster.num_workers
+    workers = cluster.max_workers
     needed = {"CPU": workers * cluster.cpus_per_worker, "GPU": workers * cluster.gpus_per_worker}
     room = min(int(resources.get(kind, 0) // need) for kind, need in needed.items() if need)
     if room < 1:

@@ -160,7 +160,8 @@ def test_ctrl_c_stops_with_a_checkpoint_and_the_same_name_resumes_there(flow, sh
     while "images, " not in said or " 0 images" in said:
         said = process.stderr.readline()
         assert time.monotonic() < deadline
-    time.sleep(2)
+    second = shell("train", *LONG, "images=1000000")
+    assert (second.code, "is being trained by another driver" in second.err) == (1, True), second.err[-1500:]
     os.kill(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
@@ -174,6 +175,10 @@ def test_ctrl_c_stops_with_a_checkpoint_and_the_same_name_resumes_there(flow, sh
     assert f"resuming run 'interrupted' at {stopped['images_seen']:,}" in resumed.err
     assert resumed.answer["run_id"] == stopped["run_id"]
     assert resumed.answer["images_seen"] == more
+    ledger = resumed.answer["goodput"]
+    assert (ledger["sessions"], ledger["attempts"], ledger["recomputed_images"]) == (2, 2, 0)
+    assert "2 starts of the workers, 2 of the driver" in resumed.err
+    assert client.get_run(stopped["run_id"]).data.metrics["goodput/attempts"] == 2
     steps = [m.step for m in client.get_metric_history(stopped["run_id"], "train/loss")]
     assert len(steps) == len(set(steps))
 

@@ -1,0 +1,215 @@
+"""What the plumbing costs: Ray workers with S3 data, MLflow and checkpoints, beside a bare torch loop on tensors.
+
+    python -m benchmarks.overhead [--quick] [--json]
+
+Starts a local stack of its own. Turns alternate: the same model, batch and number of threads, once in a plain process
+that has its images in memory, once through `ddpm train`'s driver. `ratio` is the second's images/s over the first's,
+one worker of one thread each; `scaling` that of two workers of one thread over one bare process of two. A worker is
+killed in the end: how long until the next step, and whose part of it is how long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+BATCH = 128
+SETTINGS = ["+experiment=digits", "optim.decay=constant", "optim.precision=fp32", f"batch_size={BATCH}",
+            "tracking.log_every=2000", "tracking.grid_every=1000000000", "tracking.grid_rows=1", "sampler.steps=2",
+            "checkpoint.publish_every=1000000000"]  # fmt: skip
+CHECKPOINT_EVERY_S = 30
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the benchmark and keep its result."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="shorter and fewer turns")
+    parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
+    parser.add_argument("--bare", nargs=2, metavar=("THREADS", "SECONDS"), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.bare:
+        threads, seconds = options.bare
+        print(json.dumps({"images_per_s": bare(int(threads), float(seconds))}))
+        return
+    from benchmarks.results import publish
+
+    publish(run(options.quick), "overhead", options.quick)
+
+
+def bare(threads: int, seconds: float) -> float:
+    """Images/s of a loop that has nothing but tensors: the yardstick."""
+    import torch
+    from torch.nn.functional import mse_loss
+
+    from ddpm.ema import EMA
+    from ddpm.models.unet import UNet
+    from ddpm.prediction import Conditioning
+    from ddpm.schedule import make_schedule
+    from pipelines.config import compose, unet_config
+
+    torch.set_num_threads(threads)
+    config = compose(SETTINGS)
+    network = UNet(unet_config(config))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.optim.lr, fused=True)
+    ema = EMA(network, config.optim.ema_half_life)
+    alphas_cumprod = make_schedule("cosine").alphas_cumprod.float()
+    images, labels = torch.rand(1438, 1, 8, 8) * 2 - 1, torch.randint(0, 10, (1438,))
+    began, count = time.perf_counter(), -3  # three steps to warm up
+    while count < 1 or time.perf_counter() - began < seconds:
+        if count == 0:
+            began = time.perf_counter()
+        pick = torch.randint(0, len(images), (BATCH,))
+        x_0, t, eps = images[pick], torch.randint(0, len(alphas_cumprod), (BATCH,)), torch.randn(BATCH, 1, 8, 8)
+        alpha = alphas_cumprod[t][:, None, None, None]
+        x_t = alpha.sqrt() * x_0 + (1 - alpha).sqrt() * eps
+        loss = mse_loss(network(x_t, t, Conditioning(label=labels[pick])), eps)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(network, (count + 4) * BATCH, BATCH)
+        loss.item()
+        count += 1
+    return count * BATCH / (time.perf_counter() - began)
+
+
+def run(quick: bool) -> dict[str, Any]:
+    """Let the two take turns on a stack of their own."""
+    from benchmarks.results import commit
+    from pipelines import stack
+
+    seconds, turns = (20.0, 2) if quick else (90.0, 5)
+    with tempfile.TemporaryDirectory(prefix="ddpm-overhead-") as folder:
+        home = Path(folder) / ".ddpm"
+        os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
+        state = stack.up(home)
+        os.environ.update(stack.ray_environment(home))
+        try:
+            bench = _Bench(state)
+            first = _bare(1, seconds)
+            one = [bench.turn(1, seconds, first, f"one-{i}") for i in range(turns)]
+            two = [bench.turn(2, seconds, first, f"two-{i}") for i in range(max(1, turns // 2))]
+            restarts = [bench.restart(first, f"restart-{i}") for i in range(1 if quick else 3)]
+        finally:
+            import ray
+
+            ray.shutdown()
+            stack.down(home)
+    return {
+        "benchmark": "overhead",
+        "quick": quick,
+        "commit": commit(),
+        "machine": f"CPU ({platform.machine()}), {os.cpu_count()} cores",
+        "batch": BATCH,
+        "seconds_per_turn": seconds,
+        "ratio": _median(one, "ratio"),
+        "scaling": _median(two, "ratio"),
+        "missing": {part: _median(one, part) for part in ("data", "checkpoint", "step")},
+        "restart_ray_s": _median(restarts, "ray_s"),
+        "restart_ours_s": _median(restarts, "ours_s"),
+        "one_worker": one,
+        "two_workers": two,
+        "restarts": restarts,
+    }
+
+
+def _median(rows: list[dict[str, float]], key: str) -> float:
+    return round(statistics.median(row[key] for row in rows), 4)
+
+
+def _bare(threads: int, seconds: float) -> float:
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    command = [sys.executable, "-m", "benchmarks.overhead", "--bare", str(threads), str(seconds)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return float(json.loads(done.stdout.splitlines()[-1])["images_per_s"])
+
+
+class _Bench:
+    """Trainings on a stack."""
+
+    def __init__(self, state: Any) -> None:
+        from pipelines.config import compose
+        from pipelines.connect import fill
+        from pipelines.shards.ingest.write import ingest
+        from pipelines.storage import Storage
+
+        self.state = state
+        self.fill = lambda overrides: fill(compose([*SETTINGS, *overrides]), {}, state)
+        self.storage = Storage.of(self.fill([]))
+        ingest("digits", "s3://ddpm/datasets/digits", self.storage, image_size=8, channels=1, shard_samples=1000)
+
+    def train(self, name: str, workers: int, images: int, every: int) -> Any:
+        """The result of a training through the driver."""
+        from pipelines.training import driver
+
+        config = self.fill([f"name={name}", f"images={images}", f"cluster.num_workers={workers}",
+                            f"checkpoint.every={every}"])  # fmt: skip
+        return driver.train(driver.make_plan(config, self.storage, {}))
+
+    def turn(self, workers: int, seconds: float, rate: float, name: str) -> dict[str, float]:
+        """Bare, through Ray, bare again: the second over the mean of the others, and where the difference is."""
+        from pipelines.training.goodput import read_sessions
+
+        steps = max(10, int(seconds * rate * workers / BATCH))
+        before = _bare(workers, seconds / 2)
+        self.train(name, workers, steps * BATCH, max(BATCH, int(CHECKPOINT_EVERY_S * rate * workers)))
+        after = _bare(workers, seconds / 2)
+        (attempt,) = read_sessions(self.storage, f"s3://ddpm/runs/{name}")[-1].attempts
+        spent = {kind: attempt.seconds[kind] for kind in ("step", "data", "checkpoint")}
+        ours, theirs = steps * BATCH / sum(spent.values()), (before + after) / 2
+        # Shares of the time, beside what the bare loop needs for the same images.
+        missing = {kind: seconds / sum(spent.values()) for kind, seconds in spent.items()}
+        missing["step"] -= ours / theirs
+        return {"bare": theirs, "ray": ours, "ratio": ours / theirs, **missing}
+
+    def restart(self, rate: float, name: str) -> dict[str, float]:
+        """Seconds from SIGKILL of the worker to the next finished step: until our code starts, and from there on."""
+        import ray
+
+        from pipelines.training.driver import monitor_name
+
+        images = int(120 * rate) // BATCH * BATCH
+        every = max(BATCH, int(5 * rate))
+        thread = threading.Thread(target=self.train, args=(name, 1, images, every), daemon=True)
+        thread.start()
+        monitor = None
+        while monitor is None:
+            with contextlib.suppress(ValueError, ray.exceptions.RaySystemError):
+                monitor = ray.get_actor(monitor_name(f"s3://ddpm/runs/{name}"), namespace="ddpm-runs")
+            time.sleep(0.2)
+        while not (attempts := ray.get(monitor.snapshot.remote())[0]) or attempts[0].images_seen < 2 * every:
+            time.sleep(0.2)
+        (worker,) = _workers(self.state.home)
+        killed = time.time()
+        worker.kill()
+        while len(attempts := ray.get(monitor.snapshot.remote())[0]) < 2:
+            time.sleep(0.02)
+        again = attempts[1]
+        monitor.request_stop.remote()
+        thread.join()
+        return {"ray_s": again.began - killed, "ours_s": again.ended - again.began, **dict(again.seconds)}
+
+
+def _workers(home: Path) -> list[Any]:
+    """Ray Train's workers below the stack's Ray."""
+    import psutil
+
+    from pipelines import stack
+
+    (root,) = [status.pid for status in stack.status(home) if status.name == "ray"]
+    return [p for p in psutil.Process(root).children(recursive=True) if p.name().startswith("ray::RayTrain")]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Ray Train around the rank loop: what a worker runs, what Ray survives, and the driver's watch over it."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any
+
+import ray
+import torch
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+    get_or_create_autoscaling_coordinator,
+)
+from ray.exceptions import RayError
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from pipelines import tracking
+from pipelines.config import ClusterConfig
+from pipelines.filesystem import Fence, open_filesystem
+from pipelines.storage import NotFoundError, join, patiently
+from pipelines.training import STARTED, worker
+from pipelines.training.goodput import Ledger
+from pipelines.training.ray_shell import RayShell
+from pipelines.training.resources import TrainingError, alive_nodes, per_worker, shortage
+from pipelines.training.resume import run_folder
+from pipelines.training.shell import Job
+
+WATCH_EVERY_S = 0.5
+Report = Callable[[dict[str, float]], None]
+Notice = Callable[[str], None]
+
+
+def _worker_main(settings: dict[str, Any]) -> None:
+    """One Ray Train worker."""
+    from ray.train.torch import get_device
+
+    job: Job = settings["job"]
+    torch.set_num_threads(job.config.cluster.threads_per_worker)
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    shell = RayShell(settings["monitor"], rank, job.storage, run_folder(job.config), settings["fence"], STARTED)
+    node = f"node-{context.get_node_rank()}"
+    with tracking.system_metrics(job.tracker, node) if context.get_local_rank() == 0 else nullcontext():
+        worker.train(job, shell, rank=rank, world_size=context.get_world_size(), device=get_device(), started=STARTED)
+        shell.close()
+
+
+def _make_trainer(job: Job, monitor: Any, fence: Fence) -> TorchTrainer:
+    """Ray's side of the training: how many workers, where their checkpoints are listed, what it survives."""
+    config = job.config
+    cluster = config.cluster
+    filesystem, path = open_filesystem(job.storage, join(config.storage.root, "runs"), fence)
+    return TorchTrainer(
+        _worker_main,
+        train_loop_config={"job": job, "monitor": monitor, "fence": fence},
+        scaling_config=ScalingConfig(
+            num_workers=cluster.num_workers,
+            use_gpu=cluster.gpus_per_worker > 0,
+            resources_per_worker=per_worker(cluster),
+            elastic_resize_monitor_interval_s=cluster.resize_every_s,
+        ),
+        run_config=RunConfig(
+            name=config.name,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            # A group of workers that does not come up in a minute is tried again as long as patience lasts.
+            failure_config=FailureConfig(
+                max_failures=cluster.max_failures, controller_failure_limit=math.ceil(cluster.patience_s / 60)
+            ),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
+        ),
+    )
+
+
+def fit_and_watch(
+    job: Job, monitor: Any, fence: Fence, ledger: Ledger, report: Report, notice: Notice
+) -> BaseException | None:
+    """Fit in a thread, so that the main thread shows progress and owns Ctrl-C; the error that ended it, if any."""
+    outcome: list[BaseException | None] = []
+    trainer = _make_trainer(job, monitor, fence)
+    _take_over_reservation(job, trainer)
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+            outcome.append(None)
+        except BaseException as error:  # noqa: BLE001 - it is handed to the main thread
+            outcome.append(error)
+
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    missing = _Missing(job.config.cluster)
+    with _interrupts(monitor, notice):
+        thread.start()
+        while thread.is_alive():
+            thread.join(WATCH_EVERY_S)
+            try:
+                attempts, loss = ray.get(monitor.snapshot.remote())
+                gone = missing.too_long()
+            except RayError as error:
+                return TrainingError(f"the Ray cluster is lost, the same command resumes on another: {error}")
+            ledger.update(attempts)
+            if attempts:
+                report({"images_seen": attempts[-1].images_seen, **({} if loss is None else {"loss": loss})})
+            if gone:
+                return TrainingError(gone)
+    return outcome[0]
+
+
+class _Missing:
+    """Watches whether the cluster can hold the workers at all: Ray Train would wait for ever."""
+
+    def __init__(self, cluster: ClusterConfig) -> None:
+        self.cluster = cluster
+        self.looked = time.monotonic()
+        self.since: float | None = None
+
+    def too_long(self) -> str | None:
+        """Why not, where that has been so for `cluster.patience_s`; looks every few seconds."""
+        now = time.monotonic()
+        if now - self.looked < 5:
+            return None
+        self.looked = now
+        short = shortage(self.cluster, alive_nodes())
+        self.since = None if short is None else self.since or now
+        return short if self.since is not None and now - self.since > self.cluster.patience_s else None
+
+
+def _take_over_reservation(job: Job, trainer: TorchTrainer) -> None:
+    """Give back what the controller of a killed driver had reserved, and leave word of what this one will.
+
+    Ray's coordinator, which outlives drivers, keeps a reservation for three minutes; so long an elastic run would wait
+    for its own former self.
+    """
+    uri = join(run_folder(job.config), "reservation")
+    with suppress(NotFoundError):
+        before = patiently(lambda: job.storage.read(uri)).decode()
+        with suppress(RayError):
+            ray.get(get_or_create_autoscaling_coordinator().cancel_request.remote(requester_id=before), timeout=10)
+    patiently(lambda: job.storage.write(uri, f"train-{trainer.train_run_context.run_id}".encode()))
+
+
+@contextmanager
+def _interrupts(monitor: Any, notice: Notice) -> Iterator[None]:
+    """First Ctrl-C: stop at a step boundary with a checkpoint. Second: abort."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    presses = 0
+
+    def handle(signum: int, frame: Any) -> None:
+        nonlocal presses
+        presses += 1
+        if presses > 1:
+            raise KeyboardInterrupt
+        notice("stopping at the next step with a checkpoint; press Ctrl-C again to abort without one")
+        monitor.request_stop.remote()
+
+    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,190 @@
+"""What surrounds the rank loop in a Ray Train worker: checkpoints to Ray's list, news to the driver, wishes back."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+import uuid
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
+from ray.train import Checkpoint, CheckpointUploadMode
+from ray.train.v2._internal.execution.context import get_train_context
+
+from pipelines.filesystem import Fence
+from pipelines.storage import Storage, join
+from pipelines.training.goodput import Attempt
+from pipelines.training.progress import Progress
+from pipelines.training.shell import Store
+
+POST_EVERY_S = 0.5
+WAITING = 1
+"""Checkpoints that may wait behind the one that is uploading, before the loop waits for storage."""
+
+
+class DriverLostError(RuntimeError):
+    """The driver of this worker has ended: another may have taken over, so nothing more is written."""
+
+
+class Monitor:
+    """A mailbox between rank 0 and the driver: progress one way, the wish to stop the other way.
+
+    An actor with the name of the run, so that a cluster has one driver of a run at a time.
+    """
+
+    def __init__(self) -> None:
+        self.attempts: dict[str, Attempt] = {}
+        self.loss: float | None = None
+        self.stop = False
+
+    def post(self, attempt: str, elapsed_s: float, progress: Progress) -> bool:
+        """Newest progress of an attempt that began `elapsed_s` ago; answers whether to stop."""
+        now = time.time()
+        began = self.attempts[attempt].began if attempt in self.attempts else now - elapsed_s
+        self.attempts[attempt] = Attempt(
+            began=began,
+            ended=began + elapsed_s,
+            resumed_at=progress.resumed_at,
+            images_seen=progress.images_seen,
+            seconds=dict(progress.seconds),
+            uploaded_bytes=progress.uploaded_bytes,
+            upload_s=progress.upload_s,
+        )
+        self.loss = progress.loss
+        return self.stop
+
+    def request_stop(self) -> None:
+        """Ask rank 0 to stop at its next step."""
+        self.stop = True
+
+    def snapshot(self) -> tuple[list[Attempt], float | None]:
+        """(attempts so far, last one last; newest loss)."""
+        return list(self.attempts.values()), self.loss
+
+
+class RayShell:
+    """`Shell` inside a Ray Train worker.
+
+    Args:
+        folder: address of the run, below which Ray Train keeps its checkpoints.
+        fence: says whether this worker's driver is still the one that counts.
+        started: `time.monotonic()` when this attempt began.
+    """
+
+    def __init__(self, monitor: Any, rank: int, storage: Storage, folder: str, fence: Fence, started: float) -> None:
+        self.monitor, self.rank, self.storage, self.folder = monitor, rank, storage, folder
+        self.fence, self.started = fence, started
+        self.attempt = uuid.uuid4().hex
+        self.answer: Any = None
+        self.unsent: Progress | None = None
+        self.stop = False
+        self.posted = 0.0
+        self.notice: object = None
+        self.uploads: deque[Future[None]] = deque()
+
+    @contextmanager
+    def restored(self) -> Iterator[Path | None]:
+        """Ray Train's newest checkpoint, fetched for this rank."""
+        newest = ray.train.get_checkpoint()
+        if newest is None:
+            yield None
+            return
+        with tempfile.TemporaryDirectory(prefix="ddpm-restored-") as folder:
+            self.storage.download_folder(join(self.folder, Path(newest.path).name), Path(folder))
+            yield Path(folder)
+
+    def save(self, store: Store | None, metrics: dict[str, Any]) -> None:
+        """Upload in Ray Train's thread, which then enters the checkpoint in the list that a restart reads.
+
+        Only the agreement on a name is waited for here, one call of an actor; and storage, where it is more than a
+        checkpoint behind: otherwise a store that is away would fill the disk.
+        """
+        if store is None:
+            ray.train.report(metrics, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
+            return
+        while len(self.uploads) > WAITING:
+            self.uploads.popleft().result()
+        done: Future[None] = Future()
+        self.uploads.append(done)
+
+        def upload(local: Checkpoint, name: str) -> Checkpoint:
+            try:
+                self.fence.check()
+                store(join(self.folder, name))
+            except BaseException as error:
+                done.set_exception(error)
+                raise
+            done.set_result(None)
+            ray_storage = ray.train.get_context().get_storage()
+            path = ray_storage.build_checkpoint_path_from_name(name)
+            return Checkpoint(path, filesystem=ray_storage.storage_filesystem)
+
+        # Ray wants a folder to upload; ours is known to `store` alone.
+        ray.train.report(
+            metrics,
+            checkpoint=Checkpoint.from_directory(tempfile.gettempdir()),
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=upload,
+            delete_local_checkpoint_after_upload=False,
+        )
+
+    def flush(self) -> None:
+        """Wait for the uploads; Ray Train itself waits for the last entry in its list before the run ends."""
+        while self.uploads:
+            self.uploads.popleft().result()
+
+    def progress(self, progress: Progress) -> None:
+        """Send at most twice a second; the answer is looked at later, without waiting."""
+        self.unsent = progress
+        self._look_for_answer(timeout=0)
+        if self.answer is None and time.monotonic() - self.posted > POST_EVERY_S:
+            self._post()
+
+    def close(self) -> None:
+        """Send the last progress and wait until it has arrived."""
+        self._look_for_answer(timeout=10)
+        if self.unsent is not None and self.answer is None:
+            self._post()
+            self._look_for_answer(timeout=10)
+
+    def stop_requested(self) -> bool:
+        """What the driver last answered."""
+        return self.stop
+
+    def checkpoint_requested(self) -> bool:
+        """Whether Ray has told this worker since the last question that a node of the run is about to be taken away.
+
+        `ray.train.get_preemption_info` would make every rank wait for all others at every step. What it reads is told
+        to each worker by Ray's own watcher; the loop shares its flags in an all-reduce anyway.
+        """
+        notice = get_train_context().preemption_context.preemption_info
+        fresh = notice is not None and notice != self.notice
+        self.notice = notice
+        return fresh
+
+    def _post(self) -> None:
+        elapsed = time.monotonic() - self.started
+        self.answer = self.monitor.post.remote(self.attempt, elapsed, self.unsent)
+        self.unsent, self.posted = None, time.monotonic()
+
+    def _look_for_answer(self, timeout: float) -> None:
+        if self.answer is None:
+            return
+        done, _ = ray.wait([self.answer], timeout=timeout)
+        if not done:
+            return
+        try:
+            self.stop = self.stop or ray.get(self.answer)
+        except ActorUnavailableError:
+            pass  # the network, perhaps; the next answer tells
+        except (ActorDiedError, RayActorError) as error:
+            raise DriverLostError("the driver of this run has ended; start it again to resume") from error
+        finally:
+            self.answer = None

@@ -1,0 +1,53 @@
+"""Which checkpoints a run has: Ray Train's list is the only one, and what is not in it is debris."""
+
+from __future__ import annotations
+
+import json
+
+from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+
+from pipelines.checkpoints import CheckpointState, ModelError
+from pipelines.config import Config
+from pipelines.storage import NotFoundError, Storage, join, patiently
+
+
+def run_folder(config: Config) -> str:
+    """Address of all that a run stores: Ray Train's checkpoints and their list, published ones, its ledger."""
+    return join(config.storage.root, "runs", config.name)
+
+
+def listed_checkpoints(config: Config, storage: Storage) -> list[str]:
+    """Names of the checkpoints in Ray Train's list, the one that it resumes from last; all others are debris."""
+    uri = join(run_folder(config), CHECKPOINT_MANAGER_SNAPSHOT_FILENAME)
+    try:
+        snapshot = json.loads(patiently(lambda: storage.read(uri)))
+    except NotFoundError:
+        return []
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{uri} is damaged: delete the folder to start anew, or use another name=…") from error
+    newest = snapshot["latest_checkpoint_result"]
+    names = [result["checkpoint_dir_name"] for result in snapshot["checkpoint_results"]]
+    last = [] if newest is None else [newest["checkpoint_dir_name"]]
+    return [name for name in names if name not in last] + last
+
+
+def newest_checkpoint(config: Config, storage: Storage) -> CheckpointState | None:
+    """The checkpoint that Ray Train would resume this name from."""
+    names = listed_checkpoints(config, storage)
+    if not names:
+        return None
+    folder = join(run_folder(config), names[-1])
+    return CheckpointState.from_json(patiently(lambda: storage.read(join(folder, "state.json"))), folder)
+
+
+def sweep(config: Config, storage: Storage) -> list[str]:
+    """Delete what uploads that never ended have left: checkpoint folders that are not in the list; their names."""
+    folder = run_folder(config)
+    listed = set(listed_checkpoints(config, storage))
+    debris = set()
+    for entry in storage.list(folder):
+        name = entry.uri[len(folder) + 1 :].split("/")[0]
+        if name.startswith("checkpoint_") and "/" in entry.uri[len(folder) + 1 :] and name not in listed:
+            storage.delete(entry.uri)
+            debris.add(name)
+    return sorted(debris)

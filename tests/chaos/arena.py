@@ -1,0 +1,182 @@
+"""A local stack with a second Ray node, a training on it, and the means to kill any part of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipelines import stack
+from pipelines.stack import StackState
+from pipelines.storage import Storage
+from tests.integration.conftest import DDPM
+
+CPUS = os.cpu_count() or 2
+BATCH = 128
+
+
+def until(true: Callable[[], Any], timeout_s: float, what: Callable[[], str]) -> Any:
+    """Wait for something to become true; what it is."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := true()):
+        assert time.monotonic() < deadline, f"not within {timeout_s:.0f} s: {what()}"
+        time.sleep(0.1)
+    return found
+
+
+class Training:
+    """A running `ddpm train`, and what it says."""
+
+    def __init__(self, folder: Path, environment: dict[str, str], arguments: list[str]) -> None:
+        self.process = subprocess.Popen(
+            [DDPM, "train", *arguments, "--json"],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.said: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.said.append(line)
+
+    def images(self) -> int:
+        """Images seen, as last said."""
+        for line in reversed(self.said):
+            if found := re.search(r"([\d,]+) images, ", line):
+                return int(found[1].replace(",", ""))
+        return 0
+
+    def gets_on(self, timeout_s: float = 150) -> None:
+        """Wait until it has said twice that it sees more images: it trains."""
+        for _ in range(2):
+            before = self.images()
+
+            def more(before: int = before) -> bool:
+                assert self.process.poll() is None, "".join(self.said)[-3000:]
+                return self.images() != before
+
+            until(more, timeout_s, lambda: f"a step after {''.join(self.said)[-1500:]}")
+
+    def answer(self, timeout_s: float = 120) -> dict[str, Any]:
+        """Its last line, when it has ended well."""
+        assert self.process.wait(timeout_s) == 0, "".join(self.said)[-3000:]
+        assert self.process.stdout is not None
+        answer: dict[str, Any] = json.loads(self.process.stdout.read().strip().splitlines()[-1])
+        return answer
+
+
+class Arena:
+    """The stack of a test, with a node more: two nodes, each of which holds one worker."""
+
+    def __init__(self, home: Path, folder: Path) -> None:
+        self.home, self.folder = home, folder
+        self.node: subprocess.Popen[str] | None = None
+        self.trainings: list[Training] = []
+        self.state: StackState = stack.up(home)
+        self.s3 = Storage(self.state.s3_endpoint, str(self.state.credentials_file), "us-east-1")
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "MLFLOW_", "RAY_"))}
+        self.environment = inherited | {"DDPM_HOME": str(home), "XDG_CACHE_HOME": str(folder / "cache")}
+
+    def close(self) -> None:
+        for training in self.trainings:
+            training.process.kill()
+        self.kill_node()
+        stack.down(self.home)
+
+    def ddpm(self, *arguments: str) -> None:
+        done = subprocess.run(
+            [DDPM, *arguments], cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    def train(self, *arguments: str) -> Training:
+        self.trainings.append(Training(self.folder, self.environment, list(arguments)))
+        return self.trainings[-1]
+
+    def start_node(self) -> None:
+        assert self.state.ray_address is not None
+        self.node = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("node.py")), self.state.ray_address, str(CPUS)],
+            env=self.environment
+            | stack.ray_environment(self.home)
+            | {"RAY_TRAIN_V2_ENABLED": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"},
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.node.stdout is not None
+        assert self.node.stdout.readline() == "there\n"
+
+    def kill_node(self) -> None:
+        """The machine is gone: its raylet, agents and workers at once."""
+        if self.node is not None:
+            for process in _family(self.node.pid):
+                _kill(process)
+            self.node.wait()
+            self.node = None
+
+    def drain_node(self, deadline_s: int) -> None:
+        """Announce that the second node goes away, as a cloud's notice of preemption does."""
+        code = (
+            "import sys, ray\n"
+            "ray.init(address=sys.argv[1], logging_level='ERROR')\n"
+            "print(next(n['NodeID'] for n in ray.nodes() if n['Alive'] and n['NodeManagerAddress'] == '127.0.0.2'))\n"
+        )
+        environment = self.environment | stack.ray_environment(self.home)
+        address = str(self.state.ray_address)
+        found = subprocess.run(
+            [sys.executable, "-c", code, address], env=environment, capture_output=True, text=True, check=True
+        )
+        command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--address={address}"]
+        command += [f"--node-id={found.stdout.split()[-1]}", "--reason=DRAIN_NODE_REASON_PREEMPTION"]
+        command += ["--reason-message=spot instance", f"--deadline-remaining-seconds={deadline_s}"]
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+
+    def workers(self) -> list[psutil.Process]:
+        """Ray Train's workers on both nodes."""
+        roots = [status.pid for status in stack.status(self.home) if status.name == "ray" and status.pid]
+        roots += [self.node.pid] if self.node else []
+        found = []
+        for root in roots:
+            for process in _family(root):
+                with contextlib.suppress(psutil.Error):
+                    if process.name().startswith("ray::RayTrain") or "RayTrainWorker" in " ".join(process.cmdline()):
+                        found.append(process)
+        return found
+
+    def kill_service(self, name: str, away_s: float) -> None:
+        """SIGKILL a service of the stack, and start it again after a while, where it was."""
+        (pid,) = [status.pid for status in stack.status(self.home) if status.name == name]
+        assert pid is not None
+        for process in _family(pid):
+            _kill(process)
+        time.sleep(away_s)
+        assert stack.up(self.home, [name]) == self.state
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(pid)
+        return [root, *root.children(recursive=True)]
+    return []
+
+
+def _kill(process: psutil.Process) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.kill()

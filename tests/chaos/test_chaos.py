@@ -1,0 +1,154 @@
+"""Everything that can vanish under a training vanishes in one, and nothing of it shows in what it learned."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from pipelines.checkpoints import load_checkpoint
+from pipelines.training.goodput import measure, read_sessions
+from tests.chaos.arena import BATCH, CPUS, Arena, Training, until
+
+pytestmark = [pytest.mark.integration, pytest.mark.chaos, pytest.mark.timeout(1200)]
+
+EVERY = 20 * BATCH
+FAR = "images=10000000"
+# A step is short, so that there are many; the learning rate is small, so that float order, which depends on the number
+# of workers, does not grow over the steps, and a loss speaks of its samples and their noise alone.
+SETTINGS = [
+    "+experiment=digits", "model.channels=[32]", "model.attention=[true]", "model.layers_per_block=1",
+    "optim.decay=constant", "optim.lr=1e-5", "optim.warmup_images=0", "optim.precision=fp32", f"batch_size={BATCH}",
+    f"checkpoint.every={EVERY}", f"tracking.log_every={BATCH}", "tracking.grid_every=1000000",
+    "tracking.grid_rows=1", "sampler.steps=2", f"cluster.cpus_per_worker={CPUS}", "cluster.num_workers=[1,2]",
+    "cluster.resize_every_s=10",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
+    arena = Arena(tmp_path_factory.mktemp("home") / ".ddpm", tmp_path_factory.mktemp("work"))
+    try:
+        arena.ddpm("ingest", "digits", "--to", "s3://ddpm/datasets/digits")
+        yield arena
+    finally:
+        arena.close()
+
+
+def kill_worker(arena: Arena, training: Training, rng: random.Random) -> Training:
+    rng.choice(until(arena.workers, 30, lambda: "a worker")).kill()
+    return training
+
+
+def kill_s3(arena: Arena, training: Training, rng: random.Random) -> Training:
+    arena.kill_service("s3", away_s=rng.uniform(3, 8))
+    return training
+
+
+def kill_mlflow(arena: Arena, training: Training, rng: random.Random) -> Training:
+    arena.kill_service("mlflow", away_s=rng.uniform(3, 8))
+    return training
+
+
+def lose_node(arena: Arena, training: Training, rng: random.Random) -> Training:
+    arena.kill_node()
+    training.gets_on()  # with fewer
+    arena.start_node()
+    until(lambda: len(arena.workers()) == 2, 90, lambda: "two workers again")
+    return training
+
+
+def preempt_node(arena: Arena, training: Training, rng: random.Random) -> Training:
+    """A node is announced to go, as spot instances are: a checkpoint is taken at once, whatever the interval."""
+
+    def unplanned() -> list[str]:
+        states = [e.uri for e in arena.s3.list("s3://ddpm/runs/chaos") if e.uri.endswith("/state.json")]
+        seen = [json.loads(arena.s3.read(uri))["images_seen"] for uri in states if "/checkpoint_" in uri]
+        return [images for images in seen if images % EVERY]
+
+    assert not unplanned()
+    arena.drain_node(deadline_s=20)
+    until(unplanned, 30, lambda: "a checkpoint on notice")
+    return lose_node(arena, training, rng)
+
+
+def kill_driver(arena: Arena, training: Training, rng: random.Random) -> Training:
+    training.process.kill()
+    training.process.wait()
+    return arena.train(*SETTINGS, "name=chaos", FAR)
+
+
+FAULTS = [kill_worker, kill_s3, preempt_node, kill_mlflow, kill_driver]
+
+
+def test_a_training_survives_the_loss_of_every_part(arena: Arena, tmp_path: Path):
+    run_chaos(arena, tmp_path, FAULTS, random.Random(0))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_a_long_training_survives_random_losses(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path):
+    rng = random.Random()
+    arena = Arena(tmp_path_factory.mktemp("home") / ".ddpm", tmp_path_factory.mktemp("work"))
+    try:
+        arena.ddpm("ingest", "digits", "--to", "s3://ddpm/datasets/digits")
+        run_chaos(arena, tmp_path, rng.choices([kill_worker, kill_s3, lose_node, kill_mlflow, kill_driver], k=20), rng)
+    finally:
+        arena.close()
+
+
+def run_chaos(arena: Arena, tmp_path: Path, faults: list, rng: random.Random) -> None:
+    arena.start_node()
+    began = time.time()
+    training = arena.train(*SETTINGS, "name=chaos", FAR)
+    for fault in faults:
+        training.gets_on()
+        time.sleep(rng.uniform(0, 5))
+        print(f"{time.time() - began:6.1f} s, {training.images():,} images: {fault.__name__}", flush=True)
+        training = fault(arena, training, rng)
+    training.gets_on()
+    training.process.send_signal(signal.SIGINT)
+    answer = training.answer()
+    took = time.time() - began
+    assert answer["status"] == "stopped"
+    images = answer["images_seen"]
+
+    client = MlflowClient(tracking_uri=arena.state.tracking_uri)
+    experiment = client.get_experiment_by_name("ddpm")
+    (run,) = client.search_runs([experiment.experiment_id], "tags.`ddpm.run` = 'chaos'")
+    trace = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "train/loss")]
+    # Every batch of the stream, and so every sample of every epoch, is in the trace once …
+    assert sorted(step for step, _ in trace) == list(range(BATCH, images + 1, BATCH))
+    # … and has the loss that it has where nothing happens.
+    calm = arena.train(*SETTINGS, "name=calm", f"images={images}").answer(600)
+    undisturbed = {m.step: m.value for m in client.get_metric_history(calm["run_id"], "train/loss")}
+    assert dict(trace) == pytest.approx(undisturbed, rel=1e-3)
+
+    metrics = client.get_run(run.info.run_id).data.metrics
+    assert any(key.startswith("system/node-0/") for key in metrics)
+    assert metrics["goodput/recomputed_images"] > 0
+
+    folder = "s3://ddpm/runs/chaos"
+    names = {e.uri[len(folder) + 1 :].split("/")[0] for e in arena.s3.list(folder)}
+    checkpoints = sorted(name for name in names if name.startswith("checkpoint_2"))
+    assert len(checkpoints) == 2
+    for name in checkpoints:
+        arena.s3.download_folder(f"{folder}/{name}", tmp_path / name)
+        state, *_ = load_checkpoint(tmp_path / name)  # checks every digest
+    assert state.images_seen == images
+
+    goodput = measure(read_sessions(arena.s3, folder))
+    print(goodput.lines())
+    assert goodput.sessions == 1 + sum(fault is kill_driver for fault in faults)
+    assert goodput.attempts > sum(fault in (kill_worker, kill_driver) for fault in faults)
+    assert goodput.recomputed_images > 0
+    assert sum(goodput.parts().values()) == pytest.approx(goodput.wall_s, rel=1e-6)
+    assert abs(goodput.unaccounted_s) < 0.02 * goodput.wall_s
+    # All that the ledger does not know is the start of the first driver, before it has a run.
+    assert took - 30 < goodput.wall_s < took

@@ -1,0 +1,96 @@
+"""What the driver decides without a cluster: whether workers fit, where a run resumes, what is debris."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pipelines.checkpoints import CheckpointState, ModelError
+from pipelines.config import ConfigError, compose
+from pipelines.storage import Storage
+from pipelines.training.driver import workers_text
+from pipelines.training.resources import per_worker, possible_workers, shortage
+from pipelines.training.resume import listed_checkpoints, newest_checkpoint, sweep
+
+STORAGE = Storage()
+
+
+def test_a_worker_does_not_span_two_nodes():
+    worker = {"CPU": 4.0, "GPU": 1.0}
+    assert possible_workers([{"CPU": 8, "GPU": 8}, {"CPU": 16, "GPU": 2}], worker) == 2 + 2
+    assert possible_workers([{"CPU": 3, "GPU": 1}, {"CPU": 3, "GPU": 1}], worker) == 0
+    assert possible_workers([], worker) == 0
+
+
+def test_a_shortage_says_what_is_needed_what_is_there_and_what_to_do():
+    cluster = compose(["+experiment=digits", "cluster.num_workers=[2,8]", "cluster.cpus_per_worker=4"]).cluster
+    assert per_worker(cluster) == {"CPU": 4.0}
+    assert shortage(cluster, [{"CPU": 4}, {"CPU": 4}]) is None
+    said = shortage(cluster, [{"CPU": 7}])
+    assert said is not None
+    assert "too small for 2 workers: each needs 4 CPU on one node, 1 node with 7 CPU in all hold 1" in said
+    assert "cluster.num_workers" in said
+
+
+def test_the_number_of_workers_is_one_or_a_range():
+    fixed, elastic = (compose(["+experiment=digits", f"cluster.num_workers={n}"]) for n in ("3", "[1,4]"))
+    assert (fixed.cluster.min_workers, fixed.cluster.max_workers) == (3, 3)
+    assert (elastic.cluster.min_workers, elastic.cluster.max_workers) == (1, 4)
+    assert (workers_text(fixed), workers_text(elastic)) == ("3 workers", "1 to 4 workers")
+    assert fixed.identity() == elastic.identity()
+    for wrong, why in (("[4,1]", "min <= max"), ("[1,200]", "exceeds batch_size"), ("0", "greater than 0")):
+        with pytest.raises(ConfigError, match=why):
+            compose(["+experiment=digits", f"cluster.num_workers={wrong}"])
+
+
+@pytest.fixture
+def config(tmp_path):
+    return compose(["+experiment=digits", "name=run", "storage=file", f"storage.root=file://{tmp_path}"])
+
+
+def store(tmp_path, name: str, images_seen: int) -> None:
+    state = CheckpointState(images_seen, {}, "digest", optimizer_steps=1, skipped=0, files={}, sizes={})
+    STORAGE.write(f"file://{tmp_path}/runs/run/{name}/state.json", state.to_json().encode())
+
+
+def snapshot(tmp_path, names: list[str], newest: str | None) -> None:
+    results = [{"checkpoint_dir_name": name, "metrics": {}} for name in names]
+    latest = None if newest is None else {"checkpoint_dir_name": newest, "metrics": {}}
+    listed = {"checkpoint_results": results, "latest_checkpoint_result": latest}
+    STORAGE.write(f"file://{tmp_path}/runs/run/checkpoint_manager_snapshot.json", json.dumps(listed).encode())
+
+
+def test_a_run_resumes_from_rays_list_and_from_nothing_else(config, tmp_path):
+    assert newest_checkpoint(config, STORAGE) is None
+    store(tmp_path, "checkpoint_3", 300)  # complete, but the driver died before it was listed
+    assert newest_checkpoint(config, STORAGE) is None
+    store(tmp_path, "checkpoint_1", 100)
+    store(tmp_path, "checkpoint_2", 200)
+    snapshot(tmp_path, ["checkpoint_1", "checkpoint_2"], "checkpoint_2")
+    found = newest_checkpoint(config, STORAGE)
+    assert found is not None
+    assert found.images_seen == 200
+
+
+def test_a_sweep_deletes_what_is_not_listed_and_nothing_else(config, tmp_path):
+    for name in ("checkpoint_1", "checkpoint_2", "checkpoint_3", "published/000000000100"):
+        store(tmp_path, name, 100)
+    STORAGE.write(f"file://{tmp_path}/runs/run/checkpoint_4/model.safetensors", b"half an upload")
+    snapshot(tmp_path, ["checkpoint_1", "checkpoint_2"], "checkpoint_2")
+    assert sweep(config, STORAGE) == ["checkpoint_3", "checkpoint_4"]
+    left = {entry.uri.split("/runs/run/")[1] for entry in STORAGE.list(f"file://{tmp_path}/runs/run")}
+    assert left == {"checkpoint_1/state.json", "checkpoint_2/state.json", "published/000000000100/state.json",
+                    "checkpoint_manager_snapshot.json"}  # fmt: skip
+    assert listed_checkpoints(config, STORAGE) == ["checkpoint_1", "checkpoint_2"]
+    assert sweep(config, STORAGE) == []
+
+
+def test_a_damaged_list_and_checkpoints_of_another_release_are_named(config, tmp_path):
+    STORAGE.write(f"file://{tmp_path}/runs/run/checkpoint_1/state.json", b'{"checkpoint_version": 99}')
+    snapshot(tmp_path, ["checkpoint_1"], "checkpoint_1")
+    with pytest.raises(ModelError, match="this release reads"):
+        newest_checkpoint(config, STORAGE)
+    STORAGE.write(f"file://{tmp_path}/runs/run/checkpoint_manager_snapshot.json", b"{")
+    with pytest.raises(ModelError, match="is damaged"):
+        newest_checkpoint(config, STORAGE)

@@ -1,0 +1,91 @@
+"""The ledger: its parts are the wall time, and what was lost is what was seen again."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines.storage import Storage
+from pipelines.training.goodput import Attempt, Ledger, Session, measure, read_sessions, write_sessions
+
+KINDS = ("startup", "step", "data", "checkpoint", "grid")
+
+
+def attempt(began: float, resumed_at: int, images_seen: int, step: float, **other: float) -> Attempt:
+    seconds = {**dict.fromkeys(KINDS, 0.0), "step": step, **other}
+    return Attempt(began, began + sum(seconds.values()), resumed_at, images_seen, seconds)
+
+
+def test_a_run_without_trouble_loses_nothing_but_its_start():
+    session = Session(100, 160, (attempt(105, 0, 1000, 40, startup=5, data=2, checkpoint=1, grid=2),))
+    done = measure([session])
+    assert done.parts() == {"productive": 40, "data": 2, "checkpoint": 1, "grid": 2, "restart": 15,
+                            "recomputed": 0, "idle": 0, "unaccounted": 0}  # fmt: skip
+    assert (done.wall_s, done.images_seen, done.recomputed_images) == (60, 1000, 0)
+    assert done.fraction == pytest.approx(40 / 60)
+
+
+def test_steps_after_the_checkpoint_that_a_restart_finds_are_lost():
+    # 1000 images in 100 s, then back to 600: 400 images and 40 s for nothing.
+    first, second = attempt(0, 0, 1000, 100), attempt(110, 600, 2000, 140)
+    done = measure([Session(0, 250, (first, second))])
+    assert (done.recomputed_images, done.recomputed_s, done.productive_s) == (
+        400,
+        pytest.approx(40),
+        pytest.approx(200),
+    )
+    assert done.restart_s == pytest.approx(10)
+
+
+def test_what_is_lost_twice_counts_twice_and_across_drivers():
+    lives = [attempt(0, 0, 1000, 100), attempt(200, 600, 800, 20), attempt(300, 600, 2000, 140)]
+    done = measure([Session(0, 100, (lives[0],)), Session(190, 440, tuple(lives[1:]))])
+    assert done.recomputed_images == 400 + 200
+    assert (done.idle_s, done.attempts, done.sessions) == (pytest.approx(90), 3, 2)
+
+
+@given(st.data())
+def test_the_parts_add_up_to_the_wall_time_and_kept_images_to_the_stream(data):
+    seconds = st.floats(0, 100)
+    now, seen, reached, sessions = 1000.0, 0, 0, []
+    for _ in range(data.draw(st.integers(1, 3))):
+        began, lives = now, []
+        for _ in range(data.draw(st.integers(0, 3))):
+            now += data.draw(seconds)
+            resumed_at = data.draw(st.integers(0, seen))
+            reached = resumed_at + data.draw(st.integers(0, 500))
+            seen = reached
+            values = {kind: data.draw(seconds) for kind in KINDS}
+            lives.append(attempt(now, resumed_at, reached, **values))
+            now = lives[-1].ended
+        now += data.draw(seconds)
+        sessions.append(Session(began, now, tuple(lives)))
+        now += data.draw(seconds)
+    done = measure(sessions)
+    assert sum(done.parts().values()) == pytest.approx(done.wall_s, abs=1e-6)
+    assert done.wall_s == pytest.approx(sessions[-1].ended - 1000)
+    computed = sum(a.images_seen - a.resumed_at for s in sessions for a in s.attempts)
+    lives = [a for s in sessions for a in s.attempts]
+    if lives and min(a.resumed_at for a in lives) == 0:
+        # What was computed and not lost is the stream from its beginning, each image once.
+        assert computed - done.recomputed_images == lives[-1].images_seen
+    assert done.productive_s >= -1e-9
+
+
+def test_the_ledger_of_a_driver_that_was_killed_is_there_for_the_next(tmp_path):
+    storage, folder = Storage(), f"file://{tmp_path}/run"
+    assert read_sessions(storage, folder) == ()
+    first = Session(100, 160, (attempt(105, 0, 1000, 40),))
+    write_sessions(storage, folder, [first])
+    ledger = Ledger(storage, folder)
+    with ledger.session():
+        ledger.update([attempt(200, 600, 700, 1)])
+    kept = read_sessions(storage, folder)
+    assert kept == ledger.sessions
+    assert kept[0] == first
+    assert kept[1].attempts == (attempt(200, 600, 700, 1),)
+    goodput = Ledger(storage, folder).goodput()
+    assert goodput is not None
+    assert (goodput.sessions, goodput.recomputed_images) == (2, 400)
+    assert "400 images computed twice" in goodput.lines()[-1]
