@@ -24,8 +24,8 @@ def conf_dir() -> Path:
 
 
 def groups() -> dict[str, list[str]]:
-    """Config groups and their choices."""
-    folders = sorted(p for p in conf_dir().iterdir() if p.is_dir())
+    """Config groups and their choices; the studies of `conf/search/` are no part of a run."""
+    folders = sorted(p for p in conf_dir().iterdir() if p.is_dir() and p.name != "search")
     return {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in folders if any(p.glob("*.yaml"))}
 
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Protocol
 import pydantic
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from pipelines.config import Config, ConfigError, conf_dir, from_dict, groups, suggest
+from pipelines.config import Config, ConfigError, conf_dir, from_dict, suggest
 from pipelines.config.schema import SamplerConfig, ScheduleConfig
 
 Value = bool | int | float | str | None
@@ -235,7 +235,7 @@ def load_study(name: str, overrides: Sequence[str] = ()) -> StudyConfig:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    shipped = groups().get("search", [])
+    shipped = sorted(path.stem for path in (conf_dir() / "search").glob("*.yaml"))
     path = conf_dir() / "search" / f"{name}.yaml" if name in shipped else None
     if path is None and name.endswith((".yaml", ".yml")):
         path = Path(name)

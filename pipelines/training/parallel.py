@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm.models.unet import Attention, CrossAttention, ResnetBlock
+from ddpm.models.blocks import Attention, CrossAttention, ResnetBlock
 from pipelines.config import ClusterConfig
 from pipelines.shards.read import Batch
 

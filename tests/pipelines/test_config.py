@@ -132,4 +132,4 @@ def test_a_built_wheel_carries_the_configuration(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == [str(tmp_path / "site/pipelines/config.py"), "digits"]
+    assert done.stdout.split() == [str(tmp_path / "site/pipelines/config/__init__.py"), "digits"]

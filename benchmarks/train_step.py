@@ -1,0 +1,356 @@
+"""A training step: this project's network and loop beside diffusers' and lucidrains', same shapes, same threads.
+
+    python -m benchmarks.train_step [--quick] [--json] [--threads N]
+
+Needs torch only; peers are measured where they are installed and named as missing where not. Systems take turns in
+one process and medians are reported. Ours and diffusers' start from the same weights, and their outputs are compared;
+lucidrains' network cannot be the same one: it has the same widths on the same levels, which makes it the smaller one,
+and the result says by how much. Every loop clips gradients and averages weights.
+
+| system | is |
+|---|---|
+| ours | the loop of the training worker, in the fastest way that this machine has: see `method` in the result |
+| stock | diffusers' UNet2DModel in the loop of its train_unconditional.py, float32 |
+| bf16 | the same under bf16 autocast, as by its --mixed_precision=bf16 |
+| lucidrains | denoising-diffusion-pytorch's Unet in the loop of its Trainer, float32 |
+| diffusers | on CUDA: stock with all that ours has there: bf16, channels-last, torch.compile, fused AdamW |
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+# Before torch is imported: spinning threads ruin a step as soon as another process wants a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.results import commit, publish
+from ddpm.ema import EMA
+from ddpm.models.unet import UNet, UNetConfig
+from ddpm.noise import Purpose, normal
+from ddpm.objectives import Objective, uniform_timesteps
+from ddpm.schedule import make_schedule
+
+Step = Callable[[], float]
+"""One optimizer step; its loss."""
+SIZE = 32
+PEAK_BF16 = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
+"""Dense bf16 FLOP/s by the first part of a device's name that fits, for the MFU."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network to train.
+
+    Attributes:
+        config: ours, and diffusers' by it.
+        lucidrains: options of lucidrains' network of the same widths.
+        batch: images per step on a CPU, on a CPU with --quick, and on CUDA.
+    """
+
+    config: UNetConfig
+    lucidrains: dict[str, Any]
+    batch: tuple[int, int, int]
+
+
+MODELS = {
+    "6.5M": Model(
+        UNetConfig(channels=(64, 128, 128), attention=(False, True, False), head_dim=64),
+        {"dim": 64, "dim_mults": (1, 2, 2)},
+        (32, 8, 512),
+    ),
+    # google/ddpm-cifar10-32's
+    "35.7M": Model(UNetConfig(head_dim=None), {"dim": 128, "dim_mults": (1, 2, 2, 2)}, (16, 2, 256)),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """How ours trains.
+
+    Attributes:
+        bf16: under bf16 autocast.
+        compile: by torch.compile.
+        channels_last: memory layout of network and images.
+    """
+
+    bf16: bool
+    compile: bool
+    channels_last: bool
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the benchmark and keep its result."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="small batches, few turns, nothing compiled")
+    parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every system; default: all cores")
+    options = parser.parse_args(arguments)
+    publish(run(options.quick, options.threads), "train_step", options.quick)
+
+
+def run(quick: bool, threads: int) -> dict[str, Any]:
+    """Measure every model."""
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("high")  # TF32, for every system; no effect on a CPU without it
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    method = best_method(device, quick)
+    result: dict[str, Any] = {
+        "benchmark": "train_step",
+        "quick": quick,
+        "commit": commit(),
+        "machine": machine(device),
+        "threads": threads,
+        "torch": torch.__version__,
+        "method": vars(method),
+        "models": {},
+    }
+    for name, model in MODELS.items():
+        result["models"][name] = measure(model, method, device, quick)
+        say(
+            f"{name}: " + ", ".join(f"{k} {v}" for k, v in result["models"][name]["images_per_s"].items()) + " images/s"
+        )
+    return result
+
+
+def best_method(device: torch.device, quick: bool) -> Method:
+    """What trains fastest here. Where bf16 is only emulated it is slower than float32."""
+    if device.type == "cuda":
+        return Method(bf16=torch.cuda.is_bf16_supported(), compile=not quick, channels_last=True)
+    bf16 = torch.cpu._is_avx512_bf16_supported()
+    return Method(bf16=bf16, compile=bf16 and not quick, channels_last=bf16)
+
+
+def machine(device: torch.device) -> str:
+    """The device and what it can do with bf16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    units = [n for n, there in {
+        "AMX": torch.cpu._is_amx_tile_supported(),
+        "AVX512-BF16": torch.cpu._is_avx512_bf16_supported(),
+        "AVX512": torch.cpu._is_avx512_supported(),
+        "AVX2": torch.cpu._is_avx2_supported(),
+    }.items() if there]  # fmt: skip
+    return f"CPU ({platform.machine()}; {', '.join(units) or 'no vector units known of'})"
+
+
+def measure(model: Model, method: Method, device: torch.device, quick: bool) -> dict[str, Any]:
+    """Let the systems take turns on one model."""
+    batch = model.batch[2 if device.type == "cuda" else 1 if quick else 0]
+    turns, steps = (3 if quick else 7), (20 if device.type == "cuda" else 1)
+    torch.manual_seed(0)
+    network = UNet(model.config).to(device)
+    x_0 = (torch.rand(batch, 3, SIZE, SIZE) * 2 - 1).to(device)
+    flops = step_flops(network, x_0)
+    systems: dict[str, Step] = {"ours": ours(network, x_0, method)}
+    twin, missing, not_measured = diffusers_twin(network), [], {}
+    size = {"ours": {"parameters": count(network), "gflop_per_image": round(flops / batch / 1e9, 2)}}
+    row: dict[str, Any] = {"batch": batch, "size": size}
+    if twin is None:
+        missing.append("diffusers")
+    else:
+        row["largest_difference"] = difference(network, twin, x_0, method)
+        systems["stock"] = diffusers_(copy.deepcopy(twin), x_0, bf16=False, tuned=False)
+        if method.bf16:
+            systems["bf16"] = diffusers_(copy.deepcopy(twin), x_0, bf16=True, tuned=False)
+        else:
+            not_measured["bf16"] = "this machine only emulates bf16: a step takes more than ten times stock's"
+            row["speedup_bf16"] = None
+        if device.type == "cuda":
+            systems["diffusers"] = diffusers_(copy.deepcopy(twin), x_0, bf16=True, tuned=not quick)
+    peer = lucidrains_network(model, device)
+    if peer is None:
+        missing.append("lucidrains")
+    else:
+        per_image = round(step_flops(peer, x_0) / batch / 1e9, 2)
+        size["lucidrains"] = {"parameters": count(peer), "gflop_per_image": per_image}
+        systems["lucidrains"] = lucidrains(peer, x_0)
+    row["first_step_s"] = {name: round(timed(step, 1, device), 2) for name, step in systems.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in systems}
+    for turn in range(turns):
+        for name, step in systems.items():
+            seconds[name].append(timed(step, steps, device) / steps)
+        say(f"  turn {turn + 1} of {turns}: " + ", ".join(f"{k} {v[-1]:.3f} s" for k, v in seconds.items()))
+    median = {name: statistics.median(s) for name, s in seconds.items()}
+    row["images_per_s"] = {name: round(batch / s, 2) for name, s in median.items()}
+    row |= {f"speedup_{name}": round(s / median["ours"], 3) for name, s in median.items() if name != "ours"}
+    row["tflop_per_s"] = {name: round(flops / median[name] / 1e12, 3) for name in median if name != "lucidrains"}
+    row["mfu"] = mfu(flops / median["ours"], device)
+    return row | {"seconds": seconds, "missing": missing, "not_measured": not_measured}
+
+
+def timed(step: Step, steps: int, device: torch.device) -> float:
+    """Seconds that so many steps take."""
+    began = time.perf_counter()
+    for _ in range(steps):
+        loss = step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss}: there is nothing to measure")
+    return seconds
+
+
+def ours(network: UNet, x_0: Tensor, method: Method) -> Step:
+    """The step of the training worker, on one process and without micro-batches."""
+    network = copy.deepcopy(network)
+    if method.channels_last:
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    forward: Any = torch.compile(network) if method.compile else network
+    schedule, objective, ema = make_schedule("linear"), Objective(), EMA(network, half_life=500_000)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
+    batch, seen = len(x_0), 0
+
+    def step() -> float:
+        nonlocal seen
+        n = torch.arange(seen, seen + batch, device=x_0.device)
+        with torch.autocast(x_0.device.type, torch.bfloat16, enabled=method.bf16):
+            t = uniform_timesteps(0, n, schedule.num_steps)
+            eps = normal(0, n, Purpose.NOISE, tuple(x_0.shape[1:]))
+            loss = objective.losses(forward, schedule, x_0, t, eps).sum() / batch
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seen += batch
+        ema.update(network, seen, batch)
+        return loss.item()
+
+    return step
+
+
+def diffusers_twin(network: UNet) -> nn.Module | None:
+    """diffusers' network with the same weights, or None where it is not installed."""
+    try:
+        from diffusers import UNet2DModel
+    except ImportError:
+        return None
+    config = network.config
+    twin = UNet2DModel(
+        sample_size=SIZE,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=config.channels,
+        layers_per_block=config.layers_per_block,
+        down_block_types=["AttnDownBlock2D" if a else "DownBlock2D" for a in config.attention],
+        up_block_types=["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.attention)],
+        attention_head_dim=config.head_dim,
+    )
+    twin.load_state_dict(network.state_dict())
+    return twin.to(next(network.parameters()).device)
+
+
+def diffusers_(twin: nn.Module, x_0: Tensor, *, bf16: bool, tuned: bool) -> Step:
+    """The loop of diffusers' train_unconditional.py (with --use_ema); tuned: channels-last, compiled, fused AdamW."""
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import EMAModel
+
+    if tuned:
+        twin = twin.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    forward = torch.compile(twin) if tuned else twin
+    scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+    options: dict[str, Any] = {"lr": 1e-4, "betas": (0.95, 0.999), "weight_decay": 1e-6, "eps": 1e-8}
+    optimizer = torch.optim.AdamW(twin.parameters(), fused=True if tuned else None, **options)
+    ema = EMAModel(twin.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+
+    def step() -> float:
+        noise = torch.randn(x_0.shape, dtype=x_0.dtype, device=x_0.device)
+        timesteps = torch.randint(0, 1000, (len(x_0),), device=x_0.device).long()
+        noisy = scheduler.add_noise(x_0, noise, timesteps)
+        with torch.autocast(x_0.device.type, torch.bfloat16, enabled=bf16):
+            output = forward(noisy, timesteps).sample
+            loss = F.mse_loss(output.float(), noise.float())
+        loss.backward()
+        nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(twin.parameters())
+        return loss.item()
+
+    return step
+
+
+def lucidrains_network(model: Model, device: torch.device) -> nn.Module | None:
+    """denoising-diffusion-pytorch's network, or None where it is not installed."""
+    try:
+        from denoising_diffusion_pytorch import Unet
+    except ImportError:
+        return None
+    return Unet(**model.lucidrains).to(device)
+
+
+def lucidrains(network: nn.Module, x_0: Tensor) -> Step:
+    """The loop of denoising-diffusion-pytorch's Trainer."""
+    from denoising_diffusion_pytorch import GaussianDiffusion
+    from ema_pytorch import EMA as TheirEMA  # noqa: N811
+
+    diffusion = GaussianDiffusion(network, image_size=SIZE, timesteps=1000).to(x_0.device)
+    optimizer = torch.optim.Adam(diffusion.parameters(), lr=8e-5, betas=(0.9, 0.99))
+    ema = TheirEMA(diffusion, beta=0.995, update_every=10).to(x_0.device)
+    images = (x_0 + 1) / 2
+
+    def step() -> float:
+        loss = diffusion(images)
+        loss.backward()
+        nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update()
+        return loss.item()
+
+    return step
+
+
+@torch.no_grad()
+def difference(network: UNet, twin: Any, x_0: Tensor, method: Method) -> float:
+    """Of the two networks' outputs before training, at most, in the largest output's units."""
+    network = copy.deepcopy(network)
+    t = torch.linspace(0, 999, len(x_0), device=x_0.device)
+    with torch.autocast(x_0.device.type, torch.bfloat16, enabled=method.bf16):
+        output = network(x_0, t)
+    expected = twin(x_0, t).sample
+    return float((output - expected).abs().max() / expected.abs().max())
+
+
+def step_flops(network: nn.Module, x_0: Tensor) -> float:
+    """Floating-point operations of one step's forward and backward pass, convolutions counted as direct ones."""
+    with FlopCounterMode(display=False) as counter:
+        network(x_0[:1], torch.zeros(1, device=x_0.device)).sum().backward()
+    network.zero_grad()
+    return float(counter.get_total_flops()) * len(x_0)
+
+
+def mfu(flop_per_s: float, device: torch.device) -> float | None:
+    """Share of the device's peak, or None where that is not known."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    peak = next((p for part, p in PEAK_BF16.items() if part in name), None)
+    return None if peak is None else round(flop_per_s / peak, 3)
+
+
+def count(network: nn.Module) -> int:
+    """Parameters."""
+    return sum(p.numel() for p in network.parameters())
+
+
+def say(text: str) -> None:
+    """Progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""The parts of a UNet: its configuration, residual and attention blocks, and the stages that they make up."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+Text = tuple[Tensor, Tensor]
+"""Token embeddings [B, L, D] and which of them are there, bool [B, L]."""
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The shape of a `UNet`.
+
+    Attributes:
+        in_channels: channels of x_t.
+        out_channels: channels of the output; 2 in_channels where the reverse variance is learned.
+        channels: width of each resolution level, finest first; the resolution halves between levels.
+        layers_per_block: residual blocks per level on the way down (one more on the way up).
+        attention: for each level, whether its residual blocks are followed by self-attention.
+        head_dim: channels per attention head; None for one head per block, as wide as the block.
+        norm_groups: groups of every group norm; divides every width.
+        scale_shift: time embedding scales and shifts the second norm (ADM) instead of being added (DDPM).
+        dropout: in every residual block.
+        num_classes: class labels, 0 for none.
+        text_dim: width of text embeddings, 0 for none. Tokens are attended to wherever there is self-attention, the
+            pooled embedding joins that of time.
+        context_channels: channels of the clear context, 0 for none: the first convolution then sees x_t, the mask of
+            what is known, and the known pixels (inpainting).
+        flip_sin_to_cos: cosines before sines in the time embedding. False, as in the code of Ho et al.: sines first.
+        freq_shift: the k-th of n frequencies is 10000^(-k / (n - freq_shift)). 1, as in the code of Ho et al.: the
+            last is 1/10000.
+        norm_eps: added to the variance in every group norm.
+        downsample_padding: of the strided convolutions, on all sides. 0, as in the code of Ho et al.: one row at the
+            bottom and one column at the right only (TensorFlow's SAME).
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    channels: tuple[int, ...] = (128, 256, 256, 256)
+    layers_per_block: int = 2
+    attention: tuple[bool, ...] = (False, True, False, False)
+    head_dim: int | None = 64
+    norm_groups: int = 32
+    scale_shift: bool = False
+    dropout: float = 0.0
+    num_classes: int = 0
+    text_dim: int = 0
+    context_channels: int = 0
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    norm_eps: float = 1e-5
+    downsample_padding: int = 1
+
+    def __post_init__(self) -> None:
+        if len(self.channels) != len(self.attention) or not self.channels:
+            raise ValueError(
+                f"attention needs one entry per level: {len(self.channels)} widths, {len(self.attention)} entries"
+            )
+        for level, (width, attends) in enumerate(zip(self.channels, self.attention, strict=True)):
+            if width % self.norm_groups:
+                raise ValueError(f"channels[{level}] = {width} is not divisible by norm_groups = {self.norm_groups}")
+            if (attends or level == len(self.channels) - 1) and self.head_dim is not None and width % self.head_dim:
+                raise ValueError(f"channels[{level}] = {width} is not divisible by head_dim = {self.head_dim}")
+        if self.layers_per_block < 1 or not 0 <= self.dropout < 1:
+            raise ValueError("need layers_per_block >= 1 and 0 <= dropout < 1")
+        if min(self.num_classes, self.text_dim, self.context_channels) < 0:
+            raise ValueError("need num_classes, text_dim and context_channels >= 0")
+        if not 0 <= self.freq_shift < self.channels[0] // 2:
+            raise ValueError(
+                f"freq_shift = {self.freq_shift} must be >= 0 and below half of channels[0] = {self.channels[0]}"
+            )
+        if self.norm_eps <= 0 or self.downsample_padding not in (0, 1):
+            raise ValueError(
+                f"need norm_eps > 0 and downsample_padding 0 or 1, got {self.norm_eps} and {self.downsample_padding}"
+            )
+
+    @property
+    def downsampling(self) -> int:
+        """Height and width must be multiples of this."""
+        return 2 ** (len(self.channels) - 1)
+
+    def heads(self, width: int) -> int:
+        """Attention heads of a block of this width."""
+        return 1 if self.head_dim is None else width // self.head_dim
+
+
+def timestep_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: int = 0) -> Tensor:
+    """Sinusoidal embedding of t [B], float32 [B, dim], frequencies 1 .. 1/10000 (DDPM, app. B); see `UNetConfig`."""
+    half = dim // 2
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t.float()[:, None] * torch.exp(-math.log(10000) * steps / (half - freq_shift))[None]
+    waves = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
+    return torch.cat(waves, dim=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    """Two-layer perceptron on the sinusoids."""
+
+    def __init__(self, in_dim: int, dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_dim, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class ResnetBlock(nn.Module):
+    """Norm, SiLU, convolution twice, with the time embedding in between and a residual path."""
+
+    def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, time_dim: int) -> None:
+        super().__init__()
+        self.scale_shift = config.scale_shift
+        self.norm1 = nn.GroupNorm(config.norm_groups, in_channels, eps=config.norm_eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_dim, 2 * out_channels if config.scale_shift else out_channels)
+        self.norm2 = nn.GroupNorm(config.norm_groups, out_channels, eps=config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, activated_time: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        emb = self.time_emb_proj(activated_time)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + emb)
+        h = self.conv2(self.dropout(F.silu(h)))
+        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over positions, with a residual path."""
+
+    def __init__(self, config: UNetConfig, channels: int, *, norm: bool = True) -> None:
+        super().__init__()
+        self.heads = config.heads(channels)
+        self.group_norm = nn.GroupNorm(config.norm_groups, channels, eps=config.norm_eps) if norm else None
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        tokens = (x if self.group_norm is None else self.group_norm(x)).flatten(2).transpose(1, 2)
+        weight = torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])
+        bias = torch.cat([self.to_q.bias, self.to_k.bias, self.to_v.bias])
+        qkv = F.linear(tokens, weight, bias).view(batch, height * width, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, height * width, channels)
+        return x + self.to_out[0](attended).transpose(1, 2).reshape(batch, channels, height, width)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from positions to text tokens, with a residual path that starts at zero.
+
+    Starting at zero, text can be added to a trained network without disturbing it.
+    """
+
+    def __init__(self, config: UNetConfig, channels: int) -> None:
+        super().__init__()
+        self.heads = config.heads(channels)
+        self.group_norm = nn.GroupNorm(config.norm_groups, channels, eps=config.norm_eps)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_kv = nn.Linear(config.text_dim, 2 * channels)
+        self.to_out = nn.Linear(channels, channels)
+        nn.init.zeros_(self.to_out.weight)
+        nn.init.zeros_(self.to_out.bias)
+
+    def forward(self, x: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)
+        q = self.to_q(tokens).view(batch, height * width, self.heads, -1).transpose(1, 2)
+        k, v = self.to_kv(text).view(batch, text.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=text_mask[:, None, None, :])
+        attended = attended.transpose(1, 2).reshape(batch, height * width, channels)
+        return x + self.to_out(attended).transpose(1, 2).reshape(batch, channels, height, width)
+
+
+class Downsample(nn.Module):
+    """Strided convolution that halves height and width."""
+
+    def __init__(self, config: UNetConfig, channels: int) -> None:
+        super().__init__()
+        self.pad = (0, 1, 0, 1) if config.downsample_padding == 0 else None
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=config.downsample_padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x if self.pad is None else F.pad(x, self.pad))
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling and a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Stage(nn.Module):
+    """The residual blocks of one level, each followed by attention where the level has it."""
+
+    def __init__(self, config: UNetConfig, widths: list[tuple[int, int]], time_dim: int, attends: bool) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList([ResnetBlock(config, i, o, time_dim) for i, o in widths])
+        self.attentions = nn.ModuleList([Attention(config, o) for _, o in widths]) if attends else None
+        reads = attends and config.text_dim > 0
+        self.cross_attentions = nn.ModuleList([CrossAttention(config, o) for _, o in widths]) if reads else None
+        self.downsamplers: nn.ModuleList | None = None
+        self.upsamplers: nn.ModuleList | None = None
+
+    def block(self, i: int, x: Tensor, activated_time: Tensor, text: Text | None) -> Tensor:
+        """The i-th residual block with its attention."""
+        x = self.resnets[i](x, activated_time)
+        if self.attentions is not None:
+            x = self.attentions[i](x)
+        if self.cross_attentions is not None and text is not None:
+            x = self.cross_attentions[i](x, *text)
+        return x
+
+
+class MidBlock(nn.Module):
+    """Residual block, attention, residual block at the coarsest level."""
+
+    def __init__(self, config: UNetConfig, channels: int, time_dim: int) -> None:
+        super().__init__()
+        # diffusers leaves this norm out where the time embedding scales and shifts; the parameters have to match.
+        self.attentions = nn.ModuleList([Attention(config, channels, norm=not config.scale_shift)])
+        self.cross_attentions = nn.ModuleList([CrossAttention(config, channels)]) if config.text_dim else None
+        self.resnets = nn.ModuleList([ResnetBlock(config, channels, channels, time_dim) for _ in range(2)])
+
+    def forward(self, x: Tensor, activated_time: Tensor, text: Text | None) -> Tensor:
+        x = self.attentions[0](self.resnets[0](x, activated_time))
+        if self.cross_attentions is not None and text is not None:
+            x = self.cross_attentions[0](x, *text)
+        return self.resnets[1](x, activated_time)
