@@ -119,11 +119,18 @@ def tiny_config(root: Path, images: int, batch_size: int, *overrides: str) -> Co
 
 
 def train_here(
-    folder: Path, dataset: Dataset, config: Config, rank: int = 0, world: int = 1, **wishes: int
+    folder: Path,
+    dataset: Dataset,
+    config: Config,
+    rank: int = 0,
+    world: int = 1,
+    *,
+    shell: FolderShell | None = None,
+    **wishes: int,
 ) -> tuple[FolderShell, MemoryTracker]:
-    """One rank's attempt in this process, in its process group if there is one."""
+    """One rank's attempt in this process, in its process group if there is one; in a shell of `wishes` by default."""
     folder.mkdir(parents=True, exist_ok=True)
-    shell, tracker = FolderShell(folder, rank, **wishes), MemoryTracker()
+    shell, tracker = shell or FolderShell(folder, rank, **wishes), MemoryTracker()
     job = Job(config, dataset, Storage(), tracker, {})  # type: ignore[arg-type]
     worker.train(job, shell, rank=rank, world_size=world, device=torch.device("cpu"))
     return shell, tracker

@@ -67,6 +67,17 @@ def test_two_hundred_steps_on_digits_have_the_same_losses(digits, tmp_path):
     assert_same_traces(tmp_path, digits, 200, "model.channels=[32,64]", "model.attention=[false,true]")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_compiled_network_on_two_ranks_has_the_same_losses(digits, tmp_path, parallel):
+    config = cell_config(tmp_path / "one", 1, 6, "fp32", "ddp", 1, *SMALL)
+    train_here(tmp_path / "one", digits, config)
+    compiled = cell_config(tmp_path / "two", 2, 6, "fp32", parallel, 2, *SMALL, "cluster.compile=true")
+    run_group(2, tmp_path, digits, [(tmp_path / "two", compiled)])
+    reference, found = trace(tmp_path / "one"), trace(tmp_path / "two")
+    assert max(abs(found[seen] / loss - 1) for seen, loss in reference.items()) <= TOLERANCE["fp32"]
+
+
 def killed_at_random(world: int, tmp_path: Path, folder: Path, digits, config) -> None:
     """Start a group, and end all of it by SIGKILL at a random step after its first checkpoint."""
     rendezvous = tmp_path / f"rendezvous-{time.monotonic_ns()}"

@@ -178,3 +178,13 @@ def test_a_network_is_conditioned_on_captions(captioned, tmp_path):
 def test_text_of_another_width_is_refused(captioned, tmp_path):
     with pytest.raises(ValueError, match=r"text_dim = 5, and the samples' text embeddings have 4 \(tokens\)"):
         run(tmp_path / "wide", captioned, *TEXT, "model.text_dim=5")
+
+
+@pytest.mark.slow
+def test_a_compiled_network_has_the_same_trace_and_is_kept_on_disk(digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    run(tmp_path / "plain", digits)
+    run(tmp_path / "compiled", digits, "cluster.compile=true", "micro_batch_size=13")
+    torch.testing.assert_close(losses(tmp_path / "compiled"), losses(tmp_path / "plain"), rtol=1e-3, atol=0)
+    assert any((tmp_path / "inductor").rglob("*.so"))
+    assert last_checkpoint(tmp_path / "compiled").joinpath("model.json").exists()

@@ -1,0 +1,40 @@
+import pytest
+import torch
+
+from pipelines.shards.read import Batch
+from pipelines.training import parallel
+from pipelines.training.parallel import gather, micro_batches, spread
+
+
+def piece(count):
+    return Batch(torch.arange(count), torch.arange(count * 4.0).reshape(count, 1, 2, 2), torch.arange(count) % 3)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+@pytest.mark.parametrize("at_most", [None, 1, 2, 5, 100])
+def test_every_rank_has_as_many_parts_which_hold_its_samples_once(world, at_most, monkeypatch):
+    monkeypatch.setattr(parallel, "world", lambda: world)
+    size = 25
+    counts = set()
+    for rank in range(world):
+        count = size // world + (rank < size % world)
+        parts = list(micro_batches(piece(count), size, at_most))
+        counts.add(len(parts))
+        kept = [part.ordinals for part, weight, _ in parts if weight == 1]
+        assert torch.equal(torch.cat(kept), torch.arange(count))
+        assert all(len(part) > 0 and weight in (0, 1) for part, weight, _ in parts)
+        assert max(map(len, kept)) - min(map(len, kept)) <= 1
+        assert max(map(len, kept)) <= (at_most or size)
+        assert [last for *_, last in parts] == [False] * (len(parts) - 1) + [True]
+    assert len(counts) == 1
+
+
+def test_gathered_tensors_are_copies_and_spread_ones_overwrite_in_place():
+    live = {"a": torch.randn(3, 4, 2, 2).to(memory_format=torch.channels_last), "b": torch.tensor(3.0)}
+    copies = gather(live)
+    assert all(torch.equal(copies[name], tensor) and copies[name].is_contiguous() for name, tensor in live.items())
+    live["a"].zero_()
+    assert copies["a"].abs().sum() > 0
+    a = live["a"]
+    spread(copies, live, torch.device("cpu"))
+    assert torch.equal(a, copies["a"])
