@@ -94,6 +94,7 @@ class Checkpointer:
             state = save_checkpoint(folder, checkpoint)
             if self.log and (unsent := self.log.pack()):
                 patiently(lambda: storage.write(join(uri, UNSENT), unsent))
+                self.uploaded_bytes += len(unsent)
             for name in [*state.files, "state.json"]:
                 storage.upload(folder / name, join(uri, name))
                 self.uploaded_bytes += (folder / name).stat().st_size
