@@ -95,21 +95,12 @@ def train(plan: Plan, report: Report = lambda values: None, notice: Notice = lam
     job, config, tracker = plan.job, plan.job.config, plan.job.tracker
     if plan.complete:
         return _result(tracker, "complete", plan.resumes_at, Ledger(job.storage, run_folder(config)).goodput())
+    began = time.time()
     connect_ray(config, job.storage)
-    ledger = Ledger(job.storage, run_folder(config))
     require_resources(config, notice)
-    with _only_driver(config) as monitor, ledger.session():
-        fence = Fence(job.storage, join(run_folder(config), "driver"), uuid.uuid4().hex)
-        fence.take()
-        sweep(config, job.storage)
-        _describe_run(job)
-        try:
-            error = _fit_until_stuck(job, monitor, fence, ledger, report, notice)
-        except KeyboardInterrupt:
-            tracker.status("KILLED")
-            raise
-        if error is None:
-            sweep(config, job.storage)
+    with _only_driver(config) as monitor:
+        ledger = Ledger(job.storage, run_folder(config))
+        error = _train_alone(job, monitor, ledger, began, report, notice)
     goodput = ledger.goodput()
     seen = max(plan.resumes_at, goodput.images_seen if goodput else 0)
     if goodput:
@@ -122,6 +113,26 @@ def train(plan: Plan, report: Report = lambda values: None, notice: Notice = lam
     finished = seen >= config.images
     tracker.status("FINISHED" if finished else "KILLED")
     return _result(tracker, "finished" if finished else "stopped", seen, goodput)
+
+
+def _train_alone(
+    job: Job, monitor: Any, ledger: Ledger, began: float, report: Report, notice: Notice
+) -> BaseException | None:
+    """Train as the only driver of the run; what ended it, None where it finished or stopped as it should."""
+    config = job.config
+    with ledger.session(began):
+        fence = Fence(job.storage, join(run_folder(config), "driver"), uuid.uuid4().hex)
+        fence.take()
+        sweep(config, job.storage)
+        _describe_run(job)
+        try:
+            error = _fit_until_stuck(job, monitor, fence, ledger, report, notice)
+        except KeyboardInterrupt:
+            job.tracker.status("KILLED")
+            raise
+        if error is None:
+            sweep(config, job.storage)
+    return error
 
 
 def _fit_until_stuck(

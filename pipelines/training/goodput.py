@@ -187,10 +187,9 @@ class Ledger:
         self._ending = threading.Event()
 
     @contextmanager
-    def session(self) -> Iterator[None]:
-        """The life of this driver."""
-        now = time.time()
-        self.sessions = (*self.sessions, Session(now, now))
+    def session(self, began: float) -> Iterator[None]:
+        """The life of this driver, which began at a time since the epoch."""
+        self.sessions = (*self.sessions, Session(began, time.time()))
         keeper = threading.Thread(target=self._keep, name="goodput", daemon=True)
         keeper.start()
         try:

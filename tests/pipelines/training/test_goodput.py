@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -79,7 +81,7 @@ def test_the_ledger_of_a_driver_that_was_killed_is_there_for_the_next(tmp_path):
     first = Session(100, 160, (attempt(105, 0, 1000, 40),))
     write_sessions(storage, folder, [first])
     ledger = Ledger(storage, folder)
-    with ledger.session():
+    with ledger.session(time.time()):
         ledger.update([attempt(200, 600, 700, 1)])
     kept = read_sessions(storage, folder)
     assert kept == ledger.sessions
