@@ -1,5 +1,6 @@
 """Saving behind training's back."""
 
+import math
 import threading
 
 import pytest
@@ -78,7 +79,7 @@ def test_an_update_that_is_not_finite_changes_nothing_but_the_count(digits, tmp_
     losses = step_module.losses
     monkeypatch.setattr(step_module, "losses", poisoned)
     shell, tracker = run(tmp_path / "r", digits, None, "tracking.log_every=25")
-    assert [r.loss == r.loss for r in shell.reports] == [True, True, False, True, True, True]
+    assert [math.isfinite(r.loss) for r in shell.reports[:STEPS]] == [True, True, False, True, True, True]
     assert [tracker.points[seen]["train/skipped_updates"] for seen in (50, 75, 150)] == [0, 1, 1]
     assert "train/loss" not in tracker.points[75]
     state, tensors = load_checkpoint(last_checkpoint(tmp_path / "r"))
