@@ -347,6 +347,7 @@ def flow(
 
 Study = Annotated[str | None, typer.Option(help="Name of the study; default that of the space and the run or model")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the study of that name")]
+After = Annotated[list[str] | None, typer.Option(help="Begin with the best of an earlier study; repeatable")]
 
 
 @search_app.command("guidance")
@@ -355,6 +356,7 @@ def search_guidance(
     space: Annotated[str, typer.Option(help="A study of conf/search/, or a YAML file")] = "guidance",
     study: Study = None,
     resume: Resume = False,
+    after: After = None,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
@@ -366,7 +368,9 @@ def search_guidance(
 
     name = study or f"guidance-{config.name}"
     with table.shown(terminal.console, terminal.stage) as report:
-        found = studies.guidance_study(config, model, name, chosen, resume=resume, report=report, say=terminal.stage)
+        found = studies.guidance_study(
+            config, model, name, chosen, resume=resume, after=after or [], report=report, say=terminal.stage
+        )
     _show_study(found)
     _finish(as_json, found.answer)
 
@@ -376,6 +380,7 @@ def search_training(
     space: Annotated[str, typer.Option(help="A study of conf/search/, or a YAML file")] = "schedule",
     study: Study = None,
     resume: Resume = False,
+    after: After = None,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
@@ -388,7 +393,7 @@ def search_training(
     name = study or f"{space}-{config.name}"
     with table.shown(terminal.console, terminal.stage) as report:
         found = studies.training_study(
-            config, name, chosen, _lineage(), resume=resume, report=report, say=terminal.stage
+            config, name, chosen, _lineage(), resume=resume, after=after or [], report=report, say=terminal.stage
         )
     _show_study(found)
     _finish(as_json, found.answer)

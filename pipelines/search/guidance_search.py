@@ -31,7 +31,7 @@ from pipelines.evaluation.features import extract
 from pipelines.models import sampling_settings
 from pipelines.search.judge import Drawn, Subject, draw, hopeless, interval, rungs, scores
 from pipelines.search.observer import Observer
-from pipelines.search.space import StudyConfig, Value, apply, check_space
+from pipelines.search.space import Params, StudyConfig, Value, apply, check_space
 from pipelines.search.study import StudyStore, TrialRecord, pareto_front, searcher
 from pipelines.shards.read import Batch
 
@@ -177,6 +177,7 @@ def run_trials(
     base: Config,
     records: Sequence[TrialRecord],
     observer: Observer,
+    first: Sequence[Params] = (),
 ) -> None:
     """Every trial that is still to be run; the records are written on the way."""
     left = study.trials - sum(record.state != "running" for record in records)
@@ -192,7 +193,7 @@ def run_trials(
         tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
-                search_alg=searcher(study, base, records, Path(scratch), first=[study.nearest(base)]),
+                search_alg=searcher(study, base, records, Path(scratch), first=[study.nearest(base), *first]),
                 num_samples=left,
                 max_concurrent_trials=min(study.concurrent or room, room),
                 reuse_actors=True,
@@ -273,6 +274,7 @@ def search(
     *,
     subject_name: str,
     resume: bool,
+    first: Sequence[Params] = (),
 ) -> GuidanceResult:
     """The whole study.
 
@@ -284,6 +286,7 @@ def search(
         observer: watches.
         subject_name: of the model; a study is resumed on the same one only.
         resume: whether it may have begun.
+        first: what is tried after the model's present setting and before anything else.
 
     Raises:
         ConfigError: a space that gives invalid configurations.
@@ -292,7 +295,7 @@ def search(
     check_space(study, base)
     records = store.open(study, base, subject_name, resume=resume)
     observer.begin(records)
-    run_trials(subject, study, base, records, observer)
+    run_trials(subject, study, base, records, observer, first)
     records = store.records()
     front = pareto_front(records, ("frechet_distance", "evaluations"))
     return GuidanceResult(records, front, confirm(subject, study, base, records), draw_front(subject, base, front))

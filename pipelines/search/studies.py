@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from pipelines.search.guidance_search import GuidanceResult, base_of, subject_of
 from pipelines.search.observer import Observer, Report
 from pipelines.search.page import Page, png
 from pipelines.search.space import StudyConfig, apply, check_space
-from pipelines.search.study import StudyStore, TrialRecord, best, done
+from pipelines.search.study import StudyStore, TrialRecord, best, done, earlier_points
 from pipelines.shards.index import read_dataset
 from pipelines.storage import Storage, join
 from pipelines.tracking import Tracker
@@ -50,7 +50,15 @@ class StudyResult:
 
 
 def guidance_study(
-    config: Config, reference: str, name: str, study: StudyConfig, *, resume: bool, report: Report, say: Say
+    config: Config,
+    reference: str,
+    name: str,
+    study: StudyConfig,
+    *,
+    resume: bool,
+    after: Sequence[str],
+    report: Report,
+    say: Say,
 ) -> StudyResult:
     """`ddpm search guidance`: see `guidance_search`.
 
@@ -62,6 +70,7 @@ def guidance_study(
     resolved = models.resolve(reference, tracking_uri=config.tracking.uri, storage=storage)
     base = base_of(config, resolved.model.spec.sampling)
     check_space(study, base)
+    first = earlier_points(study, base, [StudyStore.of(config, other) for other in after])
     dataset = read_dataset(resolved.model.spec.lineage.get("dataset_uri", config.data.uri), storage)
     splits = evaluation.open_splits(dataset, storage, config.data.cache_dir, config.data.cache_gib)
     evaluator = evaluation.get_evaluator(dataset, splits, storage, lambda text: say("study", text))
@@ -77,6 +86,7 @@ def guidance_study(
         observer,
         subject_name=_identity(resolved),
         resume=resume,
+        first=first,
     )
     observer.settle()
     seconds = time.monotonic() - began
@@ -110,7 +120,15 @@ def guidance_study(
 
 
 def training_study(
-    config: Config, name: str, study: StudyConfig, lineage: dict[str, Any], *, resume: bool, report: Report, say: Say
+    config: Config,
+    name: str,
+    study: StudyConfig,
+    lineage: dict[str, Any],
+    *,
+    resume: bool,
+    after: Sequence[str],
+    report: Report,
+    say: Say,
 ) -> StudyResult:
     """`ddpm search training`: see `training_search`.
 
@@ -120,6 +138,7 @@ def training_study(
     began = time.monotonic()
     check_space(study, config)
     training_search.rungs(config.images, config.batch_size, study)
+    first = earlier_points(study, config, [StudyStore.of(config, other) for other in after])
     storage = Storage.of(config)
     dataset = read_dataset(config.data.uri, storage)
     check_dataset(dataset, config)
@@ -133,7 +152,7 @@ def training_study(
     observer = Observer(store, study, tracker, config.tracking.experiment, config.images, report)
     observer.begin(records)
     shared = training_search.Shared.of(study, config, name, lineage, evaluator.network, splits)
-    training_search.run_trials(shared, records, observer)
+    training_search.run_trials(shared, records, observer, first)
     observer.settle()
     records = store.records()
     seen = sum(r.scores.get("images_seen", 0) for r in records)

@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines.config import Config
-from pipelines.search.space import Choice, Int, Log, Params, StudyConfig, Uniform, Value
+from pipelines.config import Config, ConfigError
+from pipelines.search.space import Choice, Int, Log, Params, StudyConfig, Uniform, Value, apply
 from pipelines.storage import NotFoundError, Storage, join
 
 State = Literal["running", "finished", "stopped", "failed"]
@@ -179,6 +179,26 @@ def pareto_front(records: Iterable[TrialRecord], metrics: Sequence[str]) -> list
 
     front = [r for r in finished if not any(beats(other, r) for other in finished)]
     return sorted(front, key=lambda record: record.scores[metrics[-1]])
+
+
+def earlier_points(study: StudyConfig, base: Config, stores: Iterable[StudyStore], each: int = 3) -> list[Params]:
+    """The best parameters of earlier studies, as far as they are in this one's space: what it begins with.
+
+    Raises:
+        StudyError: there is no such study.
+    """
+    found: dict[str, Params] = {}
+    for store in stores:
+        store.description()
+        judged = [r for r in store.records() if r.state == "finished"]
+        for record in sorted(judged, key=lambda r: r.scores.get("frechet_distance", math.inf))[:each]:
+            params = {path: value for path, value in record.params.items() if path in study.space}
+            try:
+                apply(base, params)
+            except ConfigError:
+                continue
+            found.setdefault(trial_name(params), params)
+    return list(found.values())
 
 
 # --- Optuna --------------------------------------------------------------------------------------------------

@@ -269,8 +269,14 @@ def concurrency(study: StudyConfig, base: Config, resources: Mapping[str, float]
     return min(room, study.concurrent or room)
 
 
-def run_trials(shared: Shared, records: Sequence[TrialRecord], observer: Observer) -> None:
-    """Every trial that is still to be run; the records are written on the way."""
+def run_trials(
+    shared: Shared, records: Sequence[TrialRecord], observer: Observer, first: Sequence[Params] = ()
+) -> None:
+    """Every trial that is still to be run; the records are written on the way.
+
+    Args:
+        first: what is tried after the configuration as it stands and before anything else.
+    """
     study, base = shared.study, shared.base
     left = study.trials - sum(record.state != "running" for record in records)
     if left <= 0:
@@ -283,7 +289,7 @@ def run_trials(shared: Shared, records: Sequence[TrialRecord], observer: Observe
         tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
-                search_alg=searcher(study, base, records, Path(scratch), first=[study.nearest(base)]),
+                search_alg=searcher(study, base, records, Path(scratch), first=[study.nearest(base), *first]),
                 scheduler=AsyncHyperBandScheduler(
                     time_attr="images_seen",
                     metric=metric,

@@ -17,6 +17,7 @@ from pipelines.search.study import (
     StudyStore,
     TrialRecord,
     best,
+    earlier_points,
     pareto_front,
     past_of,
     searcher,
@@ -153,3 +154,16 @@ def test_the_page_holds_everything_and_loads_nothing():
 
 def test_a_page_of_a_study_that_has_just_begun():
     assert "Study first" in Page("first", STUDY, "a model", [record(1, math.nan, state="running")]).html()
+
+
+def test_a_study_begins_with_the_best_of_earlier_ones_as_far_as_they_fit(store):
+    store.open(STUDY, BASE, "model", resume=False)
+    for i, distance in enumerate([9.0, 5.0, 7.0, 6.0, 8.0]):
+        store.record(record(i, distance))
+    store.record(record(7, 1.0, state="stopped"))
+    points = earlier_points(STUDY, BASE, [store])
+    assert points == [record(i, 0.0).params for i in (1, 3, 2)]
+    narrow = STUDY.model_copy(update={"space": {"guidance.scale": STUDY.space["guidance.scale"]}})
+    assert earlier_points(narrow, BASE, [store])[0] == {"guidance.scale": points[0]["guidance.scale"]}
+    with pytest.raises(StudyError, match=r"no study at .*elsewhere; there are: first"):
+        earlier_points(STUDY, BASE, [StudyStore(store.storage, store.uri.replace("first", "elsewhere"))])

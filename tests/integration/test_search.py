@@ -1,0 +1,107 @@
+"""Studies on the real Ray, S3 and MLflow: killed and resumed, with trials that fail."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from pipelines.config import compose
+from pipelines.search.space import load_study
+from pipelines.search.study import StudyStore, TrialRecord, best, trial_name
+from pipelines.shards.index import read_dataset
+from pipelines.storage import Storage
+from tests.integration.conftest import Shell
+
+pytestmark = pytest.mark.integration
+
+TINY = ["+experiment=digits", "model.channels=[32]", "model.attention=[true]", "model.layers_per_block=1"]
+TINY += ["cluster.num_workers=1", "sampler.steps=5"]
+GUIDANCE = ["search.trials=6", "search.samples=64", "search.rungs=2", "search.confirm=1", "search.confirm_samples=64"]
+GUIDANCE += ["search.space.sampler.steps.int=[3,8]"]
+
+
+@pytest.fixture(scope="module")
+def model(shell: Shell) -> str:
+    shell.ok("ingest", "digits", "--to", "s3://ddpm/datasets/digits")
+    short = ["images=2560", "tracking.grid_every=null", "checkpoint.every=2560", "name=searched"]
+    return "runs:/" + shell.ok("train", *TINY, *short, "--json").answer["run_id"]
+
+
+def records(s3: Storage, study: str) -> dict[str, TrialRecord]:
+    return {r.trial: r for r in StudyStore(s3, f"s3://ddpm/studies/{study}").records()}
+
+
+def children(local_stack, run_id: str):
+    client = MlflowClient(tracking_uri=local_stack.tracking_uri)
+    experiment = client.get_experiment_by_name("ddpm")
+    found = client.search_runs([experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'")
+    return {run.data.tags["ddpm.run"]: run for run in found}, len(found)
+
+
+def test_a_guidance_study_that_is_killed_goes_on_and_counts_nothing_twice(shell, s3, local_stack, model):
+    command = ["search", "guidance", "--model", model, "--study", "killed", *TINY, *GUIDANCE]
+    process = shell.start(*command)
+    deadline = time.monotonic() + 200
+    while not [r for r in records(s3, "killed").values() if r.state == "finished"]:
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.kill()
+    process.communicate()
+    before = {name: r for name, r in records(s3, "killed").items() if r.state in ("finished", "stopped")}
+
+    refused = shell(*command)
+    assert refused.code == 1
+    assert "a study 'killed' is at s3://ddpm/studies/killed: go on with --resume" in refused.err
+    done = shell.ok(*command, "--resume", "--json")
+    after = records(s3, "killed")
+    assert len(after) == sum(done.answer["trials"].values()) == 6
+    assert done.answer["trials"]["running"] == 0
+    assert all(after[name] == record for name, record in before.items())  # none ran again
+    runs, count = children(local_stack, done.answer["run_id"])
+    assert count == len(runs) == 6
+    assert set(runs) == {f"killed-{name}" for name in after}
+    lowest = min(r.scores["frechet_distance"] for r in after.values() if r.state == "finished")
+    assert best(after.values()).scores["frechet_distance"] == lowest
+    assert {c["trial"] for c in done.answer["confirmed"]} >= {"default"}
+    assert s3.exists("s3://ddpm/studies/killed/study.html")
+    status = shell.ok("search", "status", "killed", "--json")
+    assert status.answer["trials"] == done.answer["trials"]
+
+
+def test_a_training_study_with_trials_that_fail_ends_with_the_right_best(shell, s3, local_stack, model, tmp_path: Path):
+    space = tmp_path / "odd.yaml"
+    space.write_text(
+        "kind: training\ntrials: 4\nrandom_trials: 4\nsamples: 40\nrungs: 2\nbits_per_dim_images: 4\nspace:\n"
+        "  optim.lr: {log: [0.0001, 1.0e+35]}\n  cluster.num_workers: {choice: [1, 64]}\n"
+    )
+    overrides = [*TINY, "images=2560", "optim.grad_clip=null", "optim.warmup_images=0", "optim.max_skipped=2"]
+    overrides += ["cluster.patience_s=3", "optim.precision=fp32"]
+    # What was running when a driver was killed is tried first: so these are sure to be among the trials.
+    store = StudyStore(s3, "s3://ddpm/studies/odd")
+    digest = read_dataset("s3://ddpm/datasets/digits", s3).digest
+    store.open(load_study(str(space)), compose(overrides), digest, resume=False)
+    diverges = {"optim.lr": 1e34, "cluster.num_workers": 1}
+    asks_too_much = {"optim.lr": 0.001, "cluster.num_workers": 64}
+    good = {"optim.lr": 0.003, "cluster.num_workers": 1}
+    for params in (diverges, asks_too_much, good):
+        store.record(TrialRecord(trial_name(params), params, "running"))
+
+    done = shell.ok("search", "training", "--space", str(space), "--study", "odd", "--resume", *overrides, "--json")
+    after = records(s3, "odd")
+    assert len(after) == 4
+    failed = done.answer["failed"]
+    assert {trial_name(diverges), trial_name(asks_too_much)} <= set(failed)
+    assert "not finite" in failed[trial_name(diverges)]
+    assert "64" in failed[trial_name(asks_too_much)]
+    assert done.answer["best"]["params"]["cluster.num_workers"] == 1
+    assert "bits_per_dim" in done.answer["best"]["scores"]
+    runs, count = children(local_stack, done.answer["run_id"])
+    assert count == len(runs) == 4
+    assert runs[f"odd-{trial_name(diverges)}"].info.status == "FAILED"
+    taken = shell.folder / "best.json"
+    s3.download("s3://ddpm/studies/odd/best.json", taken)
+    assert shell.ok("train", "--config", str(taken), "images=256", "--json").answer["images_seen"] == 256
