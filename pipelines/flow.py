@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from ddpm.generate import SamplingSettings
 from pipelines import models, registry, tracking
-from pipelines.checkpoints import Published
+from pipelines.checkpoints import Published, record_scores
 from pipelines.config import Config, ConfigError
 from pipelines.evaluation import evaluate as evaluation
 from pipelines.evaluation.evaluate import Scores
@@ -267,6 +267,8 @@ def evaluate_stage(
         order = [i for row in range(8) for c in range(classes) for i in (done.labels == c).nonzero()[0][row : row + 1]]
         tracker.image("evaluation", label_grid(done.samples[order], classes, model.spec.classes), images_seen)
         tracker.text(tracking.to_json(asdict(done.scores)), artifact)
+        if published:
+            record_scores(tracker, published.images_seen, done.scores.metrics())
     return done.scores, True
 
 
