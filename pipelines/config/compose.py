@@ -71,6 +71,8 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """A whole configuration from a JSON or YAML file, such as the `config.json` of a run, with overrides by path.
 
+    Addresses of a local stack are left out: whoever wrote the file may have had another.
+
     Raises:
         ConfigError: no such file, or anything that is wrong with it.
     """
@@ -87,7 +89,7 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
     if not isinstance(plain, dict):
         raise ConfigError(f"{path}: a configuration is a mapping, this is a {type(plain).__name__}")
-    return from_dict(typing.cast("dict[str, Any]", plain))
+    return from_dict(typing.cast("dict[str, Any]", plain)).portable()
 
 
 def from_dict(plain: Mapping[str, Any]) -> Config:

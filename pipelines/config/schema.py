@@ -388,6 +388,15 @@ class Config(_Model):
         if wrong:
             raise ValueError(f"task = classifier has no use for {', '.join(wrong)}: leave them at their defaults")
 
+    def portable(self) -> Config:
+        """Without the addresses of the local stack, which are found anew and may have changed by then."""
+        if not self.storage.local_stack:
+            return self
+        storage = self.storage.model_copy(update={"endpoint_url": None, "credentials_file": None})
+        tracking = self.tracking.model_copy(update={"uri": None})
+        cluster = self.cluster.model_copy(update={"address": None})
+        return self.model_copy(update={"storage": storage, "tracking": tracking, "cluster": cluster})
+
     def identity(self) -> dict[str, Any]:
         """The settings that decide the loss trace, flat; a resumed run must have the same."""
         data = self.model_dump(

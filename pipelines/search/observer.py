@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback
@@ -168,14 +170,13 @@ _SCORES = (
 
 
 def _reason(trial: Any) -> str:
-    """The last line of what a trial's process said."""
+    """The last line of what a trial's process said, without the name of the error's class."""
     try:
-        error = trial.get_error() if hasattr(trial, "get_error") else None
-        text = str(error or "").strip() or "its process ended without a word"
+        text = Path(trial.error_file).read_text() if trial.error_file else ""
     except OSError:
-        text = "its process ended without a word"
+        text = ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return (lines[-1] if lines else text)[:500]
+    return re.sub(r"^[\w.]+Error: ", "", lines[-1])[:500] if lines else "its process ended without a word"
 
 
 def describe_params(params: Mapping[str, Value]) -> str:

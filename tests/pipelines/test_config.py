@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 import zipfile
@@ -5,7 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config import ConfigError, compose, conf_dir, flatten, from_dict, groups, noise_schedule, unet_config
+from pipelines.config import (
+    ConfigError,
+    compose,
+    conf_dir,
+    flatten,
+    from_dict,
+    groups,
+    noise_schedule,
+    read_config,
+    unet_config,
+)
 
 NEEDED = {"folder32": ["name=mine", "data.source=photos", "data.num_classes=3"]}
 
@@ -133,3 +144,40 @@ def test_a_built_wheel_carries_the_configuration(tmp_path):
         [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == [str(tmp_path / "site/pipelines/config/__init__.py"), "digits"]
+
+
+def test_a_written_configuration_is_read_back_with_overrides_and_without_the_local_stack_of_its_writer(tmp_path):
+    config = compose(["+experiment=digits", "optim.lr=0.5"])
+    connected = config.model_copy(
+        update={
+            "storage": config.storage.model_copy(update={"endpoint_url": "http://127.0.0.1:1"}),
+            "cluster": config.cluster.model_copy(update={"address": "127.0.0.1:2"}),
+            "tracking": config.tracking.model_copy(update={"uri": "http://127.0.0.1:3"}),
+        }
+    )
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(connected.model_dump(mode="json")))
+    assert read_config(path) == config
+    assert read_config(path, ["optim.lr=0.25", "images=256"]) == compose(
+        ["+experiment=digits", "optim.lr=0.25", "images=256"]
+    )
+    elsewhere = compose(["+experiment=digits", "storage=s3", "storage.root=s3://b", "tracking.uri=http://mlflow"])
+    path.write_text(json.dumps(elsewhere.model_dump(mode="json")))
+    assert read_config(path) == elsewhere
+
+
+@pytest.mark.parametrize(
+    "text, overrides, message",
+    [
+        (None, [], r"config\.json: no such file"),
+        ("[1, 2]", [], "a configuration is a mapping"),
+        ("{", [], r"config\.json: "),
+        ("{}", ["optm.lr=1"], r"optm: no such field here.*Did you mean 'optim'"),
+    ],
+)
+def test_a_configuration_file_that_cannot_be_read_is_named(tmp_path, text, overrides, message):
+    path = tmp_path / "config.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_config(path, overrides)
