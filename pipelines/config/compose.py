@@ -81,14 +81,15 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     from yaml import YAMLError
 
     try:
-        given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        plain = OmegaConf.to_container(given, resolve=True)
+        given = OmegaConf.load(path)
+        if not OmegaConf.is_dict(given):
+            raise ConfigError(f"{path}: a configuration is a mapping from names to values, this is none")
+        merged = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
+        plain = OmegaConf.to_container(merged, resolve=True)
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file") from error
     except (OmegaConfBaseException, YAMLError, OSError, TypeError) as error:
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
-    if not isinstance(plain, dict):
-        raise ConfigError(f"{path}: a configuration is a mapping, this is a {type(plain).__name__}")
     return from_dict(typing.cast("dict[str, Any]", plain)).portable()
 
 
