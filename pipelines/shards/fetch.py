@@ -13,11 +13,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 from pipelines.shards.cache import FetchStats, PartialShard, ShardCache, ShardCorruptError
 from pipelines.shards.index import Dataset, DatasetError, Member, ShardIndex, ShardInfo, sidecar
 from pipelines.storage import Storage, StorageError, join
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 Wanted = Sequence[tuple[ShardInfo, Sequence[Member]]]
@@ -25,6 +27,8 @@ Span = tuple[int, int]
 """Bytes [start, stop) of a shard."""
 FILL_BYTES = 8 << 20
 """Of one request that brings a shard into the cache in the background."""
+PATIENCE_S = 0.5
+"""How long such a request stands back behind readers."""
 GAP_BYTES = 64 << 10
 """Bytes that cost less to fetch than another request."""
 
@@ -61,6 +65,8 @@ class ShardFetcher:
         self._ranged = ThreadPoolExecutor(requests, thread_name_prefix="ranged")
         self._whole = ThreadPoolExecutor(downloads, thread_name_prefix="whole")
         self._closed = threading.Event()
+        self._wanted = 0  # ranged requests that a reader waits for
+        self._idle = threading.Condition()
         self._warned = False
         self._lock = threading.Lock()
         self._partial: dict[str, PartialShard] = {}
@@ -175,6 +181,7 @@ class ShardFetcher:
         """Bring in what nobody has asked for, then verify the whole."""
         try:
             while not self._closed.is_set():
+                self._let_readers_pass()
                 run = partial.missing(max(FILL_BYTES // self.block_bytes, 1))
                 if run:
                     self._fetch_run(partial, run)
@@ -195,6 +202,24 @@ class ShardFetcher:
         except Exception as error:  # noqa: BLE001  whatever it is, readers of the shard are told
             partial.give_up(error)
 
+    def _submit(self, fetch: Callable[..., T], *arguments: object) -> Future[T]:
+        """A request that a reader waits for."""
+        with self._idle:
+            self._wanted += 1
+        future = self._ranged.submit(fetch, *arguments)
+        future.add_done_callback(self._answered)
+        return future
+
+    def _answered(self, future: Future[T]) -> None:
+        with self._idle:
+            self._wanted -= 1
+            self._idle.notify_all()
+
+    def _let_readers_pass(self) -> None:
+        """Wait while readers wait, for a while: what is wanted now comes before what will be wanted."""
+        with self._idle:
+            self._idle.wait_for(lambda: self._wanted == 0, timeout=PATIENCE_S)
+
     # --- ranges ----------------------------------------------------------------------------------------------
 
     def _begin(self, shard: ShardInfo, members: Sequence[Member]) -> Callable[[], list[memoryview]]:
@@ -207,11 +232,11 @@ class ShardFetcher:
         partial = self._put_together(shard) if self.cache is not None else None
         if partial is None:
             spans = coalesce(members)
-            futures = [self._ranged.submit(self._get, shard, start, stop) for start, stop in spans]
+            futures = [self._submit(self._get, shard, start, stop) for start, stop in spans]
             return lambda: self._from_spans(shard, members, spans, futures)
         blocks, fresh = partial.promise(sorted({n for m in members for n in partial.numbers(m)}))
         for run in _runs(fresh):
-            self._ranged.submit(self._fetch_run, partial, run)
+            self._submit(self._fetch_run, partial, run)
         return lambda: self._from_partial(partial, members, blocks)
 
     def _from_partial(
