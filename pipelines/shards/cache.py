@@ -40,6 +40,16 @@ class FetchStats:
     block_reads: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
+    def metrics(self) -> dict[str, float]:
+        """As a run's curves have them: of this process, since it began."""
+        reads = self.cached_reads + self.block_reads
+        return {
+            "data/fetched_mib": self.bytes / 2**20,
+            "data/requests": float(self.requests),
+            "data/whole_shards": float(self.whole_shards),
+            "data/cache_hits": self.cached_reads / reads if reads else 0.0,
+        }
+
     def add(self, **counts: int) -> None:
         """Count, from any thread."""
         with self._lock:

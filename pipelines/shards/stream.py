@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from pipelines.shards.fetch import ShardFetcher
 from pipelines.shards.index import Dataset, DatasetError, Quarantine, stream_digest
-from pipelines.shards.order import SampleOrder
+from pipelines.shards.order import Located, SampleOrder
 from pipelines.shards.read import Batch, ShardReader
 from pipelines.storage import Storage
 
@@ -109,8 +109,12 @@ class TrainingStream:
                 return
             yield batch
 
+    def piece(self, first: int) -> Located:
+        """This rank's part of the global batch that begins with sample `first`."""
+        return self.order.piece(first, self.batch_size, self.rank, self.world_size)
+
     def _load(self, first: int) -> Batch:
-        batch = self.reader.batch(self.order.piece(first, self.batch_size, self.rank, self.world_size))
+        batch = self.reader.batch(self.piece(first))
         return batch.pinned() if torch.cuda.is_available() else batch
 
 

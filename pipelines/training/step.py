@@ -29,6 +29,7 @@ class Outcome:
         updated: False where one of the two is not finite, and the weights stayed as they were.
         stop: whether any rank wishes to stop.
         checkpoint: whether any rank wishes a checkpoint.
+        broken: whether any rank had no batch; nothing has changed then, and the batch is not seen.
     """
 
     loss: float
@@ -36,6 +37,7 @@ class Outcome:
     updated: bool
     stop: bool
     checkpoint: bool
+    broken: bool = False
 
 
 def step(
@@ -47,6 +49,7 @@ def step(
     *,
     stop: bool = False,
     checkpoint: bool = False,
+    broken: bool = False,
 ) -> Outcome:
     """One update from this rank's piece of the next global batch.
 
@@ -55,16 +58,20 @@ def step(
 
     Args:
         stop, checkpoint: what this rank wishes; all ranks learn of it.
+        broken: whether this rank's batch could not be read, and `batch` only stands in for it.
     """
     ours = _accumulate(training, schedule, batch, config, device)
-    shared = torch.cat([torch.tensor([stop, checkpoint], dtype=torch.float64, device=device), ours])
+    shared = torch.cat([torch.tensor([stop, checkpoint, broken], dtype=torch.float64, device=device), ours])
     if world() > 1:
         dist.all_reduce(shared)
     parameters = [p for p in training.network.parameters() if p.requires_grad]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     # The one place where the host waits for the device.
-    stops, checkpoints, loss, grad_norm = torch.cat([shared[:3], norm.double()[None]]).tolist()
+    stops, checkpoints, breaks, loss, grad_norm = torch.cat([shared[:4], norm.double()[None]]).tolist()
+    if breaks:
+        training.optimizer.zero_grad()
+        return Outcome(loss, grad_norm, False, stop=True, checkpoint=True, broken=True)
     updated = math.isfinite(loss) and math.isfinite(grad_norm)
     if updated:
         if config.optim.grad_clip is not None:
@@ -73,7 +80,7 @@ def step(
             group["lr"] = learning_rate(config.optim, training.images_seen, config.images)
         training.optimizer.step()
         training.optimizer_steps += 1
-        _remember(training, schedule, shared[3:], config)
+        _remember(training, schedule, shared[4:], config)
     else:
         training.skipped += 1
     training.optimizer.zero_grad()

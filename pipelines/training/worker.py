@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from pipelines import models
 from pipelines.config import Config, noise_schedule
 from pipelines.metric_log import MetricLog
+from pipelines.shards.cache import ShardCorruptError
 from pipelines.shards.read import Batch, default_cache_dir
 from pipelines.shards.stream import StreamSettings, TrainingStream, open_stream
 from pipelines.training import hardware
@@ -66,6 +68,8 @@ class Loop:
         self.window = Window(config, clock, self.resumed_at, device)
         self.profiler = Profiler(job, rank, self.resumed_at)
         self.loss = math.nan
+        self.last: Batch | None = None
+        self.broken: ShardCorruptError | None = None
         self.guard = SkipGuard(config.optim, config.batch_size)
 
     def run(self) -> None:
@@ -84,6 +88,9 @@ class Loop:
         self.clock.switch("step")
         while (batch := self._next(batches)) is not None:
             outcome = self._step(batch)
+            if outcome.broken:
+                self._give_up()
+                return
             finished = self.training.images_seen >= self.config.images
             self._tell(outcome, finished)
             if finished or self._crossed(self.config.tracking.grid_every or self.config.images):
@@ -102,13 +109,36 @@ class Loop:
 
     def _next(self, batches: Iterator[Batch]) -> Batch | None:
         with self.clock.during("data"):
-            return next(batches, None)
+            try:
+                self.last = next(batches, None)
+            except ShardCorruptError as error:
+                # The others wait for this rank in the next step: it takes part, so that all save what there is.
+                if self.last is None:
+                    raise
+                self.broken = error
+                ordinals = torch.from_numpy(self.stream.piece(self.training.images_seen).ordinals)
+                self.last = replace(self.last, ordinals=ordinals)
+            return self.last
+
+    def _give_up(self) -> None:
+        """Save what was trained before a batch that some rank could not read; that rank says why.
+
+        Raises:
+            ShardCorruptError: the batch was this rank's.
+        """
+        if self.training.images_seen > self.saved_at:
+            self._save(finished=False)
+        with self.clock.during("checkpoint"):
+            self.checkpointer.finish()
+        if self.broken is not None:
+            raise self.broken
 
     def _step(self, batch: Batch) -> Outcome:
         self.profiler.before_step(self.training.images_seen)
         stop = self.rank == 0 and self.shell.stop_requested()
         checkpoint = self.shell.checkpoint_requested()
-        return step(self.training, self.schedule, batch, self.config, self.device, stop=stop, checkpoint=checkpoint)
+        wishes = {"stop": stop, "checkpoint": checkpoint, "broken": self.broken is not None}
+        return step(self.training, self.schedule, batch, self.config, self.device, **wishes)
 
     def _tell(self, outcome: Outcome, finished: bool) -> None:
         """Rank 0 says what the step came to; every rank stops where too many in a row came to nothing."""
@@ -121,7 +151,7 @@ class Loop:
         self.window.add(outcome)
         self._progress(outcome.loss)
         if finished or self._crossed(self.config.tracking.log_every):
-            self.log.add(self.window.metrics(self.training), seen)
+            self.log.add({**self.window.metrics(self.training), **self.stream.reader.fetcher.stats.metrics()}, seen)
 
     def _show(self) -> None:
         if self.config.tracking.grid_every is not None:

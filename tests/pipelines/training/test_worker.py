@@ -6,14 +6,17 @@ import json
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 
 from ddpm.interop import load_classifier, load_model
 from ddpm.prediction import Conditioning
 from pipelines.checkpoints import ModelError
+from pipelines.shards.cache import ShardCorruptError
 from pipelines.shards.ingest.write import ingest
+from pipelines.shards.order import SampleOrder
 from pipelines.storage import Storage
 from tests.pipelines.shards.ingest.sources import jsonl, pictures, write_files
-from tests.pipelines.training.ranks import last_checkpoint, tiny_config, trace, train_here
+from tests.pipelines.training.ranks import last_checkpoint, run_ranks, tiny_config, trace, train_here
 
 STEPS, BATCH = 6, 25
 
@@ -188,3 +191,46 @@ def test_a_compiled_network_has_the_same_trace_and_is_kept_on_disk(digits, tmp_p
     torch.testing.assert_close(losses(tmp_path / "compiled"), losses(tmp_path / "plain"), rtol=1e-3, atol=0)
     assert any((tmp_path / "inductor").rglob("*.so"))
     assert last_checkpoint(tmp_path / "compiled").joinpath("model.json").exists()
+
+
+def test_a_damaged_shard_stops_the_run_by_name_after_a_checkpoint_of_what_came_before(tmp_path):
+    uri, one_by_one = f"file://{tmp_path}/digits", ["data.lanes=1", "data.window=1"]
+    dataset = ingest("digits", uri, Storage(), image_size=8, channels=1, shard_samples=128).dataset
+    run(tmp_path / "whole", dataset, *one_by_one)
+    counts = [shard.samples for shard in dataset.shards("train")]
+    order = SampleOrder(counts, lanes=1, window=1, seed=0, digest=dataset.digest)
+    victim = dataset.shards("train")[order.batch(STEPS * BATCH - 1, 1).shards[0]].name
+    data = bytearray((tmp_path / "digits" / victim).read_bytes())
+    data[600::1024] = bytes(b ^ 255 for b in data[600::1024])  # in every sample of it
+    (tmp_path / "digits" / victim).write_bytes(data)
+    with pytest.raises(ShardCorruptError, match=victim.replace(".", r"\.")):
+        run(tmp_path / "broken", dataset, *one_by_one)
+    whole, seen = trace(tmp_path / "whole"), (STEPS - 1) * BATCH
+    assert trace(tmp_path / "broken") == {n: loss for n, loss in whole.items() if n <= seen}
+    state = json.loads((last_checkpoint(tmp_path / "broken") / "state.json").read_text())
+    assert state["images_seen"] == seen
+
+
+@pytest.mark.integration
+def test_where_one_of_two_ranks_meets_a_damaged_shard_both_save_and_end(tmp_path):
+    uri, images = f"file://{tmp_path}/digits", 40 * BATCH
+    dataset = ingest("digits", uri, Storage(), image_size=8, channels=1, shard_samples=128).dataset
+    order = SampleOrder(
+        [shard.samples for shard in dataset.shards("train")], lanes=5, window=1, seed=0, digest=dataset.digest
+    )
+    first = order.batch(0, BATCH).shards.tolist()
+    number = next(i for i in range(images // BATCH) if set(order.batch(i * BATCH, BATCH).shards.tolist()) - set(first))
+    new = next(s for s in order.batch(number * BATCH, BATCH).shards.tolist() if s not in first)
+    holders = [new in order.piece(number * BATCH, BATCH, rank, 2).shards for rank in range(2)]
+    assert sum(holders) == 1
+    victim = dataset.shards("train")[new].name
+    data = bytearray((tmp_path / "digits" / victim).read_bytes())
+    data[600::1024] = bytes(b ^ 255 for b in data[600::1024])
+    (tmp_path / "digits" / victim).write_bytes(data)
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    runs = [(folder, tiny_config(folder, images, BATCH, "data.window=1"))]
+    with pytest.raises(mp.ProcessRaisedException, match=victim.replace(".", r"\.")):
+        mp.spawn(run_ranks, (2, tmp_path / "rendezvous", dataset, runs), nprocs=2)
+    state = json.loads((last_checkpoint(folder) / "state.json").read_text())
+    assert state["images_seen"] == number * BATCH
