@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -364,15 +365,11 @@ def search_guidance(
     chosen, config = _study(space, "guidance", overrides)
     config = _connect(config, ["s3", "mlflow", "ray"])
 
-    from pipelines.search import studies, table
+    from pipelines.search import studies
 
     name = study or f"guidance-{config.name}"
-    with table.shown(terminal.console, terminal.stage) as report:
-        found = studies.guidance_study(
-            config, model, name, chosen, resume=resume, after=after or [], report=report, say=terminal.stage
-        )
-    _show_study(found)
-    _finish(as_json, found.answer)
+    study_of = partial(studies.guidance_study, config, model, name, chosen)
+    _watch_study(partial(study_of, resume=resume, after=after or [], say=terminal.stage), as_json)
 
 
 @search_app.command("training")
@@ -388,15 +385,11 @@ def search_training(
     chosen, config = _study(space, "training", overrides)
     config = _connect(config, ["s3", "mlflow", "ray"])
 
-    from pipelines.search import studies, table
+    from pipelines.search import studies
 
     name = study or f"{space}-{config.name}"
-    with table.shown(terminal.console, terminal.stage) as report:
-        found = studies.training_study(
-            config, name, chosen, _lineage(), resume=resume, after=after or [], report=report, say=terminal.stage
-        )
-    _show_study(found)
-    _finish(as_json, found.answer)
+    study_of = partial(studies.training_study, config, name, chosen, _lineage())
+    _watch_study(partial(study_of, resume=resume, after=after or [], say=terminal.stage), as_json)
 
 
 @search_app.command("status")
@@ -432,13 +425,17 @@ def _study(space: str, kind: str, overrides: list[str] | None) -> tuple[Any, Con
     return chosen, compose([line for line in lines if not line.startswith("search.")])
 
 
-def _show_study(found: Any) -> None:
-    if found.best is not None:
-        from pipelines.search.table import line
+def _watch_study(run: Any, as_json: bool) -> None:
+    """Run a study under its live table, then say what it came to."""
+    from pipelines.search import table
 
-        terminal.stage("best", line(found.best))
+    with table.shown(terminal.console, terminal.stage) as report:
+        found = run(report=report)
+    if found.best is not None:
+        terminal.stage("best", table.line(found.best))
     terminal.stage("page", found.page)
     terminal.stage("mlflow", found.tracker.url)
+    _finish(as_json, found.answer)
 
 
 def _connected(overrides: list[str] | None) -> Config:

@@ -71,37 +71,34 @@ class ModelConfig(_Model):
     learned_variance: bool = Field(False, description="of the reverse steps; trained by objective.loss hybrid or vlb")
 
 
-class LinearSchedule(_Model):
+class _Schedule(_Model):
+    num_steps: PositiveInt = 1000
+    zero_terminal_snr: bool = False
+    log_snr_shift: float = Field(0.0, description="added to the log-SNR at every step; below 0 is more noise")
+
+
+class LinearSchedule(_Schedule):
     """Linear betas."""
 
     kind: Literal["linear"]
-    num_steps: PositiveInt = 1000
     beta_start: PositiveFloat = 1e-4
     beta_end: PositiveFloat = 0.02
-    zero_terminal_snr: bool = False
-    log_snr_shift: float = Field(0.0, description="added to the log-SNR at every step; below 0 is more noise")
 
 
-class CosineSchedule(_Model):
+class CosineSchedule(_Schedule):
     """Squared-cosine alpha_bar."""
 
     kind: Literal["cosine"]
-    num_steps: PositiveInt = 1000
     s: NonNegativeFloat = 0.008
-    zero_terminal_snr: bool = False
-    log_snr_shift: float = Field(0.0, description="added to the log-SNR at every step; below 0 is more noise")
 
 
-class SigmoidSchedule(_Model):
+class SigmoidSchedule(_Schedule):
     """Sigmoid alpha_bar."""
 
     kind: Literal["sigmoid"]
-    num_steps: PositiveInt = 1000
     start: float = -3.0
     end: float = 3.0
     tau: PositiveFloat = 1.0
-    zero_terminal_snr: bool = False
-    log_snr_shift: float = Field(0.0, description="added to the log-SNR at every step; below 0 is more noise")
 
 
 ScheduleConfig = Annotated[LinearSchedule | CosineSchedule | SigmoidSchedule, Field(discriminator="kind")]

@@ -52,7 +52,6 @@ class Plan:
 
     job: Job
     resumes_at: int
-    run_existed: bool
 
     @property
     def complete(self) -> bool:
@@ -76,9 +75,9 @@ def make_plan(config: Config, storage: Storage, lineage: dict[str, Any]) -> Plan
     elif config.init_from is not None:
         models.initial_weights(config, config.tracking.uri, storage)  # whether there are any
     assert config.tracking.uri is not None
-    tracker, existed = tracking.open_run(config.tracking.uri, config.tracking.experiment, config.name, {})
+    tracker, _ = tracking.open_run(config.tracking.uri, config.tracking.experiment, config.name, {})
     job = Job(config, dataset, storage, tracker, {**lineage, "run_id": tracker.run_id}, quarantine)
-    return Plan(job, state.images_seen if state else 0, existed)
+    return Plan(job, state.images_seen if state else 0)
 
 
 def train(plan: Plan, report: Report = lambda values: None, notice: Notice = lambda text: None) -> TrainingResult:
