@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddpm.gaussian import ReverseVariance
-from ddpm.guidance import ClassifierFree
+from ddpm.guidance import Autoguided, ClassifierFree, ClassifierGuided, LogProb
 from ddpm.prediction import Clipped, Conditioning, Denoiser, DynamicThreshold
 from ddpm.samplers import (
     Sample,
@@ -25,6 +25,7 @@ from ddpm.samplers import (
 from ddpm.schedule import NoiseSchedule
 
 SAMPLERS = ("ddim", "ancestral", "dpm_solver", "heun", "predictor_corrector")
+GUIDANCE = ("classifier_free", "classifier", "auto")
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,10 @@ class SamplingSettings:
     """How images are drawn from a denoiser; none of it needs training.
 
     Attributes:
-        scale: classifier-free guidance scale; 0 is unconditional, 1 conditional.
+        scale: guidance scale; classifier-free: 0 is unconditional, 1 conditional; by a classifier: 0 is unconditional;
+            by a weaker model: 1 is the model itself.
         interval: fractions of T between which guidance acts.
-        rescale: 0 to 1, guidance rescale.
+        rescale: 0 to 1, rescale of classifier-free guidance.
         kind: one of `SAMPLERS`.
         steps: steps of the sampler, one network evaluation each (two for "heun", 1 + corrector_steps for
             "predictor_corrector"); guidance doubles the forward passes.
@@ -44,6 +46,9 @@ class SamplingSettings:
         snr: of those.
         clip: bound on the predicted |x_0|; None for no clipping.
         threshold: quantile of dynamic thresholding, which takes the place of clipping; None for none.
+        guidance: one of `GUIDANCE`.
+        classifier: name of the classifier that guides, by whoever finds it; for "classifier".
+        weak: name of the weaker model that guides; for "auto".
     """
 
     scale: float = 1.0
@@ -57,20 +62,58 @@ class SamplingSettings:
     snr: float = 0.16
     clip: float | None = 1.0
     threshold: float | None = None
+    guidance: str = "classifier_free"
+    classifier: str | None = None
+    weak: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in SAMPLERS:
             raise ValueError(f"unknown sampler {self.kind!r}; allowed: {', '.join(SAMPLERS)}")
         if self.scale < 0:
             raise ValueError(f"guidance scale must be >= 0, got {self.scale}")
+        if self.guidance not in GUIDANCE:
+            raise ValueError(f"unknown guidance {self.guidance!r}; allowed: {', '.join(GUIDANCE)}")
+        if self.rescale and self.guidance != "classifier_free":
+            raise ValueError(f"rescale = {self.rescale} is of classifier-free guidance, not of {self.guidance!r}")
 
 
-def configured(denoiser: Denoiser, schedule: NoiseSchedule, settings: SamplingSettings) -> Denoiser:
-    """The denoiser under the settings' guidance and clipping."""
-    guided = ClassifierFree(denoiser, schedule, settings.scale, settings.interval, settings.rescale)
+@dataclass(frozen=True)
+class Guides:
+    """What guides a denoiser beside itself.
+
+    Attributes:
+        log_prob: of a classifier of noisy images.
+        weak: a weaker model on the same schedule.
+    """
+
+    log_prob: LogProb | None = None
+    weak: Denoiser | None = None
+
+
+def configured(
+    denoiser: Denoiser, schedule: NoiseSchedule, settings: SamplingSettings, guides: Guides | None = None
+) -> Denoiser:
+    """The denoiser under the settings' guidance and clipping.
+
+    Raises:
+        ValueError: guidance by a network that is not among `guides`.
+    """
+    guided = _guided(denoiser, schedule, settings, guides or Guides())
     if settings.threshold is not None:
         return DynamicThreshold(guided, schedule, settings.threshold)
     return guided if settings.clip is None else Clipped(guided, schedule, settings.clip)
+
+
+def _guided(denoiser: Denoiser, schedule: NoiseSchedule, settings: SamplingSettings, guides: Guides) -> Denoiser:
+    if settings.guidance == "classifier":
+        if guides.log_prob is None:
+            raise ValueError("guidance by a classifier needs one: give `guides` with its log_prob")
+        return ClassifierGuided(denoiser, schedule, guides.log_prob, settings.scale, settings.interval)
+    if settings.guidance == "auto":
+        if guides.weak is None:
+            raise ValueError("autoguidance needs a weaker model: give `guides` with it as `weak`")
+        return Autoguided(denoiser, guides.weak, schedule, settings.scale, settings.interval)
+    return ClassifierFree(denoiser, schedule, settings.scale, settings.interval, settings.rescale)
 
 
 def trajectory(
@@ -82,11 +125,12 @@ def trajectory(
     images: Tensor,
     shape: tuple[int, ...],
     seed: int,
+    guides: Guides | None = None,
 ) -> Iterator[Sample]:
     """The sampler's steps for image numbers `images` [B]; see `generate`."""
     x_T = initial_noise(seed, images, shape)
     noise = step_noise(seed, images, shape)
-    guided = configured(denoiser, schedule, settings)
+    guided = configured(denoiser, schedule, settings, guides)
     steps = settings.steps
     if settings.kind == "ancestral":
         return ancestral(guided, schedule, x_T, cond, noise=noise, steps=steps, variance=settings.variance)
@@ -122,6 +166,7 @@ def generate(
     images: Tensor | None = None,
     count: int | None = None,
     batch_size: int = 64,
+    guides: Guides | None = None,
 ) -> Tensor:
     """Images in [-1, 1], float32 [N, C, H, W].
 
@@ -134,9 +179,10 @@ def generate(
         images: image numbers [N]; default 0 .. N - 1.
         count: N where there are neither conditions nor numbers.
         batch_size: images per network call.
+        guides: the classifier or weaker model that the settings' guidance needs.
 
     Raises:
-        ValueError: the number of images cannot be told.
+        ValueError: the number of images cannot be told, or a guide that is missing.
     """
     total = len(cond) if cond is not None else len(images) if images is not None else count
     if total is None:
@@ -146,7 +192,9 @@ def generate(
     for i in range(0, total, batch_size):
         span = slice(i, i + batch_size)
         some = None if cond is None else cond[span]
-        steps = trajectory(denoiser, schedule, settings, cond=some, images=numbers[span], shape=shape, seed=seed)
+        steps = trajectory(
+            denoiser, schedule, settings, cond=some, images=numbers[span], shape=shape, seed=seed, guides=guides
+        )
         parts.append(last(steps).clamp(-1, 1))
     return torch.cat(parts)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ddpm.generate import SamplingSettings, generate
+from ddpm.generate import Guides, SamplingSettings, generate
 from ddpm.models.classifier import NoisyClassifier
 from ddpm.models.unet import UNet, UNetConfig
 from ddpm.prediction import Conditioning, NetworkDenoiser, Parameterization
@@ -84,10 +84,19 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Model:
-    """A trained model, ready to sample."""
+    """A trained model, ready to sample.
+
+    Attributes:
+        spec: what it is.
+        network: predicts.
+        classifier: guides where the settings say so; of the same classes, on the same schedule.
+        weak: a weaker model that guides where the settings say so; on the same schedule.
+    """
 
     spec: ModelSpec
     network: UNet
+    classifier: NoisyClassifier | None = None
+    weak: Model | None = None
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -98,6 +107,23 @@ class Model:
     def denoiser(self) -> NetworkDenoiser:
         """The network as a `Denoiser`."""
         return NetworkDenoiser(self.network, self.schedule, self.spec.prediction)
+
+    @property
+    def guides(self) -> Guides:
+        """The other networks, as `ddpm.generate` takes them."""
+        return Guides(
+            None if self.classifier is None else self.classifier.class_log_prob,
+            None if self.weak is None else self.weak.denoiser,
+        )
+
+    def to(self, device: torch.device | str) -> Model:
+        """The same on a device; its networks are moved."""
+        return replace(
+            self,
+            network=self.network.to(device),
+            classifier=None if self.classifier is None else self.classifier.to(device),
+            weak=None if self.weak is None else self.weak.to(device),
+        )
 
     def generate(
         self,
@@ -112,7 +138,8 @@ class Model:
         """Images in [-1, 1], [N, C, H, W]; see `ddpm.generate.generate`.
 
         Raises:
-            ValueError: labels outside the model's classes, or given to a model without any.
+            ValueError: labels outside the model's classes, or given to a model without any; guidance by a network that
+                the model does not have.
         """
         if labels is not None:
             if not self.spec.classes:
@@ -129,6 +156,7 @@ class Model:
             images=images,
             count=count,
             batch_size=batch_size,
+            guides=self.guides,
         )
 
 

@@ -234,7 +234,7 @@ def evaluate_stage(
     display: Display,
 ) -> tuple[Scores, bool]:
     """Scores of a model and whether they are fresh; a run remembers those of the same model, settings and evaluator."""
-    model, tracker = resolved.model, resolved.tracker
+    model, tracker = models.guided(resolved.model, settings, config.tracking.uri, storage), resolved.tracker
     uri = model.spec.lineage.get("dataset_uri", config.data.uri)
     dataset = read_dataset(uri, storage)
     splits = evaluation.open_splits(dataset, storage, config.data.cache_dir, config.data.cache_gib)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from ddpm.generate import SamplingSettings
 from ddpm.inpainting import extend_for_inpainting
-from ddpm.interop import Model, ModelSpec, load_model
+from ddpm.interop import Model, ModelSpec, load_classifier, load_model
+from ddpm.models.classifier import NoisyClassifier
 from pipelines import tracking
 from pipelines.checkpoints import ModelError, list_published
 from pipelines.config import Config, unet_config
@@ -25,7 +27,8 @@ from pipelines.tracking import ModelVersion, Tracker
 
 def sampling_settings(config: Config) -> SamplingSettings:
     """Sampler and guidance of a configuration."""
-    return SamplingSettings(**config.guidance.model_dump(), **config.sampler.model_dump())
+    guidance = config.guidance.model_dump(exclude={"kind"})
+    return SamplingSettings(guidance=config.guidance.kind, **guidance, **config.sampler.model_dump())
 
 
 def settings_from_json(text: str) -> SamplingSettings:
@@ -54,6 +57,55 @@ def model_spec(
         sampling=sampling_settings(config),
         lineage={"run": config.name, **data, **lineage},
     )
+
+
+def guided(model: Model, settings: SamplingSettings, tracking_uri: str | None, storage: Storage) -> Model:
+    """The model with the networks beside it that the settings' guidance names.
+
+    Raises:
+        ModelError: no such model, or one that does not go with this one; says in what.
+    """
+    if settings.guidance == "classifier" and settings.classifier is not None:
+        return replace(model, classifier=classifier_for(model, settings.classifier, tracking_uri, storage))
+    if settings.guidance == "auto" and settings.weak is not None:
+        return replace(model, weak=weaker_for(model, settings.weak, tracking_uri, storage))
+    return model
+
+
+def classifier_for(model: Model, reference: str, tracking_uri: str | None, storage: Storage) -> NoisyClassifier:
+    """The classifier of noisy images that a MODEL reference names, to guide a model.
+
+    Raises:
+        ModelError: no such classifier, or of other classes, images or noise than the model.
+    """
+    with _fetched(reference, tracking_uri, storage) as found:
+        try:
+            spec, classifier = load_classifier(found.folder)
+        except ValueError as error:
+            raise ModelError(f"guidance.classifier = {reference}: {error}") from error
+    _same("guidance.classifier", reference, spec, model.spec, ("schedule", "classes", "shape"))
+    return classifier
+
+
+def weaker_for(model: Model, reference: str, tracking_uri: str | None, storage: Storage) -> Model:
+    """The weaker model that a MODEL reference names, to guide a model.
+
+    Raises:
+        ModelError: no such model, or of other classes, images or noise than the model.
+    """
+    weak = resolve(reference, tracking_uri=tracking_uri, storage=storage).model
+    _same("guidance.weak", reference, weak.spec, model.spec, ("schedule", "classes", "shape"))
+    return weak
+
+
+def _same(field: str, reference: str, there: ModelSpec, here: ModelSpec, names: tuple[str, ...]) -> None:
+    pairs = {name: (getattr(there, name), getattr(here, name)) for name in names}
+    differing = [f"{name}: {a} there, {b} in the model" for name, (a, b) in pairs.items() if a != b]
+    if differing:
+        raise ModelError(
+            f"{field} = {reference} does not go with the model:\n  " + "\n  ".join(differing) + "\n"
+            "Name one that was trained on the same data and noise schedule"
+        )
 
 
 def initial_weights(config: Config, tracking_uri: str | None, storage: Storage) -> dict[str, Tensor]:
@@ -101,7 +153,7 @@ class Resolved:
 
 
 def resolve(reference: str, *, tracking_uri: str | None, storage: Storage, device: str = "cpu") -> Resolved:
-    """The model that a MODEL reference names.
+    """The model that a MODEL reference names, with the networks that its own settings have guide it.
 
     Args:
         reference: runs:/ID, runs:/ID/IMAGES, models:/NAME@alias, models:/NAME/VERSION, or a folder.
@@ -109,23 +161,47 @@ def resolve(reference: str, *, tracking_uri: str | None, storage: Storage, devic
     Raises:
         ModelError: it names nothing; says what exists.
     """
-    if reference.startswith("runs:/"):
-        return _from_run(reference, _needs(tracking_uri, reference), storage, device)
-    if reference.startswith("models:/"):
-        return _from_registry(reference, _needs(tracking_uri, reference), device)
-    folder = Path(reference.removeprefix("file://"))
-    if not folder.is_dir():
-        raise ModelError(
-            f"{reference} names no model; MODEL is "
-            "runs:/ID[/IMAGES], models:/NAME@alias, models:/NAME/VERSION or a folder"
-        )
-    try:
-        return Resolved(reference, load_model(folder, device))
-    except ValueError as error:
-        raise ModelError(str(error)) from error
+    with _fetched(reference, tracking_uri, storage) as found:
+        try:
+            model = load_model(found.folder, device)
+        except ValueError as error:
+            raise ModelError(f"{reference}: {error}") from error
+    if found.version is not None and "sampling" in found.version.tags:
+        # Found by a later search; the artifact itself never changes.
+        sampling = settings_from_json(found.version.tags["sampling"])
+        model = replace(model, spec=replace(model.spec, sampling=sampling))
+    model = guided(model, model.spec.sampling, tracking_uri, storage).to(device)
+    return Resolved(reference, model, found.tracker, found.version)
 
 
-def _from_run(reference: str, tracking_uri: str, storage: Storage, device: str) -> Resolved:
+@dataclass(frozen=True)
+class _Fetched:
+    """A model folder, while it is there, and where it comes from."""
+
+    folder: Path
+    tracker: Tracker | None = None
+    version: ModelVersion | None = None
+
+
+@contextmanager
+def _fetched(reference: str, tracking_uri: str | None, storage: Storage) -> Iterator[_Fetched]:
+    """The model folder that a MODEL reference names."""
+    with tempfile.TemporaryDirectory(prefix="ddpm-model-") as scratch:
+        if reference.startswith("runs:/"):
+            yield _from_run(reference, _needs(tracking_uri, reference), storage, Path(scratch))
+        elif reference.startswith("models:/"):
+            yield _from_registry(reference, _needs(tracking_uri, reference), Path(scratch))
+        else:
+            folder = Path(reference.removeprefix("file://"))
+            if not folder.is_dir():
+                raise ModelError(
+                    f"{reference} names no model; MODEL is "
+                    "runs:/ID[/IMAGES], models:/NAME@alias, models:/NAME/VERSION or a folder"
+                )
+            yield _Fetched(folder)
+
+
+def _from_run(reference: str, tracking_uri: str, storage: Storage, scratch: Path) -> _Fetched:
     match = re.fullmatch(r"runs:/([0-9a-f]+)(?:/(\d+))?", reference)
     if match is None:
         raise ModelError(f"{reference}: write runs:/ID or runs:/ID/IMAGES")
@@ -135,13 +211,12 @@ def _from_run(reference: str, tracking_uri: str, storage: Storage, device: str) 
     if not wanted:
         seen = ", ".join(str(p.images_seen) for p in published) or "none"
         raise ModelError(f"{reference}: no such published checkpoint; the run has: {seen}")
-    with tempfile.TemporaryDirectory(prefix="ddpm-model-") as scratch:
-        for name in ("model.json", "model.safetensors"):
-            storage.download(f"{wanted[-1].uri}/{name}", Path(scratch) / name)
-        return Resolved(reference, load_model(Path(scratch), device), tracker)
+    for name in ("model.json", "model.safetensors"):
+        storage.download(f"{wanted[-1].uri}/{name}", scratch / name)
+    return _Fetched(scratch, tracker)
 
 
-def _from_registry(reference: str, tracking_uri: str, device: str) -> Resolved:
+def _from_registry(reference: str, tracking_uri: str, scratch: Path) -> _Fetched:
     match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", reference)
     if match is None:
         raise ModelError(f"{reference}: write models:/NAME@alias or models:/NAME/VERSION")
@@ -151,11 +226,8 @@ def _from_registry(reference: str, tracking_uri: str, device: str) -> Resolved:
         there = tracking.versions(tracking_uri, name)
         listed = ", ".join(v.version + "".join(f" @{a}" for a in v.aliases) for v in there) or "no version of that name"
         raise ModelError(f"{reference} is not in the registry at {tracking_uri}; it has: {listed}")
-    with tempfile.TemporaryDirectory(prefix="ddpm-model-") as scratch:
-        model = load_model(tracking.download_version(tracking_uri, found, Path(scratch)), device)
-    if "sampling" in found.tags:  # found by a later search; the artifact itself never changes
-        model = replace(model, spec=replace(model.spec, sampling=settings_from_json(found.tags["sampling"])))
-    return Resolved(reference, model, Tracker(tracking_uri, found.run_id), found)
+    folder = tracking.download_version(tracking_uri, found, scratch)
+    return _Fetched(folder, Tracker(tracking_uri, found.run_id), found)
 
 
 def _needs(tracking_uri: str | None, reference: str) -> str:

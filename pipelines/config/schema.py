@@ -122,11 +122,26 @@ class ObjectiveConfig(_Model):
 
 
 class GuidanceConfig(_Model):
-    """Classifier-free guidance when sampling."""
+    """Guidance when sampling: by the model's own null condition, a classifier of noisy images, or a weaker model."""
 
+    kind: Literal["classifier_free", "classifier", "auto"] = "classifier_free"
     scale: NonNegativeFloat = 1.0
     interval: tuple[Fraction, Fraction] = (0.0, 1.0)
-    rescale: Fraction = Field(0.0, description="how far contrast is brought back to the conditional image's")
+    rescale: Fraction = Field(
+        0.0, description="how far contrast is brought back to the conditional image's; classifier_free only"
+    )
+    classifier: str | None = Field(None, description="MODEL trained with task=classifier, for kind = classifier")
+    weak: str | None = Field(None, description="MODEL that is smaller or less trained, for kind = auto")
+
+    @model_validator(mode="after")
+    def _guide(self) -> GuidanceConfig:
+        if self.kind == "classifier" and self.classifier is None:
+            raise ValueError("guidance.kind = classifier needs guidance.classifier=MODEL, one of task=classifier")
+        if self.kind == "auto" and self.weak is None:
+            raise ValueError("guidance.kind = auto needs guidance.weak=MODEL, such as runs:/ID/IMAGES of fewer images")
+        if self.rescale and self.kind != "classifier_free":
+            raise ValueError(f"rescale = {self.rescale} has no use with guidance.kind = {self.kind}: leave it at 0")
+        return self
 
     @model_validator(mode="after")
     def _ordered(self) -> GuidanceConfig:

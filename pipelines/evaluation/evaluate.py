@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddpm.generate import SamplingSettings, to_uint8
-from ddpm.interop import Model, ModelSpec
-from ddpm.models.unet import UNet
+from ddpm.interop import Model
 from ddpm.quality import FeatureMoments, frechet_distance
 from pipelines.evaluation.features import EvaluatorNetwork, extract, train_evaluator
 from pipelines.shards.cache import ShardCache
@@ -205,14 +204,13 @@ def sample_on_ray(
 
     Values are rounded to the 256 levels of a picture, because that is what a user of the model receives.
     """
-    weights = ray.put({name: tensor.cpu() for name, tensor in model.network.state_dict().items()})
-    spec = ray.put(model.spec)
+    shared = ray.put(model.to("cpu"))
     task = _sample_chunk.options(num_cpus=1, num_gpus=1 if use_gpu else 0)
     pending: dict[Any, int] = {}
     for first in range(0, count, batch_size):
         numbers = torch.arange(first, min(first + batch_size, count))
         some = None if labels is None else labels[numbers]
-        pending[task.remote(spec, weights, settings, some, numbers, seed)] = first
+        pending[task.remote(shared, settings, some, numbers, seed)] = first
     parts: dict[int, Tensor] = {}
     while pending:
         done, _ = ray.wait(list(pending), num_returns=1)
@@ -224,8 +222,7 @@ def sample_on_ray(
 
 @ray.remote
 def _sample_chunk(
-    spec: ModelSpec,
-    weights: dict[str, Tensor],
+    model: Model,
     settings: SamplingSettings,
     labels: Tensor | None,
     numbers: Tensor,
@@ -233,9 +230,7 @@ def _sample_chunk(
 ) -> NDArray[np.uint8]:
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = UNet(spec.network)
-    network.load_state_dict(weights)
-    model = Model(spec, network.eval().requires_grad_(False).to(device))
+    model = model.to(device)
     on_device = None if labels is None else labels.to(device)
     images = model.generate(on_device, settings=settings, seed=seed, images=numbers.to(device), batch_size=len(numbers))
     return to_uint8(images).cpu().numpy()

@@ -11,7 +11,7 @@ import tempfile
 import typing
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,19 @@ from torch import Tensor
 
 from ddpm.generate import SamplingSettings
 from ddpm.interop import Model
+from ddpm.models.classifier import NoisyClassifier
 from ddpm.quality import FeatureMoments, Interval, bootstrap, frechet_distance
 from pipelines.config import Config, from_dict
 from pipelines.config.schema import SamplerConfig
 from pipelines.evaluation.evaluate import Evaluator
 from pipelines.evaluation.features import extract
-from pipelines.models import sampling_settings
-from pipelines.search.judge import Drawn, Subject, draw, hopeless, interval, rungs, scores
+from pipelines.models import classifier_for, sampling_settings, weaker_for
+from pipelines.search.judge import Drawn, Painter, Subject, hopeless, interval, rungs, scores
 from pipelines.search.observer import Observer
 from pipelines.search.space import Params, StudyConfig, Value, apply, check_space
-from pipelines.search.study import StudyStore, TrialRecord, pareto_front, searcher
+from pipelines.search.study import StudyStore, TrialRecord, loss, pareto_front, searcher
 from pipelines.shards.read import Batch
+from pipelines.storage import Storage
 
 # Tune's own tables and log files: a study has its own.
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -91,23 +93,52 @@ class GuidanceResult:
         return next((c for c in self.confirmed if c.better), None)
 
 
-def subject_of(model: Model, evaluator: Evaluator, splits: Mapping[str, Batch]) -> Subject:
+def guides_of(model: Model, study: StudyConfig, base: Config, storage: Storage) -> dict[str, NoisyClassifier | Model]:
+    """The classifiers and weaker models that the settings of a study may name, by reference.
+
+    Raises:
+        ModelError: one that does not exist or does not go with the model.
+    """
+    kinds, uri = _values(study, base, "guidance.kind"), base.tracking.uri
+    found: dict[str, NoisyClassifier | Model] = {}
+    if "classifier" in kinds:
+        names = _values(study, base, "guidance.classifier")
+        found |= {name: classifier_for(model, name, uri, storage) for name in names}
+    if "auto" in kinds:
+        found |= {name: weaker_for(model, name, uri, storage) for name in _values(study, base, "guidance.weak")}
+    return found
+
+
+def _values(study: StudyConfig, base: Config, path: str) -> list[str]:
+    """What a path may be in a study."""
+    searched = study.space.get(path)
+    values = searched.corners() if searched is not None else [getattr(base.guidance, path.split(".")[1])]
+    return [str(value) for value in values if value is not None]
+
+
+def subject_of(
+    model: Model, evaluator: Evaluator, splits: Mapping[str, Batch], guides: Mapping[str, NoisyClassifier | Model]
+) -> Subject:
     """What all trials share."""
     train, test = splits["train"], splits["test"]
     return Subject(
-        spec=model.spec,
-        weights={name: tensor.detach().cpu() for name, tensor in model.network.state_dict().items()},
+        model=replace(model, classifier=None, weak=None).to("cpu"),
         evaluator=evaluator.network,
         reference=FeatureMoments.of(extract(evaluator.network, train.images).features),
         real=extract(evaluator.network, test.images).features,
         labels=test.labels if model.spec.classes else None,
+        guides=guides,
     )
 
 
 def base_of(config: Config, settings: SamplingSettings) -> Config:
-    """The configuration whose sampler and guidance are a model's own."""
+    """The configuration whose sampler and guidance are a model's own; guides that it has not come from `config`."""
     plain, given = config.model_dump(mode="json"), asdict(settings)
-    plain["guidance"] = {name: given[name] for name in plain["guidance"]}
+    given_guides = {name: plain["guidance"][name] for name in ("classifier", "weak") if given[name] is None}
+    plain["guidance"] = {"kind": settings.guidance} | {
+        name: given[name] for name in plain["guidance"] if name != "kind"
+    }
+    plain["guidance"] |= given_guides
     for variant in typing.get_args(typing.get_args(SamplerConfig)[0]):
         if typing.get_args(variant.model_fields["kind"].annotation) == (settings.kind,):
             plain["sampler"] = {name: given[name] for name in variant.model_fields}
@@ -123,8 +154,7 @@ class GuidanceTrial(tune.Trainable):
         self.subject: Subject = shared["subject"]
         self.study: StudyConfig = shared["study"]
         self.base: Config = shared["base"]
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = self.subject.model(self.device)
+        self.painter = Painter(self.subject)
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Value]) -> bool:
@@ -139,11 +169,9 @@ class GuidanceTrial(tune.Trainable):
         steps = rungs(self.study.samples, self.study.rungs)
         here = len(self.drawn.features) if self.drawn else 0
         there = next(n for n in steps if n > here)
-        numbers = torch.arange(here, there, device=self.device)
-        more = draw(self.subject, self.model, self.settings, numbers, seed=self.base.evaluation.seed)
+        more = self.painter.draw(self.settings, torch.arange(here, there), seed=self.base.evaluation.seed)
         self.drawn = more if self.drawn is None else self.drawn + more
-        last = there == steps[-1]
-        return {**scores(self.subject, self.drawn, full=last), "done": last}
+        return {**scores(self.subject, self.drawn), "done": there == steps[-1]}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing: a trial takes seconds, and what has ended is recorded."""
@@ -201,7 +229,8 @@ def run_trials(
             run_config=tune.RunConfig(
                 name="study",
                 storage_path=scratch,
-                stop=Hopeless(),
+                # By distance and cost; a setting that is bad in them may be good in something else.
+                stop=Hopeless() if set(study.objectives) <= {"frechet_distance", "evaluations"} else None,
                 callbacks=[observer],
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=0),
@@ -211,8 +240,8 @@ def run_trials(
 
 def confirm(subject: Subject, study: StudyConfig, base: Config, records: Sequence[TrialRecord]) -> list[Confirmed]:
     """The default and the best settings on noise seeds that no trial has seen, with more samples; best first."""
-    front = pareto_front(records, ("frechet_distance", "evaluations"))
-    chosen = sorted(front, key=lambda r: r.scores["frechet_distance"])[: study.confirm]
+    front = pareto_front(records, study.objectives)
+    chosen = sorted(front, key=lambda r: loss(r, study.objectives[0]))[: study.confirm]
     shared = ray.put(subject)
     settings = {"default": sampling_settings(base)}
     settings |= {record.trial: sampling_settings(apply(base, record.params)) for record in chosen}
@@ -238,9 +267,7 @@ def confirm(subject: Subject, study: StudyConfig, base: Config, records: Sequenc
                 seed=0,
             )
         spread = interval(subject.reference, samples.features, draws=200)
-        found.append(
-            Confirmed(trial, params[trial], settings[trial], spread, scores(subject, samples, full=True), gain)
-        )
+        found.append(Confirmed(trial, params[trial], settings[trial], spread, scores(subject, samples), gain))
     return sorted(found, key=lambda c: c.distance.value)
 
 
@@ -261,8 +288,7 @@ def draw_front(subject: Subject, base: Config, front: Sequence[TrialRecord]) -> 
 
 def _draw_fresh(subject: Subject, settings: SamplingSettings, samples: int, seed: int) -> Drawn:
     torch.set_num_threads(1)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return draw(subject, subject.model(device), settings, torch.arange(samples, device=device), seed=seed, keep=SHOWN)
+    return Painter(subject).draw(settings, torch.arange(samples), seed=seed, keep=SHOWN)
 
 
 def search(
@@ -297,5 +323,5 @@ def search(
     observer.begin(records)
     run_trials(subject, study, base, records, observer, first)
     records = store.records()
-    front = pareto_front(records, ("frechet_distance", "evaluations"))
+    front = pareto_front(records, study.objectives)
     return GuidanceResult(records, front, confirm(subject, study, base, records), draw_front(subject, base, front))

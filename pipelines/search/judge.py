@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm.generate import SamplingSettings, to_uint8
-from ddpm.interop import Model, ModelSpec, build_network
-from ddpm.prediction import Conditioning
+from ddpm.interop import Model
+from ddpm.models.classifier import NoisyClassifier
 from ddpm.quality import FeatureMoments, Interval, bootstrap, frechet_distance, precision_recall
 from pipelines.evaluation.features import EvaluatorNetwork, Features, extract
 
@@ -24,38 +25,101 @@ class Subject:
     """A model and what it is held against; picklable, and put into Ray's object store once for all trials.
 
     Attributes:
-        spec: of the model.
-        weights: of its network.
+        model: that is sampled, on the CPU.
+        guides: classifiers and weaker models that a setting may name, by reference.
         evaluator: whose features judge.
         reference: moments of the real train split's features.
         real: features of the real test split [N, D], for precision and recall.
         labels: of the images that are drawn, in turn [N]; None for a model without classes.
     """
 
-    spec: ModelSpec
-    weights: Mapping[str, Tensor]
+    model: Model
     evaluator: EvaluatorNetwork
     reference: FeatureMoments
     real: Tensor
     labels: Tensor | None
-
-    def model(self, device: str = "cpu") -> Model:
-        """The model with a network that counts."""
-        network = build_network(self.spec.network, self.weights, device)
-        return Model(self.spec, Counting(network))  # type: ignore[arg-type]
+    guides: Mapping[str, NoisyClassifier | Model] = field(default_factory=dict)
 
 
-class Counting(nn.Module):
-    """A network that counts the images it was evaluated on: what sampling costs, whatever the sampler."""
+class Meter:
+    """Counts what networks are evaluated on, in evaluations of one of them: what sampling costs, whatever the sampler.
 
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network, self.count = network, 0
+    A network that guides counts as its share of the floating-point operations of one evaluation of the model's own, a
+    classifier's way back included.
+    """
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning | None = None) -> Tensor:
-        """As the network's."""
-        self.count += len(x_t)
-        return self.network(x_t, t, cond)
+    def __init__(self, model: Model) -> None:
+        self.count = 0.0
+        self._shape = model.spec.shape
+        self._unit = self._flops(model.network)
+        self._watch(model.network, 1.0)
+
+    def guide(self, guide: NoisyClassifier | Model) -> None:
+        """Count one that guides, too."""
+        network = guide.network if isinstance(guide, Model) else guide
+        self._watch(network, self._flops(network, backward=isinstance(guide, NoisyClassifier)) / self._unit)
+
+    def _watch(self, network: nn.Module, cost: float) -> None:
+        def count(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            self.count += cost * len(inputs[0])
+
+        network.register_forward_pre_hook(count)
+
+    def _flops(self, network: nn.Module, backward: bool = False) -> int:
+        """Floating-point operations of one evaluation of one image."""
+        device = next(network.parameters()).device
+        x = torch.zeros(1, *self._shape, device=device, requires_grad=backward)
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+            output = network(x, torch.zeros(1, device=device))
+            if backward:
+                output.sum().backward()
+        return counter.get_total_flops()
+
+
+class Painter:
+    """Draws images of a subject under any setting, in one process that has loaded it once; counts what that costs."""
+
+    def __init__(self, subject: Subject) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.subject, self.device = subject, device
+        self.model = subject.model.to(device)
+        self.guides = {name: guide.to(device) for name, guide in subject.guides.items()}
+        self.meter = Meter(self.model)
+        for guide in self.guides.values():
+            self.meter.guide(guide)
+
+    def draw(
+        self, settings: SamplingSettings, numbers: Tensor, *, seed: int, keep: int = 0, batch_size: int = 64
+    ) -> Drawn:
+        """The images of these numbers, judged; image i of a seed is the same beside any others.
+
+        Args:
+            settings: whose `classifier` and `weak` name guides of the subject.
+            numbers: of the images, int64 [N].
+            seed: of the noise.
+            keep: images whose pixels are kept.
+            batch_size: images at once.
+        """
+        subject, before = self.subject, self.meter.count
+        model: Any = replace(
+            self.model,
+            classifier=self.guides.get(settings.classifier or ""),  # type: ignore[arg-type]
+            weak=self.guides.get(settings.weak or ""),  # type: ignore[arg-type]
+        )
+        labels = None if subject.labels is None else subject.labels[numbers % len(subject.labels)]
+        images = model.generate(
+            None if labels is None else labels.to(self.device),
+            seed=seed,
+            settings=settings,
+            images=numbers.to(self.device),
+            batch_size=batch_size,
+        )
+        pixels = to_uint8(images).cpu()
+        # Rounded to the 256 levels of a picture, because that is what a user of the model receives.
+        found: Features = extract(subject.evaluator, pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
+        correct = None if labels is None else found.predicted == labels
+        evaluations = (self.meter.count - before) / len(numbers)
+        return Drawn(found.features, correct, pixels[:keep].numpy(), evaluations)
 
 
 @dataclass(frozen=True)
@@ -84,29 +148,6 @@ class Drawn:
         return Drawn(torch.cat([self.features, other.features]), correct, self.pixels, evaluations)
 
 
-def draw(
-    subject: Subject,
-    model: Model,
-    settings: SamplingSettings,
-    numbers: Tensor,
-    *,
-    seed: int,
-    keep: int = 0,
-    batch_size: int = 64,
-) -> Drawn:
-    """The images of these numbers under a setting, judged; image i of a seed is the same beside any others."""
-    network: Any = model.network
-    before = network.count
-    labels = None if subject.labels is None else subject.labels[numbers % len(subject.labels)]
-    images = model.generate(labels, seed=seed, settings=settings, images=numbers, batch_size=batch_size)
-    pixels = to_uint8(images)
-    # Rounded to the 256 levels of a picture, because that is what a user of the model receives.
-    rounded = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
-    found: Features = extract(subject.evaluator, rounded.cpu())
-    correct = None if labels is None else found.predicted == labels
-    return Drawn(found.features, correct, pixels[:keep].cpu().numpy(), (network.count - before) / len(numbers))
-
-
 def distance_and_error(reference: FeatureMoments, features: Tensor) -> dict[str, float]:
     """Frechet distance of samples' features [N, D] to the reference, and its standard error by the bootstrap."""
     spread = interval(reference, features)
@@ -125,17 +166,13 @@ def interval(reference: FeatureMoments, features: Tensor, *, draws: int = DRAWS,
     return bootstrap(distance, features, draws=draws, seed=seed)
 
 
-def scores(subject: Subject, drawn: Drawn, *, full: bool) -> dict[str, float]:
-    """What a trial reports.
-
-    Args:
-        full: whether precision and recall are taken too, which compare all pairs.
-    """
+def scores(subject: Subject, drawn: Drawn) -> dict[str, float]:
+    """What a trial reports."""
     values = distance_and_error(subject.reference, drawn.features)
     values |= {"samples": float(len(drawn.features)), "evaluations": drawn.evaluations}
     if drawn.correct is not None:
         values["class_accuracy"] = drawn.correct.double().mean().item()
-    if full and min(len(subject.real), len(drawn.features)) > 3:
+    if min(len(subject.real), len(drawn.features)) > 3:
         both = precision_recall(subject.real, drawn.features)
         values |= {"precision": both.precision, "recall": both.recall}
     return values

@@ -15,7 +15,7 @@ from ray.tune import Callback
 
 from pipelines import tracking
 from pipelines.search.space import StudyConfig, Value
-from pipelines.search.study import OBJECTIVES, StudyStore, TrialRecord, best, trial_name
+from pipelines.search.study import StudyStore, TrialRecord, best, trial_name
 from pipelines.tracking import Tracker, TrackingError
 
 Report = Callable[["Observer"], None]
@@ -91,8 +91,7 @@ class Observer(Callback):
         name, _ = self._identify(trial)
         record = self.records[name]
         whole = record.scores.get(AXIS[self.study.kind], 0) >= self.length
-        metrics = OBJECTIVES[self.study.kind]
-        if not all(math.isfinite(record.scores.get(metric, math.nan)) for metric in metrics):
+        if not all(math.isfinite(record.scores.get(objective, math.nan)) for objective in self.study.objectives):
             self._keep(record.ended("failed", "its scores are not finite: the training diverged"))
         else:
             self._keep(record.ended("finished" if whole else "stopped"))
@@ -117,7 +116,7 @@ class Observer(Callback):
     @property
     def best(self) -> TrialRecord | None:
         """The best so far."""
-        return best(self.records.values())
+        return best(self.records.values(), self.study.objectives[0])
 
     def _keep(self, record: TrialRecord) -> None:
         self.records[record.trial] = record

@@ -15,8 +15,8 @@ from PIL import Image
 
 from pipelines.evaluation.plots import label_grid
 from pipelines.search.observer import describe_params
-from pipelines.search.space import StudyConfig
-from pipelines.search.study import OBJECTIVES, TrialRecord, best, done, pareto_front, past_of
+from pipelines.search.space import DIRECTIONS, Objective, StudyConfig
+from pipelines.search.study import TrialRecord, best, done, loss, pareto_front, past_of
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -25,6 +25,14 @@ if TYPE_CHECKING:
 
 LEAST = 4
 """Judged trials below which importances say nothing."""
+LABELS: dict[Objective, str] = {
+    "frechet_distance": "Frechet distance",
+    "bits_per_dim": "bits/dim",
+    "precision": "precision",
+    "recall": "recall",
+    "class_accuracy": "class accuracy",
+    "evaluations": "network evaluations per image",
+}
 
 
 @dataclass(frozen=True)
@@ -53,12 +61,13 @@ class Page:
 
     def figures(self) -> dict[str, Figure]:
         """Name -> interactive picture; those that the records are too few for are missing."""
-        found = {"history": history(self.records)}
-        if self.study.kind == "guidance":
-            found["pareto"] = pareto(self.records)
+        objectives = self.study.objectives
+        found = {"history": history(self.records, objectives[0])}
+        for other in objectives[:-1]:
+            found[f"pareto_{other}"] = pareto(self.records, objectives, other)
         if len(done(self.records)) >= LEAST:
             found["importances"] = importances(self.study, self.records)
-            found["parallel"] = parallel(self.records)
+            found["parallel"] = parallel(self.records, objectives[0])
         return found
 
     def html(self) -> str:
@@ -69,72 +78,78 @@ class Page:
             name: figure.to_html(full_html=False, include_plotlyjs=i == 0, default_height="440px")
             for i, (name, figure) in enumerate(figures.items())
         }
-        metrics = list(OBJECTIVES[self.study.kind])
-        front = {record.trial for record in pareto_front(self.records, metrics)}
+        objectives = self.study.objectives
+        front = pareto_front(self.records, objectives) if len(objectives) > 1 else []
         environment = Environment(
             loader=PackageLoader("pipelines.search"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
         )
         return environment.get_template("study.html.j2").render(
             page=self,
             figures=drawn,
-            best=best(self.records),
-            front=front if len(metrics) > 1 else set(),
-            rows=sorted(self.records, key=lambda r: r.scores.get("frechet_distance", math.inf)),
+            best=best(self.records, objectives[0]),
+            front={record.trial for record in front},
+            labels=[LABELS[objective] for objective in objectives],
+            rows=sorted(self.records, key=lambda r: loss(r, objectives[0])),
             describe=describe_params,
             grids={trial: _inline(pixels) for trial, pixels in (self.pictures or {}).items()},
-            points=pareto_front(self.records, metrics) if len(metrics) > 1 else [],
+            points=front,
             states=_count(record.state for record in self.records),
         )
 
 
-def history(records: Sequence[TrialRecord], metric: str = "frechet_distance") -> Figure:
+def history(records: Sequence[TrialRecord], objective: Objective) -> Figure:
     """Each trial's score in the order of the trials, and the best so far."""
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    numbered = [(i, r) for i, r in enumerate(records, 1) if math.isfinite(r.scores.get(metric, math.nan))]
+    numbered = [(i, r) for i, r in enumerate(records, 1) if math.isfinite(loss(r, objective))]
     for state, symbol in (("finished", "circle"), ("stopped", "x-thin-open"), ("failed", "triangle-down-open")):
         some = [(i, r) for i, r in numbered if r.state == state]
         figure.add_scatter(
             x=[i for i, _ in some],
-            y=[r.scores[metric] for _, r in some],
+            y=[r.scores[objective] for _, r in some],
             mode="markers",
             name=state,
             marker={"symbol": symbol, "size": 9},
             text=[describe_params(r.params) for _, r in some],
             hovertemplate="trial %{x}: %{y:.3f}<br>%{text}",
         )
-    finished = [(i, r.scores[metric]) for i, r in numbered if r.state == "finished"]
-    so_far = [min(score for _, score in finished[: k + 1]) for k in range(len(finished))]
+    finished = [(i, r.scores[objective]) for i, r in numbered if r.state == "finished"]
+    better = min if DIRECTIONS[objective] == "min" else max
+    so_far = [better(score for _, score in finished[: k + 1]) for k in range(len(finished))]
     figure.add_scatter(x=[i for i, _ in finished], y=so_far, mode="lines", line={"shape": "hv"}, name="best so far")
-    return _titled(figure, "Optimisation history", "trial", "Frechet distance", log_y=True)
+    return _titled(figure, "Optimisation history", "trial", LABELS[objective], log_y=objective == "frechet_distance")
 
 
-def pareto(records: Sequence[TrialRecord]) -> Figure:
-    """Distance against network evaluations; the trials that nothing beats in both are joined."""
+def pareto(records: Sequence[TrialRecord], objectives: Sequence[Objective], shown: Objective) -> Figure:
+    """One objective against the last; of two, the trials that nothing beats in both are joined."""
     import plotly.graph_objects as go
 
-    metrics = ("frechet_distance", "evaluations")
-    front = pareto_front(records, metrics)
+    across = objectives[-1]
+    front = pareto_front(records, objectives)
     rest = [r for r in records if r.state == "finished" and r not in front]
+    joined = "lines+markers" if len(objectives) == 2 else "markers"
     figure = go.Figure()
-    for some, name, mode in ((rest, "beaten in both", "markers"), (front, "Pareto front", "lines+markers")):
+    for some, name, mode in ((rest, "beaten", "markers"), (front, "Pareto front", joined)):
         error = [1.96 * r.scores.get("standard_error", 0) for r in some]
+        with_error = name == "Pareto front" and shown == "frechet_distance"
         figure.add_scatter(
-            x=[r.scores["evaluations"] for r in some],
-            y=[r.scores["frechet_distance"] for r in some],
-            error_y={"type": "data", "array": error, "thickness": 1} if name == "Pareto front" else None,
+            x=[r.scores[across] for r in some],
+            y=[r.scores[shown] for r in some],
+            error_y={"type": "data", "array": error, "thickness": 1} if with_error else None,
             mode=mode,
             name=name,
             line={"shape": "hv"},
             text=[describe_params(r.params) for r in some],
-            hovertemplate="%{x:.1f} evaluations: %{y:.3f}<br>%{text}",
+            hovertemplate="%{y:.3f} at %{x:.1f}<br>%{text}",
         )
-    return _titled(figure, "Quality against cost", "network evaluations per image", "Frechet distance", log_y=True)
+    title = f"{LABELS[shown]} against {LABELS[across]}"
+    title = title[:1].upper() + title[1:]
+    return _titled(figure, title, LABELS[across], LABELS[shown], log_y=shown == "frechet_distance")
 
 
 def importances(study: StudyConfig, records: Sequence[TrialRecord]) -> Figure:
-    """How much of the distance's variance each parameter explains (fANOVA, Hutter et al. 2014)."""
+    """How much of the first objective's variance each parameter explains (fANOVA, Hutter et al. 2014)."""
     import optuna
     import plotly.graph_objects as go
 
@@ -148,11 +163,11 @@ def importances(study: StudyConfig, records: Sequence[TrialRecord]) -> Figure:
     except (RuntimeError, ValueError):  # all scores alike: nothing explains nothing
         found = {}
     figure = go.Figure(go.Bar(x=list(found.values())[::-1], y=list(found)[::-1], orientation="h"))
-    return _titled(figure, "Parameter importances", "share of the distance's variance", "")
+    return _titled(figure, "Parameter importances", f"share of the variance of {LABELS[study.objectives[0]]}", "")
 
 
-def parallel(records: Sequence[TrialRecord]) -> Figure:
-    """A line for each trial through its parameters, coloured by its distance."""
+def parallel(records: Sequence[TrialRecord], objective: Objective) -> Figure:
+    """A line for each trial through its parameters, coloured by its first objective."""
     import plotly.graph_objects as go
 
     judged = done(records)
@@ -168,9 +183,10 @@ def parallel(records: Sequence[TrialRecord]) -> Figure:
             order = sorted(set(words), key=lambda w: (w == "—", float(w) if numeric and w != "—" else 0, w))
             ticks = {"tickvals": list(range(len(order))), "ticktext": order} if len(order) <= 12 else {}
             dimensions.append({"label": path, "values": [order.index(w) for w in words], **ticks})
-    scores = [record.scores["frechet_distance"] for record in judged]
-    dimensions.append({"label": "Frechet distance", "values": scores})
-    line = {"color": [math.log(max(s, 1e-9)) for s in scores], "colorscale": "Viridis", "reversescale": True}
+    scores = [record.scores[objective] for record in judged]
+    dimensions.append({"label": LABELS[objective], "values": scores})
+    colors = [math.log(max(s, 1e-9)) for s in scores] if objective == "frechet_distance" else scores
+    line = {"color": colors, "colorscale": "Viridis", "reversescale": DIRECTIONS[objective] == "min"}
     figure = go.Figure(go.Parcoords(dimensions=dimensions, line=line, labelangle=-12))
     return _titled(figure, "Parallel coordinates", "", "", top=110)
 

@@ -30,6 +30,16 @@ FIXED = {
     "guidance": tuple(name for name in Config.model_fields if name not in ("guidance", "sampler")),
 }
 """What a study of a kind cannot vary: trials share it."""
+Objective = Literal["frechet_distance", "bits_per_dim", "precision", "recall", "class_accuracy", "evaluations"]
+DIRECTIONS: dict[Objective, Literal["min", "max"]] = {
+    "frechet_distance": "min",
+    "bits_per_dim": "min",
+    "precision": "max",
+    "recall": "max",
+    "class_accuracy": "max",
+    "evaluations": "min",
+}
+"""What a study may be about, and which way it is better."""
 RANDOM_CHECKS = 64
 
 
@@ -160,6 +170,8 @@ class StudyConfig(_Model):
     Attributes:
         kind: "training", whose trials are trainings, or "guidance", whose trials sample one model.
         space: path -> distribution, in the order in which they are drawn.
+        objectives: what is optimised. A training study has one, the Frechet distance by default, or bits/dim; a
+            guidance study has the first against the others, by default the distance against network evaluations.
         trials: of the study, those of earlier, interrupted calls included.
         random_trials: drawn at random before the model of the space (TPE) takes over.
         seed: of the search.
@@ -174,6 +186,7 @@ class StudyConfig(_Model):
 
     kind: Literal["training", "guidance"]
     space: dict[str, Parameter]
+    objectives: Annotated[tuple[Objective, ...], Field(min_length=1)] = ("frechet_distance",)
     trials: PositiveInt
     random_trials: PositiveInt = 10
     seed: NonNegativeInt = 0
@@ -184,6 +197,26 @@ class StudyConfig(_Model):
     bits_per_dim_images: NonNegativeInt = 64
     confirm: PositiveInt = 3
     confirm_samples: Annotated[int, Field(ge=4)] = 1024
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_objectives(cls, plain: Any) -> Any:
+        if isinstance(plain, dict) and plain.get("kind") == "guidance" and plain.get("objectives") is None:
+            return {**plain, "objectives": ("frechet_distance", "evaluations")}
+        return plain
+
+    @model_validator(mode="after")
+    def _judged(self) -> StudyConfig:
+        chosen = self.objectives
+        if len(set(chosen)) < len(chosen):
+            raise ValueError(f"objectives: each once, got {', '.join(chosen)}")
+        if self.kind == "guidance" and "bits_per_dim" in chosen:
+            raise ValueError("objectives: bits_per_dim is of the model, not of how it is sampled: leave it out")
+        if self.kind == "training" and chosen not in (("frechet_distance",), ("bits_per_dim",)):
+            raise ValueError(f"objectives: a training study has frechet_distance or bits_per_dim, got {list(chosen)}")
+        if "bits_per_dim" in chosen and not self.bits_per_dim_images:
+            raise ValueError("objectives: bits_per_dim needs bits_per_dim_images > 0")
+        return self
 
     @model_validator(mode="after")
     def _ordered(self) -> StudyConfig:

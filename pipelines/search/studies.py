@@ -16,7 +16,7 @@ from pipelines.config import Config
 from pipelines.evaluation import evaluate as evaluation
 from pipelines.models import Resolved
 from pipelines.search import guidance_search, training_search
-from pipelines.search.guidance_search import GuidanceResult, base_of, subject_of
+from pipelines.search.guidance_search import GuidanceResult, base_of, guides_of, subject_of
 from pipelines.search.observer import Observer, Report
 from pipelines.search.page import Page, png
 from pipelines.search.space import StudyConfig, apply, check_space
@@ -74,7 +74,8 @@ def guidance_study(
     dataset = read_dataset(resolved.model.spec.lineage.get("dataset_uri", config.data.uri), storage)
     splits = evaluation.open_splits(dataset, storage, config.data.cache_dir, config.data.cache_gib)
     evaluator = evaluation.get_evaluator(dataset, splits, storage, lambda text: say("study", text))
-    subject = subject_of(resolved.model, evaluator, splits)
+    guides = guides_of(resolved.model, study, base, storage)
+    subject = subject_of(resolved.model, evaluator, splits, guides)
     connect_ray(config, storage)
     store, tracker = StudyStore.of(config, name), _open_run(config, name, study, reference)
     observer = Observer(store, study, tracker, config.tracking.experiment, study.samples, report)
@@ -116,7 +117,7 @@ def guidance_study(
     if winner is not None:
         tracker.text(tracking.to_json(asdict(winner.settings)), "best/sampling.json")
         tracker.text(_overrides(base, winner.settings), "best/overrides.txt")
-    return StudyResult(tracker, found.records, best(found.records), where, answer)
+    return StudyResult(tracker, found.records, best(found.records, study.objectives[0]), where, answer)
 
 
 def training_study(
@@ -163,7 +164,7 @@ def training_study(
     ]
     page = Page(name, study, dataset.uri, records, command=f"ddpm search training --study {name} …", notes=notes)
     where = _publish(page, store, tracker)
-    top = best(records)
+    top = best(records, study.objectives[0])
     if top is not None:
         chosen = apply(config, top.params).model_copy(update={"name": f"{name}-best"})
         text = tracking.to_json(chosen.model_dump(mode="json"))
@@ -202,7 +203,7 @@ def _publish(page: Page, store: StudyStore, tracker: Tracker) -> str:
         picture = png(figure)
         if picture is not None:
             tracker.file(picture, f"figures/{name}.png")
-    top = best(page.records)
+    top = best(page.records, page.study.objectives[0])
     if top is not None:
         tracker.metrics({"search/frechet_distance": top.scores["frechet_distance"]}, len(page.records))
         tracker.tags({"ddpm.best": top.trial})

@@ -18,15 +18,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.config import Config, ConfigError
-from pipelines.search.space import Choice, Int, Log, Params, StudyConfig, Uniform, Value, apply
+from pipelines.search.space import DIRECTIONS, Choice, Int, Log, Objective, Params, StudyConfig, Uniform, Value, apply
 from pipelines.storage import NotFoundError, Storage, join
 
 State = Literal["running", "finished", "stopped", "failed"]
-OBJECTIVES = {
-    "training": {"frechet_distance": "min"},
-    "guidance": {"frechet_distance": "min", "evaluations": "min"},
-}
-"""What a study of a kind minimises or maximises."""
 
 
 class StudyError(RuntimeError):
@@ -163,22 +158,28 @@ def done(records: Iterable[TrialRecord]) -> list[TrialRecord]:
     return [record for record in records if record.state in ("finished", "stopped")]
 
 
-def best(records: Iterable[TrialRecord], metric: str = "frechet_distance") -> TrialRecord | None:
-    """The finished trial with the lowest finite score; a stopped one was judged on less."""
-    finished = [r for r in records if r.state == "finished" and math.isfinite(r.scores.get(metric, math.nan))]
-    return min(finished, key=lambda record: record.scores[metric], default=None)
+def loss(record: TrialRecord, objective: Objective) -> float:
+    """How bad a trial is, lower is better; infinite where it was not judged, or not to a number."""
+    score = record.scores.get(objective, math.nan)
+    return math.inf if not math.isfinite(score) else score if DIRECTIONS[objective] == "min" else -score
 
 
-def pareto_front(records: Iterable[TrialRecord], metrics: Sequence[str]) -> list[TrialRecord]:
-    """The finished trials that no other is better than in one metric and as good in the rest; by the last metric."""
-    finished = [r for r in records if r.state == "finished" and all(math.isfinite(r.scores[m]) for m in metrics)]
+def best(records: Iterable[TrialRecord], objective: Objective = "frechet_distance") -> TrialRecord | None:
+    """The best finished trial; a stopped one was judged on less."""
+    finished = [r for r in records if r.state == "finished" and math.isfinite(loss(r, objective))]
+    return min(finished, key=lambda record: loss(record, objective), default=None)
+
+
+def pareto_front(records: Iterable[TrialRecord], objectives: Sequence[Objective]) -> list[TrialRecord]:
+    """The finished trials that no other is better than in one objective and as good in the rest; by the last one."""
+    finished = [r for r in records if r.state == "finished" and all(math.isfinite(loss(r, o)) for o in objectives)]
 
     def beats(a: TrialRecord, b: TrialRecord) -> bool:
-        pairs = [(a.scores[m], b.scores[m]) for m in metrics]
+        pairs = [(loss(a, o), loss(b, o)) for o in objectives]
         return all(x <= y for x, y in pairs) and any(x < y for x, y in pairs)
 
     front = [r for r in finished if not any(beats(other, r) for other in finished)]
-    return sorted(front, key=lambda record: record.scores[metrics[-1]])
+    return sorted(front, key=lambda record: loss(record, objectives[-1]))
 
 
 def earlier_points(study: StudyConfig, base: Config, stores: Iterable[StudyStore], each: int = 3) -> list[Params]:
@@ -191,7 +192,7 @@ def earlier_points(study: StudyConfig, base: Config, stores: Iterable[StudyStore
     for store in stores:
         store.description()
         judged = [r for r in store.records() if r.state == "finished"]
-        for record in sorted(judged, key=lambda r: r.scores.get("frechet_distance", math.inf))[:each]:
+        for record in sorted(judged, key=lambda r: loss(r, study.objectives[0]))[:each]:
             params = {path: value for path, value in record.params.items() if path in study.space}
             try:
                 apply(base, params)
@@ -213,14 +214,13 @@ def past_of(study: StudyConfig, records: Iterable[TrialRecord], storage: Any = N
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    metrics = OBJECTIVES[study.kind]
     past = optuna.create_study(
         storage=storage or optuna.storages.InMemoryStorage(),
         study_name="study",
-        directions=["minimize" if mode == "min" else "maximize" for mode in metrics.values()],
+        directions=["minimize" if DIRECTIONS[o] == "min" else "maximize" for o in study.objectives],
     )
     for record in records:
-        values = [record.scores.get(metric, math.nan) for metric in metrics]
+        values = [record.scores.get(metric, math.nan) for metric in study.objectives]
         judged = record.state in ("finished", "stopped") and all(map(math.isfinite, values))
         state = optuna.trial.TrialState.COMPLETE if judged else optuna.trial.TrialState.FAIL
         if record.state == "running":
@@ -252,7 +252,6 @@ def searcher(
     from optuna.storages.journal import JournalFileBackend
     from ray.tune.search.optuna import OptunaSearch
 
-    metrics = OBJECTIVES[study.kind]
     ended = [record for record in records if record.state != "running"]
     storage = JournalStorage(JournalFileBackend(str(folder / "optuna.journal")))
     past_of(study, ended, storage)
@@ -265,11 +264,12 @@ def searcher(
     )
     tried = {record.trial for record in ended}
     again = [dict(r.params) for r in records if r.state == "running"]
+    modes = [DIRECTIONS[objective] for objective in study.objectives]
     points = again + [dict(p) for p in first if trial_name(p) not in tried | {trial_name(a) for a in again}]
     return OptunaSearch(
         space=partial(_suggest, study, base),
-        metric=list(metrics) if len(metrics) > 1 else next(iter(metrics)),
-        mode=list(metrics.values()) if len(metrics) > 1 else next(iter(metrics.values())),
+        metric=list(study.objectives) if len(study.objectives) > 1 else study.objectives[0],
+        mode=modes if len(modes) > 1 else modes[0],
         points_to_evaluate=points or None,
         sampler=sampler,
         study_name="study",

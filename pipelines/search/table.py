@@ -69,7 +69,7 @@ def progress(observer: Observer) -> str:
 def table(study: StudyConfig, records: Sequence[TrialRecord], limit: int | None = None) -> Table:
     """Trials with the running ones first, then the newest."""
     ordered = sorted(records, key=lambda r: (r.state != "running", -r.began))[:limit]
-    first = best(records)
+    first = best(records, study.objectives[0])
     columns = Table(box=None, pad_edge=False)
     for name in ("trial", "state", AXIS[study.kind], "distance", "bits/dim" if study.kind == "training" else "evals"):
         columns.add_column(name, justify="left" if name in ("trial", "state") else "right", no_wrap=True)

@@ -32,8 +32,8 @@ from pipelines.config import Config, ConfigError
 from pipelines.evaluation.features import EvaluatorNetwork, extract
 from pipelines.search.judge import distance_and_error
 from pipelines.search.observer import Observer
-from pipelines.search.space import Params, StudyConfig, Value, apply
-from pipelines.search.study import OBJECTIVES, StudyError, TrialRecord, searcher, trial_name
+from pipelines.search.space import DIRECTIONS, Params, StudyConfig, Value, apply
+from pipelines.search.study import StudyError, TrialRecord, searcher, trial_name
 from pipelines.shards.read import Batch
 from pipelines.storage import Storage, join
 from pipelines.training import driver
@@ -282,7 +282,6 @@ def run_trials(
     if left <= 0:
         return
     at = rungs(base.images, base.batch_size, study)
-    metric, mode = next(iter(OBJECTIVES["training"].items()))
     # The workers have placement groups of their own; the trial itself waits and reports.
     trainable = tune.with_resources(tune.with_parameters(run_trial, shared=shared), {"cpu": 0, "memory": 1 << 20})
     with tempfile.TemporaryDirectory(prefix="ddpm-tune-") as scratch:
@@ -292,8 +291,8 @@ def run_trials(
                 search_alg=searcher(study, base, records, Path(scratch), first=[study.nearest(base), *first]),
                 scheduler=AsyncHyperBandScheduler(
                     time_attr="images_seen",
-                    metric=metric,
-                    mode=mode,
+                    metric=study.objectives[0],
+                    mode=DIRECTIONS[study.objectives[0]],
                     max_t=at[-1],
                     grace_period=at[0],
                     reduction_factor=study.reduction,

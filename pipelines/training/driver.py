@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines import checkpoints, models, tracking
 from pipelines.checkpoints import Published
-from pipelines.config import Config
+from pipelines.config import Config, ConfigError
 from pipelines.filesystem import Fence, FencedError
 from pipelines.shards.index import Dataset, DatasetError, read_dataset, read_quarantine
 from pipelines.storage import Storage, join
@@ -63,8 +63,13 @@ def make_plan(config: Config, storage: Storage, lineage: dict[str, Any]) -> Plan
     """Check storage, dataset and earlier checkpoints of this name, and open the MLflow run.
 
     Raises:
-        StorageError, DatasetError, ModelError, TrackingError: what is wrong, before anything starts.
+        ConfigError, StorageError, DatasetError, ModelError, TrackingError: what is wrong, before anything starts.
     """
+    if config.guidance.kind != "classifier_free":
+        raise ConfigError(
+            f"guidance.kind = {config.guidance.kind}: a training draws its grids by itself; leave it at "
+            "classifier_free, and choose guidance by another network in `ddpm evaluate` or `ddpm search guidance`"
+        )
     storage.require(config.storage.root)
     dataset = read_dataset(config.data.uri, storage)
     check_dataset(dataset, config)

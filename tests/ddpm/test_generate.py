@@ -49,7 +49,21 @@ def test_images_stay_within_range_and_round_to_grey_levels():
     assert pixels.flatten().tolist() == [0, 0, 128, 255, 255]
 
 
-@pytest.mark.parametrize("bad", [{"kind": "euler"}, {"scale": -1.0}])
+@pytest.mark.parametrize(
+    "bad", [{"kind": "euler"}, {"scale": -1.0}, {"guidance": "own"}, {"guidance": "auto", "rescale": 0.5}]
+)
 def test_unknown_samplers_and_negative_scales_are_refused(bad):
-    with pytest.raises(ValueError, match=r"sampler|scale"):
+    with pytest.raises(ValueError, match=r"sampler|scale|guidance"):
         SamplingSettings(**bad)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (SamplingSettings(guidance="classifier", steps=3), "guidance by a classifier needs one"),
+        (SamplingSettings(guidance="auto", steps=3), "autoguidance needs a weaker model"),
+    ],
+)
+def test_guidance_by_a_network_that_is_not_there_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        draw(settings)

@@ -1,8 +1,19 @@
-import pytest
+from dataclasses import replace
 
+import pytest
+import torch
+
+from ddpm.generate import SamplingSettings
+from ddpm.interop import Model, ModelSpec, save_model
+from ddpm.models.classifier import NoisyClassifier
+from ddpm.models.unet import UNet, UNetConfig
 from pipelines.checkpoints import ModelError
-from pipelines.models import resolve
+from pipelines.models import guided, resolve
 from pipelines.storage import Storage
+
+CLASSES = ("a", "b")
+UNET = UNetConfig(1, 1, (8,), 1, (False,), 8, 4, num_classes=2)
+SPEC = ModelSpec(UNET, {"kind": "cosine", "num_steps": 50}, "v", 8, CLASSES)
 
 
 @pytest.mark.parametrize(
@@ -16,3 +27,62 @@ from pipelines.storage import Storage
 def test_references_that_name_nothing_say_what_a_reference_is(reference, message):
     with pytest.raises(ModelError, match=message):
         resolve(reference, tracking_uri=None, storage=Storage())
+
+
+@pytest.fixture
+def folders(tmp_path):
+    torch.manual_seed(0)
+    save_model(tmp_path / "weak", SPEC, UNet(UNET).state_dict())
+    noisier = replace(SPEC, schedule={"kind": "linear", "num_steps": 50})
+    save_model(tmp_path / "noisier", noisier, UNet(UNET).state_dict())
+    spec = replace(SPEC, task="classifier")
+    save_model(tmp_path / "classifier", spec, NoisyClassifier(UNET, 2).state_dict())
+    spec = replace(spec, classes=("a", "b", "c"))
+    save_model(tmp_path / "classifier3", spec, NoisyClassifier(UNET, 3).state_dict())
+    return tmp_path
+
+
+def find(folders, **settings):
+    model = Model(SPEC, UNet(UNET).eval())
+    return guided(model, SamplingSettings(**settings), None, Storage())
+
+
+def test_a_model_finds_the_networks_that_guide_it(folders):
+    alone = find(folders)
+    assert (alone.classifier, alone.weak) == (None, None)
+    assert isinstance(
+        find(folders, guidance="classifier", classifier=f"{folders}/classifier").classifier, NoisyClassifier
+    )
+    auto = SamplingSettings(guidance="auto", weak=f"{folders}/weak", scale=2.0, steps=3)
+    model = guided(alone, auto, None, Storage())
+    labels = torch.tensor([0, 1])
+    assert not torch.allclose(
+        model.generate(labels, settings=auto), model.generate(labels, settings=SamplingSettings(steps=3))
+    )
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"guidance": "classifier", "classifier": "weak"}, r"guidance.classifier = .*holds a denoiser"),
+        (
+            {"guidance": "classifier", "classifier": "classifier3"},
+            r"does not go with the model:\n  classes: \('a', 'b', 'c'",
+        ),
+        ({"guidance": "auto", "weak": "noisier"}, r"guidance.weak = .*\n  schedule: .*linear.* there, .*cosine"),
+        ({"guidance": "auto", "weak": "classifier"}, "which cannot sample"),
+        ({"guidance": "auto", "weak": "nowhere"}, "names no model"),
+    ],
+)
+def test_a_network_that_does_not_go_with_the_model_is_refused(folders, settings, message):
+    named = {k: f"{folders}/{v}" if k in ("classifier", "weak") else v for k, v in settings.items()}
+    with pytest.raises(ModelError, match=message):
+        find(folders, **named)
+
+
+def test_a_model_folder_whose_settings_name_a_guide_brings_it_along(folders):
+    sampling = SamplingSettings(guidance="auto", weak=f"{folders}/weak", scale=2.0, steps=3)
+    save_model(folders / "guided", replace(SPEC, sampling=sampling), UNet(UNET).state_dict())
+    model = resolve(f"{folders}/guided", tracking_uri=None, storage=Storage()).model
+    assert model.weak is not None
+    assert model.generate(torch.tensor([1])).shape == (1, 1, 8, 8)

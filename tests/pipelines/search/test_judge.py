@@ -6,11 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddpm.generate import SamplingSettings
-from ddpm.interop import ModelSpec
+from ddpm.interop import Model, ModelSpec
+from ddpm.models.classifier import NoisyClassifier
 from ddpm.models.unet import UNet, UNetConfig
 from ddpm.quality import FeatureMoments
 from pipelines.evaluation.features import EvaluatorNetwork, extract
-from pipelines.search.judge import Subject, draw, hopeless, rungs, scores
+from pipelines.search.judge import Painter, Subject, hopeless, rungs, scores
 
 CLASSES = ("a", "b")
 
@@ -62,8 +63,11 @@ def subject():
     real = torch.rand(60, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
     with torch.no_grad():
         features = extract(evaluator, real).features
-    weights = UNet(network).state_dict()
-    return Subject(spec, weights, evaluator, FeatureMoments.of(features), features, torch.arange(60) % 2)
+    model = Model(spec, UNet(network).eval().requires_grad_(False))
+    weak = Model(spec, UNet(network).eval().requires_grad_(False))
+    classifier = NoisyClassifier(network, 2).eval().requires_grad_(False)
+    guides = {"weaker": weak, "judge": classifier}
+    return Subject(model, evaluator, FeatureMoments.of(features), features, torch.arange(60) % 2, guides)
 
 
 @pytest.mark.parametrize(
@@ -74,23 +78,48 @@ def subject():
         (SamplingSettings(scale=2.0, kind="ddim", steps=4), 8),
         (SamplingSettings(scale=1.0, kind="heun", steps=3), 4),  # first and last step have no second half
         (SamplingSettings(scale=2.0, interval=(0.0, 0.5), kind="ddim", steps=4), 6),
+        (SamplingSettings(scale=2.0, guidance="auto", weak="weaker", steps=4), 8),
+        (SamplingSettings(scale=1.0, guidance="auto", weak="weaker", steps=4), 4),
     ],
 )
 def test_cost_is_what_the_network_was_really_asked(subject, settings, evaluations):
-    drawn = draw(subject, subject.model(), settings, torch.arange(6), seed=1)
+    drawn = Painter(subject).draw(settings, torch.arange(6), seed=1)
     assert drawn.evaluations == evaluations
 
 
+def test_a_classifier_that_guides_costs_its_way_there_and_back(subject):
+    settings = SamplingSettings(scale=2.0, guidance="classifier", classifier="judge", steps=4)
+    drawn = Painter(subject).draw(settings, torch.arange(6), seed=1)
+    # Half a network, three times (there, and back to the image and no further): less than two evaluations more a step.
+    assert 4 * 1.2 < drawn.evaluations < 4 * 3
+
+
+def test_guides_change_what_is_drawn(subject):
+    painter, numbers = Painter(subject), torch.arange(6)
+    plain = SamplingSettings(steps=4)
+    others = [
+        SamplingSettings(scale=3.0, guidance="auto", weak="weaker", steps=4),
+        SamplingSettings(scale=3.0, guidance="classifier", classifier="judge", steps=4),
+    ]
+    alone = painter.draw(plain, numbers, seed=1).features
+    for settings in others:
+        assert not torch.allclose(painter.draw(settings, numbers, seed=1).features, alone)
+    same = SamplingSettings(scale=1.0, guidance="auto", weak="weaker", steps=4)
+    assert torch.equal(painter.draw(same, numbers, seed=1).features, alone)
+    with pytest.raises(ValueError, match="autoguidance needs a weaker model"):
+        painter.draw(SamplingSettings(guidance="auto", weak="elsewhere", steps=4), numbers, seed=1)
+
+
 def test_rungs_add_up_to_the_whole(subject):
-    settings, model = SamplingSettings(kind="ddim", steps=2), subject.model()
-    parts = [draw(subject, model, settings, torch.arange(a, b), seed=3, keep=2) for a, b in ((0, 6), (6, 10), (10, 24))]
-    whole = draw(subject, model, settings, torch.arange(24), seed=3, keep=2)
+    settings, painter = SamplingSettings(kind="ddim", steps=2), Painter(subject)
+    parts = [painter.draw(settings, torch.arange(a, b), seed=3, keep=2) for a, b in ((0, 6), (6, 10), (10, 24))]
+    whole = painter.draw(settings, torch.arange(24), seed=3, keep=2)
     together = parts[0] + parts[1] + parts[2]
     torch.testing.assert_close(together.features, whole.features, rtol=1e-4, atol=1e-5)
     assert together.evaluations == whole.evaluations == 2
     assert torch.equal(together.correct, whole.correct)
     assert (together.pixels == whole.pixels).all()
-    found = scores(subject, whole, full=True)
+    found = scores(subject, whole)
     assert found["samples"] == 24
     assert {"precision", "recall", "class_accuracy", "standard_error"} <= found.keys()
     assert found["standard_error"] > 0

@@ -20,6 +20,35 @@ def test_shipped_spaces_are_valid_all_over(name):
     check_space(load_study(name), BASE)
 
 
+def test_the_kinds_of_guidance_need_their_networks():
+    kinds = load_study("guidance_kinds")
+    with pytest.raises(ConfigError, match=r"guidance.kind = (classifier needs guidance.classifier|auto needs)"):
+        check_space(kinds, BASE)
+    check_space(kinds, compose(["+experiment=digits", "guidance.classifier=runs:/1", "guidance.weak=runs:/2/100"]))
+
+
+@pytest.mark.parametrize(
+    "kind, options, message",
+    [
+        ("training", {"objectives": ["precision"]}, "a training study has frechet_distance or bits_per_dim"),
+        ("training", {"objectives": ["bits_per_dim"], "bits_per_dim_images": 0}, "needs bits_per_dim_images"),
+        ("guidance", {"objectives": ["bits_per_dim", "evaluations"]}, "is of the model, not of how it is sampled"),
+        ("guidance", {"objectives": ["recall", "recall"]}, "each once"),
+        ("guidance", {"objectives": []}, "at least 1 item"),
+    ],
+)
+def test_objectives_that_a_study_cannot_have_are_refused(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        study({"seed": {"int": [0, 1]}}, kind, **options)
+
+
+def test_a_guidance_study_is_about_distance_and_cost_unless_told_otherwise():
+    space = {"sampler.steps": {"int": [4, 8]}}
+    assert study(space, "guidance").objectives == ("frechet_distance", "evaluations")
+    assert study(space, "guidance", objectives=["precision", "recall"]).objectives == ("precision", "recall")
+    assert study(space, "training").objectives == ("frechet_distance",)
+
+
 def test_conditions_decide_what_a_trial_has():
     shipped = load_study("schedule")
     rng = random.Random(3)
@@ -89,7 +118,7 @@ def test_a_guidance_study_does_not_train():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["shedule"], r"no study 'shedule': choose one of guidance, schedule, smoke.*Did you mean 'schedule'\?"),
+        (["shedule"], r"no study 'shedule': choose one of guidance, guidance_kinds, .*Did you mean 'schedule'\?"),
         (["schedule", ["search.trails=3"]], r"schedule\.yaml: trails: Extra inputs are not permitted"),
         (["schedule", ["search.trials=0"]], r"schedule\.yaml: trials: Input should be greater than 0, got 0"),
         (["schedule", ["search.space.optim.lr.lag=[1,2]"]], r"optim\.lr: a parameter is \{uniform: \[a, b\]\}"),

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import optuna
@@ -167,3 +168,20 @@ def test_a_study_begins_with_the_best_of_earlier_ones_as_far_as_they_fit(store):
     assert earlier_points(narrow, BASE, [store])[0] == {"guidance.scale": points[0]["guidance.scale"]}
     with pytest.raises(StudyError, match=r"no study at .*elsewhere; there are: first"):
         earlier_points(STUDY, BASE, [StudyStore(store.storage, store.uri.replace("first", "elsewhere"))])
+
+
+def test_a_study_may_be_about_anything_that_is_measured():
+    about = STUDY.model_copy(update={"objectives": ("precision", "recall", "evaluations")})
+    records = []
+    for i, (precision, recall) in enumerate([(0.9, 0.5), (0.6, 0.8), (0.5, 0.4), (0.7, 0.7), (0.65, 0.6)]):
+        plain = record(i, 5.0)
+        records.append(replace(plain, scores=plain.scores | {"precision": precision, "recall": recall}))
+    assert best(records, "precision") == records[0]
+    front = pareto_front(records, about.objectives)
+    assert {r.trial for r in front} == {records[i].trial for i in (0, 1, 3)}
+    past = past_of(about, records)
+    assert [d.name for d in past.directions] == ["MAXIMIZE", "MAXIMIZE", "MINIMIZE"]
+    assert len(past.best_trials) == 3
+    text = Page("second", about, "a model", records).html()
+    assert "Precision against network evaluations per image" in text
+    assert "no other trial is better in one of precision, recall, network evaluations per image" in text
