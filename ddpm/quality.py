@@ -170,13 +170,13 @@ def bootstrap(
 ) -> Interval:
     """Confidence interval from random halves of the samples, reflected: [2 v - q_high, 2 v - q_low].
 
-    v is the statistic of the whole and q are quantiles over halves, drawn without replacement, every sample for itself.
-    A half's deviation from the whole has the variance of the whole's from the truth, 1/(n/2) - 1/n = 1/n (the
-    delete-half jackknife: Shao & Wu 1989), and where v is biased by b/n, as Frechet distances are, the halves are off
-    from v by just that, so that the reflected interval is about the value of infinitely many samples. Hence v need not
-    lie inside, and an end may pass a bound that the statistic has. Redrawing with replacement would not do here: a copy
-    makes a pair with its original, which `kid` must not count. Precision and recall change with n, but not by b/n: hold
-    the manifold fixed, as in `bootstrap(lambda part: precision_recall(real, part).precision, fake, ...)`.
+    v is the statistic of the whole and q are quantiles over `halves`. Where v is biased by b/n, as Frechet distances
+    are, the halves are off from v by just that: the reflected interval is about the value of infinitely many samples.
+    Hence v need not lie inside, and an end may pass a bound that the statistic has. Redrawing with replacement would
+    not do here: a copy makes a pair with its original, which `kid` must not count. Precision and recall change with
+    n, but not by b/n: hold the manifold fixed, as in `bootstrap(lambda part: precision_recall(real, part).precision,
+    fake, ...)`. What belongs together, such as the same noise under two samplers, goes into one sample, stacked along
+    the second axis.
 
     Args:
         statistic: maps tensors like `samples` to a number.
@@ -193,19 +193,40 @@ def bootstrap(
     least = math.ceil(round(2 / (1 - level), 6))
     if draws < least:
         raise ValueError(f"draws must be >= {least} for level={level}, got {draws}")
-    sizes = tuple(len(sample) for sample in samples)
-    if not sizes or min(sizes) < 2:
-        raise ValueError(f"a bootstrap needs one sample or more, of at least 2 members each, got sizes {list(sizes)}")
+    _sizes(samples)
+    value = float(statistic(*samples))
+    repeats = halves(statistic, *samples, draws=draws, seed=seed)
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = repeats.quantile(tails).tolist()
+    return Interval(value, 2 * value - high, 2 * value - low, _sizes(samples))
+
+
+def halves(statistic: Callable[..., float], *samples: Tensor, draws: int, seed: int) -> Tensor:
+    """The statistic of random halves of the samples, drawn without replacement, every sample for itself; [draws].
+
+    A half's deviation from the whole has the variance of the whole's from the truth, 1/(n/2) - 1/n = 1/n, so that their
+    standard deviation is the statistic's standard error (the delete-half jackknife: Shao & Wu 1989). The same seed
+    takes the same halves of samples of the same sizes: differences of what two of them give are paired.
+
+    Raises:
+        ValueError: no samples, or fewer than 2 members.
+    """
+    _sizes(samples)
     generator = torch.Generator().manual_seed(seed)
 
     def half(sample: Tensor) -> Tensor:
         return sample[torch.randperm(len(sample), generator=generator)[: len(sample) // 2].to(sample.device)]
 
-    value = float(statistic(*samples))
     repeats = [float(statistic(*(half(sample) for sample in samples))) for _ in range(draws)]
-    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = torch.tensor(repeats, dtype=torch.float64).quantile(tails).tolist()
-    return Interval(value, 2 * value - high, 2 * value - low, sizes)
+    return torch.tensor(repeats, dtype=torch.float64)
+
+
+def _sizes(samples: tuple[Tensor, ...]) -> tuple[int, ...]:
+    """How many each sample holds; enough to halve them."""
+    sizes = tuple(len(sample) for sample in samples)
+    if not sizes or min(sizes) < 2:
+        raise ValueError(f"a bootstrap needs one sample or more, of at least 2 members each, got sizes {list(sizes)}")
+    return sizes
 
 
 def _feature_pair(a: Tensor, b: Tensor, least: int) -> tuple[Tensor, Tensor]:

@@ -19,18 +19,17 @@ import ray
 import torch
 from ray import tune
 from ray.tune import Stopper
-from torch import Tensor
 
 from ddpm.generate import SamplingSettings
 from ddpm.interop import Model
 from ddpm.models.classifier import NoisyClassifier
-from ddpm.quality import FeatureMoments, Interval, bootstrap, frechet_distance
+from ddpm.quality import FeatureMoments, Interval
 from pipelines.config import Config, from_dict
 from pipelines.config.schema import SamplerConfig
 from pipelines.evaluation.evaluate import Evaluator
 from pipelines.evaluation.features import extract
 from pipelines.models import classifier_for, sampling_settings, weaker_for
-from pipelines.search.judge import Drawn, Painter, Subject, hopeless, interval, rungs, scores
+from pipelines.search.judge import Drawn, Painter, Subject, gain, hopeless, interval, rungs, scores
 from pipelines.search.observer import Observer
 from pipelines.search.space import Params, StudyConfig, Value, apply, check_space
 from pipelines.search.study import StudyStore, TrialRecord, loss, pareto_front, searcher
@@ -171,7 +170,8 @@ class GuidanceTrial(tune.Trainable):
         there = next(n for n in steps if n > here)
         more = self.painter.draw(self.settings, torch.arange(here, there), seed=self.base.evaluation.seed)
         self.drawn = more if self.drawn is None else self.drawn + more
-        return {**scores(self.subject, self.drawn), "done": there == steps[-1]}
+        values, distances = scores(self.subject, self.drawn)
+        return {**values, "halves": distances.tolist(), "done": there == steps[-1]}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing: a trial takes seconds, and what has ended is recorded."""
@@ -184,13 +184,13 @@ class Hopeless(Stopper):
     """Ends trials that are worse than a cheaper one beyond chance; see `judge.hopeless`."""
 
     def __init__(self) -> None:
-        self.seen: dict[float, dict[str, dict[str, float]]] = defaultdict(dict)
+        self.seen: dict[float, dict[str, dict[str, Any]]] = defaultdict(dict)
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Whether the trial ends here."""
         others = self.seen[result["samples"]]
         stop = hopeless(result, [scores for other, scores in others.items() if other != trial_id])
-        names = ("frechet_distance", "standard_error", "evaluations", "samples")
+        names = ("frechet_distance", "halves", "evaluations", "samples")
         others[trial_id] = {name: result[name] for name in names}
         return stop and not result["done"]
 
@@ -257,25 +257,13 @@ def confirm(subject: Subject, study: StudyConfig, base: Config, records: Sequenc
     params: dict[str, dict[str, Value]] = {"default": {}} | {r.trial: dict(r.params) for r in chosen}
     found = []
     for trial, samples in drawn.items():
-        gain = None
+        gained = None
         if trial != "default":
-            gain = bootstrap(
-                lambda default, other: gained(subject, default, other),
-                drawn["default"].features,
-                samples.features,
-                draws=200,
-                seed=0,
-            )
+            gained = gain(subject.reference, drawn["default"].features, samples.features, draws=200)
         spread = interval(subject.reference, samples.features, draws=200)
-        found.append(Confirmed(trial, params[trial], settings[trial], spread, scores(subject, samples), gain))
+        values, _ = scores(subject, samples)
+        found.append(Confirmed(trial, params[trial], settings[trial], spread, values, gained))
     return sorted(found, key=lambda c: c.distance.value)
-
-
-def gained(subject: Subject, default: Tensor, other: Tensor) -> float:
-    """By how much the distance of samples' features is less than the default's."""
-    moments = [FeatureMoments.of(features) for features in (default, other)]
-    before, after = (frechet_distance(subject.reference, m) for m in moments)
-    return before - after
 
 
 def draw_front(subject: Subject, base: Config, front: Sequence[TrialRecord]) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddpm.generate import SamplingSettings, to_uint8
 from ddpm.interop import Model
 from ddpm.models.classifier import NoisyClassifier
-from ddpm.quality import FeatureMoments, Interval, bootstrap, frechet_distance, precision_recall
+from ddpm.quality import FeatureMoments, Interval, bootstrap, frechet_distance, halves, precision_recall
 from pipelines.evaluation.features import EvaluatorNetwork, Features, extract
 
 DRAWS = 40
@@ -148,47 +148,62 @@ class Drawn:
         return Drawn(torch.cat([self.features, other.features]), correct, self.pixels, evaluations)
 
 
-def distance_and_error(reference: FeatureMoments, features: Tensor) -> dict[str, float]:
-    """Frechet distance of samples' features [N, D] to the reference, and its standard error by the bootstrap."""
-    spread = interval(reference, features)
-    return {
-        "frechet_distance": spread.value,
-        "standard_error": (spread.high - spread.low) / (2 * 1.96),
-    }
+def distance_and_error(reference: FeatureMoments, features: Tensor) -> tuple[dict[str, float], Tensor]:
+    """Frechet distance of samples' features [N, D] to the reference, and its standard error; the distances of halves.
+
+    The halves, [DRAWS], are the same for any features of the same N: what two settings differ by in them is paired.
+    """
+    distance = partial(_distance, reference)
+    drawn = halves(distance, features, draws=DRAWS, seed=0)
+    return {"frechet_distance": distance(features), "standard_error": drawn.std().item()}, drawn
 
 
-def interval(reference: FeatureMoments, features: Tensor, *, draws: int = DRAWS, seed: int = 0) -> Interval:
+def interval(reference: FeatureMoments, features: Tensor, *, draws: int, seed: int = 0) -> Interval:
     """The distance with its confidence interval."""
-
-    def distance(part: Tensor) -> float:
-        return frechet_distance(reference, FeatureMoments.of(part))
-
-    return bootstrap(distance, features, draws=draws, seed=seed)
+    return bootstrap(partial(_distance, reference), features, draws=draws, seed=seed)
 
 
-def scores(subject: Subject, drawn: Drawn) -> dict[str, float]:
-    """What a trial reports."""
-    values = distance_and_error(subject.reference, drawn.features)
+def gain(reference: FeatureMoments, before: Tensor, after: Tensor, *, draws: int, seed: int = 0) -> Interval:
+    """By how much the distance of features [N, D] falls from one setting to another, on the same noise."""
+
+    def fall(both: Tensor) -> float:
+        return _distance(reference, both[:, 0]) - _distance(reference, both[:, 1])
+
+    return bootstrap(fall, torch.stack([before, after], dim=1), draws=draws, seed=seed)
+
+
+def _distance(reference: FeatureMoments, features: Tensor) -> float:
+    return frechet_distance(reference, FeatureMoments.of(features))
+
+
+def scores(subject: Subject, drawn: Drawn) -> tuple[dict[str, float], Tensor]:
+    """What a trial reports, and the distances of halves that `hopeless` compares."""
+    values, distances = distance_and_error(subject.reference, drawn.features)
     values |= {"samples": float(len(drawn.features)), "evaluations": drawn.evaluations}
     if drawn.correct is not None:
         values["class_accuracy"] = drawn.correct.double().mean().item()
     if min(len(subject.real), len(drawn.features)) > 3:
         both = precision_recall(subject.real, drawn.features)
         values |= {"precision": both.precision, "recall": both.recall}
-    return values
+    return values, distances
 
 
-def hopeless(mine: Mapping[str, float], others: list[Mapping[str, float]], level: float = 2.33) -> bool:
+def hopeless(mine: Mapping[str, Any], others: Iterable[Mapping[str, Any]], level: float = 2.33) -> bool:
     """Whether a setting is worse than another that costs no more, beyond chance.
 
-    A one-sided z-test of the Frechet distances at equal numbers of samples of equal noise seeds, with the bootstrap's
-    standard errors taken as independent, at 1 % (z > 2.33). At equal numbers the distances' bias is nearly the same.
+    A one-sided z-test of the difference of the Frechet distances at equal numbers of samples, at 1 % (z > 2.33). The
+    noise is the same in both, so the difference's standard error is that of paired halves. At equal numbers the
+    distances' bias is nearly the same.
+
+    Args:
+        mine: its `frechet_distance`, `evaluations`, `samples`, and the distances of its `halves`.
+        others: those of the others.
     """
     for other in others:
-        cheaper = other["evaluations"] <= mine["evaluations"] and other["samples"] == mine["samples"]
-        error = math.hypot(mine["standard_error"], other["standard_error"])
-        if cheaper and mine["frechet_distance"] - other["frechet_distance"] > level * error:
-            return True
+        if other["evaluations"] <= mine["evaluations"] and other["samples"] == mine["samples"]:
+            error = (torch.as_tensor(mine["halves"]) - torch.as_tensor(other["halves"])).std().item()
+            if mine["frechet_distance"] - other["frechet_distance"] > level * error:
+                return True
     return False
 
 

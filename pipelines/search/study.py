@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -247,7 +248,6 @@ def searcher(
         folder: for Optuna's journal, as long as the search lasts: Ray Tune pickles what it is given.
         first: tried before anything else, such as the best of earlier studies or the present default.
     """
-    import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
     from ray.tune.search.optuna import OptunaSearch
@@ -255,13 +255,6 @@ def searcher(
     ended = [record for record in records if record.state != "running"]
     storage = JournalStorage(JournalFileBackend(str(folder / "optuna.journal")))
     past_of(study, ended, storage)
-    sampler = optuna.samplers.TPESampler(
-        multivariate=True,
-        group=True,  # conditional parameters: each group of those that exist together has a model of its own
-        seed=study.seed + len(ended),
-        n_startup_trials=study.random_trials,
-        constant_liar=True,  # trials that run at a time do not all try the same
-    )
     tried = {record.trial for record in ended}
     again = [dict(r.params) for r in records if r.state == "running"]
     modes = [DIRECTIONS[objective] for objective in study.objectives]
@@ -271,10 +264,29 @@ def searcher(
         metric=list(study.objectives) if len(study.objectives) > 1 else study.objectives[0],
         mode=modes if len(modes) > 1 else modes[0],
         points_to_evaluate=points or None,
-        sampler=sampler,
+        sampler=sampler(study.seed + len(ended), study.random_trials),
         study_name="study",
         storage=storage,
     )
+
+
+def sampler(seed: int, random_trials: int) -> Any:
+    """Optuna's tree-structured Parzen estimator as studies use it.
+
+    Args:
+        random_trials: before it takes over, what has ended included.
+    """
+    import optuna
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of `group` and `constant_liar`
+        return optuna.samplers.TPESampler(
+            multivariate=True,
+            group=True,  # conditional parameters: each group of those that exist together has a model of its own
+            seed=seed,
+            n_startup_trials=random_trials,
+            constant_liar=True,  # trials that run at a time do not all try the same
+        )
 
 
 def _suggest(study: StudyConfig, base: Config, trial: Any) -> dict[str, Value]:

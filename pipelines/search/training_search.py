@@ -102,7 +102,7 @@ class RungJudge:
                 batch_size=BATCH,
             )
             features = collect(extract(self.evaluator, to_levels(images)).features.to(device), self.samples).cpu()
-            scores = distance_and_error(self.reference, features)
+            scores, _ = distance_and_error(self.reference, features)
             if len(self.held_out):
                 part = share_out(len(self.held_out), rank)
                 bound = variational_bound(

@@ -9,17 +9,20 @@ from ddpm.generate import SamplingSettings
 from ddpm.interop import Model, ModelSpec
 from ddpm.models.classifier import NoisyClassifier
 from ddpm.models.unet import UNet, UNetConfig
-from ddpm.quality import FeatureMoments
+from ddpm.quality import FeatureMoments, frechet_distance
 from pipelines.evaluation.features import EvaluatorNetwork, extract
-from pipelines.search.judge import Painter, Subject, hopeless, rungs, scores
+from pipelines.search.judge import Painter, Subject, gain, hopeless, interval, rungs, scores
 
 CLASSES = ("a", "b")
 
 
-def judged(distance, error=0.1, evaluations=10, samples=100):
+def judged(distance, error=0.1, evaluations=10, samples=100, own=0.0):
+    """A setting whose distance shares an error with all others, and has one of its own."""
+    alone = torch.randn(400, generator=torch.Generator().manual_seed(int(10 * distance))).double()
+    shared = torch.linspace(-2, 2, 400).double()
     return {
         "frechet_distance": distance,
-        "standard_error": error,
+        "halves": (distance + error * alone + own * shared).tolist(),
         "evaluations": evaluations,
         "samples": samples,
     }
@@ -30,6 +33,8 @@ def judged(distance, error=0.1, evaluations=10, samples=100):
     [
         (judged(6.0), judged(5.0), True),
         (judged(5.3), judged(5.0), False),  # 0.3 is 2.1 of its errors: chance at 1 %
+        (judged(6.0, own=3.0), judged(5.0, own=3.0), True),  # what both have in common does not count
+        (judged(6.0, own=3.0), judged(5.0, own=-3.0), False),
         (judged(5.4), judged(5.0), True),
         (judged(6.0, evaluations=9), judged(5.0), False),  # cheaper: it may be on the front
         (judged(6.0), judged(5.0, samples=50), False),  # distances of unlike numbers of samples do not compare
@@ -119,7 +124,21 @@ def test_rungs_add_up_to_the_whole(subject):
     assert together.evaluations == whole.evaluations == 2
     assert torch.equal(together.correct, whole.correct)
     assert (together.pixels == whole.pixels).all()
-    found = scores(subject, whole)
+    found, distances = scores(subject, whole)
     assert found["samples"] == 24
     assert {"precision", "recall", "class_accuracy", "standard_error"} <= found.keys()
-    assert found["standard_error"] > 0
+    assert found["standard_error"] == distances.std().item() > 0
+
+
+def test_settings_are_told_apart_better_on_the_same_noise(subject):
+    painter, numbers = Painter(subject), torch.arange(60)
+    one, two = (painter.draw(SamplingSettings(steps=n), numbers, seed=3).features for n in (5, 6))
+    paired = gain(subject.reference, one, two, draws=60)
+    assert paired.value == pytest.approx(
+        frechet_distance(subject.reference, FeatureMoments.of(one))
+        - frechet_distance(subject.reference, FeatureMoments.of(two))
+    )
+    alone = interval(subject.reference, one, draws=60)
+    assert paired.high - paired.low < (alone.high - alone.low) / 2
+    nothing = gain(subject.reference, one, one, draws=60)
+    assert (nothing.low, nothing.value, nothing.high) == (0, 0, 0)

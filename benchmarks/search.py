@@ -1,0 +1,228 @@
+"""Optuna's search as studies use it beside random search, by replay on a recorded table: no sampling, no training.
+
+    python -m benchmarks.search --record MODEL    judge every setting of a grid once (the local stack; minutes)
+    python -m benchmarks.search [--quick] [--json]
+
+The table holds the Frechet distance and the network evaluations of every combination of some guidance and sampler
+settings of one model. A replay asks a searcher for one setting after another and answers from the table; 20 replays
+differ by the seed. Both search for what a guidance study does: low distance and few evaluations at once.
+
+| figure | is |
+|---|---|
+| `distance` | of the best setting so far, after so many trials |
+| `hypervolume` | share of what the table's whole Pareto front dominates, on logarithmic axes, after so many trials |
+| `trials_to` | trials until that share is reached |
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import optuna
+import torch
+
+from benchmarks.results import ROOT, commit, publish
+from ddpm.quality import FeatureMoments, frechet_distance
+from pipelines.config import compose
+from pipelines.search.space import Params, StudyConfig, apply
+from pipelines.search.study import past_of, sampler, trial_name
+
+TABLE = ROOT / "benchmarks" / "results" / "guidance_table.json"
+SPACE: dict[str, Any] = {
+    "guidance.scale": {"choice": [1.0, 1.5, 2.0, 3.0, 4.0]},
+    "guidance.interval.1": {"choice": [0.6, 1.0]},
+    "guidance.rescale": {"choice": [0.0, 0.7]},
+    "sampler.kind": {"choice": ["ddim", "dpm_solver", "heun"]},
+    "sampler.steps": {"choice": [4, 8, 12, 20]},
+    "sampler.eta": {"choice": [0.0, 1.0], "when": {"sampler.kind": "ddim"}},
+}
+SAMPLES = 160
+TRIALS, REPLAYS, RANDOM_TRIALS = 40, 20, 10
+AFTER = (10, 20, 40)
+SHARE = 0.9
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Record the table, or replay on it and keep the result."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.search", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--record", metavar="MODEL", help="judge the whole grid for this model first")
+    parser.add_argument("--quick", action="store_true", help="5 replays")
+    parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
+    options = parser.parse_args(arguments)
+    if options.record:
+        record(options.record)
+    publish(run(5 if options.quick else REPLAYS), "search", options.quick)
+
+
+def study_of(trials: int = TRIALS) -> StudyConfig:
+    """What is searched."""
+    plain = {"kind": "guidance", "trials": trials, "random_trials": RANDOM_TRIALS, "samples": SAMPLES, "space": SPACE}
+    return StudyConfig.model_validate(plain)
+
+
+def settings() -> Iterator[dict[str, Any]]:
+    """Every combination of the space."""
+    for values in itertools.product(*(parameter["choice"] for parameter in SPACE.values())):
+        params = dict(zip(SPACE, values, strict=True))
+        if params["sampler.kind"] != "ddim" and params.pop("sampler.eta"):
+            continue
+        yield params
+
+
+# --- the table ----------------------------------------------------------------------------------------------
+
+
+def record(reference: str) -> None:
+    """Judge every setting on the local stack and write the table."""
+    import ray
+
+    from pipelines import models
+    from pipelines.connect import connect
+    from pipelines.evaluation import evaluate as evaluation
+    from pipelines.models import sampling_settings
+    from pipelines.search.guidance_search import base_of, subject_of
+    from pipelines.search.judge import Painter, Subject
+    from pipelines.shards.index import read_dataset
+    from pipelines.storage import Storage
+    from pipelines.training.resources import connect_ray
+
+    config = connect(compose(["+experiment=digits"]), os.environ, ["s3", "mlflow", "ray"])
+    storage = Storage.of(config)
+    model = models.resolve(reference, tracking_uri=config.tracking.uri, storage=storage).model
+    dataset = read_dataset(model.spec.lineage["dataset_uri"], storage)
+    splits = evaluation.open_splits(dataset, storage, config.data.cache_dir, config.data.cache_gib)
+    evaluator = evaluation.get_evaluator(dataset, splits, storage, say)
+    base = base_of(config, model.spec.sampling)
+    connect_ray(config, storage)
+
+    class Judge:
+        def __init__(self, subject: Subject) -> None:
+            torch.set_num_threads(1)
+            self.painter = Painter(subject)
+
+        def judge(self, params: Params) -> dict[str, Any]:
+            chosen = sampling_settings(apply(base, params))
+            drawn = self.painter.draw(chosen, torch.arange(SAMPLES), seed=base.evaluation.seed)
+            distance = frechet_distance(self.painter.subject.reference, FeatureMoments.of(drawn.features))
+            return {"params": params, "frechet_distance": distance, "evaluations": drawn.evaluations}
+
+    shared = ray.put(subject_of(model, evaluator, splits, {}))
+    actor: Any = ray.remote(num_cpus=1)(Judge)
+    pool = ray.util.ActorPool([actor.remote(shared) for _ in range(int(ray.cluster_resources()["CPU"]))])
+    began, rows, wanted = time.monotonic(), [], list(settings())
+    for row in pool.map(lambda judge, params: judge.judge.remote(params), wanted):
+        rows.append(row)
+        if len(rows) % 20 == 0:
+            say(f"{len(rows)} of {len(wanted)} settings, {time.monotonic() - began:.0f} s")
+    table = {
+        "commit": commit(),
+        "model": {key: model.spec.lineage.get(key) for key in ("run", "images_seen", "dataset_digest")},
+        "default": asdict(model.spec.sampling),
+        "samples": SAMPLES,
+        "seconds": round(time.monotonic() - began, 1),
+        "rows": rows,
+    }
+    TABLE.write_text(json.dumps(table, indent=1) + "\n")
+
+
+# --- the replay ---------------------------------------------------------------------------------------------
+
+
+def run(replays: int) -> dict[str, Any]:
+    """Let both searchers replay."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    table = json.loads(TABLE.read_text())
+    known = {trial_name(row["params"]): row for row in table["rows"]}
+    whole = hypervolume(list(known.values()), table["rows"])
+    systems: dict[str, list[dict[str, Any]]] = {"optuna": [], "random": []}
+    for seed in range(replays):
+        found = {"optuna": replay(known, sampler(seed, RANDOM_TRIALS)), "random": replay(known, random(seed))}
+        for name, tried in found.items():
+            systems[name].append(judged(tried, table["rows"], whole))
+        say(f"replay {seed + 1} of {replays}")
+    result: dict[str, Any] = {
+        "benchmark": "search",
+        "quick": replays != REPLAYS,
+        "commit": commit(),
+        "machine": f"CPU ({platform.machine()})",
+        "optuna": optuna.__version__,
+        "table": {"commit": table["commit"], "rows": len(known), "samples": table["samples"]}
+        | {"best_distance": min(row["frechet_distance"] for row in known.values())},
+        "trials": TRIALS,
+        "replays": replays,
+    }
+    medians: dict[str, dict[str, Any]] = {}
+    for name, runs in systems.items():
+        medians[name] = {
+            **{f"distance_{n}": statistics.median(r["distance"][n] for r in runs) for n in AFTER},
+            **{f"hypervolume_{n}": statistics.median(r["hypervolume"][n] for r in runs) for n in AFTER},
+            "trials_to": statistics.median(r["trials_to"] for r in runs),
+        }
+    ahead = [
+        a["hypervolume"][TRIALS] > b["hypervolume"][TRIALS]
+        for a, b in zip(systems["optuna"], systems["random"], strict=True)
+    ]
+    speedup = medians["random"]["trials_to"] / medians["optuna"]["trials_to"]
+    return result | {"systems": medians, "speedup_random": round(speedup, 3), "ahead": f"{sum(ahead)} of {replays}"}
+
+
+def random(seed: int) -> Any:
+    """Random search."""
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+def replay(known: Mapping[str, dict[str, Any]], searcher: Any) -> list[dict[str, Any]]:
+    """The rows in the order in which a searcher asks for them."""
+    study, base = study_of(), compose(["+experiment=digits"])
+    past = past_of(study, [])
+    past.sampler = searcher
+    tried = []
+    for _ in range(TRIALS):
+        trial = past.ask()
+        row = known[trial_name(study.suggest(trial, base))]
+        past.tell(trial, [row[objective] for objective in study.objectives])
+        tried.append(row)
+    return tried
+
+
+def judged(tried: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], whole: float) -> dict[str, Any]:
+    """How far a replay came, after so many trials."""
+    shares = [hypervolume(tried[:n], rows) / whole for n in range(1, len(tried) + 1)]
+    return {
+        "distance": {n: min(row["frechet_distance"] for row in tried[:n]) for n in AFTER},
+        "hypervolume": {n: shares[n - 1] for n in AFTER},
+        # One more than there are where it was not reached: a median is not hurt by how many more.
+        "trials_to": next((n for n, share in enumerate(shares, 1) if share >= SHARE), len(tried) + 1),
+    }
+
+
+def hypervolume(some: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> float:
+    """Area that settings dominate, up to the table's worst distance and cost, on logarithmic axes."""
+    worst = [max(math.log(row[name]) for row in rows) for name in ("frechet_distance", "evaluations")]
+    points = sorted((math.log(row["evaluations"]), math.log(row["frechet_distance"])) for row in some)
+    area, height = 0.0, worst[0]
+    for cost, distance in points:
+        if distance < height:
+            area += (worst[1] - cost) * (height - distance)
+            height = distance
+    return area
+
+
+def say(text: str) -> None:
+    """Progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
