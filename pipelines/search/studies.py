@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -157,9 +157,11 @@ def training_study(
     observer.settle()
     records = store.records()
     seen = sum(r.scores.get("images_seen", 0) for r in records)
+    spent = training_search.median_seconds(records, config, name, storage)
     notes = [
         f"Each trial trains on up to {config.images:,} images; together they saw {seen:,.0f}, where training each to "
         f"its end would have taken {config.images * len(records):,}.",
+        *([f"Median seconds of a trial: {_listed(spent)}."] if spent else []),
         f"{time.monotonic() - began:,.0f} s for this call.",
     ]
     page = Page(name, study, dataset.uri, records, command=f"ddpm search training --study {name} …", notes=notes)
@@ -176,6 +178,7 @@ def training_study(
         "trials": count_states(records),
         "best": None if top is None else asdict(top),
         "failed": {r.trial: r.error for r in records if r.state == "failed"},
+        "trial_seconds": spent,
         "page": where,
         "seconds": time.monotonic() - began,
     }
@@ -255,6 +258,10 @@ def _overrides(config: Config, settings: SamplingSettings) -> str:
         f"{group}.{name}={json.dumps(value)}" for group, values in plain.items() for name, value in values.items()
     ]
     return "\n".join([f"sampler={kind}", *fields]).replace(" ", "") + "\n"
+
+
+def _listed(seconds: Mapping[str, float]) -> str:
+    return ", ".join(f"{part} {value:.1f}" for part, value in seconds.items())
 
 
 def count_states(records: list[TrialRecord]) -> dict[str, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,7 @@ from pipelines.search.study import StudyError, TrialRecord, searcher, trial_name
 from pipelines.shards.read import Batch
 from pipelines.storage import Storage, join
 from pipelines.training import driver
+from pipelines.training.goodput import Session, read_sessions
 from pipelines.training.preview import collect, share_out
 from pipelines.training.state import Training, averaged
 
@@ -251,6 +253,36 @@ def run_trial(params: dict[str, Value], *, shared: Shared) -> None:
         thread.join(0.25)
     if outcome[0] is not None:
         raise outcome[0]
+
+
+def trial_seconds(record: TrialRecord, sessions: Sequence[Session]) -> dict[str, float] | None:
+    """Where the wall time of a trial went, in the order in which it went; None where it did not run in one go.
+
+    Args:
+        record: of a finished trial.
+        sessions: of its run's ledger.
+    """
+    attempts = [attempt for session in sessions for attempt in session.attempts]
+    if record.state != "finished" or len(attempts) != 1:
+        return None
+    (attempt,) = attempts
+    spent = attempt.seconds
+    return {
+        "placement": attempt.began - record.began,
+        "start-up": spent["startup"],
+        "training": spent["step"] + spent["data"],
+        "judging": spent["grid"],
+        "checkpoints": spent["checkpoint"],
+        "teardown": record.began + record.seconds - attempt.ended,
+    }
+
+
+def median_seconds(records: Sequence[TrialRecord], config: Config, name: str, storage: Storage) -> dict[str, float]:
+    """The medians of `trial_seconds` over a study's trials; empty where there are none."""
+    folders = {r.trial: join(config.storage.root, "runs", f"{name}-{r.trial}") for r in records}
+    found = [trial_seconds(record, read_sessions(storage, folders[record.trial])) for record in records]
+    spent = [seconds for seconds in found if seconds is not None]
+    return {part: statistics.median(s[part] for s in spent) for part in spent[0]} if spent else {}
 
 
 def concurrency(study: StudyConfig, base: Config, resources: Mapping[str, float]) -> int:

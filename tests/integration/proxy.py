@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import threading
 from types import TracebackType
@@ -15,12 +16,14 @@ class Proxy:
     Attributes:
         url: where it listens.
         relayed: bytes of answers that went through.
+        asked: paths of HTTP GET requests that went through, one for each.
     """
 
     def __init__(self, target: str, cut_after: int | None = None) -> None:
         parts = urlsplit(target)
         self.target = (parts.hostname or "127.0.0.1", parts.port or 80)
         self.cut_after, self.down, self.relayed, self.connections = cut_after, False, 0, 0
+        self.asked: list[str] = []
         self._server = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._server.getsockname()[1]}"
         self._open: set[socket.socket] = set()
@@ -64,6 +67,8 @@ class Proxy:
                 sink.sendall(data)
                 if answers:
                     self.relayed += len(data)
+                else:
+                    self.asked += [path.decode() for path in re.findall(rb"^GET (\S+) HTTP/1", data, re.MULTILINE)]
                 if left == 0:
                     break
         _close(source)

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 from mlflow import MlflowClient
 
+from pipelines import stack
 from pipelines.config import compose
 from pipelines.search.space import load_study
 from pipelines.search.study import StudyStore, TrialRecord, best, trial_name
 from pipelines.shards.index import read_dataset
 from pipelines.storage import Storage
-from tests.integration.conftest import Shell
+from tests.integration.conftest import Finished, Shell
+from tests.integration.proxy import Proxy
 
 pytestmark = pytest.mark.integration
 
@@ -44,11 +54,7 @@ def children(local_stack, run_id: str):
 def test_a_guidance_study_that_is_killed_goes_on_and_counts_nothing_twice(shell, s3, local_stack, model):
     command = ["search", "guidance", "--model", model, "--study", "killed", *TINY, *GUIDANCE]
     process = shell.start(*command)
-    deadline = time.monotonic() + 200
-    while not [r for r in records(s3, "killed").values() if r.state == "finished"]:
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    until(lambda: [r for r in records(s3, "killed").values() if r.state == "finished"], process, 200)
     process.kill()
     process.communicate()
     before = {name: r for name, r in records(s3, "killed").items() if r.state in ("finished", "stopped")}
@@ -72,10 +78,32 @@ def test_a_guidance_study_that_is_killed_goes_on_and_counts_nothing_twice(shell,
     assert status.answer["trials"] == done.answer["trials"]
 
 
+def trial_processes(home: Path) -> list[psutil.Process]:
+    """The processes of this stack's Ray in which trials run."""
+    head = next(service.pid for service in stack.status(home) if service.name == "ray")
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, ProcessLookupError):
+            if os.getsid(process.pid) == head and "ray::ImplicitFunc" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def until(true: Callable[[], Any], process: subprocess.Popen[str], timeout_s: float = 120) -> Any:
+    """Wait for something to become true while a command runs; what it is."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := true()):
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    return found
+
+
 def test_a_training_study_with_trials_that_fail_ends_with_the_right_best(shell, s3, local_stack, model, tmp_path: Path):
     space = tmp_path / "odd.yaml"
     space.write_text(
-        "kind: training\ntrials: 4\nrandom_trials: 4\nsamples: 40\nrungs: 2\nbits_per_dim_images: 4\nspace:\n"
+        "kind: training\ntrials: 6\nrandom_trials: 6\nconcurrent: 1\nsamples: 40\nrungs: 2\nreduction: 2\n"
+        "bits_per_dim_images: 4\nspace:\n"
         "  optim.lr: {log: [0.0001, 1.0e+35]}\n  cluster.num_workers: {choice: [1, 64]}\n"
     )
     overrides = [*TINY, "images=2560", "optim.grad_clip=null", "optim.warmup_images=0", "optim.max_skipped=2"]
@@ -86,21 +114,38 @@ def test_a_training_study_with_trials_that_fail_ends_with_the_right_best(shell, 
     store.open(load_study(str(space)), compose(overrides), digest, resume=False)
     diverges = {"optim.lr": 1e34, "cluster.num_workers": 1}
     asks_too_much = {"optim.lr": 0.001, "cluster.num_workers": 64}
-    good = {"optim.lr": 0.003, "cluster.num_workers": 1}
-    for params in (diverges, asks_too_much, good):
+    doomed = {"optim.lr": 0.002, "cluster.num_workers": 1}
+    good, other = {"optim.lr": 0.003, "cluster.num_workers": 1}, {"optim.lr": 0.004, "cluster.num_workers": 1}
+    for params in (diverges, asks_too_much, doomed, good, other):
         store.record(TrialRecord(trial_name(params), params, "running"))
 
-    done = shell.ok("search", "training", "--space", str(space), "--study", "odd", "--resume", *overrides, "--json")
+    command = ["search", "training", "--space", str(space), "--study", "odd", "--resume", *overrides, "--json"]
+    with Proxy(local_stack.s3_endpoint) as proxy:
+        # A node that has nothing yet, and whose every request is counted.
+        elsewhere = [f"storage.endpoint_url={proxy.url}", f"storage.credentials_file={local_stack.credentials_file}"]
+        process = shell.start(*command, "storage=s3", "storage.root=s3://ddpm", "storage.region=us-east-1", *elsewhere)
+        ended = {trial_name(diverges), trial_name(asks_too_much)}
+        until(lambda: all(records(s3, "odd")[name].state == "failed" for name in ended), process)
+        (victim,) = until(lambda: trial_processes(local_stack.home), process)
+        victim.kill()
+        out, err = process.communicate(timeout=250)
+        assert process.returncode == 0, err[-3000:]
+        asked = Counter(path for path in proxy.asked if path.endswith(".tar"))
+    done = Finished(0, err, json.loads(out.strip().splitlines()[-1]))
     after = records(s3, "odd")
-    assert len(after) == 4
+    assert len(after) == 6
     failed = done.answer["failed"]
-    assert {trial_name(diverges), trial_name(asks_too_much)} <= set(failed)
+    assert {trial_name(diverges), trial_name(asks_too_much), trial_name(doomed)} <= set(failed)
+    assert sum(r.state in ("finished", "stopped") for r in after.values()) >= 2
+    # Each shard was fetched once, by whoever came first; ranges are of samples that were wanted before it was there.
+    assert asked
+    assert max(asked.values()) <= 4, asked
     assert "not finite" in failed[trial_name(diverges)]
     assert "64" in failed[trial_name(asks_too_much)]
     assert done.answer["best"]["params"]["cluster.num_workers"] == 1
     assert "bits_per_dim" in done.answer["best"]["scores"]
     runs, count = children(local_stack, done.answer["run_id"])
-    assert count == len(runs) == 4
+    assert count == len(runs) == 6
     assert runs[f"odd-{trial_name(diverges)}"].info.status == "FAILED"
     taken = shell.folder / "best.json"
     s3.download("s3://ddpm/studies/odd/best.json", taken)

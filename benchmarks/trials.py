@@ -1,0 +1,155 @@
+"""What a trial of a training study costs beside its training, beside the usual way of writing one.
+
+    python -m benchmarks.trials [--quick] [--json]
+
+Both run on the local stack, as many trials at a time as there are cores, each a Ray Train run of one worker that does
+little. The usual way is that of Ray's documentation: a function that fits a `TorchTrainer`, with
+`TuneReportCallback`; its work is a second of sleep in three reports. Ours is `ddpm search training` on digits: three
+rungs, each judged and reported.
+
+| figure | is |
+|---|---|
+| `overhead_s` | seconds of a core's time per trial (wall time times trials at a time over trials) less the work |
+| `trial_seconds` | of ours, medians: see `pipelines.search.training_search.trial_seconds` |
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import time
+import uuid
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from benchmarks.results import commit, publish
+from pipelines.config import Config, compose
+from pipelines.connect import connect
+
+WORK_S, REPORTS = 1.0, 3
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the benchmark and keep its result."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.trials", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="one turn of four trials each")
+    parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
+    options = parser.parse_args(arguments)
+    publish(run(1 if options.quick else 3, 4 if options.quick else 6, options.quick), "trials", options.quick)
+
+
+def run(turns: int, trials: int, quick: bool) -> dict[str, Any]:
+    """Let both take turns."""
+    overrides = [
+        "+experiment=digits", "images=1536", "cluster.num_workers=1", "sampler.steps=2", "guidance=none",
+        "model.channels=[32]", "model.attention=[true]", "model.layers_per_block=1",
+    ]  # fmt: skip
+    config = connect(compose(overrides), os.environ, ["s3", "mlflow", "ray"])
+
+    import ray
+
+    from pipelines.storage import Storage
+    from pipelines.training.resources import connect_ray
+
+    connect_ray(config, Storage.of(config))
+    at_a_time = int(ray.cluster_resources()["CPU"])
+    overhead: dict[str, list[float]] = {"ours": [], "usual": []}
+    parts: list[dict[str, float]] = []
+    for turn in range(turns):
+        began = time.monotonic()
+        usual(trials, at_a_time, config)
+        overhead["usual"].append((time.monotonic() - began) * at_a_time / trials - WORK_S)
+        began = time.monotonic()
+        spent = ours(trials, config)
+        work = spent["training"] + spent["judging"]
+        overhead["ours"].append((time.monotonic() - began) * at_a_time / trials - work)
+        parts.append(spent)
+        say(f"turn {turn + 1} of {turns}: " + ", ".join(f"{name} {v[-1]:.1f} s" for name, v in overhead.items()))
+    median = {name: statistics.median(values) for name, values in overhead.items()}
+    return {
+        "benchmark": "trials",
+        "quick": quick,
+        "commit": commit(),
+        "machine": f"CPU ({platform.machine()}, {os.cpu_count()} cores)",
+        "ray": ray.__version__,
+        "trials": trials,
+        "at_a_time": at_a_time,
+        "overhead_s": {name: round(seconds, 2) for name, seconds in median.items()},
+        "trial_seconds": {part: round(statistics.median(p[part] for p in parts), 2) for part in parts[0]},
+        "speedup_usual": round(median["usual"] / median["ours"], 3),
+        "turns": overhead,
+    }
+
+
+def ours(trials: int, config: Config) -> dict[str, float]:
+    """A study; where its trials' seconds went."""
+    from pipelines.search import studies
+    from pipelines.search.space import StudyConfig
+
+    space = {"optim.lr": {"log": [5e-4, 5e-3]}}
+    plain = {"kind": "training", "trials": trials, "random_trials": trials, "samples": 32, "rungs": REPORTS}
+    # Nothing is stopped early: the first rung lets all pass.
+    study = StudyConfig.model_validate({**plain, "space": space, "bits_per_dim_images": 4, "reduction": 2})
+    name = f"benchmark-{uuid.uuid4().hex[:8]}"
+    found = studies.training_study(
+        config, name, study, {}, resume=False, after=[], report=lambda observer: None, say=lambda what, text: None
+    )
+    spent: dict[str, float] = found.answer["trial_seconds"]
+    return spent
+
+
+def usual(trials: int, at_a_time: int, config: Config) -> None:
+    """Ray Tune over Ray Train, as its documentation has it."""
+    import tempfile
+
+    from ray import tune
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    def worker(settings: dict[str, Any]) -> None:
+        import tempfile
+        import time
+
+        import ray.train
+        import torch
+        from ray.train import Checkpoint
+
+        for step in range(REPORTS):
+            time.sleep(WORK_S / REPORTS)
+            with tempfile.TemporaryDirectory() as folder:
+                torch.save({"step": step}, os.path.join(folder, "state.pt"))
+                ray.train.report({"loss": settings["lr"]}, checkpoint=Checkpoint.from_directory(folder))
+
+    with tempfile.TemporaryDirectory() as storage:
+
+        def trial(settings: dict[str, Any]) -> None:
+            TorchTrainer(
+                worker,
+                train_loop_config=settings,
+                scaling_config=ScalingConfig(num_workers=1),
+                run_config=RunConfig(
+                    name=tune.get_context().get_trial_id(), storage_path=storage, callbacks=[TuneReportCallback()]
+                ),
+            ).fit()
+
+        found = tune.Tuner(
+            tune.with_resources(trial, {"cpu": 0}),
+            param_space={"lr": tune.loguniform(1e-4, 1e-2)},
+            tune_config=tune.TuneConfig(num_samples=trials, max_concurrent_trials=at_a_time),
+            run_config=tune.RunConfig(storage_path=storage, name="usual", verbose=0),
+        ).fit()
+        assert not found.errors, found.errors
+
+
+def say(text: str) -> None:
+    """Progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
