@@ -13,8 +13,9 @@ import logging
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from ddpm.interop import ModelSpec, save_model
 from pipelines import tracking
 from pipelines.config import Config
 from pipelines.shards.index import Dataset, Quarantine, stream_digest
-from pipelines.storage import Storage, join
+from pipelines.storage import Storage, join, patiently
 from pipelines.tracking import Tracker
 
 logger = logging.getLogger(__name__)
@@ -189,18 +190,24 @@ def complete_checkpoints(storage: Storage, uri: str) -> list[tuple[str, Checkpoi
     return sorted(found, key=lambda pair: (-pair[1].images_seen, pair[0]))
 
 
-def fetch_newest(storage: Storage, uri: str, folder: Path) -> CheckpointState | None:
-    """Download the newest checkpoint below an address that is whole, byte for byte; None where there is none."""
-    for address, state in complete_checkpoints(storage, uri):
+def fetch_first(storage: Storage, addresses: Sequence[str], folder: Path) -> CheckpointState | None:
+    """Download the first of some checkpoint folders that is whole, byte for byte; None where none are given.
+
+    Raises:
+        ModelError: all of them are damaged.
+    """
+    damaged = []
+    for address in addresses:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        storage.download_folder(address, folder)
+        patiently(partial(storage.download_folder, address, folder))
         try:
-            load_checkpoint(folder)
+            return load_checkpoint(folder)[0]
         except ModelError as error:
-            logger.warning("%s; looking for an older checkpoint", error)
-            continue
-        return state
+            damaged.append(f"{address}: {str(error).removeprefix(f'{folder}/')}")
+            logger.warning("%s; looking for an older checkpoint", damaged[-1])
+    if damaged:
+        raise ModelError("no checkpoint of the run is whole:\n  " + "\n  ".join(damaged))
     return None
 
 

@@ -42,7 +42,8 @@ class MetricLog:
         self.count = 0
         self.last: dict[str, int] | None = None
         self._wake, self._ending = threading.Event(), threading.Event()
-        self._wake.set()  # there may be something from before
+        if self._waiting():  # something from before
+            self._wake.set()
         self._thread = threading.Thread(target=self._run, name="metric-log", daemon=True)
         self._thread.start()
 

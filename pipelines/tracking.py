@@ -1,6 +1,7 @@
 """The one door to MLflow: runs, metrics, pictures, artifacts and the model registry.
 
-One training run is one MLflow run, found again by its name whatever crashed in between; steps are images seen.
+One training run is one MLflow run, found again by its name whatever crashed in between; steps are images seen. MLflow
+is imported where it is first used: a worker that restarts is at its next step before a thread of its own needs it.
 """
 
 from __future__ import annotations
@@ -17,27 +18,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
-import mlflow
-import requests
-from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunStatus, RunTag, ViewType
-from mlflow.exceptions import MlflowException
-from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from numpy.typing import NDArray
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 logger = logging.getLogger(__name__)
 logging.getLogger("mlflow.store.model_registry").setLevel(logging.WARNING)
 
 RUN_TAG = "ddpm.run"
 KIND = "custom_model_development"
+MONITOR_AFTER_S = 10.0
 PATIENCE_S = 300.0
 T = TypeVar("T")
 
@@ -90,6 +89,7 @@ class Tracker:
 
     def params(self, params: Mapping[str, Any]) -> None:
         """Record flat parameters; those that are recorded already with the same value stay."""
+        from mlflow.entities import Param
 
         def write() -> None:
             with _reporting(self.uri):
@@ -106,6 +106,8 @@ class Tracker:
         Raises:
             UnreachableError: at once; `MetricLog` waits.
         """
+        from mlflow.entities import Metric
+
         now = int(time.time() * 1000) if at_ms is None else at_ms
         with _reporting(self.uri):
             self.client.log_batch(self.run_id, metrics=[Metric(k, float(v), now, step) for k, v in values.items()])
@@ -171,6 +173,7 @@ class Tracker:
 
     def tags(self, tags: Mapping[str, str]) -> None:
         """Set tags."""
+        from mlflow.entities import RunTag
 
         def write() -> None:
             with _reporting(self.uri):
@@ -184,6 +187,8 @@ class Tracker:
 
     def dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
         """The dataset that the run reads, as MLflow's page shows it; once."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
         if not self.client.get_run(self.run_id).inputs.dataset_inputs:
             described = Dataset(name, digest[:36], "s3", source, profile=json.dumps(profile))
             self.client.log_inputs(
@@ -192,6 +197,7 @@ class Tracker:
 
     def status(self, status: str) -> None:
         """RUNNING, FINISHED, FAILED or KILLED."""
+        from mlflow.entities import RunStatus
 
         def write() -> None:
             with _reporting(self.uri):
@@ -221,8 +227,14 @@ def patiently(call: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
 def system_metrics(tracker: Tracker, node: str) -> Iterator[None]:
     """Log this machine's processor, memory, disk, network and GPUs to a run while the block runs, as system/NODE/…"""
     ending = threading.Event()
+    monitors: list[Any] = []
 
     def watch() -> None:
+        # What the monitor imports would hold up the first steps.
+        if ending.wait(MONITOR_AFTER_S):
+            return
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
         # MLflow's monitor ends when the server is away for a moment: it is started again then.
         while not ending.is_set():
             try:
@@ -235,7 +247,6 @@ def system_metrics(tracker: Tracker, node: str) -> Iterator[None]:
                 logger.warning("system metrics of %s: %s", node, error)
             ending.wait(30)
 
-    monitors: list[SystemMetricsMonitor] = []
     thread = threading.Thread(target=watch, name="system-metrics", daemon=True)
     thread.start()
     try:
@@ -252,6 +263,8 @@ def open_run(uri: str, experiment: str, name: str, tags: Mapping[str, str]) -> t
     Raises:
         TrackingError: no MLflow server answers at `uri`.
     """
+    from mlflow.exceptions import MlflowException
+
     client = _client(uri)
     found_experiment = _answering(uri, client.get_experiment_by_name, experiment)
     if found_experiment is None:
@@ -283,6 +296,8 @@ def get_run(uri: str, run_id: str) -> Tracker:
     Raises:
         TrackingError: there is none.
     """
+    from mlflow.exceptions import MlflowException
+
     try:
         _client(uri).get_run(run_id)
     except MlflowException as error:
@@ -306,6 +321,7 @@ def log_pyfunc(
         packages: source folders that travel with it.
         example: (inputs, outputs, params) from which the signature is inferred.
     """
+    import mlflow
     from mlflow.models import infer_signature
 
     inputs, outputs, params = example
@@ -327,6 +343,8 @@ def log_pyfunc(
 
 def register(tracker: Tracker, name: str, model_id: str, tags: Mapping[str, str]) -> ModelVersion:
     """A new version of a registered model, from what `log_pyfunc` stored."""
+    from mlflow.exceptions import MlflowException
+
     client = tracker.client
     try:
         client.create_registered_model(name)
@@ -345,6 +363,8 @@ def register(tracker: Tracker, name: str, model_id: str, tags: Mapping[str, str]
 
 def version(uri: str, name: str, *, alias: str | None = None, number: str | None = None) -> ModelVersion | None:
     """A version by alias or number, None where there is none."""
+    from mlflow.exceptions import MlflowException
+
     client = _client(uri)
     try:
         found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
@@ -375,6 +395,8 @@ def set_version_tags(uri: str, name: str, number: str, tags: Mapping[str, str]) 
 
 def download_version(uri: str, found: ModelVersion, folder: Path) -> Path:
     """The model folder inside a registered pyfunc, fetched below `folder`."""
+    import mlflow
+
     mlflow.set_tracking_uri(uri)
     local = mlflow.artifacts.download_artifacts(found.uri, dst_path=str(folder))
     return Path(local) / "artifacts" / "model"
@@ -390,10 +412,14 @@ def _client(uri: str) -> MlflowClient:
     # A server that is away must not hold a command for MLflow's default of minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    from mlflow import MlflowClient
+
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 def _named(client: MlflowClient, experiments: list[str], name: str) -> str | None:
+    from mlflow.entities import ViewType
+
     runs = client.search_runs(experiments, f"tags.`{RUN_TAG}` = '{name}'", ViewType.ACTIVE_ONLY, max_results=1)
     return runs[0].info.run_id if runs else None
 
@@ -401,6 +427,9 @@ def _named(client: MlflowClient, experiments: list[str], name: str) -> str | Non
 @contextmanager
 def _reporting(uri: str) -> Iterator[None]:
     """Turn what MLflow raises into a `TrackingError`."""
+    import requests
+    from mlflow.exceptions import MlflowException
+
     try:
         yield
     except requests.RequestException as error:
@@ -412,6 +441,8 @@ def _reporting(uri: str) -> Iterator[None]:
 
 
 def _answering(uri: str, call: Any, *args: Any) -> Any:
+    from mlflow.exceptions import MlflowException
+
     try:
         return call(*args)
     except MlflowException as error:

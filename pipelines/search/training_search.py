@@ -12,6 +12,7 @@ import os
 import statistics
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +41,7 @@ from pipelines.storage import Storage, join
 from pipelines.training import driver
 from pipelines.training.goodput import Session, read_sessions
 from pipelines.training.preview import collect, share_out
+from pipelines.training.resources import TrainingError
 from pipelines.training.state import Training, averaged
 
 # Ray Train looks at its workers every two seconds, and so at the end of every trial; Tune has a table of its own.
@@ -50,6 +52,8 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 BOUND_STEPS = 64
 """Of the chain whose bound judges a trial: respaced from the schedule's own, and one evaluation each."""
 BATCH = 64
+STOP_S = 120.0
+"""How long a run may take to stop: at most its start, a step, and a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -206,53 +210,106 @@ def trial_config(shared: Shared, params: Params) -> Config:
     )
 
 
-def run_trial(params: dict[str, Value], *, shared: Shared) -> None:
-    """One trial, in an actor of Ray Tune: fits the run and reports each score as it comes.
+class TrainingTrial(tune.Trainable):
+    """One trial after another in an actor that lives as long as the study: fits its run and reports each score.
 
-    Raises:
-        TrainingError: the run failed.
+    The run trains in a thread; a trial that is not to go on is asked to stop, as by Ctrl-C, before the next begins. An
+    actor that were killed instead would leave its workers and their resources to Ray to find.
     """
-    config = trial_config(shared, params)
-    storage = Storage.of(config)
-    uri = join(config.storage.root, "runs", config.name, "scores")
-    judge = RungJudge(
-        rungs(config.images, config.batch_size, shared.study),
-        shared.study.samples,
-        shared.labels,
-        shared.evaluator,
-        shared.reference,
-        shared.held_out,
-        shared.held_out_labels,
-        config.evaluation.seed,
-        storage,
-        uri,
-    )
-    plan = driver.make_plan(config, storage, dict(shared.lineage))
-    plan = replace(plan, job=replace(plan.job, judge=judge))
-    outcome: list[BaseException | None] = []
 
-    def fit() -> None:
+    shared: Shared
+    run_config: Config
+    thread: threading.Thread
+    reported: float
+    error: BaseException | None
+
+    def setup(self, config: dict[str, Value], *, shared: Shared) -> None:
+        """Once per actor."""
+        self.shared = shared
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Value]) -> bool:
+        """Another trial."""
+        self._end()
+        self._begin(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """The next score; the last one when the run has ended.
+
+        Raises:
+            TrainingError: the run failed.
+        """
+        while True:
+            ended = not self.thread.is_alive()
+            if self.error is not None:
+                raise self.error
+            fresh = self._scores_above(self.reported)
+            last = bool(fresh) and fresh[0]["images_seen"] >= self.rungs[-1]
+            if fresh and (ended or not last):
+                self.reported = fresh[0]["images_seen"]
+                return {**fresh[0], "done": last}
+            if ended:
+                raise TrainingError(f"run '{self.run_config.name}' ended before its last score")
+            self.thread.join(0.25)
+
+    def cleanup(self) -> None:
+        """At the actor's end."""
+        self._end()
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing: the run has its own."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Nothing."""
+
+    def _begin(self, params: Params) -> None:
+        shared = self.shared
+        config = self.run_config = trial_config(shared, params)
+        self.storage = Storage.of(config)
+        self.uri = join(config.storage.root, "runs", config.name, "scores")
+        self.rungs = rungs(config.images, config.batch_size, shared.study)
+        self.reported, self.error = -1.0, None
+        self.thread = threading.Thread(target=self._fit, name="fit", daemon=True)
+        self.thread.start()
+
+    def _fit(self) -> None:
+        shared, config = self.shared, self.run_config
+        judge = RungJudge(
+            self.rungs,
+            shared.study.samples,
+            shared.labels,
+            shared.evaluator,
+            shared.reference,
+            shared.held_out,
+            shared.held_out_labels,
+            config.evaluation.seed,
+            self.storage,
+            self.uri,
+        )
         try:
-            driver.train(plan)
-            outcome.append(None)
-        except BaseException as error:  # noqa: BLE001 - it is raised below, in Tune's own thread
-            outcome.append(error)
+            plan = driver.make_plan(config, self.storage, dict(shared.lineage))
+            driver.train(replace(plan, job=replace(plan.job, judge=judge)))
+        except BaseException as error:  # noqa: BLE001 - it is raised in Tune's own thread
+            self.error = error
 
-    thread = threading.Thread(target=fit, name="fit", daemon=True)
-    thread.start()
-    reported = -1.0
-    while True:
-        ended = not thread.is_alive()
-        for entry in storage.list(uri):
-            scores = json.loads(storage.read(entry.uri))
-            if scores["images_seen"] > reported:
-                reported = scores["images_seen"]
-                tune.report(scores)
-        if ended:
-            break
-        thread.join(0.25)
-    if outcome[0] is not None:
-        raise outcome[0]
+    def _scores_above(self, images_seen: float) -> list[dict[str, float]]:
+        found = [json.loads(self.storage.read(entry.uri)) for entry in self.storage.list(self.uri)]
+        return sorted((s for s in found if s["images_seen"] > images_seen), key=lambda s: s["images_seen"])
+
+    def _end(self) -> None:
+        """Stop the run and wait until it has.
+
+        Raises:
+            TrainingError: it does not stop.
+        """
+        deadline = time.monotonic() + STOP_S
+        while self.thread.is_alive():
+            # Again and again: the run may only be starting, and then has nobody to ask yet.
+            driver.request_stop(self.run_config)
+            self.thread.join(0.5)
+            if time.monotonic() > deadline:
+                raise TrainingError(f"run '{self.run_config.name}' does not stop")
 
 
 def trial_seconds(record: TrialRecord, sessions: Sequence[Session]) -> dict[str, float] | None:
@@ -315,7 +372,7 @@ def run_trials(
         return
     at = rungs(base.images, base.batch_size, study)
     # The workers have placement groups of their own; the trial itself waits and reports.
-    trainable = tune.with_resources(tune.with_parameters(run_trial, shared=shared), {"cpu": 0, "memory": 1 << 20})
+    trainable = tune.with_resources(tune.with_parameters(TrainingTrial, shared=shared), {"cpu": 0, "memory": 1 << 20})
     with tempfile.TemporaryDirectory(prefix="ddpm-tune-") as scratch:
         tune.Tuner(
             trainable,
@@ -331,6 +388,7 @@ def run_trials(
                 ),
                 num_samples=left,
                 max_concurrent_trials=concurrency(study, base, ray.cluster_resources()),
+                reuse_actors=True,
             ),
             run_config=tune.RunConfig(
                 name="study",

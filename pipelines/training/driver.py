@@ -7,11 +7,12 @@ import hashlib
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines import checkpoints, models, tracking
@@ -27,6 +28,8 @@ from pipelines.training.ray_shell import Monitor
 from pipelines.training.resources import TrainingError, connect_ray, require_resources
 from pipelines.training.resume import newest_checkpoint, run_folder, sweep
 from pipelines.training.shell import Job
+
+NAMESPACE = "ddpm-runs"
 
 
 @dataclass(frozen=True)
@@ -163,8 +166,14 @@ def _fit_until_stuck(
 
 
 def monitor_name(folder: str) -> str:
-    """Name of the monitor of the run that is stored in a folder, in the namespace "ddpm-runs" of a cluster."""
+    """Name of the monitor of the run that is stored in a folder, in the namespace `NAMESPACE` of a cluster."""
     return "run-" + hashlib.sha256(folder.encode()).hexdigest()[:16]
+
+
+def request_stop(config: Config) -> None:
+    """Ask the workers of a run that another thread or process trains on this cluster to stop, as Ctrl-C does."""
+    with suppress(ValueError, RayError):  # there is none yet, or no longer
+        ray.get_actor(monitor_name(run_folder(config)), namespace=NAMESPACE).request_stop.remote()
 
 
 @contextmanager
@@ -176,7 +185,7 @@ def _only_driver(config: Config, wait_s: float = 15) -> Iterator[Any]:
     """
     name = monitor_name(run_folder(config))
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options = {"num_cpus": 0, "name": name, "namespace": "ddpm-runs", "scheduling_strategy": here}
+    options = {"num_cpus": 0, "name": name, "namespace": NAMESPACE, "scheduling_strategy": here}
     deadline = time.monotonic() + wait_s
     while True:
         try:

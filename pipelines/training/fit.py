@@ -12,16 +12,15 @@ from typing import Any
 
 import ray
 import torch
-from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
-    get_or_create_autoscaling_coordinator,
-)
 from ray.exceptions import RayError
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from pipelines import tracking
+from pipelines.checkpoints import ModelError
 from pipelines.config import ClusterConfig
 from pipelines.filesystem import Fence, open_filesystem
+from pipelines.shards.cache import ShardCorruptError
 from pipelines.storage import NotFoundError, join, patiently
 from pipelines.training import STARTED, worker
 from pipelines.training.goodput import Ledger
@@ -31,6 +30,8 @@ from pipelines.training.resume import run_folder
 from pipelines.training.shell import Job
 
 WATCH_EVERY_S = 0.5
+FINAL = (FloatingPointError, ShardCorruptError, ModelError)
+"""What comes again however often the workers are started: the stream is the same, and so are data and checkpoints."""
 Report = Callable[[dict[str, float]], None]
 Notice = Callable[[str], None]
 
@@ -39,14 +40,22 @@ def _worker_main(settings: dict[str, Any]) -> None:
     """One Ray Train worker."""
     from ray.train.torch import get_device
 
-    job: Job = settings["job"]
+    job, monitor = settings["job"], settings["monitor"]
+    if ray.get(monitor.why_final.remote()) is not None:
+        return  # Ray Train starts the workers again whatever it was; the driver says why
     torch.set_num_threads(job.config.cluster.threads_per_worker)
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    shell = RayShell(settings["monitor"], rank, job.storage, run_folder(job.config), settings["fence"], STARTED)
+    shell = RayShell(monitor, rank, job.storage, run_folder(job.config), settings["fence"], STARTED)
     node = f"node-{context.get_node_rank()}"
     with tracking.system_metrics(job.tracker, node) if context.get_local_rank() == 0 else nullcontext():
-        worker.train(job, shell, rank=rank, world_size=context.get_world_size(), device=get_device(), started=STARTED)
+        try:
+            worker.train(
+                job, shell, rank=rank, world_size=context.get_world_size(), device=get_device(), started=STARTED
+            )
+        except FINAL as error:
+            ray.get(monitor.give_up.remote(str(error)))
+            raise  # the others may be waiting for this rank: Ray Train ends them
         shell.close()
 
 
@@ -108,7 +117,8 @@ def fit_and_watch(
                 report({"images_seen": attempts[-1].images_seen, **({} if loss is None else {"loss": loss})})
             if gone:
                 return TrainingError(gone)
-    return outcome[0]
+    final = ray.get(monitor.why_final.remote())
+    return outcome[0] if final is None else TrainingError(f"training '{job.config.name}' failed: {final}")
 
 
 class _Missing:
@@ -136,6 +146,11 @@ def _take_over_reservation(job: Job, trainer: TorchTrainer) -> None:
     Ray's coordinator, which outlives drivers, keeps a reservation for three minutes; so long an elastic run would wait
     for its own former self.
     """
+    # Workers import this module too, and half a second of Ray Data with it.
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+        get_or_create_autoscaling_coordinator,
+    )
+
     uri = join(run_folder(job.config), "reservation")
     with suppress(NotFoundError):
         before = patiently(lambda: job.storage.read(uri)).decode()

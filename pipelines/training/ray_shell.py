@@ -18,13 +18,16 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.v2._internal.execution.context import get_train_context
 
+from pipelines.checkpoints import fetch_first
 from pipelines.filesystem import Fence
 from pipelines.storage import Storage, join
 from pipelines.training.goodput import Attempt
 from pipelines.training.progress import Progress
+from pipelines.training.resume import listed_checkpoints
 from pipelines.training.shell import Store
 
 POST_EVERY_S = 0.5
+ORPHANED_S = 30.0
 WAITING = 1
 """Checkpoints that may wait behind the one that is uploading, before the loop waits for storage."""
 
@@ -43,6 +46,7 @@ class Monitor:
         self.attempts: dict[str, Attempt] = {}
         self.loss: float | None = None
         self.stop = False
+        self.final: str | None = None
 
     def post(self, attempt: str, elapsed_s: float, progress: Progress) -> bool:
         """Newest progress of an attempt that began `elapsed_s` ago; answers whether to stop."""
@@ -59,6 +63,14 @@ class Monitor:
         )
         self.loss = progress.loss
         return self.stop
+
+    def give_up(self, reason: str) -> None:
+        """A rank tells why the training cannot go on, however often it is started again; the first reason stays."""
+        self.final = self.final or reason
+
+    def why_final(self) -> str | None:
+        """What a rank told."""
+        return self.final
 
     def request_stop(self) -> None:
         """Ask rank 0 to stop at its next step."""
@@ -91,14 +103,17 @@ class RayShell:
 
     @contextmanager
     def restored(self) -> Iterator[Path | None]:
-        """Ray Train's newest checkpoint, fetched for this rank."""
+        """The newest checkpoint of Ray Train's list that is whole, fetched for this rank."""
         newest = ray.train.get_checkpoint()
         if newest is None:
             yield None
             return
-        with tempfile.TemporaryDirectory(prefix="ddpm-restored-") as folder:
-            self.storage.download_folder(join(self.folder, Path(newest.path).name), Path(folder))
-            yield Path(folder)
+        first = Path(newest.path).name
+        names = [first, *(name for name in listed_checkpoints(self.folder, self.storage) if name != first)]
+        with tempfile.TemporaryDirectory(prefix="ddpm-restored-") as scratch:
+            folder = Path(scratch) / "checkpoint"
+            fetch_first(self.storage, [join(self.folder, name) for name in names], folder)
+            yield folder
 
     def save(self, store: Store | None, metrics: dict[str, Any]) -> None:
         """Upload in Ray Train's thread, which then enters the checkpoint in the list that a restart reads.
@@ -185,6 +200,9 @@ class RayShell:
         except ActorUnavailableError:
             pass  # the network, perhaps; the next answer tells
         except (ActorDiedError, RayActorError) as error:
+            # Ray is about to end this worker, and its controller. A failure that came first would have the controller
+            # start other workers, whose resources nobody gives back when it is ended in the middle of that.
+            time.sleep(ORPHANED_S)
             raise DriverLostError("the driver of this run has ended; start it again to resume") from error
         finally:
             self.answer = None

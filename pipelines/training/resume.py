@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
@@ -16,9 +17,9 @@ def run_folder(config: Config) -> str:
     return join(config.storage.root, "runs", config.name)
 
 
-def listed_checkpoints(config: Config, storage: Storage) -> list[str]:
-    """Names of the checkpoints in Ray Train's list, the one that it resumes from last; all others are debris."""
-    uri = join(run_folder(config), CHECKPOINT_MANAGER_SNAPSHOT_FILENAME)
+def listed_checkpoints(folder: str, storage: Storage) -> list[str]:
+    """Names of the checkpoints in Ray Train's list in a run's folder, the newest first; all others are debris."""
+    uri = join(folder, CHECKPOINT_MANAGER_SNAPSHOT_FILENAME)
     try:
         snapshot = json.loads(patiently(lambda: storage.read(uri)))
     except NotFoundError:
@@ -27,23 +28,34 @@ def listed_checkpoints(config: Config, storage: Storage) -> list[str]:
         raise ModelError(f"{uri} is damaged: delete the folder to start anew, or use another name=…") from error
     newest = snapshot["latest_checkpoint_result"]
     names = [result["checkpoint_dir_name"] for result in snapshot["checkpoint_results"]]
-    last = [] if newest is None else [newest["checkpoint_dir_name"]]
-    return [name for name in names if name not in last] + last
+    first = [] if newest is None else [newest["checkpoint_dir_name"]]
+    return first + [name for name in sorted(names, reverse=True) if name not in first]
 
 
 def newest_checkpoint(config: Config, storage: Storage) -> CheckpointState | None:
-    """The checkpoint that Ray Train would resume this name from."""
-    names = listed_checkpoints(config, storage)
-    if not names:
-        return None
-    folder = join(run_folder(config), names[-1])
-    return CheckpointState.from_json(patiently(lambda: storage.read(join(folder, "state.json"))), folder)
+    """The state of the newest checkpoint of this name that can be read.
+
+    Raises:
+        ModelError: there are checkpoints, and none can.
+    """
+    error: ModelError | None = None
+    for name in listed_checkpoints(run_folder(config), storage):
+        folder = join(run_folder(config), name)
+        try:
+            return CheckpointState.from_json(patiently(partial(storage.read, join(folder, "state.json"))), folder)
+        except NotFoundError:
+            error = error or ModelError(f"{folder} is not a complete checkpoint: state.json is missing")
+        except ModelError as damaged:
+            error = error or damaged
+    if error is not None:
+        raise error
+    return None
 
 
 def sweep(config: Config, storage: Storage) -> list[str]:
     """Delete what uploads that never ended have left: checkpoint folders that are not in the list; their names."""
     folder = run_folder(config)
-    listed = set(listed_checkpoints(config, storage))
+    listed = set(listed_checkpoints(folder, storage))
     debris = set()
     for entry in storage.list(folder):
         name = entry.uri[len(folder) + 1 :].split("/")[0]

@@ -13,7 +13,7 @@ from pipelines.checkpoints import (
     best_published,
     check_resumable,
     complete_checkpoints,
-    fetch_newest,
+    fetch_first,
     list_published,
     load_checkpoint,
     publish,
@@ -107,6 +107,10 @@ def test_a_state_of_another_release_or_of_no_sense_is_refused(folder):
             load_checkpoint(folder)
 
 
+def newest(runs, folder):
+    return fetch_first(Storage(), [uri for uri, _ in complete_checkpoints(Storage(), f"file://{runs}")], folder)
+
+
 def test_a_kill_at_any_byte_leaves_the_older_checkpoint_to_go_on_from(tmp_path):
     runs, order = tmp_path / "runs", ["model.json", "model.safetensors", "training.safetensors", "state.json"]
     save_checkpoint(runs / "old", a_checkpoint(100))
@@ -123,12 +127,12 @@ def test_a_kill_at_any_byte_leaves_the_older_checkpoint_to_go_on_from(tmp_path):
             for done, content in written[:number]:
                 (runs / "new" / done).write_bytes(content)
             (runs / "new" / name).write_bytes(data[:cut])
-            state = fetch_newest(Storage(), f"file://{runs}", tmp_path / "fetched")
+            state = newest(runs, tmp_path / "fetched")
             assert state.images_seen == 100, (name, cut)
             with pytest.raises(ModelError):
                 load_checkpoint(runs / "new")
     shutil.copytree(tmp_path / "whole", runs / "new", dirs_exist_ok=True)
-    assert fetch_newest(Storage(), f"file://{runs}", tmp_path / "fetched").images_seen == 200
+    assert newest(runs, tmp_path / "fetched").images_seen == 200
 
 
 def test_what_the_store_cut_or_changed_afterwards_is_passed_over_as_well(tmp_path):
@@ -139,9 +143,13 @@ def test_what_the_store_cut_or_changed_afterwards_is_passed_over_as_well(tmp_pat
     assert [s.images_seen for _, s in complete_checkpoints(Storage(), f"file://{tmp_path}/runs")] == [200, 100]
     changed = tmp_path / "runs" / "200" / "model.safetensors"
     changed.write_bytes(changed.read_bytes()[:-1] + b"x")
-    assert fetch_newest(Storage(), f"file://{tmp_path}/runs", tmp_path / "fetched").images_seen == 100
+    assert newest(tmp_path / "runs", tmp_path / "fetched").images_seen == 100
     shutil.rmtree(tmp_path / "runs" / "100")
-    assert fetch_newest(Storage(), f"file://{tmp_path}/runs", tmp_path / "fetched") is None
+    with pytest.raises(
+        ModelError, match=r"no checkpoint of the run is whole:\n  .*200: model.safetensors is missing or dam"
+    ):
+        newest(tmp_path / "runs", tmp_path / "fetched")
+    assert fetch_first(Storage(), [], tmp_path / "fetched") is None
 
 
 def published(tmp_path, tracker, *images):

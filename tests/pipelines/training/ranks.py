@@ -83,7 +83,8 @@ class FolderShell:
     @contextmanager
     def restored(self):
         with tempfile.TemporaryDirectory() as scratch:
-            found = checkpoints.fetch_newest(Storage(), self.checkpoints, Path(scratch) / "c")
+            there = [uri for uri, _ in checkpoints.complete_checkpoints(Storage(), self.checkpoints)]
+            found = checkpoints.fetch_first(Storage(), there, Path(scratch) / "c")
             yield None if found is None else Path(scratch) / "c"
 
     def save(self, store, metrics):

@@ -82,7 +82,7 @@ def test_a_sweep_deletes_what_is_not_listed_and_nothing_else(config, tmp_path):
     left = {entry.uri.split("/runs/run/")[1] for entry in STORAGE.list(f"file://{tmp_path}/runs/run")}
     assert left == {"checkpoint_1/state.json", "checkpoint_2/state.json", "published/000000000100/state.json",
                     "checkpoint_manager_snapshot.json"}  # fmt: skip
-    assert listed_checkpoints(config, STORAGE) == ["checkpoint_1", "checkpoint_2"]
+    assert listed_checkpoints(f"file://{tmp_path}/runs/run", STORAGE) == ["checkpoint_2", "checkpoint_1"]
     assert sweep(config, STORAGE) == []
 
 
@@ -91,6 +91,9 @@ def test_a_damaged_list_and_checkpoints_of_another_release_are_named(config, tmp
     snapshot(tmp_path, ["checkpoint_1"], "checkpoint_1")
     with pytest.raises(ModelError, match="this release reads"):
         newest_checkpoint(config, STORAGE)
+    store(tmp_path, "checkpoint_0", 50)
+    snapshot(tmp_path, ["checkpoint_0", "checkpoint_1"], "checkpoint_1")
+    assert newest_checkpoint(config, STORAGE).images_seen == 50  # the older one can be read
     STORAGE.write(f"file://{tmp_path}/runs/run/checkpoint_manager_snapshot.json", b"{")
     with pytest.raises(ModelError, match="is damaged"):
         newest_checkpoint(config, STORAGE)
