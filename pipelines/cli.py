@@ -25,6 +25,7 @@ app.add_typer(search_app, name="search")
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Hydra overrides, such as +experiment=digits optim.lr=1e-3")
 ]
+MODEL = "runs:/ID[/IMAGES|/best][/sigma_rel=WIDTH], models:/NAME@alias, models:/NAME/VERSION or a folder"
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on stdout.")]
 
 
@@ -224,9 +225,7 @@ def train(
 
 @app.command()
 def evaluate(
-    model: Annotated[
-        str, typer.Argument(help="runs:/ID[/IMAGES], models:/NAME@alias, models:/NAME/VERSION or a folder")
-    ],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
@@ -248,9 +247,7 @@ def evaluate(
 
 @app.command()
 def sample(
-    model: Annotated[
-        str, typer.Argument(help="runs:/ID[/IMAGES], models:/NAME@alias, models:/NAME/VERSION or a folder")
-    ],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     out: Annotated[Path, typer.Option("--out", help="Folder for the PNGs and grid.png")],
     labels: Annotated[str | None, typer.Option(help="Class names or indices, comma-separated; default all")] = None,
     count: Annotated[int, typer.Option(min=1, help="Images per label (in all, for a model without classes)")] = 1,
@@ -353,7 +350,7 @@ After = Annotated[list[str] | None, typer.Option(help="Begin with the best of an
 
 @search_app.command("guidance")
 def search_guidance(
-    model: Annotated[str, typer.Option(help="runs:/ID[/IMAGES], models:/NAME@alias, models:/NAME/VERSION or a folder")],
+    model: Annotated[str, typer.Option(help=MODEL)],
     space: Annotated[str, typer.Option(help="A study of conf/search/, or a YAML file")] = "guidance",
     study: Study = None,
     resume: Resume = False,

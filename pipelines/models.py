@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ddpm.generate import SamplingSettings
 from ddpm.inpainting import extend_for_inpainting
-from ddpm.interop import Model, ModelSpec, load_classifier, load_model
+from ddpm.interop import Model, ModelSpec, load_classifier, load_model, read_spec, save_model
 from ddpm.models.classifier import NoisyClassifier
 from pipelines import tracking
-from pipelines.checkpoints import ModelError, list_published
+from pipelines.checkpoints import ModelError, best_published, list_published, reconstruct_average
 from pipelines.config import Config, unet_config
 from pipelines.shards.index import Dataset, Quarantine, stream_digest
 from pipelines.storage import Storage
@@ -156,7 +156,9 @@ def resolve(reference: str, *, tracking_uri: str | None, storage: Storage, devic
     """The model that a MODEL reference names, with the networks that its own settings have guide it.
 
     Args:
-        reference: runs:/ID, runs:/ID/IMAGES, models:/NAME@alias, models:/NAME/VERSION, or a folder.
+        reference: models:/NAME@alias, models:/NAME/VERSION, a folder, or a published checkpoint of a run: runs:/ID (the
+            newest), runs:/ID/IMAGES, runs:/ID/best (of the lowest Frechet distance that was measured), each with
+            /sigma_rel=WIDTH for the power-function average of that width instead of the one that the run sampled with.
 
     Raises:
         ModelError: it names nothing; says what exists.
@@ -196,23 +198,31 @@ def _fetched(reference: str, tracking_uri: str | None, storage: Storage) -> Iter
             if not folder.is_dir():
                 raise ModelError(
                     f"{reference} names no model; MODEL is "
-                    "runs:/ID[/IMAGES], models:/NAME@alias, models:/NAME/VERSION or a folder"
+                    "runs:/ID[/IMAGES|/best][/sigma_rel=WIDTH], models:/NAME@alias, models:/NAME/VERSION or a folder"
                 )
             yield _Fetched(folder)
 
 
 def _from_run(reference: str, tracking_uri: str, storage: Storage, scratch: Path) -> _Fetched:
-    match = re.fullmatch(r"runs:/([0-9a-f]+)(?:/(\d+))?", reference)
+    match = re.fullmatch(r"runs:/([0-9a-f]+)(?:/(\d+|best))?(?:/sigma_rel=(0?\.\d+))?", reference)
     if match is None:
-        raise ModelError(f"{reference}: write runs:/ID or runs:/ID/IMAGES")
-    tracker = tracking.get_run(tracking_uri, match[1])
-    published = list_published(tracker)
-    wanted = [p for p in published if match[2] is None or p.images_seen == int(match[2])]
-    if not wanted:
-        seen = ", ".join(str(p.images_seen) for p in published) or "none"
-        raise ModelError(f"{reference}: no such published checkpoint; the run has: {seen}")
+        raise ModelError(f"{reference}: write runs:/ID, runs:/ID/IMAGES or runs:/ID/best, and /sigma_rel=0.1 after it")
+    run, which, width = match.groups()
+    tracker = tracking.get_run(tracking_uri, run)
+    if which == "best":
+        chosen = best_published(tracker, "eval/frechet_distance", lowest=True)
+    else:
+        published = list_published(tracker)
+        wanted = [p for p in published if which is None or p.images_seen == int(which)]
+        if not wanted:
+            seen = ", ".join(str(p.images_seen) for p in published) or "none"
+            raise ModelError(f"{reference}: no such published checkpoint; the run has: {seen}")
+        chosen = wanted[-1]
     for name in ("model.json", "model.safetensors"):
-        storage.download(f"{wanted[-1].uri}/{name}", scratch / name)
+        storage.download(f"{chosen.uri}/{name}", scratch / name)
+    if width is not None:
+        averaged = reconstruct_average(tracker, storage, float(width), chosen.images_seen)
+        save_model(scratch, read_spec(scratch), averaged)
     return _Fetched(scratch, tracker)
 
 

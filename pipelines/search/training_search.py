@@ -45,7 +45,7 @@ from pipelines.training.resources import TrainingError
 from pipelines.training.state import Training, averaged
 
 # Ray Train looks at its workers every two seconds, and so at the end of every trial; Tune has a table of its own.
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 
@@ -251,7 +251,7 @@ class TrainingTrial(tune.Trainable):
                 return {**fresh[0], "done": last}
             if ended:
                 raise TrainingError(f"run '{self.run_config.name}' ended before its last score")
-            self.thread.join(0.25)
+            self.thread.join(0.5)
 
     def cleanup(self) -> None:
         """At the actor's end."""
@@ -294,8 +294,10 @@ class TrainingTrial(tune.Trainable):
             self.error = error
 
     def _scores_above(self, images_seen: float) -> list[dict[str, float]]:
-        found = [json.loads(self.storage.read(entry.uri)) for entry in self.storage.list(self.uri)]
-        return sorted((s for s in found if s["images_seen"] > images_seen), key=lambda s: s["images_seen"])
+        # Named by the number of images, so that most are passed over unread.
+        names = sorted(entry.uri for entry in self.storage.list(self.uri))
+        fresh = [uri for uri in names if int(uri.rsplit("/", 1)[-1].removesuffix(".json")) > images_seen]
+        return [json.loads(self.storage.read(uri)) for uri in fresh]
 
     def _end(self) -> None:
         """Stop the run and wait until it has.

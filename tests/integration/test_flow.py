@@ -23,6 +23,7 @@ pytestmark = pytest.mark.integration
 SHORT = [
     "+experiment=digits",
     "images=6400",
+    "optim.power_ema=[0.05,0.1]",
     "checkpoint.every=2560",
     "tracking.log_every=640",
     "tracking.grid_every=1280",
@@ -136,6 +137,10 @@ def test_published_checkpoints_are_named_by_run_and_images(flow, shell):
     named = shell.ok("sample", f"{run}/6400", "--labels", "3", "--steps", "5", "--out", "e", "--json")
     one, other = [(shell.folder / done.answer["files"][0]).read_bytes() for done in (newest, named)]
     assert one == other
+    best = shell.ok("sample", f"{run}/best", "--labels", "3", "--steps", "5", "--out", "g", "--json")
+    assert (shell.folder / best.answer["files"][0]).read_bytes() == one  # there is one
+    averaged = shell.ok("sample", f"{run}/sigma_rel=0.1", "--labels", "3", "--steps", "5", "--out", "h", "--json")
+    assert (shell.folder / averaged.answer["files"][0]).read_bytes() != one
     missing = shell("sample", f"{run}/123", "--out", "f")
     assert missing.code == 1
     assert "the run has: 6400" in missing.err

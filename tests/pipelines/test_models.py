@@ -29,6 +29,12 @@ def test_references_that_name_nothing_say_what_a_reference_is(reference, message
         resolve(reference, tracking_uri=None, storage=Storage())
 
 
+@pytest.mark.parametrize("reference", ["runs:/XYZ", "runs:/abc/worst", "runs:/abc/sigma_rel=2", "runs:/abc/best/100"])
+def test_a_run_is_named_by_id_and_images_or_the_best_and_a_width(reference):
+    with pytest.raises(ModelError, match=r"write runs:/ID, runs:/ID/IMAGES or runs:/ID/best, and /sigma_rel=0.1"):
+        resolve(reference, tracking_uri="http://127.0.0.1:9", storage=Storage())
+
+
 @pytest.fixture
 def folders(tmp_path):
     torch.manual_seed(0)
