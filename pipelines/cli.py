@@ -240,7 +240,7 @@ def evaluate(
     chosen = any(o.lstrip("+").startswith(("guidance", "sampler")) for o in overrides or [])
     settings = models.sampling_settings(config) if chosen else resolved.model.spec.sampling
     with terminal.live():
-        scores, _ = flow.evaluate_stage(resolved, None, settings, config, storage, terminal)
+        scores, _ = flow.evaluate_stage(resolved, settings, config, storage, terminal)
     _show_scores(scores)
     _finish(as_json, dataclasses.asdict(scores))
 

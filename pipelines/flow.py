@@ -93,9 +93,7 @@ def run(config: Config, lineage: dict[str, Any], display: Display) -> FlowResult
         tracking_uri=result.tracker.uri,
         storage=storage,
     )
-    scores, fresh = evaluate_stage(
-        resolved, result.published, models.sampling_settings(config), config, storage, display
-    )
+    scores, fresh = evaluate_stage(resolved, models.sampling_settings(config), config, storage, display)
     if not fresh:
         skipped.append("evaluate")
     version, verdict, fresh = register_stage(resolved, result.published, scores, config, display)
@@ -227,7 +225,6 @@ def train_stage(config: Config, storage: Storage, lineage: dict[str, Any], displ
 
 def evaluate_stage(
     resolved: Resolved,
-    published: Published | None,
     settings: SamplingSettings,
     config: Config,
     storage: Storage,
@@ -239,7 +236,7 @@ def evaluate_stage(
     dataset = read_dataset(uri, storage)
     splits = evaluation.open_splits(dataset, storage, config.data.cache_dir, config.data.cache_gib)
     evaluator = evaluation.get_evaluator(dataset, splits, storage, lambda text: display.stage("evaluate", text))
-    images_seen = int(model.spec.lineage.get("images_seen", published.images_seen if published else 0))
+    published, images_seen = resolved.published, int(model.spec.lineage.get("images_seen", 0))
     model_digest = published.digest if published else json.dumps(model.spec.lineage, sort_keys=True)
     key_parts = [model_digest, evaluator.digest, dataset.digest, config.evaluation.seed, asdict(settings)]
     key = hashlib.sha256(json.dumps(key_parts).encode()).hexdigest()[:16]
@@ -267,7 +264,7 @@ def evaluate_stage(
         order = [i for row in range(8) for c in range(classes) for i in (done.labels == c).nonzero()[0][row : row + 1]]
         tracker.image("evaluation", label_grid(done.samples[order], classes, model.spec.classes), images_seen)
         tracker.text(tracking.to_json(asdict(done.scores)), artifact)
-        if published:
+        if published and settings == model.spec.sampling:
             record_scores(tracker, published.images_seen, done.scores.metrics())
     return done.scores, True
 

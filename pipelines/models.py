@@ -18,7 +18,7 @@ from ddpm.inpainting import extend_for_inpainting
 from ddpm.interop import Model, ModelSpec, load_classifier, load_model, read_spec, save_model
 from ddpm.models.classifier import NoisyClassifier
 from pipelines import tracking
-from pipelines.checkpoints import ModelError, best_published, list_published, reconstruct_average
+from pipelines.checkpoints import ModelError, Published, best_published, list_published, reconstruct_average
 from pipelines.config import Config, unet_config
 from pipelines.shards.index import Dataset, Quarantine, stream_digest
 from pipelines.storage import Storage
@@ -144,12 +144,14 @@ class Resolved:
         model: ready to sample.
         tracker: its run, where it has one.
         version: its registered version, where it is one.
+        published: the checkpoint of its run, where it is one.
     """
 
     reference: str
     model: Model
     tracker: Tracker | None = None
     version: ModelVersion | None = None
+    published: Published | None = None
 
 
 def resolve(reference: str, *, tracking_uri: str | None, storage: Storage, device: str = "cpu") -> Resolved:
@@ -173,7 +175,7 @@ def resolve(reference: str, *, tracking_uri: str | None, storage: Storage, devic
         sampling = settings_from_json(found.version.tags["sampling"])
         model = replace(model, spec=replace(model.spec, sampling=sampling))
     model = guided(model, model.spec.sampling, tracking_uri, storage).to(device)
-    return Resolved(reference, model, found.tracker, found.version)
+    return Resolved(reference, model, found.tracker, found.version, found.published)
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,7 @@ class _Fetched:
     folder: Path
     tracker: Tracker | None = None
     version: ModelVersion | None = None
+    published: Published | None = None
 
 
 @contextmanager
@@ -222,8 +225,10 @@ def _from_run(reference: str, tracking_uri: str, storage: Storage, scratch: Path
         storage.download(f"{chosen.uri}/{name}", scratch / name)
     if width is not None:
         averaged = reconstruct_average(tracker, storage, float(width), chosen.images_seen)
-        save_model(scratch, read_spec(scratch), averaged)
-    return _Fetched(scratch, tracker)
+        spec = read_spec(scratch)
+        save_model(scratch, replace(spec, lineage={**spec.lineage, "sigma_rel": float(width)}), averaged)
+        return _Fetched(scratch, tracker)  # other weights than the checkpoint's, whose scores are not its own
+    return _Fetched(scratch, tracker, published=chosen)
 
 
 def _from_registry(reference: str, tracking_uri: str, scratch: Path) -> _Fetched:

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -59,8 +59,9 @@ class Checkpointer:
         if self.rank != 0:
             self.shell.save(None, metrics)
             return
+        lineage = {**self.spec.lineage, "images_seen": training.images_seen}
         checkpoint = Checkpoint(
-            self.spec,
+            replace(self.spec, lineage=lineage),
             tensors,
             images_seen=training.images_seen,
             identity=self.job.config.identity(),
