@@ -85,10 +85,14 @@ def settings() -> Iterator[dict[str, Any]]:
 
 def record(reference: str) -> None:
     """Judge every setting on the local stack and write the table."""
+    from pipelines.connect import connect
+
+    # Before ray is imported: it reads how to find the local head.
+    config = connect(compose(["+experiment=digits"]), os.environ, ["s3", "mlflow", "ray"])
+
     import ray
 
     from pipelines import models
-    from pipelines.connect import connect
     from pipelines.evaluation import evaluate as evaluation
     from pipelines.models import sampling_settings
     from pipelines.search.guidance_search import base_of, subject_of
@@ -97,7 +101,6 @@ def record(reference: str) -> None:
     from pipelines.storage import Storage
     from pipelines.training.resources import connect_ray
 
-    config = connect(compose(["+experiment=digits"]), os.environ, ["s3", "mlflow", "ray"])
     storage = Storage.of(config)
     model = models.resolve(reference, tracking_uri=config.tracking.uri, storage=storage).model
     dataset = read_dataset(model.spec.lineage["dataset_uri"], storage)
