@@ -138,7 +138,7 @@ def usual(trials: int, at_a_time: int, config: Config) -> None:
             ).fit()
 
         found = tune.Tuner(
-            tune.with_resources(trial, {"cpu": 0}),
+            tune.with_resources(trial, {"cpu": 0, "memory": 1 << 20}),  # its workers have their own
             param_space={"lr": tune.loguniform(1e-4, 1e-2)},
             tune_config=tune.TuneConfig(num_samples=trials, max_concurrent_trials=at_a_time),
             run_config=tune.RunConfig(storage_path=storage, name="usual", verbose=0),
