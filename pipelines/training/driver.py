@@ -24,7 +24,7 @@ from pipelines.storage import Storage, join
 from pipelines.tracking import Tracker
 from pipelines.training.fit import Notice, Report, fit_and_watch
 from pipelines.training.goodput import Goodput, Ledger
-from pipelines.training.ray_shell import Monitor
+from pipelines.training.monitor import Monitor
 from pipelines.training.resources import TrainingError, connect_ray, require_resources
 from pipelines.training.resume import newest_checkpoint, run_folder, sweep
 from pipelines.training.shell import Job
