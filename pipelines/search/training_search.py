@@ -47,8 +47,6 @@ from pipelines.training.state import Training, averaged
 # Ray Train looks at its workers every two seconds, and so at the end of every trial; Tune has a table of its own.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-# One process less for each trial, which is judged, and stored, every few minutes.
-os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 
 BOUND_STEPS = 64
