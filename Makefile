@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+UNIT := not slow and not gpu and not integration and not chaos
 
 .PHONY: install demo test test-unit check format clean
 .DEFAULT_GOAL := help
@@ -22,10 +23,11 @@ demo: $(STAMP) ## Train, evaluate and register a digits model on the local stack
 	$(BIN)/ddpm flow +experiment=digits --out demo-samples
 
 test: $(STAMP) ## Unit and integration tests
-	$(BIN)/pytest -m 'not slow and not gpu' --cov=ddpm --cov-report=term:skip-covered
+	$(BIN)/pytest -n auto -m '$(UNIT)' --cov=ddpm --cov-report=term:skip-covered
+	$(BIN)/pytest -m '(integration or chaos) and not slow and not gpu'
 
 test-unit: $(STAMP) ## Unit tests only: no Ray, no network
-	$(BIN)/pytest -n auto -m 'not slow and not gpu and not integration and not chaos'
+	$(BIN)/pytest -n auto -m '$(UNIT)'
 
 check: $(STAMP) ## Lint, format, types, import contracts, spelling
 	$(BIN)/ruff check .

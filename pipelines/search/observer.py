@@ -120,6 +120,9 @@ class Observer(Callback):
 
     def _keep(self, record: TrialRecord) -> None:
         self.records[record.trial] = record
+        if record.run_id is None:
+            # Before MLflow hears of it: whoever is killed in between asks for the trial again, and finds its run.
+            self.store.record(record)
         try:
             self._log(record)
         except TrackingError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +29,8 @@ from pipelines.training.driver import check_dataset
 from pipelines.training.resources import connect_ray
 
 Say = Callable[[str, str], None]
+# A trial that fails is a line of the study's own; Tune would add the stack of every actor around it.
+logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def trial_processes(home: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error, ProcessLookupError):
-            if os.getsid(process.pid) == head and "ray::ImplicitFunc" in " ".join(process.cmdline()):
+            if os.getsid(process.pid) == head and "ray::ResourceTrainable" in " ".join(process.cmdline()):
                 found.append(process)
     return found
 
@@ -99,6 +99,7 @@ def until(true: Callable[[], Any], process: subprocess.Popen[str], timeout_s: fl
     return found
 
 
+@pytest.mark.timeout(600)
 def test_a_training_study_with_trials_that_fail_ends_with_the_right_best(shell, s3, local_stack, model, tmp_path: Path):
     space = tmp_path / "odd.yaml"
     space.write_text(
@@ -126,8 +127,9 @@ def test_a_training_study_with_trials_that_fail_ends_with_the_right_best(shell, 
         process = shell.start(*command, "storage=s3", "storage.root=s3://ddpm", "storage.region=us-east-1", *elsewhere)
         ended = {trial_name(diverges), trial_name(asks_too_much)}
         until(lambda: all(records(s3, "odd")[name].state == "failed" for name in ended), process)
-        (victim,) = until(lambda: trial_processes(local_stack.home), process)
-        victim.kill()
+        until(lambda: records(s3, "odd")[trial_name(doomed)].run_id, process)  # it has begun
+        for victim in until(lambda: trial_processes(local_stack.home), process):
+            victim.kill()
         out, err = process.communicate(timeout=250)
         assert process.returncode == 0, err[-3000:]
         asked = Counter(path for path in proxy.asked if path.endswith(".tar"))
@@ -149,4 +151,5 @@ def test_a_training_study_with_trials_that_fail_ends_with_the_right_best(shell, 
     assert runs[f"odd-{trial_name(diverges)}"].info.status == "FAILED"
     taken = shell.folder / "best.json"
     s3.download("s3://ddpm/studies/odd/best.json", taken)
-    assert shell.ok("train", "--config", str(taken), "images=256", "--json").answer["images_seen"] == 256
+    here = ["storage.local_stack=true"]  # whose addresses are found anew
+    assert shell.ok("train", "--config", str(taken), "images=256", *here, "--json").answer["images_seen"] == 256
