@@ -48,8 +48,8 @@ def autocast(optim: OptimConfig, device: torch.device) -> AbstractContextManager
 
 
 def channels_last(config: Config, device: torch.device) -> bool:
-    """Whether activations are laid out channels last: what tensor cores and AMX want."""
-    return device.type == "cuda" or computes_in_bf16(config.optim, device)
+    """Whether activations are laid out channels last: what tensor cores and AMX want; other CPUs lose by it."""
+    return device.type == "cuda" or (computes_in_bf16(config.optim, device) and torch.cpu._is_amx_tile_supported())
 
 
 def place(network: nn.Module, config: Config, device: torch.device) -> nn.Module:
