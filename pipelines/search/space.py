@@ -313,6 +313,8 @@ def apply(base: Config, params: Params) -> Config:
         kind = params.get(f"{group}.kind")
         if kind is not None and kind != plain[group]["kind"]:
             plain[group] = {"kind": kind, **_shared(group, str(kind), plain[group])}
+    if params.get("guidance.kind", "classifier_free") != "classifier_free":
+        plain["guidance"]["rescale"] = 0.0  # of that kind alone
     for path, value in params.items():
         _set(plain, path, value)
     return from_dict(plain)

@@ -24,7 +24,8 @@ def test_the_kinds_of_guidance_need_their_networks():
     kinds = load_study("guidance_kinds")
     with pytest.raises(ConfigError, match=r"guidance.kind = (classifier needs guidance.classifier|auto needs)"):
         check_space(kinds, BASE)
-    check_space(kinds, compose(["+experiment=digits", "guidance.classifier=runs:/1", "guidance.weak=runs:/2/100"]))
+    guides = ["guidance.classifier=runs:/1", "guidance.weak=runs:/2/100"]
+    check_space(kinds, compose(["+experiment=digits", *guides, "guidance.rescale=0.5"]))
 
 
 @pytest.mark.parametrize(
