@@ -182,9 +182,10 @@ def _reason(trial: Any) -> str:
 
 
 def describe_params(params: Mapping[str, Value]) -> str:
-    """A trial in a line: the last part of each path, numbers short."""
+    """A trial in a line: the last part of each path, or two where that tells too little, numbers short."""
+    lasts = [path.split(".")[-1] for path in params]
     short = {
-        ".".join(path.split(".")[-2:] if path.split(".")[-1].isdecimal() else path.split(".")[-1:]): value
-        for path, value in params.items()
+        ".".join(path.split(".")[-2:]) if last.isdecimal() or lasts.count(last) > 1 else last: value
+        for (path, value), last in zip(params.items(), lasts, strict=True)
     }
     return " ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={json.dumps(v)}" for k, v in short.items())

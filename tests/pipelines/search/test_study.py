@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.config import compose
+from pipelines.search.observer import describe_params
 from pipelines.search.page import Page
 from pipelines.search.space import StudyConfig
 from pipelines.search.study import (
@@ -185,3 +186,8 @@ def test_a_study_may_be_about_anything_that_is_measured():
     text = Page("second", about, "a model", records).html()
     assert "Precision against network evaluations per image" in text
     assert "no other trial is better in one of precision, recall, network evaluations per image" in text
+
+
+def test_a_trial_in_a_line_names_every_parameter():
+    params = {"guidance.kind": "auto", "sampler.kind": "heun", "sampler.steps": 7, "guidance.interval.0": 0.125}
+    assert describe_params(params) == 'guidance.kind="auto" sampler.kind="heun" steps=7 interval.0=0.125'
