@@ -224,12 +224,16 @@ class ShardFetcher:
 
     def _begin(self, shard: ShardInfo, members: Sequence[Member]) -> Callable[[], list[memoryview]]:
         """Have members on their way; call the result to wait for them."""
-        mapped = self._mapped(shard)
+        partial, mapped = None, self._mapped(shard)
+        if mapped is None and self.cache is not None:
+            partial = self._put_together(shard)
+            if partial is None:  # whoever has begun may have ended since it was looked for
+                mapped = self._mapped(shard)
         if mapped is not None:
+            whole = mapped
             self.stats.add(cached_reads=len(members))
-            return lambda: [mapped[m.offset : m.offset + m.size] for m in members]
+            return lambda: [whole[m.offset : m.offset + m.size] for m in members]
         self.stats.add(block_reads=len(members))
-        partial = self._put_together(shard) if self.cache is not None else None
         if partial is None:
             spans = coalesce(members)
             futures = [self._submit(self._get, shard, start, stop) for start, stop in spans]
