@@ -193,12 +193,12 @@ def bootstrap(
     least = math.ceil(round(2 / (1 - level), 6))
     if draws < least:
         raise ValueError(f"draws must be >= {least} for level={level}, got {draws}")
-    _sizes(samples)
+    sizes = _sizes(samples)
     value = float(statistic(*samples))
     repeats = halves(statistic, *samples, draws=draws, seed=seed)
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     low, high = repeats.quantile(tails).tolist()
-    return Interval(value, 2 * value - high, 2 * value - low, _sizes(samples))
+    return Interval(value, 2 * value - high, 2 * value - low, sizes)
 
 
 def halves(statistic: Callable[..., float], *samples: Tensor, draws: int, seed: int) -> Tensor:

@@ -154,6 +154,20 @@ def load_checkpoint(folder: Path) -> tuple[CheckpointState, dict[str, Tensor]]:
     Raises:
         ModelError: incomplete, damaged or of another version.
     """
+    state = verify_checkpoint(folder)
+    tensors = load_file(folder / "training.safetensors")
+    tensors |= {_EMA + name: tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    if "power_ema.safetensors" in state.files:
+        tensors |= load_file(folder / "power_ema.safetensors")
+    return state, tensors
+
+
+def verify_checkpoint(folder: Path) -> CheckpointState:
+    """The state of a checkpoint folder whose files have the digests that it records.
+
+    Raises:
+        ModelError: incomplete, damaged or of another version.
+    """
     try:
         state = CheckpointState.from_json((folder / "state.json").read_bytes(), str(folder))
     except FileNotFoundError as error:
@@ -161,11 +175,7 @@ def load_checkpoint(folder: Path) -> tuple[CheckpointState, dict[str, Tensor]]:
     for name, digest in state.files.items():
         if not (folder / name).is_file() or _sha256(folder / name) != digest:
             raise ModelError(f"{folder / name} is missing or damaged: its SHA-256 is not the recorded one")
-    tensors = load_file(folder / "training.safetensors")
-    tensors |= {_EMA + name: tensor for name, tensor in load_file(folder / "model.safetensors").items()}
-    if "power_ema.safetensors" in state.files:
-        tensors |= load_file(folder / "power_ema.safetensors")
-    return state, tensors
+    return state
 
 
 def complete_checkpoints(storage: Storage, uri: str) -> list[tuple[str, CheckpointState]]:
@@ -202,7 +212,7 @@ def fetch_first(storage: Storage, addresses: Sequence[str], folder: Path) -> Che
         folder.mkdir(parents=True)
         patiently(partial(storage.download_folder, address, folder))
         try:
-            return load_checkpoint(folder)[0]
+            return verify_checkpoint(folder)
         except ModelError as error:
             damaged.append(f"{address}: {str(error).removeprefix(f'{folder}/')}")
             logger.warning("%s; looking for an older checkpoint", damaged[-1])

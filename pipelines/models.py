@@ -83,7 +83,7 @@ def classifier_for(model: Model, reference: str, tracking_uri: str | None, stora
             spec, classifier = load_classifier(found.folder)
         except ValueError as error:
             raise ModelError(f"guidance.classifier = {reference}: {error}") from error
-    _same("guidance.classifier", reference, spec, model.spec, ("schedule", "classes", "shape"))
+    _same("guidance.classifier", reference, spec, model.spec)
     return classifier
 
 
@@ -94,12 +94,12 @@ def weaker_for(model: Model, reference: str, tracking_uri: str | None, storage: 
         ModelError: no such model, or of other classes, images or noise than the model.
     """
     weak = resolve(reference, tracking_uri=tracking_uri, storage=storage).model
-    _same("guidance.weak", reference, weak.spec, model.spec, ("schedule", "classes", "shape"))
+    _same("guidance.weak", reference, weak.spec, model.spec)
     return weak
 
 
-def _same(field: str, reference: str, there: ModelSpec, here: ModelSpec, names: tuple[str, ...]) -> None:
-    pairs = {name: (getattr(there, name), getattr(here, name)) for name in names}
+def _same(field: str, reference: str, there: ModelSpec, here: ModelSpec) -> None:
+    pairs = {name: (getattr(there, name), getattr(here, name)) for name in ("schedule", "classes", "shape")}
     differing = [f"{name}: {a} there, {b} in the model" for name, (a, b) in pairs.items() if a != b]
     if differing:
         raise ModelError(
