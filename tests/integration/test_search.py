@@ -122,8 +122,9 @@ def test_a_training_study_with_trials_that_fail_ends_with_the_right_best(shell, 
 
     command = ["search", "training", "--space", str(space), "--study", "odd", "--resume", *overrides, "--json"]
     with Proxy(local_stack.s3_endpoint) as proxy:
-        # A node that has nothing yet, and whose every request is counted.
+        # A node that has nothing yet, and whose every request is counted: earlier tests have filled the shared cache.
         elsewhere = [f"storage.endpoint_url={proxy.url}", f"storage.credentials_file={local_stack.credentials_file}"]
+        elsewhere.append(f"data.cache_dir={tmp_path / 'node'}")
         process = shell.start(*command, "storage=s3", "storage.root=s3://ddpm", "storage.region=us-east-1", *elsewhere)
         ended = {trial_name(diverges), trial_name(asks_too_much)}
         until(lambda: all(records(s3, "odd")[name].state == "failed" for name in ended), process)
