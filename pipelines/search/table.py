@@ -18,6 +18,8 @@ from pipelines.search.study import TrialRecord, best
 SHOWN = 12
 """Trials in the table: the running ones, then the newest."""
 
+AXIS_WORDS = {AXIS["training"]: "images", AXIS["guidance"]: "samples"}
+
 
 @contextmanager
 def shown(console: Console, say: Callable[[str, str], None]) -> Iterator[Callable[[Observer], None]]:
@@ -42,8 +44,13 @@ def line(record: TrialRecord) -> str:
     """A trial in words."""
     distance = record.scores.get("frechet_distance")
     judged = "" if distance is None else f" at distance {distance:.3f}"
+    # The distance of few samples is biased upwards: it stands beside their number.
+    early = [
+        f" after {record.scores[axis]:,.0f} {words}" for axis, words in AXIS_WORDS.items() if axis in record.scores
+    ]
+    after = early[0] if record.state == "stopped" and early else ""
     why = f" ({record.error})" if record.error else ""
-    return f"{record.trial} {record.state}{judged}{why}: {describe_params(record.params)}"
+    return f"{record.trial} {record.state}{after}{judged}{why}: {describe_params(record.params)}"
 
 
 def progress(observer: Observer) -> str:
@@ -67,13 +74,13 @@ def progress(observer: Observer) -> str:
 
 
 def table(study: StudyConfig, records: Sequence[TrialRecord], limit: int | None = None) -> Table:
-    """Trials with the running ones first, then the newest."""
+    """Trials with the running ones first, then the newest; parameters on one line each where trials are limited."""
     ordered = sorted(records, key=lambda r: (r.state != "running", -r.began))[:limit]
     first = best(records, study.objectives[0])
     columns = Table(box=None, pad_edge=False)
     for name in ("trial", "state", AXIS[study.kind], "distance", "bits/dim" if study.kind == "training" else "evals"):
         columns.add_column(name, justify="left" if name in ("trial", "state") else "right", no_wrap=True)
-    columns.add_column("parameters", overflow="ellipsis", no_wrap=True)
+    columns.add_column("parameters")  # the only one that a narrow terminal may narrow
     second = "bits_per_dim" if study.kind == "training" else "evaluations"
     for record in ordered:
         style = "bold green" if first and record.trial == first.trial else "dim" if record.state == "stopped" else ""
@@ -83,7 +90,7 @@ def table(study: StudyConfig, records: Sequence[TrialRecord], limit: int | None 
             _number(record, AXIS[study.kind], ",.0f"),
             _number(record, "frechet_distance", ".3f"),
             _number(record, second, ".2f"),
-            Text(record.error or describe_params(record.params)),
+            Text(record.error or describe_params(record.params), overflow="ellipsis", no_wrap=limit is not None),
             style="red" if record.state == "failed" else style,
         )
     return columns
