@@ -54,10 +54,14 @@ def run(turns: int, quick: bool) -> dict[str, Any]:
 
     import ray
 
+    from pipelines.flow import ingest_stage
     from pipelines.storage import Storage
+    from pipelines.terminal import Terminal
     from pipelines.training.resources import connect_ray
 
-    connect_ray(config, Storage.of(config))
+    storage = Storage.of(config)
+    ingest_stage(config, storage, Terminal())
+    connect_ray(config, storage)
     at_a_time = int(ray.cluster_resources()["CPU"])
     overhead: dict[str, list[float]] = {"ours": [], "usual": []}
     parts: list[dict[str, float]] = []

@@ -33,7 +33,7 @@ RECORDS = [
 
 
 def rendered(width: int, limit: int | None) -> str:
-    console = Console(file=StringIO(), width=width)
+    console = Console(file=StringIO(), width=width, soft_wrap=True)  # as the command line has it
     console.print(table(load_study("guidance"), RECORDS, limit))
     return console.file.getvalue()
 
