@@ -113,9 +113,15 @@ class StudyStore:
 
     @staticmethod
     def describe(study: StudyConfig, base: Config, subject: str) -> dict[str, Any]:
-        """What makes a study this one; the number of trials may grow."""
+        """What makes a study this one; the number of trials may grow, and the machines may be others."""
         plain = study.model_dump(mode="json", by_alias=True)
-        trials, shared = plain.pop("trials"), base.model_dump(mode="json", exclude={"cluster", "storage", "tracking"})
+        machines: dict[str, Any] = {
+            "cluster": True,
+            "storage": True,
+            "tracking": True,
+            "data": {"cache_dir", "cache_gib", "decode_threads", "prefetch_batches"},
+        }
+        trials, shared = plain.pop("trials"), base.model_dump(mode="json", exclude=machines)
         return json.loads(json.dumps({"space": plain, "config": shared, "subject": subject, "trials": trials}))
 
     def description(self) -> dict[str, Any]:

@@ -70,6 +70,10 @@ def test_a_study_is_begun_once_and_resumed_as_what_it_was(store):
     assert store.open(STUDY, BASE, "model", resume=True) == [record(1, 5.0)]
     longer = STUDY.model_copy(update={"trials": 20})
     assert len(store.open(longer, BASE, "model", resume=True)) == 1
+    elsewhere = compose(
+        ["+experiment=digits", "data.cache_dir=/mnt/fast", "data.decode_threads=8", "cluster.num_workers=4"]
+    )
+    assert len(store.open(STUDY, elsewhere, "model", resume=True)) == 1
     for changed, named in (
         ((STUDY.model_copy(update={"samples": 17}), BASE, "model"), "space"),
         ((STUDY, compose(["+experiment=digits", "batch_size=64"]), "model"), "config"),
