@@ -43,6 +43,7 @@ from pipelines.training.goodput import Session, read_sessions
 from pipelines.training.preview import collect, share_out
 from pipelines.training.resources import TrainingError
 from pipelines.training.state import Training, averaged
+from pipelines.training.warm import WarmWorkers
 
 # Ray Train looks at its workers every two seconds, and so at the end of every trial; Tune has a table of its own.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -213,11 +214,13 @@ def trial_config(shared: Shared, params: Params) -> Config:
 class TrainingTrial(tune.Trainable):
     """One trial after another in an actor that lives as long as the study: fits its run and reports each score.
 
-    The run trains in a thread; a trial that is not to go on is asked to stop, as by Ctrl-C, before the next begins. An
-    actor that were killed instead would leave its workers and their resources to Ray to find.
+    Its workers stay as well, from trial to trial. The run trains in a thread; a trial that is not to go on is asked to
+    stop, as by Ctrl-C, before the next begins. An actor that were killed instead would leave its workers and their
+    resources to Ray to find.
     """
 
     shared: Shared
+    warm: WarmWorkers
     run_config: Config
     thread: threading.Thread
     reported: float
@@ -226,6 +229,7 @@ class TrainingTrial(tune.Trainable):
     def setup(self, config: dict[str, Value], *, shared: Shared) -> None:
         """Once per actor."""
         self.shared = shared
+        self.warm = WarmWorkers(join(shared.base.storage.root, "studies", shared.name, "workers"))
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Value]) -> bool:
@@ -243,6 +247,7 @@ class TrainingTrial(tune.Trainable):
         while True:
             ended = not self.thread.is_alive()
             if self.error is not None:
+                self.warm.close()
                 raise self.error
             fresh = self._scores_above(self.reported)
             last = bool(fresh) and fresh[0]["images_seen"] >= self.rungs[-1]
@@ -256,6 +261,7 @@ class TrainingTrial(tune.Trainable):
     def cleanup(self) -> None:
         """At the actor's end."""
         self._end()
+        self.warm.close()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing: the run has its own."""
@@ -289,7 +295,7 @@ class TrainingTrial(tune.Trainable):
         )
         try:
             plan = driver.make_plan(config, self.storage, dict(shared.lineage))
-            driver.train(replace(plan, job=replace(plan.job, judge=judge)))
+            driver.train(replace(plan, job=replace(plan.job, judge=judge)), warm=self.warm)
         except BaseException as error:  # noqa: BLE001 - it is raised in Tune's own thread
             self.error = error
 

@@ -21,7 +21,7 @@ from pipelines.checkpoints import ModelError
 from pipelines.config import ClusterConfig
 from pipelines.filesystem import Fence, open_filesystem
 from pipelines.shards.cache import ShardCorruptError
-from pipelines.storage import NotFoundError, join, patiently
+from pipelines.storage import NotFoundError, Storage, join, patiently
 from pipelines.training import STARTED, worker
 from pipelines.training.goodput import Ledger
 from pipelines.training.ray_shell import RayShell
@@ -36,37 +36,59 @@ Report = Callable[[dict[str, float]], None]
 Notice = Callable[[str], None]
 
 
-def _worker_main(settings: dict[str, Any]) -> None:
-    """One Ray Train worker."""
+def train_rank(job: Job, monitor: Any, shell: RayShell, started: float) -> None:
+    """This Ray Train worker's part of a run, in a shell that is new.
+
+    Args:
+        started: `time.monotonic()` when this attempt began.
+    """
     from ray.train.torch import get_device
 
-    job, monitor = settings["job"], settings["monitor"]
     if ray.get(monitor.why_final.remote()) is not None:
         return  # Ray Train starts the workers again whatever it was; the driver says why
     torch.set_num_threads(job.config.cluster.threads_per_worker)
     context = ray.train.get_context()
-    rank = context.get_world_rank()
-    shell = RayShell(monitor, rank, job.storage, run_folder(job.config), settings["fence"], STARTED)
+    rank, world_size = context.get_world_rank(), context.get_world_size()
     node = f"node-{context.get_node_rank()}"
     with tracking.system_metrics(job.tracker, node) if context.get_local_rank() == 0 else nullcontext():
         try:
-            worker.train(
-                job, shell, rank=rank, world_size=context.get_world_size(), device=get_device(), started=STARTED
-            )
+            worker.train(job, shell, rank=rank, world_size=world_size, device=get_device(), started=started)
         except FINAL as error:
             ray.get(monitor.give_up.remote(str(error)))
             raise  # the others may be waiting for this rank: Ray Train ends them
         shell.close()
 
 
-def _make_trainer(job: Job, monitor: Any, fence: Fence) -> TorchTrainer:
-    """Ray's side of the training: how many workers, where their checkpoints are listed, what it survives."""
-    config = job.config
-    cluster = config.cluster
-    filesystem, path = open_filesystem(job.storage, join(config.storage.root, "runs"), fence)
+def _worker_main(settings: dict[str, Any]) -> None:
+    """One Ray Train worker."""
+    job, monitor = settings["job"], settings["monitor"]
+    rank = ray.train.get_context().get_world_rank()
+    shell = RayShell(monitor, rank, job.storage, run_folder(job.config), settings["fence"], STARTED)
+    train_rank(job, monitor, shell, STARTED)
+
+
+def make_trainer(
+    loop: Callable[[dict[str, Any]], None],
+    settings: dict[str, Any],
+    cluster: ClusterConfig,
+    storage: Storage,
+    folder: str,
+    keep: int,
+    fence: Fence | None,
+) -> TorchTrainer:
+    """Ray's side of a training: how many workers, where their checkpoints are listed, what it survives.
+
+    Args:
+        loop: what a worker runs, with `settings`.
+        folder: where Ray Train keeps its list.
+        keep: checkpoints that stay in it.
+        fence: asked before Ray Train writes there.
+    """
+    parent, name = folder.rsplit("/", 1)
+    filesystem, path = open_filesystem(storage, parent, fence)
     return TorchTrainer(
-        _worker_main,
-        train_loop_config={"job": job, "monitor": monitor, "fence": fence},
+        loop,
+        train_loop_config=settings,
         scaling_config=ScalingConfig(
             num_workers=cluster.num_workers,
             use_gpu=cluster.gpus_per_worker > 0,
@@ -74,34 +96,45 @@ def _make_trainer(job: Job, monitor: Any, fence: Fence) -> TorchTrainer:
             elastic_resize_monitor_interval_s=cluster.resize_every_s,
         ),
         run_config=RunConfig(
-            name=config.name,
+            name=name,
             storage_path=path,
             storage_filesystem=filesystem,
             # A group of workers that does not come up in a minute is tried again as long as patience lasts.
             failure_config=FailureConfig(
                 max_failures=cluster.max_failures, controller_failure_limit=math.ceil(cluster.patience_s / 60)
             ),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
+            checkpoint_config=CheckpointConfig(num_to_keep=keep),
         ),
     )
 
 
-def fit_and_watch(
-    job: Job, monitor: Any, fence: Fence, ledger: Ledger, report: Report, notice: Notice
-) -> BaseException | None:
-    """Fit in a thread, so that the main thread shows progress and owns Ctrl-C; the error that ended it, if any."""
-    outcome: list[BaseException | None] = []
-    trainer = _make_trainer(job, monitor, fence)
+def own_workers(job: Job, monitor: Any, fence: Fence) -> Callable[[], object]:
+    """A Ray Train run for this run alone: call it to train."""
+    settings = {"job": job, "monitor": monitor, "fence": fence}
+    config, folder = job.config, run_folder(job.config)
+    trainer = make_trainer(_worker_main, settings, config.cluster, job.storage, folder, config.checkpoint.keep, fence)
     _take_over_reservation(job, trainer)
+    return trainer.fit
 
-    def fit() -> None:
+
+def fit_and_watch(
+    job: Job, monitor: Any, fit: Callable[[], object], ledger: Ledger, report: Report, notice: Notice
+) -> BaseException | None:
+    """Fit in a thread, so that the main thread shows progress and owns Ctrl-C; the error that ended it, if any.
+
+    Args:
+        fit: trains the job to its end; see `own_workers`.
+    """
+    outcome: list[BaseException | None] = []
+
+    def run() -> None:
         try:
-            trainer.fit()
+            fit()
             outcome.append(None)
         except BaseException as error:  # noqa: BLE001 - it is handed to the main thread
             outcome.append(error)
 
-    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    thread = threading.Thread(target=run, name="ray-train", daemon=True)
     missing = _Missing(job.config.cluster)
     with _interrupts(monitor, notice):
         thread.start()

@@ -1,8 +1,9 @@
-"""The mailbox between a run's workers and its driver: a process of its own, so its module imports next to nothing."""
+"""The mailboxes between workers and driver: processes of their own, so their module imports next to nothing."""
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from pipelines.training.goodput import Attempt
 from pipelines.training.progress import Progress
@@ -51,3 +52,56 @@ class Monitor:
     def snapshot(self) -> tuple[list[Attempt], float | None]:
         """(attempts so far, last one last; newest loss)."""
         return list(self.attempts.values()), self.loss
+
+
+class Orders:
+    """What workers that stay are to train next: one run at a time, in order.
+
+    An actor of the driver's, which ends with it.
+
+    Args:
+        idle_s: how long workers wait for another run before they end, and give back what others may need.
+
+    Attributes:
+        starts: of the group of workers.
+    """
+
+    WAIT, END = 0, -1
+
+    def __init__(self, idle_s: float) -> None:
+        self.idle_s = idle_s
+        self.number, self.order = 0, None
+        self.under_way, self.closed = False, False
+        self.since = time.monotonic()
+        self.starts = 0
+
+    def put(self, order: Any) -> int | None:
+        """Hand over a run; its number, from 1 on. None: the workers end, or have ended."""
+        if self.closed:
+            return None
+        self.number, self.order, self.under_way = self.number + 1, order, True
+        return self.number
+
+    def take(self, last: int) -> tuple[int, Any]:
+        """(number, order) of the run for a worker that has trained those up to `last`; (WAIT or END, None) without."""
+        if self.under_way:
+            return (self.number, self.order) if self.number > last else (self.WAIT, None)
+        self.closed = self.closed or time.monotonic() - self.since > self.idle_s
+        return (self.END if self.closed else self.WAIT), None
+
+    def begin(self) -> None:
+        """Rank 0 tells that the group of workers has started."""
+        self.starts += 1
+
+    def done(self, number: int) -> None:
+        """Rank 0 tells that a run has ended or stopped as it should."""
+        if number == self.number:
+            self.under_way, self.order, self.since = False, None, time.monotonic()
+
+    def close(self) -> None:
+        """There are no more runs."""
+        self.closed = True
+
+    def state(self) -> tuple[int, bool, int]:
+        """(number of the last run, whether it is under way, starts of the group)."""
+        return self.number, self.under_way, self.starts

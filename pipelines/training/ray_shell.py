@@ -6,7 +6,7 @@ import tempfile
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,14 +59,11 @@ class RayShell:
     def restored(self) -> Iterator[Path | None]:
         """The newest checkpoint of Ray Train's list that is whole, fetched for this rank."""
         newest = ray.train.get_checkpoint()
-        if newest is None:
-            yield None
-            return
-        first = Path(newest.path).name
-        names = [first, *(name for name in listed_checkpoints(self.folder, self.storage) if name != first)]
-        with tempfile.TemporaryDirectory(prefix="ddpm-restored-") as scratch:
-            folder = Path(scratch) / "checkpoint"
-            fetch_first(self.storage, [join(self.folder, name) for name in names], folder)
+        names: list[str] = []
+        if newest is not None:
+            first = Path(newest.path).name
+            names = [first, *(name for name in listed_checkpoints(self.folder, self.storage) if name != first)]
+        with fetched(self.folder, names, self.storage) as folder:
             yield folder
 
     def save(self, store: Store | None, metrics: dict[str, Any]) -> None:
@@ -160,3 +157,13 @@ class RayShell:
             raise DriverLostError("the driver of this run has ended; start it again to resume") from error
         finally:
             self.answer = None
+
+
+@contextmanager
+def fetched(folder: str, names: Sequence[str], storage: Storage) -> Iterator[Path | None]:
+    """The first of a run's checkpoints that is whole, on this node; None where there are no names."""
+    with tempfile.TemporaryDirectory(prefix="ddpm-restored-") as scratch:
+        target = Path(scratch) / "checkpoint"
+        if names:
+            fetch_first(storage, [join(folder, name) for name in names], target)
+        yield target if names else None

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
+import ray
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
 from pipelines.checkpoints import CheckpointState, ModelError
@@ -32,6 +35,34 @@ def listed_checkpoints(folder: str, storage: Storage) -> list[str]:
     return first + [name for name in sorted(names, reverse=True) if name not in first]
 
 
+def enter_checkpoint(folder: str, storage: Storage, name: str, metrics: Mapping[str, Any], keep: int) -> None:
+    """Put a checkpoint into the list of a run that has no Ray Train run of its own, as Ray Train would.
+
+    Args:
+        name: of its folder, which holds it already; later names sort behind earlier ones.
+        keep: the newest that stay; the others are deleted once they are no longer listed.
+    """
+    uri = join(folder, CHECKPOINT_MANAGER_SNAPSHOT_FILENAME)
+    listed = listed_checkpoints(folder, storage)
+    before = json.loads(patiently(lambda: storage.read(uri)))["checkpoint_results"] if listed else []
+    entry = {"version": 0, "checkpoint_dir_name": name, "metrics": dict(metrics)}
+    results = [*before, entry][-keep:]
+    snapshot = {
+        "ray_version": ray.__version__,
+        "checkpoint_results": results,
+        "checkpoint_report_indices": list(range(len(results))),
+        "latest_checkpoint_result": entry,
+        "pending_training_results": [],
+        "pending_validation_specs": [],
+        "current_report_index": len(results),
+        "validated_checkpoint_dir_names": [],
+        "timed_out_validation_checkpoint_dir_names": [],
+        "failed_validation_checkpoint_dir_names": [],
+    }
+    patiently(lambda: storage.write(uri, json.dumps(snapshot).encode()))
+    sweep(folder, storage)
+
+
 def newest_checkpoint(config: Config, storage: Storage) -> CheckpointState | None:
     """The state of the newest checkpoint of this name that can be read.
 
@@ -52,9 +83,8 @@ def newest_checkpoint(config: Config, storage: Storage) -> CheckpointState | Non
     return None
 
 
-def sweep(config: Config, storage: Storage) -> list[str]:
-    """Delete what uploads that never ended have left: checkpoint folders that are not in the list; their names."""
-    folder = run_folder(config)
+def sweep(folder: str, storage: Storage) -> list[str]:
+    """Delete from a run's folder the checkpoints that are not in its list, such as uploads that never ended; names."""
     listed = set(listed_checkpoints(folder, storage))
     debris = set()
     for entry in storage.list(folder):
