@@ -100,8 +100,7 @@ def ours(trials: int, config: Config) -> tuple[float, dict[str, float]]:
     from pipelines.search import studies
     from pipelines.search.space import StudyConfig
     from pipelines.search.study import StudyStore
-    from pipelines.storage import join
-    from pipelines.training.goodput import read_sessions
+    from pipelines.search.training_search import trial_sessions
 
     space = {"optim.lr": {"log": [5e-4, 5e-3]}}
     plain = {"kind": "training", "trials": trials, "random_trials": trials, "samples": 32, "rungs": REPORTS}
@@ -112,7 +111,7 @@ def ours(trials: int, config: Config) -> tuple[float, dict[str, float]]:
     )
     store, work = StudyStore.of(config, name), 0.0
     for record in store.records():  # those that ASHA stopped worked less
-        for session in read_sessions(store.storage, join(config.storage.root, "runs", f"{name}-{record.trial}")):
+        for session in trial_sessions(record, config, name, store.storage):
             work += sum(attempt.seconds[kind] for attempt in session.attempts for kind in ("step", "data", "grid"))
     return work, found.answer["trial_seconds"]
 

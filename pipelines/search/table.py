@@ -45,10 +45,8 @@ def line(record: TrialRecord) -> str:
     distance = record.scores.get("frechet_distance")
     judged = "" if distance is None else f" at distance {distance:.3f}"
     # The distance of few samples is biased upwards: it stands beside their number.
-    early = [
-        f" after {record.scores[axis]:,.0f} {words}" for axis, words in AXIS_WORDS.items() if axis in record.scores
-    ]
-    after = early[0] if record.state == "stopped" and early else ""
+    counts = (f" after {record.scores[axis]:,.0f} {word}" for axis, word in AXIS_WORDS.items() if axis in record.scores)
+    after = next(counts, "") if record.state == "stopped" else ""
     why = f" ({record.error})" if record.error else ""
     return f"{record.trial} {record.state}{after}{judged}{why}: {describe_params(record.params)}"
 

@@ -295,7 +295,7 @@ class TrainingTrial(tune.Trainable):
         )
         try:
             plan = driver.make_plan(config, self.storage, dict(shared.lineage))
-            driver.train(replace(plan, job=replace(plan.job, judge=judge)), warm=self.warm)
+            driver.train(replace(plan, job=replace(plan.job, judge=judge)), workers=self.warm.take)
         except BaseException as error:  # noqa: BLE001 - it is raised in Tune's own thread
             self.error = error
 
@@ -342,10 +342,14 @@ def trial_seconds(record: TrialRecord, sessions: Sequence[Session]) -> dict[str,
     }
 
 
+def trial_sessions(record: TrialRecord, config: Config, name: str, storage: Storage) -> Sequence[Session]:
+    """The ledger of a trial's run in the study of this name."""
+    return read_sessions(storage, join(config.storage.root, "runs", f"{name}-{record.trial}"))
+
+
 def median_seconds(records: Sequence[TrialRecord], config: Config, name: str, storage: Storage) -> dict[str, float]:
     """The medians of `trial_seconds` over a study's trials; empty where there are none."""
-    folders = {r.trial: join(config.storage.root, "runs", f"{name}-{r.trial}") for r in records}
-    found = [trial_seconds(record, read_sessions(storage, folders[record.trial])) for record in records]
+    found = [trial_seconds(record, trial_sessions(record, config, name, storage)) for record in records]
     spent = [seconds for seconds in found if seconds is not None]
     return {part: statistics.median(s[part] for s in spent) for part in spent[0]} if spent else {}
 

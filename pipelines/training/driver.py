@@ -22,13 +22,12 @@ from pipelines.filesystem import Fence, FencedError
 from pipelines.shards.index import Dataset, DatasetError, read_dataset, read_quarantine
 from pipelines.storage import Storage, join
 from pipelines.tracking import Tracker
-from pipelines.training.fit import Notice, Report, fit_and_watch, own_workers
+from pipelines.training.fit import Notice, Report, Workers, fit_and_watch, own_workers
 from pipelines.training.goodput import Goodput, Ledger
 from pipelines.training.monitor import Monitor
 from pipelines.training.resources import TrainingError, connect_ray, require_resources
 from pipelines.training.resume import newest_checkpoint, run_folder, sweep
 from pipelines.training.shell import Job
-from pipelines.training.warm import WarmWorkers
 
 NAMESPACE = "ddpm-runs"
 
@@ -93,12 +92,12 @@ def train(
     plan: Plan,
     report: Report = lambda values: None,
     notice: Notice = lambda text: None,
-    warm: WarmWorkers | None = None,
+    workers: Workers = own_workers,
 ) -> TrainingResult:
     """Run a plan to its end.
 
     Args:
-        warm: workers that have trained other runs and may train this one; by default it has its own.
+        workers: who trains; see `pipelines.training.warm` for some that train other runs as well.
         report: called with `images_seen` and `loss` while training goes on.
         notice: called with lines for the user, such as what Ctrl-C does.
 
@@ -114,7 +113,7 @@ def train(
     require_resources(config, notice)
     with _only_driver(config) as monitor:
         ledger = Ledger(job.storage, run_folder(config))
-        error = _train_alone(job, monitor, ledger, began, report, notice, warm)
+        error = _train_alone(job, monitor, ledger, began, report, notice, workers)
     goodput = ledger.goodput()
     seen = max(plan.resumes_at, goodput.images_seen if goodput else 0)
     if goodput:
@@ -130,7 +129,7 @@ def train(
 
 
 def _train_alone(
-    job: Job, monitor: Any, ledger: Ledger, began: float, report: Report, notice: Notice, warm: WarmWorkers | None
+    job: Job, monitor: Any, ledger: Ledger, began: float, report: Report, notice: Notice, workers: Workers
 ) -> BaseException | None:
     """Train as the only driver of the run; what ended it, None where it finished or stopped as it should."""
     config = job.config
@@ -140,7 +139,7 @@ def _train_alone(
         sweep(run_folder(config), job.storage)
         _describe_run(job)
         try:
-            error = _fit_until_stuck(job, monitor, fence, ledger, report, notice, warm)
+            error = _fit_until_stuck(job, monitor, fence, ledger, report, notice, workers)
         except KeyboardInterrupt:
             job.tracker.status("KILLED")
             raise
@@ -150,7 +149,7 @@ def _train_alone(
 
 
 def _fit_until_stuck(
-    job: Job, monitor: Any, fence: Fence, ledger: Ledger, report: Report, notice: Notice, warm: WarmWorkers | None
+    job: Job, monitor: Any, fence: Fence, ledger: Ledger, report: Report, notice: Notice, workers: Workers
 ) -> BaseException | None:
     """Fit, and fit again where it failed with a new checkpoint since the start: what ended it, None where it finished.
 
@@ -159,8 +158,7 @@ def _fit_until_stuck(
     """
     while True:
         before = newest_checkpoint(job.config, job.storage)
-        fit = own_workers if warm is None or not warm.suit(job.config.cluster) else warm.take
-        error = fit_and_watch(job, monitor, fit(job, monitor, fence), ledger, report, notice)
+        error = fit_and_watch(job, monitor, workers(job, monitor, fence), ledger, report, notice)
         if error is None or isinstance(error, TrainingError):
             return error
         try:

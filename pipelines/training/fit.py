@@ -34,6 +34,8 @@ FINAL = (FloatingPointError, ShardCorruptError, ModelError)
 """What comes again however often the workers are started: the stream is the same, and so are data and checkpoints."""
 Report = Callable[[dict[str, float]], None]
 Notice = Callable[[str], None]
+Workers = Callable[[Job, Any, Fence], Callable[[], object]]
+"""(job, monitor, fence) -> a call that trains the job to its end; see `own_workers`."""
 
 
 def train_rank(job: Job, monitor: Any, shell: RayShell, started: float) -> None:

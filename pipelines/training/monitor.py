@@ -70,8 +70,8 @@ class Orders:
 
     def __init__(self, idle_s: float) -> None:
         self.idle_s = idle_s
-        self.number, self.order = 0, None
-        self.under_way, self.closed = False, False
+        self.number, self.closed = 0, False
+        self.order: Any = None  # under way
         self.since = time.monotonic()
         self.starts = 0
 
@@ -79,12 +79,12 @@ class Orders:
         """Hand over a run; its number, from 1 on. None: the workers end, or have ended."""
         if self.closed:
             return None
-        self.number, self.order, self.under_way = self.number + 1, order, True
+        self.number, self.order = self.number + 1, order
         return self.number
 
     def take(self, last: int) -> tuple[int, Any]:
         """(number, order) of the run for a worker that has trained those up to `last`; (WAIT or END, None) without."""
-        if self.under_way:
+        if self.order is not None:
             return (self.number, self.order) if self.number > last else (self.WAIT, None)
         self.closed = self.closed or time.monotonic() - self.since > self.idle_s
         return (self.END if self.closed else self.WAIT), None
@@ -96,7 +96,7 @@ class Orders:
     def done(self, number: int) -> None:
         """Rank 0 tells that a run has ended or stopped as it should."""
         if number == self.number:
-            self.under_way, self.order, self.since = False, None, time.monotonic()
+            self.order, self.since = None, time.monotonic()
 
     def close(self) -> None:
         """There are no more runs."""
@@ -104,4 +104,4 @@ class Orders:
 
     def state(self) -> tuple[int, bool, int]:
         """(number of the last run, whether it is under way, starts of the group)."""
-        return self.number, self.under_way, self.starts
+        return self.number, self.order is not None, self.starts

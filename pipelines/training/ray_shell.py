@@ -75,8 +75,7 @@ class RayShell:
         if store is None:
             ray.train.report(metrics, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
             return
-        while len(self.uploads) > WAITING:
-            self.uploads.popleft().result()
+        self.make_room()
         done: Future[None] = Future()
         self.uploads.append(done)
 
@@ -100,6 +99,11 @@ class RayShell:
             checkpoint_upload_fn=upload,
             delete_local_checkpoint_after_upload=False,
         )
+
+    def make_room(self) -> None:
+        """Wait for storage where more than one checkpoint waits behind the one that is uploading."""
+        while len(self.uploads) > WAITING:
+            self.uploads.popleft().result()
 
     def flush(self) -> None:
         """Wait for the uploads; Ray Train itself waits for the last entry in its list before the run ends."""
@@ -146,17 +150,26 @@ class RayShell:
         done, _ = ray.wait([self.answer], timeout=timeout)
         if not done:
             return
-        try:
-            self.stop = self.stop or ray.get(self.answer)
-        except ActorUnavailableError:
-            pass  # the network, perhaps; the next answer tells
-        except (ActorDiedError, RayActorError) as error:
-            # Ray is about to end this worker, and its controller. A failure that came first would have the controller
-            # start other workers, whose resources nobody gives back when it is ended in the middle of that.
-            time.sleep(ORPHANED_S)
-            raise DriverLostError("the driver of this run has ended; start it again to resume") from error
-        finally:
-            self.answer = None
+        answer, self.answer = self.answer, None
+        if not self.stop:
+            self.stop = bool(heard(answer))
+
+
+def heard(answer: Any) -> Any:
+    """What an actor of the driver's has answered; None where it cannot be reached for a moment.
+
+    Raises:
+        DriverLostError: it is gone for good.
+    """
+    try:
+        return ray.get(answer)
+    except ActorUnavailableError:
+        return None  # the network, perhaps; the next answer tells
+    except (ActorDiedError, RayActorError) as error:
+        # Ray is about to end this worker, and its controller. A failure that came first would have the controller
+        # start other workers, whose resources nobody gives back when it is ended in the middle of that.
+        time.sleep(ORPHANED_S)
+        raise DriverLostError("the driver of this run has ended; start it again to resume") from error
 
 
 @contextmanager

@@ -22,13 +22,9 @@ def run_folder(config: Config) -> str:
 
 def listed_checkpoints(folder: str, storage: Storage) -> list[str]:
     """Names of the checkpoints in Ray Train's list in a run's folder, the newest first; all others are debris."""
-    uri = join(folder, CHECKPOINT_MANAGER_SNAPSHOT_FILENAME)
-    try:
-        snapshot = json.loads(patiently(lambda: storage.read(uri)))
-    except NotFoundError:
+    snapshot = _snapshot(folder, storage)
+    if snapshot is None:
         return []
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{uri} is damaged: delete the folder to start anew, or use another name=…") from error
     newest = snapshot["latest_checkpoint_result"]
     names = [result["checkpoint_dir_name"] for result in snapshot["checkpoint_results"]]
     first = [] if newest is None else [newest["checkpoint_dir_name"]]
@@ -42,9 +38,7 @@ def enter_checkpoint(folder: str, storage: Storage, name: str, metrics: Mapping[
         name: of its folder, which holds it already; later names sort behind earlier ones.
         keep: the newest that stay; the others are deleted once they are no longer listed.
     """
-    uri = join(folder, CHECKPOINT_MANAGER_SNAPSHOT_FILENAME)
-    listed = listed_checkpoints(folder, storage)
-    before = json.loads(patiently(lambda: storage.read(uri)))["checkpoint_results"] if listed else []
+    before = (_snapshot(folder, storage) or {"checkpoint_results": []})["checkpoint_results"]
     entry = {"version": 0, "checkpoint_dir_name": name, "metrics": dict(metrics)}
     results = [*before, entry][-keep:]
     snapshot = {
@@ -59,8 +53,21 @@ def enter_checkpoint(folder: str, storage: Storage, name: str, metrics: Mapping[
         "timed_out_validation_checkpoint_dir_names": [],
         "failed_validation_checkpoint_dir_names": [],
     }
+    uri = join(folder, CHECKPOINT_MANAGER_SNAPSHOT_FILENAME)
     patiently(lambda: storage.write(uri, json.dumps(snapshot).encode()))
     sweep(folder, storage)
+
+
+def _snapshot(folder: str, storage: Storage) -> dict[str, Any] | None:
+    """Ray Train's list in a run's folder, if there is one."""
+    uri = join(folder, CHECKPOINT_MANAGER_SNAPSHOT_FILENAME)
+    try:
+        snapshot: dict[str, Any] = json.loads(patiently(lambda: storage.read(uri)))
+    except NotFoundError:
+        return None
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{uri} is damaged: delete the folder to start anew, or use another name=…") from error
+    return snapshot
 
 
 def newest_checkpoint(config: Config, storage: Storage) -> CheckpointState | None:

@@ -21,15 +21,15 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError
+from ray.exceptions import RayError
 
 from pipelines.config import ClusterConfig
 from pipelines.filesystem import Fence
 from pipelines.storage import Storage, StorageError, join
 from pipelines.training import STARTED
-from pipelines.training.fit import make_trainer, train_rank
+from pipelines.training.fit import make_trainer, own_workers, train_rank
 from pipelines.training.monitor import Orders
-from pipelines.training.ray_shell import ORPHANED_S, WAITING, DriverLostError, RayShell, fetched
+from pipelines.training.ray_shell import RayShell, fetched, heard
 from pipelines.training.resources import TrainingError
 from pipelines.training.resume import enter_checkpoint, listed_checkpoints, run_folder
 from pipelines.training.shell import Job, Store
@@ -51,13 +51,11 @@ class WarmWorkers:
         self.folder = folder
         self.group: _Group | None = None
 
-    @staticmethod
-    def suit(cluster: ClusterConfig) -> bool:
-        """Whether such workers can train a run: their number is fixed, for Ray resizes groups as it likes."""
-        return cluster.min_workers == cluster.max_workers
-
-    def take(self, job: Job, monitor: Any, fence: Fence) -> Callable[[], None]:
-        """As `pipelines.training.fit.own_workers`."""
+    def take(self, job: Job, monitor: Any, fence: Fence) -> Callable[[], object]:
+        """`fit.Workers` that stay; an elastic run has its own, for Ray resizes its group as it likes."""
+        cluster = job.config.cluster
+        if cluster.min_workers != cluster.max_workers:
+            return own_workers(job, monitor, fence)
         return partial(self._train, job, monitor, fence)
 
     def close(self) -> None:
@@ -162,8 +160,7 @@ class ListingShell(RayShell):
         """Upload in a thread, then enter the checkpoint in the list."""
         if store is None:
             return
-        while len(self.uploads) > WAITING:
-            self.uploads.popleft().result()
+        self.make_room()
         self.uploads.append(self.pool.submit(self._store, store, metrics))
 
     def close(self) -> None:
@@ -185,13 +182,12 @@ def _serve(settings: dict[str, Any]) -> None:
     rank = ray.train.get_context().get_world_rank()
     if rank == 0:
         ray.get(orders.begin.remote())
-    last, started = 0, STARTED
+    last = 0
     while True:
         number, order = _next(orders, last)
         if number == Orders.END:
             return
-        if last:
-            started = time.monotonic()
+        started = time.monotonic() if last else STARTED
         _train(rank, started, **ray.get(order[0]))
         if rank == 0:
             ray.get(orders.done.remote(number))
@@ -218,13 +214,7 @@ def _next(orders: Any, last: int) -> tuple[int, Any]:
         DriverLostError: nobody gives orders any more.
     """
     while True:
-        try:
-            number, order = ray.get(orders.take.remote(last))
-        except ActorUnavailableError:
-            number, order = Orders.WAIT, None
-        except (ActorDiedError, RayActorError) as error:
-            time.sleep(ORPHANED_S)  # Ray is about to end this worker: see `RayShell`
-            raise DriverLostError("the driver of these workers has ended") from error
+        number, order = heard(orders.take.remote(last)) or (Orders.WAIT, None)
         if number != Orders.WAIT:
             return number, order
         time.sleep(POLL_S)

@@ -20,6 +20,7 @@ from pipelines import stack
 from pipelines.stack import StackState
 from pipelines.storage import Storage
 from tests.integration.conftest import DDPM
+from tests.processes import family, ray_train_workers
 
 CPUS = os.cpu_count() or 2
 BATCH = 128
@@ -126,7 +127,7 @@ class Arena:
     def kill_node(self) -> None:
         """The machine is gone: its raylet, agents and workers at once."""
         if self.node is not None:
-            for process in _family(self.node.pid):
+            for process in family(self.node.pid):
                 _kill(process)
             self.node.wait()
             self.node = None
@@ -152,29 +153,16 @@ class Arena:
         """Ray Train's workers on both nodes."""
         roots = [status.pid for status in stack.status(self.home) if status.name == "ray" and status.pid]
         roots += [self.node.pid] if self.node else []
-        found = []
-        for root in roots:
-            for process in _family(root):
-                with contextlib.suppress(psutil.Error):
-                    if process.name().startswith("ray::RayTrain") or "RayTrainWorker" in " ".join(process.cmdline()):
-                        found.append(process)
-        return found
+        return [process for root in roots for process in ray_train_workers(root)]
 
     def kill_service(self, name: str, away_s: float) -> None:
         """SIGKILL a service of the stack, and start it again after a while, where it was."""
         (pid,) = [status.pid for status in stack.status(self.home) if status.name == name]
         assert pid is not None
-        for process in _family(pid):
+        for process in family(pid):
             _kill(process)
         time.sleep(away_s)
         assert stack.up(self.home, [name]) == self.state
-
-
-def _family(pid: int) -> list[psutil.Process]:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        root = psutil.Process(pid)
-        return [root, *root.children(recursive=True)]
-    return []
 
 
 def _kill(process: psutil.Process) -> None:

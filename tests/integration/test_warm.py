@@ -22,9 +22,11 @@ from pipelines.shards.ingest.write import ingest
 from pipelines.stack import StackState
 from pipelines.storage import Storage, join
 from pipelines.training import driver
+from pipelines.training.fit import own_workers
 from pipelines.training.goodput import read_sessions
 from pipelines.training.resume import listed_checkpoints, newest_checkpoint, run_folder
 from pipelines.training.warm import WarmWorkers
+from tests.processes import ray_train_workers
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -59,12 +61,12 @@ def config_of(local_stack: StackState, name: str, *overrides: str) -> Config:
 
 
 def train(config: Config, storage: Storage, warm: WarmWorkers | None = None) -> driver.TrainingResult:
-    return driver.train(driver.make_plan(config, storage, {}), warm=warm)
+    return driver.train(driver.make_plan(config, storage, {}), workers=warm.take if warm else own_workers)
 
 
 def worker_processes(local_stack: StackState) -> list[psutil.Process]:
     (head,) = [service.pid for service in stack.status(local_stack.home) if service.name == "ray"]
-    return [p for p in psutil.Process(head).children(recursive=True) if p.name().startswith("ray::RayTrain")]
+    return ray_train_workers(head)
 
 
 def weights(config: Config, storage: Storage, folder: Path) -> dict[str, torch.Tensor]:
