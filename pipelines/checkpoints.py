@@ -26,6 +26,7 @@ from ddpm.ema import PowerSnapshot, reconstruct
 from ddpm.interop import ModelSpec, save_model
 from pipelines import tracking
 from pipelines.config import Config
+from pipelines.errors import PipelineError
 from pipelines.shards.index import Dataset, Quarantine, stream_digest
 from pipelines.storage import Storage, join, patiently
 from pipelines.tracking import Tracker
@@ -37,7 +38,7 @@ PUBLISHED = "checkpoints"
 _EMA, _POWER = "ema.", "power."  # how tensors are named that have a file of their own
 
 
-class ModelError(ValueError):
+class ModelError(PipelineError):
     """A MODEL reference that names nothing, or a checkpoint that is damaged or of another run."""
 
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from pipelines.config import Config, ConfigError, compose, read_config
+from pipelines.errors import PipelineError
 from pipelines.terminal import Terminal
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -43,17 +44,12 @@ def main() -> None:
     """Entry point: 0 done, 1 failed, 2 bad usage or configuration."""
     try:
         app(standalone_mode=True)
-    except ConfigError as error:
-        terminal.error("configuration error", error)
-        sys.exit(2)
+    except PipelineError as error:
+        terminal.error("configuration error" if isinstance(error, ConfigError) else "error", error)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         terminal.console.print("aborted")
         sys.exit(130)
-    except Exception as error:
-        if not _is_expected(error):
-            raise
-        terminal.error("error", error)
-        sys.exit(1)
 
 
 @app.command()
@@ -500,8 +496,3 @@ def _set(key: str, value: str) -> Iterator[str]:
     """An override whose value may hold any character."""
     escaped = value.replace("\\", "\\\\").replace("'", "\\'")
     yield f"{key}='{escaped}'"
-
-
-def _is_expected(error: Exception) -> bool:
-    """Errors whose message is written for the user; anything else is a defect and shows its traceback."""
-    return type(error).__module__.startswith("pipelines.") and type(error).__name__.endswith("Error")

@@ -15,13 +15,14 @@ import numpy as np
 import ddpm
 from ddpm.interop import Model, save_model
 from pipelines import tracking
+from pipelines.errors import PipelineError
 from pipelines.evaluation.evaluate import Scores
 from pipelines.tracking import ModelVersion, Tracker
 
 ACCURACY_TOLERANCE = 0.01
 
 
-class RegistryError(RuntimeError):
+class RegistryError(PipelineError):
     """The registry does not have what was asked for."""
 
 

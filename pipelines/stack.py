@@ -25,13 +25,15 @@ from pathlib import Path
 
 import psutil
 
+from pipelines.errors import PipelineError
+
 SERVICES = ("s3", "mlflow", "ray")
 BUCKET = "ddpm"
 OBJECT_STORE_BYTES = 512 * 2**20
 Report = Callable[[str, str], None]
 
 
-class StackError(RuntimeError):
+class StackError(PipelineError):
     """A service of the local stack does not come up; says where its log is and what it ends with."""
 
 

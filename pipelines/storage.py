@@ -21,6 +21,7 @@ from urllib.parse import urlencode, urlsplit
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
 
 from pipelines.config import Config
+from pipelines.errors import PipelineError
 
 T = TypeVar("T")
 MAX_ATTEMPTS = 8
@@ -41,7 +42,7 @@ _HINTS = {
 }
 
 
-class StorageError(RuntimeError):
+class StorageError(PipelineError):
     """Stored bytes could not be read or written; says which address, why, and how to fix it."""
 
 

@@ -28,6 +28,8 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 from numpy.typing import NDArray
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
 
+from pipelines.errors import PipelineError
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
@@ -41,7 +43,7 @@ PATIENCE_S = 300.0
 T = TypeVar("T")
 
 
-class TrackingError(RuntimeError):
+class TrackingError(PipelineError):
     """MLflow cannot be reached, or does not have what was asked for; says how to fix it."""
 
 

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.config import Config, ConfigError
+from pipelines.errors import PipelineError
 from pipelines.search.space import DIRECTIONS, Choice, Int, Log, Objective, Params, StudyConfig, Uniform, Value, apply
 from pipelines.storage import NotFoundError, Storage, join
 
 State = Literal["running", "finished", "stopped", "failed"]
 
 
-class StudyError(RuntimeError):
+class StudyError(PipelineError):
     """A study that cannot start or go on; says why and what to do."""
 
 

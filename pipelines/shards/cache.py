@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from pipelines.errors import PipelineError
 from pipelines.shards.index import Member, ShardInfo
 from pipelines.storage import Storage, StorageError, join
 
 
-class ShardCorruptError(RuntimeError):
+class ShardCorruptError(PipelineError):
     """A shard whose bytes are not those that its dataset records, twice in a row."""
 
 

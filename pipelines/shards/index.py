@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.errors import PipelineError
 from pipelines.storage import NotFoundError, Storage, join
 
 SCHEMA_VERSION = 1
 SIDECAR_VERSION = 2
 
 
-class DatasetError(ValueError):
+class DatasetError(PipelineError):
     """A dataset that is missing, of another version, or not what was asked for."""
 
 

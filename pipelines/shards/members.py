@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from pipelines.errors import PipelineError
+
 IMAGE_MEMBERS = ("png", "jpg", "jpeg", "webp", "npy")
 """In order of preference: a sample with several is trained on the first."""
 KNOWN_MEMBERS = (*IMAGE_MEMBERS, "cls", "txt", "json", "emb.npy")
@@ -42,7 +44,7 @@ class Flaw:
     reason: str
 
 
-class FlawError(ValueError):
+class FlawError(PipelineError):
     """A member is not what it should be."""
 
     def __init__(self, kind: str, reason: str) -> None:

@@ -19,6 +19,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.v2._internal.execution.context import get_train_context
 
 from pipelines.checkpoints import fetch_first
+from pipelines.errors import PipelineError
 from pipelines.filesystem import Fence
 from pipelines.storage import Storage, join
 from pipelines.training.progress import Progress
@@ -31,7 +32,7 @@ WAITING = 1
 """Checkpoints that may wait behind the one that is uploading, before the loop waits for storage."""
 
 
-class DriverLostError(RuntimeError):
+class DriverLostError(PipelineError):
     """The driver of this worker has ended: another may have taken over, so nothing more is written."""
 
 

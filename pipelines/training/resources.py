@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 import ray
 
 from pipelines.config import ClusterConfig, Config
+from pipelines.errors import PipelineError
 from pipelines.storage import Storage
 
 
-class TrainingError(RuntimeError):
+class TrainingError(PipelineError):
     """A run that could not start or did not finish; says why and what to do."""
 
 

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import IO, Any, TypeVar, cast
 
+from pipelines.errors import PipelineError
 from pipelines.shards.index import Member, Problem, ShardIndex, split_name
 from pipelines.shards.members import KNOWN_MEMBERS, Examined, Flaw, Form, examine
 from pipelines.storage import Storage
@@ -26,7 +27,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class TarFaultError(ValueError):
+class TarFaultError(PipelineError):
     """A tar whose structure is damaged, or that we cannot read in place: what it is, and what to do about it.
 
     Attributes:
@@ -170,7 +171,7 @@ def read_samples(stream: ObjectStream) -> Iterator[RawSample]:
                     sample = RawSample(key)
                 _add(sample, info, extension, stream)
             entry = f", after the entry {info.name!r}"
-    except (tarfile.TarError, ValueError, KeyError, IndexError, OverflowError) as error:
+    except (TarFaultError, tarfile.TarError, ValueError, KeyError, IndexError, OverflowError) as error:
         fault = error if isinstance(error, TarFaultError) else _fault(error, stream)
         raise TarFaultError(fault.kind, fault.reason + entry, fault.fix, sample) from error
     if sample is not None:

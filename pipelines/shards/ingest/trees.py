@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from pipelines.errors import PipelineError
 from pipelines.shards.index import DatasetError
 from pipelines.storage import Entry, NotFoundError, Storage, StorageError, is_local, join, local_path
 
@@ -20,7 +21,7 @@ KINDS = (
 )
 
 
-class UnreadableError(ValueError):
+class UnreadableError(PipelineError):
     """One file of a source that cannot be read, or is not an image; the ingest goes on without it."""
 
 
