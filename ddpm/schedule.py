@@ -110,7 +110,7 @@ class NoiseSchedule:
             points = (lower.unsqueeze(-1) + width * parts).clamp(max=self.num_steps)
             below = (self.angle(points) < angle.unsqueeze(-1)).sum(-1) - 1
             lower, width = lower + width * below.clamp(min=0) / 64, width / 64
-        return (lower + width).clamp(max=self.num_steps)
+        return torch.where(angle == 0, 0.0, (lower + width).clamp(max=self.num_steps))
 
     def timesteps(self, steps: int) -> list[int]:
         """`steps` + 1 integer timesteps from T down to 0, as evenly spaced as integers allow.

@@ -143,3 +143,8 @@ def test_a_shift_moves_a_closed_form_too():
     plain = from_log_snr(lambda u: 5 - 10 * u, 50)
     t = torch.tensor([0.5, 3.25, 49.9])
     torch.testing.assert_close(plain.shifted(1.5).log_snr(t), plain.log_snr(t) + 1.5)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "sigmoid"])
+def test_the_timestep_without_noise_is_zero_exactly(kind):
+    assert make_schedule(kind).timestep(torch.tensor([0.0, 0.1]))[0] == 0
