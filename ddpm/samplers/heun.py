@@ -11,8 +11,8 @@ from ddpm.prediction import Conditioning, Denoiser
 from ddpm.samplers.common import Sample, predict, time_grid
 from ddpm.schedule import NoiseSchedule
 
-SIGMA_MAX = 80.0
-"""EDM's noisiest level, sigma / alpha (table 1)."""
+SIGMA_MAX = 80.0 * (1 + 1e-9)
+"""EDM's noisiest level, sigma / alpha (table 1), up to rounding: a grid that begins at 80 begins with Heun's step."""
 
 
 def heun(
@@ -24,7 +24,7 @@ def heun(
     steps: int = 25,
     timesteps: Sequence[float] | None = None,
 ) -> Iterator[Sample]:
-    """EDM's algorithm 1 with S_churn = 0, one `Sample` per step.
+    """EDM's algorithm 1, its deterministic sampler, one `Sample` per step.
 
     In y = x / alpha and k = sigma / alpha the ODE is dy/dk = eps, and the trapezoid's step
         y_s = y_t + (k_s - k_t) (eps_t + eps_s) / 2,   eps_s at the end of Euler's step.

@@ -5,7 +5,7 @@ import torch
 
 from ddpm.prediction import Clipped
 from ddpm.samplers import ddim, dpm_solver, heun, initial_noise, last
-from ddpm.schedule import from_log_snr, make_schedule
+from ddpm.schedule import NoiseSchedule, from_log_snr, make_schedule
 from tests.ddpm.exact import GaussianDenoiser, PointDenoiser
 
 SHAPE = (1, 4, 4)
@@ -165,3 +165,45 @@ def test_real_levels_may_start_below_the_top_and_lie_between_the_tables(solver):
 def test_levels_that_cannot_be_visited_are_refused(solver, options):
     with pytest.raises(ValueError, match="steps"):
         last(solver(GaussianDenoiser(COSINE), COSINE, noise(), **options))
+
+
+def edm_grid(steps, low=0.002, high=80.0, rho=7.0):
+    """EDM's levels sigma / alpha (Karras et al. 2022, eq. 5), 0 last."""
+    i = torch.arange(steps, dtype=torch.float64)
+    levels = (high ** (1 / rho) + i / (steps - 1) * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+    return [*levels.tolist(), 0.0]
+
+
+def edm_algorithm_1(denoise, y, levels):
+    """EDM's algorithm 1 in its own variables: Heun's steps on y = x / alpha, Euler's to level 0."""
+    for k, k_next in zip(levels, levels[1:], strict=False):
+        slope = (y - denoise(y, k)) / k
+        euler = y + (k_next - k) * slope
+        y = euler if k_next == 0 else y + (k_next - k) * (slope + (euler - denoise(euler, k_next)) / k_next) / 2
+    return y
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "edm"])
+def test_heun_is_edms_algorithm_1_from_level_80_on(kind):
+    """Its grid begins at sigma / alpha = 80 exactly, where the paper takes Heun's step: 19 evaluations in 10 steps."""
+    levels = edm_grid(10)
+    if kind == "edm":  # a schedule whose table is that grid
+        schedule = NoiseSchedule(1 / (1 + torch.tensor(levels[::-1], dtype=torch.float64).square()))
+        grid = [10.0 - i for i in range(11)]
+    else:
+        schedule = make_schedule(kind)
+        grid = [schedule.timestep(math.atan(k)).item() for k in levels]
+    denoiser = GaussianDenoiser(schedule, 0.3, 0.5)
+    seen = []
+
+    def counting(x_t, t, cond=None):
+        seen.append(t[0].item())
+        return denoiser(x_t, t, cond)
+
+    def denoise(y, k):
+        return 0.3 + 0.25 / (0.25 + k**2) * (y - 0.3)
+
+    theirs = edm_algorithm_1(denoise, 80 * noise(4), levels)
+    ours = last(heun(counting, schedule, 80 * schedule.alpha(grid[0]).item() * noise(4), timesteps=grid))
+    assert len(seen) == 19
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-8)
