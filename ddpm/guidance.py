@@ -21,9 +21,9 @@ ALWAYS = (0.0, 1.0)
 class ClassifierFree:
     """Classifier-free guidance (Ho & Salimans 2022, eq. 6, in the form null + scale (cond - null)).
 
-    Scale 0 is exactly the unconditional model and 1 exactly the conditional one, at one evaluation each; any other
-    scale evaluates both in one batch of 2 B. Outside `interval` the conditional model is used as it is
-    (Kynkäänniemi et al. 2024). All channels are guided; what is known of the image (inpainting) conditions both.
+    Scale 0 is exactly the unconditional model (where it is not rescaled) and 1 exactly the conditional one, at one
+    evaluation each; any other scale evaluates both in one batch of 2 B. Outside `interval` the conditional model is
+    used as it is, whatever the scale (Kynkäänniemi et al. 2024). All channels are guided; what is known of the image (inpainting) conditions both.
 
     Attributes:
         denoiser: the conditional model, whose null condition is the unconditional one.
@@ -31,7 +31,8 @@ class ClassifierFree:
         scale: guidance scale.
         interval: (low, high) as fractions of T within which guidance acts, ends included.
         rescale: 0 to 1; how far the guided x_0 of an image is brought back to the standard deviation of the conditional
-            one (Lin et al. 2024, eq. 15-16, on x_0), against over-exposure at high scales.
+            one (Lin et al. 2024, eq. 15-16, on x_0), against over-exposure at high scales; a guided x_0 that is the
+            same in every pixel stays as it is.
     """
 
     denoiser: Denoiser
@@ -49,10 +50,10 @@ class ClassifierFree:
         """See `Denoiser`."""
         if cond is None:
             return self.denoiser(x_t, t, None)
-        if self.scale == 0:
-            return self.denoiser(x_t, t, cond.null())
         if self.scale == 1 or not _acts(self.interval, t, self.schedule):
             return self.denoiser(x_t, t, cond)
+        if self.scale == 0 and self.rescale == 0:
+            return self.denoiser(x_t, t, cond.null())
         batch = len(x_t)
         null = torch.arange(2 * batch, device=x_t.device) >= batch
         both = cond.map(lambda tensor: torch.cat([tensor, tensor])).dropped(null)
@@ -65,8 +66,8 @@ class ClassifierFree:
         )
         if self.rescale == 0:
             return guided
-        dims = tuple(range(1, x_t.dim()))
-        ratio = x0.std(dims, keepdim=True) / guided.x0.std(dims, keepdim=True)
+        ratio = _spread(x0) / _spread(guided.x0)
+        ratio = torch.where(ratio.isfinite(), ratio, 1)  # a constant image has no spread to bring back
         rescaled = guided.x0 * (1 + self.rescale * (ratio - 1))
         return replace(guided, x0=rescaled, eps=eps_from_x0(rescaled, x_t, t, self.schedule))
 
@@ -132,7 +133,7 @@ class ConditionedOn:
 class Autoguided:
     """Guidance by a weaker version of the model itself (Karras et al. 2024, eq. 3): weak + scale (model - weak).
 
-    Scale 1 is exactly the model and 0 exactly the weak one. Both see the same condition: unlike the other kinds it
+    Scale 1 is exactly the model and 0 exactly the weak one; outside `interval` it is the model, whatever the scale. Both see the same condition: unlike the other kinds it
     sharpens unconditional models too.
 
     Attributes:
@@ -154,11 +155,11 @@ class Autoguided:
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning | None = None) -> Prediction:
         """See `Denoiser`."""
+        if self.scale == 1 or not _acts(self.interval, t, self.schedule):
+            return self.denoiser(x_t, t, cond)
         if self.scale == 0:
             return self.weak(x_t, t, cond)
         pred = self.denoiser(x_t, t, cond)
-        if self.scale == 1 or not _acts(self.interval, t, self.schedule):
-            return pred
         weak = self.weak(x_t, t, cond)
         return replace(
             pred, x0=torch.lerp(weak.x0, pred.x0, self.scale), eps=torch.lerp(weak.eps, pred.eps, self.scale)
@@ -168,6 +169,11 @@ class Autoguided:
 def _acts(interval: tuple[float, float], t: Tensor, schedule: NoiseSchedule) -> bool:
     """Whether guidance acts at t, which is the same for the whole batch in every sampler."""
     return interval == ALWAYS or interval[0] <= float(t.max()) / schedule.num_steps <= interval[1]
+
+
+def _spread(x: Tensor) -> Tensor:
+    """The standard deviation of each image over all its elements, [B, 1, ..., 1]."""
+    return x.std(tuple(range(1, x.dim())), correction=0, keepdim=True)
 
 
 def _check(scale: float, interval: tuple[float, float]) -> None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ddpm.guidance import Autoguided, ClassifierFree, ClassifierGuided, ConditionedOn
-from ddpm.prediction import Conditioning, coefficients
+from ddpm.prediction import Conditioning, Prediction, coefficients, eps_from_x0
 from ddpm.samplers import ddim, last
 from ddpm.schedule import make_schedule
 from tests.ddpm.exact import GaussianDenoiser, MixtureDenoiser
@@ -177,3 +177,32 @@ def test_autoguidance_extrapolates_from_the_weak_model():
 def test_negative_scales_are_refused(make):
     with pytest.raises(ValueError, match="scale must be >= 0"):
         make(EXACT, SCHEDULE, -1.0)
+
+
+@pytest.mark.parametrize("kind", ["classifier_free", "auto"])
+@pytest.mark.parametrize("t", [900.0, 500.0, 100.0])
+def test_scale_zero_is_the_limit_of_small_scales_in_and_out_of_the_interval(kind, t):
+    at = torch.full((6,), t)
+
+    def guided(scale):
+        if kind == "classifier_free":
+            return ClassifierFree(MIXTURE, SCHEDULE, scale, (0.2, 0.8), rescale=0.7)(X2, at, LABELS2)
+        return Autoguided(MIXTURE, GaussianDenoiser(SCHEDULE), SCHEDULE, scale, (0.2, 0.8))(X2, at, LABELS2)
+
+    zero, tiny = guided(0.0), guided(1e-9)
+    torch.testing.assert_close(zero.x0, tiny.x0, rtol=0, atol=1e-6)
+    torch.testing.assert_close(zero.eps, tiny.eps, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 4, 4)])
+def test_rescale_leaves_a_constant_image_as_it_is(shape):
+    """A one-pixel image, or a network that predicts one value everywhere, has no spread to bring back."""
+
+    def constant(x_t, t, cond=None):
+        x_0 = torch.full_like(x_t, 0.25)
+        return Prediction(x_0, eps_from_x0(x_0, x_t, t, SCHEDULE))
+
+    x = torch.randn(4, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    guided = ClassifierFree(constant, SCHEDULE, 3.0, rescale=0.7)(x, T, LABELS)
+    torch.testing.assert_close(guided.x0, torch.full_like(x, 0.25))
+    assert guided.eps.isfinite().all()
