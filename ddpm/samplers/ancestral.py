@@ -37,7 +37,8 @@ def ancestral(
         timesteps: real levels to visit instead, strictly decreasing, from the level of x_T to 0 or above.
     """
     x_t = x_T
-    for t, s in itertools.pairwise(time_grid(schedule, steps or schedule.num_steps, timesteps)):
+    steps = schedule.num_steps if steps is None else steps
+    for t, s in itertools.pairwise(time_grid(schedule, steps, timesteps)):
         pred = predict(denoiser, x_t, t, cond)
         p = p_reverse(pred, x_t, t, s, schedule, variance)
         x_t = p.sample(noise(s)) if s > 0 else p.mean

@@ -96,6 +96,11 @@ def test_ddim_refuses_what_it_cannot_do(options):
         last(ddim(GaussianDenoiser(SCHEDULE), SCHEDULE, torch.zeros(1, *SHAPE), **options))
 
 
+def test_the_markov_chain_refuses_to_take_no_steps():
+    with pytest.raises(ValueError, match="steps must be in 1..1000"):
+        last(ancestral(GaussianDenoiser(SCHEDULE), SCHEDULE, torch.zeros(1, *SHAPE), steps=0, noise=lambda s: 0))
+
+
 def test_a_sampler_without_steps_is_an_error():
     with pytest.raises(ValueError, match="yielded nothing"):
         last(iter(()))
