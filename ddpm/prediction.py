@@ -206,7 +206,8 @@ class DynamicThreshold:
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning | None = None) -> Prediction:
         """See `Denoiser`."""
         pred = self.denoiser(x_t, t, cond)
-        size = torch.quantile(pred.x0.abs().flatten(1).float(), self.quantile, dim=1).clamp(min=1)
+        exact = torch.promote_types(pred.x0.dtype, torch.float32)  # `quantile` knows no half precision
+        size = torch.quantile(pred.x0.abs().flatten(1).to(exact), self.quantile, dim=1).clamp(min=1)
         s = per_sample(size, x_t)
         x_0 = pred.x0.clamp(-s, s) / s
         return replace(pred, x0=x_0, eps=eps_from_x0(x_0, x_t, t, self.schedule))

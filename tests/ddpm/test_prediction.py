@@ -112,6 +112,16 @@ def test_dynamic_thresholding_scales_only_images_that_leave_the_range():
             DynamicThreshold(denoiser, SCHEDULE, bad)
 
 
+def test_dynamic_thresholding_keeps_the_precision_of_the_image():
+    x_0 = torch.linspace(1.1, 3.3, 16, dtype=torch.float64).reshape(1, 1, 4, 4)
+
+    def denoiser(x_t, t, cond=None):
+        return Prediction(x_0, torch.zeros_like(x_0))
+
+    out = DynamicThreshold(denoiser, SCHEDULE, 1.0)(x_0, torch.tensor([500.0]))
+    torch.testing.assert_close(out.x0, x_0 / 3.3, rtol=1e-15, atol=0)
+
+
 @given(dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), kind=st.sampled_from(["eps", "x0", "v"]))
 def test_predictions_and_noised_images_keep_the_dtype_of_the_images(dtype, kind):
     x_0, eps = torch.randn(2, 3, 1, 2, 2).to(dtype)
