@@ -1,4 +1,10 @@
-"""Averages of weights: the classical EMA, and power-function averages whose width can be chosen after training."""
+"""Averages of weights: the classical EMA, and power-function averages whose width can be chosen after training.
+
+Late in a run an update moves an average by less than float32 resolves: added to a float32 number it would be lost, and
+the average would stand still. So each average is a pair of float32 tensors, the rounded value and the residual that
+rounding left over (compensated summation, Kahan 1965), about 48 bits in all. The pair is exact in a checkpoint and
+works on devices without float64.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +25,7 @@ class EMA:
 
     Attributes:
         shadow: name -> averaged float32 tensor, detached.
+        residual: name -> what `shadow` lacks of the average, float32, at most half a unit in its last place.
     """
 
     def __init__(self, module: nn.Module, half_life: float, ramp: float = 0.05) -> None:
@@ -27,6 +34,7 @@ class EMA:
         self.half_life = half_life
         self.ramp = ramp
         self.shadow = {name: p.detach().float().clone() for name, p in module.state_dict().items()}
+        self.residual = {name: torch.zeros_like(average) for name, average in self.shadow.items()}
 
     def decay(self, images_seen: int, batch_size: int) -> float:
         """The weight of the old average in the update that ends at `images_seen`."""
@@ -37,18 +45,19 @@ class EMA:
     def update(self, module: nn.Module, images_seen: int, batch_size: int) -> None:
         """Move towards the module's weights after a step that ended at `images_seen` images."""
         weight = 1 - self.decay(images_seen, batch_size)
-        torch._foreach_lerp_(_local(self.shadow.values()), _float(module.state_dict().values()), weight)
+        _move(self.shadow, self.residual, _float(module.state_dict().values()), weight)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averaged weights, ready for `module.load_state_dict`."""
         return dict(self.shadow)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Replace the averaged weights; names must be the module's."""
+        """Replace the averaged weights, with residuals of 0; names must be the module's."""
         if state.keys() != self.shadow.keys():
             raise ValueError(f"EMA names differ: {sorted(state.keys() ^ self.shadow.keys())[:5]}")
         for name, tensor in state.items():
             self.shadow[name].copy_(tensor)
+            self.residual[name].zero_()
 
 
 WIDEST = 1 / (2 * 3**0.5)
@@ -108,6 +117,7 @@ class PowerEMA:
         sigma_rels: the widths.
         gammas: their exponents.
         shadows: for each width, name -> averaged float32 tensor, detached.
+        residuals: for each width, name -> what the shadow lacks of the average, float32.
         images_seen: where the averages stand.
     """
 
@@ -132,6 +142,7 @@ class PowerEMA:
         self.shadows = [
             {name: p.detach().float().clone() for name, p in module.state_dict().items()} for _ in self.sigma_rels
         ]
+        self.residuals = [{name: torch.zeros_like(a) for name, a in shadow.items()} for shadow in self.shadows]
 
     @torch.no_grad()
     def update(self, module: nn.Module, images_seen: int, batch_size: int) -> None:
@@ -146,9 +157,8 @@ class PowerEMA:
                 f"{self.images_seen}: update after every step, and load the average's state when a run is resumed"
             )
         weights = _float(module.state_dict().values())
-        for gamma, shadow in zip(self.gammas, self.shadows, strict=True):
-            move = 1 - power_decay(gamma, images_seen, batch_size)
-            torch._foreach_lerp_(_local(shadow.values()), weights, move)
+        for gamma, shadow, residual in zip(self.gammas, self.shadows, self.residuals, strict=True):
+            _move(shadow, residual, weights, 1 - power_decay(gamma, images_seen, batch_size))
         self.images_seen = images_seen
 
     def snapshot(self) -> list[PowerSnapshot]:
@@ -165,15 +175,16 @@ class PowerEMA:
         ]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything by flat names: `images_seen`, `sigma_rels` and, for the i-th width, `i.NAME`."""
+        """Everything by flat names: `images_seen`, `sigma_rels`, and `i.NAME`, `residual.i.NAME` of the i-th width."""
         state = {f"{i}.{name}": tensor for i, shadow in enumerate(self.shadows) for name, tensor in shadow.items()}
+        state |= {f"residual.{i}.{name}": t for i, low in enumerate(self.residuals) for name, t in low.items()}
         state["images_seen"] = torch.tensor(self.images_seen)
         state["sigma_rels"] = torch.tensor(self.sigma_rels, dtype=torch.float64)
         return state
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the averages of another.
+        """Take over the averages of another; residuals that it lacks, as a state of an older release does, are 0.
 
         Raises:
             ValueError: other widths, names or shapes than this one's; nothing is taken over then.
@@ -185,14 +196,16 @@ class PowerEMA:
                 "a run keeps the widths that it began with, others can be reconstructed from its snapshots"
             )
         own = self.state_dict()
+        state = {**{name: torch.zeros_like(t) for name, t in own.items() if name.startswith("residual.")}, **state}
         if state.keys() != own.keys():
             raise ValueError(f"power EMA names differ: {sorted(state.keys() ^ own.keys())[:5]}")
         for name, tensor in own.items():
             if state[name].shape != tensor.shape:
                 raise ValueError(f"power EMA {name}: shape {tuple(state[name].shape)}, expected {tuple(tensor.shape)}")
-        for i, shadow in enumerate(self.shadows):
+        for i, (shadow, residual) in enumerate(zip(self.shadows, self.residuals, strict=True)):
             for name, tensor in shadow.items():
                 tensor.copy_(state[f"{i}.{name}"])
+                residual[name].copy_(state[f"residual.{i}.{name}"])
         self.images_seen = int(state["images_seen"])
 
 
@@ -286,6 +299,26 @@ def _inner_product(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_
     """Integral of the product of two profiles (gamma + 1) tau^gamma / t^(gamma + 1) on (0, t] (EDM2, eq. 151)."""
     ratio = (t_a / t_b) ** np.where(t_a < t_b, gamma_b, -gamma_a)
     return (gamma_a + 1) * (gamma_b + 1) * ratio / ((gamma_a + gamma_b + 1) * np.maximum(t_a, t_b))
+
+
+def _move(shadow: Mapping[str, Tensor], residual: Mapping[str, Tensor], weights: list[Tensor], weight: float) -> None:
+    """Move averages towards weights in place: shadow + residual becomes (1 - weight) (shadow + residual) + weight w."""
+    high, low = _local(shadow.values()), _local(residual.values())
+    if weight == 1:
+        torch._foreach_copy_(high, weights)
+        torch._foreach_zero_(low)
+        return
+    # change = low + weight ((w - high) - low), which is small beside high and keeps its own 24 bits.
+    change = torch._foreach_sub(weights, high)
+    torch._foreach_sub_(change, low)
+    torch._foreach_mul_(change, weight)
+    torch._foreach_add_(change, low)
+    # high takes what its own bits hold; the rest is exact in float32 and stays in low (fast two-sum, Dekker 1971).
+    before = [h.clone() for h in high]
+    torch._foreach_add_(high, change)
+    torch._foreach_sub_(before, high)
+    torch._foreach_add_(change, before)
+    torch._foreach_copy_(low, change)
 
 
 def _local(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -23,7 +23,8 @@ class ClassifierFree:
 
     Scale 0 is exactly the unconditional model (where it is not rescaled) and 1 exactly the conditional one, at one
     evaluation each; any other scale evaluates both in one batch of 2 B. Outside `interval` the conditional model is
-    used as it is, whatever the scale (Kynkäänniemi et al. 2024). All channels are guided; what is known of the image (inpainting) conditions both.
+    used as it is, whatever the scale (Kynkäänniemi et al. 2024). All channels are guided; what is known of the image
+    (inpainting) conditions both.
 
     Attributes:
         denoiser: the conditional model, whose null condition is the unconditional one.
@@ -133,8 +134,8 @@ class ConditionedOn:
 class Autoguided:
     """Guidance by a weaker version of the model itself (Karras et al. 2024, eq. 3): weak + scale (model - weak).
 
-    Scale 1 is exactly the model and 0 exactly the weak one; outside `interval` it is the model, whatever the scale. Both see the same condition: unlike the other kinds it
-    sharpens unconditional models too.
+    Scale 1 is exactly the model and 0 exactly the weak one; outside `interval` it is the model, whatever the scale.
+    Both see the same condition: unlike the other kinds it sharpens unconditional models too.
 
     Attributes:
         denoiser: the model.

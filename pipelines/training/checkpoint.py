@@ -27,7 +27,7 @@ from pipelines.models import initial_weights
 from pipelines.storage import StorageError, join, patiently
 from pipelines.training.parallel import gather, share, spread
 from pipelines.training.shell import Job, Shell
-from pipelines.training.state import Training, start_from
+from pipelines.training.state import RESIDUAL, Training, start_from
 
 UNSENT = "unsent.zip"
 """What of the run MLflow has not been told, in a checkpoint's folder: a resumed run does not come by it again."""
@@ -167,6 +167,8 @@ def _read(training: Training, shell: Shell, job: Job, log: MetricLog | None) -> 
             state, tensors = load_checkpoint(folder)
             check_resumable(state, job.config, job.dataset, job.quarantine)
             shapes = {name: tuple(tensor.shape) for name, tensor in training.tensors().items()}
+            added = {name for name in shapes.keys() - tensors.keys() if name.startswith(RESIDUAL)}
+            tensors |= {name: torch.zeros(shapes[name]) for name in added}
             differing = {n for n, s in shapes.items() ^ {n: tuple(t.shape) for n, t in tensors.items()}.items()}
             if differing:
                 raise ModelError(f"the checkpoint holds other tensors than this release's: {sorted(differing)[:5]}")

@@ -17,6 +17,9 @@ from pipelines.config import Config, OptimConfig, unet_config
 from pipelines.training.hardware import place, weight_dtype
 from pipelines.training.parallel import local, shard, spread, trainable
 
+RESIDUAL = "residual."
+"""Begins the names of what averages lack in float32; checkpoints of releases that did not keep it count as 0."""
+
 
 @dataclass
 class Training:
@@ -47,12 +50,14 @@ class Training:
         """Every tensor of the state by its name in a checkpoint: live ones, to be read or overwritten in place."""
         found = {f"network.{name}": tensor.detach() for name, tensor in self.network.state_dict().items()}
         found |= {f"ema.{name}": tensor for name, tensor in self.ema.shadow.items()}
+        found |= {f"{RESIDUAL}ema.{name}": tensor for name, tensor in self.ema.residual.items()}
         for name, parameter in self.network.named_parameters():
             entries = self.optimizer.state.get(parameter, {})
             found |= {f"optimizer.{key}.{name}": value for key, value in entries.items()}
         if self.power is not None:
-            for i, shadow in enumerate(self.power.shadows):
+            for i, (shadow, residual) in enumerate(zip(self.power.shadows, self.power.residuals, strict=True)):
                 found |= {f"power.{i}.{name}": tensor for name, tensor in shadow.items()}
+                found |= {f"{RESIDUAL}power.{i}.{name}": tensor for name, tensor in residual.items()}
         if self.importance is not None:
             found |= {"timesteps.losses": self.importance.losses, "timesteps.counts": self.importance.counts}
         return found

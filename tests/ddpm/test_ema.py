@@ -295,3 +295,63 @@ def test_snapshots_of_different_networks_are_refused():
     one, two = PowerSnapshot({"a": torch.ones(1)}, 10, 0.1), PowerSnapshot({"a": torch.ones(2)}, 20, 0.1)
     with pytest.raises(ValueError, match=r"they differ in \['a'\]"):
         reconstruct([one, two], 20, 0.1)
+
+
+# Late in a run.
+
+
+def late_average(kind, device="cpu", images=200_000_000, updates=2_000, batch=128):
+    """(average, exact float64 average) of weights that go from 1.0 to 1.001 late in a long run."""
+    module = Weights(torch.ones(4, device=device))
+    ema = EMA(module, half_life=500_000) if kind == "half-life" else PowerEMA(module, (0.05,), images_seen=images)
+    module.set(torch.full((4,), 1.001, device=device))
+    target, exact = float(torch.tensor(1.001)), 1.0
+    for seen in range(images + batch, images + batch * (updates + 1), batch):
+        ema.update(module, seen, batch)
+        keep = ema.decay(seen, batch) if kind == "half-life" else power_decay(ema.gammas[0], seen, batch)
+        exact += (1 - keep) * (target - exact)
+    shadow, residual = (ema.shadow, ema.residual) if kind == "half-life" else (ema.shadows[0], ema.residuals[0])
+    return shadow["w"].double() + residual["w"].double(), shadow["w"], exact
+
+
+@pytest.mark.parametrize("kind", ["half-life", "power"])
+def test_an_average_does_not_stall_late_in_a_run(kind):
+    """Each update is below float32's resolution at 1.0; the right averages are 1.000299 and 1.0000227."""
+    average, shadow, exact = late_average(kind)
+    assert exact == pytest.approx({"half-life": 1.000299, "power": 1.0000227}[kind], abs=1e-6)
+    torch.testing.assert_close(average, torch.full_like(average, exact), rtol=0, atol=1e-9)
+    torch.testing.assert_close(shadow, torch.full_like(shadow, exact), rtol=0, atol=6e-8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["half-life", "power"])
+def test_an_average_does_not_stall_on_a_gpu_either(kind):
+    average, _, exact = late_average(kind, "cuda")
+    torch.testing.assert_close(average.cpu(), torch.full((4,), exact, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_an_average_follows_the_float64_one_over_thousands_of_updates(scale):
+    path = scale * trajectory(3_000, 50)
+    module, ema = Weights(path[0]), EMA(Weights(path[0]), half_life=20_000)
+    exact = path[0].double()
+    for step, values in enumerate(path, 1):
+        module.set(values)
+        ema.update(module, 1_000_000 + 10 * step, 10)
+        exact += (1 - ema.decay(1_000_000 + 10 * step, 10)) * (values.double() - exact)
+    average = ema.shadow["w"].double() + ema.residual["w"].double()
+    # A step's weight is rounded to float32, which is as if the half-life were longer by 6e-8 of itself.
+    torch.testing.assert_close(average, exact, rtol=0, atol=6e-8 * scale)
+
+
+def test_the_residuals_round_trip_and_a_state_of_an_older_release_has_none():
+    path = trajectory(50, 8)
+    ema, other = PowerEMA(Weights(path[0])), PowerEMA(Weights(path[0]))
+    follow(path, ema)
+    assert ema.residuals[0]["w"].abs().max() > 0
+    other.load_state_dict(ema.state_dict())
+    assert torch.equal(other.residuals[1]["w"], ema.residuals[1]["w"])
+    older = {name: tensor for name, tensor in ema.state_dict().items() if not name.startswith("residual.")}
+    other.load_state_dict(older)
+    assert torch.equal(other.shadows[1]["w"], ema.shadows[1]["w"])
+    assert other.residuals[1]["w"].abs().max() == 0

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -176,7 +177,7 @@ def edm_grid(steps, low=0.002, high=80.0, rho=7.0):
 
 def edm_algorithm_1(denoise, y, levels):
     """EDM's algorithm 1 in its own variables: Heun's steps on y = x / alpha, Euler's to level 0."""
-    for k, k_next in zip(levels, levels[1:], strict=False):
+    for k, k_next in itertools.pairwise(levels):
         slope = (y - denoise(y, k)) / k
         euler = y + (k_next - k) * slope
         y = euler if k_next == 0 else y + (k_next - k) * (slope + (euler - denoise(euler, k_next)) / k_next) / 2

@@ -1,10 +1,13 @@
 """Saving behind training's back."""
 
+import hashlib
 import math
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from pipelines.checkpoints import load_checkpoint
 from pipelines.shards.read import Batch
@@ -85,3 +88,22 @@ def test_an_update_that_is_not_finite_changes_nothing_but_the_count(digits, tmp_
     state, tensors = load_checkpoint(last_checkpoint(tmp_path / "r"))
     assert (state.optimizer_steps, state.skipped) == (STEPS - 1, 1)
     assert all(t.isfinite().all() for t in tensors.values())
+
+
+def test_a_checkpoint_of_a_release_that_kept_no_residuals_of_averages_resumes(digits, tmp_path):
+    extra = ["optim.power_ema=[0.05]"]
+    run(tmp_path / "r", digits, FolderShell(tmp_path / "r", 0, stop_after=3), *extra)
+    folder = last_checkpoint(tmp_path / "r")
+    state, tensors = load_checkpoint(folder)
+    residuals = {name for name in tensors if name.startswith("residual.")}
+    assert {name.split(".")[1] for name in residuals} == {"ema", "power"}
+    older = {n: t for n, t in tensors.items() if n not in residuals and not n.startswith(("ema.", "power."))}
+    save_file(older, folder / "training.safetensors")
+    path = folder / "training.safetensors"
+    files = {**state.files, path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
+    sizes = {**state.sizes, path.name: path.stat().st_size}
+    (folder / "state.json").write_text(replace(state, files=files, sizes=sizes).to_json())
+    run(tmp_path / "r", digits, None, *extra)
+    state, tensors = load_checkpoint(last_checkpoint(tmp_path / "r"))
+    assert state.images_seen == STEPS * BATCH
+    assert residuals <= tensors.keys()
