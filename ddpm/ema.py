@@ -308,17 +308,15 @@ def _move(shadow: Mapping[str, Tensor], residual: Mapping[str, Tensor], weights:
         torch._foreach_copy_(high, weights)
         torch._foreach_zero_(low)
         return
-    # change = low + weight ((w - high) - low), which is small beside high and keeps its own 24 bits.
+    # The residual takes the change, weight ((w - high) - low), which is small beside high and keeps its own 24 bits.
     change = torch._foreach_sub(weights, high)
     torch._foreach_sub_(change, low)
-    torch._foreach_mul_(change, weight)
-    torch._foreach_add_(change, low)
-    # high takes what its own bits hold; the rest is exact in float32 and stays in low (fast two-sum, Dekker 1971).
-    before = [h.clone() for h in high]
-    torch._foreach_add_(high, change)
-    torch._foreach_sub_(before, high)
-    torch._foreach_add_(change, before)
-    torch._foreach_copy_(low, change)
+    torch._foreach_add_(low, change, alpha=weight)
+    # high takes what its own bits hold of it; the rest is exact in float32 (fast two-sum, Dekker 1971).
+    total = torch._foreach_add(high, low)
+    torch._foreach_sub_(high, total)
+    torch._foreach_add_(low, high)
+    torch._foreach_copy_(high, total)
 
 
 def _local(tensors: Iterable[Tensor]) -> list[Tensor]:
