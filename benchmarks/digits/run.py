@@ -142,6 +142,7 @@ def as_json(found: dict[str, Any], quick: bool) -> dict[str, Any]:
             for name, of in rows.items()
         },
         "likelihood": {name: tables.plain(value) for name, value in likelihood.bits.items()},
+        "ode": {"t_min": likelihood.t_min, "truncation_cost": likelihood.truncation_cost},
         "bound_terms": likelihood.terms,
     }
 

@@ -222,6 +222,8 @@ class Likelihoods:
     terms: dict[str, list[float]]
     prior: float
     nfe: dict[str, int]
+    t_min: float
+    truncation_cost: float
 
 
 def likelihood(zoo: Zoo, batch_size: int = 128, steps: int | None = None) -> Likelihoods:
@@ -253,6 +255,8 @@ def likelihood(zoo: Zoo, batch_size: int = 128, steps: int | None = None) -> Lik
         terms={name: torch.cat([b.terms for b in bounds]).mean(0).tolist() for name, bounds in parts.items()},
         prior=torch.cat([b.prior for b in parts["bound, variance learned"]]).mean().item(),
         nfe=evaluations,
+        t_min=flows[0].t_min,
+        truncation_cost=flows[0].truncation_cost,
     )
 
 

@@ -16,7 +16,7 @@ from ddpm.likelihood import (
     variational_bound,
 )
 from ddpm.models.unet import UNet, UNetConfig
-from ddpm.prediction import Conditioning, NetworkDenoiser, Prediction, eps_from_x0
+from ddpm.prediction import Conditioning, NetworkDenoiser, Prediction, coefficients, eps_from_x0
 from ddpm.schedule import NoiseSchedule, from_log_snr, make_schedule
 from tests.ddpm.exact import GaussianDenoiser, MixtureDenoiser, PointDenoiser
 
@@ -326,7 +326,7 @@ def test_mixture_density_is_exact_with_the_exact_trace(method, tolerance, t_min)
 
 def test_mixture_density_is_exact_up_to_zero_terminal_snr_and_its_own_prior():
     mixture = replace(MIXTURE, schedule=ZERO_SNR)
-    ours = log_density(mixture, ZERO_SNR, POINTS)
+    ours = log_density(mixture, ZERO_SNR, POINTS, t_min=1.0)
     assert bits_off(ours.log_density, mixture.log_density(POINTS, 1.0), 2) < 1e-3
 
 
@@ -369,7 +369,7 @@ def test_a_v_network_is_evaluated_up_to_zero_terminal_snr(signs):
     x = data(5, SMALL)
     exact = gaussian_log_density(x, ZERO_SNR.alpha(1).item() * MEAN, (STD**2 - 1) * ZERO_SNR.alpha_bar(1).item() + 1)
     with torch.no_grad():  # as evaluations run
-        ours = log_density(NetworkDenoiser(ExactV(), ZERO_SNR, "v"), ZERO_SNR, x, probes=signs)
+        ours = log_density(NetworkDenoiser(ExactV(), ZERO_SNR, "v"), ZERO_SNR, x, probes=signs, t_min=1.0)
     assert bits_off(ours.log_density, exact, 16) < 1e-4
     assert not ours.log_density.requires_grad
 
@@ -533,10 +533,40 @@ def test_denoisers_that_have_no_divergence_are_named(monkeypatch):
     monkeypatch.setattr("ddpm.likelihood._MAX_STEPS", 30)
     for denoiser, match in ((detached, "gradient"), (broken, "not finite at t = 1:"), (rough, "cannot be solved")):
         with pytest.raises(ValueError, match=match):
-            log_density(denoiser, EVEN, data(2, (1, 1, 2)))
+            log_density(denoiser, EVEN, data(2, (1, 1, 2)), t_min=1.0)
 
 
 def test_a_missing_solver_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchdiffeq", None)
     with pytest.raises(ImportError, match="pip install torchdiffeq"):
         log_density(GaussianDenoiser(COSINE), COSINE, data(2))
+
+
+@dataclass(frozen=True)
+class BlackDenoiser:
+    """E[x_0 | x_t] where every pixel is black in all images, dequantized: uniform in the lowest bin of 256."""
+
+    schedule: NoiseSchedule
+
+    def __call__(self, x_t, t, cond=None):
+        alpha, sigma = coefficients(self.schedule, t, x_t)
+        y, k = x_t / alpha, sigma / alpha
+        low, high = ((edge - y) / k for edge in (-1 - 1 / 255, -1 + 1 / 255))
+        normal = torch.distributions.Normal(torch.zeros((), dtype=x_t.dtype), torch.ones((), dtype=x_t.dtype))
+        mass = (torch.special.ndtr(high) - torch.special.ndtr(low)).clamp(min=1e-300)
+        x_0 = y + k * (normal.log_prob(low).exp() - normal.log_prob(high).exp()) / mass
+        x_0 = x_0.clamp(-1 - 1 / 255, -1 + 1 / 255)
+        return Prediction(x_0, eps_from_x0(x_0, x_t, t, self.schedule))
+
+
+@pytest.mark.parametrize(
+    ("kind", "t_min", "cost"), [("linear", 1.0, 1.748), ("linear", None, 0.1757), ("cosine", None, 0.1757)]
+)
+def test_what_stopping_short_of_zero_costs_a_constant_pixel_is_said(kind, t_min, cost):
+    schedule = make_schedule(kind)
+    black = -torch.ones(64, 1, 8, 8, dtype=torch.float64)
+    found = ode_bits_per_dim(BlackDenoiser(schedule), schedule, black, seed=0, images=torch.arange(64), t_min=t_min)
+    assert found.truncation_cost == pytest.approx(cost, abs=1e-3)
+    assert found.bits_per_dim.mean().item() == pytest.approx(cost, abs=0.02)  # a standard error is 0.005
+    if t_min is None:
+        assert schedule.sigma(found.t_min).item() == pytest.approx(1e-3, rel=1e-6)
