@@ -65,7 +65,7 @@ WIDEST = 1 / (2 * 3**0.5)
 
 
 def gamma_from_sigma_rel(sigma_rel: float) -> float:
-    """The exponent gamma >= 0 of the profile of relative width `sigma_rel` (EDM2, Karras et al. 2024, eq. 126).
+    """The exponent gamma >= 0 of the profile of relative width `sigma_rel` (EDM2, Karras et al. 2024a, eq. 126).
 
     Raises:
         ValueError: `sigma_rel` outside (0, `WIDEST`].
@@ -106,7 +106,7 @@ class PowerSnapshot:
 
 
 class PowerEMA:
-    """Power-function averages of several widths (EDM2, Karras et al. 2024, sec. 3.1), counted in images.
+    """Power-function averages of several widths (EDM2, Karras et al. 2024a, sec. 3.1), counted in images.
 
     At n images the average is the integral over tau in (0, n] of (gamma + 1) tau^gamma / n^(gamma + 1) times the
     weights that were reached with image tau. It has no initial value to forget and keeps its shape as training goes on:
@@ -223,7 +223,7 @@ def power_decay(gamma: float, images_seen: int, batch_size: int) -> float:
 def posthoc_weights(
     images_seen: Sequence[int], sigma_rels: Sequence[float], target_images: int, target_sigma_rel: float
 ) -> list[float]:
-    """Coefficients of snapshots whose sum comes closest to another average (EDM2, Karras et al. 2024, app. C.3).
+    """Coefficients of snapshots whose sum comes closest to another average (EDM2, Karras et al. 2024a, app. C.3).
 
     The profiles' weighted sum is the least-squares approximation of the target's profile, from the closed form of
     their inner products in float64, scaled to sum to 1 so that weights that never changed are met exactly. Where the
@@ -262,7 +262,7 @@ def posthoc_weights(
 
 
 def reconstruct(snapshots: Sequence[PowerSnapshot], images_seen: int, sigma_rel: float) -> dict[str, Tensor]:
-    """The average of any width at any time, from snapshots of others (EDM2, Karras et al. 2024, sec. 3.2).
+    """The average of any width at any time, from snapshots of others (EDM2, Karras et al. 2024a, sec. 3.2).
 
     The error falls as snapshots get denser in time; widths between those tracked are met best.
 

@@ -94,7 +94,8 @@ def reverse_variance(
     """Fixed variance of p(x_s | x_t), float64: the posterior's ("small") or beta_{t|s} ("large"); DDPM, sec. 3.2.
 
     At s = 0 the posterior's is 0, with which no data has a likelihood. Both kinds take that of the step of the same
-    length above it, (2 t, t), there: for single steps the one of t = 2, as the authors' code does.
+    length above it, (2 t, t), there: for single steps the one of t = 2, as the authors' code does. Where 2 t > T that
+    step ends at T, (T, t); where t = T itself, a chain of one step, there is none above, and it is beta_{T|0}.
     """
     t, s = torch.as_tensor(t, dtype=torch.float64), torch.as_tensor(s, dtype=torch.float64)
     beta = 1 - schedule.alpha_bar(t) / schedule.alpha_bar(s)

@@ -75,7 +75,7 @@ class ClassifierFree:
 
 @dataclass(frozen=True)
 class ClassifierGuided:
-    """Guidance by a classifier of noisy images (Dhariwal & Nichol 2021, algorithm 2; Song et al. 2021, eq. 14).
+    """Guidance by a classifier of noisy images (Dhariwal & Nichol 2021, algorithm 2; Song et al. 2021b, eq. 14).
 
     The score of p(x_t) p(y | x_t)^scale, with the gradient at x_t:
         eps = eps(x_t) - scale sigma_t grad log p(y | x_t).
@@ -132,7 +132,7 @@ class ConditionedOn:
 
 @dataclass(frozen=True)
 class Autoguided:
-    """Guidance by a weaker version of the model itself (Karras et al. 2024, eq. 3): weak + scale (model - weak).
+    """Guidance by a weaker version of the model itself (Karras et al. 2024b, eq. 3): weak + scale (model - weak).
 
     Scale 1 is exactly the model and 0 exactly the weak one; outside `interval` it is the model, whatever the scale.
     Both see the same condition: unlike the other kinds it sharpens unconditional models too.

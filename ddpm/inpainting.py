@@ -230,7 +230,7 @@ def replacement(
     variance: ReverseVariance = "small",
     timesteps: Sequence[float] | None = None,
 ) -> Iterator[Sample]:
-    """Ancestral sampling with the known pixels redrawn from q(x_s | known) at every level (Song et al. 2021, app. I.2).
+    """Ancestral sampling, known pixels redrawn from q(x_s | known) at every level (Song et al. 2021b, app. I.2).
 
     Takes `steps` network evaluations; None is every step of the schedule. Hidden pixels see the known ones under fresh
     noise, and only once a level: more steps do not take away the bias against the data's own conditional, `repaint`

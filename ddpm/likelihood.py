@@ -152,7 +152,7 @@ def log_density(
     method: OdeMethod = "dopri5",
     dtype: torch.dtype | None = None,
 ) -> OdeDensity:
-    """log p(x) by the probability-flow ODE from `t_min` to T (Song et al. 2021, "Score-based", sec. 4.3, app. D.2).
+    """log p(x) by the probability-flow ODE from `t_min` to T (Song et al. 2021b, sec. 4.3, app. D.2).
 
     In the angle phi = atan2(sigma, alpha) the ODE of a variance-preserving process is exactly dx / dphi = v(x, phi) =
     alpha eps - sigma x_0 (Salimans & Ho 2022, app. D), finite up to T with zero terminal SNR too. Along it

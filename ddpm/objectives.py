@@ -232,9 +232,11 @@ def uniform_timesteps(seed: int, ordinals: Tensor, num_steps: int) -> Tensor:
 def stratified_timesteps(seed: int, ordinals: Tensor, num_steps: int, batch_size: int) -> Tensor:
     """t uniform in 1..T for each sample, int64 [B], spread evenly over every global batch.
 
-    The axis is cut into `batch_size` equal strata and each sample of a batch falls into one of its own (a low-variance
-    sampler: Kingma et al. 2021, app. I.1). Which one is a random permutation per batch, so that no place of the batch
-    always gets the same noise; it is a function of (seed, ordinal), whoever computes which part of the batch.
+    The axis is cut into `batch_size` equal strata and each sample of a batch falls into one of its own, at a place of
+    its own within it: stratified sampling. (The low-variance sampler of Kingma et al. 2021, app. I.1, shares one offset
+    over the batch, u_0 + i / k: its samples are evenly spaced, ours are jittered.) Which stratum is a random
+    permutation per batch, so that no place of the batch always gets the same noise: a function of (seed, ordinal),
+    whoever computes which part of the batch.
 
     Args:
         ordinals: int64 [B], any part of one or more global batches.

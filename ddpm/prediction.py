@@ -1,6 +1,6 @@
 """What a denoiser says about x_t, in every parameterization, and the protocol that samplers and guidance speak.
 
-At a given (x_t, t) the forms are linear in each other (Salimans & Ho 2022, sec. 4; Song et al. 2021, eq. 9):
+At a given (x_t, t) the forms are linear in each other (Salimans & Ho 2022, sec. 4; Song et al. 2021b, eq. 9):
     x_t = alpha_t x_0 + sigma_t eps,   v = alpha_t eps - sigma_t x_0,   score = -eps / sigma_t.
 """
 

@@ -1,4 +1,4 @@
-"""DDIM (Song, Meng & Ermon 2021): few, large, by default deterministic steps."""
+"""DDIM (Song et al. 2021a): few, large, by default deterministic steps."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def predictor_corrector(
     noise: StepNoise,
     variance: ReverseVariance = "small",
 ) -> Iterator[Sample]:
-    """Predictor-corrector sampling (Song et al. 2021, algorithm 3), one `Sample` per step.
+    """Predictor-corrector sampling (Song et al. 2021b, algorithm 3), one `Sample` per step.
 
     The predictor is the step of `ancestral`. At each level s > 0 that it reaches, Langevin's corrector (algorithm 5)
         x <- x + e score(x, s) + sqrt(2 e) z,   e = 2 (1 - beta_s) (snr |z| / |score|)^2,
