@@ -29,7 +29,7 @@ from pipelines.tracking import ModelVersion, Tracker
 from pipelines.training import driver
 from pipelines.training.driver import TrainingResult
 from pipelines.training.goodput import Goodput
-from pipelines.training.resources import TrainingError, connect_ray
+from pipelines.training.ray_train.resources import TrainingError, connect_ray
 
 INGEST_KEY = "ingest-key"
 INGEST_SETTINGS = (

@@ -40,10 +40,10 @@ from pipelines.shards.read import Batch
 from pipelines.storage import Storage, join
 from pipelines.training import driver
 from pipelines.training.goodput import Session, read_sessions
-from pipelines.training.preview import collect, share_out
-from pipelines.training.resources import TrainingError
-from pipelines.training.state import Training, averaged
-from pipelines.training.warm import WarmWorkers
+from pipelines.training.loop.preview import collect, share_out
+from pipelines.training.loop.state import Training, averaged
+from pipelines.training.ray_train.resources import TrainingError
+from pipelines.training.ray_train.reusable_workers import WarmWorkers
 
 # Ray Train looks at its workers every two seconds, and so at the end of every trial; Tune has a table of its own.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -59,7 +59,7 @@ STOP_S = 120.0
 
 @dataclass(frozen=True)
 class RungJudge:
-    """Judges a training's average at given numbers of images; see `pipelines.training.shell.Judge`.
+    """Judges a training's average at given numbers of images; see `pipelines.training.loop.shell.Judge`.
 
     The scores are files beside the run's checkpoints: a trial that comes again finds those it has earned.
 

@@ -22,12 +22,12 @@ from pipelines.filesystem import Fence, FencedError
 from pipelines.shards.index import Dataset, DatasetError, read_dataset, read_quarantine
 from pipelines.storage import Storage, join
 from pipelines.tracking import Tracker
-from pipelines.training.fit import Notice, Report, Workers, fit_and_watch, own_workers
 from pipelines.training.goodput import Goodput, Ledger
-from pipelines.training.monitor import Monitor
-from pipelines.training.resources import TrainingError, connect_ray, require_resources
+from pipelines.training.loop.shell import Job
+from pipelines.training.ray_train.mailboxes import Monitor
+from pipelines.training.ray_train.resources import TrainingError, connect_ray, require_resources
+from pipelines.training.ray_train.trainer import Notice, Report, Workers, fit_and_watch, own_workers
 from pipelines.training.resume import newest_checkpoint, run_folder, sweep
-from pipelines.training.shell import Job
 
 NAMESPACE = "ddpm-runs"
 
@@ -97,7 +97,7 @@ def train(
     """Run a plan to its end.
 
     Args:
-        workers: who trains; see `pipelines.training.warm` for some that train other runs as well.
+        workers: who trains; see `pipelines.training.ray_train.reusable_workers` for some that train other runs as well.
         report: called with `images_seen` and `loss` while training goes on.
         notice: called with lines for the user, such as what Ctrl-C does.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch.multiprocessing as mp
 
-from tests.pipelines.training.ranks import last_checkpoint, run_ranks, tiny_config, trace, train_here
+from tests.pipelines.training.loop.ranks import last_checkpoint, run_ranks, tiny_config, trace, train_here
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]  # two cores, four ranks
 

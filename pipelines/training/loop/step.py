@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor
 from ddpm.schedule import NoiseSchedule
 from pipelines.config import Config, OptimConfig
 from pipelines.shards.read import Batch
-from pipelines.training.hardware import autocast
-from pipelines.training.parallel import accumulating, micro_batches, world
-from pipelines.training.state import Training
-from pipelines.training.task import losses, timesteps
+from pipelines.training.loop.hardware import autocast
+from pipelines.training.loop.parallel import accumulating, micro_batches, world
+from pipelines.training.loop.state import Training
+from pipelines.training.loop.task import losses, timesteps
 
 
 @dataclass(frozen=True)

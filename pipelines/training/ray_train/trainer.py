@@ -22,12 +22,13 @@ from pipelines.config import ClusterConfig
 from pipelines.filesystem import Fence, open_filesystem
 from pipelines.shards.cache import ShardCorruptError
 from pipelines.storage import NotFoundError, Storage, join, patiently
-from pipelines.training import STARTED, worker
+from pipelines.training import STARTED
 from pipelines.training.goodput import Ledger
-from pipelines.training.ray_shell import RayShell
-from pipelines.training.resources import TrainingError, alive_nodes, per_worker, shortage
+from pipelines.training.loop import loop as worker
+from pipelines.training.loop.shell import Job
+from pipelines.training.ray_train.resources import TrainingError, alive_nodes, per_worker, shortage
+from pipelines.training.ray_train.shell import RayShell
 from pipelines.training.resume import run_folder
-from pipelines.training.shell import Job
 
 WATCH_EVERY_S = 0.5
 FINAL = (FloatingPointError, ShardCorruptError, ModelError)

@@ -16,7 +16,7 @@ from pipelines.shards.ingest.write import ingest
 from pipelines.shards.order import SampleOrder
 from pipelines.storage import Storage
 from tests.pipelines.shards.ingest.sources import jsonl, pictures, write_files
-from tests.pipelines.training.ranks import last_checkpoint, run_ranks, tiny_config, trace, train_here
+from tests.pipelines.training.loop.ranks import last_checkpoint, run_ranks, tiny_config, trace, train_here
 
 STEPS, BATCH = 6, 25
 

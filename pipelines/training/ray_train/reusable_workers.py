@@ -27,12 +27,12 @@ from pipelines.config import ClusterConfig
 from pipelines.filesystem import Fence
 from pipelines.storage import Storage, StorageError, join
 from pipelines.training import STARTED
-from pipelines.training.fit import make_trainer, own_workers, train_rank
-from pipelines.training.monitor import Orders
-from pipelines.training.ray_shell import RayShell, fetched, heard
-from pipelines.training.resources import TrainingError
+from pipelines.training.loop.shell import Job, Store
+from pipelines.training.ray_train.mailboxes import Orders
+from pipelines.training.ray_train.resources import TrainingError
+from pipelines.training.ray_train.shell import RayShell, fetched, heard
+from pipelines.training.ray_train.trainer import make_trainer, own_workers, train_rank
 from pipelines.training.resume import enter_checkpoint, listed_checkpoints, run_folder
-from pipelines.training.shell import Job, Store
 
 POLL_S = 0.1
 IDLE_S = 20.0

@@ -11,12 +11,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from pipelines.config import Config
 from pipelines.tracking import TrackingError
-from pipelines.training.hardware import flops_per_image, memory_gib, peak_flops
-from pipelines.training.parallel import world
-from pipelines.training.progress import Clock
-from pipelines.training.shell import Job
-from pipelines.training.state import Training, make_network
-from pipelines.training.step import Outcome, learning_rate
+from pipelines.training.loop.hardware import flops_per_image, memory_gib, peak_flops
+from pipelines.training.loop.parallel import world
+from pipelines.training.loop.progress import Clock
+from pipelines.training.loop.shell import Job
+from pipelines.training.loop.state import Training, make_network
+from pipelines.training.loop.step import Outcome, learning_rate
 
 
 class Window:

@@ -18,9 +18,9 @@ from pipelines import checkpoints
 from pipelines.config import Config, compose
 from pipelines.shards.index import Dataset
 from pipelines.storage import Storage
-from pipelines.training import worker
-from pipelines.training.progress import Progress
-from pipelines.training.shell import Job
+from pipelines.training.loop import loop as worker
+from pipelines.training.loop.progress import Progress
+from pipelines.training.loop.shell import Job
 
 TINY = ["model.channels=[32]", "model.attention=[true]", "model.layers_per_block=1"]
 

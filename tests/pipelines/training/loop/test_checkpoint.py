@@ -9,8 +9,8 @@ import torch
 from pipelines.checkpoints import load_checkpoint
 from pipelines.shards.read import Batch
 from pipelines.storage import StorageError
-from pipelines.training import step as step_module
-from tests.pipelines.training.ranks import FolderShell, last_checkpoint, tiny_config, train_here
+from pipelines.training.loop import step as step_module
+from tests.pipelines.training.loop.ranks import FolderShell, last_checkpoint, tiny_config, train_here
 
 STEPS, BATCH = 6, 25
 

@@ -21,11 +21,11 @@ from pipelines.metric_log import MetricLog
 from pipelines.shards.order import Located
 from pipelines.shards.read import Batch, ShardReader
 from pipelines.shards.stream import StreamSettings, open_stream
-from pipelines.training.hardware import to_device
-from pipelines.training.parallel import world
-from pipelines.training.shell import Job
-from pipelines.training.state import Training, averaged
-from pipelines.training.task import describe
+from pipelines.training.loop.hardware import to_device
+from pipelines.training.loop.parallel import world
+from pipelines.training.loop.shell import Job
+from pipelines.training.loop.state import Training, averaged
+from pipelines.training.loop.task import describe
 
 SEED = 0
 LEVELS = (0.05, 0.25, 0.5, 0.75)  # of T

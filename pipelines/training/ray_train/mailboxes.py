@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from pipelines.training.goodput import Attempt
-from pipelines.training.progress import Progress
+from pipelines.training.loop.progress import Progress
 
 
 class Monitor:

@@ -22,9 +22,9 @@ from pipelines.checkpoints import fetch_first
 from pipelines.errors import PipelineError
 from pipelines.filesystem import Fence
 from pipelines.storage import Storage, join
-from pipelines.training.progress import Progress
+from pipelines.training.loop.progress import Progress
+from pipelines.training.loop.shell import Store
 from pipelines.training.resume import listed_checkpoints
-from pipelines.training.shell import Store
 
 POST_EVERY_S = 0.5
 ORPHANED_S = 30.0

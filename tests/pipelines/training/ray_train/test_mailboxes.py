@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines.training.monitor import Orders
+from pipelines.training.ray_train.mailboxes import Orders
 
 NOTHING_YET, THE_END = (Orders.WAIT, None), (Orders.END, None)
 

@@ -14,8 +14,8 @@ from ddpm.models.classifier import NoisyClassifier
 from ddpm.models.unet import UNet
 from ddpm.objectives import ImportanceTimesteps
 from pipelines.config import Config, OptimConfig, unet_config
-from pipelines.training.hardware import place, weight_dtype
-from pipelines.training.parallel import local, shard, spread, trainable
+from pipelines.training.loop.hardware import place, weight_dtype
+from pipelines.training.loop.parallel import local, shard, spread, trainable
 
 
 @dataclass

@@ -3,7 +3,14 @@ import torch
 from torch import nn
 
 from pipelines.config import compose
-from pipelines.training.hardware import autocast, computes_in_bf16, flops_per_image, peak_flops, to_device, weight_dtype
+from pipelines.training.loop.hardware import (
+    autocast,
+    computes_in_bf16,
+    flops_per_image,
+    peak_flops,
+    to_device,
+    weight_dtype,
+)
 
 CPU = torch.device("cpu")
 

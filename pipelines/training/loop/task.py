@@ -14,7 +14,7 @@ from ddpm.prediction import Conditioning
 from ddpm.schedule import NoiseSchedule
 from pipelines.config import Config, training_objective
 from pipelines.shards.read import Batch
-from pipelines.training.hardware import to_device
+from pipelines.training.loop.hardware import to_device
 
 
 def timesteps(

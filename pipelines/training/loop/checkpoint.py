@@ -25,9 +25,9 @@ from pipelines.checkpoints import (
 from pipelines.metric_log import MetricLog
 from pipelines.models import initial_weights
 from pipelines.storage import StorageError, join, patiently
-from pipelines.training.parallel import gather, share, spread
-from pipelines.training.shell import Job, Shell
-from pipelines.training.state import Training, start_from
+from pipelines.training.loop.parallel import gather, share, spread
+from pipelines.training.loop.shell import Job, Shell
+from pipelines.training.loop.state import Training, start_from
 
 UNSENT = "unsent.zip"
 """What of the run MLflow has not been told, in a checkpoint's folder: a resumed run does not come by it again."""

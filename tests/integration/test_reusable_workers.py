@@ -22,10 +22,10 @@ from pipelines.shards.ingest.write import ingest
 from pipelines.stack import StackState
 from pipelines.storage import Storage, join
 from pipelines.training import driver
-from pipelines.training.fit import own_workers
 from pipelines.training.goodput import read_sessions
+from pipelines.training.ray_train.reusable_workers import WarmWorkers
+from pipelines.training.ray_train.trainer import own_workers
 from pipelines.training.resume import listed_checkpoints, newest_checkpoint, run_folder
-from pipelines.training.warm import WarmWorkers
 from tests.processes import ray_train_workers
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]

@@ -15,10 +15,10 @@ from pipelines.config import Config
 from pipelines.shards.index import Dataset, Quarantine
 from pipelines.storage import Storage, join
 from pipelines.tracking import Tracker
-from pipelines.training.progress import Progress
+from pipelines.training.loop.progress import Progress
 
 if TYPE_CHECKING:
-    from pipelines.training.state import Training
+    from pipelines.training.loop.state import Training
 
 Store = Callable[[str], None]
 """Writes a checkpoint's files to a folder's URI (s3:// or file://), `state.json` last."""

@@ -17,14 +17,14 @@ from pipelines.metric_log import MetricLog
 from pipelines.shards.cache import ShardCorruptError
 from pipelines.shards.read import Batch, default_cache_dir
 from pipelines.shards.stream import StreamSettings, TrainingStream, open_stream
-from pipelines.training import hardware
-from pipelines.training.checkpoint import Checkpointer, initialize, restore
-from pipelines.training.preview import Preview
-from pipelines.training.progress import Clock, Progress
-from pipelines.training.shell import Job, Shell
-from pipelines.training.state import make_training
-from pipelines.training.step import Outcome, SkipGuard, step
-from pipelines.training.telemetry import Profiler, Window
+from pipelines.training.loop import hardware
+from pipelines.training.loop.checkpoint import Checkpointer, initialize, restore
+from pipelines.training.loop.preview import Preview
+from pipelines.training.loop.progress import Clock, Progress
+from pipelines.training.loop.shell import Job, Shell
+from pipelines.training.loop.state import make_training
+from pipelines.training.loop.step import Outcome, SkipGuard, step
+from pipelines.training.loop.telemetry import Profiler, Window
 
 logger = logging.getLogger(__name__)
 

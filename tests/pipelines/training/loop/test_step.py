@@ -1,7 +1,7 @@
 import pytest
 
 from pipelines.config import compose
-from pipelines.training.step import Outcome, SkipGuard, learning_rate
+from pipelines.training.loop.step import Outcome, SkipGuard, learning_rate
 
 
 def test_the_learning_rate_warms_up_and_decays_by_images_seen():

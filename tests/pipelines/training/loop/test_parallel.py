@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from pipelines.shards.read import Batch
-from pipelines.training import parallel
-from pipelines.training.parallel import gather, micro_batches, spread
+from pipelines.training.loop import parallel
+from pipelines.training.loop.parallel import gather, micro_batches, spread
 
 
 def piece(count):

@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from pipelines.training.progress import Clock
+from pipelines.training.loop.progress import Clock
 
 
 def test_seconds_by_kind_add_up_to_the_time_since_the_start():
