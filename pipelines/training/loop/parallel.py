@@ -15,13 +15,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm.models.blocks import Attention, CrossAttention, ResnetBlock
 from pipelines.config import ClusterConfig
 from pipelines.shards.read import Batch
-
-# The units of FSDP2: their parameters are gathered for their own forward and backward, and given back afterwards.
-UNITS = (ResnetBlock, Attention, CrossAttention)
-
 
 def world() -> int:
     """The number of ranks of this training."""
@@ -33,7 +28,9 @@ def shard(network: nn.Module, cluster: ClusterConfig, device: torch.device) -> N
     if world() == 1 or cluster.parallel == "ddp":
         return
     mesh = init_device_mesh(device.type, (world(),))
-    for unit in [m for m in network.modules() if isinstance(m, UNITS)]:
+    # Their parameters are gathered for their own forward and backward, and given back afterwards.
+    units = cast("tuple[type[nn.Module], ...]", getattr(network, "fsdp_units", ()))
+    for unit in [m for m in network.modules() if isinstance(m, units)]:
         if cluster.compile:  # inside the hooks that gather and give back, which a compiled graph could not hold
             unit.compile()
         fully_shard(unit, mesh=mesh)
