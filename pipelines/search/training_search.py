@@ -40,8 +40,8 @@ from pipelines.shards.read import Batch
 from pipelines.storage import Storage, join
 from pipelines.training import driver
 from pipelines.training.goodput import Session, read_sessions
-from pipelines.training.loop.preview import collect, share_out
-from pipelines.training.loop.state import Training, averaged
+from pipelines.training.loop.collectives import all_gather_items, rank_indices
+from pipelines.training.loop.state import TrainingState, ema_weights
 from pipelines.training.ray_train.resources import TrainingError
 from pipelines.training.ray_train.reusable_workers import WarmWorkers
 
@@ -59,7 +59,7 @@ STOP_S = 120.0
 
 @dataclass(frozen=True)
 class RungJudge:
-    """Judges a training's average at given numbers of images; see `pipelines.training.loop.shell.Judge`.
+    """Judges a training's average at given numbers of images; see `pipelines.training.loop.shell.EvaluationHook`.
 
     The scores are files beside the run's checkpoints: a trial that comes again finds those it has earned.
 
@@ -91,13 +91,13 @@ class RungJudge:
         """Whether a rung lies in (before, seen]."""
         return any(before < rung <= seen for rung in self.rungs)
 
-    def __call__(self, training: Training, spec: ModelSpec, device: torch.device) -> None:
+    def __call__(self, state: TrainingState, spec: ModelSpec, device: torch.device) -> None:
         """Draw and judge, the work shared out over the ranks; rank 0 writes the scores."""
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         schedule = make_schedule(**spec.schedule)
-        with averaged(training) as network, torch.no_grad():
+        with ema_weights(state) as network, torch.no_grad():
             denoiser = NetworkDenoiser(network, schedule, spec.prediction)
-            mine = share_out(self.samples, rank)
+            mine = rank_indices(self.samples, rank)
             images = generate(
                 denoiser,
                 schedule,
@@ -108,10 +108,12 @@ class RungJudge:
                 images=mine.to(device),
                 batch_size=BATCH,
             )
-            features = collect(extract(self.evaluator, to_levels(images)).features.to(device), self.samples).cpu()
+            features = all_gather_items(
+                extract(self.evaluator, to_levels(images)).features.to(device), self.samples
+            ).cpu()
             scores, _ = distance_and_error(self.reference, features)
             if len(self.held_out):
-                part = share_out(len(self.held_out), rank)
+                part = rank_indices(len(self.held_out), rank)
                 bound = variational_bound(
                     configured(denoiser, schedule, replace(spec.sampling, scale=1.0, rescale=0.0)),
                     schedule,
@@ -121,10 +123,10 @@ class RungJudge:
                     images=part.to(device),
                     steps=min(BOUND_STEPS, schedule.num_steps),
                 )
-                scores["bits_per_dim"] = collect(bound.total, len(self.held_out)).mean().item()
+                scores["bits_per_dim"] = all_gather_items(bound.total, len(self.held_out)).mean().item()
         if rank == 0:
-            scores |= {"images_seen": float(training.images_seen), "samples": float(self.samples)}
-            where = join(self.uri, f"{training.images_seen:012d}.json")
+            scores |= {"images_seen": float(state.images_seen), "samples": float(self.samples)}
+            where = join(self.uri, f"{state.images_seen:012d}.json")
             self.storage.write(where, json.dumps(scores).encode())
 
     @staticmethod
@@ -295,7 +297,7 @@ class TrainingTrial(tune.Trainable):
         )
         try:
             plan = driver.make_plan(config, self.storage, dict(shared.lineage))
-            driver.train(replace(plan, job=replace(plan.job, judge=judge)), workers=self.warm.take)
+            driver.train(replace(plan, job=replace(plan.job, evaluation_hook=judge)), workers=self.warm.take)
         except BaseException as error:  # noqa: BLE001 - it is raised in Tune's own thread
             self.error = error
 

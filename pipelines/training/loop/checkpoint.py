@@ -1,4 +1,4 @@
-"""Checkpoints of a run: a quick copy to CPU memory, written and uploaded behind training's back; and the way back."""
+"""Checkpoints of a run: copied to CPU memory at once, written and uploaded while training goes on, and restored."""
 
 from __future__ import annotations
 
@@ -9,71 +9,66 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from ddpm.interop import ModelSpec
-from pipelines.checkpoints import (
-    Checkpoint,
-    CheckpointState,
-    ModelError,
-    check_resumable,
-    load_checkpoint,
-    publish,
-    save_checkpoint,
-)
+from pipelines import checkpoints
+from pipelines.checkpoints import Checkpoint, CheckpointState, ModelError
 from pipelines.metric_log import MetricLog
 from pipelines.models import initial_weights
 from pipelines.storage import StorageError, join, patiently
-from pipelines.training.loop.parallel import gather, share, spread
-from pipelines.training.loop.shell import Job, Shell
-from pipelines.training.loop.state import Training, start_from
+from pipelines.training.loop.collectives import broadcast, broadcast_object, gather
+from pipelines.training.loop.context import RunContext
+from pipelines.training.loop.shell import Shell
+from pipelines.training.loop.state import TrainingState, load_weights
 
 UNSENT = "unsent.zip"
-"""What of the run MLflow has not been told, in a checkpoint's folder: a resumed run does not come by it again."""
+"""File in a checkpoint's folder with the metrics not yet sent to MLflow: a resumed run does not compute them again."""
 
 
 class Checkpointer:
-    """Saves a run's state through its shell, one checkpoint under way at a time, which bounds the memory of copies.
+    """Saves a run's state through its shell, one checkpoint at a time, which bounds the memory of copies.
+
+    Args:
+        log: rank 0's log, whose unsent metrics go into each checkpoint; None on the other ranks.
 
     Attributes:
-        uploaded_bytes: of the checkpoints that are stored.
-        upload_s: seconds that this took, while training went on.
+        uploaded_bytes: size of the checkpoints stored so far.
+        upload_s: seconds that their uploads took, while training went on.
     """
 
-    def __init__(self, job: Job, spec: ModelSpec, shell: Shell, log: MetricLog | None, rank: int) -> None:
-        self.job, self.spec, self.shell, self.log, self.rank = job, spec, shell, log, rank
+    def __init__(self, context: RunContext, shell: Shell, log: MetricLog | None) -> None:
+        self.context, self.shell, self.log = context, shell, log
         self.uploaded_bytes, self.upload_s = 0, 0.0
         self._idle = threading.Event()
         self._idle.set()
 
-    def save(self, training: Training, *, keep: bool) -> None:
+    def save(self, state: TrainingState, *, publish: bool) -> None:
         """Copy the state and hand it to the shell; called by every rank at the same step.
 
         Args:
-            keep: copy the checkpoint to `published/` as well, where it stays.
+            publish: whether the checkpoint is copied to `published/` as well, where it stays.
         """
         self._idle.wait()
-        tensors = gather(training.tensors())
-        metrics = {"images_seen": training.images_seen}
-        if self.rank != 0:
+        tensors = gather(state.tensors())
+        metrics = {"images_seen": state.images_seen}
+        if self.context.rank != 0:
             self.shell.save(None, metrics)
             return
-        lineage = {**self.spec.lineage, "images_seen": training.images_seen}
+        spec = self.context.spec
         checkpoint = Checkpoint(
-            replace(self.spec, lineage=lineage),
+            replace(spec, lineage={**spec.lineage, "images_seen": state.images_seen}),
             tensors,
-            images_seen=training.images_seen,
-            identity=self.job.config.identity(),
-            optimizer_steps=training.optimizer_steps,
-            skipped=training.skipped,
+            images_seen=state.images_seen,
+            identity=self.context.config.identity(),
+            optimizer_steps=state.optimizer_steps,
+            skipped=state.skipped,
         )
         self._idle.clear()
 
         def store(uri: str) -> None:
             began = time.monotonic()
             try:
-                self._store(checkpoint, uri, keep=keep)
+                self._store(checkpoint, uri, publish=publish)
             finally:
                 self.upload_s += time.monotonic() - began
                 self._idle.set()
@@ -81,18 +76,19 @@ class Checkpointer:
         self.shell.save(store, metrics)
 
     def finish(self) -> None:
-        """Wait until all is durable; called by every rank.
+        """Wait until all checkpoints are durable; called by every rank.
 
         Raises:
-            Exception: what kept a checkpoint from being stored.
+            Exception: the failure that kept a checkpoint from being stored.
         """
         self.shell.flush()
 
-    def _store(self, checkpoint: Checkpoint, uri: str, *, keep: bool) -> None:
-        storage = self.job.storage
+    def _store(self, checkpoint: Checkpoint, uri: str, *, publish: bool) -> None:
+        """Write the files of a checkpoint and upload them, `state.json` last."""
+        job, storage = self.context.job, self.context.job.storage
         folder = Path(tempfile.mkdtemp(prefix="ddpm-checkpoint-"))
         try:
-            state = save_checkpoint(folder, checkpoint)
+            state = checkpoints.save_checkpoint(folder, checkpoint)
             if self.log and (unsent := self.log.pack()):
                 patiently(lambda: storage.write(join(uri, UNSENT), unsent))
                 self.uploaded_bytes += len(unsent)
@@ -101,77 +97,85 @@ class Checkpointer:
                 self.uploaded_bytes += (folder / name).stat().st_size
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        if keep:
-            target = join(self.job.published_uri, f"{state.images_seen:012d}")
-            published = publish(storage, uri, target, state)
+        if publish:
+            target = join(job.published_uri, f"{state.images_seen:012d}")
+            published = checkpoints.publish(storage, uri, target, state)
             if self.log:
                 self.log.text(*published.record(), state.images_seen)
 
 
 @dataclass(frozen=True)
 class _Found:
-    """What rank 0 tells the others of a checkpoint: its state, or why there is none to go on from."""
+    """The checkpoint that rank 0 found, as the other ranks learn of it.
+
+    Attributes:
+        state: its `state.json`; None where there is no checkpoint.
+        error: why the run cannot go on from it, if so.
+    """
 
     state: CheckpointState | None
     error: str | None
 
 
-def restore(training: Training, shell: Shell, job: Job, log: MetricLog | None, rank: int, device: torch.device) -> bool:
-    """Put the newest checkpoint's state back, if there is one; whether there was. Called by every rank.
+def restore(context: RunContext, state: TrainingState, shell: Shell, log: MetricLog | None) -> bool:
+    """Load the newest checkpoint into the state and return True, or return False where there is none.
 
-    Rank 0 reads and sends; so any number of ranks, with whole networks or parts, resumes what any other saved.
+    Called by every rank. Rank 0 reads and broadcasts, so that any number of ranks, with DDP or FSDP2, can resume what
+    any other number saved.
 
     Raises:
-        ModelError: damaged, or of a run with other settings or data.
+        ModelError: the checkpoint is damaged, or of a run with other settings or data.
     """
     found = _Found(None, None)
     tensors: dict[str, Tensor] = {}
-    if rank == 0:
-        found, tensors = _read(training, shell, job, log)
-    found = share(found)
+    if context.rank == 0:
+        found, tensors = _read(context, state, shell, log)
+    found = broadcast_object(found)
     if found.error is not None:
         raise ModelError(found.error)
     if found.state is None:
         return False
-    spread(tensors, training.tensors(), device)
-    training.images_seen, training.optimizer_steps = found.state.images_seen, found.state.optimizer_steps
-    training.skipped = found.state.skipped
-    if training.power is not None:
-        training.power.images_seen = training.images_seen
+    broadcast(tensors, state.tensors(), context.device)
+    state.set_counters(found.state.images_seen, found.state.optimizer_steps, found.state.skipped)
     return True
 
 
-def initialize(training: Training, job: Job, rank: int, device: torch.device) -> None:
+def load_initial_model(context: RunContext, state: TrainingState) -> None:
     """Start a fine-tuning from the weights that `init_from` names, averages included; called by every rank.
 
     Raises:
-        ModelError: no such model, or one of another network.
+        ModelError: there is no such model, or it is of another network.
     """
-    weights, error = {}, None
-    if rank == 0:
+    weights: dict[str, Tensor] = {}
+    error = None
+    if context.rank == 0:
         try:
-            weights = initial_weights(job.config, job.tracker.uri, job.storage)
+            weights = initial_weights(context.config, context.job.tracker.uri, context.job.storage)
         except (ModelError, StorageError) as failure:
             error = str(failure)
-    error = share(error)
+    error = broadcast_object(error)
     if error is not None:
         raise ModelError(error)
-    start_from(training, weights, device)
+    load_weights(state, weights, context.device)
 
 
-def _read(training: Training, shell: Shell, job: Job, log: MetricLog | None) -> tuple[_Found, dict[str, Tensor]]:
+def _read(
+    context: RunContext, state: TrainingState, shell: Shell, log: MetricLog | None
+) -> tuple[_Found, dict[str, Tensor]]:
+    """Return the newest checkpoint and its tensors; errors are returned, because all ranks must learn of them."""
+    job = context.job
     try:
         with shell.restored() as folder:
             if folder is None:
                 return _Found(None, None), {}
-            state, tensors = load_checkpoint(folder)
-            check_resumable(state, job.config, job.dataset, job.quarantine)
-            shapes = {name: tuple(tensor.shape) for name, tensor in training.tensors().items()}
+            stored, tensors = checkpoints.load_checkpoint(folder)
+            checkpoints.check_resumable(stored, job.config, job.dataset, job.quarantine)
+            shapes = {name: tuple(tensor.shape) for name, tensor in state.tensors().items()}
             differing = {n for n, s in shapes.items() ^ {n: tuple(t.shape) for n, t in tensors.items()}.items()}
             if differing:
                 raise ModelError(f"the checkpoint holds other tensors than this release's: {sorted(differing)[:5]}")
             if log and (folder / UNSENT).exists():
                 log.adopt(folder / UNSENT)
-            return _Found(state, None), tensors
+            return _Found(stored, None), tensors
     except ModelError as error:
         return _Found(None, str(error)), {}

@@ -1,4 +1,4 @@
-"""How a machine is used: precision, memory layout, the disk cache of compiled code, and how busy it is."""
+"""How a machine is used: precision, memory layout, the disk cache of compiled code, and its peak speed."""
 
 from __future__ import annotations
 
@@ -14,15 +14,24 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipelines.config import Config, OptimConfig
 
-# Dense bf16 peaks in TFLOP/s, from the makers' data sheets; the first name that is part of the card's.
-PEAKS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10": 125}
+# Dense bf16 peaks, from the makers' data sheets; the first key that is part of the card's name counts.
+PEAK_TFLOPS = {
+    "B200": 2250,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "L4": 121,
+    "A10": 125,
+}
 
 
-def prepare(config: Config, cache: Path) -> None:
-    """Settings of the process; before the first computation.
+def configure_process(config: Config, cache: Path) -> None:
+    """Set precision and compile cache of this process; called before the first computation.
 
     Args:
-        cache: the node's folder for what torch.compile makes; a restart finds it there.
+        cache: the node's folder, below which torch.compile keeps its results for the next start.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
     tf32 = config.optim.precision in ("auto", "bf16", "tf32")
@@ -31,42 +40,42 @@ def prepare(config: Config, cache: Path) -> None:
 
 
 def weight_dtype(optim: OptimConfig) -> torch.dtype:
-    """Of weights, gradients and optimizer state; "fp64" is for tests of exactness."""
+    """Return the dtype of weights, gradients and optimizer state; "fp64" is for tests of exactness."""
     return torch.float64 if optim.precision == "fp64" else torch.float32
 
 
 def computes_in_bf16(optim: OptimConfig, device: torch.device) -> bool:
-    """Whether forward and backward run under bf16 autocast."""
+    """Return whether forward and backward run under bf16 autocast."""
     if optim.precision != "auto":
         return optim.precision == "bf16"
     return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
 
 
 def autocast(optim: OptimConfig, device: torch.device) -> AbstractContextManager[Any]:
-    """bf16 where it is wanted, around weights that stay float32."""
+    """Return the autocast context of forward and backward; weights stay float32 under bf16."""
     return torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bf16(optim, device))
 
 
 def channels_last(config: Config, device: torch.device) -> bool:
-    """Whether activations are laid out channels last: what tensor cores and AMX want; other CPUs lose by it."""
+    """Return whether activations are channels last: faster on tensor cores and AMX, slower on other CPUs."""
     return device.type == "cuda" or (computes_in_bf16(config.optim, device) and torch.cpu._is_amx_tile_supported())
 
 
-def place(network: nn.Module, config: Config, device: torch.device) -> nn.Module:
-    """The network on its device; FSDP2 cuts contiguous weights only, so there the layout is the activations' alone."""
+def place_network(network: nn.Module, config: Config, device: torch.device) -> nn.Module:
+    """Return the network on its device; its weights are channels last but for FSDP2, which shards contiguous ones only."""
     if channels_last(config, device) and config.cluster.parallel != "fsdp":
         return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network.to(device)
 
 
 def to_device(images: Tensor, config: Config, device: torch.device) -> Tensor:
-    """Images in the network's precision and layout."""
+    """Return images on the device, in the network's precision and layout."""
     layout = torch.channels_last if channels_last(config, device) else torch.contiguous_format
     return images.to(device, weight_dtype(config.optim), non_blocking=True, memory_format=layout)
 
 
 def flops_per_image(network: nn.Module, channels: int, size: int) -> int:
-    """Floating-point operations of one image's forward and backward (twice the forward), multiply and add as two.
+    """Return the FLOPs of one image's forward and backward (twice the forward), multiply and add counted as two.
 
     Args:
         network: on the meta device: shapes are counted, nothing is computed.
@@ -77,17 +86,17 @@ def flops_per_image(network: nn.Module, channels: int, size: int) -> int:
 
 
 def peak_flops(config: Config, device: torch.device) -> float | None:
-    """Dense bf16 peak of the device in FLOP/s, None where it is not known."""
+    """Return the dense bf16 peak of the device in FLOP/s, or None where it is not known."""
     if config.cluster.peak_tflops is not None:
         return config.cluster.peak_tflops * 1e12
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak * 1e12 for card, peak in PEAKS.items() if card in name), None)
+    return next((peak * 1e12 for card, peak in PEAK_TFLOPS.items() if card in name), None)
 
 
 def memory_gib(device: torch.device) -> float:
-    """The most memory used so far: the GPU's by tensors, or the process's."""
+    """Return the peak memory so far in GiB: of tensors on the GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

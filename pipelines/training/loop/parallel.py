@@ -1,70 +1,69 @@
-"""A network over several ranks: copies (DDP) or parts (FSDP2), and whole tensors of either for checkpoints."""
+"""A network on several ranks, replicated (DDP) or sharded (FSDP2), and the micro-batches of a step."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.config import ClusterConfig
 from pipelines.shards.read import Batch
-
-def world() -> int:
-    """The number of ranks of this training."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+from pipelines.training.loop.collectives import world_size
 
 
-def shard(network: nn.Module, cluster: ClusterConfig, device: torch.device) -> None:
-    """Cut a network's parameters into one part per rank, in place, where the configuration says so."""
-    if world() == 1 or cluster.parallel == "ddp":
+def apply_fsdp(network: nn.Module, cluster: ClusterConfig, device: torch.device) -> None:
+    """Shard a network's parameters over the ranks, in place, where the configuration asks for FSDP2.
+
+    Modules of the classes in the network's attribute `fsdp_units` are sharded one by one: their parameters are gathered
+    for their own forward and backward, and freed afterwards. A network without the attribute is one unit.
+    """
+    if world_size() == 1 or cluster.parallel == "ddp":
         return
-    mesh = init_device_mesh(device.type, (world(),))
-    # Their parameters are gathered for their own forward and backward, and given back afterwards.
+    mesh = init_device_mesh(device.type, (world_size(),))
     units = cast("tuple[type[nn.Module], ...]", getattr(network, "fsdp_units", ()))
-    for unit in [m for m in network.modules() if isinstance(m, units)]:
-        if cluster.compile:  # inside the hooks that gather and give back, which a compiled graph could not hold
+    for unit in [module for module in network.modules() if isinstance(module, units)]:
+        if cluster.compile:  # inside the hooks that gather and free, which a compiled graph could not hold
             unit.compile()
         fully_shard(unit, mesh=mesh)
     fully_shard(network, mesh=mesh)
 
 
-def trainable(network: nn.Module, cluster: ClusterConfig, device: torch.device) -> nn.Module:
-    """What the training step calls: the network, compiled and with its gradients shared as the configuration says."""
+def wrap(network: nn.Module, cluster: ClusterConfig, device: torch.device) -> nn.Module:
+    """Return the module that a step calls: the network, compiled and wrapped by DDP as the configuration asks."""
     if isinstance(network, FSDPModule):
         return network
-    called = cast("nn.Module", torch.compile(network)) if cluster.compile else network
-    if world() == 1:
-        return called
-    return DistributedDataParallel(
-        called, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
-    )
+    wrapped = cast("nn.Module", torch.compile(network)) if cluster.compile else network
+    if world_size() == 1:
+        return wrapped
+    device_ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(wrapped, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
 @contextmanager
-def accumulating(called: nn.Module, last: bool) -> Iterator[None]:
-    """Forward and backward of one micro-batch; gradients are shared in the last one's backward."""
-    if isinstance(called, FSDPModule):
-        called.set_requires_gradient_sync(last)
-        called.set_is_last_backward(last)
+def gradient_sync(wrapped: nn.Module, enabled: bool) -> Iterator[None]:
+    """Run forward and backward of one micro-batch; gradients are averaged over the ranks only where enabled."""
+    if isinstance(wrapped, FSDPModule):
+        wrapped.set_requires_gradient_sync(enabled)
+        wrapped.set_is_last_backward(enabled)
         yield
-    elif isinstance(called, DistributedDataParallel) and not last:
-        with called.no_sync():
+    elif isinstance(wrapped, DistributedDataParallel) and not enabled:
+        with wrapped.no_sync():
             yield
     else:
         yield
 
 
-def micro_batches(batch: Batch, global_size: int, at_most: int | None) -> Iterator[tuple[Batch, float, bool]]:
-    """(part, weight, is last): nearly equal parts of a rank's piece, as many on every rank.
+def micro_batches(
+    batch: Batch, global_size: int, world_size: int, at_most: int | None
+) -> Iterator[tuple[Batch, float, bool]]:
+    """Yield (part, weight, is last): nearly equal parts of a rank's piece, equally many on every rank.
 
     Pieces of a global batch differ by one sample; where a rank has fewer samples than there are parts, a part repeats
     a sample at weight 0, because all ranks must take part in every forward and backward.
@@ -72,70 +71,13 @@ def micro_batches(batch: Batch, global_size: int, at_most: int | None) -> Iterat
     Args:
         batch: this rank's piece.
         global_size: samples of the global batch.
-        at_most: samples of a part; None for one part.
+        world_size: the number of ranks.
+        at_most: the largest number of samples in a part; None for one part.
     """
-    largest = -(-global_size // world())
+    largest = -(-global_size // world_size)
     parts = -(-largest // min(at_most or largest, largest))
     count = len(batch.ordinals)
     bounds = [i * count // parts for i in range(parts + 1)]
     for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
         span, weight = (slice(start, stop), 1.0) if stop > start else (slice(0, 1), 0.0)
         yield batch[span], weight, i == parts - 1
-
-
-@torch.no_grad()
-def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole copies in CPU memory, on rank 0; nothing elsewhere. Called by every rank with the same names.
-
-    Copies from a GPU go through page-locked memory, all under way at once.
-    """
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    copies = {}
-    on_gpu = False
-    for name, tensor in tensors.items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if rank == 0:
-            on_gpu |= whole.is_cuda
-            copy = torch.empty(whole.shape, dtype=whole.dtype, pin_memory=whole.is_cuda)
-            copies[name] = copy.copy_(whole, non_blocking=True)
-    if on_gpu:
-        torch.cuda.current_stream().synchronize()
-    return copies
-
-
-@torch.no_grad()
-def spread(values: Mapping[str, Tensor], tensors: Mapping[str, Tensor], device: torch.device) -> None:
-    """Rank 0's whole tensors into every rank's, in place. Called by every rank with the same `tensors`.
-
-    Args:
-        values: on rank 0, one for each of `tensors`, of its shape; not looked at elsewhere.
-        tensors: what is overwritten, whole or in parts.
-    """
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    for name, tensor in tensors.items():
-        if world() == 1:
-            tensor.copy_(values[name])
-            continue
-        if rank == 0:
-            whole = values[name].to(device, tensor.dtype).contiguous()
-        else:
-            whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-        if isinstance(tensor, DTensor):
-            tensor.to_local().copy_(distribute_tensor(whole, tensor.device_mesh, tensor.placements).to_local())
-        else:
-            dist.broadcast(whole, 0)
-            tensor.copy_(whole)
-
-
-def share(value: Any) -> Any:
-    """Rank 0's value, on every rank; it must pickle."""
-    if world() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, 0)
-    return box[0]
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,134 +1,115 @@
-"""What can be seen of a model while it trains: a grid of samples, or a classifier's accuracy by noise level."""
+"""A view of a model while it trains: a grid of samples, or a classifier's accuracy by noise level."""
 
 from __future__ import annotations
 
 from functools import cached_property
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ddpm.gaussian import q_sample
 from ddpm.generate import generate, to_uint8
 from ddpm.inpainting import inpainting_condition, random_mask
-from ddpm.interop import ModelSpec
 from ddpm.noise import Purpose, normal
 from ddpm.prediction import Conditioning, NetworkDenoiser
-from ddpm.schedule import NoiseSchedule
 from pipelines.evaluation.plots import label_grid
 from pipelines.metric_log import MetricLog
-from pipelines.shards.order import Located
-from pipelines.shards.read import Batch, ShardReader
-from pipelines.shards.stream import StreamSettings, open_stream
+from pipelines.shards.read import ShardReader
+from pipelines.training.loop.collectives import all_gather_items, rank_indices
+from pipelines.training.loop.context import RunContext
+from pipelines.training.loop.data import open_test_split, read_samples
 from pipelines.training.loop.hardware import to_device
-from pipelines.training.loop.parallel import world
-from pipelines.training.loop.shell import Job
-from pipelines.training.loop.state import Training, averaged
-from pipelines.training.loop.task import describe
+from pipelines.training.loop.state import TrainingState, ema_weights
+from pipelines.training.loop.task import label_and_text
 
 SEED = 0
-LEVELS = (0.05, 0.25, 0.5, 0.75)  # of T
+NOISE_LEVELS = (0.05, 0.25, 0.5, 0.75)  # timesteps, as fractions of T
 BATCH = 64
 
 
 class Preview:
-    """Draws with the average's weights, the work shared out over the ranks; logs at the images seen.
+    """Logs samples or accuracies of the averaged weights by images seen; the ranks share the work.
 
     Args:
-        settings: how test images are read, where conditions come from them.
-        log: of rank 0.
+        log: where rank 0 logs; None on the other ranks.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        spec: ModelSpec,
-        schedule: NoiseSchedule,
-        settings: StreamSettings,
-        log: MetricLog | None,
-        rank: int,
-        device: torch.device,
-    ) -> None:
-        self.job, self.spec, self.schedule, self.settings = job, spec, schedule, settings
-        self.log, self.rank, self.device = log, rank, device
+    def __init__(self, context: RunContext, log: MetricLog | None) -> None:
+        self.context, self.log = context, log
 
     @cached_property
-    def examples(self) -> ShardReader:
-        """Reads the test images."""
-        return open_stream(self.job.dataset, "test", self.job.storage, self.settings, self.job.quarantine)[0]
+    def test_images(self) -> ShardReader:
+        """The reader of the test split."""
+        return open_test_split(self.context)
 
-    def show(self, training: Training) -> None:
-        """One grid, or one set of accuracies; called by every rank at the same step."""
-        if self.job.config.task == "classifier":
-            self._accuracies(training)
+    def show(self, state: TrainingState) -> None:
+        """Log one grid, or one set of accuracies; called by every rank at the same step."""
+        if self.context.config.task == "classifier":
+            self._log_accuracies(state)
         else:
-            self._grid(training)
+            self._log_grid(state)
 
-    def _grid(self, training: Training) -> None:
-        columns = max(len(self.spec.classes), 1)
-        count = self.job.config.tracking.grid_rows * columns
-        mine = share_out(count, self.rank)
-        cond = self._conditions(mine, columns)
-        with averaged(training) as network:
+    def _log_grid(self, state: TrainingState) -> None:
+        context, spec = self.context, self.context.spec
+        columns = max(len(spec.classes), 1)
+        count = context.config.tracking.grid_rows * columns
+        image_ids = rank_indices(count, context.rank)
+        cond = self._conditions(image_ids, columns)
+        with ema_weights(state) as network:
             images = generate(
-                NetworkDenoiser(_InItsPrecision(network), self.schedule, self.spec.prediction),
-                self.schedule,
-                self.spec.sampling,
+                NetworkDenoiser(_CastInput(network), context.schedule, spec.prediction),
+                context.schedule,
+                spec.sampling,
                 cond=cond,
-                shape=self.spec.shape,
+                shape=spec.shape,
                 seed=SEED,
-                images=mine.to(self.device),
+                images=image_ids.to(context.device),
                 batch_size=BATCH,
             )
-        grid = collect(images, count)
+        grid = all_gather_items(images, count)
         if self.log:
-            pixels = label_grid(to_uint8(grid).cpu().numpy(), columns, self.spec.classes)
-            self.log.image("samples", pixels, training.images_seen)
+            pixels = label_grid(to_uint8(grid).cpu().numpy(), columns, spec.classes)
+            self.log.image("samples", pixels, state.images_seen)
 
-    def _conditions(self, numbers: Tensor, columns: int) -> Conditioning | None:
-        """The classes in turn; captions and known pixels of the first test images."""
-        config = self.job.config
+    def _conditions(self, image_ids: Tensor, columns: int) -> Conditioning | None:
+        """Return the classes in turn, or captions and known pixels of the first test images."""
+        config, device = self.context.config, self.context.device
         if config.model.text_dim == 0 and not config.model.inpainting:
-            return Conditioning(label=(numbers % columns).to(self.device)) if self.spec.classes else None
-        batch = first(self.examples, numbers)
-        cond = describe(batch, config, self.device)
+            return Conditioning(label=(image_ids % columns).to(device)) if self.context.spec.classes else None
+        batch = read_samples(self.test_images, image_ids)
+        cond = label_and_text(self.context, batch)
         if config.model.inpainting:
-            known = to_device(batch.images, config, self.device)
+            known = to_device(batch.images, config, device)
             size = (known.shape[2], known.shape[3])
-            mask = random_mask(SEED, numbers.to(self.device), size, config.objective.mask)
+            mask = random_mask(SEED, image_ids.to(device), size, config.objective.mask)
             cond = inpainting_condition(known, mask, cond)
         return cond
 
-    def _accuracies(self, training: Training) -> None:
-        count = sum(shard.samples for shard in self.examples.shards)
-        mine = share_out(count, self.rank)
-        rights = []
-        with averaged(training) as network, torch.no_grad():
-            for part in mine.split(BATCH):
-                batch = first(self.examples, part)
+    def _log_accuracies(self, state: TrainingState) -> None:
+        schedule, device = self.context.schedule, self.context.device
+        levels = [max(1, round(fraction * schedule.num_steps)) for fraction in NOISE_LEVELS]
+        count = sum(shard.samples for shard in self.test_images.shards)
+        hits = []
+        with ema_weights(state) as network, torch.no_grad():
+            for image_ids in rank_indices(count, self.context.rank).split(BATCH):
+                batch = read_samples(self.test_images, image_ids)
                 assert batch.labels is not None
-                x_0, labels = to_device(batch.images, self.job.config, self.device), batch.labels.to(self.device)
-                eps = normal(SEED, part.to(self.device), Purpose.NOISE, tuple(x_0.shape[1:])).to(x_0)
+                x_0, labels = to_device(batch.images, self.context.config, device), batch.labels.to(device)
+                eps = normal(SEED, image_ids.to(device), Purpose.NOISE, tuple(x_0.shape[1:])).to(x_0)
                 row = []
-                for level in LEVELS:
-                    t = torch.full((len(part),), self._level(level), device=self.device)
-                    scores = network(q_sample(x_0, t, eps, self.schedule), (t - 1).float())
+                for level in levels:
+                    t = torch.full((len(image_ids),), level, device=device)
+                    scores = network(q_sample(x_0, t, eps, schedule), (t - 1).float())
                     row.append(scores.argmax(1) == labels)
-                rights.append(torch.stack(row, dim=1).double())
-        accuracy = collect(torch.cat(rights), count).mean(0)
+                hits.append(torch.stack(row, dim=1).double())
+        accuracy = all_gather_items(torch.cat(hits), count).mean(0).tolist()
         if self.log:
-            values = {
-                f"test/accuracy_t{self._level(at):04d}": a for at, a in zip(LEVELS, accuracy.tolist(), strict=True)
-            }
-            self.log.add(values, training.images_seen)
-
-    def _level(self, fraction: float) -> int:
-        return max(1, round(fraction * self.schedule.num_steps))
+            values = {f"test/accuracy_t{level:04d}": a for level, a in zip(levels, accuracy, strict=True)}
+            self.log.add(values, state.images_seen)
 
 
-class _InItsPrecision(nn.Module):
-    """A network that takes float32 images whatever its weights are."""
+class _CastInput(nn.Module):
+    """A network that takes float32 images, whatever the precision of its weights."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -136,30 +117,3 @@ class _InItsPrecision(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning | None) -> Tensor:
         return self.network(x_t.to(next(self.network.parameters()).dtype), t, cond)
-
-
-def share_out(count: int, rank: int) -> Tensor:
-    """Which of `count` pieces of work are this rank's, as many for each; some twice where they do not come out even.
-
-    All ranks of FSDP2 must call the network equally often.
-    """
-    each = -(-count // world())
-    return torch.arange(rank, each * world(), world()) % count
-
-
-def collect(mine: Tensor, count: int) -> Tensor:
-    """What all ranks made of `share_out`'s pieces, in order, [count, ...]; on every rank."""
-    if world() == 1:
-        return mine
-    parts = [torch.empty_like(mine) for _ in range(world())]
-    dist.all_gather(parts, mine.contiguous())
-    return torch.stack(parts, dim=1).flatten(0, 1)[:count]
-
-
-def first(reader: ShardReader, numbers: Tensor) -> Batch:
-    """The samples of these numbers in shard order, from 0 on, beginning anew behind the last one."""
-    counts = np.array([shard.samples for shard in reader.shards])
-    wanted = numbers.numpy() % counts.sum()
-    ends = counts.cumsum()
-    shards = np.searchsorted(ends, wanted, side="right")
-    return reader.batch(Located(wanted, shards, wanted - (ends - counts)[shards]))

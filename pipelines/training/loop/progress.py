@@ -1,4 +1,4 @@
-"""What a rank tells about itself while it trains: how far it is, and where its seconds went."""
+"""How far a rank is while it trains, and how its wall time is spent."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ Kind = Literal["startup", "step", "data", "checkpoint", "grid"]
 
 @dataclass(frozen=True)
 class Progress:
-    """How far rank 0 is; everything but `images_seen` and `loss` is of this attempt, from its start on.
+    """The progress of rank 0; everything but `images_seen` and `loss` counts from the start of this attempt.
 
     Attributes:
         images_seen: by the run, over all attempts.
         resumed_at: images seen where this attempt began.
         loss: of the last step, mean over the global batch.
         seconds: wall time by kind, which add up to the attempt's: "startup" until the first batch is asked for,
-            "step", "data" (waiting for batches), "checkpoint" (the loop is held by one: its snapshot, the upload before
-            it), "grid" (drawing samples).
+            "step", "data" (waiting for batches), "checkpoint" (the loop waits for one: its copy, or the upload before
+            it), "grid" (drawing samples, evaluation).
         uploaded_bytes: of checkpoints, published copies included.
         upload_s: seconds of background uploads, during which training went on.
     """
@@ -35,10 +35,10 @@ class Progress:
 
 
 class Clock:
-    """Wall time of a loop by kind: what is not said to be something else is a step.
+    """Measures the wall time of a loop by kind.
 
     Args:
-        started: `time.monotonic()` when the attempt began; all until the first `during` or `lap` is "startup".
+        started: `time.monotonic()` when the attempt began; all time until the first `switch` or `during` is "startup".
     """
 
     def __init__(self, started: float) -> None:
@@ -47,7 +47,7 @@ class Clock:
         self._since = started
 
     def switch(self, kind: Kind) -> Kind:
-        """From here on time is of this kind; the kind before."""
+        """Count the time from now on as this kind, and return the kind before."""
         now = time.monotonic()
         self._seconds[self._kind] += now - self._since
         self._since, before, self._kind = now, self._kind, kind
@@ -55,7 +55,7 @@ class Clock:
 
     @contextmanager
     def during(self, kind: Kind) -> Iterator[None]:
-        """Time inside is of this kind, afterwards of the one before."""
+        """Count the time inside as this kind, and afterwards as the kind before."""
         before = self.switch(kind)
         try:
             yield
@@ -63,6 +63,6 @@ class Clock:
             self.switch(before)
 
     def seconds(self) -> dict[str, float]:
-        """Seconds by kind until now."""
+        """Return the seconds by kind until now."""
         self.switch(self._kind)
         return dict(self._seconds)

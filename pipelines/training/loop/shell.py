@@ -18,17 +18,17 @@ from pipelines.tracking import Tracker
 from pipelines.training.loop.progress import Progress
 
 if TYPE_CHECKING:
-    from pipelines.training.loop.state import Training
+    from pipelines.training.loop.state import TrainingState
 
 Store = Callable[[str], None]
 """Writes a checkpoint's files to a folder's URI (s3:// or file://), `state.json` last."""
 
 
 class Shell(Protocol):
-    """What surrounds the loop: where checkpoints go, who watches, who may ask it to stop."""
+    """The surroundings of the loop: where checkpoints go, who is shown progress, who may ask the loop to stop."""
 
     def restored(self) -> AbstractContextManager[Path | None]:
-        """The newest complete checkpoint folder, or None for a fresh start; the same on every rank."""
+        """Return the newest complete checkpoint folder, or None for a fresh start; called on rank 0."""
 
     def save(self, store: Store | None, metrics: dict[str, Any]) -> None:
         """Keep a checkpoint; called by every rank at the same step, with something to store on rank 0 only.
@@ -45,31 +45,41 @@ class Shell(Protocol):
         """
 
     def progress(self, progress: Progress) -> None:
-        """Tell whoever watches; rank 0 only, after every step and once more at the end, must not block."""
+        """Report progress; called on rank 0 after every step and once more at the end, must not block."""
 
     def stop_requested(self) -> bool:
-        """Whether to stop at the next step boundary, with a checkpoint; rank 0 only, must not block."""
+        """Return whether to stop at the next step boundary, with a checkpoint; rank 0 only, must not block."""
 
     def checkpoint_requested(self) -> bool:
-        """Whether to save a checkpoint at the next step boundary and go on (preemption); any rank, must not block.
+        """Return whether to save a checkpoint at the next step boundary and go on; any rank, must not block.
 
-        True once per wish: asking answers it.
+        A node that is about to be preempted is the reason. Each request is returned once.
         """
 
 
-class Judge(Protocol):
-    """Scores a model while it trains; picklable."""
+class EvaluationHook(Protocol):
+    """Scores a model while it trains, such as a trial of a study at its rungs; it must pickle."""
 
     def due(self, before: int, seen: int) -> bool:
-        """Whether a step from `before` to `seen` images calls for it; the same on every rank."""
+        """Return whether a step from `before` to `seen` images calls for it; the same on every rank."""
 
-    def __call__(self, training: Training, spec: ModelSpec, device: torch.device) -> None:
-        """Judge the average; called by every rank at the same step."""
+    def __call__(self, state: TrainingState, spec: ModelSpec, device: torch.device) -> None:
+        """Score the averaged weights; called by every rank at the same step."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a rank needs to know, picklable."""
+    """Everything that the workers need for a run; it must pickle.
+
+    Attributes:
+        config: the configuration of the run.
+        dataset: the shards and their index.
+        storage: reads shards, stores checkpoints.
+        tracker: the MLflow run.
+        lineage: what the model's description says of its origin, such as commit and run ID.
+        quarantine: samples that are left out of the dataset, if any.
+        evaluation_hook: called while training goes on, if any.
+    """
 
     config: Config
     dataset: Dataset
@@ -77,9 +87,9 @@ class Job:
     tracker: Tracker
     lineage: dict[str, Any]
     quarantine: Quarantine | None = None
-    judge: Judge | None = None
+    evaluation_hook: EvaluationHook | None = None
 
     @property
     def published_uri(self) -> str:
-        """Where checkpoints that stay are copied to."""
+        """The folder into which checkpoints are copied that stay."""
         return join(self.config.storage.root, "runs", self.config.name, "published")

@@ -1,4 +1,4 @@
-"""What a training run is made of and a checkpoint brings back: network, optimizer, averages, timestep history."""
+"""The state of a run that a checkpoint stores and restores: network, optimizer, averages, timestep history."""
 
 from __future__ import annotations
 
@@ -12,110 +12,128 @@ from torch import Tensor, nn
 from ddpm.ema import EMA, PowerEMA
 from ddpm.models.classifier import NoisyClassifier
 from ddpm.models.unet import UNet
-from ddpm.objectives import ImportanceTimesteps
 from pipelines.config import Config, OptimConfig, unet_config
-from pipelines.training.loop.hardware import place, weight_dtype
-from pipelines.training.loop.parallel import local, shard, spread, trainable
+from pipelines.training.loop.collectives import broadcast, local_part
+from pipelines.training.loop.context import RunContext
+from pipelines.training.loop.hardware import place_network, weight_dtype
+from pipelines.training.loop.parallel import apply_fsdp, wrap
+from pipelines.training.loop.timesteps import TimestepSampler, make_timesteps
 
 
 @dataclass
-class Training:
+class TrainingState:
     """The state of a run on one rank.
 
     Attributes:
-        network: the bare network, whole or (FSDP2) this rank's parts of it.
-        called: what the training step calls, around the network.
-        ema: the average that samples.
-        power: averages whose width is chosen afterwards, where the configuration asks for them.
-        importance: the history of a timestep sampler that learns from losses; the same on every rank.
-        images_seen: the cursor of the stream.
-        optimizer_steps: updates made.
-        skipped: updates left out because a loss or gradient was not finite.
+        network: the bare network, whole or (FSDP2) this rank's part of it.
+        wrapped: the module that a step calls: the network compiled, inside DDP, or (FSDP2) itself.
+        optimizer: AdamW.
+        ema: the average of the weights that samples.
+        power_ema: averages whose width is chosen after the training, where the configuration asks for them.
+        timesteps: the timestep sampler, with its history where it learns from the losses.
+        images_seen: the ordinal of the next batch's first sample.
+        optimizer_steps: the number of updates made.
+        skipped: the number of updates left out because a loss or gradient was not finite.
     """
 
     network: nn.Module
-    called: nn.Module
+    wrapped: nn.Module
     optimizer: torch.optim.Optimizer
     ema: EMA
-    power: PowerEMA | None
-    importance: ImportanceTimesteps | None
+    power_ema: PowerEMA | None
+    timesteps: TimestepSampler
     images_seen: int = 0
     optimizer_steps: int = 0
     skipped: int = 0
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the state by its name in a checkpoint: live ones, to be read or overwritten in place."""
+        """Return every tensor of the state by its name in a checkpoint: live ones, to read or overwrite in place."""
         found = {f"network.{name}": tensor.detach() for name, tensor in self.network.state_dict().items()}
         found |= {f"ema.{name}": tensor for name, tensor in self.ema.shadow.items()}
         for name, parameter in self.network.named_parameters():
             entries = self.optimizer.state.get(parameter, {})
             found |= {f"optimizer.{key}.{name}": value for key, value in entries.items()}
-        if self.power is not None:
-            for i, shadow in enumerate(self.power.shadows):
+        if self.power_ema is not None:
+            for i, shadow in enumerate(self.power_ema.shadows):
                 found |= {f"power.{i}.{name}": tensor for name, tensor in shadow.items()}
-        if self.importance is not None:
-            found |= {"timesteps.losses": self.importance.losses, "timesteps.counts": self.importance.counts}
-        return found
+        return found | self.timesteps.tensors()
+
+    def set_counters(self, images_seen: int, optimizer_steps: int, skipped: int) -> None:
+        """Go on from the counters of a checkpoint."""
+        self.images_seen, self.optimizer_steps, self.skipped = images_seen, optimizer_steps, skipped
+        if self.power_ema is not None:
+            self.power_ema.images_seen = images_seen
+
+    def update_averages(self, batch_size: int) -> None:
+        """Move the averages towards the weights, after a step over `batch_size` images."""
+        self.ema.update(self.network, self.images_seen, batch_size)
+        if self.power_ema is not None:
+            self.power_ema.update(self.network, self.images_seen, batch_size)
 
 
-def make_training(config: Config, device: torch.device) -> Training:
-    """A fresh network, the same on every rank, with its optimizer and averages."""
+def make_state(context: RunContext) -> TrainingState:
+    """Return a fresh network, the same on every rank, with its optimizer and averages."""
+    config, device, optim = context.config, context.device, context.config.optim
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = make_network(config)
-    network = place(network.to(weight_dtype(config.optim)), config, device)
-    shard(network, config.cluster, device)
-    optim = config.optim
-    return Training(
+    network = place_network(network.to(weight_dtype(optim)), config, device)
+    apply_fsdp(network, config.cluster, device)
+    return TrainingState(
         network,
-        trainable(network, config.cluster, device),
+        wrap(network, config.cluster, device),
         make_optimizer(network, optim),
         EMA(network, optim.ema_half_life),
         PowerEMA(network, optim.power_ema) if optim.power_ema else None,
-        ImportanceTimesteps(config.schedule.num_steps) if config.objective.timesteps == "importance" else None,
+        make_timesteps(config, context.schedule),
     )
 
 
 def make_network(config: Config) -> nn.Module:
-    """The network that the task trains."""
+    """Return a new network for the task of the configuration."""
     if config.task == "denoiser":
         return UNet(unet_config(config))
     classifier = NoisyClassifier(unet_config(config), config.data.num_classes)
-    classifier.log_temperature.requires_grad_(False)  # of text only
+    classifier.log_temperature.requires_grad_(False)  # used with text only
     return classifier
 
 
 def make_optimizer(network: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW in one kernel, its state there from the start, so that a checkpoint of any step has the same tensors."""
+    """Return a fused AdamW with its state, so that checkpoints of all steps, the first included, have the same tensors."""
     parameters = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
+    # A step with zero gradients at rate 0 creates the state and changes no weight.
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # by nothing, at rate 0: it makes the state
+    optimizer.step()
     optimizer.zero_grad()
     for entries in optimizer.state.values():
         for value in entries.values():
-            local(value).zero_()
+            local_part(value).zero_()
     return optimizer
 
 
-def start_from(training: Training, weights: Mapping[str, Tensor], device: torch.device) -> None:
-    """Begin with given weights (on rank 0), and with averages that are these weights."""
-    state = training.tensors()
-    widths = 0 if training.power is None else len(training.power.shadows)
+def load_weights(state: TrainingState, weights: Mapping[str, Tensor], device: torch.device) -> None:
+    """Set the network and all its averages to the given weights; called by every rank.
+
+    Args:
+        weights: on rank 0, by the network's own names; ignored on the other ranks.
+    """
+    tensors = state.tensors()
+    widths = 0 if state.power_ema is None else len(state.power_ema.shadows)
     for prefix in ("network.", "ema.", *(f"power.{i}." for i in range(widths))):
-        mine = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-        spread(weights, mine, device)
+        targets = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        broadcast(weights, targets, device)
 
 
 @contextmanager
-def averaged(training: Training) -> Iterator[nn.Module]:
-    """The bare network, ready to sample, with its average's weights for as long as the context lasts."""
-    network = training.network
-    live = [local(t.detach()) for t in network.state_dict().values()]
+def ema_weights(state: TrainingState) -> Iterator[nn.Module]:
+    """Return the bare network in evaluation mode with the averaged weights, for as long as the context lasts."""
+    network = state.network
+    live = [local_part(t.detach()) for t in network.state_dict().values()]
     kept = [t.clone() for t in live]
     with torch.no_grad():
-        torch._foreach_copy_(live, [local(t) for t in training.ema.shadow.values()])
+        torch._foreach_copy_(live, [local_part(t) for t in state.ema.shadow.values()])
     network.eval()
     try:
         yield network

@@ -1,4 +1,4 @@
-"""One optimizer step on a global batch, the same whoever computes which part of it."""
+"""One optimizer step on a global batch, the same whichever rank computes which part of it."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ddpm.schedule import NoiseSchedule
-from pipelines.config import Config, OptimConfig
+from pipelines.config import OptimConfig
 from pipelines.shards.read import Batch
+from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.hardware import autocast
-from pipelines.training.loop.parallel import accumulating, micro_batches, world
-from pipelines.training.loop.state import Training
-from pipelines.training.loop.task import losses, timesteps
+from pipelines.training.loop.parallel import gradient_sync, micro_batches
+from pipelines.training.loop.state import TrainingState
+from pipelines.training.loop.task import losses
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a step came to; the same on every rank.
+class StepResult:
+    """The result of one step; the same on every rank.
 
     Attributes:
         loss: mean over the global batch.
-        grad_norm: of the whole gradient, before clipping.
-        updated: False where one of the two is not finite, and the weights stayed as they were.
-        stop: whether any rank wishes to stop.
-        checkpoint: whether any rank wishes a checkpoint.
-        broken: whether any rank had no batch; nothing has changed then, and the batch is not seen.
+        grad_norm: norm of the whole gradient before clipping.
+        updated: False where loss or gradient norm is not finite, and the weights stayed as they were.
+        stop: whether any rank asks to stop.
+        checkpoint: whether any rank asks for a checkpoint.
+        unreadable: whether any rank could not read its batch; the state is unchanged then, `images_seen` included.
     """
 
     loss: float
@@ -37,96 +37,100 @@ class Outcome:
     updated: bool
     stop: bool
     checkpoint: bool
-    broken: bool = False
+    unreadable: bool = False
 
 
 def step(
-    training: Training,
-    schedule: NoiseSchedule,
+    context: RunContext,
+    state: TrainingState,
     batch: Batch,
-    config: Config,
-    device: torch.device,
     *,
     stop: bool = False,
     checkpoint: bool = False,
-    broken: bool = False,
-) -> Outcome:
-    """One update from this rank's piece of the next global batch.
+    unreadable: bool = False,
+) -> StepResult:
+    """Update the state by this rank's piece of the next global batch, together with all other ranks.
 
     Gradients are weighted by samples: a rank's loss is its sum over the global batch size, times the number of ranks
     because DDP and FSDP2 average over them. So ranks with unequal pieces give the gradient of the whole batch exactly.
 
     Args:
-        stop, checkpoint: what this rank wishes; all ranks learn of it.
-        broken: whether this rank's batch could not be read, and `batch` only stands in for it.
+        stop: whether this rank asks to stop.
+        checkpoint: whether this rank asks for a checkpoint.
+        unreadable: whether this rank's batch could not be read, and `batch` only stands in for it.
     """
-    ours = _accumulate(training, schedule, batch, config, device)
-    shared = torch.cat([torch.tensor([stop, checkpoint, broken], dtype=torch.float64, device=device), ours])
-    if world() > 1:
-        dist.all_reduce(shared)
-    parameters = [p for p in training.network.parameters() if p.requires_grad]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    # The one place where the host waits for the device.
-    stops, checkpoints, breaks, loss, grad_norm = torch.cat([shared[:4], norm.double()[None]]).tolist()
-    if breaks:
-        training.optimizer.zero_grad()
-        return Outcome(loss, grad_norm, False, stop=True, checkpoint=True, broken=True)
-    updated = math.isfinite(loss) and math.isfinite(grad_norm)
-    if updated:
-        if config.optim.grad_clip is not None:
-            nn.utils.clip_grads_with_norm_(parameters, config.optim.grad_clip, norm)
-        for group in training.optimizer.param_groups:
-            group["lr"] = learning_rate(config.optim, training.images_seen, config.images)
-        training.optimizer.step()
-        training.optimizer_steps += 1
-        _remember(training, schedule, shared[4:], config)
-    else:
-        training.skipped += 1
-    training.optimizer.zero_grad()
-    training.images_seen += config.batch_size
-    training.ema.update(training.network, training.images_seen, config.batch_size)
-    if training.power is not None:
-        training.power.update(training.network, training.images_seen, config.batch_size)
-    return Outcome(loss, grad_norm, updated, stops > 0, checkpoints > 0)
+    config, device = context.config, context.device
 
-
-def _accumulate(
-    training: Training, schedule: NoiseSchedule, batch: Batch, config: Config, device: torch.device
-) -> Tensor:
-    """Add this rank's gradients up; its share of the mean loss, and, for a sampler that learns, of every loss.
-
-    Returns:
-        float64 [1] or [1 + batch_size]: shares that add up over the ranks; losses in the order of the ordinals.
-    """
-    learns = training.importance is not None
-    shares = torch.zeros(1 + (config.batch_size if learns else 0), dtype=torch.float64, device=device)
-    for part, weight, last in micro_batches(batch, config.batch_size, config.micro_batch_size):
+    # Forward and backward. `sums` are added up over the ranks: the mean loss, and each sample's loss where one learns.
+    sums = torch.zeros(1 + (config.batch_size if state.timesteps.learns else 0), dtype=torch.float64, device=device)
+    parts = micro_batches(batch, config.batch_size, context.world_size, config.micro_batch_size)
+    for part, weight, last in parts:
         n = part.ordinals.to(device)
-        t, weights = timesteps(n, config, schedule, training.importance)
-        with accumulating(training.called, last):
+        t, weights = state.timesteps.sample(n)
+        with gradient_sync(state.wrapped, last):
             with autocast(config.optim, device):
-                each = losses(training.called, schedule, part, t, config, device)
+                each = losses(context, state.wrapped, part, t)
             loss = weight * (weights.to(each) * each).sum() / config.batch_size
-            (loss * world()).backward()
-        shares[0] += loss.detach()
-        if learns and weight:
-            shares[1 + n - training.images_seen] = each.detach().double()
-    return shares
+            (loss * context.world_size).backward()
+        sums[0] += loss.detach()
+        if state.timesteps.learns and weight:
+            sums[1 + n - state.images_seen] = each.detach().double()
+
+    # All-reduce flags and losses.
+    flags = torch.tensor([stop, checkpoint, unreadable], dtype=torch.float64, device=device)
+    sums = torch.cat([flags, sums])
+    if context.world_size > 1:
+        dist.all_reduce(sums)
+
+    # Read loss and gradient norm: the one place where the host waits for the device.
+    norm = _gradient_norm(state.network)
+    stops, checkpoints, unreadables, mean_loss, grad_norm = torch.cat([sums[:4], norm.double()[None]]).tolist()
+    if unreadables:
+        state.optimizer.zero_grad()
+        return StepResult(mean_loss, grad_norm, False, stop=True, checkpoint=True, unreadable=True)
+
+    # Update weights and averages.
+    updated = math.isfinite(mean_loss) and math.isfinite(grad_norm)
+    if updated:
+        _update_weights(context, state, norm, sums[4:])
+    else:
+        state.skipped += 1
+    state.optimizer.zero_grad()
+    state.images_seen += config.batch_size
+    state.update_averages(config.batch_size)
+    return StepResult(mean_loss, grad_norm, updated, stops > 0, checkpoints > 0)
 
 
-def _remember(training: Training, schedule: NoiseSchedule, each: Tensor, config: Config) -> None:
-    """Tell a timestep sampler that learns what the batch's losses were, oldest sample first."""
-    if training.importance is None:
-        return
-    # On the device where they were drawn: another one's cumulative sums may round another way.
-    ordinals = torch.arange(config.batch_size, device=each.device) + training.images_seen
-    t, _ = timesteps(ordinals, config, schedule, training.importance)
-    training.importance.update(t, each)
+def _gradient_norm(network: nn.Module) -> Tensor:
+    """Return the norm of the whole gradient, a scalar, on every rank."""
+    gradients = [p.grad for p in network.parameters() if p.requires_grad and p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _update_weights(context: RunContext, state: TrainingState, norm: Tensor, each: Tensor) -> None:
+    """Clip, step the optimizer, and pass the losses to a timestep sampler that learns.
+
+    Args:
+        norm: the norm of the gradient.
+        each: the loss of every sample of the global batch in the order of the ordinals; empty where none learns.
+    """
+    config = context.config
+    if config.optim.grad_clip is not None:
+        parameters = [p for p in state.network.parameters() if p.requires_grad]
+        nn.utils.clip_grads_with_norm_(parameters, config.optim.grad_clip, norm)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(config.optim, state.images_seen, config.images)
+    state.optimizer.step()
+    state.optimizer_steps += 1
+    if state.timesteps.learns:
+        # On the device where the timesteps were drawn: another one's cumulative sums may round another way.
+        ordinals = torch.arange(config.batch_size, device=each.device) + state.images_seen
+        state.timesteps.update(ordinals, each)
 
 
 def learning_rate(optim: OptimConfig, images_seen: int, images: int) -> float:
-    """The rate as a function of images seen: linear warm-up, then the decay.
+    """Return the learning rate as a function of images seen: linear warm-up, then the decay.
 
     "linear" and "cosine" end at 2 % of it with the run; "inverse_sqrt" falls from `decay_images` on (Karras et al.
     2024, eq. 67), whatever the run's length.
@@ -143,23 +147,23 @@ def learning_rate(optim: OptimConfig, images_seen: int, images: int) -> float:
 
 
 class SkipGuard:
-    """Stops a run whose losses or gradients stay not finite, and says which samples they were of."""
+    """Stops a run whose losses or gradients stay not finite, and names the samples they came from."""
 
     def __init__(self, optim: OptimConfig, batch_size: int) -> None:
         self.optim, self.batch_size = optim, batch_size
         self.in_row = 0
 
-    def watch(self, outcome: Outcome, images_seen: int) -> str | None:
-        """What to tell the user about a step that ended at `images_seen`, if anything.
+    def check(self, result: StepResult, images_seen: int) -> str | None:
+        """Return a warning about a step that ended at `images_seen`; None where it updated the weights.
 
         Raises:
             FloatingPointError: `optim.max_skipped` updates in a row were left out.
         """
-        if outcome.updated:
+        if result.updated:
             self.in_row = 0
             return None
         self.in_row += 1
-        found = f"loss {outcome.loss:.4g}, gradient norm {outcome.grad_norm:.4g}"
+        found = f"loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}"
         if self.in_row >= self.optim.max_skipped:
             first = images_seen - self.in_row * self.batch_size
             raise FloatingPointError(

@@ -24,7 +24,8 @@ from pipelines.shards.cache import ShardCorruptError
 from pipelines.storage import NotFoundError, Storage, join, patiently
 from pipelines.training import STARTED
 from pipelines.training.goodput import Ledger
-from pipelines.training.loop import loop as worker
+from pipelines.training.loop.context import RunContext
+from pipelines.training.loop.loop import TrainingLoop
 from pipelines.training.loop.shell import Job
 from pipelines.training.ray_train.resources import TrainingError, alive_nodes, per_worker, shortage
 from pipelines.training.ray_train.shell import RayShell
@@ -55,7 +56,8 @@ def train_rank(job: Job, monitor: Any, shell: RayShell, started: float) -> None:
     node = f"node-{context.get_node_rank()}"
     with tracking.system_metrics(job.tracker, node) if context.get_local_rank() == 0 else nullcontext():
         try:
-            worker.train(job, shell, rank=rank, world_size=world_size, device=get_device(), started=started)
+            context = RunContext.of(job, rank=rank, world_size=world_size, device=get_device())
+            TrainingLoop(context, shell, started).run()
         except FINAL as error:
             ray.get(monitor.give_up.remote(str(error)))
             raise  # the others may be waiting for this rank: Ray Train ends them

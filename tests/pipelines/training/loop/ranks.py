@@ -18,7 +18,8 @@ from pipelines import checkpoints
 from pipelines.config import Config, compose
 from pipelines.shards.index import Dataset
 from pipelines.storage import Storage
-from pipelines.training.loop import loop as worker
+from pipelines.training.loop.context import RunContext
+from pipelines.training.loop.loop import TrainingLoop
 from pipelines.training.loop.progress import Progress
 from pipelines.training.loop.shell import Job
 
@@ -133,7 +134,8 @@ def train_here(
     folder.mkdir(parents=True, exist_ok=True)
     shell, tracker = shell or FolderShell(folder, rank, **wishes), MemoryTracker()
     job = Job(config, dataset, Storage(), tracker, {})  # type: ignore[arg-type]
-    worker.train(job, shell, rank=rank, world_size=world, device=torch.device("cpu"))
+    context = RunContext.of(job, rank=rank, world_size=world, device=torch.device("cpu"))
+    TrainingLoop(context, shell).run()
     return shell, tracker
 
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from pipelines.shards.read import Batch
-from pipelines.training.loop import parallel
-from pipelines.training.loop.parallel import gather, micro_batches, spread
+from pipelines.training.loop.collectives import broadcast, gather
+from pipelines.training.loop.parallel import micro_batches
 
 
 def piece(count):
@@ -12,13 +12,12 @@ def piece(count):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
 @pytest.mark.parametrize("at_most", [None, 1, 2, 5, 100])
-def test_every_rank_has_as_many_parts_which_hold_its_samples_once(world, at_most, monkeypatch):
-    monkeypatch.setattr(parallel, "world", lambda: world)
+def test_every_rank_has_as_many_parts_which_hold_its_samples_once(world, at_most):
     size = 25
     counts = set()
     for rank in range(world):
         count = size // world + (rank < size % world)
-        parts = list(micro_batches(piece(count), size, at_most))
+        parts = list(micro_batches(piece(count), size, world, at_most))
         counts.add(len(parts))
         kept = [part.ordinals for part, weight, _ in parts if weight == 1]
         assert torch.equal(torch.cat(kept), torch.arange(count))
@@ -29,12 +28,12 @@ def test_every_rank_has_as_many_parts_which_hold_its_samples_once(world, at_most
     assert len(counts) == 1
 
 
-def test_gathered_tensors_are_copies_and_spread_ones_overwrite_in_place():
+def test_gathered_tensors_are_copies_and_broadcast_ones_overwrite_in_place():
     live = {"a": torch.randn(3, 4, 2, 2).to(memory_format=torch.channels_last), "b": torch.tensor(3.0)}
     copies = gather(live)
     assert all(torch.equal(copies[name], tensor) and copies[name].is_contiguous() for name, tensor in live.items())
     live["a"].zero_()
     assert copies["a"].abs().sum() > 0
     a = live["a"]
-    spread(copies, live, torch.device("cpu"))
+    broadcast(copies, live, torch.device("cpu"))
     assert torch.equal(a, copies["a"])

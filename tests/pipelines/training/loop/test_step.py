@@ -1,7 +1,7 @@
 import pytest
 
 from pipelines.config import compose
-from pipelines.training.loop.step import Outcome, SkipGuard, learning_rate
+from pipelines.training.loop.step import SkipGuard, StepResult, learning_rate
 
 
 def test_the_learning_rate_warms_up_and_decays_by_images_seen():
@@ -21,10 +21,10 @@ def test_the_learning_rate_warms_up_and_decays_by_images_seen():
 
 def test_only_updates_in_a_row_stop_a_run_and_the_samples_of_all_of_them_are_named():
     guard = SkipGuard(compose(["optim.max_skipped=3"]).optim, batch_size=10)
-    bad, good = Outcome(float("nan"), 1.0, False, False, False), Outcome(1.0, 1.0, True, False, False)
-    assert "samples 10..19 " in guard.watch(bad, 20)
-    assert guard.watch(good, 30) is None
-    guard.watch(bad, 40)
-    guard.watch(bad, 50)
+    bad, good = StepResult(float("nan"), 1.0, False, False, False), StepResult(1.0, 1.0, True, False, False)
+    assert "samples 10..19 " in guard.check(bad, 20)
+    assert guard.check(good, 30) is None
+    guard.check(bad, 40)
+    guard.check(bad, 50)
     with pytest.raises(FloatingPointError, match=r"3 updates in a row .*samples 30\.\.59 "):
-        guard.watch(bad, 60)
+        guard.check(bad, 60)
