@@ -62,7 +62,7 @@ def channels_last(config: Config, device: torch.device) -> bool:
 
 
 def place_network(network: nn.Module, config: Config, device: torch.device) -> nn.Module:
-    """Return the network on its device; its weights are channels last but for FSDP2, which shards contiguous ones only."""
+    """Return the network on its device; FSDP2 shards contiguous weights only: their layout stays."""
     if channels_last(config, device) and config.cluster.parallel != "fsdp":
         return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network.to(device)

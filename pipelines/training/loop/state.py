@@ -99,7 +99,7 @@ def make_network(config: Config) -> nn.Module:
 
 
 def make_optimizer(network: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    """Return a fused AdamW with its state, so that checkpoints of all steps, the first included, have the same tensors."""
+    """Return a fused AdamW that has its state already, so that checkpoints of all steps have the same tensors."""
     parameters = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
     # A step with zero gradients at rate 0 creates the state and changes no weight.
