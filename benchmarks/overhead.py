@@ -177,7 +177,7 @@ class _Bench:
         """Seconds from SIGKILL of the worker to the next finished step: until our code starts, and from there on."""
         import ray
 
-        from pipelines.training.driver import monitor_name
+        from pipelines.training.ray_train.monitor import monitor_name
 
         images = int(120 * rate) // BATCH * BATCH
         every = max(BATCH, int(5 * rate))

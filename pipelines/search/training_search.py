@@ -39,11 +39,12 @@ from pipelines.search.study import StudyError, TrialRecord, searcher, trial_name
 from pipelines.shards.read import Batch
 from pipelines.storage import Storage, join
 from pipelines.training import driver
+from pipelines.training.errors import TrainingError
 from pipelines.training.goodput import Session, read_sessions
 from pipelines.training.loop.collectives import all_gather_items, rank_indices
 from pipelines.training.loop.state import TrainingState, ema_weights
-from pipelines.training.ray_train.resources import TrainingError
-from pipelines.training.ray_train.reusable_workers import WarmWorkers
+from pipelines.training.ray_train.monitor import request_stop
+from pipelines.training.ray_train.reusable_workers import ReusableWorkers
 
 # Ray Train looks at its workers every two seconds, and so at the end of every trial; Tune has a table of its own.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -222,7 +223,7 @@ class TrainingTrial(tune.Trainable):
     """
 
     shared: Shared
-    warm: WarmWorkers
+    workers: ReusableWorkers
     run_config: Config
     thread: threading.Thread
     reported: float
@@ -231,7 +232,7 @@ class TrainingTrial(tune.Trainable):
     def setup(self, config: dict[str, Value], *, shared: Shared) -> None:
         """Once per actor."""
         self.shared = shared
-        self.warm = WarmWorkers(join(shared.base.storage.root, "studies", shared.name, "workers"))
+        self.workers = ReusableWorkers(join(shared.base.storage.root, "studies", shared.name, "workers"))
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Value]) -> bool:
@@ -249,7 +250,7 @@ class TrainingTrial(tune.Trainable):
         while True:
             ended = not self.thread.is_alive()
             if self.error is not None:
-                self.warm.close()
+                self.workers.close()
                 raise self.error
             fresh = self._scores_above(self.reported)
             last = bool(fresh) and fresh[0]["images_seen"] >= self.rungs[-1]
@@ -263,7 +264,7 @@ class TrainingTrial(tune.Trainable):
     def cleanup(self) -> None:
         """At the actor's end."""
         self._end()
-        self.warm.close()
+        self.workers.close()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing: the run has its own."""
@@ -297,7 +298,7 @@ class TrainingTrial(tune.Trainable):
         )
         try:
             plan = driver.make_plan(config, self.storage, dict(shared.lineage))
-            driver.train(replace(plan, job=replace(plan.job, evaluation_hook=judge)), workers=self.warm.take)
+            driver.train(replace(plan, job=replace(plan.job, evaluation_hook=judge)), workers=self.workers.provide)
         except BaseException as error:  # noqa: BLE001 - it is raised in Tune's own thread
             self.error = error
 
@@ -316,7 +317,7 @@ class TrainingTrial(tune.Trainable):
         deadline = time.monotonic() + STOP_S
         while self.thread.is_alive():
             # Again and again: the run may only be starting, and then has nobody to ask yet.
-            driver.request_stop(self.run_config)
+            request_stop(self.run_config)
             self.thread.join(0.5)
             if time.monotonic() > deadline:
                 raise TrainingError(f"run '{self.run_config.name}' does not stop")

@@ -23,8 +23,9 @@ from pipelines.stack import StackState
 from pipelines.storage import Storage, join
 from pipelines.training import driver
 from pipelines.training.goodput import read_sessions
-from pipelines.training.ray_train.reusable_workers import WarmWorkers
-from pipelines.training.ray_train.trainer import own_workers
+from pipelines.training.ray_train.monitor import request_stop
+from pipelines.training.ray_train.reusable_workers import ReusableWorkers
+from pipelines.training.ray_train.trainer import dedicated_workers
 from pipelines.training.resume import listed_checkpoints, newest_checkpoint, run_folder
 from tests.processes import ray_train_workers
 
@@ -60,8 +61,9 @@ def config_of(local_stack: StackState, name: str, *overrides: str) -> Config:
     return fill(compose([*SETTINGS, f"name={name}", *overrides]), {}, local_stack)
 
 
-def train(config: Config, storage: Storage, warm: WarmWorkers | None = None) -> driver.TrainingResult:
-    return driver.train(driver.make_plan(config, storage, {}), workers=warm.take if warm else own_workers)
+def train(config: Config, storage: Storage, workers: ReusableWorkers | None = None) -> driver.TrainingResult:
+    provider = workers.provide if workers else dedicated_workers
+    return driver.train(driver.make_plan(config, storage, {}), workers=provider)
 
 
 def worker_processes(local_stack: StackState) -> list[psutil.Process]:
@@ -81,14 +83,14 @@ def test_a_group_trains_run_after_run_as_workers_of_their_own_would(drive, tmp_p
 
 
 def run_after_run(storage: Storage, local_stack: StackState, tmp_path: Path) -> None:
-    warm = WarmWorkers("s3://ddpm/studies/warm/workers")
+    workers = ReusableWorkers("s3://ddpm/studies/warm/workers")
     try:
         first = config_of(local_stack, "warm-1", "images=1280", "optim.lr=0.004", "objective.prediction=v")
-        assert train(first, storage, warm).status == "finished"
+        assert train(first, storage, workers).status == "finished"
         (before,) = worker_processes(local_stack)
 
         second = config_of(local_stack, "warm-2", "images=2560", "checkpoint.every=640", "checkpoint.keep=2")
-        result = train(second, storage, warm)
+        result = train(second, storage, workers)
         assert (result.status, result.images_seen) == ("finished", 2560)
         (after,) = worker_processes(local_stack)
         assert after.pid == before.pid
@@ -97,14 +99,14 @@ def run_after_run(storage: Storage, local_stack: StackState, tmp_path: Path) -> 
         (attempt,) = read_sessions(storage, run_folder(second))[-1].attempts
         (slow,) = read_sessions(storage, run_folder(first))[-1].attempts
         assert attempt.seconds["startup"] < slow.seconds["startup"]
-        assert train(second, storage, warm).status == "complete"
+        assert train(second, storage, workers).status == "complete"
 
         alone = second.model_copy(update={"name": "warm-alone"})
         other = config_of(local_stack, "warm-3", "images=640", "cluster.num_workers=2")
-        assert train(other, storage, warm).status == "finished"  # two workers instead of the one
+        assert train(other, storage, workers).status == "finished"  # two workers instead of the one
         assert before.pid not in {p.pid for p in worker_processes(local_stack)}
     finally:
-        warm.close()
+        workers.close()
     assert not worker_processes(local_stack)
     assert not storage.list("s3://ddpm/studies/warm/workers")
 
@@ -120,10 +122,10 @@ def test_a_worker_that_is_killed_is_replaced_and_the_run_goes_on_from_its_checkp
 
 
 def a_worker_is_killed(storage: Storage, local_stack: StackState) -> None:
-    warm = WarmWorkers("s3://ddpm/studies/warm/workers")
+    workers = ReusableWorkers("s3://ddpm/studies/warm/workers")
     config = config_of(local_stack, "warm-killed", "images=64000", "checkpoint.every=640")
     results: list[driver.TrainingResult] = []
-    thread = threading.Thread(target=lambda: results.append(train(config, storage, warm)), daemon=True)
+    thread = threading.Thread(target=lambda: results.append(train(config, storage, workers)), daemon=True)
     try:
         thread.start()
         deadline = time.monotonic() + 120
@@ -135,7 +137,7 @@ def a_worker_is_killed(storage: Storage, local_stack: StackState) -> None:
         while len(read_sessions(storage, run_folder(config))[-1].attempts) < 2:
             assert time.monotonic() < deadline
             time.sleep(0.5)
-        driver.request_stop(config)
+        request_stop(config)
         thread.join(120)
         (result,) = results
         assert result.status == "stopped"
@@ -146,7 +148,7 @@ def a_worker_is_killed(storage: Storage, local_stack: StackState) -> None:
 
         (replaced,) = worker_processes(local_stack)
         after = config_of(local_stack, "warm-after", "images=640")
-        assert train(after, storage, warm).status == "finished"
+        assert train(after, storage, workers).status == "finished"
         assert worker_processes(local_stack)[0].pid != replaced.pid  # a group that has failed is not taken again
     finally:
-        warm.close()
+        workers.close()

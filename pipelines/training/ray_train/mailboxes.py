@@ -1,4 +1,4 @@
-"""The mailboxes between workers and driver: processes of their own, so their module imports next to nothing."""
+"""The actors between driver and workers. Each is a process of its own, so this module imports next to nothing."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pipelines.training.loop.progress import Progress
 
 
 class Monitor:
-    """A mailbox between rank 0 and the driver: progress one way, the wish to stop the other way.
+    """The mailbox between rank 0 and the driver: progress in one direction, stop requests in the other.
 
-    An actor with the name of the run, so that a cluster has one driver of a run at a time.
+    An actor that is named after the run, so that a run has one driver at a time in a cluster.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class Monitor:
         self.final: str | None = None
 
     def post(self, attempt: str, elapsed_s: float, progress: Progress) -> bool:
-        """Newest progress of an attempt that began `elapsed_s` ago; answers whether to stop."""
+        """Record the newest progress of an attempt that began `elapsed_s` ago, and return whether to stop."""
         now = time.time()
         began = self.attempts[attempt].began if attempt in self.attempts else now - elapsed_s
         self.attempts[attempt] = Attempt(
@@ -37,12 +37,12 @@ class Monitor:
         self.loss = progress.loss
         return self.stop
 
-    def give_up(self, reason: str) -> None:
-        """A rank tells why the training cannot go on, however often it is started again; the first reason stays."""
-        self.final = self.final or reason
+    def set_final_error(self, message: str) -> None:
+        """Record an error that would come again however often the workers are started; the first message stays."""
+        self.final = self.final or message
 
-    def why_final(self) -> str | None:
-        """What a rank told."""
+    def final_error(self) -> str | None:
+        """Return the message of that error, None where there was none."""
         return self.final
 
     def request_stop(self) -> None:
@@ -50,20 +50,24 @@ class Monitor:
         self.stop = True
 
     def snapshot(self) -> tuple[list[Attempt], float | None]:
-        """(attempts so far, last one last; newest loss)."""
+        """Return (the attempts so far, the newest last; the newest loss)."""
         return list(self.attempts.values()), self.loss
 
 
-class Orders:
-    """What workers that stay are to train next: one run at a time, in order.
+class JobQueue:
+    """Hands the jobs of a driver to its reusable workers, one at a time and in order.
 
     An actor of the driver's, which ends with it.
 
     Args:
-        idle_s: how long workers wait for another run before they end, and give back what others may need.
+        idle_s: how long workers wait for another job before they end, and give back what others may need.
 
     Attributes:
-        starts: of the group of workers.
+        number: the number of the last job, counted from 1; 0 before the first.
+        closed: whether workers that have no job end.
+        job: the job that is being trained, None between jobs.
+        idle_since: `time.monotonic()` when the last job ended.
+        starts: how often the group of workers has started.
     """
 
     WAIT, END = 0, -1
@@ -71,37 +75,37 @@ class Orders:
     def __init__(self, idle_s: float) -> None:
         self.idle_s = idle_s
         self.number, self.closed = 0, False
-        self.order: Any = None  # under way
-        self.since = time.monotonic()
+        self.job: Any = None
+        self.idle_since = time.monotonic()
         self.starts = 0
 
-    def put(self, order: Any) -> int | None:
-        """Hand over a run; its number, from 1 on. None: the workers end, or have ended."""
+    def put(self, job: Any) -> int | None:
+        """Hand over a job and return its number; None where the workers end, or have ended."""
         if self.closed:
             return None
-        self.number, self.order = self.number + 1, order
+        self.number, self.job = self.number + 1, job
         return self.number
 
     def take(self, last: int) -> tuple[int, Any]:
-        """(number, order) of the run for a worker that has trained those up to `last`; (WAIT or END, None) without."""
-        if self.order is not None:
-            return (self.number, self.order) if self.number > last else (self.WAIT, None)
-        self.closed = self.closed or time.monotonic() - self.since > self.idle_s
+        """Return (number, job) for a worker that has trained jobs up to `last`, or (WAIT or END, None) without one."""
+        if self.job is not None:
+            return (self.number, self.job) if self.number > last else (self.WAIT, None)
+        self.closed = self.closed or time.monotonic() - self.idle_since > self.idle_s
         return (self.END if self.closed else self.WAIT), None
 
-    def begin(self) -> None:
-        """Rank 0 tells that the group of workers has started."""
+    def group_started(self) -> None:
+        """Count a start of the group; called by rank 0."""
         self.starts += 1
 
     def done(self, number: int) -> None:
-        """Rank 0 tells that a run has ended or stopped as it should."""
+        """Mark a job as finished, or stopped on request; called by rank 0."""
         if number == self.number:
-            self.order, self.since = None, time.monotonic()
+            self.job, self.idle_since = None, time.monotonic()
 
     def close(self) -> None:
-        """There are no more runs."""
+        """Accept no more jobs, and let the workers end."""
         self.closed = True
 
     def state(self) -> tuple[int, bool, int]:
-        """(number of the last run, whether it is under way, starts of the group)."""
-        return self.number, self.order is not None, self.starts
+        """Return (number of the last job, whether it is being trained, starts of the group)."""
+        return self.number, self.job is not None, self.starts

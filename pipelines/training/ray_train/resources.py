@@ -1,4 +1,4 @@
-"""The Ray cluster that a training runs on: joining it, and whether it can hold the workers."""
+"""The Ray cluster of a training: connecting to it, and whether it can hold the workers."""
 
 from __future__ import annotations
 
@@ -9,23 +9,19 @@ from collections.abc import Callable, Mapping, Sequence
 import ray
 
 from pipelines.config import ClusterConfig, Config
-from pipelines.errors import PipelineError
 from pipelines.storage import Storage
-
-
-class TrainingError(PipelineError):
-    """A run that could not start or did not finish; says why and what to do."""
+from pipelines.training.errors import TrainingError
 
 
 def connect_ray(config: Config, storage: Storage) -> None:
-    """Join the Ray cluster of the configuration, once per process.
+    """Connect to the Ray cluster of the configuration, once per process.
 
-    Job-level environment reaches every worker; Ray's dashboard shows it, so it holds paths and endpoints, no secrets.
+    The job-level environment reaches every worker. Ray's dashboard shows it: it holds paths and endpoints, no secrets.
 
     Raises:
         TrainingError: no cluster answers.
     """
-    # How often Ray Train's controller asks its workers how they are: a failure is noticed that much later.
+    # How often Ray Train's controller polls its workers: a failure is noticed that much later.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     if ray.is_initialized():
         return
@@ -49,18 +45,18 @@ def connect_ray(config: Config, storage: Storage) -> None:
 
 
 def per_worker(cluster: ClusterConfig) -> dict[str, float]:
-    """What Ray reserves for a worker."""
+    """Return the resources that Ray reserves for a worker, by Ray's names."""
     gpus = {"GPU": float(cluster.gpus_per_worker)} if cluster.gpus_per_worker else {}
     return {"CPU": float(cluster.cpus_per_worker), **gpus}
 
 
 def possible_workers(nodes: Sequence[Mapping[str, float]], worker: Mapping[str, float]) -> int:
-    """How many workers fit on nodes with these resources; a worker does not span two."""
+    """Return how many workers fit on nodes with these resources; a worker does not span two nodes."""
     return sum(int(min(node.get(name, 0.0) / need for name, need in worker.items() if need)) for node in nodes)
 
 
 def shortage(cluster: ClusterConfig, nodes: Sequence[Mapping[str, float]]) -> str | None:
-    """Why the nodes cannot hold the smallest number of workers, in words; None where they can."""
+    """Return why the nodes cannot hold the smallest number of workers, in words; None where they can."""
     worker = per_worker(cluster)
     fits = possible_workers(nodes, worker)
     if fits >= cluster.min_workers:
@@ -75,23 +71,23 @@ def shortage(cluster: ClusterConfig, nodes: Sequence[Mapping[str, float]]) -> st
 
 
 def alive_nodes() -> list[dict[str, float]]:
-    """The resources of each node that is there."""
+    """Return the resources of each node that is alive."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def require_resources(config: Config, notice: Callable[[str], None] = lambda text: None) -> None:
-    """Wait `cluster.patience_s` for a cluster that is still growing; refuse what it cannot give.
+    """Wait up to `cluster.patience_s` until the cluster can hold the workers.
 
     Raises:
-        TrainingError: the nodes cannot hold the workers.
+        TrainingError: the nodes still cannot hold the workers.
     """
     deadline = time.monotonic() + config.cluster.patience_s
-    said = False
+    noticed = False
     while (short := shortage(config.cluster, alive_nodes())) is not None:
-        # The local stack has one node and will not grow: say so at once.
+        # The local stack has one node and will not grow: fail at once.
         if config.storage.local_stack or time.monotonic() > deadline:
             raise TrainingError(short)
-        if not said:
+        if not noticed:
             notice(f"waiting up to {config.cluster.patience_s:.0f} s: {short}")
-        said = True
+        noticed = True
         time.sleep(1)

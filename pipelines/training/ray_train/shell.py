@@ -1,4 +1,4 @@
-"""What surrounds the rank loop in a Ray Train worker: checkpoints to Ray's list, news to the driver, wishes back."""
+"""The shell of the training loop in a Ray Train worker: checkpoints go into Ray's list, progress to the driver."""
 
 from __future__ import annotations
 
@@ -28,20 +28,22 @@ from pipelines.training.resume import listed_checkpoints
 
 POST_EVERY_S = 0.5
 ORPHANED_S = 30.0
-WAITING = 1
-"""Checkpoints that may wait behind the one that is uploading, before the loop waits for storage."""
+"""How long a worker without a driver waits for Ray to end it."""
+BACKLOG = 1
+"""How many checkpoints may wait behind the one that is uploading, before the loop waits for storage."""
 
 
 class DriverLostError(PipelineError):
-    """The driver of this worker has ended: another may have taken over, so nothing more is written."""
+    """The driver of this worker has ended. Another may have taken over, so this worker must not write any more."""
 
 
 class RayShell:
     """`Shell` inside a Ray Train worker.
 
     Args:
+        monitor: handle of the run's monitor actor.
         folder: address of the run, below which Ray Train keeps its checkpoints.
-        fence: says whether this worker's driver is still the one that counts.
+        fence: checks that no other driver has taken over the run.
         started: `time.monotonic()` when this attempt began.
     """
 
@@ -49,34 +51,34 @@ class RayShell:
         self.monitor, self.rank, self.storage, self.folder = monitor, rank, storage, folder
         self.fence, self.started = fence, started
         self.attempt = uuid.uuid4().hex
-        self.answer: Any = None
+        self.reply: Any = None  # reference to the monitor's reply that is not there yet
         self.unsent: Progress | None = None
         self.stop = False
-        self.posted = 0.0
-        self.notice: object = None
+        self.posted_at = 0.0
+        self.preemption: object = None  # the newest notice of Ray's
         self.uploads: deque[Future[None]] = deque()
 
     @contextmanager
     def restored(self) -> Iterator[Path | None]:
-        """The newest checkpoint of Ray Train's list that is whole, fetched for this rank."""
+        """Return the newest complete checkpoint of Ray Train's list, downloaded to this node."""
         newest = ray.train.get_checkpoint()
         names: list[str] = []
         if newest is not None:
             first = Path(newest.path).name
             names = [first, *(name for name in listed_checkpoints(self.folder, self.storage) if name != first)]
-        with fetched(self.folder, names, self.storage) as folder:
+        with downloaded_checkpoint(self.folder, names, self.storage) as folder:
             yield folder
 
     def save(self, store: Store | None, metrics: dict[str, Any]) -> None:
         """Upload in Ray Train's thread, which then enters the checkpoint in the list that a restart reads.
 
-        Only the agreement on a name is waited for here, one call of an actor; and storage, where it is more than a
-        checkpoint behind: otherwise a store that is away would fill the disk.
+        This waits for one actor call, which agrees on a name, and for storage only where more than one checkpoint is
+        waiting: otherwise an unreachable store would fill the disk.
         """
         if store is None:
             ray.train.report(metrics, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
             return
-        self.make_room()
+        self.wait_for_backlog()
         done: Future[None] = Future()
         self.uploads.append(done)
 
@@ -92,7 +94,7 @@ class RayShell:
             path = ray_storage.build_checkpoint_path_from_name(name)
             return Checkpoint(path, filesystem=ray_storage.storage_filesystem)
 
-        # Ray wants a folder to upload; ours is known to `store` alone.
+        # Ray requires a folder to upload; `upload` ignores it, because `store` has the files.
         ray.train.report(
             metrics,
             checkpoint=Checkpoint.from_directory(tempfile.gettempdir()),
@@ -101,9 +103,9 @@ class RayShell:
             delete_local_checkpoint_after_upload=False,
         )
 
-    def make_room(self) -> None:
-        """Wait for storage where more than one checkpoint waits behind the one that is uploading."""
-        while len(self.uploads) > WAITING:
+    def wait_for_backlog(self) -> None:
+        """Wait until at most `BACKLOG` checkpoints wait behind the one that is uploading."""
+        while len(self.uploads) > BACKLOG:
             self.uploads.popleft().result()
 
     def flush(self) -> None:
@@ -112,70 +114,73 @@ class RayShell:
             self.uploads.popleft().result()
 
     def progress(self, progress: Progress) -> None:
-        """Send at most twice a second; the answer is looked at later, without waiting."""
+        """Send progress at most twice a second; the reply is read later, without waiting."""
         self.unsent = progress
-        self._look_for_answer(timeout=0)
-        if self.answer is None and time.monotonic() - self.posted > POST_EVERY_S:
+        self._read_reply(timeout=0)
+        if self.reply is None and time.monotonic() - self.posted_at > POST_EVERY_S:
             self._post()
 
     def close(self) -> None:
         """Send the last progress and wait until it has arrived."""
-        self._look_for_answer(timeout=10)
-        if self.unsent is not None and self.answer is None:
+        self._read_reply(timeout=10)
+        if self.unsent is not None and self.reply is None:
             self._post()
-            self._look_for_answer(timeout=10)
+            self._read_reply(timeout=10)
 
     def stop_requested(self) -> bool:
-        """What the driver last answered."""
+        """Return the driver's last reply."""
         return self.stop
 
     def checkpoint_requested(self) -> bool:
-        """Whether Ray has told this worker since the last question that a node of the run is about to be taken away.
+        """Return whether Ray has announced, since the last call, that a node of the run is about to be preempted.
 
-        `ray.train.get_preemption_info` would make every rank wait for all others at every step. What it reads is told
-        to each worker by Ray's own watcher; the loop shares its flags in an all-reduce anyway.
+        `ray.train.get_preemption_info` would make every rank wait for all others at every step. Ray's watcher sends the
+        notice to each worker, and the loop all-reduces the flags of the ranks anyway.
         """
         notice = get_train_context().preemption_context.preemption_info
-        fresh = notice is not None and notice != self.notice
-        self.notice = notice
-        return fresh
+        is_new = notice is not None and notice != self.preemption
+        self.preemption = notice
+        return is_new
 
     def _post(self) -> None:
         elapsed = time.monotonic() - self.started
-        self.answer = self.monitor.post.remote(self.attempt, elapsed, self.unsent)
-        self.unsent, self.posted = None, time.monotonic()
+        self.reply = self.monitor.post.remote(self.attempt, elapsed, self.unsent)
+        self.unsent, self.posted_at = None, time.monotonic()
 
-    def _look_for_answer(self, timeout: float) -> None:
-        if self.answer is None:
+    def _read_reply(self, timeout: float) -> None:
+        if self.reply is None:
             return
-        done, _ = ray.wait([self.answer], timeout=timeout)
+        done, _ = ray.wait([self.reply], timeout=timeout)
         if not done:
             return
-        answer, self.answer = self.answer, None
+        reply, self.reply = self.reply, None
         if not self.stop:
-            self.stop = bool(heard(answer))
+            self.stop = bool(get_reply(reply))
 
 
-def heard(answer: Any) -> Any:
-    """What an actor of the driver's has answered; None where it cannot be reached for a moment.
+def get_reply(reply: Any) -> Any:
+    """Return the reply of an actor of the driver's; None where it cannot be reached at the moment.
+
+    Args:
+        reply: the reference that the call returned.
 
     Raises:
-        DriverLostError: it is gone for good.
+        DriverLostError: the actor has ended, and so has the driver.
     """
     try:
-        return ray.get(answer)
+        return ray.get(reply)
     except ActorUnavailableError:
-        return None  # the network, perhaps; the next answer tells
+        return None  # the network, perhaps: the next call will show
     except (ActorDiedError, RayActorError) as error:
-        # Ray is about to end this worker, and its controller. A failure that came first would have the controller
-        # start other workers, whose resources nobody gives back when it is ended in the middle of that.
+        # Ray is about to end this worker and its controller. If this worker failed first, the controller would start
+        # other workers, and nobody would give back their resources when it is ended in the middle of that.
         time.sleep(ORPHANED_S)
         raise DriverLostError("the driver of this run has ended; start it again to resume") from error
 
 
 @contextmanager
-def fetched(folder: str, names: Sequence[str], storage: Storage) -> Iterator[Path | None]:
-    """The first of a run's checkpoints that is whole, on this node; None where there are no names."""
+def downloaded_checkpoint(folder: str, names: Sequence[str], storage: Storage) -> Iterator[Path | None]:
+    """Return the first complete checkpoint of those named, downloaded to this node; None where there are no names."""
     with tempfile.TemporaryDirectory(prefix="ddpm-restored-") as scratch:
         target = Path(scratch) / "checkpoint"
         if names:

@@ -1,13 +1,10 @@
-"""Ray Train around the rank loop: what a worker runs, what Ray survives, and the driver's watch over it."""
+"""Ray Train around the training loop: what a worker runs, and the Ray Train run of a training of its own."""
 
 from __future__ import annotations
 
 import math
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import ray
@@ -23,53 +20,51 @@ from pipelines.filesystem import Fence, open_filesystem
 from pipelines.shards.cache import ShardCorruptError
 from pipelines.storage import NotFoundError, Storage, join, patiently
 from pipelines.training import STARTED
-from pipelines.training.goodput import Ledger
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.loop import TrainingLoop
 from pipelines.training.loop.shell import Job
-from pipelines.training.ray_train.resources import TrainingError, alive_nodes, per_worker, shortage
+from pipelines.training.ray_train.resources import per_worker
 from pipelines.training.ray_train.shell import RayShell
 from pipelines.training.resume import run_folder
 
-WATCH_EVERY_S = 0.5
-FINAL = (FloatingPointError, ShardCorruptError, ModelError)
-"""What comes again however often the workers are started: the stream is the same, and so are data and checkpoints."""
-Report = Callable[[dict[str, float]], None]
-Notice = Callable[[str], None]
-Workers = Callable[[Job, Any, Fence], Callable[[], object]]
-"""(job, monitor, fence) -> a call that trains the job to its end; see `own_workers`."""
+FINAL_ERRORS = (FloatingPointError, ShardCorruptError, ModelError)
+"""Errors that come again however often the workers are started: stream, data and checkpoints are the same."""
+WorkerProvider = Callable[[Job, Any, Fence], Callable[[], object]]
+"""Takes a job, the handle of its monitor and its fence, and returns a call that trains the job to its end."""
 
 
-def train_rank(job: Job, monitor: Any, shell: RayShell, started: float) -> None:
-    """This Ray Train worker's part of a run, in a shell that is new.
-
-    Args:
-        started: `time.monotonic()` when this attempt began.
-    """
-    from ray.train.torch import get_device
-
-    if ray.get(monitor.why_final.remote()) is not None:
-        return  # Ray Train starts the workers again whatever it was; the driver says why
-    torch.set_num_threads(job.config.cluster.threads_per_worker)
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-    node = f"node-{context.get_node_rank()}"
-    with tracking.system_metrics(job.tracker, node) if context.get_local_rank() == 0 else nullcontext():
-        try:
-            context = RunContext.of(job, rank=rank, world_size=world_size, device=get_device())
-            TrainingLoop(context, shell, started).run()
-        except FINAL as error:
-            ray.get(monitor.give_up.remote(str(error)))
-            raise  # the others may be waiting for this rank: Ray Train ends them
-        shell.close()
-
-
-def _worker_main(settings: dict[str, Any]) -> None:
-    """One Ray Train worker."""
+def worker_main(settings: dict[str, Any]) -> None:
+    """Train as one Ray Train worker of a run that has a Ray Train run of its own."""
     job, monitor = settings["job"], settings["monitor"]
     rank = ray.train.get_context().get_world_rank()
     shell = RayShell(monitor, rank, job.storage, run_folder(job.config), settings["fence"], STARTED)
     train_rank(job, monitor, shell, STARTED)
+
+
+def train_rank(job: Job, monitor: Any, shell: RayShell, started: float) -> None:
+    """Train this Ray Train worker's part of a run.
+
+    Args:
+        monitor: handle of the run's monitor actor.
+        shell: a new one.
+        started: `time.monotonic()` when this attempt began.
+    """
+    from ray.train.torch import get_device
+
+    if ray.get(monitor.final_error.remote()) is not None:
+        return  # Ray Train starts the workers again whatever the error was; the driver reports it
+    torch.set_num_threads(job.config.cluster.threads_per_worker)
+    worker = ray.train.get_context()
+    rank, world_size = worker.get_world_rank(), worker.get_world_size()
+    node = f"node-{worker.get_node_rank()}"
+    with tracking.system_metrics(job.tracker, node) if worker.get_local_rank() == 0 else nullcontext():
+        try:
+            context = RunContext.of(job, rank=rank, world_size=world_size, device=get_device())
+            TrainingLoop(context, shell, started).run()
+        except FINAL_ERRORS as error:
+            ray.get(monitor.set_final_error.remote(str(error)))
+            raise  # the others may be waiting for this rank: Ray Train ends them
+        shell.close()
 
 
 def make_trainer(
@@ -81,7 +76,7 @@ def make_trainer(
     keep: int,
     fence: Fence | None,
 ) -> TorchTrainer:
-    """Ray's side of a training: how many workers, where their checkpoints are listed, what it survives.
+    """Return Ray's side of a training: how many workers, where their checkpoints are listed, what failures it survives.
 
     Args:
         loop: what a worker runs, with `settings`.
@@ -104,7 +99,7 @@ def make_trainer(
             name=name,
             storage_path=path,
             storage_filesystem=filesystem,
-            # A group of workers that does not come up in a minute is tried again as long as patience lasts.
+            # A group of workers that does not start within a minute is tried again until patience_s has passed.
             failure_config=FailureConfig(
                 max_failures=cluster.max_failures, controller_failure_limit=math.ceil(cluster.patience_s / 60)
             ),
@@ -113,78 +108,22 @@ def make_trainer(
     )
 
 
-def own_workers(job: Job, monitor: Any, fence: Fence) -> Callable[[], object]:
-    """A Ray Train run for this run alone: call it to train."""
+def dedicated_workers(job: Job, monitor: Any, fence: Fence) -> Callable[[], object]:
+    """Return a call that trains a job in a Ray Train run of its own; a `WorkerProvider`."""
     settings = {"job": job, "monitor": monitor, "fence": fence}
     config, folder = job.config, run_folder(job.config)
-    trainer = make_trainer(_worker_main, settings, config.cluster, job.storage, folder, config.checkpoint.keep, fence)
+    trainer = make_trainer(worker_main, settings, config.cluster, job.storage, folder, config.checkpoint.keep, fence)
     _take_over_reservation(job, trainer)
     return trainer.fit
 
 
-def fit_and_watch(
-    job: Job, monitor: Any, fit: Callable[[], object], ledger: Ledger, report: Report, notice: Notice
-) -> BaseException | None:
-    """Fit in a thread, so that the main thread shows progress and owns Ctrl-C; the error that ended it, if any.
-
-    Args:
-        fit: trains the job to its end; see `own_workers`.
-    """
-    outcome: list[BaseException | None] = []
-
-    def run() -> None:
-        try:
-            fit()
-            outcome.append(None)
-        except BaseException as error:  # noqa: BLE001 - it is handed to the main thread
-            outcome.append(error)
-
-    thread = threading.Thread(target=run, name="ray-train", daemon=True)
-    missing = _Missing(job.config.cluster)
-    with _interrupts(monitor, notice):
-        thread.start()
-        while thread.is_alive():
-            thread.join(WATCH_EVERY_S)
-            try:
-                attempts, loss = ray.get(monitor.snapshot.remote())
-                gone = missing.too_long()
-            except RayError as error:
-                return TrainingError(f"the Ray cluster is lost, the same command resumes on another: {error}")
-            ledger.update(attempts)
-            if attempts:
-                report({"images_seen": attempts[-1].images_seen, **({} if loss is None else {"loss": loss})})
-            if gone:
-                return TrainingError(gone)
-    final = ray.get(monitor.why_final.remote())
-    return outcome[0] if final is None else TrainingError(f"training '{job.config.name}' failed: {final}")
-
-
-class _Missing:
-    """Watches whether the cluster can hold the workers at all: Ray Train would wait for ever."""
-
-    def __init__(self, cluster: ClusterConfig) -> None:
-        self.cluster = cluster
-        self.looked = time.monotonic()
-        self.since: float | None = None
-
-    def too_long(self) -> str | None:
-        """Why not, where that has been so for `cluster.patience_s`; looks every few seconds."""
-        now = time.monotonic()
-        if now - self.looked < 5:
-            return None
-        self.looked = now
-        short = shortage(self.cluster, alive_nodes())
-        self.since = None if short is None else self.since or now
-        return short if self.since is not None and now - self.since > self.cluster.patience_s else None
-
-
 def _take_over_reservation(job: Job, trainer: TorchTrainer) -> None:
-    """Give back what the controller of a killed driver had reserved, and leave word of what this one will.
+    """Cancel what the controller of a killed driver had reserved, and record the name of this one's reservation.
 
-    Ray's coordinator, which outlives drivers, keeps a reservation for three minutes; so long an elastic run would wait
-    for its own former self.
+    Ray's coordinator, which outlives drivers, keeps a reservation for three minutes; for so long an elastic run would
+    wait for resources that its own former driver had reserved.
     """
-    # Workers import this module too, and half a second of Ray Data with it.
+    # Not at the top: workers import this module too, and it takes half a second.
     from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
         get_or_create_autoscaling_coordinator,
     )
@@ -195,27 +134,3 @@ def _take_over_reservation(job: Job, trainer: TorchTrainer) -> None:
         with suppress(RayError):
             ray.get(get_or_create_autoscaling_coordinator().cancel_request.remote(requester_id=before), timeout=10)
     patiently(lambda: job.storage.write(uri, f"train-{trainer.train_run_context.run_id}".encode()))
-
-
-@contextmanager
-def _interrupts(monitor: Any, notice: Notice) -> Iterator[None]:
-    """First Ctrl-C: stop at a step boundary with a checkpoint. Second: abort."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    presses = 0
-
-    def handle(signum: int, frame: Any) -> None:
-        nonlocal presses
-        presses += 1
-        if presses > 1:
-            raise KeyboardInterrupt
-        notice("stopping at the next step with a checkpoint; press Ctrl-C again to abort without one")
-        monitor.request_stop.remote()
-
-    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

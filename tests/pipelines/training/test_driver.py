@@ -12,7 +12,7 @@ from ray.train.v2._internal.execution.storage import StorageContext
 from pipelines.checkpoints import CheckpointState, ModelError
 from pipelines.config import ConfigError, compose
 from pipelines.storage import Storage
-from pipelines.training.driver import workers_text
+from pipelines.training.describe import workers_text
 from pipelines.training.ray_train.resources import per_worker, possible_workers, shortage
 from pipelines.training.resume import enter_checkpoint, listed_checkpoints, newest_checkpoint, run_folder, sweep
 
