@@ -28,7 +28,7 @@ TINY = ["model.channels=[32]", "model.attention=[true]", "model.layers_per_block
 
 @dataclass
 class MemoryTracker:
-    """Stands where MLflow would: the loop's own numbers are what is tested here."""
+    """Takes the place of MLflow and keeps everything in memory."""
 
     uri: str = "http://nowhere"
     run_id: str = "test"
@@ -64,7 +64,7 @@ class FolderShell:
     Args:
         folder: of the run; all its attempts have the same.
         stop_after: steps of this attempt after which to stop.
-        checkpoint_after: steps of this attempt after which this rank wishes a checkpoint.
+        checkpoint_after: steps of this attempt after which this rank asks for a checkpoint.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class FolderShell:
 
 
 def tiny_config(root: Path, images: int, batch_size: int, *overrides: str) -> Config:
-    """A network of 30 k parameters on digits; nothing but the last step saves or draws."""
+    """Return a run of a network of 30 k parameters on digits; only the last step saves and draws."""
     plain = ["+experiment=digits", *TINY, "optim.precision=fp32", f"images={images}", f"batch_size={batch_size}"]
     plain += ["data.lanes=5", "checkpoint.every=100000", "tracking.grid_every=100000", "tracking.grid_rows=1"]
     plain += ["storage=file", f"storage.root=file://{root}", f"data.cache_dir={root}/cache", "sampler.steps=2"]
@@ -128,11 +128,15 @@ def train_here(
     world: int = 1,
     *,
     shell: FolderShell | None = None,
-    **wishes: int,
+    **requests: int,
 ) -> tuple[FolderShell, MemoryTracker]:
-    """One rank's attempt in this process, in its process group if there is one; in a shell of `wishes` by default."""
+    """Train one rank in this process, in its process group if there is one.
+
+    Args:
+        shell: a new `FolderShell` with `requests`, where not given.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    shell, tracker = shell or FolderShell(folder, rank, **wishes), MemoryTracker()
+    shell, tracker = shell or FolderShell(folder, rank, **requests), MemoryTracker()
     job = Job(config, dataset, Storage(), tracker, {})  # type: ignore[arg-type]
     context = RunContext.of(job, rank=rank, world_size=world, device=torch.device("cpu"))
     TrainingLoop(context, shell).run()
@@ -140,7 +144,7 @@ def train_here(
 
 
 def trace(folder: Path) -> dict[int, float]:
-    """Loss by images seen; a step that was computed twice must have come to the same."""
+    """Return the loss by images seen; a step that was computed twice must have the same loss."""
     found: dict[int, float] = {}
     for line in (folder / "trace.jsonl").read_text().splitlines():
         seen, loss = json.loads(line)
@@ -151,13 +155,13 @@ def trace(folder: Path) -> dict[int, float]:
 
 
 def last_checkpoint(folder: Path) -> Path:
-    """The newest checkpoint's folder."""
+    """Return the folder of the newest checkpoint."""
     uri, _ = checkpoints.complete_checkpoints(Storage(), f"file://{folder}/checkpoints")[0]
     return Path(uri.removeprefix("file://"))
 
 
 def run_ranks(rank: int, world: int, rendezvous: Path, dataset: Dataset, runs: Sequence[tuple[Path, Config]]) -> None:
-    """A process of a group that goes through several trainings; for `torch.multiprocessing.spawn`."""
+    """Run several trainings one after the other as one process of a group; for `torch.multiprocessing.spawn`."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
     try:

@@ -21,9 +21,9 @@ from tests.pipelines.training.loop.ranks import last_checkpoint, run_ranks, tiny
 STEPS, BATCH = 6, 25
 
 
-def run(folder, dataset, *overrides, **wishes):
+def run(folder, dataset, *overrides, **requests):
     folder.mkdir(exist_ok=True)
-    return train_here(folder, dataset, tiny_config(folder, STEPS * BATCH, BATCH, *overrides), **wishes)
+    return train_here(folder, dataset, tiny_config(folder, STEPS * BATCH, BATCH, *overrides), **requests)
 
 
 def losses(folder):
@@ -72,7 +72,7 @@ def test_a_run_that_has_seen_all_its_images_does_nothing_more(digits, tmp_path):
     assert (shell.reports, shell.under_way, tracker.points) == ([], [], {})
 
 
-def test_a_wished_checkpoint_is_saved_at_the_step_boundary_and_training_goes_on(digits, tmp_path):
+def test_a_requested_checkpoint_is_saved_at_the_step_boundary_and_training_goes_on(digits, tmp_path):
     shell, _ = run(tmp_path / "r", digits, checkpoint_after=2)
     saved = sorted(int(p.name.split("-")[0]) for p in (tmp_path / "r" / "checkpoints").iterdir())
     assert saved == [50, STEPS * BATCH]

@@ -1,9 +1,11 @@
 import pytest
 import torch
 
+from pipelines.config import compose
 from pipelines.shards.read import Batch
 from pipelines.training.loop.collectives import broadcast, gather
 from pipelines.training.loop.parallel import micro_batches
+from pipelines.training.loop.state import make_network
 
 
 def piece(count):
@@ -37,3 +39,11 @@ def test_gathered_tensors_are_copies_and_broadcast_ones_overwrite_in_place():
     a = live["a"]
     broadcast(copies, live, torch.device("cpu"))
     assert torch.equal(a, copies["a"])
+
+
+@pytest.mark.parametrize("task", ["denoiser", "classifier"])
+def test_every_network_names_units_for_fsdp_that_it_has(task):
+    network = make_network(compose(["+experiment=digits", f"task={task}", "model.text_dim=0"]))
+    units = [module for module in network.modules() if isinstance(module, network.fsdp_units)]
+    covered = {id(p) for unit in units for p in unit.parameters()}
+    assert len(covered) > len(list(network.parameters())) / 2

@@ -1,4 +1,4 @@
-"""What the driver decides without a cluster: whether workers fit, where a run resumes, what is debris."""
+"""Which checkpoint a run resumes from, and which checkpoints are deleted."""
 
 from __future__ import annotations
 
@@ -10,41 +10,11 @@ from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import Check
 from ray.train.v2._internal.execution.storage import StorageContext
 
 from pipelines.checkpoints import CheckpointState, ModelError
-from pipelines.config import ConfigError, compose
+from pipelines.config import compose
 from pipelines.storage import Storage
-from pipelines.training.describe import workers_text
-from pipelines.training.ray_train.resources import per_worker, possible_workers, shortage
 from pipelines.training.resume import enter_checkpoint, listed_checkpoints, newest_checkpoint, run_folder, sweep
 
 STORAGE = Storage()
-
-
-def test_a_worker_does_not_span_two_nodes():
-    worker = {"CPU": 4.0, "GPU": 1.0}
-    assert possible_workers([{"CPU": 8, "GPU": 8}, {"CPU": 16, "GPU": 2}], worker) == 2 + 2
-    assert possible_workers([{"CPU": 3, "GPU": 1}, {"CPU": 3, "GPU": 1}], worker) == 0
-    assert possible_workers([], worker) == 0
-
-
-def test_a_shortage_says_what_is_needed_what_is_there_and_what_to_do():
-    cluster = compose(["+experiment=digits", "cluster.num_workers=[2,8]", "cluster.cpus_per_worker=4"]).cluster
-    assert per_worker(cluster) == {"CPU": 4.0}
-    assert shortage(cluster, [{"CPU": 4}, {"CPU": 4}]) is None
-    said = shortage(cluster, [{"CPU": 7}])
-    assert said is not None
-    assert "too small for 2 workers: each needs 4 CPU on one node, 1 node with 7 CPU in all hold 1" in said
-    assert "cluster.num_workers" in said
-
-
-def test_the_number_of_workers_is_one_or_a_range():
-    fixed, elastic = (compose(["+experiment=digits", f"cluster.num_workers={n}"]) for n in ("3", "[1,4]"))
-    assert (fixed.cluster.min_workers, fixed.cluster.max_workers) == (3, 3)
-    assert (elastic.cluster.min_workers, elastic.cluster.max_workers) == (1, 4)
-    assert (workers_text(fixed), workers_text(elastic)) == ("3 workers", "1 to 4 workers")
-    assert fixed.identity() == elastic.identity()
-    for wrong, why in (("[4,1]", "min <= max"), ("[1,200]", "exceeds batch_size"), ("0", "greater than 0")):
-        with pytest.raises(ConfigError, match=why):
-            compose(["+experiment=digits", f"cluster.num_workers={wrong}"])
 
 
 @pytest.fixture
