@@ -40,7 +40,8 @@ from pipelines.shards.read import Batch
 from pipelines.storage import Storage, join
 from pipelines.training import driver
 from pipelines.training.errors import TrainingError
-from pipelines.training.goodput import Session, read_sessions
+from pipelines.training.goodput import Session
+from pipelines.training.ledger import read_sessions
 from pipelines.training.loop.collectives import all_gather_items, rank_indices
 from pipelines.training.loop.state import TrainingState, ema_weights
 from pipelines.training.ray_train.monitor import request_stop

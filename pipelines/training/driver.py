@@ -16,7 +16,8 @@ from pipelines.storage import Storage, join
 from pipelines.tracking import Tracker
 from pipelines.training.describe import describe_run
 from pipelines.training.errors import TrainingError
-from pipelines.training.goodput import Goodput, Ledger
+from pipelines.training.goodput import Goodput
+from pipelines.training.ledger import Ledger
 from pipelines.training.loop.shell import Job
 from pipelines.training.ray_train.monitor import only_driver
 from pipelines.training.ray_train.resources import connect_ray, require_resources

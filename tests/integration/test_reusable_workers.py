@@ -22,7 +22,7 @@ from pipelines.shards.ingest.write import ingest
 from pipelines.stack import StackState
 from pipelines.storage import Storage, join
 from pipelines.training import driver
-from pipelines.training.goodput import read_sessions
+from pipelines.training.ledger import read_sessions
 from pipelines.training.ray_train.monitor import request_stop
 from pipelines.training.ray_train.reusable_workers import ReusableWorkers
 from pipelines.training.ray_train.trainer import dedicated_workers

@@ -14,7 +14,7 @@ from ray.exceptions import RayError
 
 from pipelines.config import ClusterConfig
 from pipelines.training.errors import TrainingError
-from pipelines.training.goodput import Ledger
+from pipelines.training.ledger import Ledger
 from pipelines.training.loop.shell import Job
 from pipelines.training.ray_train.resources import alive_nodes, shortage
 
