@@ -35,7 +35,7 @@ BATCH = 64
 SETTINGS = [
     "+experiment=digits", "model.channels=[32]", "model.attention=[true]", "model.layers_per_block=1",
     "optim.precision=fp32", f"batch_size={BATCH}", "tracking.grid_every=null", "cluster.num_workers=1",
-    "data.uri=s3://ddpm/datasets/warm",
+    "data.uri=s3://ddpm/datasets/reused",
 ]  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def drive(
     local_stack: StackState, s3: Storage, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., None]]:
     """Calls a function in a process that is a driver of the stack's Ray: Ray reads its token when it is imported."""
-    ingest("digits", "s3://ddpm/datasets/warm", s3, image_size=8, channels=1, shard_samples=200)
+    ingest("digits", "s3://ddpm/datasets/reused", s3, image_size=8, channels=1, shard_samples=200)
     environment = stack.ray_environment(local_stack.home) | {
         "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache")),
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -83,13 +83,13 @@ def test_a_group_trains_run_after_run_as_workers_of_their_own_would(drive, tmp_p
 
 
 def run_after_run(storage: Storage, local_stack: StackState, tmp_path: Path) -> None:
-    workers = ReusableWorkers("s3://ddpm/studies/warm/workers")
+    workers = ReusableWorkers("s3://ddpm/studies/reused/workers")
     try:
-        first = config_of(local_stack, "warm-1", "images=1280", "optim.lr=0.004", "objective.prediction=v")
+        first = config_of(local_stack, "reused-1", "images=1280", "optim.lr=0.004", "objective.prediction=v")
         assert train(first, storage, workers).status == "finished"
         (before,) = worker_processes(local_stack)
 
-        second = config_of(local_stack, "warm-2", "images=2560", "checkpoint.every=640", "checkpoint.keep=2")
+        second = config_of(local_stack, "reused-2", "images=2560", "checkpoint.every=640", "checkpoint.keep=2")
         result = train(second, storage, workers)
         assert (result.status, result.images_seen) == ("finished", 2560)
         (after,) = worker_processes(local_stack)
@@ -101,14 +101,14 @@ def run_after_run(storage: Storage, local_stack: StackState, tmp_path: Path) -> 
         assert attempt.seconds["startup"] < slow.seconds["startup"]
         assert train(second, storage, workers).status == "complete"
 
-        alone = second.model_copy(update={"name": "warm-alone"})
-        other = config_of(local_stack, "warm-3", "images=640", "cluster.num_workers=2")
+        alone = second.model_copy(update={"name": "reused-alone"})
+        other = config_of(local_stack, "reused-3", "images=640", "cluster.num_workers=2")
         assert train(other, storage, workers).status == "finished"  # two workers instead of the one
         assert before.pid not in {p.pid for p in worker_processes(local_stack)}
     finally:
         workers.close()
     assert not worker_processes(local_stack)
-    assert not storage.list("s3://ddpm/studies/warm/workers")
+    assert not storage.list("s3://ddpm/studies/reused/workers")
 
     train(alone, storage)
     found, expected = (weights(c, storage, tmp_path / c.name) for c in (second, alone))
@@ -122,8 +122,8 @@ def test_a_worker_that_is_killed_is_replaced_and_the_run_goes_on_from_its_checkp
 
 
 def a_worker_is_killed(storage: Storage, local_stack: StackState) -> None:
-    workers = ReusableWorkers("s3://ddpm/studies/warm/workers")
-    config = config_of(local_stack, "warm-killed", "images=64000", "checkpoint.every=640")
+    workers = ReusableWorkers("s3://ddpm/studies/reused/workers")
+    config = config_of(local_stack, "reused-killed", "images=64000", "checkpoint.every=640")
     results: list[driver.TrainingResult] = []
     thread = threading.Thread(target=lambda: results.append(train(config, storage, workers)), daemon=True)
     try:
@@ -147,7 +147,7 @@ def a_worker_is_killed(storage: Storage, local_stack: StackState) -> None:
         assert result.images_seen == newest_checkpoint(config, storage).images_seen
 
         (replaced,) = worker_processes(local_stack)
-        after = config_of(local_stack, "warm-after", "images=640")
+        after = config_of(local_stack, "reused-after", "images=640")
         assert train(after, storage, workers).status == "finished"
         assert worker_processes(local_stack)[0].pid != replaced.pid  # a group that has failed is not taken again
     finally:
