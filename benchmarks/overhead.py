@@ -159,7 +159,7 @@ class _Bench:
 
     def turn(self, workers: int, seconds: float, rate: float, name: str) -> dict[str, float]:
         """Bare, through Ray, bare again: the second over the mean of the others, and where the difference is."""
-        from pipelines.training.goodput import read_sessions
+        from pipelines.training.ledger import read_sessions
 
         steps = max(10, int(seconds * rate * workers / BATCH))
         before = _bare(workers, seconds / 2)
@@ -177,7 +177,7 @@ class _Bench:
         """Seconds from SIGKILL of the worker to the next finished step: until our code starts, and from there on."""
         import ray
 
-        from pipelines.training.driver import monitor_name
+        from pipelines.training.ray_train.monitor import monitor_name
 
         images = int(120 * rate) // BATCH * BATCH
         every = max(BATCH, int(5 * rate))

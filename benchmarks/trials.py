@@ -57,7 +57,7 @@ def run(turns: int, quick: bool) -> dict[str, Any]:
     from pipelines.flow import ingest_stage
     from pipelines.storage import Storage
     from pipelines.terminal import Terminal
-    from pipelines.training.resources import connect_ray
+    from pipelines.training.ray_train.resources import connect_ray
 
     storage = Storage.of(config)
     ingest_stage(config, storage, Terminal())

@@ -102,7 +102,7 @@ def ingest(
 
     storage = Storage.of(config)
     if over_ray:
-        from pipelines.training.resources import connect_ray
+        from pipelines.training.ray_train.resources import connect_ray
 
         connect_ray(config, storage)
     with terminal.live():

@@ -27,9 +27,11 @@ from pipelines.shards.ingest.write import Ingested, ingest, source_digest
 from pipelines.storage import NotFoundError, Storage, join
 from pipelines.tracking import ModelVersion, Tracker
 from pipelines.training import driver
+from pipelines.training.describe import workers_text
 from pipelines.training.driver import TrainingResult
+from pipelines.training.errors import TrainingError
 from pipelines.training.goodput import Goodput
-from pipelines.training.resources import TrainingError, connect_ray
+from pipelines.training.ray_train.resources import connect_ray
 
 INGEST_KEY = "ingest-key"
 INGEST_SETTINGS = (
@@ -211,7 +213,7 @@ def train_stage(config: Config, storage: Storage, lineage: dict[str, Any], displ
     elif plan.resumes_at:
         display.stage("train", f"resuming run '{config.name}' at {plan.resumes_at:,} of {config.images:,} images")
     else:
-        display.stage("train", f"new run '{config.name}', {config.images:,} images, {driver.workers_text(config)}")
+        display.stage("train", f"new run '{config.name}', {config.images:,} images, {workers_text(config)}")
     if not plan.complete:
         display.stage("train", f"follow it at {plan.job.tracker.url}")
     report = (lambda values: None) if plan.complete else display.training(config.images, plan.resumes_at)

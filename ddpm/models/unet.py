@@ -8,15 +8,18 @@ What diffusers' network does not know (text, the clear context of inpainting) ad
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from ddpm.models.blocks import (
+    Attention,
+    CrossAttention,
     Downsample,
     MidBlock,
+    ResnetBlock,
     Stage,
     Text,
     TimestepEmbedding,
@@ -34,7 +37,10 @@ class Encoder(nn.Module):
 
     Attributes:
         skip_widths: channels of the tensors that the way up takes over, in the order of their making.
+        fsdp_units: the classes of the modules that FSDP2 shards one by one.
     """
+
+    fsdp_units: ClassVar[tuple[type[nn.Module], ...]] = (ResnetBlock, Attention, CrossAttention)
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()

@@ -26,7 +26,7 @@ from pipelines.shards.index import read_dataset
 from pipelines.storage import Storage, join
 from pipelines.tracking import Tracker
 from pipelines.training.driver import check_dataset
-from pipelines.training.resources import connect_ray
+from pipelines.training.ray_train.resources import connect_ray
 
 Say = Callable[[str, str], None]
 # A trial that fails is a line of the study's own; Tune would add the stack of every actor around it.

@@ -39,11 +39,13 @@ from pipelines.search.study import StudyError, TrialRecord, searcher, trial_name
 from pipelines.shards.read import Batch
 from pipelines.storage import Storage, join
 from pipelines.training import driver
-from pipelines.training.goodput import Session, read_sessions
-from pipelines.training.preview import collect, share_out
-from pipelines.training.resources import TrainingError
-from pipelines.training.state import Training, averaged
-from pipelines.training.warm import WarmWorkers
+from pipelines.training.errors import TrainingError
+from pipelines.training.goodput import Session
+from pipelines.training.ledger import read_sessions
+from pipelines.training.loop.collectives import all_gather_items, rank_indices
+from pipelines.training.loop.state import TrainingState, ema_weights
+from pipelines.training.ray_train.monitor import request_stop
+from pipelines.training.ray_train.reusable_workers import ReusableWorkers
 
 # Ray Train looks at its workers every two seconds, and so at the end of every trial; Tune has a table of its own.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -59,7 +61,7 @@ STOP_S = 120.0
 
 @dataclass(frozen=True)
 class RungJudge:
-    """Judges a training's average at given numbers of images; see `pipelines.training.shell.Judge`.
+    """Judges a training's average at given numbers of images; see `pipelines.training.loop.shell.EvaluationHook`.
 
     The scores are files beside the run's checkpoints: a trial that comes again finds those it has earned.
 
@@ -91,13 +93,13 @@ class RungJudge:
         """Whether a rung lies in (before, seen]."""
         return any(before < rung <= seen for rung in self.rungs)
 
-    def __call__(self, training: Training, spec: ModelSpec, device: torch.device) -> None:
+    def __call__(self, state: TrainingState, spec: ModelSpec, device: torch.device) -> None:
         """Draw and judge, the work shared out over the ranks; rank 0 writes the scores."""
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         schedule = make_schedule(**spec.schedule)
-        with averaged(training) as network, torch.no_grad():
+        with ema_weights(state) as network, torch.no_grad():
             denoiser = NetworkDenoiser(network, schedule, spec.prediction)
-            mine = share_out(self.samples, rank)
+            mine = rank_indices(self.samples, rank)
             images = generate(
                 denoiser,
                 schedule,
@@ -108,10 +110,12 @@ class RungJudge:
                 images=mine.to(device),
                 batch_size=BATCH,
             )
-            features = collect(extract(self.evaluator, to_levels(images)).features.to(device), self.samples).cpu()
+            features = all_gather_items(
+                extract(self.evaluator, to_levels(images)).features.to(device), self.samples
+            ).cpu()
             scores, _ = distance_and_error(self.reference, features)
             if len(self.held_out):
-                part = share_out(len(self.held_out), rank)
+                part = rank_indices(len(self.held_out), rank)
                 bound = variational_bound(
                     configured(denoiser, schedule, replace(spec.sampling, scale=1.0, rescale=0.0)),
                     schedule,
@@ -121,10 +125,10 @@ class RungJudge:
                     images=part.to(device),
                     steps=min(BOUND_STEPS, schedule.num_steps),
                 )
-                scores["bits_per_dim"] = collect(bound.total, len(self.held_out)).mean().item()
+                scores["bits_per_dim"] = all_gather_items(bound.total, len(self.held_out)).mean().item()
         if rank == 0:
-            scores |= {"images_seen": float(training.images_seen), "samples": float(self.samples)}
-            where = join(self.uri, f"{training.images_seen:012d}.json")
+            scores |= {"images_seen": float(state.images_seen), "samples": float(self.samples)}
+            where = join(self.uri, f"{state.images_seen:012d}.json")
             self.storage.write(where, json.dumps(scores).encode())
 
     @staticmethod
@@ -220,7 +224,7 @@ class TrainingTrial(tune.Trainable):
     """
 
     shared: Shared
-    warm: WarmWorkers
+    workers: ReusableWorkers
     run_config: Config
     thread: threading.Thread
     reported: float
@@ -229,7 +233,7 @@ class TrainingTrial(tune.Trainable):
     def setup(self, config: dict[str, Value], *, shared: Shared) -> None:
         """Once per actor."""
         self.shared = shared
-        self.warm = WarmWorkers(join(shared.base.storage.root, "studies", shared.name, "workers"))
+        self.workers = ReusableWorkers(join(shared.base.storage.root, "studies", shared.name, "workers"))
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Value]) -> bool:
@@ -247,7 +251,7 @@ class TrainingTrial(tune.Trainable):
         while True:
             ended = not self.thread.is_alive()
             if self.error is not None:
-                self.warm.close()
+                self.workers.close()
                 raise self.error
             fresh = self._scores_above(self.reported)
             last = bool(fresh) and fresh[0]["images_seen"] >= self.rungs[-1]
@@ -261,7 +265,7 @@ class TrainingTrial(tune.Trainable):
     def cleanup(self) -> None:
         """At the actor's end."""
         self._end()
-        self.warm.close()
+        self.workers.close()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing: the run has its own."""
@@ -295,7 +299,7 @@ class TrainingTrial(tune.Trainable):
         )
         try:
             plan = driver.make_plan(config, self.storage, dict(shared.lineage))
-            driver.train(replace(plan, job=replace(plan.job, judge=judge)), workers=self.warm.take)
+            driver.train(replace(plan, job=replace(plan.job, evaluation_hook=judge)), workers=self.workers.provide)
         except BaseException as error:  # noqa: BLE001 - it is raised in Tune's own thread
             self.error = error
 
@@ -314,7 +318,7 @@ class TrainingTrial(tune.Trainable):
         deadline = time.monotonic() + STOP_S
         while self.thread.is_alive():
             # Again and again: the run may only be starting, and then has nobody to ask yet.
-            driver.request_stop(self.run_config)
+            request_stop(self.run_config)
             self.thread.join(0.5)
             if time.monotonic() > deadline:
                 raise TrainingError(f"run '{self.run_config.name}' does not stop")

@@ -1,6 +1,6 @@
-"""Training on Ray Train: driver and rank loop."""
+"""Training: the driver of a run, Ray Train around its workers, and the loop of each worker."""
 
 import time
 
 STARTED = time.monotonic()
-"""When this process began to be a part of a training: before torch and Ray are imported, which takes seconds."""
+"""When this process began to take part in a training: before torch and Ray are imported, which takes seconds."""

@@ -1,36 +1,29 @@
-"""Where the wall time of a run went, over all its restarts: what it learned from, what it lost, and to what.
+"""Goodput: how the wall time of a run was spent over all its restarts, and how much of it was lost.
 
-Pure functions of what the driver writes down. A *session* is the life of a driver, an *attempt* that of a group of
-workers within one. Work is lost where an attempt resumes below the images that an earlier one had seen.
+`measure` is a pure function of the sessions and attempts in a run's ledger (`ledger.py`). A *session* is the life of a
+driver, an *attempt* that of a group of workers within one. Work is lost where an attempt resumes below the images that
+an earlier one had seen.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
-
-from pipelines.storage import NotFoundError, Storage, StorageError, join, patiently
-
-VERSION = 1
-KEEP_EVERY_S = 5.0
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """What rank 0 last told of one life of the workers.
+    """The last report of rank 0 from one life of the workers.
 
     Attributes:
-        began, ended: seconds since the epoch.
-        resumed_at, images_seen: where it took up the stream, and how far it came.
-        seconds: by kind, as in `Progress`.
-        uploaded_bytes, upload_s: of checkpoints, while training went on.
+        began: when the attempt began, in seconds since the epoch.
+        ended: when rank 0 reported last, in seconds since the epoch.
+        resumed_at: images seen where the attempt began.
+        images_seen: images seen at the last report.
+        seconds: wall time by kind, as in `Progress`.
+        uploaded_bytes: size of the checkpoints stored.
+        upload_s: seconds of their uploads, while training went on.
     """
 
     began: float
@@ -44,7 +37,13 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Session:
-    """The life of a driver, and the attempts in it, oldest first."""
+    """The life of a driver.
+
+    Attributes:
+        began: seconds since the epoch.
+        ended: seconds since the epoch.
+        attempts: of its workers, oldest first.
+    """
 
     began: float
     ended: float
@@ -53,17 +52,24 @@ class Session:
 
 @dataclass(frozen=True)
 class Goodput:
-    """Seconds of a run by what they were for; they add up to `wall_s`.
+    """Seconds of a run by purpose; those of `parts` add up to `wall_s`.
 
     Attributes:
+        wall_s: from the start of the first driver to the end of the last.
         productive_s: optimizer steps whose result was kept.
-        data_s, checkpoint_s, grid_s: the loop stood still for batches, for checkpoints, for sample grids.
-        restart_s: no worker was in its loop while a driver was there: start-up, failures, restarts, shutdown.
-        recomputed_s, recomputed_images: steps whose result was lost, and so were computed again.
-        idle_s: no driver was there.
-        unaccounted_s: within attempts, but of no kind; small, or something is not measured.
-        attempts, sessions: lives of the workers and of drivers.
-        uploaded_bytes, upload_s: of checkpoints, beside training.
+        data_s: the loop waited for batches.
+        checkpoint_s: the loop waited for checkpoints.
+        grid_s: the loop drew sample grids or was evaluated.
+        restart_s: a driver was running and no worker was in its loop: start-up, failures, restarts, shutdown.
+        recomputed_s: optimizer steps whose result was lost, so that they were computed again.
+        idle_s: no driver was running.
+        unaccounted_s: within attempts, but of no kind; large only where something is not measured.
+        recomputed_images: images of the steps that were lost.
+        images_seen: the most that any attempt has seen.
+        attempts: lives of the workers.
+        sessions: lives of drivers.
+        uploaded_bytes: size of the checkpoints stored.
+        upload_s: seconds of their uploads, while training went on.
     """
 
     wall_s: float
@@ -84,27 +90,27 @@ class Goodput:
 
     @property
     def fraction(self) -> float:
-        """The productive part of the time in which a driver was there."""
+        """The productive share of the time in which a driver was running, 0..1."""
         return self.productive_s / max(self.wall_s - self.idle_s, 1e-9)
 
     def parts(self) -> dict[str, float]:
-        """Seconds by what they were for, in the order in which they are shown."""
+        """Return the seconds by purpose, in the order in which they are shown."""
         names = ["productive", "data", "checkpoint", "grid", "restart", "recomputed", "idle", "unaccounted"]
         return {name: getattr(self, f"{name}_s") for name in names}
 
     def metrics(self) -> dict[str, float]:
-        """As MLflow shows it."""
+        """Return the values that are logged to MLflow, by metric key."""
         values = {f"goodput/{name}_s": value for name, value in self.parts().items()}
         counts = {f"goodput/{k}": float(getattr(self, k)) for k in ("recomputed_images", "attempts", "sessions")}
         uploads = {"goodput/uploaded_mib": self.uploaded_bytes / 2**20, "goodput/upload_s": self.upload_s}
         return {"goodput/fraction": self.fraction, "goodput/wall_s": self.wall_s, **values, **counts, **uploads}
 
     def to_dict(self) -> dict[str, Any]:
-        """For --json."""
+        """Return all values, for --json."""
         return {"fraction": self.fraction, **asdict(self)}
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Return two lines of text for a person."""
         shown = [f"{name} {value:,.1f} s" for name, value in self.parts().items() if value >= 0.05]
         lives = f"{self.attempts} start{'s' * (self.attempts != 1)} of the workers, {self.sessions} of the driver"
         again = f", {self.recomputed_images:,} images computed twice" if self.recomputed_images else ""
@@ -112,9 +118,9 @@ class Goodput:
 
 
 def measure(sessions: Sequence[Session]) -> Goodput:
-    """The ledger of a run from all its sessions, oldest first.
+    """Return the goodput of a run from all its sessions, oldest first.
 
-    The steps of an attempt take equally long, so what was lost of it costs its step time times the lost part of its
+    All steps of an attempt are taken to be equally long, so the time lost is its step time times the lost share of its
     images.
     """
     attempts = [a for session in sessions for a in session.attempts]
@@ -152,70 +158,7 @@ def measure(sessions: Sequence[Session]) -> Goodput:
 
 
 def _lost_images(attempts: Sequence[Attempt]) -> Iterator[int]:
-    """Of each attempt: how many of its images a later attempt had to see again."""
+    """Yield, for each attempt, how many of its images a later attempt had to compute again."""
     for i, attempt in enumerate(attempts):
         back_to = min((later.resumed_at for later in attempts[i + 1 :]), default=attempt.images_seen)
         yield max(0, attempt.images_seen - max(attempt.resumed_at, back_to))
-
-
-def read_sessions(storage: Storage, folder: str) -> tuple[Session, ...]:
-    """The sessions of a run so far, from `goodput.json` in its folder; none where it has none."""
-    try:
-        plain = json.loads(storage.read(join(folder, "goodput.json")))
-    except NotFoundError:
-        return ()
-    if plain["version"] != VERSION:
-        return ()
-    return tuple(
-        Session(**{**session, "attempts": tuple(Attempt(**a) for a in session["attempts"])})
-        for session in plain["sessions"]
-    )
-
-
-def write_sessions(storage: Storage, folder: str, sessions: Sequence[Session]) -> None:
-    """Keep the sessions of a run, so that those of a driver that is killed count."""
-    plain = {"version": VERSION, "sessions": [asdict(session) for session in sessions]}
-    storage.write(join(folder, "goodput.json"), json.dumps(plain).encode())
-
-
-class Ledger:
-    """The sessions of a run, kept beside its checkpoints while it goes on: a driver that is killed leaves its own."""
-
-    def __init__(self, storage: Storage, folder: str) -> None:
-        self.storage, self.folder = storage, folder
-        self.sessions = read_sessions(storage, folder)
-        self._ending = threading.Event()
-
-    @contextmanager
-    def session(self, began: float) -> Iterator[None]:
-        """The life of this driver, which began at a time since the epoch."""
-        self.sessions = (*self.sessions, Session(began, time.time()))
-        keeper = threading.Thread(target=self._keep, name="goodput", daemon=True)
-        keeper.start()
-        try:
-            yield
-        finally:
-            self.update(self.sessions[-1].attempts)
-            self._ending.set()
-            keeper.join()
-
-    def update(self, attempts: Sequence[Attempt]) -> None:
-        """What the workers have told by now."""
-        current = replace(self.sessions[-1], ended=time.time(), attempts=tuple(attempts))
-        self.sessions = (*self.sessions[:-1], current)
-
-    def goodput(self) -> Goodput | None:
-        """The ledger so far, None where there is nothing."""
-        return measure(self.sessions) if self.sessions else None
-
-    def _keep(self) -> None:
-        """Write now and then, beside the driver's other work: a store that is away must not hold that up."""
-        while not self._ending.wait(KEEP_EVERY_S):
-            try:
-                write_sessions(self.storage, self.folder, self.sessions)
-            except StorageError as error:
-                logger.warning("the goodput ledger could not be kept: %s", error)
-        try:
-            patiently(lambda: write_sessions(self.storage, self.folder, self.sessions), 60)
-        except StorageError as error:
-            logger.warning("the goodput ledger could not be kept: %s", error)

@@ -1,4 +1,4 @@
-"""Which checkpoints a run has: Ray Train's list is the only one, and what is not in it is debris."""
+"""The checkpoints of a run: Ray Train's list is the only one, and checkpoint folders that are not in it are deleted."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pipelines.storage import NotFoundError, Storage, join, patiently
 
 
 def run_folder(config: Config) -> str:
-    """Address of all that a run stores: Ray Train's checkpoints and their list, published ones, its ledger."""
+    """Return the address of all that a run stores: checkpoints and their list, published ones, the goodput ledger."""
     return join(config.storage.root, "runs", config.name)
 
 
 def listed_checkpoints(folder: str, storage: Storage) -> list[str]:
-    """Names of the checkpoints in Ray Train's list in a run's folder, the newest first; all others are debris."""
+    """Return the names of the checkpoints in Ray Train's list in a run's folder, the newest first."""
     snapshot = _snapshot(folder, storage)
     if snapshot is None:
         return []
@@ -32,11 +32,11 @@ def listed_checkpoints(folder: str, storage: Storage) -> list[str]:
 
 
 def enter_checkpoint(folder: str, storage: Storage, name: str, metrics: Mapping[str, Any], keep: int) -> None:
-    """Put a checkpoint into the list of a run that has no Ray Train run of its own, as Ray Train would.
+    """Add a checkpoint to the list of a run that has no Ray Train run of its own, as Ray Train would.
 
     Args:
-        name: of its folder, which holds it already; later names sort behind earlier ones.
-        keep: the newest that stay; the others are deleted once they are no longer listed.
+        name: of the checkpoint's folder, where it is stored already; later names sort behind earlier ones.
+        keep: how many of the newest stay; the others leave the list and are deleted.
     """
     before = (_snapshot(folder, storage) or {"checkpoint_results": []})["checkpoint_results"]
     entry = {"version": 0, "checkpoint_dir_name": name, "metrics": dict(metrics)}
@@ -59,7 +59,7 @@ def enter_checkpoint(folder: str, storage: Storage, name: str, metrics: Mapping[
 
 
 def _snapshot(folder: str, storage: Storage) -> dict[str, Any] | None:
-    """Ray Train's list in a run's folder, if there is one."""
+    """Return Ray Train's list in a run's folder, if there is one."""
     uri = join(folder, CHECKPOINT_MANAGER_SNAPSHOT_FILENAME)
     try:
         snapshot: dict[str, Any] = json.loads(patiently(lambda: storage.read(uri)))
@@ -71,10 +71,10 @@ def _snapshot(folder: str, storage: Storage) -> dict[str, Any] | None:
 
 
 def newest_checkpoint(config: Config, storage: Storage) -> CheckpointState | None:
-    """The state of the newest checkpoint of this name that can be read.
+    """Return the state of the newest readable checkpoint of the run, None where the run has no checkpoints.
 
     Raises:
-        ModelError: there are checkpoints, and none can.
+        ModelError: there are checkpoints, and none of them can be read.
     """
     error: ModelError | None = None
     for name in listed_checkpoints(run_folder(config), storage):
@@ -91,12 +91,12 @@ def newest_checkpoint(config: Config, storage: Storage) -> CheckpointState | Non
 
 
 def sweep(folder: str, storage: Storage) -> list[str]:
-    """Delete from a run's folder the checkpoints that are not in its list, such as uploads that never ended; names."""
+    """Delete the checkpoints of a run that are not listed, such as uploads that never ended, and return their names."""
     listed = set(listed_checkpoints(folder, storage))
-    debris = set()
+    deleted = set()
     for entry in storage.list(folder):
         name = entry.uri[len(folder) + 1 :].split("/")[0]
         if name.startswith("checkpoint_") and "/" in entry.uri[len(folder) + 1 :] and name not in listed:
             storage.delete(entry.uri)
-            debris.add(name)
-    return sorted(debris)
+            deleted.add(name)
+    return sorted(deleted)

@@ -13,7 +13,8 @@ import pytest
 from mlflow import MlflowClient
 
 from pipelines.checkpoints import load_checkpoint
-from pipelines.training.goodput import measure, read_sessions
+from pipelines.training.goodput import measure
+from pipelines.training.ledger import read_sessions
 from tests.chaos.arena import BATCH, CPUS, Arena, Training, until
 
 pytestmark = [pytest.mark.integration, pytest.mark.chaos, pytest.mark.timeout(1200)]

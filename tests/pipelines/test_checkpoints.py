@@ -26,7 +26,7 @@ from pipelines.config import compose
 from pipelines.models import model_spec, resolve
 from pipelines.shards.index import ShardInfo, make_dataset
 from pipelines.storage import Storage
-from tests.pipelines.training.ranks import MemoryTracker
+from tests.pipelines.training.loop.ranks import MemoryTracker
 
 CONFIG = compose(["+experiment=digits"])
 DATASET = make_dataset(

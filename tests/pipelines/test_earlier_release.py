@@ -29,7 +29,7 @@ from pipelines.models import settings_from_json
 from pipelines.shards.index import read_dataset
 from pipelines.storage import Storage
 from pipelines.tracking import ModelVersion
-from tests.pipelines.training.ranks import last_checkpoint, train_here
+from tests.pipelines.training.loop.ranks import last_checkpoint, train_here
 
 EARLIER = Path(__file__).parents[1] / "fixtures" / "earlier"
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.storage import Storage
-from pipelines.training.goodput import Attempt, Ledger, Session, measure, read_sessions, write_sessions
+from pipelines.training.goodput import Attempt, Session, measure
+from pipelines.training.ledger import Ledger, read_sessions, write_sessions
 
 KINDS = ("startup", "step", "data", "checkpoint", "grid")
 

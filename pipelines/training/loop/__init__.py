@@ -1,0 +1,1 @@
+"""The training loop of one rank, on torch.distributed alone: it never imports Ray."""

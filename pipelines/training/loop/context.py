@@ -1,0 +1,49 @@
+"""What is fixed during one attempt of one rank; every part of the loop reads it from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ddpm.interop import ModelSpec
+from ddpm.objectives import Objective
+from ddpm.schedule import NoiseSchedule
+from pipelines import models
+from pipelines.config import Config, noise_schedule, training_objective
+from pipelines.training.loop.shell import Job
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """The job of a run together with what is derived from it, and this rank's place in the process group.
+
+    Attributes:
+        job: configuration, dataset, storage and tracker of the run.
+        spec: the description of the model that goes into every checkpoint.
+        schedule: the noise schedule.
+        objective: what the network predicts, and its loss.
+        device: where this rank computes.
+        rank: 0..world_size - 1 in the process group.
+        world_size: the number of ranks.
+    """
+
+    job: Job
+    spec: ModelSpec
+    schedule: NoiseSchedule
+    objective: Objective
+    device: torch.device
+    rank: int
+    world_size: int
+
+    @classmethod
+    def of(cls, job: Job, *, rank: int, world_size: int, device: torch.device) -> RunContext:
+        """Return the context of a job on one rank."""
+        spec = models.model_spec(job.config, job.dataset, job.lineage, job.quarantine)
+        schedule, objective = noise_schedule(job.config), training_objective(job.config)
+        return cls(job, spec, schedule, objective, device, rank, world_size)
+
+    @property
+    def config(self) -> Config:
+        """The configuration of the run."""
+        return self.job.config

@@ -1,0 +1,65 @@
+"""The data of one rank: its batches of the training stream, and the test images that previews show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from pipelines.config import Config
+from pipelines.shards.order import Located
+from pipelines.shards.read import Batch, ShardReader, default_cache_dir
+from pipelines.shards.stream import StreamSettings, TrainingStream, open_stream
+from pipelines.training.loop.context import RunContext
+
+
+def stream_settings(config: Config) -> StreamSettings:
+    """Return how the run's data is ordered and read."""
+    data = config.data
+    return StreamSettings(
+        lanes=data.lanes,
+        window=data.window,
+        seed=config.seed,
+        cache_dir=Path(data.cache_dir) if data.cache_dir else default_cache_dir(),
+        cache_bytes=int(data.cache_gib * 2**30),
+        threads=data.decode_threads,
+        prefetch=data.prefetch_batches,
+        text=config.model.text_dim > 0,
+    )
+
+
+def training_stream(context: RunContext, start: int) -> TrainingStream:
+    """Return this rank's batches of the training stream.
+
+    Args:
+        start: `images_seen` where the stream begins.
+    """
+    job, settings = context.job, stream_settings(context.config)
+    reader, order = open_stream(job.dataset, "train", job.storage, settings, job.quarantine)
+    return TrainingStream(
+        reader,
+        order,
+        batch_size=job.config.batch_size,
+        rank=context.rank,
+        world_size=context.world_size,
+        start=start,
+        stop=job.config.images,
+        threads=settings.threads,
+        prefetch=settings.prefetch,
+    )
+
+
+def open_test_split(context: RunContext) -> ShardReader:
+    """Return a reader of the test split."""
+    job = context.job
+    return open_stream(job.dataset, "test", job.storage, stream_settings(job.config), job.quarantine)[0]
+
+
+def read_samples(reader: ShardReader, indices: Tensor) -> Batch:
+    """Return samples by their index in shard order, counted from 0; an index behind the last sample wraps around."""
+    counts = np.array([shard.samples for shard in reader.shards])
+    wanted = indices.numpy() % counts.sum()
+    ends = counts.cumsum()
+    shards = np.searchsorted(ends, wanted, side="right")
+    return reader.batch(Located(wanted, shards, wanted - (ends - counts)[shards]))

@@ -1,0 +1,102 @@
+"""How a machine is used: precision, memory layout, the disk cache of compiled code, and its peak speed."""
+
+from __future__ import annotations
+
+import os
+import resource
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipelines.config import Config, OptimConfig
+
+# Dense bf16 peaks, from the makers' data sheets; the first key that is part of the card's name counts.
+PEAK_TFLOPS = {
+    "B200": 2250,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "L4": 121,
+    "A10": 125,
+}
+
+
+def configure_process(config: Config, cache: Path) -> None:
+    """Set precision and compile cache of this process; called before the first computation.
+
+    Args:
+        cache: the node's folder, below which torch.compile keeps its results for the next start.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
+    tf32 = config.optim.precision in ("auto", "bf16", "tf32")
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+
+
+def weight_dtype(optim: OptimConfig) -> torch.dtype:
+    """Return the dtype of weights, gradients and optimizer state; "fp64" is for tests of exactness."""
+    return torch.float64 if optim.precision == "fp64" else torch.float32
+
+
+def computes_in_bf16(optim: OptimConfig, device: torch.device) -> bool:
+    """Return whether forward and backward run under bf16 autocast."""
+    if optim.precision != "auto":
+        return optim.precision == "bf16"
+    return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+
+
+def autocast(optim: OptimConfig, device: torch.device) -> AbstractContextManager[Any]:
+    """Return the autocast context of forward and backward; weights stay float32 under bf16."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bf16(optim, device))
+
+
+def channels_last(config: Config, device: torch.device) -> bool:
+    """Return whether activations are channels last: faster on tensor cores and AMX, slower on other CPUs."""
+    return device.type == "cuda" or (computes_in_bf16(config.optim, device) and torch.cpu._is_amx_tile_supported())
+
+
+def place_network(network: nn.Module, config: Config, device: torch.device) -> nn.Module:
+    """Return the network on its device; FSDP2 shards contiguous weights only: their layout stays."""
+    if channels_last(config, device) and config.cluster.parallel != "fsdp":
+        return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network.to(device)
+
+
+def to_device(images: Tensor, config: Config, device: torch.device) -> Tensor:
+    """Return images on the device, in the network's precision and layout."""
+    layout = torch.channels_last if channels_last(config, device) else torch.contiguous_format
+    return images.to(device, weight_dtype(config.optim), non_blocking=True, memory_format=layout)
+
+
+def flops_per_image(network: nn.Module, channels: int, size: int) -> int:
+    """Return the FLOPs of one image's forward and backward (twice the forward), multiply and add counted as two.
+
+    Args:
+        network: on the meta device: shapes are counted, nothing is computed.
+    """
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.empty(1, channels, size, size, device="meta"), torch.empty(1, device="meta"))
+    return 3 * int(counter.get_total_flops())
+
+
+def peak_flops(config: Config, device: torch.device) -> float | None:
+    """Return the dense bf16 peak of the device in FLOP/s, or None where it is not known."""
+    if config.cluster.peak_tflops is not None:
+        return config.cluster.peak_tflops * 1e12
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak * 1e12 for card, peak in PEAK_TFLOPS.items() if card in name), None)
+
+
+def memory_gib(device: torch.device) -> float:
+    """Return the peak memory so far in GiB: of tensors on the GPU, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

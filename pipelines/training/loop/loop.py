@@ -1,0 +1,186 @@
+"""The training loop of one rank. It uses torch.distributed and a `Shell`, and knows nothing of Ray."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import closing, nullcontext
+from dataclasses import replace
+
+import torch
+
+from pipelines.metric_log import MetricLog
+from pipelines.shards.cache import ShardCorruptError
+from pipelines.shards.read import Batch, default_cache_dir
+from pipelines.training.loop import hardware
+from pipelines.training.loop.checkpoint import Checkpointer, load_initial_model, restore
+from pipelines.training.loop.context import RunContext
+from pipelines.training.loop.data import stream_settings, training_stream
+from pipelines.training.loop.preview import Preview
+from pipelines.training.loop.progress import Clock, Progress
+from pipelines.training.loop.shell import Shell
+from pipelines.training.loop.state import make_state
+from pipelines.training.loop.step import SkipGuard, StepResult, step
+from pipelines.training.loop.telemetry import Profiler, StepStatistics
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingLoop:
+    """One attempt of one rank, from the newest checkpoint to the end of the run or a stop.
+
+    Args:
+        shell: the surroundings of the loop.
+        started: `time.monotonic()` when this attempt began on this rank; now, where not given.
+
+    Raises:
+        ModelError: the checkpoint is damaged or of other settings or data, or `init_from` names no fitting model.
+    """
+
+    def __init__(self, context: RunContext, shell: Shell, started: float | None = None) -> None:
+        self.context, self.config, self.shell = context, context.config, shell
+        self.clock = Clock(time.monotonic() if started is None else started)
+        hardware.configure_process(self.config, default_cache_dir().parent)
+        self.log = _metric_log(context) if context.rank == 0 else None
+
+        # Restore the newest checkpoint, or start from new or given weights.
+        self.state = make_state(context)
+        restored = restore(context, self.state, shell, self.log)
+        if not restored and self.config.init_from is not None:
+            load_initial_model(context, self.state)
+        self.resumed_at = self.saved_at = self.state.images_seen
+
+        self.stream = training_stream(context, self.resumed_at)
+        self.checkpointer = Checkpointer(context, shell, self.log)
+        self.preview = Preview(context, self.log)
+        self.statistics = StepStatistics(context, self.clock, self.resumed_at)
+        self.profiler = Profiler(context, self.resumed_at)
+        self.guard = SkipGuard(self.config.optim, self.config.batch_size)
+        self.loss = math.nan
+        self.last_batch: Batch | None = None
+        self.read_error: ShardCorruptError | None = None
+
+    def run(self) -> None:
+        """Train until `config.images` images are seen or a stop is requested; the last checkpoint is always saved.
+
+        Raises:
+            FloatingPointError: losses or gradients stay not finite.
+            ShardCorruptError: a shard that this rank needs is damaged; what was trained before is saved.
+        """
+        config, state = self.config, self.state
+        with closing(self.log) if self.log else nullcontext(), closing(self.stream.reader):
+            if state.images_seen == 0:
+                self._show_preview()
+            batches = iter(self.stream)
+            self.clock.switch("step")
+            while (batch := self._next_batch(batches)) is not None:
+                # Forward, backward, update.
+                self.profiler.before_step(state.images_seen)
+                stop = self.context.rank == 0 and self.shell.stop_requested()
+                checkpoint = self.shell.checkpoint_requested()
+                unreadable = self.read_error is not None
+                result = step(self.context, state, batch, stop=stop, checkpoint=checkpoint, unreadable=unreadable)
+                if result.unreadable:
+                    self._end_unreadable()
+                    return
+                finished = state.images_seen >= config.images
+
+                # Log metrics and report progress.
+                self._log_step(result, finished)
+
+                # Draw samples, and call the evaluation hook.
+                if finished or self._crossed(config.tracking.grid_every or config.images):
+                    self._show_preview()
+                self._evaluate()
+
+                # Save a checkpoint.
+                if finished or result.stop or result.checkpoint or self._crossed(config.checkpoint.every):
+                    self._save(finished)
+                if result.stop:
+                    break
+
+            # Wait until checkpoints and metrics are stored.
+            self._finish_uploads()
+            if self.log:
+                if not math.isnan(self.loss):
+                    self._report_progress(self.loss)
+                self.log.flush()
+
+    def _next_batch(self, batches: Iterator[Batch]) -> Batch | None:
+        """Return the next batch, None at the end of the run; where it cannot be read, one that stands in for it."""
+        with self.clock.during("data"):
+            try:
+                self.last_batch = next(batches, None)
+            except ShardCorruptError as error:
+                # The others wait for this rank in the next step: it takes part, so that all save what there is.
+                if self.last_batch is None:
+                    raise
+                self.read_error = error
+                ordinals = torch.from_numpy(self.stream.piece(self.state.images_seen).ordinals)
+                self.last_batch = replace(self.last_batch, ordinals=ordinals)
+            return self.last_batch
+
+    def _end_unreadable(self) -> None:
+        """Save what was trained before a batch that some rank could not read.
+
+        Raises:
+            ShardCorruptError: the batch was this rank's.
+        """
+        if self.state.images_seen > self.saved_at:
+            self._save(finished=False)
+        self._finish_uploads()
+        if self.read_error is not None:
+            raise self.read_error
+
+    def _log_step(self, result: StepResult, finished: bool) -> None:
+        """Log on rank 0; raise on every rank where too many updates in a row were left out."""
+        seen = self.state.images_seen
+        warning = self.guard.check(result, seen)
+        if self.log is None:
+            return
+        if warning:
+            logger.warning("%s", warning)
+        self.statistics.add(result)
+        self._report_progress(result.loss)
+        if finished or self._crossed(self.config.tracking.log_every):
+            self.log.add({**self.statistics.metrics(self.state), **self.stream.reader.fetcher.stats.metrics()}, seen)
+
+    def _show_preview(self) -> None:
+        if self.config.tracking.grid_every is not None:
+            with self.clock.during("grid"):
+                self.preview.show(self.state)
+
+    def _evaluate(self) -> None:
+        seen, hook = self.state.images_seen, self.context.job.evaluation_hook
+        if hook is not None and hook.due(seen - self.config.batch_size, seen):
+            with self.clock.during("grid"):
+                hook(self.state, self.context.spec, self.context.device)
+
+    def _report_progress(self, loss: float) -> None:
+        self.loss = loss
+        stored = self.checkpointer.uploaded_bytes, self.checkpointer.upload_s
+        seconds = self.clock.seconds()
+        self.shell.progress(Progress(self.state.images_seen, self.resumed_at, loss, seconds, *stored))
+
+    def _save(self, finished: bool) -> None:
+        seen, every = self.state.images_seen, self.config.checkpoint.publish_every
+        with self.clock.during("checkpoint"):
+            self.checkpointer.save(self.state, publish=finished or seen // every > self.saved_at // every)
+        self.saved_at = seen
+
+    def _finish_uploads(self) -> None:
+        with self.clock.during("checkpoint"):
+            self.checkpointer.finish()
+
+    def _crossed(self, every: int) -> bool:
+        """Return whether the last batch passed a multiple of `every` images."""
+        seen = self.state.images_seen
+        return seen // every > (seen - self.config.batch_size) // every
+
+
+def _metric_log(context: RunContext) -> MetricLog:
+    """Return the log of the run, which keeps what is not sent yet beside the shard cache."""
+    tracker = context.job.tracker
+    return MetricLog(tracker, stream_settings(context.config).cache_dir.parent / "unsent" / tracker.run_id)

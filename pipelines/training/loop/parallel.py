@@ -1,0 +1,83 @@
+"""A network on several ranks, replicated (DDP) or sharded (FSDP2), and the micro-batches of a step."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from pipelines.config import ClusterConfig
+from pipelines.shards.read import Batch
+from pipelines.training.loop.collectives import world_size
+
+
+def apply_fsdp(network: nn.Module, cluster: ClusterConfig, device: torch.device) -> None:
+    """Shard a network's parameters over the ranks, in place, where the configuration asks for FSDP2.
+
+    Modules of the classes in the network's attribute `fsdp_units` are sharded one by one: their parameters are gathered
+    for their own forward and backward, and freed afterwards. A network without the attribute is one unit.
+    """
+    if world_size() == 1 or cluster.parallel == "ddp":
+        return
+    mesh = init_device_mesh(device.type, (world_size(),))
+    units = cast("tuple[type[nn.Module], ...]", getattr(network, "fsdp_units", ()))
+    for unit in [module for module in network.modules() if isinstance(module, units)]:
+        if cluster.compile:  # inside the hooks that gather and free, which a compiled graph could not hold
+            unit.compile()
+        fully_shard(unit, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+
+
+def wrap(network: nn.Module, cluster: ClusterConfig, device: torch.device) -> nn.Module:
+    """Return the module that a step calls: the network, compiled and wrapped by DDP as the configuration asks."""
+    if isinstance(network, FSDPModule):
+        return network
+    wrapped = cast("nn.Module", torch.compile(network)) if cluster.compile else network
+    if world_size() == 1:
+        return wrapped
+    device_ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(wrapped, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
+@contextmanager
+def gradient_sync(wrapped: nn.Module, enabled: bool) -> Iterator[None]:
+    """Run forward and backward of one micro-batch; gradients are averaged over the ranks only where enabled."""
+    if isinstance(wrapped, FSDPModule):
+        wrapped.set_requires_gradient_sync(enabled)
+        wrapped.set_is_last_backward(enabled)
+        yield
+    elif isinstance(wrapped, DistributedDataParallel) and not enabled:
+        with wrapped.no_sync():
+            yield
+    else:
+        yield
+
+
+def micro_batches(
+    batch: Batch, global_size: int, world_size: int, at_most: int | None
+) -> Iterator[tuple[Batch, float, bool]]:
+    """Yield (part, weight, is last): nearly equal parts of a rank's piece, equally many on every rank.
+
+    Pieces of a global batch differ by one sample; where a rank has fewer samples than there are parts, a part repeats
+    a sample at weight 0, because all ranks must take part in every forward and backward.
+
+    Args:
+        batch: this rank's piece.
+        global_size: samples of the global batch.
+        world_size: the number of ranks.
+        at_most: the largest number of samples in a part; None for one part.
+    """
+    largest = -(-global_size // world_size)
+    parts = -(-largest // min(at_most or largest, largest))
+    count = len(batch.ordinals)
+    bounds = [i * count // parts for i in range(parts + 1)]
+    for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        span, weight = (slice(start, stop), 1.0) if stop > start else (slice(0, 1), 0.0)
+        yield batch[span], weight, i == parts - 1

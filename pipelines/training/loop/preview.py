@@ -1,0 +1,119 @@
+"""A view of a model while it trains: a grid of samples, or a classifier's accuracy by noise level."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from ddpm.gaussian import q_sample
+from ddpm.generate import generate, to_uint8
+from ddpm.inpainting import inpainting_condition, random_mask
+from ddpm.noise import Purpose, normal
+from ddpm.prediction import Conditioning, NetworkDenoiser
+from pipelines.evaluation.plots import label_grid
+from pipelines.metric_log import MetricLog
+from pipelines.shards.read import ShardReader
+from pipelines.training.loop.collectives import all_gather_items, rank_indices
+from pipelines.training.loop.context import RunContext
+from pipelines.training.loop.data import open_test_split, read_samples
+from pipelines.training.loop.hardware import to_device
+from pipelines.training.loop.state import TrainingState, ema_weights
+from pipelines.training.loop.task import label_and_text
+
+SEED = 0
+NOISE_LEVELS = (0.05, 0.25, 0.5, 0.75)  # timesteps, as fractions of T
+BATCH = 64
+
+
+class Preview:
+    """Logs samples or accuracies of the averaged weights by images seen; the ranks share the work.
+
+    Args:
+        log: where rank 0 logs; None on the other ranks.
+    """
+
+    def __init__(self, context: RunContext, log: MetricLog | None) -> None:
+        self.context, self.log = context, log
+
+    @cached_property
+    def test_images(self) -> ShardReader:
+        """The reader of the test split."""
+        return open_test_split(self.context)
+
+    def show(self, state: TrainingState) -> None:
+        """Log one grid, or one set of accuracies; called by every rank at the same step."""
+        if self.context.config.task == "classifier":
+            self._log_accuracies(state)
+        else:
+            self._log_grid(state)
+
+    def _log_grid(self, state: TrainingState) -> None:
+        context, spec = self.context, self.context.spec
+        columns = max(len(spec.classes), 1)
+        count = context.config.tracking.grid_rows * columns
+        image_ids = rank_indices(count, context.rank)
+        cond = self._conditions(image_ids, columns)
+        with ema_weights(state) as network:
+            images = generate(
+                NetworkDenoiser(_CastInput(network), context.schedule, spec.prediction),
+                context.schedule,
+                spec.sampling,
+                cond=cond,
+                shape=spec.shape,
+                seed=SEED,
+                images=image_ids.to(context.device),
+                batch_size=BATCH,
+            )
+        grid = all_gather_items(images, count)
+        if self.log:
+            pixels = label_grid(to_uint8(grid).cpu().numpy(), columns, spec.classes)
+            self.log.image("samples", pixels, state.images_seen)
+
+    def _conditions(self, image_ids: Tensor, columns: int) -> Conditioning | None:
+        """Return the classes in turn, or captions and known pixels of the first test images."""
+        config, device = self.context.config, self.context.device
+        if config.model.text_dim == 0 and not config.model.inpainting:
+            return Conditioning(label=(image_ids % columns).to(device)) if self.context.spec.classes else None
+        batch = read_samples(self.test_images, image_ids)
+        cond = label_and_text(self.context, batch)
+        if config.model.inpainting:
+            known = to_device(batch.images, config, device)
+            size = (known.shape[2], known.shape[3])
+            mask = random_mask(SEED, image_ids.to(device), size, config.objective.mask)
+            cond = inpainting_condition(known, mask, cond)
+        return cond
+
+    def _log_accuracies(self, state: TrainingState) -> None:
+        schedule, device = self.context.schedule, self.context.device
+        levels = [max(1, round(fraction * schedule.num_steps)) for fraction in NOISE_LEVELS]
+        count = sum(shard.samples for shard in self.test_images.shards)
+        hits = []
+        with ema_weights(state) as network, torch.no_grad():
+            for image_ids in rank_indices(count, self.context.rank).split(BATCH):
+                batch = read_samples(self.test_images, image_ids)
+                assert batch.labels is not None
+                x_0, labels = to_device(batch.images, self.context.config, device), batch.labels.to(device)
+                eps = normal(SEED, image_ids.to(device), Purpose.NOISE, tuple(x_0.shape[1:])).to(x_0)
+                row = []
+                for level in levels:
+                    t = torch.full((len(image_ids),), level, device=device)
+                    scores = network(q_sample(x_0, t, eps, schedule), (t - 1).float())
+                    row.append(scores.argmax(1) == labels)
+                hits.append(torch.stack(row, dim=1).double())
+        accuracy = all_gather_items(torch.cat(hits), count).mean(0).tolist()
+        if self.log:
+            values = {f"test/accuracy_t{level:04d}": a for level, a in zip(levels, accuracy, strict=True)}
+            self.log.add(values, state.images_seen)
+
+
+class _CastInput(nn.Module):
+    """A network that takes float32 images, whatever the precision of its weights."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning | None) -> Tensor:
+        return self.network(x_t.to(next(self.network.parameters()).dtype), t, cond)

@@ -1,0 +1,95 @@
+"""What a rank is given: its job, and the shell around its loop. Ray is one shell, a test's process group another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from ddpm.interop import ModelSpec
+from pipelines.config import Config
+from pipelines.shards.index import Dataset, Quarantine
+from pipelines.storage import Storage, join
+from pipelines.tracking import Tracker
+from pipelines.training.loop.progress import Progress
+
+if TYPE_CHECKING:
+    from pipelines.training.loop.state import TrainingState
+
+Store = Callable[[str], None]
+"""Writes a checkpoint's files to a folder's URI (s3:// or file://), `state.json` last."""
+
+
+class Shell(Protocol):
+    """The surroundings of the loop: where checkpoints go, who is shown progress, who may ask the loop to stop."""
+
+    def restored(self) -> AbstractContextManager[Path | None]:
+        """Return the newest complete checkpoint folder, or None for a fresh start; called on rank 0."""
+
+    def save(self, store: Store | None, metrics: dict[str, Any]) -> None:
+        """Keep a checkpoint; called by every rank at the same step, with something to store on rank 0 only.
+
+        Returns quickly: `store(uri)` is called once, with a URI that is new, in a thread of the shell's, one checkpoint
+        after the other. It takes long and raises `StorageError` where storage stays away.
+        """
+
+    def flush(self) -> None:
+        """Wait until everything saved is durable; called by every rank at the same step.
+
+        Raises:
+            Exception: what a `store` raised.
+        """
+
+    def progress(self, progress: Progress) -> None:
+        """Report progress; called on rank 0 after every step and once more at the end, must not block."""
+
+    def stop_requested(self) -> bool:
+        """Return whether to stop at the next step boundary, with a checkpoint; rank 0 only, must not block."""
+
+    def checkpoint_requested(self) -> bool:
+        """Return whether to save a checkpoint at the next step boundary and go on; any rank, must not block.
+
+        A node that is about to be preempted is the reason. Each request is returned once.
+        """
+
+
+class EvaluationHook(Protocol):
+    """Scores a model while it trains, such as a trial of a study at its rungs; it must pickle."""
+
+    def due(self, before: int, seen: int) -> bool:
+        """Return whether a step from `before` to `seen` images calls for it; the same on every rank."""
+
+    def __call__(self, state: TrainingState, spec: ModelSpec, device: torch.device) -> None:
+        """Score the averaged weights; called by every rank at the same step."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that the workers need for a run; it must pickle.
+
+    Attributes:
+        config: the configuration of the run.
+        dataset: the shards and their index.
+        storage: reads shards, stores checkpoints.
+        tracker: the MLflow run.
+        lineage: what the model's description says of its origin, such as commit and run ID.
+        quarantine: samples that are left out of the dataset, if any.
+        evaluation_hook: called while training goes on, if any.
+    """
+
+    config: Config
+    dataset: Dataset
+    storage: Storage
+    tracker: Tracker
+    lineage: dict[str, Any]
+    quarantine: Quarantine | None = None
+    evaluation_hook: EvaluationHook | None = None
+
+    @property
+    def published_uri(self) -> str:
+        """The folder into which checkpoints are copied that stay."""
+        return join(self.config.storage.root, "runs", self.config.name, "published")

@@ -1,0 +1,148 @@
+"""The state of a run that a checkpoint stores and restores: network, optimizer, averages, timestep history."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ddpm.ema import EMA, PowerEMA
+from ddpm.models.classifier import NoisyClassifier
+from ddpm.models.unet import UNet
+from pipelines.config import Config, OptimConfig, unet_config
+from pipelines.training.loop.collectives import broadcast, local_part
+from pipelines.training.loop.context import RunContext
+from pipelines.training.loop.hardware import place_network, weight_dtype
+from pipelines.training.loop.parallel import apply_fsdp, wrap
+from pipelines.training.loop.timesteps import TimestepSampler, make_timesteps
+
+RESIDUAL = "residual."
+"""Prefix of tensors that hold what averages lack in float32; in checkpoints of releases without them they are 0."""
+
+
+@dataclass
+class TrainingState:
+    """The state of a run on one rank.
+
+    Attributes:
+        network: the bare network, whole or (FSDP2) this rank's part of it.
+        wrapped: the module that a step calls: the network compiled, inside DDP, or (FSDP2) itself.
+        optimizer: AdamW.
+        ema: the average of the weights that samples.
+        power_ema: averages whose width is chosen after the training, where the configuration asks for them.
+        timesteps: the timestep sampler, with its history where it learns from the losses.
+        images_seen: the ordinal of the next batch's first sample.
+        optimizer_steps: the number of updates made.
+        skipped: the number of updates left out because a loss or gradient was not finite.
+    """
+
+    network: nn.Module
+    wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: EMA
+    power_ema: PowerEMA | None
+    timesteps: TimestepSampler
+    images_seen: int = 0
+    optimizer_steps: int = 0
+    skipped: int = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor of the state by its name in a checkpoint: live ones, to read or overwrite in place."""
+        found = {f"network.{name}": tensor.detach() for name, tensor in self.network.state_dict().items()}
+        found |= {f"ema.{name}": tensor for name, tensor in self.ema.shadow.items()}
+        found |= {f"{RESIDUAL}ema.{name}": tensor for name, tensor in self.ema.residual.items()}
+        for name, parameter in self.network.named_parameters():
+            entries = self.optimizer.state.get(parameter, {})
+            found |= {f"optimizer.{key}.{name}": value for key, value in entries.items()}
+        if self.power_ema is not None:
+            for i, (shadow, low) in enumerate(zip(self.power_ema.shadows, self.power_ema.residuals, strict=True)):
+                found |= {f"power.{i}.{name}": tensor for name, tensor in shadow.items()}
+                found |= {f"{RESIDUAL}power.{i}.{name}": tensor for name, tensor in low.items()}
+        return found | self.timesteps.tensors()
+
+    def set_counters(self, images_seen: int, optimizer_steps: int, skipped: int) -> None:
+        """Go on from the counters of a checkpoint."""
+        self.images_seen, self.optimizer_steps, self.skipped = images_seen, optimizer_steps, skipped
+        if self.power_ema is not None:
+            self.power_ema.images_seen = images_seen
+
+    def update_averages(self, batch_size: int) -> None:
+        """Move the averages towards the weights, after a step over `batch_size` images."""
+        self.ema.update(self.network, self.images_seen, batch_size)
+        if self.power_ema is not None:
+            self.power_ema.update(self.network, self.images_seen, batch_size)
+
+
+def make_state(context: RunContext) -> TrainingState:
+    """Return a fresh network, the same on every rank, with its optimizer and averages."""
+    config, device, optim = context.config, context.device, context.config.optim
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        network = make_network(config)
+    network = place_network(network.to(weight_dtype(optim)), config, device)
+    apply_fsdp(network, config.cluster, device)
+    return TrainingState(
+        network,
+        wrap(network, config.cluster, device),
+        make_optimizer(network, optim),
+        EMA(network, optim.ema_half_life),
+        PowerEMA(network, optim.power_ema) if optim.power_ema else None,
+        make_timesteps(config, context.schedule),
+    )
+
+
+def make_network(config: Config) -> nn.Module:
+    """Return a new network for the task of the configuration."""
+    if config.task == "denoiser":
+        return UNet(unet_config(config))
+    classifier = NoisyClassifier(unet_config(config), config.data.num_classes)
+    classifier.log_temperature.requires_grad_(False)  # used with text only
+    return classifier
+
+
+def make_optimizer(network: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+    """Return a fused AdamW that has its state already, so that checkpoints of all steps have the same tensors."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
+    # A step with zero gradients at rate 0 creates the state and changes no weight.
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for entries in optimizer.state.values():
+        for value in entries.values():
+            local_part(value).zero_()
+    return optimizer
+
+
+def load_weights(state: TrainingState, weights: Mapping[str, Tensor], device: torch.device) -> None:
+    """Set the network and all its averages to the given weights; called by every rank.
+
+    Args:
+        weights: on rank 0, by the network's own names; ignored on the other ranks.
+    """
+    tensors = state.tensors()
+    widths = 0 if state.power_ema is None else len(state.power_ema.shadows)
+    for prefix in ("network.", "ema.", *(f"power.{i}." for i in range(widths))):
+        targets = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        broadcast(weights, targets, device)
+
+
+@contextmanager
+def ema_weights(state: TrainingState) -> Iterator[nn.Module]:
+    """Return the bare network in evaluation mode with the averaged weights, for as long as the context lasts."""
+    network = state.network
+    live = [local_part(t.detach()) for t in network.state_dict().values()]
+    kept = [t.clone() for t in live]
+    with torch.no_grad():
+        torch._foreach_copy_(live, [local_part(t) for t in state.ema.shadow.values()])
+    network.eval()
+    try:
+        yield network
+    finally:
+        network.train()
+        with torch.no_grad():
+            torch._foreach_copy_(live, kept)

@@ -1,0 +1,174 @@
+"""One optimizer step on a global batch, the same whichever rank computes which part of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from pipelines.config import OptimConfig
+from pipelines.shards.read import Batch
+from pipelines.training.loop.context import RunContext
+from pipelines.training.loop.hardware import autocast
+from pipelines.training.loop.parallel import gradient_sync, micro_batches
+from pipelines.training.loop.state import TrainingState
+from pipelines.training.loop.task import losses
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The result of one step; the same on every rank.
+
+    Attributes:
+        loss: mean over the global batch.
+        grad_norm: norm of the whole gradient before clipping.
+        updated: False where loss or gradient norm is not finite, and the weights stayed as they were.
+        stop: whether any rank asks to stop.
+        checkpoint: whether any rank asks for a checkpoint.
+        unreadable: whether any rank could not read its batch; the state is unchanged then, `images_seen` included.
+    """
+
+    loss: float
+    grad_norm: float
+    updated: bool
+    stop: bool
+    checkpoint: bool
+    unreadable: bool = False
+
+
+def step(
+    context: RunContext,
+    state: TrainingState,
+    batch: Batch,
+    *,
+    stop: bool = False,
+    checkpoint: bool = False,
+    unreadable: bool = False,
+) -> StepResult:
+    """Update the state by this rank's piece of the next global batch, together with all other ranks.
+
+    Gradients are weighted by samples: a rank's loss is its sum over the global batch size, times the number of ranks
+    because DDP and FSDP2 average over them. So ranks with unequal pieces give the gradient of the whole batch exactly.
+
+    Args:
+        stop: whether this rank asks to stop.
+        checkpoint: whether this rank asks for a checkpoint.
+        unreadable: whether this rank's batch could not be read, and `batch` only stands in for it.
+    """
+    config, device = context.config, context.device
+
+    # Forward and backward. `sums` are added up over the ranks: the mean loss, and each sample's loss where one learns.
+    sums = torch.zeros(1 + (config.batch_size if state.timesteps.learns else 0), dtype=torch.float64, device=device)
+    parts = micro_batches(batch, config.batch_size, context.world_size, config.micro_batch_size)
+    for part, weight, last in parts:
+        n = part.ordinals.to(device)
+        t, weights = state.timesteps.sample(n)
+        with gradient_sync(state.wrapped, last):
+            with autocast(config.optim, device):
+                each = losses(context, state.wrapped, part, t)
+            loss = weight * (weights.to(each) * each).sum() / config.batch_size
+            (loss * context.world_size).backward()
+        sums[0] += loss.detach()
+        if state.timesteps.learns and weight:
+            sums[1 + n - state.images_seen] = each.detach().double()
+
+    # All-reduce flags and losses.
+    flags = torch.tensor([stop, checkpoint, unreadable], dtype=torch.float64, device=device)
+    sums = torch.cat([flags, sums])
+    if context.world_size > 1:
+        dist.all_reduce(sums)
+
+    # Read loss and gradient norm: the one place where the host waits for the device.
+    norm = _gradient_norm(state.network)
+    stops, checkpoints, unreadables, mean_loss, grad_norm = torch.cat([sums[:4], norm.double()[None]]).tolist()
+    if unreadables:
+        state.optimizer.zero_grad()
+        return StepResult(mean_loss, grad_norm, False, stop=True, checkpoint=True, unreadable=True)
+
+    # Update weights and averages.
+    updated = math.isfinite(mean_loss) and math.isfinite(grad_norm)
+    if updated:
+        _update_weights(context, state, norm, sums[4:])
+    else:
+        state.skipped += 1
+    state.optimizer.zero_grad()
+    state.images_seen += config.batch_size
+    state.update_averages(config.batch_size)
+    return StepResult(mean_loss, grad_norm, updated, stops > 0, checkpoints > 0)
+
+
+def _gradient_norm(network: nn.Module) -> Tensor:
+    """Return the norm of the whole gradient, a scalar, on every rank."""
+    gradients = [p.grad for p in network.parameters() if p.requires_grad and p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _update_weights(context: RunContext, state: TrainingState, norm: Tensor, each: Tensor) -> None:
+    """Clip, step the optimizer, and pass the losses to a timestep sampler that learns.
+
+    Args:
+        norm: the norm of the gradient.
+        each: the loss of every sample of the global batch in the order of the ordinals; empty where none learns.
+    """
+    config = context.config
+    if config.optim.grad_clip is not None:
+        parameters = [p for p in state.network.parameters() if p.requires_grad]
+        nn.utils.clip_grads_with_norm_(parameters, config.optim.grad_clip, norm)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(config.optim, state.images_seen, config.images)
+    state.optimizer.step()
+    state.optimizer_steps += 1
+    if state.timesteps.learns:
+        # On the device where the timesteps were drawn: another one's cumulative sums may round another way.
+        ordinals = torch.arange(config.batch_size, device=each.device) + state.images_seen
+        state.timesteps.update(ordinals, each)
+
+
+def learning_rate(optim: OptimConfig, images_seen: int, images: int) -> float:
+    """Return the learning rate as a function of images seen: linear warm-up, then the decay.
+
+    "linear" and "cosine" end at 2 % of it with the run; "inverse_sqrt" falls from `decay_images` on (Karras et al.
+    2024, eq. 67), whatever the run's length.
+    """
+    warmup = min(1.0, (images_seen + 1) / optim.warmup_images) if optim.warmup_images else 1.0
+    left = max(0.0, 1 - images_seen / images)
+    decay = {
+        "constant": 1.0,
+        "linear": max(left, 0.02),
+        "cosine": max(0.5 - 0.5 * math.cos(math.pi * left), 0.02),
+        "inverse_sqrt": max(images_seen / optim.decay_images, 1.0) ** -0.5,
+    }[optim.decay]
+    return optim.lr * warmup * decay
+
+
+class SkipGuard:
+    """Stops a run whose losses or gradients stay not finite, and names the samples they came from."""
+
+    def __init__(self, optim: OptimConfig, batch_size: int) -> None:
+        self.optim, self.batch_size = optim, batch_size
+        self.in_row = 0
+
+    def check(self, result: StepResult, images_seen: int) -> str | None:
+        """Return a warning about a step that ended at `images_seen`; None where it updated the weights.
+
+        Raises:
+            FloatingPointError: `optim.max_skipped` updates in a row were left out.
+        """
+        if result.updated:
+            self.in_row = 0
+            return None
+        self.in_row += 1
+        found = f"loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}"
+        if self.in_row >= self.optim.max_skipped:
+            first = images_seen - self.in_row * self.batch_size
+            raise FloatingPointError(
+                f"{self.in_row} updates in a row were not finite ({found}), on samples {first}..{images_seen - 1} of "
+                "the stream: lower optim.lr, set optim.grad_clip, or use optim.precision=fp32"
+            )
+        first = images_seen - self.batch_size
+        return f"update left out: {found} on samples {first}..{images_seen - 1} of the stream"

@@ -1,0 +1,99 @@
+"""The speed and health of a run between two logged points, and traces by torch.profiler."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from pipelines.tracking import TrackingError
+from pipelines.training.loop.context import RunContext
+from pipelines.training.loop.hardware import flops_per_image, memory_gib, peak_flops
+from pipelines.training.loop.progress import Clock
+from pipelines.training.loop.state import TrainingState, make_network
+from pipelines.training.loop.step import StepResult, learning_rate
+
+
+class StepStatistics:
+    """Means over the steps since the last logged point; time for grids and checkpoints is left out.
+
+    Args:
+        images_seen: where the attempt begins.
+    """
+
+    def __init__(self, context: RunContext, clock: Clock, images_seen: int) -> None:
+        self.context, self.clock = context, clock
+        config = context.config
+        self.flops, self.peak = 0, peak_flops(config, context.device)
+        if self.peak is not None:
+            with torch.device("meta"):
+                self.flops = flops_per_image(make_network(config), config.data.channels, config.data.image_size)
+        self._reset(images_seen)
+
+    def add(self, result: StepResult) -> None:
+        """Count one more step; a step without an update has no finite loss to count."""
+        if result.updated:
+            self.losses.append(result.loss)
+            self.grad_norms.append(result.grad_norm)
+
+    def metrics(self, state: TrainingState) -> dict[str, float]:
+        """Return the metrics to log now, and begin anew. `train/mfu` is a share of the bf16 peak at any precision."""
+        config, seen, spent = self.context.config, state.images_seen, self.clock.seconds()
+        stepping, waiting = spent["step"] - self.spent["step"], spent["data"] - self.spent["data"]
+        rate = (seen - self.start) / max(stepping + waiting, 1e-9)
+        found = {
+            "train/lr": learning_rate(config.optim, seen, config.images),
+            "train/images_per_s": rate,
+            "train/data_wait_share": waiting / max(stepping + waiting, 1e-9),
+            "train/skipped_updates": float(state.skipped),
+            "train/memory_gib": memory_gib(self.context.device),
+        }
+        if self.losses:
+            found["train/loss"] = sum(self.losses) / len(self.losses)
+            found["train/grad_norm"] = sum(self.grad_norms) / len(self.grad_norms)
+        if self.peak is not None:
+            found["train/mfu"] = rate * self.flops / (self.peak * self.context.world_size)
+        self._reset(seen)
+        return found
+
+    def _reset(self, images_seen: int) -> None:
+        self.start, self.spent = images_seen, self.clock.seconds()
+        self.losses: list[float] = []
+        self.grad_norms: list[float] = []
+
+
+class Profiler:
+    """Records a trace of some steps of rank 0, for chrome://tracing or Perfetto, among the run's artifacts.
+
+    Args:
+        resumed_at: images seen where the attempt begins; a trace that should have begun before is left out.
+    """
+
+    def __init__(self, context: RunContext, resumed_at: int) -> None:
+        tracking = context.config.tracking
+        at, self.left = tracking.profile_at, tracking.profile_steps
+        self.tracker = context.job.tracker
+        self.at = at if context.rank == 0 and at is not None and at >= resumed_at else None
+        self.profile: profile | None = None
+
+    def before_step(self, images_seen: int) -> None:
+        """Start or stop the trace where the configuration says so; called before every step."""
+        if self.at is None or images_seen < self.at:
+            return
+        if self.profile is None:
+            activities = [ProfilerActivity.CPU]
+            activities += [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+            self.profile = profile(activities=activities)
+            self.profile.start()
+        elif self.left == 1:
+            self.profile.stop()
+            with tempfile.TemporaryDirectory(prefix="ddpm-profile-") as scratch, suppress(TrackingError):
+                path = Path(scratch) / "trace.json"
+                self.profile.export_chrome_trace(str(path))
+                self.tracker.text(path.read_text(), f"profile/{self.at:012d}.json")
+            self.at = self.profile = None
+        else:
+            self.left -= 1

@@ -1,0 +1,111 @@
+"""The actors between driver and workers. Each is a process of its own, so this module imports next to nothing."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from pipelines.training.goodput import Attempt
+from pipelines.training.loop.progress import Progress
+
+
+class Monitor:
+    """The mailbox between rank 0 and the driver: progress in one direction, stop requests in the other.
+
+    An actor that is named after the run, so that a run has one driver at a time in a cluster.
+    """
+
+    def __init__(self) -> None:
+        self.attempts: dict[str, Attempt] = {}
+        self.loss: float | None = None
+        self.stop = False
+        self.final: str | None = None
+
+    def post(self, attempt: str, elapsed_s: float, progress: Progress) -> bool:
+        """Record the newest progress of an attempt that began `elapsed_s` ago, and return whether to stop."""
+        now = time.time()
+        began = self.attempts[attempt].began if attempt in self.attempts else now - elapsed_s
+        self.attempts[attempt] = Attempt(
+            began=began,
+            ended=began + elapsed_s,
+            resumed_at=progress.resumed_at,
+            images_seen=progress.images_seen,
+            seconds=dict(progress.seconds),
+            uploaded_bytes=progress.uploaded_bytes,
+            upload_s=progress.upload_s,
+        )
+        self.loss = progress.loss
+        return self.stop
+
+    def set_final_error(self, message: str) -> None:
+        """Record an error that would come again however often the workers are started; the first message stays."""
+        self.final = self.final or message
+
+    def final_error(self) -> str | None:
+        """Return the message of that error, None where there was none."""
+        return self.final
+
+    def request_stop(self) -> None:
+        """Ask rank 0 to stop at its next step."""
+        self.stop = True
+
+    def snapshot(self) -> tuple[list[Attempt], float | None]:
+        """Return (the attempts so far, the newest last; the newest loss)."""
+        return list(self.attempts.values()), self.loss
+
+
+class JobQueue:
+    """Hands the jobs of a driver to its reusable workers, one at a time and in order.
+
+    An actor of the driver's, which ends with it.
+
+    Args:
+        idle_s: how long workers wait for another job before they end, and give back what others may need.
+
+    Attributes:
+        number: the number of the last job, counted from 1; 0 before the first.
+        closed: whether workers that have no job end.
+        job: the job that is being trained, None between jobs.
+        idle_since: `time.monotonic()` when the last job ended.
+        starts: how often the group of workers has started.
+    """
+
+    WAIT, END = 0, -1
+
+    def __init__(self, idle_s: float) -> None:
+        self.idle_s = idle_s
+        self.number, self.closed = 0, False
+        self.job: Any = None
+        self.idle_since = time.monotonic()
+        self.starts = 0
+
+    def put(self, job: Any) -> int | None:
+        """Hand over a job and return its number; None where the workers end, or have ended."""
+        if self.closed:
+            return None
+        self.number, self.job = self.number + 1, job
+        return self.number
+
+    def take(self, last: int) -> tuple[int, Any]:
+        """Return (number, job) for a worker that has trained jobs up to `last`, or (WAIT or END, None) without one."""
+        if self.job is not None:
+            return (self.number, self.job) if self.number > last else (self.WAIT, None)
+        self.closed = self.closed or time.monotonic() - self.idle_since > self.idle_s
+        return (self.END if self.closed else self.WAIT), None
+
+    def group_started(self) -> None:
+        """Count a start of the group; called by rank 0."""
+        self.starts += 1
+
+    def done(self, number: int) -> None:
+        """Mark a job as finished, or stopped on request; called by rank 0."""
+        if number == self.number:
+            self.job, self.idle_since = None, time.monotonic()
+
+    def close(self) -> None:
+        """Accept no more jobs, and let the workers end."""
+        self.closed = True
+
+    def state(self) -> tuple[int, bool, int]:
+        """Return (number of the last job, whether it is being trained, starts of the group)."""
+        return self.number, self.job is not None, self.starts

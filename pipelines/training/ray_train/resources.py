@@ -1,0 +1,93 @@
+"""The Ray cluster of a training: connecting to it, and whether it can hold the workers."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import ray
+
+from pipelines.config import ClusterConfig, Config
+from pipelines.storage import Storage
+from pipelines.training.errors import TrainingError
+
+
+def connect_ray(config: Config, storage: Storage) -> None:
+    """Connect to the Ray cluster of the configuration, once per process.
+
+    The job-level environment reaches every worker. Ray's dashboard shows it: it holds paths and endpoints, no secrets.
+
+    Raises:
+        TrainingError: no cluster answers.
+    """
+    # How often Ray Train's controller polls its workers: a failure is noticed that much later.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    if ray.is_initialized():
+        return
+    environment = {
+        **storage.environment(),
+        "OMP_WAIT_POLICY": "PASSIVE",  # spinning barriers ruin a step beside any busy process
+        "OMP_NUM_THREADS": str(config.cluster.threads_per_worker),
+        "RAY_TRAIN_V2_ENABLED": "1",
+    }
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    try:
+        ray.init(
+            address=address,
+            runtime_env={"env_vars": environment},
+            log_to_driver=False,
+            logging_level="ERROR",
+            namespace="ddpm",
+        )
+    except ConnectionError as error:
+        raise TrainingError(f"no Ray cluster answers at {address}: check cluster.address or RAY_ADDRESS") from error
+
+
+def per_worker(cluster: ClusterConfig) -> dict[str, float]:
+    """Return the resources that Ray reserves for a worker, by Ray's names."""
+    gpus = {"GPU": float(cluster.gpus_per_worker)} if cluster.gpus_per_worker else {}
+    return {"CPU": float(cluster.cpus_per_worker), **gpus}
+
+
+def possible_workers(nodes: Sequence[Mapping[str, float]], worker: Mapping[str, float]) -> int:
+    """Return how many workers fit on nodes with these resources; a worker does not span two nodes."""
+    return sum(int(min(node.get(name, 0.0) / need for name, need in worker.items() if need)) for node in nodes)
+
+
+def shortage(cluster: ClusterConfig, nodes: Sequence[Mapping[str, float]]) -> str | None:
+    """Return why the nodes cannot hold the smallest number of workers, in words; None where they can."""
+    worker = per_worker(cluster)
+    fits = possible_workers(nodes, worker)
+    if fits >= cluster.min_workers:
+        return None
+    needs = " and ".join(f"{need:g} {name}" for name, need in worker.items())
+    there = ", ".join(f"{sum(node.get(name, 0.0) for node in nodes):g} {name}" for name in worker)
+    return (
+        f"the Ray cluster is too small for {cluster.min_workers} workers: each needs {needs} on one node, "
+        f"{len(nodes)} node{'s' * (len(nodes) != 1)} with {there} in all hold {fits}. "
+        "Lower cluster.num_workers, cpus_per_worker or gpus_per_worker, or add nodes"
+    )
+
+
+def alive_nodes() -> list[dict[str, float]]:
+    """Return the resources of each node that is alive."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def require_resources(config: Config, notice: Callable[[str], None] = lambda text: None) -> None:
+    """Wait up to `cluster.patience_s` until the cluster can hold the workers.
+
+    Raises:
+        TrainingError: the nodes still cannot hold the workers.
+    """
+    deadline = time.monotonic() + config.cluster.patience_s
+    noticed = False
+    while (short := shortage(config.cluster, alive_nodes())) is not None:
+        # The local stack has one node and will not grow: fail at once.
+        if config.storage.local_stack or time.monotonic() > deadline:
+            raise TrainingError(short)
+        if not noticed:
+            notice(f"waiting up to {config.cluster.patience_s:.0f} s: {short}")
+        noticed = True
+        time.sleep(1)

@@ -1,0 +1,193 @@
+"""Reusable workers: one group of Ray Train workers trains one run after another.
+
+A Ray Train run starts several processes around its workers, and they and the workers import for seconds, which takes
+longer than training a small model. The trials of a study are many and alike: a group trains the next one as soon as
+the last has ended. To Ray the group is one run, whose workers ask for the next job; what a training stores, resumes
+from and logs to MLflow is the same as with dedicated workers.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayError
+
+from pipelines.config import ClusterConfig
+from pipelines.filesystem import Fence
+from pipelines.storage import StorageError, join
+from pipelines.training import STARTED
+from pipelines.training.errors import TrainingError
+from pipelines.training.loop.shell import Job
+from pipelines.training.ray_train.listing_shell import ListingShell
+from pipelines.training.ray_train.mailboxes import JobQueue
+from pipelines.training.ray_train.shell import get_reply
+from pipelines.training.ray_train.trainer import dedicated_workers, make_trainer, train_rank
+from pipelines.training.resume import run_folder
+
+POLL_S = 0.1
+IDLE_S = 20.0
+"""How long workers are kept without a job; a trial that needs more workers than are free waits at most so long."""
+CLOSE_S = 60.0
+
+
+class ReusableWorkers:
+    """The group of workers of a driver, started with its first run and whenever a run needs other workers.
+
+    Args:
+        folder: address below which Ray Train keeps the few files of a group.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.group: _Group | None = None
+
+    def provide(self, job: Job, monitor: Any, fence: Fence) -> Callable[[], object]:
+        """Return a call that trains a job on these workers; a `WorkerProvider`.
+
+        An elastic run gets dedicated workers, because Ray resizes their group at any time.
+        """
+        cluster = job.config.cluster
+        if cluster.min_workers != cluster.max_workers:
+            return dedicated_workers(job, monitor, fence)
+        return partial(self._train, job, monitor, fence)
+
+    def close(self) -> None:
+        """End the workers."""
+        if self.group is not None:
+            self.group.close()
+            self.group = None
+
+    def _train(self, job: Job, monitor: Any, fence: Fence) -> None:
+        # A reference into the object store: the queue's process need not import what a job consists of.
+        reference = [ray.put({"job": job, "monitor": monitor, "fence": fence})]
+        number = None
+        if self.group is not None and self.group.fits(job.config.cluster):
+            number = self.group.put(reference)
+        if number is None:
+            self.close()
+            self.group = _Group(job, join(self.folder, f"group-{uuid.uuid4().hex[:8]}"))
+            number = self.group.put(reference)
+            assert number is not None
+            self.group.start()
+        self.group.wait(number)  # type: ignore[union-attr]
+
+
+class _Group:
+    """One Ray Train run, whose workers take their jobs from a queue.
+
+    Args:
+        first: the first job, which decides the number and kind of workers.
+        folder: where Ray Train keeps its files.
+    """
+
+    def __init__(self, first: Job, folder: str) -> None:
+        self.cluster, self.storage, self.folder = first.config.cluster, first.storage, folder
+        self.queue = ray.remote(JobQueue).options(num_cpus=0).remote(IDLE_S)
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self._fit, name="reusable-workers", daemon=True)
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def fits(self, cluster: ClusterConfig) -> bool:
+        """Return whether the group is what a run asks for, idle, and has never failed: Ray Train counts failures."""
+        if self.cluster != cluster or not self.thread.is_alive():
+            return False
+        with suppress(RayError):
+            _, training, starts = ray.get(self.queue.state.remote())
+            return not training and starts == 1
+        return False
+
+    def put(self, reference: list[Any]) -> int | None:
+        """Hand over a job and return its number; None where the workers are ending."""
+        number: int | None = ray.get(self.queue.put.remote(reference))
+        return number
+
+    def wait(self, number: int) -> None:
+        """Wait until a job has ended.
+
+        Raises:
+            Exception: what ended the workers.
+        """
+        while True:
+            ended = not self.thread.is_alive()
+            last, training, _ = ray.get(self.queue.state.remote())
+            if last > number or not training:
+                return
+            if ended:
+                raise self.error or TrainingError("the workers ended before the run")
+            self.thread.join(POLL_S)
+
+    def close(self) -> None:
+        """End the workers, and delete Ray Train's files."""
+        starts = 0
+        with suppress(RayError):
+            _, _, starts = ray.get(self.queue.state.remote())
+            ray.get(self.queue.close.remote())
+        # A group that has never started, for want of resources, has nothing to end; Ray drops it with its driver.
+        if starts and self.thread.is_alive():
+            self.thread.join(CLOSE_S)
+        with suppress(RayError):
+            ray.kill(self.queue)
+        with suppress(StorageError):  # an unreachable store keeps a few small files
+            for entry in self.storage.list(self.folder):
+                self.storage.delete(entry.uri)
+
+    def _fit(self) -> None:
+        try:
+            make_trainer(worker_main, {"queue": self.queue}, self.cluster, self.storage, self.folder, 1, None).fit()
+        except BaseException as error:  # noqa: BLE001 - `wait` raises it
+            self.error = error
+
+
+def worker_main(settings: dict[str, Any]) -> None:
+    """Train job after job as one worker of a group, until there are no more; an error in one ends the group."""
+    queue = settings["queue"]
+    rank = ray.train.get_context().get_world_rank()
+    if rank == 0:
+        ray.get(queue.group_started.remote())
+    last = 0
+    while True:
+        number, reference = _next_job(queue, last)
+        if number == JobQueue.END:
+            return
+        started = time.monotonic() if last else STARTED
+        _train_job(rank, started, **ray.get(reference[0]))
+        if rank == 0:
+            ray.get(queue.done.remote(number))
+        last = number
+
+
+def _train_job(rank: int, started: float, job: Job, monitor: Any, fence: Fence) -> None:
+    keep = job.config.checkpoint.keep
+    shell = ListingShell(monitor, rank, job.storage, run_folder(job.config), fence, started, keep)
+    train_rank(job, monitor, shell, started)
+    # Leave the process as a new one would be: without this run's memory and compiled graphs.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    if job.config.cluster.compile:
+        torch.compiler.reset()
+
+
+def _next_job(queue: Any, last: int) -> tuple[int, Any]:
+    """Wait for the next job and return (number, reference to it), or (END, None) where there are no more.
+
+    Raises:
+        DriverLostError: the driver, which owns the queue, has ended.
+    """
+    while True:
+        number, reference = get_reply(queue.take.remote(last)) or (JobQueue.WAIT, None)
+        if number != JobQueue.WAIT:
+            return number, reference
+        time.sleep(POLL_S)

@@ -1,0 +1,136 @@
+"""Ray Train around the training loop: what a worker runs, and the Ray Train run of a training of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayError
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from pipelines import tracking
+from pipelines.checkpoints import ModelError
+from pipelines.config import ClusterConfig
+from pipelines.filesystem import Fence, open_filesystem
+from pipelines.shards.cache import ShardCorruptError
+from pipelines.storage import NotFoundError, Storage, join, patiently
+from pipelines.training import STARTED
+from pipelines.training.loop.context import RunContext
+from pipelines.training.loop.loop import TrainingLoop
+from pipelines.training.loop.shell import Job
+from pipelines.training.ray_train.resources import per_worker
+from pipelines.training.ray_train.shell import RayShell
+from pipelines.training.resume import run_folder
+
+FINAL_ERRORS = (FloatingPointError, ShardCorruptError, ModelError)
+"""Errors that come again however often the workers are started: stream, data and checkpoints are the same."""
+WorkerProvider = Callable[[Job, Any, Fence], Callable[[], object]]
+"""Takes a job, the handle of its monitor and its fence, and returns a call that trains the job to its end."""
+
+
+def worker_main(settings: dict[str, Any]) -> None:
+    """Train as one Ray Train worker of a run that has a Ray Train run of its own."""
+    job, monitor = settings["job"], settings["monitor"]
+    rank = ray.train.get_context().get_world_rank()
+    shell = RayShell(monitor, rank, job.storage, run_folder(job.config), settings["fence"], STARTED)
+    train_rank(job, monitor, shell, STARTED)
+
+
+def train_rank(job: Job, monitor: Any, shell: RayShell, started: float) -> None:
+    """Train this Ray Train worker's part of a run.
+
+    Args:
+        monitor: handle of the run's monitor actor.
+        shell: a new one.
+        started: `time.monotonic()` when this attempt began.
+    """
+    from ray.train.torch import get_device
+
+    if ray.get(monitor.final_error.remote()) is not None:
+        return  # Ray Train starts the workers again whatever the error was; the driver reports it
+    torch.set_num_threads(job.config.cluster.threads_per_worker)
+    worker = ray.train.get_context()
+    rank, world_size = worker.get_world_rank(), worker.get_world_size()
+    node = f"node-{worker.get_node_rank()}"
+    with tracking.system_metrics(job.tracker, node) if worker.get_local_rank() == 0 else nullcontext():
+        try:
+            context = RunContext.of(job, rank=rank, world_size=world_size, device=get_device())
+            TrainingLoop(context, shell, started).run()
+        except FINAL_ERRORS as error:
+            ray.get(monitor.set_final_error.remote(str(error)))
+            raise  # the others may be waiting for this rank: Ray Train ends them
+        shell.close()
+
+
+def make_trainer(
+    loop: Callable[[dict[str, Any]], None],
+    settings: dict[str, Any],
+    cluster: ClusterConfig,
+    storage: Storage,
+    folder: str,
+    keep: int,
+    fence: Fence | None,
+) -> TorchTrainer:
+    """Return Ray's side of a training: how many workers, where their checkpoints are listed, what failures it survives.
+
+    Args:
+        loop: what a worker runs, with `settings`.
+        folder: where Ray Train keeps its list.
+        keep: checkpoints that stay in it.
+        fence: asked before Ray Train writes there.
+    """
+    parent, name = folder.rsplit("/", 1)
+    filesystem, path = open_filesystem(storage, parent, fence)
+    return TorchTrainer(
+        loop,
+        train_loop_config=settings,
+        scaling_config=ScalingConfig(
+            num_workers=cluster.num_workers,
+            use_gpu=cluster.gpus_per_worker > 0,
+            resources_per_worker=per_worker(cluster),
+            elastic_resize_monitor_interval_s=cluster.resize_every_s,
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            # A group of workers that does not start within a minute is tried again until patience_s has passed.
+            failure_config=FailureConfig(
+                max_failures=cluster.max_failures, controller_failure_limit=math.ceil(cluster.patience_s / 60)
+            ),
+            checkpoint_config=CheckpointConfig(num_to_keep=keep),
+        ),
+    )
+
+
+def dedicated_workers(job: Job, monitor: Any, fence: Fence) -> Callable[[], object]:
+    """Return a call that trains a job in a Ray Train run of its own; a `WorkerProvider`."""
+    settings = {"job": job, "monitor": monitor, "fence": fence}
+    config, folder = job.config, run_folder(job.config)
+    trainer = make_trainer(worker_main, settings, config.cluster, job.storage, folder, config.checkpoint.keep, fence)
+    _take_over_reservation(job, trainer)
+    return trainer.fit
+
+
+def _take_over_reservation(job: Job, trainer: TorchTrainer) -> None:
+    """Cancel what the controller of a killed driver had reserved, and record the name of this one's reservation.
+
+    Ray's coordinator, which outlives drivers, keeps a reservation for three minutes; for so long an elastic run would
+    wait for resources that its own former driver had reserved.
+    """
+    # Not at the top: workers import this module too, and it takes half a second.
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+        get_or_create_autoscaling_coordinator,
+    )
+
+    uri = join(run_folder(job.config), "reservation")
+    with suppress(NotFoundError):
+        before = patiently(lambda: job.storage.read(uri)).decode()
+        with suppress(RayError):
+            ray.get(get_or_create_autoscaling_coordinator().cancel_request.remote(requester_id=before), timeout=10)
+    patiently(lambda: job.storage.write(uri, f"train-{trainer.train_run_context.run_id}".encode()))

@@ -1,0 +1,110 @@
+"""The driver's watch over its workers: progress, Ctrl-C, and a cluster that no longer holds them."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from pipelines.config import ClusterConfig
+from pipelines.training.errors import TrainingError
+from pipelines.training.ledger import Ledger
+from pipelines.training.loop.shell import Job
+from pipelines.training.ray_train.resources import alive_nodes, shortage
+
+WATCH_EVERY_S = 0.5
+SHORTAGE_EVERY_S = 5.0
+
+Report = Callable[[dict[str, float]], None]
+"""Called with `images_seen` and `loss` while training goes on."""
+Notice = Callable[[str], None]
+"""Called with lines for the user."""
+
+
+def fit_and_watch(
+    job: Job, monitor: Any, fit: Callable[[], object], ledger: Ledger, report: Report, notice: Notice
+) -> BaseException | None:
+    """Call `fit` in a thread, and return the error that ended it, None where it finished or stopped on request.
+
+    The calling thread keeps the ledger, reports progress and handles Ctrl-C.
+
+    Args:
+        monitor: handle of the run's monitor actor.
+        fit: trains the job to its end.
+    """
+    ended: list[BaseException | None] = []
+
+    def run() -> None:
+        try:
+            fit()
+            ended.append(None)
+        except BaseException as error:  # noqa: BLE001 - it is returned by the main thread
+            ended.append(error)
+
+    thread = threading.Thread(target=run, name="ray-train", daemon=True)
+    lasting_shortage = LastingShortage(job.config.cluster)
+    with _stop_on_interrupt(monitor, notice):
+        thread.start()
+        while thread.is_alive():
+            thread.join(WATCH_EVERY_S)
+            try:
+                attempts, loss = ray.get(monitor.snapshot.remote())
+                short = lasting_shortage.check()
+            except RayError as error:
+                return TrainingError(f"the Ray cluster is lost, the same command resumes on another: {error}")
+            ledger.update(attempts)
+            if attempts:
+                report({"images_seen": attempts[-1].images_seen, **({} if loss is None else {"loss": loss})})
+            if short:
+                return TrainingError(short)
+    final = ray.get(monitor.final_error.remote())
+    return ended[0] if final is None else TrainingError(f"training '{job.config.name}' failed: {final}")
+
+
+class LastingShortage:
+    """Detects that the cluster has been too small for the workers for long: Ray Train would wait for ever."""
+
+    def __init__(self, cluster: ClusterConfig) -> None:
+        self.cluster = cluster
+        self.checked_at = time.monotonic()
+        self.short_since: float | None = None
+
+    def check(self) -> str | None:
+        """Return what is missing where that has lasted `cluster.patience_s`; asks Ray every few seconds only."""
+        now = time.monotonic()
+        if now - self.checked_at < SHORTAGE_EVERY_S:
+            return None
+        self.checked_at = now
+        short = shortage(self.cluster, alive_nodes())
+        self.short_since = None if short is None else self.short_since or now
+        return short if self.short_since is not None and now - self.short_since > self.cluster.patience_s else None
+
+
+@contextmanager
+def _stop_on_interrupt(monitor: Any, notice: Notice) -> Iterator[None]:
+    """Handle Ctrl-C: the first stops at a step boundary with a checkpoint, the second raises KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    presses = 0
+
+    def handle(signum: int, frame: Any) -> None:
+        nonlocal presses
+        presses += 1
+        if presses > 1:
+            raise KeyboardInterrupt
+        notice("stopping at the next step with a checkpoint; press Ctrl-C again to abort without one")
+        monitor.request_stop.remote()
+
+    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

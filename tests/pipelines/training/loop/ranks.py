@@ -1,0 +1,171 @@
+"""Ranks of a training under plain torch.distributed, for tests: a shell of folders, a tracker of lists."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from pipelines import checkpoints
+from pipelines.config import Config, compose
+from pipelines.shards.index import Dataset
+from pipelines.storage import Storage
+from pipelines.training.loop.context import RunContext
+from pipelines.training.loop.loop import TrainingLoop
+from pipelines.training.loop.progress import Progress
+from pipelines.training.loop.shell import Job
+
+TINY = ["model.channels=[32]", "model.attention=[true]", "model.layers_per_block=1"]
+
+
+@dataclass
+class MemoryTracker:
+    """Takes the place of MLflow and keeps everything in memory."""
+
+    uri: str = "http://nowhere"
+    run_id: str = "test"
+    points: dict[int, dict[str, float]] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+    images: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
+
+    def metric(self, key):
+        return [(step, values[key]) for step, values in self.points.items() if key in values]
+
+    def last_steps(self):
+        return {}
+
+    def metrics(self, values, step, at_ms):
+        self.points.setdefault(step, {}).update(values)
+
+    def image(self, key, pixels, step):
+        self.images.append((step, pixels.shape))
+
+    def text(self, text, name):
+        self.texts[name] = text
+
+    def read_text(self, name):
+        return self.texts[name]
+
+    def names(self, folder):
+        return [name for name in self.texts if name.startswith(f"{folder}/")]
+
+
+class FolderShell:
+    """Checkpoints in numbered folders, stored by a thread; the trace of losses in a file, a line per step.
+
+    Args:
+        folder: of the run; all its attempts have the same.
+        stop_after: steps of this attempt after which to stop.
+        checkpoint_after: steps of this attempt after which this rank asks for a checkpoint.
+    """
+
+    def __init__(
+        self, folder: Path, rank: int, *, stop_after: int | None = None, checkpoint_after: int | None = None
+    ) -> None:
+        self.folder, self.rank = folder, rank
+        self.stop_after, self.checkpoint_after = stop_after, checkpoint_after
+        self.reports: list[Progress] = []
+        self.asked = 0
+        self.pool = ThreadPoolExecutor(1)
+        self.under_way: list[Future[None]] = []
+
+    @property
+    def checkpoints(self) -> str:
+        return f"file://{self.folder}/checkpoints"
+
+    @contextmanager
+    def restored(self):
+        with tempfile.TemporaryDirectory() as scratch:
+            there = [uri for uri, _ in checkpoints.complete_checkpoints(Storage(), self.checkpoints)]
+            found = checkpoints.fetch_first(Storage(), there, Path(scratch) / "c")
+            yield None if found is None else Path(scratch) / "c"
+
+    def save(self, store, metrics):
+        if store is not None:
+            uri = f"{self.checkpoints}/{metrics['images_seen']:09d}-{os.getpid()}"
+            self.under_way.append(self.pool.submit(store, uri))
+
+    def flush(self):
+        for future in self.under_way:
+            future.result()
+        if dist.is_initialized():
+            dist.barrier()
+
+    def progress(self, progress):
+        self.reports.append(progress)
+        with (self.folder / "trace.jsonl").open("a") as file:
+            file.write(json.dumps([progress.images_seen, progress.loss]) + "\n")
+
+    def stop_requested(self):
+        return self.stop_after is not None and len(self.reports) >= self.stop_after - 1
+
+    def checkpoint_requested(self):
+        self.asked += 1
+        return self.asked == self.checkpoint_after
+
+
+def tiny_config(root: Path, images: int, batch_size: int, *overrides: str) -> Config:
+    """Return a run of a network of 30 k parameters on digits; only the last step saves and draws."""
+    plain = ["+experiment=digits", *TINY, "optim.precision=fp32", f"images={images}", f"batch_size={batch_size}"]
+    plain += ["data.lanes=5", "checkpoint.every=100000", "tracking.grid_every=100000", "tracking.grid_rows=1"]
+    plain += ["storage=file", f"storage.root=file://{root}", f"data.cache_dir={root}/cache", "sampler.steps=2"]
+    return compose([*plain, *overrides])
+
+
+def train_here(
+    folder: Path,
+    dataset: Dataset,
+    config: Config,
+    rank: int = 0,
+    world: int = 1,
+    *,
+    shell: FolderShell | None = None,
+    **requests: int,
+) -> tuple[FolderShell, MemoryTracker]:
+    """Train one rank in this process, in its process group if there is one.
+
+    Args:
+        shell: a new `FolderShell` with `requests`, where not given.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shell, tracker = shell or FolderShell(folder, rank, **requests), MemoryTracker()
+    job = Job(config, dataset, Storage(), tracker, {})  # type: ignore[arg-type]
+    context = RunContext.of(job, rank=rank, world_size=world, device=torch.device("cpu"))
+    TrainingLoop(context, shell).run()
+    return shell, tracker
+
+
+def trace(folder: Path) -> dict[int, float]:
+    """Return the loss by images seen; a step that was computed twice must have the same loss."""
+    found: dict[int, float] = {}
+    for line in (folder / "trace.jsonl").read_text().splitlines():
+        seen, loss = json.loads(line)
+        if seen in found:
+            torch.testing.assert_close(torch.tensor(loss), torch.tensor(found[seen]), rtol=1e-3, atol=0)
+        found[seen] = loss
+    return found
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """Return the folder of the newest checkpoint."""
+    uri, _ = checkpoints.complete_checkpoints(Storage(), f"file://{folder}/checkpoints")[0]
+    return Path(uri.removeprefix("file://"))
+
+
+def run_ranks(rank: int, world: int, rendezvous: Path, dataset: Dataset, runs: Sequence[tuple[Path, Config]]) -> None:
+    """Run several trainings one after the other as one process of a group; for `torch.multiprocessing.spawn`."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    try:
+        for folder, config in runs:
+            train_here(folder, dataset, config, rank, world)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,109 @@
+"""Saving behind training's back."""
+
+import hashlib
+import math
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pipelines.checkpoints import load_checkpoint
+from pipelines.shards.read import Batch
+from pipelines.storage import StorageError
+from pipelines.training.loop import step as step_module
+from tests.pipelines.training.loop.ranks import FolderShell, last_checkpoint, tiny_config, train_here
+
+STEPS, BATCH = 6, 25
+
+
+class SlowShell(FolderShell):
+    """Stores nothing until the loop is two steps further, as if storage were slow."""
+
+    def __init__(self, folder, rank):
+        super().__init__(folder, rank)
+        self.far_enough = threading.Event()
+        self.reports_at_save: list[int] = []
+
+    def save(self, store, metrics):
+        self.reports_at_save.append(len(self.reports))
+
+        def late(uri):
+            assert self.far_enough.wait(60)
+            store(uri)
+
+        super().save(late, metrics)
+
+    def progress(self, progress):
+        super().progress(progress)
+        if len(self.reports) >= 5:
+            self.far_enough.set()
+
+
+def run(folder, dataset, shell=None, *overrides):
+    often = ["checkpoint.every=75", "checkpoint.publish_every=150"]
+    return train_here(folder, dataset, tiny_config(folder, STEPS * BATCH, BATCH, *often, *overrides), shell=shell)
+
+
+def test_training_goes_on_beside_an_upload_of_the_state_as_it_was_when_saved(digits, tmp_path):
+    (tmp_path / "slow").mkdir()
+    shell = SlowShell(tmp_path / "slow", 0)
+    run(tmp_path / "slow", digits, shell)
+    assert shell.reports_at_save == [3, 6]  # two steps later it was let through; a loop that waits would not end
+    run(tmp_path / "quick", digits)
+    for seen in (75, 150):
+        one, other = (sorted((tmp_path / n / "checkpoints").glob(f"{seen:09d}-*"))[0] for n in ("slow", "quick"))
+        for name in ("model.safetensors", "training.safetensors"):
+            assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_what_stays_is_the_checkpoint_itself_and_the_run_knows_of_it(digits, tmp_path):
+    _, tracker = run(tmp_path / "r", digits, None, "checkpoint.publish_every=50")
+    kept = tmp_path / "r" / "runs" / "digits" / "published"
+    assert sorted(p.name for p in kept.iterdir()) == ["000000000075", "000000000150"]
+    assert tracker.names("checkpoints") == ["checkpoints/000000000075.json", "checkpoints/000000000150.json"]
+    last, copy = last_checkpoint(tmp_path / "r"), kept / "000000000150"
+    assert {p.name: p.read_bytes() for p in last.iterdir()} == {p.name: p.read_bytes() for p in copy.iterdir()}
+
+
+def test_a_checkpoint_that_cannot_be_stored_ends_the_run_with_the_reason(digits, tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "checkpoints").write_text("a file where a folder is wanted")
+    with pytest.raises(StorageError, match="checkpoints"):
+        run(tmp_path / "r", digits)
+
+
+def test_an_update_that_is_not_finite_changes_nothing_but_the_count(digits, tmp_path, monkeypatch):
+    def poisoned(context, network, batch: Batch, t):
+        found = losses(context, network, batch, t)
+        return torch.where(batch.ordinals == 60, torch.nan, found)
+
+    losses = step_module.losses
+    monkeypatch.setattr(step_module, "losses", poisoned)
+    shell, tracker = run(tmp_path / "r", digits, None, "tracking.log_every=25")
+    assert [math.isfinite(r.loss) for r in shell.reports[:STEPS]] == [True, True, False, True, True, True]
+    assert [tracker.points[seen]["train/skipped_updates"] for seen in (50, 75, 150)] == [0, 1, 1]
+    assert "train/loss" not in tracker.points[75]
+    state, tensors = load_checkpoint(last_checkpoint(tmp_path / "r"))
+    assert (state.optimizer_steps, state.skipped) == (STEPS - 1, 1)
+    assert all(t.isfinite().all() for t in tensors.values())
+
+
+def test_a_checkpoint_of_a_release_that_kept_no_residuals_of_averages_resumes(digits, tmp_path):
+    extra = ["optim.power_ema=[0.05]"]
+    run(tmp_path / "r", digits, FolderShell(tmp_path / "r", 0, stop_after=3), *extra)
+    folder = last_checkpoint(tmp_path / "r")
+    state, tensors = load_checkpoint(folder)
+    residuals = {name for name in tensors if name.startswith("residual.")}
+    assert {name.split(".")[1] for name in residuals} == {"ema", "power"}
+    older = {n: t for n, t in tensors.items() if n not in residuals and not n.startswith(("ema.", "power."))}
+    save_file(older, folder / "training.safetensors")
+    path = folder / "training.safetensors"
+    files = {**state.files, path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
+    sizes = {**state.sizes, path.name: path.stat().st_size}
+    (folder / "state.json").write_text(replace(state, files=files, sizes=sizes).to_json())
+    run(tmp_path / "r", digits, None, *extra)
+    state, tensors = load_checkpoint(last_checkpoint(tmp_path / "r"))
+    assert state.images_seen == STEPS * BATCH
+    assert residuals <= tensors.keys()

@@ -1,0 +1,123 @@
+"""The trace and the weights do not depend on who computes them, nor on what was killed in between."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch.multiprocessing as mp
+
+from tests.pipelines.training.loop.ranks import last_checkpoint, run_ranks, tiny_config, trace, train_here
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]  # two cores, four ranks
+
+# Ranks are forked from a server that has imported everything once.
+CONTEXT = mp.get_context("forkserver")
+CONTEXT.set_forkserver_preload([run_ranks.__module__])
+
+BATCH = 25  # neither two ranks nor four can share it evenly
+TOLERANCE = {"fp64": 1e-9, "fp32": 1e-3}
+CELLS = [("fp64", parallel, parts) for parallel in ("ddp", "fsdp") for parts in (1, 4)]
+CELLS += [("fp32", "ddp", 1), ("fp32", "fsdp", 4)]
+SMALL = ["model.channels=[8]", "model.norm_groups=4", "model.head_dim=8", "optim.warmup_images=0"]
+
+
+def cell_config(root: Path, world: int, steps: int, precision: str, parallel: str, parts: int, *overrides: str):
+    """A run whose ranks go through their pieces in so many micro-batches."""
+    piece = -(-BATCH // world)
+    cut = [f"micro_batch_size={-(-piece // parts)}", f"cluster.parallel={parallel}", f"optim.precision={precision}"]
+    return tiny_config(root, steps * BATCH, BATCH, *cut, "objective.timesteps=stratified", *overrides)
+
+
+def run_group(world: int, tmp_path: Path, digits, runs) -> None:
+    """The same runs one after the other on `world` processes, which are started once."""
+    rendezvous = tmp_path / f"rendezvous-{world}-{time.monotonic_ns()}"
+    mp.start_processes(run_ranks, (world, rendezvous, digits, runs), nprocs=world, start_method="forkserver")
+
+
+def assert_same_traces(tmp_path: Path, digits, steps: int, *overrides: str) -> None:
+    runs = {}
+    for world in (1, 2, 4):
+        for cell in CELLS if world > 1 else [("fp64", "ddp", 1), ("fp64", "ddp", 4), ("fp32", "ddp", 1)]:
+            folder = tmp_path / "-".join(map(str, (world, *cell)))
+            runs[world, *cell] = (folder, cell_config(folder, world, steps, *cell, *overrides))
+    for folder, config in (run for (world, *_), run in runs.items() if world == 1):
+        train_here(folder, digits, config)
+    for world in (2, 4):
+        run_group(world, tmp_path, digits, [run for key, run in runs.items() if key[0] == world])
+    for (world, precision, parallel, parts), (folder, _) in runs.items():
+        reference = trace(runs[1, precision, "ddp", 1][0])
+        found = trace(folder)
+        assert len(found) == steps
+        worst = max(abs(found[seen] / loss - 1) for seen, loss in reference.items())
+        assert worst <= TOLERANCE[precision], (world, precision, parallel, parts, worst)
+
+
+def test_every_step_has_the_same_loss_on_any_number_of_workers_ddp_or_fsdp_in_any_parts(digits, tmp_path):
+    assert_same_traces(tmp_path, digits, 20, *SMALL)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_two_hundred_steps_on_digits_have_the_same_losses(digits, tmp_path):
+    assert_same_traces(tmp_path, digits, 200, "model.channels=[32,64]", "model.attention=[false,true]")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_compiled_network_on_two_ranks_has_the_same_losses(digits, tmp_path, parallel):
+    config = cell_config(tmp_path / "one", 1, 6, "fp32", "ddp", 1, *SMALL)
+    train_here(tmp_path / "one", digits, config)
+    compiled = cell_config(tmp_path / "two", 2, 6, "fp32", parallel, 2, *SMALL, "cluster.compile=true")
+    run_group(2, tmp_path, digits, [(tmp_path / "two", compiled)])
+    reference, found = trace(tmp_path / "one"), trace(tmp_path / "two")
+    assert max(abs(found[seen] / loss - 1) for seen, loss in reference.items()) <= TOLERANCE["fp32"]
+
+
+def killed_at_random(world: int, tmp_path: Path, folder: Path, digits, config) -> None:
+    """Start a group, and end all of it by SIGKILL at a random step after its first checkpoint."""
+    rendezvous = tmp_path / f"rendezvous-{time.monotonic_ns()}"
+    group = [
+        CONTEXT.Process(target=run_ranks, args=(rank, world, rendezvous, digits, [(folder, config)]))
+        for rank in range(world)
+    ]
+    for process in group:
+        process.start()
+    stop_at = random.Random(os.getpid()).randint(5, 12)
+    deadline = time.monotonic() + 120
+    lines = 0
+    while lines < stop_at and time.monotonic() < deadline:
+        path = folder / "trace.jsonl"
+        lines = path.read_text().count("\n") if path.exists() else 0
+        assert all(process.is_alive() for process in group)
+        time.sleep(0.002)
+    for process in group:
+        os.kill(process.pid, signal.SIGKILL)
+    for process in group:
+        process.join()
+    assert 0 < lines < 20
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit_and_elsewhere_to_the_same_trace(
+    digits, tmp_path, parallel
+):
+    cell = ("fp32", parallel, 1)
+    whole, same, other = (tmp_path / name for name in ("whole", "same", "other"))
+    extra = [*SMALL, "checkpoint.every=50", "optim.power_ema=[0.1]"]
+    configs = {folder: cell_config(folder, 2, 20, *cell, *extra) for folder in (whole, same, other)}
+    killed_at_random(2, tmp_path, same, digits, configs[same])
+    killed_at_random(2, tmp_path, other, digits, configs[other])
+    run_group(2, tmp_path, digits, [(whole, configs[whole]), (same, configs[same])])
+    train_here(other, digits, configs[other])  # what two ranks had, perhaps in parts, one has now
+
+    for name in ("model.safetensors", "training.safetensors", "power_ema.safetensors"):
+        assert (last_checkpoint(whole) / name).read_bytes() == (last_checkpoint(same) / name).read_bytes()
+    reference = trace(whole)
+    assert trace(same) == reference
+    found = trace(other)
+    assert max(abs(found[seen] / loss - 1) for seen, loss in reference.items()) <= TOLERANCE["fp32"]

@@ -1,0 +1,236 @@
+"""The loop of one rank in this process; what several ranks agree on is in test_invariance.py."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from ddpm.interop import load_classifier, load_model
+from ddpm.prediction import Conditioning
+from pipelines.checkpoints import ModelError
+from pipelines.shards.cache import ShardCorruptError
+from pipelines.shards.ingest.write import ingest
+from pipelines.shards.order import SampleOrder
+from pipelines.storage import Storage
+from tests.pipelines.shards.ingest.sources import jsonl, pictures, write_files
+from tests.pipelines.training.loop.ranks import last_checkpoint, run_ranks, tiny_config, trace, train_here
+
+STEPS, BATCH = 6, 25
+
+
+def run(folder, dataset, *overrides, **requests):
+    folder.mkdir(exist_ok=True)
+    return train_here(folder, dataset, tiny_config(folder, STEPS * BATCH, BATCH, *overrides), **requests)
+
+
+def losses(folder):
+    return torch.tensor(list(trace(folder).values()), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        ["objective=hybrid", "model.learned_variance=true", "objective.timesteps=stratified"],
+        ["objective=min_snr", "schedule.zero_terminal_snr=true"],
+        ["objective.loss=vlb"],
+        ["model.inpainting=true", "model.class_conditional=false"],
+        ["objective.timesteps=importance", "schedule.num_steps=4", "sampler.steps=2"],
+    ],
+    ids=["hybrid", "min_snr", "vlb", "inpainting", "importance"],
+)
+def test_every_objective_trains_with_a_trace_that_is_the_same_in_parts(digits, tmp_path, objective):
+    run(tmp_path / "whole", digits, *objective)
+    run(tmp_path / "parts", digits, "micro_batch_size=7", *objective)
+    torch.testing.assert_close(losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=1e-3, atol=0)
+    model = load_model(last_checkpoint(tmp_path / "whole"))
+    labels = torch.tensor([3]) if model.spec.classes else None
+    assert model.generate(labels, count=1).shape == (1, 1, 8, 8)
+
+
+@pytest.mark.parametrize("extra", [[], ["objective.timesteps=importance", "schedule.num_steps=4", "sampler.steps=2"]])
+def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(digits, tmp_path, extra):
+    extra = [*extra, "optim.power_ema=[0.05,0.1]"]
+    run(tmp_path / "whole", digits, *extra)
+    first, _ = run(tmp_path / "parts", digits, *extra, stop_after=3)
+    assert [r.images_seen for r in first.reports] == [25, 50, 75, 75]  # and once more at its end
+    second, _ = run(tmp_path / "parts", digits, *extra)
+    assert {r.resumed_at for r in second.reports} == {75}
+    assert trace(tmp_path / "parts") == trace(tmp_path / "whole")
+    one, other = last_checkpoint(tmp_path / "whole"), last_checkpoint(tmp_path / "parts")
+    for name in ("model.safetensors", "training.safetensors", "power_ema.safetensors"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+    state = json.loads((other / "state.json").read_text())
+    assert (state["images_seen"], state["optimizer_steps"], state["skipped"]) == (STEPS * BATCH, STEPS, 0)
+
+
+def test_a_run_that_has_seen_all_its_images_does_nothing_more(digits, tmp_path):
+    run(tmp_path / "r", digits)
+    shell, tracker = run(tmp_path / "r", digits)
+    assert (shell.reports, shell.under_way, tracker.points) == ([], [], {})
+
+
+def test_a_requested_checkpoint_is_saved_at_the_step_boundary_and_training_goes_on(digits, tmp_path):
+    shell, _ = run(tmp_path / "r", digits, checkpoint_after=2)
+    saved = sorted(int(p.name.split("-")[0]) for p in (tmp_path / "r" / "checkpoints").iterdir())
+    assert saved == [50, STEPS * BATCH]
+    assert len(shell.reports) == STEPS + 1  # and once more at its end
+
+
+def test_the_seconds_of_an_attempt_add_up_and_what_is_stored_is_counted(digits, tmp_path):
+    shell, _ = run(tmp_path / "r", digits, "tracking.grid_every=50", checkpoint_after=2)
+    last = shell.reports[-1]
+    assert set(last.seconds) == {"startup", "step", "data", "checkpoint", "grid"}
+    assert all(last.seconds[kind] > 0 for kind in ("startup", "step", "data", "checkpoint", "grid"))
+    saved = (tmp_path / "r" / "checkpoints").rglob("*.*")
+    assert last.uploaded_bytes == sum(f.stat().st_size for f in saved if f.is_file())
+    assert last.upload_s > 0
+
+
+def test_curves_are_by_images_seen_and_have_speed_and_health(digits, tmp_path):
+    shell, tracker = run(tmp_path / "r", digits, "tracking.log_every=75", "cluster.peak_tflops=0.1")
+    assert sorted(tracker.points) == [75, 150]
+    first = tracker.points[75]
+    assert first["train/loss"] == pytest.approx(sum(r.loss for r in shell.reports[:3]) / 3)
+    assert first["train/images_per_s"] > 0
+    assert first["train/grad_norm"] > 0
+    assert first["train/memory_gib"] > 0
+    assert 0 <= first["train/data_wait_share"] <= 1
+    assert 0 < first["train/mfu"] < 1
+    assert first["train/skipped_updates"] == 0
+
+
+def test_a_profile_of_the_steps_that_were_asked_for_is_kept(digits, tmp_path):
+    _, tracker = run(tmp_path / "r", digits, "tracking.profile_at=50", "tracking.profile_steps=2")
+    events = json.loads(tracker.texts["profile/000000000050.json"])["traceEvents"]
+    assert sum(e.get("name", "").startswith("Optimizer.step") for e in events) == 2
+
+
+def test_updates_that_are_not_finite_are_left_out_and_too_many_in_a_row_stop_the_run(digits, tmp_path):
+    bad = ["optim.lr=1e30", "optim.grad_clip=null", "optim.warmup_images=0", "optim.max_skipped=3"]
+    with pytest.raises(FloatingPointError, match=r"3 updates in a row .* on samples \d+\.\.\d+ of the stream"):
+        run(tmp_path / "nan", digits, *bad)
+
+
+def test_fine_tuning_starts_from_the_averaged_weights_of_a_model(digits, tmp_path):
+    run(tmp_path / "base", digits)
+    base = last_checkpoint(tmp_path / "base")
+    tuned = [f"init_from={base}", "optim.lr=1e-30"]
+    run(tmp_path / "tuned", digits, *tuned)
+    run(tmp_path / "inpaint", digits, *tuned, "model.inpainting=true")
+    weights = load_model(base).network.state_dict()
+    for name in ("tuned", "inpaint"):
+        network = load_model(last_checkpoint(tmp_path / name)).network.state_dict()
+        network["conv_in.weight"] = network["conv_in.weight"][:, :1]
+        assert all(torch.equal(network[k], v) for k, v in weights.items())
+    with pytest.raises(ModelError, match=r"another network than the configuration's:\n  channels: \(32,\) there"):
+        run(tmp_path / "other", digits, *tuned, "model.channels=[64]")
+    with pytest.raises(ModelError, match="names no model"):
+        run(tmp_path / "none", digits, "init_from=/nowhere")
+
+
+def test_a_classifier_of_noisy_images_is_trained_by_the_same_loop(digits, tmp_path):
+    config = ["task=classifier", "optim.lr=1e-2", "optim.warmup_images=0", "optim.ema_half_life=400", "batch_size=50"]
+    _, tracker = run(tmp_path / "c", digits, *config, "images=4000", "tracking.grid_every=4000")
+    keys = [f"test/accuracy_t{t:04d}" for t in (50, 250, 500, 750)]
+    first, last = ([tracker.points[n][key] for key in keys] for n in (0, 4000))
+    assert max(first) < 0.2
+    assert last[0] > 0.25
+    assert last[0] > last[-1]
+    spec, classifier = load_classifier(last_checkpoint(tmp_path / "c"))
+    assert classifier(torch.zeros(2, 1, 8, 8), torch.zeros(2)).shape == (2, len(spec.classes))
+    with pytest.raises(ValueError, match="holds a classifier, which cannot sample"):
+        load_model(last_checkpoint(tmp_path / "c"))
+
+
+def encoder(captions):
+    """Four numbers a letter, of the letter alone."""
+    text = torch.zeros(len(captions), max(map(len, captions)), 4)
+    mask = torch.zeros(text.shape[:2], dtype=torch.bool)
+    for i, caption in enumerate(captions):
+        for j, letter in enumerate(caption):
+            text[i, j] = torch.tensor([ord(letter) % 7, ord(letter) % 5, ord(letter) % 3, 1.0])
+            mask[i, j] = True
+    return Conditioning(text=text, text_mask=mask, pooled=text.sum(1))
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    """Pictures with captions of different lengths."""
+    root, files = tmp_path_factory.mktemp("captioned"), pictures(40)
+    rows = [{"file_name": name, "text": "x" * (i % 4 + 1) + name[-5:]} for i, name in enumerate(files)]
+    source = write_files(root / "source", {**files, "metadata.jsonl": jsonl(rows)})
+    options = {"image_size": 8, "channels": 1, "shard_samples": 16, "test_fraction": 0.2, "text_encoder": encoder}
+    return ingest(str(source), f"file://{root}/dataset", Storage(), **options).dataset
+
+
+TEXT = ["data.num_classes=0", "model.class_conditional=false", "model.text_dim=4"]
+
+
+def test_a_network_is_conditioned_on_captions(captioned, tmp_path):
+    run(tmp_path / "whole", captioned, *TEXT)
+    run(tmp_path / "parts", captioned, *TEXT, "micro_batch_size=7")
+    run(tmp_path / "blind", captioned, *TEXT, "objective.label_drop=1")
+    torch.testing.assert_close(losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=1e-3, atol=0)
+    assert not torch.equal(losses(tmp_path / "blind"), losses(tmp_path / "whole"))
+    assert load_model(last_checkpoint(tmp_path / "whole")).spec.network.text_dim == 4
+
+
+def test_text_of_another_width_is_refused(captioned, tmp_path):
+    with pytest.raises(ValueError, match=r"text_dim = 5, and the samples' text embeddings have 4 \(tokens\)"):
+        run(tmp_path / "wide", captioned, *TEXT, "model.text_dim=5")
+
+
+@pytest.mark.slow
+def test_a_compiled_network_has_the_same_trace_and_is_kept_on_disk(digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    run(tmp_path / "plain", digits)
+    run(tmp_path / "compiled", digits, "cluster.compile=true", "micro_batch_size=13")
+    torch.testing.assert_close(losses(tmp_path / "compiled"), losses(tmp_path / "plain"), rtol=1e-3, atol=0)
+    assert any((tmp_path / "inductor").rglob("*.so"))
+    assert last_checkpoint(tmp_path / "compiled").joinpath("model.json").exists()
+
+
+def test_a_damaged_shard_stops_the_run_by_name_after_a_checkpoint_of_what_came_before(tmp_path):
+    uri, one_by_one = f"file://{tmp_path}/digits", ["data.lanes=1", "data.window=1"]
+    dataset = ingest("digits", uri, Storage(), image_size=8, channels=1, shard_samples=128).dataset
+    run(tmp_path / "whole", dataset, *one_by_one)
+    counts = [shard.samples for shard in dataset.shards("train")]
+    order = SampleOrder(counts, lanes=1, window=1, seed=0, digest=dataset.digest)
+    victim = dataset.shards("train")[order.batch(STEPS * BATCH - 1, 1).shards[0]].name
+    data = bytearray((tmp_path / "digits" / victim).read_bytes())
+    data[600::1024] = bytes(b ^ 255 for b in data[600::1024])  # in every sample of it
+    (tmp_path / "digits" / victim).write_bytes(data)
+    with pytest.raises(ShardCorruptError, match=victim.replace(".", r"\.")):
+        run(tmp_path / "broken", dataset, *one_by_one)
+    whole, seen = trace(tmp_path / "whole"), (STEPS - 1) * BATCH
+    assert trace(tmp_path / "broken") == {n: loss for n, loss in whole.items() if n <= seen}
+    state = json.loads((last_checkpoint(tmp_path / "broken") / "state.json").read_text())
+    assert state["images_seen"] == seen
+
+
+@pytest.mark.integration
+def test_where_one_of_two_ranks_meets_a_damaged_shard_both_save_and_end(tmp_path):
+    uri, images = f"file://{tmp_path}/digits", 40 * BATCH
+    dataset = ingest("digits", uri, Storage(), image_size=8, channels=1, shard_samples=128).dataset
+    order = SampleOrder(
+        [shard.samples for shard in dataset.shards("train")], lanes=5, window=1, seed=0, digest=dataset.digest
+    )
+    first = order.batch(0, BATCH).shards.tolist()
+    number = next(i for i in range(images // BATCH) if set(order.batch(i * BATCH, BATCH).shards.tolist()) - set(first))
+    new = next(s for s in order.batch(number * BATCH, BATCH).shards.tolist() if s not in first)
+    holders = [new in order.piece(number * BATCH, BATCH, rank, 2).shards for rank in range(2)]
+    assert sum(holders) == 1
+    victim = dataset.shards("train")[new].name
+    data = bytearray((tmp_path / "digits" / victim).read_bytes())
+    data[600::1024] = bytes(b ^ 255 for b in data[600::1024])
+    (tmp_path / "digits" / victim).write_bytes(data)
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    runs = [(folder, tiny_config(folder, images, BATCH, "data.window=1"))]
+    with pytest.raises(mp.ProcessRaisedException, match=victim.replace(".", r"\.")):
+        mp.spawn(run_ranks, (2, tmp_path / "rendezvous", dataset, runs), nprocs=2)
+    state = json.loads((last_checkpoint(folder) / "state.json").read_text())
+    assert state["images_seen"] == number * BATCH

@@ -1,0 +1,20 @@
+import time
+
+import pytest
+
+from pipelines.training.loop.progress import Clock
+
+
+def test_seconds_by_kind_add_up_to_the_time_since_the_start():
+    started = time.monotonic() - 5
+    clock = Clock(started)
+    clock.switch("step")
+    with clock.during("grid"), clock.during("data"):
+        time.sleep(0.02)
+    with clock.during("checkpoint"):
+        time.sleep(0.01)
+    time.sleep(0.01)
+    seconds = clock.seconds()
+    assert sum(seconds.values()) == pytest.approx(time.monotonic() - started, abs=0.005)
+    assert seconds["startup"] == pytest.approx(5, abs=0.1)
+    assert seconds["data"] >= 0.02 and seconds["checkpoint"] >= 0.01 and seconds["step"] >= 0.01  # noqa: PT018
