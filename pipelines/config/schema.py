@@ -281,7 +281,7 @@ class ClusterConfig(_Model):
 class StorageConfig(_Model):
     """Where data, checkpoints and artifacts are."""
 
-    root: str = Field(description="s3://BUCKET[/PREFIX] or file:///PATH")
+    root: str = Field(description="s3://BUCKET[/PREFIX], file:///PATH or the address of another registered storage")
     endpoint_url: str | None = Field(None, description="of an S3 that is not AWS")
     credentials_file: str | None = Field(None, description="AWS shared credentials file")
     region: str | None = None
@@ -289,7 +289,9 @@ class StorageConfig(_Model):
 
     @model_validator(mode="after")
     def _known_scheme(self) -> StorageConfig:
-        if not self.root.startswith(("s3://", "file:///")) or self.root == "s3://":
+        # Which schemes there are is checked by `pipelines.connect`: storage is built on the configuration.
+        scheme, separator, rest = self.root.partition("://")
+        if not (scheme and separator and rest) or (scheme == "file" and not rest.startswith("/")):
             raise ValueError(f"root must be s3://BUCKET[/PREFIX] or file:///PATH, got {self.root!r}")
         return self
 

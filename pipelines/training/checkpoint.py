@@ -24,7 +24,7 @@ from pipelines.checkpoints import (
 )
 from pipelines.metric_log import MetricLog
 from pipelines.models import initial_weights
-from pipelines.storage import StorageError, join, patiently
+from pipelines.storage import StorageError, join
 from pipelines.training.parallel import gather, share, spread
 from pipelines.training.shell import Job, Shell
 from pipelines.training.state import Training, start_from
@@ -94,7 +94,7 @@ class Checkpointer:
         try:
             state = save_checkpoint(folder, checkpoint)
             if self.log and (unsent := self.log.pack()):
-                patiently(lambda: storage.write(join(uri, UNSENT), unsent))
+                storage.write(join(uri, UNSENT), unsent)
                 self.uploaded_bytes += len(unsent)
             for name in [*state.files, "state.json"]:
                 storage.upload(folder / name, join(uri, name))

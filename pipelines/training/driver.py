@@ -18,9 +18,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipelines import checkpoints, models, tracking
 from pipelines.checkpoints import Published
 from pipelines.config import Config, ConfigError
-from pipelines.filesystem import Fence, FencedError
 from pipelines.shards.index import Dataset, DatasetError, read_dataset, read_quarantine
-from pipelines.storage import Storage, join
+from pipelines.storage import Fence, FencedError, Storage, join
 from pipelines.tracking import Tracker
 from pipelines.training.fit import Notice, Report, Workers, fit_and_watch, own_workers
 from pipelines.training.goodput import Goodput, Ledger

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pipelines.storage import NotFoundError, Storage, StorageError, join, patiently
+from pipelines.retry import PATIENCE_S
+from pipelines.storage import NotFoundError, Storage, StorageError, join
 
 VERSION = 1
 KEEP_EVERY_S = 5.0
@@ -172,10 +173,12 @@ def read_sessions(storage: Storage, folder: str) -> tuple[Session, ...]:
     )
 
 
-def write_sessions(storage: Storage, folder: str, sessions: Sequence[Session]) -> None:
+def write_sessions(
+    storage: Storage, folder: str, sessions: Sequence[Session], *, patience_s: float = PATIENCE_S
+) -> None:
     """Keep the sessions of a run, so that those of a driver that is killed count."""
     plain = {"version": VERSION, "sessions": [asdict(session) for session in sessions]}
-    storage.write(join(folder, "goodput.json"), json.dumps(plain).encode())
+    storage.write(join(folder, "goodput.json"), json.dumps(plain).encode(), patience_s=patience_s)
 
 
 class Ledger:
@@ -212,10 +215,10 @@ class Ledger:
         """Write now and then, beside the driver's other work: a store that is away must not hold that up."""
         while not self._ending.wait(KEEP_EVERY_S):
             try:
-                write_sessions(self.storage, self.folder, self.sessions)
+                write_sessions(self.storage, self.folder, self.sessions, patience_s=0)
             except StorageError as error:
                 logger.warning("the goodput ledger could not be kept: %s", error)
         try:
-            patiently(lambda: write_sessions(self.storage, self.folder, self.sessions), 60)
+            write_sessions(self.storage, self.folder, self.sessions, patience_s=60)
         except StorageError as error:
             logger.warning("the goodput ledger could not be kept: %s", error)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pipelines.training.state import Training
 
 Store = Callable[[str], None]
-"""Writes a checkpoint's files to a folder's URI (s3:// or file://), `state.json` last."""
+"""Writes a checkpoint's files to a folder's URI , `state.json` last."""
 
 
 class Shell(Protocol):

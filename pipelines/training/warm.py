@@ -24,8 +24,7 @@ import torch
 from ray.exceptions import RayError
 
 from pipelines.config import ClusterConfig
-from pipelines.filesystem import Fence
-from pipelines.storage import Storage, StorageError, join
+from pipelines.storage import Fence, Storage, StorageError, join
 from pipelines.training import STARTED
 from pipelines.training.fit import make_trainer, own_workers, train_rank
 from pipelines.training.monitor import Orders
@@ -130,8 +129,7 @@ class _Group:
         with suppress(RayError):
             ray.kill(self.orders)
         with suppress(StorageError):  # a store that is away keeps a few small files
-            for entry in self.storage.list(self.folder):
-                self.storage.delete(entry.uri)
+            self.storage.delete_folder(self.folder, patience_s=0)
 
     def _fit(self) -> None:
         try:
