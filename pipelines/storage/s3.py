@@ -13,6 +13,8 @@ from pipelines.storage.errors import StorageError, TransientStorageError, not_fo
 
 MAX_ATTEMPTS = 8
 """Tries that boto3 makes for one call before it reports a failure."""
+TIMEOUT_S = 30.0
+"""How long a server may send nothing."""
 _FATAL = {
     "NoSuchBucket": "the bucket does not exist: create it, or name another with storage.root=s3://BUCKET",
     "InvalidAccessKeyId": "the access key is unknown to this server: check the credentials file or AWS_ACCESS_KEY_ID",
@@ -143,7 +145,7 @@ def client(connection: Connection) -> Any:
     client_config = ClientConfig(
         retries={"max_attempts": MAX_ATTEMPTS, "mode": "standard"},
         connect_timeout=5,
-        read_timeout=30,
+        read_timeout=TIMEOUT_S,
         max_pool_connections=32,
     )
     return session.client(
@@ -157,12 +159,18 @@ def client(connection: Connection) -> Any:
 @contextmanager
 def _reporting(uri: str) -> Iterator[None]:
     """Turn what boto3 and the file system raise into a `StorageError` that says what to do."""
+    with reporting_os_errors(uri), _reporting_answers(uri):
+        yield
+
+
+@contextmanager
+def _reporting_answers(uri: str) -> Iterator[None]:
+    """Turn what boto3 raises into a `StorageError`. Its timeouts are of `OSError` as well: this comes first."""
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
     try:
-        with reporting_os_errors(uri):
-            yield
+        yield
     except ClientError as error:
         code = str(error.response["Error"]["Code"])
         if code in _ABSENT:
