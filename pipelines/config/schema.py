@@ -297,15 +297,24 @@ class StorageConfig(_Model):
 
 
 class TrackingConfig(_Model):
-    """MLflow."""
+    """MLflow, and what else receives a run's curves."""
 
     uri: str | None = None
     experiment: str = "ddpm"
+    sinks: tuple[Literal["mlflow"], ...] = Field(("mlflow",), description="what a run's curves are sent to")
     log_every: PositiveInt = 2_000
     grid_every: PositiveInt | None = Field(10_000, description="images between sample grids; null: none")
     grid_rows: PositiveInt = 8
     profile_at: NonNegativeInt | None = Field(None, description="images seen at which torch.profiler begins to look")
     profile_steps: PositiveInt = Field(5, description="steps that it looks at")
+
+    @model_validator(mode="after")
+    def _mlflow_is_there(self) -> TrackingConfig:
+        if "mlflow" not in self.sinks or len(set(self.sinks)) < len(self.sinks):
+            raise ValueError(
+                f"sinks = {list(self.sinks)}: name each once, mlflow among them, which records the run's checkpoints"
+            )
+        return self
 
 
 class CheckpointConfig(_Model):

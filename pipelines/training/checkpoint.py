@@ -22,9 +22,9 @@ from pipelines.checkpoints import (
     publish,
     save_checkpoint,
 )
-from pipelines.metric_log import MetricLog
 from pipelines.models import initial_weights
 from pipelines.storage import StorageError, join
+from pipelines.tracking import RunLog
 from pipelines.training.parallel import gather, share, spread
 from pipelines.training.shell import Job, Shell
 from pipelines.training.state import Training, start_from
@@ -41,7 +41,7 @@ class Checkpointer:
         upload_s: seconds that this took, while training went on.
     """
 
-    def __init__(self, job: Job, spec: ModelSpec, shell: Shell, log: MetricLog | None, rank: int) -> None:
+    def __init__(self, job: Job, spec: ModelSpec, shell: Shell, log: RunLog | None, rank: int) -> None:
         self.job, self.spec, self.shell, self.log, self.rank = job, spec, shell, log, rank
         self.uploaded_bytes, self.upload_s = 0, 0.0
         self._idle = threading.Event()
@@ -116,7 +116,7 @@ class _Found:
     error: str | None
 
 
-def restore(training: Training, shell: Shell, job: Job, log: MetricLog | None, rank: int, device: torch.device) -> bool:
+def restore(training: Training, shell: Shell, job: Job, log: RunLog | None, rank: int, device: torch.device) -> bool:
     """Put the newest checkpoint's state back, if there is one; whether there was. Called by every rank.
 
     Rank 0 reads and sends; so any number of ranks, with whole networks or parts, resumes what any other saved.
@@ -159,7 +159,7 @@ def initialize(training: Training, job: Job, rank: int, device: torch.device) ->
     start_from(training, weights, device)
 
 
-def _read(training: Training, shell: Shell, job: Job, log: MetricLog | None) -> tuple[_Found, dict[str, Tensor]]:
+def _read(training: Training, shell: Shell, job: Job, log: RunLog | None) -> tuple[_Found, dict[str, Tensor]]:
     try:
         with shell.restored() as folder:
             if folder is None:

@@ -116,7 +116,7 @@ def train(
     goodput = ledger.goodput()
     seen = max(plan.resumes_at, goodput.images_seen if goodput else 0)
     if goodput:
-        tracking.patiently(lambda: tracker.metrics(goodput.metrics(), seen))
+        tracker.metrics(goodput.metrics(), seen)
     if error is not None:
         tracker.status("FAILED")
         if isinstance(error, TrainingError):

@@ -17,10 +17,10 @@ from ddpm.noise import Purpose, normal
 from ddpm.prediction import Conditioning, NetworkDenoiser
 from ddpm.schedule import NoiseSchedule
 from pipelines.evaluation.plots import label_grid
-from pipelines.metric_log import MetricLog
 from pipelines.shards.order import Located
 from pipelines.shards.read import Batch, ShardReader
 from pipelines.shards.stream import StreamSettings, open_stream
+from pipelines.tracking import RunLog
 from pipelines.training.hardware import to_device
 from pipelines.training.parallel import world
 from pipelines.training.shell import Job
@@ -46,7 +46,7 @@ class Preview:
         spec: ModelSpec,
         schedule: NoiseSchedule,
         settings: StreamSettings,
-        log: MetricLog | None,
+        log: RunLog | None,
         rank: int,
         device: torch.device,
     ) -> None:
@@ -121,7 +121,7 @@ class Preview:
             values = {
                 f"test/accuracy_t{self._level(at):04d}": a for at, a in zip(LEVELS, accuracy.tolist(), strict=True)
             }
-            self.log.add(values, training.images_seen)
+            self.log.metrics(values, training.images_seen)
 
     def _level(self, fraction: float) -> int:
         return max(1, round(fraction * self.schedule.num_steps))

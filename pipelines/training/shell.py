@@ -80,6 +80,11 @@ class Job:
     judge: Judge | None = None
 
     @property
+    def run_uri(self) -> str:
+        """Address of all that the run stores."""
+        return join(self.config.storage.root, "runs", self.config.name)
+
+    @property
     def published_uri(self) -> str:
         """Where checkpoints that stay are copied to."""
-        return join(self.config.storage.root, "runs", self.config.name, "published")
+        return join(self.run_uri, "published")

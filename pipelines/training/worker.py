@@ -13,10 +13,10 @@ import torch
 
 from pipelines import models
 from pipelines.config import Config, noise_schedule
-from pipelines.metric_log import MetricLog
 from pipelines.shards.cache import ShardCorruptError
 from pipelines.shards.read import Batch, default_cache_dir
 from pipelines.shards.stream import StreamSettings, TrainingStream, open_stream
+from pipelines.tracking import Destination, RunLog
 from pipelines.training import hardware
 from pipelines.training.checkpoint import Checkpointer, initialize, restore
 from pipelines.training.preview import Preview
@@ -56,7 +56,9 @@ class Loop:
         self.training = make_training(config, device)
         self.log = None
         if rank == 0:
-            self.log = MetricLog(job.tracker, stream_settings(config).cache_dir.parent / "unsent" / job.tracker.run_id)
+            run = Destination(job.tracker, job.storage, job.run_uri)
+            unsent = stream_settings(config).cache_dir.parent / "unsent" / job.tracker.run_id
+            self.log = RunLog.open(config.tracking.sinks, run, unsent)
         if not restore(self.training, shell, job, self.log, rank, device) and config.init_from is not None:
             initialize(self.training, job, rank, device)
         self.resumed_at = self.saved_at = self.training.images_seen
@@ -151,7 +153,7 @@ class Loop:
         self.window.add(outcome)
         self._progress(outcome.loss)
         if finished or self._crossed(self.config.tracking.log_every):
-            self.log.add({**self.window.metrics(self.training), **self.stream.reader.fetcher.stats.metrics()}, seen)
+            self.log.metrics({**self.window.metrics(self.training), **self.stream.reader.fetcher.stats.metrics()}, seen)
 
     def _show(self) -> None:
         if self.config.tracking.grid_every is not None:
