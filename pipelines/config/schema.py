@@ -301,7 +301,7 @@ class TrackingConfig(_Model):
 
     uri: str | None = None
     experiment: str = "ddpm"
-    sinks: tuple[Literal["mlflow"], ...] = Field(("mlflow",), description="what a run's curves are sent to")
+    sinks: tuple[Literal["mlflow", "jsonl"], ...] = Field(("mlflow",), description="what a run's curves are sent to")
     log_every: PositiveInt = 2_000
     grid_every: PositiveInt | None = Field(10_000, description="images between sample grids; null: none")
     grid_rows: PositiveInt = 8

@@ -11,12 +11,14 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from pipelines.tracking.jsonl import JsonLines
 from pipelines.tracking.mlflow_sink import MlflowSink
 from pipelines.tracking.outbox import Outbox
 from pipelines.tracking.sink import Destination, Sink
 
 SINKS: dict[str, Callable[[Destination], Sink]] = {
     "mlflow": MlflowSink.of,
+    "jsonl": JsonLines,
 }
 """By the name in `tracking.sinks`."""
 FIRST = "mlflow"
