@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -69,8 +71,13 @@ class LocalBackend:
 
     def list(self, uri: str) -> list[Entry]:
         """Return every file below a folder."""
-        files = (path for path in local_path(uri).rglob("*") if path.is_file())
-        return [Entry(f"file://{p}", (s := p.stat()).st_size, str(s.st_mtime_ns)) for p in files]
+        entries = []
+        for path in local_path(uri).rglob("*"):
+            with suppress(FileNotFoundError):  # removed meanwhile
+                status = path.stat()
+                if stat.S_ISREG(status.st_mode):
+                    entries.append(Entry(f"file://{path}", status.st_size, str(status.st_mtime_ns)))
+        return entries
 
     def delete(self, uri: str) -> None:
         """Remove a file."""

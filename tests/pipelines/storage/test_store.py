@@ -2,6 +2,7 @@ import errno
 import os
 import shutil
 import socket
+import threading
 
 import pytest
 
@@ -150,6 +151,27 @@ def test_a_full_disk_and_a_missing_permission_say_what_to_do(tmp_path, monkeypat
     (tmp_path / "a-file").write_text("")
     with pytest.raises(StorageError, match="a-file/x"):
         STORAGE.write(f"file://{tmp_path}/a-file/x", b"")
+
+
+def test_a_file_that_is_replaced_while_its_folder_is_listed_does_no_harm(tmp_path):
+    """Every write has a temporary file beside its place for a moment."""
+    uri, ending = f"file://{tmp_path}/store", threading.Event()
+
+    def write() -> None:
+        while not ending.is_set():
+            STORAGE.write(f"{uri}/x", b"x")
+
+    STORAGE.write(f"{uri}/x", b"x")
+    writers = [threading.Thread(target=write) for _ in range(4)]
+    for writer in writers:
+        writer.start()
+    try:
+        for _ in range(500):
+            assert f"{uri}/x" in {entry.uri for entry in STORAGE.list(uri)}
+    finally:
+        ending.set()
+        for writer in writers:
+            writer.join()
 
 
 def test_a_deleted_folder_leaves_nothing_behind(tmp_path):
