@@ -27,7 +27,7 @@ from pipelines.storage import (
 
 KINDS = (
     "a source is `digits`, a folder of class folders, a folder with metadata.jsonl or metadata.csv, a .zip of either, "
-    "or a .csv or .jsonl of paths; on this machine or under s3://"
+    "or a .csv or .jsonl of paths; on this machine or at an address such as s3://BUCKET/KEY"
 )
 
 
