@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
 from numpy.typing import NDArray
 
@@ -137,7 +138,7 @@ class Tracker:
         """Record the dataset that the run reads, as MLflow's page shows it; once."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        described = Dataset(name, digest[:36], "s3", source, profile=json.dumps(profile))
+        described = Dataset(name, digest[:36], urlsplit(source).scheme, source, profile=json.dumps(profile))
 
         def write(client: MlflowClient) -> None:
             if not client.get_run(self.run_id).inputs.dataset_inputs:
