@@ -89,7 +89,7 @@ def test_a_server_that_stalls_is_worth_another_try(tmp_path, monkeypatch):
             stalled.read("s3://bucket/key", patience_s=0)
 
 
-def test_patience_outlasts_a_store_that_is_away_and_no_other_fault():
+def test_patience_outlasts_a_store_that_is_away_and_no_other_fault(caplog):
     answers = iter([TransientStorageError("away"), TransientStorageError("away"), None])
     asked = 0
 
@@ -101,6 +101,7 @@ def test_patience_outlasts_a_store_that_is_away_and_no_other_fault():
         return "done"
 
     assert (retry(call), asked) == ("done", 3)
+    assert [record.message for record in caplog.records] == ["away; trying again for up to 300 s"]
     asked, answers = 0, iter([StorageError("no such bucket"), None])
     with pytest.raises(StorageError, match="no such bucket"):
         retry(call)
