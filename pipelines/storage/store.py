@@ -18,12 +18,14 @@ from pipelines.config import Config
 from pipelines.retry import PATIENCE_S, retry
 from pipelines.storage.backend import Backend, Connection, Entry
 from pipelines.storage.errors import StorageError, TransientStorageError, not_found
+from pipelines.storage.fsspec_backend import PROTOCOLS, FsspecBackend
 from pipelines.storage.local import LocalBackend, local_path
 from pipelines.storage.s3 import S3Backend
 
 BACKENDS: dict[str, type[Backend]] = {
     "s3": S3Backend,
     "file": LocalBackend,
+    **dict.fromkeys(PROTOCOLS, FsspecBackend),
 }
 """By the scheme of an address."""
 
