@@ -280,13 +280,13 @@ class _Body:
     def __new__(cls, storage: Storage, url: str) -> Any:
         import io
 
-        from pipelines.storage import _client, split_s3
+        from pipelines.storage.s3 import client, split_s3
 
         if os.getpid() != PARENT:  # a forked loader worker: connections are not shared between processes
-            _client.cache_clear()
+            client.cache_clear()
             globals()["PARENT"] = os.getpid()
         bucket, key = split_s3(url)
-        body = _client(storage).get_object(Bucket=bucket, Key=key)["Body"]
+        body = client(storage).get_object(Bucket=bucket, Key=key)["Body"]
 
         class Raw(io.RawIOBase):
             def readable(self) -> bool:

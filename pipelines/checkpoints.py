@@ -15,7 +15,6 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from pipelines import tracking
 from pipelines.config import Config
 from pipelines.errors import PipelineError
 from pipelines.shards.index import Dataset, Quarantine, stream_digest
-from pipelines.storage import Storage, join, patiently
+from pipelines.storage import Storage, join
 from pipelines.tracking import Tracker
 
 logger = logging.getLogger(__name__)
@@ -211,7 +210,7 @@ def fetch_first(storage: Storage, addresses: Sequence[str], folder: Path) -> Che
     for address in addresses:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        patiently(partial(storage.download_folder, address, folder))
+        storage.download_folder(address, folder)
         try:
             return verify_checkpoint(folder)
         except ModelError as error:

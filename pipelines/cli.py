@@ -31,8 +31,12 @@ Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on 
 
 
 def _address(uri: str) -> str:
-    if not uri.rstrip("/").startswith(("s3://", "file:///")):
-        raise typer.BadParameter(f"{uri} is no address: write s3://BUCKET/PATH or file:///PATH")
+    from pipelines.storage import StorageError, address_forms, check_address
+
+    try:
+        check_address(uri.rstrip("/"))
+    except StorageError:
+        raise typer.BadParameter(f"{uri} is no address: write {address_forms('/PATH')}") from None
     return uri.rstrip("/")
 
 

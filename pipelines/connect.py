@@ -9,6 +9,7 @@ from pathlib import Path
 from pipelines import stack
 from pipelines.config import Config, ConfigError
 from pipelines.stack import StackState
+from pipelines.storage import StorageError, check_address
 
 Report = Callable[[str, str], None]
 
@@ -29,8 +30,13 @@ def fill(config: Config, environ: Mapping[str, str], state: StackState | None) -
     """The configuration with every address explicit.
 
     Raises:
-        ConfigError: the local stack is asked for a bucket that it does not have.
+        ConfigError: no registered storage answers `storage.root`, or the local stack is asked for a bucket that it does
+            not have.
     """
+    try:
+        check_address(config.storage.root)
+    except StorageError as error:
+        raise ConfigError(f"storage.root = {error}") from error
     storage, track, cluster = config.storage, config.tracking, config.cluster
     track = track.model_copy(update={"uri": track.uri or environ.get("MLFLOW_TRACKING_URI") or None})
     cluster = cluster.model_copy(update={"address": cluster.address or environ.get("RAY_ADDRESS") or None})

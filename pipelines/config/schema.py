@@ -281,7 +281,7 @@ class ClusterConfig(_Model):
 class StorageConfig(_Model):
     """Where data, checkpoints and artifacts are."""
 
-    root: str = Field(description="s3://BUCKET[/PREFIX] or file:///PATH")
+    root: str = Field(description="s3://BUCKET[/PREFIX], file:///PATH or the address of another registered storage")
     endpoint_url: str | None = Field(None, description="of an S3 that is not AWS")
     credentials_file: str | None = Field(None, description="AWS shared credentials file")
     region: str | None = None
@@ -289,21 +289,32 @@ class StorageConfig(_Model):
 
     @model_validator(mode="after")
     def _known_scheme(self) -> StorageConfig:
-        if not self.root.startswith(("s3://", "file:///")) or self.root == "s3://":
+        # Which schemes there are is checked by `pipelines.connect`: storage is built on the configuration.
+        scheme, separator, rest = self.root.partition("://")
+        if not (scheme and separator and rest) or (scheme == "file" and not rest.startswith("/")):
             raise ValueError(f"root must be s3://BUCKET[/PREFIX] or file:///PATH, got {self.root!r}")
         return self
 
 
 class TrackingConfig(_Model):
-    """MLflow."""
+    """MLflow, and what else receives a run's curves."""
 
     uri: str | None = None
     experiment: str = "ddpm"
+    sinks: tuple[Literal["mlflow", "jsonl"], ...] = Field(("mlflow",), description="what a run's curves are sent to")
     log_every: PositiveInt = 2_000
     grid_every: PositiveInt | None = Field(10_000, description="images between sample grids; null: none")
     grid_rows: PositiveInt = 8
     profile_at: NonNegativeInt | None = Field(None, description="images seen at which torch.profiler begins to look")
     profile_steps: PositiveInt = Field(5, description="steps that it looks at")
+
+    @model_validator(mode="after")
+    def _mlflow_is_there(self) -> TrackingConfig:
+        if "mlflow" not in self.sinks or len(set(self.sinks)) < len(self.sinks):
+            raise ValueError(
+                f"sinks = {list(self.sinks)}: name each once, mlflow among them, which records the run's checkpoints"
+            )
+        return self
 
 
 class CheckpointConfig(_Model):

@@ -10,9 +10,8 @@ from typing import Any
 from pipelines import checkpoints, models, tracking
 from pipelines.checkpoints import CheckpointState, Published
 from pipelines.config import Config, ConfigError
-from pipelines.filesystem import Fence, FencedError
 from pipelines.shards.index import Dataset, DatasetError, read_dataset, read_quarantine
-from pipelines.storage import Storage, join
+from pipelines.storage import Fence, FencedError, Storage, join
 from pipelines.tracking import Tracker
 from pipelines.training.describe import describe_run
 from pipelines.training.errors import TrainingError
@@ -140,7 +139,7 @@ def train(
     goodput = ledger.goodput()
     seen = max(plan.resumes_at, goodput.images_seen if goodput else 0)
     if goodput:
-        tracking.patiently(lambda: tracker.metrics(goodput.metrics(), seen))
+        tracker.metrics(goodput.metrics(), seen)
     if error is not None:
         tracker.status("FAILED")
         if isinstance(error, TrainingError):

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 
-from pipelines.storage import NotFoundError, Storage, StorageError, join, patiently
+from pipelines.retry import PATIENCE_S
+from pipelines.storage import NotFoundError, Storage, StorageError, join
 from pipelines.training.goodput import Attempt, Goodput, Session, measure
 
 VERSION = 1
@@ -32,10 +33,12 @@ def read_sessions(storage: Storage, folder: str) -> tuple[Session, ...]:
     )
 
 
-def write_sessions(storage: Storage, folder: str, sessions: Sequence[Session]) -> None:
+def write_sessions(
+    storage: Storage, folder: str, sessions: Sequence[Session], *, patience_s: float = PATIENCE_S
+) -> None:
     """Write the sessions of a run to `goodput.json` in its folder."""
     plain = {"version": VERSION, "sessions": [asdict(session) for session in sessions]}
-    storage.write(join(folder, "goodput.json"), json.dumps(plain).encode())
+    storage.write(join(folder, "goodput.json"), json.dumps(plain).encode(), patience_s=patience_s)
 
 
 class Ledger:
@@ -76,10 +79,10 @@ class Ledger:
         """Write every few seconds in a thread, so that an unreachable store does not block the driver."""
         while not self._ending.wait(WRITE_EVERY_S):
             try:
-                write_sessions(self.storage, self.folder, self.sessions)
+                write_sessions(self.storage, self.folder, self.sessions, patience_s=0)
             except StorageError as error:
                 logger.warning("the goodput ledger could not be written: %s", error)
         try:
-            patiently(lambda: write_sessions(self.storage, self.folder, self.sessions), 60)
+            write_sessions(self.storage, self.folder, self.sessions, patience_s=60)
         except StorageError as error:
             logger.warning("the goodput ledger could not be written: %s", error)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import ray
@@ -12,7 +11,7 @@ from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAM
 
 from pipelines.checkpoints import CheckpointState, ModelError
 from pipelines.config import Config
-from pipelines.storage import NotFoundError, Storage, join, patiently
+from pipelines.storage import NotFoundError, Storage, join
 
 
 def run_folder(config: Config) -> str:
@@ -54,7 +53,7 @@ def enter_checkpoint(folder: str, storage: Storage, name: str, metrics: Mapping[
         "failed_validation_checkpoint_dir_names": [],
     }
     uri = join(folder, CHECKPOINT_MANAGER_SNAPSHOT_FILENAME)
-    patiently(lambda: storage.write(uri, json.dumps(snapshot).encode()))
+    storage.write(uri, json.dumps(snapshot).encode())
     sweep(folder, storage)
 
 
@@ -62,7 +61,7 @@ def _snapshot(folder: str, storage: Storage) -> dict[str, Any] | None:
     """Return Ray Train's list in a run's folder, if there is one."""
     uri = join(folder, CHECKPOINT_MANAGER_SNAPSHOT_FILENAME)
     try:
-        snapshot: dict[str, Any] = json.loads(patiently(lambda: storage.read(uri)))
+        snapshot: dict[str, Any] = json.loads(storage.read(uri))
     except NotFoundError:
         return None
     except json.JSONDecodeError as error:
@@ -80,7 +79,7 @@ def newest_checkpoint(config: Config, storage: Storage) -> CheckpointState | Non
     for name in listed_checkpoints(run_folder(config), storage):
         folder = join(run_folder(config), name)
         try:
-            return CheckpointState.from_json(patiently(partial(storage.read, join(folder, "state.json"))), folder)
+            return CheckpointState.from_json(storage.read(join(folder, "state.json")), folder)
         except NotFoundError:
             error = error or ModelError(f"{folder} is not a complete checkpoint: state.json is missing")
         except ModelError as damaged:

@@ -45,3 +45,8 @@ def test_the_local_stack_has_one_bucket():
     with pytest.raises(ConfigError, match="the local stack has the bucket ddpm"):
         fill(compose(["storage.root=s3://ddpm2"]), {}, STACK)
     assert fill(compose(["storage.root=s3://ddpm/team"]), {}, STACK).storage.endpoint_url == "http://127.0.0.1:1"
+
+
+def test_a_storage_that_nothing_answers_is_a_configuration_error():
+    with pytest.raises(ConfigError, match=r"storage\.root = gopher://x: addresses are s3://BUCKET/KEY or file:///PATH"):
+        fill(compose(["storage=file", "storage.root=gopher://x"]), {}, None)

@@ -12,6 +12,7 @@ from typing import Any
 
 from pipelines.shards.index import DatasetError
 from pipelines.shards.ingest.report import BadImage
+from pipelines.storage import StorageError, check_address
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 PATH = ("file_name", "path")
@@ -121,9 +122,12 @@ def _row(where: str, values: dict[str, Any], folder: str) -> Row:
     path = next((values[column] for column in PATH if values.get(column) is not None), None)
     if not isinstance(path, str) or not path.strip():
         raise ValueError(f"has no path in {' or '.join(PATH)}")
-    if "://" in path and not path.startswith(("s3://", "file:///")):
-        raise ValueError(f"{path}: addresses are s3://BUCKET/KEY or file:///PATH; fetch the file and name its path")
-    if "://" not in path:
+    if "://" in path:
+        try:
+            check_address(path)
+        except StorageError as error:
+            raise ValueError(f"{error}; fetch the file and name its path") from error
+    else:
         path = posixpath.normpath(posixpath.join(folder, path))
     caption = next((values[column] for column in CAPTION if values.get(column) is not None), None)
     if caption is not None and not isinstance(caption, str):

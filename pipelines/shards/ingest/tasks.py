@@ -22,14 +22,13 @@ from typing import Any
 
 import PIL
 import webdataset
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
 
 from pipelines.shards.index import index_tar, sidecar
 from pipelines.shards.ingest.encode import CaptionEncoder, ImageFormat, encode_image, pack_embeddings
 from pipelines.shards.ingest.report import BadImage, PixelSums, ShardRecord
 from pipelines.shards.ingest.sources import SourceImage
 from pipelines.shards.ingest.trees import UnreadableError, is_remote
-from pipelines.storage import NotFoundError, Storage, TransientStorageError, join
+from pipelines.storage import NotFoundError, Storage, join
 
 LAYOUT_VERSION = 2  # of the members that a shard is made of; another one makes every shard again
 PROBED = 32
@@ -45,13 +44,6 @@ Tick = Callable[[int], None]
 
 # A text encoder's tokenizer may not be used by two threads at a time.
 _encoding = threading.Lock()
-# An object store that is away for minutes costs minutes, not the ingest.
-_patiently = Retrying(
-    retry=retry_if_exception_type(TransientStorageError),
-    wait=wait_exponential_jitter(multiplier=0.5, max=10),
-    stop=stop_after_delay(300),
-    reraise=True,
-)
 
 
 @dataclass(frozen=True)
@@ -144,9 +136,9 @@ def write_shard(job: ShardJob, settings: Settings, tick: Tick = lambda count: No
         index = index_tar(tar).to_json().encode()
         record = tally.record(job, tar, index)
         if record.samples:
-            _patiently(storage.upload, tar, join(uri, job.name))
-            _patiently(storage.write, join(uri, sidecar(job.name)), index)
-        _patiently(storage.write, join(uri, record_name(job.name)), record.to_json().encode())
+            storage.upload(tar, join(uri, job.name))
+            storage.write(join(uri, sidecar(job.name)), index)
+        storage.write(join(uri, record_name(job.name)), record.to_json().encode())
     return record, False
 
 
@@ -179,10 +171,10 @@ def _is_whole(record: ShardRecord, settings: Settings, scratch: Path) -> bool:
         return True
     copy = scratch / "copy"
     try:
-        index = _patiently(settings.storage.read, join(settings.uri, sidecar(record.name)))
+        index = settings.storage.read(join(settings.uri, sidecar(record.name)))
         if hashlib.sha256(index).hexdigest() != record.index_sha256:
             return False
-        _patiently(settings.storage.download, join(settings.uri, record.name), copy)
+        settings.storage.download(join(settings.uri, record.name), copy)
         return _sha256(copy) == record.sha256
     except NotFoundError:
         return False
@@ -263,11 +255,11 @@ def _reads(images: Sequence[SourceImage], storage: Storage) -> Iterator[tuple[So
         while True:
             for image in islice(waiting, READS_AHEAD - len(ahead)):
                 remote = is_remote(image.read)
-                ahead.append((image, _readers().submit(_patiently, image.read, storage) if remote else None))
+                ahead.append((image, _readers().submit(image.read, storage) if remote else None))
             if not ahead:
                 return
             image, future = ahead.popleft()
-            yield image, future.result if future else partial(_patiently, image.read, storage)
+            yield image, future.result if future else partial(image.read, storage)
     finally:
         for _, future in ahead:
             if future:

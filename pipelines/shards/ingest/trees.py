@@ -1,4 +1,4 @@
-"""Where a source's bytes are: a local folder, a zip, an S3 prefix, all as names with a way to read each file."""
+"""Where a source's bytes are: a local folder, a zip, a folder in a store, all as names with a way to read each file."""
 
 from __future__ import annotations
 
@@ -13,11 +13,21 @@ from pathlib import Path, PurePosixPath
 
 from pipelines.errors import PipelineError
 from pipelines.shards.index import DatasetError
-from pipelines.storage import Entry, NotFoundError, Storage, StorageError, is_local, join, local_path
+from pipelines.storage import (
+    Entry,
+    NotFoundError,
+    Storage,
+    StorageError,
+    check_address,
+    is_local,
+    join,
+    local_path,
+    split_scheme,
+)
 
 KINDS = (
     "a source is `digits`, a folder of class folders, a folder with metadata.jsonl or metadata.csv, a .zip of either, "
-    "or a .csv or .jsonl of paths; on this machine or under s3://"
+    "or a .csv or .jsonl of paths; on this machine or at an address such as s3://BUCKET/KEY"
 )
 
 
@@ -58,12 +68,12 @@ class Tree:
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A file of its own, local or on S3."""
+    """A file of its own, on this machine or in a store."""
 
     uri: str
 
     def __call__(self, storage: Storage) -> bytes:
-        """Its bytes; an S3 that refuses or is away is no fault of the file and raises `StorageError`."""
+        """Return its bytes; a store that refuses or is away is no fault of the file and raises `StorageError`."""
         try:
             return storage.read(self.uri)
         except NotFoundError as error:
@@ -87,7 +97,7 @@ class InMemory:
 
 @dataclass(frozen=True, slots=True)
 class ZipMember:
-    """A file inside a zip: one ranged read, the same for a local zip and one on S3."""
+    """A file inside a zip: one ranged read, the same for a local zip and one in a store."""
 
     uri: str
     offset: int
@@ -133,7 +143,7 @@ def is_remote(read: Read) -> bool:
 def address(source: str) -> str:
     """The address of a source that is given as a path or as an address."""
     if "://" in source:
-        is_local(source)  # raises for another scheme
+        check_address(source)
         return source.rstrip("/")
     return f"file://{os.path.abspath(os.path.expanduser(source))}"
 
@@ -144,7 +154,7 @@ def shown(uri: str) -> str:
 
 
 def open_tree(uri: str, storage: Storage) -> Tree:
-    """The files of a folder, a zip or an S3 prefix.
+    """The files of a local folder, a zip or a folder in a store.
 
     Raises:
         DatasetError: there is nothing, or it is no folder and no zip.
@@ -165,7 +175,7 @@ def open_tree(uri: str, storage: Storage) -> Tree:
 
 
 def find_files(base: str, paths: Iterable[str], storage: Storage) -> dict[str, File]:
-    """Those of `paths` that exist, each relative to the folder `base`, absolute, or an s3:// address of its own.
+    """Those of `paths` that exist, each relative to the folder `base`, absolute, or an address of its own.
 
     A path that another machine or bucket holds is taken on trust: reading it will tell.
     """
@@ -318,13 +328,14 @@ def _resolve(base: str, path: str) -> str:
         return f"file://{path}"
     if is_local(base):
         return f"file://{os.path.normpath(local_path(base) / path)}"
-    # normpath would take the // of s3:// for a mistake
-    return "s3://" + os.path.normpath(join(base, path).removeprefix("s3://"))
+    scheme, rest = split_scheme(join(base, path))
+    return scheme + os.path.normpath(rest)  # which would take the // of a scheme for a mistake
 
 
 def _list_common(base: str, uris: list[str], storage: Storage) -> list[Entry]:
     """One listing of the deepest folder below `base` that holds all of `uris`."""
     if not uris:
         return []
-    folders = [uri.removeprefix("s3://").rpartition("/")[0] for uri in uris]
-    return storage.list("s3://" + os.path.commonpath(folders))
+    scheme = split_scheme(base)[0]
+    folders = [uri.removeprefix(scheme).rpartition("/")[0] for uri in uris]
+    return storage.list(scheme + os.path.commonpath(folders))

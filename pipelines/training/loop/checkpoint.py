@@ -14,9 +14,9 @@ from torch import Tensor
 
 from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint, CheckpointState, ModelError
-from pipelines.metric_log import MetricLog
 from pipelines.models import initial_weights
-from pipelines.storage import StorageError, join, patiently
+from pipelines.storage import StorageError, join
+from pipelines.tracking import RunLog
 from pipelines.training.loop.collectives import broadcast, broadcast_object, gather
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.shell import Shell
@@ -37,7 +37,7 @@ class Checkpointer:
         upload_s: seconds that their uploads took, while training went on.
     """
 
-    def __init__(self, context: RunContext, shell: Shell, log: MetricLog | None) -> None:
+    def __init__(self, context: RunContext, shell: Shell, log: RunLog | None) -> None:
         self.context, self.shell, self.log = context, shell, log
         self.uploaded_bytes, self.upload_s = 0, 0.0
         self._idle = threading.Event()
@@ -91,7 +91,7 @@ class Checkpointer:
         try:
             state = checkpoints.save_checkpoint(folder, checkpoint)
             if self.log and (unsent := self.log.pack()):
-                patiently(lambda: storage.write(join(uri, UNSENT), unsent))
+                storage.write(join(uri, UNSENT), unsent)
                 self.uploaded_bytes += len(unsent)
             for name in [*state.files, "state.json"]:
                 storage.upload(folder / name, join(uri, name))
@@ -118,7 +118,7 @@ class _Found:
     error: str | None
 
 
-def restore(context: RunContext, state: TrainingState, shell: Shell, log: MetricLog | None) -> bool:
+def restore(context: RunContext, state: TrainingState, shell: Shell, log: RunLog | None) -> bool:
     """Load the newest checkpoint into the state and return True, or return False where there is none.
 
     Called by every rank. Rank 0 reads and broadcasts, so that any number of ranks, with DDP or FSDP2, can resume what
@@ -161,7 +161,7 @@ def load_initial_model(context: RunContext, state: TrainingState) -> None:
 
 
 def _read(
-    context: RunContext, state: TrainingState, shell: Shell, log: MetricLog | None
+    context: RunContext, state: TrainingState, shell: Shell, log: RunLog | None
 ) -> tuple[_Found, dict[str, Tensor]]:
     """Return the newest checkpoint and its tensors; errors are returned, because all ranks must learn of them."""
     job = context.job

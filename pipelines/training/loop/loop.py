@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import torch
 
-from pipelines.metric_log import MetricLog
 from pipelines.shards.cache import ShardCorruptError
 from pipelines.shards.read import Batch, default_cache_dir
+from pipelines.tracking import Destination, RunLog
 from pipelines.training.loop import hardware
 from pipelines.training.loop.checkpoint import Checkpointer, load_initial_model, restore
 from pipelines.training.loop.context import RunContext
@@ -43,7 +43,7 @@ class TrainingLoop:
         self.context, self.config, self.shell = context, context.config, shell
         self.clock = Clock(time.monotonic() if started is None else started)
         hardware.configure_process(self.config, default_cache_dir().parent)
-        self.log = _metric_log(context) if context.rank == 0 else None
+        self.log = _run_log(context) if context.rank == 0 else None
 
         # Restore the newest checkpoint, or start from new or given weights.
         self.state = make_state(context)
@@ -145,7 +145,9 @@ class TrainingLoop:
         self.statistics.add(result)
         self._report_progress(result.loss)
         if finished or self._crossed(self.config.tracking.log_every):
-            self.log.add({**self.statistics.metrics(self.state), **self.stream.reader.fetcher.stats.metrics()}, seen)
+            self.log.metrics(
+                {**self.statistics.metrics(self.state), **self.stream.reader.fetcher.stats.metrics()}, seen
+            )
 
     def _show_preview(self) -> None:
         if self.config.tracking.grid_every is not None:
@@ -180,7 +182,9 @@ class TrainingLoop:
         return seen // every > (seen - self.config.batch_size) // every
 
 
-def _metric_log(context: RunContext) -> MetricLog:
+def _run_log(context: RunContext) -> RunLog:
     """Return the log of the run, which keeps what is not sent yet beside the shard cache."""
-    tracker = context.job.tracker
-    return MetricLog(tracker, stream_settings(context.config).cache_dir.parent / "unsent" / tracker.run_id)
+    job = context.job
+    run = Destination(job.tracker, job.storage, job.run_uri)
+    unsent = stream_settings(context.config).cache_dir.parent / "unsent" / job.tracker.run_id
+    return RunLog.open(context.config.tracking.sinks, run, unsent)

@@ -13,8 +13,8 @@ from ddpm.inpainting import inpainting_condition, random_mask
 from ddpm.noise import Purpose, normal
 from ddpm.prediction import Conditioning, NetworkDenoiser
 from pipelines.evaluation.plots import label_grid
-from pipelines.metric_log import MetricLog
 from pipelines.shards.read import ShardReader
+from pipelines.tracking import RunLog
 from pipelines.training.loop.collectives import all_gather_items, rank_indices
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.data import open_test_split, read_samples
@@ -34,7 +34,7 @@ class Preview:
         log: where rank 0 logs; None on the other ranks.
     """
 
-    def __init__(self, context: RunContext, log: MetricLog | None) -> None:
+    def __init__(self, context: RunContext, log: RunLog | None) -> None:
         self.context, self.log = context, log
 
     @cached_property
@@ -105,7 +105,7 @@ class Preview:
         accuracy = all_gather_items(torch.cat(hits), count).mean(0).tolist()
         if self.log:
             values = {f"test/accuracy_t{level:04d}": a for level, a in zip(levels, accuracy, strict=True)}
-            self.log.add(values, state.images_seen)
+            self.log.metrics(values, state.images_seen)
 
 
 class _CastInput(nn.Module):

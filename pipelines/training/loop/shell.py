@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pipelines.training.loop.state import TrainingState
 
 Store = Callable[[str], None]
-"""Writes a checkpoint's files to a folder's URI (s3:// or file://), `state.json` last."""
+"""Writes a checkpoint's files to a folder's URI, `state.json` last."""
 
 
 class Shell(Protocol):
@@ -90,6 +90,11 @@ class Job:
     evaluation_hook: EvaluationHook | None = None
 
     @property
+    def run_uri(self) -> str:
+        """The folder with everything that the run stores."""
+        return join(self.config.storage.root, "runs", self.config.name)
+
+    @property
     def published_uri(self) -> str:
         """The folder into which checkpoints are copied that stay."""
-        return join(self.config.storage.root, "runs", self.config.name, "published")
+        return join(self.run_uri, "published")

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipelines.filesystem import Fence
-from pipelines.storage import Storage, join
+from pipelines.storage import Fence, Storage, join
 from pipelines.training.loop.shell import Store
 from pipelines.training.ray_train.shell import RayShell, downloaded_checkpoint
 from pipelines.training.resume import enter_checkpoint, listed_checkpoints

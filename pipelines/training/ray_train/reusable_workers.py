@@ -22,8 +22,7 @@ import torch
 from ray.exceptions import RayError
 
 from pipelines.config import ClusterConfig
-from pipelines.filesystem import Fence
-from pipelines.storage import StorageError, join
+from pipelines.storage import Fence, StorageError, join
 from pipelines.training import STARTED
 from pipelines.training.errors import TrainingError
 from pipelines.training.loop.shell import Job
@@ -139,8 +138,7 @@ class _Group:
         with suppress(RayError):
             ray.kill(self.queue)
         with suppress(StorageError):  # an unreachable store keeps a few small files
-            for entry in self.storage.list(self.folder):
-                self.storage.delete(entry.uri)
+            self.storage.delete_folder(self.folder, patience_s=0)
 
     def _fit(self) -> None:
         try:

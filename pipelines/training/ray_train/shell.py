@@ -20,8 +20,7 @@ from ray.train.v2._internal.execution.context import get_train_context
 
 from pipelines.checkpoints import fetch_first
 from pipelines.errors import PipelineError
-from pipelines.filesystem import Fence
-from pipelines.storage import Storage, join
+from pipelines.storage import Fence, Storage, join
 from pipelines.training.loop.progress import Progress
 from pipelines.training.loop.shell import Store
 from pipelines.training.resume import listed_checkpoints

@@ -16,9 +16,9 @@ from ray.train.torch import TorchTrainer
 from pipelines import tracking
 from pipelines.checkpoints import ModelError
 from pipelines.config import ClusterConfig
-from pipelines.filesystem import Fence, open_filesystem
 from pipelines.shards.cache import ShardCorruptError
-from pipelines.storage import NotFoundError, Storage, join, patiently
+from pipelines.storage import Fence, NotFoundError, Storage, join
+from pipelines.storage.arrow import open_filesystem
 from pipelines.training import STARTED
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.loop import TrainingLoop
@@ -130,7 +130,7 @@ def _take_over_reservation(job: Job, trainer: TorchTrainer) -> None:
 
     uri = join(run_folder(job.config), "reservation")
     with suppress(NotFoundError):
-        before = patiently(lambda: job.storage.read(uri)).decode()
+        before = job.storage.read(uri).decode()
         with suppress(RayError):
             ray.get(get_or_create_autoscaling_coordinator().cancel_request.remote(requester_id=before), timeout=10)
-    patiently(lambda: job.storage.write(uri, f"train-{trainer.train_run_context.run_id}".encode()))
+    job.storage.write(uri, f"train-{trainer.train_run_context.run_id}".encode())

@@ -25,23 +25,23 @@ class Bucket(Storage):
     def _there(self, uri: str) -> str:
         return uri.replace("s3://bucket", f"file://{self.root}", 1)
 
-    def read(self, uri, start=0, stop=None):
-        return super().read(self._there(uri), start, stop)
+    def read(self, uri, start=0, stop=None, **patience):
+        return super().read(self._there(uri), start, stop, **patience)
 
-    def write(self, uri, data):
-        super().write(self._there(uri), data)
+    def write(self, uri, data, **patience):
+        super().write(self._there(uri), data, **patience)
 
-    def upload(self, path, uri):
-        super().upload(path, self._there(uri))
+    def upload(self, path, uri, **patience):
+        super().upload(path, self._there(uri), **patience)
 
-    def download(self, uri, path):
-        super().download(self._there(uri), path)
+    def download(self, uri, path, **patience):
+        super().download(self._there(uri), path, **patience)
 
-    def delete(self, uri):
-        super().delete(self._there(uri))
+    def delete(self, uri, **patience):
+        super().delete(self._there(uri), **patience)
 
-    def list(self, uri):
-        entries = super().list(self._there(uri))
+    def list(self, uri, **patience):
+        entries = super().list(self._there(uri), **patience)
         return [replace(e, uri=e.uri.replace(f"file://{self.root}", "s3://bucket", 1)) for e in entries]
 
 

@@ -39,16 +39,16 @@ class MemoryTracker:
     def metric(self, key):
         return [(step, values[key]) for step, values in self.points.items() if key in values]
 
-    def last_steps(self):
+    def last_steps(self, **patience):
         return {}
 
-    def metrics(self, values, step, at_ms):
+    def metrics(self, values, step, at_ms, **patience):
         self.points.setdefault(step, {}).update(values)
 
-    def image(self, key, pixels, step):
+    def image(self, key, pixels, step, **patience):
         self.images.append((step, pixels.shape))
 
-    def text(self, text, name):
+    def text(self, text, name, **patience):
         self.texts[name] = text
 
     def read_text(self, name):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from pyarrow.fs import FileSelector, FileType, LocalFileSystem, copy_files
 
-from pipelines.filesystem import Fence, FencedError, open_filesystem
-from pipelines.storage import Storage, StorageError
+from pipelines.storage import Fence, FencedError, Storage, StorageError
+from pipelines.storage.arrow import open_filesystem
 
 STORAGE = Storage()
 

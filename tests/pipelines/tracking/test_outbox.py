@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import get_args
 
 import numpy as np
 import pytest
 
-from pipelines import metric_log
-from pipelines.metric_log import MetricLog
-from pipelines.tracking import TrackingError, UnreachableError
+from pipelines.config import ConfigError, compose
+from pipelines.config.schema import TrackingConfig
+from pipelines.tracking import RunLog, TrackingError, UnreachableError, outbox
+from pipelines.tracking.outbox import Outbox
+from pipelines.tracking.run_log import SINKS
 
 
 class Server:
@@ -57,7 +60,7 @@ class Server:
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
-    monkeypatch.setattr(metric_log, "RETRY_S", 0.01)
+    monkeypatch.setattr(outbox, "RETRY_S", 0.01)
 
 
 PIXELS = np.zeros((2, 2, 1), np.uint8)
@@ -66,9 +69,9 @@ PIXELS = np.zeros((2, 2, 1), np.uint8)
 def test_points_wait_for_a_server_that_is_away_and_arrive_in_order_once(tmp_path):
     server = Server()
     server.away = True
-    log = MetricLog(server, tmp_path)
+    log = Outbox(server, tmp_path)
     for step in (10, 20, 30):
-        log.add({"loss": step / 10}, step)
+        log.metrics({"loss": step / 10}, step)
     log.image("samples", PIXELS, 30)
     with pytest.raises(UnreachableError, match="4 points of the run wait"):
         log.flush(0.1)
@@ -82,16 +85,16 @@ def test_points_wait_for_a_server_that_is_away_and_arrive_in_order_once(tmp_path
 
 def test_the_next_process_sends_what_a_killed_one_could_not_and_drops_what_it_computes_again(tmp_path):
     server = Server()
-    killed = MetricLog(server, tmp_path)
-    killed.add({"loss": 1.0}, 10)
+    killed = Outbox(server, tmp_path)
+    killed.metrics({"loss": 1.0}, 10)
     killed.image("samples", PIXELS, 10)
     killed.flush()
     server.away = True
-    killed.add({"loss": 2.0}, 20)
+    killed.metrics({"loss": 2.0}, 20)
     killed.close()  # as good as killed: it says nothing more
-    after = MetricLog(server, tmp_path)  # resumes at 0: passes 10 and 20 again
+    after = Outbox(server, tmp_path)  # resumes at 0: passes 10 and 20 again
     for step in (10, 20, 30):
-        after.add({"loss": step / 10, "lr": 0.1}, step)
+        after.metrics({"loss": step / 10, "lr": 0.1}, step)
         after.image("samples", PIXELS, step)
     server.away = False
     after.flush()
@@ -103,10 +106,10 @@ def test_the_next_process_sends_what_a_killed_one_could_not_and_drops_what_it_co
 
 def test_what_was_taken_but_not_acknowledged_is_not_sent_again(tmp_path):
     server = Server()
-    log = MetricLog(server, tmp_path)
+    log = Outbox(server, tmp_path)
     server.deaf_once = True
-    log.add({"loss": 1.0}, 10)
-    log.add({"loss": 2.0}, 20)
+    log.metrics({"loss": 1.0}, 10)
+    log.metrics({"loss": 2.0}, 20)
     log.flush()
     assert Counter(step for _, step, _ in server.points) == {10: 1, 20: 1}
     log.close()
@@ -114,9 +117,9 @@ def test_what_was_taken_but_not_acknowledged_is_not_sent_again(tmp_path):
 
 def test_a_point_that_the_server_refuses_does_not_hold_up_the_others(tmp_path):
     server = Server()
-    log = MetricLog(server, tmp_path)
-    log.add({"loss": float("nan")}, 10)
-    log.add({"loss": 2.0}, 20)
+    log = Outbox(server, tmp_path)
+    log.metrics({"loss": float("nan")}, 10)
+    log.metrics({"loss": 2.0}, 20)
     log.flush()
     assert server.points == [("loss", 20, 2.0)]
     log.close()
@@ -125,24 +128,57 @@ def test_a_point_that_the_server_refuses_does_not_hold_up_the_others(tmp_path):
 def test_what_waits_travels_with_a_checkpoint_to_another_node(tmp_path):
     server = Server()
     server.away = True
-    here = MetricLog(server, tmp_path / "here")
+    here = RunLog({"mlflow": server}, tmp_path / "here")
     for step in (10, 20):
-        here.add({"loss": step / 10}, step)
+        here.metrics({"loss": step / 10}, step)
     here.text("where it is", "checkpoints/20.json", 20)
     packed = here.pack()
     assert packed is not None
     here.close()
     (tmp_path / "unsent.zip").write_bytes(packed)
-    there = MetricLog(server, tmp_path / "there")
+    there = RunLog({"mlflow": server}, tmp_path / "there")
     there.adopt(tmp_path / "unsent.zip")
-    there.add({"loss": 3.0}, 30)
+    there.metrics({"loss": 3.0}, 30)
     server.away = False
     there.flush()
     assert server.points == [("loss", 10, 1.0), ("loss", 20, 2.0), ("loss", 30, 3.0)]
     assert server.texts == {"checkpoints/20.json": "where it is"}
     assert there.pack() is None
     there.close()
-    back = MetricLog(server, tmp_path / "here")  # the first node again, with what it could not send then
+    back = RunLog({"mlflow": server}, tmp_path / "here")  # the first node again, with what it could not send then
     back.flush()
     back.close()
     assert len(server.points) == 3
+
+
+def test_a_sink_that_is_away_does_not_hold_up_another_and_its_queue_travels_too(tmp_path):
+    there, away = Server(), Server()
+    away.away = True
+    log = RunLog({"mlflow": there, "other": away}, tmp_path / "run")
+    log.metrics({"loss": 1.0}, 10)
+    log.outboxes["mlflow"].flush(5)
+    assert there.points == [("loss", 10, 1.0)]
+    with pytest.raises(UnreachableError, match="1 points of the run wait"):
+        log.flush(0.1)
+    packed = log.pack()
+    assert packed is not None
+    log.close()
+    (tmp_path / "unsent.zip").write_bytes(packed)
+    away.away = False
+    without = RunLog({"mlflow": there}, tmp_path / "elsewhere" / "run")  # the sink is not configured any more
+    without.adopt(tmp_path / "unsent.zip")
+    without.flush()
+    without.close()
+    after = RunLog({"mlflow": there, "other": away}, tmp_path / "new" / "run")
+    after.adopt(tmp_path / "unsent.zip")
+    after.flush()
+    after.close()
+    assert (there.points, away.points) == ([("loss", 10, 1.0)], [("loss", 10, 1.0)])
+
+
+def test_every_sink_that_the_configuration_may_name_is_registered():
+    (names, _) = get_args(TrackingConfig.model_fields["sinks"].annotation)
+    assert set(get_args(names)) == set(SINKS)
+    assert compose().tracking.sinks == ("mlflow",)
+    with pytest.raises(ConfigError, match="mlflow among them"):
+        compose(["tracking.sinks=[]"])

@@ -1,10 +1,13 @@
 import errno
 import os
 import shutil
+import socket
+import threading
 
 import pytest
 
 from pipelines.config import compose
+from pipelines.retry import retry
 from pipelines.storage import (
     NotFoundError,
     Storage,
@@ -12,9 +15,8 @@ from pipelines.storage import (
     TransientStorageError,
     is_local,
     join,
-    patiently,
-    split_s3,
 )
+from pipelines.storage.s3 import split_s3
 
 STORAGE = Storage()
 
@@ -70,14 +72,24 @@ def test_addresses_are_checked():
 
 
 def test_an_unreachable_server_is_worth_another_try_and_says_which(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipelines.storage.MAX_ATTEMPTS", 1)
+    monkeypatch.setattr("pipelines.storage.s3.MAX_ATTEMPTS", 1)
     (tmp_path / "keys").write_text("[default]\naws_access_key_id=a\naws_secret_access_key=b\n")
     away = Storage("http://127.0.0.1:9", str(tmp_path / "keys"))
     with pytest.raises(TransientStorageError, match=r"127\.0\.0\.1:9"):
-        away.read("s3://bucket/key")
+        away.read("s3://bucket/key", patience_s=0)
 
 
-def test_patience_outlasts_a_store_that_is_away_and_no_other_fault():
+def test_a_server_that_stalls_is_worth_another_try(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.storage.s3.MAX_ATTEMPTS", 1)
+    monkeypatch.setattr("pipelines.storage.s3.TIMEOUT_S", 0.2)
+    (tmp_path / "keys").write_text("[default]\naws_access_key_id=a\naws_secret_access_key=b\n")
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it takes connections and never answers
+        stalled = Storage(f"http://127.0.0.1:{silent.getsockname()[1]}", str(tmp_path / "keys"))
+        with pytest.raises(TransientStorageError, match="Read timeout"):
+            stalled.read("s3://bucket/key", patience_s=0)
+
+
+def test_patience_outlasts_a_store_that_is_away_and_no_other_fault(caplog):
     answers = iter([TransientStorageError("away"), TransientStorageError("away"), None])
     asked = 0
 
@@ -88,14 +100,15 @@ def test_patience_outlasts_a_store_that_is_away_and_no_other_fault():
             raise error
         return "done"
 
-    assert (patiently(call), asked) == ("done", 3)
+    assert (retry(call), asked) == ("done", 3)
+    assert [record.message for record in caplog.records] == ["away; trying again for up to 300 s"]
     asked, answers = 0, iter([StorageError("no such bucket"), None])
     with pytest.raises(StorageError, match="no such bucket"):
-        patiently(call)
+        retry(call)
     assert asked == 1
     answers = iter([TransientStorageError("away")] * 9)
     with pytest.raises(TransientStorageError):
-        patiently(call, patience_s=0.1)
+        retry(call, patience_s=0.1)
 
 
 def test_explicit_settings_beat_the_environment(monkeypatch):
@@ -112,10 +125,6 @@ def test_workers_are_told_paths_and_endpoints_only():
         "AWS_SHARED_CREDENTIALS_FILE": "/c",
         "AWS_DEFAULT_REGION": "r",
     }
-    assert Storage("http://h:1", None, "r").arrow_uri("s3://b/p") == (
-        "s3://b/p?scheme=http&endpoint_override=h%3A1&region=r"
-    )
-    assert Storage().arrow_uri("file:///a/b") == "/a/b"
 
 
 def test_a_copy_is_whole_and_replaces_what_was_there(tmp_path):
@@ -143,3 +152,32 @@ def test_a_full_disk_and_a_missing_permission_say_what_to_do(tmp_path, monkeypat
     (tmp_path / "a-file").write_text("")
     with pytest.raises(StorageError, match="a-file/x"):
         STORAGE.write(f"file://{tmp_path}/a-file/x", b"")
+
+
+def test_a_file_that_is_replaced_while_its_folder_is_listed_does_no_harm(tmp_path):
+    """Every write has a temporary file beside its place for a moment."""
+    uri, ending = f"file://{tmp_path}/store", threading.Event()
+
+    def write() -> None:
+        while not ending.is_set():
+            STORAGE.write(f"{uri}/x", b"x")
+
+    STORAGE.write(f"{uri}/x", b"x")
+    writers = [threading.Thread(target=write) for _ in range(4)]
+    for writer in writers:
+        writer.start()
+    try:
+        for _ in range(500):
+            assert f"{uri}/x" in {entry.uri for entry in STORAGE.list(uri)}
+    finally:
+        ending.set()
+        for writer in writers:
+            writer.join()
+
+
+def test_a_deleted_folder_leaves_nothing_behind(tmp_path):
+    for name in ("store/a/b/c", "store/d", "other/e"):
+        STORAGE.write(f"file://{tmp_path}/{name}", b"x")
+    for _ in range(2):
+        STORAGE.delete_folder(f"file://{tmp_path}/store")
+        assert [path.name for path in tmp_path.iterdir()] == ["other"]

@@ -1,0 +1,38 @@
+"""Stored bytes by their address, on any of the registered backends; cheap to import.
+
+`store` holds the `Storage` value and the registry of backends, one file each; `fence` keeps a replaced driver from
+writing; `arrow` shows a storage folder to pyarrow, and so to Ray Train (imported by name, for it imports pyarrow).
+"""
+
+from pipelines.storage.backend import Backend, Connection, Entry
+from pipelines.storage.errors import NotFoundError, StorageError, TransientStorageError
+from pipelines.storage.fence import Fence, FencedError
+from pipelines.storage.local import local_path
+from pipelines.storage.store import (
+    BACKENDS,
+    Storage,
+    address_forms,
+    check_address,
+    is_local,
+    join,
+    split_scheme,
+)
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Connection",
+    "Entry",
+    "Fence",
+    "FencedError",
+    "NotFoundError",
+    "Storage",
+    "StorageError",
+    "TransientStorageError",
+    "address_forms",
+    "check_address",
+    "is_local",
+    "join",
+    "local_path",
+    "split_scheme",
+]

@@ -1,0 +1,47 @@
+"""What can go wrong with stored bytes, in words that say which address, why, and how to fix it."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pipelines.errors import PipelineError
+from pipelines.retry import TransientError
+
+_DISK_FULL = "free some, or set storage.root (and TMPDIR, where checkpoints are written first) to another disk"
+_HINTS = {
+    errno.ENOSPC: _DISK_FULL,
+    errno.EDQUOT: _DISK_FULL,
+    errno.EACCES: "the user of this process may not: change the folder's owner, or storage.root",
+    errno.EROFS: "set storage.root to a disk that can be written",
+}
+
+
+class StorageError(PipelineError):
+    """Stored bytes could not be read or written; says which address, why, and how to fix it."""
+
+
+class NotFoundError(StorageError):
+    """There is nothing at the address."""
+
+
+class TransientStorageError(StorageError, TransientError):
+    """The server did not answer, or answered that it is busy: worth another try."""
+
+
+def not_found(uri: str) -> NotFoundError:
+    """The error of an address where nothing is stored."""
+    return NotFoundError(f"{uri}: nothing is stored there")
+
+
+@contextmanager
+def reporting_os_errors(uri: str) -> Iterator[None]:
+    """Turn what the file system raises into a `StorageError` that says what to do."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise not_found(uri) from error
+    except OSError as error:
+        hint = _HINTS.get(error.errno or 0)
+        raise StorageError(f"{uri}: {error.strerror or error}{f': {hint}' if hint else ''}") from error

@@ -1,0 +1,227 @@
+"""Every store that fsspec opens as a storage backend: Google Cloud Storage, Azure, SFTP, and what else is installed.
+
+Install the filesystem's package beside this one (`pip install gcsfs` for gs://, `adlfs` for abfs://, `paramiko` for
+sftp://). Credentials and other settings are fsspec's own: the environment of the store, or the files in
+`FSSPEC_CONFIG_DIR`; this module adds none.
+
+An object store shows an object when it is whole, so storing it replaces the old one in one step. On a file system the
+bytes are written beside their place and renamed into it, which is as atomic as its rename: `local` and `sftp` replace
+in one step; one that refuses to rename over a file (`smb`, `hdfs`, some `ftp` servers) has the old one removed first,
+and a kill in between leaves none. Nothing is written conditionally: of two writers the last one wins, as on S3.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pipelines.storage.backend import Connection, Entry
+from pipelines.storage.errors import StorageError, TransientStorageError, not_found, reporting_os_errors
+
+OBJECT_STORES = ("gs", "gcs", "abfs", "abfss", "az", "oci", "oss", "tos")
+FILE_SYSTEMS = ("local", "sftp", "ssh", "smb", "hdfs", "webhdfs", "ftp", "webdav", "dbfs")
+PROTOCOLS = (*OBJECT_STORES, *FILE_SYSTEMS)
+STREAM_BYTES = 8 << 20
+"""Of one request while streaming."""
+_ENVIRONMENT = (
+    "FSSPEC_CONFIG_DIR",
+    "GOOGLE_APPLICATION_CREDENTIALS",
+    "GOOGLE_CLOUD_PROJECT",
+    "STORAGE_EMULATOR_HOST",
+    "AZURE_STORAGE_ACCOUNT_NAME",
+)
+"""Paths, endpoints and names that other processes need too; no secrets."""
+_TAGS = ("etag", "ETag", "md5Hash", "content_md5", "checksum", "mtime", "last_modified", "LastModified", "updated")
+_NETWORK = {
+    errno.EAGAIN,
+    errno.ECONNABORTED,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.EPIPE,
+    errno.ETIMEDOUT,
+}
+
+
+class FsspecBackend:
+    """Objects and files through fsspec, which is imported on first use and keeps its own connections."""
+
+    form: ClassVar[str] = "another URL that fsspec opens (gs://BUCKET/KEY, abfs://…, sftp://…)"
+
+    def __init__(self, connection: Connection) -> None:
+        pass
+
+    @staticmethod
+    def is_address(uri: str) -> bool:
+        """Return whether anything follows the scheme."""
+        return not uri.endswith("://")
+
+    @staticmethod
+    def environment(connection: Connection) -> dict[str, str]:
+        """Return the variables by which the filesystems find settings, as far as they are set here."""
+        return {name: os.environ[name] for name in _ENVIRONMENT if os.environ.get(name)}
+
+    def read(self, uri: str, start: int, stop: int | None) -> bytes:
+        """Return the bytes [start, stop) of an object."""
+        with _reporting(uri):
+            fs, path = _open(uri)
+            data: bytes = fs.cat_file(path, start=start or None, end=stop)
+            return data
+
+    def stream(self, uri: str, start: int, stop: int, chunk: int) -> Iterator[bytes]:
+        """Yield the bytes [start, stop) of an object, which are fetched some MiB at a time."""
+        for begin in range(start, stop, STREAM_BYTES):
+            end = min(begin + STREAM_BYTES, stop)
+            data = self.read(uri, begin, end)
+            for at in range(0, len(data), chunk):
+                yield data[at : at + chunk]
+            if len(data) < end - begin:
+                return
+
+    def write(self, uri: str, data: bytes) -> None:
+        """Store an object."""
+        with _reporting(uri):
+            _replace(uri, lambda fs, path: fs.pipe_file(path, data))
+
+    def upload(self, path: Path, uri: str) -> None:
+        """Store a file."""
+        with _reporting(uri):
+            _replace(uri, lambda fs, target: fs.put_file(str(path), target))
+
+    def download(self, uri: str, path: Path) -> None:
+        """Copy an object into a file."""
+        with _reporting(uri):
+            fs, source = _open(uri)
+            fs.get_file(source, str(path))
+
+    def copy(self, source: str, target: str) -> None:
+        """Copy an object inside the store where it can, else through this machine."""
+        with _reporting(source):
+            fs, path = _open(source)
+            if fs is _open(target)[0]:
+                with suppress(NotImplementedError):
+                    _replace(target, lambda fs, place: fs.cp_file(path, place))
+                    return
+            data = fs.cat_file(path)
+            _replace(target, lambda fs, place: fs.pipe_file(place, data))
+
+    def exists(self, uri: str) -> bool:
+        """Return whether an object is there; a folder is none."""
+        with _reporting(uri):
+            fs, path = _open(uri)
+            try:
+                return bool(fs.info(path)["type"] == "file")
+            except FileNotFoundError:
+                return False
+
+    def list(self, uri: str) -> list[Entry]:
+        """Return every object below a folder."""
+        folder = uri.rstrip("/")
+        with _reporting(uri):
+            fs, path = _open(folder)
+            # A walk over folders would leave out one that it cannot read, and the list would be short.
+            strict = {} if _scheme(uri) in OBJECT_STORES else {"on_error": "raise"}
+            try:
+                found = fs.find(path, detail=True, **strict)
+            except FileNotFoundError as error:
+                if fs.exists(path):
+                    raise TransientStorageError(f"{uri} has changed while it was listed") from error
+                return []
+            below = {name[len(path) + 1 :]: info for name, info in found.items() if name.startswith(path + "/")}
+            return [Entry(f"{folder}/{name}", int(info["size"]), _tag(info)) for name, info in below.items()]
+
+    def delete(self, uri: str) -> None:
+        """Remove an object."""
+        with _reporting(uri), suppress(FileNotFoundError):
+            fs, path = _open(uri)
+            fs.rm_file(path)
+
+    def remove_empty_folders(self, uri: str) -> None:
+        """Remove a file system's empty folders."""
+        if _scheme(uri) in OBJECT_STORES:
+            return
+        with _reporting(uri), suppress(FileNotFoundError):
+            fs, path = _open(uri)
+            for folder, _, _ in list(fs.walk(path, topdown=False)):
+                if not fs.ls(folder, detail=False):
+                    fs.rmdir(folder)
+
+
+def _scheme(uri: str) -> str:
+    return uri.partition("://")[0]
+
+
+def _open(uri: str) -> tuple[Any, str]:
+    """Return (filesystem, path) of an address; fsspec keeps one filesystem per thread.
+
+    Its listings are forgotten: other processes write to the same place.
+    """
+    import fsspec
+
+    fs, path = fsspec.core.url_to_fs(uri)
+    fs.invalidate_cache()
+    return fs, path
+
+
+def _tag(info: Mapping[str, Any]) -> str:
+    """Return what a filesystem says of an object that changes when its bytes do."""
+    return next((str(info[name]) for name in _TAGS if info.get(name) is not None), "")
+
+
+def _replace(uri: str, write: Callable[[Any, str], object]) -> None:
+    """Have an object written in one step, with the folders above it where there are such things."""
+    fs, path = _open(uri)
+    if _scheme(uri) in OBJECT_STORES:
+        write(fs, path)
+        return
+    folder, _, name = path.rpartition("/")
+    temporary = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}"
+    fs.makedirs(folder, exist_ok=True)
+    try:
+        write(fs, temporary)
+        try:
+            fs.mv(temporary, path)
+        except FileExistsError:
+            fs.rm_file(path)
+            fs.mv(temporary, path)
+    finally:
+        with suppress(FileNotFoundError):
+            fs.rm_file(temporary)
+
+
+@contextmanager
+def _reporting(uri: str) -> Iterator[None]:
+    """Turn what a filesystem raises into a `StorageError` that says what to do."""
+    with reporting_os_errors(uri):
+        try:
+            yield
+        except (FileNotFoundError, StorageError):
+            raise
+        except ImportError as error:
+            raise StorageError(f"{uri}: {error}") from error
+        except OSError as error:
+            if isinstance(error, ConnectionError | TimeoutError) or error.errno in _NETWORK:
+                raise TransientStorageError(f"{uri}: {error}") from error
+            raise
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise StorageError(f"{uri}: {type(error).__name__}: {error}") from error
+        except Exception as error:
+            raise _answered(uri, error) from error
+
+
+def _answered(uri: str, error: Exception) -> StorageError:
+    """Return the error for what a store's own library raised, by the HTTP status that it carries, if any."""
+    status = next((s for n in ("status_code", "status", "code") if isinstance(s := getattr(error, n, None), int)), None)
+    if status == 404:
+        return not_found(uri)
+    refused = status is not None and 400 <= status < 500 and status not in (408, 429)
+    kind = StorageError if refused else TransientStorageError
+    return kind(f"{uri}: {type(error).__name__}: {error}")

@@ -1,0 +1,112 @@
+"""Files of this machine, or of a disk that all nodes share, as a storage backend: `file:///PATH`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import ClassVar
+
+from pipelines.storage.backend import Connection, Entry
+from pipelines.storage.errors import reporting_os_errors
+
+
+class LocalBackend:
+    """Folders through pathlib; every file is written beside its place and renamed into it."""
+
+    form: ClassVar[str] = "file:///PATH"
+
+    def __init__(self, connection: Connection) -> None:
+        pass
+
+    @staticmethod
+    def is_address(uri: str) -> bool:
+        """Return whether the path is absolute."""
+        return uri.startswith("file:///")
+
+    @staticmethod
+    def environment(connection: Connection) -> dict[str, str]:
+        """Return nothing: a path is all that another process needs."""
+        return {}
+
+    def read(self, uri: str, start: int, stop: int | None) -> bytes:
+        """Return the bytes [start, stop) of a file."""
+        with reporting_os_errors(uri), open(local_path(uri), "rb") as file:
+            file.seek(start)
+            return file.read(-1 if stop is None else stop - start)
+
+    def stream(self, uri: str, start: int, stop: int, chunk: int) -> Iterator[bytes]:
+        """Yield the bytes [start, stop) of a file."""
+        with reporting_os_errors(uri), open(local_path(uri), "rb") as file:
+            file.seek(start)
+            while part := file.read(min(chunk, stop - file.tell())):
+                yield part
+
+    def write(self, uri: str, data: bytes) -> None:
+        """Replace a file by one with these bytes."""
+        with reporting_os_errors(uri):
+            _replace(local_path(uri), lambda temporary: temporary.write_bytes(data))
+
+    def upload(self, path: Path, uri: str) -> None:
+        """Replace a file by a copy of another."""
+        with reporting_os_errors(uri):
+            _replace(local_path(uri), lambda temporary: shutil.copyfile(path, temporary))
+
+    def download(self, uri: str, path: Path) -> None:
+        """Copy a file."""
+        with reporting_os_errors(uri):
+            shutil.copyfile(local_path(uri), path)
+
+    def copy(self, source: str, target: str) -> None:
+        """Replace a file by a copy of another."""
+        self.upload(local_path(source), target)
+
+    def exists(self, uri: str) -> bool:
+        """Return whether a file is there; a folder is none."""
+        return local_path(uri).is_file()
+
+    def list(self, uri: str) -> list[Entry]:
+        """Return every file below a folder."""
+        entries = []
+        for path in local_path(uri).rglob("*"):
+            with suppress(FileNotFoundError):  # removed meanwhile
+                status = path.stat()
+                if stat.S_ISREG(status.st_mode):
+                    entries.append(Entry(f"file://{path}", status.st_size, str(status.st_mtime_ns)))
+        return entries
+
+    def delete(self, uri: str) -> None:
+        """Remove a file."""
+        with reporting_os_errors(uri):
+            local_path(uri).unlink(missing_ok=True)
+
+    def remove_empty_folders(self, uri: str) -> None:
+        """Remove a folder's empty folders, itself last."""
+        folder = local_path(uri)
+        with reporting_os_errors(uri):
+            for path in [*sorted(folder.rglob("*"), reverse=True), folder]:
+                if path.is_dir() and not any(path.iterdir()):
+                    path.rmdir()
+
+
+def local_path(uri: str) -> Path:
+    """Return the path of a file:/// address."""
+    return Path(uri.removeprefix("file://"))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Have a temporary file written and give it the name of `path`, whatever was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,228 @@
+"""Stored bytes by their address, wherever they are: the one value through which everything else reads and writes them.
+
+An address is `SCHEME://…`; its scheme chooses the backend from `BACKENDS`. A `Storage` is a small frozen value that
+pickles; clients are made per process. Secrets are never part of it: it holds the path of a credentials file, or nothing
+for the store's own rules. Every method waits for a store that is away, up to `patience_s` seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from pipelines.config import Config
+from pipelines.retry import PATIENCE_S, retry
+from pipelines.storage.backend import Backend, Connection, Entry
+from pipelines.storage.errors import StorageError, TransientStorageError, not_found
+from pipelines.storage.fsspec_backend import PROTOCOLS, FsspecBackend
+from pipelines.storage.local import LocalBackend, local_path
+from pipelines.storage.s3 import S3Backend
+
+BACKENDS: dict[str, type[Backend]] = {
+    "s3": S3Backend,
+    "file": LocalBackend,
+    **dict.fromkeys(PROTOCOLS, FsspecBackend),
+}
+"""By the scheme of an address."""
+
+
+@dataclass(frozen=True)
+class Storage(Connection):
+    """Reads and writes stored objects by their addresses.
+
+    Unless a method says otherwise it raises `NotFoundError` where nothing is stored at an address,
+    `TransientStorageError` where the store has been away for `patience_s` seconds (0: a single try), and `StorageError`
+    for what no patience mends: no permission, a full disk, no such bucket.
+    """
+
+    @classmethod
+    def of(cls, config: Config) -> Storage:
+        """Return the storage that a configuration names; the environment fills what it leaves open."""
+        region = config.storage.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        return cls(
+            config.storage.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"),
+            config.storage.credentials_file or os.environ.get("AWS_SHARED_CREDENTIALS_FILE"),
+            region,
+        )
+
+    def environment(self) -> dict[str, str]:
+        """Return what processes that reach the same storage need in their environment: paths and endpoints."""
+        merged: dict[str, str] = {}
+        for backend in BACKENDS.values():
+            merged |= backend.environment(self)
+        return merged
+
+    def read(self, uri: str, start: int = 0, stop: int | None = None, *, patience_s: float = PATIENCE_S) -> bytes:
+        """Return the bytes [start, stop) at an address; all of them by default."""
+        backend = self._backend(uri)
+        return retry(lambda: backend.read(uri, start, stop), patience_s)
+
+    def stream(self, uri: str, start: int, stop: int, chunk: int = 1 << 20) -> Iterator[bytes]:
+        """Yield the bytes [start, stop) of a single request as they arrive; `fetch` is the patient form.
+
+        Raises:
+            TransientStorageError: the connection broke; what was yielded until then is good.
+        """
+        yield from self._backend(uri).stream(uri, start, stop, chunk)
+
+    def fetch(
+        self, uri: str, start: int, stop: int, sink: Callable[[bytes], object], *, patience_s: float = PATIENCE_S
+    ) -> int:
+        """Hand the bytes [start, stop) to `sink` in order, going on where a connection broke; return the requests made.
+
+        A store that is away for a minute costs a minute: requests are repeated until one brings a byte or `patience_s`
+        have passed without any.
+
+        Raises:
+            TransientStorageError: patience has run out.
+            StorageError: what no patience mends, or an object that ends before `stop`.
+        """
+        at, requests = start, 0
+
+        def request() -> None:
+            nonlocal at, requests
+            began = at
+            requests += 1
+            try:
+                for part in self.stream(uri, at, stop):
+                    sink(part)
+                    at += len(part)
+            except TransientStorageError:
+                if at == began:
+                    raise
+
+        while at < stop:
+            reached = at
+            retry(request, patience_s)
+            if at == reached:
+                raise StorageError(f"{uri} ends at byte {at}, {stop} were expected: it is cut short")
+        return requests
+
+    def write(self, uri: str, data: bytes, *, patience_s: float = PATIENCE_S) -> None:
+        """Store bytes at an address, replacing what is there in one step."""
+        backend = self._backend(uri)
+        retry(lambda: backend.write(uri, data), patience_s)
+
+    def upload(self, path: Path, uri: str, *, patience_s: float = PATIENCE_S) -> None:
+        """Store a file in one step; in parts where it is large."""
+        backend = self._backend(uri)
+        retry(lambda: backend.upload(path, uri), patience_s)
+
+    def download(self, uri: str, path: Path, *, patience_s: float = PATIENCE_S) -> None:
+        """Copy an object into a file; ranged and in parallel where it is large."""
+        backend = self._backend(uri)
+        retry(lambda: backend.download(uri, path), patience_s)
+
+    def copy(self, source: str, target: str, *, patience_s: float = PATIENCE_S) -> None:
+        """Store an object anew under another address; inside the store where both addresses are of the same kind."""
+        backend = self._backend(source)
+        if backend is self._backend(target):
+            retry(lambda: backend.copy(source, target), patience_s)
+        elif is_local(source):
+            self.upload(local_path(source), target, patience_s=patience_s)
+        else:
+            with tempfile.TemporaryDirectory(prefix="ddpm-copy-") as scratch:
+                self.download(source, Path(scratch) / "object", patience_s=patience_s)
+                self.upload(Path(scratch) / "object", target, patience_s=patience_s)
+
+    def exists(self, uri: str, *, patience_s: float = PATIENCE_S) -> bool:
+        """Return whether an object is at the address."""
+        backend = self._backend(uri)
+        return retry(lambda: backend.exists(uri), patience_s)
+
+    def list(self, uri: str, *, patience_s: float = PATIENCE_S) -> list[Entry]:
+        """Return every object under a folder address, in order of address; none where there is no such folder."""
+        backend = self._backend(uri)
+        return sorted(retry(lambda: backend.list(uri), patience_s), key=lambda entry: entry.uri)
+
+    def delete(self, uri: str, *, patience_s: float = PATIENCE_S) -> None:
+        """Remove an object; nothing happens where there is none."""
+        backend = self._backend(uri)
+        retry(lambda: backend.delete(uri), patience_s)
+
+    def delete_folder(self, uri: str, *, patience_s: float = PATIENCE_S) -> None:
+        """Remove every object under a folder address, and the folder where the store has such a thing."""
+        backend = self._backend(uri)
+        for entry in self.list(uri, patience_s=patience_s):
+            self.delete(entry.uri, patience_s=patience_s)
+        retry(lambda: backend.remove_empty_folders(uri), patience_s)
+
+    def download_folder(self, uri: str, folder: Path, *, patience_s: float = PATIENCE_S) -> None:
+        """Copy every object under a folder address into a folder.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        entries = self.list(uri, patience_s=patience_s)
+        if not entries:
+            raise not_found(uri)
+        for entry in entries:
+            path = folder / entry.uri[len(uri.rstrip("/")) + 1 :]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.download(entry.uri, path, patience_s=patience_s)
+
+    def require(self, root: str) -> None:
+        """Check, before anything starts, that a root can be listed and written; a store that is away fails at once.
+
+        Raises:
+            StorageError: no such bucket, wrong key, no permission or no server, with the fix.
+        """
+        probe = f"{root.rstrip('/')}/.ddpm-probe-{os.getpid()}"
+        self.write(probe, b"", patience_s=0)
+        self.delete(probe, patience_s=0)
+
+    def _backend(self, uri: str) -> Backend:
+        return _connected(check_address(uri), self)
+
+
+def check_address(uri: str) -> type[Backend]:
+    """Return the kind of backend that an address belongs to.
+
+    Raises:
+        StorageError: its scheme is none of `BACKENDS`, or the address is incomplete.
+    """
+    scheme, separator, _ = uri.partition("://")
+    kind = BACKENDS.get(scheme) if separator else None
+    if kind is None or not kind.is_address(uri):
+        raise StorageError(f"{uri}: addresses are {address_forms()}")
+    return kind
+
+
+def address_forms(key: str = "/KEY") -> str:
+    """Return what addresses look like, for messages.
+
+    Args:
+        key: what to write for the part after the container's name.
+    """
+    forms = [backend.form.replace("/KEY", key) for backend in BACKENDS.values()]
+    return " or ".join(dict.fromkeys(forms))
+
+
+def join(uri: str, *parts: str) -> str:
+    """Return an address below another."""
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+def split_scheme(uri: str) -> tuple[str, str]:
+    """Return an address as ("SCHEME://", the rest)."""
+    scheme, separator, rest = uri.partition("://")
+    return scheme + separator, rest
+
+
+def is_local(uri: str) -> bool:
+    """Return whether an address is that of a file of this machine, which has a path.
+
+    Raises:
+        StorageError: it is no address.
+    """
+    return check_address(uri) is LocalBackend
+
+
+@lru_cache(maxsize=32)
+def _connected(kind: type[Backend], connection: Connection) -> Backend:
+    """Return the backend of a kind for a connection: one per process."""
+    return kind(connection)

@@ -1,0 +1,42 @@
+"""What is recorded of runs and models: the only package that talks to MLflow, apart from the served model itself.
+
+`run` is one MLflow run, `model_registry` the versions and aliases, `run_log` what rank 0 logs while it trains, sent to
+every sink through an `outbox` each. A sink is a class in one file and one line in `run_log.SINKS`.
+"""
+
+from pipelines.tracking.client import TrackingError, UnreachableError
+from pipelines.tracking.model_registry import (
+    ModelVersion,
+    download_version,
+    log_pyfunc,
+    register,
+    set_alias,
+    set_version_tags,
+    version,
+    versions,
+)
+from pipelines.tracking.run import Tracker, get_run, open_run, to_json
+from pipelines.tracking.run_log import RunLog
+from pipelines.tracking.sink import Destination, Sink
+from pipelines.tracking.system_metrics import system_metrics
+
+__all__ = [
+    "Destination",
+    "ModelVersion",
+    "RunLog",
+    "Sink",
+    "Tracker",
+    "TrackingError",
+    "UnreachableError",
+    "download_version",
+    "get_run",
+    "log_pyfunc",
+    "open_run",
+    "register",
+    "set_alias",
+    "set_version_tags",
+    "system_metrics",
+    "to_json",
+    "version",
+    "versions",
+]

@@ -1,0 +1,82 @@
+"""A run's curves as JSON lines in its folder on storage: `runs/RUN/metrics.jsonl`, for `tracking.sinks=[mlflow,jsonl]`.
+
+A line holds the values that were logged together: `{"step": 2560, "at_ms": 1790000000000, "train/loss": 0.12, …}`;
+step is images seen, at_ms the time in milliseconds since the epoch, null a value that is not finite. Read it with
+`pandas.read_json(path, lines=True)`. Object stores cannot append: each line stores the file anew, so a file of
+`PART_BYTES` is put aside as `runs/RUN/metrics/000001.jsonl` and so on, and the next one begins.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+from numpy.typing import NDArray
+
+from pipelines.storage import NotFoundError, join
+from pipelines.tracking.sink import Destination
+
+PART_BYTES = 1 << 20
+_ABOUT = ("step", "at_ms")
+
+
+class JsonLines:
+    """Records curves; it has no place for pictures and texts, which MLflow shows.
+
+    The file is read once by every process that writes it, and so survives restarts on any node. Two processes must not
+    write it at a time; the outbox of a run is that of rank 0.
+    """
+
+    def __init__(self, run: Destination) -> None:
+        self.storage, self.parts = run.storage, join(run.folder, "metrics")
+        self.current: bytes | None = None
+        self.count = 0
+
+    @property
+    def uri(self) -> str:
+        """Address of the file that is being written."""
+        return f"{self.parts}.jsonl"
+
+    def last_steps(self) -> dict[str, int]:
+        """Return the last recorded step of every curve."""
+        listed = [entry.uri for entry in self.storage.list(self.parts, patience_s=0)]
+        older = [self.storage.read(uri, patience_s=0) for uri in listed if uri.endswith(".jsonl")]
+        current = b""
+        with suppress(NotFoundError):
+            current = self.storage.read(self.uri, patience_s=0)
+        if current in older[-1:]:  # it was put aside, and the next one had not begun
+            current = b""
+        self.count, self.current = len(older), current
+        steps: dict[str, int] = {}
+        for point in _points(b"".join([*older, current])):
+            for key in point.keys() - set(_ABOUT):
+                steps[key] = max(point["step"], steps.get(key, -1))
+        return steps
+
+    def metrics(self, values: Mapping[str, float], step: int, at_ms: int) -> None:
+        """Add a line."""
+        if self.current is None:
+            self.last_steps()
+        assert self.current is not None
+        if len(self.current) >= PART_BYTES:
+            self.storage.copy(self.uri, join(self.parts, f"{self.count + 1:06d}.jsonl"), patience_s=0)
+            self.count, self.current = self.count + 1, b""
+        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        line = json.dumps({"step": step, "at_ms": at_ms, **finite}).encode() + b"\n"
+        self.storage.write(self.uri, self.current + line, patience_s=0)
+        self.current += line
+
+    def image(self, key: str, pixels: NDArray[Any], step: int) -> None:
+        """Ignore a picture."""
+
+    def text(self, text: str, name: str) -> None:
+        """Ignore a text."""
+
+
+def _points(lines: bytes) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a file."""
+    for line in lines.splitlines():
+        yield json.loads(line)

@@ -1,0 +1,134 @@
+"""The model registry: models-from-code pyfuncs, their versions, and the aliases that point to them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.tracking.client import TrackingError, client, reporting
+from pipelines.tracking.run import Tracker
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """A registered model version.
+
+    Attributes:
+        run_id: the run that it came from.
+        aliases: aliases that point to it now.
+    """
+
+    name: str
+    version: str
+    run_id: str
+    tags: dict[str, str]
+    aliases: tuple[str, ...]
+
+    @property
+    def uri(self) -> str:
+        """models:/NAME/VERSION."""
+        return f"models:/{self.name}/{self.version}"
+
+
+def log_pyfunc(
+    tracker: Tracker,
+    folder: Path,
+    code: Path,
+    packages: Iterable[Path],
+    requirements: list[str],
+    example: Any,
+) -> str:
+    """Store a models-from-code pyfunc with a model folder in the run; return the ID of the logged model.
+
+    Args:
+        folder: the model folder, the artifact "model" of the pyfunc.
+        code: the module that defines the pyfunc.
+        packages: source folders that travel with it.
+        example: (inputs, outputs, params) from which the signature is inferred.
+    """
+    import mlflow
+    from mlflow.models import infer_signature
+
+    inputs, outputs, params = example
+    mlflow.set_tracking_uri(tracker.uri)
+    # MLflow's hints (types, input examples, nullable integers) are for who writes the model, not for who trains.
+    with warnings.catch_warnings(), mlflow.start_run(run_id=tracker.run_id, log_system_metrics=False):
+        warnings.simplefilter("ignore")
+        info = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(code),
+            artifacts={"model": str(folder)},
+            code_paths=[str(p) for p in packages],
+            pip_requirements=requirements,
+            signature=infer_signature(inputs, outputs, params=params),
+        )
+    tracker.status("FINISHED")
+    return str(info.model_id)
+
+
+def register(tracker: Tracker, name: str, model_id: str, tags: Mapping[str, str]) -> ModelVersion:
+    """Return a new version of a registered model, made from what `log_pyfunc` stored."""
+    from mlflow.exceptions import MlflowException
+
+    mlflow = client(tracker.uri)
+    with reporting(tracker.uri):
+        try:
+            mlflow.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        created = mlflow.create_model_version(
+            name,
+            f"models:/{model_id}",
+            run_id=tracker.run_id,
+            model_id=model_id,
+            tags={k: str(v)[:4900] for k, v in tags.items()},
+        )
+    return ModelVersion(name, str(created.version), tracker.run_id, dict(tags), ())
+
+
+def version(uri: str, name: str, *, alias: str | None = None, number: str | None = None) -> ModelVersion | None:
+    """Return a version by alias or number, None where there is none."""
+    from mlflow.exceptions import MlflowException
+
+    mlflow = client(uri)
+    try:
+        found = mlflow.get_model_version_by_alias(name, alias) if alias else mlflow.get_model_version(name, number)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise TrackingError(f"cannot read {name} from the registry at {uri}: {error.message}") from error
+    return ModelVersion(name, str(found.version), found.run_id, dict(found.tags), tuple(found.aliases))
+
+
+def versions(uri: str, name: str) -> list[ModelVersion]:
+    """Return every version of a registered model, newest first."""
+    with reporting(uri):
+        found = client(uri).search_model_versions(f"name = '{name}'")
+    numbered = sorted(found, key=lambda v: -int(v.version))
+    return [ModelVersion(name, str(v.version), v.run_id, dict(v.tags), tuple(v.aliases)) for v in numbered]
+
+
+def set_alias(uri: str, name: str, alias: str, number: str) -> None:
+    """Make an alias point to a version."""
+    with reporting(uri):
+        client(uri).set_registered_model_alias(name, alias, number)
+
+
+def set_version_tags(uri: str, name: str, number: str, tags: Mapping[str, str]) -> None:
+    """Set tags of a version."""
+    with reporting(uri):
+        for key, value in tags.items():
+            client(uri).set_model_version_tag(name, number, key, value)
+
+
+def download_version(uri: str, found: ModelVersion, folder: Path) -> Path:
+    """Return the model folder inside a registered pyfunc, downloaded below `folder`."""
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)
+    local = mlflow.artifacts.download_artifacts(found.uri, dst_path=str(folder))
+    return Path(local) / "artifacts" / "model"

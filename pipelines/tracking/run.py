@@ -1,0 +1,224 @@
+"""One MLflow run: parameters, curves, pictures, artifacts, tags.
+
+A training run is one MLflow run, found again by its name whatever crashed in between; steps are images seen.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
+
+from numpy.typing import NDArray
+
+from pipelines.retry import PATIENCE_S, retry
+from pipelines.tracking.client import TrackingError, client, first_answer, reporting
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+RUN_TAG = "ddpm.run"
+KIND = "custom_model_development"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """One MLflow run. Pickles, so that driver, workers and evaluation write to the same one.
+
+    Its methods wait for a server that is away and raise `UnreachableError` when `patience_s` seconds have passed (0: a
+    single try); they raise `TrackingError` for what the server refuses.
+    """
+
+    uri: str
+    run_id: str
+
+    @property
+    def url(self) -> str:
+        """The page of the run."""
+        info = self._ask(lambda client: client.get_run(self.run_id)).info
+        return f"{self.uri}/#/experiments/{info.experiment_id}/runs/{self.run_id}"
+
+    def params(self, params: Mapping[str, Any]) -> None:
+        """Record flat parameters; those that are recorded already with the same value stay."""
+        from mlflow.entities import Param
+
+        def write(client: MlflowClient) -> None:
+            known = client.get_run(self.run_id).data.params
+            fresh = [Param(k, str(v)[:6000]) for k, v in params.items() if k not in known]
+            for i in range(0, len(fresh), 100):
+                client.log_batch(self.run_id, params=fresh[i : i + 100])
+
+        self._ask(write)
+
+    def metrics(
+        self, values: Mapping[str, float], step: int, at_ms: int | None = None, *, patience_s: float = PATIENCE_S
+    ) -> None:
+        """Record points of curves at `step` images seen; sent twice with the same time, they are there once.
+
+        Args:
+            at_ms: time of the points in milliseconds since the epoch; now, where not given.
+        """
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000) if at_ms is None else at_ms
+        points = [Metric(k, float(v), now, step) for k, v in values.items()]
+        self._ask(lambda client: client.log_batch(self.run_id, metrics=points), patience_s)
+
+    def last_steps(self, *, patience_s: float = PATIENCE_S) -> dict[str, int]:
+        """Return the last step of every curve by its name, and of every picture by images/KEY."""
+
+        def read(client: MlflowClient) -> dict[str, int]:
+            run = client.get_run(self.run_id)
+            # A run knows each curve's newest point; its history may be long. MLflow's own monitor reads it there too.
+            steps = {m.key: m.step for m in run.data._metric_objs}
+            for info in client.list_artifacts(self.run_id, "images"):
+                key, word, step, *_ = f"{info.path}+++".split("+")
+                if word == "step":
+                    steps[key] = max(int(step), steps.get(key, -1))
+            return steps
+
+        return self._ask(read, patience_s)
+
+    def metric(self, key: str) -> list[tuple[int, float]]:
+        """Return a recorded curve as (step, value)."""
+        return [(m.step, m.value) for m in self._ask(lambda client: client.get_metric_history(self.run_id, key))]
+
+    def image(self, key: str, pixels: NDArray[Any], step: int, *, patience_s: float = PATIENCE_S) -> None:
+        """Record a picture, uint8 [H, W, C], under a key whose pictures the page shows with a step slider."""
+        self._ask(
+            lambda client: client.log_image(self.run_id, pixels, key=key, step=step, synchronous=True), patience_s
+        )
+
+    def text(self, text: str, name: str, *, patience_s: float = PATIENCE_S) -> None:
+        """Store a text file as an artifact."""
+        self._ask(lambda client: client.log_text(self.run_id, text, name), patience_s)
+
+    def file(self, data: bytes, name: str) -> None:
+        """Store a file as an artifact; its name may have folders."""
+        folder, _, last = name.rpartition("/")
+
+        def write(client: MlflowClient) -> None:
+            with tempfile.TemporaryDirectory(prefix="ddpm-artifact-") as scratch:
+                (Path(scratch) / last).write_bytes(data)
+                client.log_artifact(self.run_id, str(Path(scratch) / last), folder or None)
+
+        self._ask(write)
+
+    def read_text(self, name: str) -> str:
+        """Return a text artifact."""
+
+        def read(client: MlflowClient) -> str:
+            with tempfile.TemporaryDirectory(prefix="ddpm-artifact-") as scratch:
+                return Path(client.download_artifacts(self.run_id, name, scratch)).read_text()
+
+        return self._ask(read)
+
+    def names(self, folder: str) -> list[str]:
+        """Return the artifact paths in a folder."""
+        return [info.path for info in self._ask(lambda client: client.list_artifacts(self.run_id, folder))]
+
+    def tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags."""
+        from mlflow.entities import RunTag
+
+        listed = [RunTag(k, str(v)) for k, v in tags.items()]
+        self._ask(lambda client: client.log_batch(self.run_id, tags=listed))
+
+    def tag(self, key: str) -> str | None:
+        """Return a tag's value, None where it is not set."""
+        return self._ask(lambda client: client.get_run(self.run_id)).data.tags.get(key)
+
+    def dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
+        """Record the dataset that the run reads, as MLflow's page shows it; once."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        described = Dataset(name, digest[:36], urlsplit(source).scheme, source, profile=json.dumps(profile))
+
+        def write(client: MlflowClient) -> None:
+            if not client.get_run(self.run_id).inputs.dataset_inputs:
+                tags = [InputTag("mlflow.data.context", "training")]
+                client.log_inputs(self.run_id, [DatasetInput(described, tags)])
+
+        self._ask(write)
+
+    def status(self, status: str) -> None:
+        """Set the run's status: RUNNING, FINISHED, FAILED or KILLED."""
+        from mlflow.entities import RunStatus
+
+        def write(client: MlflowClient) -> None:
+            if status == "RUNNING":
+                client.update_run(self.run_id, status=status)
+            else:
+                client.set_terminated(self.run_id, status=RunStatus.to_string(RunStatus.from_string(status)))
+
+        self._ask(write)
+
+    def _ask(self, call: Callable[[MlflowClient], T], patience_s: float = PATIENCE_S) -> T:
+        """Return what a call of the client returns."""
+
+        def once() -> T:
+            with reporting(self.uri):
+                return call(client(self.uri))
+
+        return retry(once, patience_s)
+
+
+def open_run(uri: str, experiment: str, name: str, tags: Mapping[str, str]) -> tuple[Tracker, bool]:
+    """Return the run of a name in an experiment and whether it was there before; it is opened where there is none.
+
+    Raises:
+        TrackingError: no MLflow server answers at `uri`.
+    """
+    experiment_id = _experiment_id(uri, experiment)
+    found = _named(client(uri), [experiment_id], name)
+    if found is not None:
+        return Tracker(uri, found), True
+    run = client(uri).create_run(experiment_id, run_name=name, tags={**tags, RUN_TAG: name})
+    return Tracker(uri, run.info.run_id), False
+
+
+def get_run(uri: str, run_id: str) -> Tracker:
+    """Return the run of an ID.
+
+    Raises:
+        TrackingError: there is none.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client(uri).get_run(run_id)
+    except MlflowException as error:
+        raise TrackingError(f"no run {run_id} at {uri}: {error.message}") from error
+    return Tracker(uri, run_id)
+
+
+def to_json(value: Any) -> str:
+    """Return a value as the JSON that artifacts hold."""
+    return json.dumps(value, indent=1, sort_keys=True)
+
+
+def _experiment_id(uri: str, experiment: str) -> str:
+    """Return the ID of an experiment, which is made where there is none."""
+    from mlflow.exceptions import MlflowException
+
+    found = first_answer(uri, lambda client: client.get_experiment_by_name(experiment))
+    if found is None:
+        try:
+            # The kind that opens the pages on training runs and charts, not on language-model traces.
+            return client(uri).create_experiment(experiment, tags={"mlflow.experimentKind": KIND})
+        except MlflowException:  # another run was faster
+            found = client(uri).get_experiment_by_name(experiment)
+    return str(found.experiment_id)
+
+
+def _named(client: MlflowClient, experiments: list[str], name: str) -> str | None:
+    from mlflow.entities import ViewType
+
+    runs = client.search_runs(experiments, f"tags.`{RUN_TAG}` = '{name}'", ViewType.ACTIVE_ONLY, max_results=1)
+    return runs[0].info.run_id if runs else None

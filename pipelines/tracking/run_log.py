@@ -1,0 +1,99 @@
+"""What rank 0 logs of a run, sent to every sink that the configuration names."""
+
+from __future__ import annotations
+
+import io
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from pipelines.tracking.jsonl import JsonLines
+from pipelines.tracking.mlflow_sink import MlflowSink
+from pipelines.tracking.outbox import Outbox
+from pipelines.tracking.sink import Destination, Sink
+
+SINKS: dict[str, Callable[[Destination], Sink]] = {
+    "mlflow": MlflowSink.of,
+    "jsonl": JsonLines,
+}
+"""By the name in `tracking.sinks`."""
+FIRST = "mlflow"
+"""The sink whose waiting points lie at the top of the folder and of the packed file; others have one of their own."""
+
+
+class RunLog:
+    """The log of a run: every sink has a queue of its own, and none waits for another.
+
+    Args:
+        sinks: by name.
+        folder: on this node, where what is not sent yet is kept; of this run alone.
+    """
+
+    def __init__(self, sinks: Mapping[str, Sink], folder: Path) -> None:
+        def place(name: str) -> Path:
+            return folder if name == FIRST else folder.with_name(f"{folder.name}.{name}")
+
+        self.outboxes = {name: Outbox(sink, place(name)) for name, sink in sinks.items()}
+
+    @classmethod
+    def open(cls, names: Iterable[str], run: Destination, folder: Path) -> RunLog:
+        """Return the log that sends a run to the sinks of these names."""
+        return cls({name: SINKS[name](run) for name in names}, folder)
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Log points of curves at `step` images seen."""
+        for outbox in self.outboxes.values():
+            outbox.metrics(values, step)
+
+    def image(self, key: str, pixels: NDArray[Any], step: int) -> None:
+        """Log a picture, uint8 [H, W, C], at `step` images seen."""
+        for outbox in self.outboxes.values():
+            outbox.image(key, pixels, step)
+
+    def text(self, text: str, name: str, step: int) -> None:
+        """Log a text file at `step` images seen; under the same name it replaces itself."""
+        for outbox in self.outboxes.values():
+            outbox.text(text, name, step)
+
+    def flush(self, timeout_s: float = 300.0) -> None:
+        """Wait until everything is sent.
+
+        Raises:
+            UnreachableError: not everything is; the next process of this run sends the rest.
+        """
+        deadline = time.monotonic() + timeout_s
+        for outbox in self.outboxes.values():
+            outbox.flush(max(deadline - time.monotonic(), 0))
+
+    def close(self) -> None:
+        """End the threads; what waits is left to the next process."""
+        for outbox in self.outboxes.values():
+            outbox.close()
+
+    def pack(self) -> bytes | None:
+        """Return what waits as a zip that travels with a checkpoint; None where nothing does."""
+        waiting = {
+            name if sink == FIRST else f"{sink}/{name}": data
+            for sink, outbox in self.outboxes.items()
+            for name, data in outbox.waiting().items()
+        }
+        if not waiting:
+            return None
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w") as archive:
+            for name, data in waiting.items():
+                archive.writestr(name, data)
+        return packed.getvalue()
+
+    def adopt(self, packed: Path) -> None:
+        """Take up what a process on another node had not sent when it made a checkpoint."""
+        with zipfile.ZipFile(packed) as archive:
+            for name in archive.namelist():
+                sink = str(Path(name).parent)
+                outbox = self.outboxes.get(FIRST if sink == "." else sink)
+                if outbox is not None:  # else a sink that the run no longer has
+                    outbox.adopt(Path(name).name, archive.read(name))

@@ -1,0 +1,49 @@
+"""A machine's processor, memory, disk, network and GPUs as curves of an MLflow run."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pipelines.tracking.run import Tracker
+
+logger = logging.getLogger(__name__)
+MONITOR_AFTER_S = 10.0
+RESTART_AFTER_S = 30.0
+
+
+@contextmanager
+def system_metrics(tracker: Tracker, node: str) -> Iterator[None]:
+    """Log this machine's use of its resources to a run while the block runs, as system/NODE/…"""
+    ending = threading.Event()
+    monitors: list[Any] = []
+
+    def watch() -> None:
+        # What the monitor imports would hold up the first steps.
+        if ending.wait(MONITOR_AFTER_S):
+            return
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        # MLflow's monitor ends when the server is away for a moment: it is started again then.
+        while not ending.is_set():
+            try:
+                monitor = SystemMetricsMonitor(
+                    tracker.run_id, resume_logging=True, node_id=node, tracking_uri=tracker.uri
+                )
+                monitors.append(monitor)
+                monitor.monitor()
+            except Exception as error:  # noqa: BLE001 - whatever it is, training matters more
+                logger.warning("system metrics of %s: %s", node, error)
+            ending.wait(RESTART_AFTER_S)
+
+    thread = threading.Thread(target=watch, name="system-metrics", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ending.set()
+        for monitor in monitors[-1:]:
+            monitor._shutdown_event.set()

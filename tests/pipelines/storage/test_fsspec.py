@@ -1,0 +1,201 @@
+"""Storage through fsspec: on files, and on Google Cloud Storage as its emulator answers where that is installed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+from pyarrow.fs import FileSelector
+
+from pipelines.storage import (
+    BACKENDS,
+    Fence,
+    NotFoundError,
+    Storage,
+    StorageError,
+    TransientStorageError,
+    is_local,
+    join,
+)
+from pipelines.storage.arrow import open_filesystem
+from tests.gcs import gcs_emulator
+
+STORAGE = Storage()
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """A bucket of an emulator that runs beside the tests."""
+    with gcs_emulator() as url, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", url)
+        yield "gs://ddpm"
+
+
+@pytest.fixture(params=["local", "gs"])
+def root(request, tmp_path: Path) -> str:
+    if request.param == "local":
+        return f"local://{tmp_path}/store"
+    return join(request.getfixturevalue("bucket"), uuid.uuid4().hex)
+
+
+def elsewhere(code: str, *arguments: str) -> subprocess.Popen[bytes]:
+    """Another process that uses storage."""
+    head = "import sys, time; from pipelines.storage import Storage; s = Storage(); a = sys.argv[1:]\n"
+    return subprocess.Popen([sys.executable, "-c", head + code, *arguments], stdout=subprocess.PIPE)
+
+
+def test_objects_round_trip_and_ranges_are_half_open(root):
+    uri = join(root, "a/b.bin")
+    assert not STORAGE.exists(uri)
+    STORAGE.write(uri, b"0123456789")
+    assert STORAGE.read(uri) == b"0123456789"
+    assert STORAGE.read(uri, 3, 6) == b"345"
+    assert STORAGE.read(uri, 0, 6) == b"012345"
+    assert STORAGE.read(uri, 8) == b"89"
+    assert STORAGE.read(uri, 8, 100) == b"89"
+    assert STORAGE.exists(uri)
+    assert not STORAGE.exists(join(root, "a"))
+    got = bytearray()
+    assert STORAGE.fetch(uri, 2, 9, got.extend) == 1
+    assert got == b"2345678"
+    with pytest.raises(StorageError, match="ends at byte 10, 20 were expected"):
+        STORAGE.fetch(uri, 0, 20, got.extend)
+    STORAGE.delete(uri)
+    STORAGE.delete(uri)
+    assert not STORAGE.exists(uri)
+    for missing in (lambda: STORAGE.read(uri), lambda: STORAGE.copy(uri, uri + "2")):
+        with pytest.raises(NotFoundError, match="nothing is stored there"):
+            missing()
+
+
+def test_folders_are_listed_in_order_and_go_whole(root, tmp_path):
+    for name in ("b", "a/c", "a/d", "ab/e"):
+        STORAGE.write(join(root, name), name.encode())
+    listed = STORAGE.list(root)
+    assert [entry.uri for entry in listed] == [join(root, name) for name in ("a/c", "a/d", "ab/e", "b")]
+    assert [entry.size for entry in listed] == [3, 3, 4, 1]
+    time.sleep(0.01)
+    STORAGE.write(join(root, "b"), b"B")
+    assert STORAGE.list(root)[-1].tag != listed[-1].tag
+    assert STORAGE.list(root)[0].tag == listed[0].tag
+    assert STORAGE.list(join(root, "none")) == []
+    STORAGE.download_folder(join(root, "a"), tmp_path / "copy")
+    assert (tmp_path / "copy" / "d").read_bytes() == b"a/d"
+    with pytest.raises(NotFoundError):
+        STORAGE.download_folder(join(root, "none"), tmp_path / "copy")
+    STORAGE.delete_folder(join(root, "a"))
+    assert [entry.uri for entry in STORAGE.list(root)] == [join(root, "ab/e"), join(root, "b")]
+
+
+def test_files_go_up_and_down_and_across(root, tmp_path):
+    data = os.urandom(3 << 20)
+    (tmp_path / "file").write_bytes(data)
+    STORAGE.upload(tmp_path / "file", join(root, "x"))
+    STORAGE.copy(join(root, "x"), join(root, "deep/y"))
+    STORAGE.copy(join(root, "deep/y"), f"file://{tmp_path}/here/z")
+    STORAGE.copy(f"file://{tmp_path}/here/z", join(root, "x"))
+    STORAGE.download(join(root, "x"), tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == data
+    assert len(STORAGE.list(root)) == 2
+    with pytest.raises(StorageError):
+        STORAGE.upload(tmp_path / "missing", join(root, "x"))
+    assert STORAGE.read(join(root, "x"), 5, 9) == data[5:9]
+
+
+def test_ray_trains_list_is_kept_there_and_fenced(root):
+    old, new = (Fence(STORAGE, join(root, "driver"), token) for token in ("old", "new"))
+    old.take()
+    filesystem, folder = open_filesystem(STORAGE, root, old)
+    filesystem = pickle.loads(pickle.dumps(filesystem))
+    with filesystem.open_output_stream(f"{folder}/run/list.json") as file:
+        file.write(b"[]")
+    infos = filesystem.get_file_info(FileSelector(folder, recursive=True))
+    assert {info.path.removeprefix(folder) for info in infos} == {"/driver", "/run", "/run/list.json"}
+    new.take()
+    with pytest.raises(StorageError, match="another driver"):
+        filesystem.delete_file(f"{folder}/run/list.json")
+
+
+def test_another_process_sees_at_once_what_this_one_stores(root):
+    assert STORAGE.list(root) == []
+    writer = elsewhere("[s.write(f'{a[0]}/{i}', bytes(i)) for i in range(5)]", root)
+    writer.communicate(timeout=60)
+    assert writer.returncode == 0
+    assert [entry.size for entry in STORAGE.list(root)] == [0, 1, 2, 3, 4]
+    STORAGE.write(join(root, "3"), b"new")
+    reader = elsewhere("print(s.read(f'{a[0]}/3').decode(), s.exists(f'{a[0]}/9'))", root)
+    assert reader.communicate(timeout=60)[0] == b"new False\n"
+
+
+def test_a_writer_that_is_killed_leaves_the_old_bytes_or_the_new_ones(root):
+    uri = join(root, "state")
+    STORAGE.write(uri, b"\0" * (1 << 20))
+    for _ in range(3):
+        code = "n = 0\nwhile True:\n    n += 1; s.write(a[0], bytes([n % 256]) * (1 << 20)); print(n, flush=True)"
+        writer = elsewhere(code, uri)
+        assert writer.stdout is not None
+        for _ in range(3):
+            writer.stdout.readline()
+            data = STORAGE.read(uri)
+            assert (len(data), len(set(data))) == (1 << 20, 1)
+        writer.send_signal(signal.SIGKILL)
+        writer.communicate()
+        data = STORAGE.read(uri)
+        assert (len(data), len(set(data))) == (1 << 20, 1)
+
+
+def test_a_folder_that_is_deleted_while_it_is_listed_does_not_make_the_list_short(tmp_path, monkeypatch):
+    root = f"local://{tmp_path}/store"
+    for name in ("a/x", "b/x", "c"):
+        STORAGE.write(f"{root}/{name}", b"x")
+    fs = type(fsspec.filesystem("local"))
+    listed = fs.ls
+
+    def ls(self, path, detail=False, **options):
+        found = listed(self, path, detail, **options)
+        shutil.rmtree(tmp_path / "store" / "a", ignore_errors=True)
+        return found
+
+    monkeypatch.setattr(fs, "ls", ls)
+    assert [entry.uri.removeprefix(root) for entry in STORAGE.list(root)] == ["/b/x", "/c"]
+
+
+def test_what_is_wrong_is_named(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="file/x"):
+        STORAGE.write(f"local://{tmp_path}/file/x", b"")
+    monkeypatch.setitem(BACKENDS, "nosuch", BACKENDS["gs"])
+    with pytest.raises(StorageError, match="nosuch"):
+        STORAGE.read("nosuch://x/y")
+    with pytest.raises(StorageError, match="addresses are s3://BUCKET/KEY or file:///PATH or another URL"):
+        STORAGE.read("gs://")
+    assert not is_local(f"local://{tmp_path}")
+
+
+def test_a_server_that_is_away_is_worth_another_try(monkeypatch):
+    pytest.importorskip("gcsfs")
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
+    monkeypatch.setattr("gcsfs.retry.asyncio.sleep", lambda seconds: _soon())
+    with pytest.raises(TransientStorageError, match=r"127\.0\.0\.1:9|Cannot connect"):
+        STORAGE.read("gs://bucket/key", patience_s=0)
+
+
+async def _soon() -> None:
+    pass
+
+
+def test_workers_are_told_where_settings_are(monkeypatch):
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/keys.json")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "secret")
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    assert Storage().environment() == {"GOOGLE_APPLICATION_CREDENTIALS": "/keys.json"}
