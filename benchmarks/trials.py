@@ -97,6 +97,7 @@ def run(turns: int, quick: bool) -> dict[str, Any]:
 
 def ours(trials: int, config: Config) -> tuple[float, dict[str, float]]:
     """A study: seconds that all its trials trained and were judged; medians of where those of a whole trial went."""
+    from pipelines.display import no_stage_notice
     from pipelines.search import studies
     from pipelines.search.space import StudyConfig
     from pipelines.search.study import StudyStore
@@ -107,7 +108,7 @@ def ours(trials: int, config: Config) -> tuple[float, dict[str, float]]:
     study = StudyConfig.model_validate({**plain, "space": space, "bits_per_dim_images": 4, "reduction": 2})
     name = f"benchmark-{uuid.uuid4().hex[:8]}"
     found = studies.training_study(
-        config, name, study, {}, resume=False, after=[], report=lambda observer: None, say=lambda what, text: None
+        config, name, study, {}, resume=False, after=[], on_change=lambda observer: None, notice=no_stage_notice
     )
     store, work = StudyStore.of(config, name), 0.0
     for record in store.records():  # those that ASHA stopped worked less

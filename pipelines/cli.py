@@ -57,8 +57,8 @@ def up(as_json: Json = False) -> None:
     """Start the local stack: S3 (SeaweedFS), MLflow, a Ray head. Example: ddpm up"""
     from pipelines import stack
 
-    with terminal.services() as report:
-        state = stack.up(report=report)
+    with terminal.services() as notice:
+        state = stack.up(notice=notice)
     _show_status(as_json, {"home": str(state.home)})
 
 
@@ -67,7 +67,7 @@ def down(as_json: Json = False) -> None:
     """Stop what `ddpm up` started; data stays. Example: ddpm down"""
     from pipelines import stack
 
-    ended = stack.down(report=terminal.stage)
+    ended = stack.down(notice=terminal.stage)
     if not ended:
         terminal.stage("stack", "nothing is running")
     _finish(as_json, {"stopped": ended})
@@ -362,7 +362,7 @@ def search_guidance(
 
     name = study or f"guidance-{config.name}"
     study_of = partial(studies.guidance_study, config, model, name, chosen)
-    _watch_study(partial(study_of, resume=resume, after=after or [], say=terminal.stage), as_json)
+    _watch_study(partial(study_of, resume=resume, after=after or [], notice=terminal.stage), as_json)
 
 
 @search_app.command("training")
@@ -382,7 +382,7 @@ def search_training(
 
     name = study or f"{space}-{config.name}"
     study_of = partial(studies.training_study, config, name, chosen, _lineage())
-    _watch_study(partial(study_of, resume=resume, after=after or [], say=terminal.stage), as_json)
+    _watch_study(partial(study_of, resume=resume, after=after or [], notice=terminal.stage), as_json)
 
 
 @search_app.command("status")
@@ -422,8 +422,8 @@ def _watch_study(run: Any, as_json: bool) -> None:
     """Run a study under its live table, then say what it came to."""
     from pipelines.search import table
 
-    with table.shown(terminal.console, terminal.stage) as report:
-        found = run(report=report)
+    with table.shown(terminal.console, terminal.stage) as on_change:
+        found = run(on_change=on_change)
     if found.best is not None:
         terminal.stage("best", table.line(found.best))
     terminal.stage("page", found.page)
@@ -440,8 +440,8 @@ def _connect(config: Config, services: list[str]) -> Config:
     """Every address explicit; what of the local stack is needed and not running is started."""
     from pipelines.connect import connect
 
-    with terminal.services() as report:
-        return connect(config, os.environ, services, report=report)
+    with terminal.services() as notice:
+        return connect(config, os.environ, services, notice=notice)
 
 
 def _show_status(as_json: bool, extra: dict[str, Any]) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from pipelines import stack
 from pipelines.config import Config, ConfigError
+from pipelines.display import StageNotice, no_stage_notice
 from pipelines.stack import StackState
-
-Report = Callable[[str, str], None]
 
 
 def missing_services(config: Config, environ: Mapping[str, str], wanted: Collection[str]) -> list[str]:
@@ -55,7 +54,7 @@ def connect(
     wanted: Collection[str],
     *,
     home: Path | None = None,
-    report: Report | None = None,
+    notice: StageNotice = no_stage_notice,
 ) -> Config:
     """Start what of the local stack is needed and not running, and fill in all addresses.
 
@@ -65,7 +64,7 @@ def connect(
         StackError: a service of the local stack does not come up.
     """
     missing = missing_services(config, environ, wanted)
-    state = stack.up(home, missing, report=report) if missing else None
+    state = stack.up(home, missing, notice=notice) if missing else None
     if state is not None and "ray" in missing:
         os.environ.update(stack.ray_environment(state.home))
     return fill(config, environ, state)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any
 
 from ddpm.generate import SamplingSettings
 from pipelines import models, registry, tracking
 from pipelines.checkpoints import Published, record_scores
 from pipelines.config import Config, ConfigError
+from pipelines.display import Display, TimeBreakdown, no_report
 from pipelines.evaluation import evaluate as evaluation
 from pipelines.evaluation.evaluate import Scores
 from pipelines.evaluation.plots import label_grid
@@ -28,7 +28,6 @@ from pipelines.storage import NotFoundError, Storage, join
 from pipelines.tracking import ModelVersion, Tracker
 from pipelines.training import driver
 from pipelines.training.driver import TrainingResult
-from pipelines.training.goodput import Goodput
 from pipelines.training.resources import TrainingError, connect_ray
 
 INGEST_KEY = "ingest-key"
@@ -43,22 +42,6 @@ INGEST_SETTINGS = (
     "text_encoder",
 )
 SHOWN = 20
-
-
-class Display(Protocol):
-    """What a stage tells the terminal."""
-
-    def stage(self, name: str, text: str) -> None:
-        """A stage begins, ends or is skipped."""
-
-    def counter(self, description: str, unit: str) -> Callable[[int, int], None]:
-        """A progress bar: call it with (done, total)."""
-
-    def training(self, images: int, resumes_at: int) -> Callable[[dict[str, float]], None]:
-        """A training progress bar: call it with what the workers report."""
-
-    def goodput(self, goodput: Goodput) -> None:
-        """Where the time of a training went."""
 
 
 @dataclass(frozen=True)
@@ -214,12 +197,14 @@ def train_stage(config: Config, storage: Storage, lineage: dict[str, Any], displ
         display.stage("train", f"new run '{config.name}', {config.images:,} images, {driver.workers_text(config)}")
     if not plan.complete:
         display.stage("train", f"follow it at {plan.job.tracker.url}")
-    report = (lambda values: None) if plan.complete else display.training(config.images, plan.resumes_at)
+    report = no_report if plan.complete else display.training(config.images, plan.resumes_at)
     result = driver.train(plan, report, lambda text: display.stage("train", text))
     if result.status == "stopped":
         display.stage("train", f"stopped with a checkpoint at {result.images_seen:,} images")
     if result.goodput is not None and result.status != "complete":
-        display.goodput(result.goodput)
+        goodput = result.goodput
+        title = f"{goodput.fraction:.1%} of the time was training that lasts"
+        display.breakdown(TimeBreakdown("goodput", title, goodput.parts(), goodput.wall_s, goodput.lines()))
     return result
 
 

@@ -25,12 +25,12 @@ from pathlib import Path
 
 import psutil
 
+from pipelines.display import StageNotice, no_stage_notice
 from pipelines.errors import PipelineError
 
 SERVICES = ("s3", "mlflow", "ray")
 BUCKET = "ddpm"
 OBJECT_STORE_BYTES = 512 * 2**20
-Report = Callable[[str, str], None]
 
 
 class StackError(PipelineError):
@@ -96,20 +96,19 @@ def up(
     home: Path | None = None,
     services: Collection[str] = SERVICES,
     *,
-    report: Report | None = None,
+    notice: StageNotice = no_stage_notice,
     timeout_s: float = 90,
 ) -> StackState:
     """Start what is not running of `services` and wait until it answers. Doing it twice changes nothing.
 
     Args:
         services: of "s3", "mlflow" (which brings "s3") and "ray".
-        report: called with (service, phase): "starting", "healthy" or "already running".
+        notice: called with (service, phase): "starting", "healthy" or "already running".
 
     Raises:
         StackError: a service does not come up; what this call started is ended again.
     """
     home = home or default_home()
-    tell = report or (lambda service, phase: None)
     wanted = [s for s in SERVICES if s in services or (s == "s3" and "mlflow" in services)]
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     (home / "logs").mkdir(exist_ok=True)
@@ -123,15 +122,15 @@ def up(
 
         def start(name: str) -> None:
             if name in running and _answers(running[name]):
-                tell(name, "already running")
+                notice(name, "already running")
                 return
             if name in running:
                 _end(running.pop(name))
-            tell(name, "starting")
+            notice(name, "starting")
             fresh[name] = service = _STARTERS[name](home, running)
             _await_healthy(name, service, home, timeout_s)
             running[name] = service
-            tell(name, "healthy")
+            notice(name, "healthy")
 
         try:
             if "s3" in wanted:
@@ -147,7 +146,7 @@ def up(
     return _state(home, running)
 
 
-def down(home: Path | None = None, *, report: Report | None = None) -> list[str]:
+def down(home: Path | None = None, *, notice: StageNotice = no_stage_notice) -> list[str]:
     """End exactly what `up` started, with all its descendants, and name it; data and credentials stay."""
     home = home or default_home()
     if not home.is_dir():
@@ -156,8 +155,7 @@ def down(home: Path | None = None, *, report: Report | None = None) -> list[str]
         running = _recorded(home)
         ended = [name for name in reversed(SERVICES) if name in running]
         for name in ended:
-            if report:
-                report(name, "stopping")
+            notice(name, "stopping")
             # Ray has nothing to save, and its processes wait for each other; the others write to disk.
             _end(running[name], grace_s=2 if name == "ray" else 15)
         (home / "stack.json").unlink(missing_ok=True)

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    Progress,
     ProgressColumn,
     SpinnerColumn,
     TaskID,
@@ -18,10 +17,11 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.training.goodput import Goodput
+from pipelines.display import Progress, Report, StageNotice, TimeBreakdown
 
 PLAIN_EVERY_S = 5.0
 
@@ -31,7 +31,7 @@ class Terminal:
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self.progress: Progress | None = None
+        self.bars: Bars | None = None
 
     @contextmanager
     def live(self) -> Iterator[Terminal]:
@@ -46,12 +46,12 @@ class Terminal:
             TextColumn("{task.fields[detail]}"),
             TimeRemainingColumn(compact=True),
         ]
-        with Progress(*columns, console=self.console, transient=False) as self.progress:
+        with Bars(*columns, console=self.console, transient=False) as self.bars:
             yield self
-        self.progress = None
+        self.bars = None
 
     @contextmanager
-    def services(self) -> Iterator[Callable[[str, str], None]]:
+    def services(self) -> Iterator[StageNotice]:
         """A bar per service of the local stack; call it with (service, phase)."""
         if not self.console.is_terminal:
             yield self.stage
@@ -62,14 +62,14 @@ class Terminal:
             TextColumn("{task.fields[phase]}"),
             TimeElapsedColumn(),
         ]
-        with Progress(*columns, console=self.console) as progress:
+        with Bars(*columns, console=self.console) as bars:
             tasks: dict[str, TaskID] = {}
 
             def report(service: str, phase: str) -> None:
                 if service not in tasks:
-                    tasks[service] = progress.add_task(service, total=1, phase=phase)
+                    tasks[service] = bars.add_task(service, total=1, phase=phase)
                 done = phase in ("healthy", "already running")
-                progress.update(tasks[service], phase=phase, completed=int(done))
+                bars.update(tasks[service], phase=phase, completed=int(done))
 
             yield report
 
@@ -81,7 +81,7 @@ class Terminal:
         """What went wrong, as it is: square brackets in it are not markup."""
         self.console.print(Text.assemble((kind, "bold red"), "\n", str(error)))
 
-    def counter(self, description: str, unit: str) -> Callable[[int, int], None]:
+    def counter(self, description: str, unit: str) -> Progress:
         """A bar over a known number of things; call it with (done, total)."""
         show = self._meter(description)
 
@@ -90,7 +90,7 @@ class Terminal:
 
         return update
 
-    def training(self, images: int, resumes_at: int) -> Callable[[dict[str, float]], None]:
+    def training(self, images: int, resumes_at: int) -> Report:
         """The bar of a training; call it with what rank 0 reports."""
         show = self._meter("train")
         began: list[tuple[float, float]] = []
@@ -101,7 +101,7 @@ class Terminal:
                 began.append((time.monotonic(), seen))
             elapsed = time.monotonic() - began[0][0]
             rate = (seen - began[0][1]) / elapsed if elapsed > 1 else 0.0
-            left = f", {(images - seen) / rate:,.0f} s left" if rate and not self.progress else ""
+            left = f", {(images - seen) / rate:,.0f} s left" if rate and not self.bars else ""
             detail = f"{min(seen, images):,.0f} images, {rate:,.0f}/s" + (
                 f", loss {loss:.4f}" if loss is not None else ""
             )
@@ -109,27 +109,27 @@ class Terminal:
 
         return update
 
-    def goodput(self, goodput: Goodput) -> None:
-        """Where the time of a training went: a table on a terminal, lines elsewhere."""
+    def breakdown(self, breakdown: TimeBreakdown) -> None:
+        """Show where the time of a stage went: as a table on a terminal, as lines elsewhere."""
         if not self.console.is_terminal:
-            for line in goodput.lines():
-                self.stage("goodput", line)
+            for line in breakdown.lines:
+                self.stage(breakdown.name, line)
             return
-        table = Table(title=f"{goodput.fraction:.1%} of the time was training that lasts", title_justify="left")
+        table = Table(title=breakdown.title, title_justify="left")
         for name, justify in (("time for", "left"), ("seconds", "right"), ("share", "right")):
             table.add_column(name, justify=justify)  # type: ignore[arg-type]
-        for name, seconds in goodput.parts().items():
-            table.add_row(name, f"{seconds:,.1f}", f"{seconds / max(goodput.wall_s, 1e-9):.1%}")
+        for name, seconds in breakdown.seconds.items():
+            table.add_row(name, f"{seconds:,.1f}", f"{seconds / max(breakdown.total_s, 1e-9):.1%}")
         table.add_section()
-        table.add_row("all", f"{goodput.wall_s:,.1f}", "")
+        table.add_row("all", f"{breakdown.total_s:,.1f}", "")
         self.console.print(table)
-        self.stage("goodput", goodput.lines()[-1])
+        self.stage(breakdown.name, breakdown.lines[-1])
 
     def _meter(self, description: str) -> Callable[[float, float, str], None]:
-        if self.progress is not None:
-            progress = self.progress
-            task = progress.add_task(description, total=None, detail="starting")
-            return lambda done, total, detail: progress.update(task, completed=done, total=total, detail=detail)
+        if self.bars is not None:
+            bars = self.bars
+            task = bars.add_task(description, total=None, detail="starting")
+            return lambda done, total, detail: bars.update(task, completed=done, total=total, detail=detail)
         said = [-PLAIN_EVERY_S]
 
         def line(done: float, total: float, detail: str) -> None:

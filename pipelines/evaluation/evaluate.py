@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor
 from ddpm.generate import SamplingSettings, to_uint8
 from ddpm.interop import Model
 from ddpm.quality import FeatureMoments, frechet_distance
+from pipelines.display import Notice, Progress, no_notice, no_progress
 from pipelines.evaluation.features import EvaluatorNetwork, extract, train_evaluator
 from pipelines.shards.cache import ShardCache
 from pipelines.shards.fetch import ShardFetcher
@@ -108,7 +108,7 @@ def open_splits(dataset: Dataset, storage: Storage, cache_dir: str | None, cache
 
 
 def get_evaluator(
-    dataset: Dataset, splits: dict[str, Batch], storage: Storage, notice: Callable[[str], None] = lambda text: None
+    dataset: Dataset, splits: dict[str, Batch], storage: Storage, notice: Notice = no_notice
 ) -> Evaluator:
     """The dataset's evaluator: read from beside it, or trained on its train split and stored there.
 
@@ -156,7 +156,7 @@ def evaluate(
     seed: int,
     batch_size: int,
     use_gpu: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> Evaluation:
     """Draw samples on the Ray cluster, as many and with the labels of the test split, and score them."""
     test = splits["test"]
@@ -198,7 +198,7 @@ def sample_on_ray(
     seed: int,
     batch_size: int,
     use_gpu: bool,
-    progress: Callable[[int, int], None],
+    progress: Progress,
 ) -> Tensor:
     """Images in [-1, 1], [count, C, H, W]; chunks are Ray tasks, and image i is the same in every chunking.
 

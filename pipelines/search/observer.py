@@ -18,7 +18,8 @@ from pipelines.search.space import StudyConfig, Value
 from pipelines.search.study import StudyStore, TrialRecord, best, trial_name
 from pipelines.tracking import Tracker, TrackingError
 
-Report = Callable[["Observer"], None]
+OnChange = Callable[["Observer"], None]
+"""Called with the observer after every change of a trial, to show it."""
 AXIS = {"training": "images_seen", "guidance": "samples"}
 """What a trial's reports are counted in: the steps of its curves."""
 
@@ -34,7 +35,7 @@ class Observer(Callback):
         tracker: the study's own MLflow run, the parent of its trials'.
         experiment: of all of them.
         length: at which value of its axis a trial is finished; one that ends before was stopped.
-        report: called after every change.
+        on_change: called after every change of a trial.
     """
 
     def __init__(
@@ -44,10 +45,10 @@ class Observer(Callback):
         tracker: Tracker,
         experiment: str,
         length: float,
-        report: Report = lambda observer: None,
+        on_change: OnChange = lambda observer: None,
     ) -> None:
         self.store, self.study, self.tracker, self.experiment = store, study, tracker, experiment
-        self.length, self.report = length, report
+        self.length, self.on_change = length, on_change
         self.name = store.uri.rsplit("/", 1)[-1]
         self.records: dict[str, TrialRecord] = {}
         self.unlogged: set[str] = set()
@@ -58,11 +59,11 @@ class Observer(Callback):
         """Take over what is recorded already."""
         self.records = {record.trial: record for record in records}
         self.before = len([r for r in records if r.state != "running"])
-        self.report(self)
+        self.on_change(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Ray Tune pickles its callbacks, to restore what is never restored here; a terminal does not pickle."""
-        return {name: value for name, value in self.__dict__.items() if name != "report"}
+        return {name: value for name, value in self.__dict__.items() if name != "on_change"}
 
     # --- what Ray Tune tells ---------------------------------------------------------------------------------
 
@@ -128,7 +129,7 @@ class Observer(Callback):
         except TrackingError:
             self.unlogged.add(record.trial)
         self.store.record(self.records[record.trial])
-        self.report(self)
+        self.on_change(self)
 
     def _log(self, record: TrialRecord) -> None:
         """Params at its beginning, curves by its axis, state and scores at its end; nothing twice."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,11 +14,12 @@ import ray
 from ddpm.generate import SamplingSettings
 from pipelines import models, tracking
 from pipelines.config import Config
+from pipelines.display import StageNotice
 from pipelines.evaluation import evaluate as evaluation
 from pipelines.models import Resolved
 from pipelines.search import guidance_search, training_search
 from pipelines.search.guidance_search import GuidanceResult, base_of, guides_of, subject_of
-from pipelines.search.observer import Observer, Report
+from pipelines.search.observer import Observer, OnChange
 from pipelines.search.page import Page, png
 from pipelines.search.space import StudyConfig, apply, check_space
 from pipelines.search.study import StudyStore, TrialRecord, best, done, earlier_points
@@ -28,7 +29,6 @@ from pipelines.tracking import Tracker
 from pipelines.training.driver import check_dataset
 from pipelines.training.resources import connect_ray
 
-Say = Callable[[str, str], None]
 # A trial that fails is a line of the study's own; Tune would add the stack of every actor around it.
 logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 
@@ -60,8 +60,8 @@ def guidance_study(
     *,
     resume: bool,
     after: Sequence[str],
-    report: Report,
-    say: Say,
+    on_change: OnChange,
+    notice: StageNotice,
 ) -> StudyResult:
     """`ddpm search guidance`: see `guidance_search`.
 
@@ -76,12 +76,12 @@ def guidance_study(
     first = earlier_points(study, base, [StudyStore.of(config, other) for other in after])
     dataset = read_dataset(resolved.model.spec.lineage.get("dataset_uri", config.data.uri), storage)
     splits = evaluation.open_splits(dataset, storage, config.data.cache_dir, config.data.cache_gib)
-    evaluator = evaluation.get_evaluator(dataset, splits, storage, lambda text: say("study", text))
+    evaluator = evaluation.get_evaluator(dataset, splits, storage, lambda text: notice("study", text))
     guides = guides_of(resolved.model, study, base, storage)
     subject = subject_of(resolved.model, evaluator, splits, guides)
     connect_ray(config, storage)
     store, tracker = StudyStore.of(config, name), _open_run(config, name, study, reference)
-    observer = Observer(store, study, tracker, config.tracking.experiment, study.samples, report)
+    observer = Observer(store, study, tracker, config.tracking.experiment, study.samples, on_change)
     found = guidance_search.search(
         subject,
         study,
@@ -94,7 +94,7 @@ def guidance_study(
     )
     observer.settle()
     seconds = time.monotonic() - began
-    _write_sampling(resolved, found, name, say)
+    _write_sampling(resolved, found, name, notice)
     page = Page(
         name,
         study,
@@ -131,8 +131,8 @@ def training_study(
     *,
     resume: bool,
     after: Sequence[str],
-    report: Report,
-    say: Say,
+    on_change: OnChange,
+    notice: StageNotice,
 ) -> StudyResult:
     """`ddpm search training`: see `training_search`.
 
@@ -147,13 +147,13 @@ def training_study(
     dataset = read_dataset(config.data.uri, storage)
     check_dataset(dataset, config)
     splits = evaluation.open_splits(dataset, storage, config.data.cache_dir, config.data.cache_gib)
-    evaluator = evaluation.get_evaluator(dataset, splits, storage, lambda text: say("study", text))
+    evaluator = evaluation.get_evaluator(dataset, splits, storage, lambda text: notice("study", text))
     connect_ray(config, storage)
     training_search.concurrency(study, config, ray.cluster_resources())
     store = StudyStore.of(config, name)
     records = store.open(study, config, dataset.digest, resume=resume)
     tracker = _open_run(config, name, study, dataset.uri)
-    observer = Observer(store, study, tracker, config.tracking.experiment, config.images, report)
+    observer = Observer(store, study, tracker, config.tracking.experiment, config.images, on_change)
     observer.begin(records)
     shared = training_search.Shared.of(study, config, name, lineage, evaluator.network, splits)
     training_search.run_trials(shared, records, observer, first)
@@ -223,22 +223,22 @@ def _identity(resolved: Resolved) -> str:
     return json.dumps({key: lineage.get(key) for key in ("run_id", "images_seen", "dataset_digest")}, sort_keys=True)
 
 
-def _write_sampling(resolved: Resolved, found: GuidanceResult, name: str, say: Say) -> None:
+def _write_sampling(resolved: Resolved, found: GuidanceResult, name: str, notice: StageNotice) -> None:
     """The winner's settings as the defaults of a registered version; nothing where none beats what it has."""
     winner = found.winner
     if winner is None:
-        say("study", "no setting beats the model's own by more than chance: its defaults stay")
+        notice("study", "no setting beats the model's own by more than chance: its defaults stay")
         return
     assert winner.gain is not None
     gained = f"{winner.gain.value:.3f} ({winner.gain.low:.3f} to {winner.gain.high:.3f})"
-    say("study", f"trial {winner.trial} beats the model's own setting by {gained} on fresh seeds")
+    notice("study", f"trial {winner.trial} beats the model's own setting by {gained} on fresh seeds")
     version = resolved.version
     if version is None or resolved.tracker is None:
-        say("study", "the model is no registered version: use the settings of best/sampling.json")
+        notice("study", "the model is no registered version: use the settings of best/sampling.json")
         return
     tags = {"sampling": json.dumps(asdict(winner.settings)), "sampling.study": name, "sampling.gain": gained}
     tracking.set_version_tags(resolved.tracker.uri, version.name, version.version, tags)
-    say("study", f"written onto {version.uri} as its default sampling")
+    notice("study", f"written onto {version.uri} as its default sampling")
 
 
 def _cost(found: GuidanceResult, resolved: Resolved, study: StudyConfig, seconds: float) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -11,7 +11,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.search.observer import AXIS, Observer, describe_params
+from pipelines.display import StageNotice
+from pipelines.search.observer import AXIS, Observer, OnChange, describe_params
 from pipelines.search.space import StudyConfig
 from pipelines.search.study import TrialRecord, best
 
@@ -22,22 +23,22 @@ AXIS_WORDS = {AXIS["training"]: "images", AXIS["guidance"]: "samples"}
 
 
 @contextmanager
-def shown(console: Console, say: Callable[[str, str], None]) -> Iterator[Callable[[Observer], None]]:
+def shown(console: Console, notice: StageNotice) -> Iterator[OnChange]:
     """A table that follows a study on a terminal, lines for trials that end elsewhere; call it with the observer."""
     if console.is_terminal:
         with Live(console=console, refresh_per_second=4) as live:
             yield lambda observer: live.update(_view(observer))
         return
-    told: set[tuple[str, str]] = set()
+    printed: set[tuple[str, str]] = set()
 
-    def tell(observer: Observer) -> None:
+    def print_ended(observer: Observer) -> None:
         for record in observer.records.values():
-            if record.state != "running" and (record.trial, record.state) not in told:
-                told.add((record.trial, record.state))
+            if record.state != "running" and (record.trial, record.state) not in printed:
+                printed.add((record.trial, record.state))
                 ended = sum(r.state != "running" for r in observer.records.values())
-                say("trial", f"{ended}/{observer.study.trials}  {line(record)}")
+                notice("trial", f"{ended}/{observer.study.trials}  {line(record)}")
 
-    yield tell
+    yield print_ended
 
 
 def line(record: TrialRecord) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipelines.display import Progress, StageNotice, no_progress
 from pipelines.shards.audit.foreign import default_threads, tars
 from pipelines.shards.audit.scan import ByteCounter, ObjectStream, ShardScan, in_threads, scan_shard
 from pipelines.shards.index import (
@@ -30,7 +31,6 @@ from pipelines.shards.index import (
 from pipelines.shards.members import Form
 from pipelines.storage import Entry, NotFoundError, Storage, join
 
-Progress = Callable[[int, int], None]
 SHOWN = 100
 
 
@@ -87,7 +87,7 @@ def check(
     storage: Storage,
     *,
     threads: int | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> CheckReport:
     """Verify a dataset; nothing is changed.
 
@@ -130,12 +130,12 @@ def write_quarantine(report: CheckReport, storage: Storage) -> CheckReport:
     return CheckReport(report.dataset, report.bytes, report.problems, quarantine)
 
 
-def show(report: CheckReport, console: Console, say: Callable[[str, str], None]) -> None:
+def show(report: CheckReport, console: Console, notice: StageNotice) -> None:
     """Print the problems, as a table on a terminal and as plain lines elsewhere, and the summary.
 
     Args:
         console: where to print.
-        say: prints a line (stage, text) on it.
+        notice: prints a line (stage, text) on it.
     """
     shown = report.problems[:SHOWN]
     if console.is_terminal and shown:
@@ -145,11 +145,11 @@ def show(report: CheckReport, console: Console, say: Callable[[str, str], None])
         console.print(columns)
     else:
         for problem in shown:
-            say("wrong", f"{problem.shard}  {problem.sample or '(the shard)'}  {problem.reason}")
+            notice("wrong", f"{problem.shard}  {problem.sample or '(the shard)'}  {problem.reason}")
     if len(report.problems) > SHOWN:
-        say("wrong", f"… and {len(report.problems) - SHOWN:,} more: --json has all of them")
+        notice("wrong", f"… and {len(report.problems) - SHOWN:,} more: --json has all of them")
     for line in report.summary():
-        say("check", line)
+        notice("check", line)
 
 
 def _check_shard(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.display import Progress, no_progress
 from pipelines.shards.audit.scan import ByteCounter, ObjectStream, TarFaultError, in_threads, read_samples, scan_shard
 from pipelines.shards.index import (
     Dataset,
@@ -27,7 +28,6 @@ from pipelines.shards.index import (
 from pipelines.shards.members import MAX_CLASSES, Examined, FlawError, Form, decode_image
 from pipelines.storage import Entry, Storage, join
 
-Progress = Callable[[int, int], None]
 SHOWN = 20
 
 
@@ -203,7 +203,7 @@ def index_tars(
     replace: bool = False,
     quarantine: bool = False,
     threads: int | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> Indexed:
     """Scan every tar below an address and write sidecars and, when all is right, `dataset.json`.
 

@@ -13,8 +13,9 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import IO, Any, TypeVar, cast
+from typing import IO, TypeVar, cast
 
+from pipelines.display import Progress
 from pipelines.errors import PipelineError
 from pipelines.shards.index import Member, Problem, ShardIndex, split_name
 from pipelines.shards.members import KNOWN_MEMBERS, Examined, Flaw, Form, examine
@@ -283,7 +284,7 @@ def in_threads(work: Callable[[T], R], items: Sequence[T], threads: int) -> list
 class ByteCounter:
     """Progress in MiB, fed by several threads."""
 
-    def __init__(self, total_bytes: int, progress: Callable[[int, int], Any]) -> None:
+    def __init__(self, total_bytes: int, progress: Progress) -> None:
         self.total, self.done, self.progress = total_bytes, 0, progress
         self._lock = threading.Lock()
 

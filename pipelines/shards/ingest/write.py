@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import reduce
@@ -18,6 +18,7 @@ from itertools import islice
 from operator import add
 
 from pipelines.config.schema import Encoding, Geometry
+from pipelines.display import Notice, Progress, no_notice, no_progress
 from pipelines.shards.index import Dataset, DatasetError, ShardInfo, drop_stale_quarantine, make_dataset, sidecar
 from pipelines.shards.ingest.encode import CaptionEncoder, ImageFormat
 from pipelines.shards.ingest.report import BadImage, IngestReport, ShardRecord, compose_report
@@ -38,7 +39,6 @@ from pipelines.storage import Storage, is_local, join
 __all__ = ["Ingested", "ingest", "source_digest"]
 
 SHARD_FILES = (".tar", ".index.json")
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def ingest(
     encoding: Encoding = "png",
     text_encoder: CaptionEncoder | None = None,
     workers: int | None = None,
-    progress: Progress = lambda done, total: None,
-    notice: Callable[[str], None] = lambda text: None,
+    progress: Progress = no_progress,
+    notice: Notice = no_notice,
 ) -> Ingested:
     """Write a source's images as shards with `dataset.json`; the same input gives the same bytes and digest.
 
