@@ -54,9 +54,9 @@ def run(turns: int, quick: bool) -> dict[str, Any]:
 
     import ray
 
+    from pipelines.cli.terminal import Terminal
     from pipelines.flow import ingest_stage
     from pipelines.storage import Storage
-    from pipelines.terminal import Terminal
     from pipelines.training.resources import connect_ray
 
     storage = Storage.of(config)

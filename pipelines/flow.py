@@ -54,6 +54,17 @@ class FlowResult:
     verdict: Verdict
     skipped: tuple[str, ...]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as JSON types, for `--json`."""
+        return {
+            "scores": asdict(self.scores),
+            "model": self.version.uri,
+            "gate": asdict(self.verdict),
+            "skipped": self.skipped,
+            "run_id": self.tracker.run_id,
+            "mlflow": self.tracker.url,
+        }
+
 
 def run(config: Config, lineage: dict[str, Any], display: Display) -> FlowResult:
     """Every stage in order.

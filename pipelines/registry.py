@@ -33,6 +33,15 @@ class Verdict:
     passed: bool
     reason: str
 
+    def __str__(self) -> str:
+        """Return the verdict in words."""
+        return f"{self.outcome}: {self.reason}"
+
+    @property
+    def outcome(self) -> str:
+        """Return "passed" or "refused"."""
+        return "passed" if self.passed else "refused"
+
 
 def gate(candidate: Scores, champion: Scores | None) -> Verdict:
     """Better than the alias's current version: nearer to real images, at no loss of class accuracy beyond a point.
@@ -89,6 +98,22 @@ def register(
     return tracking.register(tracker, name, model_id, tags)
 
 
+def find_version(uri: str, reference: str) -> ModelVersion:
+    """Return the registered version that `models:/NAME/VERSION` names.
+
+    Args:
+        uri: address of the MLflow server.
+
+    Raises:
+        RegistryError: the reference is of another form, or there is no such version.
+    """
+    name, _, number = reference.removeprefix("models:/").partition("/")
+    found = tracking.version(uri, name, number=number) if number.isdigit() else None
+    if found is None:
+        raise RegistryError(f"{reference} is not a registered version; write models:/NAME/VERSION")
+    return found
+
+
 def promote(uri: str, candidate: ModelVersion, alias: str) -> Verdict:
     """Move an alias to a version if the gate lets it through; the verdict is tagged onto the version either way."""
     current = tracking.version(uri, candidate.name, alias=alias)
@@ -101,7 +126,7 @@ def promote(uri: str, candidate: ModelVersion, alias: str) -> Verdict:
         verdict = gate(scores, None if current is None else scores_of(current))
     if verdict.passed:
         tracking.set_alias(uri, candidate.name, alias, candidate.version)
-    tags = {f"gate.{alias}": f"{'passed' if verdict.passed else 'refused'}: {verdict.reason}"}
+    tags = {f"gate.{alias}": str(verdict)}
     tracking.set_version_tags(uri, candidate.name, candidate.version, tags)
     return verdict
 

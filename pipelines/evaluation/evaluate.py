@@ -72,8 +72,21 @@ class Scores:
     dataset_digest: str
     sampling: dict[str, Any]
 
+    def lines(self) -> list[tuple[str, str]]:
+        """Return the scores in words, as lines of (name, text)."""
+        lines = []
+        if self.class_accuracy is not None:
+            text = f"{self.class_accuracy:.4f} of {self.n} samples (real test: {self.real_accuracy:.4f})"
+            lines.append(("accuracy", text))
+        ratio = self.frechet_distance / self.floor
+        text = (
+            f"Frechet {self.frechet_distance:.2f} = {ratio:.2f} times the floor {self.floor:.2f} of real test images "
+            f"(noise: {self.ceiling:.0f})"
+        )
+        return [*lines, ("distance", text)]
+
     def metrics(self) -> dict[str, float]:
-        """As MLflow metrics."""
+        """Return the scores as MLflow metrics by name."""
         values = {
             "eval/frechet_distance": self.frechet_distance,
             "eval/frechet_floor": self.floor,

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Protocol
 import pydantic
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from pipelines.config import Config, ConfigError, conf_dir, from_dict, suggest
+from pipelines.config import Config, ConfigError, compose, conf_dir, from_dict, suggest
 from pipelines.config.schema import SamplerConfig, ScheduleConfig
 
 Value = bool | int | float | str | None
@@ -285,6 +285,23 @@ def load_study(name: str, overrides: Sequence[str] = ()) -> StudyConfig:
         raise ConfigError(f"{path.name}: {str(error).splitlines()[0]}") from error
     except pydantic.ValidationError as error:
         raise ConfigError("\n".join(dict.fromkeys(_explain(path.name, e) for e in error.errors()))) from error
+
+
+def compose_study(name: str, kind: str, overrides: Sequence[str]) -> tuple[StudyConfig, Config]:
+    """Return a study and the configuration that its trials share.
+
+    Args:
+        name: a study of `conf/search/`, or a YAML file.
+        kind: "training" or "guidance", which the study has to be.
+        overrides: of both; those of the study begin with `search.`.
+
+    Raises:
+        ConfigError: there is no such study, it is of another kind, or a field is wrong.
+    """
+    study = load_study(name, [line for line in overrides if line.startswith("search.")])
+    if study.kind != kind:
+        raise ConfigError(f"the space '{name}' is for `ddpm search {study.kind}`, not for `ddpm search {kind}`")
+    return study, compose([line for line in overrides if not line.startswith("search.")])
 
 
 def _override(plain: dict[str, Any], key: str, text: str) -> None:

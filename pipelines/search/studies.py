@@ -22,7 +22,7 @@ from pipelines.search.guidance_search import GuidanceResult, base_of, guides_of,
 from pipelines.search.observer import Observer, OnChange
 from pipelines.search.page import Page, png
 from pipelines.search.space import StudyConfig, apply, check_space
-from pipelines.search.study import StudyStore, TrialRecord, best, done, earlier_points
+from pipelines.search.study import StudyStore, TrialRecord, best, count_states, done, earlier_points
 from pipelines.shards.index import read_dataset
 from pipelines.storage import Storage, join
 from pipelines.tracking import Tracker
@@ -265,9 +265,3 @@ def _overrides(config: Config, settings: SamplingSettings) -> str:
 
 def _listed(seconds: Mapping[str, float]) -> str:
     return ", ".join(f"{part} {value:.1f}" for part, value in seconds.items())
-
-
-def count_states(records: list[TrialRecord]) -> dict[str, int]:
-    """Trials by state."""
-    states = [record.state for record in records]
-    return {state: states.count(state) for state in ("finished", "stopped", "failed", "running")}

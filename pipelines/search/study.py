@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import time
+import typing
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from pipelines.errors import PipelineError
 from pipelines.search.space import DIRECTIONS, Choice, Int, Log, Objective, Params, StudyConfig, Uniform, Value, apply
 from pipelines.storage import NotFoundError, Storage, join
 
-State = Literal["running", "finished", "stopped", "failed"]
+State = Literal["finished", "stopped", "failed", "running"]
 
 
 class StudyError(PipelineError):
@@ -138,6 +139,15 @@ class StudyStore:
             there = sorted({e.uri[len(folder) + 1 :].split("/")[0] for e in self.storage.list(folder)})
             raise StudyError(f"no study at {self.uri}; there are: {', '.join(there) or 'none'}") from error
 
+    def study(self) -> StudyConfig:
+        """Return the study as it was last started.
+
+        Raises:
+            StudyError: there is no such study.
+        """
+        described = self.description()
+        return StudyConfig.model_validate({**described["space"], "trials": described["trials"]})
+
     def record(self, record: TrialRecord) -> None:
         """Keep a trial as it stands."""
         where = join(self.uri, "trials", f"{record.trial}.json")
@@ -164,6 +174,12 @@ class StudyStore:
 def done(records: Iterable[TrialRecord]) -> list[TrialRecord]:
     """Those that ran to their end, or as far as others allowed."""
     return [record for record in records if record.state in ("finished", "stopped")]
+
+
+def count_states(records: Iterable[TrialRecord]) -> dict[str, int]:
+    """Return the number of trials in each state."""
+    states = [record.state for record in records]
+    return {state: states.count(state) for state in typing.get_args(State)}
 
 
 def loss(record: TrialRecord, objective: Objective) -> float:

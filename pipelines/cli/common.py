@@ -1,0 +1,72 @@
+"""What the verbs share: the terminal, argument types, access to the services, and the JSON answer."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from pipelines.cli.terminal import Terminal
+from pipelines.config import Config, compose
+
+terminal = Terminal()
+SERVICES = ("s3", "mlflow", "ray")
+MODEL = "runs:/ID[/IMAGES|/best][/sigma_rel=WIDTH], models:/NAME@alias, models:/NAME/VERSION or a folder"
+
+
+def check_address(uri: str) -> str:
+    """Return the address of a folder without a slash at its end.
+
+    Raises:
+        BadParameter: it is neither an S3 nor a file address.
+    """
+    if not uri.rstrip("/").startswith(("s3://", "file:///")):
+        raise typer.BadParameter(f"{uri} is no address: write s3://BUCKET/PATH or file:///PATH")
+    return uri.rstrip("/")
+
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Hydra overrides, such as +experiment=digits optim.lr=1e-3")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+Folder = Annotated[str, typer.Argument(callback=check_address, help="s3://BUCKET/PATH or file:///PATH of the shards")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Shards to read at a time; default twice the cores, at most 32")
+]
+
+
+def connect(config: Config, services: Sequence[str]) -> Config:
+    """Return the configuration with every address filled in; start what is missing of the local stack.
+
+    Args:
+        services: of "s3", "mlflow" and "ray", those that the verb needs.
+    """
+    from pipelines.connect import connect as connect_services
+
+    with terminal.services() as notice:
+        return connect_services(config, os.environ, services, notice=notice)
+
+
+def compose_connected(overrides: list[str] | None) -> Config:
+    """Return the configuration of these overrides, connected to S3, MLflow and Ray."""
+    return connect(compose(overrides or []), SERVICES)
+
+
+def connect_to_folder(uri: str, overrides: list[str] | None) -> Config:
+    """Return the configuration of these overrides, connected to S3 where the folder is there."""
+    return connect(compose(overrides or []), ["s3"] if uri.startswith("s3://") else [])
+
+
+def quoted_override(key: str, value: str) -> str:
+    """Return an override whose value may hold any character."""
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{escaped}'"
+
+
+def answer_json(as_json: bool, answer: dict[str, Any]) -> None:
+    """Print the answer of a verb as one line of JSON where `--json` asks for it."""
+    if as_json:
+        print(json.dumps(answer))
