@@ -23,7 +23,8 @@ from pipelines.display import Notice, Progress, no_notice, no_progress
 from pipelines.evaluation.features import EvaluatorNetwork, extract, train_evaluator
 from pipelines.shards.cache import ShardCache
 from pipelines.shards.fetch import ShardFetcher
-from pipelines.shards.index import Dataset, DatasetError, read_quarantine
+from pipelines.shards.index import Dataset, DatasetError
+from pipelines.shards.quarantine import read_quarantine
 from pipelines.shards.read import Batch, ShardReader, default_cache_dir, read_split
 from pipelines.storage import Storage, join
 

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pipelines.shards.cache import ShardCorruptError
 from pipelines.shards.fetch import ShardFetcher
-from pipelines.shards.index import Dataset, Member, Quarantine, ShardIndex, ShardInfo, kept_samples, kept_shards
+from pipelines.shards.index import Dataset, Member, ShardIndex, ShardInfo
 from pipelines.shards.members import (
     IMAGE_MEMBERS,
     Embedding,
@@ -27,6 +27,7 @@ from pipelines.shards.members import (
     unpack_embedding,
 )
 from pipelines.shards.order import Located
+from pipelines.shards.quarantine import Quarantine, kept_samples, kept_shards
 from pipelines.storage import join
 
 

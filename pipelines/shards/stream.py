@@ -15,8 +15,9 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from pipelines.shards.fetch import ShardFetcher
-from pipelines.shards.index import Dataset, DatasetError, Quarantine, stream_digest
+from pipelines.shards.index import Dataset, DatasetError
 from pipelines.shards.order import Located, SampleOrder
+from pipelines.shards.quarantine import Quarantine, stream_digest
 from pipelines.shards.read import Batch, ShardReader
 from pipelines.storage import Storage
 

@@ -19,7 +19,8 @@ from pipelines import checkpoints, models, tracking
 from pipelines.checkpoints import Published
 from pipelines.config import Config, ConfigError
 from pipelines.filesystem import Fence, FencedError
-from pipelines.shards.index import Dataset, DatasetError, read_dataset, read_quarantine
+from pipelines.shards.index import Dataset, DatasetError, read_dataset
+from pipelines.shards.quarantine import read_quarantine
 from pipelines.storage import Storage, join
 from pipelines.tracking import Tracker
 from pipelines.training.fit import Notice, Report, Workers, fit_and_watch, own_workers

@@ -15,20 +15,9 @@ from rich.text import Text
 from pipelines.display import Progress, StageNotice, no_progress
 from pipelines.shards.audit.foreign import default_threads, tars
 from pipelines.shards.audit.scan import ByteCounter, ObjectStream, ShardScan, in_threads, scan_shard
-from pipelines.shards.index import (
-    Dataset,
-    DatasetError,
-    Member,
-    Problem,
-    Quarantine,
-    ShardIndex,
-    ShardInfo,
-    make_quarantine,
-    read_dataset,
-    read_quarantine,
-    sidecar,
-)
+from pipelines.shards.index import Dataset, DatasetError, Member, ShardIndex, ShardInfo, read_dataset, sidecar
 from pipelines.shards.members import Form
+from pipelines.shards.quarantine import Problem, Quarantine, make_quarantine, read_quarantine
 from pipelines.storage import Entry, NotFoundError, Storage, join
 
 SHOWN = 100

@@ -14,18 +14,9 @@ import numpy as np
 
 from pipelines.display import Progress, no_progress
 from pipelines.shards.audit.scan import ByteCounter, ObjectStream, TarFaultError, in_threads, read_samples, scan_shard
-from pipelines.shards.index import (
-    Dataset,
-    DatasetError,
-    Problem,
-    Quarantine,
-    ShardInfo,
-    make_dataset,
-    make_quarantine,
-    read_dataset,
-    sidecar,
-)
+from pipelines.shards.index import Dataset, DatasetError, ShardInfo, make_dataset, read_dataset, sidecar
 from pipelines.shards.members import MAX_CLASSES, Examined, FlawError, Form, decode_image
+from pipelines.shards.quarantine import Problem, Quarantine, make_quarantine
 from pipelines.storage import Entry, Storage, join
 
 SHOWN = 20

@@ -17,8 +17,9 @@ from typing import IO, TypeVar, cast
 
 from pipelines.display import Progress
 from pipelines.errors import PipelineError
-from pipelines.shards.index import Member, Problem, ShardIndex, split_name
+from pipelines.shards.index import Member, ShardIndex, split_name
 from pipelines.shards.members import KNOWN_MEMBERS, Examined, Flaw, Form, examine
+from pipelines.shards.quarantine import Problem
 from pipelines.storage import Storage
 
 BLOCK_BYTES = 4 * 2**20

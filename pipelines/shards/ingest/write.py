@@ -19,7 +19,7 @@ from operator import add
 
 from pipelines.config.schema import Encoding, Geometry
 from pipelines.display import Notice, Progress, no_notice, no_progress
-from pipelines.shards.index import Dataset, DatasetError, ShardInfo, drop_stale_quarantine, make_dataset, sidecar
+from pipelines.shards.index import Dataset, DatasetError, ShardInfo, make_dataset, sidecar
 from pipelines.shards.ingest.encode import CaptionEncoder, ImageFormat
 from pipelines.shards.ingest.report import BadImage, IngestReport, ShardRecord, compose_report
 from pipelines.shards.ingest.sources import Source, open_source, source_digest
@@ -34,6 +34,7 @@ from pipelines.shards.ingest.tasks import (
 )
 from pipelines.shards.ingest.tasks import identify as identify_encoder
 from pipelines.shards.ingest.trees import address, shown
+from pipelines.shards.quarantine import drop_stale_quarantine
 from pipelines.storage import Storage, is_local, join
 
 __all__ = ["Ingested", "ingest", "source_digest"]
