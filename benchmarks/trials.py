@@ -99,8 +99,8 @@ def ours(trials: int, config: Config) -> tuple[float, dict[str, float]]:
     """A study: seconds that all its trials trained and were judged; medians of where those of a whole trial went."""
     from pipelines.display import no_stage_notice
     from pipelines.search import studies
-    from pipelines.search.space import StudyConfig
     from pipelines.search.study import StudyStore
+    from pipelines.search.study_config import StudyConfig
     from pipelines.search.training_search import trial_sessions
 
     space = {"optim.lr": {"log": [5e-4, 5e-3]}}

@@ -32,7 +32,7 @@ def guidance(
     as_json: Json = False,
 ) -> None:
     """Search guidance and sampler of a model. Example: ddpm search guidance --model models:/digits@champion"""
-    from pipelines.search.space import compose_study
+    from pipelines.search.study_config import compose_study
 
     chosen, config = compose_study(space, "guidance", overrides or [])
     config = connect(config, SERVICES)
@@ -54,7 +54,7 @@ def training(
     as_json: Json = False,
 ) -> None:
     """Search what needs training. Example: ddpm search training +experiment=digits images=25600 search.trials=16"""
-    from pipelines.search.space import compose_study
+    from pipelines.search.study_config import compose_study
 
     chosen, config = compose_study(space, "training", overrides or [])
     config = connect(config, SERVICES)

@@ -14,8 +14,9 @@ from typing import Any
 from ray.tune import Callback
 
 from pipelines import tracking
-from pipelines.search.space import StudyConfig, Value
+from pipelines.search.parameters import Value
 from pipelines.search.study import StudyStore, TrialRecord, best, trial_name
+from pipelines.search.study_config import StudyConfig
 from pipelines.tracking import Tracker, TrackingError
 
 OnChange = Callable[["Observer"], None]

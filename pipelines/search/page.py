@@ -15,8 +15,8 @@ from PIL import Image
 
 from pipelines.evaluation.plots import label_grid
 from pipelines.search.observer import describe_params
-from pipelines.search.space import DIRECTIONS, Objective, StudyConfig
 from pipelines.search.study import TrialRecord, best, done, loss, pareto_front, past_of
+from pipelines.search.study_config import DIRECTIONS, Objective, StudyConfig
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

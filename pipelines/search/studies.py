@@ -21,8 +21,9 @@ from pipelines.search import guidance_search, training_search
 from pipelines.search.guidance_search import GuidanceResult, base_of, guides_of, subject_of
 from pipelines.search.observer import Observer, OnChange
 from pipelines.search.page import Page, png
-from pipelines.search.space import StudyConfig, apply, check_space
+from pipelines.search.space import apply, check_space
 from pipelines.search.study import StudyStore, TrialRecord, best, count_states, done, earlier_points
+from pipelines.search.study_config import StudyConfig
 from pipelines.shards.index import read_dataset
 from pipelines.storage import Storage, join
 from pipelines.tracking import Tracker

@@ -21,7 +21,9 @@ from typing import Any, Literal
 
 from pipelines.config import Config, ConfigError
 from pipelines.errors import PipelineError
-from pipelines.search.space import DIRECTIONS, Choice, Int, Log, Objective, Params, StudyConfig, Uniform, Value, apply
+from pipelines.search.parameters import Choice, Int, Log, Params, Uniform, Value
+from pipelines.search.space import apply
+from pipelines.search.study_config import DIRECTIONS, Objective, StudyConfig
 from pipelines.storage import NotFoundError, Storage, join
 
 State = Literal["finished", "stopped", "failed", "running"]

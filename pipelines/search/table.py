@@ -13,8 +13,8 @@ from rich.text import Text
 
 from pipelines.display import StageNotice
 from pipelines.search.observer import AXIS, Observer, OnChange, describe_params
-from pipelines.search.space import StudyConfig
 from pipelines.search.study import TrialRecord, best
+from pipelines.search.study_config import StudyConfig
 
 SHOWN = 12
 """Trials in the table: the running ones, then the newest."""

@@ -34,8 +34,10 @@ from pipelines.config import Config, ConfigError
 from pipelines.evaluation.features import EvaluatorNetwork, extract
 from pipelines.search.judge import distance_and_error
 from pipelines.search.observer import Observer
-from pipelines.search.space import DIRECTIONS, Params, StudyConfig, Value, apply
+from pipelines.search.parameters import Params, Value
+from pipelines.search.space import apply
 from pipelines.search.study import StudyError, TrialRecord, searcher, trial_name
+from pipelines.search.study_config import DIRECTIONS, StudyConfig
 from pipelines.shards.read import Batch
 from pipelines.storage import Storage, join
 from pipelines.training import driver

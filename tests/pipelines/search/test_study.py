@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from pipelines.config import compose
 from pipelines.search.observer import describe_params
 from pipelines.search.page import Page
-from pipelines.search.space import StudyConfig
 from pipelines.search.study import (
     StudyError,
     StudyStore,
@@ -25,6 +24,7 @@ from pipelines.search.study import (
     searcher,
     trial_name,
 )
+from pipelines.search.study_config import StudyConfig
 from pipelines.storage import Storage
 
 SPACE = {

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.config import ConfigError
-from pipelines.search.space import StudyConfig
 from pipelines.search.study import StudyError, TrialRecord
+from pipelines.search.study_config import StudyConfig
 from pipelines.search.training_search import concurrency, rungs, trial_seconds
 from pipelines.training.goodput import Attempt, Session
 from tests.pipelines.search.test_space import BASE
