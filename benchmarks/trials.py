@@ -10,7 +10,7 @@ rungs, each judged and reported.
 | figure | is |
 |---|---|
 | `overhead_s` | seconds that another trial takes on its core, less the work: by what 8 trials take longer than 2 |
-| `trial_seconds` | medians of our whole trials: see `pipelines.search.training_search.trial_seconds` |
+| `trial_seconds` | medians of our whole trials: see `pipelines.search.trial_seconds` |
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def ours(trials: int, config: Config) -> tuple[float, dict[str, float]]:
     from pipelines.search import studies
     from pipelines.search.study import StudyStore
     from pipelines.search.study_config import StudyConfig
-    from pipelines.search.training_search import trial_sessions
+    from pipelines.search.trial_seconds import trial_sessions
 
     space = {"optim.lr": {"log": [5e-4, 5e-3]}}
     plain = {"kind": "training", "trials": trials, "random_trials": trials, "samples": 32, "rungs": REPORTS}

@@ -31,9 +31,10 @@ from pipelines.evaluation.features import extract
 from pipelines.models import classifier_for, sampling_settings, weaker_for
 from pipelines.search.judge import Drawn, Painter, Subject, gain, hopeless, interval, rungs, scores
 from pipelines.search.observer import Observer
+from pipelines.search.optuna_search import searcher
 from pipelines.search.parameters import Params, Value
 from pipelines.search.space import apply, check_space
-from pipelines.search.study import StudyStore, TrialRecord, loss, pareto_front, searcher
+from pipelines.search.study import StudyStore, TrialRecord, loss, pareto_front
 from pipelines.search.study_config import StudyConfig
 from pipelines.shards.read import Batch
 from pipelines.storage import Storage

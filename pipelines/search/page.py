@@ -15,7 +15,8 @@ from PIL import Image
 
 from pipelines.evaluation.plots import label_grid
 from pipelines.search.observer import describe_params
-from pipelines.search.study import TrialRecord, best, done, loss, pareto_front, past_of
+from pipelines.search.optuna_search import past_of
+from pipelines.search.study import TrialRecord, best, done, loss, pareto_front
 from pipelines.search.study_config import DIRECTIONS, Objective, StudyConfig
 
 if TYPE_CHECKING:

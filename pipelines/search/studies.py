@@ -24,6 +24,8 @@ from pipelines.search.page import Page, png
 from pipelines.search.space import apply, check_space
 from pipelines.search.study import StudyStore, TrialRecord, best, count_states, done, earlier_points
 from pipelines.search.study_config import StudyConfig
+from pipelines.search.training_trial import Shared, rungs
+from pipelines.search.trial_seconds import median_seconds
 from pipelines.shards.index import read_dataset
 from pipelines.storage import Storage, join
 from pipelines.tracking import Tracker
@@ -142,7 +144,7 @@ def training_study(
     """
     began = time.monotonic()
     check_space(study, config)
-    training_search.rungs(config.images, config.batch_size, study)
+    rungs(config.images, config.batch_size, study)
     first = earlier_points(study, config, [StudyStore.of(config, other) for other in after])
     storage = Storage.of(config)
     dataset = read_dataset(config.data.uri, storage)
@@ -156,12 +158,12 @@ def training_study(
     tracker = _open_run(config, name, study, dataset.uri)
     observer = Observer(store, study, tracker, config.tracking.experiment, config.images, on_change)
     observer.begin(records)
-    shared = training_search.Shared.of(study, config, name, lineage, evaluator.network, splits)
+    shared = Shared.of(study, config, name, lineage, evaluator.network, splits)
     training_search.run_trials(shared, records, observer, first)
     observer.settle()
     records = store.records()
     seen = sum(r.scores.get("images_seen", 0) for r in records)
-    spent = training_search.median_seconds(records, config, name, storage)
+    spent = median_seconds(records, config, name, storage)
     notes = [
         f"Each trial trains on up to {config.images:,} images; together they saw {seen:,.0f}, where training each to "
         f"its end would have taken {config.images * len(records):,}.",
