@@ -1,4 +1,4 @@
-"""Where the services are: explicit configuration, else the environment, else the local stack, which is started."""
+"""Addresses of S3, MLflow and Ray: from the configuration, else the environment, else the local stack."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipelines.stack import StackState
 
 
 def missing_services(config: Config, environ: Mapping[str, str], wanted: Collection[str]) -> list[str]:
-    """Which of `wanted` ("s3", "mlflow", "ray") neither the configuration nor the environment names."""
+    """Return those of `wanted` ("s3", "mlflow", "ray") that neither the configuration nor the environment names."""
     named = {
         "s3": not config.storage.root.startswith("s3://")
         or not config.storage.local_stack
@@ -25,7 +25,10 @@ def missing_services(config: Config, environ: Mapping[str, str], wanted: Collect
 
 
 def fill(config: Config, environ: Mapping[str, str], state: StackState | None) -> Config:
-    """The configuration with every address explicit.
+    """Return the configuration with every address filled in.
+
+    Args:
+        state: of the local stack; None where it is not needed.
 
     Raises:
         ConfigError: the local stack is asked for a bucket that it does not have.
@@ -56,12 +59,17 @@ def connect(
     home: Path | None = None,
     notice: StageNotice = no_stage_notice,
 ) -> Config:
-    """Start what of the local stack is needed and not running, and fill in all addresses.
+    """Start the services of the local stack that are needed, and return the configuration with every address filled in.
 
-    Call it before ray is imported: a driver of the local Ray head needs `stack.ray_environment` by then.
+    Call it before ray is imported, because a driver of the local Ray head needs `stack.ray_environment` by then.
+
+    Args:
+        wanted: the services that are needed, of "s3", "mlflow" and "ray".
+        home: folder of the local stack; None for the default.
+        notice: called with a service and its phase.
 
     Raises:
-        StackError: a service of the local stack does not come up.
+        StackError: a service of the local stack does not start.
     """
     missing = missing_services(config, environ, wanted)
     state = stack.up(home, missing, notice=notice) if missing else None

@@ -1,7 +1,8 @@
-"""What a person sees: stages, bars where stderr is a terminal, plain lines where it is not."""
+"""What the command line shows on stderr: stages, and progress as bars on a terminal, as plain lines elsewhere."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,10 +25,11 @@ from rich.text import Text
 from pipelines.display import Progress, Report, StageNotice, TimeBreakdown
 
 PLAIN_EVERY_S = 5.0
+"""Seconds between two plain lines of progress."""
 
 
 class Terminal:
-    """`Display` on stderr; stdout is left to results."""
+    """The `Display` of the command line: it writes to stderr, because stdout is for results."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -35,7 +37,7 @@ class Terminal:
 
     @contextmanager
     def live(self) -> Iterator[Terminal]:
-        """Bars are drawn inside this block."""
+        """Draw progress bars inside this block, where stderr is a terminal."""
         if not self.console.is_terminal:
             yield self
             return
@@ -52,7 +54,7 @@ class Terminal:
 
     @contextmanager
     def services(self) -> Iterator[StageNotice]:
-        """A bar per service of the local stack; call it with (service, phase)."""
+        """Yield a callback for the phases of services, which shows a line with a spinner per service."""
         if not self.console.is_terminal:
             yield self.stage
             return
@@ -74,15 +76,15 @@ class Terminal:
             yield report
 
     def stage(self, name: str, text: str) -> None:
-        """A line of a stage."""
+        """Print one line of a stage."""
         self.console.print(Text.assemble((f"{name:>10}", "bold cyan"), "  ", text))
 
     def error(self, kind: str, error: Exception) -> None:
-        """What went wrong, as it is: square brackets in it are not markup."""
+        """Print an error; square brackets in its message are not markup."""
         self.console.print(Text.assemble((kind, "bold red"), "\n", str(error)))
 
     def counter(self, description: str, unit: str) -> Progress:
-        """A bar over a known number of things; call it with (done, total)."""
+        """Return a callback that shows progress over a known number of things."""
         show = self._meter(description)
 
         def update(done: int, total: int) -> None:
@@ -91,7 +93,7 @@ class Terminal:
         return update
 
     def training(self, images: int, resumes_at: int) -> Report:
-        """The bar of a training; call it with what rank 0 reports."""
+        """Return a callback that shows images seen, images per second and loss of a training."""
         show = self._meter("train")
         began: list[tuple[float, float]] = []
 
@@ -126,15 +128,18 @@ class Terminal:
         self.stage(breakdown.name, breakdown.lines[-1])
 
     def _meter(self, description: str) -> Callable[[float, float, str], None]:
+        """Return a callback for (done, total, detail): a bar inside `live` on a terminal, else a line now and then."""
         if self.bars is not None:
             bars = self.bars
             task = bars.add_task(description, total=None, detail="starting")
             return lambda done, total, detail: bars.update(task, completed=done, total=total, detail=detail)
-        said = [-PLAIN_EVERY_S]
+        printed_at = -PLAIN_EVERY_S
 
         def line(done: float, total: float, detail: str) -> None:
-            if time.monotonic() - said[0] >= PLAIN_EVERY_S or (done >= total and said[0] != float("inf")):
-                said[0] = float("inf") if done >= total else time.monotonic()
+            nonlocal printed_at
+            now, complete = time.monotonic(), done >= total
+            if now - printed_at >= PLAIN_EVERY_S or (complete and printed_at != math.inf):
+                printed_at = math.inf if complete else now  # the last line is printed once
                 self.stage(description, f"{done / total:4.0%}  {detail}")
 
         return line

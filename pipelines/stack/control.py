@@ -16,7 +16,7 @@ from pipelines.stack.services import BUCKET, SERVICES, STARTERS, answers, await_
 
 @dataclass(frozen=True)
 class StackState:
-    """Where the running services are; None for one that is not running."""
+    """Addresses of the running services; None for one that is not running."""
 
     home: Path
     bucket: str
@@ -29,7 +29,13 @@ class StackState:
 
 @dataclass(frozen=True)
 class ServiceStatus:
-    """One service as it is now."""
+    """The present state of one service.
+
+    Attributes:
+        running: whether its process is there.
+        healthy: whether it answers.
+        log: where its output goes.
+    """
 
     name: str
     running: bool
@@ -46,14 +52,16 @@ def up(
     notice: StageNotice = no_stage_notice,
     timeout_s: float = 90,
 ) -> StackState:
-    """Start what is not running of `services` and wait until it answers. Doing it twice changes nothing.
+    """Start those of `services` that are not running, wait until they answer, and return the addresses.
+
+    A second call changes nothing.
 
     Args:
         services: of "s3", "mlflow" (which brings "s3") and "ray".
-        notice: called with (service, phase): "starting", "healthy" or "already running".
+        notice: called with the service and its phase: "starting", "healthy" or "already running".
 
     Raises:
-        StackError: a service does not come up; what this call started is ended again.
+        StackError: a service does not start; those that this call started are stopped again.
     """
     home = home or default_home()
     wanted = [s for s in SERVICES if s in services or (s == "s3" and "mlflow" in services)]
@@ -64,8 +72,8 @@ def up(
         running = alive_services(home)
         for name, service in read_services(home).items():
             if name not in running:
-                end(service)  # its leader is gone; what is left of its family would be in the way
-        fresh: dict[str, Service] = {}
+                end(service)  # its leader has ended; processes left in its session would hold ports and files
+        started: dict[str, Service] = {}
 
         def start(name: str) -> None:
             if name in running and answers(running[name]):
@@ -74,7 +82,7 @@ def up(
             if name in running:
                 end(running.pop(name))
             notice(name, "starting")
-            fresh[name] = service = STARTERS[name](home, running)
+            started[name] = service = STARTERS[name](home, running)
             await_healthy(name, service, home, timeout_s)
             running[name] = service
             notice(name, "healthy")
@@ -83,10 +91,10 @@ def up(
             if "s3" in wanted:
                 start("s3")
             with ThreadPoolExecutor(2) as pool:
-                for outcome in [pool.submit(start, name) for name in wanted if name != "s3"]:
-                    outcome.result()
+                for future in [pool.submit(start, name) for name in wanted if name != "s3"]:
+                    future.result()
         except BaseException:
-            for service in fresh.values():
+            for service in started.values():
                 end(service)
             raise
         write_private(home / "stack.json", json.dumps({name: asdict(s) for name, s in running.items()}, indent=1))
@@ -94,23 +102,26 @@ def up(
 
 
 def down(home: Path | None = None, *, notice: StageNotice = no_stage_notice) -> list[str]:
-    """End exactly what `up` started, with all its descendants, and name it; data and credentials stay."""
+    """Stop what `up` started, with all descendants, and return the names of the stopped services.
+
+    Data and credentials stay.
+    """
     home = home or default_home()
     if not home.is_dir():
         return []
     with locked(home):
         running = read_services(home)
-        ended = [name for name in reversed(SERVICES) if name in running]
-        for name in ended:
+        stopped = [name for name in reversed(SERVICES) if name in running]
+        for name in stopped:
             notice(name, "stopping")
             # Ray has nothing to save, and its processes wait for each other; the others write to disk.
             end(running[name], grace_s=2 if name == "ray" else 15)
         (home / "stack.json").unlink(missing_ok=True)
-    return ended
+    return stopped
 
 
 def status(home: Path | None = None) -> list[ServiceStatus]:
-    """Every service, asked now whether it answers."""
+    """Return the state of every service; each is asked whether it answers."""
     home = home or default_home()
     running = alive_services(home)
 
@@ -125,13 +136,14 @@ def status(home: Path | None = None) -> list[ServiceStatus]:
 
 
 def read_state(home: Path | None = None) -> StackState | None:
-    """What is recorded and alive, or None."""
+    """Return the addresses of the services whose process is there, or None where there is none."""
     home = home or default_home()
     running = alive_services(home)
     return _state(home, running) if running else None
 
 
 def _state(home: Path, running: dict[str, Service]) -> StackState:
+    """Return the addresses of running services."""
     s3, mlflow, ray = (running.get(name) for name in SERVICES)
     return StackState(
         home,

@@ -12,12 +12,12 @@ from pathlib import Path
 
 
 def default_home() -> Path:
-    """DDPM_HOME, else `.ddpm` in the current folder."""
+    """Return the folder that DDPM_HOME names, else `.ddpm` in the current folder."""
     return Path(os.environ.get("DDPM_HOME") or ".ddpm").resolve()
 
 
 def ensure_credentials(home: Path) -> None:
-    """AWS credentials file with the server's identity, and Ray's token, made once; readable by the user only."""
+    """Create the S3 server's identity, the AWS credentials file and Ray's token, unless they exist."""
     if not (home / "ray-token").exists():
         write_private(home / "ray-token", secrets.token_hex(32))
     if (home / "credentials").exists() and (home / "s3.json").exists():
@@ -34,6 +34,7 @@ def ensure_credentials(home: Path) -> None:
 
 
 def write_private(path: Path, text: str) -> None:
+    """Write a file atomically, readable by the user only."""
     temporary = path.with_name(f".{path.name}.new")
     temporary.unlink(missing_ok=True)
     with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -43,7 +44,7 @@ def write_private(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def locked(home: Path) -> Iterator[None]:
-    """One `up` or `down` of a home at a time."""
+    """Hold the lock of the folder, so that only one `up` or `down` runs at a time."""
     with (home / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -18,12 +18,20 @@ from pipelines.stack.home import write_private
 
 
 class StackError(PipelineError):
-    """A service of the local stack does not come up; says where its log is and what it ends with."""
+    """The local stack cannot be used: a service did not start, or its record is damaged."""
 
 
 @dataclass(frozen=True)
 class Service:
-    """What `stack.json` records of a started service."""
+    """The record of a started service in `stack.json`.
+
+    Attributes:
+        pid: process ID of the leader of its session.
+        started: when that process began, in seconds since the epoch.
+        url: address to open or to connect to.
+        address: address that clients use; differs from `url` for Ray only.
+        probes: URLs that all answer once the service is healthy.
+    """
 
     pid: int
     started: float
@@ -41,8 +49,8 @@ def launch(
     address: str,
     probes: tuple[str, ...],
 ) -> Service:
-    """Start a process in a session of its own, so that Ctrl-C in the terminal does not reach it."""
-    # The user's own addresses and keys are not the stack's.
+    """Start a service in its own session, which Ctrl-C in the terminal does not reach, and return its record."""
+    # Addresses and keys in the user's environment belong to other servers.
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "MLFLOW_", "RAY_"))}
     with (home / "logs" / f"{name}.log").open("ab") as log:
         process = subprocess.Popen(
@@ -58,7 +66,7 @@ def launch(
 
 
 def find_process(service: Service) -> psutil.Process | None:
-    """The recorded process, unless it has ended or its ID belongs to another one now."""
+    """Return the recorded process, or None where it has ended or its ID belongs to another process now."""
     try:
         process = psutil.Process(service.pid)
         same = abs(process.create_time() - service.started) < 1
@@ -68,31 +76,36 @@ def find_process(service: Service) -> psutil.Process | None:
 
 
 def end(service: Service, grace_s: float = 8) -> None:
-    """Terminate a service and its family, and kill what is left after a grace period.
+    """Terminate a service with all its processes, and kill those that are left after a grace period.
 
-    The family is what descends from it or is in its session; a session outlives its leader, and its number is not
-    given to another process before the last member is gone.
+    Its processes are its descendants and those in its session. A session outlives its leader, and the system does not
+    reuse its ID before the last member has ended.
     """
     with contextlib.suppress(psutil.NoSuchProcess):
         if abs(psutil.Process(service.pid).create_time() - service.started) >= 1:
-            return  # the number is another process's now, so nothing of the old session is left
+            return  # the ID was reused, so nothing of the old session is left
     root = find_process(service)
-    family = set() if root is None else {root, *root.children(recursive=True)}
+    members = set() if root is None else {root, *root.children(recursive=True)}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, ProcessLookupError, PermissionError):
             if os.getsid(process.pid) == service.pid and process.create_time() >= service.started - 1:
-                family |= {process, *process.children(recursive=True)}
-    for process in family:
+                members |= {process, *process.children(recursive=True)}
+    for process in members:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
-    _, stubborn = psutil.wait_procs(family, timeout=grace_s)
-    for process in stubborn:
+    _, remaining = psutil.wait_procs(members, timeout=grace_s)
+    for process in remaining:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(stubborn, timeout=5)
+    psutil.wait_procs(remaining, timeout=5)
 
 
 def read_services(home: Path) -> dict[str, Service]:
+    """Return every recorded service by name, whether it still runs or not.
+
+    Raises:
+        StackError: the record is damaged.
+    """
     try:
         recorded = json.loads((home / "stack.json").read_text())
         return {name: Service(**{**plain, "probes": tuple(plain["probes"])}) for name, plain in recorded.items()}
@@ -105,18 +118,19 @@ def read_services(home: Path) -> dict[str, Service]:
 
 
 def alive_services(home: Path) -> dict[str, Service]:
+    """Return the recorded services whose process is still there, by name."""
     return {name: service for name, service in read_services(home).items() if find_process(service) is not None}
 
 
 def choose_ports(home: Path, service: str, names: list[str]) -> dict[str, int]:
-    """A port for each name: those of last time, so that addresses stay the same, or free ones where one is taken.
+    """Return a port for each name: the recorded ones, so that addresses stay the same, or new ones where one is taken.
 
-    They lie below the range that outgoing connections take theirs from.
+    New ports lie below the range from which the system takes ports of outgoing connections.
     """
     with contextlib.suppress(FileNotFoundError, json.JSONDecodeError, KeyError):
-        before = json.loads((home / f"ports-{service}.json").read_text())
-        if all(_is_free(before[name]) for name in names):
-            return {name: before[name] for name in names}
+        recorded = json.loads((home / f"ports-{service}.json").read_text())
+        if all(_is_free(recorded[name]) for name in names):
+            return {name: recorded[name] for name in names}
     found: set[int] = set()
     while len(found) < len(names):
         port = 20000 + secrets.randbelow(10000)
@@ -128,6 +142,7 @@ def choose_ports(home: Path, service: str, names: list[str]) -> dict[str, int]:
 
 
 def _is_free(port: int) -> bool:
+    """Return whether nothing listens on a port of the loopback interface."""
     with socket.socket() as probe, contextlib.suppress(OSError):
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("127.0.0.1", port))

