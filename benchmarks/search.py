@@ -99,7 +99,7 @@ def record(reference: str) -> None:
     from pipelines.evaluation import evaluate as evaluation
     from pipelines.models import sampling_settings
     from pipelines.search.guidance_search import base_of, subject_of
-    from pipelines.search.judge import Painter, Subject
+    from pipelines.search.judge import SampleScorer, Subject
     from pipelines.shards.index import read_dataset
     from pipelines.storage import Storage
     from pipelines.training.resources import connect_ray
@@ -115,12 +115,12 @@ def record(reference: str) -> None:
     class Judge:
         def __init__(self, subject: Subject) -> None:
             torch.set_num_threads(1)
-            self.painter = Painter(subject)
+            self.scorer = SampleScorer(subject)
 
         def judge(self, params: Params) -> dict[str, Any]:
             chosen = sampling_settings(apply(base, params))
-            drawn = self.painter.draw(chosen, torch.arange(SAMPLES), seed=base.evaluation.seed)
-            distance = frechet_distance(self.painter.subject.reference, FeatureMoments.of(drawn.features))
+            drawn = self.scorer.draw(chosen, torch.arange(SAMPLES), seed=base.evaluation.seed)
+            distance = frechet_distance(self.scorer.subject.reference, FeatureMoments.of(drawn.features))
             return {"params": params, "frechet_distance": distance, "evaluations": drawn.evaluations}
 
     shared = ray.put(subject_of(model, evaluator, splits, {}))

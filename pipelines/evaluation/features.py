@@ -20,7 +20,7 @@ MAX_STEPS = 5_000
 
 
 class EvaluatorNetwork(nn.Module):
-    """A network of convolutions that halve the image down to at most 4 pixels, `FEATURES` features, and class logits."""
+    """Convolutions that halve the image down to at most 4 pixels, then `FEATURES` features and class logits."""
 
     def __init__(self, in_channels: int, image_size: int, num_classes: int) -> None:
         super().__init__()

@@ -16,10 +16,10 @@ from pipelines.search.study_config import DIRECTIONS, StudyConfig
 
 
 def past_of(study: StudyConfig, records: Iterable[TrialRecord], storage: Any = None) -> Any:
-    """An Optuna study that knows the records: what TPE learns from, and what the pictures are made of.
+    """Return an Optuna study that holds the ended trials: TPE learns from it, and figures are drawn from it.
 
     Args:
-        storage: Optuna's; None for memory.
+        storage: an Optuna storage; None for one in memory.
     """
     import optuna
 
@@ -50,12 +50,12 @@ def past_of(study: StudyConfig, records: Iterable[TrialRecord], storage: Any = N
 def searcher(
     study: StudyConfig, base: Config, records: Sequence[TrialRecord], folder: Path, first: Sequence[Params] = ()
 ) -> Any:
-    """Ray Tune's `OptunaSearch` (TPE, multivariate) that goes on from the records.
+    """Return Ray Tune's `OptunaSearch` (multivariate TPE) that continues from the records of a study.
 
     Args:
-        records: of this study: those that have ended are its past, those that were running come first.
-        folder: for Optuna's journal, as long as the search lasts: Ray Tune pickles what it is given.
-        first: tried before anything else, such as the best of earlier studies or the present default.
+        records: trials of this study; TPE learns from those that have ended, and those that were running come first.
+        folder: for Optuna's journal while the search lasts; Ray Tune pickles the storage, so it cannot be in memory.
+        first: parameters to try before any other, such as the best of earlier studies or the present default.
     """
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
@@ -80,29 +80,33 @@ def searcher(
 
 
 def sampler(seed: int, random_trials: int) -> Any:
-    """Optuna's tree-structured Parzen estimator as studies use it.
+    """Return Optuna's tree-structured Parzen estimator (TPE) with the options of studies.
 
     Args:
-        random_trials: before it takes over, what has ended included.
+        random_trials: number of trials, ended ones included, after which it stops drawing at random.
     """
     import optuna
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of `group` and `constant_liar`
+        warnings.simplefilter(
+            "ignore", optuna.exceptions.ExperimentalWarning
+        )  # `group` and `constant_liar` are experimental
         return optuna.samplers.TPESampler(
             multivariate=True,
-            group=True,  # conditional parameters: each group of those that exist together has a model of its own
+            group=True,  # one model for each group of conditional parameters that exist together
             seed=seed,
             n_startup_trials=random_trials,
-            constant_liar=True,  # trials that run at a time do not all try the same
+            constant_liar=True,  # so that concurrent trials differ
         )
 
 
 def _suggest(study: StudyConfig, base: Config, trial: Any) -> dict[str, Value]:
+    """Return the parameters of Optuna's next trial; a module-level function, so that it can be pickled."""
     return study.suggest(trial, base)
 
 
 def _distribution(study: StudyConfig, path: str) -> Any:
+    """Return the Optuna distribution of a parameter."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     parameter = study.space[path]

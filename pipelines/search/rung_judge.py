@@ -27,21 +27,21 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class RungJudge:
-    """Judges a training's average at given numbers of images; see `pipelines.training.shell.Judge`.
+    """Scores the averaged weights of a training at given numbers of images; see `pipelines.training.shell.Judge`.
 
-    The scores are files beside the run's checkpoints: a trial that comes again finds those it has earned.
+    The scores are written as files beside the run's checkpoints, so that a resumed trial keeps its earlier scores.
 
     Attributes:
-        rungs: images seen.
-        samples: images drawn at each.
-        labels: of them, in turn; None for a model without classes.
-        evaluator: whose features judge.
+        rungs: images seen at which the weights are scored.
+        samples: number of images that are drawn at each rung.
+        labels: labels of the drawn images [N]; image i has label i modulo N. None for a model without classes.
+        evaluator: the network whose features are compared.
         reference: moments of the real train split's features.
-        held_out: real test images for the bound, [B, C, H, W] in [-1, 1]; none for B = 0.
-        held_out_labels: theirs.
-        seed: of the noise.
-        storage: where the scores go.
-        uri: the folder.
+        held_out: real test images for the bound, [B, C, H, W] in [-1, 1]; B = 0 for no bound.
+        held_out_labels: labels of `held_out` [B]; None without classes.
+        seed: seed of the noise.
+        storage: where the scores are written.
+        uri: the folder of the scores.
     """
 
     rungs: tuple[int, ...]
@@ -56,52 +56,53 @@ class RungJudge:
     uri: str
 
     def due(self, before: int, seen: int) -> bool:
-        """Whether a rung lies in (before, seen]."""
+        """Return whether a rung lies in (before, seen]."""
         return any(before < rung <= seen for rung in self.rungs)
 
     def __call__(self, training: Training, spec: ModelSpec, device: torch.device) -> None:
-        """Draw and judge, the work shared out over the ranks; rank 0 writes the scores."""
+        """Draw images and compute scores, with the work divided among the ranks; rank 0 writes the scores."""
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         schedule = make_schedule(**spec.schedule)
         with averaged(training) as network, torch.no_grad():
             denoiser = NetworkDenoiser(network, schedule, spec.prediction)
-            mine = share_out(self.samples, rank)
+            image_ids = share_out(self.samples, rank)
             images = generate(
                 denoiser,
                 schedule,
                 spec.sampling,
-                cond=self._labels(self.labels, mine, spec, device),
+                cond=self._labels(self.labels, image_ids, spec, device),
                 shape=spec.shape,
                 seed=self.seed,
-                images=mine.to(device),
+                images=image_ids.to(device),
                 batch_size=BATCH,
             )
             features = collect(extract(self.evaluator, to_levels(images)).features.to(device), self.samples).cpu()
             scores, _ = distance_and_error(self.reference, features)
             if len(self.held_out):
-                part = share_out(len(self.held_out), rank)
+                bound_ids = share_out(len(self.held_out), rank)
                 bound = variational_bound(
                     configured(denoiser, schedule, replace(spec.sampling, scale=1.0, rescale=0.0)),
                     schedule,
-                    self.held_out[part].to(device),
-                    self._labels(self.held_out_labels, part, spec, device),
+                    self.held_out[bound_ids].to(device),
+                    self._labels(self.held_out_labels, bound_ids, spec, device),
                     seed=self.seed,
-                    images=part.to(device),
+                    images=bound_ids.to(device),
                     steps=min(BOUND_STEPS, schedule.num_steps),
                 )
                 scores["bits_per_dim"] = collect(bound.total, len(self.held_out)).mean().item()
         if rank == 0:
             scores |= {"images_seen": float(training.images_seen), "samples": float(self.samples)}
-            where = join(self.uri, f"{training.images_seen:012d}.json")
-            self.storage.write(where, json.dumps(scores).encode())
+            uri = join(self.uri, f"{training.images_seen:012d}.json")
+            self.storage.write(uri, json.dumps(scores).encode())
 
     @staticmethod
-    def _labels(labels: Tensor | None, numbers: Tensor, spec: ModelSpec, device: torch.device) -> Conditioning | None:
+    def _labels(labels: Tensor | None, image_ids: Tensor, spec: ModelSpec, device: torch.device) -> Conditioning | None:
+        """Return the condition of images by their numbers."""
         if labels is None or not spec.classes:
             return None
-        return Conditioning(label=labels[numbers % len(labels)].to(device))
+        return Conditioning(label=labels[image_ids % len(labels)].to(device))
 
 
 def to_levels(images: Tensor) -> Tensor:
-    """Rounded to the 256 levels of a picture, on the CPU."""
+    """Return images [N, C, H, W] in [-1, 1] rounded to the 256 levels of a picture, on the CPU."""
     return to_uint8(images).permute(0, 3, 1, 2).float().cpu() / 127.5 - 1

@@ -25,17 +25,19 @@ FIXED = {
     ),
     "guidance": tuple(name for name in Config.model_fields if name not in ("guidance", "sampler")),
 }
-"""What a study of a kind cannot vary: trials share it."""
+"""Fields that the trials of a study share, so that a space cannot vary them, by kind of study."""
 RANDOM_CHECKS = 64
+"""Random trials whose configuration is checked before a study starts."""
 
 
 def apply(base: Config, params: Params) -> Config:
-    """The configuration of a trial.
+    """Return the configuration of a trial: the base with its parameters.
 
-    Where a parameter changes the kind of a group, such as `schedule.kind`, the other kind's fields go with it.
+    Where a parameter changes the kind of a group, such as `schedule.kind`, fields of the old kind that the new one does
+    not have are dropped.
 
     Raises:
-        ConfigError: a path that does not exist, or a value that it refuses.
+        ConfigError: a path does not exist, or a value is not allowed.
     """
     plain = base.model_dump(mode="json")
     for group in ("schedule", "sampler"):
@@ -43,17 +45,17 @@ def apply(base: Config, params: Params) -> Config:
         if kind is not None and kind != plain[group]["kind"]:
             plain[group] = {"kind": kind, **_shared(group, str(kind), plain[group])}
     if params.get("guidance.kind", "classifier_free") != "classifier_free":
-        plain["guidance"]["rescale"] = 0.0  # of that kind alone
+        plain["guidance"]["rescale"] = 0.0  # only classifier-free guidance has it
     for path, value in params.items():
         set_value(plain, path, value)
     return from_dict(plain)
 
 
 def check_space(study: StudyConfig, base: Config) -> None:
-    """Try the ends of every range and every choice, and random draws, before anything starts.
+    """Check the configurations at the ends of every range, at every choice, and of random trials.
 
     Raises:
-        ConfigError: names the path, the value and what the configuration says of it.
+        ConfigError: one of them is not valid; the message names path, value and reason.
     """
     for path, parameter in study.space.items():
         fixed = next((f for f in FIXED[study.kind] if path == f or path.startswith(f + ".")), None)
@@ -74,7 +76,7 @@ def check_space(study: StudyConfig, base: Config) -> None:
 
 
 def _corners(study: StudyConfig, base: Config) -> Iterator[dict[str, Value]]:
-    """Each end of each range, among first choices of the rest that let it exist."""
+    """Yield trials for each end of each range and each choice, with random values of the other parameters."""
     rng = random.Random(0)
     for path, parameter in study.space.items():
         for corner in parameter.corners():
@@ -95,7 +97,7 @@ def _random(study: StudyConfig, base: Config, count: int = RANDOM_CHECKS) -> Ite
 
 
 def _shared(group: str, kind: str, before: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a group that its other kind has too."""
+    """Return the fields of a group that its new kind has too."""
     union = {"schedule": ScheduleConfig, "sampler": SamplerConfig}[group]
     # Annotated[A | B, Field(discriminator="kind")]
     for variant in typing.get_args(typing.get_args(union)[0]):

@@ -1,4 +1,4 @@
-"""Whole studies: from a MODEL or a configuration to records, an MLflow run with its page, and the winner's settings."""
+"""Run a whole study: from a model or a configuration to records, an MLflow run with a page, and the best settings."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from pipelines.tracking import Tracker
 from pipelines.training.driver import check_dataset
 from pipelines.training.resources import connect_ray
 
-# A trial that fails is a line of the study's own; Tune would add the stack of every actor around it.
+# A study shows a failed trial in one line of its own; Tune would add the stack traces of all actors.
 logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True)
 class StudyResult:
-    """What a study leaves behind.
+    """The result of a study.
 
     Attributes:
-        tracker: its MLflow run.
-        records: every trial.
-        best: of them.
-        page: its HTML page, beside the records.
-        answer: for --json.
+        tracker: the MLflow run of the study.
+        records: all trials.
+        best: the trial that is best in the first objective; None where no trial finished.
+        page: address of the HTML page, beside the records.
+        answer: the result as JSON types, for `--json`.
     """
 
     tracker: Tracker
@@ -66,10 +66,20 @@ def guidance_study(
     on_change: OnChange,
     notice: StageNotice,
 ) -> StudyResult:
-    """`ddpm search guidance`: see `guidance_search`.
+    """Run the study of `ddpm search guidance`; see `guidance_search`.
+
+    Args:
+        config: configuration; the model's own sampling settings replace those in it.
+        reference: the model, such as `models:/NAME@alias`.
+        name: of the study.
+        study: its settings.
+        resume: whether it may exist already.
+        after: names of earlier studies whose best trials are tried first.
+        on_change: called after every change of a trial.
+        notice: called with "study" and a line of text.
 
     Raises:
-        ConfigError, StudyError, ModelError, DatasetError: before anything starts.
+        ConfigError, StudyError, ModelError, DatasetError: the study cannot start.
     """
     began = time.monotonic()
     storage = Storage.of(config)
@@ -137,10 +147,15 @@ def training_study(
     on_change: OnChange,
     notice: StageNotice,
 ) -> StudyResult:
-    """`ddpm search training`: see `training_search`.
+    """Run the study of `ddpm search training`; see `training_search`.
+
+    Args:
+        config: the configuration that the trials vary.
+        lineage: which code runs, see `pipelines.lineage`.
+        name, study, resume, after, on_change, notice: as for `guidance_study`.
 
     Raises:
-        ConfigError, StudyError, DatasetError: before anything starts.
+        ConfigError, StudyError, DatasetError: the study cannot start.
     """
     began = time.monotonic()
     check_space(study, config)
@@ -192,7 +207,7 @@ def training_study(
 
 
 def _open_run(config: Config, name: str, study: StudyConfig, subject: str) -> Tracker:
-    """The study's MLflow run, the parent of its trials'."""
+    """Open the study's MLflow run, the parent of its trials' runs."""
     assert config.tracking.uri is not None
     note = f"{study.kind} study of {subject}; its trials are the runs below it, its page is the artifact `study.html`."
     tags = {"ddpm.study": name, "ddpm.study.kind": study.kind, "mlflow.note.content": note}
@@ -202,7 +217,10 @@ def _open_run(config: Config, name: str, study: StudyConfig, subject: str) -> Tr
 
 
 def _publish(page: Page, store: StudyStore, tracker: Tracker) -> str:
-    """The page beside the records and in the run, with still pictures where they can be drawn."""
+    """Write the study's page beside the records and into its MLflow run, and return its address.
+
+    Figures are logged as well, as PNG where plotly can render them.
+    """
     text = page.html()
     where = join(store.uri, "study.html")
     store.storage.write(where, text.encode())
@@ -221,13 +239,13 @@ def _publish(page: Page, store: StudyStore, tracker: Tracker) -> str:
 
 
 def _identity(resolved: Resolved) -> str:
-    """The same for the same weights, whatever they are called."""
+    """Return a text that is equal for equal weights, whichever reference names them."""
     lineage = resolved.model.spec.lineage
     return json.dumps({key: lineage.get(key) for key in ("run_id", "images_seen", "dataset_digest")}, sort_keys=True)
 
 
 def _write_sampling(resolved: Resolved, found: GuidanceResult, name: str, notice: StageNotice) -> None:
-    """The winner's settings as the defaults of a registered version; nothing where none beats what it has."""
+    """Make the winner's settings the defaults of the registered version; change nothing where there is no winner."""
     winner = found.winner
     if winner is None:
         notice("study", "no setting beats the model's own by more than chance: its defaults stay")
@@ -245,19 +263,19 @@ def _write_sampling(resolved: Resolved, found: GuidanceResult, name: str, notice
 
 
 def _cost(found: GuidanceResult, resolved: Resolved, study: StudyConfig, seconds: float) -> list[str]:
-    """What was spent, in network evaluations, beside the training that it did not need."""
+    """Return notes on the cost of a study in network evaluations, compared with that of the model's training."""
     trials = sum(r.scores.get("evaluations", 0) * r.scores.get("samples", 0) for r in done(found.records))
-    fresh = sum(c.scores["evaluations"] * study.confirm_samples for c in found.confirmed)
-    spent = trials + fresh
-    # A training step is a forward and a backward pass, which costs about two: three evaluations an image.
+    confirming = sum(c.scores["evaluations"] * study.confirm_samples for c in found.confirmed)
+    spent = trials + confirming
+    # A training step costs about three evaluations per image: a forward pass, and a backward pass that costs two.
     seen = int(resolved.model.spec.lineage.get("images_seen") or 0)
     beside = f"; the training of the model took about {3 * seen:,} (3 for each of {seen:,} images)" if seen else ""
-    shares = f"{trials:,.0f} in trials, {fresh:,.0f} to confirm"
+    shares = f"{trials:,.0f} in trials, {confirming:,.0f} to confirm"
     return [f"{spent:,.0f} network evaluations ({shares}){beside}.", f"{seconds:,.0f} s for this call."]
 
 
 def _overrides(config: Config, settings: SamplingSettings) -> str:
-    """Sampler and guidance as `ddpm` takes them."""
+    """Return sampler and guidance as overrides for the command line."""
     plain = base_of(config, settings).model_dump(mode="json", include={"guidance", "sampler"})
     kind = plain["sampler"].pop("kind")
     fields = [
@@ -267,4 +285,5 @@ def _overrides(config: Config, settings: SamplingSettings) -> str:
 
 
 def _listed(seconds: Mapping[str, float]) -> str:
+    """Return seconds by name in words."""
     return ", ".join(f"{part} {value:.1f}" for part, value in seconds.items())

@@ -1,7 +1,7 @@
-"""The record of a study: what each trial tried and how it was judged, one file a trial, so that nothing is done twice.
+"""The records of a study: one file for each trial, with its parameters, state and scores.
 
-Whatever dies, the records are the truth: a study that goes on reads them, gives what is finished to Optuna as its past,
-asks for what was begun again, and counts both.
+They are the only state of a study. A resumed study reads them, gives the ended trials to Optuna, runs those that were
+running again, and counts both towards its number of trials.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ State = Literal["finished", "stopped", "failed", "running"]
 
 
 class StudyError(PipelineError):
-    """A study that cannot start or go on; says why and what to do."""
+    """A study cannot start or be resumed."""
 
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One trial.
+    """The record of one trial.
 
     Attributes:
-        trial: its name, the same for the same parameters.
-        params: what it tried.
-        state: "stopped" before its end because others were better; "failed" with `error`.
-        scores: the last that were reported.
-        history: scores in the order in which they were reported.
-        run_id: of its MLflow run.
-        seconds: it took.
+        trial: name, equal for equal parameters.
+        params: path in the configuration -> value.
+        state: "stopped" means before its end, because other trials were better; "failed" has an `error`.
+        scores: the last reported scores by name.
+        history: all reported scores, in order.
+        run_id: ID of its MLflow run; None before it has one.
+        seconds: wall time from `began` to its end.
         error: why it failed.
-        began: when, seconds since 1970.
+        began: start time, in seconds since the epoch.
     """
 
     trial: str
@@ -57,43 +57,43 @@ class TrialRecord:
     began: float = field(default_factory=time.time)
 
     def reported(self, scores: Mapping[str, float]) -> TrialRecord:
-        """With one more report."""
+        """Return the record with one more report of scores."""
         plain = {name: float(value) for name, value in scores.items()}
         return replace(self, scores=plain, history=[*self.history, plain])
 
     def ended(self, state: State, error: str | None = None) -> TrialRecord:
-        """At its end."""
+        """Return the record of a trial that has ended in a state."""
         return replace(self, state=state, error=error, seconds=time.time() - self.began)
 
 
 def trial_name(params: Params) -> str:
-    """A name that depends on what is tried alone."""
+    """Return the name of a trial, a digest of its parameters."""
     return hashlib.sha256(json.dumps(dict(sorted(params.items()))).encode()).hexdigest()[:10]
 
 
 @dataclass(frozen=True)
 class StudyStore:
-    """Where a study's records are: `ROOT/studies/NAME/study.json` and `trials/TRIAL.json`."""
+    """The folder of a study, `ROOT/studies/NAME`, with `study.json` and `trials/TRIAL.json`."""
 
     storage: Storage
     uri: str
 
     @classmethod
     def of(cls, config: Config, name: str) -> StudyStore:
-        """For a study of this name."""
+        """Return the store of the study of this name."""
         return cls(Storage.of(config), join(config.storage.root, "studies", name))
 
     def open(self, study: StudyConfig, base: Config, subject: str, *, resume: bool) -> list[TrialRecord]:
-        """The trials so far of a study that begins or goes on.
+        """Create a study, or check that it can be resumed, and return the trials so far.
 
         Args:
-            study: what it tries.
-            base: what its trials share.
-            subject: what it is about, such as the model that is sampled.
-            resume: whether it may have begun.
+            study: its settings.
+            base: the configuration that its trials share.
+            subject: identifies the model that is sampled, or the dataset that is trained on.
+            resume: whether the study may exist already.
 
         Raises:
-            StudyError: it has begun and is not to be resumed, or it is of other settings.
+            StudyError: it exists and `resume` is false, or it has other settings.
         """
         described = self.describe(study, base, subject)
         try:
@@ -114,7 +114,10 @@ class StudyStore:
 
     @staticmethod
     def describe(study: StudyConfig, base: Config, subject: str) -> dict[str, Any]:
-        """What makes a study this one; the number of trials may grow, and the machines may be others."""
+        """Return what a resumed study is compared by.
+
+        The number of trials may grow, and fields that name machines, addresses and caches are left out.
+        """
         plain = study.model_dump(mode="json", by_alias=True)
         machines: dict[str, Any] = {
             "cluster": True,
@@ -126,7 +129,7 @@ class StudyStore:
         return json.loads(json.dumps({"space": plain, "config": shared, "subject": subject, "trials": trials}))
 
     def description(self) -> dict[str, Any]:
-        """`study.json`.
+        """Return the content of `study.json`.
 
         Raises:
             StudyError: there is no such study.
@@ -148,30 +151,30 @@ class StudyStore:
         return StudyConfig.model_validate({**described["space"], "trials": described["trials"]})
 
     def record(self, record: TrialRecord) -> None:
-        """Keep a trial as it stands."""
+        """Write the record of a trial."""
         where = join(self.uri, "trials", f"{record.trial}.json")
         self.storage.write(where, json.dumps(asdict(record), indent=1).encode())
 
     def get(self, trial: str) -> TrialRecord | None:
-        """A trial, if it has begun."""
+        """Return the record of a trial, or None where it has not begun."""
         try:
             return TrialRecord(**json.loads(self.storage.read(join(self.uri, "trials", f"{trial}.json"))))
         except NotFoundError:
             return None
 
     def records(self) -> list[TrialRecord]:
-        """Every trial, in the order in which they began."""
+        """Return all records, in the order in which the trials began."""
         found = self.storage.list(join(self.uri, "trials"))
         with ThreadPoolExecutor(8) as pool:
             records = pool.map(lambda entry: TrialRecord(**json.loads(self.storage.read(entry.uri))), found)
         return sorted(records, key=lambda record: record.began)
 
 
-# --- what the records say ------------------------------------------------------------------------------------
+# --- comparison of records -----------------------------------------------------------------------------------
 
 
 def done(records: Iterable[TrialRecord]) -> list[TrialRecord]:
-    """Those that ran to their end, or as far as others allowed."""
+    """Return the records of trials that finished or were stopped."""
     return [record for record in records if record.state in ("finished", "stopped")]
 
 
@@ -182,19 +185,22 @@ def count_states(records: Iterable[TrialRecord]) -> dict[str, int]:
 
 
 def loss(record: TrialRecord, objective: Objective) -> float:
-    """How bad a trial is, lower is better; infinite where it was not judged, or not to a number."""
+    """Return the objective of a trial with the sign that makes lower better; infinity where it has no finite score."""
     score = record.scores.get(objective, math.nan)
     return math.inf if not math.isfinite(score) else score if DIRECTIONS[objective] == "min" else -score
 
 
 def best(records: Iterable[TrialRecord], objective: Objective = "frechet_distance") -> TrialRecord | None:
-    """The best finished trial; a stopped one was judged on less."""
+    """Return the best finished trial, or None; a stopped one was judged with less training or fewer samples."""
     finished = [r for r in records if r.state == "finished" and math.isfinite(loss(r, objective))]
     return min(finished, key=lambda record: loss(record, objective), default=None)
 
 
 def pareto_front(records: Iterable[TrialRecord], objectives: Sequence[Objective]) -> list[TrialRecord]:
-    """The finished trials that no other is better than in one objective and as good in the rest; by the last one."""
+    """Return the finished trials that no other trial dominates, ordered by the last objective.
+
+    A trial dominates another that it equals or beats in every objective and beats in at least one.
+    """
     finished = [r for r in records if r.state == "finished" and all(math.isfinite(loss(r, o)) for o in objectives)]
 
     def beats(a: TrialRecord, b: TrialRecord) -> bool:
@@ -206,7 +212,11 @@ def pareto_front(records: Iterable[TrialRecord], objectives: Sequence[Objective]
 
 
 def earlier_points(study: StudyConfig, base: Config, stores: Iterable[StudyStore], each: int = 3) -> list[Params]:
-    """The best parameters of earlier studies, as far as they are in this one's space: what it begins with.
+    """Return the best parameters of earlier studies, as far as they are in this study's space, to try first.
+
+    Args:
+        stores: of the earlier studies.
+        each: number of trials that are taken from each.
 
     Raises:
         StudyError: there is no such study.

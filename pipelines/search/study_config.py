@@ -24,27 +24,28 @@ DIRECTIONS: dict[Objective, Literal["min", "max"]] = {
     "class_accuracy": "max",
     "evaluations": "min",
 }
-"""What a study may be about, and which way it is better."""
+"""The objectives that a study can have, and whether lower or higher is better."""
 
 
 class StudyConfig(FrozenModel):
-    """What a study tries, how long, and how it judges.
+    """The settings of a study: what it searches, for how long, and how trials are judged.
 
     Attributes:
         kind: "training", whose trials are trainings, or "guidance", whose trials sample one model.
-        space: path -> distribution, in the order in which they are drawn.
-        objectives: what is optimised. A training study has one, the Frechet distance by default, or bits/dim; a
-            guidance study has the first against the others, by default the distance against network evaluations.
-        trials: of the study, those of earlier, interrupted calls included.
-        random_trials: drawn at random before the model of the space (TPE) takes over.
-        seed: of the search.
-        concurrent: trials at a time; null: as many as the cluster has room for.
-        samples: images that judge a trial.
-        rungs: of a training trial, evaluations at growing numbers of images; of a guidance trial, growing samples.
-        reduction: share 1 / reduction of the trials goes on from a rung (ASHA); training only.
-        bits_per_dim_images: real images on which a training trial's bound is taken; 0 for none.
-        confirm: settings that are judged again on fresh seeds at the end; guidance only.
-        confirm_samples: images that judge each of them.
+        space: path in the configuration -> distribution, in the order in which values are drawn.
+        objectives: the scores to optimise. A training study has one: the Frechet distance (default) or bits/dim. A
+            guidance study has several, by default the Frechet distance and the number of network evaluations.
+        trials: number of trials, those of earlier, interrupted calls included.
+        random_trials: number of trials that are drawn at random before Optuna's TPE sampler chooses.
+        seed: seed of the search.
+        concurrent: number of trials that run at a time; None for as many as the cluster has room for.
+        samples: number of images by which a trial is judged.
+        rungs: number of evaluations of a trial: after growing numbers of training images (training), or on growing
+            numbers of samples (guidance).
+        reduction: a fraction 1 / reduction of the trials continues after a rung (ASHA); training only.
+        bits_per_dim_images: number of real images on which a training trial's bound is computed; 0 for none.
+        confirm: number of settings that are judged again with fresh seeds at the end; guidance only.
+        confirm_samples: number of images by which each of them is judged.
     """
 
     kind: Literal["training", "guidance"]
@@ -96,19 +97,20 @@ class StudyConfig(FrozenModel):
         return self
 
     def suggest(self, trial: Suggester, base: Config) -> dict[str, Value]:
-        """What the next trial tries, asked from Optuna parameter by parameter (define by run)."""
+        """Return the parameters of the next trial, asked from Optuna one by one (define by run)."""
         return self._choose(lambda path, parameter: parameter.ask(path, trial), base)
 
     def draw(self, rng: random.Random, base: Config) -> dict[str, Value]:
-        """What a random trial tries."""
+        """Return the parameters of a random trial."""
         return self._choose(lambda path, parameter: parameter.draw(rng), base)
 
     def nearest(self, base: Config) -> dict[str, Value]:
-        """The trial that is closest to the configuration as it stands."""
+        """Return the parameters that are closest to the values of the configuration."""
         plain = base.model_dump(mode="json")
         return self._choose(lambda path, parameter: parameter.nearest(get_value(plain, path)), base)
 
     def _choose(self, pick: Callable[[str, Parameter], Value], base: Config) -> dict[str, Value]:
+        """Return the parameters that exist in a trial, with the values that `pick` chooses."""
         chosen: dict[str, Value] = {}
         plain = base.model_dump(mode="json")
 
@@ -123,10 +125,10 @@ class StudyConfig(FrozenModel):
 
 
 def load_study(name: str, overrides: Sequence[str] = ()) -> StudyConfig:
-    """A study of `conf/search/`, or a YAML file, with overrides such as `search.trials=8`.
+    """Read a study of `conf/search/`, or of a YAML file, with overrides such as `search.trials=8`.
 
     Raises:
-        ConfigError: no such study, or a field of it that is wrong.
+        ConfigError: there is no such study, or a field of it is wrong.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -168,7 +170,11 @@ def compose_study(name: str, kind: str, overrides: Sequence[str]) -> tuple[Study
 
 
 def _override(plain: dict[str, Any], key: str, text: str) -> None:
-    """`trials=8`, or a distribution such as `space.optim.lr.log=[1e-4,1e-2]`, whose conditions stay."""
+    """Apply an override, in place.
+
+    It is a field such as `trials=8`, or a distribution such as `space.optim.lr.log=[1e-4,1e-2]`, which keeps the `when`
+    of the parameter.
+    """
     from omegaconf import OmegaConf
 
     value = OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]  # type: ignore[call-overload, index]
@@ -181,6 +187,7 @@ def _override(plain: dict[str, Any], key: str, text: str) -> None:
 
 
 def _explain(where: str, error: Any) -> str:
+    """Return one pydantic error in words, with the field's path in the file."""
     names = {cls.__name__ for cls in (Uniform, Log, Int, Choice)}
     path = ".".join(str(part) for part in error["loc"] if part not in names)
     if error["loc"][:1] == ("space",) and error["type"] in ("extra_forbidden", "missing"):

@@ -1,8 +1,8 @@
-"""`ddpm search training`: what needs training, each trial a distributed Ray Train run, judged by its samples.
+"""The study behind `ddpm search training`: each trial is a distributed Ray Train run, judged by its samples.
 
-Losses of different schedules do not compare: a trial is judged by the Frechet distance of samples of fixed seeds and by
-the variational bound, at rungs of growing numbers of images, in the training itself, where the weights are. ASHA ends
-trials that are behind at a rung; Optuna chooses the next.
+Losses of different schedules are not comparable, so a trial is judged by the Frechet distance of samples with fixed
+seeds and by the variational bound. Both are computed within the training, at rungs of growing numbers of images. ASHA
+stops trials that are behind at a rung, and Optuna chooses the parameters of the next trial.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 
 
 def concurrency(study: StudyConfig, base: Config, resources: Mapping[str, float]) -> int:
-    """Trials at a time, so that each has its workers.
+    """Return how many trials the cluster can run at a time, each with all its workers.
 
     Raises:
-        StudyError: the cluster has no room for one.
+        StudyError: the cluster has no room for one trial.
     """
     cluster = base.cluster
     workers = cluster.max_workers
@@ -48,17 +48,18 @@ def concurrency(study: StudyConfig, base: Config, resources: Mapping[str, float]
 def run_trials(
     shared: Shared, records: Sequence[TrialRecord], observer: Observer, first: Sequence[Params] = ()
 ) -> None:
-    """Every trial that is still to be run; the records are written on the way.
+    """Run the trials that the study still lacks; the observer records them.
 
     Args:
-        first: what is tried after the configuration as it stands and before anything else.
+        records: the trials so far.
+        first: parameters to try after the values of the configuration and before any other.
     """
     study, base = shared.study, shared.base
     left = study.trials - sum(record.state != "running" for record in records)
     if left <= 0:
         return
     at = rungs(base.images, base.batch_size, study)
-    # The workers have placement groups of their own; the trial itself waits and reports.
+    # A trial itself needs no CPU, because its workers reserve their own resources.
     trainable = tune.with_resources(tune.with_parameters(TrainingTrial, shared=shared), {"cpu": 0, "memory": 1 << 20})
     with tempfile.TemporaryDirectory(prefix="ddpm-tune-") as scratch:
         tune.Tuner(

@@ -36,7 +36,15 @@ STOP_S = 120.0
 
 @dataclass(frozen=True)
 class Shared:
-    """What all trials have in common; put into Ray's object store once."""
+    """What all trials share, put into Ray's object store once.
+
+    Attributes:
+        study: the settings of the study.
+        base: the configuration that the trials vary.
+        name: of the study.
+        lineage: which code runs, see `pipelines.lineage`.
+        evaluator, reference, labels, held_out, held_out_labels: see `RungJudge`.
+    """
 
     study: StudyConfig
     base: Config
@@ -58,7 +66,7 @@ class Shared:
         evaluator: EvaluatorNetwork,
         splits: Mapping[str, Batch],
     ) -> Shared:
-        """From the real splits."""
+        """Return what trials share, computed from the real splits."""
         train, test = splits["train"], splits["test"]
         count = min(study.bits_per_dim_images, len(test.images))
         return cls(
@@ -75,10 +83,10 @@ class Shared:
 
 
 def rungs(images: int, batch_size: int, study: StudyConfig) -> tuple[int, ...]:
-    """Numbers of images at which trials are judged: the whole length, and that over powers of `reduction`.
+    """Return the images seen at which trials are judged: the whole length, and it divided by powers of `reduction`.
 
     Raises:
-        ConfigError: the first would come before a batch has been seen.
+        ConfigError: the first rung would come before the end of the first batch.
     """
     found = [images // study.reduction**i // batch_size * batch_size for i in range(study.rungs - 1, 0, -1)]
     if found and found[0] < batch_size:
@@ -90,7 +98,7 @@ def rungs(images: int, batch_size: int, study: StudyConfig) -> tuple[int, ...]:
 
 
 def trial_config(shared: Shared, params: Params) -> Config:
-    """The run of a trial: the base with what it tries, judged by its own rungs and nothing on the side."""
+    """Return the configuration of a trial's run: no sample grids, and one checkpoint, from the first rung on."""
     config, study = apply(shared.base, params), shared.study
     first = rungs(config.images, config.batch_size, study)[0]
     return config.model_copy(
@@ -100,18 +108,17 @@ def trial_config(shared: Shared, params: Params) -> Config:
             "checkpoint": config.checkpoint.model_copy(
                 update={"every": first, "keep": 1, "publish_every": 2 * config.images}
             ),
-            # What fails by itself, such as a loss that is not finite, fails again.
+            # A failure of the trial itself, such as a loss that is not finite, would repeat.
             "cluster": config.cluster.model_copy(update={"max_failures": min(1, config.cluster.max_failures)}),
         }
     )
 
 
 class TrainingTrial(tune.Trainable):
-    """One trial after another in an actor that lives as long as the study: fits its run and reports each score.
+    """A Ray Tune trial that runs a training and reports its scores; the actor and its workers are reused.
 
-    Its workers stay as well, from trial to trial. The run trains in a thread; a trial that is not to go on is asked to
-    stop, as by Ctrl-C, before the next begins. An actor that were killed instead would leave its workers and their
-    resources to Ray to find.
+    The run trains in a thread. A trial that ASHA stops is asked to stop at a step boundary, as by Ctrl-C, before the
+    next one begins. If the actor were killed instead, Ray would free its workers and their resources only later.
     """
 
     shared: Shared
@@ -122,19 +129,19 @@ class TrainingTrial(tune.Trainable):
     error: BaseException | None
 
     def setup(self, config: dict[str, Value], *, shared: Shared) -> None:
-        """Once per actor."""
+        """Create the workers of this actor, and begin the first trial."""
         self.shared = shared
         self.warm = WarmWorkers(join(shared.base.storage.root, "studies", shared.name, "workers"))
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Value]) -> bool:
-        """Another trial."""
+        """End the present trial, and begin another with the same workers."""
         self._end()
         self._begin(new_config)
         return True
 
     def step(self) -> dict[str, Any]:
-        """The next score; the last one when the run has ended.
+        """Wait for the next scores and return them; the last ones are returned when the run has ended.
 
         Raises:
             TrainingError: the run failed.
@@ -144,27 +151,28 @@ class TrainingTrial(tune.Trainable):
             if self.error is not None:
                 self.warm.close()
                 raise self.error
-            fresh = self._scores_above(self.reported)
-            last = bool(fresh) and fresh[0]["images_seen"] >= self.rungs[-1]
-            if fresh and (ended or not last):
-                self.reported = fresh[0]["images_seen"]
-                return {**fresh[0], "done": last}
+            unreported = self._scores_above(self.reported)
+            last = bool(unreported) and unreported[0]["images_seen"] >= self.rungs[-1]
+            if unreported and (ended or not last):
+                self.reported = unreported[0]["images_seen"]
+                return {**unreported[0], "done": last}
             if ended:
                 raise TrainingError(f"run '{self.run_config.name}' ended before its last score")
             self.thread.join(0.5)
 
     def cleanup(self) -> None:
-        """At the actor's end."""
+        """Stop the run and the workers at the end of the actor."""
         self._end()
         self.warm.close()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Nothing: the run has its own."""
+        """Save nothing: the run has its own checkpoints."""
 
     def load_checkpoint(self, checkpoint: Any) -> None:
-        """Nothing."""
+        """Load nothing: the run resumes from its own checkpoints."""
 
     def _begin(self, params: Params) -> None:
+        """Start the run of a trial in a thread."""
         shared = self.shared
         config = self.run_config = trial_config(shared, params)
         self.storage = Storage.of(config)
@@ -175,6 +183,7 @@ class TrainingTrial(tune.Trainable):
         self.thread.start()
 
     def _fit(self) -> None:
+        """Train the run to its end; an error is kept for `step`."""
         shared, config = self.shared, self.run_config
         judge = RungJudge(
             self.rungs,
@@ -195,20 +204,21 @@ class TrainingTrial(tune.Trainable):
             self.error = error
 
     def _scores_above(self, images_seen: float) -> list[dict[str, float]]:
-        # Named by the number of images, so that most are passed over unread.
+        """Return the scores of rungs above a number of images, in order."""
+        # The files are named by images seen, so that earlier ones need not be read.
         names = sorted(entry.uri for entry in self.storage.list(self.uri))
-        fresh = [uri for uri in names if int(uri.rsplit("/", 1)[-1].removesuffix(".json")) > images_seen]
-        return [json.loads(self.storage.read(uri)) for uri in fresh]
+        found = [uri for uri in names if int(uri.rsplit("/", 1)[-1].removesuffix(".json")) > images_seen]
+        return [json.loads(self.storage.read(uri)) for uri in found]
 
     def _end(self) -> None:
         """Stop the run and wait until it has.
 
         Raises:
-            TrainingError: it does not stop.
+            TrainingError: it does not stop within `STOP_S`.
         """
         deadline = time.monotonic() + STOP_S
         while self.thread.is_alive():
-            # Again and again: the run may only be starting, and then has nobody to ask yet.
+            # Repeated, because a run that is only starting has no monitor yet that could be asked.
             driver.request_stop(self.run_config)
             self.thread.join(0.5)
             if time.monotonic() > deadline:

@@ -12,11 +12,14 @@ from pipelines.training.goodput import Session, read_sessions
 
 
 def trial_seconds(record: TrialRecord, sessions: Sequence[Session]) -> dict[str, float] | None:
-    """Where the wall time of a trial went, in the order in which it went; None where it did not run in one go.
+    """Return how the wall time of a finished trial divides, in the order of time.
 
     Args:
-        record: of a finished trial.
-        sessions: of its run's ledger.
+        record: the trial.
+        sessions: the ledger of its run.
+
+    Returns:
+        Seconds by what they were spent on; None where the trial did not finish, or was interrupted.
     """
     attempts = [attempt for session in sessions for attempt in session.attempts]
     if record.state != "finished" or len(attempts) != 1:
@@ -34,12 +37,12 @@ def trial_seconds(record: TrialRecord, sessions: Sequence[Session]) -> dict[str,
 
 
 def trial_sessions(record: TrialRecord, config: Config, name: str, storage: Storage) -> Sequence[Session]:
-    """The ledger of a trial's run in the study of this name."""
+    """Return the ledger of a trial's run in the study of this name."""
     return read_sessions(storage, join(config.storage.root, "runs", f"{name}-{record.trial}"))
 
 
 def median_seconds(records: Sequence[TrialRecord], config: Config, name: str, storage: Storage) -> dict[str, float]:
-    """The medians of `trial_seconds` over a study's trials; empty where there are none."""
+    """Return the medians of `trial_seconds` over a study's trials; empty where no trial finished in one go."""
     found = [trial_seconds(record, trial_sessions(record, config, name, storage)) for record in records]
     spent = [seconds for seconds in found if seconds is not None]
     return {part: statistics.median(s[part] for s in spent) for part in spent[0]} if spent else {}
