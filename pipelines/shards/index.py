@@ -1,4 +1,4 @@
-"""`dataset.json` and the sidecar of each shard: what a dataset holds, so that no reader ever scans a tar."""
+"""`dataset.json` and the sidecar of each shard, which describe a dataset so that no reader has to scan a tar."""
 
 from __future__ import annotations
 
@@ -23,12 +23,19 @@ SIDECAR_VERSION = 2
 
 
 class DatasetError(PipelineError):
-    """A dataset that is missing, of another version, or not what was asked for."""
+    """A dataset is missing, damaged, of another version, or does not have what was requested."""
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One tar file: name beside dataset.json, samples, bytes and SHA-256 of the whole file."""
+    """One tar file of a dataset.
+
+    Attributes:
+        name: path relative to the folder of dataset.json.
+        samples: number of samples.
+        bytes: size of the file.
+        sha256: SHA-256 of the file.
+    """
 
     name: str
     samples: int
@@ -41,14 +48,14 @@ class Dataset:
     """The content of `dataset.json`.
 
     Attributes:
-        uri: the folder it was read from.
-        splits: name -> shards in order, such as "train" and "test".
+        uri: the folder from which it was read.
+        splits: name, such as "train" or "test" -> shards in order.
         classes: class names; a sample's `cls` is an index into them. Empty for data without labels.
-        channels: 1 or 3.
+        channels: 1 (grey) or 3 (RGB).
         image_size: height and width in pixels.
-        mean: of the train split's pixels in [-1, 1], per channel.
-        std: likewise.
-        digest: SHA-256 over everything above but `uri`.
+        mean: mean of the train split's pixels in [-1, 1], per channel.
+        std: standard deviation of these pixels, per channel.
+        digest: SHA-256 over all of the above except `uri`.
     """
 
     uri: str
@@ -61,11 +68,11 @@ class Dataset:
     digest: str
 
     def samples(self, split: str) -> int:
-        """Number of samples of a split."""
+        """Return the number of samples of a split."""
         return sum(shard.samples for shard in self.shards(split))
 
     def shards(self, split: str) -> tuple[ShardInfo, ...]:
-        """The shards of a split.
+        """Return the shards of a split.
 
         Raises:
             DatasetError: there is no such split.
@@ -75,28 +82,29 @@ class Dataset:
         return self.splits[split]
 
     def to_json(self) -> str:
-        """`dataset.json`."""
+        """Return the text of `dataset.json`."""
         return json.dumps({**_content(self), "digest": self.digest}, indent=1)
 
 
 def make_dataset(uri: str, **content: Any) -> Dataset:
-    """A `Dataset` with its digest filled in."""
+    """Return a `Dataset` with its digest filled in."""
     draft = Dataset(uri=uri, digest="", **content)
     digest = hashlib.sha256(json.dumps(_content(draft), sort_keys=True).encode()).hexdigest()
     return Dataset(uri=uri, digest=digest, **content)
 
 
 def _content(dataset: Dataset) -> dict[str, Any]:
+    """Return the part of `dataset.json` that the digest covers."""
     plain = asdict(dataset)
     del plain["uri"], plain["digest"]
     return {"schema_version": SCHEMA_VERSION, **plain}
 
 
 def read_dataset(uri: str, storage: Storage) -> Dataset:
-    """The dataset in a folder.
+    """Read the dataset in a folder.
 
     Raises:
-        DatasetError: none there, of an unknown version, or damaged.
+        DatasetError: there is none, or it is of an unknown version or damaged.
     """
     try:
         plain = json.loads(storage.read(join(uri, "dataset.json")))
@@ -120,7 +128,7 @@ def read_dataset(uri: str, storage: Storage) -> Dataset:
 
 @dataclass(frozen=True)
 class Member:
-    """Where a member's bytes lie in the tar, and their CRC-32 (`zlib.crc32`)."""
+    """The position and size of a member's bytes in the tar, and their CRC-32 (`zlib.crc32`)."""
 
     offset: int
     size: int
@@ -129,14 +137,14 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
-    """The sidecar `SHARD.index.json`: the key of each sample in order, and by extension where its members lie.
+    """The content of a sidecar, `SHARD.index.json`: the key of each sample, and the positions of its members.
 
-    Columns, because a reader takes thousands of samples and a few members of each: they are read in a millisecond where
-    an object per sample would take twenty.
+    It is stored in columns, because a reader needs a few members of thousands of samples: columns are read in a
+    millisecond, one object per sample would take twenty.
 
     Attributes:
-        keys: of the samples.
-        columns: extension -> int64 [samples, 3] of offset, size and CRC-32, all -1 where a sample has none.
+        keys: keys of the samples, in the order of the tar.
+        columns: extension -> int64 [samples, 3] of offset, size and CRC-32; -1 where a sample has no such member.
     """
 
     keys: tuple[str, ...]
@@ -144,7 +152,7 @@ class ShardIndex:
 
     @classmethod
     def of(cls, keys: Sequence[str], members: Sequence[Mapping[str, Member]]) -> ShardIndex:
-        """From the members of each sample."""
+        """Return the index of samples with these keys and members."""
         columns: dict[str, NDArray[np.int64]] = {}
         for i, sample in enumerate(members):
             for extension, member in sample.items():
@@ -154,11 +162,11 @@ class ShardIndex:
         return cls(tuple(keys), columns)
 
     def __len__(self) -> int:
-        """Number of samples."""
+        """Return the number of samples."""
         return len(self.keys)
 
     def __eq__(self, other: object) -> bool:
-        """Same samples at the same places."""
+        """Return whether both have the same samples at the same positions."""
         if not isinstance(other, ShardIndex) or self.keys != other.keys:
             return False
         if self.columns.keys() != other.columns.keys():
@@ -168,16 +176,16 @@ class ShardIndex:
     __hash__ = None  # type: ignore[assignment]
 
     def members(self, i: int) -> dict[str, Member]:
-        """The members of sample i by extension, in the order of the tar."""
+        """Return the members of sample i by extension, in the order of the tar."""
         there = {name: Member(*column[i].tolist()) for name, column in self.columns.items() if column[i, 0] >= 0}
         return dict(sorted(there.items(), key=lambda item: item[1].offset))
 
     def select(self, kept: Sequence[int]) -> ShardIndex:
-        """Some of the samples."""
+        """Return the index of some of the samples."""
         return ShardIndex(tuple(self.keys[i] for i in kept), {name: c[list(kept)] for name, c in self.columns.items()})
 
     def to_json(self) -> str:
-        """The sidecar's text."""
+        """Return the text of the sidecar."""
         columns = {
             name: dict(zip(_COLUMN, column.T.tolist(), strict=True)) for name, column in sorted(self.columns.items())
         }
@@ -189,7 +197,7 @@ class ShardIndex:
         """Read a sidecar.
 
         Raises:
-            DatasetError: of another version, or damaged.
+            DatasetError: it is of another version, or damaged.
         """
         try:
             plain = json.loads(text)
@@ -212,7 +220,7 @@ _COLUMN = ("offset", "size", "crc32")
 
 
 def sidecar(shard: str) -> str:
-    """The name of a shard's index."""
+    """Return the name of a shard's sidecar."""
     return shard.removesuffix(".tar") + ".index.json"
 
 
@@ -221,17 +229,17 @@ _META = re.compile(r"__[^/]*__($|/)")
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """(key, extension) of a tar entry by WebDataset's rule; None where it skips the entry.
+    """Return (key, extension) of a tar entry by WebDataset's rule, or None where WebDataset skips the entry.
 
-    The key ends at the first dot after the last slash, dots of folders belong to it; extensions are lower case; names
-    without an extension and entries such as `__meta__/x.json` are no samples (`webdataset.tariterators`, 1.0).
+    The key ends at the first dot after the last slash, so dots of folders belong to it. Extensions are lower case.
+    Names without an extension and entries such as `__meta__/x.json` are no samples (`webdataset.tariterators`, 1.0).
     """
     found = _NAME.match(name)
     return None if found is None or _META.match(name) else (found.group(1), found.group(2).lower())
 
 
 def index_tar(path: Path) -> ShardIndex:
-    """Scan a sound tar of our own once; `scan.scan_shard` is for those that may be damaged."""
+    """Scan a tar that an ingest has just written; `scan.scan_shard` is for tars that may be damaged."""
     keys: list[str] = []
     members: list[dict[str, Member]] = []
     with tarfile.open(path) as tar, path.open("rb") as file:

@@ -16,14 +16,14 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with a sample, or with a shard as a whole.
+    """Something wrong with a sample, or with a whole shard.
 
     Attributes:
-        shard: its name beside dataset.json.
-        index: of the sample within the shard; None for the whole shard, or for a sample that cannot be read apart.
-        sample: its key; None where the shard itself is meant.
-        kind: a word for programs, such as "truncated", "bytes", "decode" or "label".
-        reason: for people.
+        shard: name of the shard, as in dataset.json.
+        index: of the sample within the shard; None for the whole shard, or for a sample that cannot be located.
+        sample: key of the sample; None for the whole shard.
+        kind: identifier for programs, such as "truncated", "bytes", "decode" or "label".
+        reason: description for people.
     """
 
     shard: str
@@ -35,11 +35,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Quarantine:
-    """The content of `quarantine.json`: samples and whole shards of one dataset that a reader leaves out.
+    """The content of `quarantine.json`: samples and whole shards of one dataset that readers leave out.
 
     Attributes:
-        dataset_digest: of the dataset that it belongs to.
-        excluded: in order of shard and index; one entry for a whole shard.
+        dataset_digest: digest of the dataset that it belongs to.
+        excluded: problems in order of shard and index; a shard that is left out as a whole has one entry.
     """
 
     dataset_digest: str
@@ -47,13 +47,13 @@ class Quarantine:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the dataset digest and what is left out; the reasons are not part of it."""
+        """Return the SHA-256 over the dataset digest and what is left out; the reasons are not part of it."""
         content = [self.dataset_digest, [[p.shard, p.index, p.sample] for p in self.excluded]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @cached_property
     def by_shard(self) -> dict[str, dict[int, Problem] | None]:
-        """For each shard with something left out: the entries by index, or None where all of it is."""
+        """Return shard -> excluded samples by index, or None where the whole shard is left out."""
         found: dict[str, dict[int, Problem] | None] = {}
         for problem in self.excluded:
             if problem.index is None:
@@ -63,15 +63,15 @@ class Quarantine:
         return found
 
     def to_json(self) -> str:
-        """`quarantine.json`."""
+        """Return the text of `quarantine.json`."""
         plain = {"schema_version": SCHEMA_VERSION, **asdict(self), "digest": self.digest}
         return json.dumps(plain, indent=1)
 
 
 def make_quarantine(dataset: Dataset, problems: Iterable[Problem]) -> Quarantine:
-    """What a reader has to leave out because of these problems: the same ones in any order give the same digest.
+    """Return the quarantine for these problems; its digest does not depend on their order.
 
-    A shard with a problem of its own goes as a whole. Tars that are not part of the dataset need no exclusion.
+    A shard that has a problem itself is left out as a whole. Problems of tars that are not in the dataset are ignored.
     """
     shards = {shard.name for shards in dataset.splits.values() for shard in shards}
     first: dict[tuple[str, int], Problem] = {}
@@ -86,10 +86,12 @@ def make_quarantine(dataset: Dataset, problems: Iterable[Problem]) -> Quarantine
 
 
 def read_quarantine(uri: str, storage: Storage) -> Quarantine | None:
-    """The quarantine beside a dataset, None where there is none. Nothing applies it but what is given it.
+    """Read the quarantine beside a dataset; None where there is none.
+
+    It has an effect only on readers that it is passed to.
 
     Raises:
-        DatasetError: of an unknown version, or damaged.
+        DatasetError: it is of an unknown version, or damaged.
     """
     where = join(uri, "quarantine.json")
     try:
@@ -114,7 +116,7 @@ def read_quarantine(uri: str, storage: Storage) -> Quarantine | None:
 
 
 def drop_stale_quarantine(dataset: Dataset, storage: Storage) -> None:
-    """Remove the quarantine of another dataset, or a damaged one, from beside a dataset that was written anew."""
+    """Delete the quarantine beside a dataset that was written again, if it is of an earlier dataset or damaged."""
     try:
         quarantine = read_quarantine(dataset.uri, storage)
     except DatasetError:
@@ -124,17 +126,17 @@ def drop_stale_quarantine(dataset: Dataset, storage: Storage) -> None:
 
 
 def stream_digest(dataset: Dataset, quarantine: Quarantine | None) -> str:
-    """What the order of samples depends on: the dataset's digest, with the quarantine's where there is one."""
+    """Return the digest that the order of samples depends on: of the dataset, combined with that of the quarantine."""
     if quarantine is None:
         return dataset.digest
     return hashlib.sha256(f"{dataset.digest}/{quarantine.digest}".encode()).hexdigest()
 
 
 def kept_shards(dataset: Dataset, split: str, quarantine: Quarantine | None) -> tuple[ShardInfo, ...]:
-    """A split's shards with the counts that the quarantine leaves; those it leaves out as a whole are gone.
+    """Return a split's shards with the numbers of samples that the quarantine leaves, without empty shards.
 
     Raises:
-        DatasetError: the quarantine is of another dataset, or leaves nothing.
+        DatasetError: the quarantine is of another dataset, or leaves no sample.
     """
     shards = dataset.shards(split)
     if quarantine is None:
@@ -156,10 +158,10 @@ def kept_shards(dataset: Dataset, split: str, quarantine: Quarantine | None) -> 
 
 
 def kept_samples(name: str, index: ShardIndex, quarantine: Quarantine | None) -> ShardIndex:
-    """A shard's samples without those in quarantine.
+    """Return the index of a shard without the samples in quarantine.
 
     Raises:
-        DatasetError: an entry names another sample than the shard index has in its place.
+        DatasetError: an entry names another sample than the sidecar has at its index.
     """
     gone = quarantine.by_shard.get(name, {}) if quarantine else {}
     if not gone:
