@@ -50,7 +50,7 @@ class Observer(Callback):
     ) -> None:
         self.store, self.study, self.tracker, self.experiment = store, study, tracker, experiment
         self.length, self.on_change = length, on_change
-        self.name = store.uri.rsplit("/", 1)[-1]
+        self.name = store.name
         self.records: dict[str, TrialRecord] = {}
         self.unlogged: set[str] = set()
         self.began = time.monotonic()

@@ -34,6 +34,8 @@ class FrozenModel(pydantic.BaseModel):
 
 
 class _Parameter(FrozenModel):
+    """What all distributions have: the condition under which the parameter exists."""
+
     when: dict[str, Value | list[Value]] = Field(
         default_factory=dict, description="exists only where these paths have one of these values"
     )

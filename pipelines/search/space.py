@@ -92,6 +92,7 @@ def _corners(study: StudyConfig, base: Config) -> Iterator[dict[str, Value]]:
 
 
 def _random(study: StudyConfig, base: Config, count: int = RANDOM_CHECKS) -> Iterator[dict[str, Value]]:
+    """Yield random trials."""
     rng = random.Random(study.seed)
     return (study.draw(rng, base) for _ in range(count))
 
@@ -109,5 +110,10 @@ def _shared(group: str, kind: str, before: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _get_or_fail(plain: Mapping[str, Any], path: str, what: str) -> None:
+    """Raise `ConfigError` where the configuration has no value at a path.
+
+    Args:
+        what: says who needs the value, for the message.
+    """
     if get_value(plain, path) is None:
         raise ConfigError(f"search space: {what}, which is neither in the space nor has a value in the configuration")

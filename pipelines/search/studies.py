@@ -16,6 +16,7 @@ from pipelines import models, tracking
 from pipelines.config import Config
 from pipelines.display import StageNotice
 from pipelines.evaluation import evaluate as evaluation
+from pipelines.evaluation.evaluate import Evaluator
 from pipelines.models import Resolved
 from pipelines.search import guidance_search, training_search
 from pipelines.search.guidance_search import GuidanceResult, base_of, guides_of, subject_of
@@ -26,7 +27,8 @@ from pipelines.search.study import StudyStore, TrialRecord, best, count_states, 
 from pipelines.search.study_config import StudyConfig
 from pipelines.search.training_trial import Shared, rungs
 from pipelines.search.trial_seconds import median_seconds
-from pipelines.shards.index import read_dataset
+from pipelines.shards.index import Dataset, read_dataset
+from pipelines.shards.read import Batch
 from pipelines.storage import Storage, join
 from pipelines.tracking import Tracker
 from pipelines.training.driver import check_dataset
@@ -88,8 +90,7 @@ def guidance_study(
     check_space(study, base)
     first = earlier_points(study, base, [StudyStore.of(config, other) for other in after])
     dataset = read_dataset(resolved.model.spec.lineage.get("dataset_uri", config.data.uri), storage)
-    splits = evaluation.open_splits(dataset, storage, config.data.cache_dir, config.data.cache_gib)
-    evaluator = evaluation.get_evaluator(dataset, splits, storage, lambda text: notice("study", text))
+    splits, evaluator = _open_evaluation(dataset, config, storage, notice)
     guides = guides_of(resolved.model, study, base, storage)
     subject = subject_of(resolved.model, evaluator, splits, guides)
     connect_ray(config, storage)
@@ -106,8 +107,22 @@ def guidance_study(
         first=first,
     )
     observer.settle()
-    seconds = time.monotonic() - began
     _write_sampling(resolved, found, name, notice)
+    return _publish_guidance(found, resolved, reference, study, base, store, tracker, time.monotonic() - began)
+
+
+def _publish_guidance(
+    found: GuidanceResult,
+    resolved: Resolved,
+    reference: str,
+    study: StudyConfig,
+    base: Config,
+    store: StudyStore,
+    tracker: Tracker,
+    seconds: float,
+) -> StudyResult:
+    """Write the page and the best settings of a guidance study that took so many seconds, and return its result."""
+    name = store.name
     page = Page(
         name,
         study,
@@ -164,8 +179,7 @@ def training_study(
     storage = Storage.of(config)
     dataset = read_dataset(config.data.uri, storage)
     check_dataset(dataset, config)
-    splits = evaluation.open_splits(dataset, storage, config.data.cache_dir, config.data.cache_gib)
-    evaluator = evaluation.get_evaluator(dataset, splits, storage, lambda text: notice("study", text))
+    splits, evaluator = _open_evaluation(dataset, config, storage, notice)
     connect_ray(config, storage)
     training_search.concurrency(study, config, ray.cluster_resources())
     store = StudyStore.of(config, name)
@@ -176,23 +190,30 @@ def training_study(
     shared = Shared.of(study, config, name, lineage, evaluator.network, splits)
     training_search.run_trials(shared, records, observer, first)
     observer.settle()
-    records = store.records()
+    return _publish_training(config, study, dataset.uri, store, tracker, began)
+
+
+def _publish_training(
+    config: Config, study: StudyConfig, dataset_uri: str, store: StudyStore, tracker: Tracker, began: float
+) -> StudyResult:
+    """Write the page and the best configuration of a training study, and return its result."""
+    name, records = store.name, store.records()
     seen = sum(r.scores.get("images_seen", 0) for r in records)
-    spent = median_seconds(records, config, name, storage)
+    spent = median_seconds(records, config, name, store.storage)
     notes = [
         f"Each trial trains on up to {config.images:,} images; together they saw {seen:,.0f}, where training each to "
         f"its end would have taken {config.images * len(records):,}.",
         *([f"Median seconds of a trial: {_listed(spent)}."] if spent else []),
         f"{time.monotonic() - began:,.0f} s for this call.",
     ]
-    page = Page(name, study, dataset.uri, records, command=f"ddpm search training --study {name} …", notes=notes)
+    page = Page(name, study, dataset_uri, records, command=f"ddpm search training --study {name} …", notes=notes)
     where = _publish(page, store, tracker)
     top = best(records, study.objectives[0])
     if top is not None:
         chosen = apply(config, top.params).model_copy(update={"name": f"{name}-best"})
         text = tracking.to_json(chosen.model_dump(mode="json"))
         tracker.text(text, "best/config.json")
-        storage.write(join(store.uri, "best.json"), text.encode())
+        store.storage.write(join(store.uri, "best.json"), text.encode())
     answer = {
         "study": name,
         "run_id": tracker.run_id,
@@ -204,6 +225,14 @@ def training_study(
         "seconds": time.monotonic() - began,
     }
     return StudyResult(tracker, records, top, where, answer)
+
+
+def _open_evaluation(
+    dataset: Dataset, config: Config, storage: Storage, notice: StageNotice
+) -> tuple[dict[str, Batch], Evaluator]:
+    """Return the real samples of a dataset by split, and its evaluator."""
+    splits = evaluation.open_splits(dataset, storage, config.data.cache_dir, config.data.cache_gib)
+    return splits, evaluation.get_evaluator(dataset, splits, storage, lambda text: notice("study", text))
 
 
 def _open_run(config: Config, name: str, study: StudyConfig, subject: str) -> Tracker:

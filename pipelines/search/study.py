@@ -83,6 +83,11 @@ class StudyStore:
         """Return the store of the study of this name."""
         return cls(Storage.of(config), join(config.storage.root, "studies", name))
 
+    @property
+    def name(self) -> str:
+        """Return the name of the study."""
+        return self.uri.rsplit("/", 1)[-1]
+
     def open(self, study: StudyConfig, base: Config, subject: str, *, resume: bool) -> list[TrialRecord]:
         """Create a study, or check that it can be resumed, and return the trials so far.
 
@@ -101,13 +106,14 @@ class StudyStore:
         except NotFoundError:
             self.storage.write(join(self.uri, "study.json"), json.dumps(described, indent=1).encode())
             return []
-        name = self.uri.rsplit("/", 1)[-1]
         if not resume:
-            raise StudyError(f"a study '{name}' is at {self.uri}: go on with --resume, or give another --study NAME")
+            raise StudyError(
+                f"a study '{self.name}' is at {self.uri}: go on with --resume, or give another --study NAME"
+            )
         differing = [key for key in described if key != "trials" and before.get(key) != described[key]]
         if differing:
             raise StudyError(
-                f"the study '{name}' was begun with another {', '.join(differing)}: resume it with the same, "
+                f"the study '{self.name}' was begun with another {', '.join(differing)}: resume it with the same, "
                 "or begin another with --study NAME"
             )
         return self.records()

@@ -65,12 +65,14 @@ class StudyConfig(FrozenModel):
     @model_validator(mode="before")
     @classmethod
     def _default_objectives(cls, plain: Any) -> Any:
+        """Fill in the default objectives of a guidance study."""
         if isinstance(plain, dict) and plain.get("kind") == "guidance" and plain.get("objectives") is None:
             return {**plain, "objectives": ("frechet_distance", "evaluations")}
         return plain
 
     @model_validator(mode="after")
-    def _judged(self) -> StudyConfig:
+    def _check_objectives(self) -> StudyConfig:
+        """Refuse objectives that this kind of study cannot have."""
         chosen = self.objectives
         if len(set(chosen)) < len(chosen):
             raise ValueError(f"objectives: each once, got {', '.join(chosen)}")
@@ -83,7 +85,8 @@ class StudyConfig(FrozenModel):
         return self
 
     @model_validator(mode="after")
-    def _ordered(self) -> StudyConfig:
+    def _check_space(self) -> StudyConfig:
+        """Refuse empty spaces, empty ranges, and conditions on later parameters."""
         if not self.space:
             raise ValueError("space is empty: name at least one path with a distribution")
         before: set[str] = set()

@@ -118,14 +118,7 @@ def ingest(
         # From here on shards of an earlier dataset are overwritten, so that its description is no longer true.
         storage.delete(join(uri, "dataset.json"))
     meter = _Meter(sum(len(job.images) for job in jobs), progress)
-    threads = workers or len(os.sched_getaffinity(0))
-    obstacle = _obstacle_to_ray(source, uri)
-    if obstacle is None:
-        notice(f"{len(jobs):,} shards as Ray tasks on {_ray_cpus():,} CPUs")
-        records = _write_over_ray(jobs, settings, meter)
-    else:
-        notice(f"{len(jobs):,} shards by {threads} threads of this process{obstacle and ': ' + obstacle}")
-        records = _write_in_threads(jobs, settings, meter, threads)
+    records = _write_shards(source, jobs, settings, meter, workers or len(os.sched_getaffinity(0)), notice)
     return _publish(source, listed, settings, jobs, records)
 
 
@@ -174,6 +167,22 @@ class _Meter:
             self.progress(self.done, self.total)
 
 
+def _write_shards(
+    source: str, jobs: Sequence[ShardJob], settings: Settings, meter: _Meter, threads: int, notice: Notice
+) -> list[tuple[ShardRecord, bool]]:
+    """Write the shards as Ray tasks where that is possible, else in threads.
+
+    Returns:
+        The record of each shard, and whether it was finished before.
+    """
+    obstacle = _obstacle_to_ray(source, settings.uri)
+    if obstacle is None:
+        notice(f"{len(jobs):,} shards as Ray tasks on {_ray_cpus():,} CPUs")
+        return _write_over_ray(jobs, settings, meter)
+    notice(f"{len(jobs):,} shards by {threads} threads of this process{obstacle and ': ' + obstacle}")
+    return _write_in_threads(jobs, settings, meter, threads)
+
+
 def _write_in_threads(
     jobs: Sequence[ShardJob], settings: Settings, meter: _Meter, threads: int
 ) -> list[tuple[ShardRecord, bool]]:
@@ -195,9 +204,9 @@ def _write_in_threads(
 
 
 def _obstacle_to_ray(source: str, uri: str) -> str | None:
-    """Return why Ray cannot write the shards; None where it can, "" where this process is not connected to a cluster."""
+    """Return why Ray cannot write the shards; None where it can, "" where this process is not connected to Ray."""
     if "ray" not in sys.modules:
-        return ""  # whoever has connected has imported it
+        return ""  # a connected process has imported ray
     import ray
 
     if not ray.is_initialized():
