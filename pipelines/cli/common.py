@@ -13,7 +13,7 @@ from pipelines.cli.terminal import Terminal
 from pipelines.config import Config, compose
 
 terminal = Terminal()
-SERVICES = ("s3", "mlflow", "ray")
+SERVICES = ("s3", "mlflow", "ray")  # those of pipelines.stack, which `ddpm --help` does not import
 MODEL = "runs:/ID[/IMAGES|/best][/sigma_rel=WIDTH], models:/NAME@alias, models:/NAME/VERSION or a folder"
 
 

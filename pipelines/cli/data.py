@@ -85,7 +85,7 @@ def index(
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Describe WebDataset tars that others wrote. Example: ddpm index s3://ddpm/datasets/birds --split train"""
+    """Index WebDataset tars that other tools wrote. Example: ddpm index s3://ddpm/datasets/birds --split train"""
     from pipelines.shards.audit.foreign import SplitRule, index_tars
     from pipelines.storage import Storage
 

@@ -53,7 +53,7 @@ def training(
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Search what needs training. Example: ddpm search training +experiment=digits images=25600 search.trials=16"""
+    """Search training settings. Example: ddpm search training +experiment=digits images=25600 search.trials=16"""
     from pipelines.search.study_config import compose_study
 
     chosen, config = compose_study(space, "training", overrides or [])

@@ -16,11 +16,11 @@ from pipelines.lineage import code_lineage
 def train(
     overrides: Overrides = None,
     config_file: Annotated[
-        Path | None, typer.Option("--config", help="A whole configuration, such as a run's config.json")
+        Path | None, typer.Option("--config", help="A complete configuration, such as a run's config.json")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train, or resume the run of that name. Example: ddpm train +experiment=digits name=first"""
+    """Train a run, or resume the run of this name. Example: ddpm train +experiment=digits name=first"""
     if config_file is None:
         config = compose_connected(overrides)
     else:

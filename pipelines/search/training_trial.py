@@ -122,7 +122,7 @@ class TrainingTrial(tune.Trainable):
     """
 
     shared: Shared
-    warm: WarmWorkers
+    workers: WarmWorkers
     run_config: Config
     thread: threading.Thread
     reported: float
@@ -131,7 +131,7 @@ class TrainingTrial(tune.Trainable):
     def setup(self, config: dict[str, Value], *, shared: Shared) -> None:
         """Create the workers of this actor, and begin the first trial."""
         self.shared = shared
-        self.warm = WarmWorkers(join(shared.base.storage.root, "studies", shared.name, "workers"))
+        self.workers = WarmWorkers(join(shared.base.storage.root, "studies", shared.name, "workers"))
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Value]) -> bool:
@@ -149,7 +149,7 @@ class TrainingTrial(tune.Trainable):
         while True:
             ended = not self.thread.is_alive()
             if self.error is not None:
-                self.warm.close()
+                self.workers.close()
                 raise self.error
             unreported = self._scores_above(self.reported)
             last = bool(unreported) and unreported[0]["images_seen"] >= self.rungs[-1]
@@ -163,7 +163,7 @@ class TrainingTrial(tune.Trainable):
     def cleanup(self) -> None:
         """Stop the run and the workers at the end of the actor."""
         self._end()
-        self.warm.close()
+        self.workers.close()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Save nothing: the run has its own checkpoints."""
@@ -199,7 +199,7 @@ class TrainingTrial(tune.Trainable):
         )
         try:
             plan = driver.make_plan(config, self.storage, dict(shared.lineage))
-            driver.train(replace(plan, job=replace(plan.job, judge=judge)), workers=self.warm.take)
+            driver.train(replace(plan, job=replace(plan.job, judge=judge)), workers=self.workers.take)
         except BaseException as error:  # noqa: BLE001 - it is raised in Tune's own thread
             self.error = error
 

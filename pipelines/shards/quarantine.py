@@ -148,7 +148,7 @@ def kept_shards(dataset: Dataset, split: str, quarantine: Quarantine | None) -> 
         )
     left_out = quarantine.by_shard
     counts = {
-        shard.name: 0 if (gone := left_out.get(shard.name, {})) is None else shard.samples - len(gone)
+        shard.name: 0 if (excluded := left_out.get(shard.name, {})) is None else shard.samples - len(excluded)
         for shard in shards
     }
     kept = tuple(replace(shard, samples=counts[shard.name]) for shard in shards if counts[shard.name] > 0)
@@ -163,14 +163,14 @@ def kept_samples(name: str, index: ShardIndex, quarantine: Quarantine | None) ->
     Raises:
         DatasetError: an entry names another sample than the sidecar has at its index.
     """
-    gone = quarantine.by_shard.get(name, {}) if quarantine else {}
-    if not gone:
-        return index if gone is not None else index.select(())
-    for i, problem in gone.items():
+    excluded = quarantine.by_shard.get(name, {}) if quarantine else {}
+    if not excluded:
+        return index if excluded is not None else index.select(())
+    for i, problem in excluded.items():
         if not 0 <= i < len(index.keys) or index.keys[i] != problem.sample:
             there = repr(index.keys[i]) if 0 <= i < len(index.keys) else "nothing"
             raise DatasetError(
                 f"the quarantine leaves out sample {i} ({problem.sample!r}) of {name}, whose index has {there} there: "
                 "write it again with `ddpm check URI --quarantine`"
             )
-    return index.select([i for i in range(len(index)) if i not in gone])
+    return index.select([i for i in range(len(index)) if i not in excluded])
