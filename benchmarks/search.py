@@ -35,8 +35,11 @@ import torch
 from benchmarks.results import ROOT, commit, publish
 from ddpm.quality import FeatureMoments, frechet_distance
 from pipelines.config import compose
-from pipelines.search.space import Params, StudyConfig, apply
-from pipelines.search.study import past_of, sampler, trial_name
+from pipelines.search.optuna_search import past_of, sampler
+from pipelines.search.parameters import Params
+from pipelines.search.space import apply
+from pipelines.search.study import trial_name
+from pipelines.search.study_config import StudyConfig
 
 TABLE = ROOT / "benchmarks" / "results" / "guidance_table.json"
 SPACE: dict[str, Any] = {
@@ -96,7 +99,7 @@ def record(reference: str) -> None:
     from pipelines.evaluation import evaluate as evaluation
     from pipelines.models import sampling_settings
     from pipelines.search.guidance_search import base_of, subject_of
-    from pipelines.search.judge import Painter, Subject
+    from pipelines.search.judge import SampleScorer, Subject
     from pipelines.shards.index import read_dataset
     from pipelines.storage import Storage
     from pipelines.training.ray_train.resources import connect_ray
@@ -112,12 +115,12 @@ def record(reference: str) -> None:
     class Judge:
         def __init__(self, subject: Subject) -> None:
             torch.set_num_threads(1)
-            self.painter = Painter(subject)
+            self.scorer = SampleScorer(subject)
 
         def judge(self, params: Params) -> dict[str, Any]:
             chosen = sampling_settings(apply(base, params))
-            drawn = self.painter.draw(chosen, torch.arange(SAMPLES), seed=base.evaluation.seed)
-            distance = frechet_distance(self.painter.subject.reference, FeatureMoments.of(drawn.features))
+            drawn = self.scorer.draw(chosen, torch.arange(SAMPLES), seed=base.evaluation.seed)
+            distance = frechet_distance(self.scorer.subject.reference, FeatureMoments.of(drawn.features))
             return {"params": params, "frechet_distance": distance, "evaluations": drawn.evaluations}
 
     shared = ray.put(subject_of(model, evaluator, splits, {}))

@@ -10,7 +10,7 @@ rungs, each judged and reported.
 | figure | is |
 |---|---|
 | `overhead_s` | seconds that another trial takes on its core, less the work: by what 8 trials take longer than 2 |
-| `trial_seconds` | medians of our whole trials: see `pipelines.search.training_search.trial_seconds` |
+| `trial_seconds` | medians of our whole trials: see `pipelines.search.trial_seconds` |
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def run(turns: int, quick: bool) -> dict[str, Any]:
 
     import ray
 
+    from pipelines.cli.terminal import Terminal
     from pipelines.flow import ingest_stage
     from pipelines.storage import Storage
-    from pipelines.terminal import Terminal
     from pipelines.training.ray_train.resources import connect_ray
 
     storage = Storage.of(config)
@@ -97,17 +97,18 @@ def run(turns: int, quick: bool) -> dict[str, Any]:
 
 def ours(trials: int, config: Config) -> tuple[float, dict[str, float]]:
     """A study: seconds that all its trials trained and were judged; medians of where those of a whole trial went."""
+    from pipelines.display import no_stage_notice
     from pipelines.search import studies
-    from pipelines.search.space import StudyConfig
     from pipelines.search.study import StudyStore
-    from pipelines.search.training_search import trial_sessions
+    from pipelines.search.study_config import StudyConfig
+    from pipelines.search.trial_seconds import trial_sessions
 
     space = {"optim.lr": {"log": [5e-4, 5e-3]}}
     plain = {"kind": "training", "trials": trials, "random_trials": trials, "samples": 32, "rungs": REPORTS}
     study = StudyConfig.model_validate({**plain, "space": space, "bits_per_dim_images": 4, "reduction": 2})
     name = f"benchmark-{uuid.uuid4().hex[:8]}"
     found = studies.training_study(
-        config, name, study, {}, resume=False, after=[], report=lambda observer: None, say=lambda what, text: None
+        config, name, study, {}, resume=False, after=[], on_change=lambda observer: None, notice=no_stage_notice
     )
     store, work = StudyStore.of(config, name), 0.0
     for record in store.records():  # those that ASHA stopped worked less

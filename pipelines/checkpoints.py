@@ -26,7 +26,8 @@ from ddpm.interop import ModelSpec, save_model
 from pipelines import tracking
 from pipelines.config import Config
 from pipelines.errors import PipelineError
-from pipelines.shards.index import Dataset, Quarantine, stream_digest
+from pipelines.shards.index import Dataset
+from pipelines.shards.quarantine import Quarantine, stream_digest
 from pipelines.storage import Storage, join
 from pipelines.tracking import Tracker
 

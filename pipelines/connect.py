@@ -1,21 +1,20 @@
-"""Where the services are: explicit configuration, else the environment, else the local stack, which is started."""
+"""Addresses of S3, MLflow and Ray: from the configuration, else the environment, else the local stack."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from pipelines import stack
 from pipelines.config import Config, ConfigError
+from pipelines.display import StageNotice, no_stage_notice
 from pipelines.stack import StackState
 from pipelines.storage import StorageError, check_address
 
-Report = Callable[[str, str], None]
-
 
 def missing_services(config: Config, environ: Mapping[str, str], wanted: Collection[str]) -> list[str]:
-    """Which of `wanted` ("s3", "mlflow", "ray") neither the configuration nor the environment names."""
+    """Return those of `wanted` ("s3", "mlflow", "ray") that neither the configuration nor the environment names."""
     named = {
         "s3": not config.storage.root.startswith("s3://")
         or not config.storage.local_stack
@@ -27,7 +26,10 @@ def missing_services(config: Config, environ: Mapping[str, str], wanted: Collect
 
 
 def fill(config: Config, environ: Mapping[str, str], state: StackState | None) -> Config:
-    """The configuration with every address explicit.
+    """Return the configuration with every address filled in.
+
+    Args:
+        state: of the local stack; None where it is not needed.
 
     Raises:
         ConfigError: no registered storage answers `storage.root`, or the local stack is asked for a bucket that it does
@@ -61,17 +63,22 @@ def connect(
     wanted: Collection[str],
     *,
     home: Path | None = None,
-    report: Report | None = None,
+    notice: StageNotice = no_stage_notice,
 ) -> Config:
-    """Start what of the local stack is needed and not running, and fill in all addresses.
+    """Start the services of the local stack that are needed, and return the configuration with every address filled in.
 
-    Call it before ray is imported: a driver of the local Ray head needs `stack.ray_environment` by then.
+    Call it before ray is imported, because a driver of the local Ray head needs `stack.ray_environment` by then.
+
+    Args:
+        wanted: the services that are needed, of "s3", "mlflow" and "ray".
+        home: folder of the local stack; None for the default.
+        notice: called with a service and its phase.
 
     Raises:
-        StackError: a service of the local stack does not come up.
+        StackError: a service of the local stack does not start.
     """
     missing = missing_services(config, environ, wanted)
-    state = stack.up(home, missing, report=report) if missing else None
+    state = stack.up(home, missing, notice=notice) if missing else None
     if state is not None and "ray" in missing:
         os.environ.update(stack.ray_environment(state.home))
     return fill(config, environ, state)

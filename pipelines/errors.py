@@ -11,3 +11,9 @@ class PipelineError(Exception):
     """
 
     exit_code = 1
+
+
+class ConfigError(PipelineError, ValueError):
+    """A configuration that cannot run: says where, what is allowed and how to fix it."""
+
+    exit_code = 2

@@ -1,21 +1,21 @@
-"""The whole way, stage by stage: ingest, train, evaluate, register. A stage whose inputs have not changed is skipped.
+"""The stages from images to a registered model: ingest, train, evaluate, register; finished stages are skipped.
 
-Nothing is remembered on the side: each stage finds its earlier result where it left it (the dataset's report, the run's
-checkpoints and scores, the version's tags) and compares digests.
+There is no record of finished stages beside their results: each stage looks for its earlier result (the dataset's
+ingest key, the run's checkpoints and scores, the tags of model versions) and compares digests.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any
 
 from ddpm.generate import SamplingSettings
 from pipelines import models, registry, tracking
 from pipelines.checkpoints import Published, record_scores
 from pipelines.config import Config, ConfigError
+from pipelines.display import Display, TimeBreakdown, no_report
 from pipelines.evaluation import evaluate as evaluation
 from pipelines.evaluation.evaluate import Scores
 from pipelines.evaluation.plots import label_grid
@@ -30,10 +30,10 @@ from pipelines.training import driver
 from pipelines.training.describe import workers_text
 from pipelines.training.driver import TrainingResult
 from pipelines.training.errors import TrainingError
-from pipelines.training.goodput import Goodput
 from pipelines.training.ray_train.resources import connect_ray
 
 INGEST_KEY = "ingest-key"
+"""Name of the file beside a dataset that holds the digest of its input and settings."""
 INGEST_SETTINGS = (
     "image_size",
     "channels",
@@ -45,27 +45,18 @@ INGEST_SETTINGS = (
     "text_encoder",
 )
 SHOWN = 20
-
-
-class Display(Protocol):
-    """What a stage tells the terminal."""
-
-    def stage(self, name: str, text: str) -> None:
-        """A stage begins, ends or is skipped."""
-
-    def counter(self, description: str, unit: str) -> Callable[[int, int], None]:
-        """A progress bar: call it with (done, total)."""
-
-    def training(self, images: int, resumes_at: int) -> Callable[[dict[str, float]], None]:
-        """A training progress bar: call it with what the workers report."""
-
-    def goodput(self, goodput: Goodput) -> None:
-        """Where the time of a training went."""
+"""Lines of a list that are shown; the report has all of them."""
 
 
 @dataclass(frozen=True)
 class FlowResult:
-    """What the flow leaves behind."""
+    """The result of the whole flow.
+
+    Attributes:
+        tracker: the MLflow run.
+        verdict: whether the alias was allowed to move to `version`.
+        skipped: names of the stages that were finished before.
+    """
 
     tracker: Tracker
     scores: Scores
@@ -73,12 +64,26 @@ class FlowResult:
     verdict: Verdict
     skipped: tuple[str, ...]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as JSON types, for `--json`."""
+        return {
+            "scores": asdict(self.scores),
+            "model": self.version.uri,
+            "gate": asdict(self.verdict),
+            "skipped": self.skipped,
+            "run_id": self.tracker.run_id,
+            "mlflow": self.tracker.url,
+        }
+
 
 def run(config: Config, lineage: dict[str, Any], display: Display) -> FlowResult:
-    """Every stage in order.
+    """Run every stage in order.
+
+    Args:
+        lineage: which code runs, see `pipelines.lineage`.
 
     Raises:
-        TrainingError: training was stopped before its end.
+        TrainingError: training was stopped before it saw all its images.
     """
     storage = Storage.of(config)
     storage.require(config.storage.root)
@@ -105,7 +110,7 @@ def run(config: Config, lineage: dict[str, Any], display: Display) -> FlowResult
 
 
 def ingest_stage(config: Config, storage: Storage, display: Display) -> Ingested | None:
-    """Ingest `data.source` unless the same input was ingested with the same settings before; None when skipped."""
+    """Ingest `data.source`, or return None where the same input was ingested with the same settings before."""
     data = config.data
     if data.source is None:
         read_dataset(data.uri, storage)
@@ -119,7 +124,7 @@ def ingest_stage(config: Config, storage: Storage, display: Display) -> Ingested
             return None
     except (NotFoundError, DatasetError):
         pass
-    if not config.storage.local_stack:  # whose Ray has no more cores than the threads of this process
+    if not config.storage.local_stack:  # its Ray has no more cores than this process has threads
         connect_ray(config, storage)
     done = write_dataset(config, storage, display)
     driver.check_dataset(done.dataset, config)
@@ -127,9 +132,9 @@ def ingest_stage(config: Config, storage: Storage, display: Display) -> Ingested
 
 
 def write_dataset(config: Config, storage: Storage, display: Display) -> Ingested:
-    """Ingest `data.source` as the configuration says, and leave behind of what input and settings.
+    """Ingest `data.source` with the settings of the configuration, and record the ingest key.
 
-    Over Ray where this process is connected to a cluster that reaches both ends.
+    The work runs on Ray where this process is connected to a cluster that can read the source and write the dataset.
 
     Raises:
         ConfigError: there is no such text encoder.
@@ -160,7 +165,7 @@ def write_dataset(config: Config, storage: Storage, display: Display) -> Ingeste
 
 
 def show_ingested(done: Ingested, display: Display) -> None:
-    """What was written, what was changed on the way, and by name what was left out."""
+    """Show what was written, how images were changed, and the names of those that were left out."""
     dataset = done.dataset
     _show_some(display, "left out", [f"{bad.origin}: {bad.reason}" for bad in done.bad])
     _show_some(display, "empty", [f"class {name} has no readable image" for name in done.empty_classes])
@@ -176,6 +181,7 @@ def show_ingested(done: Ingested, display: Display) -> None:
 
 
 def _show_some(display: Display, name: str, lines: list[str]) -> None:
+    """Show the first lines of a list, and how many more there are."""
     for line in lines[:SHOWN]:
         display.stage(name, line)
     if len(lines) > SHOWN:
@@ -183,6 +189,11 @@ def _show_some(display: Display, name: str, lines: list[str]) -> None:
 
 
 def _text_encoder(name: str | None) -> CaptionEncoder | None:
+    """Load the text encoder of this name or path.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
     if name is None:
         return None
     from pipelines.text import TextEncoder
@@ -194,9 +205,9 @@ def _text_encoder(name: str | None) -> CaptionEncoder | None:
 
 
 def ingest_key(config: Config, storage: Storage) -> str:
-    """Digest of the input and of every setting that decides what an ingest writes.
+    """Return the digest of the input and of every setting that decides what an ingest writes.
 
-    Not of this code's or Pillow's version: those would have finished data written again below a run that trains on it.
+    The versions of this code and of Pillow are left out: an upgrade must not rewrite a dataset that runs train on.
     """
     data = config.data
     assert data.source is not None
@@ -206,7 +217,7 @@ def ingest_key(config: Config, storage: Storage) -> str:
 
 
 def train_stage(config: Config, storage: Storage, lineage: dict[str, Any], display: Display) -> TrainingResult:
-    """Train, or resume, or find that there is nothing left to do."""
+    """Train a new run, resume it, or return its result where it has seen all its images."""
     plan = driver.make_plan(config, storage, lineage)
     if plan.complete:
         display.stage("train", f"skipped: run '{config.name}' has seen its {plan.resumes_at:,} images already")
@@ -216,12 +227,14 @@ def train_stage(config: Config, storage: Storage, lineage: dict[str, Any], displ
         display.stage("train", f"new run '{config.name}', {config.images:,} images, {workers_text(config)}")
     if not plan.complete:
         display.stage("train", f"follow it at {plan.job.tracker.url}")
-    report = (lambda values: None) if plan.complete else display.training(config.images, plan.resumes_at)
+    report = no_report if plan.complete else display.training(config.images, plan.resumes_at)
     result = driver.train(plan, report, lambda text: display.stage("train", text))
     if result.status == "stopped":
         display.stage("train", f"stopped with a checkpoint at {result.images_seen:,} images")
     if result.goodput is not None and result.status != "complete":
-        display.goodput(result.goodput)
+        goodput = result.goodput
+        title = f"{goodput.fraction:.1%} of the time was training that lasts"
+        display.breakdown(TimeBreakdown("goodput", title, goodput.parts(), goodput.wall_s, goodput.lines()))
     return result
 
 
@@ -232,7 +245,11 @@ def evaluate_stage(
     storage: Storage,
     display: Display,
 ) -> tuple[Scores, bool]:
-    """Scores of a model and whether they are fresh; a run remembers those of the same model, settings and evaluator."""
+    """Score a model, or read the scores that its run has for the same model, settings and evaluator.
+
+    Returns:
+        The scores, and whether they were computed now.
+    """
     model, tracker = models.guided(resolved.model, settings, config.tracking.uri, storage), resolved.tracker
     uri = model.spec.lineage.get("dataset_uri", config.data.uri)
     dataset = read_dataset(uri, storage)
@@ -274,7 +291,11 @@ def evaluate_stage(
 def register_stage(
     resolved: Resolved, published: Published, scores: Scores, config: Config, display: Display
 ) -> tuple[ModelVersion, Verdict, bool]:
-    """A version for this checkpoint with these scores, and the alias moved if the gate allows; fresh or found."""
+    """Register a checkpoint with its scores as a model version, and move the alias if the gate allows it.
+
+    Returns:
+        The version, the verdict of the gate, and whether the version was registered now.
+    """
     assert resolved.tracker is not None
     tracker, name, alias = resolved.tracker, config.registry.model, config.registry.alias
     for found in tracking.versions(tracker.uri, name):

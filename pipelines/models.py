@@ -20,7 +20,8 @@ from ddpm.models.classifier import NoisyClassifier
 from pipelines import tracking
 from pipelines.checkpoints import ModelError, Published, best_published, list_published, reconstruct_average
 from pipelines.config import Config, unet_config
-from pipelines.shards.index import Dataset, Quarantine, stream_digest
+from pipelines.shards.index import Dataset
+from pipelines.shards.quarantine import Quarantine, stream_digest
 from pipelines.storage import Storage
 from pipelines.tracking import ModelVersion, Tracker
 

@@ -1,4 +1,4 @@
-"""From a scored checkpoint to a registered, aliased model: package, register, gate."""
+"""Register a scored checkpoint as a model version, and move an alias to it if the gate allows it."""
 
 from __future__ import annotations
 
@@ -20,24 +20,39 @@ from pipelines.evaluation.evaluate import Scores
 from pipelines.tracking import ModelVersion, Tracker
 
 ACCURACY_TOLERANCE = 0.01
+"""Loss of class accuracy that the gate accepts, as a fraction of samples."""
 
 
 class RegistryError(PipelineError):
-    """The registry does not have what was asked for."""
+    """There is no such model version in the registry."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an alias may move, and why."""
+    """The gate's decision whether an alias may move, and the reason in words."""
 
     passed: bool
     reason: str
 
+    def __str__(self) -> str:
+        """Return the verdict in words."""
+        return f"{self.outcome}: {self.reason}"
+
+    @property
+    def outcome(self) -> str:
+        """Return "passed" or "refused"."""
+        return "passed" if self.passed else "refused"
+
 
 def gate(candidate: Scores, champion: Scores | None) -> Verdict:
-    """Better than the alias's current version: nearer to real images, at no loss of class accuracy beyond a point.
+    """Decide whether a version may take an alias from its present version, the champion.
 
-    Scores of another evaluator, data, n or seed are not comparable, and the alias stays.
+    It may if its samples have a smaller Frechet distance to real images and its class accuracy is at most
+    `ACCURACY_TOLERANCE` lower. Scores of another evaluator, dataset, number of samples or seed are not comparable, and
+    the alias stays.
+
+    Args:
+        champion: scores of the present version; None where the alias has none.
     """
     if champion is None:
         return Verdict(True, "the alias has no version yet")
@@ -56,7 +71,7 @@ def gate(candidate: Scores, champion: Scores | None) -> Verdict:
 
 
 def package(tracker: Tracker, model: Model) -> str:
-    """Store a model in its run as an MLflow pyfunc that carries the code it needs; the ID of the logged model."""
+    """Log a model to its run as an MLflow pyfunc that carries the code it needs, and return the logged model's ID."""
     labels = np.arange(2, dtype=np.int64)
     channels, height, width = model.spec.shape
     shape = (2, height, width, channels)
@@ -76,7 +91,13 @@ def package(tracker: Tracker, model: Model) -> str:
 def register(
     tracker: Tracker, name: str, model_id: str, scores: Scores, lineage: Mapping[str, Any], model_digest: str
 ) -> ModelVersion:
-    """A new version with the evidence that a gate asks for in its tags."""
+    """Create a model version whose tags carry its scores, digests and lineage.
+
+    Args:
+        name: of the registered model.
+        model_id: of the logged model, from `package`.
+        model_digest: SHA-256 of the checkpoint.
+    """
     tags = {
         "scores": json.dumps(asdict(scores)),
         "frechet_distance": f"{scores.frechet_distance:.4f}",
@@ -89,8 +110,28 @@ def register(
     return tracking.register(tracker, name, model_id, tags)
 
 
+def find_version(uri: str, reference: str) -> ModelVersion:
+    """Return the registered version that `models:/NAME/VERSION` names.
+
+    Args:
+        uri: address of the MLflow server.
+
+    Raises:
+        RegistryError: the reference is of another form, or there is no such version.
+    """
+    name, _, number = reference.removeprefix("models:/").partition("/")
+    found = tracking.version(uri, name, number=number) if number.isdigit() else None
+    if found is None:
+        raise RegistryError(f"{reference} is not a registered version; write models:/NAME/VERSION")
+    return found
+
+
 def promote(uri: str, candidate: ModelVersion, alias: str) -> Verdict:
-    """Move an alias to a version if the gate lets it through; the verdict is tagged onto the version either way."""
+    """Move an alias to a version if the gate allows it, and record the verdict in the version's tags.
+
+    Args:
+        uri: address of the MLflow server.
+    """
     current = tracking.version(uri, candidate.name, alias=alias)
     if current is not None and current.version == candidate.version:
         return Verdict(True, f"the alias {alias} is there already")
@@ -101,13 +142,13 @@ def promote(uri: str, candidate: ModelVersion, alias: str) -> Verdict:
         verdict = gate(scores, None if current is None else scores_of(current))
     if verdict.passed:
         tracking.set_alias(uri, candidate.name, alias, candidate.version)
-    tags = {f"gate.{alias}": f"{'passed' if verdict.passed else 'refused'}: {verdict.reason}"}
+    tags = {f"gate.{alias}": str(verdict)}
     tracking.set_version_tags(uri, candidate.name, candidate.version, tags)
     return verdict
 
 
 def scores_of(version: ModelVersion) -> Scores | None:
-    """The scores in a version's tags."""
+    """Return the scores in a version's tags, or None where it has none."""
     text = version.tags.get("scores")
     if text is None:
         return None
@@ -116,11 +157,12 @@ def scores_of(version: ModelVersion) -> Scores | None:
 
 
 def _table(labels: Any) -> Any:
+    """Return the input table of the pyfunc for these labels."""
     import pandas
 
     return pandas.DataFrame({"label": labels})
 
 
 def _release(name: str) -> str:
-    """An installed version without its local part ("2.13.0+cpu"), which no index serves."""
+    """Return a package's installed version without its local part ("+cpu"), which package indexes do not have."""
     return installed(name).split("+")[0]

@@ -1,4 +1,4 @@
-"""`ddpm sample`: images of a model as PNG files and a grid."""
+"""Draw images from a model and write them as PNG files and a grid, for `ddpm sample`."""
 
 from __future__ import annotations
 
@@ -26,10 +26,21 @@ def write_samples(
     seed: int = 0,
     batch_size: int = 64,
 ) -> list[Path]:
-    """Write `count` images per label as PNGs, and `grid.png` with one column per label; the paths, the grid's last.
+    """Write `count` images per label as PNGs, and `grid.png` with one column per label.
+
+    Args:
+        labels: class names or indices, separated by commas; None for every class.
+        count: images per label, or in total for a model without classes.
+        guidance: guidance scale; None for the model's own.
+        steps: steps of the sampler; None for the model's own.
+        seed: of the noise.
+        batch_size: images to draw at a time; the images do not depend on it.
+
+    Returns:
+        The paths of the files, that of the grid last.
 
     Raises:
-        ModelError: labels that the model does not have, or more steps than its schedule.
+        ModelError: the model has no such label, or its schedule has fewer steps.
     """
     settings = model.spec.sampling
     if guidance is not None:
@@ -40,10 +51,10 @@ def write_samples(
         settings = replace(settings, steps=steps)
     chosen = parse_labels(labels, model.spec.classes)
     columns = len(chosen) or count
-    every = torch.tensor(chosen * count) if chosen else None
+    class_ids = torch.tensor(chosen * count) if chosen else None
     device = next(model.network.parameters()).device
     images = model.generate(
-        None if every is None else every.to(device),
+        None if class_ids is None else class_ids.to(device),
         seed=seed,
         settings=settings,
         images=torch.arange(len(chosen) * count or count, device=device),
@@ -63,10 +74,10 @@ def write_samples(
 
 
 def parse_labels(labels: str | None, classes: tuple[str, ...]) -> list[int]:
-    """Class indices from names or indices; every class where nothing is said.
+    """Return class indices from names or indices separated by commas; every class for None.
 
     Raises:
-        ModelError: a label that is neither.
+        ModelError: a label is neither the name nor the index of a class, or the model has no classes.
     """
     if not classes:
         if labels is not None:

@@ -1,4 +1,4 @@
-"""Text encoders: captions to token embeddings and a pooled vector, by the name of any public encoder."""
+"""Text encoders, which turn captions into token embeddings and a pooled vector."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 class TextEncoder:
-    """A frozen text encoder.
+    """A text encoder whose weights are not trained.
 
     Args:
-        name: a `sentence-transformers` model or any `transformers` encoder, by hub name or as a folder; an encoder
-            without a pooling of its own gets the mean over its tokens.
-        device: where it runs.
+        name: hub name or folder of a `sentence-transformers` model or any `transformers` encoder; the mean over tokens
+            is the pooled vector of an encoder without pooling.
+        device: device on which it runs.
 
     Attributes:
         dim: width of the embeddings, `text_dim` of a network that reads them.
 
     Raises:
-        ValueError: the extra `text` is not installed, or there is no such encoder.
+        ValueError: the extra `text` is not installed, or the encoder cannot be loaded.
     """
 
     def __init__(self, name: str = DEFAULT_ENCODER, device: str = "cpu") -> None:
@@ -42,9 +42,12 @@ class TextEncoder:
         self.dim = int(self._encoder.encode([""], show_progress_bar=False).shape[1])
 
     def __call__(self, captions: Sequence[str]) -> Conditioning:
-        """Conditions with `text` [B, L, D], `text_mask` [B, L] and `pooled` [B, D], float32 on the CPU.
+        """Return conditions with `text` [B, L, D], `text_mask` [B, L] and `pooled` [B, D], float32 on the CPU.
 
-        L is the longest caption's number of tokens; longer ones than the encoder reads are cut.
+        L is the number of tokens of the longest caption; captions above the encoder's limit are truncated.
+
+        Raises:
+            ValueError: there are no captions.
         """
         if not captions:
             raise ValueError("give at least one caption")
@@ -59,4 +62,5 @@ class TextEncoder:
 
     @staticmethod
     def _tokens(encoded: dict[str, Any]) -> Tensor:
+        """Return the embeddings of the tokens of one caption, without padding."""
         return encoded["token_embeddings"][encoded["attention_mask"].bool()].float().cpu()

@@ -10,17 +10,9 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from pipelines.errors import PipelineError
-
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Geometry = Literal["crop", "resize", "keep"]
 Encoding = Literal["png", "jpg", "webp", "npy"]
-
-
-class ConfigError(PipelineError, ValueError):
-    """A configuration that cannot run: says where, what is allowed and how to fix it."""
-
-    exit_code = 2
 
 
 class _Model(pydantic.BaseModel):

@@ -1,1 +1,1 @@
-"""Evaluation: features, scores, pictures."""
+"""Evaluation of models: features of an evaluator network, scores, and grids of samples."""

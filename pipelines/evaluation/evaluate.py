@@ -1,11 +1,10 @@
-"""Scores of a model: samples as many and with the labels of the real test split, judged by the evaluator's features."""
+"""Score a model: draw as many samples as the real test split has, with its labels, and compare features."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,12 @@ from torch import Tensor
 from ddpm.generate import SamplingSettings, to_uint8
 from ddpm.interop import Model
 from ddpm.quality import FeatureMoments, frechet_distance
+from pipelines.display import Notice, Progress, no_notice, no_progress
 from pipelines.evaluation.features import EvaluatorNetwork, extract, train_evaluator
 from pipelines.shards.cache import ShardCache
 from pipelines.shards.fetch import ShardFetcher
-from pipelines.shards.index import Dataset, DatasetError, read_quarantine
+from pipelines.shards.index import Dataset, DatasetError
+from pipelines.shards.quarantine import read_quarantine
 from pipelines.shards.read import Batch, ShardReader, default_cache_dir, read_split
 from pipelines.storage import Storage, join
 
@@ -32,11 +33,11 @@ EVALUATOR_SEED = 0
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A dataset's evaluator network.
+    """The evaluator network of a dataset, a classifier whose features are compared.
 
     Attributes:
         digest: SHA-256 of its weights.
-        test_accuracy: on the real test split.
+        test_accuracy: its accuracy on the real test split, 0..1.
     """
 
     network: EvaluatorNetwork
@@ -46,19 +47,19 @@ class Evaluator:
 
 @dataclass(frozen=True)
 class Scores:
-    """Quality of a model's samples; comparable only with scores of the same evaluator, n and seed.
+    """The quality of a model's samples; comparable only with scores of the same evaluator, dataset, n and seed.
 
     Attributes:
-        frechet_distance: of the samples to the real train split.
-        floor: the same distance of the real test split: what n perfect samples get.
+        frechet_distance: distance of the samples' features to those of the real train split; lower is better.
+        floor: the same distance of the real test split, which n perfect samples would have.
         ceiling: the same distance of noise.
-        class_accuracy: share of samples that the evaluator takes for the class asked for; None without classes.
-        real_accuracy: the evaluator's accuracy on the real test split.
-        n: number of samples, that of the test split.
-        seed: of the samples' noise.
-        evaluator_digest: which features.
-        dataset_digest: which data.
-        sampling: settings that the samples were drawn with.
+        class_accuracy: share of samples, 0..1, that the evaluator assigns to the requested class; None without classes.
+        real_accuracy: the evaluator's accuracy on the real test split, 0..1.
+        n: number of samples, equal to that of the test split.
+        seed: seed of the samples' noise.
+        evaluator_digest: SHA-256 of the evaluator's weights.
+        dataset_digest: digest of the dataset.
+        sampling: the settings with which the samples were drawn.
     """
 
     frechet_distance: float
@@ -72,8 +73,21 @@ class Scores:
     dataset_digest: str
     sampling: dict[str, Any]
 
+    def lines(self) -> list[tuple[str, str]]:
+        """Return the scores in words, as lines of (name, text)."""
+        lines = []
+        if self.class_accuracy is not None:
+            text = f"{self.class_accuracy:.4f} of {self.n} samples (real test: {self.real_accuracy:.4f})"
+            lines.append(("accuracy", text))
+        ratio = self.frechet_distance / self.floor
+        text = (
+            f"Frechet {self.frechet_distance:.2f} = {ratio:.2f} times the floor {self.floor:.2f} of real test images "
+            f"(noise: {self.ceiling:.0f})"
+        )
+        return [*lines, ("distance", text)]
+
     def metrics(self) -> dict[str, float]:
-        """As MLflow metrics."""
+        """Return the scores as MLflow metrics by name."""
         values = {
             "eval/frechet_distance": self.frechet_distance,
             "eval/frechet_floor": self.floor,
@@ -85,7 +99,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores and the samples that they belong to, uint8 [N, H, W, C]."""
+    """Scores, the samples that they belong to (uint8 [N, H, W, C]), and the samples' labels ([N])."""
 
     scores: Scores
     samples: NDArray[np.uint8]
@@ -93,7 +107,7 @@ class Evaluation:
 
 
 def open_splits(dataset: Dataset, storage: Storage, cache_dir: str | None, cache_gib: float) -> dict[str, Batch]:
-    """Every real sample, by split."""
+    """Return all real samples of a dataset by split, read through the node's shard cache."""
     cache = ShardCache(Path(cache_dir) if cache_dir else default_cache_dir(), int(cache_gib * 2**30))
     quarantine = read_quarantine(dataset.uri, storage)
 
@@ -108,12 +122,12 @@ def open_splits(dataset: Dataset, storage: Storage, cache_dir: str | None, cache
 
 
 def get_evaluator(
-    dataset: Dataset, splits: dict[str, Batch], storage: Storage, notice: Callable[[str], None] = lambda text: None
+    dataset: Dataset, splits: dict[str, Batch], storage: Storage, notice: Notice = no_notice
 ) -> Evaluator:
-    """The dataset's evaluator: read from beside it, or trained on its train split and stored there.
+    """Return the evaluator of a dataset, which is stored beside it; train and store it where there is none.
 
     Raises:
-        DatasetError: the data has no labels to train on.
+        DatasetError: the dataset has no labels to train on, or the stored weights do not match their record.
     """
     folder = join(dataset.uri, "evaluator", dataset.digest[:16])
     network = EvaluatorNetwork(dataset.channels, dataset.image_size, max(len(dataset.classes), 1)).eval()
@@ -156,9 +170,16 @@ def evaluate(
     seed: int,
     batch_size: int,
     use_gpu: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> Evaluation:
-    """Draw samples on the Ray cluster, as many and with the labels of the test split, and score them."""
+    """Draw samples on the Ray cluster, as many as the test split has and with its labels, and score them.
+
+    Args:
+        seed: of the noise.
+        batch_size: images of one Ray task.
+        use_gpu: whether a task gets a GPU.
+        progress: called with the images drawn so far and their total number.
+    """
     test = splits["test"]
     n = len(test.images)
     labels = test.labels if model.spec.classes else None
@@ -198,19 +219,21 @@ def sample_on_ray(
     seed: int,
     batch_size: int,
     use_gpu: bool,
-    progress: Callable[[int, int], None],
+    progress: Progress,
 ) -> Tensor:
-    """Images in [-1, 1], [count, C, H, W]; chunks are Ray tasks, and image i is the same in every chunking.
+    """Draw images in Ray tasks of `batch_size`, on which the images do not depend.
 
-    Values are rounded to the 256 levels of a picture, because that is what a user of the model receives.
+    Returns:
+        Images [count, C, H, W] in [-1, 1], rounded to the 256 levels of a picture, which is what a user of the model
+        receives.
     """
     shared = ray.put(model.to("cpu"))
     task = _sample_chunk.options(num_cpus=1, num_gpus=1 if use_gpu else 0)
     pending: dict[Any, int] = {}
     for first in range(0, count, batch_size):
-        numbers = torch.arange(first, min(first + batch_size, count))
-        some = None if labels is None else labels[numbers]
-        pending[task.remote(shared, settings, some, numbers, seed)] = first
+        image_ids = torch.arange(first, min(first + batch_size, count))
+        chunk_labels = None if labels is None else labels[image_ids]
+        pending[task.remote(shared, settings, chunk_labels, image_ids, seed)] = first
     parts: dict[int, Tensor] = {}
     while pending:
         done, _ = ray.wait(list(pending), num_returns=1)
@@ -225,12 +248,15 @@ def _sample_chunk(
     model: Model,
     settings: SamplingSettings,
     labels: Tensor | None,
-    numbers: Tensor,
+    image_ids: Tensor,
     seed: int,
 ) -> NDArray[np.uint8]:
+    """Draw the images of these numbers (int64 [N]); uint8 [N, H, W, C]."""
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device)
     on_device = None if labels is None else labels.to(device)
-    images = model.generate(on_device, settings=settings, seed=seed, images=numbers.to(device), batch_size=len(numbers))
+    images = model.generate(
+        on_device, settings=settings, seed=seed, images=image_ids.to(device), batch_size=len(image_ids)
+    )
     return to_uint8(images).cpu().numpy()

@@ -1,6 +1,7 @@
 """The evaluator: a small classifier, trained once per dataset on its real train split, whose features judge samples.
 
-It is never used for guidance. Its digest goes into every score, because distances in different features do not compare.
+It is never used for guidance. Its digest is part of every score, because distances between features of different
+evaluators are not comparable.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from ddpm.noise import Purpose, integers, words
 
 FEATURES = 64
 MAX_STEPS = 5_000
+"""Upper bound of optimizer steps, for large datasets."""
 
 
 class EvaluatorNetwork(nn.Module):
-    """Convolutions that halve the image down to 4 pixels or fewer, then `FEATURES` features and class logits."""
+    """Convolutions that halve the image down to at most 4 pixels, then `FEATURES` features and class logits."""
 
     def __init__(self, in_channels: int, image_size: int, num_classes: int) -> None:
         super().__init__()
@@ -38,7 +40,7 @@ class EvaluatorNetwork(nn.Module):
         self.to_logits = nn.Linear(FEATURES, num_classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [B, 64] and logits [B, num_classes] of images in [-1, 1], [B, C, H, W]."""
+        """Return features [B, 64] and logits [B, num_classes] of images in [-1, 1], [B, C, H, W]."""
         features = F.relu(self.to_features(self.convolutions(images).flatten(1)))
         return features, self.to_logits(features)
 
@@ -54,7 +56,7 @@ class Features:
 def train_evaluator(
     images: Tensor, labels: Tensor, num_classes: int, *, seed: int = 0, passes: int = 40
 ) -> EvaluatorNetwork:
-    """Train on real images [N, C, S, S] in [-1, 1] with labels [N]; one-pixel shifts are the augmentation."""
+    """Train an evaluator on real images [N, C, S, S] in [-1, 1] with labels [N], augmented by shifts of one pixel."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = EvaluatorNetwork(images.shape[1], images.shape[2], num_classes)
@@ -80,6 +82,6 @@ def train_evaluator(
 
 @torch.no_grad()
 def extract(network: EvaluatorNetwork, images: Tensor, batch_size: int = 256) -> Features:
-    """Features and predicted classes of images [N, C, S, S] in [-1, 1]."""
+    """Return features and predicted classes of images [N, C, S, S] in [-1, 1]."""
     parts = [network(images[i : i + batch_size]) for i in range(0, len(images), batch_size)]
     return Features(torch.cat([f for f, _ in parts]), torch.cat([logits.argmax(1) for _, logits in parts]))

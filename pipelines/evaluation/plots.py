@@ -1,4 +1,4 @@
-"""Pictures: grids of samples with their class names."""
+"""Grids of samples with their class names."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-MIN_TILE = 48  # pixels: 8x8 digits would be specks
+MIN_TILE = 48  # pixels; smaller images are enlarged
 
 
 def label_grid(images: NDArray[np.uint8], columns: int, names: tuple[str, ...] = (), gap: int = 4) -> NDArray[np.uint8]:
-    """A picture of images [N, H, W, C] in rows of `columns`, enlarged by whole pixels, with `names` above the columns.
+    """Return a grid of images [N, H, W, C], enlarged by a whole factor where they are small.
+
+    Args:
+        columns: images in a row.
+        names: shown above the columns.
+        gap: pixels between images.
 
     Returns:
         uint8 [height, width, 3].

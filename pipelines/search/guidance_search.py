@@ -1,7 +1,7 @@
-"""`ddpm search guidance`: guidance, sampler and steps of one trained model, searched without any training.
+"""The study behind `ddpm search guidance`: guidance, sampler and steps of one trained model, without any training.
 
-Trials are Ray Tune trials in actors that live as long as the study: model, evaluator and features are loaded once in
-each, and a new trial is a new configuration of an old actor.
+Trials are Ray Tune trials whose actors are reused: each actor loads model, evaluator and features once, and gets a new
+configuration for the next trial.
 """
 
 from __future__ import annotations
@@ -29,32 +29,35 @@ from pipelines.config.schema import SamplerConfig
 from pipelines.evaluation.evaluate import Evaluator
 from pipelines.evaluation.features import extract
 from pipelines.models import classifier_for, sampling_settings, weaker_for
-from pipelines.search.judge import Drawn, Painter, Subject, gain, hopeless, interval, rungs, scores
+from pipelines.search.judge import Drawn, SampleScorer, Subject, gain, hopeless, interval, rungs, scores
 from pipelines.search.observer import Observer
-from pipelines.search.space import Params, StudyConfig, Value, apply, check_space
-from pipelines.search.study import StudyStore, TrialRecord, loss, pareto_front, searcher
+from pipelines.search.optuna_search import searcher
+from pipelines.search.parameters import Params, Value
+from pipelines.search.space import apply, check_space
+from pipelines.search.study import StudyStore, TrialRecord, loss, pareto_front
+from pipelines.search.study_config import StudyConfig
 from pipelines.shards.read import Batch
 from pipelines.storage import Storage
 
-# Tune's own tables and log files: a study has its own.
+# Tune's own tables and log files are switched off: a study has its own.
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 
 SHOWN = 20
-"""Images of each point that the study's page shows."""
+"""Images that the study's page shows of each setting on the front."""
 
 
 @dataclass(frozen=True)
 class Confirmed:
-    """A setting judged again on fresh noise seeds.
+    """The scores of a setting that was judged again with noise seeds that no trial has used.
 
     Attributes:
-        trial: its name; "default" for the model's present setting.
-        params: that were searched.
-        settings: all of it.
+        trial: name of the trial; "default" for the model's present setting.
+        params: the searched parameters.
+        settings: the complete sampling settings.
         distance: Frechet distance with its interval.
-        scores: as trials report them.
-        gain: distance of the default minus its own, with the interval of the difference; None for the default.
+        scores: the scores that trials report, by name.
+        gain: by how much the distance is below that of the default, with its interval; None for the default.
     """
 
     trial: str
@@ -66,19 +69,19 @@ class Confirmed:
 
     @property
     def better(self) -> bool:
-        """Whether it beats the default by more than chance."""
+        """Return whether the setting is significantly better than the default."""
         return self.gain is not None and self.gain.low > 0
 
 
 @dataclass(frozen=True)
 class GuidanceResult:
-    """What a guidance study found.
+    """The result of a guidance study.
 
     Attributes:
-        records: every trial.
-        front: those that no other beats in both distance and cost, cheapest first.
-        confirmed: the default and the best, on fresh seeds, best first.
-        pictures: trial -> images of it, uint8 [N, H, W, C].
+        records: all trials.
+        front: the Pareto front of the study's objectives, ordered by the last of them.
+        confirmed: the default and the best settings, judged with fresh seeds, best first.
+        pictures: trial -> its images, uint8 [N, H, W, C].
     """
 
     records: list[TrialRecord]
@@ -88,15 +91,15 @@ class GuidanceResult:
 
     @property
     def winner(self) -> Confirmed | None:
-        """The best that beats the default by more than chance."""
+        """Return the best setting that is significantly better than the default, or None."""
         return next((c for c in self.confirmed if c.better), None)
 
 
 def guides_of(model: Model, study: StudyConfig, base: Config, storage: Storage) -> dict[str, NoisyClassifier | Model]:
-    """The classifiers and weaker models that the settings of a study may name, by reference.
+    """Load the classifiers and weaker models that the settings of a study may name, by reference.
 
     Raises:
-        ModelError: one that does not exist or does not go with the model.
+        ModelError: one of them does not exist or does not fit the model.
     """
     kinds, uri = _values(study, base, "guidance.kind"), base.tracking.uri
     found: dict[str, NoisyClassifier | Model] = {}
@@ -109,7 +112,7 @@ def guides_of(model: Model, study: StudyConfig, base: Config, storage: Storage) 
 
 
 def _values(study: StudyConfig, base: Config, path: str) -> list[str]:
-    """What a path may be in a study."""
+    """Return the values that a path can have in a study."""
     searched = study.space.get(path)
     values = searched.corners() if searched is not None else [getattr(base.guidance, path.split(".")[1])]
     return [str(value) for value in values if value is not None]
@@ -118,7 +121,7 @@ def _values(study: StudyConfig, base: Config, path: str) -> list[str]:
 def subject_of(
     model: Model, evaluator: Evaluator, splits: Mapping[str, Batch], guides: Mapping[str, NoisyClassifier | Model]
 ) -> Subject:
-    """What all trials share."""
+    """Return the model and the data that all trials share."""
     train, test = splits["train"], splits["test"]
     return Subject(
         model=replace(model, classifier=None, weak=None).to("cpu"),
@@ -131,7 +134,10 @@ def subject_of(
 
 
 def base_of(config: Config, settings: SamplingSettings) -> Config:
-    """The configuration whose sampler and guidance are a model's own; guides that it has not come from `config`."""
+    """Return the configuration with a model's own sampling settings.
+
+    The classifier and the weaker model come from `config` where the settings name none.
+    """
     plain, given = config.model_dump(mode="json"), asdict(settings)
     given_guides = {name: plain["guidance"][name] for name in ("classifier", "weak") if given[name] is None}
     plain["guidance"] = {"kind": settings.guidance} | {
@@ -145,49 +151,49 @@ def base_of(config: Config, settings: SamplingSettings) -> Config:
 
 
 class GuidanceTrial(tune.Trainable):
-    """One setting at a time: samples more and more images and reports how they are judged."""
+    """A Ray Tune trial of one setting: draws growing numbers of images and reports their scores."""
 
     def setup(self, config: dict[str, Value], *, shared: Mapping[str, Any]) -> None:
-        """Once per actor."""
+        """Load the networks; called once per actor."""
         torch.set_num_threads(1)
         self.subject: Subject = shared["subject"]
         self.study: StudyConfig = shared["study"]
         self.base: Config = shared["base"]
-        self.painter = Painter(self.subject)
+        self.scorer = SampleScorer(self.subject)
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Value]) -> bool:
-        """Another setting; all that was loaded stays."""
+        """Start a trial of another setting with the loaded networks."""
         self.params = new_config
         self.settings = sampling_settings(apply(self.base, new_config))
         self.drawn: Drawn | None = None
         return True
 
     def step(self) -> dict[str, Any]:
-        """Up to the next rung."""
-        steps = rungs(self.study.samples, self.study.rungs)
-        here = len(self.drawn.features) if self.drawn else 0
-        there = next(n for n in steps if n > here)
-        more = self.painter.draw(self.settings, torch.arange(here, there), seed=self.base.evaluation.seed)
+        """Draw images up to the next rung, and return the scores of all of them."""
+        counts = rungs(self.study.samples, self.study.rungs)
+        first = len(self.drawn.features) if self.drawn else 0
+        stop = next(n for n in counts if n > first)
+        more = self.scorer.draw(self.settings, torch.arange(first, stop), seed=self.base.evaluation.seed)
         self.drawn = more if self.drawn is None else self.drawn + more
         values, distances = scores(self.subject, self.drawn)
-        return {**values, "halves": distances.tolist(), "done": there == steps[-1]}
+        return {**values, "halves": distances.tolist(), "done": stop == counts[-1]}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Nothing: a trial takes seconds, and what has ended is recorded."""
+        """Save nothing: a trial takes seconds, and ended trials are recorded."""
 
     def load_checkpoint(self, checkpoint: Any) -> None:
-        """Nothing."""
+        """Load nothing, because nothing is saved."""
 
 
 class Hopeless(Stopper):
-    """Ends trials that are worse than a cheaper one beyond chance; see `judge.hopeless`."""
+    """Stop trials that are significantly worse than a cheaper one; see `judge.hopeless`."""
 
     def __init__(self) -> None:
         self.seen: dict[float, dict[str, dict[str, Any]]] = defaultdict(dict)
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Whether the trial ends here."""
+        """Return whether the trial stops at this report."""
         others = self.seen[result["samples"]]
         stop = hopeless(result, [scores for other, scores in others.items() if other != trial_id])
         names = ("frechet_distance", "halves", "evaluations", "samples")
@@ -195,7 +201,7 @@ class Hopeless(Stopper):
         return stop and not result["done"]
 
     def stop_all(self) -> bool:
-        """Never."""
+        """Return False: trials stop one by one."""
         return False
 
 
@@ -207,7 +213,12 @@ def run_trials(
     observer: Observer,
     first: Sequence[Params] = (),
 ) -> None:
-    """Every trial that is still to be run; the records are written on the way."""
+    """Run the trials that the study still lacks; the observer records them.
+
+    Args:
+        records: the trials so far.
+        first: parameters to try after the present setting and before any other.
+    """
     left = study.trials - sum(record.state != "running" for record in records)
     if left <= 0:
         return
@@ -216,7 +227,7 @@ def run_trials(
     trainable = tune.with_resources(
         tune.with_parameters(GuidanceTrial, shared={"subject": subject, "study": study, "base": base}), resources
     )
-    # The records are the study's state; Tune's own, which it cannot do without, goes with the call.
+    # Tune needs a folder for its own state, which is not used: the records are the state of the study.
     with tempfile.TemporaryDirectory(prefix="ddpm-tune-") as scratch:
         tune.Tuner(
             trainable,
@@ -229,7 +240,7 @@ def run_trials(
             run_config=tune.RunConfig(
                 name="study",
                 storage_path=scratch,
-                # By distance and cost; a setting that is bad in them may be good in something else.
+                # `Hopeless` looks at distance and cost only; a setting may be good in another objective.
                 stop=Hopeless() if set(study.objectives) <= {"frechet_distance", "evaluations"} else None,
                 callbacks=[observer],
                 verbose=0,
@@ -239,7 +250,11 @@ def run_trials(
 
 
 def confirm(subject: Subject, study: StudyConfig, base: Config, records: Sequence[TrialRecord]) -> list[Confirmed]:
-    """The default and the best settings on noise seeds that no trial has seen, with more samples; best first."""
+    """Judge the default and the best settings again, with more samples and noise seeds that no trial has used.
+
+    Returns:
+        The scores, best first.
+    """
     front = pareto_front(records, study.objectives)
     chosen = sorted(front, key=lambda r: loss(r, study.objectives[0]))[: study.confirm]
     shared = ray.put(subject)
@@ -260,14 +275,18 @@ def confirm(subject: Subject, study: StudyConfig, base: Config, records: Sequenc
         gained = None
         if trial != "default":
             gained = gain(subject.reference, drawn["default"].features, samples.features, draws=200)
-        spread = interval(subject.reference, samples.features, draws=200)
+        distance = interval(subject.reference, samples.features, draws=200)
         values, _ = scores(subject, samples)
-        found.append(Confirmed(trial, params[trial], settings[trial], spread, values, gained))
+        found.append(Confirmed(trial, params[trial], settings[trial], distance, values, gained))
     return sorted(found, key=lambda c: c.distance.value)
 
 
 def draw_front(subject: Subject, base: Config, front: Sequence[TrialRecord]) -> dict[str, Any]:
-    """The same few images under each setting, uint8 [N, H, W, C]."""
+    """Draw the same few images with the settings of each trial on the front.
+
+    Returns:
+        trial -> images, uint8 [N, H, W, C].
+    """
     task = ray.remote(num_cpus=1, num_gpus=1 if base.cluster.gpus_per_worker else 0)(_draw_fresh)
     shared, seed = ray.put(subject), base.evaluation.seed
     drawn = [task.remote(shared, sampling_settings(apply(base, r.params)), SHOWN, seed) for r in front]
@@ -275,8 +294,9 @@ def draw_front(subject: Subject, base: Config, front: Sequence[TrialRecord]) -> 
 
 
 def _draw_fresh(subject: Subject, settings: SamplingSettings, samples: int, seed: int) -> Drawn:
+    """Draw images 0..samples - 1 of a seed in a Ray task."""
     torch.set_num_threads(1)
-    return Painter(subject).draw(settings, torch.arange(samples), seed=seed, keep=SHOWN)
+    return SampleScorer(subject).draw(settings, torch.arange(samples), seed=seed, keep=SHOWN)
 
 
 def search(
@@ -290,21 +310,21 @@ def search(
     resume: bool,
     first: Sequence[Params] = (),
 ) -> GuidanceResult:
-    """The whole study.
+    """Run a whole guidance study: trials, confirmation, and images of the front.
 
     Args:
-        subject: the model and what judges it.
-        study: what is tried.
-        base: the configuration whose sampler and guidance are the model's present ones.
-        store: of the records.
-        observer: watches.
-        subject_name: of the model; a study is resumed on the same one only.
-        resume: whether it may have begun.
-        first: what is tried after the model's present setting and before anything else.
+        subject: the model and the data that score it.
+        study: the settings of the study.
+        base: the configuration with the model's present sampling settings.
+        store: holds the records.
+        observer: records and logs the trials.
+        subject_name: identifies the model; a study is resumed on the same model only.
+        resume: whether the study may exist already.
+        first: parameters to try after the model's present setting and before any other.
 
     Raises:
-        ConfigError: a space that gives invalid configurations.
-        StudyError: it has begun before, with other settings or without `resume`.
+        ConfigError: the space gives invalid configurations.
+        StudyError: the study exists and `resume` is false, or it has other settings.
     """
     check_space(study, base)
     records = store.open(study, base, subject_name, resume=resume)

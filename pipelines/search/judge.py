@@ -1,4 +1,4 @@
-"""What judges a sampling setting: one model, one evaluator, one set of noise seeds, shared by all trials."""
+"""Scores of sampling settings: all trials of a study share the model, the evaluator and the noise seeds."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from ddpm.quality import FeatureMoments, Interval, bootstrap, frechet_distance, 
 from pipelines.evaluation.features import EvaluatorNetwork, Features, extract
 
 DRAWS = 40
+"""Random halves from which the standard error of a distance is computed."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and what it is held against; picklable, and put into Ray's object store once for all trials.
+    """The model of a study and the data that score it; picklable, put into Ray's object store once for all trials.
 
     Attributes:
-        model: that is sampled, on the CPU.
-        guides: classifiers and weaker models that a setting may name, by reference.
-        evaluator: whose features judge.
+        model: the model that is sampled, on the CPU.
+        evaluator: the network whose features are compared.
         reference: moments of the real train split's features.
         real: features of the real test split [N, D], for precision and recall.
-        labels: of the images that are drawn, in turn [N]; None for a model without classes.
+        labels: labels of the drawn images [N]; image i has label i modulo N. None for a model without classes.
+        guides: reference -> classifier or weaker model that a setting may name.
     """
 
     model: Model
@@ -42,10 +43,10 @@ class Subject:
 
 
 class Meter:
-    """Counts what networks are evaluated on, in evaluations of one of them: what sampling costs, whatever the sampler.
+    """Count the network evaluations of sampling, in evaluations of the model's own network on one image.
 
-    A network that guides counts as its share of the floating-point operations of one evaluation of the model's own, a
-    classifier's way back included.
+    An evaluation of a guiding network counts as the ratio of its floating-point operations to those of the model's
+    network; a classifier's backward pass is included.
     """
 
     def __init__(self, model: Model) -> None:
@@ -55,18 +56,20 @@ class Meter:
         self._watch(model.network, 1.0)
 
     def guide(self, guide: NoisyClassifier | Model) -> None:
-        """Count one that guides, too."""
+        """Count the evaluations of a guiding network as well."""
         network = guide.network if isinstance(guide, Model) else guide
         self._watch(network, self._flops(network, backward=isinstance(guide, NoisyClassifier)) / self._unit)
 
     def _watch(self, network: nn.Module, cost: float) -> None:
+        """Count `cost` for every image of every evaluation of a network."""
+
         def count(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             self.count += cost * len(inputs[0])
 
         network.register_forward_pre_hook(count)
 
     def _flops(self, network: nn.Module, backward: bool = False) -> int:
-        """Floating-point operations of one evaluation of one image."""
+        """Return the floating-point operations of one evaluation on one image."""
         device = next(network.parameters()).device
         x = torch.zeros(1, *self._shape, device=device, requires_grad=backward)
         with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
@@ -76,8 +79,8 @@ class Meter:
         return counter.get_total_flops()
 
 
-class Painter:
-    """Draws images of a subject under any setting, in one process that has loaded it once; counts what that costs."""
+class SampleScorer:
+    """Draw and score images of a subject with any sampling settings; the networks are loaded once per process."""
 
     def __init__(self, subject: Subject) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -89,16 +92,18 @@ class Painter:
             self.meter.guide(guide)
 
     def draw(
-        self, settings: SamplingSettings, numbers: Tensor, *, seed: int, keep: int = 0, batch_size: int = 64
+        self, settings: SamplingSettings, image_ids: Tensor, *, seed: int, keep: int = 0, batch_size: int = 64
     ) -> Drawn:
-        """The images of these numbers, judged; image i of a seed is the same beside any others.
+        """Draw the images of these numbers, and compute their features and predicted classes.
+
+        Image i of a seed does not depend on the other images.
 
         Args:
-            settings: whose `classifier` and `weak` name guides of the subject.
-            numbers: of the images, int64 [N].
+            settings: sampling settings; `classifier` and `weak` name guides of the subject.
+            image_ids: numbers of the images, int64 [N].
             seed: of the noise.
-            keep: images whose pixels are kept.
-            batch_size: images at once.
+            keep: number of images whose pixels are kept.
+            batch_size: images to draw at a time.
         """
         subject, before = self.subject, self.meter.count
         model: Any = replace(
@@ -106,31 +111,31 @@ class Painter:
             classifier=self.guides.get(settings.classifier or ""),  # type: ignore[arg-type]
             weak=self.guides.get(settings.weak or ""),  # type: ignore[arg-type]
         )
-        labels = None if subject.labels is None else subject.labels[numbers % len(subject.labels)]
+        labels = None if subject.labels is None else subject.labels[image_ids % len(subject.labels)]
         images = model.generate(
             None if labels is None else labels.to(self.device),
             seed=seed,
             settings=settings,
-            images=numbers.to(self.device),
+            images=image_ids.to(self.device),
             batch_size=batch_size,
         )
         pixels = to_uint8(images).cpu()
-        # Rounded to the 256 levels of a picture, because that is what a user of the model receives.
-        found: Features = extract(subject.evaluator, pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
-        correct = None if labels is None else found.predicted == labels
-        evaluations = (self.meter.count - before) / len(numbers)
-        return Drawn(found.features, correct, pixels[:keep].numpy(), evaluations)
+        # Features are of images rounded to 256 levels, which is what a user of the model receives.
+        extracted: Features = extract(subject.evaluator, pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
+        correct = None if labels is None else extracted.predicted == labels
+        evaluations = (self.meter.count - before) / len(image_ids)
+        return Drawn(extracted.features, correct, pixels[:keep].numpy(), evaluations)
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Samples of a setting.
+    """Samples that were drawn with one setting.
 
     Attributes:
-        features: of them [N, D].
-        correct: share that the evaluator takes for the class asked for, per sample, bool [N]; None without classes.
-        pixels: the first of them, uint8 [M, H, W, C].
-        evaluations: of the network, per image.
+        features: features of the samples [N, D].
+        correct: whether the evaluator assigns a sample to the requested class, bool [N]; None without classes.
+        pixels: the first samples, uint8 [M, H, W, C].
+        evaluations: network evaluations per image.
     """
 
     features: Tensor
@@ -139,7 +144,7 @@ class Drawn:
     evaluations: float
 
     def __add__(self, other: Drawn) -> Drawn:
-        """Both together."""
+        """Return the samples of both, with the pixels of the first."""
         n, m = len(self.features), len(other.features)
         correct = None
         if self.correct is not None and other.correct is not None:
@@ -149,9 +154,11 @@ class Drawn:
 
 
 def distance_and_error(reference: FeatureMoments, features: Tensor) -> tuple[dict[str, float], Tensor]:
-    """Frechet distance of samples' features [N, D] to the reference, and its standard error; the distances of halves.
+    """Compute the Frechet distance of samples' features [N, D] to the reference, and its standard error.
 
-    The halves, [DRAWS], are the same for any features of the same N: what two settings differ by in them is paired.
+    Returns:
+        The two scores by name, and the distances of random halves of the samples, [DRAWS]. The halves are the same for
+        any features of the same N, so that differences between two settings are paired.
     """
     distance = partial(_distance, reference)
     drawn = halves(distance, features, draws=DRAWS, seed=0)
@@ -159,12 +166,12 @@ def distance_and_error(reference: FeatureMoments, features: Tensor) -> tuple[dic
 
 
 def interval(reference: FeatureMoments, features: Tensor, *, draws: int, seed: int = 0) -> Interval:
-    """The distance with its confidence interval."""
+    """Return the Frechet distance with its confidence interval."""
     return bootstrap(partial(_distance, reference), features, draws=draws, seed=seed)
 
 
 def gain(reference: FeatureMoments, before: Tensor, after: Tensor, *, draws: int, seed: int = 0) -> Interval:
-    """By how much the distance of features [N, D] falls from one setting to another, on the same noise."""
+    """Return by how much the Frechet distance falls between two settings' features [N, D] on the same noise."""
 
     def fall(both: Tensor) -> float:
         return _distance(reference, both[:, 0]) - _distance(reference, both[:, 1])
@@ -173,11 +180,12 @@ def gain(reference: FeatureMoments, before: Tensor, after: Tensor, *, draws: int
 
 
 def _distance(reference: FeatureMoments, features: Tensor) -> float:
+    """Return the Frechet distance of features [N, D] to the reference."""
     return frechet_distance(reference, FeatureMoments.of(features))
 
 
 def scores(subject: Subject, drawn: Drawn) -> tuple[dict[str, float], Tensor]:
-    """What a trial reports, and the distances of halves that `hopeless` compares."""
+    """Return the scores that a trial reports, and the distances of halves that `hopeless` compares."""
     values, distances = distance_and_error(subject.reference, drawn.features)
     values |= {"samples": float(len(drawn.features)), "evaluations": drawn.evaluations}
     if drawn.correct is not None:
@@ -189,15 +197,16 @@ def scores(subject: Subject, drawn: Drawn) -> tuple[dict[str, float], Tensor]:
 
 
 def hopeless(mine: Mapping[str, Any], others: Iterable[Mapping[str, Any]], level: float = 2.33) -> bool:
-    """Whether a setting is worse than another that costs no more, beyond chance.
+    """Return whether a setting is significantly worse than another one that needs no more network evaluations.
 
     A one-sided z-test of the difference of the Frechet distances at equal numbers of samples, at 1 % (z > 2.33). The
     noise is the same in both, so the difference's standard error is that of paired halves. At equal numbers the
     distances' bias is nearly the same.
 
     Args:
-        mine: its `frechet_distance`, `evaluations`, `samples`, and the distances of its `halves`.
-        others: those of the others.
+        mine: `frechet_distance`, `evaluations`, `samples`, and the distances of `halves` of the setting.
+        others: the same of the other settings.
+        level: of z above which a difference is significant.
     """
     for other in others:
         if other["evaluations"] <= mine["evaluations"] and other["samples"] == mine["samples"]:
@@ -208,8 +217,8 @@ def hopeless(mine: Mapping[str, Any], others: Iterable[Mapping[str, Any]], level
 
 
 def rungs(samples: int, count: int) -> list[int]:
-    """Growing numbers of samples at which a trial is judged: each twice the last, up to `samples`.
+    """Return the growing numbers of samples at which a trial is judged: each is twice the one before, up to `samples`.
 
-    Never fewer than 4, of which a covariance can be taken.
+    None is below 4, which a covariance needs.
     """
     return sorted({max(samples >> (count - 1 - i), min(4, samples)) for i in range(count)})

@@ -1,4 +1,4 @@
-"""Who watches a study from the driver: records each trial, logs it to MLflow, and knows the best so far."""
+"""Ray Tune's callback of a study: it records each trial and logs it to MLflow."""
 
 from __future__ import annotations
 
@@ -14,27 +14,29 @@ from typing import Any
 from ray.tune import Callback
 
 from pipelines import tracking
-from pipelines.search.space import StudyConfig, Value
+from pipelines.search.parameters import Value
 from pipelines.search.study import StudyStore, TrialRecord, best, trial_name
+from pipelines.search.study_config import StudyConfig
 from pipelines.tracking import Tracker, TrackingError
 
-Report = Callable[["Observer"], None]
+OnChange = Callable[["Observer"], None]
+"""Called with the observer after every change of a trial, to show it."""
 AXIS = {"training": "images_seen", "guidance": "samples"}
-"""What a trial's reports are counted in: the steps of its curves."""
+"""The score that counts how far a trial is, by kind of study; the step of its curves in MLflow."""
 
 
 class Observer(Callback):
-    """Ray Tune's callback of a study; the only writer of its records.
+    """Ray Tune's callback of a study, and the only writer of its records.
 
-    MLflow may be away: the records are the truth, and what could not be logged is logged by the next call of `settle`.
+    MLflow may not answer while a study runs: trials that could not be logged are logged by `settle`.
 
     Args:
-        store: of the records.
-        study: that is run.
-        tracker: the study's own MLflow run, the parent of its trials'.
-        experiment: of all of them.
-        length: at which value of its axis a trial is finished; one that ends before was stopped.
-        report: called after every change.
+        store: holds the records.
+        study: the settings of the study.
+        tracker: the study's MLflow run, the parent of the trials' runs.
+        experiment: name of the MLflow experiment.
+        length: value of a trial's axis (see `AXIS`) at which it is finished; a trial that ends before was stopped.
+        on_change: called after every change of a trial.
     """
 
     def __init__(
@@ -44,30 +46,30 @@ class Observer(Callback):
         tracker: Tracker,
         experiment: str,
         length: float,
-        report: Report = lambda observer: None,
+        on_change: OnChange = lambda observer: None,
     ) -> None:
         self.store, self.study, self.tracker, self.experiment = store, study, tracker, experiment
-        self.length, self.report = length, report
-        self.name = store.uri.rsplit("/", 1)[-1]
+        self.length, self.on_change = length, on_change
+        self.name = store.name
         self.records: dict[str, TrialRecord] = {}
         self.unlogged: set[str] = set()
         self.began = time.monotonic()
         self.before = 0
 
     def begin(self, records: Sequence[TrialRecord]) -> None:
-        """Take over what is recorded already."""
+        """Start with the trials that are recorded already."""
         self.records = {record.trial: record for record in records}
         self.before = len([r for r in records if r.state != "running"])
-        self.report(self)
+        self.on_change(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Ray Tune pickles its callbacks, to restore what is never restored here; a terminal does not pickle."""
-        return {name: value for name, value in self.__dict__.items() if name != "report"}
+        """Leave out `on_change`: Ray Tune pickles its callbacks, and a terminal cannot be pickled."""
+        return {name: value for name, value in self.__dict__.items() if name != "on_change"}
 
-    # --- what Ray Tune tells ---------------------------------------------------------------------------------
+    # --- callbacks of Ray Tune -------------------------------------------------------------------------------
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial begins."""
+        """Record that a trial begins."""
         name, params = self._identify(trial)
         known = self.records.get(name)
         if known is None or known.state != "running":
@@ -77,7 +79,7 @@ class Observer(Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """A trial reports."""
+        """Record the scores that a trial reports."""
         name, _ = self._identify(trial)
         numbers = {
             key: float(value)
@@ -87,17 +89,17 @@ class Observer(Callback):
         self._keep(self.records[name].reported(numbers))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial ends, by itself or because others are better."""
+        """Record that a trial ends, by itself or because other trials are better."""
         name, _ = self._identify(trial)
         record = self.records[name]
-        whole = record.scores.get(AXIS[self.study.kind], 0) >= self.length
+        complete = record.scores.get(AXIS[self.study.kind], 0) >= self.length
         if not all(math.isfinite(record.scores.get(objective, math.nan)) for objective in self.study.objectives):
             self._keep(record.ended("failed", "its scores are not finite: the training diverged"))
         else:
-            self._keep(record.ended("finished" if whole else "stopped"))
+            self._keep(record.ended("finished" if complete else "stopped"))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial fails; the study goes on."""
+        """Record that a trial fails; the study continues."""
         name, params = self._identify(trial)
         record = self.records.get(name) or TrialRecord(name, params, "running")
         self._keep(record.ended("failed", _reason(trial)))
@@ -105,33 +107,35 @@ class Observer(Callback):
     # --- MLflow ----------------------------------------------------------------------------------------------
 
     def settle(self) -> None:
-        """Log what MLflow could not take before.
+        """Log the trials that could not be logged before.
 
         Raises:
-            TrackingError: it is still away.
+            TrackingError: MLflow still does not answer.
         """
         for name in sorted(self.unlogged):
             self._log(self.records[name])
 
     @property
     def best(self) -> TrialRecord | None:
-        """The best so far."""
+        """Return the best trial so far, or None."""
         return best(self.records.values(), self.study.objectives[0])
 
     def _keep(self, record: TrialRecord) -> None:
+        """Write a record, log it, and report the change."""
         self.records[record.trial] = record
         if record.run_id is None:
-            # Before MLflow hears of it: whoever is killed in between asks for the trial again, and finds its run.
+            # Recorded before its MLflow run is opened: a driver that is killed in between resumes the trial and finds
+            # that run again.
             self.store.record(record)
         try:
             self._log(record)
         except TrackingError:
             self.unlogged.add(record.trial)
         self.store.record(self.records[record.trial])
-        self.report(self)
+        self.on_change(self)
 
     def _log(self, record: TrialRecord) -> None:
-        """Params at its beginning, curves by its axis, state and scores at its end; nothing twice."""
+        """Log what MLflow does not have yet: parameters, scores by axis, and the state of an ended trial."""
         run_name = f"{self.name}-{record.trial}"
         if record.run_id is None:
             parent = {"mlflow.parentRunId": self.tracker.run_id, "ddpm.study": self.name}
@@ -154,6 +158,7 @@ class Observer(Callback):
 
     @staticmethod
     def _identify(trial: Any) -> tuple[str, dict[str, Value]]:
+        """Return name and parameters of a Ray Tune trial."""
         params = {path: value for path, value in trial.config.items() if not path.startswith("_")}
         return trial_name(params), params
 
@@ -172,17 +177,20 @@ _SCORES = (
 
 
 def _reason(trial: Any) -> str:
-    """The last line of what a trial's process said, without the name of the error's class."""
+    """Return the last line of a failed trial's error file, without the name of the error's class."""
     try:
         text = Path(trial.error_file).read_text() if trial.error_file else ""
     except OSError:
         text = ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return re.sub(r"^[\w.]+Error: ", "", lines[-1])[:500] if lines else "its process ended without a word"
+    return re.sub(r"^[\w.]+Error: ", "", lines[-1])[:500] if lines else "its process ended without an error message"
 
 
 def describe_params(params: Mapping[str, Value]) -> str:
-    """A trial in a line: the last part of each path, or two where that tells too little, numbers short."""
+    """Return parameters in one line, with short numbers.
+
+    A parameter is named by the last part of its path, or by the last two where that is ambiguous.
+    """
     lasts = [path.split(".")[-1] for path in params]
     short = {
         ".".join(path.split(".")[-2:]) if last.isdecimal() or lasts.count(last) > 1 else last: value

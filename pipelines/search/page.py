@@ -1,4 +1,4 @@
-"""The pictures of a study, and one self-contained HTML page of it that opens without a network."""
+"""The figures of a study, and one self-contained HTML page with them, which needs no network."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from PIL import Image
 
 from pipelines.evaluation.plots import label_grid
 from pipelines.search.observer import describe_params
-from pipelines.search.space import DIRECTIONS, Objective, StudyConfig
-from pipelines.search.study import TrialRecord, best, done, loss, pareto_front, past_of
+from pipelines.search.optuna_search import past_of
+from pipelines.search.study import TrialRecord, best, done, loss, pareto_front
+from pipelines.search.study_config import DIRECTIONS, Objective, StudyConfig
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
     from pipelines.search.guidance_search import Confirmed
 
-LEAST = 4
-"""Judged trials below which importances say nothing."""
+MIN_JUDGED = 4
+"""Judged trials below which importances mean nothing."""
 LABELS: dict[Objective, str] = {
     "frechet_distance": "Frechet distance",
     "bits_per_dim": "bits/dim",
@@ -37,16 +38,16 @@ LABELS: dict[Objective, str] = {
 
 @dataclass(frozen=True)
 class Page:
-    """A study as a person looks at it.
+    """The page of a study.
 
     Attributes:
-        name: of the study.
-        study: what it tried.
-        subject: what it is about.
-        records: every trial.
-        confirmed: settings that were judged again; guidance only.
-        pictures: trial -> images, uint8 [N, H, W, C].
-        command: that runs it.
+        name: name of the study.
+        study: its settings.
+        subject: the model or dataset that it is about.
+        records: all trials.
+        confirmed: settings that were judged again; guidance studies only.
+        pictures: trial -> its images, uint8 [N, H, W, C].
+        command: the command that runs the study.
         notes: lines about cost and time.
     """
 
@@ -60,21 +61,21 @@ class Page:
     notes: Sequence[str] = ()
 
     def figures(self) -> dict[str, Figure]:
-        """Name -> interactive picture; those that the records are too few for are missing."""
+        """Return the interactive figures by name; figures that need more trials are missing."""
         objectives = self.study.objectives
         found = {"history": history(self.records, objectives[0])}
         for other in objectives[:-1]:
             found[f"pareto_{other}"] = pareto(self.records, objectives, other)
-        if len(done(self.records)) >= LEAST:
+        if len(done(self.records)) >= MIN_JUDGED:
             found["importances"] = importances(self.study, self.records)
             found["parallel"] = parallel(self.records, objectives[0])
         return found
 
     def html(self) -> str:
-        """The page."""
+        """Return the page as HTML."""
         figures = self.figures()
         drawn = {
-            # The library once, in the page itself: it opens offline.
+            # Plotly's library is embedded once, so that the page opens offline.
             name: figure.to_html(full_html=False, include_plotlyjs=i == 0, default_height="440px")
             for i, (name, figure) in enumerate(figures.items())
         }
@@ -98,7 +99,7 @@ class Page:
 
 
 def history(records: Sequence[TrialRecord], objective: Objective) -> Figure:
-    """Each trial's score in the order of the trials, and the best so far."""
+    """Plot each trial's score in the order of the trials, and the best so far."""
     import plotly.graph_objects as go
 
     figure = go.Figure()
@@ -122,7 +123,7 @@ def history(records: Sequence[TrialRecord], objective: Objective) -> Figure:
 
 
 def pareto(records: Sequence[TrialRecord], objectives: Sequence[Objective], shown: Objective) -> Figure:
-    """One objective against the last; of two, the trials that nothing beats in both are joined."""
+    """Plot one objective against the last one, with the Pareto front; of two objectives, its trials are joined."""
     import plotly.graph_objects as go
 
     across = objectives[-1]
@@ -149,25 +150,25 @@ def pareto(records: Sequence[TrialRecord], objectives: Sequence[Objective], show
 
 
 def importances(study: StudyConfig, records: Sequence[TrialRecord]) -> Figure:
-    """How much of the first objective's variance each parameter explains (fANOVA, Hutter et al. 2014)."""
+    """Plot how much of the first objective's variance each parameter explains (fANOVA, Hutter et al. 2014)."""
     import optuna
     import plotly.graph_objects as go
 
     past = past_of(study, done(records))
     target = (lambda trial: trial.values[0]) if len(past.directions) > 1 else None
-    # Parameters that only some trials have cannot be compared; those that all have can.
+    # fANOVA can only compare parameters that all trials have.
     shared = set.intersection(*(set(r.params) for r in done(records)))
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     try:
         found = optuna.importance.get_param_importances(past, evaluator=evaluator, params=sorted(shared), target=target)
-    except (RuntimeError, ValueError):  # all scores alike: nothing explains nothing
+    except (RuntimeError, ValueError):  # all scores are equal, so there is no variance to explain
         found = {}
     figure = go.Figure(go.Bar(x=list(found.values())[::-1], y=list(found)[::-1], orientation="h"))
     return _titled(figure, "Parameter importances", f"share of the variance of {LABELS[study.objectives[0]]}", "")
 
 
 def parallel(records: Sequence[TrialRecord], objective: Objective) -> Figure:
-    """A line for each trial through its parameters, coloured by its first objective."""
+    """Plot a line for each trial through its parameters, coloured by an objective."""
     import plotly.graph_objects as go
 
     judged = done(records)
@@ -192,7 +193,7 @@ def parallel(records: Sequence[TrialRecord], objective: Objective) -> Figure:
 
 
 def png(figure: Figure) -> bytes | None:
-    """A still picture of an interactive one; None where plotly has no browser to draw with."""
+    """Render a figure as PNG; None where plotly finds no browser to render with."""
     try:
         return bytes(figure.to_image("png", width=1000, height=480))
     except (ValueError, RuntimeError, ImportError, OSError):
@@ -200,6 +201,7 @@ def png(figure: Figure) -> bytes | None:
 
 
 def _titled(figure: Figure, title: str, x: str, y: str, *, log_y: bool = False, top: int = 60) -> Figure:
+    """Return the figure with title, axis titles and margins set."""
     figure.update_layout(
         title=title, xaxis_title=x, yaxis_title=y, template="plotly_white", margin={"t": top, "l": 70, "r": 30, "b": 60}
     )
@@ -209,11 +211,13 @@ def _titled(figure: Figure, title: str, x: str, y: str, *, log_y: bool = False, 
 
 
 def _inline(pixels: Any) -> str:
+    """Return a grid of images as a data URL."""
     buffer = io.BytesIO()
     Image.fromarray(label_grid(pixels, min(len(pixels), 10))).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _count(states: Iterable[str]) -> str:
+    """Return the number of trials in each state, in words."""
     listed = list(states)
     return html.escape(", ".join(f"{listed.count(s)} {s}" for s in dict.fromkeys(listed)))

@@ -1,11 +1,11 @@
-"""Whole studies: from a MODEL or a configuration to records, an MLflow run with its page, and the winner's settings."""
+"""Run a whole study: from a model or a configuration to records, an MLflow run with a page, and the best settings."""
 
 from __future__ import annotations
 
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,35 +14,40 @@ import ray
 from ddpm.generate import SamplingSettings
 from pipelines import models, tracking
 from pipelines.config import Config
+from pipelines.display import StageNotice
 from pipelines.evaluation import evaluate as evaluation
+from pipelines.evaluation.evaluate import Evaluator
 from pipelines.models import Resolved
 from pipelines.search import guidance_search, training_search
 from pipelines.search.guidance_search import GuidanceResult, base_of, guides_of, subject_of
-from pipelines.search.observer import Observer, Report
+from pipelines.search.observer import Observer, OnChange
 from pipelines.search.page import Page, png
-from pipelines.search.space import StudyConfig, apply, check_space
-from pipelines.search.study import StudyStore, TrialRecord, best, done, earlier_points
-from pipelines.shards.index import read_dataset
+from pipelines.search.space import apply, check_space
+from pipelines.search.study import StudyStore, TrialRecord, best, count_states, done, earlier_points
+from pipelines.search.study_config import StudyConfig
+from pipelines.search.training_trial import Shared, rungs
+from pipelines.search.trial_seconds import median_seconds
+from pipelines.shards.index import Dataset, read_dataset
+from pipelines.shards.read import Batch
 from pipelines.storage import Storage, join
 from pipelines.tracking import Tracker
 from pipelines.training.driver import check_dataset
 from pipelines.training.ray_train.resources import connect_ray
 
-Say = Callable[[str, str], None]
-# A trial that fails is a line of the study's own; Tune would add the stack of every actor around it.
+# A study shows a failed trial in one line of its own; Tune would add the stack traces of all actors.
 logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True)
 class StudyResult:
-    """What a study leaves behind.
+    """The result of a study.
 
     Attributes:
-        tracker: its MLflow run.
-        records: every trial.
-        best: of them.
-        page: its HTML page, beside the records.
-        answer: for --json.
+        tracker: the MLflow run of the study.
+        records: all trials.
+        best: the trial that is best in the first objective; None where no trial finished.
+        page: address of the HTML page, beside the records.
+        answer: the result as JSON types, for `--json`.
     """
 
     tracker: Tracker
@@ -60,13 +65,23 @@ def guidance_study(
     *,
     resume: bool,
     after: Sequence[str],
-    report: Report,
-    say: Say,
+    on_change: OnChange,
+    notice: StageNotice,
 ) -> StudyResult:
-    """`ddpm search guidance`: see `guidance_search`.
+    """Run the study of `ddpm search guidance`; see `guidance_search`.
+
+    Args:
+        config: configuration; the model's own sampling settings replace those in it.
+        reference: the model, such as `models:/NAME@alias`.
+        name: of the study.
+        study: its settings.
+        resume: whether it may exist already.
+        after: names of earlier studies whose best trials are tried first.
+        on_change: called after every change of a trial.
+        notice: called with "study" and a line of text.
 
     Raises:
-        ConfigError, StudyError, ModelError, DatasetError: before anything starts.
+        ConfigError, StudyError, ModelError, DatasetError: the study cannot start.
     """
     began = time.monotonic()
     storage = Storage.of(config)
@@ -75,13 +90,12 @@ def guidance_study(
     check_space(study, base)
     first = earlier_points(study, base, [StudyStore.of(config, other) for other in after])
     dataset = read_dataset(resolved.model.spec.lineage.get("dataset_uri", config.data.uri), storage)
-    splits = evaluation.open_splits(dataset, storage, config.data.cache_dir, config.data.cache_gib)
-    evaluator = evaluation.get_evaluator(dataset, splits, storage, lambda text: say("study", text))
+    splits, evaluator = _open_evaluation(dataset, config, storage, notice)
     guides = guides_of(resolved.model, study, base, storage)
     subject = subject_of(resolved.model, evaluator, splits, guides)
     connect_ray(config, storage)
     store, tracker = StudyStore.of(config, name), _open_run(config, name, study, reference)
-    observer = Observer(store, study, tracker, config.tracking.experiment, study.samples, report)
+    observer = Observer(store, study, tracker, config.tracking.experiment, study.samples, on_change)
     found = guidance_search.search(
         subject,
         study,
@@ -93,8 +107,22 @@ def guidance_study(
         first=first,
     )
     observer.settle()
-    seconds = time.monotonic() - began
-    _write_sampling(resolved, found, name, say)
+    _write_sampling(resolved, found, name, notice)
+    return _publish_guidance(found, resolved, reference, study, base, store, tracker, time.monotonic() - began)
+
+
+def _publish_guidance(
+    found: GuidanceResult,
+    resolved: Resolved,
+    reference: str,
+    study: StudyConfig,
+    base: Config,
+    store: StudyStore,
+    tracker: Tracker,
+    seconds: float,
+) -> StudyResult:
+    """Write the page and the best settings of a guidance study that took so many seconds, and return its result."""
+    name = store.name
     page = Page(
         name,
         study,
@@ -131,50 +159,61 @@ def training_study(
     *,
     resume: bool,
     after: Sequence[str],
-    report: Report,
-    say: Say,
+    on_change: OnChange,
+    notice: StageNotice,
 ) -> StudyResult:
-    """`ddpm search training`: see `training_search`.
+    """Run the study of `ddpm search training`; see `training_search`.
+
+    Args:
+        config: the configuration that the trials vary.
+        lineage: which code runs, see `pipelines.lineage`.
+        name, study, resume, after, on_change, notice: as for `guidance_study`.
 
     Raises:
-        ConfigError, StudyError, DatasetError: before anything starts.
+        ConfigError, StudyError, DatasetError: the study cannot start.
     """
     began = time.monotonic()
     check_space(study, config)
-    training_search.rungs(config.images, config.batch_size, study)
+    rungs(config.images, config.batch_size, study)
     first = earlier_points(study, config, [StudyStore.of(config, other) for other in after])
     storage = Storage.of(config)
     dataset = read_dataset(config.data.uri, storage)
     check_dataset(dataset, config)
-    splits = evaluation.open_splits(dataset, storage, config.data.cache_dir, config.data.cache_gib)
-    evaluator = evaluation.get_evaluator(dataset, splits, storage, lambda text: say("study", text))
+    splits, evaluator = _open_evaluation(dataset, config, storage, notice)
     connect_ray(config, storage)
     training_search.concurrency(study, config, ray.cluster_resources())
     store = StudyStore.of(config, name)
     records = store.open(study, config, dataset.digest, resume=resume)
     tracker = _open_run(config, name, study, dataset.uri)
-    observer = Observer(store, study, tracker, config.tracking.experiment, config.images, report)
+    observer = Observer(store, study, tracker, config.tracking.experiment, config.images, on_change)
     observer.begin(records)
-    shared = training_search.Shared.of(study, config, name, lineage, evaluator.network, splits)
+    shared = Shared.of(study, config, name, lineage, evaluator.network, splits)
     training_search.run_trials(shared, records, observer, first)
     observer.settle()
-    records = store.records()
+    return _publish_training(config, study, dataset.uri, store, tracker, began)
+
+
+def _publish_training(
+    config: Config, study: StudyConfig, dataset_uri: str, store: StudyStore, tracker: Tracker, began: float
+) -> StudyResult:
+    """Write the page and the best configuration of a training study, and return its result."""
+    name, records = store.name, store.records()
     seen = sum(r.scores.get("images_seen", 0) for r in records)
-    spent = training_search.median_seconds(records, config, name, storage)
+    spent = median_seconds(records, config, name, store.storage)
     notes = [
         f"Each trial trains on up to {config.images:,} images; together they saw {seen:,.0f}, where training each to "
         f"its end would have taken {config.images * len(records):,}.",
         *([f"Median seconds of a trial: {_listed(spent)}."] if spent else []),
         f"{time.monotonic() - began:,.0f} s for this call.",
     ]
-    page = Page(name, study, dataset.uri, records, command=f"ddpm search training --study {name} …", notes=notes)
+    page = Page(name, study, dataset_uri, records, command=f"ddpm search training --study {name} …", notes=notes)
     where = _publish(page, store, tracker)
     top = best(records, study.objectives[0])
     if top is not None:
         chosen = apply(config, top.params).model_copy(update={"name": f"{name}-best"})
         text = tracking.to_json(chosen.model_dump(mode="json"))
         tracker.text(text, "best/config.json")
-        storage.write(join(store.uri, "best.json"), text.encode())
+        store.storage.write(join(store.uri, "best.json"), text.encode())
     answer = {
         "study": name,
         "run_id": tracker.run_id,
@@ -188,8 +227,16 @@ def training_study(
     return StudyResult(tracker, records, top, where, answer)
 
 
+def _open_evaluation(
+    dataset: Dataset, config: Config, storage: Storage, notice: StageNotice
+) -> tuple[dict[str, Batch], Evaluator]:
+    """Return the real samples of a dataset by split, and its evaluator."""
+    splits = evaluation.open_splits(dataset, storage, config.data.cache_dir, config.data.cache_gib)
+    return splits, evaluation.get_evaluator(dataset, splits, storage, lambda text: notice("study", text))
+
+
 def _open_run(config: Config, name: str, study: StudyConfig, subject: str) -> Tracker:
-    """The study's MLflow run, the parent of its trials'."""
+    """Open the study's MLflow run, the parent of its trials' runs."""
     assert config.tracking.uri is not None
     note = f"{study.kind} study of {subject}; its trials are the runs below it, its page is the artifact `study.html`."
     tags = {"ddpm.study": name, "ddpm.study.kind": study.kind, "mlflow.note.content": note}
@@ -199,7 +246,10 @@ def _open_run(config: Config, name: str, study: StudyConfig, subject: str) -> Tr
 
 
 def _publish(page: Page, store: StudyStore, tracker: Tracker) -> str:
-    """The page beside the records and in the run, with still pictures where they can be drawn."""
+    """Write the study's page beside the records and into its MLflow run, and return its address.
+
+    Figures are logged as well, as PNG where plotly can render them.
+    """
     text = page.html()
     where = join(store.uri, "study.html")
     store.storage.write(where, text.encode())
@@ -218,43 +268,43 @@ def _publish(page: Page, store: StudyStore, tracker: Tracker) -> str:
 
 
 def _identity(resolved: Resolved) -> str:
-    """The same for the same weights, whatever they are called."""
+    """Return a text that is equal for equal weights, whichever reference names them."""
     lineage = resolved.model.spec.lineage
     return json.dumps({key: lineage.get(key) for key in ("run_id", "images_seen", "dataset_digest")}, sort_keys=True)
 
 
-def _write_sampling(resolved: Resolved, found: GuidanceResult, name: str, say: Say) -> None:
-    """The winner's settings as the defaults of a registered version; nothing where none beats what it has."""
+def _write_sampling(resolved: Resolved, found: GuidanceResult, name: str, notice: StageNotice) -> None:
+    """Make the winner's settings the defaults of the registered version; change nothing where there is no winner."""
     winner = found.winner
     if winner is None:
-        say("study", "no setting beats the model's own by more than chance: its defaults stay")
+        notice("study", "no setting beats the model's own by more than chance: its defaults stay")
         return
     assert winner.gain is not None
     gained = f"{winner.gain.value:.3f} ({winner.gain.low:.3f} to {winner.gain.high:.3f})"
-    say("study", f"trial {winner.trial} beats the model's own setting by {gained} on fresh seeds")
+    notice("study", f"trial {winner.trial} beats the model's own setting by {gained} on fresh seeds")
     version = resolved.version
     if version is None or resolved.tracker is None:
-        say("study", "the model is no registered version: use the settings of best/sampling.json")
+        notice("study", "the model is no registered version: use the settings of best/sampling.json")
         return
     tags = {"sampling": json.dumps(asdict(winner.settings)), "sampling.study": name, "sampling.gain": gained}
     tracking.set_version_tags(resolved.tracker.uri, version.name, version.version, tags)
-    say("study", f"written onto {version.uri} as its default sampling")
+    notice("study", f"written onto {version.uri} as its default sampling")
 
 
 def _cost(found: GuidanceResult, resolved: Resolved, study: StudyConfig, seconds: float) -> list[str]:
-    """What was spent, in network evaluations, beside the training that it did not need."""
+    """Return notes on the cost of a study in network evaluations, compared with that of the model's training."""
     trials = sum(r.scores.get("evaluations", 0) * r.scores.get("samples", 0) for r in done(found.records))
-    fresh = sum(c.scores["evaluations"] * study.confirm_samples for c in found.confirmed)
-    spent = trials + fresh
-    # A training step is a forward and a backward pass, which costs about two: three evaluations an image.
+    confirming = sum(c.scores["evaluations"] * study.confirm_samples for c in found.confirmed)
+    spent = trials + confirming
+    # A training step costs about three evaluations per image: a forward pass, and a backward pass that costs two.
     seen = int(resolved.model.spec.lineage.get("images_seen") or 0)
     beside = f"; the training of the model took about {3 * seen:,} (3 for each of {seen:,} images)" if seen else ""
-    shares = f"{trials:,.0f} in trials, {fresh:,.0f} to confirm"
+    shares = f"{trials:,.0f} in trials, {confirming:,.0f} to confirm"
     return [f"{spent:,.0f} network evaluations ({shares}){beside}.", f"{seconds:,.0f} s for this call."]
 
 
 def _overrides(config: Config, settings: SamplingSettings) -> str:
-    """Sampler and guidance as `ddpm` takes them."""
+    """Return sampler and guidance as overrides for the command line."""
     plain = base_of(config, settings).model_dump(mode="json", include={"guidance", "sampler"})
     kind = plain["sampler"].pop("kind")
     fields = [
@@ -264,10 +314,5 @@ def _overrides(config: Config, settings: SamplingSettings) -> str:
 
 
 def _listed(seconds: Mapping[str, float]) -> str:
+    """Return seconds by name in words."""
     return ", ".join(f"{part} {value:.1f}" for part, value in seconds.items())
-
-
-def count_states(records: list[TrialRecord]) -> dict[str, int]:
-    """Trials by state."""
-    states = [record.state for record in records]
-    return {state: states.count(state) for state in ("finished", "stopped", "failed", "running")}

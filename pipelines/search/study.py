@@ -1,7 +1,7 @@
-"""The record of a study: what each trial tried and how it was judged, one file a trial, so that nothing is done twice.
+"""The records of a study: one file for each trial, with its parameters, state and scores.
 
-Whatever dies, the records are the truth: a study that goes on reads them, gives what is finished to Optuna as its past,
-asks for what was begun again, and counts both.
+They are the only state of a study. A resumed study reads them, gives the ended trials to Optuna, runs those that were
+running again, and counts both towards its number of trials.
 """
 
 from __future__ import annotations
@@ -10,40 +10,40 @@ import hashlib
 import json
 import math
 import time
-import warnings
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.config import Config, ConfigError
 from pipelines.errors import PipelineError
-from pipelines.search.space import DIRECTIONS, Choice, Int, Log, Objective, Params, StudyConfig, Uniform, Value, apply
+from pipelines.search.parameters import Params, Value
+from pipelines.search.space import apply
+from pipelines.search.study_config import DIRECTIONS, Objective, StudyConfig
 from pipelines.storage import NotFoundError, Storage, join
 
-State = Literal["running", "finished", "stopped", "failed"]
+State = Literal["finished", "stopped", "failed", "running"]
 
 
 class StudyError(PipelineError):
-    """A study that cannot start or go on; says why and what to do."""
+    """A study cannot start or be resumed."""
 
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One trial.
+    """The record of one trial.
 
     Attributes:
-        trial: its name, the same for the same parameters.
-        params: what it tried.
-        state: "stopped" before its end because others were better; "failed" with `error`.
-        scores: the last that were reported.
-        history: scores in the order in which they were reported.
-        run_id: of its MLflow run.
-        seconds: it took.
+        trial: name, equal for equal parameters.
+        params: path in the configuration -> value.
+        state: "stopped" means before its end, because other trials were better; "failed" has an `error`.
+        scores: the last reported scores by name.
+        history: all reported scores, in order.
+        run_id: ID of its MLflow run; None before it has one.
+        seconds: wall time from `began` to its end.
         error: why it failed.
-        began: when, seconds since 1970.
+        began: start time, in seconds since the epoch.
     """
 
     trial: str
@@ -57,43 +57,48 @@ class TrialRecord:
     began: float = field(default_factory=time.time)
 
     def reported(self, scores: Mapping[str, float]) -> TrialRecord:
-        """With one more report."""
+        """Return the record with one more report of scores."""
         plain = {name: float(value) for name, value in scores.items()}
         return replace(self, scores=plain, history=[*self.history, plain])
 
     def ended(self, state: State, error: str | None = None) -> TrialRecord:
-        """At its end."""
+        """Return the record of a trial that has ended in a state."""
         return replace(self, state=state, error=error, seconds=time.time() - self.began)
 
 
 def trial_name(params: Params) -> str:
-    """A name that depends on what is tried alone."""
+    """Return the name of a trial, a digest of its parameters."""
     return hashlib.sha256(json.dumps(dict(sorted(params.items()))).encode()).hexdigest()[:10]
 
 
 @dataclass(frozen=True)
 class StudyStore:
-    """Where a study's records are: `ROOT/studies/NAME/study.json` and `trials/TRIAL.json`."""
+    """The folder of a study, `ROOT/studies/NAME`, with `study.json` and `trials/TRIAL.json`."""
 
     storage: Storage
     uri: str
 
     @classmethod
     def of(cls, config: Config, name: str) -> StudyStore:
-        """For a study of this name."""
+        """Return the store of the study of this name."""
         return cls(Storage.of(config), join(config.storage.root, "studies", name))
 
+    @property
+    def name(self) -> str:
+        """Return the name of the study."""
+        return self.uri.rsplit("/", 1)[-1]
+
     def open(self, study: StudyConfig, base: Config, subject: str, *, resume: bool) -> list[TrialRecord]:
-        """The trials so far of a study that begins or goes on.
+        """Create a study, or check that it can be resumed, and return the trials so far.
 
         Args:
-            study: what it tries.
-            base: what its trials share.
-            subject: what it is about, such as the model that is sampled.
-            resume: whether it may have begun.
+            study: its settings.
+            base: the configuration that its trials share.
+            subject: identifies the model that is sampled, or the dataset that is trained on.
+            resume: whether the study may exist already.
 
         Raises:
-            StudyError: it has begun and is not to be resumed, or it is of other settings.
+            StudyError: it exists and `resume` is false, or it has other settings.
         """
         described = self.describe(study, base, subject)
         try:
@@ -101,20 +106,24 @@ class StudyStore:
         except NotFoundError:
             self.storage.write(join(self.uri, "study.json"), json.dumps(described, indent=1).encode())
             return []
-        name = self.uri.rsplit("/", 1)[-1]
         if not resume:
-            raise StudyError(f"a study '{name}' is at {self.uri}: go on with --resume, or give another --study NAME")
+            raise StudyError(
+                f"a study '{self.name}' is at {self.uri}: go on with --resume, or give another --study NAME"
+            )
         differing = [key for key in described if key != "trials" and before.get(key) != described[key]]
         if differing:
             raise StudyError(
-                f"the study '{name}' was begun with another {', '.join(differing)}: resume it with the same, "
+                f"the study '{self.name}' was begun with another {', '.join(differing)}: resume it with the same, "
                 "or begin another with --study NAME"
             )
         return self.records()
 
     @staticmethod
     def describe(study: StudyConfig, base: Config, subject: str) -> dict[str, Any]:
-        """What makes a study this one; the number of trials may grow, and the machines may be others."""
+        """Return what a resumed study is compared by.
+
+        The number of trials may grow, and fields that name machines, addresses and caches are left out.
+        """
         plain = study.model_dump(mode="json", by_alias=True)
         machines: dict[str, Any] = {
             "cluster": True,
@@ -126,7 +135,7 @@ class StudyStore:
         return json.loads(json.dumps({"space": plain, "config": shared, "subject": subject, "trials": trials}))
 
     def description(self) -> dict[str, Any]:
-        """`study.json`.
+        """Return the content of `study.json`.
 
         Raises:
             StudyError: there is no such study.
@@ -138,48 +147,66 @@ class StudyStore:
             there = sorted({e.uri[len(folder) + 1 :].split("/")[0] for e in self.storage.list(folder)})
             raise StudyError(f"no study at {self.uri}; there are: {', '.join(there) or 'none'}") from error
 
+    def study(self) -> StudyConfig:
+        """Return the study as it was last started.
+
+        Raises:
+            StudyError: there is no such study.
+        """
+        described = self.description()
+        return StudyConfig.model_validate({**described["space"], "trials": described["trials"]})
+
     def record(self, record: TrialRecord) -> None:
-        """Keep a trial as it stands."""
+        """Write the record of a trial."""
         where = join(self.uri, "trials", f"{record.trial}.json")
         self.storage.write(where, json.dumps(asdict(record), indent=1).encode())
 
     def get(self, trial: str) -> TrialRecord | None:
-        """A trial, if it has begun."""
+        """Return the record of a trial, or None where it has not begun."""
         try:
             return TrialRecord(**json.loads(self.storage.read(join(self.uri, "trials", f"{trial}.json"))))
         except NotFoundError:
             return None
 
     def records(self) -> list[TrialRecord]:
-        """Every trial, in the order in which they began."""
+        """Return all records, in the order in which the trials began."""
         found = self.storage.list(join(self.uri, "trials"))
         with ThreadPoolExecutor(8) as pool:
             records = pool.map(lambda entry: TrialRecord(**json.loads(self.storage.read(entry.uri))), found)
         return sorted(records, key=lambda record: record.began)
 
 
-# --- what the records say ------------------------------------------------------------------------------------
+# --- comparison of records -----------------------------------------------------------------------------------
 
 
 def done(records: Iterable[TrialRecord]) -> list[TrialRecord]:
-    """Those that ran to their end, or as far as others allowed."""
+    """Return the records of trials that finished or were stopped."""
     return [record for record in records if record.state in ("finished", "stopped")]
 
 
+def count_states(records: Iterable[TrialRecord]) -> dict[str, int]:
+    """Return the number of trials in each state."""
+    states = [record.state for record in records]
+    return {state: states.count(state) for state in typing.get_args(State)}
+
+
 def loss(record: TrialRecord, objective: Objective) -> float:
-    """How bad a trial is, lower is better; infinite where it was not judged, or not to a number."""
+    """Return the objective of a trial with the sign that makes lower better; infinity where it has no finite score."""
     score = record.scores.get(objective, math.nan)
     return math.inf if not math.isfinite(score) else score if DIRECTIONS[objective] == "min" else -score
 
 
 def best(records: Iterable[TrialRecord], objective: Objective = "frechet_distance") -> TrialRecord | None:
-    """The best finished trial; a stopped one was judged on less."""
+    """Return the best finished trial, or None; a stopped one was judged with less training or fewer samples."""
     finished = [r for r in records if r.state == "finished" and math.isfinite(loss(r, objective))]
     return min(finished, key=lambda record: loss(record, objective), default=None)
 
 
 def pareto_front(records: Iterable[TrialRecord], objectives: Sequence[Objective]) -> list[TrialRecord]:
-    """The finished trials that no other is better than in one objective and as good in the rest; by the last one."""
+    """Return the finished trials that no other trial dominates, ordered by the last objective.
+
+    A trial dominates another that it equals or beats in every objective and beats in at least one.
+    """
     finished = [r for r in records if r.state == "finished" and all(math.isfinite(loss(r, o)) for o in objectives)]
 
     def beats(a: TrialRecord, b: TrialRecord) -> bool:
@@ -191,7 +218,11 @@ def pareto_front(records: Iterable[TrialRecord], objectives: Sequence[Objective]
 
 
 def earlier_points(study: StudyConfig, base: Config, stores: Iterable[StudyStore], each: int = 3) -> list[Params]:
-    """The best parameters of earlier studies, as far as they are in this one's space: what it begins with.
+    """Return the best parameters of earlier studies, as far as they are in this study's space, to try first.
+
+    Args:
+        stores: of the earlier studies.
+        each: number of trials that are taken from each.
 
     Raises:
         StudyError: there is no such study.
@@ -208,107 +239,3 @@ def earlier_points(study: StudyConfig, base: Config, stores: Iterable[StudyStore
                 continue
             found.setdefault(trial_name(params), params)
     return list(found.values())
-
-
-# --- Optuna --------------------------------------------------------------------------------------------------
-
-
-def past_of(study: StudyConfig, records: Iterable[TrialRecord], storage: Any = None) -> Any:
-    """An Optuna study that knows the records: what TPE learns from, and what the pictures are made of.
-
-    Args:
-        storage: Optuna's; None for memory.
-    """
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    past = optuna.create_study(
-        storage=storage or optuna.storages.InMemoryStorage(),
-        study_name="study",
-        directions=["minimize" if DIRECTIONS[o] == "min" else "maximize" for o in study.objectives],
-    )
-    for record in records:
-        values = [record.scores.get(metric, math.nan) for metric in study.objectives]
-        judged = record.state in ("finished", "stopped") and all(map(math.isfinite, values))
-        state = optuna.trial.TrialState.COMPLETE if judged else optuna.trial.TrialState.FAIL
-        if record.state == "running":
-            continue
-        past.add_trial(
-            optuna.trial.create_trial(
-                state=state,
-                values=values if judged else None,
-                params=dict(record.params),
-                distributions={path: _distribution(study, path) for path in record.params},
-                user_attrs={"trial": record.trial},
-            )
-        )
-    return past
-
-
-def searcher(
-    study: StudyConfig, base: Config, records: Sequence[TrialRecord], folder: Path, first: Sequence[Params] = ()
-) -> Any:
-    """Ray Tune's `OptunaSearch` (TPE, multivariate) that goes on from the records.
-
-    Args:
-        records: of this study: those that have ended are its past, those that were running come first.
-        folder: for Optuna's journal, as long as the search lasts: Ray Tune pickles what it is given.
-        first: tried before anything else, such as the best of earlier studies or the present default.
-    """
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-    from ray.tune.search.optuna import OptunaSearch
-
-    ended = [record for record in records if record.state != "running"]
-    storage = JournalStorage(JournalFileBackend(str(folder / "optuna.journal")))
-    past_of(study, ended, storage)
-    tried = {record.trial for record in ended}
-    again = [dict(r.params) for r in records if r.state == "running"]
-    modes = [DIRECTIONS[objective] for objective in study.objectives]
-    points = again + [dict(p) for p in first if trial_name(p) not in tried | {trial_name(a) for a in again}]
-    return OptunaSearch(
-        space=partial(_suggest, study, base),
-        metric=list(study.objectives) if len(study.objectives) > 1 else study.objectives[0],
-        mode=modes if len(modes) > 1 else modes[0],
-        points_to_evaluate=points or None,
-        sampler=sampler(study.seed + len(ended), study.random_trials),
-        study_name="study",
-        storage=storage,
-    )
-
-
-def sampler(seed: int, random_trials: int) -> Any:
-    """Optuna's tree-structured Parzen estimator as studies use it.
-
-    Args:
-        random_trials: before it takes over, what has ended included.
-    """
-    import optuna
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of `group` and `constant_liar`
-        return optuna.samplers.TPESampler(
-            multivariate=True,
-            group=True,  # conditional parameters: each group of those that exist together has a model of its own
-            seed=seed,
-            n_startup_trials=random_trials,
-            constant_liar=True,  # trials that run at a time do not all try the same
-        )
-
-
-def _suggest(study: StudyConfig, base: Config, trial: Any) -> dict[str, Value]:
-    return study.suggest(trial, base)
-
-
-def _distribution(study: StudyConfig, path: str) -> Any:
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    parameter = study.space[path]
-    if isinstance(parameter, Uniform):
-        return FloatDistribution(*parameter.uniform)
-    if isinstance(parameter, Log):
-        return FloatDistribution(*parameter.log, log=True)
-    if isinstance(parameter, Int):
-        return IntDistribution(*parameter.bounds)
-    assert isinstance(parameter, Choice)
-    return CategoricalDistribution(parameter.choice)

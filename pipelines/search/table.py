@@ -1,9 +1,9 @@
-"""The table of a running study: its trials, the best so far, budget used and time left."""
+"""Tables of a study's trials for the terminal, and lines for output that is no terminal."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -11,37 +11,39 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.search.observer import AXIS, Observer, describe_params
-from pipelines.search.space import StudyConfig
+from pipelines.display import StageNotice
+from pipelines.search.observer import AXIS, Observer, OnChange, describe_params
 from pipelines.search.study import TrialRecord, best
+from pipelines.search.study_config import StudyConfig
 
 SHOWN = 12
-"""Trials in the table: the running ones, then the newest."""
+"""Rows of the live table: the running trials, then the newest."""
 
 AXIS_WORDS = {AXIS["training"]: "images", AXIS["guidance"]: "samples"}
+"""The axis of a trial's reports in words."""
 
 
 @contextmanager
-def shown(console: Console, say: Callable[[str, str], None]) -> Iterator[Callable[[Observer], None]]:
-    """A table that follows a study on a terminal, lines for trials that end elsewhere; call it with the observer."""
+def shown(console: Console, notice: StageNotice) -> Iterator[OnChange]:
+    """Yield a callback that shows a study: as a live table on a terminal, else as a line for each trial that ends."""
     if console.is_terminal:
         with Live(console=console, refresh_per_second=4) as live:
             yield lambda observer: live.update(_view(observer))
         return
-    told: set[tuple[str, str]] = set()
+    printed: set[tuple[str, str]] = set()
 
-    def tell(observer: Observer) -> None:
+    def print_ended(observer: Observer) -> None:
         for record in observer.records.values():
-            if record.state != "running" and (record.trial, record.state) not in told:
-                told.add((record.trial, record.state))
+            if record.state != "running" and (record.trial, record.state) not in printed:
+                printed.add((record.trial, record.state))
                 ended = sum(r.state != "running" for r in observer.records.values())
-                say("trial", f"{ended}/{observer.study.trials}  {line(record)}")
+                notice("trial", f"{ended}/{observer.study.trials}  {line(record)}")
 
-    yield tell
+    yield print_ended
 
 
 def line(record: TrialRecord) -> str:
-    """A trial in words."""
+    """Return a trial in one line: name, state, distance and parameters."""
     distance = record.scores.get("frechet_distance")
     judged = "" if distance is None else f" at distance {distance:.3f}"
     # The distance of few samples is biased upwards: it stands beside their number.
@@ -52,12 +54,12 @@ def line(record: TrialRecord) -> str:
 
 
 def progress(observer: Observer) -> str:
-    """Budget used, time left, best so far."""
+    """Return in words how many trials have ended, the time used and left, and the best trial."""
     records = list(observer.records.values())
     ended = sum(r.state != "running" for r in records)
-    here = ended - observer.before
+    ended_here = ended - observer.before
     elapsed = time.monotonic() - observer.began
-    left = (observer.study.trials - ended) * elapsed / here if here else None
+    left = (observer.study.trials - ended) * elapsed / ended_here if ended_here else None
     first = observer.best
     return ", ".join(
         part
@@ -72,7 +74,11 @@ def progress(observer: Observer) -> str:
 
 
 def table(study: StudyConfig, records: Sequence[TrialRecord], limit: int | None = None) -> Table:
-    """Trials with the running ones first, then the newest; parameters on one line each where trials are limited."""
+    """Return a table of trials, the running ones first, then the newest.
+
+    Args:
+        limit: number of rows; None for all trials. With a limit, parameters are cut to one line.
+    """
     ordered = sorted(records, key=lambda r: (r.state != "running", -r.began))[:limit]
     first = best(records, study.objectives[0])
     columns = Table(box=None, pad_edge=False)
@@ -95,10 +101,12 @@ def table(study: StudyConfig, records: Sequence[TrialRecord], limit: int | None 
 
 
 def _number(record: TrialRecord, name: str, form: str) -> str:
+    """Return a score in a format, or nothing where the trial has none."""
     return format(record.scores[name], form) if name in record.scores else ""
 
 
 def _view(observer: Observer) -> Table:
+    """Return the live table with the progress below it."""
     view = Table.grid()
     view.add_row(table(observer.study, list(observer.records.values()), SHOWN))
     view.add_row(Text(progress(observer), style="bold cyan"))

@@ -1,4 +1,4 @@
-"""A node's shard cache: whole verified shards on local disk, and those that are still being put together."""
+"""A node's shard cache: complete, verified shards on local disk, and partial ones that are still being fetched."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from pipelines.storage import Storage, StorageError, join
 
 
 class ShardCorruptError(PipelineError):
-    """A shard whose bytes are not those that its dataset records, twice in a row."""
+    """The bytes of a shard differ from what its dataset records, on two reads."""
 
 
 @dataclass
 class FetchStats:
-    """What a process asked of the object store and of its node's cache.
+    """Counts of a process's reads from the object store and from the node's cache.
 
     Attributes:
-        requests: GETs of shards, those that went on after a broken connection included.
-        bytes: of shards, fetched.
-        whole_shards: shards brought into the cache by this process.
-        cached_reads: members read from whole shards.
-        block_reads: members read from ranged blocks.
+        requests: GETs of shards, including those that resumed after a broken connection.
+        bytes: bytes of shards that were fetched.
+        whole_shards: shards that this process put into the cache.
+        cached_reads: members read from complete shards in the cache.
+        block_reads: members read by ranged requests.
     """
 
     requests: int = 0
@@ -42,7 +42,7 @@ class FetchStats:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def metrics(self) -> dict[str, float]:
-        """As a run's curves have them: of this process, since it began."""
+        """Return the counts as metrics of a run, since the process began."""
         reads = self.cached_reads + self.block_reads
         return {
             "data/fetched_mib": self.bytes / 2**20,
@@ -52,17 +52,17 @@ class FetchStats:
         }
 
     def add(self, **counts: int) -> None:
-        """Count, from any thread."""
+        """Add to the counts, from any thread."""
         with self._lock:
             for name, count in counts.items():
                 setattr(self, name, getattr(self, name) + count)
 
 
 class ShardCache:
-    """Whole shards on local disk, by their SHA-256, shared by the processes of a node.
+    """Complete shards on local disk, named by their SHA-256 and shared by the processes of a node.
 
-    A shard appears under its name only when it is complete and verified. Beyond `limit_bytes` the least recently
-    opened are removed; whoever has one mapped keeps it. What a killed process leaves behind is overwritten by the next.
+    A shard gets its name only when it is complete and verified. Above `limit_bytes` the least recently used shards are
+    deleted; a process that has one mapped can still read it. Partial files of a killed process are overwritten.
     """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
@@ -71,7 +71,7 @@ class ShardCache:
         folder.mkdir(parents=True, exist_ok=True)
 
     def find(self, shard: ShardInfo) -> Path | None:
-        """The path of a verified copy where there is one, which then counts as used."""
+        """Return the path of a verified copy, and mark it as used; None where there is none."""
         path = self.path(shard)
         try:
             os.utime(path)
@@ -80,7 +80,7 @@ class ShardCache:
         return path
 
     def fetch(self, uri: str, shard: ShardInfo, storage: Storage, stats: FetchStats) -> Path:
-        """The path of a verified copy, brought in where it is missing; one process of the node at a time does so.
+        """Return the path of a verified copy; download it where it is missing, in one process of the node at a time.
 
         Raises:
             ShardCorruptError: two downloads in a row had the wrong checksum.
@@ -103,7 +103,7 @@ class ShardCache:
                 raise partial.corrupt(uri)
 
     def claim(self, shard: ShardInfo, block_bytes: int) -> PartialShard | None:
-        """The right to put a shard together; None where another process has it, or has just finished.
+        """Lock a shard for fetching; None where another process fetches it, or has just finished.
 
         Raises:
             StorageError: the disk has no room for it.
@@ -122,16 +122,16 @@ class ShardCache:
         return None
 
     def path(self, shard: ShardInfo) -> Path:
-        """Where a whole shard is, or will be."""
+        """Return the path of a complete shard, whether it exists or not."""
         return self.folder / f"{shard.sha256}.tar"
 
     def evict(self, keep: Path) -> None:
-        """Remove the least recently used beyond the limit."""
+        """Delete the least recently used shards above the size limit, except `keep`."""
         shards = []
         for path in self.folder.glob("*.tar"):
             try:
                 stat = path.stat()
-            except FileNotFoundError:  # another process was faster
+            except FileNotFoundError:  # deleted by another process
                 continue
             shards.append((stat.st_mtime, stat.st_size, path))
         excess = sum(size for _, size, _ in shards) - self.limit_bytes
@@ -143,18 +143,19 @@ class ShardCache:
                 path.unlink(missing_ok=True)
 
     def _lock_file(self, shard: ShardInfo) -> IO[str]:
+        """Open the lock file of a shard."""
         return (self.folder / f"{shard.sha256}.lock").open("w")
 
 
 class PartialShard:
-    """A shard on its way into the cache: a file with holes that ranged reads fill in any order, each byte fetched once.
+    """A shard that is being fetched into the cache: blocks arrive by ranged reads in any order, each byte once.
 
-    It has room on the disk for all of it from the start, so that a full disk is an error here and not a crash later.
-    Its process holds the shard's lock until it is closed.
+    The file is allocated in full at the start, so that a full disk raises an error here and does not crash the process
+    later. The process holds the shard's lock until the file is closed.
 
     Attributes:
-        blocks: number -> a future that is done when the block is in the file.
-        done: the path of the whole shard, or what went wrong.
+        blocks: block number -> a future that is done when the block is in the file.
+        done: a future of the path of the complete shard.
     """
 
     def __init__(self, cache: ShardCache, shard: ShardInfo, block_bytes: int, lock: IO[str] | None) -> None:
@@ -182,14 +183,14 @@ class PartialShard:
         self.close()
 
     def promise(self, numbers: Sequence[int]) -> tuple[list[Future[None]], list[int]]:
-        """A future for each block, and those that nobody has asked for yet: the caller has to fetch them."""
+        """Return a future for each block, and the numbers of those that the caller has to fetch."""
         with self._guard:
-            fresh = [n for n in numbers if n not in self.blocks]
-            self.blocks |= {n: Future() for n in fresh}
-            return [self.blocks[n] for n in numbers], fresh
+            missing = [n for n in numbers if n not in self.blocks]
+            self.blocks |= {n: Future() for n in missing}
+            return [self.blocks[n] for n in numbers], missing
 
     def missing(self, limit: int) -> list[int]:
-        """The next run of at most `limit` blocks that nobody has asked for; the caller has to fetch them."""
+        """Return the next consecutive blocks that nobody fetches, at most `limit`; the caller has to fetch them."""
         with self._guard:
             first = next((n for n in range(self.count) if n not in self.blocks), None)
             if first is None:
@@ -203,34 +204,34 @@ class PartialShard:
             return run
 
     def put(self, start: int, data: bytes) -> None:
-        """Bytes of the shard from `start` on."""
+        """Write bytes of the shard at position `start`."""
         os.pwrite(self._file.fileno(), data, start)
 
     def arrived(self, run: Sequence[int]) -> None:
-        """The bytes of these blocks are in the file."""
+        """Mark blocks as present in the file."""
         for n in run:
             self.blocks[n].set_result(None)
 
     def lost(self, run: Sequence[int], error: Exception) -> None:
-        """These blocks could not be fetched: whoever waits learns why, whoever asks next tries again."""
+        """Raise an error in the readers that wait for these blocks, and let the next reader fetch them again."""
         with self._guard:
             futures = [self.blocks.pop(n) for n in run]
         for future in futures:
             future.set_exception(error)
 
     def forget(self, numbers: Sequence[int]) -> None:
-        """Blocks that are there, but wrong: to be fetched again."""
+        """Let blocks be fetched again whose bytes are wrong."""
         with self._guard:
             for n in numbers:
                 if n in self.blocks and self.blocks[n].done():
                     del self.blocks[n]
 
     def read(self, start: int, stop: int) -> bytes:
-        """Bytes that have arrived."""
+        """Return bytes of blocks that are present."""
         return os.pread(self._file.fileno(), stop - start, start)
 
     def fetch_again(self, uri: str, storage: Storage, stats: FetchStats) -> None:
-        """Fetch every byte in one go."""
+        """Fetch the whole shard with one request."""
         at = 0
 
         def sink(part: bytes) -> None:
@@ -243,7 +244,7 @@ class PartialShard:
             stats.add(requests=requests, bytes=self.shard.bytes)
 
     def admit(self) -> bool:
-        """Give the file its name in the cache if it is the shard that it should be; whether it is."""
+        """Move the file to its name in the cache if its SHA-256 is right, and return whether it is."""
         if self.sha256() != self.shard.sha256:
             return False
         final = self.cache.path(self.shard)
@@ -253,12 +254,12 @@ class PartialShard:
         return True
 
     def sha256(self) -> str:
-        """Of all bytes."""
+        """Return the SHA-256 of the file."""
         self._file.seek(0)
         return hashlib.file_digest(self._file, "sha256").hexdigest()
 
     def corrupt(self, uri: str) -> ShardCorruptError:
-        """What to raise when a second download was wrong too."""
+        """Return the error for a shard that was wrong on a second download."""
         return ShardCorruptError(
             f"{join(uri, self.shard.name)} has SHA-256 {self.sha256()[:12]}, dataset.json says "
             f"{self.shard.sha256[:12]}, on two downloads: the shard is damaged: write it again, or leave it out with "
@@ -266,12 +267,12 @@ class PartialShard:
         )
 
     def finish(self, path: Path) -> None:
-        """Tell those who wait that the whole shard is in the cache."""
+        """Resolve `done` with the path of the complete shard."""
         self.close()
         self.done.set_result(path)
 
     def give_up(self, error: Exception) -> None:
-        """Tell those who wait that the shard cannot be had, or is not wanted any more."""
+        """Resolve `done` with an error: the shard cannot be fetched, or the fetcher was closed."""
         with self._guard:
             if self.done.done():
                 return
@@ -279,11 +280,11 @@ class PartialShard:
         self.close()
 
     def numbers(self, member: Member) -> range:
-        """The blocks that hold a member."""
+        """Return the numbers of the blocks that hold a member."""
         return range(member.offset // self.block_bytes, -(-(member.offset + member.size) // self.block_bytes))
 
     def close(self) -> None:
-        """Give the shard up to other processes; what is not in the cache by now is removed."""
+        """Release the lock, and delete the partial file if the shard is not in the cache."""
         if self._file.closed:
             return
         self._file.close()

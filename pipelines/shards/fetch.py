@@ -1,4 +1,4 @@
-"""The bytes of members: from a node's cache where the shard is in it, by ranged blocks until then."""
+"""Fetch the bytes of members: from the node's cache where the shard is complete, else by ranged requests."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ logger = logging.getLogger(__name__)
 
 Wanted = Sequence[tuple[ShardInfo, Sequence[Member]]]
 Span = tuple[int, int]
-"""Bytes [start, stop) of a shard."""
+"""Positions [start, stop) of bytes of a shard."""
 FILL_BYTES = 8 << 20
-"""Of one request that brings a shard into the cache in the background."""
+"""Bytes of one background request that completes a shard in the cache."""
 PATIENCE_S = 0.5
-"""How long such a request stands back behind readers."""
+"""Seconds that a background request waits for readers' requests to finish first."""
 GAP_BYTES = 64 << 10
-"""Bytes that cost less to fetch than another request."""
+"""Unneeded bytes between two members that cost less to fetch than a second request."""
 
 
 class ShardFetcher:
     """Reads members of shards, from any thread.
 
-    A shard that is in the node's cache is read through a memory map. Of any other the wanted bytes are fetched by
-    ranged GETs, neighbours in one request: a stream starts and resumes at any place without waiting for whole shards.
-    Where the shard is put together they are kept, block by block; the rest of it follows in the background and no byte
-    is fetched twice. Bytes that are not yet verified as part of a whole shard are held to the CRC of their member.
+    A shard that is in the node's cache is read through a memory map. From any other shard the needed bytes are fetched
+    by ranged GETs, with neighbouring members in one request, so that a stream starts and resumes anywhere without
+    waiting for whole shards. The fetched blocks are kept in a partial file, which background requests complete; no byte
+    is fetched twice. Bytes of a shard that is not verified yet are checked against the CRC of their member.
 
     Args:
-        uri: of the dataset.
-        cache: the node's; None keeps to ranged reads, which is right where the shards in use do not fit.
-        block_bytes: what is fetched at least of a shard that is on its way into the cache.
-        requests: ranged GETs at a time.
-        downloads: shards that are brought into the cache at a time.
+        uri: folder of the dataset.
+        cache: the node's cache; None for ranged requests only, which suits a cache that is too small (see `fits`).
+        block_bytes: size of the blocks of a partial shard.
+        requests: number of concurrent ranged GETs.
+        downloads: number of shards that are completed in the background at a time.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class ShardFetcher:
         self._ranged = ThreadPoolExecutor(requests, thread_name_prefix="ranged")
         self._whole = ThreadPoolExecutor(downloads, thread_name_prefix="whole")
         self._closed = threading.Event()
-        self._wanted = 0  # ranged requests that a reader waits for
+        self._wanted = 0  # number of ranged requests that readers wait for
         self._idle = threading.Condition()
         self._warned = False
         self._lock = threading.Lock()
@@ -77,21 +77,21 @@ class ShardFetcher:
     def opened(
         cls, dataset: Dataset, split: str, storage: Storage, cache_dir: Path, cache_bytes: int, lanes: int, window: int
     ) -> ShardFetcher:
-        """For a split read in so many lanes and windows: without the cache where what is in use would not fit it."""
-        whole = fits(dataset.shards(split), lanes, window, cache_bytes)
-        return cls(dataset.uri, storage, ShardCache(cache_dir, cache_bytes) if whole else None)
+        """Return a fetcher for a split; without the cache where the shards in use at a time would not fit into it."""
+        cached = fits(dataset.shards(split), lanes, window, cache_bytes)
+        return cls(dataset.uri, storage, ShardCache(cache_dir, cache_bytes) if cached else None)
 
     def read(self, wanted: Wanted) -> list[list[memoryview]]:
-        """The bytes of members, shard by shard; all that is missing is asked for before anything is waited for.
+        """Return the bytes of members, shard by shard; all requests are sent before the first one is awaited.
 
         Raises:
-            ShardCorruptError: a member or its shard was wrong twice.
-            StorageError: the store cannot be reached, has no such shard, or a shorter one.
+            ShardCorruptError: a member or its shard was wrong on two reads.
+            StorageError: the store cannot be reached, or the shard is missing or shorter than recorded.
         """
         return [finish() for finish in [self._begin(shard, members) for shard, members in wanted]]
 
     def indexes(self, shards: Sequence[ShardInfo]) -> list[ShardIndex]:
-        """The sidecars of shards, fetched side by side.
+        """Return the sidecars of shards, fetched concurrently.
 
         Raises:
             ShardCorruptError: one is damaged, or does not list as many samples as dataset.json says.
@@ -111,13 +111,13 @@ class ShardFetcher:
             try:
                 found.append(future.result())
             except Exception:
-                with self._lock:  # not to be remembered: the next reader asks again
+                with self._lock:  # a failure is not kept, so that the next reader tries again
                     self._indexes.pop(shard.sha256, None)
                 raise
         return found
 
     def require(self, shards: Sequence[ShardInfo]) -> None:
-        """Have whole shards in the cache, verified, before anything is read of them; nothing happens without a cache.
+        """Wait until shards are complete and verified in the cache; do nothing without a cache.
 
         Raises:
             ShardCorruptError: one failed its checksum twice.
@@ -125,20 +125,20 @@ class ShardFetcher:
         """
         if self.cache is None:
             return
-        ways: list[Future[Path]] = []
+        pending: list[Future[Path]] = []
         for shard in shards:
             if self._mapped(shard) is not None:
                 continue
             partial = self._put_together(shard)
             if partial is not None:
-                ways.append(partial.done)
-            else:  # another process has begun
-                ways.append(self._whole.submit(self.cache.fetch, self.uri, shard, self.storage, self.stats))
-        for way in ways:
-            way.result()
+                pending.append(partial.done)
+            else:  # another process fetches it
+                pending.append(self._whole.submit(self.cache.fetch, self.uri, shard, self.storage, self.stats))
+        for future in pending:
+            future.result()
 
     def close(self) -> None:
-        """Stop what is under way in the background."""
+        """Stop all requests."""
         self._closed.set()
         for pool in (self._ranged, self._whole):
             pool.shutdown(wait=False, cancel_futures=True)
@@ -150,25 +150,29 @@ class ShardFetcher:
     # --- whole shards ----------------------------------------------------------------------------------------
 
     def _mapped(self, shard: ShardInfo) -> memoryview | None:
+        """Return the memory map of a shard in the cache, or None."""
         if self.cache is None:
             return None
         path = self.cache.find(shard)
         return None if path is None else self._map(path)
 
     def _put_together(self, shard: ShardInfo) -> PartialShard | None:
-        """The shard's unfinished copy, begun where nobody has; None where another process of the node has."""
+        """Return the partial shard of this process; None where another process of the node fetches it.
+
+        It is created, and completed in the background, where there is none.
+        """
         assert self.cache is not None
         with self._lock:
             partial = self._partial.get(shard.sha256)
             if partial is not None and partial.done.done():
                 del self._partial[shard.sha256]
-                partial.done.result()  # it failed, else the shard was mapped; the next reader tries again
+                partial.done.result()  # raises: a finished shard would have been mapped; the next reader tries again
                 partial = None
             if partial is None and not self._closed.is_set():
                 try:
                     partial = self.cache.claim(shard, self.block_bytes)
                 except StorageError as error:
-                    # The cache makes reading faster; a run does not end for want of it.
+                    # Reading works without the cache, only slower.
                     if not self._warned:
                         logger.warning("shards are read by ranges: %s", error)
                     self._warned = True
@@ -178,7 +182,7 @@ class ShardFetcher:
             return partial
 
     def _fill(self, partial: PartialShard) -> None:
-        """Bring in what nobody has asked for, then verify the whole."""
+        """Fetch the blocks that no reader fetches, then verify the shard."""
         try:
             while not self._closed.is_set():
                 self._let_readers_pass()
@@ -187,7 +191,7 @@ class ShardFetcher:
                     self._fetch_run(partial, run)
                     continue
                 for future in list(partial.blocks.values()):
-                    with suppress(Exception):  # whoever asked has the error; what is missing now is fetched here
+                    with suppress(Exception):  # the reader that fetched it has the error; the block is fetched here
                         future.result()
                 if len(partial.blocks) == partial.count:
                     break
@@ -199,11 +203,11 @@ class ShardFetcher:
                     raise partial.corrupt(self.uri)
             self.stats.add(whole_shards=1)
             partial.finish(partial.cache.path(partial.shard))
-        except Exception as error:  # noqa: BLE001  whatever it is, readers of the shard are told
+        except Exception as error:  # noqa: BLE001  it is raised in the readers of the shard
             partial.give_up(error)
 
     def _submit(self, fetch: Callable[..., T], *arguments: object) -> Future[T]:
-        """A request that a reader waits for."""
+        """Submit a request that a reader waits for."""
         with self._idle:
             self._wanted += 1
         future = self._ranged.submit(fetch, *arguments)
@@ -211,23 +215,24 @@ class ShardFetcher:
         return future
 
     def _answered(self, future: Future[T]) -> None:
+        """Count a finished request of a reader."""
         with self._idle:
             self._wanted -= 1
             self._idle.notify_all()
 
     def _let_readers_pass(self) -> None:
-        """Wait while readers wait, for a while: what is wanted now comes before what will be wanted."""
+        """Wait up to `PATIENCE_S` while readers wait for requests, because theirs are more urgent."""
         with self._idle:
             self._idle.wait_for(lambda: self._wanted == 0, timeout=PATIENCE_S)
 
     # --- ranges ----------------------------------------------------------------------------------------------
 
     def _begin(self, shard: ShardInfo, members: Sequence[Member]) -> Callable[[], list[memoryview]]:
-        """Have members on their way; call the result to wait for them."""
+        """Send the requests for members; the returned function waits for them."""
         partial, mapped = None, self._mapped(shard)
         if mapped is None and self.cache is not None:
             partial = self._put_together(shard)
-            if partial is None:  # whoever has begun may have ended since it was looked for
+            if partial is None:  # another process may just have completed it
                 mapped = self._mapped(shard)
         if mapped is not None:
             whole = mapped
@@ -238,20 +243,21 @@ class ShardFetcher:
             spans = coalesce(members)
             futures = [self._submit(self._get, shard, start, stop) for start, stop in spans]
             return lambda: self._from_spans(shard, members, spans, futures)
-        blocks, fresh = partial.promise(sorted({n for m in members for n in partial.numbers(m)}))
-        for run in _runs(fresh):
+        blocks, missing = partial.promise(sorted({n for m in members for n in partial.numbers(m)}))
+        for run in _runs(missing):
             self._submit(self._fetch_run, partial, run)
         return lambda: self._from_partial(partial, members, blocks)
 
     def _from_partial(
         self, partial: PartialShard, members: Sequence[Member], blocks: Sequence[Future[None]]
     ) -> list[memoryview]:
+        """Wait for the blocks of members, and return the members' bytes."""
         try:
             for block in blocks:
                 block.result()
             found = [memoryview(partial.read(m.offset, m.offset + m.size)) for m in members]
         except (ValueError, OSError):
-            # The file has gone: the shard is in the cache now, or it could not be had.
+            # The partial file is closed: the shard is in the cache now, or `done` raises why it is not.
             mapped = self._map(partial.done.result())
             return [mapped[m.offset : m.offset + m.size] for m in members]
         wrong = [m for m, data in zip(members, found, strict=True) if zlib.crc32(data) != m.crc32]
@@ -261,6 +267,7 @@ class ShardFetcher:
     def _from_spans(
         self, shard: ShardInfo, members: Sequence[Member], spans: Sequence[Span], futures: Sequence[Future[memoryview]]
     ) -> list[memoryview]:
+        """Wait for ranged requests, and return the bytes of the members in them."""
         starts, parts = [start for start, _ in spans], [future.result() for future in futures]
         found = []
         for m in members:
@@ -269,13 +276,18 @@ class ShardFetcher:
         return self._verified(shard, members, found)
 
     def _verified(self, shard: ShardInfo, members: Sequence[Member], found: Sequence[memoryview]) -> list[memoryview]:
-        """The members, those read once more that are not what the sidecar says."""
+        """Return the members' bytes; those whose CRC is not that of the sidecar are fetched again."""
         return [
             data if zlib.crc32(data) == m.crc32 else self._once_more(shard, m)
             for m, data in zip(members, found, strict=True)
         ]
 
     def _once_more(self, shard: ShardInfo, member: Member) -> memoryview:
+        """Fetch a member whose CRC was wrong a second time.
+
+        Raises:
+            ShardCorruptError: it is wrong again.
+        """
         start, stop = member.offset, member.offset + member.size
         data = self._get(shard, start, stop)
         if zlib.crc32(data) != member.crc32:
@@ -287,10 +299,10 @@ class ShardFetcher:
         return data
 
     def _fetch_run(self, partial: PartialShard, run: Sequence[int]) -> None:
-        """Bring neighbouring blocks into the file.
+        """Fetch consecutive blocks into the partial file.
 
         Raises:
-            StorageError: they cannot be had; those who wait for them are told too.
+            StorageError: they cannot be fetched; it is raised in the readers that wait for them, too.
         """
         start = at = run[0] * partial.block_bytes
         stop = min((run[-1] + 1) * partial.block_bytes, partial.shard.bytes)
@@ -309,7 +321,7 @@ class ShardFetcher:
         partial.arrived(run)
 
     def _get(self, shard: ShardInfo, start: int, stop: int) -> memoryview:
-        """Bytes [start, stop) of a shard."""
+        """Fetch bytes [start, stop) of a shard."""
         data = bytearray()
         if start < stop:
             requests = self.storage.fetch(join(self.uri, shard.name), start, stop, data.extend)
@@ -317,6 +329,7 @@ class ShardFetcher:
         return memoryview(data)
 
     def _read_index(self, shard: ShardInfo) -> ShardIndex:
+        """Read the sidecar of a shard."""
         where = join(self.uri, sidecar(shard.name))
         try:
             index = ShardIndex.from_json(self.storage.read(where))
@@ -328,7 +341,7 @@ class ShardFetcher:
 
 
 def coalesce(members: Sequence[Member], gap: int = GAP_BYTES) -> list[Span]:
-    """Spans that hold the members, in order; members closer than `gap` share one."""
+    """Return spans that cover the members, in order; members at most `gap` bytes apart share a span."""
     spans: list[Span] = []
     for m in sorted(members, key=lambda m: m.offset):
         if spans and m.offset - spans[-1][1] <= gap:
@@ -339,17 +352,18 @@ def coalesce(members: Sequence[Member], gap: int = GAP_BYTES) -> list[Span]:
 
 
 def fits(shards: Sequence[ShardInfo], lanes: int, window: int, limit_bytes: int) -> bool:
-    """Whether the shards that are in use at a time fit a node's cache: lanes x window of mean size, twice.
+    """Return whether the shards that are in use at a time fit into a node's cache.
 
-    Twice, because the next windows come in while the last are still read. Where they do not, every shard would be
-    evicted before it is read to its end and fetched again: ranged reading then costs less.
+    These are twice lanes x window shards of mean size, because the next windows are fetched while the last ones are
+    read. If they did not fit, every shard would be evicted before all of it is read, and fetched again; ranged requests
+    cost less then.
     """
     mean = sum(s.bytes for s in shards) / max(len(shards), 1)
     return min(2 * lanes * window, len(shards)) * mean <= limit_bytes
 
 
 def _runs(numbers: Sequence[int]) -> list[list[int]]:
-    """Neighbours together."""
+    """Group consecutive numbers."""
     runs: list[list[int]] = []
     for n in numbers:
         if runs and runs[-1][-1] == n - 1:
@@ -360,5 +374,6 @@ def _runs(numbers: Sequence[int]) -> list[list[int]]:
 
 
 def _open(path: Path) -> memoryview:
+    """Map a file into memory."""
     with path.open("rb") as file:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

@@ -1,4 +1,4 @@
-"""`dataset.json` and the sidecar of each shard: what a dataset holds, so that no reader ever scans a tar."""
+"""`dataset.json` and the sidecar of each shard, which describe a dataset so that no reader has to scan a tar."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import json
 import re
 import tarfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,19 @@ SIDECAR_VERSION = 2
 
 
 class DatasetError(PipelineError):
-    """A dataset that is missing, of another version, or not what was asked for."""
+    """A dataset is missing, damaged, of another version, or does not have what was requested."""
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One tar file: name beside dataset.json, samples, bytes and SHA-256 of the whole file."""
+    """One tar file of a dataset.
+
+    Attributes:
+        name: path relative to the folder of dataset.json.
+        samples: number of samples.
+        bytes: size of the file.
+        sha256: SHA-256 of the file.
+    """
 
     name: str
     samples: int
@@ -42,14 +48,14 @@ class Dataset:
     """The content of `dataset.json`.
 
     Attributes:
-        uri: the folder it was read from.
-        splits: name -> shards in order, such as "train" and "test".
+        uri: the folder from which it was read.
+        splits: name, such as "train" or "test" -> shards in order.
         classes: class names; a sample's `cls` is an index into them. Empty for data without labels.
-        channels: 1 or 3.
+        channels: 1 (grey) or 3 (RGB).
         image_size: height and width in pixels.
-        mean: of the train split's pixels in [-1, 1], per channel.
-        std: likewise.
-        digest: SHA-256 over everything above but `uri`.
+        mean: mean of the train split's pixels in [-1, 1], per channel.
+        std: standard deviation of these pixels, per channel.
+        digest: SHA-256 over all of the above except `uri`.
     """
 
     uri: str
@@ -62,11 +68,11 @@ class Dataset:
     digest: str
 
     def samples(self, split: str) -> int:
-        """Number of samples of a split."""
+        """Return the number of samples of a split."""
         return sum(shard.samples for shard in self.shards(split))
 
     def shards(self, split: str) -> tuple[ShardInfo, ...]:
-        """The shards of a split.
+        """Return the shards of a split.
 
         Raises:
             DatasetError: there is no such split.
@@ -76,28 +82,29 @@ class Dataset:
         return self.splits[split]
 
     def to_json(self) -> str:
-        """`dataset.json`."""
+        """Return the text of `dataset.json`."""
         return json.dumps({**_content(self), "digest": self.digest}, indent=1)
 
 
 def make_dataset(uri: str, **content: Any) -> Dataset:
-    """A `Dataset` with its digest filled in."""
+    """Return a `Dataset` with its digest filled in."""
     draft = Dataset(uri=uri, digest="", **content)
     digest = hashlib.sha256(json.dumps(_content(draft), sort_keys=True).encode()).hexdigest()
     return Dataset(uri=uri, digest=digest, **content)
 
 
 def _content(dataset: Dataset) -> dict[str, Any]:
+    """Return the part of `dataset.json` that the digest covers."""
     plain = asdict(dataset)
     del plain["uri"], plain["digest"]
     return {"schema_version": SCHEMA_VERSION, **plain}
 
 
 def read_dataset(uri: str, storage: Storage) -> Dataset:
-    """The dataset in a folder.
+    """Read the dataset in a folder.
 
     Raises:
-        DatasetError: none there, of an unknown version, or damaged.
+        DatasetError: there is none, or it is of an unknown version or damaged.
     """
     try:
         plain = json.loads(storage.read(join(uri, "dataset.json")))
@@ -121,7 +128,7 @@ def read_dataset(uri: str, storage: Storage) -> Dataset:
 
 @dataclass(frozen=True)
 class Member:
-    """Where a member's bytes lie in the tar, and their CRC-32 (`zlib.crc32`)."""
+    """The position and size of a member's bytes in the tar, and their CRC-32 (`zlib.crc32`)."""
 
     offset: int
     size: int
@@ -130,14 +137,14 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
-    """The sidecar `SHARD.index.json`: the key of each sample in order, and by extension where its members lie.
+    """The content of a sidecar, `SHARD.index.json`: the key of each sample, and the positions of its members.
 
-    Columns, because a reader takes thousands of samples and a few members of each: they are read in a millisecond where
-    an object per sample would take twenty.
+    It is stored in columns, because a reader needs a few members of thousands of samples: columns are read in a
+    millisecond, one object per sample would take twenty.
 
     Attributes:
-        keys: of the samples.
-        columns: extension -> int64 [samples, 3] of offset, size and CRC-32, all -1 where a sample has none.
+        keys: keys of the samples, in the order of the tar.
+        columns: extension -> int64 [samples, 3] of offset, size and CRC-32; -1 where a sample has no such member.
     """
 
     keys: tuple[str, ...]
@@ -145,7 +152,7 @@ class ShardIndex:
 
     @classmethod
     def of(cls, keys: Sequence[str], members: Sequence[Mapping[str, Member]]) -> ShardIndex:
-        """From the members of each sample."""
+        """Return the index of samples with these keys and members."""
         columns: dict[str, NDArray[np.int64]] = {}
         for i, sample in enumerate(members):
             for extension, member in sample.items():
@@ -155,11 +162,11 @@ class ShardIndex:
         return cls(tuple(keys), columns)
 
     def __len__(self) -> int:
-        """Number of samples."""
+        """Return the number of samples."""
         return len(self.keys)
 
     def __eq__(self, other: object) -> bool:
-        """Same samples at the same places."""
+        """Return whether both have the same samples at the same positions."""
         if not isinstance(other, ShardIndex) or self.keys != other.keys:
             return False
         if self.columns.keys() != other.columns.keys():
@@ -169,16 +176,16 @@ class ShardIndex:
     __hash__ = None  # type: ignore[assignment]
 
     def members(self, i: int) -> dict[str, Member]:
-        """The members of sample i by extension, in the order of the tar."""
+        """Return the members of sample i by extension, in the order of the tar."""
         there = {name: Member(*column[i].tolist()) for name, column in self.columns.items() if column[i, 0] >= 0}
         return dict(sorted(there.items(), key=lambda item: item[1].offset))
 
     def select(self, kept: Sequence[int]) -> ShardIndex:
-        """Some of the samples."""
+        """Return the index of some of the samples."""
         return ShardIndex(tuple(self.keys[i] for i in kept), {name: c[list(kept)] for name, c in self.columns.items()})
 
     def to_json(self) -> str:
-        """The sidecar's text."""
+        """Return the text of the sidecar."""
         columns = {
             name: dict(zip(_COLUMN, column.T.tolist(), strict=True)) for name, column in sorted(self.columns.items())
         }
@@ -190,7 +197,7 @@ class ShardIndex:
         """Read a sidecar.
 
         Raises:
-            DatasetError: of another version, or damaged.
+            DatasetError: it is of another version, or damaged.
         """
         try:
             plain = json.loads(text)
@@ -213,7 +220,7 @@ _COLUMN = ("offset", "size", "crc32")
 
 
 def sidecar(shard: str) -> str:
-    """The name of a shard's index."""
+    """Return the name of a shard's sidecar."""
     return shard.removesuffix(".tar") + ".index.json"
 
 
@@ -222,17 +229,17 @@ _META = re.compile(r"__[^/]*__($|/)")
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """(key, extension) of a tar entry by WebDataset's rule; None where it skips the entry.
+    """Return (key, extension) of a tar entry by WebDataset's rule, or None where WebDataset skips the entry.
 
-    The key ends at the first dot after the last slash, dots of folders belong to it; extensions are lower case; names
-    without an extension and entries such as `__meta__/x.json` are no samples (`webdataset.tariterators`, 1.0).
+    The key ends at the first dot after the last slash, so dots of folders belong to it. Extensions are lower case.
+    Names without an extension and entries such as `__meta__/x.json` are no samples (`webdataset.tariterators`, 1.0).
     """
     found = _NAME.match(name)
     return None if found is None or _META.match(name) else (found.group(1), found.group(2).lower())
 
 
 def index_tar(path: Path) -> ShardIndex:
-    """Scan a sound tar of our own once; `scan.scan_shard` is for those that may be damaged."""
+    """Scan a tar that an ingest has just written; `scan.scan_shard` is for tars that may be damaged."""
     keys: list[str] = []
     members: list[dict[str, Member]] = []
     with tarfile.open(path) as tar, path.open("rb") as file:
@@ -247,163 +254,3 @@ def index_tar(path: Path) -> ShardIndex:
             file.seek(info.offset_data)
             members[-1][extension] = Member(info.offset_data, info.size, zlib.crc32(file.read(info.size)))
     return ShardIndex.of(keys, members)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is wrong with a sample, or with a shard as a whole.
-
-    Attributes:
-        shard: its name beside dataset.json.
-        index: of the sample within the shard; None for the whole shard, or for a sample that cannot be read apart.
-        sample: its key; None where the shard itself is meant.
-        kind: a word for programs, such as "truncated", "bytes", "decode" or "label".
-        reason: for people.
-    """
-
-    shard: str
-    index: int | None
-    sample: str | None
-    kind: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Quarantine:
-    """The content of `quarantine.json`: samples and whole shards of one dataset that a reader leaves out.
-
-    Attributes:
-        dataset_digest: of the dataset that it belongs to.
-        excluded: in order of shard and index; one entry for a whole shard.
-    """
-
-    dataset_digest: str
-    excluded: tuple[Problem, ...]
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 over the dataset digest and what is left out; the reasons are not part of it."""
-        content = [self.dataset_digest, [[p.shard, p.index, p.sample] for p in self.excluded]]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-    @cached_property
-    def by_shard(self) -> dict[str, dict[int, Problem] | None]:
-        """For each shard with something left out: the entries by index, or None where all of it is."""
-        found: dict[str, dict[int, Problem] | None] = {}
-        for problem in self.excluded:
-            if problem.index is None:
-                found[problem.shard] = None
-            elif (entries := found.setdefault(problem.shard, {})) is not None:
-                entries[problem.index] = problem
-        return found
-
-    def to_json(self) -> str:
-        """`quarantine.json`."""
-        plain = {"schema_version": SCHEMA_VERSION, **asdict(self), "digest": self.digest}
-        return json.dumps(plain, indent=1)
-
-
-def make_quarantine(dataset: Dataset, problems: Iterable[Problem]) -> Quarantine:
-    """What a reader has to leave out because of these problems: the same ones in any order give the same digest.
-
-    A shard with a problem of its own goes as a whole. Tars that are not part of the dataset need no exclusion.
-    """
-    shards = {shard.name for shards in dataset.splits.values() for shard in shards}
-    first: dict[tuple[str, int], Problem] = {}
-    for problem in sorted(problems, key=lambda p: (p.shard, p.index is not None, p.index or 0)):
-        if problem.shard not in shards or (problem.shard, -1) in first:
-            continue
-        if problem.index is None:
-            first[problem.shard, -1] = replace(problem, sample=None)
-        else:
-            first.setdefault((problem.shard, problem.index), problem)
-    return Quarantine(dataset.digest, tuple(first.values()))
-
-
-def read_quarantine(uri: str, storage: Storage) -> Quarantine | None:
-    """The quarantine beside a dataset, None where there is none. Nothing applies it but what is given it.
-
-    Raises:
-        DatasetError: of an unknown version, or damaged.
-    """
-    where = join(uri, "quarantine.json")
-    try:
-        plain = json.loads(storage.read(where))
-        version, recorded = plain["schema_version"], plain["digest"]
-        if version == SCHEMA_VERSION:
-            found = Quarantine(plain["dataset_digest"], tuple(Problem(**entry) for entry in plain["excluded"]))
-            if found.digest == recorded:
-                return found
-    except NotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DatasetError(
-            f"{where} is damaged: {error}; write it again with `ddpm check {uri} --quarantine`"
-        ) from error
-    if version != SCHEMA_VERSION:
-        raise DatasetError(f"{where} has version {version}, this release reads {SCHEMA_VERSION}")
-    raise DatasetError(
-        f"{where} does not match its own digest: it was edited or damaged; "
-        f"write it again with `ddpm check {uri} --quarantine`"
-    )
-
-
-def drop_stale_quarantine(dataset: Dataset, storage: Storage) -> None:
-    """Remove the quarantine of another dataset, or a damaged one, from beside a dataset that was written anew."""
-    try:
-        quarantine = read_quarantine(dataset.uri, storage)
-    except DatasetError:
-        quarantine = None
-    if quarantine is None or quarantine.dataset_digest != dataset.digest:
-        storage.delete(join(dataset.uri, "quarantine.json"))
-
-
-def stream_digest(dataset: Dataset, quarantine: Quarantine | None) -> str:
-    """What the order of samples depends on: the dataset's digest, with the quarantine's where there is one."""
-    if quarantine is None:
-        return dataset.digest
-    return hashlib.sha256(f"{dataset.digest}/{quarantine.digest}".encode()).hexdigest()
-
-
-def kept_shards(dataset: Dataset, split: str, quarantine: Quarantine | None) -> tuple[ShardInfo, ...]:
-    """A split's shards with the counts that the quarantine leaves; those it leaves out as a whole are gone.
-
-    Raises:
-        DatasetError: the quarantine is of another dataset, or leaves nothing.
-    """
-    shards = dataset.shards(split)
-    if quarantine is None:
-        return shards
-    if quarantine.dataset_digest != dataset.digest:
-        raise DatasetError(
-            f"the quarantine is of dataset {quarantine.dataset_digest[:12]}, {dataset.uri} is {dataset.digest[:12]}: "
-            f"write it again with `ddpm check {dataset.uri} --quarantine`"
-        )
-    left_out = quarantine.by_shard
-    counts = {
-        shard.name: 0 if (gone := left_out.get(shard.name, {})) is None else shard.samples - len(gone)
-        for shard in shards
-    }
-    kept = tuple(replace(shard, samples=counts[shard.name]) for shard in shards if counts[shard.name] > 0)
-    if not kept:
-        raise DatasetError(f"the quarantine leaves no sample of {dataset.uri}'s split {split!r}")
-    return kept
-
-
-def kept_samples(name: str, index: ShardIndex, quarantine: Quarantine | None) -> ShardIndex:
-    """A shard's samples without those in quarantine.
-
-    Raises:
-        DatasetError: an entry names another sample than the shard index has in its place.
-    """
-    gone = quarantine.by_shard.get(name, {}) if quarantine else {}
-    if not gone:
-        return index if gone is not None else index.select(())
-    for i, problem in gone.items():
-        if not 0 <= i < len(index.keys) or index.keys[i] != problem.sample:
-            there = repr(index.keys[i]) if 0 <= i < len(index.keys) else "nothing"
-            raise DatasetError(
-                f"the quarantine leaves out sample {i} ({problem.sample!r}) of {name}, whose index has {there} there: "
-                "write it again with `ddpm check URI --quarantine`"
-            )
-    return index.select([i for i in range(len(index)) if i not in gone])

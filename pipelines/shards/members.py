@@ -1,4 +1,4 @@
-"""What the members of a sample hold: image, label, text; and what is wrong with one that does not."""
+"""Decode and check the members of a sample: image, label, text and embedding."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from PIL import Image, UnidentifiedImageError
 from pipelines.errors import PipelineError
 
 IMAGE_MEMBERS = ("png", "jpg", "jpeg", "webp", "npy")
-"""In order of preference: a sample with several is trained on the first."""
+"""Extensions of images, in order of preference: of several images in a sample, the first one is used."""
 KNOWN_MEMBERS = (*IMAGE_MEMBERS, "cls", "txt", "json", "emb.npy")
 MAX_CLASSES = 100_000
 Embedding = tuple[NDArray[np.float16] | None, NDArray[np.float16] | None]
 """`pooled` [D] and `text` [L, D'] of a caption."""
 T = TypeVar("T")
 
-cv2.setNumThreads(1)  # threads are the reader's
+cv2.setNumThreads(1)  # readers decode in threads of their own
 
-# Never Pillow's whole list: it has formats that start other programs.
+# Not all of Pillow's formats, because some of them start other programs.
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _GREY = ("1", "L", "LA", "La")
 _COLOUR = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
@@ -38,14 +38,14 @@ _UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.e
 
 @dataclass(frozen=True)
 class Flaw:
-    """One thing that is wrong with a sample: a word for programs, and a sentence."""
+    """One thing that is wrong with a sample: an identifier for programs, and a description for people."""
 
     kind: str
     reason: str
 
 
 class FlawError(PipelineError):
-    """A member is not what it should be."""
+    """A member is missing, damaged, or does not fit the dataset."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
@@ -54,11 +54,11 @@ class FlawError(PipelineError):
 
 @dataclass(frozen=True)
 class Form:
-    """What every sample of a dataset is like; None is not known, and not looked at.
+    """The properties that every sample of a dataset has; None where a property is not known and not checked.
 
     Attributes:
-        image_size: height and width.
-        channels: 1 (grey) or 3.
+        image_size: height and width in pixels.
+        channels: 1 (grey) or 3 (RGB).
         labelled: whether each sample has a `cls`.
         classes: number of classes.
     """
@@ -71,7 +71,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Examined:
-    """A sample that was looked at: its pixels [H, W, 1 or 3] and label as far as they can be read, and its flaws."""
+    """The result of checking a sample: its pixels [H, W, 1 or 3] and label where they can be read, and its flaws."""
 
     pixels: NDArray[np.uint8] | None
     label: int | None
@@ -79,14 +79,14 @@ class Examined:
 
 
 def decode_image(members: Mapping[str, bytes | memoryview], channels: int | None = None) -> NDArray[np.uint8]:
-    """The pixels [H, W, C] of a sample's image.
+    """Decode a sample's image into pixels, uint8 [H, W, C].
 
     Args:
-        members: the bytes of each, by extension.
-        channels: 1 or 3 to convert to grey or RGB; None for 1 where the image is grey and 3 where it is not.
+        members: extension -> bytes.
+        channels: 1 for grey or 3 for RGB; None to keep a grey image grey and make any other RGB.
 
     Raises:
-        FlawError: no image, or one that cannot be read.
+        FlawError: there is no image, or it cannot be read.
     """
     name = next((extension for extension in IMAGE_MEMBERS if extension in members), None)
     if name is None:
@@ -109,10 +109,10 @@ def decode_image(members: Mapping[str, bytes | memoryview], channels: int | None
 
 
 def decode_pixels(members: Mapping[str, bytes | memoryview], size: int, channels: int) -> NDArray[np.uint8]:
-    """The pixels [size, size, channels] of a sample that was found sound: `decode_image`, three times as fast.
+    """Decode an image of known form into pixels [size, size, channels]: `decode_image`, three times as fast.
 
     Raises:
-        FlawError: no image, one that cannot be read, or one of another size.
+        FlawError: there is no image, it cannot be read, or it has another size.
     """
     name = next((extension for extension in IMAGE_MEMBERS if extension in members), None)
     pixels = None if name is None else _decode_fast(name, memoryview(members[name]), channels)
@@ -124,9 +124,9 @@ def decode_pixels(members: Mapping[str, bytes | memoryview], size: int, channels
 
 
 def _decode_fast(name: str, data: memoryview, channels: int) -> NDArray[np.uint8] | None:
-    """What OpenCV decodes to the very pixels that Pillow gives; None for what it might not.
+    """Decode with OpenCV where it gives exactly the pixels that Pillow gives; None where it might not.
 
-    It works in C without the interpreter's lock, so that threads decode side by side.
+    OpenCV releases the interpreter's lock, so that threads decode in parallel.
     """
     if name == "npy":
         header = _npy_header(bytes(data[: 10 + int.from_bytes(data[8:10], "little")])) if len(data) > 10 else None
@@ -134,11 +134,11 @@ def _decode_fast(name: str, data: memoryview, channels: int) -> NDArray[np.uint8
             return None
         return np.frombuffer(data, np.uint8, offset=header[1]).reshape(header[0])
     if name == "png":
-        # Eight bits, grey or RGB: no palette, no transparency, nothing to scale.
+        # Only 8 bits, grey or RGB, without palette or transparency.
         whole = len(data) > 34 and data[-8:-4] == b"IEND"
         if not whole or data[24] != 8 or data[25] not in ((0, 2) if channels == 3 else (0,)):
             return None
-    elif channels == 1 or b"Adobe" in bytes(data[:1024]):  # a JPEG in CMYK or with a colour transform of its own
+    elif channels == 1 or b"Adobe" in bytes(data[:1024]):  # a JPEG in CMYK, or with another colour transform
         return None
     flags = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
@@ -147,7 +147,10 @@ def _decode_fast(name: str, data: memoryview, channels: int) -> NDArray[np.uint8
 
 @lru_cache(maxsize=64)
 def _npy_header(header: bytes) -> tuple[tuple[int, int, int], int] | None:
-    """(shape [H, W, C], offset of the data) of an array of bytes in rows; None for any other. All samples share it."""
+    """Return (shape [H, W, C], offset of the data) of a row-major uint8 array; None for any other array.
+
+    The result is cached, because all samples of a dataset have the same header.
+    """
     try:
         file = io.BytesIO(header)
         if np.lib.format.read_magic(file) != (1, 0):
@@ -161,10 +164,10 @@ def _npy_header(header: bytes) -> tuple[tuple[int, int, int], int] | None:
 
 
 def require_member(members: Mapping[str, T], name: str) -> T:
-    """A member that every sample of the dataset has.
+    """Return a member that every sample of the dataset should have.
 
     Raises:
-        FlawError: this one has not.
+        FlawError: this sample does not have it.
     """
     if name not in members:
         raise FlawError("member", f"has no {name}, other samples of the dataset do")
@@ -172,10 +175,10 @@ def require_member(members: Mapping[str, T], name: str) -> T:
 
 
 def unpack_embedding(data: bytes | memoryview) -> Embedding:
-    """(pooled [D], text [L, D']) of an `emb.npy` as ingest writes it, each None where its encoder gave none.
+    """Return (pooled [D], text [L, D']) of an `emb.npy` of an ingest; None for a field that its encoder does not give.
 
     Raises:
-        FlawError: it is no such record.
+        FlawError: it cannot be read, or has neither field.
     """
     try:
         record = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
@@ -190,10 +193,12 @@ def unpack_embedding(data: bytes | memoryview) -> Embedding:
 
 
 def _no_image(names: Collection[str]) -> str:
+    """Return the reason for a sample that has only these members."""
     return f"has no image: a sample needs one of {', '.join(IMAGE_MEMBERS)}; it has {', '.join(sorted(names))}"
 
 
 def _from_array(data: bytes | memoryview, channels: int | None) -> NDArray[np.uint8]:
+    """Decode an image that is stored as a NumPy array; see `decode_image`."""
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
     except _UNDECODABLE as error:
@@ -211,10 +216,10 @@ def _from_array(data: bytes | memoryview, channels: int | None) -> NDArray[np.ui
 
 
 def decode_label(data: bytes) -> int:
-    """The class index in a `cls` member.
+    """Return the class index in a `cls` member.
 
     Raises:
-        FlawError: not a whole number from 0 on.
+        FlawError: it is not a whole number >= 0.
     """
     text = data[:40].decode("ascii", "backslashreplace").strip()
     if not text.isdecimal() or len(data) > 40:
@@ -223,7 +228,13 @@ def decode_label(data: bytes) -> int:
 
 
 def examine(members: Mapping[str, bytes], form: Form, others: Collection[str] = ()) -> Examined:
-    """Look at everything that is known about a sample; `others` are the names of its members of unknown kinds."""
+    """Check all known members of a sample.
+
+    Args:
+        members: extension -> bytes.
+        form: the properties that every sample of the dataset has.
+        others: extensions of further members, whose bytes are not checked.
+    """
     flaws: list[Flaw] = []
     pixels, label = None, None
     try:
@@ -244,6 +255,7 @@ def examine(members: Mapping[str, bytes], form: Form, others: Collection[str] = 
 
 
 def _check_pixels(pixels: NDArray[np.uint8], form: Form) -> list[Flaw]:
+    """Return the flaws of an image's size and channels."""
     height, width, channels = pixels.shape
     flaws = []
     if form.image_size is not None and (height, width) != (form.image_size, form.image_size):
@@ -254,7 +266,11 @@ def _check_pixels(pixels: NDArray[np.uint8], form: Form) -> list[Flaw]:
 
 
 def _check_png(members: Mapping[str, bytes]) -> None:
-    """Pillow decodes past a wrong checksum of a PNG's pixels; here it counts."""
+    """Check the checksums of a PNG, which Pillow ignores when it decodes pixels.
+
+    Raises:
+        FlawError: one of them is wrong.
+    """
     if "png" not in members:
         return
     try:
@@ -265,6 +281,7 @@ def _check_png(members: Mapping[str, bytes]) -> None:
 
 
 def _check_label(label: int | None, form: Form) -> list[Flaw]:
+    """Return the flaws of a label, or of a missing one."""
     if label is None:
         return [Flaw("label", "has no cls member, other samples of the dataset do")] if form.labelled else []
     if form.labelled is False:
@@ -276,6 +293,7 @@ def _check_label(label: int | None, form: Form) -> list[Flaw]:
 
 
 def _check_texts(members: Mapping[str, bytes]) -> list[Flaw]:
+    """Return the flaws of caption, JSON and embedding."""
     flaws = []
     try:
         members.get("txt", b"").decode()
@@ -288,7 +306,7 @@ def _check_texts(members: Mapping[str, bytes]) -> list[Flaw]:
     if "emb.npy" in members:
         try:
             array = np.load(io.BytesIO(members["emb.npy"]), allow_pickle=False)
-            # Ours is one record of arrays; others store a plain array.
+            # An ingest writes one record of arrays; other tools write a plain array.
             parts = [array[name] for name in array.dtype.names or ()] or [array]
             if not all(part.dtype.kind == "f" and np.isfinite(part).all() for part in parts):
                 flaws.append(Flaw("embedding", f"emb.npy ({array.dtype}) holds values that are no finite floats"))

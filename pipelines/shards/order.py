@@ -1,8 +1,8 @@
-"""The order of samples: which sample the n-th of the endless stream is, as a pure function.
+"""The order of samples: a pure function from an ordinal n of the endless stream to the sample at that position.
 
-Per epoch the shards are permuted and dealt to K lanes; round r takes one sample of every lane that is longer than r.
-Inside a lane a window of consecutive shards is permuted by a keyed Feistel network. Nothing depends on the number of
-workers, and any position is found without walking to it. Pure NumPy, no I/O.
+In each epoch the shards are permuted and dealt to K lanes; round r takes one sample of every lane that is longer than
+r. Inside a lane, the samples of a window of consecutive shards are permuted by a keyed Feistel network. The order does
+not depend on the number of workers, and any position is computed directly. Pure NumPy, no I/O.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 FEW = 16
-"""Up to so many lanes and stretches of a batch are looked at one by one; beyond, the whole batch is found at once."""
+"""Largest number of lanes and stretches of a batch that are handled one by one; above, the whole batch is located."""
 
 
 @dataclass(frozen=True)
 class Located:
-    """Samples of the stream: for each, its ordinal, shard and index within the shard, int64 [n] each."""
+    """Samples of the stream: the ordinal, the shard and the index within the shard of each, int64 [n]."""
 
     ordinals: Ints
     shards: Ints
@@ -31,25 +31,30 @@ class Located:
 
 @dataclass(frozen=True)
 class _EpochPlan:
-    lane_shards: Ints  # shard ids, lane after lane
-    lane_of: Ints  # first entry of each lane in lane_shards, [K + 1]
+    """How one epoch is laid out.
+
+    A segment is a range of rounds in which the same lanes still have samples (are live).
+    """
+
+    lane_shards: Ints  # shard numbers, lane after lane
+    lane_of: Ints  # index of each lane's first entry in lane_shards, [K + 1]
     ends: Ints  # running sample count over lane_shards, with a leading 0
     lengths: Ints  # samples per lane, longest first
-    segment_start: Ints  # first ordinal of the epoch with one lane less alive
-    segment_round: Ints  # its round
-    segment_live: Ints  # lanes alive in it
+    segment_start: Ints  # first ordinal of each segment within the epoch
+    segment_round: Ints  # first round of each segment
+    segment_live: Ints  # number of live lanes in each segment
     key: int
 
 
 class SampleOrder:
-    """The stream of one dataset split.
+    """The order of the endless stream of one dataset split.
 
     Args:
-        shard_samples: samples of each shard, all >= 0, at least one sample in total.
-        lanes: K; lanes beyond the number of shards stay empty.
-        window: shards per shuffled block of a lane.
-        seed: of the run.
-        digest: of the dataset (and of its quarantine), so that another dataset gets another order.
+        shard_samples: number of samples of each shard, all >= 0, at least one sample in total.
+        lanes: number of lanes K; lanes beyond the number of shards stay empty.
+        window: consecutive shards of a lane that are shuffled together.
+        seed: seed of the run.
+        digest: digest of the dataset (and of its quarantine), so that another dataset gets another order.
     """
 
     def __init__(self, shard_samples: Ints | list[int], *, lanes: int, window: int, seed: int, digest: str) -> None:
@@ -63,18 +68,18 @@ class SampleOrder:
         self._plan = lru_cache(maxsize=2)(self._make_plan)
 
     def locate(self, ordinals: Ints) -> Located:
-        """Where samples n of the stream lie."""
+        """Return shards and indices of the samples with these ordinals, int64 [n]."""
         return self._find(ordinals)[1]
 
     def batch(self, start: int, size: int) -> Located:
-        """Samples start .. start + size - 1, sorted by (lane, ordinal) so that a piece keeps to few lanes."""
+        """Return samples start .. start + size - 1, sorted by (lane, ordinal), so that a piece spans few lanes."""
         ordinals = np.arange(start, start + size, dtype=np.int64)
         lane, found = self._find(ordinals)
         by_lane = np.lexsort((ordinals, lane))
         return Located(ordinals[by_lane], found.shards[by_lane], found.indices[by_lane])
 
     def _find(self, ordinals: Ints) -> tuple[Ints, Located]:
-        """(lane, place) of samples that may span epochs."""
+        """Return lanes and locations of samples, which may be of several epochs."""
         lane, shards, indices = (np.empty_like(ordinals) for _ in range(3))
         for epoch in np.unique(ordinals // self.total):
             chosen = ordinals // self.total == epoch
@@ -82,10 +87,10 @@ class SampleOrder:
         return lane, Located(ordinals, shards, indices)
 
     def piece(self, start: int, size: int, rank: int, world_size: int) -> Located:
-        """The part of a global batch that belongs to one rank: sizes differ by at most one.
+        """Return the part of a global batch that belongs to one rank; sizes differ by at most one.
 
         Raises:
-            ValueError: more ranks than samples in the batch.
+            ValueError: there are more ranks than samples in the batch.
         """
         if world_size > size:
             raise ValueError(f"{world_size} ranks cannot share a batch of {size}: use fewer workers or a larger batch")
@@ -97,10 +102,11 @@ class SampleOrder:
         return self.locate(ordinals)
 
     def _piece_ordinals(self, start: int, size: int, span: slice) -> Ints | None:
-        """The ordinals at places `span` of a batch in order of lane, without finding the rest; None if not worth it.
+        """Return the ordinals at positions `span` of a sorted batch, without locating the rest of the batch.
 
-        While the same lanes are alive, lane l has every L-th ordinal, so how many of the batch lie in each lane is
-        arithmetic, and a rank of thousands looks at its own few lanes only.
+        While the same L lanes are live, each of them has every L-th ordinal, so the number of the batch's samples in
+        each lane is arithmetic, and one rank of thousands computes its own few lanes only. None where the span covers
+        so many lanes or stretches that locating the whole batch is cheaper.
         """
         stretches = self._stretches(start, size)
         if stretches is None:
@@ -124,7 +130,11 @@ class SampleOrder:
         return np.concatenate(parts)[span.start - before : span.stop - before]
 
     def _stretches(self, start: int, size: int) -> list[tuple[int, int, int, int]] | None:
-        """A batch cut where lanes end: (first ordinal, count, live lanes, lane of the first); None if too often."""
+        """Divide a batch where lanes end.
+
+        Returns:
+            (first ordinal, count, live lanes, lane of the first sample) of each stretch; None for more than `FEW`.
+        """
         stretches: list[tuple[int, int, int, int]] = []
         at, stop = start, start + size
         while at < stop:
@@ -141,6 +151,7 @@ class SampleOrder:
         return stretches
 
     def _make_plan(self, epoch: int) -> _EpochPlan:
+        """Permute the shards of an epoch, and deal them to the lanes."""
         key = int.from_bytes(hashlib.sha256(f"{self.digest}/{self.seed}/{epoch}".encode()).digest()[:16], "little")
         order = np.random.Generator(np.random.Philox(key=key)).permutation(len(self.shard_samples))
         dealt: list[list[int]] = [[] for _ in range(self.lanes)]
@@ -155,7 +166,7 @@ class SampleOrder:
         lane_shards = np.array([s for lane in by_length for s in dealt[lane]], dtype=np.int64)
         counts = np.array([len(dealt[lane]) for lane in by_length], dtype=np.int64)
 
-        # Rounds from one distinct length to the next have the same live lanes, those at least as long: a segment.
+        # Between two distinct lane lengths the same lanes are live: these rounds are a segment.
         distinct = np.unique(lengths[lengths > 0])
         rounds = np.concatenate([[0], distinct[:-1]])
         live = np.array([(lengths >= d).sum() for d in distinct], dtype=np.int64)
@@ -172,7 +183,7 @@ class SampleOrder:
         )
 
     def _locate(self, epoch: int, m: Ints) -> tuple[Ints, Ints, Ints, Ints]:
-        """(lane, round, shard, index) of the epoch's samples m in [0, total)."""
+        """Return (lane, round, shard, index) of the epoch's samples m in [0, total)."""
         plan = self._plan(epoch)
         segment = np.searchsorted(plan.segment_start, m, side="right") - 1
         within = m - plan.segment_start[segment]
@@ -180,7 +191,7 @@ class SampleOrder:
         round_ = plan.segment_round[segment] + within // plan.segment_live[segment]
 
         lane_first = plan.lane_of[lane]
-        position = plan.ends[lane_first] + round_  # in the lanes laid end to end
+        position = plan.ends[lane_first] + round_  # within the concatenated lanes
         slot = np.searchsorted(plan.ends, position, side="right") - 1
         window = (slot - lane_first) // self.window
         first = lane_first + window * self.window
@@ -192,10 +203,10 @@ class SampleOrder:
 
 
 def feistel(x: Ints, size: Ints, key: Ints | int, rounds: int = 6) -> Ints:
-    """A keyed permutation of [0, size), element by element: a balanced Feistel network with cycle-walking.
+    """Permute [0, size) by a key, element by element, with a balanced Feistel network and cycle-walking.
 
-    The network permutes [0, 4^h) with 4^h >= size; a result beyond size is fed in again until it falls inside
-    (Black & Rogaway 2002), fewer than four times on average.
+    The network permutes [0, 4^h) with 4^h >= size. A result >= size is put through it again until it is < size (Black &
+    Rogaway 2002), which takes fewer than four rounds of cycle-walking on average.
     """
     size = np.asarray(size, dtype=np.int64)
     bits = np.ceil(np.log2(np.maximum(size, 2))).astype(np.uint64)
@@ -221,7 +232,7 @@ def feistel(x: Ints, size: Ints, key: Ints | int, rounds: int = 6) -> Ints:
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finalizer of SplitMix64 (Steele et al. 2014): every input bit reaches every output bit."""
+    """Return the finalizer of SplitMix64 (Steele et al. 2014), in which every output bit depends on every input bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

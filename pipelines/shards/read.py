@@ -1,4 +1,4 @@
-"""Reading samples: from places in shards to members, and from members to batches of pixels and labels."""
+"""Read samples: from positions in shards to members, and from members to batches of pixels and labels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pipelines.shards.cache import ShardCorruptError
 from pipelines.shards.fetch import ShardFetcher
-from pipelines.shards.index import Dataset, Member, Quarantine, ShardIndex, ShardInfo, kept_samples, kept_shards
+from pipelines.shards.index import Dataset, Member, ShardIndex, ShardInfo
 from pipelines.shards.members import (
     IMAGE_MEMBERS,
     Embedding,
@@ -27,19 +27,20 @@ from pipelines.shards.members import (
     unpack_embedding,
 )
 from pipelines.shards.order import Located
+from pipelines.shards.quarantine import Quarantine, kept_samples, kept_shards
 from pipelines.storage import join
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Decoded samples.
+    """A batch of decoded samples.
 
     Attributes:
-        ordinals: their numbers in the stream, int64 [B].
-        images: float32 in [-1, 1], [B, C, S, S].
-        labels: int64 [B]; None for data without labels.
-        text: token embeddings float32 [B, L, D], padded with zeros; None where they were not asked for.
-        text_mask: bool [B, L], True for the tokens that are there.
+        ordinals: ordinals of the samples in the stream, int64 [B].
+        images: pixels in [-1, 1], float32 [B, C, S, S].
+        labels: class indices, int64 [B]; None for data without labels.
+        text: token embeddings, float32 [B, L, D], padded with zeros; None where they were not requested.
+        text_mask: True for tokens, False for padding, bool [B, L].
         pooled: embeddings of the whole texts, float32 [B, D].
     """
 
@@ -51,18 +52,19 @@ class Batch:
     pooled: Tensor | None = None
 
     def __len__(self) -> int:
-        """Number of samples."""
+        """Return the number of samples."""
         return len(self.ordinals)
 
     def __getitem__(self, span: slice) -> Batch:
-        """Some of the samples."""
+        """Return some of the samples."""
         return self._each(lambda tensor: tensor[span])
 
     def pinned(self) -> Batch:
-        """In page-locked memory, from which a GPU copies while it computes."""
+        """Return the batch in page-locked memory, from which it can be copied while a GPU computes."""
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """Return the batch with a function applied to each of its tensors."""
         there = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: change(tensor) for name, tensor in there.items() if tensor is not None})
 
@@ -71,17 +73,17 @@ class ShardReader:
     """Random access to the samples of a split, from any thread.
 
     Args:
-        dataset: what there is.
-        split: "train" or "test".
-        fetcher: brings the bytes.
-        quarantine: what to leave out; the order of samples then needs `stream_digest(dataset, quarantine)`.
+        dataset: the dataset.
+        split: name of a split, such as "train".
+        fetcher: fetches the bytes of members.
+        quarantine: samples to leave out; the order of samples then needs `stream_digest(dataset, quarantine)`.
         text: whether batches have the text embeddings that were computed at ingest.
 
     Attributes:
-        shards: with the number of samples that are left in each.
+        shards: the shards of the split, with the number of samples that are left in each.
 
     Raises:
-        DatasetError: no such split, or a quarantine of another dataset.
+        DatasetError: there is no such split, or the quarantine is of another dataset.
     """
 
     def __init__(
@@ -99,11 +101,11 @@ class ShardReader:
         self._recorded = {shard.name: shard for shard in dataset.shards(split)}
 
     def close(self) -> None:
-        """Stop what is read ahead."""
+        """Stop the fetcher."""
         self.fetcher.close()
 
     def samples(self, located: Located) -> list[dict[str, Any]]:
-        """The samples as WebDataset has them: `__key__`, `__url__`, bytes by extension; and `__ordinal__`.
+        """Return samples as WebDataset does, with `__key__`, `__url__` and bytes by extension, and with `__ordinal__`.
 
         Raises:
             ShardCorruptError: a shard is damaged.
@@ -124,7 +126,7 @@ class ShardReader:
         """Read and decode samples.
 
         Raises:
-            ShardCorruptError: a shard or one of its samples is damaged, or lacks what others have.
+            ShardCorruptError: a shard or one of its samples is damaged, or a sample lacks a member that others have.
             StorageError: the store cannot be reached, or has no such shard.
         """
         size, channels, count = self.dataset.image_size, self.dataset.channels, len(located.shards)
@@ -144,7 +146,7 @@ class ShardReader:
                         f"{self.dataset.uri}: sample {group.index.keys[i]} of {group.shard.name} {error}; "
                         f"see all such samples with `ddpm check {self.dataset.uri}`"
                     ) from error
-        # Channels first while a pixel is one byte: the copy is a quarter as large.
+        # Channels are moved while a pixel is one byte, because that copies a quarter of the bytes.
         images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
         return Batch(
             torch.from_numpy(located.ordinals),
@@ -154,7 +156,7 @@ class ShardReader:
         )
 
     def _needed(self, index: ShardIndex, at: list[int]) -> list[dict[str, Member]]:
-        """Of each sample the members that a batch is made of: one image, the label, the embedding."""
+        """Return the members of each sample that a batch needs: one image, the label, the embedding."""
         names = [name for name in (*IMAGE_MEMBERS, "cls", "emb.npy") if name in index.columns]
         rows = {name: index.columns[name][at].tolist() for name in names if name != "emb.npy" or self.text}
         needed = []
@@ -166,7 +168,7 @@ class ShardReader:
         return needed
 
     def _kept(self, name: str, index: ShardIndex) -> ShardIndex:
-        """A shard's samples without those in quarantine; few shards have any, so they are remembered."""
+        """Return the index of a shard without samples in quarantine; few shards have any, so the results are kept."""
         if self.quarantine is None or name not in self.quarantine.by_shard:
             return index
         if name not in self._selected:
@@ -176,7 +178,7 @@ class ShardReader:
     def _read(
         self, located: Located, choose: Callable[[ShardIndex, list[int]], list[dict[str, Member]]]
     ) -> Iterator[tuple[_Group, list[dict[str, memoryview]]]]:
-        """The samples of a batch shard by shard, with the bytes of the chosen members of each."""
+        """Yield the samples of a batch shard by shard, with the bytes of the chosen members of each."""
         by_shard: dict[int, list[int]] = defaultdict(list)
         for place, shard in enumerate(located.shards.tolist()):
             by_shard[shard].append(place)
@@ -197,7 +199,7 @@ class ShardReader:
 
 @dataclass(frozen=True)
 class _Group:
-    """The samples of a batch that lie in one shard: places in the batch, and places `at` in the shard's index."""
+    """The samples of a batch that are in one shard: `places` in the batch, and indices `at` in the shard."""
 
     shard: ShardInfo
     index: ShardIndex
@@ -206,7 +208,7 @@ class _Group:
 
 
 def _padded(embeddings: list[Embedding]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(text, text_mask, pooled) of a batch, as `Batch` has them."""
+    """Return (text, text_mask, pooled) of a batch, as in `Batch`."""
     pooled = [torch.from_numpy(p.astype(np.float32)) for p, _ in embeddings if p is not None]
     tokens = [torch.from_numpy(t.astype(np.float32)) for _, t in embeddings if t is not None]
     together = torch.stack(pooled) if pooled else None
@@ -218,7 +220,7 @@ def _padded(embeddings: list[Embedding]) -> tuple[Tensor | None, Tensor | None, 
 
 
 def read_split(reader: ShardReader) -> Batch:
-    """Every sample of a split in shard order, from shards that are whole and verified where there is a cache."""
+    """Read all samples of a split in shard order, after completing and verifying its shards in the cache, if any."""
     kept = {shard.name for shard in reader.shards}
     reader.fetcher.require([shard for shard in reader.dataset.shards(reader.split) if shard.name in kept])
     counts = [shard.samples for shard in reader.shards]
@@ -228,5 +230,5 @@ def read_split(reader: ShardReader) -> Batch:
 
 
 def default_cache_dir() -> Path:
-    """The user's cache folder."""
+    """Return the shard cache in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm" / "shards"

@@ -1,4 +1,4 @@
-"""One rank's part of the endless stream: decoded batches for the trainer, sample dicts for everybody else."""
+"""One rank's part of the endless stream: decoded batches for training, and sample dicts for WebDataset pipelines."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from pipelines.shards.fetch import ShardFetcher
-from pipelines.shards.index import Dataset, DatasetError, Quarantine, stream_digest
+from pipelines.shards.index import Dataset, DatasetError
 from pipelines.shards.order import Located, SampleOrder
+from pipelines.shards.quarantine import Quarantine, stream_digest
 from pipelines.shards.read import Batch, ShardReader
 from pipelines.storage import Storage
 
@@ -25,16 +26,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """How a split is ordered and read.
+    """Settings of the order in which a split is read, and of how it is read.
 
     Attributes:
         lanes: parallel reading positions of the whole run.
         window: consecutive shards of a lane that are shuffled together.
-        seed: of the order.
-        cache_dir: the node's shard cache.
-        cache_bytes: its bound.
-        threads: that decode.
-        prefetch: batches read ahead.
+        seed: seed of the order.
+        cache_dir: folder of the node's shard cache.
+        cache_bytes: size limit of the cache.
+        threads: number of threads that read and decode.
+        prefetch: number of batches that are read ahead.
         text: whether batches have the text embeddings that were computed at ingest.
     """
 
@@ -51,10 +52,10 @@ class StreamSettings:
 def open_stream(
     dataset: Dataset, split: str, storage: Storage, settings: StreamSettings, quarantine: Quarantine | None = None
 ) -> tuple[ShardReader, SampleOrder]:
-    """A reader of a split and the order of its samples.
+    """Return a reader of a split, and the order of its samples.
 
     Raises:
-        DatasetError: no such split, or a quarantine of another dataset.
+        DatasetError: there is no such split, or the quarantine is of another dataset.
     """
     fetcher = ShardFetcher.opened(
         dataset, split, storage, settings.cache_dir, settings.cache_bytes, settings.lanes, settings.window
@@ -71,9 +72,9 @@ def open_stream(
 
 
 class TrainingStream:
-    """Decoded batches of one rank, in the order of `SampleOrder`, read ahead by threads.
+    """The decoded batches of one rank, in the order of `SampleOrder`, read ahead by threads.
 
-    Where there is a GPU they lie in page-locked memory, so that they are copied to it while it computes.
+    Where there is a GPU they are in page-locked memory, from which they can be copied while the GPU computes.
 
     Attributes:
         waited_s: seconds that the consumer has spent waiting for data.
@@ -99,7 +100,7 @@ class TrainingStream:
         self.waited_s = 0.0
 
     def __iter__(self) -> Iterator[Batch]:
-        """This rank's pieces of the global batches from `start` until `stop` samples have been given out."""
+        """Yield this rank's pieces of the global batches that begin at ordinals from `start` to `stop`."""
         batches = read_ahead(self._load, range(self.start, self.stop, self.batch_size), self.threads, self.prefetch)
         while True:
             began = time.perf_counter()
@@ -110,32 +111,34 @@ class TrainingStream:
             yield batch
 
     def piece(self, first: int) -> Located:
-        """This rank's part of the global batch that begins with sample `first`."""
+        """Return this rank's part of the global batch that begins with ordinal `first`."""
         return self.order.piece(first, self.batch_size, self.rank, self.world_size)
 
     def _load(self, first: int) -> Batch:
+        """Read and decode this rank's part of the global batch that begins with ordinal `first`."""
         batch = self.reader.batch(self.piece(first))
         return batch.pinned() if torch.cuda.is_available() else batch
 
 
 class ShardDataset(IterableDataset[dict[str, Any]]):
-    """One rank's samples as WebDataset sample dicts, without end: the source of a pipeline of WebDataset's stages.
+    """One rank's endless samples as WebDataset sample dicts: the source of a pipeline of WebDataset stages.
+
 
         source = ShardDataset(dataset, "train", storage, settings, batch_size=256, rank=rank, world_size=world_size)
         pipeline = webdataset.DataPipeline(source, webdataset.decode("torchrgb"), webdataset.to_tuple("png", "cls"))
 
     A sample has `__key__`, `__url__`, `__ordinal__` (its number in the stream of all ranks) and its members' bytes by
-    extension. Under n workers of a DataLoader worker i gives out every n-th sample from the i-th on, so that
-    `DataLoader(source, batch_size=None, num_workers=n)` has the order of one process and no sample twice. Stages that
-    shuffle or filter afterwards are the user's: the stream is then no longer a function of the ordinal.
+    extension. Of the n workers of a DataLoader, worker i yields every n-th sample from the i-th on, so that
+    `DataLoader(source, batch_size=None, num_workers=n)` has the order of one process and repeats no sample. After a
+    stage that shuffles or filters, the stream is no longer a function of the ordinal.
 
-    The state is the number of samples that all ranks together have seen, at a batch's boundary, and the digest of the
-    stream. In the process that iterates `state_dict` has it; where workers iterate only the consumer knows how many
-    batches it has taken, and passes `samples_seen` itself.
+    The state is the digest of the stream and the number of samples that all ranks together have seen, at a boundary of
+    batches. `state_dict` returns it in the process that iterates. Where DataLoader workers iterate, only the consumer
+    knows how many batches it has taken, so it has to pass `samples_seen` itself.
 
     Args:
-        batch_size: of the global batch, whose pieces the ranks take.
-        samples_seen: where to begin, a multiple of the batch size.
+        batch_size: size of the global batch, which is divided among the ranks.
+        samples_seen: the ordinal to begin with, a multiple of the batch size.
     """
 
     def __init__(
@@ -163,10 +166,10 @@ class ShardDataset(IterableDataset[dict[str, Any]]):
         self.samples_seen, self.quarantine = samples_seen, quarantine
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """From `samples_seen` on."""
+        """Yield this rank's samples from `samples_seen` on."""
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        # Made here and not before: a dataset travels to the loader's workers, threads and memory maps do not.
+        # Created here, because threads and memory maps cannot be pickled for the workers of a DataLoader.
         reader, order = open_stream(self.dataset, self.split, self.storage, self.settings, self.quarantine)
 
         def load(first: int) -> list[dict[str, Any]]:
@@ -185,11 +188,11 @@ class ShardDataset(IterableDataset[dict[str, Any]]):
             reader.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream is, for a checkpoint."""
+        """Return the position in the stream, for a checkpoint."""
         return {"samples_seen": self.samples_seen, "digest": stream_digest(self.dataset, self.quarantine)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state.
+        """Continue from a state.
 
         Raises:
             DatasetError: it is of another dataset or quarantine.
@@ -204,7 +207,7 @@ class ShardDataset(IterableDataset[dict[str, Any]]):
 
 
 def read_ahead(load: Callable[[int], T], firsts: Iterable[int], threads: int, prefetch: int) -> Iterator[T]:
-    """load(first) for each first, in order, `prefetch` of them under way at a time."""
+    """Yield load(first) for each first, in order, with `prefetch` calls running or finished ahead of the consumer."""
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         ahead: deque[Future[T]] = deque()
         waiting = iter(firsts)

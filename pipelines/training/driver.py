@@ -10,7 +10,8 @@ from typing import Any
 from pipelines import checkpoints, models, tracking
 from pipelines.checkpoints import CheckpointState, Published
 from pipelines.config import Config, ConfigError
-from pipelines.shards.index import Dataset, DatasetError, read_dataset, read_quarantine
+from pipelines.shards.index import Dataset, DatasetError, read_dataset
+from pipelines.shards.quarantine import read_quarantine
 from pipelines.storage import Fence, FencedError, Storage, join
 from pipelines.tracking import Tracker
 from pipelines.training.describe import describe_run

@@ -18,8 +18,8 @@ from mlflow import MlflowClient
 
 from pipelines import stack
 from pipelines.config import compose
-from pipelines.search.space import load_study
 from pipelines.search.study import StudyStore, TrialRecord, best, trial_name
+from pipelines.search.study_config import load_study
 from pipelines.shards.index import read_dataset
 from pipelines.storage import Storage
 from tests.integration.conftest import Finished, Shell

@@ -100,12 +100,12 @@ def call(
 
 def test_all_services_come_up_healthy_and_twice_is_a_no_op(home: Path) -> None:
     phases: list[tuple[str, str]] = []
-    first = stack.up(home, report=lambda *phase: phases.append(phase))
+    first = stack.up(home, notice=lambda *phase: phases.append(phase))
     assert [phase for phase in phases if phase[1] == "starting"] == [(name, "starting") for name in stack.SERVICES]
     assert {name for name, phase in phases if phase == "healthy"} == set(stack.SERVICES)
     before, phases = pids(home), []
 
-    assert stack.up(home, report=lambda *phase: phases.append(phase)) == first == stack.read_state(home)
+    assert stack.up(home, notice=lambda *phase: phases.append(phase)) == first == stack.read_state(home)
     assert sorted(phases) == sorted((name, "already running") for name in stack.SERVICES)
     assert pids(home) == before
 

@@ -1,4 +1,4 @@
-"""The ingest stage: what it is told, what it says, and what it takes for finished."""
+"""Tests of the ingest stage: its settings, its messages, and when it is skipped."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 
 from pipelines import flow
 from pipelines.config import ConfigError, compose
+from pipelines.display import Silent
 from pipelines.shards.index import read_dataset
 from pipelines.storage import Storage
 from tests.pipelines.shards.ingest.sources import jsonl, picture, pictures, write_files
@@ -14,20 +15,14 @@ from tests.pipelines.shards.ingest.sources import jsonl, picture, pictures, writ
 STORAGE = Storage()
 
 
-class Lines:
-    """A display that remembers."""
+class Lines(Silent):
+    """A display that keeps the lines it was given."""
 
     def __init__(self):
-        self.said = []
+        self.lines = []
 
     def stage(self, name, text):
-        self.said.append(f"{name}  {text}")
-
-    def counter(self, description, unit):
-        return lambda done, total: None
-
-    def training(self, images, resumes_at):
-        raise NotImplementedError
+        self.lines.append(f"{name}  {text}")
 
 
 def config(source, to, *overrides):
@@ -74,8 +69,8 @@ def test_what_was_ingested_is_skipped_until_the_source_changes(photos, tmp_path)
     flow.write_dataset(settings, STORAGE, Lines())
     display = Lines()
     assert flow.ingest_stage(settings, STORAGE, display) is None
-    assert "skipped: " in display.said[0]
-    assert "holds this input already" in display.said[0]
+    assert "skipped: " in display.lines[0]
+    assert "holds this input already" in display.lines[0]
     key = (tmp_path / "ds" / "ingest-key").read_text()
     write_files(photos, {"cat/00.png": picture(9)})
     assert flow.ingest_key(settings, STORAGE) != key
@@ -108,19 +103,19 @@ def test_it_tells_what_was_changed_left_out_and_where_the_report_is(tmp_path):
     )
     display = Lines()
     flow.write_dataset(config(source, tmp_path / "ds", "data.test_fraction=0.3"), STORAGE, display)
-    said = "\n".join(display.said)
-    assert sum(line.startswith("left out") for line in display.said) == 21
-    assert "left out  … and 6 more; ingest-report.json has all 26" in said
-    assert "left out  metadata.jsonl:46: c.png: no such file" in said
-    assert "note  18 images: RGBA made RGB" in said
-    assert "note  20 images: smaller than 8 pixels, enlarged" in said
-    assert "note  10 images have no caption, such as b/" in said
-    assert "note  1 not used, not named by a good row of the metadata: such as notes.md" in said
-    assert f"report  file://{tmp_path}/ds/ingest-report.json" in said
-    assert "threads of this process" in said
+    text = "\n".join(display.lines)
+    assert sum(line.startswith("left out") for line in display.lines) == 21
+    assert "left out  … and 6 more; ingest-report.json has all 26" in text
+    assert "left out  metadata.jsonl:46: c.png: no such file" in text
+    assert "note  18 images: RGBA made RGB" in text
+    assert "note  20 images: smaller than 8 pixels, enlarged" in text
+    assert "note  10 images have no caption, such as b/" in text
+    assert "note  1 not used, not named by a good row of the metadata: such as notes.md" in text
+    assert f"report  file://{tmp_path}/ds/ingest-report.json" in text
+    assert "threads of this process" in text
     again = Lines()
     done = flow.write_dataset(config(source, tmp_path / "ds", "data.test_fraction=0.3"), STORAGE, again)
-    assert f"ingest  {done.reused_shards} of {done.reused_shards} shards were finished before" in "\n".join(again.said)
+    assert f"ingest  {done.reused_shards} of {done.reused_shards} shards were finished before" in "\n".join(again.lines)
 
 
 def test_captions_are_embedded_by_the_encoder_that_is_named(photos, tmp_path):

@@ -30,3 +30,8 @@ def test_unlike_scores_are_not_compared():
         verdict = gate(replace(SCORES, frechet_distance=1.0, **change), SCORES)
         assert not verdict.passed
         assert next(iter(change)) in verdict.reason
+
+
+def test_a_verdict_reads_as_its_outcome_and_reason():
+    assert str(gate(SCORES, None)) == "passed: the alias has no version yet"
+    assert gate(SCORES, SCORES).outcome == "refused"

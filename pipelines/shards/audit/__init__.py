@@ -1,1 +1,1 @@
-"""What tars hold: scan them, describe those that others wrote, check all bytes against the index."""
+"""Scan tars: index those that other tools wrote, and check every byte of a dataset against its index."""

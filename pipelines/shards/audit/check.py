@@ -1,9 +1,9 @@
-"""`ddpm check`: every byte of a dataset against its index, every sample against what it should be."""
+"""Check every byte of a dataset against its index, and every sample against the dataset's form; for `ddpm check`."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,37 +12,27 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipelines.display import Progress, StageNotice, no_progress
 from pipelines.shards.audit.foreign import default_threads, tars
 from pipelines.shards.audit.scan import ByteCounter, ObjectStream, ShardScan, in_threads, scan_shard
-from pipelines.shards.index import (
-    Dataset,
-    DatasetError,
-    Member,
-    Problem,
-    Quarantine,
-    ShardIndex,
-    ShardInfo,
-    make_quarantine,
-    read_dataset,
-    read_quarantine,
-    sidecar,
-)
+from pipelines.shards.index import Dataset, DatasetError, Member, ShardIndex, ShardInfo, read_dataset, sidecar
 from pipelines.shards.members import Form
+from pipelines.shards.quarantine import Problem, Quarantine, make_quarantine, read_quarantine
 from pipelines.storage import Entry, NotFoundError, Storage, join
 
-Progress = Callable[[int, int], None]
 SHOWN = 100
+"""Problems that are shown; `--json` has all of them."""
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
-        dataset: that was checked.
-        bytes: that were read.
-        problems: in order of shard, then sample.
-        quarantine: that lies beside the dataset after the check; None where there is none.
+        dataset: the dataset that was checked.
+        bytes: number of bytes that were read.
+        problems: problems in order of shard, then sample.
+        quarantine: the quarantine beside the dataset after the check; None where there is none.
     """
 
     dataset: Dataset
@@ -51,7 +41,7 @@ class CheckReport:
     quarantine: Quarantine | None
 
     def to_dict(self) -> dict[str, Any]:
-        """For --json."""
+        """Return the result as JSON types, for `--json`."""
         return {
             "uri": self.dataset.uri,
             "digest": self.dataset.digest,
@@ -65,7 +55,7 @@ class CheckReport:
         }
 
     def summary(self) -> list[str]:
-        """Lines: what was read, what is wrong by kind, what of it is in quarantine."""
+        """Return in words what was read, the number of problems by kind, and whether quarantine.json covers them."""
         shards = sum(len(shards) for shards in self.dataset.splits.values())
         samples = sum(self.dataset.samples(split) for split in self.dataset.splits)
         read = f"{shards:,} shards, {samples:,} samples, {self.bytes / 2**20:,.1f} MiB read"
@@ -87,18 +77,18 @@ def check(
     storage: Storage,
     *,
     threads: int | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> CheckReport:
-    """Verify a dataset; nothing is changed.
+    """Check a dataset; nothing is written.
 
     Args:
-        uri: its folder.
-        threads: shards at once.
-        progress: told (done, total) MiB.
+        uri: folder of the dataset.
+        threads: number of shards that are read at a time.
+        progress: called with (done, total) MiB.
 
     Raises:
-        DatasetError: no dataset there, or its description is damaged.
-        StorageError: the store does not answer; what it could not give is no finding.
+        DatasetError: there is no dataset, or dataset.json is damaged.
+        StorageError: the store does not answer, so that the check is not complete.
     """
     dataset = read_dataset(uri, storage)
     quarantine, found = _read_quarantine(dataset, storage)
@@ -117,9 +107,12 @@ def check(
 
 
 def write_quarantine(report: CheckReport, storage: Storage) -> CheckReport:
-    """Make `quarantine.json` what this check found: readers that are given it leave those samples out.
+    """Write the problems of a check to `quarantine.json`, so that readers leave those samples out.
 
-    Without problems there is none; one that was there is removed.
+    Without problems an existing file is deleted.
+
+    Returns:
+        The result with the new quarantine.
     """
     where = join(report.dataset.uri, "quarantine.json")
     quarantine = make_quarantine(report.dataset, report.problems)
@@ -130,12 +123,12 @@ def write_quarantine(report: CheckReport, storage: Storage) -> CheckReport:
     return CheckReport(report.dataset, report.bytes, report.problems, quarantine)
 
 
-def show(report: CheckReport, console: Console, say: Callable[[str, str], None]) -> None:
+def show(report: CheckReport, console: Console, notice: StageNotice) -> None:
     """Print the problems, as a table on a terminal and as plain lines elsewhere, and the summary.
 
     Args:
         console: where to print.
-        say: prints a line (stage, text) on it.
+        notice: prints a line (stage, text) on the console.
     """
     shown = report.problems[:SHOWN]
     if console.is_terminal and shown:
@@ -145,16 +138,17 @@ def show(report: CheckReport, console: Console, say: Callable[[str, str], None])
         console.print(columns)
     else:
         for problem in shown:
-            say("wrong", f"{problem.shard}  {problem.sample or '(the shard)'}  {problem.reason}")
+            notice("wrong", f"{problem.shard}  {problem.sample or '(the shard)'}  {problem.reason}")
     if len(report.problems) > SHOWN:
-        say("wrong", f"… and {len(report.problems) - SHOWN:,} more: --json has all of them")
+        notice("wrong", f"… and {len(report.problems) - SHOWN:,} more: --json has all of them")
     for line in report.summary():
-        say("check", line)
+        notice("check", line)
 
 
 def _check_shard(
     info: ShardInfo, *, stored: dict[str, Entry], dataset: Dataset, storage: Storage, counter: ByteCounter
 ) -> list[Problem]:
+    """Return the problems of one shard."""
     whole = partial(Problem, info.name, None, None)
     entry = stored.get(info.name)
     if entry is None:
@@ -186,7 +180,7 @@ def _check_shard(
 def _check_sidecar(
     info: ShardInfo, scan: ShardScan, dataset: Dataset, storage: Storage, damaged: bool
 ) -> list[Problem]:
-    """The sidecar against what the tar holds; where the tar is `damaged`, the samples that it lost."""
+    """Compare the sidecar with the tar; return its problem, or the lost samples where the tar is `damaged`."""
     name = sidecar(info.name)
     again = f"write it again with `ddpm index {dataset.uri} --replace`"
     whole = partial(Problem, info.name, None, None, "sidecar")
@@ -213,7 +207,7 @@ def _check_sidecar(
 
 
 def _changed(recorded: Mapping[str, Member], there: Mapping[str, Member]) -> tuple[str, str]:
-    """(kind, reason) of a sample that is not as the sidecar records it."""
+    """Return (kind, reason) for a sample that differs from its record in the sidecar."""
     others = [name for name, m in there.items() if name in recorded and replace(recorded[name], crc32=m.crc32) == m]
     if len(others) == len(recorded) == len(there):
         changed = ", ".join(name for name in others if there[name] != recorded[name])
@@ -223,6 +217,7 @@ def _changed(recorded: Mapping[str, Member], there: Mapping[str, Member]) -> tup
 
 
 def _difference(index: ShardIndex, scan: ShardScan) -> str:
+    """Return in words how a sidecar differs from the tar."""
     if len(index) != len(scan.index):
         return f"it lists {len(index)} samples, the tar holds {len(scan.index)}"
     keys = enumerate(zip(index.keys, scan.index.keys, strict=True))
@@ -237,7 +232,7 @@ def _difference(index: ShardIndex, scan: ShardScan) -> str:
 
 
 def _read_quarantine(dataset: Dataset, storage: Storage) -> tuple[Quarantine | None, list[Problem]]:
-    """The one that is there, and what is wrong with it: readers would refuse it."""
+    """Return the quarantine of a dataset, and its problems, for which readers would refuse it."""
     problem = partial(Problem, "quarantine.json", None, None, "quarantine")
     try:
         quarantine = read_quarantine(dataset.uri, storage)
@@ -250,6 +245,7 @@ def _read_quarantine(dataset: Dataset, storage: Storage) -> tuple[Quarantine | N
 
 
 def _listed_twice(shards: Sequence[ShardInfo]) -> list[Problem]:
+    """Return a problem for each shard that dataset.json lists more than once."""
     counts = Counter(shard.name for shard in shards)
     return [
         Problem(name, None, None, "duplicate", f"is listed {count} times in dataset.json, which lets splits overlap")

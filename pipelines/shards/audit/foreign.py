@@ -1,10 +1,10 @@
-"""`ddpm index`: describe WebDataset tars that others wrote, so that training reads them like our own."""
+"""Index WebDataset tars that other tools wrote, so that training can read them; for `ddpm index`."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -12,38 +12,30 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.display import Progress, no_progress
 from pipelines.shards.audit.scan import ByteCounter, ObjectStream, TarFaultError, in_threads, read_samples, scan_shard
-from pipelines.shards.index import (
-    Dataset,
-    DatasetError,
-    Problem,
-    Quarantine,
-    ShardInfo,
-    make_dataset,
-    make_quarantine,
-    read_dataset,
-    sidecar,
-)
+from pipelines.shards.index import Dataset, DatasetError, ShardInfo, make_dataset, read_dataset, sidecar
 from pipelines.shards.members import MAX_CLASSES, Examined, FlawError, Form, decode_image
+from pipelines.shards.quarantine import Problem, Quarantine, make_quarantine
 from pipelines.storage import Entry, Storage, join
 
-Progress = Callable[[int, int], None]
 SHOWN = 20
+"""Problems that an error message lists."""
 
 
 @dataclass(frozen=True)
 class SplitRule:
-    """Which tars are a split's: those whose path below the dataset matches a pattern."""
+    """A split, and the pattern that the paths of its tars below the dataset match."""
 
     split: str
     pattern: str
 
     @classmethod
     def parse(cls, text: str) -> SplitRule:
-        """NAME=PATTERN, or NAME for every tar.
+        """Parse NAME=PATTERN, or NAME for every tar.
 
         Raises:
-            ValueError: neither.
+            ValueError: the text has another form.
         """
         split, _, pattern = text.partition("=")
         if not re.fullmatch(r"[a-z][a-z0-9_-]*", split):
@@ -51,12 +43,12 @@ class SplitRule:
         return cls(split, pattern or "*")
 
 
-# Without rules: the first folder below the dataset is the split, or the start of the tar's name is.
+# Without rules, the split is the first folder below the dataset, or the start of the tar's name.
 _BY_NAME = re.compile(r"^(train|test)(?:/|[^a-z/][^/]*\.tar$|\.tar$)")
 
 
 class IndexRefusedError(DatasetError):
-    """Tars or samples that training could not use; `problems` has all of them."""
+    """Tars or samples have problems, so that no dataset was written; `problems` has all of them."""
 
     def __init__(self, uri: str, problems: Sequence[Problem]) -> None:
         lines = [f"\n  {p.shard}: {p.sample + ': ' if p.sample else ''}{p.reason}" for p in problems[:SHOWN]]
@@ -70,28 +62,28 @@ class IndexRefusedError(DatasetError):
 
 @dataclass(frozen=True)
 class Indexed:
-    """What `index_tars` wrote."""
+    """The dataset and the quarantine that `index_tars` wrote."""
 
     dataset: Dataset
     quarantine: Quarantine | None
 
     def lines(self) -> list[str]:
-        """What a person wants to know: the data as a configuration would name it, and what is missing."""
+        """Return the result in words: counts, the configuration to train with, and what is missing."""
         data = self.dataset
         counts = ", ".join(f"{data.samples(split):,} {split}" for split in data.splits)
-        said = [
+        lines = [
             f"{counts} samples in {sum(len(s) for s in data.splits.values()):,} shards; digest {data.digest[:12]}",
             f"train on it with data.uri={data.uri} data.image_size={data.image_size} data.channels={data.channels} "
             f"data.num_classes={len(data.classes)}",
         ]
         if "test" not in data.splits:
-            said.append("there is no split test: training works, `ddpm evaluate` needs one")
+            lines.append("there is no split test: training works, `ddpm evaluate` needs one")
         if self.quarantine is not None:
-            said.append(f"entries in quarantine.json: {len(self.quarantine.excluded):,}")
-        return said
+            lines.append(f"entries in quarantine.json: {len(self.quarantine.excluded):,}")
+        return lines
 
     def to_dict(self) -> dict[str, Any]:
-        """For --json."""
+        """Return the result as JSON types, for `--json`."""
         return {
             "uri": self.dataset.uri,
             "digest": self.dataset.digest,
@@ -105,42 +97,45 @@ class Indexed:
 
 
 def tars(uri: str, storage: Storage) -> dict[str, Entry]:
-    """Every tar below a folder, by its path there."""
+    """Return every tar below a folder, by its path relative to the folder."""
     start = len(uri.rstrip("/")) + 1
     return {e.uri[start:]: e for e in storage.list(uri) if e.uri.endswith(".tar")}
 
 
 def assign_splits(names: Sequence[str], rules: Sequence[SplitRule] = ()) -> dict[str, list[str]]:
-    """Split -> tars in order of name; the first rule that fits decides.
+    """Return split -> tars in order of name; the first rule that matches a tar decides.
 
     Raises:
-        DatasetError: a tar that belongs to no split, or nothing to train on.
+        DatasetError: a tar belongs to no split, or there is no split train.
     """
     splits: dict[str, list[str]] = {}
-    nowhere = []
+    unassigned = []
     for name in sorted(names):
         if rules:
             split = next((rule.split for rule in rules if fnmatchcase(name, rule.pattern)), None)
         else:
             split = found.group(1) if (found := _BY_NAME.match(name)) else None
         if split is None:
-            nowhere.append(name)
+            unassigned.append(name)
         else:
             splits.setdefault(split, []).append(name)
-    if nowhere:
+    if unassigned:
         raise DatasetError(
-            f"{len(nowhere)} of {len(names)} tars belong to no split: {', '.join(nowhere[:5])}"
-            f"{' …' if len(nowhere) > 5 else ''}; a split is a folder or the start of a name, train or test; "
+            f"{len(unassigned)} of {len(names)} tars belong to no split: {', '.join(unassigned[:5])}"
+            f"{' …' if len(unassigned) > 5 else ''}; a split is a folder or the start of a name, train or test; "
             "or say which are which with --split 'train=PATTERN' --split 'test=PATTERN', or --split train for all"
         )
     if "train" not in splits:
         raise DatasetError(f"no tar is in the split train, only in {', '.join(splits)}: name it with --split train=…")
-    # As the ingest has it: train, then the others.
+    # Train comes first, as in an ingest.
     return {"train": splits.pop("train"), **splits}
 
 
 class Tally:
-    """What is counted over the sound samples of a shard: pixels by value, and labels. Integers: no order matters."""
+    """Counts over the samples of a shard that have no flaw: pixels by value, and labels.
+
+    All counts are integers, so that sums do not depend on the order of shards.
+    """
 
     def __init__(self) -> None:
         self.grey = np.zeros((1, 256), dtype=np.int64)
@@ -149,7 +144,7 @@ class Tally:
         self.top_label = -1
 
     def add(self, sample: Examined) -> None:
-        """One sample."""
+        """Count one sample."""
         assert sample.pixels is not None
         channels = sample.pixels.shape[-1]
         counts = self.grey if channels == 1 else self.colour
@@ -162,7 +157,7 @@ class Tally:
 
     @classmethod
     def of(cls, parts: Sequence[Tally]) -> Tally:
-        """Over several shards."""
+        """Return the sum of the counts of several shards."""
         whole = cls()
         for part in parts:
             whole.grey += part.grey
@@ -174,7 +169,7 @@ class Tally:
         return whole
 
     def statistics(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and deviation of pixels in [-1, 1] per channel; a grey image counts in each channel of colour."""
+        """Return mean and standard deviation of pixels in [-1, 1] per channel; a grey image counts in every channel."""
         counts = self.grey if channels == 1 else self.colour + self.grey
         values = np.arange(256)
         mean, std = [], []
@@ -188,6 +183,8 @@ class Tally:
 
 @dataclass(frozen=True)
 class _Scanned:
+    """One shard, with its problems and counts."""
+
     info: ShardInfo
     problems: tuple[Problem, ...]
     tally: Tally
@@ -203,23 +200,23 @@ def index_tars(
     replace: bool = False,
     quarantine: bool = False,
     threads: int | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> Indexed:
-    """Scan every tar below an address and write sidecars and, when all is right, `dataset.json`.
+    """Scan every tar below an address, write sidecars and, if there are no problems, `dataset.json`.
 
     Args:
-        uri: the folder; tars in folders below it count too.
-        rules: which tars are which split; by default folders and name starts `train` and `test`.
-        classes: their names; by default those of the description that is replaced, else "0", "1", ….
-        image_size: height and width; by default those of the first image.
-        replace: describe again what is described already.
-        quarantine: write problems into `quarantine.json` instead of refusing.
-        threads: shards at once.
-        progress: told (done, total) MiB.
+        uri: the folder; tars in folders below it are included.
+        rules: assign tars to splits; by default folders and starts of names `train` and `test` do.
+        classes: class names; by default those of the dataset.json that is replaced, else "0", "1", ….
+        image_size: height and width in pixels; by default those of the first image.
+        replace: replace an existing dataset.json.
+        quarantine: write problems to `quarantine.json` instead of raising an error.
+        threads: number of shards that are read at a time.
+        progress: called with (done, total) MiB.
 
     Raises:
-        IndexRefusedError: something is wrong with a tar or a sample, and `quarantine` is false.
-        DatasetError: no tars, a split without samples, or a description is there already.
+        IndexRefusedError: a tar or a sample has a problem, and `quarantine` is false.
+        DatasetError: there are no tars, a split has no samples, or there is a dataset.json already.
     """
     described = _described(uri, storage, replace)
     entries = tars(uri, storage)
@@ -250,12 +247,16 @@ def index_tars(
 
 
 def default_threads() -> int:
-    """Shards at once: they wait for the network half of the time."""
+    """Return how many shards are read at a time: two per core, because half of the time is spent waiting."""
     return min(32, 2 * (os.cpu_count() or 1))
 
 
 def _described(uri: str, storage: Storage, replace: bool) -> Dataset | None:
-    """The description that is there already, if it can be read."""
+    """Return the existing dataset, or None where there is none that can be read.
+
+    Raises:
+        DatasetError: there is one, and `replace` is false.
+    """
     if not storage.exists(join(uri, "dataset.json")):
         return None
     if not replace:
@@ -271,11 +272,11 @@ def _described(uri: str, storage: Storage, replace: bool) -> Dataset | None:
 def find_form(
     shards: Sequence[tuple[str, Entry]], storage: Storage, image_size: int | None, classes: int | None
 ) -> Form:
-    """What every sample has to be like: as the first one whose image can be read.
+    """Return the properties that every sample must have: those of the first sample whose image can be read.
 
     Raises:
-        IndexRefusedError: there is none; with what is wrong with those that were looked at.
-        DatasetError: it is not square, or of another size than asked for.
+        IndexRefusedError: no image can be read; the error has the problems of the samples.
+        DatasetError: the image is not square, or there are no samples.
     """
     problems = []
     for name, entry in shards:
@@ -302,7 +303,7 @@ def find_form(
 
 
 def _scan(named: tuple[str, Entry], *, uri: str, storage: Storage, form: Form, counter: ByteCounter) -> _Scanned:
-    """Scan one shard and write its sidecar, so that no more than the shards in work are held in memory."""
+    """Scan one shard and write its sidecar, so that only the shards that are being scanned are in memory."""
     name, entry = named
     tally = Tally()
     found = scan_shard(name, ObjectStream(entry.uri, entry.size, storage, counter.add), form, tally.add)
@@ -313,6 +314,7 @@ def _scan(named: tuple[str, Entry], *, uri: str, storage: Storage, form: Form, c
 def _describe(
     uri: str, splits: dict[str, list[_Scanned]], form: Form, classes: Sequence[str], described: Dataset | None
 ) -> Dataset:
+    """Return the dataset of the scanned shards."""
     everything = Tally.of([scanned.tally for shards in splits.values() for scanned in shards])
     channels = 3 if everything.coloured else 1
     mean, std = Tally.of([scanned.tally for scanned in splits["train"]]).statistics(channels)
@@ -329,6 +331,7 @@ def _describe(
 
 
 def _class_names(count: int, given: Sequence[str], described: Dataset | None) -> tuple[str, ...]:
+    """Return the class names: the given ones, else those of the replaced dataset, else numbers."""
     assert count <= MAX_CLASSES
     if given:
         return tuple(given) if count else ()

@@ -1,7 +1,7 @@
-"""One pass over a tar that may be damaged: every sample in order, its flaws, and the SHA-256 of all bytes.
+"""Read a tar that may be damaged in one pass: every sample in order, its flaws, and the SHA-256 of all bytes.
 
-Python's tarfile, and so WebDataset, takes a damaged header or a missing end for the end of the tar and yields fewer
-samples without a word. Here only the end-of-archive marker is an end.
+Python's tarfile, and so WebDataset, takes a damaged header or a missing end for the end of the tar, and yields fewer
+samples without an error. Here a tar ends only at its end-of-archive marker.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import IO, Any, TypeVar, cast
+from typing import IO, TypeVar, cast
 
+from pipelines.display import Progress
 from pipelines.errors import PipelineError
-from pipelines.shards.index import Member, Problem, ShardIndex, split_name
+from pipelines.shards.index import Member, ShardIndex, split_name
 from pipelines.shards.members import KNOWN_MEMBERS, Examined, Flaw, Form, examine
+from pipelines.shards.quarantine import Problem
 from pipelines.storage import Storage
 
 BLOCK_BYTES = 4 * 2**20
@@ -28,10 +30,13 @@ R = TypeVar("R")
 
 
 class TarFaultError(PipelineError):
-    """A tar whose structure is damaged, or that we cannot read in place: what it is, and what to do about it.
+    """The structure of a tar is damaged, or its members cannot be read in place.
 
     Attributes:
-        pending: the sample at that place, of which there may have been more.
+        kind: identifier for programs.
+        reason: what is wrong.
+        fix: what to do about it.
+        pending: the sample that was being read, which may be incomplete; None before the first one.
     """
 
     def __init__(
@@ -41,18 +46,18 @@ class TarFaultError(PipelineError):
         self.kind, self.reason, self.fix, self.pending = kind, reason, fix, pending
 
     def problem(self, shard: str) -> Problem:
-        """As one of the whole shard."""
+        """Return the fault as a problem of a whole shard."""
         return Problem(shard, None, None, self.kind, str(self))
 
 
 class ObjectStream:
-    """A stored object, read forward once by ranged reads of a few MiB, hashed on the way: the file of a `TarFile`.
+    """A stored object as the file of a `TarFile`: read forward once, by ranged reads of a few MiB, and hashed.
 
     Args:
-        uri: its address.
-        size: its bytes, as the listing says.
-        storage: where it lies.
-        advance: told the bytes of each read.
+        uri: address of the object.
+        size: its size in bytes, from the listing.
+        storage: the store.
+        advance: called with the number of bytes of each read.
     """
 
     def __init__(self, uri: str, size: int, storage: Storage, advance: Callable[[int], None] = lambda n: None) -> None:
@@ -62,27 +67,27 @@ class ObjectStream:
         self._start = self._at = self._fetched = 0
 
     def tell(self) -> int:
-        """Position in the object."""
+        """Return the position in the object."""
         return self._at
 
     def peek(self) -> bytes:
-        """The next few bytes."""
+        """Return the next few bytes without moving."""
         self._fill()
         return bytes(self._block[self._at - self._start :][:16])
 
     def seek(self, position: int) -> int:
-        """Go forward; bytes that are passed over are hashed too."""
+        """Move forward; skipped bytes are hashed, too."""
         assert position >= self._at, f"{self.uri} is read forward only: {self._at} -> {position}"
         while self._at < position and self._fill():
             self._at = min(position, self._fetched)
         return self._at
 
     def read(self, size: int) -> bytes:
-        """The next `size` bytes, fewer at the end."""
+        """Return the next `size` bytes, fewer at the end."""
         return b"".join(self.parts(size))
 
     def parts(self, size: int) -> Iterator[memoryview]:
-        """The next `size` bytes as they lie in memory, fewer at the end."""
+        """Yield the next `size` bytes in pieces without copying, fewer at the end."""
         while size > 0 and self._fill():
             part = self._block[self._at - self._start :][:size]
             self._at += len(part)
@@ -90,18 +95,18 @@ class ObjectStream:
             yield part
 
     def drain(self) -> bool:
-        """Read to the end; whether a byte other than zero was left."""
+        """Read to the end, and return whether a byte other than zero was left."""
         anything = False
         while block := self.read(BLOCK_BYTES):
             anything = anything or block.count(0) != len(block)
         return anything
 
     def sha256(self) -> str:
-        """Of all bytes; `drain` first."""
+        """Return the SHA-256 of the bytes read so far; call `drain` before."""
         return self._hash.hexdigest()
 
     def _fill(self) -> bool:
-        """Have at least one byte at the position, unless the end is reached."""
+        """Fetch the next block if none is left, and return whether there is a byte at the position."""
         if self._at < self._fetched:
             return True
         if self._fetched >= self.size:
@@ -116,10 +121,11 @@ class ObjectStream:
 
 
 class _StrictInfo(tarfile.TarInfo):
-    """A header; whatever is none, and no end-of-archive marker either, is an error and not an end."""
+    """A tar header that raises `TarFaultError` where tarfile takes a damaged header for the end."""
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> _StrictInfo:
+        """Read the next header."""
         stream = cast(ObjectStream, tarfile_.fileobj)
         at = stream.tell()
         try:
@@ -137,7 +143,13 @@ class _StrictInfo(tarfile.TarInfo):
 
 @dataclass
 class RawSample:
-    """Neighbouring tar entries with one key: where they lie, the bytes of the kinds we know, and flaws of the tar."""
+    """Consecutive tar entries with one key.
+
+    Attributes:
+        members: extension -> position in the tar.
+        contents: extension -> bytes, for known extensions.
+        flaws: flaws of the entries themselves.
+    """
 
     key: str
     members: dict[str, Member] = field(default_factory=dict)
@@ -146,10 +158,10 @@ class RawSample:
 
 
 def read_samples(stream: ObjectStream) -> Iterator[RawSample]:
-    """The samples of a tar as WebDataset groups them, one in memory at a time.
+    """Yield the samples of a tar as WebDataset groups them; one is in memory at a time.
 
     Raises:
-        TarFaultError: at the place where the tar is damaged; the samples before it have been given out.
+        TarFaultError: the tar is damaged; the samples before the damage have been yielded.
     """
     start = stream.peek()
     if found := next((name for magic, name in _COMPRESSIONS.items() if start.startswith(magic)), None):
@@ -161,7 +173,7 @@ def read_samples(stream: ObjectStream) -> Iterator[RawSample]:
     try:
         tar = tarfile.TarFile(fileobj=cast(IO[bytes], stream), tarinfo=_StrictInfo)
         while (info := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
+            tar.members.clear()  # type: ignore[attr-defined]  # otherwise tarfile keeps every header
             parts = split_name(info.name)
             if parts is not None and _is_data(info, parts[1]):
                 key, extension = parts
@@ -183,7 +195,11 @@ def read_samples(stream: ObjectStream) -> Iterator[RawSample]:
 
 
 def _is_data(info: tarfile.TarInfo, extension: str) -> bool:
-    """Whether an entry has bytes of its own; links and holes where we need bytes are refused."""
+    """Return whether an entry is a regular file.
+
+    Raises:
+        TarFaultError: it has holes, or is a link in place of a known member.
+    """
     if info.issparse():
         raise TarFaultError("sparse", f"stores {info.name!r} with holes", "write it without --sparse")
     if (info.islnk() or info.issym()) and extension in KNOWN_MEMBERS:
@@ -194,12 +210,14 @@ def _is_data(info: tarfile.TarInfo, extension: str) -> bool:
 
 
 def _fault(error: Exception, stream: ObjectStream) -> TarFaultError:
+    """Return an error of tarfile as a fault."""
     if "unexpected end of data" in str(error):
         return TarFaultError("truncated", f"ends inside a member at byte {stream.tell():,}")
     return TarFaultError("archive", f"has a damaged header before byte {stream.tell():,}, {error}")
 
 
 def _add(sample: RawSample, info: tarfile.TarInfo, extension: str, stream: ObjectStream) -> None:
+    """Read a member, and add it to its sample."""
     if extension in sample.members:
         sample.flaws.append(
             Flaw("duplicate", f"has the member {extension} twice, where WebDataset stops with an error")
@@ -220,13 +238,13 @@ def _add(sample: RawSample, info: tarfile.TarInfo, extension: str, stream: Objec
 
 @dataclass(frozen=True)
 class ShardScan:
-    """What one pass over a shard found.
+    """The result of one pass over a shard.
 
     Attributes:
-        index: its samples up to the first fault of the tar; the last may lack members then, and was not looked at.
-        bytes: of the whole object.
-        sha256: of the whole object.
-        problems: in order of sample; those of the shard itself last.
+        index: the samples up to the first fault of the tar; the last one may then be incomplete, and is not checked.
+        bytes: size of the whole object.
+        sha256: SHA-256 of the whole object.
+        problems: problems in order of sample, those of the shard itself last.
     """
 
     index: ShardIndex
@@ -238,13 +256,13 @@ class ShardScan:
 def scan_shard(
     name: str, stream: ObjectStream, form: Form, seen: Callable[[Examined], None] = lambda sample: None
 ) -> ShardScan:
-    """Read a tar to its end and look at every sample.
+    """Read a tar to its end, and check every sample.
 
     Args:
-        name: of the shard, for its problems.
-        stream: its bytes, at the start.
-        form: what samples must be like.
-        seen: told each sample that has no flaw.
+        name: name of the shard, for its problems.
+        stream: the tar, at its start.
+        form: the properties that every sample must have.
+        seen: called with each sample that has no flaw.
     """
     places: dict[str, int] = {}
     members: list[dict[str, Member]] = []
@@ -271,7 +289,7 @@ def scan_shard(
 
 
 def in_threads(work: Callable[[T], R], items: Sequence[T], threads: int) -> list[R]:
-    """The results in order; the first error ends it, and what has not begun is not begun."""
+    """Return work(item) of each item, in order; after an error no further item is started."""
     with ThreadPoolExecutor(threads, thread_name_prefix="scan") as pool:
         try:
             return list(pool.map(work, items))
@@ -281,14 +299,14 @@ def in_threads(work: Callable[[T], R], items: Sequence[T], threads: int) -> list
 
 
 class ByteCounter:
-    """Progress in MiB, fed by several threads."""
+    """Counts bytes that several threads read, and reports them as progress in MiB."""
 
-    def __init__(self, total_bytes: int, progress: Callable[[int, int], Any]) -> None:
+    def __init__(self, total_bytes: int, progress: Progress) -> None:
         self.total, self.done, self.progress = total_bytes, 0, progress
         self._lock = threading.Lock()
 
     def add(self, count: int) -> None:
-        """So many more bytes have been read."""
+        """Count further bytes, and report the progress."""
         with self._lock:
             self.done += count
             whole = -(-self.total // 2**20)

@@ -1,1 +1,1 @@
-"""Ingest: images from any source to shards with their indexes."""
+"""Ingest: write images from any source as WebDataset shards with sidecars and dataset.json."""

@@ -1,4 +1,4 @@
-"""One image, or one caption's embedding, to the bytes of a sample's members: the same input gives the same bytes."""
+"""Encode images and caption embeddings as members of a sample; the same input gives the same bytes."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from pipelines.shards.index import DatasetError
 from pipelines.shards.ingest.trees import UnreadableError
 
 CaptionEncoder = Callable[[Sequence[str]], Conditioning]
+"""Maps captions to their embeddings."""
 
 ORIENTATION = 0x0112  # EXIF
 _UPRIGHT = {
@@ -39,8 +40,8 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Never Pillow's whole list: it has formats that start other programs. Imported here, because Pillow loads a plugin at
-# its first use and has no lock for that: in threads, sound images would be refused. JPEG includes MPO.
+# Not all of Pillow's formats, because some of them start other programs. The plugins are imported here, because Pillow
+# loads them at first use without a lock, so that threads would refuse good images. JPEG includes MPO.
 FORMATS = tuple(
     str(plugin.format)
     for plugin in (
@@ -56,11 +57,11 @@ KNOWN = ", ".join(FORMATS)
 _PILLOW: dict[str, tuple[str, dict[str, Any]]] = {
     "png": ("PNG", {}),
     "jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
-    # Lossless at effort 0: a tenth smaller than PNG in a third of the time; the default takes 36 times as long for 5 %.
+    # Lossless with method 0: 10 % smaller than PNG in a third of the time; the default takes 36 times as long for 5 %.
     "webp": ("WEBP", {"lossless": True, "method": 0}),
 }
-# What Pillow's decoders raise on damaged files: OSError, ValueError, SyntaxError, TypeError and struct.error came up in
-# 100,000 files damaged at random, the others are in its source.
+# Errors of Pillow's decoders on damaged files: OSError, ValueError, SyntaxError, TypeError and struct.error occurred in
+# 100,000 files that were damaged at random, the others are raised in its source.
 _DAMAGED = (
     OSError,
     ValueError,
@@ -77,15 +78,15 @@ _DAMAGED = (
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """What every image of a dataset is made into.
+    """The format into which every image of a dataset is brought.
 
     Attributes:
         size: height and width in pixels.
         channels: 1 (grey) or 3 (RGB).
-        geometry: "crop" takes the central square and resizes it, "resize" resizes the whole image whatever its shape,
-            "keep" takes images of this very size only, without touching a pixel.
-        encoding: "png" and lossless "webp" keep every pixel, "jpg" has quality 95 without chroma subsampling, "npy" is
-            the bare uint8 array [size, size, channels].
+        geometry: "crop" resizes the central square, "resize" resizes the whole image whatever its shape, "keep" accepts
+            only images of this size and changes no pixel.
+        encoding: "png" and "webp" are lossless, "jpg" has quality 95 without chroma subsampling, "npy" is the uint8
+            array [size, size, channels].
     """
 
     size: int
@@ -94,10 +95,10 @@ class ImageFormat:
     encoding: Encoding = "png"
 
     def __post_init__(self) -> None:
-        """Refuse settings that no image can have.
+        """Check the settings.
 
         Raises:
-            DatasetError: with the value and what is allowed.
+            DatasetError: a setting is invalid; names the value and what is allowed.
         """
         if self.size < 1:
             raise DatasetError(f"the image size must be at least 1 pixel, got {self.size}")
@@ -110,18 +111,18 @@ class ImageFormat:
 
     @property
     def mode(self) -> str:
-        """Pillow's name of the pixel format."""
+        """Return Pillow's name of the pixel format."""
         return "L" if self.channels == 1 else "RGB"
 
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """An image as it is stored.
+    """An encoded image.
 
     Attributes:
-        data: the member's bytes.
-        pixels: what a reader decodes from them, uint8 [S, S, C].
-        changes: what was done to the image beyond crop and resize.
+        data: bytes of the member.
+        pixels: the pixels that a reader decodes from it, uint8 [S, S, C].
+        changes: changes to the image beyond crop and resize.
     """
 
     data: bytes
@@ -132,14 +133,14 @@ class EncodedImage:
 def encode_image(data: bytes, form: ImageFormat) -> EncodedImage:
     """Decode an image file, give it the format's shape and channels, and encode it.
 
-    An EXIF orientation is applied. With `keep`, a file that has the wanted encoding already is stored as it is.
+    An EXIF orientation is applied. With `keep`, a file that already has the encoding is stored unchanged.
 
     Raises:
-        UnreadableError: it is damaged, no image, or cannot be brought to the format.
+        UnreadableError: it is damaged, is no image, or cannot be brought into the format.
     """
     image, kind = _decode(data)
     image, changes = _turn(image)
-    as_it_is = form.geometry == "keep" and not changes and image.mode == form.mode
+    unchanged = form.geometry == "keep" and not changes and image.mode == form.mode
     if image.mode != form.mode:
         changes.append(f"{image.mode} made {form.mode}")
         image = _convert(image, form.mode)
@@ -150,7 +151,7 @@ def encode_image(data: bytes, form: ImageFormat) -> EncodedImage:
     if form.encoding == "npy":
         return EncodedImage(npy(pixels), pixels, tuple(changes))
     pillow, options = _PILLOW[form.encoding]
-    if not (as_it_is and kind == pillow):
+    if not (unchanged and kind == pillow):
         buffer = io.BytesIO()
         image.save(buffer, pillow, **options)
         data = buffer.getvalue()
@@ -160,20 +161,20 @@ def encode_image(data: bytes, form: ImageFormat) -> EncodedImage:
 
 
 def npy(array: NDArray[np.generic]) -> bytes:
-    """An array as a `.npy` file; nothing in it is ever pickled."""
+    """Return an array as a `.npy` file, without pickle."""
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(array).reshape(array.shape), allow_pickle=False)
     return buffer.getvalue()
 
 
 def pack_embeddings(cond: Conditioning) -> list[bytes]:
-    """The `emb.npy` of each sample of a condition: one record with the fields that the encoder gives.
+    """Return the `emb.npy` of each sample of a condition: one record with the fields that the encoder gives.
 
-    `pooled` is float16 [D], `text` float16 [L, D'] with the L tokens that are there: padding is not stored. Both
-    `numpy.load` without pickle and WebDataset's `decode()` read it.
+    `pooled` is float16 [D], `text` is float16 [L, D'] without padding. `numpy.load` without pickle and WebDataset's
+    `decode()` both read it.
 
     Raises:
-        DatasetError: the encoder gives neither, or values that float16 cannot hold.
+        DatasetError: the encoder gives neither, or its values do not fit float16.
     """
     columns: dict[str, list[NDArray[np.float32]]] = {}
     if cond.pooled is not None:
@@ -196,10 +197,11 @@ def pack_embeddings(cond: Conditioning) -> list[bytes]:
 
 
 def _decode(data: bytes) -> tuple[Image.Image, str | None]:
+    """Decode an image file, and return Pillow's name of its format as well."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.format == "PNG":
-            image.verify()  # decoding alone passes over a wrong checksum of the pixels
+            image.verify()  # decoding alone ignores wrong checksums of pixels
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         image.load()
         return image, image.format
@@ -212,7 +214,7 @@ def _decode(data: bytes) -> tuple[Image.Image, str | None]:
 
 
 def _turn(image: Image.Image) -> tuple[Image.Image, list[str]]:
-    """Upright, and what was done for it; a damaged EXIF is no reason to lose an image."""
+    """Apply the EXIF orientation, and return the changes; a damaged EXIF is ignored."""
     try:
         method = _UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
     except _DAMAGED:
@@ -223,8 +225,9 @@ def _turn(image: Image.Image) -> tuple[Image.Image, list[str]]:
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
+    """Convert an image to another pixel format; 16-bit values are scaled to 8 bits."""
     if image.mode.startswith("I;16"):
-        # Pillow would cut 16-bit values off at 255: nearly every pixel white.
+        # Pillow would clip 16-bit values at 255, which makes nearly every pixel white.
         wide = np.asarray(image).astype(np.uint32)
         image = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
     elif image.mode in ("I", "F"):
@@ -236,6 +239,7 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _reshape(image: Image.Image, form: ImageFormat) -> Image.Image:
+    """Bring an image to the size of the format."""
     size = form.size
     if form.geometry == "keep":
         if image.size != (size, size):

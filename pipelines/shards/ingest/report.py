@@ -1,4 +1,4 @@
-"""What an ingest leaves behind besides shards: a record per finished shard, and a report of all that was unusual."""
+"""The records of finished shards, and the report of an ingest: what was left out, changed or not used."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 REPORT_VERSION = 1
 EXAMPLES = 100
+"""Names that the report lists of each kind."""
 
 
 @dataclass(frozen=True)
 class BadImage:
-    """An image or a row that was left out, and why."""
+    """An image or a row of a table that was left out, and the reason."""
 
     origin: str
     reason: str
@@ -25,7 +26,7 @@ class BadImage:
 
 @dataclass(frozen=True)
 class PixelSums:
-    """Exact sums over uint8 pixels per channel; in any order and grouping they add up to the same."""
+    """Exact sums over uint8 pixels per channel, which do not depend on order and grouping of the images."""
 
     count: int
     sums: tuple[int, ...]
@@ -33,12 +34,12 @@ class PixelSums:
 
     @classmethod
     def of(cls, pixels: NDArray[np.uint8]) -> PixelSums:
-        """Those of one image [H, W, C]."""
+        """Return the sums of one image [H, W, C]."""
         flat = pixels.reshape(-1, pixels.shape[-1]).astype(np.int64)
         return cls(len(flat), tuple(flat.sum(0).tolist()), tuple((flat * flat).sum(0).tolist()))
 
     def __add__(self, other: PixelSums) -> PixelSums:
-        """Sums over both; one of no pixels fits any number of channels."""
+        """Return the sums over both; sums of no pixels fit any number of channels."""
         if not self.count or not other.count:
             return self if self.count else other
         return PixelSums(
@@ -48,30 +49,30 @@ class PixelSums:
         )
 
     def mean(self) -> tuple[float, ...]:
-        """Mean of pixels in [-1, 1], per channel."""
+        """Return the mean of pixels in [-1, 1], per channel."""
         return tuple(round(s / self.count / 127.5 - 1, 6) for s in self.sums)
 
     def std(self) -> tuple[float, ...]:
-        """Deviation of pixels in [-1, 1], per channel."""
+        """Return the standard deviation of pixels in [-1, 1], per channel."""
         pairs = zip(self.sums, self.squares, strict=True)
         return tuple(round((self.count * q - s * s) ** 0.5 / self.count / 127.5, 6) for s, q in pairs)
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What is known of a finished shard; `ingest-progress/SHARD.json`.
+    """The record of a finished shard, `ingest-progress/SHARD.json`.
 
     Attributes:
-        name: of the tar.
-        key: digest of the inputs and settings that it was made from.
-        samples: 0 where every input was bad; then there is no tar.
-        size: bytes of the tar.
-        sha256: of the tar.
-        index_sha256: of its sidecar.
-        pixels: sums over its images.
-        per_class: samples by class index.
-        changes: images by what was done to them beyond crop and resize, such as "RGBA made RGB".
-        bad: what was left out.
+        name: file name of the tar.
+        key: digest of the inputs and settings from which it was made.
+        samples: number of samples; where it is 0, because no image could be read, there is no tar.
+        size: size of the tar in bytes.
+        sha256: SHA-256 of the tar.
+        index_sha256: SHA-256 of its sidecar.
+        pixels: sums over the pixels of its images.
+        per_class: class index -> number of samples.
+        changes: change beyond crop and resize, such as "RGBA made RGB" -> number of images.
+        bad: images that were left out.
     """
 
     name: str
@@ -87,16 +88,16 @@ class ShardRecord:
 
     @property
     def split(self) -> str:
-        """The split that the shard belongs to."""
+        """Return the split that the shard belongs to."""
         return self.name.partition("-")[0]
 
     def to_json(self) -> str:
-        """The record's text."""
+        """Return the text of the record."""
         return json.dumps({"schema_version": REPORT_VERSION, **asdict(self)}, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: bytes | str) -> ShardRecord | None:
-        """Read a record; None for one that is damaged or of another version, whose shard is then made again."""
+        """Read a record; None where it is damaged or of another version, so that its shard is written again."""
         try:
             plain = json.loads(text)
             if plain.pop("schema_version") != REPORT_VERSION:
@@ -114,17 +115,17 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class IngestReport:
-    """`ingest-report.json`: everything about an ingest that a person would want to know and cannot see in the shards.
+    """The content of `ingest-report.json`: what the shards themselves do not show about an ingest.
 
     Attributes:
-        source: as it was given.
-        settings: that shaped the shards.
-        samples: written, by split and class ("" for data without classes).
+        source: the source as the user gave it.
+        settings: the settings of the shards.
+        samples: split -> class name ("" for data without classes) -> number of written samples.
         bad: images and rows that were left out.
-        empty_classes: classes without one sample.
-        changes: images by what was done to them beyond crop and resize.
-        without_caption: images that have none in a source with captions; they got the empty caption.
-        unused: files and columns that the layout has no place for, by reason.
+        empty_classes: classes without any sample.
+        changes: change beyond crop and resize -> number of images.
+        without_caption: images without a caption in a source with captions; they have an empty caption.
+        unused: reason -> files and columns that were not used.
     """
 
     source: str
@@ -137,7 +138,7 @@ class IngestReport:
     unused: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """The report's text: all that was left out by name, the rest as counts with the first names."""
+        """Return the text of the report, with every left-out image; other lists are counts with the first names."""
         plain = asdict(self)
         plain["bad_count"] = len(self.bad)
         plain["without_caption"] = _some(self.without_caption)
@@ -145,7 +146,7 @@ class IngestReport:
         return json.dumps({"report_version": REPORT_VERSION, **plain}, indent=1)
 
     def lines(self) -> list[str]:
-        """One line per kind of finding, for a terminal; nothing where all was usual."""
+        """Return one line for each kind of change, missing captions, and unused files."""
         found = [f"{count:,} images: {change}" for change, count in sorted(self.changes.items())]
         if self.without_caption:
             found.append(f"{len(self.without_caption):,} images have no caption, such as {self.without_caption[0]}")
@@ -162,7 +163,7 @@ def compose_report(
     without_caption: Iterable[str],
     unused: Mapping[str, Iterable[str]],
 ) -> IngestReport:
-    """The report of a source's findings and the records of its shards."""
+    """Return the report of an ingest, from the records of its shards and the findings about its source."""
     samples: dict[str, Counter[int]] = {"train": Counter(), "test": Counter()}
     changes: Counter[str] = Counter()
     left_out = list(bad)
@@ -184,4 +185,5 @@ def compose_report(
 
 
 def _some(names: Sequence[str]) -> dict[str, Any]:
+    """Return the number of names, and the first of them."""
     return {"count": len(names), "examples": list(names[:EXAMPLES])}

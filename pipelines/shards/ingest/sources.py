@@ -1,8 +1,7 @@
-"""What is to be ingested: class folders, an imagefolder with metadata, a zip, a table of paths, or the digits.
+"""List the images of a source: class folders, a folder with metadata, a zip, a table of paths, or the digits.
 
-Whatever the kind, the outcome is a list of images in a fixed order, each with split, label and caption, and by name all
-that was left out. Where an image is in the order depends on its path alone, so the same pictures give the same dataset
-from a folder, from a zip of it and from S3.
+The result is a list of images in a fixed order, each with split, label and caption, and the names of what is left out.
+The order depends on the paths only, so that the same images give the same dataset from a folder, a zip and S3.
 """
 
 from __future__ import annotations
@@ -44,10 +43,10 @@ class SourceImage:
     Attributes:
         split: "train" or "test".
         label: index into the classes; None for data without labels.
-        caption: None where the source gives none.
-        origin: its path within the source, for reports and the sample's json.
-        stamp: changes when its bytes do.
-        read: fetches the file.
+        caption: caption; None where the source has none.
+        origin: path within the source, for reports and the sample's json.
+        stamp: text that changes when the bytes of the file change.
+        read: returns the bytes of the file.
     """
 
     split: str
@@ -60,13 +59,13 @@ class SourceImage:
 
 @dataclass(frozen=True)
 class Source:
-    """All images of a source in the order in which they are written.
+    """All images of a source, in the order in which they are written.
 
     Attributes:
-        classes: names; empty for data without labels.
-        images: in order; a split's are those with its name.
+        classes: class names; empty for data without labels.
+        images: images of all splits, in order.
         bad: rows and files that were left out before any image was opened.
-        unused: names of files and columns that the layout has no place for, by reason.
+        unused: reason -> names of files and columns that are not used.
     """
 
     classes: tuple[str, ...]
@@ -76,7 +75,7 @@ class Source:
 
     @property
     def captioned(self) -> bool:
-        """Whether any image has a caption."""
+        """Return whether any image has a caption."""
         return any(image.caption for image in self.images)
 
 
@@ -85,10 +84,10 @@ def open_source(source: str, storage: Storage, test_fraction: float = 0.1) -> So
 
     Args:
         source: "digits", a path, or an s3:// or file:/// address.
-        test_fraction: share of a source without a test split of its own that becomes one, chosen by path.
+        test_fraction: fraction of a source without a test split that becomes one, chosen by a hash of the path.
 
     Raises:
-        DatasetError: there is no such source, its layout is unknown, or a table of it cannot be read at all.
+        DatasetError: there is no such source, its layout is unknown, or one of its tables cannot be read.
     """
     if source == "digits":
         return _digits()
@@ -112,7 +111,7 @@ def open_source(source: str, storage: Storage, test_fraction: float = 0.1) -> So
 
 
 def source_digest(source: str, storage: Storage | None = None) -> str:
-    """A digest that changes when a source's files do: by name, size and modification time, the ETag on S3."""
+    """Return a digest of the names, sizes and modification times (ETags on S3) of a source's files."""
     storage = storage or Storage()
     state = [source]
     if source != "digits":
@@ -129,11 +128,12 @@ def source_digest(source: str, storage: Storage | None = None) -> str:
 
 
 def _is_table(uri: str) -> bool:
+    """Return whether a source is a single table."""
     return uri.lower().endswith((".csv", ".jsonl")) and not (is_local(uri) and local_path(uri).is_dir())
 
 
 def _digits() -> Source:
-    """scikit-learn's 1,797 digits, 8x8 grey; every fifth, counted from the fifth, is for testing."""
+    """Return scikit-learn's 1,797 digits, 8x8 grey; every fifth one is in the test split."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -152,6 +152,7 @@ def _digits() -> Source:
 
 
 def _class_folders(where: str, tree: Tree, test_fraction: float) -> Source:
+    """Return a source of images in class folders."""
     roots = _split_folders(tree)
     classes = sorted({f.removeprefix(p) for p in roots for f in tree.folders if _is_child(f, p)})
     if not classes:
@@ -177,11 +178,15 @@ def _class_folders(where: str, tree: Tree, test_fraction: float) -> Source:
 
 
 def _is_child(folder: str, prefix: str) -> bool:
+    """Return whether a folder is directly below a prefix."""
     return folder.startswith(prefix) and "/" not in folder.removeprefix(prefix)
 
 
 def _split_folders(tree: Tree) -> dict[str, str]:
-    """Prefixes of the split folders with their splits; one empty prefix, or `train/` alone, where none is given."""
+    """Return prefix -> split of the split folders.
+
+    Without split folders there is one prefix, empty or `train/`, whose split is empty: images are then divided by path.
+    """
     tops = {folder for folder in tree.folders if "/" not in folder}
     test = next((name for name in TEST_FOLDERS if name in tops), None)
     if "train" in tops and test is not None:
@@ -193,6 +198,7 @@ def _split_folders(tree: Tree) -> dict[str, str]:
 
 
 def _from_tables(table: Table, tree: Tree, test_fraction: float) -> Source:
+    """Return a source of images that are listed in tables."""
     bad = [*table.bad, *(BadImage(name, "a second entry of this name in the zip") for name in tree.repeated)]
     tops = {row.path.partition("/")[0] for row in table.rows if "/" in row.path}
     test = next((name for name in TEST_FOLDERS if name in tops), None)
@@ -228,7 +234,7 @@ def _row_fault(
     labelled: bool,
     folders: Mapping[str, str],
 ) -> str | None:
-    """Why a row is left out; None for a good one."""
+    """Return why a row is left out; None for a row that can be used."""
     if row.path in seen:
         return f"repeats {row.path} of {seen[row.path]}"
     if row.path not in files:
@@ -241,7 +247,7 @@ def _row_fault(
 
 
 def _number(rows: Collection[Row]) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Class names, and the index of each label: decimal labels are indices already, names are numbered as sorted."""
+    """Return class names and the index of each label; decimal labels are indices, names are sorted and numbered."""
     found = {str(row.label) for row in rows if row.label is not None}
     if not found or not all(label.isdecimal() and label.isascii() for label in found):
         names = sorted(found)
@@ -257,26 +263,30 @@ def _number(rows: Collection[Row]) -> tuple[tuple[str, ...], dict[str, int]]:
 
 
 def _drawn_split(path: str, test_fraction: float) -> str:
+    """Return the split of an image, chosen by a hash of its path."""
     return "test" if int(_rank(path)[:8], 16) < test_fraction * 2**32 else "train"
 
 
 def _in_order(images: Iterable[SourceImage]) -> tuple[SourceImage, ...]:
-    """Files come class by class: ordered by hash instead, every shard holds every class."""
+    """Return the images ordered by a hash of their paths, so that shards mix all classes."""
     return tuple(sorted(images, key=lambda image: _rank(image.origin)))
 
 
 def _rank(path: str) -> str:
+    """Return the hash of a path."""
     return hashlib.sha256(path.encode()).hexdigest()
 
 
 class _Unused:
-    """Names by the reason for which nothing uses them."""
+    """Names of files and columns that are not used, by reason."""
 
     def __init__(self) -> None:
         self.names: dict[str, list[str]] = {}
 
     def add(self, reason: str, name: str) -> None:
+        """Add a name."""
         self.names.setdefault(reason, []).append(name)
 
     def by_reason(self) -> dict[str, tuple[str, ...]]:
+        """Return reason -> names in sorted order."""
         return {reason: tuple(sorted(names)) for reason, names in self.names.items()}

@@ -1,4 +1,4 @@
-"""Tables of images: metadata.jsonl and metadata.csv of an imagefolder, or a .csv or .jsonl of paths on its own."""
+"""Read tables of images: metadata.jsonl and metadata.csv of a folder, or a separate .csv or .jsonl of paths."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Row:
 
     Attributes:
         where: file and line, for messages.
-        path: relative to the source's root, or absolute, or an address.
-        label: a class name, or a class index; None where there is none.
-        caption: None where there is none.
-        split: "train", "test", or None where the table does not say.
+        path: path relative to the source's root, an absolute path, or an address.
+        label: class name or class index; None where there is none.
+        caption: caption; None where there is none.
+        split: "train" or "test"; None where the table has none.
     """
 
     where: str
@@ -41,7 +41,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Good rows, bad rows, and the columns that nothing reads."""
+    """The content of one or several tables.
+
+    Attributes:
+        names: paths of the tables.
+        rows: rows that can be used.
+        bad: rows that were left out.
+        unread_columns: columns that are not used.
+    """
 
     names: tuple[str, ...]
     rows: tuple[Row, ...]
@@ -50,25 +57,25 @@ class Table:
 
     @classmethod
     def joined(cls, tables: Iterable[Table]) -> Table:
-        """Several tables as one, their paths being relative to the same root."""
-        every = list(tables)
+        """Return several tables as one; their paths are relative to the same root."""
+        listed = list(tables)
         return cls(
-            tuple(name for table in every for name in table.names),
-            tuple(row for table in every for row in table.rows),
-            tuple(bad for table in every for bad in table.bad),
-            frozenset().union(*(table.unread_columns for table in every)),
+            tuple(name for table in listed for name in table.names),
+            tuple(row for table in listed for row in table.rows),
+            tuple(bad for table in listed for bad in table.bad),
+            frozenset().union(*(table.unread_columns for table in listed)),
         )
 
 
 def parse_table(name: str, data: bytes) -> Table:
-    """Read a table; paths in it are relative to the folder it lies in.
+    """Read a table; paths in it are relative to its folder.
 
     Args:
         name: path of the table relative to the source's root, ending with .jsonl or .csv.
-        data: its bytes.
+        data: bytes of the table.
 
     Raises:
-        DatasetError: it is not UTF-8, has no column of paths, or breaks off inside a quoted field.
+        DatasetError: it is not UTF-8, has no column of paths, or ends inside a quoted field.
     """
     try:
         text = data.decode("utf-8-sig")
@@ -89,6 +96,7 @@ def parse_table(name: str, data: bytes) -> Table:
 
 
 def _csv(name: str, text: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """Yield (file and line, values) of each row, or (file and line, reason) of one that cannot be read."""
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     columns = [column or "" for column in reader.fieldnames or []]
     if not set(PATH) & set(columns):
@@ -106,6 +114,7 @@ def _csv(name: str, text: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
 
 
 def _jsonl(name: str, text: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """Yield (file and line, values) of each row, or (file and line, reason) of one that cannot be read."""
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -119,6 +128,11 @@ def _jsonl(name: str, text: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
 
 
 def _row(where: str, values: dict[str, Any], folder: str) -> Row:
+    """Return a row from its values.
+
+    Raises:
+        ValueError: a value is missing or invalid.
+    """
     path = next((values[column] for column in PATH if values.get(column) is not None), None)
     if not isinstance(path, str) or not path.strip():
         raise ValueError(f"has no path in {' or '.join(PATH)}")

@@ -1,4 +1,4 @@
-"""One shard of an ingest: what is to be in it, and the task that writes it, on whatever machine.
+"""One shard of an ingest: its images, and the task that writes it on any machine.
 
 A shard holds the images `first`, `first + 1`, … of its split. It is finished when its tar, its sidecar and its record
 `ingest-progress/SHARD.json` are at the destination; the record has the checksums of both and the digest of the inputs.
@@ -30,28 +30,32 @@ from pipelines.shards.ingest.sources import SourceImage
 from pipelines.shards.ingest.trees import UnreadableError, is_remote
 from pipelines.storage import NotFoundError, Storage, join
 
-LAYOUT_VERSION = 2  # of the members that a shard is made of; another one makes every shard again
-PROBED = 32
-CAPTIONS_AT_ONCE = 64
-READS_AHEAD = 16
+LAYOUT_VERSION = 2  # of the members of a sample; with another version every shard is written again
+PROBED = 32  # images from which the size of a sample is estimated
+CAPTIONS_AT_ONCE = 64  # captions in one call of the text encoder
+READS_AHEAD = 16  # images that are fetched from S3 ahead
 TAR_END = 6144  # two empty blocks, and on average half a record of 20 blocks
-# Fixed, because the writer would stamp the current time and equal inputs would not give equal digests. An int, because
-# a float has the tar carry a pax header of 1 KiB for every member.
+# Modification time of every member: fixed, because equal inputs must give equal digests, and an int, because a float
+# adds a pax header of 1 KiB to every member.
 MTIME = 0
 PROGRESS = "ingest-progress"
+"""Folder of the records of finished shards, below the dataset."""
 
 Tick = Callable[[int], None]
+"""Called with a number of images that were just finished."""
 
-# A text encoder's tokenizer may not be used by two threads at a time.
+# Tokenizers are not safe to use in two threads at a time.
 _encoding = threading.Lock()
 
 
 @dataclass(frozen=True)
 class ShardJob:
-    """One shard to write: the images `first`, `first + 1`, … of its split.
+    """One shard to write, with the images `first`, `first + 1`, … of its split.
 
     Attributes:
-        recorded: the shard's record where an earlier ingest has left one of the same key.
+        name: file name of the tar.
+        key: digest of all inputs and settings that decide the bytes of the shard.
+        recorded: record of an earlier ingest with the same key; None where there is none.
     """
 
     name: str
@@ -62,13 +66,13 @@ class ShardJob:
 
     @property
     def split(self) -> str:
-        """The split that the shard belongs to."""
+        """Return the split that the shard belongs to."""
         return self.name.partition("-")[0]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all shards of an ingest have in common; pickled once for all tasks."""
+    """The settings that all shards of an ingest share, pickled once for all tasks."""
 
     uri: str
     storage: Storage
@@ -79,18 +83,18 @@ class Settings:
     encoder_id: str | None
 
     def described(self) -> dict[str, Any]:
-        """For the report."""
+        """Return the settings as the report shows them."""
         return {**asdict(self.form), "text_encoder": self.encoder_id and self.encoder_id.partition(" ")[0]}
 
     def key(self, first: int, images: Sequence[SourceImage]) -> str:
-        """Digest of all that decides a shard's bytes."""
+        """Return the digest of all inputs and settings that decide the bytes of a shard."""
         inputs = [(i.origin, i.stamp, i.label, self.class_name(i), i.caption) for i in images]
         versions = [LAYOUT_VERSION, PIL.__version__]
         content = [versions, asdict(self.form), self.captioned, self.encoder_id, first, inputs]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def class_name(self, image: SourceImage) -> str | None:
-        """The name of an image's class; None without labels."""
+        """Return the name of an image's class; None without labels."""
         return None if image.label is None else self.classes[image.label]
 
 
@@ -100,12 +104,12 @@ def plan_shards(
     shard_samples: int,
     recorded: dict[str, ShardRecord] | None = None,
 ) -> list[ShardJob]:
-    """Cut each split into shards by count; a record of an earlier ingest counts where its key is the same."""
+    """Divide each split into shards by count, and add the records of an earlier ingest that have the same key."""
     jobs = []
     for split in ("train", "test"):
-        mine = tuple(image for image in images if image.split == split)
-        for number, first in enumerate(range(0, len(mine), shard_samples)):
-            name, piece = f"{split}-{number:06d}.tar", mine[first : first + shard_samples]
+        of_split = tuple(image for image in images if image.split == split)
+        for number, first in enumerate(range(0, len(of_split), shard_samples)):
+            name, piece = f"{split}-{number:06d}.tar", of_split[first : first + shard_samples]
             key = settings.key(first, piece)
             record = (recorded or {}).get(name)
             jobs.append(ShardJob(name, first, piece, key, record if record and record.key == key else None))
@@ -113,12 +117,15 @@ def plan_shards(
 
 
 def write_shard(job: ShardJob, settings: Settings, tick: Tick = lambda count: None) -> tuple[ShardRecord, bool]:
-    """Write one shard, its sidecar and its record, unless all three are there and whole; whether they were.
+    """Write one shard, its sidecar and its record, unless all three are there and match the record.
 
     Args:
         job: the shard.
-        settings: of the ingest.
-        tick: called with a number of images that are done.
+        settings: settings of the ingest.
+        tick: called with a number of images that were just finished.
+
+    Returns:
+        The record, and whether the shard was finished before.
     """
     storage, uri = settings.storage, settings.uri
     with tempfile.TemporaryDirectory(prefix="ddpm-ingest-") as scratch:
@@ -143,14 +150,14 @@ def write_shard(job: ShardJob, settings: Settings, tick: Tick = lambda count: No
 
 
 def identify(encoder: CaptionEncoder) -> str:
-    """Name of a text encoder with a digest of what it answers: another one makes every shard again."""
+    """Return the name of a text encoder with a digest of an embedding; where it changes, shards are written again."""
     name = str(getattr(encoder, "name", getattr(encoder, "__qualname__", type(encoder).__qualname__)))
     answer = pack_embeddings(encoder(["a photograph of a dog"]))[0]
     return f"{name.replace(' ', '_')} {hashlib.sha256(answer).hexdigest()}"
 
 
 def samples_for(shard_bytes: int, images: Sequence[SourceImage], settings: Settings) -> int:
-    """Samples whose tar has about so many bytes, by the first images that can be read."""
+    """Return how many samples make a tar of about this size, estimated from the first images that can be read."""
     probe = ShardJob("train-000000.tar", 0, tuple(images[:PROBED]), key="")
     tally = _Tally(PixelSums(0, (), ()))
     with webdataset.TarWriter(io.BytesIO(), mtime=MTIME) as writer:
@@ -161,12 +168,12 @@ def samples_for(shard_bytes: int, images: Sequence[SourceImage], settings: Setti
 
 
 def record_name(shard: str) -> str:
-    """Where the record of a finished shard lies, below the dataset."""
+    """Return the path of a finished shard's record, relative to the dataset."""
     return f"{PROGRESS}/{shard.removesuffix('.tar')}.json"
 
 
 def _is_whole(record: ShardRecord, settings: Settings, scratch: Path) -> bool:
-    """Whether tar and sidecar are at the destination with the recorded checksums."""
+    """Return whether tar and sidecar are at the destination with the recorded checksums."""
     if not record.samples:
         return True
     copy = scratch / "copy"
@@ -183,13 +190,14 @@ def _is_whole(record: ShardRecord, settings: Settings, scratch: Path) -> bool:
 
 
 def _sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass
 class _Tally:
-    """What a shard's record counts, while the shard is being written."""
+    """The counts of a shard's record, while the shard is being written."""
 
     pixels: PixelSums
     per_class: Counter[int] = field(default_factory=Counter)
@@ -197,6 +205,7 @@ class _Tally:
     bad: list[BadImage] = field(default_factory=list)
 
     def record(self, job: ShardJob, tar: Path, index: bytes) -> ShardRecord:
+        """Return the record of the written shard."""
         samples = self.per_class.total()
         return ShardRecord(
             name=job.name,
@@ -213,7 +222,7 @@ class _Tally:
 
 
 def _samples(job: ShardJob, settings: Settings, tally: _Tally, tick: Tick) -> Iterator[dict[str, Any]]:
-    """The shard's samples as WebDataset writes them; embeddings are computed some captions at a time."""
+    """Yield the samples of a shard for the WebDataset writer, with embeddings of several captions at a time."""
     plain = _plain_samples(job, settings, tally, tick)
     if settings.text_encoder is None:
         yield from plain
@@ -226,6 +235,7 @@ def _samples(job: ShardJob, settings: Settings, tally: _Tally, tick: Tick) -> It
 
 
 def _plain_samples(job: ShardJob, settings: Settings, tally: _Tally, tick: Tick) -> Iterator[dict[str, Any]]:
+    """Yield the samples of a shard without embeddings, and count them; images that cannot be read are left out."""
     for number, (image, read) in enumerate(_reads(job.images, settings.storage), job.first):
         try:
             encoded = encode_image(read(), settings.form)
@@ -236,19 +246,19 @@ def _plain_samples(job: ShardJob, settings: Settings, tally: _Tally, tick: Tick)
         tally.per_class[image.label or 0] += 1
         tally.changes.update(encoded.changes)
         tally.pixels += PixelSums.of(encoded.pixels)
-        about = {"origin": image.origin}
+        metadata = {"origin": image.origin}
         sample: dict[str, Any] = {"__key__": f"{job.split}-{number:08d}", settings.form.encoding: encoded.data}
         if image.label is not None:
             sample["cls"] = str(image.label).encode()
-            about["class"] = settings.classes[image.label]
+            metadata["class"] = settings.classes[image.label]
         if settings.captioned:
             sample["txt"] = (image.caption or "").encode()
-        yield sample | {"json": json.dumps(about).encode()}
+        yield sample | {"json": json.dumps(metadata).encode()}
         tick(1)
 
 
 def _reads(images: Sequence[SourceImage], storage: Storage) -> Iterator[tuple[SourceImage, Callable[[], bytes]]]:
-    """Each image with a call that gives its bytes; those on S3 are under way before they are asked for."""
+    """Yield each image with a function that returns its bytes; images on S3 are fetched ahead."""
     ahead: deque[tuple[SourceImage, Future[bytes] | None]] = deque()
     waiting = iter(images)
     try:
@@ -268,5 +278,5 @@ def _reads(images: Sequence[SourceImage], storage: Storage) -> Iterator[tuple[So
 
 @lru_cache(maxsize=1)
 def _readers() -> ThreadPoolExecutor:
-    """As many as the S3 client keeps connections, for all shards that this process writes."""
+    """Return the threads that read from S3 for all shards of this process, as many as the client keeps connections."""
     return ThreadPoolExecutor(32, thread_name_prefix="ingest-read")

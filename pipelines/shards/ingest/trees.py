@@ -1,4 +1,4 @@
-"""Where a source's bytes are: a local folder, a zip, a folder in a store, all as names with a way to read each file."""
+"""List the files of a local folder, a zip or a folder in a store, each with a function that reads it."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ KINDS = (
 
 
 class UnreadableError(PipelineError):
-    """One file of a source that cannot be read, or is not an image; the ingest goes on without it."""
+    """A file of a source cannot be read, or is not an image; the ingest leaves it out."""
 
 
 Read = Callable[[Storage], bytes]
+"""Returns the bytes of a file; raises `UnreadableError`, and can be pickled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +44,9 @@ class File:
     """One file of a source.
 
     Attributes:
-        name: relative to the source's root, with forward slashes.
-        stamp: changes when the bytes do: size with modification time, with the store's ETag, or with the zip's CRC.
-        read: fetches the bytes; raises `UnreadableError`. It pickles.
+        name: path relative to the source's root, with forward slashes.
+        stamp: changes when the bytes change: size with modification time, ETag of the store, or CRC of the zip.
+        read: returns the bytes.
     """
 
     name: str
@@ -55,10 +56,12 @@ class File:
 
 @dataclass(frozen=True)
 class Tree:
-    """All files under a root by name, those hidden left aside, and the folders that are known to exist.
+    """All files below a root, without hidden ones.
 
     Attributes:
-        repeated: names that a zip holds more than once; the first entry counts.
+        files: name -> file.
+        folders: the folders that are known to exist.
+        repeated: names that a zip has more than once; the first entry is used.
     """
 
     files: dict[str, File]
@@ -68,12 +71,17 @@ class Tree:
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A file of its own, on this machine or in a store."""
+    """Reads a file that is stored on this machine or in a store."""
 
     uri: str
 
     def __call__(self, storage: Storage) -> bytes:
-        """Return its bytes; a store that refuses or is away is no fault of the file and raises `StorageError`."""
+        """Return the bytes.
+
+        Raises:
+            UnreadableError: there is no such file, or a local one cannot be read.
+            StorageError: the store refuses or does not answer, which is no fault of the file.
+        """
         try:
             return storage.read(self.uri)
         except NotFoundError as error:
@@ -86,18 +94,18 @@ class StoredFile:
 
 @dataclass(frozen=True, slots=True)
 class InMemory:
-    """A file that is made here."""
+    """Returns bytes that are in memory."""
 
     data: bytes
 
     def __call__(self, storage: Storage) -> bytes:
-        """Its bytes."""
+        """Return the bytes."""
         return self.data
 
 
 @dataclass(frozen=True, slots=True)
 class ZipMember:
-    """A file inside a zip: one ranged read, the same for a local zip and one in a store."""
+    """Reads a file inside a zip, local or in a store, by one ranged read."""
 
     uri: str
     offset: int
@@ -108,10 +116,10 @@ class ZipMember:
     encrypted: bool
 
     def __call__(self, storage: Storage) -> bytes:
-        """Its bytes, checked against the zip's CRC."""
+        """Return the bytes, checked against the zip's CRC."""
         if self.encrypted:
             raise UnreadableError("is encrypted: make the zip without a password")
-        # The local header's name and extra field may be longer than the directory's: 1 KiB nearly always holds both.
+        # The length of the local header is not known before it is read; 1 KiB is nearly always enough.
         block = storage.read(self.uri, self.offset, self.offset + 1024 + self.compressed)
         if block[:4] != b"PK\x03\x04" or len(block) < 30:
             raise UnreadableError("the zip's directory points to no file: the zip is damaged")
@@ -124,6 +132,7 @@ class ZipMember:
         return data
 
     def _inflate(self, data: bytes) -> bytes:
+        """Decompress the bytes."""
         if self.method == zipfile.ZIP_STORED:
             return data
         if self.method != zipfile.ZIP_DEFLATED:
@@ -135,13 +144,13 @@ class ZipMember:
 
 
 def is_remote(read: Read) -> bool:
-    """Whether reading costs a round trip, so that many are better under way at a time."""
+    """Return whether a file is on S3, so that reading many at a time is faster."""
     uri = getattr(read, "uri", None)
     return uri is not None and not is_local(uri)
 
 
 def address(source: str) -> str:
-    """The address of a source that is given as a path or as an address."""
+    """Return the address of a source that is given as a path or as an address."""
     if "://" in source:
         check_address(source)
         return source.rstrip("/")
@@ -149,15 +158,15 @@ def address(source: str) -> str:
 
 
 def shown(uri: str) -> str:
-    """An address as messages show it: a plain path where it is local."""
+    """Return an address as messages show it: as a plain path where it is local."""
     return uri.removeprefix("file://")
 
 
 def open_tree(uri: str, storage: Storage) -> Tree:
-    """The files of a local folder, a zip or a folder in a store.
+    """List the files of a folder, a zip or a folder in a store.
 
     Raises:
-        DatasetError: there is nothing, or it is no folder and no zip.
+        DatasetError: there is nothing, or it is neither a folder nor a zip.
     """
     if uri.lower().endswith(".zip") and not (is_local(uri) and local_path(uri).is_dir()):
         return _zip_tree(uri, storage)
@@ -169,15 +178,15 @@ def open_tree(uri: str, storage: Storage) -> Tree:
     if not entries:
         raise DatasetError(f"nothing is stored under {uri}/; {KINDS}")
     names = {entry.uri[len(uri) + 1 :]: entry for entry in entries}
-    # Consoles mark an empty folder by an object whose name ends with a slash.
+    # S3 consoles mark an empty folder by an object whose name ends with a slash.
     files = (File(n, f"{e.size} {e.tag}", StoredFile(e.uri)) for n, e in names.items() if n and not n.endswith("/"))
     return _tree(files, [name.rstrip("/") for name in names if name.endswith("/")])
 
 
 def find_files(base: str, paths: Iterable[str], storage: Storage) -> dict[str, File]:
-    """Those of `paths` that exist, each relative to the folder `base`, absolute, or an address of its own.
+    """Return the files that exist of `paths`, which are relative to the folder `base`, absolute, or addresses.
 
-    A path that another machine or bucket holds is taken on trust: reading it will tell.
+    An address outside `base` is not checked: where there is no such file, reading it fails.
     """
     resolved = {path: _resolve(base, path) for path in paths}
     below = [uri for uri in resolved.values() if not is_local(uri) and uri.startswith(base + "/")]
@@ -195,10 +204,10 @@ def find_files(base: str, paths: Iterable[str], storage: Storage) -> dict[str, F
 
 
 def read_table(uri: str, storage: Storage) -> bytes:
-    """The bytes of a table that is a source of its own.
+    """Return the bytes of a table that is the whole source.
 
     Raises:
-        DatasetError: there is none.
+        DatasetError: there is no such table.
     """
     try:
         return storage.read(uri)
@@ -207,7 +216,7 @@ def read_table(uri: str, storage: Storage) -> bytes:
 
 
 def _size(uri: str, storage: Storage) -> int:
-    """Size of one object; a store answers that in its listing."""
+    """Return the size of one object, from the listing of its folder on S3."""
     if is_local(uri) and local_path(uri).is_file():
         return local_path(uri).stat().st_size
     listed = [] if is_local(uri) else storage.list(uri.rpartition("/")[0])
@@ -218,20 +227,24 @@ def _size(uri: str, storage: Storage) -> int:
 
 
 def _tree(files: Iterable[File], folders: Iterable[str] = (), repeated: tuple[str, ...] = ()) -> Tree:
+    """Return a tree of files and folders without hidden ones."""
     kept = {file.name: file for file in files if not _hidden(file.name)}
     above = {str(parent) for name in kept for parent in PurePosixPath(name).parents}
     return Tree(kept, frozenset(above | {f for f in folders if not _hidden(f)}) - {"."}, repeated)
 
 
 def _hidden(name: str) -> bool:
+    """Return whether a file or one of its folders is hidden."""
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
 def _stamp(status: os.stat_result) -> str:
+    """Return the stamp of a local file."""
     return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def _local_tree(root: Path) -> Tree:
+    """List the files of a local folder; links to folders are followed."""
     files, folders = [], []
     for here, below, names in os.walk(root, followlinks=True):
         relative = Path(here).relative_to(root).as_posix()
@@ -246,7 +259,7 @@ def _local_tree(root: Path) -> Tree:
 
 
 def _climbs(folder: str) -> bool:
-    """Whether a link leads back to a folder above it, where walking on would never end."""
+    """Return whether a link leads to a folder above it, so that following it would never end."""
     if not os.path.islink(folder):
         return False
     target, here = os.path.realpath(folder), os.path.realpath(os.path.dirname(folder))
@@ -254,6 +267,7 @@ def _climbs(folder: str) -> bool:
 
 
 def _zip_tree(uri: str, storage: Storage) -> Tree:
+    """List the files of a zip."""
     raw = _Ranged(uri, _size(uri, storage), storage)
     try:
         with zipfile.ZipFile(io.BufferedReader(raw, buffer_size=1 << 20)) as archive:
@@ -284,7 +298,7 @@ def _zip_tree(uri: str, storage: Storage) -> Tree:
 
 
 def _top_folder(names: list[str]) -> str:
-    """`photos/` of a zip whose every file is below photos/CLASS/ or beside photos/metadata.jsonl, else nothing."""
+    """Return `photos/` for a zip whose files are all below photos/CLASS/ or beside photos/metadata.jsonl, else ""."""
     tops = {name.partition("/")[0] for name in names}
     if len(tops) != 1 or not all("/" in name for name in names):
         return ""
@@ -295,7 +309,7 @@ def _top_folder(names: list[str]) -> str:
 
 
 class _Ranged(io.RawIOBase):
-    """A stored object as a file that can be read anywhere."""
+    """A stored object as a seekable file, read by ranged reads."""
 
     def __init__(self, uri: str, size: int, storage: Storage) -> None:
         self.uri, self.size, self.storage, self.position = uri, size, storage, 0
@@ -322,6 +336,7 @@ class _Ranged(io.RawIOBase):
 
 
 def _resolve(base: str, path: str) -> str:
+    """Return the address of a path that is relative to a folder, absolute, or an address."""
     if "://" in path:
         return path
     if path.startswith("/"):
@@ -329,11 +344,11 @@ def _resolve(base: str, path: str) -> str:
     if is_local(base):
         return f"file://{os.path.normpath(local_path(base) / path)}"
     scheme, rest = split_scheme(join(base, path))
-    return scheme + os.path.normpath(rest)  # which would take the // of a scheme for a mistake
+    return scheme + os.path.normpath(rest)  # normpath would remove a slash of the scheme
 
 
 def _list_common(base: str, uris: list[str], storage: Storage) -> list[Entry]:
-    """One listing of the deepest folder below `base` that holds all of `uris`."""
+    """List the deepest folder that holds all of `uris`."""
     if not uris:
         return []
     scheme = split_scheme(base)[0]

@@ -1,8 +1,8 @@
-"""Ingest: a source's images to WebDataset shards with their indexes, in parallel, resumable, the same bytes each time.
+"""Ingest a source's images as WebDataset shards: in parallel, resumable, and with the same bytes each time.
 
-The images of a split are cut into shards by count before any is opened, so what a shard holds depends on the source
-and the settings alone. Each shard is one task (`tasks.write_shard`) that runs anywhere and leaves a record behind. An
-ingest that was cut off finds the records and goes on from there; `dataset.json` comes last.
+The images of a split are divided into shards by count before any of them is opened, so the content of a shard depends
+only on the source and the settings. Each shard is one task (`tasks.write_shard`) that runs on any machine and writes a
+record. An interrupted ingest continues from the records; `dataset.json` is written last.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import reduce
@@ -18,7 +18,8 @@ from itertools import islice
 from operator import add
 
 from pipelines.config.schema import Encoding, Geometry
-from pipelines.shards.index import Dataset, DatasetError, ShardInfo, drop_stale_quarantine, make_dataset, sidecar
+from pipelines.display import Notice, Progress, no_notice, no_progress
+from pipelines.shards.index import Dataset, DatasetError, ShardInfo, make_dataset, sidecar
 from pipelines.shards.ingest.encode import CaptionEncoder, ImageFormat
 from pipelines.shards.ingest.report import BadImage, IngestReport, ShardRecord, compose_report
 from pipelines.shards.ingest.sources import Source, open_source, source_digest
@@ -33,24 +34,25 @@ from pipelines.shards.ingest.tasks import (
 )
 from pipelines.shards.ingest.tasks import identify as identify_encoder
 from pipelines.shards.ingest.trees import address, shown
+from pipelines.shards.quarantine import drop_stale_quarantine
 from pipelines.storage import Storage, is_local, join
 
 __all__ = ["Ingested", "ingest", "source_digest"]
 
 SHARD_FILES = (".tar", ".index.json")
-Progress = Callable[[int, int], None]
+"""Ends of the names of files that belong to a shard."""
 
 
 @dataclass(frozen=True)
 class Ingested:
-    """What an ingest wrote and what it left out.
+    """The result of an ingest: what it wrote, and what it left out.
 
     Attributes:
-        dataset: as in `dataset.json`.
+        dataset: the content of `dataset.json`.
         bad: images and rows that were left out.
-        empty_classes: classes without one sample.
-        report: as in `ingest-report.json`.
-        reused_shards: shards that an earlier ingest had finished.
+        empty_classes: classes without any sample.
+        report: the content of `ingest-report.json`.
+        reused_shards: number of shards that an earlier ingest had finished.
     """
 
     dataset: Dataset
@@ -74,34 +76,33 @@ def ingest(
     encoding: Encoding = "png",
     text_encoder: CaptionEncoder | None = None,
     workers: int | None = None,
-    progress: Progress = lambda done, total: None,
-    notice: Callable[[str], None] = lambda text: None,
+    progress: Progress = no_progress,
+    notice: Notice = no_notice,
 ) -> Ingested:
     """Write a source's images as shards with `dataset.json`; the same input gives the same bytes and digest.
 
-    Shards are written as Ray tasks where this process is connected to a Ray cluster that reaches source and
-    destination, else by threads. Called again after an interruption, it goes on where it was.
+    Shards are written by Ray tasks where this process is connected to a Ray cluster that can reach source and
+    destination, else by threads. After an interruption, the same call continues.
 
     Args:
         source: "digits"; a folder of class folders, with or without `train/` and `test/` above them; a folder with
             metadata.jsonl or metadata.csv; a .zip of either; a .csv or .jsonl of paths. Paths, file:/// or s3://.
-        uri: the folder to write to. `dataset.json` is written last and stale shards are removed after it.
-        image_size: height and width of the images written.
-        channels: 1 (grey) or 3 (RGB); other images are converted, and the report counts them.
-        shard_samples: images per shard; a bad one leaves its shard smaller.
-        shard_bytes: size to aim at instead, estimated from the first images.
-        test_fraction: share of a source without a test split of its own that becomes one, chosen by path.
+        uri: the folder to write to; `dataset.json` is written last, and then shards of earlier ingests are deleted.
+        image_size: height and width of the written images, in pixels.
+        channels: 1 (grey) or 3 (RGB); other images are converted and counted in the report.
+        shard_samples: images per shard; images that cannot be read are missing from their shard.
+        shard_bytes: approximate size of a shard, instead of `shard_samples`; estimated from the first images.
+        test_fraction: fraction of a source without a test split that becomes one, chosen by a hash of the path.
         geometry: "crop", "resize" or "keep"; see `ImageFormat`.
         encoding: "png", "jpg", "webp" or "npy"; see `ImageFormat`.
-        text_encoder: captions to a `Conditioning`, stored as `emb.npy`; see `pack_embeddings`. It must pickle where Ray
-            is used.
-        workers: threads; default one per core. Ray uses what the cluster has.
-        progress: called with (images done, of).
-        notice: called with a line for the user: who writes the shards.
+        text_encoder: maps captions to a `Conditioning`, stored as `emb.npy`; see `pack_embeddings`. Ray pickles it.
+        workers: number of threads; by default one per core. Ray uses all CPUs of the cluster.
+        progress: called with (images done, images in total).
+        notice: called with a line that says whether Ray or threads write the shards.
 
     Raises:
-        DatasetError: no such source, a layout or setting that cannot be, or not one readable image in a split.
-        StorageError: source or destination cannot be reached; what was finished is kept for the next call.
+        DatasetError: there is no such source, its layout or a setting is invalid, or a split has no readable image.
+        StorageError: source or destination cannot be reached; finished shards are kept for the next call.
     """
     form = ImageFormat(image_size, channels, geometry, encoding)
     _check_settings(source, uri, form, shard_samples, shard_bytes, workers)
@@ -114,23 +115,21 @@ def ingest(
         shard_samples = samples_for(shard_bytes, listed.images, settings)
     jobs = plan_shards(listed.images, settings, shard_samples, _recorded(uri, storage))
     if any(job.recorded is None for job in jobs):
-        # From here on the shards of an earlier dataset are overwritten: it must not be taken for whole.
+        # From here on shards of an earlier dataset are overwritten, so that its description is no longer true.
         storage.delete(join(uri, "dataset.json"))
     meter = _Meter(sum(len(job.images) for job in jobs), progress)
-    threads = workers or len(os.sched_getaffinity(0))
-    obstacle = _obstacle_to_ray(source, uri)
-    if obstacle is None:
-        notice(f"{len(jobs):,} shards as Ray tasks on {_ray_cpus():,} CPUs")
-        records = _write_over_ray(jobs, settings, meter)
-    else:
-        notice(f"{len(jobs):,} shards by {threads} threads of this process{obstacle and ': ' + obstacle}")
-        records = _write_in_threads(jobs, settings, meter, threads)
+    records = _write_shards(source, jobs, settings, meter, workers or len(os.sched_getaffinity(0)), notice)
     return _publish(source, listed, settings, jobs, records)
 
 
 def _check_settings(
     source: str, uri: str, form: ImageFormat, shard_samples: int, shard_bytes: int | None, workers: int | None
 ) -> None:
+    """Refuse settings with which no dataset can be written.
+
+    Raises:
+        DatasetError: names the setting.
+    """
     if source != "digits" and f"{uri.rstrip('/')}/".startswith(f"{address(source)}/"):
         raise DatasetError(f"{uri} lies inside the source {source}, which the next ingest would read: write elsewhere")
     for name, value in (("shard_samples", shard_samples), ("shard_bytes", shard_bytes), ("workers", workers)):
@@ -142,7 +141,7 @@ def _check_settings(
 
 
 def _recorded(uri: str, storage: Storage) -> dict[str, ShardRecord]:
-    """Records that an earlier ingest left at the destination, by shard."""
+    """Return the records of an earlier ingest at the destination, by shard."""
     found = storage.list(join(uri, PROGRESS))
     with ThreadPoolExecutor(16) as pool:
         records = pool.map(lambda entry: ShardRecord.from_json(storage.read(entry.uri)), found)
@@ -150,11 +149,11 @@ def _recorded(uri: str, storage: Storage) -> dict[str, ShardRecord]:
 
 
 class _StoppedError(Exception):
-    """Another shard has failed."""
+    """Stop writing, because another shard has failed."""
 
 
 class _Meter:
-    """Progress from many threads; it also passes the word that all are to stop."""
+    """Counts finished images of many threads as progress, and stops all threads after an error."""
 
     def __init__(self, total: int, progress: Progress) -> None:
         self.done, self.total, self.progress = 0, total, progress
@@ -168,10 +167,30 @@ class _Meter:
             self.progress(self.done, self.total)
 
 
+def _write_shards(
+    source: str, jobs: Sequence[ShardJob], settings: Settings, meter: _Meter, threads: int, notice: Notice
+) -> list[tuple[ShardRecord, bool]]:
+    """Write the shards as Ray tasks where that is possible, else in threads.
+
+    Returns:
+        The record of each shard, and whether it was finished before.
+    """
+    obstacle = _obstacle_to_ray(source, settings.uri)
+    if obstacle is None:
+        notice(f"{len(jobs):,} shards as Ray tasks on {_ray_cpus():,} CPUs")
+        return _write_over_ray(jobs, settings, meter)
+    notice(f"{len(jobs):,} shards by {threads} threads of this process{obstacle and ': ' + obstacle}")
+    return _write_in_threads(jobs, settings, meter, threads)
+
+
 def _write_in_threads(
     jobs: Sequence[ShardJob], settings: Settings, meter: _Meter, threads: int
 ) -> list[tuple[ShardRecord, bool]]:
-    """Decoding and encoding release the interpreter's lock, so threads use all cores."""
+    """Write the shards in threads, which use all cores, because decoding and encoding release the interpreter's lock.
+
+    Returns:
+        The record of each shard, and whether it was finished before.
+    """
     with ThreadPoolExecutor(threads, thread_name_prefix="ingest") as pool:
         futures = [pool.submit(write_shard, job, settings, meter) for job in jobs]
         try:
@@ -185,9 +204,9 @@ def _write_in_threads(
 
 
 def _obstacle_to_ray(source: str, uri: str) -> str | None:
-    """Why shards are not Ray tasks, "" where nobody has connected; None where every node reaches both ends."""
+    """Return why Ray cannot write the shards; None where it can, "" where this process is not connected to Ray."""
     if "ray" not in sys.modules:
-        return ""  # whoever has connected has imported it
+        return ""  # a connected process has imported ray
     import ray
 
     if not ray.is_initialized():
@@ -202,20 +221,25 @@ def _obstacle_to_ray(source: str, uri: str) -> str | None:
 
 
 def _ray_cpus() -> int:
+    """Return the number of CPUs of the Ray cluster."""
     import ray
 
     return int(ray.cluster_resources().get("CPU", 0))
 
 
 def _write_over_ray(jobs: Sequence[ShardJob], settings: Settings, meter: _Meter) -> list[tuple[ShardRecord, bool]]:
-    """One task per shard, a few more in flight than the cluster has cores; Ray repeats those whose node dies."""
+    """Write the shards as Ray tasks, twice as many at a time as the cluster has CPUs; Ray repeats lost tasks.
+
+    Returns:
+        The record of each shard, and whether it was finished before.
+    """
     import ray
 
     task = ray.remote(num_cpus=1)(write_shard)
     shared = ray.put(settings)
-    ahead = 2 * _ray_cpus()
+    in_flight = 2 * _ray_cpus()
     waiting, found = iter(jobs), {}
-    running = {task.remote(job, shared): job for job in islice(waiting, ahead)}
+    running = {task.remote(job, shared): job for job in islice(waiting, in_flight)}
     try:
         while running:
             ready, _ = ray.wait(list(running), num_returns=1)
@@ -238,7 +262,7 @@ def _publish(
     jobs: Sequence[ShardJob],
     written: Sequence[tuple[ShardRecord, bool]],
 ) -> Ingested:
-    """Report, `dataset.json`, and nothing left of an earlier dataset."""
+    """Write the report and `dataset.json`, and delete what is left of an earlier dataset."""
     storage, uri = settings.storage, settings.uri
     records = [record for record, _ in written]
     missing = [i.origin for i in listed.images if listed.captioned and not i.caption]
@@ -277,6 +301,7 @@ def _publish(
 
 
 def _explain_empty(source: str, split: str, listed: Source, report: IngestReport) -> str:
+    """Return the error message for a split without readable images."""
     named = "".join(f"\n  {bad.origin}: {bad.reason}" for bad in report.bad[:5])
     more = f"\n  and {len(report.bad) - 5:,} more: see ingest-report.json" if len(report.bad) > 5 else ""
     if any(image.split == split for image in listed.images):
@@ -287,10 +312,11 @@ def _explain_empty(source: str, split: str, listed: Source, report: IngestReport
 
 
 def _remove_stale(uri: str, shards: set[str], planned: set[str], storage: Storage) -> None:
+    """Delete shards, sidecars and records that do not belong to the new dataset."""
     current = {name for shard in shards for name in (shard, sidecar(shard))} | {record_name(name) for name in planned}
     for entry in storage.list(uri):
         name = entry.uri[len(uri.rstrip("/")) + 1 :]
-        # A killed write to a folder leaves a hidden temporary file.
+        # A write to a folder that was killed leaves a hidden temporary file.
         ours = name.lstrip(".").startswith(("train-", "test-")) and (name[0] == "." or name.endswith(SHARD_FILES))
         if (ours or name.startswith(f"{PROGRESS}/")) and name not in current:
             storage.delete(entry.uri)

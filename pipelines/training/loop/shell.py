@@ -12,7 +12,8 @@ import torch
 
 from ddpm.interop import ModelSpec
 from pipelines.config import Config
-from pipelines.shards.index import Dataset, Quarantine
+from pipelines.shards.index import Dataset
+from pipelines.shards.quarantine import Quarantine
 from pipelines.storage import Storage, join
 from pipelines.tracking import Tracker
 from pipelines.training.loop.progress import Progress

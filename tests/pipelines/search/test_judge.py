@@ -11,7 +11,7 @@ from ddpm.models.classifier import NoisyClassifier
 from ddpm.models.unet import UNet, UNetConfig
 from ddpm.quality import FeatureMoments, frechet_distance
 from pipelines.evaluation.features import EvaluatorNetwork, extract
-from pipelines.search.judge import Painter, Subject, gain, hopeless, interval, rungs, scores
+from pipelines.search.judge import SampleScorer, Subject, gain, hopeless, interval, rungs, scores
 
 CLASSES = ("a", "b")
 
@@ -37,7 +37,7 @@ def judged(distance, error=0.1, evaluations=10, samples=100, own=0.0):
         (judged(6.0, own=3.0), judged(5.0, own=-3.0), False),
         (judged(5.4), judged(5.0), True),
         (judged(6.0, evaluations=9), judged(5.0), False),  # cheaper: it may be on the front
-        (judged(6.0), judged(5.0, samples=50), False),  # distances of unlike numbers of samples do not compare
+        (judged(6.0), judged(5.0, samples=50), False),  # distances of unlike image_ids of samples do not compare
         (judged(5.0), judged(6.0), False),
     ],
 )
@@ -88,37 +88,37 @@ def subject():
     ],
 )
 def test_cost_is_what_the_network_was_really_asked(subject, settings, evaluations):
-    drawn = Painter(subject).draw(settings, torch.arange(6), seed=1)
+    drawn = SampleScorer(subject).draw(settings, torch.arange(6), seed=1)
     assert drawn.evaluations == evaluations
 
 
 def test_a_classifier_that_guides_costs_its_way_there_and_back(subject):
     settings = SamplingSettings(scale=2.0, guidance="classifier", classifier="judge", steps=4)
-    drawn = Painter(subject).draw(settings, torch.arange(6), seed=1)
+    drawn = SampleScorer(subject).draw(settings, torch.arange(6), seed=1)
     # Half a network, three times (there, and back to the image and no further): less than two evaluations more a step.
     assert 4 * 1.2 < drawn.evaluations < 4 * 3
 
 
 def test_guides_change_what_is_drawn(subject):
-    painter, numbers = Painter(subject), torch.arange(6)
+    scorer, image_ids = SampleScorer(subject), torch.arange(6)
     plain = SamplingSettings(steps=4)
     others = [
         SamplingSettings(scale=3.0, guidance="auto", weak="weaker", steps=4),
         SamplingSettings(scale=3.0, guidance="classifier", classifier="judge", steps=4),
     ]
-    alone = painter.draw(plain, numbers, seed=1).features
+    alone = scorer.draw(plain, image_ids, seed=1).features
     for settings in others:
-        assert not torch.allclose(painter.draw(settings, numbers, seed=1).features, alone)
+        assert not torch.allclose(scorer.draw(settings, image_ids, seed=1).features, alone)
     same = SamplingSettings(scale=1.0, guidance="auto", weak="weaker", steps=4)
-    assert torch.equal(painter.draw(same, numbers, seed=1).features, alone)
+    assert torch.equal(scorer.draw(same, image_ids, seed=1).features, alone)
     with pytest.raises(ValueError, match="autoguidance needs a weaker model"):
-        painter.draw(SamplingSettings(guidance="auto", weak="elsewhere", steps=4), numbers, seed=1)
+        scorer.draw(SamplingSettings(guidance="auto", weak="elsewhere", steps=4), image_ids, seed=1)
 
 
 def test_rungs_add_up_to_the_whole(subject):
-    settings, painter = SamplingSettings(kind="ddim", steps=2), Painter(subject)
-    parts = [painter.draw(settings, torch.arange(a, b), seed=3, keep=2) for a, b in ((0, 6), (6, 10), (10, 24))]
-    whole = painter.draw(settings, torch.arange(24), seed=3, keep=2)
+    settings, scorer = SamplingSettings(kind="ddim", steps=2), SampleScorer(subject)
+    parts = [scorer.draw(settings, torch.arange(a, b), seed=3, keep=2) for a, b in ((0, 6), (6, 10), (10, 24))]
+    whole = scorer.draw(settings, torch.arange(24), seed=3, keep=2)
     together = parts[0] + parts[1] + parts[2]
     torch.testing.assert_close(together.features, whole.features, rtol=1e-4, atol=1e-5)
     assert together.evaluations == whole.evaluations == 2
@@ -131,8 +131,8 @@ def test_rungs_add_up_to_the_whole(subject):
 
 
 def test_settings_are_told_apart_better_on_the_same_noise(subject):
-    painter, numbers = Painter(subject), torch.arange(60)
-    one, two = (painter.draw(SamplingSettings(steps=n), numbers, seed=3).features for n in (5, 6))
+    scorer, image_ids = SampleScorer(subject), torch.arange(60)
+    one, two = (scorer.draw(SamplingSettings(steps=n), image_ids, seed=3).features for n in (5, 6))
     paired = gain(subject.reference, one, two, draws=60)
     assert paired.value == pytest.approx(
         frechet_distance(subject.reference, FeatureMoments.of(one))

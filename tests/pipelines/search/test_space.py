@@ -6,7 +6,8 @@ import optuna
 import pytest
 
 from pipelines.config import ConfigError, compose
-from pipelines.search.space import StudyConfig, apply, check_space, load_study
+from pipelines.search.space import apply, check_space
+from pipelines.search.study_config import StudyConfig, load_study
 
 BASE = compose(["+experiment=digits"])
 
@@ -26,28 +27,6 @@ def test_the_kinds_of_guidance_need_their_networks():
         check_space(kinds, BASE)
     guides = ["guidance.classifier=runs:/1", "guidance.weak=runs:/2/100"]
     check_space(kinds, compose(["+experiment=digits", *guides, "guidance.rescale=0.5"]))
-
-
-@pytest.mark.parametrize(
-    "kind, options, message",
-    [
-        ("training", {"objectives": ["precision"]}, "a training study has frechet_distance or bits_per_dim"),
-        ("training", {"objectives": ["bits_per_dim"], "bits_per_dim_images": 0}, "needs bits_per_dim_images"),
-        ("guidance", {"objectives": ["bits_per_dim", "evaluations"]}, "is of the model, not of how it is sampled"),
-        ("guidance", {"objectives": ["recall", "recall"]}, "each once"),
-        ("guidance", {"objectives": []}, "at least 1 item"),
-    ],
-)
-def test_objectives_that_a_study_cannot_have_are_refused(kind, options, message):
-    with pytest.raises(ValueError, match=message):
-        study({"seed": {"int": [0, 1]}}, kind, **options)
-
-
-def test_a_guidance_study_is_about_distance_and_cost_unless_told_otherwise():
-    space = {"sampler.steps": {"int": [4, 8]}}
-    assert study(space, "guidance").objectives == ("frechet_distance", "evaluations")
-    assert study(space, "guidance", objectives=["precision", "recall"]).objectives == ("precision", "recall")
-    assert study(space, "training").objectives == ("frechet_distance",)
 
 
 def test_conditions_decide_what_a_trial_has():
@@ -114,45 +93,3 @@ def test_a_space_that_cannot_be_is_refused_before_anything_starts(space, message
 def test_a_guidance_study_does_not_train():
     with pytest.raises(ConfigError, match=r"optim\.lr cannot be searched by a guidance study: trials share optim"):
         check_space(study({"optim.lr": {"log": [1e-4, 1e-2]}}, "guidance"), BASE)
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["shedule"], r"no study 'shedule': choose one of guidance, guidance_kinds, .*Did you mean 'schedule'\?"),
-        (["schedule", ["search.trails=3"]], r"schedule\.yaml: trails: Extra inputs are not permitted"),
-        (["schedule", ["search.trials=0"]], r"schedule\.yaml: trials: Input should be greater than 0, got 0"),
-        (["schedule", ["search.space.optim.lr.lag=[1,2]"]], r"optim\.lr: a parameter is \{uniform: \[a, b\]\}"),
-    ],
-)
-def test_a_study_that_is_not_there_or_wrong_is_named(arguments, message):
-    with pytest.raises(ConfigError, match=message):
-        load_study(*arguments)
-
-
-@pytest.mark.parametrize(
-    "space, message",
-    [
-        ({}, "space is empty"),
-        ({"optim.lr": {"log": [1e-2, 1e-4]}}, r"optim\.lr: the range \[0\.01, 0\.0001\] must be \[low, high\]"),
-        (
-            {
-                "schedule.s": {"uniform": [0, 1], "when": {"schedule.kind": "cosine"}},
-                "schedule.kind": {"choice": ["x"]},
-            },
-            r"schedule\.s depends on schedule\.kind, which must come before it",
-        ),
-        ({"optim.lr": {"choice": []}}, "at least 1 item"),
-    ],
-)
-def test_a_space_that_makes_no_sense_in_itself_is_refused(space, message):
-    with pytest.raises(ValueError, match=message):
-        study(space)
-
-
-def test_overrides_change_a_study():
-    changed = load_study("smoke", ["search.trials=5", "search.samples=99", "search.space.optim.lr.uniform=[1e-3,0.5]"])
-    assert (changed.trials, changed.samples, changed.kind) == (5, 99, "training")
-    assert changed.space["optim.lr"].uniform == (1e-3, 0.5)
-    eta = load_study("guidance", ["search.space.sampler.eta.uniform=[0,0.5]"]).space["sampler.eta"]
-    assert (eta.uniform, eta.when) == ((0, 0.5), {"sampler.kind": "ddim"})

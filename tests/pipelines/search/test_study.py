@@ -1,30 +1,18 @@
-"""The records are the truth: what has ended is Optuna's past, what was begun comes again, and nothing counts twice."""
+"""Records of trials: how they are kept, found again, and compared."""
 
 import math
-import re
 from dataclasses import replace
 
-import numpy as np
-import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.config import compose
 from pipelines.search.observer import describe_params
+from pipelines.search.optuna_search import past_of
 from pipelines.search.page import Page
-from pipelines.search.space import StudyConfig
-from pipelines.search.study import (
-    StudyError,
-    StudyStore,
-    TrialRecord,
-    best,
-    earlier_points,
-    pareto_front,
-    past_of,
-    searcher,
-    trial_name,
-)
+from pipelines.search.study import StudyError, StudyStore, TrialRecord, best, earlier_points, pareto_front, trial_name
+from pipelines.search.study_config import StudyConfig
 from pipelines.storage import Storage
 
 SPACE = {
@@ -115,51 +103,6 @@ def test_the_front_is_what_nothing_beats(trials):
     assert (top is None) is (not finished)
     if top:
         assert top.scores["frechet_distance"] == min(r.scores["frechet_distance"] for r in finished)
-
-
-def test_optuna_knows_what_has_ended_and_is_asked_for_what_was_begun(tmp_path):
-    ended = [record(i, 5.0 + i) for i in range(4)] + [record(9, math.nan, state="failed")]
-    begun = record(7, math.nan, state="running")
-    past = past_of(STUDY, [*ended, begun])
-    states = [trial.state for trial in past.trials]
-    assert states == [optuna.trial.TrialState.COMPLETE] * 4 + [optuna.trial.TrialState.FAIL]
-    assert past.trials[0].params == ended[0].params
-    again = searcher(STUDY, BASE, [*ended, begun], tmp_path, first=[ended[0].params, STUDY.nearest(BASE)])
-    again.set_search_properties(None, None, {})
-    assert again.suggest("a") == begun.params
-    assert again.suggest("b") == STUDY.nearest(BASE)  # what has ended is not asked for again
-    fresh = again.suggest("c")
-    assert trial_name(fresh) not in {r.trial for r in ended}
-    again.on_trial_complete("a", {"frechet_distance": 1.0, "evaluations": 5.0})
-    assert len(again._ot_study.trials) == 5 + 3
-
-
-def test_the_search_is_the_same_for_the_same_seed_and_past(tmp_path):
-    ended = [record(i, 5.0 + i) for i in range(12)]
-    for name in "ab":
-        (tmp_path / name).mkdir()
-    one, two = (searcher(STUDY, BASE, ended, tmp_path / name).suggest("x") for name in "ab")
-    assert one == two
-
-
-def test_the_page_holds_everything_and_loads_nothing():
-    records = [record(i, 9.0 - i, 10.0 + i) for i in range(6)]
-    records += [record(8, 30.0, state="stopped"), record(9, math.nan, state="failed")]
-    eta = {"sampler.kind": "ddim", "sampler.eta": 0.5}
-    records.append(record(11, 3.5, 8.0, **eta))
-    pictures = {records[-1].trial: np.zeros((5, 8, 8, 1), np.uint8)}
-    text = Page("first", STUDY, "models:/digits@champion", records, pictures=pictures, command="ddpm search").html()
-    for one in records:
-        assert one.trial in text
-    assert text.count("Plotly.newPlot") == 4
-    own = re.sub(r"<script\b[^>]*>.*?</script>", "", text, flags=re.DOTALL)  # the library has much in its strings
-    assert own.count('src="data:image/png;base64,') == 1
-    assert not [word for word in ("<script", "<link", 'src="http', "url(") if word in own]
-    assert "sampler.eta=0.5" in text  # the best trial's parameters, as the command line takes them
-
-
-def test_a_page_of_a_study_that_has_just_begun():
-    assert "Study first" in Page("first", STUDY, "a model", [record(1, math.nan, state="running")]).html()
 
 
 def test_a_study_begins_with_the_best_of_earlier_ones_as_far_as_they_fit(store):

@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from pipelines.search.observer import describe_params
-from pipelines.search.space import load_study
 from pipelines.search.study import TrialRecord
+from pipelines.search.study_config import load_study
 from pipelines.search.table import line, table
 
 PARAMS = {

@@ -6,8 +6,9 @@ import torch
 import webdataset
 from torch.utils.data import DataLoader
 
-from pipelines.shards.index import DatasetError, Problem, Quarantine, read_quarantine
+from pipelines.shards.index import DatasetError
 from pipelines.shards.ingest.write import ingest
+from pipelines.shards.quarantine import Problem, Quarantine, read_quarantine
 from pipelines.shards.stream import ShardDataset, StreamSettings, TrainingStream, open_stream, read_ahead
 from pipelines.storage import Storage
 

@@ -14,7 +14,8 @@ from rich.console import Console
 from pipelines.shards.audit import check as checking
 from pipelines.shards.audit.check import check, write_quarantine
 from pipelines.shards.audit.foreign import index_tars
-from pipelines.shards.index import DatasetError, Quarantine, ShardIndex, make_dataset, read_dataset, read_quarantine
+from pipelines.shards.index import DatasetError, ShardIndex, make_dataset, read_dataset
+from pipelines.shards.quarantine import Quarantine, read_quarantine
 from pipelines.storage import Storage
 from tests.pipelines.shards.tars import tar_bytes
 

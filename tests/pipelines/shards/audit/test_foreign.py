@@ -21,17 +21,10 @@ from pipelines.shards.audit.foreign import IndexRefusedError, SplitRule, assign_
 from pipelines.shards.audit.scan import ObjectStream, TarFaultError, read_samples
 from pipelines.shards.cache import ShardCache
 from pipelines.shards.fetch import ShardFetcher
-from pipelines.shards.index import (
-    DatasetError,
-    ShardIndex,
-    kept_samples,
-    read_dataset,
-    read_quarantine,
-    sidecar,
-    split_name,
-)
+from pipelines.shards.index import DatasetError, ShardIndex, read_dataset, sidecar, split_name
 from pipelines.shards.ingest.write import ingest
 from pipelines.shards.order import Located, SampleOrder
+from pipelines.shards.quarantine import kept_samples, read_quarantine
 from pipelines.shards.read import ShardReader, read_split
 from pipelines.storage import Storage
 from tests.pipelines.shards.tars import tar_bytes
@@ -414,7 +407,7 @@ def test_what_is_written_follows_the_documented_schemas(tmp_path):
         index_tars(uri, STORAGE, quarantine=True)
     (tmp_path / "s" / "test-0.tar").unlink()
     index_tars(uri, STORAGE, quarantine=True)
-    schema = json.loads((Path(__file__).parents[3] / "docs" / "dataset.schema.json").read_text())
+    schema = json.loads((Path(__file__).parents[4] / "docs" / "dataset.schema.json").read_text())
     jsonschema.validate(json.loads((tmp_path / "s" / "dataset.json").read_text()), schema)
     left_out = json.loads((tmp_path / "s" / "quarantine.json").read_text())
     quarantine = {"$ref": "#/$defs/quarantine", "$defs": schema["$defs"]}

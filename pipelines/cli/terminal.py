@@ -1,7 +1,8 @@
-"""What a person sees: stages, bars where stderr is a terminal, plain lines where it is not."""
+"""What the command line shows on stderr: stages, and progress as bars on a terminal, as plain lines elsewhere."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +10,6 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    Progress,
     ProgressColumn,
     SpinnerColumn,
     TaskID,
@@ -18,24 +18,26 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.training.goodput import Goodput
+from pipelines.display import Progress, Report, StageNotice, TimeBreakdown
 
 PLAIN_EVERY_S = 5.0
+"""Seconds between two plain lines of progress."""
 
 
 class Terminal:
-    """`Display` on stderr; stdout is left to results."""
+    """The `Display` of the command line: it writes to stderr, because stdout is for results."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self.progress: Progress | None = None
+        self.bars: Bars | None = None
 
     @contextmanager
     def live(self) -> Iterator[Terminal]:
-        """Bars are drawn inside this block."""
+        """Draw progress bars inside this block, where stderr is a terminal."""
         if not self.console.is_terminal:
             yield self
             return
@@ -46,13 +48,13 @@ class Terminal:
             TextColumn("{task.fields[detail]}"),
             TimeRemainingColumn(compact=True),
         ]
-        with Progress(*columns, console=self.console, transient=False) as self.progress:
+        with Bars(*columns, console=self.console, transient=False) as self.bars:
             yield self
-        self.progress = None
+        self.bars = None
 
     @contextmanager
-    def services(self) -> Iterator[Callable[[str, str], None]]:
-        """A bar per service of the local stack; call it with (service, phase)."""
+    def services(self) -> Iterator[StageNotice]:
+        """Yield a callback for the phases of services, which shows a line with a spinner per service."""
         if not self.console.is_terminal:
             yield self.stage
             return
@@ -62,27 +64,27 @@ class Terminal:
             TextColumn("{task.fields[phase]}"),
             TimeElapsedColumn(),
         ]
-        with Progress(*columns, console=self.console) as progress:
+        with Bars(*columns, console=self.console) as bars:
             tasks: dict[str, TaskID] = {}
 
             def report(service: str, phase: str) -> None:
                 if service not in tasks:
-                    tasks[service] = progress.add_task(service, total=1, phase=phase)
+                    tasks[service] = bars.add_task(service, total=1, phase=phase)
                 done = phase in ("healthy", "already running")
-                progress.update(tasks[service], phase=phase, completed=int(done))
+                bars.update(tasks[service], phase=phase, completed=int(done))
 
             yield report
 
     def stage(self, name: str, text: str) -> None:
-        """A line of a stage."""
+        """Print one line of a stage."""
         self.console.print(Text.assemble((f"{name:>10}", "bold cyan"), "  ", text))
 
     def error(self, kind: str, error: Exception) -> None:
-        """What went wrong, as it is: square brackets in it are not markup."""
+        """Print an error; square brackets in its message are not markup."""
         self.console.print(Text.assemble((kind, "bold red"), "\n", str(error)))
 
-    def counter(self, description: str, unit: str) -> Callable[[int, int], None]:
-        """A bar over a known number of things; call it with (done, total)."""
+    def counter(self, description: str, unit: str) -> Progress:
+        """Return a callback that shows progress over a known number of things."""
         show = self._meter(description)
 
         def update(done: int, total: int) -> None:
@@ -90,8 +92,8 @@ class Terminal:
 
         return update
 
-    def training(self, images: int, resumes_at: int) -> Callable[[dict[str, float]], None]:
-        """The bar of a training; call it with what rank 0 reports."""
+    def training(self, images: int, resumes_at: int) -> Report:
+        """Return a callback that shows images seen, images per second and loss of a training."""
         show = self._meter("train")
         began: list[tuple[float, float]] = []
 
@@ -101,7 +103,7 @@ class Terminal:
                 began.append((time.monotonic(), seen))
             elapsed = time.monotonic() - began[0][0]
             rate = (seen - began[0][1]) / elapsed if elapsed > 1 else 0.0
-            left = f", {(images - seen) / rate:,.0f} s left" if rate and not self.progress else ""
+            left = f", {(images - seen) / rate:,.0f} s left" if rate and not self.bars else ""
             detail = f"{min(seen, images):,.0f} images, {rate:,.0f}/s" + (
                 f", loss {loss:.4f}" if loss is not None else ""
             )
@@ -109,32 +111,35 @@ class Terminal:
 
         return update
 
-    def goodput(self, goodput: Goodput) -> None:
-        """Where the time of a training went: a table on a terminal, lines elsewhere."""
+    def breakdown(self, breakdown: TimeBreakdown) -> None:
+        """Show where the time of a stage went: as a table on a terminal, as lines elsewhere."""
         if not self.console.is_terminal:
-            for line in goodput.lines():
-                self.stage("goodput", line)
+            for line in breakdown.lines:
+                self.stage(breakdown.name, line)
             return
-        table = Table(title=f"{goodput.fraction:.1%} of the time was training that lasts", title_justify="left")
+        table = Table(title=breakdown.title, title_justify="left")
         for name, justify in (("time for", "left"), ("seconds", "right"), ("share", "right")):
             table.add_column(name, justify=justify)  # type: ignore[arg-type]
-        for name, seconds in goodput.parts().items():
-            table.add_row(name, f"{seconds:,.1f}", f"{seconds / max(goodput.wall_s, 1e-9):.1%}")
+        for name, seconds in breakdown.seconds.items():
+            table.add_row(name, f"{seconds:,.1f}", f"{seconds / max(breakdown.total_s, 1e-9):.1%}")
         table.add_section()
-        table.add_row("all", f"{goodput.wall_s:,.1f}", "")
+        table.add_row("all", f"{breakdown.total_s:,.1f}", "")
         self.console.print(table)
-        self.stage("goodput", goodput.lines()[-1])
+        self.stage(breakdown.name, breakdown.lines[-1])
 
     def _meter(self, description: str) -> Callable[[float, float, str], None]:
-        if self.progress is not None:
-            progress = self.progress
-            task = progress.add_task(description, total=None, detail="starting")
-            return lambda done, total, detail: progress.update(task, completed=done, total=total, detail=detail)
-        said = [-PLAIN_EVERY_S]
+        """Return a callback for (done, total, detail): a bar inside `live` on a terminal, else a line now and then."""
+        if self.bars is not None:
+            bars = self.bars
+            task = bars.add_task(description, total=None, detail="starting")
+            return lambda done, total, detail: bars.update(task, completed=done, total=total, detail=detail)
+        printed_at = -PLAIN_EVERY_S
 
         def line(done: float, total: float, detail: str) -> None:
-            if time.monotonic() - said[0] >= PLAIN_EVERY_S or (done >= total and said[0] != float("inf")):
-                said[0] = float("inf") if done >= total else time.monotonic()
+            nonlocal printed_at
+            now, complete = time.monotonic(), done >= total
+            if now - printed_at >= PLAIN_EVERY_S or (complete and printed_at != math.inf):
+                printed_at = math.inf if complete else now  # the last line is printed once
                 self.stage(description, f"{done / total:4.0%}  {detail}")
 
         return line

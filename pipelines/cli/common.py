@@ -1,0 +1,86 @@
+"""What the verbs share: the terminal, argument types, access to the services, and the JSON answer."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipelines.cli.terminal import Terminal
+
+if TYPE_CHECKING:
+    from pipelines.config import Config
+
+terminal = Terminal()
+SERVICES = ("s3", "mlflow", "ray")  # those of pipelines.stack, which `ddpm --help` does not import
+MODEL = "runs:/ID[/IMAGES|/best][/sigma_rel=WIDTH], models:/NAME@alias, models:/NAME/VERSION or a folder"
+
+
+def check_address(uri: str) -> str:
+    """Return the address of a folder without a slash at its end.
+
+    Raises:
+        BadParameter: no storage backend opens it.
+    """
+    from pipelines.storage import StorageError, address_forms
+    from pipelines.storage import check_address as check
+
+    try:
+        check(uri.rstrip("/"))
+    except StorageError:
+        raise typer.BadParameter(f"{uri} is no address: write {address_forms('/PATH')}") from None
+    return uri.rstrip("/")
+
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Hydra overrides, such as +experiment=digits optim.lr=1e-3")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+Folder = Annotated[str, typer.Argument(callback=check_address, help="s3://BUCKET/PATH or file:///PATH of the shards")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Shards to read at a time; default twice the cores, at most 32")
+]
+
+
+def connect(config: Config, services: Sequence[str]) -> Config:
+    """Return the configuration with every address filled in; start what is missing of the local stack.
+
+    Args:
+        services: of "s3", "mlflow" and "ray", those that the verb needs.
+    """
+    from pipelines.connect import connect as connect_services
+
+    with terminal.services() as notice:
+        return connect_services(config, os.environ, services, notice=notice)
+
+
+def compose(overrides: Sequence[str] | None) -> Config:
+    """Return the configuration of these overrides; see `pipelines.config.compose`, which imports torch."""
+    from pipelines.config import compose as compose_config
+
+    return compose_config(overrides or [])
+
+
+def compose_connected(overrides: list[str] | None) -> Config:
+    """Return the configuration of these overrides, connected to S3, MLflow and Ray."""
+    return connect(compose(overrides), SERVICES)
+
+
+def connect_to_folder(uri: str, overrides: list[str] | None) -> Config:
+    """Return the configuration of these overrides, connected to S3 where the folder is there."""
+    return connect(compose(overrides), ["s3"] if uri.startswith("s3://") else [])
+
+
+def quoted_override(key: str, value: str) -> str:
+    """Return an override whose value may hold any character."""
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{escaped}'"
+
+
+def answer_json(as_json: bool, answer: dict[str, Any]) -> None:
+    """Print the answer of a verb as one line of JSON where `--json` asks for it."""
+    if as_json:
+        print(json.dumps(answer))

@@ -1,0 +1,141 @@
+"""`ddpm ingest`, `index` and `check`: datasets of WebDataset shards."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipelines.cli.common import (
+    Folder,
+    Json,
+    Overrides,
+    Threads,
+    answer_json,
+    check_address,
+    compose,
+    connect,
+    connect_to_folder,
+    quoted_override,
+    terminal,
+)
+
+if TYPE_CHECKING:
+    from pipelines.config import Config
+
+
+def ingest(
+    source: Annotated[
+        str, typer.Argument(help="`digits`, a folder, a .zip, or a .csv or .jsonl of paths; a path or s3://…")
+    ],
+    to: Annotated[
+        str, typer.Option("--to", callback=check_address, help="s3://BUCKET/PATH or file:///PATH to write to")
+    ],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Write images as WebDataset shards. Example: ddpm ingest photos/ --to s3://ddpm/datasets/photos"""
+    config = _compose_ingest(source, to, overrides or [])
+    # A named cluster writes the shards; the local stack has no more cores than the threads of this process.
+    over_ray = bool(config.cluster.address or os.environ.get("RAY_ADDRESS"))
+    config = connect(config, ["s3"] if any(end.startswith("s3://") for end in (source, to)) else [])
+
+    from pipelines import flow
+    from pipelines.storage import Storage
+
+    storage = Storage.of(config)
+    if over_ray:
+        from pipelines.training.ray_train.resources import connect_ray
+
+        connect_ray(config, storage)
+    with terminal.live():
+        done = flow.write_dataset(config, storage, terminal)
+    dataset = done.dataset
+    counts = {split: dataset.samples(split) for split in dataset.splits}
+    answer_json(
+        as_json,
+        {
+            "uri": dataset.uri,
+            "digest": dataset.digest,
+            "samples": counts,
+            "left_out": len(done.bad),
+            "changed": done.report.changes,
+            "reused_shards": done.reused_shards,
+        },
+    )
+
+
+def _compose_ingest(source: str, to: str, overrides: list[str]) -> Config:
+    """Return the configuration of an ingest: that of the shipped digits, or of a folder of unknown images."""
+    # No network is built here; one of a single level fits images of any size.
+    folder = ["data=folder", "data.num_classes=1", "model.channels=[32]", "model.attention=[false]"]
+    defaults = ["data=digits"] if source == "digits" else folder
+    return compose([*defaults, quoted_override("data.source", source), quoted_override("data.uri", to), *overrides])
+
+
+def index(
+    uri: Folder,
+    split: Annotated[list[str] | None, typer.Option(help="NAME=PATTERN of paths, or NAME for all; repeatable")] = None,
+    classes: Annotated[str | None, typer.Option(help="Class names, comma-separated; default: their numbers")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Height and width; default: the first image's")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace an index that is there already")] = False,
+    quarantine: Annotated[
+        bool,
+        typer.Option("--quarantine", help="Leave bad samples out instead of refusing the dataset"),
+    ] = False,
+    threads: Threads = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Index WebDataset tars that other tools wrote. Example: ddpm index s3://ddpm/datasets/birds --split train"""
+    from pipelines.shards.audit.foreign import SplitRule, index_tars
+    from pipelines.storage import Storage
+
+    try:
+        rules = [SplitRule.parse(text) for text in split or []]
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--split") from error
+    config = connect_to_folder(uri, overrides)
+    with terminal.live():
+        done = index_tars(
+            uri,
+            Storage.of(config),
+            rules=rules,
+            classes=classes.split(",") if classes else (),
+            image_size=image_size,
+            replace=replace,
+            quarantine=quarantine,
+            threads=threads,
+            progress=terminal.counter("index", "MiB"),
+        )
+    for line in done.lines():
+        terminal.stage("index", line)
+    answer_json(as_json, done.to_dict())
+
+
+def check(
+    uri: Folder,
+    quarantine: Annotated[
+        bool,
+        typer.Option("--quarantine", help="Write quarantine.json, so that training leaves bad samples out"),
+    ] = False,
+    threads: Threads = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Verify every byte and sample of a dataset. Example: ddpm check s3://ddpm/datasets/birds --quarantine"""
+    config = connect_to_folder(uri, overrides)
+
+    from pipelines.shards.audit import check as checking
+    from pipelines.storage import Storage
+
+    storage = Storage.of(config)
+    with terminal.live():
+        report = checking.check(uri, storage, threads=threads, progress=terminal.counter("check", "MiB"))
+    if quarantine:
+        report = checking.write_quarantine(report, storage)
+    checking.show(report, terminal.console, terminal.stage)
+    answer_json(as_json, report.to_dict())
+    if report.problems:
+        raise typer.Exit(1)

@@ -1,0 +1,92 @@
+"""`ddpm evaluate`, `sample` and `promote`: models that were trained before."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines.cli.common import MODEL, Json, Overrides, answer_json, compose, compose_connected, connect, terminal
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Score a model against the real test split. Example: ddpm evaluate models:/digits@champion guidance.scale=2"""
+    config = compose_connected(overrides)
+
+    from pipelines import flow, models
+    from pipelines.storage import Storage
+
+    storage = Storage.of(config)
+    resolved = models.resolve(model, tracking_uri=config.tracking.uri, storage=storage)
+    overridden = any(line.lstrip("+").startswith(("guidance", "sampler")) for line in overrides or [])
+    settings = models.sampling_settings(config) if overridden else resolved.model.spec.sampling
+    with terminal.live():
+        scores, _ = flow.evaluate_stage(resolved, settings, config, storage, terminal)
+    for name, text in scores.lines():
+        terminal.stage(name, text)
+    answer_json(as_json, dataclasses.asdict(scores))
+
+
+def sample(
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the PNGs and grid.png")],
+    labels: Annotated[
+        str | None, typer.Option(help="Class names or indices, comma-separated; default: all classes")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Images per label, or in total for a model without classes")] = 1,
+    guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale; default: the model's own")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; default: the model's own")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Images to draw at a time; the images do not depend on it")
+    ] = 64,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Draw images. Example: ddpm sample models:/digits@champion --labels 0,1,2 --guidance 2 --steps 50 --out samples"""
+    needed = {"runs": ["s3", "mlflow"], "mode": ["mlflow"]}.get(model[:4], [])
+    config = connect(compose(overrides), needed)
+
+    from pipelines import models
+    from pipelines.sampling import write_samples
+    from pipelines.storage import Storage
+
+    resolved = models.resolve(model, tracking_uri=config.tracking.uri, storage=Storage.of(config))
+    files = write_samples(
+        resolved.model,
+        out,
+        labels=labels,
+        count=count,
+        guidance=guidance,
+        steps=steps,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    terminal.stage("sample", f"{len(files) - 1} images and {files[-1]}")
+    answer_json(as_json, {"files": [str(f) for f in files]})
+
+
+def promote(
+    model: Annotated[str, typer.Argument(help="models:/NAME/VERSION")],
+    alias: Annotated[str, typer.Option(help="The alias to move")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Move an alias to a version if the gate allows it. Example: ddpm promote models:/digits/2 --alias champion"""
+    config = connect(compose(overrides), ["mlflow"])
+
+    from pipelines import registry
+
+    assert config.tracking.uri is not None
+    version = registry.find_version(config.tracking.uri, model)
+    verdict = registry.promote(config.tracking.uri, version, alias)
+    terminal.stage("gate", str(verdict))
+    answer_json(as_json, dataclasses.asdict(verdict))
+    if not verdict.passed:
+        raise typer.Exit(1)

@@ -1,0 +1,101 @@
+"""`ddpm search guidance`, `training` and `status`: hyperparameter studies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipelines.cli.common import MODEL, SERVICES, Json, Overrides, answer_json, compose, connect, terminal
+from pipelines.lineage import code_lineage
+
+if TYPE_CHECKING:
+    from pipelines.search.studies import StudyResult
+
+app = typer.Typer(no_args_is_help=True, help="Search hyperparameters with Ray Tune and Optuna.")
+Study = Annotated[str | None, typer.Option(help="Name of the study; default: from the space and the run")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the study of that name")]
+After = Annotated[list[str] | None, typer.Option(help="Try the best of this earlier study first; repeatable")]
+
+
+@app.command()
+def guidance(
+    model: Annotated[str, typer.Option(help=MODEL)],
+    space: Annotated[str, typer.Option(help="A study of conf/search/, or a YAML file")] = "guidance",
+    study: Study = None,
+    resume: Resume = False,
+    after: After = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Search guidance and sampler of a model. Example: ddpm search guidance --model models:/digits@champion"""
+    from pipelines.search.study_config import compose_study
+
+    chosen, config = compose_study(space, "guidance", overrides or [])
+    config = connect(config, SERVICES)
+
+    from pipelines.search import studies
+
+    name = study or f"guidance-{config.name}"
+    run = partial(studies.guidance_study, config, model, name, chosen)
+    _show_study(partial(run, resume=resume, after=after or [], notice=terminal.stage), as_json)
+
+
+@app.command()
+def training(
+    space: Annotated[str, typer.Option(help="A study of conf/search/, or a YAML file")] = "schedule",
+    study: Study = None,
+    resume: Resume = False,
+    after: After = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Search training settings. Example: ddpm search training +experiment=digits images=25600 search.trials=16"""
+    from pipelines.search.study_config import compose_study
+
+    chosen, config = compose_study(space, "training", overrides or [])
+    config = connect(config, SERVICES)
+
+    from pipelines.search import studies
+
+    name = study or f"{space}-{config.name}"
+    run = partial(studies.training_study, config, name, chosen, code_lineage())
+    _show_study(partial(run, resume=resume, after=after or [], notice=terminal.stage), as_json)
+
+
+@app.command()
+def status(
+    study: Annotated[str, typer.Argument(help="Name of the study")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Show the trials of a study, running or ended. Example: ddpm search status guidance-digits"""
+    config = connect(compose(overrides), ["s3"])
+
+    from pipelines.search import table
+    from pipelines.search.study import StudyStore, count_states
+
+    store = StudyStore.of(config, study)
+    described, records = store.study(), store.records()
+    terminal.console.print(table.table(described, records))
+    terminal.stage("study", f"{len(records)} of {described.trials} trials have begun")
+    answer_json(as_json, {"study": study, "trials": count_states(records)})
+
+
+def _show_study(run: Callable[..., StudyResult], as_json: bool) -> None:
+    """Run a study with a live table of its trials, then show its result.
+
+    Args:
+        run: runs the study; takes `on_change`.
+    """
+    from pipelines.search import table
+
+    with table.shown(terminal.console, terminal.stage) as on_change:
+        result = run(on_change=on_change)
+    if result.best is not None:
+        terminal.stage("best", table.line(result.best))
+    terminal.stage("page", result.page)
+    terminal.stage("mlflow", result.tracker.url)
+    answer_json(as_json, result.answer)

@@ -1,0 +1,50 @@
+"""`ddpm up`, `down` and `status`: the local stack."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipelines.cli.common import Json, answer_json, terminal
+
+HINTS = {
+    "s3": "S3 endpoint",
+    "mlflow": "MLflow page",
+    "ray": "Ray dashboard; its token is in .ddpm/ray-token",
+}
+
+
+def up(as_json: Json = False) -> None:
+    """Start the local stack: S3 (SeaweedFS), MLflow, a Ray head. Example: ddpm up"""
+    from pipelines import stack
+
+    with terminal.services() as notice:
+        state = stack.up(notice=notice)
+    _show_status(as_json, {"home": str(state.home)})
+
+
+def down(as_json: Json = False) -> None:
+    """Stop what `ddpm up` started; data stays. Example: ddpm down"""
+    from pipelines import stack
+
+    stopped = stack.down(notice=terminal.stage)
+    if not stopped:
+        terminal.stage("stack", "nothing is running")
+    answer_json(as_json, {"stopped": stopped})
+
+
+def status(as_json: Json = False) -> None:
+    """Show the local stack and the URLs to open. Example: ddpm status"""
+    _show_status(as_json, {})
+
+
+def _show_status(as_json: bool, extra: dict[str, Any]) -> None:
+    """Show every service of the local stack, with its URL; `extra` goes into the JSON answer."""
+    from pipelines import stack
+
+    services = stack.status()
+    for service in services:
+        state = "healthy" if service.healthy else "running, does not answer" if service.running else "not running"
+        where = f"  {service.url}  ({HINTS[service.name]})" if service.url else ""
+        terminal.stage(service.name, f"{state}{where}")
+    plain = {s.name: {"running": s.running, "healthy": s.healthy, "url": s.url, "log": str(s.log)} for s in services}
+    answer_json(as_json, {**extra, "services": plain})

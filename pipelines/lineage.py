@@ -1,0 +1,26 @@
+"""Which code trains a model, recorded in every checkpoint and model version."""
+
+from __future__ import annotations
+
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def code_lineage() -> dict[str, Any]:
+    """Return the installed release and, in a git checkout, the commit that runs.
+
+    Returns:
+        `code_version`, the release of the package, and `git_commit`, which ends in "-dirty" where tracked files were
+        changed after the commit and is None outside a checkout.
+    """
+    commit = _git("rev-parse", "HEAD")
+    dirty = commit and _git("status", "--porcelain", "--untracked-files=no")
+    return {"code_version": version("ddpm-pipelines"), "git_commit": f"{commit}-dirty" if dirty else commit or None}
+
+
+def _git(*arguments: str) -> str:
+    """Return what git prints about the folder of this module; nothing where it is no checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

@@ -1,0 +1,202 @@
+"""The settings of a study, and how they are read from `conf/search/`, a YAML file and overrides."""
+
+from __future__ import annotations
+
+import random
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from pipelines.config import Config, ConfigError, compose, conf_dir, suggest
+from pipelines.search.parameters import Choice, FrozenModel, Int, Log, Parameter, Suggester, Uniform, Value
+from pipelines.search.paths import get_value
+
+Objective = Literal["frechet_distance", "bits_per_dim", "precision", "recall", "class_accuracy", "evaluations"]
+DIRECTIONS: dict[Objective, Literal["min", "max"]] = {
+    "frechet_distance": "min",
+    "bits_per_dim": "min",
+    "precision": "max",
+    "recall": "max",
+    "class_accuracy": "max",
+    "evaluations": "min",
+}
+"""The objectives that a study can have, and whether lower or higher is better."""
+
+
+class StudyConfig(FrozenModel):
+    """The settings of a study: what it searches, for how long, and how trials are judged.
+
+    Attributes:
+        kind: "training", whose trials are trainings, or "guidance", whose trials sample one model.
+        space: path in the configuration -> distribution, in the order in which values are drawn.
+        objectives: the scores to optimise. A training study has one: the Frechet distance (default) or bits/dim. A
+            guidance study has several, by default the Frechet distance and the number of network evaluations.
+        trials: number of trials, those of earlier, interrupted calls included.
+        random_trials: number of trials that are drawn at random before Optuna's TPE sampler chooses.
+        seed: seed of the search.
+        concurrent: number of trials that run at a time; None for as many as the cluster has room for.
+        samples: number of images by which a trial is judged.
+        rungs: number of evaluations of a trial: after growing numbers of training images (training), or on growing
+            numbers of samples (guidance).
+        reduction: a fraction 1 / reduction of the trials continues after a rung (ASHA); training only.
+        bits_per_dim_images: number of real images on which a training trial's bound is computed; 0 for none.
+        confirm: number of settings that are judged again with fresh seeds at the end; guidance only.
+        confirm_samples: number of images by which each of them is judged.
+    """
+
+    kind: Literal["training", "guidance"]
+    space: dict[str, Parameter]
+    objectives: Annotated[tuple[Objective, ...], Field(min_length=1)] = ("frechet_distance",)
+    trials: PositiveInt
+    random_trials: PositiveInt = 10
+    seed: NonNegativeInt = 0
+    concurrent: PositiveInt | None = None
+    samples: Annotated[int, Field(ge=4)] = 256
+    rungs: PositiveInt = 3
+    reduction: Annotated[int, Field(ge=2)] = 2
+    bits_per_dim_images: NonNegativeInt = 64
+    confirm: PositiveInt = 3
+    confirm_samples: Annotated[int, Field(ge=4)] = 1024
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_objectives(cls, plain: Any) -> Any:
+        """Fill in the default objectives of a guidance study."""
+        if isinstance(plain, dict) and plain.get("kind") == "guidance" and plain.get("objectives") is None:
+            return {**plain, "objectives": ("frechet_distance", "evaluations")}
+        return plain
+
+    @model_validator(mode="after")
+    def _check_objectives(self) -> StudyConfig:
+        """Refuse objectives that this kind of study cannot have."""
+        chosen = self.objectives
+        if len(set(chosen)) < len(chosen):
+            raise ValueError(f"objectives: each once, got {', '.join(chosen)}")
+        if self.kind == "guidance" and "bits_per_dim" in chosen:
+            raise ValueError("objectives: bits_per_dim is of the model, not of how it is sampled: leave it out")
+        if self.kind == "training" and chosen not in (("frechet_distance",), ("bits_per_dim",)):
+            raise ValueError(f"objectives: a training study has frechet_distance or bits_per_dim, got {list(chosen)}")
+        if "bits_per_dim" in chosen and not self.bits_per_dim_images:
+            raise ValueError("objectives: bits_per_dim needs bits_per_dim_images > 0")
+        return self
+
+    @model_validator(mode="after")
+    def _check_space(self) -> StudyConfig:
+        """Refuse empty spaces, empty ranges, and conditions on later parameters."""
+        if not self.space:
+            raise ValueError("space is empty: name at least one path with a distribution")
+        before: set[str] = set()
+        for path, parameter in self.space.items():
+            if isinstance(parameter, Uniform | Log | Int) and parameter.corners()[0] > parameter.corners()[1]:  # type: ignore[operator]
+                raise ValueError(f"space: {path}: the range {parameter.corners()} must be [low, high]")
+            later = [other for other in parameter.when if other in self.space and other not in before]
+            if later:
+                raise ValueError(f"space: {path} depends on {', '.join(later)}, which must come before it")
+            before.add(path)
+        return self
+
+    def suggest(self, trial: Suggester, base: Config) -> dict[str, Value]:
+        """Return the parameters of the next trial, asked from Optuna one by one (define by run)."""
+        return self._choose(lambda path, parameter: parameter.ask(path, trial), base)
+
+    def draw(self, rng: random.Random, base: Config) -> dict[str, Value]:
+        """Return the parameters of a random trial."""
+        return self._choose(lambda path, parameter: parameter.draw(rng), base)
+
+    def nearest(self, base: Config) -> dict[str, Value]:
+        """Return the parameters that are closest to the values of the configuration."""
+        plain = base.model_dump(mode="json")
+        return self._choose(lambda path, parameter: parameter.nearest(get_value(plain, path)), base)
+
+    def _choose(self, pick: Callable[[str, Parameter], Value], base: Config) -> dict[str, Value]:
+        """Return the parameters that exist in a trial, with the values that `pick` chooses."""
+        chosen: dict[str, Value] = {}
+        plain = base.model_dump(mode="json")
+
+        def value(path: str) -> Value:
+            # A searched path that does not exist in this trial has no value, whatever the configuration says.
+            return chosen.get(path) if path in self.space else get_value(plain, path)
+
+        for path, parameter in self.space.items():
+            if parameter.exists(value):
+                chosen[path] = pick(path, parameter)
+        return chosen
+
+
+def load_study(name: str, overrides: Sequence[str] = ()) -> StudyConfig:
+    """Read a study of `conf/search/`, or of a YAML file, with overrides such as `search.trials=8`.
+
+    Raises:
+        ConfigError: there is no such study, or a field of it is wrong.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    shipped = sorted(path.stem for path in (conf_dir() / "search").glob("*.yaml"))
+    path = conf_dir() / "search" / f"{name}.yaml" if name in shipped else None
+    if path is None and name.endswith((".yaml", ".yml")):
+        path = Path(name)
+    if path is None or not path.is_file():
+        raise ConfigError(
+            f"no study {name!r}: choose one of {', '.join(shipped)}, or give a YAML file.{suggest(name, shipped)}"
+        )
+    try:
+        plain = typing.cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(path), resolve=True))
+        for line in overrides:
+            _override(plain, *line.removeprefix("search.").split("=", 1))
+        return StudyConfig.model_validate(plain)
+    except (OmegaConfBaseException, TypeError) as error:
+        raise ConfigError(f"{path.name}: {str(error).splitlines()[0]}") from error
+    except pydantic.ValidationError as error:
+        raise ConfigError("\n".join(dict.fromkeys(_explain(path.name, e) for e in error.errors()))) from error
+
+
+def compose_study(name: str, kind: str, overrides: Sequence[str]) -> tuple[StudyConfig, Config]:
+    """Return a study and the configuration that its trials share.
+
+    Args:
+        name: a study of `conf/search/`, or a YAML file.
+        kind: "training" or "guidance", which the study has to be.
+        overrides: of both; those of the study begin with `search.`.
+
+    Raises:
+        ConfigError: there is no such study, it is of another kind, or a field is wrong.
+    """
+    study = load_study(name, [line for line in overrides if line.startswith("search.")])
+    if study.kind != kind:
+        raise ConfigError(f"the space '{name}' is for `ddpm search {study.kind}`, not for `ddpm search {kind}`")
+    return study, compose([line for line in overrides if not line.startswith("search.")])
+
+
+def _override(plain: dict[str, Any], key: str, text: str) -> None:
+    """Apply an override, in place.
+
+    It is a field such as `trials=8`, or a distribution such as `space.optim.lr.log=[1e-4,1e-2]`, which keeps the `when`
+    of the parameter.
+    """
+    from omegaconf import OmegaConf
+
+    value = OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]  # type: ignore[call-overload, index]
+    if not key.startswith("space."):
+        plain[key] = value
+        return
+    searched, _, distribution = key.removeprefix("space.").rpartition(".")
+    when = plain["space"].get(searched, {}).get("when")
+    plain["space"][searched] = {distribution: value, **({"when": when} if when else {})}
+
+
+def _explain(where: str, error: Any) -> str:
+    """Return one pydantic error in words, with the field's path in the file."""
+    names = {cls.__name__ for cls in (Uniform, Log, Int, Choice)}
+    path = ".".join(str(part) for part in error["loc"] if part not in names)
+    if error["loc"][:1] == ("space",) and error["type"] in ("extra_forbidden", "missing"):
+        return (
+            f"{where}: {'.'.join(map(str, error['loc'][:2]))}: a parameter is {{uniform: [a, b]}}, {{log: [a, b]}}, "
+            "{int: [a, b]} or {choice: [...]}, and may have `when`"
+        )
+    got = "" if isinstance(error["input"], dict) else f", got {error['input']!r}"
+    return f"{where}: {path + ': ' if path else ''}{error['msg'].removeprefix('Value error, ')}{got}"

@@ -1,0 +1,24 @@
+"""The local stack on loopback: SeaweedFS as S3, an MLflow server, a Ray head.
+
+Everything lives in one folder (`.ddpm`, or DDPM_HOME): credentials made on first use, data, logs, and `stack.json`,
+which records what was started. A process is ours only if its ID *and* its start time are those recorded.
+"""
+
+from pipelines.stack.control import ServiceStatus, StackState, down, read_state, status, up
+from pipelines.stack.home import default_home
+from pipelines.stack.processes import StackError
+from pipelines.stack.services import BUCKET, SERVICES, ray_environment
+
+__all__ = [
+    "BUCKET",
+    "SERVICES",
+    "ServiceStatus",
+    "StackError",
+    "StackState",
+    "default_home",
+    "down",
+    "ray_environment",
+    "read_state",
+    "status",
+    "up",
+]

@@ -1,0 +1,156 @@
+"""Start, stop and look at the local stack."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipelines.display import StageNotice, no_stage_notice
+from pipelines.stack.home import default_home, ensure_credentials, locked, write_private
+from pipelines.stack.processes import Service, alive_services, end, read_services
+from pipelines.stack.services import BUCKET, SERVICES, STARTERS, answers, await_healthy
+
+
+@dataclass(frozen=True)
+class StackState:
+    """Addresses of the running services; None for one that is not running."""
+
+    home: Path
+    bucket: str
+    s3_endpoint: str | None = None
+    credentials_file: Path | None = None
+    tracking_uri: str | None = None
+    ray_address: str | None = None
+    dashboard_url: str | None = None
+
+
+@dataclass(frozen=True)
+class ServiceStatus:
+    """The present state of one service.
+
+    Attributes:
+        running: whether its process is there.
+        healthy: whether it answers.
+        log: where its output goes.
+    """
+
+    name: str
+    running: bool
+    healthy: bool
+    url: str | None
+    pid: int | None
+    log: Path
+
+
+def up(
+    home: Path | None = None,
+    services: Collection[str] = SERVICES,
+    *,
+    notice: StageNotice = no_stage_notice,
+    timeout_s: float = 90,
+) -> StackState:
+    """Start those of `services` that are not running, wait until they answer, and return the addresses.
+
+    A second call changes nothing.
+
+    Args:
+        services: of "s3", "mlflow" (which brings "s3") and "ray".
+        notice: called with the service and its phase: "starting", "healthy" or "already running".
+
+    Raises:
+        StackError: a service does not start; those that this call started are stopped again.
+    """
+    home = home or default_home()
+    wanted = [s for s in SERVICES if s in services or (s == "s3" and "mlflow" in services)]
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (home / "logs").mkdir(exist_ok=True)
+    with locked(home):
+        ensure_credentials(home)
+        running = alive_services(home)
+        for name, service in read_services(home).items():
+            if name not in running:
+                end(service)  # its leader has ended; processes left in its session would hold ports and files
+        started: dict[str, Service] = {}
+
+        def start(name: str) -> None:
+            if name in running and answers(running[name]):
+                notice(name, "already running")
+                return
+            if name in running:
+                end(running.pop(name))
+            notice(name, "starting")
+            started[name] = service = STARTERS[name](home, running)
+            await_healthy(name, service, home, timeout_s)
+            running[name] = service
+            notice(name, "healthy")
+
+        try:
+            if "s3" in wanted:
+                start("s3")
+            with ThreadPoolExecutor(2) as pool:
+                for future in [pool.submit(start, name) for name in wanted if name != "s3"]:
+                    future.result()
+        except BaseException:
+            for service in started.values():
+                end(service)
+            raise
+        write_private(home / "stack.json", json.dumps({name: asdict(s) for name, s in running.items()}, indent=1))
+    return _state(home, running)
+
+
+def down(home: Path | None = None, *, notice: StageNotice = no_stage_notice) -> list[str]:
+    """Stop what `up` started, with all descendants, and return the names of the stopped services.
+
+    Data and credentials stay.
+    """
+    home = home or default_home()
+    if not home.is_dir():
+        return []
+    with locked(home):
+        running = read_services(home)
+        stopped = [name for name in reversed(SERVICES) if name in running]
+        for name in stopped:
+            notice(name, "stopping")
+            # Ray has nothing to save, and its processes wait for each other; the others write to disk.
+            end(running[name], grace_s=2 if name == "ray" else 15)
+        (home / "stack.json").unlink(missing_ok=True)
+    return stopped
+
+
+def status(home: Path | None = None) -> list[ServiceStatus]:
+    """Return the state of every service; each is asked whether it answers."""
+    home = home or default_home()
+    running = alive_services(home)
+
+    def one(name: str) -> ServiceStatus:
+        service, log = running.get(name), home / "logs" / f"{name}.log"
+        if service is None:
+            return ServiceStatus(name, False, False, None, None, log)
+        return ServiceStatus(name, True, answers(service), service.url, service.pid, log)
+
+    with ThreadPoolExecutor(len(SERVICES)) as pool:
+        return list(pool.map(one, SERVICES))
+
+
+def read_state(home: Path | None = None) -> StackState | None:
+    """Return the addresses of the services whose process is there, or None where there is none."""
+    home = home or default_home()
+    running = alive_services(home)
+    return _state(home, running) if running else None
+
+
+def _state(home: Path, running: dict[str, Service]) -> StackState:
+    """Return the addresses of running services."""
+    s3, mlflow, ray = (running.get(name) for name in SERVICES)
+    return StackState(
+        home,
+        BUCKET,
+        s3_endpoint=s3.url if s3 else None,
+        credentials_file=home / "credentials" if s3 else None,
+        tracking_uri=mlflow.url if mlflow else None,
+        ray_address=ray.address if ray else None,
+        dashboard_url=ray.url if ray else None,
+    )

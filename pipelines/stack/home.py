@@ -1,0 +1,50 @@
+"""The folder of the local stack: where it is, its lock, and the credentials in it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def default_home() -> Path:
+    """Return the folder that DDPM_HOME names, else `.ddpm` in the current folder."""
+    return Path(os.environ.get("DDPM_HOME") or ".ddpm").resolve()
+
+
+def ensure_credentials(home: Path) -> None:
+    """Create the S3 server's identity, the AWS credentials file and Ray's token, unless they exist."""
+    if not (home / "ray-token").exists():
+        write_private(home / "ray-token", secrets.token_hex(32))
+    if (home / "credentials").exists() and (home / "s3.json").exists():
+        return
+    key, secret = f"ddpm{secrets.token_hex(8)}", secrets.token_urlsafe(32)
+    profile = f"[default]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n"
+    identity = {
+        "name": "ddpm",
+        "credentials": [{"accessKey": key, "secretKey": secret}],
+        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+    }
+    write_private(home / "s3.json", json.dumps({"identities": [identity]}))
+    write_private(home / "credentials", profile)
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file atomically, readable by the user only."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.unlink(missing_ok=True)
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+    temporary.replace(path)
+
+
+@contextlib.contextmanager
+def locked(home: Path) -> Iterator[None]:
+    """Hold the lock of the folder, so that only one `up` or `down` runs at a time."""
+    with (home / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,150 @@
+"""The processes of the local stack: started, recognised by ID and start time, and ended with all their descendants."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from pipelines.errors import PipelineError
+from pipelines.stack.home import write_private
+
+
+class StackError(PipelineError):
+    """The local stack cannot be used: a service did not start, or its record is damaged."""
+
+
+@dataclass(frozen=True)
+class Service:
+    """The record of a started service in `stack.json`.
+
+    Attributes:
+        pid: process ID of the leader of its session.
+        started: when that process began, in seconds since the epoch.
+        url: address to open or to connect to.
+        address: address that clients use; differs from `url` for Ray only.
+        probes: URLs that all answer once the service is healthy.
+    """
+
+    pid: int
+    started: float
+    url: str
+    address: str
+    probes: tuple[str, ...]
+
+
+def launch(
+    name: str,
+    command: list[str],
+    home: Path,
+    environment: dict[str, str],
+    url: str,
+    address: str,
+    probes: tuple[str, ...],
+) -> Service:
+    """Start a service in its own session, which Ctrl-C in the terminal does not reach, and return its record."""
+    # Addresses and keys in the user's environment belong to other servers.
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "MLFLOW_", "RAY_"))}
+    with (home / "logs" / f"{name}.log").open("ab") as log:
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            cwd=home,
+            env={**inherited, **environment},
+        )
+    return Service(process.pid, psutil.Process(process.pid).create_time(), url, address, probes)
+
+
+def find_process(service: Service) -> psutil.Process | None:
+    """Return the recorded process, or None where it has ended or its ID belongs to another process now."""
+    try:
+        process = psutil.Process(service.pid)
+        same = abs(process.create_time() - service.started) < 1
+        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+    except psutil.NoSuchProcess:
+        return None
+
+
+def end(service: Service, grace_s: float = 8) -> None:
+    """Terminate a service with all its processes, and kill those that are left after a grace period.
+
+    Its processes are its descendants and those in its session. A session outlives its leader, and the system does not
+    reuse its ID before the last member has ended.
+    """
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if abs(psutil.Process(service.pid).create_time() - service.started) >= 1:
+            return  # the ID was reused, so nothing of the old session is left
+    root = find_process(service)
+    members = set() if root is None else {root, *root.children(recursive=True)}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError, PermissionError):
+            if os.getsid(process.pid) == service.pid and process.create_time() >= service.started - 1:
+                members |= {process, *process.children(recursive=True)}
+    for process in members:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, remaining = psutil.wait_procs(members, timeout=grace_s)
+    for process in remaining:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(remaining, timeout=5)
+
+
+def read_services(home: Path) -> dict[str, Service]:
+    """Return every recorded service by name, whether it still runs or not.
+
+    Raises:
+        StackError: the record is damaged.
+    """
+    try:
+        recorded = json.loads((home / "stack.json").read_text())
+        return {name: Service(**{**plain, "probes": tuple(plain["probes"])}) for name, plain in recorded.items()}
+    except FileNotFoundError:
+        return {}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise StackError(
+            f"{home / 'stack.json'} is damaged or of another release: end the processes that it names, then delete it"
+        ) from error
+
+
+def alive_services(home: Path) -> dict[str, Service]:
+    """Return the recorded services whose process is still there, by name."""
+    return {name: service for name, service in read_services(home).items() if find_process(service) is not None}
+
+
+def choose_ports(home: Path, service: str, names: list[str]) -> dict[str, int]:
+    """Return a port for each name: the recorded ones, so that addresses stay the same, or new ones where one is taken.
+
+    New ports lie below the range from which the system takes ports of outgoing connections.
+    """
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError, KeyError):
+        recorded = json.loads((home / f"ports-{service}.json").read_text())
+        if all(_is_free(recorded[name]) for name in names):
+            return {name: recorded[name] for name in names}
+    found: set[int] = set()
+    while len(found) < len(names):
+        port = 20000 + secrets.randbelow(10000)
+        if _is_free(port):
+            found.add(port)
+    ports = dict(zip(names, found, strict=True))
+    write_private(home / f"ports-{service}.json", json.dumps(ports))
+    return ports
+
+
+def _is_free(port: int) -> bool:
+    """Return whether nothing listens on a port of the loopback interface."""
+    with socket.socket() as probe, contextlib.suppress(OSError):
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", port))
+        return True
+    return False

@@ -1,0 +1,42 @@
+import pytest
+from typer.testing import CliRunner
+
+from pipelines.cli import main, search
+from pipelines.cli.app import app
+
+VERBS = [command.callback.__name__ for command in app.registered_commands]
+VERBS += [f"search {command.callback.__name__}" for command in search.app.registered_commands]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself_with_an_example(verb):
+    done = CliRunner().invoke(app, [*verb.split(), "--help"])
+    assert done.exit_code == 0
+    assert f"Example: ddpm {verb}" in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        (["train", "modle.width=3"], 2, "Did you mean 'model'?"),
+        (["train", "optim.lr=fast"], 2, "optim.lr"),
+        (["sample"], 2, "Missing argument"),
+        (["trian"], 2, "No such command"),
+        (["check"], 2, "Missing argument"),
+        (["check", "data/birds"], 2, "data/birds is no address: write s3://BUCKET/PATH or file:///PATH"),
+        (["check", "file:///nowhere", "--threads", "0"], 2, "--threads"),
+        (["check", "file:///nowhere"], 1, "dataset.json is missing"),
+        (["index", "birds"], 2, "birds is no address"),
+        (["index", "file:///nowhere", "--split", "=x"], 2, "'=x' is no split: write NAME=PATTERN"),
+        (["index", "file:///nowhere"], 1, "no *.tar at file:///nowhere"),
+        (["sample", "/nowhere", "--out", "x", "storage=file", "storage.root=file:///x"], 1, "names no model"),
+    ],
+)
+def test_exit_codes_tell_bad_usage_from_failure(arguments, code, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["ddpm", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    captured = capsys.readouterr()
+    assert (stopped.value.code, captured.out) == (code, "")
+    assert message in " ".join(captured.err.split())

@@ -1,0 +1,15 @@
+import json
+
+import pytest
+
+from pipelines.cli import main
+
+
+def test_json_is_the_last_line_of_stdout(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("DDPM_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("sys.argv", ["ddpm", "status", "--json"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code in (0, None)
+    services = json.loads(capsys.readouterr().out.splitlines()[-1])["services"]
+    assert [(name, s["running"]) for name, s in services.items()] == [("s3", False), ("mlflow", False), ("ray", False)]

@@ -1,0 +1,29 @@
+"""The HTML page of a study is complete in itself."""
+
+import math
+import re
+
+import numpy as np
+
+from pipelines.search.page import Page
+from tests.pipelines.search.test_study import STUDY, record
+
+
+def test_the_page_holds_everything_and_loads_nothing():
+    records = [record(i, 9.0 - i, 10.0 + i) for i in range(6)]
+    records += [record(8, 30.0, state="stopped"), record(9, math.nan, state="failed")]
+    eta = {"sampler.kind": "ddim", "sampler.eta": 0.5}
+    records.append(record(11, 3.5, 8.0, **eta))
+    pictures = {records[-1].trial: np.zeros((5, 8, 8, 1), np.uint8)}
+    text = Page("first", STUDY, "models:/digits@champion", records, pictures=pictures, command="ddpm search").html()
+    for one in records:
+        assert one.trial in text
+    assert text.count("Plotly.newPlot") == 4
+    own = re.sub(r"<script\b[^>]*>.*?</script>", "", text, flags=re.DOTALL)  # the library has much in its strings
+    assert own.count('src="data:image/png;base64,') == 1
+    assert not [word for word in ("<script", "<link", 'src="http', "url(") if word in own]
+    assert "sampler.eta=0.5" in text  # the best trial's parameters, as the command line takes them
+
+
+def test_a_page_of_a_study_that_has_just_begun():
+    assert "Study first" in Page("first", STUDY, "a model", [record(1, math.nan, state="running")]).html()

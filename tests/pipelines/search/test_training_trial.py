@@ -1,0 +1,21 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines.config import ConfigError
+from pipelines.search.training_trial import rungs
+from tests.pipelines.search.test_training_search import study
+
+
+@given(st.integers(1, 10_000_000), st.integers(1, 512), st.integers(1, 6), st.integers(2, 5))
+def test_rungs_are_whole_batches_that_end_where_the_run_does(images, batch_size, count, reduction):
+    chosen = study(rungs=count, reduction=reduction)
+    if count > 1 and images // reduction ** (count - 1) < batch_size:
+        with pytest.raises(ConfigError, match=r"before the first batch"):
+            rungs(images, batch_size, chosen)
+        return
+    found = rungs(images, batch_size, chosen)
+    assert len(found) == count
+    assert list(found) == sorted(set(found)) or images < 2 * batch_size
+    assert all(rung % batch_size == 0 for rung in found)
+    assert images <= found[-1] < images + batch_size
