@@ -52,15 +52,14 @@ def bare(threads: int, seconds: float) -> float:
     import torch
     from torch.nn.functional import mse_loss
 
+    from ddpm.conditioning import Conditioning
     from ddpm.ema import EMA
-    from ddpm.models.unet import UNet
-    from ddpm.prediction import Conditioning
     from ddpm.schedule import make_schedule
-    from pipelines.config import compose, unet_config
+    from pipelines.config import compose, network_config
 
     torch.set_num_threads(threads)
     config = compose(SETTINGS)
-    network = UNet(unet_config(config))
+    network = network_config(config).build()
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.optim.lr, fused=True)
     ema = EMA(network, config.optim.ema_half_life)
     alphas_cumprod = make_schedule("cosine").alphas_cumprod.float()

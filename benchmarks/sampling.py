@@ -26,8 +26,7 @@ from torch import Tensor
 from benchmarks.results import commit, publish
 from ddpm.models.unet import UNet, UNetConfig
 from ddpm.prediction import NetworkDenoiser
-from ddpm.samplers.common import last
-from ddpm.samplers.ddim import ddim
+from ddpm.samplers import DDIM, last
 from ddpm.schedule import make_schedule
 
 # 9.0 M parameters for 32x32 images.
@@ -96,7 +95,7 @@ def ours(network: UNet, x_T: Tensor, steps: int) -> Callable[[], Tensor]:
 
     @torch.no_grad()
     def sample() -> Tensor:
-        return last(ddim(denoiser, schedule, x_T.contiguous(memory_format=torch.channels_last), steps=steps))
+        return last(DDIM(steps=steps)(denoiser, schedule, x_T.contiguous(memory_format=torch.channels_last)))
 
     return sample
 

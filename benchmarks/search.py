@@ -96,8 +96,8 @@ def record(reference: str) -> None:
     import ray
 
     from pipelines import models
+    from pipelines.config import sampling
     from pipelines.evaluation import evaluate as evaluation
-    from pipelines.models import sampling_settings
     from pipelines.search.guidance_search import base_of, subject_of
     from pipelines.search.judge import SampleScorer, Subject
     from pipelines.shards.index import read_dataset
@@ -118,7 +118,7 @@ def record(reference: str) -> None:
             self.scorer = SampleScorer(subject)
 
         def judge(self, params: Params) -> dict[str, Any]:
-            chosen = sampling_settings(apply(base, params))
+            chosen = sampling(apply(base, params))
             drawn = self.scorer.draw(chosen, torch.arange(SAMPLES), seed=base.evaluation.seed)
             distance = frechet_distance(self.scorer.subject.reference, FeatureMoments.of(drawn.features))
             return {"params": params, "frechet_distance": distance, "evaluations": drawn.evaluations}

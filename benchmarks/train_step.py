@@ -42,8 +42,9 @@ from benchmarks.results import commit, publish
 from ddpm.ema import EMA
 from ddpm.models.unet import UNet, UNetConfig
 from ddpm.noise import Purpose, normal
-from ddpm.objectives import Objective, uniform_timesteps
+from ddpm.objectives import Objective
 from ddpm.schedule import make_schedule
+from ddpm.timesteps import UniformTimesteps
 
 Step = Callable[[], float]
 """One optimizer step; its loss."""
@@ -217,6 +218,7 @@ def ours(network: UNet, x_0: Tensor, method: Method) -> Step:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     forward: Any = torch.compile(network) if method.compile else network
     schedule, objective, ema = make_schedule("linear"), Objective(), EMA(network, half_life=500_000)
+    timesteps = UniformTimesteps().make(schedule.num_steps, 1, seed=0)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
     batch, seen = len(x_0), 0
 
@@ -224,7 +226,7 @@ def ours(network: UNet, x_0: Tensor, method: Method) -> Step:
         nonlocal seen
         n = torch.arange(seen, seen + batch, device=x_0.device)
         with torch.autocast(x_0.device.type, torch.bfloat16, enabled=method.bf16):
-            t = uniform_timesteps(0, n, schedule.num_steps)
+            t, _ = timesteps.sample(n)
             eps = normal(0, n, Purpose.NOISE, tuple(x_0.shape[1:]))
             loss = objective.losses(forward, schedule, x_0, t, eps).sum() / batch
         loss.backward()

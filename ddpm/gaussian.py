@@ -118,13 +118,19 @@ def p_reverse(
 ) -> DiagonalGaussian:
     """p(x_s | x_t): the posterior's mean at the predicted x_0, and a variance (DDPM, sec. 3.2).
 
+    Where the prediction says so, the mean is moved along a classifier's gradient (`Prediction.mean_gradient`).
+
     Args:
         pred: of a denoiser at (x_t, t).
         variance: the fixed one, `reverse_variance`; a learned one takes its place (Improved DDPM, eq. 15).
     """
     mean = q_posterior(x_t, pred.x0, t, s, schedule).mean
     if pred.variance_fraction is None:
-        return DiagonalGaussian(mean, per_sample(reverse_variance(t, s, schedule, variance), x_t))
-    low = per_sample(reverse_variance(t, s, schedule, "small").log(), x_t)
-    high = per_sample((1 - schedule.alpha_bar(t) / schedule.alpha_bar(s)).log(), x_t)
-    return DiagonalGaussian(mean, torch.lerp(low, high, pred.variance_fraction).exp())
+        var = per_sample(reverse_variance(t, s, schedule, variance), x_t)
+    else:
+        low = per_sample(reverse_variance(t, s, schedule, "small").log(), x_t)
+        high = per_sample((1 - schedule.alpha_bar(t) / schedule.alpha_bar(s)).log(), x_t)
+        var = torch.lerp(low, high, pred.variance_fraction).exp()
+    if pred.mean_gradient is not None:
+        mean = mean + var * pred.mean_gradient  # Dhariwal & Nichol 2021, algorithm 1
+    return DiagonalGaussian(mean, var)

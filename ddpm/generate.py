@@ -1,156 +1,157 @@
-"""From labels and a seed to images: guidance and sampler by name, as configuration and stored models spell them."""
+"""From conditions and a seed to images: `Sampling` says how they are drawn, `generate` draws them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ddpm.gaussian import ReverseVariance
-from ddpm.guidance import Autoguided, ClassifierFree, ClassifierGuided, LogProb
-from ddpm.prediction import Clipped, Conditioning, Denoiser, DynamicThreshold
-from ddpm.samplers import (
-    Sample,
-    ancestral,
-    ddim,
-    dpm_solver,
-    heun,
-    initial_noise,
-    last,
-    predictor_corrector,
-    step_noise,
-)
+from ddpm.conditioning import Conditioning
+from ddpm.guidance import GUIDANCE, ClassifierFree, Guidance, Guides
+from ddpm.prediction import Clipping, Denoiser
+from ddpm.samplers import DDIM, SAMPLERS, Sample, Sampler, initial_noise, last, step_noise
 from ddpm.schedule import NoiseSchedule
+from ddpm.settings import settings_of
 
-SAMPLERS = ("ddim", "ancestral", "dpm_solver", "heun", "predictor_corrector")
-GUIDANCE = ("classifier_free", "classifier", "auto")
+# The fields of the first release in its order, with the values that they had where a kind does not use them. Stored
+# settings and the keys of evaluations begin with these.
+_FIRST: dict[str, Any] = {
+    "scale": 1.0,
+    "interval": [0.0, 1.0],
+    "rescale": 0.0,
+    "kind": "ddim",
+    "steps": 50,
+    "eta": 0.0,
+    "variance": "small",
+    "corrector_steps": 1,
+    "snr": 0.16,
+    "clip": 1.0,
+    "threshold": None,
+    "guidance": "classifier_free",
+    "classifier": None,
+    "weak": None,
+}
+# Fields that came later, with the values that draw what was drawn before: how older files are read.
+_NEUTRAL: dict[str, Any] = {"spacing": "trailing", "clip_when": "after_guidance", "shift": "score"}
 
 
 @dataclass(frozen=True)
-class SamplingSettings:
+class Sampling:
     """How images are drawn from a denoiser; none of it needs training.
 
-    Attributes:
-        scale: guidance scale; classifier-free: 0 is unconditional, 1 conditional; by a classifier: 0 is unconditional;
-            by a weaker model: 1 is the model itself.
-        interval: fractions of T between which guidance acts.
-        rescale: 0 to 1, rescale of classifier-free guidance.
-        kind: one of `SAMPLERS`.
-        steps: steps of the sampler, one network evaluation each (two for "heun", 1 + corrector_steps for
-            "predictor_corrector"); guidance doubles the forward passes.
-        eta: of DDIM.
-        variance: of the reverse chain where the network does not learn it, "small" or "large".
-        corrector_steps: Langevin steps per level of "predictor_corrector".
-        snr: of those.
-        clip: bound on the predicted |x_0|; None for no clipping.
-        threshold: quantile of dynamic thresholding, which takes the place of clipping; None for none.
-        guidance: one of `GUIDANCE`.
-        classifier: name of the classifier that guides, by whoever finds it; for "classifier".
-        weak: name of the weaker model that guides; for "auto".
-    """
-
-    scale: float = 1.0
-    interval: tuple[float, float] = (0.0, 1.0)
-    rescale: float = 0.0
-    kind: str = "ddim"
-    steps: int = 50
-    eta: float = 0.0
-    variance: ReverseVariance = "small"
-    corrector_steps: int = 1
-    snr: float = 0.16
-    clip: float | None = 1.0
-    threshold: float | None = None
-    guidance: str = "classifier_free"
-    classifier: str | None = None
-    weak: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in SAMPLERS:
-            raise ValueError(f"unknown sampler {self.kind!r}; allowed: {', '.join(SAMPLERS)}")
-        if self.scale < 0:
-            raise ValueError(f"guidance scale must be >= 0, got {self.scale}")
-        if self.guidance not in GUIDANCE:
-            raise ValueError(f"unknown guidance {self.guidance!r}; allowed: {', '.join(GUIDANCE)}")
-        if self.rescale and self.guidance != "classifier_free":
-            raise ValueError(f"rescale = {self.rescale} is of classifier-free guidance, not of {self.guidance!r}")
-
-
-@dataclass(frozen=True)
-class Guides:
-    """What guides a denoiser beside itself.
+    It has one form as JSON, flat, which the model folder, a version's tags, configurations of studies, the command line
+    and the server share: the fields of sampler, guidance and clipping side by side, with the sampler's name as `kind`
+    and that of the guidance as `guidance`.
 
     Attributes:
-        log_prob: of a classifier of noisy images.
-        weak: a weaker model on the same schedule.
+        sampler: the algorithm.
+        guidance: how the condition is strengthened.
+        clipping: how the predicted image is kept in range.
     """
 
-    log_prob: LogProb | None = None
-    weak: Denoiser | None = None
+    sampler: Sampler = DDIM()
+    guidance: Guidance = ClassifierFree()
+    clipping: Clipping = Clipping()
 
+    @classmethod
+    def of(cls, **fields: Any) -> Sampling:
+        """Settings from the fields of the flat form; the others have the defaults of the kinds that are named.
 
-def configured(
-    denoiser: Denoiser, schedule: NoiseSchedule, settings: SamplingSettings, guides: Guides | None = None
-) -> Denoiser:
-    """The denoiser under the settings' guidance and clipping.
+        Raises:
+            ValueError: an unknown kind, a field that the named kinds do not have, or a value out of its range.
+        """
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+        names: tuple[Any, Any] = given.pop("kind", "ddim"), given.pop("guidance", "classifier_free")
+        kinds: list[Any] = [SAMPLERS.find(names[0]), GUIDANCE.find(names[1]), Clipping]
+        own = [{setting.name for setting in settings_of(kind)} for kind in kinds]
+        allowed = set().union(*own)
+        if unknown := given.keys() - allowed:
+            raise ValueError(
+                f"{', '.join(sorted(unknown))}: no setting of the sampler {names[0]!r}, of the guidance {names[1]!r} "
+                f"or of clipping; they have: {', '.join(sorted(allowed))}"
+            )
+        return cls(*(kind(**{n: given[n] for n in of & given.keys()}) for kind, of in zip(kinds, own, strict=True)))
 
-    Raises:
-        ValueError: guidance by a network that is not among `guides`.
-    """
-    guided = _guided(denoiser, schedule, settings, guides or Guides())
-    if settings.threshold is not None:
-        return DynamicThreshold(guided, schedule, settings.threshold)
-    return guided if settings.clip is None else Clipped(guided, schedule, settings.clip)
+    def with_fields(self, **fields: Any) -> Sampling:
+        """The same with some fields of the flat form changed; of another kind, what the kinds share stays.
 
+        Raises:
+            ValueError: see `of`.
+        """
+        kept = self.to_json()
+        chosen: list[Any] = [SAMPLERS.find(fields.get("kind", kept["kind"]))]
+        chosen.append(GUIDANCE.find(fields.get("guidance", kept["guidance"])))
+        chosen.append(Clipping)
+        there = {"kind", "guidance"} | {s.name for kind in chosen for s in settings_of(kind)}
+        return type(self).of(**{**{name: value for name, value in kept.items() if name in there}, **fields})
 
-def _guided(denoiser: Denoiser, schedule: NoiseSchedule, settings: SamplingSettings, guides: Guides) -> Denoiser:
-    if settings.guidance == "classifier":
-        if guides.log_prob is None:
-            raise ValueError("guidance by a classifier needs one: give `guides` with its log_prob")
-        return ClassifierGuided(denoiser, schedule, guides.log_prob, settings.scale, settings.interval)
-    if settings.guidance == "auto":
-        if guides.weak is None:
-            raise ValueError("autoguidance needs a weaker model: give `guides` with it as `weak`")
-        return Autoguided(denoiser, guides.weak, schedule, settings.scale, settings.interval)
-    return ClassifierFree(denoiser, schedule, settings.scale, settings.interval, settings.rescale)
+    def to_json(self) -> dict[str, Any]:
+        """The flat form, complete, so that a default that changes later does not change what is stored."""
+        plain: dict[str, Any] = {"kind": SAMPLERS.name_of(self.sampler), "guidance": GUIDANCE.name_of(self.guidance)}
+        for part in (self.guidance, self.sampler, self.clipping):
+            for setting in settings_of(type(part)):
+                value = getattr(part, setting.name)
+                plain[setting.name] = list(value) if isinstance(value, tuple) else value
+        return plain
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> Sampling:
+        """Read the flat form; what an older file lacks has the value that draws what was drawn then.
+
+        Raises:
+            ValueError: an unknown kind or field, or a value out of its range.
+        """
+        sampler = SAMPLERS.find(plain.get("kind", "ddim"))
+        guidance = GUIDANCE.find(plain.get("guidance", "classifier_free"))
+        kinds: list[Any] = [sampler, guidance, Clipping]
+        known = {s.name for kind in kinds for s in settings_of(kind)}
+        # The first release wrote the fields of every kind; those of other kinds than the one in use say nothing.
+        used = {name: value for name, value in plain.items() if name in known or name not in _FIRST}
+        older = {name: value for name, value in _NEUTRAL.items() if name in known}
+        names = {"kind": SAMPLERS.name_of(sampler), "guidance": GUIDANCE.name_of(guidance)}
+        return cls.of(**{**older, **used, **names})
+
+    def key(self) -> dict[str, Any]:
+        """What tells these settings apart from others, for the keys by which results are stored and found.
+
+        As the first release wrote its settings, with later fields only where they draw something else.
+        """
+        plain = self.to_json()
+        first = {name: plain.get(name, neutral) for name, neutral in _FIRST.items()}
+        later = sorted(plain.keys() - _FIRST.keys())
+        return first | {n: plain[n] for n in later if n not in _NEUTRAL or plain[n] != _NEUTRAL[n]}
+
+    def wrap(self, denoiser: Denoiser, schedule: NoiseSchedule, guides: Guides | None = None) -> Denoiser:
+        """Return the denoiser under this guidance and clipping.
+
+        Raises:
+            ValueError: guidance by a network that is not among `guides`.
+        """
+        if self.clipping.clip_when == "after_guidance":
+            return self.clipping.wrap(self.guidance.wrap(denoiser, schedule, guides), schedule)
+        if guides is not None and guides.weak is not None:
+            guides = replace(guides, weak=self.clipping.wrap(guides.weak, schedule))
+        return self.guidance.wrap(self.clipping.wrap(denoiser, schedule), schedule, guides)
 
 
 def trajectory(
     denoiser: Denoiser,
     schedule: NoiseSchedule,
-    settings: SamplingSettings,
+    sampling: Sampling,
     *,
     cond: Conditioning | None,
-    images: Tensor,
+    image_ids: Tensor,
     shape: tuple[int, ...],
     seed: int,
     guides: Guides | None = None,
 ) -> Iterator[Sample]:
-    """The sampler's steps for image numbers `images` [B]; see `generate`."""
-    x_T = initial_noise(seed, images, shape)
-    noise = step_noise(seed, images, shape)
-    guided = configured(denoiser, schedule, settings, guides)
-    steps = settings.steps
-    if settings.kind == "ancestral":
-        return ancestral(guided, schedule, x_T, cond, noise=noise, steps=steps, variance=settings.variance)
-    if settings.kind == "dpm_solver":
-        return dpm_solver(guided, schedule, x_T, cond, steps=steps)
-    if settings.kind == "heun":
-        return heun(guided, schedule, x_T, cond, steps=steps)
-    if settings.kind == "predictor_corrector":
-        return predictor_corrector(
-            guided,
-            schedule,
-            x_T,
-            cond,
-            noise=noise,
-            steps=steps,
-            variance=settings.variance,
-            corrector_steps=settings.corrector_steps,
-            snr=settings.snr,
-        )
-    return ddim(guided, schedule, x_T, cond, steps=steps, eta=settings.eta, noise=noise)
+    """The sampler's steps for the images of these numbers, int64 [B]; see `generate`."""
+    x_T = initial_noise(seed, image_ids, shape)
+    guided = sampling.wrap(denoiser, schedule, guides)
+    return sampling.sampler(guided, schedule, x_T, cond, noise=step_noise(seed, image_ids, shape))
 
 
 # Not inference mode: classifier guidance differentiates through x_t.
@@ -158,12 +159,12 @@ def trajectory(
 def generate(
     denoiser: Denoiser,
     schedule: NoiseSchedule,
-    settings: SamplingSettings,
+    sampling: Sampling,
     *,
     cond: Conditioning | None,
     shape: tuple[int, ...],
     seed: int,
-    images: Tensor | None = None,
+    image_ids: Tensor | None = None,
     count: int | None = None,
     batch_size: int = 64,
     guides: Guides | None = None,
@@ -176,24 +177,24 @@ def generate(
         cond: what each image is conditioned on, N on the first axis; None for unconditional images.
         shape: (C, H, W).
         seed: of the noise.
-        images: image numbers [N]; default 0 .. N - 1.
+        image_ids: numbers of the images, int64 [N]; default 0 .. N - 1.
         count: N where there are neither conditions nor numbers.
         batch_size: images per network call.
-        guides: the classifier or weaker model that the settings' guidance needs.
+        guides: the classifier or weaker model that the guidance needs.
 
     Raises:
         ValueError: the number of images cannot be told, or a guide that is missing.
     """
-    total = len(cond) if cond is not None else len(images) if images is not None else count
+    total = len(cond) if cond is not None else len(image_ids) if image_ids is not None else count
     if total is None:
-        raise ValueError("give cond, images or count: the number of images is not known")
-    numbers = torch.arange(total) if images is None else images
+        raise ValueError("give cond, image_ids or count: the number of images is not known")
+    numbers = torch.arange(total) if image_ids is None else image_ids
     parts = []
     for i in range(0, total, batch_size):
         span = slice(i, i + batch_size)
         some = None if cond is None else cond[span]
         steps = trajectory(
-            denoiser, schedule, settings, cond=some, images=numbers[span], shape=shape, seed=seed, guides=guides
+            denoiser, schedule, sampling, cond=some, image_ids=numbers[span], shape=shape, seed=seed, guides=guides
         )
         parts.append(last(steps).clamp(-1, 1))
     return torch.cat(parts)

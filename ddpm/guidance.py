@@ -1,15 +1,19 @@
-"""Guidance as denoisers that wrap denoisers: scale, interval and rescale need no training, so they can be searched."""
+"""Guidance: settings that wrap a denoiser. None of it needs training, so scale, interval and kind can be searched."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from ddpm.prediction import Conditioning, Denoiser, Prediction, coefficients, eps_from_x0
+from ddpm.conditioning import Conditioning
+from ddpm.prediction import Denoiser, Prediction, coefficients, eps_from_x0
+from ddpm.registry import Registry
 from ddpm.schedule import NoiseSchedule
+from ddpm.settings import Settings, setting
 
 LogProb = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """log p(y | x_t), [B], of x_t [B, C, H, W], t [B] and the condition y, up to a constant; differentiable in x_t."""
@@ -18,47 +22,92 @@ ALWAYS = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
-class ClassifierFree:
+class Guides:
+    """The networks that guide a denoiser beside itself.
+
+    Attributes:
+        log_prob: of a classifier of noisy images, for `ClassifierGuided`: `ddpm.models.classifier` has one for classes
+            and one for text.
+        weak: a smaller, or less trained, model of the same data, as a denoiser on the same schedule, for `Autoguided`.
+    """
+
+    log_prob: LogProb | None = None
+    weak: Denoiser | None = None
+
+
+class Guidance(Protocol):
+    """Settings of one kind of guidance.
+
+    Attributes:
+        scale: guidance scale.
+    """
+
+    @property
+    def scale(self) -> float:
+        """Guidance scale."""
+
+    def wrap(self, denoiser: Denoiser, schedule: NoiseSchedule, guides: Guides | None = None) -> Denoiser:
+        """Return the guided denoiser.
+
+        Raises:
+            ValueError: a network that guides is needed and not among `guides`.
+        """
+
+
+@dataclass(frozen=True)
+class _Guidance(Settings):
+    """What every kind of guidance has: how strongly and where it acts."""
+
+    scale: float = setting(1.0, "guidance scale", ge=0)
+    interval: tuple[float, float] = setting(
+        ALWAYS, "fractions of T between which guidance acts, ends included", ge=0, le=1
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.interval[0] > self.interval[1]:
+            raise ValueError(f"interval must be [low, high] with low <= high, got {list(self.interval)}")
+
+    def acts(self, t: Tensor, schedule: NoiseSchedule) -> bool:
+        """Whether guidance acts at t, which is the same for the whole batch in every sampler."""
+        low, high = self.interval
+        return self.interval == ALWAYS or low <= float(t.max()) / schedule.num_steps <= high
+
+
+@dataclass(frozen=True)
+class ClassifierFree(_Guidance):
     """Classifier-free guidance (Ho & Salimans 2022, eq. 6, in the form null + scale (cond - null)).
 
     Scale 0 is exactly the unconditional model (where it is not rescaled) and 1 exactly the conditional one, at one
     evaluation each; any other scale evaluates both in one batch of 2 B. Outside `interval` the conditional model is
     used as it is, whatever the scale (Kynkäänniemi et al. 2024). All channels are guided; what is known of the image
-    (inpainting) conditions both.
-
-    Attributes:
-        denoiser: the conditional model, whose null condition is the unconditional one.
-        schedule: its schedule.
-        scale: guidance scale.
-        interval: (low, high) as fractions of T within which guidance acts, ends included.
-        rescale: 0 to 1; how far the guided x_0 of an image is brought back to the standard deviation of the conditional
-            one (Lin et al. 2024, eq. 15-16, on x_0), against over-exposure at high scales; a guided x_0 that is the
-            same in every pixel stays as it is.
+    (inpainting) conditions both. Rescaling is that of Lin et al. 2024, eq. 15-16, on x_0, against over-exposure at high
+    scales; a guided x_0 that is the same in every pixel stays as it is.
     """
 
-    denoiser: Denoiser
-    schedule: NoiseSchedule
-    scale: float
-    interval: tuple[float, float] = ALWAYS
-    rescale: float = 0.0
+    rescale: float = setting(
+        0.0, "how far the guided image's contrast is brought back to the conditional one's", ge=0, le=1
+    )
 
-    def __post_init__(self) -> None:
-        _check(self.scale, self.interval)
-        if not 0 <= self.rescale <= 1:
-            raise ValueError(f"rescale must be in [0, 1], got {self.rescale}")
+    def wrap(self, denoiser: Denoiser, schedule: NoiseSchedule, guides: Guides | None = None) -> Denoiser:
+        """Return the guided denoiser; the null condition of `denoiser` is the unconditional model."""
 
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning | None = None) -> Prediction:
-        """See `Denoiser`."""
-        if cond is None:
-            return self.denoiser(x_t, t, None)
-        if self.scale == 1 or not _acts(self.interval, t, self.schedule):
-            return self.denoiser(x_t, t, cond)
-        if self.scale == 0 and self.rescale == 0:
-            return self.denoiser(x_t, t, cond.null())
+        def guided(x_t: Tensor, t: Tensor, cond: Conditioning | None = None) -> Prediction:
+            if cond is None or self.scale == 1 or not self.acts(t, schedule):
+                return denoiser(x_t, t, cond)
+            if self.scale == 0 and self.rescale == 0:
+                return denoiser(x_t, t, cond.null())
+            return self._guide(denoiser, schedule, x_t, t, cond)
+
+        return guided
+
+    def _guide(
+        self, denoiser: Denoiser, schedule: NoiseSchedule, x_t: Tensor, t: Tensor, cond: Conditioning
+    ) -> Prediction:
         batch = len(x_t)
         null = torch.arange(2 * batch, device=x_t.device) >= batch
         both = cond.map(lambda tensor: torch.cat([tensor, tensor])).dropped(null)
-        pred = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+        pred = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
         (x0, null_x0), (eps, null_eps) = pred.x0.split(batch), pred.eps.split(batch)
         guided = Prediction(
             x0=torch.lerp(null_x0, x0, self.scale),
@@ -70,52 +119,82 @@ class ClassifierFree:
         ratio = _spread(x0) / _spread(guided.x0)
         ratio = torch.where(ratio.isfinite(), ratio, 1)  # a constant image has no spread to bring back
         rescaled = guided.x0 * (1 + self.rescale * (ratio - 1))
-        return replace(guided, x0=rescaled, eps=eps_from_x0(rescaled, x_t, t, self.schedule))
+        return replace(guided, x0=rescaled, eps=eps_from_x0(rescaled, x_t, t, schedule))
 
 
 @dataclass(frozen=True)
-class ClassifierGuided:
-    """Guidance by a classifier of noisy images (Dhariwal & Nichol 2021, algorithm 2; Song et al. 2021b, eq. 14).
+class ClassifierGuided(_Guidance):
+    """Guidance by a classifier of noisy images (Dhariwal & Nichol 2021; Song et al. 2021b, eq. 14).
 
-    The score of p(x_t) p(y | x_t)^scale, with the gradient at x_t:
-        eps = eps(x_t) - scale sigma_t grad log p(y | x_t).
+    The score of p(x_t) p(y | x_t)^scale, with the gradient at x_t. `shift` says what the gradient moves:
+        "score": eps = eps(x_t) - scale sigma_t grad log p(y | x_t)  (algorithm 2), for every sampler;
+        "mean": the mean of p(x_s | x_t) by scale times its variance times the gradient  (algorithm 1), for samplers
+            with a reverse variance. With the posterior's variance that is algorithm 2 at sigma_s^2 / alpha_s in place
+            of sigma_t^2 / alpha_t: the two agree as steps get small.
     The base is the unconditional model: scale 0 is exactly that, and by Bayes' rule 1 is the conditional one. To guide
     a conditional model, as the authors also do, give one that ignores what it is asked: `ConditionedOn`'s. Where
     alpha_t = 0 the image is pure noise, about which a classifier knows nothing, and guidance rests.
-
-    Attributes:
-        denoiser: the model; it is asked without label and text.
-        schedule: its schedule.
-        log_prob: of the condition, see `LogProb`: `ddpm.models.classifier` has one for classes and one for text.
-        scale: guidance scale.
-        interval: (low, high) as fractions of T within which guidance acts, ends included.
     """
 
-    denoiser: Denoiser
-    schedule: NoiseSchedule
-    log_prob: LogProb
-    scale: float
-    interval: tuple[float, float] = ALWAYS
+    shift: Literal["score", "mean"] = setting("score", "what the classifier's gradient moves: the score, or the mean")
+    classifier: str | None = setting(None, "MODEL trained with task=classifier", reference=True)
 
-    def __post_init__(self) -> None:
-        _check(self.scale, self.interval)
+    def wrap(self, denoiser: Denoiser, schedule: NoiseSchedule, guides: Guides | None = None) -> Denoiser:
+        """Return the guided denoiser; `denoiser` is asked without label and text."""
+        if guides is None or guides.log_prob is None:
+            raise ValueError("guidance by a classifier needs one: give `guides` with its log_prob")
+        log_prob = guides.log_prob
 
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning | None = None) -> Prediction:
-        """See `Denoiser`."""
-        if cond is None:
-            return self.denoiser(x_t, t, None)
-        pred = self.denoiser(x_t, t, cond.null())
-        if self.scale == 0 or not _acts(self.interval, t, self.schedule):
-            return pred
-        with torch.enable_grad():
-            x = x_t.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(self.log_prob(x, t, cond).sum(), x)
-        if cond.drop is not None:
-            gradient = gradient * ~cond.drop.reshape(-1, *(1,) * (x_t.dim() - 1))
-        alpha, sigma = coefficients(self.schedule, t, x_t)
-        push = torch.where(alpha > 0, self.scale * sigma * gradient, 0)
-        shift = torch.where(alpha > 0, sigma / torch.where(alpha > 0, alpha, 1), 0) * push
-        return replace(pred, x0=pred.x0 + shift, eps=pred.eps - push)
+        def guided(x_t: Tensor, t: Tensor, cond: Conditioning | None = None) -> Prediction:
+            if cond is None:
+                return denoiser(x_t, t, None)
+            pred = denoiser(x_t, t, cond.null())
+            if self.scale == 0 or not self.acts(t, schedule):
+                return pred
+            gradient = _gradient(log_prob, x_t, t, cond)
+            alpha, sigma = coefficients(schedule, t, x_t)
+            if self.shift == "mean":
+                return replace(pred, mean_gradient=torch.where(alpha > 0, self.scale * gradient, 0))
+            push = torch.where(alpha > 0, self.scale * sigma * gradient, 0)
+            over_alpha = torch.where(alpha > 0, sigma / torch.where(alpha > 0, alpha, 1), 0)
+            return replace(pred, x0=pred.x0 + over_alpha * push, eps=pred.eps - push)
+
+        return guided
+
+
+@dataclass(frozen=True)
+class Autoguided(_Guidance):
+    """Guidance by a weaker version of the model itself (Karras et al. 2024b, eq. 3): weak + scale (model - weak).
+
+    Scale 1 is exactly the model and 0 exactly the weak one; outside `interval` it is the model, whatever the scale.
+    Both see the same condition: unlike the other kinds it sharpens unconditional models too.
+    """
+
+    weak: str | None = setting(None, "MODEL that is smaller or less trained", reference=True)
+
+    def wrap(self, denoiser: Denoiser, schedule: NoiseSchedule, guides: Guides | None = None) -> Denoiser:
+        """Return the guided denoiser."""
+        if guides is None or guides.weak is None:
+            raise ValueError("autoguidance needs a weaker model: give `guides` with it as `weak`")
+        weak = guides.weak
+
+        def guided(x_t: Tensor, t: Tensor, cond: Conditioning | None = None) -> Prediction:
+            if self.scale == 1 or not self.acts(t, schedule):
+                return denoiser(x_t, t, cond)
+            if self.scale == 0:
+                return weak(x_t, t, cond)
+            pred, worse = denoiser(x_t, t, cond), weak(x_t, t, cond)
+            x0, eps = torch.lerp(worse.x0, pred.x0, self.scale), torch.lerp(worse.eps, pred.eps, self.scale)
+            return replace(pred, x0=x0, eps=eps)
+
+        return guided
+
+
+GUIDANCE: Registry[type[Guidance]] = Registry(
+    "kind of guidance",
+    "ddpm.guidance",
+    {"classifier_free": ClassifierFree, "classifier": ClassifierGuided, "auto": Autoguided},
+)
 
 
 @dataclass(frozen=True)
@@ -130,55 +209,16 @@ class ConditionedOn:
         return self.denoiser(x_t, t, self.cond)
 
 
-@dataclass(frozen=True)
-class Autoguided:
-    """Guidance by a weaker version of the model itself (Karras et al. 2024b, eq. 3): weak + scale (model - weak).
-
-    Scale 1 is exactly the model and 0 exactly the weak one; outside `interval` it is the model, whatever the scale.
-    Both see the same condition: unlike the other kinds it sharpens unconditional models too.
-
-    Attributes:
-        denoiser: the model.
-        weak: a smaller, or less trained, model of the same data, as a denoiser on the same schedule.
-        schedule: of both.
-        scale: guidance scale.
-        interval: (low, high) as fractions of T within which guidance acts, ends included.
-    """
-
-    denoiser: Denoiser
-    weak: Denoiser
-    schedule: NoiseSchedule
-    scale: float
-    interval: tuple[float, float] = ALWAYS
-
-    def __post_init__(self) -> None:
-        _check(self.scale, self.interval)
-
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning | None = None) -> Prediction:
-        """See `Denoiser`."""
-        if self.scale == 1 or not _acts(self.interval, t, self.schedule):
-            return self.denoiser(x_t, t, cond)
-        if self.scale == 0:
-            return self.weak(x_t, t, cond)
-        pred = self.denoiser(x_t, t, cond)
-        weak = self.weak(x_t, t, cond)
-        return replace(
-            pred, x0=torch.lerp(weak.x0, pred.x0, self.scale), eps=torch.lerp(weak.eps, pred.eps, self.scale)
-        )
-
-
-def _acts(interval: tuple[float, float], t: Tensor, schedule: NoiseSchedule) -> bool:
-    """Whether guidance acts at t, which is the same for the whole batch in every sampler."""
-    return interval == ALWAYS or interval[0] <= float(t.max()) / schedule.num_steps <= interval[1]
+def _gradient(log_prob: LogProb, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    """The gradient of log p(y | x_t) in x_t; 0 for samples whose condition is dropped."""
+    with torch.enable_grad():
+        x = x_t.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(log_prob(x, t, cond).sum(), x)
+    if cond.drop is not None:
+        gradient = gradient * ~cond.drop.reshape(-1, *(1,) * (x_t.dim() - 1))
+    return gradient
 
 
 def _spread(x: Tensor) -> Tensor:
     """The standard deviation of each image over all its elements, [B, 1, ..., 1]."""
     return x.std(tuple(range(1, x.dim())), correction=0, keepdim=True)
-
-
-def _check(scale: float, interval: tuple[float, float]) -> None:
-    if scale < 0:
-        raise ValueError(f"guidance scale must be >= 0, got {scale}")
-    if not 0 <= interval[0] <= interval[1] <= 1:
-        raise ValueError(f"interval must satisfy 0 <= low <= high <= 1, got {interval}")

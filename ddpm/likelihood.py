@@ -1,7 +1,7 @@
-"""How probable a model finds images, in bits per dimension: the variational bound and the probability-flow ODE.
+"""How probable a model finds images, by the probability-flow ODE, in bits per dimension.
 
-A denoiser is called in the dtype of the images that it is given; everything round the calls is float64, because the
-bound's terms are differences of nearly equal Gaussians. Random numbers belong to (seed, image), never to a batch.
+A denoiser is called in the dtype of the images that it is given; everything round the calls is float64. Random numbers
+belong to (seed, image), never to a batch.
 
 Three conventions make numbers comparable, and all are explicit here. 8-bit data is x = k / 127.5 - 1; a dequantized
 density of x becomes one of k by an offset of log2(127.5) bits per dimension; and the ODE's data is taken to lie at the
@@ -18,11 +18,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ddpm.gaussian import DiagonalGaussian, ReverseVariance, kl, p_reverse, q_posterior, q_sample
+from ddpm.bound import check_grid, check_image_ids, in_float64
+from ddpm.conditioning import Conditioning
 from ddpm.noise import Purpose, uniform, words
-from ddpm.prediction import Conditioning, Denoiser, Prediction
-from ddpm.quality import Interval, bootstrap
-from ddpm.samplers.common import predict, step_noise
+from ddpm.prediction import Denoiser
+from ddpm.samplers.base import predict
 from ddpm.schedule import NoiseSchedule
 
 Trace = Literal["hutchinson", "exact"]
@@ -33,92 +33,6 @@ SIGMA_MIN = 1e-3
 """Noise level at which the ODE's data is taken to lie by default: that of score_sde, whose t = 1e-5 has this sigma."""
 
 _MAX_STEPS = 1_000  # some dozens are usual
-
-
-# --- the variational bound -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Bound:
-    """-log2 p(x_0) is at most this, term by term; bits per dimension, float64, one draw of noise per term.
-
-    Attributes:
-        prior: KL(q(x_T | x_0) || N(0, I)), [B].
-        terms: [B, steps], from the least noise up: column 0 is the decoder's -log p(x_0 | x_t), column i > 0 is
-            KL(q(x_s | x_t, x_0) || p(x_s | x_t)).
-        timesteps: t of each column, int64 [steps]; s is the one before, 0 for column 0.
-    """
-
-    prior: Tensor
-    terms: Tensor
-    timesteps: Tensor
-
-    @property
-    def total(self) -> Tensor:
-        """The bound itself, [B]."""
-        return self.prior + self.terms.sum(1)
-
-
-@torch.no_grad()
-def variational_bound(
-    denoiser: Denoiser,
-    schedule: NoiseSchedule,
-    x_0: Tensor,
-    cond: Conditioning | None = None,
-    *,
-    seed: int,
-    images: Tensor,
-    steps: int | None = None,
-    variance: ReverseVariance = "small",
-    levels: int | None = 256,
-) -> Bound:
-    """The bound of DDPM (Ho et al. 2020, eq. 5) with all its terms: an unbiased estimate, fresh noise for every t.
-
-    x_t is drawn from q(x_t | x_0) anew for each term, not along one trajectory, where the terms vary together. Its
-    noise is `step_noise(seed, images, shape)(t)`.
-
-    Args:
-        denoiser: maps (x_t [B, C, H, W], t [B], cond) to a `Prediction`; called `steps` times. Where eps is predicted,
-            wrap it in `Clipped`, as DDPM's code does: near T its x_0 is without bounds, and so is the last term.
-        x_0: clean images in [-1, 1], [B, C, H, W].
-        seed: of the noise.
-        images: their numbers, int64 [B]: image i of a seed gets the same bound in every batch.
-        steps: of the reverse chain; None is every step of the schedule, fewer respace it.
-        variance: of p(x_s | x_t), where it is not learned; at s = 0 see `reverse_variance`.
-        levels: grey levels of the data, for a discretized decoder (DDPM, eq. 13). None is for continuous data, with
-            the decoder's density: the bound is then one of a density, and may be negative.
-
-    Raises:
-        ValueError: `steps` out of range, `images` not one number per image, or x_0 off the grid of `levels`.
-    """
-    _check_images(images, x_0)
-    if levels is not None:
-        _check_grid(x_0, levels)
-    dtype, x_0 = x_0.dtype, x_0.double()
-    noise = step_noise(seed, images.to(x_0.device), tuple(x_0.shape[1:]))
-    pairs = list(schedule.pairs(schedule.num_steps if steps is None else steps))[::-1]
-    terms = []
-    for t, s in pairs:
-        x_t = q_sample(x_0, t, noise(t).double(), schedule)
-        pred = _double(predict(denoiser, x_t.to(dtype), t, cond))
-        p = p_reverse(pred, x_t, t, s, schedule, variance)
-        if s > 0:
-            nats = kl(q_posterior(x_t, x_0, t, s, schedule), p)
-        else:
-            nats = -(p.log_prob(x_0) if levels is None else p.discretized_log_prob(x_0, levels))
-        terms.append(_bits_per_dim(nats))
-    timesteps = torch.tensor([t for t, _ in pairs])
-    return Bound(_prior_term(x_0, schedule), torch.stack(terms, dim=1), timesteps)
-
-
-def _prior_term(x_0: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """KL(q(x_T | x_0) || N(0, I)), [B]; has no parameters, and is 0 with zero terminal SNR."""
-    alpha_bar = schedule.alpha_bar(schedule.num_steps).to(x_0)
-    q = DiagonalGaussian(alpha_bar.sqrt() * x_0, 1 - alpha_bar)
-    return _bits_per_dim(kl(q, DiagonalGaussian(torch.zeros_like(x_0), torch.ones_like(alpha_bar))))
-
-
-# --- the probability-flow ODE --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -219,7 +133,7 @@ def ode_bits_per_dim(
     cond: Conditioning | None = None,
     *,
     seed: int,
-    images: Tensor,
+    image_ids: Tensor,
     trace: Trace = "hutchinson",
     probes: int = 1,
     levels: int = 256,
@@ -233,7 +147,7 @@ def ode_bits_per_dim(
     Args:
         x_0: images in [-1, 1] on the grid of `levels`, [B, C, H, W].
         seed: of the dequantization and the probes.
-        images: their numbers, int64 [B]: image i of a seed gets the same noise and probes in every batch.
+        image_ids: their numbers, int64 [B]: image i of a seed gets the same noise and probes in every batch.
         trace: "hutchinson", an unbiased estimate of the divergence, or "exact", for small images.
         probes: of the former, >= 1, `rademacher`'s.
         levels: grey levels of the data.
@@ -244,8 +158,8 @@ def ode_bits_per_dim(
     """
     if trace not in get_args(Trace):
         raise ValueError(f"unknown trace {trace!r}; allowed: {', '.join(get_args(Trace))}")
-    x = dequantize(x_0, levels, seed=seed, images=images)
-    vectors = rademacher(seed, images, tuple(x_0.shape[1:]), probes) if trace == "hutchinson" else None
+    x = dequantize(x_0, levels, seed=seed, image_ids=image_ids)
+    vectors = rademacher(seed, image_ids, tuple(x_0.shape[1:]), probes) if trace == "hutchinson" else None
     density = log_density(
         denoiser, schedule, x, cond, probes=vectors, t_min=t_min, rtol=rtol, atol=atol, method=method, dtype=x_0.dtype
     )
@@ -274,7 +188,7 @@ def truncation_cost(sigma: float, levels: int = 256) -> float:
     return -mass.log2().mean().item()
 
 
-def dequantize(x_0: Tensor, levels: int = 256, *, seed: int, images: Tensor) -> Tensor:
+def dequantize(x_0: Tensor, levels: int = 256, *, seed: int, image_ids: Tensor) -> Tensor:
     """x_0 + (2 u - 1) / (levels - 1), u uniform in (0, 1): uniform in the bin round each level, float64 like x_0.
 
     Level k of x = 2 k / (levels - 1) - 1 becomes 2 (k + u - 1/2) / (levels - 1) - 1, between -levels / (levels - 1)
@@ -282,19 +196,19 @@ def dequantize(x_0: Tensor, levels: int = 256, *, seed: int, images: Tensor) -> 
 
     Args:
         x_0: images in [-1, 1] on the grid of `levels`, [B, C, H, W].
-        images: their numbers, int64 [B].
+        image_ids: their numbers, int64 [B].
 
     Raises:
-        ValueError: images that are off the grid, or `images` not one number per image.
+        ValueError: images that are off the grid, or `image_ids` not one number per image.
     """
-    _check_images(images, x_0)
-    _check_grid(x_0, levels)
-    u = uniform(seed, images.to(x_0.device), Purpose.DEQUANTIZE, x_0[0].numel()).reshape(x_0.shape)
+    check_image_ids(image_ids, x_0)
+    check_grid(x_0, levels)
+    u = uniform(seed, image_ids.to(x_0.device), Purpose.DEQUANTIZE, x_0[0].numel()).reshape(x_0.shape)
     grid = ((x_0.double() + 1) * (levels - 1) / 2).round()  # float32 images are off by their rounding
     return 2 * (grid + u - 0.5) / (levels - 1) - 1
 
 
-def rademacher(seed: int, images: Tensor, shape: tuple[int, ...], probes: int = 1) -> Tensor:
+def rademacher(seed: int, image_ids: Tensor, shape: tuple[int, ...], probes: int = 1) -> Tensor:
     """Random signs for Hutchinson's estimate, float64 [probes, B, *shape]; each image has its own.
 
     Raises:
@@ -303,27 +217,8 @@ def rademacher(seed: int, images: Tensor, shape: tuple[int, ...], probes: int = 
     if probes < 1:
         raise ValueError(f"probes must be >= 1, got {probes}")
     # Key 0 of this purpose is the dequantization's, with 2^32 images per key before two could share an ordinal.
-    bits = [words(seed, images + ((i + 1) << 32), Purpose.DEQUANTIZE, math.prod(shape)) >> 31 for i in range(probes)]
+    bits = [words(seed, image_ids + ((i + 1) << 32), Purpose.DEQUANTIZE, math.prod(shape)) >> 31 for i in range(probes)]
     return (2 * torch.stack(bits).double() - 1).unflatten(2, shape)
-
-
-def mean_bits_per_dim(bits: Tensor, *, seed: int = 0, draws: int = 1000, level: float = 0.95) -> Interval:
-    """Mean over a data set with its number of images and confidence interval, from `Bound.total` or `bits_per_dim`.
-
-    The interval is about the images, and with them about the noise that each was evaluated with.
-
-    Args:
-        bits: bits per dimension of each image, [N], N >= 2.
-        seed: of the bootstrap.
-        draws: of the bootstrap.
-        level: of confidence.
-
-    Raises:
-        ValueError: not a vector of finite numbers, or what `bootstrap` refuses.
-    """
-    if bits.dim() != 1 or not bool(bits.isfinite().all()):
-        raise ValueError(f"bits must be finite, [N], got shape {tuple(bits.shape)}, finite: {bits.isfinite().all()}")
-    return bootstrap(lambda part: part.double().mean().item(), bits, draws=draws, seed=seed, level=level)
 
 
 class _Flow:
@@ -347,7 +242,7 @@ class _Flow:
         t = self.schedule.timestep(angle).item()
         with torch.enable_grad():
             x = state[0].detach().requires_grad_()
-            pred = _double(predict(self.denoiser, x.to(self.dtype), t, self.cond))
+            pred = in_float64(predict(self.denoiser, x.to(self.dtype), t, self.cond))
             velocity = math.cos(angle) * pred.eps - math.sin(angle) * pred.x0
         if not velocity.requires_grad:
             raise ValueError("the denoiser's answer has no gradient with respect to x_t, which the divergence needs")
@@ -398,36 +293,5 @@ def _integrate(
     return xs[-1], x[0].numel() * changes[-1]
 
 
-# --- both ----------------------------------------------------------------------------------------------------
-
-
-def _double(pred: Prediction) -> Prediction:
-    fraction = pred.variance_fraction
-    return Prediction(pred.x0.double(), pred.eps.double(), None if fraction is None else fraction.double())
-
-
 def _standard_normal(x: Tensor) -> Tensor:
     return -(x.square() + math.log(2 * math.pi)).flatten(1).sum(1) / 2
-
-
-def _bits_per_dim(nats: Tensor) -> Tensor:
-    """Nats of each element [B, C, H, W] to bits per dimension [B]."""
-    return nats.flatten(1).mean(1) / math.log(2)
-
-
-def _check_images(images: Tensor, x_0: Tensor) -> None:
-    if images.shape != x_0.shape[:1] or len(images) == 0:
-        raise ValueError(f"images must be one number per image, [{len(x_0)}], got shape {tuple(images.shape)}")
-
-
-def _check_grid(x_0: Tensor, levels: int) -> None:
-    """Off its grid, data has no probability under a discretized decoder, and no bin to dequantize in."""
-    if levels < 2:
-        raise ValueError(f"levels must be >= 2, got {levels}")
-    grid = (x_0.double() + 1) * (levels - 1) / 2
-    off = (grid - grid.round().clamp(0, levels - 1)).abs().max().item()
-    if not off < 0.01:
-        raise ValueError(
-            f"x_0 must lie on the grid of {levels} levels from -1 to 1, but is off it by up to {off:.3g} levels: "
-            "pass the data's `levels`, and x = 2 k / (levels - 1) - 1"
-        )

@@ -6,75 +6,18 @@ At a given (x_t, t) the forms are linear in each other (Salimans & Ho 2022, sec.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ddpm.conditioning import Conditioning
 from ddpm.schedule import NoiseSchedule
+from ddpm.settings import Settings, setting
 
 Parameterization = Literal["eps", "x0", "v", "score"]
 PARAMETERIZATIONS: tuple[Parameterization, ...] = ("eps", "x0", "v", "score")
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What a sample is conditioned on; every tensor is batched on its first axis.
-
-    Attributes:
-        label: class index in [0, num_classes), int64 [B].
-        text: token embeddings [B, L, D].
-        text_mask: bool [B, L], True for the tokens that are there; None where all are.
-        pooled: embedding of the whole text, [B, D].
-        mask: bool or float [B, 1, H, W], 1 where a pixel is known (inpainting).
-        context: the clear image [B, C, H, W]; only what `mask` lets through is seen.
-        drop: bool [B]; True replaces the sample's label and text by the null condition that the network owns. What is
-            known of the image itself (mask and context) is never dropped.
-    """
-
-    label: Tensor | None = None
-    text: Tensor | None = None
-    text_mask: Tensor | None = None
-    pooled: Tensor | None = None
-    mask: Tensor | None = None
-    context: Tensor | None = None
-    drop: Tensor | None = None
-
-    def dropped(self, drop: Tensor) -> Conditioning:
-        """The same conditions with `drop` [B] added to what is dropped already (Ho & Salimans 2022, algorithm 1)."""
-        return replace(self, drop=drop if self.drop is None else self.drop | drop)
-
-    def __len__(self) -> int:
-        """The number of samples.
-
-        Raises:
-            ValueError: an empty condition, which fits any number.
-        """
-        for _, tensor in self._tensors():
-            if tensor is not None:
-                return len(tensor)
-        raise ValueError("a condition without any tensor has no length")
-
-    def __getitem__(self, span: slice | Tensor) -> Conditioning:
-        """The conditions of some of the samples."""
-        return self.map(lambda tensor: tensor[span])
-
-    def null(self) -> Conditioning:
-        """Without label and text: the null condition beside the same known pixels."""
-        return Conditioning(mask=self.mask, context=self.context)
-
-    def map(self, f: Callable[[Tensor], Tensor]) -> Conditioning:
-        """Every tensor replaced by f(tensor): for moving, slicing or repeating the batch."""
-        return Conditioning(**{k: None if v is None else f(v) for k, v in self._tensors()})
-
-    def to(self, device: torch.device | str) -> Conditioning:
-        """On `device`."""
-        return self.map(lambda tensor: tensor.to(device))
-
-    def _tensors(self) -> list[tuple[str, Tensor | None]]:
-        return [(f.name, getattr(self, f.name)) for f in fields(self)]
 
 
 @dataclass(frozen=True)
@@ -86,11 +29,15 @@ class Prediction:
         eps: the noise, with x_t = alpha_t x0 + sigma_t eps.
         variance_fraction: where the network learns the reverse variance: for log-variances, how far from the
             posterior's (0) to beta's (1), v of Improved DDPM, eq. 15; else None. Unlike a variance, it fits any step.
+        mean_gradient: what a reverse step's mean is to be moved by, per unit of the step's variance (classifier
+            guidance by algorithm 1 of Dhariwal & Nichol 2021); None for nothing. x0 and eps are then not guided, and
+            only samplers with a reverse variance can heed it.
     """
 
     x0: Tensor
     eps: Tensor
     variance_fraction: Tensor | None = None
+    mean_gradient: Tensor | None = None
 
 
 class Denoiser(Protocol):
@@ -211,6 +158,33 @@ class DynamicThreshold:
         s = per_sample(size, x_t)
         x_0 = pred.x0.clamp(-s, s) / s
         return replace(pred, x0=x_0, eps=eps_from_x0(x_0, x_t, t, self.schedule))
+
+
+@dataclass(frozen=True)
+class Clipping(Settings):
+    """How a predicted x_0 is kept within the range of images."""
+
+    clip: float | None = setting(1.0, "bound on the predicted |x_0|; null for no clipping", gt=0)
+    threshold: float | None = setting(None, "quantile of dynamic thresholding, instead of clipping", gt=0, le=1)
+    clip_when: Literal["after_guidance", "before_guidance"] = setting(
+        "after_guidance", "whether the guided prediction is clipped, or each prediction that guidance combines"
+    )
+
+    def wrap(self, denoiser: Denoiser, schedule: NoiseSchedule) -> Denoiser:
+        """Return the denoiser with its x_0 clipped, or thresholded where `threshold` is set."""
+        if self.threshold is not None:
+            return DynamicThreshold(denoiser, schedule, self.threshold)
+        return denoiser if self.clip is None else Clipped(denoiser, schedule, self.clip)
+
+
+def check_parameterization(kind: str) -> None:
+    """Refuse a parameterization that there is not.
+
+    Raises:
+        ValueError: it is none of `PARAMETERIZATIONS`.
+    """
+    if kind not in PARAMETERIZATIONS:
+        raise ValueError(f"unknown parameterization {kind!r}; allowed: {', '.join(PARAMETERIZATIONS)}")
 
 
 def split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:

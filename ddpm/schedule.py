@@ -12,10 +12,16 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from ddpm.registry import Registry
+from ddpm.settings import Settings, setting
+
+MAX_BETA = 0.999
+"""Cap on the betas of schedules that end in pure noise (Nichol & Dhariwal 2021, sec. 3.2)."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +124,17 @@ class NoiseSchedule:
         Raises:
             ValueError: `steps` outside 1..T.
         """
+        self.check_steps(steps)
+        return [round(i * self.num_steps / steps) for i in range(steps, -1, -1)]
+
+    def check_steps(self, steps: int) -> None:
+        """Refuse a number of steps that the table cannot give.
+
+        Raises:
+            ValueError: `steps` outside 1..T.
+        """
         if not 1 <= steps <= self.num_steps:
             raise ValueError(f"steps must be in 1..{self.num_steps} for this schedule, got {steps}")
-        return [round(i * self.num_steps / steps) for i in range(steps, -1, -1)]
 
     def pairs(self, steps: int) -> Iterator[tuple[int, int]]:
         """(t, s) with s < t, from (T, .) down to (., 0): one pair per network evaluation."""
@@ -170,70 +184,113 @@ def from_log_snr(log_snr: Callable[[Tensor], Tensor], num_steps: int) -> NoiseSc
     return NoiseSchedule(closed_form(torch.arange(num_steps + 1, dtype=torch.float64)), closed_form)
 
 
-def linear(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
+class ScheduleKind(Protocol):
+    """Settings of a family of noise schedules."""
+
+    def make(self, num_steps: int) -> NoiseSchedule:
+        """Return the schedule of `num_steps` steps.
+
+        Raises:
+            ValueError: settings that do not go with that number of steps.
+        """
+
+
+@dataclass(frozen=True)
+class Linear(Settings):
     """Linear betas (DDPM, sec. 4), scaled by 1000 / T so that the end is as noisy at every T (Improved DDPM's code)."""
-    if not 0 < beta_start <= beta_end:
-        raise ValueError(f"need 0 < beta_start <= beta_end, got {beta_start} and {beta_end}")
-    scale = 1000 / num_steps
-    if beta_end * scale >= 1:
-        least = math.floor(1000 * beta_end) + 1
-        raise ValueError(
-            f"linear betas reach {beta_end * scale:.3g} >= 1 with num_steps={num_steps}: use num_steps >= {least}"
-        )
-    return from_betas(torch.linspace(beta_start * scale, beta_end * scale, num_steps, dtype=torch.float64))
+
+    beta_start: float = setting(1e-4, "beta at t = 1, for 1,000 steps", gt=0)
+    beta_end: float = setting(0.02, "beta at t = T, for 1,000 steps", gt=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.beta_start <= self.beta_end:
+            raise ValueError(f"need 0 < beta_start <= beta_end, got {self.beta_start} and {self.beta_end}")
+
+    def make(self, num_steps: int) -> NoiseSchedule:
+        """See `ScheduleKind`."""
+        scale = 1000 / num_steps
+        start, end = self.beta_start * scale, self.beta_end * scale
+        if end >= 1:
+            least = math.floor(1000 * self.beta_end) + 1
+            raise ValueError(f"linear betas reach {end:.3g} >= 1 with num_steps={num_steps}: use num_steps >= {least}")
+        return from_betas(torch.linspace(start, end, num_steps, dtype=torch.float64))
 
 
-def cosine(num_steps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
-    """Squared-cosine alpha_bar with offset s, betas capped at max_beta (Nichol & Dhariwal 2021, eq. 17)."""
-    if s < 0:
-        raise ValueError(f"s must be >= 0, got {s}")
+@dataclass(frozen=True)
+class Cosine(Settings):
+    """Squared-cosine alpha_bar with offset s, betas capped at 0.999 (Nichol & Dhariwal 2021, eq. 17)."""
 
-    def alpha_bar(t: Tensor) -> Tensor:
-        return (
-            torch.cos((t / num_steps + s) / (1 + s) * math.pi / 2).square() / math.cos(s / (1 + s) * math.pi / 2) ** 2
-        )
+    s: float = setting(0.008, "offset that keeps the first betas from being too small", ge=0)
 
-    exact = alpha_bar(torch.arange(num_steps + 1, dtype=torch.float64))
-    return from_betas((1 - exact[1:] / exact[:-1]).clamp(max=max_beta))
+    def make(self, num_steps: int) -> NoiseSchedule:
+        """See `ScheduleKind`."""
+        s = self.s
+
+        def alpha_bar(t: Tensor) -> Tensor:
+            return (
+                torch.cos((t / num_steps + s) / (1 + s) * math.pi / 2).square()
+                / math.cos(s / (1 + s) * math.pi / 2) ** 2
+            )
+
+        exact = alpha_bar(torch.arange(num_steps + 1, dtype=torch.float64))
+        return from_betas((1 - exact[1:] / exact[:-1]).clamp(max=MAX_BETA))
 
 
-def sigmoid(num_steps: int = 1000, start: float = -3.0, end: float = 3.0, tau: float = 1.0) -> NoiseSchedule:
+@dataclass(frozen=True)
+class Sigmoid(Settings):
     """Sigmoid alpha_bar (Jabri et al. 2022, sec. 2.3; Chen 2023, algorithm 1), betas capped at 0.999."""
-    if not start < end or tau <= 0:
-        raise ValueError(f"need start < end and tau > 0, got {start}, {end}, {tau}")
-    v_start, v_end = _sigmoid(start / tau), _sigmoid(end / tau)
-    u = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
-    alpha_bar = (v_end - torch.sigmoid((u * (end - start) + start) / tau)) / (v_end - v_start)
-    alpha_bar[0] = 1
-    return from_betas((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999))
+
+    start: float = setting(-3.0, "where on the sigmoid t = 0 lies")
+    end: float = setting(3.0, "where on the sigmoid t = T lies")
+    tau: float = setting(1.0, "temperature: the larger, the more even the steps", gt=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.start < self.end:
+            raise ValueError(f"need start < end, got {self.start} and {self.end}")
+
+    def make(self, num_steps: int) -> NoiseSchedule:
+        """See `ScheduleKind`."""
+        start, end, tau = self.start, self.end, self.tau
+        v_start, v_end = _sigmoid(start / tau), _sigmoid(end / tau)
+        u = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+        alpha_bar = (v_end - torch.sigmoid((u * (end - start) + start) / tau)) / (v_end - v_start)
+        alpha_bar[0] = 1
+        return from_betas((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=MAX_BETA))
 
 
-FAMILIES: dict[str, Callable[..., NoiseSchedule]] = {
-    "linear": linear,
-    "cosine": cosine,
-    "sigmoid": sigmoid,
-    "betas": from_betas,
-}
+SCHEDULES: Registry[type[ScheduleKind]] = Registry(
+    "schedule", "ddpm.schedules", {"linear": Linear, "cosine": Cosine, "sigmoid": Sigmoid}
+)
 
 
 def make_schedule(
-    kind: str, *, zero_terminal_snr: bool = False, log_snr_shift: float = 0.0, **parameters: Any
+    kind: str,
+    *,
+    num_steps: int = 1000,
+    zero_terminal_snr: bool = False,
+    log_snr_shift: float = 0.0,
+    betas: Sequence[float] | None = None,
+    **settings: Any,
 ) -> NoiseSchedule:
     """The schedule of a family by name, as configuration files and stored models spell it.
 
     Args:
-        kind: of `FAMILIES`.
+        kind: of `SCHEDULES`; or "betas", for a schedule that is given by its `betas`.
+        num_steps: T; with "betas" their number.
         zero_terminal_snr: whether it ends in pure noise; see `NoiseSchedule.zero_terminal_snr`.
         log_snr_shift: see `NoiseSchedule.shifted`.
-        parameters: of the family.
+        betas: for t = 1..T, with kind "betas" only.
+        settings: of the family.
 
     Raises:
-        ValueError: unknown `kind`, or parameters out of range.
-        TypeError: a parameter that the family does not have.
+        ValueError: unknown `kind`, or settings out of range.
+        TypeError: a setting that the family does not have.
     """
-    if kind not in FAMILIES:
-        raise ValueError(f"unknown schedule {kind!r}; allowed: {', '.join(sorted(FAMILIES))}")
-    schedule = FAMILIES[kind](**parameters)
+    if (kind == "betas") != (betas is not None):
+        raise ValueError(f"betas are given with the schedule 'betas' and no other, got kind={kind!r}")
+    schedule = SCHEDULES.find(kind)(**settings).make(num_steps) if betas is None else from_betas(betas)
     if log_snr_shift:
         schedule = schedule.shifted(log_snr_shift)
     return schedule.zero_terminal_snr() if zero_terminal_snr else schedule

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddpm.ema import PowerSnapshot, reconstruct
-from ddpm.interop import ModelSpec, save_model
+from ddpm.model import ModelSpec, save_model
 from pipelines import tracking
 from pipelines.config import Config
 from pipelines.errors import PipelineError

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ddpm.generate import SamplingSettings
+from ddpm.generate import Sampling
 from pipelines import models, registry, tracking
 from pipelines.checkpoints import Published, record_scores
-from pipelines.config import Config, ConfigError
+from pipelines.config import Config, ConfigError, sampling
 from pipelines.display import Display, TimeBreakdown, no_report
 from pipelines.evaluation import evaluate as evaluation
 from pipelines.evaluation.evaluate import Scores
@@ -100,7 +100,7 @@ def run(config: Config, lineage: dict[str, Any], display: Display) -> FlowResult
         tracking_uri=result.tracker.uri,
         storage=storage,
     )
-    scores, fresh = evaluate_stage(resolved, models.sampling_settings(config), config, storage, display)
+    scores, fresh = evaluate_stage(resolved, sampling(config), config, storage, display)
     if not fresh:
         skipped.append("evaluate")
     version, verdict, fresh = register_stage(resolved, result.published, scores, config, display)
@@ -240,7 +240,7 @@ def train_stage(config: Config, storage: Storage, lineage: dict[str, Any], displ
 
 def evaluate_stage(
     resolved: Resolved,
-    settings: SamplingSettings,
+    settings: Sampling,
     config: Config,
     storage: Storage,
     display: Display,
@@ -257,14 +257,14 @@ def evaluate_stage(
     evaluator = evaluation.get_evaluator(dataset, splits, storage, lambda text: display.stage("evaluate", text))
     published, images_seen = resolved.published, int(model.spec.lineage.get("images_seen", 0))
     model_digest = published.digest if published else json.dumps(model.spec.lineage, sort_keys=True)
-    key_parts = [model_digest, evaluator.digest, dataset.digest, config.evaluation.seed, asdict(settings)]
+    key_parts = [model_digest, evaluator.digest, dataset.digest, config.evaluation.seed, settings.key()]
     key = hashlib.sha256(json.dumps(key_parts).encode()).hexdigest()[:16]
     artifact = f"evaluation/{images_seen:012d}-{key}.json"
     if tracker and artifact in tracker.names("evaluation"):
         plain = json.loads(tracker.read_text(artifact))
         display.stage("evaluate", "skipped: this model was scored with these settings already")
-        return Scores(**{f.name: plain[f.name] for f in fields(Scores)}), False
-    display.stage("evaluate", f"{len(splits['test'].images)} samples at guidance scale {settings.scale:g}")
+        return Scores.from_plain(plain), False
+    display.stage("evaluate", f"{len(splits['test'].images)} samples at guidance scale {settings.guidance.scale:g}")
     connect_ray(config, storage)
     done = evaluation.evaluate(
         model,
@@ -303,8 +303,7 @@ def register_stage(
             display.stage("register", f"skipped: this model is {name} version {found.version} already")
             return found, registry.promote(tracker.uri, found, alias), False
     display.stage("register", f"as {name}")
-    settings = scores.sampling | {"interval": tuple(scores.sampling["interval"])}
-    spec = replace(resolved.model.spec, sampling=SamplingSettings(**settings))
+    spec = replace(resolved.model.spec, sampling=Sampling.from_json(scores.sampling))
     model_id = registry.package(tracker, replace(resolved.model, spec=spec))
     version = registry.register(tracker, name, model_id, scores, spec.lineage, published.digest)
     verdict = registry.promote(tracker.uri, version, alias)

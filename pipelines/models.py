@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,29 +13,17 @@ from typing import Any
 
 from torch import Tensor
 
-from ddpm.generate import SamplingSettings
-from ddpm.inpainting import extend_for_inpainting
-from ddpm.interop import Model, ModelSpec, load_classifier, load_model, read_spec, save_model
+from ddpm.generate import Sampling
+from ddpm.model import Model, ModelSpec, load_classifier, load_model, read_spec, save_model
 from ddpm.models.classifier import NoisyClassifier
+from ddpm.settings import settings_of
 from pipelines import tracking
 from pipelines.checkpoints import ModelError, Published, best_published, list_published, reconstruct_average
-from pipelines.config import Config, unet_config
+from pipelines.config import Config, network_config, sampling
 from pipelines.shards.index import Dataset
 from pipelines.shards.quarantine import Quarantine, stream_digest
 from pipelines.storage import Storage
 from pipelines.tracking import ModelVersion, Tracker
-
-
-def sampling_settings(config: Config) -> SamplingSettings:
-    """Sampler and guidance of a configuration."""
-    guidance = config.guidance.model_dump(exclude={"kind"})
-    return SamplingSettings(guidance=config.guidance.kind, **guidance, **config.sampler.model_dump())
-
-
-def settings_from_json(text: str) -> SamplingSettings:
-    """What `json.dumps(asdict(settings))` wrote."""
-    plain = json.loads(text)
-    return SamplingSettings(**{**plain, "interval": tuple(plain["interval"])})
 
 
 def model_spec(
@@ -49,27 +37,28 @@ def model_spec(
         "quarantined": 0 if quarantine is None else len(quarantine.excluded),
     }
     return ModelSpec(
-        network=unet_config(config),
+        network=network_config(config),
         schedule=config.schedule.model_dump(),
         prediction=config.objective.prediction,
         image_size=dataset.image_size,
         task=config.task,
         classes=dataset.classes if config.model.class_conditional or config.task == "classifier" else (),
-        sampling=sampling_settings(config),
+        sampling=sampling(config),
         lineage={"run": config.name, **data, **lineage},
     )
 
 
-def guided(model: Model, settings: SamplingSettings, tracking_uri: str | None, storage: Storage) -> Model:
+def guided(model: Model, settings: Sampling, tracking_uri: str | None, storage: Storage) -> Model:
     """The model with the networks beside it that the settings' guidance names.
 
     Raises:
         ModelError: no such model, or one that does not go with this one; says in what.
     """
-    if settings.guidance == "classifier" and settings.classifier is not None:
-        return replace(model, classifier=classifier_for(model, settings.classifier, tracking_uri, storage))
-    if settings.guidance == "auto" and settings.weak is not None:
-        return replace(model, weak=weaker_for(model, settings.weak, tracking_uri, storage))
+    for setting in settings_of(type(settings.guidance)):
+        reference = getattr(settings.guidance, setting.name)
+        if setting.reference and reference is not None:
+            found: Any = {setting.name: _GUIDES[setting.name](model, reference, tracking_uri, storage)}
+            model = replace(model, **found)
     return model
 
 
@@ -99,6 +88,10 @@ def weaker_for(model: Model, reference: str, tracking_uri: str | None, storage: 
     return weak
 
 
+_GUIDES: dict[str, Callable[..., Any]] = {"classifier": classifier_for, "weak": weaker_for}
+"""Setting of a guidance that names a network -> how that is found."""
+
+
 def _same(field: str, reference: str, there: ModelSpec, here: ModelSpec) -> None:
     pairs = {name: (getattr(there, name), getattr(here, name)) for name in ("schedule", "classes", "shape")}
     differing = [f"{name}: {a} there, {b} in the model" for name, (a, b) in pairs.items() if a != b]
@@ -120,14 +113,13 @@ def initial_weights(config: Config, tracking_uri: str | None, storage: Storage) 
     assert config.init_from is not None
     model = resolve(config.init_from, tracking_uri=tracking_uri, storage=storage).model
     weights: dict[str, Tensor] = dict(model.network.state_dict())
-    wanted, there = unet_config(config), model.spec.network
-    if wanted.context_channels and not there.context_channels:
-        weights = extend_for_inpainting(weights, wanted.context_channels)
+    wanted, there = network_config(config), model.spec.network
+    if wanted.context_channels and not there.context_channels and type(wanted) is type(there):
+        weights = wanted.extend_for_inpainting(weights)
         there = replace(there, context_channels=wanted.context_channels)
-    there = replace(there, dropout=wanted.dropout)
-    differing = [
-        f"{k}: {v} there, {getattr(wanted, k)} here" for k, v in vars(there).items() if v != getattr(wanted, k)
-    ]
+    ours, theirs = vars(wanted), vars(there)
+    named = [name for name, value in theirs.items() if value != ours.get(name) and name != "dropout"]
+    differing = [f"{name}: {theirs[name]} there, {ours.get(name)} here" for name in named]
     if differing:
         listed = "\n  ".join(differing)
         raise ModelError(
@@ -173,8 +165,8 @@ def resolve(reference: str, *, tracking_uri: str | None, storage: Storage, devic
             raise ModelError(f"{reference}: {error}") from error
     if found.version is not None and "sampling" in found.version.tags:
         # Found by a later search; the artifact itself never changes.
-        sampling = settings_from_json(found.version.tags["sampling"])
-        model = replace(model, spec=replace(model.spec, sampling=sampling))
+        drawn = Sampling.from_json(json.loads(found.version.tags["sampling"]))
+        model = replace(model, spec=replace(model.spec, sampling=drawn))
     model = guided(model, model.spec.sampling, tracking_uri, storage).to(device)
     return Resolved(reference, model, found.tracker, found.version, found.published)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import ddpm
-from ddpm.interop import Model, save_model
+from ddpm.model import Model, save_model
 from pipelines import tracking
 from pipelines.errors import PipelineError
 from pipelines.evaluation.evaluate import Scores
@@ -78,7 +78,7 @@ def package(tracker: Tracker, model: Model) -> str:
     example = (
         _table(labels),
         np.zeros(shape, dtype=np.uint8),
-        {"guidance_scale": -1.0, "steps": 0, "seed": 0},
+        {"scale": -1.0, "guidance_scale": -1.0, "steps": 0, "seed": 0},
     )
     requirements = [f"{name}=={_release(name)}" for name in ("mlflow", "torch", "numpy", "safetensors")]
     with tempfile.TemporaryDirectory(prefix="ddpm-package-") as scratch:
@@ -153,7 +153,7 @@ def scores_of(version: ModelVersion) -> Scores | None:
     if text is None:
         return None
     plain = json.loads(text)
-    return Scores(**{f.name: plain[f.name] for f in fields(Scores)})
+    return Scores.from_plain(plain)
 
 
 def _table(labels: Any) -> Any:

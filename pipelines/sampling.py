@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 from ddpm.generate import to_uint8
-from ddpm.interop import Model
+from ddpm.model import Model
 from pipelines.checkpoints import ModelError
 from pipelines.config import suggest
 from pipelines.evaluation.plots import label_grid
@@ -44,11 +43,11 @@ def write_samples(
     """
     settings = model.spec.sampling
     if guidance is not None:
-        settings = replace(settings, scale=guidance)
+        settings = settings.with_fields(scale=guidance)
     if steps is not None:
         if steps > model.schedule.num_steps:
             raise ModelError(f"steps must be in 1..{model.schedule.num_steps} for this model, got {steps}")
-        settings = replace(settings, steps=steps)
+        settings = settings.with_fields(steps=steps)
     chosen = parse_labels(labels, model.spec.classes)
     columns = len(chosen) or count
     class_ids = torch.tensor(chosen * count) if chosen else None
@@ -56,8 +55,8 @@ def write_samples(
     images = model.generate(
         None if class_ids is None else class_ids.to(device),
         seed=seed,
-        settings=settings,
-        images=torch.arange(len(chosen) * count or count, device=device),
+        sampling=settings,
+        image_ids=torch.arange(len(chosen) * count or count, device=device),
         batch_size=batch_size,
     )
     pixels = to_uint8(images).cpu().numpy()

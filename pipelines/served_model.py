@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pandas  # comes with mlflow
 import torch
 
 from ddpm.generate import to_uint8
-from ddpm.interop import load_model
+from ddpm.model import load_model
 
 
 class DiffusionModel(mlflow.pyfunc.PythonModel):
@@ -29,19 +28,18 @@ class DiffusionModel(mlflow.pyfunc.PythonModel):
         Args:
             context: unused.
             model_input: a table with the column `label` (class index); for a model without classes its rows only count.
-            params: guidance_scale (negative: the model's default), steps (0: the model's default), seed.
+            params: scale of the guidance (negative: the model's default; `guidance_scale` is read too), steps (0: the
+                model's default), seed.
 
         Returns:
             uint8 images [N, H, W, C].
         """
         params = params or {}
-        scale, steps = params.get("guidance_scale", -1.0), params.get("steps", 0)
-        settings = self.model.spec.sampling
-        settings = replace(
-            settings,
-            scale=settings.scale if scale < 0 else scale,
-            steps=settings.steps if steps <= 0 else steps,
-        )
+        scale = max(params.get("scale", -1.0), params.get("guidance_scale", -1.0))
+        steps = params.get("steps", 0)
+        changed = {"scale": scale} if scale >= 0 else {}
+        changed |= {"steps": steps} if steps > 0 else {}
+        sampling = self.model.spec.sampling.with_fields(**changed)
         rows = len(model_input)
         labels = None
         if self.model.spec.classes:
@@ -49,8 +47,8 @@ class DiffusionModel(mlflow.pyfunc.PythonModel):
         images = self.model.generate(
             labels.to(self.device) if labels is not None else None,
             seed=int(params.get("seed", 0)),
-            settings=settings,
-            images=torch.arange(rows, device=self.device),
+            sampling=sampling,
+            image_ids=torch.arange(rows, device=self.device),
         )
         return to_uint8(images).cpu().numpy()
 

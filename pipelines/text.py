@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ddpm.prediction import Conditioning
+from ddpm.conditioning import Conditioning
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ddpm.conditioning import Conditioning
 from ddpm.noise import Purpose, integers
-from ddpm.prediction import Conditioning
 from ddpm.quality import FeatureMoments
 from pipelines.evaluation.evaluate import get_evaluator, open_splits
 from pipelines.evaluation.features import EvaluatorNetwork, extract

@@ -13,9 +13,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ddpm.bound import vlb_weight
 from ddpm.gaussian import ReverseVariance
 from ddpm.generate import to_uint8
-from ddpm.objectives import vlb_weight
 from ddpm.schedule import make_schedule
 
 mpl.use("Agg")

@@ -11,14 +11,17 @@ from torch import Tensor
 
 from benchmarks.digits.data import SEEN, UNSEEN, WORDS, Digits
 from benchmarks.digits.training import SCHEDULE, Zoo
+from ddpm.bound import Bound, mean_bits_per_dim, variational_bound
+from ddpm.conditioning import Conditioning
 from ddpm.gaussian import ReverseVariance
-from ddpm.generate import SamplingSettings, generate
-from ddpm.guidance import Autoguided, ClassifierGuided
-from ddpm.inpainting import inpainting_condition, masked_error, paste, random_mask, repaint, replacement, seam_error
-from ddpm.likelihood import Bound, OdeBitsPerDim, mean_bits_per_dim, ode_bits_per_dim, variational_bound
-from ddpm.prediction import Clipped, Conditioning, Denoiser, Prediction
+from ddpm.generate import Sampling, generate
+from ddpm.guidance import Autoguided, ClassifierGuided, Guides
+from ddpm.likelihood import OdeBitsPerDim, ode_bits_per_dim
+from ddpm.masks import inpainting_condition, masked_error, paste, random_mask, seam_error
+from ddpm.prediction import Clipped, Denoiser, Prediction
 from ddpm.quality import FeatureMoments, Interval, bootstrap, frechet_distance, precision_recall
 from ddpm.samplers import Sample, initial_noise, last, step_noise
+from ddpm.samplers.repaint import RePaint, Replacement
 from pipelines.evaluation.features import extract
 
 SEED = 1
@@ -55,7 +58,7 @@ def quality(images: Tensor, labels: Tensor, digits: Digits) -> dict[str, Any]:
 def draw(denoiser: Denoiser, cond: Conditioning | None, count: int, **settings: Any) -> Tensor:
     """Images 0 .. count - 1 of the page's seed."""
     return generate(
-        denoiser, SCHEDULE, SamplingSettings(**settings), cond=cond, count=count, shape=SHAPE, seed=SEED, batch_size=128
+        denoiser, SCHEDULE, Sampling.of(**settings), cond=cond, count=count, shape=SHAPE, seed=SEED, batch_size=128
     )
 
 
@@ -79,11 +82,11 @@ def guidance(zoo: Zoo) -> Iterator[Row]:
     images = draw(model, cond, n, scale=3.0, interval=(0.2, 0.8))
     yield Row("classifier-free 3 in 0.2..0.8 T", quality(images, labels, digits), images)
     for scale in (1.0, 2.0, 4.0):
-        guided = ClassifierGuided(model, SCHEDULE, zoo.classifier().class_log_prob, scale)
+        guided = ClassifierGuided(scale).wrap(model, SCHEDULE, Guides(log_prob=zoo.classifier().class_log_prob))
         images = draw(guided, cond, n)
         yield Row(f"classifier {scale:g}", quality(images, labels, digits), images)
     for scale in (1.5, 2.0):
-        images = draw(Autoguided(model, zoo.weak(), SCHEDULE, scale), cond, n)
+        images = draw(Autoguided(scale).wrap(model, SCHEDULE, Guides(weak=zoo.weak())), cond, n)
         yield Row(f"autoguidance {scale:g}", quality(images, labels, digits), images)
 
 
@@ -122,12 +125,14 @@ def inpainting(zoo: Zoo) -> Iterator[Row]:
     hidden = torch.where(mask, truth, 0.0)
     yield Row("what is known", _inpainting_scores(hidden, truth, mask, labels, digits), hidden)
     ways: list[tuple[str, int, Iterator[Sample]]] = [
-        ("replacement", 50, replacement(model, SCHEDULE, x_T, truth, mask, cond, steps=50, noise=noise)),
-        ("replacement", 250, replacement(model, SCHEDULE, x_T, truth, mask, cond, steps=250, noise=noise)),
+        ("replacement", 50, Replacement(steps=50)(model, SCHEDULE, x_T, cond, known=truth, mask=mask, noise=noise)),
+        ("replacement", 250, Replacement(steps=250)(model, SCHEDULE, x_T, cond, known=truth, mask=mask, noise=noise)),
         (
             "RePaint (50 steps, jump 1, 5 resamplings)",
             50 + 4 * 49,
-            repaint(model, SCHEDULE, x_T, truth, mask, cond, steps=50, jump_length=1, resamplings=5, noise=noise),
+            RePaint(steps=50, jump_length=1, resamplings=5)(
+                model, SCHEDULE, x_T, cond, known=truth, mask=mask, noise=noise
+            ),
         ),
     ]
     for name, nfe, steps in ways:
@@ -162,12 +167,13 @@ def text(zoo: Zoo) -> Iterator[Row]:
     """Images for prompts, as many as the test split has: is the digit that was asked for what the evaluator sees?"""
     digits, captions, model = zoo.digits, zoo.captions, zoo.text()
     labels, n = digits.test_labels, len(digits.test_labels)
+    reader = Guides(log_prob=zoo.reader().text_log_prob)
     for name, first, count in (("templates seen in training", 0, len(SEEN)), ("unseen", len(SEEN), len(UNSEEN))):
         cond = captions.of(labels, first + torch.arange(n) % count)
         for how, denoiser, scale in (
             ("no guidance", model, 1.0),
             ("classifier-free 2", model, 2.0),
-            ("classifier of text 3", ClassifierGuided(model, SCHEDULE, zoo.reader().text_log_prob, 3.0), 1.0),
+            ("classifier of text 3", ClassifierGuided(3.0).wrap(model, SCHEDULE, reader), 1.0),
         ):
             images = draw(denoiser, cond, n, scale=scale)
             scores = quality(images, labels, digits)
@@ -239,12 +245,12 @@ def likelihood(zoo: Zoo, batch_size: int = 128, steps: int | None = None) -> Lik
         numbers = torch.arange(start, start + len(x_0))
         learned = Remembering(model)
         fixed = FixedVariance(learned)
-        options: dict[str, Any] = {"seed": SEED, "images": numbers, "steps": steps}
+        options: dict[str, Any] = {"seed": SEED, "image_ids": numbers, "steps": steps}
         parts["bound, variance learned"].append(variational_bound(learned, SCHEDULE, x_0, cond, **options))
         for variance in get_args(ReverseVariance):
             bound = variational_bound(fixed, SCHEDULE, x_0, cond, variance=variance, **options)
             parts[f"bound, variance {variance}"].append(bound)
-        flows.append(ode_bits_per_dim(model, SCHEDULE, x_0, cond, seed=SEED, images=numbers))
+        flows.append(ode_bits_per_dim(model, SCHEDULE, x_0, cond, seed=SEED, image_ids=numbers))
     bits = {name: mean_bits_per_dim(torch.cat([b.total for b in bounds])) for name, bounds in parts.items()}
     bits["probability-flow ODE"] = mean_bits_per_dim(torch.cat([f.bits_per_dim for f in flows]))
     evaluations = dict.fromkeys(parts, steps or SCHEDULE.num_steps) | {

@@ -11,14 +11,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.digits.data import Captions, Digits, drawn_template
+from ddpm.conditioning import Conditioning
 from ddpm.ema import EMA
-from ddpm.inpainting import extend_for_inpainting, inpainting_condition, random_mask
+from ddpm.masks import inpainting_condition, random_mask
 from ddpm.models.classifier import NoisyClassifier, class_loss, text_loss
 from ddpm.models.unet import UNet, UNetConfig
 from ddpm.noise import Purpose, normal, uniform
-from ddpm.objectives import Objective, stratified_timesteps
-from ddpm.prediction import Conditioning, NetworkDenoiser
+from ddpm.objectives import Objective
+from ddpm.prediction import NetworkDenoiser
 from ddpm.schedule import make_schedule
+from ddpm.timesteps import StratifiedTimesteps
 
 SEED = 0
 BATCH = 128
@@ -54,6 +56,7 @@ def fit(
     """The averaged weights after `images` images, and those after `keep_at`, where asked for."""
     optimizer = torch.optim.AdamW(network.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     ema, early = EMA(network, HALF_LIFE), None
+    timesteps = StratifiedTimesteps().make(SCHEDULE.num_steps, BATCH, SEED)
     order, epoch = torch.empty(0, dtype=torch.long), 0
     for start in range(0, images, BATCH):
         while len(order) < BATCH:
@@ -61,7 +64,7 @@ def fit(
             order, epoch = torch.cat([order, torch.randperm(len(digits.train), generator=generator)]), epoch + 1
         index, order = order[:BATCH], order[BATCH:]
         n = torch.arange(start, start + BATCH)
-        t = stratified_timesteps(SEED, n, SCHEDULE.num_steps, BATCH)
+        t, _ = timesteps.sample(n)
         loss = losses(n, index, t, normal(SEED, n, Purpose.NOISE, (1, 8, 8))).mean()
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"the loss is {loss.item()} at {start} images")
@@ -175,8 +178,9 @@ class Zoo:
         return UNetConfig(**{**vars(SHAPE), "context_channels": 1})
 
     def _train_inpainting(self) -> dict[str, Tensor]:
-        start = extend_for_inpainting(self._kept("classes", self._train_classes), 1)
-        network, digits = self.unet(self._inpainting_shape(), start), self.digits
+        shape = self._inpainting_shape()
+        start = shape.extend_for_inpainting(self._kept("classes", self._train_classes))
+        network, digits = self.unet(shape, start), self.digits
 
         def losses(n: Tensor, index: Tensor, t: Tensor, eps: Tensor) -> Tensor:
             x_0 = digits.train[index]

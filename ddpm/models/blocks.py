@@ -1,89 +1,38 @@
-"""The parts of a UNet: its configuration, residual and attention blocks, and the stages that they make up."""
+"""The parts of a UNet: residual and attention blocks, and the stages that they make up."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+
+from ddpm.models.base import NetworkConfig
+from ddpm.settings import setting
 
 Text = tuple[Tensor, Tensor]
 """Token embeddings [B, L, D] and which of them are there, bool [B, L]."""
 
 
 @dataclass(frozen=True)
-class UNetConfig:
-    """The shape of a `UNet`.
+class BlockConfig(NetworkConfig):
+    """What the blocks of a UNet have in common."""
 
-    Attributes:
-        in_channels: channels of x_t.
-        out_channels: channels of the output; 2 in_channels where the reverse variance is learned.
-        channels: width of each resolution level, finest first; the resolution halves between levels.
-        layers_per_block: residual blocks per level on the way down (one more on the way up).
-        attention: for each level, whether its residual blocks are followed by self-attention.
-        head_dim: channels per attention head; None for one head per block, as wide as the block.
-        norm_groups: groups of every group norm; divides every width.
-        scale_shift: time embedding scales and shifts the second norm (ADM) instead of being added (DDPM).
-        dropout: in every residual block.
-        num_classes: class labels, 0 for none.
-        text_dim: width of text embeddings, 0 for none. Tokens are attended to wherever there is self-attention, the
-            pooled embedding joins that of time.
-        context_channels: channels of the clear context, 0 for none: the first convolution then sees x_t, the mask of
-            what is known, and the known pixels (inpainting).
-        flip_sin_to_cos: cosines before sines in the time embedding. False, as in the code of Ho et al.: sines first.
-        freq_shift: the k-th of n frequencies is 10000^(-k / (n - freq_shift)). 1, as in the code of Ho et al.: the
-            last is 1/10000.
-        norm_eps: added to the variance in every group norm.
-        downsample_padding: of the strided convolutions, on all sides. 0, as in the code of Ho et al.: one row at the
-            bottom and one column at the right only (TensorFlow's SAME).
-    """
-
-    in_channels: int = 3
-    out_channels: int = 3
-    channels: tuple[int, ...] = (128, 256, 256, 256)
-    layers_per_block: int = 2
-    attention: tuple[bool, ...] = (False, True, False, False)
-    head_dim: int | None = 64
-    norm_groups: int = 32
-    scale_shift: bool = False
-    dropout: float = 0.0
-    num_classes: int = 0
-    text_dim: int = 0
-    context_channels: int = 0
-    flip_sin_to_cos: bool = True
-    freq_shift: int = 0
-    norm_eps: float = 1e-5
-    downsample_padding: int = 1
-
-    def __post_init__(self) -> None:
-        if len(self.channels) != len(self.attention) or not self.channels:
-            raise ValueError(
-                f"attention needs one entry per level: {len(self.channels)} widths, {len(self.attention)} entries"
-            )
-        for level, (width, attends) in enumerate(zip(self.channels, self.attention, strict=True)):
-            if width % self.norm_groups:
-                raise ValueError(f"channels[{level}] = {width} is not divisible by norm_groups = {self.norm_groups}")
-            if (attends or level == len(self.channels) - 1) and self.head_dim is not None and width % self.head_dim:
-                raise ValueError(f"channels[{level}] = {width} is not divisible by head_dim = {self.head_dim}")
-        if self.layers_per_block < 1 or not 0 <= self.dropout < 1:
-            raise ValueError("need layers_per_block >= 1 and 0 <= dropout < 1")
-        if min(self.num_classes, self.text_dim, self.context_channels) < 0:
-            raise ValueError("need num_classes, text_dim and context_channels >= 0")
-        if not 0 <= self.freq_shift < self.channels[0] // 2:
-            raise ValueError(
-                f"freq_shift = {self.freq_shift} must be >= 0 and below half of channels[0] = {self.channels[0]}"
-            )
-        if self.norm_eps <= 0 or self.downsample_padding not in (0, 1):
-            raise ValueError(
-                f"need norm_eps > 0 and downsample_padding 0 or 1, got {self.norm_eps} and {self.downsample_padding}"
-            )
-
-    @property
-    def downsampling(self) -> int:
-        """Height and width must be multiples of this."""
-        return 2 ** (len(self.channels) - 1)
+    head_dim: int | None = setting(64, "channels per attention head; null for one head as wide as its block", ge=1)
+    norm_groups: int = setting(32, "groups of every group norm; divides every width", ge=1)
+    scale_shift: bool = setting(
+        False, "time embedding scales and shifts the second norm (ADM) instead of being added (DDPM)"
+    )
+    dropout: float = setting(
+        0.0, "in every block; 0 keeps the loss trace independent of the number of workers", ge=0, lt=1
+    )
+    norm_eps: float = setting(1e-5, "added to the variance in every group norm", gt=0)
+    downsample_padding: Literal[0, 1] = setting(
+        1, "of the strided convolutions, on all sides; 0, as in the code of Ho et al.: at the bottom and right only"
+    )
 
     def heads(self, width: int) -> int:
         """Attention heads of a block of this width."""
@@ -114,7 +63,7 @@ class TimestepEmbedding(nn.Module):
 class ResnetBlock(nn.Module):
     """Norm, SiLU, convolution twice, with the time embedding in between and a residual path."""
 
-    def __init__(self, config: UNetConfig, in_channels: int, out_channels: int, time_dim: int) -> None:
+    def __init__(self, config: BlockConfig, in_channels: int, out_channels: int, time_dim: int) -> None:
         super().__init__()
         self.scale_shift = config.scale_shift
         self.norm1 = nn.GroupNorm(config.norm_groups, in_channels, eps=config.norm_eps)
@@ -140,7 +89,7 @@ class ResnetBlock(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention over positions, with a residual path."""
 
-    def __init__(self, config: UNetConfig, channels: int, *, norm: bool = True) -> None:
+    def __init__(self, config: BlockConfig, channels: int, *, norm: bool = True) -> None:
         super().__init__()
         self.heads = config.heads(channels)
         self.group_norm = nn.GroupNorm(config.norm_groups, channels, eps=config.norm_eps) if norm else None
@@ -166,7 +115,7 @@ class CrossAttention(nn.Module):
     Starting at zero, text can be added to a trained network without disturbing it.
     """
 
-    def __init__(self, config: UNetConfig, channels: int) -> None:
+    def __init__(self, config: BlockConfig, channels: int) -> None:
         super().__init__()
         self.heads = config.heads(channels)
         self.group_norm = nn.GroupNorm(config.norm_groups, channels, eps=config.norm_eps)
@@ -189,7 +138,7 @@ class CrossAttention(nn.Module):
 class Downsample(nn.Module):
     """Strided convolution that halves height and width."""
 
-    def __init__(self, config: UNetConfig, channels: int) -> None:
+    def __init__(self, config: BlockConfig, channels: int) -> None:
         super().__init__()
         self.pad = (0, 1, 0, 1) if config.downsample_padding == 0 else None
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=config.downsample_padding)
@@ -212,7 +161,7 @@ class Upsample(nn.Module):
 class Stage(nn.Module):
     """The residual blocks of one level, each followed by attention where the level has it."""
 
-    def __init__(self, config: UNetConfig, widths: list[tuple[int, int]], time_dim: int, attends: bool) -> None:
+    def __init__(self, config: BlockConfig, widths: list[tuple[int, int]], time_dim: int, attends: bool) -> None:
         super().__init__()
         self.resnets = nn.ModuleList([ResnetBlock(config, i, o, time_dim) for i, o in widths])
         self.attentions = nn.ModuleList([Attention(config, o) for _, o in widths]) if attends else None
@@ -234,7 +183,7 @@ class Stage(nn.Module):
 class MidBlock(nn.Module):
     """Residual block, attention, residual block at the coarsest level."""
 
-    def __init__(self, config: UNetConfig, channels: int, time_dim: int) -> None:
+    def __init__(self, config: BlockConfig, channels: int, time_dim: int) -> None:
         super().__init__()
         # diffusers leaves this norm out where the time embedding scales and shifts; the parameters have to match.
         self.attentions = nn.ModuleList([Attention(config, channels, norm=not config.scale_shift)])

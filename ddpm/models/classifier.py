@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from ddpm.conditioning import Conditioning
 from ddpm.gaussian import q_sample
 from ddpm.models.unet import Encoder, UNetConfig
-from ddpm.prediction import Conditioning
 from ddpm.schedule import NoiseSchedule
 
 

@@ -7,15 +7,19 @@ What diffusers' network does not know (text, the clear context of inpainting) ad
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from ddpm.conditioning import Conditioning
+from ddpm.models.base import extend_first_layer
 from ddpm.models.blocks import (
     Attention,
+    BlockConfig,
     CrossAttention,
     Downsample,
     MidBlock,
@@ -23,13 +27,67 @@ from ddpm.models.blocks import (
     Stage,
     Text,
     TimestepEmbedding,
-    UNetConfig,
     Upsample,
     timestep_embedding,
 )
-from ddpm.prediction import Conditioning
+from ddpm.settings import setting
 
 __all__ = ["Encoder", "UNet", "UNetConfig", "timestep_embedding"]
+
+
+@dataclass(frozen=True)
+class UNetConfig(BlockConfig):
+    """The shape of a `UNet`.
+
+    The way down has one level per entry of `channels`, finest first, with `layers_per_block` residual blocks (one more
+    on the way up); the resolution halves between levels. Text tokens are attended to wherever there is self-attention,
+    the pooled embedding joins that of time. With `context_channels` the first convolution sees x_t, the mask of what is
+    known, and the known pixels.
+    """
+
+    channels: tuple[int, ...] = setting((128, 256, 256, 256), "width of each resolution level, finest first", ge=1)
+    layers_per_block: int = setting(2, "residual blocks per level on the way down", ge=1)
+    attention: tuple[bool, ...] = setting(
+        (False, True, False, False), "for each level, whether its residual blocks are followed by self-attention"
+    )
+    flip_sin_to_cos: bool = setting(
+        True, "cosines before sines in the time embedding; false, as in the code of Ho et al.: sines first"
+    )
+    freq_shift: int = setting(
+        0, "the k-th of n frequencies is 10000^(-k / (n - freq_shift)); 1, as in the code of Ho et al.", ge=0
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.channels) != len(self.attention) or not self.channels:
+            raise ValueError(
+                f"attention needs one entry per level: {len(self.channels)} widths, {len(self.attention)} entries"
+            )
+        for level, (width, attends) in enumerate(zip(self.channels, self.attention, strict=True)):
+            if width % self.norm_groups:
+                raise ValueError(f"channels[{level}] = {width} is not divisible by norm_groups = {self.norm_groups}")
+            if (attends or level == len(self.channels) - 1) and self.head_dim is not None and width % self.head_dim:
+                raise ValueError(f"channels[{level}] = {width} is not divisible by head_dim = {self.head_dim}")
+        if not self.freq_shift < self.channels[0] // 2:
+            raise ValueError(f"freq_shift = {self.freq_shift} must be below half of channels[0] = {self.channels[0]}")
+
+    @property
+    def downsampling(self) -> int:
+        """Height and width must be multiples of this."""
+        return 2 ** (len(self.channels) - 1)
+
+    @property
+    def downsampling_reason(self) -> str:
+        """See `NetworkConfig`."""
+        return f"model.channels has {len(self.channels)} levels; use fewer levels"
+
+    def build(self) -> UNet:
+        """See `NetworkConfig`."""
+        return UNet(self)
+
+    def extend_for_inpainting(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `NetworkConfig`."""
+        return extend_first_layer(self, weights, "conv_in.weight")
 
 
 class Encoder(nn.Module):

@@ -1,21 +1,42 @@
-"""Samplers: generators that yield one `Sample` per step; each loop reads like its algorithm."""
+"""Samplers: an algorithm a file, as settings that are called; each loop reads like its algorithm."""
 
-from ddpm.samplers.ancestral import ancestral
-from ddpm.samplers.common import Sample, initial_noise, last, step_noise
-from ddpm.samplers.ddim import ddim
-from ddpm.samplers.dpm_solver import dpm_solver
-from ddpm.samplers.heun import heun
-from ddpm.samplers.langevin import annealed_langevin, predictor_corrector
+from ddpm.registry import Registry
+from ddpm.samplers.ancestral import Ancestral
+from ddpm.samplers.annealed_langevin import AnnealedLangevin
+from ddpm.samplers.base import Sample, Sampler, StepNoise, initial_noise, last, step_noise
+from ddpm.samplers.ddim import DDIM
+from ddpm.samplers.dpm2 import DPM2
+from ddpm.samplers.dpm_solver import DPMSolver
+from ddpm.samplers.heun import Heun
+from ddpm.samplers.predictor_corrector import PredictorCorrector
+
+SAMPLERS: Registry[type[Sampler]] = Registry(
+    "sampler",
+    "ddpm.samplers",
+    {
+        "ddim": DDIM,
+        "ancestral": Ancestral,
+        "dpm_solver": DPMSolver,
+        "heun": Heun,
+        "predictor_corrector": PredictorCorrector,
+        "dpm2": DPM2,
+        "langevin": AnnealedLangevin,
+    },
+)
 
 __all__ = [
+    "DDIM",
+    "DPM2",
+    "SAMPLERS",
+    "Ancestral",
+    "AnnealedLangevin",
+    "DPMSolver",
+    "Heun",
+    "PredictorCorrector",
     "Sample",
-    "ancestral",
-    "annealed_langevin",
-    "ddim",
-    "dpm_solver",
-    "heun",
+    "Sampler",
+    "StepNoise",
     "initial_noise",
     "last",
-    "predictor_corrector",
     "step_noise",
 ]

@@ -1,52 +1,93 @@
-"""DDIM (Song et al. 2021a): few, large, by default deterministic steps."""
+"""DDIM (Song et al. 2021a): few, by default deterministic steps; and the way back, from an image to its noise."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from ddpm.conditioning import Conditioning
 from ddpm.gaussian import posterior_variance
-from ddpm.prediction import Conditioning, Denoiser, coefficients
-from ddpm.samplers.common import Sample, StepNoise, predict, time_grid
+from ddpm.prediction import Denoiser, coefficients
+from ddpm.samplers.base import Sample, StepNoise, SteppedSampler, predict, require_noise
 from ddpm.schedule import NoiseSchedule
+from ddpm.settings import setting
 
 
-def ddim(
-    denoiser: Denoiser,
-    schedule: NoiseSchedule,
-    x_T: Tensor,
-    cond: Conditioning | None = None,
-    *,
-    steps: int = 50,
-    eta: float = 0.0,
-    noise: StepNoise | None = None,
-    timesteps: Sequence[float] | None = None,
-) -> Iterator[Sample]:
-    """DDIM (eq. 12), one `Sample` per step.
+@dataclass(frozen=True)
+class DDIM(SteppedSampler):
+    """Sample in few steps along the line between the predicted image and the predicted noise (eq. 12)."""
 
-    Args:
-        denoiser: maps (x_t [B, C, H, W], t [B], cond) to a `Prediction`.
-        x_T: standard normal noise [B, C, H, W].
-        steps: network evaluations, 1..schedule.num_steps.
-        eta: 0 is deterministic, 1 adds the noise of the DDPM posterior (eq. 16).
-        noise: level -> standard normal noise like x_T; needed where eta > 0.
-        timesteps: real levels to visit instead, strictly decreasing, from the level of x_T to 0 or above.
+    steps: int = setting(50, "steps from T to 0, one network evaluation each", ge=1)
+    eta: float = setting(
+        0.0, "noise of a step as a share of the DDPM posterior's (eq. 16); 0 is deterministic", ge=0, le=1
+    )
 
-    Raises:
-        ValueError: `steps` out of range, eta outside [0, 1], or eta > 0 without noise.
-    """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must be in [0, 1], got {eta}")
-    if eta > 0 and noise is None:
-        raise ValueError("eta > 0 needs noise: pass noise=step_noise(seed, images, shape)")
-    x_t = x_T
-    for t, s in itertools.pairwise(time_grid(schedule, steps, timesteps)):
-        pred = predict(denoiser, x_t, t, cond)
-        alpha, sigma = coefficients(schedule, s, x_t)
-        variance = eta**2 * posterior_variance(t, s, schedule).item()
-        x_t = alpha * pred.x0 + (sigma**2 - variance).clamp(min=0).sqrt() * pred.eps
-        if variance > 0 and noise is not None:
-            x_t = x_t + variance**0.5 * noise(s)
-        yield Sample(x_t, pred.x0, s)
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        schedule: NoiseSchedule,
+        x_T: Tensor,
+        cond: Conditioning | None = None,
+        *,
+        noise: StepNoise | None = None,
+        timesteps: Sequence[float] | None = None,
+    ) -> Iterator[Sample]:
+        """Yield one `Sample` per step; noise is needed where eta > 0. See `Sampler`."""
+        if self.eta > 0:
+            noise = require_noise(noise, "DDIM with eta > 0")
+        x_t = x_T
+        for t, s in itertools.pairwise(self.levels(schedule, timesteps)):
+            pred = predict(denoiser, x_t, t, cond)
+            alpha, sigma = coefficients(schedule, s, x_t)
+            variance = self.eta**2 * posterior_variance(t, s, schedule).item()
+            x_t = alpha * pred.x0 + (sigma**2 - variance).clamp(min=0).sqrt() * pred.eps
+            if variance > 0 and noise is not None:
+                x_t = x_t + variance**0.5 * noise(s)
+            yield Sample(x_t, pred.x0, s)
+
+    def invert(
+        self,
+        denoiser: Denoiser,
+        schedule: NoiseSchedule,
+        x_0: Tensor,
+        cond: Conditioning | None = None,
+        *,
+        corrections: int = 5,
+        timesteps: Sequence[float] | None = None,
+    ) -> Iterator[Sample]:
+        """Yield the way from an image up to the noise from which sampling leads back to it, one `Sample` per step.
+
+        A deterministic step down from t to s is x_s = alpha_s x_0(x_t) + sigma_s eps(x_t). Upwards x_t is sought whose
+        step leads to the x_s at hand, and x_t = alpha_t x_0 + sigma_t eps with the prediction at x_t itself. The usual
+        inversion (Song et al. 2021a, sec. 4.3; Dhariwal & Nichol 2021, app. F) takes the prediction at (x_s, s)
+        instead, which is right to first order in the step. Each correction takes it at the x_t found so far, a
+        fixed-point iteration (Pan et al. 2023, "Effective Real Image Editing with Accelerated Iterative Diffusion
+        Inversion"), which converges where the step is small enough.
+
+        Args:
+            denoiser: as for sampling: guided and clipped in the same way.
+            x_0: clean images [B, C, H, W].
+            cond: what sampling is conditioned on.
+            corrections: evaluations per step beyond the first; 0 is the usual inversion, whose first step, from a clean
+                image, asks the network at its least noise, t = 1.
+            timesteps: the levels of sampling, strictly decreasing, instead of the sampler's own.
+
+        Raises:
+            ValueError: eta > 0, whose steps cannot be undone, or `corrections` < 0.
+        """
+        if self.eta > 0 or corrections < 0:
+            raise ValueError(f"inversion needs eta = 0 and corrections >= 0, got eta={self.eta}, {corrections=}")
+        x_s = x_0
+        for s, t in itertools.pairwise(reversed(self.levels(schedule, timesteps))):
+            (alpha_t, sigma_t), (alpha_s, sigma_s) = coefficients(schedule, t, x_s), coefficients(schedule, s, x_s)
+            pred = predict(denoiser, x_s, max(s, 1.0), cond)
+            x_t = alpha_t * pred.x0 + sigma_t * pred.eps
+            for _ in range(corrections):
+                pred = predict(denoiser, x_t, t, cond)
+                # By the x_s at hand: x_0 = (x_s - sigma_s eps) / alpha_s.
+                x_t = alpha_t / alpha_s * (x_s - sigma_s * pred.eps) + sigma_t * pred.eps
+            x_s = x_t
+            yield Sample(x_t, pred.x0, t)

@@ -4,52 +4,53 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from ddpm.prediction import Conditioning, Denoiser
-from ddpm.samplers.common import Sample, predict, time_grid
+from ddpm.conditioning import Conditioning
+from ddpm.prediction import Denoiser
+from ddpm.samplers.base import Sample, StepNoise, SteppedSampler, predict
 from ddpm.schedule import NoiseSchedule
+from ddpm.settings import setting
 
 
-def dpm_solver(
-    denoiser: Denoiser,
-    schedule: NoiseSchedule,
-    x_T: Tensor,
-    cond: Conditioning | None = None,
-    *,
-    steps: int = 20,
-    timesteps: Sequence[float] | None = None,
-) -> Iterator[Sample]:
-    """DPM-Solver++(2M) (algorithm 2): data prediction, two-step, order 2; one `Sample` per step.
+@dataclass(frozen=True)
+class DPMSolver(SteppedSampler):
+    """DPM-Solver++(2M) (algorithm 2): data prediction, two-step, order 2, one network evaluation a step.
 
     With lambda = log(alpha / sigma), h = lambda_s - lambda_t and r = h_previous / h, a step is
         x_s = sigma_s / sigma_t x_t - alpha_s (e^-h - 1) D,   D = (1 + 1 / 2r) x0_t - 1 / 2r x0_previous.
     D is x0_t, which is DDIM's step, where there is no previous one and where h is infinite: the step to t = 0 returns
     x0_t. (The authors take the last step at order 1 where steps < 15; ours is the one to t = 0, whatever their number.)
     Zero terminal SNR needs no care: h_previous is infinite after the first step, so r is too.
-
-    Args:
-        denoiser: maps (x_t [B, C, H, W], t [B], cond) to a `Prediction`.
-        x_T: standard normal noise [B, C, H, W].
-        steps: network evaluations, 1..schedule.num_steps.
-        timesteps: real levels to visit instead, strictly decreasing, from the level of x_T to 0 or above.
-
-    Raises:
-        ValueError: `steps` out of range, or `timesteps` that do not fall within [T, 0].
     """
-    x_t = x_T
-    previous, h_previous = None, 0.0
-    for t, s in itertools.pairwise(time_grid(schedule, steps, timesteps)):
-        pred = predict(denoiser, x_t, t, cond)
-        h = (schedule.log_snr(s) - schedule.log_snr(t)).item() / 2
-        if previous is None or s == 0:
-            data = pred.x0
-        else:
-            half = h / (2 * h_previous)  # 1 / 2r
-            data = (1 + half) * pred.x0 - half * previous
-        ratio = schedule.sigma(s) / schedule.sigma(t)
-        # alpha_s (1 - e^-h) = alpha_s - alpha_t sigma_s / sigma_t, which is finite where h is not.
-        x_t = ratio.item() * x_t + (schedule.alpha(s) - ratio * schedule.alpha(t)).item() * data
-        previous, h_previous = pred.x0, h
-        yield Sample(x_t, pred.x0, s)
+
+    steps: int = setting(20, "steps from T to 0, one network evaluation each", ge=1)
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        schedule: NoiseSchedule,
+        x_T: Tensor,
+        cond: Conditioning | None = None,
+        *,
+        noise: StepNoise | None = None,
+        timesteps: Sequence[float] | None = None,
+    ) -> Iterator[Sample]:
+        """Yield one `Sample` per step, without noise; see `Sampler`."""
+        x_t = x_T
+        previous, h_previous = None, 0.0
+        for t, s in itertools.pairwise(self.levels(schedule, timesteps)):
+            pred = predict(denoiser, x_t, t, cond)
+            h = (schedule.log_snr(s) - schedule.log_snr(t)).item() / 2
+            if previous is None or s == 0:
+                data = pred.x0
+            else:
+                half = h / (2 * h_previous)  # 1 / 2r
+                data = (1 + half) * pred.x0 - half * previous
+            ratio = schedule.sigma(s) / schedule.sigma(t)
+            # alpha_s (1 - e^-h) = alpha_s - alpha_t sigma_s / sigma_t, which is finite where h is not.
+            x_t = ratio.item() * x_t + (schedule.alpha(s) - ratio * schedule.alpha(t)).item() * data
+            previous, h_previous = pred.x0, h
+            yield Sample(x_t, pred.x0, s)

@@ -24,8 +24,10 @@ def evaluate(
 
     storage = Storage.of(config)
     resolved = models.resolve(model, tracking_uri=config.tracking.uri, storage=storage)
+    from pipelines.config import sampling
+
     overridden = any(line.lstrip("+").startswith(("guidance", "sampler")) for line in overrides or [])
-    settings = models.sampling_settings(config) if overridden else resolved.model.spec.sampling
+    settings = sampling(config) if overridden else resolved.model.spec.sampling
     with terminal.live():
         scores, _ = flow.evaluate_stage(resolved, settings, config, storage, terminal)
     for name, text in scores.lines():

@@ -1,8 +1,9 @@
 """Configuration: Hydra composes `conf/`, pydantic checks it, and one frozen `Config` goes to every other part."""
 
-from pipelines.config.build import noise_schedule, training_objective, unet_config
+from pipelines.config.build import network_config, noise_schedule, sampling, timestep_sampler, training_objective
 from pipelines.config.compose import compose, conf_dir, from_dict, groups, read_config, suggest
-from pipelines.config.schema import ClusterConfig, Config, ConfigError, DataConfig, OptimConfig, flatten
+from pipelines.config.schema import ClusterConfig, Config, DataConfig, OptimConfig, flatten
+from pipelines.errors import ConfigError
 
 __all__ = [
     "ClusterConfig",
@@ -15,9 +16,11 @@ __all__ = [
     "flatten",
     "from_dict",
     "groups",
+    "network_config",
     "noise_schedule",
     "read_config",
+    "sampling",
     "suggest",
+    "timestep_sampler",
     "training_objective",
-    "unet_config",
 ]

@@ -2,58 +2,77 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from ddpm.generate import Sampling
+from ddpm.guidance import GUIDANCE
+from ddpm.models import NETWORKS, NetworkConfig
+from ddpm.objectives import Objective
+from ddpm.prediction import Clipping
+from ddpm.samplers import SAMPLERS
+from ddpm.schedule import NoiseSchedule, make_schedule
+from ddpm.settings import settings_of
+from ddpm.timesteps import TIMESTEPS, TimestepSampler
+from ddpm.weights import WEIGHTS
+from pipelines.config.choices import FROM_DATA, chosen
+from pipelines.config.schema import Config
+from pipelines.errors import ConfigError
 
-from pipelines.config.schema import Config, ConfigError
 
-if TYPE_CHECKING:
-    from ddpm.models.unet import UNetConfig
-    from ddpm.objectives import Objective
-    from ddpm.schedule import NoiseSchedule
-
-
-def unet_config(config: Config) -> UNetConfig:
-    """The network's shape.
+def network_config(config: Config) -> NetworkConfig:
+    """Return the network's shape.
 
     Raises:
-        ConfigError: widths, groups, heads or the image size do not fit together.
+        ConfigError: widths, groups, heads or the image size do not fit together, or the task needs another network.
     """
-    from ddpm.models.unet import UNetConfig
-
-    shape = config.model.model_dump(exclude={"class_conditional", "inpainting", "learned_variance"})
+    model, data = config.model, config.data
+    cls = NETWORKS[model.kind]
+    own = {s.name: getattr(model, s.name) for s in settings_of(cls) if s.name not in FROM_DATA}
     try:
-        unet = UNetConfig(
-            in_channels=config.data.channels,
-            out_channels=config.data.channels * (2 if config.model.learned_variance else 1),
-            num_classes=config.data.num_classes if config.model.class_conditional else 0,
-            context_channels=config.data.channels if config.model.inpainting else 0,
-            **shape,
+        network = cls(
+            in_channels=data.channels,
+            out_channels=data.channels * (2 if model.learned_variance else 1),
+            num_classes=data.num_classes if model.class_conditional else 0,
+            context_channels=data.channels if model.inpainting else 0,
+            **own,
         )
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
-    if config.data.image_size % unet.downsampling:
+    if data.image_size % network.downsampling:
         raise ConfigError(
-            f"data.image_size = {config.data.image_size} must be a multiple of {unet.downsampling}: "
-            f"model.channels has {len(unet.channels)} levels; use fewer levels or another size"
+            f"data.image_size = {data.image_size} must be a multiple of {network.downsampling}: "
+            f"{network.downsampling_reason}; or use another size"
         )
-    return unet
+    return network
 
 
 def training_objective(config: Config) -> Objective:
-    """What the network predicts and how it is judged."""
-    from ddpm.objectives import Objective
+    """Return what the network predicts, and the loss that it is trained on."""
+    objective = config.objective
+    weight = chosen(objective, WEIGHTS[objective.weight], f"{objective.weight}_")
+    return chosen(objective, Objective).replaced(weight=weight)
 
-    return Objective(**config.objective.model_dump(exclude={"timesteps", "label_drop", "mask"}))
+
+def timestep_sampler(config: Config) -> TimestepSampler:
+    """Return the timestep sampler of a run, without a history."""
+    objective = config.objective
+    timesteps = chosen(objective, TIMESTEPS[objective.timesteps], f"{objective.timesteps}_")
+    return timesteps.make(config.schedule.num_steps, config.batch_size, config.seed)
+
+
+def sampling(config: Config) -> Sampling:
+    """Return how images are drawn."""
+    return Sampling(
+        chosen(config.sampler, SAMPLERS[config.sampler.kind]),
+        chosen(config.guidance, GUIDANCE[config.guidance.kind]),
+        chosen(config.sampler, Clipping),
+    )
 
 
 def noise_schedule(config: Config) -> NoiseSchedule:
-    """The noise schedule.
+    """Return the noise schedule.
 
     Raises:
         ConfigError: parameters that the family refuses.
     """
-    from ddpm.schedule import make_schedule
-
     try:
         return make_schedule(**config.schedule.model_dump())
     except ValueError as error:

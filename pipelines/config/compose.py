@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 import pydantic
 
-from pipelines.config.build import noise_schedule, unet_config
-from pipelines.config.schema import Config, ConfigError, flatten
+from pipelines.config.build import network_config, noise_schedule
+from pipelines.config.schema import Config, flatten
+from pipelines.errors import ConfigError
 
 
 def conf_dir() -> Path:
@@ -104,7 +105,7 @@ def from_dict(plain: Mapping[str, Any]) -> Config:
     except pydantic.ValidationError as error:
         raise ConfigError("\n".join(_explain(e) for e in error.errors())) from error
     noise_schedule(config)
-    unet_config(config)
+    network_config(config)
     return config
 
 

@@ -5,21 +5,33 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from pipelines.config.choices import Section
+
+if TYPE_CHECKING:  # made when the program runs, which a type checker does not see
+    GuidanceConfig: TypeAlias = Any
+    ModelConfig: TypeAlias = Any
+    ObjectiveConfig: TypeAlias = Any
+    SamplerConfig: TypeAlias = Any
+    ScheduleConfig: TypeAlias = Any
+else:
+    from pipelines.config.choices import (
+        GuidanceConfig,
+        ModelConfig,
+        ObjectiveConfig,
+        SamplerConfig,
+        ScheduleConfig,
+    )
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Geometry = Literal["crop", "resize", "keep"]
 Encoding = Literal["png", "jpg", "webp", "npy"]
 
 
-class _Model(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
-
-
-class DataConfig(_Model):
+class DataConfig(Section):
     """The dataset and how it is read."""
 
     source: str | None = Field(
@@ -47,159 +59,7 @@ class DataConfig(_Model):
     prefetch_batches: PositiveInt = 4
 
 
-class ModelConfig(_Model):
-    """The UNet; channels in and out and the classes come from the data."""
-
-    channels: tuple[PositiveInt, ...]
-    layers_per_block: PositiveInt = 2
-    attention: tuple[bool, ...]
-    head_dim: PositiveInt = 64
-    norm_groups: PositiveInt = 32
-    scale_shift: bool = False
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="0 keeps the loss trace independent of the number of workers"
-    )
-    class_conditional: bool = True
-    text_dim: NonNegativeInt = Field(
-        0, description="width of the dataset's text embeddings; 0: not conditioned on text"
-    )
-    inpainting: bool = Field(False, description="conditioned on the known pixels of a masked image")
-    learned_variance: bool = Field(False, description="of the reverse steps; trained by objective.loss hybrid or vlb")
-
-
-class _Schedule(_Model):
-    num_steps: PositiveInt = 1000
-    zero_terminal_snr: bool = False
-    log_snr_shift: float = Field(0.0, description="added to the log-SNR at every step; below 0 is more noise")
-
-
-class LinearSchedule(_Schedule):
-    """Linear betas."""
-
-    kind: Literal["linear"]
-    beta_start: PositiveFloat = 1e-4
-    beta_end: PositiveFloat = 0.02
-
-
-class CosineSchedule(_Schedule):
-    """Squared-cosine alpha_bar."""
-
-    kind: Literal["cosine"]
-    s: NonNegativeFloat = 0.008
-
-
-class SigmoidSchedule(_Schedule):
-    """Sigmoid alpha_bar."""
-
-    kind: Literal["sigmoid"]
-    start: float = -3.0
-    end: float = 3.0
-    tau: PositiveFloat = 1.0
-
-
-ScheduleConfig = Annotated[LinearSchedule | CosineSchedule | SigmoidSchedule, Field(discriminator="kind")]
-
-
-class ObjectiveConfig(_Model):
-    """What the network predicts and how it is judged."""
-
-    prediction: Literal["eps", "x0", "v"] = "eps"
-    loss: Literal["simple", "hybrid", "vlb"] = Field(
-        "simple", description="squared error; that and the bound for a learned variance; the bound alone"
-    )
-    weight: Literal["uniform", "min_snr"] = Field("uniform", description="of the squared error, by timestep")
-    min_snr_gamma: PositiveFloat = 5.0
-    vlb_weight: PositiveFloat = Field(1e-3, description="of the bound in the hybrid loss")
-    timesteps: Literal["uniform", "stratified", "importance"] = Field(
-        "uniform", description="independent, spread evenly over each global batch, or by the size of recent losses"
-    )
-    label_drop: Fraction = Field(0.1, description="probability of the null condition (label and text), per sample")
-    mask: Literal["any", "box", "stroke", "half"] = Field("any", description="what inpainting hides in training")
-
-
-class GuidanceConfig(_Model):
-    """Guidance when sampling: by the model's own null condition, a classifier of noisy images, or a weaker model."""
-
-    kind: Literal["classifier_free", "classifier", "auto"] = "classifier_free"
-    scale: NonNegativeFloat = 1.0
-    interval: tuple[Fraction, Fraction] = (0.0, 1.0)
-    rescale: Fraction = Field(
-        0.0, description="how far contrast is brought back to the conditional image's; classifier_free only"
-    )
-    classifier: str | None = Field(None, description="MODEL trained with task=classifier, for kind = classifier")
-    weak: str | None = Field(None, description="MODEL that is smaller or less trained, for kind = auto")
-
-    @model_validator(mode="after")
-    def _guide(self) -> GuidanceConfig:
-        if self.kind == "classifier" and self.classifier is None:
-            raise ValueError("guidance.kind = classifier needs guidance.classifier=MODEL, one of task=classifier")
-        if self.kind == "auto" and self.weak is None:
-            raise ValueError("guidance.kind = auto needs guidance.weak=MODEL, such as runs:/ID/IMAGES of fewer images")
-        if self.rescale and self.kind != "classifier_free":
-            raise ValueError(f"rescale = {self.rescale} has no use with guidance.kind = {self.kind}: leave it at 0")
-        return self
-
-    @model_validator(mode="after")
-    def _ordered(self) -> GuidanceConfig:
-        if self.interval[0] > self.interval[1]:
-            raise ValueError(f"interval must be [low, high] with low <= high, got {list(self.interval)}")
-        return self
-
-
-class _Sampler(_Model):
-    clip: PositiveFloat | None = Field(1.0, description="bound on the predicted |x_0|")
-    threshold: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="quantile of dynamic thresholding, instead of clipping"
-    )
-
-
-class DDIMSampler(_Sampler):
-    """Few deterministic steps."""
-
-    kind: Literal["ddim"]
-    steps: PositiveInt = 50
-    eta: Fraction = 0.0
-
-
-class AncestralSampler(_Sampler):
-    """The reverse Markov chain."""
-
-    kind: Literal["ancestral"]
-    steps: PositiveInt = 1000
-    variance: Literal["small", "large"] = "small"
-
-
-class DPMSolverSampler(_Sampler):
-    """DPM-Solver++(2M): second order at one evaluation a step."""
-
-    kind: Literal["dpm_solver"]
-    steps: PositiveInt = 20
-
-
-class HeunSampler(_Sampler):
-    """Heun's method: second order at two evaluations a step."""
-
-    kind: Literal["heun"]
-    steps: PositiveInt = 25
-
-
-class PredictorCorrectorSampler(_Sampler):
-    """The reverse chain with Langevin steps at every level."""
-
-    kind: Literal["predictor_corrector"]
-    steps: PositiveInt = 500
-    variance: Literal["small", "large"] = "small"
-    corrector_steps: NonNegativeInt = 1
-    snr: Annotated[float, Field(gt=0, lt=1)] = 0.16
-
-
-SamplerConfig = Annotated[
-    DDIMSampler | AncestralSampler | DPMSolverSampler | HeunSampler | PredictorCorrectorSampler,
-    Field(discriminator="kind"),
-]
-
-
-class OptimConfig(_Model):
+class OptimConfig(Section):
     """Optimizer, learning rate by images seen, and the average of the weights."""
 
     lr: PositiveFloat = 2e-4
@@ -232,7 +92,7 @@ class OptimConfig(_Model):
         return self
 
 
-class ClusterConfig(_Model):
+class ClusterConfig(Section):
     """What the run asks of Ray."""
 
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
@@ -270,7 +130,7 @@ class ClusterConfig(_Model):
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
-class StorageConfig(_Model):
+class StorageConfig(Section):
     """Where data, checkpoints and artifacts are."""
 
     root: str = Field(description="s3://BUCKET[/PREFIX], file:///PATH or the address of another registered storage")
@@ -288,7 +148,7 @@ class StorageConfig(_Model):
         return self
 
 
-class TrackingConfig(_Model):
+class TrackingConfig(Section):
     """MLflow, and what else receives a run's curves."""
 
     uri: str | None = None
@@ -309,7 +169,7 @@ class TrackingConfig(_Model):
         return self
 
 
-class CheckpointConfig(_Model):
+class CheckpointConfig(Section):
     """How often state is saved, in images."""
 
     every: PositiveInt
@@ -317,21 +177,37 @@ class CheckpointConfig(_Model):
     publish_every: PositiveInt = 50_000
 
 
-class EvaluationConfig(_Model):
+class EvaluationConfig(Section):
     """How samples are scored."""
 
     seed: NonNegativeInt = 1
     batch_size: PositiveInt = 90
 
 
-class RegistryConfig(_Model):
+class RegistryConfig(Section):
     """Under which name a model is registered, and which alias the gate guards."""
 
     model: str
     alias: str = "champion"
 
 
-class Config(_Model):
+_FIRST = frozenset(
+    ["task", "init_from", "seed", "batch_size", "images"]
+    + [f"data.{name}" for name in ("image_size", "channels", "num_classes", "lanes", "window", "flip")]
+    + [f"model.{name}" for name in ("channels", "layers_per_block", "attention", "head_dim", "norm_groups")]
+    + [f"model.{name}" for name in ("scale_shift", "dropout", "class_conditional", "text_dim", "inpainting")]
+    + [f"model.{name}" for name in ("learned_variance",)]
+    + [f"schedule.{name}" for name in ("kind", "num_steps", "zero_terminal_snr", "log_snr_shift")]
+    + [f"schedule.{name}" for name in ("beta_start", "beta_end", "s", "start", "end", "tau")]
+    + [f"objective.{name}" for name in ("prediction", "loss", "weight", "min_snr_gamma", "vlb_weight")]
+    + [f"objective.{name}" for name in ("timesteps", "label_drop", "mask")]
+    + [f"optim.{name}" for name in ("lr", "betas", "weight_decay", "warmup_images", "decay", "decay_images")]
+    + [f"optim.{name}" for name in ("grad_clip", "ema_half_life", "power_ema", "precision")]
+)
+"""What an identity has had from the first release on, whatever the values."""
+
+
+class Config(Section):
     """One run, complete and frozen."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -417,7 +293,10 @@ class Config(_Model):
         return self.model_copy(update={"storage": storage, "tracking": tracking, "cluster": cluster})
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide the loss trace, flat; a resumed run must have the same."""
+        """Return the settings that decide the loss trace, flat; a resumed run must have the same.
+
+        A setting that the first release did not have is left out while it has its default, with which nothing changes.
+        """
         data = self.model_dump(
             mode="json",
             include={"data": {"image_size", "channels", "num_classes", "lanes", "window", "flip"}},
@@ -425,7 +304,13 @@ class Config(_Model):
         decisive = {"task", "init_from", "seed", "batch_size", "model", "schedule", "objective", "optim"}
         rest = self.model_dump(mode="json", include=decisive, exclude={"optim": {"max_skipped"}})
         length = {"images": self.images} if self.optim.decay in ("linear", "cosine") else {}
-        return flatten({**rest, **data, **length})
+        flat = flatten({**rest, **data, **length})
+        return {key: value for key, value in flat.items() if key in _FIRST or value != self._default(key)}
+
+    def _default(self, key: str) -> Any:
+        """Return the default of SECTION.FIELD."""
+        section, _, field = key.partition(".")
+        return type(getattr(self, section)).model_fields[field].default
 
     def digest(self) -> str:
         """SHA-256 of the whole resolved configuration."""

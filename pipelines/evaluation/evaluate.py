@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ddpm.generate import SamplingSettings, to_uint8
-from ddpm.interop import Model
+from ddpm.generate import Sampling, to_uint8
+from ddpm.model import Model
 from ddpm.quality import FeatureMoments, frechet_distance
 from pipelines.display import Notice, Progress, no_notice, no_progress
 from pipelines.evaluation.features import EvaluatorNetwork, extract, train_evaluator
@@ -85,6 +86,12 @@ class Scores:
             f"(noise: {self.ceiling:.0f})"
         )
         return [*lines, ("distance", text)]
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Scores:
+        """Read what `asdict` gave, by this or an earlier release."""
+        known = {f.name: plain[f.name] for f in fields(cls)}
+        return cls(**{**known, "sampling": Sampling.from_json(plain["sampling"]).to_json()})
 
     def metrics(self) -> dict[str, float]:
         """Return the scores as MLflow metrics by name."""
@@ -162,7 +169,7 @@ def get_evaluator(
 
 def evaluate(
     model: Model,
-    settings: SamplingSettings,
+    settings: Sampling,
     dataset: Dataset,
     splits: dict[str, Batch],
     evaluator: Evaluator,
@@ -205,14 +212,14 @@ def evaluate(
         seed=seed,
         evaluator_digest=evaluator.digest,
         dataset_digest=dataset.digest,
-        sampling=json.loads(json.dumps(asdict(settings))),
+        sampling=settings.to_json(),
     )
     return Evaluation(scores, to_uint8(samples).numpy(), (torch.zeros(n) if labels is None else labels).long().numpy())
 
 
 def sample_on_ray(
     model: Model,
-    settings: SamplingSettings,
+    settings: Sampling,
     *,
     labels: Tensor | None,
     count: int,
@@ -246,7 +253,7 @@ def sample_on_ray(
 @ray.remote
 def _sample_chunk(
     model: Model,
-    settings: SamplingSettings,
+    settings: Sampling,
     labels: Tensor | None,
     image_ids: Tensor,
     seed: int,
@@ -257,6 +264,6 @@ def _sample_chunk(
     model = model.to(device)
     on_device = None if labels is None else labels.to(device)
     images = model.generate(
-        on_device, settings=settings, seed=seed, images=image_ids.to(device), batch_size=len(image_ids)
+        on_device, sampling=settings, seed=seed, image_ids=image_ids.to(device), batch_size=len(image_ids)
     )
     return to_uint8(images).cpu().numpy()

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-import typing
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,15 @@ import torch
 from ray import tune
 from ray.tune import Stopper
 
-from ddpm.generate import SamplingSettings
-from ddpm.interop import Model
+from ddpm.generate import Sampling
+from ddpm.model import Model
 from ddpm.models.classifier import NoisyClassifier
 from ddpm.quality import FeatureMoments, Interval
-from pipelines.config import Config, from_dict
-from pipelines.config.schema import SamplerConfig
+from pipelines.config import Config, from_dict, sampling
+from pipelines.config.choices import VARIANTS
 from pipelines.evaluation.evaluate import Evaluator
 from pipelines.evaluation.features import extract
-from pipelines.models import classifier_for, sampling_settings, weaker_for
+from pipelines.models import classifier_for, weaker_for
 from pipelines.search.judge import Drawn, SampleScorer, Subject, gain, hopeless, interval, rungs, scores
 from pipelines.search.observer import Observer
 from pipelines.search.optuna_search import searcher
@@ -62,7 +61,7 @@ class Confirmed:
 
     trial: str
     params: dict[str, Value]
-    settings: SamplingSettings
+    settings: Sampling
     distance: Interval
     scores: dict[str, float]
     gain: Interval | None = None
@@ -133,20 +132,17 @@ def subject_of(
     )
 
 
-def base_of(config: Config, settings: SamplingSettings) -> Config:
+def base_of(config: Config, settings: Sampling) -> Config:
     """Return the configuration with a model's own sampling settings.
 
     The classifier and the weaker model come from `config` where the settings name none.
     """
-    plain, given = config.model_dump(mode="json"), asdict(settings)
-    given_guides = {name: plain["guidance"][name] for name in ("classifier", "weak") if given[name] is None}
-    plain["guidance"] = {"kind": settings.guidance} | {
-        name: given[name] for name in plain["guidance"] if name != "kind"
-    }
-    plain["guidance"] |= given_guides
-    for variant in typing.get_args(typing.get_args(SamplerConfig)[0]):
-        if typing.get_args(variant.model_fields["kind"].annotation) == (settings.kind,):
-            plain["sampler"] = {name: given[name] for name in variant.model_fields}
+    plain, given = config.model_dump(mode="json"), settings.to_json()
+    references = {name: plain["guidance"][name] for name in ("classifier", "weak")}
+    own = {name: value for name, value in given.items() if name in plain["guidance"] and value is not None}
+    plain["guidance"] = {**references, **own, "kind": given["guidance"]}
+    sampler = VARIANTS["sampler"][given["kind"]]
+    plain["sampler"] = {name: given[name] for name in sampler.model_fields}
     return from_dict(plain)
 
 
@@ -165,7 +161,7 @@ class GuidanceTrial(tune.Trainable):
     def reset_config(self, new_config: dict[str, Value]) -> bool:
         """Start a trial of another setting with the loaded networks."""
         self.params = new_config
-        self.settings = sampling_settings(apply(self.base, new_config))
+        self.settings = sampling(apply(self.base, new_config))
         self.drawn: Drawn | None = None
         return True
 
@@ -258,8 +254,8 @@ def confirm(subject: Subject, study: StudyConfig, base: Config, records: Sequenc
     front = pareto_front(records, study.objectives)
     chosen = sorted(front, key=lambda r: loss(r, study.objectives[0]))[: study.confirm]
     shared = ray.put(subject)
-    settings = {"default": sampling_settings(base)}
-    settings |= {record.trial: sampling_settings(apply(base, record.params)) for record in chosen}
+    settings = {"default": sampling(base)}
+    settings |= {record.trial: sampling(apply(base, record.params)) for record in chosen}
     task = ray.remote(num_cpus=1, num_gpus=1 if base.cluster.gpus_per_worker else 0)(_draw_fresh)
     seed = base.evaluation.seed + 1_000_003
     drawn: dict[str, Drawn] = dict(
@@ -289,11 +285,11 @@ def draw_front(subject: Subject, base: Config, front: Sequence[TrialRecord]) -> 
     """
     task = ray.remote(num_cpus=1, num_gpus=1 if base.cluster.gpus_per_worker else 0)(_draw_fresh)
     shared, seed = ray.put(subject), base.evaluation.seed
-    drawn = [task.remote(shared, sampling_settings(apply(base, r.params)), SHOWN, seed) for r in front]
+    drawn = [task.remote(shared, sampling(apply(base, r.params)), SHOWN, seed) for r in front]
     return {record.trial: found.pixels for record, found in zip(front, ray.get(drawn), strict=True)}
 
 
-def _draw_fresh(subject: Subject, settings: SamplingSettings, samples: int, seed: int) -> Drawn:
+def _draw_fresh(subject: Subject, settings: Sampling, samples: int, seed: int) -> Drawn:
     """Draw images 0..samples - 1 of a seed in a Ray task."""
     torch.set_num_threads(1)
     return SampleScorer(subject).draw(settings, torch.arange(samples), seed=seed, keep=SHOWN)

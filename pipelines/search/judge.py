@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm.generate import SamplingSettings, to_uint8
-from ddpm.interop import Model
+from ddpm.generate import Sampling, to_uint8
+from ddpm.model import Model
 from ddpm.models.classifier import NoisyClassifier
 from ddpm.quality import FeatureMoments, Interval, bootstrap, frechet_distance, halves, precision_recall
 from pipelines.evaluation.features import EvaluatorNetwork, Features, extract
@@ -91,9 +91,7 @@ class SampleScorer:
         for guide in self.guides.values():
             self.meter.guide(guide)
 
-    def draw(
-        self, settings: SamplingSettings, image_ids: Tensor, *, seed: int, keep: int = 0, batch_size: int = 64
-    ) -> Drawn:
+    def draw(self, settings: Sampling, image_ids: Tensor, *, seed: int, keep: int = 0, batch_size: int = 64) -> Drawn:
         """Draw the images of these numbers, and compute their features and predicted classes.
 
         Image i of a seed does not depend on the other images.
@@ -106,17 +104,18 @@ class SampleScorer:
             batch_size: images to draw at a time.
         """
         subject, before = self.subject, self.meter.count
+        named = settings.to_json()
         model: Any = replace(
             self.model,
-            classifier=self.guides.get(settings.classifier or ""),  # type: ignore[arg-type]
-            weak=self.guides.get(settings.weak or ""),  # type: ignore[arg-type]
+            classifier=self.guides.get(named.get("classifier") or ""),  # type: ignore[arg-type]
+            weak=self.guides.get(named.get("weak") or ""),  # type: ignore[arg-type]
         )
         labels = None if subject.labels is None else subject.labels[image_ids % len(subject.labels)]
         images = model.generate(
             None if labels is None else labels.to(self.device),
             seed=seed,
-            settings=settings,
-            images=image_ids.to(self.device),
+            sampling=settings,
+            image_ids=image_ids.to(self.device),
             batch_size=batch_size,
         )
         pixels = to_uint8(images).cpu()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ddpm.generate import configured, generate, to_uint8
-from ddpm.interop import ModelSpec
-from ddpm.likelihood import variational_bound
-from ddpm.prediction import Conditioning, NetworkDenoiser
+from ddpm.bound import variational_bound
+from ddpm.conditioning import Conditioning
+from ddpm.generate import generate, to_uint8
+from ddpm.model import ModelSpec
+from ddpm.prediction import NetworkDenoiser
 from ddpm.quality import FeatureMoments
 from ddpm.schedule import make_schedule
 from pipelines.evaluation.features import EvaluatorNetwork, extract
@@ -73,7 +74,7 @@ class RungJudge:
                 cond=self._labels(self.labels, image_ids, spec, device),
                 shape=spec.shape,
                 seed=self.seed,
-                images=image_ids.to(device),
+                image_ids=image_ids.to(device),
                 batch_size=BATCH,
             )
             features = all_gather_items(
@@ -83,12 +84,12 @@ class RungJudge:
             if len(self.held_out):
                 bound_ids = rank_indices(len(self.held_out), rank)
                 bound = variational_bound(
-                    configured(denoiser, schedule, replace(spec.sampling, scale=1.0, rescale=0.0)),
+                    spec.sampling.clipping.wrap(denoiser, schedule),
                     schedule,
                     self.held_out[bound_ids].to(device),
                     self._labels(self.held_out_labels, bound_ids, spec, device),
                     seed=self.seed,
-                    images=bound_ids.to(device),
+                    image_ids=bound_ids.to(device),
                     steps=min(BOUND_STEPS, schedule.num_steps),
                 )
                 scores["bits_per_dim"] = all_gather_items(bound.total, len(self.held_out)).mean().item()

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import itertools
 import random
-import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ddpm.guidance import GUIDANCE
+from ddpm.settings import settings_of
 from pipelines.config import Config, ConfigError, from_dict
-from pipelines.config.schema import SamplerConfig, ScheduleConfig
+from pipelines.config.choices import VARIANTS
 from pipelines.search.parameters import Parameter, Params, Value
 from pipelines.search.paths import get_value, set_value
 from pipelines.search.study_config import StudyConfig
@@ -40,12 +41,13 @@ def apply(base: Config, params: Params) -> Config:
         ConfigError: a path does not exist, or a value is not allowed.
     """
     plain = base.model_dump(mode="json")
-    for group in ("schedule", "sampler"):
+    for group in VARIANTS:
         kind = params.get(f"{group}.kind")
         if kind is not None and kind != plain[group]["kind"]:
             plain[group] = {"kind": kind, **_shared(group, str(kind), plain[group])}
-    if params.get("guidance.kind", "classifier_free") != "classifier_free":
-        plain["guidance"]["rescale"] = 0.0  # only classifier-free guidance has it
+    kind = params.get("guidance.kind")
+    if kind is not None and kind != plain["guidance"]["kind"]:
+        plain["guidance"] = _guidance_of(str(kind), plain["guidance"])
     for path, value in params.items():
         set_value(plain, path, value)
     return from_dict(plain)
@@ -99,14 +101,18 @@ def _random(study: StudyConfig, base: Config, count: int = RANDOM_CHECKS) -> Ite
 
 def _shared(group: str, kind: str, before: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a group that its new kind has too."""
-    union = {"schedule": ScheduleConfig, "sampler": SamplerConfig}[group]
-    # Annotated[A | B, Field(discriminator="kind")]
-    for variant in typing.get_args(typing.get_args(union)[0]):
-        if typing.get_args(variant.model_fields["kind"].annotation) == (kind,):
-            # The number of steps is a choice of its own for every sampler; all else that both have stays.
-            kept = set(variant.model_fields) - {"kind", "steps"}
-            return {name: value for name, value in before.items() if name in kept}
-    return {}
+    if kind not in VARIANTS[group]:
+        return {}
+    # The number of steps is a choice of its own for every sampler; all else that both have stays.
+    kept = set(VARIANTS[group][kind].model_fields) - {"kind", "steps"}
+    return {name: value for name, value in before.items() if name in kept}
+
+
+def _guidance_of(kind: str, before: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the guidance section for another kind: references to networks stay, and settings that the kind has."""
+    own = {setting.name for setting in settings_of(GUIDANCE[kind])} if kind in GUIDANCE else set()
+    references = {s.name for cls in GUIDANCE.values() for s in settings_of(cls) if s.reference}
+    return {name: value for name, value in before.items() if name in own | references | {"kind"}}
 
 
 def _get_or_fail(plain: Mapping[str, Any], path: str, what: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from ddpm.generate import SamplingSettings
+from ddpm.generate import Sampling
 from pipelines import models, tracking
 from pipelines.config import Config
 from pipelines.display import StageNotice
@@ -146,7 +146,7 @@ def _publish_guidance(
         "seconds": seconds,
     }
     if winner is not None:
-        tracker.text(tracking.to_json(asdict(winner.settings)), "best/sampling.json")
+        tracker.text(tracking.to_json(winner.settings.to_json()), "best/sampling.json")
         tracker.text(_overrides(base, winner.settings), "best/overrides.txt")
     return StudyResult(tracker, found.records, best(found.records, study.objectives[0]), where, answer)
 
@@ -286,7 +286,7 @@ def _write_sampling(resolved: Resolved, found: GuidanceResult, name: str, notice
     if version is None or resolved.tracker is None:
         notice("study", "the model is no registered version: use the settings of best/sampling.json")
         return
-    tags = {"sampling": json.dumps(asdict(winner.settings)), "sampling.study": name, "sampling.gain": gained}
+    tags = {"sampling": json.dumps(winner.settings.to_json()), "sampling.study": name, "sampling.gain": gained}
     tracking.set_version_tags(resolved.tracker.uri, version.name, version.version, tags)
     notice("study", f"written onto {version.uri} as its default sampling")
 
@@ -303,7 +303,7 @@ def _cost(found: GuidanceResult, resolved: Resolved, study: StudyConfig, seconds
     return [f"{spent:,.0f} network evaluations ({shares}){beside}.", f"{seconds:,.0f} s for this call."]
 
 
-def _overrides(config: Config, settings: SamplingSettings) -> str:
+def _overrides(config: Config, settings: Sampling) -> str:
     """Return sampler and guidance as overrides for the command line."""
     plain = base_of(config, settings).model_dump(mode="json", include={"guidance", "sampler"})
     kind = plain["sampler"].pop("kind")

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ddpm.prediction import Conditioning, Prediction, coefficients, eps_from_x0
+from ddpm.conditioning import Conditioning
+from ddpm.prediction import Prediction, coefficients, eps_from_x0
 from ddpm.schedule import NoiseSchedule
 
 

@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from ddpm.guidance import ClassifierGuided
+from ddpm.conditioning import Conditioning
+from ddpm.guidance import ClassifierGuided, Guides
 from ddpm.models.classifier import NoisyClassifier, class_loss, text_loss
 from ddpm.models.unet import UNet, UNetConfig
 from ddpm.noise import Purpose, integers, normal
-from ddpm.prediction import Conditioning
 from ddpm.schedule import make_schedule
 from tests.ddpm.exact import GaussianDenoiser
 
@@ -60,7 +60,8 @@ def test_it_learns_to_classify_noisy_images_and_guides_samples_to_what_is_asked(
     assert (log_prob(x_0, t, asked) > log_prob(x_0, t, other)).float().mean() > 0.95
     base = GaussianDenoiser(SCHEDULE, mean=0.0, std=0.5)
     x_t, at = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.full((64,), 500.0)
-    shift = ClassifierGuided(base, SCHEDULE, log_prob, 3.0)(x_t, at, asked).x0 - base(x_t, at).x0
+    guided = ClassifierGuided(3.0).wrap(base, SCHEDULE, Guides(log_prob=log_prob))
+    shift = guided(x_t, at, asked).x0 - base(x_t, at).x0
     towards = shift.mean((1, 2, 3)) * (2 * label - 1)
     assert (towards > 0).float().mean() > 0.95
 

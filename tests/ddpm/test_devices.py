@@ -3,15 +3,16 @@
 import pytest
 import torch
 
-from ddpm.generate import SamplingSettings, generate
-from ddpm.guidance import ClassifierGuided
-from ddpm.inpainting import random_mask
-from ddpm.likelihood import variational_bound
+from ddpm.bound import variational_bound
+from ddpm.conditioning import Conditioning
+from ddpm.generate import Sampling, generate
+from ddpm.guidance import ClassifierGuided, Guides
+from ddpm.masks import random_mask
 from ddpm.models.classifier import NoisyClassifier
 from ddpm.models.unet import UNet, UNetConfig
 from ddpm.noise import Purpose, integers, normal, words
 from ddpm.objectives import Objective, stratified_timesteps
-from ddpm.prediction import Conditioning, NetworkDenoiser
+from ddpm.prediction import NetworkDenoiser
 from ddpm.schedule import make_schedule
 
 pytestmark = [
@@ -97,7 +98,7 @@ def test_losses_and_gradients_agree(channels_last):
 
 @pytest.mark.parametrize("kind", ["ddim", "ancestral", "dpm_solver", "heun", "predictor_corrector"])
 def test_samples_agree(kind):
-    settings = SamplingSettings(kind=kind, steps=8, scale=2.0, rescale=0.3)
+    settings = Sampling.of(kind=kind, steps=8, scale=2.0, rescale=0.3)
     drawn = [
         generate(
             NetworkDenoiser(network().to(device), SCHEDULE),
@@ -106,7 +107,7 @@ def test_samples_agree(kind):
             cond=condition().to(device),
             shape=(3, 16, 16),
             seed=0,
-            images=N.to(device),
+            image_ids=N.to(device),
         ).cpu()
         for device in ("cpu", "cuda")
     ]
@@ -120,9 +121,9 @@ def test_guidance_by_a_classifier_and_the_bound_agree():
     guided, bounds = [], []
     for device in ("cpu", "cuda"):
         model = NetworkDenoiser(network().to(device), SCHEDULE)
-        both = ClassifierGuided(model, SCHEDULE, classifier.to(device).class_log_prob, 2.0)
+        both = ClassifierGuided(2.0).wrap(model, SCHEDULE, Guides(log_prob=classifier.to(device).class_log_prob))
         guided.append(both(x.to(device), t.to(device), Conditioning(label=N.to(device) % 4)).x0.cpu())
-        bound = variational_bound(model, SCHEDULE, x.to(device), seed=0, images=N.to(device), steps=10, levels=None)
+        bound = variational_bound(model, SCHEDULE, x.to(device), seed=0, image_ids=N.to(device), steps=10, levels=None)
         bounds.append(bound.total.cpu())
     torch.testing.assert_close(guided[1], guided[0], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(bounds[1], bounds[0], rtol=1e-3, atol=1e-3)

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from ddpm.generate import SamplingSettings, generate, to_uint8
-from ddpm.prediction import Conditioning
+from ddpm.conditioning import Conditioning
+from ddpm.generate import Sampling, generate, to_uint8
 from ddpm.schedule import make_schedule
 from tests.ddpm.exact import GaussianDenoiser
 
@@ -18,29 +18,29 @@ def draw(settings, **options):
 @pytest.mark.parametrize(
     "settings",
     [
-        SamplingSettings(steps=10),
-        SamplingSettings(steps=10, scale=2.0),
-        SamplingSettings(steps=10, eta=1.0),
-        SamplingSettings(kind="ancestral", steps=10),
-        SamplingSettings(kind="dpm_solver", steps=10),
-        SamplingSettings(kind="heun", steps=5, scale=2.0, rescale=0.5),
-        SamplingSettings(kind="predictor_corrector", steps=5, corrector_steps=2),
-        SamplingSettings(steps=10, scale=4.0, clip=None, threshold=0.9),
+        Sampling.of(steps=10),
+        Sampling.of(steps=10, scale=2.0),
+        Sampling.of(steps=10, eta=1.0),
+        Sampling.of(kind="ancestral", steps=10),
+        Sampling.of(kind="dpm_solver", steps=10),
+        Sampling.of(kind="heun", steps=5, scale=2.0, rescale=0.5),
+        Sampling.of(kind="predictor_corrector", steps=5, corrector_steps=2),
+        Sampling.of(steps=10, scale=4.0, clip=None, threshold=0.9),
     ],
 )
 def test_the_same_seed_gives_the_same_images_in_any_batching(settings):
     whole = draw(settings, batch_size=64)
     assert whole.shape == (6, 1, 4, 4)
     assert (to_uint8(draw(settings, batch_size=4)).int() - to_uint8(whole).int()).abs().max() <= 1
-    some = draw(settings, cond=Conditioning(label=torch.zeros(2, dtype=torch.long)), images=torch.tensor([4, 1]))
+    some = draw(settings, cond=Conditioning(label=torch.zeros(2, dtype=torch.long)), image_ids=torch.tensor([4, 1]))
     torch.testing.assert_close(some, whole[[4, 1]], rtol=1e-4, atol=1e-4)
     assert not torch.equal(draw(settings, seed=4), whole)
 
 
 def test_unconditional_images_need_a_count():
-    assert draw(SamplingSettings(steps=5), cond=None, count=3).shape == (3, 1, 4, 4)
+    assert draw(Sampling.of(steps=5), cond=None, count=3).shape == (3, 1, 4, 4)
     with pytest.raises(ValueError, match="number of images"):
-        draw(SamplingSettings(steps=5), cond=None)
+        draw(Sampling.of(steps=5), cond=None)
 
 
 def test_images_stay_within_range_and_round_to_grey_levels():
@@ -54,14 +54,14 @@ def test_images_stay_within_range_and_round_to_grey_levels():
 )
 def test_unknown_samplers_and_negative_scales_are_refused(bad):
     with pytest.raises(ValueError, match=r"sampler|scale|guidance"):
-        SamplingSettings(**bad)
+        Sampling.of(**bad)
 
 
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (SamplingSettings(guidance="classifier", steps=3), "guidance by a classifier needs one"),
-        (SamplingSettings(guidance="auto", steps=3), "autoguidance needs a weaker model"),
+        (Sampling.of(guidance="classifier", steps=3), "guidance by a classifier needs one"),
+        (Sampling.of(guidance="auto", steps=3), "autoguidance needs a weaker model"),
     ],
 )
 def test_guidance_by_a_network_that_is_not_there_is_refused(settings, message):

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from ddpm.guidance import Autoguided, ClassifierFree, ClassifierGuided, ConditionedOn
-from ddpm.prediction import Conditioning, Prediction, coefficients, eps_from_x0
-from ddpm.samplers import ddim, last
+from ddpm.conditioning import Conditioning
+from ddpm.guidance import Autoguided, ClassifierFree, ClassifierGuided, ConditionedOn, Guides
+from ddpm.prediction import Prediction, coefficients, eps_from_x0
+from ddpm.samplers import DDIM, last
 from ddpm.schedule import make_schedule
 from tests.ddpm.exact import GaussianDenoiser, MixtureDenoiser
 
@@ -27,6 +28,9 @@ def classifier(x_t, t, cond):
     return MIXTURE.class_log_posterior(x_t, t).gather(1, cond.label[:, None])[:, 0]
 
 
+CLASSIFIER = Guides(log_prob=classifier)
+
+
 class Counting:
     def __init__(self):
         self.batches = []
@@ -39,14 +43,14 @@ class Counting:
 def test_scale_zero_is_exactly_unconditional_and_one_exactly_conditional():
     for scale, cond in ((0.0, None), (1.0, LABELS)):
         counting = Counting()
-        guided = ClassifierFree(counting, SCHEDULE, scale)(X, T, LABELS)
+        guided = ClassifierFree(scale).wrap(counting, SCHEDULE)(X, T, LABELS)
         assert torch.equal(guided.x0, EXACT(X, T, cond).x0)
         assert counting.batches == [4]
 
 
 def test_other_scales_extrapolate_from_null_to_conditional_in_one_batch():
     counting = Counting()
-    guided = ClassifierFree(counting, SCHEDULE, 3.0)(X, T, LABELS)
+    guided = ClassifierFree(3.0).wrap(counting, SCHEDULE)(X, T, LABELS)
     null, conditional = EXACT(X, T, None), EXACT(X, T, LABELS)
     torch.testing.assert_close(guided.eps, null.eps + 3 * (conditional.eps - null.eps))
     torch.testing.assert_close(guided.x0, null.x0 + 3 * (conditional.x0 - null.x0))
@@ -55,9 +59,9 @@ def test_other_scales_extrapolate_from_null_to_conditional_in_one_batch():
 
 def test_samples_that_are_dropped_already_stay_unconditional():
     dropped = LABELS.dropped(torch.ones(4, dtype=torch.bool))
-    guided = ClassifierFree(EXACT, SCHEDULE, 3.0)(X, T, dropped)
+    guided = ClassifierFree(3.0).wrap(EXACT, SCHEDULE)(X, T, dropped)
     torch.testing.assert_close(guided.x0, EXACT(X, T, None).x0)
-    guided = ClassifierGuided(MIXTURE, SCHEDULE, classifier, 3.0)(X2, T2, LABELS2.dropped(torch.ones(6).bool()))
+    guided = ClassifierGuided(3.0).wrap(MIXTURE, SCHEDULE, CLASSIFIER)(X2, T2, LABELS2.dropped(torch.ones(6).bool()))
     torch.testing.assert_close(guided.x0, MIXTURE(X2, T2).x0)
 
 
@@ -71,7 +75,7 @@ def test_the_known_pixels_of_inpainting_condition_both_sides():
     mask, context = torch.ones(4, 1, 4, 4), torch.rand(4, 1, 4, 4)
     cond = Conditioning(label=torch.arange(4), mask=mask, context=context)
     for scale in (0.0, 2.0):
-        ClassifierFree(network, SCHEDULE, scale)(X, T, cond)
+        ClassifierFree(scale).wrap(network, SCHEDULE)(X, T, cond)
     assert seen[0].label is None
     assert seen[0].mask is mask
     assert torch.equal(seen[1].context, torch.cat([context, context]))
@@ -82,10 +86,10 @@ def test_the_known_pixels_of_inpainting_condition_both_sides():
 def test_outside_its_interval_guidance_leaves_the_model_alone(kind):
     def guided(interval):
         if kind == "classifier_free":
-            return ClassifierFree(MIXTURE, SCHEDULE, 3.0, interval)
+            return ClassifierFree(3.0, interval).wrap(MIXTURE, SCHEDULE)
         if kind == "classifier":
-            return ClassifierGuided(MIXTURE, SCHEDULE, classifier, 3.0, interval)
-        return Autoguided(MIXTURE, GaussianDenoiser(SCHEDULE), SCHEDULE, 3.0, interval)
+            return ClassifierGuided(3.0, interval).wrap(MIXTURE, SCHEDULE, CLASSIFIER)
+        return Autoguided(3.0, interval).wrap(MIXTURE, SCHEDULE, Guides(weak=GaussianDenoiser(SCHEDULE)))
 
     alone = MIXTURE(X2, T2, None if kind == "classifier" else LABELS2)
     assert torch.equal(guided((0.5, 0.8))(X2, T2, LABELS2).x0, alone.x0)
@@ -96,26 +100,26 @@ def test_outside_its_interval_guidance_leaves_the_model_alone(kind):
 
 def test_rescale_brings_back_the_spread_of_the_conditional_image():
     conditional = EXACT(X, T, LABELS)
-    plain = ClassifierFree(EXACT, SCHEDULE, 5.0)(X, T, LABELS)
-    full = ClassifierFree(EXACT, SCHEDULE, 5.0, rescale=1.0)(X, T, LABELS)
-    half = ClassifierFree(EXACT, SCHEDULE, 5.0, rescale=0.5)(X, T, LABELS)
+    plain = ClassifierFree(5.0).wrap(EXACT, SCHEDULE)(X, T, LABELS)
+    full = ClassifierFree(5.0, rescale=1.0).wrap(EXACT, SCHEDULE)(X, T, LABELS)
+    half = ClassifierFree(5.0, rescale=0.5).wrap(EXACT, SCHEDULE)(X, T, LABELS)
     torch.testing.assert_close(full.x0.std((1, 2, 3)), conditional.x0.std((1, 2, 3)))
     torch.testing.assert_close(half.x0, (plain.x0 + full.x0) / 2)
     alpha, sigma = coefficients(SCHEDULE, T, X)
     torch.testing.assert_close(alpha * full.x0 + sigma * full.eps, X)
     with pytest.raises(ValueError, match="rescale"):
-        ClassifierFree(EXACT, SCHEDULE, 5.0, rescale=2.0)
+        ClassifierFree(5.0, rescale=2.0).wrap(EXACT, SCHEDULE)
 
 
 def test_an_exact_classifier_turns_the_unconditional_model_into_the_conditional_one():
     """Bayes' rule: grad log p(x_t | y) = grad log p(x_t) + grad log p(y | x_t)."""
     for t in (20.0, 400.0, 900.0):
         at = torch.full((6,), t)
-        guided = ClassifierGuided(MIXTURE, SCHEDULE, classifier, 1.0)(X2, at, LABELS2)
+        guided = ClassifierGuided(1.0).wrap(MIXTURE, SCHEDULE, CLASSIFIER)(X2, at, LABELS2)
         conditional = MIXTURE(X2, at, LABELS2)
         torch.testing.assert_close(guided.x0, conditional.x0)
         torch.testing.assert_close(guided.eps, conditional.eps)
-    off = ClassifierGuided(MIXTURE, SCHEDULE, classifier, 0.0)(X2, T2, LABELS2)
+    off = ClassifierGuided(0.0).wrap(MIXTURE, SCHEDULE, CLASSIFIER)(X2, T2, LABELS2)
     assert torch.equal(off.x0, MIXTURE(X2, T2).x0)
 
 
@@ -127,8 +131,8 @@ def test_both_kinds_of_guidance_follow_the_score_of_the_sharpened_class_posterio
     (score,) = torch.autograd.grad(log_p.sum(), x)
     _, sigma = coefficients(SCHEDULE, T2, X2)
     for guided in (
-        ClassifierFree(MIXTURE, SCHEDULE, scale),
-        ClassifierGuided(MIXTURE, SCHEDULE, classifier, scale),
+        ClassifierFree(scale).wrap(MIXTURE, SCHEDULE),
+        ClassifierGuided(scale).wrap(MIXTURE, SCHEDULE, CLASSIFIER),
     ):
         torch.testing.assert_close(guided(X2, T2, LABELS2).eps, -sigma * score)
 
@@ -136,9 +140,9 @@ def test_both_kinds_of_guidance_follow_the_score_of_the_sharpened_class_posterio
 def test_guidance_by_a_classifier_works_where_gradients_are_off_and_draws_the_class():
     x_T = torch.randn(200, 1, 1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     cond = Conditioning(label=torch.full((200,), 2))
-    guided = ClassifierGuided(MIXTURE, SCHEDULE, classifier, 2.0)
+    guided = ClassifierGuided(2.0).wrap(MIXTURE, SCHEDULE, CLASSIFIER)
     with torch.no_grad():
-        samples = last(ddim(guided, SCHEDULE, x_T, cond, steps=50))
+        samples = last(DDIM(steps=50)(guided, SCHEDULE, x_T, cond))
     nearest = torch.cdist(samples.flatten(1), MIXTURE.means).argmin(1)
     assert not samples.requires_grad
     assert (nearest == 2).double().mean() > 0.99
@@ -152,31 +156,32 @@ def test_a_classifier_is_not_asked_about_pure_noise():
         return mixture.class_log_posterior(x_t, t).gather(1, cond.label[:, None])[:, 0]
 
     end = torch.full((6,), 1000.0)
-    guided = ClassifierGuided(mixture, schedule, log_prob, 5.0)(X2, end, LABELS2)
+    guided = ClassifierGuided(5.0).wrap(mixture, schedule, Guides(log_prob=log_prob))(X2, end, LABELS2)
     assert torch.isfinite(guided.x0).all()
     torch.testing.assert_close(guided.eps, mixture(X2, end).eps)
 
 
 def test_guiding_a_conditional_model_adds_to_its_own_condition():
     base = ConditionedOn(MIXTURE, LABELS2)
-    guided = ClassifierGuided(base, SCHEDULE, classifier, 0.0)(X2, T2, LABELS2)
+    guided = ClassifierGuided(0.0).wrap(base, SCHEDULE, CLASSIFIER)(X2, T2, LABELS2)
     assert torch.equal(guided.x0, MIXTURE(X2, T2, LABELS2).x0)
 
 
 def test_autoguidance_extrapolates_from_the_weak_model():
     weak = GaussianDenoiser(SCHEDULE, std=0.6)
     strong, bad = EXACT(X, T, LABELS), weak(X, T, LABELS)
-    assert torch.equal(Autoguided(EXACT, weak, SCHEDULE, 1.0)(X, T, LABELS).x0, strong.x0)
-    assert torch.equal(Autoguided(EXACT, weak, SCHEDULE, 0.0)(X, T, LABELS).x0, bad.x0)
-    twice = Autoguided(EXACT, weak, SCHEDULE, 2.0)(X, T, LABELS)
+    assert torch.equal(Autoguided(1.0).wrap(EXACT, SCHEDULE, Guides(weak=weak))(X, T, LABELS).x0, strong.x0)
+    assert torch.equal(Autoguided(0.0).wrap(EXACT, SCHEDULE, Guides(weak=weak))(X, T, LABELS).x0, bad.x0)
+    twice = Autoguided(2.0).wrap(EXACT, SCHEDULE, Guides(weak=weak))(X, T, LABELS)
     torch.testing.assert_close(twice.x0, 2 * strong.x0 - bad.x0)
-    torch.testing.assert_close(Autoguided(EXACT, weak, SCHEDULE, 2.0)(X, T).x0, 2 * EXACT(X, T).x0 - weak(X, T).x0)
+    unconditional = Autoguided(2.0).wrap(EXACT, SCHEDULE, Guides(weak=weak))(X, T)
+    torch.testing.assert_close(unconditional.x0, 2 * EXACT(X, T).x0 - weak(X, T).x0)
 
 
-@pytest.mark.parametrize("make", [ClassifierFree, lambda d, s, w: Autoguided(d, d, s, w)])
+@pytest.mark.parametrize("make", [ClassifierFree, Autoguided])
 def test_negative_scales_are_refused(make):
     with pytest.raises(ValueError, match="scale must be >= 0"):
-        make(EXACT, SCHEDULE, -1.0)
+        make(-1.0)
 
 
 @pytest.mark.parametrize("kind", ["classifier_free", "auto"])
@@ -186,8 +191,9 @@ def test_scale_zero_is_the_limit_of_small_scales_in_and_out_of_the_interval(kind
 
     def guided(scale):
         if kind == "classifier_free":
-            return ClassifierFree(MIXTURE, SCHEDULE, scale, (0.2, 0.8), rescale=0.7)(X2, at, LABELS2)
-        return Autoguided(MIXTURE, GaussianDenoiser(SCHEDULE), SCHEDULE, scale, (0.2, 0.8))(X2, at, LABELS2)
+            return ClassifierFree(scale, (0.2, 0.8), rescale=0.7).wrap(MIXTURE, SCHEDULE)(X2, at, LABELS2)
+        guides = Guides(weak=GaussianDenoiser(SCHEDULE))
+        return Autoguided(scale, (0.2, 0.8)).wrap(MIXTURE, SCHEDULE, guides)(X2, at, LABELS2)
 
     zero, tiny = guided(0.0), guided(1e-9)
     torch.testing.assert_close(zero.x0, tiny.x0, rtol=0, atol=1e-6)
@@ -203,6 +209,6 @@ def test_rescale_leaves_a_constant_image_as_it_is(shape):
         return Prediction(x_0, eps_from_x0(x_0, x_t, t, SCHEDULE))
 
     x = torch.randn(4, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    guided = ClassifierFree(constant, SCHEDULE, 3.0, rescale=0.7)(x, T, LABELS)
+    guided = ClassifierFree(3.0, rescale=0.7).wrap(constant, SCHEDULE)(x, T, LABELS)
     torch.testing.assert_close(guided.x0, torch.full_like(x, 0.25))
     assert guided.eps.isfinite().all()

@@ -8,21 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddpm.inpainting import (
-    extend_for_inpainting,
-    inpainting_condition,
-    masked_error,
-    noised_start,
-    paste,
-    random_mask,
-    repaint,
-    repaint_levels,
-    replacement,
-    seam_error,
-)
+from ddpm.conditioning import Conditioning
+from ddpm.masks import inpainting_condition, masked_error, paste, random_mask, seam_error
 from ddpm.models.unet import UNet, UNetConfig
-from ddpm.prediction import Conditioning, Prediction, eps_from_x0
-from ddpm.samplers import ancestral, ddim, dpm_solver, heun, initial_noise, last, step_noise
+from ddpm.prediction import Prediction, eps_from_x0
+from ddpm.samplers import DDIM, Ancestral, DPMSolver, Heun, initial_noise, last, step_noise
+from ddpm.samplers.repaint import RePaint, Replacement, repaint_levels
+from ddpm.samplers.sdedit import noised_start
 from ddpm.schedule import NoiseSchedule, make_schedule
 
 SCHEDULE = make_schedule("cosine")
@@ -73,15 +65,12 @@ def law(steps, jump_length=1, resamplings=1):
         return out.reshape(rows, *SHAPE)
 
     denoiser = CorrelatedDenoiser(SCHEDULE, [])
-    samples = repaint(
+    samples = RePaint(steps=steps, jump_length=jump_length, resamplings=resamplings)(
         denoiser,
         SCHEDULE,
         unit(0),
-        KNOWN.expand(rows, *SHAPE),
-        MASK.expand(rows, *SHAPE),
-        steps=steps,
-        jump_length=jump_length,
-        resamplings=resamplings,
+        known=KNOWN.expand(rows, *SHAPE),
+        mask=MASK.expand(rows, *SHAPE),
         noise=lambda key: unit(1 + key),
     )
     return *moments(last(samples)), denoiser.asked
@@ -96,10 +85,9 @@ def moments(impulses):
 def mean_error(steps, jump_length, resamplings):
     """How far the mean of the hidden pixels is from the true conditional's: the sample without noise is the mean."""
     zero = torch.zeros(1, *SHAPE, dtype=torch.float64)
-    options = {"steps": steps, "jump_length": jump_length, "resamplings": resamplings}
-    out = last(
-        repaint(CorrelatedDenoiser(SCHEDULE, []), SCHEDULE, zero, KNOWN, MASK, noise=lambda key: zero, **options)
-    )
+    repaint = RePaint(steps=steps, jump_length=jump_length, resamplings=resamplings)
+    denoiser = CorrelatedDenoiser(SCHEDULE, [])
+    out = last(repaint(denoiser, SCHEDULE, zero, known=KNOWN, mask=MASK, noise=lambda key: zero))
     return (out.flatten()[1:3] - true_conditional()[0]).abs().max().item()
 
 
@@ -300,16 +288,8 @@ def test_a_jump_is_the_product_of_the_betas_between_its_levels():
     rises = [i for i, (t, s) in enumerate(itertools.pairwise(levels)) if s > t]
     ones, zeros = torch.ones(1, *SHAPE, dtype=torch.float64), torch.zeros(1, *SHAPE, dtype=torch.float64)
     samples = list(
-        repaint(
-            denoiser,
-            SCHEDULE,
-            zeros,
-            KNOWN,
-            MASK,
-            steps=40,
-            jump_length=jump,
-            resamplings=2,
-            noise=lambda key: ones if key in rises else zeros,
+        RePaint(steps=40, jump_length=jump, resamplings=2)(
+            denoiser, SCHEDULE, zeros, known=KNOWN, mask=MASK, noise=lambda key: ones if key in rises else zeros
         )
     )
     assert len(rises) == 9
@@ -330,8 +310,8 @@ def test_known_pixels_come_back_bit_for_bit(dtype):
     x_T, noise = initial_noise(0, images, SHAPE).to(dtype), step_noise(0, images, SHAPE)
     denoiser = CorrelatedDenoiser(SCHEDULE, [])
     for samples in (
-        replacement(denoiser, SCHEDULE, x_T, known, mask.float(), steps=10, noise=noise),
-        repaint(denoiser, SCHEDULE, x_T, known, mask, steps=10, jump_length=2, resamplings=3, noise=noise),
+        Replacement(steps=10)(denoiser, SCHEDULE, x_T, known=known, mask=mask.float(), noise=noise),
+        RePaint(steps=10, jump_length=2, resamplings=3)(denoiser, SCHEDULE, x_T, known=known, mask=mask, noise=noise),
     ):
         out = last(samples)
         assert out.dtype == dtype
@@ -347,16 +327,8 @@ def test_no_two_transitions_share_a_key():
         return torch.zeros(1, *SHAPE)
 
     last(
-        repaint(
-            CorrelatedDenoiser(SCHEDULE, []),
-            SCHEDULE,
-            torch.zeros(1, *SHAPE),
-            KNOWN,
-            MASK,
-            steps=30,
-            jump_length=3,
-            resamplings=4,
-            noise=noise,
+        RePaint(steps=30, jump_length=3, resamplings=4)(
+            CorrelatedDenoiser(SCHEDULE, []), SCHEDULE, torch.zeros(1, *SHAPE), known=KNOWN, mask=MASK, noise=noise
         )
     )
     assert keys == list(range(len(keys)))
@@ -369,8 +341,10 @@ def test_without_jumps_and_known_pixels_it_is_ancestral_sampling():
     nothing = torch.zeros(3, *SHAPE, dtype=torch.bool)
     grid = SCHEDULE.timesteps(20)
     noise = step_noise(0, images, SHAPE)
-    ours = replacement(denoiser, SCHEDULE, x_T, KNOWN.expand(3, *SHAPE), nothing, timesteps=grid, noise=noise)
-    theirs = ancestral(denoiser, SCHEDULE, x_T, steps=20, noise=lambda s: noise(grid.index(s) - 1))
+    ours = Replacement()(
+        denoiser, SCHEDULE, x_T, known=KNOWN.expand(3, *SHAPE), mask=nothing, timesteps=grid, noise=noise
+    )
+    theirs = Ancestral(steps=20)(denoiser, SCHEDULE, x_T, noise=lambda s: noise(grid.index(s) - 1))
     for one, other in zip(ours, theirs, strict=True):
         assert one.t == other.t
         torch.testing.assert_close(one.x_t, other.x_t, rtol=0, atol=0)
@@ -379,15 +353,12 @@ def test_without_jumps_and_known_pixels_it_is_ancestral_sampling():
 def test_a_sample_does_not_depend_on_its_batch():
     def run(images):
         return last(
-            repaint(
+            RePaint(steps=12, jump_length=3, resamplings=2)(
                 CorrelatedDenoiser(SCHEDULE, []),
                 SCHEDULE,
                 initial_noise(5, images, SHAPE).double(),
-                KNOWN.expand(len(images), *SHAPE),
-                MASK.expand(len(images), *SHAPE),
-                steps=12,
-                jump_length=3,
-                resamplings=2,
+                known=KNOWN.expand(len(images), *SHAPE),
+                mask=MASK.expand(len(images), *SHAPE),
                 noise=step_noise(5, images, SHAPE),
             )
         )
@@ -399,15 +370,12 @@ def test_samples_through_step_noise_have_the_law_of_the_impulses():
     images = torch.arange(4000)
     mean, covariance, _ = law(steps=20, jump_length=2, resamplings=3)
     out = last(
-        repaint(
+        RePaint(steps=20, jump_length=2, resamplings=3)(
             CorrelatedDenoiser(SCHEDULE, []),
             SCHEDULE,
             initial_noise(0, images, SHAPE).double(),
-            KNOWN.expand(4000, *SHAPE),
-            MASK.expand(4000, *SHAPE),
-            steps=20,
-            jump_length=2,
-            resamplings=3,
+            known=KNOWN.expand(4000, *SHAPE),
+            mask=MASK.expand(4000, *SHAPE),
             noise=step_noise(0, images, SHAPE),
         )
     ).flatten(1)
@@ -431,7 +399,9 @@ def test_samples_through_step_noise_have_the_law_of_the_impulses():
 )
 def test_repaint_refuses_what_does_not_fit(change, says):
     zero = torch.zeros(1, *SHAPE, dtype=torch.float64)
-    arguments = {"x_T": zero, "known": KNOWN, "mask": MASK, "steps": 10, "jump_length": 2, "resamplings": 2} | change
+    settings = {"steps": 10, "jump_length": 2, "resamplings": 2}
+    arguments = {"x_T": zero, "known": KNOWN, "mask": MASK} | {k: v for k, v in change.items() if k not in settings}
+    repaint = RePaint(**settings | {k: v for k, v in change.items() if k in settings})
     with pytest.raises(ValueError, match=says):
         last(repaint(CorrelatedDenoiser(SCHEDULE, []), SCHEDULE, noise=lambda key: zero, **arguments))
 
@@ -469,7 +439,7 @@ def small_unet(**options):
 def test_the_extended_network_starts_out_as_the_trained_one(out_channels):
     trained = small_unet(out_channels=out_channels, num_classes=4)
     extended = small_unet(out_channels=out_channels, num_classes=4, context_channels=3)
-    weights = extend_for_inpainting(trained.state_dict(), 3)
+    weights = extended.config.extend_for_inpainting(trained.state_dict())
     extended.load_state_dict(weights)
     x_t, known = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     t = torch.tensor([0.0, 3.0, 500.0, 999.0])
@@ -487,20 +457,20 @@ def test_the_extended_network_starts_out_as_the_trained_one(out_channels):
 def test_the_new_channels_learn():
     """Zero weights with a non-zero gradient, or the fine-tuning would never see the mask."""
     unet = small_unet(context_channels=3)
-    unet.load_state_dict(extend_for_inpainting(small_unet().state_dict(), 3))
+    unet.load_state_dict(unet.config.extend_for_inpainting(small_unet().state_dict()))
     x_t, known = torch.randn(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     unet(x_t, torch.zeros(2), inpainting_condition(known, random_mask(0, torch.arange(2), (8, 8)))).sum().backward()
     assert (unet.conv_in.weight.grad[:, 3:].abs().amax(dim=(0, 2, 3)) > 0).all()
 
 
 def test_weights_are_extended_once():
-    weights = small_unet().state_dict()
+    weights, config = small_unet().state_dict(), small_unet(context_channels=3).config
     with pytest.raises(ValueError, match="extended already"):
-        extend_for_inpainting(extend_for_inpainting(weights, 3), 3)
+        config.extend_for_inpainting(config.extend_for_inpainting(weights))
     with pytest.raises(ValueError, match=r"conv_in\.weight missing"):
-        extend_for_inpainting({k: v for k, v in weights.items() if k != "conv_in.weight"}, 3)
+        config.extend_for_inpainting({k: v for k, v in weights.items() if k != "conv_in.weight"})
     with pytest.raises(ValueError, match="context_channels"):
-        extend_for_inpainting(weights, 0)
+        small_unet().config.extend_for_inpainting(weights)
 
 
 # -------------------------------------------------------------------------------------------- SDEdit
@@ -509,7 +479,7 @@ def test_weights_are_extended_once():
 def edit(image, strength, steps=20):
     images = torch.arange(len(image))
     x_t0, timesteps = noised_start(SCHEDULE, image, strength, initial_noise(0, images, SHAPE).double(), steps=steps)
-    return last(ddim(CorrelatedDenoiser(SCHEDULE, []), SCHEDULE, x_t0, timesteps=timesteps))
+    return last(DDIM()(CorrelatedDenoiser(SCHEDULE, []), SCHEDULE, x_t0, timesteps=timesteps))
 
 
 def test_sdedit_goes_from_the_image_itself_to_a_sample_without_it():
@@ -549,10 +519,10 @@ def test_every_sampler_takes_the_start():
     x, grid = noised_start(SCHEDULE, image, 0.4, initial_noise(0, images, SHAPE).double(), steps=10)
     noise = step_noise(0, images, SHAPE)
     for samples in (
-        ddim(denoiser, SCHEDULE, x, timesteps=grid),
-        ancestral(denoiser, SCHEDULE, x, timesteps=grid, noise=noise),
-        dpm_solver(denoiser, SCHEDULE, x, timesteps=grid),
-        heun(denoiser, SCHEDULE, x, timesteps=grid),
+        DDIM()(denoiser, SCHEDULE, x, timesteps=grid),
+        Ancestral()(denoiser, SCHEDULE, x, timesteps=grid, noise=noise),
+        DPMSolver()(denoiser, SCHEDULE, x, timesteps=grid),
+        Heun()(denoiser, SCHEDULE, x, timesteps=grid),
     ):
         out = list(samples)
         assert [sample.t for sample in out] == grid[1:]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ddpm.gaussian import reverse_variance
 from ddpm.prediction import Prediction, coefficients, eps_from_x0
-from ddpm.samplers import ancestral, annealed_langevin, initial_noise, last, predictor_corrector, step_noise
+from ddpm.samplers import Ancestral, AnnealedLangevin, PredictorCorrector, initial_noise, last, step_noise
 from ddpm.schedule import NoiseSchedule, make_schedule
 from tests.ddpm.exact import GaussianDenoiser, PointDenoiser
 
@@ -62,7 +62,7 @@ def test_the_chain_has_the_moments_of_its_recursion_on_gaussian_data():
     denoiser = GaussianDenoiser(COSINE)
     x_T, noise = noises()
     options = {"steps_per_level": 10, "step_size": 0.3}
-    samples = list(annealed_langevin(denoiser, COSINE, x_T, noise=noise, timesteps=FALLING, **options))
+    samples = list(AnnealedLangevin(**options)(denoiser, COSINE, x_T, noise=noise, timesteps=FALLING))
     assert [s.t for s in samples] == list(FALLING)
     mean, variance = 0.0, 1.0
     for sample in samples:
@@ -81,8 +81,8 @@ def test_more_steps_per_level_bring_annealed_langevin_to_gaussian_data():
     x_T, noise = noises(IMAGES[:300])
 
     def run(steps_per_level):
-        options = {"levels": 40, "steps_per_level": steps_per_level, "step_size": 0.5}
-        return last(annealed_langevin(GaussianDenoiser(COSINE), COSINE, x_T, noise=noise, **options))
+        sampler = AnnealedLangevin(steps=40, steps_per_level=steps_per_level, step_size=0.5)
+        return last(sampler(GaussianDenoiser(COSINE), COSINE, x_T, noise=noise))
 
     few, many = run(1), run(20)
     assert many.mean().item() == pytest.approx(0.2, abs=0.015)
@@ -95,7 +95,7 @@ def test_the_defaults_mix_well_enough_for_gaussian_data(kind):
     """By the recursion of mean and variance the standard deviations are 0.311, 0.308 and 0.304 where 0.3 is right."""
     schedule = make_schedule(kind)
     x_T, noise = noises(IMAGES[:600])
-    out = last(annealed_langevin(GaussianDenoiser(schedule), schedule, x_T, noise=noise))
+    out = last(AnnealedLangevin()(GaussianDenoiser(schedule), schedule, x_T, noise=noise))
     assert out.mean().item() == pytest.approx(0.2, abs=0.01)
     assert out.std().item() == pytest.approx(0.3, rel=0.045)
 
@@ -108,22 +108,22 @@ def test_annealing_finds_the_weights_of_the_modes_and_one_level_alone_does_not()
     denoiser = MixtureDenoiser(COSINE)
     x_T, noise = noises(torch.arange(2000), (1, 1, 1))
     grid = [*range(700, 300, -10), 300, 250, 200, 150, 100, 70, 50, 30, 0]
-    annealed = last(annealed_langevin(denoiser, COSINE, x_T, noise=noise, timesteps=grid, steps_per_level=20))
+    annealed = last(AnnealedLangevin(steps_per_level=20)(denoiser, COSINE, x_T, noise=noise, timesteps=grid))
     assert share_below(annealed) == pytest.approx(0.25, abs=0.05)  # a standard error is 0.01, and mixing ends early
     below = annealed[annealed < 0]
     assert below.mean().item() == pytest.approx(-0.8, abs=0.02)
     assert below.std().item() == pytest.approx(0.1, abs=0.02)
     # As many steps at the last level: each chain stays in the mode it fell into (Song & Ermon 2019, sec. 3.2.2).
-    plain = annealed_langevin(denoiser, COSINE, x_T, noise=noise, timesteps=[30, 0], steps_per_level=960)
+    plain = AnnealedLangevin(steps_per_level=960)(denoiser, COSINE, x_T, noise=noise, timesteps=[30, 0])
     assert share_below(next(plain).x_t) == pytest.approx(0.5, abs=0.1)
 
 
 def test_a_predictor_without_corrector_is_ancestral_sampling():
     x_T, noise = noises(IMAGES[:20])
     for variance in ("small", "large"):
-        options = {"noise": noise, "steps": 10, "variance": variance}
-        ours = predictor_corrector(GaussianDenoiser(COSINE), COSINE, x_T, corrector_steps=0, **options)
-        theirs = ancestral(GaussianDenoiser(COSINE), COSINE, x_T, **options)
+        options = {"steps": 10, "variance": variance}
+        ours = PredictorCorrector(corrector_steps=0, **options)(GaussianDenoiser(COSINE), COSINE, x_T, noise=noise)
+        theirs = Ancestral(**options)(GaussianDenoiser(COSINE), COSINE, x_T, noise=noise)
         for one, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(one.x_t, other.x_t, rtol=0, atol=0)
             assert one.t == other.t
@@ -135,7 +135,7 @@ def test_correcting_mends_what_few_steps_get_wrong(denoiser):
     x_T, noise = noises(torch.arange(100), (1, 16, 16))
 
     def spread(corrector_steps):
-        steps = predictor_corrector(denoiser, COSINE, x_T, noise=noise, steps=12, corrector_steps=corrector_steps)
+        steps = PredictorCorrector(steps=12, corrector_steps=corrector_steps)(denoiser, COSINE, x_T, noise=noise)
         *_, sample, _ = steps
         alpha, sigma = COSINE.alpha(sample.t).item(), COSINE.sigma(sample.t).item()
         x_t = sample.x_t[sample.x_t < 0] if isinstance(denoiser, MixtureDenoiser) else sample.x_t
@@ -154,7 +154,7 @@ def test_the_correctors_step_has_the_asked_signal_to_noise_ratio_in_every_image(
     x_T, source = noises(torch.arange(5))
     noise = Recorder(source)
     x_T = x_T * torch.logspace(-1, 1, 5, dtype=torch.float64).reshape(-1, 1, 1, 1)  # norms unlike their neighbours'
-    samples = list(predictor_corrector(denoiser, COSINE, x_T, noise=noise, steps=steps, snr=snr))
+    samples = list(PredictorCorrector(steps=steps, snr=snr)(denoiser, COSINE, x_T, noise=noise))
     grid = COSINE.timesteps(steps)
     for i, sample in enumerate(samples[:-1]):
         (x, t, _), answer = denoiser.calls[2 * i + 1]
@@ -170,11 +170,11 @@ def test_the_correctors_step_has_the_asked_signal_to_noise_ratio_in_every_image(
 
 
 STOCHASTIC = {
-    "annealed_langevin": lambda x_T, noise: annealed_langevin(
-        GaussianDenoiser(COSINE), COSINE, x_T, noise=noise, levels=10, steps_per_level=3
+    "annealed_langevin": lambda x_T, noise: AnnealedLangevin(steps=10, steps_per_level=3)(
+        GaussianDenoiser(COSINE), COSINE, x_T, noise=noise
     ),
-    "predictor_corrector": lambda x_T, noise: predictor_corrector(
-        GaussianDenoiser(COSINE), COSINE, x_T, noise=noise, steps=20, corrector_steps=2
+    "predictor_corrector": lambda x_T, noise: PredictorCorrector(steps=20, corrector_steps=2)(
+        GaussianDenoiser(COSINE), COSINE, x_T, noise=noise
     ),
 }
 
@@ -202,20 +202,19 @@ def test_no_two_steps_share_their_noise(run):
 def test_level_zero_is_the_denoised_last_level():
     denoiser = GaussianDenoiser(COSINE)
     x_T, noise = noises(torch.arange(3))
-    *_, before, end = annealed_langevin(denoiser, COSINE, x_T, noise=noise, levels=5, steps_per_level=2)
+    *_, before, end = AnnealedLangevin(steps=5, steps_per_level=2)(denoiser, COSINE, x_T, noise=noise)
     assert (before.t, end.t) == (200, 0)
     torch.testing.assert_close(end.x_t, denoiser(before.x_t, torch.full((3,), 200.0)).x0)
     assert (end.x_t - before.x0).std() > 1e-3
 
 
-@pytest.mark.parametrize("run", [annealed_langevin, predictor_corrector])
+@pytest.mark.parametrize("sampler", [AnnealedLangevin, PredictorCorrector])
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
-def test_the_only_image_there_is_comes_out_in_float32(run, zero_terminal_snr):
+def test_the_only_image_there_is_comes_out_in_float32(sampler, zero_terminal_snr):
     schedule = make_schedule("cosine", zero_terminal_snr=zero_terminal_snr)
     image = torch.linspace(-1, 1, 16).reshape(1, 4, 4)
-    count = {"levels": 10} if run is annealed_langevin else {"steps": 10}
     x_T, noise = noises(torch.arange(3))
-    *_, sample = run(PointDenoiser(schedule, image), schedule, x_T.float(), noise=noise, **count)
+    *_, sample = sampler(steps=10)(PointDenoiser(schedule, image), schedule, x_T.float(), noise=noise)
     assert sample.t == 0
     assert sample.x_t.dtype == torch.float32
     torch.testing.assert_close(sample.x_t, image.expand(3, *SHAPE), rtol=0, atol=1e-5)
@@ -227,7 +226,7 @@ def test_a_learned_variance_takes_the_place_of_the_fixed_one():
         return Prediction(pred.x0, pred.eps, torch.full_like(x_t, 0.5))
 
     def first(noise):
-        return next(predictor_corrector(learned, COSINE, x_T, noise=noise, steps=20, corrector_steps=0)).x_t
+        return next(PredictorCorrector(steps=20, corrector_steps=0)(learned, COSINE, x_T, noise=noise)).x_t
 
     x_T, noise = noises(torch.arange(3))
     added = first(noise) - first(lambda key: torch.zeros_like(x_T))
@@ -237,22 +236,23 @@ def test_a_learned_variance_takes_the_place_of_the_fixed_one():
 
 
 @pytest.mark.parametrize(
-    ("run", "options"),
+    ("sampler", "options"),
     [
-        (annealed_langevin, {"levels": 0}),
-        (annealed_langevin, {"levels": 1001}),
-        (annealed_langevin, {"steps_per_level": 0}),
-        (annealed_langevin, {"step_size": 0.0}),
-        (annealed_langevin, {"step_size": 2.0}),
-        (annealed_langevin, {"timesteps": [1, 2]}),
-        (predictor_corrector, {"steps": 0}),
-        (predictor_corrector, {"steps": 1001}),
-        (predictor_corrector, {"corrector_steps": -1}),
-        (predictor_corrector, {"snr": 0.0}),
-        (predictor_corrector, {"snr": 1.0}),
+        (AnnealedLangevin, {"steps": 0}),
+        (AnnealedLangevin, {"steps": 1001}),
+        (AnnealedLangevin, {"steps_per_level": 0}),
+        (AnnealedLangevin, {"step_size": 0.0}),
+        (AnnealedLangevin, {"step_size": 2.0}),
+        (AnnealedLangevin, {"timesteps": [1, 2]}),
+        (PredictorCorrector, {"steps": 0}),
+        (PredictorCorrector, {"steps": 1001}),
+        (PredictorCorrector, {"corrector_steps": -1}),
+        (PredictorCorrector, {"snr": 0.0}),
+        (PredictorCorrector, {"snr": 1.0}),
     ],
 )
-def test_what_cannot_be_done_is_refused(run, options):
+def test_what_cannot_be_done_is_refused(sampler, options):
     x_T, noise = noises(torch.arange(1))
+    timesteps, settings = options.get("timesteps"), {k: v for k, v in options.items() if k != "timesteps"}
     with pytest.raises(ValueError, match=r"steps|step_size|snr"):
-        last(run(GaussianDenoiser(COSINE), COSINE, x_T, noise=noise, **options))
+        last(sampler(**settings)(GaussianDenoiser(COSINE), COSINE, x_T, noise=noise, timesteps=timesteps))

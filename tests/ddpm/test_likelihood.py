@@ -7,16 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from ddpm.likelihood import (
-    dequantize,
-    log_density,
-    mean_bits_per_dim,
-    ode_bits_per_dim,
-    rademacher,
-    variational_bound,
-)
+from ddpm.bound import mean_bits_per_dim, variational_bound
+from ddpm.conditioning import Conditioning
+from ddpm.likelihood import dequantize, log_density, ode_bits_per_dim, rademacher
 from ddpm.models.unet import UNet, UNetConfig
-from ddpm.prediction import Conditioning, NetworkDenoiser, Prediction, coefficients, eps_from_x0
+from ddpm.prediction import NetworkDenoiser, Prediction, coefficients, eps_from_x0
 from ddpm.schedule import NoiseSchedule, from_log_snr, make_schedule
 from tests.ddpm.exact import GaussianDenoiser, MixtureDenoiser, PointDenoiser
 
@@ -39,7 +34,7 @@ def on_grid(count=6, levels=256, shape=SHAPE):
 
 
 def bound(denoiser, schedule, x_0, **options):
-    return variational_bound(denoiser, schedule, x_0, **{"seed": 0, "images": torch.arange(len(x_0))} | options)
+    return variational_bound(denoiser, schedule, x_0, **{"seed": 0, "image_ids": torch.arange(len(x_0))} | options)
 
 
 def assert_mean(values, expected, sigmas=4.5):
@@ -127,7 +122,7 @@ CASES = [("small", None), ("large", None), (0.3, None), ("small", 4), ("large", 
 def case(kind, steps):
     """The bound of the exact denoiser on the data, and the levels of its chain."""
     exact = GaussianDenoiser(SHORT, MEAN, STD)
-    options = {"levels": None, "steps": steps, "images": torch.arange(256)}
+    options = {"levels": None, "steps": steps, "image_ids": torch.arange(256)}
     if isinstance(kind, str):
         ours = bound(exact, SHORT, data(), variance=kind, **options)
     else:
@@ -211,18 +206,18 @@ def test_one_known_image_costs_only_the_decoder(levels, steps):
 def test_the_noise_is_the_images_own_and_fresh_for_every_seed():
     denoiser, x_0 = GaussianDenoiser(SHORT), on_grid()
     images = torch.tensor([5, 0, 7, 1, 2, 9])
-    whole = variational_bound(denoiser, SHORT, x_0, seed=3, images=images)
-    part = variational_bound(denoiser, SHORT, x_0[2:4], seed=3, images=images[2:4])
+    whole = variational_bound(denoiser, SHORT, x_0, seed=3, image_ids=images)
+    part = variational_bound(denoiser, SHORT, x_0[2:4], seed=3, image_ids=images[2:4])
     torch.testing.assert_close(part.terms, whole.terms[2:4], rtol=1e-12, atol=0)
-    assert (variational_bound(denoiser, SHORT, x_0, seed=4, images=images).terms != whole.terms).any(0).all()
+    assert (variational_bound(denoiser, SHORT, x_0, seed=4, image_ids=images).terms != whole.terms).any(0).all()
 
 
 def test_labels_reach_the_denoiser():
     cond = Conditioning(label=torch.ones(64, dtype=torch.long))
     x_0, denoiser = data(64) + 1, GaussianDenoiser(SHORT, MEAN, STD)
     images = torch.arange(64)
-    with_label = variational_bound(denoiser, SHORT, x_0, cond, seed=0, images=images, levels=None).total
-    unlabelled = variational_bound(denoiser, SHORT, x_0, seed=0, images=images, levels=None).total
+    with_label = variational_bound(denoiser, SHORT, x_0, cond, seed=0, image_ids=images, levels=None).total
+    unlabelled = variational_bound(denoiser, SHORT, x_0, seed=0, image_ids=images, levels=None).total
     assert (with_label < unlabelled - 1).all()
 
 
@@ -250,7 +245,7 @@ def test_float32_images_are_bounded_in_float64():
         ({"levels": 1}, "levels"),
         ({"levels": 255}, "grid of 255 levels"),
         ({"variance": "medium"}, "variance"),
-        ({"images": torch.arange(3)}, "images"),
+        ({"image_ids": torch.arange(3)}, "image_ids"),
     ],
 )
 def test_bounds_that_cannot_be_are_refused(options, match):
@@ -405,7 +400,7 @@ class UniformDenoiser:
 def test_uniform_8_bit_images_take_8_bits():
     x_0 = (torch.arange(256).double() / 127.5 - 1).reshape(4, *SHAPE)
     denoiser = UniformDenoiser(EVEN, 256 / 255)
-    ours = ode_bits_per_dim(denoiser, EVEN, x_0, seed=0, images=torch.arange(4))
+    ours = ode_bits_per_dim(denoiser, EVEN, x_0, seed=0, image_ids=torch.arange(4))
     assert ours.offset == pytest.approx(math.log2(127.5))
     assert ours.bits_per_dim.mean().item() == pytest.approx(8, abs=2e-3)
 
@@ -415,7 +410,7 @@ def test_bits_per_dim_are_those_of_the_dequantized_density_and_bound_those_of_th
     levels, k = 5, 2
     x_0 = torch.full((2048, 1, 1, 2), 2 * k / (levels - 1) - 1, dtype=torch.float64)
     denoiser = GaussianDenoiser(EVEN, MEAN, STD)
-    bits = ode_bits_per_dim(denoiser, EVEN, x_0, seed=0, images=torch.arange(2048), levels=levels).bits_per_dim
+    bits = ode_bits_per_dim(denoiser, EVEN, x_0, seed=0, image_ids=torch.arange(2048), levels=levels).bits_per_dim
     u = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
     x = 2 * (k + u - 0.5) / (levels - 1) - 1
     density = torch.exp(-((x - MEAN) / STD).square() / 2) / STD / math.sqrt(2 * math.pi)
@@ -430,16 +425,18 @@ def test_bits_per_dim_are_those_of_the_dequantized_density_and_bound_those_of_th
 def test_dequantized_values_fill_their_own_bins(levels):
     x_0 = on_grid(64, levels).float()
     images = torch.arange(64)
-    x = dequantize(x_0, levels, seed=0, images=images)
+    x = dequantize(x_0, levels, seed=0, image_ids=images)
     assert x.dtype == torch.float64
     place = (x - x_0.double()) * (levels - 1) / 2
     assert place.abs().max() < 0.5 + 1e-4  # of float32's rounding
     torch.testing.assert_close(((x + 1) * (levels - 1) / 2).round(), ((x_0.double() + 1) * (levels - 1) / 2).round())
     assert place.mean().item() == pytest.approx(0, abs=4.5 * (1 / 12 / x.numel()) ** 0.5)
     assert place.var().item() == pytest.approx(1 / 12, rel=0.06)
-    assert torch.equal(dequantize(on_grid(64, levels), levels, seed=0, images=images), x)  # float32 rounds it, no more
-    assert torch.equal(dequantize(x_0[7:9], levels, seed=0, images=images[7:9]), x[7:9])
-    assert not torch.equal(dequantize(x_0, levels, seed=1, images=images), x)
+    assert torch.equal(
+        dequantize(on_grid(64, levels), levels, seed=0, image_ids=images), x
+    )  # float32 rounds it, no more
+    assert torch.equal(dequantize(x_0[7:9], levels, seed=0, image_ids=images[7:9]), x[7:9])
+    assert not torch.equal(dequantize(x_0, levels, seed=1, image_ids=images), x)
 
 
 def test_probes_are_signs_of_the_images_own():
@@ -456,17 +453,25 @@ def test_probes_are_signs_of_the_images_own():
 def test_a_float32_network_has_bits_per_dim_under_either_trace():
     torch.manual_seed(0)
     network = UNet(
-        UNetConfig(1, 1, channels=(8, 16), layers_per_block=1, attention=(False, True), head_dim=8, norm_groups=4)
+        UNetConfig(
+            in_channels=1,
+            out_channels=1,
+            channels=(8, 16),
+            layers_per_block=1,
+            attention=(False, True),
+            head_dim=8,
+            norm_groups=4,
+        )
     )
     for p in network.parameters():  # the last convolution may start at 0
         nn.init.normal_(p, std=0.1)
     denoiser = NetworkDenoiser(network.eval(), ZERO_SNR, "v")
     x_0, images = on_grid(2, shape=SMALL).float(), torch.arange(2)
-    options = {"seed": 0, "images": images, "rtol": 1e-3, "atol": 1e-3}
+    options = {"seed": 0, "image_ids": images, "rtol": 1e-3, "atol": 1e-3}
     with torch.no_grad():
         exact = ode_bits_per_dim(denoiser, ZERO_SNR, x_0, trace="exact", **options)
         estimate = ode_bits_per_dim(denoiser, ZERO_SNR, x_0, probes=16, **options)
-        total = variational_bound(denoiser, ZERO_SNR, x_0, seed=0, images=images, steps=5).total
+        total = variational_bound(denoiser, ZERO_SNR, x_0, seed=0, image_ids=images, steps=5).total
     assert exact.bits_per_dim.dtype == total.dtype == torch.float64
     assert exact.bits_per_dim.isfinite().all()
     assert total.isfinite().all()
@@ -502,13 +507,13 @@ def test_a_data_sets_mean_comes_with_its_count_and_interval():
         ({"method": "euler"}, "method"),
         ({"rtol": 0}, "rtol"),
         ({"levels": 100}, "grid"),
-        ({"images": torch.arange(5)}, "images"),
+        ({"image_ids": torch.arange(5)}, "image_ids"),
     ],
 )
 def test_likelihoods_that_cannot_be_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
         ode_bits_per_dim(
-            GaussianDenoiser(COSINE), COSINE, on_grid(), **{"seed": 0, "images": torch.arange(6)} | options
+            GaussianDenoiser(COSINE), COSINE, on_grid(), **{"seed": 0, "image_ids": torch.arange(6)} | options
         )
 
 
@@ -565,7 +570,7 @@ class BlackDenoiser:
 def test_what_stopping_short_of_zero_costs_a_constant_pixel_is_said(kind, t_min, cost):
     schedule = make_schedule(kind)
     black = -torch.ones(64, 1, 8, 8, dtype=torch.float64)
-    found = ode_bits_per_dim(BlackDenoiser(schedule), schedule, black, seed=0, images=torch.arange(64), t_min=t_min)
+    found = ode_bits_per_dim(BlackDenoiser(schedule), schedule, black, seed=0, image_ids=torch.arange(64), t_min=t_min)
     assert found.truncation_cost == pytest.approx(cost, abs=1e-3)
     assert found.bits_per_dim.mean().item() == pytest.approx(cost, abs=0.02)  # a standard error is 0.005
     if t_min is None:

@@ -3,22 +3,15 @@ import math
 import pytest
 import torch
 
+from ddpm.bound import vlb_pair_term, vlb_term, vlb_weight
+from ddpm.conditioning import Conditioning
 from ddpm.gaussian import DiagonalGaussian, kl, q_sample
 from ddpm.noise import Purpose, integers, normal
-from ddpm.objectives import (
-    ImportanceTimesteps,
-    Objective,
-    min_snr_weight,
-    score_matching_loss,
-    simple_loss,
-    stratified_timesteps,
-    uniform_timesteps,
-    vlb_pair_term,
-    vlb_term,
-    vlb_weight,
-)
-from ddpm.prediction import PARAMETERIZATIONS, Conditioning, coefficients, from_output, target
+from ddpm.objectives import Objective, score_matching_loss, simple_loss
+from ddpm.prediction import PARAMETERIZATIONS, coefficients, from_output, target
 from ddpm.schedule import make_schedule
+from ddpm.timesteps import ImportanceTimesteps, StratifiedTimesteps, UniformTimesteps
+from ddpm.weights import WEIGHTS, MinSNR
 from tests.ddpm.exact import GaussianDenoiser
 
 SCHEDULE = make_schedule("cosine")
@@ -57,7 +50,7 @@ def test_a_network_that_outputs_zero_pays_the_power_of_its_target(kind):
     n = torch.arange(2000)
     x_0, eps = normal(0, n, Purpose.SAMPLING, (1, 4, 4)), normal(0, n, Purpose.NOISE, (1, 4, 4))
     t = integers(0, n, Purpose.TIMESTEP, 1000) + 1
-    loss = simple_loss(Zero(), SCHEDULE, x_0, t, eps, Conditioning(label=n % 10), kind=kind)
+    loss = simple_loss(Zero(), SCHEDULE, x_0, t, eps, Conditioning(label=n % 10), prediction=kind)
     assert loss.mean().item() == pytest.approx(1, abs=0.03)
 
 
@@ -80,17 +73,17 @@ def test_min_snr_weighs_the_same_error_the_same_in_every_parameterization():
     wrong_eps = (x_t - coefficients(SCHEDULE, t, x_t)[0] * wrong) / coefficients(SCHEDULE, t, x_t)[1]
     for kind in PARAMETERIZATIONS:
         error = target(wrong, wrong_eps, t, SCHEDULE, kind) - target(x_0, eps, t, SCHEDULE, kind)
-        weighted = min_snr_weight(SCHEDULE, t, 5.0, kind) * error.square().flatten(1).mean(1)
+        weighted = MinSNR(5.0)(SCHEDULE, t, kind) * error.square().flatten(1).mean(1)
         torch.testing.assert_close(weighted, expected)
 
 
 def test_min_snr_is_finite_where_there_is_no_signal():
     schedule = make_schedule("cosine", zero_terminal_snr=True)
     end = torch.tensor([1000])
-    assert min_snr_weight(schedule, end, 5.0, "v").item() == 0
-    assert min_snr_weight(schedule, end, 5.0, "eps").item() == 1
+    assert MinSNR(5.0)(schedule, end, "v").item() == 0
+    assert MinSNR(5.0)(schedule, end, "eps").item() == 1
     with pytest.raises(ValueError, match="allowed"):
-        min_snr_weight(schedule, end, 5.0, "mean")
+        MinSNR(5.0)(schedule, end, "mean")
 
 
 def test_denoising_score_matching_is_noise_prediction_up_to_the_weight():
@@ -260,7 +253,7 @@ def test_the_bound_learns_the_variance_of_the_true_reverse_step():
 
 def test_vlb_of_uniform_timesteps_estimates_the_sum_of_the_terms():
     n = torch.arange(20_000)
-    t = uniform_timesteps(0, n, 50)
+    t, _ = UniformTimesteps().make(50, 1, seed=0).sample(n)
     x_0 = normal(0, n, Purpose.SAMPLING, (1, 1, 1))
     eps = normal(0, n, Purpose.NOISE, (1, 1, 1))
     network = Linear(learns_variance=False)
@@ -274,17 +267,26 @@ def test_the_prior_term_of_the_tables_end_is_small():
     assert kl(end, DiagonalGaussian(torch.tensor(0.0), torch.tensor(1.0))).item() < 1e-4
 
 
-@pytest.mark.parametrize("bad", [{"loss": "l1"}, {"weight": "p2"}, {"min_snr_gamma": 0.0}, {"vlb_weight": -1.0}])
-def test_unknown_objectives_are_refused(bad):
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Objective(loss="l1"),
+        lambda: WEIGHTS.find("l2"),
+        lambda: MinSNR(gamma=0.0),
+        lambda: Objective(vlb_weight=-1.0),
+    ],
+)
+def test_unknown_objectives_are_refused(make):
     with pytest.raises(ValueError, match=r"unknown|must be"):
-        Objective(**bad)
+        make()
 
 
 # --- timesteps -----------------------------------------------------------------------------------------------
 
 
 def test_uniform_timesteps_cover_the_chain_evenly():
-    counts = torch.bincount(uniform_timesteps(0, torch.arange(100_000), 50), minlength=51)
+    t, _ = UniformTimesteps().make(50, 1, seed=0).sample(torch.arange(100_000))
+    counts = torch.bincount(t, minlength=51)
     assert counts[0] == 0
     assert counts[1:].min() > 1700
     assert counts[1:].max() < 2300
@@ -293,44 +295,47 @@ def test_uniform_timesteps_cover_the_chain_evenly():
 @pytest.mark.parametrize("batch_size", [7, 64])
 def test_stratified_timesteps_fill_every_stratum_of_a_batch_once(batch_size):
     ordinals = torch.arange(10 * batch_size)
-    t = stratified_timesteps(0, ordinals, 1000, batch_size)
+    sampler = StratifiedTimesteps().make(1000, batch_size, seed=0)
+    t, _ = sampler.sample(ordinals)
     strata = ((t - 1) * batch_size // 1000).reshape(10, batch_size)
     expected = torch.arange(batch_size)
     assert ((strata.sort(1).values - expected).abs() <= 1).all()  # 1000 / 64 is no integer: borders share a timestep
-    parts = [stratified_timesteps(0, ordinals[i::3], 1000, batch_size) for i in range(3)]
+    parts = [sampler.sample(ordinals[i::3])[0] for i in range(3)]
     for i, part in enumerate(parts):
         assert torch.equal(part, t[i::3])
 
 
 def test_stratified_timesteps_are_uniform_in_every_place_of_the_batch():
-    t = stratified_timesteps(1, torch.arange(8 * 4000), 1000, 8).reshape(4000, 8).double()
+    t, _ = StratifiedTimesteps().make(1000, 8, seed=1).sample(torch.arange(8 * 4000))
+    t = t.reshape(4000, 8).double()
     assert (t.mean(0) - 500.5).abs().max() < 4.5 * 289 / 4000**0.5
     assert t.mean(1).std() < 0.5 * 289 / 8**0.5  # far less than of independent ones
 
 
 def test_importance_sampling_is_uniform_until_it_knows_every_timestep_and_then_unbiased():
-    sampler, truth = ImportanceTimesteps(5, history=3), torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]).double()
+    sampler = ImportanceTimesteps(history=3).make(5, 1, seed=0)
+    truth = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]).double()
     assert sampler.probabilities().tolist() == [0.2] * 5
     for _ in range(3):
-        sampler.update(torch.arange(1, 6), truth)
+        sampler.record(torch.arange(1, 6), truth)
     p = sampler.probabilities()
     assert p.sum().item() == pytest.approx(1)
     torch.testing.assert_close(p, truth / truth.sum(), rtol=0.01, atol=0)
-    t, weight = sampler.sample(0, torch.arange(50_000))
+    t, weight = sampler.sample(torch.arange(50_000))
     torch.testing.assert_close(torch.bincount(t, minlength=6)[1:] / 50_000, p.float(), rtol=0.1, atol=0.003)
     assert (weight * truth[t - 1]).mean().item() == pytest.approx(truth.mean().item(), rel=0.01)
     assert (weight * truth[t - 1]).std() < 0.1 * truth.std()
 
 
 def test_the_history_keeps_the_newest_losses_and_survives_a_checkpoint():
-    sampler = ImportanceTimesteps(2, history=2)
-    sampler.update(torch.tensor([1, 1, 1, 2]), torch.tensor([1.0, 2.0, 3.0, 9.0]))
+    sampler = ImportanceTimesteps(history=2).make(2, 1, seed=0)
+    sampler.record(torch.tensor([1, 1, 1, 2]), torch.tensor([1.0, 2.0, 3.0, 9.0]))
     assert sampler.losses[0].tolist() == [2.0, 3.0]
     assert sampler.counts.tolist() == [2, 1]
-    other = ImportanceTimesteps(2, history=2)
+    other = ImportanceTimesteps(history=2).make(2, 1, seed=0)
     other.load_state_dict(sampler.state_dict())
     assert torch.equal(other.losses, sampler.losses)
     with pytest.raises(ValueError, match="history is of shape"):
-        ImportanceTimesteps(3, history=2).load_state_dict(sampler.state_dict())
-    with pytest.raises(ValueError, match="history >= 1"):
-        ImportanceTimesteps(3, history=0)
+        ImportanceTimesteps(history=2).make(3, 1, seed=0).load_state_dict(sampler.state_dict())
+    with pytest.raises(ValueError, match="history must be >= 1"):
+        ImportanceTimesteps(history=0)

@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from ddpm.prediction import Clipped
-from ddpm.samplers import ddim, dpm_solver, heun, initial_noise, last
+from ddpm.samplers import DDIM, DPMSolver, Heun, initial_noise, last
 from ddpm.schedule import NoiseSchedule, from_log_snr, make_schedule
 from tests.ddpm.exact import GaussianDenoiser, PointDenoiser
 
 SHAPE = (1, 4, 4)
 COSINE = make_schedule("cosine")
-SOLVERS = [dpm_solver, heun]
+SOLVERS = [DPMSolver, Heun]
 # log-SNR from 8 down to -8, linear in t: even steps in t are even steps in log-SNR.
 UNIFORM = from_log_snr(lambda u: 8 - 16 * u, 1024)
 END = 128
@@ -41,18 +41,18 @@ def even(steps):
 
 
 def by_timesteps(solver):
-    return lambda denoiser, x_T, steps: last(solver(denoiser, UNIFORM, x_T, timesteps=even(steps)))
+    return lambda denoiser, x_T, steps: last(solver()(denoiser, UNIFORM, x_T, timesteps=even(steps)))
 
 
 def by_ddim(denoiser, x_T, steps):
     """DDIM's sample at END on its way to 0: `steps` steps of the same length as the others'."""
-    samples = ddim(denoiser, UNIFORM, x_T, steps=steps * 1024 // (1024 - END))
+    samples = DDIM(steps=steps * 1024 // (1024 - END))(denoiser, UNIFORM, x_T)
     return next(s.x_t for s in samples if s.t == END)
 
 
 @pytest.mark.parametrize(
     ("run", "order"),
-    [(by_ddim, 1), (by_timesteps(dpm_solver), 2), (by_timesteps(heun), 2)],
+    [(by_ddim, 1), (by_timesteps(DPMSolver), 2), (by_timesteps(Heun), 2)],
     ids=["ddim", "dpm_solver", "heun"],
 )
 @pytest.mark.parametrize(("mean", "std"), [(0.2, 0.3), (-0.5, 1.5)])
@@ -75,9 +75,9 @@ def test_second_order_beats_ddim_of_as_many_evaluations(solver, kind, zero_termi
     schedule = make_schedule(kind, zero_terminal_snr=zero_terminal_snr)
     denoiser = GaussianDenoiser(schedule, -0.8, 1.0)
     truth = exact(denoiser, schedule, noise(), 0)
-    evaluations = 2 if solver is heun else 1
-    ours = error(last(solver(denoiser, schedule, noise(), steps=20)), truth)
-    ddims = error(last(ddim(denoiser, schedule, noise(), steps=20 * evaluations)), truth)
+    evaluations = 2 if solver is Heun else 1
+    ours = error(last(solver(steps=20)(denoiser, schedule, noise())), truth)
+    ddims = error(last(DDIM(steps=20 * evaluations)(denoiser, schedule, noise())), truth)
     assert ours < ddims / 2
     assert ours < 0.03
 
@@ -86,7 +86,7 @@ def test_second_order_beats_ddim_of_as_many_evaluations(solver, kind, zero_termi
 @pytest.mark.parametrize("steps", [1, 2, 10])
 def test_the_only_image_there_is_comes_out_in_float32(solver, steps):
     image = torch.linspace(-1, 1, 16).reshape(1, 4, 4)
-    out = last(solver(PointDenoiser(COSINE, image), COSINE, noise(3).float(), steps=steps))
+    out = last(solver(steps=steps)(PointDenoiser(COSINE, image), COSINE, noise(3).float()))
     assert out.dtype == torch.float32
     torch.testing.assert_close(out, image.expand(3, *SHAPE), rtol=0, atol=1e-5)
 
@@ -96,7 +96,7 @@ def test_the_only_image_there_is_comes_out_in_float32(solver, steps):
 def test_the_step_to_zero_returns_x0_and_the_first_step_of_many_is_on_the_way(solver, clip):
     exact = GaussianDenoiser(COSINE)
     denoiser = exact if clip is None else Clipped(exact, COSINE, clip)
-    steps = list(solver(denoiser, COSINE, noise(), steps=7))
+    steps = list(solver(steps=7)(denoiser, COSINE, noise()))
     assert [s.t for s in steps] == COSINE.timesteps(7)[1:]
     torch.testing.assert_close(steps[-1].x_t, steps[-1].x0, rtol=0, atol=1e-12)
     assert (steps[-1].x0.abs().max().item() == 0.25) == (clip is not None)
@@ -104,8 +104,8 @@ def test_the_step_to_zero_returns_x0_and_the_first_step_of_many_is_on_the_way(so
 
 def test_dpm_solver_starts_with_a_step_of_ddim():
     denoiser = GaussianDenoiser(COSINE)
-    ours = list(dpm_solver(denoiser, COSINE, noise(), steps=10))
-    theirs = list(ddim(denoiser, COSINE, noise(), steps=10))
+    ours = list(DPMSolver(steps=10)(denoiser, COSINE, noise()))
+    theirs = list(DDIM(steps=10)(denoiser, COSINE, noise()))
     torch.testing.assert_close(ours[0].x_t, theirs[0].x_t)
     assert error(ours[4].x_t, theirs[4].x_t) > 1e-3
 
@@ -119,9 +119,9 @@ def test_dpm_solver_agrees_with_diffusers_from_the_same_noise():
     for index in scheduler.timesteps:
         eps = denoiser(theirs, torch.full((4,), float(index) + 1)).eps
         theirs = scheduler.step(eps, index, theirs).prev_sample
-    ours = last(dpm_solver(denoiser, COSINE, x_T, steps=20))
+    ours = last(DPMSolver(steps=20)(denoiser, COSINE, x_T))
     assert error(ours, theirs) < 2e-4  # their tables are float32
-    assert error(ours, last(ddim(denoiser, COSINE, x_T, steps=20))) > 5e-3
+    assert error(ours, last(DDIM(steps=20)(denoiser, COSINE, x_T))) > 5e-3
 
 
 def test_heun_evaluates_twice_a_step_except_at_the_ends():
@@ -130,10 +130,10 @@ def test_heun_evaluates_twice_a_step_except_at_the_ends():
     def counting(denoiser):
         return lambda x_t, t, cond: seen.append(t[0].item()) or denoiser(x_t, t, cond)
 
-    last(heun(counting(GaussianDenoiser(UNIFORM)), UNIFORM, noise(), steps=4))
+    last(Heun(steps=4)(counting(GaussianDenoiser(UNIFORM)), UNIFORM, noise()))
     assert seen == [1024, 768, 768, 512, 512, 256, 256]
     seen.clear()
-    last(heun(counting(GaussianDenoiser(COSINE)), COSINE, noise(), steps=4))  # sigma / alpha is 20,000 at T
+    last(Heun(steps=4)(counting(GaussianDenoiser(COSINE)), COSINE, noise()))  # sigma / alpha is 20,000 at T
     assert seen == [1000, 750, 500, 500, 250, 250]
 
 
@@ -144,7 +144,7 @@ def test_real_levels_may_start_below_the_top_and_lie_between_the_tables(solver):
     half_way = exact(denoiser, COSINE, noise(), 500.5)
     grid = [500.5 * (1 - i / 60) ** 1.5 for i in range(60)]
     for end in (0.0, 1e-3):
-        steps = list(solver(denoiser, COSINE, half_way, timesteps=[*grid, end]))
+        steps = list(solver()(denoiser, COSINE, half_way, timesteps=[*grid, end]))
         assert [s.t for s in steps] == [*grid[1:], end]
         assert error(steps[-1].x_t, exact(denoiser, COSINE, half_way, end, start=500.5)) < 2e-3
 
@@ -164,8 +164,9 @@ def test_real_levels_may_start_below_the_top_and_lie_between_the_tables(solver):
     ],
 )
 def test_levels_that_cannot_be_visited_are_refused(solver, options):
+    timesteps, settings = options.get("timesteps"), {k: v for k, v in options.items() if k != "timesteps"}
     with pytest.raises(ValueError, match="steps"):
-        last(solver(GaussianDenoiser(COSINE), COSINE, noise(), **options))
+        last(solver(**settings)(GaussianDenoiser(COSINE), COSINE, noise(), timesteps=timesteps))
 
 
 def edm_grid(steps, low=0.002, high=80.0, rho=7.0):
@@ -205,6 +206,6 @@ def test_heun_is_edms_algorithm_1_from_level_80_on(kind):
         return 0.3 + 0.25 / (0.25 + k**2) * (y - 0.3)
 
     theirs = edm_algorithm_1(denoise, 80 * noise(4), levels)
-    ours = last(heun(counting, schedule, 80 * schedule.alpha(grid[0]).item() * noise(4), timesteps=grid))
+    ours = last(Heun()(counting, schedule, 80 * schedule.alpha(grid[0]).item() * noise(4), timesteps=grid))
     assert len(seen) == 19
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-8)

@@ -3,11 +3,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ddpm.conditioning import Conditioning
 from ddpm.gaussian import q_sample
 from ddpm.prediction import (
     PARAMETERIZATIONS,
     Clipped,
-    Conditioning,
     DynamicThreshold,
     NetworkDenoiser,
     Prediction,

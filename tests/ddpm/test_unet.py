@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from ddpm.conditioning import Conditioning
 from ddpm.models.unet import UNet, UNetConfig, timestep_embedding
-from ddpm.prediction import Conditioning
 
 SMALL = {
     "in_channels": 1,
@@ -193,7 +193,7 @@ def test_the_time_embedding_of_ho_et_al_is_sines_then_cosines_down_to_a_frequenc
         ({"text_dim": -1}, "text_dim"),
         ({"freq_shift": 16}, "freq_shift = 16 .* below half of channels.0. = 32"),
         ({"norm_eps": 0.0}, "norm_eps"),
-        ({"downsample_padding": 2}, "downsample_padding 0 or 1"),
+        ({"downsample_padding": 2}, "downsample_padding 2; allowed: 0, 1"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(changes, message):

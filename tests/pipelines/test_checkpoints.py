@@ -40,7 +40,16 @@ DATASET = make_dataset(
 )
 
 
-SMALL = UNetConfig(1, 1, (8,), 1, (False,), head_dim=8, norm_groups=4, num_classes=10)
+SMALL = UNetConfig(
+    in_channels=1,
+    out_channels=1,
+    channels=(8,),
+    layers_per_block=1,
+    attention=(False,),
+    head_dim=8,
+    norm_groups=4,
+    num_classes=10,
+)
 
 
 def a_checkpoint(images_seen: int, *, power: bool = False) -> Checkpoint:
@@ -76,7 +85,7 @@ def test_a_checkpoint_brings_back_every_bit(tmp_path):
 def test_a_checkpoint_is_a_model_folder(folder):
     model = resolve(str(folder), tracking_uri=None, storage=Storage()).model
     assert model.spec.classes == DATASET.classes
-    assert model.spec.sampling.scale == CONFIG.guidance.scale
+    assert model.spec.sampling.guidance.scale == CONFIG.guidance.scale
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "model.json"])

@@ -13,9 +13,9 @@ from pipelines.config import (
     flatten,
     from_dict,
     groups,
+    network_config,
     noise_schedule,
     read_config,
-    unet_config,
 )
 
 NEEDED = {"folder32": ["name=mine", "data.source=photos", "data.num_classes=3"]}
@@ -24,7 +24,7 @@ NEEDED = {"folder32": ["name=mine", "data.source=photos", "data.num_classes=3"]}
 @pytest.mark.parametrize("name", groups()["experiment"])
 def test_every_shipped_experiment_is_complete(name):
     config = compose([f"+experiment={name}", *NEEDED.get(name, [])])
-    assert unet_config(config).in_channels == config.data.channels
+    assert network_config(config).in_channels == config.data.channels
     assert noise_schedule(config).num_steps == config.schedule.num_steps
 
 

@@ -17,15 +17,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ddpm.generate import SamplingSettings, to_uint8
-from ddpm.interop import load_model
+from ddpm.generate import Sampling, to_uint8
+from ddpm.model import load_model
 from ddpm.quality import FeatureMoments, frechet_distance
 from pipelines import registry
 from pipelines.checkpoints import load_checkpoint
 from pipelines.config import compose, read_config
 from pipelines.evaluation.evaluate import get_evaluator, open_splits
 from pipelines.evaluation.features import extract
-from pipelines.models import settings_from_json
 from pipelines.shards.index import read_dataset
 from pipelines.storage import Storage
 from pipelines.tracking import ModelVersion
@@ -88,17 +87,15 @@ def test_a_registered_version_draws_the_same_images_under_every_setting():
     expected = load_file(EARLIER / "samples.safetensors")
     for i, row in enumerate(read("sampling.json")):
         if str(i) in expected:
-            settings = settings_from_json(json.dumps(row["settings"]))
-            images = model.generate(torch.tensor([0, 3, 7]), settings=settings, seed=3)
+            settings = Sampling.from_json(row["settings"])
+            images = model.generate(torch.tensor([0, 3, 7]), sampling=settings, seed=3)
             assert_same(images, expected[str(i)], atol=1e-4)
 
 
 def test_settings_have_the_keys_by_which_earlier_evaluations_are_found():
     for row in read("sampling.json"):
-        settings = settings_from_json(json.dumps(row["settings"]))
-        parts = ["model", "evaluator", "dataset", 1, row["settings"]]
+        parts = ["model", "evaluator", "dataset", 1, Sampling.from_json(row["settings"]).key()]
         assert hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16] == row["key"]
-        assert isinstance(settings, SamplingSettings)
 
 
 def test_the_tags_of_a_version_are_read():
@@ -106,7 +103,7 @@ def test_the_tags_of_a_version_are_read():
     version = ModelVersion("earlier", "1", tags["run_id"], tags, ("champion",))
     scores = registry.scores_of(version)
     assert scores.n == 24
-    assert settings_from_json(tags["sampling"]) == load_model(EARLIER / "version" / "model").spec.sampling
+    assert Sampling.from_json(json.loads(tags["sampling"])) == load_model(EARLIER / "version" / "model").spec.sampling
 
 
 def test_an_evaluation_comes_to_the_same_scores(dataset, tmp_path):

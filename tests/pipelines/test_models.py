@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ddpm.generate import SamplingSettings
-from ddpm.interop import Model, ModelSpec, save_model
+from ddpm.generate import Sampling
+from ddpm.model import Model, ModelSpec, save_model
 from ddpm.models.classifier import NoisyClassifier
 from ddpm.models.unet import UNet, UNetConfig
 from pipelines.checkpoints import ModelError
@@ -12,7 +12,16 @@ from pipelines.models import guided, resolve
 from pipelines.storage import Storage
 
 CLASSES = ("a", "b")
-UNET = UNetConfig(1, 1, (8,), 1, (False,), 8, 4, num_classes=2)
+UNET = UNetConfig(
+    in_channels=1,
+    out_channels=1,
+    channels=(8,),
+    layers_per_block=1,
+    attention=(False,),
+    head_dim=8,
+    norm_groups=4,
+    num_classes=2,
+)
 SPEC = ModelSpec(UNET, {"kind": "cosine", "num_steps": 50}, "v", 8, CLASSES)
 
 
@@ -50,7 +59,7 @@ def folders(tmp_path):
 
 def find(folders, **settings):
     model = Model(SPEC, UNet(UNET).eval())
-    return guided(model, SamplingSettings(**settings), None, Storage())
+    return guided(model, Sampling.of(**settings), None, Storage())
 
 
 def test_a_model_finds_the_networks_that_guide_it(folders):
@@ -59,11 +68,11 @@ def test_a_model_finds_the_networks_that_guide_it(folders):
     assert isinstance(
         find(folders, guidance="classifier", classifier=f"{folders}/classifier").classifier, NoisyClassifier
     )
-    auto = SamplingSettings(guidance="auto", weak=f"{folders}/weak", scale=2.0, steps=3)
+    auto = Sampling.of(guidance="auto", weak=f"{folders}/weak", scale=2.0, steps=3)
     model = guided(alone, auto, None, Storage())
     labels = torch.tensor([0, 1])
     assert not torch.allclose(
-        model.generate(labels, settings=auto), model.generate(labels, settings=SamplingSettings(steps=3))
+        model.generate(labels, sampling=auto), model.generate(labels, sampling=Sampling.of(steps=3))
     )
 
 
@@ -87,7 +96,7 @@ def test_a_network_that_does_not_go_with_the_model_is_refused(folders, settings,
 
 
 def test_a_model_folder_whose_settings_name_a_guide_brings_it_along(folders):
-    sampling = SamplingSettings(guidance="auto", weak=f"{folders}/weak", scale=2.0, steps=3)
+    sampling = Sampling.of(guidance="auto", weak=f"{folders}/weak", scale=2.0, steps=3)
     save_model(folders / "guided", replace(SPEC, sampling=sampling), UNet(UNET).state_dict())
     model = resolve(f"{folders}/guided", tracking_uri=None, storage=Storage()).model
     assert model.weak is not None

@@ -22,7 +22,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from ddpm.prediction import Conditioning
+from ddpm.conditioning import Conditioning
 from pipelines.config.schema import Encoding, Geometry
 from pipelines.shards.index import DatasetError
 from pipelines.shards.ingest.trees import UnreadableError

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ddpm.interop import ModelSpec
+from ddpm.model import ModelSpec
 from ddpm.objectives import Objective
 from ddpm.schedule import NoiseSchedule
 from pipelines import models

@@ -7,11 +7,12 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from ddpm.conditioning import Conditioning
 from ddpm.gaussian import q_sample
 from ddpm.generate import generate, to_uint8
-from ddpm.inpainting import inpainting_condition, random_mask
+from ddpm.masks import inpainting_condition, random_mask
 from ddpm.noise import Purpose, normal
-from ddpm.prediction import Conditioning, NetworkDenoiser
+from ddpm.prediction import NetworkDenoiser
 from pipelines.evaluation.plots import label_grid
 from pipelines.shards.read import ShardReader
 from pipelines.tracking import RunLog
@@ -63,7 +64,7 @@ class Preview:
                 cond=cond,
                 shape=spec.shape,
                 seed=SEED,
-                images=image_ids.to(context.device),
+                image_ids=image_ids.to(context.device),
                 batch_size=BATCH,
             )
         grid = all_gather_items(images, count)

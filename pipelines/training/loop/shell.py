@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from ddpm.interop import ModelSpec
+from ddpm.model import ModelSpec
 from pipelines.config import Config
 from pipelines.shards.index import Dataset
 from pipelines.shards.quarantine import Quarantine

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from ddpm.ema import EMA, PowerEMA
 from ddpm.models.classifier import NoisyClassifier
-from ddpm.models.unet import UNet
-from pipelines.config import Config, OptimConfig, unet_config
+from ddpm.models.unet import UNetConfig
+from ddpm.timesteps import TimestepSampler
+from pipelines.config import Config, OptimConfig, network_config, timestep_sampler
 from pipelines.training.loop.collectives import broadcast, local_part
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.hardware import place_network, weight_dtype
 from pipelines.training.loop.parallel import apply_fsdp, wrap
-from pipelines.training.loop.timesteps import TimestepSampler, make_timesteps
 
 RESIDUAL = "residual."
 """Prefix of tensors that hold what averages lack in float32; in checkpoints of releases without them they are 0."""
@@ -61,7 +61,7 @@ class TrainingState:
             for i, (shadow, low) in enumerate(zip(self.power_ema.shadows, self.power_ema.residuals, strict=True)):
                 found |= {f"power.{i}.{name}": tensor for name, tensor in shadow.items()}
                 found |= {f"{RESIDUAL}power.{i}.{name}": tensor for name, tensor in low.items()}
-        return found | self.timesteps.tensors()
+        return found | {f"timesteps.{name}": tensor for name, tensor in self.timesteps.state_dict().items()}
 
     def set_counters(self, images_seen: int, optimizer_steps: int, skipped: int) -> None:
         """Go on from the counters of a checkpoint."""
@@ -90,15 +90,17 @@ def make_state(context: RunContext) -> TrainingState:
         make_optimizer(network, optim),
         EMA(network, optim.ema_half_life),
         PowerEMA(network, optim.power_ema) if optim.power_ema else None,
-        make_timesteps(config, context.schedule),
+        timestep_sampler(config),
     )
 
 
 def make_network(config: Config) -> nn.Module:
     """Return a new network for the task of the configuration."""
+    shape = network_config(config)
     if config.task == "denoiser":
-        return UNet(unet_config(config))
-    classifier = NoisyClassifier(unet_config(config), config.data.num_classes)
+        return shape.build()
+    assert isinstance(shape, UNetConfig)  # checked with the configuration
+    classifier = NoisyClassifier(shape, config.data.num_classes)
     classifier.log_temperature.requires_grad_(False)  # used with text only
     return classifier
 

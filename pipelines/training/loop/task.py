@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from ddpm.conditioning import Conditioning
 from ddpm.gaussian import q_sample
-from ddpm.inpainting import inpainting_condition, random_mask
+from ddpm.masks import inpainting_condition, random_mask
 from ddpm.noise import Purpose, normal, uniform
-from ddpm.prediction import Conditioning
 from pipelines.shards.read import Batch
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.hardware import to_device

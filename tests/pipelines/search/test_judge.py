@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddpm.generate import SamplingSettings
-from ddpm.interop import Model, ModelSpec
+from ddpm.generate import Sampling
+from ddpm.model import Model, ModelSpec
 from ddpm.models.classifier import NoisyClassifier
 from ddpm.models.unet import UNet, UNetConfig
 from ddpm.quality import FeatureMoments, frechet_distance
@@ -62,7 +62,16 @@ def test_rungs_grow_to_the_number_of_samples(samples, count):
 @pytest.fixture(scope="module")
 def subject():
     torch.manual_seed(0)
-    network = UNetConfig(1, 1, (8,), 1, (False,), 8, 4, num_classes=2)
+    network = UNetConfig(
+        in_channels=1,
+        out_channels=1,
+        channels=(8,),
+        layers_per_block=1,
+        attention=(False,),
+        head_dim=8,
+        norm_groups=4,
+        num_classes=2,
+    )
     spec = ModelSpec(network, {"kind": "cosine", "num_steps": 50}, "v", 8, CLASSES)
     evaluator = EvaluatorNetwork(1, 8, 2).eval()
     real = torch.rand(60, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -78,13 +87,13 @@ def subject():
 @pytest.mark.parametrize(
     "settings, evaluations",
     [
-        (SamplingSettings(scale=1.0, kind="ddim", steps=4), 4),
-        (SamplingSettings(scale=0.0, kind="ddim", steps=4), 4),
-        (SamplingSettings(scale=2.0, kind="ddim", steps=4), 8),
-        (SamplingSettings(scale=1.0, kind="heun", steps=3), 4),  # first and last step have no second half
-        (SamplingSettings(scale=2.0, interval=(0.0, 0.5), kind="ddim", steps=4), 6),
-        (SamplingSettings(scale=2.0, guidance="auto", weak="weaker", steps=4), 8),
-        (SamplingSettings(scale=1.0, guidance="auto", weak="weaker", steps=4), 4),
+        (Sampling.of(scale=1.0, kind="ddim", steps=4), 4),
+        (Sampling.of(scale=0.0, kind="ddim", steps=4), 4),
+        (Sampling.of(scale=2.0, kind="ddim", steps=4), 8),
+        (Sampling.of(scale=1.0, kind="heun", steps=3), 4),  # first and last step have no second half
+        (Sampling.of(scale=2.0, interval=(0.0, 0.5), kind="ddim", steps=4), 6),
+        (Sampling.of(scale=2.0, guidance="auto", weak="weaker", steps=4), 8),
+        (Sampling.of(scale=1.0, guidance="auto", weak="weaker", steps=4), 4),
     ],
 )
 def test_cost_is_what_the_network_was_really_asked(subject, settings, evaluations):
@@ -93,7 +102,7 @@ def test_cost_is_what_the_network_was_really_asked(subject, settings, evaluation
 
 
 def test_a_classifier_that_guides_costs_its_way_there_and_back(subject):
-    settings = SamplingSettings(scale=2.0, guidance="classifier", classifier="judge", steps=4)
+    settings = Sampling.of(scale=2.0, guidance="classifier", classifier="judge", steps=4)
     drawn = SampleScorer(subject).draw(settings, torch.arange(6), seed=1)
     # Half a network, three times (there, and back to the image and no further): less than two evaluations more a step.
     assert 4 * 1.2 < drawn.evaluations < 4 * 3
@@ -101,22 +110,22 @@ def test_a_classifier_that_guides_costs_its_way_there_and_back(subject):
 
 def test_guides_change_what_is_drawn(subject):
     scorer, image_ids = SampleScorer(subject), torch.arange(6)
-    plain = SamplingSettings(steps=4)
+    plain = Sampling.of(steps=4)
     others = [
-        SamplingSettings(scale=3.0, guidance="auto", weak="weaker", steps=4),
-        SamplingSettings(scale=3.0, guidance="classifier", classifier="judge", steps=4),
+        Sampling.of(scale=3.0, guidance="auto", weak="weaker", steps=4),
+        Sampling.of(scale=3.0, guidance="classifier", classifier="judge", steps=4),
     ]
     alone = scorer.draw(plain, image_ids, seed=1).features
     for settings in others:
         assert not torch.allclose(scorer.draw(settings, image_ids, seed=1).features, alone)
-    same = SamplingSettings(scale=1.0, guidance="auto", weak="weaker", steps=4)
+    same = Sampling.of(scale=1.0, guidance="auto", weak="weaker", steps=4)
     assert torch.equal(scorer.draw(same, image_ids, seed=1).features, alone)
     with pytest.raises(ValueError, match="autoguidance needs a weaker model"):
-        scorer.draw(SamplingSettings(guidance="auto", weak="elsewhere", steps=4), image_ids, seed=1)
+        scorer.draw(Sampling.of(guidance="auto", weak="elsewhere", steps=4), image_ids, seed=1)
 
 
 def test_rungs_add_up_to_the_whole(subject):
-    settings, scorer = SamplingSettings(kind="ddim", steps=2), SampleScorer(subject)
+    settings, scorer = Sampling.of(kind="ddim", steps=2), SampleScorer(subject)
     parts = [scorer.draw(settings, torch.arange(a, b), seed=3, keep=2) for a, b in ((0, 6), (6, 10), (10, 24))]
     whole = scorer.draw(settings, torch.arange(24), seed=3, keep=2)
     together = parts[0] + parts[1] + parts[2]
@@ -132,7 +141,7 @@ def test_rungs_add_up_to_the_whole(subject):
 
 def test_settings_are_told_apart_better_on_the_same_noise(subject):
     scorer, image_ids = SampleScorer(subject), torch.arange(60)
-    one, two = (scorer.draw(SamplingSettings(steps=n), image_ids, seed=3).features for n in (5, 6))
+    one, two = (scorer.draw(Sampling.of(steps=n), image_ids, seed=3).features for n in (5, 6))
     paired = gain(subject.reference, one, two, draws=60)
     assert paired.value == pytest.approx(
         frechet_distance(subject.reference, FeatureMoments.of(one))

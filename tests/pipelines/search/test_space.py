@@ -56,7 +56,8 @@ def test_optuna_is_asked_for_what_exists_only():
 def test_another_kind_keeps_what_both_have_and_nothing_else():
     base = apply(BASE, {"sampler.clip": 2.0, "sampler.eta": 0.5, "schedule.num_steps": 300})
     heun = apply(base, {"sampler.kind": "heun", "sampler.steps": 9, "schedule.kind": "linear"})
-    assert heun.sampler.model_dump() == {"kind": "heun", "steps": 9, "clip": 2.0, "threshold": None}
+    kept = {"kind": "heun", "steps": 9, "clip": 2.0, "threshold": None}
+    assert heun.sampler.model_dump() == kept | {"clip_when": "after_guidance", "spacing": "trailing"}
     assert heun.schedule.num_steps == 300
     assert not hasattr(heun.schedule, "s")
 

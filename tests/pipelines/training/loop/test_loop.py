@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from ddpm.interop import load_classifier, load_model
+from ddpm.model import load_classifier, load_model
 from ddpm.prediction import Conditioning
 from pipelines.checkpoints import ModelError
 from pipelines.shards.cache import ShardCorruptError

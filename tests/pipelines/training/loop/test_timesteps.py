@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipelines.config import compose, noise_schedule
-from pipelines.training.loop.timesteps import make_timesteps
+from pipelines.config import compose, timestep_sampler
 
 BATCH = 32
 
@@ -14,7 +13,7 @@ BATCH = 32
 def sampler(kind: str):
     few = ["schedule.num_steps=4", "sampler.steps=4", f"batch_size={BATCH}"]
     config = compose(["+experiment=digits", f"objective.timesteps={kind}", *few])
-    return make_timesteps(config, noise_schedule(config))
+    return timestep_sampler(config)
 
 
 @pytest.mark.parametrize("kind", ["uniform", "stratified"])
@@ -26,7 +25,7 @@ def test_a_sampler_that_does_not_learn_ignores_losses_and_stores_nothing(kind):
     assert torch.equal(weights, torch.ones(BATCH, dtype=torch.float64))
     timesteps.update(ordinals, torch.rand(BATCH))
     assert torch.equal(timesteps.sample(ordinals)[0], t)
-    assert timesteps.tensors() == {}
+    assert timesteps.state_dict() == {}
 
 
 def test_a_sampler_that_learns_goes_on_from_tensors_that_are_overwritten_in_place():
@@ -35,9 +34,9 @@ def test_a_sampler_that_learns_goes_on_from_tensors_that_are_overwritten_in_plac
     for start in range(0, 8 * BATCH, BATCH):
         t, _ = trained.sample(ordinals + start)
         trained.update(ordinals + start, t.double())
-    assert set(trained.tensors()) == {"timesteps.losses", "timesteps.counts"}
+    assert set(trained.state_dict()) == {"losses", "counts"}
     assert not torch.equal(trained.sample(ordinals)[1], restored.sample(ordinals)[1])
-    for name, tensor in restored.tensors().items():
-        tensor.copy_(trained.tensors()[name])
+    for name, tensor in restored.state_dict().items():
+        tensor.copy_(trained.state_dict()[name])
     for found, expected in zip(restored.sample(ordinals), trained.sample(ordinals), strict=True):
         assert torch.equal(found, expected)

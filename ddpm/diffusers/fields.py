@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from ddpm.gaussian import ReverseVariance
-from ddpm.generate import SamplingSettings
-from ddpm.interop import ModelSpec
+from ddpm.generate import Sampling
+from ddpm.model import ModelSpec
 from ddpm.models.unet import UNetConfig
 from ddpm.prediction import Parameterization
+from ddpm.samplers import Ancestral
 from ddpm.schedule import make_schedule
 
 PREDICTION_TYPES: dict[Parameterization, str] = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
@@ -95,6 +96,8 @@ def unet_fields(spec: ModelSpec) -> dict[str, Any]:
         ValueError: a network that `UNet2DModel` cannot express.
     """
     config = spec.network
+    if not isinstance(config, UNetConfig):
+        raise ValueError(f"a {type(config).__name__} is no UNet2DModel, which is what diffusers' folder holds")
     for option, value in (("text_dim", config.text_dim), ("context_channels", config.context_channels)):
         if value:
             raise ValueError(f"{option} = {value}: UNet2DModel knows class labels only, export needs {option} = 0")
@@ -192,15 +195,15 @@ def scheduler_fields(spec: ModelSpec) -> dict[str, Any]:
     schedule = make_schedule(**spec.schedule)
     zero_snr = bool(schedule.alphas_cumprod[-1] == 0)
     _check_end(zero_snr, spec.prediction)
-    settings = spec.sampling
+    clipping = spec.sampling.clipping
     return {
         "num_train_timesteps": schedule.num_steps,
         "trained_betas": schedule.betas.tolist(),
         "prediction_type": PREDICTION_TYPES[spec.prediction],
-        "clip_sample": settings.clip is not None,
-        "clip_sample_range": 1.0 if settings.clip is None else settings.clip,
-        "thresholding": settings.threshold is not None,
-        "dynamic_thresholding_ratio": 0.995 if settings.threshold is None else settings.threshold,
+        "clip_sample": clipping.clip is not None,
+        "clip_sample_range": 1.0 if clipping.clip is None else clipping.clip,
+        "thresholding": clipping.threshold is not None,
+        "dynamic_thresholding_ratio": 0.995 if clipping.threshold is None else clipping.threshold,
         "sample_max_value": NO_BOUND,
         "timestep_spacing": "trailing",
         "steps_offset": 0,
@@ -210,7 +213,7 @@ def scheduler_fields(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def scheduler_settings(given: Mapping[str, Any]) -> tuple[dict[str, Any], Parameterization, SamplingSettings]:
+def scheduler_settings(given: Mapping[str, Any]) -> tuple[dict[str, Any], Parameterization, Sampling]:
     """(keyword arguments of `make_schedule`, parameterization, settings of sampling) of a scheduler's fields.
 
     Raises:
@@ -226,10 +229,10 @@ def scheduler_settings(given: Mapping[str, Any]) -> tuple[dict[str, Any], Parame
     table = make_schedule(**schedule)
     _check_end(bool(table.alphas_cumprod[-1] == 0), prediction)
     clip, threshold = _clipping(fields)
-    sampling = SamplingSettings(steps=min(50, table.num_steps), clip=clip, threshold=threshold)
+    sampling = Sampling.of(steps=min(50, table.num_steps), clip=clip, threshold=threshold)
     if name == "DDPMScheduler":
         variance = VARIANCE_TYPES[fields["variance_type"]]
-        sampling = replace(sampling, kind="ancestral", steps=table.num_steps, variance=variance)
+        sampling = replace(sampling, sampler=Ancestral(steps=table.num_steps, variance=variance))
     return schedule, prediction, sampling
 
 
@@ -256,7 +259,7 @@ def _schedule(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _clipping(fields: Mapping[str, Any]) -> tuple[float | None, float | None]:
-    """(clip, threshold) of `SamplingSettings`."""
+    """(clip, threshold) of `Sampling`."""
     clip = number("clip_sample_range", fields["clip_sample_range"]) if fields["clip_sample"] else None
     if not fields["thresholding"]:
         return clip, None

@@ -4,18 +4,26 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ddpm.generate import SamplingSettings
-from ddpm.interop import ModelSpec, load_model, save_model
+from ddpm.generate import Sampling
+from ddpm.model import ModelSpec, load_model, save_model
 from ddpm.models.unet import UNet, UNetConfig
 
-CONFIG = UNetConfig(1, 1, (32, 64), 1, (False, True), 32, num_classes=2)
+CONFIG = UNetConfig(
+    in_channels=1,
+    out_channels=1,
+    channels=(32, 64),
+    layers_per_block=1,
+    attention=(False, True),
+    head_dim=32,
+    num_classes=2,
+)
 SPEC = ModelSpec(
     CONFIG,
     {"kind": "cosine", "num_steps": 100, "s": 0.01},
     "v",
     8,
     ("cat", "dog"),
-    SamplingSettings(scale=2.0, interval=(0.1, 0.9), steps=5),
+    Sampling.of(scale=2.0, interval=(0.1, 0.9), steps=5),
     {"run": "test"},
 )
 

@@ -7,20 +7,28 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ddpm.diffusers_folder import export_diffusers, import_diffusers
-from ddpm.generate import SamplingSettings, configured
-from ddpm.interop import Model, ModelSpec, load_model, save_model
+from ddpm.conditioning import Conditioning
+from ddpm.diffusers import export_diffusers, import_diffusers
+from ddpm.generate import Sampling
+from ddpm.model import Model, ModelSpec, load_model, save_model
 from ddpm.models.unet import UNet, UNetConfig
-from ddpm.prediction import Conditioning
-from ddpm.samplers import ddim, last
+from ddpm.samplers import DDIM, last
 from ddpm.schedule import make_schedule
 
 diffusers = pytest.importorskip("diffusers", reason="comes with the dev extra")
 
-SMALL = UNetConfig(2, 2, (16, 32), 1, (False, True), 16, norm_groups=8)
+SMALL = UNetConfig(
+    in_channels=2,
+    out_channels=2,
+    channels=(16, 32),
+    layers_per_block=1,
+    attention=(False, True),
+    head_dim=16,
+    norm_groups=8,
+)
 COSINE = {"kind": "cosine", "num_steps": 100}
 ZERO_SNR = {"kind": "linear", "num_steps": 100, "zero_terminal_snr": True}
-UNCLIPPED, CLIPPED = SamplingSettings(clip=None), SamplingSettings(clip=0.8)
+UNCLIPPED, CLIPPED = Sampling.of(clip=None), Sampling.of(clip=0.8)
 
 
 @pytest.fixture(autouse=True)
@@ -55,8 +63,8 @@ def their_ddim(unet, scheduler, x_T, labels=None, steps=10):
 
 
 def our_ddim(model, x_T, cond=None, steps=10):
-    denoiser = configured(model.denoiser, model.schedule, model.spec.sampling)
-    return last(ddim(denoiser, model.schedule, x_T, cond, steps=steps))
+    denoiser = model.spec.sampling.wrap(model.denoiser, model.schedule)
+    return last(DDIM(steps=steps)(denoiser, model.schedule, x_T, cond))
 
 
 def assert_same_numbers(model, unet, scheduler):
@@ -74,7 +82,7 @@ def assert_same_numbers(model, unet, scheduler):
     torch.testing.assert_close(our_ddim(model, x, cond), images, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("sampling", [UNCLIPPED, CLIPPED, SamplingSettings(threshold=0.9)])
+@pytest.mark.parametrize("sampling", [UNCLIPPED, CLIPPED, Sampling.of(threshold=0.9)])
 @pytest.mark.parametrize(
     "prediction, schedule",
     [
@@ -102,7 +110,7 @@ def test_zero_terminal_snr_is_exactly_zero_on_the_other_side(tmp_path):
 
 
 def test_the_whole_pipeline_draws_our_images(tmp_path):
-    model = make(replace(SMALL, in_channels=3, out_channels=3), sampling=SamplingSettings(clip=1.0))
+    model = make(replace(SMALL, in_channels=3, out_channels=3), sampling=Sampling.of(clip=1.0))
     export_diffusers(model, tmp_path / "model")
     pipeline = diffusers.DDIMPipeline.from_pretrained(tmp_path / "model")
     pipeline.set_progress_bar_config(disable=True)
@@ -123,11 +131,22 @@ def test_the_whole_pipeline_draws_our_images(tmp_path):
     [
         SMALL,
         replace(SMALL, num_classes=3),
-        UNetConfig(1, 1, (16, 16, 32), 2, (True, False, False), 8, 4, scale_shift=True, dropout=0.1, num_classes=1),
+        UNetConfig(
+            in_channels=1,
+            out_channels=1,
+            channels=(16, 16, 32),
+            layers_per_block=2,
+            attention=(True, False, False),
+            head_dim=8,
+            norm_groups=4,
+            scale_shift=True,
+            dropout=0.1,
+            num_classes=1,
+        ),
     ],
 )
 def test_our_own_round_trip_is_exact(tmp_path, config):
-    sampling = SamplingSettings(2.5, (0.1, 0.9), 0.3, "heun", 7, threshold=0.99)
+    sampling = Sampling.of(scale=2.5, interval=(0.1, 0.9), rescale=0.3, kind="heun", steps=7, threshold=0.99)
     model = make(config, {"kind": "sigmoid", "num_steps": 60, "tau": 0.9}, "v", sampling)
     export_diffusers(model, tmp_path / "a")
     found = import_diffusers(tmp_path / "a")
@@ -149,12 +168,12 @@ def same_weights(one, other):
 
 
 def test_what_ours_exports_can_be_imported_without_model_json(tmp_path):
-    model = make(replace(SMALL, num_classes=3), ZERO_SNR, "v", SamplingSettings(clip=0.7, threshold=0.95))
+    model = make(replace(SMALL, num_classes=3), ZERO_SNR, "v", Sampling.of(clip=0.7, threshold=0.95))
     export_diffusers(model, tmp_path)
     (tmp_path / "model.json").unlink()
     found = import_diffusers(tmp_path, last_row="null", classes="abc")
     assert found.spec.network == model.spec.network
-    assert found.spec.sampling == SamplingSettings(clip=0.7, threshold=0.95)
+    assert found.spec.sampling == Sampling.of(clip=0.7, threshold=0.95)
     assert (found.spec.prediction, found.spec.image_size, found.spec.classes) == ("v", 8, ("a", "b", "c"))
     assert same_weights(found, model)
     torch.testing.assert_close(found.schedule.alphas_cumprod, model.schedule.alphas_cumprod, rtol=1e-12, atol=0)
@@ -212,9 +231,9 @@ def test_ours_gets_diffusers_numbers_from_what_it_writes(tmp_path, kind, options
     unet, scheduler = foreign(tmp_path, getattr(diffusers, kind)(num_train_timesteps=100, **options))
     model = import_diffusers(tmp_path)
     assert_same_numbers(model, unet, scheduler)
-    assert model.spec.sampling.kind == {"DDIMScheduler": "ddim", "DDPMScheduler": "ancestral"}[kind]
+    assert model.spec.sampling.to_json()["kind"] == {"DDIMScheduler": "ddim", "DDPMScheduler": "ancestral"}[kind]
     assert ModelSpec.from_json(model.spec.to_json()) == model.spec
-    assert model.generate(None, count=2, settings=replace(model.spec.sampling, steps=2)).shape == (2, 1, 8, 8)
+    assert model.generate(None, count=2, sampling=model.spec.sampling.with_fields(steps=2)).shape == (2, 1, 8, 8)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +289,7 @@ def test_the_last_class_row_is_what_the_caller_says(tmp_path):
 def test_the_defaults_of_ddpm_schedulers_come_over(tmp_path):
     foreign(tmp_path, diffusers.DDPMScheduler(num_train_timesteps=100, variance_type="fixed_large", clip_sample=False))
     settings = import_diffusers(tmp_path).spec.sampling
-    assert (settings.kind, settings.steps, settings.variance, settings.clip) == ("ancestral", 100, "large", None)
+    assert settings == Sampling.of(kind="ancestral", steps=100, variance="large", clip=None)
 
 
 OF_GOOGLE = {
@@ -342,7 +361,7 @@ def test_the_models_of_ho_et_al_come_over_and_go_back(tmp_path, levels, variance
 
     model = import_diffusers(hub)
     assert model.network.conv_in.weight.dtype == torch.float32
-    assert model.spec.sampling == SamplingSettings(kind="ancestral", steps=1000, variance=variance, clip=1.0)
+    assert model.spec.sampling == Sampling.of(kind="ancestral", steps=1000, variance=variance, clip=1.0)
     assert_same_numbers(model, unet, diffusers.DDIMScheduler.from_config(scheduler, timestep_spacing="trailing"))
 
     export_diffusers(model, tmp_path / "back")
@@ -380,7 +399,7 @@ def edit(path, **changes):
         ({"freq_shift": 2}, "freq_shift = 2 .* allowed: 0, 1"),
         ({"flip_sin_to_cos": 1}, "flip_sin_to_cos = 1 .* allowed: true, false"),
         ({"norm_eps": "1e-6"}, 'norm_eps = "1e-6" must be a number'),
-        ({"norm_eps": 0}, r"unet/config\.json: need norm_eps > 0"),
+        ({"norm_eps": 0}, r"unet/config\.json: norm_eps must be > 0"),
         ({"downsample_padding": 2}, "downsample_padding = 2 .* allowed: 0, 1"),
         ({"downsample_type": "resnet"}, "downsample_type"),
         ({"upsample_type": "resnet"}, "upsample_type"),

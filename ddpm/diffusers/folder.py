@@ -27,8 +27,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ddpm._diffusers_fields import scheduler_fields, scheduler_settings, unet_config, unet_fields, whole
-from ddpm.interop import Model, ModelSpec, build_network, read_weights
+from ddpm.diffusers.fields import scheduler_fields, scheduler_settings, unet_config, unet_fields, whole
+from ddpm.model import Model, ModelSpec, build_network, read_weights
 from ddpm.models.unet import UNetConfig
 
 LastRow = Literal["null", "class"]

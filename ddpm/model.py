@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,10 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ddpm.generate import Guides, SamplingSettings, generate
+from ddpm.conditioning import Conditioning
+from ddpm.generate import Sampling, generate
+from ddpm.guidance import Guides
+from ddpm.models import NETWORKS, NetworkConfig, UNetConfig
 from ddpm.models.classifier import NoisyClassifier
-from ddpm.models.unet import UNet, UNetConfig
-from ddpm.prediction import Conditioning, NetworkDenoiser, Parameterization
+from ddpm.prediction import NetworkDenoiser, Parameterization
 from ddpm.schedule import NoiseSchedule, make_schedule
 
 FORMAT_VERSION = 1
@@ -27,22 +29,22 @@ class ModelSpec:
     """Everything but the weights.
 
     Attributes:
-        network: shape of the UNet.
+        network: shape of the network.
         schedule: keyword arguments of `make_schedule`.
         prediction: what the network's output means.
         image_size: height and width in pixels.
         classes: class names, empty for an unconditional model.
         sampling: default settings for sampling.
         lineage: where it comes from: run, images seen, dataset digest, ...
-        task: "denoiser", or "classifier" for a `NoisyClassifier` on that shape, of `classes`.
+        task: "denoiser", or "classifier" for a `NoisyClassifier` on that shape (a UNet's), of `classes`.
     """
 
-    network: UNetConfig
+    network: NetworkConfig
     schedule: dict[str, Any]
     prediction: Parameterization
     image_size: int
     classes: tuple[str, ...] = ()
-    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    sampling: Sampling = field(default_factory=Sampling)
     lineage: dict[str, Any] = field(default_factory=dict)
     task: Literal["denoiser", "classifier"] = "denoiser"
 
@@ -52,8 +54,12 @@ class ModelSpec:
         return self.network.in_channels, self.image_size, self.image_size
 
     def to_json(self) -> str:
-        """`model.json`."""
-        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1)
+        """Return the text of `model.json`; a network that is no UNet has its kind beside its fields."""
+        kind = NETWORKS.name_of(self.network)
+        network = {**({} if kind == "unet" else {"kind": kind}), **asdict(self.network)}
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain |= {"network": network, "sampling": self.sampling.to_json()}
+        return json.dumps({"format_version": FORMAT_VERSION, **plain}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> ModelSpec:
@@ -70,11 +76,9 @@ class ModelSpec:
             network: dict[str, Any] = {
                 k: tuple(v) if isinstance(v, list) else v for k, v in plain.pop("network").items()
             }
-            sampling = plain.pop("sampling")
-            sampling["interval"] = tuple(sampling["interval"])
             return cls(
-                network=UNetConfig(**network),
-                sampling=SamplingSettings(**sampling),
+                network=NETWORKS.find(network.pop("kind", "unet"))(**network),
+                sampling=Sampling.from_json(plain.pop("sampling")),
                 classes=tuple(plain.pop("classes")),
                 **plain,
             )
@@ -94,7 +98,7 @@ class Model:
     """
 
     spec: ModelSpec
-    network: UNet
+    network: nn.Module
     classifier: NoisyClassifier | None = None
     weak: Model | None = None
 
@@ -130,8 +134,8 @@ class Model:
         labels: Tensor | None,
         *,
         seed: int = 0,
-        settings: SamplingSettings | None = None,
-        images: Tensor | None = None,
+        sampling: Sampling | None = None,
+        image_ids: Tensor | None = None,
         count: int | None = None,
         batch_size: int = 64,
     ) -> Tensor:
@@ -149,11 +153,11 @@ class Model:
         return generate(
             self.denoiser,
             self.schedule,
-            settings or self.spec.sampling,
+            sampling or self.spec.sampling,
             cond=None if labels is None else Conditioning(label=labels),
             shape=self.spec.shape,
             seed=seed,
-            images=images,
+            image_ids=image_ids,
             count=count,
             batch_size=batch_size,
             guides=self.guides,
@@ -191,6 +195,8 @@ def load_classifier(folder: Path, device: torch.device | str = "cpu") -> tuple[M
     spec = read_spec(folder)
     if spec.task != "classifier":
         raise ValueError(f"{folder} holds a {spec.task}: train a classifier with task=classifier")
+    if not isinstance(spec.network, UNetConfig):
+        raise ValueError(f"{folder} holds a classifier on another network than a UNet")
     classifier = NoisyClassifier(spec.network, len(spec.classes))
     _load(classifier, read_weights(folder / "model.safetensors"))
     return spec, classifier.eval().requires_grad_(False).to(device)
@@ -222,13 +228,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged ({error}): copy or save it again") from error
 
 
-def build_network(config: UNetConfig, weights: Mapping[str, Tensor], device: torch.device | str = "cpu") -> UNet:
+def build_network(
+    config: NetworkConfig, weights: Mapping[str, Tensor], device: torch.device | str = "cpu"
+) -> nn.Module:
     """The network with these weights, ready to sample.
 
     Raises:
         ValueError: weights of another network.
     """
-    network = UNet(config)
+    network = config.build()
     _load(network, weights)
     return network.eval().requires_grad_(False).to(device)
 

@@ -1,0 +1,241 @@
+"""The variational bound on -log p(x_0): by drawn pairs, by KLs against the posterior, and whole, term by term.
+
+A denoiser is called in the dtype of the images that it is given; everything round the calls is float64, because the
+terms are differences of nearly equal Gaussians. Random numbers belong to (seed, image), never to a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ddpm.conditioning import Conditioning
+from ddpm.gaussian import (
+    DiagonalGaussian,
+    ReverseVariance,
+    kl,
+    p_reverse,
+    q_posterior,
+    q_sample,
+    q_transition,
+    reverse_variance,
+)
+from ddpm.prediction import Denoiser, Prediction
+from ddpm.quality import Interval, bootstrap
+from ddpm.samplers.base import predict, step_noise
+from ddpm.schedule import NoiseSchedule
+
+
+def vlb_term(
+    pred: Prediction,
+    x_0: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    schedule: NoiseSchedule,
+    *,
+    variance: ReverseVariance = "small",
+    levels: int = 256,
+) -> Tensor:
+    """The bound's term at t in its KL form, bits per dimension, [B] (DDPM, eq. 5; the tutorial's second form).
+
+    KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 1, and -log p(x_0 | x_1), discretized, at t = 1.
+
+    Args:
+        pred: a denoiser's at (x_t, t).
+        t: timesteps 1..T, int64 [B].
+        variance: of p, where it is not learned.
+        levels: grey levels of the data.
+    """
+    p = p_reverse(pred, x_t, t, t - 1, schedule, variance)
+    q = q_posterior(x_t, x_0, t, t - 1, schedule)
+    last = (t == 1).reshape(-1, *(1,) * (x_t.dim() - 1))
+    # At t = 1 the posterior is a point: any positive variance keeps the unused branch, and its gradient, finite.
+    divergence = kl(replace(q, variance=torch.where(last, 1, q.variance)), p)
+    nats = torch.where(last, -p.discretized_log_prob(x_0, levels), divergence)
+    return nats.flatten(1).mean(1) / math.log(2)
+
+
+def vlb_pair_term(
+    pred: Prediction,
+    x_s: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    schedule: NoiseSchedule,
+    *,
+    variance: ReverseVariance = "small",
+    x_0: Tensor | None = None,
+) -> Tensor:
+    """The bound's term at t from one drawn pair (x_{t-1}, x_t), bits per dimension, [B] (DDPM, eq. 3).
+
+    The tutorial's first, Monte-Carlo form, log q(x_t | x_{t-1}) - log p(x_{t-1} | x_t): summed over t = 1..T together
+    with -log p(x_T) its expectation is the bound on a continuous x_0. A single term differs in expectation from
+    `vlb_term` by E[log q(x_t | x_0) - log q(x_{t-1} | x_0)], which has no parameters and sums to the prior's term.
+    With x_0, it is log q(x_{t-1} | x_t, x_0) - log p(x_{t-1} | x_t) for t > 1, of `vlb_term`'s expectation at every t.
+
+    Args:
+        pred: a denoiser's at (x_t, t).
+        x_s: x_{t-1}, drawn together with x_t.
+    """
+    p = p_reverse(pred, x_t, t, t - 1, schedule, variance)
+    if x_0 is None:
+        q = q_transition(x_s, t - 1, t, schedule).log_prob(x_t)
+    elif bool((t == 1).any()):
+        raise ValueError("q(x_0 | x_1, x_0) is a point and has no density: t must be >= 2 where x_0 is given")
+    else:
+        q = q_posterior(x_t, x_0, t, t - 1, schedule).log_prob(x_s)
+    return (q - p.log_prob(x_s)).flatten(1).mean(1) / math.log(2)
+
+
+def vlb_weight(schedule: NoiseSchedule, t: Tensor, variance: ReverseVariance = "small") -> Tensor:
+    """What multiplies |eps - eps_theta|^2 in the bound's term at t, in nats, float64 of t's shape (DDPM, eq. 12).
+
+    beta^2 / (2 var (1 - beta) (1 - alpha_bar)), var being p's fixed one; L_simple's weight is 1 for every t.
+    """
+    beta = schedule.betas.to(t.device)[t - 1]
+    var = reverse_variance(t, t - 1, schedule, variance)
+    return beta.square() / (2 * var * (1 - beta) * (1 - schedule.alpha_bar(t)))
+
+
+@dataclass(frozen=True)
+class Bound:
+    """-log2 p(x_0) is at most this, term by term; bits per dimension, float64, one draw of noise per term.
+
+    Attributes:
+        prior: KL(q(x_T | x_0) || N(0, I)), [B].
+        terms: [B, steps], from the least noise up: column 0 is the decoder's -log p(x_0 | x_t), column i > 0 is
+            KL(q(x_s | x_t, x_0) || p(x_s | x_t)).
+        timesteps: t of each column, int64 [steps]; s is the one before, 0 for column 0.
+    """
+
+    prior: Tensor
+    terms: Tensor
+    timesteps: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """The bound itself, [B]."""
+        return self.prior + self.terms.sum(1)
+
+
+@torch.no_grad()
+def variational_bound(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    x_0: Tensor,
+    cond: Conditioning | None = None,
+    *,
+    seed: int,
+    image_ids: Tensor,
+    steps: int | None = None,
+    variance: ReverseVariance = "small",
+    levels: int | None = 256,
+) -> Bound:
+    """The bound of DDPM (Ho et al. 2020, eq. 5) with all its terms: an unbiased estimate, fresh noise for every t.
+
+    x_t is drawn from q(x_t | x_0) anew for each term, not along one trajectory, where the terms vary together. Its
+    noise is `step_noise(seed, image_ids, shape)(t)`.
+
+    Args:
+        denoiser: maps (x_t [B, C, H, W], t [B], cond) to a `Prediction`; called `steps` times. Where eps is predicted,
+            wrap it in `Clipped`, as DDPM's code does: near T its x_0 is without bounds, and so is the last term.
+        x_0: clean images in [-1, 1], [B, C, H, W].
+        seed: of the noise.
+        image_ids: their numbers, int64 [B]: image i of a seed gets the same bound in every batch.
+        steps: of the reverse chain; None is every step of the schedule, fewer respace it.
+        variance: of p(x_s | x_t), where it is not learned; at s = 0 see `reverse_variance`.
+        levels: grey levels of the data, for a discretized decoder (DDPM, eq. 13). None is for continuous data, with
+            the decoder's density: the bound is then one of a density, and may be negative.
+
+    Raises:
+        ValueError: `steps` out of range, `image_ids` not one number per image, or x_0 off the grid of `levels`.
+    """
+    check_image_ids(image_ids, x_0)
+    if levels is not None:
+        check_grid(x_0, levels)
+    dtype, x_0 = x_0.dtype, x_0.double()
+    noise = step_noise(seed, image_ids.to(x_0.device), tuple(x_0.shape[1:]))
+    pairs = list(schedule.pairs(schedule.num_steps if steps is None else steps))[::-1]
+    terms = []
+    for t, s in pairs:
+        x_t = q_sample(x_0, t, noise(t).double(), schedule)
+        pred = in_float64(predict(denoiser, x_t.to(dtype), t, cond))
+        p = p_reverse(pred, x_t, t, s, schedule, variance)
+        if s > 0:
+            nats = kl(q_posterior(x_t, x_0, t, s, schedule), p)
+        else:
+            nats = -(p.log_prob(x_0) if levels is None else p.discretized_log_prob(x_0, levels))
+        terms.append(bits_per_dim(nats))
+    timesteps = torch.tensor([t for t, _ in pairs])
+    return Bound(_prior_term(x_0, schedule), torch.stack(terms, dim=1), timesteps)
+
+
+def _prior_term(x_0: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """KL(q(x_T | x_0) || N(0, I)), [B]; has no parameters, and is 0 with zero terminal SNR."""
+    alpha_bar = schedule.alpha_bar(schedule.num_steps).to(x_0)
+    q = DiagonalGaussian(alpha_bar.sqrt() * x_0, 1 - alpha_bar)
+    return bits_per_dim(kl(q, DiagonalGaussian(torch.zeros_like(x_0), torch.ones_like(alpha_bar))))
+
+
+def mean_bits_per_dim(bits: Tensor, *, seed: int = 0, draws: int = 1000, level: float = 0.95) -> Interval:
+    """Mean over a data set with its number of images and confidence interval, from `Bound.total` or `bits_per_dim`.
+
+    The interval is about the images, and with them about the noise that each was evaluated with.
+
+    Args:
+        bits: bits per dimension of each image, [N], N >= 2.
+        seed: of the bootstrap.
+        draws: of the bootstrap.
+        level: of confidence.
+
+    Raises:
+        ValueError: not a vector of finite numbers, or what `bootstrap` refuses.
+    """
+    if bits.dim() != 1 or not bool(bits.isfinite().all()):
+        raise ValueError(f"bits must be finite, [N], got shape {tuple(bits.shape)}, finite: {bits.isfinite().all()}")
+    return bootstrap(lambda part: part.double().mean().item(), bits, draws=draws, seed=seed, level=level)
+
+
+def in_float64(pred: Prediction) -> Prediction:
+    """Return the same prediction in float64."""
+    fraction, gradient = pred.variance_fraction, pred.mean_gradient
+    return Prediction(
+        pred.x0.double(),
+        pred.eps.double(),
+        None if fraction is None else fraction.double(),
+        None if gradient is None else gradient.double(),
+    )
+
+
+def bits_per_dim(nats: Tensor) -> Tensor:
+    """Nats of each element [B, C, H, W] to bits per dimension [B]."""
+    return nats.flatten(1).mean(1) / math.log(2)
+
+
+def check_image_ids(image_ids: Tensor, x_0: Tensor) -> None:
+    """Refuse numbers of images that are not one for each image.
+
+    Raises:
+        ValueError: they are not [B], or there are none.
+    """
+    if image_ids.shape != x_0.shape[:1] or len(image_ids) == 0:
+        raise ValueError(f"image_ids must be one number per image, [{len(x_0)}], got shape {tuple(image_ids.shape)}")
+
+
+def check_grid(x_0: Tensor, levels: int) -> None:
+    """Refuse images off the grid of their grey levels: they have no probability under a discretized decoder.
+
+    Raises:
+        ValueError: fewer than 2 levels, or values off the grid.
+    """
+    if levels < 2:
+        raise ValueError(f"levels must be >= 2, got {levels}")
+    grid = (x_0.double() + 1) * (levels - 1) / 2
+    off = (grid - grid.round().clamp(0, levels - 1)).abs().max().item()
+    if not off < 0.01:
+        raise ValueError(
+            f"x_0 must lie on the grid of {levels} levels from -1 to 1, but is off it by up to {off:.3g} levels: "
+            "pass the data's `levels`, and x = 2 k / (levels - 1) - 1"
+        )

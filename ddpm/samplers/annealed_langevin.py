@@ -1,0 +1,63 @@
+"""Annealed Langevin dynamics: a walk along the score, -eps / sigma, at falling noise levels (Song & Ermon 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ddpm.conditioning import Conditioning
+from ddpm.prediction import Denoiser
+from ddpm.samplers.base import Sample, StepNoise, SteppedSampler, predict, require_noise
+from ddpm.schedule import NoiseSchedule
+from ddpm.settings import setting
+
+
+@dataclass(frozen=True)
+class AnnealedLangevin(SteppedSampler):
+    """Annealed Langevin dynamics (Song & Ermon 2019, algorithm 1), one `Sample` per level.
+
+    At each level, from the noisiest down, a chain whose target is q(x_t):
+        x <- x + a / 2 score(x, t) + sqrt(a) z,   a = step_size sigma_t^2,   score = -eps / sigma_t.
+    The step is the paper's, a fixed fraction of the noise variance, in the variables of a variance-preserving process.
+    Level 0 is a last denoising, x_0 for the last x_t (Jolicoeur-Martineau et al. 2021); without it in `timesteps` the
+    result is the paper's, as noisy as its last level. In all steps * steps_per_level + 1 network evaluations.
+
+    The paper's step size is 0.2 (its epsilon / sigma_L^2), with which chains of this length do not mix: N(0.2, 0.3^2)
+    comes out with a standard deviation of 0.32 to 0.33, at the default of 1 with 0.304 to 0.311. For a Gaussian q(x_t)
+    of variance v >= sigma_t^2 a long chain's variance is v / (1 - a / 4v): up to a third too large where all is noise,
+    and right at low levels, which decide. Above 2 steps overshoot.
+
+    The j-th Langevin step at level number i, from 0, draws the noise of key i steps_per_level + j: no two share one.
+    """
+
+    steps: int = setting(100, "noise levels above 0", ge=1)
+    steps_per_level: int = setting(10, "Langevin steps at each level, one network evaluation each", ge=1)
+    step_size: float = setting(1.0, "Langevin step as a fraction of the level's noise variance", gt=0, lt=2)
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        schedule: NoiseSchedule,
+        x_T: Tensor,
+        cond: Conditioning | None = None,
+        *,
+        noise: StepNoise | None = None,
+        timesteps: Sequence[float] | None = None,
+    ) -> Iterator[Sample]:
+        """Yield one `Sample` per level; see `Sampler`."""
+        noise = require_noise(noise, "annealed Langevin dynamics")
+        grid = self.levels(schedule, timesteps)
+        x_t = x_T
+        for i, t in enumerate(grid):
+            if t == 0:
+                x_t = predict(denoiser, x_t, grid[i - 1], cond).x0
+                yield Sample(x_t, x_t, t)
+                return
+            sigma = schedule.sigma(t).item()
+            a = self.step_size * sigma**2
+            for j in range(self.steps_per_level):
+                pred = predict(denoiser, x_t, t, cond)
+                x_t = x_t - a / 2 / sigma * pred.eps + a**0.5 * noise(i * self.steps_per_level + j)
+            yield Sample(x_t, pred.x0, t)

@@ -1,0 +1,178 @@
+"""Inpainting by known pixels on the way down: replacement, and RePaint's jumps (Lugmayr et al. 2022)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ddpm.conditioning import Conditioning
+from ddpm.gaussian import DiagonalGaussian, ReverseVariance, p_reverse, q_transition
+from ddpm.masks import checked_mask, paste, same_shape
+from ddpm.prediction import Denoiser, coefficients
+from ddpm.samplers.base import Sample, StepNoise, SteppedSampler, predict
+from ddpm.schedule import NoiseSchedule
+from ddpm.settings import setting
+
+
+class Inpainter(Protocol):
+    """Settings of an algorithm that fills the hidden pixels of images, which are the algorithm: call them."""
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        schedule: NoiseSchedule,
+        x_T: Tensor,
+        cond: Conditioning | None = None,
+        *,
+        known: Tensor,
+        mask: Tensor,
+        noise: StepNoise,
+        timesteps: Sequence[float] | None = None,
+    ) -> Iterator[Sample]:
+        """Yield one `Sample` per network evaluation; the last has the known pixels exactly as given.
+
+        Args:
+            denoiser: maps (x_t [B, C, H, W], t [B], cond) to a `Prediction`; it sees `known` only if cond says so.
+            schedule: of the denoiser.
+            x_T: standard normal noise [B, C, H, W].
+            cond: what else the denoiser is conditioned on.
+            known: clean images [B, C, H, W]; hidden pixels may hold anything.
+            mask: [B, 1, H, W], True (or 1) where known.
+            noise: key -> standard normal noise like x_T. The key is the number, from 0, of the transition in
+                `repaint_levels`, jumps included: no two share one. A step's known and hidden pixels are of the same
+                draw.
+            timesteps: real levels to visit instead, strictly decreasing, from the level of x_T to 0.
+
+        Raises:
+            ValueError: shapes that do not fit each other, numbers out of range, or `timesteps` that do not fall to 0.
+        """
+
+
+@dataclass(frozen=True)
+class RePaint(SteppedSampler):
+    """Fill hidden pixels by RePaint (Lugmayr et al. 2022, algorithm 1); jumps are not yielded.
+
+    A step down draws hidden pixels from p(x_s | x_t) and known ones from q(x_s | known) (eq. 8). A jump up draws x_t
+    from q(x_t | x_s) over both levels at once: what the hidden pixels were lives on, and the next way down brings it
+    closer to what is known. There are steps + (resamplings - 1) jump_length floor((steps - 1) / jump_length) network
+    evaluations, 2,410 of them at the defaults, which are the authors'. Pixels agree only down to the level that a jump
+    reaches: with few steps, make it short.
+    """
+
+    steps: int = setting(250, "steps from T to 0", ge=1)
+    jump_length: int = setting(10, "length of a jump up, in steps", ge=1)
+    resamplings: int = setting(10, "how often each stretch is walked down; 1 jumps nowhere", ge=1)
+    variance: ReverseVariance = setting(
+        "small", "variance of a reverse step where it is not learned: the posterior's (small), or beta (large)"
+    )
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        schedule: NoiseSchedule,
+        x_T: Tensor,
+        cond: Conditioning | None = None,
+        *,
+        known: Tensor,
+        mask: Tensor,
+        noise: StepNoise,
+        timesteps: Sequence[float] | None = None,
+    ) -> Iterator[Sample]:
+        """See `Inpainter`."""
+        same_shape(x_T, known, "x_T and known")
+        mask, known = checked_mask(mask, known).to(x_T.device), known.to(x_T)
+        grid = self.levels(schedule, timesteps)
+        levels = repaint_levels(grid, jump_length=self.jump_length, resamplings=self.resamplings)
+        x_t = x_T
+        for i, (t, s) in enumerate(itertools.pairwise(levels)):
+            if s > t:
+                x_t = q_transition(x_t, t, s, schedule).sample(noise(i))
+                continue
+            pred = predict(denoiser, x_t, t, cond, has_variance=True)
+            p = p_reverse(pred, x_t, t, s, schedule, self.variance)
+            x_t = _with_known(p, known, mask, s, schedule).sample(noise(i)) if s > 0 else paste(known, p.mean, mask)
+            yield Sample(x_t, pred.x0, s)
+
+
+@dataclass(frozen=True)
+class Replacement(SteppedSampler):
+    """Fill hidden pixels by ancestral sampling whose known pixels are redrawn from q(x_s | known) at every level.
+
+    (Song et al. 2021b, app. I.2.) Hidden pixels see the known ones under fresh noise, and only once a level: more steps
+    do not take away the bias against the data's own conditional, `RePaint` does, at a price (Lugmayr et al. 2022,
+    sec. 4.2). This is `RePaint` with one resampling, so noise has the keys 0, 1, 2, ...
+    """
+
+    steps: int = setting(1000, "steps from T to 0, one network evaluation each", ge=1)
+    variance: ReverseVariance = setting(
+        "small", "variance of a reverse step where it is not learned: the posterior's (small), or beta (large)"
+    )
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        schedule: NoiseSchedule,
+        x_T: Tensor,
+        cond: Conditioning | None = None,
+        *,
+        known: Tensor,
+        mask: Tensor,
+        noise: StepNoise,
+        timesteps: Sequence[float] | None = None,
+    ) -> Iterator[Sample]:
+        """See `Inpainter`."""
+        once = RePaint(self.steps, self.spacing, jump_length=1, resamplings=1, variance=self.variance)
+        return once(denoiser, schedule, x_T, cond, known=known, mask=mask, noise=noise, timesteps=timesteps)
+
+
+def repaint_levels(grid: Sequence[float], *, jump_length: int, resamplings: int) -> list[float]:
+    """Every level that RePaint visits, in order; a rise is one jump forward (Lugmayr et al. 2022, algorithm 1).
+
+    The grid has N steps, and position n is the one from which n are left. On reaching a position b = 1 + i jump_length
+    with b + jump_length <= N, the chain jumps up to b + jump_length and comes down again, resamplings - 1 times. With
+    jump_length = 1 this is algorithm 1 with U = resamplings, with any other the authors' `get_schedule_jump`.
+    In all there are N + (resamplings - 1) jump_length floor((N - 1) / jump_length) steps down.
+
+    Args:
+        grid: strictly decreasing levels that end at 0, `schedule.timesteps(steps)` for example.
+        jump_length: in steps of the grid, at least 1.
+        resamplings: how often each stretch is come down, at least 1, which jumps nowhere.
+
+    Raises:
+        ValueError: numbers out of range, a jump that the grid is too short for, or a grid that does not fall to 0.
+    """
+    steps = len(grid) - 1
+    if jump_length < 1 or resamplings < 1:
+        raise ValueError(
+            f"need jump_length >= 1 and resamplings >= 1, got jump_length={jump_length} and resamplings={resamplings}"
+        )
+    if steps < 1 or grid[-1] != 0 or any(s >= t for t, s in itertools.pairwise(grid)):
+        raise ValueError(f"levels must fall strictly and end at 0, where known pixels are clean, got {list(grid)}")
+    if resamplings > 1 and jump_length > steps - 1:
+        raise ValueError(
+            f"jump_length={jump_length} does not fit into {steps} steps: use jump_length <= {steps - 1}, more steps, "
+            f"or resamplings=1"
+        )
+    jumps = dict.fromkeys(range(1, steps - jump_length + 1, jump_length), resamplings - 1)
+    levels, position = [grid[0]], steps
+    while position > 0:
+        position -= 1
+        levels.append(grid[steps - position])
+        if jumps.get(position, 0) > 0:
+            jumps[position] -= 1
+            position += jump_length
+            levels.append(grid[steps - position])
+    return levels
+
+
+def _with_known(
+    p: DiagonalGaussian, known: Tensor, mask: Tensor, s: float, schedule: NoiseSchedule
+) -> DiagonalGaussian:
+    """q(x_s | known) where known and p elsewhere: given x_t, pixels are independent, so one draw serves both."""
+    alpha, sigma = coefficients(schedule, s, known)
+    return DiagonalGaussian(torch.where(mask, alpha * known, p.mean), torch.where(mask, sigma.square(), p.variance))

@@ -1,0 +1,129 @@
+"""Settings of an algorithm as a frozen dataclass, in which each field's default, range and meaning stand once.
+
+Configuration files, the command line and the documentation read them from here:
+
+    @dataclass(frozen=True)
+    class DDIM(Settings):
+        steps: int = setting(50, "network evaluations", ge=1)
+        eta: float = setting(0.0, "share of the posterior's noise that a step adds", ge=0, le=1)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Self, TypeVar
+
+T = TypeVar("T")
+_MEANING, _BOUNDS, _REFERENCE = "meaning", "bounds", "reference"
+_COMPARE = {
+    "gt": (lambda value, bound: value > bound, ">"),
+    "ge": (lambda value, bound: value >= bound, ">="),
+    "lt": (lambda value, bound: value < bound, "<"),
+    "le": (lambda value, bound: value <= bound, "<="),
+}
+
+
+def setting(
+    default: T,
+    meaning: str,
+    *,
+    gt: float | None = None,
+    ge: float | None = None,
+    lt: float | None = None,
+    le: float | None = None,
+    reference: bool = False,
+) -> T:
+    """A field of `Settings`.
+
+    Args:
+        default: its value where nothing is said.
+        meaning: one line for people: what it is, and its unit.
+        gt, ge, lt, le: bounds on the value, or on each element of a tuple; None (no value) is never out of range.
+        reference: whether it names another network (a MODEL), which whoever runs the algorithm has to find.
+    """
+    bounds = {name: bound for name, bound in (("gt", gt), ("ge", ge), ("lt", lt), ("le", le)) if bound is not None}
+    metadata = {_MEANING: meaning, _BOUNDS: bounds, _REFERENCE: reference}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known of one field.
+
+    Attributes:
+        name: of the field.
+        type: of its values, resolved.
+        default: its value where nothing is said.
+        meaning: one line for people.
+        bounds: "gt", "ge", "lt", "le" -> bound.
+        reference: whether it names another network.
+    """
+
+    name: str
+    type: Any
+    default: Any
+    meaning: str
+    bounds: Mapping[str, float]
+    reference: bool
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Base of frozen dataclasses whose fields are made by `setting`; values out of range are refused when one is made.
+
+    Raises:
+        ValueError: a value out of its range, with the field's name and what is allowed.
+    """
+
+    def __post_init__(self) -> None:
+        for field in settings_of(type(self)):
+            _check(field, getattr(self, field.name))
+
+    def replaced(self, **values: Any) -> Self:
+        """The same settings with some fields changed."""
+        return dataclasses.replace(self, **values)
+
+
+def settings_of(cls: Any) -> tuple[Setting, ...]:
+    """The fields of a settings class that were made by `setting`, in order."""
+    return _settings_of(cls)
+
+
+@cache
+def _settings_of(cls: Any) -> tuple[Setting, ...]:
+    types = typing.get_type_hints(cls)
+    return tuple(
+        Setting(f.name, types[f.name], f.default, f.metadata[_MEANING], f.metadata[_BOUNDS], f.metadata[_REFERENCE])
+        for f in dataclasses.fields(cls)
+        if _MEANING in f.metadata
+    )
+
+
+def _check(field: Setting, value: Any) -> None:
+    allowed = list(_allowed(field.type))
+    if allowed and value not in allowed:
+        raise ValueError(f"unknown {field.name} {value!r}; allowed: {', '.join(map(str, allowed))}")
+    for part in value if isinstance(value, tuple) else (value,):
+        for name, bound in field.bounds.items():
+            holds, _ = _COMPARE[name]
+            if part is not None and not holds(part, bound):
+                raise ValueError(f"{field.name} must be {_range(field.bounds)}, got {value}")
+
+
+def _range(bounds: Mapping[str, float]) -> str:
+    """Bounds in words: ">= 1", or "in [0, 1)" where there are two."""
+    if len(bounds) == 2:
+        low, high = (bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt")))
+        return f"in {'[' if 'ge' in bounds else '('}{low:g}, {high:g}{']' if 'le' in bounds else ')'}"
+    ((name, bound),) = bounds.items()
+    return f"{_COMPARE[name][1]} {bound:g}"
+
+
+def _allowed(annotation: Any) -> Iterator[Any]:
+    """The values of a Literal type; nothing for any other."""
+    if typing.get_origin(annotation) is typing.Literal:
+        yield from typing.get_args(annotation)

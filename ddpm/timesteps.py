@@ -1,0 +1,212 @@
+"""Which timesteps a training draws: a function of (seed, ordinal) and, for a sampler that learns, of past losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from ddpm.noise import Purpose, integers, uniform, words
+from ddpm.registry import Registry
+from ddpm.settings import Settings, setting
+
+
+class TimestepSampler(Protocol):
+    """Draws the timestep of each sample from the sample's ordinal; the same on every rank.
+
+    Attributes:
+        learns: whether it adapts to the losses, so that a step must pass the loss of every sample to `update`.
+    """
+
+    learns: ClassVar[bool]
+
+    def sample(self, ordinals: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (t in 1..T, int64 [B]; the weight of each sample's loss, float64 [B]) for ordinals int64 [B].
+
+        With the weights E[weight L_t] is the mean of L_t over uniform t.
+        """
+
+    def update(self, ordinals: Tensor, losses: Tensor) -> None:
+        """Learn from the unweighted losses [N] of a whole global batch, whose ordinals [N] are in ascending order."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The live tensors of what was learned, by name; none where nothing is."""
+
+
+class Timesteps(Protocol):
+    """Settings of a timestep sampler."""
+
+    def make(self, num_steps: int, batch_size: int, seed: int) -> TimestepSampler:
+        """Return the sampler of a run.
+
+        Args:
+            num_steps: T of the schedule.
+            batch_size: of the global batch; batch i holds the ordinals from i batch_size on.
+            seed: of the run.
+        """
+
+
+class _Fixed:
+    """A sampler that learns nothing."""
+
+    learns: ClassVar[bool] = False
+
+    def update(self, ordinals: Tensor, losses: Tensor) -> None:
+        """Do nothing."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return nothing: there is no history."""
+        return {}
+
+
+@dataclass(frozen=True)
+class UniformTimesteps(Settings):
+    """t uniform in 1..T, independently for each sample (DDPM, Ho et al. 2020, algorithm 1)."""
+
+    def make(self, num_steps: int, batch_size: int, seed: int) -> TimestepSampler:
+        """See `Timesteps`."""
+        return _Uniform(num_steps, seed)
+
+
+@dataclass(frozen=True)
+class _Uniform(_Fixed):
+    num_steps: int
+    seed: int
+
+    def sample(self, ordinals: Tensor) -> tuple[Tensor, Tensor]:
+        t = integers(self.seed, ordinals, Purpose.TIMESTEP, self.num_steps) + 1
+        return t, torch.ones_like(t, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class StratifiedTimesteps(Settings):
+    """t uniform in 1..T for each sample, spread evenly over every global batch: stratified sampling.
+
+    The axis is cut into `batch_size` equal strata and each sample of a batch falls into one of its own, at a place of
+    its own within it. (The low-variance sampler of Kingma et al. 2021, app. I.1, shares one offset over the batch,
+    u_0 + i / k: its samples are evenly spaced, ours are jittered.) Which stratum is a random permutation per batch, so
+    that no place of the batch always gets the same noise: a function of (seed, ordinal), whoever computes which part of
+    the batch.
+    """
+
+    def make(self, num_steps: int, batch_size: int, seed: int) -> TimestepSampler:
+        """See `Timesteps`."""
+        return _Stratified(num_steps, batch_size, seed)
+
+
+@dataclass(frozen=True)
+class _Stratified(_Fixed):
+    num_steps: int
+    batch_size: int
+    seed: int
+
+    def sample(self, ordinals: Tensor) -> tuple[Tensor, Tensor]:
+        strata = permuted_places(self.seed, ordinals, self.batch_size)
+        u = (strata + uniform(self.seed, ordinals, Purpose.TIMESTEP)[:, 0]) / self.batch_size
+        t = (u * self.num_steps).long().clamp(max=self.num_steps - 1) + 1
+        return t, torch.ones_like(t, dtype=torch.float64)
+
+
+def permuted_places(seed: int, ordinals: Tensor, batch_size: int) -> Tensor:
+    """Each sample's place in a random permutation of its global batch, int64 [B] in 0..batch_size - 1.
+
+    Args:
+        ordinals: int64 [B], any part of one or more global batches.
+        batch_size: of the global batch; batch i holds the ordinals from i batch_size on.
+    """
+    batches, which = torch.unique(ordinals // batch_size, return_inverse=True)
+    members = batches[:, None] * batch_size + torch.arange(batch_size, device=ordinals.device)
+    keys = words(seed, members.flatten(), Purpose.STRATUM, 1).reshape(members.shape)
+    return keys.argsort(dim=1, stable=True).argsort(dim=1)[which, ordinals % batch_size]
+
+
+@dataclass(frozen=True)
+class ImportanceTimesteps(Settings):
+    """t with probability proportional to sqrt(E[L_t^2]) over the last losses (Improved DDPM, sec. 3.3, eq. 18).
+
+    Until every timestep has `history` losses t is uniform.
+    """
+
+    history: int = setting(10, "losses of each timestep that are remembered", ge=1)
+    uniform_fraction: float = setting(1e-3, "probability that is shared out evenly over all timesteps", ge=0, lt=1)
+
+    def make(self, num_steps: int, batch_size: int, seed: int) -> ImportanceSampler:
+        """See `Timesteps`."""
+        return ImportanceSampler(num_steps, seed, self.history, self.uniform_fraction)
+
+
+class ImportanceSampler:
+    """The sampler of `ImportanceTimesteps`.
+
+    Its state is a function of the losses in the order in which they are given: give all workers the same, in ordinal
+    order, and their samplers stay the same.
+
+    Attributes:
+        losses: the last losses of each timestep, float64 [T, history].
+        counts: how many of them there are, int64 [T].
+    """
+
+    learns: ClassVar[bool] = True
+
+    def __init__(self, num_steps: int, seed: int, history: int, uniform_fraction: float) -> None:
+        self.seed, self.uniform_fraction = seed, uniform_fraction
+        self.losses = torch.zeros(num_steps, history, dtype=torch.float64)
+        self.counts = torch.zeros(num_steps, dtype=torch.long)
+
+    def probabilities(self) -> Tensor:
+        """p_t for t = 1..T, float64 [T]."""
+        num_steps, history = self.losses.shape
+        if bool((self.counts < history).any()):
+            return torch.full((num_steps,), 1 / num_steps, dtype=torch.float64)
+        size = self.losses.square().mean(1).sqrt()
+        p = size / size.sum()
+        return p * (1 - self.uniform_fraction) + self.uniform_fraction / num_steps
+
+    def sample(self, ordinals: Tensor) -> tuple[Tensor, Tensor]:
+        """See `TimestepSampler`."""
+        p = self.probabilities().to(ordinals.device)
+        u = uniform(self.seed, ordinals, Purpose.TIMESTEP)[:, 0]
+        index = torch.searchsorted(p.cumsum(0), u).clamp(max=len(p) - 1)
+        return index + 1, 1 / (len(p) * p[index])
+
+    def update(self, ordinals: Tensor, losses: Tensor) -> None:
+        """See `TimestepSampler`."""
+        # On the device where they were drawn: another one's cumulative sums may round another way.
+        t, _ = self.sample(ordinals)
+        self.record(t, losses)
+
+    def record(self, t: Tensor, losses: Tensor) -> None:
+        """Append losses [N] at timesteps t [N], oldest sample first; each pushes out the oldest of its timestep."""
+        history = self.losses.shape[1]
+        for step, loss in zip(t.tolist(), losses.double().tolist(), strict=True):
+            row = self.losses[step - 1]
+            row[:-1] = row[1:].clone()
+            row[-1] = loss
+            self.counts[step - 1] = min(int(self.counts[step - 1]) + 1, history)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The history, live: to be read, or overwritten in place."""
+        return {"losses": self.losses, "counts": self.counts}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take a history back.
+
+        Raises:
+            ValueError: of another number of timesteps or losses.
+        """
+        if state["losses"].shape != self.losses.shape:
+            raise ValueError(
+                f"the history is of shape {tuple(state['losses'].shape)}, expected {tuple(self.losses.shape)}"
+            )
+        self.losses.copy_(state["losses"])
+        self.counts.copy_(state["counts"])
+
+
+TIMESTEPS: Registry[type[Timesteps]] = Registry(
+    "timestep sampler",
+    "ddpm.timesteps",
+    {"uniform": UniformTimesteps, "stratified": StratifiedTimesteps, "importance": ImportanceTimesteps},
+)

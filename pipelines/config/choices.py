@@ -1,0 +1,203 @@
+"""Configuration models of the choices that `ddpm` registers: fields, defaults, ranges and meanings come from there.
+
+A choice is a settings class in `ddpm` and a line in its registry, or an entry point of another package; nothing here
+names one. A section of the configuration names a kind and gives its settings beside it:
+    sampler, schedule, model   one model per kind, which refuses the fields of other kinds;
+    guidance                   one model with the fields of all kinds, of which only the kind's own may be changed;
+    objective                  names a weight and a timestep sampler, whose settings are KIND_FIELD (min_snr_gamma).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Collection, Iterable, Mapping
+from typing import Annotated, Any, Literal, Self, Union
+
+import pydantic
+from pydantic import BeforeValidator, Field, PositiveInt, create_model, model_validator
+
+from ddpm.guidance import GUIDANCE
+from ddpm.masks import MaskKind
+from ddpm.models import NETWORKS
+from ddpm.objectives import Objective
+from ddpm.prediction import Clipping
+from ddpm.samplers import SAMPLERS
+from ddpm.schedule import SCHEDULES
+from ddpm.settings import Setting, settings_of
+from ddpm.timesteps import TIMESTEPS
+from ddpm.weights import WEIGHTS
+
+FROM_DATA = ("in_channels", "out_channels", "num_classes", "context_channels")
+"""Settings of a network that follow from the data and the task."""
+
+
+class Section(pydantic.BaseModel):
+    """A part of the configuration: frozen, and without fields that nobody knows."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+
+
+class ScheduleSection(Section):
+    """What every noise schedule has."""
+
+    num_steps: PositiveInt = 1000
+    zero_terminal_snr: bool = False
+    log_snr_shift: float = Field(0.0, description="added to the log-SNR at every step; below 0 is more noise")
+
+
+class ModelSection(Section):
+    """What every network has; its channels in and out and its classes come from the data."""
+
+    class_conditional: bool = True
+    inpainting: bool = Field(False, description="conditioned on the known pixels of a masked image")
+    learned_variance: bool = Field(False, description="of the reverse steps; trained by objective.loss hybrid or vlb")
+
+
+class GuidanceSection(Section):
+    """Guidance when sampling: by the model's own null condition, a classifier of noisy images, or a weaker model."""
+
+    kind: str
+
+    @model_validator(mode="after")
+    def _of_the_kind(self) -> Self:
+        own = {setting.name: setting for setting in settings_of(GUIDANCE[self.kind])}
+        for name, setting in own.items():
+            if setting.reference and getattr(self, name) is None:
+                raise ValueError(f"guidance.kind = {self.kind} needs guidance.{name}=MODEL: {setting.meaning}")
+        for name, setting in _GUIDANCE_SETTINGS.items():
+            value = getattr(self, name)
+            if name not in own and not setting.reference and value != setting.default:
+                raise ValueError(
+                    f"{name} = {value} has no use with guidance.kind = {self.kind}: leave it at {setting.default}"
+                )
+        GUIDANCE[self.kind](**{name: getattr(self, name) for name in own})
+        return self
+
+
+class ObjectiveSection(Section):
+    """What the network predicts, and the loss that it is trained on."""
+
+    label_drop: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.1, description="probability of the null condition (label and text), per sample"
+    )
+    mask: MaskKind = Field("any", description="what inpainting hides in training")
+
+
+def _field(setting: Setting) -> Any:
+    """Return (type, field) of a setting, as pydantic takes it."""
+    bounds: Any = setting.bounds
+    limits = Field(**bounds) if bounds else None
+    kind = setting.type
+    if limits is not None:
+        origin, parts = typing.get_origin(kind), typing.get_args(kind)
+        if origin is tuple:
+            kind = tuple[tuple(p if p is Ellipsis else Annotated[p, limits] for p in parts)]  # type: ignore[misc]
+        elif origin in (Union, types.UnionType):
+            kind = Union[tuple(p if p is type(None) else Annotated[p, limits] for p in parts)]  # noqa: UP007
+        else:
+            kind = Annotated[kind, limits]
+    return kind, Field(setting.default, description=setting.meaning)
+
+
+def _fields(settings: Iterable[Setting], prefix: str = "") -> dict[str, Any]:
+    return {prefix + setting.name: _field(setting) for setting in settings}
+
+
+def _variants(
+    registry: Mapping[str, Any], base: type[Section], suffix: str, *, beside: Any = (), without: Collection[str] = ()
+) -> dict[str, type[Section]]:
+    """Return one model per kind of a registry: its settings beside the fields of `base`.
+
+    Args:
+        suffix: of the models' names.
+        beside: further settings that every kind has.
+        without: settings that are not configured.
+    """
+    found = {}
+    for kind, cls in registry.items():
+        own = [setting for setting in settings_of(cls) if setting.name not in without]
+
+        def check(self: Any, cls: Any = cls, own: list[Setting] = own) -> Any:
+            cls(**{setting.name: getattr(self, setting.name) for setting in own})  # raises what ranges cannot say
+            return self
+
+        validators: Any = {"_check": model_validator(mode="after")(check)}
+        fields: Any = {"kind": (Literal[kind], kind)} | _fields([*own, *beside])
+        name = f"{cls.__name__.removesuffix('Config')}{suffix}"
+        found[kind] = create_model(
+            name,
+            __base__=base,
+            __module__=__name__,
+            __doc__=cls.__doc__,
+            __validators__=validators,
+            **fields,
+        )
+        globals()[name] = found[kind]  # where pickle looks for it
+    return found
+
+
+def _union(variants: Mapping[str, type[Section]], default: str | None = None) -> Any:
+    """Return the type of a section that is one of these models by its `kind`."""
+    kinds: Any = Union[tuple(variants.values())]  # noqa: UP007
+    union: Any = Annotated[kinds, Field(discriminator="kind")]
+    if default is None:
+        return union
+    return Annotated[
+        union, BeforeValidator(lambda plain: {"kind": default, **plain} if isinstance(plain, Mapping) else plain)
+    ]
+
+
+def _one_of(registry: Mapping[str, Any]) -> Any:
+    """Return the type of a registry's names."""
+    return Literal[tuple(registry)]
+
+
+def _prefixed(registry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of every kind of a registry, named KIND_FIELD."""
+    return {k: v for kind, cls in registry.items() for k, v in _fields(settings_of(cls), f"{kind}_").items()}
+
+
+_GUIDANCE_SETTINGS = {setting.name: setting for cls in GUIDANCE.values() for setting in settings_of(cls)}
+_CLIPPING = settings_of(Clipping)
+
+VARIANTS: dict[str, dict[str, type[Section]]] = {
+    "schedule": _variants(SCHEDULES, ScheduleSection, "Schedule"),
+    "sampler": _variants(SAMPLERS, Section, "Sampler", beside=_CLIPPING),
+    "model": _variants(NETWORKS, ModelSection, "Model", without=FROM_DATA),
+}
+"""Section -> kind -> its model."""
+
+ScheduleConfig = _union(VARIANTS["schedule"])
+SamplerConfig = _union(VARIANTS["sampler"])
+ModelConfig = _union(VARIANTS["model"], default="unet")
+GuidanceConfig = create_model(
+    "GuidanceConfig",
+    __base__=GuidanceSection,
+    __module__=__name__,
+    __doc__=GuidanceSection.__doc__,
+    **{"kind": (_one_of(GUIDANCE), "classifier_free")} | _fields(_GUIDANCE_SETTINGS.values()),
+)
+_LOSS = [
+    dataclasses.replace(s, type=Literal["eps", "x0", "v"]) if s.name == "prediction" else s
+    for s in settings_of(Objective)
+]
+ObjectiveConfig = create_model(
+    "ObjectiveConfig",
+    __base__=ObjectiveSection,
+    __module__=__name__,
+    __doc__=ObjectiveSection.__doc__,
+    **_fields(_LOSS)
+    | {
+        "weight": (_one_of(WEIGHTS), Field("uniform", description="of the squared error, by timestep")),
+        "timesteps": (_one_of(TIMESTEPS), Field("uniform", description="how the timesteps of a batch are drawn")),
+    }
+    | _prefixed(WEIGHTS)
+    | _prefixed(TIMESTEPS),
+)
+
+
+def chosen(section: Any, cls: Any, prefix: str = "") -> Any:
+    """Return the settings of a class from a section of the configuration that has them, under `prefix`."""
+    return cls(**{setting.name: getattr(section, prefix + setting.name) for setting in settings_of(cls)})
