@@ -80,9 +80,7 @@ class Registry(Mapping[str, T], Generic[T]):
             found = dict(self._own)
             for entry in entry_points(group=self.group):
                 if entry.name in self._own:
-                    raise ValueError(
-                        f"the entry point {entry.name!r} in {self.group} has the name of a built-in choice"
-                    )
+                    raise ValueError(f"the entry point {entry.name!r} in {self.group} is named like a built-in choice")
                 found[entry.name] = entry.load()
             self._all = found
         return self._all

@@ -83,11 +83,10 @@ class DDIM(SteppedSampler):
         x_s = x_0
         for s, t in itertools.pairwise(reversed(self.levels(schedule, timesteps))):
             (alpha_t, sigma_t), (alpha_s, sigma_s) = coefficients(schedule, t, x_s), coefficients(schedule, s, x_s)
-            pred = predict(denoiser, x_s, max(s, 1.0), cond)
-            x_t = alpha_t * pred.x0 + sigma_t * pred.eps
-            for _ in range(corrections):
-                pred = predict(denoiser, x_t, t, cond)
-                # By the x_s at hand: x_0 = (x_s - sigma_s eps) / alpha_s.
-                x_t = alpha_t / alpha_s * (x_s - sigma_s * pred.eps) + sigma_t * pred.eps
+            x_t, level = x_s, max(s, 1.0)  # a network is not trained below t = 1
+            for _ in range(corrections + 1):
+                pred = predict(denoiser, x_t, level, cond)
+                # With the x_0 on the line through the x_s at hand: (x_s - sigma_s eps) / alpha_s.
+                x_t, level = alpha_t / alpha_s * (x_s - sigma_s * pred.eps) + sigma_t * pred.eps, t
             x_s = x_t
             yield Sample(x_t, pred.x0, t)

@@ -2,9 +2,11 @@ import pytest
 import torch
 
 from ddpm.conditioning import Conditioning
+from ddpm.gaussian import p_reverse, q_posterior
+from ddpm.generate import Sampling
 from ddpm.guidance import Autoguided, ClassifierFree, ClassifierGuided, ConditionedOn, Guides
-from ddpm.prediction import Prediction, coefficients, eps_from_x0
-from ddpm.samplers import DDIM, last
+from ddpm.prediction import Clipped, Prediction, coefficients, eps_from_x0
+from ddpm.samplers import DDIM, Ancestral, initial_noise, last, step_noise
 from ddpm.schedule import make_schedule
 from tests.ddpm.exact import GaussianDenoiser, MixtureDenoiser
 
@@ -212,3 +214,57 @@ def test_rescale_leaves_a_constant_image_as_it_is(shape):
     guided = ClassifierFree(3.0, rescale=0.7).wrap(constant, SCHEDULE)(x, T, LABELS)
     torch.testing.assert_close(guided.x0, torch.full_like(x, 0.25))
     assert guided.eps.isfinite().all()
+
+
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_algorithm_1_moves_the_mean_of_the_reverse_step_by_its_variance_times_the_gradient(variance):
+    """Dhariwal & Nichol 2021, algorithm 1: N(mu + s Sigma grad log p(y | x_t), Sigma)."""
+    guided = ClassifierGuided(2.5, shift="mean").wrap(MIXTURE, SCHEDULE, CLASSIFIER)
+    base = p_reverse(MIXTURE(X2, T2), X2, 400.0, 380.0, SCHEDULE, variance)
+    moved = p_reverse(guided(X2, T2, LABELS2), X2, 400.0, 380.0, SCHEDULE, variance)
+    x = X2.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(classifier(x, T2, LABELS2).sum(), x)
+    torch.testing.assert_close(moved.mean, base.mean + 2.5 * base.variance * gradient)
+    torch.testing.assert_close(moved.variance, base.variance)
+
+
+def test_algorithm_1_with_the_posteriors_variance_is_algorithm_2_at_the_level_that_the_step_leads_to():
+    """An x_0 shift of sigma_s^2 / alpha_s against sigma_t^2 / alpha_t: equal in the limit of small steps."""
+    mean = ClassifierGuided(2.5, shift="mean").wrap(MIXTURE, SCHEDULE, CLASSIFIER)(X2, T2, LABELS2)
+    score = ClassifierGuided(2.5).wrap(MIXTURE, SCHEDULE, CLASSIFIER)(X2, T2, LABELS2)
+    ratios = []
+    for s in (300.0, 399.0):
+        base = q_posterior(X2, MIXTURE(X2, T2).x0, 400.0, s, SCHEDULE).mean
+        by_mean = p_reverse(mean, X2, 400.0, s, SCHEDULE).mean - base
+        by_score = q_posterior(X2, score.x0, 400.0, s, SCHEDULE).mean - base
+        ratio = (by_mean / by_score).flatten()
+        k = [(SCHEDULE.sigma(t) ** 2 / SCHEDULE.alpha(t)).item() for t in (s, 400.0)]
+        torch.testing.assert_close(ratio, torch.full_like(ratio, k[0] / k[1]))
+        ratios.append(k[0] / k[1])
+    assert ratios[0] < 0.75 < 0.99 < ratios[1]
+
+
+def test_algorithm_1_draws_the_class_by_the_markov_chain_and_is_refused_elsewhere():
+    image_ids = torch.arange(300)
+    x_T, noise = initial_noise(0, image_ids, (1, 1, 2)).double(), step_noise(0, image_ids, (1, 1, 2))
+    cond = Conditioning(label=torch.full((300,), 2))
+    guided = ClassifierGuided(1.0, shift="mean").wrap(MIXTURE, SCHEDULE, CLASSIFIER)
+    samples = last(Ancestral(steps=200)(guided, SCHEDULE, x_T, cond, noise=noise))
+    nearest = torch.cdist(samples.flatten(1), MIXTURE.means).argmin(1)
+    assert (nearest == 2).double().mean() > 0.9
+    with pytest.raises(ValueError, match=r"shift='mean'.*ancestral"):
+        last(DDIM(steps=5)(guided, SCHEDULE, x_T, cond))
+
+
+@pytest.mark.parametrize("kind", ["classifier_free", "auto"])
+def test_clipping_before_guidance_clips_what_is_combined_and_after_it_what_comes_out(kind):
+    weak = GaussianDenoiser(SCHEDULE, std=0.9)
+    scale = Sampling.of(guidance=kind, scale=3.0, clip=0.1, **({"weak": "M"} if kind == "auto" else {}))
+    guides = Guides(weak=weak)
+    after = scale.wrap(EXACT, SCHEDULE, guides)(X, T, LABELS)
+    before = scale.with_fields(clip_when="before_guidance").wrap(EXACT, SCHEDULE, guides)(X, T, LABELS)
+    assert after.x0.abs().max() == 0.1
+    null = Clipped(weak if kind == "auto" else EXACT, SCHEDULE, 0.1)(X, T, LABELS if kind == "auto" else None).x0
+    expected = null + 3.0 * (Clipped(EXACT, SCHEDULE, 0.1)(X, T, LABELS).x0 - null)
+    torch.testing.assert_close(before.x0, expected)
+    assert before.x0.abs().max() > 0.1

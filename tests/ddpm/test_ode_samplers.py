@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from ddpm.prediction import Clipped
-from ddpm.samplers import DDIM, DPMSolver, Heun, initial_noise, last
+from ddpm.samplers import DDIM, DPM2, DPMSolver, Heun, initial_noise, last
 from ddpm.schedule import NoiseSchedule, from_log_snr, make_schedule
 from tests.ddpm.exact import GaussianDenoiser, PointDenoiser
 
 SHAPE = (1, 4, 4)
 COSINE = make_schedule("cosine")
-SOLVERS = [DPMSolver, Heun]
+SOLVERS = [DPMSolver, Heun, DPM2]
 # log-SNR from 8 down to -8, linear in t: even steps in t are even steps in log-SNR.
 UNIFORM = from_log_snr(lambda u: 8 - 16 * u, 1024)
 END = 128
@@ -52,8 +52,8 @@ def by_ddim(denoiser, x_T, steps):
 
 @pytest.mark.parametrize(
     ("run", "order"),
-    [(by_ddim, 1), (by_timesteps(DPMSolver), 2), (by_timesteps(Heun), 2)],
-    ids=["ddim", "dpm_solver", "heun"],
+    [(by_ddim, 1), (by_timesteps(DPMSolver), 2), (by_timesteps(Heun), 2), (by_timesteps(DPM2), 2)],
+    ids=["ddim", "dpm_solver", "heun", "dpm2"],
 )
 @pytest.mark.parametrize(("mean", "std"), [(0.2, 0.3), (-0.5, 1.5)])
 def test_the_error_against_the_exact_ode_falls_with_the_order(run, order, mean, std):
@@ -75,7 +75,7 @@ def test_second_order_beats_ddim_of_as_many_evaluations(solver, kind, zero_termi
     schedule = make_schedule(kind, zero_terminal_snr=zero_terminal_snr)
     denoiser = GaussianDenoiser(schedule, -0.8, 1.0)
     truth = exact(denoiser, schedule, noise(), 0)
-    evaluations = 2 if solver is Heun else 1
+    evaluations = 1 if solver is DPMSolver else 2
     ours = error(last(solver(steps=20)(denoiser, schedule, noise())), truth)
     ddims = error(last(DDIM(steps=20 * evaluations)(denoiser, schedule, noise())), truth)
     assert ours < ddims / 2
@@ -209,3 +209,30 @@ def test_heun_is_edms_algorithm_1_from_level_80_on(kind):
     ours = last(Heun()(counting, schedule, 80 * schedule.alpha(grid[0]).item() * noise(4), timesteps=grid))
     assert len(seen) == 19
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-8)
+
+
+def k_diffusion_dpm_2(denoise, y, levels):
+    """k-diffusion's sample_dpm_2 without churn: the midpoint in log sigma, Euler's step to level 0."""
+    for k, k_next in itertools.pairwise(levels):
+        slope = (y - denoise(y, k)) / k
+        if k_next == 0:
+            y = y + slope * (k_next - k)
+        else:
+            k_mid = math.sqrt(k * k_next)
+            y_mid = y + slope * (k_mid - k)
+            y = y + (y_mid - denoise(y_mid, k_mid)) / k_mid * (k_next - k)
+    return y
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_dpm2_is_that_of_k_diffusion(kind):
+    levels, schedule = edm_grid(10), make_schedule(kind)
+    grid = [schedule.timestep(math.atan(k)).item() for k in levels]
+
+    def denoise(y, k):
+        return 0.3 + 0.25 / (0.25 + k**2) * (y - 0.3)
+
+    theirs = k_diffusion_dpm_2(denoise, 80 * noise(4), levels)
+    alpha = schedule.alpha(grid[0]).item()
+    ours = last(DPM2()(GaussianDenoiser(schedule, 0.3, 0.5), schedule, 80 * alpha * noise(4), timesteps=grid))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
