@@ -9,6 +9,7 @@ from ddpm.samplers.dpm2 import DPM2
 from ddpm.samplers.dpm_solver import DPMSolver
 from ddpm.samplers.heun import Heun
 from ddpm.samplers.predictor_corrector import PredictorCorrector
+from ddpm.samplers.unipc import UniPC
 
 SAMPLERS: Registry[type[Sampler]] = Registry(
     "sampler",
@@ -21,6 +22,7 @@ SAMPLERS: Registry[type[Sampler]] = Registry(
         "predictor_corrector": PredictorCorrector,
         "dpm2": DPM2,
         "langevin": AnnealedLangevin,
+        "unipc": UniPC,
     },
 )
 
@@ -36,6 +38,7 @@ __all__ = [
     "Sample",
     "Sampler",
     "StepNoise",
+    "UniPC",
     "initial_noise",
     "last",
     "step_noise",
