@@ -205,6 +205,8 @@ _FIRST = frozenset(
     + [f"optim.{name}" for name in ("grad_clip", "ema_half_life", "power_ema", "precision")]
 )
 """What an identity has had from the first release on, whatever the values."""
+_FIRST_KINDS = frozenset(["unet", "linear", "cosine", "sigmoid", "uniform", "min_snr", "stratified", "importance"])
+"""The kinds of the first release, whose identities have what they had then."""
 
 
 class Config(Section):
@@ -295,7 +297,8 @@ class Config(Section):
     def identity(self) -> dict[str, Any]:
         """Return the settings that decide the loss trace, flat; a resumed run must have the same.
 
-        A setting that the first release did not have is left out while it has its default, with which nothing changes.
+        A setting that the first release did not have is left out while it has its default, with which nothing changes;
+        those of a kind that came later are all there.
         """
         data = self.model_dump(
             mode="json",
@@ -305,7 +308,14 @@ class Config(Section):
         rest = self.model_dump(mode="json", include=decisive, exclude={"optim": {"max_skipped"}})
         length = {"images": self.images} if self.optim.decay in ("linear", "cosine") else {}
         flat = flatten({**rest, **data, **length})
-        return {key: value for key, value in flat.items() if key in _FIRST or value != self._default(key)}
+        chosen = {self.model.kind, self.schedule.kind, self.objective.weight, self.objective.timesteps} - _FIRST_KINDS
+        whole = tuple(f"objective.{kind}_" for kind in chosen)
+        whole += tuple(f"{name}." for name in ("model", "schedule") if getattr(self, name).kind in chosen)
+        return {
+            key: value
+            for key, value in flat.items()
+            if key in _FIRST or key.startswith(whole) or value != self._default(key)
+        }
 
     def _default(self, key: str) -> Any:
         """Return the default of SECTION.FIELD."""
