@@ -50,6 +50,25 @@ class MinSNR(Settings):
         return {"x0": clipped, "v": clipped / (snr + 1), "eps": eps, "score": eps * (1 - alpha_bar)}[prediction]
 
 
+@dataclass(frozen=True)
+class P2(Settings):
+    """P2 (Choi et al. 2022, eq. 8): the error of eps is weighted by 1 / (k + SNR)^gamma, whatever is predicted.
+
+    Against L_simple it takes weight from the lowest noise levels, where only imperceptible detail is learned.
+    """
+
+    gamma: float = setting(1.0, "exponent of P2's weight; 0 is uniform for eps, the paper uses 0.5 and 1", ge=0)
+    k: float = setting(1.0, "keeps P2's weight finite where there is no signal", gt=0)
+
+    def __call__(self, schedule: NoiseSchedule, t: Tensor, prediction: Parameterization) -> Tensor:
+        """See `Weight`."""
+        check_parameterization(prediction)
+        alpha_bar, snr = schedule.alpha_bar(t), schedule.snr(t)
+        eps = (self.k + snr) ** -self.gamma
+        # An error of eps is alpha / sigma times one of x_0, alpha times one of v, and sigma times one of the score.
+        return {"eps": eps, "x0": eps * snr, "v": eps * alpha_bar, "score": eps * (1 - alpha_bar)}[prediction]
+
+
 WEIGHTS: Registry[type[Weight]] = Registry(
-    "weight of the loss", "ddpm.weights", {"uniform": Uniform, "min_snr": MinSNR}
+    "weight of the loss", "ddpm.weights", {"uniform": Uniform, "min_snr": MinSNR, "p2": P2}
 )

@@ -54,7 +54,7 @@ def test_every_shipped_choice_composes(group, choice):
         (["sampler.steps=2000"], r"sampler\.steps = 2000 exceeds schedule\.num_steps = 1000"),
         (["objective=hybrid"], r"use hybrid with model\.learned_variance=true"),
         (["model.learned_variance=true"], r"hybrid trains a learned variance, simple trains none"),
-        (["objective.weight=snr"], r"objective\.weight: .*'uniform' or 'min_snr', got 'snr'"),
+        (["objective.weight=snr"], r"objective\.weight: .*'uniform', 'min_snr' or 'p2', got 'snr'"),
         (["sampler.threshold=0"], r"sampler\.threshold: .*greater than 0"),
         (["data.image_size=9"], r"data\.image_size = 9 must be a multiple of 2"),
         (["model.channels=[30,60]"], r"model: channels\[0\] = 30 is not divisible by norm_groups = 32"),

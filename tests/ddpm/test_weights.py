@@ -1,0 +1,44 @@
+"""Weights of the loss: the same error weighs the same in every parameterization."""
+
+import pytest
+import torch
+
+from ddpm.gaussian import q_sample
+from ddpm.prediction import PARAMETERIZATIONS, from_output, target
+from ddpm.schedule import make_schedule
+from ddpm.weights import P2, WEIGHTS, Uniform
+
+SCHEDULE = make_schedule("cosine")
+T = torch.tensor([1, 10, 300, 700, 999])
+
+
+def test_p2_is_the_papers_formula():
+    """lambda_t / (k + SNR)^gamma with lambda_t = 1 for the error of eps (Choi et al. 2022, eq. 8)."""
+    bar = SCHEDULE.alphas_cumprod[T]
+    expected = 1 / (0.7 + bar / (1 - bar)) ** 0.5
+    torch.testing.assert_close(P2(gamma=0.5, k=0.7)(SCHEDULE, T, "eps"), expected)
+    torch.testing.assert_close(P2(gamma=0.0)(SCHEDULE, T, "eps"), Uniform()(SCHEDULE, T, "eps"))
+
+
+@pytest.mark.parametrize("name", ["min_snr", "p2"])
+def test_the_same_error_weighs_the_same_in_every_parameterization(name):
+    generator = torch.Generator().manual_seed(0)
+    x_0, eps, error = torch.randn(3, len(T), 1, 4, 4, generator=generator, dtype=torch.float64)
+    x_t = q_sample(x_0, T, eps, SCHEDULE)
+    weighted = []
+    for kind in PARAMETERIZATIONS:
+        # The output that means the same wrong x_0 in this parameterization.
+        wrong = from_output(x_0 + 0.1 * error, x_t, T, SCHEDULE, "x0")
+        output = {"x0": wrong.x0, "eps": wrong.eps}.get(kind)
+        if output is None:
+            output = target(wrong.x0, wrong.eps, T, SCHEDULE, kind)
+        loss = (output - target(x_0, eps, T, SCHEDULE, kind)).square().flatten(1).mean(1)
+        weighted.append(WEIGHTS[name]()(SCHEDULE, T, kind) * loss)
+    for other in weighted[1:]:
+        torch.testing.assert_close(other, weighted[0], rtol=1e-9, atol=0)
+
+
+def test_p2_is_finite_where_there_is_no_signal():
+    schedule = make_schedule("cosine", zero_terminal_snr=True)
+    weights = [P2()(schedule, torch.tensor([1000]), kind).item() for kind in PARAMETERIZATIONS]
+    assert weights == [1.0, 0.0, 0.0, 1.0]
