@@ -124,6 +124,33 @@ def permuted_places(seed: int, ordinals: Tensor, batch_size: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class LowDiscrepancyTimesteps(Settings):
+    """t uniform in 1..T for each sample, evenly spaced over every global batch (Kingma et al. 2021, app. I.1).
+
+    The k samples of a batch share one offset u_0 and have u_0 + i / k modulo 1, i being each one's place in a random
+    permutation of the batch; `StratifiedTimesteps` jitters each within its stratum instead.
+    """
+
+    def make(self, num_steps: int, batch_size: int, seed: int) -> TimestepSampler:
+        """See `Timesteps`."""
+        return _LowDiscrepancy(num_steps, batch_size, seed)
+
+
+@dataclass(frozen=True)
+class _LowDiscrepancy(_Fixed):
+    num_steps: int
+    batch_size: int
+    seed: int
+
+    def sample(self, ordinals: Tensor) -> tuple[Tensor, Tensor]:
+        places = permuted_places(self.seed, ordinals, self.batch_size)
+        first = ordinals // self.batch_size * self.batch_size  # the batch's own offset is that of its first sample
+        u = (uniform(self.seed, first, Purpose.TIMESTEP)[:, 0] + places / self.batch_size) % 1
+        t = (u * self.num_steps).long().clamp(max=self.num_steps - 1) + 1
+        return t, torch.ones_like(t, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
 class ImportanceTimesteps(Settings):
     """t with probability proportional to sqrt(E[L_t^2]) over the last losses (Improved DDPM, sec. 3.3, eq. 18).
 
@@ -208,5 +235,10 @@ class ImportanceSampler:
 TIMESTEPS: Registry[type[Timesteps]] = Registry(
     "timestep sampler",
     "ddpm.timesteps",
-    {"uniform": UniformTimesteps, "stratified": StratifiedTimesteps, "importance": ImportanceTimesteps},
+    {
+        "uniform": UniformTimesteps,
+        "stratified": StratifiedTimesteps,
+        "importance": ImportanceTimesteps,
+        "low_discrepancy": LowDiscrepancyTimesteps,
+    },
 )
