@@ -317,6 +317,20 @@ class Config(Section):
             if key in _FIRST or key.startswith(whole) or value != self._default(key)
         }
 
+    def with_later_defaults(self, stored: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a stored configuration with the defaults of fields that `now` has and an earlier release had not.
+
+        Args:
+            stored: what `model_dump` gave, by this or an earlier release, perhaps of some sections only.
+            now: the same of this configuration.
+        """
+        found = dict(stored)
+        for section, fields in now.items():
+            if isinstance(fields, Mapping) and isinstance(stored.get(section), Mapping):
+                later = {name: self._default(f"{section}.{name}") for name in fields.keys() - stored[section].keys()}
+                found[section] = {**stored[section], **json.loads(json.dumps(later, default=str))}
+        return found
+
     def _default(self, key: str) -> Any:
         """Return the default of SECTION.FIELD."""
         section, _, field = key.partition(".")

@@ -110,6 +110,7 @@ class StudyStore:
             raise StudyError(
                 f"a study '{self.name}' is at {self.uri}: go on with --resume, or give another --study NAME"
             )
+        before["config"] = base.with_later_defaults(before.get("config", {}), described["config"])
         differing = [key for key in described if key != "trials" and before.get(key) != described[key]]
         if differing:
             raise StudyError(

@@ -1,5 +1,6 @@
 """Records of trials: how they are kept, found again, and compared."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -138,3 +139,16 @@ def test_a_study_may_be_about_anything_that_is_measured():
 def test_a_trial_in_a_line_names_every_parameter():
     params = {"guidance.kind": "auto", "sampler.kind": "heun", "sampler.steps": 7, "guidance.interval.0": 0.125}
     assert describe_params(params) == 'guidance.kind="auto" sampler.kind="heun" steps=7 interval.0=0.125'
+
+
+def test_a_study_of_a_release_that_lacked_a_field_is_resumed_where_the_field_has_its_default(tmp_path):
+    store = StudyStore(Storage(), f"file://{tmp_path}/study")
+    store.open(STUDY, BASE, "model", resume=False)
+    path = tmp_path / "study" / "study.json"
+    older = json.loads(path.read_text())
+    for section, name in (("model", "kind"), ("sampler", "spacing"), ("guidance", "shift"), ("objective", "p2_gamma")):
+        del older["config"][section][name]
+    path.write_text(json.dumps(older))
+    assert store.open(STUDY, BASE, "model", resume=True) == []
+    with pytest.raises(StudyError, match="was begun with another config"):
+        store.open(STUDY, compose(["+experiment=digits", "sampler.spacing=karras"]), "model", resume=True)
