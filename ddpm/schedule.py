@@ -260,8 +260,27 @@ class Sigmoid(Settings):
         return from_betas((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=MAX_BETA))
 
 
+@dataclass(frozen=True)
+class EDM(Settings):
+    """EDM's sampling levels as a schedule: k = sigma / alpha is even in k^(1/rho) (Karras et al. 2022, eq. 5)."""
+
+    sigma_min: float = setting(0.002, "sigma / alpha in the limit of small t, the least noise", gt=0)
+    sigma_max: float = setting(80.0, "sigma / alpha at t = T, the most noise", gt=0)
+    rho: float = setting(7.0, "the larger, the more of the steps lie at little noise", gt=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.sigma_min < self.sigma_max:
+            raise ValueError(f"need sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
+
+    def make(self, num_steps: int) -> NoiseSchedule:
+        """See `ScheduleKind`."""
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return from_log_snr(lambda u: -2 * self.rho * (low + u * (high - low)).log(), num_steps)
+
+
 SCHEDULES: Registry[type[ScheduleKind]] = Registry(
-    "schedule", "ddpm.schedules", {"linear": Linear, "cosine": Cosine, "sigmoid": Sigmoid}
+    "schedule", "ddpm.schedules", {"linear": Linear, "cosine": Cosine, "sigmoid": Sigmoid, "edm": EDM}
 )
 
 

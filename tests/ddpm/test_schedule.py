@@ -148,3 +148,15 @@ def test_a_shift_moves_a_closed_form_too():
 @pytest.mark.parametrize("kind", ["linear", "cosine", "sigmoid"])
 def test_the_timestep_without_noise_is_zero_exactly(kind):
     assert make_schedule(kind).timestep(torch.tensor([0.0, 0.1]))[0] == 0
+
+
+def test_edm_has_the_papers_levels_and_ends_at_80():
+    """Eq. 5 of Karras et al. 2022: (max^(1/7) + i / (N - 1) (min^(1/7) - max^(1/7)))^7, i counted from the top."""
+    schedule = make_schedule("edm", num_steps=18)
+    t = torch.arange(1, 19)
+    i = 1 - t.double() / 18
+    expected = (80 ** (1 / 7) + i * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    torch.testing.assert_close(schedule.sigma(t) / schedule.alpha(t), expected, rtol=1e-9, atol=0)
+    assert (schedule.sigma(18) / schedule.alpha(18)).item() == pytest.approx(80)
+    with pytest.raises(ValueError, match="sigma_min < sigma_max"):
+        make_schedule("edm", sigma_min=100.0)
