@@ -95,7 +95,7 @@ def record(reference: str) -> None:
 
     import ray
 
-    from pipelines import models
+    from pipelines import references
     from pipelines.config import sampling
     from pipelines.evaluation import evaluate as evaluation
     from pipelines.search.guidance_search import base_of, subject_of
@@ -105,7 +105,7 @@ def record(reference: str) -> None:
     from pipelines.training.ray_train.resources import connect_ray
 
     storage = Storage.of(config)
-    model = models.resolve(reference, tracking_uri=config.tracking.uri, storage=storage).model
+    model = references.resolve(reference, tracking_uri=config.tracking.uri, storage=storage).model
     dataset = read_dataset(model.spec.lineage["dataset_uri"], storage)
     splits = evaluation.open_splits(dataset, storage, config.data.cache_dir, config.data.cache_gib)
     evaluator = evaluation.get_evaluator(dataset, splits, storage, say)

@@ -12,14 +12,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ddpm.generate import Sampling
-from pipelines import models, registry, tracking
+from pipelines import references, registry, tracking
 from pipelines.checkpoints import Published, record_scores
 from pipelines.config import Config, ConfigError, sampling
 from pipelines.display import Display, TimeBreakdown, no_report
 from pipelines.evaluation import evaluate as evaluation
 from pipelines.evaluation.evaluate import Scores
 from pipelines.evaluation.plots import label_grid
-from pipelines.models import Resolved
+from pipelines.references import Resolved
 from pipelines.registry import Verdict
 from pipelines.shards.index import DatasetError, read_dataset
 from pipelines.shards.ingest.encode import CaptionEncoder
@@ -95,7 +95,7 @@ def run(config: Config, lineage: dict[str, Any], display: Display) -> FlowResult
         skipped.append("train")
     if result.status == "stopped" or result.published is None:
         raise TrainingError(f"stopped at {result.images_seen} images; the same command goes on from there")
-    resolved = models.resolve(
+    resolved = references.resolve(
         f"runs:/{result.tracker.run_id}/{result.published.images_seen}",
         tracking_uri=result.tracker.uri,
         storage=storage,
@@ -250,7 +250,7 @@ def evaluate_stage(
     Returns:
         The scores, and whether they were computed now.
     """
-    model, tracker = models.guided(resolved.model, settings, config.tracking.uri, storage), resolved.tracker
+    model, tracker = references.guided(resolved.model, settings, config.tracking.uri, storage), resolved.tracker
     uri = model.spec.lineage.get("dataset_uri", config.data.uri)
     dataset = read_dataset(uri, storage)
     splits = evaluation.open_splits(dataset, storage, config.data.cache_dir, config.data.cache_gib)

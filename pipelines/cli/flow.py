@@ -22,7 +22,7 @@ def flow(
     config = compose_connected(overrides)
 
     from pipelines import flow as stages
-    from pipelines import models
+    from pipelines import references
     from pipelines.sampling import write_samples
     from pipelines.storage import Storage
 
@@ -34,7 +34,7 @@ def flow(
     terminal.stage("registry", f"{result.version.uri}, alias {config.registry.alias} {result.verdict.outcome}")
     answer = result.to_dict()
     if out is not None:
-        resolved = models.resolve(result.version.uri, tracking_uri=config.tracking.uri, storage=Storage.of(config))
+        resolved = references.resolve(result.version.uri, tracking_uri=config.tracking.uri, storage=Storage.of(config))
         answer["grid"] = str(write_samples(resolved.model, out, count=8)[-1])
         terminal.stage("grid", answer["grid"])
     terminal.stage("mlflow", result.tracker.url)

@@ -19,11 +19,11 @@ def evaluate(
     """Score a model against the real test split. Example: ddpm evaluate models:/digits@champion guidance.scale=2"""
     config = compose_connected(overrides)
 
-    from pipelines import flow, models
+    from pipelines import flow, references
     from pipelines.storage import Storage
 
     storage = Storage.of(config)
-    resolved = models.resolve(model, tracking_uri=config.tracking.uri, storage=storage)
+    resolved = references.resolve(model, tracking_uri=config.tracking.uri, storage=storage)
     from pipelines.config import sampling
 
     overridden = any(line.lstrip("+").startswith(("guidance", "sampler")) for line in overrides or [])
@@ -55,11 +55,11 @@ def sample(
     needed = {"runs": ["s3", "mlflow"], "mode": ["mlflow"]}.get(model[:4], [])
     config = connect(compose(overrides), needed)
 
-    from pipelines import models
+    from pipelines import references
     from pipelines.sampling import write_samples
     from pipelines.storage import Storage
 
-    resolved = models.resolve(model, tracking_uri=config.tracking.uri, storage=Storage.of(config))
+    resolved = references.resolve(model, tracking_uri=config.tracking.uri, storage=Storage.of(config))
     files = write_samples(
         resolved.model,
         out,

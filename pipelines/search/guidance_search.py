@@ -27,7 +27,7 @@ from pipelines.config import Config, from_dict, sampling
 from pipelines.config.choices import VARIANTS
 from pipelines.evaluation.evaluate import Evaluator
 from pipelines.evaluation.features import extract
-from pipelines.models import classifier_for, weaker_for
+from pipelines.references import classifier_for, weaker_for
 from pipelines.search.judge import Drawn, SampleScorer, Subject, gain, hopeless, interval, rungs, scores
 from pipelines.search.observer import Observer
 from pipelines.search.optuna_search import searcher

@@ -12,12 +12,12 @@ from typing import Any
 import ray
 
 from ddpm.generate import Sampling
-from pipelines import models, tracking
+from pipelines import references, tracking
 from pipelines.config import Config
 from pipelines.display import StageNotice
 from pipelines.evaluation import evaluate as evaluation
 from pipelines.evaluation.evaluate import Evaluator
-from pipelines.models import Resolved
+from pipelines.references import Resolved
 from pipelines.search import guidance_search, training_search
 from pipelines.search.guidance_search import GuidanceResult, base_of, guides_of, subject_of
 from pipelines.search.observer import Observer, OnChange
@@ -85,7 +85,7 @@ def guidance_study(
     """
     began = time.monotonic()
     storage = Storage.of(config)
-    resolved = models.resolve(reference, tracking_uri=config.tracking.uri, storage=storage)
+    resolved = references.resolve(reference, tracking_uri=config.tracking.uri, storage=storage)
     base = base_of(config, resolved.model.spec.sampling)
     check_space(study, base)
     first = earlier_points(study, base, [StudyStore.of(config, other) for other in after])

@@ -7,7 +7,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines import checkpoints, models, tracking
+from pipelines import checkpoints, references, tracking
 from pipelines.checkpoints import CheckpointState, Published
 from pipelines.config import Config, ConfigError
 from pipelines.shards.index import Dataset, DatasetError, read_dataset
@@ -82,7 +82,7 @@ def make_plan(config: Config, storage: Storage, lineage: dict[str, Any]) -> Plan
     if state is not None:
         checkpoints.check_resumable(state, config, dataset, quarantine)
     elif config.init_from is not None:
-        models.initial_weights(config, config.tracking.uri, storage)  # raises where there is no such model
+        references.initial_weights(config, config.tracking.uri, storage)  # raises where there is no such model
     assert config.tracking.uri is not None
     tracker, _ = tracking.open_run(config.tracking.uri, config.tracking.experiment, config.name, {})
     job = Job(config, dataset, storage, tracker, {**lineage, "run_id": tracker.run_id}, quarantine)

@@ -23,7 +23,7 @@ from pipelines.checkpoints import (
     save_checkpoint,
 )
 from pipelines.config import compose
-from pipelines.models import model_spec, resolve
+from pipelines.references import model_spec, resolve
 from pipelines.shards.index import ShardInfo, make_dataset
 from pipelines.storage import Storage
 from tests.pipelines.training.loop.ranks import MemoryTracker

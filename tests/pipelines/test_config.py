@@ -41,7 +41,10 @@ def test_every_shipped_choice_composes(group, choice):
     [
         (["modle.width=3"], r"no 'modle' at the top\. .*Did you mean 'model'\?"),
         (["optim.learning_rate=1"], r"no 'learning_rate' in optim\. Allowed: betas, decay"),
-        (["schedule=cosin"], r"no 'cosin' in schedule\. Allowed: cosine, edm, linear, sigmoid\. Did you mean 'cosine'\?"),
+        (
+            ["schedule=cosin"],
+            r"no 'cosin' in schedule\. Allowed: cosine, edm, linear, sigmoid\. Did you mean 'cosine'\?",
+        ),
         (["+experiment=digit"], r"Did you mean 'digits'\?"),
         (["schedule=linear", "schedule.s=0.1"], r"schedule\.s: no such field here\. Allowed: beta_end"),
         (["schedule.kind=quadratic"], r"schedule: .*'linear', 'cosine', 'sigmoid'"),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint, CheckpointState, ModelError
-from pipelines.models import initial_weights
+from pipelines.references import initial_weights
 from pipelines.storage import StorageError, join
 from pipelines.tracking import RunLog
 from pipelines.training.loop.collectives import broadcast, broadcast_object, gather

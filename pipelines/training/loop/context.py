@@ -9,7 +9,7 @@ import torch
 from ddpm.model import ModelSpec
 from ddpm.objectives import Objective
 from ddpm.schedule import NoiseSchedule
-from pipelines import models
+from pipelines import references
 from pipelines.config import Config, noise_schedule, training_objective
 from pipelines.training.loop.shell import Job
 
@@ -39,7 +39,7 @@ class RunContext:
     @classmethod
     def of(cls, job: Job, *, rank: int, world_size: int, device: torch.device) -> RunContext:
         """Return the context of a job on one rank."""
-        spec = models.model_spec(job.config, job.dataset, job.lineage, job.quarantine)
+        spec = references.model_spec(job.config, job.dataset, job.lineage, job.quarantine)
         schedule, objective = noise_schedule(job.config), training_objective(job.config)
         return cls(job, spec, schedule, objective, device, rank, world_size)
 

@@ -8,7 +8,7 @@ from ddpm.model import Model, ModelSpec, save_model
 from ddpm.models.classifier import NoisyClassifier
 from ddpm.models.unet import UNet, UNetConfig
 from pipelines.checkpoints import ModelError
-from pipelines.models import guided, resolve
+from pipelines.references import guided, resolve
 from pipelines.storage import Storage
 
 CLASSES = ("a", "b")
