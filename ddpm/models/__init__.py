@@ -5,5 +5,7 @@ from ddpm.models.unet import UNetConfig
 from ddpm.registry import Registry
 
 NETWORKS: Registry[type[NetworkConfig]] = Registry("network", "ddpm.networks", {"unet": UNetConfig})
+UNNAMED_NETWORK = "unet"
+"""The kind of network in configurations and model folders that name none, as those of the first releases."""
 
-__all__ = ["NETWORKS", "NetworkConfig", "UNetConfig"]
+__all__ = ["NETWORKS", "UNNAMED_NETWORK", "NetworkConfig", "UNetConfig"]

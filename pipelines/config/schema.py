@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from ddpm.models import UNNAMED_NETWORK
 from pipelines.config.choices import Section
 
 if TYPE_CHECKING:  # made when the program runs, which a type checker does not see
@@ -308,7 +309,9 @@ class Config(Section):
         return {key: value for key, value in flat.items() if key in _FIRST or value != self._default(key)}
 
     def _default(self, key: str) -> Any:
-        """Return the default of SECTION.FIELD."""
+        """Return the default of SECTION.FIELD: of a network's kind, the one that a configuration need not name."""
+        if key == "model.kind":
+            return UNNAMED_NETWORK
         section, _, field = key.partition(".")
         return type(getattr(self, section)).model_fields[field].default
 
