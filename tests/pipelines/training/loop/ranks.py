@@ -25,6 +25,7 @@ from pipelines.training.loop.shell import Job
 
 TINY = {
     "unet": ["model.channels=[32]", "model.attention=[true]", "model.layers_per_block=1"],
+    "dit": ["model=dit_digits", "model.width=32", "model.depth=2", "model.heads=2", "model.checkpointing=true"],
 }
 """Overrides by which every registered kind of network is small."""
 
