@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ddpm.conditioning import Conditioning
 from ddpm.generate import Sampling, generate
 from ddpm.guidance import Guides
-from ddpm.models import NETWORKS, NetworkConfig, UNetConfig
+from ddpm.models import NETWORKS, UNNAMED_NETWORK, NetworkConfig, UNetConfig
 from ddpm.models.classifier import NoisyClassifier
 from ddpm.prediction import NetworkDenoiser, Parameterization
 from ddpm.schedule import NoiseSchedule, make_schedule
@@ -56,7 +56,7 @@ class ModelSpec:
     def to_json(self) -> str:
         """Return the text of `model.json`; a network that is no UNet has its kind beside its fields."""
         kind = NETWORKS.name_of(self.network)
-        network = {**({} if kind == "unet" else {"kind": kind}), **asdict(self.network)}
+        network = {**({} if kind == UNNAMED_NETWORK else {"kind": kind}), **asdict(self.network)}
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
         plain |= {"network": network, "sampling": self.sampling.to_json()}
         return json.dumps({"format_version": FORMAT_VERSION, **plain}, indent=1)
@@ -77,7 +77,7 @@ class ModelSpec:
                 k: tuple(v) if isinstance(v, list) else v for k, v in plain.pop("network").items()
             }
             return cls(
-                network=NETWORKS.find(network.pop("kind", "unet"))(**network),
+                network=NETWORKS.find(network.pop("kind", UNNAMED_NETWORK))(**network),
                 sampling=Sampling.from_json(plain.pop("sampling")),
                 classes=tuple(plain.pop("classes")),
                 **plain,

@@ -1,9 +1,12 @@
 """Networks: one a file, as a configuration that builds it."""
 
 from ddpm.models.base import NetworkConfig
+from ddpm.models.dit import DiTConfig
 from ddpm.models.unet import UNetConfig
 from ddpm.registry import Registry
 
-NETWORKS: Registry[type[NetworkConfig]] = Registry("network", "ddpm.networks", {"unet": UNetConfig})
+NETWORKS: Registry[type[NetworkConfig]] = Registry("network", "ddpm.networks", {"unet": UNetConfig, "dit": DiTConfig})
+UNNAMED_NETWORK = "unet"
+"""The kind of network in configurations and model folders that name none, as those of the first releases."""
 
-__all__ = ["NETWORKS", "NetworkConfig", "UNetConfig"]
+__all__ = ["NETWORKS", "UNNAMED_NETWORK", "NetworkConfig", "UNetConfig"]

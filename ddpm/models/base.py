@@ -1,4 +1,4 @@
-"""What every network is told by the data and the task, and what it has to offer."""
+"""What all networks have in common: their settings, and how they take a condition."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
+from ddpm.conditioning import Conditioning
 from ddpm.settings import Settings, setting
 
 
@@ -25,6 +27,11 @@ class NetworkConfig(Settings):
     num_classes: int = setting(0, "class labels; 0 for none", ge=0)
     text_dim: int = setting(0, "width of the dataset's text embeddings; 0: not conditioned on text", ge=0)
     context_channels: int = setting(0, "channels of the clear image that inpainting shows; 0 for none", ge=0)
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of the first layer's input: x_t, and for inpainting the mask and the clear image."""
+        return self.in_channels + (1 + self.context_channels if self.context_channels else 0)
 
     @property
     def downsampling(self) -> int:
@@ -56,12 +63,12 @@ class NetworkConfig(Settings):
 
 
 def extend_first_layer(config: NetworkConfig, weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Return the weights with inputs for mask and context behind those of x_t in the first convolution, all 0.
+    """Return the weights with inputs for mask and context behind those of x_t in the first layer, all 0.
 
     Args:
         config: of the network with context.
         weights: of the one without.
-        name: of the convolution's weight [width, C, K, K].
+        name: of that layer's weight, a convolution's [width, C, K, K].
 
     Raises:
         ValueError: see `NetworkConfig.extend_for_inpainting`.
@@ -80,3 +87,77 @@ def extend_first_layer(config: NetworkConfig, weights: Mapping[str, Tensor], nam
         )
     zeros = first.new_zeros(len(first), 1 + config.context_channels, *first.shape[2:])
     return {**weights, name: torch.cat([first, zeros], dim=1)}
+
+
+def check_conditions(config: NetworkConfig, cond: Conditioning) -> None:
+    """Refuse conditions of a kind that the network does not have.
+
+    Raises:
+        ValueError: there is one; names the setting that gives a network this kind.
+    """
+    needs = {
+        "label": ("num_classes", config.num_classes),
+        "text": ("text_dim", config.text_dim),
+        "pooled": ("text_dim", config.text_dim),
+        "mask": ("context_channels", config.context_channels),
+        "context": ("context_channels", config.context_channels),
+    }
+    for kind, (option, there) in needs.items():
+        if getattr(cond, kind) is not None and not there:
+            raise ValueError(f"{kind} was given to a network without: set {option}, or pass no {kind}")
+
+
+def class_rows(config: NetworkConfig, cond: Conditioning, x_t: Tensor) -> Tensor:
+    """Return the row of each sample in a class embedding, int64 [B]; dropped and absent labels take the last, null."""
+    null = config.num_classes
+    if cond.label is None:
+        return torch.full((len(x_t),), null, dtype=torch.long, device=x_t.device)
+    return cond.label if cond.drop is None else torch.where(cond.drop, null, cond.label)
+
+
+def text_vectors(cond: Conditioning, null_text: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (tokens [B, L, D], mask [B, L], pooled [B, D]); dropped and absent text is the one null token.
+
+    Every vector is brought to unit variance, because encoders differ in scale by far: a pooled one of unit length
+    would hardly be heard.
+
+    Args:
+        null_text: the network's null token, [D].
+        x_t: the input of the network, [B, C, H, W], whose dtype the vectors get.
+
+    Raises:
+        ValueError: tokens without their pooled embedding, or the reverse.
+    """
+    width, dtype, batch = null_text.shape, x_t.dtype, len(x_t)
+    null = F.layer_norm(null_text, width).to(dtype)
+    if cond.text is None and cond.pooled is None:
+        return null.expand(batch, 1, -1), null.new_ones(batch, 1).bool(), null.expand(batch, -1)
+    if cond.text is None or cond.pooled is None:
+        raise ValueError("text needs both its tokens (text) and their pooled embedding (pooled)")
+    tokens, pooled = (F.layer_norm(e, width).to(dtype) for e in (cond.text, cond.pooled))
+    there = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    mask = there if cond.text_mask is None else cond.text_mask.bool()
+    if cond.drop is not None:
+        first = there.cumsum(1) == 1
+        tokens = torch.where(cond.drop[:, None, None], null, tokens)
+        mask = torch.where(cond.drop[:, None], first, mask)
+        pooled = torch.where(cond.drop[:, None], null, pooled)
+    return tokens, mask, pooled
+
+
+def with_context(config: NetworkConfig, x_t: Tensor, cond: Conditioning) -> Tensor:
+    """Return the input of the first layer: x_t, and for an inpainting network mask and known pixels beside it.
+
+    Raises:
+        ValueError: a mask without its context, or the reverse.
+    """
+    channels = config.context_channels
+    if channels == 0:
+        return x_t
+    if cond.mask is None and cond.context is None:
+        batch, _, height, width = x_t.shape
+        return torch.cat([x_t, x_t.new_zeros(batch, 1 + channels, height, width)], dim=1)
+    if cond.mask is None or cond.context is None:
+        raise ValueError("inpainting needs both the mask of what is known (mask) and the clear image (context)")
+    mask = cond.mask.to(x_t.dtype)
+    return torch.cat([x_t, mask, mask * cond.context.to(x_t.dtype)], dim=1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from ddpm.conditioning import Conditioning
-from ddpm.models.base import extend_first_layer
+from ddpm.models.base import check_conditions, class_rows, extend_first_layer, text_vectors, with_context
 from ddpm.models.blocks import (
     Attention,
     BlockConfig,
@@ -104,8 +104,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         widths, time_dim = config.channels, 4 * config.channels[0]
-        extra = 1 + config.context_channels if config.context_channels else 0
-        self.conv_in = nn.Conv2d(config.in_channels + extra, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(config.input_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], time_dim)
         self.down_blocks = nn.ModuleList()
         self.skip_widths, width = [widths[0]], widths[0]
@@ -186,82 +185,21 @@ class UNet(Encoder):
             ValueError: a condition of a kind that this network does not have.
         """
         cond = Conditioning() if cond is None else cond
-        self._check(cond)
+        check_conditions(self.config, cond)
         emb = self.embed_time(t, x_t.dtype)
         if self.config.num_classes:
-            emb = emb + self.class_embedding(self.class_index(cond, len(x_t), x_t.device)).to(emb.dtype)
+            emb = emb + self.class_embedding(class_rows(self.config, cond, x_t)).to(emb.dtype)
         text: Text | None = None
         if self.config.text_dim:
-            tokens, mask, pooled = self.text_embedding(cond, len(x_t), x_t.dtype)
+            tokens, mask, pooled = text_vectors(cond, self.null_text, x_t)
             text = tokens, mask
             emb = emb + self.pooled_projection(pooled)
         emb = F.silu(emb)
 
-        x, skips = self.encode(self.with_context(x_t, cond), emb, text)
+        x, skips = self.encode(with_context(self.config, x_t, cond), emb, text)
         for stage in cast("Iterable[Stage]", self.up_blocks):
             for i in range(len(stage.resnets)):
                 x = stage.block(i, torch.cat([x, skips.pop()], dim=1), emb, text)
             if stage.upsamplers is not None:
                 x = stage.upsamplers[0](x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
-
-    def class_index(self, cond: Conditioning, batch: int, device: torch.device) -> Tensor:
-        """The embedding row of each sample, int64 [B]; dropped and absent labels take the null row."""
-        null = self.config.num_classes
-        if cond.label is None:
-            return torch.full((batch,), null, dtype=torch.long, device=device)
-        return cond.label if cond.drop is None else torch.where(cond.drop, null, cond.label)
-
-    def text_embedding(self, cond: Conditioning, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """(tokens [B, L, D], mask [B, L], pooled [B, D]); dropped and absent text is the one null token.
-
-        Every vector is brought to unit variance, because encoders differ in scale by far: a pooled one of unit length
-        would hardly be heard.
-
-        Raises:
-            ValueError: tokens without their pooled embedding, or the reverse.
-        """
-        null = F.layer_norm(self.null_text, (self.config.text_dim,)).to(dtype)
-        if cond.text is None and cond.pooled is None:
-            return null.expand(batch, 1, -1), null.new_ones(batch, 1).bool(), null.expand(batch, -1)
-        if cond.text is None or cond.pooled is None:
-            raise ValueError("text needs both its tokens (text) and their pooled embedding (pooled)")
-        tokens, pooled = (F.layer_norm(e, (self.config.text_dim,)).to(dtype) for e in (cond.text, cond.pooled))
-        there = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        mask = there if cond.text_mask is None else cond.text_mask.bool()
-        if cond.drop is not None:
-            first = there.cumsum(1) == 1
-            tokens = torch.where(cond.drop[:, None, None], null, tokens)
-            mask = torch.where(cond.drop[:, None], first, mask)
-            pooled = torch.where(cond.drop[:, None], null, pooled)
-        return tokens, mask, pooled
-
-    def with_context(self, x_t: Tensor, cond: Conditioning) -> Tensor:
-        """The input of the first convolution: x_t, and for an inpainting network mask and known pixels beside it.
-
-        Raises:
-            ValueError: a mask without its context, or the reverse.
-        """
-        channels = self.config.context_channels
-        if channels == 0:
-            return x_t
-        if cond.mask is None and cond.context is None:
-            batch, _, height, width = x_t.shape
-            return torch.cat([x_t, x_t.new_zeros(batch, 1 + channels, height, width)], dim=1)
-        if cond.mask is None or cond.context is None:
-            raise ValueError("inpainting needs both the mask of what is known (mask) and the clear image (context)")
-        mask = cond.mask.to(x_t.dtype)
-        return torch.cat([x_t, mask, mask * cond.context.to(x_t.dtype)], dim=1)
-
-    def _check(self, cond: Conditioning) -> None:
-        config = self.config
-        needs = {
-            "label": ("num_classes", config.num_classes),
-            "text": ("text_dim", config.text_dim),
-            "pooled": ("text_dim", config.text_dim),
-            "mask": ("context_channels", config.context_channels),
-            "context": ("context_channels", config.context_channels),
-        }
-        for kind, (option, there) in needs.items():
-            if getattr(cond, kind) is not None and not there:
-                raise ValueError(f"{kind} was given to a network without: set {option}, or pass no {kind}")

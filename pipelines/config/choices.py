@@ -20,7 +20,7 @@ from pydantic import BeforeValidator, Field, PositiveInt, create_model, model_va
 
 from ddpm.guidance import GUIDANCE
 from ddpm.masks import MaskKind
-from ddpm.models import NETWORKS
+from ddpm.models import NETWORKS, UNNAMED_NETWORK
 from ddpm.objectives import Objective
 from ddpm.prediction import Clipping
 from ddpm.samplers import SAMPLERS
@@ -171,7 +171,7 @@ VARIANTS: dict[str, dict[str, type[Section]]] = {
 
 ScheduleConfig = _union(VARIANTS["schedule"])
 SamplerConfig = _union(VARIANTS["sampler"])
-ModelConfig = _union(VARIANTS["model"], default="unet")
+ModelConfig = _union(VARIANTS["model"], default=UNNAMED_NETWORK)
 GuidanceConfig = create_model(
     "GuidanceConfig",
     __base__=GuidanceSection,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from ddpm.models import NETWORKS, UNNAMED_NETWORK, UNetConfig
 from pipelines.config.choices import Section
 
 if TYPE_CHECKING:  # made when the program runs, which a type checker does not see
@@ -273,6 +274,10 @@ class Config(Section):
             return
         if not self.data.num_classes:
             raise ValueError("task = classifier learns classes, and data.num_classes = 0: use data with labels")
+        if not issubclass(NETWORKS[model.kind], UNetConfig):
+            raise ValueError(
+                f"task = classifier is built on the UNet: use model.kind=unet, got model.kind = {model.kind}"
+            )
         denoiser_only = {
             "init_from": self.init_from is not None,
             "model.text_dim": model.text_dim > 0,
@@ -332,7 +337,9 @@ class Config(Section):
         return found
 
     def _default(self, key: str) -> Any:
-        """Return the default of SECTION.FIELD."""
+        """Return the default of SECTION.FIELD: of a network's kind, the one that a configuration need not name."""
+        if key == "model.kind":
+            return UNNAMED_NETWORK
         section, _, field = key.partition(".")
         return type(getattr(self, section)).model_fields[field].default
 

@@ -76,6 +76,10 @@ def test_every_shipped_choice_composes(group, choice):
         (["data.num_classes=0"], r"set model\.class_conditional=false"),
         (["task=classifier", "data.num_classes=0", "model.class_conditional=false"], r"use data with labels"),
         (["task=classifier", "model.inpainting=true"], r"task = classifier has no use for model\.inpainting"),
+        (["task=classifier", "model=dit_digits"], r"task = classifier is built on the UNet: use model\.kind=unet"),
+        (["model=dit_digits", "data.image_size=9"], r"must be a multiple of 2: model\.patch_size is 2; use smaller"),
+        (["model=dit_digits", "model.heads=5"], r"model: .*width = 128 is not divisible by heads = 5"),
+        (["model=dit_digits", "model.channels=[32]"], r"model\.channels: no such field here\. Allowed: .*patch_size"),
         (["task=classifier", "init_from=/m"], r"task = classifier has no use for init_from"),
     ],
 )

@@ -23,7 +23,11 @@ from pipelines.training.loop.loop import TrainingLoop
 from pipelines.training.loop.progress import Progress
 from pipelines.training.loop.shell import Job
 
-TINY = ["model.channels=[32]", "model.attention=[true]", "model.layers_per_block=1"]
+TINY = {
+    "unet": ["model.channels=[32]", "model.attention=[true]", "model.layers_per_block=1"],
+    "dit": ["model=dit_digits", "model.width=32", "model.depth=2", "model.heads=2", "model.checkpointing=true"],
+}
+"""Overrides by which every registered kind of network is small."""
 
 
 @dataclass
@@ -112,11 +116,12 @@ class FolderShell:
         return self.asked == self.checkpoint_after
 
 
-def tiny_config(root: Path, images: int, batch_size: int, *overrides: str) -> Config:
+def tiny_config(root: Path, images: int, batch_size: int, *overrides: str, network: str = "unet") -> Config:
     """Return a run of a network of 30 k parameters on digits; only the last step saves and draws."""
-    plain = ["+experiment=digits", *TINY, "optim.precision=fp32", f"images={images}", f"batch_size={batch_size}"]
+    plain = ["+experiment=digits", *TINY[network], f"images={images}", f"batch_size={batch_size}"]
     plain += ["data.lanes=5", "checkpoint.every=100000", "tracking.grid_every=100000", "tracking.grid_rows=1"]
     plain += ["storage=file", f"storage.root=file://{root}", f"data.cache_dir={root}/cache", "sampler.steps=2"]
+    plain += ["optim.precision=fp32"]
     return compose([*plain, *overrides])
 
 

@@ -6,6 +6,7 @@ from pipelines.shards.read import Batch
 from pipelines.training.loop.collectives import broadcast, gather
 from pipelines.training.loop.parallel import micro_batches
 from pipelines.training.loop.state import make_network
+from tests.pipelines.training.loop.ranks import TINY
 
 
 def piece(count):
@@ -41,9 +42,9 @@ def test_gathered_tensors_are_copies_and_broadcast_ones_overwrite_in_place():
     assert torch.equal(a, copies["a"])
 
 
-@pytest.mark.parametrize("task", ["denoiser", "classifier"])
-def test_every_network_names_units_for_fsdp_that_it_has(task):
-    network = make_network(compose(["+experiment=digits", f"task={task}", "model.text_dim=0"]))
+@pytest.mark.parametrize("choice", [["task=denoiser"], ["task=classifier"], *TINY.values()])
+def test_every_network_names_units_for_fsdp_that_it_has(choice):
+    network = make_network(compose(["+experiment=digits", *choice, "model.text_dim=0"]))
     units = [module for module in network.modules() if isinstance(module, network.fsdp_units)]
     covered = {id(p) for unit in units for p in unit.parameters()}
     assert len(covered) > len(list(network.parameters())) / 2

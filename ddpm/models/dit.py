@@ -1,0 +1,257 @@
+"""The diffusion transformer DiT with adaLN-zero blocks (Peebles & Xie 2023, sec. 3).
+
+The image is cut into patches, a transformer goes over them, and the condition scales, shifts and gates every block.
+Everything that a block adds is gated by 0 in a fresh network, which is thus the identity on its patches and has output
+0. Text, which the paper's networks do not know, is attended to as in PixArt-alpha (Chen et al. 2024, sec. 2.3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
+
+from ddpm.conditioning import Conditioning
+from ddpm.models.base import (
+    NetworkConfig,
+    check_conditions,
+    class_rows,
+    extend_first_layer,
+    text_vectors,
+    with_context,
+)
+from ddpm.models.blocks import Text, TimestepEmbedding, timestep_embedding
+from ddpm.settings import setting
+
+TIME_FREQUENCIES = 256
+"""Sines and cosines of the time embedding, at every width of network as in the authors' code."""
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class DiTConfig(NetworkConfig):
+    """The shape of a `DiT`; the defaults are those of DiT-S/2 (table 1).
+
+    Height and width may differ from image to image: positions are computed from them. Text tokens are attended to in
+    every block, the pooled embedding joins that of time. With `context_channels` a patch has the pixels of x_t, of the
+    mask of what is known, and of the known image.
+    """
+
+    patch_size: int = setting(2, "height and width of a patch in pixels", ge=1)
+    width: int = setting(384, "channels of every patch; a multiple of heads and of 4", ge=4)
+    depth: int = setting(12, "blocks", ge=1)
+    heads: int = setting(6, "attention heads of a block", ge=1)
+    mlp_ratio: float = setting(4.0, "hidden channels of a block's perceptron, as a multiple of width", ge=0.5)
+    dropout: float = setting(
+        0.0,
+        "after attention and perceptron; 0 keeps the loss trace independent of the number of workers",
+        ge=0,
+        lt=1,
+    )
+    checkpointing: bool = setting(
+        False, "compute the activations of a block again in the backward pass instead of keeping them: slower, smaller"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.width % self.heads:
+            raise ValueError(f"width = {self.width} is not divisible by heads = {self.heads}")
+        if self.width % 4:
+            raise ValueError(
+                f"width = {self.width} is not divisible by 4: positions are sines and cosines of row and column"
+            )
+
+    @property
+    def downsampling(self) -> int:
+        """Height and width must be multiples of this."""
+        return self.patch_size
+
+    @property
+    def downsampling_reason(self) -> str:
+        """See `NetworkConfig`."""
+        return f"model.patch_size is {self.patch_size}; use smaller patches"
+
+    def build(self) -> DiT:
+        """See `NetworkConfig`."""
+        return DiT(self)
+
+    def extend_for_inpainting(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `NetworkConfig`."""
+        return extend_first_layer(self, weights, "patch_embedding.weight")
+
+
+def position_embedding(rows: int, columns: int, width: int, device: torch.device) -> Tensor:
+    """Return sines and cosines of each patch's column, then of its row, float32 [rows * columns, width].
+
+    Patches go row by row. Frequencies are 1 .. 1/10000 (Vaswani et al. 2017, sec. 3.5, in two dimensions).
+    """
+    quarter = width // 4
+    frequencies = torch.exp(-math.log(10000) * torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
+
+    def waves(count: int) -> Tensor:
+        angles = torch.arange(count, dtype=torch.float32, device=device)[:, None] * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    across, down = waves(columns), waves(rows)
+    return torch.cat([across.repeat(rows, 1), down.repeat_interleave(columns, 0)], dim=1)
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Return the layer norm of x [B, N, W], scaled and shifted by the condition, [B, W] each (adaLN)."""
+    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * (1 + scale[:, None]) + shift[:, None]
+
+
+class PatchAttention(nn.Module):
+    """Multi-head self-attention over patches."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.to_qkv = nn.Linear(config.width, 3 * config.width)
+        self.to_out = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.to_qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class TextAttention(nn.Module):
+    """Multi-head attention from patches to text tokens, whose output starts at zero."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.to_q = nn.Linear(config.width, config.width)
+        self.to_kv = nn.Linear(config.text_dim, 2 * config.width)
+        self.to_out = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor, text: Text) -> Tensor:
+        tokens, mask = text
+        q = self.to_q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        k, v = self.to_kv(tokens).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
+        return self.to_out(attended.transpose(1, 2).flatten(2))
+
+
+class DiTBlock(nn.Module):
+    """Self-attention, attention to text where there is some, and a perceptron, on residual paths (fig. 3)."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.checkpointing = config.checkpointing
+        hidden = int(config.width * config.mlp_ratio)
+        self.modulation = nn.Linear(config.width, 6 * config.width)
+        self.attention = PatchAttention(config)
+        self.text_attention = TextAttention(config) if config.text_dim else None
+        self.mlp = nn.Sequential(
+            nn.Linear(config.width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, config.width)
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, emb: Tensor, text: Text | None) -> Tensor:
+        """Return the patches [B, N, W] after this block, given the activated embedding of the condition [B, W]."""
+        # In here, not around the block: FSDP2 gathers its parameters once for the whole of it.
+        if self.checkpointing and torch.is_grad_enabled():
+            return cast("Tensor", checkpoint(self._forward, x, emb, text, use_reentrant=False))
+        return self._forward(x, emb, text)
+
+    def _forward(self, x: Tensor, emb: Tensor, text: Text | None) -> Tensor:
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(emb).chunk(6, dim=1)
+        x = x + gate_1[:, None] * self.dropout(self.attention(modulated_norm(x, shift_1, scale_1)))
+        if self.text_attention is not None and text is not None:
+            x = x + self.dropout(self.text_attention(F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), text))
+        return x + gate_2[:, None] * self.dropout(self.mlp(modulated_norm(x, shift_2, scale_2)))
+
+
+class DiT(nn.Module):
+    """Maps (x_t [B, C, H, W], table index [B], condition) to an output [B, out_channels, H, W].
+
+    H and W must be multiples of `config.patch_size`. A class-conditional network has one embedding row more than
+    classes: the last is its null condition.
+
+    Attributes:
+        fsdp_units: the classes of the modules that FSDP2 shards one by one.
+    """
+
+    fsdp_units: ClassVar[tuple[type[nn.Module], ...]] = (DiTBlock,)
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        patch, width = config.patch_size, config.width
+        self.patch_embedding = nn.Conv2d(config.input_channels, width, patch, stride=patch)
+        self.time_embedding = TimestepEmbedding(TIME_FREQUENCIES, width)
+        if config.num_classes:
+            self.class_embedding = nn.Embedding(config.num_classes + 1, width)
+        if config.text_dim:
+            self.pooled_projection = nn.Linear(config.text_dim, width)
+            self.null_text = nn.Parameter(torch.randn(config.text_dim))
+        self.blocks = nn.ModuleList([DiTBlock(config) for _ in range(config.depth)])
+        self.modulation_out = nn.Linear(width, 2 * width)
+        self.linear_out = nn.Linear(width, patch * patch * config.out_channels)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        """Set fresh weights as the authors' code does, zeros of adaLN-zero included."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))  # a linear layer on patches
+        nn.init.zeros_(cast("Tensor", self.patch_embedding.bias))
+        for layer in (self.time_embedding.linear_1, self.time_embedding.linear_2):
+            nn.init.normal_(layer.weight, std=0.02)
+        if self.config.num_classes:
+            nn.init.normal_(self.class_embedding.weight, std=0.02)
+        blocks = list(cast("Iterable[DiTBlock]", self.blocks))
+        of_text = [block.text_attention.to_out for block in blocks if block.text_attention is not None]
+        for zero in [*(block.modulation for block in blocks), *of_text, self.modulation_out, self.linear_out]:
+            nn.init.zeros_(zero.weight)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning | None = None) -> Tensor:
+        """One forward pass.
+
+        Args:
+            x_t: noisy images [B, C, H, W].
+            t: what the network was trained to see as time, [B]; the table index for a discrete schedule.
+            cond: the condition; what is missing or dropped of label and text is the null condition, and without mask
+                and context nothing of the image is known.
+
+        Raises:
+            ValueError: a condition of a kind that this network does not have, or an image that patches do not fill.
+        """
+        cond = Conditioning() if cond is None else cond
+        check_conditions(self.config, cond)
+        patch, (height, width) = self.config.patch_size, x_t.shape[2:]
+        if height % patch or width % patch:
+            raise ValueError(
+                f"images of {height} x {width} pixels are not made of patches of patch_size = {patch}: "
+                f"height and width must be multiples of {patch}"
+            )
+        emb, text = self._embed(x_t, t, cond)
+        x = self.patch_embedding(with_context(self.config, x_t, cond)).flatten(2).transpose(1, 2)
+        positions = position_embedding(height // patch, width // patch, self.config.width, x_t.device)
+        x = x + positions.to(x_t.dtype)
+        for block in self.blocks:
+            x = block(x, emb, text)
+        x = self.linear_out(modulated_norm(x, *self.modulation_out(emb).chunk(2, dim=1)))
+        x = x.unflatten(1, (height // patch, width // patch)).unflatten(3, (patch, patch, -1))
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, height, width)
+
+    def _embed(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> tuple[Tensor, Text | None]:
+        """Return the activated embedding of time, class and pooled text, [B, W], and the text's tokens and mask."""
+        emb = self.time_embedding(timestep_embedding(t, TIME_FREQUENCIES).to(x_t.dtype))
+        text: Text | None = None
+        if self.config.num_classes:
+            emb = emb + self.class_embedding(class_rows(self.config, cond, x_t)).to(emb.dtype)
+        if self.config.text_dim:
+            tokens, mask, pooled = text_vectors(cond, self.null_text, x_t)
+            text = tokens, mask
+            emb = emb + self.pooled_projection(pooled)
+        return F.silu(emb), text
