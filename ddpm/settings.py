@@ -70,6 +70,11 @@ class Setting:
     bounds: Mapping[str, float]
     reference: bool
 
+    @property
+    def fractional(self) -> bool:
+        """Whether its values, or the elements of its tuples, are floats."""
+        return self.type is float or (float in typing.get_args(self.type) and int not in typing.get_args(self.type))
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -81,7 +86,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         for field in settings_of(type(self)):
-            _check(field, getattr(self, field.name))
+            value = getattr(self, field.name)
+            _check(field, value)
+            if field.fractional and value is not None:  # 2 and 2.0 are one value, and are stored as one text
+                exact = tuple(map(float, value)) if isinstance(value, tuple) else float(value)
+                object.__setattr__(self, field.name, exact)
 
     def replaced(self, **values: Any) -> Self:
         """The same settings with some fields changed."""
