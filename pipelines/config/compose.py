@@ -166,6 +166,9 @@ def _explain(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         return f"{path}: no such field here. Allowed: {', '.join(allowed)}.{suggest(parts[-1], allowed)}"
+    if error["type"] == "union_tag_invalid":
+        tag, kinds = error["ctx"]["tag"], error["ctx"]["expected_tags"].replace("'", "").split(", ")
+        return f"{path}.kind: there is no '{tag}'. Allowed: {', '.join(kinds)}.{suggest(tag, kinds)}"
     if error["type"] == "missing":
         return f"{path} has no value: set it with {path}=VALUE"
     got = "" if isinstance(error["input"], dict) else f", got {error['input']!r}"
