@@ -124,6 +124,6 @@ def _range(bounds: Mapping[str, float]) -> str:
 
 
 def _allowed(annotation: Any) -> Iterator[Any]:
-    """Return the values of a Literal type; nothing for other types."""
+    """Yield the values of a Literal type; nothing for other types."""
     if typing.get_origin(annotation) is typing.Literal:
         yield from typing.get_args(annotation)
