@@ -167,7 +167,7 @@ class _Bench:
         (attempt,) = read_sessions(self.storage, f"s3://ddpm/runs/{name}")[-1].attempts
         spent = {kind: attempt.seconds[kind] for kind in ("step", "data", "checkpoint")}
         ours, theirs = steps * BATCH / sum(spent.values()), (before + after) / 2
-        # Shares of the time that are not training steps.
+        # Shares of the time; of the steps, only what exceeds the bare loop's time for the same images.
         missing = {kind: seconds / sum(spent.values()) for kind, seconds in spent.items()}
         missing["step"] -= ours / theirs
         return {"bare": theirs, "ray": ours, "ratio": ours / theirs, **missing}
