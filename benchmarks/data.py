@@ -1,13 +1,14 @@
-"""Reading shards from S3: this project's stream beside WebDataset's documented pipeline and MosaicML Streaming.
+"""Benchmark of reading shards from S3: this project, WebDataset's documented pipeline and MosaicML Streaming.
 
     python -m benchmarks.data [--quick] [--json]
 
-One SeaweedFS on this machine serves the same images to all, as the same tar shards (MosaicML: as its own). Each
-measurement is a fresh process pinned to the same number of cores, systems taking turns; medians are reported. Every
-system ends in float32 tensors [B, 3, 32, 32] and int64 labels, batches of 256, shuffled; ours by the default of 8 lanes
-and windows of 4 shards, which mixes more than the buffer of 1,000 of WebDataset's README.
+One SeaweedFS server on this machine serves the same images to all systems, as the same tar shards (MosaicML: in its own
+format). Each measurement runs in a fresh process pinned to the same number of cores, with the systems alternating;
+medians are reported. Every system yields shuffled batches of 256 float32 images [B, 3, 32, 32] with int64 labels. Ours
+shuffles with the default of 8 lanes and windows of 4 shards, which mixes more than the buffer of 1,000 samples in
+WebDataset's README.
 
-MosaicML Streaming wants an older numpy than others here; without its other stores it is installed by
+MosaicML Streaming requires an older numpy than the other packages; install it without its other stores by
 `pip install --no-deps mosaicml-streaming brotli python-snappy cramjam zstd xxhash catalogue`.
 """
 
@@ -29,7 +30,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported: a step on many threads beside other processes is ten times slower.
+# Before torch is imported: with other processes running, a step on many threads is ten times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -52,7 +53,7 @@ Make = Callable[[int], Iterator[Any]]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the benchmark and keep its result."""
+    """Run the benchmark and publish its result."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer images and turns, within 3 minutes on 2 cores")
     parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
@@ -70,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """Write the data, let the systems take turns, sum up."""
+    """Write the data, measure all systems and return the summary."""
     images, turns = (8_000, 1) if quick else (16_000, 5)
     with tempfile.TemporaryDirectory(prefix="ddpm-bench-") as scratch:
         home = Path(scratch) / "home"
@@ -86,7 +87,7 @@ def run(quick: bool) -> dict[str, Any]:
 
 
 def write_data(storage: Storage, scratch: Path, images: int) -> list[str]:
-    """Smooth random pictures as tar shards, and as MDS where that is installed; the systems that can be measured."""
+    """Write smooth random images as tar shards, and as MDS if installed; return the systems that can be measured."""
     folder = scratch / "images"
     rng = np.random.default_rng(0)
     from PIL import Image
@@ -113,11 +114,11 @@ def write_data(storage: Storage, scratch: Path, images: int) -> list[str]:
 
 
 MEASURES = {1: ("cold", "warm", "resume10", "resume50", "resume90"), 2: ("cold",)}
-"""By number of cores."""
+"""Number of cores -> what is measured."""
 
 
 def measure(systems: list[str], scratch: Path, home: Path, turns: int) -> list[dict[str, Any]]:
-    """Fresh processes, system by system, turn by turn."""
+    """Return one row per measurement, each from a fresh process, with the systems alternating."""
     rows = []
     for turn in range(turns):
         for cores in (1, 2):
@@ -126,7 +127,7 @@ def measure(systems: list[str], scratch: Path, home: Path, turns: int) -> list[d
                 shutil.rmtree(cache, ignore_errors=True)
                 for name in MEASURES[cores]:
                     if name.startswith("resume"):
-                        shutil.rmtree(cache, ignore_errors=True)  # where a run is resumed the node may be a new one
+                        shutil.rmtree(cache, ignore_errors=True)  # a resumed run may be on a new node
                     row = in_process(system, name, cores, cache, home)
                     say(f"turn {turn}, {cores} cores, {system}, {name}: {row}")
                     rows.append({"system": system, "measure": name, "cores": cores, "turn": turn, **row})
@@ -135,7 +136,7 @@ def measure(systems: list[str], scratch: Path, home: Path, turns: int) -> list[d
 
 
 def in_process(system: str, name: str, cores: int, cache: Path, home: Path) -> dict[str, Any]:
-    """One measurement in a process of its own on so many cores."""
+    """Return one measurement, made in a process of its own on `cores` cores."""
     command = [sys.executable, "-m", "benchmarks.data", "--home", str(home)]
     command += ["--child", system, name, str(cores), str(cache)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -145,7 +146,7 @@ def in_process(system: str, name: str, cores: int, cache: Path, home: Path) -> d
 
 
 def summary(rows: list[dict[str, Any]], systems: list[str], images: int, quick: bool) -> dict[str, Any]:
-    """Medians by system and cores, and the ratios."""
+    """Return medians by system and number of cores, and the ratios."""
 
     def median(system: str, measure_: str, cores: int, key: str) -> float:
         picked = [r[key] for r in rows if (r["system"], r["measure"], r["cores"]) == (system, measure_, cores)]
@@ -194,7 +195,7 @@ def _version(package: str) -> str:
 
 
 def child(system: str, name: str, cores: int, cache: Path, home: Path) -> dict[str, Any]:
-    """Time to the first batch, and for "cold" and "warm" samples per second over an epoch."""
+    """Return the time to the first batch, and for "cold" and "warm" the samples per second over an epoch."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     torch.set_num_threads(1)
     state = stack.read_state(home)
@@ -223,19 +224,19 @@ def child(system: str, name: str, cores: int, cache: Path, home: Path) -> dict[s
 
 
 def anonymous_mib() -> float:
-    """Of this process and its children: memory that is theirs, mapped files left out."""
+    """Return the anonymous memory of this process and its children in MiB, without mapped files."""
     import psutil
 
     total = 0
     for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
-        with contextlib.suppress(OSError):  # a loader's worker that has just ended
+        with contextlib.suppress(OSError):  # a loader worker may have just ended
             lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
             total += sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
     return total / 1024
 
 
 def ours(storage: Storage, cache: Path, cores: int) -> Make:
-    """The stream that training reads, with as many decoding threads as cores."""
+    """Return a maker of this project's training stream, with one decoding thread per core."""
 
     def make(skip: int) -> Iterator[Any]:
         settings = StreamSettings(lanes=8, window=4, seed=0, cache_dir=cache, cache_bytes=20 << 30, threads=cores)
@@ -250,7 +251,7 @@ def ours(storage: Storage, cache: Path, cores: int) -> Make:
 
 
 def webdataset_(storage: Storage, cache: Path, cores: int) -> Make:
-    """WebDataset as its README has it, shards opened through boto3; loader workers where there are two cores."""
+    """Return a maker of WebDataset's README pipeline, with boto3 for S3 and loader workers if there are two cores."""
     import webdataset as wds
 
     def open_s3(url: str, mode: str = "rb", bufsize: int = 8192, **options: Any) -> Any:
@@ -263,7 +264,7 @@ def webdataset_(storage: Storage, cache: Path, cores: int) -> Make:
 
     def make(skip: int) -> Iterator[Any]:
         raw = wds.WebDataset(urls, shardshuffle=len(urls), seed=0)
-        if skip:  # it has no state: what has been seen is read and thrown away
+        if skip:  # it cannot resume: samples already seen are read again and discarded
             raw = raw.slice(skip, 10**12)
         pipeline = raw.shuffle(1000).decode("torchrgb").to_tuple("png", "cls")
         if cores == 1:
@@ -275,14 +276,14 @@ def webdataset_(storage: Storage, cache: Path, cores: int) -> Make:
 
 
 class _Body:
-    """A tar's bytes as a raw stream over one GET."""
+    """A raw stream of a tar's bytes from one GET request."""
 
     def __new__(cls, storage: Storage, url: str) -> Any:
         import io
 
         from pipelines.storage.s3 import client, split_s3
 
-        if os.getpid() != PARENT:  # a forked loader worker: connections are not shared between processes
+        if os.getpid() != PARENT:  # a forked loader worker: processes must not share connections
             client.cache_clear()
             globals()["PARENT"] = os.getpid()
         bucket, key = split_s3(url)
@@ -301,7 +302,7 @@ class _Body:
 
 
 def mosaicml(storage: Storage, cache: Path, cores: int) -> Make:
-    """MosaicML Streaming on its own shards of the same images."""
+    """Return a maker of MosaicML's stream over its own shards of the same images."""
     import io
 
     from PIL import Image
@@ -327,7 +328,7 @@ def mosaicml(storage: Storage, cache: Path, cores: int) -> Make:
 
 
 def say(text: str) -> None:
-    """Progress."""
+    """Print progress to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 

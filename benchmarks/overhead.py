@@ -1,11 +1,11 @@
-"""What the plumbing costs: Ray workers with S3 data, MLflow and checkpoints, beside a bare torch loop on tensors.
+"""Benchmark of the pipeline's overhead: Ray workers with S3, MLflow and checkpoints against a bare torch loop.
 
     python -m benchmarks.overhead [--quick] [--json]
 
-Starts a local stack of its own. Turns alternate: the same model, batch and number of threads, once in a plain process
-that has its images in memory, once through `ddpm train`'s driver. `ratio` is the second's images/s over the first's,
-one worker of one thread each; `scaling` that of two workers of one thread over one bare process of two. A worker is
-killed in the end: how long until the next step, and whose part of it is how long.
+It starts its own local stack. Runs alternate between a plain process with its images in memory and the driver of `ddpm
+train`, with the same model, batch size and number of threads. `ratio` is the driver's images/s over the plain
+process's, with one worker of one thread; `scaling` is that of two workers of one thread over one plain process of two
+threads. At the end a worker is killed, to measure the time to the next step and which part of it our code takes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CHECKPOINT_EVERY_S = 30
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the benchmark and keep its result."""
+    """Run the benchmark and publish its result."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="shorter and fewer turns")
     parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def bare(threads: int, seconds: float) -> float:
-    """Images/s of a loop that has nothing but tensors: the yardstick."""
+    """Return the images/s of a bare training loop on tensors, the reference."""
     import torch
     from torch.nn.functional import mse_loss
 
@@ -84,7 +84,7 @@ def bare(threads: int, seconds: float) -> float:
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """Let the two take turns on a stack of their own."""
+    """Return the measurements of both, alternating on their own stack."""
     from benchmarks.results import commit
     from pipelines import stack
 
@@ -135,7 +135,7 @@ def _bare(threads: int, seconds: float) -> float:
 
 
 class _Bench:
-    """Trainings on a stack."""
+    """Training runs on a local stack."""
 
     def __init__(self, state: Any) -> None:
         from pipelines.config import compose
@@ -149,7 +149,7 @@ class _Bench:
         ingest("digits", "s3://ddpm/datasets/digits", self.storage, image_size=8, channels=1, shard_samples=1000)
 
     def train(self, name: str, workers: int, images: int, every: int) -> Any:
-        """The result of a training through the driver."""
+        """Return the result of a training through the driver."""
         from pipelines.training import driver
 
         config = self.fill([f"name={name}", f"images={images}", f"cluster.num_workers={workers}",
@@ -157,7 +157,7 @@ class _Bench:
         return driver.train(driver.make_plan(config, self.storage, {}))
 
     def turn(self, workers: int, seconds: float, rate: float, name: str) -> dict[str, float]:
-        """Bare, through Ray, bare again: the second over the mean of the others, and where the difference is."""
+        """Return the ratio of a run through Ray to the mean of bare runs before and after, and where time is lost."""
         from pipelines.training.ledger import read_sessions
 
         steps = max(10, int(seconds * rate * workers / BATCH))
@@ -167,13 +167,13 @@ class _Bench:
         (attempt,) = read_sessions(self.storage, f"s3://ddpm/runs/{name}")[-1].attempts
         spent = {kind: attempt.seconds[kind] for kind in ("step", "data", "checkpoint")}
         ours, theirs = steps * BATCH / sum(spent.values()), (before + after) / 2
-        # Shares of the time, beside what the bare loop needs for the same images.
+        # Shares of the time; of the steps, only what exceeds the bare loop's time for the same images.
         missing = {kind: seconds / sum(spent.values()) for kind, seconds in spent.items()}
         missing["step"] -= ours / theirs
         return {"bare": theirs, "ray": ours, "ratio": ours / theirs, **missing}
 
     def restart(self, rate: float, name: str) -> dict[str, float]:
-        """Seconds from SIGKILL of the worker to the next finished step: until our code starts, and from there on."""
+        """Return the seconds from a worker's SIGKILL to the next finished step, before and after our code starts."""
         import ray
 
         from pipelines.training.ray_train.monitor import monitor_name
@@ -201,7 +201,7 @@ class _Bench:
 
 
 def _workers(home: Path) -> list[Any]:
-    """Ray Train's workers below the stack's Ray."""
+    """Return the processes of Ray Train's workers in the stack's Ray."""
     import psutil
 
     from pipelines import stack

@@ -1,9 +1,9 @@
-"""DDIM sampling: this project's network and sampler beside diffusers', same weights, same noise, same images.
+"""Benchmark of DDIM sampling: this project and diffusers, with the same weights, noise and images.
 
     python -m benchmarks.sampling [--quick] [--json]
 
-Needs torch only; diffusers is measured where it is installed and named as missing where not. Runs alternate in one
-process, medians are reported, and the images of the two are compared: a faster sampler of something else is none.
+It needs torch only; diffusers is measured if installed and otherwise listed as missing. Runs alternate in one process,
+medians are reported, and the images of both are compared, to make sure that they do the same work.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# Before torch is imported: a step on many threads beside other processes is ten times slower.
+# Before torch is imported: with other processes running, a step on many threads is ten times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -36,7 +36,7 @@ CONFIG = UNetConfig(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the benchmark and keep its result."""
+    """Run the benchmark and publish its result."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sampling", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer images, steps and turns")
     parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """Let the systems take turns."""
+    """Return the measurements of all systems, with runs alternating."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch, steps, turns = (4, 5, 3) if quick else (16, 20, 5)
     if device.type == "cuda":
@@ -88,7 +88,7 @@ def run(quick: bool) -> dict[str, Any]:
 
 
 def ours(network: UNet, x_T: Tensor, steps: int) -> Callable[[], Tensor]:
-    """This project's DDIM."""
+    """Return a function that samples with this project's DDIM."""
     schedule = make_schedule("linear")
     channels_last = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     denoiser = NetworkDenoiser(channels_last, schedule)
@@ -101,7 +101,7 @@ def ours(network: UNet, x_T: Tensor, steps: int) -> Callable[[], Tensor]:
 
 
 def diffusers_(network: UNet, x_T: Tensor, steps: int) -> Callable[[], Tensor] | None:
-    """diffusers' UNet2DModel with the same weights in the loop of its DDIMPipeline."""
+    """Return a function that samples with diffusers' UNet2DModel and DDIM loop, with the same weights."""
     try:
         from diffusers import DDIMScheduler, UNet2DModel
     except ImportError:

@@ -1,17 +1,18 @@
-"""Optuna's search as studies use it beside random search, by replay on a recorded table: no sampling, no training.
+"""Benchmark of Optuna's search, as used in studies, against random search, by replay of a recorded table.
 
-    python -m benchmarks.search --record MODEL    judge every setting of a grid once (the local stack; minutes)
+    python -m benchmarks.search --record MODEL    evaluate every setting of a grid once (on the local stack; minutes)
     python -m benchmarks.search [--quick] [--json]
 
-The table holds the Frechet distance and the network evaluations of every combination of some guidance and sampler
-settings of one model. A replay asks a searcher for one setting after another and answers from the table; 20 replays
-differ by the seed. Both search for what a guidance study does: low distance and few evaluations at once.
+The table has the Frechet distance and the number of network evaluations for every combination of some guidance and
+sampler settings of one model. A replay takes one setting after another from a searcher and returns its results from the
+table, without sampling or training; 20 replays with different seeds are made. As in a guidance study, the objectives
+are a low distance and few evaluations.
 
-| figure | is |
+| figure | meaning |
 |---|---|
-| `distance` | of the best setting so far, after so many trials |
-| `hypervolume` | share of what the table's whole Pareto front dominates, on logarithmic axes, after so many trials |
-| `trials_to` | trials until that share is reached |
+| `distance` | lowest distance after the given numbers of trials |
+| `hypervolume` | share of the hypervolume of the table's Pareto front, on logarithmic axes, after those trials |
+| `trials_to` | number of trials until a given share is reached |
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ SHARE = 0.9
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Record the table, or replay on it and keep the result."""
+    """Record the table, or replay it and publish the result."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.search", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--record", metavar="MODEL", help="judge the whole grid for this model first")
     parser.add_argument("--quick", action="store_true", help="5 replays")
@@ -69,13 +70,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def study_of(trials: int = TRIALS) -> StudyConfig:
-    """What is searched."""
+    """Return the study's search space and settings."""
     plain = {"kind": "guidance", "trials": trials, "random_trials": RANDOM_TRIALS, "samples": SAMPLES, "space": SPACE}
     return StudyConfig.model_validate(plain)
 
 
 def settings() -> Iterator[dict[str, Any]]:
-    """Every combination of the space."""
+    """Yield every combination of the search space."""
     for values in itertools.product(*(parameter["choice"] for parameter in SPACE.values())):
         params = dict(zip(SPACE, values, strict=True))
         if params["sampler.kind"] != "ddim" and params.pop("sampler.eta"):
@@ -87,10 +88,10 @@ def settings() -> Iterator[dict[str, Any]]:
 
 
 def record(reference: str) -> None:
-    """Judge every setting on the local stack and write the table."""
+    """Evaluate every setting on the local stack and write the table."""
     from pipelines.connect import connect
 
-    # Before ray is imported: it reads how to find the local head.
+    # Before ray is imported, because it reads the address of the local head from the environment.
     config = connect(compose(["+experiment=digits"]), os.environ, ["s3", "mlflow", "ray"])
 
     import ray
@@ -146,7 +147,7 @@ def record(reference: str) -> None:
 
 
 def run(replays: int) -> dict[str, Any]:
-    """Let both searchers replay."""
+    """Return the results of the replays of both searchers."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     table = json.loads(TABLE.read_text())
     known = {trial_name(row["params"]): row for row in table["rows"]}
@@ -184,12 +185,12 @@ def run(replays: int) -> dict[str, Any]:
 
 
 def random(seed: int) -> Any:
-    """Random search."""
+    """Return a random searcher."""
     return optuna.samplers.RandomSampler(seed=seed)
 
 
 def replay(known: Mapping[str, dict[str, Any]], searcher: Any) -> list[dict[str, Any]]:
-    """The rows in the order in which a searcher asks for them."""
+    """Return the table's rows in the order in which a searcher selects them."""
     study, base = study_of(), compose(["+experiment=digits"])
     past = past_of(study, [])
     past.sampler = searcher
@@ -203,18 +204,18 @@ def replay(known: Mapping[str, dict[str, Any]], searcher: Any) -> list[dict[str,
 
 
 def judged(tried: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], whole: float) -> dict[str, Any]:
-    """How far a replay came, after so many trials."""
+    """Return the figures of a replay, after increasing numbers of trials."""
     shares = [hypervolume(tried[:n], rows) / whole for n in range(1, len(tried) + 1)]
     return {
         "distance": {n: min(row["frechet_distance"] for row in tried[:n]) for n in AFTER},
         "hypervolume": {n: shares[n - 1] for n in AFTER},
-        # One more than there are where it was not reached: a median is not hurt by how many more.
+        # If it was not reached, one more than all trials: the exact value does not matter for a median.
         "trials_to": next((n for n, share in enumerate(shares, 1) if share >= SHARE), len(tried) + 1),
     }
 
 
 def hypervolume(some: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> float:
-    """Area that settings dominate, up to the table's worst distance and cost, on logarithmic axes."""
+    """Return the area that settings dominate, up to the table's worst distance and cost, on logarithmic axes."""
     worst = [max(math.log(row[name]) for row in rows) for name in ("frechet_distance", "evaluations")]
     points = sorted((math.log(row["evaluations"]), math.log(row["frechet_distance"])) for row in some)
     area, height = 0.0, worst[0]
@@ -226,7 +227,7 @@ def hypervolume(some: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) 
 
 
 def say(text: str) -> None:
-    """Progress."""
+    """Print progress to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 

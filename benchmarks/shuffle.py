@@ -1,15 +1,15 @@
-"""How well orders mix data that are stored class by class: this project's, WebDataset's documented one, a full shuffle.
+"""Benchmark of shuffling data stored by class: this project, WebDataset's documented pipeline and a full shuffle.
 
     python -m benchmarks.shuffle [--quick] [--json]
 
-Pure order: nothing is read or decoded. The data are the worst case, samples sorted by class. Three epochs of each
-order are looked at in batches of 256:
+Only orders are compared; nothing is read or decoded. The samples are sorted by class, which is the worst case. Three
+epochs of each order are measured in batches of 256:
 
-- `neighbour_correlation`: rank correlation (Spearman's) of the storage positions of a sample and the next; 1 for
-  storage order, 0 for a full shuffle. `largest_correlation` is the largest of those 1 to 256 samples apart.
-- `class_distance`: total variation distance of a batch's classes from the dataset's, mean over batches; it cannot be
-  less than a full shuffle's by more than chance. `classes_per_batch` counts distinct ones.
-- `chi_square`: Pearson's of a batch's classes by degree of freedom; 1 for a full shuffle.
+- `neighbour_correlation`: Spearman's rank correlation of the storage positions of successive samples; 1 for storage
+  order, 0 for a full shuffle. `largest_correlation` is the largest for distances of 1 to 256 samples.
+- `class_distance`: total variation distance between the classes of a batch and of the dataset, mean over batches; a
+  full shuffle is the optimum, up to chance. `classes_per_batch` is the number of distinct classes.
+- `chi_square`: Pearson's chi-square of a batch's classes per degree of freedom; 1 for a full shuffle.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ LAGS = 256
 READERS = 16
 Ints = NDArray[np.int64]
 Order = Callable[[int], Ints]
-"""From the number of an epoch to the storage positions in the order in which they are seen."""
+"""Number of an epoch -> storage positions in the order in which they are read."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Data in shards of equal size, sorted by class."""
+    """A dataset in shards of equal size, sorted by class."""
 
     shards: int
     shard_samples: int
@@ -50,16 +50,16 @@ class Stored:
 
     @property
     def total(self) -> int:
-        """Samples."""
+        """The number of samples."""
         return self.shards * self.shard_samples
 
     def labels(self, positions: Ints) -> Ints:
-        """The class of each sample."""
+        """Return the class of the sample at each storage position."""
         return positions * self.classes // self.total
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the benchmark and keep its result."""
+    """Run the benchmark and publish its result."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.shuffle", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one epoch of the smaller data")
     parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def orders(stored: Stored) -> dict[str, Order]:
-    """The orders that are compared, by name."""
+    """Return the orders to compare, by name."""
     fields = DataConfig.model_fields
     folder = compose(["data=folder", "model=unet_small", "data.num_classes=1"]).data
     shapes = sorted({(fields["lanes"].default, fields["window"].default), (folder.lanes, folder.window)})
@@ -100,7 +100,7 @@ def orders(stored: Stored) -> dict[str, Order]:
 
 
 def lanes_order(stored: Stored, lanes: int, window: int) -> Order:
-    """The stream that training reads."""
+    """Return the order of this project's training stream."""
     order = SampleOrder([stored.shard_samples] * stored.shards, lanes=lanes, window=window, seed=0, digest="benchmark")
 
     def positions(epoch: int) -> Ints:
@@ -111,9 +111,9 @@ def lanes_order(stored: Stored, lanes: int, window: int) -> Order:
 
 
 def buffered(stored: Stored, readers: int, epoch: int) -> Ints:
-    """`WebDataset(urls, shardshuffle=100).shuffle(1000)` by its own stages, each reader with its share of the shards.
+    """Return the order of `WebDataset(urls, shardshuffle=100).shuffle(1000)`, computed with WebDataset's own stages.
 
-    Readers take turns sample by sample, which mixes a batch as well as can be.
+    Each reader has its share of the shards. Readers alternate sample by sample, the best case for mixing.
     """
     streams = [
         _reader(stored, range(reader, stored.shards, readers), 1000 * epoch + reader) for reader in range(readers)
@@ -130,7 +130,7 @@ def _reader(stored: Stored, shards: range, seed: int) -> Iterator[int]:
 
 
 def measure(order: Order, stored: Stored, epochs: int) -> dict[str, float]:
-    """The measures over some epochs."""
+    """Return the measures of an order over some epochs."""
     found = [order(epoch) for epoch in range(epochs)]
     for positions in found:
         assert len(np.unique(positions)) == stored.total
@@ -148,7 +148,7 @@ def measure(order: Order, stored: Stored, epochs: int) -> dict[str, float]:
 
 
 def autocorrelation(positions: Ints) -> NDArray[np.float64]:
-    """Of ranks, which storage positions are, at 1 to LAGS samples apart."""
+    """Return the rank autocorrelation at distances of 1 to LAGS samples; storage positions are ranks."""
     centred = positions - positions.mean()
     power = np.abs(np.fft.rfft(centred, 2 * len(centred))) ** 2
     products = np.fft.irfft(power)[: LAGS + 1]

@@ -1,19 +1,19 @@
-"""A training step: this project's network and loop beside diffusers' and lucidrains', same shapes, same threads.
+"""Benchmark of a training step: this project, diffusers and lucidrains, with the same shapes and threads.
 
     python -m benchmarks.train_step [--quick] [--json] [--threads N]
 
-Needs torch only; peers are measured where they are installed and named as missing where not. Systems take turns in
-one process and medians are reported. Ours and diffusers' start from the same weights, and their outputs are compared;
-lucidrains' network cannot be the same one: it has the same widths on the same levels, which makes it the smaller one,
-and the result says by how much. Every loop clips gradients and averages weights.
+It needs torch only; peers are measured if installed and otherwise listed as missing. Systems alternate in one process
+and medians are reported. Ours and diffusers' network start from the same weights and their outputs are compared.
+lucidrains' network is another one, with the same widths at the same levels but fewer parameters; the result has both
+numbers. Every loop clips gradients and averages weights.
 
-| system | is |
+| system | meaning |
 |---|---|
-| ours | the loop of the training worker, in the fastest way that this machine has: see `method` in the result |
+| ours | the loop of the training worker, with the fastest method on this machine: see `method` in the result |
 | stock | diffusers' UNet2DModel in the loop of its train_unconditional.py, float32 |
 | bf16 | the same under bf16 autocast, as by its --mixed_precision=bf16 |
 | lucidrains | denoising-diffusion-pytorch's Unet in the loop of its Trainer, float32 |
-| diffusers | on CUDA: stock with all that ours has there: bf16, channels-last, torch.compile, fused AdamW |
+| diffusers | on CUDA: stock with all optimizations of ours: bf16, channels-last, torch.compile, fused AdamW |
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-# Before torch is imported: spinning threads ruin a step as soon as another process wants a core.
+# Before torch is imported: spinning threads slow a step down as soon as another process needs a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -47,10 +47,10 @@ from ddpm.schedule import make_schedule
 from ddpm.timesteps import UniformTimesteps
 
 Step = Callable[[], float]
-"""One optimizer step; its loss."""
+"""Do one optimizer step and return its loss."""
 SIZE = 32
 PEAK_BF16 = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
-"""Dense bf16 FLOP/s by the first part of a device's name that fits, for the MFU."""
+"""Dense bf16 FLOP/s by part of a device's name, for the MFU; the first match is used."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Model:
     """A network to train.
 
     Attributes:
-        config: ours, and diffusers' by it.
-        lucidrains: options of lucidrains' network of the same widths.
+        config: configuration of our network, from which diffusers' is derived.
+        lucidrains: options of lucidrains' network with the same widths.
         batch: images per step on a CPU, on a CPU with --quick, and on CUDA.
     """
 
@@ -74,19 +74,19 @@ MODELS = {
         {"dim": 64, "dim_mults": (1, 2, 2)},
         (32, 8, 512),
     ),
-    # google/ddpm-cifar10-32's
+    # the network of google/ddpm-cifar10-32
     "35.7M": Model(UNetConfig(head_dim=None), {"dim": 128, "dim_mults": (1, 2, 2, 2)}, (16, 2, 256)),
 }
 
 
 @dataclass(frozen=True)
 class Method:
-    """How ours trains.
+    """The optimizations used for our training step.
 
     Attributes:
-        bf16: under bf16 autocast.
-        compile: by torch.compile.
-        channels_last: memory layout of network and images.
+        bf16: whether bf16 autocast is on.
+        compile: whether torch.compile is used.
+        channels_last: whether network and images have the channels-last memory format.
     """
 
     bf16: bool
@@ -95,7 +95,7 @@ class Method:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the benchmark and keep its result."""
+    """Run the benchmark and publish its result."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small batches, few turns, nothing compiled")
     parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(quick: bool, threads: int) -> dict[str, Any]:
-    """Measure every model."""
+    """Return the measurements of every model."""
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")  # TF32, for every system; no effect on a CPU without it
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -129,10 +129,11 @@ def run(quick: bool, threads: int) -> dict[str, Any]:
 
 
 def best_method(device: torch.device, quick: bool) -> Method:
-    """What trains fastest here.
+    """Return the fastest method on this machine.
 
-    Where bf16 is only emulated it is slower than float32. With AVX512-BF16 but no AMX, contiguous, not compiled is the
-    fastest: 1.19 s a step of the 6.5 M model; channels-last 1.37, compiled 1.38, both 1.31.
+    Emulated bf16 is slower than float32. With AVX512-BF16 but no AMX, bf16 in the contiguous format without compiling
+    is
+    the fastest: 1.19 s per step of the 6.5 M model; channels-last takes 1.37 s, compiled 1.38 s, both 1.31 s.
     """
     if device.type == "cuda":
         return Method(bf16=torch.cuda.is_bf16_supported(), compile=not quick, channels_last=True)
@@ -141,7 +142,7 @@ def best_method(device: torch.device, quick: bool) -> Method:
 
 
 def machine(device: torch.device) -> str:
-    """The device and what it can do with bf16."""
+    """Return a description of the device, with its support for bf16."""
     if device.type == "cuda":
         return torch.cuda.get_device_name()
     units = [n for n, there in {
@@ -154,7 +155,7 @@ def machine(device: torch.device) -> str:
 
 
 def measure(model: Model, method: Method, device: torch.device, quick: bool) -> dict[str, Any]:
-    """Let the systems take turns on one model."""
+    """Return the measurements of all systems on one model, with runs alternating."""
     batch = model.batch[2 if device.type == "cuda" else 1 if quick else 0]
     turns, steps = (3 if quick else 7), (20 if device.type == "cuda" else 1)
     torch.manual_seed(0)
@@ -199,7 +200,7 @@ def measure(model: Model, method: Method, device: torch.device, quick: bool) -> 
 
 
 def timed(step: Step, steps: int, device: torch.device) -> float:
-    """Seconds that so many steps take."""
+    """Return the seconds for `steps` steps."""
     began = time.perf_counter()
     for _ in range(steps):
         loss = step()
@@ -212,7 +213,7 @@ def timed(step: Step, steps: int, device: torch.device) -> float:
 
 
 def ours(network: UNet, x_0: Tensor, method: Method) -> Step:
-    """The step of the training worker, on one process and without micro-batches."""
+    """Return the step of the training worker, for one process and without micro-batches."""
     network = copy.deepcopy(network)
     if method.channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -241,7 +242,7 @@ def ours(network: UNet, x_0: Tensor, method: Method) -> Step:
 
 
 def diffusers_twin(network: UNet) -> nn.Module | None:
-    """diffusers' network with the same weights, or None where it is not installed."""
+    """Return diffusers' network with the same weights, or None if it is not installed."""
     try:
         from diffusers import UNet2DModel
     except ImportError:
@@ -262,7 +263,7 @@ def diffusers_twin(network: UNet) -> nn.Module | None:
 
 
 def diffusers_(twin: nn.Module, x_0: Tensor, *, bf16: bool, tuned: bool) -> Step:
-    """The loop of diffusers' train_unconditional.py (with --use_ema); tuned: channels-last, compiled, fused AdamW."""
+    """Return a step of diffusers' train_unconditional.py --use_ema; tuned: channels-last, compiled, fused AdamW."""
     from diffusers import DDPMScheduler
     from diffusers.training_utils import EMAModel
 
@@ -292,7 +293,7 @@ def diffusers_(twin: nn.Module, x_0: Tensor, *, bf16: bool, tuned: bool) -> Step
 
 
 def lucidrains_network(model: Model, device: torch.device) -> nn.Module | None:
-    """denoising-diffusion-pytorch's network, or None where it is not installed."""
+    """Return denoising-diffusion-pytorch's network, or None if it is not installed."""
     try:
         from denoising_diffusion_pytorch import Unet
     except ImportError:
@@ -301,7 +302,7 @@ def lucidrains_network(model: Model, device: torch.device) -> nn.Module | None:
 
 
 def lucidrains(network: nn.Module, x_0: Tensor) -> Step:
-    """The loop of denoising-diffusion-pytorch's Trainer."""
+    """Return a step of denoising-diffusion-pytorch's Trainer."""
     from denoising_diffusion_pytorch import GaussianDiffusion
     from ema_pytorch import EMA as TheirEMA  # noqa: N811
 
@@ -324,7 +325,7 @@ def lucidrains(network: nn.Module, x_0: Tensor) -> Step:
 
 @torch.no_grad()
 def difference(network: UNet, twin: Any, x_0: Tensor, method: Method) -> float:
-    """Of the two networks' outputs before training, at most, in the largest output's units."""
+    """Return the largest difference of the networks' outputs before training, relative to the largest output."""
     network = copy.deepcopy(network)
     t = torch.linspace(0, 999, len(x_0), device=x_0.device)
     with torch.autocast(x_0.device.type, torch.bfloat16, enabled=method.bf16):
@@ -334,7 +335,7 @@ def difference(network: UNet, twin: Any, x_0: Tensor, method: Method) -> float:
 
 
 def step_flops(network: nn.Module, x_0: Tensor) -> float:
-    """Floating-point operations of one step's forward and backward pass, convolutions counted as direct ones."""
+    """Return the floating-point operations of a step's forward and backward pass, with direct convolutions."""
     with FlopCounterMode(display=False) as counter:
         network(x_0[:1], torch.zeros(1, device=x_0.device)).sum().backward()
     network.zero_grad()
@@ -342,19 +343,19 @@ def step_flops(network: nn.Module, x_0: Tensor) -> float:
 
 
 def mfu(flop_per_s: float, device: torch.device) -> float | None:
-    """Share of the device's peak, or None where that is not known."""
+    """Return the share of the device's peak FLOP/s, or None if the peak is unknown."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else ""
     peak = next((p for part, p in PEAK_BF16.items() if part in name), None)
     return None if peak is None else round(flop_per_s / peak, 3)
 
 
 def count(network: nn.Module) -> int:
-    """Parameters."""
+    """Return the number of parameters."""
     return sum(p.numel() for p in network.parameters())
 
 
 def say(text: str) -> None:
-    """Progress."""
+    """Print progress to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 

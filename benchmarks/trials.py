@@ -1,16 +1,16 @@
-"""What a trial of a training study costs beside its training, beside the usual way of writing one.
+"""Benchmark of the overhead of a trial in a training study: this project against Ray's documented way.
 
     python -m benchmarks.trials [--quick] [--json]
 
-Both run on the local stack, as many trials at a time as there are cores, each a Ray Train run of one worker that does
-little. The usual way is that of Ray's documentation: a function that fits a `TorchTrainer`, with
-`TuneReportCallback`; its work is a second of sleep in three reports. Ours is `ddpm search training` on digits: three
-rungs, each judged and reported.
+Both run on the local stack, with as many concurrent trials as cores; each trial is a Ray Train run of one worker with
+little work. The usual way, from Ray's documentation, is a function that fits a `TorchTrainer` with
+`TuneReportCallback`; its work is one second of sleep with three reports. Ours is `ddpm search training` on digits, with
+three rungs that are evaluated and reported.
 
-| figure | is |
+| figure | meaning |
 |---|---|
-| `overhead_s` | seconds that another trial takes on its core, less the work: by what 8 trials take longer than 2 |
-| `trial_seconds` | medians of our whole trials: see `pipelines.search.trial_seconds` |
+| `overhead_s` | seconds of core time per additional trial minus its work, from the difference between 8 and 2 trials |
+| `trial_seconds` | medians over our complete trials: see `pipelines.search.trial_seconds` |
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from pipelines.connect import connect
 
 WORK_S, REPORTS = 1.0, 3
 FEW, MANY = 2, 8
-"""Trials: what both take, such as loading the evaluator and drawing the page, is no trial's."""
+"""Numbers of trials; costs per study, such as loading the evaluator, cancel in their difference."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the benchmark and keep its result."""
+    """Run the benchmark and publish its result."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.trials", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one turn")
     parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(turns: int, quick: bool) -> dict[str, Any]:
-    """Let both take turns."""
+    """Return the measurements of both, with runs alternating."""
     overrides = [
         "+experiment=digits", "images=1536", "cluster.num_workers=1", "sampler.steps=2", "guidance=none",
         "model.channels=[32]", "model.attention=[true]", "model.layers_per_block=1",
@@ -63,7 +63,7 @@ def run(turns: int, quick: bool) -> dict[str, Any]:
     ingest_stage(config, storage, Terminal())
     connect_ray(config, storage)
     at_a_time = int(ray.cluster_resources()["CPU"])
-    ours(1, config)  # trains the evaluator, which no later study does
+    ours(1, config)  # trains the evaluator, which later studies reuse
     overhead: dict[str, list[float]] = {"ours": [], "usual": []}
     parts: list[dict[str, float]] = []
     for turn in range(turns):
@@ -96,7 +96,7 @@ def run(turns: int, quick: bool) -> dict[str, Any]:
 
 
 def ours(trials: int, config: Config) -> tuple[float, dict[str, float]]:
-    """A study: seconds that all its trials trained and were judged; medians of where those of a whole trial went."""
+    """Run a study; return the seconds of training and evaluation of all trials, and medians by part of a trial."""
     from pipelines.display import no_stage_notice
     from pipelines.search import studies
     from pipelines.search.study import StudyStore
@@ -111,14 +111,14 @@ def ours(trials: int, config: Config) -> tuple[float, dict[str, float]]:
         config, name, study, {}, resume=False, after=[], on_change=lambda observer: None, notice=no_stage_notice
     )
     store, work = StudyStore.of(config, name), 0.0
-    for record in store.records():  # those that ASHA stopped worked less
+    for record in store.records():  # trials stopped by ASHA did less work
         for session in trial_sessions(record, config, name, store.storage):
             work += sum(attempt.seconds[kind] for attempt in session.attempts for kind in ("step", "data", "grid"))
     return work, found.answer["trial_seconds"]
 
 
 def usual(trials: int, at_a_time: int, config: Config) -> None:
-    """Ray Tune over Ray Train, as its documentation has it."""
+    """Run a study with Ray Tune over Ray Train, as in Ray's documentation."""
     import tempfile
 
     from ray import tune
@@ -153,7 +153,7 @@ def usual(trials: int, at_a_time: int, config: Config) -> None:
             ).fit()
 
         found = tune.Tuner(
-            tune.with_resources(trial, {"cpu": 0, "memory": 1 << 20}),  # its workers have their own
+            tune.with_resources(trial, {"cpu": 0, "memory": 1 << 20}),  # its workers have their own resources
             param_space={"lr": tune.loguniform(1e-4, 1e-2)},
             tune_config=tune.TuneConfig(num_samples=trials, max_concurrent_trials=at_a_time),
             run_config=tune.RunConfig(storage_path=storage, name="usual", verbose=0),
@@ -162,7 +162,7 @@ def usual(trials: int, at_a_time: int, config: Config) -> None:
 
 
 def say(text: str) -> None:
-    """Progress."""
+    """Print progress to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 

@@ -1,7 +1,7 @@
-"""The variational bound on -log p(x_0): by drawn pairs, by KLs against the posterior, and whole, term by term.
+"""The variational bound on -log p(x_0): single terms (Monte-Carlo and KL form) and the whole sum.
 
-A denoiser is called in the dtype of the images that it is given; everything round the calls is float64, because the
-terms are differences of nearly equal Gaussians. Random numbers belong to (seed, image), never to a batch.
+The denoiser is called in the dtype of the images; all other arithmetic is float64, because the terms are differences of
+nearly equal Gaussians. Random numbers depend on (seed, image id), never on the batch.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ def vlb_term(
     variance: ReverseVariance = "small",
     levels: int = 256,
 ) -> Tensor:
-    """The bound's term at t in its KL form, bits per dimension, [B] (DDPM, eq. 5; the tutorial's second form).
+    """Return the bound's term at t in its KL form, bits per dimension, [B] (DDPM, eq. 5; the tutorial's second form).
 
-    KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 1, and -log p(x_0 | x_1), discretized, at t = 1.
+    It is KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 1, and the discretized -log p(x_0 | x_1) at t = 1.
 
     Args:
-        pred: a denoiser's at (x_t, t).
+        pred: the denoiser's prediction at (x_t, t).
         t: timesteps 1..T, int64 [B].
-        variance: of p, where it is not learned.
-        levels: grey levels of the data.
+        variance: fixed variance of p, used where the network does not learn it.
+        levels: number of grey levels of the data.
     """
     p = p_reverse(pred, x_t, t, t - 1, schedule, variance)
     q = q_posterior(x_t, x_0, t, t - 1, schedule)
@@ -68,16 +68,17 @@ def vlb_pair_term(
     variance: ReverseVariance = "small",
     x_0: Tensor | None = None,
 ) -> Tensor:
-    """The bound's term at t from one drawn pair (x_{t-1}, x_t), bits per dimension, [B] (DDPM, eq. 3).
+    """Return the bound's term at t from one drawn pair (x_{t-1}, x_t), in bits per dimension, [B] (DDPM, eq. 3).
 
-    The tutorial's first, Monte-Carlo form, log q(x_t | x_{t-1}) - log p(x_{t-1} | x_t): summed over t = 1..T together
-    with -log p(x_T) its expectation is the bound on a continuous x_0. A single term differs in expectation from
-    `vlb_term` by E[log q(x_t | x_0) - log q(x_{t-1} | x_0)], which has no parameters and sums to the prior's term.
-    With x_0, it is log q(x_{t-1} | x_t, x_0) - log p(x_{t-1} | x_t) for t > 1, of `vlb_term`'s expectation at every t.
+    This is the tutorial's first, Monte-Carlo form, log q(x_t | x_{t-1}) - log p(x_{t-1} | x_t). Its sum over t = 1..T
+    plus -log p(x_T) has the bound on a continuous x_0 as its expectation. A single term differs in expectation from
+    `vlb_term` by E[log q(x_t | x_0) - log q(x_{t-1} | x_0)], which has no parameters and sums to the prior term.
+    If x_0 is given, the term is log q(x_{t-1} | x_t, x_0) - log p(x_{t-1} | x_t) for t > 1, whose expectation equals
+    `vlb_term` at every t.
 
     Args:
-        pred: a denoiser's at (x_t, t).
-        x_s: x_{t-1}, drawn together with x_t.
+        pred: the denoiser's prediction at (x_t, t).
+        x_s: x_{t-1}, drawn together with x_t, [B, C, H, W].
     """
     p = p_reverse(pred, x_t, t, t - 1, schedule, variance)
     if x_0 is None:
@@ -90,9 +91,9 @@ def vlb_pair_term(
 
 
 def vlb_weight(schedule: NoiseSchedule, t: Tensor, variance: ReverseVariance = "small") -> Tensor:
-    """What multiplies |eps - eps_theta|^2 in the bound's term at t, in nats, float64 of t's shape (DDPM, eq. 12).
+    """Return the weight of |eps - eps_theta|^2 in the bound's term at t, in nats, float64 of t's shape (DDPM, eq. 12).
 
-    beta^2 / (2 var (1 - beta) (1 - alpha_bar)), var being p's fixed one; L_simple's weight is 1 for every t.
+    It is beta^2 / (2 var (1 - beta) (1 - alpha_bar)), where var is the fixed variance of p. L_simple has weight 1.
     """
     beta = schedule.betas.to(t.device)[t - 1]
     var = reverse_variance(t, t - 1, schedule, variance)
@@ -101,13 +102,13 @@ def vlb_weight(schedule: NoiseSchedule, t: Tensor, variance: ReverseVariance = "
 
 @dataclass(frozen=True)
 class Bound:
-    """-log2 p(x_0) is at most this, term by term; bits per dimension, float64, one draw of noise per term.
+    """The terms of an upper bound on -log2 p(x_0), in bits per dimension, float64, one noise draw per term.
 
     Attributes:
         prior: KL(q(x_T | x_0) || N(0, I)), [B].
-        terms: [B, steps], from the least noise up: column 0 is the decoder's -log p(x_0 | x_t), column i > 0 is
+        terms: [B, steps], by increasing noise: column 0 is the decoder's -log p(x_0 | x_t), column i > 0 is
             KL(q(x_s | x_t, x_0) || p(x_s | x_t)).
-        timesteps: t of each column, int64 [steps]; s is the one before, 0 for column 0.
+        timesteps: t of each column, int64 [steps]; s is the t of the previous column, 0 for column 0.
     """
 
     prior: Tensor
@@ -116,7 +117,7 @@ class Bound:
 
     @property
     def total(self) -> Tensor:
-        """The bound itself, [B]."""
+        """The bound: the prior term plus all other terms, [B]."""
         return self.prior + self.terms.sum(1)
 
 
@@ -133,24 +134,25 @@ def variational_bound(
     variance: ReverseVariance = "small",
     levels: int | None = 256,
 ) -> Bound:
-    """The bound of DDPM (Ho et al. 2020, eq. 5) with all its terms: an unbiased estimate, fresh noise for every t.
+    """Return an unbiased estimate of every term of DDPM's bound (Ho et al. 2020, eq. 5), with fresh noise for each t.
 
-    x_t is drawn from q(x_t | x_0) anew for each term, not along one trajectory, where the terms vary together. Its
-    noise is `step_noise(seed, image_ids, shape)(t)`.
+    Each term draws its own x_t from q(x_t | x_0). One trajectory for all terms would correlate them. The noise is
+    `step_noise(seed, image_ids, shape)(t)`.
 
     Args:
-        denoiser: maps (x_t [B, C, H, W], t [B], cond) to a `Prediction`; called `steps` times. Where eps is predicted,
-            wrap it in `Clipped`, as DDPM's code does: near T its x_0 is without bounds, and so is the last term.
+        denoiser: maps (x_t [B, C, H, W], t [B], cond) to a `Prediction`; called `steps` times. Wrap an
+            eps-prediction model in `Clipped`, as DDPM's code does: near T its x_0, and so the last term, is unbounded.
         x_0: clean images in [-1, 1], [B, C, H, W].
-        seed: of the noise.
-        image_ids: their numbers, int64 [B]: image i of a seed gets the same bound in every batch.
-        steps: of the reverse chain; None is every step of the schedule, fewer respace it.
-        variance: of p(x_s | x_t), where it is not learned; at s = 0 see `reverse_variance`.
-        levels: grey levels of the data, for a discretized decoder (DDPM, eq. 13). None is for continuous data, with
-            the decoder's density: the bound is then one of a density, and may be negative.
+        seed: seed of the noise.
+        image_ids: id of each image, int64 [B]; an image with the same seed and id has the same bound in every batch.
+        steps: steps of the reverse chain; None uses every step of the schedule, a smaller number respaces it.
+        variance: fixed variance of p(x_s | x_t), used where it is not learned; see `reverse_variance` for s = 0.
+        levels: number of grey levels of the data, for the discretized decoder (DDPM, eq. 13). None is for continuous
+            data: the decoder is a density, so the bound is on a log-density and may be negative.
 
     Raises:
-        ValueError: `steps` out of range, `image_ids` not one number per image, or x_0 off the grid of `levels`.
+        ValueError: `steps` is out of range, `image_ids` does not have one id per image, or x_0 has values that are not
+            one of the grey levels.
     """
     check_image_ids(image_ids, x_0)
     if levels is not None:
@@ -173,25 +175,25 @@ def variational_bound(
 
 
 def _prior_term(x_0: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """KL(q(x_T | x_0) || N(0, I)), [B]; has no parameters, and is 0 with zero terminal SNR."""
+    """Return KL(q(x_T | x_0) || N(0, I)), [B]; it has no parameters and is 0 with zero terminal SNR."""
     alpha_bar = schedule.alpha_bar(schedule.num_steps).to(x_0)
     q = DiagonalGaussian(alpha_bar.sqrt() * x_0, 1 - alpha_bar)
     return bits_per_dim(kl(q, DiagonalGaussian(torch.zeros_like(x_0), torch.ones_like(alpha_bar))))
 
 
 def mean_bits_per_dim(bits: Tensor, *, seed: int = 0, draws: int = 1000, level: float = 0.95) -> Interval:
-    """Mean over a data set with its number of images and confidence interval, from `Bound.total` or `bits_per_dim`.
+    """Return the mean over a dataset with its confidence interval, from `Bound.total` or `bits_per_dim`.
 
-    The interval is about the images, and with them about the noise that each was evaluated with.
+    The interval covers the choice of images and, with it, the noise that each image was evaluated with.
 
     Args:
         bits: bits per dimension of each image, [N], N >= 2.
-        seed: of the bootstrap.
-        draws: of the bootstrap.
-        level: of confidence.
+        seed: seed of the bootstrap.
+        draws: number of bootstrap draws.
+        level: confidence level, in (0, 1).
 
     Raises:
-        ValueError: not a vector of finite numbers, or what `bootstrap` refuses.
+        ValueError: `bits` is not a vector of finite numbers, or `bootstrap` rejects its arguments.
     """
     if bits.dim() != 1 or not bool(bits.isfinite().all()):
         raise ValueError(f"bits must be finite, [N], got shape {tuple(bits.shape)}, finite: {bits.isfinite().all()}")
@@ -210,25 +212,25 @@ def in_float64(pred: Prediction) -> Prediction:
 
 
 def bits_per_dim(nats: Tensor) -> Tensor:
-    """Nats of each element [B, C, H, W] to bits per dimension [B]."""
+    """Convert nats per element [B, C, H, W] to bits per dimension [B]."""
     return nats.flatten(1).mean(1) / math.log(2)
 
 
 def check_image_ids(image_ids: Tensor, x_0: Tensor) -> None:
-    """Refuse numbers of images that are not one for each image.
+    """Raise unless there is one image id for each image.
 
     Raises:
-        ValueError: they are not [B], or there are none.
+        ValueError: `image_ids` is not [B], or the batch is empty.
     """
     if image_ids.shape != x_0.shape[:1] or len(image_ids) == 0:
         raise ValueError(f"image_ids must be one number per image, [{len(x_0)}], got shape {tuple(image_ids.shape)}")
 
 
 def check_grid(x_0: Tensor, levels: int) -> None:
-    """Refuse images off the grid of their grey levels: they have no probability under a discretized decoder.
+    """Raise unless every value is one of the grey levels: others have no probability under a discretized decoder.
 
     Raises:
-        ValueError: fewer than 2 levels, or values off the grid.
+        ValueError: there are fewer than 2 levels, or a value is not one of them.
     """
     if levels < 2:
         raise ValueError(f"levels must be >= 2, got {levels}")

@@ -1,4 +1,4 @@
-"""What a sample is conditioned on: class, text, and the known pixels of inpainting; each with a null per sample."""
+"""The conditions of a batch: class, text and the known pixels of inpainting, with a null condition per sample."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a sample is conditioned on; every tensor is batched on its first axis.
+    """The conditions of a batch of samples; the first axis of every tensor is the batch.
 
     Attributes:
         label: class index in [0, num_classes), int64 [B].
         text: token embeddings [B, L, D].
-        text_mask: bool [B, L], True for the tokens that are there; None where all are.
+        text_mask: bool [B, L], True for real tokens, False for padding; None if there is no padding.
         pooled: embedding of the whole text, [B, D].
         mask: bool or float [B, 1, H, W], 1 where a pixel is known (inpainting).
-        context: the clear image [B, C, H, W]; only what `mask` lets through is seen.
-        drop: bool [B]; True replaces the sample's label and text by the null condition that the network owns. What is
-            known of the image itself (mask and context) is never dropped.
+        context: the clean image [B, C, H, W]; the network sees only the pixels where `mask` is 1.
+        drop: bool [B]; True replaces the sample's label and text by the network's null condition. Mask and context are
+            never dropped.
     """
 
     label: Tensor | None = None
@@ -33,14 +33,14 @@ class Conditioning:
     drop: Tensor | None = None
 
     def dropped(self, drop: Tensor) -> Conditioning:
-        """The same conditions with `drop` [B] added to what is dropped already (Ho & Salimans 2022, algorithm 1)."""
+        """Return the conditions with the samples in `drop` [B] dropped as well (Ho & Salimans 2022, algorithm 1)."""
         return replace(self, drop=drop if self.drop is None else self.drop | drop)
 
     def __len__(self) -> int:
-        """The number of samples.
+        """Return the number of samples.
 
         Raises:
-            ValueError: an empty condition, which fits any number.
+            ValueError: the condition has no tensors, so it fits any number of samples.
         """
         for _, tensor in self._tensors():
             if tensor is not None:
@@ -48,19 +48,19 @@ class Conditioning:
         raise ValueError("a condition without any tensor has no length")
 
     def __getitem__(self, span: slice | Tensor) -> Conditioning:
-        """The conditions of some of the samples."""
+        """Return the conditions of some of the samples."""
         return self.map(lambda tensor: tensor[span])
 
     def null(self) -> Conditioning:
-        """Without label and text: the null condition beside the same known pixels."""
+        """Return the null condition: no label and no text, but the same known pixels."""
         return Conditioning(mask=self.mask, context=self.context)
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Conditioning:
-        """Every tensor replaced by f(tensor): for moving, slicing or repeating the batch."""
+        """Return the conditions with f applied to every tensor, for example to move, slice or repeat the batch."""
         return Conditioning(**{k: None if v is None else f(v) for k, v in self._tensors()})
 
     def to(self, device: torch.device | str) -> Conditioning:
-        """On `device`."""
+        """Return the conditions on `device`."""
         return self.map(lambda tensor: tensor.to(device))
 
     def _tensors(self) -> list[tuple[str, Tensor | None]]:

@@ -1,9 +1,8 @@
 """Averages of weights: the classical EMA, and power-function averages whose width can be chosen after training.
 
-Late in a run an update moves an average by less than float32 resolves: added to a float32 number it would be lost, and
-the average would stand still. So each average is a pair of float32 tensors, the rounded value and the residual that
-rounding left over (compensated summation, Kahan 1965), about 48 bits in all. The pair is exact in a checkpoint and
-works on devices without float64.
+Late in a run an update changes an average by less than float32 can represent, so a float32 average would stop moving.
+Therefore each average is a pair of float32 tensors, the rounded value and the rounding residual (compensated summation,
+Kahan 1965), about 48 bits in all. Checkpoints store the pair exactly, and it works on devices without float64.
 """
 
 from __future__ import annotations
@@ -18,14 +17,15 @@ from torch import Tensor, nn
 
 
 class EMA:
-    """Classical EMA with a ramp, counted in images so that it does not depend on the batch size.
+    """A classical EMA with a ramp, counted in images so that it does not depend on the batch size.
 
-    After a batch of b images the average moves by 1 - 0.5^(b / h), where the half-life h is at most `half_life` images
-    and at most `ramp` times the images seen so far (EDM, Karras et al. 2022, app. F.2: early weights are forgotten).
+    After a batch of b images the new weights get the share 1 - 0.5^(b / h). The half-life h is the smaller of
+    `half_life` images and `ramp` times the images seen so far, so early weights are forgotten (EDM, Karras et al. 2022,
+    app. F.2).
 
     Attributes:
         shadow: name -> averaged float32 tensor, detached.
-        residual: name -> what `shadow` lacks of the average, float32, at most half a unit in its last place.
+        residual: name -> average minus `shadow`, float32, at most half a unit in the last place of `shadow`.
     """
 
     def __init__(self, module: nn.Module, half_life: float, ramp: float = 0.05) -> None:
@@ -37,22 +37,22 @@ class EMA:
         self.residual = {name: torch.zeros_like(average) for name, average in self.shadow.items()}
 
     def decay(self, images_seen: int, batch_size: int) -> float:
-        """The weight of the old average in the update that ends at `images_seen`."""
+        """Return the weight of the old average in the update that ends at `images_seen`."""
         half_life = min(self.half_life, max(self.ramp * images_seen, 1e-8))
         return 0.5 ** (batch_size / half_life)
 
     @torch.no_grad()
     def update(self, module: nn.Module, images_seen: int, batch_size: int) -> None:
-        """Move towards the module's weights after a step that ended at `images_seen` images."""
+        """Update the average with the module's weights after a step that ended at `images_seen` images."""
         weight = 1 - self.decay(images_seen, batch_size)
         _move(self.shadow, self.residual, _float(module.state_dict().values()), weight)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averaged weights, ready for `module.load_state_dict`."""
+        """Return the averaged weights, ready for `module.load_state_dict`."""
         return dict(self.shadow)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Replace the averaged weights, with residuals of 0; names must be the module's."""
+        """Replace the averaged weights and set the residuals to 0; the names must be those of the module."""
         if state.keys() != self.shadow.keys():
             raise ValueError(f"EMA names differ: {sorted(state.keys() ^ self.shadow.keys())[:5]}")
         for name, tensor in state.items():
@@ -61,14 +61,14 @@ class EMA:
 
 
 WIDEST = 1 / (2 * 3**0.5)
-"""sigma_rel of the plain mean over the whole run (gamma = 0); wider profiles would favour the earliest weights."""
+"""sigma_rel of the plain mean over the run (gamma = 0); a wider profile would give early weights the most weight."""
 
 
 def gamma_from_sigma_rel(sigma_rel: float) -> float:
-    """The exponent gamma >= 0 of the profile of relative width `sigma_rel` (EDM2, Karras et al. 2024a, eq. 126).
+    """Return the exponent gamma >= 0 of the profile of relative width `sigma_rel` (EDM2, Karras et al. 2024a, eq. 126).
 
     Raises:
-        ValueError: `sigma_rel` outside (0, `WIDEST`].
+        ValueError: `sigma_rel` is outside (0, `WIDEST`].
     """
     if not 0 < sigma_rel <= WIDEST:
         raise ValueError(
@@ -80,10 +80,10 @@ def gamma_from_sigma_rel(sigma_rel: float) -> float:
 
 
 def sigma_rel_from_gamma(gamma: float) -> float:
-    """Standard deviation of the profile (gamma + 1) u^gamma on [0, 1] (EDM2, eq. 123).
+    """Return the standard deviation of the profile (gamma + 1) u^gamma on [0, 1] (EDM2, eq. 123).
 
     Raises:
-        ValueError: negative `gamma`.
+        ValueError: `gamma` is negative.
     """
     if not gamma >= 0:
         raise ValueError(f"gamma must be >= 0, got {gamma}: below 0 the earliest weights would count most")
@@ -92,7 +92,7 @@ def sigma_rel_from_gamma(gamma: float) -> float:
 
 @dataclass(frozen=True)
 class PowerSnapshot:
-    """A power-function average as it stood at one time; what `reconstruct` makes others from.
+    """A copy of a power-function average at one time, from which `reconstruct` computes averages of other widths.
 
     Attributes:
         weights: name -> averaged float32 tensor, ready for `module.load_state_dict`.
@@ -109,28 +109,28 @@ class PowerEMA:
     """Power-function averages of several widths (EDM2, Karras et al. 2024a, sec. 3.1), counted in images.
 
     At n images the average is the integral over tau in (0, n] of (gamma + 1) tau^gamma / n^(gamma + 1) times the
-    weights that were reached with image tau. It has no initial value to forget and keeps its shape as training goes on:
-    its standard deviation is always `sigma_rel` n. Snapshots of two widths, kept through the run, are enough to
-    `reconstruct` the average of any width and time between afterwards (sec. 3.2).
+    weights after image tau. It does not depend on an initial value, and its profile keeps its shape during training:
+    the standard deviation is always `sigma_rel` n. From snapshots of two widths, saved throughout the run,
+    `reconstruct` computes the average of any width in between, at any time, after training (sec. 3.2).
 
     Attributes:
-        sigma_rels: the widths.
-        gammas: their exponents.
+        sigma_rels: relative widths.
+        gammas: exponent of each width.
         shadows: for each width, name -> averaged float32 tensor, detached.
-        residuals: for each width, name -> what the shadow lacks of the average, float32.
-        images_seen: where the averages stand.
+        residuals: for each width, name -> average minus shadow, float32.
+        images_seen: number of images included in the averages.
     """
 
     def __init__(self, module: nn.Module, sigma_rels: Sequence[float] = (0.05, 0.10), images_seen: int = 0) -> None:
-        """Begin to average.
+        """Start the averages from the module's current weights.
 
         Args:
-            module: whose weights are averaged; its present ones count for the images it has seen already.
-            sigma_rels: relative widths, each once.
-            images_seen: by the module so far.
+            module: the network to average; its current weights count for all images it has already seen.
+            sigma_rels: relative widths, without duplicates.
+            images_seen: number of images the module has already seen.
 
         Raises:
-            ValueError: no width, one twice or out of range, or `images_seen` < 0.
+            ValueError: `sigma_rels` is empty, has duplicates or a width out of range, or `images_seen` < 0.
         """
         if not sigma_rels or len(set(sigma_rels)) < len(sigma_rels):
             raise ValueError(f"sigma_rels must name at least one width and none twice, got {tuple(sigma_rels)}")
@@ -146,10 +146,10 @@ class PowerEMA:
 
     @torch.no_grad()
     def update(self, module: nn.Module, images_seen: int, batch_size: int) -> None:
-        """Move towards the module's weights after a step on `batch_size` images that ended at `images_seen` images.
+        """Update the averages with the module's weights after a step of `batch_size` images ending at `images_seen`.
 
         Raises:
-            ValueError: the step does not begin where the last one ended.
+            ValueError: the step does not start where the previous one ended.
         """
         if batch_size < 1 or images_seen - batch_size != self.images_seen:
             raise ValueError(
@@ -162,10 +162,10 @@ class PowerEMA:
         self.images_seen = images_seen
 
     def snapshot(self) -> list[PowerSnapshot]:
-        """The averages as they stand, one for each width, copied to the CPU.
+        """Return a copy of the current averages on the CPU, one for each width.
 
         Raises:
-            ValueError: before the first image.
+            ValueError: no image has been seen yet.
         """
         if self.images_seen == 0:
             raise ValueError("nothing is averaged before the first update: take the first snapshot after a step")
@@ -175,7 +175,7 @@ class PowerEMA:
         ]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything by flat names: `images_seen`, `sigma_rels`, and `i.NAME`, `residual.i.NAME` of the i-th width."""
+        """Return the state by flat names: `images_seen`, `sigma_rels`, `i.NAME` and `residual.i.NAME` for width i."""
         state = {f"{i}.{name}": tensor for i, shadow in enumerate(self.shadows) for name, tensor in shadow.items()}
         state |= {f"residual.{i}.{name}": t for i, low in enumerate(self.residuals) for name, t in low.items()}
         state["images_seen"] = torch.tensor(self.images_seen)
@@ -184,10 +184,10 @@ class PowerEMA:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the averages of another; residuals that it lacks, as a state of an older release does, are 0.
+        """Load a state; residuals that are missing, as in states of older releases, are set to 0.
 
         Raises:
-            ValueError: other widths, names or shapes than this one's; nothing is taken over then.
+            ValueError: widths, names or shapes differ from this object's; nothing is changed then.
         """
         widths = state["sigma_rels"].tolist() if "sigma_rels" in state else None
         if widths != list(self.sigma_rels):
@@ -210,33 +210,35 @@ class PowerEMA:
 
 
 def power_decay(gamma: float, images_seen: int, batch_size: int) -> float:
-    """The weight (1 - b / n)^(gamma + 1) of the old average in an update by b images that ends at n (EDM2, eq. 127).
+    """Return (1 - b / n)^(gamma + 1), the old average's weight in an update of b images ending at n (EDM2, eq. 127).
 
-    Products over consecutive batches telescope to (n' / n)^(gamma + 1), so no batch size changes the profile.
+    The product over consecutive batches telescopes to (n' / n)^(gamma + 1), so the profile is independent of batch
+    size.
     """
     if batch_size >= images_seen:
         return 0.0
-    # 1 - b / n would lose b's digits where n is large.
+    # log1p, because 1 - b / n would lose the digits of b for large n.
     return math.exp((gamma + 1) * math.log1p(-batch_size / images_seen))
 
 
 def posthoc_weights(
     images_seen: Sequence[int], sigma_rels: Sequence[float], target_images: int, target_sigma_rel: float
 ) -> list[float]:
-    """Coefficients of snapshots whose sum comes closest to another average (EDM2, Karras et al. 2024a, app. C.3).
+    """Return coefficients of snapshots that best approximate another average (EDM2, Karras et al. 2024a, app. C.3).
 
-    The profiles' weighted sum is the least-squares approximation of the target's profile, from the closed form of
-    their inner products in float64, scaled to sum to 1 so that weights that never changed are met exactly. Where the
-    target is a snapshot, its coefficient is 1 and the others are 0.
+    The weighted sum of the snapshots' profiles is the least-squares fit to the target profile, computed in float64 from
+    the closed form of their inner products. The coefficients are scaled to sum to 1, so weights that never changed are
+    reproduced exactly. If the target is one of the snapshots, its coefficient is 1 and the others are 0.
 
     Args:
-        images_seen: of each snapshot.
+        images_seen: number of images of each snapshot.
         sigma_rels: relative width of each snapshot.
-        target_images: where the wanted average stands.
-        target_sigma_rel: its relative width.
+        target_images: number of images of the wanted average.
+        target_sigma_rel: relative width of the wanted average.
 
     Raises:
-        ValueError: no snapshot or one twice, a width or time out of range, or a target after the last snapshot.
+        ValueError: there are no snapshots or duplicates, a width or number of images is out of range, or the target is
+            later than the last snapshot.
     """
     snapshots = list(zip(images_seen, sigma_rels, strict=True))
     if not snapshots or len(set(snapshots)) < len(snapshots):
@@ -253,7 +255,7 @@ def posthoc_weights(
         return [float(s == (target_images, target_sigma_rel)) for s in snapshots]
     times = np.array([float(n) for n in images_seen])
     gammas = np.array([gamma_from_sigma_rel(s) for s in sigma_rels])
-    # Profiles of length 1: those of early snapshots are much larger, which would cost digits.
+    # Normalise the profiles to length 1: those of early snapshots are much larger, which would cost precision.
     lengths = _inner_product(times, gammas, times, gammas) ** 0.5
     gram = _inner_product(times[:, None], gammas[:, None], times, gammas) / (lengths[:, None] * lengths)
     projection = _inner_product(times, gammas, np.array(float(target_images)), np.array(target_gamma)) / lengths
@@ -262,20 +264,20 @@ def posthoc_weights(
 
 
 def reconstruct(snapshots: Sequence[PowerSnapshot], images_seen: int, sigma_rel: float) -> dict[str, Tensor]:
-    """The average of any width at any time, from snapshots of others (EDM2, Karras et al. 2024a, sec. 3.2).
+    """Return the average of any width at any time, from snapshots of others (EDM2, Karras et al. 2024a, sec. 3.2).
 
-    The error falls as snapshots get denser in time; widths between those tracked are met best.
+    The error falls with more frequent snapshots; it is smallest for widths between the tracked ones.
 
     Args:
-        snapshots: of one run, of two widths or more, the last at `images_seen` or later.
-        images_seen: where the wanted average stands.
-        sigma_rel: its relative width.
+        snapshots: snapshots of one run, of at least two widths, the last at `images_seen` or later.
+        images_seen: number of images of the wanted average.
+        sigma_rel: relative width of the wanted average.
 
     Returns:
         name -> averaged float32 tensor, ready for `module.load_state_dict`.
 
     Raises:
-        ValueError: see `posthoc_weights`; or snapshots of different networks.
+        ValueError: as for `posthoc_weights`; or the snapshots are of different networks.
     """
     coefficients = posthoc_weights(
         [s.images_seen for s in snapshots], [s.sigma_rel for s in snapshots], images_seen, sigma_rel
@@ -287,7 +289,7 @@ def reconstruct(snapshots: Sequence[PowerSnapshot], images_seen: int, sigma_rel:
             raise ValueError(f"snapshots of different networks: they differ in {sorted({n for n, _ in differing})[:5]}")
     averaged = {}
     for name, shape in shapes.items():
-        total = torch.zeros(shape, dtype=torch.float64)  # coefficients of both signs cancel
+        total = torch.zeros(shape, dtype=torch.float64)  # coefficients of opposite signs cancel
         for coefficient, snapshot in zip(coefficients, snapshots, strict=True):
             if coefficient != 0:
                 total += coefficient * snapshot.weights[name].to("cpu", torch.float64)
@@ -296,23 +298,24 @@ def reconstruct(snapshots: Sequence[PowerSnapshot], images_seen: int, sigma_rel:
 
 
 def _inner_product(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_b: np.ndarray) -> np.ndarray:
-    """Integral of the product of two profiles (gamma + 1) tau^gamma / t^(gamma + 1) on (0, t] (EDM2, eq. 151)."""
+    """Return inner products of profiles (gamma + 1) tau^gamma / t^(gamma + 1) on (0, t] (EDM2, eq. 151)."""
     ratio = (t_a / t_b) ** np.where(t_a < t_b, gamma_b, -gamma_a)
     return (gamma_a + 1) * (gamma_b + 1) * ratio / ((gamma_a + gamma_b + 1) * np.maximum(t_a, t_b))
 
 
 def _move(shadow: Mapping[str, Tensor], residual: Mapping[str, Tensor], weights: list[Tensor], weight: float) -> None:
-    """Move averages towards weights in place: shadow + residual becomes (1 - weight) (shadow + residual) + weight w."""
+    """Update averages in place: shadow + residual becomes (1 - weight) (shadow + residual) + weight w."""
     high, low = _local(shadow.values()), _local(residual.values())
     if weight == 1:
         torch._foreach_copy_(high, weights)
         torch._foreach_zero_(low)
         return
-    # The residual takes the change, weight ((w - high) - low), which is small beside high and keeps its own 24 bits.
+    # Add the change, weight ((w - high) - low), to the residual, which is small and so has 24 bits for it.
     change = torch._foreach_sub(weights, high)
     torch._foreach_sub_(change, low)
     torch._foreach_add_(low, change, alpha=weight)
-    # high takes what its own bits hold of it; the rest is exact in float32 (fast two-sum, Dekker 1971).
+    # Round high + low to the new high; the new low, the rounding error, is exact in float32 (fast two-sum, Dekker
+    # 1971).
     total = torch._foreach_add(high, low)
     torch._foreach_sub_(high, total)
     torch._foreach_add_(low, high)
@@ -320,7 +323,7 @@ def _move(shadow: Mapping[str, Tensor], residual: Mapping[str, Tensor], weights:
 
 
 def _local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """This rank's part of sharded tensors (FSDP2): a part's average is the average's part."""
+    """Return this rank's local part of sharded tensors (FSDP2); averaging works on each part independently."""
     return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
 
 

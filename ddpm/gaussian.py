@@ -23,23 +23,23 @@ class DiagonalGaussian:
     variance: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
-        """mean + sqrt(variance) noise, for standard normal noise of mean's shape."""
+        """Return mean + sqrt(variance) noise, for standard normal noise of mean's shape."""
         return self.mean + self.variance.sqrt() * noise
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Log-density of each element of x, in nats, of x's shape."""
+        """Return the log-density of each element of x, in nats, of x's shape."""
         return -((x - self.mean).square() / self.variance + self.variance.log() + math.log(2 * math.pi)) / 2
 
     def discretized_log_prob(self, x: Tensor, levels: int = 256) -> Tensor:
-        """Log-probability of the bin around each element of x, in nats, of x's shape (DDPM, eq. 13).
+        """Return the log-probability of the bin around each element of x, in nats, of x's shape (DDPM, eq. 13).
 
-        The grid has `levels` values from -1 to 1; the outermost bins reach to infinity, so that all bins sum to 1.
-        The normal distribution function is exact, in log form: far tails neither vanish nor lose their gradient.
+        The grid has `levels` values from -1 to 1; the outermost bins extend to infinity, so that all bins sum to 1.
+        The normal CDF is exact and in log form, so the far tails neither underflow nor lose their gradient.
         """
         half = 1 / (levels - 1)
         std = self.variance.sqrt()
         low, high = (x - half - self.mean) / std, (x + half - self.mean) / std
-        # Both ends of a bin in the upper tail have a distribution function of nearly 1: use the mirrored ones.
+        # In the upper tail the CDF is nearly 1 at both ends of a bin: use the mirrored bin in the lower tail.
         mirrored = low > 0
         low, high = torch.where(mirrored, -high, low), torch.where(mirrored, -low, high)
         log_high, log_low = torch.special.log_ndtr(high), torch.special.log_ndtr(low)
@@ -51,19 +51,19 @@ class DiagonalGaussian:
 
 
 def kl(q: DiagonalGaussian, p: DiagonalGaussian) -> Tensor:
-    """KL(q || p) of each element, in nats, of the means' shape."""
+    """Return KL(q || p) of each element, in nats, of the means' shape."""
     ratio = q.variance / p.variance
     return ((q.mean - p.mean).square() / p.variance + ratio - 1 - ratio.log()) / 2
 
 
 def q_sample(x_0: Tensor, t: Tensor | float, eps: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """x_t ~ q(x_t | x_0) in one jump: alpha_t x_0 + sigma_t eps (DDPM, eq. 4)."""
+    """Return x_t = alpha_t x_0 + sigma_t eps, a sample of q(x_t | x_0) if eps is standard normal (DDPM, eq. 4)."""
     alpha, sigma = coefficients(schedule, t, x_0)
     return alpha * x_0 + sigma * eps
 
 
 def q_transition(x_s: Tensor, s: Tensor | float, t: Tensor | float, schedule: NoiseSchedule) -> DiagonalGaussian:
-    """q(x_t | x_s) for s < t: one step of the forward chain for s = t - 1 (DDPM, eq. 2), a jump for any other."""
+    """Return q(x_t | x_s) for s < t: one step of the forward chain (DDPM, eq. 2) if s = t - 1, else several at once."""
     step = schedule.alpha_bar(t) / schedule.alpha_bar(s)
     return DiagonalGaussian(per_sample(step.sqrt(), x_s) * x_s, per_sample(1 - step, x_s))
 
@@ -71,7 +71,7 @@ def q_transition(x_s: Tensor, s: Tensor | float, t: Tensor | float, schedule: No
 def q_posterior(
     x_t: Tensor, x_0: Tensor, t: Tensor | float, s: Tensor | float, schedule: NoiseSchedule
 ) -> DiagonalGaussian:
-    """q(x_s | x_t, x_0) for s < t (DDPM, eq. 6-7, for any two levels of the chain).
+    """Return q(x_s | x_t, x_0) for s < t (DDPM, eq. 6-7, for any two levels of the chain).
 
     At s = 0 the mean is x_0 and the variance 0.
     """
@@ -83,7 +83,7 @@ def q_posterior(
 
 
 def posterior_variance(t: Tensor | float, s: Tensor | float, schedule: NoiseSchedule) -> Tensor:
-    """Variance of q(x_s | x_t, x_0), float64 (DDPM, eq. 7); 0 at s = 0."""
+    """Return the variance of q(x_s | x_t, x_0), float64 (DDPM, eq. 7); 0 at s = 0."""
     bar_t, bar_s = schedule.alpha_bar(t), schedule.alpha_bar(s)
     return (1 - bar_t / bar_s) * (1 - bar_s) / (1 - bar_t)
 
@@ -91,11 +91,11 @@ def posterior_variance(t: Tensor | float, s: Tensor | float, schedule: NoiseSche
 def reverse_variance(
     t: Tensor | float, s: Tensor | float, schedule: NoiseSchedule, kind: ReverseVariance = "small"
 ) -> Tensor:
-    """Fixed variance of p(x_s | x_t), float64: the posterior's ("small") or beta_{t|s} ("large"); DDPM, sec. 3.2.
+    """Return the fixed variance of p(x_s | x_t), float64: the posterior's ("small") or beta_{t|s} ("large").
 
-    At s = 0 the posterior's is 0, with which no data has a likelihood. Both kinds take that of the step of the same
-    length above it, (2 t, t), there: for single steps the one of t = 2, as the authors' code does. Where 2 t > T that
-    step ends at T, (T, t); where t = T itself, a chain of one step, there is none above, and it is beta_{T|0}.
+    See DDPM, sec. 3.2. At s = 0 the posterior variance is 0, which gives no finite likelihood. There both kinds use the
+    posterior variance of the next step up of the same length, from 2 t to t: for single steps that of t = 2, as in the
+    authors' code. If 2 t > T, the step from T to t is used; if t = T (a chain of one step), the variance is beta_{T|0}.
     """
     t, s = torch.as_tensor(t, dtype=torch.float64), torch.as_tensor(s, dtype=torch.float64)
     beta = 1 - schedule.alpha_bar(t) / schedule.alpha_bar(s)
@@ -116,13 +116,14 @@ def p_reverse(
     schedule: NoiseSchedule,
     variance: ReverseVariance = "small",
 ) -> DiagonalGaussian:
-    """p(x_s | x_t): the posterior's mean at the predicted x_0, and a variance (DDPM, sec. 3.2).
+    """Return p(x_s | x_t), with the posterior's mean at the predicted x_0 and a fixed or learned variance.
 
-    Where the prediction says so, the mean is moved along a classifier's gradient (`Prediction.mean_gradient`).
+    See DDPM, sec. 3.2. If the prediction has a `mean_gradient` (classifier guidance), it shifts the mean.
 
     Args:
-        pred: of a denoiser at (x_t, t).
-        variance: the fixed one, `reverse_variance`; a learned one takes its place (Improved DDPM, eq. 15).
+        pred: the denoiser's prediction at (x_t, t).
+        variance: kind of fixed variance, see `reverse_variance`; a learned variance replaces it (Improved DDPM,
+            eq. 15).
     """
     mean = q_posterior(x_t, pred.x0, t, s, schedule).mean
     if pred.variance_fraction is None:

@@ -1,4 +1,4 @@
-"""From conditions and a seed to images: `Sampling` says how they are drawn, `generate` draws them."""
+"""Sampling of images from conditions and a seed: `Sampling` holds the settings, `generate` draws the images."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ddpm.samplers import DDIM, SAMPLERS, Sample, Sampler, initial_noise, last, 
 from ddpm.schedule import NoiseSchedule
 from ddpm.settings import settings_of
 
-# The fields of the first release in its order, with the values that they had where a kind does not use them. Stored
-# settings and the keys of evaluations begin with these.
+# The fields of the first release, in its order, with the values it wrote for fields that a kind does not use. Stored
+# settings and the keys of evaluations start with these fields.
 _FIRST: dict[str, Any] = {
     "scale": 1.0,
     "interval": [0.0, 1.0],
@@ -34,22 +34,22 @@ _FIRST: dict[str, Any] = {
     "classifier": None,
     "weak": None,
 }
-# Fields that came later, with the values that draw what was drawn before: how older files are read.
+# Fields added later, with the values that reproduce the old behaviour; older files are read with these values.
 _NEUTRAL: dict[str, Any] = {"spacing": "trailing", "clip_when": "after_guidance", "shift": "score"}
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are drawn from a denoiser; none of it needs training.
+    """The settings for drawing images from a denoiser; changing them needs no training.
 
-    It has one form as JSON, flat, which the model folder, a version's tags, configurations of studies, the command line
-    and the server share: the fields of sampler, guidance and clipping side by side, with the sampler's name as `kind`
-    and that of the guidance as `guidance`.
+    Model folder, tags of a registered version, configurations of studies, command line and server all use the same flat
+    JSON form: the fields of sampler, guidance and clipping side by side, with the sampler's name as `kind` and the
+    guidance's name as `guidance`.
 
     Attributes:
-        sampler: the algorithm.
-        guidance: how the condition is strengthened.
-        clipping: how the predicted image is kept in range.
+        sampler: the sampling algorithm.
+        guidance: the kind of guidance and its scale.
+        clipping: how the predicted x_0 is kept within the range of images.
     """
 
     sampler: Sampler = DDIM()
@@ -58,10 +58,10 @@ class Sampling:
 
     @classmethod
     def of(cls, **fields: Any) -> Sampling:
-        """Settings from the fields of the flat form; the others have the defaults of the kinds that are named.
+        """Return the settings from fields of the flat form; fields not given have the defaults of the named kinds.
 
         Raises:
-            ValueError: an unknown kind, a field that the named kinds do not have, or a value out of its range.
+            ValueError: a kind is unknown, the named kinds do not have a field, or a value is out of range.
         """
         given = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
         names: tuple[Any, Any] = given.pop("kind", "ddim"), given.pop("guidance", "classifier_free")
@@ -76,10 +76,10 @@ class Sampling:
         return cls(*(kind(**{n: given[n] for n in of & given.keys()}) for kind, of in zip(kinds, own, strict=True)))
 
     def with_fields(self, **fields: Any) -> Sampling:
-        """The same with some fields of the flat form changed; of another kind, what the kinds share stays.
+        """Return the settings with some fields changed; if the kind changes, fields that both kinds have are kept.
 
         Raises:
-            ValueError: see `of`.
+            ValueError: as for `of`.
         """
         kept = self.to_json()
         chosen: list[Any] = [SAMPLERS.find(fields.get("kind", kept["kind"]))]
@@ -89,7 +89,7 @@ class Sampling:
         return type(self).of(**{**{name: value for name, value in kept.items() if name in there}, **fields})
 
     def to_json(self) -> dict[str, Any]:
-        """The flat form, complete, so that a default that changes later does not change what is stored."""
+        """Return the flat form with every field, so that stored settings do not change if a default does."""
         plain: dict[str, Any] = {"kind": SAMPLERS.name_of(self.sampler), "guidance": GUIDANCE.name_of(self.guidance)}
         for part in (self.guidance, self.sampler, self.clipping):
             for setting in settings_of(type(part)):
@@ -99,25 +99,26 @@ class Sampling:
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> Sampling:
-        """Read the flat form; what an older file lacks has the value that draws what was drawn then.
+        """Return the settings from their flat form; fields missing in older files get the value of the old behaviour.
 
         Raises:
-            ValueError: an unknown kind or field, or a value out of its range.
+            ValueError: a kind or field is unknown, or a value is out of range.
         """
         sampler = SAMPLERS.find(plain.get("kind", "ddim"))
         guidance = GUIDANCE.find(plain.get("guidance", "classifier_free"))
         kinds: list[Any] = [sampler, guidance, Clipping]
         known = {s.name for kind in kinds for s in settings_of(kind)}
-        # The first release wrote the fields of every kind; those of other kinds than the one in use say nothing.
+        # The first release wrote the fields of every kind: ignore those of the kinds not in use.
         used = {name: value for name, value in plain.items() if name in known or name not in _FIRST}
         older = {name: value for name, value in _NEUTRAL.items() if name in known}
         names = {"kind": SAMPLERS.name_of(sampler), "guidance": GUIDANCE.name_of(guidance)}
         return cls.of(**{**older, **used, **names})
 
     def key(self) -> dict[str, Any]:
-        """What tells these settings apart from others, for the keys by which results are stored and found.
+        """Return the fields that identify these settings in the keys of stored results.
 
-        As the first release wrote its settings, with later fields only where they draw something else.
+        The fields of the first release are always there; later fields only if they differ from the old behaviour, so
+        that results stored by older releases are still found.
         """
         plain = self.to_json()
         first = {name: plain.get(name, neutral) for name, neutral in _FIRST.items()}
@@ -125,10 +126,10 @@ class Sampling:
         return first | {n: plain[n] for n in later if n not in _NEUTRAL or plain[n] != _NEUTRAL[n]}
 
     def wrap(self, denoiser: Denoiser, schedule: NoiseSchedule, guides: Guides | None = None) -> Denoiser:
-        """Return the denoiser under this guidance and clipping.
+        """Return the denoiser with this guidance and clipping applied.
 
         Raises:
-            ValueError: guidance by a network that is not among `guides`.
+            ValueError: the guidance needs a network that `guides` does not have.
         """
         if self.clipping.clip_when == "after_guidance":
             return self.clipping.wrap(self.guidance.wrap(denoiser, schedule, guides), schedule)
@@ -148,7 +149,7 @@ def trajectory(
     seed: int,
     guides: Guides | None = None,
 ) -> Iterator[Sample]:
-    """The sampler's steps for the images of these numbers, int64 [B]; see `generate`."""
+    """Return the sampler's steps for the images with these ids, int64 [B]; see `generate`."""
     x_T = initial_noise(seed, image_ids, shape)
     guided = sampling.wrap(denoiser, schedule, guides)
     return sampling.sampler(guided, schedule, x_T, cond, noise=step_noise(seed, image_ids, shape))
@@ -169,21 +170,21 @@ def generate(
     batch_size: int = 64,
     guides: Guides | None = None,
 ) -> Tensor:
-    """Images in [-1, 1], float32 [N, C, H, W].
+    """Return generated images in [-1, 1], float32 [N, C, H, W].
 
-    Image i of a seed is the same whatever is generated beside it, up to float rounding.
+    The image with a given seed and id does not depend on the other images of its batch, up to float rounding.
 
     Args:
-        cond: what each image is conditioned on, N on the first axis; None for unconditional images.
+        cond: conditions of N images; None for unconditional images.
         shape: (C, H, W).
-        seed: of the noise.
-        image_ids: numbers of the images, int64 [N]; default 0 .. N - 1.
-        count: N where there are neither conditions nor numbers.
+        seed: seed of the noise.
+        image_ids: id of each image, int64 [N]; default 0 .. N - 1.
+        count: N, needed if neither `cond` nor `image_ids` is given.
         batch_size: images per network call.
         guides: the classifier or weaker model that the guidance needs.
 
     Raises:
-        ValueError: the number of images cannot be told, or a guide that is missing.
+        ValueError: the number of images is not given, or the guidance needs a network that is missing.
     """
     total = len(cond) if cond is not None else len(image_ids) if image_ids is not None else count
     if total is None:
@@ -201,5 +202,5 @@ def generate(
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] float [N, C, H, W] to 0..255 uint8 [N, H, W, C], rounded."""
+    """Convert images from float [N, C, H, W] in [-1, 1] to uint8 [N, H, W, C] in 0..255, rounded."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)

@@ -16,19 +16,19 @@ from ddpm.schedule import NoiseSchedule
 from ddpm.settings import Settings, setting
 
 LogProb = Callable[[Tensor, Tensor, Conditioning], Tensor]
-"""log p(y | x_t), [B], of x_t [B, C, H, W], t [B] and the condition y, up to a constant; differentiable in x_t."""
+"""(x_t [B, C, H, W], t [B], condition y) -> log p(y | x_t) up to a constant, [B], differentiable in x_t."""
 
 ALWAYS = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
 class Guides:
-    """The networks that guide a denoiser beside itself.
+    """The additional networks that guide a denoiser.
 
     Attributes:
-        log_prob: of a classifier of noisy images, for `ClassifierGuided`: `ddpm.models.classifier` has one for classes
-            and one for text.
-        weak: a smaller, or less trained, model of the same data, as a denoiser on the same schedule, for `Autoguided`.
+        log_prob: log-probability of a classifier of noisy images, for `ClassifierGuided`; `ddpm.models.classifier` has
+            one for classes and one for text.
+        weak: denoiser of a smaller or less trained model of the same data, on the same schedule, for `Autoguided`.
     """
 
     log_prob: LogProb | None = None
@@ -50,17 +50,17 @@ class Guidance(Protocol):
         """Return the guided denoiser.
 
         Raises:
-            ValueError: a network that guides is needed and not among `guides`.
+            ValueError: the guidance needs a network that `guides` does not have.
         """
 
 
 @dataclass(frozen=True)
 class _Guidance(Settings):
-    """What every kind of guidance has: how strongly and where it acts."""
+    """The settings of every kind of guidance: its scale and the interval in which it is applied."""
 
     scale: float = setting(1.0, "guidance scale", ge=0)
     interval: tuple[float, float] = setting(
-        ALWAYS, "fractions of T between which guidance acts, ends included", ge=0, le=1
+        ALWAYS, "range of t / T in which guidance is applied, both ends included", ge=0, le=1
     )
 
     def __post_init__(self) -> None:
@@ -69,7 +69,7 @@ class _Guidance(Settings):
             raise ValueError(f"interval must be [low, high] with low <= high, got {list(self.interval)}")
 
     def acts(self, t: Tensor, schedule: NoiseSchedule) -> bool:
-        """Whether guidance acts at t, which is the same for the whole batch in every sampler."""
+        """Return whether guidance is applied at t; every sampler uses one t for the whole batch."""
         low, high = self.interval
         return self.interval == ALWAYS or low <= float(t.max()) / schedule.num_steps <= high
 
@@ -78,15 +78,15 @@ class _Guidance(Settings):
 class ClassifierFree(_Guidance):
     """Classifier-free guidance (Ho & Salimans 2022, eq. 6, in the form null + scale (cond - null)).
 
-    Scale 0 is exactly the unconditional model (where it is not rescaled) and 1 exactly the conditional one, at one
+    Scale 0 is exactly the unconditional model (without rescaling) and scale 1 exactly the conditional one, with one
     evaluation each; any other scale evaluates both in one batch of 2 B. Outside `interval` the conditional model is
-    used as it is, whatever the scale (Kynkäänniemi et al. 2024). All channels are guided; what is known of the image
-    (inpainting) conditions both. Rescaling is that of Lin et al. 2024, eq. 15-16, on x_0, against over-exposure at high
-    scales; a guided x_0 that is the same in every pixel stays as it is.
+    used without guidance (Kynkäänniemi et al. 2024). All channels are guided; known pixels (inpainting) condition both
+    models. `rescale` is that of Lin et al. 2024, eq. 15-16, applied to x_0, against over-exposure at high scales; a
+    guided x_0 with the same value in every pixel is not rescaled.
     """
 
     rescale: float = setting(
-        0.0, "how far the guided image's contrast is brought back to the conditional one's", ge=0, le=1
+        0.0, "share by which the guided image's standard deviation is moved to the conditional one's", ge=0, le=1
     )
 
     def wrap(self, denoiser: Denoiser, schedule: NoiseSchedule, guides: Guides | None = None) -> Denoiser:
@@ -117,7 +117,7 @@ class ClassifierFree(_Guidance):
         if self.rescale == 0:
             return guided
         ratio = _spread(x0) / _spread(guided.x0)
-        ratio = torch.where(ratio.isfinite(), ratio, 1)  # a constant image has no spread to bring back
+        ratio = torch.where(ratio.isfinite(), ratio, 1)  # a constant image has standard deviation 0
         rescaled = guided.x0 * (1 + self.rescale * (ratio - 1))
         return replace(guided, x0=rescaled, eps=eps_from_x0(rescaled, x_t, t, schedule))
 
@@ -126,21 +126,21 @@ class ClassifierFree(_Guidance):
 class ClassifierGuided(_Guidance):
     """Guidance by a classifier of noisy images (Dhariwal & Nichol 2021; Song et al. 2021b, eq. 14).
 
-    The score of p(x_t) p(y | x_t)^scale, with the gradient at x_t. `shift` says what the gradient moves:
+    It samples with the score of p(x_t) p(y | x_t)^scale, with the gradient at x_t. `shift` selects what is shifted:
         "score": eps = eps(x_t) - scale sigma_t grad log p(y | x_t)  (algorithm 2), for every sampler;
-        "mean": the mean of p(x_s | x_t) by scale times its variance times the gradient  (algorithm 1), for samplers
-            with a reverse variance. With the posterior's variance that is algorithm 2 at sigma_s^2 / alpha_s in place
-            of sigma_t^2 / alpha_t: the two agree as steps get small.
-    The base is the unconditional model: scale 0 is exactly that, and by Bayes' rule 1 is the conditional one. To guide
-    a conditional model, as the authors also do, give one that ignores what it is asked: `ConditionedOn`'s. Where
-    alpha_t = 0 the image is pure noise, about which a classifier knows nothing, and guidance rests.
+        "mean": the mean of p(x_s | x_t), by scale times its variance times the gradient  (algorithm 1), for samplers
+            with a reverse variance. With the posterior's variance this is algorithm 2 with sigma_s^2 / alpha_s in place
+            of sigma_t^2 / alpha_t: the two agree in the limit of small steps.
+    The base is the unconditional model: scale 0 is exactly that, and by Bayes' rule scale 1 is the conditional one. To
+    guide a conditional model, as the authors also do, wrap it in `ConditionedOn`, which fixes its condition. Guidance
+    is not applied where alpha_t = 0, because x_t is pure noise there.
     """
 
     shift: Literal["score", "mean"] = setting("score", "what the classifier's gradient moves: the score, or the mean")
     classifier: str | None = setting(None, "MODEL trained with task=classifier", reference=True)
 
     def wrap(self, denoiser: Denoiser, schedule: NoiseSchedule, guides: Guides | None = None) -> Denoiser:
-        """Return the guided denoiser; `denoiser` is asked without label and text."""
+        """Return the guided denoiser; it calls `denoiser` without label and text."""
         if guides is None or guides.log_prob is None:
             raise ValueError("guidance by a classifier needs one: give `guides` with its log_prob")
         log_prob = guides.log_prob
@@ -166,8 +166,8 @@ class ClassifierGuided(_Guidance):
 class Autoguided(_Guidance):
     """Guidance by a weaker version of the model itself (Karras et al. 2024b, eq. 3): weak + scale (model - weak).
 
-    Scale 1 is exactly the model and 0 exactly the weak one; outside `interval` it is the model, whatever the scale.
-    Both see the same condition: unlike the other kinds it sharpens unconditional models too.
+    Scale 1 is exactly the model and scale 0 exactly the weak one; outside `interval` the model is used without
+    guidance. Both get the same condition, so this works for unconditional models too, unlike the other kinds.
     """
 
     weak: str | None = setting(None, "MODEL that is smaller or less trained", reference=True)
@@ -199,18 +199,18 @@ GUIDANCE: Registry[type[Guidance]] = Registry(
 
 @dataclass(frozen=True)
 class ConditionedOn:
-    """A denoiser with its condition fixed, whatever it is asked for: `cond` must fit every batch that comes."""
+    """A denoiser with a fixed condition, which must fit the size of every batch."""
 
     denoiser: Denoiser
     cond: Conditioning
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning | None = None) -> Prediction:
-        """See `Denoiser`; `cond` is not looked at."""
+        """See `Denoiser`; the argument `cond` is ignored."""
         return self.denoiser(x_t, t, self.cond)
 
 
 def _gradient(log_prob: LogProb, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-    """The gradient of log p(y | x_t) in x_t; 0 for samples whose condition is dropped."""
+    """Return the gradient of log p(y | x_t) in x_t; 0 for samples with a dropped condition."""
     with torch.enable_grad():
         x = x_t.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(log_prob(x, t, cond).sum(), x)
@@ -220,5 +220,5 @@ def _gradient(log_prob: LogProb, x_t: Tensor, t: Tensor, cond: Conditioning) -> 
 
 
 def _spread(x: Tensor) -> Tensor:
-    """The standard deviation of each image over all its elements, [B, 1, ..., 1]."""
+    """Return the standard deviation of each image over all its elements, [B, 1, ..., 1]."""
     return x.std(tuple(range(1, x.dim())), correction=0, keepdim=True)

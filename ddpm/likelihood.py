@@ -1,11 +1,11 @@
-"""How probable a model finds images, by the probability-flow ODE, in bits per dimension.
+"""The likelihood of images under a model by the probability-flow ODE, in bits per dimension.
 
-A denoiser is called in the dtype of the images that it is given; everything round the calls is float64. Random numbers
-belong to (seed, image), never to a batch.
+The denoiser is called in the dtype of the images; all other arithmetic is float64. Random numbers depend on (seed,
+image id), never on the batch.
 
-Three conventions make numbers comparable, and all are explicit here. 8-bit data is x = k / 127.5 - 1; a dequantized
-density of x becomes one of k by an offset of log2(127.5) bits per dimension; and the ODE's data is taken to lie at the
-noise level of `t_min`, with N(0, I) at T for its prior. The last costs bits whatever the solver: `truncation_cost`.
+Results depend on three conventions. 8-bit data is x = k / 127.5 - 1. The density of dequantized x is converted to one
+of k by an offset of log2(127.5) bits per dimension. The ODE starts at the noise level of `t_min` and has the prior N(0,
+I) at T; starting above 0 costs bits that no solver can avoid, see `truncation_cost`.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ OdeMethod = Literal["dopri5", "dopri8", "bosh3"]
 LogDensity = Callable[[Tensor], Tensor]
 
 SIGMA_MIN = 1e-3
-"""Noise level at which the ODE's data is taken to lie by default: that of score_sde, whose t = 1e-5 has this sigma."""
+"""Default noise level at which the ODE starts: the sigma of score_sde's t = 1e-5."""
 
-_MAX_STEPS = 1_000  # some dozens are usual
+_MAX_STEPS = 1_000  # a few dozen are usual
 
 
 @dataclass(frozen=True)
 class OdeDensity:
-    """What the probability-flow ODE says about x.
+    """The log-density of x under the probability-flow ODE.
 
     Attributes:
-        log_density: of x at t_min, in nats, float64 [B].
-        x_T: where the flow takes x, float64 [B, C, H, W].
-        nfe: evaluations of the denoiser.
-        t_min: the level at which x was taken to lie.
+        log_density: log-density of x at t_min, in nats, float64 [B].
+        x_T: solution of the ODE at T, float64 [B, C, H, W].
+        nfe: number of denoiser evaluations.
+        t_min: the level at which the ODE starts from x.
     """
 
     log_density: Tensor
@@ -66,30 +66,31 @@ def log_density(
     method: OdeMethod = "dopri5",
     dtype: torch.dtype | None = None,
 ) -> OdeDensity:
-    """log p(x) by the probability-flow ODE from `t_min` to T (Song et al. 2021b, sec. 4.3, app. D.2).
+    """Return log p(x) by the probability-flow ODE from `t_min` to T (Song et al. 2021b, sec. 4.3, app. D.2).
 
     In the angle phi = atan2(sigma, alpha) the ODE of a variance-preserving process is exactly dx / dphi = v(x, phi) =
-    alpha eps - sigma x_0 (Salimans & Ho 2022, app. D), finite up to T with zero terminal SNR too. Along it
-    d log p / dphi = -div v, so that log p(x) = log prior(x_T) + the integral of div v. The adaptive steps are the whole
-    batch's, so a result depends on the batch, within the tolerance, which the worst image of every step keeps.
+    alpha eps - sigma x_0 (Salimans & Ho 2022, app. D), which is finite up to T, with zero terminal SNR
+    too. Along a solution d log p / dphi = -div v, so that log p(x) = log prior(x_T) + the integral of div v. The whole
+    batch shares the adaptive steps, so a result depends on its batch, within the tolerances, which hold for every
+    image.
 
     Args:
-        denoiser: maps (x_t [B, C, H, W], t [B], cond) to a `Prediction`, t real; differentiable in x_t, which
-            `ClassifierGuided` is not, since it takes its own gradient for a constant.
-        x: at noise level `t_min`, [B, C, H, W].
-        probes: [P, B, C, H, W] of mean 0 and covariance I, such as `rademacher`: Hutchinson's unbiased estimate of the
-            divergence (Grathwohl et al. 2019, eq. 7-8), with the same probes all along the way. None is the exact
-            divergence. P or C H W vector-Jacobian products an evaluation.
-        t_min: level at which x is taken to lie, in (0, T); None is where sigma is `SIGMA_MIN`. At t = 0 itself scores
-            may be singular, and below t = 1 a network is asked what it was trained on at 1; the higher the level, the
-            more bits it costs (`truncation_cost`).
+        denoiser: maps (x_t [B, C, H, W], t [B], cond) to a `Prediction`, t real; must be differentiable in x_t.
+            `ClassifierGuided` is not, because it treats its own gradient as a constant.
+        x: images at noise level `t_min`, [B, C, H, W].
+        probes: [P, B, C, H, W] of mean 0 and covariance I, such as `rademacher`, for Hutchinson's unbiased estimate of
+            the divergence (Grathwohl et al. 2019, eq. 7-8); the same probes are used in every step. None computes the
+            exact divergence. Each evaluation needs P or C H W vector-Jacobian products.
+        t_min: level at which the ODE starts from x, in (0, T); None is the t with sigma = `SIGMA_MIN`. Scores may be
+            singular at t = 0, and below t = 1 a network is given its input for t = 1. A higher level costs more bits
+            (`truncation_cost`).
         prior: log-density of x_T in nats, [B, C, H, W] -> [B]; None is N(0, I).
-        rtol, atol: tolerances, relative and absolute, of x and of the log-density per dimension.
+        rtol, atol: relative and absolute tolerance of x and of the log-density per dimension.
         method: an adaptive Runge-Kutta method of torchdiffeq.
-        dtype: in which the denoiser is called; None is x's.
+        dtype: dtype in which the denoiser is called; None is that of x.
 
     Raises:
-        ValueError: an argument out of range, a denoiser that cannot be differentiated, or an ODE that cannot be solved.
+        ValueError: an argument is out of range, the denoiser is not differentiable, or the solver fails.
         ImportError: torchdiffeq is not installed.
     """
     t_min = schedule.timestep(math.asin(SIGMA_MIN)).item() if t_min is None else t_min
@@ -106,16 +107,16 @@ def log_density(
 
 @dataclass(frozen=True)
 class OdeBitsPerDim:
-    """Likelihood of quantized images under the probability-flow ODE.
+    """The likelihood of quantized images under the probability-flow ODE.
 
     Attributes:
-        bits_per_dim: -log2 p(x) / D + offset for the dequantized images, float64 [B]. On average over dequantizations
-            it is at least the bits per dimension of the quantized ones (Flow++, Ho et al. 2019, sec. 3.1).
-        offset: log2((levels - 1) / 2), from a density of x to one of the levels.
-        nfe: evaluations of the denoiser.
-        t_min: the level at which the dequantized images were taken to lie.
-        truncation_cost: bits per dimension, contained in `bits_per_dim`, that this costs where a pixel has one value in
-            all images, which is the most that it can cost an exact model; smooth data hardly notices. See
+        bits_per_dim: -log2 p(x) / D + offset for the dequantized images, float64 [B]. Its mean over dequantizations is
+            an upper bound on the bits per dimension of the quantized images (Flow++, Ho et al. 2019, sec. 3.1).
+        offset: log2((levels - 1) / 2), which converts a density of x to one of the levels.
+        nfe: number of denoiser evaluations.
+        t_min: the level at which the ODE starts from the dequantized images.
+        truncation_cost: the largest part of `bits_per_dim` that starting at t_min instead of 0 can cause for an exact
+            model, reached by a pixel with the same value in all images; for smooth data it is far less. See
             `truncation_cost`.
     """
 
@@ -142,18 +143,18 @@ def ode_bits_per_dim(
     atol: float = 1e-5,
     method: OdeMethod = "dopri5",
 ) -> OdeBitsPerDim:
-    """Bits per dimension of uniformly dequantized images by `log_density`, which explains what is not said here.
+    """Return bits per dimension of uniformly dequantized images by `log_density`, which documents the other arguments.
 
     Args:
-        x_0: images in [-1, 1] on the grid of `levels`, [B, C, H, W].
-        seed: of the dequantization and the probes.
-        image_ids: their numbers, int64 [B]: image i of a seed gets the same noise and probes in every batch.
+        x_0: images in [-1, 1] with values on the grid of `levels`, [B, C, H, W].
+        seed: seed of the dequantization and the probes.
+        image_ids: id of each image, int64 [B]; the same seed and id give the same noise and probes in every batch.
         trace: "hutchinson", an unbiased estimate of the divergence, or "exact", for small images.
-        probes: of the former, >= 1, `rademacher`'s.
-        levels: grey levels of the data.
+        probes: number of `rademacher` probes for "hutchinson", >= 1.
+        levels: number of grey levels of the data.
 
     Raises:
-        ValueError: an argument out of range, images that are off the grid, or what `log_density` refuses.
+        ValueError: an argument is out of range, x_0 has values off the grid, or `log_density` rejects an argument.
         ImportError: torchdiffeq is not installed.
     """
     if trace not in get_args(Trace):
@@ -170,16 +171,17 @@ def ode_bits_per_dim(
 
 
 def truncation_cost(sigma: float, levels: int = 256) -> float:
-    """Bits per dimension that a pixel of one constant value costs because the ODE stops at noise level `sigma`.
+    """Return the bits per dimension that a pixel of constant value costs because the ODE starts at noise level `sigma`.
 
-    Dequantized, such a pixel is uniform in its bin, and its quantized value costs an exact model 0 bits. At noise level
-    sigma the density is that uniform one blurred by N(0, sigma^2), and the mean of -log2 of its mass per bin is what is
-    returned: at 256 levels 1.75 bits at sigma = 0.01 (t = 1 of the linear schedule), 1.20 at 0.0064 (t = 1 of cosine),
-    0.18 at 0.001, 0.018 at 0.0001. The prior N(0, I) costs besides what q(x_T) differs from it, 1e-5 bits and less.
+    An exact model needs 0 bits for the quantized value of such a pixel. Dequantized, the pixel is uniform in its bin;
+    at noise level sigma its density is that uniform one convolved with N(0, sigma^2). The cost is the mean of -log2 of
+    this density, relative to the uniform one. At 256 levels it is 1.75 bits for sigma = 0.01 (t = 1 of the linear
+    schedule), 1.20 for 0.0064 (t = 1 of cosine), 0.18 for 0.001 and 0.018 for 0.0001. The difference between q(x_T) and
+    the prior N(0, I) costs another 1e-5 bits or less.
 
     Args:
         sigma: noise level of `t_min`, > 0.
-        levels: grey levels of the data.
+        levels: number of grey levels of the data.
     """
     half = 1 / (levels - 1)
     points = 8192
@@ -189,40 +191,40 @@ def truncation_cost(sigma: float, levels: int = 256) -> float:
 
 
 def dequantize(x_0: Tensor, levels: int = 256, *, seed: int, image_ids: Tensor) -> Tensor:
-    """x_0 + (2 u - 1) / (levels - 1), u uniform in (0, 1): uniform in the bin round each level, float64 like x_0.
+    """Return x_0 + (2 u - 1) / (levels - 1) with u uniform in (0, 1), float64 of x_0's shape.
 
-    Level k of x = 2 k / (levels - 1) - 1 becomes 2 (k + u - 1/2) / (levels - 1) - 1, between -levels / (levels - 1)
-    and its opposite.
+    The result is uniform in the bin around each level. Level k, which is x = 2 k / (levels - 1) - 1, becomes
+    2 (k + u - 1/2) / (levels - 1) - 1, which lies within +-levels / (levels - 1).
 
     Args:
-        x_0: images in [-1, 1] on the grid of `levels`, [B, C, H, W].
-        image_ids: their numbers, int64 [B].
+        x_0: images in [-1, 1] with values on the grid of `levels`, [B, C, H, W].
+        image_ids: id of each image, int64 [B].
 
     Raises:
-        ValueError: images that are off the grid, or `image_ids` not one number per image.
+        ValueError: x_0 has values off the grid, or `image_ids` does not have one id per image.
     """
     check_image_ids(image_ids, x_0)
     check_grid(x_0, levels)
     u = uniform(seed, image_ids.to(x_0.device), Purpose.DEQUANTIZE, x_0[0].numel()).reshape(x_0.shape)
-    grid = ((x_0.double() + 1) * (levels - 1) / 2).round()  # float32 images are off by their rounding
+    grid = ((x_0.double() + 1) * (levels - 1) / 2).round()  # removes the rounding error of float32 images
     return 2 * (grid + u - 0.5) / (levels - 1) - 1
 
 
 def rademacher(seed: int, image_ids: Tensor, shape: tuple[int, ...], probes: int = 1) -> Tensor:
-    """Random signs for Hutchinson's estimate, float64 [probes, B, *shape]; each image has its own.
+    """Return random signs for Hutchinson's estimate, float64 [probes, B, *shape], different for each image.
 
     Raises:
-        ValueError: fewer than 1 probe.
+        ValueError: `probes` < 1.
     """
     if probes < 1:
         raise ValueError(f"probes must be >= 1, got {probes}")
-    # Key 0 of this purpose is the dequantization's, with 2^32 images per key before two could share an ordinal.
+    # Dequantization uses key 0 of this purpose. Each key has room for 2^32 images.
     bits = [words(seed, image_ids + ((i + 1) << 32), Purpose.DEQUANTIZE, math.prod(shape)) >> 31 for i in range(probes)]
     return (2 * torch.stack(bits).double() - 1).unflatten(2, shape)
 
 
 class _Flow:
-    """The right-hand side of the ODE in (x, log-density per dimension), which counts its evaluations."""
+    """The right-hand side of the ODE in (x, log-density per dimension); it counts its evaluations."""
 
     def __init__(
         self,
@@ -238,7 +240,7 @@ class _Flow:
 
     def __call__(self, phi: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         self.nfe += 1
-        angle = min(phi.item(), self.end)  # the solver's first guess of a step may look beyond the end
+        angle = min(phi.item(), self.end)  # the solver's first trial step may go beyond the end
         t = self.schedule.timestep(angle).item()
         with torch.enable_grad():
             x = state[0].detach().requires_grad_()
@@ -251,7 +253,7 @@ class _Flow:
         return velocity.detach(), self._divergence(velocity, x) / x[0].numel()
 
     def _divergence(self, y: Tensor, x: Tensor) -> Tensor:
-        """Trace of dy/dx, [B]; a vector's product with the batch is one with each image, as none depends on another."""
+        """Return the trace of dy/dx, [B]; one vector-Jacobian product serves the batch, as images are independent."""
 
         def product(vector: Tensor) -> Tensor:
             return torch.autograd.grad(y, x, vector, retain_graph=True)[0].flatten(1)
@@ -265,7 +267,7 @@ class _Flow:
 def _integrate(
     flow: _Flow, x: Tensor, start: float, rtol: float, atol: float, method: OdeMethod
 ) -> tuple[Tensor, Tensor]:
-    """x_T and the integral of the divergence in nats [B], from x at angle `start`."""
+    """Return x_T and the integral of the divergence in nats [B], from x at angle `start`."""
     if method not in get_args(OdeMethod):
         raise ValueError(f"unknown method {method!r}; allowed: {', '.join(get_args(OdeMethod))}")
     if not rtol > 0 or not atol > 0:
@@ -276,16 +278,16 @@ def _integrate(
         raise ImportError("the probability-flow likelihood needs torchdiffeq: pip install torchdiffeq") from error
 
     def worst(scaled: tuple[Tensor, Tensor]) -> Tensor:
-        """Of all images: in the solver's own norm a bad one hides among many good ones."""
+        """Return the largest error of all images; the solver's own norm would average over the batch."""
         return torch.maximum(scaled[0].flatten(1).square().mean(1).sqrt(), scaled[1].abs()).max()
 
     span = torch.tensor([start, flow.end], dtype=x.dtype, device=x.device)
-    # Without step_t the solver steps over the end and interpolates back; there may be nothing beyond.
+    # Without step_t the solver steps beyond the end and interpolates back, but the ODE may not exist beyond T.
     options = {"norm": worst, "step_t": span[1:], "max_num_steps": _MAX_STEPS}
     state = (x, torch.zeros(len(x), dtype=x.dtype, device=x.device))
     try:
         xs, changes = odeint(flow, state, span, rtol=rtol, atol=atol, method=method, options=options)
-    except AssertionError as error:  # this is how torchdiffeq gives up
+    except AssertionError as error:  # torchdiffeq raises AssertionError when it fails
         raise ValueError(
             f"the probability-flow ODE cannot be solved to rtol={rtol}, atol={atol} ({error}): a larger t_min avoids "
             "a singular score, larger tolerances the rounding of a float32 network"

@@ -1,4 +1,4 @@
-"""Models as folders: `model.json` says what it is, `model.safetensors` holds the weights. No pickle."""
+"""Models as folders: `model.json` describes the model, `model.safetensors` holds the weights. No pickle."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Everything but the weights.
+    """The description of a model: everything but the weights.
 
     Attributes:
-        network: shape of the network.
+        network: kind and shape of the network.
         schedule: keyword arguments of `make_schedule`.
-        prediction: what the network's output means.
+        prediction: parameterization of the network's output.
         image_size: height and width in pixels.
-        classes: class names, empty for an unconditional model.
+        classes: class names; empty for an unconditional model.
         sampling: default settings for sampling.
-        lineage: where it comes from: run, images seen, dataset digest, ...
-        task: "denoiser", or "classifier" for a `NoisyClassifier` on that shape (a UNet's), of `classes`.
+        lineage: origin of the weights: run, images seen, dataset digest, ...
+        task: "denoiser", or "classifier" for a `NoisyClassifier` of `classes` with the shape `network` (of a UNet).
     """
 
     network: NetworkConfig
@@ -50,11 +50,11 @@ class ModelSpec:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of an image."""
+        """The shape (C, H, W) of an image."""
         return self.network.in_channels, self.image_size, self.image_size
 
     def to_json(self) -> str:
-        """Return the text of `model.json`; a network that is no UNet has its kind beside its fields."""
+        """Return the text of `model.json`; for networks other than a UNet the fields include the kind."""
         kind = NETWORKS.name_of(self.network)
         network = {**({} if kind == UNNAMED_NETWORK else {"kind": kind}), **asdict(self.network)}
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -63,10 +63,10 @@ class ModelSpec:
 
     @classmethod
     def from_json(cls, text: str) -> ModelSpec:
-        """Read `model.json`.
+        """Return the description in the text of a `model.json`.
 
         Raises:
-            ValueError: of another version, or damaged.
+            ValueError: the text is of another version, or damaged.
         """
         try:
             plain = json.loads(text)
@@ -91,10 +91,10 @@ class Model:
     """A trained model, ready to sample.
 
     Attributes:
-        spec: what it is.
-        network: predicts.
-        classifier: guides where the settings say so; of the same classes, on the same schedule.
-        weak: a weaker model that guides where the settings say so; on the same schedule.
+        spec: description of the model.
+        network: the denoising network.
+        classifier: classifier for classifier guidance, with the same classes and schedule.
+        weak: weaker model for autoguidance, with the same schedule.
     """
 
     spec: ModelSpec
@@ -104,7 +104,7 @@ class Model:
 
     @property
     def schedule(self) -> NoiseSchedule:
-        """The schedule it was trained on."""
+        """The noise schedule that the model was trained with."""
         return make_schedule(**self.spec.schedule)
 
     @property
@@ -114,14 +114,14 @@ class Model:
 
     @property
     def guides(self) -> Guides:
-        """The other networks, as `ddpm.generate` takes them."""
+        """The networks for guidance, as `ddpm.generate` takes them."""
         return Guides(
             None if self.classifier is None else self.classifier.class_log_prob,
             None if self.weak is None else self.weak.denoiser,
         )
 
     def to(self, device: torch.device | str) -> Model:
-        """The same on a device; its networks are moved."""
+        """Return the model on a device; its networks are moved in place."""
         return replace(
             self,
             network=self.network.to(device),
@@ -139,11 +139,11 @@ class Model:
         count: int | None = None,
         batch_size: int = 64,
     ) -> Tensor:
-        """Images in [-1, 1], [N, C, H, W]; see `ddpm.generate.generate`.
+        """Return generated images in [-1, 1], [N, C, H, W]; see `ddpm.generate.generate`.
 
         Raises:
-            ValueError: labels outside the model's classes, or given to a model without any; guidance by a network that
-                the model does not have.
+            ValueError: a label is outside the model's classes, or labels are given to an unconditional model; or the
+                guidance needs a network that the model does not have.
         """
         if labels is not None:
             if not self.spec.classes:
@@ -165,7 +165,7 @@ class Model:
 
 
 def save_model(folder: Path, spec: ModelSpec, weights: Mapping[str, Tensor]) -> None:
-    """Write a model folder; weights as float32."""
+    """Write a model folder, with the weights as float32."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
         {name: w.detach().float().cpu().contiguous() for name, w in weights.items()},
@@ -175,10 +175,10 @@ def save_model(folder: Path, spec: ModelSpec, weights: Mapping[str, Tensor]) -> 
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu") -> Model:
-    """Read a model folder.
+    """Return the model of a model folder.
 
     Raises:
-        ValueError: not a model folder, of another version or task, or weights that do not fit.
+        ValueError: the folder is not a model folder, its version or task differs, or the weights do not fit.
     """
     spec = read_spec(folder)
     if spec.task != "denoiser":
@@ -187,10 +187,10 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> Model:
 
 
 def load_classifier(folder: Path, device: torch.device | str = "cpu") -> tuple[ModelSpec, NoisyClassifier]:
-    """Read a classifier of noisy images from a model folder; its `class_log_prob` guides a denoiser.
+    """Return the classifier of noisy images of a model folder; its `class_log_prob` guides a denoiser.
 
     Raises:
-        ValueError: not a model folder, of another version or task, or weights that do not fit.
+        ValueError: the folder is not a model folder, its version or task differs, or the weights do not fit.
     """
     spec = read_spec(folder)
     if spec.task != "classifier":
@@ -203,10 +203,10 @@ def load_classifier(folder: Path, device: torch.device | str = "cpu") -> tuple[M
 
 
 def read_spec(folder: Path) -> ModelSpec:
-    """What `model.json` says.
+    """Return the description in a folder's `model.json`.
 
     Raises:
-        ValueError: missing, damaged or of another version.
+        ValueError: the file is missing, damaged or of another version.
     """
     try:
         return ModelSpec.from_json((folder / "model.json").read_text())
@@ -215,10 +215,10 @@ def read_spec(folder: Path) -> ModelSpec:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, by name.
+    """Return the tensors of a safetensors file, by name.
 
     Raises:
-        ValueError: missing or damaged.
+        ValueError: the file is missing or damaged.
     """
     try:
         return load_file(path)
@@ -231,10 +231,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def build_network(
     config: NetworkConfig, weights: Mapping[str, Tensor], device: torch.device | str = "cpu"
 ) -> nn.Module:
-    """The network with these weights, ready to sample.
+    """Return the network with these weights, in evaluation mode.
 
     Raises:
-        ValueError: weights of another network.
+        ValueError: the weights are those of another network.
     """
     network = config.build()
     _load(network, weights)

@@ -1,8 +1,8 @@
 """Random numbers as a pure function of (seed, purpose, ordinal): Philox 4x32-10, vectorised, the same on every device.
 
-Training draws timestep, noise, label drop and flip of sample n from here, so they do not depend on the batch, the rank
-or the restart that computes them. Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") maps a
-128-bit counter and a 64-bit key to 128 random bits; ours are
+Training draws the timestep, noise, label drop and flip of sample n with this module, so they do not depend on the batch
+or the rank that computes them, nor on restarts. Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
+3") maps a 128-bit counter and a 64-bit key to 128 random bits; ours are
     counter = (block, purpose, ordinal low, ordinal high),   key = (seed low, seed high).
 int64 arithmetic wraps, and its low 64 bits are those of the unsigned product, so one code serves CPU and GPU.
 """
@@ -21,7 +21,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 class Purpose(IntEnum):
-    """What a stream is for; streams are independent of each other. The numbers are part of the trace: append only."""
+    """The purpose of a random stream; streams are independent. Stored runs depend on the numbers: append only."""
 
     TIMESTEP = 0
     NOISE = 1
@@ -38,7 +38,7 @@ class Purpose(IntEnum):
 def philox(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds of Philox 4x32 on int64 tensors that hold 32-bit words (broadcast together)."""
+    """Return the result of ten rounds of Philox 4x32 on int64 tensors of 32-bit words (broadcast together)."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -54,7 +54,7 @@ def philox(
 
 
 def words(seed: int, ordinals: Tensor, purpose: Purpose, count: int) -> Tensor:
-    """`count` random 32-bit words for each ordinal, int64 [len(ordinals), count].
+    """Return `count` random 32-bit words for each ordinal, int64 [len(ordinals), count].
 
     Args:
         seed: 0 <= seed < 2^64.
@@ -70,16 +70,16 @@ def words(seed: int, ordinals: Tensor, purpose: Purpose, count: int) -> Tensor:
 
 
 def uniform(seed: int, ordinals: Tensor, purpose: Purpose, count: int = 1) -> Tensor:
-    """float64 in (0, 1), [B, count]: the centres of 2^32 equal cells, never 0 and never 1."""
+    """Return uniform float64 numbers in (0, 1), [B, count]: centres of 2^32 equal cells, never 0 or 1."""
     return (words(seed, ordinals, purpose, count).double() + 0.5) * 2.0**-32
 
 
 def normal(seed: int, ordinals: Tensor, purpose: Purpose, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal float32 [B, *shape] by Box and Muller (1958): the batch's other members never matter."""
+    """Return standard normal float32 numbers [B, *shape] by Box and Muller (1958), independent of the batch."""
     count = math.prod(shape)
     bits = words(seed, ordinals, purpose, count + count % 2)
     pairs = ((bits.double() + 0.5) * 2.0**-32).float().unflatten(1, (-1, 2))
-    # float32 rounds the last 2^-25 below 1 up to 1, where the radius is 0: harmless, and log never sees 0.
+    # float32 rounds values within 2^-25 of 1 up to 1, where the radius is 0, which is harmless; log never gets 0.
     radius = torch.sqrt(-2 * pairs[..., 0].log())
     angle = (2 * math.pi) * pairs[..., 1]
     both = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1).flatten(1)
@@ -87,7 +87,7 @@ def normal(seed: int, ordinals: Tensor, purpose: Purpose, shape: tuple[int, ...]
 
 
 def integers(seed: int, ordinals: Tensor, purpose: Purpose, high: int) -> Tensor:
-    """int64 [B] in [0, high): floor(word * high / 2^32), biased by at most high / 2^32; high <= 2^31."""
+    """Return int64 [B] in [0, high), floor(word * high / 2^32), biased by at most high / 2^32; high <= 2^31."""
     if not 1 <= high <= 1 << 31:
         raise ValueError(f"high must be in 1..2^31, got {high}")
     return (words(seed, ordinals, purpose, 1)[:, 0] * high) >> 32

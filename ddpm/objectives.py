@@ -1,6 +1,6 @@
 """Training objectives: the simplified loss, its hybrid with the variational bound, the bound alone, score matching.
 
-Everything here is a loss per sample, [B]; who averages, over which batch and how many machines, is not decided here.
+Every loss is per sample, [B]; the caller averages over batches and ranks.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ Loss = Literal["simple", "hybrid", "vlb"]
 
 @dataclass(frozen=True)
 class Objective(Settings):
-    """What a network predicts, and the loss that it is trained on.
+    """The parameterization of a network and its training loss.
 
-    The loss is "simple", the squared error of the output (DDPM, eq. 14); "hybrid", that plus `vlb_weight` L_vlb, which
-    trains a learned variance only (Improved DDPM, eq. 16); or "vlb", L_vlb alone. L_vlb is in bits per dimension and
-    summed over the timesteps.
+    The loss is one of "simple", the squared error of the output (DDPM, eq. 14); "hybrid", which adds `vlb_weight` L_vlb
+    to train only a learned variance (Improved DDPM, eq. 16); and "vlb", L_vlb alone. L_vlb is the sum over the
+    timesteps, in bits per dimension.
     """
 
-    prediction: Parameterization = setting("eps", "what the network's output means")
-    loss: Loss = setting("simple", "squared error; that and the bound for a learned variance; the bound alone")
+    prediction: Parameterization = setting("eps", "parameterization: what the network's output is")
+    loss: Loss = setting("simple", "squared error; hybrid adds the bound, for a learned variance; vlb: bound only")
     weight: Weight = Uniform()
     vlb_weight: float = setting(1e-3, "weight of the bound in the hybrid loss", gt=0)
 
@@ -45,17 +45,17 @@ class Objective(Settings):
         eps: Tensor,
         cond: Conditioning | None = None,
     ) -> Tensor:
-        """Loss of each sample, float32 (float64 for a network in float64), [B].
+        """Return the loss of each sample, [B], float32 (float64 for a network in float64).
 
         Args:
-            network: maps (x_t [B, C, H, W], table index t - 1 [B], cond) to [B, C, H, W], or [B, 2 C, H, W] where it
+            network: maps (x_t [B, C, H, W], table index t - 1 [B], cond) to [B, C, H, W], or [B, 2 C, H, W] if it
                 learns the variance.
             x_0: clean images in [-1, 1], [B, C, H, W].
             t: timesteps in 1..T, int64 [B].
             eps: standard normal noise like x_0.
 
         Raises:
-            ValueError: "hybrid" for a network that learns no variance.
+            ValueError: the loss is "hybrid" but the network does not learn the variance.
         """
         x_t = q_sample(x_0, t, eps, schedule)
         output, fraction = split_output(network(x_t, (t - 1).float(), cond), x_0.shape[1])
@@ -68,13 +68,13 @@ class Objective(Settings):
             return loss
         if fraction is None:
             raise ValueError("the hybrid loss trains a learned variance: the network needs twice the output channels")
-        # L_simple trains the mean: the bound's noisier gradient stops there (Improved DDPM, sec. 3.1).
+        # Only L_simple trains the mean: the bound's gradient, which is noisier, is stopped (Improved DDPM, sec. 3.1).
         return loss + self.vlb_weight * self._vlb(output.detach(), fraction, x_0, x_t, t, schedule)
 
     def _vlb(
         self, output: Tensor, fraction: Tensor | None, x_0: Tensor, x_t: Tensor, t: Tensor, schedule: NoiseSchedule
     ) -> Tensor:
-        """T times one term of the bound: for uniform t an unbiased estimate of the sum, in bits per dimension."""
+        """Return T times the bound's term at t: for uniform t, an unbiased estimate of the sum, bits per dimension."""
         # In float64, because the terms are differences of nearly equal Gaussians.
         x_t = x_t.double()
         pred = from_output(output.double(), x_t, t, schedule, self.prediction)
@@ -92,18 +92,17 @@ def simple_loss(
     *,
     prediction: Parameterization = "eps",
 ) -> Tensor:
-    """L_simple per sample, [B]: mean squared error of the network's output (DDPM, Ho et al. 2020, eq. 14)."""
+    """Return L_simple per sample, [B]: the mean squared error of the output (DDPM, Ho et al. 2020, eq. 14)."""
     return Objective(prediction=prediction).losses(network, schedule, x_0, t, eps, cond)
 
 
 def score_matching_loss(score: Tensor, eps: Tensor, t: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """Denoising score matching per sample, [B] (Vincent 2011, eq. 11; Song & Ermon 2019, eq. 5).
+    """Return the denoising score matching loss per sample, [B] (Vincent 2011, eq. 11; Song & Ermon 2019, eq. 5).
 
-    The squared distance, over pixels on average, from grad log q(x_t | x_0) = -eps / sigma_t. For score = -eps_theta /
-    sigma_t this is 1 / sigma_t^2 times the squared error of eps_theta: the same objective up to the weight, sigma_t^2
-    being the one that turns it into L_simple.
+    It is the mean over pixels of the squared distance to grad log q(x_t | x_0) = -eps / sigma_t. For score = -eps_theta
+    / sigma_t this is 1 / sigma_t^2 times the squared error of eps_theta; multiplied by sigma_t^2 it is L_simple.
 
     Args:
-        score: the model's at x_t = alpha_t x_0 + sigma_t eps, [B, C, H, W].
+        score: the model's score at x_t = alpha_t x_0 + sigma_t eps, [B, C, H, W].
     """
     return (score - target(torch.zeros_like(eps), eps, t, schedule, "score")).square().flatten(1).mean(1)

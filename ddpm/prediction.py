@@ -1,4 +1,4 @@
-"""What a denoiser says about x_t, in every parameterization, and the protocol that samplers and guidance speak.
+"""Predictions of a denoiser in every parameterization, and the `Denoiser` protocol of samplers and guidance.
 
 At a given (x_t, t) the forms are linear in each other (Salimans & Ho 2022, sec. 4; Song et al. 2021b, eq. 9):
     x_t = alpha_t x_0 + sigma_t eps,   v = alpha_t eps - sigma_t x_0,   score = -eps / sigma_t.
@@ -22,16 +22,17 @@ PARAMETERIZATIONS: tuple[Parameterization, ...] = ("eps", "x0", "v", "score")
 
 @dataclass(frozen=True)
 class Prediction:
-    """A denoiser's answer at (x_t, t): both ends of the line through x_t, [B, C, H, W] each.
+    """The prediction of a denoiser at (x_t, t): clean image and noise, [B, C, H, W] each.
 
     Attributes:
         x0: the clean image, E[x_0 | x_t] for an ideal denoiser.
         eps: the noise, with x_t = alpha_t x0 + sigma_t eps.
-        variance_fraction: where the network learns the reverse variance: for log-variances, how far from the
-            posterior's (0) to beta's (1), v of Improved DDPM, eq. 15; else None. Unlike a variance, it fits any step.
-        mean_gradient: what a reverse step's mean is to be moved by, per unit of the step's variance (classifier
-            guidance by algorithm 1 of Dhariwal & Nichol 2021); None for nothing. x0 and eps are then not guided, and
-            only samplers with a reverse variance can heed it.
+        variance_fraction: interpolation between the log-variances of the posterior (0) and beta (1), v of Improved
+            DDPM, eq. 15; None if the network does not learn the variance. Unlike a variance, it is valid for any step
+            size.
+        mean_gradient: shift of a reverse step's mean per unit of the step's variance (classifier guidance by algorithm
+            1 of Dhariwal & Nichol 2021), or None. If set, x0 and eps are not guided, and only samplers with a reverse
+            variance can be used.
     """
 
     x0: Tensor
@@ -41,29 +42,29 @@ class Prediction:
 
 
 class Denoiser(Protocol):
-    """Anything that estimates x_0 and eps from x_t [B, C, H, W] at t [B] in [0, T]; cond None is the null condition."""
+    """A function that estimates x_0 and eps from x_t [B, C, H, W] at t [B] in [0, T]; cond None: null condition."""
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning | None = None) -> Prediction: ...
 
 
 def coefficients(schedule: NoiseSchedule, t: Tensor | float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(alpha_t, sigma_t) in `like`'s dtype and device, shaped to broadcast over [B, C, H, W]."""
+    """Return (alpha_t, sigma_t) in the dtype and on the device of `like`, shaped to broadcast over [B, C, H, W]."""
     alpha_bar = schedule.alpha_bar(t)
     return per_sample(alpha_bar.sqrt(), like), per_sample((1 - alpha_bar).sqrt(), like)
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """A scalar or [B] in `like`'s dtype and device, shaped to broadcast over [B, C, H, W]."""
+    """Return a scalar or [B] in the dtype and on the device of `like`, shaped to broadcast over [B, C, H, W]."""
     return values.to(device=like.device, dtype=like.dtype).reshape(-1, *(1,) * (like.dim() - 1))
 
 
 def from_output(
     output: Tensor, x_t: Tensor, t: Tensor | float, schedule: NoiseSchedule, kind: Parameterization
 ) -> Prediction:
-    """The `Prediction` that a network's output of this kind means.
+    """Return the `Prediction` for a network output of this parameterization.
 
     Raises:
-        ValueError: unknown kind, or one that does not determine the other at this t (eps at alpha_t = 0).
+        ValueError: the kind is unknown, or the output does not determine x_0 at this t (eps at alpha_t = 0).
     """
     alpha, sigma = coefficients(schedule, t, x_t)
     if kind == "v":
@@ -80,7 +81,7 @@ def from_output(
 
 
 def target(x_0: Tensor, eps: Tensor, t: Tensor | float, schedule: NoiseSchedule, kind: Parameterization) -> Tensor:
-    """What a network of this kind regresses on for x_t = alpha_t x_0 + sigma_t eps."""
+    """Return the regression target of this parameterization for x_t = alpha_t x_0 + sigma_t eps."""
     alpha, sigma = coefficients(schedule, t, x_0)
     if kind == "eps":
         return eps
@@ -94,7 +95,7 @@ def target(x_0: Tensor, eps: Tensor, t: Tensor | float, schedule: NoiseSchedule,
 
 
 def eps_from_x0(x_0: Tensor, x_t: Tensor, t: Tensor | float, schedule: NoiseSchedule) -> Tensor:
-    """The noise that joins x_0 to x_t; 0 at t = 0, where x_t carries none."""
+    """Return the eps with x_t = alpha_t x_0 + sigma_t eps; 0 at t = 0, where sigma_t is 0."""
     alpha, sigma = coefficients(schedule, t, x_t)
     return torch.where(sigma > 0, (x_t - alpha * x_0) / torch.where(sigma > 0, sigma, 1), torch.zeros_like(x_t))
 
@@ -102,7 +103,7 @@ def eps_from_x0(x_0: Tensor, x_t: Tensor, t: Tensor | float, schedule: NoiseSche
 def clip_x0(
     prediction: Prediction, x_t: Tensor, t: Tensor | float, schedule: NoiseSchedule, bound: float
 ) -> Prediction:
-    """x_0 clipped to [-bound, bound], with eps recomputed so that the two still meet in x_t."""
+    """Return the prediction with x_0 clipped to [-bound, bound] and eps recomputed to match x_t."""
     x_0 = prediction.x0.clamp(-bound, bound)
     return replace(prediction, x0=x_0, eps=eps_from_x0(x_0, x_t, t, schedule))
 
@@ -112,9 +113,9 @@ class Clipped:
     """A denoiser whose x_0 is clipped to [-bound, bound] (DDPM's code), with eps recomputed to match.
 
     Attributes:
-        denoiser: what is clipped.
-        schedule: its schedule.
-        bound: on |x_0|; 1 for images in [-1, 1].
+        denoiser: the denoiser whose x_0 is clipped.
+        schedule: noise schedule of the denoiser.
+        bound: bound on |x_0|; 1 for images in [-1, 1].
     """
 
     denoiser: Denoiser
@@ -137,9 +138,9 @@ class DynamicThreshold:
     x_0 is clipped to [-s, s] and divided by s, where s is the image's own `quantile` of |x_0|, at least 1.
 
     Attributes:
-        denoiser: what is thresholded.
-        schedule: its schedule.
-        quantile: of |x_0| over an image; 1 scales without clipping.
+        denoiser: the denoiser whose x_0 is thresholded.
+        schedule: noise schedule of the denoiser.
+        quantile: quantile of |x_0| over an image, in (0, 1]; 1 scales without clipping.
     """
 
     denoiser: Denoiser
@@ -153,7 +154,7 @@ class DynamicThreshold:
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning | None = None) -> Prediction:
         """See `Denoiser`."""
         pred = self.denoiser(x_t, t, cond)
-        exact = torch.promote_types(pred.x0.dtype, torch.float32)  # `quantile` knows no half precision
+        exact = torch.promote_types(pred.x0.dtype, torch.float32)  # torch.quantile has no half precision
         size = torch.quantile(pred.x0.abs().flatten(1).to(exact), self.quantile, dim=1).clamp(min=1)
         s = per_sample(size, x_t)
         x_0 = pred.x0.clamp(-s, s) / s
@@ -162,7 +163,7 @@ class DynamicThreshold:
 
 @dataclass(frozen=True)
 class Clipping(Settings):
-    """How a predicted x_0 is kept within the range of images."""
+    """The settings that keep a predicted x_0 within the range of images."""
 
     clip: float | None = setting(1.0, "bound on the predicted |x_0|; null for no clipping", gt=0)
     threshold: float | None = setting(None, "quantile of dynamic thresholding, instead of clipping", gt=0, le=1)
@@ -178,20 +179,20 @@ class Clipping(Settings):
 
 
 def check_parameterization(kind: str) -> None:
-    """Refuse a parameterization that there is not.
+    """Raise unless the parameterization exists.
 
     Raises:
-        ValueError: it is none of `PARAMETERIZATIONS`.
+        ValueError: `kind` is not in `PARAMETERIZATIONS`.
     """
     if kind not in PARAMETERIZATIONS:
         raise ValueError(f"unknown parameterization {kind!r}; allowed: {', '.join(PARAMETERIZATIONS)}")
 
 
 def split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
-    """(prediction, variance fraction) of a network for images of so many channels; None where it learns no variance.
+    """Return (prediction, variance fraction) from a network's output for images of `channels` channels.
 
-    A network with twice the channels learns the variance: its second half, from -1 to 1 (nothing bounds it), is the
-    fraction from 0 to 1 (Improved DDPM, Nichol & Dhariwal 2021, sec. 3.1).
+    A network with twice as many output channels learns the variance: the second half, mapped from [-1, 1] to [0, 1] but
+    not clamped, is the variance fraction (Improved DDPM, Nichol & Dhariwal 2021, sec. 3.1). Otherwise it is None.
     """
     if output.shape[1] == 2 * channels:
         prediction, raw = output.split(channels, dim=1)
@@ -204,10 +205,10 @@ class NetworkDenoiser:
     """A trained network as a `Denoiser`.
 
     Attributes:
-        network: maps (x_t, table index t - 1 [B], cond) to an output of `kind`, [B, C, H, W], or [B, 2 C, H, W] where
-            the variance is learned.
-        schedule: the schedule it was trained on.
-        kind: what its output means.
+        network: maps (x_t, table index t - 1 [B], cond) to an output of `kind`, [B, C, H, W], or [B, 2 C, H, W] if it
+            learns the variance.
+        schedule: noise schedule that the network was trained with.
+        kind: parameterization of the network's output.
     """
 
     network: nn.Module
@@ -215,9 +216,9 @@ class NetworkDenoiser:
     kind: Parameterization = "eps"
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning | None = None) -> Prediction:
-        """One forward pass; see `Denoiser`."""
+        """Return the prediction of one forward pass; see `Denoiser`."""
         t = torch.as_tensor(t, dtype=torch.float64, device=x_t.device).expand(len(x_t))
-        # Between t = 0 and 1 the network sees what it saw at 1, the least noise that it was trained on.
+        # For t in [0, 1) the network gets its input for t = 1, the lowest noise level it was trained on.
         output = self.network(x_t, (t - 1).clamp(min=0).float(), cond).to(x_t.dtype)
         output, fraction = split_output(output, x_t.shape[1])
         return replace(from_output(output, x_t, t, self.schedule, self.kind), variance_fraction=fraction)

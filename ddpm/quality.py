@@ -1,7 +1,7 @@
-"""How close two sets of images are, from their features, and how sure of it we may be; all in float64.
+"""Scores of sets of images, computed from features in float64, and their confidence intervals.
 
-Frechet distance, KID and precision/recall compare features [N, D] of an evaluator network, the inception score looks at
-its class probabilities, and `bootstrap` puts an interval round any of them.
+Frechet distance, KID and precision/recall compare features [N, D] of an evaluator network. The inception score uses its
+class probabilities. `bootstrap` gives a confidence interval for any of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class FeatureMoments:
-    """Streaming count, mean and scatter of features, float64; moments of parts add up to those of the whole.
+    """The count, mean and scatter of features, float64; the sum of two is the moments of both sets together.
 
     Attributes:
         count: number of feature vectors.
@@ -30,14 +30,14 @@ class FeatureMoments:
 
     @classmethod
     def of(cls, features: Tensor) -> FeatureMoments:
-        """Moments of features [N, D], N >= 1."""
+        """Return the moments of features [N, D], N >= 1."""
         features = features.double()
         mean = features.mean(0)
         centred = features - mean
         return cls(len(features), mean, centred.T @ centred)
 
     def __add__(self, other: FeatureMoments) -> FeatureMoments:
-        """Moments of both sets together (Chan, Golub & LeVeque 1983)."""
+        """Return the moments of both sets together (Chan, Golub & LeVeque 1983)."""
         count = self.count + other.count
         shift = other.mean - self.mean
         scatter = self.scatter + other.scatter + torch.outer(shift, shift) * (self.count * other.count / count)
@@ -45,17 +45,18 @@ class FeatureMoments:
 
     @property
     def covariance(self) -> Tensor:
-        """Unbiased covariance [D, D]; needs count >= 2."""
+        """Return the unbiased covariance [D, D]; needs count >= 2."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 feature vectors, got {self.count}")
         return self.scatter / (self.count - 1)
 
 
 def frechet_distance(a: FeatureMoments, b: FeatureMoments) -> float:
-    """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^{1/2}) (Dowson & Landau 1982; FID of Heusel et al. 2017).
+    """Return |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^{1/2}) (Dowson & Landau 1982; FID: Heusel et al. 2017).
 
-    Biased upwards by few samples, so report the counts with it. The trace of the root is taken as the sum of the roots
-    of the eigenvalues of C_a^{1/2} C_b C_a^{1/2}, symmetric and therefore stable for rank-deficient covariances.
+    It is biased upwards for few samples, so report the counts with it. The trace of the root is computed as the sum of
+    the square roots of the eigenvalues of C_a^{1/2} C_b C_a^{1/2}, which is symmetric and therefore stable for
+    rank-deficient covariances.
     """
     cov_a, cov_b = a.covariance, b.covariance
     values, vectors = torch.linalg.eigh(cov_a)
@@ -66,9 +67,10 @@ def frechet_distance(a: FeatureMoments, b: FeatureMoments) -> float:
 
 
 def kid(a: Tensor, b: Tensor, *, chunk: int = 1024) -> float:
-    """Kernel inception distance (Binkowski et al. 2018, eq. 4): unbiased MMD^2 with k(x, y) = (x.y / D + 1)^3.
+    """Return the kernel inception distance, the unbiased MMD^2 with k(x, y) = (x.y / D + 1)^3.
 
-    Its expectation is 0 for equal distributions at every sample size, so it may come out below 0.
+    See Binkowski et al. 2018, eq. 4. For equal distributions its expectation is 0 at every sample size, so it may be
+    negative.
 
     Args:
         a: features [N, D], N >= 2.
@@ -76,7 +78,7 @@ def kid(a: Tensor, b: Tensor, *, chunk: int = 1024) -> float:
         chunk: rows of the kernel matrix at a time.
 
     Raises:
-        ValueError: features of unlike width, not finite, or too few of them.
+        ValueError: the features differ in width, are not finite, or are too few.
     """
     a, b = _feature_pair(a, b, least=2)
 
@@ -91,13 +93,13 @@ def kid(a: Tensor, b: Tensor, *, chunk: int = 1024) -> float:
 
 
 def inception_score(probabilities: Tensor) -> float:
-    """exp E_x KL(p(y | x) || p(y)), in [1, C] (Salimans et al. 2016, sec. 4), over all images at once, not over splits.
+    """Return exp E_x KL(p(y | x) || p(y)), in [1, C] (Salimans et al. 2016, sec. 4), over all images, without splits.
 
     Args:
         probabilities: p(y | x) [N, C] of N >= 2 images.
 
     Raises:
-        ValueError: fewer than 2 images, or rows that are not probabilities.
+        ValueError: there are fewer than 2 images, or a row is not a probability distribution.
     """
     if probabilities.dim() != 2 or len(probabilities) < 2:
         raise ValueError(f"probabilities must be [N, C] with N >= 2, got {tuple(probabilities.shape)}")
@@ -113,11 +115,11 @@ def inception_score(probabilities: Tensor) -> float:
 
 @dataclass(frozen=True)
 class PrecisionRecall:
-    """Both in [0, 1].
+    """Precision and recall of generated samples, in [0, 1].
 
     Attributes:
-        precision: share of fake samples that lie on the manifold of the real ones: their fidelity.
-        recall: share of real samples that lie on the manifold of the fake ones: their variety.
+        precision: share of fake samples that lie on the manifold of the real ones (fidelity).
+        recall: share of real samples that lie on the manifold of the fake ones (diversity).
     """
 
     precision: float
@@ -125,24 +127,24 @@ class PrecisionRecall:
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3, *, chunk: int = 1024) -> PrecisionRecall:
-    """Improved precision and recall (Kynkaanniemi et al. 2019, eq. 1-2).
+    """Return improved precision and recall (Kynkaanniemi et al. 2019, eq. 1-2).
 
-    The manifold of a set is the union of balls round its members, each reaching to the member's k-th nearest neighbour
-    in the set. Both numbers depend on the sizes of the sets: compare only at equal ones.
+    The manifold of a set is the union of balls around its members, each with the distance to the member's k-th nearest
+    neighbour in the set as radius. Both numbers depend on the sizes of the sets: compare them only for equal sizes.
 
     Args:
         real: features [N, D], N > k.
         fake: features [M, D], M > k.
-        k: which neighbour.
+        k: the radius is the distance to the k-th nearest neighbour.
         chunk: rows of the distance matrix at a time.
 
     Raises:
-        ValueError: k < 1, features of unlike width, not finite, or not more than k of them.
+        ValueError: k < 1, or the features differ in width, are not finite, or there are no more than k.
     """
     if k < 1:
         raise ValueError(f"k must be >= 1, got {k}")
     real, fake = _feature_pair(real, fake, least=k + 1)
-    centre = real.mean(0)  # far from the origin |x|^2 - 2 x.y + |y|^2, which cdist computes, cancels badly
+    centre = real.mean(0)  # cdist computes |x|^2 - 2 x.y + |y|^2, which cancels badly far from the origin
     real, fake = real - centre, fake - centre
     precision = _share_covered(fake, real, _radii(real, k, chunk), chunk)
     return PrecisionRecall(precision, _share_covered(real, fake, _radii(fake, k, chunk), chunk))
@@ -150,10 +152,10 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3, *, chunk: int = 102
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and how far to trust it.
+    """An estimate with its confidence interval.
 
     Attributes:
-        value: the statistic of the samples as they are.
+        value: the statistic of all samples.
         low: lower end of the confidence interval.
         high: upper end.
         n: size of each sample.
@@ -168,25 +170,25 @@ class Interval:
 def bootstrap(
     statistic: Callable[..., float], *samples: Tensor, draws: int, seed: int, level: float = 0.95
 ) -> Interval:
-    """Confidence interval from random halves of the samples, reflected: [2 v - q_high, 2 v - q_low].
+    """Return the reflected confidence interval [2 v - q_high, 2 v - q_low] from random halves of the samples.
 
-    v is the statistic of the whole and q are quantiles over `halves`. Where v is biased by b/n, as Frechet distances
-    are, the halves are off from v by just that: the reflected interval is about the value of infinitely many samples.
-    Hence v need not lie inside, and an end may pass a bound that the statistic has. Redrawing with replacement would
-    not do here: a copy makes a pair with its original, which `kid` must not count. Precision and recall change with
-    n, but not by b/n: hold the manifold fixed, as in `bootstrap(lambda part: precision_recall(real, part).precision,
-    fake, ...)`. What belongs together, such as the same noise under two samplers, goes into one sample, stacked along
-    the second axis.
+    v is the statistic of the whole samples and q are quantiles over `halves`. If v has a bias of b/n, as Frechet
+    distances have, the halves differ from v by the same b/n, so the reflected interval is around the value for
+    infinitely many samples. Therefore v may lie outside the interval, and the interval may exceed the range of the
+    statistic. Resampling with replacement would be wrong here: `kid` would count pairs of a member and its copy. The
+    bias of precision and recall is not of the form b/n: keep the manifold fixed, as in `bootstrap(lambda part:
+    precision_recall(real, part).precision, fake, ...)`. For paired data, such as images of two samplers from the same
+    noise, pass one sample with the pairs stacked along the second axis.
 
     Args:
         statistic: maps tensors like `samples` to a number.
         samples: [N_i, ...] each, at least 2 members, halved along the first axis.
-        draws: number of halves, at least 2 / (1 - level), so that the quantiles are not just the extremes.
-        seed: of the draws.
-        level: of confidence, in (0, 1).
+        draws: number of random halves, at least 2 / (1 - level), so that the quantiles are not just the extremes.
+        seed: seed of the draws.
+        level: confidence level, in (0, 1).
 
     Raises:
-        ValueError: no samples, fewer than 2 members, or `draws` or `level` out of range.
+        ValueError: there are no samples, a sample has fewer than 2 members, or `draws` or `level` is out of range.
     """
     if not 0 < level < 1:
         raise ValueError(f"level must be in (0, 1), got {level}")
@@ -202,14 +204,15 @@ def bootstrap(
 
 
 def halves(statistic: Callable[..., float], *samples: Tensor, draws: int, seed: int) -> Tensor:
-    """The statistic of random halves of the samples, drawn without replacement, every sample for itself; [draws].
+    """Return the statistic of random halves of the samples, each halved independently without replacement, [draws].
 
-    A half's deviation from the whole has the variance of the whole's from the truth, 1/(n/2) - 1/n = 1/n, so that their
-    standard deviation is the statistic's standard error (the delete-half jackknife: Shao & Wu 1989). The same seed
-    takes the same halves of samples of the same sizes: differences of what two of them give are paired.
+    The difference between a half and the whole has the same variance, 1/(n/2) - 1/n = 1/n, as the difference between
+    the whole and the truth, so the standard deviation of the halves is the standard error of the statistic (delete-half
+    jackknife, Shao & Wu 1989). The same seed selects the same halves of samples of the same sizes, so differences
+    between two results are paired.
 
     Raises:
-        ValueError: no samples, or fewer than 2 members.
+        ValueError: there are no samples, or a sample has fewer than 2 members.
     """
     _sizes(samples)
     generator = torch.Generator().manual_seed(seed)
@@ -222,7 +225,7 @@ def halves(statistic: Callable[..., float], *samples: Tensor, draws: int, seed: 
 
 
 def _sizes(samples: tuple[Tensor, ...]) -> tuple[int, ...]:
-    """How many each sample holds; enough to halve them."""
+    """Return the size of each sample, after checking that it can be halved."""
     sizes = tuple(len(sample) for sample in samples)
     if not sizes or min(sizes) < 2:
         raise ValueError(f"a bootstrap needs one sample or more, of at least 2 members each, got sizes {list(sizes)}")
@@ -230,7 +233,7 @@ def _sizes(samples: tuple[Tensor, ...]) -> tuple[int, ...]:
 
 
 def _feature_pair(a: Tensor, b: Tensor, least: int) -> tuple[Tensor, Tensor]:
-    """Both in float64, checked."""
+    """Return both in float64, after checking their shapes and values."""
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"features must be [N, D] and [M, D], got {tuple(a.shape)} and {tuple(b.shape)}")
     if min(len(a), len(b)) < least:
@@ -241,17 +244,17 @@ def _feature_pair(a: Tensor, b: Tensor, least: int) -> tuple[Tensor, Tensor]:
 
 
 def _radii(x: Tensor, k: int, chunk: int) -> Tensor:
-    """Distance of each member to its k-th nearest other member, [N]."""
+    """Return the distance of each member to its k-th nearest other member, [N]."""
     parts = []
     for start in range(0, len(x), chunk):
         distances = torch.cdist(x[start : start + chunk], x)
         rows = torch.arange(len(distances), device=x.device)
-        distances[rows, start + rows] = math.inf  # itself
+        distances[rows, start + rows] = math.inf  # the distance of a member to itself
         parts.append(distances.kthvalue(k, dim=1).values)
     return torch.cat(parts)
 
 
 def _share_covered(points: Tensor, centres: Tensor, radii: Tensor, chunk: int) -> float:
-    """Share of `points` within the radius of any of `centres`."""
+    """Return the share of `points` within the radius of any of `centres`."""
     covered = [(torch.cdist(rows, centres) <= radii).any(1) for rows in points.split(chunk)]
     return torch.cat(covered).double().mean().item()

@@ -1,4 +1,4 @@
-"""The choices of one kind by name: what this package brings, and what other packages add by an entry point."""
+"""Registries of choices by name: those of this package, and those that other packages add by entry points."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Registry(Mapping[str, T], Generic[T]):
     Another package adds a choice by an entry point in the registry's group, for example in its pyproject.toml
         [project.entry-points."ddpm.samplers"]
         mine = "my_package:MySampler"
-    Entry points are read once, when the registry is first looked into.
+    Entry points are read once, at the first access.
 
     Args:
-        kind: what the choices are, in the singular, for messages: "sampler".
-        group: the entry-point group by which other packages add choices: "ddpm.samplers".
-        choices: those of this package.
+        kind: name of one choice in messages, such as "sampler".
+        group: entry-point group for the choices of other packages, such as "ddpm.samplers".
+        choices: the choices of this package.
     """
 
     def __init__(self, kind: str, group: str, choices: Mapping[str, T]) -> None:
@@ -30,10 +30,10 @@ class Registry(Mapping[str, T], Generic[T]):
         self._all: dict[str, T] | None = None
 
     def __getitem__(self, name: str) -> T:
-        """The choice of a name.
+        """Return the choice with this name.
 
         Raises:
-            KeyError: there is none; says which there are.
+            KeyError: the name is unknown; the message lists the known ones.
         """
         try:
             return self._choices()[name]
@@ -47,27 +47,27 @@ class Registry(Mapping[str, T], Generic[T]):
         return len(self._choices())
 
     def find(self, name: str) -> T:
-        """The choice of a name that a user gave.
+        """Return the choice with a name given by a user.
 
         Raises:
-            ValueError: there is none; says which there are.
+            ValueError: the name is unknown; the message lists the known ones.
         """
         if name not in self._choices():
             raise ValueError(self.unknown(name))
         return self._choices()[name]
 
     def unknown(self, name: str) -> str:
-        """The message for a name that is not here."""
+        """Return the error message for an unknown name."""
         close = difflib.get_close_matches(name, list(self), n=1, cutoff=0.5)
         return f"unknown {self.kind} {name!r}; allowed: {', '.join(self)}." + (
             f" Did you mean '{close[0]}'?" if close else ""
         )
 
     def name_of(self, choice: object) -> str:
-        """The name of a choice, given itself or an instance of it.
+        """Return the name of a choice, given the choice or an instance of it.
 
         Raises:
-            ValueError: it is not registered.
+            ValueError: the choice is not registered.
         """
         cls = choice if isinstance(choice, type) else type(choice)
         for name, there in self._choices().items():

@@ -2,8 +2,8 @@
 
 A schedule is a table over the timesteps t = 0, 1, ..., T with alpha_bar(0) = 1, so that
 q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)  (DDPM, Ho et al. 2020, eq. 4).
-Between the table's points the *angle* atan2(sigma, alpha) of Salimans & Ho (2022, app. D) is interpolated: it is
-finite at both ends, monotone, and keeps alpha^2 + sigma^2 = 1 exactly, zero terminal SNR included.
+Between table points the *angle* atan2(sigma, alpha) of Salimans & Ho (2022, app. D) is interpolated. It is monotone,
+finite at both ends even with zero terminal SNR, and keeps alpha^2 + sigma^2 = 1 exactly.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ddpm.registry import Registry
 from ddpm.settings import Settings, setting
 
 MAX_BETA = 0.999
-"""Cap on the betas of schedules that end in pure noise (Nichol & Dhariwal 2021, sec. 3.2)."""
+"""Upper bound on the betas of schedules that end in pure noise (Nichol & Dhariwal 2021, sec. 3.2)."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class NoiseSchedule:
 
     Attributes:
         alphas_cumprod: alpha_bar for t = 0..T, float64 [T + 1], starts at 1, strictly decreasing, >= 0.
-        closed_form: alpha_bar at real t in [0, T], where the family has one; else the table is interpolated.
+        closed_form: alpha_bar as a function of real t in [0, T]; None interpolates the table.
     """
 
     alphas_cumprod: Tensor
@@ -49,19 +49,19 @@ class NoiseSchedule:
 
     @property
     def num_steps(self) -> int:
-        """T, the number of noising steps."""
+        """The number of noising steps, T."""
         return len(self.alphas_cumprod) - 1
 
     @property
     def betas(self) -> Tensor:
-        """beta_t = 1 - alpha_bar_t / alpha_bar_{t-1} for t = 1..T, float64 [T]."""
+        """The betas 1 - alpha_bar_t / alpha_bar_{t-1} for t = 1..T, float64 [T]."""
         return 1 - self.alphas_cumprod[1:] / self.alphas_cumprod[:-1]
 
     def alpha_bar(self, t: Tensor | float) -> Tensor:
-        """alpha_bar at real t in [0, T], float64, of t's shape. Table points are met exactly.
+        """Return alpha_bar at real t in [0, T], float64, of t's shape; exact at table points.
 
         Raises:
-            ValueError: t outside [0, T].
+            ValueError: t is outside [0, T].
         """
         t = torch.as_tensor(t, dtype=torch.float64)
         if bool((t < 0).any()) or bool((t > self.num_steps).any()):
@@ -76,33 +76,33 @@ class NoiseSchedule:
         return torch.where(on_grid, at_table, between)
 
     def alpha(self, t: Tensor | float) -> Tensor:
-        """Signal level sqrt(alpha_bar_t), float64."""
+        """Return the signal level sqrt(alpha_bar_t), float64."""
         return self.alpha_bar(t).sqrt()
 
     def sigma(self, t: Tensor | float) -> Tensor:
-        """Noise level sqrt(1 - alpha_bar_t), float64."""
+        """Return the noise level sqrt(1 - alpha_bar_t), float64."""
         return (1 - self.alpha_bar(t)).sqrt()
 
     def snr(self, t: Tensor | float) -> Tensor:
-        """Signal-to-noise ratio alpha_bar / (1 - alpha_bar), float64; infinite at t = 0."""
+        """Return the signal-to-noise ratio alpha_bar / (1 - alpha_bar), float64; infinite at t = 0."""
         alpha_bar = self.alpha_bar(t)
         return alpha_bar / (1 - alpha_bar)
 
     def log_snr(self, t: Tensor | float) -> Tensor:
-        """log-SNR, the lambda of Kingma et al. (2021) up to sign convention: falls from +inf at t = 0."""
+        """Return the log-SNR, lambda of Kingma et al. (2021) up to its sign; it decreases from +inf at t = 0."""
         alpha_bar = self.alpha_bar(t)
         return alpha_bar.log() - torch.log1p(-alpha_bar)
 
     def angle(self, t: Tensor | float) -> Tensor:
-        """atan2(sigma, alpha), float64: rises from 0 at t = 0 to at most pi / 2 (Salimans & Ho 2022, app. D)."""
+        """Return atan2(sigma, alpha), float64, from 0 at t = 0 to at most pi / 2 (Salimans & Ho 2022, app. D)."""
         alpha_bar = self.alpha_bar(t)
         return torch.atan2((1 - alpha_bar).sqrt(), alpha_bar.sqrt())
 
     def timestep(self, angle: Tensor | float) -> Tensor:
-        """The real t in [0, T] at which the schedule has this angle, float64: the inverse of `angle`, by search.
+        """Return the real t in [0, T] with this angle, float64: the inverse of `angle`, found by search.
 
         Raises:
-            ValueError: an angle that the schedule does not reach.
+            ValueError: the schedule does not reach the angle.
         """
         angle = torch.as_tensor(angle, dtype=torch.float64)
         table = self.angle(torch.arange(self.num_steps + 1)).to(angle.device)
@@ -110,8 +110,8 @@ class NoiseSchedule:
             raise ValueError(f"angles must be in [0, {table[-1].item():.6g}] for this schedule, got {angle.tolist()}")
         lower = (torch.searchsorted(table, angle.contiguous()).double() - 1).clamp(min=0)
         width, parts = 1.0, torch.arange(65, dtype=torch.float64, device=angle.device) / 64
-        # 64 parts at once instead of halves: a call costs the same for 64 points as for one. 64^8 = 2^48, which is
-        # float64's resolution at T = 1000.
+        # Search in 64 parts instead of halves: a call costs the same for 64 points as for one. 64^8 = 2^48 is the
+        # resolution of float64 at T = 1000.
         for _ in range(8):
             points = (lower.unsqueeze(-1) + width * parts).clamp(max=self.num_steps)
             below = (self.angle(points) < angle.unsqueeze(-1)).sum(-1) - 1
@@ -119,43 +119,44 @@ class NoiseSchedule:
         return torch.where(angle == 0, 0.0, (lower + width).clamp(max=self.num_steps))
 
     def timesteps(self, steps: int) -> list[int]:
-        """`steps` + 1 integer timesteps from T down to 0, as evenly spaced as integers allow.
+        """Return `steps` + 1 integer timesteps from T down to 0, as evenly spaced as integers allow.
 
         Raises:
-            ValueError: `steps` outside 1..T.
+            ValueError: `steps` is outside 1..T.
         """
         self.check_steps(steps)
         return [round(i * self.num_steps / steps) for i in range(steps, -1, -1)]
 
     def check_steps(self, steps: int) -> None:
-        """Refuse a number of steps that the table cannot give.
+        """Raise unless the schedule has at least this number of steps.
 
         Raises:
-            ValueError: `steps` outside 1..T.
+            ValueError: `steps` is outside 1..T.
         """
         if not 1 <= steps <= self.num_steps:
             raise ValueError(f"steps must be in 1..{self.num_steps} for this schedule, got {steps}")
 
     def pairs(self, steps: int) -> Iterator[tuple[int, int]]:
-        """(t, s) with s < t, from (T, .) down to (., 0): one pair per network evaluation."""
+        """Return pairs (t, s) of successive timesteps from T down to 0, s < t: one per network evaluation."""
         grid = self.timesteps(steps)
         return itertools.pairwise(grid)
 
     def respace(self, steps: int) -> NoiseSchedule:
-        """The schedule of `steps` steps with this one's marginals at `timesteps(steps)` (Improved DDPM, sec. 4)."""
+        """Return a schedule of `steps` steps, with the marginals of `timesteps(steps)` (Improved DDPM, sec. 4)."""
         return NoiseSchedule(self.alphas_cumprod[torch.tensor(self.timesteps(steps)[::-1])])
 
     def zero_terminal_snr(self) -> NoiseSchedule:
-        """Rescaled so that alpha_bar_T = 0 and sqrt(alpha_bar_1) is kept (Lin et al. 2024, algorithm 1)."""
+        """Return the schedule rescaled to alpha_bar_T = 0 with the same alpha_bar_1 (Lin et al. 2024, algorithm 1)."""
         root = self.alphas_cumprod[1:].sqrt()
         first, last = root[0], root[-1]
         rescaled = ((root - last) * first / (first - last)).square()
         return NoiseSchedule(torch.cat([torch.ones(1, dtype=torch.float64), rescaled]))
 
     def shifted(self, log_snr_shift: float) -> NoiseSchedule:
-        """The schedule with its log-SNR moved by a constant at every t (Hoogeboom et al. 2023, eq. 4).
+        """Return the schedule with its log-SNR shifted by a constant at every t (Hoogeboom et al. 2023, eq. 4).
 
-        Below 0 there is more noise at every step: what larger images need, where neighbouring pixels say the same.
+        A shift below 0 adds noise at every step, which larger images need because their neighbouring pixels are
+        similar.
         """
         factor = math.exp(log_snr_shift)
 
@@ -167,7 +168,7 @@ class NoiseSchedule:
 
 
 def from_betas(betas: Tensor | Sequence[float]) -> NoiseSchedule:
-    """A schedule from betas for t = 1..T, each in (0, 1] (1 only at t = T)."""
+    """Return the schedule with these betas for t = 1..T, each in (0, 1] (1 only at t = T)."""
     betas = torch.as_tensor(betas, dtype=torch.float64)
     if betas.dim() != 1 or len(betas) == 0 or bool((betas <= 0).any()) or bool((betas > 1).any()):
         raise ValueError("betas must be a non-empty vector with every value in (0, 1]")
@@ -175,7 +176,7 @@ def from_betas(betas: Tensor | Sequence[float]) -> NoiseSchedule:
 
 
 def from_log_snr(log_snr: Callable[[Tensor], Tensor], num_steps: int) -> NoiseSchedule:
-    """A schedule from a decreasing log-SNR of u = t / T in (0, 1], evaluated in float64."""
+    """Return the schedule with a decreasing log-SNR of u = t / T in (0, 1], evaluated in float64."""
 
     def closed_form(t: Tensor) -> Tensor:
         u = t.double() / num_steps
@@ -185,19 +186,19 @@ def from_log_snr(log_snr: Callable[[Tensor], Tensor], num_steps: int) -> NoiseSc
 
 
 class ScheduleKind(Protocol):
-    """Settings of a family of noise schedules."""
+    """The settings of a family of noise schedules."""
 
     def make(self, num_steps: int) -> NoiseSchedule:
         """Return the schedule of `num_steps` steps.
 
         Raises:
-            ValueError: settings that do not go with that number of steps.
+            ValueError: the settings are not valid for that number of steps.
         """
 
 
 @dataclass(frozen=True)
 class Linear(Settings):
-    """Linear betas (DDPM, sec. 4), scaled by 1000 / T so that the end is as noisy at every T (Improved DDPM's code)."""
+    """Linear betas (DDPM, sec. 4), scaled by 1000 / T so that x_T is as noisy for every T (Improved DDPM's code)."""
 
     beta_start: float = setting(1e-4, "beta at t = 1, for 1,000 steps", gt=0)
     beta_end: float = setting(0.02, "beta at t = T, for 1,000 steps", gt=0)
@@ -241,8 +242,8 @@ class Cosine(Settings):
 class Sigmoid(Settings):
     """Sigmoid alpha_bar (Jabri et al. 2022, sec. 2.3; Chen 2023, algorithm 1), betas capped at 0.999."""
 
-    start: float = setting(-3.0, "where on the sigmoid t = 0 lies")
-    end: float = setting(3.0, "where on the sigmoid t = T lies")
+    start: float = setting(-3.0, "argument of the sigmoid at t = 0")
+    end: float = setting(3.0, "argument of the sigmoid at t = T")
     tau: float = setting(1.0, "temperature: the larger, the more even the steps", gt=0)
 
     def __post_init__(self) -> None:
@@ -266,7 +267,7 @@ class EDM(Settings):
 
     sigma_min: float = setting(0.002, "sigma / alpha in the limit of small t, the least noise", gt=0)
     sigma_max: float = setting(80.0, "sigma / alpha at t = T, the most noise", gt=0)
-    rho: float = setting(7.0, "the larger, the more of the steps lie at little noise", gt=0)
+    rho: float = setting(7.0, "the larger, the more steps are at low noise", gt=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -293,19 +294,19 @@ def make_schedule(
     betas: Sequence[float] | None = None,
     **settings: Any,
 ) -> NoiseSchedule:
-    """The schedule of a family by name, as configuration files and stored models spell it.
+    """Return a schedule by the name of its family, as used in configuration files and stored models.
 
     Args:
-        kind: of `SCHEDULES`; or "betas", for a schedule that is given by its `betas`.
-        num_steps: T; with "betas" their number.
-        zero_terminal_snr: whether it ends in pure noise; see `NoiseSchedule.zero_terminal_snr`.
-        log_snr_shift: see `NoiseSchedule.shifted`.
-        betas: for t = 1..T, with kind "betas" only.
-        settings: of the family.
+        kind: a name in `SCHEDULES`; or "betas", for a schedule given by its `betas`.
+        num_steps: T; for "betas" their number.
+        zero_terminal_snr: whether to rescale it to end in pure noise; see `NoiseSchedule.zero_terminal_snr`.
+        log_snr_shift: constant added to the log-SNR; see `NoiseSchedule.shifted`.
+        betas: betas for t = 1..T, for kind "betas" only.
+        settings: settings of the family.
 
     Raises:
-        ValueError: unknown `kind`, or settings out of range.
-        TypeError: a setting that the family does not have.
+        ValueError: `kind` is unknown, or a setting is out of range.
+        TypeError: the family does not have a setting.
     """
     if (kind == "betas") != (betas is not None):
         raise ValueError(f"betas are given with the schedule 'betas' and no other, got kind={kind!r}")
@@ -320,7 +321,7 @@ def _sigmoid(x: float) -> float:
 
 
 def _interpolate(table: Tensor, t: Tensor) -> Tensor:
-    """alpha_bar between table points: monotone cubic (PCHIP, Fritsch & Butland 1984) through the angles."""
+    """Return alpha_bar between table points, by PCHIP interpolation of the angles (Fritsch & Butland 1984)."""
     angle = torch.atan2((1 - table).sqrt(), table.sqrt())
     slope = angle.diff()
     left, right = slope[:-1], slope[1:]

@@ -1,6 +1,6 @@
-"""Settings of an algorithm as a frozen dataclass, in which each field's default, range and meaning stand once.
+"""Settings of an algorithm as a frozen dataclass that defines the default, range and meaning of each field.
 
-Configuration files, the command line and the documentation read them from here:
+Configuration files, the command line and the documentation use these definitions:
 
     @dataclass(frozen=True)
     class DDIM(Settings):
@@ -37,13 +37,13 @@ def setting(
     le: float | None = None,
     reference: bool = False,
 ) -> T:
-    """A field of `Settings`.
+    """Return a dataclass field for `Settings`.
 
     Args:
-        default: its value where nothing is said.
-        meaning: one line for people: what it is, and its unit.
-        gt, ge, lt, le: bounds on the value, or on each element of a tuple; None (no value) is never out of range.
-        reference: whether it names another network (a MODEL), which whoever runs the algorithm has to find.
+        default: default value.
+        meaning: description for users in one line, with the unit.
+        gt, ge, lt, le: bounds on the value, or on each element of a tuple; a value of None is always allowed.
+        reference: whether the value is a MODEL reference to another network, which the caller has to load.
     """
     bounds = {name: bound for name, bound in (("gt", gt), ("ge", ge), ("lt", lt), ("le", le)) if bound is not None}
     metadata = {_MEANING: meaning, _BOUNDS: bounds, _REFERENCE: reference}
@@ -52,15 +52,15 @@ def setting(
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of one field.
+    """The definition of one settings field.
 
     Attributes:
-        name: of the field.
-        type: of its values, resolved.
-        default: its value where nothing is said.
-        meaning: one line for people.
-        bounds: "gt", "ge", "lt", "le" -> bound.
-        reference: whether it names another network.
+        name: name of the field.
+        type: resolved type of its values.
+        default: default value.
+        meaning: description for users in one line.
+        bounds: "gt", "ge", "lt" or "le" -> bound.
+        reference: whether the value is a MODEL reference to another network.
     """
 
     name: str
@@ -78,10 +78,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Settings:
-    """Base of frozen dataclasses whose fields are made by `setting`; values out of range are refused when one is made.
+    """Base of frozen dataclasses whose fields are made by `setting`; values are checked at construction.
 
     Raises:
-        ValueError: a value out of its range, with the field's name and what is allowed.
+        ValueError: a value is out of range; the message has the field's name and the allowed values.
     """
 
     def __post_init__(self) -> None:
@@ -93,12 +93,12 @@ class Settings:
                 object.__setattr__(self, field.name, exact)
 
     def replaced(self, **values: Any) -> Self:
-        """The same settings with some fields changed."""
+        """Return the settings with some fields changed."""
         return dataclasses.replace(self, **values)
 
 
 def settings_of(cls: Any) -> tuple[Setting, ...]:
-    """The fields of a settings class that were made by `setting`, in order."""
+    """Return the fields of a settings class that were made by `setting`, in order."""
     return _settings_of(cls)
 
 
@@ -124,7 +124,7 @@ def _check(field: Setting, value: Any) -> None:
 
 
 def _range(bounds: Mapping[str, float]) -> str:
-    """Bounds in words: ">= 1", or "in [0, 1)" where there are two."""
+    """Return bounds as text, such as ">= 1", or "in [0, 1)" for two bounds."""
     if len(bounds) == 2:
         low, high = (bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt")))
         return f"in {'[' if 'ge' in bounds else '('}{low:g}, {high:g}{']' if 'le' in bounds else ')'}"
@@ -133,6 +133,6 @@ def _range(bounds: Mapping[str, float]) -> str:
 
 
 def _allowed(annotation: Any) -> Iterator[Any]:
-    """The values of a Literal type; nothing for any other."""
+    """Yield the values of a Literal type; nothing for other types."""
     if typing.get_origin(annotation) is typing.Literal:
         yield from typing.get_args(annotation)

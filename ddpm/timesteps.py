@@ -1,4 +1,4 @@
-"""Which timesteps a training draws: a function of (seed, ordinal) and, for a sampler that learns, of past losses."""
+"""Samplers of training timesteps: functions of (seed, ordinal) and, for importance sampling, of past losses."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ddpm.settings import Settings, setting
 
 
 class TimestepSampler(Protocol):
-    """Draws the timestep of each sample from the sample's ordinal; the same on every rank.
+    """A sampler that draws each sample's timestep as a function of its ordinal, the same on every rank.
 
     Attributes:
-        learns: whether it adapts to the losses, so that a step must pass the loss of every sample to `update`.
+        learns: whether it adapts to the losses; if so, every step must pass the loss of every sample to `update`.
     """
 
     learns: ClassVar[bool]
@@ -26,31 +26,31 @@ class TimestepSampler(Protocol):
     def sample(self, ordinals: Tensor) -> tuple[Tensor, Tensor]:
         """Return (t in 1..T, int64 [B]; the weight of each sample's loss, float64 [B]) for ordinals int64 [B].
 
-        With the weights E[weight L_t] is the mean of L_t over uniform t.
+        The weights make it unbiased: E[weight L_t] is the mean of L_t over uniform t.
         """
 
     def update(self, ordinals: Tensor, losses: Tensor) -> None:
-        """Learn from the unweighted losses [N] of a whole global batch, whose ordinals [N] are in ascending order."""
+        """Adapt to the unweighted losses [N] of a global batch, with ordinals [N] in ascending order."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The live tensors of what was learned, by name; none where nothing is."""
+        """Return the tensors of the state by name, without copying; empty if the sampler does not learn."""
 
 
 class Timesteps(Protocol):
-    """Settings of a timestep sampler."""
+    """The settings of a timestep sampler."""
 
     def make(self, num_steps: int, batch_size: int, seed: int) -> TimestepSampler:
-        """Return the sampler of a run.
+        """Return the timestep sampler of a run.
 
         Args:
             num_steps: T of the schedule.
-            batch_size: of the global batch; batch i holds the ordinals from i batch_size on.
-            seed: of the run.
+            batch_size: global batch size; batch i has the ordinals from i batch_size to (i + 1) batch_size - 1.
+            seed: seed of the run.
         """
 
 
 class _Fixed:
-    """A sampler that learns nothing."""
+    """Base of samplers that do not learn from losses."""
 
     learns: ClassVar[bool] = False
 
@@ -58,7 +58,7 @@ class _Fixed:
         """Do nothing."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return nothing: there is no history."""
+        """Return an empty state."""
         return {}
 
 
@@ -83,13 +83,12 @@ class _Uniform(_Fixed):
 
 @dataclass(frozen=True)
 class StratifiedTimesteps(Settings):
-    """t uniform in 1..T for each sample, spread evenly over every global batch: stratified sampling.
+    """t uniform in 1..T for each sample, stratified over every global batch.
 
-    The axis is cut into `batch_size` equal strata and each sample of a batch falls into one of its own, at a place of
-    its own within it. (The low-variance sampler of Kingma et al. 2021, app. I.1, shares one offset over the batch,
-    u_0 + i / k: its samples are evenly spaced, ours are jittered.) Which stratum is a random permutation per batch, so
-    that no place of the batch always gets the same noise: a function of (seed, ordinal), whoever computes which part of
-    the batch.
+    The range is divided into `batch_size` equal strata. Each sample of a batch has its own stratum, by a random
+    permutation per batch, and a random place within it. (The low-variance sampler of Kingma et al. 2021, app. I.1, uses
+    one offset for the batch, u_0 + i / k: its samples are evenly spaced, these are jittered.) The result is a function
+    of (seed, ordinal), independent of how the batch is split over ranks.
     """
 
     def make(self, num_steps: int, batch_size: int, seed: int) -> TimestepSampler:
@@ -111,11 +110,11 @@ class _Stratified(_Fixed):
 
 
 def permuted_places(seed: int, ordinals: Tensor, batch_size: int) -> Tensor:
-    """Each sample's place in a random permutation of its global batch, int64 [B] in 0..batch_size - 1.
+    """Return each sample's place in a random permutation of its global batch, int64 [B] in 0..batch_size - 1.
 
     Args:
-        ordinals: int64 [B], any part of one or more global batches.
-        batch_size: of the global batch; batch i holds the ordinals from i batch_size on.
+        ordinals: ordinals of any part of one or more global batches, int64 [B].
+        batch_size: global batch size; batch i has the ordinals from i batch_size to (i + 1) batch_size - 1.
     """
     batches, which = torch.unique(ordinals // batch_size, return_inverse=True)
     members = batches[:, None] * batch_size + torch.arange(batch_size, device=ordinals.device)
@@ -127,8 +126,8 @@ def permuted_places(seed: int, ordinals: Tensor, batch_size: int) -> Tensor:
 class LowDiscrepancyTimesteps(Settings):
     """t uniform in 1..T for each sample, evenly spaced over every global batch (Kingma et al. 2021, app. I.1).
 
-    The k samples of a batch share one offset u_0 and have u_0 + i / k modulo 1, i being each one's place in a random
-    permutation of the batch; `StratifiedTimesteps` jitters each within its stratum instead.
+    The k samples of a batch share one offset u_0 and have u_0 + i / k modulo 1, where i is the sample's place in a
+    random permutation of the batch. `StratifiedTimesteps` instead draws a random place within each stratum.
     """
 
     def make(self, num_steps: int, batch_size: int, seed: int) -> TimestepSampler:
@@ -144,7 +143,7 @@ class _LowDiscrepancy(_Fixed):
 
     def sample(self, ordinals: Tensor) -> tuple[Tensor, Tensor]:
         places = permuted_places(self.seed, ordinals, self.batch_size)
-        first = ordinals // self.batch_size * self.batch_size  # the batch's own offset is that of its first sample
+        first = ordinals // self.batch_size * self.batch_size  # the offset is drawn with the batch's first ordinal
         u = (uniform(self.seed, first, Purpose.TIMESTEP)[:, 0] + places / self.batch_size) % 1
         t = (u * self.num_steps).long().clamp(max=self.num_steps - 1) + 1
         return t, torch.ones_like(t, dtype=torch.float64)
@@ -154,11 +153,11 @@ class _LowDiscrepancy(_Fixed):
 class ImportanceTimesteps(Settings):
     """t with probability proportional to sqrt(E[L_t^2]) over the last losses (Improved DDPM, sec. 3.3, eq. 18).
 
-    Until every timestep has `history` losses t is uniform.
+    t is uniform until every timestep has `history` losses.
     """
 
-    history: int = setting(10, "losses of each timestep that are remembered", ge=1)
-    uniform_fraction: float = setting(1e-3, "probability that is shared out evenly over all timesteps", ge=0, lt=1)
+    history: int = setting(10, "number of last losses kept for each timestep", ge=1)
+    uniform_fraction: float = setting(1e-3, "share of the probability that is uniform over all timesteps", ge=0, lt=1)
 
     def make(self, num_steps: int, batch_size: int, seed: int) -> ImportanceSampler:
         """See `Timesteps`."""
@@ -168,12 +167,12 @@ class ImportanceTimesteps(Settings):
 class ImportanceSampler:
     """The sampler of `ImportanceTimesteps`.
 
-    Its state is a function of the losses in the order in which they are given: give all workers the same, in ordinal
-    order, and their samplers stay the same.
+    Its state depends on the losses and their order. Pass the same losses, in ordinal order, on every rank, so that the
+    samplers of all ranks stay equal.
 
     Attributes:
         losses: the last losses of each timestep, float64 [T, history].
-        counts: how many of them there are, int64 [T].
+        counts: number of losses of each timestep, int64 [T].
     """
 
     learns: ClassVar[bool] = True
@@ -184,7 +183,7 @@ class ImportanceSampler:
         self.counts = torch.zeros(num_steps, dtype=torch.long)
 
     def probabilities(self) -> Tensor:
-        """p_t for t = 1..T, float64 [T]."""
+        """Return p_t for t = 1..T, float64 [T]."""
         num_steps, history = self.losses.shape
         if bool((self.counts < history).any()):
             return torch.full((num_steps,), 1 / num_steps, dtype=torch.float64)
@@ -201,12 +200,12 @@ class ImportanceSampler:
 
     def update(self, ordinals: Tensor, losses: Tensor) -> None:
         """See `TimestepSampler`."""
-        # On the device where they were drawn: another one's cumulative sums may round another way.
+        # Use the device where t was drawn, because cumulative sums may round differently on another device.
         t, _ = self.sample(ordinals)
         self.record(t, losses)
 
     def record(self, t: Tensor, losses: Tensor) -> None:
-        """Append losses [N] at timesteps t [N], oldest sample first; each pushes out the oldest of its timestep."""
+        """Append losses [N] at timesteps t [N], oldest sample first; each replaces the oldest loss of its timestep."""
         history = self.losses.shape[1]
         for step, loss in zip(t.tolist(), losses.double().tolist(), strict=True):
             row = self.losses[step - 1]
@@ -215,14 +214,14 @@ class ImportanceSampler:
             self.counts[step - 1] = min(int(self.counts[step - 1]) + 1, history)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The history, live: to be read, or overwritten in place."""
+        """Return the history without copying, so that it can be overwritten in place."""
         return {"losses": self.losses, "counts": self.counts}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take a history back.
+        """Load a history.
 
         Raises:
-            ValueError: of another number of timesteps or losses.
+            ValueError: the history has another number of timesteps or losses.
         """
         if state["losses"].shape != self.losses.shape:
             raise ValueError(

@@ -1,8 +1,9 @@
-"""Checkpoint files: written whole or not at all, found again after any kill, published and scored.
+"""Checkpoint files: saving, loading, listing, publishing and recording scores.
 
-A checkpoint is a folder: `model.json`, `model.safetensors` (the average that samples, which makes it a model folder),
-`power_ema.safetensors` (averages for post-hoc reconstruction, where the run tracks them), `training.safetensors` (raw
-weights, optimizer, timestep history) and `state.json`, written last, which has the others' sizes and digests.
+A checkpoint is a folder with `model.json` and `model.safetensors` (the averaged weights used for sampling, so that it
+is a model folder), `power_ema.safetensors` (averages for post-hoc reconstruction, if the run tracks them),
+`training.safetensors` (raw weights, optimizer state, timestep history) and `state.json`, which has the sizes and
+digests of the other files and is written last, so that a folder with it is complete.
 """
 
 from __future__ import annotations
@@ -35,25 +36,25 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT_VERSION = 2
 PUBLISHED = "checkpoints"
-_EMA, _POWER = "ema.", "power."  # how tensors are named that have a file of their own
+_EMA, _POWER = "ema.", "power."  # prefixes of the tensors that are stored in separate files
 
 
 class ModelError(PipelineError):
-    """A MODEL reference that names nothing, or a checkpoint that is damaged or of another run."""
+    """The error for a MODEL reference that does not exist, or a checkpoint that is damaged or of another run."""
 
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """`state.json`.
+    """The content of `state.json`.
 
     Attributes:
-        images_seen: the cursor of the stream.
+        images_seen: position in the data stream, the ordinal of the next batch's first sample.
         identity: `Config.identity()` of the run.
-        stream_digest: of the data it was trained on, what was left out of it included.
-        optimizer_steps: updates made so far.
-        skipped: updates left out so far, because a loss or gradient was not finite.
-        files: SHA-256 of the other files.
-        sizes: their bytes.
+        stream_digest: digest of the training data, including which samples are quarantined.
+        optimizer_steps: number of updates so far.
+        skipped: number of updates skipped so far because a loss or gradient was not finite.
+        files: file name -> SHA-256, for the other files.
+        sizes: file name -> size in bytes.
     """
 
     images_seen: int
@@ -65,15 +66,15 @@ class CheckpointState:
     sizes: dict[str, int]
 
     def to_json(self) -> str:
-        """`state.json`."""
+        """Return the text of `state.json`."""
         return json.dumps({"checkpoint_version": CHECKPOINT_VERSION, **asdict(self)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> CheckpointState:
-        """Read `state.json`.
+        """Return the state in the text of a `state.json`.
 
         Raises:
-            ModelError: damaged, or of another version.
+            ModelError: the text is damaged or of another version.
         """
         try:
             plain = json.loads(text)
@@ -87,12 +88,12 @@ class CheckpointState:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint folder is written from.
+    """The content of a checkpoint before it is written.
 
     Attributes:
-        spec: of the model that the averaged weights make.
-        tensors: by name: "ema.NAME" the average that samples, "power.I.NAME" those for reconstruction, the rest what
-            only a training needs.
+        spec: description of the model with the averaged weights.
+        tensors: by name: "ema.NAME" for the averaged weights used for sampling, "power.I.NAME" for the averages for
+            post-hoc reconstruction; all others are needed only for training.
     """
 
     spec: ModelSpec
@@ -105,10 +106,10 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Published:
-    """A checkpoint that stays, as MLflow records it.
+    """A checkpoint that is kept permanently, as recorded in MLflow.
 
     Attributes:
-        scores: what an evaluation found, by name; recorded afterwards.
+        scores: name -> value of evaluation scores, recorded after publishing.
     """
 
     uri: str
@@ -117,12 +118,12 @@ class Published:
     scores: dict[str, float] = field(default_factory=dict)
 
     def record(self) -> tuple[str, str]:
-        """(text, name) of the artifact that tells a run of it."""
+        """Return (text, name) of the artifact that records it in the MLflow run."""
         return tracking.to_json(asdict(self)), f"{PUBLISHED}/{self.images_seen:012d}.json"
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> CheckpointState:
-    """Write a checkpoint folder; `state.json` last, so that a folder with it is complete."""
+    """Write a checkpoint folder and return its state; `state.json` is written last, so a folder with it is complete."""
     averaged, power, rest = {}, {}, {}
     for name, tensor in checkpoint.tensors.items():
         if name.startswith(_EMA):
@@ -150,10 +151,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> CheckpointState:
 
 
 def load_checkpoint(folder: Path) -> tuple[CheckpointState, dict[str, Tensor]]:
-    """(state, tensors by their names in `Checkpoint`) of a checkpoint folder.
+    """Return (state, tensors by their names in `Checkpoint`) of a checkpoint folder.
 
     Raises:
-        ModelError: incomplete, damaged or of another version.
+        ModelError: the checkpoint is incomplete, damaged or of another version.
     """
     state = verify_checkpoint(folder)
     tensors = load_file(folder / "training.safetensors")
@@ -164,10 +165,10 @@ def load_checkpoint(folder: Path) -> tuple[CheckpointState, dict[str, Tensor]]:
 
 
 def verify_checkpoint(folder: Path) -> CheckpointState:
-    """The state of a checkpoint folder whose files have the digests that it records.
+    """Return the state of a checkpoint folder after checking the digests of its files.
 
     Raises:
-        ModelError: incomplete, damaged or of another version.
+        ModelError: the checkpoint is incomplete, damaged or of another version.
     """
     try:
         state = CheckpointState.from_json((folder / "state.json").read_bytes(), str(folder))
@@ -180,10 +181,10 @@ def verify_checkpoint(folder: Path) -> CheckpointState:
 
 
 def complete_checkpoints(storage: Storage, uri: str) -> list[tuple[str, CheckpointState]]:
-    """(address, state) of every complete checkpoint folder directly below an address, newest first.
+    """Return (address, state) of every complete checkpoint folder directly below an address, newest first.
 
-    Complete is what has a `state.json` of this release and the files that it names, of their sizes; what a kill cut
-    short is passed over. Digests are checked by `load_checkpoint`, which reads every byte anyhow.
+    A folder is complete if it has a `state.json` of a readable version and all files listed there, with the right
+    sizes; folders of interrupted writes are skipped. `load_checkpoint`, which reads every byte, checks the digests.
     """
     sizes = {entry.uri: entry.size for entry in storage.list(uri)}
     found = []
@@ -202,7 +203,7 @@ def complete_checkpoints(storage: Storage, uri: str) -> list[tuple[str, Checkpoi
 
 
 def fetch_first(storage: Storage, addresses: Sequence[str], folder: Path) -> CheckpointState | None:
-    """Download the first of some checkpoint folders that is whole, byte for byte; None where none are given.
+    """Download the first undamaged checkpoint of a list and return its state; return None for an empty list.
 
     Raises:
         ModelError: all of them are damaged.
@@ -225,10 +226,10 @@ def fetch_first(storage: Storage, addresses: Sequence[str], folder: Path) -> Che
 def check_resumable(
     state: CheckpointState, config: Config, dataset: Dataset, quarantine: Quarantine | None = None
 ) -> None:
-    """Refuse to continue a run on other settings, or on other data unless `data.allow_changed` says so.
+    """Raise if a run would continue with other settings, or with other data unless `data.allow_changed` is set.
 
     Raises:
-        ModelError: names every field that differs.
+        ModelError: settings or data differ; the message names every field that differs.
     """
     now = json.loads(json.dumps(config.identity()))
     fields = sorted(state.identity.keys() | now.keys())
@@ -250,7 +251,7 @@ def check_resumable(
 
 
 def publish(storage: Storage, uri: str, target_uri: str, state: CheckpointState) -> Published:
-    """Copy a stored checkpoint to where nothing deletes it, inside the store where it can; `state.json` last."""
+    """Copy a stored checkpoint to an address where it is never deleted, `state.json` last, and return its record."""
     for name in [*state.files, "state.json"]:
         storage.copy(join(uri, name), join(target_uri, name))
     digest = hashlib.sha256(json.dumps(state.files, sort_keys=True).encode()).hexdigest()
@@ -258,12 +259,12 @@ def publish(storage: Storage, uri: str, target_uri: str, state: CheckpointState)
 
 
 def record_published(tracker: Tracker, published: Published) -> None:
-    """Tell the run of a published checkpoint, or of what is now known of it."""
+    """Record a published checkpoint in the MLflow run, or update its record."""
     tracker.text(*published.record())
 
 
 def list_published(tracker: Tracker) -> list[Published]:
-    """A run's published checkpoints, oldest first."""
+    """Return a run's published checkpoints, oldest first."""
     return [Published(**json.loads(tracker.read_text(name))) for name in sorted(tracker.names(PUBLISHED))]
 
 
@@ -271,7 +272,7 @@ def record_scores(tracker: Tracker, images_seen: int, scores: Mapping[str, float
     """Add an evaluation's scores to a published checkpoint's record.
 
     Raises:
-        ModelError: the run has published none at that number of images.
+        ModelError: the run has no published checkpoint at that number of images.
     """
     for published in list_published(tracker):
         if published.images_seen == images_seen:
@@ -281,10 +282,10 @@ def record_scores(tracker: Tracker, images_seen: int, scores: Mapping[str, float
 
 
 def best_published(tracker: Tracker, score: str, *, lowest: bool) -> Published:
-    """The published checkpoint with the best value of a score; the older one of equals.
+    """Return the published checkpoint with the best value of a score; the older one in case of a tie.
 
     Raises:
-        ModelError: none has that score; says which scores there are.
+        ModelError: no checkpoint has that score; the message lists the recorded scores.
     """
     published = list_published(tracker)
     scored = [p for p in published if score in p.scores]
@@ -297,14 +298,14 @@ def best_published(tracker: Tracker, score: str, *, lowest: bool) -> Published:
 def reconstruct_average(
     tracker: Tracker, storage: Storage, sigma_rel: float, images_seen: int | None = None
 ) -> dict[str, Tensor]:
-    """The weights of an average whose width is chosen after training, from a run's published checkpoints.
+    """Return the weights of an average with a width chosen after training, from a run's published checkpoints.
 
     Args:
-        sigma_rel: its relative width.
-        images_seen: where it stands; at the newest published checkpoint where not given.
+        sigma_rel: relative width of the average.
+        images_seen: number of images of the average; default is that of the newest published checkpoint.
 
     Raises:
-        ModelError: the run kept no power-function averages, or the width or place is out of range.
+        ModelError: the run kept no power-function averages, or the width or number of images is out of range.
     """
     snapshots = []
     with tempfile.TemporaryDirectory(prefix="ddpm-power-") as scratch:

@@ -1,4 +1,4 @@
-"""Models by MODEL reference: a run's, the registry's, or a folder's; and what a run's model says of itself."""
+"""Loading of models by MODEL reference (of a run, the registry or a folder), and the model description of a run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from pipelines.tracking import ModelVersion, Tracker
 def model_spec(
     config: Config, dataset: Dataset, lineage: Mapping[str, Any], quarantine: Quarantine | None = None
 ) -> ModelSpec:
-    """What `model.json` says of a run's model."""
+    """Return the model description of a run, which is stored as `model.json`."""
     data = {
         "dataset_digest": dataset.digest,
         "dataset_uri": dataset.uri,
@@ -49,10 +49,10 @@ def model_spec(
 
 
 def guided(model: Model, settings: Sampling, tracking_uri: str | None, storage: Storage) -> Model:
-    """The model with the networks beside it that the settings' guidance names.
+    """Return the model with the guiding networks that the settings name.
 
     Raises:
-        ModelError: no such model, or one that does not go with this one; says in what.
+        ModelError: a guiding network does not exist or does not fit the model; the message says what differs.
     """
     for setting in settings_of(type(settings.guidance)):
         reference = getattr(settings.guidance, setting.name)
@@ -63,10 +63,11 @@ def guided(model: Model, settings: Sampling, tracking_uri: str | None, storage: 
 
 
 def classifier_for(model: Model, reference: str, tracking_uri: str | None, storage: Storage) -> NoisyClassifier:
-    """The classifier of noisy images that a MODEL reference names, to guide a model.
+    """Return the classifier of noisy images that a MODEL reference names, for classifier guidance of a model.
 
     Raises:
-        ModelError: no such classifier, or of other classes, images or noise than the model.
+        ModelError: the classifier does not exist, or its classes, image shape or noise schedule differ from the
+            model's.
     """
     with _fetched(reference, tracking_uri, storage) as found:
         try:
@@ -78,10 +79,10 @@ def classifier_for(model: Model, reference: str, tracking_uri: str | None, stora
 
 
 def weaker_for(model: Model, reference: str, tracking_uri: str | None, storage: Storage) -> Model:
-    """The weaker model that a MODEL reference names, to guide a model.
+    """Return the weaker model that a MODEL reference names, for autoguidance of a model.
 
     Raises:
-        ModelError: no such model, or of other classes, images or noise than the model.
+        ModelError: the weaker model does not exist, or its classes, image shape or noise schedule differ.
     """
     weak = resolve(reference, tracking_uri=tracking_uri, storage=storage).model
     _same("guidance.weak", reference, weak.spec, model.spec)
@@ -89,7 +90,7 @@ def weaker_for(model: Model, reference: str, tracking_uri: str | None, storage: 
 
 
 _GUIDES: dict[str, Callable[..., Any]] = {"classifier": classifier_for, "weak": weaker_for}
-"""Setting of a guidance that names a network -> how that is found."""
+"""Guidance setting that names a network -> function that loads it."""
 
 
 def _same(field: str, reference: str, there: ModelSpec, here: ModelSpec) -> None:
@@ -103,12 +104,12 @@ def _same(field: str, reference: str, there: ModelSpec, here: ModelSpec) -> None
 
 
 def initial_weights(config: Config, tracking_uri: str | None, storage: Storage) -> dict[str, Tensor]:
-    """The weights that `init_from` names, for the network that the configuration describes.
+    """Return the weights that `init_from` names, for the network of the configuration.
 
-    A network that is to inpaint takes those of one that is not, and computes the same to begin with.
+    An inpainting network can start from a network without inpainting; its initial outputs are the same.
 
     Raises:
-        ModelError: no such model, or one of another network; names every field that differs.
+        ModelError: the model does not exist or has another network; the message names every field that differs.
     """
     assert config.init_from is not None
     model = resolve(config.init_from, tracking_uri=tracking_uri, storage=storage).model
@@ -131,13 +132,13 @@ def initial_weights(config: Config, tracking_uri: str | None, storage: Storage) 
 
 @dataclass(frozen=True)
 class Resolved:
-    """What a MODEL reference names.
+    """The model that a MODEL reference names, with its origin.
 
     Attributes:
-        model: ready to sample.
-        tracker: its run, where it has one.
-        version: its registered version, where it is one.
-        published: the checkpoint of its run, where it is one.
+        model: the loaded model, ready to sample.
+        tracker: tracker of its MLflow run, or None.
+        version: its registered model version, or None.
+        published: its published checkpoint, or None.
     """
 
     reference: str
@@ -148,15 +149,15 @@ class Resolved:
 
 
 def resolve(reference: str, *, tracking_uri: str | None, storage: Storage, device: str = "cpu") -> Resolved:
-    """The model that a MODEL reference names, with the networks that its own settings have guide it.
+    """Return the model that a MODEL reference names, with the guiding networks of its stored settings.
 
     Args:
         reference: models:/NAME@alias, models:/NAME/VERSION, a folder, or a published checkpoint of a run: runs:/ID (the
-            newest), runs:/ID/IMAGES, runs:/ID/best (of the lowest Frechet distance that was measured), each with
-            /sigma_rel=WIDTH for the power-function average of that width instead of the one that the run sampled with.
+            newest), runs:/ID/IMAGES, runs:/ID/best (with the lowest recorded Frechet distance). Append
+            /sigma_rel=WIDTH to a run reference for the power-function average of that width.
 
     Raises:
-        ModelError: it names nothing; says what exists.
+        ModelError: the model does not exist; the message lists what exists.
     """
     with _fetched(reference, tracking_uri, storage) as found:
         try:
@@ -164,7 +165,7 @@ def resolve(reference: str, *, tracking_uri: str | None, storage: Storage, devic
         except ValueError as error:
             raise ModelError(f"{reference}: {error}") from error
     if found.version is not None and "sampling" in found.version.tags:
-        # Found by a later search; the artifact itself never changes.
+        # Sampling settings found by a later search are in the tags, because the artifact never changes.
         drawn = Sampling.from_json(json.loads(found.version.tags["sampling"]))
         model = replace(model, spec=replace(model.spec, sampling=drawn))
     model = guided(model, model.spec.sampling, tracking_uri, storage).to(device)
@@ -173,7 +174,7 @@ def resolve(reference: str, *, tracking_uri: str | None, storage: Storage, devic
 
 @dataclass(frozen=True)
 class _Fetched:
-    """A model folder, while it is there, and where it comes from."""
+    """A model folder, valid inside the context of `_fetched`, and its origin."""
 
     folder: Path
     tracker: Tracker | None = None
@@ -183,7 +184,7 @@ class _Fetched:
 
 @contextmanager
 def _fetched(reference: str, tracking_uri: str | None, storage: Storage) -> Iterator[_Fetched]:
-    """The model folder that a MODEL reference names."""
+    """Yield the model folder that a MODEL reference names, downloaded if necessary."""
     with tempfile.TemporaryDirectory(prefix="ddpm-model-") as scratch:
         if reference.startswith("runs:/"):
             yield _from_run(reference, _needs(tracking_uri, reference), storage, Path(scratch))
@@ -220,7 +221,7 @@ def _from_run(reference: str, tracking_uri: str, storage: Storage, scratch: Path
         averaged = reconstruct_average(tracker, storage, float(width), chosen.images_seen)
         spec = read_spec(scratch)
         save_model(scratch, replace(spec, lineage={**spec.lineage, "sigma_rel": float(width)}), averaged)
-        return _Fetched(scratch, tracker)  # other weights than the checkpoint's, whose scores are not its own
+        return _Fetched(scratch, tracker)  # not the checkpoint's weights, so its scores do not apply
     return _Fetched(scratch, tracker, published=chosen)
 
 

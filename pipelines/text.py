@@ -18,12 +18,12 @@ class TextEncoder:
     """A text encoder whose weights are not trained.
 
     Args:
-        name: hub name or folder of a `sentence-transformers` model or any `transformers` encoder; the mean over tokens
-            is the pooled vector of an encoder without pooling.
+        name: hub name or folder of a `sentence-transformers` model or any `transformers` encoder. For an encoder
+            without pooling, the pooled vector is the mean over tokens.
         device: device on which it runs.
 
     Attributes:
-        dim: width of the embeddings, `text_dim` of a network that reads them.
+        dim: width of the embeddings; equals `text_dim` of a network that uses them.
 
     Raises:
         ValueError: the extra `text` is not installed, or the encoder cannot be loaded.

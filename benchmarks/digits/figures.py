@@ -1,4 +1,4 @@
-"""The pictures of the page."""
+"""The figures of the page `docs/digits.md`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ZOOM, GAP, LABEL = 5, 3, 290
 
 
 def strips(path: Path, rows: list[tuple[str, Tensor]]) -> None:
-    """A PNG with one row of images [K, 1, H, W] per name."""
+    """Write a PNG with one row of images [K, 1, H, W] per name."""
     side = rows[0][1].shape[-1] * ZOOM
     columns = max(len(images) for _, images in rows)
     canvas = Image.new("RGB", (LABEL + columns * (side + GAP) + GAP, len(rows) * (side + GAP) + GAP), "white")
@@ -38,7 +38,7 @@ def strips(path: Path, rows: list[tuple[str, Tensor]]) -> None:
 
 
 def weights(path: Path) -> None:
-    """L_simple's weight relative to the bound's, by timestep, for the two schedules and both fixed variances."""
+    """Plot L_simple's weight relative to the bound's, by timestep, for two schedules and both fixed variances."""
     figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
     t = torch.arange(2, 1001)
     for kind, colour in (("linear", "tab:blue"), ("cosine", "tab:orange")):
@@ -53,7 +53,7 @@ def weights(path: Path) -> None:
 
 
 def bound_terms(path: Path, terms: dict[str, list[float]]) -> None:
-    """The bound's terms by timestep."""
+    """Plot the bound's terms by timestep."""
     figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
     for name, values in terms.items():
         axes.loglog(range(1, len(values) + 1), values, label=name.removeprefix("bound, "))
@@ -64,14 +64,14 @@ def bound_terms(path: Path, terms: dict[str, list[float]]) -> None:
 
 
 def two_modes() -> tuple[Tensor, Tensor]:
-    """A grid on the line and the density of two modes on it."""
+    """Return a grid of points and a density with two modes on it."""
     x = torch.linspace(-2, 2, 8001, dtype=torch.float64)
     density = torch.exp(-((x + 0.8) ** 2) / 0.08) + torch.exp(-((x - 0.8) ** 2) / 0.08)
     return x, density / torch.trapezoid(density, x)
 
 
 def reverse_posterior(beta: float, x_t: float) -> tuple[Tensor, Tensor, float]:
-    """(q(x_{t-1} | x_t), the Gaussian of its mean and variance, their total variation distance) on `two_modes`."""
+    """Return (q(x_{t-1} | x_t), the Gaussian with its mean and variance, their total variation) for `two_modes`."""
     x, prior = two_modes()
     posterior = prior * torch.exp(-((x_t - math.sqrt(1 - beta) * x) ** 2) / (2 * beta))
     posterior = posterior / torch.trapezoid(posterior, x)
@@ -85,7 +85,7 @@ BETAS = (0.5, 0.2, 0.05, 0.01)
 
 
 def reverse_steps(path: Path, x_t: float = 0.1) -> dict[float, float]:
-    """Draw q(x_{t-1} | x_t) for falling beta; the distance from a Gaussian of each."""
+    """Plot q(x_{t-1} | x_t) for decreasing beta and return beta -> its distance from a Gaussian."""
     x, prior = two_modes()
     figure, axes = plt.subplots(1, len(BETAS), figsize=(11, 2.6), layout="constrained")
     distances = {}

@@ -1,4 +1,4 @@
-"""The page `docs/digits.md` from what was measured."""
+"""Rendering of the measurements as the page `docs/digits.md`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from ddpm.quality import Interval
 
 
 def cell(value: Any) -> str:
-    """A table's cell; an interval as value [low, high]."""
+    """Return the text of a table cell; an interval is written as value [low, high]."""
     if isinstance(value, Interval):
         return f"{value.value:.3g} [{value.low:.3g}, {value.high:.3g}]"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def table(first: str, rows: list[Row]) -> str:
-    """A Markdown table of rows that may lack some of the columns."""
+    """Return a Markdown table of rows, which may lack some columns."""
     columns = list(dict.fromkeys(key for row in rows for key in row.scores))
     lines = [f"| {first} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for row in rows:
@@ -26,7 +26,7 @@ def table(first: str, rows: list[Row]) -> str:
 
 
 def by_budget(rows: list[Row], score: str, budgets: list[int]) -> str:
-    """A Markdown table of one score, samplers down and budgets across."""
+    """Return a Markdown table of one score, with a row per sampler and a column per budget."""
     names = list(dict.fromkeys(row.name for row in rows))
     found = {(row.name, row.scores["budget"]): row.scores[score] for row in rows}
     lines = [f"| {score} | {' | '.join(map(str, budgets))} |", "|---" * (len(budgets) + 1) + "|"]
@@ -37,11 +37,11 @@ def by_budget(rows: list[Row], score: str, budgets: list[int]) -> str:
 
 
 def write(found: dict[str, Any], command: str) -> str:
-    """The whole page.
+    """Return the text of the page.
 
     Args:
-        found: what `__main__` collects: rows by table, likelihoods, distances, and the conditions of the run.
-        command: that made it.
+        found: the measurements: rows by table, likelihoods, distances, and the conditions of the run.
+        command: command that makes the page.
     """
     about, likelihood = found["about"], found["likelihood"]
     bits = "\n".join(f"| {name} | {cell(value)} | {likelihood.nfe[name]} |" for name, value in likelihood.bits.items())

@@ -1,6 +1,6 @@
 """Train five small models, measure every method of `ddpm` on them, write `docs/digits.md`.
 
-With --quick the models see a hundredth of the images and nothing is written to docs/: it shows that all parts run.
+With --quick the models are trained on a hundredth of the images and nothing is written to docs/: a test of all parts.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure(work: Path, quick: bool, processes: int) -> dict[str, Any]:
-    """Train what is missing, then every table; each on one thread, several at a time."""
+    """Train missing models and return all tables; tasks use one thread each and run in parallel."""
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         trained = [pool.submit(train, work, quick, names) for names in (("classes", "inpainting"), TRAINED_BESIDE)]
         for future in trained:
             future.result()
-        # The longest first, so that none is left alone at the end.
+        # The longest first, so that no long task runs alone at the end.
         jobs = {name: pool.submit(make, work, quick, name) for name in TABLES}
         return {name: job.result() for name, job in jobs.items()}
 
@@ -68,20 +68,20 @@ TABLES = ("likelihood", "samplers", "guidance", "inpainting", "text", "prompted"
 
 
 def zoo(work: Path, quick: bool) -> Zoo:
-    """The models of this run, as one process sees them."""
+    """Return the models of this run."""
     torch.set_num_threads(1)
     return Zoo(load_digits(work), load_captions(), work, 0.01 if quick else 1.0, say)
 
 
 def train(work: Path, quick: bool, names: tuple[str, ...]) -> None:
-    """Train models one after the other."""
+    """Train the named models one after the other."""
     models = zoo(work, quick)
     for name in names:
         getattr(models, name)()
 
 
 def make(work: Path, quick: bool, name: str) -> Any:
-    """One table."""
+    """Return the rows of one table."""
     began = time.perf_counter()
     models = zoo(work, quick)
     if name == "likelihood":
@@ -97,7 +97,7 @@ def make(work: Path, quick: bool, name: str) -> Any:
 
 
 def about(work: Path, quick: bool) -> dict[str, Any]:
-    """The conditions of the run."""
+    """Return the conditions of the run."""
     models = zoo(work, quick)
     digits = models.digits
     return {
@@ -114,7 +114,7 @@ def about(work: Path, quick: bool) -> dict[str, Any]:
 
 
 def draw(found: dict[str, Any], folder: Path) -> None:
-    """Every picture."""
+    """Write all figures to a folder."""
     first = found["about"]["first"]
     guided = [row for row in found["guidance"] if row.name != "real test images"]
     figures.strips(folder / "digits-guidance.png", [(row.name, row.images[first]) for row in guided])
@@ -130,7 +130,7 @@ def draw(found: dict[str, Any], folder: Path) -> None:
 
 
 def as_json(found: dict[str, Any], quick: bool) -> dict[str, Any]:
-    """The numbers of the page."""
+    """Return the numbers of the page as JSON values."""
     rows: dict[str, list[Row]] = {name: found[name] for name in ("guidance", "samplers", "inpainting", "text")}
     likelihood = found["likelihood"]
     return {
@@ -148,5 +148,5 @@ def as_json(found: dict[str, Any], quick: bool) -> dict[str, Any]:
 
 
 def say(text: str) -> None:
-    """Progress."""
+    """Print progress to stderr."""
     print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The tables of the page: every row is drawn from the models, none is remembered."""
+"""The tables of the page `docs/digits.md`, computed from the trained models."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DRAWS = 200
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table: what was run, what was measured, and the images, [N, 1, 8, 8]."""
+    """A row of a table: the method, its measurements and its images, [N, 1, 8, 8]."""
 
     name: str
     scores: dict[str, Any]
@@ -39,7 +39,7 @@ class Row:
 
 
 def quality(images: Tensor, labels: Tensor, digits: Digits) -> dict[str, Any]:
-    """Class accuracy, Frechet distance to the train split, precision and recall against the test split."""
+    """Return class accuracy, Frechet distance to the train split, and precision and recall against the test split."""
     found = extract(digits.evaluator, images)
     real = extract(digits.evaluator, digits.test).features
     manifold = precision_recall(real, found.features)
@@ -56,7 +56,7 @@ def quality(images: Tensor, labels: Tensor, digits: Digits) -> dict[str, Any]:
 
 
 def draw(denoiser: Denoiser, cond: Conditioning | None, count: int, **settings: Any) -> Tensor:
-    """Images 0 .. count - 1 of the page's seed."""
+    """Return the images with ids 0 .. count - 1 for the page's seed."""
     return generate(
         denoiser, SCHEDULE, Sampling.of(**settings), cond=cond, count=count, shape=SHAPE, seed=SEED, batch_size=128
     )
@@ -66,7 +66,7 @@ def draw(denoiser: Denoiser, cond: Conditioning | None, count: int, **settings: 
 
 
 def guidance(zoo: Zoo) -> Iterator[Row]:
-    """One model under every kind of guidance, DDIM with 50 steps, the labels of the test split."""
+    """Yield a row for every kind of guidance of one model, for DDIM with 50 steps and the test split's labels."""
     digits, model = zoo.digits, zoo.classes()
     labels, n = digits.test_labels, len(digits.test_labels)
     cond = Conditioning(label=labels)
@@ -94,13 +94,13 @@ def guidance(zoo: Zoo) -> Iterator[Row]:
 
 
 def samplers(zoo: Zoo, budgets: tuple[int, ...], longest: int) -> Iterator[Row]:
-    """Every sampler at each budget of network evaluations, labels of the test split, no guidance."""
+    """Yield a row for every sampler and budget of network evaluations, for the test split's labels, unguided."""
     digits, model = zoo.digits, zoo.classes()
     cond, n = Conditioning(label=digits.test_labels), len(digits.test_labels)
     for kind in ("ddim", "dpm_solver", "heun", "ancestral", "predictor_corrector"):
         slow = kind in ("ancestral", "predictor_corrector")
         for budget in budgets + ((longest,) if slow else ()):
-            # Heun takes 2 steps - 1 evaluations, a corrector at every level but the last as many again.
+            # Heun needs 2 steps - 1 evaluations, and so does a corrector step at every level but the last.
             steps = budget if kind in ("ddim", "dpm_solver", "ancestral") else (budget + 1) // 2
             nfe = steps if kind in ("ddim", "dpm_solver", "ancestral") else 2 * steps - 1
             images = draw(model, cond, n, kind=kind, steps=steps)
@@ -112,7 +112,7 @@ def samplers(zoo: Zoo, budgets: tuple[int, ...], longest: int) -> Iterator[Row]:
 
 
 def inpainting(zoo: Zoo) -> Iterator[Row]:
-    """Three ways to fill the hidden pixels of the test split, the class being given to all of them."""
+    """Yield a row for each of three ways to fill hidden pixels of the test split, all with the class given."""
     digits = zoo.digits
     truth, labels, n = digits.test, digits.test_labels, len(digits.test)
     numbers = torch.arange(n)
@@ -164,7 +164,7 @@ def _mean(values: Tensor) -> float:
 
 
 def text(zoo: Zoo) -> Iterator[Row]:
-    """Images for prompts, as many as the test split has: is the digit that was asked for what the evaluator sees?"""
+    """Yield rows on whether the evaluator recognises the prompted digit, for as many images as the test split."""
     digits, captions, model = zoo.digits, zoo.captions, zoo.text()
     labels, n = digits.test_labels, len(digits.test_labels)
     reader = Guides(log_prob=zoo.reader().text_log_prob)
@@ -182,7 +182,7 @@ def text(zoo: Zoo) -> Iterator[Row]:
 
 
 def prompted(zoo: Zoo) -> list[tuple[str, Tensor]]:
-    """Eight images for one prompt of every digit, templates taking turns, the unseen ones too."""
+    """Return eight images for one prompt of every digit, with templates in turn, including unseen ones."""
     captions = zoo.captions
     templates = [*SEEN, *UNSEEN]
     pictures = []
@@ -198,7 +198,7 @@ def prompted(zoo: Zoo) -> list[tuple[str, Tensor]]:
 
 @dataclass(frozen=True)
 class Remembering:
-    """A model that answers once for every timestep: the bounds of one batch share their x_t, whatever the variance."""
+    """A denoiser that caches its prediction for every timestep, because the bounds of a batch share their x_t."""
 
     denoiser: Denoiser
     answers: dict[float, Prediction] = field(default_factory=dict)
@@ -212,7 +212,7 @@ class Remembering:
 
 @dataclass(frozen=True)
 class FixedVariance:
-    """A model whose learned variance is left out of account."""
+    """A denoiser whose learned variance is ignored."""
 
     denoiser: Denoiser
 
@@ -222,7 +222,7 @@ class FixedVariance:
 
 @dataclass(frozen=True)
 class Likelihoods:
-    """Bits per dimension of the test split by method, and the bound's mean terms by timestep and variance."""
+    """Bits per dimension of the test split by method, and mean terms of the bound by timestep and variance."""
 
     bits: dict[str, Interval]
     terms: dict[str, list[float]]
@@ -233,9 +233,9 @@ class Likelihoods:
 
 
 def likelihood(zoo: Zoo, batch_size: int = 128, steps: int | None = None) -> Likelihoods:
-    """The bound under three variances, all from the same noise, and the ODE with Hutchinson's trace."""
+    """Return the bound for three variances, all with the same noise, and the ODE with Hutchinson's trace estimate."""
     digits = zoo.digits
-    # Clipped, as when it samples: near T the noise hardly determines x_0, whose error has no bound without.
+    # Clipped, as in sampling: near T the x_0 computed from the predicted eps is otherwise unbounded.
     model = Clipped(zoo.classes(), SCHEDULE)
     parts: dict[str, list[Bound]] = {f"bound, variance {v}": [] for v in ("learned", "small", "large")}
     flows: list[OdeBitsPerDim] = []
@@ -267,7 +267,7 @@ def likelihood(zoo: Zoo, batch_size: int = 128, steps: int | None = None) -> Lik
 
 
 def plain(value: Any) -> Any:
-    """For JSON: intervals as objects."""
+    """Return a value as JSON types, with intervals as objects."""
     if isinstance(value, Interval):
         return asdict(value)
     return value

@@ -1,4 +1,4 @@
-"""The five models of the page, each by a plain loop over ordinals; trained once and kept in the work folder."""
+"""The five models of the page, each trained once by a plain loop over ordinals and stored in the work folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BATCH = 128
 LABEL_DROP = 0.1
 HALF_LIFE = 8_000
 SCHEDULE = make_schedule("cosine")
-# The experiment `digits`' network, with a learned variance: one model then answers for every kind of likelihood.
+# The network of the experiment `digits`, with a learned variance, so that one model serves all likelihoods.
 SHAPE = UNetConfig(
     in_channels=1,
     out_channels=2,
@@ -53,7 +53,7 @@ def fit(
     keep_at: int | None = None,
     say: Callable[[str], None],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-    """The averaged weights after `images` images, and those after `keep_at`, where asked for."""
+    """Return the averaged weights after `images` images, and those after `keep_at` images or None."""
     optimizer = torch.optim.AdamW(network.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     ema, early = EMA(network, HALF_LIFE), None
     timesteps = StratifiedTimesteps().make(SCHEDULE.num_steps, BATCH, SEED)
@@ -83,11 +83,11 @@ def fit(
 
 
 class Zoo:
-    """The models, trained where the work folder does not have them yet.
+    """The models of the page; a model that is missing in the work folder is trained when it is first used.
 
     Args:
-        work: keeps their weights, under a name that says how many images each has seen.
-        scale: factor on the number of images; 1 is the page's.
+        work: folder of the weights, with the number of training images in each file name.
+        scale: factor on the number of training images; 1 for the page.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Zoo:
         }  # fmt: skip
 
     def unet(self, config: UNetConfig, start: dict[str, Tensor] | None = None) -> UNet:
-        """A fresh network, or one that starts from given weights."""
+        """Return a new network, with given weights if any."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
             network = UNet(config)
@@ -111,11 +111,11 @@ class Zoo:
         return network
 
     def classes(self) -> NetworkDenoiser:
-        """Conditioned on the class."""
+        """Return the class-conditional model."""
         return self._denoiser(SHAPE, self._kept("classes", self._train_classes))
 
     def weak(self) -> NetworkDenoiser:
-        """The same after an eighth of the training, for autoguidance."""
+        """Return the class-conditional model after an eighth of the training, for autoguidance."""
         self.classes()
         return self._denoiser(SHAPE, load_file(self._path("classes", "-weak")))
 
@@ -133,11 +133,11 @@ class Zoo:
         return weights
 
     def classifier(self) -> NoisyClassifier:
-        """Classes of noisy images, same schedule."""
+        """Return the classifier of noisy images by class, on the same schedule."""
         return self._reader("classifier", 10, self._class_losses)
 
     def reader(self) -> NoisyClassifier:
-        """Texts of noisy images, same schedule."""
+        """Return the classifier of noisy images by text, on the same schedule."""
         return self._reader("reader", self.captions.dim, self._text_losses)
 
     def _class_losses(self, network: NoisyClassifier) -> Losses:
@@ -171,7 +171,7 @@ class Zoo:
         return network.eval().requires_grad_(False)
 
     def inpainting(self) -> NetworkDenoiser:
-        """`classes`, fine-tuned on random masks with the clear context beside them."""
+        """Return `classes` fine-tuned for inpainting, conditioned on random masks and the known pixels."""
         return self._denoiser(self._inpainting_shape(), self._kept("inpainting", self._train_inpainting))
 
     def _inpainting_shape(self) -> UNetConfig:
@@ -191,7 +191,7 @@ class Zoo:
         return fit(network, losses, digits, self.images["inpainting"], lr=1e-3, say=self._about("inpainting"))[0]
 
     def text(self) -> NetworkDenoiser:
-        """Conditioned on captions, no class anywhere."""
+        """Return the model conditioned on captions only, without classes."""
         shape = UNetConfig(**{**vars(SHAPE), "num_classes": 0, "text_dim": self.captions.dim})
         digits, captions = self.digits, self.captions
 
@@ -224,5 +224,5 @@ class Zoo:
 
 
 def drop(n: Tensor) -> Tensor:
-    """Which samples lose their condition, bool [B]."""
+    """Return which samples have their condition dropped, bool [B]."""
     return uniform(SEED, n, Purpose.LABEL_DROP)[:, 0] < LABEL_DROP

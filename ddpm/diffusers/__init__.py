@@ -1,4 +1,4 @@
-"""Exchange with the folder format of diffusers; nothing of diffusers is imported."""
+"""Import and export of the diffusers folder format, without importing diffusers."""
 
 from ddpm.diffusers.folder import export_diffusers, import_diffusers
 

@@ -1,7 +1,7 @@
-"""The fields of diffusers' `UNet2DModel`, `DDIMScheduler` and `DDPMScheduler`, to and from ours.
+"""Conversion between our settings and the fields of diffusers' `UNet2DModel`, `DDIMScheduler` and `DDPMScheduler`.
 
-Ours to theirs is `unet_fields` and `scheduler_fields`, theirs to ours `unet_config` and `scheduler_settings`. What one
-side cannot express is refused with the field's name, its value and what is allowed.
+`unet_fields` and `scheduler_fields` convert ours to theirs, `unet_config` and `scheduler_settings` theirs to ours. A
+setting that the other side does not have raises an error with the field's name, its value and the allowed values.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ VARIANCE_TYPES: dict[str, ReverseVariance] = {
     "fixed_large_log": "large",
 }
 NO_BOUND = 1e6
-"""`sample_max_value` of dynamic thresholding without an upper bound, which JSON could not spell."""
+"""`sample_max_value` for dynamic thresholding without an upper bound; JSON has no infinity."""
 
 UNET_FIXED: dict[str, Any] = {
     "center_input_sample": False,
@@ -43,9 +43,9 @@ UNET_FIXED: dict[str, Any] = {
     "add_attention": True,
     "class_embed_type": None,
 }
-"""Fields of `UNet2DModel` of which our UNet computes the default only."""
+"""Fields of `UNet2DModel` for which our UNet supports only the default value."""
 
-# What an absent field means: the defaults of UNet2DModel, and of DDIMScheduler and DDPMScheduler.
+# Values of absent fields: the defaults of UNet2DModel, and of DDIMScheduler and DDPMScheduler.
 UNET_DEFAULTS: dict[str, Any] = {
     **UNET_FIXED,
     "sample_size": None,
@@ -90,10 +90,10 @@ SCHEDULER_DEFAULTS: dict[str, Any] = {
 
 
 def unet_fields(spec: ModelSpec) -> dict[str, Any]:
-    """`unet/config.json` of a model.
+    """Return the fields of a model's `unet/config.json`.
 
     Raises:
-        ValueError: a network that `UNet2DModel` cannot express.
+        ValueError: `UNet2DModel` cannot express the network.
     """
     config = spec.network
     if not isinstance(config, UNetConfig):
@@ -128,10 +128,10 @@ def unet_fields(spec: ModelSpec) -> dict[str, Any]:
 
 
 def unet_config(given: Mapping[str, Any]) -> UNetConfig:
-    """The network that a `UNet2DModel`'s fields describe, without its classes.
+    """Return the network described by the fields of a `UNet2DModel`, without its classes.
 
     Raises:
-        ValueError: a field that our UNet cannot express.
+        ValueError: our UNet does not support the value of a field.
     """
     check_allowed("_class_name", given.get("_class_name", "UNet2DModel"), "UNet2DModel")
     unknown = sorted(name for name in given.keys() - UNET_DEFAULTS.keys() if not name.startswith("_"))
@@ -167,7 +167,7 @@ def unet_config(given: Mapping[str, Any]) -> UNetConfig:
 
 
 def _attention(down: Sequence[str], up: Sequence[str]) -> tuple[bool, ...]:
-    """For each level, finest first, whether it has attention: on the way up it must be as on the way down."""
+    """Return whether each level, finest first, has attention; down and up blocks must agree."""
     for block in down:
         check_allowed("down_block_types", block, "DownBlock2D", "AttnDownBlock2D")
     attention = tuple(block == "AttnDownBlock2D" for block in down)
@@ -183,10 +183,10 @@ def _up_block_types(attention: Sequence[bool]) -> list[str]:
 
 
 def scheduler_fields(spec: ModelSpec) -> dict[str, Any]:
-    """`scheduler/scheduler_config.json` of a model, with its betas written out: exact for every schedule.
+    """Return the fields of a model's `scheduler/scheduler_config.json`, with all betas, so any schedule is exact.
 
     Raises:
-        ValueError: a parameterization that diffusers does not have.
+        ValueError: diffusers does not have the parameterization.
     """
     if spec.prediction not in PREDICTION_TYPES:
         raise ValueError(
@@ -208,16 +208,16 @@ def scheduler_fields(spec: ModelSpec) -> dict[str, Any]:
         "timestep_spacing": "trailing",
         "steps_offset": 0,
         "set_alpha_to_one": True,
-        # Betas that end at 1 are rescaled to themselves; schedulers that would divide by alpha_T learn of it by this.
+        # Rescaling does not change betas that end at 1, but it tells the scheduler not to divide by alpha_T = 0.
         "rescale_betas_zero_snr": zero_snr,
     }
 
 
 def scheduler_settings(given: Mapping[str, Any]) -> tuple[dict[str, Any], Parameterization, Sampling]:
-    """(keyword arguments of `make_schedule`, parameterization, settings of sampling) of a scheduler's fields.
+    """Return (arguments of `make_schedule`, parameterization, sampling settings) from a scheduler's fields.
 
     Raises:
-        ValueError: a field that we cannot express.
+        ValueError: we do not support the value of a field.
     """
     name = check_allowed("_class_name", given.get("_class_name", "DDIMScheduler"), "DDIMScheduler", "DDPMScheduler")
     fields = {**SCHEDULER_DEFAULTS, **given}
@@ -237,7 +237,7 @@ def scheduler_settings(given: Mapping[str, Any]) -> tuple[dict[str, Any], Parame
 
 
 def _schedule(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of `make_schedule`; families that we do not have become their betas, in float64."""
+    """Return the arguments of `make_schedule`; a family that we do not have is given by its betas, in float64."""
     steps, betas = whole("num_train_timesteps", fields["num_train_timesteps"]), fields["trained_betas"]
     zero_snr = {"zero_terminal_snr": True} if fields["rescale_betas_zero_snr"] else {}
     if betas is not None:
@@ -259,12 +259,12 @@ def _schedule(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _clipping(fields: Mapping[str, Any]) -> tuple[float | None, float | None]:
-    """(clip, threshold) of `Sampling`."""
+    """Return (clip, threshold) of `Sampling`."""
     clip = number("clip_sample_range", fields["clip_sample_range"]) if fields["clip_sample"] else None
     if not fields["thresholding"]:
         return clip, None
     bound = number("sample_max_value", fields["sample_max_value"])
-    if bound == 1:  # thresholds between 1 and 1
+    if bound == 1:  # the threshold lies between 1 and 1: plain clipping
         return 1.0, None
     if bound < NO_BOUND:
         raise ValueError(
@@ -283,14 +283,14 @@ def _check_end(zero_snr: bool, prediction: Parameterization) -> None:
 
 
 def _refusal(name: str, value: Any, *allowed: Any) -> str | None:
-    # True == 1: a flag where a number belongs is a damaged file.
+    # In Python True == 1, but a bool in place of a number means that the file is damaged.
     if any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed):
         return None
     return f"{name} = {json.dumps(value)} cannot be expressed, allowed: {', '.join(map(json.dumps, allowed))}"
 
 
 def check_allowed(name: str, value: Any, *allowed: Any) -> Any:
-    """The one of `allowed` that equals the value: 1 where JSON has 1.0."""
+    """Return the element of `allowed` that equals the value, for example 1 for 1.0 in JSON."""
     refusal = _refusal(name, value, *allowed)
     if refusal:
         raise ValueError(refusal)
@@ -298,14 +298,14 @@ def check_allowed(name: str, value: Any, *allowed: Any) -> Any:
 
 
 def whole(name: str, value: Any) -> int:
-    """The value, which must be a whole number >= 1."""
+    """Return the value if it is an integer >= 1; otherwise raise."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} = {json.dumps(value)} must be a whole number >= 1")
     return value
 
 
 def number(name: str, value: Any) -> float:
-    """The value, which must be a finite number."""
+    """Return the value if it is a finite number; otherwise raise."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         raise ValueError(f"{name} = {json.dumps(value)} must be a number")
     return float(value)

@@ -1,16 +1,16 @@
-"""To and from the folder format of diffusers: same network, same numbers. Nothing of diffusers is imported.
+"""Import and export of diffusers folders: same network, same outputs. diffusers itself is not imported.
 
-    model_index.json                            which pipeline, of which parts
+    model_index.json                            the pipeline's class and parts
     unet/config.json                            shape of the `UNet2DModel`
     unet/diffusion_pytorch_model.safetensors    its weights, named as ours are
     scheduler/scheduler_config.json             schedule, parameterization and clipping
-    model.json                                  ours, beside them: what diffusers has no place for
+    model.json                                  our own file, for what diffusers has no fields for
 
-`UNet2DModel` and `DDIMScheduler` read what `export_diffusers` writes. Their DDIM gives our `ddim`'s images where the
-number of steps divides T (elsewhere the scheduler's step sizes do not match its own list of timesteps) and, where it
-clips, with `use_clipped_model_output=True` (without, its eps no longer belongs to the clipped x_0). `DDIMPipeline`
-passes no class labels: a conditional network is sampled by calling the two parts, with label `num_class_embeds - 1` for
-the null condition.
+`UNet2DModel` and `DDIMScheduler` read what `export_diffusers` writes. Their DDIM gives the same images as our `ddim` if
+the number of steps divides T (otherwise the scheduler's step sizes do not match its own timesteps) and, with clipping,
+if `use_clipped_model_output=True` (otherwise its eps does not belong to the clipped x_0). `DDIMPipeline` passes no
+class labels: to sample a conditional network, call UNet and scheduler yourself; the null condition is label
+`num_class_embeds - 1`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from ddpm.models.unet import UNetConfig
 LastRow = Literal["null", "class"]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FORMAT_OF = "0.35.0"
-"""The release of diffusers whose fields are written; later ones read them too."""
+"""The diffusers release whose format is written; later releases read it too."""
 
-# How older releases named the parameters of attention.
+# Names of the attention parameters in older diffusers releases.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 OLD_NAME = re.compile(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)$")
 
@@ -44,19 +44,19 @@ OLD_NAME = re.compile(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|
 def export_diffusers(model: Model, folder: Path) -> None:
     """Write a model as a folder that diffusers' `DDIMPipeline.from_pretrained` reads.
 
-    Guidance, sampler and number of steps are arguments of diffusers' calls; they are kept in `model.json` only.
+    Guidance, sampler and number of steps are call arguments in diffusers, so only `model.json` holds them.
 
     Args:
         model: unconditional or class-conditional. The null condition is the last row of the class embedding.
-        folder: created where missing; files of the same names are replaced.
+        folder: created if missing; files of the same names are replaced.
 
     Raises:
-        ValueError: a model that diffusers' `UNet2DModel` with `DDIMScheduler` cannot express.
+        ValueError: diffusers' `UNet2DModel` with `DDIMScheduler` cannot express the model.
     """
     unet, scheduler = unet_fields(model.spec), scheduler_fields(model.spec)
     (folder / "unet").mkdir(parents=True, exist_ok=True)
     (folder / "scheduler").mkdir(exist_ok=True)
-    # Away first and back last: a folder that has it is whole.
+    # Removed first and written last: a folder that has this file is complete.
     (folder / "model_index.json").unlink(missing_ok=True)
     weights = {name: w.detach().float().cpu().contiguous() for name, w in model.network.state_dict().items()}
     save_file(weights, folder / "unet" / WEIGHTS, metadata={"format": "pt"})
@@ -75,29 +75,29 @@ def import_diffusers(
     image_size: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Model:
-    """Read a folder of diffusers that holds a `UNet2DModel` with a `DDPMScheduler` or `DDIMScheduler`.
+    """Return the model in a diffusers folder with a `UNet2DModel` and a `DDPMScheduler` or `DDIMScheduler`.
 
-    With our `model.json` in it the model is exactly the one that was exported, and the keywords say nothing new.
-    Without, they say what diffusers' files leave open. How a scheduler spaces its steps is not taken over: our samplers
-    go from T to 0.
+    If the folder has our `model.json`, the model is exactly the exported one and the keyword arguments are not needed.
+    Otherwise they give what diffusers' files leave open. The scheduler's step spacing is ignored: our samplers go from
+    T to 0.
 
     Args:
-        folder: of `save_pretrained`, or of `export_diffusers`.
-        last_row: what the last row of the class embedding is. "null": the null condition that the network was trained
-            with. "class": a class like the others; a row of zeros is added as null condition, so that without a label
-            the network sees the time only. It was never trained on that: guidance towards a class is then a guess.
+        folder: written by `save_pretrained` or `export_diffusers`.
+        last_row: meaning of the last row of the class embedding. "null": the null condition that the network was
+            trained with. "class": an ordinary class; a row of zeros is added as null condition, so that without a label
+            the network sees only the time. The network was not trained on that, so class guidance is unreliable.
         classes: names of the classes; default "0", "1", ...
-        image_size: height and width in pixels, where `sample_size` is null.
-        device: of the network.
+        image_size: height and width in pixels; needed if `sample_size` is null.
+        device: device of the network.
 
     Raises:
-        ValueError: files missing, damaged or in disagreement; a field that our UNet cannot express; a keyword that is
-            needed and missing, or given and not needed.
+        ValueError: files are missing, damaged or contradict each other; our UNet does not support the value of a field;
+            a keyword argument is needed but missing, or given but not needed.
     """
     index = _read(folder / "model_index.json")
     with _saying(folder / "model_index.json"):
         _check_parts(index)
-    # Like diffusers: a part without a folder of its own lies beside model_index.json.
+    # As in diffusers, the files of a part without its own folder are beside model_index.json.
     of_unet, of_scheduler = (folder / n if (folder / n).is_dir() else folder for n in ("unet", "scheduler"))
     unet_path, scheduler_path = of_unet / "config.json", of_scheduler / "scheduler_config.json"
     unet, scheduler, weights = _read(unet_path), _read(scheduler_path), _read_weights(of_unet)
@@ -129,7 +129,7 @@ def import_diffusers(
 def _with_null_row(
     network: UNetConfig, weights: dict[str, Tensor], rows: int, last_row: LastRow | None
 ) -> tuple[UNetConfig, dict[str, Tensor]]:
-    """The network with its classes, and a null row where it has none."""
+    """Return the network with its classes, with a null row added if it has none."""
     if last_row not in get_args(LastRow):
         raise ValueError(
             f"num_class_embeds = {rows}, and last_row = {last_row!r}: say last_row='null' if the network was trained "
@@ -140,7 +140,7 @@ def _with_null_row(
             raise ValueError(f"num_class_embeds = {rows} with last_row='null' leaves no class: use last_row='class'")
         return replace(network, num_classes=rows - 1), weights
     name = "class_embedding.weight"
-    if name in weights:  # else build_network says what is missing
+    if name in weights:  # otherwise build_network reports what is missing
         weights = {**weights, name: torch.cat([weights[name], torch.zeros_like(weights[name][:1])])}
     return replace(network, num_classes=rows), weights
 
@@ -171,7 +171,7 @@ def _image_size(given: Mapping[str, Any], image_size: int | None, multiple: int)
 
 @contextmanager
 def _saying(path: Path) -> Iterator[None]:
-    """Errors inside name this file; a TypeError is a value of a kind that its field cannot have."""
+    """Add the file's name to errors raised inside; a TypeError means that a field has a value of the wrong type."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -191,7 +191,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights as float32, by our names."""
+    """Return the weights as float32, with our parameter names."""
     if not (folder / WEIGHTS).exists():
         others = sorted(p.name for p in folder.glob("diffusion_pytorch_model*"))
         raise ValueError(
@@ -209,7 +209,7 @@ def _write(path: Path, class_name: str, fields: Mapping[str, Any]) -> None:
 
 
 def _check_parts(index: Mapping[str, Any]) -> None:
-    """Refuse pipelines of other parts than unet and scheduler: latent and text-conditioned ones."""
+    """Raise for pipelines with parts other than unet and scheduler, such as latent and text-conditioned ones."""
     parts = {name: part[1] for name, part in index.items() if isinstance(part, list) and len(part) == 2 and part[1]}
     surplus = {name: part for name, part in parts.items() if name not in ("unet", "scheduler")}
     if surplus or len(parts) != 2:
@@ -217,7 +217,7 @@ def _check_parts(index: Mapping[str, Any]) -> None:
 
 
 def _check_same(path: Path, given: Mapping[str, Any], written: Mapping[str, Any]) -> None:
-    """Refuse a file that was changed beside the model.json that it was written with."""
+    """Raise if a file was changed after it was exported together with model.json."""
     differing = sorted(name for name, value in written.items() if name not in given or given[name] != value)
     if differing:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The parts of a UNet: residual and attention blocks, and the stages that they make up."""
+"""The parts of a UNet: residual and attention blocks, and the stages built from them."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from ddpm.models.base import NetworkConfig
 from ddpm.settings import setting
 
 Text = tuple[Tensor, Tensor]
-"""Token embeddings [B, L, D] and which of them are there, bool [B, L]."""
+"""Token embeddings [B, L, D] and their mask, bool [B, L], True for real tokens."""
 
 
 @dataclass(frozen=True)
 class BlockConfig(NetworkConfig):
-    """What the blocks of a UNet have in common."""
+    """The settings shared by all blocks of a UNet."""
 
-    head_dim: int | None = setting(64, "channels per attention head; null for one head as wide as its block", ge=1)
+    head_dim: int | None = setting(64, "channels per attention head; null for one head with all channels", ge=1)
     norm_groups: int = setting(32, "groups of every group norm; divides every width", ge=1)
     scale_shift: bool = setting(
         False, "time embedding scales and shifts the second norm (ADM) instead of being added (DDPM)"
     )
     dropout: float = setting(
-        0.0, "in every block; 0 keeps the loss trace independent of the number of workers", ge=0, lt=1
+        0.0, "dropout probability; 0 keeps the loss trace independent of the number of workers", ge=0, lt=1
     )
     norm_eps: float = setting(1e-5, "added to the variance in every group norm", gt=0)
     downsample_padding: Literal[0, 1] = setting(
-        1, "of the strided convolutions, on all sides; 0, as in the code of Ho et al.: at the bottom and right only"
+        1, "padding of strided convolutions, on all sides; 0 pads bottom and right only, as in the code of Ho et al."
     )
 
     def heads(self, width: int) -> int:
-        """Attention heads of a block of this width."""
+        """Return the number of attention heads of a block of this width."""
         return 1 if self.head_dim is None else width // self.head_dim
 
 
 def timestep_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: int = 0) -> Tensor:
-    """Sinusoidal embedding of t [B], float32 [B, dim], frequencies 1 .. 1/10000 (DDPM, app. B); see `UNetConfig`."""
+    """Return the sinusoidal embedding of t [B], float32 [B, dim], frequencies 1 .. 1/10000 (DDPM, app. B)."""
     half = dim // 2
     steps = torch.arange(half, dtype=torch.float32, device=t.device)
     angles = t.float()[:, None] * torch.exp(-math.log(10000) * steps / (half - freq_shift))[None]
@@ -49,7 +49,7 @@ def timestep_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool = True, fre
 
 
 class TimestepEmbedding(nn.Module):
-    """Two-layer perceptron on the sinusoids."""
+    """A two-layer perceptron on the sinusoidal embedding."""
 
     def __init__(self, in_dim: int, dim: int) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Norm, SiLU, convolution twice, with the time embedding in between and a residual path."""
+    """A residual block of two times norm, SiLU and convolution, with the time embedding in between."""
 
     def __init__(self, config: BlockConfig, in_channels: int, out_channels: int, time_dim: int) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ class Stage(nn.Module):
         self.upsamplers: nn.ModuleList | None = None
 
     def block(self, i: int, x: Tensor, activated_time: Tensor, text: Text | None) -> Tensor:
-        """The i-th residual block with its attention."""
+        """Return the output of the i-th residual block and its attention."""
         x = self.resnets[i](x, activated_time)
         if self.attentions is not None:
             x = self.attentions[i](x)
@@ -185,7 +185,7 @@ class MidBlock(nn.Module):
 
     def __init__(self, config: BlockConfig, channels: int, time_dim: int) -> None:
         super().__init__()
-        # diffusers leaves this norm out where the time embedding scales and shifts; the parameters have to match.
+        # diffusers omits this norm if the time embedding scales and shifts; the parameters have to match.
         self.attentions = nn.ModuleList([Attention(config, channels, norm=not config.scale_shift)])
         self.cross_attentions = nn.ModuleList([CrossAttention(config, channels)]) if config.text_dim else None
         self.resnets = nn.ModuleList([ResnetBlock(config, channels, channels, time_dim) for _ in range(2)])

@@ -1,4 +1,4 @@
-"""Samplers: an algorithm a file, as settings that are called; each loop reads like its algorithm."""
+"""Samplers, one algorithm per file: callable settings whose loop reads like the paper's algorithm."""
 
 from ddpm.registry import Registry
 from ddpm.samplers.ancestral import Ancestral

@@ -18,14 +18,14 @@ from ddpm.settings import setting
 
 @dataclass(frozen=True)
 class Ancestral(SteppedSampler):
-    """Sample x_s ~ p(x_s | x_t) down the chain, which fewer steps than the schedule's respace.
+    """Ancestral sampling: draw x_s ~ p(x_s | x_t) from T to 0; with fewer steps the chain is respaced.
 
-    The mean is that of q(x_s | x_t, x_0) at the predicted x_0. A learned variance takes the place of `variance`.
+    The mean is that of q(x_s | x_t, x_0) at the predicted x_0. A learned variance replaces `variance`.
     """
 
     steps: int = setting(1000, "steps from T to 0, one network evaluation each", ge=1)
     variance: ReverseVariance = setting(
-        "small", "variance of a reverse step where it is not learned: the posterior's (small), or beta (large)"
+        "small", "variance of a reverse step, unless it is learned: the posterior's (small), or beta (large)"
     )
 
     def __call__(

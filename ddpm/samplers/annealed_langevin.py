@@ -18,21 +18,22 @@ from ddpm.settings import setting
 class AnnealedLangevin(SteppedSampler):
     """Annealed Langevin dynamics (Song & Ermon 2019, algorithm 1), one `Sample` per level.
 
-    At each level, from the noisiest down, a chain whose target is q(x_t):
+    At each level, from the noisiest down, it runs a Langevin chain with target q(x_t):
         x <- x + a / 2 score(x, t) + sqrt(a) z,   a = step_size sigma_t^2,   score = -eps / sigma_t.
-    The step is the paper's, a fixed fraction of the noise variance, in the variables of a variance-preserving process.
-    Level 0 is a last denoising, x_0 for the last x_t (Jolicoeur-Martineau et al. 2021); without it in `timesteps` the
-    result is the paper's, as noisy as its last level. In all steps * steps_per_level + 1 network evaluations.
+    The step size is a fixed fraction of the noise variance, as in the paper, here for a variance-preserving process.
+    Level 0 is a final denoising step, which returns the predicted x_0 (Jolicoeur-Martineau et al. 2021). Without it in
+    `timesteps` the result has the noise of its last level, as in the paper. There are steps * steps_per_level + 1
+    network evaluations.
 
-    The paper's step size is 0.2 (its epsilon / sigma_L^2), with which chains of this length do not mix: N(0.2, 0.3^2)
-    comes out with a standard deviation of 0.32 to 0.33, at the default of 1 with 0.304 to 0.311. For a Gaussian q(x_t)
-    of variance v >= sigma_t^2 a long chain's variance is v / (1 - a / 4v): up to a third too large where all is noise,
-    and right at low levels, which decide. Above 2 steps overshoot.
+    With the paper's step size of 0.2 (its epsilon / sigma_L^2) chains of this length do not mix: samples of N(0.2,
+    0.3^2) have a standard deviation of 0.32 to 0.33; with the default of 1 it is 0.304 to 0.311. For a Gaussian q(x_t)
+    of variance v >= sigma_t^2 the variance of a long chain is v / (1 - a / 4v): up to a third too large at high noise,
+    but right at low noise, which determines the result. Steps above 2 overshoot.
 
-    The j-th Langevin step at level number i, from 0, draws the noise of key i steps_per_level + j: no two share one.
+    Step j at level i (both from 0) uses the noise of key i steps_per_level + j, which is unique.
     """
 
-    steps: int = setting(100, "noise levels above 0", ge=1)
+    steps: int = setting(100, "number of noise levels above 0", ge=1)
     steps_per_level: int = setting(10, "Langevin steps at each level, one network evaluation each", ge=1)
     step_size: float = setting(1.0, "Langevin step as a fraction of the level's noise variance", gt=0, lt=2)
 

@@ -1,4 +1,4 @@
-"""What every sampler is, takes and yields; and noise that belongs to an image and not to its batch."""
+"""The interface of samplers, and noise that depends on the image and not on its batch."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from ddpm.schedule import NoiseSchedule
 from ddpm.settings import Settings, setting
 
 StepNoise = Callable[[float], Tensor]
-"""Key -> standard normal noise like x_T; the key is mostly the level that a sampler steps to. See `step_noise`."""
+"""Key -> standard normal noise like x_T; the key is usually the level that a step ends at. See `step_noise`."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The state after a step.
+    """The state after one sampling step.
 
     Attributes:
-        x_t: at noise level t, [B, C, H, W].
-        x0: the denoiser's estimate of the clean image that led here.
-        t: the level, 0 when finished; between the table's where a sampler was given real `timesteps`.
+        x_t: images at noise level t, [B, C, H, W].
+        x0: the denoiser's estimate of the clean images used in this step, [B, C, H, W].
+        t: noise level, 0 after the last step; not an integer if the sampler was given real `timesteps`.
     """
 
     x_t: Tensor
@@ -37,11 +37,11 @@ class Sample:
 
 
 class Sampler(Protocol):
-    """Settings of a sampling algorithm, which are the algorithm: call them."""
+    """The settings of a sampling algorithm; calling them runs it."""
 
     @property
     def steps(self) -> int:
-        """Steps from T to 0, 1..schedule.num_steps."""
+        """The number of steps from T to 0, 1..schedule.num_steps."""
 
     def __call__(
         self,
@@ -57,22 +57,22 @@ class Sampler(Protocol):
 
         Args:
             denoiser: maps (x_t [B, C, H, W], t [B], cond) to a `Prediction`.
-            schedule: of the denoiser.
+            schedule: noise schedule of the denoiser.
             x_T: standard normal noise [B, C, H, W].
-            cond: what the images are conditioned on.
+            cond: conditions of the images.
             noise: key -> standard normal noise like x_T; needed by samplers that add noise.
-            timesteps: real levels to visit instead of the sampler's own, strictly decreasing, from the level of x_T to
-                0 or above.
+            timesteps: real levels to use instead of the sampler's own, strictly decreasing, from the level of x_T to 0
+                or above.
 
         Raises:
-            ValueError: more steps than the schedule has, `timesteps` that do not fall within [T, 0], or noise that is
-                needed and missing.
+            ValueError: there are more steps than the schedule has, `timesteps` is not decreasing within [0, T], or the
+                sampler needs noise and none is given.
         """
 
 
 @dataclass(frozen=True)
 class SteppedSampler(Settings):
-    """What samplers have that go from T to 0 in a given number of steps."""
+    """Base of samplers that go from T to 0 in a given number of steps."""
 
     steps: int = setting(50, "steps from T to 0, at most the schedule's num_steps", ge=1)
     spacing: str = setting("trailing", f"which levels the steps visit: {', '.join(SPACINGS)}")
@@ -82,11 +82,11 @@ class SteppedSampler(Settings):
         SPACINGS.find(self.spacing)
 
     def levels(self, schedule: NoiseSchedule, timesteps: Sequence[float] | None = None) -> list[float]:
-        """The levels that are visited, from the level of x_T down: `timesteps` where given, else by `spacing`.
+        """Return the levels to visit, from the level of x_T down: `timesteps` if given, else by `spacing`.
 
         Raises:
-            ValueError: more steps than the schedule has, or `timesteps` that are not two or more strictly decreasing
-                levels in [0, T].
+            ValueError: there are more steps than the schedule has, or `timesteps` is not two or more strictly
+                decreasing levels in [0, T].
         """
         if timesteps is None:
             return SPACINGS[self.spacing](schedule, self.steps)
@@ -102,13 +102,13 @@ class SteppedSampler(Settings):
 def predict(
     denoiser: Denoiser, x_t: Tensor, t: float, cond: Conditioning | None, *, has_variance: bool = False
 ) -> Prediction:
-    """The denoiser's answer for a batch that is all at level t.
+    """Return the denoiser's prediction for a batch with the same level t for every image.
 
     Args:
-        has_variance: whether the sampler's step has a variance, so that it heeds `Prediction.mean_gradient`.
+        has_variance: whether the sampler's step has a variance and so supports `Prediction.mean_gradient`.
 
     Raises:
-        ValueError: the denoiser asks to move a mean that the sampler does not have.
+        ValueError: the prediction has a `mean_gradient`, which the sampler does not support.
     """
     pred = denoiser(x_t, torch.full((len(x_t),), t, dtype=torch.float64, device=x_t.device), cond)
     if pred.mean_gradient is not None and not has_variance:
@@ -120,10 +120,10 @@ def predict(
 
 
 def require_noise(noise: StepNoise | None, sampler: str) -> StepNoise:
-    """The noise that a sampler needs.
+    """Return `noise`, after checking that it was given.
 
     Raises:
-        ValueError: there is none.
+        ValueError: `noise` is None.
     """
     if noise is None:
         raise ValueError(f"{sampler} needs noise: pass noise=step_noise(seed, image_ids, shape)")
@@ -141,18 +141,18 @@ def last(samples: Iterable[Sample]) -> Tensor:
 
 
 def initial_noise(seed: int, image_ids: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """x_T ~ N(0, I) for image numbers [B]: image i of a seed starts from the same noise in every batch."""
+    """Return x_T ~ N(0, I) for image ids [B]; the same seed and id give the same noise in every batch."""
     return normal(seed, image_ids, Purpose.SAMPLING, shape)
 
 
 def step_noise(seed: int, image_ids: Tensor, shape: tuple[int, ...]) -> StepNoise:
-    """Fresh N(0, I) for each key, mostly a level s that a sampler steps to, per image like `initial_noise`.
+    """Return a function from a key, usually the level s that a step ends at, to N(0, I) noise per image id.
 
-    Keys are told apart to 1/256: levels between the table's have noise of their own.
+    Keys are rounded to multiples of 1/256, so levels between table points have their own noise.
     """
 
     def noise(s: float) -> Tensor:
-        # 2^32 images per key before two keys could share an ordinal.
+        # Each key has room for 2^32 images.
         return normal(seed, image_ids + ((round(s * 256) + 256) << 32), Purpose.SAMPLING_STEP, shape)
 
     return noise

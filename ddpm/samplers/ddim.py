@@ -1,4 +1,4 @@
-"""DDIM (Song et al. 2021a): few, by default deterministic steps; and the way back, from an image to its noise."""
+"""DDIM (Song et al. 2021a): sampling in few steps, deterministic by default, and inversion from image to noise."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ddpm.settings import setting
 
 @dataclass(frozen=True)
 class DDIM(SteppedSampler):
-    """Sample in few steps along the line between the predicted image and the predicted noise (eq. 12)."""
+    """DDIM sampling: each step recombines the predicted image and the predicted noise at the next level (eq. 12)."""
 
     steps: int = setting(50, "steps from T to 0, one network evaluation each", ge=1)
     eta: float = setting(
@@ -58,35 +58,35 @@ class DDIM(SteppedSampler):
         corrections: int = 5,
         timesteps: Sequence[float] | None = None,
     ) -> Iterator[Sample]:
-        """Yield the way from an image up to the noise from which sampling leads back to it, one `Sample` per step.
+        """Yield one `Sample` per step from an image to the noise from which sampling reproduces it.
 
-        A deterministic step down from t to s is x_s = alpha_s x_0(x_t) + sigma_s eps(x_t). Upwards x_t is sought whose
-        step leads to the x_s at hand, and x_t = alpha_t x_0 + sigma_t eps with the prediction at x_t itself. The usual
-        inversion (Song et al. 2021a, sec. 4.3; Dhariwal & Nichol 2021, app. F) takes the prediction at (x_s, s)
-        instead, which is right to first order in the step. Each correction takes it at the x_t found so far, a
+        A deterministic step down from t to s is x_s = alpha_s x_0(x_t) + sigma_s eps(x_t). Inversion solves this for
+        x_t, given x_s: x_t = alpha_t x_0 + sigma_t eps with the prediction at x_t itself. The usual inversion (Song et
+        al. 2021a, sec. 4.3; Dhariwal & Nichol 2021, app. F) uses the prediction at (x_s, s) instead, which is correct
+        to first order in the step. Each correction evaluates the prediction at the current estimate of x_t, a
         fixed-point iteration (Pan et al. 2023, "Effective Real Image Editing with Accelerated Iterative Diffusion
-        Inversion"), which converges where the step is small enough.
+        Inversion"), which converges if the step is small enough.
 
         Args:
-            denoiser: as for sampling: guided and clipped in the same way.
+            denoiser: the denoiser used for sampling, with the same guidance and clipping.
             x_0: clean images [B, C, H, W].
-            cond: what sampling is conditioned on.
-            corrections: evaluations per step beyond the first; 0 is the usual inversion, whose first step, from a clean
-                image, asks the network at its least noise, t = 1.
+            cond: the conditions used for sampling.
+            corrections: evaluations per step beyond the first; 0 is the usual inversion. Its first step, from a clean
+                image, evaluates the network at its lowest noise level, t = 1.
             timesteps: the levels of sampling, strictly decreasing, instead of the sampler's own.
 
         Raises:
-            ValueError: eta > 0, whose steps cannot be undone, or `corrections` < 0.
+            ValueError: eta > 0, so that steps are random and cannot be inverted, or `corrections` < 0.
         """
         if self.eta > 0 or corrections < 0:
             raise ValueError(f"inversion needs eta = 0 and corrections >= 0, got eta={self.eta}, {corrections=}")
         x_s = x_0
         for s, t in itertools.pairwise(reversed(self.levels(schedule, timesteps))):
             (alpha_t, sigma_t), (alpha_s, sigma_s) = coefficients(schedule, t, x_s), coefficients(schedule, s, x_s)
-            x_t, level = x_s, max(s, 1.0)  # a network is not trained below t = 1
+            x_t, level = x_s, max(s, 1.0)  # networks are not trained below t = 1
             for _ in range(corrections + 1):
                 pred = predict(denoiser, x_t, level, cond)
-                # With the x_0 on the line through the x_s at hand: (x_s - sigma_s eps) / alpha_s.
+                # x_0 is the one that gives x_s with this eps: (x_s - sigma_s eps) / alpha_s.
                 x_t, level = alpha_t / alpha_s * (x_s - sigma_s * pred.eps) + sigma_t * pred.eps, t
             x_s = x_t
             yield Sample(x_t, pred.x0, t)

@@ -23,11 +23,11 @@ class DPM2(SteppedSampler):
 
     In y = x / alpha and k = sigma / alpha the ODE is dy/dk = eps, and a step is
         y_s = y_t + (k_s - k_t) eps_m,   eps_m at the end of Euler's step to the geometric middle k_m = sqrt(k_t k_s).
-    That is k-diffusion's `sample_dpm_2` without churn. Euler's step alone (which is DDIM's) is taken to t = 0 and from
-    levels with k > 80, for `Heun`'s reasons.
+    This is k-diffusion's `sample_dpm_2` without churn. The step to t = 0 and steps from levels with k > 80 are Euler
+    steps (which are DDIM's), for the reasons given in `Heun`.
     """
 
-    steps: int = setting(25, "steps from T to 0, two network evaluations each", ge=1)
+    steps: int = setting(25, "steps from T to 0, two network evaluations each (one in the last)", ge=1)
 
     def __call__(
         self,

@@ -17,13 +17,13 @@ from ddpm.settings import setting
 
 @dataclass(frozen=True)
 class DPMSolver(SteppedSampler):
-    """DPM-Solver++(2M) (algorithm 2): data prediction, two-step, order 2, one network evaluation a step.
+    """DPM-Solver++(2M) (algorithm 2): data prediction, multistep, order 2, one network evaluation per step.
 
     With lambda = log(alpha / sigma), h = lambda_s - lambda_t and r = h_previous / h, a step is
         x_s = sigma_s / sigma_t x_t - alpha_s (e^-h - 1) D,   D = (1 + 1 / 2r) x0_t - 1 / 2r x0_previous.
-    D is x0_t, which is DDIM's step, where there is no previous one and where h is infinite: the step to t = 0 returns
-    x0_t. (The authors take the last step at order 1 where steps < 15; ours is the one to t = 0, whatever their number.)
-    Zero terminal SNR needs no care: h_previous is infinite after the first step, so r is too.
+    In the first step and where h is infinite, D is x0_t, which is DDIM's step; so the step to t = 0 returns x0_t. (The
+    authors use order 1 for the last step if steps < 15; here the step to t = 0 always has order 1.) Zero terminal SNR
+    needs no special case: h_previous is infinite after the first step, and so is r.
     """
 
     steps: int = setting(20, "steps from T to 0, one network evaluation each", ge=1)
@@ -50,7 +50,7 @@ class DPMSolver(SteppedSampler):
                 half = h / (2 * h_previous)  # 1 / 2r
                 data = (1 + half) * pred.x0 - half * previous
             ratio = schedule.sigma(s) / schedule.sigma(t)
-            # alpha_s (1 - e^-h) = alpha_s - alpha_t sigma_s / sigma_t, which is finite where h is not.
+            # alpha_s (1 - e^-h) = alpha_s - alpha_t sigma_s / sigma_t, which is finite even if h is infinite.
             x_t = ratio.item() * x_t + (schedule.alpha(s) - ratio * schedule.alpha(t)).item() * data
             previous, h_previous = pred.x0, h
             yield Sample(x_t, pred.x0, s)

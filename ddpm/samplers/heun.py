@@ -1,4 +1,4 @@
-"""Heun's method on the probability-flow ODE (EDM, Karras et al. 2022): two evaluations a step, order 2."""
+"""Heun's method on the probability-flow ODE (EDM, Karras et al. 2022): order 2, two network evaluations per step."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from ddpm.schedule import NoiseSchedule
 from ddpm.settings import setting
 
 NOISIEST = K_MAX * (1 + 1e-9)
-"""EDM's noisiest level, sigma / alpha, up to rounding: a grid that begins at 80 begins with Heun's step."""
+"""EDM's noisiest level, sigma / alpha, with a margin for rounding, so that a grid from 80 starts with Heun's step."""
 
 
 @dataclass(frozen=True)
 class Heun(SteppedSampler):
-    """EDM's algorithm 1, its deterministic sampler: at most 2 steps - 1 network evaluations.
+    """EDM's deterministic sampler (algorithm 1): at most 2 steps - 1 network evaluations.
 
-    In y = x / alpha and k = sigma / alpha the ODE is dy/dk = eps, and the trapezoid's step
+    In y = x / alpha and k = sigma / alpha the ODE is dy/dk = eps, and a step of the trapezoidal rule is
         y_s = y_t + (k_s - k_t) (eps_t + eps_s) / 2,   eps_s at the end of Euler's step.
-    Euler's step alone (which is DDIM's) is taken to t = 0, as in the paper, and from levels with k > 80, where EDM has
-    none: a variance-preserving schedule's first step may go from k = 20,000 (cosine), or from infinity (zero terminal
-    SNR), down to 16, and the trapezoid would multiply the small difference of two eps by that.
+    The step to t = 0 is an Euler step (which is DDIM's), as in the paper. So are steps from levels with k > 80, which
+    EDM does not have: the first step of a variance-preserving schedule may go from k = 20,000 (cosine), or infinity
+    (zero terminal SNR), down to 16, and the trapezoidal rule would multiply the small difference of two eps by that.
     """
 
-    steps: int = setting(25, "steps from T to 0, two network evaluations each", ge=1)
+    steps: int = setting(25, "steps from T to 0, two network evaluations each (one in the last)", ge=1)
 
     def __call__(
         self,

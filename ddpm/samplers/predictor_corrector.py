@@ -1,4 +1,4 @@
-"""Predictor-corrector sampling (Song et al. 2021b): the reverse chain with Langevin steps at every level."""
+"""Predictor-corrector sampling (Song et al. 2021b): the reverse chain with Langevin steps at every noise level."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from ddpm.settings import setting
 class PredictorCorrector(SteppedSampler):
     """Predictor-corrector sampling (Song et al. 2021b, algorithm 3), one `Sample` per level.
 
-    The predictor is the step of `Ancestral`. At each level s > 0 that it reaches, Langevin's corrector (algorithm 5)
+    The predictor is the step of `Ancestral`. After it, at each level s > 0, the Langevin corrector (algorithm 5) is
         x <- x + e score(x, s) + sqrt(2 e) z,   e = 2 (1 - beta_s) (snr |z| / |score|)^2,
-    beta_s being that of the chain of `steps` steps. The norms are each image's own: the authors' code takes their means
-    over the batch, which makes a sample depend on its neighbours. With corrector_steps = 0 this is `Ancestral`. In all
-    steps + (steps - 1) corrector_steps network evaluations.
+    with beta_s of the chain of `steps` steps. The norms are per image; the authors' code averages them over the batch,
+    which makes a sample depend on the others. With corrector_steps = 0 this is `Ancestral`. There are steps +
+    (steps - 1) corrector_steps network evaluations.
 
-    At level s the predictor's noise has the key s (corrector_steps + 1), its j-th corrector step's j more: no two steps
-    share one.
+    At level s the predictor's noise has the key s (corrector_steps + 1), and the j-th corrector step's key is larger by
+    j, so each step has a unique key.
     """
 
     steps: int = setting(500, "predictor steps from T to 0, one network evaluation each", ge=1)
     variance: ReverseVariance = setting(
-        "small", "variance of a reverse step where it is not learned: the posterior's (small), or beta (large)"
+        "small", "variance of a reverse step, unless it is learned: the posterior's (small), or beta (large)"
     )
     corrector_steps: int = setting(1, "Langevin steps at each level, one network evaluation each", ge=0)
     snr: float = setting(
@@ -73,5 +73,5 @@ class PredictorCorrector(SteppedSampler):
 
 
 def _norm(x: Tensor) -> Tensor:
-    """The Euclidean norm of each image, [B, 1, ..., 1]."""
+    """Return the Euclidean norm of each image, [B, 1, ..., 1]."""
     return torch.linalg.vector_norm(x.flatten(1), dim=1).reshape(-1, *(1,) * (x.dim() - 1))

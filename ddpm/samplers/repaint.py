@@ -1,4 +1,4 @@
-"""Inpainting by known pixels on the way down: replacement, and RePaint's jumps (Lugmayr et al. 2022)."""
+"""Inpainting by replacing the known pixels at every level: replacement, and RePaint (Lugmayr et al. 2022)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ddpm.settings import setting
 
 
 class Inpainter(Protocol):
-    """Settings of an algorithm that fills the hidden pixels of images, which are the algorithm: call them."""
+    """The settings of an inpainting algorithm; calling them runs it."""
 
     def __call__(
         self,
@@ -37,38 +37,38 @@ class Inpainter(Protocol):
         """Yield one `Sample` per network evaluation; the last has the known pixels exactly as given.
 
         Args:
-            denoiser: maps (x_t [B, C, H, W], t [B], cond) to a `Prediction`; it sees `known` only if cond says so.
-            schedule: of the denoiser.
+            denoiser: maps (x_t [B, C, H, W], t [B], cond) to a `Prediction`; it gets `known` only if it is
+                part of cond.
+            schedule: noise schedule of the denoiser.
             x_T: standard normal noise [B, C, H, W].
-            cond: what else the denoiser is conditioned on.
-            known: clean images [B, C, H, W]; hidden pixels may hold anything.
+            cond: conditions of the denoiser.
+            known: clean images [B, C, H, W]; the values of hidden pixels are ignored.
             mask: [B, 1, H, W], True (or 1) where known.
-            noise: key -> standard normal noise like x_T. The key is the number, from 0, of the transition in
-                `repaint_levels`, jumps included: no two share one. A step's known and hidden pixels are of the same
-                draw.
-            timesteps: real levels to visit instead, strictly decreasing, from the level of x_T to 0.
+            noise: key -> standard normal noise like x_T. The key is the index, from 0, of the transition in
+                `repaint_levels`, jumps included, so it is unique. Known and hidden pixels of a step use the same noise.
+            timesteps: real levels to use instead of the sampler's own, strictly decreasing, from the level of x_T to 0.
 
         Raises:
-            ValueError: shapes that do not fit each other, numbers out of range, or `timesteps` that do not fall to 0.
+            ValueError: shapes do not fit each other, a number is out of range, or `timesteps` does not decrease to 0.
         """
 
 
 @dataclass(frozen=True)
 class RePaint(SteppedSampler):
-    """Fill hidden pixels by RePaint (Lugmayr et al. 2022, algorithm 1); jumps are not yielded.
+    """RePaint (Lugmayr et al. 2022, algorithm 1), which fills hidden pixels; jumps yield no `Sample`.
 
     A step down draws hidden pixels from p(x_s | x_t) and known ones from q(x_s | known) (eq. 8). A jump up draws x_t
-    from q(x_t | x_s) over both levels at once: what the hidden pixels were lives on, and the next way down brings it
-    closer to what is known. There are steps + (resamplings - 1) jump_length floor((steps - 1) / jump_length) network
-    evaluations, 2,410 of them at the defaults, which are the authors'. Pixels agree only down to the level that a jump
-    reaches: with few steps, make it short.
+    from q(x_t | x_s) for all pixels at once: the hidden pixels keep part of their content, and the following steps down
+    make it consistent with the known pixels. There are steps + (resamplings - 1) jump_length floor((steps - 1) /
+    jump_length) network evaluations, 2,410 with the defaults, which are the authors'. Known and hidden pixels agree
+    only down to the noise level that a jump reaches: use short jumps with few steps.
     """
 
     steps: int = setting(250, "steps from T to 0", ge=1)
     jump_length: int = setting(10, "length of a jump up, in steps", ge=1)
-    resamplings: int = setting(10, "how often each stretch is walked down; 1 jumps nowhere", ge=1)
+    resamplings: int = setting(10, "how often each section of the chain is sampled; 1 for no jumps", ge=1)
     variance: ReverseVariance = setting(
-        "small", "variance of a reverse step where it is not learned: the posterior's (small), or beta (large)"
+        "small", "variance of a reverse step, unless it is learned: the posterior's (small), or beta (large)"
     )
 
     def __call__(
@@ -101,16 +101,16 @@ class RePaint(SteppedSampler):
 
 @dataclass(frozen=True)
 class Replacement(SteppedSampler):
-    """Fill hidden pixels by ancestral sampling whose known pixels are redrawn from q(x_s | known) at every level.
+    """Ancestral sampling that draws the known pixels from q(x_s | known) at every level (Song et al. 2021b, app. I.2).
 
-    (Song et al. 2021b, app. I.2.) Hidden pixels see the known ones under fresh noise, and only once a level: more steps
-    do not take away the bias against the data's own conditional, `RePaint` does, at a price (Lugmayr et al. 2022,
-    sec. 4.2). This is `RePaint` with one resampling, so noise has the keys 0, 1, 2, ...
+    The hidden pixels depend on noisy known pixels, once per level, so the result is not a sample of the conditional
+    distribution of the data, however many steps there are. `RePaint` reduces this bias with more network evaluations
+    (Lugmayr et al. 2022, sec. 4.2). This is `RePaint` with one resampling, so noise has the keys 0, 1, 2, ...
     """
 
     steps: int = setting(1000, "steps from T to 0, one network evaluation each", ge=1)
     variance: ReverseVariance = setting(
-        "small", "variance of a reverse step where it is not learned: the posterior's (small), or beta (large)"
+        "small", "variance of a reverse step, unless it is learned: the posterior's (small), or beta (large)"
     )
 
     def __call__(
@@ -131,20 +131,20 @@ class Replacement(SteppedSampler):
 
 
 def repaint_levels(grid: Sequence[float], *, jump_length: int, resamplings: int) -> list[float]:
-    """Every level that RePaint visits, in order; a rise is one jump forward (Lugmayr et al. 2022, algorithm 1).
+    """Return every level that RePaint visits, in order; an increase is one jump (Lugmayr et al. 2022, algorithm 1).
 
-    The grid has N steps, and position n is the one from which n are left. On reaching a position b = 1 + i jump_length
-    with b + jump_length <= N, the chain jumps up to b + jump_length and comes down again, resamplings - 1 times. With
-    jump_length = 1 this is algorithm 1 with U = resamplings, with any other the authors' `get_schedule_jump`.
-    In all there are N + (resamplings - 1) jump_length floor((N - 1) / jump_length) steps down.
+    The grid has N steps; position n is the level with n steps left. At each position b = 1 + i jump_length with
+    b + jump_length <= N, the chain jumps up to b + jump_length and steps down again, resamplings - 1 times. For
+    jump_length = 1 this is algorithm 1 with U = resamplings, for other lengths the authors' `get_schedule_jump`.
+    There are N + (resamplings - 1) jump_length floor((N - 1) / jump_length) steps down in total.
 
     Args:
-        grid: strictly decreasing levels that end at 0, `schedule.timesteps(steps)` for example.
-        jump_length: in steps of the grid, at least 1.
-        resamplings: how often each stretch is come down, at least 1, which jumps nowhere.
+        grid: strictly decreasing levels that end at 0, for example `schedule.timesteps(steps)`.
+        jump_length: length of a jump in steps of the grid, at least 1.
+        resamplings: how often each section of the chain is sampled, at least 1; 1 makes no jumps.
 
     Raises:
-        ValueError: numbers out of range, a jump that the grid is too short for, or a grid that does not fall to 0.
+        ValueError: a number is out of range, the grid is too short for a jump, or it does not decrease to 0.
     """
     steps = len(grid) - 1
     if jump_length < 1 or resamplings < 1:
@@ -173,6 +173,6 @@ def repaint_levels(grid: Sequence[float], *, jump_length: int, resamplings: int)
 def _with_known(
     p: DiagonalGaussian, known: Tensor, mask: Tensor, s: float, schedule: NoiseSchedule
 ) -> DiagonalGaussian:
-    """q(x_s | known) where known and p elsewhere: given x_t, pixels are independent, so one draw serves both."""
+    """Return q(x_s | known) for known pixels and p for the others; given x_t, all pixels are independent."""
     alpha, sigma = coefficients(schedule, s, known)
     return DiagonalGaussian(torch.where(mask, alpha * known, p.mean), torch.where(mask, sigma.square(), p.variance))

@@ -1,4 +1,4 @@
-"""SDEdit: where the sampling of an edited image starts (Meng et al. 2022)."""
+"""SDEdit: the noised image from which the sampling of an edited image starts (Meng et al. 2022)."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from ddpm.schedule import NoiseSchedule
 def noised_start(
     schedule: NoiseSchedule, image: Tensor, strength: float, noise: Tensor, *, steps: int = 50
 ) -> tuple[Tensor, list[float]]:
-    """Where SDEdit starts (Meng et al. 2022, algorithm 1, for a variance-preserving process): (x_t0, timesteps).
+    """Return SDEdit's start (x_t0, timesteps) (Meng et al. 2022, algorithm 1, for a variance-preserving process).
 
-    The image, noised to t0 = strength T, and the levels from there to 0 for a sampler of `steps` steps:
+    It is the image noised to t0 = strength T, and the levels from t0 to 0 for a sampler of `steps` steps:
         x_t0, timesteps = noised_start(schedule, image, 0.5, noise)
         DDIM()(denoiser, schedule, x_t0, timesteps=timesteps)
-    They are the table's, spaced as by `schedule.timesteps` (the same list at strength 1), unless steps > t0.
+    The levels are table timesteps, spaced as by `schedule.timesteps` (the same list for strength 1), unless steps > t0.
 
     Args:
         image: clean images [B, C, H, W].
-        strength: in (0, 1]. Near 0 the image comes back; at 1 nothing is kept of it but alpha_T's share.
-        noise: standard normal, like the image.
-        steps: at least 1.
+        strength: t0 / T, in (0, 1]. Near 0 the result is the image; at 1 only the share alpha_T of it is kept.
+        noise: standard normal noise of the image's shape.
+        steps: number of sampling steps from t0 to 0, at least 1.
 
     Raises:
-        ValueError: `strength` or `steps` out of range, or noise of another shape.
+        ValueError: `strength` or `steps` is out of range, or the noise has another shape than the image.
     """
     if not 0 < strength <= 1 or steps < 1:
         raise ValueError(f"need strength in (0, 1] and steps >= 1, got strength={strength} and steps={steps}")

@@ -1,15 +1,15 @@
-"""Which noise levels a sampler visits: from the level of x_T down to 0, one step between neighbours.
+"""Spacings: the noise levels that a sampler visits, from the level of x_T down to 0.
 
 The first three are grids of table timesteps. diffusers counts table indices from 0, which are our t - 1:
-    "trailing": T, ..., T/n, 0; diffusers' word for the same, and its advice (Lin et al. 2024, table 2). It alone begins
-        at T, where x_T is exactly what the network was trained on, and is the default.
+    "trailing": T, ..., T/n, 0; the same name in diffusers, which recommends it (Lin et al. 2024, table 2). It
+        starts at T, where x_T is distributed exactly as in training, and is the default.
     "leading": (n - 1) floor(T/n) + 1, ..., floor(T/n) + 1, 1, 0; diffusers' default for DDIM and DDPM (steps_offset 0),
         and DDIM's own code ("uniform"). It never visits the noisiest levels.
     "linspace": n values from T to 1 inclusive, rounded, then 0; diffusers' for DDIM and Euler, and Improved DDPM's
         respacing (there called "N", not "ddimN"). diffusers' DPM-Solver makes n + 1 values and drops the last.
-The others are grids of k = sigma / alpha, from min(k_T, 80) to k_1 (the least noise that a network is trained on) in n
-values and then 0. k-diffusion takes both ends as arguments; diffusers takes k_T even where that is 20,000 (cosine), of
-which EDM's 80 leaves out what no sampler can use.
+The others are grids of n values of k = sigma / alpha, from min(k_T, 80) to k_1 (the lowest noise level that a network
+is trained on), followed by 0. k-diffusion takes both ends as arguments; diffusers starts at k_T even if that is 20,000
+(cosine). The limit of 80 is EDM's; levels above it do not improve samples.
     "karras": evenly spaced in k^(1/7) (EDM, Karras et al. 2022, eq. 5); k-diffusion's `get_sigmas_karras`.
     "exponential": evenly spaced in log k, so in log-SNR; k-diffusion's `get_sigmas_exponential`, DPM-Solver's "logSNR".
     "vp": the times of the continuous VP process with beta from 0.1 to 20, evenly spaced (score SDE, Song et al. 2021b,
@@ -35,39 +35,39 @@ K_MAX = 80.0
 
 
 def trailing(schedule: NoiseSchedule, steps: int) -> list[float]:
-    """T down to 0, as evenly spaced as integers allow."""
+    """Return levels from T down to 0, as evenly spaced as integers allow."""
     return list(schedule.timesteps(steps))
 
 
 def leading(schedule: NoiseSchedule, steps: int) -> list[float]:
-    """Multiples of floor(T / steps), plus 1, and 0."""
+    """Return the multiples of floor(T / steps) plus 1, in descending order, and 0."""
     schedule.check_steps(steps)
     stride = schedule.num_steps // steps
     return [float(i * stride + 1) for i in reversed(range(steps))] + [0.0]
 
 
 def linspace(schedule: NoiseSchedule, steps: int) -> list[float]:
-    """`steps` values from T to 1, ends included, as evenly spaced as integers allow, and 0."""
+    """Return `steps` values from T to 1, ends included, as evenly spaced as integers allow, and 0."""
     schedule.check_steps(steps)
     if steps == 1:
         return [float(schedule.num_steps), 0.0]
-    # Like numpy's, halves are rounded to even table indices.
+    # As in numpy, halves are rounded to even table indices.
     values = torch.linspace(0, schedule.num_steps - 1, steps, dtype=torch.float64).round() + 1
     return [*values.flip(0).tolist(), 0.0]
 
 
 def karras(schedule: NoiseSchedule, steps: int) -> list[float]:
-    """Evenly spaced in k^(1/7)."""
+    """Return levels evenly spaced in k^(1/7)."""
     return _by_ratio(schedule, steps, karras_ratios)
 
 
 def exponential(schedule: NoiseSchedule, steps: int) -> list[float]:
-    """Evenly spaced in log k."""
+    """Return levels evenly spaced in log k."""
     return _by_ratio(schedule, steps, exponential_ratios)
 
 
 def vp(schedule: NoiseSchedule, steps: int) -> list[float]:
-    """Evenly spaced in the time of the continuous VP process."""
+    """Return levels evenly spaced in the time of the continuous VP process."""
     return _by_ratio(schedule, steps, vp_ratios)
 
 
@@ -86,17 +86,17 @@ SPACINGS: Registry[Spacing] = Registry(
 
 
 def karras_ratios(low: float, high: float, count: int, rho: float = 7.0) -> Tensor:
-    """`count` values of k from high to low, evenly spaced in k^(1/rho), float64 (EDM, eq. 5)."""
+    """Return `count` values of k from high to low, evenly spaced in k^(1/rho), float64 (EDM, eq. 5)."""
     return torch.linspace(high ** (1 / rho), low ** (1 / rho), count, dtype=torch.float64) ** rho
 
 
 def exponential_ratios(low: float, high: float, count: int) -> Tensor:
-    """`count` values of k from high to low, evenly spaced in log k, float64."""
+    """Return `count` values of k from high to low, evenly spaced in log k, float64."""
     return torch.linspace(math.log(high), math.log(low), count, dtype=torch.float64).exp()
 
 
 def vp_ratios(low: float, high: float, count: int, beta_d: float = 19.9, beta_min: float = 0.1) -> Tensor:
-    """`count` values of k from high to low, evenly spaced in u, k = sqrt(exp(beta_d u^2 / 2 + beta_min u) - 1)."""
+    """Return `count` values of k = sqrt(exp(beta_d u^2 / 2 + beta_min u) - 1), high to low, evenly spaced in u."""
 
     def time(k: float) -> float:
         exponent = math.log1p(k * k)

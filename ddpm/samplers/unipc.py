@@ -1,4 +1,4 @@
-"""UniPC (Zhao et al. 2023): a predictor and a corrector of any order, at one network evaluation a step."""
+"""UniPC (Zhao et al. 2023): a predictor and a corrector of any order, with one network evaluation per step."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class UniPC(SteppedSampler):
     From t to s, with h = lambda_s - lambda_t, r_m = (lambda_m - lambda_t) / h and D_m = x0_m - x0_t for the levels m
     visited before, predictor and corrector are
         x_s = sigma_s / sigma_t x_t - alpha_s (e^-h - 1) x0_t - alpha_s B(-h) sum_m rho_m D_m / r_m,
-    with rho from the Vandermonde system of eq. 12; the corrector knows D at s too, for which it needs no evaluation
-    beyond that of the next step. Order p takes p levels for the predictor; the corrector gains one order (theorem 3.1).
-    The first steps have the orders 1, 2, ...; the step to t = 0, where h is infinite, returns the predicted x_0 and is
-    not corrected, and at zero terminal SNR the first step is DDIM's and does not enter the history.
+    with rho from the Vandermonde system of eq. 12. The corrector also uses D at s, from the network evaluation of the
+    next step. The predictor of order p uses p levels; the corrector raises the order by one (theorem 3.1). The first
+    steps have the orders 1, 2, ... The step to t = 0, where h is infinite, returns the predicted x_0 without
+    correction. With zero terminal SNR the first step is DDIM's and does not enter the history.
     """
 
     steps: int = setting(10, "steps from T to 0, one network evaluation each", ge=1)
-    order: Literal[1, 2, 3] = setting(2, "order of the predictor; 2 is the authors' for guided sampling, 3 without")
-    corrector: bool = setting(True, "whether each step is corrected by the evaluation at its end (UniC)")
+    order: Literal[1, 2, 3] = setting(2, "order of the predictor; the authors use 2 with guidance and 3 without")
+    corrector: bool = setting(True, "whether to correct each step with the evaluation at its end (UniC)")
 
     def __call__(
         self,
@@ -52,12 +52,12 @@ class UniPC(SteppedSampler):
         """Yield one `Sample` per step, without noise; see `Sampler`."""
         x_t = x_T
         history: deque[tuple[float, Tensor]] = deque(maxlen=self.order)
-        before: tuple[float, Tensor] | None = None  # level and state that the last step came from
+        before: tuple[float, Tensor] | None = None  # level and state before the last step
         for t, s in itertools.pairwise(self.levels(schedule, timesteps)):
             lambda_t = schedule.log_snr(t).item() / 2
             pred = predict(denoiser, x_t, t, cond)
             if self.corrector and before is not None and history:
-                # The correction moves x_t; the prediction made at the uncorrected one serves the next step (sec. 3.1).
+                # Correct x_t, but keep the prediction at the uncorrected x_t for the next step (sec. 3.1).
                 x_t = _step(schedule, *before, t, history, (lambda_t, pred.x0))
             if math.isfinite(lambda_t):
                 history.appendleft((lambda_t, pred.x0))
@@ -72,7 +72,7 @@ class UniPC(SteppedSampler):
 def _step(
     schedule: NoiseSchedule, t: float, x_t: Tensor, s: float, history: History, end: tuple[float, Tensor] | None
 ) -> Tensor:
-    """x_s from x_t by the predictions at t and before, and at s itself where `end` has it (the corrector)."""
+    """Return x_s from x_t with the predictions at t and earlier levels, and, in the corrector, that at s (`end`)."""
     (lambda_t, x0_t), *earlier = history
     h = schedule.log_snr(s).item() / 2 - lambda_t
     ratio = schedule.sigma(s).item() / schedule.sigma(t).item()
@@ -89,9 +89,10 @@ def _step(
 
 
 def _coefficients(r: Tensor, h: float) -> Tensor:
-    """rho of eq. 12 for data prediction: sum_m r_m^(k-1) rho_m = k! (-h) phi_(k+1)(-h) / B_2(-h) for k = 1, 2, ...
+    """Return rho of eq. 12 for data prediction, the solution of the system below for k = 1, 2, ...
 
-    A single rho is 1/2, which satisfies the condition to the order that counts; the authors' code has it, too.
+    The system is sum_m r_m^(k-1) rho_m = k! (-h) phi_(k+1)(-h) / B_2(-h). A single rho is 1/2, as in the authors' code,
+    which satisfies the condition to the required order.
     """
     if len(r) == 1:
         return torch.full((1,), 0.5, dtype=torch.float64)

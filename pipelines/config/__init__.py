@@ -1,4 +1,4 @@
-"""Configuration: Hydra composes `conf/`, pydantic checks it, and one frozen `Config` goes to every other part."""
+"""Configuration: Hydra composes `conf/`, pydantic validates it, and all other parts use one frozen `Config`."""
 
 from pipelines.config.build import network_config, noise_schedule, sampling, timestep_sampler, training_objective
 from pipelines.config.compose import compose, conf_dir, from_dict, groups, read_config, suggest

@@ -1,4 +1,4 @@
-"""From a checked configuration to the core's objects."""
+"""Conversion of a validated configuration to objects of `ddpm`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from pipelines.errors import ConfigError
 
 
 def network_config(config: Config) -> NetworkConfig:
-    """Return the network's shape.
+    """Return the network's configuration.
 
     Raises:
-        ConfigError: widths, groups, heads or the image size do not fit together, or the task needs another network.
+        ConfigError: widths, groups, heads and image size do not fit together, or the task needs another network.
     """
     model, data = config.model, config.data
     cls = NETWORKS[model.kind]
@@ -45,21 +45,21 @@ def network_config(config: Config) -> NetworkConfig:
 
 
 def training_objective(config: Config) -> Objective:
-    """Return what the network predicts, and the loss that it is trained on."""
+    """Return the training objective: parameterization, loss and weights."""
     objective = config.objective
     weight = chosen(objective, WEIGHTS[objective.weight], f"{objective.weight}_")
     return chosen(objective, Objective).replaced(weight=weight)
 
 
 def timestep_sampler(config: Config) -> TimestepSampler:
-    """Return the timestep sampler of a run, without a history."""
+    """Return the timestep sampler of a run, with an empty history."""
     objective = config.objective
     timesteps = chosen(objective, TIMESTEPS[objective.timesteps], f"{objective.timesteps}_")
     return timesteps.make(config.schedule.num_steps, config.batch_size, config.seed)
 
 
 def sampling(config: Config) -> Sampling:
-    """Return how images are drawn."""
+    """Return the sampling settings."""
     return Sampling(
         chosen(config.sampler, SAMPLERS[config.sampler.kind]),
         chosen(config.guidance, GUIDANCE[config.guidance.kind]),
@@ -71,7 +71,7 @@ def noise_schedule(config: Config) -> NoiseSchedule:
     """Return the noise schedule.
 
     Raises:
-        ConfigError: parameters that the family refuses.
+        ConfigError: a parameter is not valid for the family.
     """
     try:
         return make_schedule(**config.schedule.model_dump())

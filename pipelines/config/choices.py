@@ -1,10 +1,10 @@
-"""Configuration models of the choices that `ddpm` registers: fields, defaults, ranges and meanings come from there.
+"""Pydantic models for the choices registered in `ddpm`, which defines their fields, defaults, ranges and meanings.
 
-A choice is a settings class in `ddpm` and a line in its registry, or an entry point of another package; nothing here
-names one. A section of the configuration names a kind and gives its settings beside it:
-    sampler, schedule, model   one model per kind, which refuses the fields of other kinds;
-    guidance                   one model with the fields of all kinds, of which only the kind's own may be changed;
-    objective                  names a weight and a timestep sampler, whose settings are KIND_FIELD (min_snr_gamma).
+A choice is a settings class in `ddpm` with an entry in its registry, or an entry point of another package; this module
+names none of them. A section of the configuration has the name of a kind and, beside it, the settings of that kind:
+    sampler, schedule, model   one pydantic model per kind, which rejects the fields of other kinds;
+    guidance                   one pydantic model with the fields of all kinds; only those of the kind may be changed;
+    objective                  names a weight and a timestep sampler, with settings named KIND_FIELD (min_snr_gamma).
 """
 
 from __future__ import annotations
@@ -30,33 +30,33 @@ from ddpm.timesteps import TIMESTEPS
 from ddpm.weights import WEIGHTS
 
 FROM_DATA = ("in_channels", "out_channels", "num_classes", "context_channels")
-"""Settings of a network that follow from the data and the task."""
+"""Settings of a network that are determined by the data and the task."""
 
 
 class Section(pydantic.BaseModel):
-    """A part of the configuration: frozen, and without fields that nobody knows."""
+    """A section of the configuration: frozen, and rejecting unknown fields."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
 
 
 class ScheduleSection(Section):
-    """What every noise schedule has."""
+    """The fields of every noise schedule."""
 
     num_steps: PositiveInt = 1000
     zero_terminal_snr: bool = False
-    log_snr_shift: float = Field(0.0, description="added to the log-SNR at every step; below 0 is more noise")
+    log_snr_shift: float = Field(0.0, description="constant added to the log-SNR at every step; below 0 is more noise")
 
 
 class ModelSection(Section):
-    """What every network has; its channels in and out and its classes come from the data."""
+    """The fields of every network; its input and output channels and classes come from the data."""
 
     class_conditional: bool = True
-    inpainting: bool = Field(False, description="conditioned on the known pixels of a masked image")
-    learned_variance: bool = Field(False, description="of the reverse steps; trained by objective.loss hybrid or vlb")
+    inpainting: bool = Field(False, description="condition on the known pixels of a masked image")
+    learned_variance: bool = Field(False, description="learn the reverse variance, with objective.loss hybrid or vlb")
 
 
 class GuidanceSection(Section):
-    """Guidance when sampling: by the model's own null condition, a classifier of noisy images, or a weaker model."""
+    """Guidance in sampling: by the model's null condition, a classifier of noisy images, or a weaker model."""
 
     kind: str
 
@@ -77,16 +77,16 @@ class GuidanceSection(Section):
 
 
 class ObjectiveSection(Section):
-    """What the network predicts, and the loss that it is trained on."""
+    """The network's parameterization and training loss."""
 
     label_drop: Annotated[float, Field(ge=0, le=1)] = Field(
         0.1, description="probability of the null condition (label and text), per sample"
     )
-    mask: MaskKind = Field("any", description="what inpainting hides in training")
+    mask: MaskKind = Field("any", description="kind of mask of the hidden pixels in inpainting training")
 
 
 def _field(setting: Setting) -> Any:
-    """Return (type, field) of a setting, as pydantic takes it."""
+    """Return (type, field) of a setting, as `pydantic.create_model` expects."""
     bounds: Any = setting.bounds
     limits = Field(**bounds) if bounds else None
     kind = setting.type
@@ -108,19 +108,19 @@ def _fields(settings: Iterable[Setting], prefix: str = "") -> dict[str, Any]:
 def _variants(
     registry: Mapping[str, Any], base: type[Section], suffix: str, *, beside: Any = (), without: Collection[str] = ()
 ) -> dict[str, type[Section]]:
-    """Return one model per kind of a registry: its settings beside the fields of `base`.
+    """Return one pydantic model per kind of a registry, with the fields of `base` and the kind's settings.
 
     Args:
-        suffix: of the models' names.
-        beside: further settings that every kind has.
-        without: settings that are not configured.
+        suffix: suffix of the models' names.
+        beside: additional settings for every kind.
+        without: names of settings that are not part of the configuration.
     """
     found = {}
     for kind, cls in registry.items():
         own = [setting for setting in settings_of(cls) if setting.name not in without]
 
         def check(self: Any, cls: Any = cls, own: list[Setting] = own) -> Any:
-            cls(**{setting.name: getattr(self, setting.name) for setting in own})  # raises what ranges cannot say
+            cls(**{setting.name: getattr(self, setting.name) for setting in own})  # checks what ranges cannot express
             return self
 
         validators: Any = {"_check": model_validator(mode="after")(check)}
@@ -134,12 +134,12 @@ def _variants(
             __validators__=validators,
             **fields,
         )
-        globals()[name] = found[kind]  # where pickle looks for it
+        globals()[name] = found[kind]  # pickle looks it up here
     return found
 
 
 def _union(variants: Mapping[str, type[Section]], default: str | None = None) -> Any:
-    """Return the type of a section that is one of these models by its `kind`."""
+    """Return the union type of these models, discriminated by `kind`."""
     kinds: Any = Union[tuple(variants.values())]  # noqa: UP007
     union: Any = Annotated[kinds, Field(discriminator="kind")]
     if default is None:
@@ -150,7 +150,7 @@ def _union(variants: Mapping[str, type[Section]], default: str | None = None) ->
 
 
 def _one_of(registry: Mapping[str, Any]) -> Any:
-    """Return the type of a registry's names."""
+    """Return the Literal type of a registry's names."""
     return Literal[tuple(registry)]
 
 
@@ -167,7 +167,7 @@ VARIANTS: dict[str, dict[str, type[Section]]] = {
     "sampler": _variants(SAMPLERS, Section, "Sampler", beside=_CLIPPING),
     "model": _variants(NETWORKS, ModelSection, "Model", without=FROM_DATA),
 }
-"""Section -> kind -> its model."""
+"""Section -> kind -> pydantic model."""
 
 ScheduleConfig = _union(VARIANTS["schedule"])
 SamplerConfig = _union(VARIANTS["sampler"])
@@ -190,8 +190,8 @@ ObjectiveConfig = create_model(
     __doc__=ObjectiveSection.__doc__,
     **_fields(_LOSS)
     | {
-        "weight": (_one_of(WEIGHTS), Field("uniform", description="of the squared error, by timestep")),
-        "timesteps": (_one_of(TIMESTEPS), Field("uniform", description="how the timesteps of a batch are drawn")),
+        "weight": (_one_of(WEIGHTS), Field("uniform", description="weight of the squared error by timestep")),
+        "timesteps": (_one_of(TIMESTEPS), Field("uniform", description="sampler of the timesteps of a batch")),
     }
     | _prefixed(WEIGHTS)
     | _prefixed(TIMESTEPS),
@@ -199,5 +199,5 @@ ObjectiveConfig = create_model(
 
 
 def chosen(section: Any, cls: Any, prefix: str = "") -> Any:
-    """Return the settings of a class from a section of the configuration that has them, under `prefix`."""
+    """Return an instance of a settings class with the values in a section, whose field names start with `prefix`."""
     return cls(**{setting.name: getattr(section, prefix + setting.name) for setting in settings_of(cls)})

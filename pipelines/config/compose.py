@@ -1,4 +1,4 @@
-"""From `conf/` and Hydra overrides to a checked `Config`; errors say where, what is allowed and how to fix it."""
+"""Composition of `conf/` and Hydra overrides into a validated `Config`, with errors that explain how to fix them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipelines.errors import ConfigError
 
 
 def conf_dir() -> Path:
-    """The folder of the shipped configuration, in a checkout as in an installed wheel."""
+    """Return the folder of the shipped configuration, in a checkout or an installed wheel."""
     for candidate in (Path(__file__).parents[2] / "conf", Path(__file__).parents[1] / "conf"):
         if (candidate / "config.yaml").is_file():
             return candidate
@@ -25,16 +25,16 @@ def conf_dir() -> Path:
 
 
 def groups() -> dict[str, list[str]]:
-    """Config groups and their choices; the studies of `conf/search/` are no part of a run."""
+    """Return config groups and their choices, without `conf/search/`, whose studies are not part of a run."""
     folders = sorted(p for p in conf_dir().iterdir() if p.is_dir() and p.name != "search")
     return {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in folders if any(p.glob("*.yaml"))}
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
-    """The `Config` of `conf/` with Hydra overrides such as `+experiment=digits` or `optim.lr=1e-3`.
+    """Return the `Config` of `conf/` with Hydra overrides such as `+experiment=digits` or `optim.lr=1e-3`.
 
     Raises:
-        ConfigError: anything that is wrong with it, before anything starts.
+        ConfigError: an override or the resulting configuration is not valid.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -52,7 +52,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     for override in parsed:
         line = override.input_line or ""
         _check_override(override.key_or_group, override.value(), line)
-        # A field that the shipped YAML leaves at its default is not in Hydra's struct: "++" sets it all the same.
+        # A field that the shipped YAML leaves at its default is not in Hydra's struct, so it has to be set with "++".
         plain_key = override.type is OverrideType.CHANGE and override.key_or_group not in groups()
         lines.append(f"++{line}" if plain_key else line)
     try:
@@ -70,12 +70,12 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """A whole configuration from a JSON or YAML file, such as the `config.json` of a run, with overrides by path.
+    """Return the configuration in a JSON or YAML file, such as the `config.json` of a run, with overrides by path.
 
-    Addresses of a local stack are left out: whoever wrote the file may have had another.
+    Addresses of a local stack are dropped, because the file may come from another machine.
 
     Raises:
-        ConfigError: no such file, or anything that is wrong with it.
+        ConfigError: the file does not exist, or the configuration is not valid.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -95,10 +95,10 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def from_dict(plain: Mapping[str, Any]) -> Config:
-    """A checked `Config` from nested plain values.
+    """Return a validated `Config` from nested plain values.
 
     Raises:
-        ConfigError: names every field that is wrong.
+        ConfigError: the configuration is not valid; the message names every wrong field.
     """
     try:
         config = Config.model_validate(plain)
@@ -110,7 +110,7 @@ def from_dict(plain: Mapping[str, Any]) -> Config:
 
 
 def suggest(word: str, allowed: Iterable[str]) -> str:
-    """ " Did you mean 'x'?" or nothing."""
+    """Return the text " Did you mean 'x'?" for the closest allowed word, or nothing."""
     close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else ""
 
@@ -139,7 +139,7 @@ def _check_override(key: str, value: Any, line: str) -> None:
 
 
 def _models_in(annotation: Any) -> list[type[pydantic.BaseModel]]:
-    """The pydantic models that a field's annotation can hold."""
+    """Return the pydantic models in a field's annotation."""
     if typing.get_origin(annotation) is Annotated:
         return _models_in(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):

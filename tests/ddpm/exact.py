@@ -1,4 +1,4 @@
-"""Denoisers whose answers are exact, for data whose posterior is known in closed form."""
+"""Exact denoisers for data distributions with a closed-form posterior."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ddpm.schedule import NoiseSchedule
 
 @dataclass(frozen=True)
 class GaussianDenoiser:
-    """E[x_0 | x_t] for x_0 ~ N(mean, std^2) in every pixel; a label shifts the mean by its value."""
+    """The exact denoiser E[x_0 | x_t] for x_0 ~ N(mean, std^2) in every pixel; a label shifts the mean by its value."""
 
     schedule: NoiseSchedule
     mean: float = 0.2
@@ -36,7 +36,7 @@ class GaussianDenoiser:
 
 @dataclass(frozen=True)
 class PointDenoiser:
-    """The data is a single image."""
+    """The exact denoiser for a dataset of a single image."""
 
     schedule: NoiseSchedule
     image: Tensor
@@ -48,12 +48,12 @@ class PointDenoiser:
 
 @dataclass(frozen=True)
 class MixtureDenoiser:
-    """E[x_0 | x_t] for x_0 ~ sum_k weights_k N(means_k, std^2 I); a label selects a component, no label is the mixture.
+    """The exact denoiser for x_0 ~ sum_k weights_k N(means_k, std^2 I); a label selects one component.
 
     Attributes:
-        means: [K, D] with D = C * H * W.
-        std: of every component in every direction, > 0.
-        weights: [K], positive, normalised here; None is equal ones.
+        means: means of the components, [K, D] with D = C * H * W.
+        std: standard deviation of every component in every direction, > 0.
+        weights: positive weights [K], normalised by this class; None is equal weights.
     """
 
     schedule: NoiseSchedule
@@ -70,27 +70,27 @@ class MixtureDenoiser:
         return Prediction(x_0, eps_from_x0(x_0, x_t, t, self.schedule))
 
     def log_density(self, x_t: Tensor, t: Tensor | float, cond: Conditioning | None = None) -> Tensor:
-        """log q(x_t) in nats, [B]; of the labels' components where `cond` has labels."""
+        """Return log q(x_t) in nats, [B]; that of the labels' components if `cond` has labels."""
         return (self._log_prior(len(x_t), x_t, cond) + self._log_components(x_t, t)).logsumexp(1)
 
     def class_log_posterior(self, x_t: Tensor, t: Tensor | float) -> Tensor:
-        """log p(k | x_t) of the whole mixture, [B, K]."""
+        """Return log p(k | x_t) of the whole mixture, [B, K]."""
         return self._log_share(x_t, t, None)
 
     def _at(self, x_t: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """alpha, sigma, the variance of x_t given a component, all to broadcast over x_t, and the means."""
+        """Return alpha, sigma and the variance of x_t given a component, broadcastable to x_t, and the means."""
         alpha, sigma = coefficients(self.schedule, t, x_t)
         return alpha, sigma, alpha**2 * self.std**2 + sigma**2, self.means.to(x_t)
 
     def _log_components(self, x_t: Tensor, t: Tensor | float) -> Tensor:
-        """log q(x_t | k), [B, K]."""
+        """Return log q(x_t | k), [B, K]."""
         alpha, _, variance, means = self._at(x_t, t)
         alpha, variance = alpha.flatten(1), variance.flatten(1)
         square = (x_t.flatten(1).unsqueeze(1) - alpha.unsqueeze(1) * means).square().sum(2)
         return -(square / variance + means.shape[1] * (2 * math.pi * variance).log()) / 2
 
     def _log_prior(self, count: int, like: Tensor, cond: Conditioning | None) -> Tensor:
-        """Log-weights of the components for each sample, [B, K]: -inf for all but the one that a label selects."""
+        """Return log-weights of the components for each sample, [B, K]; a label sets all others to -inf."""
         weights = (torch.ones(len(self.means)) if self.weights is None else self.weights).to(like)
         log_prior = (weights / weights.sum()).log().expand(count, -1)
         if cond is None or cond.label is None:

@@ -1,4 +1,4 @@
-"""Ranks of a training under plain torch.distributed, for tests: a shell of folders, a tracker of lists."""
+"""Training ranks under plain torch.distributed for tests, with checkpoints in folders and metrics in memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TINY = {
 
 @dataclass
 class MemoryTracker:
-    """Takes the place of MLflow and keeps everything in memory."""
+    """A replacement for the MLflow tracker that keeps everything in memory."""
 
     uri: str = "http://nowhere"
     run_id: str = "test"
@@ -63,12 +63,12 @@ class MemoryTracker:
 
 
 class FolderShell:
-    """Checkpoints in numbered folders, stored by a thread; the trace of losses in a file, a line per step.
+    """A shell that stores checkpoints in numbered folders, in a thread, and losses in a file with a line per step.
 
     Args:
-        folder: of the run; all its attempts have the same.
-        stop_after: steps of this attempt after which to stop.
-        checkpoint_after: steps of this attempt after which this rank asks for a checkpoint.
+        folder: folder of the run, shared by all its attempts.
+        stop_after: number of steps of this attempt after which to stop.
+        checkpoint_after: number of steps of this attempt after which this rank requests a checkpoint.
     """
 
     def __init__(
@@ -135,10 +135,10 @@ def train_here(
     shell: FolderShell | None = None,
     **requests: int,
 ) -> tuple[FolderShell, MemoryTracker]:
-    """Train one rank in this process, in its process group if there is one.
+    """Train one rank in this process, in its process group if there is one, and return its shell and tracker.
 
     Args:
-        shell: a new `FolderShell` with `requests`, where not given.
+        shell: shell of the rank; default is a new `FolderShell` with `requests`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shell, tracker = shell or FolderShell(folder, rank, **requests), MemoryTracker()
@@ -149,7 +149,7 @@ def train_here(
 
 
 def trace(folder: Path) -> dict[int, float]:
-    """Return the loss by images seen; a step that was computed twice must have the same loss."""
+    """Return images seen -> loss, after checking that steps computed twice have the same loss."""
     found: dict[int, float] = {}
     for line in (folder / "trace.jsonl").read_text().splitlines():
         seen, loss = json.loads(line)
@@ -166,7 +166,7 @@ def last_checkpoint(folder: Path) -> Path:
 
 
 def run_ranks(rank: int, world: int, rendezvous: Path, dataset: Dataset, runs: Sequence[tuple[Path, Config]]) -> None:
-    """Run several trainings one after the other as one process of a group; for `torch.multiprocessing.spawn`."""
+    """Run several trainings one after the other, as one rank of a group started by `torch.multiprocessing.spawn`."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
     try:
