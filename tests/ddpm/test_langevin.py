@@ -104,11 +104,13 @@ def share_below(x: Tensor) -> float:
     return (x < 0).double().mean().item()
 
 
-def test_annealing_finds_the_weights_of_the_modes_and_one_level_alone_does_not():
+@pytest.mark.parametrize("step_size", [0.2, 1.0])
+def test_annealing_finds_the_weights_of_the_modes_and_one_level_alone_does_not(step_size):
     denoiser = MixtureDenoiser(COSINE)
     x_T, noise = noises(torch.arange(2000), (1, 1, 1))
     grid = [*range(700, 300, -10), 300, 250, 200, 150, 100, 70, 50, 30, 0]
-    annealed = last(AnnealedLangevin(steps_per_level=20)(denoiser, COSINE, x_T, noise=noise, timesteps=grid))
+    sampler = AnnealedLangevin(steps_per_level=20, step_size=step_size)
+    annealed = last(sampler(denoiser, COSINE, x_T, noise=noise, timesteps=grid))
     assert share_below(annealed) == pytest.approx(0.25, abs=0.05)  # a standard error is 0.01, and mixing ends early
     below = annealed[annealed < 0]
     assert below.mean().item() == pytest.approx(-0.8, abs=0.02)

@@ -37,7 +37,7 @@ def judged(distance, error=0.1, evaluations=10, samples=100, own=0.0):
         (judged(6.0, own=3.0), judged(5.0, own=-3.0), False),
         (judged(5.4), judged(5.0), True),
         (judged(6.0, evaluations=9), judged(5.0), False),  # cheaper: it may be on the front
-        (judged(6.0), judged(5.0, samples=50), False),  # distances of unlike image_ids of samples do not compare
+        (judged(6.0), judged(5.0, samples=50), False),  # distances of different numbers of samples do not compare
         (judged(5.0), judged(6.0), False),
     ],
 )

@@ -159,6 +159,7 @@ def test_a_shard_follows_into_the_cache_and_is_mapped_from_then_on(uri, tmp_path
     assert get(fetcher, (50_000, 50_010)) == [DATA[50_000:50_010]]
     assert fetcher.stats.cached_reads >= 1  # the first read too, where the shard was faster
     assert fetcher.stats.cached_reads + fetcher.stats.block_reads == 2
+    assert fetcher.stats.whole_shards == 1
     (tmp_path / "data" / "a.tar").unlink()  # the store is not asked any more
     assert get(ShardFetcher(uri, Storage(), cache), (0, 9)) == [DATA[:9]]
 
