@@ -175,6 +175,7 @@ class CheckpointConfig(Section):
 
     every: PositiveInt
     keep: Annotated[int, Field(ge=1)] = 2
+    backlog: NonNegativeInt = 2
     publish_every: PositiveInt = 50_000
 
 

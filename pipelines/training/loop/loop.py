@@ -47,13 +47,13 @@ class TrainingLoop:
 
         # Restore the newest checkpoint, or start from new or given weights.
         self.state = make_state(context)
-        restored = restore(context, self.state, shell, self.log)
+        restored, damaged = restore(context, self.state, self.log)
         if not restored and self.config.init_from is not None:
             load_initial_model(context, self.state)
         self.resumed_at = self.saved_at = self.state.images_seen
 
         self.stream = training_stream(context, self.resumed_at)
-        self.checkpointer = Checkpointer(context, shell, self.log)
+        self.checkpointer = Checkpointer(context, self.log, damaged)
         self.preview = Preview(context, self.log)
         self.statistics = StepStatistics(context, self.clock, self.resumed_at)
         self.profiler = Profiler(context, self.resumed_at)
@@ -70,7 +70,7 @@ class TrainingLoop:
             ShardCorruptError: a shard that this rank needs is damaged; what was trained before is saved.
         """
         config, state = self.config, self.state
-        with closing(self.log) if self.log else nullcontext(), closing(self.stream.reader):
+        with closing(self.log) if self.log else nullcontext(), closing(self.checkpointer), closing(self.stream.reader):
             if state.images_seen == 0:
                 self._show_preview()
             batches = iter(self.stream)
@@ -185,6 +185,6 @@ class TrainingLoop:
 def _run_log(context: RunContext) -> RunLog:
     """Return the log of the run, which keeps what is not sent yet beside the shard cache."""
     job = context.job
-    run = Destination(job.tracker, job.storage, job.run_uri)
+    run = Destination(job.tracker, job.storage, job.run_uri, job.fence)
     unsent = stream_settings(context.config).cache_dir.parent / "unsent" / job.tracker.run_id
     return RunLog.open(context.config.tracking.sinks, run, unsent)
