@@ -141,11 +141,16 @@ def load_checkpoint(folder: Path) -> tuple[CheckpointState, dict[str, Tensor]]:
         ModelError: the checkpoint is incomplete, damaged or of another version.
     """
     state = verify_checkpoint(folder)
+    return state, load_tensors(folder, state)
+
+
+def load_tensors(folder: Path, state: CheckpointState) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint folder that has been verified, by their names in `Checkpoint`."""
     tensors = load_file(folder / "training.safetensors")
     tensors |= {_EMA + name: tensor for name, tensor in load_file(folder / "model.safetensors").items()}
     if "power_ema.safetensors" in state.files:
         tensors |= load_file(folder / "power_ema.safetensors")
-    return state, tensors
+    return tensors
 
 
 def verify_checkpoint(folder: Path) -> CheckpointState:

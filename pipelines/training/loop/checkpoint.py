@@ -193,10 +193,10 @@ def _read(context: RunContext, state: TrainingState, log: RunLog | None) -> tupl
     try:
         with tempfile.TemporaryDirectory(prefix="ddpm-restored-") as scratch:
             folder = Path(scratch) / "checkpoint"
-            newest, damaged = checkpoints.fetch_newest(job.storage, job.run_uri, folder)
-            if newest is None:
+            stored, damaged = checkpoints.fetch_newest(job.storage, job.run_uri, folder)
+            if stored is None:
                 return _Found(None, None), {}
-            stored, tensors = checkpoints.load_checkpoint(folder)
+            tensors = checkpoints.load_tensors(folder, stored)
             checkpoints.check_resumable(stored, job.config, job.dataset, job.quarantine)
             shapes = {name: tuple(tensor.shape) for name, tensor in state.tensors().items()}
             added = {name for name in shapes.keys() - tensors.keys() if name.startswith(RESIDUAL)}
