@@ -110,6 +110,17 @@ class ClusterConfig(Section):
         None, description="dense bf16 peak of one GPU, for the utilization; null: from the card's name"
     )
     max_failures: NonNegativeInt = Field(3, description="failures without a new checkpoint before the run fails")
+    max_preemption_failures: Annotated[int, Field(ge=-1)] = Field(
+        -1, description="restarts after a node was taken away, which max_failures does not count; -1: without a limit"
+    )
+    preemption_grace_s: NonNegativeFloat = Field(
+        0, description="how long the workers on other nodes go on after a preempted one is due to go, to end an upload"
+    )
+    relax_collectives_on_preemption: bool = Field(
+        False,
+        description="let the other workers' checkpoint be listed without those of a preempted node; for uploads that "
+        "take longer than the notice, together with preemption_grace_s",
+    )
     patience_s: PositiveFloat = Field(300, description="how long to wait for nodes that are missing")
     step_timeout_s: NonNegativeFloat | None = Field(
         1800,

@@ -44,7 +44,7 @@ def train_rank(context: RunContext, shell: Shell, started: float | None = None) 
     """
     cluster, clock = context.config.cluster, Clock(time.monotonic() if started is None else started)
     # What takes a while to close is closed after the other ranks have been told of an error.
-    with ExitStack() as resources, Watchdog(clock, cluster.step_timeout_s):
+    with ExitStack() as resources, Watchdog(clock, cluster.step_timeout_s, cluster.preemption_grace_s):
         TrainingLoop(context, shell, clock, resources).run()
 
 

@@ -104,6 +104,9 @@ def make_trainer(
             failure_config=FailureConfig(
                 max_failures=cluster.max_failures,
                 controller_failure_limit=math.ceil(cluster.patience_s / 60),
+                max_preemption_failures=cluster.max_preemption_failures,
+                preemption_grace_s=cluster.preemption_grace_s,
+                relax_collectives_on_preemption=cluster.relax_collectives_on_preemption,
             ),
             checkpoint_config=CheckpointConfig(num_to_keep=keep),
         ),

@@ -5,11 +5,31 @@ from __future__ import annotations
 import pytest
 
 from pipelines.config import ClusterConfig, compose
-from pipelines.training.ray_train.trainer import torch_config
+from pipelines.storage import Storage
+from pipelines.training.ray_train.trainer import make_trainer, torch_config
 
 
 def cluster(*overrides: str) -> ClusterConfig:
     return compose(["+experiment=digits", *(f"cluster.{o}" for o in overrides)]).cluster
+
+
+def failure_config(tmp_path, *overrides: str):
+    trainer = make_trainer(print, {}, cluster(*overrides), Storage(), f"file://{tmp_path}/runs/r", 2, None)
+    return trainer.run_config.failure_config
+
+
+def test_rays_failure_config_has_what_the_cluster_configuration_says(tmp_path):
+    asked = ["max_failures=5", "max_preemption_failures=7", "preemption_grace_s=90", "patience_s=121"]
+    found = failure_config(tmp_path, *asked, "relax_collectives_on_preemption=true")
+    assert (found.max_failures, found.max_preemption_failures, found.preemption_grace_s) == (5, 7, 90)
+    assert found.relax_collectives_on_preemption is True
+    assert found.controller_failure_limit == 3
+
+
+def test_by_default_preemptions_are_not_counted_and_end_the_others_at_once(tmp_path):
+    found = failure_config(tmp_path)
+    assert (found.max_preemption_failures, found.preemption_grace_s) == (-1, 0)
+    assert found.relax_collectives_on_preemption is False
 
 
 @pytest.mark.parametrize(("seconds", "group_timeout"), [("600", 660), ("0.5", 61), ("0", 1800), ("null", 1800)])
