@@ -14,7 +14,7 @@ import ray
 import torch
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipelines import tracking
 from pipelines.checkpoints import ModelError
@@ -23,7 +23,7 @@ from pipelines.shards.cache import ShardCorruptError
 from pipelines.storage import Fence, FencedError
 from pipelines.training import STARTED
 from pipelines.training.loop.context import RunContext
-from pipelines.training.loop.loop import TrainingLoop
+from pipelines.training.loop.loop import train_rank as run_rank
 from pipelines.training.loop.shell import Job
 from pipelines.training.ray_train.resources import per_worker
 from pipelines.training.ray_train.shell import RayShell
@@ -58,7 +58,7 @@ def train_rank(job: Job, monitor: Any, started: float) -> None:
     with tracking.system_metrics(job.tracker, node) if worker.get_local_rank() == 0 else nullcontext():
         try:
             context = RunContext.of(job, rank=rank, world_size=world_size, device=get_device())
-            TrainingLoop(context, shell, started).run()
+            run_rank(context, shell, started)
         except FINAL_ERRORS as error:
             ray.get(monitor.set_final_error.remote(str(error)))
             raise  # the others may be waiting for this rank: Ray Train ends them
@@ -79,6 +79,7 @@ def make_trainer(
     return TorchTrainer(
         loop,
         train_loop_config=settings,
+        torch_config=torch_config(cluster),
         scaling_config=ScalingConfig(
             num_workers=cluster.num_workers,
             use_gpu=cluster.gpus_per_worker > 0,
@@ -90,10 +91,18 @@ def make_trainer(
             storage_path=str(Path(tempfile.gettempdir()) / f"ddpm-ray-train-{os.getuid()}"),
             # A group of workers that does not start within a minute is tried again until patience_s has passed.
             failure_config=FailureConfig(
-                max_failures=cluster.max_failures, controller_failure_limit=math.ceil(cluster.patience_s / 60)
+                max_failures=cluster.max_failures,
+                controller_failure_limit=math.ceil(cluster.patience_s / 60),
+                max_preemption_failures=cluster.max_preemption_failures,
+                preemption_grace_s=cluster.preemption_grace_s,
             ),
         ),
     )
+
+
+def torch_config(cluster: ClusterConfig) -> TorchConfig:
+    """Return the settings of the process group: a collective is given up after the watchdog has said where it hangs."""
+    return TorchConfig(timeout_s=math.ceil(cluster.step_timeout_s) + 60) if cluster.step_timeout_s else TorchConfig()
 
 
 def dedicated_workers(job: Job, monitor: Any) -> Callable[[], object]:

@@ -15,7 +15,7 @@ from pipelines.config import Config, compose
 from pipelines.shards.index import Dataset
 from pipelines.storage import Storage
 from pipelines.training.loop.context import RunContext
-from pipelines.training.loop.loop import TrainingLoop
+from pipelines.training.loop.loop import train_rank
 from pipelines.training.loop.progress import Progress
 from pipelines.training.loop.shell import Job
 
@@ -118,7 +118,7 @@ def train_here(
     shell, tracker = shell or FolderShell(folder, rank, **requests), MemoryTracker()
     job = Job(config, dataset, Storage(), tracker, {})  # type: ignore[arg-type]
     context = RunContext.of(job, rank=rank, world_size=world, device=torch.device("cpu"))
-    TrainingLoop(context, shell).run()
+    train_rank(context, shell)
     return shell, tracker
 
 
