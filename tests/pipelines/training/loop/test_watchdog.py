@@ -69,7 +69,7 @@ def break_rank(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     elif fault == "checkpoint":
         monkeypatch.setattr(checkpoint, "gather", fail)
     elif fault == "restore":
-        monkeypatch.setattr(FolderShell, "restored", fail)
+        monkeypatch.setattr(checkpoint.checkpoints, "fetch_newest", fail)
     elif fault == "batch":
         load = TrainingStream._load
         monkeypatch.setattr(TrainingStream, "_load", lambda self, first: broken_read(self, first, load))
