@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import NoReturn
@@ -150,8 +151,12 @@ class Watchdog:
         """Put a failure into the store, unless there is one, and give the others time to read it."""
         store = self.store
         if store is not None and self.failure is None:
-            # In a thread: the store may not answer.
-            _start(lambda: store.compare_set(KEY, "", json.dumps(asdict(failure))))
+
+            def put() -> None:
+                with suppress(RuntimeError):  # rank 0, which has the store, has ended
+                    store.compare_set(KEY, "", json.dumps(asdict(failure)))
+
+            _start(put)  # in a thread: the store may not answer
             self._over.wait(2 * POLL_S)
 
 

@@ -28,6 +28,8 @@ from tests.pipelines.training.loop.ranks import FolderShell, MemoryTracker, tiny
 pytestmark = pytest.mark.integration
 BATCH = 25
 LONGER_THAN_ANY_TEST_S = 1800
+HANG_S = 15
+"""Longer than a rank takes to start on a busy machine."""
 
 
 def fail(*args, **kwargs):
@@ -142,7 +144,7 @@ class Ranks:
 )
 def test_an_error_of_one_rank_outside_the_step_ends_the_other_by_name_in_seconds(digits, tmp_path, fault, broken):
     with Ranks(tmp_path, digits, fault, broken) as ranks:
-        assert [ranks.exit_code(rank, within_s=30) for rank in range(2)] == [0, 0]
+        assert [ranks.exit_code(rank, within_s=120) for rank in range(2)] == [0, 0]
         assert ranks.error(broken)[1].endswith("the reason")
         kind, message = ranks.error(1 - broken)
         assert kind == "RankFailedError"
@@ -153,17 +155,17 @@ def test_an_error_of_one_rank_outside_the_step_ends_the_other_by_name_in_seconds
 @pytest.mark.parametrize("broken", [0, 1])
 def test_the_other_rank_ends_although_the_process_of_the_failed_one_stays(digits, tmp_path, broken):
     with Ranks(tmp_path, digits, "preview", broken, stays=True) as ranks:
-        assert ranks.exit_code(1 - broken, within_s=30) == EXIT_CODE
+        assert ranks.exit_code(1 - broken, within_s=120) == EXIT_CODE
         assert ranks.processes[broken].is_alive()
         assert f"rank {broken} of the run failed: ValueError: the reason; rank {1 - broken}" in ranks.log(1 - broken)
 
 
 def test_a_rank_that_hangs_ends_with_all_others_and_the_stacks_say_where(digits, tmp_path):
-    with Ranks(tmp_path, digits, "hang", 1, timeout_s=3) as ranks:
-        codes = [ranks.exit_code(rank, within_s=30) for rank in range(2)]
+    with Ranks(tmp_path, digits, "hang", 1, timeout_s=HANG_S) as ranks:
+        codes = [ranks.exit_code(rank, within_s=120) for rank in range(2)]
         assert codes[1] == EXIT_CODE
         assert codes[0] in (0, EXIT_CODE)
-        assert "has made no progress for 3 s in the phase 'grid' (cluster.step_timeout_s)" in ranks.log(1)
+        assert f"has made no progress for {HANG_S} s in the phase 'grid' (cluster.step_timeout_s)" in ranks.log(1)
         assert "in sleep_for_ever" in ranks.log(1)
         assert "in all_gather_items" in ranks.log(0)
         assert "sleep_for_ever" not in ranks.log(0)
