@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -17,11 +17,14 @@ class Entry:
         size: in bytes.
         tag: changes when the bytes do: the store's ETag, or a file's modification time in nanoseconds. The same bytes
             stored again may have another.
+        modified: when it was last written, in seconds since the epoch by the store's clock; None where the store does
+            not say.
     """
 
     uri: str
     size: int
     tag: str
+    modified: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

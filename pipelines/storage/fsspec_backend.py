@@ -17,6 +17,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,6 +38,7 @@ _ENVIRONMENT = (
 )
 """Paths, endpoints and names that other processes need too; no secrets."""
 _TAGS = ("etag", "ETag", "md5Hash", "content_md5", "checksum", "mtime", "last_modified", "LastModified", "updated")
+_TIMES = ("mtime", "last_modified", "LastModified", "updated", "modified")
 _NETWORK = {
     errno.EAGAIN,
     errno.ECONNABORTED,
@@ -136,7 +138,10 @@ class FsspecBackend:
                     raise TransientStorageError(f"{uri} has changed while it was listed") from error
                 return []
             below = {name[len(path) + 1 :]: info for name, info in found.items() if name.startswith(path + "/")}
-            return [Entry(f"{folder}/{name}", int(info["size"]), _tag(info)) for name, info in below.items()]
+            return [
+                Entry(f"{folder}/{name}", int(info["size"]), _tag(info), _modified(info))
+                for name, info in below.items()
+            ]
 
     def delete(self, uri: str) -> None:
         """Remove an object."""
@@ -174,6 +179,23 @@ def _open(uri: str) -> tuple[Any, str]:
 def _tag(info: Mapping[str, Any]) -> str:
     """Return what a filesystem says of an object that changes when its bytes do."""
     return next((str(info[name]) for name in _TAGS if info.get(name) is not None), "")
+
+
+def _modified(info: Mapping[str, Any]) -> float | None:
+    """Return when a filesystem says that an object was last written, in seconds since the epoch; None without a word.
+
+    Filesystems say it as a number, a datetime or an ISO 8601 text.
+    """
+    for name in _TIMES:
+        said = info.get(name)
+        if isinstance(said, str):
+            with suppress(ValueError):
+                said = datetime.fromisoformat(said)
+        if isinstance(said, datetime):
+            return (said if said.tzinfo else said.replace(tzinfo=UTC)).timestamp()
+        if isinstance(said, int | float):
+            return float(said)
+    return None
 
 
 def _replace(uri: str, write: Callable[[Any, str], object]) -> None:

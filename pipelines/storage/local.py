@@ -76,7 +76,8 @@ class LocalBackend:
             with suppress(FileNotFoundError):  # removed meanwhile
                 status = path.stat()
                 if stat.S_ISREG(status.st_mode):
-                    entries.append(Entry(f"file://{path}", status.st_size, str(status.st_mtime_ns)))
+                    tag = str(status.st_mtime_ns)
+                    entries.append(Entry(f"file://{path}", status.st_size, tag, status.st_mtime))
         return entries
 
     def delete(self, uri: str) -> None:

@@ -108,7 +108,10 @@ class S3Backend:
         with _reporting(uri):
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
             objects = [o for page in pages for o in page.get("Contents", [])]
-        return [Entry(f"s3://{bucket}/{o['Key']}", o["Size"], o.get("ETag", "").strip('"')) for o in objects]
+        return [
+            Entry(f"s3://{bucket}/{o['Key']}", o["Size"], o.get("ETag", "").strip('"'), o["LastModified"].timestamp())
+            for o in objects
+        ]
 
     def delete(self, uri: str) -> None:
         """Remove an object."""
