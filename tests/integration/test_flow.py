@@ -67,6 +67,24 @@ def test_the_run_holds_curves_grids_config_and_lineage(flow, client, tmp_path):
     assert run.data.metrics["eval/frechet_distance"] < run.data.metrics["eval/frechet_ceiling"]
 
 
+STAGES = {
+    "s3", "mlflow", "ray", "ingest", "note", "dataset", "report", "train", "goodput", "evaluate", "accuracy",
+    "distance", "gate", "register", "registry", "grid",
+}  # fmt: skip
+
+
+def test_nothing_but_our_own_lines_is_on_the_terminal_of_a_healthy_run(flow):
+    """Neither Ray's banners and logs nor anybody's deprecation and other warnings, nor a warning of ours."""
+    foreign = [line for line in flow.err.splitlines() if line[:10].strip() not in STAGES or line[10:12] != "  "]
+    assert foreign == []
+    assert not re.search(r"(?i)warn|deprecat|traceback|rank \d", flow.err)
+
+
+def test_a_healthy_runs_workers_have_nothing_to_say(flow, shell):
+    said = shell.ok("logs", "digits", "--json")
+    assert [line for line in said.answer["lines"] if line["logger"].startswith(("pipelines", "ddpm"))] == []
+
+
 def test_the_registry_holds_version_one_as_champion_with_its_evidence(flow, client):
     version = client.get_model_version_by_alias("digits", "champion")
     assert version.version in (1, "1")

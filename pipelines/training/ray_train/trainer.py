@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from typing import Any
@@ -25,6 +26,7 @@ from pipelines.training.loop.loop import TrainingLoop
 from pipelines.training.loop.shell import Job
 from pipelines.training.ray_train.resources import per_worker
 from pipelines.training.ray_train.shell import RayShell
+from pipelines.training.ray_train.worker_logs import recorded
 from pipelines.training.resume import run_folder
 
 FINAL_ERRORS = (FloatingPointError, ShardCorruptError, ModelError)
@@ -57,7 +59,12 @@ def train_rank(job: Job, monitor: Any, shell: RayShell, started: float) -> None:
     worker = ray.train.get_context()
     rank, world_size = worker.get_world_rank(), worker.get_world_size()
     node = f"node-{worker.get_node_rank()}"
-    with tracking.system_metrics(job.tracker, node) if worker.get_local_rank() == 0 else nullcontext():
+    with (
+        recorded(
+            job.storage, run_folder(job.config), monitor, epoch=int(time.time()), rank=rank, attempt=shell.attempt[:8]
+        ),
+        tracking.system_metrics(job.tracker, node) if worker.get_local_rank() == 0 else nullcontext(),
+    ):
         try:
             context = RunContext.of(job, rank=rank, world_size=world_size, device=get_device())
             TrainingLoop(context, shell, started).run()
