@@ -18,7 +18,7 @@ for verb in (
     *(stack.up, stack.down, stack.status),
     *(data.ingest, data.index, data.check),
     training.train,
-    *(runs.logs,),
+    *(runs.runs, runs.logs, runs.rm, runs.gc),
     *(models.evaluate, models.sample, models.promote),
     flow.flow,
 ):
