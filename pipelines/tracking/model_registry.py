@@ -132,3 +132,18 @@ def download_version(uri: str, found: ModelVersion, folder: Path) -> Path:
     mlflow.set_tracking_uri(uri)
     local = mlflow.artifacts.download_artifacts(found.uri, dst_path=str(folder))
     return Path(local) / "artifacts" / "model"
+
+
+def all_versions(uri: str) -> list[ModelVersion]:
+    """Return every version of every registered model."""
+    mlflow = client(uri)
+    found: list[Any] = []
+    with reporting(uri):
+        token: str | None = None
+        while True:
+            page = mlflow.search_model_versions("", max_results=1000, page_token=token)
+            found += page
+            token = page.token
+            if not token:
+                break
+    return [ModelVersion(v.name, str(v.version), v.run_id or "", dict(v.tags), tuple(v.aliases)) for v in found]

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import ray
@@ -17,6 +17,7 @@ from pipelines.training.errors import TrainingError
 from pipelines.training.ledger import Ledger
 from pipelines.training.loop.shell import Job
 from pipelines.training.ray_train.resources import alive_nodes, shortage
+from pipelines.training.ray_train.worker_logs import Heard
 
 WATCH_EVERY_S = 0.5
 SHORTAGE_EVERY_S = 5.0
@@ -49,20 +50,23 @@ def fit_and_watch(
 
     thread = threading.Thread(target=run, name="ray-train", daemon=True)
     lasting_shortage = LastingShortage(job.config.cluster)
-    with _stop_on_interrupt(monitor, notice):
+    heard = Heard(notice, job.config.name)
+    with _stop_on_interrupt(monitor, notice), closing(heard):
         thread.start()
         while thread.is_alive():
             thread.join(WATCH_EVERY_S)
             try:
-                attempts, loss = ray.get(monitor.snapshot.remote())
+                (attempts, loss), lines = ray.get([monitor.snapshot.remote(), monitor.take_lines.remote()])
                 short = lasting_shortage.check()
             except RayError as error:
                 return TrainingError(f"the Ray cluster is lost, the same command resumes on another: {error}")
             ledger.update(attempts)
+            heard.add(lines)
             if attempts:
                 report({"images_seen": attempts[-1].images_seen, **({} if loss is None else {"loss": loss})})
             if short:
                 return TrainingError(short)
+        heard.add(ray.get(monitor.take_lines.remote()))
     final = ray.get(monitor.final_error.remote())
     return ended[0] if final is None else TrainingError(f"training '{job.config.name}' failed: {final}")
 
