@@ -151,8 +151,9 @@ class _StoredLog:
             for part, data in sorted(grown.items()):
                 self.storage.write(self.address(part), data, patience_s=0)
                 self._stored[part] = len(data)
-                if part - PARTS + 1 > 0:
-                    self.storage.delete(self.address(part - PARTS + 1), patience_s=0)
+                for old in [p for p in self._stored if 0 < p < part - PARTS + 2]:
+                    self.storage.delete(self.address(old), patience_s=0)
+                    del self._stored[old]
         with self._lock:
             for part in list(self.parts)[:-1]:
                 if len(self.parts[part]) == self._stored.get(part, 0):

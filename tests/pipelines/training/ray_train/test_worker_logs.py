@@ -161,6 +161,19 @@ def test_the_log_of_an_attempt_is_bounded_and_keeps_its_beginning_and_its_end(fo
     assert messages[-1].startswith("line 099")
 
 
+def test_a_thread_that_comes_late_leaves_no_part_too_many(folder, monkeypatch):
+    monkeypatch.setattr(worker_logs, "PART_BYTES", 1)  # every line is a part
+    log = worker_logs._StoredLog(Storage(), lambda part: log_address(folder, 3, 0, "aa", part))
+    number = 0
+    for count in (2, 1, 7, 3, 9):
+        log.add([Line(float(number + i), "WARNING", 0, "pipelines", f"{number + i}") for i in range(count)])
+        number += count
+        log.write()
+        kept = [int(line.message) for line in stored(folder)]
+        assert len(kept) <= worker_logs.PARTS
+        assert (kept[0], kept[-1]) == (0, number - 1)
+
+
 def test_a_flood_is_counted_and_a_huge_message_is_cut(folder, monkeypatch):
     monkeypatch.setattr(worker_logs, "WAITING_LINES", 10)
     handle = Handle()
