@@ -311,3 +311,39 @@ def test_a_store_on_this_machine_is_reached_past_the_proxy(tmp_path, monkeypatch
     with pytest.raises(TransientStorageError, match="proxy"):  # others go through it
         storage_at("http://192.0.2.1", tmp_path).read(URI, patience_s=0)
     assert "NO_PROXY" not in os.environ
+
+
+def listing(*keys: str) -> bytes:
+    objects = "".join(f"<Contents><Key>{key}</Key><Size>1</Size><ETag>x</ETag></Contents>" for key in keys)
+    return (
+        f"<?xml version='1.0'?><ListBucketResult><IsTruncated>false</IsTruncated>{objects}</ListBucketResult>".encode()
+    )
+
+
+@pytest.mark.parametrize("key", ["../outside", "a/../../outside", "/outside", "a/..", "/"])
+def test_a_key_that_leads_out_of_the_folder_is_refused_before_anything_is_downloaded(tmp_path, key):
+    (tmp_path / "target").mkdir()
+
+    def answer(request: Request) -> Answer:
+        if "list-type=2" in request.path:
+            return Answer(200, listing("run/a", f"run/{key}"), {"Content-Type": "application/xml"})
+        return Answer(200, b"x", {"ETag": '"x"'})
+
+    with serving(answer) as server:
+        storage = storage_at(server.url, tmp_path)
+        with pytest.raises(StorageError, match=f"s3://bucket/run/{key}: this key leads out of the folder"):
+            storage.download_folder("s3://bucket/run/", tmp_path / "target")
+    assert not list((tmp_path / "target").iterdir())
+    assert not (tmp_path / "outside").exists()
+
+
+def test_names_with_dots_and_placeholders_of_folders_are_no_reason_to_refuse(tmp_path):
+    def answer(request: Request) -> Answer:
+        if "list-type=2" in request.path:
+            return Answer(200, listing("run/", "run/..a", "run/b../c", "run/d/"), {"Content-Type": "application/xml"})
+        return Answer(200, b"x", {"ETag": '"x"'})
+
+    with serving(answer) as server:
+        storage_at(server.url, tmp_path).download_folder("s3://bucket/run", tmp_path / "target")
+    found = {str(path.relative_to(tmp_path / "target")) for path in (tmp_path / "target").rglob("*") if path.is_file()}
+    assert found == {"..a", "b../c"}
