@@ -15,7 +15,6 @@ last one wins. So a driver that has been replaced is stopped at its next write, 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import uuid
@@ -50,18 +49,6 @@ _ENVIRONMENT = (
 """Paths, endpoints and names that other processes need too; no secrets."""
 _TAGS = ("etag", "ETag", "md5Hash", "content_md5", "checksum", "mtime", "last_modified", "LastModified", "updated")
 _TIMES = ("mtime", "last_modified", "LastModified", "updated", "modified")
-_NETWORK = {
-    errno.EAGAIN,
-    errno.ECONNABORTED,
-    errno.ECONNREFUSED,
-    errno.ECONNRESET,
-    errno.EHOSTDOWN,
-    errno.EHOSTUNREACH,
-    errno.ENETDOWN,
-    errno.ENETUNREACH,
-    errno.EPIPE,
-    errno.ETIMEDOUT,
-}
 
 
 class FsspecBackend:
@@ -249,14 +236,10 @@ def _reporting(uri: str) -> Iterator[None]:
     with reporting_os_errors(uri):
         try:
             yield
-        except (FileNotFoundError, StorageError):
+        except (OSError, StorageError):
             raise
         except ImportError as error:
             raise StorageError(f"{uri}: {error}") from error
-        except OSError as error:
-            if isinstance(error, ConnectionError | TimeoutError) or error.errno in _NETWORK:
-                raise TransientStorageError(f"{uri}: {error}") from error
-            raise
         except (ValueError, TypeError, NotImplementedError) as error:
             raise StorageError(f"{uri}: {type(error).__name__}: {error}") from error
         except Exception as error:

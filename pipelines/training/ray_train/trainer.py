@@ -58,7 +58,7 @@ def train_rank(job: Job, monitor: Any, started: float) -> None:
     shell = RayShell(monitor, started)
     with (
         recorded(job.storage, job.run_uri, monitor, epoch=job.epoch, rank=rank, attempt=shell.attempt[:8]),
-        tracking.system_metrics(job.tracker, node) if worker.get_local_rank() == 0 else nullcontext(),
+        tracking.system_metrics(job.tracker, node, job.fence) if worker.get_local_rank() == 0 else nullcontext(),
     ):
         try:
             context = RunContext.of(job, rank=rank, world_size=world_size, device=get_device())

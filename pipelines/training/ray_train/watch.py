@@ -13,6 +13,7 @@ import ray
 from ray.exceptions import RayError
 
 from pipelines.config import ClusterConfig
+from pipelines.storage import FencedError, StorageError
 from pipelines.training.errors import TrainingError
 from pipelines.training.ledger import Ledger
 from pipelines.training.loop.shell import Job
@@ -21,6 +22,7 @@ from pipelines.training.ray_train.worker_logs import Heard
 
 WATCH_EVERY_S = 0.5
 SHORTAGE_EVERY_S = 5.0
+TAKEOVER_EVERY_S = 10.0
 
 Report = Callable[[dict[str, float]], None]
 """Called with `images_seen` and `loss` while training goes on."""
@@ -49,7 +51,7 @@ def fit_and_watch(
             ended.append(error)
 
     thread = threading.Thread(target=run, name="ray-train", daemon=True)
-    lasting_shortage = LastingShortage(job.config.cluster)
+    lasting_shortage, takeover = LastingShortage(job.config.cluster), Takeover(job)
     heard = Heard(notice, job.config.name)
     with _stop_on_interrupt(monitor, notice), closing(heard):
         thread.start()
@@ -64,6 +66,8 @@ def fit_and_watch(
             heard.add(lines)
             if attempts:
                 report({"images_seen": attempts[-1].images_seen, **({} if loss is None else {"loss": loss})})
+            if fenced := takeover.check():
+                return fenced
             if short:
                 return TrainingError(short)
         heard.add(ray.get(monitor.take_lines.remote()))
@@ -88,6 +92,27 @@ class LastingShortage:
         short = shortage(self.cluster, alive_nodes())
         self.short_since = None if short is None else self.short_since or now
         return short if self.short_since is not None and now - self.short_since > self.cluster.patience_s else None
+
+
+class Takeover:
+    """Notices that another driver has taken over the run: this one's workers would train in vain."""
+
+    def __init__(self, job: Job) -> None:
+        self.fence = job.fence
+        self.checked_at = time.monotonic()
+
+    def check(self) -> FencedError | None:
+        """Return the error where that has happened; asks the store every few seconds only, and never waits for it."""
+        if self.fence is None or time.monotonic() - self.checked_at < TAKEOVER_EVERY_S:
+            return None
+        self.checked_at = time.monotonic()
+        try:
+            self.fence.check(patience_s=0)
+        except FencedError as error:
+            return error
+        except StorageError:
+            return None  # the store is away: whoever writes to it will learn it
+        return None
 
 
 @contextmanager
