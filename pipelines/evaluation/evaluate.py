@@ -21,6 +21,7 @@ from ddpm.generate import Sampling, to_uint8
 from ddpm.model import Model
 from ddpm.quality import FeatureMoments, frechet_distance
 from pipelines.display import Notice, Progress, no_notice, no_progress
+from pipelines.evaluation.devices import task_device
 from pipelines.evaluation.features import EvaluatorNetwork, extract, train_evaluator
 from pipelines.shards.cache import ShardCache
 from pipelines.shards.fetch import ShardFetcher
@@ -260,7 +261,7 @@ def _sample_chunk(
 ) -> NDArray[np.uint8]:
     """Draw the images of these numbers (int64 [N]); uint8 [N, H, W, C]."""
     torch.set_num_threads(1)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = task_device()
     model = model.to(device)
     on_device = None if labels is None else labels.to(device)
     images = model.generate(
