@@ -16,6 +16,7 @@ from pipelines.training.goodput import Attempt, Goodput, Session, measure
 
 VERSION = 1
 WRITE_EVERY_S = 5.0
+FINAL_WRITE_S = 60.0
 logger = logging.getLogger(__name__)
 
 
@@ -64,7 +65,9 @@ class Ledger:
         finally:
             self.update(self.sessions[-1].attempts)
             self._ending.set()
-            writer.join()
+            writer.join(FINAL_WRITE_S + WRITE_EVERY_S)
+            if writer.is_alive():  # a daemon: it ends with the process
+                logger.warning("the goodput ledger's last write takes long: it is left behind")
 
     def update(self, attempts: Sequence[Attempt]) -> None:
         """Replace the attempts of the current session."""
@@ -83,6 +86,6 @@ class Ledger:
             except StorageError as error:
                 logger.warning("the goodput ledger could not be written: %s", error)
         try:
-            write_sessions(self.storage, self.folder, self.sessions, patience_s=60)
+            write_sessions(self.storage, self.folder, self.sessions, patience_s=FINAL_WRITE_S)
         except StorageError as error:
             logger.warning("the goodput ledger could not be written: %s", error)

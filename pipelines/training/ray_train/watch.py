@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import ray
 from ray.exceptions import RayError
 
 from pipelines.config import ClusterConfig
 from pipelines.training.errors import TrainingError
 from pipelines.training.ledger import Ledger
 from pipelines.training.loop.shell import Job
+from pipelines.training.ray_train.answers import answer
 from pipelines.training.ray_train.resources import alive_nodes, shortage
 
 WATCH_EVERY_S = 0.5
@@ -48,14 +48,16 @@ def fit_and_watch(
             ended.append(error)
 
     thread = threading.Thread(target=run, name="ray-train", daemon=True)
-    lasting_shortage = LastingShortage(job.config.cluster)
+    lasting_shortage, patience_s = LastingShortage(job.config.cluster), job.config.cluster.patience_s
     with _stop_on_interrupt(monitor, notice):
         thread.start()
         while thread.is_alive():
             thread.join(WATCH_EVERY_S)
             try:
-                attempts, loss = ray.get(monitor.snapshot.remote())
+                attempts, loss = answer(monitor.snapshot.remote(), "the progress of the workers", patience_s)
                 short = lasting_shortage.check()
+            except TrainingError as error:
+                return error
             except RayError as error:
                 return TrainingError(f"the Ray cluster is lost, the same command resumes on another: {error}")
             ledger.update(attempts)
@@ -63,7 +65,10 @@ def fit_and_watch(
                 report({"images_seen": attempts[-1].images_seen, **({} if loss is None else {"loss": loss})})
             if short:
                 return TrainingError(short)
-    final = ray.get(monitor.final_error.remote())
+    try:
+        final = answer(monitor.final_error.remote(), "the errors of the workers", patience_s)
+    except (TrainingError, RayError) as error:
+        return ended[0] or TrainingError(f"how the workers ended is not known, the same command finds out: {error}")
     return ended[0] if final is None else TrainingError(f"training '{job.config.name}' failed: {final}")
 
 
