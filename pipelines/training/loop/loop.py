@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ import torch
 
 from pipelines.shards.cache import ShardCorruptError
 from pipelines.shards.read import Batch, default_cache_dir
-from pipelines.tracking import Destination, RunLog
+from pipelines.tracking import Destination, RunLog, TrackingError
 from pipelines.training.loop import hardware
 from pipelines.training.loop.checkpoint import Checkpointer, load_initial_model, restore
 from pipelines.training.loop.context import RunContext
@@ -63,6 +64,7 @@ class TrainingLoop:
         self.log = _run_log(context) if context.rank == 0 else None
         if self.log:
             resources.callback(self.log.close)
+            threading.Thread(target=self._tag_precision, name="precision", daemon=True).start()
 
         # Restore the newest checkpoint, or start from new or given weights.
         self.state = make_state(context)
@@ -174,6 +176,13 @@ class TrainingLoop:
         if hook is not None and hook.due(seen - self.config.batch_size, seen):
             with self.clock.during("grid"):
                 hook(self.state, self.context.spec, self.context.device)
+
+    def _tag_precision(self) -> None:
+        """Tag the MLflow run; in a thread, because the server may be away, and that is no reason to wait."""
+        try:
+            self.context.job.tracker.tags({"precision": self.context.precision})
+        except TrackingError as error:
+            logger.warning("the run was not tagged with its precision: %s", error)
 
     def _report_progress(self, loss: float) -> None:
         self.loss = loss

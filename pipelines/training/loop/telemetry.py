@@ -54,6 +54,8 @@ class StepStatistics:
         if self.losses:
             found["train/loss"] = sum(self.losses) / len(self.losses)
             found["train/grad_norm"] = sum(self.grad_norms) / len(self.grad_norms)
+        if state.loss_scale.enabled:
+            found["train/loss_scale"] = state.loss_scale.factor
         if self.peak is not None:
             found["train/mfu"] = rate * self.flops / (self.peak * self.context.world_size)
         self._reset(seen)

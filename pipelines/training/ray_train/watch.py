@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
-import ray
 from ray.exceptions import RayError
 
 from pipelines.config import ClusterConfig
@@ -17,6 +16,7 @@ from pipelines.storage import FencedError, StorageError
 from pipelines.training.errors import TrainingError
 from pipelines.training.ledger import Ledger
 from pipelines.training.loop.shell import Job
+from pipelines.training.ray_train.answers import answer
 from pipelines.training.ray_train.resources import alive_nodes, shortage
 from pipelines.training.ray_train.worker_logs import Heard
 
@@ -52,14 +52,17 @@ def fit_and_watch(
 
     thread = threading.Thread(target=run, name="ray-train", daemon=True)
     lasting_shortage, takeover = LastingShortage(job.config.cluster), Takeover(job)
-    heard = Heard(notice, job.config.name)
+    heard, patience_s = Heard(notice, job.config.name), job.config.cluster.patience_s
     with _stop_on_interrupt(monitor, notice), closing(heard):
         thread.start()
         while thread.is_alive():
             thread.join(WATCH_EVERY_S)
             try:
-                (attempts, loss), lines = ray.get([monitor.snapshot.remote(), monitor.take_lines.remote()])
+                attempts, loss = answer(monitor.snapshot.remote(), "the progress of the workers", patience_s)
+                lines = answer(monitor.take_lines.remote(), "the messages of the workers", patience_s)
                 short = lasting_shortage.check()
+            except TrainingError as error:
+                return error
             except RayError as error:
                 return TrainingError(f"the Ray cluster is lost, the same command resumes on another: {error}")
             ledger.update(attempts)
@@ -70,8 +73,11 @@ def fit_and_watch(
                 return fenced
             if short:
                 return TrainingError(short)
-        heard.add(ray.get(monitor.take_lines.remote()))
-    final = ray.get(monitor.final_error.remote())
+        try:
+            heard.add(answer(monitor.take_lines.remote(), "the messages of the workers", patience_s))
+            final = answer(monitor.final_error.remote(), "the errors of the workers", patience_s)
+        except (TrainingError, RayError) as error:
+            return ended[0] or TrainingError(f"how the workers ended is not known, the same command finds out: {error}")
     return ended[0] if final is None else TrainingError(f"training '{job.config.name}' failed: {final}")
 
 
