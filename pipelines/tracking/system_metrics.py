@@ -34,6 +34,8 @@ def system_metrics(tracker: Tracker, node: str) -> Iterator[None]:
                     tracker.run_id, resume_logging=True, node_id=node, tracking_uri=tracker.uri
                 )
                 monitors.append(monitor)
+                if ending.is_set():  # while the server was slow to answer
+                    return
                 monitor.monitor()
             except Exception as error:  # noqa: BLE001 - whatever it is, training matters more
                 logger.warning("system metrics of %s: %s", node, error)

@@ -22,9 +22,9 @@ from pipelines.storage import join
 from pipelines.tracking import RunLog
 from pipelines.training.loop.collectives import broadcast, broadcast_object, gather
 from pipelines.training.loop.context import RunContext
+from pipelines.training.loop.log import UNSENT
 from pipelines.training.loop.state import RESIDUAL, TrainingState, load_weights
 
-UNSENT = "unsent.zip"
 """File in a checkpoint's folder with the metrics not yet sent to MLflow: a resumed run does not compute them again."""
 
 
