@@ -27,6 +27,7 @@ from pipelines.training.loop.loop import train_rank as run_rank
 from pipelines.training.loop.shell import Job
 from pipelines.training.ray_train.resources import per_worker
 from pipelines.training.ray_train.shell import RayShell
+from pipelines.training.ray_train.worker_logs import recorded
 
 FINAL_ERRORS = (FloatingPointError, ShardCorruptError, ModelError, FencedError)
 """Errors that come again however often the workers are started: stream, data and checkpoints are the same."""
@@ -55,7 +56,10 @@ def train_rank(job: Job, monitor: Any, started: float) -> None:
     rank, world_size = worker.get_world_rank(), worker.get_world_size()
     node = f"node-{worker.get_node_rank()}"
     shell = RayShell(monitor, started)
-    with tracking.system_metrics(job.tracker, node) if worker.get_local_rank() == 0 else nullcontext():
+    with (
+        recorded(job.storage, job.run_uri, monitor, epoch=job.epoch, rank=rank, attempt=shell.attempt[:8]),
+        tracking.system_metrics(job.tracker, node, job.fence) if worker.get_local_rank() == 0 else nullcontext(),
+    ):
         try:
             context = RunContext.of(job, rank=rank, world_size=world_size, device=get_device())
             run_rank(context, shell, started)
