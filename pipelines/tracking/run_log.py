@@ -7,7 +7,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from numpy.typing import NDArray
 
@@ -91,8 +91,8 @@ class RunLog:
                 archive.writestr(name, data)
         return packed.getvalue()
 
-    def adopt(self, packed: Path) -> None:
-        """Take up what a process on another node had not sent when it made a checkpoint."""
+    def adopt(self, packed: Path | IO[bytes]) -> None:
+        """Take up what a process on another node had not sent when it made a checkpoint, or at its end."""
         with zipfile.ZipFile(packed) as archive:
             for name in archive.namelist():
                 sink = str(Path(name).parent)

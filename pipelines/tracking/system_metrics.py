@@ -45,6 +45,8 @@ def system_metrics(tracker: Tracker, node: str, fence: Fence | None = None) -> I
                     fence.check(patience_s=0)
                 monitor = Monitor(tracker.run_id, resume_logging=True, node_id=node, tracking_uri=tracker.uri)
                 monitors.append(monitor)
+                if ending.is_set():  # while the server was slow to answer
+                    return
                 monitor.monitor()
             except FencedError:
                 return

@@ -24,11 +24,10 @@ from pipelines.tracking import RunLog
 from pipelines.training.loop.collectives import broadcast, broadcast_object, gather
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.hardware import precision_change
+from pipelines.training.loop.log import UNSENT
 from pipelines.training.loop.state import ADDED, TrainingState, load_weights
 
 logger = logging.getLogger(__name__)
-UNSENT = "unsent.zip"
-"""File in a checkpoint's folder with the metrics not yet sent to MLflow: a resumed run does not compute them again."""
 
 
 class Checkpointer:

@@ -62,6 +62,8 @@ def train_rank(job: Job, monitor: Any, started: float) -> None:
         tracking.system_metrics(job.tracker, node, job.fence) if worker.get_local_rank() == 0 else nullcontext(),
     ):
         try:
+            if job.fence is not None:
+                job.fence.check()  # a driver that was replaced may be starting its workers again
             context = RunContext.of(job, rank=rank, world_size=world_size, device=get_device())
             run_rank(context, shell, started)
         except FINAL_ERRORS as error:
