@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from pipelines import stack
 from pipelines.config import Config, ConfigError
+from pipelines.credentials import SETTINGS, clean_environment, hand_over, redact, split_address
 from pipelines.display import StageNotice, no_stage_notice
 from pipelines.stack import StackState
 from pipelines.storage import StorageError, check_address
@@ -67,7 +69,9 @@ def connect(
 ) -> Config:
     """Start the services of the local stack that are needed, and return the configuration with every address filled in.
 
-    Call it before ray is imported, because a driver of the local Ray head needs `stack.ray_environment` by then.
+    No address keeps user info: it moves into this process's environment, from which a training's processes get the
+    paths of files. Call it before ray is imported, because a driver of the local Ray head needs
+    `stack.ray_environment` by then.
 
     Args:
         wanted: the services that are needed, of "s3", "mlflow" and "ray".
@@ -77,8 +81,49 @@ def connect(
     Raises:
         StackError: a service of the local stack does not start.
     """
+    os.environ.update(clean_environment(os.environ))
+    config, secrets = without_secrets(config)
+    os.environ.update(secrets)
+    environ = {**environ, **clean_environment(environ), **secrets}
     missing = missing_services(config, environ, wanted)
     state = stack.up(home, missing, notice=notice) if missing else None
-    if state is not None and "ray" in missing:
-        os.environ.update(stack.ray_environment(state.home))
+    os.environ.update(client_environment(state, missing))
+    if "ray" in wanted:
+        os.environ.update(hand_over(os.environ, home or stack.default_home()))
     return fill(config, environ, state)
+
+
+def client_environment(state: StackState | None, missing: Collection[str]) -> dict[str, str]:
+    """Return the variables that a process needs for the services of the local stack; it has to set them itself.
+
+    Args:
+        missing: the services that neither the configuration nor the environment names.
+    """
+    if state is None:
+        return {}
+    return stack.ray_environment(state.home) if "ray" in missing else {}
+
+
+def without_secrets(config: Config) -> tuple[Config, dict[str, str]]:
+    """Return the configuration with no user info in its addresses, and the variables that say the same to clients.
+
+    Raises:
+        ConfigError: an address for which there is no such variable has a password in it.
+    """
+    variables: dict[str, str] = {}
+    for setting, service in SETTINGS.items():
+        section, field = setting.split(".")
+        address = getattr(getattr(config, section), field)
+        bare, found = split_address(address or "", service)
+        if found:
+            changed = getattr(config, section).model_copy(update={field: bare})
+            config = config.model_copy(update={section: changed})
+            variables |= found
+    addresses = {"storage.root": config.storage.root, "data.uri": config.data.uri, "data.source": config.data.source}
+    for setting, address in addresses.items():
+        if address and (urlsplit(address).password or "") != "":
+            raise ConfigError(
+                f"{setting} = {redact(address)} has a password in it, which would be shown with the address: "
+                "put it into a file of the folder that FSSPEC_CONFIG_DIR names, and leave it out here"
+            )
+    return config, variables

@@ -22,6 +22,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from pipelines.credentials import redact
 from pipelines.display import Progress, Report, StageNotice, TimeBreakdown
 
 PLAIN_EVERY_S = 5.0
@@ -77,11 +78,11 @@ class Terminal:
 
     def stage(self, name: str, text: str) -> None:
         """Print one line of a stage."""
-        self.console.print(Text.assemble((f"{name:>10}", "bold cyan"), "  ", text))
+        self.console.print(Text.assemble((f"{name:>10}", "bold cyan"), "  ", redact(text)))
 
     def error(self, kind: str, error: Exception) -> None:
-        """Print an error; square brackets in its message are not markup."""
-        self.console.print(Text.assemble((kind, "bold red"), "\n", str(error)))
+        """Print an error, without user info in addresses; square brackets in its message are not markup."""
+        self.console.print(Text.assemble((kind, "bold red"), "\n", redact(str(error))))
 
     def counter(self, description: str, unit: str) -> Progress:
         """Return a callback that shows progress over a known number of things."""

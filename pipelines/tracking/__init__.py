@@ -4,7 +4,7 @@
 every sink through an `outbox` each. A sink is a class in one file and one line in `run_log.SINKS`.
 """
 
-from pipelines.tracking.client import TrackingError, UnreachableError
+from pipelines.tracking.client import TrackingError, UnreachableError, authenticate, environment
 from pipelines.tracking.model_registry import (
     ModelVersion,
     download_version,
@@ -28,7 +28,9 @@ __all__ = [
     "Tracker",
     "TrackingError",
     "UnreachableError",
+    "authenticate",
     "download_version",
+    "environment",
     "get_run",
     "log_pyfunc",
     "open_run",

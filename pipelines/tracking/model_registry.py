@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.tracking.client import TrackingError, client, reporting
+from pipelines.tracking.client import TrackingError, authenticate, client, reporting
 from pipelines.tracking.run import Tracker
 
 
@@ -52,6 +52,7 @@ def log_pyfunc(
     import mlflow
     from mlflow.models import infer_signature
 
+    authenticate()
     inputs, outputs, params = example
     mlflow.set_tracking_uri(tracker.uri)
     # MLflow's hints (types, input examples, nullable integers) are for who writes the model, not for who trains.
@@ -129,6 +130,7 @@ def download_version(uri: str, found: ModelVersion, folder: Path) -> Path:
     """Return the model folder inside a registered pyfunc, downloaded below `folder`."""
     import mlflow
 
+    authenticate()
     mlflow.set_tracking_uri(uri)
     local = mlflow.artifacts.download_artifacts(found.uri, dst_path=str(folder))
     return Path(local) / "artifacts" / "model"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from pipelines.tracking.client import authenticate
 from pipelines.tracking.run import Tracker
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ def system_metrics(tracker: Tracker, node: str) -> Iterator[None]:
             return
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
+        authenticate()
         # MLflow's monitor ends when the server is away for a moment: it is started again then.
         while not ending.is_set():
             try:
