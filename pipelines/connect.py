@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from pipelines import stack
 from pipelines.config import Config, ConfigError
-from pipelines.credentials import SETTINGS, clean_environment, hand_over, redact, split_address
+from pipelines.credentials import MLFLOW_FILE, SETTINGS, clean_environment, hand_over, redact, split_address
 from pipelines.display import StageNotice, no_stage_notice
 from pipelines.stack import StackState
 from pipelines.storage import StorageError, check_address
@@ -101,7 +101,10 @@ def client_environment(state: StackState | None, missing: Collection[str]) -> di
     """
     if state is None:
         return {}
-    return stack.ray_environment(state.home) if "ray" in missing else {}
+    variables = stack.ray_environment(state.home) if "ray" in missing else {}
+    if "mlflow" in missing and state.mlflow_credentials_file:
+        variables[MLFLOW_FILE] = str(state.mlflow_credentials_file)
+    return variables
 
 
 def without_secrets(config: Config) -> tuple[Config, dict[str, str]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from pipelines.cli.common import Json, answer_json, terminal
 
@@ -13,12 +15,30 @@ HINTS = {
 }
 
 
-def up(as_json: Json = False) -> None:
-    """Start the local stack: S3 (SeaweedFS), MLflow, a Ray head. Example: ddpm up"""
+Private = Annotated[
+    bool | None,
+    typer.Option(
+        "--private/--shared",
+        help="Keep other users of this machine out, or not; without either, as it was started last, at first --shared.",
+        show_default=False,
+    ),
+]
+
+
+def up(private: Private = None, as_json: Json = False) -> None:
+    """Start the local stack: S3 (SeaweedFS), MLflow, a Ray head. Example: ddpm up --private"""
     from pipelines import stack
 
     with terminal.services() as notice:
-        state = stack.up(notice=notice)
+        state = stack.up(private=private, notice=notice)
+    if stack.read_private(state.home):
+        terminal.stage("access", f"this user only; MLflow's user and password are in {state.mlflow_credentials_file}")
+    else:
+        terminal.stage(
+            "access",
+            "other users of this machine can read and change what MLflow and S3 hold: "
+            "where there are any, `ddpm down`, then `ddpm up --private`",
+        )
     _show_status(as_json, {"home": str(state.home)})
 
 

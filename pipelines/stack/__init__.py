@@ -6,6 +6,7 @@ which records what was started. A process is ours only if its ID *and* its start
 
 from pipelines.stack.control import ServiceStatus, StackState, down, read_state, status, up
 from pipelines.stack.home import default_home
+from pipelines.stack.private import read_private
 from pipelines.stack.processes import StackError
 from pipelines.stack.services import BUCKET, SERVICES, ray_environment
 
@@ -18,6 +19,7 @@ __all__ = [
     "default_home",
     "down",
     "ray_environment",
+    "read_private",
     "read_state",
     "status",
     "up",
