@@ -26,6 +26,10 @@ class NotFoundError(StorageError):
     """There is nothing at the address."""
 
 
+class ConflictError(StorageError):
+    """A conditional write found other bytes than it expected: another writer was faster."""
+
+
 class TransientStorageError(StorageError, TransientError):
     """The server did not answer, or answered that it is busy: worth another try."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pipelines.storage.backend import Connection, Entry
-from pipelines.storage.errors import StorageError, TransientStorageError, not_found, reporting_os_errors
+from pipelines.storage.errors import ConflictError, StorageError, TransientStorageError, not_found, reporting_os_errors
 
 MAX_ATTEMPTS = 8
 """Tries that boto3 makes for one call before it reports a failure."""
@@ -23,6 +23,7 @@ _FATAL = {
     "403": "the credentials may not do this: grant read, write and list on the bucket",
 }
 _ABSENT = ("404", "NoSuchKey", "NotFound")
+_CONFLICTS = ("412", "PreconditionFailed", "409", "ConditionalRequestConflict")
 
 
 class S3Backend:
@@ -70,6 +71,28 @@ class S3Backend:
         with _reporting(uri):
             self._client.put_object(Bucket=bucket, Key=key, Body=data)
 
+    def read_tagged(self, uri: str) -> tuple[bytes, str]:
+        """Return the bytes of an object and its ETag."""
+        bucket, key = split_s3(uri)
+        with _reporting(uri):
+            answer = self._client.get_object(Bucket=bucket, Key=key)
+            return answer["Body"].read(), answer["ETag"].strip('"')
+
+    def write_if(self, uri: str, data: bytes, tag: str | None) -> str:
+        """Store bytes with `If-Match`, or with `If-None-Match: *` where nothing may be there."""
+        from botocore.exceptions import ClientError
+
+        bucket, key = split_s3(uri)
+        condition = {"IfNoneMatch": "*"} if tag is None else {"IfMatch": f'"{tag}"'}
+        with _reporting(uri):
+            try:
+                answer = self._client.put_object(Bucket=bucket, Key=key, Body=data, **condition)
+                return str(answer["ETag"]).strip('"')
+            except ClientError as error:
+                if error.response["Error"]["Code"] in _CONFLICTS or (tag and _is_absent(error)):
+                    raise ConflictError(f"{uri}: another writer was faster") from error
+                raise
+
     def upload(self, path: Path, uri: str) -> None:
         """Store a file, in parts where it is large."""
         bucket, key = split_s3(uri)
@@ -97,7 +120,7 @@ class S3Backend:
             try:
                 self._client.head_object(Bucket=bucket, Key=key)
             except ClientError as error:
-                if error.response["Error"]["Code"] in _ABSENT:
+                if _is_absent(error):
                     return False
                 raise
         return True
@@ -108,7 +131,10 @@ class S3Backend:
         with _reporting(uri):
             pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
             objects = [o for page in pages for o in page.get("Contents", [])]
-        return [Entry(f"s3://{bucket}/{o['Key']}", o["Size"], o.get("ETag", "").strip('"')) for o in objects]
+        return [
+            Entry(f"s3://{bucket}/{o['Key']}", o["Size"], o.get("ETag", "").strip('"'), o["LastModified"].timestamp())
+            for o in objects
+        ]
 
     def delete(self, uri: str) -> None:
         """Remove an object."""
@@ -122,6 +148,11 @@ class S3Backend:
     @property
     def _client(self) -> Any:
         return client(self.connection)
+
+
+def _is_absent(error: Any) -> bool:
+    """Return whether a server's answer says that there is no such object."""
+    return error.response["Error"]["Code"] in _ABSENT
 
 
 def split_s3(uri: str) -> tuple[str, str]:
