@@ -81,16 +81,35 @@ def connect(
     Raises:
         StackError: a service of the local stack does not start.
     """
-    os.environ.update(clean_environment(os.environ))
-    config, secrets = without_secrets(config)
-    os.environ.update(secrets)
-    environ = {**environ, **clean_environment(environ), **secrets}
+    config, environ = _without_secrets_here(config, environ)
     missing = missing_services(config, environ, wanted)
     state = stack.up(home, missing, notice=notice) if missing else None
     os.environ.update(client_environment(state, missing))
     if "ray" in wanted:
         os.environ.update(hand_over(os.environ, home or stack.default_home()))
     return fill(config, environ, state)
+
+
+def connect_running(
+    config: Config, environ: Mapping[str, str], wanted: Collection[str], *, home: Path | None = None
+) -> tuple[Config, list[str]]:
+    """Return the configuration with the addresses of what runs, and the services that the local stack has to run.
+
+    It starts nothing: what does not run has no address.
+    """
+    config, environ = _without_secrets_here(config, environ)
+    missing = missing_services(config, environ, wanted)
+    state = stack.read_state(home) if missing else None
+    os.environ.update(client_environment(state, missing))
+    return fill(config, environ, state), missing
+
+
+def _without_secrets_here(config: Config, environ: Mapping[str, str]) -> tuple[Config, dict[str, str]]:
+    """Return configuration and environment with no user info in addresses, which has moved into this process's."""
+    os.environ.update(clean_environment(os.environ))
+    config, variables = without_secrets(config)
+    os.environ.update(variables)
+    return config, {**environ, **clean_environment(environ), **variables}
 
 
 def client_environment(state: StackState | None, missing: Collection[str]) -> dict[str, str]:

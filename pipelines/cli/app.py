@@ -17,7 +17,7 @@ from pipelines.errors import ConfigError, PipelineError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 for verb in (
-    *(stack.up, stack.down, stack.status),
+    *(stack.up, stack.down, stack.status, stack.doctor),
     *(data.ingest, data.index, data.check),
     training.train,
     *(models.evaluate, models.sample, models.promote),

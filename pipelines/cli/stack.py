@@ -1,12 +1,15 @@
-"""`ddpm up`, `down` and `status`: the local stack."""
+"""`ddpm up`, `down` and `status`: the local stack; `ddpm doctor`: what is missing around it."""
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import sys
 from typing import Annotated, Any
 
 import typer
 
-from pipelines.cli.common import Json, answer_json, terminal
+from pipelines.cli.common import Json, Overrides, answer_json, terminal
 
 HINTS = {
     "s3": "S3 endpoint",
@@ -55,6 +58,21 @@ def down(as_json: Json = False) -> None:
 def status(as_json: Json = False) -> None:
     """Show the local stack and the URLs to open. Example: ddpm status"""
     _show_status(as_json, {})
+
+
+def doctor(overrides: Overrides = None, as_json: Json = False) -> None:
+    """Show what a training would miss here and what mends it; starts nothing. Example: ddpm doctor"""
+    from pipelines.doctor import examine, left_running
+
+    checks = examine(overrides or [], os.environ)
+    terminal.checks([(check.status, check.name, check.found, check.fix) for check in checks])
+    failures = sum(check.status == "failed" for check in checks)
+    answer_json(as_json, {"ok": not failures, "checks": [dataclasses.asdict(check) for check in checks]})
+    if left_running():
+        sys.stdout.flush()
+        os._exit(1)  # Python would wait for the pools of threads that S3's client keeps
+    if failures:
+        raise typer.Exit(1)
 
 
 def _show_status(as_json: bool, extra: dict[str, Any]) -> None:

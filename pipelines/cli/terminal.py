@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -83,6 +83,21 @@ class Terminal:
     def error(self, kind: str, error: Exception) -> None:
         """Print an error, without user info in addresses; square brackets in its message are not markup."""
         self.console.print(Text.assemble((kind, "bold red"), "\n", redact(str(error))))
+
+    def checks(self, checks: Sequence[tuple[str, str, str, str | None]]) -> None:
+        """Show findings, each as (status, name, what was found, what mends it): aligned and wrapped on a terminal."""
+        if not self.console.is_terminal:
+            for status, name, found, fix in checks:
+                self.console.print(Text(redact(f"{status:>8}  {name}: {found}" + (f"; fix: {fix}" if fix else ""))))
+            return
+        styles = {"ok": "green", "warning": "yellow", "failed": "bold red"}
+        table = Table.grid(padding=(0, 2, 0, 0))
+        for column in range(3):
+            table.add_column(no_wrap=column < 2, overflow="fold")
+        for status, name, found, fix in checks:
+            mend = [("\n" + redact(fix), "bold")] if fix else []
+            table.add_row(Text(status, styles[status]), Text(name, "cyan"), Text.assemble(redact(found), *mend))
+        self.console.print(table, soft_wrap=False)
 
     def counter(self, description: str, unit: str) -> Progress:
         """Return a callback that shows progress over a known number of things."""

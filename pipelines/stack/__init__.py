@@ -8,7 +8,7 @@ from pipelines.stack.control import ServiceStatus, StackState, down, read_state,
 from pipelines.stack.home import default_home
 from pipelines.stack.private import read_private
 from pipelines.stack.processes import StackError
-from pipelines.stack.services import BUCKET, SERVICES, ray_environment
+from pipelines.stack.services import BUCKET, SERVICES, find_weed, ray_environment
 
 __all__ = [
     "BUCKET",
@@ -18,6 +18,7 @@ __all__ = [
     "StackState",
     "default_home",
     "down",
+    "find_weed",
     "ray_environment",
     "read_private",
     "read_state",

