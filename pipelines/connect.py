@@ -85,9 +85,12 @@ def connect(
     missing = missing_services(config, environ, wanted)
     state = stack.up(home, missing, notice=notice) if missing else None
     os.environ.update(client_environment(state, missing))
+    filled = fill(config, environ, state)
     if "ray" in wanted:
-        os.environ.update(hand_over(os.environ, home or stack.default_home()))
-    return fill(config, environ, state)
+        has_keys = filled.storage.credentials_file or not filled.storage.root.startswith("s3://")
+        services = ["mlflow"] if has_keys else ["mlflow", "s3"]
+        os.environ.update(hand_over(os.environ, home or stack.default_home(), services))
+    return filled
 
 
 def connect_running(

@@ -12,7 +12,8 @@ import configparser
 import os
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from urllib.parse import unquote, urlsplit, urlunsplit
@@ -85,20 +86,22 @@ def clean_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]
     return cleaned, variables
 
 
-def hand_over(environ: Mapping[str, str], home: Path) -> dict[str, str]:
+def hand_over(environ: Mapping[str, str], home: Path, services: Collection[str]) -> dict[str, str]:
     """Write the secrets of an environment into files for the processes of a training, and return what names the files.
 
     The files are readable by their user alone, and are removed when this process ends. Where the environment names a
     file already, that one counts.
 
     Args:
-        home: the folder in which they are put.
+        home: the folder in which they are put; one below TMPDIR where it cannot be written.
+        services: of "mlflow" and "s3", those whose secrets are wanted.
     """
     named: dict[str, str] = {}
-    if any(environ.get(name) for name in MLFLOW_VARIABLES[1:]) and not environ.get(MLFLOW_FILE):
+    has_mlflow = any(environ.get(name) for name in MLFLOW_VARIABLES[1:])
+    if "mlflow" in services and has_mlflow and not environ.get(MLFLOW_FILE):
         values = {name.lower(): environ[name] for name in MLFLOW_VARIABLES if environ.get(name)}
         named[MLFLOW_FILE] = _write(home, "mlflow", "mlflow", values)
-    if all(environ.get(name) for name in AWS_VARIABLES[:2]) and not environ.get(AWS_FILE):
+    if "s3" in services and all(environ.get(name) for name in AWS_VARIABLES[:2]) and not environ.get(AWS_FILE):
         values = {name.lower(): environ[name] for name in AWS_VARIABLES if environ.get(name)}
         named[AWS_FILE] = _write(home, "aws", "default", values)
     return named
@@ -127,8 +130,12 @@ def _write(home: Path, service: str, section: str, values: Mapping[str, str]) ->
     parser[section] = dict(values)
     text = StringIO()
     parser.write(text)
-    home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path = home / f"{service}-credentials-{secrets.token_hex(6)}"
-    write_private(path, text.getvalue())
+    try:
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = home / f"{service}-credentials-{secrets.token_hex(6)}"
+        write_private(path, text.getvalue())
+    except OSError:
+        path = Path(tempfile.mkdtemp(prefix="ddpm-")) / f"{service}-credentials"
+        write_private(path, text.getvalue())
     atexit.register(path.unlink, missing_ok=True)
     return str(path)

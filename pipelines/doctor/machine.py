@@ -7,7 +7,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -26,7 +26,7 @@ SHARED_MEMORY = 640 * 2**20
 """The object store of the local Ray head and some room."""
 STACK_PORTS = 22
 """How many the local stack listens on."""
-CGROUPS = Path("/sys/fs/cgroup")
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def version_checks(python: str, installed: Mapping[str, str | None], requirements: Sequence[str]) -> list[Check]:
@@ -76,35 +76,42 @@ def check_versions() -> list[Check]:
     return version_checks(python, {name: version(name) for name in PACKAGES}, asked)
 
 
-def cgroup_limit(kind: str, root: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -> float | None:
+def cgroup_limit(kind: str, root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> float | None:
     """Return the tightest limit that a control group sets on this process, None where none does.
 
     Args:
-        kind: "cpu" (in cores) or "memory" (in bytes).
+        kind: "cpu" (in cores) or "memory" (in bytes, of what its processes use together).
         root: where control groups are mounted.
         own: the file that names those of this process.
     """
-    limits: list[float] = []
+    names = {"cpu": ("cpu.max", "cpu.cfs_quota_us"), "memory": ("memory.max", "memory.limit_in_bytes")}[kind]
+    limits = [_read_limit(kind, group / names[v1]) for v1, group in _groups(kind, root, own)]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def cgroup_free(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> float | None:
+    """Return how many bytes of memory the control groups of this process leave it, None where they set no limit."""
+    free = []
+    for v1, group in _groups("memory", root, own):
+        names = ("memory.max", "memory.limit_in_bytes"), ("memory.current", "memory.usage_in_bytes")
+        limit, used = (_read_limit("memory", group / name[v1]) for name in names)
+        if limit is not None and used is not None:
+            free.append(limit - used)
+    return min(free, default=None)
+
+
+def _groups(kind: str, root: Path, own: Path) -> Iterator[tuple[bool, Path]]:
+    """Yield (whether it is of version 1, its folder) of the control groups of this process, outwards."""
     for line in own.read_text().splitlines() if own.is_file() else []:
         _, controllers, path = line.split(":", 2)
-        if controllers == "":  # version 2
-            folder = root / path.lstrip("/")
-            names = {"cpu": "cpu.max", "memory": "memory.max"}
-        elif kind in controllers.split(","):
-            folder = root / controllers / path.lstrip("/")
-            names = {"cpu": "cpu.cfs_quota_us", "memory": "memory.limit_in_bytes"}
-        else:
+        if controllers != "" and kind not in controllers.split(","):
             continue
-        for place in [folder, *folder.parents]:
-            if place == root.parent:
-                break
-            limit = _read_limit(kind, place / names[kind])
-            limits += [] if limit is None else [limit]
-    return min(limits, default=None)
+        folder = root / controllers / path.lstrip("/")
+        yield from ((controllers != "", place) for place in (folder, *folder.parents) if place.is_relative_to(root))
 
 
 def _read_limit(kind: str, file: Path) -> float | None:
-    """Return the limit in a file of a control group, None where it sets none."""
+    """Return the number in a file of a control group, None where it sets none."""
     try:
         quota, *period = file.read_text().split()
         if quota in ("max", "-1"):
@@ -157,9 +164,9 @@ def memory_check(available: float, total: float, limit: float | None) -> Check:
 
 def check_memory() -> list[Check]:
     """Return whether there is memory; see `memory_check`."""
-    memory, limit = psutil.virtual_memory(), cgroup_limit("memory")
-    used = psutil.Process().memory_info().rss
-    return [memory_check(min(memory.available, (limit or memory.total) - used), memory.total, limit)]
+    memory, free = psutil.virtual_memory(), cgroup_free()
+    available = memory.available if free is None else min(memory.available, free)
+    return [memory_check(available, memory.total, cgroup_limit("memory"))]
 
 
 def folder_check(name: str, folder: Path, wanted: float, fix: str) -> Check:

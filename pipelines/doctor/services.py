@@ -24,10 +24,10 @@ from pipelines.tracking.probe import ServerAnswers, ask_server
 
 SKEW_WARNING_S, SKEW_FAILED_S = 60.0, 300.0
 CONNECT_S = 4.0
-RAY_S = 10.0
+RAY_S = 12.0
 _ASK_RAY = """
 import json, signal, sys
-signal.alarm(12)  # whatever becomes of the process that asked
+signal.alarm(14)  # whatever becomes of the process that asked
 import ray
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR", namespace="ddpm")
 print(json.dumps([ray.__version__, [node["Resources"] for node in ray.nodes() if node["Alive"]]]))

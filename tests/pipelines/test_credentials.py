@@ -3,6 +3,7 @@
 import os
 import stat
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -94,15 +95,24 @@ def test_a_password_that_no_variable_can_hold_is_refused_and_not_shown():
 def test_workers_get_the_path_of_a_file_that_the_user_alone_can_read(tmp_path):
     environ = {"MLFLOW_TRACKING_USERNAME": "me", "MLFLOW_TRACKING_PASSWORD": "hu%sh"}
     environ |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "hush"}
-    named = hand_over(environ, tmp_path / "home")
+    named = hand_over(environ, tmp_path / "home", ["mlflow", "s3"])
     assert set(named) == {MLFLOW_FILE, AWS_FILE}
     paths = [tmp_path / "home" / name for name in named.values()]
     assert {stat.S_IMODE(path.stat().st_mode) for path in paths} == {0o600}
     assert "hush" not in "".join(named.values())
     assert read_mlflow_file(paths[0]) == {k: v for k, v in environ.items() if k.startswith("MLFLOW")}
     assert "aws_secret_access_key = hush" in paths[1].read_text()
-    assert hand_over({**environ, **named}, tmp_path) == {}  # what is named already stays
-    assert hand_over({}, tmp_path) == {}
+    assert hand_over({**environ, **named}, tmp_path, ["mlflow", "s3"]) == {}  # what is named already stays
+    assert hand_over({}, tmp_path, ["mlflow", "s3"]) == hand_over(environ, tmp_path, []) == {}
+
+
+def test_where_the_folder_cannot_be_written_the_file_is_below_tmpdir(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    named = hand_over({"MLFLOW_TRACKING_TOKEN": "hush"}, Path("/proc/none"), ["mlflow"])
+    path = Path(named[MLFLOW_FILE])
+    assert path.is_relative_to(tmp_path)
+    assert [stat.S_IMODE(place.stat().st_mode) for place in (path, path.parent)] == [0o600, 0o700]
+    assert read_mlflow_file(path) == {"MLFLOW_TRACKING_TOKEN": "hush"}
 
 
 def test_a_process_authenticates_by_the_file_that_it_is_given(tmp_path, monkeypatch):

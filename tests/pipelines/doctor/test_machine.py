@@ -52,6 +52,19 @@ def test_the_tightest_limit_of_the_control_groups_counts(tmp_path, lines, files,
     assert machine.cgroup_limit("cpu", tmp_path / "cgroup", own) == expected
 
 
+def test_what_a_container_leaves_free_is_its_limit_without_what_is_used(tmp_path):
+    (tmp_path / "own").write_text("0::/pod/box\n")
+    for name, text in {"pod/memory.max": "4000", "pod/memory.current": "3500", "pod/box/memory.max": "max"}.items():
+        file = tmp_path / "cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    (tmp_path / "cgroup/pod/box/memory.current").write_text("900")
+    assert machine.cgroup_free(tmp_path / "cgroup", tmp_path / "own") == 500
+    assert machine.cgroup_limit("memory", tmp_path / "cgroup", tmp_path / "own") == 4000
+    (tmp_path / "own").write_text("0::/\n")
+    assert machine.cgroup_free(tmp_path / "cgroup", tmp_path / "own") is None
+
+
 def test_workers_that_no_core_is_there_for_fail_and_a_limit_warns():
     assert machine.core_check(4, 4, None, 4.0).status == "ok"
     assert machine.core_check(4, 4, None, 8.0).fix == "cluster.num_workers=4, or a cluster"
