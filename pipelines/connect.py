@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from pipelines import stack
 from pipelines.config import Config, ConfigError
+from pipelines.credentials import MLFLOW_FILE, SETTINGS, clean_environment, hand_over, redact, split_address
 from pipelines.display import StageNotice, no_stage_notice
 from pipelines.stack import StackState
 from pipelines.storage import StorageError, check_address
@@ -67,7 +69,9 @@ def connect(
 ) -> Config:
     """Start the services of the local stack that are needed, and return the configuration with every address filled in.
 
-    Call it before ray is imported, because a driver of the local Ray head needs `stack.ray_environment` by then.
+    No address keeps user info: it moves into this process's environment, from which a training's processes get the
+    paths of files. Call it before ray is imported, because a driver of the local Ray head needs
+    `stack.ray_environment` by then.
 
     Args:
         wanted: the services that are needed, of "s3", "mlflow" and "ray".
@@ -77,11 +81,30 @@ def connect(
     Raises:
         StackError: a service of the local stack does not start.
     """
+    config, environ = _without_secrets_here(config, environ)
     missing = missing_services(config, environ, wanted)
     state = stack.up(home, missing, notice=notice) if missing else None
-    if state is not None and "ray" in missing:
-        os.environ.update(stack.ray_environment(state.home))
-    return fill(config, environ, state)
+    os.environ.update(client_environment(state, missing))
+    filled = fill(config, environ, state)
+    if "ray" in wanted:
+        has_keys = filled.storage.credentials_file or not filled.storage.root.startswith("s3://")
+        services = ["mlflow"] if has_keys else ["mlflow", "s3"]
+        os.environ.update(hand_over(os.environ, home or stack.default_home(), services))
+    return filled
+
+
+def connect_running(
+    config: Config, environ: Mapping[str, str], wanted: Collection[str], *, home: Path | None = None
+) -> tuple[Config, list[str]]:
+    """Return the configuration with the addresses of what runs, and the services that the local stack has to run.
+
+    It starts nothing: what does not run has no address.
+    """
+    config, environ = _without_secrets_here(config, environ)
+    missing = missing_services(config, environ, wanted)
+    state = stack.read_state(home) if missing else None
+    os.environ.update(client_environment(state, missing))
+    return fill(config, environ, state), missing
 
 
 def find_running(
@@ -104,6 +127,7 @@ def find_running(
     Raises:
         StackError: a service is needed that neither configuration nor environment names, and is not running here.
     """
+    config, environ = _without_secrets_here(config, environ)
     missing = missing_services(config, environ, [*wanted, *optional])
     state = stack.read_state(home) if missing else None
     running = {
@@ -118,9 +142,55 @@ def find_running(
             f"{'is' if len(down) == 1 else 'are'} not running, and no other is named: start the stack with `ddpm up`, "
             f"or set {' and '.join(_SETTINGS[service] for service in down)}"
         )
-    if state is not None and "ray" in missing and running["ray"]:
-        os.environ.update(stack.ray_environment(state.home))
+    os.environ.update(client_environment(state, [service for service in missing if running[service]]))
     return fill(config, environ, state)
+
+
+def _without_secrets_here(config: Config, environ: Mapping[str, str]) -> tuple[Config, dict[str, str]]:
+    """Return configuration and environment with no user info in addresses, which has moved into this process's."""
+    os.environ.update(clean_environment(os.environ))
+    config, variables = without_secrets(config)
+    os.environ.update(variables)
+    return config, {**environ, **clean_environment(environ), **variables}
+
+
+def client_environment(state: StackState | None, missing: Collection[str]) -> dict[str, str]:
+    """Return the variables that a process needs for the services of the local stack; it has to set them itself.
+
+    Args:
+        missing: the services that neither the configuration nor the environment names.
+    """
+    if state is None:
+        return {}
+    variables = stack.ray_environment(state.home) if "ray" in missing else {}
+    if "mlflow" in missing and state.mlflow_credentials_file:
+        variables[MLFLOW_FILE] = str(state.mlflow_credentials_file)
+    return variables
+
+
+def without_secrets(config: Config) -> tuple[Config, dict[str, str]]:
+    """Return the configuration with no user info in its addresses, and the variables that say the same to clients.
+
+    Raises:
+        ConfigError: an address for which there is no such variable has a password in it.
+    """
+    variables: dict[str, str] = {}
+    for setting, service in SETTINGS.items():
+        section, field = setting.split(".")
+        address = getattr(getattr(config, section), field)
+        bare, found = split_address(address or "", service)
+        if found:
+            changed = getattr(config, section).model_copy(update={field: bare})
+            config = config.model_copy(update={section: changed})
+            variables |= found
+    addresses = {"storage.root": config.storage.root, "data.uri": config.data.uri, "data.source": config.data.source}
+    for setting, address in addresses.items():
+        if address and (urlsplit(address).password or "") != "":
+            raise ConfigError(
+                f"{setting} = {redact(address)} has a password in it, which would be shown with the address: "
+                "put it into a file of the folder that FSSPEC_CONFIG_DIR names, and leave it out here"
+            )
+    return config, variables
 
 
 _TITLES = {"s3": "S3", "mlflow": "MLflow", "ray": "Ray"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -12,6 +13,9 @@ from ddpm.model import Model
 from pipelines.checkpoints import ModelError
 from pipelines.config import suggest
 from pipelines.evaluation.plots import label_grid
+
+NAME_BYTES = 200
+"""Of a class in a file's name; file systems allow 255 in all."""
 
 
 def write_samples(
@@ -63,13 +67,19 @@ def write_samples(
     out.mkdir(parents=True, exist_ok=True)
     files = []
     for i, image in enumerate(pixels):
-        name = f"{i:05d}" + (f"-{model.spec.classes[chosen[i % columns]]}" if chosen else "")
+        name = f"{i:05d}" + (f"-{file_name(model.spec.classes[chosen[i % columns]])}" if chosen else "")
         files.append(out / f"{name}.png")
         Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(files[-1])
     grid = label_grid(pixels, columns, tuple(model.spec.classes[c] for c in chosen))
     files.append(out / "grid.png")
     Image.fromarray(grid).save(files[-1])
     return files
+
+
+def file_name(class_name: str) -> str:
+    """Return the name of a class as part of a file's name: what file systems refuse is written as %HH, as in URLs."""
+    escaped = re.sub(r'[%/\\:*?"<>|\x00-\x1f\x7f]', lambda found: f"%{ord(found[0]):02X}", class_name)
+    return escaped.encode()[:NAME_BYTES].decode(errors="ignore")
 
 
 def parse_labels(labels: str | None, classes: tuple[str, ...]) -> list[int]:
@@ -84,6 +94,8 @@ def parse_labels(labels: str | None, classes: tuple[str, ...]) -> list[int]:
         return []
     if labels is None:
         return list(range(len(classes)))
+    if labels in classes:  # its name may have a comma in it
+        return [classes.index(labels)]
     chosen = []
     for word in (part.strip() for part in labels.split(",")):
         if word in classes:

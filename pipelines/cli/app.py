@@ -5,17 +5,19 @@ Modules that import torch, Ray or MLflow are imported by the verbs that need the
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
 
 from pipelines.cli import data, flow, models, runs, search, stack, training
 from pipelines.cli.common import terminal
+from pipelines.credentials import clean_arguments
 from pipelines.errors import ConfigError, PipelineError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 for verb in (
-    *(stack.up, stack.down, stack.status),
+    *(stack.up, stack.down, stack.status, stack.doctor),
     *(data.ingest, data.index, data.check),
     training.train,
     *(runs.runs, runs.logs, runs.rm, runs.gc),
@@ -26,8 +28,19 @@ for verb in (
 app.add_typer(search.app, name="search")
 
 
+def hide_secrets() -> None:
+    """Start this command anew where its arguments hold secrets, which move into its environment.
+
+    The process list shows arguments to every user of the machine, and Ray's dashboard those of its drivers.
+    """
+    cleaned, variables = clean_arguments(sys.argv[1:])
+    if variables and sys.orig_argv[-len(cleaned) :] == sys.argv[1:]:
+        os.execve(sys.executable, [*sys.orig_argv[: -len(cleaned)], *cleaned], {**os.environ, **variables})
+
+
 def main() -> None:
     """Run the command line and exit with 0 (done), 1 (failed) or 2 (bad usage or configuration)."""
+    hide_secrets()
     try:
         app(standalone_mode=True)
     except PipelineError as error:

@@ -1,10 +1,15 @@
-"""`ddpm up`, `down` and `status`: the local stack."""
+"""`ddpm up`, `down` and `status`: the local stack; `ddpm doctor`: what is missing around it."""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+import os
+import sys
+from typing import Annotated, Any
 
-from pipelines.cli.common import Json, answer_json, terminal
+import typer
+
+from pipelines.cli.common import Json, Overrides, answer_json, terminal
 
 HINTS = {
     "s3": "S3 endpoint",
@@ -13,12 +18,30 @@ HINTS = {
 }
 
 
-def up(as_json: Json = False) -> None:
-    """Start the local stack: S3 (SeaweedFS), MLflow, a Ray head. Example: ddpm up"""
+Private = Annotated[
+    bool | None,
+    typer.Option(
+        "--private/--shared",
+        help="Keep other users of this machine out, or not; without either, as it was started last, at first --shared.",
+        show_default=False,
+    ),
+]
+
+
+def up(private: Private = None, as_json: Json = False) -> None:
+    """Start the local stack: S3 (SeaweedFS), MLflow, a Ray head. Example: ddpm up --private"""
     from pipelines import stack
 
     with terminal.services() as notice:
-        state = stack.up(notice=notice)
+        state = stack.up(private=private, notice=notice)
+    if stack.read_private(state.home):
+        terminal.stage("access", f"this user only; MLflow's user and password are in {state.mlflow_credentials_file}")
+    else:
+        terminal.stage(
+            "access",
+            "other users of this machine can read and change what MLflow and S3 hold: "
+            "where there are any, `ddpm down`, then `ddpm up --private`",
+        )
     _show_status(as_json, {"home": str(state.home)})
 
 
@@ -35,6 +58,21 @@ def down(as_json: Json = False) -> None:
 def status(as_json: Json = False) -> None:
     """Show the local stack and the URLs to open. Example: ddpm status"""
     _show_status(as_json, {})
+
+
+def doctor(overrides: Overrides = None, as_json: Json = False) -> None:
+    """Show what a training would miss here and what mends it; starts nothing. Example: ddpm doctor"""
+    from pipelines.doctor import examine, left_running
+
+    checks = examine(overrides or [], os.environ)
+    terminal.checks([(check.status, check.name, check.found, check.fix) for check in checks])
+    failures = sum(check.status == "failed" for check in checks)
+    answer_json(as_json, {"ok": not failures, "checks": [dataclasses.asdict(check) for check in checks]})
+    if left_running():
+        sys.stdout.flush()
+        os._exit(1)  # Python would wait for the pools of threads that S3's client keeps
+    if failures:
+        raise typer.Exit(1)
 
 
 def _show_status(as_json: bool, extra: dict[str, Any]) -> None:

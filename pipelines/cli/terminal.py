@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -22,6 +22,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from pipelines.credentials import redact
 from pipelines.display import Progress, Report, StageNotice, TimeBreakdown
 
 PLAIN_EVERY_S = 5.0
@@ -77,11 +78,26 @@ class Terminal:
 
     def stage(self, name: str, text: str) -> None:
         """Print one line of a stage."""
-        self.console.print(Text.assemble((f"{name:>10}", "bold cyan"), "  ", text))
+        self.console.print(Text.assemble((f"{name:>10}", "bold cyan"), "  ", redact(text)))
 
     def error(self, kind: str, error: Exception) -> None:
-        """Print an error; square brackets in its message are not markup."""
-        self.console.print(Text.assemble((kind, "bold red"), "\n", str(error)))
+        """Print an error, without user info in addresses; square brackets in its message are not markup."""
+        self.console.print(Text.assemble((kind, "bold red"), "\n", redact(str(error))))
+
+    def checks(self, checks: Sequence[tuple[str, str, str, str | None]]) -> None:
+        """Show findings, each as (status, name, what was found, what mends it): aligned and wrapped on a terminal."""
+        if not self.console.is_terminal:
+            for status, name, found, fix in checks:
+                self.console.print(Text(redact(f"{status:>8}  {name}: {found}" + (f"; fix: {fix}" if fix else ""))))
+            return
+        styles = {"ok": "green", "warning": "yellow", "failed": "bold red"}
+        table = Table.grid(padding=(0, 2, 0, 0))
+        for column in range(3):
+            table.add_column(no_wrap=column < 2, overflow="fold")
+        for status, name, found, fix in checks:
+            mend = [("\n" + redact(fix), "bold")] if fix else []
+            table.add_row(Text(status, styles[status]), Text(name, "cyan"), Text.assemble(redact(found), *mend))
+        self.console.print(table, soft_wrap=False)
 
     def counter(self, description: str, unit: str) -> Progress:
         """Return a callback that shows progress over a known number of things."""

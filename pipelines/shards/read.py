@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from pipelines.errors import PipelineError
 from pipelines.shards.cache import ShardCorruptError
 from pipelines.shards.fetch import ShardFetcher
 from pipelines.shards.index import Dataset, Member, ShardIndex, ShardInfo
@@ -230,5 +232,28 @@ def read_split(reader: ShardReader) -> Batch:
 
 
 def default_cache_dir() -> Path:
-    """Return the shard cache in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpm" / "shards"
+    """Return the shard cache in the user's cache folder, or below TMPDIR where the user has none that can be written.
+
+    Raises:
+        CacheFolderError: the folder below TMPDIR is another user's.
+    """
+    named = os.environ.get("XDG_CACHE_HOME")
+    try:
+        base = Path(named) if named else Path.home() / ".cache"
+    except RuntimeError:  # no HOME, and a user ID that no name belongs to
+        base = None
+    if base is None or not (named or _can_be_made(base)):
+        base = Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
+        if base.is_symlink() or (base.exists() and base.stat().st_uid != os.getuid()):
+            raise CacheFolderError(f"{base} is another user's: set XDG_CACHE_HOME, or data.cache_dir")
+    return base / "ddpm" / "shards"
+
+
+class CacheFolderError(PipelineError):
+    """There is no folder for the shard cache."""
+
+
+def _can_be_made(folder: Path) -> bool:
+    """Return whether this user may write in a folder, or make it."""
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    return os.access(place, os.W_OK | os.X_OK)

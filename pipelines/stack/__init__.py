@@ -6,8 +6,9 @@ which records what was started. A process is ours only if its ID *and* its start
 
 from pipelines.stack.control import ServiceStatus, StackState, down, read_state, status, up
 from pipelines.stack.home import default_home
+from pipelines.stack.private import read_private
 from pipelines.stack.processes import StackError
-from pipelines.stack.services import BUCKET, SERVICES, ray_environment
+from pipelines.stack.services import BUCKET, SERVICES, find_weed, ray_environment
 
 __all__ = [
     "BUCKET",
@@ -17,7 +18,9 @@ __all__ = [
     "StackState",
     "default_home",
     "down",
+    "find_weed",
     "ray_environment",
+    "read_private",
     "read_state",
     "status",
     "up",

@@ -8,9 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pipelines.credentials import write_private
 from pipelines.display import StageNotice, no_stage_notice
-from pipelines.stack.home import default_home, ensure_credentials, locked, write_private
-from pipelines.stack.processes import Service, alive_services, end, read_services
+from pipelines.stack.home import default_home, ensure_credentials, locked
+from pipelines.stack.private import choose_private, credentials_file, read_private
+from pipelines.stack.processes import Service, StackError, alive_services, end, read_services
 from pipelines.stack.services import BUCKET, SERVICES, STARTERS, answers, await_healthy
 
 
@@ -25,6 +27,7 @@ class StackState:
     tracking_uri: str | None = None
     ray_address: str | None = None
     dashboard_url: str | None = None
+    mlflow_credentials_file: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ def up(
     home: Path | None = None,
     services: Collection[str] = SERVICES,
     *,
+    private: bool | None = None,
     notice: StageNotice = no_stage_notice,
     timeout_s: float = 90,
 ) -> StackState:
@@ -58,10 +62,12 @@ def up(
 
     Args:
         services: of "s3", "mlflow" (which brings "s3") and "ray".
+        private: whether other users of this machine are kept out; None for what was chosen last, at first False.
         notice: called with the service and its phase: "starting", "healthy" or "already running".
 
     Raises:
-        StackError: a service does not start; those that this call started are stopped again.
+        StackError: a service does not start, and those that this call started are stopped again; or the stack runs
+            with another choice of `private`.
     """
     home = home or default_home()
     wanted = [s for s in SERVICES if s in services or (s == "s3" and "mlflow" in services)]
@@ -70,13 +76,20 @@ def up(
     with locked(home):
         ensure_credentials(home)
         running = alive_services(home)
+        private = read_private(home) if private is None else private
+        if any(service.private != private for service in running.values()):
+            option, now = ("--private", "open to") if private else ("--shared", "closed to")
+            raise StackError(
+                f"the running local stack is {now} other users of this machine: `ddpm down`, then `ddpm up {option}`"
+            )
+        choose_private(home, private)
         for name, service in read_services(home).items():
             if name not in running:
                 end(service)  # its leader has ended; processes left in its session would hold ports and files
         started: dict[str, Service] = {}
 
         def start(name: str) -> None:
-            if name in running and answers(running[name]):
+            if name in running and answers(running[name], home):
                 notice(name, "already running")
                 return
             if name in running:
@@ -129,7 +142,7 @@ def status(home: Path | None = None) -> list[ServiceStatus]:
         service, log = running.get(name), home / "logs" / f"{name}.log"
         if service is None:
             return ServiceStatus(name, False, False, None, None, log)
-        return ServiceStatus(name, True, answers(service), service.url, service.pid, log)
+        return ServiceStatus(name, True, answers(service, home), service.url, service.pid, log)
 
     with ThreadPoolExecutor(len(SERVICES)) as pool:
         return list(pool.map(one, SERVICES))
@@ -153,4 +166,5 @@ def _state(home: Path, running: dict[str, Service]) -> StackState:
         tracking_uri=mlflow.url if mlflow else None,
         ray_address=ray.address if ray else None,
         dashboard_url=ray.url if ray else None,
+        mlflow_credentials_file=credentials_file(home) if mlflow and mlflow.private else None,
     )

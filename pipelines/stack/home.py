@@ -10,6 +10,8 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipelines.credentials import write_private
+
 
 def default_home() -> Path:
     """Return the folder that DDPM_HOME names, else `.ddpm` in the current folder."""
@@ -31,15 +33,6 @@ def ensure_credentials(home: Path) -> None:
     }
     write_private(home / "s3.json", json.dumps({"identities": [identity]}))
     write_private(home / "credentials", profile)
-
-
-def write_private(path: Path, text: str) -> None:
-    """Write a file atomically, readable by the user only."""
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.unlink(missing_ok=True)
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)
-    temporary.replace(path)
 
 
 @contextlib.contextmanager

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import psutil
 
+from pipelines.credentials import write_private
 from pipelines.errors import PipelineError
-from pipelines.stack.home import write_private
 
 
 class StackError(PipelineError):
@@ -31,6 +31,7 @@ class Service:
         url: address to open or to connect to.
         address: address that clients use; differs from `url` for Ray only.
         probes: URLs that all answer once the service is healthy.
+        private: whether it was started so that other users of the machine cannot use it.
     """
 
     pid: int
@@ -38,6 +39,7 @@ class Service:
     url: str
     address: str
     probes: tuple[str, ...]
+    private: bool = False
 
 
 def launch(
@@ -48,10 +50,11 @@ def launch(
     url: str,
     address: str,
     probes: tuple[str, ...],
+    private: bool = False,
 ) -> Service:
     """Start a service in its own session, which Ctrl-C in the terminal does not reach, and return its record."""
     # Addresses and keys in the user's environment belong to other servers.
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "MLFLOW_", "RAY_"))}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "MLFLOW_", "RAY_", "WEED_"))}
     with (home / "logs" / f"{name}.log").open("ab") as log:
         process = subprocess.Popen(
             command,
@@ -61,8 +64,9 @@ def launch(
             start_new_session=True,
             cwd=home,
             env={**inherited, **environment},
+            umask=0o077 if name == "s3" else -1,  # Ray shares a folder with those of other users
         )
-    return Service(process.pid, psutil.Process(process.pid).create_time(), url, address, probes)
+    return Service(process.pid, psutil.Process(process.pid).create_time(), url, address, probes, private)
 
 
 def find_process(service: Service) -> psutil.Process | None:

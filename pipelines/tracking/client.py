@@ -10,8 +10,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from pipelines.credentials import MLFLOW_FILE, read_mlflow_file
 from pipelines.errors import PipelineError
 from pipelines.loopback import bypass_proxies
 from pipelines.retry import PATIENCE_S, TransientError, retry
@@ -48,7 +50,8 @@ class UnreachableError(TrackingError, TransientError):
 
 _BUSY = {408, 425, 429, 499}
 _HINTS = {
-    401: "it does not accept the credentials: renew MLFLOW_TRACKING_TOKEN or MLFLOW_TRACKING_USERNAME and _PASSWORD",
+    401: "it does not accept the credentials: renew MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and _PASSWORD; "
+    f"on the nodes of a cluster the file that {MLFLOW_FILE} names, or ~/.mlflow/credentials",
     403: "the credentials may not do this: ask for the permission, or use others",
     413: "it is larger than the server, or the proxy in front of it, takes: raise that limit (nginx: "
     "client_max_body_size)",
@@ -67,7 +70,24 @@ def client(uri: str) -> MlflowClient:
     bypass_proxies(uri)
     from mlflow import MlflowClient
 
+    authenticate()
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def authenticate() -> None:
+    """Give MLflow's clients in this process what is in the credentials file that DDPM_MLFLOW_CREDENTIALS_FILE names.
+
+    Where it names none, or one of another node, they use MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or
+    `~/.mlflow/credentials`.
+    """
+    path = os.environ.get(MLFLOW_FILE)
+    if path:
+        os.environ.update(read_mlflow_file(Path(path)))
+
+
+def environment() -> dict[str, str]:
+    """Return the variables that another process needs for the same credentials: a path, no secret."""
+    return {MLFLOW_FILE: os.environ[MLFLOW_FILE]} if os.environ.get(MLFLOW_FILE) else {}
 
 
 @contextmanager
@@ -87,7 +107,10 @@ def reporting(uri: str) -> Iterator[None]:
         status = getattr(error.response, "status_code", None)
         raise (_unanswered(uri, error) if status is None else _answered(uri, status, str(error))) from error
     except MlflowException as error:
-        raise _answered(uri, http_status(error), error.message) from error
+        status = http_status(error)
+        if status == 401:
+            authenticate()  # the file may hold others by now
+        raise _answered(uri, status, error.message) from error
     except Exception as error:
         raise _artifacts_failed(uri, error) from error
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.tracking.client import ask
+from pipelines.tracking.client import ask, authenticate
 from pipelines.tracking.run import Tracker
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def log_pyfunc(
     import mlflow
     from mlflow.models import infer_signature
 
+    authenticate()
     inputs, outputs, params = example
 
     def log(_: MlflowClient) -> str:
@@ -148,6 +149,7 @@ def download_version(uri: str, found: ModelVersion, folder: Path) -> Path:
     import mlflow
 
     def download(_: MlflowClient) -> str:
+        authenticate()
         mlflow.set_tracking_uri(uri)
         return str(mlflow.artifacts.download_artifacts(found.uri, dst_path=str(folder)))
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from pipelines.storage import Fence, FencedError
+from pipelines.tracking.client import authenticate
 from pipelines.tracking.run import Tracker
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ def system_metrics(tracker: Tracker, node: str, fence: Fence | None = None) -> I
                     fence.check(patience_s=0)
                 super().publish_metrics(metrics)
 
+        authenticate()
         # MLflow's monitor ends when the server is away for a moment: it is started again then.
         while not ending.is_set():
             try:

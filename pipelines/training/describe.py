@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import os
 
 from pipelines import tracking
 from pipelines.config import Config
@@ -24,13 +25,21 @@ def describe_run(job: Job) -> None:
             "mlflow.source.git.commit": commit,
             "mlflow.source.name": f"ddpm train name={config.name}",
             "mlflow.source.type": "LOCAL",
-            "mlflow.user": getpass.getuser(),
+            "mlflow.user": user_name(),
             "mlflow.note.content": _description(job),
         }
     )
     counts = {split: job.dataset.samples(split) for split in job.dataset.splits}
     tracker.dataset(job.dataset.uri.rsplit("/", 1)[-1], job.dataset.digest, job.dataset.uri, counts)
     tracker.text(tracking.to_json(config.model_dump(mode="json")), "config.json")
+
+
+def user_name() -> str:
+    """Return the name of this process's user, or its number where it has no name, as in many containers."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
 
 
 def workers_text(config: Config) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import ray
 
+from pipelines import tracking
 from pipelines.config import ClusterConfig, Config
 from pipelines.storage import Storage
 from pipelines.training.errors import TrainingError
@@ -27,6 +28,7 @@ def connect_ray(config: Config, storage: Storage) -> None:
         return
     environment = {
         **storage.environment(),
+        **tracking.environment(),
         "OMP_WAIT_POLICY": "PASSIVE",  # spinning barriers ruin a step beside any busy process
         "OMP_NUM_THREADS": str(config.cluster.threads_per_worker),
         "RAY_TRAIN_V2_ENABLED": "1",

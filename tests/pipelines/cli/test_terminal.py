@@ -1,6 +1,9 @@
 """The plain lines that `Terminal` prints where stderr is no terminal."""
 
+import io
+
 import pytest
+from rich.console import Console
 
 from pipelines.cli.terminal import Terminal
 from pipelines.display import TimeBreakdown
@@ -31,3 +34,29 @@ def test_a_breakdown_is_lines(capsys):
 def test_square_brackets_of_an_error_are_text(capsys):
     Terminal().error("error", ValueError("search.space[red] is wrong"))
     assert "search.space[red] is wrong" in capsys.readouterr().err
+
+
+CHECKS = [
+    ("ok", "python", "3.11.7", None),
+    ("failed", "mlflow", "no answer from http://me:hush@ml [x]", "tracking.uri=http://HOST:PORT " + "and more " * 12),
+]
+
+
+def test_checks_are_a_line_each_where_there_is_no_terminal(capsys):
+    Terminal().checks(CHECKS)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.split() == ["ok", "python:", "3.11.7"]
+    assert second.lstrip().startswith(
+        "failed  mlflow: no answer from http://***@ml [x]; fix: tracking.uri=http://HOST:PORT"
+    )
+
+
+def test_checks_fit_a_terminal_of_80_columns_and_are_all_there():
+    terminal, shown = Terminal(), io.StringIO()
+    terminal.console = Console(file=shown, force_terminal=True, width=80, color_system=None, soft_wrap=True)
+    terminal.checks(CHECKS)
+    lines = shown.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    text = " ".join(shown.getvalue().split())
+    assert "failed mlflow no answer from http://***@ml [x]" in text
+    assert text.count("and more") == 12

@@ -1,10 +1,14 @@
 """What a reader decodes, and the errors that name a sample it cannot read."""
 
+import os
+import tempfile
+from pathlib import Path
+
 import pytest
 
 from pipelines.shards.audit.foreign import index_tars
 from pipelines.shards.cache import ShardCorruptError
-from pipelines.shards.read import read_split
+from pipelines.shards.read import CacheFolderError, default_cache_dir, read_split
 from pipelines.storage import Storage
 from tests.pipelines.shards.tars import picture, reader, write_shard
 
@@ -40,3 +44,34 @@ def test_a_sample_that_cannot_be_read_is_named_by_its_key(tmp_path, content, mes
     with pytest.raises(ShardCorruptError, match=message):
         read_split(reader(done.dataset, tmp_path))
     assert len(read_split(reader(done.dataset, tmp_path, done.quarantine)).images) == 1
+
+
+@pytest.mark.parametrize("home", [None, "/proc/nobody"])
+def test_a_user_without_a_home_has_the_cache_below_tmpdir(tmp_path, monkeypatch, home):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    if home is None:
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr(os, "getuid", lambda: 12345)  # which no name belongs to
+    else:
+        monkeypatch.setenv("HOME", home)
+        monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    assert default_cache_dir() == tmp_path / f"cache-{os.getuid()}" / "ddpm" / "shards"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert default_cache_dir() == Path("/somewhere/ddpm/shards")
+
+
+def test_a_home_that_can_be_written_has_the_cache(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_cache_dir() == tmp_path / ".cache" / "ddpm" / "shards"
+
+
+def test_a_cache_folder_that_another_user_has_made_is_not_trusted(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    (tmp_path / f"cache-{os.getuid()}").symlink_to("/etc")
+    with pytest.raises(CacheFolderError, match="is another user's: set XDG_CACHE_HOME"):
+        default_cache_dir()

@@ -582,3 +582,15 @@ def test_ray_tasks_write_the_same_bytes_and_say_what_is_wrong(described, tmp_pat
             write(described, tmp_path / "blocked")
     finally:
         ray.shutdown()
+
+
+def test_a_class_may_have_any_name_where_no_folder_has_to_bear_it(tmp_path):
+    names = ["cat/dog", "../up", "a, b", "plus"]
+    rows = [{"path": f"{i}.png", "label": name} for i, name in enumerate(names * 6)]
+    files = {row["path"]: picture(i) for i, row in enumerate(rows)}
+    source = write_files(tmp_path / "source", {**files, "table.jsonl": jsonl(rows)}) / "table.jsonl"
+    done = write(source, tmp_path / "shards")
+    assert done.dataset.classes == tuple(sorted(names))
+    found = read_dataset(f"file://{tmp_path}/shards", STORAGE)
+    assert found.classes == done.dataset.classes
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shards", "source"]

@@ -1,0 +1,82 @@
+"""One finding of `ddpm doctor`, and how many probes give theirs within one deadline."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from pipelines.errors import PipelineError
+
+Status = Literal["ok", "warning", "failed"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: what was looked at, in a word or two.
+        found: what is there.
+        fix: the command or setting that mends it; None where nothing has to be mended.
+    """
+
+    name: str
+    status: Status
+    found: str
+    fix: str | None = None
+
+
+THREAD = "doctor-probe"
+"""Name of the threads of probes."""
+Probe = Callable[[], list[Check]]
+
+
+def ok(name: str, found: str) -> Check:
+    """Return the check of something that works."""
+    return Check(name, "ok", found)
+
+
+def warning(name: str, found: str, fix: str) -> Check:
+    """Return the check of something that works, but not as well as it could, or that a training can do without."""
+    return Check(name, "warning", found, fix)
+
+
+def failed(name: str, found: str, fix: str) -> Check:
+    """Return the check of something without which a training cannot run."""
+    return Check(name, "failed", found, fix)
+
+
+def run_probes(probes: Mapping[str, Probe], deadline_s: float) -> list[Check]:
+    """Return the checks of every probe, in the order of the mapping; the probes run at the same time.
+
+    A probe that has not ended after `deadline_s` seconds is given up, and is a failed check; its thread stays.
+    """
+    results: dict[str, list[Check]] = {}
+
+    def run(name: str, probe: Probe) -> None:
+        try:
+            results[name] = probe()
+        except PipelineError as error:
+            results[name] = [failed(name, str(error), "mend what the message names")]
+        except Exception as error:  # noqa: BLE001 - a probe that is wrong must not hide what the others found
+            found = f"could not be checked: {type(error).__name__}: {error}"
+            results[name] = [failed(name, found, "see the message")]
+
+    threads = [threading.Thread(target=run, args=item, daemon=True, name=THREAD) for item in probes.items()]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + deadline_s
+    for thread in threads:
+        thread.join(max(deadline - time.monotonic(), 0))
+    late = [
+        failed(name, f"no result within {deadline_s:.0f} s", "try again when less is running here") for name in probes
+    ]
+    return [check for name, given_up in zip(probes, late, strict=True) for check in results.get(name, [given_up])]
+
+
+def left_running() -> bool:
+    """Return whether a probe that was given up still waits."""
+    return any(thread.name == THREAD for thread in threading.enumerate())

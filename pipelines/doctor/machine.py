@@ -1,0 +1,249 @@
+"""What this machine offers: versions, cores, memory, folders, ports and accelerators. Imports no torch at its top."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from pipelines.doctor.check import Check, failed, ok, warning
+
+GIB = 2**30
+DISTRIBUTION = "ddpm-pipelines"
+PACKAGES = ("torch", "ray", "mlflow", "webdataset")
+LOW_MEMORY, LEAST_MEMORY = 2 * GIB, GIB // 2
+LOW_DISK, LEAST_DISK = 2 * GIB, GIB // 10
+SHARED_MEMORY = 640 * 2**20
+"""The object store of the local Ray head and some room."""
+STACK_PORTS = 22
+"""How many the local stack listens on."""
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def version_checks(python: str, installed: Mapping[str, str | None], requirements: Sequence[str]) -> list[Check]:
+    """Return a check per package: whether the installed version is one that this project asks for.
+
+    Args:
+        python: version of the interpreter.
+        installed: version by package, None where it is missing.
+        requirements: of the project, with `python…` for the interpreter.
+    """
+    ranges: dict[str, Requirement] = {}
+    for text in requirements:
+        requirement = Requirement(text)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            ranges[requirement.name.lower()] = requirement
+    checks = []
+    for name, version in {"python": python, **installed}.items():
+        wanted = ranges[name].specifier if name in ranges else SpecifierSet()
+        asked = f"{name}{wanted}"
+        fix = f"python -m pip install '{ranges.get(name, name)}'"
+        if name == "python":
+            fix = f"make the virtual environment anew with Python {wanted}"
+        if version is None:
+            checks.append(failed(name, f"not installed; {asked} is asked for", fix))
+        elif not wanted.contains(version, prereleases=True):
+            checks.append(failed(name, f"{version}; {asked} is asked for", fix))
+        else:
+            checks.append(ok(name, version))
+    return checks
+
+
+def check_versions() -> list[Check]:
+    """Return whether Python and the packages that matter most are in the ranges of the installed distribution."""
+
+    def version(name: str) -> str | None:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
+    try:
+        project = metadata.distribution(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return [failed("versions", f"{DISTRIBUTION} is not installed here", "python -m pip install -e .")]
+    asked = [*(project.requires or []), f"python{project.metadata['Requires-Python'] or ''}"]
+    python = ".".join(map(str, sys.version_info[:3]))
+    return version_checks(python, {name: version(name) for name in PACKAGES}, asked)
+
+
+def cgroup_limit(kind: str, root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> float | None:
+    """Return the tightest limit that a control group sets on this process, None where none does.
+
+    Args:
+        kind: "cpu" (in cores) or "memory" (in bytes, of what its processes use together).
+        root: where control groups are mounted.
+        own: the file that names those of this process.
+    """
+    names = {"cpu": ("cpu.max", "cpu.cfs_quota_us"), "memory": ("memory.max", "memory.limit_in_bytes")}[kind]
+    limits = [_read_limit(kind, group / names[v1]) for v1, group in _groups(kind, root, own)]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def cgroup_free(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> float | None:
+    """Return how many bytes of memory the control groups of this process leave it, None where they set no limit."""
+    free = []
+    for v1, group in _groups("memory", root, own):
+        names = ("memory.max", "memory.limit_in_bytes"), ("memory.current", "memory.usage_in_bytes")
+        limit, used = (_read_limit("memory", group / name[v1]) for name in names)
+        if limit is not None and used is not None:
+            free.append(limit - used)
+    return min(free, default=None)
+
+
+def _groups(kind: str, root: Path, own: Path) -> Iterator[tuple[bool, Path]]:
+    """Yield (whether it is of version 1, its folder) of the control groups of this process, outwards."""
+    for line in own.read_text().splitlines() if own.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers != "" and kind not in controllers.split(","):
+            continue
+        folder = root / controllers / path.lstrip("/")
+        yield from ((controllers != "", place) for place in (folder, *folder.parents) if place.is_relative_to(root))
+
+
+def _read_limit(kind: str, file: Path) -> float | None:
+    """Return the number in a file of a control group, None where it sets none."""
+    try:
+        quota, *period = file.read_text().split()
+        if quota in ("max", "-1"):
+            return None
+        if kind == "memory":
+            return float(quota) if int(quota) < 2**60 else None
+        per = period[0] if period else (file.parent / "cpu.cfs_period_us").read_text()
+        return int(quota) / int(per)
+    except (OSError, ValueError):
+        return None
+
+
+def core_check(cores: int, usable: int, limit: float | None, wanted: float | None) -> Check:
+    """Return whether this machine has the cores that a training asks for.
+
+    Args:
+        cores: of the machine, as Ray counts them.
+        usable: that this process may run on.
+        limit: of its control group.
+        wanted: by the training's workers; None where they run on a cluster elsewhere.
+    """
+    have = min(usable, limit or usable)
+    found = f"{cores} cores" if have == cores else f"{cores} cores, {have:g} of them for this process"
+    if wanted is not None and wanted > cores:
+        return failed(
+            "cores",
+            f"{found}; the workers ask for {wanted:g}",
+            f"cluster.num_workers={max(1, int(have))}, or a cluster",
+        )
+    if have < cores:
+        fix = f"cluster.num_workers={max(1, int(have))} (Ray counts {cores}), or raise the container's limit"
+        return warning("cores", found, fix)
+    return ok("cores", found)
+
+
+def check_cores(wanted: float | None) -> list[Check]:
+    """Return whether this machine has the cores that are wanted; see `core_check`."""
+    return [core_check(os.cpu_count() or 1, len(os.sched_getaffinity(0)), cgroup_limit("cpu"), wanted)]
+
+
+def memory_check(available: float, total: float, limit: float | None) -> Check:
+    """Return whether there is memory for the local services and a small training, all in bytes."""
+    bound = f" (this container's limit is {limit / GIB:.1f})" if limit is not None and limit < total else ""
+    found = f"{available / GIB:.1f} of {min(total, limit or total) / GIB:.1f} GiB free{bound}"
+    fix = "end other programs, lower cluster.num_workers or micro_batch_size, or raise the container's memory limit"
+    if available < LEAST_MEMORY:
+        return failed("memory", found, fix)
+    return warning("memory", found, fix) if available < LOW_MEMORY else ok("memory", found)
+
+
+def check_memory() -> list[Check]:
+    """Return whether there is memory; see `memory_check`."""
+    memory, free = psutil.virtual_memory(), cgroup_free()
+    available = memory.available if free is None else min(memory.available, free)
+    return [memory_check(available, memory.total, cgroup_limit("memory"))]
+
+
+def folder_check(name: str, folder: Path, wanted: float, fix: str) -> Check:
+    """Return whether files can be written in a folder, or in the one where it would be made, and fit there.
+
+    Args:
+        wanted: bytes that are wanted free.
+        fix: the setting that names another folder.
+    """
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place) as probe:
+            probe.write(b"0")
+    except OSError as error:
+        return failed(name, f"{folder}: cannot be written in {place}: {error.strerror}", f"{fix}, or chown {place}")
+    free = shutil.disk_usage(place).free
+    found = f"{folder}: {free / GIB:.1f} GiB free"
+    if free < LEAST_DISK:
+        return failed(name, found, f"{fix}, or free some")
+    return warning(name, f"{found}, {wanted / GIB:.0f} are wanted", fix) if free < wanted else ok(name, found)
+
+
+def shared_memory_check(folder: Path = Path("/dev/shm")) -> Check:
+    """Return whether Ray's object store fits into shared memory."""
+    fix = "start the container with --shm-size=2g (Kubernetes: an emptyDir of medium Memory at /dev/shm)"
+    if not folder.is_dir():
+        return warning("/dev/shm", "missing: Ray keeps its objects in TMPDIR, which is slow", fix)
+    free = shutil.disk_usage(folder).free
+    found = f"{free / GIB:.1f} GiB free"
+    if free < SHARED_MEMORY:
+        return warning("/dev/shm", f"{found}: Ray keeps its objects in TMPDIR, which is slow", fix)
+    return ok("/dev/shm", found)
+
+
+def port_check(host: str = "127.0.0.1") -> Check:
+    """Return whether the local stack finds ports on the loopback interface."""
+    taken: list[socket.socket] = []
+    try:
+        for _ in range(STACK_PORTS):
+            listener = socket.socket()
+            taken.append(listener)
+            listener.bind((host, 0))
+            listener.listen()
+    except OSError as error:
+        found = f"{len(taken) - 1} of {STACK_PORTS} ports of {host} could be taken: {error.strerror}"
+        return failed("ports", found, "ip link set lo up; ulimit -n 4096; end what holds the ports (ss -ltnp)")
+    finally:
+        for listener in taken:
+            listener.close()
+    return ok("ports", f"{STACK_PORTS} free ones on {host}")
+
+
+def check_accelerators(gpus_per_worker: int | None) -> list[Check]:
+    """Return what torch computes on, and whether it has bfloat16 there.
+
+    Args:
+        gpus_per_worker: that a training asks for on this machine; None where its workers run elsewhere.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        found = f"{', '.join(names)}; torch {torch.__version__}, CUDA {torch.version.cuda}"
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return [ok("gpu", f"{found}; bf16")]
+        return [warning("gpu", f"{found}; bf16 only by emulation", "optim.precision=fp32 (auto would emulate bf16)")]
+    cpu = torch.cpu
+    flags = [("AMX", cpu._is_amx_tile_supported()), ("AVX-512 bf16", cpu._is_avx512_bf16_supported())]
+    having = [name for name, there in flags if there]
+    found = f"none; CPU with {' and '.join(having)}" if having else "none; CPU without bf16"
+    driver = Path("/proc/driver/nvidia/version")
+    if driver.is_file():
+        installed = driver.read_text().splitlines()[0].strip()
+        fix = "install the torch build for this driver: https://pytorch.org/get-started/locally"
+        return [warning("gpu", f"torch {torch.__version__} cannot use the card of driver {installed}", fix)]
+    if gpus_per_worker:
+        return [failed("gpu", f"{found}; each worker asks for {gpus_per_worker} GPU", "cluster.gpus_per_worker=0")]
+    return [ok("gpu", found)]
