@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.shards.cache import FetchStats, ShardCache
+from pipelines.shards.cache import ShardCache
 from pipelines.shards.fetch import ShardFetcher
 from pipelines.shards.index import Member, ShardInfo
 from pipelines.storage import Storage, StorageError
@@ -43,10 +43,11 @@ def through(proxy: Proxy, storage: Storage) -> Storage:
 def test_a_shard_arrives_over_connections_that_are_cut_and_no_byte_is_asked_for_twice(stored, tmp_path: Path):
     assert stored.endpoint_url is not None
     with Proxy(stored.endpoint_url, cut_after=1 << 20) as proxy:
-        stats = FetchStats()
-        path = ShardCache(tmp_path, 1 << 30).fetch(URI, SHARD, through(proxy, stored), stats)
-        assert path.read_bytes() == DATA
-        assert stats.requests >= 6
+        cache = ShardCache(tmp_path, 1 << 30)
+        fetcher = ShardFetcher(URI, through(proxy, stored), cache)
+        fetcher.require([SHARD])
+        assert cache.path(SHARD).read_bytes() == DATA
+        assert fetcher.stats.requests >= 6
         # What was on its way when a connection broke is lost with it, and no more.
         assert proxy.relayed < 1.3 * len(DATA)
 
