@@ -27,6 +27,7 @@ from ddpm.model import ModelSpec, save_model
 from pipelines import tracking
 from pipelines.config import Config
 from pipelines.errors import PipelineError
+from pipelines.scratch import scratch_folder
 from pipelines.shards.index import Dataset
 from pipelines.shards.quarantine import Quarantine, stream_digest
 from pipelines.storage import Storage, join
@@ -308,7 +309,7 @@ def reconstruct_average(
         ModelError: the run kept no power-function averages, or the width or number of images is out of range.
     """
     snapshots = []
-    with tempfile.TemporaryDirectory(prefix="ddpm-power-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="power-", dir=scratch_folder()) as scratch:
         for published in list_published(tracker):
             state = CheckpointState.from_json(storage.read(join(published.uri, "state.json")), published.uri)
             if "power_ema.safetensors" not in state.files:

@@ -22,6 +22,7 @@ from ddpm.model import Model
 from ddpm.quality import FeatureMoments, frechet_distance
 from pipelines.display import Notice, Progress, no_notice, no_progress
 from pipelines.evaluation.features import EvaluatorNetwork, extract, train_evaluator
+from pipelines.scratch import scratch_folder
 from pipelines.shards.cache import ShardCache
 from pipelines.shards.fetch import ShardFetcher
 from pipelines.shards.index import Dataset, DatasetError
@@ -138,7 +139,7 @@ def get_evaluator(
     """
     folder = join(dataset.uri, "evaluator", dataset.digest[:16])
     network = EvaluatorNetwork(dataset.channels, dataset.image_size, max(len(dataset.classes), 1)).eval()
-    with tempfile.TemporaryDirectory(prefix="ddpm-evaluator-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="evaluator-", dir=scratch_folder()) as scratch:
         path = Path(scratch) / "evaluator.safetensors"
         if storage.exists(join(folder, "evaluator.json")):
             storage.download(join(folder, path.name), path)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pipelines.config import Config
 from pipelines.retry import PATIENCE_S, retry
+from pipelines.scratch import scratch_folder
 from pipelines.storage.backend import Backend, Connection, Entry
 from pipelines.storage.errors import StorageError, TransientStorageError, not_found
 from pipelines.storage.fsspec_backend import PROTOCOLS, FsspecBackend
@@ -125,7 +126,7 @@ class Storage(Connection):
         elif is_local(source):
             self.upload(local_path(source), target, patience_s=patience_s)
         else:
-            with tempfile.TemporaryDirectory(prefix="ddpm-copy-") as scratch:
+            with tempfile.TemporaryDirectory(prefix="copy-", dir=scratch_folder()) as scratch:
                 self.download(source, Path(scratch) / "object", patience_s=patience_s)
                 self.upload(Path(scratch) / "object", target, patience_s=patience_s)
 

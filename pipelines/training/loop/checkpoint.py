@@ -15,6 +15,7 @@ from torch import Tensor
 from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint, CheckpointState, ModelError
 from pipelines.references import initial_weights
+from pipelines.scratch import scratch_folder
 from pipelines.storage import StorageError, join
 from pipelines.tracking import RunLog
 from pipelines.training.loop.collectives import broadcast, broadcast_object, gather
@@ -87,7 +88,7 @@ class Checkpointer:
     def _store(self, checkpoint: Checkpoint, uri: str, *, publish: bool) -> None:
         """Write the files of a checkpoint and upload them, `state.json` last."""
         job, storage = self.context.job, self.context.job.storage
-        folder = Path(tempfile.mkdtemp(prefix="ddpm-checkpoint-"))
+        folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=scratch_folder()))
         try:
             state = checkpoints.save_checkpoint(folder, checkpoint)
             if self.log and (unsent := self.log.pack()):

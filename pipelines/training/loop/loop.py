@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from pipelines.scratch import warn_if_short
 from pipelines.shards.cache import ShardCorruptError
 from pipelines.shards.read import Batch, default_cache_dir
 from pipelines.tracking import Destination, RunLog
@@ -47,6 +48,8 @@ class TrainingLoop:
 
         # Restore the newest checkpoint, or start from new or given weights.
         self.state = make_state(context)
+        if context.rank == 0:  # two checkpoints may wait while one is being written
+            warn_if_short(3 * sum(t.nbytes for t in self.state.tensors().values()), "checkpoints before their upload")
         restored = restore(context, self.state, shell, self.log)
         if not restored and self.config.init_from is not None:
             load_initial_model(context, self.state)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from pipelines.scratch import scratch_folder
 from pipelines.tracking import TrackingError
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.hardware import flops_per_image, memory_gib, peak_flops
@@ -90,7 +91,7 @@ class Profiler:
             self.profile.start()
         elif self.left == 1:
             self.profile.stop()
-            with tempfile.TemporaryDirectory(prefix="ddpm-profile-") as scratch, suppress(TrackingError):
+            with tempfile.TemporaryDirectory(dir=scratch_folder()) as scratch, suppress(TrackingError):
                 path = Path(scratch) / "trace.json"
                 self.profile.export_chrome_trace(str(path))
                 self.tracker.text(path.read_text(), f"profile/{self.at:012d}.json")

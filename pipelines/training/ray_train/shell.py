@@ -20,6 +20,7 @@ from ray.train.v2._internal.execution.context import get_train_context
 
 from pipelines.checkpoints import fetch_first
 from pipelines.errors import PipelineError
+from pipelines.scratch import scratch_folder
 from pipelines.storage import Fence, Storage, join
 from pipelines.training.loop.progress import Progress
 from pipelines.training.loop.shell import Store
@@ -180,7 +181,7 @@ def get_reply(reply: Any) -> Any:
 @contextmanager
 def downloaded_checkpoint(folder: str, names: Sequence[str], storage: Storage) -> Iterator[Path | None]:
     """Return the first complete checkpoint of those named, downloaded to this node; None where there are no names."""
-    with tempfile.TemporaryDirectory(prefix="ddpm-restored-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="restored-", dir=scratch_folder()) as scratch:
         target = Path(scratch) / "checkpoint"
         if names:
             fetch_first(storage, [join(folder, name) for name in names], target)
