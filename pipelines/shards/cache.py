@@ -16,11 +16,15 @@ from pathlib import Path
 
 from pipelines.errors import PipelineError
 from pipelines.shards.index import Member, ShardInfo
-from pipelines.storage import Storage, StorageError, join
+from pipelines.storage import StorageError, join
 
 
 class ShardCorruptError(PipelineError):
     """The bytes of a shard differ from what its dataset records, on two reads."""
+
+
+class ShardShortError(ShardCorruptError):
+    """A shard has fewer bytes than its dataset records."""
 
 
 @dataclass
@@ -308,19 +312,6 @@ class PartialShard:
     def read(self, start: int, stop: int) -> bytes:
         """Return bytes of blocks that are present."""
         return os.pread(self._file.fileno(), stop - start, start)
-
-    def fetch_again(self, uri: str, storage: Storage, stats: FetchStats) -> None:
-        """Fetch the whole shard with one request."""
-        at = 0
-
-        def sink(part: bytes) -> None:
-            nonlocal at
-            self.put(at, part)
-            at += len(part)
-
-        if self.shard.bytes:
-            requests = storage.fetch(join(uri, self.shard.name), 0, self.shard.bytes, sink)
-            stats.add(requests=requests, bytes=self.shard.bytes)
 
     def admit(self) -> bool:
         """Move the file to its name in the cache if its SHA-256 is right, and return whether it is."""

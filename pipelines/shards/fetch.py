@@ -14,9 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from pipelines.shards.cache import FetchStats, PartialShard, ShardCache, ShardCorruptError
+from pipelines.shards.cache import FetchStats, PartialShard, ShardCache, ShardCorruptError, ShardShortError
 from pipelines.shards.index import Dataset, DatasetError, Member, ShardIndex, ShardInfo, sidecar
-from pipelines.storage import Storage, StorageError, join
+from pipelines.storage import ShortObjectError, Storage, StorageError, join
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -88,8 +88,8 @@ class ShardFetcher:
         """Return the bytes of members, shard by shard; all requests are sent before the first one is awaited.
 
         Raises:
-            ShardCorruptError: a member or its shard was wrong on two reads.
-            StorageError: the store cannot be reached, or the shard is missing or shorter than recorded.
+            ShardCorruptError: a member or its shard was wrong on two reads, or the shard is cut short.
+            StorageError: the store cannot be reached, or has no such shard.
         """
         return [finish() for finish in [self._begin(shard, members) for shard, members in wanted]]
 
@@ -123,7 +123,7 @@ class ShardFetcher:
         """Wait until shards are complete and verified in the cache; do nothing where they do not fit into it together.
 
         Raises:
-            ShardCorruptError: one failed its checksum twice.
+            ShardCorruptError: one failed its checksum twice, or is cut short.
             StorageError: the store cannot be reached, or has no such shard.
         """
         if self.cache is None or sum(shard.bytes for shard in shards) > self.cache.limit_bytes:
@@ -196,7 +196,7 @@ class ShardFetcher:
             if self._closed.is_set():
                 return
             if not partial.admit():
-                partial.fetch_again(self.uri, self.storage, self.stats)
+                self._fetch_into(partial, 0, partial.shard.bytes)
                 if not partial.admit():
                     raise partial.corrupt(self.uri)
             self.stats.add(whole_shards=1)
@@ -308,29 +308,50 @@ class ShardFetcher:
         Raises:
             StorageError: they cannot be fetched; it is raised in the readers that wait for them, too.
         """
-        start = at = run[0] * partial.block_bytes
         stop = min((run[-1] + 1) * partial.block_bytes, partial.shard.bytes)
+        try:
+            self._fetch_into(partial, run[0] * partial.block_bytes, stop)
+        except Exception as error:
+            partial.lost(run, error)
+            raise
+        partial.arrived(run)
+
+    def _fetch_into(self, partial: PartialShard, start: int, stop: int) -> None:
+        """Fetch bytes [start, stop) into the partial file."""
+        at = start
 
         def sink(part: bytes) -> None:
             nonlocal at
             partial.put(at, part)
             at += len(part)
 
-        try:
-            requests = self.storage.fetch(join(self.uri, partial.shard.name), start, stop, sink)
-        except Exception as error:
-            partial.lost(run, error)
-            raise
-        self.stats.add(requests=requests, bytes=stop - start)
-        partial.arrived(run)
+        self._fetch(partial.shard, start, stop, sink)
 
     def _get(self, shard: ShardInfo, start: int, stop: int) -> memoryview:
         """Fetch bytes [start, stop) of a shard."""
         data = bytearray()
-        if start < stop:
-            requests = self.storage.fetch(join(self.uri, shard.name), start, stop, data.extend)
-            self.stats.add(requests=requests, bytes=stop - start)
+        self._fetch(shard, start, stop, data.extend)
         return memoryview(data)
+
+    def _fetch(self, shard: ShardInfo, start: int, stop: int, sink: Callable[[bytes], object]) -> None:
+        """Hand bytes [start, stop) of a shard to `sink`, and count them.
+
+        Raises:
+            ShardShortError: the shard has fewer bytes.
+            StorageError: they cannot be fetched.
+        """
+        if start == stop:
+            return
+        uri = join(self.uri, shard.name)
+        try:
+            requests = self.storage.fetch(uri, start, stop, sink)
+        except ShortObjectError as error:
+            sizes = {entry.uri: entry.size for entry in self.storage.list(self.uri)}
+            raise ShardShortError(
+                f"{uri} is cut short: it has {sizes.get(uri, 0):,} bytes, the index says {shard.bytes:,}: write it "
+                f"again; `ddpm check {self.uri}` finds the rest of what is wrong, and with --quarantine it is left out"
+            ) from error
+        self.stats.add(requests=requests, bytes=stop - start)
 
     def _read_index(self, shard: ShardInfo) -> ShardIndex:
         """Read the sidecar of a shard."""

@@ -5,7 +5,7 @@ writing; `arrow` shows a storage folder to pyarrow, and so to Ray Train (importe
 """
 
 from pipelines.storage.backend import Backend, Connection, Entry
-from pipelines.storage.errors import NotFoundError, StorageError, TransientStorageError
+from pipelines.storage.errors import NotFoundError, ShortObjectError, StorageError, TransientStorageError
 from pipelines.storage.fence import Fence, FencedError
 from pipelines.storage.local import local_path
 from pipelines.storage.store import (
@@ -26,6 +26,7 @@ __all__ = [
     "Fence",
     "FencedError",
     "NotFoundError",
+    "ShortObjectError",
     "Storage",
     "StorageError",
     "TransientStorageError",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pipelines.storage.backend import Connection, Entry
-from pipelines.storage.errors import StorageError, TransientStorageError, not_found, reporting_os_errors
+from pipelines.storage.errors import StorageError, TransientStorageError, cut_short, not_found, reporting_os_errors
 
 MAX_ATTEMPTS = 8
 """Tries that boto3 makes for one call before it reports a failure."""
@@ -176,6 +176,8 @@ def _reporting_answers(uri: str) -> Iterator[None]:
         if code in _ABSENT:
             raise not_found(uri) from error
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        if code == "InvalidRange" or status == 416:
+            raise cut_short(uri) from error
         kind = TransientStorageError if status >= 500 or status == 429 else StorageError
         raise kind(f"{uri}: {_FATAL.get(code, error)}") from error
     except NoCredentialsError as error:

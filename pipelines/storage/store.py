@@ -18,7 +18,7 @@ from pipelines.config import Config
 from pipelines.retry import PATIENCE_S, retry
 from pipelines.scratch import scratch_folder
 from pipelines.storage.backend import Backend, Connection, Entry
-from pipelines.storage.errors import StorageError, TransientStorageError, not_found
+from pipelines.storage.errors import ShortObjectError, StorageError, TransientStorageError, not_found
 from pipelines.storage.fsspec_backend import PROTOCOLS, FsspecBackend
 from pipelines.storage.local import LocalBackend, local_path
 from pipelines.storage.s3 import S3Backend
@@ -80,7 +80,8 @@ class Storage(Connection):
 
         Raises:
             TransientStorageError: patience has run out.
-            StorageError: what no patience mends, or an object that ends before `stop`.
+            ShortObjectError: the object ends before `stop`.
+            StorageError: what no patience mends.
         """
         at, requests = start, 0
 
@@ -100,7 +101,7 @@ class Storage(Connection):
             reached = at
             retry(request, patience_s)
             if at == reached:
-                raise StorageError(f"{uri} ends at byte {at}, {stop} were expected: it is cut short")
+                raise ShortObjectError(f"{uri} ends at byte {at}, {stop} were expected: it is cut short")
         return requests
 
     def write(self, uri: str, data: bytes, *, patience_s: float = PATIENCE_S) -> None:

@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.shards.cache import ShardCache
+from pipelines.shards.cache import ShardCache, ShardShortError
 from pipelines.shards.fetch import ShardFetcher
 from pipelines.shards.index import Member, ShardInfo
-from pipelines.storage import Storage, StorageError
+from pipelines.storage import ShortObjectError, Storage, StorageError
+from pipelines.training.goodput import measure
+from pipelines.training.ledger import read_sessions
+from tests.integration.conftest import Shell
 from tests.integration.proxy import Proxy
 
 pytestmark = pytest.mark.integration
@@ -63,6 +66,40 @@ def test_blocks_come_through_an_outage_of_seconds(stored):
         began = time.monotonic()
         assert get(fetcher, 3 << 20, 5 << 20) == DATA[3 << 20 : 5 << 20]
         assert 3 < time.monotonic() - began < 60
+
+
+def test_a_shard_that_is_cut_short_is_named(stored, tmp_path):
+    """The store answers InvalidRange, or with fewer bytes than were asked for."""
+    uri = "s3://ddpm/tests/cut"
+    stored.write(f"{uri}/a.tar", DATA[: 3 << 20])
+    began = time.monotonic()
+    for start, stop in [(4 << 20, 5 << 20), ((3 << 20) - 10, (3 << 20) + 10)]:
+        for cache in (None, ShardCache(tmp_path / f"{start}", 1 << 30)):
+            with pytest.raises(ShardShortError, match=r"a\.tar is cut short: it has 3,145,728 bytes, the index"):
+                get(ShardFetcher(uri, stored, cache), start, stop)
+    with pytest.raises(ShortObjectError):
+        stored.read(f"{uri}/a.tar", 4 << 20, 5 << 20)
+    assert time.monotonic() - began < 10
+
+
+def test_a_training_on_a_shard_that_is_cut_short_ends_at_once_and_names_it(shell: Shell, s3: Storage):
+    uri = "s3://ddpm/datasets/cut"
+    shell.ok("ingest", "digits", "--to", uri, "data.shard_bytes=100000", "--json")
+    names = sorted(e.uri for e in s3.list(uri) if e.uri.endswith(".tar") and "/train-" in e.uri)
+    data = s3.read(names[1])
+    s3.write(names[1], data[: len(data) // 2])
+    arguments = [f"data.uri={uri}", "name=cut", "tracking.grid_every=null", "checkpoint.every=640"]
+    done = shell("train", "+experiment=digits", "images=12800", *arguments, "--json")
+    assert done.code == 1
+    found = f"{names[1]} is cut short: it has {len(data) // 2:,} bytes, the index says {len(data):,}: write it again; "
+    assert f"{found}`ddpm check {uri}`" in " ".join(done.err.split())
+    assert measure(read_sessions(s3, "s3://ddpm/runs/cut")).attempts == 1  # the workers were not started again
+    checked = shell("check", uri, "--quarantine", "--json")
+    assert [(p["shard"], p["kind"]) for p in checked.answer["problems"] if p["sample"] is None] == [
+        (names[1].rpartition("/")[2], "truncated")
+    ]
+    # Without the samples in question the run goes on; it is another stream, which has to be asked for.
+    shell.ok("train", "+experiment=digits", "images=12800", *arguments, "data.allow_changed=true", "--json")
 
 
 def test_a_mistake_is_not_waited_for(stored):
