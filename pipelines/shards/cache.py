@@ -342,11 +342,10 @@ class PartialShard:
 
     def give_up(self, error: Exception) -> None:
         """Resolve `done` with an error: the shard cannot be fetched, or the fetcher was closed."""
-        with self._guard:
-            if self.done.done():
-                return
-            self.done.set_exception(error)
         self.close()
+        with self._guard:
+            if not self.done.done():
+                self.done.set_exception(error)
 
     def numbers(self, member: Member) -> range:
         """Return the numbers of the blocks that hold a member."""

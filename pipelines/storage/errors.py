@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import socket
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +17,22 @@ _HINTS = {
     errno.EDQUOT: _DISK_FULL,
     errno.EACCES: "the user of this process may not: change the folder's owner, or storage.root",
     errno.EROFS: "set storage.root to a disk that can be written",
+}
+
+
+_NETWORK = {
+    errno.EAGAIN,
+    errno.ECONNABORTED,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.ENETRESET,
+    errno.ENETUNREACH,
+    errno.EPIPE,
+    errno.ESTALE,  # a file on NFS whose server has restarted
+    errno.ETIMEDOUT,
 }
 
 
@@ -44,13 +62,22 @@ def cut_short(uri: str) -> ShortObjectError:
     return ShortObjectError(f"{uri} ends before the bytes that were asked for: it is cut short")
 
 
+def is_network_error(error: BaseException) -> bool:
+    """Return whether an error says that a connection broke, or that none came about."""
+    if isinstance(error, ConnectionError | TimeoutError | ssl.SSLError | socket.gaierror):
+        return True
+    return isinstance(error, OSError) and error.errno in _NETWORK
+
+
 @contextmanager
 def reporting_os_errors(uri: str) -> Iterator[None]:
-    """Turn what the file system raises into a `StorageError` that says what to do."""
+    """Turn what the file system or a socket raises into a `StorageError` that says what to do."""
     try:
         yield
     except FileNotFoundError as error:
         raise not_found(uri) from error
     except OSError as error:
+        if is_network_error(error):
+            raise TransientStorageError(f"{uri}: {error}") from error
         hint = _HINTS.get(error.errno or 0)
         raise StorageError(f"{uri}: {error.strerror or error}{f': {hint}' if hint else ''}") from error

@@ -12,7 +12,6 @@ and a kill in between leaves none. Nothing is written conditionally: of two writ
 
 from __future__ import annotations
 
-import errno
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -37,18 +36,6 @@ _ENVIRONMENT = (
 )
 """Paths, endpoints and names that other processes need too; no secrets."""
 _TAGS = ("etag", "ETag", "md5Hash", "content_md5", "checksum", "mtime", "last_modified", "LastModified", "updated")
-_NETWORK = {
-    errno.EAGAIN,
-    errno.ECONNABORTED,
-    errno.ECONNREFUSED,
-    errno.ECONNRESET,
-    errno.EHOSTDOWN,
-    errno.EHOSTUNREACH,
-    errno.ENETDOWN,
-    errno.ENETUNREACH,
-    errno.EPIPE,
-    errno.ETIMEDOUT,
-}
 
 
 class FsspecBackend:
@@ -203,14 +190,10 @@ def _reporting(uri: str) -> Iterator[None]:
     with reporting_os_errors(uri):
         try:
             yield
-        except (FileNotFoundError, StorageError):
+        except (OSError, StorageError):
             raise
         except ImportError as error:
             raise StorageError(f"{uri}: {error}") from error
-        except OSError as error:
-            if isinstance(error, ConnectionError | TimeoutError) or error.errno in _NETWORK:
-                raise TransientStorageError(f"{uri}: {error}") from error
-            raise
         except (ValueError, TypeError, NotImplementedError) as error:
             raise StorageError(f"{uri}: {type(error).__name__}: {error}") from error
         except Exception as error:

@@ -158,12 +158,14 @@ class Storage(Connection):
 
         Raises:
             NotFoundError: there is none.
+            StorageError: the key of an object leads out of the folder; none is copied then.
         """
         entries = self.list(uri, patience_s=patience_s)
         if not entries:
             raise not_found(uri)
-        for entry in entries:
-            path = folder / entry.uri[len(uri.rstrip("/")) + 1 :]
+        for path, entry in [(_path_below(folder, uri, entry), entry) for entry in entries]:
+            if entry.uri.endswith("/"):  # what some tools store in the place of a folder
+                continue
             path.parent.mkdir(parents=True, exist_ok=True)
             self.download(entry.uri, path, patience_s=patience_s)
 
@@ -222,6 +224,21 @@ def is_local(uri: str) -> bool:
         StorageError: it is no address.
     """
     return check_address(uri) is LocalBackend
+
+
+def _path_below(folder: Path, uri: str, entry: Entry) -> Path:
+    """Return the path below `folder` of an object that is listed under a folder address.
+
+    Raises:
+        StorageError: there is none: keys of objects may hold "..", or begin with "/".
+    """
+    name = entry.uri[len(uri.rstrip("/")) + 1 :]
+    if name.startswith("/") or ".." in name.split("/") or "\0" in name:
+        raise StorageError(
+            f"{entry.uri}: this key leads out of the folder {uri}, so nothing of it is downloaded: "
+            "find out who wrote the object, and delete or rename it"
+        )
+    return folder / name
 
 
 @lru_cache(maxsize=32)
