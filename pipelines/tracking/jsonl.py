@@ -11,12 +11,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from numpy.typing import NDArray
 
-from pipelines.storage import NotFoundError, join
+from pipelines.storage import NotFoundError, StorageError, TransientStorageError, join
 from pipelines.tracking.sink import Destination
 
 PART_BYTES = 1 << 20
@@ -42,6 +42,10 @@ class JsonLines:
 
     def last_steps(self) -> dict[str, int]:
         """Return the last recorded step of every curve."""
+        with _waiting():
+            return self._read()
+
+    def _read(self) -> dict[str, int]:
         listed = [entry.uri for entry in self.storage.list(self.parts, patience_s=0)]
         older = [self.storage.read(uri, patience_s=0) for uri in listed if uri.endswith(".jsonl")]
         current = b""
@@ -56,16 +60,24 @@ class JsonLines:
                 steps[key] = max(point["step"], steps.get(key, -1))
         return steps
 
+    def last_pictures(self) -> dict[str, int]:
+        """Return nothing: pictures are ignored."""
+        return {}
+
     def metrics(self, values: Mapping[str, float], step: int, at_ms: int) -> None:
         """Add a line."""
+        with _waiting():
+            self._append({"step": step, "at_ms": at_ms}, values)
+
+    def _append(self, about: Mapping[str, int], values: Mapping[str, float]) -> None:
         if self.current is None:
-            self.last_steps()
+            self._read()
         assert self.current is not None
         if len(self.current) >= PART_BYTES:
             self.storage.copy(self.uri, join(self.parts, f"{self.count + 1:06d}.jsonl"), patience_s=0)
             self.count, self.current = self.count + 1, b""
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        line = json.dumps({"step": step, "at_ms": at_ms, **finite}).encode() + b"\n"
+        line = json.dumps({**about, **finite}).encode() + b"\n"
         self.storage.write(self.uri, self.current + line, patience_s=0)
         self.current += line
 
@@ -74,6 +86,15 @@ class JsonLines:
 
     def text(self, text: str, name: str) -> None:
         """Ignore a text."""
+
+
+@contextmanager
+def _waiting() -> Iterator[None]:
+    """Count whatever storage refuses as worth another try: no point is at fault for a permission or a full disk."""
+    try:
+        yield
+    except StorageError as error:
+        raise TransientStorageError(str(error)) from error
 
 
 def _points(lines: bytes) -> Iterator[dict[str, Any]]:

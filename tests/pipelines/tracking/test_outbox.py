@@ -31,8 +31,15 @@ class Server:
     def last_steps(self):
         self._answer()
         steps = {}
-        for key, step, *_ in [*self.points, *((f"images/{k}", s) for k, s in self.pictures)]:
+        for key, step, _ in self.points:
             steps[key] = max(step, steps.get(key, -1))
+        return steps
+
+    def last_pictures(self):
+        self._answer()
+        steps = {}
+        for key, step in self.pictures:
+            steps[f"images/{key}"] = max(step, steps.get(f"images/{key}", -1))
         return steps
 
     def metrics(self, values, step, at_ms):
