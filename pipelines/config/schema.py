@@ -110,7 +110,18 @@ class ClusterConfig(Section):
         None, description="dense bf16 peak of one GPU, for the utilization; null: from the card's name"
     )
     max_failures: NonNegativeInt = Field(3, description="failures without a new checkpoint before the run fails")
+    max_preemption_failures: Annotated[int, Field(ge=-1)] = Field(
+        -1, description="restarts after a node was taken away, which max_failures does not count; -1: without a limit"
+    )
+    preemption_grace_s: NonNegativeFloat = Field(
+        0, description="how long the workers on other nodes go on after a preempted one is due to go, to end an upload"
+    )
     patience_s: PositiveFloat = Field(300, description="how long to wait for nodes that are missing")
+    step_timeout_s: NonNegativeFloat | None = Field(
+        1800,
+        description="seconds without progress after which the workers are started again; longer than an outage of "
+        "storage (300 s), compilation, a sample grid or an evaluation. null or 0: only the backend's 30 minutes count",
+    )
     resize_every_s: PositiveFloat = Field(60, description="how often to look whether an elastic run can grow")
     address: str | None = Field(None, description="of the Ray cluster; null: RAY_ADDRESS, else the local stack")
 
@@ -175,6 +186,7 @@ class CheckpointConfig(Section):
 
     every: PositiveInt
     keep: Annotated[int, Field(ge=1)] = 2
+    backlog: NonNegativeInt = 2
     publish_every: PositiveInt = 50_000
 
 

@@ -132,7 +132,7 @@ class TrainingTrial(tune.Trainable):
     def setup(self, config: dict[str, Value], *, shared: Shared) -> None:
         """Create the workers of this actor, and begin the first trial."""
         self.shared = shared
-        self.workers = ReusableWorkers(join(shared.base.storage.root, "studies", shared.name, "workers"))
+        self.workers = ReusableWorkers(shared.name)
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Value]) -> bool:

@@ -5,7 +5,13 @@ writing; `arrow` shows a storage folder to pyarrow, and so to Ray Train (importe
 """
 
 from pipelines.storage.backend import Backend, Connection, Entry
-from pipelines.storage.errors import NotFoundError, ShortObjectError, StorageError, TransientStorageError
+from pipelines.storage.errors import (
+    ConflictError,
+    NotFoundError,
+    ShortObjectError,
+    StorageError,
+    TransientStorageError,
+)
 from pipelines.storage.fence import Fence, FencedError
 from pipelines.storage.local import local_path
 from pipelines.storage.store import (
@@ -21,6 +27,7 @@ from pipelines.storage.store import (
 __all__ = [
     "BACKENDS",
     "Backend",
+    "ConflictError",
     "Connection",
     "Entry",
     "Fence",

@@ -17,11 +17,13 @@ class Entry:
         size: in bytes.
         tag: changes when the bytes do: the store's ETag, or a file's modification time in nanoseconds. The same bytes
             stored again may have another.
+        modified: when it was stored, in seconds since the epoch by the store's clock; None where it does not say.
     """
 
     uri: str
     size: int
     tag: str
+    modified: float | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,18 @@ class Backend(Protocol):
 
     def write(self, uri: str, data: bytes) -> None:
         """Store bytes."""
+
+    def read_tagged(self, uri: str) -> tuple[bytes, str]:
+        """Return the bytes of an object and their tag."""
+
+    def write_if(self, uri: str, data: bytes, tag: str | None) -> str:
+        """Store bytes where those of this tag are, or none where the tag is None, and return their own tag.
+
+        One of several writers succeeds.
+
+        Raises:
+            ConflictError: something else is there.
+        """
 
     def upload(self, path: Path, uri: str) -> None:
         """Store a file."""

@@ -48,6 +48,10 @@ class ShortObjectError(StorageError):
     """The object ends before the bytes that were asked for."""
 
 
+class ConflictError(StorageError):
+    """A conditional write found other bytes than it expected: another writer was faster."""
+
+
 class TransientStorageError(StorageError, TransientError):
     """The server did not answer, or answered that it is busy: worth another try."""
 

@@ -1,10 +1,18 @@
-"""A fence around a run's folder: only the newest driver and its workers may write there."""
+"""A fence around a run's folder: only the newest driver and its workers may write there.
+
+Drivers of a run are numbered: each takes the next *epoch* by a conditional write, so no two have the same. What they
+store has the epoch in its address, or is written conditionally; what cannot be, such as a point of an MLflow curve, is
+sent after `Fence.check`.
+"""
 
 from __future__ import annotations
 
+import json
+import uuid
 from dataclasses import dataclass
+from typing import Any
 
-from pipelines.storage.errors import StorageError
+from pipelines.storage.errors import NotFoundError, StorageError
 from pipelines.storage.store import Storage
 
 
@@ -14,26 +22,80 @@ class FencedError(StorageError):
 
 @dataclass(frozen=True)
 class Fence:
-    """Who may write to a run: whoever's token is at the address.
+    """Who may write to a run: the driver whose epoch and token are at the address.
 
     Attributes:
-        uri: where the token of the newest driver is.
-        token: of the driver that this process belongs to.
+        uri: where the newest driver is recorded.
+        epoch: number of the driver that this process belongs to, counted from 1.
+        token: of that driver.
     """
 
     storage: Storage
     uri: str
+    epoch: int
     token: str
 
-    def take(self) -> None:
-        """Make this token the one that counts."""
-        self.storage.write(self.uri, self.token.encode())
+    @classmethod
+    def take(cls, storage: Storage, uri: str, above: int = 0) -> Fence:
+        """Make the caller the newest driver and return its fence.
+
+        Args:
+            above: the epoch is larger than this, whatever is recorded: for a record that was lost.
+        """
+        token = uuid.uuid4().hex
+
+        def change(stored: bytes | None) -> bytes:
+            before = _driver(stored)
+            record = {**before, "epoch": max(before["epoch"], above) + 1, "token": token}
+            return json.dumps(record).encode()
+
+        record = json.loads(storage.update(uri, change))
+        return cls(storage, uri, record["epoch"], token)
 
     def check(self) -> None:
         """Refuse to go on for a driver that has been replaced.
 
         Raises:
-            FencedError: another token is at the address.
+            FencedError: another driver is recorded, or none: the run was deleted.
         """
-        if self.storage.read(self.uri).decode() != self.token:
-            raise FencedError(f"{self.uri}: another driver has taken over this run; nothing more is written here")
+        try:
+            stored: bytes | None = self.storage.read(self.uri)
+        except NotFoundError:
+            stored = None
+        self._require(stored)
+
+    def note(self, **notes: str) -> dict[str, Any]:
+        """Record something beside this driver for the next one, and return what was recorded before.
+
+        Raises:
+            FencedError: as `check` does.
+        """
+        before: dict[str, Any] = {}
+
+        def change(stored: bytes | None) -> bytes:
+            nonlocal before
+            self._require(stored)
+            before = _driver(stored)
+            return json.dumps({**before, **notes, "written": uuid.uuid4().hex}).encode()
+
+        self.storage.update(self.uri, change)
+        return before
+
+    def fenced(self) -> FencedError:
+        """The error of a driver that has been replaced."""
+        return FencedError(
+            f"{self.uri}: another driver has taken over this run, or the run was deleted; nothing more is written here"
+        )
+
+    def _require(self, stored: bytes | None) -> None:
+        if _driver(stored).get("token") != self.token:
+            raise self.fenced()
+
+
+def _driver(stored: bytes | None) -> dict[str, Any]:
+    """Return the record of a driver; epoch 0 where there is none, or that of a release without epochs."""
+    try:
+        record = json.loads(stored or b"{}")
+    except ValueError:
+        record = {}
+    return record if isinstance(record, dict) and isinstance(record.get("epoch"), int) else {"epoch": 0}

@@ -7,20 +7,32 @@ sftp://). Credentials and other settings are fsspec's own: the environment of th
 An object store shows an object when it is whole, so storing it replaces the old one in one step. On a file system the
 bytes are written beside their place and renamed into it, which is as atomic as its rename: `local` and `sftp` replace
 in one step; one that refuses to rename over a file (`smb`, `hdfs`, some `ftp` servers) has the old one removed first,
-and a kill in between leaves none. Nothing is written conditionally: of two writers the last one wins, as on S3.
+and a kill in between leaves none.
+
+fsspec has no conditional writes. They are made of a comparison and a write here: of two writers at the same instant the
+last one wins. So a driver that has been replaced is stopped at its next write, but one write of it may still arrive.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pipelines.storage.backend import Connection, Entry
-from pipelines.storage.errors import StorageError, TransientStorageError, not_found, reporting_os_errors
+from pipelines.storage.errors import (
+    ConflictError,
+    NotFoundError,
+    StorageError,
+    TransientStorageError,
+    not_found,
+    reporting_os_errors,
+)
 
 OBJECT_STORES = ("gs", "gcs", "abfs", "abfss", "az", "oci", "oss", "tos")
 FILE_SYSTEMS = ("local", "sftp", "ssh", "smb", "hdfs", "webhdfs", "ftp", "webdav", "dbfs")
@@ -36,6 +48,7 @@ _ENVIRONMENT = (
 )
 """Paths, endpoints and names that other processes need too; no secrets."""
 _TAGS = ("etag", "ETag", "md5Hash", "content_md5", "checksum", "mtime", "last_modified", "LastModified", "updated")
+_TIMES = ("mtime", "last_modified", "LastModified", "updated", "timeCreated", "created")
 
 
 class FsspecBackend:
@@ -77,6 +90,22 @@ class FsspecBackend:
         """Store an object."""
         with _reporting(uri):
             _replace(uri, lambda fs, path: fs.pipe_file(path, data))
+
+    def read_tagged(self, uri: str) -> tuple[bytes, str]:
+        """Return the bytes of an object and their digest."""
+        data = self.read(uri, 0, None)
+        return data, hashlib.sha256(data).hexdigest()
+
+    def write_if(self, uri: str, data: bytes, tag: str | None) -> str:
+        """Compare, then store: two steps, for fsspec has no single one."""
+        try:
+            there: str | None = self.read_tagged(uri)[1]
+        except NotFoundError:
+            there = None
+        if there != tag:
+            raise ConflictError(f"{uri}: another writer was faster")
+        self.write(uri, data)
+        return hashlib.sha256(data).hexdigest()
 
     def upload(self, path: Path, uri: str) -> None:
         """Store a file."""
@@ -123,7 +152,7 @@ class FsspecBackend:
                     raise TransientStorageError(f"{uri} has changed while it was listed") from error
                 return []
             below = {name[len(path) + 1 :]: info for name, info in found.items() if name.startswith(path + "/")}
-            return [Entry(f"{folder}/{name}", int(info["size"]), _tag(info)) for name, info in below.items()]
+            return [Entry(f"{folder}/{n}", int(info["size"]), _tag(info), _modified(info)) for n, info in below.items()]
 
     def delete(self, uri: str) -> None:
         """Remove an object."""
@@ -161,6 +190,20 @@ def _open(uri: str) -> tuple[Any, str]:
 def _tag(info: Mapping[str, Any]) -> str:
     """Return what a filesystem says of an object that changes when its bytes do."""
     return next((str(info[name]) for name in _TAGS if info.get(name) is not None), "")
+
+
+def _modified(info: Mapping[str, Any]) -> float | None:
+    """Return when an object was stored, in seconds since the epoch; None where the filesystem does not say."""
+    for name in _TIMES:
+        value = info.get(name)
+        if isinstance(value, str):
+            with suppress(ValueError):
+                value = datetime.fromisoformat(value)
+        if isinstance(value, datetime):
+            return value.timestamp()
+        if isinstance(value, int | float):
+            return float(value)
+    return None
 
 
 def _replace(uri: str, write: Callable[[Any, str], object]) -> None:

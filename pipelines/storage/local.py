@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
 import shutil
 import stat
@@ -12,11 +14,17 @@ from pathlib import Path
 from typing import ClassVar
 
 from pipelines.storage.backend import Connection, Entry
-from pipelines.storage.errors import reporting_os_errors
+from pipelines.storage.errors import ConflictError, TransientStorageError, reporting_os_errors
+
+LOCK = ".lock"
 
 
 class LocalBackend:
-    """Folders through pathlib; every file is written beside its place and renamed into it."""
+    """Folders through pathlib; every file is written beside its place and renamed into it.
+
+    A conditional write compares and renames under a lock on `.NAME.lock` beside the file, which stays there. The kernel
+    releases the lock of a process that dies; on a shared disk, flock has to work between its nodes.
+    """
 
     form: ClassVar[str] = "file:///PATH"
 
@@ -51,6 +59,27 @@ class LocalBackend:
         with reporting_os_errors(uri):
             _replace(local_path(uri), lambda temporary: temporary.write_bytes(data))
 
+    def read_tagged(self, uri: str) -> tuple[bytes, str]:
+        """Return the bytes of a file and their digest."""
+        data = self.read(uri, 0, None)
+        return data, _digest(data)
+
+    def write_if(self, uri: str, data: bytes, tag: str | None) -> str:
+        """Replace a file whose digest is the tag, or make one where there is none."""
+        path = local_path(uri)
+        with reporting_os_errors(uri):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.with_name(f".{path.name}{LOCK}").open("w") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise TransientStorageError(f"{uri}: another process is writing it") from error
+                there = _digest(path.read_bytes()) if path.exists() else None
+                if there != tag:
+                    raise ConflictError(f"{uri}: another writer was faster")
+                _replace(path, lambda temporary: temporary.write_bytes(data))
+        return _digest(data)
+
     def upload(self, path: Path, uri: str) -> None:
         """Replace a file by a copy of another."""
         with reporting_os_errors(uri):
@@ -70,13 +99,14 @@ class LocalBackend:
         return local_path(uri).is_file()
 
     def list(self, uri: str) -> list[Entry]:
-        """Return every file below a folder."""
+        """Return every file below a folder, locks of conditional writes left out."""
         entries = []
         for path in local_path(uri).rglob("*"):
             with suppress(FileNotFoundError):  # removed meanwhile
                 status = path.stat()
-                if stat.S_ISREG(status.st_mode):
-                    entries.append(Entry(f"file://{path}", status.st_size, str(status.st_mtime_ns)))
+                if stat.S_ISREG(status.st_mode) and not _is_lock(path):
+                    tag = str(status.st_mtime_ns)
+                    entries.append(Entry(f"file://{path}", status.st_size, tag, status.st_mtime))
         return entries
 
     def delete(self, uri: str) -> None:
@@ -85,17 +115,27 @@ class LocalBackend:
             local_path(uri).unlink(missing_ok=True)
 
     def remove_empty_folders(self, uri: str) -> None:
-        """Remove a folder's empty folders, itself last."""
+        """Remove a folder's empty folders and locks, itself last."""
         folder = local_path(uri)
         with reporting_os_errors(uri):
             for path in [*sorted(folder.rglob("*"), reverse=True), folder]:
-                if path.is_dir() and not any(path.iterdir()):
+                if _is_lock(path):
+                    path.unlink(missing_ok=True)
+                elif path.is_dir() and not any(path.iterdir()):
                     path.rmdir()
 
 
 def local_path(uri: str) -> Path:
     """Return the path of a file:/// address."""
     return Path(uri.removeprefix("file://"))
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _is_lock(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(LOCK)
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

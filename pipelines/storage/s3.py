@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pipelines.storage.backend import Connection, Entry
-from pipelines.storage.errors import StorageError
+from pipelines.storage.errors import ConflictError, StorageError
 from pipelines.storage.s3_client import S3Client
 from pipelines.storage.s3_errors import ABSENT
+
+_CONFLICTS = ("412", "PreconditionFailed", "409", "ConditionalRequestConflict")
 
 
 class S3Backend:
@@ -58,6 +60,28 @@ class S3Backend:
         with self.client.calls(uri) as client:
             client.put_object(Bucket=bucket, Key=key, Body=data)
 
+    def read_tagged(self, uri: str) -> tuple[bytes, str]:
+        """Return the bytes of an object and its ETag."""
+        bucket, key = split_s3(uri)
+        with self.client.calls(uri) as client:
+            answer = client.get_object(Bucket=bucket, Key=key)
+            return answer["Body"].read(), answer["ETag"].strip('"')
+
+    def write_if(self, uri: str, data: bytes, tag: str | None) -> str:
+        """Store bytes with `If-Match`, or with `If-None-Match: *` where nothing may be there."""
+        from botocore.exceptions import ClientError
+
+        bucket, key = split_s3(uri)
+        condition = {"IfNoneMatch": "*"} if tag is None else {"IfMatch": f'"{tag}"'}
+        with self.client.calls(uri) as client:
+            try:
+                answer = client.put_object(Bucket=bucket, Key=key, Body=data, **condition)
+                return str(answer["ETag"]).strip('"')
+            except ClientError as error:
+                if error.response["Error"]["Code"] in _CONFLICTS or (tag and _is_absent(error)):
+                    raise ConflictError(f"{uri}: another writer was faster") from error
+                raise
+
     def upload(self, path: Path, uri: str) -> None:
         """Store a file, in parts where it is large."""
         bucket, key = split_s3(uri)
@@ -85,7 +109,7 @@ class S3Backend:
             try:
                 client.head_object(Bucket=bucket, Key=key)
             except ClientError as error:
-                if error.response["Error"]["Code"] in ABSENT:
+                if _is_absent(error):
                     return False
                 raise
         return True
@@ -96,7 +120,10 @@ class S3Backend:
         with self.client.calls(uri) as client:
             pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
             objects = [o for page in pages for o in page.get("Contents", [])]
-        return [Entry(f"s3://{bucket}/{o['Key']}", o["Size"], o.get("ETag", "").strip('"')) for o in objects]
+        return [
+            Entry(f"s3://{bucket}/{o['Key']}", o["Size"], o.get("ETag", "").strip('"'), o["LastModified"].timestamp())
+            for o in objects
+        ]
 
     def delete(self, uri: str) -> None:
         """Remove an object."""
@@ -106,6 +133,11 @@ class S3Backend:
 
     def remove_empty_folders(self, uri: str) -> None:
         """Do nothing: S3 stores no folders."""
+
+
+def _is_absent(error: Any) -> bool:
+    """Return whether a server's answer says that there is no such object."""
+    return error.response["Error"]["Code"] in ABSENT
 
 
 def split_s3(uri: str) -> tuple[str, str]:

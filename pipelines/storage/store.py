@@ -8,7 +8,9 @@ for the store's own rules. Every method waits for a store that is away, up to `p
 from __future__ import annotations
 
 import os
+import random
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,7 +20,14 @@ from pipelines.config import Config
 from pipelines.retry import PATIENCE_S, retry
 from pipelines.scratch import scratch_folder
 from pipelines.storage.backend import Backend, Connection, Entry
-from pipelines.storage.errors import ShortObjectError, StorageError, TransientStorageError, not_found
+from pipelines.storage.errors import (
+    ConflictError,
+    NotFoundError,
+    ShortObjectError,
+    StorageError,
+    TransientStorageError,
+    not_found,
+)
 from pipelines.storage.fsspec_backend import PROTOCOLS, FsspecBackend
 from pipelines.storage.local import LocalBackend, local_path
 from pipelines.storage.s3 import S3Backend
@@ -109,6 +118,54 @@ class Storage(Connection):
         backend = self._backend(uri)
         retry(lambda: backend.write(uri, data), patience_s)
 
+    def read_tagged(self, uri: str, *, patience_s: float = PATIENCE_S) -> tuple[bytes, str]:
+        """Return the bytes at an address and their tag, for `write_if`."""
+        backend = self._backend(uri)
+        return retry(lambda: backend.read_tagged(uri), patience_s)
+
+    def write_if(self, uri: str, data: bytes, tag: str | None, *, patience_s: float = PATIENCE_S) -> str:
+        """Store bytes where those of this tag are, or none where the tag is None, and return their own tag.
+
+        One of several writers succeeds.
+
+        Args:
+            data: unlike what any other writer stores, for instance by a random token in it: a try whose answer was
+                lost is told from another writer's by the bytes that are there.
+
+        Raises:
+            ConflictError: something else is there.
+        """
+        backend = self._backend(uri)
+        try:
+            return retry(lambda: backend.write_if(uri, data, tag), patience_s)
+        except ConflictError:
+            there, its_tag = self._stored(uri, patience_s)
+            if there != data or its_tag is None:
+                raise
+            return its_tag
+
+    def update(self, uri: str, change: Callable[[bytes | None], bytes], *, patience_s: float = PATIENCE_S) -> bytes:
+        """Replace an object by a function of its bytes in one step, so that no other writer's are lost; return the new.
+
+        Args:
+            change: gets what is stored, None where nothing is, and returns what `write_if` may store; called again
+                where another writer was faster. What it raises is passed on, and nothing is stored.
+
+        Raises:
+            ConflictError: others have been faster for `patience_s` seconds.
+        """
+        deadline = time.monotonic() + patience_s
+        while True:
+            stored, tag = self._stored(uri, patience_s)
+            data = change(stored)
+            try:
+                self.write_if(uri, data, tag, patience_s=patience_s)
+                return data
+            except ConflictError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(random.uniform(0, 0.1))
+
     def upload(self, path: Path, uri: str, *, patience_s: float = PATIENCE_S) -> None:
         """Store a file in one step; in parts where it is large."""
         backend = self._backend(uri)
@@ -178,6 +235,13 @@ class Storage(Connection):
         probe = f"{root.rstrip('/')}/.ddpm-probe-{os.getpid()}"
         self.write(probe, b"", patience_s=0)
         self.delete(probe, patience_s=0)
+
+    def _stored(self, uri: str, patience_s: float) -> tuple[bytes | None, str | None]:
+        """Return what is at an address and its tag; (None, None) where nothing is."""
+        try:
+            return self.read_tagged(uri, patience_s=patience_s)
+        except NotFoundError:
+            return None, None
 
     def _backend(self, uri: str) -> Backend:
         return _connected(check_address(uri), self)

@@ -16,7 +16,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from pipelines.storage import NotFoundError, StorageError, TransientStorageError, join
+from pipelines.storage import ConflictError, NotFoundError, StorageError, TransientStorageError, join
 from pipelines.tracking.sink import Destination
 
 PART_BYTES = 1 << 20
@@ -26,13 +26,14 @@ _ABOUT = ("step", "at_ms")
 class JsonLines:
     """Records curves; it has no place for pictures and texts, which MLflow shows.
 
-    The file is read once by every process that writes it, and so survives restarts on any node. Two processes must not
-    write it at a time; the outbox of a run is that of rank 0.
+    The file is read once by every process that writes it, and so survives restarts on any node. It is written
+    conditionally: of two processes, such as one that a newer driver has replaced, none undoes what the other wrote.
     """
 
     def __init__(self, run: Destination) -> None:
         self.storage, self.parts = run.storage, join(run.folder, "metrics")
         self.current: bytes | None = None
+        self.tag: str | None = None
         self.count = 0
 
     @property
@@ -48,9 +49,9 @@ class JsonLines:
     def _read(self) -> dict[str, int]:
         listed = [entry.uri for entry in self.storage.list(self.parts, patience_s=0)]
         older = [self.storage.read(uri, patience_s=0) for uri in listed if uri.endswith(".jsonl")]
-        current = b""
+        current, self.tag = b"", None
         with suppress(NotFoundError):
-            current = self.storage.read(self.uri, patience_s=0)
+            current, self.tag = self.storage.read_tagged(self.uri, patience_s=0)
         if current in older[-1:]:  # it was put aside, and the next one had not begun
             current = b""
         self.count, self.current = len(older), current
@@ -73,13 +74,18 @@ class JsonLines:
         if self.current is None:
             self._read()
         assert self.current is not None
-        if len(self.current) >= PART_BYTES:
-            self.storage.copy(self.uri, join(self.parts, f"{self.count + 1:06d}.jsonl"), patience_s=0)
-            self.count, self.current = self.count + 1, b""
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         line = json.dumps({**about, **finite}).encode() + b"\n"
-        self.storage.write(self.uri, self.current + line, patience_s=0)
-        self.current += line
+        try:
+            if len(self.current) >= PART_BYTES:
+                part = join(self.parts, f"{self.count + 1:06d}.jsonl")
+                self.storage.write_if(part, self.current, None, patience_s=0)
+                self.count, self.current = self.count + 1, b""
+            self.tag = self.storage.write_if(self.uri, self.current + line, self.tag, patience_s=0)
+            self.current += line
+        except ConflictError as error:
+            self.current = None
+            raise TransientStorageError(f"{self.uri}: another process has written it; it is read anew") from error
 
     def image(self, key: str, pixels: NDArray[Any], step: int) -> None:
         """Ignore a picture."""

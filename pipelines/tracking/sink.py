@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from pipelines.storage import Storage
+from pipelines.storage import Fence, Storage
 from pipelines.tracking.run import Tracker
 
 
@@ -48,8 +48,10 @@ class Destination:
     Attributes:
         tracker: the MLflow run.
         folder: address of all that the run stores.
+        fence: of the driver whose process records; None where there is only one.
     """
 
     tracker: Tracker
     storage: Storage
     folder: str
+    fence: Fence | None = None

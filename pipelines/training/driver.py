@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import time
-import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipelines import checkpoints, references, tracking
-from pipelines.checkpoints import CheckpointState, Published
+from pipelines.checkpoints import CheckpointState, Published, newest_checkpoint
 from pipelines.config import Config, ConfigError
 from pipelines.shards.index import Dataset, DatasetError, read_dataset
 from pipelines.shards.quarantine import read_quarantine
-from pipelines.storage import Fence, FencedError, Storage, join
+from pipelines.storage import FencedError, Storage, StorageError
 from pipelines.tracking import Tracker
 from pipelines.training.describe import describe_run
 from pipelines.training.errors import TrainingError
 from pipelines.training.goodput import Goodput
-from pipelines.training.ledger import Ledger
+from pipelines.training.ledger import Ledger, goodput_of, read_sessions
 from pipelines.training.loop.shell import Job
 from pipelines.training.ray_train.monitor import only_driver
 from pipelines.training.ray_train.resources import connect_ray, require_resources
 from pipelines.training.ray_train.trainer import WorkerProvider, dedicated_workers
 from pipelines.training.ray_train.watch import Notice, Report, fit_and_watch
-from pipelines.training.resume import newest_checkpoint, run_folder, sweep
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -129,14 +130,18 @@ def train(
     """
     job, config, tracker = plan.job, plan.job.config, plan.job.tracker
     if plan.complete:
-        return _result(tracker, "complete", plan.resumes_at, Ledger(job.storage, run_folder(config)).goodput())
+        goodput = goodput_of(read_sessions(job.storage, job.run_uri))
+        return _result(tracker, "complete", plan.resumes_at, goodput)
     began = time.time()
     connect_ray(config, job.storage)
     require_resources(config, notice)
     with only_driver(config) as monitor:
-        ledger = Ledger(job.storage, run_folder(config))
+        job = replace(job, fence=checkpoints.take_over(job.storage, job.run_uri))
+        ledger = Ledger(job.storage, job.run_uri, job.epoch)
         with ledger.session(began):
             error = _fit_until_stuck(job, monitor, ledger, report, notice, workers)
+    if isinstance(error, FencedError):
+        raise TrainingError(str(error)) from error  # the MLflow run is another driver's now
     goodput = ledger.goodput()
     seen = max(plan.resumes_at, goodput.images_seen if goodput else 0)
     if goodput:
@@ -162,37 +167,55 @@ def _fit_until_stuck(
     Returns:
         None where the run finished, or stopped on request.
     """
-    config, storage, folder = job.config, job.storage, run_folder(job.config)
-
-    # Take over from earlier drivers.
-    fence = Fence(storage, join(folder, "driver"), uuid.uuid4().hex)
-    fence.take()
-    sweep(folder, storage)
+    config, storage = job.config, job.storage
+    _sweep(job)
     describe_run(job)
-
     try:
         while True:
             # Train until the workers end.
             before = newest_checkpoint(config, storage)
-            error = fit_and_watch(job, monitor, workers(job, monitor, fence), ledger, report, notice)
-            if error is None:
-                sweep(folder, storage)
-                return None
+            error = fit_and_watch(job, monitor, workers(job, monitor), ledger, report, notice)
 
             # Start again only where this driver still has the run, and the run has got further.
+            if fenced := _fenced(job):
+                return fenced
+            if error is None:
+                _sweep(job, ended=True)
+                return None
             if isinstance(error, TrainingError):
                 return error
-            try:
-                fence.check()
-            except FencedError as fenced:
-                return TrainingError(str(fenced))
             now = newest_checkpoint(config, storage)
             if now is None or not _is_newer(now, before):
                 return error
             notice(f"starting again at {now.images_seen:,} images after: {_root_cause(error)}")
     except KeyboardInterrupt:
-        job.tracker.status("KILLED")
+        if not _fenced(job):
+            job.tracker.status("KILLED")
         raise
+
+
+def _fenced(job: Job) -> FencedError | None:
+    """Return the error of a driver that another one has replaced; None where it has not been, or the store is away."""
+    assert job.fence is not None
+    try:
+        job.fence.check()
+    except FencedError as error:
+        return error
+    except StorageError as error:
+        logger.warning("whether another driver has taken over cannot be known: %s", error)
+    return None
+
+
+def _sweep(job: Job, *, ended: bool = False) -> None:
+    """Delete what is left of earlier uploads; where that fails, the next driver of the run does it.
+
+    Args:
+        ended: whether all workers of this driver have ended.
+    """
+    try:
+        checkpoints.sweep(job.storage, job.run_uri, job.epoch if ended else None)
+    except StorageError as error:
+        logger.warning("leftovers of earlier uploads stay for now: %s", error)
 
 
 def _is_newer(now: CheckpointState, before: CheckpointState | None) -> bool:

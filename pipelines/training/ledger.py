@@ -1,4 +1,4 @@
-"""The ledger of a run, `goodput.json` in its folder: what its drivers recorded of their workers."""
+"""The ledger of a run, `goodput/` in its folder: what its drivers recorded of their workers, a file for each driver."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from typing import Any
 
 from pipelines.retry import PATIENCE_S
 from pipelines.storage import NotFoundError, Storage, StorageError, join
@@ -20,32 +21,41 @@ logger = logging.getLogger(__name__)
 
 
 def read_sessions(storage: Storage, folder: str) -> tuple[Session, ...]:
-    """Return the sessions of a run so far, from `goodput.json` in its folder; none where there is no such file."""
-    try:
-        plain = json.loads(storage.read(join(folder, "goodput.json")))
-    except NotFoundError:
-        return ()
-    if plain["version"] != VERSION:
-        return ()
-    return tuple(
-        Session(**{**session, "attempts": tuple(Attempt(**a) for a in session["attempts"])})
-        for session in plain["sessions"]
-    )
+    """Return the sessions of a run so far, in the order of its drivers; none where nothing is recorded."""
+    # An earlier release kept the sessions of all drivers in one file.
+    uris = [join(folder, "goodput.json"), *(entry.uri for entry in storage.list(join(folder, "goodput")))]
+    found: list[Session] = []
+    for uri in uris:
+        try:
+            plain = json.loads(storage.read(uri))
+        except NotFoundError:
+            continue
+        if plain["version"] == VERSION:
+            found += [_session(session) for session in plain["sessions"]]
+    return tuple(found)
 
 
-def write_sessions(
-    storage: Storage, folder: str, sessions: Sequence[Session], *, patience_s: float = PATIENCE_S
+def write_session(
+    storage: Storage, folder: str, epoch: int, session: Session, *, patience_s: float = PATIENCE_S
 ) -> None:
-    """Write the sessions of a run to `goodput.json` in its folder."""
-    plain = {"version": VERSION, "sessions": [asdict(session) for session in sessions]}
-    storage.write(join(folder, "goodput.json"), json.dumps(plain).encode(), patience_s=patience_s)
+    """Write the session of a driver to its file, which no other driver writes.
+
+    Args:
+        epoch: number of the driver.
+    """
+    plain = {"version": VERSION, "sessions": [asdict(session)]}
+    storage.write(join(folder, "goodput", f"{epoch:06d}.json"), json.dumps(plain).encode(), patience_s=patience_s)
 
 
 class Ledger:
-    """The sessions of a run, written while it goes on, so that the session of a driver that is killed counts too."""
+    """The sessions of a run, written while it goes on, so that the session of a driver that is killed counts too.
 
-    def __init__(self, storage: Storage, folder: str) -> None:
-        self.storage, self.folder = storage, folder
+    Args:
+        epoch: number of this driver.
+    """
+
+    def __init__(self, storage: Storage, folder: str, epoch: int) -> None:
+        self.storage, self.folder, self.epoch = storage, folder, epoch
         self.sessions = read_sessions(storage, folder)
         self._ending = threading.Event()
 
@@ -73,16 +83,25 @@ class Ledger:
 
     def goodput(self) -> Goodput | None:
         """Return the goodput so far, None where there are no sessions."""
-        return measure(self.sessions) if self.sessions else None
+        return goodput_of(self.sessions)
 
     def _write(self) -> None:
         """Write every few seconds in a thread, so that an unreachable store does not block the driver."""
         while not self._ending.wait(WRITE_EVERY_S):
-            try:
-                write_sessions(self.storage, self.folder, self.sessions, patience_s=0)
-            except StorageError as error:
-                logger.warning("the goodput ledger could not be written: %s", error)
+            self._write_once(patience_s=0)
+        self._write_once(patience_s=60)
+
+    def _write_once(self, patience_s: float) -> None:
         try:
-            write_sessions(self.storage, self.folder, self.sessions, patience_s=60)
+            write_session(self.storage, self.folder, self.epoch, self.sessions[-1], patience_s=patience_s)
         except StorageError as error:
             logger.warning("the goodput ledger could not be written: %s", error)
+
+
+def goodput_of(sessions: Sequence[Session]) -> Goodput | None:
+    """Return the goodput of a run, None where nothing is recorded."""
+    return measure(sessions) if sessions else None
+
+
+def _session(plain: dict[str, Any]) -> Session:
+    return Session(**{**plain, "attempts": tuple(Attempt(**attempt) for attempt in plain["attempts"])})

@@ -15,18 +15,17 @@ import ray
 import torch
 
 from pipelines import stack
-from pipelines.checkpoints import fetch_first, load_checkpoint
+from pipelines.checkpoints import complete_checkpoints, fetch_newest, load_checkpoint, newest_checkpoint, run_folder
 from pipelines.config import Config, compose
 from pipelines.connect import fill
 from pipelines.shards.ingest.write import ingest
 from pipelines.stack import StackState
-from pipelines.storage import Storage, join
+from pipelines.storage import Storage
 from pipelines.training import driver
 from pipelines.training.ledger import read_sessions
 from pipelines.training.ray_train.monitor import request_stop
 from pipelines.training.ray_train.reusable_workers import ReusableWorkers
 from pipelines.training.ray_train.trainer import dedicated_workers
-from pipelines.training.resume import listed_checkpoints, newest_checkpoint, run_folder
 from tests.processes import ray_train_workers
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -73,8 +72,7 @@ def worker_processes(local_stack: StackState) -> list[psutil.Process]:
 
 def weights(config: Config, storage: Storage, folder: Path) -> dict[str, torch.Tensor]:
     """Of the newest checkpoint, averages and optimizer state included."""
-    (newest, *_) = listed_checkpoints(run_folder(config), storage)
-    fetch_first(storage, [join(run_folder(config), newest)], folder)
+    fetch_newest(storage, run_folder(config), folder)
     return load_checkpoint(folder)[1]
 
 
@@ -83,7 +81,7 @@ def test_a_group_trains_run_after_run_as_workers_of_their_own_would(drive, tmp_p
 
 
 def run_after_run(storage: Storage, local_stack: StackState, tmp_path: Path) -> None:
-    workers = ReusableWorkers("s3://ddpm/studies/reused/workers")
+    workers = ReusableWorkers("reused")
     try:
         first = config_of(local_stack, "reused-1", "images=1280", "optim.lr=0.004", "objective.prediction=v")
         assert train(first, storage, workers).status == "finished"
@@ -94,7 +92,7 @@ def run_after_run(storage: Storage, local_stack: StackState, tmp_path: Path) -> 
         assert (result.status, result.images_seen) == ("finished", 2560)
         (after,) = worker_processes(local_stack)
         assert after.pid == before.pid
-        assert len(listed_checkpoints(run_folder(second), storage)) == 2
+        assert len(complete_checkpoints(storage, run_folder(second))) == 2
         assert result.published is not None
         (attempt,) = read_sessions(storage, run_folder(second))[-1].attempts
         (slow,) = read_sessions(storage, run_folder(first))[-1].attempts
@@ -108,7 +106,6 @@ def run_after_run(storage: Storage, local_stack: StackState, tmp_path: Path) -> 
     finally:
         workers.close()
     assert not worker_processes(local_stack)
-    assert not storage.list("s3://ddpm/studies/reused/workers")
 
     train(alone, storage)
     found, expected = (weights(c, storage, tmp_path / c.name) for c in (second, alone))
@@ -122,7 +119,7 @@ def test_a_worker_that_is_killed_is_replaced_and_the_run_goes_on_from_its_checkp
 
 
 def a_worker_is_killed(storage: Storage, local_stack: StackState) -> None:
-    workers = ReusableWorkers("s3://ddpm/studies/reused/workers")
+    workers = ReusableWorkers("reused")
     config = config_of(local_stack, "reused-killed", "images=64000", "checkpoint.every=640")
     results: list[driver.TrainingResult] = []
     thread = threading.Thread(target=lambda: results.append(train(config, storage, workers)), daemon=True)

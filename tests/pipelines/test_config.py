@@ -82,6 +82,9 @@ def test_every_shipped_choice_composes(group, choice):
         (["model=dit_digits", "model.heads=5"], r"model: .*width = 128 is not divisible by heads = 5"),
         (["model=dit_digits", "model.channels=[32]"], r"model\.channels: no such field here\. Allowed: .*patch_size"),
         (["task=classifier", "init_from=/m"], r"task = classifier has no use for init_from"),
+        (["cluster.max_preemption_failures=-2"], "cluster.max_preemption_failures: .*greater than or equal to -1"),
+        (["cluster.preemption_grace_s=-1"], "cluster.preemption_grace_s: .*greater than or equal to 0"),
+        (["cluster.step_timeout_s=-1"], "cluster.step_timeout_s: .*greater than or equal to 0"),
     ],
 )
 def test_a_mistake_is_named_with_its_place_and_what_is_allowed(overrides, message):
@@ -115,6 +118,8 @@ def test_a_configuration_is_frozen_and_comes_back_from_plain_values():
         ("cluster.parallel=fsdp", True),
         ("optim.max_skipped=1", True),
         ("cluster.num_workers=1", True),
+        ("cluster.step_timeout_s=60", True),
+        ("cluster.max_preemption_failures=3", True),
         ("guidance.scale=7", True),
         ("sampler.steps=7", True),
         ("data.cache_gib=1", True),

@@ -66,8 +66,7 @@ def dataset(tmp_path_factory):
 
 
 def test_a_checkpoint_resumes_to_the_same_weights(dataset, tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    shutil.copytree(EARLIER / "run" / "000000500", tmp_path / "checkpoints" / "000000500-earlier")
+    shutil.copytree(EARLIER / "run" / "000000500", tmp_path / "runs" / "earlier" / "checkpoint_2026-11-25_08-00-00")
     storage = ["storage.root=file://" + str(tmp_path), "storage.local_stack=false", f"data.cache_dir={tmp_path}/cache"]
     config = read_config(EARLIER / "config.json", storage)
     torch.set_num_threads(1)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import threading
 import time
+from collections import deque
+from collections.abc import Collection
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,13 +16,13 @@ from torch import Tensor
 
 from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint, CheckpointState, ModelError
+from pipelines.errors import PipelineError
 from pipelines.references import initial_weights
 from pipelines.scratch import scratch_folder
-from pipelines.storage import StorageError, join
+from pipelines.storage import join
 from pipelines.tracking import RunLog
 from pipelines.training.loop.collectives import broadcast, broadcast_object, gather
 from pipelines.training.loop.context import RunContext
-from pipelines.training.loop.shell import Shell
 from pipelines.training.loop.state import RESIDUAL, TrainingState, load_weights
 
 UNSENT = "unsent.zip"
@@ -28,33 +30,39 @@ UNSENT = "unsent.zip"
 
 
 class Checkpointer:
-    """Saves a run's state through its shell, one checkpoint at a time, which bounds the memory of copies.
+    """Stores a run's state while training goes on, in a thread, one checkpoint after the other.
 
     Args:
         log: rank 0's log, whose unsent metrics go into each checkpoint; None on the other ranks.
+        damaged: names of stored checkpoints that could not be read, which leave the run's list.
 
     Attributes:
         uploaded_bytes: size of the checkpoints stored so far.
         upload_s: seconds that their uploads took, while training went on.
     """
 
-    def __init__(self, context: RunContext, shell: Shell, log: RunLog | None) -> None:
-        self.context, self.shell, self.log = context, shell, log
+    def __init__(self, context: RunContext, log: RunLog | None, damaged: Collection[str] = frozenset()) -> None:
+        self.context, self.log, self.damaged = context, log, damaged
         self.uploaded_bytes, self.upload_s = 0, 0.0
-        self._idle = threading.Event()
-        self._idle.set()
+        self._thread = ThreadPoolExecutor(1, "checkpoints")
+        self._uploads: deque[Future[None]] = deque()
 
     def save(self, state: TrainingState, *, publish: bool) -> None:
-        """Copy the state and hand it to the shell; called by every rank at the same step.
+        """Copy the state and have it stored; called by every rank at the same step.
+
+        Rank 0 waits where `checkpoint.backlog` copies wait already behind the one that is being stored: a store that is
+        away must not fill the memory.
 
         Args:
             publish: whether the checkpoint is copied to `published/` as well, where it stays.
+
+        Raises:
+            Exception: what kept an earlier checkpoint from being stored.
         """
-        self._idle.wait()
+        if self.context.rank == 0:
+            self._wait(self.context.config.checkpoint.backlog)
         tensors = gather(state.tensors())
-        metrics = {"images_seen": state.images_seen}
         if self.context.rank != 0:
-            self.shell.save(None, metrics)
             return
         spec = self.context.spec
         checkpoint = Checkpoint(
@@ -65,45 +73,59 @@ class Checkpointer:
             optimizer_steps=state.optimizer_steps,
             skipped=state.skipped,
         )
-        self._idle.clear()
-
-        def store(uri: str) -> None:
-            began = time.monotonic()
-            try:
-                self._store(checkpoint, uri, publish=publish)
-            finally:
-                self.upload_s += time.monotonic() - began
-                self._idle.set()
-
-        self.shell.save(store, metrics)
+        self._uploads.append(self._thread.submit(self._store, checkpoint, publish=publish))
 
     def finish(self) -> None:
-        """Wait until all checkpoints are durable; called by every rank.
+        """Wait until all checkpoints are durable.
 
         Raises:
             Exception: the failure that kept a checkpoint from being stored.
         """
-        self.shell.flush()
+        self._wait(0)
 
-    def _store(self, checkpoint: Checkpoint, uri: str, *, publish: bool) -> None:
-        """Write the files of a checkpoint and upload them, `state.json` last."""
-        job, storage = self.context.job, self.context.job.storage
+    def close(self) -> None:
+        """End the thread when it has stored what waits; does not wait for it."""
+        self._thread.shutdown(wait=False)
+
+    def _wait(self, unstored: int) -> None:
+        """Wait until at most so many checkpoints are not stored yet."""
+        while self._uploads and (len(self._uploads) > unstored or self._uploads[0].done()):
+            self._uploads.popleft().result()
+
+    def _store(self, checkpoint: Checkpoint, *, publish: bool) -> None:
+        began = time.monotonic()
         folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=scratch_folder()))
         try:
-            state = checkpoints.save_checkpoint(folder, checkpoint)
-            if self.log and (unsent := self.log.pack()):
-                storage.write(join(uri, UNSENT), unsent)
-                self.uploaded_bytes += len(unsent)
-            for name in [*state.files, "state.json"]:
-                storage.upload(folder / name, join(uri, name))
-                self.uploaded_bytes += (folder / name).stat().st_size
+            self._upload(folder, checkpoint, publish=publish)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            self.upload_s += time.monotonic() - began
+
+    def _upload(self, folder: Path, checkpoint: Checkpoint, *, publish: bool) -> None:
+        """Write a checkpoint's files, upload them under a new name, `state.json` last, and enter it in the list."""
+        job, storage = self.context.job, self.context.job.storage
+        name = checkpoints.checkpoint_name(checkpoint.images_seen, job.epoch)
+        uri = join(job.run_uri, name)
+        state = checkpoints.save_checkpoint(folder, checkpoint)
+        for file in state.files:
+            self._put(folder / file, uri)
         if publish:
-            target = join(job.published_uri, f"{state.images_seen:012d}")
-            published = checkpoints.publish(storage, uri, target, state)
+            # Before the checkpoint counts: a run that resumes from it will not come by here again.
+            published = checkpoints.publish(storage, uri, job.published_uri(name), state)
             if self.log:
                 self.log.text(*published.record(), state.images_seen)
+        if self.log and (unsent := self.log.pack()):
+            (folder / UNSENT).write_bytes(unsent)
+            state = checkpoints.with_file(state, folder / UNSENT)
+            self._put(folder / UNSENT, uri)
+        (folder / checkpoints.STATE).write_text(state.to_json())
+        self._put(folder / checkpoints.STATE, uri)
+        listed = checkpoints.Listed(job.epoch, state.images_seen, name)
+        checkpoints.enter_checkpoint(storage, job.run_uri, listed, job.config.checkpoint.keep, self.damaged)
+
+    def _put(self, path: Path, uri: str) -> None:
+        self.context.job.storage.upload(path, join(uri, path.name))
+        self.uploaded_bytes += path.stat().st_size
 
 
 @dataclass(frozen=True)
@@ -112,34 +134,39 @@ class _Found:
 
     Attributes:
         state: its `state.json`; None where there is no checkpoint.
-        error: why the run cannot go on from it, if so.
+        error: why the run cannot go on from it, if so; every rank raises it.
+        damaged: names of newer ones that could not be read.
     """
 
     state: CheckpointState | None
-    error: str | None
+    error: PipelineError | None
+    damaged: frozenset[str] = frozenset()
 
 
-def restore(context: RunContext, state: TrainingState, shell: Shell, log: RunLog | None) -> bool:
-    """Load the newest checkpoint into the state and return True, or return False where there is none.
+def restore(context: RunContext, state: TrainingState, log: RunLog | None) -> tuple[bool, frozenset[str]]:
+    """Load the newest whole checkpoint of the run into the state.
 
     Called by every rank. Rank 0 reads and broadcasts, so that any number of ranks, with DDP or FSDP2, can resume what
     any other number saved.
 
+    Returns:
+        (whether there was one; the names of newer ones that are damaged).
+
     Raises:
-        ModelError: the checkpoint is damaged, or of a run with other settings or data.
+        ModelError: no checkpoint is whole, or the newest is of a run with other settings or data.
     """
     found = _Found(None, None)
     tensors: dict[str, Tensor] = {}
     if context.rank == 0:
-        found, tensors = _read(context, state, shell, log)
+        found, tensors = _read(context, state, log)
     found = broadcast_object(found)
     if found.error is not None:
-        raise ModelError(found.error)
+        raise found.error
     if found.state is None:
-        return False
+        return False, found.damaged
     broadcast(tensors, state.tensors(), context.device)
     state.set_counters(found.state.images_seen, found.state.optimizer_steps, found.state.skipped)
-    return True
+    return True, found.damaged
 
 
 def load_initial_model(context: RunContext, state: TrainingState) -> None:
@@ -149,28 +176,28 @@ def load_initial_model(context: RunContext, state: TrainingState) -> None:
         ModelError: there is no such model, or it is of another network.
     """
     weights: dict[str, Tensor] = {}
-    error = None
+    error: PipelineError | None = None
     if context.rank == 0:
         try:
             weights = initial_weights(context.config, context.job.tracker.uri, context.job.storage)
-        except (ModelError, StorageError) as failure:
-            error = str(failure)
+        except PipelineError as failure:
+            error = failure
     error = broadcast_object(error)
     if error is not None:
-        raise ModelError(error)
+        raise error
     load_weights(state, weights, context.device)
 
 
-def _read(
-    context: RunContext, state: TrainingState, shell: Shell, log: RunLog | None
-) -> tuple[_Found, dict[str, Tensor]]:
+def _read(context: RunContext, state: TrainingState, log: RunLog | None) -> tuple[_Found, dict[str, Tensor]]:
     """Return the newest checkpoint and its tensors; errors are returned, because all ranks must learn of them."""
     job = context.job
     try:
-        with shell.restored() as folder:
-            if folder is None:
+        with tempfile.TemporaryDirectory(prefix="restored-", dir=scratch_folder()) as scratch:
+            folder = Path(scratch) / "checkpoint"
+            stored, damaged = checkpoints.fetch_newest(job.storage, job.run_uri, folder)
+            if stored is None:
                 return _Found(None, None), {}
-            stored, tensors = checkpoints.load_checkpoint(folder)
+            tensors = checkpoints.load_tensors(folder, stored)
             checkpoints.check_resumable(stored, job.config, job.dataset, job.quarantine)
             shapes = {name: tuple(tensor.shape) for name, tensor in state.tensors().items()}
             added = {name for name in shapes.keys() - tensors.keys() if name.startswith(RESIDUAL)}
@@ -180,6 +207,6 @@ def _read(
                 raise ModelError(f"the checkpoint holds other tensors than this release's: {sorted(differing)[:5]}")
             if log and (folder / UNSENT).exists():
                 log.adopt(folder / UNSENT)
-            return _Found(stored, None), tensors
-    except ModelError as error:
-        return _Found(None, str(error)), {}
+            return _Found(stored, None, damaged), tensors
+    except PipelineError as error:
+        return _Found(None, error), {}

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import closing, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -25,12 +25,13 @@ from pipelines.training.loop.shell import Shell
 from pipelines.training.loop.state import make_state
 from pipelines.training.loop.step import SkipGuard, StepResult, step
 from pipelines.training.loop.telemetry import Profiler, StepStatistics
+from pipelines.training.loop.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 
-class TrainingLoop:
-    """One attempt of one rank, from the newest checkpoint to the end of the run or a stop.
+def train_rank(context: RunContext, shell: Shell, started: float | None = None) -> None:
+    """Train one rank's part of a run, from the newest checkpoint to the end of the run or a stop.
 
     Args:
         shell: the surroundings of the loop.
@@ -38,25 +39,45 @@ class TrainingLoop:
 
     Raises:
         ModelError: the checkpoint is damaged or of other settings or data, or `init_from` names no fitting model.
+        FloatingPointError: losses or gradients stay not finite.
+        ShardCorruptError: a shard that this rank needs is damaged; what was trained before is saved.
+        RankFailedError: another rank has failed.
+    """
+    cluster, clock = context.config.cluster, Clock(time.monotonic() if started is None else started)
+    # What takes a while to close is closed after the other ranks have been told of an error.
+    with ExitStack() as resources, Watchdog(clock, cluster.step_timeout_s, cluster.preemption_grace_s):
+        TrainingLoop(context, shell, clock, resources).run()
+
+
+class TrainingLoop:
+    """One attempt of one rank.
+
+    Args:
+        shell: the surroundings of the loop.
+        clock: of this attempt.
+        resources: what the loop opens is closed with it.
     """
 
-    def __init__(self, context: RunContext, shell: Shell, started: float | None = None) -> None:
-        self.context, self.config, self.shell = context, context.config, shell
-        self.clock = Clock(time.monotonic() if started is None else started)
+    def __init__(self, context: RunContext, shell: Shell, clock: Clock, resources: ExitStack) -> None:
+        self.context, self.config, self.shell, self.clock = context, context.config, shell, clock
         hardware.configure_process(self.config, default_cache_dir().parent)
         self.log = _run_log(context) if context.rank == 0 else None
+        if self.log:
+            resources.callback(self.log.close)
 
         # Restore the newest checkpoint, or start from new or given weights.
         self.state = make_state(context)
-        if context.rank == 0:  # two checkpoints may wait while one is being written
-            warn_if_short(3 * sum(t.nbytes for t in self.state.tensors().values()), "checkpoints before their upload")
-        restored = restore(context, self.state, shell, self.log)
+        if context.rank == 0:  # one is written at a time; others wait in memory
+            warn_if_short(sum(t.nbytes for t in self.state.tensors().values()), "a checkpoint before its upload")
+        restored, damaged = restore(context, self.state, self.log)
         if not restored and self.config.init_from is not None:
             load_initial_model(context, self.state)
         self.resumed_at = self.saved_at = self.state.images_seen
 
         self.stream = training_stream(context, self.resumed_at)
-        self.checkpointer = Checkpointer(context, shell, self.log)
+        resources.callback(self.stream.reader.close)
+        self.checkpointer = Checkpointer(context, self.log, damaged)
+        resources.callback(self.checkpointer.close)
         self.preview = Preview(context, self.log)
         self.statistics = StepStatistics(context, self.clock, self.resumed_at)
         self.profiler = Profiler(context, self.resumed_at)
@@ -66,50 +87,44 @@ class TrainingLoop:
         self.read_error: ShardCorruptError | None = None
 
     def run(self) -> None:
-        """Train until `config.images` images are seen or a stop is requested; the last checkpoint is always saved.
-
-        Raises:
-            FloatingPointError: losses or gradients stay not finite.
-            ShardCorruptError: a shard that this rank needs is damaged; what was trained before is saved.
-        """
+        """Train until `config.images` images are seen or a stop is requested; the last checkpoint is always saved."""
         config, state = self.config, self.state
-        with closing(self.log) if self.log else nullcontext(), closing(self.stream.reader):
-            if state.images_seen == 0:
+        if state.images_seen == 0:
+            self._show_preview()
+        batches = iter(self.stream)
+        self.clock.switch("step")
+        while (batch := self._next_batch(batches)) is not None:
+            # Forward, backward, update.
+            self.profiler.before_step(state.images_seen)
+            stop = self.context.rank == 0 and self.shell.stop_requested()
+            checkpoint = self.shell.checkpoint_requested()
+            unreadable = self.read_error is not None
+            result = step(self.context, state, batch, stop=stop, checkpoint=checkpoint, unreadable=unreadable)
+            if result.unreadable:
+                self._end_unreadable()
+                return
+            finished = state.images_seen >= config.images
+
+            # Log metrics and report progress.
+            self._log_step(result, finished)
+
+            # Draw samples, and call the evaluation hook.
+            if finished or self._crossed(config.tracking.grid_every or config.images):
                 self._show_preview()
-            batches = iter(self.stream)
-            self.clock.switch("step")
-            while (batch := self._next_batch(batches)) is not None:
-                # Forward, backward, update.
-                self.profiler.before_step(state.images_seen)
-                stop = self.context.rank == 0 and self.shell.stop_requested()
-                checkpoint = self.shell.checkpoint_requested()
-                unreadable = self.read_error is not None
-                result = step(self.context, state, batch, stop=stop, checkpoint=checkpoint, unreadable=unreadable)
-                if result.unreadable:
-                    self._end_unreadable()
-                    return
-                finished = state.images_seen >= config.images
+            self._evaluate()
 
-                # Log metrics and report progress.
-                self._log_step(result, finished)
+            # Save a checkpoint.
+            if finished or result.stop or result.checkpoint or self._crossed(config.checkpoint.every):
+                self._save(finished)
+            if result.stop:
+                break
 
-                # Draw samples, and call the evaluation hook.
-                if finished or self._crossed(config.tracking.grid_every or config.images):
-                    self._show_preview()
-                self._evaluate()
-
-                # Save a checkpoint.
-                if finished or result.stop or result.checkpoint or self._crossed(config.checkpoint.every):
-                    self._save(finished)
-                if result.stop:
-                    break
-
-            # Wait until checkpoints and metrics are stored.
-            self._finish_uploads()
-            if self.log:
-                if not math.isnan(self.loss):
-                    self._report_progress(self.loss)
-                self.log.flush()
+        # Wait until checkpoints and metrics are stored.
+        self._finish_uploads()
+        if self.log:
+            if not math.isnan(self.loss):
+                self._report_progress(self.loss)
+            self.log.flush()
 
     def _next_batch(self, batches: Iterator[Batch]) -> Batch | None:
         """Return the next batch, None at the end of the run; where it cannot be read, one that stands in for it."""
@@ -188,6 +203,6 @@ class TrainingLoop:
 def _run_log(context: RunContext) -> RunLog:
     """Return the log of the run, which keeps what is not sent yet beside the shard cache."""
     job = context.job
-    run = Destination(job.tracker, job.storage, job.run_uri)
+    run = Destination(job.tracker, job.storage, job.run_uri, job.fence)
     unsent = stream_settings(context.config).cache_dir.parent / "unsent" / job.tracker.run_id
     return RunLog.open(context.config.tracking.sinks, run, unsent)

@@ -44,13 +44,12 @@ class Clock:
     def __init__(self, started: float) -> None:
         self._seconds: dict[str, float] = dict.fromkeys(get_args(Kind), 0.0)
         self._kind: Kind = "startup"
-        self._since = started
+        self._since = self._changed = started
 
     def switch(self, kind: Kind) -> Kind:
         """Count the time from now on as this kind, and return the kind before."""
-        now = time.monotonic()
-        self._seconds[self._kind] += now - self._since
-        self._since, before, self._kind = now, self._kind, kind
+        before = self._count()
+        self._kind, self._changed = kind, self._since
         return before
 
     @contextmanager
@@ -62,7 +61,18 @@ class Clock:
         finally:
             self.switch(before)
 
+    def phase(self) -> tuple[Kind, float]:
+        """Return the present kind and the seconds since the last change; any thread may ask."""
+        return self._kind, time.monotonic() - self._changed
+
     def seconds(self) -> dict[str, float]:
         """Return the seconds by kind until now."""
-        self.switch(self._kind)
+        self._count()
         return dict(self._seconds)
+
+    def _count(self) -> Kind:
+        """Add the time since the last count to the present kind, and return that."""
+        now = time.monotonic()
+        self._seconds[self._kind] += now - self._since
+        self._since = now
+        return self._kind

@@ -2,48 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from ddpm.model import ModelSpec
+from pipelines.checkpoints import FOLDER, run_folder
 from pipelines.config import Config
 from pipelines.shards.index import Dataset
 from pipelines.shards.quarantine import Quarantine
-from pipelines.storage import Storage, join
+from pipelines.storage import Fence, Storage, join
 from pipelines.tracking import Tracker
 from pipelines.training.loop.progress import Progress
 
 if TYPE_CHECKING:
     from pipelines.training.loop.state import TrainingState
 
-Store = Callable[[str], None]
-"""Writes a checkpoint's files to a folder's URI, `state.json` last."""
-
 
 class Shell(Protocol):
-    """The surroundings of the loop: where checkpoints go, who is shown progress, who may ask the loop to stop."""
-
-    def restored(self) -> AbstractContextManager[Path | None]:
-        """Return the newest complete checkpoint folder, or None for a fresh start; called on rank 0."""
-
-    def save(self, store: Store | None, metrics: dict[str, Any]) -> None:
-        """Keep a checkpoint; called by every rank at the same step, with something to store on rank 0 only.
-
-        Returns quickly: `store(uri)` is called once, with a URI that is new, in a thread of the shell's, one checkpoint
-        after the other. It takes long and raises `StorageError` where storage stays away.
-        """
-
-    def flush(self) -> None:
-        """Wait until everything saved is durable; called by every rank at the same step.
-
-        Raises:
-            Exception: what a `store` raised.
-        """
+    """The surroundings of the loop: who is shown progress, and who may ask the loop to stop."""
 
     def progress(self, progress: Progress) -> None:
         """Report progress; called on rank 0 after every step and once more at the end, must not block."""
@@ -80,6 +58,7 @@ class Job:
         lineage: what the model's description says of its origin, such as commit and run ID.
         quarantine: samples that are left out of the dataset, if any.
         evaluation_hook: called while training goes on, if any.
+        fence: of the driver whose workers train; None where there is no driver, as in a test.
     """
 
     config: Config
@@ -89,13 +68,18 @@ class Job:
     lineage: dict[str, Any]
     quarantine: Quarantine | None = None
     evaluation_hook: EvaluationHook | None = None
+    fence: Fence | None = None
+
+    @property
+    def epoch(self) -> int:
+        """The number of the driver, counted from 1; 0 without one."""
+        return self.fence.epoch if self.fence else 0
 
     @property
     def run_uri(self) -> str:
         """The folder with everything that the run stores."""
-        return join(self.config.storage.root, "runs", self.config.name)
+        return run_folder(self.config)
 
-    @property
-    def published_uri(self) -> str:
-        """The folder into which checkpoints are copied that stay."""
-        return join(self.run_uri, "published")
+    def published_uri(self, name: str) -> str:
+        """Return where the checkpoint of this name is copied to, to stay: an address that no other writer has."""
+        return join(self.run_uri, "published", name.removeprefix(FOLDER))

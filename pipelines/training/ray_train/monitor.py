@@ -12,10 +12,10 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipelines.checkpoints import run_folder
 from pipelines.config import Config
 from pipelines.training.errors import TrainingError
 from pipelines.training.ray_train.mailboxes import Monitor
-from pipelines.training.resume import run_folder
 
 NAMESPACE = "ddpm-runs"
 

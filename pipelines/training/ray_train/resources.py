@@ -30,6 +30,10 @@ def connect_ray(config: Config, storage: Storage) -> None:
         "OMP_WAIT_POLICY": "PASSIVE",  # spinning barriers ruin a step beside any busy process
         "OMP_NUM_THREADS": str(config.cluster.threads_per_worker),
         "RAY_TRAIN_V2_ENABLED": "1",
+        # How many collectives NCCL remembers, for the log of a worker that hangs.
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": os.environ.get("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000"),
+        # How long a restart waits for workers that may hang, in seconds.
+        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": os.environ.get("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "10"),
     }
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     try:

@@ -22,15 +22,12 @@ import torch
 from ray.exceptions import RayError
 
 from pipelines.config import ClusterConfig
-from pipelines.storage import Fence, StorageError, join
 from pipelines.training import STARTED
 from pipelines.training.errors import TrainingError
 from pipelines.training.loop.shell import Job
-from pipelines.training.ray_train.listing_shell import ListingShell
 from pipelines.training.ray_train.mailboxes import JobQueue
 from pipelines.training.ray_train.shell import get_reply
 from pipelines.training.ray_train.trainer import dedicated_workers, make_trainer, train_rank
-from pipelines.training.resume import run_folder
 
 POLL_S = 0.1
 IDLE_S = 20.0
@@ -42,22 +39,22 @@ class ReusableWorkers:
     """The group of workers of a driver, started with its first run and whenever a run needs other workers.
 
     Args:
-        folder: address below which Ray Train keeps the few files of a group.
+        name: of the driver's study, for Ray's dashboard.
     """
 
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.group: _Group | None = None
 
-    def provide(self, job: Job, monitor: Any, fence: Fence) -> Callable[[], object]:
+    def provide(self, job: Job, monitor: Any) -> Callable[[], object]:
         """Return a call that trains a job on these workers; a `WorkerProvider`.
 
         An elastic run gets dedicated workers, because Ray resizes their group at any time.
         """
         cluster = job.config.cluster
         if cluster.min_workers != cluster.max_workers:
-            return dedicated_workers(job, monitor, fence)
-        return partial(self._train, job, monitor, fence)
+            return dedicated_workers(job, monitor)
+        return partial(self._train, job, monitor)
 
     def close(self) -> None:
         """End the workers."""
@@ -65,15 +62,15 @@ class ReusableWorkers:
             self.group.close()
             self.group = None
 
-    def _train(self, job: Job, monitor: Any, fence: Fence) -> None:
+    def _train(self, job: Job, monitor: Any) -> None:
         # A reference into the object store: the queue's process need not import what a job consists of.
-        reference = [ray.put({"job": job, "monitor": monitor, "fence": fence})]
+        reference = [ray.put({"job": job, "monitor": monitor})]
         number = None
         if self.group is not None and self.group.fits(job.config.cluster):
             number = self.group.put(reference)
         if number is None:
             self.close()
-            self.group = _Group(job, join(self.folder, f"group-{uuid.uuid4().hex[:8]}"))
+            self.group = _Group(job.config.cluster, f"{self.name}-{uuid.uuid4().hex[:8]}")
             number = self.group.put(reference)
             assert number is not None
             self.group.start()
@@ -84,12 +81,12 @@ class _Group:
     """One Ray Train run, whose workers take their jobs from a queue.
 
     Args:
-        first: the first job, which decides the number and kind of workers.
-        folder: where Ray Train keeps its files.
+        cluster: of the first job, which decides the number and kind of workers.
+        name: for Ray's dashboard.
     """
 
-    def __init__(self, first: Job, folder: str) -> None:
-        self.cluster, self.storage, self.folder = first.config.cluster, first.storage, folder
+    def __init__(self, cluster: ClusterConfig, name: str) -> None:
+        self.cluster, self.name = cluster, name
         self.queue = ray.remote(JobQueue).options(num_cpus=0).remote(IDLE_S)
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._fit, name="reusable-workers", daemon=True)
@@ -127,7 +124,7 @@ class _Group:
             self.thread.join(POLL_S)
 
     def close(self) -> None:
-        """End the workers, and delete Ray Train's files."""
+        """End the workers."""
         starts = 0
         with suppress(RayError):
             _, _, starts = ray.get(self.queue.state.remote())
@@ -137,12 +134,10 @@ class _Group:
             self.thread.join(CLOSE_S)
         with suppress(RayError):
             ray.kill(self.queue)
-        with suppress(StorageError):  # an unreachable store keeps a few small files
-            self.storage.delete_folder(self.folder, patience_s=0)
 
     def _fit(self) -> None:
         try:
-            make_trainer(worker_main, {"queue": self.queue}, self.cluster, self.storage, self.folder, 1, None).fit()
+            make_trainer(worker_main, {"queue": self.queue}, self.cluster, self.name).fit()
         except BaseException as error:  # noqa: BLE001 - `wait` raises it
             self.error = error
 
@@ -159,16 +154,14 @@ def worker_main(settings: dict[str, Any]) -> None:
         if number == JobQueue.END:
             return
         started = time.monotonic() if last else STARTED
-        _train_job(rank, started, **ray.get(reference[0]))
+        _train_job(started, **ray.get(reference[0]))
         if rank == 0:
             ray.get(queue.done.remote(number))
         last = number
 
 
-def _train_job(rank: int, started: float, job: Job, monitor: Any, fence: Fence) -> None:
-    keep = job.config.checkpoint.keep
-    shell = ListingShell(monitor, rank, job.storage, run_folder(job.config), fence, started, keep)
-    train_rank(job, monitor, shell, started)
+def _train_job(started: float, job: Job, monitor: Any) -> None:
+    train_rank(job, monitor, started)
     # Leave the process as a new one would be: without this run's memory and compiled graphs.
     gc.collect()
     if torch.cuda.is_available():

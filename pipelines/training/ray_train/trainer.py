@@ -3,50 +3,47 @@
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 from ray.exceptions import RayError
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipelines import tracking
 from pipelines.checkpoints import ModelError
 from pipelines.config import ClusterConfig
 from pipelines.shards.cache import ShardCorruptError
-from pipelines.storage import Fence, NotFoundError, Storage, join
-from pipelines.storage.arrow import open_filesystem
+from pipelines.storage import Fence, FencedError
 from pipelines.training import STARTED
 from pipelines.training.loop.context import RunContext
-from pipelines.training.loop.loop import TrainingLoop
+from pipelines.training.loop.loop import train_rank as run_rank
 from pipelines.training.loop.shell import Job
 from pipelines.training.ray_train.resources import per_worker
 from pipelines.training.ray_train.shell import RayShell
-from pipelines.training.resume import run_folder
 
-FINAL_ERRORS = (FloatingPointError, ShardCorruptError, ModelError)
+FINAL_ERRORS = (FloatingPointError, ShardCorruptError, ModelError, FencedError)
 """Errors that come again however often the workers are started: stream, data and checkpoints are the same."""
-WorkerProvider = Callable[[Job, Any, Fence], Callable[[], object]]
-"""Takes a job, the handle of its monitor and its fence, and returns a call that trains the job to its end."""
+WorkerProvider = Callable[[Job, Any], Callable[[], object]]
+"""Takes a job and the handle of its monitor, and returns a call that trains the job to its end."""
 
 
 def worker_main(settings: dict[str, Any]) -> None:
     """Train as one Ray Train worker of a run that has a Ray Train run of its own."""
-    job, monitor = settings["job"], settings["monitor"]
-    rank = ray.train.get_context().get_world_rank()
-    shell = RayShell(monitor, rank, job.storage, run_folder(job.config), settings["fence"], STARTED)
-    train_rank(job, monitor, shell, STARTED)
+    train_rank(settings["job"], settings["monitor"], STARTED)
 
 
-def train_rank(job: Job, monitor: Any, shell: RayShell, started: float) -> None:
+def train_rank(job: Job, monitor: Any, started: float) -> None:
     """Train this Ray Train worker's part of a run.
 
     Args:
         monitor: handle of the run's monitor actor.
-        shell: a new one.
         started: `time.monotonic()` when this attempt began.
     """
     from ray.train.torch import get_device
@@ -57,10 +54,11 @@ def train_rank(job: Job, monitor: Any, shell: RayShell, started: float) -> None:
     worker = ray.train.get_context()
     rank, world_size = worker.get_world_rank(), worker.get_world_size()
     node = f"node-{worker.get_node_rank()}"
+    shell = RayShell(monitor, started)
     with tracking.system_metrics(job.tracker, node) if worker.get_local_rank() == 0 else nullcontext():
         try:
             context = RunContext.of(job, rank=rank, world_size=world_size, device=get_device())
-            TrainingLoop(context, shell, started).run()
+            run_rank(context, shell, started)
         except FINAL_ERRORS as error:
             ray.get(monitor.set_final_error.remote(str(error)))
             raise  # the others may be waiting for this rank: Ray Train ends them
@@ -68,27 +66,20 @@ def train_rank(job: Job, monitor: Any, shell: RayShell, started: float) -> None:
 
 
 def make_trainer(
-    loop: Callable[[dict[str, Any]], None],
-    settings: dict[str, Any],
-    cluster: ClusterConfig,
-    storage: Storage,
-    folder: str,
-    keep: int,
-    fence: Fence | None,
+    loop: Callable[[dict[str, Any]], None], settings: dict[str, Any], cluster: ClusterConfig, name: str
 ) -> TorchTrainer:
-    """Return Ray's side of a training: how many workers, where their checkpoints are listed, what failures it survives.
+    """Return Ray's side of a training: how many workers, and what failures it survives.
+
+    Ray Train keeps nothing of a run. It insists on a folder, which holds an empty file.
 
     Args:
         loop: what a worker runs, with `settings`.
-        folder: where Ray Train keeps its list.
-        keep: checkpoints that stay in it.
-        fence: asked before Ray Train writes there.
+        name: for Ray's dashboard.
     """
-    parent, name = folder.rsplit("/", 1)
-    filesystem, path = open_filesystem(storage, parent, fence)
     return TorchTrainer(
         loop,
         train_loop_config=settings,
+        torch_config=torch_config(cluster),
         scaling_config=ScalingConfig(
             num_workers=cluster.num_workers,
             use_gpu=cluster.gpus_per_worker > 0,
@@ -97,27 +88,32 @@ def make_trainer(
         ),
         run_config=RunConfig(
             name=name,
-            storage_path=path,
-            storage_filesystem=filesystem,
+            storage_path=str(Path(tempfile.gettempdir()) / f"ddpm-ray-train-{os.getuid()}"),
             # A group of workers that does not start within a minute is tried again until patience_s has passed.
             failure_config=FailureConfig(
-                max_failures=cluster.max_failures, controller_failure_limit=math.ceil(cluster.patience_s / 60)
+                max_failures=cluster.max_failures,
+                controller_failure_limit=math.ceil(cluster.patience_s / 60),
+                max_preemption_failures=cluster.max_preemption_failures,
+                preemption_grace_s=cluster.preemption_grace_s,
             ),
-            checkpoint_config=CheckpointConfig(num_to_keep=keep),
         ),
     )
 
 
-def dedicated_workers(job: Job, monitor: Any, fence: Fence) -> Callable[[], object]:
+def torch_config(cluster: ClusterConfig) -> TorchConfig:
+    """Return the settings of the process group: a collective is given up after the watchdog has said where it hangs."""
+    return TorchConfig(timeout_s=math.ceil(cluster.step_timeout_s) + 60) if cluster.step_timeout_s else TorchConfig()
+
+
+def dedicated_workers(job: Job, monitor: Any) -> Callable[[], object]:
     """Return a call that trains a job in a Ray Train run of its own; a `WorkerProvider`."""
-    settings = {"job": job, "monitor": monitor, "fence": fence}
-    config, folder = job.config, run_folder(job.config)
-    trainer = make_trainer(worker_main, settings, config.cluster, job.storage, folder, config.checkpoint.keep, fence)
-    _take_over_reservation(job, trainer)
+    trainer = make_trainer(worker_main, {"job": job, "monitor": monitor}, job.config.cluster, job.config.name)
+    if job.fence is not None:
+        _take_over_reservation(job.fence, trainer)
     return trainer.fit
 
 
-def _take_over_reservation(job: Job, trainer: TorchTrainer) -> None:
+def _take_over_reservation(fence: Fence, trainer: TorchTrainer) -> None:
     """Cancel what the controller of a killed driver had reserved, and record the name of this one's reservation.
 
     Ray's coordinator, which outlives drivers, keeps a reservation for three minutes; for so long an elastic run would
@@ -128,9 +124,7 @@ def _take_over_reservation(job: Job, trainer: TorchTrainer) -> None:
         get_or_create_autoscaling_coordinator,
     )
 
-    uri = join(run_folder(job.config), "reservation")
-    with suppress(NotFoundError):
-        before = job.storage.read(uri).decode()
+    before = fence.note(reservation=f"train-{trainer.train_run_context.run_id}").get("reservation")
+    if before is not None:
         with suppress(RayError):
             ray.get(get_or_create_autoscaling_coordinator().cancel_request.remote(requester_id=before), timeout=10)
-    job.storage.write(uri, f"train-{trainer.train_run_context.run_id}".encode())

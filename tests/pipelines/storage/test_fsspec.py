@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 import signal
 import subprocess
@@ -15,11 +14,9 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from pyarrow.fs import FileSelector
 
 from pipelines.storage import (
     BACKENDS,
-    Fence,
     NotFoundError,
     Storage,
     StorageError,
@@ -27,7 +24,6 @@ from pipelines.storage import (
     is_local,
     join,
 )
-from pipelines.storage.arrow import open_filesystem
 from tests.gcs import gcs_emulator
 
 STORAGE = Storage()
@@ -110,20 +106,6 @@ def test_files_go_up_and_down_and_across(root, tmp_path):
     with pytest.raises(StorageError):
         STORAGE.upload(tmp_path / "missing", join(root, "x"))
     assert STORAGE.read(join(root, "x"), 5, 9) == data[5:9]
-
-
-def test_ray_trains_list_is_kept_there_and_fenced(root):
-    old, new = (Fence(STORAGE, join(root, "driver"), token) for token in ("old", "new"))
-    old.take()
-    filesystem, folder = open_filesystem(STORAGE, root, old)
-    filesystem = pickle.loads(pickle.dumps(filesystem))
-    with filesystem.open_output_stream(f"{folder}/run/list.json") as file:
-        file.write(b"[]")
-    infos = filesystem.get_file_info(FileSelector(folder, recursive=True))
-    assert {info.path.removeprefix(folder) for info in infos} == {"/driver", "/run", "/run/list.json"}
-    new.take()
-    with pytest.raises(StorageError, match="another driver"):
-        filesystem.delete_file(f"{folder}/run/list.json")
 
 
 def test_another_process_sees_at_once_what_this_one_stores(root):

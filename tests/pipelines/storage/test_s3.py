@@ -313,8 +313,11 @@ def test_a_store_on_this_machine_is_reached_past_the_proxy(tmp_path, monkeypatch
     assert "NO_PROXY" not in os.environ
 
 
+WHEN = "<LastModified>2026-01-01T00:00:00Z</LastModified>"
+
+
 def listing(*keys: str) -> bytes:
-    objects = "".join(f"<Contents><Key>{key}</Key><Size>1</Size><ETag>x</ETag></Contents>" for key in keys)
+    objects = "".join(f"<Contents><Key>{key}</Key><Size>1</Size><ETag>x</ETag>{WHEN}</Contents>" for key in keys)
     return (
         f"<?xml version='1.0'?><ListBucketResult><IsTruncated>false</IsTruncated>{objects}</ListBucketResult>".encode()
     )

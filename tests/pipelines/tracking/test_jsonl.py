@@ -25,11 +25,12 @@ class Flaky(Storage):
     def __hash__(self):
         return 0
 
-    def write(self, uri, data, **patience):
-        super().write(uri, data, **patience)
+    def write_if(self, uri, data, tag, **patience):
+        found = super().write_if(uri, data, tag, **patience)
         if self.failures and self.failures[0]:
             self.failures[0].pop()
             raise TransientStorageError("timed out")
+        return found
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +72,9 @@ def test_a_resumed_run_on_another_node_goes_on_in_the_same_file_without_a_point_
 
 def test_what_the_store_took_without_an_answer_is_there_once(tmp_path, monkeypatch):
     monkeypatch.setattr(jsonl, "PART_BYTES", 150)
-    log_steps(open_log(tmp_path, "here", Flaky(failures=([1] * 4,))), range(1, 12))
+    failures = [1] * 4
+    log_steps(open_log(tmp_path, "here", Flaky(failures=(failures,))), range(1, 12))
+    assert not failures
     assert [point["step"] for point in lines(tmp_path) if "train/loss" in point] == list(range(1, 12))
 
 
@@ -82,6 +85,18 @@ def test_a_kill_between_putting_a_part_aside_and_the_next_one_repeats_nothing(tm
     (folder / "metrics" / "000001.jsonl").write_bytes((folder / "metrics.jsonl").read_bytes())
     log_steps(open_log(tmp_path, "there"), range(3, 8))
     assert [point["step"] for point in lines(tmp_path) if "train/loss" in point] == list(range(1, 8))
+
+
+def test_a_process_that_was_replaced_undoes_nothing_and_repeats_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl, "PART_BYTES", 150)
+    old, new = open_log(tmp_path, "here"), open_log(tmp_path, "there")
+    for log, steps in ((old, range(1, 4)), (new, range(3, 8)), (old, range(4, 10)), (new, range(8, 12))):
+        for step in steps:
+            log.metrics({"train/loss": 1 / step}, step)
+        log.flush(20)
+    old.close()
+    new.close()
+    assert [point["step"] for point in lines(tmp_path)] == list(range(1, 12))
 
 
 def test_every_line_is_json_and_pictures_are_left_to_others(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import time
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipelines.storage import Storage
 from pipelines.training.goodput import Attempt, Session, measure
-from pipelines.training.ledger import Ledger, read_sessions, write_sessions
+from pipelines.training.ledger import Ledger, goodput_of, read_sessions, write_session
 
 KINDS = ("startup", "step", "data", "checkpoint", "grid")
 
@@ -80,15 +82,35 @@ def test_the_ledger_of_a_driver_that_was_killed_is_there_for_the_next(tmp_path):
     storage, folder = Storage(), f"file://{tmp_path}/run"
     assert read_sessions(storage, folder) == ()
     first = Session(100, 160, (attempt(105, 0, 1000, 40),))
-    write_sessions(storage, folder, [first])
-    ledger = Ledger(storage, folder)
+    write_session(storage, folder, 1, first)
+    ledger = Ledger(storage, folder, 2)
     with ledger.session(time.time()):
         ledger.update([attempt(200, 600, 700, 1)])
     kept = read_sessions(storage, folder)
     assert kept == ledger.sessions
     assert kept[0] == first
     assert kept[1].attempts == (attempt(200, 600, 700, 1),)
-    goodput = Ledger(storage, folder).goodput()
+    goodput = goodput_of(read_sessions(storage, folder))
     assert goodput is not None
     assert (goodput.sessions, goodput.recomputed_images) == (2, 400)
     assert "400 images computed twice" in goodput.lines()[-1]
+
+
+def test_a_driver_that_was_replaced_changes_nothing_of_its_successors_ledger(tmp_path):
+    storage, folder = Storage(), f"file://{tmp_path}/run"
+    old, new = Ledger(storage, folder, 1), Ledger(storage, folder, 2)
+    with old.session(100):
+        with new.session(200):
+            new.update([attempt(200, 600, 700, 1)])
+        before = read_sessions(storage, folder)
+        old.update([attempt(100, 0, 900, 1)])
+    assert read_sessions(storage, folder)[1:] == before[-1:]
+
+
+def test_the_one_file_of_an_earlier_release_comes_first(tmp_path):
+    storage, folder = Storage(), f"file://{tmp_path}/run"
+    sessions = [Session(100, 160, (attempt(105, 0, 1000, 40),)), Session(200, 260)]
+    plain = {"version": 1, "sessions": [dataclasses.asdict(session) for session in sessions]}
+    storage.write(f"{folder}/goodput.json", json.dumps(plain).encode())
+    write_session(storage, folder, 1, Session(300, 360))
+    assert read_sessions(storage, folder) == (*sessions, Session(300, 360))

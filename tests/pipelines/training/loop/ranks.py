@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +15,7 @@ from pipelines.config import Config, compose
 from pipelines.shards.index import Dataset
 from pipelines.storage import Storage
 from pipelines.training.loop.context import RunContext
-from pipelines.training.loop.loop import TrainingLoop
+from pipelines.training.loop.loop import train_rank
 from pipelines.training.loop.progress import Progress
 from pipelines.training.loop.shell import Job
 
@@ -63,7 +59,7 @@ class MemoryTracker:
 
 
 class FolderShell:
-    """A shell that stores checkpoints in numbered folders, in a thread, and losses in a file with a line per step.
+    """A shell that keeps losses in a file with a line per step.
 
     Args:
         folder: folder of the run, shared by all its attempts.
@@ -78,30 +74,6 @@ class FolderShell:
         self.stop_after, self.checkpoint_after = stop_after, checkpoint_after
         self.reports: list[Progress] = []
         self.asked = 0
-        self.pool = ThreadPoolExecutor(1)
-        self.under_way: list[Future[None]] = []
-
-    @property
-    def checkpoints(self) -> str:
-        return f"file://{self.folder}/checkpoints"
-
-    @contextmanager
-    def restored(self):
-        with tempfile.TemporaryDirectory() as scratch:
-            there = [uri for uri, _ in checkpoints.complete_checkpoints(Storage(), self.checkpoints)]
-            found = checkpoints.fetch_first(Storage(), there, Path(scratch) / "c")
-            yield None if found is None else Path(scratch) / "c"
-
-    def save(self, store, metrics):
-        if store is not None:
-            uri = f"{self.checkpoints}/{metrics['images_seen']:09d}-{os.getpid()}"
-            self.under_way.append(self.pool.submit(store, uri))
-
-    def flush(self):
-        for future in self.under_way:
-            future.result()
-        if dist.is_initialized():
-            dist.barrier()
 
     def progress(self, progress):
         self.reports.append(progress)
@@ -138,13 +110,15 @@ def train_here(
     """Train one rank in this process, in its process group if there is one, and return its shell and tracker.
 
     Args:
+        folder: the storage root, whatever the configuration names.
         shell: shell of the rank; default is a new `FolderShell` with `requests`.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    config = config.model_copy(update={"storage": config.storage.model_copy(update={"root": f"file://{folder}"})})
     shell, tracker = shell or FolderShell(folder, rank, **requests), MemoryTracker()
     job = Job(config, dataset, Storage(), tracker, {})  # type: ignore[arg-type]
     context = RunContext.of(job, rank=rank, world_size=world, device=torch.device("cpu"))
-    TrainingLoop(context, shell).run()
+    train_rank(context, shell)
     return shell, tracker
 
 
@@ -161,8 +135,9 @@ def trace(folder: Path) -> dict[int, float]:
 
 def last_checkpoint(folder: Path) -> Path:
     """Return the folder of the newest checkpoint."""
-    uri, _ = checkpoints.complete_checkpoints(Storage(), f"file://{folder}/checkpoints")[0]
-    return Path(uri.removeprefix("file://"))
+    (run,) = (folder / "runs").iterdir()
+    listed, _ = checkpoints.complete_checkpoints(Storage(), f"file://{run}")[0]
+    return run / listed.name
 
 
 def run_ranks(rank: int, world: int, rendezvous: Path, dataset: Dataset, runs: Sequence[tuple[Path, Config]]) -> None:

@@ -3,13 +3,15 @@
 import hashlib
 import math
 import threading
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipelines.checkpoints import load_checkpoint
+from pipelines import checkpoints
+from pipelines.checkpoints import load_checkpoint, save_checkpoint
 from pipelines.shards.read import Batch
 from pipelines.storage import StorageError
 from pipelines.training.loop import step as step_module
@@ -18,59 +20,89 @@ from tests.pipelines.training.loop.ranks import FolderShell, last_checkpoint, ti
 STEPS, BATCH = 6, 25
 
 
-class SlowShell(FolderShell):
-    """Stores nothing until the loop is two steps further, as if storage were slow."""
-
-    def __init__(self, folder, rank):
-        super().__init__(folder, rank)
-        self.far_enough = threading.Event()
-        self.reports_at_save: list[int] = []
-
-    def save(self, store, metrics):
-        self.reports_at_save.append(len(self.reports))
-
-        def late(uri):
-            assert self.far_enough.wait(60)
-            store(uri)
-
-        super().save(late, metrics)
-
-    def progress(self, progress):
-        super().progress(progress)
-        if len(self.reports) >= 5:
-            self.far_enough.set()
-
-
 def run(folder, dataset, shell=None, *overrides):
     often = ["checkpoint.every=75", "checkpoint.publish_every=150"]
     return train_here(folder, dataset, tiny_config(folder, STEPS * BATCH, BATCH, *often, *overrides), shell=shell)
 
 
-def test_training_goes_on_beside_an_upload_of_the_state_as_it_was_when_saved(digits, tmp_path):
+class ReportingShell(FolderShell):
+    """Opens a gate after so many steps."""
+
+    def __init__(self, folder, opens_after: int):
+        super().__init__(folder, 0)
+        self.opens_after, self.gate = opens_after, threading.Event()
+
+    def progress(self, progress):
+        super().progress(progress)
+        if len(self.reports) >= self.opens_after:
+            self.gate.set()
+
+
+def test_training_goes_on_beside_an_upload_of_the_state_as_it_was_when_saved(digits, tmp_path, monkeypatch):
     (tmp_path / "slow").mkdir()
-    shell = SlowShell(tmp_path / "slow", 0)
-    run(tmp_path / "slow", digits, shell)
-    assert shell.reports_at_save == [3, 6]  # two steps later it was let through; a loop that waits would not end
+    shell = ReportingShell(tmp_path / "slow", opens_after=5)
+    saves: list[int] = []
+
+    def late(folder, checkpoint):
+        saves.append(checkpoint.images_seen)
+        assert shell.gate.wait(60)  # a loop that waits for the first checkpoint would never open it
+        return save_checkpoint(folder, checkpoint)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save_checkpoint", late)
+        run(tmp_path / "slow", digits, shell)
+    assert saves == [75, 150]
     run(tmp_path / "quick", digits)
     for seen in (75, 150):
-        one, other = (sorted((tmp_path / n / "checkpoints").glob(f"{seen:09d}-*"))[0] for n in ("slow", "quick"))
+        one, other = (
+            next((tmp_path / n / "runs" / "digits").glob(f"checkpoint_{seen:012d}-*")) for n in ("slow", "quick")
+        )
         for name in ("model.safetensors", "training.safetensors"):
             assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+@pytest.mark.parametrize("backlog", [0, 2])
+def test_so_many_checkpoints_wait_for_storage_before_training_does(digits, tmp_path, monkeypatch, backlog):
+    (tmp_path / "r").mkdir()
+    # Every step saves; the first upload hangs until the loop has done all the steps that it may.
+    shell = ReportingShell(tmp_path / "r", opens_after=1 + backlog + 1)
+    reports_at_end_of_wait: list[int] = []
+
+    def stalled(folder, checkpoint):
+        assert shell.gate.wait(60)
+        if checkpoint.images_seen == BATCH:
+            time.sleep(0.5)  # would do more steps by now
+            reports_at_end_of_wait.append(len(shell.reports))
+        return save_checkpoint(folder, checkpoint)
+
+    monkeypatch.setattr(checkpoints, "save_checkpoint", stalled)
+    run(tmp_path / "r", digits, shell, f"checkpoint.every={BATCH}", f"checkpoint.backlog={backlog}")
+    assert reports_at_end_of_wait == [1 + backlog + 1]
 
 
 def test_what_stays_is_the_checkpoint_itself_and_the_run_knows_of_it(digits, tmp_path):
     _, tracker = run(tmp_path / "r", digits, None, "checkpoint.publish_every=50")
     kept = tmp_path / "r" / "runs" / "digits" / "published"
-    assert sorted(p.name for p in kept.iterdir()) == ["000000000075", "000000000150"]
+    older, copy = sorted(kept.iterdir())
+    assert older.name.startswith("000000000075-e0-")
     assert tracker.names("checkpoints") == ["checkpoints/000000000075.json", "checkpoints/000000000150.json"]
-    last, copy = last_checkpoint(tmp_path / "r"), kept / "000000000150"
-    assert {p.name: p.read_bytes() for p in last.iterdir()} == {p.name: p.read_bytes() for p in copy.iterdir()}
+    last = last_checkpoint(tmp_path / "r")
+    assert last.name == f"checkpoint_{copy.name}"
+    # What MLflow had not taken yet travels with the checkpoint, and is no part of the copy.
+    copied, state = load_checkpoint(copy)[0], load_checkpoint(last)[0]
+    assert {"model.json", "model.safetensors", "training.safetensors"} <= copied.files.keys()
+    assert copied == without_unsent(state)
+
+
+def without_unsent(state):
+    files, sizes = ({n: v for n, v in by.items() if n != "unsent.zip"} for by in (state.files, state.sizes))
+    return replace(state, files=files, sizes=sizes)
 
 
 def test_a_checkpoint_that_cannot_be_stored_ends_the_run_with_the_reason(digits, tmp_path):
     (tmp_path / "r").mkdir()
-    (tmp_path / "r" / "checkpoints").write_text("a file where a folder is wanted")
-    with pytest.raises(StorageError, match="checkpoints"):
+    (tmp_path / "r" / "runs").write_text("a file where a folder is wanted")
+    with pytest.raises(StorageError, match="runs"):
         run(tmp_path / "r", digits)
 
 

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 
 from ddpm.model import load_classifier, load_model
 from ddpm.prediction import Conditioning
-from pipelines.checkpoints import ModelError
+from pipelines.checkpoints import ModelError, complete_checkpoints
 from pipelines.shards.cache import ShardCorruptError
 from pipelines.shards.ingest.write import ingest
 from pipelines.shards.order import SampleOrder
@@ -68,14 +68,16 @@ def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(digits, tmp_path,
 
 def test_a_run_that_has_seen_all_its_images_does_nothing_more(digits, tmp_path):
     run(tmp_path / "r", digits)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "r" / "runs").rglob("*")}
     shell, tracker = run(tmp_path / "r", digits)
-    assert (shell.reports, shell.under_way, tracker.points) == ([], [], {})
+    assert (shell.reports, tracker.points) == ([], {})
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "r" / "runs").rglob("*")} == before
 
 
 def test_a_requested_checkpoint_is_saved_at_the_step_boundary_and_training_goes_on(digits, tmp_path):
     shell, _ = run(tmp_path / "r", digits, checkpoint_after=2)
-    saved = sorted(int(p.name.split("-")[0]) for p in (tmp_path / "r" / "checkpoints").iterdir())
-    assert saved == [50, STEPS * BATCH]
+    complete = complete_checkpoints(Storage(), f"file://{tmp_path}/r/runs/digits")
+    assert [state.images_seen for _, state in complete] == [STEPS * BATCH, 50]
     assert len(shell.reports) == STEPS + 1  # and once more at its end
 
 
@@ -84,7 +86,7 @@ def test_the_seconds_of_an_attempt_add_up_and_what_is_stored_is_counted(digits, 
     last = shell.reports[-1]
     assert set(last.seconds) == {"startup", "step", "data", "checkpoint", "grid"}
     assert all(last.seconds[kind] > 0 for kind in ("startup", "step", "data", "checkpoint", "grid"))
-    saved = (tmp_path / "r" / "checkpoints").rglob("*.*")
+    saved = (tmp_path / "r" / "runs" / "digits").glob("checkpoint_*/*")
     assert last.uploaded_bytes == sum(f.stat().st_size for f in saved if f.is_file())
     assert last.upload_s > 0
 

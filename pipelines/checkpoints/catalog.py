@@ -1,0 +1,333 @@
+"""The checkpoints of a run: their names, the list of those that are kept, what to resume from, and what may be deleted.
+
+`checkpoints.json` in a run's folder lists the newest checkpoints. It is only ever replaced conditionally, so two
+writers lose nothing of each other, and it carries the epoch of the newest driver: a writer of an older one is refused.
+Where it is lost, it is made again from the folders that are complete. Who removes an entry from it deletes the folder,
+`state.json` first, so that a kill in between leaves an incomplete one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import uuid
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pipelines.checkpoints.files import STATE, CheckpointState, ModelError, verify_checkpoint
+from pipelines.config import Config
+from pipelines.storage import Entry, Fence, NotFoundError, Storage, StorageError, join
+
+logger = logging.getLogger(__name__)
+
+LIST = "checkpoints.json"
+LIST_VERSION = 1
+FOLDER = "checkpoint_"
+GRACE_S = 3600.0
+"""How long a checkpoint folder without use stays: whoever writes it may still be at it."""
+_NAME = re.compile(FOLDER + r"(?P<images>\d+)-e(?P<epoch>\d+)-")
+
+
+@dataclass(frozen=True, order=True)
+class Listed:
+    """A checkpoint in the list of a run; later ones are larger.
+
+    Attributes:
+        epoch: of the driver whose workers stored it.
+        images_seen: where it continues.
+        name: of its folder.
+    """
+
+    epoch: int
+    images_seen: int
+    name: str
+
+
+@dataclass(frozen=True)
+class CheckpointList:
+    """The content of `checkpoints.json`.
+
+    Attributes:
+        epoch: of the newest driver that has written it.
+        checkpoints: the ones that are kept, oldest first.
+    """
+
+    epoch: int
+    checkpoints: tuple[Listed, ...] = ()
+
+    def to_json(self) -> bytes:
+        """Return the text of `checkpoints.json`, which differs every time."""
+        plain = {"list_version": LIST_VERSION, **asdict(self), "written": uuid.uuid4().hex}
+        return json.dumps(plain, indent=1).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes | None) -> CheckpointList | None:
+        """Return the list in the text of a `checkpoints.json`; None where it is missing or damaged."""
+        try:
+            plain = json.loads(text or b"")
+            if plain["list_version"] != LIST_VERSION:
+                return None
+            return cls(int(plain["epoch"]), tuple(sorted(Listed(**entry) for entry in plain["checkpoints"])))
+        except (ValueError, KeyError, TypeError):
+            return None
+
+
+def run_folder(config: Config) -> str:
+    """Return the address of all that a run stores: checkpoints and their list, published ones, the goodput ledger."""
+    return join(config.storage.root, "runs", config.name)
+
+
+def checkpoint_name(images_seen: int, epoch: int) -> str:
+    """Return a name for a checkpoint's folder that no other has."""
+    return f"{FOLDER}{images_seen:012d}-e{epoch}-{uuid.uuid4().hex[:8]}"
+
+
+def complete_checkpoints(storage: Storage, folder: str) -> list[tuple[Listed, CheckpointState]]:
+    """Return the complete checkpoints directly below an address and their states, newest first.
+
+    One is complete if it has a `state.json` of a readable version and all files listed there, with the right sizes;
+    folders of interrupted writes are skipped. `fetch_newest`, which reads every byte, checks the digests. A checkpoint
+    of a later driver is newer, whatever it has seen.
+    """
+    return _examine(storage, folder, _folders(storage.list(folder), folder)).complete
+
+
+def newest_checkpoint(config: Config, storage: Storage) -> CheckpointState | None:
+    """Return the state of the newest complete checkpoint of a run, None where it has never had one.
+
+    Raises:
+        ModelError: there were checkpoints, and none of them is complete.
+    """
+    found = _usable(storage, run_folder(config))
+    return found.complete[0][1] if found.complete else None
+
+
+def fetch_newest(storage: Storage, folder: str, target: Path) -> tuple[CheckpointState | None, frozenset[str]]:
+    """Download the newest whole checkpoint of a run.
+
+    Returns:
+        (its state, None where the run has never had a checkpoint; the names of newer ones that are damaged).
+
+    Raises:
+        ModelError: there were checkpoints, and none of them is whole.
+    """
+    found = _usable(storage, folder)
+    damaged = dict(found.problems)
+    for listed, _ in found.complete:
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+        try:
+            _download(storage, join(folder, listed.name), target)
+            return verify_checkpoint(target), frozenset(damaged)
+        except (ModelError, NotFoundError) as error:
+            damaged[listed.name] = str(error).removeprefix(f"{target}/")
+            logger.warning("%s: %s; an older checkpoint is used", listed.name, damaged[listed.name])
+    if found.complete:
+        raise _none_whole(folder, damaged)
+    return None, frozenset()
+
+
+def enter_checkpoint(
+    storage: Storage, folder: str, listed: Listed, keep: int, damaged: Collection[str] = frozenset()
+) -> None:
+    """Add a stored checkpoint to the list of a run, and delete those that leave it.
+
+    Args:
+        keep: how many of the newest stay.
+        damaged: names of checkpoints that could not be read: they leave the list, lest they take a whole one's place.
+
+    Raises:
+        FencedError: a newer driver has written the list.
+    """
+    dropped: list[Listed] = []
+
+    def change(stored: bytes | None) -> bytes:
+        before = _current(stored, storage, folder, listed)
+        if before.epoch > listed.epoch:
+            raise Fence(storage, join(folder, LIST), listed.epoch, "").fenced()
+        entries = sorted({*before.checkpoints, listed})
+        kept = [entry for entry in entries if entry.name not in damaged][-keep:]
+        dropped[:] = [entry for entry in entries if entry not in kept]
+        return CheckpointList(listed.epoch, tuple(kept)).to_json()
+
+    storage.update(join(folder, LIST), change)
+    for old in dropped:
+        _delete(storage, join(folder, old.name))
+
+
+def take_over(storage: Storage, folder: str) -> Fence:
+    """Make the caller the newest driver of a run, and return its fence.
+
+    From here on no worker of an earlier driver can enter a checkpoint. What an earlier one had stored and not entered
+    any more is entered.
+    """
+    folders = _folders(storage.list(folder), folder)
+    known = CheckpointList.from_json(_read(storage, join(folder, LIST)))
+    above = max([known.epoch if known else 0, *(_epoch(name) for name in folders)])
+    fence = Fence.take(storage, join(folder, "driver"), above)
+
+    def change(stored: bytes | None) -> bytes:
+        before = _current(stored, storage, folder)
+        if before.epoch > fence.epoch:
+            raise fence.fenced()
+        newest = max(before.checkpoints, default=Listed(-1, -1, ""))
+        later = [listed for listed, _ in complete_checkpoints(storage, folder) if listed > newest]
+        return CheckpointList(fence.epoch, tuple(sorted({*before.checkpoints, *later}))).to_json()
+
+    storage.update(join(folder, LIST), change)
+    return fence
+
+
+def sweep(storage: Storage, folder: str, epoch: int | None = None) -> list[str]:
+    """Delete what interrupted uploads and rotations have left in a run's folder, and return the folders' names.
+
+    Deleted are incomplete checkpoints, and complete ones older than the oldest of the list, `GRACE_S` seconds after
+    their last byte by the store's clock. No others, ever; none at all where there is no list.
+
+    Args:
+        epoch: of a driver whose workers have ended: their incomplete checkpoints need no grace.
+    """
+    entries = storage.list(folder)
+    folders = _folders(entries, folder)
+    current = CheckpointList.from_json(_read(storage, join(folder, LIST)))
+    if current is None or not current.checkpoints:
+        return []
+    now = max((e.modified for e in entries if e.modified is not None), default=0.0)
+    complete = {listed.name: listed for listed, _ in _examine(storage, folder, folders).complete}
+    kept = {listed.name for listed in current.checkpoints}
+    deleted = []
+    for name, files in folders.items():
+        if name in kept or (name in complete and complete[name] >= current.checkpoints[0]):
+            continue
+        ended = name not in complete and _epoch(name) == epoch
+        at_rest = all(e.modified is not None and now - e.modified > GRACE_S for e in files)
+        if ended or at_rest:
+            _delete(storage, join(folder, name))
+            deleted.append(name)
+    return sorted(deleted)
+
+
+def _current(stored: bytes | None, storage: Storage, folder: str, new: Listed | None = None) -> CheckpointList:
+    """Return the stored list, or one made of the complete folders where it is lost.
+
+    Args:
+        new: a checkpoint that was never in it.
+    """
+    found = CheckpointList.from_json(stored)
+    if found is None:
+        complete = sorted(listed for listed, _ in complete_checkpoints(storage, folder) if listed != new)
+        found = CheckpointList(max((listed.epoch for listed in complete), default=0), tuple(complete))
+        if complete:
+            logger.warning("%s is lost: made again from %d folders", join(folder, LIST), len(complete))
+    return found
+
+
+def _folders(entries: Iterable[Entry], folder: str) -> dict[str, list[Entry]]:
+    """Return the files of each checkpoint folder directly below an address, by the folder's name."""
+    found: dict[str, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        parts = entry.uri[len(folder.rstrip("/")) + 1 :].split("/")
+        if len(parts) == 2 and parts[0].startswith(FOLDER):
+            found[parts[0]].append(entry)
+    return found
+
+
+@dataclass(frozen=True)
+class _Examined:
+    """What is in the checkpoint folders of a run.
+
+    Attributes:
+        complete: the complete ones, newest first.
+        problems: name -> what is wrong, for those with a `state.json` that are not.
+    """
+
+    complete: list[tuple[Listed, CheckpointState]]
+    problems: dict[str, str]
+
+
+def _examine(storage: Storage, folder: str, folders: Mapping[str, list[Entry]]) -> _Examined:
+    complete, problems = [], {}
+    for name, files in folders.items():
+        uri = join(folder, name)
+        sizes = {entry.uri[len(uri) + 1 :]: entry.size for entry in files}
+        if STATE not in sizes:
+            continue
+        try:
+            state = CheckpointState.from_json(storage.read(join(uri, STATE)), uri)
+        except NotFoundError:  # deleted meanwhile
+            continue
+        except ModelError as error:
+            problems[name] = str(error)
+            continue
+        missing = [file for file, size in state.sizes.items() if sizes.get(file) != size]
+        if missing:
+            problems[name] = f"{', '.join(missing)} is missing or cut short"
+        else:
+            complete.append((Listed(_epoch(name), state.images_seen, name), state))
+    return _Examined(sorted(complete, key=lambda pair: pair[0], reverse=True), problems)
+
+
+def _usable(storage: Storage, folder: str) -> _Examined:
+    """Return what there is to resume from, with listed checkpoints that are gone among the problems.
+
+    Raises:
+        ModelError: there were checkpoints, and none is complete: the run must not start anew by itself.
+    """
+    found = _examine(storage, folder, _folders(storage.list(folder), folder))
+    listed = CheckpointList.from_json(_read(storage, join(folder, LIST)))
+    there = {entry.name for entry, _ in found.complete} | found.problems.keys()
+    for entry in listed.checkpoints if listed else ():
+        if entry.name not in there:
+            found.problems[entry.name] = f"{STATE} is missing"
+    if found.problems and not found.complete:
+        raise _none_whole(folder, found.problems)
+    for name, problem in found.problems.items():
+        logger.warning("%s: %s; an older checkpoint is used", join(folder, name), problem)
+    return found
+
+
+def _none_whole(folder: str, problems: Mapping[str, str]) -> ModelError:
+    named = "\n  ".join(f"{name}: {problem}" for name, problem in problems.items())
+    return ModelError(
+        f"no checkpoint in {folder} is whole:\n  {named}\n"
+        "Bring their files back, or delete the folder to start anew, or use another name=…"
+    )
+
+
+def _download(storage: Storage, address: str, folder: Path) -> None:
+    """Download the files of a checkpoint that its `state.json` names, and no others.
+
+    Raises:
+        ModelError, NotFoundError: it is not complete.
+    """
+    text = storage.read(join(address, STATE))
+    state = CheckpointState.from_json(text, address)
+    for name in state.files:
+        storage.download(join(address, name), folder / name)
+    (folder / STATE).write_bytes(text)
+
+
+def _delete(storage: Storage, folder: str) -> None:
+    """Delete a checkpoint folder, `state.json` first; what cannot be deleted now is left to the next sweep."""
+    try:
+        storage.delete(join(folder, STATE))
+        storage.delete_folder(folder)
+    except StorageError as error:
+        logger.warning("an old checkpoint stays for now: %s", error)
+
+
+def _epoch(name: str) -> int:
+    """Return the epoch in a folder's name; 0 for a release without epochs."""
+    found = _NAME.match(name)
+    return int(found["epoch"]) if found else 0
+
+
+def _read(storage: Storage, uri: str) -> bytes | None:
+    try:
+        return storage.read(uri)
+    except NotFoundError:
+        return None

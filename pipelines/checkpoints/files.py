@@ -1,0 +1,212 @@
+"""Checkpoint files: saving, loading, and whether a run may continue from one.
+
+A checkpoint is a folder with `model.json` and `model.safetensors` (the averaged weights used for sampling, so that it
+is a model folder), `power_ema.safetensors` (averages for post-hoc reconstruction, if the run tracks them),
+`training.safetensors` (raw weights, optimizer state, timestep history) and `state.json`, which has the sizes and
+digests of the other files and is written last, so that a folder with it is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ddpm.model import ModelSpec, save_model
+from pipelines.config import Config
+from pipelines.errors import PipelineError
+from pipelines.shards.index import Dataset
+from pipelines.shards.quarantine import Quarantine, stream_digest
+
+CHECKPOINT_VERSION = 2
+STATE = "state.json"
+"""The file that is written last: a folder with it is complete."""
+_EMA, _POWER = "ema.", "power."  # prefixes of the tensors that are stored in separate files
+
+
+class ModelError(PipelineError):
+    """The error for a MODEL reference that does not exist, or a checkpoint that is damaged or of another run."""
+
+
+@dataclass(frozen=True)
+class CheckpointState:
+    """The content of `state.json`.
+
+    Attributes:
+        images_seen: position in the data stream, the ordinal of the next batch's first sample.
+        identity: `Config.identity()` of the run.
+        stream_digest: digest of the training data, including which samples are quarantined.
+        optimizer_steps: number of updates so far.
+        skipped: number of updates skipped so far because a loss or gradient was not finite.
+        files: file name -> SHA-256, for the other files.
+        sizes: file name -> size in bytes.
+    """
+
+    images_seen: int
+    identity: dict[str, Any]
+    stream_digest: str
+    optimizer_steps: int
+    skipped: int
+    files: dict[str, str]
+    sizes: dict[str, int]
+
+    def to_json(self) -> str:
+        """Return the text of `state.json`."""
+        return json.dumps({"checkpoint_version": CHECKPOINT_VERSION, **asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str) -> CheckpointState:
+        """Return the state in the text of a `state.json`.
+
+        Raises:
+            ModelError: the text is damaged or of another version.
+        """
+        try:
+            plain = json.loads(text)
+            version = plain.pop("checkpoint_version", None)
+            if version == CHECKPOINT_VERSION:
+                state = cls(**plain)
+                _require_bare_names([*state.files, *state.sizes], where)
+                return state
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ModelError(f"{where}/state.json is damaged ({error}): the checkpoint cannot be used") from error
+        raise ModelError(f"{where}: checkpoint version {version}, this release reads {CHECKPOINT_VERSION}")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The content of a checkpoint before it is written.
+
+    Attributes:
+        spec: description of the model with the averaged weights.
+        tensors: by name: "ema.NAME" for the averaged weights used for sampling, "power.I.NAME" for the averages for
+            post-hoc reconstruction; all others are needed only for training.
+    """
+
+    spec: ModelSpec
+    tensors: Mapping[str, Tensor]
+    images_seen: int
+    identity: dict[str, Any]
+    optimizer_steps: int
+    skipped: int = 0
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> CheckpointState:
+    """Write a checkpoint folder and return its state; `state.json` is written last, so a folder with it is complete."""
+    averaged, power, rest = {}, {}, {}
+    for name, tensor in checkpoint.tensors.items():
+        if name.startswith(_EMA):
+            averaged[name.removeprefix(_EMA)] = tensor
+        elif name.startswith(_POWER):
+            power[name] = tensor
+        else:
+            rest[name] = tensor
+    save_model(folder, checkpoint.spec, averaged)
+    save_file(rest, folder / "training.safetensors")
+    if power:
+        save_file(power, folder / "power_ema.safetensors")
+    paths = sorted(path for path in folder.iterdir() if path.name != STATE)
+    state = CheckpointState(
+        checkpoint.images_seen,
+        checkpoint.identity,
+        checkpoint.spec.lineage["stream_digest"],
+        checkpoint.optimizer_steps,
+        checkpoint.skipped,
+        {path.name: _sha256(path) for path in paths},
+        {path.name: path.stat().st_size for path in paths},
+    )
+    (folder / STATE).write_text(state.to_json())
+    return state
+
+
+def with_file(state: CheckpointState, path: Path) -> CheckpointState:
+    """Return the state of a checkpoint that has one file more, named as on this disk."""
+    return replace(
+        state,
+        files={**state.files, path.name: _sha256(path)},
+        sizes={**state.sizes, path.name: path.stat().st_size},
+    )
+
+
+def load_checkpoint(folder: Path) -> tuple[CheckpointState, dict[str, Tensor]]:
+    """Return (state, tensors by their names in `Checkpoint`) of a checkpoint folder.
+
+    Raises:
+        ModelError: the checkpoint is incomplete, damaged or of another version.
+    """
+    state = verify_checkpoint(folder)
+    return state, load_tensors(folder, state)
+
+
+def load_tensors(folder: Path, state: CheckpointState) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint folder that has been verified, by their names in `Checkpoint`."""
+    tensors = load_file(folder / "training.safetensors")
+    tensors |= {_EMA + name: tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    if "power_ema.safetensors" in state.files:
+        tensors |= load_file(folder / "power_ema.safetensors")
+    return tensors
+
+
+def verify_checkpoint(folder: Path) -> CheckpointState:
+    """Return the state of a checkpoint folder after checking the digests of its files.
+
+    Raises:
+        ModelError: the checkpoint is incomplete, damaged or of another version.
+    """
+    try:
+        state = CheckpointState.from_json((folder / STATE).read_bytes(), str(folder))
+    except FileNotFoundError as error:
+        raise ModelError(f"{folder} is not a complete checkpoint: state.json is missing") from error
+    for name, digest in state.files.items():
+        if not (folder / name).is_file() or _sha256(folder / name) != digest:
+            raise ModelError(f"{folder / name} is missing or damaged: its SHA-256 is not the recorded one")
+    return state
+
+
+def check_resumable(
+    state: CheckpointState, config: Config, dataset: Dataset, quarantine: Quarantine | None = None
+) -> None:
+    """Raise if a run would continue with other settings, or with other data unless `data.allow_changed` is set.
+
+    Raises:
+        ModelError: settings or data differ; the message names every field that differs.
+    """
+    now = json.loads(json.dumps(config.identity()))
+    fields = sorted(state.identity.keys() | now.keys())
+    named = [f for f in fields if state.identity.get(f) != now.get(f)]
+    differing = [f"{f}: {state.identity.get(f)} before, {now.get(f)} now" for f in named]
+    digest = stream_digest(dataset, quarantine)
+    if state.stream_digest != digest and not config.data.allow_changed:
+        differing.append(
+            f"dataset digest: {state.stream_digest[:12]} before, {digest[:12]} now (data or quarantine have changed; "
+            "data.allow_changed=true goes on with them, and from there on which sample is which is another matter)"
+        )
+    if differing:
+        listed = "\n  ".join(differing)
+        raise ModelError(
+            f"the run '{config.name}' was trained with other settings:\n  {listed}\n"
+            "Use the same settings to resume it, or another name=… to start a new run"
+            + (" (optim.decay=constant lets a run go on past its length)" if "images" in named else "")
+        )
+
+
+def _require_bare_names(names: Iterable[str], where: str) -> None:
+    """Refuse names that would lead out of the checkpoint's folder.
+
+    Raises:
+        ModelError: names the first one.
+    """
+    for name in names:
+        if name in ("", ".", "..") or "/" in name or "\\" in name or name == STATE:
+            raise ModelError(f"{where}/{STATE} lists {name!r}, which is no file of a checkpoint: it cannot be used")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

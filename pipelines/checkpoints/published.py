@@ -1,0 +1,125 @@
+"""Published checkpoints: copies that stay, recorded in the run's MLflow run with their scores."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ddpm.ema import PowerSnapshot, reconstruct
+from pipelines import tracking
+from pipelines.checkpoints.files import STATE, CheckpointState, ModelError
+from pipelines.scratch import scratch_folder
+from pipelines.storage import Storage, join
+from pipelines.tracking import Tracker
+
+PUBLISHED = "checkpoints"
+"""Folder of the records among the artifacts of the MLflow run."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A checkpoint that is kept permanently, as recorded in MLflow.
+
+    Attributes:
+        scores: name -> value of evaluation scores, recorded after publishing.
+    """
+
+    uri: str
+    images_seen: int
+    digest: str
+    scores: dict[str, float] = field(default_factory=dict)
+
+    def record(self) -> tuple[str, str]:
+        """Return (text, name) of the artifact that records it in the MLflow run."""
+        return tracking.to_json(asdict(self)), f"{PUBLISHED}/{self.images_seen:012d}.json"
+
+
+def publish(storage: Storage, uri: str, target_uri: str, state: CheckpointState) -> Published:
+    """Copy a checkpoint's stored files to an address where they stay, `state.json` last, and return their record."""
+    for name in state.files:
+        storage.copy(join(uri, name), join(target_uri, name))
+    storage.write(join(target_uri, STATE), state.to_json().encode())
+    digest = hashlib.sha256(json.dumps(state.files, sort_keys=True).encode()).hexdigest()
+    return Published(target_uri, state.images_seen, digest)
+
+
+def record_published(tracker: Tracker, published: Published) -> None:
+    """Record a published checkpoint in the MLflow run, or update its record."""
+    tracker.text(*published.record())
+
+
+def list_published(tracker: Tracker) -> list[Published]:
+    """Return a run's published checkpoints, oldest first."""
+    return [Published(**json.loads(tracker.read_text(name))) for name in sorted(tracker.names(PUBLISHED))]
+
+
+def record_scores(tracker: Tracker, images_seen: int, scores: Mapping[str, float]) -> None:
+    """Add an evaluation's scores to a published checkpoint's record.
+
+    Raises:
+        ModelError: the run has no published checkpoint at that number of images.
+    """
+    for published in list_published(tracker):
+        if published.images_seen == images_seen:
+            record_published(tracker, replace(published, scores={**published.scores, **scores}))
+            return
+    raise ModelError(f"run {tracker.run_id} has no published checkpoint at {images_seen} images to add scores to")
+
+
+def best_published(tracker: Tracker, score: str, *, lowest: bool) -> Published:
+    """Return the published checkpoint with the best value of a score; the older one in case of a tie.
+
+    Raises:
+        ModelError: no checkpoint has that score; the message lists the recorded scores.
+    """
+    published = list_published(tracker)
+    scored = [p for p in published if score in p.scores]
+    if not scored:
+        there = ", ".join(sorted({name for p in published for name in p.scores})) or "none"
+        raise ModelError(f"no published checkpoint of run {tracker.run_id} has the score '{score}'; there are: {there}")
+    return min(scored, key=lambda p: p.scores[score] if lowest else -p.scores[score])
+
+
+def reconstruct_average(
+    tracker: Tracker, storage: Storage, sigma_rel: float, images_seen: int | None = None
+) -> dict[str, Tensor]:
+    """Return the weights of an average with a width chosen after training, from a run's published checkpoints.
+
+    Args:
+        sigma_rel: relative width of the average.
+        images_seen: number of images of the average; default is that of the newest published checkpoint.
+
+    Raises:
+        ModelError: the run kept no power-function averages, or the width or number of images is out of range.
+    """
+    snapshots = []
+    with tempfile.TemporaryDirectory(prefix="power-", dir=scratch_folder()) as scratch:
+        for published in list_published(tracker):
+            state = CheckpointState.from_json(storage.read(join(published.uri, STATE)), published.uri)
+            if "power_ema.safetensors" not in state.files:
+                continue
+            path = Path(scratch) / f"{published.images_seen}.safetensors"
+            storage.download(join(published.uri, "power_ema.safetensors"), path)
+            by_width: dict[int, dict[str, Tensor]] = defaultdict(dict)
+            for full, tensor in load_file(path).items():
+                _, number, name = full.split(".", 2)
+                by_width[int(number)][name] = tensor
+            widths = state.identity["optim.power_ema"]
+            snapshots += [PowerSnapshot(w, state.images_seen, widths[i]) for i, w in sorted(by_width.items())]
+    if not snapshots:
+        raise ModelError(
+            f"run {tracker.run_id} has published no power-function averages: train with optim.power_ema=[0.05,0.1]"
+        )
+    try:
+        at = max(s.images_seen for s in snapshots) if images_seen is None else images_seen
+        return reconstruct(snapshots, at, sigma_rel)
+    except ValueError as error:
+        raise ModelError(f"run {tracker.run_id}: {error}") from error

@@ -1,0 +1,97 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pipelines.checkpoints import (
+    ModelError,
+    check_resumable,
+    load_checkpoint,
+    save_checkpoint,
+    with_file,
+)
+from pipelines.config import compose
+from pipelines.references import resolve
+from pipelines.storage import Storage
+from tests.pipelines.checkpoints.tiny import CONFIG, DATASET, a_checkpoint
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_checkpoint(tmp_path / "c", a_checkpoint(128))
+    return tmp_path / "c"
+
+
+def test_a_checkpoint_brings_back_every_bit(tmp_path):
+    checkpoint = a_checkpoint(128, power=True)
+    state = save_checkpoint(tmp_path / "c", checkpoint)
+    loaded, tensors = load_checkpoint(tmp_path / "c")
+    assert loaded == replace(state, identity=json.loads(json.dumps(state.identity)))
+    assert (loaded.images_seen, loaded.optimizer_steps, loaded.skipped) == (128, 1, 2)
+    assert tensors.keys() == checkpoint.tensors.keys()
+    assert all(torch.equal(tensors[k], v) for k, v in checkpoint.tensors.items())
+
+
+def test_a_checkpoint_is_a_model_folder(folder):
+    model = resolve(str(folder), tracking_uri=None, storage=Storage()).model
+    assert model.spec.classes == DATASET.classes
+    assert model.spec.sampling.guidance.scale == CONFIG.guidance.scale
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "model.json"])
+def test_a_flipped_bit_or_a_missing_file_is_found(folder, name):
+    path = folder / name
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ModelError, match=f"{name} is missing or damaged"):
+        load_checkpoint(folder)
+    path.unlink()
+    with pytest.raises(ModelError, match=f"{name} is missing or damaged"):
+        load_checkpoint(folder)
+
+
+def test_a_folder_without_its_last_file_is_incomplete(folder):
+    (folder / "state.json").unlink()
+    with pytest.raises(ModelError, match="not a complete checkpoint"):
+        load_checkpoint(folder)
+
+
+def test_a_state_of_another_release_or_of_no_sense_is_refused(folder):
+    path = folder / "state.json"
+    plain = json.loads(path.read_text())
+    for damaged in ("[]", "", "{}", json.dumps({**plain, "checkpoint_version": 99}), json.dumps({**plain, "x": 1})):
+        path.write_text(damaged)
+        with pytest.raises(ModelError, match=r"damaged|checkpoint version"):
+            load_checkpoint(folder)
+
+
+def test_other_settings_or_data_are_refused_by_name(folder):
+    state = load_checkpoint(folder)[0]
+    check_resumable(state, CONFIG, DATASET)
+    check_resumable(state, compose(["+experiment=digits", "cluster.num_workers=1"]), DATASET)
+    with pytest.raises(ModelError, match=r"optim\.lr: 0\.002 before, 0\.5 now"):
+        check_resumable(state, compose(["+experiment=digits", "optim.lr=0.5"]), DATASET)
+    with pytest.raises(ModelError, match="dataset digest"):
+        check_resumable(state, CONFIG, replace(DATASET, digest="other"))
+
+
+@pytest.mark.parametrize("name", ["../escaped", "/etc/escaped", "a/b", "..", "state.json", "a\\b"])
+def test_a_state_that_names_files_outside_its_folder_is_refused(folder, name):
+    path = folder / "state.json"
+    plain = json.loads(path.read_text())
+    for field in ("files", "sizes"):
+        path.write_text(json.dumps({**plain, field: {**plain[field], name: plain[field]["model.json"]}}))
+        with pytest.raises(ModelError, match="which is no file of a checkpoint"):
+            load_checkpoint(folder)
+
+
+def test_a_file_that_is_added_later_is_checked_like_the_others(folder):
+    state = load_checkpoint(folder)[0]
+    (folder / "unsent.zip").write_bytes(b"points")
+    (folder / "state.json").write_text(with_file(state, folder / "unsent.zip").to_json())
+    assert load_checkpoint(folder)[0].sizes["unsent.zip"] == 6
+    (folder / "unsent.zip").write_bytes(b"paints")
+    with pytest.raises(ModelError, match=r"unsent\.zip is missing or damaged"):
+        load_checkpoint(folder)

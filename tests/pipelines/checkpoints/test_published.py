@@ -1,0 +1,61 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddpm.models.unet import UNet
+from pipelines.checkpoints import (
+    ModelError,
+    best_published,
+    list_published,
+    load_checkpoint,
+    publish,
+    reconstruct_average,
+    record_published,
+    record_scores,
+    save_checkpoint,
+)
+from pipelines.config import compose
+from pipelines.storage import Storage
+from tests.pipelines.checkpoints import tiny
+from tests.pipelines.checkpoints.tiny import SMALL, a_checkpoint
+from tests.pipelines.training.loop.ranks import MemoryTracker
+
+
+def published(tmp_path, tracker, *images):
+    for seen in images:
+        state = save_checkpoint(tmp_path / "saved" / str(seen), a_checkpoint(seen, power=True))
+        source, target = f"file://{tmp_path}/saved/{seen}", f"file://{tmp_path}/published/{seen}"
+        record_published(tracker, publish(Storage(), source, target, state))
+
+
+def test_published_checkpoints_are_whole_copies_and_the_best_is_found_by_a_score(tmp_path):
+    tracker = MemoryTracker()
+    published(tmp_path, tracker, 100, 200, 300)
+    for seen, distance in [(100, 5.0), (200, 3.0), (300, 4.0)]:
+        record_scores(tracker, seen, {"frechet_distance": distance})
+    record_scores(tracker, 100, {"accuracy": 0.9})
+    assert [p.images_seen for p in list_published(tracker)] == [100, 200, 300]
+    best = best_published(tracker, "frechet_distance", lowest=True)
+    assert best.images_seen == 200
+    assert load_checkpoint(Path(best.uri.removeprefix("file://")))[0].images_seen == 200
+    assert best_published(tracker, "frechet_distance", lowest=False).images_seen == 100
+    assert list_published(tracker)[0].scores == {"frechet_distance": 5.0, "accuracy": 0.9}
+    with pytest.raises(ModelError, match="there are: accuracy, frechet_distance"):
+        best_published(tracker, "fid", lowest=True)
+    with pytest.raises(ModelError, match="no published checkpoint at 7"):
+        record_scores(tracker, 7, {})
+
+
+def test_an_average_of_another_width_is_made_from_published_snapshots(tmp_path, monkeypatch):
+    tracker = MemoryTracker()
+    with pytest.raises(ModelError, match=r"train with optim\.power_ema"):
+        reconstruct_average(tracker, Storage(), 0.1)
+    monkeypatch.setattr(tiny, "CONFIG", compose(["+experiment=digits", "optim.power_ema=[0.05,0.1]"]))
+    published(tmp_path, tracker, 100, 200)
+    tracked = reconstruct_average(tracker, Storage(), 0.1, 100)  # one of the snapshots itself
+    assert all(torch.equal(t, torch.full_like(t, 100.0)) for t in tracked.values())
+    between = reconstruct_average(tracker, Storage(), 0.07)
+    assert between.keys() == UNet(SMALL).state_dict().keys()
+    with pytest.raises(ModelError, match="the target stands at 500"):
+        reconstruct_average(tracker, Storage(), 0.1, 500)

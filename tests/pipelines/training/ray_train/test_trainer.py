@@ -1,0 +1,33 @@
+"""What Ray Train is asked for; no cluster is needed to say it."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipelines.config import ClusterConfig, compose
+from pipelines.training.ray_train.trainer import make_trainer, torch_config
+
+
+def cluster(*overrides: str) -> ClusterConfig:
+    return compose(["+experiment=digits", *(f"cluster.{o}" for o in overrides)]).cluster
+
+
+def failure_config(*overrides: str):
+    return make_trainer(print, {}, cluster(*overrides), "r").run_config.failure_config
+
+
+def test_rays_failure_config_has_what_the_cluster_configuration_says():
+    asked = ["max_failures=5", "max_preemption_failures=7", "preemption_grace_s=90", "patience_s=121"]
+    found = failure_config(*asked)
+    assert (found.max_failures, found.max_preemption_failures, found.preemption_grace_s) == (5, 7, 90)
+    assert found.controller_failure_limit == 3
+
+
+def test_by_default_preemptions_are_not_counted_and_end_the_others_at_once():
+    found = failure_config()
+    assert (found.max_preemption_failures, found.preemption_grace_s) == (-1, 0)
+
+
+@pytest.mark.parametrize(("seconds", "group_timeout"), [("600", 660), ("0.5", 61), ("0", 1800), ("null", 1800)])
+def test_a_collective_outlasts_the_watchdog_which_can_say_where_it_hangs(seconds, group_timeout):
+    assert torch_config(cluster(f"step_timeout_s={seconds}")).timeout_s == group_timeout
