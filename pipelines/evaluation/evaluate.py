@@ -24,6 +24,7 @@ from pipelines.display import Notice, Progress, no_notice, no_progress
 from pipelines.evaluation.devices import task_device
 from pipelines.evaluation.features import EvaluatorNetwork, extract, train_evaluator
 from pipelines.evaluation.tasks import finished
+from pipelines.scratch import scratch_folder
 from pipelines.shards.cache import ShardCache
 from pipelines.shards.fetch import ShardFetcher
 from pipelines.shards.index import Dataset, DatasetError
@@ -140,7 +141,7 @@ def get_evaluator(
     """
     folder = join(dataset.uri, "evaluator", dataset.digest[:16])
     network = EvaluatorNetwork(dataset.channels, dataset.image_size, max(len(dataset.classes), 1)).eval()
-    with tempfile.TemporaryDirectory(prefix="ddpm-evaluator-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="evaluator-", dir=scratch_folder()) as scratch:
         path = Path(scratch) / "evaluator.safetensors"
         if storage.exists(join(folder, "evaluator.json")):
             storage.download(join(folder, path.name), path)

@@ -29,6 +29,7 @@ from pipelines.evaluation.evaluate import Evaluator
 from pipelines.evaluation.features import extract
 from pipelines.evaluation.tasks import finished
 from pipelines.references import classifier_for, weaker_for
+from pipelines.scratch import scratch_folder
 from pipelines.search.judge import Drawn, SampleScorer, Subject, gain, hopeless, interval, rungs, scores
 from pipelines.search.observer import Observer
 from pipelines.search.optuna_search import searcher
@@ -225,7 +226,7 @@ def run_trials(
         tune.with_parameters(GuidanceTrial, shared={"subject": subject, "study": study, "base": base}), resources
     )
     # Tune needs a folder for its own state, which is not used: the records are the state of the study.
-    with tempfile.TemporaryDirectory(prefix="ddpm-tune-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="tune-", dir=scratch_folder()) as scratch:
         tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(

@@ -44,6 +44,10 @@ class NotFoundError(StorageError):
     """There is nothing at the address."""
 
 
+class ShortObjectError(StorageError):
+    """The object ends before the bytes that were asked for."""
+
+
 class ConflictError(StorageError):
     """A conditional write found other bytes than it expected: another writer was faster."""
 
@@ -55,6 +59,11 @@ class TransientStorageError(StorageError, TransientError):
 def not_found(uri: str) -> NotFoundError:
     """The error of an address where nothing is stored."""
     return NotFoundError(f"{uri}: nothing is stored there")
+
+
+def cut_short(uri: str) -> ShortObjectError:
+    """The error of an object that ends too early."""
+    return ShortObjectError(f"{uri} ends before the bytes that were asked for: it is cut short")
 
 
 def is_network_error(error: BaseException) -> bool:

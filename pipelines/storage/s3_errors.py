@@ -10,7 +10,7 @@ import time
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from pipelines.storage.errors import StorageError, TransientStorageError, is_network_error, not_found
+from pipelines.storage.errors import StorageError, TransientStorageError, cut_short, is_network_error, not_found
 
 ABSENT = {"404", "NoSuchKey", "NotFound"}
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken", "RequestExpired"}
@@ -131,6 +131,8 @@ def _sort_answer(uri: str, error: Any, temporary_credentials: bool) -> StorageEr
     skew_s = _skew_s(answer)
     if code in ABSENT:
         return not_found(uri)
+    if code == "InvalidRange" or status == 416:
+        return cut_short(uri)
     if code == "RequestTimeTooSkewed" or (status == 403 and abs(skew_s) > MAX_SKEW_S):
         ahead = (
             f" (it is {abs(skew_s) / 60:.0f} minutes {'ahead' if skew_s > 0 else 'behind'})" if abs(skew_s) > 60 else ""

@@ -18,8 +18,16 @@ from pathlib import Path
 
 from pipelines.config import Config
 from pipelines.retry import PATIENCE_S, retry
+from pipelines.scratch import scratch_folder
 from pipelines.storage.backend import Backend, Connection, Entry
-from pipelines.storage.errors import ConflictError, NotFoundError, StorageError, TransientStorageError, not_found
+from pipelines.storage.errors import (
+    ConflictError,
+    NotFoundError,
+    ShortObjectError,
+    StorageError,
+    TransientStorageError,
+    not_found,
+)
 from pipelines.storage.fsspec_backend import PROTOCOLS, FsspecBackend
 from pipelines.storage.local import LocalBackend, local_path
 from pipelines.storage.s3 import S3Backend
@@ -81,7 +89,8 @@ class Storage(Connection):
 
         Raises:
             TransientStorageError: patience has run out.
-            StorageError: what no patience mends, or an object that ends before `stop`.
+            ShortObjectError: the object ends before `stop`.
+            StorageError: what no patience mends.
         """
         at, requests = start, 0
 
@@ -101,7 +110,7 @@ class Storage(Connection):
             reached = at
             retry(request, patience_s)
             if at == reached:
-                raise StorageError(f"{uri} ends at byte {at}, {stop} were expected: it is cut short")
+                raise ShortObjectError(f"{uri} ends at byte {at}, {stop} were expected: it is cut short")
         return requests
 
     def write(self, uri: str, data: bytes, *, patience_s: float = PATIENCE_S) -> None:
@@ -175,7 +184,7 @@ class Storage(Connection):
         elif is_local(source):
             self.upload(local_path(source), target, patience_s=patience_s)
         else:
-            with tempfile.TemporaryDirectory(prefix="ddpm-copy-") as scratch:
+            with tempfile.TemporaryDirectory(prefix="copy-", dir=scratch_folder()) as scratch:
                 self.download(source, Path(scratch) / "object", patience_s=patience_s)
                 self.upload(Path(scratch) / "object", target, patience_s=patience_s)
 

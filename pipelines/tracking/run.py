@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from numpy.typing import NDArray
 
 from pipelines.retry import PATIENCE_S
+from pipelines.scratch import scratch_folder
 from pipelines.tracking.client import TrackingError, ask, first_answer
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ class Tracker:
         folder, _, last = name.rpartition("/")
 
         def write(client: MlflowClient) -> None:
-            with tempfile.TemporaryDirectory(prefix="ddpm-artifact-") as scratch:
+            with tempfile.TemporaryDirectory(prefix="artifact-", dir=scratch_folder()) as scratch:
                 (Path(scratch) / last).write_bytes(data)
                 client.log_artifact(self.run_id, str(Path(scratch) / last), folder or None)
 
@@ -128,7 +129,7 @@ class Tracker:
         """Return a text artifact."""
 
         def read(client: MlflowClient) -> str:
-            with tempfile.TemporaryDirectory(prefix="ddpm-artifact-") as scratch:
+            with tempfile.TemporaryDirectory(prefix="artifact-", dir=scratch_folder()) as scratch:
                 return Path(client.download_artifacts(self.run_id, name, scratch)).read_text()
 
         return self._ask(read)

@@ -19,6 +19,7 @@ from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint, CheckpointState, ModelError
 from pipelines.errors import PipelineError
 from pipelines.references import initial_weights
+from pipelines.scratch import scratch_folder
 from pipelines.storage import join
 from pipelines.tracking import RunLog
 from pipelines.training.loop.collectives import broadcast, broadcast_object, gather
@@ -95,7 +96,7 @@ class Checkpointer:
 
     def _store(self, checkpoint: Checkpoint, *, publish: bool) -> None:
         began = time.monotonic()
-        folder = Path(tempfile.mkdtemp(prefix="ddpm-checkpoint-"))
+        folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=scratch_folder()))
         try:
             self._upload(folder, checkpoint, publish=publish)
         finally:
@@ -195,7 +196,7 @@ def _read(context: RunContext, state: TrainingState, log: RunLog | None) -> tupl
     """Return the newest checkpoint and its tensors; errors are returned, because all ranks must learn of them."""
     job = context.job
     try:
-        with tempfile.TemporaryDirectory(prefix="ddpm-restored-") as scratch:
+        with tempfile.TemporaryDirectory(prefix="restored-", dir=scratch_folder()) as scratch:
             folder = Path(scratch) / "checkpoint"
             stored, damaged = checkpoints.fetch_newest(job.storage, job.run_uri, folder)
             if stored is None:

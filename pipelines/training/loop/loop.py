@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 
+from pipelines.scratch import warn_if_short
 from pipelines.shards.cache import ShardCorruptError
 from pipelines.shards.read import Batch, default_cache_dir
 from pipelines.tracking import TrackingError
@@ -69,6 +70,8 @@ class TrainingLoop:
 
         # Restore the newest checkpoint, or start from new or given weights.
         self.state = make_state(context)
+        if context.rank == 0:  # one is written at a time; others wait in memory
+            warn_if_short(sum(t.nbytes for t in self.state.tensors().values()), "a checkpoint before its upload")
         restored, damaged = restore(context, self.state, self.log)
         if not restored and self.config.init_from is not None:
             load_initial_model(context, self.state)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from pipelines.scratch import scratch_folder
 from pipelines.tracking import RunLog
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.hardware import flops_per_image, memory_gib, peak_flops
@@ -93,7 +94,7 @@ class Profiler:
         elif self.left == 1:
             self.profile.stop()
             assert self.log is not None
-            with tempfile.TemporaryDirectory(prefix="ddpm-profile-") as scratch:
+            with tempfile.TemporaryDirectory(dir=scratch_folder()) as scratch:
                 path = Path(scratch) / "trace.json"
                 self.profile.export_chrome_trace(str(path))
                 self.log.text(path.read_text(), f"profile/{self.at:012d}.json", images_seen)
