@@ -104,8 +104,6 @@ class FolderShell:
     def flush(self):
         for future in self.under_way:
             future.result()
-        if dist.is_initialized():
-            dist.barrier()
 
     def progress(self, progress):
         self.reports.append(progress)
