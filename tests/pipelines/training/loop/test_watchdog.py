@@ -190,3 +190,17 @@ def test_what_nccl_remembers_is_logged_where_torch_has_it(monkeypatch):
     assert watchdog.nccl_trace() == "none"
     monkeypatch.setattr(_distributed_c10d, "_dump_nccl_trace_json", lambda onlyActive: b'{"a": 1}', raising=False)
     assert watchdog.nccl_trace() == '{"a": 1}'
+
+
+def test_a_process_that_hangs_is_ended_although_nothing_can_be_said(monkeypatch):
+    def full(*args):
+        raise OSError("no space left on device")
+
+    ended = threading.Event()
+    monkeypatch.setattr(watchdog, "POLL_S", 0.01)
+    monkeypatch.setattr(watchdog, "STALLED_GRACE_S", 0.05)
+    monkeypatch.setattr(watchdog, "end_process", ended.set)
+    monkeypatch.setattr(watchdog, "stacks", full)
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    with watchdog.Watchdog(Clock(time.monotonic()), 0.1):
+        assert ended.wait(30)
