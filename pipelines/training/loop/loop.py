@@ -18,6 +18,7 @@ from pipelines.shards.read import Batch, default_cache_dir
 from pipelines.tracking import TrackingError
 from pipelines.training.loop import hardware
 from pipelines.training.loop.checkpoint import Checkpointer, load_initial_model, restore
+from pipelines.training.loop.collectives import broadcast_object
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.data import training_stream
 from pipelines.training.loop.log import finish_log, open_log
@@ -152,6 +153,7 @@ class TrainingLoop:
         if self.state.images_seen > self.saved_at:
             self._save(finished=False)
         self._finish_uploads()
+        broadcast_object(None)  # the error ends the other ranks: rank 0 has to have stored the checkpoint
         if self.read_error is not None:
             raise self.read_error
 
