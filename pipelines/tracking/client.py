@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipelines.errors import PipelineError
 from pipelines.retry import TransientError
@@ -75,3 +75,18 @@ def first_answer(uri: str, call: Callable[[MlflowClient], T]) -> T:
             f"no answer from MLflow at {uri}: {error.message.splitlines()[0]}. "
             "Check tracking.uri and MLFLOW_TRACKING_URI, or start the local stack with `ddpm up`"
         ) from error
+
+
+def pages(page: Callable[[str | None], Any]) -> Iterator[Any]:
+    """Yield what all pages of an answer hold.
+
+    Args:
+        page: returns the page of a token; None is the first.
+    """
+    token = None
+    while True:
+        answer = page(token)
+        yield from answer
+        token = answer.token
+        if not token:
+            return
