@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipelines.credentials import MLFLOW_FILE, read_mlflow_file
 from pipelines.errors import PipelineError
@@ -180,3 +180,18 @@ def first_answer(uri: str, call: Callable[[MlflowClient], T]) -> T:
             f"{error}. Check tracking.uri and MLFLOW_TRACKING_URI, or start the local stack with `ddpm up`",
             error.status,
         ) from error
+
+
+def pages(page: Callable[[str | None], Any]) -> Iterator[Any]:
+    """Yield what all pages of an answer hold.
+
+    Args:
+        page: returns the page of a token; None is the first.
+    """
+    token = None
+    while True:
+        answer = page(token)
+        yield from answer
+        token = answer.token
+        if not token:
+            return

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.tracking.client import ask, authenticate
+from pipelines.tracking.client import ask, authenticate, pages
 from pipelines.tracking.run import Tracker
 
 if TYPE_CHECKING:
@@ -160,15 +160,24 @@ def download_version(uri: str, found: ModelVersion, folder: Path) -> Path:
 def all_versions(uri: str) -> list[ModelVersion]:
     """Return every version of every registered model."""
 
-    def read(mlflow: MlflowClient) -> list[Any]:
-        found: list[Any] = []
-        token: str | None = None
-        while True:
-            page = mlflow.search_model_versions("", max_results=1000, page_token=token)
-            found += page
-            token = page.token
-            if not token:
-                return found
+    def read(mlflow: MlflowClient) -> tuple[list[Any], list[Any]]:
+        models = pages(lambda token: mlflow.search_registered_models(max_results=1000, page_token=token))
+        found = pages(lambda token: mlflow.search_model_versions(max_results=1000, page_token=token))
+        return list(models), list(found)
 
-    found = ask(uri, read)
-    return [ModelVersion(v.name, str(v.version), v.run_id or "", dict(v.tags), tuple(v.aliases)) for v in found]
+    models, found = ask(uri, read)
+    # MLflow's search leaves the aliases of versions out; those of models are there.
+    aliases: dict[tuple[str, str], list[str]] = {}
+    for model in models:
+        for alias, number in model.aliases.items():
+            aliases.setdefault((model.name, str(number)), []).append(alias)
+    return [
+        ModelVersion(
+            v.name,
+            str(v.version),
+            v.run_id or "",
+            dict(v.tags),
+            tuple(sorted(aliases.get((v.name, str(v.version)), []))),
+        )
+        for v in found
+    ]

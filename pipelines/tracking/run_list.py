@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pipelines.tracking.client import client, first_answer, reporting
+from pipelines.tracking.client import client, first_answer, pages, reporting
 from pipelines.tracking.run import RUN_TAG
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def list_runs(uri: str, name: str | None = None) -> list[RunRecord]:
 
     experiments = {
         str(e.experiment_id): e.name
-        for e in first_answer(uri, lambda mlflow: list(_pages(_experiments_of(mlflow, ViewType.ALL))))
+        for e in first_answer(uri, lambda mlflow: list(pages(_experiments_of(mlflow, ViewType.ALL))))
     }
     wanted = f"tags.`{RUN_TAG}` LIKE '%'" if name is None else f"tags.`{RUN_TAG}` = '{name}'"
 
@@ -70,7 +70,7 @@ def list_runs(uri: str, name: str | None = None) -> list[RunRecord]:
         return client(uri).search_runs(list(experiments), wanted, ViewType.ALL, _PAGE, page_token=token)
 
     with reporting(uri):
-        found = [_record(run, experiments) for run in _pages(page)] if experiments else []
+        found = [_record(run, experiments) for run in pages(page)] if experiments else []
     return sorted(found, key=lambda record: -record.began)
 
 
@@ -93,17 +93,6 @@ def retire_run(uri: str, run_id: str) -> None:
 
 def _experiments_of(mlflow: MlflowClient, view: int) -> Callable[[str | None], Any]:
     return lambda token: mlflow.search_experiments(view, _PAGE, page_token=token)
-
-
-def _pages(page: Callable[[str | None], Any]) -> Iterator[Any]:
-    """Yield what all pages of an answer hold."""
-    token = None
-    while True:
-        answer = page(token)
-        yield from answer
-        token = answer.token
-        if not token:
-            return
 
 
 def _record(run: Any, experiments: Mapping[str, str]) -> RunRecord:
