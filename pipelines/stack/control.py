@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipelines.display import StageNotice, no_stage_notice
+from pipelines.loopback import bypass_proxies
 from pipelines.stack.home import default_home, ensure_credentials, locked, write_private
 from pipelines.stack.processes import Service, alive_services, end, read_services
 from pipelines.stack.services import BUCKET, SERVICES, STARTERS, answers, await_healthy
@@ -63,6 +64,7 @@ def up(
     Raises:
         StackError: a service does not start; those that this call started are stopped again.
     """
+    bypass_proxies("http://127.0.0.1")  # the services inherit it: they call each other
     home = home or default_home()
     wanted = [s for s in SERVICES if s in services or (s == "s3" and "mlflow" in services)]
     home.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+from pipelines.loopback import bypass_proxies
 from pipelines.stack.processes import Service, StackError, choose_ports, find_process, launch
 
 SERVICES = ("s3", "mlflow", "ray")
@@ -96,6 +97,7 @@ def answers(service: Service, timeout_s: float = 1.5) -> bool:
 def _url_answers(url: str, timeout_s: float) -> bool:
     """Return whether a URL answers with success, or asks for credentials."""
     try:
+        bypass_proxies(url)
         with urllib.request.urlopen(url, timeout=timeout_s):
             return True
     except urllib.error.HTTPError as error:
