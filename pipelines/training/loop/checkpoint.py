@@ -19,10 +19,9 @@ from pipelines.checkpoints import Checkpoint, CheckpointState, ModelError
 from pipelines.errors import PipelineError
 from pipelines.references import initial_weights
 from pipelines.storage import join
-from pipelines.tracking import RunLog
+from pipelines.tracking import UNSENT, RunLog
 from pipelines.training.loop.collectives import broadcast, broadcast_object, gather
 from pipelines.training.loop.context import RunContext
-from pipelines.training.loop.log import UNSENT
 from pipelines.training.loop.state import RESIDUAL, TrainingState, load_weights
 
 """File in a checkpoint's folder with the metrics not yet sent to MLflow: a resumed run does not compute them again."""
