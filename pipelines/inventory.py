@@ -127,6 +127,11 @@ def collect(verdict: Verdict, storage: Storage) -> None:
         storage.delete_folder(verdict.folder.address)
 
 
+def _waits(run: Folder) -> bool:
+    """Return whether MLflow has not taken all that a run recorded: published checkpoints may be in it."""
+    return any(entry.uri == join(run.address, tracking.UNSENT) for entry in run.entries)
+
+
 def _judge_published(
     runs: list[Folder],
     records: list[RunRecord],
@@ -140,10 +145,11 @@ def _judge_published(
     verdicts, named = [], _Named(uri)
     for run in runs:
         published = folders(run.entries, join(run.address, "published"))
-        if not published:
-            continue
         # Any run may record what lies here; those of this name do as a rule, and the others are asked when they do not.
-        addresses = named.by([record for record in present if record.name == run.name])
+        own = [record for record in present if record.name == run.name]
+        if not published or (own and _waits(run)):
+            continue
+        addresses = named.by(own)
         if any(folder.address not in addresses for folder in published):
             addresses = named.by(present)
         for folder in published:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mlflow.exceptions import MlflowException
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 class TrackingError(PipelineError):
@@ -165,6 +166,19 @@ def ask(uri: str, call: Callable[[MlflowClient], T], patience_s: float = PATIENC
             return call(client(uri))
 
     return retry(once, patience_s)
+
+
+@contextmanager
+def recording(what: str) -> Iterator[None]:
+    """Let work that has ended end well where MLflow does not take, or say, something about it.
+
+    Args:
+        what: is not done then, as the predicate of a sentence on MLflow.
+    """
+    try:
+        yield
+    except TrackingError as error:
+        logger.warning("MLflow %s; the same command tries again: %s", what, error)
 
 
 def first_answer(uri: str, call: Callable[[MlflowClient], T]) -> T:

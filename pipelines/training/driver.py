@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +13,7 @@ from pipelines.config import Config, ConfigError
 from pipelines.shards.index import Dataset, DatasetError, read_dataset
 from pipelines.shards.quarantine import read_quarantine
 from pipelines.storage import FencedError, Storage, StorageError
-from pipelines.tracking import Tracker, TrackingError
+from pipelines.tracking import Tracker
 from pipelines.training.describe import describe_run
 from pipelines.training.errors import TrainingError
 from pipelines.training.goodput import Goodput
@@ -134,7 +132,7 @@ def train(
     job, config, tracker = plan.job, plan.job.config, plan.job.tracker
     if plan.complete:
         goodput = goodput_of(read_sessions(job.storage, job.run_uri))
-        with _recording("has not got all that waits"):
+        with tracking.recording("has not got all that waits"):
             send_unsent(job)
             if not tracker.is_finished():
                 tracker.metrics(goodput.metrics() if goodput else {}, plan.resumes_at)
@@ -154,7 +152,7 @@ def train(
     seen = max(plan.resumes_at, goodput.images_seen if goodput else 0)
     finished = seen >= config.images
     status = "FAILED" if error is not None else "FINISHED" if finished else "KILLED"
-    with _recording(f"does not know that the run is {status}"):
+    with tracking.recording(f"does not know that the run is {status}"):
         tracker.metrics(goodput.metrics() if goodput else {}, seen)
         tracker.status(status)
     if error is not None:
@@ -232,18 +230,9 @@ def _is_newer(now: CheckpointState, before: CheckpointState | None) -> bool:
 
 def _result(tracker: Tracker, status: str, images_seen: int, goodput: Goodput | None) -> TrainingResult:
     published: list[Published] = []
-    with _recording("does not say which checkpoints are published"):
+    with tracking.recording("does not say which checkpoints are published"):
         published = checkpoints.list_published(tracker)
     return TrainingResult(tracker, status, images_seen, published[-1] if published else None, goodput)
-
-
-@contextmanager
-def _recording(what: str) -> Iterator[None]:
-    """Let a training that has ended end well where MLflow does not answer, or refuses."""
-    try:
-        yield
-    except TrackingError as error:
-        logger.warning("MLflow %s; the same command tries again: %s", what, error)
 
 
 def _root_cause(error: BaseException) -> str:

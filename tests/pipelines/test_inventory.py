@@ -113,6 +113,18 @@ def test_nothing_is_known_to_be_garbage_without_mlflow(config, records, monkeypa
         inventory.find_garbage(config, Storage())
 
 
+def test_a_published_checkpoint_whose_record_waits_for_mlflow_is_not_garbage(config, records, monkeypatch):
+    store_run(config)
+    age(config)
+    monkeypatch.setattr(inventory, "list_published", lambda tracker: [])
+    records[:] = [RunRecord("id", "first", "ddpm", "FINISHED")]
+    assert len(inventory.find_garbage(config, Storage())) == 1
+    Storage().write(join(run_folder(config), "unsent.zip"), b"")
+    assert inventory.find_garbage(config, Storage()) == []
+    records[:] = [RunRecord("id", "first", "ddpm", "FINISHED", deleted=True)]
+    assert len(inventory.find_garbage(config, Storage())) == 1
+
+
 def test_records_that_cannot_be_read_end_the_search(config, records, monkeypatch):
     store_run(config)
     age(config)

@@ -21,11 +21,10 @@ from pipelines.errors import PipelineError
 from pipelines.references import initial_weights
 from pipelines.scratch import scratch_folder
 from pipelines.storage import join
-from pipelines.tracking import RunLog
+from pipelines.tracking import UNSENT, RunLog
 from pipelines.training.loop.collectives import broadcast, broadcast_object, gather
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.hardware import precision_change
-from pipelines.training.loop.log import UNSENT
 from pipelines.training.loop.state import ADDED, TrainingState, load_weights
 
 logger = logging.getLogger(__name__)

@@ -6,12 +6,11 @@ import io
 import logging
 
 from pipelines.storage import NotFoundError, StorageError, join
-from pipelines.tracking import Destination, RunLog, UnreachableError
+from pipelines.tracking import UNSENT, Destination, RunLog, UnreachableError
 from pipelines.training.loop.data import stream_settings
 from pipelines.training.loop.shell import Job
 
 logger = logging.getLogger(__name__)
-UNSENT = "unsent.zip"
 FLUSH_S = 300.0
 """How long a process of a run waits at its end until everything is sent."""
 
