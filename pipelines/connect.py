@@ -82,3 +82,46 @@ def connect(
     if state is not None and "ray" in missing:
         os.environ.update(stack.ray_environment(state.home))
     return fill(config, environ, state)
+
+
+def find_running(
+    config: Config,
+    environ: Mapping[str, str],
+    wanted: Collection[str],
+    *,
+    optional: Collection[str] = (),
+    home: Path | None = None,
+) -> Config:
+    """Return the configuration with every address filled in; nothing is started. For verbs that only look or tidy up.
+
+    Call it before ray is imported, as `connect`.
+
+    Args:
+        wanted: the services that are needed, of "s3", "mlflow" and "ray".
+        optional: those whose addresses are filled in where they are running.
+        home: folder of the local stack; None for the default.
+
+    Raises:
+        StackError: a service is needed that neither configuration nor environment names, and is not running here.
+    """
+    missing = missing_services(config, environ, [*wanted, *optional])
+    state = stack.read_state(home) if missing else None
+    running = {
+        "s3": state is not None and state.s3_endpoint is not None,
+        "mlflow": state is not None and state.tracking_uri is not None,
+        "ray": state is not None and state.ray_address is not None,
+    }
+    down = [service for service in missing if service in wanted and not running[service]]
+    if down:
+        raise stack.StackError(
+            f"{' and '.join(_TITLES[service] for service in down)} of the local stack "
+            f"{'is' if len(down) == 1 else 'are'} not running, and no other is named: start the stack with `ddpm up`, "
+            f"or set {' and '.join(_SETTINGS[service] for service in down)}"
+        )
+    if state is not None and "ray" in missing and running["ray"]:
+        os.environ.update(stack.ray_environment(state.home))
+    return fill(config, environ, state)
+
+
+_TITLES = {"s3": "S3", "mlflow": "MLflow", "ray": "Ray"}
+_SETTINGS = {"s3": "storage=s3 storage.root=…", "mlflow": "tracking.uri=…", "ray": "cluster.address=…"}

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from pipelines.cli import data, flow, models, search, stack, training
+from pipelines.cli import data, flow, models, runs, search, stack, training
 from pipelines.cli.common import terminal
 from pipelines.errors import ConfigError, PipelineError
 
@@ -18,6 +18,7 @@ for verb in (
     *(stack.up, stack.down, stack.status),
     *(data.ingest, data.index, data.check),
     training.train,
+    *(runs.runs, runs.logs, runs.rm, runs.gc),
     *(models.evaluate, models.sample, models.promote),
     flow.flow,
 ):

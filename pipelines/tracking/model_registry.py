@@ -153,3 +153,20 @@ def download_version(uri: str, found: ModelVersion, folder: Path) -> Path:
 
     local = ask(uri, download)
     return Path(local) / "artifacts" / "model"
+
+
+def all_versions(uri: str) -> list[ModelVersion]:
+    """Return every version of every registered model."""
+
+    def read(mlflow: MlflowClient) -> list[Any]:
+        found: list[Any] = []
+        token: str | None = None
+        while True:
+            page = mlflow.search_model_versions("", max_results=1000, page_token=token)
+            found += page
+            token = page.token
+            if not token:
+                return found
+
+    found = ask(uri, read)
+    return [ModelVersion(v.name, str(v.version), v.run_id or "", dict(v.tags), tuple(v.aliases)) for v in found]

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from pipelines.errors import PipelineError
 from pipelines.retry import TransientError
+from pipelines.storage import Fence, FencedError
 from pipelines.tracking.client import UnreachableError
 from pipelines.tracking.sink import Sink
 
@@ -39,15 +40,18 @@ class Outbox:
 
     Args:
         folder: on this node, where what is not sent yet is kept; of this run and sink alone.
+        fence: asked before everything that is sent: what a driver that was replaced has left is its successor's to
+            send. One thing may be on its way when that happens, and is what the successor sends too.
     """
 
-    def __init__(self, sink: Sink, folder: Path) -> None:
-        self.sink, self.folder = sink, folder
+    def __init__(self, sink: Sink, folder: Path, fence: Fence | None = None) -> None:
+        self.sink, self.folder, self.fence = sink, folder, fence
         folder.mkdir(parents=True, exist_ok=True)
         self.count = 0
         self.last_steps: dict[str, int] | None = None
         self.last_pictures: dict[str, int] | None = None
         self.reason = ""  # why something waits
+        self.fenced: FencedError | None = None
         self._quiet_until = 0.0
         self._wake, self._ending = threading.Event(), threading.Event()
         if self._waiting():  # something from before
@@ -75,9 +79,12 @@ class Outbox:
 
         Raises:
             UnreachableError: not everything is; the next process of this run sends the rest.
+            FencedError: another driver has taken over, whose processes send the rest.
         """
         deadline = time.monotonic() + timeout_s
         while left := len(self._waiting()):
+            if self.fenced:
+                raise self.fenced
             if time.monotonic() > deadline:
                 raise UnreachableError(
                     f"{self.sink.uri} has not taken everything for {timeout_s:.0f} s: {left} points of the run "
@@ -123,7 +130,7 @@ class Outbox:
         return sorted(path for path in self.folder.iterdir() if not path.name.startswith("."))
 
     def _run(self) -> None:
-        while not self._ending.is_set():
+        while not self._ending.is_set() and not self.fenced:
             self._wake.wait()
             self._wake.clear()
             try:
@@ -140,7 +147,7 @@ class Outbox:
         """Send what waits, in order; return whether some of it has to wait longer."""
         held = set()
         for path in self._waiting():
-            if self._ending.is_set():
+            if self._ending.is_set() or self.fenced:
                 return False
             kind = _kind(path)
             if kind not in held and not self._sent(path):
@@ -158,7 +165,13 @@ class Outbox:
         except FileNotFoundError:  # another process has sent it
             return True
         try:
+            if self.fence:
+                self.fence.check(patience_s=0)
             self._send(path.suffix, data)
+        except FencedError as error:
+            logger.warning("nothing more is sent to %s: %s", self.sink.uri, error)
+            self.fenced = error
+            return False
         except TransientError as error:
             self._wait(path, error)
             return False

@@ -93,6 +93,10 @@ class Tracker:
                 steps[key] = max(int(step), steps.get(key, -1))
         return steps
 
+    def is_finished(self) -> bool:
+        """Return whether the run's status says that it has seen all its images."""
+        return bool(self._ask(lambda client: client.get_run(self.run_id)).info.status == "FINISHED")
+
     def is_deleted(self) -> bool:
         """Return whether the run is in MLflow's trash."""
         run = self._ask(lambda client: client.get_run(self.run_id))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -14,11 +15,12 @@ import torch
 from pipelines.scratch import warn_if_short
 from pipelines.shards.cache import ShardCorruptError
 from pipelines.shards.read import Batch, default_cache_dir
-from pipelines.tracking import Destination, RunLog
+from pipelines.tracking import TrackingError
 from pipelines.training.loop import hardware
 from pipelines.training.loop.checkpoint import Checkpointer, load_initial_model, restore
 from pipelines.training.loop.context import RunContext
-from pipelines.training.loop.data import stream_settings, training_stream
+from pipelines.training.loop.data import training_stream
+from pipelines.training.loop.log import finish_log, open_log
 from pipelines.training.loop.preview import Preview
 from pipelines.training.loop.progress import Clock, Progress
 from pipelines.training.loop.shell import Shell
@@ -61,9 +63,10 @@ class TrainingLoop:
     def __init__(self, context: RunContext, shell: Shell, clock: Clock, resources: ExitStack) -> None:
         self.context, self.config, self.shell, self.clock = context, context.config, shell, clock
         hardware.configure_process(self.config, default_cache_dir().parent)
-        self.log = _run_log(context) if context.rank == 0 else None
+        self.log = open_log(context.job) if context.rank == 0 else None
         if self.log:
             resources.callback(self.log.close)
+            threading.Thread(target=self._tag_precision, name="precision", daemon=True).start()
 
         # Restore the newest checkpoint, or start from new or given weights.
         self.state = make_state(context)
@@ -80,7 +83,7 @@ class TrainingLoop:
         resources.callback(self.checkpointer.close)
         self.preview = Preview(context, self.log)
         self.statistics = StepStatistics(context, self.clock, self.resumed_at)
-        self.profiler = Profiler(context, self.resumed_at)
+        self.profiler = Profiler(context, self.resumed_at, self.log)
         self.guard = SkipGuard(self.config.optim, self.config.batch_size)
         self.loss = math.nan
         self.last_batch: Batch | None = None
@@ -124,7 +127,7 @@ class TrainingLoop:
         if self.log:
             if not math.isnan(self.loss):
                 self._report_progress(self.loss)
-            self.log.flush()
+            finish_log(self.context.job, self.log)
 
     def _next_batch(self, batches: Iterator[Batch]) -> Batch | None:
         """Return the next batch, None at the end of the run; where it cannot be read, one that stands in for it."""
@@ -178,6 +181,13 @@ class TrainingLoop:
             with self.clock.during("grid"):
                 hook(self.state, self.context.spec, self.context.device)
 
+    def _tag_precision(self) -> None:
+        """Tag the MLflow run; in a thread, because the server may be away, and that is no reason to wait."""
+        try:
+            self.context.job.tracker.tags({"precision": self.context.precision})
+        except TrackingError as error:
+            logger.warning("the run was not tagged with its precision: %s", error)
+
     def _report_progress(self, loss: float) -> None:
         self.loss = loss
         stored = self.checkpointer.uploaded_bytes, self.checkpointer.upload_s
@@ -198,11 +208,3 @@ class TrainingLoop:
         """Return whether the last batch passed a multiple of `every` images."""
         seen = self.state.images_seen
         return seen // every > (seen - self.config.batch_size) // every
-
-
-def _run_log(context: RunContext) -> RunLog:
-    """Return the log of the run, which keeps what is not sent yet beside the shard cache."""
-    job = context.job
-    run = Destination(job.tracker, job.storage, job.run_uri, job.fence)
-    unsent = stream_settings(context.config).cache_dir.parent / "unsent" / job.tracker.run_id
-    return RunLog.open(context.config.tracking.sinks, run, unsent)

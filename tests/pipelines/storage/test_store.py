@@ -3,6 +3,7 @@ import os
 import shutil
 import socket
 import threading
+import time
 
 import pytest
 
@@ -39,6 +40,7 @@ def test_folders_are_listed_in_order_and_downloaded_whole(tmp_path):
     listed = STORAGE.list(f"file://{tmp_path}/store")
     assert [e.uri.rsplit("store/")[1] for e in listed] == ["a/c", "a/d", "b"]
     assert [e.size for e in listed] == [3, 3, 1]
+    assert all(abs(e.modified - time.time()) < 60 for e in listed)
     STORAGE.write(f"file://{tmp_path}/store/b", b"B")
     assert [(e.size, e.tag) for e in STORAGE.list(f"file://{tmp_path}/store")][2] not in {
         (e.size, e.tag) for e in listed
