@@ -94,7 +94,7 @@ class Profiler:
         elif self.left == 1:
             self.profile.stop()
             assert self.log is not None
-            with tempfile.TemporaryDirectory(dir=scratch_folder()) as scratch:
+            with tempfile.TemporaryDirectory(prefix="profile-", dir=scratch_folder()) as scratch:
                 path = Path(scratch) / "trace.json"
                 self.profile.export_chrome_trace(str(path))
                 self.log.text(path.read_text(), f"profile/{self.at:012d}.json", images_seen)
