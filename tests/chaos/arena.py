@@ -1,4 +1,7 @@
-"""A local stack with a second Ray node, a training on it, and the means to kill any part of them."""
+"""A local stack with a second Ray node, a training on it, and the means to kill any part of them.
+
+The training talks to S3 and MLflow through proxies, whose answers fail as told.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ import psutil
 from pipelines import stack
 from pipelines.stack import StackState
 from pipelines.storage import Storage
+from tests.chaos.fault_proxy import FaultProxy
 from tests.integration.conftest import DDPM
 from tests.processes import family, ray_train_workers
 
@@ -91,13 +95,24 @@ class Arena:
         self.trainings: list[Training] = []
         self.state: StackState = stack.up(home)
         self.s3 = Storage(self.state.s3_endpoint, str(self.state.credentials_file), "us-east-1")
+        self.s3_proxy = FaultProxy(str(self.state.s3_endpoint)).__enter__()
+        self.mlflow_proxy = FaultProxy(str(self.state.tracking_uri)).__enter__()
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "MLFLOW_", "RAY_"))}
-        self.environment = inherited | {"DDPM_HOME": str(home), "XDG_CACHE_HOME": str(folder / "cache")}
+        self.environment = inherited | {
+            "DDPM_HOME": str(home),
+            "XDG_CACHE_HOME": str(folder / "cache"),
+            "AWS_ENDPOINT_URL": self.s3_proxy.url,
+            "AWS_SHARED_CREDENTIALS_FILE": str(self.state.credentials_file),
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "MLFLOW_TRACKING_URI": self.mlflow_proxy.url,
+        }
 
     def close(self) -> None:
         for training in self.trainings:
             training.process.kill()
         self.kill_node()
+        for proxy in (self.s3_proxy, self.mlflow_proxy):
+            proxy.__exit__(None, None, None)
         stack.down(self.home)
 
     def ddpm(self, *arguments: str) -> None:
