@@ -24,9 +24,27 @@ from PIL import Image
 
 from ddpm.models.unet import UNet, UNetConfig
 from pipelines import stack, tracking
-from pipelines.checkpoints import Checkpoint, CheckpointState, load_checkpoint, publish, save_checkpoint
+from pipelines.checkpoints import (
+    Checkpoint,
+    CheckpointList,
+    CheckpointState,
+    Listed,
+    Published,
+    checkpoint_name,
+    complete_checkpoints,
+    enter_checkpoint,
+    fetch_newest,
+    list_published,
+    load_checkpoint,
+    publish,
+    record_published,
+    record_scores,
+    save_checkpoint,
+    take_over,
+)
 from pipelines.config import compose
 from pipelines.errors import PipelineError
+from pipelines.evaluation.evaluate import get_evaluator, open_splits
 from pipelines.references import model_spec
 from pipelines.shards.audit.check import check
 from pipelines.shards.index import Dataset, read_dataset
@@ -80,6 +98,7 @@ class Services:
         dataset: made of them, on S3; `same` is another copy, on this machine.
         checkpoint: a folder, and its state.
         model_id: of a logged model.
+        evaluator_digest: of the dataset's evaluator network, which is stored.
     """
 
     state: StackState
@@ -91,6 +110,7 @@ class Services:
     checkpoint_state: CheckpointState
     tracker: Tracker
     model_id: str
+    evaluator_digest: str
 
 
 @dataclass
@@ -196,6 +216,47 @@ def in_publish(attempt: Attempt) -> tuple[int, int]:
     return is_lost(attempt, target), 1
 
 
+def in_list(attempt: Attempt) -> tuple[int, int]:
+    """Take a run over, and enter three checkpoints into its list, of which two stay."""
+    folder, state, calm = attempt.services.checkpoint, attempt.services.checkpoint_state, attempt.services.s3
+    attempt.switch()
+    fence = take_over(attempt.storage, attempt.uri)
+    for images in (640, 1280, 1920):
+        name = checkpoint_name(images, fence.epoch)
+        for file in state.files:
+            calm.upload(folder / file, join(attempt.uri, name, file))
+        calm.write(join(attempt.uri, name, "state.json"), replace(state, images_seen=images).to_json().encode())
+        enter_checkpoint(attempt.storage, attempt.uri, Listed(fence.epoch, images, name), keep=2)
+    now = CheckpointList.from_json(calm.read(join(attempt.uri, "checkpoints.json")))
+    assert now is not None
+    assert [(entry.epoch, entry.images_seen) for entry in now.checkpoints] == [(fence.epoch, 1280), (fence.epoch, 1920)]
+    whole = {listed.name for listed, _ in complete_checkpoints(calm, attempt.uri)}
+    newest, damaged = fetch_newest(attempt.storage, attempt.uri, attempt.folder / "newest")
+    assert newest is not None
+    assert newest.images_seen == 1920
+    return len({entry.name for entry in now.checkpoints} - whole) + len(damaged), 2
+
+
+def in_evaluation(attempt: Attempt) -> tuple[int, int]:
+    """Read all real samples and the evaluator network, as a task of an evaluation does."""
+    attempt.switch()
+    dataset = read_dataset(attempt.services.dataset.uri, attempt.storage)
+    splits = open_splits(dataset, attempt.storage, str(attempt.folder / "cache"), 1.0)
+    evaluator = get_evaluator(dataset, splits, attempt.storage)
+    assert evaluator.digest == attempt.services.evaluator_digest
+    return PICTURES - sum(len(batch.images) for batch in splits.values()), PICTURES
+
+
+def in_scores(attempt: Attempt) -> tuple[int, int]:
+    """Record scores on the record of a published checkpoint."""
+    calm, _ = tracking.open_run(str(attempt.services.state.tracking_uri), "faults", attempt.name, {})
+    record_published(calm, Published("s3://ddpm/there", 640, "digest"))
+    attempt.switch()
+    record_scores(Tracker(attempt.proxy.url, calm.run_id), 640, {"frechet_distance": 1.5})
+    (published,) = list_published(calm)
+    return int(published.scores != {"frechet_distance": 1.5}), 1
+
+
 def is_lost(attempt: Attempt, uri: str) -> int:
     """Whether a stored checkpoint is not the one that it should be, to the byte."""
     there = attempt.folder / "there"
@@ -243,9 +304,11 @@ S3_PHASES: dict[str, Phase] = {
     "first batch": in_first_batch,
     "mid-epoch": in_mid_epoch,
     "checkpoint": in_checkpoint,
+    "list": in_list,
     "publish": in_publish,
+    "evaluation": in_evaluation,
 }
-MLFLOW_PHASES: dict[str, Phase] = {"metrics": in_metrics, "registration": in_registration}
+MLFLOW_PHASES: dict[str, Phase] = {"metrics": in_metrics, "scores": in_scores, "registration": in_registration}
 FAULTS = {
     "stall": (Fault("stall"), Fault("stall")),
     "reset": (Fault("reset", share=0.7), Fault("reset", share=0.7)),
@@ -308,8 +371,11 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
         checkpoint_state = make_checkpoint(folder / "checkpoint", dataset)
         tracker, _ = tracking.open_run(str(state.tracking_uri), "faults", "model", {})
         model_id = log_model(tracker, tmp_path_factory.mktemp("model"))
+        evaluator = get_evaluator(dataset, open_splits(dataset, s3, str(folder / "cache"), 1.0), s3)
+        checkpoint = folder / "checkpoint"
         yield Services(
-            state, s3, folder / "pictures", dataset, same, folder / "checkpoint", checkpoint_state, tracker, model_id
+            *(state, s3, folder / "pictures", dataset, same, checkpoint, checkpoint_state, tracker, model_id),
+            evaluator.digest,
         )
     finally:
         stack.down(home)
