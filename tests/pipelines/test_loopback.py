@@ -45,8 +45,8 @@ def test_mlflow_on_this_machine_is_reached_past_the_proxy(server: Server):
         Tracker("http://192.0.2.1", "r", patience_s=0).last_steps()
 
 
-def test_the_probes_of_the_local_stack_go_past_the_proxy(server: Server):
-    assert services._url_answers(server.url, 5)
+def test_the_probes_of_the_local_stack_go_past_the_proxy(server: Server, tmp_path):
+    assert services._url_answers(server.url, tmp_path, 5)
 
 
 def test_ray_is_reached_past_the_proxy(monkeypatch):
