@@ -81,8 +81,12 @@ class ShardFetcher:
         cls, dataset: Dataset, split: str, storage: Storage, cache_dir: Path, cache_bytes: int, lanes: int, window: int
     ) -> ShardFetcher:
         """Return a fetcher for a split; without the cache where the shards in use at a time would not fit into it."""
-        cache = ShardCache(cache_dir, cache_bytes)  # which keeps the limit in either case
-        return cls(dataset.uri, storage, cache if fits(dataset.shards(split), lanes, window, cache_bytes) else None)
+        if fits(dataset.shards(split), lanes, window, cache_bytes):
+            return cls(dataset.uri, storage, ShardCache(cache_dir, cache_bytes))
+        with suppress(OSError):  # ranged requests need no disk; what earlier runs have cached keeps to the limit
+            if cache_dir.is_dir():
+                ShardCache(cache_dir, cache_bytes)
+        return cls(dataset.uri, storage, None)
 
     def read(self, wanted: Wanted) -> list[list[memoryview]]:
         """Return the bytes of members, shard by shard; all requests are sent before the first one is awaited.

@@ -220,3 +220,18 @@ def test_a_lower_limit_holds_from_the_next_start_on(tmp_path):
     used(cache, shards)
     lower = ShardCache(tmp_path / "cache", 2000)
     assert [lower.find(info) is not None for info in shards] == [False, False, True, True]
+
+
+def test_reading_by_ranges_makes_no_cache_and_keeps_an_earlier_one_to_the_limit(uri, tmp_path):
+    dataset = read_dataset(uri, Storage())
+    shards = dataset.shards("train")
+
+    def opened(limit: int) -> ShardFetcher:
+        return ShardFetcher.opened(dataset, "train", Storage(), tmp_path / "cache", limit, lanes=2, window=2)
+
+    assert opened(shards[0].bytes).cache is None
+    assert not (tmp_path / "cache").exists()
+    opened(LIMIT).require(shards[:4])
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 4
+    assert opened(shards[0].bytes).cache is None
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 1
