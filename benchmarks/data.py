@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,6 @@ BATCH = 256
 SHARD_SAMPLES = 1_000
 SYSTEMS = {"ours": "ddpm-pipelines", "webdataset": "webdataset", "mosaicml": "mosaicml-streaming"}
 URI = "s3://ddpm/benchmarks/data"
-PARENT = os.getpid()
 Make = Callable[[int], Iterator[Any]]
 
 
@@ -275,19 +275,25 @@ def webdataset_(storage: Storage, cache: Path, cores: int) -> Make:
     return make
 
 
+@lru_cache(maxsize=2)
+def _s3_client(storage: Storage, process: int) -> Any:
+    """Return the client of a process: a forked loader worker must not share its parent's connections."""
+    from pipelines.storage.s3_client import S3Client
+
+    return S3Client(storage)
+
+
 class _Body:
     """A raw stream of a tar's bytes from one GET request."""
 
     def __new__(cls, storage: Storage, url: str) -> Any:
         import io
 
-        from pipelines.storage.s3 import client, split_s3
+        from pipelines.storage.s3 import split_s3
 
-        if os.getpid() != PARENT:  # a forked loader worker: processes must not share connections
-            client.cache_clear()
-            globals()["PARENT"] = os.getpid()
         bucket, key = split_s3(url)
-        body = client(storage).get_object(Bucket=bucket, Key=key)["Body"]
+        with _s3_client(storage, os.getpid()).calls(url) as client:
+            body = client.get_object(Bucket=bucket, Key=key)["Body"]
 
         class Raw(io.RawIOBase):
             def readable(self) -> bool:

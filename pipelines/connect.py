@@ -107,6 +107,45 @@ def connect_running(
     return fill(config, environ, state), missing
 
 
+def find_running(
+    config: Config,
+    environ: Mapping[str, str],
+    wanted: Collection[str],
+    *,
+    optional: Collection[str] = (),
+    home: Path | None = None,
+) -> Config:
+    """Return the configuration with every address filled in; nothing is started. For verbs that only look or tidy up.
+
+    Call it before ray is imported, as `connect`.
+
+    Args:
+        wanted: the services that are needed, of "s3", "mlflow" and "ray".
+        optional: those whose addresses are filled in where they are running.
+        home: folder of the local stack; None for the default.
+
+    Raises:
+        StackError: a service is needed that neither configuration nor environment names, and is not running here.
+    """
+    config, environ = _without_secrets_here(config, environ)
+    missing = missing_services(config, environ, [*wanted, *optional])
+    state = stack.read_state(home) if missing else None
+    running = {
+        "s3": state is not None and state.s3_endpoint is not None,
+        "mlflow": state is not None and state.tracking_uri is not None,
+        "ray": state is not None and state.ray_address is not None,
+    }
+    down = [service for service in missing if service in wanted and not running[service]]
+    if down:
+        raise stack.StackError(
+            f"{' and '.join(_TITLES[service] for service in down)} of the local stack "
+            f"{'is' if len(down) == 1 else 'are'} not running, and no other is named: start the stack with `ddpm up`, "
+            f"or set {' and '.join(_SETTINGS[service] for service in down)}"
+        )
+    os.environ.update(client_environment(state, [service for service in missing if running[service]]))
+    return fill(config, environ, state)
+
+
 def _without_secrets_here(config: Config, environ: Mapping[str, str]) -> tuple[Config, dict[str, str]]:
     """Return configuration and environment with no user info in addresses, which has moved into this process's."""
     os.environ.update(clean_environment(os.environ))
@@ -152,3 +191,7 @@ def without_secrets(config: Config) -> tuple[Config, dict[str, str]]:
                 "put it into a file of the folder that FSSPEC_CONFIG_DIR names, and leave it out here"
             )
     return config, variables
+
+
+_TITLES = {"s3": "S3", "mlflow": "MLflow", "ray": "Ray"}
+_SETTINGS = {"s3": "storage=s3 storage.root=…", "mlflow": "tracking.uri=…", "ray": "cluster.address=…"}

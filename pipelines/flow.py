@@ -93,8 +93,12 @@ def run(config: Config, lineage: dict[str, Any], display: Display) -> FlowResult
     result = train_stage(config, storage, lineage, display)
     if result.status == "complete":
         skipped.append("train")
-    if result.status == "stopped" or result.published is None:
+    if result.status == "stopped":
         raise TrainingError(f"stopped at {result.images_seen} images; the same command goes on from there")
+    if result.published is None:
+        raise TrainingError(
+            "MLflow does not name the run's published checkpoint yet; the same command goes on from here"
+        )
     resolved = references.resolve(
         f"runs:/{result.tracker.run_id}/{result.published.images_seen}",
         tracking_uri=result.tracker.uri,

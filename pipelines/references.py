@@ -20,6 +20,7 @@ from ddpm.settings import settings_of
 from pipelines import tracking
 from pipelines.checkpoints import ModelError, Published, best_published, list_published, reconstruct_average
 from pipelines.config import Config, network_config, sampling
+from pipelines.scratch import scratch_folder
 from pipelines.shards.index import Dataset
 from pipelines.shards.quarantine import Quarantine, stream_digest
 from pipelines.storage import Storage
@@ -185,7 +186,7 @@ class _Fetched:
 @contextmanager
 def _fetched(reference: str, tracking_uri: str | None, storage: Storage) -> Iterator[_Fetched]:
     """Yield the model folder that a MODEL reference names, downloaded if necessary."""
-    with tempfile.TemporaryDirectory(prefix="ddpm-model-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="model-", dir=scratch_folder()) as scratch:
         if reference.startswith("runs:/"):
             yield _from_run(reference, _needs(tracking_uri, reference), storage, Path(scratch))
         elif reference.startswith("models:/"):

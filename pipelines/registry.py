@@ -17,6 +17,7 @@ from ddpm.model import Model, save_model
 from pipelines import tracking
 from pipelines.errors import PipelineError
 from pipelines.evaluation.evaluate import Scores
+from pipelines.scratch import scratch_folder
 from pipelines.tracking import ModelVersion, Tracker
 
 ACCURACY_TOLERANCE = 0.01
@@ -81,7 +82,7 @@ def package(tracker: Tracker, model: Model) -> str:
         {"scale": -1.0, "guidance_scale": -1.0, "steps": 0, "seed": 0},
     )
     requirements = [f"{name}=={_release(name)}" for name in ("mlflow", "torch", "numpy", "safetensors")]
-    with tempfile.TemporaryDirectory(prefix="ddpm-package-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="package-", dir=scratch_folder()) as scratch:
         folder = Path(scratch) / "model"
         save_model(folder, model.spec, model.network.state_dict())
         code = Path(__file__).with_name("served_model.py")

@@ -86,6 +86,12 @@ def checkpoint_name(images_seen: int, epoch: int) -> str:
     return f"{FOLDER}{images_seen:012d}-e{epoch}-{uuid.uuid4().hex[:8]}"
 
 
+def epoch_of(name: str) -> int:
+    """Return the epoch in a folder's name; 0 for a release without epochs."""
+    found = _NAME.match(name)
+    return int(found["epoch"]) if found else 0
+
+
 def complete_checkpoints(storage: Storage, folder: str) -> list[tuple[Listed, CheckpointState]]:
     """Return the complete checkpoints directly below an address and their states, newest first.
 
@@ -167,7 +173,7 @@ def take_over(storage: Storage, folder: str) -> Fence:
     """
     folders = _folders(storage.list(folder), folder)
     known = CheckpointList.from_json(_read(storage, join(folder, LIST)))
-    above = max([known.epoch if known else 0, *(_epoch(name) for name in folders)])
+    above = max([known.epoch if known else 0, *(epoch_of(name) for name in folders)])
     fence = Fence.take(storage, join(folder, "driver"), above)
 
     def change(stored: bytes | None) -> bytes:
@@ -203,7 +209,7 @@ def sweep(storage: Storage, folder: str, epoch: int | None = None) -> list[str]:
     for name, files in folders.items():
         if name in kept or (name in complete and complete[name] >= current.checkpoints[0]):
             continue
-        ended = name not in complete and _epoch(name) == epoch
+        ended = name not in complete and epoch_of(name) == epoch
         at_rest = all(e.modified is not None and now - e.modified > GRACE_S for e in files)
         if ended or at_rest:
             _delete(storage, join(folder, name))
@@ -267,7 +273,7 @@ def _examine(storage: Storage, folder: str, folders: Mapping[str, list[Entry]]) 
         if missing:
             problems[name] = f"{', '.join(missing)} is missing or cut short"
         else:
-            complete.append((Listed(_epoch(name), state.images_seen, name), state))
+            complete.append((Listed(epoch_of(name), state.images_seen, name), state))
     return _Examined(sorted(complete, key=lambda pair: pair[0], reverse=True), problems)
 
 
@@ -318,12 +324,6 @@ def _delete(storage: Storage, folder: str) -> None:
         storage.delete_folder(folder)
     except StorageError as error:
         logger.warning("an old checkpoint stays for now: %s", error)
-
-
-def _epoch(name: str) -> int:
-    """Return the epoch in a folder's name; 0 for a release without epochs."""
-    found = _NAME.match(name)
-    return int(found["epoch"]) if found else 0
 
 
 def _read(storage: Storage, uri: str) -> bytes | None:

@@ -46,6 +46,7 @@ class CheckpointState:
         skipped: number of updates skipped so far because a loss or gradient was not finite.
         files: file name -> SHA-256, for the other files.
         sizes: file name -> size in bytes.
+        precision: what the run computed in, such as "bf16"; None where an earlier release did not record it.
     """
 
     images_seen: int
@@ -55,6 +56,7 @@ class CheckpointState:
     skipped: int
     files: dict[str, str]
     sizes: dict[str, int]
+    precision: str | None = None
 
     def to_json(self) -> str:
         """Return the text of `state.json`."""
@@ -120,6 +122,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> CheckpointState:
         checkpoint.skipped,
         {path.name: _sha256(path) for path in paths},
         {path.name: path.stat().st_size for path in paths},
+        checkpoint.spec.lineage.get("precision"),
     )
     (folder / STATE).write_text(state.to_json())
     return state

@@ -16,6 +16,7 @@ from torch import Tensor
 from ddpm.ema import PowerSnapshot, reconstruct
 from pipelines import tracking
 from pipelines.checkpoints.files import STATE, CheckpointState, ModelError
+from pipelines.scratch import scratch_folder
 from pipelines.storage import Storage, join
 from pipelines.tracking import Tracker
 
@@ -100,7 +101,7 @@ def reconstruct_average(
         ModelError: the run kept no power-function averages, or the width or number of images is out of range.
     """
     snapshots = []
-    with tempfile.TemporaryDirectory(prefix="ddpm-power-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="power-", dir=scratch_folder()) as scratch:
         for published in list_published(tracker):
             state = CheckpointState.from_json(storage.read(join(published.uri, STATE)), published.uri)
             if "power_ema.safetensors" not in state.files:

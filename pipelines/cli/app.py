@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from pipelines.cli import data, flow, models, search, stack, training
+from pipelines.cli import data, flow, models, runs, search, stack, training
 from pipelines.cli.common import terminal
 from pipelines.credentials import clean_arguments
 from pipelines.errors import ConfigError, PipelineError
@@ -20,6 +20,7 @@ for verb in (
     *(stack.up, stack.down, stack.status, stack.doctor),
     *(data.ingest, data.index, data.check),
     training.train,
+    *(runs.runs, runs.logs, runs.rm, runs.gc),
     *(models.evaluate, models.sample, models.promote),
     flow.flow,
 ):

@@ -57,6 +57,30 @@ def connect(config: Config, services: Sequence[str]) -> Config:
         return connect_services(config, os.environ, services, notice=notice)
 
 
+def find_running(config: Config, services: Sequence[str], optional: Sequence[str] = ()) -> Config:
+    """Return the configuration with every address filled in, and start nothing.
+
+    Args:
+        services: of "s3", "mlflow" and "ray", those that the verb needs.
+        optional: those that it uses where they are running.
+    """
+    from pipelines.connect import find_running as find_running_services
+
+    return find_running_services(config, os.environ, services, optional=optional)
+
+
+def compose_running(
+    overrides: list[str] | None, *, name: str | None = None, services: Sequence[str], optional: Sequence[str] = ()
+) -> Config:
+    """Return the configuration of these overrides, connected to services that are running already.
+
+    Args:
+        name: of the run that the verb is about.
+    """
+    named = [] if name is None else [quoted_override("name", name)]
+    return find_running(compose([*(overrides or []), *named]), services, optional)
+
+
 def compose(overrides: Sequence[str] | None) -> Config:
     """Return the configuration of these overrides; see `pipelines.config.compose`, which imports torch."""
     from pipelines.config import compose as compose_config

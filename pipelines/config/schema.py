@@ -76,8 +76,10 @@ class OptimConfig(Section):
     power_ema: tuple[PositiveFloat, ...] = Field(
         (), description="relative widths of power-function averages, whose width can be chosen after training"
     )
-    precision: Literal["auto", "bf16", "tf32", "fp32", "fp64"] = Field(
-        "auto", description="auto: bf16 where the hardware has it, else tf32 or fp32; weights stay float32"
+    precision: Literal["auto", "bf16", "fp16", "tf32", "fp32", "fp64"] = Field(
+        "auto",
+        description="auto: bf16 where the hardware has it, else fp16 with a loss scale on GPUs with tensor cores, else "
+        "fp32; weights stay float32",
     )
     max_skipped: PositiveInt = Field(
         10, description="updates in a row that are left out for a loss or gradient that is not finite"

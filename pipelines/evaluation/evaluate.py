@@ -21,7 +21,10 @@ from ddpm.generate import Sampling, to_uint8
 from ddpm.model import Model
 from ddpm.quality import FeatureMoments, frechet_distance
 from pipelines.display import Notice, Progress, no_notice, no_progress
+from pipelines.evaluation.devices import task_device
 from pipelines.evaluation.features import EvaluatorNetwork, extract, train_evaluator
+from pipelines.evaluation.tasks import finished
+from pipelines.scratch import scratch_folder
 from pipelines.shards.cache import ShardCache
 from pipelines.shards.fetch import ShardFetcher
 from pipelines.shards.index import Dataset, DatasetError
@@ -138,7 +141,7 @@ def get_evaluator(
     """
     folder = join(dataset.uri, "evaluator", dataset.digest[:16])
     network = EvaluatorNetwork(dataset.channels, dataset.image_size, max(len(dataset.classes), 1)).eval()
-    with tempfile.TemporaryDirectory(prefix="ddpm-evaluator-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="evaluator-", dir=scratch_folder()) as scratch:
         path = Path(scratch) / "evaluator.safetensors"
         if storage.exists(join(folder, "evaluator.json")):
             storage.download(join(folder, path.name), path)
@@ -236,17 +239,15 @@ def sample_on_ray(
     """
     shared = ray.put(model.to("cpu"))
     task = _sample_chunk.options(num_cpus=1, num_gpus=1 if use_gpu else 0)
-    pending: dict[Any, int] = {}
-    for first in range(0, count, batch_size):
-        image_ids = torch.arange(first, min(first + batch_size, count))
+    pending = []
+    for image_ids in torch.arange(count).split(batch_size):
         chunk_labels = None if labels is None else labels[image_ids]
-        pending[task.remote(shared, settings, chunk_labels, image_ids, seed)] = first
+        pending.append(task.remote(shared, settings, chunk_labels, image_ids, seed))
     parts: dict[int, Tensor] = {}
-    while pending:
-        done, _ = ray.wait(list(pending), num_returns=1)
-        parts[pending.pop(done[0])] = torch.from_numpy(ray.get(done[0]).copy())
+    for place, drawn in finished(pending, {"CPU": 1, "GPU": int(use_gpu)}, "draw samples"):
+        parts[place] = torch.from_numpy(drawn.copy())
         progress(sum(len(part) for part in parts.values()), count)
-    pixels = torch.cat([parts[first] for first in sorted(parts)])
+    pixels = torch.cat([parts[place] for place in sorted(parts)])
     return (pixels.permute(0, 3, 1, 2).float() / 127.5) - 1
 
 
@@ -260,7 +261,7 @@ def _sample_chunk(
 ) -> NDArray[np.uint8]:
     """Draw the images of these numbers (int64 [N]); uint8 [N, H, W, C]."""
     torch.set_num_threads(1)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = task_device()
     model = model.to(device)
     on_device = None if labels is None else labels.to(device)
     images = model.generate(

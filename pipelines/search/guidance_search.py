@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ from pipelines.config import Config, from_dict, sampling
 from pipelines.config.choices import VARIANTS
 from pipelines.evaluation.evaluate import Evaluator
 from pipelines.evaluation.features import extract
+from pipelines.evaluation.tasks import finished
 from pipelines.references import classifier_for, weaker_for
+from pipelines.scratch import scratch_folder
 from pipelines.search.judge import Drawn, SampleScorer, Subject, gain, hopeless, interval, rungs, scores
 from pipelines.search.observer import Observer
 from pipelines.search.optuna_search import searcher
@@ -224,7 +226,7 @@ def run_trials(
         tune.with_parameters(GuidanceTrial, shared={"subject": subject, "study": study, "base": base}), resources
     )
     # Tune needs a folder for its own state, which is not used: the records are the state of the study.
-    with tempfile.TemporaryDirectory(prefix="ddpm-tune-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="tune-", dir=scratch_folder()) as scratch:
         tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
@@ -256,15 +258,8 @@ def confirm(subject: Subject, study: StudyConfig, base: Config, records: Sequenc
     shared = ray.put(subject)
     settings = {"default": sampling(base)}
     settings |= {record.trial: sampling(apply(base, record.params)) for record in chosen}
-    task = ray.remote(num_cpus=1, num_gpus=1 if base.cluster.gpus_per_worker else 0)(_draw_fresh)
     seed = base.evaluation.seed + 1_000_003
-    drawn: dict[str, Drawn] = dict(
-        zip(
-            settings,
-            ray.get([task.remote(shared, s, study.confirm_samples, seed) for s in settings.values()]),
-            strict=True,
-        )
-    )
+    drawn = dict(zip(settings, _draw_all(shared, settings.values(), study.confirm_samples, seed, base), strict=True))
     params: dict[str, dict[str, Value]] = {"default": {}} | {r.trial: dict(r.params) for r in chosen}
     found = []
     for trial, samples in drawn.items():
@@ -283,10 +278,21 @@ def draw_front(subject: Subject, base: Config, front: Sequence[TrialRecord]) -> 
     Returns:
         trial -> images, uint8 [N, H, W, C].
     """
-    task = ray.remote(num_cpus=1, num_gpus=1 if base.cluster.gpus_per_worker else 0)(_draw_fresh)
-    shared, seed = ray.put(subject), base.evaluation.seed
-    drawn = [task.remote(shared, sampling(apply(base, r.params)), SHOWN, seed) for r in front]
-    return {record.trial: found.pixels for record, found in zip(front, ray.get(drawn), strict=True)}
+    settings = [sampling(apply(base, record.params)) for record in front]
+    drawn = _draw_all(ray.put(subject), settings, SHOWN, base.evaluation.seed, base)
+    return {record.trial: found.pixels for record, found in zip(front, drawn, strict=True)}
+
+
+def _draw_all(shared: Any, settings: Iterable[Sampling], samples: int, seed: int, base: Config) -> list[Drawn]:
+    """Draw images 0..samples - 1 of a seed with each of the settings, a Ray task each.
+
+    Args:
+        shared: reference to the subject.
+    """
+    needs = {"CPU": 1, "GPU": min(base.cluster.gpus_per_worker, 1)}
+    task = ray.remote(num_cpus=needs["CPU"], num_gpus=needs["GPU"])(_draw_fresh)
+    waiting = [task.remote(shared, chosen, samples, seed) for chosen in settings]
+    return [drawn for _, drawn in sorted(finished(waiting, needs, "draw samples"), key=lambda pair: pair[0])]
 
 
 def _draw_fresh(subject: Subject, settings: Sampling, samples: int, seed: int) -> Drawn:

@@ -15,6 +15,7 @@ from ddpm.generate import Sampling, to_uint8
 from ddpm.model import Model
 from ddpm.models.classifier import NoisyClassifier
 from ddpm.quality import FeatureMoments, Interval, bootstrap, frechet_distance, halves, precision_recall
+from pipelines.evaluation.devices import task_device
 from pipelines.evaluation.features import EvaluatorNetwork, Features, extract
 
 DRAWS = 40
@@ -83,7 +84,7 @@ class SampleScorer:
     """Draw and score images of a subject with any sampling settings; the networks are loaded once per process."""
 
     def __init__(self, subject: Subject) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = task_device()
         self.subject, self.device = subject, device
         self.model = subject.model.to(device)
         self.guides = {name: guide.to(device) for name, guide in subject.guides.items()}

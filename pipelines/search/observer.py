@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import time
@@ -19,6 +20,7 @@ from pipelines.search.study import StudyStore, TrialRecord, best, trial_name
 from pipelines.search.study_config import StudyConfig
 from pipelines.tracking import Tracker, TrackingError
 
+logger = logging.getLogger(__name__)
 OnChange = Callable[["Observer"], None]
 """Called with the observer after every change of a trial, to show it."""
 AXIS = {"training": "images_seen", "guidance": "samples"}
@@ -28,7 +30,8 @@ AXIS = {"training": "images_seen", "guidance": "samples"}
 class Observer(Callback):
     """Ray Tune's callback of a study, and the only writer of its records.
 
-    MLflow may not answer while a study runs: trials that could not be logged are logged by `settle`.
+    MLflow may not answer while a study runs. Ray Tune's callbacks do not wait for it: trials that could not be logged
+    are logged by `settle`, now or when the study is resumed.
 
     Args:
         store: holds the records.
@@ -59,7 +62,8 @@ class Observer(Callback):
     def begin(self, records: Sequence[TrialRecord]) -> None:
         """Start with the trials that are recorded already."""
         self.records = {record.trial: record for record in records}
-        self.before = len([r for r in records if r.state != "running"])
+        ended = [record.trial for record in records if record.state != "running"]
+        self.before, self.unlogged = len(ended), set(ended)
         self.on_change(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -107,13 +111,14 @@ class Observer(Callback):
     # --- MLflow ----------------------------------------------------------------------------------------------
 
     def settle(self) -> None:
-        """Log the trials that could not be logged before.
-
-        Raises:
-            TrackingError: MLflow still does not answer.
-        """
-        for name in sorted(self.unlogged):
-            self._log(self.records[name])
+        """Log the trials that could not be logged before; a study whose trials have ended does not fail for it."""
+        try:
+            for name in sorted(self.unlogged):
+                self._log(self.records[name], self.tracker.patience_s)
+        except TrackingError as error:
+            logger.warning(
+                "%d trials are not logged to MLflow: %s; `ddpm search` with --resume does it", len(self.unlogged), error
+            )
 
     @property
     def best(self) -> TrialRecord | None:
@@ -128,22 +133,27 @@ class Observer(Callback):
             # that run again.
             self.store.record(record)
         try:
-            self._log(record)
-        except TrackingError:
+            self._log(record, patience_s=0)
+        except TrackingError as error:
+            logger.warning("trial %s is logged to MLflow later: %s", record.trial, error)
             self.unlogged.add(record.trial)
         self.store.record(self.records[record.trial])
         self.on_change(self)
 
-    def _log(self, record: TrialRecord) -> None:
+    def _log(self, record: TrialRecord, patience_s: float) -> None:
         """Log what MLflow does not have yet: parameters, scores by axis, and the state of an ended trial."""
         run_name = f"{self.name}-{record.trial}"
         if record.run_id is None:
             parent = {"mlflow.parentRunId": self.tracker.run_id, "ddpm.study": self.name}
             tracker, _ = tracking.open_run(self.tracker.uri, self.experiment, run_name, parent)
+            tracker = replace(tracker, patience_s=patience_s)
             tracker.tags(parent)
             tracker.params(record.params)
             record = self.records[record.trial] = replace(record, run_id=tracker.run_id)
-        tracker = Tracker(self.tracker.uri, str(record.run_id))
+        tracker = Tracker(self.tracker.uri, str(record.run_id), patience_s)
+        if record.state != "running" and tracker.tag("ddpm.state") == record.state:
+            self.unlogged.discard(record.trial)  # by an earlier driver of the study
+            return
         axis = AXIS[self.study.kind]
         logged = max((step for step, _ in tracker.metric("search/frechet_distance")), default=-1)
         for scores in record.history:
@@ -152,8 +162,8 @@ class Observer(Callback):
                 finite = {f"search/{k}": v for k, v in scores.items() if math.isfinite(v)}
                 tracker.metrics(finite, step)
         if record.state != "running":
-            tracker.tags({"ddpm.state": record.state, **({"ddpm.error": record.error} if record.error else {})})
             tracker.status({"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[record.state])
+            tracker.tags({"ddpm.state": record.state, **({"ddpm.error": record.error} if record.error else {})})
         self.unlogged.discard(record.trial)
 
     @staticmethod

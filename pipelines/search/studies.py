@@ -146,8 +146,9 @@ def _publish_guidance(
         "seconds": seconds,
     }
     if winner is not None:
-        tracker.text(tracking.to_json(winner.settings.to_json()), "best/sampling.json")
-        tracker.text(_overrides(base, winner.settings), "best/overrides.txt")
+        with tracking.recording("has not got the best settings"):
+            tracker.text(tracking.to_json(winner.settings.to_json()), "best/sampling.json")
+            tracker.text(_overrides(base, winner.settings), "best/overrides.txt")
     return StudyResult(tracker, found.records, best(found.records, study.objectives[0]), where, answer)
 
 
@@ -212,7 +213,8 @@ def _publish_training(
     if top is not None:
         chosen = apply(config, top.params).model_copy(update={"name": f"{name}-best"})
         text = tracking.to_json(chosen.model_dump(mode="json"))
-        tracker.text(text, "best/config.json")
+        with tracking.recording("has not got the best configuration"):
+            tracker.text(text, "best/config.json")
         store.storage.write(join(store.uri, "best.json"), text.encode())
     answer = {
         "study": name,
@@ -253,17 +255,18 @@ def _publish(page: Page, store: StudyStore, tracker: Tracker) -> str:
     text = page.html()
     where = join(store.uri, "study.html")
     store.storage.write(where, text.encode())
-    tracker.text(text, "study.html")
-    for name, figure in page.figures().items():
-        tracker.text(figure.to_json(), f"figures/{name}.json")
-        picture = png(figure)
-        if picture is not None:
-            tracker.file(picture, f"figures/{name}.png")
-    top = best(page.records, page.study.objectives[0])
-    if top is not None:
-        tracker.metrics({"search/frechet_distance": top.scores["frechet_distance"]}, len(page.records))
-        tracker.tags({"ddpm.best": top.trial})
-    tracker.status("FINISHED")
+    with tracking.recording(f"has not got all of the study's page, which is {where}"):
+        tracker.text(text, "study.html")
+        for name, figure in page.figures().items():
+            tracker.text(figure.to_json(), f"figures/{name}.json")
+            picture = png(figure)
+            if picture is not None:
+                tracker.file(picture, f"figures/{name}.png")
+        top = best(page.records, page.study.objectives[0])
+        if top is not None:
+            tracker.metrics({"search/frechet_distance": top.scores["frechet_distance"]}, len(page.records))
+            tracker.tags({"ddpm.best": top.trial})
+        tracker.status("FINISHED")
     return where
 
 

@@ -17,6 +17,7 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler
 
 from pipelines.config import Config
+from pipelines.scratch import scratch_folder
 from pipelines.search.observer import Observer
 from pipelines.search.optuna_search import searcher
 from pipelines.search.parameters import Params
@@ -61,7 +62,7 @@ def run_trials(
     at = rungs(base.images, base.batch_size, study)
     # A trial itself needs no CPU, because its workers reserve their own resources.
     trainable = tune.with_resources(tune.with_parameters(TrainingTrial, shared=shared), {"cpu": 0, "memory": 1 << 20})
-    with tempfile.TemporaryDirectory(prefix="ddpm-tune-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="tune-", dir=scratch_folder()) as scratch:
         tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(

@@ -7,19 +7,24 @@ import fcntl
 import hashlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import IO
 
 from pipelines.errors import PipelineError
 from pipelines.shards.index import Member, ShardInfo
-from pipelines.storage import Storage, StorageError, join
+from pipelines.storage import StorageError, join
 
 
 class ShardCorruptError(PipelineError):
     """The bytes of a shard differ from what its dataset records, on two reads."""
+
+
+class ShardShortError(ShardCorruptError):
+    """A shard has fewer bytes than its dataset records."""
 
 
 @dataclass
@@ -61,14 +66,21 @@ class FetchStats:
 class ShardCache:
     """Complete shards on local disk, named by their SHA-256 and shared by the processes of a node.
 
-    A shard gets its name only when it is complete and verified. Above `limit_bytes` the least recently used shards are
-    deleted; a process that has one mapped can still read it. Partial files of a killed process are overwritten.
+    What is in the folder never takes more than `limit_bytes`: room is made before a shard is fetched, by deleting the
+    least recently used ones. A process has a shard open only while it reads from it, and a shard that is being read is
+    not deleted, so that no deleted file goes on taking space. Locks are `flock`s of the shards' own files, which end
+    with their process: a partial file that nobody holds was left by a killed process, and is deleted.
     """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self.folder = folder
         self.limit_bytes = limit_bytes
         folder.mkdir(parents=True, exist_ok=True)
+        with self._alone():
+            for path in folder.glob("*.lock"):  # of releases before this one
+                path.unlink(missing_ok=True)
+            self._remove_leftovers()
+            self._make_room(0)
 
     def find(self, shard: ShardInfo) -> Path | None:
         """Return the path of a verified copy, and mark it as used; None where there is none."""
@@ -79,108 +91,178 @@ class ShardCache:
             return None
         return path
 
-    def fetch(self, uri: str, shard: ShardInfo, storage: Storage, stats: FetchStats) -> Path:
-        """Return the path of a verified copy; download it where it is missing, in one process of the node at a time.
-
-        Raises:
-            ShardCorruptError: two downloads in a row had the wrong checksum.
-            StorageError: the store cannot be reached, has no such shard, or the disk is full.
-        """
-        found = self.find(shard)
-        if found is not None:
-            return found
-        with self._lock_file(shard) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            found = self.find(shard)
-            if found is not None:
-                return found
-            with PartialShard(self, shard, block_bytes=max(shard.bytes, 1), lock=None) as partial:
-                for _ in range(2):
-                    partial.fetch_again(uri, storage, stats)
-                    if partial.admit():
-                        stats.add(whole_shards=1)
-                        return self.path(shard)
-                raise partial.corrupt(uri)
+    def read(self, shard: ShardInfo, members: Sequence[Member]) -> list[memoryview] | None:
+        """Return the bytes of members from a verified copy, and mark it as used; None where there is none."""
+        try:
+            file = self.path(shard).open("rb", buffering=0)
+        except FileNotFoundError:
+            return None
+        with file:
+            number = file.fileno()
+            try:
+                fcntl.flock(number, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:  # it is being deleted
+                return None
+            if os.fstat(number).st_nlink == 0:
+                return None
+            os.utime(number)
+            return [memoryview(os.pread(number, m.size, m.offset)) for m in members]
 
     def claim(self, shard: ShardInfo, block_bytes: int) -> PartialShard | None:
-        """Lock a shard for fetching; None where another process fetches it, or has just finished.
+        """Begin to fetch a shard; None where another process fetches it, or it is complete.
 
         Raises:
-            StorageError: the disk has no room for it.
+            StorageError: there is no room for it, within the limit or on the disk.
         """
-        lock = self._lock_file(shard)
+        path = self.partial_path(shard)
+        with self._alone():
+            file = _held(path)
+            if file is None:
+                return None
+            try:
+                if self.find(shard) is not None:
+                    path.unlink()
+                    file.close()
+                    return None
+                os.ftruncate(file.fileno(), 0)  # a killed process may have left it
+                if not self._make_room(shard.bytes):
+                    raise StorageError(
+                        f"no room for {shard.bytes:,} bytes of {shard.name} in the shard cache {self.folder}: its "
+                        f"{self.limit_bytes:,} bytes are taken by shards that are being fetched or read; raise "
+                        "data.cache_gib, or lower data.lanes or data.window"
+                    )
+                with self._no_space(shard):
+                    os.ftruncate(file.fileno(), shard.bytes)  # it counts from now on
+            except BaseException:
+                path.unlink(missing_ok=True)
+                file.close()
+                raise
+        partial = PartialShard(self, shard, block_bytes, file)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if self.find(shard) is None:
-                return PartialShard(self, shard, block_bytes, lock)
-        except BlockingIOError:
-            pass
+            with self._no_space(shard):
+                partial.allocate()
         except BaseException:
-            lock.close()
+            partial.close()
             raise
-        lock.close()
-        return None
+        return partial
+
+    def is_claimed(self, shard: ShardInfo) -> bool:
+        """Return whether a process fetches a shard."""
+        return self.partial_path(shard).exists()
 
     def path(self, shard: ShardInfo) -> Path:
         """Return the path of a complete shard, whether it exists or not."""
         return self.folder / f"{shard.sha256}.tar"
 
-    def evict(self, keep: Path) -> None:
-        """Delete the least recently used shards above the size limit, except `keep`."""
-        shards = []
-        for path in self.folder.glob("*.tar"):
-            try:
-                stat = path.stat()
-            except FileNotFoundError:  # deleted by another process
-                continue
-            shards.append((stat.st_mtime, stat.st_size, path))
-        excess = sum(size for _, size, _ in shards) - self.limit_bytes
-        for _, size, path in sorted(shards):
+    def partial_path(self, shard: ShardInfo) -> Path:
+        """Return the path of a shard while it is fetched."""
+        return self.folder / f"{shard.sha256}.part"
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other threads and processes from making room or beginning to fetch."""
+        with (self.folder / "room").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
+    def _no_space(self, shard: ShardInfo) -> Iterator[None]:
+        """Say what to do where the disk is full."""
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(
+                f"no room for {shard.bytes:,} bytes of {shard.name} in the shard cache {self.folder} "
+                f"({error.strerror}): free some, or set data.cache_dir to another disk or data.cache_gib to less"
+            ) from error
+
+    def _make_room(self, needed: int) -> bool:
+        """Delete the least recently used shards until so many bytes more are within the limit, and return whether
+        they are; where that cannot be reached, nothing is deleted."""
+        sizes = _sizes(self.folder, "*.part")
+        if sum(sizes.values()) + needed > self.limit_bytes:
+            self._remove_leftovers()
+            sizes = _sizes(self.folder, "*.part")
+        fetched = sum(sizes.values())
+        if fetched + needed > self.limit_bytes:
+            return False
+        shards = _sizes(self.folder, "*.tar")
+        excess = fetched + sum(shards.values()) + needed - self.limit_bytes
+        for (_, path), size in sorted(shards.items()):
             if excess <= 0:
                 break
-            if path != keep:
+            file = _held(path)
+            if file is not None:  # else it is being read
+                path.unlink()
+                file.close()
                 excess -= size
-                path.unlink(missing_ok=True)
+        return excess <= 0
 
-    def _lock_file(self, shard: ShardInfo) -> IO[str]:
-        """Open the lock file of a shard."""
-        return (self.folder / f"{shard.sha256}.lock").open("w")
+    def _remove_leftovers(self) -> None:
+        """Delete the partial files of killed processes."""
+        for path in self.folder.glob("*.part"):
+            file = _held(path)
+            if file is not None:
+                path.unlink()
+                file.close()
+
+
+def _sizes(folder: Path, pattern: str) -> dict[tuple[int, Path], int]:
+    """Return (time of the last use in ns, path) -> size in bytes of the files that match."""
+    sizes = {}
+    for path in folder.glob(pattern):
+        with contextlib.suppress(FileNotFoundError):  # renamed or deleted by another process
+            stat = path.stat()
+            sizes[stat.st_mtime_ns, path] = stat.st_size
+    return sizes
+
+
+def _held(path: Path) -> FileIO | None:
+    """Return a file, created if need be, which this process alone uses until it closes it; None where another does."""
+    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+    except (BlockingIOError, FileNotFoundError):
+        pass  # another process has it, or has just renamed or deleted it
+    except BaseException:
+        file.close()
+        raise
+    file.close()
+    return None
 
 
 class PartialShard:
     """A shard that is being fetched into the cache: blocks arrive by ranged reads in any order, each byte once.
 
     The file is allocated in full at the start, so that a full disk raises an error here and does not crash the process
-    later. The process holds the shard's lock until the file is closed.
+    later. The process holds the file's lock until it is closed.
+
+    Args:
+        file: the file of the shard's size at the cache's `partial_path`, held.
 
     Attributes:
         blocks: block number -> a future that is done when the block is in the file.
         done: a future of the path of the complete shard.
     """
 
-    def __init__(self, cache: ShardCache, shard: ShardInfo, block_bytes: int, lock: IO[str] | None) -> None:
+    def __init__(self, cache: ShardCache, shard: ShardInfo, block_bytes: int, file: FileIO) -> None:
         self.cache, self.shard, self.block_bytes = cache, shard, block_bytes
         self.count = -(-shard.bytes // block_bytes)
         self.blocks: dict[int, Future[None]] = {}
         self.done: Future[Path] = Future()
-        self.path = cache.path(shard).with_suffix(".part")
-        self._lock, self._guard = lock, threading.Lock()
-        self._file = self.path.open("w+b")
-        try:
-            if shard.bytes:
-                os.posix_fallocate(self._file.fileno(), 0, shard.bytes)
-        except OSError as error:
-            self.close()
-            raise StorageError(
-                f"no room for {shard.bytes:,} bytes of {shard.name} in the shard cache {cache.folder} "
-                f"({error.strerror}): free some, or set data.cache_dir to another disk or data.cache_gib to less"
-            ) from error
+        self._file, self._admitted = file, False
+        self._guard, self._writing = threading.Lock(), threading.Lock()
 
-    def __enter__(self) -> PartialShard:
-        return self
+    def allocate(self) -> None:
+        """Take the whole space on the disk.
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+        Raises:
+            OSError: it is not there.
+        """
+        if self.shard.bytes:
+            os.posix_fallocate(self._file.fileno(), 0, self.shard.bytes)
 
     def promise(self, numbers: Sequence[int]) -> tuple[list[Future[None]], list[int]]:
         """Return a future for each block, and the numbers of those that the caller has to fetch."""
@@ -205,7 +287,8 @@ class PartialShard:
 
     def put(self, start: int, data: bytes) -> None:
         """Write bytes of the shard at position `start`."""
-        os.pwrite(self._file.fileno(), data, start)
+        with self._writing:  # a file that is closed meanwhile would leave its number to another one
+            os.pwrite(self._file.fileno(), data, start)
 
     def arrived(self, run: Sequence[int]) -> None:
         """Mark blocks as present in the file."""
@@ -230,27 +313,13 @@ class PartialShard:
         """Return bytes of blocks that are present."""
         return os.pread(self._file.fileno(), stop - start, start)
 
-    def fetch_again(self, uri: str, storage: Storage, stats: FetchStats) -> None:
-        """Fetch the whole shard with one request."""
-        at = 0
-
-        def sink(part: bytes) -> None:
-            nonlocal at
-            self.put(at, part)
-            at += len(part)
-
-        if self.shard.bytes:
-            requests = storage.fetch(join(uri, self.shard.name), 0, self.shard.bytes, sink)
-            stats.add(requests=requests, bytes=self.shard.bytes)
-
     def admit(self) -> bool:
         """Move the file to its name in the cache if its SHA-256 is right, and return whether it is."""
         if self.sha256() != self.shard.sha256:
             return False
-        final = self.cache.path(self.shard)
-        self._file.flush()
-        self.path.replace(final)
-        self.cache.evict(keep=final)
+        self.cache.partial_path(self.shard).replace(self.cache.path(self.shard))
+        self._admitted = True
+        fcntl.flock(self._file, fcntl.LOCK_UN)  # for the readers; not sooner, lest another process take it for its own
         return True
 
     def sha256(self) -> str:
@@ -273,23 +342,20 @@ class PartialShard:
 
     def give_up(self, error: Exception) -> None:
         """Resolve `done` with an error: the shard cannot be fetched, or the fetcher was closed."""
-        with self._guard:
-            if self.done.done():
-                return
-            self.done.set_exception(error)
         self.close()
+        with self._guard:
+            if not self.done.done():
+                self.done.set_exception(error)
 
     def numbers(self, member: Member) -> range:
         """Return the numbers of the blocks that hold a member."""
         return range(member.offset // self.block_bytes, -(-(member.offset + member.size) // self.block_bytes))
 
     def close(self) -> None:
-        """Release the lock, and delete the partial file if the shard is not in the cache."""
-        if self._file.closed:
-            return
-        self._file.close()
-        if self.cache.find(self.shard) is None:
-            with contextlib.suppress(FileNotFoundError):
-                self.path.unlink()
-        if self._lock is not None:
-            self._lock.close()
+        """Release the file, and delete it if the shard is not complete."""
+        with self._writing:
+            if self._file.closed:
+                return
+            if not self._admitted:
+                self.cache.partial_path(self.shard).unlink(missing_ok=True)
+            self._file.close()

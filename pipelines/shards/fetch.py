@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import logging
-import mmap
 import threading
+import time
 import zlib
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
-from pipelines.shards.cache import FetchStats, PartialShard, ShardCache, ShardCorruptError
+from pipelines.shards.cache import FetchStats, PartialShard, ShardCache, ShardCorruptError, ShardShortError
 from pipelines.shards.index import Dataset, DatasetError, Member, ShardIndex, ShardInfo, sidecar
-from pipelines.storage import Storage, StorageError, join
+from pipelines.storage import ShortObjectError, Storage, StorageError, join
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -29,6 +28,10 @@ FILL_BYTES = 8 << 20
 """Bytes of one background request that completes a shard in the cache."""
 PATIENCE_S = 0.5
 """Seconds that a background request waits for readers' requests to finish first."""
+FULL_S = 1.0
+"""Seconds for which a cache that had no room for a shard is not asked for room again."""
+POLL_S = 0.02
+"""Seconds between two looks at what another process fetches."""
 GAP_BYTES = 64 << 10
 """Unneeded bytes between two members that cost less to fetch than a second request."""
 
@@ -36,10 +39,10 @@ GAP_BYTES = 64 << 10
 class ShardFetcher:
     """Reads members of shards, from any thread.
 
-    A shard that is in the node's cache is read through a memory map. From any other shard the needed bytes are fetched
-    by ranged GETs, with neighbouring members in one request, so that a stream starts and resumes anywhere without
-    waiting for whole shards. The fetched blocks are kept in a partial file, which background requests complete; no byte
-    is fetched twice. Bytes of a shard that is not verified yet are checked against the CRC of their member.
+    A shard that is in the node's cache is read from there. From any other shard the needed bytes are fetched by ranged
+    GETs, with neighbouring members in one request, so that a stream starts and resumes anywhere without waiting for
+    whole shards. The fetched blocks are kept in a partial file, which background requests complete; no byte is fetched
+    twice. Bytes of a shard that is not verified yet are checked against the CRC of their member.
 
     Args:
         uri: folder of the dataset.
@@ -71,22 +74,22 @@ class ShardFetcher:
         self._lock = threading.Lock()
         self._partial: dict[str, PartialShard] = {}
         self._indexes: OrderedDict[str, Future[ShardIndex]] = OrderedDict()
-        self._map = lru_cache(maxsize=4096)(_open)
+        self._full_until = 0.0
 
     @classmethod
     def opened(
         cls, dataset: Dataset, split: str, storage: Storage, cache_dir: Path, cache_bytes: int, lanes: int, window: int
     ) -> ShardFetcher:
         """Return a fetcher for a split; without the cache where the shards in use at a time would not fit into it."""
-        cached = fits(dataset.shards(split), lanes, window, cache_bytes)
-        return cls(dataset.uri, storage, ShardCache(cache_dir, cache_bytes) if cached else None)
+        cache = ShardCache(cache_dir, cache_bytes)  # which keeps the limit in either case
+        return cls(dataset.uri, storage, cache if fits(dataset.shards(split), lanes, window, cache_bytes) else None)
 
     def read(self, wanted: Wanted) -> list[list[memoryview]]:
         """Return the bytes of members, shard by shard; all requests are sent before the first one is awaited.
 
         Raises:
-            ShardCorruptError: a member or its shard was wrong on two reads.
-            StorageError: the store cannot be reached, or the shard is missing or shorter than recorded.
+            ShardCorruptError: a member or its shard was wrong on two reads, or the shard is cut short.
+            StorageError: the store cannot be reached, or has no such shard.
         """
         return [finish() for finish in [self._begin(shard, members) for shard, members in wanted]]
 
@@ -117,25 +120,26 @@ class ShardFetcher:
         return found
 
     def require(self, shards: Sequence[ShardInfo]) -> None:
-        """Wait until shards are complete and verified in the cache; do nothing without a cache.
+        """Wait until shards are complete and verified in the cache; do nothing where they do not fit into it together.
 
         Raises:
-            ShardCorruptError: one failed its checksum twice.
+            ShardCorruptError: one failed its checksum twice, or is cut short.
             StorageError: the store cannot be reached, or has no such shard.
         """
-        if self.cache is None:
+        if self.cache is None or sum(shard.bytes for shard in shards) > self.cache.limit_bytes:
             return
-        pending: list[Future[Path]] = []
         for shard in shards:
-            if self._mapped(shard) is not None:
-                continue
-            partial = self._put_together(shard)
-            if partial is not None:
-                pending.append(partial.done)
-            else:  # another process fetches it
-                pending.append(self._whole.submit(self.cache.fetch, self.uri, shard, self.storage, self.stats))
-        for future in pending:
-            future.result()
+            if self.cache.find(shard) is None:
+                self._put_together(shard)
+        for shard in shards:
+            while self.cache.find(shard) is None:
+                partial = self._put_together(shard)
+                if partial is not None:
+                    partial.done.result()
+                elif self.cache.is_claimed(shard) and not self._closed.is_set():  # another process fetches it
+                    time.sleep(POLL_S)
+                else:  # no room: it is read by ranges
+                    break
 
     def close(self) -> None:
         """Stop all requests."""
@@ -149,15 +153,8 @@ class ShardFetcher:
 
     # --- whole shards ----------------------------------------------------------------------------------------
 
-    def _mapped(self, shard: ShardInfo) -> memoryview | None:
-        """Return the memory map of a shard in the cache, or None."""
-        if self.cache is None:
-            return None
-        path = self.cache.find(shard)
-        return None if path is None else self._map(path)
-
     def _put_together(self, shard: ShardInfo) -> PartialShard | None:
-        """Return the partial shard of this process; None where another process of the node fetches it.
+        """Return the partial shard of this process; None where another process fetches it, or there is no room.
 
         It is created, and completed in the background, where there is none.
         """
@@ -166,13 +163,14 @@ class ShardFetcher:
             partial = self._partial.get(shard.sha256)
             if partial is not None and partial.done.done():
                 del self._partial[shard.sha256]
-                partial.done.result()  # raises: a finished shard would have been mapped; the next reader tries again
+                partial.done.result()  # raises why it could not be fetched; the next reader tries again
                 partial = None
-            if partial is None and not self._closed.is_set():
+            if partial is None and not self._closed.is_set() and time.monotonic() > self._full_until:
                 try:
                     partial = self.cache.claim(shard, self.block_bytes)
                 except StorageError as error:
                     # Reading works without the cache, only slower.
+                    self._full_until = time.monotonic() + FULL_S
                     if not self._warned:
                         logger.warning("shards are read by ranges: %s", error)
                     self._warned = True
@@ -198,7 +196,7 @@ class ShardFetcher:
             if self._closed.is_set():
                 return
             if not partial.admit():
-                partial.fetch_again(self.uri, self.storage, self.stats)
+                self._fetch_into(partial, 0, partial.shard.bytes)
                 if not partial.admit():
                     raise partial.corrupt(self.uri)
             self.stats.add(whole_shards=1)
@@ -229,20 +227,19 @@ class ShardFetcher:
 
     def _begin(self, shard: ShardInfo, members: Sequence[Member]) -> Callable[[], list[memoryview]]:
         """Send the requests for members; the returned function waits for them."""
-        partial, mapped = None, self._mapped(shard)
-        if mapped is None and self.cache is not None:
-            partial = self._put_together(shard)
-            if partial is None:  # another process may just have completed it
-                mapped = self._mapped(shard)
-        if mapped is not None:
-            whole = mapped
+        partial, found = None, None
+        if self.cache is not None:
+            found = self.cache.read(shard, members)
+            if found is None:
+                partial = self._put_together(shard)
+                if partial is None:  # another process may just have completed it
+                    found = self.cache.read(shard, members)
+        if found is not None:
             self.stats.add(cached_reads=len(members))
-            return lambda: [whole[m.offset : m.offset + m.size] for m in members]
+            return lambda: found
         self.stats.add(block_reads=len(members))
         if partial is None:
-            spans = coalesce(members)
-            futures = [self._submit(self._get, shard, start, stop) for start, stop in spans]
-            return lambda: self._from_spans(shard, members, spans, futures)
+            return self._by_ranges(shard, members)
         blocks, missing = partial.promise(sorted({n for m in members for n in partial.numbers(m)}))
         for run in _runs(missing):
             self._submit(self._fetch_run, partial, run)
@@ -257,12 +254,19 @@ class ShardFetcher:
                 block.result()
             found = [memoryview(partial.read(m.offset, m.offset + m.size)) for m in members]
         except (ValueError, OSError):
-            # The partial file is closed: the shard is in the cache now, or `done` raises why it is not.
-            mapped = self._map(partial.done.result())
-            return [mapped[m.offset : m.offset + m.size] for m in members]
+            # The partial file is closed: the shard is complete, or `done` raises why it is not.
+            partial.done.result()
+            cached = partial.cache.read(partial.shard, members)
+            return self._by_ranges(partial.shard, members)() if cached is None else cached
         wrong = [m for m, data in zip(members, found, strict=True) if zlib.crc32(data) != m.crc32]
         partial.forget(sorted({n for m in wrong for n in partial.numbers(m)}))
         return self._verified(partial.shard, members, found)
+
+    def _by_ranges(self, shard: ShardInfo, members: Sequence[Member]) -> Callable[[], list[memoryview]]:
+        """Send the requests for members of a shard that is not in the cache; the returned function waits for them."""
+        spans = coalesce(members)
+        futures = [self._submit(self._get, shard, start, stop) for start, stop in spans]
+        return lambda: self._from_spans(shard, members, spans, futures)
 
     def _from_spans(
         self, shard: ShardInfo, members: Sequence[Member], spans: Sequence[Span], futures: Sequence[Future[memoryview]]
@@ -304,29 +308,50 @@ class ShardFetcher:
         Raises:
             StorageError: they cannot be fetched; it is raised in the readers that wait for them, too.
         """
-        start = at = run[0] * partial.block_bytes
         stop = min((run[-1] + 1) * partial.block_bytes, partial.shard.bytes)
+        try:
+            self._fetch_into(partial, run[0] * partial.block_bytes, stop)
+        except Exception as error:
+            partial.lost(run, error)
+            raise
+        partial.arrived(run)
+
+    def _fetch_into(self, partial: PartialShard, start: int, stop: int) -> None:
+        """Fetch bytes [start, stop) into the partial file."""
+        at = start
 
         def sink(part: bytes) -> None:
             nonlocal at
             partial.put(at, part)
             at += len(part)
 
-        try:
-            requests = self.storage.fetch(join(self.uri, partial.shard.name), start, stop, sink)
-        except Exception as error:
-            partial.lost(run, error)
-            raise
-        self.stats.add(requests=requests, bytes=stop - start)
-        partial.arrived(run)
+        self._fetch(partial.shard, start, stop, sink)
 
     def _get(self, shard: ShardInfo, start: int, stop: int) -> memoryview:
         """Fetch bytes [start, stop) of a shard."""
         data = bytearray()
-        if start < stop:
-            requests = self.storage.fetch(join(self.uri, shard.name), start, stop, data.extend)
-            self.stats.add(requests=requests, bytes=stop - start)
+        self._fetch(shard, start, stop, data.extend)
         return memoryview(data)
+
+    def _fetch(self, shard: ShardInfo, start: int, stop: int, sink: Callable[[bytes], object]) -> None:
+        """Hand bytes [start, stop) of a shard to `sink`, and count them.
+
+        Raises:
+            ShardShortError: the shard has fewer bytes.
+            StorageError: they cannot be fetched.
+        """
+        if start == stop:
+            return
+        uri = join(self.uri, shard.name)
+        try:
+            requests = self.storage.fetch(uri, start, stop, sink)
+        except ShortObjectError as error:
+            sizes = {entry.uri: entry.size for entry in self.storage.list(self.uri)}
+            raise ShardShortError(
+                f"{uri} is cut short: it has {sizes.get(uri, 0):,} bytes, the index says {shard.bytes:,}: write it "
+                f"again; `ddpm check {self.uri}` finds the rest of what is wrong, and with --quarantine it is left out"
+            ) from error
+        self.stats.add(requests=requests, bytes=stop - start)
 
     def _read_index(self, shard: ShardInfo) -> ShardIndex:
         """Read the sidecar of a shard."""
@@ -371,9 +396,3 @@ def _runs(numbers: Sequence[int]) -> list[list[int]]:
         else:
             runs.append([n])
     return runs
-
-
-def _open(path: Path) -> memoryview:
-    """Map a file into memory."""
-    with path.open("rb") as file:
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

@@ -169,7 +169,7 @@ class ShardDataset(IterableDataset[dict[str, Any]]):
         """Yield this rank's samples from `samples_seen` on."""
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        # Created here, because threads and memory maps cannot be pickled for the workers of a DataLoader.
+        # Created here, because threads and locks cannot be pickled for the workers of a DataLoader.
         reader, order = open_stream(self.dataset, self.split, self.storage, self.settings, self.quarantine)
 
         def load(first: int) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipelines.credentials import write_private
 from pipelines.display import StageNotice, no_stage_notice
+from pipelines.loopback import bypass_proxies
 from pipelines.stack.home import StackError, default_home, ensure_credentials, locked
 from pipelines.stack.private import choose_private, credentials_file, read_private
 from pipelines.stack.processes import Service, alive_services, end, read_services
@@ -69,6 +70,7 @@ def up(
         StackError: a service does not start, and those that this call started are stopped again; or the stack runs
             with another choice of `private`.
     """
+    bypass_proxies("http://127.0.0.1")  # the services inherit it: they call each other
     home = home or default_home()
     wanted = [s for s in SERVICES if s in services or (s == "s3" and "mlflow" in services)]
     home.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+from pipelines.loopback import bypass_proxies
 from pipelines.stack.home import StackError, ray_folder
 from pipelines.stack.private import client_context, mlflow_environment, read_private
 from pipelines.stack.processes import Service, choose_ports, find_process, launch
@@ -114,6 +115,7 @@ def answers(service: Service, home: Path, timeout_s: float = 1.5) -> bool:
 def _url_answers(url: str, home: Path, timeout_s: float) -> bool:
     """Return whether a URL answers with success, or asks for credentials."""
     try:
+        bypass_proxies(url)
         context = client_context(home) if url.startswith("https:") else None
         with urllib.request.urlopen(url, timeout=timeout_s, context=context):
             return True

@@ -5,7 +5,13 @@ writing; `arrow` shows a storage folder to pyarrow, and so to Ray Train (importe
 """
 
 from pipelines.storage.backend import Backend, Connection, Entry
-from pipelines.storage.errors import ConflictError, NotFoundError, StorageError, TransientStorageError
+from pipelines.storage.errors import (
+    ConflictError,
+    NotFoundError,
+    ShortObjectError,
+    StorageError,
+    TransientStorageError,
+)
 from pipelines.storage.fence import Fence, FencedError
 from pipelines.storage.local import local_path
 from pipelines.storage.store import (
@@ -27,6 +33,7 @@ __all__ = [
     "Fence",
     "FencedError",
     "NotFoundError",
+    "ShortObjectError",
     "Storage",
     "StorageError",
     "TransientStorageError",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -23,7 +23,7 @@ class Entry:
     uri: str
     size: int
     tag: str
-    modified: float | None = None
+    modified: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

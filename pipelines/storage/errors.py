@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import socket
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,12 +20,32 @@ _HINTS = {
 }
 
 
+_NETWORK = {
+    errno.EAGAIN,
+    errno.ECONNABORTED,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENETDOWN,
+    errno.ENETRESET,
+    errno.ENETUNREACH,
+    errno.EPIPE,
+    errno.ESTALE,  # a file on NFS whose server has restarted
+    errno.ETIMEDOUT,
+}
+
+
 class StorageError(PipelineError):
     """Stored bytes could not be read or written; says which address, why, and how to fix it."""
 
 
 class NotFoundError(StorageError):
     """There is nothing at the address."""
+
+
+class ShortObjectError(StorageError):
+    """The object ends before the bytes that were asked for."""
 
 
 class ConflictError(StorageError):
@@ -39,13 +61,27 @@ def not_found(uri: str) -> NotFoundError:
     return NotFoundError(f"{uri}: nothing is stored there")
 
 
+def cut_short(uri: str) -> ShortObjectError:
+    """The error of an object that ends too early."""
+    return ShortObjectError(f"{uri} ends before the bytes that were asked for: it is cut short")
+
+
+def is_network_error(error: BaseException) -> bool:
+    """Return whether an error says that a connection broke, or that none came about."""
+    if isinstance(error, ConnectionError | TimeoutError | ssl.SSLError | socket.gaierror):
+        return True
+    return isinstance(error, OSError) and error.errno in _NETWORK
+
+
 @contextmanager
 def reporting_os_errors(uri: str) -> Iterator[None]:
-    """Turn what the file system raises into a `StorageError` that says what to do."""
+    """Turn what the file system or a socket raises into a `StorageError` that says what to do."""
     try:
         yield
     except FileNotFoundError as error:
         raise not_found(uri) from error
     except OSError as error:
+        if is_network_error(error):
+            raise TransientStorageError(f"{uri}: {error}") from error
         hint = _HINTS.get(error.errno or 0)
         raise StorageError(f"{uri}: {error.strerror or error}{f': {hint}' if hint else ''}") from error

@@ -12,6 +12,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
+from pipelines.retry import PATIENCE_S
 from pipelines.storage.errors import NotFoundError, StorageError
 from pipelines.storage.store import Storage
 
@@ -52,14 +53,14 @@ class Fence:
         record = json.loads(storage.update(uri, change))
         return cls(storage, uri, record["epoch"], token)
 
-    def check(self) -> None:
+    def check(self, *, patience_s: float = PATIENCE_S) -> None:
         """Refuse to go on for a driver that has been replaced.
 
         Raises:
             FencedError: another driver is recorded, or none: the run was deleted.
         """
         try:
-            stored: bytes | None = self.storage.read(self.uri)
+            stored: bytes | None = self.storage.read(self.uri, patience_s=patience_s)
         except NotFoundError:
             stored = None
         self._require(stored)

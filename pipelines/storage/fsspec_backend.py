@@ -15,13 +15,12 @@ last one wins. So a driver that has been replaced is stopped at its next write, 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -49,19 +48,7 @@ _ENVIRONMENT = (
 )
 """Paths, endpoints and names that other processes need too; no secrets."""
 _TAGS = ("etag", "ETag", "md5Hash", "content_md5", "checksum", "mtime", "last_modified", "LastModified", "updated")
-_TIMES = ("mtime", "last_modified", "LastModified", "updated", "timeCreated", "created")
-_NETWORK = {
-    errno.EAGAIN,
-    errno.ECONNABORTED,
-    errno.ECONNREFUSED,
-    errno.ECONNRESET,
-    errno.EHOSTDOWN,
-    errno.EHOSTUNREACH,
-    errno.ENETDOWN,
-    errno.ENETUNREACH,
-    errno.EPIPE,
-    errno.ETIMEDOUT,
-}
+_TIMES = ("mtime", "last_modified", "LastModified", "updated", "modified")
 
 
 class FsspecBackend:
@@ -206,16 +193,19 @@ def _tag(info: Mapping[str, Any]) -> str:
 
 
 def _modified(info: Mapping[str, Any]) -> float | None:
-    """Return when an object was stored, in seconds since the epoch; None where the filesystem does not say."""
+    """Return when a filesystem says that an object was last written, in seconds since the epoch; None without a word.
+
+    Filesystems say it as a number, a datetime or an ISO 8601 text.
+    """
     for name in _TIMES:
-        value = info.get(name)
-        if isinstance(value, str):
+        said = info.get(name)
+        if isinstance(said, str):
             with suppress(ValueError):
-                value = datetime.fromisoformat(value)
-        if isinstance(value, datetime):
-            return value.timestamp()
-        if isinstance(value, int | float):
-            return float(value)
+                said = datetime.fromisoformat(said)
+        if isinstance(said, datetime):
+            return (said if said.tzinfo else said.replace(tzinfo=UTC)).timestamp()
+        if isinstance(said, int | float):
+            return float(said)
     return None
 
 
@@ -246,14 +236,10 @@ def _reporting(uri: str) -> Iterator[None]:
     with reporting_os_errors(uri):
         try:
             yield
-        except (FileNotFoundError, StorageError):
+        except (OSError, StorageError):
             raise
         except ImportError as error:
             raise StorageError(f"{uri}: {error}") from error
-        except OSError as error:
-            if isinstance(error, ConnectionError | TimeoutError) or error.errno in _NETWORK:
-                raise TransientStorageError(f"{uri}: {error}") from error
-            raise
         except (ValueError, TypeError, NotImplementedError) as error:
             raise StorageError(f"{uri}: {type(error).__name__}: {error}") from error
         except Exception as error:

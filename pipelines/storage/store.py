@@ -18,8 +18,16 @@ from pathlib import Path
 
 from pipelines.config import Config
 from pipelines.retry import PATIENCE_S, retry
+from pipelines.scratch import scratch_folder
 from pipelines.storage.backend import Backend, Connection, Entry
-from pipelines.storage.errors import ConflictError, NotFoundError, StorageError, TransientStorageError, not_found
+from pipelines.storage.errors import (
+    ConflictError,
+    NotFoundError,
+    ShortObjectError,
+    StorageError,
+    TransientStorageError,
+    not_found,
+)
 from pipelines.storage.fsspec_backend import PROTOCOLS, FsspecBackend
 from pipelines.storage.local import LocalBackend, local_path
 from pipelines.storage.s3 import S3Backend
@@ -81,7 +89,8 @@ class Storage(Connection):
 
         Raises:
             TransientStorageError: patience has run out.
-            StorageError: what no patience mends, or an object that ends before `stop`.
+            ShortObjectError: the object ends before `stop`.
+            StorageError: what no patience mends.
         """
         at, requests = start, 0
 
@@ -101,7 +110,7 @@ class Storage(Connection):
             reached = at
             retry(request, patience_s)
             if at == reached:
-                raise StorageError(f"{uri} ends at byte {at}, {stop} were expected: it is cut short")
+                raise ShortObjectError(f"{uri} ends at byte {at}, {stop} were expected: it is cut short")
         return requests
 
     def write(self, uri: str, data: bytes, *, patience_s: float = PATIENCE_S) -> None:
@@ -175,7 +184,7 @@ class Storage(Connection):
         elif is_local(source):
             self.upload(local_path(source), target, patience_s=patience_s)
         else:
-            with tempfile.TemporaryDirectory(prefix="ddpm-copy-") as scratch:
+            with tempfile.TemporaryDirectory(prefix="copy-", dir=scratch_folder()) as scratch:
                 self.download(source, Path(scratch) / "object", patience_s=patience_s)
                 self.upload(Path(scratch) / "object", target, patience_s=patience_s)
 
@@ -206,12 +215,14 @@ class Storage(Connection):
 
         Raises:
             NotFoundError: there is none.
+            StorageError: the key of an object leads out of the folder; none is copied then.
         """
         entries = self.list(uri, patience_s=patience_s)
         if not entries:
             raise not_found(uri)
-        for entry in entries:
-            path = folder / entry.uri[len(uri.rstrip("/")) + 1 :]
+        for path, entry in [(_path_below(folder, uri, entry), entry) for entry in entries]:
+            if entry.uri.endswith("/"):  # what some tools store in the place of a folder
+                continue
             path.parent.mkdir(parents=True, exist_ok=True)
             self.download(entry.uri, path, patience_s=patience_s)
 
@@ -277,6 +288,21 @@ def is_local(uri: str) -> bool:
         StorageError: it is no address.
     """
     return check_address(uri) is LocalBackend
+
+
+def _path_below(folder: Path, uri: str, entry: Entry) -> Path:
+    """Return the path below `folder` of an object that is listed under a folder address.
+
+    Raises:
+        StorageError: there is none: keys of objects may hold "..", or begin with "/".
+    """
+    name = entry.uri[len(uri.rstrip("/")) + 1 :]
+    if name.startswith("/") or ".." in name.split("/") or "\0" in name:
+        raise StorageError(
+            f"{entry.uri}: this key leads out of the folder {uri}, so nothing of it is downloaded: "
+            "find out who wrote the object, and delete or rename it"
+        )
+    return folder / name
 
 
 @lru_cache(maxsize=32)

@@ -4,9 +4,10 @@
 every sink through an `outbox` each. A sink is a class in one file and one line in `run_log.SINKS`.
 """
 
-from pipelines.tracking.client import TrackingError, UnreachableError, authenticate, environment
+from pipelines.tracking.client import TrackingError, UnreachableError, authenticate, environment, recording
 from pipelines.tracking.model_registry import (
     ModelVersion,
+    all_versions,
     download_version,
     log_pyfunc,
     register,
@@ -16,25 +17,34 @@ from pipelines.tracking.model_registry import (
     versions,
 )
 from pipelines.tracking.run import Tracker, get_run, open_run, to_json
-from pipelines.tracking.run_log import RunLog
+from pipelines.tracking.run_list import ENDED, RunRecord, delete_run, list_runs, retire_run
+from pipelines.tracking.run_log import UNSENT, RunLog
 from pipelines.tracking.sink import Destination, Sink
 from pipelines.tracking.system_metrics import system_metrics
 
 __all__ = [
+    "ENDED",
+    "UNSENT",
     "Destination",
     "ModelVersion",
     "RunLog",
+    "RunRecord",
     "Sink",
     "Tracker",
     "TrackingError",
     "UnreachableError",
+    "all_versions",
     "authenticate",
+    "delete_run",
     "download_version",
     "environment",
     "get_run",
+    "list_runs",
     "log_pyfunc",
     "open_run",
+    "recording",
     "register",
+    "retire_run",
     "set_alias",
     "set_version_tags",
     "system_metrics",

@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipelines.credentials import MLFLOW_FILE, read_mlflow_file
 from pipelines.errors import PipelineError
-from pipelines.retry import TransientError
+from pipelines.loopback import bypass_proxies
+from pipelines.retry import PATIENCE_S, TransientError, retry
+from pipelines.storage.s3_errors import sort_error
 
 os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
@@ -23,16 +27,39 @@ logging.getLogger("mlflow.store.model_registry").setLevel(logging.WARNING)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 class TrackingError(PipelineError):
-    """MLflow cannot be reached, or does not have what was asked for; says how to fix it."""
+    """MLflow cannot be reached, or does not have what was asked for; says how to fix it.
+
+    Attributes:
+        status: HTTP status of the answer; None where there was none.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class UnreachableError(TrackingError, TransientError):
     """The server did not answer, or could not do now what it was asked for: worth another try."""
+
+
+_BUSY = {408, 425, 429, 499}
+_HINTS = {
+    401: "it does not accept the credentials: renew MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and _PASSWORD; "
+    f"on the nodes of a cluster the file that {MLFLOW_FILE} names, or ~/.mlflow/credentials",
+    403: "the credentials may not do this: ask for the permission, or use others",
+    413: "it is larger than the server, or the proxy in front of it, takes: raise that limit (nginx: "
+    "client_max_body_size)",
+}
+# How MLflow reports an answer that is not its own, such as a proxy's page; what follows is the page.
+_FOREIGN = re.compile(r"API request to endpoint \S+ failed with error code (\d{3}) ")
+_PROGRAMMING = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, TypeError, ValueError)
 
 
 @lru_cache(maxsize=4)
@@ -41,6 +68,7 @@ def client(uri: str) -> MlflowClient:
     # A server that is away must not hold a command for MLflow's default of minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    bypass_proxies(uri)
     from mlflow import MlflowClient
 
     authenticate()
@@ -63,30 +91,94 @@ def environment() -> dict[str, str]:
     return {MLFLOW_FILE: os.environ[MLFLOW_FILE]} if os.environ.get(MLFLOW_FILE) else {}
 
 
-def refusal(status: int) -> str:
-    """Return what to do about an answer of this HTTP status, as the end of a message; nothing for most."""
-    if status == 401:
-        return (
-            f". Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD; on the nodes of a cluster {MLFLOW_FILE} "
-            "or ~/.mlflow/credentials"
-        )
-    return ". Its user may not do this: ask for the permission EDIT" if status == 403 else ""
-
-
 @contextmanager
 def reporting(uri: str) -> Iterator[None]:
-    """Turn what MLflow raises into a `TrackingError`."""
+    """Turn what MLflow and the libraries of its artifact stores raise into a `TrackingError`."""
     import requests
     from mlflow.exceptions import MlflowException
 
     try:
         yield
+    except (PipelineError, *_PROGRAMMING) as error:
+        # Some of requests' own are ValueErrors too.
+        if isinstance(error, requests.RequestException):
+            raise _unanswered(uri, error) from error
+        raise
     except requests.RequestException as error:
-        raise UnreachableError(f"no answer from MLflow at {uri}: {error}") from error
+        status = getattr(error.response, "status_code", None)
+        raise (_unanswered(uri, error) if status is None else _answered(uri, status, str(error))) from error
     except MlflowException as error:
-        message = error.message.splitlines()[0] + refusal(error.get_http_status_code())
-        kind = UnreachableError if error.get_http_status_code() >= 500 else TrackingError
-        raise kind(f"MLflow at {uri}: {message}") from error
+        status = http_status(error)
+        if status == 401:
+            authenticate()  # the file may hold others by now
+        raise _answered(uri, status, error.message) from error
+    except Exception as error:
+        raise _artifacts_failed(uri, error) from error
+
+
+def http_status(error: MlflowException) -> int:
+    """Return the HTTP status of an answer; 500 where there was none.
+
+    MLflow's own error codes stand for statuses; what a proxy in front of it answers is in the text, or in its JSON.
+    """
+    foreign = _FOREIGN.match(error.message)
+    if foreign:
+        return int(foreign[1])
+    plain = getattr(error, "json", None)
+    if isinstance(plain, dict):
+        for name in ("error_code", "status", "statusCode", "code"):
+            if str(plain.get(name)).isdecimal() and 400 <= int(plain[name]) < 600:
+                return int(plain[name])
+    return int(error.get_http_status_code())
+
+
+def _answered(uri: str, status: int, message: str) -> TrackingError:
+    """Return the error for an answer of the server."""
+    kind = UnreachableError if status >= 500 or status in _BUSY else TrackingError
+    first = message.strip().splitlines()[0][:500] if message.strip() else f"HTTP {status}"
+    return kind(f"MLflow at {uri}: {first}{f'; {_HINTS[status]}' if status in _HINTS else ''}", status)
+
+
+def _unanswered(uri: str, error: Exception) -> UnreachableError:
+    return UnreachableError(f"no answer from MLflow at {uri}: {error}")
+
+
+def _artifacts_failed(uri: str, error: Exception) -> TrackingError:
+    """Return the error for what the library of an artifact store raised: boto3, google.cloud, azure, open."""
+    where = f"the artifacts of MLflow at {uri}"
+    if "boto3" in sys.modules:
+        found = sort_error(where, error)
+        if found is not None:
+            return (UnreachableError if isinstance(found, TransientError) else TrackingError)(str(found))
+    return UnreachableError(f"{where} cannot be reached: {type(error).__name__}: {error}")
+
+
+def ask(uri: str, call: Callable[[MlflowClient], T], patience_s: float = PATIENCE_S) -> T:
+    """Return what a call of the client returns; it is repeated while the server is away.
+
+    Raises:
+        UnreachableError: it has been away for `patience_s` seconds (0: a single try).
+        TrackingError: the server refuses.
+    """
+
+    def once() -> T:
+        with reporting(uri):
+            return call(client(uri))
+
+    return retry(once, patience_s)
+
+
+@contextmanager
+def recording(what: str) -> Iterator[None]:
+    """Let work that has ended end well where MLflow does not take, or say, something about it.
+
+    Args:
+        what: is not done then, as the predicate of a sentence on MLflow.
+    """
+    try:
+        yield
+    except TrackingError as error:
+        logger.warning("MLflow %s; the same command tries again: %s", what, error)
 
 
 def first_answer(uri: str, call: Callable[[MlflowClient], T]) -> T:
@@ -95,15 +187,25 @@ def first_answer(uri: str, call: Callable[[MlflowClient], T]) -> T:
     Raises:
         TrackingError: no MLflow server answers at `uri`.
     """
-    from mlflow.exceptions import MlflowException
-
     try:
-        return call(client(uri))
-    except MlflowException as error:
-        refused = refusal(error.get_http_status_code())
-        if refused:
-            raise TrackingError(f"MLflow at {uri}: {error.message.splitlines()[0]}{refused}") from error
+        return ask(uri, call, patience_s=0)
+    except TrackingError as error:
         raise TrackingError(
-            f"no answer from MLflow at {uri}: {error.message.splitlines()[0]}. "
-            "Check tracking.uri and MLFLOW_TRACKING_URI, or start the local stack with `ddpm up`"
+            f"{error}. Check tracking.uri and MLFLOW_TRACKING_URI, or start the local stack with `ddpm up`",
+            error.status,
         ) from error
+
+
+def pages(page: Callable[[str | None], Any]) -> Iterator[Any]:
+    """Yield what all pages of an answer hold.
+
+    Args:
+        page: returns the page of a token; None is the first.
+    """
+    token = None
+    while True:
+        answer = page(token)
+        yield from answer
+        token = answer.token
+        if not token:
+            return

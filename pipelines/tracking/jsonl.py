@@ -11,12 +11,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from numpy.typing import NDArray
 
-from pipelines.storage import ConflictError, NotFoundError, TransientStorageError, join
+from pipelines.storage import ConflictError, NotFoundError, StorageError, TransientStorageError, join
 from pipelines.tracking.sink import Destination
 
 PART_BYTES = 1 << 20
@@ -43,6 +43,10 @@ class JsonLines:
 
     def last_steps(self) -> dict[str, int]:
         """Return the last recorded step of every curve."""
+        with _waiting():
+            return self._read()
+
+    def _read(self) -> dict[str, int]:
         listed = [entry.uri for entry in self.storage.list(self.parts, patience_s=0)]
         older = [self.storage.read(uri, patience_s=0) for uri in listed if uri.endswith(".jsonl")]
         current, self.tag = b"", None
@@ -57,13 +61,21 @@ class JsonLines:
                 steps[key] = max(point["step"], steps.get(key, -1))
         return steps
 
+    def last_pictures(self) -> dict[str, int]:
+        """Return nothing: pictures are ignored."""
+        return {}
+
     def metrics(self, values: Mapping[str, float], step: int, at_ms: int) -> None:
         """Add a line."""
+        with _waiting():
+            self._append({"step": step, "at_ms": at_ms}, values)
+
+    def _append(self, about: Mapping[str, int], values: Mapping[str, float]) -> None:
         if self.current is None:
-            self.last_steps()
+            self._read()
         assert self.current is not None
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        line = json.dumps({"step": step, "at_ms": at_ms, **finite}).encode() + b"\n"
+        line = json.dumps({**about, **finite}).encode() + b"\n"
         try:
             if len(self.current) >= PART_BYTES:
                 part = join(self.parts, f"{self.count + 1:06d}.jsonl")
@@ -80,6 +92,15 @@ class JsonLines:
 
     def text(self, text: str, name: str) -> None:
         """Ignore a text."""
+
+
+@contextmanager
+def _waiting() -> Iterator[None]:
+    """Count whatever storage refuses as worth another try: no point is at fault for a permission or a full disk."""
+    try:
+        yield
+    except StorageError as error:
+        raise TransientStorageError(str(error)) from error
 
 
 def _points(lines: bytes) -> Iterator[dict[str, Any]]:

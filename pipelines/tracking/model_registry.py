@@ -6,10 +6,13 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipelines.tracking.client import TrackingError, authenticate, client, reporting
+from pipelines.tracking.client import ask, authenticate, pages
 from pipelines.tracking.run import Tracker
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 
 @dataclass(frozen=True)
@@ -54,40 +57,50 @@ def log_pyfunc(
 
     authenticate()
     inputs, outputs, params = example
-    mlflow.set_tracking_uri(tracker.uri)
-    # MLflow's hints (types, input examples, nullable integers) are for who writes the model, not for who trains.
-    with warnings.catch_warnings(), mlflow.start_run(run_id=tracker.run_id, log_system_metrics=False):
-        warnings.simplefilter("ignore")
-        info = mlflow.pyfunc.log_model(
-            name="model",
-            python_model=str(code),
-            artifacts={"model": str(folder)},
-            code_paths=[str(p) for p in packages],
-            pip_requirements=requirements,
-            signature=infer_signature(inputs, outputs, params=params),
-        )
+
+    def log(_: MlflowClient) -> str:
+        mlflow.set_tracking_uri(tracker.uri)
+        # MLflow's hints (types, input examples, nullable integers) are for who writes the model, not for who trains.
+        with warnings.catch_warnings(), mlflow.start_run(run_id=tracker.run_id, log_system_metrics=False):
+            warnings.simplefilter("ignore")
+            info = mlflow.pyfunc.log_model(
+                name="model",
+                python_model=str(code),
+                artifacts={"model": str(folder)},
+                code_paths=[str(p) for p in packages],
+                pip_requirements=requirements,
+                signature=infer_signature(inputs, outputs, params=params),
+            )
+        return str(info.model_id)
+
+    model_id = ask(tracker.uri, log)
     tracker.status("FINISHED")
-    return str(info.model_id)
+    return model_id
 
 
 def register(tracker: Tracker, name: str, model_id: str, tags: Mapping[str, str]) -> ModelVersion:
-    """Return a new version of a registered model, made from what `log_pyfunc` stored."""
+    """Return the version of a registered model that is made from what `log_pyfunc` stored; it is made once."""
     from mlflow.exceptions import MlflowException
 
-    mlflow = client(tracker.uri)
-    with reporting(tracker.uri):
+    def create(mlflow: MlflowClient) -> Any:
         try:
             mlflow.create_registered_model(name)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        created = mlflow.create_model_version(
+        # Where an answer was lost on its way, the version is there already.
+        before = mlflow.search_model_versions(f"name = '{name}' and run_id = '{tracker.run_id}'")
+        source = f"models:/{model_id}"
+        there = next((found for found in before if found.source == source), None)
+        return there or mlflow.create_model_version(
             name,
-            f"models:/{model_id}",
+            source,
             run_id=tracker.run_id,
             model_id=model_id,
             tags={k: str(v)[:4900] for k, v in tags.items()},
         )
+
+    created = ask(tracker.uri, create)
     return ModelVersion(name, str(created.version), tracker.run_id, dict(tags), ())
 
 
@@ -95,42 +108,76 @@ def version(uri: str, name: str, *, alias: str | None = None, number: str | None
     """Return a version by alias or number, None where there is none."""
     from mlflow.exceptions import MlflowException
 
-    mlflow = client(uri)
-    try:
-        found = mlflow.get_model_version_by_alias(name, alias) if alias else mlflow.get_model_version(name, number)
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        raise TrackingError(f"cannot read {name} from the registry at {uri}: {error.message}") from error
+    def find(mlflow: MlflowClient) -> Any:
+        try:
+            return mlflow.get_model_version_by_alias(name, alias) if alias else mlflow.get_model_version(name, number)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+
+    found = ask(uri, find)
+    if found is None:
+        return None
     return ModelVersion(name, str(found.version), found.run_id, dict(found.tags), tuple(found.aliases))
 
 
 def versions(uri: str, name: str) -> list[ModelVersion]:
     """Return every version of a registered model, newest first."""
-    with reporting(uri):
-        found = client(uri).search_model_versions(f"name = '{name}'")
+    found = ask(uri, lambda mlflow: mlflow.search_model_versions(f"name = '{name}'"))
     numbered = sorted(found, key=lambda v: -int(v.version))
     return [ModelVersion(name, str(v.version), v.run_id, dict(v.tags), tuple(v.aliases)) for v in numbered]
 
 
 def set_alias(uri: str, name: str, alias: str, number: str) -> None:
     """Make an alias point to a version."""
-    with reporting(uri):
-        client(uri).set_registered_model_alias(name, alias, number)
+    ask(uri, lambda mlflow: mlflow.set_registered_model_alias(name, alias, number))
 
 
 def set_version_tags(uri: str, name: str, number: str, tags: Mapping[str, str]) -> None:
     """Set tags of a version."""
-    with reporting(uri):
+
+    def write(mlflow: MlflowClient) -> None:
         for key, value in tags.items():
-            client(uri).set_model_version_tag(name, number, key, value)
+            mlflow.set_model_version_tag(name, number, key, value)
+
+    ask(uri, write)
 
 
 def download_version(uri: str, found: ModelVersion, folder: Path) -> Path:
     """Return the model folder inside a registered pyfunc, downloaded below `folder`."""
     import mlflow
 
-    authenticate()
-    mlflow.set_tracking_uri(uri)
-    local = mlflow.artifacts.download_artifacts(found.uri, dst_path=str(folder))
+    def download(_: MlflowClient) -> str:
+        authenticate()
+        mlflow.set_tracking_uri(uri)
+        return str(mlflow.artifacts.download_artifacts(found.uri, dst_path=str(folder)))
+
+    local = ask(uri, download)
     return Path(local) / "artifacts" / "model"
+
+
+def all_versions(uri: str) -> list[ModelVersion]:
+    """Return every version of every registered model."""
+
+    def read(mlflow: MlflowClient) -> tuple[list[Any], list[Any]]:
+        models = pages(lambda token: mlflow.search_registered_models(max_results=1000, page_token=token))
+        found = pages(lambda token: mlflow.search_model_versions(max_results=1000, page_token=token))
+        return list(models), list(found)
+
+    models, found = ask(uri, read)
+    # MLflow's search leaves the aliases of versions out; those of models are there.
+    aliases: dict[tuple[str, str], list[str]] = {}
+    for model in models:
+        for alias, number in model.aliases.items():
+            aliases.setdefault((model.name, str(number)), []).append(alias)
+    return [
+        ModelVersion(
+            v.name,
+            str(v.version),
+            v.run_id or "",
+            dict(v.tags),
+            tuple(sorted(aliases.get((v.name, str(v.version)), []))),
+        )
+        for v in found
+    ]

@@ -4,7 +4,8 @@ What is logged is first written to a folder on this node and then sent by a thre
 server nor for its return. What a killed process had not sent, the next one on this node does; and it travels with the
 checkpoints, for the next one may be on another node. Every point keeps the time at which it was made, so that sending
 it twice changes nothing; points at or below the last recorded step of their curve are dropped, for a resumed run comes
-by steps that it has passed before.
+by steps that it has passed before. Curves, and pictures and texts, may lie on different stores: neither waits for the
+other.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ from numpy.typing import NDArray
 
 from pipelines.errors import PipelineError
 from pipelines.retry import TransientError
+from pipelines.storage import Fence, FencedError
 from pipelines.tracking.client import UnreachableError
 from pipelines.tracking.sink import Sink
 
 logger = logging.getLogger(__name__)
 RETRY_S = 5.0
+REPEAT_S = 300.0
+"""After this time it is said again that a sink is away."""
 
 
 class Outbox:
@@ -36,13 +40,19 @@ class Outbox:
 
     Args:
         folder: on this node, where what is not sent yet is kept; of this run and sink alone.
+        fence: asked before everything that is sent: what a driver that was replaced has left is its successor's to
+            send. One thing may be on its way when that happens, and is what the successor sends too.
     """
 
-    def __init__(self, sink: Sink, folder: Path) -> None:
-        self.sink, self.folder = sink, folder
+    def __init__(self, sink: Sink, folder: Path, fence: Fence | None = None) -> None:
+        self.sink, self.folder, self.fence = sink, folder, fence
         folder.mkdir(parents=True, exist_ok=True)
         self.count = 0
-        self.last: dict[str, int] | None = None
+        self.last_steps: dict[str, int] | None = None
+        self.last_pictures: dict[str, int] | None = None
+        self.reason = ""  # why something waits
+        self.fenced: FencedError | None = None
+        self._quiet_until = 0.0
         self._wake, self._ending = threading.Event(), threading.Event()
         if self._waiting():  # something from before
             self._wake.set()
@@ -69,13 +79,16 @@ class Outbox:
 
         Raises:
             UnreachableError: not everything is; the next process of this run sends the rest.
+            FencedError: another driver has taken over, whose processes send the rest.
         """
         deadline = time.monotonic() + timeout_s
         while left := len(self._waiting()):
+            if self.fenced:
+                raise self.fenced
             if time.monotonic() > deadline:
                 raise UnreachableError(
                     f"{self.sink.uri} has not taken everything for {timeout_s:.0f} s: {left} points of the run "
-                    f"wait in {self.folder} and are sent when it is resumed"
+                    f"wait in {self.folder}{f' ({self.reason})' if self.reason else ''}"
                 )
             time.sleep(0.02)
 
@@ -117,43 +130,108 @@ class Outbox:
         return sorted(path for path in self.folder.iterdir() if not path.name.startswith("."))
 
     def _run(self) -> None:
-        while True:
+        while not self._ending.is_set() and not self.fenced:
             self._wake.wait()
             self._wake.clear()
-            while waiting := self._waiting():
-                if self._ending.is_set():
-                    return
-                try:
-                    self._send(waiting[0])
-                except TransientError as error:
-                    logger.warning("training goes on without %s for now: %s", self.sink.uri, error)
-                    # It may have taken what it did not acknowledge: ask anew what is there.
-                    self.last = None
+            try:
+                while self._send_waiting():
                     if self._ending.wait(RETRY_S):
                         return
-                    continue
-                except PipelineError as error:
-                    logger.warning("%s refuses %s, which is left out: %s", self.sink.uri, waiting[0].name, error)
-                waiting[0].unlink()
-            if self._ending.is_set():
-                return
+            except Exception:  # a disk that is away, say: this thread is the only one that sends
+                logger.exception("what waits in %s could not be sent; this is tried again", self.folder)
+                self._wake.set()
+                if self._ending.wait(RETRY_S):
+                    return
 
-    def _send(self, path: Path) -> None:
-        if self.last is None:
-            self.last = self.sink.last_steps()
-        if path.suffix == ".metrics":
-            point = json.loads(path.read_bytes())
+    def _send_waiting(self) -> bool:
+        """Send what waits, in order; return whether some of it has to wait longer."""
+        held = set()
+        for path in self._waiting():
+            if self._ending.is_set() or self.fenced:
+                return False
+            kind = _kind(path)
+            if kind not in held and not self._sent(path):
+                held.add(kind)
+        return bool(held)
+
+    def _sent(self, path: Path, again: bool = True) -> bool:
+        """Send what a file holds and remove it; return False where it has to wait.
+
+        Args:
+            again: whether it is sent once more where it is refused: what was wrong may have been mended meanwhile.
+        """
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:  # another process has sent it
+            return True
+        try:
+            if self.fence:
+                self.fence.check(patience_s=0)
+            self._send(path.suffix, data)
+        except FencedError as error:
+            logger.warning("nothing more is sent to %s: %s", self.sink.uri, error)
+            self.fenced = error
+            return False
+        except TransientError as error:
+            self._wait(path, error)
+            return False
+        except PipelineError as error:
+            if again:
+                return self._sent(path, again=False)
+            logger.warning("%s refuses %s, which is left out: %s", self.sink.uri, _described(path, data), error)
+        except Exception:
+            logger.exception("%s cannot be sent to %s and is left out", _described(path, data), self.sink.uri)
+        path.unlink(missing_ok=True)
+        return True
+
+    def _wait(self, path: Path, error: TransientError) -> None:
+        """Note why something waits; said once, and then every few minutes."""
+        # The server may have taken what it did not acknowledge: ask anew what is there.
+        if _kind(path) == "curves":
+            self.last_steps = None
+        else:
+            self.last_pictures = None
+        if str(error) != self.reason or time.monotonic() > self._quiet_until:
+            logger.warning("training goes on without %s for now: %s", self.sink.uri, error)
+            self._quiet_until = time.monotonic() + REPEAT_S
+        self.reason = str(error)
+
+    def _send(self, suffix: str, data: bytes) -> None:
+        if suffix == ".metrics":
+            if self.last_steps is None:
+                self.last_steps = self.sink.last_steps()
+            point = json.loads(data)
             step = point["step"]
-            fresh = {k: v for k, v in point["values"].items() if step > self.last.get(k, -1)}
+            fresh = {k: v for k, v in point["values"].items() if step > self.last_steps.get(k, -1)}
             if fresh:
                 self.sink.metrics(fresh, step, point["at_ms"])
-                self.last |= dict.fromkeys(fresh, step)
-        elif path.suffix == ".text":
-            written = json.loads(path.read_bytes())
+                self.last_steps |= dict.fromkeys(fresh, step)
+        elif suffix == ".text":
+            written = json.loads(data)
             self.sink.text(written["text"], written["name"])
         else:
-            with np.load(io.BytesIO(path.read_bytes())) as stored:
+            if self.last_pictures is None:
+                self.last_pictures = self.sink.last_pictures()
+            with np.load(io.BytesIO(data)) as stored:
                 key, step, pixels = str(stored["key"]), int(stored["step"]), stored["pixels"]
-            if step > self.last.get(f"images/{key}", -1):
+            if step > self.last_pictures.get(f"images/{key}", -1):
                 self.sink.image(key, pixels, step)
-                self.last[f"images/{key}"] = step
+                self.last_pictures[f"images/{key}"] = step
+
+
+def _kind(path: Path) -> str:
+    """Return what a file holds, as far as it may wait by itself."""
+    return "curves" if path.suffix == ".metrics" else "artifacts"
+
+
+def _described(path: Path, data: bytes) -> str:
+    """Return which point of the run a file holds, for messages."""
+    try:
+        step = int(path.name.split("-")[0])
+        if path.suffix == ".metrics":
+            return f"the point of {', '.join(json.loads(data)['values'])} at {step:,} images"
+        if path.suffix == ".text":
+            return f"the text {json.loads(data)['name']}"
+        return f"a picture at {step:,} images"
+    except (ValueError, LookupError, TypeError):  # half a file, or none of ours
+        return str(path)

@@ -16,8 +16,9 @@ from urllib.parse import urlsplit
 
 from numpy.typing import NDArray
 
-from pipelines.retry import PATIENCE_S, retry
-from pipelines.tracking.client import TrackingError, client, first_answer, reporting
+from pipelines.retry import PATIENCE_S
+from pipelines.scratch import scratch_folder
+from pipelines.tracking.client import TrackingError, ask, first_answer
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -31,17 +32,26 @@ T = TypeVar("T")
 class Tracker:
     """One MLflow run. Pickles, so that driver, workers and evaluation write to the same one.
 
-    Its methods wait for a server that is away and raise `UnreachableError` when `patience_s` seconds have passed (0: a
-    single try); they raise `TrackingError` for what the server refuses.
+    Its methods wait for a server that is away and raise `UnreachableError` when `patience_s` seconds have passed; they
+    raise `TrackingError` for what the server refuses.
+
+    Attributes:
+        uri: address of the server.
+        run_id: MLflow's ID of the run.
+        patience_s: how long a call waits for a server that is away; 0 for a single try.
     """
 
     uri: str
     run_id: str
+    patience_s: float = PATIENCE_S
 
     @property
     def url(self) -> str:
-        """The page of the run."""
-        info = self._ask(lambda client: client.get_run(self.run_id)).info
+        """The page of the run; that of the server, where it does not answer now."""
+        try:
+            info = ask(self.uri, lambda client: client.get_run(self.run_id), patience_s=0).info
+        except TrackingError:
+            return self.uri
         return f"{self.uri}/#/experiments/{info.experiment_id}/runs/{self.run_id}"
 
     def params(self, params: Mapping[str, Any]) -> None:
@@ -56,9 +66,7 @@ class Tracker:
 
         self._ask(write)
 
-    def metrics(
-        self, values: Mapping[str, float], step: int, at_ms: int | None = None, *, patience_s: float = PATIENCE_S
-    ) -> None:
+    def metrics(self, values: Mapping[str, float], step: int, at_ms: int | None = None) -> None:
         """Record points of curves at `step` images seen; sent twice with the same time, they are there once.
 
         Args:
@@ -68,43 +76,50 @@ class Tracker:
 
         now = int(time.time() * 1000) if at_ms is None else at_ms
         points = [Metric(k, float(v), now, step) for k, v in values.items()]
-        self._ask(lambda client: client.log_batch(self.run_id, metrics=points), patience_s)
+        self._ask(lambda client: client.log_batch(self.run_id, metrics=points))
 
-    def last_steps(self, *, patience_s: float = PATIENCE_S) -> dict[str, int]:
-        """Return the last step of every curve by its name, and of every picture by images/KEY."""
+    def last_steps(self) -> dict[str, int]:
+        """Return the last step of every curve by its name."""
+        # A run knows each curve's newest point; its history may be long. MLflow's own monitor reads it there too.
+        run = self._ask(lambda client: client.get_run(self.run_id))
+        return {m.key: m.step for m in run.data._metric_objs}
 
-        def read(client: MlflowClient) -> dict[str, int]:
-            run = client.get_run(self.run_id)
-            # A run knows each curve's newest point; its history may be long. MLflow's own monitor reads it there too.
-            steps = {m.key: m.step for m in run.data._metric_objs}
-            for info in client.list_artifacts(self.run_id, "images"):
-                key, word, step, *_ = f"{info.path}+++".split("+")
-                if word == "step":
-                    steps[key] = max(int(step), steps.get(key, -1))
-            return steps
+    def last_pictures(self) -> dict[str, int]:
+        """Return the last step of every picture by images/KEY."""
+        steps: dict[str, int] = {}
+        for info in self._ask(lambda client: client.list_artifacts(self.run_id, "images")):
+            key, word, step, *_ = f"{info.path}+++".split("+")
+            if word == "step":
+                steps[key] = max(int(step), steps.get(key, -1))
+        return steps
 
-        return self._ask(read, patience_s)
+    def is_finished(self) -> bool:
+        """Return whether the run's status says that it has seen all its images."""
+        return bool(self._ask(lambda client: client.get_run(self.run_id)).info.status == "FINISHED")
+
+    def is_deleted(self) -> bool:
+        """Return whether the run is in MLflow's trash."""
+        run = self._ask(lambda client: client.get_run(self.run_id))
+        return bool(run.info.lifecycle_stage == "deleted")
 
     def metric(self, key: str) -> list[tuple[int, float]]:
         """Return a recorded curve as (step, value)."""
         return [(m.step, m.value) for m in self._ask(lambda client: client.get_metric_history(self.run_id, key))]
 
-    def image(self, key: str, pixels: NDArray[Any], step: int, *, patience_s: float = PATIENCE_S) -> None:
+    def image(self, key: str, pixels: NDArray[Any], step: int) -> None:
         """Record a picture, uint8 [H, W, C], under a key whose pictures the page shows with a step slider."""
-        self._ask(
-            lambda client: client.log_image(self.run_id, pixels, key=key, step=step, synchronous=True), patience_s
-        )
+        self._ask(lambda client: client.log_image(self.run_id, pixels, key=key, step=step, synchronous=True))
 
-    def text(self, text: str, name: str, *, patience_s: float = PATIENCE_S) -> None:
+    def text(self, text: str, name: str) -> None:
         """Store a text file as an artifact."""
-        self._ask(lambda client: client.log_text(self.run_id, text, name), patience_s)
+        self._ask(lambda client: client.log_text(self.run_id, text, name))
 
     def file(self, data: bytes, name: str) -> None:
         """Store a file as an artifact; its name may have folders."""
         folder, _, last = name.rpartition("/")
 
         def write(client: MlflowClient) -> None:
-            with tempfile.TemporaryDirectory(prefix="ddpm-artifact-") as scratch:
+            with tempfile.TemporaryDirectory(prefix="artifact-", dir=scratch_folder()) as scratch:
                 (Path(scratch) / last).write_bytes(data)
                 client.log_artifact(self.run_id, str(Path(scratch) / last), folder or None)
 
@@ -114,7 +129,7 @@ class Tracker:
         """Return a text artifact."""
 
         def read(client: MlflowClient) -> str:
-            with tempfile.TemporaryDirectory(prefix="ddpm-artifact-") as scratch:
+            with tempfile.TemporaryDirectory(prefix="artifact-", dir=scratch_folder()) as scratch:
                 return Path(client.download_artifacts(self.run_id, name, scratch)).read_text()
 
         return self._ask(read)
@@ -159,14 +174,9 @@ class Tracker:
 
         self._ask(write)
 
-    def _ask(self, call: Callable[[MlflowClient], T], patience_s: float = PATIENCE_S) -> T:
+    def _ask(self, call: Callable[[MlflowClient], T]) -> T:
         """Return what a call of the client returns."""
-
-        def once() -> T:
-            with reporting(self.uri):
-                return call(client(self.uri))
-
-        return retry(once, patience_s)
+        return ask(self.uri, call, self.patience_s)
 
 
 def open_run(uri: str, experiment: str, name: str, tags: Mapping[str, str]) -> tuple[Tracker, bool]:
@@ -176,11 +186,16 @@ def open_run(uri: str, experiment: str, name: str, tags: Mapping[str, str]) -> t
         TrackingError: no MLflow server answers at `uri`.
     """
     experiment_id = _experiment_id(uri, experiment)
-    found = _named(client(uri), [experiment_id], name)
-    if found is not None:
-        return Tracker(uri, found), True
-    run = client(uri).create_run(experiment_id, run_name=name, tags={**tags, RUN_TAG: name})
-    return Tracker(uri, run.info.run_id), False
+
+    def find_or_create(client: MlflowClient) -> tuple[str, bool]:
+        found = _named(client, [experiment_id], name)
+        if found is not None:
+            return found, True
+        run = client.create_run(experiment_id, run_name=name, tags={**tags, RUN_TAG: name})
+        return str(run.info.run_id), False
+
+    run_id, existed = ask(uri, find_or_create)
+    return Tracker(uri, run_id), existed
 
 
 def get_run(uri: str, run_id: str) -> Tracker:
@@ -189,12 +204,12 @@ def get_run(uri: str, run_id: str) -> Tracker:
     Raises:
         TrackingError: there is none.
     """
-    from mlflow.exceptions import MlflowException
-
     try:
-        client(uri).get_run(run_id)
-    except MlflowException as error:
-        raise TrackingError(f"no run {run_id} at {uri}: {error.message}") from error
+        first_answer(uri, lambda client: client.get_run(run_id))
+    except TrackingError as error:
+        if error.status in (400, 404):
+            raise TrackingError(f"no run {run_id} at {uri}: {error}", error.status) from error
+        raise
     return Tracker(uri, run_id)
 
 
@@ -205,15 +220,16 @@ def to_json(value: Any) -> str:
 
 def _experiment_id(uri: str, experiment: str) -> str:
     """Return the ID of an experiment, which is made where there is none."""
-    from mlflow.exceptions import MlflowException
-
     found = first_answer(uri, lambda client: client.get_experiment_by_name(experiment))
     if found is None:
         try:
             # The kind that opens the pages on training runs and charts, not on language-model traces.
-            return client(uri).create_experiment(experiment, tags={"mlflow.experimentKind": KIND})
-        except MlflowException:  # another run was faster
-            found = client(uri).get_experiment_by_name(experiment)
+            kind = {"mlflow.experimentKind": KIND}
+            return str(ask(uri, lambda client: client.create_experiment(experiment, tags=kind)))
+        except TrackingError as error:
+            found = ask(uri, lambda client: client.get_experiment_by_name(experiment))
+            if found is None:  # else another run was faster
+                raise error
     return str(found.experiment_id)
 
 

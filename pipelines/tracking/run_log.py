@@ -7,10 +7,11 @@ import time
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from numpy.typing import NDArray
 
+from pipelines.storage import Fence
 from pipelines.tracking.jsonl import JsonLines
 from pipelines.tracking.mlflow_sink import MlflowSink
 from pipelines.tracking.outbox import Outbox
@@ -21,6 +22,8 @@ SINKS: dict[str, Callable[[Destination], Sink]] = {
     "jsonl": JsonLines,
 }
 """By the name in `tracking.sinks`."""
+UNSENT = "unsent.zip"
+"""File of what waits, in a checkpoint or in the folder of a run."""
 FIRST = "mlflow"
 """The sink whose waiting points lie at the top of the folder and of the packed file; others have one of their own."""
 
@@ -31,18 +34,19 @@ class RunLog:
     Args:
         sinks: by name.
         folder: on this node, where what is not sent yet is kept; of this run alone.
+        fence: of the driver whose process logs; None where there is only one.
     """
 
-    def __init__(self, sinks: Mapping[str, Sink], folder: Path) -> None:
+    def __init__(self, sinks: Mapping[str, Sink], folder: Path, fence: Fence | None = None) -> None:
         def place(name: str) -> Path:
             return folder if name == FIRST else folder.with_name(f"{folder.name}.{name}")
 
-        self.outboxes = {name: Outbox(sink, place(name)) for name, sink in sinks.items()}
+        self.outboxes = {name: Outbox(sink, place(name), fence) for name, sink in sinks.items()}
 
     @classmethod
     def open(cls, names: Iterable[str], run: Destination, folder: Path) -> RunLog:
         """Return the log that sends a run to the sinks of these names."""
-        return cls({name: SINKS[name](run) for name in names}, folder)
+        return cls({name: SINKS[name](run) for name in names}, folder, run.fence)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Log points of curves at `step` images seen."""
@@ -89,8 +93,8 @@ class RunLog:
                 archive.writestr(name, data)
         return packed.getvalue()
 
-    def adopt(self, packed: Path) -> None:
-        """Take up what a process on another node had not sent when it made a checkpoint."""
+    def adopt(self, packed: Path | IO[bytes]) -> None:
+        """Take up what a process on another node had not sent when it made a checkpoint, or at its end."""
         with zipfile.ZipFile(packed) as archive:
             for name in archive.namelist():
                 sink = str(Path(name).parent)

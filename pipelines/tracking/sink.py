@@ -26,7 +26,10 @@ class Sink(Protocol):
         """Where it records, for messages."""
 
     def last_steps(self) -> dict[str, int]:
-        """Return the last recorded step of every curve by its name, and of every picture by images/KEY."""
+        """Return the last recorded step of every curve by its name."""
+
+    def last_pictures(self) -> dict[str, int]:
+        """Return the last recorded step of every picture by images/KEY."""
 
     def metrics(self, values: Mapping[str, float], step: int, at_ms: int) -> None:
         """Record points of curves at `step` images seen, made `at_ms` milliseconds after the epoch."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from pipelines.storage import Fence, FencedError
 from pipelines.tracking.client import authenticate
 from pipelines.tracking.run import Tracker
 
@@ -17,8 +18,12 @@ RESTART_AFTER_S = 30.0
 
 
 @contextmanager
-def system_metrics(tracker: Tracker, node: str) -> Iterator[None]:
-    """Log this machine's use of its resources to a run while the block runs, as system/NODE/…"""
+def system_metrics(tracker: Tracker, node: str, fence: Fence | None = None) -> Iterator[None]:
+    """Log this machine's use of its resources to a run while the block runs, as system/NODE/…
+
+    Args:
+        fence: of the driver whose process logs; nothing is sent for one that was replaced.
+    """
     ending = threading.Event()
     monitors: list[Any] = []
 
@@ -28,15 +33,25 @@ def system_metrics(tracker: Tracker, node: str) -> Iterator[None]:
             return
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
+        class Monitor(SystemMetricsMonitor):
+            def publish_metrics(self, metrics: Any) -> None:
+                if fence:
+                    fence.check(patience_s=0)
+                super().publish_metrics(metrics)
+
         authenticate()
         # MLflow's monitor ends when the server is away for a moment: it is started again then.
         while not ending.is_set():
             try:
-                monitor = SystemMetricsMonitor(
-                    tracker.run_id, resume_logging=True, node_id=node, tracking_uri=tracker.uri
-                )
+                if fence:
+                    fence.check(patience_s=0)
+                monitor = Monitor(tracker.run_id, resume_logging=True, node_id=node, tracking_uri=tracker.uri)
                 monitors.append(monitor)
+                if ending.is_set():  # while the server was slow to answer
+                    return
                 monitor.monitor()
+            except FencedError:
+                return
             except Exception as error:  # noqa: BLE001 - whatever it is, training matters more
                 logger.warning("system metrics of %s: %s", node, error)
             ending.wait(RESTART_AFTER_S)

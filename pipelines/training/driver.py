@@ -18,6 +18,7 @@ from pipelines.training.describe import describe_run
 from pipelines.training.errors import TrainingError
 from pipelines.training.goodput import Goodput
 from pipelines.training.ledger import Ledger, goodput_of, read_sessions
+from pipelines.training.loop.log import send_unsent
 from pipelines.training.loop.shell import Job
 from pipelines.training.ray_train.monitor import only_driver
 from pipelines.training.ray_train.resources import connect_ray, require_resources
@@ -131,6 +132,11 @@ def train(
     job, config, tracker = plan.job, plan.job.config, plan.job.tracker
     if plan.complete:
         goodput = goodput_of(read_sessions(job.storage, job.run_uri))
+        with tracking.recording("has not got all that waits"):
+            send_unsent(job)
+            if not tracker.is_finished():
+                tracker.metrics(goodput.metrics() if goodput else {}, plan.resumes_at)
+                tracker.status("FINISHED")
         return _result(tracker, "complete", plan.resumes_at, goodput)
     began = time.time()
     connect_ray(config, job.storage)
@@ -144,15 +150,15 @@ def train(
         raise TrainingError(str(error)) from error  # the MLflow run is another driver's now
     goodput = ledger.goodput()
     seen = max(plan.resumes_at, goodput.images_seen if goodput else 0)
-    if goodput:
-        tracker.metrics(goodput.metrics(), seen)
+    finished = seen >= config.images
+    status = "FAILED" if error is not None else "FINISHED" if finished else "KILLED"
+    with tracking.recording(f"does not know that the run is {status}"):
+        tracker.metrics(goodput.metrics() if goodput else {}, seen)
+        tracker.status(status)
     if error is not None:
-        tracker.status("FAILED")
         if isinstance(error, TrainingError):
             raise error
         raise TrainingError(f"training '{config.name}' failed: {_root_cause(error)}") from error
-    finished = seen >= config.images
-    tracker.status("FINISHED" if finished else "KILLED")
     return _result(tracker, "finished" if finished else "stopped", seen, goodput)
 
 
@@ -223,7 +229,9 @@ def _is_newer(now: CheckpointState, before: CheckpointState | None) -> bool:
 
 
 def _result(tracker: Tracker, status: str, images_seen: int, goodput: Goodput | None) -> TrainingResult:
-    published = checkpoints.list_published(tracker)
+    published: list[Published] = []
+    with tracking.recording("does not say which checkpoints are published"):
+        published = checkpoints.list_published(tracker)
     return TrainingResult(tracker, status, images_seen, published[-1] if published else None, goodput)
 
 

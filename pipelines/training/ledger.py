@@ -17,6 +17,7 @@ from pipelines.training.goodput import Attempt, Goodput, Session, measure
 
 VERSION = 1
 WRITE_EVERY_S = 5.0
+FINAL_WRITE_S = 60.0
 logger = logging.getLogger(__name__)
 
 
@@ -74,7 +75,9 @@ class Ledger:
         finally:
             self.update(self.sessions[-1].attempts)
             self._ending.set()
-            writer.join()
+            writer.join(FINAL_WRITE_S + WRITE_EVERY_S)
+            if writer.is_alive():  # a daemon: it ends with the process
+                logger.warning("the goodput ledger's last write takes long: it is left behind")
 
     def update(self, attempts: Sequence[Attempt]) -> None:
         """Replace the attempts of the current session."""
@@ -89,7 +92,7 @@ class Ledger:
         """Write every few seconds in a thread, so that an unreachable store does not block the driver."""
         while not self._ending.wait(WRITE_EVERY_S):
             self._write_once(patience_s=0)
-        self._write_once(patience_s=60)
+        self._write_once(patience_s=FINAL_WRITE_S)
 
     def _write_once(self, patience_s: float) -> None:
         try:

@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from pipelines.checkpoints import CheckpointList, complete_checkpoints, load_checkpoint
 from pipelines.training.goodput import measure
 from pipelines.training.ledger import read_sessions
+from pipelines.training.log_lines import LogReader
 from tests.chaos.arena import BATCH, CPUS, Arena, Training, until
 
 pytestmark = [pytest.mark.integration, pytest.mark.chaos, pytest.mark.timeout(1200)]
@@ -54,6 +55,8 @@ def kill_s3(arena: Arena, training: Training, rng: random.Random) -> Training:
 
 def kill_mlflow(arena: Arena, training: Training, rng: random.Random) -> Training:
     arena.kill_service("mlflow", away_s=rng.uniform(3, 8))
+    # The rank that logs says so, on the terminal of the driver.
+    until(lambda: any("rank 0: training goes on without" in s for s in training.said), 30, lambda: "a warning")
     return training
 
 
@@ -150,6 +153,10 @@ def run_chaos(arena: Arena, tmp_path: Path, faults: list, rng: random.Random) ->
     left = {entry.uri.split("/")[-2] for entry in arena.s3.list(folder) if "/checkpoint_" in entry.uri}
     left -= {listed.name for listed, _ in complete}
     assert not [name for name in left if f"-e{current.epoch}-" in name]
+
+    # What the workers of all drivers said outlives them.
+    said = [line.message for line in LogReader(arena.s3, folder).new_lines()]
+    assert any("training goes on without" in message for message in said) == (kill_mlflow in faults)
 
     goodput = measure(read_sessions(arena.s3, folder))
     print(goodput.lines())

@@ -67,6 +67,24 @@ def test_the_run_holds_curves_grids_config_and_lineage(flow, client, tmp_path):
     assert run.data.metrics["eval/frechet_distance"] < run.data.metrics["eval/frechet_ceiling"]
 
 
+STAGES = {
+    "s3", "mlflow", "ray", "ingest", "note", "dataset", "report", "train", "goodput", "evaluate", "accuracy",
+    "distance", "gate", "register", "registry", "grid",
+}  # fmt: skip
+
+
+def test_nothing_but_our_own_lines_is_on_the_terminal_of_a_healthy_run(flow):
+    """Neither Ray's banners and logs nor anybody's deprecation and other warnings, nor a warning of ours."""
+    foreign = [line for line in flow.err.splitlines() if line[:10].strip() not in STAGES or line[10:12] != "  "]
+    assert foreign == []
+    assert not re.search(r"(?i)warn|deprecat|traceback|rank \d", flow.err)
+
+
+def test_a_healthy_runs_workers_have_nothing_to_say(flow, shell):
+    said = shell.ok("logs", "digits", "--json")
+    assert [line for line in said.answer["lines"] if line["logger"].startswith(("pipelines", "ddpm"))] == []
+
+
 def test_the_registry_holds_version_one_as_champion_with_its_evidence(flow, client):
     version = client.get_model_version_by_alias("digits", "champion")
     assert version.version in (1, "1")
@@ -170,9 +188,18 @@ def test_ctrl_c_stops_with_a_checkpoint_and_the_same_name_resumes_there(flow, sh
         assert time.monotonic() < deadline
     second = shell("train", *LONG, "images=1000000")
     assert (second.code, "is being trained by another driver" in second.err) == (1, True), second.err[-1500:]
+    removed = shell("rm", "interrupted", "--yes")
+    assert (removed.code, "may be being trained" in removed.err) == (1, True), removed.err[-1500:]
+    (row,) = [row for row in shell.ok("runs", "--json").answer["runs"] if row["name"] == "interrupted"]
+    assert row["state"] == "running"
+    follower = shell.start("logs", "interrupted", "--follow", "--json")
+    time.sleep(8)
+    assert follower.poll() is None  # it goes on as long as the run does
     os.kill(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
+    _, followed = follower.communicate(timeout=60)
+    assert (follower.returncode, "is not being trained (KILLED)" in followed) == (0, True), followed
     assert "press Ctrl-C again" in err
     stopped = json.loads(out.strip().splitlines()[-1])
     assert stopped["status"] == "stopped"
@@ -197,6 +224,62 @@ def test_ctrl_c_stops_with_a_checkpoint_and_the_same_name_resumes_there(flow, sh
     assert done.answer["status"] == "complete"
 
 
+def stored(s3: Storage, address: str = "s3://ddpm") -> dict[str, tuple[int, str]]:
+    return {entry.uri: (entry.size, entry.tag) for entry in s3.list(address)}
+
+
+def test_runs_shows_state_images_score_and_size(flow, shell, s3):
+    (row,) = [row for row in shell.ok("runs", "--json").answer["runs"] if row["name"] == "digits"]
+    assert (row["state"], row["images_seen"], row["run_id"]) == ("finished", 6400, flow.answer["run_id"])
+    name, value = row["score"]
+    assert (name, value) == ("frechet_distance", pytest.approx(flow.answer["scores"]["frechet_distance"]))
+    assert row["size"] == sum(size for size, _ in stored(s3, "s3://ddpm/runs/digits").values())
+    assert time.time() - row["when"] < 3600
+
+
+def test_rm_removes_a_run_and_nothing_else_and_no_run_that_the_registry_names(flow, shell, s3, client):
+    before = stored(s3)
+    refused = shell("rm", "digits", "--yes")
+    assert (refused.code, "models:/digits/1 @champion" in refused.err) == (1, True), refused.err
+
+    for uri in stored(s3, "s3://ddpm/runs/digits"):
+        s3.copy(uri, uri.replace("/runs/digits/", "/runs/copied/"))
+    experiment = client.get_experiment_by_name("ddpm").experiment_id
+    run_id = client.create_run(experiment, run_name="copied", tags={"ddpm.run": "copied"}).info.run_id
+    client.set_terminated(run_id, "KILLED")
+    removed = shell.ok("rm", "copied", "--yes", "--json")
+    assert removed.answer["run_ids"] == [run_id]
+    assert "published checkpoints in it: 000000006400" in removed.err
+    assert stored(s3) == before
+    assert client.get_run(run_id).info.lifecycle_stage == "deleted"
+    again = shell("rm", "copied", "--yes")
+    assert (again.code, "no run 'copied'" in again.err) == (1, True), again.err
+
+
+def test_gc_finds_a_published_checkpoint_that_nothing_names_and_deletes_only_that(flow, shell, s3):
+    before = stored(s3)
+    published, orphan = (f"s3://ddpm/runs/digits/published/{images:012d}" for images in (6400, 9999))
+    for uri in stored(s3, published):
+        s3.copy(uri, uri.replace(published, orphan))
+    described = json.loads(s3.read(f"{orphan}/model.json"))
+    described["lineage"]["images_seen"] = 9999  # else the registered version names it
+    s3.write(f"{orphan}/model.json", json.dumps(described).encode())
+
+    young = shell.ok("gc", "--dry-run", "--json").answer
+    assert young == {"garbage": [], "deleted": []}
+    found = shell.ok("gc", "--dry-run", "--older-than", "0", "--json")
+    assert [(g["address"], g["why"]) for g in found.answer["garbage"] if "/runs/digits/" in g["address"]] == [
+        (orphan, "run 'digits' has finished and does not record it")
+    ]
+    assert len(stored(s3, orphan)) == len(stored(s3, published))
+    done = shell.ok("gc", "--yes", "--older-than", "0", "--json").answer
+    assert orphan in done["deleted"]
+    after = stored(s3)
+    assert not stored(s3, orphan)
+    assert {uri for uri in before if not uri.startswith(tuple(f"{a}/" for a in done["deleted"]))} == after.keys()
+    assert stored(s3, published)
+
+
 @pytest.mark.parametrize(
     "arguments, code, message",
     [
@@ -205,6 +288,7 @@ def test_ctrl_c_stops_with_a_checkpoint_and_the_same_name_resumes_there(flow, sh
         (["train", "+experiment=digits", "data.uri=s3://ddpm/nothing"], 1, "no dataset at s3://ddpm/nothing"),
         (["train", "+experiment=digits", "storage.root=s3://other"], 2, "the local stack has the bucket ddpm"),
         (["train", "+experiment=digits", "name=off", "tracking.uri=http://127.0.0.1:9"], 1, "no answer from MLflow"),
+        (["gc", "--yes", "tracking.uri=http://127.0.0.1:9"], 1, "no answer from MLflow"),
         (["sample", "models:/nobody@champion", "--out", "x"], 1, "not in the registry"),
         (["sample", "models:/digits@champion", "--labels", "eleven", "--out", "x"], 1, "no class 'eleven'"),
         (["sample", "nowhere", "--out", "x"], 1, "names no model"),

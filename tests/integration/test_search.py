@@ -22,8 +22,8 @@ from pipelines.search.study import StudyStore, TrialRecord, best, trial_name
 from pipelines.search.study_config import load_study
 from pipelines.shards.index import read_dataset
 from pipelines.storage import Storage
+from tests.chaos.fault_proxy import FaultProxy
 from tests.integration.conftest import Finished, Shell
-from tests.integration.proxy import Proxy
 
 pytestmark = pytest.mark.integration
 
@@ -121,7 +121,7 @@ def test_a_training_study_with_trials_that_fail_ends_with_the_right_best(shell, 
         store.record(TrialRecord(trial_name(params), params, "running"))
 
     command = ["search", "training", "--space", str(space), "--study", "odd", "--resume", *overrides, "--json"]
-    with Proxy(local_stack.s3_endpoint) as proxy:
+    with FaultProxy(local_stack.s3_endpoint) as proxy:
         # A node that has nothing yet, and whose every request is counted: earlier tests have filled the shared cache.
         elsewhere = [f"storage.endpoint_url={proxy.url}", f"storage.credentials_file={local_stack.credentials_file}"]
         elsewhere.append(f"data.cache_dir={tmp_path / 'node'}")

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from pipelines.config import ConfigError, compose
-from pipelines.connect import fill, missing_services
-from pipelines.stack import SERVICES, StackState
+from pipelines.connect import fill, find_running, missing_services
+from pipelines.stack import SERVICES, StackError, StackState
 
 STACK = StackState(
     Path("/h"), "ddpm", "http://127.0.0.1:1", Path("/h/credentials"), "http://127.0.0.1:2", "127.0.0.1:3", "http://d"
@@ -50,3 +50,18 @@ def test_the_local_stack_has_one_bucket():
 def test_a_storage_that_nothing_answers_is_a_configuration_error():
     with pytest.raises(ConfigError, match=r"storage\.root = gopher://x: addresses are s3://BUCKET/KEY or file:///PATH"):
         fill(compose(["storage=file", "storage.root=gopher://x"]), {}, None)
+
+
+def test_a_verb_that_only_looks_starts_nothing_and_says_what_is_not_running(tmp_path):
+    home = tmp_path / "home"
+    with pytest.raises(StackError, match=r"S3 and MLflow of the local stack are not running.*`ddpm up`.*tracking"):
+        find_running(compose(), {}, ["s3", "mlflow"], home=home)
+    with pytest.raises(StackError, match="S3 of the local stack is not running"):
+        find_running(compose(), {"MLFLOW_TRACKING_URI": "http://ml"}, ["s3", "mlflow"], home=home)
+    assert not home.exists()
+
+
+def test_a_verb_that_only_looks_does_without_services_that_are_optional(tmp_path):
+    elsewhere = compose(["storage=file", "storage.root=file:///x"])
+    found = find_running(elsewhere, {}, ["s3"], optional=["mlflow", "ray"], home=tmp_path)
+    assert (found.tracking.uri, found.cluster.address) == (None, None)

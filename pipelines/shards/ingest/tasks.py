@@ -23,6 +23,7 @@ from typing import Any
 import PIL
 import webdataset
 
+from pipelines.scratch import scratch_folder
 from pipelines.shards.index import index_tar, sidecar
 from pipelines.shards.ingest.encode import CaptionEncoder, ImageFormat, encode_image, pack_embeddings
 from pipelines.shards.ingest.report import BadImage, PixelSums, ShardRecord
@@ -128,7 +129,7 @@ def write_shard(job: ShardJob, settings: Settings, tick: Tick = lambda count: No
         The record, and whether the shard was finished before.
     """
     storage, uri = settings.storage, settings.uri
-    with tempfile.TemporaryDirectory(prefix="ddpm-ingest-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="ingest-", dir=scratch_folder()) as scratch:
         if job.recorded is not None and _is_whole(job.recorded, settings, Path(scratch)):
             tick(len(job.images))
             return job.recorded, True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 import time
@@ -18,14 +19,15 @@ from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint, CheckpointState, ModelError
 from pipelines.errors import PipelineError
 from pipelines.references import initial_weights
+from pipelines.scratch import scratch_folder
 from pipelines.storage import join
-from pipelines.tracking import RunLog
+from pipelines.tracking import UNSENT, RunLog
 from pipelines.training.loop.collectives import broadcast, broadcast_object, gather
 from pipelines.training.loop.context import RunContext
-from pipelines.training.loop.state import RESIDUAL, TrainingState, load_weights
+from pipelines.training.loop.hardware import precision_change
+from pipelines.training.loop.state import ADDED, TrainingState, load_weights
 
-UNSENT = "unsent.zip"
-"""File in a checkpoint's folder with the metrics not yet sent to MLflow: a resumed run does not compute them again."""
+logger = logging.getLogger(__name__)
 
 
 class Checkpointer:
@@ -93,7 +95,7 @@ class Checkpointer:
 
     def _store(self, checkpoint: Checkpoint, *, publish: bool) -> None:
         began = time.monotonic()
-        folder = Path(tempfile.mkdtemp(prefix="ddpm-checkpoint-"))
+        folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=scratch_folder()))
         try:
             self._upload(folder, checkpoint, publish=publish)
         finally:
@@ -163,6 +165,8 @@ def restore(context: RunContext, state: TrainingState, log: RunLog | None) -> tu
         raise found.error
     if found.state is None:
         return False, found.damaged
+    if context.rank == 0 and (change := precision_change(found.state.precision, context.precision)):
+        logger.warning("%s", change)
     broadcast(tensors, state.tensors(), context.device)
     state.set_counters(found.state.images_seen, found.state.optimizer_steps, found.state.skipped)
     return True, found.damaged
@@ -191,7 +195,7 @@ def _read(context: RunContext, state: TrainingState, log: RunLog | None) -> tupl
     """Return the newest checkpoint and its tensors; errors are returned, because all ranks must learn of them."""
     job = context.job
     try:
-        with tempfile.TemporaryDirectory(prefix="ddpm-restored-") as scratch:
+        with tempfile.TemporaryDirectory(prefix="restored-", dir=scratch_folder()) as scratch:
             folder = Path(scratch) / "checkpoint"
             stored, damaged = checkpoints.fetch_newest(job.storage, job.run_uri, folder)
             if stored is None:
@@ -199,7 +203,7 @@ def _read(context: RunContext, state: TrainingState, log: RunLog | None) -> tupl
             tensors = checkpoints.load_tensors(folder, stored)
             checkpoints.check_resumable(stored, job.config, job.dataset, job.quarantine)
             shapes = {name: tuple(tensor.shape) for name, tensor in state.tensors().items()}
-            added = {name for name in shapes.keys() - tensors.keys() if name.startswith(RESIDUAL)}
+            added = {name for name in shapes.keys() - tensors.keys() if name.startswith(ADDED)}
             tensors |= {name: torch.zeros(shapes[name]) for name in added}
             differing = {n for n, s in shapes.items() ^ {n: tuple(t.shape) for n, t in tensors.items()}.items()}
             if differing:

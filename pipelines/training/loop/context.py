@@ -11,6 +11,8 @@ from ddpm.objectives import Objective
 from ddpm.schedule import NoiseSchedule
 from pipelines import references
 from pipelines.config import Config, noise_schedule, training_objective
+from pipelines.training.loop.collectives import broadcast_object
+from pipelines.training.loop.hardware import Precision, resolve_precision
 from pipelines.training.loop.shell import Job
 
 
@@ -24,6 +26,7 @@ class RunContext:
         schedule: the noise schedule.
         objective: what the network predicts, and its loss.
         device: where this rank computes.
+        precision: what forward and backward compute in; rank 0's on every rank, so that unlike GPUs compute alike.
         rank: 0..world_size - 1 in the process group.
         world_size: the number of ranks.
     """
@@ -33,15 +36,18 @@ class RunContext:
     schedule: NoiseSchedule
     objective: Objective
     device: torch.device
+    precision: Precision
     rank: int
     world_size: int
 
     @classmethod
     def of(cls, job: Job, *, rank: int, world_size: int, device: torch.device) -> RunContext:
-        """Return the context of a job on one rank."""
-        spec = references.model_spec(job.config, job.dataset, job.lineage, job.quarantine)
+        """Return the context of a job on one rank; called by every rank."""
+        precision = broadcast_object(resolve_precision(job.config.optim, device))
+        lineage = {**job.lineage, "precision": precision}
+        spec = references.model_spec(job.config, job.dataset, lineage, job.quarantine)
         schedule, objective = noise_schedule(job.config), training_objective(job.config)
-        return cls(job, spec, schedule, objective, device, rank, world_size)
+        return cls(job, spec, schedule, objective, device, precision, rank, world_size)
 
     @property
     def config(self) -> Config:

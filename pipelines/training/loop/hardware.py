@@ -6,7 +6,7 @@ import os
 import resource
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipelines.config import Config, OptimConfig
 
+Precision = Literal["bf16", "fp16", "tf32", "fp32", "fp64"]
+"""What forward and backward compute in; weights are float64 under "fp64" and float32 under all others."""
+AUTOCAST: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+TENSOR_CORES = (7, 0)
+"""The compute capability of the V100, the first with tensor cores, which make fp16 fast."""
 # Dense bf16 peaks, from the makers' data sheets; the first key that is part of the card's name counts.
 PEAK_TFLOPS = {
     "B200": 2250,
@@ -34,7 +39,7 @@ def configure_process(config: Config, cache: Path) -> None:
         cache: the node's folder, below which torch.compile keeps its results for the next start.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
-    tf32 = config.optim.precision in ("auto", "bf16", "tf32")
+    tf32 = config.optim.precision in ("auto", "bf16", "fp16", "tf32")
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
 
@@ -44,21 +49,42 @@ def weight_dtype(optim: OptimConfig) -> torch.dtype:
     return torch.float64 if optim.precision == "fp64" else torch.float32
 
 
-def computes_in_bf16(optim: OptimConfig, device: torch.device) -> bool:
-    """Return whether forward and backward run under bf16 autocast."""
+def resolve_precision(optim: OptimConfig, device: torch.device) -> Precision:
+    """Return the precision of the configuration, or for "auto" the fastest that the device is made for."""
     if optim.precision != "auto":
-        return optim.precision == "bf16"
-    return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        return optim.precision
+    if device.type != "cuda":
+        return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+    # A T4 or V100 computes in bf16 as well, by an emulation that is slower than float32.
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16"
+    return "fp16" if torch.cuda.get_device_capability(device) >= TENSOR_CORES else "fp32"
 
 
-def autocast(optim: OptimConfig, device: torch.device) -> AbstractContextManager[Any]:
-    """Return the autocast context of forward and backward; weights stay float32 under bf16."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=computes_in_bf16(optim, device))
+def precision_change(before: str | None, now: Precision) -> str | None:
+    """Return a warning where a run goes on in another precision than its checkpoint's; None where it does not.
+
+    Args:
+        before: None in checkpoints of releases that did not record it.
+    """
+    if before is None or before == now:
+        return None
+    return (
+        f"the run was computed in {before} so far and goes on in {now}, which optim.precision=auto means on this "
+        "machine: its losses differ by rounding. A precision that is set by name is the same on every machine"
+    )
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    """Return the autocast context of forward and backward; weights stay float32 under bf16 and fp16."""
+    return torch.autocast(device.type, AUTOCAST.get(precision, torch.bfloat16), enabled=precision in AUTOCAST)
 
 
 def channels_last(config: Config, device: torch.device) -> bool:
     """Return whether activations are channels last: faster on tensor cores and AMX, slower on other CPUs."""
-    return device.type == "cuda" or (computes_in_bf16(config.optim, device) and torch.cpu._is_amx_tile_supported())
+    if device.type == "cuda":
+        return True
+    return resolve_precision(config.optim, device) == "bf16" and torch.cpu._is_amx_tile_supported()
 
 
 def place_network(network: nn.Module, config: Config, device: torch.device) -> nn.Module:

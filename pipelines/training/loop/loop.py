@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -11,13 +12,16 @@ from dataclasses import replace
 
 import torch
 
+from pipelines.scratch import warn_if_short
 from pipelines.shards.cache import ShardCorruptError
 from pipelines.shards.read import Batch, default_cache_dir
-from pipelines.tracking import Destination, RunLog
+from pipelines.tracking import TrackingError
 from pipelines.training.loop import hardware
 from pipelines.training.loop.checkpoint import Checkpointer, load_initial_model, restore
+from pipelines.training.loop.collectives import broadcast_object
 from pipelines.training.loop.context import RunContext
-from pipelines.training.loop.data import stream_settings, training_stream
+from pipelines.training.loop.data import training_stream
+from pipelines.training.loop.log import finish_log, open_log
 from pipelines.training.loop.preview import Preview
 from pipelines.training.loop.progress import Clock, Progress
 from pipelines.training.loop.shell import Shell
@@ -60,12 +64,15 @@ class TrainingLoop:
     def __init__(self, context: RunContext, shell: Shell, clock: Clock, resources: ExitStack) -> None:
         self.context, self.config, self.shell, self.clock = context, context.config, shell, clock
         hardware.configure_process(self.config, default_cache_dir().parent)
-        self.log = _run_log(context) if context.rank == 0 else None
+        self.log = open_log(context.job) if context.rank == 0 else None
         if self.log:
             resources.callback(self.log.close)
+            threading.Thread(target=self._tag_precision, name="precision", daemon=True).start()
 
         # Restore the newest checkpoint, or start from new or given weights.
         self.state = make_state(context)
+        if context.rank == 0:  # one is written at a time; others wait in memory
+            warn_if_short(sum(t.nbytes for t in self.state.tensors().values()), "a checkpoint before its upload")
         restored, damaged = restore(context, self.state, self.log)
         if not restored and self.config.init_from is not None:
             load_initial_model(context, self.state)
@@ -77,7 +84,7 @@ class TrainingLoop:
         resources.callback(self.checkpointer.close)
         self.preview = Preview(context, self.log)
         self.statistics = StepStatistics(context, self.clock, self.resumed_at)
-        self.profiler = Profiler(context, self.resumed_at)
+        self.profiler = Profiler(context, self.resumed_at, self.log)
         self.guard = SkipGuard(self.config.optim, self.config.batch_size)
         self.loss = math.nan
         self.last_batch: Batch | None = None
@@ -121,7 +128,7 @@ class TrainingLoop:
         if self.log:
             if not math.isnan(self.loss):
                 self._report_progress(self.loss)
-            self.log.flush()
+            finish_log(self.context.job, self.log)
 
     def _next_batch(self, batches: Iterator[Batch]) -> Batch | None:
         """Return the next batch, None at the end of the run; where it cannot be read, one that stands in for it."""
@@ -146,6 +153,7 @@ class TrainingLoop:
         if self.state.images_seen > self.saved_at:
             self._save(finished=False)
         self._finish_uploads()
+        broadcast_object(None)  # the error ends the other ranks: rank 0 has to have stored the checkpoint
         if self.read_error is not None:
             raise self.read_error
 
@@ -175,6 +183,13 @@ class TrainingLoop:
             with self.clock.during("grid"):
                 hook(self.state, self.context.spec, self.context.device)
 
+    def _tag_precision(self) -> None:
+        """Tag the MLflow run; in a thread, because the server may be away, and that is no reason to wait."""
+        try:
+            self.context.job.tracker.tags({"precision": self.context.precision})
+        except TrackingError as error:
+            logger.warning("the run was not tagged with its precision: %s", error)
+
     def _report_progress(self, loss: float) -> None:
         self.loss = loss
         stored = self.checkpointer.uploaded_bytes, self.checkpointer.upload_s
@@ -195,11 +210,3 @@ class TrainingLoop:
         """Return whether the last batch passed a multiple of `every` images."""
         seen = self.state.images_seen
         return seen // every > (seen - self.config.batch_size) // every
-
-
-def _run_log(context: RunContext) -> RunLog:
-    """Return the log of the run, which keeps what is not sent yet beside the shard cache."""
-    job = context.job
-    run = Destination(job.tracker, job.storage, job.run_uri, job.fence)
-    unsent = stream_settings(context.config).cache_dir.parent / "unsent" / job.tracker.run_id
-    return RunLog.open(context.config.tracking.sinks, run, unsent)

@@ -17,10 +17,13 @@ from pipelines.config import Config, OptimConfig, network_config, timestep_sampl
 from pipelines.training.loop.collectives import broadcast, local_part
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.hardware import place_network, weight_dtype
+from pipelines.training.loop.loss_scale import LossScale
 from pipelines.training.loop.parallel import apply_fsdp, wrap
 
-RESIDUAL = "residual."
-"""Prefix of tensors that hold what averages lack in float32; in checkpoints of releases without them they are 0."""
+RESIDUAL, LOSS_SCALE = "residual.", "loss_scale"
+ADDED = (RESIDUAL, LOSS_SCALE)
+"""Prefixes of tensors that were added later, and are 0 in checkpoints without them: what averages lack in float32, and
+the state of a loss scale."""
 
 
 @dataclass
@@ -34,6 +37,7 @@ class TrainingState:
         ema: the average of the weights that samples.
         power_ema: averages whose width is chosen after the training, where the configuration asks for them.
         timesteps: the timestep sampler, with its history where it learns from the losses.
+        loss_scale: the factor of the loss, 1 unless the precision is fp16.
         images_seen: the ordinal of the next batch's first sample.
         optimizer_steps: the number of updates made.
         skipped: the number of updates left out because a loss or gradient was not finite.
@@ -45,6 +49,7 @@ class TrainingState:
     ema: EMA
     power_ema: PowerEMA | None
     timesteps: TimestepSampler
+    loss_scale: LossScale
     images_seen: int = 0
     optimizer_steps: int = 0
     skipped: int = 0
@@ -61,6 +66,7 @@ class TrainingState:
             for i, (shadow, low) in enumerate(zip(self.power_ema.shadows, self.power_ema.residuals, strict=True)):
                 found |= {f"power.{i}.{name}": tensor for name, tensor in shadow.items()}
                 found |= {f"{RESIDUAL}power.{i}.{name}": tensor for name, tensor in low.items()}
+        found[LOSS_SCALE] = self.loss_scale.state
         return found | {f"timesteps.{name}": tensor for name, tensor in self.timesteps.state_dict().items()}
 
     def set_counters(self, images_seen: int, optimizer_steps: int, skipped: int) -> None:
@@ -91,6 +97,7 @@ def make_state(context: RunContext) -> TrainingState:
         EMA(network, optim.ema_half_life),
         PowerEMA(network, optim.power_ema) if optim.power_ema else None,
         timestep_sampler(config),
+        LossScale(enabled=context.precision == "fp16"),
     )
 
 

@@ -30,6 +30,7 @@ class StepResult:
         stop: whether any rank asks to stop.
         checkpoint: whether any rank asks for a checkpoint.
         unreadable: whether any rank could not read its batch; the state is unchanged then, `images_seen` included.
+        rescaled: whether the gradient overflowed fp16 and the loss scale was lowered for it.
     """
 
     loss: float
@@ -38,6 +39,7 @@ class StepResult:
     stop: bool
     checkpoint: bool
     unreadable: bool = False
+    rescaled: bool = False
 
 
 def step(
@@ -68,10 +70,10 @@ def step(
         n = part.ordinals.to(device)
         t, weights = state.timesteps.sample(n)
         with gradient_sync(state.wrapped, last):
-            with autocast(config.optim, device):
+            with autocast(context.precision, device):
                 each = losses(context, state.wrapped, part, t)
             loss = weight * (weights.to(each) * each).sum() / config.batch_size
-            (loss * context.world_size).backward()
+            (loss * context.world_size * state.loss_scale.factor).backward()
         sums[0] += loss.detach()
         if state.timesteps.learns and weight:
             sums[1 + n - state.images_seen] = each.detach().double()
@@ -83,6 +85,7 @@ def step(
         dist.all_reduce(sums)
 
     # Read loss and gradient norm: the one place where the host waits for the device.
+    state.loss_scale.unscale(state.network.parameters())
     norm = _gradient_norm(state.network)
     stops, checkpoints, unreadables, mean_loss, grad_norm = torch.cat([sums[:4], norm.double()[None]]).tolist()
     if unreadables:
@@ -90,7 +93,8 @@ def step(
         return StepResult(mean_loss, grad_norm, False, stop=True, checkpoint=True, unreadable=True)
 
     # Update weights and averages.
-    updated = math.isfinite(mean_loss) and math.isfinite(grad_norm)
+    finite = math.isfinite(mean_loss), math.isfinite(grad_norm)
+    updated, rescaled = all(finite), state.loss_scale.update(*finite)
     if updated:
         _update_weights(context, state, norm, sums[4:])
     else:
@@ -98,7 +102,7 @@ def step(
     state.optimizer.zero_grad()
     state.images_seen += config.batch_size
     state.update_averages(config.batch_size)
-    return StepResult(mean_loss, grad_norm, updated, stops > 0, checkpoints > 0)
+    return StepResult(mean_loss, grad_norm, updated, stops > 0, checkpoints > 0, rescaled=rescaled)
 
 
 def _gradient_norm(network: nn.Module) -> Tensor:
@@ -156,11 +160,16 @@ class SkipGuard:
     def check(self, result: StepResult, images_seen: int) -> str | None:
         """Return a warning about a step that ended at `images_seen`; None where it updated the weights.
 
+        A step that lowered the loss scale of fp16 is no reason for concern and not counted: that is how the scale is
+        found.
+
         Raises:
             FloatingPointError: `optim.max_skipped` updates in a row were left out.
         """
         if result.updated:
             self.in_row = 0
+            return None
+        if result.rescaled:
             return None
         self.in_row += 1
         found = f"loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}"

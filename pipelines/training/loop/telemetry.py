@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from pipelines.tracking import TrackingError
+from pipelines.scratch import scratch_folder
+from pipelines.tracking import RunLog
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.hardware import flops_per_image, memory_gib, peak_flops
 from pipelines.training.loop.progress import Clock
@@ -54,6 +54,8 @@ class StepStatistics:
         if self.losses:
             found["train/loss"] = sum(self.losses) / len(self.losses)
             found["train/grad_norm"] = sum(self.grad_norms) / len(self.grad_norms)
+        if state.loss_scale.enabled:
+            found["train/loss_scale"] = state.loss_scale.factor
         if self.peak is not None:
             found["train/mfu"] = rate * self.flops / (self.peak * self.context.world_size)
         self._reset(seen)
@@ -70,13 +72,14 @@ class Profiler:
 
     Args:
         resumed_at: images seen where the attempt begins; a trace that should have begun before is left out.
+        log: of rank 0; None elsewhere.
     """
 
-    def __init__(self, context: RunContext, resumed_at: int) -> None:
+    def __init__(self, context: RunContext, resumed_at: int, log: RunLog | None) -> None:
         tracking = context.config.tracking
         at, self.left = tracking.profile_at, tracking.profile_steps
-        self.tracker = context.job.tracker
-        self.at = at if context.rank == 0 and at is not None and at >= resumed_at else None
+        self.log = log
+        self.at = at if log is not None and at is not None and at >= resumed_at else None
         self.profile: profile | None = None
 
     def before_step(self, images_seen: int) -> None:
@@ -90,10 +93,11 @@ class Profiler:
             self.profile.start()
         elif self.left == 1:
             self.profile.stop()
-            with tempfile.TemporaryDirectory(prefix="ddpm-profile-") as scratch, suppress(TrackingError):
+            assert self.log is not None
+            with tempfile.TemporaryDirectory(prefix="profile-", dir=scratch_folder()) as scratch:
                 path = Path(scratch) / "trace.json"
                 self.profile.export_chrome_trace(str(path))
-                self.tracker.text(path.read_text(), f"profile/{self.at:012d}.json")
+                self.log.text(path.read_text(), f"profile/{self.at:012d}.json", images_seen)
             self.at = self.profile = None
         else:
             self.left -= 1

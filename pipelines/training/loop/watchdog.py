@@ -115,13 +115,18 @@ class Watchdog:
             if seconds < self.timeout_s:
                 continue
             message = f"no progress for {seconds:.0f} s in the phase '{phase}' (cluster.step_timeout_s)"
-            logger.error("rank %d has made %s. Its threads:\n%s", self.rank, message, stacks())
-            if torch.cuda.is_available():
-                logger.error("rank %d, collectives that have not ended: %s", self.rank, nccl_trace())
-            self._tell(Failure(self.rank, message, stalled=True))
-            if not self._over.wait(STALLED_GRACE_S):
-                end_process()
+            try:
+                logger.error("rank %d has made %s. Its threads:\n%s", self.rank, message, stacks())
+                if torch.cuda.is_available():
+                    _start(self._log_nccl_trace)  # in a thread: NCCL may hang as well
+                self._tell(Failure(self.rank, message, stalled=True))
+            finally:
+                if not self._over.wait(STALLED_GRACE_S):
+                    end_process()
             return
+
+    def _log_nccl_trace(self) -> None:
+        logger.error("rank %d, collectives that have not ended: %s", self.rank, nccl_trace())
 
     def _watch_others(self) -> None:
         while not self._over.wait(POLL_S):
@@ -150,14 +155,15 @@ class Watchdog:
     def _tell(self, failure: Failure) -> None:
         """Put a failure into the store, unless there is one, and give the others time to read it."""
         store = self.store
-        if store is not None and self.failure is None:
+        if store is None or self.failure is not None:
+            return
 
-            def put() -> None:
-                with suppress(RuntimeError):  # rank 0, which has the store, has ended
-                    store.compare_set(KEY, "", json.dumps(asdict(failure)))
+        def put() -> None:
+            with suppress(RuntimeError):  # the store has gone with rank 0
+                store.compare_set(KEY, "", json.dumps(asdict(failure)))
 
-            _start(put)  # in a thread: the store may not answer
-            self._over.wait(2 * POLL_S)
+        _start(put)  # in a thread: the store may not answer
+        self._over.wait(2 * POLL_S)
 
 
 def stacks() -> str:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import Any
 
 from pipelines.training.goodput import Attempt
 from pipelines.training.loop.progress import Progress
 
+HEARD_LINES = 1_000
+"""Lines of workers that wait for the driver; of more the newest stay."""
+
 
 class Monitor:
-    """The mailbox between rank 0 and the driver: progress in one direction, stop requests in the other.
+    """The mailbox between the ranks and the driver: progress and warnings in one direction, stop requests in the other.
 
     An actor that is named after the run, so that a run has one driver at a time in a cluster.
     """
@@ -20,6 +24,7 @@ class Monitor:
         self.loss: float | None = None
         self.stop = False
         self.final: str | None = None
+        self.lines: deque[tuple[int, str]] = deque(maxlen=HEARD_LINES)
 
     def post(self, attempt: str, elapsed_s: float, progress: Progress) -> bool:
         """Record the newest progress of an attempt that began `elapsed_s` ago, and return whether to stop."""
@@ -44,6 +49,16 @@ class Monitor:
     def final_error(self) -> str | None:
         """Return the message of that error, None where there was none."""
         return self.final
+
+    def hear(self, lines: list[tuple[int, str]]) -> None:
+        """Keep what workers say, as (rank, text), until the driver takes it."""
+        self.lines.extend(lines)
+
+    def take_lines(self) -> list[tuple[int, str]]:
+        """Return what workers have said since the last call."""
+        lines = list(self.lines)
+        self.lines.clear()
+        return lines
 
     def request_stop(self) -> None:
         """Ask rank 0 to stop at its next step."""

@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipelines.checkpoints import run_folder
 from pipelines.config import Config
 from pipelines.training.errors import TrainingError
+from pipelines.training.ray_train.answers import answer
 from pipelines.training.ray_train.mailboxes import Monitor
 
 NAMESPACE = "ddpm-runs"
@@ -45,7 +46,7 @@ def only_driver(config: Config, wait_s: float = 15) -> Iterator[Any]:
     while True:
         try:
             monitor = ray.remote(Monitor).options(**options).remote()
-            ray.get(monitor.snapshot.remote())
+            answer(monitor.snapshot.remote(), "the start of the run's monitor actor")
             break
         except ValueError as error:
             # The monitor of a driver that was killed a moment ago ends with it.

@@ -10,6 +10,7 @@ import ray
 
 from pipelines import tracking
 from pipelines.config import ClusterConfig, Config
+from pipelines.loopback import bypass_proxies
 from pipelines.storage import Storage
 from pipelines.training.errors import TrainingError
 
@@ -38,6 +39,7 @@ def connect_ray(config: Config, storage: Storage) -> None:
         "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": os.environ.get("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "10"),
     }
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    bypass_proxies(address or "127.0.0.1")
     try:
         ray.init(
             address=address,

@@ -25,6 +25,7 @@ from pipelines.config import ClusterConfig
 from pipelines.training import STARTED
 from pipelines.training.errors import TrainingError
 from pipelines.training.loop.shell import Job
+from pipelines.training.ray_train.answers import answer
 from pipelines.training.ray_train.mailboxes import JobQueue
 from pipelines.training.ray_train.shell import get_reply
 from pipelines.training.ray_train.trainer import dedicated_workers, make_trainer, train_rank
@@ -98,14 +99,14 @@ class _Group:
         """Return whether the group is what a run asks for, idle, and has never failed: Ray Train counts failures."""
         if self.cluster != cluster or not self.thread.is_alive():
             return False
-        with suppress(RayError):
-            _, training, starts = ray.get(self.queue.state.remote())
+        with suppress(RayError, TrainingError):
+            _, training, starts = self._state()
             return not training and starts == 1
         return False
 
     def put(self, reference: list[Any]) -> int | None:
         """Hand over a job and return its number; None where the workers are ending."""
-        number: int | None = ray.get(self.queue.put.remote(reference))
+        number: int | None = answer(self.queue.put.remote(reference), "a job for the reusable workers")
         return number
 
     def wait(self, number: int) -> None:
@@ -116,7 +117,7 @@ class _Group:
         """
         while True:
             ended = not self.thread.is_alive()
-            last, training, _ = ray.get(self.queue.state.remote())
+            last, training, _ = self._state()
             if last > number or not training:
                 return
             if ended:
@@ -126,14 +127,18 @@ class _Group:
     def close(self) -> None:
         """End the workers."""
         starts = 0
-        with suppress(RayError):
-            _, _, starts = ray.get(self.queue.state.remote())
-            ray.get(self.queue.close.remote())
+        with suppress(RayError, TrainingError):
+            _, _, starts = self._state()
+            answer(self.queue.close.remote(), "the end of the reusable workers")
         # A group that has never started, for want of resources, has nothing to end; Ray drops it with its driver.
         if starts and self.thread.is_alive():
             self.thread.join(CLOSE_S)
         with suppress(RayError):
             ray.kill(self.queue)
+
+    def _state(self) -> tuple[int, bool, int]:
+        state: tuple[int, bool, int] = answer(self.queue.state.remote(), "the state of the reusable workers")
+        return state
 
     def _fit(self) -> None:
         try:
@@ -147,7 +152,7 @@ def worker_main(settings: dict[str, Any]) -> None:
     queue = settings["queue"]
     rank = ray.train.get_context().get_world_rank()
     if rank == 0:
-        ray.get(queue.group_started.remote())
+        answer(queue.group_started.remote(), "the start of the reusable workers")
     last = 0
     while True:
         number, reference = _next_job(queue, last)
@@ -156,7 +161,7 @@ def worker_main(settings: dict[str, Any]) -> None:
         started = time.monotonic() if last else STARTED
         _train_job(started, **ray.get(reference[0]))
         if rank == 0:
-            ray.get(queue.done.remote(number))
+            answer(queue.done.remote(number), "the end of a job")
         last = number
 
 

@@ -25,8 +25,10 @@ from pipelines.training import STARTED
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.loop import train_rank as run_rank
 from pipelines.training.loop.shell import Job
+from pipelines.training.ray_train.answers import answer
 from pipelines.training.ray_train.resources import per_worker
 from pipelines.training.ray_train.shell import RayShell
+from pipelines.training.ray_train.worker_logs import recorded
 
 FINAL_ERRORS = (FloatingPointError, ShardCorruptError, ModelError, FencedError)
 """Errors that come again however often the workers are started: stream, data and checkpoints are the same."""
@@ -48,19 +50,24 @@ def train_rank(job: Job, monitor: Any, started: float) -> None:
     """
     from ray.train.torch import get_device
 
-    if ray.get(monitor.final_error.remote()) is not None:
+    if answer(monitor.final_error.remote(), "errors that no restart mends") is not None:
         return  # Ray Train starts the workers again whatever the error was; the driver reports it
     torch.set_num_threads(job.config.cluster.threads_per_worker)
     worker = ray.train.get_context()
     rank, world_size = worker.get_world_rank(), worker.get_world_size()
     node = f"node-{worker.get_node_rank()}"
     shell = RayShell(monitor, started)
-    with tracking.system_metrics(job.tracker, node) if worker.get_local_rank() == 0 else nullcontext():
+    with (
+        recorded(job.storage, job.run_uri, monitor, epoch=job.epoch, rank=rank, attempt=shell.attempt[:8]),
+        tracking.system_metrics(job.tracker, node, job.fence) if worker.get_local_rank() == 0 else nullcontext(),
+    ):
         try:
+            if job.fence is not None:
+                job.fence.check()  # a driver that was replaced may be starting its workers again
             context = RunContext.of(job, rank=rank, world_size=world_size, device=get_device())
             run_rank(context, shell, started)
         except FINAL_ERRORS as error:
-            ray.get(monitor.set_final_error.remote(str(error)))
+            answer(monitor.set_final_error.remote(str(error)), f"an error that no restart mends ({error})")
             raise  # the others may be waiting for this rank: Ray Train ends them
         shell.close()
 

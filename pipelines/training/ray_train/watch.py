@@ -6,20 +6,23 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
-import ray
 from ray.exceptions import RayError
 
 from pipelines.config import ClusterConfig
+from pipelines.storage import FencedError, StorageError
 from pipelines.training.errors import TrainingError
 from pipelines.training.ledger import Ledger
 from pipelines.training.loop.shell import Job
+from pipelines.training.ray_train.answers import answer
 from pipelines.training.ray_train.resources import alive_nodes, shortage
+from pipelines.training.ray_train.worker_logs import Heard
 
 WATCH_EVERY_S = 0.5
 SHORTAGE_EVERY_S = 5.0
+TAKEOVER_EVERY_S = 10.0
 
 Report = Callable[[dict[str, float]], None]
 """Called with `images_seen` and `loss` while training goes on."""
@@ -48,22 +51,33 @@ def fit_and_watch(
             ended.append(error)
 
     thread = threading.Thread(target=run, name="ray-train", daemon=True)
-    lasting_shortage = LastingShortage(job.config.cluster)
-    with _stop_on_interrupt(monitor, notice):
+    lasting_shortage, takeover = LastingShortage(job.config.cluster), Takeover(job)
+    heard, patience_s = Heard(notice, job.config.name), job.config.cluster.patience_s
+    with _stop_on_interrupt(monitor, notice), closing(heard):
         thread.start()
         while thread.is_alive():
             thread.join(WATCH_EVERY_S)
             try:
-                attempts, loss = ray.get(monitor.snapshot.remote())
+                attempts, loss = answer(monitor.snapshot.remote(), "the progress of the workers", patience_s)
+                lines = answer(monitor.take_lines.remote(), "the messages of the workers", patience_s)
                 short = lasting_shortage.check()
+            except TrainingError as error:
+                return error
             except RayError as error:
                 return TrainingError(f"the Ray cluster is lost, the same command resumes on another: {error}")
             ledger.update(attempts)
+            heard.add(lines)
             if attempts:
                 report({"images_seen": attempts[-1].images_seen, **({} if loss is None else {"loss": loss})})
+            if fenced := takeover.check():
+                return fenced
             if short:
                 return TrainingError(short)
-    final = ray.get(monitor.final_error.remote())
+        try:
+            heard.add(answer(monitor.take_lines.remote(), "the messages of the workers", patience_s))
+            final = answer(monitor.final_error.remote(), "the errors of the workers", patience_s)
+        except (TrainingError, RayError) as error:
+            return ended[0] or TrainingError(f"how the workers ended is not known, the same command finds out: {error}")
     return ended[0] if final is None else TrainingError(f"training '{job.config.name}' failed: {final}")
 
 
@@ -84,6 +98,27 @@ class LastingShortage:
         short = shortage(self.cluster, alive_nodes())
         self.short_since = None if short is None else self.short_since or now
         return short if self.short_since is not None and now - self.short_since > self.cluster.patience_s else None
+
+
+class Takeover:
+    """Notices that another driver has taken over the run: this one's workers would train in vain."""
+
+    def __init__(self, job: Job) -> None:
+        self.fence = job.fence
+        self.checked_at = time.monotonic()
+
+    def check(self) -> FencedError | None:
+        """Return the error where that has happened; asks the store every few seconds only, and never waits for it."""
+        if self.fence is None or time.monotonic() - self.checked_at < TAKEOVER_EVERY_S:
+            return None
+        self.checked_at = time.monotonic()
+        try:
+            self.fence.check(patience_s=0)
+        except FencedError as error:
+            return error
+        except StorageError:
+            return None  # the store is away: whoever writes to it will learn it
+        return None
 
 
 @contextmanager

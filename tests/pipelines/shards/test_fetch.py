@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.shards.cache import FetchStats, ShardCache, ShardCorruptError
+from pipelines.shards.cache import ShardCache, ShardCorruptError, ShardShortError
 from pipelines.shards.fetch import ShardFetcher, coalesce, fits
 from pipelines.shards.index import Member, ShardInfo
 from pipelines.storage import Storage, StorageError, TransientStorageError
@@ -150,7 +150,7 @@ def test_a_closed_fetcher_leaves_nothing_half_done(uri, tmp_path):
     assert cache.claim(SHARD, 1000) is not None
 
 
-def test_a_shard_follows_into_the_cache_and_is_mapped_from_then_on(uri, tmp_path):
+def test_a_shard_follows_into_the_cache_and_is_read_from_there(uri, tmp_path):
     cache = ShardCache(tmp_path / "cache", 1 << 20)
     fetcher = ShardFetcher(uri, Storage(), cache, block_bytes=1000)
     assert get(fetcher, (10, 20)) == [DATA[10:20]]
@@ -168,8 +168,9 @@ def test_a_shard_follows_into_the_cache_and_is_mapped_from_then_on(uri, tmp_path
 def test_a_broken_connection_is_resumed_from_the_byte_that_it_reached(uri, tmp_path, whole):
     store = Flaky(breaks=(30_500, 0, 20_000))
     if whole:
-        path = ShardCache(tmp_path / "cache", 1 << 20).fetch(uri, SHARD, store, FetchStats())
-        assert path.read_bytes() == DATA
+        cache = ShardCache(tmp_path / "cache", 1 << 20)
+        ShardFetcher(uri, store, cache, block_bytes=len(DATA)).require([SHARD])
+        assert cache.path(SHARD).read_bytes() == DATA
     else:
         fetcher = ShardFetcher(uri, store, None, block_bytes=len(DATA))
         assert get(fetcher, (0, len(DATA))) == [DATA]
@@ -185,11 +186,34 @@ def test_a_shard_that_is_cut_short_or_gone_is_named(uri, tmp_path):
     (tmp_path / "data" / "a.tar").write_bytes(DATA[:60_000])
     fetcher = ShardFetcher(uri, Storage(), None, block_bytes=1000)
     assert get(fetcher, (0, 10)) == [DATA[:10]]
-    with pytest.raises(StorageError, match=r"a\.tar ends at byte 60000, 60600 were expected"):
+    cut = r"a\.tar is cut short: it has 60,000 bytes, the index says 100,000: .*`ddpm check file:.*/data` "
+    with pytest.raises(ShardShortError, match=cut):
         get(fetcher, (59_500, 60_600))
+    with pytest.raises(ShardShortError, match=cut):
+        get(fetcher, (90_000, 90_001))
     (tmp_path / "data" / "a.tar").unlink()
     with pytest.raises(StorageError, match="nothing is stored there"):
         get(fetcher, (90_000, 90_001))
+
+
+def test_the_reader_of_what_is_left_of_a_shard_learns_that_it_is_cut(uri, tmp_path):
+    """Its own bytes are there: the background request finds that others are not."""
+    (tmp_path / "data" / "a.tar").write_bytes(DATA[:60_000])
+    fetcher = ShardFetcher(uri, Storage(), ShardCache(tmp_path / "cache", 1 << 20), block_bytes=1000)
+    errors = []
+
+    def read():
+        try:
+            assert get(fetcher, (0, 10)) == [DATA[:10]]
+        except ShardCorruptError as error:
+            errors.append(str(error))
+        return errors
+
+    eventually(read)
+    assert "is cut short: it has 60,000 bytes" in errors[0]
+    with pytest.raises(ShardShortError, match="--quarantine it is left out"):
+        fetcher.require([SHARD])
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"room"}
 
 
 def test_a_failed_block_is_asked_for_again(uri, tmp_path):
@@ -225,8 +249,9 @@ def test_processes_of_a_node_bring_a_shard_in_once(uri, tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / f"{SHARD.sha256}.part").write_bytes(b"left by a process that was killed")
     caches = [ShardCache(tmp_path / "cache", 1 << 20) for _ in stores]
+    assert not list((tmp_path / "cache").glob("*.part"))
     threads = [
-        threading.Thread(target=cache.fetch, args=(uri, SHARD, store, FetchStats()))
+        threading.Thread(target=ShardFetcher(uri, store, cache).require, args=([SHARD],))
         for cache, store in zip(caches, stores, strict=True)
     ]
     for thread in threads:

@@ -80,6 +80,7 @@ def test_folders_are_listed_in_order_and_go_whole(root, tmp_path):
     listed = STORAGE.list(root)
     assert [entry.uri for entry in listed] == [join(root, name) for name in ("a/c", "a/d", "ab/e", "b")]
     assert [entry.size for entry in listed] == [3, 3, 4, 1]
+    assert all(abs(entry.modified - time.time()) < 60 for entry in listed)
     time.sleep(0.01)
     STORAGE.write(join(root, "b"), b"B")
     assert STORAGE.list(root)[-1].tag != listed[-1].tag

@@ -3,6 +3,7 @@ import os
 import shutil
 import socket
 import threading
+import time
 
 import pytest
 
@@ -39,6 +40,7 @@ def test_folders_are_listed_in_order_and_downloaded_whole(tmp_path):
     listed = STORAGE.list(f"file://{tmp_path}/store")
     assert [e.uri.rsplit("store/")[1] for e in listed] == ["a/c", "a/d", "b"]
     assert [e.size for e in listed] == [3, 3, 1]
+    assert all(abs(e.modified - time.time()) < 60 for e in listed)
     STORAGE.write(f"file://{tmp_path}/store/b", b"B")
     assert [(e.size, e.tag) for e in STORAGE.list(f"file://{tmp_path}/store")][2] not in {
         (e.size, e.tag) for e in listed
@@ -72,7 +74,7 @@ def test_addresses_are_checked():
 
 
 def test_an_unreachable_server_is_worth_another_try_and_says_which(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipelines.storage.s3.MAX_ATTEMPTS", 1)
+    monkeypatch.setattr("pipelines.storage.s3_client.MAX_ATTEMPTS", 1)
     (tmp_path / "keys").write_text("[default]\naws_access_key_id=a\naws_secret_access_key=b\n")
     away = Storage("http://127.0.0.1:9", str(tmp_path / "keys"))
     with pytest.raises(TransientStorageError, match=r"127\.0\.0\.1:9"):
@@ -80,8 +82,8 @@ def test_an_unreachable_server_is_worth_another_try_and_says_which(tmp_path, mon
 
 
 def test_a_server_that_stalls_is_worth_another_try(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipelines.storage.s3.MAX_ATTEMPTS", 1)
-    monkeypatch.setattr("pipelines.storage.s3.TIMEOUT_S", 0.2)
+    monkeypatch.setattr("pipelines.storage.s3_client.MAX_ATTEMPTS", 1)
+    monkeypatch.setattr("pipelines.storage.s3_client.TIMEOUT_S", 0.2)
     (tmp_path / "keys").write_text("[default]\naws_access_key_id=a\naws_secret_access_key=b\n")
     with socket.create_server(("127.0.0.1", 0)) as silent:  # it takes connections and never answers
         stalled = Storage(f"http://127.0.0.1:{silent.getsockname()[1]}", str(tmp_path / "keys"))

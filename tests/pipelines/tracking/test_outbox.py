@@ -10,6 +10,7 @@ import pytest
 
 from pipelines.config import ConfigError, compose
 from pipelines.config.schema import TrackingConfig
+from pipelines.storage import Fence, FencedError, Storage, TransientStorageError
 from pipelines.tracking import RunLog, TrackingError, UnreachableError, outbox
 from pipelines.tracking.outbox import Outbox
 from pipelines.tracking.run_log import SINKS
@@ -31,8 +32,15 @@ class Server:
     def last_steps(self):
         self._answer()
         steps = {}
-        for key, step, *_ in [*self.points, *((f"images/{k}", s) for k, s in self.pictures)]:
+        for key, step, _ in self.points:
             steps[key] = max(step, steps.get(key, -1))
+        return steps
+
+    def last_pictures(self):
+        self._answer()
+        steps = {}
+        for key, step in self.pictures:
+            steps[f"images/{key}"] = max(step, steps.get(f"images/{key}", -1))
         return steps
 
     def metrics(self, values, step, at_ms):
@@ -182,3 +190,40 @@ def test_every_sink_that_the_configuration_may_name_is_registered():
     assert compose().tracking.sinks == ("mlflow",)
     with pytest.raises(ConfigError, match="mlflow among them"):
         compose(["tracking.sinks=[]"])
+
+
+def test_a_driver_that_was_replaced_sends_nothing_and_its_successor_sends_the_rest(tmp_path):
+    server, uri = Server(), f"file://{tmp_path}/driver"
+    first = Outbox(server, tmp_path / "unsent", Fence.take(Storage(), uri))
+    first.metrics({"train/loss": 0.5}, 10)
+    first.flush(20)
+    second_fence = Fence.take(Storage(), uri)
+    first.metrics({"train/loss": 0.4}, 20)
+    first.text("where it is", "checkpoints/20.json", 20)
+    with pytest.raises(FencedError, match="another driver has taken over"):
+        first.flush(20)
+    first.close()
+    assert (server.points, server.texts) == ([("train/loss", 10, 0.5)], {})
+    second = Outbox(server, tmp_path / "unsent", second_fence)
+    second.flush(20)
+    second.close()
+    assert server.points == [("train/loss", 10, 0.5), ("train/loss", 20, 0.4)]
+    assert server.texts == {"checkpoints/20.json": "where it is"}
+
+
+def test_points_wait_while_nobody_can_say_whether_the_driver_was_replaced(tmp_path, monkeypatch):
+    server, fence = Server(), Fence.take(Storage(), f"file://{tmp_path}/driver")
+
+    def away(self, uri, **options):
+        raise TransientStorageError("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "read", away)
+        box = Outbox(server, tmp_path / "unsent", fence)
+        box.metrics({"train/loss": 0.5}, 10)
+        with pytest.raises(UnreachableError):
+            box.flush(0.2)
+        assert server.points == []
+    box.flush(20)
+    box.close()
+    assert server.points == [("train/loss", 10, 0.5)]

@@ -7,7 +7,7 @@ import torch
 import webdataset
 from PIL import Image
 
-from pipelines.shards.cache import FetchStats, ShardCache, ShardCorruptError
+from pipelines.shards.cache import ShardCache, ShardCorruptError
 from pipelines.shards.fetch import ShardFetcher
 from pipelines.shards.index import DatasetError, ShardIndex, index_tar, read_dataset, sidecar
 from pipelines.shards.ingest.write import ingest, source_digest
@@ -149,12 +149,14 @@ def test_the_cache_stays_within_its_bound_and_serves_without_the_store(folder, t
     dataset = write(folder, f"file://{tmp_path}/ds").dataset
     shards = dataset.shards("train")
     cache = ShardCache(tmp_path / "small", 2 * max(s.bytes for s in shards))
-    paths = [cache.fetch(dataset.uri, shard, STORAGE, FetchStats()) for shard in shards]
+    fetcher = ShardFetcher(dataset.uri, STORAGE, cache)
+    for shard in shards:
+        fetcher.require([shard])
     left = list((tmp_path / "small").glob("*.tar"))
     assert sum(p.stat().st_size for p in left) <= cache.limit_bytes
-    assert paths[-1] in left
+    assert cache.path(shards[-1]) in left
     (tmp_path / "ds" / shards[-1].name).unlink()
-    assert cache.fetch(dataset.uri, shards[-1], STORAGE, FetchStats()) == paths[-1]
+    fetcher.require([shards[-1]])
 
 
 @pytest.mark.parametrize(

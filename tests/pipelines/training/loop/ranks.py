@@ -32,24 +32,32 @@ class MemoryTracker:
 
     uri: str = "http://nowhere"
     run_id: str = "test"
+    patience_s: float = 300.0
     points: dict[int, dict[str, float]] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     images: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
+    tagged: dict[str, str] = field(default_factory=dict)
 
     def metric(self, key):
         return [(step, values[key]) for step, values in self.points.items() if key in values]
 
-    def last_steps(self, **patience):
+    def last_steps(self):
         return {}
 
-    def metrics(self, values, step, at_ms, **patience):
+    def last_pictures(self):
+        return {}
+
+    def metrics(self, values, step, at_ms):
         self.points.setdefault(step, {}).update(values)
 
-    def image(self, key, pixels, step, **patience):
+    def image(self, key, pixels, step):
         self.images.append((step, pixels.shape))
 
-    def text(self, text, name, **patience):
+    def text(self, text, name):
         self.texts[name] = text
+
+    def tags(self, tags):
+        self.tagged.update(tags)
 
     def read_text(self, name):
         return self.texts[name]

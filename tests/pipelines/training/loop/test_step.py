@@ -25,6 +25,8 @@ def test_only_updates_in_a_row_stop_a_run_and_the_samples_of_all_of_them_are_nam
     assert "samples 10..19 " in guard.check(bad, 20)
     assert guard.check(good, 30) is None
     guard.check(bad, 40)
+    overflow = StepResult(1.0, float("inf"), False, False, False, rescaled=True)
+    assert guard.check(overflow, 40) is None  # neither counted nor a success
     guard.check(bad, 50)
     with pytest.raises(FloatingPointError, match=r"3 updates in a row .*samples 30\.\.59 "):
         guard.check(bad, 60)

@@ -6,6 +6,7 @@ import json
 import logging
 import multiprocessing
 import socket
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch._C import _distributed_c10d
 
 from pipelines.shards.stream import TrainingStream
 from pipelines.storage import Storage, StorageError
@@ -20,12 +22,12 @@ from pipelines.training.loop import checkpoint, watchdog
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.loop import train_rank
 from pipelines.training.loop.preview import Preview
+from pipelines.training.loop.progress import Clock
 from pipelines.training.loop.shell import Job
 from pipelines.training.loop.telemetry import StepStatistics
 from pipelines.training.loop.watchdog import EXIT_CODE
 from tests.pipelines.training.loop.ranks import FolderShell, MemoryTracker, tiny_config
 
-pytestmark = pytest.mark.integration
 BATCH = 25
 LONGER_THAN_ANY_TEST_S = 1800
 HANG_S = 15
@@ -138,6 +140,7 @@ class Ranks:
         return (self.folder / f"{rank}.log").read_text()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("fault", "broken"),
     [("restore", 0), ("evaluation", 1), ("log", 0), ("checkpoint", 0), ("batch", 1)],
@@ -152,6 +155,7 @@ def test_an_error_of_one_rank_outside_the_step_ends_the_other_by_name_in_seconds
         assert message.endswith("the reason")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("broken", [0, 1])
 def test_the_other_rank_ends_although_the_process_of_the_failed_one_stays(digits, tmp_path, broken):
     with Ranks(tmp_path, digits, "preview", broken, stays=True) as ranks:
@@ -160,6 +164,7 @@ def test_the_other_rank_ends_although_the_process_of_the_failed_one_stays(digits
         assert f"rank {broken} of the run failed: ValueError: the reason; rank {1 - broken}" in ranks.log(1 - broken)
 
 
+@pytest.mark.integration
 def test_a_rank_that_hangs_ends_with_all_others_and_the_stacks_say_where(digits, tmp_path):
     with Ranks(tmp_path, digits, "hang", 1, timeout_s=HANG_S) as ranks:
         codes = [ranks.exit_code(rank, within_s=120) for rank in range(2)]
@@ -169,3 +174,35 @@ def test_a_rank_that_hangs_ends_with_all_others_and_the_stacks_say_where(digits,
         assert "in sleep_for_ever" in ranks.log(1)
         assert "in all_gather_items" in ranks.log(0)
         assert "sleep_for_ever" not in ranks.log(0)
+
+
+@pytest.mark.parametrize("timeout_s", [0, None, 0.1])
+def test_one_rank_alone_is_watched_too_unless_there_is_no_limit(monkeypatch, caplog, timeout_s):
+    ended = threading.Event()
+    monkeypatch.setattr(watchdog, "POLL_S", 0.01)
+    monkeypatch.setattr(watchdog, "STALLED_GRACE_S", 0.05)
+    monkeypatch.setattr(watchdog, "end_process", ended.set)
+    with watchdog.Watchdog(Clock(time.monotonic()), timeout_s):
+        assert ended.wait(30 if timeout_s else 0.3) is bool(timeout_s)
+    assert ("in the phase 'startup'" in caplog.text) is bool(timeout_s)
+
+
+def test_what_nccl_remembers_is_logged_where_torch_has_it(monkeypatch):
+    monkeypatch.delattr(_distributed_c10d, "_dump_nccl_trace_json", raising=False)
+    assert watchdog.nccl_trace() == "none"
+    monkeypatch.setattr(_distributed_c10d, "_dump_nccl_trace_json", lambda onlyActive: b'{"a": 1}', raising=False)
+    assert watchdog.nccl_trace() == '{"a": 1}'
+
+
+def test_a_process_that_hangs_is_ended_although_nothing_can_be_said(monkeypatch):
+    def full(*args):
+        raise OSError("no space left on device")
+
+    ended = threading.Event()
+    monkeypatch.setattr(watchdog, "POLL_S", 0.01)
+    monkeypatch.setattr(watchdog, "STALLED_GRACE_S", 0.05)
+    monkeypatch.setattr(watchdog, "end_process", ended.set)
+    monkeypatch.setattr(watchdog, "stacks", full)
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    with watchdog.Watchdog(Clock(time.monotonic()), 0.1):
+        assert ended.wait(30)

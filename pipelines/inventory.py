@@ -1,0 +1,227 @@
+"""What storage and MLflow hold of runs and studies, and its removal; `pipelines.housekeeping` decides.
+
+Everything is read anew for every decision. Where MLflow does not answer, nothing is decided and nothing is deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pipelines import housekeeping, tracking
+from pipelines.checkpoints import list_published
+from pipelines.config import Config, ConfigError
+from pipelines.display import Notice
+from pipelines.housekeeping import GRACE_S, Folder, Origin, Removal, RunSummary, Verdict, folders
+from pipelines.storage import NotFoundError, Storage, join
+from pipelines.tracking import ModelVersion, RunRecord, Tracker
+
+
+def list_runs(config: Config, storage: Storage) -> list[RunSummary]:
+    """Return the runs of the configuration's experiment and storage, the newest first.
+
+    Raises:
+        TrackingError, StorageError: a service does not answer.
+    """
+    records = tracking.list_runs(_uri(config))
+    stored = _below(storage, join(config.storage.root, "runs"))
+    return housekeeping.summaries(records, stored, config.tracking.experiment, time.time())
+
+
+# --- Removing a run ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def kept_from_training(config: Config, storage: Storage, notice: Notice) -> Iterator[None]:
+    """Keep drivers on the Ray cluster of the configuration, where one answers, from training a run meanwhile.
+
+    Raises:
+        TrainingError: the run is being trained.
+    """
+    if config.cluster.address is None:
+        yield
+        return
+    # Not at the top: the list of runs needs no Ray.
+    import ray
+
+    from pipelines.training.errors import TrainingError
+    from pipelines.training.ray_train.monitor import only_driver
+    from pipelines.training.ray_train.resources import connect_ray
+
+    try:
+        connect_ray(config, storage)
+    except TrainingError as error:
+        notice(f"{error}; whether the run is being trained is judged by what it has written last")
+        yield
+        return
+    try:
+        with only_driver(config, wait_s=0):
+            yield
+    finally:
+        ray.shutdown()
+
+
+def find_removal(config: Config, storage: Storage, *, force: bool) -> Removal:
+    """Return all that belongs to the run of the configuration, and whether it may be removed."""
+    uri, address = _uri(config), join(config.storage.root, "runs", config.name)
+    return housekeeping.plan_removal(
+        Folder(address, tuple(storage.list(address))),
+        tracking.list_runs(uri, config.name),
+        tracking.all_versions(uri),
+        experiment=config.tracking.experiment,
+        now=time.time(),
+        force=force,
+    )
+
+
+def remove(removal: Removal, config: Config, storage: Storage) -> None:
+    """Delete a run, in an order in which no interruption leaves something that looks usable; a repeat does the rest.
+
+    What makes checkpoints complete goes first, then the MLflow run, then the files.
+    """
+    first, rest = housekeeping.removal_order(removal.folder)
+    for address in first:
+        storage.delete(address)
+    for record in removal.records:
+        end = tracking.retire_run if removal.versions else tracking.delete_run
+        end(_uri(config), record.run_id)
+    for address in rest:
+        storage.delete(address)
+    if not storage.list(removal.folder.address):
+        storage.delete_folder(removal.folder.address)
+
+
+# --- What nothing names --------------------------------------------------------------------------------------
+
+
+def find_garbage(config: Config, storage: Storage, grace_s: float = GRACE_S) -> list[Verdict]:
+    """Return published checkpoints, studies and evaluators that nothing names.
+
+    Raises:
+        TrackingError, StorageError: a service does not answer: then nothing is known to be garbage.
+    """
+    now, uri, root = time.time(), _uri(config), config.storage.root
+    records, versions = tracking.list_runs(uri), tracking.all_versions(uri)
+    runs = _below(storage, join(root, "runs"))
+    verdicts = _judge_published(runs, records, versions, storage, uri, now, grace_s)
+    for study in _below(storage, join(root, "studies")):
+        verdicts.append(housekeeping.judge_study(study, records, versions, now, grace_s))
+    verdicts += _judge_evaluators(
+        _below(storage, join(root, "datasets")), records, versions, storage, uri, now, grace_s
+    )
+    return [verdict for verdict in verdicts if verdict.garbage]
+
+
+def collect(verdict: Verdict, storage: Storage) -> None:
+    """Delete a folder that nothing names: `state.json` first, without which no checkpoint looks complete.
+
+    The origin of a checkpoint is in its `model.json`, which goes last: a repeat decides alike after an interruption.
+    """
+    place = {"state.json": 0, "model.json": 2}
+    for entry in sorted(verdict.folder.entries, key=lambda entry: place.get(entry.uri.rsplit("/", 1)[-1], 1)):
+        storage.delete(entry.uri)
+    if not storage.list(verdict.folder.address):
+        storage.delete_folder(verdict.folder.address)
+
+
+def _waits(run: Folder) -> bool:
+    """Return whether MLflow has not taken all that a run recorded: published checkpoints may be in it."""
+    return any(entry.uri == join(run.address, tracking.UNSENT) for entry in run.entries)
+
+
+def _judge_published(
+    runs: list[Folder],
+    records: list[RunRecord],
+    versions: list[ModelVersion],
+    storage: Storage,
+    uri: str,
+    now: float,
+    grace_s: float,
+) -> list[Verdict]:
+    present = [record for record in records if not record.deleted]
+    verdicts, named = [], _Named(uri)
+    for run in runs:
+        published = folders(run.entries, join(run.address, "published"))
+        # Any run may record what lies here; those of this name do as a rule, and the others are asked when they do not.
+        own = [record for record in present if record.name == run.name]
+        if not published or (own and _waits(run)):
+            continue
+        addresses = named.by(own)
+        if any(folder.address not in addresses for folder in published):
+            addresses = named.by(present)
+        for folder in published:
+            origin = _origin(folder, storage)
+            verdicts.append(housekeeping.judge_published(folder, origin, records, addresses, versions, now, grace_s))
+    return verdicts
+
+
+def _judge_evaluators(
+    datasets: list[Folder],
+    records: list[RunRecord],
+    versions: list[ModelVersion],
+    storage: Storage,
+    uri: str,
+    now: float,
+    grace_s: float,
+) -> list[Verdict]:
+    verdicts, named = [], None
+    for dataset in datasets:
+        digest = _read(storage, join(dataset.address, "dataset.json")).get("digest")
+        for folder in folders(dataset.entries, join(dataset.address, "evaluator")):
+            if digest is not None and folder.name != digest[:16] and named is None:
+                named = _scored_by(uri, [record for record in records if not record.deleted], versions)
+            weights = _read(storage, join(folder.address, "evaluator.json")).get("digest")
+            verdicts.append(housekeeping.judge_evaluator(folder, weights, digest, named or set(), now, grace_s))
+    return verdicts
+
+
+class _Named:
+    """The addresses of the published checkpoints that runs record; each run is asked once."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.known: dict[str, set[str]] = {}
+
+    def by(self, records: list[RunRecord]) -> set[str]:
+        """Return those that these runs record."""
+        for record in records:
+            if record.run_id not in self.known:
+                published = list_published(Tracker(self.uri, record.run_id))
+                self.known[record.run_id] = {one.uri for one in published}
+        return {address for record in records for address in self.known[record.run_id]}
+
+
+def _scored_by(uri: str, records: list[RunRecord], versions: list[ModelVersion]) -> set[str]:
+    """Return the digests of the evaluators of all scores that runs and registered versions have."""
+    texts = [version.tags["scores"] for version in versions if "scores" in version.tags]
+    for record in records:
+        tracker = Tracker(uri, record.run_id)
+        texts += [tracker.read_text(name) for name in tracker.names("evaluation")]
+    return {str(json.loads(text).get("evaluator_digest")) for text in texts}
+
+
+def _origin(folder: Folder, storage: Storage) -> Origin:
+    lineage = _read(storage, join(folder.address, "model.json")).get("lineage") or {}
+    return Origin(lineage.get("run_id"), lineage.get("images_seen"))
+
+
+def _read(storage: Storage, address: str) -> dict[str, Any]:
+    """Return a JSON object; nothing where there is none, or a damaged one."""
+    try:
+        plain = json.loads(storage.read(address))
+    except (NotFoundError, ValueError):
+        return {}
+    return plain if isinstance(plain, dict) else {}
+
+
+def _below(storage: Storage, address: str) -> list[Folder]:
+    return folders(storage.list(address), address)
+
+
+def _uri(config: Config) -> str:
+    if config.tracking.uri is None:
+        raise ConfigError("no MLflow server is named: set tracking.uri or MLFLOW_TRACKING_URI, or run `ddpm up`")
+    return config.tracking.uri

@@ -1,0 +1,87 @@
+"""Trials are logged to MLflow while it answers, and later where it did not."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from pipelines.search import observer as module
+from pipelines.search.observer import Observer
+from pipelines.search.study import StudyStore
+from pipelines.search.study_config import StudyConfig
+from pipelines.storage import Storage
+from pipelines.tracking import Tracker, UnreachableError
+
+
+class Mlflow:
+    """The runs of the trials, by name; `away` as long as the server does not answer."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.away, self.tags, self.states = False, {}, {}
+        monkeypatch.setattr(module.tracking, "open_run", self.open_run)
+        for name in ("tags", "params", "metric", "metrics", "tag", "status"):
+            monkeypatch.setattr(module.Tracker, name, self.call(name))
+
+    def open_run(self, uri, experiment, name, tags):
+        self.answer()
+        return Tracker(uri, name), False
+
+    def call(self, name):
+        def called(tracker, *arguments):
+            if self.away and tracker.patience_s:
+                time.sleep(3)  # instead of minutes
+            self.answer()
+            if name == "tags":
+                self.tags.setdefault(tracker.run_id, {}).update(arguments[0])
+            if name == "status":
+                self.states[tracker.run_id] = arguments[0]
+            if name == "tag":
+                return self.tags.get(tracker.run_id, {}).get(arguments[0])
+            return []
+
+        return called
+
+    def answer(self):
+        if self.away:
+            raise UnreachableError("no answer")
+
+
+def an_observer(tmp_path) -> Observer:
+    study = StudyConfig.model_validate({"kind": "training", "trials": 1, "space": {"model.width": {"int": [8, 64]}}})
+    store = StudyStore(Storage(), f"file://{tmp_path}/studies/s")
+    return Observer(store, study, Tracker("http://nowhere", "parent"), "e", 100)
+
+
+def trial(width: int) -> SimpleNamespace:
+    return SimpleNamespace(config={"model.width": width}, error_file=None)
+
+
+def test_callbacks_do_not_wait_for_mlflow_and_what_is_missing_is_logged_when_the_study_goes_on(
+    tmp_path, monkeypatch, caplog
+):
+    mlflow = Mlflow(monkeypatch)
+    first = an_observer(tmp_path)
+    first.begin([])
+    first.on_trial_start(0, [], trial(8))
+    mlflow.away = True
+    began = time.monotonic()
+    first.on_trial_result(0, [], trial(8), {"frechet_distance": 1.0, "images_seen": 100})
+    first.on_trial_error(0, [], trial(8))
+    assert time.monotonic() - began < 2
+    first.settle()  # still away: the study has ended well all the same
+    assert "1 trials are not logged to MLflow" in caplog.text
+    assert not mlflow.states
+
+    mlflow.away = False
+    second = an_observer(tmp_path)
+    second.begin(second.store.records())
+    second.settle()
+    assert list(mlflow.states.values()) == ["FAILED"]
+    assert not second.unlogged
+    mlflow.states.clear()
+    third = an_observer(tmp_path)
+    third.begin(third.store.records())
+    third.settle()  # nothing is logged twice
+    assert not mlflow.states

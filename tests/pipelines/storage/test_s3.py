@@ -1,0 +1,352 @@
+"""What S3, the network and what lies between them do, and which of it is worth another try."""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from email.utils import formatdate
+
+import pytest
+import urllib3
+from botocore.exceptions import ClientError
+from tenacity import wait_fixed
+
+from pipelines.config import compose
+from pipelines.storage import NotFoundError, Storage, StorageError, TransientStorageError
+from pipelines.storage.s3_client import S3Client
+from pipelines.storage.s3_errors import ExpiredCredentialsError, sort_error
+from tests.http_server import Answer, Request, serving
+
+DATA = bytes(range(256)) * 512
+URI = "s3://bucket/shards/train-000403.tar"
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch, tmp_path):
+    monkeypatch.setattr("pipelines.storage.s3_client.MAX_ATTEMPTS", 1)
+    monkeypatch.setattr("pipelines.storage.s3_client.TIMEOUT_S", 0.2)
+    monkeypatch.setattr("pipelines.retry.wait_exponential_jitter", lambda **settings: wait_fixed(0.02))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+
+
+def storage_at(url: str, folder, *, keys: str = "a", token: str = "", region: str | None = None) -> Storage:
+    write_keys(folder, keys, token)
+    return Storage(url, str(folder / "keys"), region)
+
+
+def write_keys(folder, keys: str, token: str = "") -> None:
+    session = f"aws_session_token={token}\n" if token else ""
+    (folder / "new").write_text(f"[default]\naws_access_key_id={keys}\naws_secret_access_key=b\n{session}")
+    (folder / "new").replace(folder / "keys")
+
+
+def error_answer(code: str, status: int) -> Answer:
+    body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>so it is</Message></Error>".encode()
+    return Answer(status, body, {"Content-Type": "application/xml", "Date": formatdate(usegmt=True)})
+
+
+class Store:
+    """One object; the first `broken` answers to a GET break off in the middle of the body."""
+
+    def __init__(self, broken: int, stalls: bool) -> None:
+        self.broken, self.stalls, self.lock = broken, stalls, threading.Lock()
+
+    def __call__(self, request: Request) -> Answer:
+        if request.method == "HEAD":
+            return Answer(200, DATA, {"ETag": '"x"'})
+        span = request.headers.get("Range")
+        start, _, stop = (span or "bytes=0-").removeprefix("bytes=").partition("-")
+        part = DATA[int(start) : int(stop) + 1 if stop else None]
+        with self.lock:
+            self.broken -= 1
+            breaks = self.broken >= 0
+        about = {"ETag": '"x"', "Content-Range": f"bytes {start}-{int(start) + len(part) - 1}/{len(DATA)}"}
+        return Answer(206 if span else 200, part, about, len(part) // 2 if breaks else None, self.stalls)
+
+
+@pytest.mark.parametrize("stalls", [True, False], ids=["stalls", "breaks"])
+@pytest.mark.parametrize("broken", [1, 6])  # the transfer manager gives up after five
+def test_a_body_that_breaks_off_is_asked_for_again(tmp_path, stalls, broken):
+    with serving(Store(broken, stalls)) as server:
+        storage = storage_at(server.url, tmp_path)
+        assert storage.read(URI) == DATA
+    with serving(Store(broken, stalls)) as server:
+        got = bytearray()
+        storage_at(server.url, tmp_path).fetch(URI, 0, len(DATA), got.extend)
+        assert got == DATA
+    with serving(Store(broken, stalls)) as server:
+        storage_at(server.url, tmp_path).download(URI, tmp_path / "copy")
+        assert (tmp_path / "copy").read_bytes() == DATA
+
+
+def test_a_stream_that_breaks_off_says_so_in_time(tmp_path):
+    with serving(Store(1, stalls=True)) as server:
+        began = time.monotonic()
+        with pytest.raises(TransientStorageError, match=r"000403\.tar: .*(Read timed out|timeout)"):
+            list(storage_at(server.url, tmp_path).stream(URI, 0, len(DATA)))
+        assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        urllib3.exceptions.SSLError("bad record mac"),
+        urllib3.exceptions.ProtocolError("broken"),
+        urllib3.exceptions.ReadTimeoutError(None, "/", "timed out"),  # type: ignore[arg-type]
+        ssl.SSLError(1, "decryption failed or bad record mac"),
+        socket.gaierror(-3, "Temporary failure in name resolution"),
+        TimeoutError("timed out"),
+        ConnectionResetError(104, "Connection reset by peer"),
+        OSError(113, "No route to host"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_a_socket_raises_while_a_body_is_read_is_worth_another_try(tmp_path, error):
+    with pytest.raises(TransientStorageError, match="000403"), S3Client(storage_at("http://h", tmp_path)).calls(URI):
+        raise error
+
+
+def test_a_key_that_holds_an_error_code_is_not_taken_for_one(tmp_path):
+    (tmp_path / "file").write_bytes(DATA)
+    for uri in (URI, "s3://bucket/AccessDenied/NoSuchBucket"):
+        with serving(lambda request: error_answer("SlowDown", 503)) as server:
+            storage = storage_at(server.url, tmp_path)
+            with pytest.raises(TransientStorageError, match="SlowDown"):
+                storage.upload(tmp_path / "file", uri, patience_s=0)
+            with pytest.raises(TransientStorageError):
+                storage.download(uri, tmp_path / "copy", patience_s=0)
+    with serving(lambda request: error_answer("AccessDenied", 403)) as server:
+        with pytest.raises(StorageError, match="grant read, write and list") as refused:
+            storage_at(server.url, tmp_path).upload(tmp_path / "file", "s3://bucket/key")
+        assert not isinstance(refused.value, TransientStorageError)
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "again"),
+    [
+        ("SlowDown", 503, True),
+        ("SlowDown", 429, True),
+        ("TooManyRequests", 429, True),
+        ("RequestTimeout", 400, True),
+        ("RequestTimeTooSkewed", 403, True),
+        ("InternalError", 500, True),
+        ("ServiceUnavailable", 503, True),
+        ("BadGateway", 502, True),
+        ("OperationAborted", 409, True),
+        ("BadDigest", 400, True),
+        ("NoSuchUpload", 404, True),
+        ("ExpiredToken", 400, True),
+        ("ExpiredTokenException", 400, True),
+        ("TokenRefreshRequired", 400, True),
+        ("InvalidToken", 400, True),
+        ("NotImplemented", 501, False),
+        ("EntityTooLarge", 400, False),
+        ("NoSuchBucket", 404, False),
+        ("AccessDenied", 403, False),
+        ("InvalidAccessKeyId", 403, False),
+        ("SignatureDoesNotMatch", 403, False),
+        ("AuthorizationHeaderMalformed", 400, False),
+    ],
+)
+def test_answers_are_sorted_by_their_code_and_status(tmp_path, code, status, again):
+    with serving(lambda request: error_answer(code, status)) as server:
+        storage = storage_at(server.url, tmp_path)
+        calls = [lambda: storage.read(URI, patience_s=0), lambda: storage.write(URI, b"x", patience_s=0)]
+        for call in calls:
+            with pytest.raises(StorageError, match="000403") as raised:
+                call()
+            assert isinstance(raised.value, TransientStorageError) is again
+            assert not isinstance(raised.value, NotFoundError)
+
+
+@pytest.mark.parametrize("status", [200, 403, 502, 504])
+def test_a_page_of_something_in_front_of_the_store_is_sorted_by_its_status(tmp_path, status):
+    page = Answer(status, b"<html><body>Bad gateway</body>", {"Content-Type": "text/html"})
+    with serving(lambda request: page) as server:
+        with pytest.raises(StorageError) as raised:
+            storage_at(server.url, tmp_path).list("s3://bucket/folder", patience_s=0)
+        assert isinstance(raised.value, TransientStorageError) is (status != 403)
+
+
+def test_a_wrong_clock_is_named_with_the_fix(tmp_path):
+    an_hour_ago = formatdate(time.time() - 3600, usegmt=True)
+    answer = {  # to a HEAD request, which has no body
+        "Error": {"Code": "403", "Message": "Forbidden"},
+        "ResponseMetadata": {"HTTPStatusCode": 403, "HTTPHeaders": {"date": an_hour_ago}},
+    }
+    found = sort_error(URI, ClientError(answer, "HeadObject"))
+    assert isinstance(found, TransientStorageError)
+    assert "60 minutes ahead" in str(found)
+    skewed = serving(lambda request: error_answer("RequestTimeTooSkewed", 403))
+    with skewed as server, pytest.raises(TransientStorageError, match=r"clock of this machine is wrong, .*timedatectl"):
+        storage_at(server.url, tmp_path).read(URI, patience_s=0)
+
+
+class Guard:
+    """A store that takes one access key at a time, and answers every other with an error."""
+
+    def __init__(self, accepts: str, code: str, status: int) -> None:
+        self.accepts, self.code, self.status = accepts, code, status
+        self.when_refused: Callable[[], object] = lambda: None
+
+    def __call__(self, request: Request) -> Answer:
+        if f"Credential={self.accepts}/" in request.headers.get("Authorization", ""):
+            return Answer(200, DATA, {"ETag": '"x"'})
+        self.when_refused()
+        if request.method == "HEAD":
+            return Answer(self.status)
+        return error_answer(self.code, self.status)
+
+
+@pytest.mark.parametrize("code", ["ExpiredToken", "TokenRefreshRequired", "InvalidToken"])
+def test_expired_credentials_are_read_again(tmp_path, code):
+    guard = Guard("old", code, 400)
+    with serving(guard) as server:
+        storage = storage_at(server.url, tmp_path, keys="old", token="t")
+        assert storage.read(URI) == DATA
+        guard.accepts = "new"
+        guard.when_refused = lambda: write_keys(tmp_path, "new", "t")  # the mounted file is rotated while it waits
+        assert storage.read(URI) == DATA
+        guard.accepts, guard.when_refused = "newest", lambda: None
+        write_keys(tmp_path, "newest", "t")
+        assert storage.exists(URI)  # HEAD: the answer has no body that names the code
+        guard.accepts = "none"
+        with pytest.raises(ExpiredCredentialsError):
+            storage.read(URI, patience_s=0)
+
+
+@pytest.mark.parametrize("code", ["InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied"])
+def test_refused_credentials_are_read_again_once_where_their_file_has_changed(tmp_path, code):
+    guard = Guard("old", code, 403)
+    with serving(guard) as server:
+        storage = storage_at(server.url, tmp_path, keys="old")
+        assert storage.read(URI) == DATA
+        guard.accepts = "new"
+        with pytest.raises(StorageError) as refused:
+            storage.read(URI)
+        assert not isinstance(refused.value, TransientStorageError)
+        write_keys(tmp_path, "new")
+        assert storage.read(URI) == DATA
+        assert storage.exists(URI)
+        write_keys(tmp_path, "wrong")
+        guard.accepts = "newest"
+        asked = len(server.requests)
+        with pytest.raises(StorageError) as refused:
+            storage.read(URI)
+        assert not isinstance(refused.value, TransientStorageError)
+        assert len(server.requests) - asked == 2  # once with what it had, once with what it read
+
+
+def test_threads_share_a_client_and_make_one_new_one_when_it_expires(tmp_path, monkeypatch):
+    made = []
+    make = S3Client._make
+    monkeypatch.setattr(S3Client, "_make", lambda self: made.append(1) or make(self))
+    guard = Guard("old", "ExpiredToken", 400)
+    with serving(guard) as server:
+        storage = storage_at(server.url, tmp_path, keys="old", token="t")
+        assert storage.read(URI) == DATA
+        guard.accepts = "new"
+        write_keys(tmp_path, "new", "t")
+        got: list[bytes] = []
+        threads = [threading.Thread(target=lambda: got.append(storage.read(URI))) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert got == [DATA] * 8
+        assert len(made) == 2
+
+
+def test_a_mistake_in_the_settings_is_final(tmp_path, monkeypatch):
+    with pytest.raises(StorageError, match="Invalid bucket name") as wrong:
+        storage_at("http://127.0.0.1:9", tmp_path).read("s3://no bucket/x")
+    assert not isinstance(wrong.value, TransientStorageError)
+    with pytest.raises(StorageError, match="write http://HOST:PORT"):
+        Storage("here:9").read(URI)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    with pytest.raises(StorageError, match="no complete AWS credentials"):
+        Storage("http://127.0.0.1:9").read(URI)
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(StorageError, match="nobody"):
+        Storage("http://127.0.0.1:10").read(URI)
+
+
+def region_of(storage: Storage) -> str:
+    with S3Client(storage).calls(URI) as client:
+        return str(client.meta.region_name)
+
+
+def test_the_region_follows_the_rules_of_aws(tmp_path, monkeypatch):
+    assert region_of(storage_at("http://127.0.0.1:9", tmp_path)) == "us-east-1"
+    assert region_of(Storage(None, str(tmp_path / "keys"))) == "us-east-1"  # AWS itself, which redirects
+    (tmp_path / "config").write_text("[default]\nregion=eu-west-3\n[profile work]\nregion=ap-south-1\n")
+    (tmp_path / "keys").write_text(
+        "[default]\naws_access_key_id=a\naws_secret_access_key=b\n[work]\naws_access_key_id=a\naws_secret_access_key=b\n"
+    )
+    assert region_of(Storage("http://127.0.0.1:9", str(tmp_path / "keys"))) == "eu-west-3"
+    assert region_of(Storage(None, str(tmp_path / "keys"))) == "eu-west-3"
+    monkeypatch.setenv("AWS_PROFILE", "work")
+    assert region_of(Storage(None, str(tmp_path / "keys"))) == "ap-south-1"
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-west-2")
+    assert region_of(Storage(None, str(tmp_path / "keys"))) == "us-west-2"
+    monkeypatch.setenv("AWS_REGION", "us-west-1")
+    assert Storage.of(compose()).region == "us-west-1"
+    assert region_of(Storage(None, str(tmp_path / "keys"), "eu-north-1")) == "eu-north-1"
+
+
+def test_a_store_on_this_machine_is_reached_past_the_proxy(tmp_path, monkeypatch):
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with serving(Store(0, stalls=False)) as server:
+        assert storage_at(server.url, tmp_path).read(URI, patience_s=0) == DATA
+        named = server.url.replace("127.0.0.1", "localhost")
+        assert storage_at(named, tmp_path).read(URI, patience_s=0) == DATA
+    with pytest.raises(TransientStorageError, match="proxy"):  # others go through it
+        storage_at("http://192.0.2.1", tmp_path).read(URI, patience_s=0)
+    assert "NO_PROXY" not in os.environ
+
+
+WHEN = "<LastModified>2026-01-01T00:00:00Z</LastModified>"
+
+
+def listing(*keys: str) -> bytes:
+    objects = "".join(f"<Contents><Key>{key}</Key><Size>1</Size><ETag>x</ETag>{WHEN}</Contents>" for key in keys)
+    return (
+        f"<?xml version='1.0'?><ListBucketResult><IsTruncated>false</IsTruncated>{objects}</ListBucketResult>".encode()
+    )
+
+
+@pytest.mark.parametrize("key", ["../outside", "a/../../outside", "/outside", "a/..", "/"])
+def test_a_key_that_leads_out_of_the_folder_is_refused_before_anything_is_downloaded(tmp_path, key):
+    (tmp_path / "target").mkdir()
+
+    def answer(request: Request) -> Answer:
+        if "list-type=2" in request.path:
+            return Answer(200, listing("run/a", f"run/{key}"), {"Content-Type": "application/xml"})
+        return Answer(200, b"x", {"ETag": '"x"'})
+
+    with serving(answer) as server:
+        storage = storage_at(server.url, tmp_path)
+        with pytest.raises(StorageError, match=f"s3://bucket/run/{key}: this key leads out of the folder"):
+            storage.download_folder("s3://bucket/run/", tmp_path / "target")
+    assert not list((tmp_path / "target").iterdir())
+    assert not (tmp_path / "outside").exists()
+
+
+def test_names_with_dots_and_placeholders_of_folders_are_no_reason_to_refuse(tmp_path):
+    def answer(request: Request) -> Answer:
+        if "list-type=2" in request.path:
+            return Answer(200, listing("run/", "run/..a", "run/b../c", "run/d/"), {"Content-Type": "application/xml"})
+        return Answer(200, b"x", {"ETag": '"x"'})
+
+    with serving(answer) as server:
+        storage_at(server.url, tmp_path).download_folder("s3://bucket/run", tmp_path / "target")
+    found = {str(path.relative_to(tmp_path / "target")) for path in (tmp_path / "target").rglob("*") if path.is_file()}
+    assert found == {"..a", "b../c"}

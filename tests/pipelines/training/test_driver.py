@@ -1,0 +1,59 @@
+"""The end of a training on the driver, without a cluster."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+
+from pipelines.config import compose
+from pipelines.storage import Storage
+from pipelines.tracking import Tracker
+from pipelines.training import driver
+from pipelines.training.driver import Plan, train
+from pipelines.training.errors import TrainingError
+from pipelines.training.goodput import Attempt
+from pipelines.training.loop.shell import Job
+
+NOBODY = "http://127.0.0.1:9"
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """A job whose MLflow is away, and a driver that needs no Ray."""
+
+    @contextmanager
+    def only_driver(config):
+        yield None
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(driver, "connect_ray", lambda *arguments: None)
+    monkeypatch.setattr(driver, "require_resources", lambda *arguments: None)
+    monkeypatch.setattr(driver, "only_driver", only_driver)
+    places = ["storage=file", f"storage.root=file://{tmp_path}", f"data.cache_dir={tmp_path}/cache"]
+    config = compose(["+experiment=digits", "images=100", *places])
+    return Job(config, None, Storage(), Tracker(NOBODY, "r", patience_s=0), {})  # type: ignore[arg-type]
+
+
+def fit_to(images: int, error: BaseException | None = None):
+    def fit(job, monitor, ledger, *rest):
+        ledger.update([Attempt(0.0, 1.0, 0, images, {"step": 1.0})])
+        return error
+
+    return fit
+
+
+def test_a_finished_training_ends_well_while_mlflow_is_away(job, monkeypatch, caplog):
+    monkeypatch.setattr(driver, "_fit_until_stuck", fit_to(100))
+    result = train(Plan(job, 0))
+    assert (result.status, result.images_seen, result.published) == ("finished", 100, None)
+    assert "MLflow does not know that the run is FINISHED; the same command tries again" in caplog.text
+    assert result.tracker.url == NOBODY
+    assert train(Plan(job, 100)).status == "complete"
+
+
+def test_a_failed_training_says_why_and_not_that_mlflow_is_away(job, monkeypatch, caplog):
+    monkeypatch.setattr(driver, "_fit_until_stuck", fit_to(50, TrainingError("no GPU left")))
+    with pytest.raises(TrainingError, match="no GPU left"):
+        train(Plan(job, 0))
+    assert "does not know that the run is FAILED" in caplog.text
