@@ -19,6 +19,7 @@ from pipelines import tracking
 from pipelines.config import Config
 from pipelines.credentials import redact
 from pipelines.doctor.check import Check, failed, ok, warning
+from pipelines.loopback import bypass_proxies
 from pipelines.stack import ServiceStatus
 from pipelines.tracking.probe import ServerAnswers, ask_server
 
@@ -91,6 +92,7 @@ def check_mlflow(uri: str) -> list[Check]:
     """Return what the MLflow server at an address answers, and whether its clock is this one's."""
     if urlsplit(uri).scheme not in ("http", "https"):
         return [ok("mlflow", f"{redact(uri)}: no server, so nothing to reach")]
+    bypass_proxies(uri)
     try:
         answers = ask_server(uri, CONNECT_S)
     except tracking.UnreachableError as error:
@@ -167,10 +169,13 @@ def ray_check(config: Config, address: str, version: str, nodes: Sequence[Mappin
 
 
 def closed_port(address: str, timeout_s: float = CONNECT_S) -> str | None:
-    """Return why nothing can be reached at a URL or HOST:PORT, None where something listens or no port is named."""
+    """Return why nothing can be reached at a URL or HOST:PORT; None where something listens, or a proxy is asked."""
+    bypass_proxies(address)
     parts = urlsplit(address if "://" in address else f"//{address}")
     port = parts.port or {"http": 80, "https": 443, "ray": 10001}.get(parts.scheme)
     if not parts.hostname or port is None:
+        return None
+    if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(parts.hostname):
         return None
     try:
         socket.create_connection((parts.hostname, port), timeout_s).close()

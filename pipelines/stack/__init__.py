@@ -5,9 +5,8 @@ which records what was started. A process is ours only if its ID *and* its start
 """
 
 from pipelines.stack.control import ServiceStatus, StackState, down, read_state, status, up
-from pipelines.stack.home import default_home
+from pipelines.stack.home import StackError, default_home
 from pipelines.stack.private import read_private
-from pipelines.stack.processes import StackError
 from pipelines.stack.services import BUCKET, SERVICES, find_weed, ray_environment
 
 __all__ = [

@@ -11,9 +11,9 @@ from pathlib import Path
 from pipelines.credentials import write_private
 from pipelines.display import StageNotice, no_stage_notice
 from pipelines.loopback import bypass_proxies
-from pipelines.stack.home import default_home, ensure_credentials, locked
+from pipelines.stack.home import StackError, default_home, ensure_credentials, locked
 from pipelines.stack.private import choose_private, credentials_file, read_private
-from pipelines.stack.processes import Service, StackError, alive_services, end, read_services
+from pipelines.stack.processes import Service, alive_services, end, read_services
 from pipelines.stack.services import BUCKET, SERVICES, STARTERS, answers, await_healthy
 
 

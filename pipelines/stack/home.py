@@ -7,10 +7,12 @@ import fcntl
 import json
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from pipelines.credentials import write_private
+from pipelines.errors import PipelineError
 
 
 def default_home() -> Path:
@@ -41,3 +43,25 @@ def locked(home: Path) -> Iterator[None]:
     with (home / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def ray_folder() -> Path:
+    """Return the folder of this user's Ray sessions, which is made where it is not there.
+
+    Ray makes its sessions writable by everybody and cannot share `/tmp/ray` between users: they lie in a folder that is
+    closed to others. Its path is short, as that of a socket must be.
+
+    Raises:
+        StackError: the folder is another user's.
+    """
+    base = Path(tempfile.gettempdir())
+    closed = (base if len(str(base)) <= 16 else Path("/tmp")) / f"ddpm-{os.getuid()}"
+    closed.mkdir(mode=0o700, exist_ok=True)
+    if closed.is_symlink() or closed.stat().st_uid != os.getuid():
+        raise StackError(f"{closed} is another user's: remove it, or set TMPDIR to a short path such as /var/tmp")
+    closed.chmod(0o700)
+    return closed / "ray"
+
+
+class StackError(PipelineError):
+    """The local stack cannot be used: a service did not start, or its record is damaged."""

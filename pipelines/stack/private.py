@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.credentials import write_private
-from pipelines.stack.processes import StackError
+from pipelines.stack.home import StackError
 
 if TYPE_CHECKING:
     from cryptography import x509

@@ -14,11 +14,7 @@ from pathlib import Path
 import psutil
 
 from pipelines.credentials import write_private
-from pipelines.errors import PipelineError
-
-
-class StackError(PipelineError):
-    """The local stack cannot be used: a service did not start, or its record is damaged."""
+from pipelines.stack.home import StackError
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipelines.loopback import bypass_proxies
+from pipelines.stack.home import StackError, ray_folder
 from pipelines.stack.private import client_context, mlflow_environment, read_private
-from pipelines.stack.processes import Service, StackError, choose_ports, find_process, launch
+from pipelines.stack.processes import Service, choose_ports, find_process, launch
 
 SERVICES = ("s3", "mlflow", "ray")
 BUCKET = "ddpm"
@@ -82,7 +83,12 @@ def _start_ray(home: Path, running: dict[str, Service]) -> Service:
     ports = choose_ports(home, "ray", [*options, "AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT"])
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--num-cpus={os.cpu_count()}"]
-    command += [f"--object-store-memory={OBJECT_STORE_BYTES}", "--min-worker-port=0", "--max-worker-port=0"]
+    command += [
+        f"--temp-dir={ray_folder()}",
+        f"--object-store-memory={OBJECT_STORE_BYTES}",
+        "--min-worker-port=0",
+        "--max-worker-port=0",
+    ]
     command += [f"--{name}={ports[name]}" for name in options]
     environment = {"OMP_WAIT_POLICY": "PASSIVE", "RAY_TRAIN_V2_ENABLED": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     # With Ray's default niceness of 15, a training gets almost no CPU time beside any other process.

@@ -71,7 +71,7 @@ def stored(state: StackState, s3: Storage) -> Iterator[tuple[str, bytes]]:
     session = {
         found[0]
         for process in psutil.Process(leaders["ray"]).children(recursive=True)
-        for found in [re.search(r"/tmp/ray/session_[\w-]+", " ".join(process.cmdline()))]
+        for found in [re.search(r"/[\w/.-]+/ray/session_[\w-]+", " ".join(process.cmdline()))]
         if found
     }
     assert len(session) == 1

@@ -12,7 +12,7 @@ import pytest
 
 from pipelines.config import compose
 from pipelines.doctor.check import ok, run_probes
-from pipelines.doctor.services import check_mlflow, check_ray, ray_check, stack_check
+from pipelines.doctor.services import check_mlflow, check_ray, closed_port, ray_check, stack_check
 from pipelines.errors import PipelineError
 from pipelines.stack import ServiceStatus
 from tests.pipelines.doctor import servers
@@ -91,6 +91,16 @@ def test_closed_ports_fail_at_once_with_the_setting():
     assert (found.status, "cluster.address" in found.fix) == ("failed", True)
     assert "Connection refused" in found.found
     assert time.monotonic() - began < 3
+
+
+def test_a_port_behind_a_proxy_is_left_to_the_proxy_and_loopback_is_not(monkeypatch):
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{servers.closed_port()}")
+    assert closed_port("http://mlflow.invalid:5000") is None  # only the proxy knows this name
+    assert closed_port("ray://ray.invalid:10001") is not None
+    with servers.serving(servers.fixed(401)) as url:
+        assert "does not know these credentials" in check_mlflow(url)[0].found
 
 
 def test_a_cluster_that_is_too_small_names_the_number_that_fits():

@@ -1,6 +1,10 @@
+import os
 import stat
+from pathlib import Path
 
-from pipelines.stack.home import default_home, ensure_credentials
+import pytest
+
+from pipelines.stack.home import StackError, default_home, ensure_credentials, ray_folder
 
 
 def test_home_comes_from_the_environment_or_the_current_directory(tmp_path, monkeypatch):
@@ -21,3 +25,16 @@ def test_credentials_are_made_once_and_are_the_users_alone(tmp_path):
     secret = first[0].split("aws_secret_access_key = ")[1].strip()
     assert len(secret) >= 40
     assert secret in first[1]
+
+
+def test_ray_has_a_folder_of_this_user_that_is_closed_to_others(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.gettempdir", lambda: "/" + "long/" * 20)
+    assert ray_folder() == Path(f"/tmp/ddpm-{os.getuid()}/ray")  # a socket's path has at most 107 bytes
+    assert stat.S_IMODE(ray_folder().parent.stat().st_mode) == 0o700
+    monkeypatch.setattr(os, "getuid", lambda: 12345678)
+    Path("/tmp/ddpm-12345678").symlink_to(tmp_path)
+    try:
+        with pytest.raises(StackError, match="is another user's"):
+            ray_folder()
+    finally:
+        Path("/tmp/ddpm-12345678").unlink()

@@ -7,8 +7,9 @@ import pytest
 
 from pipelines import stack
 from pipelines.credentials import read_mlflow_file
+from pipelines.stack.home import StackError
 from pipelines.stack.private import choose_private, client_context, credentials_file, read_private
-from pipelines.stack.processes import Service, StackError
+from pipelines.stack.processes import Service
 
 
 def test_everything_secret_is_the_users_alone_and_is_made_once(tmp_path):
