@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -15,7 +14,6 @@ import torch
 from pipelines.scratch import warn_if_short
 from pipelines.shards.cache import ShardCorruptError
 from pipelines.shards.read import Batch, default_cache_dir
-from pipelines.tracking import TrackingError
 from pipelines.training.loop import hardware
 from pipelines.training.loop.checkpoint import Checkpointer, load_initial_model, restore
 from pipelines.training.loop.collectives import broadcast_object
@@ -67,7 +65,6 @@ class TrainingLoop:
         self.log = open_log(context.job) if context.rank == 0 else None
         if self.log:
             resources.callback(self.log.close)
-            threading.Thread(target=self._tag_precision, name="precision", daemon=True).start()
 
         # Restore the newest checkpoint, or start from new or given weights.
         self.state = make_state(context)
@@ -77,6 +74,8 @@ class TrainingLoop:
         if not restored and self.config.init_from is not None:
             load_initial_model(context, self.state)
         self.resumed_at = self.saved_at = self.state.images_seen
+        if self.log:
+            self.log.text(context.precision, "precision.txt", self.resumed_at)
 
         self.stream = training_stream(context, self.resumed_at)
         resources.callback(self.stream.reader.close)
@@ -182,13 +181,6 @@ class TrainingLoop:
         if hook is not None and hook.due(seen - self.config.batch_size, seen):
             with self.clock.during("grid"):
                 hook(self.state, self.context.spec, self.context.device)
-
-    def _tag_precision(self) -> None:
-        """Tag the MLflow run; in a thread, because the server may be away, and that is no reason to wait."""
-        try:
-            self.context.job.tracker.tags({"precision": self.context.precision})
-        except TrackingError as error:
-            logger.warning("the run was not tagged with its precision: %s", error)
 
     def _report_progress(self, loss: float) -> None:
         self.loss = loss

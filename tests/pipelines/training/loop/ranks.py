@@ -36,7 +36,6 @@ class MemoryTracker:
     points: dict[int, dict[str, float]] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     images: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
-    tagged: dict[str, str] = field(default_factory=dict)
 
     def metric(self, key):
         return [(step, values[key]) for step, values in self.points.items() if key in values]
@@ -55,9 +54,6 @@ class MemoryTracker:
 
     def text(self, text, name):
         self.texts[name] = text
-
-    def tags(self, tags):
-        self.tagged.update(tags)
 
     def read_text(self, name):
         return self.texts[name]

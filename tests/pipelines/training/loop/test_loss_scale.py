@@ -76,7 +76,7 @@ def test_a_training_in_fp16_has_the_losses_of_float32_and_resumes_bit_for_bit(di
     assert list(trace(tmp_path / "whole").values()) == pytest.approx(reference, rel=5e-3)
     assert list(trace(tmp_path / "whole").values()) != reference
     assert tracker.points[BATCH]["train/loss_scale"] == 2.0**16
-    assert tracker.tagged == {"precision": "fp16"}
+    assert tracker.texts["precision.txt"] == "fp16"
     run(tmp_path / "parts", digits, stop_after=2)
     run(tmp_path / "parts", digits)
     one, other = last_checkpoint(tmp_path / "whole"), last_checkpoint(tmp_path / "parts")
