@@ -7,10 +7,12 @@ import logging
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipelines.credentials import MLFLOW_FILE, read_mlflow_file
@@ -62,6 +64,19 @@ _FOREIGN = re.compile(r"API request to endpoint \S+ failed with error code (\d{3
 _PROGRAMMING = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, TypeError, ValueError)
 
 
+_IMPORTING = threading.Lock()
+
+
+def import_mlflow() -> ModuleType:
+    """Return the module, which several threads may want first: two that import it at once each find half of it."""
+    with _IMPORTING:
+        import mlflow
+        import mlflow.entities
+        import mlflow.tracking
+
+        return mlflow
+
+
 @lru_cache(maxsize=4)
 def client(uri: str) -> MlflowClient:
     """Return the client of a server: one per process."""
@@ -69,10 +84,9 @@ def client(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     bypass_proxies(uri)
-    from mlflow import MlflowClient
-
+    mlflow = import_mlflow()
     authenticate()
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 def authenticate() -> None:
@@ -95,8 +109,8 @@ def environment() -> dict[str, str]:
 def reporting(uri: str) -> Iterator[None]:
     """Turn what MLflow and the libraries of its artifact stores raise into a `TrackingError`."""
     import requests
-    from mlflow.exceptions import MlflowException
 
+    mlflow_exception = import_mlflow().MlflowException
     try:
         yield
     except (PipelineError, *_PROGRAMMING) as error:
@@ -107,7 +121,7 @@ def reporting(uri: str) -> Iterator[None]:
     except requests.RequestException as error:
         status = getattr(error.response, "status_code", None)
         raise (_unanswered(uri, error) if status is None else _answered(uri, status, str(error))) from error
-    except MlflowException as error:
+    except mlflow_exception as error:
         status = http_status(error)
         if status == 401:
             authenticate()  # the file may hold others by now

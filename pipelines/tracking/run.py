@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pipelines.retry import PATIENCE_S
 from pipelines.scratch import scratch_folder
-from pipelines.tracking.client import TrackingError, ask, first_answer
+from pipelines.tracking.client import TrackingError, ask, first_answer, import_mlflow
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -56,11 +56,11 @@ class Tracker:
 
     def params(self, params: Mapping[str, Any]) -> None:
         """Record flat parameters; those that are recorded already with the same value stay."""
-        from mlflow.entities import Param
+        entities = import_mlflow().entities
 
         def write(client: MlflowClient) -> None:
             known = client.get_run(self.run_id).data.params
-            fresh = [Param(k, str(v)[:6000]) for k, v in params.items() if k not in known]
+            fresh = [entities.Param(k, str(v)[:6000]) for k, v in params.items() if k not in known]
             for i in range(0, len(fresh), 100):
                 client.log_batch(self.run_id, params=fresh[i : i + 100])
 
@@ -72,10 +72,10 @@ class Tracker:
         Args:
             at_ms: time of the points in milliseconds since the epoch; now, where not given.
         """
-        from mlflow.entities import Metric
+        entities = import_mlflow().entities
 
         now = int(time.time() * 1000) if at_ms is None else at_ms
-        points = [Metric(k, float(v), now, step) for k, v in values.items()]
+        points = [entities.Metric(k, float(v), now, step) for k, v in values.items()]
         self._ask(lambda client: client.log_batch(self.run_id, metrics=points))
 
     def last_steps(self) -> dict[str, int]:
@@ -140,9 +140,9 @@ class Tracker:
 
     def tags(self, tags: Mapping[str, str]) -> None:
         """Set tags."""
-        from mlflow.entities import RunTag
+        entities = import_mlflow().entities
 
-        listed = [RunTag(k, str(v)) for k, v in tags.items()]
+        listed = [entities.RunTag(k, str(v)) for k, v in tags.items()]
         self._ask(lambda client: client.log_batch(self.run_id, tags=listed))
 
     def tag(self, key: str) -> str | None:
@@ -151,26 +151,26 @@ class Tracker:
 
     def dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
         """Record the dataset that the run reads, as MLflow's page shows it; once."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag
+        entities = import_mlflow().entities
 
-        described = Dataset(name, digest[:36], urlsplit(source).scheme, source, profile=json.dumps(profile))
+        described = entities.Dataset(name, digest[:36], urlsplit(source).scheme, source, profile=json.dumps(profile))
 
         def write(client: MlflowClient) -> None:
             if not client.get_run(self.run_id).inputs.dataset_inputs:
-                tags = [InputTag("mlflow.data.context", "training")]
-                client.log_inputs(self.run_id, [DatasetInput(described, tags)])
+                tags = [entities.InputTag("mlflow.data.context", "training")]
+                client.log_inputs(self.run_id, [entities.DatasetInput(described, tags)])
 
         self._ask(write)
 
     def status(self, status: str) -> None:
         """Set the run's status: RUNNING, FINISHED, FAILED or KILLED."""
-        from mlflow.entities import RunStatus
+        statuses = import_mlflow().entities.RunStatus
 
         def write(client: MlflowClient) -> None:
             if status == "RUNNING":
                 client.update_run(self.run_id, status=status)
             else:
-                client.set_terminated(self.run_id, status=RunStatus.to_string(RunStatus.from_string(status)))
+                client.set_terminated(self.run_id, status=statuses.to_string(statuses.from_string(status)))
 
         self._ask(write)
 
@@ -234,7 +234,6 @@ def _experiment_id(uri: str, experiment: str) -> str:
 
 
 def _named(client: MlflowClient, experiments: list[str], name: str) -> str | None:
-    from mlflow.entities import ViewType
-
-    runs = client.search_runs(experiments, f"tags.`{RUN_TAG}` = '{name}'", ViewType.ACTIVE_ONLY, max_results=1)
+    active = import_mlflow().entities.ViewType.ACTIVE_ONLY
+    runs = client.search_runs(experiments, f"tags.`{RUN_TAG}` = '{name}'", active, max_results=1)
     return runs[0].info.run_id if runs else None

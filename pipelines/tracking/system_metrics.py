@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from pipelines.storage import Fence, FencedError
-from pipelines.tracking.client import authenticate
+from pipelines.tracking.client import authenticate, import_mlflow
 from pipelines.tracking.run import Tracker
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ def system_metrics(tracker: Tracker, node: str, fence: Fence | None = None) -> I
         # What the monitor imports would hold up the first steps.
         if ending.wait(MONITOR_AFTER_S):
             return
+        import_mlflow()
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         class Monitor(SystemMetricsMonitor):

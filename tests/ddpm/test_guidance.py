@@ -12,7 +12,8 @@ from tests.ddpm.exact import GaussianDenoiser, MixtureDenoiser
 
 SCHEDULE = make_schedule("cosine")
 EXACT = GaussianDenoiser(SCHEDULE)
-X, T = torch.randn(4, 1, 4, 4, dtype=torch.float64), torch.full((4,), 300.0)
+GENERATOR = torch.Generator().manual_seed(0)
+X, T = torch.randn(4, 1, 4, 4, dtype=torch.float64, generator=GENERATOR), torch.full((4,), 300.0)
 LABELS = Conditioning(label=torch.arange(4))
 
 MIXTURE = MixtureDenoiser(
@@ -21,7 +22,7 @@ MIXTURE = MixtureDenoiser(
     std=0.2,
     weights=torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64),
 )
-X2, T2 = torch.randn(6, 1, 1, 2, dtype=torch.float64), torch.full((6,), 400.0)
+X2, T2 = torch.randn(6, 1, 1, 2, dtype=torch.float64, generator=GENERATOR), torch.full((6,), 400.0)
 LABELS2 = Conditioning(label=torch.arange(6) % 3)
 
 

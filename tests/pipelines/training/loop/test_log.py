@@ -61,7 +61,7 @@ def test_a_finished_run_ends_well_and_another_node_sends_what_mlflow_had_not_tak
     )
     send_unsent(job_of(tmp_path / "r", elsewhere, tracker))
     assert sorted(tracker.points) == [25, 50, 75]
-    assert {name.split("/")[0] for name in tracker.texts} == {"checkpoints", "profile"}
+    assert {name.split("/")[0] for name in tracker.texts} == {"checkpoints", "profile", "precision.txt"}
     assert len(tracker.images) > 0
     assert not left.exists()
 

@@ -1,0 +1,64 @@
+"""A worker that hangs in a training is found by the one that waits for it, and both start again."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+
+from tests.chaos.arena import BATCH, Arena, until
+
+pytestmark = [pytest.mark.integration, pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(600)]
+
+TIMEOUT_S = 10
+SETTINGS = [
+    "+experiment=digits", "model.channels=[32]", "model.attention=[true]", "model.layers_per_block=1",
+    "optim.decay=constant", "optim.lr=1e-5", "optim.warmup_images=0", "optim.precision=fp32", f"batch_size={BATCH}",
+    f"checkpoint.every={20 * BATCH}", f"tracking.log_every={BATCH}", "tracking.grid_every=null", "sampler.steps=2",
+    "cluster.num_workers=2", f"cluster.step_timeout_s={TIMEOUT_S}", "name=hang", "images=10000000",
+]  # fmt: skip
+
+
+@pytest.fixture
+def arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
+    arena = Arena(tmp_path_factory.mktemp("home") / ".ddpm", tmp_path_factory.mktemp("work"))
+    try:
+        arena.ddpm("ingest", "digits", "--to", "s3://ddpm/datasets/digits")
+        yield arena
+    finally:
+        arena.close()
+
+
+def test_a_stopped_worker_is_replaced_and_the_trace_is_unbroken(arena: Arena):
+    training = arena.train(*SETTINGS)
+    training.gets_on()
+    before: list[psutil.Process] = until(lambda: len(w := arena.workers()) == 2 and w, 30, lambda: "two workers")
+    logs = [Path(f.path) for process in before for f in process.open_files() if f.path.endswith(".err")]
+    before[1].send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+
+    def replaced() -> bool:
+        now = arena.workers()
+        return len(now) == 2 and not set(now) & set(before)
+
+    until(replaced, TIMEOUT_S + 90, lambda: f"two new workers beside {arena.workers()}")
+    print(f"new workers after {time.monotonic() - began:.1f} s", flush=True)
+    training.gets_on()
+    print(f"new steps after {time.monotonic() - began:.1f} s", flush=True)
+    training.process.send_signal(signal.SIGINT)
+    answer = training.answer()
+
+    history = MlflowClient(tracking_uri=arena.state.tracking_uri).get_metric_history(answer["run_id"], "train/loss")
+    assert sorted(m.step for m in history) == list(range(BATCH, answer["images_seen"] + 1, BATCH))
+    said = "".join(path.read_text(errors="replace") for path in logs)
+    # The other waits in a collective of the step, or of Ray's list of checkpoints.
+    assert re.search(
+        r"has made no progress for 1\d s in the phase '(step|checkpoint)' \(cluster.step_timeout_s\)", said
+    )
+    assert "training/loop/loop.py" in said
