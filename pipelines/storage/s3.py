@@ -42,14 +42,14 @@ class S3Backend:
         """Return the bytes [start, stop) of an object."""
         bucket, key = split_s3(uri)
         span = {} if start == 0 and stop is None else {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"}
-        with self.client.calls(uri) as client:
+        with self.client.calls(uri, "read") as client:
             data: bytes = client.get_object(Bucket=bucket, Key=key, **span)["Body"].read()
             return data
 
     def stream(self, uri: str, start: int, stop: int, chunk: int) -> Iterator[bytes]:
         """Yield the bytes [start, stop) of an object."""
         bucket, key = split_s3(uri)
-        with self.client.calls(uri) as client:
+        with self.client.calls(uri, "read") as client:
             body = client.get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}")["Body"]
             with closing(body):
                 yield from body.iter_chunks(chunk)
@@ -57,13 +57,13 @@ class S3Backend:
     def write(self, uri: str, data: bytes) -> None:
         """Store an object."""
         bucket, key = split_s3(uri)
-        with self.client.calls(uri) as client:
+        with self.client.calls(uri, "write") as client:
             client.put_object(Bucket=bucket, Key=key, Body=data)
 
     def read_tagged(self, uri: str) -> tuple[bytes, str]:
         """Return the bytes of an object and its ETag."""
         bucket, key = split_s3(uri)
-        with self.client.calls(uri) as client:
+        with self.client.calls(uri, "read") as client:
             answer = client.get_object(Bucket=bucket, Key=key)
             return answer["Body"].read(), answer["ETag"].strip('"')
 
@@ -73,7 +73,7 @@ class S3Backend:
 
         bucket, key = split_s3(uri)
         condition = {"IfNoneMatch": "*"} if tag is None else {"IfMatch": f'"{tag}"'}
-        with self.client.calls(uri) as client:
+        with self.client.calls(uri, "write") as client:
             try:
                 answer = client.put_object(Bucket=bucket, Key=key, Body=data, **condition)
                 return str(answer["ETag"]).strip('"')
@@ -85,19 +85,19 @@ class S3Backend:
     def upload(self, path: Path, uri: str) -> None:
         """Store a file, in parts where it is large."""
         bucket, key = split_s3(uri)
-        with self.client.calls(uri) as client:
+        with self.client.calls(uri, "write") as client:
             client.upload_file(str(path), bucket, key)
 
     def download(self, uri: str, path: Path) -> None:
         """Copy an object into a file, ranged and in parallel where it is large."""
         bucket, key = split_s3(uri)
-        with self.client.calls(uri) as client:
+        with self.client.calls(uri, "read") as client:
             client.download_file(bucket, key, str(path))
 
     def copy(self, source: str, target: str) -> None:
         """Copy an object inside S3."""
         bucket, key = split_s3(source)
-        with self.client.calls(source) as client:
+        with self.client.calls(source, "write") as client:
             client.copy({"Bucket": bucket, "Key": key}, *split_s3(target))
 
     def exists(self, uri: str) -> bool:
@@ -105,7 +105,7 @@ class S3Backend:
         from botocore.exceptions import ClientError
 
         bucket, key = split_s3(uri)
-        with self.client.calls(uri) as client:
+        with self.client.calls(uri, "read") as client:
             try:
                 client.head_object(Bucket=bucket, Key=key)
             except ClientError as error:
@@ -117,7 +117,7 @@ class S3Backend:
     def list(self, uri: str) -> list[Entry]:
         """Return every object whose key begins with the folder's."""
         bucket, prefix = split_s3(uri.rstrip("/") + "/")
-        with self.client.calls(uri) as client:
+        with self.client.calls(uri, "read") as client:
             pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
             objects = [o for page in pages for o in page.get("Contents", [])]
         return [
@@ -128,7 +128,7 @@ class S3Backend:
     def delete(self, uri: str) -> None:
         """Remove an object."""
         bucket, key = split_s3(uri)
-        with self.client.calls(uri) as client:
+        with self.client.calls(uri, "write") as client:
             client.delete_object(Bucket=bucket, Key=key)
 
     def remove_empty_folders(self, uri: str) -> None:

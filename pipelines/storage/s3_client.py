@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipelines.loopback import is_loopback
 from pipelines.storage.backend import Connection
 from pipelines.storage.errors import StorageError, TransientStorageError, reporting_os_errors
 from pipelines.storage.s3_errors import CredentialsRefusedError, ExpiredCredentialsError, sort_error
 
+Action = Literal["read", "write"]
 MAX_ATTEMPTS = 8
 """Tries that boto3 makes for one call before it reports a failure."""
 TIMEOUT_S = 30.0
@@ -44,19 +45,23 @@ class S3Client:
         self.connection = connection
         self._lock = threading.Lock()
         self._made: _Made | None = None
+        self._worked: set[tuple[str, Action]] = set()
 
     @contextmanager
-    def calls(self, uri: str) -> Iterator[Any]:
+    def calls(self, uri: str, action: Action) -> Iterator[Any]:
         """Return the client for calls about an address; turn what they raise into a `StorageError` with the fix.
 
         Credentials that have expired, or are refused and have changed since the client was made, are worth another try
-        with a client that reads them again.
+        with a client that reads them again. So is what is refused although this process was allowed to do it to this
+        bucket before: policies and keys are changed while a training goes on, and a store may need a while to agree.
         """
         made: _Made | None = None
+        allowed = (uri.removeprefix("s3://").split("/")[0], action)
         with reporting_os_errors(uri):
             try:
                 made = self._current()
                 yield made.client
+                self._worked.add(allowed)
             except StorageError:
                 raise
             except Exception as error:
@@ -65,9 +70,12 @@ class S3Client:
                     raise
                 if made is not None and isinstance(found, ExpiredCredentialsError):
                     self._discard(made)
-                elif made is not None and isinstance(found, CredentialsRefusedError) and self._stamps() != made.stamps:
-                    self._discard(made)
-                    found = TransientStorageError(f"{found} (their file has changed meanwhile and is read again)")
+                elif made is not None and isinstance(found, CredentialsRefusedError):
+                    if self._stamps() != made.stamps:
+                        self._discard(made)
+                        found = TransientStorageError(f"{found} (their file has changed meanwhile and is read again)")
+                    elif allowed in self._worked:
+                        found = TransientStorageError(f"{found} (this process could {action} there before)")
                 raise found from error
 
     def _current(self) -> _Made:

@@ -107,7 +107,10 @@ def test_a_stream_that_breaks_off_says_so_in_time(tmp_path):
     ids=lambda error: type(error).__name__,
 )
 def test_what_a_socket_raises_while_a_body_is_read_is_worth_another_try(tmp_path, error):
-    with pytest.raises(TransientStorageError, match="000403"), S3Client(storage_at("http://h", tmp_path)).calls(URI):
+    with (
+        pytest.raises(TransientStorageError, match="000403"),
+        S3Client(storage_at("http://h", tmp_path)).calls(URI, "read"),
+    ):
         raise error
 
 
@@ -220,26 +223,57 @@ def test_expired_credentials_are_read_again(tmp_path, code):
             storage.read(URI, patience_s=0)
 
 
-@pytest.mark.parametrize("code", ["InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied"])
-def test_refused_credentials_are_read_again_once_where_their_file_has_changed(tmp_path, code):
-    guard = Guard("old", code, 403)
+REFUSED = pytest.mark.parametrize("code", ["InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied"])
+
+
+@REFUSED
+def test_what_was_never_allowed_is_final_but_for_one_look_into_a_file_that_has_changed(tmp_path, code):
+    guard = Guard("other", code, 403)
+    with serving(guard) as server:
+        storage = storage_at(server.url, tmp_path, keys="wrong")
+        with pytest.raises(StorageError) as refused:
+            storage.read(URI)
+        assert not isinstance(refused.value, TransientStorageError)
+        assert len(server.requests) == 1
+        write_keys(tmp_path, "wrong, too")
+        with pytest.raises(StorageError) as refused:
+            storage.read(URI)
+        assert not isinstance(refused.value, TransientStorageError)
+        assert len(server.requests) == 3  # once with what it had, once with what it read
+        write_keys(tmp_path, "other")
+        assert storage.read(URI) == DATA
+
+
+@REFUSED
+def test_what_was_allowed_before_is_tried_again_until_it_is_again(tmp_path, code):
+    guard, refusals = Guard("old", code, 403), []
+
+    def rotate_later():
+        refusals.append(1)
+        if len(refusals) == 4:
+            write_keys(tmp_path, "new")  # the mounted file follows the server after a while
+
     with serving(guard) as server:
         storage = storage_at(server.url, tmp_path, keys="old")
         assert storage.read(URI) == DATA
-        guard.accepts = "new"
-        with pytest.raises(StorageError) as refused:
-            storage.read(URI)
-        assert not isinstance(refused.value, TransientStorageError)
-        write_keys(tmp_path, "new")
+        guard.accepts, guard.when_refused = "new", rotate_later
         assert storage.read(URI) == DATA
-        assert storage.exists(URI)
-        write_keys(tmp_path, "wrong")
-        guard.accepts = "newest"
-        asked = len(server.requests)
-        with pytest.raises(StorageError) as refused:
-            storage.read(URI)
+        assert len(refusals) == 4
+        guard.accepts = "none"
+        with pytest.raises(TransientStorageError, match="this process could read there before"):
+            storage.read(URI, patience_s=0)
+
+
+def test_leave_to_read_is_no_leave_to_write(tmp_path):
+    def read_only(request: Request) -> Answer:
+        return error_answer("AccessDenied", 403) if request.method == "PUT" else Answer(200, DATA, {"ETag": '"x"'})
+
+    with serving(read_only) as server:
+        storage = storage_at(server.url, tmp_path)
+        assert storage.read(URI) == DATA
+        with pytest.raises(StorageError, match="the credentials may not do this") as refused:
+            storage.write(URI, b"x")
         assert not isinstance(refused.value, TransientStorageError)
-        assert len(server.requests) - asked == 2  # once with what it had, once with what it read
 
 
 def test_threads_share_a_client_and_make_one_new_one_when_it_expires(tmp_path, monkeypatch):
@@ -277,7 +311,7 @@ def test_a_mistake_in_the_settings_is_final(tmp_path, monkeypatch):
 
 
 def region_of(storage: Storage) -> str:
-    with S3Client(storage).calls(URI) as client:
+    with S3Client(storage).calls(URI, "read") as client:
         return str(client.meta.region_name)
 
 
