@@ -122,6 +122,9 @@ def reporting(uri: str) -> Iterator[None]:
         status = getattr(error.response, "status_code", None)
         raise (_unanswered(uri, error) if status is None else _answered(uri, status, str(error))) from error
     except mlflow_exception as error:
+        inner = error.__cause__ or error.__context__
+        if isinstance(inner, requests.RequestException) and inner.response is None:
+            raise _unanswered(uri, inner) from error
         status = http_status(error)
         if status == 401:
             authenticate()  # the file may hold others by now

@@ -98,11 +98,14 @@ def test_the_registry_holds_version_one_as_champion_with_its_evidence(flow, clie
 
 def test_s3_holds_shards_evaluator_checkpoints_and_artifacts(flow, s3: Storage):
     objects = {entry.uri.removeprefix("s3://ddpm/"): entry.size for entry in s3.list("s3://ddpm")}
-    assert {"datasets/digits/dataset.json", "runs/digits/published/000000006400/state.json"} <= set(objects)
+    assert {"datasets/digits/dataset.json", "runs/digits/checkpoints.json"} <= set(objects)
+    (published,) = {name.split("/")[3] for name in objects if name.startswith("runs/digits/published/")}
+    assert published.startswith("000000006400-e1-")
     assert any(name.startswith("datasets/digits/evaluator/") for name in objects)
     assert any(name.startswith("mlflow/") for name in objects)
-    kept = {name.split("/")[2] for name in objects if name.startswith("runs/digits/checkpoint_2")}
+    kept = {name.split("/")[2] for name in objects if name.startswith("runs/digits/checkpoint_")}
     assert len(kept) == 2
+    assert f"checkpoint_{published}" in kept
     assert not [name for name in objects if name.endswith((".pkl", ".pt", ".pickle")) and "runs/" in name]
 
 
@@ -258,7 +261,9 @@ def test_rm_removes_a_run_and_nothing_else_and_no_run_that_the_registry_names(fl
 
 def test_gc_finds_a_published_checkpoint_that_nothing_names_and_deletes_only_that(flow, shell, s3):
     before = stored(s3)
-    published, orphan = (f"s3://ddpm/runs/digits/published/{images:012d}" for images in (6400, 9999))
+    folder = "s3://ddpm/runs/digits/published"
+    (published,) = {uri.rsplit("/", 1)[0] for uri in stored(s3, folder)}
+    orphan = f"{folder}/000000009999-e1-orphan"
     for uri in stored(s3, published):
         s3.copy(uri, uri.replace(published, orphan))
     described = json.loads(s3.read(f"{orphan}/model.json"))
