@@ -11,13 +11,14 @@ import torch.multiprocessing as mp
 
 from ddpm.model import load_classifier, load_model
 from ddpm.prediction import Conditioning
+from pipelines import checkpoints
 from pipelines.checkpoints import ModelError, complete_checkpoints
 from pipelines.shards.cache import ShardCorruptError
 from pipelines.shards.ingest.write import ingest
 from pipelines.shards.order import SampleOrder
 from pipelines.storage import Storage
 from tests.pipelines.shards.ingest.sources import jsonl, pictures, write_files
-from tests.pipelines.training.loop.ranks import FolderShell, last_checkpoint, run_ranks, tiny_config, trace, train_here
+from tests.pipelines.training.loop.ranks import last_checkpoint, run_ranks, tiny_config, trace, train_here
 
 STEPS, BATCH = 6, 25
 
@@ -216,16 +217,13 @@ def test_a_damaged_shard_stops_the_run_by_name_after_a_checkpoint_of_what_came_b
 
 def ranks_with_a_slow_store(*arguments):
     """As `run_ranks`, with a store that takes longer than an error takes to end the run."""
-    save = FolderShell.save
+    save = checkpoints.save_checkpoint
 
-    def slow(self, store, metrics):
-        def later(uri):
-            time.sleep(9)
-            store(uri)
+    def slow(folder, checkpoint):
+        time.sleep(9)
+        return save(folder, checkpoint)
 
-        save(self, store and later, metrics)
-
-    FolderShell.save = slow
+    checkpoints.save_checkpoint = slow
     run_ranks(*arguments)
 
 
