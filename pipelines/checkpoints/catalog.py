@@ -20,7 +20,7 @@ from pathlib import Path
 
 from pipelines.checkpoints.files import STATE, CheckpointState, ModelError, verify_checkpoint
 from pipelines.config import Config
-from pipelines.storage import Entry, Fence, NotFoundError, Storage, StorageError, join
+from pipelines.storage import Entry, Fence, NotFoundError, Storage, StorageError, fenced, join
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ def enter_checkpoint(
     def change(stored: bytes | None) -> bytes:
         before = _current(stored, storage, folder, listed)
         if before.epoch > listed.epoch:
-            raise Fence(storage, join(folder, LIST), listed.epoch, "").fenced()
+            raise fenced(join(folder, LIST))
         entries = sorted({*before.checkpoints, listed})
         kept = [entry for entry in entries if entry.name not in damaged][-keep:]
         dropped[:] = [entry for entry in entries if entry not in kept]
@@ -179,7 +179,7 @@ def take_over(storage: Storage, folder: str) -> Fence:
     def change(stored: bytes | None) -> bytes:
         before = _current(stored, storage, folder)
         if before.epoch > fence.epoch:
-            raise fence.fenced()
+            raise fenced(fence.uri)
         newest = max(before.checkpoints, default=Listed(-1, -1, ""))
         later = [listed for listed, _ in complete_checkpoints(storage, folder) if listed > newest]
         return CheckpointList(fence.epoch, tuple(sorted({*before.checkpoints, *later}))).to_json()

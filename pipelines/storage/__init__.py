@@ -12,7 +12,7 @@ from pipelines.storage.errors import (
     StorageError,
     TransientStorageError,
 )
-from pipelines.storage.fence import Fence, FencedError
+from pipelines.storage.fence import Fence, FencedError, fenced
 from pipelines.storage.local import local_path
 from pipelines.storage.store import (
     BACKENDS,
@@ -39,6 +39,7 @@ __all__ = [
     "TransientStorageError",
     "address_forms",
     "check_address",
+    "fenced",
     "is_local",
     "join",
     "local_path",

@@ -21,6 +21,13 @@ class FencedError(StorageError):
     """Another driver has taken over this run: what is left of the earlier one must not write any more."""
 
 
+def fenced(uri: str) -> FencedError:
+    """The error of a driver that has been replaced, at an address that it may not write any more."""
+    return FencedError(
+        f"{uri}: another driver has taken over this run, or the run was deleted; nothing more is written here"
+    )
+
+
 @dataclass(frozen=True)
 class Fence:
     """Who may write to a run: the driver whose epoch and token are at the address.
@@ -82,15 +89,9 @@ class Fence:
         self.storage.update(self.uri, change)
         return before
 
-    def fenced(self) -> FencedError:
-        """The error of a driver that has been replaced."""
-        return FencedError(
-            f"{self.uri}: another driver has taken over this run, or the run was deleted; nothing more is written here"
-        )
-
     def _require(self, stored: bytes | None) -> None:
         if _driver(stored).get("token") != self.token:
-            raise self.fenced()
+            raise fenced(self.uri)
 
 
 def _driver(stored: bytes | None) -> dict[str, Any]:
