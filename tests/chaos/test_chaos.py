@@ -36,16 +36,6 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
-    arena = Arena(tmp_path_factory.mktemp("home") / ".ddpm", tmp_path_factory.mktemp("work"))
-    try:
-        arena.ddpm("ingest", "digits", "--to", "s3://ddpm/datasets/digits")
-        yield arena
-    finally:
-        arena.close()
-
-
 def kill_worker(arena: Arena, training: Training, rng: random.Random) -> Training:
     rng.choice(until(arena.workers, 30, lambda: "a worker")).kill()
     return training

@@ -22,7 +22,7 @@ import torch
 from mlflow import MlflowClient
 from PIL import Image
 
-from ddpm.models.unet import UNet, UNetConfig
+from ddpm.models.unet import UNet
 from pipelines import stack, tracking
 from pipelines.checkpoints import (
     Checkpoint,
@@ -55,6 +55,7 @@ from pipelines.storage import Storage, join, s3_client
 from pipelines.tracking import RunLog, Tracker, outbox
 from pipelines.tracking.mlflow_sink import MlflowSink
 from tests.chaos.fault_proxy import Active, Fault, FaultProxy
+from tests.pipelines.checkpoints.tiny import SMALL
 
 pytestmark = [pytest.mark.integration, pytest.mark.chaos]
 
@@ -62,10 +63,6 @@ OUTAGE_S = 3.0
 PICTURES = 60
 BATCH, STEPS = 12, 40
 CONFIG = compose(["+experiment=digits"])
-SMALL = UNetConfig(
-    in_channels=1, out_channels=1, channels=(8,), layers_per_block=1, attention=(False,), head_dim=8, norm_groups=4,
-    num_classes=10,
-)  # fmt: skip
 FINAL = ("denied", "forbidden", "unauthorized")
 """Answers that may end a call at once, in words; made again afterwards, it loses nothing."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import signal
 import time
-from collections.abc import Iterator
 
 import psutil
 import pytest
@@ -23,16 +22,6 @@ SETTINGS = [
     f"checkpoint.every={20 * BATCH}", f"tracking.log_every={BATCH}", "tracking.grid_every=null", "sampler.steps=2",
     "cluster.num_workers=2", f"cluster.step_timeout_s={TIMEOUT_S}", "name=hang", "images=10000000",
 ]  # fmt: skip
-
-
-@pytest.fixture
-def arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
-    arena = Arena(tmp_path_factory.mktemp("home") / ".ddpm", tmp_path_factory.mktemp("work"))
-    try:
-        arena.ddpm("ingest", "digits", "--to", "s3://ddpm/datasets/digits")
-        yield arena
-    finally:
-        arena.close()
 
 
 def test_a_stopped_worker_is_replaced_and_the_trace_is_unbroken(arena: Arena):

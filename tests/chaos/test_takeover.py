@@ -26,16 +26,6 @@ RUN = [*SETTINGS, "name=taken", FAR, f"checkpoint.every={10 * BATCH}", f"checkpo
 
 
 @pytest.fixture
-def arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
-    arena = Arena(tmp_path_factory.mktemp("home") / ".ddpm", tmp_path_factory.mktemp("work"))
-    try:
-        arena.ddpm("ingest", "digits", "--to", "s3://ddpm/datasets/digits")
-        yield arena
-    finally:
-        arena.close()
-
-
-@pytest.fixture
 def elsewhere(arena: Arena, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment of another Ray cluster, on another machine's cache, with the same storage and MLflow."""
     home = tmp_path_factory.mktemp("elsewhere") / ".ddpm"

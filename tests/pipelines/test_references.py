@@ -6,22 +6,14 @@ import torch
 from ddpm.generate import Sampling
 from ddpm.model import Model, ModelSpec, save_model
 from ddpm.models.classifier import NoisyClassifier
-from ddpm.models.unet import UNet, UNetConfig
+from ddpm.models.unet import UNet
 from pipelines.checkpoints import ModelError
 from pipelines.references import guided, resolve
 from pipelines.storage import Storage
+from tests.pipelines.checkpoints.tiny import SMALL
 
 CLASSES = ("a", "b")
-UNET = UNetConfig(
-    in_channels=1,
-    out_channels=1,
-    channels=(8,),
-    layers_per_block=1,
-    attention=(False,),
-    head_dim=8,
-    norm_groups=4,
-    num_classes=2,
-)
+UNET = replace(SMALL, num_classes=2)
 SPEC = ModelSpec(UNET, {"kind": "cosine", "num_steps": 50}, "v", 8, CLASSES)
 
 

@@ -1,24 +1,18 @@
 """Files of samples, of classes whose names no file may have."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
 
 from ddpm.model import ModelSpec, load_model, save_model
-from ddpm.models.unet import UNet, UNetConfig
+from ddpm.models.unet import UNet
 from pipelines.sampling import file_name, parse_labels, write_samples
+from tests.pipelines.checkpoints.tiny import SMALL
 
 CLASSES = ("cat/dog", "../../up", "a, b", "плюс", "n" * 300)
-UNET = UNetConfig(
-    in_channels=1,
-    out_channels=1,
-    channels=(8,),
-    layers_per_block=1,
-    attention=(False,),
-    head_dim=8,
-    norm_groups=4,
-    num_classes=len(CLASSES),
-)
+UNET = replace(SMALL, num_classes=len(CLASSES))
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """A trial is ended when another is better for no more money, beyond chance; and is judged on the same images alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,10 +10,11 @@ from hypothesis import strategies as st
 from ddpm.generate import Sampling
 from ddpm.model import Model, ModelSpec
 from ddpm.models.classifier import NoisyClassifier
-from ddpm.models.unet import UNet, UNetConfig
+from ddpm.models.unet import UNet
 from ddpm.quality import FeatureMoments, frechet_distance
 from pipelines.evaluation.features import EvaluatorNetwork, extract
 from pipelines.search.judge import SampleScorer, Subject, gain, hopeless, interval, rungs, scores
+from tests.pipelines.checkpoints.tiny import SMALL
 
 CLASSES = ("a", "b")
 
@@ -62,16 +65,7 @@ def test_rungs_grow_to_the_number_of_samples(samples, count):
 @pytest.fixture(scope="module")
 def subject():
     torch.manual_seed(0)
-    network = UNetConfig(
-        in_channels=1,
-        out_channels=1,
-        channels=(8,),
-        layers_per_block=1,
-        attention=(False,),
-        head_dim=8,
-        norm_groups=4,
-        num_classes=2,
-    )
+    network = replace(SMALL, num_classes=2)
     spec = ModelSpec(network, {"kind": "cosine", "num_steps": 50}, "v", 8, CLASSES)
     evaluator = EvaluatorNetwork(1, 8, 2).eval()
     real = torch.rand(60, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
