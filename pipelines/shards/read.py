@@ -231,6 +231,16 @@ def read_split(reader: ShardReader) -> Batch:
     return reader.batch(Located(np.arange(len(shards)), shards, indices))
 
 
+def split_batches(reader: ShardReader, batch_size: int) -> Iterator[Batch]:
+    """Yield all samples of a split in shard order, in memory for one batch; ordinals count them from 0."""
+    counts = [shard.samples for shard in reader.shards]
+    shards = np.repeat(np.arange(len(counts)), counts)
+    indices = np.concatenate([np.arange(count) for count in counts])
+    for first in range(0, len(shards), batch_size):
+        span = slice(first, first + batch_size)
+        yield reader.batch(Located(np.arange(len(shards))[span], shards[span], indices[span]))
+
+
 def default_cache_dir() -> Path:
     """Return the shard cache in the user's cache folder, or below TMPDIR where the user has none that can be written.
 

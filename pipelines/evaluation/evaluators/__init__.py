@@ -1,0 +1,1 @@
+"""Networks that judge images, each with a record of which one it is."""

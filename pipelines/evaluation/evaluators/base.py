@@ -1,0 +1,61 @@
+"""What judges images: an encoder, which maps them to features, and the record of which one it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What an encoder says of images.
+
+    Attributes:
+        features: float32 [N, width], on the CPU.
+        probabilities: of the dataset's classes, or of the encoder's own, float32 [N, C] with rows that sum to 1; None
+            for an encoder without classes.
+    """
+
+    features: Tensor
+    probabilities: Tensor | None
+
+
+class Encoder(Protocol):
+    """Maps images to features; pickled to Ray tasks, and moved to their device by `to`.
+
+    It prepares the images itself (size, channels, scale), so that whoever has them passes them as they are.
+    """
+
+    width: int
+
+    def __call__(self, images: Tensor) -> Encoded:
+        """Return the features of images uint8 [N, C, H, W], which may be on any device."""
+        ...
+
+    def to(self, device: object) -> Encoder:
+        """Return the encoder with its weights on a device."""
+        ...
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """An encoder with the record that every score carries; features of unlike evaluators are not comparable.
+
+    Attributes:
+        kind: "classifier", "contrastive", "inception" or "encoder".
+        digest: SHA-256 over the weights and over what prepares the images.
+        source: where the weights came from, in words: the dataset that it was trained on, or a file's name.
+        preparation: what is done to images before they are encoded, in words.
+        labels: whether its probabilities are of the dataset's classes.
+        accuracy: on the real test split, 0..1; None without labels.
+    """
+
+    encoder: Encoder
+    kind: str
+    digest: str
+    source: str
+    preparation: str
+    labels: bool
+    accuracy: float | None
