@@ -1,7 +1,8 @@
 """Scores of sets of images, computed from features in float64, and their confidence intervals.
 
-Frechet distance, KID and precision/recall compare features [N, D] of an evaluator network. The inception score uses its
-class probabilities. `bootstrap` gives a confidence interval for any of them.
+Frechet distance, KID, precision, recall, density and coverage compare features [N, D] of an evaluator network. The
+inception score uses its class probabilities. The functions `measure_…` return a score with the influence of each image
+on it, from which its standard error follows; `bootstrap` gives a confidence interval for any statistic.
 """
 
 from __future__ import annotations
@@ -59,11 +60,71 @@ def frechet_distance(a: FeatureMoments, b: FeatureMoments) -> float:
     rank-deficient covariances.
     """
     cov_a, cov_b = a.covariance, b.covariance
-    values, vectors = torch.linalg.eigh(cov_a)
-    root_a = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    root_a = _root(cov_a)
     cross = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
     distance = (a.mean - b.mean).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
     return max(distance.item(), 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A score with the first-order influence of each image on it (von Mises 1947; Hampel 1974).
+
+    Dropping image i changes the score by about -influence[i] / N. The score of N images therefore has the variance
+    var(influence) / N around its expectation at this N. For two scores that are paired, such as those of two models
+    with the same labels and noise, the influences of the difference are the differences of the influences.
+
+    Attributes:
+        value: the score.
+        influence: of each generated image on it (of each real one for recall and coverage, which are means over real
+            images), float64 [N], with mean 0.
+    """
+
+    value: float
+    influence: Tensor
+
+    @property
+    def standard_error(self) -> float:
+        """The standard deviation of the score over sets of N images, to first order."""
+        return (self.influence.std() / math.sqrt(len(self.influence))).item()
+
+
+def frechet_influence(reference: FeatureMoments, moments: FeatureMoments, features: Tensor) -> Tensor:
+    """Return the influence of images on the Frechet distance of their set to a fixed reference, float64 [n].
+
+    The distance has the derivatives 2 (mu - mu_r) by the mean and I - T by the covariance C, where T = C_r^{1/2}
+    (C_r^{1/2} C C_r^{1/2})^{-1/2} C_r^{1/2} is the optimal transport from N(0, C) to N(0, C_r) (Takatsu 2011, sec. 2).
+    Directions in which neither set varies have no influence.
+
+    Args:
+        moments: of the whole set.
+        features: of some images of it, [n, D]; the influence of one does not depend on which others are passed.
+    """
+    root = _root(reference.covariance)
+    values, vectors = torch.linalg.eigh(root @ moments.covariance @ root)
+    least = values.max().clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
+    inverse = torch.where(values > least, values.clamp(min=least).rsqrt(), 0.0)
+    transport = root @ (vectors * inverse) @ vectors.T @ root
+    by_covariance = torch.eye(len(root), dtype=root.dtype) - transport
+    centred = features.double() - moments.mean
+    linear = 2 * (centred @ (moments.mean - reference.mean))
+    quadratic = ((centred @ by_covariance) * centred).sum(1)
+    return linear + quadratic - (by_covariance * moments.scatter / moments.count).sum()
+
+
+def measure_frechet(reference: FeatureMoments, features: Tensor) -> Measured:
+    """Return the Frechet distance of a set of images to a fixed reference; see `frechet_distance`.
+
+    Its bias, which shrinks as 1/N, is not part of the standard error: the interval is around the expectation at this N.
+    """
+    moments = FeatureMoments.of(features)
+    return Measured(frechet_distance(reference, moments), frechet_influence(reference, moments, features))
+
+
+def _root(matrix: Tensor) -> Tensor:
+    """Return the symmetric square root of a covariance."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
 def kid(a: Tensor, b: Tensor, *, chunk: int = 1024) -> float:
@@ -80,16 +141,25 @@ def kid(a: Tensor, b: Tensor, *, chunk: int = 1024) -> float:
     Raises:
         ValueError: the features differ in width, are not finite, or are too few.
     """
-    a, b = _feature_pair(a, b, least=2)
+    return measure_kid(a, b, chunk=chunk).value
 
-    def kernel_sum(x: Tensor, y: Tensor) -> Tensor:
-        return torch.stack([(rows @ y.T / y.shape[1] + 1).pow(3).sum() for rows in x.split(chunk)]).sum()
 
-    def mean_of_pairs(x: Tensor) -> Tensor:
-        diagonal = (x.square().sum(1) / x.shape[1] + 1).pow(3).sum()
-        return (kernel_sum(x, x) - diagonal) / (len(x) * (len(x) - 1))
+def measure_kid(real: Tensor, fake: Tensor, *, chunk: int = 1024) -> Measured:
+    """Return the kernel distance of generated images to fixed real ones; arguments and errors are those of `kid`."""
+    real, fake = _feature_pair(real, fake, least=2)
 
-    return (mean_of_pairs(a) + mean_of_pairs(b) - 2 * kernel_sum(a, b) / (len(a) * len(b))).item()
+    def means(x: Tensor, y: Tensor, *, same: bool) -> Tensor:
+        """Return the mean of k(x_i, y_j) over j for each i; over j != i for a set and itself."""
+        sums = torch.cat([(rows @ y.T / y.shape[1] + 1).pow(3).sum(1) for rows in x.split(chunk)])
+        if same:
+            sums = sums - (x.square().sum(1) / x.shape[1] + 1).pow(3)
+        return sums / (len(y) - same)
+
+    within, across = means(fake, fake, same=True), means(fake, real, same=False)
+    value = means(real, real, same=True).mean() + within.mean() - 2 * across.mean()
+    # An image is in two places of each pair of its own set.
+    influence = 2 * (within - across)
+    return Measured(value.item(), influence - influence.mean())
 
 
 def inception_score(probabilities: Tensor) -> float:
@@ -101,6 +171,11 @@ def inception_score(probabilities: Tensor) -> float:
     Raises:
         ValueError: there are fewer than 2 images, or a row is not a probability distribution.
     """
+    return measure_inception_score(probabilities).value
+
+
+def measure_inception_score(probabilities: Tensor) -> Measured:
+    """Return the inception score; argument and errors are those of `inception_score`."""
     if probabilities.dim() != 2 or len(probabilities) < 2:
         raise ValueError(f"probabilities must be [N, C] with N >= 2, got {tuple(probabilities.shape)}")
     p = probabilities.double()
@@ -110,7 +185,9 @@ def inception_score(probabilities: Tensor) -> float:
     p = p / total
     # xlogy has 0 log 0 = 0, and p(y) is 0 only where p(y | x) is 0 for every x.
     divergence = torch.special.xlogy(p, p).sum(1) - torch.special.xlogy(p, p.mean(0)).sum(1)
-    return math.exp(divergence.mean().item())
+    value = math.exp(divergence.mean().item())
+    # The derivative by p(y) vanishes, because p(y) is the mean of p(y | x).
+    return Measured(value, value * (divergence - divergence.mean()))
 
 
 @dataclass(frozen=True)
@@ -141,13 +218,58 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3, *, chunk: int = 102
     Raises:
         ValueError: k < 1, or the features differ in width, are not finite, or there are no more than k.
     """
-    if k < 1:
-        raise ValueError(f"k must be >= 1, got {k}")
-    real, fake = _feature_pair(real, fake, least=k + 1)
-    centre = real.mean(0)  # cdist computes |x|^2 - 2 x.y + |y|^2, which cancels badly far from the origin
-    real, fake = real - centre, fake - centre
-    precision = _share_covered(fake, real, _radii(real, k, chunk), chunk)
-    return PrecisionRecall(precision, _share_covered(real, fake, _radii(fake, k, chunk), chunk))
+    precision, recall = measure_precision_recall(real, fake, k, chunk=chunk)
+    return PrecisionRecall(precision.value, recall.value)
+
+
+def measure_precision_recall(real: Tensor, fake: Tensor, k: int = 3, *, chunk: int = 1024) -> tuple[Measured, Measured]:
+    """Return precision and recall; arguments and errors are those of `precision_recall`."""
+    real, fake = _manifolds(real, fake, k)
+    precise = _times_covered(fake, real, _radii(real, k, chunk), chunk) > 0
+    recalled = _times_covered(real, fake, _radii(fake, k, chunk), chunk) > 0
+    return _mean(precise), _mean(recalled)
+
+
+@dataclass(frozen=True)
+class DensityCoverage:
+    """Density and coverage of generated samples.
+
+    Attributes:
+        density: how many balls around real samples a fake sample lies in, over k; about 1 for equal distributions, and
+            above 1 where the fake samples crowd where the real ones are dense.
+        coverage: share of real samples, 0..1, whose ball has a fake sample in it.
+    """
+
+    density: float
+    coverage: float
+
+
+def density_coverage(real: Tensor, fake: Tensor, k: int = 5, *, chunk: int = 1024) -> DensityCoverage:
+    """Return density and coverage (Naeem et al. 2020, eq. 2 and 3), in which only real samples have balls.
+
+    So one outlier among the fake samples covers nothing. The ball of a real sample has the distance to its k-th nearest
+    other real sample as radius. For equal distributions of equal sizes the coverage is 1 - 2^-k (eq. 6).
+
+    Args:
+        real: features [N, D], N > k.
+        fake: features [M, D], M > k.
+        k: the radius is the distance to the k-th nearest neighbour.
+        chunk: rows of the distance matrix at a time.
+
+    Raises:
+        ValueError: as for `precision_recall`.
+    """
+    density, coverage = measure_density_coverage(real, fake, k, chunk=chunk)
+    return DensityCoverage(density.value, coverage.value)
+
+
+def measure_density_coverage(real: Tensor, fake: Tensor, k: int = 5, *, chunk: int = 1024) -> tuple[Measured, Measured]:
+    """Return density and coverage; arguments and errors are those of `density_coverage`."""
+    real, fake = _manifolds(real, fake, k)
+    radii = _radii(real, k, chunk)
+    density = _times_covered(fake, real, radii, chunk) / k
+    nearest = torch.cat([torch.cdist(rows, fake).amin(1) for rows in real.split(chunk)])
+    return _mean(density), _mean(nearest <= radii)
 
 
 @dataclass(frozen=True)
@@ -254,7 +376,21 @@ def _radii(x: Tensor, k: int, chunk: int) -> Tensor:
     return torch.cat(parts)
 
 
-def _share_covered(points: Tensor, centres: Tensor, radii: Tensor, chunk: int) -> float:
-    """Return the share of `points` within the radius of any of `centres`."""
-    covered = [(torch.cdist(rows, centres) <= radii).any(1) for rows in points.split(chunk)]
-    return torch.cat(covered).double().mean().item()
+def _times_covered(points: Tensor, centres: Tensor, radii: Tensor, chunk: int) -> Tensor:
+    """Return within how many of the radii around `centres` each of `points` lies, [N]."""
+    return torch.cat([(torch.cdist(rows, centres) <= radii).sum(1) for rows in points.split(chunk)])
+
+
+def _manifolds(real: Tensor, fake: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return both in float64 and centred, after checking that each has neighbours."""
+    if k < 1:
+        raise ValueError(f"k must be >= 1, got {k}")
+    real, fake = _feature_pair(real, fake, least=k + 1)
+    centre = real.mean(0)  # cdist computes |x|^2 - 2 x.y + |y|^2, which cancels badly far from the origin
+    return real - centre, fake - centre
+
+
+def _mean(values: Tensor) -> Measured:
+    """Return the mean of a value for each image."""
+    values = values.double()
+    return Measured(values.mean().item(), values - values.mean())
