@@ -13,12 +13,11 @@ from typing import Any
 
 from ddpm.generate import Sampling
 from pipelines import references, registry, tracking
-from pipelines.checkpoints import Published, record_scores
+from pipelines.checkpoints import Published
 from pipelines.config import Config, ConfigError, sampling
 from pipelines.display import Display, TimeBreakdown, no_report
-from pipelines.evaluation import evaluate as evaluation
-from pipelines.evaluation.evaluate import Scores
-from pipelines.evaluation.plots import label_grid
+from pipelines.evaluation.scores import Scores
+from pipelines.evaluation.scoring import score_model
 from pipelines.references import Resolved
 from pipelines.registry import Verdict
 from pipelines.shards.index import DatasetError, read_dataset
@@ -67,7 +66,7 @@ class FlowResult:
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON types, for `--json`."""
         return {
-            "scores": asdict(self.scores),
+            "scores": self.scores.to_plain(),
             "model": self.version.uri,
             "gate": asdict(self.verdict),
             "skipped": self.skipped,
@@ -104,7 +103,9 @@ def run(config: Config, lineage: dict[str, Any], display: Display) -> FlowResult
         tracking_uri=result.tracker.uri,
         storage=storage,
     )
-    scores, fresh = evaluate_stage(resolved, sampling(config), config, storage, display)
+    scores, fresh = score_model(
+        resolved, sampling(config), config, storage, display, lambda: connect_ray(config, storage)
+    )
     if not fresh:
         skipped.append("evaluate")
     version, verdict, fresh = register_stage(resolved, result.published, scores, config, display)
@@ -240,56 +241,6 @@ def train_stage(config: Config, storage: Storage, lineage: dict[str, Any], displ
         title = f"{goodput.fraction:.1%} of the time was training that lasts"
         display.breakdown(TimeBreakdown("goodput", title, goodput.parts(), goodput.wall_s, goodput.lines()))
     return result
-
-
-def evaluate_stage(
-    resolved: Resolved,
-    settings: Sampling,
-    config: Config,
-    storage: Storage,
-    display: Display,
-) -> tuple[Scores, bool]:
-    """Score a model, or read the scores that its run has for the same model, settings and evaluator.
-
-    Returns:
-        The scores, and whether they were computed now.
-    """
-    model, tracker = references.guided(resolved.model, settings, config.tracking.uri, storage), resolved.tracker
-    uri = model.spec.lineage.get("dataset_uri", config.data.uri)
-    dataset = read_dataset(uri, storage)
-    splits = evaluation.open_splits(dataset, storage, config.data.cache_dir, config.data.cache_gib)
-    evaluator = evaluation.get_evaluator(dataset, splits, storage, lambda text: display.stage("evaluate", text))
-    published, images_seen = resolved.published, int(model.spec.lineage.get("images_seen", 0))
-    model_digest = published.digest if published else json.dumps(model.spec.lineage, sort_keys=True)
-    key_parts = [model_digest, evaluator.digest, dataset.digest, config.evaluation.seed, settings.key()]
-    key = hashlib.sha256(json.dumps(key_parts).encode()).hexdigest()[:16]
-    artifact = f"evaluation/{images_seen:012d}-{key}.json"
-    if tracker and artifact in tracker.names("evaluation"):
-        plain = json.loads(tracker.read_text(artifact))
-        display.stage("evaluate", "skipped: this model was scored with these settings already")
-        return Scores.from_plain(plain), False
-    display.stage("evaluate", f"{len(splits['test'].images)} samples at guidance scale {settings.guidance.scale:g}")
-    connect_ray(config, storage)
-    done = evaluation.evaluate(
-        model,
-        settings,
-        dataset,
-        splits,
-        evaluator,
-        seed=config.evaluation.seed,
-        batch_size=config.evaluation.batch_size,
-        use_gpu=config.cluster.gpus_per_worker > 0,
-        progress=display.counter("evaluate", "images"),
-    )
-    if tracker:
-        tracker.metrics(done.scores.metrics(), images_seen)
-        classes = max(len(model.spec.classes), 1)
-        order = [i for row in range(8) for c in range(classes) for i in (done.labels == c).nonzero()[0][row : row + 1]]
-        tracker.image("evaluation", label_grid(done.samples[order], classes, model.spec.classes), images_seen)
-        tracker.text(tracking.to_json(asdict(done.scores)), artifact)
-        if published and settings == model.spec.sampling:
-            record_scores(tracker, published.images_seen, done.scores.metrics())
-    return done.scores, True
 
 
 def register_stage(

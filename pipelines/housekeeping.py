@@ -322,6 +322,20 @@ def judge_evaluator(
     return Verdict(folder, True, "the dataset has changed since, and no score names it")
 
 
+def judge_scored(folder: Folder, named: bool, what: str, now: float, grace_s: float = GRACE_S) -> Verdict:
+    """Decide about what an evaluation keeps: samples, `evaluations/X`, or features, `datasets/NAME/features/X`.
+
+    Args:
+        named: whether the scores of a run or of a registered version were computed from it.
+        what: it is, in words.
+    """
+    if folder.within(grace_s, now):
+        return Verdict(folder, False, _young(grace_s))
+    if named:
+        return Verdict(folder, False, "scores of a run or a registered version name it")
+    return Verdict(folder, True, f"no score names these {what}, which an evaluation can make again")
+
+
 def _listed(versions: Iterable[ModelVersion]) -> str:
     """Return versions with their aliases, in words."""
     return ", ".join(" ".join([v.uri, *(f"@{alias}" for alias in v.aliases)]) for v in versions)

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 from pipelines import housekeeping, tracking
@@ -98,7 +99,7 @@ def remove(removal: Removal, config: Config, storage: Storage) -> None:
 
 
 def find_garbage(config: Config, storage: Storage, grace_s: float = GRACE_S) -> list[Verdict]:
-    """Return published checkpoints, studies and evaluators that nothing names.
+    """Return published checkpoints, studies, evaluators, samples and features that nothing names.
 
     Raises:
         TrackingError, StorageError: a service does not answer: then nothing is known to be garbage.
@@ -109,9 +110,10 @@ def find_garbage(config: Config, storage: Storage, grace_s: float = GRACE_S) -> 
     verdicts = _judge_published(runs, records, versions, storage, uri, now, grace_s)
     for study in _below(storage, join(root, "studies")):
         verdicts.append(housekeeping.judge_study(study, records, versions, now, grace_s))
-    verdicts += _judge_evaluators(
-        _below(storage, join(root, "datasets")), records, versions, storage, uri, now, grace_s
-    )
+    datasets, scores = _below(storage, join(root, "datasets")), _Scores(uri, records, versions)
+    verdicts += _judge_evaluators(datasets, scores, storage, now, grace_s)
+    for folder in _below(storage, join(root, "evaluations")):
+        verdicts.append(housekeeping.judge_scored(folder, folder.address in scores.samples, "samples", now, grace_s))
     return [verdict for verdict in verdicts if verdict.garbage]
 
 
@@ -159,22 +161,21 @@ def _judge_published(
 
 
 def _judge_evaluators(
-    datasets: list[Folder],
-    records: list[RunRecord],
-    versions: list[ModelVersion],
-    storage: Storage,
-    uri: str,
-    now: float,
-    grace_s: float,
+    datasets: list[Folder], scores: _Scores, storage: Storage, now: float, grace_s: float
 ) -> list[Verdict]:
-    verdicts, named = [], None
+    """Decide about the evaluators of the datasets, and about the features that they gave the real images."""
+    verdicts = []
     for dataset in datasets:
         digest = _read(storage, join(dataset.address, "dataset.json")).get("digest")
         for folder in folders(dataset.entries, join(dataset.address, "evaluator")):
-            if digest is not None and folder.name != digest[:16] and named is None:
-                named = _scored_by(uri, [record for record in records if not record.deleted], versions)
             weights = _read(storage, join(folder.address, "evaluator.json")).get("digest")
-            verdicts.append(housekeeping.judge_evaluator(folder, weights, digest, named or set(), now, grace_s))
+            current = digest is None or folder.name == digest[:16]
+            named = set() if current else scores.evaluators
+            verdicts.append(housekeeping.judge_evaluator(folder, weights, digest, named, now, grace_s))
+        verdicts += [
+            housekeeping.judge_scored(folder, folder.name in scores.features, "features", now, grace_s)
+            for folder in folders(dataset.entries, join(dataset.address, "features"))
+        ]
     return verdicts
 
 
@@ -194,13 +195,35 @@ class _Named:
         return {address for record in records for address in self.known[record.run_id]}
 
 
-def _scored_by(uri: str, records: list[RunRecord], versions: list[ModelVersion]) -> set[str]:
-    """Return the digests of the evaluators of all scores that runs and registered versions have."""
-    texts = [version.tags["scores"] for version in versions if "scores" in version.tags]
-    for record in records:
-        tracker = Tracker(uri, record.run_id)
-        texts += [tracker.read_text(name) for name in tracker.names("evaluation")]
-    return {str(json.loads(text).get("evaluator_digest")) for text in texts}
+class _Scores:
+    """What the scores of all runs and registered versions name; they are read when somebody asks."""
+
+    def __init__(self, uri: str, records: list[RunRecord], versions: list[ModelVersion]) -> None:
+        self.uri, self.records, self.versions = uri, [record for record in records if not record.deleted], versions
+
+    @cached_property
+    def _all(self) -> list[dict[str, Any]]:
+        texts = [version.tags["scores"] for version in self.versions if "scores" in version.tags]
+        for record in self.records:
+            tracker = Tracker(self.uri, record.run_id)
+            texts += [tracker.read_text(name) for name in tracker.names("evaluation")]
+        return [json.loads(text) for text in texts]
+
+    @cached_property
+    def evaluators(self) -> set[str]:
+        """Digests of the evaluators."""
+        return {str(scores.get("evaluator_digest")) for scores in self._all}
+
+    @cached_property
+    def samples(self) -> set[str]:
+        """Addresses of the samples."""
+        return {str(scores.get("samples")) for scores in self._all}
+
+    @cached_property
+    def features(self) -> set[str]:
+        """Names of the folders of features."""
+        found = [(str(scores.get("stream_digest")), str(scores.get("evaluator_digest"))) for scores in self._all]
+        return {f"{stream[:16]}-{evaluator[:16]}" for stream, evaluator in found}
 
 
 def _origin(folder: Folder, storage: Storage) -> Origin:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import ddpm
 from ddpm.model import Model, save_model
 from pipelines import tracking
 from pipelines.errors import PipelineError
-from pipelines.evaluation.evaluate import Scores
+from pipelines.evaluation.scores import Scores
 from pipelines.scratch import scratch_folder
 from pipelines.tracking import ModelVersion, Tracker
 
@@ -57,12 +57,13 @@ def gate(candidate: Scores, champion: Scores | None) -> Verdict:
     """
     if champion is None:
         return Verdict(True, "the alias has no version yet")
-    for name in ("evaluator_digest", "dataset_digest", "n", "seed"):
+    for name in ("evaluator_digest", "dataset_digest", "n", "seeds"):
         mine, theirs = getattr(candidate, name), getattr(champion, name)
         if mine != theirs:
             return Verdict(False, f"scores do not compare: {name} is {mine} here and {theirs} at the alias")
-    distances = f"Frechet distance {candidate.frechet_distance:.3f} against {champion.frechet_distance:.3f}"
-    if candidate.frechet_distance >= champion.frechet_distance:
+    mine, theirs = candidate["frechet_distance"].value, champion["frechet_distance"].value
+    distances = f"Frechet distance {mine:.3f} against {theirs:.3f}"
+    if not mine < theirs:  # a distance that is no number is not better
         return Verdict(False, f"not better: {distances}")
     if (candidate.class_accuracy or 0) < (champion.class_accuracy or 0) - ACCURACY_TOLERANCE:
         return Verdict(
@@ -100,8 +101,8 @@ def register(
         model_digest: SHA-256 of the checkpoint.
     """
     tags = {
-        "scores": json.dumps(asdict(scores)),
-        "frechet_distance": f"{scores.frechet_distance:.4f}",
+        "scores": json.dumps(scores.to_plain()),
+        "frechet_distance": f"{scores['frechet_distance'].value:.4f}",
         "class_accuracy": "" if scores.class_accuracy is None else f"{scores.class_accuracy:.4f}",
         "model_digest": model_digest,
         "dataset_digest": scores.dataset_digest,

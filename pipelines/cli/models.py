@@ -19,8 +19,10 @@ def evaluate(
     """Score a model against the real test split. Example: ddpm evaluate models:/digits@champion guidance.scale=2"""
     config = compose_connected(overrides)
 
-    from pipelines import flow, references
+    from pipelines import references
+    from pipelines.evaluation.scoring import score_model
     from pipelines.storage import Storage
+    from pipelines.training.ray_train.resources import connect_ray
 
     storage = Storage.of(config)
     resolved = references.resolve(model, tracking_uri=config.tracking.uri, storage=storage)
@@ -28,11 +30,20 @@ def evaluate(
 
     overridden = any(line.lstrip("+").startswith(("guidance", "sampler")) for line in overrides or [])
     settings = sampling(config) if overridden else resolved.model.spec.sampling
+    other_data = any(line.lstrip("+").startswith(("data=", "data.uri=")) for line in overrides or [])
     with terminal.live():
-        scores, _ = flow.evaluate_stage(resolved, settings, config, storage, terminal)
+        scores, _ = score_model(
+            resolved,
+            settings,
+            config,
+            storage,
+            terminal,
+            lambda: connect_ray(config, storage),
+            config.data.uri if other_data else None,
+        )
     for name, text in scores.lines():
         terminal.stage(name, text)
-    answer_json(as_json, dataclasses.asdict(scores))
+    answer_json(as_json, scores.to_plain())
 
 
 def sample(

@@ -195,8 +195,18 @@ class CheckpointConfig(Section):
 class EvaluationConfig(Section):
     """How samples are scored."""
 
-    seed: NonNegativeInt = 1
-    batch_size: PositiveInt = 90
+    n: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="samples of each noise seed; null: as many as the test split has. Papers use 50_000"
+    )
+    seed: NonNegativeInt = Field(1, description="of the noise, the first one")
+    seeds: PositiveInt = Field(3, description="noise seeds; scores are means over them, with their spread")
+    batch_size: PositiveInt = Field(90, description="images that are drawn together")
+    actors: PositiveInt | None = Field(
+        None, description="processes that draw, each with a CPU or GPU of the Ray cluster; null: as many as it has"
+    )
+    likelihood_images: NonNegativeInt = Field(
+        32, le=256, description="test images whose bits per dimension are computed, by the bound and by the ODE"
+    )
 
 
 class RegistryConfig(Section):

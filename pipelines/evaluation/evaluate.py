@@ -1,270 +1,176 @@
-"""Score a model: draw as many samples as the real test split has, with its labels, and compare features."""
+"""Score a model: draw samples on a Ray cluster, encode them, and compare them with the real images of its dataset."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import math
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import ray
-import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from ddpm.generate import Sampling, to_uint8
+from ddpm.generate import Sampling
 from ddpm.model import Model
-from ddpm.quality import FeatureMoments, frechet_distance
 from pipelines.display import Notice, Progress, no_notice, no_progress
-from pipelines.evaluation.devices import task_device
-from pipelines.evaluation.features import EvaluatorNetwork, extract, train_evaluator
-from pipelines.evaluation.tasks import finished
+from pipelines.evaluation.compare import Comparison
+from pipelines.evaluation.copies import Copies, look_for_copies
+from pipelines.evaluation.evaluators.base import Evaluator
+from pipelines.evaluation.likelihoods import BATCH as LIKELIHOOD_BATCH
+from pipelines.evaluation.likelihoods import Likelihood
+from pipelines.evaluation.real import Real
+from pipelines.evaluation.samples import Artists, Plan, draw, first_images
+from pipelines.evaluation.scores import Estimate, Scores
 from pipelines.scratch import scratch_folder
-from pipelines.shards.cache import ShardCache
-from pipelines.shards.fetch import ShardFetcher
-from pipelines.shards.index import Dataset, DatasetError
-from pipelines.shards.quarantine import read_quarantine
-from pipelines.shards.read import Batch, ShardReader, default_cache_dir, read_split
-from pipelines.storage import Storage, join
+from pipelines.storage import Storage
 
-EVALUATOR_SEED = 0
+NOISE_IMAGES = 1_024
+"""Images of noise, at most, of which the ceilings are."""
+GRID_IMAGES = 64
 
 
 @dataclass(frozen=True)
-class Evaluator:
-    """The evaluator network of a dataset, a classifier whose features are compared.
+class Request:
+    """What is asked of an evaluation.
 
     Attributes:
-        digest: SHA-256 of its weights.
-        test_accuracy: its accuracy on the real test split, 0..1.
+        sampling: settings with which the samples are drawn.
+        n: samples of each noise seed; as many as the test split has, where None.
+        seeds: seeds of the noise.
+        batch_size: images that are drawn together.
+        likelihood_images: test images whose likelihood is computed; 0 for none.
+        actors: how many draw at a time.
+        use_gpu: whether each has a GPU.
+        root: folder of all evaluations.
     """
 
-    network: EvaluatorNetwork
-    digest: str
-    test_accuracy: float
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The quality of a model's samples; comparable only with scores of the same evaluator, dataset, n and seed.
-
-    Attributes:
-        frechet_distance: distance of the samples' features to those of the real train split; lower is better.
-        floor: the same distance of the real test split, which n perfect samples would have.
-        ceiling: the same distance of noise.
-        class_accuracy: share of samples, 0..1, that the evaluator assigns to the requested class; None without classes.
-        real_accuracy: the evaluator's accuracy on the real test split, 0..1.
-        n: number of samples, equal to that of the test split.
-        seed: seed of the samples' noise.
-        evaluator_digest: SHA-256 of the evaluator's weights.
-        dataset_digest: digest of the dataset.
-        sampling: the settings with which the samples were drawn.
-    """
-
-    frechet_distance: float
-    floor: float
-    ceiling: float
-    class_accuracy: float | None
-    real_accuracy: float
-    n: int
-    seed: int
-    evaluator_digest: str
-    dataset_digest: str
-    sampling: dict[str, Any]
-
-    def lines(self) -> list[tuple[str, str]]:
-        """Return the scores in words, as lines of (name, text)."""
-        lines = []
-        if self.class_accuracy is not None:
-            text = f"{self.class_accuracy:.4f} of {self.n} samples (real test: {self.real_accuracy:.4f})"
-            lines.append(("accuracy", text))
-        ratio = self.frechet_distance / self.floor
-        text = (
-            f"Frechet {self.frechet_distance:.2f} = {ratio:.2f} times the floor {self.floor:.2f} of real test images "
-            f"(noise: {self.ceiling:.0f})"
-        )
-        return [*lines, ("distance", text)]
-
-    @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> Scores:
-        """Read what `asdict` gave, by this or an earlier release."""
-        known = {f.name: plain[f.name] for f in fields(cls)}
-        return cls(**{**known, "sampling": Sampling.from_json(plain["sampling"]).to_json()})
-
-    def metrics(self) -> dict[str, float]:
-        """Return the scores as MLflow metrics by name."""
-        values = {
-            "eval/frechet_distance": self.frechet_distance,
-            "eval/frechet_floor": self.floor,
-            "eval/frechet_ceiling": self.ceiling,
-            "eval/frechet_over_floor": self.frechet_distance / self.floor,
-        }
-        return values if self.class_accuracy is None else values | {"eval/class_accuracy": self.class_accuracy}
+    sampling: Sampling
+    n: int | None
+    seeds: tuple[int, ...]
+    batch_size: int
+    likelihood_images: int
+    actors: int
+    use_gpu: bool
+    root: str
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores, the samples that they belong to (uint8 [N, H, W, C]), and the samples' labels ([N])."""
+    """Scores, and pictures of what they are of.
+
+    Attributes:
+        images: the first samples, uint8 [N, H, W, C], N <= `GRID_IMAGES`.
+        labels: their class indices [N]; None without classes.
+        likelihoods: of some test images; None where none was asked for.
+        copies: what was found of copies of training images; None where there are too few images to say.
+    """
 
     scores: Scores
-    samples: NDArray[np.uint8]
-    labels: NDArray[np.int64]
-
-
-def open_splits(dataset: Dataset, storage: Storage, cache_dir: str | None, cache_gib: float) -> dict[str, Batch]:
-    """Return all real samples of a dataset by split, read through the node's shard cache."""
-    cache = ShardCache(Path(cache_dir) if cache_dir else default_cache_dir(), int(cache_gib * 2**30))
-    quarantine = read_quarantine(dataset.uri, storage)
-
-    def read(split: str) -> Batch:
-        fetcher = ShardFetcher(dataset.uri, storage, cache)
-        try:
-            return read_split(ShardReader(dataset, split, fetcher, quarantine))
-        finally:
-            fetcher.close()
-
-    return {split: read(split) for split in ("train", "test")}
-
-
-def get_evaluator(
-    dataset: Dataset, splits: dict[str, Batch], storage: Storage, notice: Notice = no_notice
-) -> Evaluator:
-    """Return the evaluator of a dataset, which is stored beside it; train and store it where there is none.
-
-    Raises:
-        DatasetError: the dataset has no labels to train on, or the stored weights do not match their record.
-    """
-    folder = join(dataset.uri, "evaluator", dataset.digest[:16])
-    network = EvaluatorNetwork(dataset.channels, dataset.image_size, max(len(dataset.classes), 1)).eval()
-    with tempfile.TemporaryDirectory(prefix="evaluator-", dir=scratch_folder()) as scratch:
-        path = Path(scratch) / "evaluator.safetensors"
-        if storage.exists(join(folder, "evaluator.json")):
-            storage.download(join(folder, path.name), path)
-            described = json.loads(storage.read(join(folder, "evaluator.json")))
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            if digest != described["digest"]:
-                raise DatasetError(f"{folder}: the evaluator's weights are not those that evaluator.json records")
-            network.load_state_dict(load_file(path))
-            return Evaluator(network, digest, described["test_accuracy"])
-        train, test = splits["train"], splits["test"]
-        if train.labels is None or test.labels is None:
-            raise DatasetError(f"{dataset.uri} has no labels: an evaluator is trained on classes")
-        notice("training the evaluator on the real train split, once for this dataset")
-        network = train_evaluator(train.images, train.labels, len(dataset.classes), seed=EVALUATOR_SEED)
-        accuracy = (extract(network, test.images).predicted == test.labels).double().mean().item()
-        save_file(dict(network.state_dict()), path)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        storage.upload(path, join(folder, path.name))
-        described = {
-            "digest": digest,
-            "test_accuracy": accuracy,
-            "seed": EVALUATOR_SEED,
-            "dataset_digest": dataset.digest,
-        }
-        storage.write(join(folder, "evaluator.json"), json.dumps(described, indent=1).encode())
-        return Evaluator(network, digest, accuracy)
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64] | None
+    likelihoods: Likelihood | None
+    copies: Copies | None
 
 
 def evaluate(
     model: Model,
-    settings: Sampling,
-    dataset: Dataset,
-    splits: dict[str, Batch],
+    model_digest: str,
+    request: Request,
+    real: Real,
     evaluator: Evaluator,
+    storage: Storage,
     *,
-    seed: int,
-    batch_size: int,
-    use_gpu: bool = False,
+    dataset_digest: str,
     progress: Progress = no_progress,
+    notice: Notice = no_notice,
 ) -> Evaluation:
-    """Draw samples on the Ray cluster, as many as the test split has and with its labels, and score them.
+    """Draw samples of a model on the Ray cluster and score them.
+
+    Neither memory of this process nor that of an actor grows with the number of samples: features lie in files.
 
     Args:
-        seed: of the noise.
-        batch_size: images of one Ray task.
-        use_gpu: whether a task gets a GPU.
-        progress: called with the images drawn so far and their total number.
+        model: with the guiding networks that the settings need.
+        model_digest: SHA-256 of its weights, under which its samples are kept.
     """
-    test = splits["test"]
-    n = len(test.images)
-    labels = test.labels if model.spec.classes else None
-    samples = sample_on_ray(
-        model, settings, labels=labels, count=n, seed=seed, batch_size=batch_size, use_gpu=use_gpu, progress=progress
+    plan = Plan(
+        model_digest,
+        request.sampling,
+        request.n or real.test.count,
+        request.seeds,
+        real.train.class_counts if model.spec.classes else (),
+        request.batch_size,
+        request.root,
     )
-    reference = FeatureMoments.of(extract(evaluator.network, splits["train"].images).features)
-
-    def distance(images: Tensor) -> float:
-        return frechet_distance(reference, FeatureMoments.of(extract(evaluator.network, images).features))
-
-    noise = torch.randn(test.images.shape, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1)
-    accuracy = None
-    if labels is not None:
-        accuracy = (extract(evaluator.network, samples).predicted == labels).double().mean().item()
+    with tempfile.TemporaryDirectory(prefix="evaluation-", dir=scratch_folder()) as scratch:
+        folder = Path(scratch)
+        artists = Artists(
+            model,
+            evaluator,
+            storage,
+            min(request.actors, len(plan.units())),
+            use_gpu=request.use_gpu,
+            notice=notice,
+        )
+        try:
+            drawn = draw(artists, plan, evaluator, model, folder, progress)
+            ((_, noise),) = artists.map("noise", [(min(plan.n, NOISE_IMAGES), plan.seeds[0])])
+            likelihoods = _likelihoods(artists, model, real, request)
+        finally:
+            artists.close()
+        comparison = Comparison.of(plan, drawn, real, noise, folder)
+        estimates = comparison.estimates(evaluator)
+        copies = look_for_copies(comparison.train, comparison.test, drawn, plan.n)
+        if likelihoods is not None:
+            estimates["bits_per_dim"] = _mean(likelihoods.bound)
+            estimates["bits_per_dim_ode"] = _mean(likelihoods.ode)
+        if copies is not None:
+            estimates |= copies.estimates()
     scores = Scores(
-        frechet_distance=distance(samples),
-        floor=distance(test.images),
-        ceiling=distance(noise),
-        class_accuracy=accuracy,
-        real_accuracy=evaluator.test_accuracy,
-        n=n,
-        seed=seed,
+        estimates=estimates,
+        n=plan.n,
+        seeds=plan.seeds,
+        evaluator=evaluator.kind,
         evaluator_digest=evaluator.digest,
-        dataset_digest=dataset.digest,
-        sampling=settings.to_json(),
+        features=evaluator.encoder.width,
+        real_accuracy=evaluator.accuracy,
+        dataset_digest=dataset_digest,
+        stream_digest=real.stream_digest,
+        real={"train": real.train.moments.count, "test": real.test.moments.count},
+        sampling=request.sampling.to_json(),
+        memorisation=None if copies is None else copies.to_plain(),
+        samples=plan.folder,
     )
-    return Evaluation(scores, to_uint8(samples).numpy(), (torch.zeros(n) if labels is None else labels).long().numpy())
-
-
-def sample_on_ray(
-    model: Model,
-    settings: Sampling,
-    *,
-    labels: Tensor | None,
-    count: int,
-    seed: int,
-    batch_size: int,
-    use_gpu: bool,
-    progress: Progress,
-) -> Tensor:
-    """Draw images in Ray tasks of `batch_size`, on which the images do not depend.
-
-    Returns:
-        Images [count, C, H, W] in [-1, 1], rounded to the 256 levels of a picture, which is what a user of the model
-        receives.
-    """
-    shared = ray.put(model.to("cpu"))
-    task = _sample_chunk.options(num_cpus=1, num_gpus=1 if use_gpu else 0)
-    pending = []
-    for image_ids in torch.arange(count).split(batch_size):
-        chunk_labels = None if labels is None else labels[image_ids]
-        pending.append(task.remote(shared, settings, chunk_labels, image_ids, seed))
-    parts: dict[int, Tensor] = {}
-    for place, drawn in finished(pending, {"CPU": 1, "GPU": int(use_gpu)}, "draw samples"):
-        parts[place] = torch.from_numpy(drawn.copy())
-        progress(sum(len(part) for part in parts.values()), count)
-    pixels = torch.cat([parts[place] for place in sorted(parts)])
-    return (pixels.permute(0, 3, 1, 2).float() / 127.5) - 1
-
-
-@ray.remote
-def _sample_chunk(
-    model: Model,
-    settings: Sampling,
-    labels: Tensor | None,
-    image_ids: Tensor,
-    seed: int,
-) -> NDArray[np.uint8]:
-    """Draw the images of these numbers (int64 [N]); uint8 [N, H, W, C]."""
-    torch.set_num_threads(1)
-    device = task_device()
-    model = model.to(device)
-    on_device = None if labels is None else labels.to(device)
-    images = model.generate(
-        on_device, sampling=settings, seed=seed, image_ids=image_ids.to(device), batch_size=len(image_ids)
+    labels = plan.labels(plan.seeds[0])
+    return Evaluation(
+        scores,
+        first_images(plan, storage, model.spec.shape[0], GRID_IMAGES),
+        None if labels is None else labels[:GRID_IMAGES],
+        likelihoods,
+        copies,
     )
-    return to_uint8(images).cpu().numpy()
+
+
+def _likelihoods(artists: Artists, model: Model, real: Real, request: Request) -> Likelihood | None:
+    """Return the likelihood of test images."""
+    if not request.likelihood_images:
+        return None
+    images, labels = real.held_out()
+    images = images[: request.likelihood_images]
+    calls = []
+    for first in range(0, len(images), LIKELIHOOD_BATCH):
+        span = slice(first, first + LIKELIHOOD_BATCH)
+        calls.append((images[span], None if labels is None else labels[span], first, request.seeds[0]))
+    found = dict(artists.map("likelihood", calls))
+    parts = [found[i] for i in range(len(calls))]
+    return Likelihood(
+        np.concatenate([part.bound for part in parts]),
+        np.concatenate([part.terms for part in parts]),
+        parts[0].timesteps,
+        np.concatenate([part.ode for part in parts]),
+    )
+
+
+def _mean(values: NDArray[np.float64]) -> Estimate:
+    """Return the estimate of a mean over images."""
+    error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return Estimate.of([float(values.mean())], [error])

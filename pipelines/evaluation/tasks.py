@@ -40,7 +40,7 @@ def finished(
         done, _ = ray.wait(list(places), num_returns=1, timeout=LOOK_EVERY_S)
         for task in done:
             yield places.pop(task), ray.get(task)
-        if done or _fits(needs):
+        if done or fits(needs):
             short_since = None
             continue
         now = time.monotonic()
@@ -54,7 +54,7 @@ def finished(
             )
 
 
-def _fits(needs: Mapping[str, float]) -> bool:
+def fits(needs: Mapping[str, float]) -> bool:
     """Return whether a node that is alive has what a task needs, free or in use."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return any(all(node.get(name, 0.0) >= need for name, need in needs.items()) for node in nodes)

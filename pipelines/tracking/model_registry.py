@@ -97,7 +97,7 @@ def register(tracker: Tracker, name: str, model_id: str, tags: Mapping[str, str]
             source,
             run_id=tracker.run_id,
             model_id=model_id,
-            tags={k: str(v)[:4900] for k, v in tags.items()},
+            tags={k: str(v) for k, v in tags.items()},
         )
 
     created = ask(tracker.uri, create)

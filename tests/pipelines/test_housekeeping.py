@@ -13,6 +13,7 @@ from pipelines.housekeeping import (
     folders,
     judge_evaluator,
     judge_published,
+    judge_scored,
     judge_study,
     plan_removal,
     removal_order,
@@ -210,3 +211,10 @@ def test_an_evaluator_is_garbage_when_its_dataset_has_changed_and_no_score_names
     assert not judge_evaluator(evaluator, "w", "0123456789abcdef" + "0" * 48, [], NOW).garbage
     assert not judge_evaluator(evaluator, "w", "f" * 64, ["w"], NOW).garbage
     assert not judge_evaluator(evaluator, "w", None, [], NOW).garbage
+
+
+def test_samples_and_features_are_garbage_when_no_score_names_them():
+    samples = folder("evaluations/0123", "samples.tar")
+    assert judge_scored(samples, False, "samples", NOW).garbage
+    assert not judge_scored(samples, True, "samples", NOW).garbage
+    assert not judge_scored(folder("evaluations/0123", "samples.tar", modified=NEW), False, "samples", NOW).garbage

@@ -1,0 +1,164 @@
+"""Compare the features of samples with those of real images: every score with its interval, floor and ceiling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ddpm.quality import (
+    FeatureMoments,
+    Measured,
+    frechet_distance,
+    frechet_influence,
+    measure_density_coverage,
+    measure_inception_score,
+    measure_kid,
+    measure_precision_recall,
+)
+from pipelines.evaluation.evaluators.base import Evaluator
+from pipelines.evaluation.real import Real, RealRows
+from pipelines.evaluation.rows import Rows
+from pipelines.evaluation.samples import Drawn, Plan
+from pipelines.evaluation.scores import Estimate
+
+NEIGHBOURS = 10_000
+"""Images of each side, at most, that are compared one by one."""
+CHUNK = 4_096
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Samples, real images and images of noise, as an evaluator sees them.
+
+    Attributes:
+        plan: which samples were drawn.
+        drawn: their rows, one noise seed after another.
+        real: moments of the real splits.
+        train, test: rows of the real splits.
+        noise: features of images of noise [M, D].
+    """
+
+    plan: Plan
+    drawn: Drawn
+    real: Real
+    train: RealRows
+    test: RealRows
+    noise: Tensor
+
+    @classmethod
+    def of(cls, plan: Plan, drawn: Drawn, real: Real, noise: NDArray[np.float32], folder: Path) -> Comparison:
+        """Return the comparison; the rows of the real splits are loaded into files below `folder`."""
+        train, test = (real.load(split, folder) for split in ("train", "test"))
+        return cls(plan, drawn, real, train, test, torch.from_numpy(noise))
+
+    def estimates(self, evaluator: Evaluator) -> dict[str, Estimate]:
+        """Return every score that the features allow."""
+        by_seed = [self._of_samples(place, evaluator) for place in range(len(self.plan.seeds))]
+        floors, ceilings = self._of_test(), self._of_noise()
+        return {
+            name: Estimate.of(
+                [found[name][0] for found in by_seed],
+                [found[name][1] for found in by_seed],
+                floor=floors.get(name),
+                ceiling=ceilings.get(name),
+            )
+            for name in by_seed[0]
+        }
+
+    def _of_samples(self, place: int, evaluator: Evaluator) -> dict[str, tuple[float, float]]:
+        """Return (value, standard error) of each score of one noise seed, by its place among them."""
+        start, stop = place * self.plan.n, (place + 1) * self.plan.n
+        moments = _moments(self.drawn.features, start, stop)
+        found = {}
+        for name, split in (("frechet_distance", self.real.train), ("frechet_distance_test", self.real.test)):
+            value = frechet_distance(split.moments, moments)
+            found[name] = value, _frechet_error(split.moments, moments, self.drawn.features, start, stop)
+        features = _tensor(self.drawn.features, start, min(stop, start + NEIGHBOURS))
+        found |= self._one_by_one(features)
+        probabilities = self.drawn.probabilities
+        if probabilities is None:
+            return found
+        found["inception_score"] = _of(measure_inception_score(_tensor(probabilities, start, stop)))
+        labels = self.plan.labels(self.plan.seeds[place])
+        if labels is not None and evaluator.labels:
+            predicted = np.concatenate([chunk.argmax(1) for chunk in _chunks(probabilities, start, stop)])
+            share = float((predicted == labels).mean())
+            found["class_accuracy"] = share, math.sqrt(share * (1 - share) / len(labels))
+        return found
+
+    def _one_by_one(self, features: Tensor) -> dict[str, tuple[float, float]]:
+        """Return the scores of features [N, D] that compare each image with each real train image."""
+        reference = self._reference()
+        found = {"kid": _of(measure_kid(reference, features))}
+        count = min(len(features), len(reference))  # those below depend on the sizes of the sets
+        real, fake = reference[:count], features[:count]
+        precision, recall = measure_precision_recall(real, fake)
+        density, coverage = measure_density_coverage(real, fake)
+        found |= {"precision": _of(precision), "recall": _of(recall)}
+        return found | {"density": _of(density), "coverage": _of(coverage)}
+
+    def _reference(self) -> Tensor:
+        """Return features of train images that models are compared with, [N, D], N <= `NEIGHBOURS`."""
+        chosen = np.flatnonzero(self.train.reference.map())[:NEIGHBOURS]
+        return torch.from_numpy(np.ascontiguousarray(self.train.features.map()[chosen]))
+
+    def _of_test(self) -> dict[str, float]:
+        """Return the scores of real test images, as many as there are samples where there are so many."""
+        count = min(len(self.test.features), self.plan.n)
+        moments = _moments(self.test.features, 0, count)
+        found = {"frechet_distance": frechet_distance(self.real.train.moments, moments)}
+        features = _tensor(self.test.features, 0, min(count, NEIGHBOURS))
+        found |= {name: value for name, (value, _) in self._one_by_one(features).items()}
+        reference = self._reference()[:count]
+        if len(reference) > 1:
+            found["frechet_distance_test"] = frechet_distance(self.real.test.moments, FeatureMoments.of(reference))
+        return found
+
+    def _of_noise(self) -> dict[str, float]:
+        """Return the scores of images of noise."""
+        moments = FeatureMoments.of(self.noise)
+        return {
+            "frechet_distance": frechet_distance(self.real.train.moments, moments),
+            "frechet_distance_test": frechet_distance(self.real.test.moments, moments),
+            "kid": _of(measure_kid(self._reference(), self.noise))[0],
+        }
+
+
+def _of(measured: Measured) -> tuple[float, float]:
+    return measured.value, measured.standard_error
+
+
+def _chunks(rows: Rows, start: int, stop: int) -> Iterator[NDArray[np.generic]]:
+    """Yield rows [start, stop), a few at a time."""
+    for first in range(start, stop, CHUNK):
+        yield rows.read(first, min(first + CHUNK, stop))
+
+
+def _tensor(rows: Rows, start: int, stop: int) -> Tensor:
+    return torch.from_numpy(rows.read(start, stop))
+
+
+def _moments(rows: Rows, start: int, stop: int) -> FeatureMoments:
+    """Return the moments of feature rows, in memory for a few of them."""
+    total: FeatureMoments | None = None
+    for chunk in _chunks(rows, start, stop):
+        part = FeatureMoments.of(torch.from_numpy(chunk))
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def _frechet_error(reference: FeatureMoments, moments: FeatureMoments, rows: Rows, start: int, stop: int) -> float:
+    """Return the standard error of the Frechet distance of feature rows."""
+    squares = 0.0
+    for chunk in _chunks(rows, start, stop):
+        squares += float(frechet_influence(reference, moments, torch.from_numpy(chunk)).square().sum())
+    count = stop - start
+    return math.sqrt(squares / (count - 1) / count)

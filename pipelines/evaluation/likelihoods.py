@@ -1,0 +1,88 @@
+"""The likelihood of real images under a model: the variational bound with its terms, and the probability-flow ODE."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ddpm.bound import variational_bound
+from ddpm.conditioning import Conditioning
+from ddpm.likelihood import ode_bits_per_dim
+from ddpm.model import Model
+
+BOUND_STEPS = 250
+"""Steps of the chain whose bound is computed, respaced from the schedule's own where it has more: each is one network
+evaluation, and more of them give a tighter bound."""
+ODE_TOLERANCE = 1e-4
+BATCH = 16
+"""Images of one call."""
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Bits per dimension of images, by both methods.
+
+    Attributes:
+        bound: upper bound on -log2 p(x_0), float64 [B].
+        terms: its terms by increasing noise, the prior last, float64 [B, steps + 1].
+        timesteps: t of each term, int64 [steps + 1].
+        ode: -log2 p(x_0) by the probability-flow ODE, float64 [B].
+    """
+
+    bound: NDArray[np.float64]
+    terms: NDArray[np.float64]
+    timesteps: NDArray[np.int64]
+    ode: NDArray[np.float64]
+
+
+def likelihood(
+    model: Model,
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64] | None,
+    first: int,
+    seed: int,
+    device: torch.device,
+) -> Likelihood:
+    """Return the likelihood of images under the model without guidance.
+
+    Args:
+        images: uint8 [B, C, H, W].
+        labels: class indices [B], for a model with classes.
+        first: number of the first image, on which its noise depends.
+        seed: of the noise.
+    """
+    x_0 = torch.from_numpy(images).to(device).float() / 127.5 - 1
+    image_ids = torch.arange(first, first + len(images), device=device)
+    conditional = labels is not None and bool(model.spec.classes)
+    cond = Conditioning(label=torch.from_numpy(labels).to(device)) if conditional else None  # type: ignore[arg-type]
+    schedule, denoiser = model.schedule, model.denoiser
+    bound = variational_bound(
+        model.spec.sampling.clipping.wrap(denoiser, schedule),
+        schedule,
+        x_0,
+        cond,
+        seed=seed,
+        image_ids=image_ids,
+        steps=min(BOUND_STEPS, schedule.num_steps),
+    )
+    flow = ode_bits_per_dim(
+        denoiser,
+        schedule,
+        x_0,
+        cond,
+        seed=seed,
+        image_ids=image_ids,
+        rtol=ODE_TOLERANCE,
+        atol=ODE_TOLERANCE,
+    )
+    terms = torch.cat([bound.terms, bound.prior[:, None]], 1)
+    timesteps = torch.cat([bound.timesteps, bound.timesteps.new_tensor([schedule.num_steps])])
+    return Likelihood(
+        bound.total.double().cpu().numpy(),
+        terms.double().cpu().numpy(),
+        timesteps.cpu().numpy(),
+        flow.bits_per_dim.double().cpu().numpy(),
+    )

@@ -1,0 +1,309 @@
+"""What an evaluator says of the real images of a dataset, computed once and stored beside it.
+
+Every evaluation of any model compares with the same real images. They are read once for each evaluator, as a stream, in
+Ray tasks; what is stored is enough for every score, so that a second evaluation reads no real image.
+
+    datasets/NAME/features/STREAM-EVALUATOR/train-000000000.npz …   features, labels and small copies of the images
+                                            moments.safetensors     of the features of each split
+                                            held-out.npz            some test images as they are, for likelihoods
+                                            real.json               written last
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load, save
+
+from ddpm.quality import FeatureMoments
+from pipelines.display import Notice, Progress, no_notice, no_progress
+from pipelines.evaluation.devices import task_device
+from pipelines.evaluation.evaluators.base import Evaluator
+from pipelines.evaluation.evaluators.share import reference_mask
+from pipelines.evaluation.images import thumbnail_size, thumbnails, to_levels
+from pipelines.evaluation.rows import Rows
+from pipelines.evaluation.tasks import finished
+from pipelines.shards.cache import ShardCache
+from pipelines.shards.fetch import ShardFetcher
+from pipelines.shards.index import Dataset
+from pipelines.shards.order import Located
+from pipelines.shards.quarantine import kept_shards, read_quarantine, stream_digest
+from pipelines.shards.read import Batch, ShardReader, default_cache_dir
+from pipelines.storage import NotFoundError, Storage, join
+
+PART = 4096
+"""Images of one stored part, and of one Ray task."""
+ENCODE_BATCH = 256
+HELD_OUT = 256
+"""Test images that are stored as they are, for likelihoods."""
+IN_FLIGHT = 64
+"""Tasks that are submitted at a time."""
+SPLITS = ("train", "test")
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class RealSplit:
+    """What is known of the images of one split.
+
+    Attributes:
+        count: number of its images.
+        class_counts: number of its images by class; empty without labels.
+        moments: of the features of those of its images that models are compared with.
+    """
+
+    count: int
+    class_counts: tuple[int, ...]
+    moments: FeatureMoments
+
+
+@dataclass(frozen=True)
+class Real:
+    """The real images of a dataset, as an evaluator sees them.
+
+    Attributes:
+        uri: the folder in which all of it is stored.
+        stream_digest: digest of the dataset with its quarantine.
+        train, test: the splits.
+    """
+
+    uri: str
+    stream_digest: str
+    train: RealSplit
+    test: RealSplit
+    width: int
+    thumbnail: tuple[int, int, int]
+    storage: Storage
+
+    def load(self, split: str, folder: Path, most: int | None = None) -> RealRows:
+        """Return features, labels and small copies of the images of a split, in files below `folder`.
+
+        Args:
+            most: number of images, from the first one on; all of them by default.
+        """
+        count = getattr(self, split).count if most is None else min(most, getattr(self, split).count)
+        rows = RealRows.at(folder, split, self.width, self.thumbnail)
+        if len(rows.labels) >= count:
+            return rows
+        for first in range(0, count, PART):
+            part = _unpack(self.storage.read(join(self.uri, _part_name(split, first))))
+            rows.write(first, {name: array[: count - first] for name, array in part.items()})
+        return rows
+
+    def held_out(self) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
+        """Return up to `HELD_OUT` test images, uint8 [N, C, H, W], and their labels [N], if any."""
+        part = _unpack(self.storage.read(join(self.uri, "held-out.npz")))
+        return part["images"], part.get("labels")
+
+
+@dataclass(frozen=True)
+class RealRows:
+    """Rows of a split, one for each image in shard order.
+
+    Attributes:
+        features: float32 [N, width].
+        labels: class indices, int64 [N]; -1 for data without labels.
+        reference: whether models are compared with the image, bool [N]; not where the evaluator was trained on it.
+        pixels: small copies of the images, uint8 [N, C, h, w].
+    """
+
+    features: Rows
+    labels: Rows
+    reference: Rows
+    pixels: Rows
+
+    @classmethod
+    def at(cls, folder: Path, name: str, width: int, thumbnail: tuple[int, int, int]) -> RealRows:
+        """Return the rows in files of a folder, empty where there are none."""
+        return cls(
+            Rows(folder / f"{name}-features", (width,), np.float32),
+            Rows(folder / f"{name}-labels", (), np.int64),
+            Rows(folder / f"{name}-reference", (), np.bool_),
+            Rows(folder / f"{name}-pixels", thumbnail, np.uint8),
+        )
+
+    def write(self, at: int, part: Mapping[str, NDArray[Any]]) -> None:
+        """Put the rows of a stored part at a place; `labels` last, by whose number they are known to be whole."""
+        for name in ("features", "reference", "pixels", "labels"):
+            getattr(self, name).write(at, part[name])
+
+
+def open_real(
+    dataset: Dataset,
+    evaluator: Evaluator,
+    storage: Storage,
+    *,
+    cache_dir: str | None,
+    cache_gib: float,
+    use_gpu: bool = False,
+    progress: Progress = no_progress,
+    notice: Notice = no_notice,
+) -> Real:
+    """Return what an evaluator says of the real images; they are read and encoded on the Ray cluster the first time.
+
+    Raises:
+        DatasetError: the dataset has no train or no test split.
+    """
+    quarantine = read_quarantine(dataset.uri, storage)
+    stream = stream_digest(dataset, quarantine)
+    uri = join(dataset.uri, "features", f"{stream[:16]}-{evaluator.digest[:16]}")
+    size = thumbnail_size(dataset.image_size, dataset.image_size)
+    thumbnail = (dataset.channels, *size)
+    try:
+        record = json.loads(storage.read(join(uri, "real.json")))
+    except NotFoundError:
+        notice("the real images are read and encoded, once for this evaluator")
+        access = _Access(dataset, storage, cache_dir, cache_gib)
+        record = _compute(access, evaluator, uri, stream, use_gpu, progress)
+    tensors = load(storage.read(join(uri, "moments.safetensors")))
+
+    def split(name: str) -> RealSplit:
+        described = record["splits"][name]
+        moments = FeatureMoments(described["reference"], tensors[f"{name}.mean"], tensors[f"{name}.scatter"])
+        return RealSplit(described["count"], tuple(described["class_counts"]), moments)
+
+    return Real(uri, stream, split("train"), split("test"), evaluator.encoder.width, thumbnail, storage)
+
+
+@dataclass(frozen=True)
+class _Access:
+    """How a task reads the real images."""
+
+    dataset: Dataset
+    storage: Storage
+    cache_dir: str | None
+    cache_gib: float
+
+    def counts(self, split: str) -> list[int]:
+        """Return the number of images in each shard of a split."""
+        quarantine = read_quarantine(self.dataset.uri, self.storage)
+        return [shard.samples for shard in kept_shards(self.dataset, split, quarantine)]
+
+    def read(self, split: str, positions: Sequence[NDArray[np.int64]]) -> Iterator[tuple[ShardReader, Batch]]:
+        """Yield the reader and a batch for each of these lists of positions in a split's shard order."""
+        cache_dir = Path(self.cache_dir) if self.cache_dir else default_cache_dir()
+        cache = ShardCache(cache_dir, int(self.cache_gib * 2**30))
+        fetcher = ShardFetcher(self.dataset.uri, self.storage, cache)
+        try:
+            reader = ShardReader(self.dataset, split, fetcher, read_quarantine(self.dataset.uri, self.storage))
+            ends = np.cumsum([shard.samples for shard in reader.shards])
+            for some in positions:
+                shards = np.searchsorted(ends, some, side="right")
+                starts = np.concatenate([[0], ends])[shards]
+                yield reader, reader.batch(Located(some, shards, some - starts))
+        finally:
+            fetcher.close()
+
+
+def _compute(
+    access: _Access,
+    evaluator: Evaluator,
+    uri: str,
+    stream: str,
+    use_gpu: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Encode every real image in Ray tasks, and store what a later evaluation needs; `real.json` last."""
+    counts = {split: sum(access.counts(split)) for split in SPLITS}
+    total, done = sum(counts.values()), 0
+    shared = ray.put(evaluator)
+    task = _encode_part.options(num_cpus=1, num_gpus=1 if use_gpu else 0)
+    splits: dict[str, Any] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for split in SPLITS:
+        firsts = list(range(0, counts[split], PART))
+        found: dict[int, _Part] = {}
+        for begin in range(0, len(firsts), IN_FLIGHT):
+            some = firsts[begin : begin + IN_FLIGHT]
+            spans = [(first, min(first + PART, counts[split])) for first in some]
+            pending = [task.remote(access, split, span, shared, uri) for span in spans]
+            for place, part in finished(pending, {"CPU": 1, "GPU": int(use_gpu)}, "encode real images"):
+                found[begin + place] = part
+                done += spans[place][1] - spans[place][0]
+                progress(done, total)
+        parts = [found[i] for i in range(len(firsts))]  # always in this order, whatever finished first
+        moments = reduce(lambda a, b: a + b, [part.moments for part in parts if part.moments is not None])
+        tensors |= {f"{split}.mean": moments.mean, f"{split}.scatter": moments.scatter}
+        classes = np.sum([part.class_counts for part in parts], axis=0).tolist()
+        splits[split] = {"count": counts[split], "reference": moments.count, "class_counts": classes}
+    access.storage.write(join(uri, "held-out.npz"), _held_out(access, counts["test"]))
+    access.storage.write(join(uri, "moments.safetensors"), save(tensors))
+    record = {
+        "format": FORMAT,
+        "stream_digest": stream,
+        "evaluator": {name: value for name, value in vars(evaluator).items() if name != "encoder"},
+        "splits": splits,
+    }
+    access.storage.write(join(uri, "real.json"), json.dumps(record, indent=1).encode())
+    return record
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a task returns of the images that it encoded; `moments` is None where none of them is a reference."""
+
+    moments: FeatureMoments | None
+    class_counts: tuple[int, ...]
+
+
+@ray.remote
+def _encode_part(access: _Access, split: str, span: tuple[int, int], evaluator: Evaluator, uri: str) -> _Part:
+    """Encode the images at the positions [start, stop) of a split, and store their rows."""
+    torch.set_num_threads(1)
+    encode = evaluator.encoder.to(task_device())
+    share = evaluator.share if split == "train" else None
+    positions = np.arange(*span)
+    batches = [positions[i : i + ENCODE_BATCH] for i in range(0, len(positions), ENCODE_BATCH)]
+    features, labels, reference, pixels = [], [], [], []
+    for reader, batch in access.read(split, batches):
+        levels = to_levels(batch.images)
+        features.append(encode(levels).features.numpy())
+        labels.append(np.full(len(levels), -1) if batch.labels is None else batch.labels.numpy())
+        reference.append(reference_mask(share, reader, batch.ordinals).numpy())
+        pixels.append(thumbnails(levels))
+    part = {
+        "features": np.concatenate(features),
+        "labels": np.concatenate(labels),
+        "reference": np.concatenate(reference),
+        "pixels": np.concatenate(pixels),
+    }
+    access.storage.write(join(uri, _part_name(split, span[0])), _pack(part))
+    classes = len(access.dataset.classes)
+    chosen = part["features"][part["reference"]]
+    return _Part(
+        FeatureMoments.of(torch.from_numpy(chosen)) if len(chosen) else None,
+        tuple(np.bincount(part["labels"], minlength=classes).tolist()) if classes else (),
+    )
+
+
+def _held_out(access: _Access, count: int) -> bytes:
+    """Return test images for likelihoods, spread evenly over the split, as they are stored."""
+    chosen = np.unique(np.linspace(0, count - 1, min(count, HELD_OUT)).round().astype(np.int64))
+    ((_, batch),) = access.read("test", [chosen])
+    part = {"images": to_levels(batch.images).numpy()}
+    return _pack(part if batch.labels is None else part | {"labels": batch.labels.numpy()})
+
+
+def _part_name(split: str, first: int) -> str:
+    return f"{split}-{first:09d}.npz"
+
+
+def _pack(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def _unpack(data: bytes) -> dict[str, NDArray[Any]]:
+    with np.load(io.BytesIO(data), allow_pickle=False) as found:
+        return dict(found)

@@ -1,0 +1,301 @@
+"""Samples of a model, drawn by actors of a Ray cluster and kept as WebDataset shards.
+
+What is drawn is decided by a `Plan` alone: image i of a noise seed has the label and the noise of its number, and is
+drawn in the batch that holds its number, so any number of actors gives the same images. Each batch is stored when it is
+ready, and a repetition after an interruption draws only those that are missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+
+from ddpm.generate import Sampling
+from ddpm.model import Model
+from pipelines.display import Notice, Progress
+from pipelines.evaluation.devices import task_device
+from pipelines.evaluation.evaluators.base import Evaluator
+from pipelines.evaluation.images import pack_samples, thumbnail_size, thumbnails, to_levels, unpack_samples
+from pipelines.evaluation.likelihoods import Likelihood, likelihood
+from pipelines.evaluation.rows import Rows
+from pipelines.evaluation.tasks import TaskError, fits
+from pipelines.retry import PATIENCE_S
+from pipelines.storage import NotFoundError, Storage, join
+
+LOOK_EVERY_S = 5.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which samples are drawn, and where they are kept.
+
+    Attributes:
+        model_digest: of the weights.
+        sampling: the settings.
+        n: number of samples of each noise seed.
+        seeds: seeds of the noise.
+        class_counts: number of real images by class, whose proportions the labels have; empty without classes.
+        batch_size: images that are drawn together.
+        root: folder of all evaluations.
+    """
+
+    model_digest: str
+    sampling: Sampling
+    n: int
+    seeds: tuple[int, ...]
+    class_counts: tuple[int, ...]
+    batch_size: int
+    root: str
+
+    @property
+    def folder(self) -> str:
+        """The folder of the samples: plans that differ in anything that decides an image have another one."""
+        decisive = [self.model_digest, self.sampling.key(), self.n, self.class_counts, self.batch_size]
+        return join(self.root, hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:20])
+
+    def labels(self, seed: int) -> NDArray[np.int64] | None:
+        """Return the label of each sample of a noise seed, int64 [n]; None without classes."""
+        return balanced_labels(self.n, self.class_counts, seed) if self.class_counts else None
+
+    def units(self) -> list[Unit]:
+        """Return the batches of all noise seeds, in order."""
+        units = []
+        for place, seed in enumerate(self.seeds):
+            labels = self.labels(seed)
+            for first in range(0, self.n, self.batch_size):
+                stop = min(first + self.batch_size, self.n)
+                chosen = None if labels is None else labels[first:stop]
+                units.append(Unit(join(self.folder, f"seed-{seed}"), seed, first, stop, chosen, place * self.n + first))
+        return units
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A batch of samples.
+
+    Attributes:
+        folder: where it is stored.
+        seed: of the noise.
+        first, stop: numbers of its images.
+        labels: of its images, int64 [stop - first]; None without classes.
+        row: place of its first image among those of all seeds.
+    """
+
+    folder: str
+    seed: int
+    first: int
+    stop: int
+    labels: NDArray[np.int64] | None
+    row: int
+
+    @property
+    def shard(self) -> str:
+        """Address of its images."""
+        return join(self.folder, f"samples-{self.first:09d}.tar")
+
+
+def balanced_labels(n: int, class_counts: Sequence[int], seed: int) -> NDArray[np.int64]:
+    """Return n labels with the proportions of `class_counts`, rounded by largest remainder, in a seeded order."""
+    counts = np.asarray(class_counts, np.float64)
+    exact = n * counts / counts.sum()
+    whole = np.floor(exact).astype(np.int64)
+    short = n - int(whole.sum())
+    whole[np.argsort(-(exact - whole), kind="stable")[:short]] += 1
+    ordered = np.repeat(np.arange(len(counts)), whole)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).numpy()
+    return ordered[order]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Rows of all samples, one noise seed after another, in files.
+
+    Attributes:
+        features: float32 [seeds * n, width].
+        probabilities: float32 [seeds * n, C]; None for an evaluator without classes.
+        pixels: small copies of the samples, uint8 [seeds * n, C, h, w].
+    """
+
+    features: Rows
+    probabilities: Rows | None
+    pixels: Rows
+
+
+class Artists:
+    """Actors that draw samples and compute likelihoods: model and evaluator are loaded once in each.
+
+    Args:
+        count: number of actors at most; those that the cluster has no room for begin when it has.
+        use_gpu: whether each has a GPU.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        evaluator: Evaluator,
+        storage: Storage,
+        count: int,
+        *,
+        use_gpu: bool = False,
+        notice: Notice,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        shared = ray.put((model.to("cpu"), evaluator))
+        kind = _Artist.options(num_cpus=1, num_gpus=1 if use_gpu else 0)
+        self.needs = {"CPU": 1.0, **({"GPU": 1.0} if use_gpu else {})}
+        self.actors = [kind.remote(shared, storage) for _ in range(count)]
+        self.starting = {actor.ready.remote(): actor for actor in self.actors}
+        self.idle: list[Any] = []
+        self.notice, self.patience_s = notice, patience_s
+
+    def close(self) -> None:
+        """End the actors."""
+        for actor in self.actors:
+            ray.kill(actor)
+
+    def map(self, method: str, calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        """Yield (place in `calls`, result) of a method called with each of these arguments, as they finish.
+
+        Only an actor that has started gets a call, so a cluster with room for one of them has it do all the work.
+
+        Raises:
+            TaskError: no node of the cluster can hold an actor.
+        """
+        waiting, running = deque(enumerate(calls)), dict[Any, tuple[int, Any]]()
+        began, said, short_since = time.monotonic(), False, None
+        while waiting or running:
+            while waiting and self.idle:
+                actor = self.idle.pop()
+                place, arguments = waiting.popleft()
+                running[getattr(actor, method).remote(*arguments)] = place, actor
+            done, _ = ray.wait([*running, *self.starting], num_returns=1, timeout=LOOK_EVERY_S)
+            for ref in done:
+                if ref in self.starting:
+                    ray.get(ref)
+                    self.idle.append(self.starting.pop(ref))
+                else:
+                    place, actor = running.pop(ref)
+                    result = ray.get(ref)
+                    self.idle.append(actor)
+                    yield place, result
+            if done or running or self.idle:
+                short_since = None
+                continue
+            now = time.monotonic()
+            if fits(self.needs):
+                if not said and now - began >= 2 * LOOK_EVERY_S:
+                    said = True
+                    self.notice("it waits for its turn: all processors of the Ray cluster are in use")
+                continue
+            short_since = now if short_since is None else short_since
+            if now - short_since >= self.patience_s:
+                asked = " and ".join(f"{need:g} {name}" for name, need in self.needs.items())
+                raise TaskError(
+                    f"an evaluation needs {asked} on one node, and for {self.patience_s:.0f} s no node of the Ray "
+                    "cluster has had that: add such a node, or lower cluster.gpus_per_worker"
+                )
+
+
+@ray.remote(max_restarts=3, max_task_retries=3)
+class _Artist:
+    """An actor with a model and an evaluator."""
+
+    def __init__(self, shared: tuple[Model, Evaluator], storage: Storage) -> None:
+        torch.set_num_threads(1)
+        self.device = task_device()
+        model, self.evaluator = shared
+        self.model = model.to(self.device)
+        self.encode = self.evaluator.encoder.to(self.device)
+        self.storage = storage
+
+    def ready(self) -> None:
+        """Answer when the actor has started."""
+
+    def draw(self, unit: Unit, plan: Plan) -> dict[str, NDArray[Any]]:
+        """Return features, probabilities and small copies of a batch of samples; what is stored is not made again."""
+        named = f"features-{self.evaluator.digest[:16]}-{unit.first:09d}.npz"
+        try:
+            with np.load(io.BytesIO(self.storage.read(join(unit.folder, named))), allow_pickle=False) as stored:
+                return dict(stored)
+        except NotFoundError:
+            images = self._images(unit, plan)
+        levels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+        encoded = self.encode(levels.to(self.device))
+        rows = {"features": encoded.features.numpy(), "pixels": thumbnails(levels)}
+        if encoded.probabilities is not None:
+            rows["probabilities"] = encoded.probabilities.numpy()
+        buffer = io.BytesIO()
+        np.savez(buffer, **rows)
+        self.storage.write(join(unit.folder, named), buffer.getvalue())
+        return rows
+
+    def _images(self, unit: Unit, plan: Plan) -> NDArray[np.uint8]:
+        """Return the samples of a unit, uint8 [N, H, W, C]: those that are stored, else drawn and stored."""
+        try:
+            return unpack_samples(self.storage.read(unit.shard), self.model.spec.shape[0])
+        except NotFoundError:
+            pass
+        labels = None if unit.labels is None else torch.from_numpy(unit.labels).to(self.device)
+        images = self.model.generate(
+            labels,
+            sampling=plan.sampling,
+            seed=unit.seed,
+            image_ids=torch.arange(unit.first, unit.stop, device=self.device),
+            batch_size=plan.batch_size,
+        )
+        levels = to_levels(images).permute(0, 2, 3, 1).cpu().numpy()
+        self.storage.write(unit.shard, pack_samples(levels, unit.labels, unit.first))
+        return levels
+
+    def noise(self, count: int, seed: int) -> NDArray[np.float32]:
+        """Return the features of images of noise, which no model should be as bad as."""
+        shape = (count, *self.model.spec.shape)
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1)
+        parts = to_levels(images).split(256)
+        return np.concatenate([self.encode(part.to(self.device)).features.numpy() for part in parts])
+
+    def likelihood(
+        self, images: NDArray[np.uint8], labels: NDArray[np.int64] | None, first: int, seed: int
+    ) -> Likelihood:
+        """Return the likelihood of a batch of real images."""
+        return likelihood(self.model, images, labels, first, seed, self.device)
+
+
+def draw(artists: Artists, plan: Plan, evaluator: Evaluator, model: Model, folder: Path, progress: Progress) -> Drawn:
+    """Draw the samples of a plan, and return their rows in files below `folder`."""
+    channels, height, width = model.spec.shape
+    small = (channels, *thumbnail_size(height, width))
+    units = plan.units()
+    features = Rows(folder / "features", (evaluator.encoder.width,), np.float32)
+    pixels = Rows(folder / "pixels", small, np.uint8)
+    probabilities: Rows | None = None
+    done, total = 0, len(plan.seeds) * plan.n
+    for place, rows in artists.map("draw", [(unit, plan) for unit in units]):
+        unit = units[place]
+        features.write(unit.row, rows["features"])
+        pixels.write(unit.row, rows["pixels"])
+        if "probabilities" in rows:
+            if probabilities is None:
+                probabilities = Rows(folder / "probabilities", rows["probabilities"].shape[1:], np.float32)
+            probabilities.write(unit.row, rows["probabilities"])
+        done += unit.stop - unit.first
+        progress(done, total)
+    return Drawn(features, probabilities, pixels)
+
+
+def first_images(plan: Plan, storage: Storage, channels: int, count: int) -> NDArray[np.uint8]:
+    """Return the first samples of the first noise seed, uint8 [count, H, W, C], from their shards."""
+    units = [unit for unit in plan.units() if unit.seed == plan.seeds[0] and unit.first < count]
+    return np.concatenate([unpack_samples(storage.read(unit.shard), channels) for unit in units])[:count]

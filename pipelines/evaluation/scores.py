@@ -1,0 +1,213 @@
+"""The scores of a model: each an estimate with its interval, floor and ceiling, and with what makes it comparable."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from ddpm.generate import Sampling
+
+Z_95 = 1.959964
+IMAGES_PER_FEATURE = 20
+"""Images per feature below which a Frechet distance is mostly its own bias and noise."""
+
+LABELS = {
+    "frechet_distance": "Frechet distance to the train split",
+    "frechet_distance_test": "Frechet distance to the test split",
+    "kid": "kernel distance (KID)",
+    "inception_score": "inception score",
+    "precision": "precision",
+    "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
+    "class_accuracy": "class accuracy",
+    "bits_per_dim": "bits per dimension, variational bound",
+    "bits_per_dim_ode": "bits per dimension, probability-flow ODE",
+    "copied": "share of samples unusually near to a training image, by pixels",
+    "copied_features": "share of samples unusually near to a training image, by features",
+    "authenticity": "authenticity",
+}
+"""Score -> its name in words, in the order in which scores are shown."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One score.
+
+    Attributes:
+        value: mean over the noise seeds.
+        low, high: 95 % interval of that mean at this number of samples; None where it is not known.
+        spread: standard deviation over the noise seeds; None for a single one.
+        floor: the same score of real test images, or the best that is possible; None where it has no such thing.
+        ceiling: the same score of images of noise; None where it has no such thing.
+    """
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    spread: float | None = None
+    floor: float | None = None
+    ceiling: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        values: Sequence[float],
+        errors: Sequence[float],
+        *,
+        floor: float | None = None,
+        ceiling: float | None = None,
+    ) -> Estimate:
+        """Return the estimate from the value and the standard error of each noise seed."""
+        mean = math.fsum(values) / len(values)
+        error = math.sqrt(math.fsum(e * e for e in errors)) / len(errors)
+        spread = None
+        if len(values) > 1:
+            spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+        return cls(mean, mean - Z_95 * error, mean + Z_95 * error, spread, floor, ceiling)
+
+    def __str__(self) -> str:
+        """Return the value with its interval."""
+        if self.low is None or self.high is None:
+            return f"{self.value:.4g}"
+        return f"{self.value:.4g} (95 %: {self.low:.4g} to {self.high:.4g})"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The quality of a model's samples; comparable only where evaluator, data, n and seeds are alike.
+
+    Attributes:
+        estimates: score -> estimate; `LABELS` has the names.
+        n: number of samples of each noise seed.
+        seeds: seeds of the samples' noise.
+        evaluator: kind of the network that judges.
+        evaluator_digest: SHA-256 of its weights and of what prepares the images for it.
+        features: width of its features.
+        real_accuracy: its accuracy on the real test split, 0..1; None without labels.
+        dataset_digest: digest of the dataset.
+        stream_digest: digest of the dataset with its quarantine; empty in scores of an earlier release.
+        real: number of real images by what they are for: "train", "test".
+        sampling: the settings with which the samples were drawn.
+        memorisation: what `ddpm.memorisation` found, as JSON; None where it was not looked for.
+        samples: folder of the sample shards; empty where they are not kept.
+    """
+
+    estimates: dict[str, Estimate]
+    n: int
+    seeds: tuple[int, ...]
+    evaluator: str
+    evaluator_digest: str
+    features: int
+    real_accuracy: float | None
+    dataset_digest: str
+    stream_digest: str
+    real: dict[str, int]
+    sampling: dict[str, Any]
+    memorisation: dict[str, Any] | None = None
+    samples: str = ""
+
+    def __getitem__(self, name: str) -> Estimate:
+        """Return the estimate of a score."""
+        return self.estimates[name]
+
+    def __contains__(self, name: str) -> bool:
+        """Return whether there is such a score."""
+        return name in self.estimates
+
+    @property
+    def class_accuracy(self) -> float | None:
+        """Share of samples, 0..1, that the evaluator assigns to the requested class; None without classes."""
+        return self.estimates["class_accuracy"].value if "class_accuracy" in self else None
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Return the scores in words, as lines of (name, text)."""
+        found = []
+        drawn = f"{self.n:,} samples" if len(self.seeds) == 1 else f"{len(self.seeds)} x {self.n:,} samples"
+        if "class_accuracy" in self:
+            real = "" if self.real_accuracy is None else f" (real test: {self.real_accuracy:.4f})"
+            found.append(("accuracy", f"{self['class_accuracy'].value:.4f} of {drawn}{real}"))
+        distance = self["frechet_distance"]
+        text = f"Frechet {_short(distance)}"
+        if distance.floor:
+            text += f" = {distance.value / distance.floor:.2f} times the floor {distance.floor:.2f} of real test images"
+        if distance.ceiling is not None:
+            text += f" (noise: {distance.ceiling:.0f})"
+        found.append(("distance", text))
+        groups = {
+            "variety": ("precision", "recall", "density", "coverage"),
+            "bits/dim": ("bits_per_dim", "bits_per_dim_ode"),
+        }
+        short = {"bits_per_dim": "bound", "bits_per_dim_ode": "ODE"}
+        for name, members in groups.items():
+            there = [f"{short.get(member, member)} {_short(self[member])}" for member in members if member in self]
+            if there:
+                found.append((name, ", ".join(there)))
+        if self.memorisation is not None:
+            found.append(("copies", self.memorisation["verdict"]))
+        return [*found, *(("note", note) for note in self.notes())]
+
+    def notes(self) -> list[str]:
+        """Return what a reader of the scores has to know about their size."""
+        if self.features and self.n < IMAGES_PER_FEATURE * self.features:
+            least = IMAGES_PER_FEATURE * self.features
+            return [
+                f"{self.n:,} samples are few for {self.features:,} features: compare this Frechet distance only with "
+                f"others of {self.n:,} samples, or set evaluation.n to {least:,} or more"
+            ]
+        return []
+
+    def metrics(self) -> dict[str, float]:
+        """Return the scores as MLflow metrics by name."""
+        values: dict[str, float] = {}
+        for name, estimate in self.estimates.items():
+            values[f"eval/{name}"] = estimate.value
+        distance = self["frechet_distance"]
+        extra = {
+            "eval/frechet_floor": distance.floor,
+            "eval/frechet_ceiling": distance.ceiling,
+            "eval/frechet_low": distance.low,
+            "eval/frechet_high": distance.high,
+            "eval/frechet_over_floor": distance.value / distance.floor if distance.floor else None,
+        }
+        values |= {name: value for name, value in extra.items() if value is not None}
+        return {name: value for name, value in values.items() if math.isfinite(value)}
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return the scores as JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Scores:
+        """Read what `to_plain` gave, by this or an earlier release."""
+        sampling = Sampling.from_json(plain["sampling"]).to_json()
+        if "estimates" in plain:
+            estimates = {name: Estimate(**estimate) for name, estimate in plain["estimates"].items()}
+            rest = {f.name: plain[f.name] for f in fields(cls) if f.name in plain}
+            return cls(**{**rest, "estimates": estimates, "seeds": tuple(plain["seeds"]), "sampling": sampling})
+        distance = Estimate(plain["frechet_distance"], floor=plain["floor"], ceiling=plain["ceiling"])
+        estimates = {"frechet_distance": distance}
+        if plain["class_accuracy"] is not None:
+            estimates["class_accuracy"] = Estimate(plain["class_accuracy"])
+        return cls(
+            estimates=estimates,
+            n=plain["n"],
+            seeds=(plain["seed"],),
+            evaluator="classifier",
+            evaluator_digest=plain["evaluator_digest"],
+            features=0,
+            real_accuracy=plain["real_accuracy"],
+            dataset_digest=plain["dataset_digest"],
+            stream_digest="",
+            real={},
+            sampling=sampling,
+        )
+
+
+def _short(estimate: Estimate) -> str:
+    """Return a value with half the width of its interval."""
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.value:.2f}"
+    return f"{estimate.value:.2f} ± {(estimate.high - estimate.low) / 2:.2f}"

@@ -1,0 +1,49 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ddpm.generate import Sampling
+from pipelines.evaluation.samples import Plan, balanced_labels
+
+PLAN = Plan("digest", Sampling.of(steps=4), 100, (1, 2), (30, 10), 32, "file:///evaluations")
+
+
+@pytest.mark.parametrize("n", [1, 7, 100, 999])
+def test_labels_have_the_proportions_of_the_data(n):
+    counts = np.array([60, 0, 30, 10])
+    found = np.bincount(balanced_labels(n, counts, seed=3), minlength=4)
+    assert found.sum() == n
+    assert np.abs(found - n * counts / 100).max() < 1
+
+
+def test_labels_are_in_an_order_that_a_prefix_does_not_betray():
+    # Data that is stored class by class must not make the first samples all of one class.
+    labels = balanced_labels(1_000, [100] * 10, seed=1)
+    assert np.bincount(labels[:100], minlength=10).min() >= 3
+    np.testing.assert_array_equal(labels, balanced_labels(1_000, [100] * 10, seed=1))
+    assert (labels != balanced_labels(1_000, [100] * 10, seed=2)).any()
+
+
+def test_units_cover_every_image_of_every_seed_once():
+    units = PLAN.units()
+    assert [(u.seed, u.first, u.stop) for u in units[:4]] == [(1, 0, 32), (1, 32, 64), (1, 64, 96), (1, 96, 100)]
+    rows = np.concatenate([np.arange(u.row, u.row + u.stop - u.first) for u in units])
+    np.testing.assert_array_equal(rows, np.arange(200))
+    for seed in PLAN.seeds:
+        labels = np.concatenate([u.labels for u in units if u.seed == seed])
+        np.testing.assert_array_equal(labels, PLAN.labels(seed))
+    assert len({u.shard for u in units}) == len(units)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"model_digest": "other"}, {"sampling": Sampling.of(steps=5)}, {"n": 99}, {"class_counts": (1, 1)},
+     {"batch_size": 31}],
+)  # fmt: skip
+def test_what_decides_an_image_decides_where_it_is_kept(change):
+    assert replace(PLAN, **change).folder != PLAN.folder
+
+
+def test_more_seeds_are_kept_beside_those_that_are_there():
+    assert replace(PLAN, seeds=(1, 2, 3)).folder == PLAN.folder
