@@ -18,7 +18,7 @@ from pipelines.config import Config, ConfigError, sampling
 from pipelines.display import Display, TimeBreakdown, no_report
 from pipelines.evaluation import evaluate as evaluation
 from pipelines.evaluation.evaluate import Scores
-from pipelines.evaluation.plots import label_grid
+from pipelines.evaluation.plots import grid_choice, label_grid
 from pipelines.references import Resolved
 from pipelines.registry import Verdict
 from pipelines.shards.index import DatasetError, read_dataset
@@ -283,9 +283,9 @@ def evaluate_stage(
     )
     if tracker:
         tracker.metrics(done.scores.metrics(), images_seen)
-        classes = max(len(model.spec.classes), 1)
-        order = [i for row in range(8) for c in range(classes) for i in (done.labels == c).nonzero()[0][row : row + 1]]
-        tracker.image("evaluation", label_grid(done.samples[order], classes, model.spec.classes), images_seen)
+        shown = grid_choice(done.labels, len(model.spec.classes), config.tracking.grid_images)
+        names = tuple(model.spec.classes[c] for c in done.labels[shown[0]]) if model.spec.classes else ()
+        tracker.image("evaluation", label_grid(done.samples[shown.ravel()], shown.shape[1], names), images_seen)
         tracker.text(tracking.to_json(asdict(done.scores)), artifact)
         if published and settings == model.spec.sampling:
             record_scores(tracker, published.images_seen, done.scores.metrics())

@@ -28,7 +28,7 @@ SHORT = [
     "checkpoint.every=2560",
     "tracking.log_every=640",
     "tracking.grid_every=1280",
-    "tracking.grid_rows=2",
+    "tracking.grid_images=20",
     "sampler.steps=10",
 ]
 
