@@ -55,6 +55,10 @@ class Tracker:
             return self.uri
         return f"{self.uri}/{run_page(info.experiment_id, self.run_id)}"
 
+    def experiment_id(self) -> str:
+        """Return MLflow's ID of the run's experiment."""
+        return str(self._ask(lambda client: client.get_run(self.run_id)).info.experiment_id)
+
     def params(self, params: Mapping[str, Any]) -> None:
         """Record flat parameters; those that are recorded already with the same value stay."""
         entities = import_mlflow().entities

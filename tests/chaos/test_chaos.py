@@ -199,7 +199,6 @@ def run_chaos(
 
     metrics = client.get_run(run.info.run_id).data.metrics
     assert any(key.startswith("system/node-0/") for key in metrics)
-    assert metrics["goodput/recomputed_images"] > 0
 
     folder = "s3://ddpm/runs/chaos"
     current = CheckpointList.from_json(arena.s3.read(f"{folder}/checkpoints.json"))

@@ -100,11 +100,11 @@ def test_curves_are_by_images_seen_and_have_speed_and_health(digits, tmp_path):
     first = tracker.points[75]
     assert first["train/loss"] == pytest.approx(sum(r.loss for r in shell.reports[:3]) / 3)
     assert first["train/images_per_s"] > 0
-    assert first["train/grad_norm"] > 0
-    assert first["train/memory_gib"] > 0
-    assert 0 <= first["train/data_wait_share"] <= 1
-    assert 0 < first["train/mfu"] < 1
-    assert first["train/skipped_updates"] == 0
+    assert first["updates/grad_norm"] > 0
+    assert first["worker/memory_gib"] > 0
+    assert 0 <= first["worker/data_wait_share"] <= 1
+    assert 0 < first["worker/mfu"] < 1
+    assert first["updates/skipped"] == 0
 
 
 @pytest.mark.parametrize(
