@@ -26,7 +26,7 @@ from typing import Any
 
 BATCH = 128
 SETTINGS = ["+experiment=digits", "optim.decay=constant", "optim.precision=fp32", f"batch_size={BATCH}",
-            "tracking.log_every=2000", "tracking.grid_every=1000000000", "tracking.grid_rows=1", "sampler.steps=2",
+            "tracking.log_every=2000", "tracking.grid_every=1000000000", "tracking.grid_images=10", "sampler.steps=2",
             "checkpoint.publish_every=1000000000"]  # fmt: skip
 CHECKPOINT_EVERY_S = 30
 

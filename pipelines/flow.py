@@ -24,7 +24,7 @@ from pipelines.shards.index import DatasetError, read_dataset
 from pipelines.shards.ingest.encode import CaptionEncoder
 from pipelines.shards.ingest.write import Ingested, ingest, source_digest
 from pipelines.storage import NotFoundError, Storage, join
-from pipelines.tracking import ModelVersion, Tracker
+from pipelines.tracking import ModelVersion, Tracker, links
 from pipelines.training import driver
 from pipelines.training.describe import workers_text
 from pipelines.training.driver import TrainingResult
@@ -262,4 +262,7 @@ def register_stage(
     model_id = registry.package(tracker, replace(resolved.model, spec=spec))
     version = registry.register(tracker, name, model_id, scores, spec.lineage, published.digest)
     verdict = registry.promote(tracker.uri, version, alias)
+    page = links.version_page(version.name, version.version)
+    where = f"as [{name} version {version.version}]({page}), which has the gate's verdict and all that it came from."
+    tracking.describe(tracker, {"Registered": where})
     return version, verdict, True

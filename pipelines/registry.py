@@ -87,7 +87,8 @@ def package(tracker: Tracker, model: Model) -> str:
         folder = Path(scratch) / "model"
         save_model(folder, model.spec, model.network.state_dict())
         code = Path(__file__).with_name("served_model.py")
-        return tracking.log_pyfunc(tracker, folder, code, [Path(ddpm.__path__[0])], requirements, example)
+        seen = int(model.spec.lineage.get("images_seen", 0))
+        return tracking.log_pyfunc(tracker, folder, code, [Path(ddpm.__path__[0])], requirements, example, seen)
 
 
 def register(

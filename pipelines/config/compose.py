@@ -77,14 +77,16 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: the file does not exist, or the configuration is not valid.
     """
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     try:
         given = OmegaConf.load(path)
-        if not OmegaConf.is_dict(given):
+        if not isinstance(given, DictConfig):
             raise ConfigError(f"{path}: a configuration is a mapping from names to values, this is none")
+        if isinstance(given.get("tracking"), DictConfig):
+            given.tracking.pop("grid_rows", None)  # of an earlier release: images per class in a grid
         merged = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
         plain = OmegaConf.to_container(merged, resolve=True)
     except FileNotFoundError as error:

@@ -170,7 +170,7 @@ class TrackingConfig(Section):
     sinks: tuple[Literal["mlflow", "jsonl"], ...] = Field(("mlflow",), description="what a run's curves are sent to")
     log_every: PositiveInt = 2_000
     grid_every: PositiveInt | None = Field(10_000, description="images between sample grids; null: none")
-    grid_rows: PositiveInt = 8
+    grid_images: PositiveInt = Field(64, description="most images in a grid, whatever the number of classes")
     profile_at: NonNegativeInt | None = Field(None, description="images seen at which torch.profiler begins to look")
     profile_steps: PositiveInt = Field(5, description="steps that it looks at")
 

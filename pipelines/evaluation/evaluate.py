@@ -19,14 +19,13 @@ from pipelines.evaluation.evaluators.base import Evaluator
 from pipelines.evaluation.likelihoods import BATCH as LIKELIHOOD_BATCH
 from pipelines.evaluation.likelihoods import Likelihood
 from pipelines.evaluation.real import Real
-from pipelines.evaluation.samples import Artists, Plan, draw, first_images
+from pipelines.evaluation.samples import Artists, Plan, draw
 from pipelines.evaluation.scores import Estimate, Scores
 from pipelines.scratch import scratch_folder
 from pipelines.storage import Storage
 
 NOISE_IMAGES = 1_024
 """Images of noise, at most, of which the ceilings are."""
-GRID_IMAGES = 64
 
 
 @dataclass(frozen=True)
@@ -56,18 +55,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores, and pictures of what they are of.
+    """Scores, and what they are of.
 
     Attributes:
-        images: the first samples, uint8 [N, H, W, C], N <= `GRID_IMAGES`.
-        labels: their class indices [N]; None without classes.
+        plan: which samples were drawn, and where they are.
         likelihoods: of some test images; None where none was asked for.
         copies: what was found of copies of training images; None where there are too few images to say.
     """
 
     scores: Scores
-    images: NDArray[np.uint8]
-    labels: NDArray[np.int64] | None
+    plan: Plan
     likelihoods: Likelihood | None
     copies: Copies | None
 
@@ -140,14 +137,7 @@ def evaluate(
         memorisation=None if copies is None else copies.to_plain(),
         samples=plan.folder,
     )
-    labels = plan.labels(plan.seeds[0])
-    return Evaluation(
-        scores,
-        first_images(plan, storage, model.spec.shape[0], GRID_IMAGES),
-        None if labels is None else labels[:GRID_IMAGES],
-        likelihoods,
-        copies,
-    )
+    return Evaluation(scores, plan, likelihoods, copies)
 
 
 def _likelihoods(artists: Artists, model: Model, real: Real, request: Request) -> Likelihood | None:

@@ -295,7 +295,12 @@ def draw(artists: Artists, plan: Plan, evaluator: Evaluator, model: Model, folde
     return Drawn(features, probabilities, pixels)
 
 
-def first_images(plan: Plan, storage: Storage, channels: int, count: int) -> NDArray[np.uint8]:
-    """Return the first samples of the first noise seed, uint8 [count, H, W, C], from their shards."""
-    units = [unit for unit in plan.units() if unit.seed == plan.seeds[0] and unit.first < count]
-    return np.concatenate([unpack_samples(storage.read(unit.shard), channels) for unit in units])[:count]
+def read_images(plan: Plan, storage: Storage, channels: int, chosen: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Return samples of the first noise seed by their numbers [N], uint8 [N, H, W, C], from their shards."""
+    found: dict[int, NDArray[np.uint8]] = {}
+    for unit in plan.units():
+        inside = [int(number) for number in chosen if unit.first <= number < unit.stop]
+        if unit.seed == plan.seeds[0] and inside:
+            images = unpack_samples(storage.read(unit.shard), channels)
+            found |= {number: images[number - unit.first] for number in inside}
+    return np.stack([found[int(number)] for number in chosen])

@@ -19,6 +19,7 @@ from pipelines.evaluation.evaluate import Evaluation, Request, evaluate
 from pipelines.evaluation.evaluators import open_evaluator
 from pipelines.evaluation.plots import grid_choice, label_grid
 from pipelines.evaluation.real import open_real
+from pipelines.evaluation.samples import read_images
 from pipelines.evaluation.scores import Scores
 from pipelines.references import Resolved
 from pipelines.shards.index import read_dataset
@@ -96,7 +97,7 @@ def score_model(
         notice=notice,
     )
     if tracker:
-        _record(tracker, done, model, artifact, images_seen, config.tracking.grid_images)
+        _record(tracker, done, model, storage, artifact, images_seen, config.tracking.grid_images)
         if resolved.published and settings == model.spec.sampling:
             record_scores(tracker, resolved.published.images_seen, done.scores.metrics())
     return done.scores, True
@@ -129,14 +130,17 @@ def weights_digest(model: Model) -> str:
 
 
 def _record(
-    tracker: Tracker, done: Evaluation, model: Model, artifact: str, images_seen: int, grid_images: int
+    tracker: Tracker,
+    done: Evaluation,
+    model: Model,
+    storage: Storage,
+    artifact: str,
+    images_seen: int,
+    grid_images: int,
 ) -> None:
     """Record scores and pictures in the run; the scores as a file last, by which a later evaluation finds them."""
     tracker.metrics(done.scores.metrics(), images_seen)
-    classes = model.spec.classes
-    chosen, columns = grid_choice(done.labels, len(classes), grid_images, len(done.images))
-    names = tuple(classes[c] for c in done.labels[chosen[:columns]]) if done.labels is not None else ()
-    tracker.image(FOLDER, label_grid(done.images[chosen], columns, names), images_seen)
+    _record_grid(tracker, done, model, storage, images_seen, grid_images)
     if done.copies is not None:
         tracker.image("nearest-training-images", done.copies.picture(), images_seen)
     if done.likelihoods is not None:
@@ -146,3 +150,17 @@ def _record(
         }
         tracker.text(tracking.to_json(terms), artifact.replace(FOLDER, "bound", 1))
     tracker.text(tracking.to_json(done.scores.to_plain()), artifact)
+    scored = "; ".join(text for _, text in done.scores.lines())
+    tracking.describe(tracker, {"Score": f"at {images_seen:,} images: {scored}."})
+
+
+def _record_grid(
+    tracker: Tracker, done: Evaluation, model: Model, storage: Storage, images_seen: int, most: int
+) -> None:
+    """Record a picture of some samples, a column for each class."""
+    classes, labels = model.spec.classes, done.plan.labels(done.plan.seeds[0])
+    numbers = np.zeros(done.plan.n, np.int64) if labels is None else labels
+    shown = grid_choice(numbers, len(classes) if labels is not None else 0, most)
+    names = () if labels is None else tuple(classes[c] for c in labels[shown[0]])
+    images = read_images(done.plan, storage, model.spec.shape[0], shown.ravel())
+    tracker.image(FOLDER, label_grid(images, shown.shape[1], names), images_seen)

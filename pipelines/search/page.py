@@ -8,14 +8,15 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from pipelines.evaluation.plots import label_grid
+from pipelines.search.importance import Importances, importances
 from pipelines.search.observer import describe_params
-from pipelines.search.optuna_search import past_of
 from pipelines.search.study import TrialRecord, best, done, loss, pareto_front
 from pipelines.search.study_config import DIRECTIONS, Objective, StudyConfig
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from pipelines.search.guidance_search import Confirmed
 
 MIN_JUDGED = 4
-"""Judged trials below which importances mean nothing."""
+"""Judged trials below which parallel coordinates show nothing."""
 LABELS: dict[Objective, str] = {
     "frechet_distance": "Frechet distance",
     "bits_per_dim": "bits/dim",
@@ -60,14 +61,20 @@ class Page:
     command: str = ""
     notes: Sequence[str] = ()
 
+    @cached_property
+    def importances(self) -> Importances:
+        """How much each parameter matters, and how far that can be trusted."""
+        return importances(self.study, self.records)
+
     def figures(self) -> dict[str, Figure]:
         """Return the interactive figures by name; figures that need more trials are missing."""
         objectives = self.study.objectives
         found = {"history": history(self.records, objectives[0])}
         for other in objectives[:-1]:
             found[f"pareto_{other}"] = pareto(self.records, objectives, other)
+        if self.importances.shares:
+            found["importances"] = importance_figure(self.importances, objectives[0])
         if len(done(self.records)) >= MIN_JUDGED:
-            found["importances"] = importances(self.study, self.records)
             found["parallel"] = parallel(self.records, objectives[0])
         return found
 
@@ -149,22 +156,20 @@ def pareto(records: Sequence[TrialRecord], objectives: Sequence[Objective], show
     return _titled(figure, title, LABELS[across], LABELS[shown], log_y=shown == "frechet_distance")
 
 
-def importances(study: StudyConfig, records: Sequence[TrialRecord]) -> Figure:
-    """Plot how much of the first objective's variance each parameter explains (fANOVA, Hutter et al. 2014)."""
-    import optuna
+def importance_figure(found: Importances, objective: Objective) -> Figure:
+    """Plot how much of an objective's variance each parameter explains, with the spread over resampled trials."""
     import plotly.graph_objects as go
 
-    past = past_of(study, done(records))
-    target = (lambda trial: trial.values[0]) if len(past.directions) > 1 else None
-    # fANOVA can only compare parameters that all trials have.
-    shared = set.intersection(*(set(r.params) for r in done(records)))
-    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-    try:
-        found = optuna.importance.get_param_importances(past, evaluator=evaluator, params=sorted(shared), target=target)
-    except (RuntimeError, ValueError):  # all scores are equal, so there is no variance to explain
-        found = {}
-    figure = go.Figure(go.Bar(x=list(found.values())[::-1], y=list(found)[::-1], orientation="h"))
-    return _titled(figure, "Parameter importances", f"share of the variance of {LABELS[study.objectives[0]]}", "")
+    paths, shares = list(found.shares)[::-1], list(found.shares.values())[::-1]
+    spread = {
+        "type": "data",
+        "symmetric": False,
+        "array": [max(share.high - share.value, 0.0) for share in shares],
+        "arrayminus": [max(share.value - share.low, 0.0) for share in shares],
+        "thickness": 1,
+    }
+    figure = go.Figure(go.Bar(x=[share.value for share in shares], y=paths, orientation="h", error_x=spread))
+    return _titled(figure, "Parameter importances", f"share of the variance of {LABELS[objective]}", "")
 
 
 def parallel(records: Sequence[TrialRecord], objective: Objective) -> Figure:

@@ -50,10 +50,10 @@ class FetchStats:
         """Return the counts as metrics of a run, since the process began."""
         reads = self.cached_reads + self.block_reads
         return {
-            "data/fetched_mib": self.bytes / 2**20,
-            "data/requests": float(self.requests),
-            "data/whole_shards": float(self.whole_shards),
-            "data/cache_hits": self.cached_reads / reads if reads else 0.0,
+            "worker/fetched_mib": self.bytes / 2**20,
+            "worker/requests": float(self.requests),
+            "worker/whole_shards": float(self.whole_shards),
+            "worker/cache_hits": self.cached_reads / reads if reads else 0.0,
         }
 
     def add(self, **counts: int) -> None:

@@ -1,7 +1,8 @@
 """What is recorded of runs and models: the only package that talks to MLflow, apart from the served model itself.
 
-`run` is one MLflow run, `model_registry` the versions and aliases, `run_log` what rank 0 logs while it trains, sent to
-every sink through an `outbox` each. A sink is a class in one file and one line in `run_log.SINKS`.
+`run` is one MLflow run, `note` its description, `links` the addresses of pages, `model_registry` the versions and
+aliases, `run_log` what rank 0 logs while it trains, sent to every sink through an `outbox` each. A sink is a class in
+one file and one line in `run_log.SINKS`.
 """
 
 from pipelines.tracking.client import TrackingError, UnreachableError, authenticate, environment, recording
@@ -16,6 +17,7 @@ from pipelines.tracking.model_registry import (
     version,
     versions,
 )
+from pipelines.tracking.note import describe
 from pipelines.tracking.run import Tracker, get_run, open_run, to_json
 from pipelines.tracking.run_list import ENDED, RunRecord, delete_run, list_runs, retire_run
 from pipelines.tracking.run_log import UNSENT, RunLog
@@ -36,6 +38,7 @@ __all__ = [
     "all_versions",
     "authenticate",
     "delete_run",
+    "describe",
     "download_version",
     "environment",
     "get_run",

@@ -43,14 +43,18 @@ def log_pyfunc(
     packages: Iterable[Path],
     requirements: list[str],
     example: Any,
+    images_seen: int,
 ) -> str:
     """Store a models-from-code pyfunc with a model folder in the run; return the ID of the logged model.
+
+    MLflow shows the run's points at `images_seen`, its loss and scores there, as those of the model.
 
     Args:
         folder: the model folder, the artifact "model" of the pyfunc.
         code: the module that defines the pyfunc.
         packages: source folders that travel with it.
         example: (inputs, outputs, params) from which the signature is inferred.
+        images_seen: by the model.
     """
     import mlflow
     from mlflow.models import infer_signature
@@ -70,6 +74,7 @@ def log_pyfunc(
                 code_paths=[str(p) for p in packages],
                 pip_requirements=requirements,
                 signature=infer_signature(inputs, outputs, params=params),
+                step=images_seen,
             )
         return str(info.model_id)
 

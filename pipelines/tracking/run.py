@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 
 from pipelines.retry import PATIENCE_S
 from pipelines.scratch import scratch_folder
-from pipelines.tracking.client import TrackingError, ask, first_answer, import_mlflow
+from pipelines.tracking.client import TrackingError, ask, first_answer, import_mlflow, recording
+from pipelines.tracking.links import run_page
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 RUN_TAG = "ddpm.run"
-KIND = "custom_model_development"
+KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
 T = TypeVar("T")
 
 
@@ -47,12 +48,16 @@ class Tracker:
 
     @property
     def url(self) -> str:
-        """The page of the run; that of the server, where it does not answer now."""
+        """The page of the run in MLflow's view for training; that of the server, where it does not answer now."""
         try:
             info = ask(self.uri, lambda client: client.get_run(self.run_id), patience_s=0).info
         except TrackingError:
             return self.uri
-        return f"{self.uri}/#/experiments/{info.experiment_id}/runs/{self.run_id}"
+        return f"{self.uri}/{run_page(info.experiment_id, self.run_id)}"
+
+    def experiment_id(self) -> str:
+        """Return MLflow's ID of the run's experiment."""
+        return str(self._ask(lambda client: client.get_run(self.run_id)).info.experiment_id)
 
     def params(self, params: Mapping[str, Any]) -> None:
         """Record flat parameters; those that are recorded already with the same value stay."""
@@ -219,18 +224,23 @@ def to_json(value: Any) -> str:
 
 
 def _experiment_id(uri: str, experiment: str) -> str:
-    """Return the ID of an experiment, which is made where there is none."""
+    """Return the ID of an experiment, which is made where there is none.
+
+    Its kind says that MLflow shows training runs and charts of it; a kind that somebody has chosen stays.
+    """
     found = first_answer(uri, lambda client: client.get_experiment_by_name(experiment))
     if found is None:
         try:
-            # The kind that opens the pages on training runs and charts, not on language-model traces.
-            kind = {"mlflow.experimentKind": KIND}
-            return str(ask(uri, lambda client: client.create_experiment(experiment, tags=kind)))
+            return str(ask(uri, lambda client: client.create_experiment(experiment, tags={KIND_TAG: KIND})))
         except TrackingError as error:
             found = ask(uri, lambda client: client.get_experiment_by_name(experiment))
             if found is None:  # else another run was faster
                 raise error
-    return str(found.experiment_id)
+    experiment_id, kind = str(found.experiment_id), found.tags.get(KIND_TAG, "")
+    if kind in ("", "no_inferred_type") or kind.endswith("_inferred"):  # the page guessed it, from what it had seen
+        with recording(f"does not take it that experiment '{experiment}' is of training runs"):
+            ask(uri, lambda client: client.set_experiment_tag(experiment_id, KIND_TAG, KIND), patience_s=0)
+    return experiment_id
 
 
 def _named(client: MlflowClient, experiments: list[str], name: str) -> str | None:

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import getpass
 import os
+from html import escape
 
 from pipelines import tracking
 from pipelines.config import Config
+from pipelines.shards.index import Dataset
+from pipelines.tracking import Tracker, links
+from pipelines.training.goodput import Goodput
 from pipelines.training.loop.shell import Job
+
+GOODPUT_PAGE = "goodput.html"
+"""The artifact of a run with the table of its ledger."""
 
 
 def describe_run(job: Job) -> None:
@@ -26,12 +33,46 @@ def describe_run(job: Job) -> None:
             "mlflow.source.name": f"ddpm train name={config.name}",
             "mlflow.source.type": "LOCAL",
             "mlflow.user": user_name(),
-            "mlflow.note.content": _description(job),
         }
     )
     counts = {split: job.dataset.samples(split) for split in job.dataset.splits}
     tracker.dataset(job.dataset.uri.rsplit("/", 1)[-1], job.dataset.digest, job.dataset.uri, counts)
     tracker.text(tracking.to_json(config.model_dump(mode="json")), "config.json")
+    resume = (
+        f"resume with `ddpm train … name={config.name}`, sample with `ddpm sample runs:/{tracker.run_id} --out DIR`."
+    )
+    tracking.describe(tracker, {"Training": training_text(config, job.dataset), "Commands": resume})
+
+
+def report_goodput(tracker: Tracker, goodput: Goodput, images_seen: int) -> None:
+    """Record where the time of a run went: its goodput as a curve, all of it as a table among the artifacts."""
+    tracker.metrics(goodput.metrics(), images_seen)
+    tracker.text(goodput_page(goodput), GOODPUT_PAGE)
+    table = links.run_page(tracker.experiment_id(), tracker.run_id, f"artifacts/{GOODPUT_PAGE}")
+    tracking.describe(tracker, {"Goodput": f"{goodput_text(goodput)} [Where the time went]({table})"})
+
+
+def goodput_text(goodput: Goodput) -> str:
+    """Return the goodput of a run in a sentence or two."""
+    lost = f", {goodput.recomputed_images:,} images were computed twice" if goodput.recomputed_images else ""
+    return (
+        f"{goodput.fraction:.1%} of the time was training that lasts: {goodput.productive_s:,.0f} of "
+        f"{goodput.wall_s - goodput.idle_s:,.0f} s with a driver{lost}."
+    )
+
+
+def goodput_page(goodput: Goodput) -> str:
+    """Return the table of a run's ledger as HTML."""
+    cells = "".join(
+        f"<tr><th>{escape(what)}</th><td class=n>{escape(much)}</td><td>{escape(meaning)}</td></tr>"
+        for what, much, meaning in goodput.table()
+    )
+    return (
+        "<!doctype html><meta charset=utf-8><title>Goodput</title><style>body{font:14px/1.6 system-ui,sans-serif}"
+        "table{border-collapse:collapse}th,td{text-align:left;padding:4px 14px;border-bottom:1px solid #dfe3ea}"
+        ".n{text-align:right;white-space:nowrap}</style>"
+        f"<h3>Where the time of the run went</h3><table>{cells}</table>"
+    )
 
 
 def user_name() -> str:
@@ -48,14 +89,17 @@ def workers_text(config: Config) -> str:
     return f"{most} workers" if least == most else f"{least} to {most} workers"
 
 
-def _description(job: Job) -> str:
-    """Return the text at the top of the run's page."""
-    config = job.config
+def training_text(config: Config, dataset: Dataset) -> str:
+    """Return in words what is trained on what."""
+    size, classes = dataset.image_size, len(dataset.classes)
+    pictures = f"{size}x{size}{f' of {classes} classes' if classes > 1 else ''}"
+    what = (
+        "a classifier of noisy images"
+        if config.task == "classifier"
+        else f"{config.objective.prediction}-prediction by `{config.model.kind}`"
+    )
     return (
-        f"{config.images:,} images of `{job.dataset.uri}` in batches of {config.batch_size} "
-        f"on {workers_text(config)}: {config.objective.prediction}-prediction, "
-        f"{config.schedule.kind} schedule. Steps of all curves are images seen. Sample grids are under *Artifacts*, "
-        "`images/`, and, with a step slider, at the end of *Model metrics*. "
-        f"Resume with `ddpm train … name={config.name}`; "
-        f"sample with `ddpm sample runs:/{job.tracker.run_id} --out DIR`."
+        f"{what}, {config.schedule.kind} schedule, on {config.images:,} images in batches of {config.batch_size} on "
+        f"{workers_text(config)}, from the {dataset.samples('train'):,} of `{dataset.uri}` ({pictures}). Steps of all "
+        "curves are images seen."
     )

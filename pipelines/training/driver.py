@@ -14,7 +14,7 @@ from pipelines.shards.index import Dataset, DatasetError, read_dataset
 from pipelines.shards.quarantine import read_quarantine
 from pipelines.storage import FencedError, Storage, StorageError
 from pipelines.tracking import Tracker
-from pipelines.training.describe import describe_run
+from pipelines.training.describe import describe_run, report_goodput
 from pipelines.training.errors import TrainingError
 from pipelines.training.goodput import Goodput
 from pipelines.training.ledger import Ledger, goodput_of, read_sessions
@@ -135,7 +135,8 @@ def train(
         with tracking.recording("has not got all that waits"):
             send_unsent(job)
             if not tracker.is_finished():
-                tracker.metrics(goodput.metrics() if goodput else {}, plan.resumes_at)
+                if goodput:
+                    report_goodput(tracker, goodput, plan.resumes_at)
                 tracker.status("FINISHED")
         return _result(tracker, "complete", plan.resumes_at, goodput)
     began = time.time()
@@ -153,7 +154,8 @@ def train(
     finished = seen >= config.images
     status = "FAILED" if error is not None else "FINISHED" if finished else "KILLED"
     with tracking.recording(f"does not know that the run is {status}"):
-        tracker.metrics(goodput.metrics() if goodput else {}, seen)
+        if goodput:
+            report_goodput(tracker, goodput, seen)
         tracker.status(status)
     if error is not None:
         if isinstance(error, TrainingError):

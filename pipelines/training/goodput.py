@@ -11,6 +11,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+_MEANING = {
+    "productive": "optimizer steps whose result was kept",
+    "data": "the loop waited for batches",
+    "checkpoint": "the loop waited for checkpoints",
+    "grid": "the loop drew sample grids or was evaluated",
+    "restart": "no worker was in its loop: start-up, failures, restarts, shutdown",
+    "recomputed": "optimizer steps whose result was lost",
+    "idle": "no driver was running",
+    "unaccounted": "of no kind; large only where something is not measured",
+}
+
 
 @dataclass(frozen=True)
 class Attempt:
@@ -99,11 +110,24 @@ class Goodput:
         return {name: getattr(self, f"{name}_s") for name in names}
 
     def metrics(self) -> dict[str, float]:
-        """Return the values that are logged to MLflow, by metric key."""
-        values = {f"goodput/{name}_s": value for name, value in self.parts().items()}
-        counts = {f"goodput/{k}": float(getattr(self, k)) for k in ("recomputed_images", "attempts", "sessions")}
-        uploads = {"goodput/uploaded_mib": self.uploaded_bytes / 2**20, "goodput/upload_s": self.upload_s}
-        return {"goodput/fraction": self.fraction, "goodput/wall_s": self.wall_s, **values, **counts, **uploads}
+        """Return the one value that is logged as a curve, by metric key; all of them are in `table`."""
+        return {"train/goodput": self.fraction}
+
+    def table(self) -> list[tuple[str, str, str]]:
+        """Return all values for a person, as rows of (what, how much, what it means)."""
+        wall = max(self.wall_s, 1e-9)
+        rows = [
+            (name, f"{seconds:,.1f} s ({seconds / wall:.1%})", _MEANING[name]) for name, seconds in self.parts().items()
+        ]
+        stored = f"{self.uploaded_bytes / 2**20:,.1f} MiB in {self.upload_s:,.1f} s"
+        return [
+            *rows,
+            ("in all", f"{self.wall_s:,.1f} s", "from the start of the first driver to the end of the last"),
+            ("goodput", f"{self.fraction:.1%}", "the productive share of the time in which a driver was running"),
+            ("computed twice", f"{self.recomputed_images:,} images", "of steps whose result was lost"),
+            ("starts", f"{self.attempts} of the workers, {self.sessions} of the driver", "restarts included"),
+            ("uploads", stored, "checkpoints, stored while training went on"),
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return all values, for --json."""

@@ -31,7 +31,7 @@ SETTINGS = [
     "+experiment=digits", "model.channels=[32]", "model.attention=[true]", "model.layers_per_block=1",
     "optim.decay=constant", "optim.lr=1e-5", "optim.warmup_images=0", "optim.precision=fp32", f"batch_size={BATCH}",
     f"checkpoint.every={EVERY}", f"tracking.log_every={BATCH}", "tracking.grid_every=1000000",
-    "tracking.grid_rows=1", "sampler.steps=2", f"cluster.cpus_per_worker={CPUS}", "cluster.num_workers=[1,2]",
+    "tracking.grid_images=10", "sampler.steps=2", f"cluster.cpus_per_worker={CPUS}", "cluster.num_workers=[1,2]",
     "cluster.resize_every_s=10",
 ]  # fmt: skip
 
@@ -199,7 +199,6 @@ def run_chaos(
 
     metrics = client.get_run(run.info.run_id).data.metrics
     assert any(key.startswith("system/node-0/") for key in metrics)
-    assert metrics["goodput/recomputed_images"] > 0
 
     folder = "s3://ddpm/runs/chaos"
     current = CheckpointList.from_json(arena.s3.read(f"{folder}/checkpoints.json"))

@@ -12,6 +12,7 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
+import requests
 import webdataset
 from mlflow import MlflowClient
 from PIL import Image
@@ -28,7 +29,7 @@ SHORT = [
     "checkpoint.every=2560",
     "tracking.log_every=640",
     "tracking.grid_every=1280",
-    "tracking.grid_rows=2",
+    "tracking.grid_images=20",
     "sampler.steps=10",
 ]
 
@@ -65,6 +66,29 @@ def test_the_run_holds_curves_grids_config_and_lineage(flow, client, tmp_path):
     config = json.loads(Path(client.download_artifacts(run.info.run_id, "config.json", str(tmp_path))).read_text())
     assert config["images"] == 6400
     assert run.data.metrics["eval/frechet_distance"] < run.data.metrics["eval/frechet_ceiling"]
+
+
+def test_the_page_of_the_run_tells_its_score_its_version_its_goodput_and_shows_its_newest_samples(flow, client):
+    run = client.get_run(flow.answer["run_id"])
+    note = run.data.tags["mlflow.note.content"]
+    labels = re.findall(r"^\*\*(\w+)\.\*\* ", note, re.MULTILINE)
+    assert labels == ["Training", "Score", "Registered", "Goodput", "Samples", "Commands"]
+    assert f"Frechet {flow.answer['scores']['frechet_distance']:.2f}" in note
+    assert "[digits version 1](#/models/digits/versions/1?workflowType=machine_learning)" in note
+    assert flow.answer["mlflow"].endswith(f"/runs/{run.info.run_id}?workflowType=machine_learning")
+    (shown,) = re.findall(r"!\[evaluation\]\((.*?)\)", note)
+    assert requests.get(f"{client.tracking_uri}/{shown}", timeout=30).content[:4] == b"\x89PNG"
+    assert {key.split("/")[0] for key in run.data.metrics} - {"system"} == {"eval", "train", "updates", "worker"}
+
+
+def test_the_logged_model_has_the_scores_and_the_loss_of_its_images(flow, client):
+    version = client.get_model_version("digits", "1")
+    model = client.get_logged_model(version.source.removeprefix("models:/"))
+    assert model.source_run_id == version.run_id == flow.answer["run_id"]
+    points = {m.key: m for m in model.metrics}
+    assert {"train/loss", "eval/frechet_distance", "eval/class_accuracy"} <= points.keys()
+    assert not [key for key in points if key.startswith("system/")]
+    assert {m.step for m in model.metrics} == {6400}
 
 
 STAGES = {
@@ -216,7 +240,11 @@ def test_ctrl_c_stops_with_a_checkpoint_and_the_same_name_resumes_there(flow, sh
     ledger = resumed.answer["goodput"]
     assert (ledger["sessions"], ledger["attempts"], ledger["recomputed_images"]) == (2, 2, 0)
     assert "2 starts of the workers, 2 of the driver" in resumed.err
-    assert client.get_run(stopped["run_id"]).data.metrics["goodput/attempts"] == 2
+    run = client.get_run(stopped["run_id"])
+    assert run.data.metrics["train/goodput"] == pytest.approx(ledger["fraction"])
+    assert f"{ledger['fraction']:.1%} of the time was training that lasts" in run.data.tags["mlflow.note.content"]
+    table = client.download_artifacts(stopped["run_id"], "goodput.html", str(shell.folder))
+    assert "2 of the workers, 2 of the driver" in Path(table).read_text()
     steps = [m.step for m in client.get_metric_history(stopped["run_id"], "train/loss")]
     assert len(steps) == len(set(steps))
 

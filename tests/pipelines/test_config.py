@@ -179,6 +179,18 @@ def test_a_written_configuration_is_read_back_with_overrides_and_without_the_loc
     assert read_config(path) == elsewhere
 
 
+def test_the_configuration_of_a_run_of_an_earlier_release_is_read_without_the_setting_that_is_gone(tmp_path):
+    config = compose(["+experiment=digits"])
+    plain = config.model_dump(mode="json")
+    del plain["tracking"]["grid_images"]
+    plain["tracking"]["grid_rows"] = 8
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(plain))
+    assert read_config(path) == config
+    with pytest.raises(ConfigError, match="grid_rows"):
+        compose(["+experiment=digits", "tracking.grid_rows=8"])
+
+
 @pytest.mark.parametrize(
     "text, overrides, message",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -13,7 +14,7 @@ from ddpm.generate import generate, to_uint8
 from ddpm.masks import inpainting_condition, random_mask
 from ddpm.noise import Purpose, normal
 from ddpm.prediction import NetworkDenoiser
-from pipelines.evaluation.plots import label_grid
+from pipelines.evaluation.plots import grid_classes, grid_shape, label_grid
 from pipelines.shards.read import ShardReader
 from pipelines.tracking import RunLog
 from pipelines.training.loop.collectives import all_gather_items, rank_indices
@@ -51,11 +52,12 @@ class Preview:
             self._log_grid(state)
 
     def _log_grid(self, state: TrainingState) -> None:
-        context, spec = self.context, self.context.spec
-        columns = max(len(spec.classes), 1)
-        count = context.config.tracking.grid_rows * columns
+        context, spec, limit = self.context, self.context.spec, self.context.config.tracking.grid_images
+        classes = grid_classes(len(spec.classes), limit) if self._by_class else ()
+        rows, columns = grid_shape(len(classes), limit)
+        count = rows * columns
         image_ids = rank_indices(count, context.rank)
-        cond = self._conditions(image_ids, columns)
+        cond = self._conditions(image_ids, classes)
         with ema_weights(state) as network:
             images = generate(
                 NetworkDenoiser(_CastInput(network), context.schedule, spec.prediction),
@@ -69,14 +71,20 @@ class Preview:
             )
         grid = all_gather_items(images, count)
         if self.log:
-            pixels = label_grid(to_uint8(grid).cpu().numpy(), columns, spec.classes)
+            names = tuple(spec.classes[c] for c in classes)
+            pixels = label_grid(to_uint8(grid).cpu().numpy(), columns, names)
             self.log.image("samples", pixels, state.images_seen)
 
-    def _conditions(self, image_ids: Tensor, columns: int) -> Conditioning | None:
-        """Return the classes in turn, or captions and known pixels of the first test images."""
+    @property
+    def _by_class(self) -> bool:
+        """Whether the class alone decides what is drawn."""
+        return self.context.config.model.text_dim == 0 and not self.context.config.model.inpainting
+
+    def _conditions(self, image_ids: Tensor, classes: Sequence[int]) -> Conditioning | None:
+        """Return these classes in turn, or captions and known pixels of the first test images."""
         config, device = self.context.config, self.context.device
-        if config.model.text_dim == 0 and not config.model.inpainting:
-            return Conditioning(label=(image_ids % columns).to(device)) if self.context.spec.classes else None
+        if self._by_class:
+            return Conditioning(label=torch.tensor(classes)[image_ids % len(classes)].to(device)) if classes else None
         batch = read_samples(self.test_images, image_ids)
         cond = label_and_text(self.context, batch)
         if config.model.inpainting:

@@ -40,24 +40,24 @@ class StepStatistics:
             self.grad_norms.append(result.grad_norm)
 
     def metrics(self, state: TrainingState) -> dict[str, float]:
-        """Return the metrics to log now, and begin anew. `train/mfu` is a share of the bf16 peak at any precision."""
+        """Return the metrics to log now, and begin anew. `worker/mfu` is a share of the bf16 peak at any precision."""
         config, seen, spent = self.context.config, state.images_seen, self.clock.seconds()
         stepping, waiting = spent["step"] - self.spent["step"], spent["data"] - self.spent["data"]
         rate = (seen - self.start) / max(stepping + waiting, 1e-9)
         found = {
-            "train/lr": learning_rate(config.optim, seen, config.images),
+            "updates/lr": learning_rate(config.optim, seen, config.images),
             "train/images_per_s": rate,
-            "train/data_wait_share": waiting / max(stepping + waiting, 1e-9),
-            "train/skipped_updates": float(state.skipped),
-            "train/memory_gib": memory_gib(self.context.device),
+            "worker/data_wait_share": waiting / max(stepping + waiting, 1e-9),
+            "updates/skipped": float(state.skipped),
+            "worker/memory_gib": memory_gib(self.context.device),
         }
         if self.losses:
             found["train/loss"] = sum(self.losses) / len(self.losses)
-            found["train/grad_norm"] = sum(self.grad_norms) / len(self.grad_norms)
+            found["updates/grad_norm"] = sum(self.grad_norms) / len(self.grad_norms)
         if state.loss_scale.enabled:
-            found["train/loss_scale"] = state.loss_scale.factor
+            found["updates/loss_scale"] = state.loss_scale.factor
         if self.peak is not None:
-            found["train/mfu"] = rate * self.flops / (self.peak * self.context.world_size)
+            found["worker/mfu"] = rate * self.flops / (self.peak * self.context.world_size)
         self._reset(seen)
         return found
 

@@ -1,6 +1,9 @@
 import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from pipelines.evaluation.plots import MIN_TILE, label_grid
+from pipelines.evaluation.plots import MAX_COLUMNS, MIN_TILE, grid_choice, grid_classes, grid_shape, label_grid
 
 
 def test_small_images_are_enlarged_by_whole_pixels_and_keep_their_values():
@@ -18,3 +21,39 @@ def test_names_stand_above_their_columns_and_colours_stay():
     grid = label_grid(images, columns=2, names=("cat", "dog"))
     assert (grid[18 + 4 + 10, 4 + 64 + 4 + 10] == [255, 0, 0]).all()
     assert grid[:18].min() < 128
+
+
+@given(st.integers(0, 3000), st.integers(1, 200))
+def test_a_grid_has_no_more_images_than_asked_for_whatever_the_number_of_classes(num_classes, limit):
+    rows, columns = grid_shape(num_classes, limit)
+    classes = grid_classes(num_classes, limit)
+    assert 1 <= rows * columns <= limit
+    assert limit < rows * columns + columns
+    if num_classes > 1:
+        assert len(classes) == columns
+    assert list(classes) == sorted(set(classes))
+    assert all(0 <= c < num_classes for c in classes)
+    assert classes == grid_classes(num_classes, limit)
+
+
+def test_classes_that_do_not_all_fit_are_spread_over_the_list_and_others_are_all_there():
+    assert grid_classes(10, 64) == tuple(range(10))
+    spread = grid_classes(1000, 64)
+    assert [c * MAX_COLUMNS // 1000 for c in spread] == list(range(MAX_COLUMNS))
+    assert spread != grid_classes(1000, 64, seed=1)
+
+
+@pytest.mark.parametrize("num_classes, shape", [(0, (8, 8)), (1, (8, 8)), (10, (6, 10)), (1000, (4, 16))])
+def test_the_columns_of_a_choice_are_classes_with_equally_many_images(num_classes, shape):
+    labels = np.random.default_rng(0).permutation(np.arange(20_000) % max(num_classes, 1))
+    choice = grid_choice(labels, num_classes, 64)
+    assert choice.shape == shape
+    assert len(set(choice.ravel())) == choice.size
+    if num_classes > 1:
+        assert (labels[choice] == np.array(grid_classes(num_classes, 64))).all()
+
+
+def test_a_choice_from_few_images_leaves_out_classes_without_any_and_stays_even():
+    choice = grid_choice(np.array([5, 2, 5, 2, 5, 9]), 10, 64)
+    assert choice.tolist() == [[1, 0, 5]]
+    assert grid_choice(np.zeros(5, np.int64), 1, 64).tolist() == [[0, 1], [2, 3]]

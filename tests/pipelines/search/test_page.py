@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 
+from pipelines.search import importance
 from pipelines.search.page import Page
 from tests.pipelines.search.test_study import STUDY, record
 
@@ -18,11 +19,25 @@ def test_the_page_holds_everything_and_loads_nothing():
     text = Page("first", STUDY, "models:/digits@champion", records, pictures=pictures, command="ddpm search").html()
     for one in records:
         assert one.trial in text
-    assert text.count("Plotly.newPlot") == 4
+    assert text.count("Plotly.newPlot") == 3
+    assert "cannot be told from 7 finished trials: their 3 parameters need at least 18" in text
     own = re.sub(r"<script\b[^>]*>.*?</script>", "", text, flags=re.DOTALL)  # the library has much in its strings
     assert own.count('src="data:image/png;base64,') == 1
     assert not [word for word in ("<script", "<link", 'src="http', "url(") if word in own]
     assert "sampler.eta=0.5" in text  # the best trial's parameters, as the command line takes them
+
+
+def test_importances_are_shown_with_how_far_they_can_be_trusted_where_there_are_trials_enough(monkeypatch):
+    monkeypatch.setattr(importance, "TREES", 4)
+    monkeypatch.setattr(importance, "REFITS", 4)
+    records = [record(i, 30.0 - i, **({"sampler.kind": "ddim"} if i % 2 else {})) for i in range(18)]
+    page = Page("first", STUDY, "a model", records)
+    bar = page.figures()["importances"].data[0]
+    assert sorted(bar.y) == ["guidance.scale", "sampler.kind", "sampler.steps"]
+    assert len(bar.error_x.array) == 3
+    text = page.html()
+    assert text.count("Plotly.newPlot") == 4
+    assert "Of 18 finished trials; the bars hold 90% of 4 fits" in text
 
 
 def test_a_page_of_a_study_that_has_just_begun():

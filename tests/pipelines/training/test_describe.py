@@ -1,14 +1,18 @@
-"""The number of workers, as it is configured and described."""
+"""What the page of a run says of it."""
 
 from __future__ import annotations
 
 import getpass
 import os
+import re
+from dataclasses import replace
 
 import pytest
 
 from pipelines.config import ConfigError, compose
-from pipelines.training.describe import user_name, workers_text
+from pipelines.shards.index import Dataset, ShardInfo
+from pipelines.training.describe import goodput_page, goodput_text, training_text, user_name, workers_text
+from pipelines.training.goodput import Attempt, Session, measure
 
 
 def test_the_number_of_workers_is_one_or_a_range():
@@ -31,3 +35,32 @@ def test_a_user_without_a_name_is_a_number(monkeypatch):
     assert user_name() == "uid 12345"
     monkeypatch.setenv("USER", "ada")
     assert user_name() == "ada"
+
+
+def test_the_goodput_is_told_in_a_sentence_and_in_one_table_that_has_every_part():
+    first = Attempt(0, 100, 0, 1000, {"startup": 0.0, "step": 100.0})
+    second = Attempt(110, 250, 600, 2000, {"startup": 0.0, "step": 140.0}, uploaded_bytes=3 << 20, upload_s=2.5)
+    goodput = measure([Session(0, 250, (first, second))])
+    assert goodput_text(goodput) == (
+        "80.0% of the time was training that lasts: 200 of 250 s with a driver, 400 images were computed twice."
+    )
+    rows = re.findall(r"<tr><th>(.*?)</th><td class=n>(.*?)</td><td>(.*?)</td></tr>", goodput_page(goodput))
+    assert rows == goodput.table()
+    shown = {what: much for what, much, _ in rows}
+    assert shown.keys() >= goodput.parts().keys()
+    assert (shown["productive"], shown["recomputed"]) == ("200.0 s (80.0%)", "40.0 s (16.0%)")
+    assert (shown["computed twice"], shown["uploads"]) == ("400 images", "3.0 MiB in 2.5 s")
+    assert goodput.metrics() == {"train/goodput": pytest.approx(0.8)}
+
+
+def test_the_page_says_what_is_trained_on_what():
+    shard = ShardInfo("train-000000.tar", 1438, 1, "")
+    ten = Dataset("s3://ddpm/datasets/digits", {"train": (shard,)}, tuple("0123456789"), 1, 8, (0.0,), (1.0,), "d")
+    config = compose(["+experiment=digits", "images=10240", "cluster.num_workers=2"])
+    assert training_text(config, ten) == (
+        "eps-prediction by `unet`, cosine schedule, on 10,240 images in batches of 128 on 2 workers, from the 1,438 of "
+        "`s3://ddpm/datasets/digits` (8x8 of 10 classes). Steps of all curves are images seen."
+    )
+    classifier = compose(["+experiment=digits_classifier"])
+    assert training_text(classifier, replace(ten, classes=())).startswith("a classifier of noisy images, cosine")
+    assert "(8x8)" in training_text(config, replace(ten, classes=()))

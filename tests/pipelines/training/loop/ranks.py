@@ -95,7 +95,7 @@ class FolderShell:
 def tiny_config(root: Path, images: int, batch_size: int, *overrides: str, network: str = "unet") -> Config:
     """Return a run of a network of 30 k parameters on digits; only the last step saves and draws."""
     plain = ["+experiment=digits", *TINY[network], f"images={images}", f"batch_size={batch_size}"]
-    plain += ["data.lanes=5", "checkpoint.every=100000", "tracking.grid_every=100000", "tracking.grid_rows=1"]
+    plain += ["data.lanes=5", "checkpoint.every=100000", "tracking.grid_every=100000", "tracking.grid_images=10"]
     plain += ["storage=file", f"storage.root=file://{root}", f"data.cache_dir={root}/cache", "sampler.steps=2"]
     plain += ["optim.precision=fp32"]
     return compose([*plain, *overrides])

@@ -115,7 +115,7 @@ def test_an_update_that_is_not_finite_changes_nothing_but_the_count(digits, tmp_
     monkeypatch.setattr(step_module, "losses", poisoned)
     shell, tracker = run(tmp_path / "r", digits, None, "tracking.log_every=25")
     assert [math.isfinite(r.loss) for r in shell.reports[:STEPS]] == [True, True, False, True, True, True]
-    assert [tracker.points[seen]["train/skipped_updates"] for seen in (50, 75, 150)] == [0, 1, 1]
+    assert [tracker.points[seen]["updates/skipped"] for seen in (50, 75, 150)] == [0, 1, 1]
     assert "train/loss" not in tracker.points[75]
     state, tensors = load_checkpoint(last_checkpoint(tmp_path / "r"))
     assert (state.optimizer_steps, state.skipped) == (STEPS - 1, 1)

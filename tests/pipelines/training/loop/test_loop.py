@@ -13,6 +13,7 @@ from ddpm.model import load_classifier, load_model
 from ddpm.prediction import Conditioning
 from pipelines import checkpoints
 from pipelines.checkpoints import ModelError, complete_checkpoints
+from pipelines.evaluation.plots import MIN_TILE
 from pipelines.shards.cache import ShardCorruptError
 from pipelines.shards.ingest.write import ingest
 from pipelines.shards.order import SampleOrder
@@ -99,11 +100,22 @@ def test_curves_are_by_images_seen_and_have_speed_and_health(digits, tmp_path):
     first = tracker.points[75]
     assert first["train/loss"] == pytest.approx(sum(r.loss for r in shell.reports[:3]) / 3)
     assert first["train/images_per_s"] > 0
-    assert first["train/grad_norm"] > 0
-    assert first["train/memory_gib"] > 0
-    assert 0 <= first["train/data_wait_share"] <= 1
-    assert 0 < first["train/mfu"] < 1
-    assert first["train/skipped_updates"] == 0
+    assert first["updates/grad_norm"] > 0
+    assert first["worker/memory_gib"] > 0
+    assert 0 <= first["worker/data_wait_share"] <= 1
+    assert 0 < first["worker/mfu"] < 1
+    assert first["updates/skipped"] == 0
+
+
+@pytest.mark.parametrize(
+    "conditions, rows, columns, header",
+    [([], 1, 6, 18), (["model.inpainting=true"], 3, 2, 0)],  # captions and known pixels are no columns of a class
+    ids=["classes", "inpainting"],
+)
+def test_a_grid_costs_no_more_images_than_asked_for(digits, tmp_path, conditions, rows, columns, header):
+    _, tracker = run(tmp_path / "r", digits, "tracking.grid_images=6", *conditions)
+    tile = MIN_TILE + 4
+    assert [shape for _, shape in tracker.images] == [(header + rows * tile + 4, columns * tile + 4, 3)] * 2
 
 
 def test_a_profile_of_the_steps_that_were_asked_for_is_kept(digits, tmp_path):

@@ -75,7 +75,7 @@ def test_a_training_in_fp16_has_the_losses_of_float32_and_resumes_bit_for_bit(di
     reference = list(trace(tmp_path / "fp32").values())
     assert list(trace(tmp_path / "whole").values()) == pytest.approx(reference, rel=5e-3)
     assert list(trace(tmp_path / "whole").values()) != reference
-    assert tracker.points[BATCH]["train/loss_scale"] == 2.0**16
+    assert tracker.points[BATCH]["updates/loss_scale"] == 2.0**16
     assert tracker.texts["precision.txt"] == "fp16"
     run(tmp_path / "parts", digits, stop_after=2)
     run(tmp_path / "parts", digits)
@@ -96,7 +96,7 @@ def test_gradients_that_overflow_lower_the_scale_are_left_out_and_do_not_fail_th
     assert state.optimizer_steps == steps - state.skipped > 0
     assert tensors["loss_scale"][0] == -state.skipped
     assert all(tensor.isfinite().all() for tensor in tensors.values())
-    assert tracker.points[steps * BATCH]["train/loss_scale"] == 2.0 ** (20 - state.skipped)
+    assert tracker.points[steps * BATCH]["updates/loss_scale"] == 2.0 ** (20 - state.skipped)
 
 
 def test_a_run_that_goes_on_in_another_precision_says_so_and_an_older_checkpoint_has_none(digits, tmp_path, caplog):

@@ -1,0 +1,80 @@
+"""The description of a run on its MLflow page: what it is, its newest score, where its model and its reports are.
+
+Training, evaluation and registration each write lines of their own and leave the others as they are, and so what a
+person has written there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+from pipelines.tracking import links
+from pipelines.tracking.run import Tracker
+
+Part = Literal["Training", "Score", "Registered", "Goodput", "Samples", "Commands"]
+_PARTS: tuple[Part, ...] = ("Training", "Score", "Registered", "Goodput", "Samples", "Commands")
+"""In their order on the page, which hides what follows the first lines until it is asked for."""
+NOTE_TAG = "mlflow.note.content"
+# The whole description of a run of an earlier release.
+_EARLIER = re.compile(r"[\d,]+ images of `.*; sample with `ddpm sample runs:/\w+ --out DIR`\.")
+
+
+def describe(tracker: Tracker, parts: Mapping[Part, str]) -> None:
+    """Write parts of a run's description anew, and show the newest of its pictures there.
+
+    Args:
+        parts: name of a part -> Markdown in one line.
+    """
+    experiment_id, note = tracker.experiment_id(), tracker.tag(NOTE_TAG) or ""
+    shown = dict(parts)
+    newest = newest_picture(tracker.names("images"))
+    if newest is not None:
+        name, key, step = newest
+        page = links.run_page(experiment_id, tracker.run_id, "model-metrics")
+        shown["Samples"] = (
+            f"{key} at {step:,} images; all are at the end of [*Model metrics*]({page}), with a slider.  "
+            f"![{key}]({links.artifact(tracker.run_id, name)})"
+        )
+    tracker.tags({NOTE_TAG: with_parts(note, shown)})
+
+
+def with_parts(note: str, parts: Mapping[Part, str]) -> str:
+    """Return a description with some parts written anew; what is no part of ours stays, above ours.
+
+    Args:
+        parts: name of a part -> Markdown in one line.
+    """
+    ours: dict[Part, str] = {}
+    others = []
+    for line in note.splitlines():
+        part = next((part for part in _PARTS if line.startswith(_label(part))), None)
+        if part is not None:
+            ours[part] = line.removeprefix(_label(part)).strip()
+        elif not _EARLIER.fullmatch(line.strip()):
+            others.append(line.rstrip())
+    ours.update(parts)
+    # Two spaces break a line in Markdown.
+    lines = [f"{_label(part)}{ours[part]}" for part in _PARTS if part in ours]
+    above = re.sub(r"\n{3,}", "\n\n", "\n".join(others)).strip()
+    return "\n\n".join(text for text in (above, "  \n".join(lines)) if text)
+
+
+def newest_picture(names: Iterable[str]) -> tuple[str, str, int] | None:
+    """Return (artifact, key, step) of the picture with the most images seen; that of an evaluation, where it has one.
+
+    Args:
+        names: artifacts, as MLflow names its pictures: images/KEY+step+STEP+timestamp+….png.
+    """
+    found = []
+    for name in names:
+        key, word, at, *_ = f"{name.removeprefix('images/')}+++".split("+")
+        if word == "step" and name.endswith(".png"):
+            found.append((int(at), key == "evaluation", name, key))
+    step, _, name, key = max(found, default=(0, False, "", ""))
+    return (name, key, step) if name else None
+
+
+def _label(part: str) -> str:
+    return f"**{part}.** "

@@ -1,0 +1,52 @@
+"""The description of a run: every stage has lines of its own in it."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines.tracking.note import newest_picture, with_parts
+
+PARTS = st.dictionaries(
+    st.sampled_from(["Training", "Score", "Registered", "Goodput", "Samples", "Commands"]),
+    st.text("abc *.", min_size=1).map(str.strip),
+)
+
+
+@given(PARTS, PARTS)
+def test_what_was_written_last_of_each_part_is_there_in_whatever_order_the_stages_come(first, second):
+    assert with_parts(with_parts("", first), second) == with_parts("", {**first, **second})  # type: ignore[dict-item]
+
+
+def test_parts_stand_in_their_order_one_to_a_line():
+    note = with_parts(with_parts("", {"Goodput": "90 %.", "Score": "7.0."}), {"Training": "digits.", "Score": "6.5."})
+    assert note == "**Training.** digits.  \n**Score.** 6.5.  \n**Goodput.** 90 %."
+
+
+def test_what_a_person_has_written_stays_above():
+    mine = "Try again with a larger network.\n\n- lr 0.002 diverges"
+    assert with_parts(mine, {"Score": "7.0."}) == f"{mine}\n\n**Score.** 7.0."
+    later = with_parts(with_parts(mine, {"Score": "7.0."}) + "\n\nBetter than the last.", {"Score": "6.5."})
+    assert later == f"{mine}\n\nBetter than the last.\n\n**Score.** 6.5."
+
+
+def test_the_description_of_an_earlier_release_is_replaced():
+    earlier = (
+        "10,240 images of `s3://ddpm/datasets/digits` in batches of 128 on 2 workers: eps-prediction, cosine schedule. "
+        "Steps of all curves are images seen. Resume with `ddpm train … name=digits`; sample with "
+        "`ddpm sample runs:/76845fc664e94e118b925a8947cc060d --out DIR`."
+    )
+    assert with_parts(earlier, {"Training": "digits."}) == "**Training.** digits."
+    assert with_parts(f"{earlier}\nMine.", {"Training": "digits."}) == "Mine.\n\n**Training.** digits."
+
+
+def test_the_newest_picture_is_shown_and_that_of_an_evaluation_where_there_are_two():
+    names = [f"images/samples+step+{step}+timestamp+9+0a.png" for step in (0, 10240, 5120)]
+    assert newest_picture([*names, "images/samples+step+20480+timestamp+9+0a+compressed.webp"]) == (
+        names[1],
+        "samples",
+        10240,
+    )
+    scored = "images/evaluation+step+10240+timestamp+8+0b.png"
+    assert newest_picture([*names, scored]) == (scored, "evaluation", 10240)
+    assert newest_picture(["images/other.png"]) is None
