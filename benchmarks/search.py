@@ -99,6 +99,7 @@ def record(reference: str) -> None:
     from pipelines import references
     from pipelines.config import sampling
     from pipelines.evaluation import evaluate as evaluation
+    from pipelines.evaluation.evaluators import open_evaluator, reference_part
     from pipelines.search.guidance_search import base_of, subject_of
     from pipelines.search.judge import SampleScorer, Subject
     from pipelines.shards.index import read_dataset
@@ -109,9 +110,10 @@ def record(reference: str) -> None:
     model = references.resolve(reference, tracking_uri=config.tracking.uri, storage=storage).model
     dataset = read_dataset(model.spec.lineage["dataset_uri"], storage)
     splits = evaluation.open_splits(dataset, storage, config.data.cache_dir, config.data.cache_gib)
-    evaluator = evaluation.get_evaluator(dataset, splits, storage, say)
-    base = base_of(config, model.spec.sampling)
     connect_ray(config, storage)
+    evaluator = open_evaluator(config, dataset, storage, say)
+    splits["train"] = reference_part(evaluator.share, dataset, storage, splits["train"])
+    base = base_of(config, model.spec.sampling)
 
     class Judge:
         def __init__(self, subject: Subject) -> None:

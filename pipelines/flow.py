@@ -18,6 +18,7 @@ from pipelines.config import Config, ConfigError, sampling
 from pipelines.display import Display, TimeBreakdown, no_report
 from pipelines.evaluation import evaluate as evaluation
 from pipelines.evaluation.evaluate import Scores
+from pipelines.evaluation.evaluators import open_evaluator, reference_part
 from pipelines.evaluation.plots import label_grid
 from pipelines.references import Resolved
 from pipelines.registry import Verdict
@@ -258,7 +259,14 @@ def evaluate_stage(
     uri = model.spec.lineage.get("dataset_uri", config.data.uri)
     dataset = read_dataset(uri, storage)
     splits = evaluation.open_splits(dataset, storage, config.data.cache_dir, config.data.cache_gib)
-    evaluator = evaluation.get_evaluator(dataset, splits, storage, lambda text: display.stage("evaluate", text))
+    evaluator = open_evaluator(
+        config,
+        dataset,
+        storage,
+        lambda text: display.stage("evaluate", text),
+        connect=lambda: connect_ray(config, storage),
+    )
+    splits["train"] = reference_part(evaluator.share, dataset, storage, splits["train"])
     published, images_seen = resolved.published, int(model.spec.lineage.get("images_seen", 0))
     model_digest = published.digest if published else json.dumps(model.spec.lineage, sort_keys=True)
     key_parts = [model_digest, evaluator.digest, dataset.digest, config.evaluation.seed, settings.key()]

@@ -197,6 +197,11 @@ class EvaluationConfig(Section):
 
     seed: NonNegativeInt = 1
     batch_size: PositiveInt = 90
+    evaluator: Literal["auto", "classifier", "contrastive"] = Field(
+        "auto",
+        description="network whose features are compared; auto: the dataset's own classifier, or contrastive for data "
+        "without labels",
+    )
 
 
 class RegistryConfig(Section):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,39 +11,21 @@ import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddpm.generate import Sampling, to_uint8
 from ddpm.model import Model
 from ddpm.quality import FeatureMoments, frechet_distance
-from pipelines.display import Notice, Progress, no_notice, no_progress
+from pipelines.display import Progress, no_progress
 from pipelines.evaluation.devices import task_device
-from pipelines.evaluation.features import EvaluatorNetwork, extract, train_evaluator
+from pipelines.evaluation.evaluators import Evaluator, to_levels
 from pipelines.evaluation.tasks import finished
-from pipelines.scratch import scratch_folder
 from pipelines.shards.cache import ShardCache
 from pipelines.shards.fetch import ShardFetcher
-from pipelines.shards.index import Dataset, DatasetError
+from pipelines.shards.index import Dataset
 from pipelines.shards.quarantine import read_quarantine
 from pipelines.shards.read import Batch, ShardReader, default_cache_dir, read_split
-from pipelines.storage import Storage, join
-
-EVALUATOR_SEED = 0
-
-
-@dataclass(frozen=True)
-class Evaluator:
-    """The evaluator network of a dataset, a classifier whose features are compared.
-
-    Attributes:
-        digest: SHA-256 of its weights.
-        test_accuracy: its accuracy on the real test split, 0..1.
-    """
-
-    network: EvaluatorNetwork
-    digest: str
-    test_accuracy: float
+from pipelines.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -58,7 +37,7 @@ class Scores:
         floor: the same distance of the real test split, which n perfect samples would have.
         ceiling: the same distance of noise.
         class_accuracy: share of samples, 0..1, that the evaluator assigns to the requested class; None without classes.
-        real_accuracy: the evaluator's accuracy on the real test split, 0..1.
+        real_accuracy: the evaluator's accuracy on the real test split, 0..1; None without classes.
         n: number of samples, equal to that of the test split.
         seed: seed of the samples' noise.
         evaluator_digest: SHA-256 of the evaluator's weights.
@@ -70,7 +49,7 @@ class Scores:
     floor: float
     ceiling: float
     class_accuracy: float | None
-    real_accuracy: float
+    real_accuracy: float | None
     n: int
     seed: int
     evaluator_digest: str
@@ -131,45 +110,6 @@ def open_splits(dataset: Dataset, storage: Storage, cache_dir: str | None, cache
     return {split: read(split) for split in ("train", "test")}
 
 
-def get_evaluator(
-    dataset: Dataset, splits: dict[str, Batch], storage: Storage, notice: Notice = no_notice
-) -> Evaluator:
-    """Return the evaluator of a dataset, which is stored beside it; train and store it where there is none.
-
-    Raises:
-        DatasetError: the dataset has no labels to train on, or the stored weights do not match their record.
-    """
-    folder = join(dataset.uri, "evaluator", dataset.digest[:16])
-    network = EvaluatorNetwork(dataset.channels, dataset.image_size, max(len(dataset.classes), 1)).eval()
-    with tempfile.TemporaryDirectory(prefix="evaluator-", dir=scratch_folder()) as scratch:
-        path = Path(scratch) / "evaluator.safetensors"
-        if storage.exists(join(folder, "evaluator.json")):
-            storage.download(join(folder, path.name), path)
-            described = json.loads(storage.read(join(folder, "evaluator.json")))
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            if digest != described["digest"]:
-                raise DatasetError(f"{folder}: the evaluator's weights are not those that evaluator.json records")
-            network.load_state_dict(load_file(path))
-            return Evaluator(network, digest, described["test_accuracy"])
-        train, test = splits["train"], splits["test"]
-        if train.labels is None or test.labels is None:
-            raise DatasetError(f"{dataset.uri} has no labels: an evaluator is trained on classes")
-        notice("training the evaluator on the real train split, once for this dataset")
-        network = train_evaluator(train.images, train.labels, len(dataset.classes), seed=EVALUATOR_SEED)
-        accuracy = (extract(network, test.images).predicted == test.labels).double().mean().item()
-        save_file(dict(network.state_dict()), path)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        storage.upload(path, join(folder, path.name))
-        described = {
-            "digest": digest,
-            "test_accuracy": accuracy,
-            "seed": EVALUATOR_SEED,
-            "dataset_digest": dataset.digest,
-        }
-        storage.write(join(folder, "evaluator.json"), json.dumps(described, indent=1).encode())
-        return Evaluator(network, digest, accuracy)
-
-
 def evaluate(
     model: Model,
     settings: Sampling,
@@ -185,6 +125,7 @@ def evaluate(
     """Draw samples on the Ray cluster, as many as the test split has and with its labels, and score them.
 
     Args:
+        splits: the reference, see `reference_part`, as "train", and the test split.
         seed: of the noise.
         batch_size: images of one Ray task.
         use_gpu: whether a task gets a GPU.
@@ -196,21 +137,22 @@ def evaluate(
     samples = sample_on_ray(
         model, settings, labels=labels, count=n, seed=seed, batch_size=batch_size, use_gpu=use_gpu, progress=progress
     )
-    reference = FeatureMoments.of(extract(evaluator.network, splits["train"].images).features)
+    reference = FeatureMoments.of(evaluator.encoder(to_levels(splits["train"].images)).features)
 
     def distance(images: Tensor) -> float:
-        return frechet_distance(reference, FeatureMoments.of(extract(evaluator.network, images).features))
+        return frechet_distance(reference, FeatureMoments.of(evaluator.encoder(to_levels(images)).features))
 
     noise = torch.randn(test.images.shape, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1)
     accuracy = None
-    if labels is not None:
-        accuracy = (extract(evaluator.network, samples).predicted == labels).double().mean().item()
+    probabilities = evaluator.encoder(to_levels(samples)).probabilities
+    if labels is not None and evaluator.labels and probabilities is not None:
+        accuracy = (probabilities.argmax(1) == labels).double().mean().item()
     scores = Scores(
         frechet_distance=distance(samples),
         floor=distance(test.images),
         ceiling=distance(noise),
         class_accuracy=accuracy,
-        real_accuracy=evaluator.test_accuracy,
+        real_accuracy=evaluator.accuracy,
         n=n,
         seed=seed,
         evaluator_digest=evaluator.digest,

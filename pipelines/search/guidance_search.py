@@ -25,8 +25,7 @@ from ddpm.models.classifier import NoisyClassifier
 from ddpm.quality import FeatureMoments, Interval
 from pipelines.config import Config, from_dict, sampling
 from pipelines.config.choices import VARIANTS
-from pipelines.evaluation.evaluate import Evaluator
-from pipelines.evaluation.features import extract
+from pipelines.evaluation.evaluators import Evaluator, to_levels
 from pipelines.evaluation.tasks import finished
 from pipelines.references import classifier_for, weaker_for
 from pipelines.scratch import scratch_folder
@@ -122,13 +121,17 @@ def _values(study: StudyConfig, base: Config, path: str) -> list[str]:
 def subject_of(
     model: Model, evaluator: Evaluator, splits: Mapping[str, Batch], guides: Mapping[str, NoisyClassifier | Model]
 ) -> Subject:
-    """Return the model and the data that all trials share."""
+    """Return the model and the data that all trials share.
+
+    Args:
+        splits: the reference as "train", and the test split.
+    """
     train, test = splits["train"], splits["test"]
     return Subject(
         model=replace(model, classifier=None, weak=None).to("cpu"),
-        evaluator=evaluator.network,
-        reference=FeatureMoments.of(extract(evaluator.network, train.images).features),
-        real=extract(evaluator.network, test.images).features,
+        evaluator=evaluator,
+        reference=FeatureMoments.of(evaluator.encoder(to_levels(train.images)).features),
+        real=evaluator.encoder(to_levels(test.images)).features,
         labels=test.labels if model.spec.classes else None,
         guides=guides,
     )

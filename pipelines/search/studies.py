@@ -16,7 +16,7 @@ from pipelines import references, tracking
 from pipelines.config import Config
 from pipelines.display import StageNotice
 from pipelines.evaluation import evaluate as evaluation
-from pipelines.evaluation.evaluate import Evaluator
+from pipelines.evaluation.evaluators import Evaluator, open_evaluator, reference_part
 from pipelines.references import Resolved
 from pipelines.search import guidance_search, training_search
 from pipelines.search.guidance_search import GuidanceResult, base_of, guides_of, subject_of
@@ -188,7 +188,7 @@ def training_study(
     tracker = _open_run(config, name, study, dataset.uri)
     observer = Observer(store, study, tracker, config.tracking.experiment, config.images, on_change)
     observer.begin(records)
-    shared = Shared.of(study, config, name, lineage, evaluator.network, splits)
+    shared = Shared.of(study, config, name, lineage, evaluator.encoder, splits)
     training_search.run_trials(shared, records, observer, first)
     observer.settle()
     return _publish_training(config, study, dataset.uri, store, tracker, began)
@@ -232,9 +232,13 @@ def _publish_training(
 def _open_evaluation(
     dataset: Dataset, config: Config, storage: Storage, notice: StageNotice
 ) -> tuple[dict[str, Batch], Evaluator]:
-    """Return the real samples of a dataset by split, and its evaluator."""
+    """Return real samples of a dataset, the reference as "train" and the test split, and its evaluator."""
+    evaluator = open_evaluator(
+        config, dataset, storage, lambda text: notice("study", text), connect=lambda: connect_ray(config, storage)
+    )
     splits = evaluation.open_splits(dataset, storage, config.data.cache_dir, config.data.cache_gib)
-    return splits, evaluation.get_evaluator(dataset, splits, storage, lambda text: notice("study", text))
+    splits["train"] = reference_part(evaluator.share, dataset, storage, splits["train"])
+    return splits, evaluator
 
 
 def _open_run(config: Config, name: str, study: StudyConfig, subject: str) -> Tracker:

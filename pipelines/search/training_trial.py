@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddpm.quality import FeatureMoments
 from pipelines.config import Config, ConfigError
-from pipelines.evaluation.features import EvaluatorNetwork, extract
+from pipelines.evaluation.evaluators import Encoder, to_levels
 from pipelines.search.parameters import Params, Value
 from pipelines.search.rung_judge import RungJudge
 from pipelines.search.space import apply
@@ -44,14 +44,14 @@ class Shared:
         base: the configuration that the trials vary.
         name: of the study.
         lineage: which code runs, see `pipelines.lineage`.
-        evaluator, reference, labels, held_out, held_out_labels: see `RungJudge`.
+        encoder, reference, labels, held_out, held_out_labels: see `RungJudge`.
     """
 
     study: StudyConfig
     base: Config
     name: str
     lineage: Mapping[str, Any]
-    evaluator: EvaluatorNetwork
+    encoder: Encoder
     reference: FeatureMoments
     labels: Tensor | None
     held_out: Tensor
@@ -64,10 +64,10 @@ class Shared:
         base: Config,
         name: str,
         lineage: Mapping[str, Any],
-        evaluator: EvaluatorNetwork,
+        encoder: Encoder,
         splits: Mapping[str, Batch],
     ) -> Shared:
-        """Return what trials share, computed from the real splits."""
+        """Return what trials share, computed from real images: the reference as "train", and the test split."""
         train, test = splits["train"], splits["test"]
         count = min(study.bits_per_dim_images, len(test.images))
         return cls(
@@ -75,8 +75,8 @@ class Shared:
             base,
             name,
             lineage,
-            evaluator,
-            FeatureMoments.of(extract(evaluator, train.images).features),
+            encoder,
+            FeatureMoments.of(encoder(to_levels(train.images)).features),
             test.labels,
             test.images[:count].clone(),
             None if test.labels is None else test.labels[:count].clone(),
@@ -190,7 +190,7 @@ class TrainingTrial(tune.Trainable):
             self.rungs,
             shared.study.samples,
             shared.labels,
-            shared.evaluator,
+            shared.encoder,
             shared.reference,
             shared.held_out,
             shared.held_out_labels,

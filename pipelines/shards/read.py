@@ -57,8 +57,8 @@ class Batch:
         """Return the number of samples."""
         return len(self.ordinals)
 
-    def __getitem__(self, span: slice) -> Batch:
-        """Return some of the samples."""
+    def __getitem__(self, span: slice | Tensor) -> Batch:
+        """Return some of the samples, by a range, a mask or indices."""
         return self._each(lambda tensor: tensor[span])
 
     def pinned(self) -> Batch:

@@ -44,7 +44,8 @@ from pipelines.checkpoints import (
 )
 from pipelines.config import compose
 from pipelines.errors import PipelineError
-from pipelines.evaluation.evaluate import get_evaluator, open_splits
+from pipelines.evaluation.evaluate import open_splits
+from pipelines.evaluation.evaluators import open_evaluator
 from pipelines.references import model_spec
 from pipelines.shards.audit.check import check
 from pipelines.shards.index import Dataset, read_dataset
@@ -239,7 +240,7 @@ def in_evaluation(attempt: Attempt) -> tuple[int, int]:
     attempt.switch()
     dataset = read_dataset(attempt.services.dataset.uri, attempt.storage)
     splits = open_splits(dataset, attempt.storage, str(attempt.folder / "cache"), 1.0)
-    evaluator = get_evaluator(dataset, splits, attempt.storage)
+    evaluator = open_evaluator(CONFIG, dataset, attempt.storage)
     assert evaluator.digest == attempt.services.evaluator_digest
     return PICTURES - sum(len(batch.images) for batch in splits.values()), PICTURES
 
@@ -368,7 +369,8 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
         checkpoint_state = make_checkpoint(folder / "checkpoint", dataset)
         tracker, _ = tracking.open_run(str(state.tracking_uri), "faults", "model", {})
         model_id = log_model(tracker, tmp_path_factory.mktemp("model"))
-        evaluator = get_evaluator(dataset, open_splits(dataset, s3, str(folder / "cache"), 1.0), s3)
+        data = CONFIG.data.model_copy(update={"cache_dir": str(folder / "cache")})
+        evaluator = open_evaluator(CONFIG.model_copy(update={"data": data}), dataset, s3)
         checkpoint = folder / "checkpoint"
         yield Services(
             *(state, s3, folder / "pictures", dataset, same, checkpoint, checkpoint_state, tracker, model_id),
