@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import ray
 
@@ -10,9 +13,12 @@ from pipelines.config import Config
 from pipelines.display import Notice, no_notice
 from pipelines.errors import ConfigError
 from pipelines.evaluation.evaluators.base import Encoded, Encoder, Evaluator
+from pipelines.evaluation.evaluators.encoder import check_encoder, open_encoder
+from pipelines.evaluation.evaluators.inception import check_inception, open_inception
 from pipelines.evaluation.evaluators.share import Share, reference_mask, reference_part
 from pipelines.evaluation.evaluators.store import find, store
 from pipelines.evaluation.evaluators.train import Training, to_levels, train_on_ray
+from pipelines.scratch import scratch_folder
 from pipelines.shards.index import Dataset
 from pipelines.storage import Storage
 
@@ -43,7 +49,7 @@ def check_evaluator(config: Config, dataset: Dataset) -> None:
     Raises:
         ConfigError: they cannot be; says why and what to do.
     """
-    kind = evaluator_kind(config, dataset)
+    kind, weights = evaluator_kind(config, dataset), config.evaluation.weights
     if config.task == "classifier":
         raise ConfigError(
             "task=classifier trains a network that draws no samples, so there is nothing to evaluate: "
@@ -59,6 +65,17 @@ def check_evaluator(config: Config, dataset: Dataset) -> None:
             f"evaluation.evaluator=classifier is trained on classes, and {dataset.uri} has none: "
             "use evaluation.evaluator=contrastive, which needs no labels"
         )
+    if weights is not None and kind in ("classifier", "contrastive"):
+        raise ConfigError(
+            f"evaluation.weights = {weights} has no use for the evaluator '{kind}', which is trained on the dataset: "
+            "choose evaluation.evaluator=inception or encoder"
+        )
+    if weights is not None and "://" not in weights and not Path(weights).expanduser().exists():
+        raise ConfigError(f"evaluation.weights = {weights}: there is no such file or folder on this machine")
+    if kind == "inception":
+        check_inception(weights)
+    if kind == "encoder":
+        check_encoder(config.evaluation, dataset)
 
 
 def open_evaluator(
@@ -87,6 +104,12 @@ def open_evaluator(
     """
     check_evaluator(config, dataset)
     match evaluator_kind(config, dataset):
+        case "inception":
+            with _local(config.evaluation.weights, storage) as path:
+                return open_inception(path)
+        case "encoder":
+            with _local(config.evaluation.weights, storage) as path:
+                return open_encoder(path, config.evaluation, dataset)
         case "classifier" | "contrastive" as kind:
             found = find(kind, dataset, storage)
             if found is not None:
@@ -99,3 +122,19 @@ def open_evaluator(
             return store(kind, trained, dataset, storage)
         case kind:
             raise ConfigError(f"evaluation.evaluator = {kind}: there is no such evaluator")
+
+
+@contextmanager
+def _local(weights: str | None, storage: Storage) -> Iterator[Path]:
+    """Give the path of a file or folder on this machine, to which what lies at an address is copied."""
+    assert weights is not None
+    if "://" not in weights:
+        yield Path(weights).expanduser()
+        return
+    with tempfile.TemporaryDirectory(prefix="weights-", dir=scratch_folder()) as scratch:
+        path = Path(scratch) / weights.rstrip("/").rsplit("/", 1)[-1]
+        if storage.exists(weights):
+            storage.download(weights, path)
+        else:
+            storage.download_folder(weights, path)
+        yield path

@@ -28,6 +28,14 @@ def test_what_works_is_let_through(labelled, unlabelled, config, classes):
     "overrides, message",
     [
         (["task=classifier", "objective=simple"], "task=classifier trains a network that draws no samples"),
+        (["evaluation.weights=/nowhere/w.pth"], "weights = /nowhere/w.pth has no use for the evaluator 'classifier'"),
+        (["evaluation.evaluator=inception"], "never downloaded: get https://.*evaluation.weights=PATH"),
+        (
+            ["evaluation.evaluator=inception", "evaluation.weights=/nowhere/w.pth"],
+            "/nowhere/w.pth: there is no such file",
+        ),
+        (["evaluation.evaluator=encoder"], "needs evaluation.weights=PATH"),
+        (["evaluation.evaluator=encoder", "evaluation.weights=/nowhere/w.pt"], "/nowhere/w.pt: there is no such file"),
     ],
 )
 def test_what_cannot_work_is_an_error_that_says_what_to_do(labelled, config, overrides, message):
@@ -44,6 +52,12 @@ def test_a_dataset_without_a_test_split_is_refused(labelled, config):
 def test_a_classifier_of_data_without_labels_is_refused(unlabelled, config):
     with pytest.raises(ConfigError, match=r"has none: use evaluation\.evaluator=contrastive"):
         check_evaluator(config("evaluation.evaluator=classifier"), unlabelled)
+
+
+@pytest.mark.parametrize("wrong", [["encoder_mean=[0.5]"], ["encoder_mean=[0.5,0.5]", "encoder_std=[0.5,0.5]"]])
+def test_mean_and_deviation_fit_together(config, wrong):
+    with pytest.raises(ConfigError, match="one value each, for grey images, or three"):
+        config(*[f"evaluation.{line}" for line in wrong])
 
 
 @pytest.mark.parametrize("classes", [True, False])
