@@ -98,7 +98,8 @@ def record(reference: str) -> None:
 
     from pipelines import references
     from pipelines.config import sampling
-    from pipelines.evaluation import evaluate as evaluation
+    from pipelines.evaluation.evaluators import open_evaluator
+    from pipelines.evaluation.real import open_real
     from pipelines.search.guidance_search import base_of, subject_of
     from pipelines.search.judge import SampleScorer, Subject
     from pipelines.shards.index import read_dataset
@@ -108,10 +109,12 @@ def record(reference: str) -> None:
     storage = Storage.of(config)
     model = references.resolve(reference, tracking_uri=config.tracking.uri, storage=storage).model
     dataset = read_dataset(model.spec.lineage["dataset_uri"], storage)
-    splits = evaluation.open_splits(dataset, storage, config.data.cache_dir, config.data.cache_gib)
-    evaluator = evaluation.get_evaluator(dataset, splits, storage, say)
-    base = base_of(config, model.spec.sampling)
     connect_ray(config, storage)
+    evaluator = open_evaluator(config, dataset, storage, say)
+    real = open_real(
+        dataset, evaluator, storage, cache_dir=config.data.cache_dir, cache_gib=config.data.cache_gib, notice=say
+    )
+    base = base_of(config, model.spec.sampling)
 
     class Judge:
         def __init__(self, subject: Subject) -> None:
@@ -124,7 +127,7 @@ def record(reference: str) -> None:
             distance = frechet_distance(self.scorer.subject.reference, FeatureMoments.of(drawn.features))
             return {"params": params, "frechet_distance": distance, "evaluations": drawn.evaluations}
 
-    shared = ray.put(subject_of(model, evaluator, splits, {}))
+    shared = ray.put(subject_of(model, evaluator, real, {}, base.evaluation.seed))
     actor: Any = ray.remote(num_cpus=1)(Judge)
     pool = ray.util.ActorPool([actor.remote(shared) for _ in range(int(ray.cluster_resources()["CPU"]))])
     began, rows, wanted = time.monotonic(), [], list(settings())

@@ -16,6 +16,7 @@ from pipelines import references, registry, tracking
 from pipelines.checkpoints import Published
 from pipelines.config import Config, ConfigError, sampling
 from pipelines.display import Display, TimeBreakdown, no_report
+from pipelines.evaluation.evaluators import check_evaluator
 from pipelines.evaluation.scores import Scores
 from pipelines.evaluation.scoring import score_model
 from pipelines.references import Resolved
@@ -89,6 +90,7 @@ def run(config: Config, lineage: dict[str, Any], display: Display) -> FlowResult
     skipped = []
     if ingest_stage(config, storage, display) is None:
         skipped.append("ingest")
+    check_evaluator(config, read_dataset(config.data.uri, storage))  # before hours of training
     result = train_stage(config, storage, lineage, display)
     if result.status == "complete":
         skipped.append("train")

@@ -11,9 +11,11 @@ from torch import Tensor
 from ddpm.conditioning import Conditioning
 from ddpm.noise import Purpose, integers
 from ddpm.quality import FeatureMoments
-from pipelines.evaluation.evaluate import get_evaluator, open_splits
-from pipelines.evaluation.features import EvaluatorNetwork, extract
+from pipelines.config import compose
+from pipelines.evaluation.evaluators import Evaluator, open_evaluator, reference_part
+from pipelines.evaluation.images import to_levels
 from pipelines.shards.ingest.write import ingest
+from pipelines.shards.read import opened_split, read_split
 from pipelines.storage import Storage
 from pipelines.text import DEFAULT_ENCODER, TextEncoder
 
@@ -24,14 +26,13 @@ UNSEEN = ("a scan of the numeral {}", "please draw a {} for me")
 
 @dataclass(frozen=True)
 class Digits:
-    """Real images in [-1, 1] [N, 1, 8, 8] with labels, and the evaluator network for samples."""
+    """Real images in [-1, 1] [N, 1, 8, 8] with labels, the evaluator of samples, and the reference's moments."""
 
     train: Tensor
     train_labels: Tensor
     test: Tensor
     test_labels: Tensor
-    evaluator: EvaluatorNetwork
-    evaluator_digest: str
+    evaluator: Evaluator
     reference: FeatureMoments
 
 
@@ -40,13 +41,19 @@ def load_digits(work: Path) -> Digits:
     storage = Storage()
     uri = f"file://{work.resolve()}/data"
     dataset = ingest("digits", uri, storage, image_size=8, channels=1).dataset
-    splits = open_splits(dataset, storage, str(work / "cache"), 1.0)
-    evaluator = get_evaluator(dataset, splits, storage)
+    splits = {}
+    for split in ("train", "test"):
+        with opened_split(dataset, split, storage, str(work / "cache"), 1.0) as reader:
+            splits[split] = read_split(reader)
+    places = [f"storage.root=file://{work.resolve()}", f"data.cache_dir={work.resolve()}/cache"]
+    config = compose(["+experiment=digits", "storage=file", *places])
+    evaluator = open_evaluator(config, dataset, storage)
     train, test = splits["train"], splits["test"]
     assert train.labels is not None
     assert test.labels is not None
-    reference = FeatureMoments.of(extract(evaluator.network, train.images).features)
-    return Digits(train.images, train.labels, test.images, test.labels, evaluator.network, evaluator.digest, reference)
+    unseen = reference_part(evaluator.share, dataset, storage, train)
+    reference = FeatureMoments.of(evaluator.encoder(to_levels(unseen.images)).features)
+    return Digits(train.images, train.labels, test.images, test.labels, evaluator, reference)
 
 
 @dataclass(frozen=True)

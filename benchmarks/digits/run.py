@@ -106,7 +106,7 @@ def about(work: Path, quick: bool) -> dict[str, Any]:
         "train": len(digits.train),
         "test": len(digits.test),
         "parameters": sum(p.numel() for p in models.classes().network.parameters()),
-        "evaluator": digits.evaluator_digest[:12],
+        "evaluator": digits.evaluator.digest[:12],
         "encoder": models.captions.encoder,
         "images": models.images,
         "first": [int((digits.test_labels == digit).nonzero()[0]) for digit in range(10)],

@@ -22,7 +22,7 @@ from ddpm.prediction import Clipped, Denoiser, Prediction
 from ddpm.quality import FeatureMoments, Interval, bootstrap, frechet_distance, precision_recall
 from ddpm.samplers import Sample, initial_noise, last, step_noise
 from ddpm.samplers.repaint import RePaint, Replacement
-from pipelines.evaluation.features import extract
+from pipelines.evaluation.images import to_levels
 
 SEED = 1
 SHAPE = (1, 8, 8)
@@ -39,16 +39,17 @@ class Row:
 
 
 def quality(images: Tensor, labels: Tensor, digits: Digits) -> dict[str, Any]:
-    """Return class accuracy, Frechet distance to the train split, and precision and recall against the test split."""
-    found = extract(digits.evaluator, images)
-    real = extract(digits.evaluator, digits.test).features
+    """Return class accuracy, Frechet distance to the reference, and precision and recall against the test split."""
+    found = digits.evaluator.encoder(to_levels(images))
+    real = digits.evaluator.encoder(to_levels(digits.test)).features
+    assert found.probabilities is not None
     manifold = precision_recall(real, found.features)
 
     def distance(part: Tensor) -> float:
         return frechet_distance(digits.reference, FeatureMoments.of(part))
 
     return {
-        "class accuracy": (found.predicted == labels).double().mean().item(),
+        "class accuracy": (found.probabilities.argmax(1) == labels).double().mean().item(),
         "Frechet distance": bootstrap(distance, found.features, draws=DRAWS, seed=0),
         "precision": manifold.precision,
         "recall": manifold.recall,

@@ -2,7 +2,7 @@
 
 from pipelines.config.build import network_config, noise_schedule, sampling, timestep_sampler, training_objective
 from pipelines.config.compose import compose, conf_dir, from_dict, groups, read_config, suggest
-from pipelines.config.schema import ClusterConfig, Config, DataConfig, OptimConfig, flatten
+from pipelines.config.schema import ClusterConfig, Config, DataConfig, EvaluationConfig, OptimConfig, flatten
 from pipelines.errors import ConfigError
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "EvaluationConfig",
     "OptimConfig",
     "compose",
     "conf_dir",

@@ -207,6 +207,31 @@ class EvaluationConfig(Section):
     likelihood_images: NonNegativeInt = Field(
         32, le=256, description="test images whose bits per dimension are computed, by the bound and by the ODE"
     )
+    evaluator: Literal["auto", "classifier", "contrastive", "inception", "encoder"] = Field(
+        "auto",
+        description="network whose features are compared; auto: the dataset's own classifier, or contrastive for data "
+        "without labels",
+    )
+    weights: str | None = Field(None, description="path or address of the network of evaluator=inception or encoder")
+    encoder_size: PositiveInt | None = Field(
+        None,
+        description="size of the images that evaluator=encoder gets; null: what its folder says, else 224",
+    )
+    encoder_mean: tuple[float, ...] | None = Field(
+        None, description="subtracted from pixels in [0, 1], per channel; null: what the folder says, else ImageNet's"
+    )
+    encoder_std: tuple[PositiveFloat, ...] | None = Field(None, description="by which they are divided then")
+
+    @model_validator(mode="after")
+    def _channels(self) -> EvaluationConfig:
+        if self.encoder_mean is not None or self.encoder_std is not None:
+            mean, std = self.encoder_mean or (), self.encoder_std or ()
+            if len(mean) != len(std) or len(mean) not in (1, 3):
+                raise ValueError(
+                    "encoder_mean and encoder_std must have one value each, for grey images, or three, "
+                    f"got {list(mean)} and {list(std)}"
+                )
+        return self
 
 
 class RegistryConfig(Section):

@@ -57,7 +57,7 @@ def likelihood(
     x_0 = torch.from_numpy(images).to(device).float() / 127.5 - 1
     image_ids = torch.arange(first, first + len(images), device=device)
     conditional = labels is not None and bool(model.spec.classes)
-    cond = Conditioning(label=torch.from_numpy(labels).to(device)) if conditional else None  # type: ignore[arg-type]
+    cond = Conditioning(label=torch.from_numpy(labels).to(device)) if conditional else None
     schedule, denoiser = model.schedule, model.denoiser
     bound = variational_bound(
         model.spec.sampling.clipping.wrap(denoiser, schedule),

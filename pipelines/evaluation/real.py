@@ -3,15 +3,16 @@
 Every evaluation of any model compares with the same real images. They are read once for each evaluator, as a stream, in
 Ray tasks; what is stored is enough for every score, so that a second evaluation reads no real image.
 
-    datasets/NAME/features/STREAM-EVALUATOR/train-000000000.npz …   features, labels and small copies of the images
-                                            moments.safetensors     of the features of each split
-                                            held-out.npz            some test images as they are, for likelihoods
-                                            real.json               written last
+Below `datasets/NAME/features/STREAM-EVALUATOR/` there are
+
+    SPLIT-000000000.safetensors …   features, labels and small copies of the images
+    moments.safetensors             of the features of each split
+    held-out.safetensors            some test images as they are, for likelihoods
+    real.json                       written last
 """
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
+from safetensors.numpy import load as numpy_load
+from safetensors.numpy import save as numpy_save
 from safetensors.torch import load, save
 
 from ddpm.quality import FeatureMoments
@@ -33,12 +36,10 @@ from pipelines.evaluation.evaluators.share import reference_mask
 from pipelines.evaluation.images import thumbnail_size, thumbnails, to_levels
 from pipelines.evaluation.rows import Rows
 from pipelines.evaluation.tasks import finished
-from pipelines.shards.cache import ShardCache
-from pipelines.shards.fetch import ShardFetcher
 from pipelines.shards.index import Dataset
 from pipelines.shards.order import Located
 from pipelines.shards.quarantine import kept_shards, read_quarantine, stream_digest
-from pipelines.shards.read import Batch, ShardReader, default_cache_dir
+from pipelines.shards.read import Batch, opened_split
 from pipelines.storage import NotFoundError, Storage, join
 
 PART = 4096
@@ -96,13 +97,13 @@ class Real:
         if len(rows.labels) >= count:
             return rows
         for first in range(0, count, PART):
-            part = _unpack(self.storage.read(join(self.uri, _part_name(split, first))))
+            part = numpy_load(self.storage.read(join(self.uri, _part_name(split, first))))
             rows.write(first, {name: array[: count - first] for name, array in part.items()})
         return rows
 
     def held_out(self) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
         """Return up to `HELD_OUT` test images, uint8 [N, C, H, W], and their labels [N], if any."""
-        part = _unpack(self.storage.read(join(self.uri, "held-out.npz")))
+        part = numpy_load(self.storage.read(join(self.uri, "held-out.safetensors")))
         return part["images"], part.get("labels")
 
 
@@ -189,20 +190,14 @@ class _Access:
         quarantine = read_quarantine(self.dataset.uri, self.storage)
         return [shard.samples for shard in kept_shards(self.dataset, split, quarantine)]
 
-    def read(self, split: str, positions: Sequence[NDArray[np.int64]]) -> Iterator[tuple[ShardReader, Batch]]:
-        """Yield the reader and a batch for each of these lists of positions in a split's shard order."""
-        cache_dir = Path(self.cache_dir) if self.cache_dir else default_cache_dir()
-        cache = ShardCache(cache_dir, int(self.cache_gib * 2**30))
-        fetcher = ShardFetcher(self.dataset.uri, self.storage, cache)
-        try:
-            reader = ShardReader(self.dataset, split, fetcher, read_quarantine(self.dataset.uri, self.storage))
+    def read(self, split: str, positions: Sequence[NDArray[np.int64]]) -> Iterator[Batch]:
+        """Yield a batch for each of these lists of positions in a split's shard order."""
+        with opened_split(self.dataset, split, self.storage, self.cache_dir, self.cache_gib) as reader:
             ends = np.cumsum([shard.samples for shard in reader.shards])
             for some in positions:
                 shards = np.searchsorted(ends, some, side="right")
                 starts = np.concatenate([[0], ends])[shards]
-                yield reader, reader.batch(Located(some, shards, some - starts))
-        finally:
-            fetcher.close()
+                yield reader.batch(Located(some, shards, some - starts))
 
 
 def _compute(
@@ -236,7 +231,7 @@ def _compute(
         tensors |= {f"{split}.mean": moments.mean, f"{split}.scatter": moments.scatter}
         classes = np.sum([part.class_counts for part in parts], axis=0).tolist()
         splits[split] = {"count": counts[split], "reference": moments.count, "class_counts": classes}
-    access.storage.write(join(uri, "held-out.npz"), _held_out(access, counts["test"]))
+    access.storage.write(join(uri, "held-out.safetensors"), _held_out(access, counts["test"]))
     access.storage.write(join(uri, "moments.safetensors"), save(tensors))
     record = {
         "format": FORMAT,
@@ -262,14 +257,15 @@ def _encode_part(access: _Access, split: str, span: tuple[int, int], evaluator: 
     torch.set_num_threads(1)
     encode = evaluator.encoder.to(task_device())
     share = evaluator.share if split == "train" else None
+    quarantine = read_quarantine(access.dataset.uri, access.storage)
     positions = np.arange(*span)
     batches = [positions[i : i + ENCODE_BATCH] for i in range(0, len(positions), ENCODE_BATCH)]
     features, labels, reference, pixels = [], [], [], []
-    for reader, batch in access.read(split, batches):
+    for batch in access.read(split, batches):
         levels = to_levels(batch.images)
         features.append(encode(levels).features.numpy())
         labels.append(np.full(len(levels), -1) if batch.labels is None else batch.labels.numpy())
-        reference.append(reference_mask(share, reader, batch.ordinals).numpy())
+        reference.append(reference_mask(share, access.dataset, quarantine, batch.ordinals).numpy())
         pixels.append(thumbnails(levels))
     part = {
         "features": np.concatenate(features),
@@ -277,7 +273,7 @@ def _encode_part(access: _Access, split: str, span: tuple[int, int], evaluator: 
         "reference": np.concatenate(reference),
         "pixels": np.concatenate(pixels),
     }
-    access.storage.write(join(uri, _part_name(split, span[0])), _pack(part))
+    access.storage.write(join(uri, _part_name(split, span[0])), numpy_save(part))
     classes = len(access.dataset.classes)
     chosen = part["features"][part["reference"]]
     return _Part(
@@ -289,21 +285,10 @@ def _encode_part(access: _Access, split: str, span: tuple[int, int], evaluator: 
 def _held_out(access: _Access, count: int) -> bytes:
     """Return test images for likelihoods, spread evenly over the split, as they are stored."""
     chosen = np.unique(np.linspace(0, count - 1, min(count, HELD_OUT)).round().astype(np.int64))
-    ((_, batch),) = access.read("test", [chosen])
+    (batch,) = access.read("test", [chosen])
     part = {"images": to_levels(batch.images).numpy()}
-    return _pack(part if batch.labels is None else part | {"labels": batch.labels.numpy()})
+    return numpy_save(part if batch.labels is None else part | {"labels": batch.labels.numpy()})
 
 
 def _part_name(split: str, first: int) -> str:
-    return f"{split}-{first:09d}.npz"
-
-
-def _pack(arrays: Mapping[str, NDArray[Any]]) -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    return buffer.getvalue()
-
-
-def _unpack(data: bytes) -> dict[str, NDArray[Any]]:
-    with np.load(io.BytesIO(data), allow_pickle=False) as found:
-        return dict(found)
+    return f"{split}-{first:09d}.safetensors"

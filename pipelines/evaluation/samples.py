@@ -8,7 +8,6 @@ ready, and a repetition after an interruption draws only those that are missing.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import time
 from collections import deque
@@ -21,6 +20,7 @@ import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
+from safetensors.numpy import load, save
 
 from ddpm.generate import Sampling
 from ddpm.model import Model
@@ -35,6 +35,8 @@ from pipelines.retry import PATIENCE_S
 from pipelines.storage import NotFoundError, Storage, join
 
 LOOK_EVERY_S = 5.0
+RETRIES = 3
+"""Of an actor whose node is lost."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,9 @@ class Artists:
         patience_s: float = PATIENCE_S,
     ) -> None:
         shared = ray.put((model.to("cpu"), evaluator))
-        kind = _Artist.options(num_cpus=1, num_gpus=1 if use_gpu else 0)
+        kind = ray.remote(_Artist).options(
+            num_cpus=1, num_gpus=1 if use_gpu else 0, max_restarts=RETRIES, max_task_retries=RETRIES
+        )
         self.needs = {"CPU": 1.0, **({"GPU": 1.0} if use_gpu else {})}
         self.actors = [kind.remote(shared, storage) for _ in range(count)]
         self.starting = {actor.ready.remote(): actor for actor in self.actors}
@@ -208,7 +212,6 @@ class Artists:
                 )
 
 
-@ray.remote(max_restarts=3, max_task_retries=3)
 class _Artist:
     """An actor with a model and an evaluator."""
 
@@ -225,10 +228,9 @@ class _Artist:
 
     def draw(self, unit: Unit, plan: Plan) -> dict[str, NDArray[Any]]:
         """Return features, probabilities and small copies of a batch of samples; what is stored is not made again."""
-        named = f"features-{self.evaluator.digest[:16]}-{unit.first:09d}.npz"
+        named = f"features-{self.evaluator.digest[:16]}-{unit.first:09d}.safetensors"
         try:
-            with np.load(io.BytesIO(self.storage.read(join(unit.folder, named))), allow_pickle=False) as stored:
-                return dict(stored)
+            return load(self.storage.read(join(unit.folder, named)))
         except NotFoundError:
             images = self._images(unit, plan)
         levels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
@@ -236,9 +238,7 @@ class _Artist:
         rows = {"features": encoded.features.numpy(), "pixels": thumbnails(levels)}
         if encoded.probabilities is not None:
             rows["probabilities"] = encoded.probabilities.numpy()
-        buffer = io.BytesIO()
-        np.savez(buffer, **rows)
-        self.storage.write(join(unit.folder, named), buffer.getvalue())
+        self.storage.write(join(unit.folder, named), save(rows))
         return rows
 
     def _images(self, unit: Unit, plan: Plan) -> NDArray[np.uint8]:

@@ -60,7 +60,7 @@ def score_model(
     model, tracker = resolved.model, resolved.tracker
     dataset = read_dataset(dataset_uri or model.spec.lineage.get("dataset_uri", config.data.uri), storage)
     model = references.guided(model, settings, config.tracking.uri, storage)
-    evaluator = open_evaluator(config, dataset, storage, connect, notice)
+    evaluator = open_evaluator(config, dataset, storage, notice, connect=connect)
     model_digest = resolved.published.digest if resolved.published else weights_digest(model)
     request = request_of(config, settings)
     stream = stream_digest(dataset, read_quarantine(dataset.uri, storage))

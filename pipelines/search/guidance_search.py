@@ -22,11 +22,13 @@ from ray.tune import Stopper
 from ddpm.generate import Sampling
 from ddpm.model import Model
 from ddpm.models.classifier import NoisyClassifier
-from ddpm.quality import FeatureMoments, Interval
+from ddpm.quality import Interval
 from pipelines.config import Config, from_dict, sampling
 from pipelines.config.choices import VARIANTS
-from pipelines.evaluation.evaluate import Evaluator
-from pipelines.evaluation.features import extract
+from pipelines.evaluation.compare import NEIGHBOURS
+from pipelines.evaluation.evaluators import Evaluator
+from pipelines.evaluation.real import Real
+from pipelines.evaluation.samples import balanced_labels
 from pipelines.evaluation.tasks import finished
 from pipelines.references import classifier_for, weaker_for
 from pipelines.scratch import scratch_folder
@@ -37,7 +39,6 @@ from pipelines.search.parameters import Params, Value
 from pipelines.search.space import apply, check_space
 from pipelines.search.study import StudyStore, TrialRecord, loss, pareto_front
 from pipelines.search.study_config import StudyConfig
-from pipelines.shards.read import Batch
 from pipelines.storage import Storage
 
 # Tune's own tables and log files are switched off: a study has its own.
@@ -120,16 +121,23 @@ def _values(study: StudyConfig, base: Config, path: str) -> list[str]:
 
 
 def subject_of(
-    model: Model, evaluator: Evaluator, splits: Mapping[str, Batch], guides: Mapping[str, NoisyClassifier | Model]
+    model: Model, evaluator: Evaluator, real: Real, guides: Mapping[str, NoisyClassifier | Model], seed: int
 ) -> Subject:
-    """Return the model and the data that all trials share."""
-    train, test = splits["train"], splits["test"]
+    """Return the model and the data that all trials share.
+
+    Args:
+        real: the real images, as the evaluator sees them.
+        seed: of the order of the labels.
+    """
+    with tempfile.TemporaryDirectory(prefix="real-", dir=scratch_folder()) as scratch:
+        test = real.load("test", Path(scratch), most=NEIGHBOURS).features.read(0, NEIGHBOURS)
+    labels = balanced_labels(real.test.count, real.train.class_counts, seed) if model.spec.classes else None
     return Subject(
         model=replace(model, classifier=None, weak=None).to("cpu"),
-        evaluator=evaluator.network,
-        reference=FeatureMoments.of(extract(evaluator.network, train.images).features),
-        real=extract(evaluator.network, test.images).features,
-        labels=test.labels if model.spec.classes else None,
+        evaluator=evaluator,
+        reference=real.train.moments,
+        real=torch.from_numpy(test),
+        labels=None if labels is None else torch.from_numpy(labels),
         guides=guides,
     )
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm.generate import Sampling, to_uint8
+from ddpm.generate import Sampling
 from ddpm.model import Model
 from ddpm.models.classifier import NoisyClassifier
 from ddpm.quality import FeatureMoments, Interval, bootstrap, frechet_distance, halves, precision_recall
 from pipelines.evaluation.devices import task_device
-from pipelines.evaluation.features import EvaluatorNetwork, Features, extract
+from pipelines.evaluation.evaluators import Evaluator
+from pipelines.evaluation.images import to_levels
 
 DRAWS = 40
 """Random halves from which the standard error of a distance is computed."""
@@ -28,15 +29,15 @@ class Subject:
 
     Attributes:
         model: the model that is sampled, on the CPU.
-        evaluator: the network whose features are compared.
-        reference: moments of the real train split's features.
+        evaluator: the network whose features are compared, with its record.
+        reference: moments of the features of the real images that are the reference.
         real: features of the real test split [N, D], for precision and recall.
         labels: labels of the drawn images [N]; image i has label i modulo N. None for a model without classes.
         guides: reference -> classifier or weaker model that a setting may name.
     """
 
     model: Model
-    evaluator: EvaluatorNetwork
+    evaluator: Evaluator
     reference: FeatureMoments
     real: Tensor
     labels: Tensor | None
@@ -87,6 +88,7 @@ class SampleScorer:
         device = task_device()
         self.subject, self.device = subject, device
         self.model = subject.model.to(device)
+        self.encoder = subject.evaluator.encoder.to(device)
         self.guides = {name: guide.to(device) for name, guide in subject.guides.items()}
         self.meter = Meter(self.model)
         for guide in self.guides.values():
@@ -119,12 +121,13 @@ class SampleScorer:
             image_ids=image_ids.to(self.device),
             batch_size=batch_size,
         )
-        pixels = to_uint8(images).cpu()
         # Features are of images rounded to 256 levels, which is what a user of the model receives.
-        extracted: Features = extract(subject.evaluator, pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
-        correct = None if labels is None else extracted.predicted == labels
+        levels = to_levels(images)
+        found, correct = self.encoder(levels), None
+        if labels is not None and subject.evaluator.labels and found.probabilities is not None:
+            correct = found.probabilities.argmax(1) == labels
         evaluations = (self.meter.count - before) / len(image_ids)
-        return Drawn(extracted.features, correct, pixels[:keep].numpy(), evaluations)
+        return Drawn(found.features, correct, levels[:keep].permute(0, 2, 3, 1).cpu().numpy(), evaluations)
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,8 @@ class Drawn:
 
     Attributes:
         features: features of the samples [N, D].
-        correct: whether the evaluator assigns a sample to the requested class, bool [N]; None without classes.
+        correct: whether the evaluator assigns a sample to the requested class, bool [N]; None where the model or the
+            evaluator has no classes.
         pixels: the first samples, uint8 [M, H, W, C].
         evaluations: network evaluations per image.
     """

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from ddpm.bound import variational_bound
 from ddpm.conditioning import Conditioning
-from ddpm.generate import generate, to_uint8
+from ddpm.generate import generate
 from ddpm.model import ModelSpec
 from ddpm.prediction import NetworkDenoiser
 from ddpm.quality import FeatureMoments
 from ddpm.schedule import make_schedule
-from pipelines.evaluation.features import EvaluatorNetwork, extract
+from pipelines.evaluation.evaluators import Encoder
+from pipelines.evaluation.images import to_levels
 from pipelines.search.judge import distance_and_error
 from pipelines.storage import Storage, join
 from pipelines.training.loop.collectives import all_gather_items, rank_indices
@@ -36,8 +37,8 @@ class RungJudge:
         rungs: images seen at which the weights are scored.
         samples: number of images that are drawn at each rung.
         labels: labels of the drawn images [N]; image i has label i modulo N. None for a model without classes.
-        evaluator: the network whose features are compared.
-        reference: moments of the real train split's features.
+        encoder: the network whose features are compared.
+        reference: moments of the features of the real images that are the reference.
         held_out: real test images for the bound, [B, C, H, W] in [-1, 1]; B = 0 for no bound.
         held_out_labels: labels of `held_out` [B]; None without classes.
         seed: seed of the noise.
@@ -48,7 +49,7 @@ class RungJudge:
     rungs: tuple[int, ...]
     samples: int
     labels: Tensor | None
-    evaluator: EvaluatorNetwork
+    encoder: Encoder
     reference: FeatureMoments
     held_out: Tensor
     held_out_labels: Tensor | None
@@ -77,9 +78,8 @@ class RungJudge:
                 image_ids=image_ids.to(device),
                 batch_size=BATCH,
             )
-            features = all_gather_items(
-                extract(self.evaluator, to_levels(images)).features.to(device), self.samples
-            ).cpu()
+            own = self.encoder.to(device)(to_levels(images)).features
+            features = all_gather_items(own.to(device), self.samples).cpu()
             scores, _ = distance_and_error(self.reference, features)
             if len(self.held_out):
                 bound_ids = rank_indices(len(self.held_out), rank)
@@ -104,8 +104,3 @@ class RungJudge:
         if labels is None or not spec.classes:
             return None
         return Conditioning(label=labels[image_ids % len(labels)].to(device))
-
-
-def to_levels(images: Tensor) -> Tensor:
-    """Return images [N, C, H, W] in [-1, 1] rounded to the 256 levels of a picture, on the CPU."""
-    return to_uint8(images).permute(0, 3, 1, 2).float().cpu() / 127.5 - 1

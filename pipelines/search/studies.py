@@ -15,8 +15,8 @@ from ddpm.generate import Sampling
 from pipelines import references, tracking
 from pipelines.config import Config
 from pipelines.display import StageNotice
-from pipelines.evaluation import evaluate as evaluation
-from pipelines.evaluation.evaluate import Evaluator
+from pipelines.evaluation.evaluators import Evaluator, open_evaluator
+from pipelines.evaluation.real import Real, open_real
 from pipelines.references import Resolved
 from pipelines.search import guidance_search, training_search
 from pipelines.search.guidance_search import GuidanceResult, base_of, guides_of, subject_of
@@ -28,7 +28,6 @@ from pipelines.search.study_config import StudyConfig
 from pipelines.search.training_trial import Shared, rungs
 from pipelines.search.trial_seconds import median_seconds
 from pipelines.shards.index import Dataset, read_dataset
-from pipelines.shards.read import Batch
 from pipelines.storage import Storage, join
 from pipelines.tracking import Tracker
 from pipelines.training.driver import check_dataset
@@ -90,9 +89,9 @@ def guidance_study(
     check_space(study, base)
     first = earlier_points(study, base, [StudyStore.of(config, other) for other in after])
     dataset = read_dataset(resolved.model.spec.lineage.get("dataset_uri", config.data.uri), storage)
-    splits, evaluator = _open_evaluation(dataset, config, storage, notice)
+    real, evaluator = _open_evaluation(dataset, config, storage, notice)
     guides = guides_of(resolved.model, study, base, storage)
-    subject = subject_of(resolved.model, evaluator, splits, guides)
+    subject = subject_of(resolved.model, evaluator, real, guides, base.evaluation.seed)
     connect_ray(config, storage)
     store, tracker = StudyStore.of(config, name), _open_run(config, name, study, reference)
     observer = Observer(store, study, tracker, config.tracking.experiment, study.samples, on_change)
@@ -180,7 +179,7 @@ def training_study(
     storage = Storage.of(config)
     dataset = read_dataset(config.data.uri, storage)
     check_dataset(dataset, config)
-    splits, evaluator = _open_evaluation(dataset, config, storage, notice)
+    real, evaluator = _open_evaluation(dataset, config, storage, notice)
     connect_ray(config, storage)
     training_search.concurrency(study, config, ray.cluster_resources())
     store = StudyStore.of(config, name)
@@ -188,7 +187,7 @@ def training_study(
     tracker = _open_run(config, name, study, dataset.uri)
     observer = Observer(store, study, tracker, config.tracking.experiment, config.images, on_change)
     observer.begin(records)
-    shared = Shared.of(study, config, name, lineage, evaluator.network, splits)
+    shared = Shared.of(study, config, name, lineage, evaluator.encoder, real)
     training_search.run_trials(shared, records, observer, first)
     observer.settle()
     return _publish_training(config, study, dataset.uri, store, tracker, began)
@@ -229,12 +228,24 @@ def _publish_training(
     return StudyResult(tracker, records, top, where, answer)
 
 
-def _open_evaluation(
-    dataset: Dataset, config: Config, storage: Storage, notice: StageNotice
-) -> tuple[dict[str, Batch], Evaluator]:
-    """Return the real samples of a dataset by split, and its evaluator."""
-    splits = evaluation.open_splits(dataset, storage, config.data.cache_dir, config.data.cache_gib)
-    return splits, evaluation.get_evaluator(dataset, splits, storage, lambda text: notice("study", text))
+def _open_evaluation(dataset: Dataset, config: Config, storage: Storage, notice: StageNotice) -> tuple[Real, Evaluator]:
+    """Return the evaluator of a dataset, and what it says of the real images; connects to Ray."""
+
+    def say(text: str) -> None:
+        notice("study", text)
+
+    connect_ray(config, storage)
+    evaluator = open_evaluator(config, dataset, storage, say)
+    real = open_real(
+        dataset,
+        evaluator,
+        storage,
+        cache_dir=config.data.cache_dir,
+        cache_gib=config.data.cache_gib,
+        use_gpu=config.cluster.gpus_per_worker > 0,
+        notice=say,
+    )
+    return real, evaluator
 
 
 def _open_run(config: Config, name: str, study: StudyConfig, subject: str) -> Tracker:

@@ -10,18 +10,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from ray import tune
 from torch import Tensor
 
 from ddpm.quality import FeatureMoments
 from pipelines.config import Config, ConfigError
-from pipelines.evaluation.features import EvaluatorNetwork, extract
+from pipelines.evaluation.evaluators import Encoder
+from pipelines.evaluation.real import Real
+from pipelines.evaluation.samples import balanced_labels
 from pipelines.search.parameters import Params, Value
 from pipelines.search.rung_judge import RungJudge
 from pipelines.search.space import apply
 from pipelines.search.study import trial_name
 from pipelines.search.study_config import StudyConfig
-from pipelines.shards.read import Batch
 from pipelines.storage import Storage, join
 from pipelines.training import driver
 from pipelines.training.errors import TrainingError
@@ -44,14 +46,14 @@ class Shared:
         base: the configuration that the trials vary.
         name: of the study.
         lineage: which code runs, see `pipelines.lineage`.
-        evaluator, reference, labels, held_out, held_out_labels: see `RungJudge`.
+        encoder, reference, labels, held_out, held_out_labels: see `RungJudge`.
     """
 
     study: StudyConfig
     base: Config
     name: str
     lineage: Mapping[str, Any]
-    evaluator: EvaluatorNetwork
+    encoder: Encoder
     reference: FeatureMoments
     labels: Tensor | None
     held_out: Tensor
@@ -64,22 +66,23 @@ class Shared:
         base: Config,
         name: str,
         lineage: Mapping[str, Any],
-        evaluator: EvaluatorNetwork,
-        splits: Mapping[str, Batch],
+        encoder: Encoder,
+        real: Real,
     ) -> Shared:
-        """Return what trials share, computed from the real splits."""
-        train, test = splits["train"], splits["test"]
-        count = min(study.bits_per_dim_images, len(test.images))
+        """Return what trials share, of the real images as the evaluator sees them."""
+        counts, seed = real.train.class_counts, base.evaluation.seed
+        held_out, labels = real.held_out()
+        count = min(study.bits_per_dim_images, len(held_out))
         return cls(
             study,
             base,
             name,
             lineage,
-            evaluator,
-            FeatureMoments.of(extract(evaluator, train.images).features),
-            test.labels,
-            test.images[:count].clone(),
-            None if test.labels is None else test.labels[:count].clone(),
+            encoder,
+            real.train.moments,
+            torch.from_numpy(balanced_labels(real.test.count, counts, seed)) if counts else None,
+            torch.from_numpy(held_out[:count]).float() / 127.5 - 1,
+            None if labels is None else torch.from_numpy(labels[:count]),
         )
 
 
@@ -190,7 +193,7 @@ class TrainingTrial(tune.Trainable):
             self.rungs,
             shared.study.samples,
             shared.labels,
-            shared.evaluator,
+            shared.encoder,
             shared.reference,
             shared.held_out,
             shared.held_out_labels,

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ from pipelines.shards.members import (
     unpack_embedding,
 )
 from pipelines.shards.order import Located
-from pipelines.shards.quarantine import Quarantine, kept_samples, kept_shards
-from pipelines.storage import join
+from pipelines.shards.quarantine import Quarantine, kept_samples, kept_shards, read_quarantine
+from pipelines.storage import Storage, join
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class Batch:
         """Return the number of samples."""
         return len(self.ordinals)
 
-    def __getitem__(self, span: slice) -> Batch:
-        """Return some of the samples."""
+    def __getitem__(self, span: slice | Tensor) -> Batch:
+        """Return some of the samples, by a range, a mask or indices."""
         return self._each(lambda tensor: tensor[span])
 
     def pinned(self) -> Batch:
@@ -219,6 +220,22 @@ def _padded(embeddings: list[Embedding]) -> tuple[Tensor | None, Tensor | None, 
     text = pad_sequence(tokens, batch_first=True)
     lengths = torch.tensor([len(t) for t in tokens])
     return text, torch.arange(text.shape[1])[None] < lengths[:, None], together
+
+
+@contextmanager
+def opened_split(
+    dataset: Dataset, split: str, storage: Storage, cache_dir: str | None, cache_gib: float
+) -> Iterator[ShardReader]:
+    """Open a split without the samples in quarantine, through the node's shard cache where it fits into that.
+
+    Args:
+        cache_dir: the node's shard cache; None for the default one.
+        cache_gib: its size.
+    """
+    folder = Path(cache_dir) if cache_dir else default_cache_dir()
+    fetcher = ShardFetcher.opened(dataset, split, storage, folder, int(cache_gib * 2**30), 1, 1)
+    with closing(ShardReader(dataset, split, fetcher, read_quarantine(dataset.uri, storage))) as reader:
+        yield reader
 
 
 def read_split(reader: ShardReader) -> Batch:

@@ -44,11 +44,12 @@ from pipelines.checkpoints import (
 )
 from pipelines.config import compose
 from pipelines.errors import PipelineError
-from pipelines.evaluation.evaluate import get_evaluator, open_splits
+from pipelines.evaluation.evaluators import open_evaluator
 from pipelines.references import model_spec
 from pipelines.shards.audit.check import check
 from pipelines.shards.index import Dataset, read_dataset
 from pipelines.shards.ingest.write import ingest
+from pipelines.shards.read import opened_split, read_split
 from pipelines.shards.stream import StreamSettings, open_stream
 from pipelines.stack import StackState
 from pipelines.storage import Storage, join, s3_client
@@ -238,10 +239,13 @@ def in_evaluation(attempt: Attempt) -> tuple[int, int]:
     """Read all real samples and the evaluator network, as a task of an evaluation does."""
     attempt.switch()
     dataset = read_dataset(attempt.services.dataset.uri, attempt.storage)
-    splits = open_splits(dataset, attempt.storage, str(attempt.folder / "cache"), 1.0)
-    evaluator = get_evaluator(dataset, splits, attempt.storage)
+    read = 0
+    for split in ("train", "test"):
+        with opened_split(dataset, split, attempt.storage, str(attempt.folder / "cache"), 1.0) as reader:
+            read += len(read_split(reader))
+    evaluator = open_evaluator(CONFIG, dataset, attempt.storage)
     assert evaluator.digest == attempt.services.evaluator_digest
-    return PICTURES - sum(len(batch.images) for batch in splits.values()), PICTURES
+    return PICTURES - read, PICTURES
 
 
 def in_scores(attempt: Attempt) -> tuple[int, int]:
@@ -368,7 +372,8 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
         checkpoint_state = make_checkpoint(folder / "checkpoint", dataset)
         tracker, _ = tracking.open_run(str(state.tracking_uri), "faults", "model", {})
         model_id = log_model(tracker, tmp_path_factory.mktemp("model"))
-        evaluator = get_evaluator(dataset, open_splits(dataset, s3, str(folder / "cache"), 1.0), s3)
+        data = CONFIG.data.model_copy(update={"cache_dir": str(folder / "cache")})
+        evaluator = open_evaluator(CONFIG.model_copy(update={"data": data}), dataset, s3)
         checkpoint = folder / "checkpoint"
         yield Services(
             *(state, s3, folder / "pictures", dataset, same, checkpoint, checkpoint_state, tracker, model_id),

@@ -19,7 +19,7 @@ from ddpm.model import Model, ModelSpec
 from ddpm.models import UNetConfig
 from pipelines.evaluation.evaluate import Request, evaluate
 from pipelines.evaluation.evaluators.base import Evaluator
-from pipelines.evaluation.evaluators.classifier import ClassifierNetwork
+from pipelines.evaluation.evaluators.classifier import Classifier
 from pipelines.evaluation.real import open_real
 from pipelines.shards.index import read_dataset
 from pipelines.storage import Storage
@@ -38,7 +38,7 @@ def main(dataset_uri: str, root: str, n: int) -> None:
     network = UNetConfig(in_channels=1, channels=(8,), attention=(False,), layers_per_block=1, norm_groups=4)
     spec = ModelSpec(network, {"kind": "cosine", "num_steps": 8}, "v", dataset.image_size, dataset.classes)
     model = Model(spec, network.build().eval())
-    judge = ClassifierNetwork(dataset.channels, dataset.image_size, len(dataset.classes)).eval()
+    judge = Classifier(dataset.channels, dataset.image_size, len(dataset.classes)).eval()
     evaluator = Evaluator(judge, "classifier", "stub", "untrained", "none", labels=True, accuracy=None)
     real = open_real(dataset, evaluator, storage, cache_dir=f"{root}/cache", cache_gib=1.0)
     peaks = {"artists": 0}

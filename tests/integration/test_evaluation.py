@@ -35,7 +35,7 @@ def test_an_evaluation_goes_on_where_it_was_killed_and_gives_the_same_from_any_n
     shell.ok("ingest", "digits", "--to", DATA)
     killed = shell.start(*evaluate("s3://ddpm/one", 1))
     deadline = time.monotonic() + 200
-    while len(before := stored(s3, "s3://ddpm/one", ".npz")) < 2:
+    while len(before := stored(s3, "s3://ddpm/one", ".safetensors")) < 2:
         assert killed.poll() is None, killed.communicate()[1][-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -43,7 +43,7 @@ def test_an_evaluation_goes_on_where_it_was_killed_and_gives_the_same_from_any_n
     killed.communicate()
 
     one = shell.ok(*evaluate("s3://ddpm/one", 1), "--json").answer
-    after = {entry.uri: entry for entry in stored(s3, "s3://ddpm/one", ".npz")}
+    after = {entry.uri: entry for entry in stored(s3, "s3://ddpm/one", ".safetensors")}
     assert len(after) == 9
     assert all(after[entry.uri] == entry for entry in before)
 

@@ -17,15 +17,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ddpm.generate import Sampling, to_uint8
+from ddpm.generate import Sampling
 from ddpm.model import load_model
 from ddpm.quality import FeatureMoments, frechet_distance
 from pipelines import registry
 from pipelines.checkpoints import load_checkpoint
 from pipelines.config import compose, read_config
-from pipelines.evaluation.evaluate import get_evaluator, open_splits
-from pipelines.evaluation.features import extract
+from pipelines.evaluation.evaluators import open_evaluator, reference_part
+from pipelines.evaluation.images import to_levels
 from pipelines.shards.index import read_dataset
+from pipelines.shards.read import opened_split, read_split
 from pipelines.storage import Storage
 from pipelines.tracking import ModelVersion
 from tests.pipelines.training.loop.ranks import last_checkpoint, train_here
@@ -108,17 +109,21 @@ def test_the_tags_of_a_version_are_read():
 def test_an_evaluation_comes_to_the_same_scores(dataset, tmp_path):
     torch.set_num_threads(1)
     (stored,) = (json.loads(path.read_text()) for path in (EARLIER / "evaluation").iterdir())
-    splits = open_splits(dataset, Storage(), str(tmp_path), 1.0)
-    evaluator = get_evaluator(dataset, splits, Storage())
-    assert evaluator.digest == stored["evaluator_digest"]
+    splits = {}
+    for split in ("train", "test"):
+        with opened_split(dataset, split, Storage(), str(tmp_path), 1.0) as reader:
+            splits[split] = read_split(reader)
+    evaluator = open_evaluator(read_config(EARLIER / "config.json"), dataset, Storage())
+    assert (evaluator.digest, evaluator.accuracy) == (stored["evaluator_digest"], stored["real_accuracy"])
     assert dataset.digest == stored["dataset_digest"]
     model, labels = load_model(EARLIER / "version" / "model"), splits["test"].labels
     images = model.generate(labels, seed=stored["seed"], batch_size=90)
-    found = extract(evaluator.network, to_uint8(images).permute(0, 3, 1, 2).float() / 127.5 - 1)
-    reference = FeatureMoments.of(extract(evaluator.network, splits["train"].images).features)
+    found = evaluator.encoder(to_levels(images))
+    real = reference_part(evaluator.share, dataset, Storage(), splits["train"])
+    reference = FeatureMoments.of(evaluator.encoder(to_levels(real.images)).features)
     distance = frechet_distance(reference, FeatureMoments.of(found.features))
     assert distance == pytest.approx(stored["frechet_distance"], rel=1e-6 if same_machine() else 1e-3)
-    assert (found.predicted == labels).double().mean().item() == stored["class_accuracy"]
+    assert (found.probabilities.argmax(1) == labels).double().mean().item() == stored["class_accuracy"]
 
 
 @pytest.mark.parametrize("row", read("identities.json"), ids=lambda row: " ".join(row["overrides"]) or "defaults")

@@ -1,1 +1,139 @@
 """Networks that judge images, each with a record of which one it is."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+from pipelines.config import Config
+from pipelines.display import Notice, no_notice
+from pipelines.errors import ConfigError
+from pipelines.evaluation.evaluators.base import Encoded, Encoder, Evaluator
+from pipelines.evaluation.evaluators.encoder import check_encoder, open_encoder
+from pipelines.evaluation.evaluators.inception import check_inception, open_inception
+from pipelines.evaluation.evaluators.share import Share, reference_mask, reference_part
+from pipelines.evaluation.evaluators.store import find, store
+from pipelines.evaluation.evaluators.train import Training, train_on_ray
+from pipelines.scratch import scratch_folder
+from pipelines.shards.index import Dataset
+from pipelines.storage import Storage
+
+__all__ = [
+    "Encoded",
+    "Encoder",
+    "Evaluator",
+    "Share",
+    "check_evaluator",
+    "evaluator_kind",
+    "open_evaluator",
+    "reference_mask",
+    "reference_part",
+]
+
+
+def evaluator_kind(config: Config, dataset: Dataset) -> str:
+    """Return the kind of evaluator that judges samples of a dataset: the configured one, by default by its labels."""
+    if config.evaluation.evaluator != "auto":
+        return config.evaluation.evaluator
+    return "classifier" if dataset.classes else "contrastive"
+
+
+def check_evaluator(config: Config, dataset: Dataset) -> None:
+    """Check, before anything starts, that samples of a model of this dataset can be judged.
+
+    Raises:
+        ConfigError: they cannot be; says why and what to do.
+    """
+    kind, weights = evaluator_kind(config, dataset), config.evaluation.weights
+    if config.task == "classifier":
+        raise ConfigError(
+            "task=classifier trains a network that draws no samples, so there is nothing to evaluate: "
+            "use `ddpm train`, and name its run as guidance.classifier where a model is evaluated"
+        )
+    if "test" not in dataset.splits or dataset.samples("test") < 2:
+        raise ConfigError(
+            f"{dataset.uri} has no split 'test' of two images or more, with which samples are compared: ingest it "
+            "with data.test_fraction, or give the source a folder test/"
+        )
+    if kind == "classifier" and not dataset.classes:
+        raise ConfigError(
+            f"evaluation.evaluator=classifier is trained on classes, and {dataset.uri} has none: "
+            "use evaluation.evaluator=contrastive, which needs no labels"
+        )
+    if weights is not None and kind in ("classifier", "contrastive"):
+        raise ConfigError(
+            f"evaluation.weights = {weights} has no use for the evaluator '{kind}', which is trained on the dataset: "
+            "choose evaluation.evaluator=inception or encoder"
+        )
+    if weights is not None and "://" not in weights and not Path(weights).expanduser().exists():
+        raise ConfigError(f"evaluation.weights = {weights}: there is no such file or folder on this machine")
+    if kind == "inception":
+        check_inception(weights)
+    if kind == "encoder":
+        check_encoder(config.evaluation, dataset)
+
+
+def open_evaluator(
+    config: Config,
+    dataset: Dataset,
+    storage: Storage,
+    notice: Notice = no_notice,
+    *,
+    connect: Callable[[], object] = lambda: None,
+) -> Evaluator:
+    """Return the evaluator of a dataset; one that is trained on it is stored beside it, and trained where none is yet.
+
+    It is trained in a Ray task where this process is connected to a cluster, else in this process.
+
+    Args:
+        config: names the evaluator.
+        dataset: whose images are judged.
+        storage: where the dataset is.
+        notice: called before an evaluator is trained.
+        connect: called before an evaluator is trained, for a process that is not connected to Ray yet.
+
+    Raises:
+        ConfigError: there is none for this dataset; `check_evaluator` says so earlier.
+        DatasetError: the stored weights are not those that their record names.
+        TaskError: no node of the Ray cluster can hold the training.
+    """
+    check_evaluator(config, dataset)
+    match evaluator_kind(config, dataset):
+        case "inception":
+            with _local(config.evaluation.weights, storage) as path:
+                return open_inception(path)
+        case "encoder":
+            with _local(config.evaluation.weights, storage) as path:
+                return open_encoder(path, config.evaluation, dataset)
+        case "classifier" | "contrastive" as kind:
+            found = find(kind, dataset, storage)
+            if found is not None:
+                return found
+            notice(f"training the evaluator ({kind}) on real images, once for this dataset")
+            connect()
+            training = Training.of(config, kind, dataset, storage)
+            use_gpu = config.cluster.gpus_per_worker > 0
+            trained = train_on_ray(training, use_gpu=use_gpu) if ray.is_initialized() else training()
+            return store(kind, trained, dataset, storage)
+        case kind:
+            raise ConfigError(f"evaluation.evaluator = {kind}: there is no such evaluator")
+
+
+@contextmanager
+def _local(weights: str | None, storage: Storage) -> Iterator[Path]:
+    """Give the path of a file or folder on this machine, to which what lies at an address is copied."""
+    assert weights is not None
+    if "://" not in weights:
+        yield Path(weights).expanduser()
+        return
+    with tempfile.TemporaryDirectory(prefix="weights-", dir=scratch_folder()) as scratch:
+        path = Path(scratch) / weights.rstrip("/").rsplit("/", 1)[-1]
+        if storage.exists(weights):
+            storage.download(weights, path)
+        else:
+            storage.download_folder(weights, path)
+        yield path

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+from pipelines.evaluation.evaluators.share import Share
+
+PART = 256
+"""Images that an encoder has on its device at a time."""
 
 
 @dataclass(frozen=True)
@@ -14,8 +21,8 @@ class Encoded:
 
     Attributes:
         features: float32 [N, width], on the CPU.
-        probabilities: of the dataset's classes, or of the encoder's own, float32 [N, C] with rows that sum to 1; None
-            for an encoder without classes.
+        probabilities: of the dataset's classes, or of the encoder's own, float32 [N, C] with rows that sum to 1, on the
+            CPU; None for an encoder without classes.
     """
 
     features: Tensor
@@ -25,7 +32,8 @@ class Encoded:
 class Encoder(Protocol):
     """Maps images to features; pickled to Ray tasks, and moved to their device by `to`.
 
-    It prepares the images itself (size, channels, scale), so that whoever has them passes them as they are.
+    It prepares the images itself (size, channels, scale), so that whoever has them passes them as they are, and takes
+    any number of them, in memory for a few at a time.
     """
 
     width: int
@@ -34,7 +42,7 @@ class Encoder(Protocol):
         """Return the features of images uint8 [N, C, H, W], which may be on any device."""
         ...
 
-    def to(self, device: object) -> Encoder:
+    def to(self, device: torch.device) -> Encoder:
         """Return the encoder with its weights on a device."""
         ...
 
@@ -50,6 +58,7 @@ class Evaluator:
         preparation: what is done to images before they are encoded, in words.
         labels: whether its probabilities are of the dataset's classes.
         accuracy: on the real test split, 0..1; None without labels.
+        share: of the train split, on which it was trained; None where it was trained on other data.
     """
 
     encoder: Encoder
@@ -59,3 +68,21 @@ class Evaluator:
     preparation: str
     labels: bool
     accuracy: float | None
+    share: Share | None = None
+
+
+@torch.no_grad()
+def in_parts(
+    images: Tensor, device: torch.device, encode: Callable[[Tensor], tuple[Tensor, Tensor | None]], part: int = PART
+) -> Encoded:
+    """Encode images uint8 [N, C, H, W] a part at a time.
+
+    Args:
+        device: to which a part is moved.
+        encode: returns features and probabilities of a part.
+        part: images in one.
+    """
+    found = [encode(images[i : i + part].to(device)) for i in range(0, max(len(images), 1), part)]
+    features = torch.cat([features.float().cpu() for features, _ in found])
+    probabilities = [probabilities.float().cpu() for _, probabilities in found if probabilities is not None]
+    return Encoded(features, torch.cat(probabilities) if probabilities else None)

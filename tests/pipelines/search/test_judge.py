@@ -12,7 +12,10 @@ from ddpm.model import Model, ModelSpec
 from ddpm.models.classifier import NoisyClassifier
 from ddpm.models.unet import UNet
 from ddpm.quality import FeatureMoments, frechet_distance
-from pipelines.evaluation.features import EvaluatorNetwork, extract
+from pipelines.evaluation.evaluators import Evaluator
+from pipelines.evaluation.evaluators.classifier import Classifier
+from pipelines.evaluation.evaluators.contrastive import Contrastive
+from pipelines.evaluation.images import to_levels
 from pipelines.search.judge import SampleScorer, Subject, gain, hopeless, interval, rungs, scores
 from tests.pipelines.checkpoints.tiny import SMALL
 
@@ -67,10 +70,9 @@ def subject():
     torch.manual_seed(0)
     network = replace(SMALL, num_classes=2)
     spec = ModelSpec(network, {"kind": "cosine", "num_steps": 50}, "v", 8, CLASSES)
-    evaluator = EvaluatorNetwork(1, 8, 2).eval()
+    evaluator = Evaluator(Classifier(1, 8, 2).eval(), "classifier", "d", "here", "none", labels=True, accuracy=0.5)
     real = torch.rand(60, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    with torch.no_grad():
-        features = extract(evaluator, real).features
+    features = evaluator.encoder(to_levels(real)).features
     model = Model(spec, UNet(network).eval().requires_grad_(False))
     weak = Model(spec, UNet(network).eval().requires_grad_(False))
     classifier = NoisyClassifier(network, 2).eval().requires_grad_(False)
@@ -131,6 +133,15 @@ def test_rungs_add_up_to_the_whole(subject):
     assert found["samples"] == 24
     assert {"precision", "recall", "class_accuracy", "standard_error"} <= found.keys()
     assert found["standard_error"] == distances.std().item() > 0
+
+
+def test_an_evaluator_without_labels_judges_by_its_features_alone(subject):
+    evaluator = Evaluator(Contrastive(1, 8).eval(), "contrastive", "d", "here", "none", labels=False, accuracy=None)
+    drawn = SampleScorer(replace(subject, evaluator=evaluator)).draw(Sampling.of(steps=2), torch.arange(6), seed=1)
+    assert drawn.correct is None
+    found, _ = scores(subject, drawn)
+    assert "class_accuracy" not in found
+    assert {"frechet_distance", "precision", "recall"} <= found.keys()
 
 
 def test_settings_are_told_apart_better_on_the_same_noise(subject):

@@ -1,0 +1,111 @@
+"""The classifier: a small network that is trained on the classes of a dataset, and whose features judge samples of it.
+
+It is never used for guidance.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from ddpm.noise import Purpose, integers, words
+from pipelines.evaluation.evaluators.base import Encoded, in_parts
+
+FEATURES = 64
+MAX_STEPS = 5_000
+"""Upper bound of optimizer steps, for large datasets."""
+BATCH = 64
+PREPARATION = "scaled from 0..255 to [-1, 1]"
+"""What a network of this package does to images before it encodes them."""
+
+
+class Trunk(nn.Module):
+    """Convolutions that halve the image down to at most 4 pixels, and `FEATURES` features of what is left."""
+
+    def __init__(self, in_channels: int, image_size: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        width, size = in_channels, image_size
+        out = 32
+        while True:
+            layers += [nn.Conv2d(width, out, 3, padding=1), nn.GroupNorm(8, out), nn.ReLU()]
+            layers += [nn.Conv2d(out, out, 3, padding=1), nn.GroupNorm(8, out), nn.ReLU()]
+            width, out = out, min(2 * out, 256)
+            if size <= 4:
+                break
+            layers.append(nn.MaxPool2d(2, ceil_mode=True))
+            size = (size + 1) // 2
+        self.convolutions = nn.Sequential(*layers)
+        self.to_features = nn.Linear(width * size * size, FEATURES)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return features [B, 64] of images in [-1, 1], [B, C, H, W]."""
+        return F.relu(self.to_features(self.convolutions(images).flatten(1)))
+
+
+class Classifier(Trunk):
+    """A trunk with class logits: the evaluator of labelled data.
+
+    Attributes:
+        width: number of features.
+    """
+
+    width = FEATURES
+
+    def __init__(self, in_channels: int, image_size: int, num_classes: int) -> None:
+        super().__init__(in_channels, image_size)
+        self.to_logits = nn.Linear(FEATURES, num_classes)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Return class logits [B, num_classes] of images in [-1, 1], [B, C, H, W]."""
+        return self.to_logits(self.features(images))
+
+    def forward(self, images: Tensor) -> Encoded:
+        """Return features and class probabilities of images uint8 [N, C, H, W]."""
+
+        def part(pixels: Tensor) -> tuple[Tensor, Tensor]:
+            features = self.features(scaled(pixels))
+            return features, self.to_logits(features).softmax(1)
+
+        return in_parts(images, self.to_features.weight.device, part)
+
+
+def scaled(images: Tensor) -> Tensor:
+    """Return images of 0..255 as float32 in [-1, 1]."""
+    return images.float().div_(127.5).sub_(1)
+
+
+def train_classifier(
+    images: Tensor, labels: Tensor, num_classes: int, *, seed: int, passes: int = 40, device: torch.device | None = None
+) -> Classifier:
+    """Train a classifier on real images, augmented by shifts of one pixel; the same for a seed, on one thread of a CPU.
+
+    Args:
+        images: uint8 [N, C, S, S].
+        labels: int64 [N].
+        num_classes: number of classes.
+        seed: of the first weights and of what each step is given.
+        passes: over the images, while that takes at most `MAX_STEPS` steps.
+        device: on which it is trained; the CPU by default, where the images are and it is returned.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = Classifier(images.shape[1], images.shape[2], num_classes).to(device)
+    steps = min(passes * -(-len(images) // BATCH), MAX_STEPS)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
+    for step in range(steps):
+        n = torch.arange(step * BATCH, (step + 1) * BATCH)
+        chosen = integers(seed, n, Purpose.TIMESTEP, len(images))
+        shift = words(seed, n, Purpose.FLIP, 1)[0, 0]
+        dy, dx = int(shift % 3) - 1, int(shift // 3 % 3) - 1
+        padded = F.pad(scaled(images[chosen].to(device)), (1, 1, 1, 1), value=-1.0)
+        height, width = images.shape[2:]
+        shifted = padded[:, :, 1 + dy : 1 + dy + height, 1 + dx : 1 + dx + width]
+        loss = F.cross_entropy(network.logits(shifted), labels[chosen].to(device), label_smoothing=0.05)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rate.step()
+    return network.eval().requires_grad_(False).cpu()

@@ -1,0 +1,162 @@
+"""Training an evaluator on its share of a dataset, which is read from the stream: one Ray task, or in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import ray
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from pipelines.config import Config
+from pipelines.evaluation.devices import task_device
+from pipelines.evaluation.evaluators.base import Encoder
+from pipelines.evaluation.evaluators.classifier import Classifier, train_classifier
+from pipelines.evaluation.evaluators.contrastive import Contrastive, train_contrastive
+from pipelines.evaluation.evaluators.share import Share, default_share, split_positions
+from pipelines.evaluation.images import to_levels
+from pipelines.evaluation.tasks import finished
+from pipelines.shards.index import Dataset
+from pipelines.shards.order import Located
+from pipelines.shards.read import Batch, ShardReader, opened_split, split_batches
+from pipelines.storage import Storage
+
+Trainable = Literal["classifier", "contrastive"]
+SEED = 0
+READ = 1024
+"""Images that are read at a time."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An evaluator network after its training.
+
+    Attributes:
+        weights: as a safetensors file.
+        share: of the train split, on which it was trained.
+        accuracy: of a classifier on the real test split, 0..1.
+    """
+
+    weights: bytes
+    share: Share
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Training:
+    """What trains an evaluator; picklable, for a Ray task.
+
+    Attributes:
+        kind: of the evaluator.
+        dataset: on whose train split.
+        storage: where the dataset is.
+        cache_dir: the shard cache; None for the default one of the node.
+        cache_gib: its size.
+    """
+
+    kind: Trainable
+    dataset: Dataset
+    storage: Storage
+    cache_dir: str | None
+    cache_gib: float
+
+    @classmethod
+    def of(cls, config: Config, kind: Trainable, dataset: Dataset, storage: Storage) -> Training:
+        """Return the training of an evaluator with the shard cache of a configuration."""
+        return cls(kind, dataset, storage, config.data.cache_dir, config.data.cache_gib)
+
+    def __call__(self) -> Trained:
+        """Read the share, train, and measure the accuracy, on the device that Ray has assigned and one thread."""
+        share, device = default_share(self.dataset), task_device()
+        with one_thread():
+            with self._reader("train") as reader:
+                images, labels = read_share(reader, share)
+            if self.kind == "contrastive":
+                return Trained(_saved(train_contrastive(images, seed=SEED, device=device)), share, None)
+            assert labels is not None
+            network = train_classifier(images, labels, len(self.dataset.classes), seed=SEED, device=device)
+            with self._reader("test") as reader:
+                return Trained(_saved(network), share, accuracy(network.to(device), split_batches(reader, READ)))
+
+    def _reader(self, split: str) -> AbstractContextManager[ShardReader]:
+        """Open a split of the dataset."""
+        return opened_split(self.dataset, split, self.storage, self.cache_dir, self.cache_gib)
+
+
+def train_on_ray(training: Training, *, use_gpu: bool) -> Trained:
+    """Train an evaluator in a Ray task.
+
+    Raises:
+        TaskError: no node of the cluster can hold it.
+    """
+    needs = {"CPU": 1, "GPU": int(use_gpu)}
+    task = ray.remote(num_cpus=needs["CPU"], num_gpus=needs["GPU"])(_run)
+    ((_, trained),) = finished([task.remote(training)], needs, "train the evaluator")
+    return trained
+
+
+def _run(training: Training) -> Trained:
+    return training()
+
+
+def untrained(kind: Trainable, dataset: Dataset) -> Classifier | Contrastive:
+    """Return the network of a kind for the images of a dataset, for stored weights to be loaded into."""
+    if kind == "contrastive":
+        return Contrastive(dataset.channels, dataset.image_size)
+    return Classifier(dataset.channels, dataset.image_size, max(len(dataset.classes), 1))
+
+
+def read_share(reader: ShardReader, share: Share) -> tuple[Tensor, Tensor | None]:
+    """Read the images of a share, in shard order.
+
+    Returns:
+        Images uint8 [N, C, S, S], and labels int64 [N]; None for data without labels.
+    """
+    counts = [shard.samples for shard in reader.shards]
+    ends = np.cumsum(counts)
+    images: list[Tensor] = []
+    labels: list[Tensor] = []
+    for first in range(0, int(ends[-1]), READ):
+        ordinals = torch.arange(first, min(first + READ, int(ends[-1])))
+        chosen = ordinals[share.trained(split_positions(reader.dataset, reader.quarantine, ordinals))].numpy()
+        if not len(chosen):
+            continue
+        shards = np.searchsorted(ends, chosen, side="right")
+        batch = reader.batch(Located(chosen, shards, chosen - np.concatenate([[0], ends])[shards]))
+        images.append(to_levels(batch.images))
+        if batch.labels is not None:
+            labels.append(batch.labels)
+    return torch.cat(images), torch.cat(labels) if labels else None
+
+
+def accuracy(encoder: Encoder, batches: Iterator[Batch]) -> float:
+    """Return the share of labelled images that an encoder with the dataset's classes knows, 0..1."""
+    right, count = 0, 0
+    for batch in batches:
+        found = encoder(to_levels(batch.images)).probabilities
+        assert found is not None
+        assert batch.labels is not None
+        right += int((found.argmax(1) == batch.labels).sum())
+        count += len(batch)
+    return right / count
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread, on which the same numbers come out every time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _saved(network: torch.nn.Module) -> bytes:
+    """Return weights as a safetensors file."""
+    return save(dict(network.state_dict()))
