@@ -146,6 +146,7 @@ def _likelihoods(artists: Artists, model: Model, real: Real, request: Request) -
         return None
     images, labels = real.held_out()
     images = images[: request.likelihood_images]
+    labels = None if labels is None else labels[: len(images)]
     calls = []
     for first in range(0, len(images), LIKELIHOOD_BATCH):
         span = slice(first, first + LIKELIHOOD_BATCH)

@@ -212,7 +212,7 @@ def _compute(
     counts = {split: sum(access.counts(split)) for split in SPLITS}
     total, done = sum(counts.values()), 0
     shared = ray.put(evaluator)
-    task = _encode_part.options(num_cpus=1, num_gpus=1 if use_gpu else 0)
+    task = ray.remote(num_cpus=1, num_gpus=1 if use_gpu else 0)(_encode_part)
     splits: dict[str, Any] = {}
     tensors: dict[str, torch.Tensor] = {}
     for split in SPLITS:
@@ -236,7 +236,7 @@ def _compute(
     record = {
         "format": FORMAT,
         "stream_digest": stream,
-        "evaluator": {name: value for name, value in vars(evaluator).items() if name != "encoder"},
+        "evaluator": evaluator.record(),
         "splits": splits,
     }
     access.storage.write(join(uri, "real.json"), json.dumps(record, indent=1).encode())
@@ -251,7 +251,6 @@ class _Part:
     class_counts: tuple[int, ...]
 
 
-@ray.remote
 def _encode_part(access: _Access, split: str, span: tuple[int, int], evaluator: Evaluator, uri: str) -> _Part:
     """Encode the images at the positions [start, stop) of a split, and store their rows."""
     torch.set_num_threads(1)

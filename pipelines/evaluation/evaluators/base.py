@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -69,6 +69,11 @@ class Evaluator:
     labels: bool
     accuracy: float | None
     share: Share | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Return all but the network, as JSON types."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("encoder", "share")}
+        return plain | {"width": self.encoder.width, "share": None if self.share is None else asdict(self.share)}
 
 
 @torch.no_grad()
