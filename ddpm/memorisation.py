@@ -100,7 +100,7 @@ class Memorisation:
         level: share of the held-out images whose relative distance is at most `threshold`.
         threshold: in relative distance, `Neighbours.relative`.
         authenticity: share of the samples that are farther from their nearest training image than that image is from
-            the other training images (Alaa et al. 2022, sec. 4.3), about 1/2 for real images; None where not computed.
+            the other training images (Alaa et al. 2022), about 1/2 for real images; None where not computed.
         n: number of samples.
         n_held_out: number of held-out images.
         n_train: number of training images.

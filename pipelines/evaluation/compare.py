@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ddpm.quality import (
     FeatureMoments,
+    FrechetInfluence,
     Measured,
+    density_coverage,
     frechet_distance,
-    frechet_influence,
-    measure_density_coverage,
-    measure_inception_score,
-    measure_kid,
-    measure_precision_recall,
+    measured_inception_score,
+    measured_kid,
+    measured_precision_recall,
 )
 from pipelines.evaluation.evaluators.base import Evaluator
 from pipelines.evaluation.real import Real, RealRows
@@ -78,14 +78,13 @@ class Comparison:
         moments = _moments(self.drawn.features, start, stop)
         found = {}
         for name, split in (("frechet_distance", self.real.train), ("frechet_distance_test", self.real.test)):
-            value = frechet_distance(split.moments, moments)
-            found[name] = value, _frechet_error(split.moments, moments, self.drawn.features, start, stop)
+            found[name] = _frechet(split.moments, moments, self.drawn.features, start, stop)
         features = _tensor(self.drawn.features, start, min(stop, start + NEIGHBOURS))
         found |= self._one_by_one(features)
         probabilities = self.drawn.probabilities
         if probabilities is None:
             return found
-        found["inception_score"] = _of(measure_inception_score(_tensor(probabilities, start, stop)))
+        found["inception_score"] = _of(measured_inception_score(_tensor(probabilities, start, stop)))
         labels = self.plan.labels(self.plan.seeds[place])
         if labels is not None and evaluator.labels:
             predicted = np.concatenate([chunk.argmax(1) for chunk in _chunks(probabilities, start, stop)])
@@ -96,11 +95,11 @@ class Comparison:
     def _one_by_one(self, features: Tensor) -> dict[str, tuple[float, float]]:
         """Return the scores of features [N, D] that compare each image with each real train image."""
         reference = self._reference()
-        found = {"kid": _of(measure_kid(reference, features))}
+        found = {"kid": _of(measured_kid(reference, features))}
         count = min(len(features), len(reference))  # those below depend on the sizes of the sets
         real, fake = reference[:count], features[:count]
-        precision, recall = measure_precision_recall(real, fake)
-        density, coverage = measure_density_coverage(real, fake)
+        precision, recall = measured_precision_recall(real, fake)
+        density, coverage = density_coverage(real, fake)
         found |= {"precision": _of(precision), "recall": _of(recall)}
         return found | {"density": _of(density), "coverage": _of(coverage)}
 
@@ -127,7 +126,7 @@ class Comparison:
         return {
             "frechet_distance": frechet_distance(self.real.train.moments, moments),
             "frechet_distance_test": frechet_distance(self.real.test.moments, moments),
-            "kid": _of(measure_kid(self._reference(), self.noise))[0],
+            "kid": _of(measured_kid(self._reference(), self.noise))[0],
         }
 
 
@@ -155,10 +154,11 @@ def _moments(rows: Rows, start: int, stop: int) -> FeatureMoments:
     return total
 
 
-def _frechet_error(reference: FeatureMoments, moments: FeatureMoments, rows: Rows, start: int, stop: int) -> float:
-    """Return the standard error of the Frechet distance of feature rows."""
-    squares = 0.0
-    for chunk in _chunks(rows, start, stop):
-        squares += float(frechet_influence(reference, moments, torch.from_numpy(chunk)).square().sum())
+def _frechet(
+    reference: FeatureMoments, moments: FeatureMoments, rows: Rows, start: int, stop: int
+) -> tuple[float, float]:
+    """Return the Frechet distance of feature rows, and its standard error."""
+    influence = FrechetInfluence.of(reference, moments)
+    squares = sum(float(influence(torch.from_numpy(chunk)).square().sum()) for chunk in _chunks(rows, start, stop))
     count = stop - start
-    return math.sqrt(squares / (count - 1) / count)
+    return influence.distance, math.sqrt(squares / (count - 1) / count)

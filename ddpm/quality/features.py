@@ -1,0 +1,16 @@
+"""What every comparison of two sets of features asks of them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def checked_pair(a: Tensor, b: Tensor, least: int) -> tuple[Tensor, Tensor]:
+    """Return both in float64, after checking their shapes and values."""
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(f"features must be [N, D] and [M, D], got {tuple(a.shape)} and {tuple(b.shape)}")
+    if min(len(a), len(b)) < least:
+        raise ValueError(f"need at least {least} feature vectors in each set, got {len(a)} and {len(b)}")
+    if not bool(a.isfinite().all()) or not bool(b.isfinite().all()):
+        raise ValueError("features must be finite: the images or the evaluator network overflowed")
+    return a.double(), b.double()

@@ -1,0 +1,88 @@
+"""Scores that are means over images or over pairs of them: the kernel inception distance and the inception score."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ddpm.quality.features import checked_pair
+from ddpm.quality.intervals import Measured
+
+
+def kid(a: Tensor, b: Tensor, *, chunk: int = 1024) -> float:
+    """Return the kernel inception distance, the unbiased MMD^2 with k(x, y) = (x.y / D + 1)^3.
+
+    See Binkowski et al. 2018, eq. 4. For equal distributions its expectation is 0 at every sample size, so it may be
+    negative.
+
+    Args:
+        a: features [N, D], N >= 2.
+        b: features [M, D], M >= 2.
+        chunk: rows of the kernel matrix at a time.
+
+    Raises:
+        ValueError: the features differ in width, are not finite, or are too few.
+    """
+    return measured_kid(a, b, chunk=chunk).value
+
+
+def measured_kid(real: Tensor, fake: Tensor, *, chunk: int = 1024) -> Measured:
+    """Return `kid` with the influence of each fake image; the real images are fixed.
+
+    The influence is the first-order projection of the U-statistic (Hoeffding 1948): twice the mean kernel of the image
+    with the other fake ones less twice that with the real ones, less the mean of the whole.
+
+    Args:
+        real: features [N, D], N >= 2.
+        fake: features [M, D], M >= 2.
+        chunk: rows of the kernel matrix at a time.
+
+    Raises:
+        ValueError: as for `kid`.
+    """
+    real, fake = checked_pair(real, fake, least=2)
+
+    def kernel_sums(x: Tensor, y: Tensor) -> Tensor:
+        """Return the sum of each row of the kernel matrix."""
+        return torch.cat([(rows @ y.T / y.shape[1] + 1).pow(3).sum(1) for rows in x.split(chunk)])
+
+    def means_of_others(x: Tensor) -> Tensor:
+        itself = (x.square().sum(1) / x.shape[1] + 1).pow(3)
+        return (kernel_sums(x, x) - itself) / (len(x) - 1)
+
+    among_fake, to_real = means_of_others(fake), kernel_sums(fake, real) / len(real)
+    value = (means_of_others(real).mean() + among_fake.mean() - 2 * to_real.mean()).item()
+    parts = 2 * (among_fake - to_real)
+    return Measured(value, parts - parts.mean())
+
+
+def inception_score(probabilities: Tensor) -> float:
+    """Return exp E_x KL(p(y | x) || p(y)), in [1, C] (Salimans et al. 2016, sec. 4), over all images, without splits.
+
+    Args:
+        probabilities: p(y | x) [N, C] of N >= 2 images.
+
+    Raises:
+        ValueError: there are fewer than 2 images, or a row is not a probability distribution.
+    """
+    return measured_inception_score(probabilities).value
+
+
+def measured_inception_score(probabilities: Tensor) -> Measured:
+    """Return `inception_score` with the influence of each image: the score times KL(p(y | x) || p(y)) less its mean.
+
+    Args, Raises: as for `inception_score`.
+    """
+    if probabilities.dim() != 2 or len(probabilities) < 2:
+        raise ValueError(f"probabilities must be [N, C] with N >= 2, got {tuple(probabilities.shape)}")
+    p = probabilities.double()
+    total = p.sum(1, keepdim=True)
+    if not bool((p >= 0).all()) or not bool(((total - 1).abs() < 1e-3).all()):
+        raise ValueError("probabilities must be >= 0 and sum to 1 over each row: pass the softmax of the logits")
+    p = p / total
+    # xlogy has 0 log 0 = 0, and p(y) is 0 only where p(y | x) is 0 for every x.
+    divergence = torch.special.xlogy(p, p).sum(1) - torch.special.xlogy(p, p.mean(0)).sum(1)
+    score = math.exp(divergence.mean().item())
+    return Measured(score, score * (divergence - divergence.mean()))
