@@ -173,8 +173,10 @@ def _judge_evaluators(
         for folder in folders(dataset.entries, join(dataset.address, "evaluator")):
             if digest is not None and folder.name != digest[:16] and named is None:
                 named = _scored_by(uri, [record for record in records if not record.deleted], versions)
-            weights = _read(storage, join(folder.address, "evaluator.json")).get("digest")
-            verdicts.append(housekeeping.judge_evaluator(folder, weights, digest, named or set(), now, grace_s))
+            # One of each kind, in a folder of its own; an earlier release had one in all, without such a folder.
+            records_there = [entry.uri for entry in folder.entries if entry.uri.endswith("/evaluator.json")]
+            digests = {str(_read(storage, uri).get("digest")) for uri in records_there}
+            verdicts.append(housekeeping.judge_evaluators(folder, digests, digest, named or set(), now, grace_s))
     return verdicts
 
 
