@@ -5,7 +5,7 @@ from safetensors.torch import load
 
 from pipelines.evaluation.evaluators import share as shares
 from pipelines.evaluation.evaluators import train
-from pipelines.evaluation.evaluators.train import Training, to_levels, untrained
+from pipelines.evaluation.evaluators.train import Training, to_levels, train_on_ray, untrained
 from pipelines.shards.cache import ShardCache
 from pipelines.shards.fetch import ShardFetcher
 from pipelines.shards.read import ShardReader, read_split
@@ -85,3 +85,16 @@ def test_it_is_the_same_every_time_and_leaves_the_threads_of_the_process_alone(l
 def test_levels_are_those_that_the_shards_hold(labelled, tmp_path):
     images = split(labelled, "train", tmp_path).images
     assert np.array_equal(to_levels(images).float() / 127.5 - 1, images)
+
+
+@pytest.mark.integration
+def test_a_ray_task_trains_the_same_network(labelled, config):
+    import ray
+
+    training = Training.of(config(), "classifier", labelled, Storage())
+    here = training()
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        assert train_on_ray(training, use_gpu=False) == here
+    finally:
+        ray.shutdown()
