@@ -296,18 +296,18 @@ def judge_study(
     return Verdict(folder, True, "the MLflow runs of the study and of its trials are deleted")
 
 
-def judge_evaluator(
+def judge_evaluators(
     folder: Folder,
-    digest: str | None,
+    digests: Iterable[str],
     dataset_digest: str | None,
     named: Iterable[str],
     now: float,
     grace_s: float = GRACE_S,
 ) -> Verdict:
-    """Decide about the evaluator of a dataset, `datasets/NAME/evaluator/X`.
+    """Decide about the evaluators that were trained on a dataset, one of each kind, `datasets/NAME/evaluator/X`.
 
     Args:
-        digest: of its weights; None where its record is missing.
+        digests: of those whose record is there.
         dataset_digest: of the dataset as it is now; None where there is none.
         named: digests of the evaluators of all scores of runs and registered versions.
     """
@@ -316,10 +316,10 @@ def judge_evaluator(
     if dataset_digest is None:
         return Verdict(folder, False, "its dataset has no dataset.json at the moment")
     if folder.name == dataset_digest[:16]:
-        return Verdict(folder, False, "it is the evaluator of the dataset")
-    if digest in set(named):
-        return Verdict(folder, False, "scores of a run or a registered version name it")
-    return Verdict(folder, True, "the dataset has changed since, and no score names it")
+        return Verdict(folder, False, "it has the evaluators of the dataset")
+    if set(digests) & set(named):
+        return Verdict(folder, False, "scores of a run or a registered version name one of them")
+    return Verdict(folder, True, "the dataset has changed since, and no score names one of them")
 
 
 def judge_scored(folder: Folder, named: bool, what: str, now: float, grace_s: float = GRACE_S) -> Verdict:

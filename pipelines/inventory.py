@@ -168,10 +168,12 @@ def _judge_evaluators(
     for dataset in datasets:
         digest = _read(storage, join(dataset.address, "dataset.json")).get("digest")
         for folder in folders(dataset.entries, join(dataset.address, "evaluator")):
-            weights = _read(storage, join(folder.address, "evaluator.json")).get("digest")
             current = digest is None or folder.name == digest[:16]
             named = set() if current else scores.evaluators
-            verdicts.append(housekeeping.judge_evaluator(folder, weights, digest, named, now, grace_s))
+            # One of each kind, in a folder of its own; an earlier release had one in all, without such a folder.
+            records_there = [entry.uri for entry in folder.entries if entry.uri.endswith("/evaluator.json")]
+            digests = {str(_read(storage, uri).get("digest")) for uri in records_there}
+            verdicts.append(housekeeping.judge_evaluators(folder, digests, digest, named, now, grace_s))
         verdicts += [
             housekeeping.judge_scored(folder, folder.name in scores.features, "features", now, grace_s)
             for folder in folders(dataset.entries, join(dataset.address, "features"))

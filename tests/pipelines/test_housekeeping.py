@@ -11,7 +11,7 @@ from pipelines.housekeeping import (
     Origin,
     RemovalError,
     folders,
-    judge_evaluator,
+    judge_evaluators,
     judge_published,
     judge_scored,
     judge_study,
@@ -205,12 +205,14 @@ def test_a_study_is_garbage_when_its_runs_are_deleted_and_no_version_has_its_set
     assert not judge_study(folder("studies/s", "study.json", modified=NEW), gone, [], NOW).garbage
 
 
-def test_an_evaluator_is_garbage_when_its_dataset_has_changed_and_no_score_names_it():
-    evaluator = folder("datasets/d/evaluator/0123456789abcdef", "evaluator.json")
-    assert judge_evaluator(evaluator, "w", "f" * 64, [], NOW).garbage
-    assert not judge_evaluator(evaluator, "w", "0123456789abcdef" + "0" * 48, [], NOW).garbage
-    assert not judge_evaluator(evaluator, "w", "f" * 64, ["w"], NOW).garbage
-    assert not judge_evaluator(evaluator, "w", None, [], NOW).garbage
+def test_evaluators_are_garbage_when_their_dataset_has_changed_and_no_score_names_one_of_them():
+    evaluators = folder("datasets/d/evaluator/0123456789abcdef", "evaluator.json", "contrastive/evaluator.json")
+    digests = {"w", "c"}
+    assert judge_evaluators(evaluators, digests, "f" * 64, ["other"], NOW).garbage
+    assert not judge_evaluators(evaluators, digests, "0123456789abcdef" + "0" * 48, [], NOW).garbage
+    for named in digests:
+        assert not judge_evaluators(evaluators, digests, "f" * 64, [named], NOW).garbage
+    assert not judge_evaluators(evaluators, digests, None, [], NOW).garbage
 
 
 def test_samples_and_features_are_garbage_when_no_score_names_them():

@@ -150,3 +150,17 @@ def test_collecting_begins_with_what_makes_a_checkpoint_complete_and_ends_with_i
         assert [entry.uri.rsplit("/", 1)[-1] for entry in Storage().list(address)] == there
     inventory.collect(Verdict(folder, True, "nothing names it"), Storage())
     assert Storage().list(address) == []
+
+
+def test_evaluators_of_any_kind_stay_while_a_score_names_one_of_them(config, records, monkeypatch, tmp_path):
+    import os
+
+    place = f"{config.storage.root}/datasets/digits"
+    Storage().write(f"{place}/dataset.json", b'{"digest": "%s"}' % (b"f" * 64))
+    for name, digest in (("evaluator.json", b"old"), ("classifier/evaluator.json", b"new")):
+        Storage().write(f"{place}/evaluator/0123456789abcdef/{name}", b'{"digest": "%s"}' % digest)
+    for path in tmp_path.rglob("*"):
+        os.utime(path, (0, 0))
+    for named, garbage in (("old", 0), ("new", 0), ("other", 1)):
+        monkeypatch.setattr(inventory, "_scored_by", lambda uri, records, versions, named=named: {named})
+        assert len(inventory.find_garbage(config, Storage())) == garbage

@@ -16,7 +16,7 @@ from pipelines.evaluation.evaluators.base import Encoded, Encoder, Evaluator
 from pipelines.evaluation.evaluators.encoder import check_encoder, open_encoder
 from pipelines.evaluation.evaluators.inception import check_inception, open_inception
 from pipelines.evaluation.evaluators.share import Share, reference_mask, reference_part
-from pipelines.evaluation.evaluators.store import find, store
+from pipelines.evaluation.evaluators.stored import find, store
 from pipelines.evaluation.evaluators.train import Training, train_on_ray
 from pipelines.scratch import scratch_folder
 from pipelines.shards.index import Dataset

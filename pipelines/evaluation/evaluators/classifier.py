@@ -16,15 +16,21 @@ FEATURES = 64
 MAX_STEPS = 5_000
 """Upper bound of optimizer steps, for large datasets."""
 BATCH = 64
-PREPARATION = "scaled from 0..255 to [-1, 1]"
-"""What a network of this package does to images before it encodes them."""
+MAX_SIDE = 64
+"""Height and width to which larger images are reduced, so that training takes no longer and needs no more memory."""
 
 
 class Trunk(nn.Module):
-    """Convolutions that halve the image down to at most 4 pixels, and `FEATURES` features of what is left."""
+    """Convolutions that halve the image down to at most 4 pixels, and `FEATURES` features of what is left.
+
+    Args:
+        in_channels: of the images.
+        image_size: height and width, in pixels, to which larger images are reduced.
+    """
 
     def __init__(self, in_channels: int, image_size: int) -> None:
         super().__init__()
+        self.image_size = image_size
         layers: list[nn.Module] = []
         width, size = in_channels, image_size
         out = 32
@@ -65,10 +71,18 @@ class Classifier(Trunk):
         """Return features and class probabilities of images uint8 [N, C, H, W]."""
 
         def part(pixels: Tensor) -> tuple[Tensor, Tensor]:
-            features = self.features(scaled(pixels))
+            features = self.features(scaled(reduced(pixels, self.image_size)))
             return features, self.to_logits(features).softmax(1)
 
         return in_parts(images, self.to_features.weight.device, part)
+
+
+def reduced(images: Tensor, side: int) -> Tensor:
+    """Return images uint8 [N, C, S, S] at `side` pixels where they are larger, averaged and rounded."""
+    if images.shape[-1] <= side:
+        return images
+    smaller = F.interpolate(images.float(), size=(side, side), mode="bilinear", antialias=True)
+    return smaller.round().clamp(0, 255).to(torch.uint8)
 
 
 def scaled(images: Tensor) -> Tensor:
@@ -82,7 +96,7 @@ def train_classifier(
     """Train a classifier on real images, augmented by shifts of one pixel; the same for a seed, on one thread of a CPU.
 
     Args:
-        images: uint8 [N, C, S, S].
+        images: uint8 [N, C, S, S], of the size at which the network looks at them.
         labels: int64 [N].
         num_classes: number of classes.
         seed: of the first weights and of what each step is given.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from pipelines.evaluation.evaluators.base import Encoded, in_parts
-from pipelines.evaluation.evaluators.classifier import FEATURES, MAX_STEPS, Trunk, scaled
+from pipelines.evaluation.evaluators.classifier import FEATURES, MAX_STEPS, Trunk, reduced, scaled
 
 BATCH = 128
 TEMPERATURE = 0.3
@@ -42,7 +42,11 @@ class Contrastive(Trunk):
 
     def forward(self, images: Tensor) -> Encoded:
         """Return features of images uint8 [N, C, H, W], without probabilities."""
-        return in_parts(images, self.to_features.weight.device, lambda pixels: (self.features(scaled(pixels)), None))
+
+        def part(pixels: Tensor) -> tuple[Tensor, None]:
+            return self.features(scaled(reduced(pixels, self.image_size))), None
+
+        return in_parts(images, self.to_features.weight.device, part)
 
 
 def train_contrastive(
@@ -51,7 +55,7 @@ def train_contrastive(
     """Train a network to know images again in another view; the same for a seed, on one thread of a CPU.
 
     Args:
-        images: uint8 [N, C, S, S].
+        images: uint8 [N, C, S, S], of the size at which the network looks at them.
         seed: of the first weights, the images of each step and their views.
         passes: over the images, while that takes at most `MAX_STEPS` steps.
         device: on which it is trained; the CPU by default, where the images are and it is returned.

@@ -16,7 +16,7 @@ from torch import Tensor
 from pipelines.config import Config
 from pipelines.evaluation.devices import task_device
 from pipelines.evaluation.evaluators.base import Encoder
-from pipelines.evaluation.evaluators.classifier import Classifier, train_classifier
+from pipelines.evaluation.evaluators.classifier import MAX_SIDE, Classifier, reduced, train_classifier
 from pipelines.evaluation.evaluators.contrastive import Contrastive, train_contrastive
 from pipelines.evaluation.evaluators.share import Share, default_share, split_positions
 from pipelines.evaluation.images import to_levels
@@ -29,7 +29,8 @@ from pipelines.storage import Storage
 Trainable = Literal["classifier", "contrastive"]
 SEED = 0
 READ = 1024
-"""Images that are read at a time."""
+READ_BYTES = 64 << 20
+"""Largest number of images that are read at a time, and of bytes that they may take."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class Training:
             assert labels is not None
             network = train_classifier(images, labels, len(self.dataset.classes), seed=SEED, device=device)
             with self._reader("test") as reader:
-                return Trained(_saved(network), share, accuracy(network.to(device), split_batches(reader, READ)))
+                batches = split_batches(reader, at_a_time(self.dataset))
+                return Trained(_saved(network), share, accuracy(network.to(device), batches))
 
     def _reader(self, split: str) -> AbstractContextManager[ShardReader]:
         """Open a split of the dataset."""
@@ -104,31 +106,40 @@ def _run(training: Training) -> Trained:
     return training()
 
 
-def untrained(kind: Trainable, dataset: Dataset) -> Classifier | Contrastive:
-    """Return the network of a kind for the images of a dataset, for stored weights to be loaded into."""
+def untrained(kind: Trainable, dataset: Dataset, image_size: int) -> Classifier | Contrastive:
+    """Return the network of a kind for the images of a dataset, for stored weights to be loaded into.
+
+    Args:
+        image_size: height and width, in pixels, at which it looks at them.
+    """
     if kind == "contrastive":
-        return Contrastive(dataset.channels, dataset.image_size)
-    return Classifier(dataset.channels, dataset.image_size, max(len(dataset.classes), 1))
+        return Contrastive(dataset.channels, image_size)
+    return Classifier(dataset.channels, image_size, max(len(dataset.classes), 1))
+
+
+def at_a_time(dataset: Dataset) -> int:
+    """Return how many images are read at a time: few where they are large."""
+    return max(1, min(READ, READ_BYTES // (4 * dataset.channels * dataset.image_size**2)))
 
 
 def read_share(reader: ShardReader, share: Share) -> tuple[Tensor, Tensor | None]:
-    """Read the images of a share, in shard order.
+    """Read the images of a share, in shard order, and reduce large ones.
 
     Returns:
-        Images uint8 [N, C, S, S], and labels int64 [N]; None for data without labels.
+        Images uint8 [N, C, S, S] with S <= `MAX_SIDE`, and labels int64 [N]; None for data without labels.
     """
-    counts = [shard.samples for shard in reader.shards]
+    counts, step = [shard.samples for shard in reader.shards], at_a_time(reader.dataset)
     ends = np.cumsum(counts)
     images: list[Tensor] = []
     labels: list[Tensor] = []
-    for first in range(0, int(ends[-1]), READ):
-        ordinals = torch.arange(first, min(first + READ, int(ends[-1])))
+    for first in range(0, int(ends[-1]), step):
+        ordinals = torch.arange(first, min(first + step, int(ends[-1])))
         chosen = ordinals[share.trained(split_positions(reader.dataset, reader.quarantine, ordinals))].numpy()
         if not len(chosen):
             continue
         shards = np.searchsorted(ends, chosen, side="right")
         batch = reader.batch(Located(chosen, shards, chosen - np.concatenate([[0], ends])[shards]))
-        images.append(to_levels(batch.images))
+        images.append(reduced(to_levels(batch.images), MAX_SIDE))
         if batch.labels is not None:
             labels.append(batch.labels)
     return torch.cat(images), torch.cat(labels) if labels else None

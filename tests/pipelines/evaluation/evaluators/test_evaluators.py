@@ -10,7 +10,7 @@ from pipelines.evaluation import evaluators
 from pipelines.evaluation.evaluators import check_evaluator, evaluator_kind, open_evaluator
 from pipelines.evaluation.evaluators.train import Training
 from pipelines.storage import Storage
-from tests.pipelines.evaluation.evaluators.test_store import trained
+from tests.pipelines.evaluation.evaluators.test_stored import trained
 
 
 def test_labels_decide_where_nothing_else_does(labelled, unlabelled, config):

@@ -4,8 +4,8 @@ import torch
 from safetensors.torch import load
 
 from pipelines.evaluation.evaluators import share as shares
-from pipelines.evaluation.evaluators import train
-from pipelines.evaluation.evaluators.train import Training, untrained
+from pipelines.evaluation.evaluators import stored, train
+from pipelines.evaluation.evaluators.train import Training, train_on_ray, untrained
 from pipelines.evaluation.images import to_levels
 from pipelines.shards.cache import ShardCache
 from pipelines.shards.fetch import ShardFetcher
@@ -54,7 +54,7 @@ def test_it_is_trained_on_its_share_alone_and_judged_by_the_test_split(labelled,
     images = to_levels(split(labelled, "train", tmp_path).images)
     assert trained.share.count == len(images) // 2
     assert torch.equal(seen["images"][0], images[trained.share.trained(torch.arange(len(images)))])
-    network = untrained("classifier", labelled)
+    network = untrained("classifier", labelled, 8)
     network.load_state_dict(load(trained.weights))
     test = split(labelled, "test", tmp_path)
     predicted = network(to_levels(test.images)).probabilities.argmax(1)
@@ -63,10 +63,23 @@ def test_it_is_trained_on_its_share_alone_and_judged_by_the_test_split(labelled,
 
 def test_memory_is_bounded_whatever_the_size_of_the_dataset(labelled, config, halves, seen, monkeypatch):
     monkeypatch.setattr(shares, "MAX_IMAGES", 9)
-    monkeypatch.setattr(train, "READ", 5)
+    monkeypatch.setattr(train, "READ_BYTES", 5 * 8 * 8 * 4 + 1)
     trained = Training.of(config(), "classifier", labelled, Storage())()
     assert len(seen["images"][0]) == trained.share.count == 9
     assert max(seen["read"]) <= 5
+
+
+def test_large_images_are_reduced_once_and_at_every_judgement(labelled, config, seen, monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "MAX_SIDE", 6)
+    monkeypatch.setattr(stored, "MAX_SIDE", 6)
+    trained = Training.of(config(), "classifier", labelled, Storage())()
+    images = to_levels(split(labelled, "train", tmp_path).images)
+    assert seen["images"][0].shape[1:] == (1, 6, 6)
+    found = stored.store("classifier", trained, labelled, Storage())
+    assert found.preparation.startswith("reduced to 6 pixels")
+    assert torch.equal(found.encoder(images).features, found.encoder(seen["images"][0]).features)
+    again = stored.find("classifier", labelled, Storage())
+    assert torch.equal(again.encoder(images).features, found.encoder(images).features)
 
 
 def test_data_without_labels_train_a_network_without_classes(unlabelled, config, seen):
@@ -86,3 +99,16 @@ def test_it_is_the_same_every_time_and_leaves_the_threads_of_the_process_alone(l
 def test_levels_are_those_that_the_shards_hold(labelled, tmp_path):
     images = split(labelled, "train", tmp_path).images
     assert np.array_equal(to_levels(images).float() / 127.5 - 1, images)
+
+
+@pytest.mark.integration
+def test_a_ray_task_trains_the_same_network(labelled, config):
+    import ray
+
+    training = Training.of(config(), "classifier", labelled, Storage())
+    here = training()
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        assert train_on_ray(training, use_gpu=False) == here
+    finally:
+        ray.shutdown()

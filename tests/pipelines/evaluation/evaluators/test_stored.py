@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save
 
 from pipelines.evaluation.evaluators.share import Share
-from pipelines.evaluation.evaluators.store import find, store
+from pipelines.evaluation.evaluators.stored import find, store
 from pipelines.evaluation.evaluators.train import Trained, untrained
 from pipelines.shards.index import DatasetError, read_dataset
 from pipelines.storage import Storage
@@ -24,7 +24,7 @@ def dataset(labelled):
 def trained(dataset, seed, kind="classifier"):
     torch.manual_seed(seed)
     total = dataset.samples("train")
-    weights = save(dict(untrained(kind, dataset).state_dict()))
+    weights = save(dict(untrained(kind, dataset, dataset.image_size).state_dict()))
     return Trained(weights, Share(dataset.digest, total, total // 2), 0.5 if kind == "classifier" else None)
 
 

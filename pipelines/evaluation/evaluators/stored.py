@@ -16,7 +16,7 @@ from typing import Any
 from safetensors.torch import load
 
 from pipelines.evaluation.evaluators.base import Evaluator
-from pipelines.evaluation.evaluators.classifier import PREPARATION
+from pipelines.evaluation.evaluators.classifier import MAX_SIDE
 from pipelines.evaluation.evaluators.share import Share
 from pipelines.evaluation.evaluators.train import SEED, Trainable, Trained, untrained
 from pipelines.shards.index import Dataset, DatasetError
@@ -51,12 +51,15 @@ def store(kind: Trainable, trained: Trained, dataset: Dataset, storage: Storage)
     folder = join(dataset.uri, "evaluator", dataset.digest[:16], kind)
     weights_digest = hashlib.sha256(trained.weights).hexdigest()
     name = f"{weights_digest[:16]}.safetensors"
+    side = min(dataset.image_size, MAX_SIDE)
+    parts = [kind, weights_digest, _preparation(dataset, side)]
     record = {
         "kind": kind,
-        "digest": hashlib.sha256(json.dumps([kind, weights_digest, PREPARATION]).encode()).hexdigest(),
+        "digest": hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
         "weights": name,
         "weights_digest": weights_digest,
         "test_accuracy": trained.accuracy,
+        "image_size": side,
         "seed": SEED,
         "dataset_digest": dataset.digest,
         "total": trained.share.total,
@@ -75,7 +78,7 @@ def store(kind: Trainable, trained: Trained, dataset: Dataset, storage: Storage)
 
 def _opened(kind: Trainable, dataset: Dataset, storage: Storage, folder: str, record: dict[str, Any]) -> Evaluator:
     """Load the weights that a record names."""
-    # Those of an earlier release were trained on the whole split, and the digest was that of the weights alone.
+    # Those of an earlier release were trained on the whole split at its size; the digest was that of the weights alone.
     earlier = "weights" not in record
     weights = storage.read(join(folder, "evaluator.safetensors" if earlier else record["weights"]))
     if hashlib.sha256(weights).hexdigest() != record["digest" if earlier else "weights_digest"]:
@@ -83,7 +86,8 @@ def _opened(kind: Trainable, dataset: Dataset, storage: Storage, folder: str, re
             f"{folder}: the evaluator's weights are not those that {RECORD} records; delete this folder, "
             "and the next evaluation trains an evaluator anew"
         )
-    network = untrained(kind, dataset).eval().requires_grad_(False)
+    side = record.get("image_size", dataset.image_size)
+    network = untrained(kind, dataset, side).eval().requires_grad_(False)
     network.load_state_dict(load(weights))
     total = dataset.samples("train")
     return Evaluator(
@@ -91,8 +95,14 @@ def _opened(kind: Trainable, dataset: Dataset, storage: Storage, folder: str, re
         kind,
         record["digest"],
         f"trained on {dataset.uri}",
-        PREPARATION,
+        _preparation(dataset, side),
         labels=kind == "classifier",
         accuracy=record["test_accuracy"],
         share=Share(dataset.digest, record.get("total", total), record.get("trained_on", total)),
     )
+
+
+def _preparation(dataset: Dataset, side: int) -> str:
+    """Return what a network that looks at so many pixels does to the images of a dataset, in words."""
+    smaller = f"reduced to {side} pixels (bilinear, antialiased); " if side < dataset.image_size else ""
+    return f"{smaller}scaled from 0..255 to [-1, 1]"
