@@ -287,7 +287,7 @@ def evaluate_stage(
         names = tuple(model.spec.classes[c] for c in done.labels[shown[0]]) if model.spec.classes else ()
         tracker.image("evaluation", label_grid(done.samples[shown.ravel()], shown.shape[1], names), images_seen)
         tracker.text(tracking.to_json(asdict(done.scores)), artifact)
-        scored = "; ".join(text for _, text in done.scores.lines())
+        scored = "; ".join(f"{name} {text}" for name, text in done.scores.lines())
         tracking.describe(tracker, {"Score": f"at {images_seen:,} images: {scored}."})
         if published and settings == model.spec.sampling:
             record_scores(tracker, published.images_seen, done.scores.metrics())

@@ -34,7 +34,7 @@ def describe(tracker: Tracker, parts: Mapping[Part, str]) -> None:
         name, key, step = newest
         page = links.run_page(experiment_id, tracker.run_id, "model-metrics")
         shown["Samples"] = (
-            f"{key} at {step:,} images; all are at the end of [*Model metrics*]({page}), with a slider.  "
+            f"{key} at {step:,} images; all are at the end of [*Model metrics*]({page}), whose steps are images seen.  "
             f"![{key}]({links.artifact(tracker.run_id, name)})"
         )
     tracker.tags({NOTE_TAG: with_parts(note, shown)})
