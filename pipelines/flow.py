@@ -18,7 +18,7 @@ from pipelines.config import Config, ConfigError, sampling
 from pipelines.display import Display, TimeBreakdown, no_report
 from pipelines.evaluation.evaluators import check_evaluator
 from pipelines.evaluation.scores import Scores
-from pipelines.evaluation.scoring import score_model
+from pipelines.evaluation.scoring import score_and_record
 from pipelines.references import Resolved
 from pipelines.registry import Verdict
 from pipelines.shards.index import DatasetError, read_dataset
@@ -105,7 +105,7 @@ def run(config: Config, lineage: dict[str, Any], display: Display) -> FlowResult
         tracking_uri=result.tracker.uri,
         storage=storage,
     )
-    scores, fresh = score_model(
+    scores, fresh = score_and_record(
         resolved, sampling(config), config, storage, display, lambda: connect_ray(config, storage)
     )
     if not fresh:

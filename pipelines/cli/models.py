@@ -20,7 +20,7 @@ def evaluate(
     config = compose_connected(overrides)
 
     from pipelines import references
-    from pipelines.evaluation.scoring import score_model
+    from pipelines.evaluation.scoring import score_and_record
     from pipelines.storage import Storage
     from pipelines.training.ray_train.resources import connect_ray
 
@@ -32,7 +32,7 @@ def evaluate(
     settings = sampling(config) if overridden else resolved.model.spec.sampling
     other_data = any(line.lstrip("+").startswith(("data=", "data.uri=")) for line in overrides or [])
     with terminal.live():
-        scores, _ = score_model(
+        scores, _ = score_and_record(
             resolved,
             settings,
             config,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import ray
+from numpy.typing import NDArray
 
 from ddpm.generate import Sampling
 from ddpm.model import Model
@@ -17,6 +20,7 @@ from pipelines.config import Config
 from pipelines.display import Display
 from pipelines.evaluation.evaluate import Evaluation, Request, evaluate
 from pipelines.evaluation.evaluators import open_evaluator
+from pipelines.evaluation.likelihoods import Likelihood
 from pipelines.evaluation.plots import grid_choice, label_grid
 from pipelines.evaluation.real import open_real
 from pipelines.evaluation.samples import read_images
@@ -31,7 +35,45 @@ FOLDER = "evaluation"
 """Of the scores among the artifacts of a run."""
 
 
-def score_model(
+@dataclass(frozen=True)
+class Scored:
+    """The result of an evaluation, as a run records it.
+
+    Attributes:
+        artifact: name of the file of the scores among the artifacts of the run.
+        images_seen: by the model in its training.
+        dataset: (name, digest) of the data that it was compared with.
+        pictures: by their keys, uint8 [H, W, 3]; none where the scores were read.
+        terms: of the variational bound by timestep, as JSON; None where there are none.
+        at_ms: when it was made, in milliseconds since the epoch; None where the scores were read.
+    """
+
+    scores: Scores
+    artifact: str
+    images_seen: int
+    dataset: tuple[str, str]
+    pictures: Mapping[str, NDArray[np.uint8]]
+    terms: str | None
+    at_ms: int | None
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the scores were computed now."""
+        return self.at_ms is not None
+
+    def record(self, tracker: Tracker) -> None:
+        """Record scores and pictures in a run; the file last, by which a later evaluation finds the scores."""
+        tracker.metrics(self.scores.metrics(), self.images_seen, self.at_ms)
+        for key, picture in self.pictures.items():
+            tracker.image(key, picture, self.images_seen)
+        if self.terms is not None:
+            tracker.text(self.terms, self.artifact.replace(FOLDER, "bound", 1))
+        tracker.text(tracking.to_json(self.scores.to_plain()), self.artifact)
+        scored = "; ".join(f"{name} {text}" for name, text in self.scores.lines())
+        tracking.describe(tracker, {"Score": f"at {self.images_seen:,} images: {scored}."})
+
+
+def score_and_record(
     resolved: Resolved,
     settings: Sampling,
     config: Config,
@@ -40,6 +82,28 @@ def score_model(
     connect: Callable[[], None],
     dataset_uri: str | None = None,
 ) -> tuple[Scores, bool]:
+    """Score a model, and record the scores in its run; arguments and errors are those of `score`.
+
+    Returns:
+        The scores, and whether they were computed now.
+    """
+    scored = score(resolved, settings, config, storage, display, connect, dataset_uri)
+    if scored.fresh and resolved.tracker is not None:
+        scored.record(resolved.tracker)
+        if resolved.published and settings == resolved.model.spec.sampling:
+            record_scores(resolved.tracker, resolved.published.images_seen, scored.scores.metrics())
+    return scored.scores, scored.fresh
+
+
+def score(
+    resolved: Resolved,
+    settings: Sampling,
+    config: Config,
+    storage: Storage,
+    display: Display,
+    connect: Callable[[], None],
+    dataset_uri: str | None = None,
+) -> Scored:
     """Score a model, or read the scores that its run has for the same model, settings, data and evaluator.
 
     Args:
@@ -47,11 +111,8 @@ def score_model(
         connect: connects this process to the Ray cluster; called only where something has to be computed.
         dataset_uri: of the data to compare with; by default, those that the model was trained on.
 
-    Returns:
-        The scores, and whether they were computed now.
-
     Raises:
-        DatasetError: the data cannot be used to score a model.
+        DatasetError, ConfigError: the data cannot be used to score a model.
     """
 
     def notice(text: str) -> None:
@@ -68,9 +129,11 @@ def score_model(
     decisive = [model_digest, evaluator.digest, stream, request.n, request.seeds, request.likelihood_images]
     key = hashlib.sha256(json.dumps([*decisive, settings.key()]).encode()).hexdigest()[:16]
     artifact = f"{FOLDER}/{images_seen:012d}-{key}.json"
+    name_and_digest = dataset.uri.rstrip("/").rsplit("/", 1)[-1], dataset.digest
     if tracker and artifact in tracker.names(FOLDER):
         notice("skipped: this model was scored with these settings already")
-        return Scores.from_plain(json.loads(tracker.read_text(artifact))), False
+        scores = Scores.from_plain(json.loads(tracker.read_text(artifact)))
+        return Scored(scores, artifact, images_seen, name_and_digest, {}, None, None)
     connect()
     real = open_real(
         dataset,
@@ -96,11 +159,15 @@ def score_model(
         progress=display.counter("evaluate", "images"),
         notice=notice,
     )
-    if tracker:
-        _record(tracker, done, model, storage, artifact, images_seen, config.tracking.grid_images)
-        if resolved.published and settings == model.spec.sampling:
-            record_scores(tracker, resolved.published.images_seen, done.scores.metrics())
-    return done.scores, True
+    return Scored(
+        done.scores,
+        artifact,
+        images_seen,
+        name_and_digest,
+        _pictures(done, model, storage, config.tracking.grid_images),
+        _terms(done.likelihoods),
+        int(time.time() * 1000),
+    )
 
 
 def request_of(config: Config, settings: Sampling) -> Request:
@@ -129,38 +196,20 @@ def weights_digest(model: Model) -> str:
     return found.hexdigest()
 
 
-def _record(
-    tracker: Tracker,
-    done: Evaluation,
-    model: Model,
-    storage: Storage,
-    artifact: str,
-    images_seen: int,
-    grid_images: int,
-) -> None:
-    """Record scores and pictures in the run; the scores as a file last, by which a later evaluation finds them."""
-    tracker.metrics(done.scores.metrics(), images_seen)
-    _record_grid(tracker, done, model, storage, images_seen, grid_images)
-    if done.copies is not None:
-        tracker.image("nearest-training-images", done.copies.picture(), images_seen)
-    if done.likelihoods is not None:
-        terms = {
-            "timesteps": done.likelihoods.timesteps.tolist(),
-            "bits_per_dim": done.likelihoods.terms.mean(0).tolist(),
-        }
-        tracker.text(tracking.to_json(terms), artifact.replace(FOLDER, "bound", 1))
-    tracker.text(tracking.to_json(done.scores.to_plain()), artifact)
-    scored = "; ".join(text for _, text in done.scores.lines())
-    tracking.describe(tracker, {"Score": f"at {images_seen:,} images: {scored}."})
-
-
-def _record_grid(
-    tracker: Tracker, done: Evaluation, model: Model, storage: Storage, images_seen: int, most: int
-) -> None:
-    """Record a picture of some samples, a column for each class."""
+def _pictures(done: Evaluation, model: Model, storage: Storage, most: int) -> dict[str, NDArray[np.uint8]]:
+    """Return pictures by their keys: some samples, a column for each class, and those nearest to a training image."""
     classes, labels = model.spec.classes, done.plan.labels(done.plan.seeds[0])
     numbers = np.zeros(done.plan.n, np.int64) if labels is None else labels
     shown = grid_choice(numbers, len(classes) if labels is not None else 0, most)
     names = () if labels is None else tuple(classes[c] for c in labels[shown[0]])
     images = read_images(done.plan, storage, model.spec.shape[0], shown.ravel())
-    tracker.image(FOLDER, label_grid(images, shown.shape[1], names), images_seen)
+    pictures = {FOLDER: label_grid(images, shown.shape[1], names)}
+    return pictures if done.copies is None else pictures | {"nearest-training-images": done.copies.picture()}
+
+
+def _terms(likelihoods: Likelihood | None) -> str | None:
+    """Return the terms of the bound by timestep, as the JSON of an artifact."""
+    if likelihoods is None:
+        return None
+    terms = likelihoods.terms.mean(0).tolist()
+    return tracking.to_json({"timesteps": likelihoods.timesteps.tolist(), "bits_per_dim": terms})

@@ -7,6 +7,7 @@ person has written there.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
@@ -17,6 +18,8 @@ Part = Literal["Training", "Score", "Registered", "Goodput", "Samples", "Command
 _PARTS: tuple[Part, ...] = ("Training", "Score", "Registered", "Goodput", "Samples", "Commands")
 """In their order on the page, which hides what follows the first lines until it is asked for."""
 NOTE_TAG = "mlflow.note.content"
+_WRITING = threading.Lock()  # a driver scores checkpoints in a thread beside the one that trains
+_SEEN = re.compile(r"at ([\d,]+) images\b")
 # The whole description of a run of an earlier release.
 _EARLIER = re.compile(r"[\d,]+ images of `.*; sample with `ddpm sample runs:/\w+ --out DIR`\.")
 
@@ -27,21 +30,24 @@ def describe(tracker: Tracker, parts: Mapping[Part, str]) -> None:
     Args:
         parts: name of a part -> Markdown in one line.
     """
-    experiment_id, note = tracker.experiment_id(), tracker.tag(NOTE_TAG) or ""
+    experiment_id, newest = tracker.experiment_id(), newest_picture(tracker.names("images"))
     shown = dict(parts)
-    newest = newest_picture(tracker.names("images"))
     if newest is not None:
         name, key, step = newest
         page = links.run_page(experiment_id, tracker.run_id, "model-metrics")
         shown["Samples"] = (
-            f"{key} at {step:,} images; all are at the end of [*Model metrics*]({page}), with a slider.  "
+            f"{key} at {step:,} images; all are at the end of [*Model metrics*]({page}), whose steps are images seen.  "
             f"![{key}]({links.artifact(tracker.run_id, name)})"
         )
-    tracker.tags({NOTE_TAG: with_parts(note, shown)})
+    with _WRITING:
+        tracker.tags({NOTE_TAG: with_parts(tracker.tag(NOTE_TAG) or "", shown)})
 
 
 def with_parts(note: str, parts: Mapping[Part, str]) -> str:
     """Return a description with some parts written anew; what is no part of ours stays, above ours.
+
+    A part that begins with "at N images" stays where one of fewer images would replace it: checkpoints are not always
+    scored in their order.
 
     Args:
         parts: name of a part -> Markdown in one line.
@@ -54,7 +60,7 @@ def with_parts(note: str, parts: Mapping[Part, str]) -> str:
             ours[part] = line.removeprefix(_label(part)).strip()
         elif not _EARLIER.fullmatch(line.strip()):
             others.append(line.rstrip())
-    ours.update(parts)
+    ours |= {part: text for part, text in parts.items() if _seen(text) >= _seen(ours.get(part, ""))}
     # Two spaces break a line in Markdown.
     lines = [f"{_label(part)}{ours[part]}" for part in _PARTS if part in ours]
     above = re.sub(r"\n{3,}", "\n\n", "\n".join(others)).strip()
@@ -74,6 +80,12 @@ def newest_picture(names: Iterable[str]) -> tuple[str, str, int] | None:
             found.append((int(at), key == "evaluation", name, key))
     step, _, name, key = max(found, default=(0, False, "", ""))
     return (name, key, step) if name else None
+
+
+def _seen(text: str) -> int:
+    """Return the number of images that a part begins with; -1 where it begins with none."""
+    found = _SEEN.match(text)
+    return int(found[1].replace(",", "")) if found else -1
 
 
 def _label(part: str) -> str:

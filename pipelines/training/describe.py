@@ -41,7 +41,7 @@ def describe_run(job: Job) -> None:
     resume = (
         f"resume with `ddpm train … name={config.name}`, sample with `ddpm sample runs:/{tracker.run_id} --out DIR`."
     )
-    tracking.describe(tracker, {"Training": training_text(config, job.dataset), "Commands": resume})
+    tracking.describe(tracker, {"Training": training_text(config, job.dataset), "Commands": f"{resume}."})
 
 
 def report_goodput(tracker: Tracker, goodput: Goodput, images_seen: int) -> None:
@@ -92,14 +92,14 @@ def workers_text(config: Config) -> str:
 def training_text(config: Config, dataset: Dataset) -> str:
     """Return in words what is trained on what."""
     size, classes = dataset.image_size, len(dataset.classes)
-    pictures = f"{size}x{size}{f' of {classes} classes' if classes > 1 else ''}"
+    pictures = f"{size}x{size}{f', {classes} classes' if classes > 1 else ''}"
+    classifier = config.task == "classifier"
     what = (
         "a classifier of noisy images"
-        if config.task == "classifier"
-        else f"{config.objective.prediction}-prediction by `{config.model.kind}`"
+        if classifier
+        else f"{config.model.kind}, {config.objective.prediction}-prediction"
     )
     return (
-        f"{what}, {config.schedule.kind} schedule, on {config.images:,} images in batches of {config.batch_size} on "
-        f"{workers_text(config)}, from the {dataset.samples('train'):,} of `{dataset.uri}` ({pictures}). Steps of all "
-        "curves are images seen."
+        f"{what}, {config.schedule.kind} schedule, {config.images:,} images of `{dataset.uri}` ({pictures}; "
+        f"{dataset.samples('train'):,} different ones) in batches of {config.batch_size} on {workers_text(config)}."
     )

@@ -44,16 +44,18 @@ class StepStatistics:
         config, seen, spent = self.context.config, state.images_seen, self.clock.seconds()
         stepping, waiting = spent["step"] - self.spent["step"], spent["data"] - self.spent["data"]
         rate = (seen - self.start) / max(stepping + waiting, 1e-9)
-        found = {
-            "updates/lr": learning_rate(config.optim, seen, config.images),
-            "train/images_per_s": rate,
-            "worker/data_wait_share": waiting / max(stepping + waiting, 1e-9),
-            "updates/skipped": float(state.skipped),
-            "worker/memory_gib": memory_gib(self.context.device),
-        }
+        found = {}  # MLflow lists a run's values in this order
         if self.losses:
             found["train/loss"] = sum(self.losses) / len(self.losses)
+        found["train/images_per_s"] = rate
+        if self.losses:
             found["updates/grad_norm"] = sum(self.grad_norms) / len(self.grad_norms)
+        found |= {
+            "updates/lr": learning_rate(config.optim, seen, config.images),
+            "updates/skipped": float(state.skipped),
+            "worker/data_wait_share": waiting / max(stepping + waiting, 1e-9),
+            "worker/memory_gib": memory_gib(self.context.device),
+        }
         if state.loss_scale.enabled:
             found["updates/loss_scale"] = state.loss_scale.factor
         if self.peak is not None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.tracking.note import newest_picture, with_parts
+from pipelines.tracking.note import describe, newest_picture, with_parts
 
 PARTS = st.dictionaries(
     st.sampled_from(["Training", "Score", "Registered", "Goodput", "Samples", "Commands"]),
@@ -21,6 +24,44 @@ def test_what_was_written_last_of_each_part_is_there_in_whatever_order_the_stage
 def test_parts_stand_in_their_order_one_to_a_line():
     note = with_parts(with_parts("", {"Goodput": "90 %.", "Score": "7.0."}), {"Training": "digits.", "Score": "6.5."})
     assert note == "**Training.** digits.  \n**Score.** 6.5.  \n**Goodput.** 90 %."
+
+
+def test_the_score_of_an_older_checkpoint_does_not_replace_that_of_a_newer_one():
+    newer, older = "at 10,240 images: distance 6.5.", "at 5,120 images: distance 9.0."
+    assert with_parts(with_parts("", {"Score": newer}), {"Score": older}) == f"**Score.** {newer}"
+    assert with_parts(with_parts("", {"Score": older}), {"Score": newer}) == f"**Score.** {newer}"
+    again = "at 10,240 images: distance 6.4."
+    assert with_parts(with_parts("", {"Score": newer}), {"Score": again}) == f"**Score.** {again}"
+
+
+class SlowServer:
+    """A run whose server takes a while between reading and writing."""
+
+    run_id = "r"
+
+    def __init__(self):
+        self.note = ""
+
+    def experiment_id(self):
+        return "1"
+
+    def names(self, folder):
+        return []
+
+    def tag(self, key):
+        read = self.note
+        time.sleep(0.05)
+        return read
+
+    def tags(self, tags):
+        self.note = tags["mlflow.note.content"]
+
+
+def test_of_two_threads_that_write_parts_at_once_neither_undoes_the_other():
+    server = SlowServer()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda parts: describe(server, parts), [{"Score": "7.0."}, {"Goodput": "90 %."}]))
+    assert server.note == "**Score.** 7.0.  \n**Goodput.** 90 %."
 
 
 def test_what_a_person_has_written_stays_above():
