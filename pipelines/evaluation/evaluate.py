@@ -19,7 +19,7 @@ from pipelines.evaluation.evaluators.base import Evaluator
 from pipelines.evaluation.likelihoods import BATCH as LIKELIHOOD_BATCH
 from pipelines.evaluation.likelihoods import Likelihood
 from pipelines.evaluation.real import Real
-from pipelines.evaluation.samples import Artists, Plan, draw
+from pipelines.evaluation.samples import Artists, Plan, draw, processors
 from pipelines.evaluation.scores import Estimate, Scores
 from pipelines.scratch import scratch_folder
 from pipelines.storage import Storage
@@ -38,7 +38,7 @@ class Request:
         seeds: seeds of the noise.
         batch_size: images that are drawn together.
         likelihood_images: test images whose likelihood is computed; 0 for none.
-        actors: how many draw at a time.
+        actors: how many draw at a time; as many as the cluster has processors or GPUs, where None.
         use_gpu: whether each has a GPU.
         root: folder of all evaluations.
     """
@@ -48,7 +48,7 @@ class Request:
     seeds: tuple[int, ...]
     batch_size: int
     likelihood_images: int
-    actors: int
+    actors: int | None
     use_gpu: bool
     root: str
 
@@ -104,7 +104,7 @@ def evaluate(
             model,
             evaluator,
             storage,
-            min(request.actors, len(plan.units())),
+            min(request.actors or processors(use_gpu=request.use_gpu), len(plan.units())),
             use_gpu=request.use_gpu,
             notice=notice,
         )

@@ -273,6 +273,11 @@ class _Artist:
         return likelihood(self.model, images, labels, first, seed, self.device)
 
 
+def processors(*, use_gpu: bool) -> int:
+    """Return how many processors or GPUs the Ray cluster has, in use or not."""
+    return max(int(ray.cluster_resources().get("GPU" if use_gpu else "CPU", 1)), 1)
+
+
 def draw(artists: Artists, plan: Plan, evaluator: Evaluator, model: Model, folder: Path, progress: Progress) -> Drawn:
     """Draw the samples of a plan, and return their rows in files below `folder`."""
     channels, height, width = model.spec.shape

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import ray
 from numpy.typing import NDArray
 
 from ddpm.generate import Sampling
@@ -173,16 +172,14 @@ def score(
 def request_of(config: Config, settings: Sampling) -> Request:
     """Return what the configuration asks of an evaluation."""
     asked = config.evaluation
-    use_gpu = config.cluster.gpus_per_worker > 0
-    there = ray.cluster_resources() if ray.is_initialized() else {}
     return Request(
         sampling=settings,
         n=asked.n,
         seeds=tuple(range(asked.seed, asked.seed + asked.seeds)),
         batch_size=asked.batch_size,
         likelihood_images=asked.likelihood_images,
-        actors=asked.actors or max(int(there.get("GPU" if use_gpu else "CPU", 1)), 1),
-        use_gpu=use_gpu,
+        actors=asked.actors,
+        use_gpu=config.cluster.gpus_per_worker > 0,
         root=join(config.storage.root, "evaluations"),
     )
 
