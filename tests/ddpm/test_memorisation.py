@@ -205,6 +205,28 @@ def test_copies_are_not_authentic_and_about_half_of_real_images_are(digits):
     assert 0.4 < authenticity(real) < 0.8
 
 
+def pictures(count, seed):
+    """Return coloured pictures of 24 x 32, every second one with hardly any contrast, like a clear sky."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(count, 3, 6, 8, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, size=(24, 32), mode="bicubic")
+    contrast = torch.tensor([50.0, 3.0]).repeat(count)[:count, None, None, None]
+    return (128 + contrast * smooth).clamp(0, 255).round().to(torch.uint8)
+
+
+@pytest.mark.parametrize("alter", ALTERED.values(), ids=ALTERED)
+def test_copies_are_named_where_some_images_are_near_one_another_anyway(alter):
+    training, held_out = pictures(200, 0), pictures(150, 1)
+    reference = pixel_neighbours(held_out, training)
+    copies = alter(training[:60:2])  # of much contrast
+    samples = pixel_neighbours(torch.cat([copies, pictures(60, 2)]), training)
+    found = memorisation(samples, reference)
+    assert found.copies
+    assert found.share >= 30 / 90
+    assert sorted(pair.image for pair in samples.closest(30)) == list(range(30))
+    assert not memorisation(pixel_neighbours(pictures(90, 3), training), reference).copies
+
+
 def test_smooth_and_typical_images_are_not_copies(digits):
     for seed in range(5):
         training, held_out, real = split(digits, seed)
