@@ -1,0 +1,34 @@
+"""A trial of a guidance study without the Ray Tune around it."""
+
+from dataclasses import replace
+
+import torch
+
+from ddpm.model import Model, ModelSpec
+from ddpm.models.unet import UNet
+from pipelines.config import compose
+from pipelines.evaluation.evaluators import Evaluator
+from pipelines.evaluation.evaluators.contrastive import Contrastive
+from pipelines.search.guidance_search import GuidanceTrial, subject_of
+from pipelines.search.study_config import StudyConfig
+from pipelines.shards.read import Batch
+from tests.pipelines.checkpoints.tiny import SMALL
+
+
+def test_a_model_of_data_without_labels_is_searched_by_a_contrastive_evaluator():
+    torch.manual_seed(0)
+    network = replace(SMALL, num_classes=0)
+    spec = ModelSpec(network, {"kind": "cosine", "num_steps": 20}, "v", 8, ())
+    evaluator = Evaluator(Contrastive(1, 8).eval(), "contrastive", "d", "here", "none", labels=False, accuracy=None)
+    real = {split: Batch(torch.arange(20), torch.rand(20, 1, 8, 8) * 2 - 1, None) for split in ("train", "test")}
+    subject = subject_of(Model(spec, UNet(network).eval()), evaluator, real, {})
+    base = compose(["+experiment=digits", "data.num_classes=0", "model.class_conditional=false", "guidance=none"])
+    space = {"sampler.steps": {"int": [2, 4]}}
+    study = StudyConfig.model_validate({"kind": "guidance", "trials": 2, "samples": 16, "rungs": 2, "space": space})
+    trial = GuidanceTrial.__new__(GuidanceTrial)
+    trial.setup({"sampler.steps": 2}, shared={"subject": subject, "study": study, "base": base})
+    first, last = trial.step(), trial.step()
+    assert (first["samples"], first["done"], last["samples"], last["done"]) == (8, False, 16, True)
+    assert last["evaluations"] == 2
+    assert last["frechet_distance"] > 0
+    assert "class_accuracy" not in last

@@ -1,0 +1,50 @@
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ddpm.ema import EMA
+from ddpm.generate import Sampling, generate
+from ddpm.model import ModelSpec
+from ddpm.models.unet import UNet
+from ddpm.prediction import NetworkDenoiser
+from ddpm.quality import FeatureMoments, frechet_distance
+from ddpm.schedule import make_schedule
+from pipelines.evaluation.evaluators import to_levels
+from pipelines.evaluation.evaluators.contrastive import Contrastive
+from pipelines.search.rung_judge import RungJudge
+from pipelines.storage import Storage
+from tests.pipelines.checkpoints.tiny import SMALL
+
+
+def test_a_trial_of_data_without_labels_is_judged_by_its_samples_and_the_bound(tmp_path):
+    torch.manual_seed(0)
+    network, encoder = UNet(replace(SMALL, num_classes=0)).eval(), Contrastive(1, 8).eval()
+    schedule = {"kind": "cosine", "num_steps": 20}
+    spec = ModelSpec(replace(SMALL, num_classes=0), schedule, "v", 8, (), sampling=Sampling.of(steps=2))
+    real = to_levels(torch.rand(24, 1, 8, 8) * 2 - 1).float() / 127.5 - 1
+    reference = FeatureMoments.of(encoder(to_levels(real)).features)
+    uri = f"file://{tmp_path}/scores"
+    judge = RungJudge((100,), 16, None, encoder, reference, real[:4], None, 3, Storage(), uri)
+    assert judge.due(0, 128)
+    assert not judge.due(128, 256)
+    state = SimpleNamespace(network=network, ema=EMA(network, 100.0), images_seen=128)
+    judge(state, spec, torch.device("cpu"))
+    found = json.loads((tmp_path / "scores" / "000000000128.json").read_text())
+    with torch.no_grad():
+        images = generate(
+            NetworkDenoiser(network.eval(), make_schedule(**schedule), "v"),
+            make_schedule(**schedule),
+            spec.sampling,
+            cond=None,
+            shape=spec.shape,
+            seed=3,
+            count=16,
+            batch_size=64,
+        )
+    wanted = frechet_distance(reference, FeatureMoments.of(encoder(to_levels(images)).features))
+    assert found["frechet_distance"] == pytest.approx(wanted, rel=1e-4)
+    assert (found["samples"], found["images_seen"]) == (16, 128)
+    assert found["bits_per_dim"] > 0
