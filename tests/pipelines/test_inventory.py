@@ -162,5 +162,5 @@ def test_evaluators_of_any_kind_stay_while_a_score_names_one_of_them(config, rec
     for path in tmp_path.rglob("*"):
         os.utime(path, (0, 0))
     for named, garbage in (("old", 0), ("new", 0), ("other", 1)):
-        monkeypatch.setattr(inventory, "_scored_by", lambda uri, records, versions, named=named: {named})
+        monkeypatch.setattr(inventory._Scores, "_all", [{"evaluator_digest": named}])
         assert len(inventory.find_garbage(config, Storage())) == garbage

@@ -1,9 +1,30 @@
 from dataclasses import replace
 
-from pipelines.evaluation.evaluate import Scores
+from pipelines.evaluation.scores import Estimate, Scores
 from pipelines.registry import gate
 
-SCORES = Scores(10.0, 5.0, 50.0, 0.97, 1.0, 359, 1, "e", "d", {"steps": 50})
+
+def scores(distance: float = 10.0, accuracy: float = 0.97, **fields) -> Scores:
+    plain = {
+        "estimates": {
+            "frechet_distance": Estimate(distance, floor=5.0, ceiling=50.0),
+            "class_accuracy": Estimate(accuracy),
+        },
+        "n": 359,
+        "seeds": (1,),
+        "evaluator": "classifier",
+        "evaluator_digest": "e",
+        "features": 64,
+        "real_accuracy": 1.0,
+        "dataset_digest": "d",
+        "stream_digest": "s",
+        "real": {"train": 719, "test": 359},
+        "sampling": {"steps": 50},
+    }
+    return Scores(**{**plain, **fields})
+
+
+SCORES = scores()
 
 
 def test_the_first_version_passes():
@@ -11,23 +32,26 @@ def test_the_first_version_passes():
 
 
 def test_a_nearer_model_passes_and_an_equal_or_farther_one_does_not():
-    assert gate(replace(SCORES, frechet_distance=9.9), SCORES).passed
+    assert gate(scores(9.9), SCORES).passed
     assert not gate(SCORES, SCORES).passed
-    refused = gate(replace(SCORES, frechet_distance=10.1), SCORES)
+    refused = gate(scores(10.1), SCORES)
     assert not refused.passed
     assert "10.100 against 10.000" in refused.reason
 
 
+def test_a_distance_that_is_no_number_is_not_better():
+    assert not gate(scores(float("nan")), SCORES).passed
+
+
 def test_distance_is_not_bought_with_class_accuracy():
-    nearer = replace(SCORES, frechet_distance=8.0)
-    assert gate(replace(nearer, class_accuracy=0.965), SCORES).passed
-    refused = gate(replace(nearer, class_accuracy=0.90), SCORES)
+    assert gate(scores(8.0, 0.965), SCORES).passed
+    refused = gate(scores(8.0, 0.90), SCORES)
     assert "falls from 0.9700 to 0.9000" in refused.reason
 
 
 def test_unlike_scores_are_not_compared():
-    for change in ({"evaluator_digest": "x"}, {"dataset_digest": "x"}, {"n": 10}, {"seed": 2}):
-        verdict = gate(replace(SCORES, frechet_distance=1.0, **change), SCORES)
+    for change in ({"evaluator_digest": "x"}, {"dataset_digest": "x"}, {"n": 10}, {"seeds": (2,)}):
+        verdict = gate(replace(scores(1.0), **change), SCORES)
         assert not verdict.passed
         assert next(iter(change)) in verdict.reason
 

@@ -6,12 +6,13 @@ import torch
 
 from ddpm.model import Model, ModelSpec
 from ddpm.models.unet import UNet
+from ddpm.quality import FeatureMoments
 from pipelines.config import compose
 from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.evaluators.contrastive import Contrastive
-from pipelines.search.guidance_search import GuidanceTrial, subject_of
+from pipelines.search.guidance_search import GuidanceTrial
+from pipelines.search.judge import Subject
 from pipelines.search.study_config import StudyConfig
-from pipelines.shards.read import Batch
 from tests.pipelines.checkpoints.tiny import SMALL
 
 
@@ -20,8 +21,8 @@ def test_a_model_of_data_without_labels_is_searched_by_a_contrastive_evaluator()
     network = replace(SMALL, num_classes=0)
     spec = ModelSpec(network, {"kind": "cosine", "num_steps": 20}, "v", 8, ())
     evaluator = Evaluator(Contrastive(1, 8).eval(), "contrastive", "d", "here", "none", labels=False, accuracy=None)
-    real = {split: Batch(torch.arange(20), torch.rand(20, 1, 8, 8) * 2 - 1, None) for split in ("train", "test")}
-    subject = subject_of(Model(spec, UNet(network).eval()), evaluator, real, {})
+    real = evaluator.encoder(torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8)).features
+    subject = Subject(Model(spec, UNet(network).eval()), evaluator, FeatureMoments.of(real), real, None, {})
     base = compose(["+experiment=digits", "data.num_classes=0", "model.class_conditional=false", "guidance=none"])
     space = {"sampler.steps": {"int": [2, 4]}}
     study = StudyConfig.model_validate({"kind": "guidance", "trials": 2, "samples": 16, "rungs": 2, "space": space})

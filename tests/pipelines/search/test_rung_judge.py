@@ -12,8 +12,8 @@ from ddpm.models.unet import UNet
 from ddpm.prediction import NetworkDenoiser
 from ddpm.quality import FeatureMoments, frechet_distance
 from ddpm.schedule import make_schedule
-from pipelines.evaluation.evaluators import to_levels
 from pipelines.evaluation.evaluators.contrastive import Contrastive
+from pipelines.evaluation.images import to_levels
 from pipelines.search.rung_judge import RungJudge
 from pipelines.storage import Storage
 from tests.pipelines.checkpoints.tiny import SMALL
