@@ -20,8 +20,8 @@ from pipelines.config import Config
 from pipelines.display import Notice
 from pipelines.errors import PipelineError
 from pipelines.retry import TransientError
-from pipelines.storage import FencedError, StorageError
-from pipelines.tracking import CheckpointModel, TrackingError
+from pipelines.storage import FencedError
+from pipelines.tracking import CheckpointModel
 from pipelines.training.loop.progress import passes
 from pipelines.training.loop.shell import Job
 from pipelines.training.scoring import CancelledError, Evaluate, Evaluated, needs
@@ -147,15 +147,13 @@ class Evaluations:
             except FencedError as error:
                 logger.warning("no more checkpoints are scored: %s", error)
                 return
-            except (TransientError, TrackingError, StorageError) as error:
+            except Exception as error:
                 if self.config.evaluation.every is not None:
                     self._say_once(f"checkpoints are not scored for now: {error}")
+                logger.debug("the evaluations of the run wait", exc_info=error)
                 away_since = time.monotonic() if away_since is None else away_since
                 if ended and time.monotonic() - away_since >= self.job.tracker.patience_s:
                     return
-            except Exception:
-                logger.exception("the evaluations of the run end")
-                return
             (self._cancelled if ended else self._wake).wait(LOOK_EVERY_S)
 
     def _round(self, ended: bool) -> bool:
@@ -167,9 +165,9 @@ class Evaluations:
         if self.unrecorded is not None:
             self._record(*self.unrecorded)
         self._look()
+        self._retire()
         todo = self._to_score()
         if not todo:
-            self._retire()
             return False
         newest, *older = todo
         if ended and older:
@@ -239,14 +237,19 @@ class Evaluations:
     def _record(self, published: Published, done: Evaluated) -> None:
         """Record scores, the published checkpoint's record last: until then an interruption repeats this."""
         assert self.models is not None
-        images, model = published.images_seen, self.models[published.images_seen]
+        images, current = published.images_seen, Published.read(self.tracker, published.name)
+        if current.digest != published.digest:  # workers that started again have published other weights meanwhile
+            self.unrecorded = None
+            self._enter(current)
+            return
+        model = self.models[images]
         self._check_fence()
         tracking.log_scores(self.tracker, model, done.scores, done.dataset, done.at_ms)
         if done.grid is not None and not self.tracker.has_picture("evaluation", images):
             self.tracker.image("evaluation", done.grid, images)
         self.tracker.text(*done.record)
         self.models[images] = tracking.tag_checkpoint_model(self.tracker, model, {STATE_TAG: "scored"})
-        scored = replace(published, scores={**published.scores, **done.scores})
+        scored = replace(current, scores={**current.scores, **done.scores})
         checkpoints.record_published(self.tracker, scored)
         self.records[scored.name] = scored
         self.unrecorded, self._retire_next = None, True
@@ -279,6 +282,10 @@ class Evaluations:
             versions = tracking.all_versions(self.tracker.uri)
             references = tracking.starting_points(self.tracker.uri, run_id)
             for old in checkpoints.superseded(records, keep, run_id, versions, references):
+                current = Published.read(self.tracker, old.name)
+                if current != old:  # workers that started again have published other weights meanwhile
+                    self._enter(current)
+                    continue
                 deleted = checkpoints.retire(self.job.storage, self.tracker, self.job.fence, old)
                 self.records[deleted.name] = deleted
                 self._tag(deleted.images_seen, {DELETED_TAG: f"not among the {keep} best (checkpoint.keep_best)"})

@@ -293,6 +293,45 @@ def test_other_weights_at_the_same_images_are_scored_anew_on_the_same_logged_mod
     assert (model.tags["ddpm.digest"], model.tags[STATE_TAG]) == ("e", "scored")
 
 
+def test_scores_of_weights_that_were_replaced_while_they_were_scored_are_not_recorded(run):
+    def slow(published, cancelled):
+        done = run.evaluate(published, cancelled)
+        if published.digest == "d":
+            run.publish(100, digest="e")
+        return done
+
+    run.publish(100)
+    with run.driver() as evaluations:
+        evaluations.evaluate = slow
+        evaluations.finish()
+    assert run.scored == [100, 100]
+    (record,) = list_published(run.tracker)
+    assert (record.digest, record.scores) == ("e", {BEST: 10.0})
+    assert record.uri.endswith("100-e")
+
+
+def test_a_checkpoint_that_was_published_anew_is_not_deleted_for_what_its_predecessor_scored(run):
+    run.overrides = ("checkpoint.keep_best=1",)
+    run.publish(100)
+    with run.driver() as evaluations:
+        until(lambda: run.states() == {100: "scored"}, "the first is scored")
+        plain = evaluations.evaluate
+
+        def publishing_anew(published, cancelled):
+            if published.images_seen == 200:
+                run.publish(100, digest="e")
+            return plain(published, cancelled)
+
+        evaluations.evaluate = publishing_anew
+        run.publish(200)
+        until(lambda: run.states().get(200) == "scored", "the second is scored")
+        evaluations.finish()
+    assert run.scored == [100, 200, 100]
+    record = Published.read(run.tracker, "checkpoints/000000000100.json")
+    assert (record.deleted, record.uri.rsplit("/", 1)[-1], record.scores) == (True, "100-e", {BEST: 10.0})
+    assert [p.images_seen for p in list_published(run.tracker)] == [200]
+
+
 def test_without_evaluations_every_published_checkpoint_is_a_logged_model_all_the_same(run):
     run.overrides = ("evaluation.every=null",)
     run.publish(100, 1000)
