@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from rich.filesize import decimal
 
-from pipelines.checkpoints import epoch_of
+from pipelines.checkpoints import epoch_of, names_checkpoint
 from pipelines.errors import PipelineError
 from pipelines.storage import Entry, join
 from pipelines.tracking import ENDED, ModelVersion, RunRecord
@@ -193,7 +192,7 @@ def plan_removal(
             f"{LIVE_S:.0f} s ago, and MLflow does not say that it has ended. Stop it with Ctrl-C, or wait a minute"
         )
     ids = {record.run_id for record in records if record.experiment == experiment}
-    made = tuple(version for version in versions if _names(version, ids))
+    made = tuple(version for version in versions if names_checkpoint(version, ids, None))
     if made and not force:
         raise RemovalError(
             f"registered versions were made from run '{folder.name}' or name it: {_listed(made)}. Delete them first, "
@@ -262,8 +261,7 @@ def judge_published(
     else:  # a copy that was interrupted
         owners = [record for record in records if record.name == run_name]
     for version in versions:
-        same = origin.images_seen is None or version.tags.get("images_seen") in (None, str(origin.images_seen))
-        if same and _names(version, {record.run_id for record in owners}):
+        if names_checkpoint(version, {record.run_id for record in owners}, origin.images_seen):
             return Verdict(folder, False, f"{version.uri} was made from it, or names it")
     if not owners:
         return Verdict(folder, False, "this MLflow server does not know its run: another may")
@@ -339,12 +337,6 @@ def judge_scored(folder: Folder, named: bool, what: str, now: float, grace_s: fl
 def _listed(versions: Iterable[ModelVersion]) -> str:
     """Return versions with their aliases, in words."""
     return ", ".join(" ".join([v.uri, *(f"@{alias}" for alias in v.aliases)]) for v in versions)
-
-
-def _names(version: ModelVersion, run_ids: Container[str]) -> bool:
-    """Return whether a version was made from one of these runs, or has one in its tags, such as a guiding network."""
-    mentioned = {found for value in version.tags.values() for found in re.findall(r"runs:/([0-9a-f]+)", value)}
-    return any(run_id in run_ids for run_id in {version.run_id, *mentioned})
 
 
 def _young(grace_s: float) -> str:

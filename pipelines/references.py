@@ -18,7 +18,7 @@ from ddpm.model import Model, ModelSpec, load_classifier, load_model, read_spec,
 from ddpm.models.classifier import NoisyClassifier
 from ddpm.settings import settings_of
 from pipelines import tracking
-from pipelines.checkpoints import ModelError, Published, best_published, list_published, reconstruct_average
+from pipelines.checkpoints import BEST, ModelError, Published, best_published, list_published, reconstruct_average
 from pipelines.config import Config, network_config, sampling
 from pipelines.scratch import scratch_folder
 from pipelines.shards.index import Dataset
@@ -208,7 +208,7 @@ def _from_run(reference: str, tracking_uri: str, storage: Storage, scratch: Path
     run, which, width = match.groups()
     tracker = tracking.get_run(tracking_uri, run)
     if which == "best":
-        chosen = best_published(tracker, "eval/frechet_distance", lowest=True)
+        chosen = best_published(tracker, BEST, lowest=True)
     else:
         published = list_published(tracker)
         wanted = [p for p in published if which is None or p.images_seen == int(which)]

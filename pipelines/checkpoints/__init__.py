@@ -1,4 +1,5 @@
-"""Checkpoints: their files (`files`), the list of a run's (`catalog`), and the copies that stay (`published`)."""
+"""Checkpoints: their files (`files`), the list of a run's (`catalog`), the published copies (`published`), and which of
+them stay (`retention`)."""
 
 from pipelines.checkpoints.catalog import (
     FOLDER,
@@ -27,6 +28,8 @@ from pipelines.checkpoints.files import (
     with_file,
 )
 from pipelines.checkpoints.published import (
+    BEST,
+    PUBLISHED,
     Published,
     best_published,
     list_published,
@@ -35,9 +38,12 @@ from pipelines.checkpoints.published import (
     record_published,
     record_scores,
 )
+from pipelines.checkpoints.retention import mentions, names_checkpoint, retire, superseded
 
 __all__ = [
+    "BEST",
     "FOLDER",
+    "PUBLISHED",
     "STATE",
     "Checkpoint",
     "CheckpointList",
@@ -55,13 +61,17 @@ __all__ = [
     "list_published",
     "load_checkpoint",
     "load_tensors",
+    "mentions",
+    "names_checkpoint",
     "newest_checkpoint",
     "publish",
     "reconstruct_average",
     "record_published",
     "record_scores",
+    "retire",
     "run_folder",
     "save_checkpoint",
+    "superseded",
     "sweep",
     "take_over",
     "verify_checkpoint",

@@ -162,7 +162,7 @@ def enter_checkpoint(
 
     storage.update(join(folder, LIST), change)
     for old in dropped:
-        _delete(storage, join(folder, old.name))
+        delete_checkpoint(storage, join(folder, old.name))
 
 
 def take_over(storage: Storage, folder: str) -> Fence:
@@ -212,7 +212,7 @@ def sweep(storage: Storage, folder: str, epoch: int | None = None) -> list[str]:
         ended = name not in complete and epoch_of(name) == epoch
         at_rest = all(e.modified is not None and now - e.modified > GRACE_S for e in files)
         if ended or at_rest:
-            _delete(storage, join(folder, name))
+            delete_checkpoint(storage, join(folder, name))
             deleted.append(name)
     return sorted(deleted)
 
@@ -317,7 +317,7 @@ def _download(storage: Storage, address: str, folder: Path) -> None:
     (folder / STATE).write_bytes(text)
 
 
-def _delete(storage: Storage, folder: str) -> None:
+def delete_checkpoint(storage: Storage, folder: str) -> None:
     """Delete a checkpoint folder, `state.json` first; what cannot be deleted now is left to the next sweep."""
     try:
         storage.delete(join(folder, STATE))

@@ -22,24 +22,39 @@ from pipelines.tracking import Tracker
 
 PUBLISHED = "checkpoints"
 """Folder of the records among the artifacts of the MLflow run."""
+BEST = "eval/frechet_distance"
+"""The score by which the best checkpoint of a run is chosen; lower is better."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """A checkpoint that is kept permanently, as recorded in MLflow.
+    """A checkpoint that was copied to stay, as recorded in MLflow.
 
     Attributes:
+        digest: SHA-256 over those of its files.
         scores: name -> value of evaluation scores, recorded after publishing.
+        deleted: whether its files were deleted again, by `checkpoint.keep_best`.
     """
 
     uri: str
     images_seen: int
     digest: str
     scores: dict[str, float] = field(default_factory=dict)
+    deleted: bool = False
+
+    @classmethod
+    def read(cls, tracker: Tracker, name: str) -> Published:
+        """Return what an artifact of a run records."""
+        return cls(**json.loads(tracker.read_text(name)))
+
+    @property
+    def name(self) -> str:
+        """Name of the artifact that records it in the MLflow run; names order by images seen."""
+        return f"{PUBLISHED}/{self.images_seen:012d}.json"
 
     def record(self) -> tuple[str, str]:
         """Return (text, name) of the artifact that records it in the MLflow run."""
-        return tracking.to_json(asdict(self)), f"{PUBLISHED}/{self.images_seen:012d}.json"
+        return tracking.to_json(asdict(self)), self.name
 
 
 def publish(storage: Storage, uri: str, target_uri: str, state: CheckpointState) -> Published:
@@ -57,8 +72,9 @@ def record_published(tracker: Tracker, published: Published) -> None:
 
 
 def list_published(tracker: Tracker) -> list[Published]:
-    """Return a run's published checkpoints, oldest first."""
-    return [Published(**json.loads(tracker.read_text(name))) for name in sorted(tracker.names(PUBLISHED))]
+    """Return a run's published checkpoints that were not deleted again, oldest first."""
+    records = [Published.read(tracker, name) for name in sorted(tracker.names(PUBLISHED))]
+    return [published for published in records if not published.deleted]
 
 
 def record_scores(tracker: Tracker, images_seen: int, scores: Mapping[str, float]) -> None:

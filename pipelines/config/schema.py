@@ -190,6 +190,11 @@ class CheckpointConfig(Section):
     keep: Annotated[int, Field(ge=1)] = 2
     backlog: NonNegativeInt = 2
     publish_every: PositiveInt = 50_000
+    keep_best: PositiveInt | None = Field(
+        None,
+        description="of the published ones that are scored, how many with the lowest Frechet distance stay, beside the "
+        "newest and those that a version or another run names; null: all",
+    )
 
 
 class EvaluationConfig(Section):
@@ -221,6 +226,12 @@ class EvaluationConfig(Section):
         None, description="subtracted from pixels in [0, 1], per channel; null: what the folder says, else ImageNet's"
     )
     encoder_std: tuple[PositiveFloat, ...] | None = Field(None, description="by which they are divided then")
+    every: PositiveInt | None = Field(
+        None, description="images between checkpoints that are published, and scored while training goes on; null: none"
+    )
+    wait_s: Annotated[float, Field(ge=10)] = Field(
+        3600, description="how long a training that has seen all its images waits for the evaluations that are left"
+    )
 
     @model_validator(mode="after")
     def _channels(self) -> EvaluationConfig:
@@ -310,7 +321,20 @@ class Config(Section):
                 f"sampler.steps = {self.sampler.steps} exceeds schedule.num_steps = {self.schedule.num_steps}"
             )
         self._check_task()
+        self._check_evaluation()
         return self
+
+    def _check_evaluation(self) -> None:
+        every, keep_best = self.evaluation.every, self.checkpoint.keep_best
+        if every is not None and self.task == "classifier":
+            raise ValueError("evaluation.every scores samples, and task = classifier draws none: leave it at null")
+        if keep_best is not None and every is None:
+            raise ValueError("checkpoint.keep_best chooses by scores, and nothing is scored: set evaluation.every")
+        if keep_best is not None and self.optim.power_ema:
+            raise ValueError(
+                "checkpoint.keep_best would delete the snapshots that optim.power_ema is reconstructed from: "
+                "set checkpoint.keep_best=null, or optim.power_ema=[]"
+            )
 
     def _check_task(self) -> None:
         model, objective = self.model, self.objective

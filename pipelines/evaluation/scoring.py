@@ -28,7 +28,7 @@ from pipelines.references import Resolved
 from pipelines.shards.index import read_dataset
 from pipelines.shards.quarantine import read_quarantine, stream_digest
 from pipelines.storage import Storage, join
-from pipelines.tracking import Tracker
+from pipelines.tracking import CheckpointModel, Tracker
 
 FOLDER = "evaluation"
 """Of the scores among the artifacts of a run."""
@@ -60,11 +60,22 @@ class Scored:
         """Whether the scores were computed now."""
         return self.at_ms is not None
 
-    def record(self, tracker: Tracker) -> None:
-        """Record scores and pictures in a run; the file last, by which a later evaluation finds the scores."""
-        tracker.metrics(self.scores.metrics(), self.images_seen, self.at_ms)
+    def record(self, tracker: Tracker, model: CheckpointModel | None) -> None:
+        """Record scores and pictures in a run; the file last, by which a later evaluation finds the scores.
+
+        Done again after an interruption, everything is there once.
+
+        Args:
+            model: the logged model of the checkpoint, which gets the scores too; None where it has none.
+        """
+        at_ms = int(time.time() * 1000) if self.at_ms is None else self.at_ms
+        if model is None:
+            tracker.metrics(self.scores.metrics(), self.images_seen, at_ms)
+        else:
+            tracking.log_scores(tracker, model, self.scores.metrics(), self.dataset, at_ms)
         for key, picture in self.pictures.items():
-            tracker.image(key, picture, self.images_seen)
+            if model is None or not tracker.has_picture(key, self.images_seen):
+                tracker.image(key, picture, self.images_seen)
         if self.terms is not None:
             tracker.text(self.terms, self.artifact.replace(FOLDER, "bound", 1))
         tracker.text(tracking.to_json(self.scores.to_plain()), self.artifact)
@@ -88,8 +99,11 @@ def score_and_record(
     """
     scored = score(resolved, settings, config, storage, display, connect, dataset_uri)
     if scored.fresh and resolved.tracker is not None:
-        scored.record(resolved.tracker)
-        if resolved.published and settings == resolved.model.spec.sampling:
+        # Those of other settings are no scores of the checkpoint.
+        own = resolved.published is not None and settings == resolved.model.spec.sampling
+        models = tracking.checkpoint_models(resolved.tracker) if own else {}
+        scored.record(resolved.tracker, models.get(scored.images_seen))
+        if own and resolved.published is not None:
             record_scores(resolved.tracker, resolved.published.images_seen, scored.scores.metrics())
     return scored.scores, scored.fresh
 

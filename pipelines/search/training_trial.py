@@ -110,8 +110,9 @@ def trial_config(shared: Shared, params: Params) -> Config:
             "name": f"{shared.name}-{trial_name(params)}",
             "tracking": config.tracking.model_copy(update={"grid_every": None}),
             "checkpoint": config.checkpoint.model_copy(
-                update={"every": first, "keep": 1, "publish_every": 2 * config.images}
+                update={"every": first, "keep": 1, "publish_every": 2 * config.images, "keep_best": None}
             ),
+            "evaluation": config.evaluation.model_copy(update={"every": None}),  # the rungs are scored
             # A failure of the trial itself, such as a loss that is not finite, would repeat.
             "cluster": config.cluster.model_copy(update={"max_failures": min(1, config.cluster.max_failures)}),
         }

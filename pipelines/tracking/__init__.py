@@ -6,6 +6,14 @@ one file and one line in `run_log.SINKS`.
 """
 
 from pipelines.tracking.client import TrackingError, UnreachableError, authenticate, environment, recording
+from pipelines.tracking.logged_models import (
+    CheckpointModel,
+    checkpoint_models,
+    enter_checkpoint_model,
+    log_scores,
+    starting_points,
+    tag_checkpoint_model,
+)
 from pipelines.tracking.model_registry import (
     ModelVersion,
     all_versions,
@@ -27,6 +35,7 @@ from pipelines.tracking.system_metrics import system_metrics
 __all__ = [
     "ENDED",
     "UNSENT",
+    "CheckpointModel",
     "Destination",
     "ModelVersion",
     "RunLog",
@@ -37,20 +46,25 @@ __all__ = [
     "UnreachableError",
     "all_versions",
     "authenticate",
+    "checkpoint_models",
     "delete_run",
     "describe",
     "download_version",
+    "enter_checkpoint_model",
     "environment",
     "get_run",
     "list_runs",
     "log_pyfunc",
+    "log_scores",
     "open_run",
     "recording",
     "register",
     "retire_run",
     "set_alias",
     "set_version_tags",
+    "starting_points",
     "system_metrics",
+    "tag_checkpoint_model",
     "to_json",
     "version",
     "versions",

@@ -92,11 +92,18 @@ class Tracker:
     def last_pictures(self) -> dict[str, int]:
         """Return the last step of every picture by images/KEY."""
         steps: dict[str, int] = {}
-        for info in self._ask(lambda client: client.list_artifacts(self.run_id, "images")):
-            key, word, step, *_ = f"{info.path}+++".split("+")
-            if word == "step":
-                steps[key] = max(int(step), steps.get(key, -1))
+        for key, step in self._pictures():
+            steps[key] = max(step, steps.get(key, -1))
         return steps
+
+    def has_picture(self, key: str, step: int) -> bool:
+        """Return whether a picture is recorded under a key at `step` images seen."""
+        return (f"images/{key}", step) in self._pictures()
+
+    def _pictures(self) -> list[tuple[str, int]]:
+        """Return (images/KEY, step) of every recorded picture."""
+        named = [f"{name}+++".split("+")[:3] for name in self.names("images")]
+        return [(key, int(step)) for key, word, step in named if word == "step"]
 
     def is_finished(self) -> bool:
         """Return whether the run's status says that it has seen all its images."""

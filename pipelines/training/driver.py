@@ -1,4 +1,7 @@
-"""The driver of a training run: opens the MLflow run, starts Ray Train, shows progress, stops cleanly on Ctrl-C."""
+"""The driver of a training run: opens the MLflow run, starts Ray Train, shows progress, stops cleanly on Ctrl-C.
+
+Beside it a thread has published checkpoints scored, see `evaluations`.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,22 @@ from pipelines.storage import FencedError, Storage, StorageError
 from pipelines.tracking import Tracker
 from pipelines.training.describe import describe_run, report_goodput
 from pipelines.training.errors import TrainingError
+from pipelines.training.evaluations import Evaluations
 from pipelines.training.goodput import Goodput
 from pipelines.training.ledger import Ledger, goodput_of, read_sessions
 from pipelines.training.loop.log import send_unsent
 from pipelines.training.loop.shell import Job
 from pipelines.training.ray_train.monitor import only_driver
-from pipelines.training.ray_train.resources import connect_ray, require_resources
+from pipelines.training.ray_train.resources import (
+    alive_nodes,
+    connect_ray,
+    has_room_beside,
+    is_free,
+    require_resources,
+)
 from pipelines.training.ray_train.trainer import WorkerProvider, dedicated_workers
 from pipelines.training.ray_train.watch import Notice, Report, fit_and_watch
+from pipelines.training.scoring import Evaluate, needs, score_on_ray
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +128,7 @@ def train(
     report: Report = lambda values: None,
     notice: Notice = lambda text: None,
     workers: WorkerProvider = dedicated_workers,
+    evaluate: Evaluate | None = None,
 ) -> TrainingResult:
     """Run a plan to its end.
 
@@ -124,6 +136,7 @@ def train(
         report: called with `images_seen` and `loss` while training goes on.
         notice: called with lines for the user, such as what Ctrl-C does.
         workers: provides the workers; see `ReusableWorkers` for some that train other runs as well.
+        evaluate: scores published checkpoints, where `evaluation.every` asks for that; by default a task on Ray.
 
     Raises:
         TrainingError: the cluster is too small, another driver has the run, or the workers failed more often than
@@ -131,37 +144,63 @@ def train(
     """
     job, config, tracker = plan.job, plan.job.config, plan.job.tracker
     if plan.complete:
-        goodput = goodput_of(read_sessions(job.storage, job.run_uri))
-        with tracking.recording("has not got all that waits"):
-            send_unsent(job)
-            if not tracker.is_finished():
-                if goodput:
-                    report_goodput(tracker, goodput, plan.resumes_at)
-                tracker.status("FINISHED")
-        return _result(tracker, "complete", plan.resumes_at, goodput)
+        return _complete(plan, notice, evaluate)
     began = time.time()
     connect_ray(config, job.storage)
     require_resources(config, notice)
     with only_driver(config) as monitor:
         job = replace(job, fence=checkpoints.take_over(job.storage, job.run_uri))
         ledger = Ledger(job.storage, job.run_uri, job.epoch)
-        with ledger.session(began):
-            error = _fit_until_stuck(job, monitor, ledger, report, notice, workers)
-    if isinstance(error, FencedError):
-        raise TrainingError(str(error)) from error  # the MLflow run is another driver's now
-    goodput = ledger.goodput()
-    seen = max(plan.resumes_at, goodput.images_seen if goodput else 0)
-    finished = seen >= config.images
-    status = "FAILED" if error is not None else "FINISHED" if finished else "KILLED"
-    with tracking.recording(f"does not know that the run is {status}"):
-        if goodput:
-            report_goodput(tracker, goodput, seen)
-        tracker.status(status)
+        with _evaluations(job, evaluate, notice) as evaluations:
+            with ledger.session(began):
+                error = _fit_until_stuck(job, monitor, ledger, report, notice, workers)
+            if isinstance(error, FencedError):
+                raise TrainingError(str(error)) from error  # the MLflow run is another driver's now
+            goodput = ledger.goodput()
+            seen = max(plan.resumes_at, goodput.images_seen if goodput else 0)
+            finished = seen >= config.images
+            status = "FAILED" if error is not None else "FINISHED" if finished else "KILLED"
+            with tracking.recording(f"does not know that the run is {status}"):
+                if goodput:
+                    report_goodput(tracker, goodput, seen)
+                tracker.status(status)
+                if status == "FINISHED":
+                    evaluations.finish()
     if error is not None:
         if isinstance(error, TrainingError):
             raise error
         raise TrainingError(f"training '{config.name}' failed: {_root_cause(error)}") from error
     return _result(tracker, "finished" if finished else "stopped", seen, goodput)
+
+
+def _complete(plan: Plan, notice: Notice, evaluate: Evaluate | None) -> TrainingResult:
+    """Do what earlier drivers of a run that has seen all its images could not: send what waits, score what is left."""
+    job, tracker = plan.job, plan.job.tracker
+    goodput = goodput_of(read_sessions(job.storage, job.run_uri))
+    with tracking.recording("has not got all that waits"):
+        send_unsent(job)
+        if not tracker.is_finished():
+            if goodput:
+                report_goodput(tracker, goodput, plan.resumes_at)
+            tracker.status("FINISHED")
+        if _evaluations(job, evaluate, notice).outstanding():
+            connect_ray(job.config, job.storage)
+            with only_driver(job.config):
+                job = replace(job, fence=checkpoints.take_over(job.storage, job.run_uri))
+                with _evaluations(job, evaluate, notice) as evaluations:
+                    evaluations.finish()
+    return _result(tracker, "complete", plan.resumes_at, goodput)
+
+
+def _evaluations(job: Job, evaluate: Evaluate | None, notice: Notice) -> Evaluations:
+    """Return the evaluations of a run, on resources that its training will never want."""
+    config = job.config
+
+    def has_room() -> bool:
+        wanted = needs(config)
+        return has_room_beside(config.cluster, alive_nodes(), wanted) and is_free(wanted)
+
+    return Evaluations(job, evaluate or score_on_ray(config, job.storage, job.tracker), has_room, notice)
 
 
 def _fit_until_stuck(

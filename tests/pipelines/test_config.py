@@ -84,6 +84,12 @@ def test_every_shipped_choice_composes(group, choice):
         (["task=classifier", "init_from=/m"], r"task = classifier has no use for init_from"),
         (["cluster.max_preemption_failures=-2"], "cluster.max_preemption_failures: .*greater than or equal to -1"),
         (["cluster.preemption_grace_s=-1"], "cluster.preemption_grace_s: .*greater than or equal to 0"),
+        (["task=classifier", "evaluation.every=640"], r"task = classifier draws none"),
+        (["checkpoint.keep_best=2"], r"keep_best chooses by scores, .* set evaluation\.every"),
+        (
+            ["checkpoint.keep_best=2", "evaluation.every=640", "optim.power_ema=[0.1]"],
+            r"would delete the snapshots that optim\.power_ema",
+        ),
         (["cluster.step_timeout_s=-1"], "cluster.step_timeout_s: .*greater than or equal to 0"),
     ],
 )

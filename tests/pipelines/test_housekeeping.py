@@ -191,6 +191,13 @@ def test_a_published_checkpoint_that_anything_may_name_stays(changed, why):
     assert (verdict.garbage, why in verdict.why) == (False, True), verdict.why
 
 
+def test_the_checkpoint_that_guides_a_version_of_another_run_stays_whatever_that_one_has_seen():
+    guided = version("x", sampling='{"classifier": "runs:/abc0/640"}', images_seen="1280")
+    guide = {"origin": Origin("abc0", 640), "records": [replace(record(), run_id="abc0")]}
+    assert not judged(versions=[guided], **guide).garbage
+    assert judged(versions=[guided], **{**guide, "origin": Origin("abc0", 320)}).garbage
+
+
 def test_a_version_of_another_checkpoint_of_the_run_does_not_keep_this_one():
     assert judged(versions=[version(images_seen="1280")]).garbage
 

@@ -21,7 +21,7 @@ from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.data import training_stream
 from pipelines.training.loop.log import finish_log, open_log
 from pipelines.training.loop.preview import Preview
-from pipelines.training.loop.progress import Clock, Progress
+from pipelines.training.loop.progress import Clock, Progress, passes
 from pipelines.training.loop.shell import Shell
 from pipelines.training.loop.state import make_state
 from pipelines.training.loop.step import SkipGuard, StepResult, step
@@ -116,8 +116,9 @@ class TrainingLoop:
                 self._show_preview()
             self._evaluate()
 
-            # Save a checkpoint.
-            if finished or result.stop or result.checkpoint or self._crossed(config.checkpoint.every):
+            # Save a checkpoint; what is to be scored is saved where that is due.
+            due = self._crossed(config.checkpoint.every) or self._crossed(config.evaluation.every)
+            if finished or result.stop or result.checkpoint or due:
                 self._save(finished)
             if result.stop:
                 break
@@ -189,16 +190,18 @@ class TrainingLoop:
         self.shell.progress(Progress(self.state.images_seen, self.resumed_at, loss, seconds, *stored))
 
     def _save(self, finished: bool) -> None:
-        seen, every = self.state.images_seen, self.config.checkpoint.publish_every
+        seen, config = self.state.images_seen, self.config
+        often = (config.checkpoint.publish_every, config.evaluation.every)
+        publish = finished or any(passes(self.saved_at, seen, every) for every in often)
         with self.clock.during("checkpoint"):
-            self.checkpointer.save(self.state, publish=finished or seen // every > self.saved_at // every)
+            self.checkpointer.save(self.state, publish=publish)
         self.saved_at = seen
 
     def _finish_uploads(self) -> None:
         with self.clock.during("checkpoint"):
             self.checkpointer.finish()
 
-    def _crossed(self, every: int) -> bool:
+    def _crossed(self, every: int | None) -> bool:
         """Return whether the last batch passed a multiple of `every` images."""
         seen = self.state.images_seen
-        return seen // every > (seen - self.config.batch_size) // every
+        return passes(seen - self.config.batch_size, seen, every)

@@ -11,6 +11,11 @@ from typing import Literal, get_args
 Kind = Literal["startup", "step", "data", "checkpoint", "grid"]
 
 
+def passes(before: int, seen: int, every: int | None) -> bool:
+    """Return whether a multiple of `every` images lies in (before, seen]; False for None."""
+    return every is not None and seen // every > before // every
+
+
 @dataclass(frozen=True)
 class Progress:
     """The progress of rank 0; everything but `images_seen` and `loss` counts from the start of this attempt.

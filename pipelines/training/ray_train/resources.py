@@ -63,6 +63,29 @@ def possible_workers(nodes: Sequence[Mapping[str, float]], worker: Mapping[str, 
     return sum(int(min(node.get(name, 0.0) / need for name, need in worker.items() if need)) for node in nodes)
 
 
+def has_room_beside(cluster: ClusterConfig, nodes: Sequence[Mapping[str, float]], needs: Mapping[str, float]) -> bool:
+    """Return whether nodes with these resources can hold all workers and, on one node, something else beside them.
+
+    Workers that start again, or an elastic run that grows, then find all that they need.
+
+    Args:
+        needs: what the other thing reserves, by Ray's names.
+    """
+    worker = per_worker(cluster)
+    for i, node in enumerate(nodes):
+        rest = {name: node.get(name, 0.0) - needs.get(name, 0.0) for name in node.keys() | needs.keys()}
+        others = [*nodes[:i], *nodes[i + 1 :]]
+        if min(rest.values()) >= 0 and possible_workers([rest, *others], worker) >= cluster.max_workers:
+            return True
+    return False
+
+
+def is_free(needs: Mapping[str, float]) -> bool:
+    """Return whether nobody on the cluster uses so much at the moment, by Ray's names."""
+    free = ray.available_resources()
+    return all(free.get(name, 0.0) >= need for name, need in needs.items())
+
+
 def shortage(cluster: ClusterConfig, nodes: Sequence[Mapping[str, float]]) -> str | None:
     """Return why the nodes cannot hold the smallest number of workers, in words; None where they can."""
     worker = per_worker(cluster)

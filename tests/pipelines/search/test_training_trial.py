@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.config import ConfigError
-from pipelines.search.training_trial import rungs
+from pipelines.config import ConfigError, compose
+from pipelines.search.training_trial import Shared, rungs, trial_config
 from tests.pipelines.search.test_training_search import study
 
 
@@ -19,3 +19,10 @@ def test_rungs_are_whole_batches_that_end_where_the_run_does(images, batch_size,
     assert list(found) == sorted(set(found)) or images < 2 * batch_size
     assert all(rung % batch_size == 0 for rung in found)
     assert images <= found[-1] < images + batch_size
+
+
+def test_a_trial_is_scored_at_its_rungs_alone_whatever_the_base_asks_of_a_run():
+    base = compose(["+experiment=digits", "evaluation.every=640", "checkpoint.keep_best=1"])
+    config = trial_config(Shared(study(), base, "s", {}, None, None, None, None, None), {})  # type: ignore[arg-type]
+    assert (config.evaluation.every, config.checkpoint.keep_best) == (None, None)
+    assert config.evaluation.seed == base.evaluation.seed

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 
 from pipelines.config import compose
-from pipelines.storage import Storage
+from pipelines.storage import FencedError, Storage
 from pipelines.tracking import Tracker
 from pipelines.training import driver
 from pipelines.training.driver import Plan, train
@@ -57,3 +57,48 @@ def test_a_failed_training_says_why_and_not_that_mlflow_is_away(job, monkeypatch
     with pytest.raises(TrainingError, match="no GPU left"):
         train(Plan(job, 0))
     assert "does not know that the run is FAILED" in caplog.text
+
+
+class Recorder:
+    """Takes the place of the evaluations of a run, and of its MLflow run, and remembers what was asked of them."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.calls.append("end")
+
+    def __getattr__(self, name):
+        return lambda *arguments: self.calls.append(name)
+
+
+@pytest.mark.parametrize(
+    "images, error, waits",
+    [(100, None, True), (50, None, False), (50, TrainingError("no GPU left"), False), (100, FencedError("x"), False)],
+)
+def test_only_a_run_that_has_seen_all_its_images_waits_for_evaluations(job, monkeypatch, images, error, waits):
+    recorder = Recorder()
+    monkeypatch.setattr(driver, "_evaluations", lambda *arguments: recorder)
+    monkeypatch.setattr(driver, "_fit_until_stuck", fit_to(images, error))
+    monkeypatch.setattr(Tracker, "metrics", lambda *arguments: None)
+    monkeypatch.setattr(Tracker, "status", lambda *arguments: None)
+    with pytest.raises(TrainingError) if error else nullcontext():
+        train(Plan(job, 0))
+    assert recorder.calls == (["finish", "end"] if waits else ["end"])
+
+
+def test_a_complete_run_takes_the_run_over_only_where_something_is_left_to_score(job, monkeypatch):
+    recorder, left = Recorder(), []
+    recorder.outstanding = lambda: bool(left)
+    monkeypatch.setattr(driver, "_evaluations", lambda *arguments: recorder)
+    monkeypatch.setattr(driver, "send_unsent", lambda job: None)
+    monkeypatch.setattr(Tracker, "is_finished", lambda self: True)
+    assert train(Plan(job, 100)).status == "complete"
+    assert recorder.calls == []
+    left.append(100)
+    assert train(Plan(job, 100)).status == "complete"
+    assert recorder.calls == ["finish", "end"]
+    assert job.storage.exists(f"{job.run_uri}/driver")

@@ -61,6 +61,25 @@ def test_training_goes_on_beside_an_upload_of_the_state_as_it_was_when_saved(dig
             assert (one / name).read_bytes() == (other / name).read_bytes()
 
 
+@pytest.mark.parametrize(
+    "every, publish_every, evaluate_every, published",
+    [
+        (75, 150, None, [150]),
+        (1000, 1000, 50, [50, 100, 150]),  # an evaluation needs neither of the others
+        (1000, 1000, 60, [75, 125, 150]),  # at the first step that reaches a multiple, and at the end
+        (50, 100, 75, [75, 100, 150]),
+    ],
+)
+def test_a_checkpoint_is_published_where_that_or_an_evaluation_is_due(
+    digits, tmp_path, every, publish_every, evaluate_every, published
+):
+    often = [f"checkpoint.every={every}", f"checkpoint.publish_every={publish_every}"]
+    value = "null" if evaluate_every is None else evaluate_every
+    run(tmp_path / "r", digits, None, *often, f"evaluation.every={value}")
+    folders = (tmp_path / "r" / "runs" / "digits" / "published").iterdir()
+    assert sorted(int(folder.name.split("-")[0]) for folder in folders) == published
+
+
 @pytest.mark.parametrize("backlog", [0, 2])
 def test_so_many_checkpoints_wait_for_storage_before_training_does(digits, tmp_path, monkeypatch, backlog):
     (tmp_path / "r").mkdir()

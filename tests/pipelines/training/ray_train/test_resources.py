@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from pipelines.config import compose
-from pipelines.training.ray_train.resources import per_worker, possible_workers, shortage
+import pytest
+
+from pipelines.config import ClusterConfig, compose
+from pipelines.training.ray_train.resources import has_room_beside, per_worker, possible_workers, shortage
 
 
 def test_a_worker_does_not_span_two_nodes():
@@ -21,3 +23,28 @@ def test_a_shortage_says_what_is_needed_what_is_there_and_what_to_do():
     assert text is not None
     assert "too small for 2 workers: each needs 4 CPU on one node, 1 node with 7 CPU in all hold 1" in text
     assert "cluster.num_workers" in text
+
+
+@pytest.mark.parametrize(
+    "workers, nodes, room",
+    [
+        (1, [{"CPU": 2.0}], True),
+        (2, [{"CPU": 2.0}], False),
+        (2, [{"CPU": 2.0}, {"CPU": 1.0}], True),
+        (3, [{"CPU": 2.0}, {"CPU": 1.0}], False),
+        (1, [{"CPU": 1.5}], False),  # half a core is not one
+        ((1, 4), [{"CPU": 4.0}], False),  # an elastic run may grow
+        ((1, 4), [{"CPU": 4.0}, {"CPU": 1.0}], True),
+        (1, [], False),
+    ],
+)
+def test_an_evaluation_has_room_where_all_workers_fit_beside_it(workers, nodes, room):
+    assert has_room_beside(ClusterConfig(num_workers=workers), nodes, {"CPU": 1.0}) == room
+
+
+def test_an_evaluation_on_a_gpu_needs_one_that_no_worker_wants():
+    cluster = ClusterConfig(num_workers=2, gpus_per_worker=1)
+    needs = {"CPU": 1.0, "GPU": 1.0}
+    assert not has_room_beside(cluster, [{"CPU": 16.0, "GPU": 2.0}], needs)
+    assert has_room_beside(cluster, [{"CPU": 16.0, "GPU": 3.0}], needs)
+    assert not has_room_beside(cluster, [{"CPU": 16.0, "GPU": 2.0}, {"CPU": 16.0}], needs)

@@ -1,0 +1,70 @@
+"""Scoring a published checkpoint on the Ray cluster, beside the training that has published it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import ray
+import torch
+from ray.exceptions import RayTaskError
+
+from pipelines import references
+from pipelines.checkpoints import Published
+from pipelines.config import Config
+from pipelines.display import Silent
+from pipelines.errors import PipelineError
+from pipelines.evaluation import scoring as evaluation
+from pipelines.evaluation.scoring import Scored
+from pipelines.storage import Storage
+from pipelines.tracking import Tracker
+
+_LOOK_EVERY_S = 1.0
+
+
+class CancelledError(PipelineError):
+    """An evaluation that is not needed any more: the training was stopped, or is another driver's."""
+
+
+Evaluate = Callable[[Published, threading.Event], Scored]
+"""Scores a published checkpoint; raises `CancelledError` soon after the event is set."""
+
+
+def needs(config: Config) -> dict[str, float]:
+    """Return what an evaluation reserves on one node, by Ray's names."""
+    return {"CPU": 1.0, **({"GPU": 1.0} if config.cluster.gpus_per_worker else {})}
+
+
+def score_on_ray(config: Config, storage: Storage, tracker: Tracker) -> Evaluate:
+    """Return the function that scores checkpoints of a run in a Ray task, away from the driver and its workers."""
+
+    def evaluate(published: Published, cancelled: threading.Event) -> Scored:
+        task = _score.remote(config, storage, tracker, published)
+        while True:
+            done, _ = ray.wait([task], timeout=_LOOK_EVERY_S)
+            if done:
+                try:
+                    result: Scored = ray.get(task)
+                except RayTaskError as error:
+                    raise error.cause from error
+                return result
+            if cancelled.is_set():
+                ray.cancel(task, force=True)
+                raise CancelledError(f"the evaluation at {published.images_seen:,} images was stopped")
+
+    return evaluate
+
+
+# While the task waits for the tasks in which it draws, Ray gives its core to them.
+@ray.remote(num_cpus=1, max_retries=2)
+def _score(config: Config, storage: Storage, tracker: Tracker, published: Published) -> Scored:
+    torch.set_num_threads(1)
+    return score(config, storage, tracker, published)
+
+
+def score(config: Config, storage: Storage, tracker: Tracker, published: Published) -> Scored:
+    """Score a published checkpoint with the sampling settings in it, or return the scores that its run has already."""
+    reference = f"runs:/{tracker.run_id}/{published.images_seen}"
+    resolved = references.resolve(reference, tracking_uri=tracker.uri, storage=storage)
+    settings = resolved.model.spec.sampling
+    return evaluation.score(resolved, settings, config, storage, Silent(), connect=lambda: None)
