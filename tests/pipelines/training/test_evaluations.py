@@ -174,7 +174,7 @@ def test_scores_are_recorded_while_training_goes_on_on_the_run_the_record_and_on
     assert run.tracker.has_picture("evaluation", 200)
     assert not run.tracker.has_picture("evaluation", 150)
     assert "evaluation/000000000200.json" in run.tracker.names("evaluation")
-    assert [line for line in run.notices if "at 200 images: distance 9" in line]
+    assert [line for line in run.notices if "at 200 images: distance Frechet 5.00" in line]
 
 
 def test_without_room_beside_the_training_the_newest_alone_is_scored_at_its_end_and_both_is_said_once(run):
