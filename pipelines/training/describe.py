@@ -41,7 +41,7 @@ def describe_run(job: Job) -> None:
     resume = (
         f"resume with `ddpm train … name={config.name}`, sample with `ddpm sample runs:/{tracker.run_id} --out DIR`."
     )
-    tracking.describe(tracker, {"Training": training_text(config, job.dataset), "Commands": f"{resume}."})
+    tracking.describe(tracker, {"Training": training_text(config, job.dataset), "Commands": resume})
 
 
 def report_goodput(tracker: Tracker, goodput: Goodput, images_seen: int) -> None:
