@@ -298,6 +298,24 @@ def test_the_end_of_a_training_waits_for_an_evaluation_as_long_as_it_may(run, mo
     assert any("the same command makes up for them" in line for line in run.notices)
 
 
+def test_ctrl_c_ends_the_wait_and_not_the_training(run, monkeypatch):
+    def endless(published, cancelled):
+        cancelled.wait(30)
+        raise CancelledError("stopped")
+
+    def pressed(timeout):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    run.publish(1000)
+    with run.driver() as evaluations:
+        evaluations.evaluate = endless
+        monkeypatch.setattr(evaluations._thread, "join", pressed)
+        evaluations.finish()
+    assert any("the same command makes up for them" in line for line in run.notices)
+    assert run.states().get(1000) is None
+
+
 def test_other_weights_at_the_same_images_are_scored_anew_on_the_same_logged_model(run):
     run.publish(100)
     run.finish()
