@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pipelines.evaluation.images import unpack_samples
+from pipelines.shards.ingest.write import ingest
 from pipelines.storage import Entry, Storage
 from tests.chaos.fault_proxy import FaultProxy
 from tests.integration.conftest import Shell
@@ -71,3 +76,44 @@ def test_an_evaluation_goes_on_where_it_was_killed_and_gives_the_same_from_any_n
     assert scores["frechet_distance"]["value"] < scores["frechet_distance"]["ceiling"]
     assert 0 < scores["bits_per_dim"]["value"] < 8
     assert 0 < scores["bits_per_dim_ode"]["value"] < 8
+
+
+def test_pictures_without_labels_end_as_a_scored_and_registered_version(shell: Shell):
+    folder = shell.folder / "unlabelled"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(60):
+        pixels = np.full((16, 16, 3), rng.integers(0, 256, 3), np.uint8)
+        pixels[rng.integers(0, 12) :, rng.integers(0, 12) :] = rng.integers(0, 256, 3)
+        Image.fromarray(pixels).save(folder / f"{number:03d}.png")
+    done = shell.ok(
+        *("flow", "data=folder", f"data.source={folder}", "data.uri=s3://ddpm/datasets/unlabelled", "name=unlabelled"),
+        *("data.image_size=16", "data.num_classes=0", "data.test_fraction=0.4", "guidance=none", "images=640"),
+        *("model.channels=[16]", "model.attention=[false]", "model.layers_per_block=1", "model.norm_groups=4"),
+        *("model.class_conditional=false", "batch_size=64", "cluster.num_workers=1", "checkpoint.every=640"),
+        *(
+            "sampler.steps=4",
+            "evaluation.seeds=1",
+            "evaluation.likelihood_images=2",
+            "tracking.grid_images=4",
+            "--json",
+        ),
+    )
+    scores = done.answer["scores"]
+    assert scores["evaluator"] == "contrastive"
+    assert scores["n"] == 24
+    assert "class_accuracy" not in scores["estimates"]
+    assert scores["estimates"]["frechet_distance"]["value"] > 0
+    assert scores["memorisation"] is not None
+    assert done.answer["model"] == "models:/unlabelled/1"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_memory_of_an_evaluation_does_not_grow_with_the_number_of_samples(tmp_path: Path):
+    dataset = ingest("digits", f"file://{tmp_path}/data", Storage(), image_size=8, channels=1).dataset
+    command = [sys.executable, "-m", "tests.integration.evaluation_memory", dataset.uri, str(tmp_path)]
+    few, many = (json.loads(subprocess.check_output([*command, str(n)]).splitlines()[-1]) for n in (10_000, 100_000))
+    print(few, many)
+    for peak in ("driver_kib", "artist_kib"):
+        assert many[peak] < 1.1 * few[peak]
