@@ -167,10 +167,8 @@ class Scores:
         distance = self["frechet_distance"]
         extra = {
             "eval/frechet_floor": distance.floor,
-            "eval/frechet_ceiling": distance.ceiling,
             "eval/frechet_low": distance.low,
             "eval/frechet_high": distance.high,
-            "eval/frechet_over_floor": distance.value / distance.floor if distance.floor else None,
         }
         values |= {name: value for name, value in extra.items() if value is not None}
         return {name: value for name, value in values.items() if math.isfinite(value)}
