@@ -95,8 +95,8 @@ def test_the_logged_model_has_the_scores_and_the_loss_of_its_images(flow, client
 
 
 STAGES = {
-    "s3", "mlflow", "ray", "ingest", "note", "dataset", "report", "train", "goodput", "evaluate", "accuracy", "variety", "bits/dim", "copies",
-    "distance", "gate", "register", "registry", "grid",
+    "s3", "mlflow", "ray", "ingest", "note", "dataset", "report", "train", "goodput", "evaluate", "accuracy",
+    "variety", "bits/dim", "copies", "distance", "gate", "register", "registry", "grid",
 }  # fmt: skip
 
 
