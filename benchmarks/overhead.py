@@ -1,11 +1,15 @@
 """Benchmark of the pipeline's overhead: Ray workers with S3, MLflow and checkpoints against a bare torch loop.
 
-    python -m benchmarks.overhead [--quick] [--json]
+    python -m benchmarks.overhead [--evaluation] [--quick] [--json]
 
 It starts its own local stack. Runs alternate between a plain process with its images in memory and the driver of `ddpm
 train`, with the same model, batch size and number of threads. `ratio` is the driver's images/s over the plain
 process's, with one worker of one thread; `scaling` is that of two workers of one thread over one plain process of two
 threads. At the end a worker is killed, to measure the time to the next step and which part of it our code takes.
+
+With `--evaluation` runs of one worker alternate with and without the scoring of their checkpoints while they train.
+Measured are the CPU seconds of the worker and of the driver for each image, which tell more than the images/s where
+other processes want the cores: `worker_cpu` and `driver_cpu` are what evaluation adds, as shares of the worker's.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark and publish its result."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="shorter and fewer turns")
+    parser.add_argument("--evaluation", action="store_true", help="with and without evaluation while training goes on")
     parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
     parser.add_argument("--bare", nargs=2, metavar=("THREADS", "SECONDS"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -44,7 +50,10 @@ def main(arguments: list[str] | None = None) -> None:
         return
     from benchmarks.results import publish
 
-    publish(run(options.quick), "overhead", options.quick)
+    if options.evaluation:
+        publish(run_evaluation(options.quick), "overhead_evaluation", options.quick)
+    else:
+        publish(run(options.quick), "overhead", options.quick)
 
 
 def bare(threads: int, seconds: float) -> float:
@@ -83,28 +92,68 @@ def bare(threads: int, seconds: float) -> float:
     return count * BATCH / (time.perf_counter() - began)
 
 
-def run(quick: bool) -> dict[str, Any]:
-    """Return the measurements of both, alternating on their own stack."""
-    from benchmarks.results import commit
+@contextlib.contextmanager
+def _own_stack() -> Iterator[_Bench]:
+    """Provide the benchmark's runs on a local stack of its own."""
     from pipelines import stack
 
-    seconds, turns = (20.0, 2) if quick else (90.0, 5)
     with tempfile.TemporaryDirectory(prefix="ddpm-overhead-") as folder:
         home = Path(folder) / ".ddpm"
         os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
         state = stack.up(home)
         os.environ.update(stack.ray_environment(home))
         try:
-            bench = _Bench(state)
-            first = _bare(1, seconds)
-            one = [bench.turn(1, seconds, first, f"one-{i}") for i in range(turns)]
-            two = [bench.turn(2, seconds, first, f"two-{i}") for i in range(max(1, turns // 2))]
-            restarts = [bench.restart(first, f"restart-{i}") for i in range(1 if quick else 3)]
+            yield _Bench(state)
         finally:
             import ray
 
             ray.shutdown()
             stack.down(home)
+
+
+def run_evaluation(quick: bool) -> dict[str, Any]:
+    """Return the measurements with and without evaluation while training goes on, alternating on their own stack."""
+    from benchmarks.results import commit
+
+    seconds, turns = (20.0, 2) if quick else (120.0, 5)
+    with _own_stack() as bench, contextlib.closing(bench.reusable_workers()) as workers:
+        rate = _bare(1, seconds / 2)
+        # The evaluator of the dataset is trained now, and the worker starts.
+        bench.watched(workers, "warm-up", 40 * BATCH, evaluate=True)
+        images = max(40, int(seconds * rate / BATCH)) * BATCH
+        rows = []
+        for i in range(turns):
+            rows.append(bench.watched(workers, f"without-{i}", images, evaluate=False))
+            rows.append(bench.watched(workers, f"with-{i}", images, evaluate=True))
+    without, scored = rows[::2], rows[1::2]
+    base = _median(without, "worker_cpu_s_per_1000")
+    added = _median(scored, "driver_cpu_s_per_1000") - _median(without, "driver_cpu_s_per_1000")
+    return {
+        "benchmark": "overhead_evaluation",
+        "quick": quick,
+        "commit": commit(),
+        "machine": f"CPU ({platform.machine()}), {os.cpu_count()} cores, load {os.getloadavg()[1]:.1f} at the end",
+        "batch": BATCH,
+        "images_per_turn": images,
+        "worker_cpu": round(_median(scored, "worker_cpu_s_per_1000") / base - 1, 4),
+        "driver_cpu": round(added / base, 4),
+        "driver_cpu_s_per_evaluation": round(added * images / 1_000 / max(_median(scored, "scored"), 1), 4),
+        "images_per_s_ratio": round(_median(scored, "images_per_s") / _median(without, "images_per_s"), 4),
+        "without": without,
+        "with": scored,
+    }
+
+
+def run(quick: bool) -> dict[str, Any]:
+    """Return the measurements of both, alternating on their own stack."""
+    from benchmarks.results import commit
+
+    seconds, turns = (20.0, 2) if quick else (90.0, 5)
+    with _own_stack() as bench:
+        first = _bare(1, seconds)
+        one = [bench.turn(1, seconds, first, f"one-{i}") for i in range(turns)]
+        two = [bench.turn(2, seconds, first, f"two-{i}") for i in range(max(1, turns // 2))]
+        restarts = [bench.restart(first, f"restart-{i}") for i in range(1 if quick else 3)]
     return {
         "benchmark": "overhead",
         "quick": quick,
@@ -148,6 +197,13 @@ class _Bench:
         self.storage = Storage.of(self.fill([]))
         ingest("digits", "s3://ddpm/datasets/digits", self.storage, image_size=8, channels=1, shard_samples=1000)
 
+    def reusable_workers(self) -> Any:
+        """Return a worker that trains one run after another."""
+        # Ray reads the stack's token when it is imported.
+        from pipelines.training.ray_train.reusable_workers import ReusableWorkers
+
+        return ReusableWorkers("overhead")
+
     def train(self, name: str, workers: int, images: int, every: int) -> Any:
         """Return the result of a training through the driver."""
         from pipelines.training import driver
@@ -171,6 +227,38 @@ class _Bench:
         missing = {kind: seconds / sum(spent.values()) for kind, seconds in spent.items()}
         missing["step"] -= ours / theirs
         return {"bare": theirs, "ray": ours, "ratio": ours / theirs, **missing}
+
+    def watched(self, workers: Any, name: str, images: int, *, evaluate: bool) -> dict[str, float]:
+        """Return what a run of one worker takes for 1,000 images, from its first steps to its last.
+
+        Args:
+            workers: the reusable worker of all turns.
+            evaluate: whether the four checkpoints that it publishes are scored.
+        """
+        from pipelines.training import driver
+
+        every = images // 4
+        found: list[Any] = []
+        seen: list[tuple[float, float, float, float]] = []  # images, time, CPU seconds of the worker and of the driver
+
+        def sample(values: dict[str, float]) -> None:
+            if values["images_seen"] > 0:
+                found[:] = found or _workers(self.state.home)
+                used = found[0].cpu_times()
+                seen.append((values["images_seen"], time.time(), used.user + used.system, time.process_time()))
+
+        scored = every if evaluate else "null"
+        config = self.fill([f"name={name}", f"images={images}", "cluster.num_workers=1", f"checkpoint.every={every}",
+                            f"checkpoint.publish_every={every}", f"evaluation.every={scored}"])  # fmt: skip
+        result = driver.train(driver.make_plan(config, self.storage, {}), sample, workers=workers.provide)
+        first, last = seen[0], seen[-1]
+        thousands = max(last[0] - first[0], 1) / 1_000
+        return {
+            "worker_cpu_s_per_1000": (last[2] - first[2]) / thousands,
+            "driver_cpu_s_per_1000": (last[3] - first[3]) / thousands,
+            "images_per_s": 1_000 * thousands / max(last[1] - first[1], 1e-9),
+            "scored": float(len(result.tracker.metric("eval/frechet_distance"))),
+        }
 
     def restart(self, rate: float, name: str) -> dict[str, float]:
         """Return the seconds from a worker's SIGKILL to the next finished step, before and after our code starts."""
