@@ -67,4 +67,6 @@ def score(config: Config, storage: Storage, tracker: Tracker, published: Publish
     reference = f"runs:/{tracker.run_id}/{published.images_seen}"
     resolved = references.resolve(reference, tracking_uri=tracker.uri, storage=storage)
     settings = resolved.model.spec.sampling
+    # One at a time: more would take the cores of workers that start again.
+    config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"actors": 1})})
     return evaluation.score(resolved, settings, config, storage, Silent(), connect=lambda: None)
