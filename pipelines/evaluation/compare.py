@@ -56,7 +56,7 @@ class Comparison:
     def of(cls, plan: Plan, drawn: Drawn, real: Real, noise: NDArray[np.float32], folder: Path) -> Comparison:
         """Return the comparison; the rows of the real splits are loaded into files below `folder`."""
         train, test = (real.load(split, folder) for split in ("train", "test"))
-        return cls(plan, drawn, real, train, test, torch.from_numpy(noise))
+        return cls(plan, drawn, real, train, test, torch.tensor(noise))
 
     def estimates(self, evaluator: Evaluator) -> dict[str, Estimate]:
         """Return every score that the features allow."""

@@ -20,6 +20,7 @@ import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
+from ray.exceptions import RayActorError
 from safetensors.numpy import load, save
 
 from ddpm.generate import Sampling
@@ -36,7 +37,7 @@ from pipelines.storage import NotFoundError, Storage, join
 
 LOOK_EVERY_S = 5.0
 RETRIES = 3
-"""Of an actor whose node is lost."""
+"""How often all actors may be lost, with their nodes, before an evaluation gives up."""
 
 
 @dataclass(frozen=True)
@@ -154,15 +155,31 @@ class Artists:
         notice: Notice,
         patience_s: float = PATIENCE_S,
     ) -> None:
-        shared = ray.put((model.to("cpu"), evaluator))
-        kind = ray.remote(_Artist).options(
-            num_cpus=1, num_gpus=1 if use_gpu else 0, max_restarts=RETRIES, max_task_retries=RETRIES
-        )
+        self.shared, self.storage = ray.put((model.to("cpu"), evaluator)), storage
+        self.kind = ray.remote(_Artist).options(num_cpus=1, num_gpus=1 if use_gpu else 0)
         self.needs = {"CPU": 1.0, **({"GPU": 1.0} if use_gpu else {})}
-        self.actors = [kind.remote(shared, storage) for _ in range(count)]
-        self.starting = {actor.ready.remote(): actor for actor in self.actors}
-        self.idle: list[Any] = []
+        self.actors, self.idle, self.lost, self.count = list[Any](), list[Any](), 0, count
+        self.starting: dict[Any, Any] = {}
+        for _ in range(count):
+            self._start()
         self.notice, self.patience_s = notice, patience_s
+
+    def _start(self) -> None:
+        """Start an actor, when the cluster has room for it."""
+        actor = self.kind.remote(self.shared, self.storage)
+        self.actors.append(actor)
+        self.starting[actor.ready.remote()] = actor
+
+    def _replace(self, error: RayActorError) -> None:
+        """Start an actor in the place of one whose node or process is lost.
+
+        Raises:
+            RayActorError: too many were lost.
+        """
+        self.lost += 1
+        if self.lost > RETRIES * self.count:
+            raise error
+        self._start()
 
     def close(self) -> None:
         """End the actors."""
@@ -186,14 +203,18 @@ class Artists:
                 running[getattr(actor, method).remote(*arguments)] = place, actor
             done, _ = ray.wait([*running, *self.starting], num_returns=1, timeout=LOOK_EVERY_S)
             for ref in done:
-                if ref in self.starting:
-                    ray.get(ref)
-                    self.idle.append(self.starting.pop(ref))
-                else:
-                    place, actor = running.pop(ref)
+                call = running.pop(ref, None)
+                actor = self.starting.pop(ref) if call is None else call[1]
+                try:
                     result = ray.get(ref)
-                    self.idle.append(actor)
-                    yield place, result
+                except RayActorError as error:
+                    if call is not None:
+                        waiting.appendleft((call[0], calls[call[0]]))
+                    self._replace(error)
+                    continue
+                self.idle.append(actor)
+                if call is not None:
+                    yield call[0], result
             if done or running or self.idle:
                 short_since = None
                 continue

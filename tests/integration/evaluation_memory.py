@@ -34,8 +34,10 @@ def peak(process: psutil.Process) -> int:
 def main(dataset_uri: str, root: str, n: int) -> None:
     storage = Storage()
     dataset = read_dataset(dataset_uri, storage)
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-    network = UNetConfig(in_channels=1, channels=(8,), attention=(False,), layers_per_block=1, norm_groups=4)
+    ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    network = UNetConfig(
+        in_channels=1, channels=(8,), attention=(False,), layers_per_block=1, head_dim=8, norm_groups=4
+    )
     spec = ModelSpec(network, {"kind": "cosine", "num_steps": 8}, "v", dataset.image_size, dataset.classes)
     model = Model(spec, network.build().eval())
     judge = Classifier(dataset.channels, dataset.image_size, len(dataset.classes)).eval()

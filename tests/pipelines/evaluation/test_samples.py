@@ -1,10 +1,13 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import ray
+from ray.exceptions import RayActorError
 
 from ddpm.generate import Sampling
-from pipelines.evaluation.samples import Plan, balanced_labels
+from pipelines.evaluation.samples import Artists, Plan, balanced_labels
 
 PLAN = Plan("digest", Sampling.of(steps=4), 100, (1, 2), (30, 10), 32, "file:///evaluations")
 
@@ -47,3 +50,52 @@ def test_what_decides_an_image_decides_where_it_is_kept(change):
 
 def test_more_seeds_are_kept_beside_those_that_are_there():
     assert replace(PLAN, seeds=(1, 2, 3)).folder == PLAN.folder
+
+
+class Actors:
+    """Actors whose calls are done at once, but for the losses of a test."""
+
+    def __init__(self, monkeypatch, losses):
+        self.started, self.losses = 0, losses  # number of the actor -> calls that it answers before it is lost
+        monkeypatch.setattr(ray, "put", lambda value: value)
+        monkeypatch.setattr(ray, "remote", lambda kind: self)
+        monkeypatch.setattr(ray, "wait", lambda refs, num_returns, timeout: (refs[:1], refs[1:]))
+        monkeypatch.setattr(ray, "get", self.get)
+        monkeypatch.setattr(ray, "kill", lambda actor: None)
+
+    def options(self, **_):
+        return self
+
+    def remote(self, *_):
+        self.started += 1
+        return Actor(self.started)
+
+    def get(self, ref):
+        number, answer, ready = ref
+        if not ready:
+            self.losses[number] = self.losses.get(number, 100) - 1
+            if self.losses[number] < 0:
+                raise RayActorError
+        return answer
+
+
+class Actor:
+    def __init__(self, number):
+        self.ready = SimpleNamespace(remote=lambda: (number, None, True))
+        self.draw = SimpleNamespace(remote=lambda unit: (number, unit.upper(), False))
+
+
+def artists(count):
+    return Artists(SimpleNamespace(to=lambda device: None), None, None, count, notice=print)
+
+
+def test_the_work_of_a_lost_actor_is_done_by_another(monkeypatch):
+    actors = Actors(monkeypatch, {1: 1, 2: 0})
+    assert sorted(artists(2).map("draw", [(word,) for word in "abcde"])) == list(enumerate("ABCDE"))
+    assert actors.started == 4
+
+
+def test_an_evaluation_gives_up_where_every_actor_is_lost(monkeypatch):
+    Actors(monkeypatch, dict.fromkeys(range(100), 0))
+    with pytest.raises(RayActorError):
+        list(artists(2).map("draw", [("a",), ("b",)]))
