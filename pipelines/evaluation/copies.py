@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from ddpm.memorisation import Memorisation, Pair, feature_neighbours, memorisation, pixel_neighbours
 from numpy.typing import NDArray
 
+from ddpm.memorisation import Memorisation, Pair, feature_neighbours, memorisation, pixel_neighbours
 from pipelines.evaluation.plots import label_grid
 from pipelines.evaluation.real import RealRows
 from pipelines.evaluation.rows import Rows

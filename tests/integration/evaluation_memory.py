@@ -36,7 +36,14 @@ def main(dataset_uri: str, root: str, n: int) -> None:
     dataset = read_dataset(dataset_uri, storage)
     ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     network = UNetConfig(
-        in_channels=1, channels=(8,), attention=(False,), layers_per_block=1, head_dim=8, norm_groups=4
+        in_channels=1,
+        out_channels=1,
+        channels=(8,),
+        attention=(False,),
+        layers_per_block=1,
+        head_dim=8,
+        norm_groups=4,
+        num_classes=len(dataset.classes),
     )
     spec = ModelSpec(network, {"kind": "cosine", "num_steps": 8}, "v", dataset.image_size, dataset.classes)
     model = Model(spec, network.build().eval())
