@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpm.generate import Sampling
-from ddpm.model import Model
+from ddpm.model import Model, ModelSpec
 from pipelines import references, tracking
 from pipelines.checkpoints import record_scores
 from pipelines.config import Config
@@ -25,7 +25,7 @@ from pipelines.evaluation.real import open_real
 from pipelines.evaluation.samples import read_images
 from pipelines.evaluation.scores import Scores
 from pipelines.references import Resolved
-from pipelines.shards.index import read_dataset
+from pipelines.shards.index import Dataset, DatasetError, read_dataset
 from pipelines.shards.quarantine import read_quarantine, stream_digest
 from pipelines.storage import Storage, join
 from pipelines.tracking import CheckpointModel, Tracker
@@ -133,6 +133,7 @@ def score(
 
     model, tracker = resolved.model, resolved.tracker
     dataset = read_dataset(dataset_uri or model.spec.lineage.get("dataset_uri", config.data.uri), storage)
+    check_fits(model.spec, dataset)
     model = references.guided(model, settings, config.tracking.uri, storage)
     evaluator = open_evaluator(config, dataset, storage, notice, connect=connect)
     model_digest = resolved.published.digest if resolved.published else weights_digest(model)
@@ -181,6 +182,34 @@ def score(
         _terms(done.likelihoods),
         int(time.time() * 1000),
     )
+
+
+def check_fits(spec: ModelSpec, dataset: Dataset) -> None:
+    """Check that samples of a model can be compared with the images of a dataset.
+
+    Raises:
+        DatasetError: they have another shape, or the labels of one mean something else for the other.
+    """
+    shape = (dataset.channels, dataset.image_size, dataset.image_size)
+    if spec.shape != shape:
+        raise DatasetError(
+            f"{dataset.uri} has images of shape {shape} and the model draws {spec.shape}: ingest the data at the "
+            "model's size (data.image_size, data.channels), or name other data with data.uri"
+        )
+    if spec.classes and dataset.classes and spec.classes != dataset.classes:
+        pairs = zip(spec.classes, dataset.classes, strict=False)
+        number, named = next(
+            ((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1]),
+            (min(len(spec.classes), len(dataset.classes)), None),
+        )
+        differing = (
+            f"class {number} is {named[1]!r} there and {named[0]!r} in the model"
+            if named
+            else (f"it has {len(dataset.classes)} classes and the model {len(spec.classes)}")
+        )
+        raise DatasetError(
+            f"{dataset.uri} has other classes than the model: {differing}; name other data with data.uri"
+        )
 
 
 def request_of(config: Config, settings: Sampling) -> Request:
