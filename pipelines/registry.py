@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,13 +49,17 @@ class Verdict:
 def gate(candidate: Scores, champion: Scores | None) -> Verdict:
     """Decide whether a version may take an alias from its present version, the champion.
 
-    It may if its samples have a smaller Frechet distance to real images and its class accuracy is at most
-    `ACCURACY_TOLERANCE` lower. Scores of another evaluator, dataset, number of samples or seed are not comparable, and
-    the alias stays.
+    It may not if its samples are copies of training images, or give no finite distance. Else it may if they have a
+    smaller Frechet distance to real images and its class accuracy is at most `ACCURACY_TOLERANCE` lower. Scores of
+    another evaluator, dataset, number of samples or other seeds are not comparable, and the alias stays.
 
     Args:
         champion: scores of the present version; None where the alias has none.
     """
+    if not math.isfinite(candidate["frechet_distance"].value):
+        return Verdict(False, "its Frechet distance is not a number: its samples or their features overflowed")
+    if candidate.memorisation is not None and candidate.memorisation["copies"]:
+        return Verdict(False, candidate.memorisation["verdict"])
     if champion is None:
         return Verdict(True, "the alias has no version yet")
     for name in ("evaluator_digest", "dataset_digest", "n", "seeds"):
@@ -63,7 +68,7 @@ def gate(candidate: Scores, champion: Scores | None) -> Verdict:
             return Verdict(False, f"scores do not compare: {name} is {mine} here and {theirs} at the alias")
     mine, theirs = candidate["frechet_distance"].value, champion["frechet_distance"].value
     distances = f"Frechet distance {mine:.3f} against {theirs:.3f}"
-    if not mine < theirs:  # a distance that is no number is not better
+    if not mine < theirs:
         return Verdict(False, f"not better: {distances}")
     if (candidate.class_accuracy or 0) < (champion.class_accuracy or 0) - ACCURACY_TOLERANCE:
         return Verdict(
@@ -141,6 +146,8 @@ def promote(uri: str, candidate: ModelVersion, alias: str) -> Verdict:
     scores = scores_of(candidate)
     if scores is None:
         verdict = Verdict(False, "the version carries no scores: evaluate and register it first")
+    elif current is not None and scores_of(current) is None:
+        verdict = Verdict(False, f"{current.uri} at the alias has no scores to compare with: move the alias by hand")
     else:
         verdict = gate(scores, None if current is None else scores_of(current))
     if verdict.passed:

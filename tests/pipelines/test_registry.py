@@ -1,7 +1,10 @@
+import json
 from dataclasses import replace
 
+from pipelines import tracking
 from pipelines.evaluation.scores import Estimate, Scores
-from pipelines.registry import gate
+from pipelines.registry import gate, promote
+from pipelines.tracking import ModelVersion
 
 
 def scores(distance: float = 10.0, accuracy: float = 0.97, **fields) -> Scores:
@@ -39,8 +42,30 @@ def test_a_nearer_model_passes_and_an_equal_or_farther_one_does_not():
     assert "10.100 against 10.000" in refused.reason
 
 
-def test_a_distance_that_is_no_number_is_not_better():
-    assert not gate(scores(float("nan")), SCORES).passed
+def test_a_distance_that_is_no_number_does_not_pass_not_even_as_the_first_version():
+    for champion in (None, SCORES):
+        assert "not a number" in gate(scores(float("nan")), champion).reason
+
+
+def test_a_copier_of_training_images_does_not_pass_however_near_its_samples_are():
+    copies = {"copies": True, "verdict": "COPIES of training images: 90.0% of 359 samples"}
+    for champion in (None, SCORES):
+        refused = gate(scores(1.0, memorisation=copies), champion)
+        assert (refused.passed, refused.reason) == (False, copies["verdict"])
+    assert gate(scores(1.0, memorisation={**copies, "copies": False}), SCORES).passed
+
+
+def test_an_alias_at_a_version_without_scores_is_not_taken_from_it(monkeypatch):
+    def version(number: str, tags: dict[str, str]) -> ModelVersion:
+        return ModelVersion("digits", number, "run", tags, ())
+
+    sampling = {"kind": "ddim", "steps": 50, "guidance": "classifier_free"}
+    candidate = version("2", {"scores": json.dumps(scores(sampling=sampling).to_plain())})
+    monkeypatch.setattr(tracking, "version", lambda uri, name, alias: version("1", {}))
+    monkeypatch.setattr(tracking, "set_version_tags", lambda *arguments: None)
+    verdict = promote("http://mlflow", candidate, "champion")
+    assert not verdict.passed
+    assert "models:/digits/1 at the alias has no scores" in verdict.reason
 
 
 def test_distance_is_not_bought_with_class_accuracy():
