@@ -68,6 +68,11 @@ class Estimate:
             spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
         return cls(mean, mean - Z_95 * error, mean + Z_95 * error, spread, floor, ceiling)
 
+    @property
+    def standard_error(self) -> float | None:
+        """Standard error of the value; None where the interval is not known."""
+        return None if self.low is None or self.high is None else (self.high - self.low) / (2 * Z_95)
+
     def __str__(self) -> str:
         """Return the value with its interval."""
         if self.low is None or self.high is None:

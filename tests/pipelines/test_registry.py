@@ -1,6 +1,9 @@
 import json
 from dataclasses import replace
 
+import torch
+
+from ddpm.quality import FeatureMoments, FrechetInfluence, Measured
 from pipelines import tracking
 from pipelines.evaluation.scores import Estimate, Scores
 from pipelines.registry import gate, promote
@@ -10,7 +13,7 @@ from pipelines.tracking import ModelVersion
 def scores(distance: float = 10.0, accuracy: float = 0.97, **fields) -> Scores:
     plain = {
         "estimates": {
-            "frechet_distance": Estimate(distance, floor=5.0, ceiling=50.0),
+            "frechet_distance": Estimate.of([distance], [0.1], floor=5.0, ceiling=50.0),
             "class_accuracy": Estimate(accuracy),
         },
         "n": 359,
@@ -35,11 +38,41 @@ def test_the_first_version_passes():
 
 
 def test_a_nearer_model_passes_and_an_equal_or_farther_one_does_not():
-    assert gate(scores(9.9), SCORES).passed
+    better = gate(scores(9.7), SCORES)
+    assert better.passed
+    assert better.reason == "better: Frechet distance 9.700 against 10.000, by 2.1 standard errors"
     assert not gate(SCORES, SCORES).passed
     refused = gate(scores(10.1), SCORES)
     assert not refused.passed
     assert "10.100 against 10.000" in refused.reason
+
+
+def test_a_difference_within_the_errors_of_both_is_not_enough():
+    refused = gate(scores(9.9), SCORES)
+    assert not refused.passed
+    assert "a difference of 0.7 standard errors where 1.96 are asked for" in refused.reason
+    assert "about 2,759 samples" in refused.reason
+
+
+def test_scores_without_intervals_do_not_compare():
+    earlier = replace(SCORES, estimates={**SCORES.estimates, "frechet_distance": Estimate(10.0)})
+    for pair in ((scores(1.0), earlier), (earlier, scores(20.0))):
+        assert "without intervals" in gate(*pair).reason
+
+
+def test_equal_models_take_the_alias_from_each_other_as_rarely_as_is_said():
+    generator = torch.Generator().manual_seed(0)
+    reference = FeatureMoments.of(torch.randn(4_000, 8, generator=generator))
+
+    def drawn() -> Scores:
+        samples = 1.2 * torch.randn(300, 8, generator=generator) + 0.3
+        influence = FrechetInfluence.of(reference, FeatureMoments.of(samples))
+        found = Measured(influence.distance, influence(samples))
+        distance = Estimate.of([found.value], [found.standard_error])
+        return replace(SCORES, estimates={**SCORES.estimates, "frechet_distance": distance})
+
+    passed = sum(gate(drawn(), drawn()).passed for _ in range(1_000))
+    assert 10 <= passed <= 37
 
 
 def test_a_distance_that_is_no_number_does_not_pass_not_even_as_the_first_version():

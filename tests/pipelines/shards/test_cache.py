@@ -58,8 +58,17 @@ def read_rank(uri: str, cache: Path, rank: int, notes: Path) -> None:
             time.sleep(0.001)  # a step of training
 
 
-def occupied(cache: Path, pids: list[int]) -> int:
-    """Bytes that the cache takes of the disk: its files, and deleted ones that a process has open or mapped."""
+def occupied(cache: Path, pids: list[int]) -> int | None:
+    """Bytes that the cache takes of the disk: its files, and deleted ones that a process has open or mapped.
+
+    None where they changed while they were counted: what is deleted and what comes in its place would count both.
+    """
+    before = inodes_of(cache, pids)
+    return sum(before.values()) if before == inodes_of(cache, pids) else None
+
+
+def inodes_of(cache: Path, pids: list[int]) -> dict[int, int]:
+    """Bytes by inode, as they are found one after another."""
     inodes = {}
     for path in cache.iterdir():
         try:
@@ -81,7 +90,7 @@ def occupied(cache: Path, pids: list[int]) -> int:
                     continue
         except (FileNotFoundError, ProcessLookupError):
             continue
-    return sum(inodes.values())
+    return inodes
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads what is mapped from Linux's /proc")
@@ -98,7 +107,9 @@ def test_processes_that_share_a_cache_keep_its_limit_on_the_disk_and_read_every_
     deadline = time.monotonic() + 120
     while any(process.is_alive() for process in ranks):
         assert time.monotonic() < deadline, "the ranks are stuck"
-        peak, looks = max(peak, occupied(cache, [process.pid for process in ranks])), looks + 1
+        found = occupied(cache, [process.pid for process in ranks])
+        if found is not None:
+            peak, looks = max(peak, found), looks + 1
     assert [process.exitcode for process in ranks] == [0] * RANKS
 
     shards = read_dataset(uri, Storage()).shards("train")
