@@ -19,7 +19,7 @@ from pipelines.evaluation.evaluators.base import Evaluator
 from pipelines.evaluation.likelihoods import BATCH as LIKELIHOOD_BATCH
 from pipelines.evaluation.likelihoods import Likelihood
 from pipelines.evaluation.real import Real
-from pipelines.evaluation.samples import Artists, Plan, draw, processors
+from pipelines.evaluation.samples import Plan, SamplingActors, draw, processors
 from pipelines.evaluation.scores import Estimate, Scores
 from pipelines.scratch import scratch_folder
 from pipelines.storage import Storage
@@ -100,7 +100,7 @@ def evaluate(
     )
     with tempfile.TemporaryDirectory(prefix="evaluation-", dir=scratch_folder()) as scratch:
         folder = Path(scratch)
-        artists = Artists(
+        actors = SamplingActors(
             model,
             evaluator,
             storage,
@@ -109,11 +109,11 @@ def evaluate(
             notice=notice,
         )
         try:
-            drawn = draw(artists, plan, evaluator, model, folder, progress)
-            ((_, noise),) = artists.map("noise", [(min(plan.n, NOISE_IMAGES), plan.seeds[0])])
-            likelihoods = _likelihoods(artists, model, real, request)
+            drawn = draw(actors, plan, evaluator, model, folder, progress)
+            ((_, noise),) = actors.map("noise", [(min(plan.n, NOISE_IMAGES), plan.seeds[0])])
+            likelihoods = _likelihoods(actors, model, real, request)
         finally:
-            artists.close()
+            actors.close()
         comparison = Comparison.of(plan, drawn, real, noise, folder)
         estimates = comparison.estimates(evaluator)
         copies = look_for_copies(comparison.train, comparison.test, drawn, plan.n)
@@ -140,7 +140,7 @@ def evaluate(
     return Evaluation(scores, plan, likelihoods, copies)
 
 
-def _likelihoods(artists: Artists, model: Model, real: Real, request: Request) -> Likelihood | None:
+def _likelihoods(actors: SamplingActors, model: Model, real: Real, request: Request) -> Likelihood | None:
     """Return the likelihood of test images."""
     if not request.likelihood_images:
         return None
@@ -151,7 +151,7 @@ def _likelihoods(artists: Artists, model: Model, real: Real, request: Request) -
     for first in range(0, len(images), LIKELIHOOD_BATCH):
         span = slice(first, first + LIKELIHOOD_BATCH)
         calls.append((images[span], None if labels is None else labels[span], first, request.seeds[0]))
-    found = dict(artists.map("likelihood", calls))
+    found = dict(actors.map("likelihood", calls))
     parts = [found[i] for i in range(len(calls))]
     return Likelihood(
         np.concatenate([part.bound for part in parts]),

@@ -136,7 +136,7 @@ class Drawn:
     pixels: Rows
 
 
-class Artists:
+class SamplingActors:
     """Actors that draw samples and compute likelihoods: model and evaluator are loaded once in each.
 
     Args:
@@ -156,7 +156,7 @@ class Artists:
         patience_s: float = PATIENCE_S,
     ) -> None:
         self.shared, self.storage = ray.put((model.to("cpu"), evaluator)), storage
-        self.kind = ray.remote(_Artist).options(num_cpus=1, num_gpus=1 if use_gpu else 0)
+        self.kind = ray.remote(_SamplingActor).options(num_cpus=1, num_gpus=1 if use_gpu else 0)
         self.needs = {"CPU": 1.0, **({"GPU": 1.0} if use_gpu else {})}
         self.actors, self.idle, self.lost, self.count = list[Any](), list[Any](), 0, count
         self.starting: dict[Any, Any] = {}
@@ -233,7 +233,7 @@ class Artists:
                 )
 
 
-class _Artist:
+class _SamplingActor:
     """An actor with a model and an evaluator."""
 
     def __init__(self, shared: tuple[Model, Evaluator], storage: Storage) -> None:
@@ -299,7 +299,9 @@ def processors(*, use_gpu: bool) -> int:
     return max(int(ray.cluster_resources().get("GPU" if use_gpu else "CPU", 1)), 1)
 
 
-def draw(artists: Artists, plan: Plan, evaluator: Evaluator, model: Model, folder: Path, progress: Progress) -> Drawn:
+def draw(
+    actors: SamplingActors, plan: Plan, evaluator: Evaluator, model: Model, folder: Path, progress: Progress
+) -> Drawn:
     """Draw the samples of a plan, and return their rows in files below `folder`."""
     channels, height, width = model.spec.shape
     small = (channels, *thumbnail_size(height, width))
@@ -308,7 +310,7 @@ def draw(artists: Artists, plan: Plan, evaluator: Evaluator, model: Model, folde
     pixels = Rows(folder / "pixels", small, np.uint8)
     probabilities: Rows | None = None
     done, total = 0, len(plan.seeds) * plan.n
-    for place, rows in artists.map("draw", [(unit, plan) for unit in units]):
+    for place, rows in actors.map("draw", [(unit, plan) for unit in units]):
         unit = units[place]
         features.write(unit.row, rows["features"])
         pixels.write(unit.row, rows["pixels"])

@@ -50,14 +50,14 @@ def main(dataset_uri: str, root: str, n: int) -> None:
     judge = Classifier(dataset.channels, dataset.image_size, len(dataset.classes)).eval()
     evaluator = Evaluator(judge, "classifier", "stub", "untrained", "none", labels=True, accuracy=None)
     real = open_real(dataset, evaluator, storage, cache_dir=f"{root}/cache", cache_gib=1.0)
-    peaks = {"artists": 0}
+    peaks = {"actors": 0}
 
     def watch(done: int, total: int) -> None:
         """Note the peaks of the actors, which end with the drawing."""
         for process in psutil.Process().children(recursive=True):
             try:
-                if "_Artist" in " ".join(process.cmdline()):
-                    peaks["artists"] = max(peaks["artists"], peak(process))
+                if "_SamplingActor" in " ".join(process.cmdline()):
+                    peaks["actors"] = max(peaks["actors"], peak(process))
             except psutil.Error:
                 continue
 
@@ -68,7 +68,7 @@ def main(dataset_uri: str, root: str, n: int) -> None:
         model, f"stub-{n}", request, real, evaluator, storage, dataset_digest=dataset.digest, progress=watch
     )
     assert done.scores.n == n
-    print(json.dumps({"n": n, "driver_kib": peak(psutil.Process()), "artist_kib": peaks["artists"]}))
+    print(json.dumps({"n": n, "driver_kib": peak(psutil.Process()), "actor_kib": peaks["actors"]}))
 
 
 if __name__ == "__main__":

@@ -111,5 +111,5 @@ def test_the_memory_of_an_evaluation_does_not_grow_with_the_number_of_samples(tm
     command = [sys.executable, "-m", "tests.integration.evaluation_memory", dataset.uri, str(tmp_path)]
     few, many = (json.loads(subprocess.check_output([*command, str(n)]).splitlines()[-1]) for n in (10_000, 100_000))
     print(few, many)
-    for peak in ("driver_kib", "artist_kib"):
+    for peak in ("driver_kib", "actor_kib"):
         assert many[peak] < 1.1 * few[peak]

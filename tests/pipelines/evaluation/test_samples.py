@@ -7,7 +7,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from ddpm.generate import Sampling
-from pipelines.evaluation.samples import Artists, Plan, balanced_labels
+from pipelines.evaluation.samples import Plan, SamplingActors, balanced_labels
 
 PLAN = Plan("digest", Sampling.of(steps=4), 100, (1, 2), (30, 10), 32, "file:///evaluations")
 
@@ -85,17 +85,17 @@ class Actor:
         self.draw = SimpleNamespace(remote=lambda unit: (number, unit.upper(), False))
 
 
-def artists(count):
-    return Artists(SimpleNamespace(to=lambda device: None), None, None, count, notice=print)
+def sampling_actors(count):
+    return SamplingActors(SimpleNamespace(to=lambda device: None), None, None, count, notice=print)
 
 
 def test_the_work_of_a_lost_actor_is_done_by_another(monkeypatch):
     actors = Actors(monkeypatch, {1: 1, 2: 0})
-    assert sorted(artists(2).map("draw", [(word,) for word in "abcde"])) == list(enumerate("ABCDE"))
+    assert sorted(sampling_actors(2).map("draw", [(word,) for word in "abcde"])) == list(enumerate("ABCDE"))
     assert actors.started == 4
 
 
 def test_an_evaluation_gives_up_where_every_actor_is_lost(monkeypatch):
     Actors(monkeypatch, dict.fromkeys(range(100), 0))
     with pytest.raises(RayActorError):
-        list(artists(2).map("draw", [("a",), ("b",)]))
+        list(sampling_actors(2).map("draw", [("a",), ("b",)]))
