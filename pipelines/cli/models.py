@@ -16,7 +16,7 @@ def evaluate(
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Score a model against the real test split. Example: ddpm evaluate models:/digits@champion guidance.scale=2"""
+    """Score samples of a model against real images. Example: ddpm evaluate models:/digits@champion guidance.scale=2"""
     config = compose_connected(overrides)
 
     from pipelines import references
@@ -43,6 +43,7 @@ def evaluate(
         )
     for name, text in scores.lines():
         terminal.stage(name, text)
+    terminal.stage("samples", scores.samples)
     answer_json(as_json, scores.to_plain())
 
 
