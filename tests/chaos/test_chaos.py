@@ -232,6 +232,6 @@ def run_chaos(
         assert goodput.attempts > sum(fault in (kill_worker, kill_driver) for fault in happened)
     else:
         print(f"{len(happened)} faults in {took:.0f} s, one every {took / len(happened):.0f} s")
-    assert goodput.recomputed_images > 0
+        assert goodput.recomputed_images > 0  # of one loss of a worker there may be none: a checkpoint was just stored
     assert sum(goodput.parts().values()) == pytest.approx(goodput.wall_s, rel=1e-6)
     assert abs(goodput.unaccounted_s) < 0.02 * goodput.wall_s
