@@ -37,7 +37,6 @@ from pipelines.evaluation.images import thumbnail_size, thumbnails, to_levels
 from pipelines.evaluation.rows import Rows
 from pipelines.evaluation.tasks import finished
 from pipelines.shards.index import Dataset
-from pipelines.shards.order import Located
 from pipelines.shards.quarantine import kept_shards, read_quarantine, stream_digest
 from pipelines.shards.read import Batch, opened_split
 from pipelines.storage import NotFoundError, Storage, join
@@ -193,11 +192,8 @@ class _Access:
     def read(self, split: str, positions: Sequence[NDArray[np.int64]]) -> Iterator[Batch]:
         """Yield a batch for each of these lists of positions in a split's shard order."""
         with opened_split(self.dataset, split, self.storage, self.cache_dir, self.cache_gib) as reader:
-            ends = np.cumsum([shard.samples for shard in reader.shards])
             for some in positions:
-                shards = np.searchsorted(ends, some, side="right")
-                starts = np.concatenate([[0], ends])[shards]
-                yield reader.batch(Located(some, shards, some - starts))
+                yield reader.at(some)
 
 
 def _compute(

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -158,6 +159,12 @@ class ShardReader:
             *(_padded(embeddings) if self.text else ()),
         )
 
+    def at(self, positions: NDArray[np.int64]) -> Batch:
+        """Read and decode the samples at these positions in shard order, int64 [B]; ordinals are the positions."""
+        ends = np.cumsum([shard.samples for shard in self.shards])
+        shards = np.searchsorted(ends, positions, side="right")
+        return self.batch(Located(positions, shards, positions - np.concatenate([[0], ends])[shards]))
+
     def _needed(self, index: ShardIndex, at: list[int]) -> list[dict[str, Member]]:
         """Return the members of each sample that a batch needs: one image, the label, the embedding."""
         names = [name for name in (*IMAGE_MEMBERS, "cls", "emb.npy") if name in index.columns]
@@ -242,20 +249,14 @@ def read_split(reader: ShardReader) -> Batch:
     """Read all samples of a split in shard order, after completing and verifying its shards in the cache, if any."""
     kept = {shard.name for shard in reader.shards}
     reader.fetcher.require([shard for shard in reader.dataset.shards(reader.split) if shard.name in kept])
-    counts = [shard.samples for shard in reader.shards]
-    shards = np.repeat(np.arange(len(counts)), counts)
-    indices = np.concatenate([np.arange(count) for count in counts])
-    return reader.batch(Located(np.arange(len(shards)), shards, indices))
+    return reader.at(np.arange(sum(shard.samples for shard in reader.shards)))
 
 
 def split_batches(reader: ShardReader, batch_size: int) -> Iterator[Batch]:
     """Yield all samples of a split in shard order, in memory for one batch; ordinals count them from 0."""
-    counts = [shard.samples for shard in reader.shards]
-    shards = np.repeat(np.arange(len(counts)), counts)
-    indices = np.concatenate([np.arange(count) for count in counts])
-    for first in range(0, len(shards), batch_size):
-        span = slice(first, first + batch_size)
-        yield reader.batch(Located(np.arange(len(shards))[span], shards[span], indices[span]))
+    count = sum(shard.samples for shard in reader.shards)
+    for first in range(0, count, batch_size):
+        yield reader.at(np.arange(first, min(first + batch_size, count)))
 
 
 def default_cache_dir() -> Path:

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import ray
 import torch
 from safetensors.torch import save
@@ -22,7 +21,6 @@ from pipelines.evaluation.evaluators.share import Share, default_share, split_po
 from pipelines.evaluation.images import to_levels
 from pipelines.evaluation.tasks import finished
 from pipelines.shards.index import Dataset
-from pipelines.shards.order import Located
 from pipelines.shards.read import Batch, ShardReader, opened_split, split_batches
 from pipelines.storage import Storage
 
@@ -128,17 +126,15 @@ def read_share(reader: ShardReader, share: Share) -> tuple[Tensor, Tensor | None
     Returns:
         Images uint8 [N, C, S, S] with S <= `MAX_SIDE`, and labels int64 [N]; None for data without labels.
     """
-    counts, step = [shard.samples for shard in reader.shards], at_a_time(reader.dataset)
-    ends = np.cumsum(counts)
+    count, step = sum(shard.samples for shard in reader.shards), at_a_time(reader.dataset)
     images: list[Tensor] = []
     labels: list[Tensor] = []
-    for first in range(0, int(ends[-1]), step):
-        ordinals = torch.arange(first, min(first + step, int(ends[-1])))
+    for first in range(0, count, step):
+        ordinals = torch.arange(first, min(first + step, count))
         chosen = ordinals[share.trained(split_positions(reader.dataset, reader.quarantine, ordinals))].numpy()
         if not len(chosen):
             continue
-        shards = np.searchsorted(ends, chosen, side="right")
-        batch = reader.batch(Located(chosen, shards, chosen - np.concatenate([[0], ends])[shards]))
+        batch = reader.at(chosen)
         images.append(reduced(to_levels(batch.images), MAX_SIDE))
         if batch.labels is not None:
             labels.append(batch.labels)
