@@ -42,6 +42,7 @@ class Comparison:
         drawn: their rows, one noise seed after another.
         real: moments of the real splits.
         train, test: rows of the real splits.
+        reference: features of train images that models are compared with, [N, D], N <= `NEIGHBOURS`.
         noise: features of images of noise [M, D].
     """
 
@@ -50,13 +51,16 @@ class Comparison:
     real: Real
     train: RealRows
     test: RealRows
+    reference: Tensor
     noise: Tensor
 
     @classmethod
     def of(cls, plan: Plan, drawn: Drawn, real: Real, noise: NDArray[np.float32], folder: Path) -> Comparison:
         """Return the comparison; the rows of the real splits are loaded into files below `folder`."""
         train, test = (real.load(split, folder) for split in ("train", "test"))
-        return cls(plan, drawn, real, train, test, torch.tensor(noise))
+        chosen = np.flatnonzero(train.reference.map())[:NEIGHBOURS]
+        reference = torch.from_numpy(np.ascontiguousarray(train.features.map()[chosen]))
+        return cls(plan, drawn, real, train, test, reference, torch.tensor(noise))
 
     def estimates(self, evaluator: Evaluator) -> dict[str, Estimate]:
         """Return every score that the features allow."""
@@ -94,7 +98,7 @@ class Comparison:
 
     def _one_by_one(self, features: Tensor) -> dict[str, tuple[float, float]]:
         """Return the scores of features [N, D] that compare each image with each real train image."""
-        reference = self._reference()
+        reference = self.reference
         found = {"kid": _of(measured_kid(reference, features))}
         count = min(len(features), len(reference))  # those below depend on the sizes of the sets
         real, fake = reference[:count], features[:count]
@@ -103,11 +107,6 @@ class Comparison:
         found |= {"precision": _of(precision), "recall": _of(recall)}
         return found | {"density": _of(density), "coverage": _of(coverage)}
 
-    def _reference(self) -> Tensor:
-        """Return features of train images that models are compared with, [N, D], N <= `NEIGHBOURS`."""
-        chosen = np.flatnonzero(self.train.reference.map())[:NEIGHBOURS]
-        return torch.from_numpy(np.ascontiguousarray(self.train.features.map()[chosen]))
-
     def _of_test(self) -> dict[str, float]:
         """Return the scores of real test images, as many as there are samples where there are so many."""
         count = min(len(self.test.features), self.plan.n)
@@ -115,7 +114,7 @@ class Comparison:
         found = {"frechet_distance": frechet_distance(self.real.train.moments, moments)}
         features = _tensor(self.test.features, 0, min(count, NEIGHBOURS))
         found |= {name: value for name, (value, _) in self._one_by_one(features).items()}
-        reference = self._reference()[:count]
+        reference = self.reference[:count]
         if len(reference) > 1:
             found["frechet_distance_test"] = frechet_distance(self.real.test.moments, FeatureMoments.of(reference))
         return found
@@ -126,7 +125,7 @@ class Comparison:
         return {
             "frechet_distance": frechet_distance(self.real.train.moments, moments),
             "frechet_distance_test": frechet_distance(self.real.test.moments, moments),
-            "kid": _of(measured_kid(self._reference(), self.noise))[0],
+            "kid": _of(measured_kid(self.reference, self.noise))[0],
         }
 
 

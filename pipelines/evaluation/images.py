@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from ddpm.generate import to_uint8
 from pipelines.shards.members import decode_image
 
 THUMBNAIL = 32
@@ -20,7 +21,7 @@ THUMBNAIL = 32
 
 def to_levels(images: Tensor) -> Tensor:
     """Return images [N, C, H, W] in [-1, 1] as uint8, rounded to the 256 levels of a picture."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return to_uint8(images).permute(0, 3, 1, 2).contiguous()
 
 
 def thumbnails(images: Tensor) -> NDArray[np.uint8]:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from ray.exceptions import RayActorError
 from safetensors.numpy import load, save
 
-from ddpm.generate import Sampling
+from ddpm.generate import Sampling, to_uint8
 from ddpm.model import Model
 from pipelines.display import Notice, Progress
 from pipelines.evaluation.devices import task_device
@@ -276,7 +276,7 @@ class _SamplingActor:
             image_ids=torch.arange(unit.first, unit.stop, device=self.device),
             batch_size=plan.batch_size,
         )
-        levels = to_levels(images).permute(0, 2, 3, 1).cpu().numpy()
+        levels = to_uint8(images).cpu().numpy()
         self.storage.write(unit.shard, pack_samples(levels, unit.labels, unit.first))
         return levels
 

@@ -197,18 +197,13 @@ def check_fits(spec: ModelSpec, dataset: Dataset) -> None:
             "model's size (data.image_size, data.channels), or name other data with data.uri"
         )
     if spec.classes and dataset.classes and spec.classes != dataset.classes:
-        pairs = zip(spec.classes, dataset.classes, strict=False)
-        number, named = next(
-            ((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1]),
-            (min(len(spec.classes), len(dataset.classes)), None),
-        )
-        differing = (
-            f"class {number} is {named[1]!r} there and {named[0]!r} in the model"
-            if named
-            else (f"it has {len(dataset.classes)} classes and the model {len(spec.classes)}")
-        )
+        differing = [
+            f"class {number} is {there!r} there and {here!r} in the model"
+            for number, (here, there) in enumerate(zip(spec.classes, dataset.classes, strict=False))
+            if here != there
+        ] or [f"it has {len(dataset.classes)} classes and the model {len(spec.classes)}"]
         raise DatasetError(
-            f"{dataset.uri} has other classes than the model: {differing}; name other data with data.uri"
+            f"{dataset.uri} has other classes than the model: {differing[0]}; name other data with data.uri"
         )
 
 
