@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from ddpm.generate import Sampling
 from pipelines import references, registry, tracking
-from pipelines.checkpoints import Published
 from pipelines.config import Config, ConfigError, sampling
 from pipelines.display import Display, TimeBreakdown, no_report
 from pipelines.evaluation.evaluators import check_evaluator
 from pipelines.evaluation.scores import Scores
 from pipelines.evaluation.scoring import score_and_record
 from pipelines.references import Resolved
-from pipelines.registry import Verdict
+from pipelines.registry import Signer, Verdict
 from pipelines.shards.index import DatasetError, read_dataset
 from pipelines.shards.ingest.encode import CaptionEncoder
 from pipelines.shards.ingest.write import Ingested, ingest, source_digest
@@ -110,7 +108,7 @@ def run(config: Config, lineage: dict[str, Any], display: Display) -> FlowResult
     )
     if not fresh:
         skipped.append("evaluate")
-    version, verdict, fresh = register_stage(resolved, result.published, scores, config, display)
+    version, verdict, fresh = register_stage(resolved, scores, config, display)
     if not fresh:
         skipped.append("register")
     return FlowResult(result.tracker, scores, version, verdict, tuple(skipped))
@@ -246,7 +244,7 @@ def train_stage(config: Config, storage: Storage, lineage: dict[str, Any], displ
 
 
 def register_stage(
-    resolved: Resolved, published: Published, scores: Scores, config: Config, display: Display
+    resolved: Resolved, scores: Scores, config: Config, display: Display
 ) -> tuple[ModelVersion, Verdict, bool]:
     """Register a checkpoint with its scores as a model version, and move the alias if the gate allows it.
 
@@ -255,14 +253,14 @@ def register_stage(
     """
     assert resolved.tracker is not None
     tracker, name, alias = resolved.tracker, config.registry.model, config.registry.alias
+    digest = registry.digest_of(resolved)
     for found in tracking.versions(tracker.uri, name):
-        if found.tags.get("model_digest") == published.digest and registry.scores_of(found) == scores:
+        if found.tags.get("model_digest") == digest and registry.scores_of(found) == scores:
             display.stage("register", f"skipped: this model is {name} version {found.version} already")
             return found, registry.promote(tracker.uri, found, alias), False
     display.stage("register", f"as {name}")
-    spec = replace(resolved.model.spec, sampling=Sampling.from_json(scores.sampling))
-    model_id = registry.package(tracker, replace(resolved.model, spec=spec))
-    version = registry.register(tracker, name, model_id, scores, spec.lineage, published.digest)
+    uri = resolved.model.spec.lineage["dataset_uri"]
+    version = registry.register(resolved, name, scores, uri, Signer.of(config.registry))
     verdict = registry.promote(tracker.uri, version, alias)
     page = links.version_page(version.name, version.version)
     where = f"as [{name} version {version.version}]({page}), which has the gate's verdict and all that it came from."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -165,10 +164,6 @@ def resolve(reference: str, *, tracking_uri: str | None, storage: Storage, devic
             model = load_model(found.folder, device)
         except ValueError as error:
             raise ModelError(f"{reference}: {error}") from error
-    if found.version is not None and "sampling" in found.version.tags:
-        # Sampling settings found by a later search are in the tags, because the artifact never changes.
-        drawn = Sampling.from_json(json.loads(found.version.tags["sampling"]))
-        model = replace(model, spec=replace(model.spec, sampling=drawn))
     model = guided(model, model.spec.sampling, tracking_uri, storage).to(device)
     return Resolved(reference, model, found.tracker, found.version, found.published)
 
@@ -236,7 +231,7 @@ def _from_registry(reference: str, tracking_uri: str, scratch: Path) -> _Fetched
         there = tracking.versions(tracking_uri, name)
         listed = ", ".join(v.version + "".join(f" @{a}" for a in v.aliases) for v in there) or "no version of that name"
         raise ModelError(f"{reference} is not in the registry at {tracking_uri}; it has: {listed}")
-    folder = tracking.download_version(tracking_uri, found, scratch)
+    folder = tracking.download_version(tracking_uri, found, scratch) / "artifacts" / "model"
     return _Fetched(folder, Tracker(tracking_uri, found.run_id), found)
 
 

@@ -2,7 +2,15 @@
 
 from pipelines.config.build import network_config, noise_schedule, sampling, timestep_sampler, training_objective
 from pipelines.config.compose import compose, conf_dir, from_dict, groups, read_config, suggest
-from pipelines.config.schema import ClusterConfig, Config, DataConfig, EvaluationConfig, OptimConfig, flatten
+from pipelines.config.schema import (
+    ClusterConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    OptimConfig,
+    RegistryConfig,
+    flatten,
+)
 from pipelines.errors import ConfigError
 
 __all__ = [
@@ -12,6 +20,7 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "OptimConfig",
+    "RegistryConfig",
     "compose",
     "conf_dir",
     "flatten",

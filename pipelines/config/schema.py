@@ -246,10 +246,26 @@ class EvaluationConfig(Section):
 
 
 class RegistryConfig(Section):
-    """Under which name a model is registered, and which alias the gate guards."""
+    """Under which name a model is registered, which alias the gate guards, who signs and who is believed."""
 
     model: str
     alias: str = "champion"
+    n: Annotated[int, Field(ge=2)] | None = Field(
+        None,
+        description="samples of each version that the gate compares; null: 5,000, or 20 for each feature where that "
+        "is more",
+    )
+    signing_key: str | None = Field(
+        None, description="private key (PEM) that signs versions and verdicts; null: one that is made on first use"
+    )
+    signing_certificate: str | None = Field(None, description="certificate (PEM) of that key")
+    signing_chain: tuple[str, ...] = Field((), description="certificates (PEM) between that and its root")
+    trusted_keys: tuple[str, ...] = Field(
+        (), description="public keys (PEM) whose signatures are believed; without one and without certificates: our own"
+    )
+    trusted_certificates: tuple[str, ...] = Field(
+        (), description="root certificates (PEM) below which signatures are believed"
+    )
 
 
 _FIRST = frozenset(

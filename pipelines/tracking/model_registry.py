@@ -38,19 +38,19 @@ class ModelVersion:
 
 def log_pyfunc(
     tracker: Tracker,
-    folder: Path,
+    artifacts: Mapping[str, Path],
     code: Path,
     packages: Iterable[Path],
     requirements: list[str],
     example: Any,
     images_seen: int,
 ) -> str:
-    """Store a models-from-code pyfunc with a model folder in the run; return the ID of the logged model.
+    """Store a models-from-code pyfunc with its files in the run; return the ID of the logged model.
 
     MLflow shows the run's points at `images_seen`, its loss and scores there, as those of the model.
 
     Args:
-        folder: the model folder, the artifact "model" of the pyfunc.
+        artifacts: name -> file or folder, as the pyfunc gets them.
         code: the module that defines the pyfunc.
         packages: source folders that travel with it.
         example: (inputs, outputs, params) from which the signature is inferred.
@@ -70,7 +70,7 @@ def log_pyfunc(
             info = mlflow.pyfunc.log_model(
                 name="model",
                 python_model=str(code),
-                artifacts={"model": str(folder)},
+                artifacts={name: str(path) for name, path in artifacts.items()},
                 code_paths=[str(p) for p in packages],
                 pip_requirements=requirements,
                 signature=infer_signature(inputs, outputs, params=params),
@@ -139,6 +139,16 @@ def set_alias(uri: str, name: str, alias: str, number: str) -> None:
     ask(uri, lambda mlflow: mlflow.set_registered_model_alias(name, alias, number))
 
 
+def delete_alias(uri: str, name: str, alias: str) -> None:
+    """Take an alias away; one that is not there is no error."""
+    ask(uri, lambda mlflow: mlflow.delete_registered_model_alias(name, alias))
+
+
+def describe_version(uri: str, name: str, number: str, text: str) -> None:
+    """Set the description of a version, Markdown that its page shows."""
+    ask(uri, lambda mlflow: mlflow.update_model_version(name, number, description=text))
+
+
 def set_version_tags(uri: str, name: str, number: str, tags: Mapping[str, str]) -> None:
     """Set tags of a version."""
 
@@ -150,7 +160,7 @@ def set_version_tags(uri: str, name: str, number: str, tags: Mapping[str, str]) 
 
 
 def download_version(uri: str, found: ModelVersion, folder: Path) -> Path:
-    """Return the model folder inside a registered pyfunc, downloaded below `folder`."""
+    """Return the folder of a registered pyfunc, downloaded below `folder`; what it was made of is in `artifacts/`."""
     import mlflow
 
     def download(_: MlflowClient) -> str:
@@ -158,8 +168,7 @@ def download_version(uri: str, found: ModelVersion, folder: Path) -> Path:
         mlflow.set_tracking_uri(uri)
         return str(mlflow.artifacts.download_artifacts(found.uri, dst_path=str(folder)))
 
-    local = ask(uri, download)
-    return Path(local) / "artifacts" / "model"
+    return Path(ask(uri, download))
 
 
 def all_versions(uri: str) -> list[ModelVersion]:

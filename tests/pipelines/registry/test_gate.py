@@ -6,7 +6,8 @@ import torch
 from ddpm.quality import FeatureMoments, FrechetInfluence, Measured
 from pipelines import tracking
 from pipelines.evaluation.scores import Estimate, Scores
-from pipelines.registry import gate, promote
+from pipelines.registry import promote
+from pipelines.registry.gate import gate
 from pipelines.tracking import ModelVersion
 
 

@@ -1,0 +1,148 @@
+"""The gate's decisions: what they say, and the log of them in storage, which every decision is added to.
+
+    ROOT/registry/MODEL/ALIAS/000000.json, 000001.json, …       {"verdict": …, "signature": …}
+
+Entries are only ever added, each under the next number and on the condition that nobody has taken it. The log says how
+often an alias was asked for, and where it belongs; the tags of a version are copies for who reads its page.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from typing import Any
+
+from pipelines.registry.sign import SignatureError, Signer, Trust
+from pipelines.storage import ConflictError, Storage, join
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the gate's table.
+
+    Attributes:
+        name: what is asked for.
+        figure: what was found, in words.
+        bound: what it has to be, in words.
+        passed: whether it is.
+    """
+
+    name: str
+    figure: str
+    bound: str
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A decision whether an alias may point to a version.
+
+    Attributes:
+        passed: whether it may.
+        reason: in words.
+        model: name of the registered model.
+        alias: the alias.
+        version: the version that it was about.
+        model_digest: SHA-256 of its weights; empty where it has no evidence.
+        champion: the version at the alias then; None where it had none.
+        champion_digest: SHA-256 of the weights of that version.
+        attempt: which comparison with that champion this was, 1 for the first; 0 where nothing was compared.
+        n: samples of each that were compared; 0 where nothing was compared.
+        rows: the gate's table.
+        at: when, in UTC.
+    """
+
+    passed: bool
+    reason: str
+    model: str = ""
+    alias: str = ""
+    version: str = ""
+    model_digest: str = ""
+    champion: str | None = None
+    champion_digest: str = ""
+    attempt: int = 0
+    n: int = 0
+    rows: tuple[Row, ...] = ()
+    at: str = ""
+
+    def __str__(self) -> str:
+        """Return the verdict in words."""
+        return f"{self.outcome}: {self.reason}"
+
+    @property
+    def outcome(self) -> str:
+        """Return "passed" or "refused"."""
+        return "passed" if self.passed else "refused"
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return the verdict as JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> Verdict:
+        """Read what `to_plain` gave."""
+        known = {f.name: plain[f.name] for f in fields(cls) if f.name in plain}
+        return cls(**{**known, "rows": tuple(Row(**row) for row in plain["rows"])})
+
+
+@dataclass(frozen=True)
+class VerdictLog:
+    """The decisions about one alias of one registered model.
+
+    Attributes:
+        uri: folder of the log.
+        trust: whose entries are believed; others are as if they were not there.
+    """
+
+    uri: str
+    storage: Storage
+    trust: Trust
+
+    @classmethod
+    def of(cls, root: str, model: str, alias: str, storage: Storage, trust: Trust) -> VerdictLog:
+        """Return the log of an alias below a storage root."""
+        return cls(join(root, "registry", model, alias), storage, trust)
+
+    def read(self) -> list[Verdict]:
+        """Return the decisions that somebody who is trusted has signed, oldest first."""
+        found = []
+        for uri in self._entries():
+            entry = json.loads(self.storage.read(uri))
+            try:
+                self.trust.check_text(entry["verdict"], entry["signature"])
+            except SignatureError:
+                continue
+            found.append(Verdict.from_plain(json.loads(entry["verdict"])))
+        return found
+
+    def add(self, verdict: Verdict, signer: Signer, seen: int) -> bool:
+        """Add a decision that was made after `seen` entries, and return whether none had come between.
+
+        Where one had, nothing is added: read the log and decide anew.
+        """
+        text = json.dumps(verdict.to_plain(), sort_keys=True)
+        entry = json.dumps({"verdict": text, "signature": signer.sign_text(text)}).encode()
+        try:
+            self.storage.write_if(join(self.uri, f"{seen:06d}.json"), entry, None)
+        except ConflictError:
+            return False
+        return True
+
+    def size(self) -> int:
+        """Return how many entries there are, by whomever."""
+        return len(self._entries())
+
+    def _entries(self) -> list[str]:
+        return sorted(entry.uri for entry in self.storage.list(self.uri) if entry.uri.endswith(".json"))
+
+
+def holder(verdicts: Sequence[Verdict]) -> str | None:
+    """Return the version that an alias belongs to: that of the last decision that let it move; None without one."""
+    return next((verdict.version for verdict in reversed(verdicts) if verdict.passed), None)
+
+
+def now() -> str:
+    """Return the time, as verdicts have it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

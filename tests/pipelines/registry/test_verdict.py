@@ -1,0 +1,51 @@
+from dataclasses import replace
+
+import pytest
+
+from pipelines.config import RegistryConfig
+from pipelines.registry.sign import Signer, Trust
+from pipelines.registry.verdict import Row, Verdict, VerdictLog, holder
+from pipelines.storage import Storage
+
+VERDICT = Verdict(True, "better", "digits", "champion", "2", "d2", "1", "d1", 1, 5000, (Row("a", "1", "2", True),))
+
+
+@pytest.fixture
+def signer(tmp_path, monkeypatch):
+    monkeypatch.setenv("DDPM_HOME", str(tmp_path / "home"))
+    return Signer.of(RegistryConfig(model="digits"))
+
+
+@pytest.fixture
+def log(tmp_path, signer):
+    trust = Trust.of(RegistryConfig(model="digits"))
+    return VerdictLog.of(f"file://{tmp_path}/root", "digits", "champion", Storage(), trust)
+
+
+def test_a_verdict_is_read_as_it_was_written(log, signer):
+    assert log.read() == []
+    assert log.add(VERDICT, signer, 0)
+    assert log.read() == [VERDICT]
+
+
+def test_of_two_decisions_made_at_the_same_time_one_is_added(log, signer):
+    assert log.add(VERDICT, signer, 0)
+    assert not log.add(replace(VERDICT, version="3"), signer, 0)
+    assert [verdict.version for verdict in log.read()] == ["2"]
+
+
+def test_entries_of_a_stranger_and_changed_ones_are_not_believed(log, signer, tmp_path, monkeypatch):
+    assert log.add(VERDICT, signer, 0)
+    monkeypatch.setenv("DDPM_HOME", str(tmp_path / "other"))
+    assert log.add(replace(VERDICT, version="3"), Signer.of(RegistryConfig(model="digits")), 1)
+    assert [verdict.version for verdict in log.read()] == ["2"]
+    (first, _) = sorted((tmp_path / "root" / "registry" / "digits" / "champion").iterdir())
+    first.write_text(first.read_text().replace("better", "beTTer"))
+    assert log.read() == []
+
+
+def test_an_alias_belongs_to_the_version_of_the_last_decision_that_let_it_move():
+    refused = replace(VERDICT, passed=False, version="3")
+    assert holder([]) is None
+    assert holder([refused]) is None
+    assert holder([VERDICT, replace(VERDICT, version="4"), refused]) == "4"
