@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipelines.cli.common import MODEL, Json, Overrides, answer_json, compose, compose_connected, connect, terminal
+from pipelines.cli.common import (
+    MODEL,
+    Json,
+    Overrides,
+    answer_json,
+    compose,
+    compose_connected,
+    connect,
+    show_verdict,
+    terminal,
+)
 
 
 def evaluate(
@@ -87,20 +96,33 @@ def sample(
 
 
 def promote(
-    model: Annotated[str, typer.Argument(help="models:/NAME/VERSION")],
+    model: Annotated[str, typer.Argument(help="models:/NAME/VERSION or models:/NAME@ALIAS; with --rollback its NAME")],
     alias: Annotated[str, typer.Option(help="The alias to move")],
+    not_worse_than: Annotated[
+        float | None, typer.Option(min=0, metavar="MARGIN", help="Pass a version that is not worse by this distance")
+    ] = None,
+    rollback: Annotated[bool, typer.Option("--rollback", help="Give the alias back to the version before")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Decide; record and move nothing")] = False,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
     """Move an alias to a version if the gate allows it. Example: ddpm promote models:/digits/2 --alias champion"""
-    config = connect(compose(overrides), ["mlflow"])
+    config = compose_connected(overrides)
 
     from pipelines import registry
+    from pipelines.storage import Storage
+    from pipelines.training.ray_train.resources import connect_ray
 
-    assert config.tracking.uri is not None
-    version = registry.find_version(config.tracking.uri, model)
-    verdict = registry.promote(config.tracking.uri, version, alias)
-    terminal.stage("gate", str(verdict))
-    answer_json(as_json, dataclasses.asdict(verdict))
+    storage, uri = Storage.of(config), config.tracking.uri
+    assert uri is not None
+    name = model.removeprefix("models:/").split("/")[0].split("@")[0]
+    gate = registry.Gate(config, storage, terminal, lambda: connect_ray(config, storage), name, alias)
+    with terminal.live():
+        if rollback:
+            verdict = gate.rollback(dry_run=dry_run)
+        else:
+            verdict = gate.promote(registry.find_version(uri, model), margin=not_worse_than, dry_run=dry_run)
+    show_verdict(verdict)
+    answer_json(as_json, verdict.to_plain())
     if not verdict.passed:
         raise typer.Exit(1)

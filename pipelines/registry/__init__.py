@@ -1,19 +1,22 @@
 """The model registry: versions that carry signed evidence, and aliases that move through a gate.
 
-`package` makes a version, `evidence` is what it carries, `sign` says by whom, `gate` decides whether an alias may move,
-`verdict` is what it decided and the log of all decisions, `promote` moves the alias.
+`package` makes a version, `evidence` is what it carries, `sign` says by whom. `bounds` is what every version has to be,
+`comparison` draws samples of two of them on the same noise, `gate` decides, `verdict` is what was decided and the log
+of all decisions, and `promote` records a decision and moves the alias.
 """
 
 from pipelines.registry.evidence import Evidence, EvidenceError
-from pipelines.registry.gate import gate
 from pipelines.registry.package import RegistryError, digest_of, register
+from pipelines.registry.promote import CANDIDATE, PREVIOUS, Gate, find_version
 from pipelines.registry.sign import SignatureError, Signer, Trust
 from pipelines.registry.verdict import Row, Verdict, VerdictLog
-from pipelines.registry.versions import find_version, promote, scores_of
 
 __all__ = [
+    "CANDIDATE",
+    "PREVIOUS",
     "Evidence",
     "EvidenceError",
+    "Gate",
     "RegistryError",
     "Row",
     "SignatureError",
@@ -23,8 +26,5 @@ __all__ = [
     "VerdictLog",
     "digest_of",
     "find_version",
-    "gate",
-    "promote",
     "register",
-    "scores_of",
 ]

@@ -50,6 +50,8 @@ class Verdict:
         champion_digest: SHA-256 of the weights of that version.
         attempt: which comparison with that champion this was, 1 for the first; 0 where nothing was compared.
         n: samples of each that were compared; 0 where nothing was compared.
+        margin: distance by which the version was allowed to be worse; None where it had to be better.
+        rollback: whether the alias was given back to a version that had had it before.
         rows: the gate's table.
         at: when, in UTC.
     """
@@ -64,6 +66,8 @@ class Verdict:
     champion_digest: str = ""
     attempt: int = 0
     n: int = 0
+    margin: float | None = None
+    rollback: bool = False
     rows: tuple[Row, ...] = ()
     at: str = ""
 
@@ -136,6 +140,20 @@ class VerdictLog:
 
     def _entries(self) -> list[str]:
         return sorted(entry.uri for entry in self.storage.list(self.uri) if entry.uri.endswith(".json"))
+
+
+def standing(verdicts: Sequence[Verdict]) -> list[str]:
+    """Return the versions that have had an alias, one after another, up to the one that it belongs to now.
+
+    Giving it back to an earlier version takes away those that came after that.
+    """
+    held: list[str] = []
+    for verdict in verdicts:
+        if verdict.passed and verdict.rollback and verdict.version in held:
+            del held[held.index(verdict.version) + 1 :]
+        elif verdict.passed:
+            held.append(verdict.version)
+    return held
 
 
 def holder(verdicts: Sequence[Verdict]) -> str | None:

@@ -7,7 +7,7 @@ from pipelines.registry.sign import Signer, Trust
 from pipelines.registry.verdict import Row, Verdict, VerdictLog, holder
 from pipelines.storage import Storage
 
-VERDICT = Verdict(True, "better", "digits", "champion", "2", "d2", "1", "d1", 1, 5000, (Row("a", "1", "2", True),))
+VERDICT = Verdict(True, "better", "digits", "champion", "2", "d2", "1", "d1", 1, 5000, rows=(Row("a", "1", "2", True),))
 
 
 @pytest.fixture

@@ -1,0 +1,360 @@
+"""Move an alias to a version if the gate allows it, or back to the version before; the decision is recorded first."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ddpm.model import load_model
+from pipelines import tracking
+from pipelines.config import Config
+from pipelines.display import Display
+from pipelines.evaluation.evaluators import Evaluator, open_evaluator
+from pipelines.evaluation.real import Real, open_real
+from pipelines.evaluation.scoring import check_fits
+from pipelines.references import guided
+from pipelines.registry.bounds import absolute_bounds
+from pipelines.registry.comparison import Compared, Drawing, Subject, compare, gate_seed
+from pipelines.registry.evidence import Evidence, EvidenceError
+from pipelines.registry.gate import comparable, decide
+from pipelines.registry.package import SIGNATURE, RegistryError
+from pipelines.registry.sign import SignatureError, Signer, Trust
+from pipelines.registry.verdict import Row, Verdict, VerdictLog, now, standing
+from pipelines.scratch import scratch_folder
+from pipelines.shards.index import Dataset, DatasetError, read_dataset
+from pipelines.shards.quarantine import read_quarantine, stream_digest
+from pipelines.storage import Storage
+from pipelines.tracking import ModelVersion
+
+CANDIDATE, PREVIOUS = "candidate", "previous"
+"""Aliases of the newest version, and of the one that had the guarded alias before; nothing guards these two."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A version whose folder is on this machine.
+
+    Attributes:
+        evidence: None where it has none that is believed.
+        rows: lines of the gate's table about its signature, evidence and tags.
+        folder: with its model.
+    """
+
+    version: ModelVersion
+    evidence: Evidence | None
+    rows: tuple[Row, ...]
+    folder: Path
+
+    @property
+    def believed(self) -> bool:
+        """Whether signature, evidence and tags are as they should be."""
+        return self.evidence is not None and all(row.passed for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The gate before one alias of a registered model.
+
+    Attributes:
+        config: names the services, the evaluator, who signs and who is believed.
+        storage: where data, samples and the log of verdicts are.
+        display: shows what is done.
+        connect: connects this process to the Ray cluster; called only where samples have to be drawn.
+        model: name of the registered model.
+        alias: the alias.
+    """
+
+    config: Config
+    storage: Storage
+    display: Display
+    connect: Callable[[], None]
+    model: str
+    alias: str
+
+    @property
+    def log(self) -> VerdictLog:
+        """The decisions so far."""
+        trust = Trust.of(self.config.registry)
+        return VerdictLog.of(self.config.storage.root, self.model, self.alias, self.storage, trust)
+
+    @property
+    def uri(self) -> str:
+        """Address of the MLflow server."""
+        assert self.config.tracking.uri is not None
+        return self.config.tracking.uri
+
+    def promote(self, version: ModelVersion, *, margin: float | None = None, dry_run: bool = False) -> Verdict:
+        """Decide whether a version may take the alias, record the decision, and move the alias if it may.
+
+        Args:
+            margin: distance by which the version may be worse; None where it has to be better.
+            dry_run: whether nothing is recorded or moved.
+        """
+        if version.name != self.model:
+            raise RegistryError(f"{version.uri} is no version of {self.model}")
+        seen, verdicts = self.log.size(), self.log.read()
+        champion = self._champion(verdicts)
+        if champion is not None and champion.version == version.version:
+            self._settle(version, None)
+            return Verdict(True, f"the alias {self.alias} is there already", self.model, self.alias, version.version)
+        verdict = self._judge(version, champion, verdicts, margin)
+        if dry_run or verdict in verdicts:
+            return verdict
+        if not self.log.add(verdict, Signer.of(self.config.registry), seen):
+            # Somebody decided in between: samples are stored, so that only the decision is made anew.
+            return self.promote(version, margin=margin)
+        self._record(verdict)
+        if verdict.passed:
+            self._settle(version, champion)
+        return verdict
+
+    def rollback(self, *, dry_run: bool = False) -> Verdict:
+        """Give the alias back to the version that had it before the present one.
+
+        Raises:
+            RegistryError: there is none.
+        """
+        seen, verdicts = self.log.size(), self.log.read()
+        held = [number for number in standing(verdicts) if tracking.version(self.uri, self.model, number=number)]
+        if len(held) < 2:
+            raise RegistryError(
+                f"{self.alias} of {self.model} has had no other version that is still there: nothing to go back to"
+            )
+        version = tracking.version(self.uri, self.model, number=held[-2])
+        assert version is not None
+        verdict = Verdict(
+            passed=True,
+            reason=f"rolled back from version {held[-1]}",
+            model=self.model,
+            alias=self.alias,
+            version=version.version,
+            model_digest=version.tags.get("model_digest", ""),
+            champion=held[-1],
+            rollback=True,
+            at=now(),
+        )
+        if dry_run:
+            return verdict
+        if not self.log.add(verdict, Signer.of(self.config.registry), seen):
+            return self.rollback()
+        self._record(verdict)
+        before = None if len(held) < 3 else tracking.version(self.uri, self.model, number=held[-3])
+        self._settle(version, before)
+        return verdict
+
+    def _champion(self, verdicts: Sequence[Verdict]) -> ModelVersion | None:
+        """Return the version that the alias belongs to by the log, or by the alias where there is no log yet."""
+        for number in reversed(standing(verdicts)):
+            found = tracking.version(self.uri, self.model, number=number)
+            if found is not None:
+                return found
+        return tracking.version(self.uri, self.model, alias=self.alias)
+
+    def _record(self, verdict: Verdict) -> None:
+        """Write a decision onto its version, for whoever reads its page."""
+        tags = {f"gate.{self.alias}": str(verdict), f"gate.{self.alias}.table": tracking.to_json(verdict.to_plain())}
+        tracking.set_version_tags(self.uri, self.model, verdict.version, tags)
+
+    def _settle(self, version: ModelVersion, before: ModelVersion | None) -> None:
+        """Let the alias point to a version, and `previous` to that before it, if any."""
+        if before is not None:
+            tracking.set_alias(self.uri, self.model, PREVIOUS, before.version)
+        tracking.set_alias(self.uri, self.model, self.alias, version.version)
+
+    def _judge(
+        self, version: ModelVersion, champion: ModelVersion | None, verdicts: Sequence[Verdict], margin: float | None
+    ) -> Verdict:
+        """Return the decision about a version; one that was made before with as many samples is found again."""
+        with self._opened(version) as candidate:
+            digest = "" if candidate.evidence is None else candidate.evidence.model_digest
+            verdict = Verdict(
+                passed=False,
+                reason="",
+                model=self.model,
+                alias=self.alias,
+                version=version.version,
+                model_digest=digest,
+                champion=None if champion is None else champion.version,
+                at=now(),
+            )
+            rows = [*candidate.rows, *self._data(candidate)]
+            if candidate.evidence is not None:
+                rows += absolute_bounds(candidate.evidence.scores)
+            if not all(row.passed for row in rows):
+                return _refused(verdict, rows)
+            if champion is None:
+                return replace(verdict, passed=True, reason="the alias has no version yet", rows=tuple(rows))
+            with self._opened(champion) as present:
+                return self._against(candidate, present, verdict, rows, verdicts, margin)
+
+    def _against(
+        self,
+        candidate: Opened,
+        champion: Opened,
+        verdict: Verdict,
+        rows: list[Row],
+        verdicts: Sequence[Verdict],
+        margin: float | None,
+    ) -> Verdict:
+        """Return the decision about a version that is what it should be, against the present one."""
+        assert candidate.evidence is not None
+        name = champion.version.uri
+        if not champion.believed:
+            if _same_weights(candidate, champion):
+                return replace(verdict, passed=True, reason=f"it is {name}, now with evidence", rows=tuple(rows))
+            wrong = next(row for row in champion.rows if not row.passed)
+            asked = f"a champion that was judged: register it with `ddpm register {name}`, and promote that version"
+            return _refused(verdict, [*rows, Row(f"{name}: {wrong.name}", wrong.figure, asked, passed=False)])
+        assert champion.evidence is not None
+        rows += comparable(candidate.evidence.scores, champion.evidence.scores, name)
+        if not all(row.passed for row in rows):
+            return _refused(verdict, rows)
+        dataset, evaluator, real = self._open_data(candidate.evidence)
+        seed = gate_seed(self.model, self.alias, champion.evidence.model_digest)
+        drawing = Drawing.of(self.config, evaluator.encoder.width, seed)
+        verdict = replace(verdict, champion_digest=champion.evidence.model_digest, n=drawing.n, margin=margin)
+        judged = _judged_before(verdicts, verdict)
+        if judged is not None:
+            return judged
+        compared = self._compare(candidate, champion, drawing, dataset, evaluator, real)
+        attempts = [v.attempt for v in verdicts if v.champion_digest == verdict.champion_digest]
+        attempt = 1 + max(attempts, default=0)
+        found = decide(compared, attempt, name, margin)
+        return replace(verdict, passed=found.passed, reason=found.reason, attempt=attempt, rows=(*rows, *found.rows))
+
+    def _compare(
+        self, candidate: Opened, champion: Opened, drawing: Drawing, dataset: Dataset, evaluator: Evaluator, real: Real
+    ) -> Compared:
+        """Draw the samples of both versions, and measure them."""
+        self.display.stage(
+            "gate", f"{drawing.n:,} samples of {candidate.version.uri} and of {champion.version.uri}, on the same noise"
+        )
+        sides = [self._subject(opened, dataset) for opened in (candidate, champion)]
+        return compare(sides[0], sides[1], drawing, real, evaluator, self.storage, self.display)
+
+    def _subject(self, opened: Opened, dataset: Dataset) -> Subject:
+        """Return the model of a version with its guiding networks."""
+        assert opened.evidence is not None
+        model = load_model(opened.folder)
+        check_fits(model.spec, dataset)
+        model = guided(model, model.spec.sampling, self.uri, self.storage)
+        return Subject(model, opened.evidence.model_digest, model.spec.sampling)
+
+    def _open_data(self, evidence: Evidence) -> tuple[Dataset, Evaluator, Real]:
+        """Return the dataset of a version, with the evaluator that scored it and what that says of the real images.
+
+        Raises:
+            RegistryError: the evaluator is another one now.
+        """
+        config, storage = self.config, self.storage
+
+        def say(text: str) -> None:
+            self.display.stage("gate", text)
+
+        dataset = read_dataset(evidence.dataset_uri, storage)
+        self.connect()
+        evaluator = open_evaluator(config, dataset, storage, say)
+        if evaluator.digest != evidence.scores.evaluator_digest:
+            raise RegistryError(
+                f"the version was scored by the evaluator {evidence.scores.evaluator_digest[:12]} "
+                f"({evidence.scores.evaluator}), and that of this configuration is {evaluator.digest[:12]} "
+                f"({evaluator.kind}): set evaluation.evaluator and evaluation.weights to what scored it, or register "
+                "the version anew"
+            )
+        real = open_real(
+            dataset,
+            evaluator,
+            storage,
+            cache_dir=config.data.cache_dir,
+            cache_gib=config.data.cache_gib,
+            use_gpu=config.cluster.gpus_per_worker > 0,
+            progress=self.display.counter("gate", "real images"),
+            notice=say,
+        )
+        return dataset, evaluator, real
+
+    def _data(self, opened: Opened) -> list[Row]:
+        """Return the line of the table that says whether the data that a version was scored on are still the same."""
+        if opened.evidence is None:
+            return []
+        uri, name = opened.evidence.dataset_uri, "data that it was scored on"
+        try:
+            dataset = read_dataset(uri, self.storage)
+        except DatasetError as error:
+            return [Row(name, str(error).splitlines()[0], "there, unchanged", passed=False)]
+        stream = stream_digest(dataset, read_quarantine(uri, self.storage))
+        expected = opened.evidence.scores.stream_digest
+        asked = f"{expected[:12]}, with its quarantine" if expected else "known"
+        return [Row(name, stream[:12], asked, stream == expected)]
+
+    @contextmanager
+    def _opened(self, version: ModelVersion) -> Iterator[Opened]:
+        """Give a version whose folder is on this machine, with what can be said of it without drawing."""
+        with tempfile.TemporaryDirectory(prefix="version-", dir=scratch_folder()) as scratch:
+            artifacts = tracking.download_version(self.uri, version, Path(scratch)) / "artifacts"
+            evidence, rows = check_version(artifacts, version.tags, Trust.of(self.config.registry))
+            yield Opened(version, evidence, tuple(rows), artifacts / "model")
+
+
+def check_version(artifacts: Path, tags: dict[str, str], trust: Trust) -> tuple[Evidence | None, list[Row]]:
+    """Return the evidence of a version, and lines of the gate's table about its signature, evidence and tags."""
+    folder, rows = artifacts / "model", []
+    try:
+        trust.check_folder(folder, artifacts / SIGNATURE)
+        rows.append(Row("signature", "by somebody who is trusted", "by somebody who is trusted", passed=True))
+    except SignatureError as error:
+        rows.append(Row("signature", str(error), "by somebody who is trusted", passed=False))
+    try:
+        evidence = Evidence.read(folder)
+    except EvidenceError as error:
+        return None, [*rows, Row("evidence", str(error), "there", passed=False)]
+    differing = evidence.differing_tags(tags)
+    figure = f"{', '.join(differing)} differ" if differing else "as the evidence says"
+    return evidence, [*rows, Row("tags", figure, "as the evidence says", not differing)]
+
+
+def find_version(uri: str, reference: str) -> ModelVersion:
+    """Return the registered version that `models:/NAME/VERSION` or `models:/NAME@ALIAS` names.
+
+    Args:
+        uri: address of the MLflow server.
+
+    Raises:
+        RegistryError: the reference is of another form, or there is no such version.
+    """
+    body = reference.removeprefix("models:/")
+    name, separator, number = body.partition("/")
+    if reference.startswith("models:/") and not separator and "@" in body:
+        name, _, alias = body.partition("@")
+        found = tracking.version(uri, name, alias=alias)
+    else:
+        found = tracking.version(uri, name, number=number) if number.isdigit() else None
+    if found is None:
+        raise RegistryError(
+            f"{reference} is not a registered version; write models:/NAME/VERSION or models:/NAME@ALIAS"
+        )
+    return found
+
+
+def _refused(verdict: Verdict, rows: Sequence[Row]) -> Verdict:
+    """Return the verdict that names the first line of the table that does not pass."""
+    wrong = next(row for row in rows if not row.passed)
+    return replace(verdict, reason=f"{wrong.name}: {wrong.figure}; asked for: {wrong.bound}", rows=tuple(rows))
+
+
+def _judged_before(verdicts: Sequence[Verdict], verdict: Verdict) -> Verdict | None:
+    """Return the decision that was made about the same weights against the same champion with as many samples."""
+    fields = ("version", "model_digest", "champion_digest", "n", "margin")
+    for earlier in reversed(verdicts):
+        if earlier.attempt and all(getattr(earlier, name) == getattr(verdict, name) for name in fields):
+            return earlier
+    return None
+
+
+def _same_weights(candidate: Opened, champion: Opened) -> bool:
+    """Return whether both versions hold the same weights."""
+    files = [opened.folder / "model.safetensors" for opened in (candidate, champion)]
+    return all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes()
