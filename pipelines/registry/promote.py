@@ -217,8 +217,8 @@ class Gate:
         drawing = Drawing.of(self.config, evaluator.encoder.width, seed)
         verdict = replace(verdict, champion_digest=champion.evidence.model_digest, n=drawing.n, margin=margin)
         judged = _judged_before(verdicts, verdict)
-        if judged is not None:
-            return judged
+        if judged is not None:  # one that passed has lost the alias since, and takes it again by what was found then
+            return replace(judged, at=now()) if judged.passed else judged
         compared = self._compare(candidate, champion, drawing, dataset, evaluator, real)
         attempts = [v.attempt for v in verdicts if v.champion_digest == verdict.champion_digest]
         attempt = 1 + max(attempts, default=0)
@@ -282,10 +282,9 @@ class Gate:
             return []
         uri, name = opened.evidence.dataset_uri, "data that it was scored on"
         try:
-            dataset = read_dataset(uri, self.storage)
+            stream = stream_digest(read_dataset(uri, self.storage), read_quarantine(uri, self.storage))
         except DatasetError as error:
             return [Row(name, str(error).splitlines()[0], "there, unchanged", passed=False)]
-        stream = stream_digest(dataset, read_quarantine(uri, self.storage))
         expected = opened.evidence.scores.stream_digest
         asked = f"{expected[:12]}, with its quarantine" if expected else "known"
         return [Row(name, stream[:12], asked, stream == expected)]
