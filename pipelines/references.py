@@ -51,12 +51,15 @@ def model_spec(
 def guided(model: Model, settings: Sampling, tracking_uri: str | None, storage: Storage) -> Model:
     """Return the model with the guiding networks that the settings name.
 
+    Those that came in the model's own folder stay where the settings name what its stored ones do.
+
     Raises:
         ModelError: a guiding network does not exist or does not fit the model; the message says what differs.
     """
     for setting in settings_of(type(settings.guidance)):
         reference = getattr(settings.guidance, setting.name)
-        if setting.reference and reference is not None:
+        own = getattr(model.spec.sampling.guidance, setting.name, None) == reference
+        if setting.reference and reference is not None and not (own and getattr(model, setting.name) is not None):
             found: Any = {setting.name: _GUIDES[setting.name](model, reference, tracking_uri, storage)}
             model = replace(model, **found)
     return model
