@@ -1,4 +1,4 @@
-"""`ddpm evaluate`, `sample` and `promote`: models that were trained before."""
+"""`ddpm evaluate`, `sample`, `promote` and `verify`: models that were trained before."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli.common import MODEL, Json, Overrides, answer_json, compose, compose_connected, connect, terminal
+from pipelines.cli.common import (
+    MODEL,
+    Json,
+    Overrides,
+    answer_json,
+    compose,
+    compose_connected,
+    connect,
+    find_running,
+    terminal,
+)
 
 
 def evaluate(
@@ -103,4 +113,38 @@ def promote(
     terminal.stage("gate", str(verdict))
     answer_json(as_json, dataclasses.asdict(verdict))
     if not verdict.passed:
+        raise typer.Exit(1)
+
+
+def verify(
+    model: Annotated[str, typer.Argument(help="models:/NAME@alias, models:/NAME/VERSION or a downloaded version")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Check whether a version is what was scored, and by whom. Example: ddpm verify models:/digits@champion"""
+    services = ["mlflow"] if model.startswith("models:/") else []
+    config = find_running(compose(overrides), services, optional=["s3"])
+
+    from pipelines import registry
+    from pipelines.storage import Storage
+
+    found = registry.verify(
+        model,
+        tracking_uri=config.tracking.uri,
+        storage=Storage.of(config),
+        trust=registry.Trust.of(config.registry),
+        notice=lambda text: terminal.stage("verify", text),
+    )
+    terminal.checks(
+        [
+            ("ok", row.name, row.figure, None)
+            if row.passed
+            else ("failed", row.name, f"{row.figure} (has to be: {row.bound})", None)
+            for row in found.rows
+        ]
+    )
+    outcome = f"failed: {', '.join(found.failed)}" if found.failed else f"passed, {len(found.rows)} checks"
+    terminal.stage("verify", f"{model} {outcome}")
+    answer_json(as_json, found.to_plain())
+    if not found.passed:
         raise typer.Exit(1)
