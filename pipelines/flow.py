@@ -18,7 +18,7 @@ from pipelines.evaluation.evaluators import check_evaluator
 from pipelines.evaluation.scores import Scores
 from pipelines.evaluation.scoring import score_and_record
 from pipelines.references import Resolved
-from pipelines.registry import CANDIDATE, Gate, Signer, Verdict
+from pipelines.registry import CANDIDATE, Gate, Signer, Verdict, check_signing
 from pipelines.shards.index import DatasetError, read_dataset
 from pipelines.shards.ingest.encode import CaptionEncoder
 from pipelines.shards.ingest.write import Ingested, ingest, source_digest
@@ -85,6 +85,7 @@ def run(config: Config, lineage: dict[str, Any], display: Display) -> FlowResult
     """
     storage = Storage.of(config)
     storage.require(config.storage.root)
+    check_signing(config.registry)
     skipped = []
     if ingest_stage(config, storage, display) is None:
         skipped.append("ingest")

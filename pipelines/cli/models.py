@@ -1,4 +1,4 @@
-"""`ddpm evaluate`, `sample` and `promote`: models that were trained before."""
+"""`ddpm evaluate`, `sample`, `promote` and `verify`: models that were trained before."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pipelines.cli.common import (
     compose,
     compose_connected,
     connect,
+    find_running,
     show_verdict,
     terminal,
 )
@@ -109,20 +110,54 @@ def promote(
     """Move an alias to a version if the gate allows it. Example: ddpm promote models:/digits/2 --alias champion"""
     config = compose_connected(overrides)
 
-    from pipelines import registry
+    from pipelines import references, registry
     from pipelines.storage import Storage
     from pipelines.training.ray_train.resources import connect_ray
 
-    storage, uri = Storage.of(config), config.tracking.uri
-    assert uri is not None
+    storage = Storage.of(config)
     name = model.removeprefix("models:/").split("/")[0].split("@")[0]
     gate = registry.Gate(config, storage, terminal, lambda: connect_ray(config, storage), name, alias)
     with terminal.live():
         if rollback:
             verdict = gate.rollback(dry_run=dry_run)
         else:
-            verdict = gate.promote(registry.find_version(uri, model), margin=not_worse_than, dry_run=dry_run)
+            version = references.find_registered(model, config.tracking.uri)
+            verdict = gate.promote(version, margin=not_worse_than, dry_run=dry_run)
     show_verdict(verdict)
     answer_json(as_json, verdict.to_plain())
     if not verdict.passed:
+        raise typer.Exit(1)
+
+
+def verify(
+    model: Annotated[str, typer.Argument(help="models:/NAME@alias, models:/NAME/VERSION or a downloaded version")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Check whether a version is what was scored, and by whom. Example: ddpm verify models:/digits@champion"""
+    services = ["mlflow"] if model.startswith("models:/") else []
+    config = find_running(compose(overrides), services, optional=["s3"])
+
+    from pipelines import registry
+    from pipelines.storage import Storage
+
+    found = registry.verify(
+        model,
+        tracking_uri=config.tracking.uri,
+        storage=Storage.of(config),
+        trust=registry.Trust.of(config.registry),
+        notice=lambda text: terminal.stage("verify", text),
+    )
+    terminal.checks(
+        [
+            ("ok", row.name, row.figure, None)
+            if row.passed
+            else ("failed", row.name, f"{row.figure} (has to be: {row.bound})", None)
+            for row in found.rows
+        ]
+    )
+    outcome = f"failed: {', '.join(found.failed)}" if found.failed else f"passed, {len(found.rows)} checks"
+    terminal.stage("verify", f"{model} {outcome}")
+    answer_json(as_json, found.to_plain())
+    if not found.passed:
         raise typer.Exit(1)

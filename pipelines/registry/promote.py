@@ -18,14 +18,16 @@ from pipelines.evaluation.scoring import check_fits
 from pipelines.references import guided
 from pipelines.registry.bounds import absolute_bounds
 from pipelines.registry.comparison import Compared, Drawing, Subject, compare, gate_seed
-from pipelines.registry.evidence import Evidence, EvidenceError
+from pipelines.registry.contents import check_version
+from pipelines.registry.envelope import model_folder
+from pipelines.registry.evidence import WEIGHTS, Evidence
 from pipelines.registry.gate import comparable, decide
-from pipelines.registry.package import SIGNATURE, RegistryError
-from pipelines.registry.sign import SignatureError, Signer, Trust
+from pipelines.registry.package import RegistryError
+from pipelines.registry.sign import Signer, Trust
 from pipelines.registry.verdict import Row, Verdict, VerdictLog, now, standing
+from pipelines.registry.verify import check_data
 from pipelines.scratch import scratch_folder
-from pipelines.shards.index import Dataset, DatasetError, read_dataset
-from pipelines.shards.quarantine import read_quarantine, stream_digest
+from pipelines.shards.index import Dataset, read_dataset
 from pipelines.storage import Storage
 from pipelines.tracking import ModelVersion
 
@@ -39,7 +41,7 @@ class Opened:
 
     Attributes:
         evidence: None where it has none that is believed.
-        rows: lines of the gate's table about its signature, evidence and tags.
+        rows: lines of the gate's table about its signature, evidence, tags and files.
         folder: with its model.
     """
 
@@ -180,9 +182,9 @@ class Gate:
                 champion=None if champion is None else champion.version,
                 at=now(),
             )
-            rows = [*candidate.rows, *self._data(candidate)]
+            rows = list(candidate.rows)
             if candidate.evidence is not None:
-                rows += absolute_bounds(candidate.evidence.scores)
+                rows += [*check_data(candidate.evidence, self.storage), *absolute_bounds(candidate.evidence.scores)]
             if not all(row.passed for row in rows):
                 return _refused(verdict, rows)
             if champion is None:
@@ -276,66 +278,13 @@ class Gate:
         )
         return dataset, evaluator, real
 
-    def _data(self, opened: Opened) -> list[Row]:
-        """Return the line of the table that says whether the data that a version was scored on are still the same."""
-        if opened.evidence is None:
-            return []
-        uri, name = opened.evidence.dataset_uri, "data that it was scored on"
-        try:
-            stream = stream_digest(read_dataset(uri, self.storage), read_quarantine(uri, self.storage))
-        except DatasetError as error:
-            return [Row(name, str(error).splitlines()[0], "there, unchanged", passed=False)]
-        expected = opened.evidence.scores.stream_digest
-        asked = f"{expected[:12]}, with its quarantine" if expected else "known"
-        return [Row(name, stream[:12], asked, stream == expected)]
-
     @contextmanager
     def _opened(self, version: ModelVersion) -> Iterator[Opened]:
         """Give a version whose folder is on this machine, with what can be said of it without drawing."""
         with tempfile.TemporaryDirectory(prefix="version-", dir=scratch_folder()) as scratch:
-            artifacts = tracking.download_version(self.uri, version, Path(scratch)) / "artifacts"
-            evidence, rows = check_version(artifacts, version.tags, Trust.of(self.config.registry))
-            yield Opened(version, evidence, tuple(rows), artifacts / "model")
-
-
-def check_version(artifacts: Path, tags: dict[str, str], trust: Trust) -> tuple[Evidence | None, list[Row]]:
-    """Return the evidence of a version, and lines of the gate's table about its signature, evidence and tags."""
-    folder, rows = artifacts / "model", []
-    try:
-        trust.check_folder(folder, artifacts / SIGNATURE)
-        rows.append(Row("signature", "by somebody who is trusted", "by somebody who is trusted", passed=True))
-    except SignatureError as error:
-        rows.append(Row("signature", str(error), "by somebody who is trusted", passed=False))
-    try:
-        evidence = Evidence.read(folder)
-    except EvidenceError as error:
-        return None, [*rows, Row("evidence", str(error), "there", passed=False)]
-    differing = evidence.differing_tags(tags)
-    figure = f"{', '.join(differing)} differ" if differing else "as the evidence says"
-    return evidence, [*rows, Row("tags", figure, "as the evidence says", not differing)]
-
-
-def find_version(uri: str, reference: str) -> ModelVersion:
-    """Return the registered version that `models:/NAME/VERSION` or `models:/NAME@ALIAS` names.
-
-    Args:
-        uri: address of the MLflow server.
-
-    Raises:
-        RegistryError: the reference is of another form, or there is no such version.
-    """
-    body = reference.removeprefix("models:/")
-    name, separator, number = body.partition("/")
-    if reference.startswith("models:/") and not separator and "@" in body:
-        name, _, alias = body.partition("@")
-        found = tracking.version(uri, name, alias=alias)
-    else:
-        found = tracking.version(uri, name, number=number) if number.isdigit() else None
-    if found is None:
-        raise RegistryError(
-            f"{reference} is not a registered version; write models:/NAME/VERSION or models:/NAME@ALIAS"
-        )
-    return found
+            folder = tracking.download_version(self.uri, version, Path(scratch))
+            evidence, rows = check_version(folder, version.tags, Trust.of(self.config.registry))
+            yield Opened(version, evidence, tuple(rows), model_folder(folder))
 
 
 def _refused(verdict: Verdict, rows: Sequence[Row]) -> Verdict:
@@ -355,5 +304,5 @@ def _judged_before(verdicts: Sequence[Verdict], verdict: Verdict) -> Verdict | N
 
 def _same_weights(candidate: Opened, champion: Opened) -> bool:
     """Return whether both versions hold the same weights."""
-    files = [opened.folder / "model.safetensors" for opened in (candidate, champion)]
+    files = [opened.folder / WEIGHTS for opened in (candidate, champion)]
     return all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes()

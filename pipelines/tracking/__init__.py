@@ -16,6 +16,7 @@ from pipelines.tracking.logged_models import (
 )
 from pipelines.tracking.model_registry import (
     ModelVersion,
+    Pyfunc,
     all_versions,
     delete_alias,
     describe_version,
@@ -40,6 +41,7 @@ __all__ = [
     "CheckpointModel",
     "Destination",
     "ModelVersion",
+    "Pyfunc",
     "RunLog",
     "RunRecord",
     "Sink",

@@ -92,7 +92,6 @@ def test_a_rollback_gives_the_alias_back_and_is_told_before_it_is_done(good, she
 
 EXPECTED = {
     "noise": "not noise: distance",
-    "NaN weights": "finite samples",
     "one picture for each class": "not collapsed: diversity",
     "copies": "not copies",
     "mirrored copies": "not copies",
@@ -102,8 +101,8 @@ EXPECTED = {
     "tampered weights": "signature",
     "tampered tag": "tags",
     "untrusted key": "signature",
-    "other quarantine": "data that it was scored on",
-    "missing dataset": "data that it was scored on",
+    "other quarantine": "stream",
+    "missing dataset": "data",
     "other evaluator": "same evaluator",
 }
 
@@ -121,6 +120,13 @@ def test_what_should_not_pass_is_refused_by_name(answers, kind):
     found = answers[kind]
     assert not found["passed"]
     assert EXPECTED[kind] in found["failed"]
+
+
+def test_a_model_of_weights_that_are_no_numbers_does_not_become_a_version(answers):
+    found = answers["NaN weights"]
+    assert not found["passed"]
+    assert found["finite"] == 0
+    assert "draws pictures that are not numbers" in found["reason"]
 
 
 def test_equal_versions_are_not_better(answers, client):
