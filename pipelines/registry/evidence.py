@@ -89,7 +89,7 @@ class Evidence:
         return json.dumps({"format": FORMAT, **plain}, indent=1, sort_keys=True)
 
     @classmethod
-    def from_json(cls, text: str) -> Evidence:
+    def from_json(cls, text: str | bytes) -> Evidence:
         """Read what `to_json` gave.
 
         Raises:
@@ -99,9 +99,14 @@ class Evidence:
             plain = json.loads(text)
             if plain.pop("format") != FORMAT:
                 raise EvidenceError(f"{FILE} is of another format than {FORMAT}: register the model anew")
-            return cls(**{**plain, "scores": Scores.from_plain(plain["scores"])})
-        except (ValueError, KeyError, TypeError) as error:
-            raise EvidenceError(f"{FILE} is damaged ({error}): register the model anew") from error
+            found = cls(**{**plain, "scores": Scores.from_plain(plain["scores"])})
+            for digests in (found.files, found.code, found.packages):
+                if not all(isinstance(value, str) for value in digests.values()):
+                    raise TypeError("a digest or release is no text")
+            found.tags()  # asks for all the rest
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise EvidenceError(f"{FILE} is damaged ({error!r}): register the model anew") from error
+        return found
 
     @classmethod
     def read(cls, folder: Path) -> Evidence:
@@ -111,9 +116,11 @@ class Evidence:
             EvidenceError: there is none.
         """
         try:
-            return cls.from_json((folder / FILE).read_text())
+            return cls.from_json((folder / FILE).read_bytes())
         except FileNotFoundError as error:
-            raise EvidenceError(f"it carries no {FILE}: score and register it with `ddpm register`") from error
+            raise EvidenceError(
+                f"it carries no {FILE}, as those of earlier releases: register the model anew"
+            ) from error
 
     def differing_tags(self, tags: Mapping[str, str]) -> list[str]:
         """Return the names of tags of a version that are not what the evidence says, or missing."""

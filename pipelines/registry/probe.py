@@ -75,7 +75,6 @@ class Comparison:
         pixels: how many values there are, over all pictures and channels.
         differing: how many of them are not equal.
         farthest: by how many grey levels at most.
-        exact: whether they have to be equal.
         elsewhere: what is not as recorded, as "name recorded -> name here"; empty where they have to be equal.
     """
 
@@ -134,7 +133,9 @@ def redraw(pyfunc: Path, folder: Path, probe: dict[str, Any]) -> Comparison:
         # Without the script's own folder on the path, and with no compiled file read from or written to the version.
         options = ["-P", "-B", "-X", f"pycache_prefix={scratch}"]
         command = [sys.executable, *options, str(_SCRIPT), json.dumps(asked)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        # Threads that spin at their barriers, as is the default, stand still beside any other busy process.
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
             raise ProbeError(f"the packaged code draws nothing: {last}")

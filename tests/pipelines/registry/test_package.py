@@ -10,7 +10,7 @@ from ddpm.model import Model, load_model
 from ddpm.models.classifier import NoisyClassifier
 from ddpm.models.unet import UNet
 from pipelines.references import Resolved
-from pipelines.registry.evidence import Evidence, code_files
+from pipelines.registry.evidence import Evidence, EvidenceError, code_files
 from pipelines.registry.package import RegistryError, register, write_version
 from pipelines.registry.probe import ProbeError
 from pipelines.registry.sign import Signer, Trust
@@ -105,6 +105,29 @@ def test_code_has_another_digest_where_a_file_is_changed_added_or_renamed(tmp_pa
     (package / "__pycache__").mkdir()
     (package / "__pycache__" / "d.pyc").write_text("")
     assert digest() in seen
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        b"",
+        b"[]",
+        b"\xff",
+        {"files": ["a"]},
+        {"code": {"a": 1}},
+        {"scores": {}},
+        {"scores": None},
+        {"lineage": 1},
+        {"more": 1},
+        {"format": 9},
+    ],
+)
+def test_evidence_that_somebody_has_damaged_says_so(home, tmp_path, change):
+    text = written(tmp_path).to_json()
+    damaged = change if isinstance(change, bytes) else json.dumps({**json.loads(text), **change}).encode()
+    (tmp_path / "model" / "evidence.json").write_bytes(damaged)
+    with pytest.raises(EvidenceError, match=r"evidence.json is (damaged|of another format).*register the model anew"):
+        Evidence.read(tmp_path / "model")
 
 
 def test_evidence_reads_as_it_was_written(home, tmp_path):
