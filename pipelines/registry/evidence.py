@@ -67,6 +67,12 @@ class Evidence:
         """SHA-256 over the code that travels with the version, by name and content."""
         return hashlib.sha256(json.dumps(self.code, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def served_digest(self) -> str:
+        """SHA-256 over the weights and the settings: two versions of the same serve the same pictures."""
+        content = [self.files[WEIGHTS], self.scores.sampling]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
     def tags(self) -> dict[str, str]:
         """Return the tags of the version, which have to be equal to these."""
         scores = self.scores

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ddpm.model import load_model
+from ddpm.model import load_model, read_spec
 from pipelines import tracking
 from pipelines.config import Config
 from pipelines.display import Display
@@ -133,7 +133,6 @@ class Gate:
             model=self.model,
             alias=self.alias,
             version=version.version,
-            model_digest=version.tags.get("model_digest", ""),
             champion=held[-1],
             rollback=True,
             at=now(),
@@ -171,7 +170,7 @@ class Gate:
     ) -> Verdict:
         """Return the decision about a version; one that was made before with as many samples is found again."""
         with self._opened(version) as candidate:
-            digest = "" if candidate.evidence is None else candidate.evidence.model_digest
+            digest = "" if candidate.evidence is None else candidate.evidence.served_digest
             verdict = Verdict(
                 passed=False,
                 reason="",
@@ -204,23 +203,28 @@ class Gate:
         """Return the decision about a version that is what it should be, against the present one."""
         assert candidate.evidence is not None
         name = champion.version.uri
-        if not champion.believed:
-            if _same_weights(candidate, champion):
-                return replace(verdict, passed=True, reason=f"it is {name}, now with evidence", rows=tuple(rows))
+        if champion.believed:
+            assert champion.evidence is not None
+            unlike = comparable(candidate.evidence.scores, champion.evidence.scores, name)
+        else:
             wrong = next(row for row in champion.rows if not row.passed)
-            asked = f"a champion that was judged: register it with `ddpm register {name}`, and promote that version"
-            return _refused(verdict, [*rows, Row(f"{name}: {wrong.name}", wrong.figure, asked, passed=False)])
+            unlike = [Row(f"{name}: {wrong.name}", wrong.figure, wrong.bound, passed=False)]
+        if not all(row.passed for row in unlike):
+            if _same_model(candidate, champion):
+                reason = f"it is the model of {name}, with evidence that can be compared from now on"
+                return replace(verdict, passed=True, reason=reason, rows=tuple(rows))
+            refused = _refused(verdict, [*rows, *unlike])
+            mend = f"first `ddpm register {name}`, which scores it anew, and promote the version that this makes"
+            return replace(refused, reason=f"{refused.reason}; {mend}")
         assert champion.evidence is not None
-        rows += comparable(candidate.evidence.scores, champion.evidence.scores, name)
-        if not all(row.passed for row in rows):
-            return _refused(verdict, rows)
+        rows += unlike
         dataset, evaluator, real = self._open_data(candidate.evidence)
-        seed = gate_seed(self.model, self.alias, champion.evidence.model_digest)
-        drawing = Drawing.of(self.config, evaluator.encoder.width, seed)
-        verdict = replace(verdict, champion_digest=champion.evidence.model_digest, n=drawing.n, margin=margin)
+        against = champion.evidence.served_digest
+        drawing = Drawing.of(self.config, evaluator.encoder.width, gate_seed(self.model, self.alias, against))
+        verdict = replace(verdict, champion_digest=against, n=drawing.n, margin=margin)
         judged = _judged_before(verdicts, verdict)
         if judged is not None:  # one that passed has lost the alias since, and takes it again by what was found then
-            return replace(judged, at=now()) if judged.passed else judged
+            return replace(judged, version=verdict.version, at=now() if judged.passed else judged.at)
         compared = self._compare(candidate, champion, drawing, dataset, evaluator, real)
         attempts = [v.attempt for v in verdicts if v.champion_digest == verdict.champion_digest]
         attempt = 1 + max(attempts, default=0)
@@ -243,7 +247,7 @@ class Gate:
         model = load_model(opened.folder)
         check_fits(model.spec, dataset)
         model = guided(model, model.spec.sampling, self.uri, self.storage)
-        return Subject(model, opened.evidence.model_digest, model.spec.sampling)
+        return Subject(model, opened.evidence.served_digest, model.spec.sampling)
 
     def _open_data(self, evidence: Evidence) -> tuple[Dataset, Evaluator, Real]:
         """Return the dataset of a version, with the evaluator that scored it and what that says of the real images.
@@ -294,15 +298,21 @@ def _refused(verdict: Verdict, rows: Sequence[Row]) -> Verdict:
 
 
 def _judged_before(verdicts: Sequence[Verdict], verdict: Verdict) -> Verdict | None:
-    """Return the decision that was made about the same weights against the same champion with as many samples."""
-    fields = ("version", "model_digest", "champion_digest", "n", "margin")
+    """Return the decision that was made about the same model against the same champion with as many samples."""
+    fields = ("model_digest", "champion_digest", "n", "margin")
     for earlier in reversed(verdicts):
         if earlier.attempt and all(getattr(earlier, name) == getattr(verdict, name) for name in fields):
             return earlier
     return None
 
 
-def _same_weights(candidate: Opened, champion: Opened) -> bool:
-    """Return whether both versions hold the same weights."""
+def _same_model(candidate: Opened, champion: Opened) -> bool:
+    """Return whether both versions serve the same weights with the same settings, whatever else is known of them."""
     files = [opened.folder / WEIGHTS for opened in (candidate, champion)]
-    return all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes()
+    if not all(file.is_file() for file in files) or files[0].read_bytes() != files[1].read_bytes():
+        return False
+    try:
+        served = [read_spec(opened.folder).sampling for opened in (candidate, champion)]
+    except ValueError:
+        return False
+    return served[0] == served[1]

@@ -45,9 +45,9 @@ class Verdict:
         model: name of the registered model.
         alias: the alias.
         version: the version that it was about.
-        model_digest: SHA-256 of its weights; empty where it has no evidence.
+        model_digest: SHA-256 of the weights and settings that it serves; empty where it has no evidence.
         champion: the version at the alias then; None where it had none.
-        champion_digest: SHA-256 of the weights of that version.
+        champion_digest: the same of that version; empty where nothing was compared.
         attempt: which comparison with that champion this was, 1 for the first; 0 where nothing was compared.
         n: samples of each that were compared; 0 where nothing was compared.
         margin: distance by which the version was allowed to be worse; None where it had to be better.
