@@ -134,6 +134,21 @@ def versions(uri: str, name: str) -> list[ModelVersion]:
     return [ModelVersion(name, str(v.version), v.run_id, dict(v.tags), tuple(v.aliases)) for v in numbered]
 
 
+def aliases(uri: str, name: str) -> dict[str, str]:
+    """Return alias -> version of a registered model, in one try; none where there is no such model."""
+    from mlflow.exceptions import MlflowException
+
+    def find(mlflow: MlflowClient) -> dict[str, str]:
+        try:
+            return {alias: str(number) for alias, number in mlflow.get_registered_model(name).aliases.items()}
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return {}
+            raise
+
+    return ask(uri, find, patience_s=0)
+
+
 def set_alias(uri: str, name: str, alias: str, number: str) -> None:
     """Make an alias point to a version."""
     ask(uri, lambda mlflow: mlflow.set_registered_model_alias(name, alias, number))
