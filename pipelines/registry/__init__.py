@@ -2,9 +2,10 @@
 
 `package` makes a version, `evidence` is what it carries, `sign` says by whom, `gate` decides whether an alias may move,
 `verdict` is what it decided and the log of all decisions, `promote` moves the alias. `guard` puts an alias back that
-was moved otherwise, `notices` has MLflow tell it at once.
+was moved otherwise, `notices` has MLflow tell it at once. `card` describes a version on its page.
 """
 
+from pipelines.registry.card import describe
 from pipelines.registry.evidence import Evidence, EvidenceError
 from pipelines.registry.gate import gate
 from pipelines.registry.guard import Guard, Logs, watch
@@ -27,6 +28,7 @@ __all__ = [
     "Trust",
     "Verdict",
     "VerdictLog",
+    "describe",
     "digest_of",
     "find_version",
     "gate",

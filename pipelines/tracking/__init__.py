@@ -26,9 +26,10 @@ from pipelines.tracking.model_registry import (
     set_alias,
     set_version_tags,
     version,
+    version_description,
     versions,
 )
-from pipelines.tracking.note import describe
+from pipelines.tracking.note import describe, pictures_at
 from pipelines.tracking.run import Tracker, get_run, open_run, to_json
 from pipelines.tracking.run_list import ENDED, RunRecord, delete_run, list_runs, retire_run
 from pipelines.tracking.run_log import UNSENT, RunLog
@@ -68,6 +69,7 @@ __all__ = [
     "log_pyfunc",
     "log_scores",
     "open_run",
+    "pictures_at",
     "recording",
     "register",
     "retire_run",
@@ -78,6 +80,7 @@ __all__ = [
     "tag_checkpoint_model",
     "to_json",
     "version",
+    "version_description",
     "versions",
     "webhooks",
 ]

@@ -159,6 +159,11 @@ def delete_alias(uri: str, name: str, alias: str) -> None:
     ask(uri, lambda mlflow: mlflow.delete_registered_model_alias(name, alias))
 
 
+def version_description(uri: str, name: str, number: str) -> str:
+    """Return the description of a version."""
+    return str(ask(uri, lambda mlflow: mlflow.get_model_version(name, number)).description or "")
+
+
 def describe_version(uri: str, name: str, number: str, text: str) -> None:
     """Set the description of a version, Markdown that its page shows."""
     ask(uri, lambda mlflow: mlflow.update_model_version(name, number, description=text))
