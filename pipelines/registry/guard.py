@@ -10,9 +10,10 @@ So the guard may do a promotion's move itself, or a moment later than another on
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from types import TracebackType
 
 from pipelines import tracking
 from pipelines.display import Notice
@@ -21,7 +22,7 @@ from pipelines.registry.notices import Notices
 from pipelines.registry.sign import SignatureError, Trust
 from pipelines.registry.verdict import Verdict, last_passed, now, read_entry
 from pipelines.storage import Entry, NotFoundError, Storage, join
-from pipelines.tracking import TrackingError
+from pipelines.tracking import TrackingError, UnreachableError
 
 Alias = tuple[str, str]
 """(registered model, alias)."""
@@ -131,6 +132,27 @@ class Logs:
 
 
 @dataclass
+class Refused:
+    """A context that goes on where MLflow refuses something, as it may for one model of many, and remembers that.
+
+    Attributes:
+        first: the first refusal; None without any.
+    """
+
+    first: TrackingError | None = None
+
+    def __enter__(self) -> None:
+        """Begin something."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> bool:
+        """Remember a refusal; what an outage raises is passed on."""
+        if not isinstance(error, TrackingError) or isinstance(error, UnreachableError):
+            return False
+        self.first = self.first or error
+        return True
+
+
+@dataclass
 class Guard:
     """Compares the aliases of a registry with the log of the gate's verdicts, and corrects them.
 
@@ -156,33 +178,45 @@ class Guard:
         """Look, and correct what is wrong, until a look finds nothing more to do.
 
         Raises:
-            PipelineError: MLflow or storage does not answer, or refuses.
+            PipelineError: MLflow or storage does not answer; or MLflow refuses something, which keeps no other alias
+                from being corrected.
         """
         for _ in range(ROUNDS):
-            known, wrong = set(self.guarded), list(self._look())
+            known, refused = set(self.guarded), Refused()
+            wrong = self._look(refused)
             for each in wrong:
-                self._correct(each)
+                with refused:
+                    self._correct(each)
+            if refused.first is not None:
+                raise refused.first
             if not wrong and self.guarded == known:
                 return
 
-    def _look(self) -> Iterator[Correction]:
-        """Yield what is wrong with the aliases that were known before; learn of further ones."""
+    def _look(self, refused: Refused) -> list[Correction]:
+        """Return what is wrong with the aliases that were known before; learn of further ones."""
         known = sorted(self.guarded)
-        aliases: Mapping[str, Mapping[str, str]] = {
-            model: tracking.aliases(self.uri, model) for model in dict.fromkeys(model for model, _ in known)
-        }
+        aliases: dict[str, dict[str, str]] = {}
+        for model in dict.fromkeys(model for model, _ in known):
+            with refused:
+                aliases[model] = tracking.aliases(self.uri, model)
         verdicts = self.logs.read()  # after MLflow was asked, see above
         self.guarded |= verdicts.keys()
+        found: list[Correction] = []
         if not self._anything(verdicts):
-            return
+            return found
         for model, alias in known:
-            believed = verdicts.get((model, alias), [])
-            passed = last_passed(believed)
-            version = None if passed is None else tracking.version(self.uri, model, number=passed.version)
-            digest = None if version is None else version.tags.get("model_digest", "")
-            wrong = correction((model, alias), aliases[model].get(alias), believed, digest)
-            if wrong is not None:
-                yield wrong
+            if model in aliases:
+                believed = verdicts.get((model, alias), [])
+                with refused:
+                    digest = self._digest(model, last_passed(believed))
+                    wrong = correction((model, alias), aliases[model].get(alias), believed, digest)
+                    found += [] if wrong is None else [wrong]
+        return found
+
+    def _digest(self, model: str, passed: Verdict | None) -> str | None:
+        """Return the tag `model_digest` of the version of a verdict, as `correction` takes it."""
+        version = None if passed is None else tracking.version(self.uri, model, number=passed.version)
+        return None if version is None else version.tags.get("model_digest", "")
 
     def _anything(self, verdicts: Mapping[Alias, Sequence[Verdict]]) -> bool:
         """Return whether any verdict at all is believed; where none is, say so.

@@ -142,7 +142,7 @@ def aliases(uri: str, name: str) -> dict[str, str]:
         try:
             return {alias: str(number) for alias, number in mlflow.get_registered_model(name).aliases.items()}
         except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 return {}
             raise
 

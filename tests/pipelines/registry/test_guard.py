@@ -9,7 +9,7 @@ from pipelines.registry.guard import Correction, Guard, Logs, correction, watch
 from pipelines.registry.sign import Signer, Trust
 from pipelines.registry.verdict import Verdict, VerdictLog
 from pipelines.storage import Storage, TransientStorageError
-from pipelines.tracking import ModelVersion, UnreachableError
+from pipelines.tracking import ModelVersion, TrackingError, UnreachableError
 
 CHAMPION = ("digits", "champion")
 FIRST = Verdict(True, "first", "digits", "champion", "1", "d1", at="2026-01-01T00:00:00+00:00")
@@ -251,6 +251,24 @@ def test_two_guards_that_disagree_do_not_keep_each_other_busy_within_a_look(regi
     registry.aliases["champion"] = "3"
     gate.guard().settle()
     assert len(registry.moves) == module.ROUNDS
+
+
+def test_what_mlflow_refuses_of_one_model_keeps_no_other_from_being_guarded(registry, gate, monkeypatch):
+    """As where the guard may not write to every model."""
+    gate.decide(replace(FIRST, model="closed"), FIRST)
+    registry.aliases["champion"] = "2"
+
+    def find(uri, name):
+        if name == "closed":
+            raise TrackingError("permission denied", 403)
+        return registry.find(uri, name)
+
+    monkeypatch.setattr(tracking, "aliases", find)
+    guard = gate.guard()
+    guard.guarded.add(("closed", "champion"))
+    with pytest.raises(TrackingError, match="permission denied"):
+        guard.settle()
+    assert registry.aliases == {"champion": "1"}
 
 
 def test_an_outage_is_waited_for_and_said_once(registry, gate, monkeypatch):
