@@ -29,6 +29,8 @@ from pipelines.tracking import ModelVersion, Tracker, TrackingError, links
 MARK = "<!-- model card: written by ddpm, anew with each verdict; a text above this line stays -->"
 LARGEST = 5_000
 """Characters that MLflow's database keeps of a description."""
+SHORT = 12
+"""Characters of a digest that are shown; the tags have all."""
 NAMES = 12
 """Classes whose names are shown."""
 PICTURES = {
@@ -162,7 +164,7 @@ def _scores(scores: Scores) -> str:
         rows.append((words, _figure(score.value), _interval(score), _figure(real), _figure(score.ceiling)))
     drawn = f"{scores.n:,} samples" if len(scores.seeds) == 1 else f"{len(scores.seeds)} x {scores.n:,} samples"
     judged = f"{drawn} (noise seeds {', '.join(map(str, scores.seeds))}), judged by the {scores.evaluator} "
-    judged += f"`{scores.evaluator_digest[:12]}`"
+    judged += f"`{scores.evaluator_digest[:SHORT]}`"
     against = " and ".join(f"{count:,} {_plain(split)} images" for split, count in scores.real.items())
     judged += f" against {against}." if against else "."
     found = [_table(("score", "value", "95 % interval", "real test images", "noise"), rows), judged]
@@ -218,7 +220,7 @@ def _use(reference: str, spec: ModelSpec) -> str:
 
 def _data(evidence: Evidence, spec: ModelSpec, dataset: Dataset | None) -> str:
     scores, lineage = evidence.scores, evidence.lineage
-    rows = [("data", _code(evidence.dataset_uri)), ("digest", _code(scores.dataset_digest))]
+    rows = [("data", _code(evidence.dataset_uri)), ("digest", _code(scores.dataset_digest[:SHORT]))]
     if dataset is not None:
         same = "" if dataset.digest == scores.dataset_digest else " (there now, which is other data)"
         rows.append(("images", ", ".join(f"{dataset.samples(s):,} {_plain(s)}" for s in dataset.splits) + same))
@@ -250,11 +252,11 @@ def _training(evidence: Evidence, spec: ModelSpec, settings: Mapping[str, Any] |
         rows.append(("precision", str(lineage["precision"])))
     code = f"{lineage.get('code_version', 'unknown')}, commit {_code(lineage.get('git_commit') or 'unknown')}"
     packages = ", ".join(f"{name} {release}" for name, release in sorted(evidence.packages.items()))
-    return _list([*rows, ("code", code), ("packages", packages), ("weights", _code(evidence.model_digest))])
+    return _list([*rows, ("code", code), ("packages", packages), ("weights", _code(evidence.model_digest[:SHORT]))])
 
 
 def _settings(sampling: Mapping[str, Any]) -> str:
-    return _list([(name, json.dumps(value)) for name, value in sampling.items() if value is not None])
+    return ", ".join(f"{name} {json.dumps(value)}" for name, value in sampling.items() if value is not None) + "."
 
 
 def _section(title: str, text: str) -> str:
@@ -266,8 +268,9 @@ def _list(rows: Iterable[tuple[str, str]]) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *([_plain(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """Return a table; MLflow's page has no space of its own between columns."""
+    cells = [[_plain(row[0]), *(f"&emsp;{_plain(cell)}" if cell else "" for cell in row[1:])] for row in [head, *rows]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [cells[0], ["---"] * len(head), *cells[1:]])
 
 
 def _rank(name: str) -> int:

@@ -107,22 +107,22 @@ def text_of(evidence=EVIDENCE, spec=SPEC, verdict=VERDICT, origin=ORIGIN) -> str
         f"Draws 8x8 grey images of 3 classes: a denoising diffusion model (unet, {parameters(SPEC):,} parameters) of "
         "the run [`digits`](#/experiments/1/runs/r), after 76,800 images.",
         "![evaluation](get-artifact?run_uuid=r&path=images/e.png)",
-        "| class accuracy | 0.9907 | 0.985 to 0.996 | 0.9944 |  |",
-        "| Frechet distance to the train split | 0.87 | 0.65 to 1.09 | 2.76 | 52.3 |",
+        "| class accuracy | &emsp;0.9907 | &emsp;0.985 to 0.996 | &emsp;0.9944 |  |",
+        "| Frechet distance to the train split | &emsp;0.87 | &emsp;0.65 to 1.09 | &emsp;2.76 | &emsp;52.3 |",
         "3 x 2,000 samples (noise seeds 1, 2, 3), judged by the classifier `eeeeeeeeeeee` against 719 train images and "
         "359 test images.",
         "Copies of training images: none found: 1.1% of 1,000 samples.",
         "`champion`: **passed** on 2026-11-26T03:00:00+00:00, better: 0.87 against 1.90; compared with version 1 on "
         "5,000 samples of each, attempt 2.",
-        "| Frechet distance | 0.87 | &lt; 1.90 | yes |",
-        "| copies | 12 % | at most 2 % | no |",
+        "| Frechet distance | &emsp;0.87 | &emsp;&lt; 1.90 | &emsp;yes |",
+        "| copies | &emsp;12 % | &emsp;at most 2 % | &emsp;no |",
         "- The evaluator names the class of 99.44% of real test images: a class accuracy near or above that tells no "
         "more.",
         "ddpm sample models:/digits/2 --labels 0,1 --out samples",
         "ddpm verify models:/digits/2",
         "model = mlflow.pyfunc.load_model('models:/digits/2')",
         "- data: `s3://ddpm/datasets/digits`",
-        f"- digest: `{'d' * 64}`",
+        f"- digest: `{'d' * 12}`",
         "- images: 719 train, 359 test",
         "- left out by quarantine: 4",
         "- classes: zero, one, two",
@@ -135,8 +135,8 @@ def text_of(evidence=EVIDENCE, spec=SPEC, verdict=VERDICT, origin=ORIGIN) -> str
         "- precision: bf16",
         "- code: 1.2.3, commit `abc123`",
         "- packages: ray 2.60.0, torch 2.9.0",
-        "- steps: 50",
-        "- scale: 2.0",
+        'kind "ddim", guidance "classifier_free", scale 2.0, interval [0.0, 1.0], rescale 0.0, steps 50, spacing '
+        '"trailing", eta 0.0, clip 1.0, clip_when "after_guidance".',
     ],
 )
 def test_the_card_tells(line):
@@ -164,7 +164,7 @@ def test_limits_follow_from_the_scores():
     assert "It was judged without labels" in text
     assert "was not looked at: there were too few images" in text
     assert "The scores have no intervals" in text
-    assert "| Frechet distance to the train split | 0.87 |  |  |  |" in text
+    assert "| Frechet distance to the train split | &emsp;0.87 |  |  |  |" in text
 
 
 def test_a_model_without_classes_is_used_without_labels():
