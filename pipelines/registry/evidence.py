@@ -82,6 +82,7 @@ class Evidence:
             "frechet_distance": f"{scores['frechet_distance'].value:.4f}",
             "class_accuracy": "" if scores.class_accuracy is None else f"{scores.class_accuracy:.4f}",
             "model_digest": self.model_digest,
+            "served_digest": self.served_digest,
             "dataset_digest": scores.dataset_digest,
             "stream_digest": scores.stream_digest,
             "evaluator_digest": scores.evaluator_digest,
