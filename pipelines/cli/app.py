@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from pipelines.cli import data, flow, models, runs, search, stack, training
+from pipelines.cli import data, flow, guard, models, runs, search, stack, training
 from pipelines.cli.common import terminal
 from pipelines.credentials import clean_arguments
 from pipelines.errors import ConfigError, PipelineError
@@ -22,6 +22,7 @@ for verb in (
     training.train,
     *(runs.runs, runs.logs, runs.rm, runs.gc),
     *(models.evaluate, models.sample, models.promote, models.verify),
+    guard.guard,
     flow.flow,
 ):
     app.command()(verb)

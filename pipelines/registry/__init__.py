@@ -1,13 +1,17 @@
 """The model registry: versions that carry signed evidence, and aliases that move through a gate.
 
 `package` makes a version, `evidence` is what it carries, `sign` says by whom, `contents` whether all is as it was then,
-and `verify` looks at a version as a whole, its data and the pictures that it draws included. `bounds` is what every
-version has to be, `comparison` draws samples of two of them on the same noise, `gate` decides, `verdict` is what was
-decided and the log of all decisions, and `promote` records a decision and moves the alias.
+and `verify` looks at a version as a whole, its data and the pictures that it draws included; `card` describes it on its
+page. `bounds` is what every version has to be, `comparison` draws samples of two of them on the same noise, `gate`
+decides, `verdict` is what was decided and the log of all decisions, and `promote` records a decision and moves the
+alias. `guard` puts an alias back that was moved otherwise, `notices` has MLflow tell it at once.
 """
 
+from pipelines.registry.card import describe
 from pipelines.registry.contents import check_version
 from pipelines.registry.evidence import Evidence, EvidenceError
+from pipelines.registry.guard import Guard, Logs, watch
+from pipelines.registry.notices import Notices
 from pipelines.registry.package import RegistryError, digest_of, register, write_version
 from pipelines.registry.promote import CANDIDATE, PREVIOUS, Gate
 from pipelines.registry.sign import SignatureError, Signer, Trust, check_signing
@@ -20,6 +24,9 @@ __all__ = [
     "Evidence",
     "EvidenceError",
     "Gate",
+    "Guard",
+    "Logs",
+    "Notices",
     "RegistryError",
     "Row",
     "SignatureError",
@@ -30,8 +37,10 @@ __all__ = [
     "Verification",
     "check_signing",
     "check_version",
+    "describe",
     "digest_of",
     "register",
     "verify",
+    "watch",
     "write_version",
 ]

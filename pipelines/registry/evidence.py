@@ -67,6 +67,12 @@ class Evidence:
         """SHA-256 over the code that travels with the version, by name and content."""
         return hashlib.sha256(json.dumps(self.code, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def served_digest(self) -> str:
+        """SHA-256 over the weights and the settings: two versions of the same serve the same pictures."""
+        content = [self.files[WEIGHTS], self.scores.sampling]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
     def tags(self) -> dict[str, str]:
         """Return the tags of the version, which have to be equal to these."""
         scores = self.scores
@@ -76,6 +82,7 @@ class Evidence:
             "frechet_distance": f"{scores['frechet_distance'].value:.4f}",
             "class_accuracy": "" if scores.class_accuracy is None else f"{scores.class_accuracy:.4f}",
             "model_digest": self.model_digest,
+            "served_digest": self.served_digest,
             "dataset_digest": scores.dataset_digest,
             "stream_digest": scores.stream_digest,
             "evaluator_digest": scores.evaluator_digest,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ddpm.model import load_model
+from ddpm.model import ModelSpec, load_model, read_spec
 from pipelines import tracking
 from pipelines.config import Config
 from pipelines.display import Display
@@ -17,6 +17,7 @@ from pipelines.evaluation.real import Real, open_real
 from pipelines.evaluation.scoring import check_fits
 from pipelines.references import guided
 from pipelines.registry.bounds import absolute_bounds
+from pipelines.registry.card import describe
 from pipelines.registry.comparison import Compared, Drawing, Subject, compare, gate_seed
 from pipelines.registry.contents import check_version
 from pipelines.registry.envelope import model_folder
@@ -42,13 +43,15 @@ class Opened:
     Attributes:
         evidence: None where it has none that is believed.
         rows: lines of the gate's table about its signature, evidence, tags and files.
-        folder: with its model.
+        folder: with its model, as long as the version is open.
+        spec: the description of the model; None where that cannot be read.
     """
 
     version: ModelVersion
     evidence: Evidence | None
     rows: tuple[Row, ...]
     folder: Path
+    spec: ModelSpec | None
 
     @property
     def believed(self) -> bool:
@@ -102,13 +105,13 @@ class Gate:
         if champion is not None and champion.version == version.version:
             self._settle(version, None)
             return Verdict(True, f"the alias {self.alias} is there already", self.model, self.alias, version.version)
-        verdict = self._judge(version, champion, verdicts, margin)
+        opened, verdict = self._judge(version, champion, verdicts, margin)
         if dry_run or verdict in verdicts:
             return verdict
         if not self.log.add(verdict, Signer.of(self.config.registry), seen):
             # Somebody decided in between: samples are stored, so that only the decision is made anew.
             return self.promote(version, margin=margin)
-        self._record(verdict)
+        self._record(verdict, opened)
         if verdict.passed:
             self._settle(version, champion)
         return verdict
@@ -133,8 +136,8 @@ class Gate:
             model=self.model,
             alias=self.alias,
             version=version.version,
-            model_digest=version.tags.get("model_digest", ""),
             champion=held[-1],
+            served_digest=version.tags.get("served_digest", ""),
             rollback=True,
             at=now(),
         )
@@ -142,7 +145,8 @@ class Gate:
             return verdict
         if not self.log.add(verdict, Signer.of(self.config.registry), seen):
             return self.rollback()
-        self._record(verdict)
+        with self._opened(version) as opened:
+            self._record(verdict, opened)
         before = None if len(held) < 3 else tracking.version(self.uri, self.model, number=held[-3])
         self._settle(version, before)
         return verdict
@@ -155,10 +159,12 @@ class Gate:
                 return found
         return tracking.version(self.uri, self.model, alias=self.alias)
 
-    def _record(self, verdict: Verdict) -> None:
-        """Write a decision onto its version, for whoever reads its page."""
+    def _record(self, verdict: Verdict, opened: Opened) -> None:
+        """Write a decision onto its version, for whoever reads its page, and its model card anew."""
         tags = {f"gate.{self.alias}": str(verdict), f"gate.{self.alias}.table": tracking.to_json(verdict.to_plain())}
         tracking.set_version_tags(self.uri, self.model, verdict.version, tags)
+        if opened.evidence is not None and opened.spec is not None:
+            describe(self.uri, opened.version, opened.evidence, opened.spec, verdict, self.storage)
 
     def _settle(self, version: ModelVersion, before: ModelVersion | None) -> None:
         """Let the alias point to a version, and `previous` to that before it, if any."""
@@ -168,17 +174,17 @@ class Gate:
 
     def _judge(
         self, version: ModelVersion, champion: ModelVersion | None, verdicts: Sequence[Verdict], margin: float | None
-    ) -> Verdict:
-        """Return the decision about a version; one that was made before with as many samples is found again."""
+    ) -> tuple[Opened, Verdict]:
+        """Return a version and the decision about it; one made before with as many samples is found again."""
         with self._opened(version) as candidate:
-            digest = "" if candidate.evidence is None else candidate.evidence.model_digest
+            digest = "" if candidate.evidence is None else candidate.evidence.served_digest
             verdict = Verdict(
                 passed=False,
                 reason="",
                 model=self.model,
                 alias=self.alias,
                 version=version.version,
-                model_digest=digest,
+                served_digest=digest,
                 champion=None if champion is None else champion.version,
                 at=now(),
             )
@@ -186,11 +192,12 @@ class Gate:
             if candidate.evidence is not None:
                 rows += [*check_data(candidate.evidence, self.storage), *absolute_bounds(candidate.evidence.scores)]
             if not all(row.passed for row in rows):
-                return _refused(verdict, rows)
+                return candidate, _refused(verdict, rows)
             if champion is None:
-                return replace(verdict, passed=True, reason="the alias has no version yet", rows=tuple(rows))
+                first = replace(verdict, passed=True, reason="the alias has no version yet", rows=tuple(rows))
+                return candidate, first
             with self._opened(champion) as present:
-                return self._against(candidate, present, verdict, rows, verdicts, margin)
+                return candidate, self._against(candidate, present, verdict, rows, verdicts, margin)
 
     def _against(
         self,
@@ -204,23 +211,28 @@ class Gate:
         """Return the decision about a version that is what it should be, against the present one."""
         assert candidate.evidence is not None
         name = champion.version.uri
-        if not champion.believed:
-            if _same_weights(candidate, champion):
-                return replace(verdict, passed=True, reason=f"it is {name}, now with evidence", rows=tuple(rows))
+        if champion.believed:
+            assert champion.evidence is not None
+            unlike = comparable(candidate.evidence.scores, champion.evidence.scores, name)
+        else:
             wrong = next(row for row in champion.rows if not row.passed)
-            asked = f"a champion that was judged: register it with `ddpm register {name}`, and promote that version"
-            return _refused(verdict, [*rows, Row(f"{name}: {wrong.name}", wrong.figure, asked, passed=False)])
+            unlike = [Row(f"{name}: {wrong.name}", wrong.figure, wrong.bound, passed=False)]
+        if not all(row.passed for row in unlike):
+            if _same_model(candidate, champion):
+                reason = f"it is the model of {name}, with evidence that can be compared from now on"
+                return replace(verdict, passed=True, reason=reason, rows=tuple(rows))
+            refused = _refused(verdict, [*rows, *unlike])
+            mend = f"first `ddpm register {name}`, which scores it anew, and promote the version that this makes"
+            return replace(refused, reason=f"{refused.reason}; {mend}")
         assert champion.evidence is not None
-        rows += comparable(candidate.evidence.scores, champion.evidence.scores, name)
-        if not all(row.passed for row in rows):
-            return _refused(verdict, rows)
+        rows += unlike
         dataset, evaluator, real = self._open_data(candidate.evidence)
-        seed = gate_seed(self.model, self.alias, champion.evidence.model_digest)
-        drawing = Drawing.of(self.config, evaluator.encoder.width, seed)
-        verdict = replace(verdict, champion_digest=champion.evidence.model_digest, n=drawing.n, margin=margin)
+        against = champion.evidence.served_digest
+        drawing = Drawing.of(self.config, evaluator.encoder.width, gate_seed(self.model, self.alias, against))
+        verdict = replace(verdict, champion_digest=against, n=drawing.n, margin=margin)
         judged = _judged_before(verdicts, verdict)
         if judged is not None:  # one that passed has lost the alias since, and takes it again by what was found then
-            return replace(judged, at=now()) if judged.passed else judged
+            return replace(judged, version=verdict.version, at=now() if judged.passed else judged.at)
         compared = self._compare(candidate, champion, drawing, dataset, evaluator, real)
         attempts = [v.attempt for v in verdicts if v.champion_digest == verdict.champion_digest]
         attempt = 1 + max(attempts, default=0)
@@ -243,7 +255,7 @@ class Gate:
         model = load_model(opened.folder)
         check_fits(model.spec, dataset)
         model = guided(model, model.spec.sampling, self.uri, self.storage)
-        return Subject(model, opened.evidence.model_digest, model.spec.sampling)
+        return Subject(model, opened.evidence.served_digest, model.spec.sampling)
 
     def _open_data(self, evidence: Evidence) -> tuple[Dataset, Evaluator, Real]:
         """Return the dataset of a version, with the evaluator that scored it and what that says of the real images.
@@ -284,7 +296,10 @@ class Gate:
         with tempfile.TemporaryDirectory(prefix="version-", dir=scratch_folder()) as scratch:
             folder = tracking.download_version(self.uri, version, Path(scratch))
             evidence, rows = check_version(folder, version.tags, Trust.of(self.config.registry))
-            yield Opened(version, evidence, tuple(rows), model_folder(folder))
+            inside, spec = model_folder(folder), None
+            with suppress(ValueError):
+                spec = read_spec(inside)
+            yield Opened(version, evidence, tuple(rows), inside, spec)
 
 
 def _refused(verdict: Verdict, rows: Sequence[Row]) -> Verdict:
@@ -294,15 +309,18 @@ def _refused(verdict: Verdict, rows: Sequence[Row]) -> Verdict:
 
 
 def _judged_before(verdicts: Sequence[Verdict], verdict: Verdict) -> Verdict | None:
-    """Return the decision that was made about the same weights against the same champion with as many samples."""
-    fields = ("version", "model_digest", "champion_digest", "n", "margin")
+    """Return the decision that was made about the same model against the same champion with as many samples."""
+    fields = ("served_digest", "champion_digest", "n", "margin")
     for earlier in reversed(verdicts):
         if earlier.attempt and all(getattr(earlier, name) == getattr(verdict, name) for name in fields):
             return earlier
     return None
 
 
-def _same_weights(candidate: Opened, champion: Opened) -> bool:
-    """Return whether both versions hold the same weights."""
+def _same_model(candidate: Opened, champion: Opened) -> bool:
+    """Return whether both versions serve the same weights with the same settings, whatever else is known of them."""
     files = [opened.folder / WEIGHTS for opened in (candidate, champion)]
-    return all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes()
+    if not all(file.is_file() for file in files) or files[0].read_bytes() != files[1].read_bytes():
+        return False
+    served = [None if opened.spec is None else opened.spec.sampling for opened in (candidate, champion)]
+    return served[0] is not None and served[0] == served[1]

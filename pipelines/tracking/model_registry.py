@@ -144,6 +144,21 @@ def versions(uri: str, name: str) -> list[ModelVersion]:
     return [ModelVersion(name, str(v.version), v.run_id, dict(v.tags), tuple(v.aliases)) for v in numbered]
 
 
+def aliases(uri: str, name: str) -> dict[str, str]:
+    """Return alias -> version of a registered model, in one try; none where there is no such model."""
+    from mlflow.exceptions import MlflowException
+
+    def find(mlflow: MlflowClient) -> dict[str, str]:
+        try:
+            return {alias: str(number) for alias, number in mlflow.get_registered_model(name).aliases.items()}
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return {}
+            raise
+
+    return ask(uri, find, patience_s=0)
+
+
 def set_alias(uri: str, name: str, alias: str, number: str) -> None:
     """Make an alias point to a version."""
     ask(uri, lambda mlflow: mlflow.set_registered_model_alias(name, alias, number))
@@ -152,6 +167,11 @@ def set_alias(uri: str, name: str, alias: str, number: str) -> None:
 def delete_alias(uri: str, name: str, alias: str) -> None:
     """Take an alias away; one that is not there is no error."""
     ask(uri, lambda mlflow: mlflow.delete_registered_model_alias(name, alias))
+
+
+def version_description(uri: str, name: str, number: str) -> str:
+    """Return the description of a version."""
+    return str(ask(uri, lambda mlflow: mlflow.get_model_version(name, number)).description or "")
 
 
 def describe_version(uri: str, name: str, number: str, text: str) -> None:

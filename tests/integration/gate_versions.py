@@ -101,9 +101,8 @@ def main(name: str, run_id: str) -> None:
         for weights in network.parameters():
             weights.copy_(torch.randn(weights.shape, generator=generator) * 0.02)
 
-    def scored(resolved: Resolved, **changes):
+    def scored(resolved: Resolved, asked=config, **changes):
         sampling = resolved.model.spec.sampling.with_fields(**changes)
-        asked = config
         return score(
             resolved, sampling, asked, storage, Silent(), lambda: connect_ray(config, storage), dataset_uri
         ).scores
@@ -162,10 +161,8 @@ def main(name: str, run_id: str) -> None:
     storage.delete_folder(COPY)
     answers["missing dataset"] = asked(elsewhere)
     other = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"evaluator": "contrastive"})})
-    judged = score(
-        good, good.model.spec.sampling, other, storage, Silent(), lambda: connect_ray(config, storage), dataset_uri
-    ).scores
-    answers["other evaluator"] = asked(version(good, judged))
+    answers["other evaluator"] = asked(version(good, scored(good, other, steps=11)))
+    answers["the champion scored anew"] = asked(version(good, scored(good, other)))
     print(json.dumps(answers))
 
 

@@ -132,4 +132,12 @@ def test_a_model_of_weights_that_are_no_numbers_does_not_become_a_version(answer
 def test_equal_versions_are_not_better(answers, client):
     assert "the same samples" in answers["the same weights again"]["reason"]
     assert not answers["nearly the same settings"]["passed"]
-    assert aliases(client)["champion"] == "2"
+    assert "not distinguishable" in answers["nearly the same settings"]["reason"]
+
+
+def test_a_champion_whose_scores_no_longer_compare_is_followed_by_the_same_model_scored_anew(answers, client):
+    assert "ddpm register models:/gated/2" in answers["other evaluator"]["reason"]
+    anew = answers["the champion scored anew"]
+    assert anew["passed"], anew["reason"]
+    assert "it is the model of models:/gated/2" in anew["reason"]
+    assert aliases(client)["champion"] == anew["version"]
