@@ -69,8 +69,9 @@ class Evidence:
 
     @property
     def served_digest(self) -> str:
-        """SHA-256 over the weights and the settings: two versions of the same serve the same pictures."""
-        content = [self.files[WEIGHTS], self.scores.sampling]
+        """SHA-256 over the weights, those that guide included, and the settings: the same serve the same pictures."""
+        weights = {name: digest for name, digest in self.files.items() if name.endswith(WEIGHTS)}
+        content = [weights, self.scores.sampling]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def tags(self) -> dict[str, str]:

@@ -67,6 +67,20 @@ def test_a_version_carries_the_network_that_guides_it(home, tmp_path, kind):
     assert torch.equal(to_uint8(again), drawn["images"])
 
 
+def test_what_a_version_serves_has_another_digest_with_other_weights_guides_or_settings(home, tmp_path):
+    guided = scores(Sampling.of(steps=2, scale=2.0, guidance="auto", weak="runs:/abc"))
+    made = [
+        written(tmp_path / "1"),
+        written(tmp_path / "2", a_model(1)),
+        written(tmp_path / "3", found=scores(SAMPLING.with_fields(scale=3.0))),
+        written(tmp_path / "4", a_model(weak=a_model(1)), guided),
+        written(tmp_path / "5", a_model(weak=a_model(2)), guided),
+    ]
+    assert len({evidence.served_digest for evidence in made}) == 5
+    again = written(tmp_path / "6", found=scores(evaluator_digest="other"))
+    assert again.served_digest == made[0].served_digest
+
+
 def test_a_model_whose_weights_are_not_numbers_becomes_no_version(home, tmp_path):
     model = a_model()
     with torch.no_grad():
