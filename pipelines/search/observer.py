@@ -30,6 +30,9 @@ AXIS = {"training": "images_seen", "guidance": "samples"}
 class Observer(Callback):
     """Ray Tune's callback of a study, and the only writer of its records.
 
+    A training opens its MLflow run itself. Two that opened it at the same time would make two of it, so a training
+    trial is logged from its first report on.
+
     MLflow may not answer while a study runs. Ray Tune's callbacks do not wait for it: trials that could not be logged
     are logged by `settle`, now or when the study is resumed.
 
@@ -78,7 +81,7 @@ class Observer(Callback):
         known = self.records.get(name)
         if known is None or known.state != "running":
             known = TrialRecord(name, params, "running")
-        self._keep(known)
+        self._keep(known, log=self.study.kind != "training")
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -125,9 +128,13 @@ class Observer(Callback):
         """Return the best trial so far, or None."""
         return best(self.records.values(), self.study.objectives[0])
 
-    def _keep(self, record: TrialRecord) -> None:
+    def _keep(self, record: TrialRecord, log: bool = True) -> None:
         """Write a record, log it, and report the change."""
         self.records[record.trial] = record
+        if not log:
+            self.store.record(record)
+            self.on_change(self)
+            return
         if record.run_id is None:
             # Recorded before its MLflow run is opened: a driver that is killed in between resumes the trial and finds
             # that run again.

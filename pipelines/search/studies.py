@@ -187,7 +187,7 @@ def training_study(
     tracker = _open_run(config, name, study, dataset.uri)
     observer = Observer(store, study, tracker, config.tracking.experiment, config.images, on_change)
     observer.begin(records)
-    shared = Shared.of(study, config, name, lineage, evaluator.encoder, real)
+    shared = Shared.of(study, config, name, lineage, tracker.run_id, evaluator.encoder, real)
     training_search.run_trials(shared, records, observer, first)
     observer.settle()
     return _publish_training(config, study, dataset.uri, store, tracker, began)

@@ -15,6 +15,7 @@ from ray import tune
 from torch import Tensor
 
 from ddpm.quality import FeatureMoments
+from pipelines import tracking
 from pipelines.config import Config, ConfigError
 from pipelines.evaluation.evaluators import Encoder
 from pipelines.evaluation.real import Real
@@ -46,6 +47,7 @@ class Shared:
         base: the configuration that the trials vary.
         name: of the study.
         lineage: which code runs, see `pipelines.lineage`.
+        parent: ID of the study's MLflow run.
         encoder, reference, labels, held_out, held_out_labels: see `RungJudge`.
     """
 
@@ -53,6 +55,7 @@ class Shared:
     base: Config
     name: str
     lineage: Mapping[str, Any]
+    parent: str
     encoder: Encoder
     reference: FeatureMoments
     labels: Tensor | None
@@ -66,6 +69,7 @@ class Shared:
         base: Config,
         name: str,
         lineage: Mapping[str, Any],
+        parent: str,
         encoder: Encoder,
         real: Real,
     ) -> Shared:
@@ -78,6 +82,7 @@ class Shared:
             base,
             name,
             lineage,
+            parent,
             encoder,
             real.train.moments,
             torch.from_numpy(balanced_labels(real.test.count, counts, seed)) if counts else None,
@@ -203,6 +208,9 @@ class TrainingTrial(tune.Trainable):
             self.uri,
         )
         try:
+            assert config.tracking.uri is not None
+            below = {"mlflow.parentRunId": shared.parent, "ddpm.study": shared.name}
+            tracking.open_run(config.tracking.uri, config.tracking.experiment, config.name, below)
             plan = driver.make_plan(config, self.storage, dict(shared.lineage))
             driver.train(replace(plan, job=replace(plan.job, evaluation_hook=judge)), workers=self.workers.provide)
         except BaseException as error:  # noqa: BLE001 - it is raised in Tune's own thread
