@@ -77,7 +77,7 @@ class Observer(Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record that a trial begins."""
-        name, params = self._identify(trial)
+        name, params = identify(trial)
         known = self.records.get(name)
         if known is None or known.state != "running":
             known = TrialRecord(name, params, "running")
@@ -87,7 +87,7 @@ class Observer(Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """Record the scores that a trial reports."""
-        name, _ = self._identify(trial)
+        name, _ = identify(trial)
         numbers = {
             key: float(value)
             for key, value in result.items()
@@ -97,7 +97,7 @@ class Observer(Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record that a trial ends, by itself or because other trials are better."""
-        name, _ = self._identify(trial)
+        name, _ = identify(trial)
         record = self.records[name]
         complete = record.scores.get(AXIS[self.study.kind], 0) >= self.length
         if not all(math.isfinite(record.scores.get(objective, math.nan)) for objective in self.study.objectives):
@@ -107,7 +107,7 @@ class Observer(Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record that a trial fails; the study continues."""
-        name, params = self._identify(trial)
+        name, params = identify(trial)
         record = self.records.get(name) or TrialRecord(name, params, "running")
         self._keep(record.ended("failed", _reason(trial)))
 
@@ -173,11 +173,11 @@ class Observer(Callback):
             tracker.tags({"ddpm.state": record.state, **({"ddpm.error": record.error} if record.error else {})})
         self.unlogged.discard(record.trial)
 
-    @staticmethod
-    def _identify(trial: Any) -> tuple[str, dict[str, Value]]:
-        """Return name and parameters of a Ray Tune trial."""
-        params = {path: value for path, value in trial.config.items() if not path.startswith("_")}
-        return trial_name(params), params
+
+def identify(trial: Any) -> tuple[str, dict[str, Value]]:
+    """Return name and parameters of a Ray Tune trial."""
+    params = {path: value for path, value in trial.config.items() if not path.startswith("_")}
+    return trial_name(params), params
 
 
 _SCORES = (

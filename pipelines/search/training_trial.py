@@ -22,6 +22,7 @@ from pipelines.evaluation.real import Real
 from pipelines.evaluation.samples import balanced_labels
 from pipelines.search.parameters import Params, Value
 from pipelines.search.rung_judge import RungJudge
+from pipelines.search.seeds import NoiseSeeds
 from pipelines.search.space import apply
 from pipelines.search.study import trial_name
 from pipelines.search.study_config import StudyConfig
@@ -74,7 +75,7 @@ class Shared:
         real: Real,
     ) -> Shared:
         """Return what trials share, of the real images as the evaluator sees them."""
-        counts, seed = real.train.class_counts, base.evaluation.seed
+        counts, seed = real.train.class_counts, NoiseSeeds.of(base, name).trials
         held_out, labels = real.held_out()
         count = min(study.bits_per_dim_images, len(held_out))
         return cls(
@@ -89,6 +90,11 @@ class Shared:
             torch.from_numpy(held_out[:count]).float() / 127.5 - 1,
             None if labels is None else torch.from_numpy(labels[:count]),
         )
+
+    @property
+    def seed(self) -> int:
+        """The seed of the noise by which all trials are judged."""
+        return NoiseSeeds.of(self.base, self.name).trials
 
 
 def rungs(images: int, batch_size: int, study: StudyConfig) -> tuple[int, ...]:
@@ -107,7 +113,10 @@ def rungs(images: int, batch_size: int, study: StudyConfig) -> tuple[int, ...]:
 
 
 def trial_config(shared: Shared, params: Params) -> Config:
-    """Return the configuration of a trial's run: no sample grids, and one checkpoint, from the first rung on."""
+    """Return the configuration of a trial's run: no sample grids, and one checkpoint, from the first rung on.
+
+    At its end a run publishes its checkpoint, whose averaged weights the confirmation loads.
+    """
     config, study = apply(shared.base, params), shared.study
     first = rungs(config.images, config.batch_size, study)[0]
     return config.model_copy(
@@ -203,7 +212,7 @@ class TrainingTrial(tune.Trainable):
             shared.reference,
             shared.held_out,
             shared.held_out_labels,
-            config.evaluation.seed,
+            shared.seed,
             self.storage,
             self.uri,
         )
