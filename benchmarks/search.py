@@ -100,7 +100,7 @@ def record(reference: str) -> None:
     from pipelines.config import sampling
     from pipelines.evaluation.evaluators import open_evaluator
     from pipelines.evaluation.real import open_real
-    from pipelines.search.guidance_search import base_of, subject_of
+    from pipelines.search.guidance_search import base_of
     from pipelines.search.judge import SampleScorer, Subject
     from pipelines.shards.index import read_dataset
     from pipelines.storage import Storage
@@ -127,7 +127,7 @@ def record(reference: str) -> None:
             distance = frechet_distance(self.scorer.subject.reference, FeatureMoments.of(drawn.features))
             return {"params": params, "frechet_distance": distance, "evaluations": drawn.evaluations}
 
-    shared = ray.put(subject_of(model, evaluator, real, {}, base.evaluation.seed))
+    shared = ray.put(Subject.of(model, evaluator, real, {}, base.evaluation.seed))
     actor: Any = ray.remote(num_cpus=1)(Judge)
     pool = ray.util.ActorPool([actor.remote(shared) for _ in range(int(ray.cluster_resources()["CPU"]))])
     began, rows, wanted = time.monotonic(), [], list(settings())

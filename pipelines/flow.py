@@ -18,7 +18,7 @@ from pipelines.evaluation.evaluators import check_evaluator
 from pipelines.evaluation.scores import Scores
 from pipelines.evaluation.scoring import score_and_record
 from pipelines.references import Resolved
-from pipelines.registry import CANDIDATE, Gate, Signer, Verdict, check_signing
+from pipelines.registry import Gate, Verdict, check_signing
 from pipelines.shards.index import DatasetError, read_dataset
 from pipelines.shards.ingest.encode import CaptionEncoder
 from pipelines.shards.ingest.write import Ingested, ingest, source_digest
@@ -109,7 +109,7 @@ def run(config: Config, lineage: dict[str, Any], display: Display) -> FlowResult
     )
     if not fresh:
         skipped.append("evaluate")
-    version, fresh = register_stage(resolved, scores, config, display)
+    version, fresh = register_stage(resolved, scores, config, storage, display)
     if not fresh:
         skipped.append("register")
     name, alias = config.registry.model, config.registry.alias
@@ -246,24 +246,19 @@ def train_stage(config: Config, storage: Storage, lineage: dict[str, Any], displ
     return result
 
 
-def register_stage(resolved: Resolved, scores: Scores, config: Config, display: Display) -> tuple[ModelVersion, bool]:
-    """Register a checkpoint with its scores as a model version, a candidate for the alias.
+def register_stage(
+    resolved: Resolved, scores: Scores, config: Config, storage: Storage, display: Display
+) -> tuple[ModelVersion, bool]:
+    """Register a checkpoint with its scores as a model version, unless it is one, and say so on the page of its run.
 
     Returns:
         The version, and whether it was registered now.
     """
     assert resolved.tracker is not None
-    tracker, name = resolved.tracker, config.registry.model
-    digest, plain = registry.digest_of(resolved), json.dumps(scores.to_plain(), sort_keys=True)
-    for found in tracking.versions(tracker.uri, name):
-        if (found.tags.get("model_digest"), found.tags.get("scores")) == (digest, plain):
-            display.stage("register", f"skipped: this model is {name} version {found.version} already")
-            return found, False
-    display.stage("register", f"as {name}")
     uri = resolved.model.spec.lineage["dataset_uri"]
-    version = registry.register(resolved, name, scores, uri, Signer.of(config.registry))
-    tracking.set_alias(tracker.uri, name, CANDIDATE, version.version)
-    page = links.version_page(version.name, version.version)
-    where = f"as [{name} version {version.version}]({page}), which has the gate's verdict and all that it came from."
-    tracking.describe(tracker, {"Registered": where})
-    return version, True
+    version, fresh = registry.register_once(resolved, scores, config, storage, display, uri)
+    if fresh:
+        page = links.version_page(version.name, version.version)
+        where = f"as [{version.name} version {version.version}]({page}), which has the gate's verdict and its evidence."
+        tracking.describe(resolved.tracker, {"Registered": where})
+    return version, fresh

@@ -287,7 +287,7 @@ def judge_study(
     if any(not record.deleted for record in runs):
         return Verdict(folder, False, "its MLflow run is there")
     for version in versions:
-        if version.tags.get("sampling.study") == folder.name:
+        if version.tags.get("study") == folder.name:
             return Verdict(folder, False, f"{version.uri} has its sampling settings from it")
     if not runs:
         return Verdict(folder, False, "this MLflow server does not know it: another may")

@@ -21,7 +21,7 @@ for verb in (
     *(data.ingest, data.index, data.check),
     training.train,
     *(runs.runs, runs.logs, runs.rm, runs.gc),
-    *(models.evaluate, models.sample, models.promote, models.verify),
+    *(models.evaluate, models.register, models.sample, models.promote, models.verify),
     guard.guard,
     flow.flow,
 ):

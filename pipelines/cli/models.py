@@ -1,9 +1,10 @@
-"""`ddpm evaluate`, `sample`, `promote` and `verify`: models that were trained before."""
+"""`ddpm evaluate`, `register`, `sample`, `promote` and `verify`: models that were trained before."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,9 +17,15 @@ from pipelines.cli.common import (
     compose_connected,
     connect,
     find_running,
+    quoted_override,
     show_verdict,
     terminal,
 )
+
+if TYPE_CHECKING:
+    from ddpm.generate import Sampling
+    from pipelines.config import Config
+    from pipelines.references import Resolved
 
 
 def evaluate(
@@ -36,11 +43,7 @@ def evaluate(
 
     storage = Storage.of(config)
     resolved = references.resolve(model, tracking_uri=config.tracking.uri, storage=storage)
-    from pipelines.config import sampling
-
-    overridden = any(line.lstrip("+").startswith(("guidance", "sampler")) for line in overrides or [])
-    settings = sampling(config) if overridden else resolved.model.spec.sampling
-    other_data = any(line.lstrip("+").startswith(("data=", "data.uri=")) for line in overrides or [])
+    settings, dataset_uri = _asked(resolved, config, overrides)
     with terminal.live():
         scores, _ = score_and_record(
             resolved,
@@ -49,12 +52,54 @@ def evaluate(
             storage,
             terminal,
             lambda: connect_ray(config, storage),
-            config.data.uri if other_data else None,
+            dataset_uri,
         )
     for name, text in scores.lines():
         terminal.stage(name, text)
     terminal.stage("samples", scores.samples)
     answer_json(as_json, scores.to_plain())
+
+
+def register(
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    overrides: Overrides = None,
+    name: Annotated[str | None, typer.Option(help="Registered model; default: registry.model")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score a model and register it as a version. Example: ddpm register models:/digits/1 sampler.steps=20"""
+    named = [] if name is None else [quoted_override("registry.model", name)]
+    config = compose_connected([*(overrides or []), *named])
+
+    from pipelines import references, registry
+    from pipelines.storage import Storage
+    from pipelines.training.ray_train.resources import connect_ray
+
+    storage = Storage.of(config)
+    resolved = references.resolve(model, tracking_uri=config.tracking.uri, storage=storage)
+    settings, dataset_uri = _asked(resolved, config, overrides)
+    with terminal.live():
+        version = registry.register_scored(
+            resolved,
+            settings,
+            config,
+            storage,
+            terminal,
+            lambda: connect_ray(config, storage),
+            dataset_uri=dataset_uri,
+        )
+    terminal.stage("registry", f"{version.uri}; `ddpm promote {version.uri} --alias {config.registry.alias}`")
+    answer_json(as_json, {"model": version.uri, "scores": json.loads(version.tags["scores"])})
+
+
+def _asked(resolved: Resolved, config: Config, overrides: list[str] | None) -> tuple[Sampling, str | None]:
+    """Return the sampling settings that overrides ask for, else the model's own, and the address of other data."""
+    from pipelines.config import sampling
+
+    lines = [line.lstrip("+") for line in overrides or []]
+    overridden = any(line.startswith(("guidance", "sampler")) for line in lines)
+    other_data = any(line.startswith(("data=", "data.uri=")) for line in lines)
+    settings = sampling(config) if overridden else resolved.model.spec.sampling
+    return settings, config.data.uri if other_data else None
 
 
 def sample(

@@ -1,10 +1,11 @@
 """The model registry: versions that carry signed evidence, and aliases that move through a gate.
 
-`package` makes a version, `evidence` is what it carries, `sign` says by whom, `contents` whether all is as it was then,
-and `verify` looks at a version as a whole, its data and the pictures that it draws included; `card` describes it on its
-page. `bounds` is what every version has to be, `comparison` draws samples of two of them on the same noise, `gate`
-decides, `verdict` is what was decided and the log of all decisions, and `promote` records a decision and moves the
-alias. `guard` puts an alias back that was moved otherwise, `notices` has MLflow tell it at once.
+`package` makes a version and `scored` scores a model first, `evidence` is what it carries, `sign` says by whom,
+`contents` whether all is as it was then, and `verify` looks at a version as a whole, its data and the pictures that it
+draws included; `card` describes it on its page. `bounds` is what every version has to be, `comparison` draws samples of
+two of them on the same noise, `gate` decides, `verdict` is what was decided and the log of all decisions, and `promote`
+records a decision and moves the alias. `guard` puts an alias back that was moved otherwise, `notices` has MLflow tell
+it at once.
 """
 
 from pipelines.registry.card import describe
@@ -13,7 +14,8 @@ from pipelines.registry.evidence import Evidence, EvidenceError
 from pipelines.registry.guard import Guard, Logs, watch
 from pipelines.registry.notices import Notices
 from pipelines.registry.package import RegistryError, digest_of, register, write_version
-from pipelines.registry.promote import CANDIDATE, PREVIOUS, Gate
+from pipelines.registry.promote import PREVIOUS, Gate
+from pipelines.registry.scored import CANDIDATE, check_registrable, register_once, register_scored
 from pipelines.registry.sign import SignatureError, Signer, Trust, check_signing
 from pipelines.registry.verdict import Row, Verdict, VerdictLog
 from pipelines.registry.verify import Verification, verify
@@ -35,11 +37,14 @@ __all__ = [
     "Verdict",
     "VerdictLog",
     "Verification",
+    "check_registrable",
     "check_signing",
     "check_version",
     "describe",
     "digest_of",
     "register",
+    "register_once",
+    "register_scored",
     "verify",
     "watch",
     "write_version",

@@ -32,8 +32,8 @@ from pipelines.shards.index import Dataset, read_dataset
 from pipelines.storage import Storage
 from pipelines.tracking import ModelVersion
 
-CANDIDATE, PREVIOUS = "candidate", "previous"
-"""Aliases of the newest version, and of the one that had the guarded alias before; nothing guards these two."""
+PREVIOUS = "previous"
+"""Alias of the version that had the guarded alias before; nothing guards it."""
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddpm.generate import Sampling
 from ddpm.model import Model
 from ddpm.models.classifier import NoisyClassifier
-from ddpm.quality import FeatureMoments, Interval, bootstrap, frechet_distance, halves, precision_recall
+from ddpm.quality import FeatureMoments, FrechetInfluence, Measured, precision_recall
+from pipelines.evaluation.compare import NEIGHBOURS
 from pipelines.evaluation.devices import task_device
 from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.images import to_levels
-
-DRAWS = 40
-"""Random halves from which the standard error of a distance is computed."""
+from pipelines.evaluation.real import Real
+from pipelines.evaluation.samples import balanced_labels
+from pipelines.scratch import scratch_folder
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,28 @@ class Subject:
     real: Tensor
     labels: Tensor | None
     guides: Mapping[str, NoisyClassifier | Model] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, model: Model, evaluator: Evaluator, real: Real, guides: Mapping[str, NoisyClassifier | Model], seed: int
+    ) -> Subject:
+        """Return a model with the real images that score it.
+
+        Args:
+            real: the real images, as the evaluator sees them.
+            seed: of the order of the labels.
+        """
+        with tempfile.TemporaryDirectory(prefix="real-", dir=scratch_folder()) as scratch:
+            test = real.load("test", Path(scratch), most=NEIGHBOURS).features.read(0, NEIGHBOURS)
+        labels = balanced_labels(real.test.count, real.train.class_counts, seed) if model.spec.classes else None
+        return cls(
+            model=replace(model, classifier=None, weak=None).to("cpu"),
+            evaluator=evaluator,
+            reference=real.train.moments,
+            real=torch.from_numpy(test),
+            labels=None if labels is None else torch.from_numpy(labels),
+            guides=guides,
+        )
 
 
 class Meter:
@@ -157,67 +181,49 @@ class Drawn:
         return Drawn(torch.cat([self.features, other.features]), correct, self.pixels, evaluations)
 
 
-def distance_and_error(reference: FeatureMoments, features: Tensor) -> tuple[dict[str, float], Tensor]:
-    """Compute the Frechet distance of samples' features [N, D] to the reference, and its standard error.
-
-    Returns:
-        The two scores by name, and the distances of random halves of the samples, [DRAWS]. The halves are the same for
-        any features of the same N, so that differences between two settings are paired.
-    """
-    distance = partial(_distance, reference)
-    drawn = halves(distance, features, draws=DRAWS, seed=0)
-    return {"frechet_distance": distance(features), "standard_error": drawn.std().item()}, drawn
-
-
-def interval(reference: FeatureMoments, features: Tensor, *, draws: int, seed: int = 0) -> Interval:
-    """Return the Frechet distance with its confidence interval."""
-    return bootstrap(partial(_distance, reference), features, draws=draws, seed=seed)
-
-
-def gain(reference: FeatureMoments, before: Tensor, after: Tensor, *, draws: int, seed: int = 0) -> Interval:
-    """Return by how much the Frechet distance falls between two settings' features [N, D] on the same noise."""
-
-    def fall(both: Tensor) -> float:
-        return _distance(reference, both[:, 0]) - _distance(reference, both[:, 1])
-
-    return bootstrap(fall, torch.stack([before, after], dim=1), draws=draws, seed=seed)
-
-
-def _distance(reference: FeatureMoments, features: Tensor) -> float:
-    """Return the Frechet distance of features [N, D] to the reference."""
-    return frechet_distance(reference, FeatureMoments.of(features))
+def measured_frechet(reference: FeatureMoments, features: Tensor) -> Measured:
+    """Return the Frechet distance of samples' features [N, D] to the reference, with the influence of each sample."""
+    parts = FrechetInfluence.of(reference, FeatureMoments.of(features))
+    return Measured(parts.distance, parts(features))
 
 
 def scores(subject: Subject, drawn: Drawn) -> tuple[dict[str, float], Tensor]:
-    """Return the scores that a trial reports, and the distances of halves that `hopeless` compares."""
-    values, distances = distance_and_error(subject.reference, drawn.features)
+    """Return the scores that a trial reports, and the influence of each sample on the distance, for `hopeless`."""
+    distance = measured_frechet(subject.reference, drawn.features)
+    values = {"frechet_distance": distance.value, "standard_error": distance.standard_error}
     values |= {"samples": float(len(drawn.features)), "evaluations": drawn.evaluations}
     if drawn.correct is not None:
         values["class_accuracy"] = drawn.correct.double().mean().item()
     if min(len(subject.real), len(drawn.features)) > 3:
         both = precision_recall(subject.real, drawn.features)
         values |= {"precision": both.precision, "recall": both.recall}
-    return values, distances
+    return values, distance.influence
 
 
 def hopeless(mine: Mapping[str, Any], others: Iterable[Mapping[str, Any]], level: float = 2.33) -> bool:
     """Return whether a setting is significantly worse than another one that needs no more network evaluations.
 
     A one-sided z-test of the difference of the Frechet distances at equal numbers of samples, at 1 % (z > 2.33). The
-    noise is the same in both, so the difference's standard error is that of paired halves. At equal numbers the
-    distances' bias is nearly the same.
+    noise is the same in both, so the standard error is that of the paired difference, from the influence of each
+    sample. At equal numbers the distances' bias is nearly the same. This saves time and is no finding, so it is not
+    corrected for the number of other settings.
 
     Args:
-        mine: `frechet_distance`, `evaluations`, `samples`, and the distances of `halves` of the setting.
+        mine: `frechet_distance`, `evaluations`, `samples`, and the `influence` of each sample of the setting.
         others: the same of the other settings.
         level: of z above which a difference is significant.
     """
     for other in others:
         if other["evaluations"] <= mine["evaluations"] and other["samples"] == mine["samples"]:
-            error = (torch.as_tensor(mine["halves"]) - torch.as_tensor(other["halves"])).std().item()
-            if mine["frechet_distance"] - other["frechet_distance"] > level * error:
+            worse = _measured(mine) - _measured(other)
+            if worse.value > level * worse.standard_error:
                 return True
     return False
+
+
+def _measured(reported: Mapping[str, Any]) -> Measured:
+    """Return the Frechet distance that a trial reported."""
+    return Measured(reported["frechet_distance"], torch.as_tensor(reported["influence"]).double())
 
 
 def rungs(samples: int, count: int) -> list[int]:

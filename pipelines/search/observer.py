@@ -30,6 +30,9 @@ AXIS = {"training": "images_seen", "guidance": "samples"}
 class Observer(Callback):
     """Ray Tune's callback of a study, and the only writer of its records.
 
+    A training opens its MLflow run itself. Two that opened it at the same time would make two of it, so a training
+    trial is logged from its first report on.
+
     MLflow may not answer while a study runs. Ray Tune's callbacks do not wait for it: trials that could not be logged
     are logged by `settle`, now or when the study is resumed.
 
@@ -74,17 +77,17 @@ class Observer(Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record that a trial begins."""
-        name, params = self._identify(trial)
+        name, params = identify(trial)
         known = self.records.get(name)
         if known is None or known.state != "running":
             known = TrialRecord(name, params, "running")
-        self._keep(known)
+        self._keep(known, log=self.study.kind != "training")
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """Record the scores that a trial reports."""
-        name, _ = self._identify(trial)
+        name, _ = identify(trial)
         numbers = {
             key: float(value)
             for key, value in result.items()
@@ -94,7 +97,7 @@ class Observer(Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record that a trial ends, by itself or because other trials are better."""
-        name, _ = self._identify(trial)
+        name, _ = identify(trial)
         record = self.records[name]
         complete = record.scores.get(AXIS[self.study.kind], 0) >= self.length
         if not all(math.isfinite(record.scores.get(objective, math.nan)) for objective in self.study.objectives):
@@ -104,7 +107,7 @@ class Observer(Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record that a trial fails; the study continues."""
-        name, params = self._identify(trial)
+        name, params = identify(trial)
         record = self.records.get(name) or TrialRecord(name, params, "running")
         self._keep(record.ended("failed", _reason(trial)))
 
@@ -125,9 +128,13 @@ class Observer(Callback):
         """Return the best trial so far, or None."""
         return best(self.records.values(), self.study.objectives[0])
 
-    def _keep(self, record: TrialRecord) -> None:
+    def _keep(self, record: TrialRecord, log: bool = True) -> None:
         """Write a record, log it, and report the change."""
         self.records[record.trial] = record
+        if not log:
+            self.store.record(record)
+            self.on_change(self)
+            return
         if record.run_id is None:
             # Recorded before its MLflow run is opened: a driver that is killed in between resumes the trial and finds
             # that run again.
@@ -166,11 +173,11 @@ class Observer(Callback):
             tracker.tags({"ddpm.state": record.state, **({"ddpm.error": record.error} if record.error else {})})
         self.unlogged.discard(record.trial)
 
-    @staticmethod
-    def _identify(trial: Any) -> tuple[str, dict[str, Value]]:
-        """Return name and parameters of a Ray Tune trial."""
-        params = {path: value for path, value in trial.config.items() if not path.startswith("_")}
-        return trial_name(params), params
+
+def identify(trial: Any) -> tuple[str, dict[str, Value]]:
+    """Return name and parameters of a Ray Tune trial."""
+    params = {path: value for path, value in trial.config.items() if not path.startswith("_")}
+    return trial_name(params), params
 
 
 _SCORES = (

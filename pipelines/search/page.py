@@ -7,7 +7,7 @@ import html
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +23,13 @@ from pipelines.search.study_config import DIRECTIONS, Objective, StudyConfig
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-    from pipelines.search.guidance_search import Confirmed
+    from pipelines.search.confirmation import Confirmed
 
 MIN_JUDGED = 4
 """Judged trials below which parallel coordinates show nothing."""
-LABELS: dict[Objective, str] = {
+LABELS: dict[str, str] = {
     "frechet_distance": "Frechet distance",
+    "kid": "kernel distance",
     "bits_per_dim": "bits/dim",
     "precision": "precision",
     "recall": "recall",
@@ -46,8 +47,9 @@ class Page:
         study: its settings.
         subject: the model or dataset that it is about.
         records: all trials.
-        confirmed: settings that were judged again; guidance studies only.
+        confirmed: settings, or trained models, that were judged again.
         pictures: trial -> its images, uint8 [N, H, W, C].
+        seeds: the noise seeds of the study, by what they were for.
         command: the command that runs the study.
         notes: lines about cost and time.
     """
@@ -58,6 +60,7 @@ class Page:
     records: Sequence[TrialRecord]
     confirmed: Sequence[Confirmed] = ()
     pictures: Mapping[str, Any] | None = None
+    seeds: Mapping[str, int] = field(default_factory=dict)
     command: str = ""
     notes: Sequence[str] = ()
 
@@ -97,6 +100,7 @@ class Page:
             best=best(self.records, objectives[0]),
             front={record.trial for record in front},
             labels=[LABELS[objective] for objective in objectives],
+            measures=LABELS,
             rows=sorted(self.records, key=lambda r: loss(r, objectives[0])),
             describe=describe_params,
             grids={trial: _inline(pixels) for trial, pixels in (self.pictures or {}).items()},

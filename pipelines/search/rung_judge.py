@@ -12,12 +12,12 @@ from ddpm.bound import variational_bound
 from ddpm.conditioning import Conditioning
 from ddpm.generate import generate
 from ddpm.model import ModelSpec
-from ddpm.prediction import NetworkDenoiser
+from ddpm.prediction import Denoiser, NetworkDenoiser
 from ddpm.quality import FeatureMoments
-from ddpm.schedule import make_schedule
+from ddpm.schedule import NoiseSchedule, make_schedule
 from pipelines.evaluation.evaluators import Encoder
 from pipelines.evaluation.images import to_levels
-from pipelines.search.judge import distance_and_error
+from pipelines.search.judge import measured_frechet
 from pipelines.storage import Storage, join
 from pipelines.training.loop.collectives import all_gather_items, rank_indices
 from pipelines.training.loop.state import TrainingState, ema_weights
@@ -72,7 +72,7 @@ class RungJudge:
                 denoiser,
                 schedule,
                 spec.sampling,
-                cond=self._labels(self.labels, image_ids, spec, device),
+                cond=conditions(self.labels, image_ids, spec, device),
                 shape=spec.shape,
                 seed=self.seed,
                 image_ids=image_ids.to(device),
@@ -80,27 +80,50 @@ class RungJudge:
             )
             own = self.encoder.to(device)(to_levels(images)).features
             features = all_gather_items(own.to(device), self.samples).cpu()
-            scores, _ = distance_and_error(self.reference, features)
+            distance = measured_frechet(self.reference, features)
+            scores = {"frechet_distance": distance.value, "standard_error": distance.standard_error}
             if len(self.held_out):
                 bound_ids = rank_indices(len(self.held_out), rank)
-                bound = variational_bound(
-                    spec.sampling.clipping.wrap(denoiser, schedule),
+                bound = held_out_bound(
+                    denoiser,
                     schedule,
+                    spec,
                     self.held_out[bound_ids].to(device),
-                    self._labels(self.held_out_labels, bound_ids, spec, device),
+                    conditions(self.held_out_labels, bound_ids, spec, device),
                     seed=self.seed,
                     image_ids=bound_ids.to(device),
-                    steps=min(BOUND_STEPS, schedule.num_steps),
                 )
-                scores["bits_per_dim"] = all_gather_items(bound.total, len(self.held_out)).mean().item()
+                scores["bits_per_dim"] = all_gather_items(bound, len(self.held_out)).mean().item()
         if rank == 0:
             scores |= {"images_seen": float(state.images_seen), "samples": float(self.samples)}
             uri = join(self.uri, f"{state.images_seen:012d}.json")
             self.storage.write(uri, json.dumps(scores).encode())
 
-    @staticmethod
-    def _labels(labels: Tensor | None, image_ids: Tensor, spec: ModelSpec, device: torch.device) -> Conditioning | None:
-        """Return the condition of images by their numbers."""
-        if labels is None or not spec.classes:
-            return None
-        return Conditioning(label=labels[image_ids % len(labels)].to(device))
+
+def conditions(labels: Tensor | None, image_ids: Tensor, spec: ModelSpec, device: torch.device) -> Conditioning | None:
+    """Return the condition of images by their numbers; image i has label i modulo N of `labels` [N], if any."""
+    if labels is None or not spec.classes:
+        return None
+    return Conditioning(label=labels[image_ids % len(labels)].to(device))
+
+
+def held_out_bound(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    spec: ModelSpec,
+    images: Tensor,
+    cond: Conditioning | None,
+    *,
+    seed: int,
+    image_ids: Tensor,
+) -> Tensor:
+    """Return the variational bound of real images [B, C, H, W] on a chain of `BOUND_STEPS` steps, bits/dim, [B]."""
+    return variational_bound(
+        spec.sampling.clipping.wrap(denoiser, schedule),
+        schedule,
+        images,
+        cond,
+        seed=seed,
+        image_ids=image_ids,
+        steps=min(BOUND_STEPS, schedule.num_steps),
+    ).total

@@ -11,25 +11,29 @@ from typing import Any
 
 import ray
 
-from ddpm.generate import Sampling
 from pipelines import references, tracking
 from pipelines.config import Config
 from pipelines.display import StageNotice
 from pipelines.evaluation.evaluators import Evaluator, open_evaluator
 from pipelines.evaluation.real import Real, open_real
 from pipelines.references import Resolved
-from pipelines.search import guidance_search, training_search
-from pipelines.search.guidance_search import GuidanceResult, base_of, guides_of, subject_of
+from pipelines.search import guidance_search, training_confirmation, training_search
+from pipelines.search.confirmation import Confirmed, Distance, winner_of
+from pipelines.search.guidance_search import GuidanceResult, base_of, guides_of
+from pipelines.search.judge import Subject
 from pipelines.search.observer import Observer, OnChange
 from pipelines.search.page import Page, png
-from pipelines.search.space import apply, check_space
-from pipelines.search.study import StudyStore, TrialRecord, best, count_states, done, earlier_points
+from pipelines.search.seeds import NoiseSeeds
+from pipelines.search.space import check_space
+from pipelines.search.study import StudyStore, TrialRecord, best, count_states, done, earlier_points, ended
 from pipelines.search.study_config import StudyConfig
+from pipelines.search.training_confirmation import fresh_images
 from pipelines.search.training_trial import Shared, rungs
 from pipelines.search.trial_seconds import median_seconds
+from pipelines.search.winner import overrides_of, register_winner, show_winner, write_best
 from pipelines.shards.index import Dataset, read_dataset
 from pipelines.storage import Storage, join
-from pipelines.tracking import Tracker
+from pipelines.tracking import ModelVersion, Tracker
 from pipelines.training.driver import check_dataset
 from pipelines.training.ray_train.resources import connect_ray
 
@@ -91,7 +95,7 @@ def guidance_study(
     dataset = read_dataset(resolved.model.spec.lineage.get("dataset_uri", config.data.uri), storage)
     real, evaluator = _open_evaluation(dataset, config, storage, notice)
     guides = guides_of(resolved.model, study, base, storage)
-    subject = subject_of(resolved.model, evaluator, real, guides, base.evaluation.seed)
+    subject = Subject.of(resolved.model, evaluator, real, guides, NoiseSeeds.of(base, name).trials)
     connect_ray(config, storage)
     store, tracker = StudyStore.of(config, name), _open_run(config, name, study, reference)
     observer = Observer(store, study, tracker, config.tracking.experiment, study.samples, on_change)
@@ -101,27 +105,32 @@ def guidance_study(
         base,
         store,
         observer,
+        distance=Distance.of(real),
         subject_name=_identity(resolved),
         resume=resume,
         first=first,
     )
     observer.settle()
-    _write_sampling(resolved, found, name, notice)
-    return _publish_guidance(found, resolved, reference, study, base, store, tracker, time.monotonic() - began)
+    version = register_winner(found.winner, resolved, name, config, storage, notice)
+    return _publish_guidance(found, resolved, version, study, base, store, tracker, time.monotonic() - began)
 
 
 def _publish_guidance(
     found: GuidanceResult,
     resolved: Resolved,
-    reference: str,
+    version: ModelVersion | None,
     study: StudyConfig,
     base: Config,
     store: StudyStore,
     tracker: Tracker,
     seconds: float,
 ) -> StudyResult:
-    """Write the page and the best settings of a guidance study that took so many seconds, and return its result."""
-    name = store.name
+    """Write the page and the best settings of a guidance study that took so many seconds, and return its result.
+
+    Args:
+        version: the version that was made of the winner, if any.
+    """
+    name, reference = store.name, resolved.reference
     page = Page(
         name,
         study,
@@ -129,6 +138,7 @@ def _publish_guidance(
         found.records,
         found.confirmed,
         found.pictures,
+        seeds=_seeds(base, name, found.confirmation_seed),
         command=f"ddpm search guidance --model {reference} --study {name}",
         notes=_cost(found, resolved, study, seconds),
     )
@@ -139,15 +149,15 @@ def _publish_guidance(
         "run_id": tracker.run_id,
         "trials": count_states(found.records),
         "front": [asdict(record) for record in found.front],
-        "confirmed": [asdict(c) | {"better": c.better} for c in found.confirmed],
-        "winner": None if winner is None else winner.trial,
+        **_confirmation(page, winner, store),
+        "version": None if version is None else version.uri,
         "page": where,
         "seconds": seconds,
     }
     if winner is not None:
         with tracking.recording("has not got the best settings"):
             tracker.text(tracking.to_json(winner.settings.to_json()), "best/sampling.json")
-            tracker.text(_overrides(base, winner.settings), "best/overrides.txt")
+            tracker.text(overrides_of(winner.settings), "best/overrides.txt")
     return StudyResult(tracker, found.records, best(found.records, study.objectives[0]), where, answer)
 
 
@@ -175,11 +185,13 @@ def training_study(
     began = time.monotonic()
     check_space(study, config)
     rungs(config.images, config.batch_size, study)
+    seeds = NoiseSeeds.of(config, name)
     first = earlier_points(study, config, [StudyStore.of(config, other) for other in after])
     storage = Storage.of(config)
     dataset = read_dataset(config.data.uri, storage)
     check_dataset(dataset, config)
     real, evaluator = _open_evaluation(dataset, config, storage, notice)
+    fresh_images(study, real)
     connect_ray(config, storage)
     training_search.concurrency(study, config, ray.cluster_resources())
     store = StudyStore.of(config, name)
@@ -187,17 +199,43 @@ def training_study(
     tracker = _open_run(config, name, study, dataset.uri)
     observer = Observer(store, study, tracker, config.tracking.experiment, config.images, on_change)
     observer.begin(records)
-    shared = Shared.of(study, config, name, lineage, evaluator.encoder, real)
+    shared = Shared.of(study, config, name, lineage, tracker.run_id, evaluator.encoder, real)
     training_search.run_trials(shared, records, observer, first)
     observer.settle()
-    return _publish_training(config, study, dataset.uri, store, tracker, began)
+    records = store.records()
+    seed = seeds.confirmation(ended(records))
+    confirmed = training_confirmation.confirm(
+        study,
+        config,
+        evaluator,
+        real,
+        records,
+        storage,
+        trials_seed=seeds.trials,
+        seed=seed,
+        notice=lambda text: notice("study", text),
+    )
+    show_winner(winner_of(confirmed), notice)
+    return _publish_training(config, study, dataset.uri, records, confirmed, seed, store, tracker, began)
 
 
 def _publish_training(
-    config: Config, study: StudyConfig, dataset_uri: str, store: StudyStore, tracker: Tracker, began: float
+    config: Config,
+    study: StudyConfig,
+    dataset_uri: str,
+    records: list[TrialRecord],
+    confirmed: list[Confirmed],
+    seed: int,
+    store: StudyStore,
+    tracker: Tracker,
+    began: float,
 ) -> StudyResult:
-    """Write the page and the best configuration of a training study, and return its result."""
-    name, records = store.name, store.records()
+    """Write the page and the best configuration of a training study, and return its result.
+
+    Args:
+        seed: of the noise of `confirmed`.
+    """
+    name = store.name
     seen = sum(r.scores.get("images_seen", 0) for r in records)
     spent = median_seconds(records, config, name, store.storage)
     notes = [
@@ -206,20 +244,25 @@ def _publish_training(
         *([f"Median seconds of a trial: {_listed(spent)}."] if spent else []),
         f"{time.monotonic() - began:,.0f} s for this call.",
     ]
-    page = Page(name, study, dataset_uri, records, command=f"ddpm search training --study {name} …", notes=notes)
+    page = Page(
+        name,
+        study,
+        dataset_uri,
+        records,
+        confirmed,
+        seeds=_seeds(config, name, seed),
+        command=f"ddpm search training --study {name} …",
+        notes=notes,
+    )
     where = _publish(page, store, tracker)
-    top = best(records, study.objectives[0])
-    if top is not None:
-        chosen = apply(config, top.params).model_copy(update={"name": f"{name}-best"})
-        text = tracking.to_json(chosen.model_dump(mode="json"))
-        with tracking.recording("has not got the best configuration"):
-            tracker.text(text, "best/config.json")
-        store.storage.write(join(store.uri, "best.json"), text.encode())
+    top, winner = best(records, study.objectives[0]), winner_of(confirmed)
     answer = {
         "study": name,
         "run_id": tracker.run_id,
         "trials": count_states(records),
         "best": None if top is None else asdict(top),
+        **_confirmation(page, winner, store),
+        "config": write_best(config, top, winner, store, tracker),
         "failed": {r.trial: r.error for r in records if r.state == "failed"},
         "trial_seconds": spent,
         "page": where,
@@ -281,28 +324,27 @@ def _publish(page: Page, store: StudyStore, tracker: Tracker) -> str:
     return where
 
 
+def _seeds(config: Config, name: str, confirmation: int) -> dict[str, int]:
+    """Return the noise seeds that a study has used, by what they were for."""
+    return {"trials": NoiseSeeds.of(config, name).trials, "confirmation": confirmation}
+
+
+def _confirmation(page: Page, winner: Confirmed | None, store: StudyStore) -> dict[str, Any]:
+    """Write what the confirmation found beside the records, and return it as JSON types."""
+    found = {
+        "confirmed": [asdict(c) | {"settings": c.settings.to_json()} for c in page.confirmed],
+        "winner": None if winner is None else winner.trial,
+        "seeds": dict(page.seeds),
+    }
+    store.record_confirmation({**found, "after": ended(page.records)})
+    return found
+
+
 def _identity(resolved: Resolved) -> str:
     """Return a text that is equal for equal weights, whichever reference names them."""
     lineage = resolved.model.spec.lineage
-    return json.dumps({key: lineage.get(key) for key in ("run_id", "images_seen", "dataset_digest")}, sort_keys=True)
-
-
-def _write_sampling(resolved: Resolved, found: GuidanceResult, name: str, notice: StageNotice) -> None:
-    """Make the winner's settings the defaults of the registered version; change nothing where there is no winner."""
-    winner = found.winner
-    if winner is None:
-        notice("study", "no setting beats the model's own by more than chance: its defaults stay")
-        return
-    assert winner.gain is not None
-    gained = f"{winner.gain.value:.3f} ({winner.gain.low:.3f} to {winner.gain.high:.3f})"
-    notice("study", f"trial {winner.trial} beats the model's own setting by {gained} on fresh seeds")
-    version = resolved.version
-    if version is None or resolved.tracker is None:
-        notice("study", "the model is no registered version: use the settings of best/sampling.json")
-        return
-    tags = {"sampling": json.dumps(winner.settings.to_json()), "sampling.study": name, "sampling.gain": gained}
-    tracking.set_version_tags(resolved.tracker.uri, version.name, version.version, tags)
-    notice("study", f"written onto {version.uri} as its default sampling")
+    known = ("run_id", "images_seen", "dataset_digest", "sigma_rel")
+    return json.dumps({key: lineage[key] for key in known if key in lineage}, sort_keys=True)
 
 
 def _cost(found: GuidanceResult, resolved: Resolved, study: StudyConfig, seconds: float) -> list[str]:
@@ -315,16 +357,6 @@ def _cost(found: GuidanceResult, resolved: Resolved, study: StudyConfig, seconds
     beside = f"; the training of the model took about {3 * seen:,} (3 for each of {seen:,} images)" if seen else ""
     shares = f"{trials:,.0f} in trials, {confirming:,.0f} to confirm"
     return [f"{spent:,.0f} network evaluations ({shares}){beside}.", f"{seconds:,.0f} s for this call."]
-
-
-def _overrides(config: Config, settings: Sampling) -> str:
-    """Return sampler and guidance as overrides for the command line."""
-    plain = base_of(config, settings).model_dump(mode="json", include={"guidance", "sampler"})
-    kind = plain["sampler"].pop("kind")
-    fields = [
-        f"{group}.{name}={json.dumps(value)}" for group, values in plain.items() for name, value in values.items()
-    ]
-    return "\n".join([f"sampler={kind}", *fields]).replace(" ", "") + "\n"
 
 
 def _listed(seconds: Mapping[str, float]) -> str:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from pipelines.config import Config, ConfigError
 from pipelines.errors import PipelineError
 from pipelines.search.parameters import Params, Value
+from pipelines.search.seeds import NoiseSeeds
 from pipelines.search.space import apply
 from pipelines.search.study_config import DIRECTIONS, Objective, StudyConfig
 from pipelines.storage import NotFoundError, Storage, join
@@ -73,7 +74,10 @@ def trial_name(params: Params) -> str:
 
 @dataclass(frozen=True)
 class StudyStore:
-    """The folder of a study, `ROOT/studies/NAME`, with `study.json` and `trials/TRIAL.json`."""
+    """The folder of a study, `ROOT/studies/NAME`.
+
+    It holds `study.json`, `trials/TRIAL.json`, and `confirmation.json`, what the last confirmation found.
+    """
 
     storage: Storage
     uri: str
@@ -100,7 +104,7 @@ class StudyStore:
         Raises:
             StudyError: it exists and `resume` is false, or it has other settings.
         """
-        described = self.describe(study, base, subject)
+        described = {**self.describe(study, base, subject), "noise_seed": NoiseSeeds.of(base, self.name).trials}
         try:
             before = json.loads(self.storage.read(join(self.uri, "study.json")))
         except NotFoundError:
@@ -162,6 +166,10 @@ class StudyStore:
         where = join(self.uri, "trials", f"{record.trial}.json")
         self.storage.write(where, json.dumps(asdict(record), indent=1).encode())
 
+    def record_confirmation(self, found: Mapping[str, Any]) -> None:
+        """Write what the last confirmation found, JSON types, as `confirmation.json`."""
+        self.storage.write(join(self.uri, "confirmation.json"), json.dumps(found, indent=1).encode())
+
     def get(self, trial: str) -> TrialRecord | None:
         """Return the record of a trial, or None where it has not begun."""
         try:
@@ -183,6 +191,11 @@ class StudyStore:
 def done(records: Iterable[TrialRecord]) -> list[TrialRecord]:
     """Return the records of trials that finished or were stopped."""
     return [record for record in records if record.state in ("finished", "stopped")]
+
+
+def ended(records: Iterable[TrialRecord]) -> list[str]:
+    """Return the names of the trials that have ended in whichever way."""
+    return [record.trial for record in records if record.state != "running"]
 
 
 def count_states(records: Iterable[TrialRecord]) -> dict[str, int]:

@@ -44,8 +44,8 @@ class StudyConfig(FrozenModel):
             numbers of samples (guidance).
         reduction: a fraction 1 / reduction of the trials continues after a rung (ASHA); training only.
         bits_per_dim_images: number of real images on which a training trial's bound is computed; 0 for none.
-        confirm: number of settings that are judged again with fresh seeds at the end; guidance only.
-        confirm_samples: number of images by which each of them is judged.
+        confirm: number of settings, or of trained models, that are judged again on fresh noise at the end.
+        confirm_samples: number of images by which each of them is judged; of fewer than 64 no normal test holds.
     """
 
     kind: Literal["training", "guidance"]
@@ -60,7 +60,7 @@ class StudyConfig(FrozenModel):
     reduction: Annotated[int, Field(ge=2)] = 2
     bits_per_dim_images: NonNegativeInt = 64
     confirm: PositiveInt = 3
-    confirm_samples: Annotated[int, Field(ge=4)] = 1024
+    confirm_samples: Annotated[int, Field(ge=64)] = 1024
 
     @model_validator(mode="before")
     @classmethod

@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray import tune
@@ -18,16 +19,36 @@ from ray.tune.schedulers import AsyncHyperBandScheduler
 
 from pipelines.config import Config
 from pipelines.scratch import scratch_folder
-from pipelines.search.observer import Observer
+from pipelines.search.observer import Observer, identify
 from pipelines.search.optuna_search import searcher
 from pipelines.search.parameters import Params
-from pipelines.search.study import StudyError, TrialRecord
+from pipelines.search.study import StudyError, TrialRecord, trial_name
 from pipelines.search.study_config import DIRECTIONS, StudyConfig
 from pipelines.search.training_trial import Shared, TrainingTrial, rungs
 
 # Tune's own tables and log files are switched off: a study has its own.
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+
+
+class StopBehind(AsyncHyperBandScheduler):
+    """ASHA, which stops the trials that are behind at a rung, but for one that trains to its end.
+
+    Args:
+        spared: name of that trial.
+        options: of ASHA.
+    """
+
+    def __init__(self, spared: str, **options: Any) -> None:
+        super().__init__(**options)
+        self.spared, self.last_rung = spared, options["max_t"]
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Return what becomes of a trial at a report; its score counts at the rung in any case."""
+        action: str = super().on_trial_result(tune_controller, trial, result)
+        if result.get("images_seen", 0) < self.last_rung and identify(trial)[0] == self.spared:
+            return str(self.CONTINUE)
+        return action
 
 
 def concurrency(study: StudyConfig, base: Config, resources: Mapping[str, float]) -> int:
@@ -67,7 +88,9 @@ def run_trials(
             trainable,
             tune_config=tune.TuneConfig(
                 search_alg=searcher(study, base, records, Path(scratch), first=[study.nearest(base), *first]),
-                scheduler=AsyncHyperBandScheduler(
+                scheduler=StopBehind(
+                    # The confirmation compares with the configuration as it stands, so that has to be trained.
+                    trial_name(study.nearest(base)),
                     time_attr="images_seen",
                     metric=study.objectives[0],
                     mode=DIRECTIONS[study.objectives[0]],

@@ -15,12 +15,14 @@ from ray import tune
 from torch import Tensor
 
 from ddpm.quality import FeatureMoments
+from pipelines import tracking
 from pipelines.config import Config, ConfigError
 from pipelines.evaluation.evaluators import Encoder
 from pipelines.evaluation.real import Real
 from pipelines.evaluation.samples import balanced_labels
 from pipelines.search.parameters import Params, Value
 from pipelines.search.rung_judge import RungJudge
+from pipelines.search.seeds import NoiseSeeds
 from pipelines.search.space import apply
 from pipelines.search.study import trial_name
 from pipelines.search.study_config import StudyConfig
@@ -46,6 +48,7 @@ class Shared:
         base: the configuration that the trials vary.
         name: of the study.
         lineage: which code runs, see `pipelines.lineage`.
+        parent: ID of the study's MLflow run.
         encoder, reference, labels, held_out, held_out_labels: see `RungJudge`.
     """
 
@@ -53,6 +56,7 @@ class Shared:
     base: Config
     name: str
     lineage: Mapping[str, Any]
+    parent: str
     encoder: Encoder
     reference: FeatureMoments
     labels: Tensor | None
@@ -66,11 +70,12 @@ class Shared:
         base: Config,
         name: str,
         lineage: Mapping[str, Any],
+        parent: str,
         encoder: Encoder,
         real: Real,
     ) -> Shared:
         """Return what trials share, of the real images as the evaluator sees them."""
-        counts, seed = real.train.class_counts, base.evaluation.seed
+        counts, seed = real.train.class_counts, NoiseSeeds.of(base, name).trials
         held_out, labels = real.held_out()
         count = min(study.bits_per_dim_images, len(held_out))
         return cls(
@@ -78,12 +83,18 @@ class Shared:
             base,
             name,
             lineage,
+            parent,
             encoder,
             real.train.moments,
             torch.from_numpy(balanced_labels(real.test.count, counts, seed)) if counts else None,
             torch.from_numpy(held_out[:count]).float() / 127.5 - 1,
             None if labels is None else torch.from_numpy(labels[:count]),
         )
+
+    @property
+    def seed(self) -> int:
+        """The seed of the noise by which all trials are judged."""
+        return NoiseSeeds.of(self.base, self.name).trials
 
 
 def rungs(images: int, batch_size: int, study: StudyConfig) -> tuple[int, ...]:
@@ -102,7 +113,10 @@ def rungs(images: int, batch_size: int, study: StudyConfig) -> tuple[int, ...]:
 
 
 def trial_config(shared: Shared, params: Params) -> Config:
-    """Return the configuration of a trial's run: no sample grids, and one checkpoint, from the first rung on."""
+    """Return the configuration of a trial's run: no sample grids, and one checkpoint, from the first rung on.
+
+    At its end a run publishes its checkpoint, whose averaged weights the confirmation loads.
+    """
     config, study = apply(shared.base, params), shared.study
     first = rungs(config.images, config.batch_size, study)[0]
     return config.model_copy(
@@ -198,11 +212,14 @@ class TrainingTrial(tune.Trainable):
             shared.reference,
             shared.held_out,
             shared.held_out_labels,
-            config.evaluation.seed,
+            shared.seed,
             self.storage,
             self.uri,
         )
         try:
+            assert config.tracking.uri is not None
+            below = {"mlflow.parentRunId": shared.parent, "ddpm.study": shared.name}
+            tracking.open_run(config.tracking.uri, config.tracking.experiment, config.name, below)
             plan = driver.make_plan(config, self.storage, dict(shared.lineage))
             driver.train(replace(plan, job=replace(plan.job, evaluation_hook=judge)), workers=self.workers.provide)
         except BaseException as error:  # noqa: BLE001 - it is raised in Tune's own thread

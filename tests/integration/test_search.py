@@ -12,6 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import mlflow
+import numpy as np
+import pandas
 import psutil
 import pytest
 from mlflow import MlflowClient
@@ -73,9 +76,50 @@ def test_a_guidance_study_that_is_killed_goes_on_and_counts_nothing_twice(shell,
     lowest = min(r.scores["frechet_distance"] for r in after.values() if r.state == "finished")
     assert best(after.values()).scores["frechet_distance"] == lowest
     assert {c["trial"] for c in done.answer["confirmed"]} >= {"default"}
+    assert done.answer["version"] is None  # a model of a run: what it would take is said
+    kept = json.loads(s3.read("s3://ddpm/studies/killed/confirmation.json"))
+    assert (kept["confirmed"], kept["seeds"]) == (done.answer["confirmed"], done.answer["seeds"])
+    assert set(kept["after"]) == set(after)
+    assert json.loads(s3.read("s3://ddpm/studies/killed/study.json"))["noise_seed"] == kept["seeds"]["trials"]
     assert s3.exists("s3://ddpm/studies/killed/study.html")
     status = shell.ok("search", "status", "killed", "--json")
     assert status.answer["trials"] == done.answer["trials"]
+
+
+SCORED = ["evaluation.n=64", "evaluation.seeds=1", "evaluation.likelihood_images=0"]
+
+
+def test_the_winner_of_a_study_becomes_a_new_version_that_serves_it_and_the_searched_one_stays(
+    shell, local_stack, model
+):
+    poor = ["sampler.steps=1", "guidance.scale=6"]
+    first = shell.ok("register", model, *TINY, *SCORED, *poor, "--name", "searched", "--json")
+    assert first.answer["model"] == "models:/searched/1"
+    again = shell.ok("register", model, *TINY, *SCORED, *poor, "--name", "searched", "--json")
+    assert again.answer == first.answer
+    client = MlflowClient(tracking_uri=local_stack.tracking_uri)
+    before = dict(client.get_model_version("searched", "1").tags)
+
+    study = ["--model", "models:/searched/1", "--study", "poor", *TINY, *GUIDANCE, *SCORED]
+    study += ["search.trials=4", "search.confirm_samples=192", "search.samples=96"]
+    done = shell.ok("search", "guidance", *study, "search.space.guidance.scale.uniform=[0.9,1.1]", "--json")
+    assert done.answer["version"] == "models:/searched/2"
+    (winner,) = [c for c in done.answer["confirmed"] if c["trial"] == done.answer["winner"]]
+    assert (winner["better"], winner["gain"]["low"] > 0, winner["p"] < 0.025) == (True, True, True)
+    assert "`ddpm promote models:/searched/2 --alias champion`" in done.err
+
+    assert dict(client.get_model_version("searched", "1").tags) == before
+    made = client.get_model_version("searched", "2")
+    assert made.tags["study"] == "poor"
+    assert client.get_registered_model("searched").aliases == {}
+    assert json.loads(made.tags["scores"])["sampling"] == winner["settings"]
+    mlflow.set_tracking_uri(local_stack.tracking_uri)
+    served = mlflow.pyfunc.load_model("models:/searched/2")
+    labels = pandas.DataFrame({"label": np.array([3, 7], dtype=np.int64)})
+    by_default = served.predict(labels, params={"seed": 5})
+    steps, scale = winner["settings"]["steps"], winner["settings"]["scale"]
+    assert np.array_equal(by_default, served.predict(labels, params={"seed": 5, "steps": steps, "scale": scale}))
+    assert not np.array_equal(by_default, served.predict(labels, params={"seed": 5, "steps": 1, "scale": 6.0}))
 
 
 def trial_processes(home: Path) -> list[psutil.Process]:
@@ -99,15 +143,22 @@ def until(true: Callable[[], Any], process: subprocess.Popen[str], timeout_s: fl
     return found
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_training_study_with_trials_that_fail_ends_with_the_right_best(shell, s3, local_stack, model, tmp_path: Path):
     space = tmp_path / "odd.yaml"
     space.write_text(
         "kind: training\ntrials: 6\nrandom_trials: 6\nconcurrent: 1\nsamples: 40\nrungs: 2\nreduction: 2\n"
-        "bits_per_dim_images: 4\nspace:\n"
+        "bits_per_dim_images: 4\nconfirm: 1\nconfirm_samples: 128\nspace:\n"
         "  optim.lr: {log: [0.0001, 1.0e+35]}\n  cluster.num_workers: {choice: [1, 64]}\n"
     )
-    overrides = [*TINY, "images=2560", "optim.grad_clip=null", "optim.warmup_images=0", "optim.max_skipped=2"]
+    overrides = [
+        *TINY,
+        "images=2560",
+        "optim.lr=0.0001",
+        "optim.grad_clip=null",
+        "optim.warmup_images=0",
+        "optim.max_skipped=2",
+    ]
     overrides += ["cluster.patience_s=3", "optim.precision=fp32"]
     # What was running when a driver was killed is tried first: so these are sure to be among the trials.
     store = StudyStore(s3, "s3://ddpm/studies/odd")
@@ -127,8 +178,8 @@ def test_a_training_study_with_trials_that_fail_ends_with_the_right_best(shell, 
         elsewhere.append(f"data.cache_dir={tmp_path / 'node'}")
         process = shell.start(*command, "storage=s3", "storage.root=s3://ddpm", "storage.region=us-east-1", *elsewhere)
         ended = {trial_name(diverges), trial_name(asks_too_much)}
-        until(lambda: all(records(s3, "odd")[name].state == "failed" for name in ended), process)
-        until(lambda: records(s3, "odd")[trial_name(doomed)].run_id, process)  # it has begun
+        until(lambda: all(records(s3, "odd")[name].state == "failed" for name in ended), process, 300)
+        until(lambda: s3.list(f"s3://ddpm/runs/odd-{trial_name(doomed)}"), process)  # it has begun
         for victim in until(lambda: trial_processes(local_stack.home), process):
             victim.kill()
         out, err = process.communicate(timeout=250)
@@ -150,7 +201,20 @@ def test_a_training_study_with_trials_that_fail_ends_with_the_right_best(shell, 
     runs, count = children(local_stack, done.answer["run_id"])
     assert count == len(runs) == 6
     assert runs[f"odd-{trial_name(diverges)}"].info.status == "FAILED"
+    trained = [r for r in after.values() if r.state == "finished"]
+    client = MlflowClient(tracking_uri=local_stack.tracking_uri)
+    for record in trained:  # the training and its scores are in one run
+        assert {"train/loss", "search/frechet_distance"} <= client.get_run(record.run_id).data.metrics.keys()
+    # The configuration as it stands hardly learns: it trained to its end all the same, and the winner beats it.
+    default = after[trial_name({"optim.lr": 0.0001, "cluster.num_workers": 1})]
+    assert (default.state, default.scores["images_seen"]) == ("finished", 2560)
+    by_trial = {c["trial"]: c for c in done.answer["confirmed"]}
+    assert set(by_trial) == {"default", done.answer["best"]["trial"]}, err[-3000:]
+    assert by_trial["default"]["params"] == default.params
+    assert by_trial["default"]["scores"]["samples"] == 128
+    assert done.answer["winner"] == done.answer["best"]["trial"]
+    assert done.answer["config"] == "s3://ddpm/studies/odd/best/config.json"
     taken = shell.folder / "best.json"
-    s3.download("s3://ddpm/studies/odd/best.json", taken)
+    s3.download(done.answer["config"], taken)
     here = ["storage.local_stack=true"]  # whose addresses are found anew
     assert shell.ok("train", "--config", str(taken), "images=256", *here, "--json").answer["images_seen"] == 256

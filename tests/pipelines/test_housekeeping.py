@@ -207,7 +207,7 @@ def test_a_study_is_garbage_when_its_runs_are_deleted_and_no_version_has_its_set
     gone = [replace(record("study-s", study="s"), deleted=True)]
     assert judge_study(study, gone, [], NOW).garbage
     assert not judge_study(study, [*gone, record("s-a", study="s")], [], NOW).garbage
-    assert not judge_study(study, gone, [version(**{"sampling.study": "s"})], NOW).garbage
+    assert not judge_study(study, gone, [version(study="s")], NOW).garbage
     assert not judge_study(study, [], [], NOW).garbage
     assert not judge_study(folder("studies/s", "study.json", modified=NEW), gone, [], NOW).garbage
 

@@ -16,19 +16,19 @@ from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.evaluators.classifier import Classifier
 from pipelines.evaluation.evaluators.contrastive import Contrastive
 from pipelines.evaluation.images import to_levels
-from pipelines.search.judge import SampleScorer, Subject, gain, hopeless, interval, rungs, scores
+from pipelines.search.judge import SampleScorer, Subject, hopeless, measured_frechet, rungs, scores
 from tests.pipelines.checkpoints.tiny import SMALL
 
 CLASSES = ("a", "b")
 
 
 def judged(distance, error=0.1, evaluations=10, samples=100, own=0.0):
-    """A setting whose distance shares an error with all others, and has one of its own."""
+    """A setting whose distance shares an error with all others, and has one of its own, of this standard deviation."""
     alone = torch.randn(400, generator=torch.Generator().manual_seed(int(10 * distance))).double()
     shared = torch.linspace(-2, 2, 400).double()
     return {
         "frechet_distance": distance,
-        "halves": (distance + error * alone + own * shared).tolist(),
+        "influence": ((error * alone + own * shared) * 400**0.5).float().numpy(),
         "evaluations": evaluations,
         "samples": samples,
     }
@@ -129,10 +129,13 @@ def test_rungs_add_up_to_the_whole(subject):
     assert together.evaluations == whole.evaluations == 2
     assert torch.equal(together.correct, whole.correct)
     assert (together.pixels == whole.pixels).all()
-    found, distances = scores(subject, whole)
+    found, influence = scores(subject, whole)
     assert found["samples"] == 24
     assert {"precision", "recall", "class_accuracy", "standard_error"} <= found.keys()
-    assert found["standard_error"] == distances.std().item() > 0
+    assert found["standard_error"] == pytest.approx(influence.std().item() / 24**0.5)
+    assert found["frechet_distance"] == pytest.approx(
+        frechet_distance(subject.reference, FeatureMoments.of(whole.features))
+    )
 
 
 def test_an_evaluator_without_labels_judges_by_its_features_alone(subject):
@@ -146,13 +149,9 @@ def test_an_evaluator_without_labels_judges_by_its_features_alone(subject):
 
 def test_settings_are_told_apart_better_on_the_same_noise(subject):
     scorer, image_ids = SampleScorer(subject), torch.arange(60)
-    one, two = (scorer.draw(Sampling.of(steps=n), image_ids, seed=3).features for n in (5, 6))
-    paired = gain(subject.reference, one, two, draws=60)
-    assert paired.value == pytest.approx(
-        frechet_distance(subject.reference, FeatureMoments.of(one))
-        - frechet_distance(subject.reference, FeatureMoments.of(two))
+    one, two = (
+        measured_frechet(subject.reference, scorer.draw(Sampling.of(steps=n), image_ids, seed=3).features)
+        for n in (5, 6)
     )
-    alone = interval(subject.reference, one, draws=60)
-    assert paired.high - paired.low < (alone.high - alone.low) / 2
-    nothing = gain(subject.reference, one, one, draws=60)
-    assert (nothing.low, nothing.value, nothing.high) == (0, 0, 0)
+    assert (one - two).standard_error < one.standard_error / 2
+    assert (one - one).standard_error == (one - one).value == 0

@@ -65,6 +65,8 @@ def test_callbacks_do_not_wait_for_mlflow_and_what_is_missing_is_logged_when_the
     first = an_observer(tmp_path)
     first.begin([])
     first.on_trial_start(0, [], trial(8))
+    (begun,) = first.store.records()
+    assert (begun.state, begun.run_id, mlflow.tags) == ("running", None, {})  # a training opens its run itself
     mlflow.away = True
     began = time.monotonic()
     first.on_trial_result(0, [], trial(8), {"frechet_distance": 1.0, "images_seen": 100})

@@ -2,11 +2,16 @@
 
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 
+from ddpm.generate import Sampling
+from ddpm.quality import Interval
 from pipelines.search import importance
+from pipelines.search.confirmation import Confirmed
 from pipelines.search.page import Page
+from pipelines.search.study_config import StudyConfig
 from tests.pipelines.search.test_study import STUDY, record
 
 
@@ -42,3 +47,24 @@ def test_importances_are_shown_with_how_far_they_can_be_trusted_where_there_are_
 
 def test_a_page_of_a_study_that_has_just_begun():
     assert "Study first" in Page("first", STUDY, "a model", [record(1, math.nan, state="running")]).html()
+
+
+def test_the_page_shows_what_the_confirmation_found_and_for_what_it_holds():
+    gain = Interval(0.52, 0.21, 0.83, (64,))
+    scores = {"frechet_distance": 4.0, "evaluations": 9.0}
+    better = Confirmed("best", {"a": 1.5}, Sampling(), "kid", gain, scores, gain, 3.27, 0.00054, better=True)
+    found = [better, replace(better, trial="lucky", z=2.0, p=0.02275, better=False)]
+    found.append(Confirmed("default", {}, Sampling(), "kid", gain, scores))
+    page = Page("s", STUDY, "a model", [record(1, 5.0)], found, seeds={"trials": 17, "confirmation": 18})
+    rows = re.findall(r"<tr( class=\"best\")?><td><code>(\w+)</code></td>(.*?)</tr>", page.html(), re.DOTALL)
+    cells = {name: re.findall(r"<td[^>]*>(.*?)</td>", rest, re.DOTALL) for _, name, rest in rows}
+    assert [bool(marked) for marked, *_ in rows] == [True, False, False]
+    assert cells["best"][:6] == ["0.52 (0.21 to 0.83)", "0.52 (0.21 to 0.83)", "3.27", "0.00054", "yes", "4.000"]
+    assert cells["lucky"][2:5] == ["2.00", "0.023", "no"]
+    assert cells["default"][1:5] == ["—", "—", "—", "—"]
+    assert "kernel distance (95 %)" in page.html()
+    assert "Noise seeds: trials 17, confirmation 18." in page.html()
+    caveat = "What is compared are these trained models"
+    assert caveat not in page.html()
+    trained = StudyConfig.model_validate({"kind": "training", "trials": 1, "space": {"optim.lr": {"uniform": [0, 1]}}})
+    assert caveat in Page("s", trained, "data", [record(1, 5.0)], found).html()

@@ -12,6 +12,7 @@ from pipelines.config import compose
 from pipelines.search.observer import describe_params
 from pipelines.search.optuna_search import past_of
 from pipelines.search.page import Page
+from pipelines.search.seeds import NoiseSeeds
 from pipelines.search.study import StudyError, StudyStore, TrialRecord, best, earlier_points, pareto_front, trial_name
 from pipelines.search.study_config import StudyConfig
 from pipelines.storage import Storage
@@ -59,6 +60,8 @@ def test_a_study_is_begun_once_and_resumed_as_what_it_was(store):
     assert store.open(STUDY, BASE, "model", resume=True) == [record(1, 5.0)]
     longer = STUDY.model_copy(update={"trials": 20})
     assert len(store.open(longer, BASE, "model", resume=True)) == 1
+    noise = json.loads(store.storage.read(f"{store.uri}/study.json"))["noise_seed"]
+    assert noise == NoiseSeeds.of(BASE, "first").trials
     elsewhere = compose(
         ["+experiment=digits", "data.cache_dir=/mnt/fast", "data.decode_threads=8", "cluster.num_workers=4"]
     )

@@ -23,6 +23,6 @@ def test_rungs_are_whole_batches_that_end_where_the_run_does(images, batch_size,
 
 def test_a_trial_is_scored_at_its_rungs_alone_whatever_the_base_asks_of_a_run():
     base = compose(["+experiment=digits", "evaluation.every=640", "checkpoint.keep_best=1"])
-    config = trial_config(Shared(study(), base, "s", {}, None, None, None, None, None), {})  # type: ignore[arg-type]
+    config = trial_config(Shared(study(), base, "s", {}, "parent", None, None, None, None, None), {})  # type: ignore[arg-type]
     assert (config.evaluation.every, config.checkpoint.keep_best) == (None, None)
     assert config.evaluation.seed == base.evaluation.seed

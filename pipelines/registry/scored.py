@@ -1,0 +1,91 @@
+"""Score a model with given settings and register it as a new version, which serves these settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+
+from ddpm.generate import Sampling
+from pipelines import tracking
+from pipelines.config import Config
+from pipelines.display import Display
+from pipelines.evaluation.scores import Scores
+from pipelines.evaluation.scoring import score_and_record
+from pipelines.references import Resolved, guided
+from pipelines.registry.package import RegistryError, digest_of, register
+from pipelines.registry.sign import Signer
+from pipelines.storage import Storage
+from pipelines.tracking import ModelVersion
+
+CANDIDATE = "candidate"
+"""Alias of the newest version; nothing guards it."""
+
+
+def register_scored(
+    resolved: Resolved,
+    settings: Sampling,
+    config: Config,
+    storage: Storage,
+    display: Display,
+    connect: Callable[[], None],
+    *,
+    dataset_uri: str | None = None,
+) -> ModelVersion:
+    """Score a model with settings as `ddpm evaluate` does, and register it as a new version that serves them.
+
+    No guarded alias moves. Where a version has the same model with the same scores already, that one is returned.
+
+    Args:
+        settings: with which the samples are drawn, and which the version serves.
+        config: `registry.model` names the registered model, `evaluation` says how it is scored.
+        connect: connects this process to the Ray cluster; called only where something has to be computed.
+        dataset_uri: of the data to compare with; by default, those that the model was trained on.
+
+    Raises:
+        RegistryError: no version can be made of the model.
+        DatasetError, ConfigError: the data cannot be used to score the model.
+    """
+    check_registrable(resolved)
+    scores, _ = score_and_record(resolved, settings, config, storage, display, connect, dataset_uri)
+    dataset = dataset_uri or resolved.model.spec.lineage.get("dataset_uri", config.data.uri)
+    return register_once(resolved, scores, config, storage, display, dataset)[0]
+
+
+def register_once(
+    resolved: Resolved, scores: Scores, config: Config, storage: Storage, display: Display, dataset_uri: str
+) -> tuple[ModelVersion, bool]:
+    """Register a scored model as a version, which gets the alias `candidate`, unless there is one of the same scores.
+
+    Args:
+        scores: of the model; the version serves the settings in them.
+        dataset_uri: of the data that it was scored on.
+
+    Returns:
+        The version, and whether it was made now.
+    """
+    assert resolved.tracker is not None
+    uri, name = resolved.tracker.uri, config.registry.model
+    made = {"scores": json.dumps(scores.to_plain(), sort_keys=True), "model_digest": digest_of(resolved)}
+    for found in tracking.versions(uri, name):
+        if made.items() <= found.tags.items():
+            display.stage("register", f"skipped: this model is {name} version {found.version} already")
+            return found, False
+    display.stage("register", f"as {name}")
+    model = guided(resolved.model, Sampling.from_json(scores.sampling), config.tracking.uri, storage)
+    version = register(replace(resolved, model=model), name, scores, dataset_uri, Signer.of(config.registry))
+    tracking.set_alias(uri, name, CANDIDATE, version.version)
+    return version, True
+
+
+def check_registrable(resolved: Resolved) -> None:
+    """Check that a version can be made of a model.
+
+    Raises:
+        RegistryError: it cannot; says why and what to do.
+    """
+    if resolved.tracker is None:
+        raise RegistryError(
+            f"{resolved.reference} has no MLflow run, to which a version belongs: register a model of a run "
+            "(runs:/ID) or another version (models:/NAME/VERSION)"
+        )

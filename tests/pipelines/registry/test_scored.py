@@ -1,0 +1,98 @@
+"""A model becomes a version by being scored, once; what no version can serve is refused before anything is drawn."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from ddpm.generate import Sampling
+from pipelines import tracking
+from pipelines.config import compose
+from pipelines.display import Silent
+from pipelines.evaluation.scores import Estimate, Scores
+from pipelines.references import Resolved
+from pipelines.registry import RegistryError, register_scored, scored
+from pipelines.tracking import ModelVersion
+
+CONFIG = compose(["+experiment=digits"])
+SETTINGS = Sampling.of(steps=7)
+SCORES = Scores(
+    estimates={"frechet_distance": Estimate(3.0, 2.0, 4.0)},
+    n=64,
+    seeds=(0,),
+    evaluator="classifier",
+    evaluator_digest="e",
+    features=64,
+    real_accuracy=1.0,
+    dataset_digest="d",
+    stream_digest="s",
+    real={},
+    sampling=SETTINGS.to_json(),
+)
+
+
+@pytest.fixture
+def world(monkeypatch):
+    """A registry that keeps what is registered."""
+    found = SimpleNamespace(versions=[], scored=[], aliases={})
+
+    def score(resolved, settings, config, storage, display, connect, dataset_uri):
+        found.scored.append((settings, dataset_uri))
+        return SCORES, True
+
+    def register(resolved, name, scores, dataset_uri, signer):
+        tags = {"scores": json.dumps(scores.to_plain(), sort_keys=True), "model_digest": "m"}
+        found.versions.append(ModelVersion(name, str(len(found.versions) + 1), dataset_uri, tags, ()))
+        return found.versions[-1]
+
+    monkeypatch.setattr(scored, "score_and_record", score)
+    monkeypatch.setattr(scored, "register", register)
+    monkeypatch.setattr(scored, "guided", lambda model, *_: model)
+    monkeypatch.setattr(tracking, "set_alias", lambda uri, name, alias, v: found.aliases.update({(name, alias): v}))
+    monkeypatch.setattr(scored, "digest_of", lambda resolved: "m")
+    monkeypatch.setattr(scored.Signer, "of", lambda config: None)
+    monkeypatch.setattr(tracking, "versions", lambda uri, name: [v for v in found.versions if v.name == name])
+    return found
+
+
+TRACKER = SimpleNamespace(uri="http://mlflow")
+
+
+def model(tracker=TRACKER):
+    lineage = {"dataset_uri": "s3://b/trained-on"}
+    spec = SimpleNamespace(lineage=lineage)
+    return Resolved("models:/digits/1", SimpleNamespace(spec=spec), tracker)
+
+
+def ask(settings=SETTINGS, config=CONFIG, resolved=None, **options):
+    return register_scored(resolved or model(), settings, config, None, Silent(), lambda: None, **options)
+
+
+def test_the_same_model_with_the_same_scores_is_registered_once_a_name(world):
+    first = ask()
+    assert (first.uri, first.run_id) == ("models:/digits/1", "s3://b/trained-on")
+    assert ask() == first
+    other = CONFIG.model_copy(update={"registry": CONFIG.registry.model_copy(update={"model": "other"})})
+    assert ask(config=other).name == "other"
+    assert len(world.versions) == 2
+    assert ask(dataset_uri="s3://b/other").uri == first.uri  # scored on what was asked for
+    assert world.scored[-1] == (SETTINGS, "s3://b/other")
+
+
+def test_a_model_without_a_run_is_refused_before_it_is_scored(world):
+    with pytest.raises(RegistryError, match="models:/digits/1 has no MLflow run"):
+        ask(resolved=model(tracker=None))
+    assert world.scored == world.versions == []
+
+
+def test_the_newest_version_is_the_candidate(world):
+    ask()
+    assert world.aliases == {("digits", "candidate"): "1"}
+
+
+def test_a_model_with_other_scores_is_another_version(world, monkeypatch):
+    first = ask()
+    changed = replace(SCORES, samples="elsewhere")
+    monkeypatch.setattr(scored, "score_and_record", lambda *_: (changed, True))
+    assert ask().version != first.version

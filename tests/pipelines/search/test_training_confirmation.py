@@ -1,0 +1,169 @@
+"""Which trained models are confirmed, and on which images."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import ray
+import torch
+from safetensors.numpy import save
+
+from ddpm.model import Model, ModelSpec
+from ddpm.models.unet import UNet
+from ddpm.quality import FeatureMoments
+from pipelines import references
+from pipelines.checkpoints import ModelError
+from pipelines.config import ConfigError, compose
+from pipelines.evaluation.evaluators import Evaluator
+from pipelines.evaluation.evaluators.contrastive import Contrastive
+from pipelines.evaluation.images import to_levels
+from pipelines.evaluation.real import Real, RealSplit
+from pipelines.search import training_confirmation
+from pipelines.search.confirmation import DEFAULT
+from pipelines.search.judge import SampleScorer
+from pipelines.search.study import TrialRecord, trial_name
+from pipelines.search.study_config import StudyConfig
+from pipelines.search.training_confirmation import chosen, confirm, fresh_images
+from pipelines.storage import Storage
+from tests.pipelines.checkpoints.tiny import SMALL
+
+BASE = compose(["+experiment=digits"])
+
+
+def study(**options):
+    plain = {"kind": "training", "trials": 4, "confirm": 2, "space": {"optim.lr": {"log": [1e-4, 1e-2]}}, **options}
+    return StudyConfig.model_validate(plain)
+
+
+def trial(lr, distance, state="finished"):
+    params = {"optim.lr": lr}
+    return TrialRecord(trial_name(params), params, state, {"frechet_distance": distance})
+
+
+def test_the_best_trials_that_trained_to_their_end_are_compared_with_the_configuration_as_it_stands():
+    default = trial(BASE.optim.lr, 5.0)
+    records = [default, trial(0.003, 4.0), trial(0.004, 1.0, "stopped"), trial(0.005, 9.0), trial(0.006, 3.0)]
+    found = chosen(study(), BASE, records)
+    assert list(found.values()) == [default, records[4], records[1]]
+    assert [*found] == [DEFAULT, records[4].trial, records[1].trial]
+
+
+@pytest.mark.parametrize("state", ["failed", "stopped"])
+def test_nothing_is_confirmed_where_the_default_has_no_trained_model(state):
+    assert chosen(study(), BASE, [trial(BASE.optim.lr, 5.0, state), trial(0.003, 4.0)]) == {}
+
+
+def real(count):
+    images = np.arange(count, dtype=np.uint8).reshape(count, 1, 1, 1)
+    return SimpleNamespace(held_out=lambda: (images, np.arange(count)))
+
+
+def test_bits_per_dim_are_confirmed_on_test_images_that_have_judged_no_trial():
+    bits = study(objectives=["bits_per_dim"], bits_per_dim_images=64)
+    images, labels = fresh_images(bits, real(100))
+    assert labels.tolist() == list(range(64, 100))
+    assert images.flatten()[0] == pytest.approx(64 / 127.5 - 1)
+    with pytest.raises(ConfigError, match=r"of the 90 stored test images 32 at least .* use 58 at most"):
+        fresh_images(bits, real(90))
+    fresh_images(study(), real(10))  # the distance decides: no test image is needed
+
+
+class Bench:
+    """A study's models and data, with Ray's tasks run in this process."""
+
+    base = compose(
+        [
+            "+experiment=digits",
+            "data.num_classes=0",
+            "model.class_conditional=false",
+            "guidance=none",
+            "sampler.steps=2",
+        ]
+    )
+
+    def __init__(self, monkeypatch, folder):
+        self.evaluator = Evaluator(
+            Contrastive(1, 8).eval(), "contrastive", "d", "here", "none", labels=False, accuracy=None
+        )
+        images = torch.randint(0, 256, (120, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
+        features = self.evaluator.encoder(images).features.numpy()
+        rows = {"features": features, "labels": np.full(120, -1), "reference": np.ones(120, bool)}
+        rows["pixels"] = np.zeros((120, 1, 8, 8), np.uint8)
+        for split in ("train", "test"):
+            (folder / f"{split}-000000000.safetensors").write_bytes(save(rows))
+        (folder / "held-out.safetensors").write_bytes(save({"images": images.numpy()}))
+        split = RealSplit(120, (), FeatureMoments.of(torch.from_numpy(features)))
+        self.real = Real(f"file://{folder}", "s", split, split, features.shape[1], (1, 8, 8), Storage())
+        self.images, self.models, self.seeds, self.said = images, {}, [], []
+        monkeypatch.setattr(references, "resolve", self.resolve)
+        monkeypatch.setattr(ray, "put", lambda value: value)
+        monkeypatch.setattr(training_confirmation, "draw_all", self.draw_all)
+        monkeypatch.setattr(training_confirmation, "_bounds", self.bounds)
+
+    def resolve(self, reference, **_):
+        if reference not in self.models:
+            raise ModelError(f"{reference}: no such published checkpoint")
+        return SimpleNamespace(model=self.models[reference])
+
+    def draw_all(self, asked, samples, seed, base):
+        self.seeds.append(seed)
+        return [SampleScorer(subject).draw(s, torch.arange(samples), seed=seed) for subject, s in asked]
+
+    def bounds(self, subjects, images, seed, base):
+        self.seeds.append(seed)
+        return [training_confirmation._bound(subject, *images, seed) for subject in subjects]
+
+    def trained(self, run_id, lr, distance):
+        """The record of a trial that trained to its end, and its model."""
+        torch.manual_seed(int(run_id, 16))
+        network = replace(SMALL, num_classes=0)
+        spec = ModelSpec(network, {"kind": "cosine", "num_steps": 20}, "v", 8, ())
+        self.models[f"runs:/{run_id}/640"] = Model(spec, UNet(network).eval())
+        scores = {"frechet_distance": distance, "bits_per_dim": distance, "images_seen": 640.0}
+        return replace(trial(lr, distance), scores=scores, run_id=run_id)
+
+    def confirm(self, study, records):
+        seeds = {"trials_seed": 5, "seed": 6}
+        return confirm(
+            study, self.base, self.evaluator, self.real, records, Storage(), notice=self.said.append, **seeds
+        )
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    torch.manual_seed(0)
+    return Bench(monkeypatch, tmp_path)
+
+
+def test_trained_models_are_judged_by_new_samples_on_the_noise_of_the_confirmation(bench):
+    records = [bench.trained("a1", BASE.optim.lr, 5.0), bench.trained("b2", 0.003, 4.0)]
+    found = {c.trial: c for c in bench.confirm(study(confirm_samples=64), records)}
+    assert set(found) == {DEFAULT, records[1].trial}
+    assert bench.seeds == [6]
+    wanted = bench.models["runs:/b2/640"].generate(
+        None, seed=6, sampling=found[DEFAULT].settings, image_ids=torch.arange(64), batch_size=64
+    )
+    features = bench.evaluator.encoder(to_levels(wanted)).features
+    value = training_confirmation.Distance.of(bench.real)(features).value
+    assert found[records[1].trial].distance.value == pytest.approx(value, rel=1e-3)
+    assert found[DEFAULT].params == {"optim.lr": BASE.optim.lr}
+
+
+def test_a_study_of_bits_per_dim_is_decided_by_the_bound_of_unseen_test_images(bench):
+    records = [bench.trained("a1", BASE.optim.lr, 5.0), bench.trained("b2", 0.003, 4.0)]
+    found = bench.confirm(study(objectives=["bits_per_dim"], confirm_samples=64), records)
+    assert {c.measure for c in found} == {"bits_per_dim"}
+    assert {c.distance.n for c in found} == {(120 - 64,)}
+    assert bench.seeds == [6, 6]
+
+
+def test_a_trial_whose_model_is_gone_is_left_out_and_without_the_default_nothing_is_confirmed(bench):
+    records = [bench.trained("a1", BASE.optim.lr, 5.0), bench.trained("b2", 0.003, 4.0), trial(0.004, 3.0)]
+    records[2] = replace(records[2], run_id="c3", scores={**records[2].scores, "images_seen": 640.0})
+    found = bench.confirm(study(confirm_samples=64), records)
+    assert {c.trial for c in found} == {DEFAULT, records[1].trial}
+    assert bench.said == [f"trial {records[2].trial} is not confirmed: runs:/c3/640: no such published checkpoint"]
+    del bench.models["runs:/a1/640"]
+    assert bench.confirm(study(confirm_samples=64), records) == []
+    assert "nothing is confirmed" in bench.said[-1]
