@@ -32,8 +32,10 @@ class TextEncoder:
     def __init__(self, name: str = DEFAULT_ENCODER, device: str = "cpu") -> None:
         try:
             from sentence_transformers import SentenceTransformer
+            from transformers.utils.logging import disable_progress_bar
         except ImportError as error:
             raise ValueError("text encoders need the extra `text`: pip install 'ddpm-pipelines[text]'") from error
+        disable_progress_bar()  # of reading the weights, among the lines of whoever shows progress
         try:
             self._encoder: Any = SentenceTransformer(name, device=device)
         except (OSError, ValueError) as error:

@@ -82,7 +82,7 @@ def write(pictures: Pictures, out: Path, resolved: Resolved) -> Written:
     others = [path for paths in inputs.values() for path in paths]
     if pictures.film is not None:
         others += _write_film(pictures, pictures.film, out)
-    if isinstance(pictures.request, Sample) and pictures.request.interpolate is not None:
+    if _interpolates(pictures):
         others.append(out / "interpolation.webp")
         animate(others[-1], _rows_as_frames(pictures))
     manifest = out / MANIFEST
@@ -116,7 +116,11 @@ def _name(number: int, row: Row) -> str:
 def _grid(pictures: Pictures) -> NDArray[np.uint8]:
     """Return all pictures in a grid; with given images, a line for each picture that shows those beside it."""
     if pictures.originals is None:
-        return label_grid(pictures.pixels, _grid_columns(pictures), _column_names(pictures))
+        pixels = pictures.pixels
+        if _interpolates(pictures):  # a line for each column, from one seed to the other
+            turned = pixels.reshape(-1, pictures.columns, *pixels.shape[1:]).swapaxes(0, 1)
+            return label_grid(turned.reshape(pixels.shape), turned.shape[1])
+        return label_grid(pixels, _grid_columns(pictures), _column_names(pictures))
     lines: list[NDArray[np.uint8]] = []
     for row, result in zip(pictures.rows, pictures.pixels, strict=True):
         assert row.image is not None
@@ -126,17 +130,17 @@ def _grid(pictures: Pictures) -> NDArray[np.uint8]:
         else:
             hidden = pictures.hidden[row.image][..., None]
             lines += [np.where(hidden, np.uint8(128), original), result, original]
-    names = ("original", "result") if pictures.hidden is None else ("known", "result", "original")
+    names = ("given", "result") if pictures.hidden is None else ("known", "result", "given")
     return label_grid(np.stack(lines), len(names), names)
 
 
+def _interpolates(pictures: Pictures) -> bool:
+    return isinstance(pictures.request, Sample) and pictures.request.interpolate is not None
+
+
 def _grid_columns(pictures: Pictures) -> int:
-    """Return the columns of the grid: a single column of pictures is drawn as a line, or as a square of lines."""
-    if pictures.columns > 1:
-        return pictures.columns
-    count, request = len(pictures.pixels), pictures.request
-    line = isinstance(request, Sample) and request.interpolate is not None
-    return count if line else math.ceil(math.sqrt(count))
+    """Return the columns of the grid: a single column of pictures is drawn as a square of lines."""
+    return pictures.columns if pictures.columns > 1 else math.ceil(math.sqrt(len(pictures.pixels)))
 
 
 def _column_names(pictures: Pictures) -> tuple[str, ...]:
@@ -186,6 +190,12 @@ def _rows_as_frames(pictures: Pictures) -> list[NDArray[np.uint8]]:
     return rows + rows[-2:0:-1]
 
 
+def _digest(resolved: Resolved) -> str:
+    """Return the digest under which the weights are known where they come from."""
+    recorded = None if resolved.version is None else resolved.version.tags.get("model_digest")
+    return recorded or digest_of(resolved)
+
+
 def _manifest(
     pictures: Pictures, resolved: Resolved, files: list[Path], inputs: dict[str, list[Path]], out: Path
 ) -> dict[str, Any]:
@@ -197,7 +207,7 @@ def _manifest(
         "manifest_version": MANIFEST_VERSION,
         "model": {
             "reference": resolved.reference,
-            "digest": digest_of(resolved),
+            "digest": _digest(resolved),
             "version": None if resolved.version is None else resolved.version.uri,
             "lineage": model.spec.lineage,
         },

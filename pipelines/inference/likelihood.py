@@ -71,18 +71,15 @@ class Bits:
     seed: int
 
     def to_plain(self) -> dict[str, Any]:
-        """Return the mean with its interval, and the terms, as JSON types."""
+        """Return the mean with its interval as JSON types."""
         mean = mean_bits_per_dim(self.images, seed=self.seed, level=LEVEL)
-        plain = {
+        return {
             "method": self.method,
             "source": self.source,
             "images": len(self.images),
             "seed": self.seed,
             "bits_per_dim": {"mean": mean.value, "low": mean.low, "high": mean.high, "level": LEVEL},
         }
-        if self.terms is not None and self.timesteps is not None:
-            plain["terms"] = {"timesteps": self.timesteps.tolist(), "bits_per_dim": self.terms.tolist()}
-        return plain
 
     def line(self) -> str:
         """Return the result in words."""
@@ -168,7 +165,9 @@ def write(bits: Bits, out: Path, resolved: Resolved) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     model = {"reference": resolved.reference, "digest": digest_of(resolved)}
     versions = {**code_lineage(), "torch": torch.__version__}
-    plain = {"model": model, **bits.to_plain(), "each": bits.images.tolist(), "versions": versions}
+    plain: dict[str, Any] = {"model": model, **bits.to_plain(), "each": bits.images.tolist(), "versions": versions}
+    if bits.terms is not None and bits.timesteps is not None:
+        plain["terms"] = {"timesteps": bits.timesteps.tolist(), "bits_per_dim": bits.terms.tolist()}
     files = [out / "likelihood.json"]
     files[0].write_text(json.dumps(plain, indent=1) + "\n")
     if bits.terms is not None:
