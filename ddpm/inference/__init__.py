@@ -20,9 +20,11 @@ from ddpm.inference.checks import (
 )
 from ddpm.inference.draw import Drawn, Film, draw
 from ddpm.inference.noise import Noise
+from ddpm.inference.table import COLUMNS, draw_table, inpainting_method, parameters
 from ddpm.inference.tasks import INPAINTERS, METHODS, TRAINED, Editing, FromNoise, Inpainting, Inverting, Task
 
 __all__ = [
+    "COLUMNS",
     "INPAINTERS",
     "MAX_VALUES",
     "METHODS",
@@ -42,4 +44,7 @@ __all__ = [
     "check_steps",
     "class_indices",
     "draw",
+    "draw_table",
+    "inpainting_method",
+    "parameters",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +13,6 @@ from numpy.typing import NDArray
 from ddpm.conditioning import Conditioning
 from ddpm.generate import Sampling, to_uint8
 from ddpm.inference import (
-    INPAINTERS,
     TRAINED,
     Editing,
     Film,
@@ -27,6 +25,7 @@ from ddpm.inference import (
     check_count,
     class_indices,
     draw,
+    inpainting_method,
 )
 from ddpm.model import Model, ModelSpec
 from pipelines import references
@@ -244,15 +243,14 @@ class _Drawing:
     ) -> tuple[Inpaint, Task]:
         """Return the request with its method and that method's settings filled in, and the task."""
         known, mask = self._of_images(as_tensor(originals)), self._of_images(torch.from_numpy(~hidden)[:, None])
-        method = request.method or (TRAINED if can_inpaint(self.spec) else "repaint")
-        if method == TRAINED:
-            if request.method_settings:
-                raise ValueError(f"method_settings are for {' and '.join(INPAINTERS)}: set the sampling for a trained")
-            return request.model_copy(update={"method": method}), Inpainting(known, mask)
-        inpainter = _inpainter(method, request, self.model.schedule.num_steps)
-        settings = dict(vars(inpainter))
-        filled = request.model_copy(update={"method": method, "method_settings": settings})
-        return filled, Inpainting(known, mask, inpainter)
+        settings = dict(request.method_settings)
+        trained = request.method == TRAINED or (request.method is None and can_inpaint(self.spec))
+        if not trained and "steps" in request.sampling:
+            settings.setdefault("steps", request.sampling["steps"])
+        name, method = inpainting_method(self.model, request.method, settings)
+        complete = {} if method is None else dict(vars(method))
+        filled = request.model_copy(update={"method": name, "method_settings": complete})
+        return filled, Inpainting(known, mask, method)
 
     def _editing(self, request: Edit, originals: NDArray[np.uint8]) -> Task:
         images = self._of_images(as_tensor(originals))
@@ -297,23 +295,3 @@ def _sampling(request: Request, spec: ModelSpec) -> Sampling:
         return spec.sampling.with_fields(**request.sampling)
     except (ValueError, TypeError) as error:
         raise RequestError(f"sampling: {error}") from error
-
-
-def _inpainter(method: str, request: Inpaint, num_steps: int) -> Any:
-    """Return the method with the settings of the request.
-
-    Jumps are as long a part of the chain as the authors', 10 of 250 steps, because known and hidden pixels agree only
-    down to the noise level that a jump reaches.
-    """
-    kind: Any = INPAINTERS[method]
-    settings = dict(request.method_settings)
-    if "steps" not in settings:
-        settings["steps"] = request.sampling.get("steps", min(kind().steps, num_steps))
-    if method == "repaint" and isinstance(settings["steps"], int):
-        settings.setdefault("jump_length", max(1, math.ceil(settings["steps"] / 25)))
-        if settings["steps"] == 1:
-            settings.setdefault("resamplings", 1)
-    try:
-        return kind(**settings)
-    except TypeError as error:
-        raise RequestError(f"method_settings of {method}: {error}; there are: {', '.join(vars(kind()))}") from error

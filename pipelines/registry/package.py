@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 
 import ddpm
 from ddpm.generate import Sampling, to_uint8
+from ddpm.inference import COLUMNS, parameters
 from ddpm.model import Model, save_model
 from pipelines import tracking
 from pipelines.errors import PipelineError
@@ -92,9 +92,9 @@ def _log(tracker: Tracker, model: Model, folder: Path, signature: Path) -> str:
     """Log a model folder with its signature as an MLflow pyfunc that carries its code; return the logged model's ID."""
     channels, height, width = model.spec.shape
     example = (
-        _table(np.arange(2, dtype=np.int64)),
+        COLUMNS,
         np.zeros((2, height, width, channels), dtype=np.uint8),
-        {"scale": -1.0, "guidance_scale": -1.0, "steps": 0, "seed": 0},
+        {**parameters(), "guidance_scale": ("double", None)},
     )
     requirements = [f"{name}=={packages()[name]}" for name in ("mlflow", "torch", "numpy", "safetensors")]
     return tracking.log_pyfunc(
@@ -106,10 +106,3 @@ def _log(tracker: Tracker, model: Model, folder: Path, signature: Path) -> str:
         example,
         int(model.spec.lineage.get("images_seen", 0)),
     )
-
-
-def _table(labels: Any) -> Any:
-    """Return the input table of the pyfunc for these labels."""
-    import pandas
-
-    return pandas.DataFrame({"label": labels})

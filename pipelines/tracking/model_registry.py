@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.tracking.client import ask, authenticate, pages
 from pipelines.tracking.run import Tracker
+from pipelines.tracking.signature import table_signature
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -53,14 +54,12 @@ def log_pyfunc(
         artifacts: name -> file or folder, as the pyfunc gets them.
         code: the module that defines the pyfunc.
         packages: source folders that travel with it.
-        example: (inputs, outputs, params) from which the signature is inferred.
+        example: the arguments of `table_signature`.
         images_seen: by the model.
     """
     import mlflow
-    from mlflow.models import infer_signature
 
     authenticate()
-    inputs, outputs, params = example
 
     def log(_: MlflowClient) -> str:
         mlflow.set_tracking_uri(tracker.uri)
@@ -73,7 +72,7 @@ def log_pyfunc(
                 artifacts={name: str(path) for name, path in artifacts.items()},
                 code_paths=[str(p) for p in packages],
                 pip_requirements=requirements,
-                signature=infer_signature(inputs, outputs, params=params),
+                signature=table_signature(*example),
                 step=images_seen,
             )
         return str(info.model_id)

@@ -351,7 +351,9 @@ def log_model(tracker: Tracker, folder: Path) -> str:
         "mlflow.models.set_model(Model())\n"
     )
     values = np.zeros(2)
-    return tracking.log_pyfunc(tracker, folder / "model", code, [], ["mlflow"], (values, values, {}), 0)
+    return tracking.log_pyfunc(
+        tracker, {"model": folder / "model"}, code, [], ["mlflow"], ({"value": "any"}, values, {}), 0
+    )
 
 
 @pytest.fixture(scope="module")
