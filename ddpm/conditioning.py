@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,18 @@ class Conditioning:
     mask: Tensor | None = None
     context: Tensor | None = None
     drop: Tensor | None = None
+
+    @classmethod
+    def of_text(cls, tokens: Sequence[Tensor], pooled: Tensor) -> Conditioning:
+        """Return the condition of texts of different lengths, padded with zeros.
+
+        Args:
+            tokens: token embeddings of each text, [L_i, D].
+            pooled: embeddings of the whole texts, [B, D].
+        """
+        lengths = torch.tensor([len(each) for each in tokens])
+        text = pad_sequence(list(tokens), batch_first=True)
+        return cls(text=text, text_mask=torch.arange(text.shape[1])[None] < lengths[:, None], pooled=pooled)
 
     def dropped(self, drop: Tensor) -> Conditioning:
         """Return the conditions with the samples in `drop` [B] dropped as well (Ho & Salimans 2022, algorithm 1)."""

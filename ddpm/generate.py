@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ddpm.conditioning import Conditioning
 from ddpm.guidance import GUIDANCE, ClassifierFree, Guidance, Guides
+from ddpm.noise import Seed
 from ddpm.prediction import Clipping, Denoiser
 from ddpm.samplers import DDIM, SAMPLERS, Sample, Sampler, initial_noise, last, step_noise
 from ddpm.schedule import NoiseSchedule
@@ -146,7 +147,7 @@ def trajectory(
     cond: Conditioning | None,
     image_ids: Tensor,
     shape: tuple[int, ...],
-    seed: int,
+    seed: Seed,
     guides: Guides | None = None,
 ) -> Iterator[Sample]:
     """Return the sampler's steps for the images with these ids, int64 [B]; see `generate`."""

@@ -23,16 +23,18 @@ ALWAYS = (0.0, 1.0)
 
 @dataclass(frozen=True)
 class Guides:
-    """The additional networks that guide a denoiser.
+    """What guides a denoiser besides its settings: additional networks, and a condition to move away from.
 
     Attributes:
         log_prob: log-probability of a classifier of noisy images, for `ClassifierGuided`; `ddpm.models.classifier` has
             one for classes and one for text.
         weak: denoiser of a smaller or less trained model of the same data, on the same schedule, for `Autoguided`.
+        negative: label or text of a negative prompt, for `ClassifierFree`; it must fit the size of every batch.
     """
 
     log_prob: LogProb | None = None
     weak: Denoiser | None = None
+    negative: Conditioning | None = None
 
 
 class Guidance(Protocol):
@@ -83,6 +85,9 @@ class ClassifierFree(_Guidance):
     used without guidance (Kynkäänniemi et al. 2024). All channels are guided; known pixels (inpainting) condition both
     models. `rescale` is that of Lin et al. 2024, eq. 15-16, applied to x_0, against over-exposure at high scales; a
     guided x_0 with the same value in every pixel is not rescaled.
+
+    A negative prompt takes the place of the null condition (as in Stable Diffusion's web UIs; Liu et al. 2022, sec.
+    4.2, derive it as a negation): negative + scale (cond - negative). Scale 0 is then exactly the negative condition.
     """
 
     rescale: float = setting(
@@ -91,32 +96,36 @@ class ClassifierFree(_Guidance):
 
     def wrap(self, denoiser: Denoiser, schedule: NoiseSchedule, guides: Guides | None = None) -> Denoiser:
         """Return the guided denoiser; the null condition of `denoiser` is the unconditional model."""
+        negative = None if guides is None else guides.negative
 
         def guided(x_t: Tensor, t: Tensor, cond: Conditioning | None = None) -> Prediction:
-            if cond is None or self.scale == 1 or not self.acts(t, schedule):
+            if self.scale == 1 or not self.acts(t, schedule):
                 return denoiser(x_t, t, cond)
+            if negative is not None:
+                known = Conditioning() if cond is None else cond
+                base = replace(negative, mask=known.mask, context=known.context)
+            elif cond is None:
+                return denoiser(x_t, t, cond)
+            else:
+                base = cond.null()
             if self.scale == 0 and self.rescale == 0:
-                return denoiser(x_t, t, cond.null())
-            return self._guide(denoiser, schedule, x_t, t, cond)
+                return denoiser(x_t, t, base)
+            if negative is not None or cond is None:  # texts differ in length, so that the two make no batch
+                return self._combine(denoiser(x_t, t, cond), denoiser(x_t, t, base), schedule, x_t, t)
+            return self._combine(*_with_null(denoiser, x_t, t, cond), schedule, x_t, t)
 
         return guided
 
-    def _guide(
-        self, denoiser: Denoiser, schedule: NoiseSchedule, x_t: Tensor, t: Tensor, cond: Conditioning
+    def _combine(
+        self, pred: Prediction, base: Prediction, schedule: NoiseSchedule, x_t: Tensor, t: Tensor
     ) -> Prediction:
-        batch = len(x_t)
-        null = torch.arange(2 * batch, device=x_t.device) >= batch
-        both = cond.map(lambda tensor: torch.cat([tensor, tensor])).dropped(null)
-        pred = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
-        (x0, null_x0), (eps, null_eps) = pred.x0.split(batch), pred.eps.split(batch)
-        guided = Prediction(
-            x0=torch.lerp(null_x0, x0, self.scale),
-            eps=torch.lerp(null_eps, eps, self.scale),
-            variance_fraction=None if pred.variance_fraction is None else pred.variance_fraction[:batch],
+        """Return base + scale (pred - base), rescaled."""
+        guided = replace(
+            pred, x0=torch.lerp(base.x0, pred.x0, self.scale), eps=torch.lerp(base.eps, pred.eps, self.scale)
         )
         if self.rescale == 0:
             return guided
-        ratio = _spread(x0) / _spread(guided.x0)
+        ratio = _spread(pred.x0) / _spread(guided.x0)
         ratio = torch.where(ratio.isfinite(), ratio, 1)  # a constant image has standard deviation 0
         rescaled = guided.x0 * (1 + self.rescale * (ratio - 1))
         return replace(guided, x0=rescaled, eps=eps_from_x0(rescaled, x_t, t, schedule))
@@ -141,6 +150,7 @@ class ClassifierGuided(_Guidance):
 
     def wrap(self, denoiser: Denoiser, schedule: NoiseSchedule, guides: Guides | None = None) -> Denoiser:
         """Return the guided denoiser; it calls `denoiser` without label and text."""
+        _no_negative(guides, "classifier")
         if guides is None or guides.log_prob is None:
             raise ValueError("guidance by a classifier needs one: give `guides` with its log_prob")
         log_prob = guides.log_prob
@@ -174,6 +184,7 @@ class Autoguided(_Guidance):
 
     def wrap(self, denoiser: Denoiser, schedule: NoiseSchedule, guides: Guides | None = None) -> Denoiser:
         """Return the guided denoiser."""
+        _no_negative(guides, "auto")
         if guides is None or guides.weak is None:
             raise ValueError("autoguidance needs a weaker model: give `guides` with it as `weak`")
         weak = guides.weak
@@ -207,6 +218,27 @@ class ConditionedOn:
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning | None = None) -> Prediction:
         """See `Denoiser`; the argument `cond` is ignored."""
         return self.denoiser(x_t, t, self.cond)
+
+
+def _with_null(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Conditioning) -> tuple[Prediction, Prediction]:
+    """Return the predictions with the condition and with the null condition, from one batch of 2 B."""
+    batch = len(x_t)
+    null = torch.arange(2 * batch, device=x_t.device) >= batch
+    both = cond.map(lambda tensor: torch.cat([tensor, tensor])).dropped(null)
+    pred = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+    fraction = None if pred.variance_fraction is None else pred.variance_fraction[:batch]
+    return (
+        Prediction(pred.x0[:batch], pred.eps[:batch], fraction),
+        Prediction(pred.x0[batch:], pred.eps[batch:]),
+    )
+
+
+def _no_negative(guides: Guides | None, kind: str) -> None:
+    if guides is not None and guides.negative is not None:
+        raise ValueError(
+            f"a negative prompt takes the place of the null condition, which guidance={kind} does not have: use "
+            "guidance=classifier_free, or leave the negative prompt out"
+        )
 
 
 def _gradient(log_prob: LogProb, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:

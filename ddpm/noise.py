@@ -4,6 +4,7 @@ Training draws the timestep, noise, label drop and flip of sample n with this mo
 or the rank that computes them, nor on restarts. Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
 3") maps a 128-bit counter and a 64-bit key to 128 random bits; ours are
     counter = (block, purpose, ordinal low, ordinal high),   key = (seed low, seed high).
+Every function takes one seed for all ordinals, 0 <= seed < 2^64, or int64 [B] with a seed for each, 0 <= seed < 2^63.
 int64 arithmetic wraps, and its low 64 bits are those of the unsigned product, so one code serves CPU and GPU.
 """
 
@@ -18,6 +19,9 @@ from torch import Tensor
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
+
+Seed = int | Tensor
+"""One seed for all ordinals, or int64 [B] with a seed for each."""
 
 
 class Purpose(IntEnum):
@@ -36,7 +40,7 @@ class Purpose(IntEnum):
 
 
 def philox(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Seed, Seed]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the result of ten rounds of Philox 4x32 on int64 tensors of 32-bit words (broadcast together)."""
     c0, c1, c2, c3 = counter
@@ -53,14 +57,23 @@ def philox(
     return c0, c1, c2, c3
 
 
-def words(seed: int, ordinals: Tensor, purpose: Purpose, count: int) -> Tensor:
+def words(seed: Seed, ordinals: Tensor, purpose: Purpose, count: int) -> Tensor:
     """Return `count` random 32-bit words for each ordinal, int64 [len(ordinals), count].
 
     Args:
-        seed: 0 <= seed < 2^64.
+        seed: one in [0, 2^64), or int64 [B] with one in [0, 2^63) for each ordinal.
         ordinals: int64 [B], non-negative.
+
+    Raises:
+        ValueError: a seed is out of range, or the number of seeds is not that of the ordinals.
     """
-    if not 0 <= seed < 1 << 64:
+    if isinstance(seed, Tensor):
+        if seed.shape != ordinals.shape or bool((seed < 0).any()):
+            raise ValueError(
+                f"seeds must be in [0, 2^63), one for each of {len(ordinals)} ordinals, got {seed.tolist()}"
+            )
+        seed = seed.long().to(ordinals.device).unsqueeze(1)
+    elif not 0 <= seed < 1 << 64:
         raise ValueError(f"seed must be in [0, 2^64), got {seed}")
     n = ordinals.long().unsqueeze(1)
     blocks = torch.arange((count + 3) // 4, device=n.device).unsqueeze(0)
@@ -69,12 +82,12 @@ def words(seed: int, ordinals: Tensor, purpose: Purpose, count: int) -> Tensor:
     return torch.stack(out, dim=-1).flatten(1)[:, :count]
 
 
-def uniform(seed: int, ordinals: Tensor, purpose: Purpose, count: int = 1) -> Tensor:
+def uniform(seed: Seed, ordinals: Tensor, purpose: Purpose, count: int = 1) -> Tensor:
     """Return uniform float64 numbers in (0, 1), [B, count]: centres of 2^32 equal cells, never 0 or 1."""
     return (words(seed, ordinals, purpose, count).double() + 0.5) * 2.0**-32
 
 
-def normal(seed: int, ordinals: Tensor, purpose: Purpose, shape: tuple[int, ...]) -> Tensor:
+def normal(seed: Seed, ordinals: Tensor, purpose: Purpose, shape: tuple[int, ...]) -> Tensor:
     """Return standard normal float32 numbers [B, *shape] by Box and Muller (1958), independent of the batch."""
     count = math.prod(shape)
     bits = words(seed, ordinals, purpose, count + count % 2)
@@ -86,7 +99,28 @@ def normal(seed: int, ordinals: Tensor, purpose: Purpose, shape: tuple[int, ...]
     return both[:, :count].unflatten(1, shape) if shape else both[:, 0]
 
 
-def integers(seed: int, ordinals: Tensor, purpose: Purpose, high: int) -> Tensor:
+def slerp(start: Tensor, end: Tensor, fraction: Tensor) -> Tensor:
+    """Return noise on the arc from `start` to `end`, [B, ...]: spherical interpolation (Song et al. 2021a, eq. 66).
+
+    Unlike a straight line, the arc between two draws of N(0, I) stays at the norm that such draws have. Fraction 0 is
+    exactly `start` and 1 exactly `end`.
+
+    Args:
+        start, end: noise [B, ...].
+        fraction: of the way, in [0, 1], [B].
+    """
+    a, b = start.flatten(1).double(), end.flatten(1).double()
+    cosine = torch.nn.functional.cosine_similarity(a, b, dim=1).clamp(-1, 1)
+    angle, share = cosine.acos().unsqueeze(1), fraction.to(a).reshape(-1, 1)
+    sine = angle.sin()
+    near = sine < 1e-6  # nearly one direction: the arc is a line
+    safe = torch.where(near, 1, sine)
+    weight_a = torch.where(near, 1 - share, ((1 - share) * angle).sin() / safe)
+    weight_b = torch.where(near, share, (share * angle).sin() / safe)
+    return (weight_a * a + weight_b * b).to(start.dtype).reshape(start.shape)
+
+
+def integers(seed: Seed, ordinals: Tensor, purpose: Purpose, high: int) -> Tensor:
     """Return int64 [B] in [0, high), floor(word * high / 2^32), biased by at most high / 2^32; high <= 2^31."""
     if not 1 <= high <= 1 << 31:
         raise ValueError(f"high must be in 1..2^31, got {high}")

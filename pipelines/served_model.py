@@ -2,55 +2,80 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
+import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import pandas  # comes with mlflow
 import torch
+from torch import Tensor
 
-from ddpm.generate import to_uint8
+from ddpm.conditioning import Conditioning
+from ddpm.inference import draw_table
 from ddpm.model import load_model
 
 
 class DiffusionModel(mlflow.pyfunc.PythonModel):
-    """Class labels in, images out."""
+    """Labels, prompts, or images with masks or strengths in; pictures out."""
 
     def load_context(self, context: Any) -> None:
         """Read the model folder; on a GPU where there is one."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = load_model(Path(context.artifacts["model"]), device)
-        self.device = device
+        self.encoder: Any = None
 
     def predict(self, context: Any, model_input: pandas.DataFrame, params: dict[str, Any] | None = None) -> Any:
-        """One image per row.
+        """One picture per row; see `ddpm.inference.draw_table`.
 
         Args:
             context: unused.
-            model_input: a table with the column `label` (class index); for a model without classes its rows only count.
-            params: scale of the guidance (negative: the model's default; `guidance_scale` is read too), steps (0: the
-                model's default), seed.
+            model_input: a table with some of the columns `label` (name or index of a class), `prompt`, `image` with
+                `mask` or `strength`, and `seed`. Pictures are the bytes of a PNG file of the model's size, or their
+                base64 text; white pixels of a mask are filled. For a model without classes the labels only count.
+            params: sampling settings by their names, such as `scale`, `steps`, `kind` (of the sampler) and `interval`;
+                `seed` of all rows where there is no such column, `negative_prompt`, and the `method` of inpainting.
+                The guidance's scale is read as `guidance_scale` too. Those that are None are the model's own.
 
         Returns:
             uint8 images [N, H, W, C].
         """
-        params = params or {}
-        scale = max(params.get("scale", -1.0), params.get("guidance_scale", -1.0))
-        steps = params.get("steps", 0)
-        changed = {"scale": scale} if scale >= 0 else {}
-        changed |= {"steps": steps} if steps > 0 else {}
-        sampling = self.model.spec.sampling.with_fields(**changed)
-        rows = len(model_input)
-        labels = None
-        if self.model.spec.classes:
-            labels = torch.as_tensor(model_input["label"].to_numpy(copy=True), dtype=torch.long)
-        images = self.model.generate(
-            labels.to(self.device) if labels is not None else None,
-            seed=int(params.get("seed", 0)),
-            sampling=sampling,
-            image_ids=torch.arange(rows, device=self.device),
-        )
-        return to_uint8(images).cpu().numpy()
+        given = {name: value for name, value in (params or {}).items() if value is not None and np.size(value)}
+        given = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in given.items()}
+        if (earlier := given.pop("guidance_scale", None)) is not None:
+            given.setdefault("scale", earlier)
+        columns = {str(name): values.tolist() for name, values in model_input.items() if not values.isna().all()}
+        return draw_table(self.model, columns, given, encode=self._encode, decode=_decode).numpy()
+
+    def _encode(self, texts: Sequence[str]) -> Conditioning:
+        """Return the embeddings of texts by the encoder that embedded the model's training data."""
+        name = self.model.spec.lineage.get("text_encoder")
+        if name is None:
+            raise ValueError("the model does not say which text encoder embedded its training data")
+        if self.encoder is None:
+            from sentence_transformers import SentenceTransformer
+
+            self.encoder = SentenceTransformer(name, device="cpu")
+        encoded = self.encoder.encode(list(texts), output_value=None, show_progress_bar=False)
+        tokens = [e["token_embeddings"][e["attention_mask"].bool()].float().cpu() for e in encoded]
+        return Conditioning.of_text(tokens, torch.stack([e["sentence_embedding"].float().cpu() for e in encoded]))
+
+
+def _decode(value: Any, channels: int) -> Tensor:
+    """Return the pixels of an encoded picture, or of its base64 text, uint8 [H, W, C]."""
+    from PIL import Image
+
+    try:
+        data = base64.b64decode(value, validate=True) if isinstance(value, str) else bytes(value)
+        with Image.open(io.BytesIO(data)) as image:
+            pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
+    except (binascii.Error, OSError, ValueError, TypeError, SyntaxError) as error:
+        raise ValueError(f"a picture cannot be read ({error}): send a PNG file, or its base64 text") from error
+    return torch.from_numpy(pixels).reshape(*pixels.shape[:2], channels)
 
 
 mlflow.models.set_model(DiffusionModel())

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from ddpm.conditioning import Conditioning
 
@@ -32,8 +31,10 @@ class TextEncoder:
     def __init__(self, name: str = DEFAULT_ENCODER, device: str = "cpu") -> None:
         try:
             from sentence_transformers import SentenceTransformer
+            from transformers.utils.logging import disable_progress_bar
         except ImportError as error:
             raise ValueError("text encoders need the extra `text`: pip install 'ddpm-pipelines[text]'") from error
+        disable_progress_bar()  # of reading the weights, among the lines of whoever shows progress
         try:
             self._encoder: Any = SentenceTransformer(name, device=device)
         except (OSError, ValueError) as error:
@@ -54,11 +55,7 @@ class TextEncoder:
         with torch.no_grad():
             encoded = self._encoder.encode(list(captions), output_value=None, show_progress_bar=False)
         tokens = [self._tokens(e) for e in encoded]
-        lengths = torch.tensor([len(t) for t in tokens])
-        text = pad_sequence(tokens, batch_first=True)
-        mask = torch.arange(text.shape[1])[None] < lengths[:, None]
-        pooled = torch.stack([e["sentence_embedding"].float().cpu() for e in encoded])
-        return Conditioning(text=text, text_mask=mask, pooled=pooled)
+        return Conditioning.of_text(tokens, torch.stack([e["sentence_embedding"].float().cpu() for e in encoded]))
 
     @staticmethod
     def _tokens(encoded: dict[str, Any]) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddpm.conditioning import Conditioning
-from ddpm.noise import Purpose, normal
+from ddpm.noise import Purpose, Seed, normal
 from ddpm.prediction import Denoiser, Prediction
 from ddpm.samplers.spacing import SPACINGS
 from ddpm.schedule import NoiseSchedule
@@ -140,12 +140,18 @@ def last(samples: Iterable[Sample]) -> Tensor:
     return sample.x_t
 
 
-def initial_noise(seed: int, image_ids: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return x_T ~ N(0, I) for image ids [B]; the same seed and id give the same noise in every batch."""
+def initial_noise(seed: Seed, image_ids: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return x_T ~ N(0, I) for image ids [B]; the same seed and id give the same noise in every batch.
+
+    Args:
+        seed: one for all images, or int64 [B] with one for each.
+        image_ids: int64 [B].
+        shape: (C, H, W).
+    """
     return normal(seed, image_ids, Purpose.SAMPLING, shape)
 
 
-def step_noise(seed: int, image_ids: Tensor, shape: tuple[int, ...]) -> StepNoise:
+def step_noise(seed: Seed, image_ids: Tensor, shape: tuple[int, ...]) -> StepNoise:
     """Return a function from a key, usually the level s that a step ends at, to N(0, I) noise per image id.
 
     Keys are rounded to multiples of 1/256, so levels between table points have their own noise.

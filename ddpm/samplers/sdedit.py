@@ -28,10 +28,19 @@ def noised_start(
     Raises:
         ValueError: `strength` or `steps` is out of range, or the noise has another shape than the image.
     """
+    timesteps = edit_levels(schedule, strength, steps=steps)
+    same_shape(image, noise, "image and noise")
+    return q_sample(image, timesteps[0], noise, schedule), timesteps
+
+
+def edit_levels(schedule: NoiseSchedule, strength: float, *, steps: int = 50) -> list[float]:
+    """Return the levels from t0 = strength T to 0 that an edit visits; see `noised_start`.
+
+    Raises:
+        ValueError: `strength` or `steps` is out of range.
+    """
     if not 0 < strength <= 1 or steps < 1:
         raise ValueError(f"need strength in (0, 1] and steps >= 1, got strength={strength} and steps={steps}")
-    same_shape(image, noise, "image and noise")
     t0 = strength * schedule.num_steps
     timesteps = [i * t0 / steps for i in range(steps, -1, -1)]
-    timesteps = [float(round(t)) for t in timesteps] if t0 >= steps else timesteps
-    return q_sample(image, timesteps[0], noise, schedule), timesteps
+    return [float(round(t)) for t in timesteps] if t0 >= steps else timesteps

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from pipelines.cli import data, flow, guard, models, runs, search, stack, training
+from pipelines.cli import data, exchange, flow, guard, models, pictures, runs, search, stack, training
 from pipelines.cli.common import terminal
 from pipelines.credentials import clean_arguments
 from pipelines.errors import ConfigError, PipelineError
@@ -21,11 +21,14 @@ for verb in (
     *(data.ingest, data.index, data.check),
     training.train,
     *(runs.runs, runs.logs, runs.rm, runs.gc),
-    *(models.evaluate, models.register, models.sample, models.promote, models.verify),
+    *(models.evaluate, models.register, models.promote, models.verify),
     guard.guard,
+    *(pictures.sample, pictures.inpaint, pictures.edit, pictures.likelihood),
+    exchange.export,
     flow.flow,
 ):
     app.command()(verb)
+app.command("import")(exchange.import_model)
 app.add_typer(search.app, name="search")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -97,6 +97,20 @@ def compose_connected(overrides: list[str] | None) -> Config:
 def connect_to_folder(uri: str, overrides: list[str] | None) -> Config:
     """Return the configuration of these overrides, connected to S3 where the folder is there."""
     return connect(compose(overrides), ["s3"] if uri.startswith("s3://") else [])
+
+
+def connect_for_model(
+    model: str, overrides: list[str] | None, others: Iterable[object] = (), more: Sequence[str] = ()
+) -> Config:
+    """Return the configuration of these overrides, connected to the services that MODEL references need.
+
+    Args:
+        others: further values, of which some may be MODEL references.
+        more: further services that the verb needs.
+    """
+    kinds = {str(reference).partition(":/")[0] for reference in (model, *others)}
+    needed = {*more, *(["s3"] if "runs" in kinds else []), *(["mlflow"] if kinds & {"runs", "models"} else [])}
+    return connect(compose(overrides), [service for service in SERVICES if service in needed])
 
 
 def quoted_override(key: str, value: str) -> str:

@@ -23,7 +23,7 @@ def flow(
 
     from pipelines import flow as stages
     from pipelines import references
-    from pipelines.sampling import write_samples
+    from pipelines.inference import write_samples
     from pipelines.storage import Storage
 
     with terminal.live():
@@ -35,7 +35,7 @@ def flow(
     answer = result.to_dict()
     if out is not None:
         resolved = references.resolve(result.version.uri, tracking_uri=config.tracking.uri, storage=Storage.of(config))
-        answer["grid"] = str(write_samples(resolved.model, out, count=8)[-1])
+        answer["grid"] = str(write_samples(resolved, out, count=8))
         terminal.stage("grid", answer["grid"])
     terminal.stage("mlflow", result.tracker.url)
     answer_json(as_json, answer)

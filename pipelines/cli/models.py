@@ -1,9 +1,8 @@
-"""`ddpm evaluate`, `register`, `sample`, `promote` and `verify`: models that were trained before."""
+"""`ddpm evaluate`, `register`, `promote` and `verify`: models that were trained before."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,7 +14,6 @@ from pipelines.cli.common import (
     answer_json,
     compose,
     compose_connected,
-    connect,
     find_running,
     quoted_override,
     show_verdict,
@@ -100,45 +98,6 @@ def _asked(resolved: Resolved, config: Config, overrides: list[str] | None) -> t
     other_data = any(line.startswith(("data=", "data.uri=")) for line in lines)
     settings = sampling(config) if overridden else resolved.model.spec.sampling
     return settings, config.data.uri if other_data else None
-
-
-def sample(
-    model: Annotated[str, typer.Argument(help=MODEL)],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the PNGs and grid.png")],
-    labels: Annotated[
-        str | None, typer.Option(help="Class names or indices, comma-separated; default: all classes")
-    ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Images per label, or in total for a model without classes")] = 1,
-    guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale; default: the model's own")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; default: the model's own")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Images to draw at a time; the images do not depend on it")
-    ] = 64,
-    overrides: Overrides = None,
-    as_json: Json = False,
-) -> None:
-    """Draw images. Example: ddpm sample models:/digits@champion --labels 0,1,2 --guidance 2 --steps 50 --out samples"""
-    needed = {"runs": ["s3", "mlflow"], "mode": ["mlflow"]}.get(model[:4], [])
-    config = connect(compose(overrides), needed)
-
-    from pipelines import references
-    from pipelines.sampling import write_samples
-    from pipelines.storage import Storage
-
-    resolved = references.resolve(model, tracking_uri=config.tracking.uri, storage=Storage.of(config))
-    files = write_samples(
-        resolved.model,
-        out,
-        labels=labels,
-        count=count,
-        guidance=guidance,
-        steps=steps,
-        seed=seed,
-        batch_size=batch_size,
-    )
-    terminal.stage("sample", f"{len(files) - 1} images and {files[-1]}")
-    answer_json(as_json, {"files": [str(f) for f in files]})
 
 
 def promote(

@@ -100,11 +100,17 @@ class Terminal:
         self.console.print(table, soft_wrap=False)
 
     def counter(self, description: str, unit: str) -> Progress:
-        """Return a callback that shows progress over a known number of things."""
+        """Return a callback that shows progress over a known number of things, and about how long the rest takes."""
         show = self._meter(description)
+        began: list[tuple[float, int]] = []
 
         def update(done: int, total: int) -> None:
-            show(done, total, f"{done:,} {unit}")
+            now = time.monotonic()
+            if not began:
+                began.append((now, done))
+            elapsed, since = now - began[0][0], done - began[0][1]
+            left = elapsed / since * (total - done) if since and elapsed > 1 else 0.0
+            show(done, total, f"{done:,} {unit}" + (f", {left:,.0f} s left" if left and not self.bars else ""))
 
         return update
 

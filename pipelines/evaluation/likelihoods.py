@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ddpm.bound import variational_bound
 from ddpm.conditioning import Conditioning
@@ -58,9 +59,27 @@ def likelihood(
     image_ids = torch.arange(first, first + len(images), device=device)
     conditional = labels is not None and bool(model.spec.classes)
     cond = Conditioning(label=torch.from_numpy(labels).to(device)) if conditional else None
-    schedule, denoiser = model.schedule, model.denoiser
+    bound, terms, timesteps = bound_bits(model, x_0, cond, image_ids, seed)
+    ode = ode_bits(model, x_0, cond, image_ids, seed)
+    return Likelihood(bound.cpu().numpy(), terms.cpu().numpy(), timesteps.cpu().numpy(), ode.cpu().numpy())
+
+
+def bound_bits(
+    model: Model, x_0: Tensor, cond: Conditioning | None, image_ids: Tensor, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the variational bound of images in bits per dimension: total [B], terms and their timesteps.
+
+    The terms, [B, steps + 1], are by increasing noise, the prior last.
+
+    Args:
+        x_0: images in [-1, 1] on the model's device, [B, C, H, W].
+        cond: their condition, or None.
+        image_ids: numbers of the images, on which their noise depends, int64 [B].
+        seed: of the noise.
+    """
+    schedule = model.schedule
     bound = variational_bound(
-        model.spec.sampling.clipping.wrap(denoiser, schedule),
+        model.spec.sampling.clipping.wrap(model.denoiser, schedule),
         schedule,
         x_0,
         cond,
@@ -68,9 +87,16 @@ def likelihood(
         image_ids=image_ids,
         steps=min(BOUND_STEPS, schedule.num_steps),
     )
-    flow = ode_bits_per_dim(
-        denoiser,
-        schedule,
+    terms = torch.cat([bound.terms, bound.prior[:, None]], 1)
+    timesteps = torch.cat([bound.timesteps, bound.timesteps.new_tensor([schedule.num_steps])])
+    return bound.total.double(), terms.double(), timesteps
+
+
+def ode_bits(model: Model, x_0: Tensor, cond: Conditioning | None, image_ids: Tensor, seed: int) -> Tensor:
+    """Return bits per dimension of images by the probability-flow ODE, float64 [B]; arguments as for `bound_bits`."""
+    found = ode_bits_per_dim(
+        model.denoiser,
+        model.schedule,
         x_0,
         cond,
         seed=seed,
@@ -78,11 +104,4 @@ def likelihood(
         rtol=ODE_TOLERANCE,
         atol=ODE_TOLERANCE,
     )
-    terms = torch.cat([bound.terms, bound.prior[:, None]], 1)
-    timesteps = torch.cat([bound.timesteps, bound.timesteps.new_tensor([schedule.num_steps])])
-    return Likelihood(
-        bound.total.double().cpu().numpy(),
-        terms.double().cpu().numpy(),
-        timesteps.cpu().numpy(),
-        flow.bits_per_dim.double().cpu().numpy(),
-    )
+    return found.bits_per_dim.double()

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from ddpm.inference import parameters
 from pipelines.registry.evidence import (
     CODE,
     COMPILED,
@@ -27,8 +28,8 @@ from pipelines.registry.evidence import (
 )
 
 ARTIFACTS = "artifacts"
-PARAMS: Mapping[str, Any] = {"scale": -1.0, "guidance_scale": -1.0, "steps": 0, "seed": 0}
-"""What a request may set, with the values that leave the model's own settings as they are."""
+PARAMS: Mapping[str, tuple[str, Any]] = {**parameters(), "guidance_scale": ("double", None)}
+"""What a request may set -> (type, default); what is not set leaves the model's own settings as they are."""
 WRITTEN = ("MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt", "registered_model_meta")
 """The files that MLflow writes."""
 _LOADER = {"loader_module": "mlflow.pyfunc.loaders.code_model", "code": PurePosixPath(CODE).parts[0]}
@@ -106,8 +107,10 @@ def _differing_loader(pyfunc: Path) -> Iterator[str]:
     yield from (f"MLmodel has the unknown setting {name}" for name in sorted(unknown))
     params = (described.get("signature") or {}).get("params") or "[]"
     defaults = {entry["name"]: entry["default"] for entry in json.loads(params)}
-    if defaults != PARAMS:
-        yield f"MLmodel has the parameters {defaults}"
+    # Another release may have other parameters; none may have a default that changes what the version serves.
+    changing = {name: value for name, value in defaults.items() if value not in (None, [], PARAMS.get(name, ("",))[-1])}
+    if changing:
+        yield f"MLmodel has the parameters {changing}"
 
 
 def _differing_requirements(pyfunc: Path, wanted: tuple[str, ...]) -> Iterator[str]:

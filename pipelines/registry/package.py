@@ -5,11 +5,11 @@ from __future__ import annotations
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ddpm.generate import Sampling
+from ddpm.inference import COLUMNS
 from ddpm.model import Model, save_guides, save_model
 from ddpm.settings import settings_of
 from pipelines import tracking
@@ -119,7 +119,7 @@ def pyfunc_of(folder: Path, shape: tuple[int, int, int]) -> Pyfunc:
         packages=(PACKAGE,),
         requirements=requirements(packages()),
         example=(
-            _table(np.arange(2, dtype=np.int64)),
+            COLUMNS,
             np.zeros((2, height, width, channels), dtype=np.uint8),
             PARAMS,
         ),
@@ -145,10 +145,3 @@ def _check_guides(model: Model) -> None:
                 f"the settings that were scored name guidance.{setting.name} = {reference}, and the model was loaded "
                 "without it: a version carries the networks that guide it"
             )
-
-
-def _table(labels: Any) -> Any:
-    """Return the input table of the pyfunc for these labels."""
-    import pandas
-
-    return pandas.DataFrame({"label": labels})

@@ -231,17 +231,18 @@ def _padded(embeddings: list[Embedding]) -> tuple[Tensor | None, Tensor | None, 
 
 @contextmanager
 def opened_split(
-    dataset: Dataset, split: str, storage: Storage, cache_dir: str | None, cache_gib: float
+    dataset: Dataset, split: str, storage: Storage, cache_dir: str | None, cache_gib: float, *, text: bool = False
 ) -> Iterator[ShardReader]:
     """Open a split without the samples in quarantine, through the node's shard cache where it fits into that.
 
     Args:
         cache_dir: the node's shard cache; None for the default one.
         cache_gib: its size.
+        text: whether batches have the text embeddings that were computed at ingest.
     """
     folder = Path(cache_dir) if cache_dir else default_cache_dir()
     fetcher = ShardFetcher.opened(dataset, split, storage, folder, int(cache_gib * 2**30), 1, 1)
-    with closing(ShardReader(dataset, split, fetcher, read_quarantine(dataset.uri, storage))) as reader:
+    with closing(ShardReader(dataset, split, fetcher, read_quarantine(dataset.uri, storage), text=text)) as reader:
         yield reader
 
 

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from numpy.typing import NDArray
+
 from pipelines.tracking.client import ask, authenticate, pages
 from pipelines.tracking.run import Tracker
+from pipelines.tracking.signature import table_signature
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -45,26 +48,23 @@ class Pyfunc:
         code: the module that defines it.
         packages: source folders that travel with it.
         requirements: of pip.
-        example: (inputs, outputs, params) from which the signature is inferred.
+        example: the arguments of `table_signature`.
     """
 
     artifacts: Mapping[str, Path]
     code: Path
     packages: tuple[Path, ...]
     requirements: tuple[str, ...]
-    example: tuple[Any, Any, Mapping[str, Any]]
+    example: tuple[Mapping[str, str], NDArray[Any], Mapping[str, tuple[str, Any]]]
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments that MLflow's functions for saving and logging share."""
-        from mlflow.models import infer_signature
-
-        inputs, outputs, params = self.example
         return {
             "python_model": str(self.code),
             "artifacts": {name: str(path) for name, path in self.artifacts.items()},
             "code_paths": [str(path) for path in self.packages],
             "pip_requirements": list(self.requirements),
-            "signature": infer_signature(inputs, outputs, params=dict(params)),
+            "signature": table_signature(*self.example),
         }
 
 

@@ -14,6 +14,7 @@ from pipelines import checkpoints, references, tracking
 from pipelines.checkpoints import CheckpointState, Published, newest_checkpoint
 from pipelines.config import Config, ConfigError
 from pipelines.shards.index import Dataset, DatasetError, read_dataset
+from pipelines.shards.ingest.report import recorded_encoder
 from pipelines.shards.quarantine import read_quarantine
 from pipelines.storage import FencedError, Storage, StorageError
 from pipelines.tracking import Tracker
@@ -98,8 +99,19 @@ def make_plan(config: Config, storage: Storage, lineage: dict[str, Any]) -> Plan
         references.initial_weights(config, config.tracking.uri, storage)  # raises where there is no such model
     assert config.tracking.uri is not None
     tracker, _ = tracking.open_run(config.tracking.uri, config.tracking.experiment, config.name, {})
-    job = Job(config, dataset, storage, tracker, {**lineage, "run_id": tracker.run_id}, quarantine)
+    origin = {**lineage, **encoder_lineage(config, storage), "run_id": tracker.run_id}
+    job = Job(config, dataset, storage, tracker, origin, quarantine)
     return Plan(job, state.images_seen if state else 0)
+
+
+def encoder_lineage(config: Config, storage: Storage) -> dict[str, Any]:
+    """Return `text_encoder`, by which the model of a run on text can be given prompts; nothing for other runs.
+
+    It is the encoder of the configuration, or else the one that the report of the dataset's ingest names.
+    """
+    if config.model.text_dim == 0:
+        return {}
+    return {"text_encoder": config.data.text_encoder or recorded_encoder(config.data.uri, storage)}
 
 
 def check_dataset(dataset: Dataset, config: Config) -> None:

@@ -269,3 +269,40 @@ def test_clipping_before_guidance_clips_what_is_combined_and_after_it_what_comes
     expected = null + 3.0 * (Clipped(EXACT, SCHEDULE, 0.1)(X, T, LABELS).x0 - null)
     torch.testing.assert_close(before.x0, expected)
     assert before.x0.abs().max() > 0.1
+
+
+def test_a_negative_condition_takes_the_place_of_the_null_one():
+    negative = Conditioning(label=torch.tensor([3, 2, 1, 0]))
+    guides = Guides(negative=negative)
+    away, towards = EXACT(X, T, negative), EXACT(X, T, LABELS)
+    guided = ClassifierFree(3.0).wrap(EXACT, SCHEDULE, guides)(X, T, LABELS)
+    torch.testing.assert_close(guided.x0, away.x0 + 3 * (towards.x0 - away.x0))
+    torch.testing.assert_close(guided.eps, away.eps + 3 * (towards.eps - away.eps))
+    assert torch.equal(ClassifierFree(1.0).wrap(EXACT, SCHEDULE, guides)(X, T, LABELS).x0, towards.x0)
+    assert torch.equal(ClassifierFree(0.0).wrap(EXACT, SCHEDULE, guides)(X, T, LABELS).x0, away.x0)
+    null = EXACT(X, T, None)  # away from something, towards nothing in particular
+    unconditional = ClassifierFree(3.0).wrap(EXACT, SCHEDULE, guides)(X, T, None)
+    torch.testing.assert_close(unconditional.x0, away.x0 + 3 * (null.x0 - away.x0))
+
+
+def test_a_negative_condition_sees_the_known_pixels_and_keeps_to_the_interval():
+    seen = []
+
+    def network(x_t, t, cond=None):
+        seen.append(cond)
+        return EXACT(x_t, t, cond)
+
+    mask, context = torch.ones(4, 1, 4, 4), torch.rand(4, 1, 4, 4)
+    cond = Conditioning(label=torch.arange(4), mask=mask, context=context)
+    guides = Guides(negative=Conditioning(label=torch.tensor([3, 2, 1, 0])))
+    ClassifierFree(2.0).wrap(network, SCHEDULE, guides)(X, T, cond)
+    assert all(torch.equal(one.mask, mask) and torch.equal(one.context, context) for one in seen)
+    assert [one.label.tolist() for one in seen] == [[0, 1, 2, 3], [3, 2, 1, 0]]
+    outside = ClassifierFree(2.0, interval=(0.0, 0.1)).wrap(network, SCHEDULE, guides)(X, T, cond)
+    assert torch.equal(outside.x0, EXACT(X, T, cond).x0)
+
+
+@pytest.mark.parametrize("kind", [ClassifierGuided(2.0), Autoguided(2.0)])
+def test_kinds_without_a_null_condition_refuse_a_negative_one(kind):
+    with pytest.raises(ValueError, match="use guidance=classifier_free"):
+        kind.wrap(EXACT, SCHEDULE, Guides(log_prob=classifier, weak=EXACT, negative=LABELS))

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddpm.noise import Purpose, integers, normal, philox, uniform, words
+from ddpm.noise import Purpose, integers, normal, philox, slerp, uniform, words
 
 
 def tensors(*values):
@@ -77,3 +77,23 @@ def test_uniforms_lie_inside_and_integers_cover_their_range():
 def test_seeds_and_ranges_are_checked(call):
     with pytest.raises(ValueError, match="must be in"):
         call(torch.arange(2))
+
+
+def test_a_seed_for_each_ordinal_gives_what_that_seed_gives_alone():
+    seeds, n = [0, 7, 2**63 - 1], torch.tensor([5, 0, 2**40])
+    together = normal(torch.tensor(seeds), n, Purpose.NOISE, (1, 4, 4))
+    alone = [normal(seed, n[i : i + 1], Purpose.NOISE, (1, 4, 4)) for i, seed in enumerate(seeds)]
+    assert torch.equal(together, torch.cat(alone))
+    for wrong in (torch.tensor([1, 2]), torch.tensor([1, 2, -3])):
+        with pytest.raises(ValueError, match="one for each of 3 ordinals"):
+            normal(wrong, n, Purpose.NOISE, (2,))
+
+
+def test_an_arc_between_draws_has_their_ends_and_stays_at_their_norm():
+    a, b = (normal(seed, torch.arange(4), Purpose.NOISE, (1, 32, 32)) for seed in (0, 1))
+    assert torch.equal(slerp(a, b, torch.zeros(4)), a)
+    assert torch.equal(slerp(a, b, torch.ones(4)), b)
+    middle = slerp(a, b, torch.full((4,), 0.5))
+    torch.testing.assert_close(middle.flatten(1).norm(dim=1), torch.full((4,), 32.0), rtol=0.1, atol=0)
+    assert (torch.lerp(a, b, 0.5).flatten(1).norm(dim=1) < 25).all()  # a line leaves the shell
+    torch.testing.assert_close(slerp(a, a, torch.full((4,), 0.3)), a)

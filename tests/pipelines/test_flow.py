@@ -10,6 +10,7 @@ from pipelines.config import ConfigError, compose
 from pipelines.display import Silent
 from pipelines.shards.index import read_dataset
 from pipelines.storage import Storage
+from pipelines.training.driver import encoder_lineage
 from tests.pipelines.shards.ingest.sources import jsonl, picture, pictures, write_files
 
 STORAGE = Storage()
@@ -126,6 +127,13 @@ def test_captions_are_embedded_by_the_encoder_that_is_named(photos, tmp_path):
     assert flow.ingest_key(named, STORAGE) != flow.ingest_key(config(photos, tmp_path / "ds"), STORAGE)
     flow.write_dataset(named, STORAGE, Lines())
     assert "emb.npy" in (tmp_path / "ds" / "train-000000.index.json").read_text()
+    for model, recorded in (("model.text_dim=384", {"text_encoder": str(encoder)}), ("model.text_dim=0", {})):
+        assert encoder_lineage(config(photos, tmp_path / "ds", model), STORAGE) == recorded
+    other = config(photos, tmp_path / "ds", "model.text_dim=384", "data.text_encoder=mine")
+    assert encoder_lineage(other, STORAGE) == {"text_encoder": "mine"}
+    (tmp_path / "ds" / "ingest-report.json").unlink()
+    unknown = config(photos, tmp_path / "ds", "model.text_dim=384")
+    assert encoder_lineage(unknown, STORAGE) == {"text_encoder": None}
 
 
 def test_an_encoder_that_does_not_exist_leaves_the_data_as_they_are(photos, tmp_path):

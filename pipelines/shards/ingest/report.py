@@ -11,6 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.storage import NotFoundError, Storage, join
+
+REPORT = "ingest-report.json"
+"""Name of the report, beside the shards."""
 REPORT_VERSION = 1
 EXAMPLES = 100
 """Names that the report lists of each kind."""
@@ -151,6 +155,15 @@ class IngestReport:
         if self.without_caption:
             found.append(f"{len(self.without_caption):,} images have no caption, such as {self.without_caption[0]}")
         return found + [f"{len(n):,} not used, {why}: such as {n[0]}" for why, n in sorted(self.unused.items()) if n]
+
+
+def recorded_encoder(uri: str, storage: Storage) -> str | None:
+    """Return the name of the text encoder that embedded the captions of a dataset; None where no ingest says it."""
+    try:
+        plain = json.loads(storage.read(join(uri, REPORT)))
+        return str(plain["settings"]["text_encoder"] or "") or None
+    except (NotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
 def compose_report(

@@ -21,7 +21,7 @@ from pipelines.config.schema import Encoding, Geometry
 from pipelines.display import Notice, Progress, no_notice, no_progress
 from pipelines.shards.index import Dataset, DatasetError, ShardInfo, make_dataset, sidecar
 from pipelines.shards.ingest.encode import CaptionEncoder, ImageFormat
-from pipelines.shards.ingest.report import BadImage, IngestReport, ShardRecord, compose_report
+from pipelines.shards.ingest.report import REPORT, BadImage, IngestReport, ShardRecord, compose_report
 from pipelines.shards.ingest.sources import Source, open_source, source_digest
 from pipelines.shards.ingest.tasks import (
     PROGRESS,
@@ -275,7 +275,7 @@ def _publish(
         without_caption=missing,
         unused=listed.unused,
     )
-    storage.write(join(uri, "ingest-report.json"), report.to_json().encode())
+    storage.write(join(uri, REPORT), report.to_json().encode())
     splits = {
         split: tuple(ShardInfo(r.name, r.samples, r.size, r.sha256) for r in records if r.split == split and r.samples)
         for split in ("train", "test")

@@ -4,7 +4,7 @@ from typer.testing import CliRunner
 from pipelines.cli import main, search
 from pipelines.cli.app import app
 
-VERBS = [command.callback.__name__ for command in app.registered_commands]
+VERBS = [command.name or command.callback.__name__ for command in app.registered_commands]
 VERBS += [f"search {command.callback.__name__}" for command in search.app.registered_commands]
 
 

@@ -21,6 +21,20 @@ def test_a_counter_prints_its_first_and_its_last_value(capsys):
     assert lines(capsys) == [["check", "0%", "0", "MiB"], ["check", "100%", "3", "MiB"]]
 
 
+def test_a_counter_says_how_long_the_rest_takes_once_it_can_tell(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("pipelines.cli.terminal.time.monotonic", lambda: now[0])
+    progress = Terminal().counter("sample", "steps")
+    for done, at in ((1, 100.0), (2, 100.5), (11, 110.0), (51, 150.0)):
+        now[0] = at
+        progress(done, 51)
+    assert [" ".join(line) for line in lines(capsys)] == [
+        "sample 2% 1 steps",
+        "sample 22% 11 steps, 40 s left",
+        "sample 100% 51 steps",
+    ]
+
+
 def test_a_training_shows_images_and_loss_and_never_more_than_all_images(capsys):
     Terminal().training(100, 0)({"images_seen": 128.0, "loss": 0.25})
     assert lines(capsys) == [["train", "100%", "100", "images,", "0/s,", "loss", "0.2500"]]

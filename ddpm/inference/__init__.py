@@ -1,0 +1,50 @@
+"""Pictures from a model in every way that it can draw: from noise, around known pixels, and from other pictures.
+
+    noise = Noise.of([7, 8])                                     # a seed for each picture
+    draw(model, noise, Conditioning(label=labels))               # samples
+    draw(model, noise, cond, Inpainting(known, mask))            # fills what the mask hides
+    draw(model, noise, cond, Editing(images, strength=0.5))      # keeps the coarse content
+    draw(model, noise, cond, Inverting(images, source=labels))   # the noise that gives an image, drawn otherwise
+
+A picture depends on its own row of noise, condition and image alone, up to float rounding, and not on its batch.
+"""
+
+from ddpm.inference.checks import (
+    MAX_VALUES,
+    can_inpaint,
+    check_condition,
+    check_count,
+    check_images,
+    check_steps,
+    class_indices,
+)
+from ddpm.inference.draw import Drawn, Film, draw
+from ddpm.inference.noise import Noise
+from ddpm.inference.table import COLUMNS, draw_table, inpainting_method, parameters
+from ddpm.inference.tasks import INPAINTERS, METHODS, TRAINED, Editing, FromNoise, Inpainting, Inverting, Task
+
+__all__ = [
+    "COLUMNS",
+    "INPAINTERS",
+    "MAX_VALUES",
+    "METHODS",
+    "TRAINED",
+    "Drawn",
+    "Editing",
+    "Film",
+    "FromNoise",
+    "Inpainting",
+    "Inverting",
+    "Noise",
+    "Task",
+    "can_inpaint",
+    "check_condition",
+    "check_count",
+    "check_images",
+    "check_steps",
+    "class_indices",
+    "draw",
+    "draw_table",
+    "inpainting_method",
+    "parameters",
+]

@@ -1,0 +1,94 @@
+"""Checks that a model can do what is asked of it; each error says what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ddpm.conditioning import Conditioning
+from ddpm.model import ModelSpec
+from ddpm.schedule import NoiseSchedule
+
+MAX_VALUES = 1 << 30
+"""Values of all pictures of one call, at most: 4 GiB of float32."""
+
+
+def class_indices(labels: Sequence[str | int], classes: Sequence[str]) -> list[int]:
+    """Return the index of each class, given by its name or index.
+
+    Raises:
+        ValueError: the model has no classes, or no such class.
+    """
+    if not classes:
+        raise ValueError("this model has no classes: leave the labels out")
+    return [_class_index(label, classes) for label in labels]
+
+
+def check_count(count: int, spec: ModelSpec) -> None:
+    """Raise if there are no pictures to draw, or more than fit into memory at a time.
+
+    Raises:
+        ValueError: it is so.
+    """
+    if count < 1:
+        raise ValueError("no pictures were asked for: the count must be at least 1")
+    most = MAX_VALUES // math.prod(spec.shape)
+    if count > most:
+        raise ValueError(f"{count:,} pictures are too many at a time, at most {most:,}: draw them in parts, by seeds")
+
+
+def can_inpaint(spec: ModelSpec) -> bool:
+    """Return whether a model was trained to fill hidden pixels."""
+    return spec.network.context_channels > 0
+
+
+def check_steps(steps: int, schedule: NoiseSchedule) -> None:
+    """Raise if a sampler has more steps than the schedule.
+
+    Raises:
+        ValueError: it has.
+    """
+    if not 1 <= steps <= schedule.num_steps:
+        raise ValueError(f"steps must be in 1..{schedule.num_steps} for this model, got {steps}")
+
+
+def check_condition(name: str, cond: Conditioning, spec: ModelSpec, count: int) -> None:
+    if len(cond) != count:
+        raise ValueError(f"{name} has {len(cond)} rows for {count} pictures")
+    if cond.label is not None:
+        if not spec.classes:
+            raise ValueError("this model has no classes: leave the labels out")
+        if bool((cond.label < 0).any()) or bool((cond.label >= len(spec.classes)).any()):
+            raise ValueError(f"labels must be in 0..{len(spec.classes) - 1}, got {cond.label.unique().tolist()}")
+    if cond.pooled is not None or cond.text is not None:
+        width = spec.network.text_dim
+        if not width:
+            raise ValueError("this model was not trained on text (model.text_dim): leave the prompts out")
+        found = {e.shape[-1] for e in (cond.text, cond.pooled) if e is not None}
+        if found != {width}:
+            raise ValueError(
+                f"the text encoder's embeddings have {', '.join(map(str, found))} numbers, the model takes {width}: "
+                "use the encoder that embedded its training data"
+            )
+
+
+def check_images(images: Tensor, spec: ModelSpec, count: int) -> None:
+    if list(images.shape) != [count, *spec.shape]:
+        raise ValueError(f"images must be {[count, *spec.shape]} for this model, got {list(images.shape)}")
+    if not images.is_floating_point() or not bool(images.isfinite().all()) or float(images.abs().max()) > 1 + 1e-6:
+        raise ValueError("images must be floating point in [-1, 1]: bytes are x / 127.5 - 1")
+
+
+def _class_index(label: str | int, classes: Sequence[str]) -> int:
+    if label in classes:
+        return list(classes).index(str(label))
+    text = str(label).strip()
+    if text.isdecimal() and int(text) < len(classes):
+        return int(text)
+    shown = ", ".join(classes[:20]) + (", …" if len(classes) > 20 else "")
+    close = difflib.get_close_matches(text, classes, n=1, cutoff=0.5)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    raise ValueError(f"no class {text!r}; the model has: {shown}.{hint}")

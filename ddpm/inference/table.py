@@ -1,0 +1,213 @@
+"""Pictures for a table of rows, as a served model gets it: every way to draw, with settings by their names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm.conditioning import Conditioning
+from ddpm.generate import to_uint8
+from ddpm.guidance import GUIDANCE
+from ddpm.inference.checks import can_inpaint, check_count, class_indices
+from ddpm.inference.draw import draw
+from ddpm.inference.noise import Noise
+from ddpm.inference.tasks import INPAINTERS, METHODS, TRAINED, Editing, FromNoise, Inpainting, Task
+from ddpm.model import Model
+from ddpm.prediction import Clipping
+from ddpm.samplers import SAMPLERS
+from ddpm.samplers.repaint import Inpainter
+from ddpm.settings import settings_of
+
+COLUMNS: dict[str, str] = {
+    "label": "any",
+    "prompt": "string",
+    "image": "any",
+    "mask": "any",
+    "strength": "double",
+    "seed": "long",
+}
+"""Column -> type of its values, as MLflow names it; every column may be left out."""
+OWN: dict[str, tuple[str, Any]] = {
+    "seed": ("long", 0),
+    "method": ("string", None),
+    "resamplings": ("long", None),
+    "jump_length": ("long", None),
+    "negative_prompt": ("string", None),
+}
+"""Parameter of a request beside the sampling settings -> (type, default)."""
+
+Encode = Callable[[Sequence[str]], Conditioning]
+Decode = Callable[[Any, int], Tensor]
+"""(an encoded picture, channels) -> its pixels, uint8 [H, W, C]."""
+
+
+def parameters() -> dict[str, tuple[str, Any]]:
+    """Return every parameter of a request -> (type, default): the fields of `Sampling`, and `OWN`.
+
+    None, or [] for a range, leaves the model's own setting. Settings that name another network are not among them.
+    """
+    kinds: list[Any] = [*SAMPLERS.values(), *GUIDANCE.values(), Clipping]
+    found: dict[str, tuple[str, Any]] = {"kind": ("string", None), "guidance": ("string", None)}
+    for setting in (setting for kind in kinds for setting in settings_of(kind) if not setting.reference):
+        ranged = isinstance(setting.default, tuple)
+        word = "double" if setting.fractional else "long" if isinstance(setting.default, int) else "string"
+        found[setting.name] = (word, [] if ranged else None)
+    return found | OWN
+
+
+def draw_table(
+    model: Model,
+    columns: Mapping[str, Sequence[Any]],
+    given: Mapping[str, Any],
+    *,
+    encode: Encode | None = None,
+    decode: Decode | None = None,
+    batch_size: int = 64,
+) -> Tensor:
+    """Return a picture for each row, uint8 [N, H, W, C].
+
+    Args:
+        columns: `label` (name or index of a class); `prompt`; `image` with `mask`, whose white pixels are filled, or
+            with `strength` of an edit; `seed`. Without `seed` the rows are numbered pictures of the parameter `seed`.
+        given: parameters that differ from their defaults; see `parameters`.
+        encode: maps texts to embeddings.
+        decode: decodes a picture of `image` or `mask`, which must have the model's size.
+
+    Raises:
+        ValueError: a column or parameter is unknown, or the model cannot do what is asked.
+    """
+    known = parameters()
+    for name, unknown, allowed in (
+        ("columns", columns.keys() - COLUMNS.keys(), COLUMNS),
+        ("parameters", given.keys() - known.keys(), known),
+    ):
+        if unknown:
+            raise ValueError(f"unknown {name} {', '.join(sorted(unknown))}; there are: {', '.join(allowed)}")
+    if not columns:
+        raise ValueError(f"no rows: give at least one of the columns {', '.join(COLUMNS)}")
+    rows = len(next(iter(columns.values())))
+    check_count(rows, model.spec)
+    own = {name: default for name, (_, default) in OWN.items()} | {n: v for n, v in given.items() if n in OWN}
+    changed = {name: value for name, value in given.items() if name not in OWN}
+    sampling = model.spec.sampling.with_fields(**changed)
+    noise = (
+        Noise.of([int(seed) for seed in columns["seed"]]) if "seed" in columns else Noise.numbered(own["seed"], rows)
+    )
+    cond = _condition(model, columns, encode)
+    negative = None
+    if own["negative_prompt"] is not None:
+        negative = _embed(encode, [own["negative_prompt"]] * rows)
+    drawn = torch.empty(rows, *model.spec.shape)
+    for place, task in _tasks(model, columns, own, changed, decode):
+        part = draw(
+            model,
+            noise.map(lambda tensor, place=place: tensor[place]),  # type: ignore[misc]
+            None if cond is None else cond[place],
+            task,
+            sampling=sampling,
+            negative=None if negative is None else negative[place],
+            batch_size=batch_size,
+        )
+        drawn[place] = part.images.float().cpu()
+    return to_uint8(drawn)
+
+
+def inpainting_method(model: Model, method: str | None, settings: Mapping[str, Any]) -> tuple[str, Inpainter | None]:
+    """Return the name of a method of inpainting, and the method; None for the one that a model was trained for.
+
+    Jumps of RePaint are by default as long a part of the chain as the authors', 10 of 250 steps, because known and
+    hidden pixels agree only down to the noise level that a jump reaches.
+
+    Args:
+        method: one of `METHODS`; None for the one that the model was trained for, or else "repaint".
+        settings: those that differ from the method's own.
+
+    Raises:
+        ValueError: there is no such method, or it has no such setting, or no such value of it.
+    """
+    name = method or (TRAINED if can_inpaint(model.spec) else "repaint")
+    if name not in METHODS:
+        raise ValueError(f"unknown method of inpainting {name!r}; allowed: {', '.join(METHODS)}")
+    if name == TRAINED:
+        if settings:
+            named = ", ".join(settings)
+            raise ValueError(
+                f"{named}: settings of {' and '.join(INPAINTERS)}; a trained model has those of its sampler"
+            )
+        return name, None
+    kind: Any = INPAINTERS[name]
+    allowed = {setting.name: setting.default for setting in settings_of(kind)}
+    if unknown := settings.keys() - allowed.keys():
+        raise ValueError(f"{', '.join(sorted(unknown))}: no setting of {name}; there are: {', '.join(allowed)}")
+    filled = {"steps": min(allowed["steps"], model.schedule.num_steps), **settings}
+    if name == "repaint":
+        filled.setdefault("jump_length", max(1, math.ceil(filled["steps"] / 25)))
+        if filled["steps"] == 1:
+            filled.setdefault("resamplings", 1)
+    return name, kind(**filled)
+
+
+def _condition(model: Model, columns: Mapping[str, Sequence[Any]], encode: Encode | None) -> Conditioning | None:
+    labels, prompts = columns.get("label"), columns.get("prompt")
+    if not model.spec.classes and prompts is None:
+        return None  # the labels of a model without classes are its rows
+    text = Conditioning() if prompts is None else _embed(encode, prompts)
+    if labels is None:
+        return None if prompts is None else text
+    return replace(text, label=torch.tensor(class_indices(list(labels), model.spec.classes)))
+
+
+def _embed(encode: Encode | None, texts: Sequence[str]) -> Conditioning:
+    if encode is None:
+        raise ValueError("prompts need a text encoder, and there is none")
+    different = list(dict.fromkeys(texts))
+    return encode(different)[torch.tensor([different.index(text) for text in texts])]
+
+
+def _tasks(
+    model: Model,
+    columns: Mapping[str, Sequence[Any]],
+    own: Mapping[str, Any],
+    changed: Mapping[str, Any],
+    decode: Decode | None,
+) -> list[tuple[Tensor, Task]]:
+    """Return the tasks of a table, each with the numbers of its rows."""
+    rows = len(next(iter(columns.values())))
+    everything = torch.arange(rows)
+    uses = {name for name in ("mask", "strength") if name in columns}
+    if "image" not in columns:
+        if uses:
+            raise ValueError(f"the column {', '.join(sorted(uses))} needs the column image")
+        return [(everything, FromNoise())]
+    if len(uses) != 1:
+        raise ValueError("an image needs either a mask, to fill what it hides, or a strength, to draw it anew")
+    if decode is None:
+        raise ValueError("pictures need a decoder, and there is none")
+    images = torch.stack([_pixels(value, decode, model.spec.shape, "image") for value in columns["image"]])
+    images = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    if "mask" in columns:
+        form = (1, *model.spec.shape[1:])
+        masks = torch.stack([_pixels(value, decode, form, "mask") for value in columns["mask"]])
+        settings = {name: own[name] for name in ("resamplings", "jump_length") if own[name] is not None}
+        trained = own["method"] == TRAINED or (own["method"] is None and can_inpaint(model.spec))
+        if not trained and "steps" in changed:
+            settings["steps"] = changed["steps"]
+        _, method = inpainting_method(model, own["method"], settings)
+        return [(everything, Inpainting(images, masks.permute(0, 3, 1, 2) < 128, method))]
+    strengths = [float(strength) for strength in columns["strength"]]
+    places = {s: torch.tensor([i for i, other in enumerate(strengths) if other == s]) for s in dict.fromkeys(strengths)}
+    return [(place, Editing(images[place], strength)) for strength, place in places.items()]
+
+
+def _pixels(value: Any, decode: Decode, shape: tuple[int, int, int], what: str) -> Tensor:
+    channels, height, width = shape
+    pixels = decode(value, channels)
+    if list(pixels.shape) != [height, width, channels]:
+        found = f"{pixels.shape[1]}x{pixels.shape[0]}"
+        raise ValueError(f"the {what} is {found} pixels, the model's images are {width}x{height}: resize it")
+    return pixels

@@ -1,0 +1,65 @@
+"""`ddpm export` and `import`: models in the format of diffusers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines.cli.common import MODEL, Json, Overrides, answer_json, connect_for_model, terminal
+
+
+def export(
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    to: Annotated[Path, typer.Option("--to", help="Folder to write")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Write a model for diffusers' DDIMPipeline. Example: ddpm export models:/digits@champion --to digits-diffusers"""
+    config = connect_for_model(model, overrides)
+
+    from ddpm.diffusers import export_diffusers
+    from pipelines import references
+    from pipelines.checkpoints import ModelError
+    from pipelines.storage import Storage
+
+    resolved = references.resolve(model, tracking_uri=config.tracking.uri, storage=Storage.of(config))
+    try:
+        export_diffusers(resolved.model, to)
+    except ValueError as error:
+        raise ModelError(f"{model} cannot be written for diffusers: {error}") from error
+    terminal.stage("export", f"{to} holds model_index.json, unet and scheduler, and model.json for what they lack")
+    answer_json(as_json, {"folder": str(to)})
+
+
+def import_model(
+    folder: Annotated[Path, typer.Argument(help="Folder with a UNet2DModel, as diffusers' save_pretrained writes it")],
+    to: Annotated[Path, typer.Option("--to", help="Model folder to write")],
+    last_row: Annotated[
+        str | None,
+        typer.Option(help="What the last row of the class embedding is: null (the null condition) or class"),
+    ] = None,
+    classes: Annotated[str | None, typer.Option(help="Names of the classes, comma-separated")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels, where the folder does not say it")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a model folder of a diffusers folder. Example: ddpm import ddpm-cifar10-32 --to cifar10"""
+    from ddpm.diffusers import import_diffusers
+    from ddpm.model import save_model
+    from pipelines.checkpoints import ModelError
+
+    names = None if classes is None else [name.strip() for name in classes.split(",")]
+    try:
+        found = import_diffusers(
+            folder,
+            last_row=last_row,  # type: ignore[arg-type]  # checked there
+            classes=names,
+            image_size=image_size,
+        )
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    save_model(to, found.spec, found.network.state_dict())
+    size, kinds = found.spec.image_size, len(found.spec.classes)
+    terminal.stage("import", f"{to}: {size}x{size} pixels, {kinds} classes; try: ddpm sample {to} --out samples")
+    answer_json(as_json, {"folder": str(to), "classes": list(found.spec.classes), "image_size": size})

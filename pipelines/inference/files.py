@@ -1,0 +1,224 @@
+"""Pictures as files: a PNG of each, a grid, the film, and a manifest from which they can be drawn again."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from ddpm.inference import Film
+from pipelines.evaluation.plots import label_grid
+from pipelines.inference.pictures import Pictures, Row, picture
+from pipelines.inference.request import MANIFEST, Sample
+from pipelines.lineage import code_lineage
+from pipelines.references import Resolved
+from pipelines.registry import digest_of
+
+NAME_BYTES = 200
+"""Of a class or prompt in a file's name; file systems allow 255 in all."""
+FILMED = 8
+"""Pictures that a strip of film shows, at most, and the states of each."""
+FRAMES = 48
+"""States that a film keeps."""
+FRAME_MS, LAST_MS = 80, 1500
+"""Milliseconds for which an animation shows a frame, and the last one."""
+MANIFEST_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Written:
+    """The files of pictures.
+
+    Attributes:
+        files: of the pictures, in order.
+        grid: all of them in one picture.
+        manifest: what they are and how they were made.
+        others: given images, masks, film and animation.
+    """
+
+    files: list[Path]
+    grid: Path
+    manifest: Path
+    others: list[Path]
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return the paths as JSON types, for `--json`."""
+        return {
+            "files": [str(path) for path in (*self.files, self.grid)],
+            "grid": str(self.grid),
+            "manifest": str(self.manifest),
+            "others": [str(path) for path in self.others],
+        }
+
+
+def write_samples(resolved: Resolved, out: Path, count: int) -> Path:
+    """Write `count` samples of each class of a model, with grid and manifest, and return the path of the grid."""
+    return write(picture(Sample.of(count=count), resolved.model), out, resolved).grid
+
+
+def write(pictures: Pictures, out: Path, resolved: Resolved) -> Written:
+    """Write pictures into a folder, which is made if it is missing.
+
+    Args:
+        out: files of the same names in it are replaced; `manifest.json` is written last.
+        resolved: the model that drew them.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MANIFEST).unlink(missing_ok=True)
+    files = [out / _name(i, row) for i, row in enumerate(pictures.rows)]
+    for path, image in zip(files, pictures.pixels, strict=True):
+        save_png(path, image)
+    grid = out / "grid.png"
+    Image.fromarray(_grid(pictures)).save(grid)
+    inputs = _write_inputs(pictures, out)
+    others = [path for paths in inputs.values() for path in paths]
+    if pictures.film is not None:
+        others += _write_film(pictures, pictures.film, out)
+    if _interpolates(pictures):
+        others.append(out / "interpolation.webp")
+        animate(others[-1], _rows_as_frames(pictures))
+    manifest = out / MANIFEST
+    manifest.write_text(json.dumps(_manifest(pictures, resolved, files, inputs, out), indent=1) + "\n")
+    return Written(files, grid, manifest, others)
+
+
+def save_png(path: Path, image: NDArray[np.uint8]) -> None:
+    """Write an image, uint8 [H, W, C], as a PNG."""
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path)
+
+
+def file_name(name: str) -> str:
+    """Return the name of a class as part of a file's name: what file systems refuse is written as %HH, as in URLs."""
+    escaped = re.sub(r'[%/\\:*?"<>|\x00-\x1f\x7f]', lambda found: f"%{ord(found[0]):02X}", name)
+    return escaped.encode()[:NAME_BYTES].decode(errors="ignore")
+
+
+def animate(path: Path, frames: list[NDArray[np.uint8]]) -> None:
+    """Write frames, uint8 [H, W, 3], as a lossless WebP animation that repeats for ever and rests at its last frame."""
+    images = [Image.fromarray(frame) for frame in frames]
+    durations = [FRAME_MS] * (len(images) - 1) + [LAST_MS]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0, lossless=True)
+
+
+def _name(number: int, row: Row) -> str:
+    named = row.label if row.label is not None else row.prompt
+    return f"{number:05d}" + (f"-{file_name(named)}" if named else "") + ".png"
+
+
+def _grid(pictures: Pictures) -> NDArray[np.uint8]:
+    """Return all pictures in a grid; with given images, a line for each picture that shows those beside it."""
+    if pictures.originals is None:
+        pixels = pictures.pixels
+        if _interpolates(pictures):  # a line for each column, from one seed to the other
+            turned = pixels.reshape(-1, pictures.columns, *pixels.shape[1:]).swapaxes(0, 1)
+            return label_grid(turned.reshape(pixels.shape), turned.shape[1])
+        return label_grid(pixels, _grid_columns(pictures), _column_names(pictures))
+    lines: list[NDArray[np.uint8]] = []
+    for row, result in zip(pictures.rows, pictures.pixels, strict=True):
+        assert row.image is not None
+        original = pictures.originals[row.image]
+        if pictures.hidden is None:
+            lines += [original, result]
+        else:
+            hidden = pictures.hidden[row.image][..., None]
+            lines += [np.where(hidden, np.uint8(128), original), result, original]
+    names = ("given", "result") if pictures.hidden is None else ("known", "result", "given")
+    return label_grid(np.stack(lines), len(names), names)
+
+
+def _interpolates(pictures: Pictures) -> bool:
+    return isinstance(pictures.request, Sample) and pictures.request.interpolate is not None
+
+
+def _grid_columns(pictures: Pictures) -> int:
+    """Return the columns of the grid: a single column of pictures is drawn as a square of lines."""
+    return pictures.columns if pictures.columns > 1 else math.ceil(math.sqrt(len(pictures.pixels)))
+
+
+def _column_names(pictures: Pictures) -> tuple[str, ...]:
+    first = pictures.rows[: pictures.columns]
+    names = [row.label if row.label is not None else row.prompt for row in first]
+    return tuple(name or "" for name in names) if any(names) else ()
+
+
+def _write_inputs(pictures: Pictures, out: Path) -> dict[str, list[Path]]:
+    """Write given images and masks at the model's size; return their paths by the fields of the request."""
+    written: dict[str, list[Path]] = {}
+    for field, folder, images in (
+        ("images", "original", pictures.originals),
+        ("masks", "mask", None if pictures.hidden is None else pictures.hidden[..., None] * np.uint8(255)),
+    ):
+        if images is not None:
+            (out / folder).mkdir(exist_ok=True)
+            written[field] = [out / folder / f"{i:05d}.png" for i in range(len(images))]
+            for path, image in zip(written[field], images, strict=True):
+                save_png(path, image)
+    return written
+
+
+def _write_film(pictures: Pictures, film: Film, out: Path) -> list[Path]:
+    """Write a strip, with the first pictures' states from left to right, and an animation of all pictures.
+
+    In both, x_t is above (strip) or left of (animation) the x_0 that the model predicts from it.
+    """
+    times = np.unique(np.linspace(0, len(film.t) - 1, min(len(film.t), FILMED)).round().astype(int))
+    shown = min(len(pictures.pixels), FILMED)
+    lines = [states[times, i].numpy() for i in range(shown) for states in (film.x_t, film.x0)]
+    strip = label_grid(np.concatenate(lines), len(times), tuple(f"t={film.t[i]:.0f}" for i in times))
+    paths = [out / "film.png", out / "film.webp"]
+    Image.fromarray(strip).save(paths[0])
+    frames = []
+    for x_t, x0 in zip(film.x_t.numpy(), film.x0.numpy(), strict=True):
+        halves = [label_grid(images, _grid_columns(pictures)) for images in (x_t, x0)]
+        frames.append(np.concatenate(halves, axis=1))
+    animate(paths[1], frames)
+    return paths
+
+
+def _rows_as_frames(pictures: Pictures) -> list[NDArray[np.uint8]]:
+    """Return the rows of an interpolation as frames, there and back."""
+    columns, count = pictures.columns, len(pictures.pixels)
+    rows = [label_grid(pictures.pixels[i : i + columns], columns) for i in range(0, count, columns)]
+    return rows + rows[-2:0:-1]
+
+
+def _digest(resolved: Resolved) -> str:
+    """Return the digest under which the weights are known where they come from."""
+    recorded = None if resolved.version is None else resolved.version.tags.get("model_digest")
+    return recorded or digest_of(resolved)
+
+
+def _manifest(
+    pictures: Pictures, resolved: Resolved, files: list[Path], inputs: dict[str, list[Path]], out: Path
+) -> dict[str, Any]:
+    """Return what was drawn, by which model and which code."""
+    model, request = resolved.model, pictures.request.model_dump(mode="json")
+    request |= {field: [str(path.relative_to(out)) for path in paths] for field, paths in inputs.items()}
+    device = next(model.network.parameters()).device
+    return {
+        "manifest_version": MANIFEST_VERSION,
+        "model": {
+            "reference": resolved.reference,
+            "digest": _digest(resolved),
+            "version": None if resolved.version is None else resolved.version.uri,
+            "lineage": model.spec.lineage,
+        },
+        "request": {"task": pictures.request.task, **request},
+        "pictures": [
+            {"file": path.name, **{k: v for k, v in asdict(row).items() if v is not None}}
+            for path, row in zip(files, pictures.rows, strict=True)
+        ],
+        "versions": {
+            **code_lineage(),
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        },
+    }

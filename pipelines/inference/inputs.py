@@ -1,0 +1,135 @@
+"""Images and masks that a user gives, brought to the size and channels of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from pipelines.display import Notice
+from pipelines.inference.request import RequestError
+from pipelines.shards.ingest.encode import ImageFormat, encode_image
+from pipelines.shards.ingest.trees import UnreadableError
+
+HALVES = ("left", "right", "top", "bottom")
+
+
+def read_images(paths: Sequence[Path], shape: tuple[int, int, int], notice: Notice) -> NDArray[np.uint8]:
+    """Return images as uint8 [N, H, W, C] of a model's shape: the central square, resized.
+
+    Args:
+        shape: (C, H, W).
+        notice: called with a line for each image that had to be changed.
+
+    Raises:
+        RequestError: a file is missing or is no image.
+    """
+    return np.stack([_read(path, shape, notice) for path in paths])
+
+
+def read_mask(mask: str, path: Path, shape: tuple[int, int, int]) -> NDArray[np.bool_]:
+    """Return which pixels of an image are hidden, bool [H, W] of the model's size.
+
+    Args:
+        mask: a picture of the size of the given image or of the model's, whose white pixels are hidden; or
+            box:X,Y,WIDTH,HEIGHT or half:SIDE.
+        path: of the image.
+        shape: (C, H, W) of the model's.
+
+    Raises:
+        RequestError: the mask cannot be read, has another size, or hides nothing or everything.
+    """
+    _, height, width = shape
+    kind, _, value = mask.partition(":")
+    if kind == "box" and value:
+        hidden = _box(mask, value, height, width)
+    elif kind == "half" and value:
+        hidden = _half(mask, value, height, width)
+    else:
+        hidden = _drawn(Path(mask), path, height, width)
+    if hidden.all() or not hidden.any():
+        what = "every pixel" if hidden.all() else "no pixel"
+        raise RequestError(f"the mask {mask} hides {what} of {path}: white pixels are filled, black ones are kept")
+    return hidden
+
+
+def as_tensor(pixels: NDArray[np.uint8]) -> Tensor:
+    """Return images uint8 [N, H, W, C] as float32 [N, C, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).float() / 127.5 - 1
+
+
+def _read(path: Path, shape: tuple[int, int, int], notice: Notice) -> NDArray[np.uint8]:
+    channels, size, _ = shape
+    try:
+        data = path.read_bytes()
+        encoded = encode_image(data, ImageFormat(size, channels))
+        width, height = _size(path)
+    except OSError as error:
+        raise RequestError(f"the image {path} cannot be read: {error.strerror or error}") from error
+    except UnreadableError as error:
+        raise RequestError(f"the image {path} {error}") from error
+    changes = list(encoded.changes)
+    if width != height:
+        changes.append(f"cut to the central square of {width}x{height} pixels")
+    if (width, height) != (size, size):
+        changes.append(f"resized from {min(width, height)} to the model's {size} pixels")
+    if changes:
+        notice(f"{path}: {', '.join(changes)}")
+    return encoded.pixels
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """Return (width, height) of an image file, upright."""
+    with Image.open(path) as image:
+        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        return (image.height, image.width) if turned else image.size
+
+
+def _box(mask: str, value: str, height: int, width: int) -> NDArray[np.bool_]:
+    try:
+        x, y, w, h = (int(part) for part in value.split(","))
+    except ValueError as error:
+        raise RequestError(f"{mask}: write box:X,Y,WIDTH,HEIGHT, four whole numbers of pixels") from error
+    if min(x, y) < 0 or min(w, h) < 1 or x + w > width or y + h > height:
+        raise RequestError(f"{mask} does not lie within the model's {width}x{height} pixels")
+    hidden = np.zeros((height, width), bool)
+    hidden[y : y + h, x : x + w] = True
+    return hidden
+
+
+def _half(mask: str, side: str, height: int, width: int) -> NDArray[np.bool_]:
+    if side not in HALVES:
+        raise RequestError(f"{mask}: the half that is filled is one of {', '.join(HALVES)}")
+    hidden = np.zeros((height, width), bool)
+    rows = {"top": slice(0, height // 2), "bottom": slice(height - height // 2, None)}.get(side, slice(None))
+    columns = {"left": slice(0, width // 2), "right": slice(width - width // 2, None)}.get(side, slice(None))
+    hidden[rows, columns] = True
+    return hidden
+
+
+def _drawn(mask: Path, path: Path, height: int, width: int) -> NDArray[np.bool_]:
+    """Return a mask from a picture; one of the size of the given image is cut and resized as that is."""
+    try:
+        with Image.open(mask) as opened:
+            picture = opened.convert("L")
+        given = _size(path)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise RequestError(
+            f"the mask {mask} cannot be read ({error}): give a picture, box:X,Y,WIDTH,HEIGHT or half:SIDE"
+        ) from error
+    if picture.size == given and picture.size != (width, height):
+        side = min(picture.size)
+        left, top = (picture.width - side) // 2, (picture.height - side) // 2
+        picture = picture.crop((left, top, left + side, top + side)).resize((width, height), Image.Resampling.BOX)
+        return np.asarray(picture) > 0  # a pixel of which any part is hidden
+    if picture.size != (width, height):
+        raise RequestError(
+            f"the mask {mask} is {picture.width}x{picture.height}: it must have the size of {path}, "
+            f"{given[0]}x{given[1]}, or of the model's images, {width}x{height}"
+        )
+    return np.asarray(picture) >= 128

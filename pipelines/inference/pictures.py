@@ -1,0 +1,297 @@
+"""From a request and a model to pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ddpm.conditioning import Conditioning
+from ddpm.generate import Sampling, to_uint8
+from ddpm.inference import (
+    TRAINED,
+    Editing,
+    Film,
+    FromNoise,
+    Inpainting,
+    Inverting,
+    Noise,
+    Task,
+    can_inpaint,
+    check_count,
+    class_indices,
+    draw,
+    inpainting_method,
+)
+from ddpm.model import Model, ModelSpec
+from pipelines import references
+from pipelines.config import Config
+from pipelines.display import Notice, Progress, no_notice, no_progress
+from pipelines.evaluation.devices import task_device
+from pipelines.inference.inputs import as_tensor, read_images, read_mask
+from pipelines.inference.request import Edit, Inpaint, Request, RequestError, Sample
+from pipelines.references import Resolved
+from pipelines.storage import Storage
+from pipelines.text import TextEncoder
+
+Encode = Callable[[Sequence[str]], Conditioning]
+"""Maps texts to their embeddings."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Where one picture comes from.
+
+    Attributes:
+        label: its class, if any.
+        prompt: its text, if any.
+        seed, id: of its noise.
+        to_seed, fraction: the other end of an interpolation, and how far the picture is on the way to it.
+        image: index of the given image, if any.
+    """
+
+    label: str | None
+    prompt: str | None
+    seed: int
+    id: int
+    to_seed: int | None = None
+    fraction: float | None = None
+    image: int | None = None
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a request gave.
+
+    Attributes:
+        pixels: uint8 [N, H, W, C], row by row.
+        rows: of each picture.
+        columns: number of columns.
+        request: with everything that was left open filled in; it draws the same pictures again.
+        originals: the given images at the model's size, uint8 [M, H, W, C]; None where there are none.
+        hidden: their pixels that were filled, bool [M, H, W]; None where there are none.
+        film: the way to the pictures, where that was asked for.
+    """
+
+    pixels: NDArray[np.uint8]
+    rows: tuple[Row, ...]
+    columns: int
+    request: Request
+    originals: NDArray[np.uint8] | None = None
+    hidden: NDArray[np.bool_] | None = None
+    film: Film | None = None
+
+
+def open_model(reference: str, request: Request, config: Config, storage: Storage) -> Resolved:
+    """Return the model of a MODEL reference with the guiding networks that a request needs, on the GPU if there is one.
+
+    Raises:
+        ModelError: the model, or a guiding network, does not exist.
+        RequestError: the request changes the sampling settings in a way that does not work.
+    """
+    uri, device = config.tracking.uri, str(task_device())
+    resolved = references.resolve(reference, tracking_uri=uri, storage=storage, device=device)
+    settings = _sampling(request, resolved.model.spec)
+    if settings.guidance == resolved.model.spec.sampling.guidance:
+        return resolved
+    return replace(resolved, model=references.guided(resolved.model, settings, uri, storage).to(device))
+
+
+def picture(
+    request: Request,
+    model: Model,
+    *,
+    encode: Encode | None = None,
+    film: int = 0,
+    progress: Progress = no_progress,
+    notice: Notice = no_notice,
+) -> Pictures:
+    """Return the pictures that a request asks for.
+
+    Args:
+        model: on the device to use, with the networks that guide it.
+        encode: text encoder to use instead of the one that the request or the model names.
+        film: number of states to keep of the way to the pictures.
+        progress: called in sampling steps.
+        notice: called with what was changed in given images.
+
+    Raises:
+        RequestError: the model cannot do what is asked; the message says what it can.
+    """
+    try:
+        return _Drawing(request, model, encode, notice).draw(film, progress)
+    except RequestError:
+        raise
+    except ValueError as error:
+        raise RequestError(str(error)) from error
+
+
+class _Drawing:
+    """A request that is being resolved against a model; its errors are ValueErrors."""
+
+    def __init__(self, request: Request, model: Model, encode: Encode | None, notice: Notice) -> None:
+        self.request, self.model, self.spec, self.encode, self.notice = request, model, model.spec, encode, notice
+        self.sampling = _sampling(request, self.spec)
+        self.images: tuple[Any, ...] = request.images if isinstance(request, Inpaint | Edit) else ()
+        labels = request.labels
+        if labels is None and isinstance(request, Sample) and request.prompts is None and self.spec.classes:
+            labels = tuple(range(len(self.spec.classes)))
+        self.labels = None if labels is None else class_indices(labels, self.spec.classes)
+        self.columns = self._columns()
+
+    def draw(self, film: int, progress: Progress) -> Pictures:
+        """Return the pictures."""
+        total = self.columns * self.request.draws
+        check_count(total, self.spec)
+        noise, request = self._noise(), self.request
+        originals = hidden = None
+        task: Task = FromNoise()
+        if self.images:
+            originals = read_images(self.images, self.spec.shape, self.notice)
+        if isinstance(request, Inpaint):
+            assert originals is not None
+            hidden = self._hidden(request)
+            request, task = self._inpainting(request, originals, hidden)
+        elif isinstance(request, Edit):
+            assert originals is not None
+            task = self._editing(request, originals)
+        prompts = None if request.prompts is None else self._spread(request.prompts)
+        drawn = draw(
+            self.model,
+            noise,
+            self._condition(None if self.labels is None else self._spread(self.labels), prompts),
+            task,
+            sampling=self.sampling,
+            negative=self._negative(total),
+            batch_size=request.batch_size,
+            film=film,
+            progress=progress,
+        )
+        pixels = to_uint8(drawn.images).cpu().numpy()
+        return Pictures(pixels, self._rows(noise), self.columns, self._complete(request), originals, hidden, drawn.film)
+
+    def _columns(self) -> int:
+        request = self.request
+        given = {
+            "labels": self.labels,
+            "prompts": request.prompts,
+            "images": self.images or None,
+            "masks": request.masks if isinstance(request, Inpaint) else None,
+            "source_labels": request.source_labels if isinstance(request, Edit) else None,
+        }
+        lengths = {name: len(values) for name, values in given.items() if values is not None}
+        columns = max(lengths.values(), default=1)
+        if any(length not in (1, columns) for length in lengths.values()):
+            counts = ", ".join(f"{length} {name}" for name, length in lengths.items())
+            raise ValueError(f"{counts}: give as many of each as there are columns, or one for all")
+        return columns
+
+    def _spread(self, values: Sequence[Any]) -> list[Any]:
+        """Return a value for each picture, of values for each column or of one for all."""
+        return (list(values) * (self.columns if len(values) == 1 else 1)) * self.request.draws
+
+    def _noise(self) -> Noise:
+        request, columns = self.request, self.columns
+        if isinstance(request, Sample) and request.interpolate is not None:
+            return Noise.between(*request.interpolate, request.frames).map(lambda t: t.repeat_interleave(columns))
+        if request.seeds is not None:
+            return Noise.of(request.seeds).map(lambda t: t.repeat_interleave(columns))
+        return Noise.numbered(request.seed, columns * request.draws)
+
+    def _condition(self, labels: Sequence[int] | None, prompts: Sequence[str] | None) -> Conditioning | None:
+        if labels is None and prompts is None:
+            return None
+        text = Conditioning() if prompts is None else self._embed(prompts)
+        return replace(text, label=None if labels is None else torch.tensor(labels))
+
+    def _negative(self, total: int) -> Conditioning | None:
+        text = self.request.negative_prompt
+        return None if text is None else self._embed([text]).map(lambda t: t.expand(total, *t.shape[1:]))
+
+    def _embed(self, prompts: Sequence[str]) -> Conditioning:
+        """Return the embeddings of texts; each different one is encoded once."""
+        if not self.spec.network.text_dim:
+            raise ValueError("this model was not trained on text (model.text_dim): leave the prompts out")
+        if self.encode is None:
+            name = self.request.text_encoder or self.spec.lineage.get("text_encoder")
+            if name is None:
+                raise ValueError(
+                    "the model does not say which text encoder embedded its training data: name it (text_encoder)"
+                )
+            self.encode = TextEncoder(name)
+        different = list(dict.fromkeys(prompts))
+        places = torch.tensor([different.index(prompt) for prompt in prompts])
+        return self.encode(different)[places]
+
+    def _hidden(self, request: Inpaint) -> NDArray[np.bool_]:
+        pairs = zip(self._one_each(request.masks), self.images, strict=True)
+        return np.stack([read_mask(mask, path, self.spec.shape) for mask, path in pairs])
+
+    def _one_each(self, values: Sequence[Any]) -> list[Any]:
+        return list(values) * (len(self.images) if len(values) == 1 else 1)
+
+    def _of_images(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a row for each picture, of rows for each image."""
+        return tensor[torch.tensor(self._spread(range(len(self.images))))]
+
+    def _inpainting(
+        self, request: Inpaint, originals: NDArray[np.uint8], hidden: NDArray[np.bool_]
+    ) -> tuple[Inpaint, Task]:
+        """Return the request with its method and that method's settings filled in, and the task."""
+        known, mask = self._of_images(as_tensor(originals)), self._of_images(torch.from_numpy(~hidden)[:, None])
+        settings = dict(request.method_settings)
+        trained = request.method == TRAINED or (request.method is None and can_inpaint(self.spec))
+        if not trained and "steps" in request.sampling:
+            settings.setdefault("steps", request.sampling["steps"])
+        name, method = inpainting_method(self.model, request.method, settings)
+        complete = {} if method is None else dict(vars(method))
+        filled = request.model_copy(update={"method": name, "method_settings": complete})
+        return filled, Inpainting(known, mask, method)
+
+    def _editing(self, request: Edit, originals: NDArray[np.uint8]) -> Task:
+        images = self._of_images(as_tensor(originals))
+        if not request.invert:
+            return Editing(images, request.strength)
+        given = request.source_labels
+        source = None if given is None else self._spread(class_indices(given, self.spec.classes))
+        return Inverting(images, request.strength, self._condition(source, None))
+
+    def _rows(self, noise: Noise) -> tuple[Row, ...]:
+        request = self.request
+        labels = None if self.labels is None else self._spread([self.spec.classes[i] for i in self.labels])
+        prompts = None if request.prompts is None else self._spread(request.prompts)
+        images = self._spread(range(len(self.images))) if self.images else None
+        return tuple(
+            Row(
+                None if labels is None else labels[i],
+                None if prompts is None else prompts[i],
+                int(noise.seeds[i]),
+                int(noise.ids[i]),
+                None if noise.other is None else int(noise.other[i]),
+                None if noise.fraction is None else float(noise.fraction[i]),
+                None if images is None else images[i],
+            )
+            for i in range(len(noise))
+        )
+
+    def _complete(self, request: Request) -> Request:
+        """Return the request with labels by name, the text encoder, and every sampling setting."""
+        encoder = request.text_encoder
+        if request.prompts is not None or request.negative_prompt is not None:
+            encoder = encoder or self.spec.lineage.get("text_encoder")
+        names = None if self.labels is None else tuple(self.spec.classes[i] for i in self.labels)
+        return request.model_copy(
+            update={"labels": names, "text_encoder": encoder, "sampling": self.sampling.to_json()}
+        )
+
+
+def _sampling(request: Request, spec: ModelSpec) -> Sampling:
+    """Return the model's settings with those of the request."""
+    try:
+        return spec.sampling.with_fields(**request.sampling)
+    except (ValueError, TypeError) as error:
+        raise RequestError(f"sampling: {error}") from error

@@ -1,0 +1,128 @@
+"""The pyfunc of a model version, saved and loaded by MLflow as a server does it, without a server."""
+
+import base64
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas
+import pytest
+
+import ddpm
+from ddpm.inference import COLUMNS, parameters
+from ddpm.model import load_model
+from pipelines.inference import Edit, Inpaint, Sample, picture
+from pipelines.tracking.signature import table_signature
+from tests.pipelines.drawing import model_folder, save_picture
+
+CLASSES = ("circle", "square", "7")
+CODE = Path(ddpm.__path__[0]).parent / "pipelines" / "served_model.py"
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """Return a function that serves a model folder, and what draws the same by a request."""
+    root = tmp_path_factory.mktemp("served")
+
+    def serve(name, **options):
+        folder = model_folder(root / name, **options)
+        output = np.zeros((1, 8, 8, 1), np.uint8)
+        mlflow.pyfunc.save_model(
+            str(root / f"{name}-pyfunc"),
+            python_model=str(CODE),
+            artifacts={"model": str(folder)},
+            signature=table_signature(COLUMNS, output, {**parameters(), "guidance_scale": ("double", None)}),
+            pip_requirements=["torch"],
+        )
+        return mlflow.pyfunc.load_model(str(root / f"{name}-pyfunc")), load_model(folder)
+
+    return {
+        "classes": serve("classes", classes=CLASSES),
+        "plain": serve("plain", classes=()),
+        "painter": serve("painter", classes=CLASSES, inpaints=True),
+    }
+
+
+@pytest.fixture
+def image(tmp_path):
+    return save_picture(tmp_path / "image.png")
+
+
+def near(one, other):
+    return one.shape == other.shape and np.abs(one.astype(int) - other.astype(int)).max() <= 1
+
+
+def test_labels_go_by_index_or_name_and_settings_by_their_names(served):
+    pyfunc, model = served["classes"]
+    wanted = picture(Sample.of(labels=["square", "7"], seed=3, sampling={"steps": 6, "scale": 3.0}), model).pixels
+    params = {"steps": 6, "scale": 3.0, "seed": 3}
+    for labels in ([1, "7"], ["square", "7"]):
+        assert near(pyfunc.predict(pandas.DataFrame({"label": labels}), params=params), wanted)
+    earlier = pyfunc.predict(pandas.DataFrame({"label": ["square", "7"]}), params={**params, "guidance_scale": 3.0})
+    assert near(earlier, wanted)
+    own = pyfunc.predict(pandas.DataFrame({"label": ["square", "7"]}))
+    assert near(own, picture(Sample.of(labels=["square", "7"]), model).pixels)
+    limited = {"interval": [0.2, 0.6], "kind": "dpm_solver"}
+    other = pyfunc.predict(pandas.DataFrame({"label": ["square", "7"]}), params=limited)
+    assert near(other, picture(Sample.of(labels=["square", "7"], sampling=limited), model).pixels)
+    assert not near(other, own)
+
+
+def test_a_row_with_a_seed_is_the_same_wherever_it_is(served):
+    pyfunc, model = served["classes"]
+    rows = pandas.DataFrame({"label": [0, 1, 1], "seed": [5, 6, 5]})
+    drawn = pyfunc.predict(rows)
+    assert near(drawn[1:], pyfunc.predict(rows[1:]))
+    assert near(drawn[2:], picture(Sample.of(labels=[1], seeds=[5]), model).pixels)
+
+
+def test_rows_of_a_model_without_classes_are_counted(served):
+    pyfunc, model = served["plain"]
+    assert near(pyfunc.predict(pandas.DataFrame({"label": [0, 0, 0]})), picture(Sample.of(count=3), model).pixels)
+
+
+@pytest.mark.parametrize("name", ["classes", "painter"])
+def test_masks_are_filled_as_by_a_request(served, image, tmp_path, name):
+    pyfunc, model = served[name]
+    mask = save_picture(tmp_path / "mask.png", seed=1)
+    settings = {} if name == "painter" else {"steps": 5, "resamplings": 2}
+    request = Inpaint.of(images=[image], masks=[str(mask)], count=2, method_settings=settings)
+    wanted = picture(request, model)
+    row = {"image": [image.read_bytes()] * 2, "mask": [mask.read_bytes()] * 2}
+    assert near(pyfunc.predict(pandas.DataFrame(row), params=settings), wanted.pixels)
+    text = {column: [base64.b64encode(value).decode() for value in values] for column, values in row.items()}
+    assert near(pyfunc.predict(pandas.DataFrame(text), params=settings), wanted.pixels)
+
+
+def test_each_row_has_a_strength_of_its_own(served, image):
+    pyfunc, model = served["classes"]
+    rows = {"image": [image.read_bytes()] * 3, "strength": [0.0, 0.8, 0.4], "label": [1, 1, 2], "seed": [0, 1, 2]}
+    drawn = pyfunc.predict(pandas.DataFrame(rows))
+    for i in range(3):
+        request = Edit.of(images=[image], strength=rows["strength"][i], labels=[rows["label"][i]], seeds=[i])
+        assert near(drawn[i : i + 1], picture(request, model).pixels)
+
+
+@pytest.mark.parametrize(
+    "columns, params, message",
+    [
+        ({"label": ["triangle"]}, {}, "no class 'triangle'; the model has: circle, square, 7"),
+        ({"label": [3]}, {}, "no class '3'"),
+        ({"label": [0]}, {"steps": 51}, r"steps must be in 1\.\.50"),
+        ({"label": [0]}, {"kind": "euler"}, "unknown sampler 'euler'"),
+        ({"prompt": ["a heart"]}, {}, "does not say which text encoder"),
+        ({"mask": ["x"]}, {}, "the column mask needs the column image"),
+        ({"image": ["x"]}, {}, "needs either a mask"),
+        ({"image": ["eA=="], "strength": [0.5]}, {}, "a picture cannot be read"),
+        ({"image": ["8"], "strength": [1.5]}, {}, r"strength must be in \[0, 1\]"),
+        ({"image": ["9"], "strength": [0.5]}, {}, "the image is 9x8 pixels, the model's images are 8x8"),
+        ({"image": ["8"], "mask": ["8"]}, {"method": "magic"}, "unknown method of inpainting 'magic'"),
+        ({"image": ["8"], "mask": ["8"]}, {"method": "trained"}, "was not trained for inpainting"),
+        ({"image": ["8"], "mask": ["8"]}, {"method": "replacement", "jump_length": 2}, "no setting of replacement"),
+    ],
+)
+def test_rows_that_the_model_cannot_draw_are_refused(served, tmp_path, columns, params, message):
+    files = {str(width): save_picture(tmp_path / f"{width}.png", width, 8).read_bytes() for width in (8, 9)}
+    sent = {name: [files.get(value, value) for value in values] for name, values in columns.items()}
+    with pytest.raises(ValueError, match=message):
+        served["classes"][0].predict(pandas.DataFrame(sent), params=params)
