@@ -100,7 +100,7 @@ class Gate:
         """
         if version.name != self.model:
             raise RegistryError(f"{version.uri} is no version of {self.model}")
-        seen, verdicts = self.log.size(), self.log.read()
+        number, verdicts = self.log.next_number(), self.log.read()
         champion = self._champion(verdicts)
         if champion is not None and champion.version == version.version:
             self._settle(version, None)
@@ -108,7 +108,7 @@ class Gate:
         opened, verdict = self._judge(version, champion, verdicts, margin)
         if dry_run or verdict in verdicts:
             return verdict
-        if not self.log.add(verdict, Signer.of(self.config.registry), seen):
+        if not self.log.add(verdict, Signer.of(self.config.registry), number):
             # Somebody decided in between: samples are stored, so that only the decision is made anew.
             return self.promote(version, margin=margin)
         self._record(verdict, opened)
@@ -122,42 +122,46 @@ class Gate:
         Raises:
             RegistryError: there is none.
         """
-        seen, verdicts = self.log.size(), self.log.read()
-        held = [number for number in standing(verdicts) if tracking.version(self.uri, self.model, number=number)]
+        number, verdicts = self.log.next_number(), self.log.read()
+        held = [version for verdict in standing(verdicts) if (version := self._version(verdict)) is not None]
         if len(held) < 2:
             raise RegistryError(
                 f"{self.alias} of {self.model} has had no other version that is still there: nothing to go back to"
             )
-        version = tracking.version(self.uri, self.model, number=held[-2])
-        assert version is not None
+        version = held[-2]
         verdict = Verdict(
             passed=True,
-            reason=f"rolled back from version {held[-1]}",
+            reason=f"rolled back from version {held[-1].version}",
             model=self.model,
             alias=self.alias,
             version=version.version,
-            champion=held[-1],
+            champion=held[-1].version,
             served_digest=version.tags.get("served_digest", ""),
             rollback=True,
             at=now(),
         )
         if dry_run:
             return verdict
-        if not self.log.add(verdict, Signer.of(self.config.registry), seen):
+        if not self.log.add(verdict, Signer.of(self.config.registry), number):
             return self.rollback()
         with self._opened(version) as opened:
             self._record(verdict, opened)
-        before = None if len(held) < 3 else tracking.version(self.uri, self.model, number=held[-3])
-        self._settle(version, before)
+        self._settle(version, held[-3] if len(held) > 2 else None)
         return verdict
 
     def _champion(self, verdicts: Sequence[Verdict]) -> ModelVersion | None:
         """Return the version that the alias belongs to by the log, or by the alias where there is no log yet."""
-        for number in reversed(standing(verdicts)):
-            found = tracking.version(self.uri, self.model, number=number)
+        for verdict in reversed(standing(verdicts)):
+            found = self._version(verdict)
             if found is not None:
                 return found
         return tracking.version(self.uri, self.model, alias=self.alias)
+
+    def _version(self, verdict: Verdict) -> ModelVersion | None:
+        """Return the version of a decision; None where it is gone, or another model has its number now."""
+        found = tracking.version(self.uri, self.model, number=verdict.version)
+        same = found is not None and found.tags.get("served_digest", "") == verdict.served_digest
+        return found if same else None
 
     def _record(self, verdict: Verdict, opened: Opened) -> None:
         """Write a decision onto its version, for whoever reads its page, and its model card anew."""

@@ -119,12 +119,12 @@ class VerdictLog:
                 found.append(read_entry(uri, self.storage, self.trust))
         return found
 
-    def add(self, verdict: Verdict, signer: Signer, seen: int) -> bool:
-        """Add a decision that was made after `seen` entries, and return whether none had come between.
+    def add(self, verdict: Verdict, signer: Signer, number: int) -> bool:
+        """Add a decision under the number that was the next one before it was made, and return whether it still was.
 
-        Where one had, nothing is added: read the log and decide anew.
+        Where another decision has it, nothing is added: read the log and decide anew.
         """
-        uri = join(self.uri, f"{seen:06d}.json")
+        uri = join(self.uri, f"{number:06d}.json")
         text = json.dumps({**verdict.to_plain(), "place": _place(uri)}, sort_keys=True)
         entry = json.dumps({"verdict": text, "signature": signer.sign_text(text)}).encode()
         try:
@@ -133,25 +133,26 @@ class VerdictLog:
             return False
         return True
 
-    def size(self) -> int:
-        """Return how many entries there are, by whomever."""
-        return len(self._entries())
+    def next_number(self) -> int:
+        """Return the number of the next entry: after the last one that is there, by whomever."""
+        numbers = [uri.rsplit("/", 1)[-1].removesuffix(".json") for uri in self._entries()]
+        return max((int(number) for number in numbers if number.isdigit()), default=-1) + 1
 
     def _entries(self) -> list[str]:
         return sorted(entry.uri for entry in self.storage.list(self.uri) if entry.uri.endswith(".json"))
 
 
-def standing(verdicts: Sequence[Verdict]) -> list[str]:
-    """Return the versions that have had an alias, one after another, up to the one that it belongs to now.
+def standing(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """Return the decisions that gave an alias to one version after another, up to the one that has it now.
 
     Giving it back to an earlier version takes away those that came after that.
     """
-    held: list[str] = []
-    for verdict in verdicts:
-        if verdict.passed and verdict.rollback and verdict.version in held:
-            del held[held.index(verdict.version) + 1 :]
-        elif verdict.passed:
-            held.append(verdict.version)
+    held: list[Verdict] = []
+    for verdict in (verdict for verdict in verdicts if verdict.passed):
+        versions = [earlier.version for earlier in held]
+        if verdict.rollback and verdict.version in versions:
+            del held[versions.index(verdict.version) :]
+        held.append(verdict)
     return held
 
 

@@ -46,7 +46,7 @@ class Registry:
     def let_through(self, model: str, version: str, signer: Signer | None = None) -> None:
         log = VerdictLog.of("s3://ddpm", model, "champion", self.s3, self.trust)
         verdict = Verdict(True, "better", model, "champion", version, at=now())
-        assert log.add(verdict, signer or self.signer, log.size())
+        assert log.add(verdict, signer or self.signer, log.next_number())
 
     def point(self, model: str, version: str) -> None:
         self.mlflow.set_registered_model_alias(model, "champion", version)

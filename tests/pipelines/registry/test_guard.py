@@ -118,7 +118,7 @@ class Gate:
     def decide(self, *verdicts: Verdict, signer: Signer | None = None) -> None:
         for verdict in verdicts:
             log = VerdictLog.of(self.root, verdict.model, verdict.alias, Storage(), self.trust)
-            assert log.add(verdict, signer or self.signer, log.size())
+            assert log.add(verdict, signer or self.signer, log.next_number())
 
     def guard(self) -> Guard:
         return Guard("", Logs(self.root, Storage(), self.trust, self.said.append), CHAMPION, self.said.append)

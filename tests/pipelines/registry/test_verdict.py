@@ -5,7 +5,7 @@ import pytest
 
 from pipelines.config import RegistryConfig
 from pipelines.registry.sign import Signer, Trust
-from pipelines.registry.verdict import Row, Verdict, VerdictLog, holder
+from pipelines.registry.verdict import Row, Verdict, VerdictLog, holder, standing
 from pipelines.storage import Storage
 
 VERDICT = Verdict(True, "better", "digits", "champion", "2", "d2", "1", "d1", 1, 5000, rows=(Row("a", "1", "2", True),))
@@ -63,6 +63,22 @@ def test_a_damaged_entry_is_as_if_it_were_not_there(log, signer, tmp_path, conte
     assert log.add(VERDICT, signer, 0)
     (tmp_path / "root" / "registry" / "digits" / "champion" / "000001.json").write_text(content)
     assert log.read() == [VERDICT]
+
+
+def test_an_entry_of_a_stranger_under_a_later_number_does_not_close_the_log(log, signer, tmp_path):
+    assert log.add(VERDICT, signer, log.next_number())
+    (tmp_path / "root" / "registry" / "digits" / "champion" / "000009.json").write_text("{}")
+    assert log.next_number() == 10
+    assert log.add(replace(VERDICT, version="3"), signer, log.next_number())
+    assert [verdict.version for verdict in log.read()] == ["2", "3"]
+
+
+def test_what_came_after_a_version_falls_away_when_the_alias_goes_back_to_it():
+    third, back = replace(VERDICT, version="3"), replace(VERDICT, rollback=True)
+    assert [v.version for v in standing([VERDICT, third])] == ["2", "3"]
+    assert standing([VERDICT, third, back]) == [back]
+    fourth = replace(VERDICT, version="4")
+    assert [v.version for v in standing([VERDICT, third, back, replace(fourth, passed=False), fourth])] == ["2", "4"]
 
 
 def test_an_alias_belongs_to_the_version_of_the_last_decision_that_let_it_move():
