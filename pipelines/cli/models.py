@@ -156,7 +156,7 @@ def verify(
         [
             ("ok", row.name, row.figure, None)
             if row.passed
-            else ("failed", row.name, f"{row.figure} (has to be: {row.bound})", None)
+            else ("failed", row.name, f"{row.figure} (asked for: {row.bound})", None)
             for row in found.rows
         ]
     )

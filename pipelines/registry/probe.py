@@ -92,24 +92,25 @@ class Comparison:
 
     @property
     def figure(self) -> str:
-        """How far they differ, in words."""
-        if not self.differing:
-            return f"all {self.pixels:,} pixels are equal"
+        """How far they differ, in words, and what is not as recorded."""
         levels = "grey level" if self.farthest == 1 else "grey levels"
-        return f"{self.differing:,} of {self.pixels:,} pixels differ, by up to {self.farthest} {levels}"
+        found = f"{self.differing:,} of {self.pixels:,} pixels differ, by up to {self.farthest} {levels}"
+        if not self.differing:
+            found = f"all {self.pixels:,} pixels are equal"
+        return found + (f" ({', '.join(self.elsewhere)})" if self.elsewhere else "")
 
     @property
     def bound(self) -> str:
         """How equal they have to be, in words."""
         if not self.elsewhere:
             return "equal, as on the same machine"
-        return f"within {TOLERANCE} grey level, at most 1 pixel in {1 / SHARE:,.0f}: {', '.join(self.elsewhere)}"
+        return f"within {TOLERANCE} grey level, at most 1 pixel in {1 / SHARE:,.0f}"
 
 
 def redraw(pyfunc: Path, folder: Path, probe: dict[str, Any]) -> Comparison:
     """Draw the pictures of a version again, in a new process and with the code that lies in its pyfunc.
 
-    That runs the code: look at its digest first.
+    That runs the code, and what is compiled of it: look at its digests, and that nothing else lies there, first.
 
     Args:
         pyfunc: the version's folder.
@@ -130,9 +131,8 @@ def redraw(pyfunc: Path, folder: Path, probe: dict[str, Any]) -> Comparison:
             "count": probe["count"],
             "threads": threads,
         }
-        # Without the script's own folder on the path, and with no compiled file read from or written to the version.
-        options = ["-P", "-B", "-X", f"pycache_prefix={scratch}"]
-        command = [sys.executable, *options, str(_SCRIPT), json.dumps(asked)]
+        # Without the script's own folder on the path (-P), and with no compiled file written to the version (-B).
+        command = [sys.executable, "-P", "-B", str(_SCRIPT), json.dumps(asked)]
         # Threads that spin at their barriers, as is the default, stand still beside any other busy process.
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
