@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from pipelines.cli import data, flow, models, runs, search, stack, training
+from pipelines.cli import data, flow, guard, models, runs, search, stack, training
 from pipelines.cli.common import terminal
 from pipelines.credentials import clean_arguments
 from pipelines.errors import ConfigError, PipelineError
@@ -21,7 +21,8 @@ for verb in (
     *(data.ingest, data.index, data.check),
     training.train,
     *(runs.runs, runs.logs, runs.rm, runs.gc),
-    *(models.evaluate, models.register, models.sample, models.promote),
+    *(models.evaluate, models.register, models.sample, models.promote, models.verify),
+    guard.guard,
     flow.flow,
 ):
     app.command()(verb)

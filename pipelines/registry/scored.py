@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 from ddpm.generate import Sampling
-from ddpm.settings import settings_of
-from pipelines import tracking
+from pipelines import references, tracking
 from pipelines.config import Config
 from pipelines.display import Display
 from pipelines.evaluation.scoring import score_and_record
 from pipelines.references import Resolved
 from pipelines.registry.package import RegistryError, digest_of, register
-from pipelines.registry.sign import Signer
+from pipelines.registry.sign import Signer, check_signing
 from pipelines.storage import Storage
 from pipelines.tracking import ModelVersion
 
@@ -39,12 +39,18 @@ def register_scored(
         dataset_uri: of the data to compare with; by default, those that the model was trained on.
 
     Raises:
-        RegistryError: no version can be made of the model, or none that serves these settings.
-        DatasetError, ConfigError: the data cannot be used to score the model.
+        RegistryError: the model has no run, to which a version belongs.
+        ModelError: a network that guides it does not exist or does not fit.
+        DatasetError, ConfigError: the data cannot be used to score the model, or what is signed would not be believed.
     """
-    check_registrable(resolved, settings)
-    assert resolved.tracker is not None
+    check_signing(config.registry)
+    if resolved.tracker is None:
+        raise RegistryError(
+            f"{resolved.reference} has no MLflow run, to which a version belongs: register a model of a run "
+            "(runs:/ID) or another version (models:/NAME/VERSION)"
+        )
     uri, name = resolved.tracker.uri, config.registry.model
+    resolved = replace(resolved, model=references.guided(resolved.model, settings, uri, storage))
     scores, _ = score_and_record(resolved, settings, config, storage, display, connect, dataset_uri)
     made = {"scores": json.dumps(scores.to_plain(), sort_keys=True), "model_digest": digest_of(resolved)}
     for found in tracking.versions(uri, name):
@@ -54,22 +60,3 @@ def register_scored(
     display.stage("register", f"as {name}")
     dataset = dataset_uri or resolved.model.spec.lineage.get("dataset_uri", config.data.uri)
     return register(resolved, name, scores, dataset, Signer.of(config.registry))
-
-
-def check_registrable(resolved: Resolved, settings: Sampling) -> None:
-    """Check that a version can be made of a model, and can serve these settings.
-
-    Raises:
-        RegistryError: it cannot; says why and what to do.
-    """
-    if resolved.tracker is None:
-        raise RegistryError(
-            f"{resolved.reference} has no MLflow run, to which a version belongs: register a model of a run "
-            "(runs:/ID) or another version (models:/NAME/VERSION)"
-        )
-    named = [setting.name for setting in settings_of(type(settings.guidance)) if setting.reference]
-    if named:
-        raise RegistryError(
-            f"a version carries one network and cannot serve guidance by another one (guidance.{named[0]}): "
-            "use guidance=classifier_free or guidance=none"
-        )

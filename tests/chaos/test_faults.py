@@ -351,7 +351,8 @@ def log_model(tracker: Tracker, folder: Path) -> str:
         "mlflow.models.set_model(Model())\n"
     )
     values = np.zeros(2)
-    return tracking.log_pyfunc(tracker, folder / "model", code, [], ["mlflow"], (values, values, {}), 0)
+    pyfunc = tracking.Pyfunc({"model": folder / "model"}, code, (), ("mlflow",), (values, values, {}))
+    return tracking.log_pyfunc(tracker, pyfunc, 0)
 
 
 @pytest.fixture(scope="module")
