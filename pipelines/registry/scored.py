@@ -7,14 +7,14 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ddpm.generate import Sampling
-from pipelines import tracking
+from pipelines import references, tracking
 from pipelines.config import Config
 from pipelines.display import Display
 from pipelines.evaluation.scores import Scores
 from pipelines.evaluation.scoring import score_and_record
-from pipelines.references import Resolved, guided
+from pipelines.references import Resolved
 from pipelines.registry.package import RegistryError, digest_of, register
-from pipelines.registry.sign import Signer
+from pipelines.registry.sign import Signer, check_signing
 from pipelines.storage import Storage
 from pipelines.tracking import ModelVersion
 
@@ -44,8 +44,10 @@ def register_scored(
 
     Raises:
         RegistryError: no version can be made of the model.
-        DatasetError, ConfigError: the data cannot be used to score the model.
+        ModelError: a network that guides it does not exist or does not fit.
+        DatasetError, ConfigError: the data cannot be used to score the model, or what is signed would not be believed.
     """
+    check_signing(config.registry)
     check_registrable(resolved)
     scores, _ = score_and_record(resolved, settings, config, storage, display, connect, dataset_uri)
     dataset = dataset_uri or resolved.model.spec.lineage.get("dataset_uri", config.data.uri)
@@ -72,7 +74,7 @@ def register_once(
             display.stage("register", f"skipped: this model is {name} version {found.version} already")
             return found, False
     display.stage("register", f"as {name}")
-    model = guided(resolved.model, Sampling.from_json(scores.sampling), config.tracking.uri, storage)
+    model = references.guided(resolved.model, Sampling.from_json(scores.sampling), config.tracking.uri, storage)
     version = register(replace(resolved, model=model), name, scores, dataset_uri, Signer.of(config.registry))
     tracking.set_alias(uri, name, CANDIDATE, version.version)
     return version, True

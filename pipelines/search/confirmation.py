@@ -15,7 +15,6 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ddpm.generate import Sampling
@@ -95,7 +94,10 @@ class Distance:
     @classmethod
     def of(cls, real: Real) -> Distance:
         """Return the distance to the reference images: the kernel distance above `KERNEL_FEATURES` features."""
-        return cls(real.train.moments, _reference(real) if real.width > KERNEL_FEATURES else None)
+        if real.width <= KERNEL_FEATURES:
+            return cls(real.train.moments, None)
+        with tempfile.TemporaryDirectory(prefix="real-", dir=scratch_folder()) as scratch:
+            return cls(real.train.moments, real.reference(Path(scratch), NEIGHBOURS))
 
     @property
     def measure(self) -> Measure:
@@ -172,12 +174,3 @@ def holm(p_values: Mapping[str, float], level: float = LEVEL) -> set[str]:
             break
         rejected.add(name)
     return rejected
-
-
-def _reference(real: Real) -> Tensor:
-    """Return features of train images that models are compared with, [N, D], N <= `NEIGHBOURS`."""
-    with tempfile.TemporaryDirectory(prefix="real-", dir=scratch_folder()) as scratch:
-        # An evaluator keeps up to half of the images for its own training.
-        rows = real.load("train", Path(scratch), most=2 * NEIGHBOURS)
-        chosen = rows.reference.read(0, len(rows.reference))
-        return torch.from_numpy(rows.features.read(0, len(chosen))[chosen][:NEIGHBOURS])

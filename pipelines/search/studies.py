@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from pipelines import references, tracking
+from pipelines import references, registry, tracking
 from pipelines.config import Config
 from pipelines.display import StageNotice
 from pipelines.evaluation.evaluators import Evaluator, open_evaluator
@@ -89,6 +89,8 @@ def guidance_study(
     began = time.monotonic()
     storage = Storage.of(config)
     resolved = references.resolve(reference, tracking_uri=config.tracking.uri, storage=storage)
+    if resolved.version is not None:
+        registry.check_signing(config.registry)  # the winner becomes a version
     base = base_of(config, resolved.model.spec.sampling)
     check_space(study, base)
     first = earlier_points(study, base, [StudyStore.of(config, other) for other in after])

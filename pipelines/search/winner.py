@@ -11,8 +11,8 @@ from ddpm.settings import settings_of
 from pipelines import registry, tracking
 from pipelines.config import Config
 from pipelines.display import Silent, StageNotice
+from pipelines.errors import PipelineError
 from pipelines.references import Resolved
-from pipelines.registry import RegistryError
 from pipelines.search.confirmation import Confirmed
 from pipelines.search.space import apply
 from pipelines.search.study import StudyStore, TrialRecord
@@ -80,8 +80,8 @@ def register_winner(
             _Lines(notice),
             lambda: None,  # the study is connected
         )
-    except RegistryError as error:
-        notice("study", f"the winner is not registered: {error}")
+    except PipelineError as error:  # what the study found is not lost for it
+        notice("study", f"the winner is not registered: {error}; {at_hand}")
         return None
     assert resolved.tracker is not None
     if "study" not in version.tags:  # of an earlier study that found the same

@@ -1,12 +1,14 @@
-"""A model becomes a version by being scored, once; what no version can serve is refused before anything is drawn."""
+"""A model becomes a version by being scored, once, with the networks that guide it."""
 
 import json
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from ddpm.generate import Sampling
+from ddpm.model import Model, ModelSpec
 from pipelines import tracking
 from pipelines.config import compose
 from pipelines.display import Silent
@@ -14,6 +16,7 @@ from pipelines.evaluation.scores import Estimate, Scores
 from pipelines.references import Resolved
 from pipelines.registry import RegistryError, register_scored, scored
 from pipelines.tracking import ModelVersion
+from tests.pipelines.checkpoints.tiny import SMALL
 
 CONFIG = compose(["+experiment=digits"])
 SETTINGS = Sampling.of(steps=7)
@@ -35,20 +38,25 @@ SCORES = Scores(
 @pytest.fixture
 def world(monkeypatch):
     """A registry that keeps what is registered."""
-    found = SimpleNamespace(versions=[], scored=[], aliases={})
+    found = SimpleNamespace(versions=[], scored=[], aliases={}, on_register=lambda resolved: None)
 
     def score(resolved, settings, config, storage, display, connect, dataset_uri):
         found.scored.append((settings, dataset_uri))
         return SCORES, True
 
     def register(resolved, name, scores, dataset_uri, signer):
+        found.on_register(resolved)
         tags = {"scores": json.dumps(scores.to_plain(), sort_keys=True), "model_digest": "m"}
         found.versions.append(ModelVersion(name, str(len(found.versions) + 1), dataset_uri, tags, ()))
         return found.versions[-1]
 
+    def guided(model, settings, uri, storage):
+        return replace(model, weak=f"the network of {getattr(settings.guidance, 'weak', None)}")
+
+    monkeypatch.setattr(scored.references, "guided", guided)
+    monkeypatch.setattr(scored, "check_signing", lambda config: None)
     monkeypatch.setattr(scored, "score_and_record", score)
     monkeypatch.setattr(scored, "register", register)
-    monkeypatch.setattr(scored, "guided", lambda model, *_: model)
     monkeypatch.setattr(tracking, "set_alias", lambda uri, name, alias, v: found.aliases.update({(name, alias): v}))
     monkeypatch.setattr(scored, "digest_of", lambda resolved: "m")
     monkeypatch.setattr(scored.Signer, "of", lambda config: None)
@@ -60,9 +68,10 @@ TRACKER = SimpleNamespace(uri="http://mlflow")
 
 
 def model(tracker=TRACKER):
-    lineage = {"dataset_uri": "s3://b/trained-on"}
-    spec = SimpleNamespace(lineage=lineage)
-    return Resolved("models:/digits/1", SimpleNamespace(spec=spec), tracker)
+    spec = ModelSpec(
+        SMALL, {"kind": "cosine", "num_steps": 20}, "v", 8, (), lineage={"dataset_uri": "s3://b/trained-on"}
+    )
+    return Resolved("models:/digits/1", Model(spec, torch.nn.Identity()), tracker)
 
 
 def ask(settings=SETTINGS, config=CONFIG, resolved=None, **options):
@@ -89,6 +98,14 @@ def test_a_model_without_a_run_is_refused_before_it_is_scored(world):
 def test_the_newest_version_is_the_candidate(world):
     ask()
     assert world.aliases == {("digits", "candidate"): "1"}
+
+
+def test_the_networks_that_guide_are_loaded_so_that_the_version_can_carry_them(world):
+    made = []
+    settings = Sampling.of(guidance="auto", weak="runs:/abc")
+    world.on_register = made.append
+    ask(settings)
+    assert made[0].model.weak == "the network of runs:/abc"
 
 
 def test_a_model_with_other_scores_is_another_version(world, monkeypatch):

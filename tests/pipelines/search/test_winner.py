@@ -102,9 +102,9 @@ def test_without_a_winner_or_a_registered_version_nothing_is_registered(made, mo
     assert made.registered == []
 
     def refuse(*_):
-        raise RegistryError("it carries one network")
+        raise RegistryError("something is missing")
 
     monkeypatch.setattr(winner.registry, "register_scored", refuse)
     resolved.version = ModelVersion("digits", "1", "run", {}, ())
     assert register_winner(confirmed(), resolved, "s", BASE, Storage(), notice) is None
-    assert said[-1] == "the winner is not registered: it carries one network"
+    assert said[-1].startswith("the winner is not registered: something is missing; register it with `ddpm register")
