@@ -13,6 +13,7 @@ import mlflow
 import numpy as np
 import pandas  # comes with mlflow
 import torch
+from mlflow.exceptions import MlflowException
 from torch import Tensor
 
 from ddpm.conditioning import Conditioning
@@ -43,13 +44,19 @@ class DiffusionModel(mlflow.pyfunc.PythonModel):
 
         Returns:
             uint8 images [N, H, W, C].
+
+        Raises:
+            MlflowException: the model cannot do what is asked; the message says what it can.
         """
         given = {name: value for name, value in (params or {}).items() if value is not None and np.size(value)}
         given = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in given.items()}
         if (earlier := given.pop("guidance_scale", None)) is not None:
             given.setdefault("scale", earlier)
         columns = {str(name): values.tolist() for name, values in model_input.items() if not values.isna().all()}
-        return draw_table(self.model, columns, given, encode=self._encode, decode=_decode).numpy()
+        try:
+            return draw_table(self.model, columns, given, encode=self._encode, decode=_decode).numpy()
+        except ValueError as error:  # which a server would not show to whom it answers
+            raise MlflowException.invalid_parameter_value(str(error)) from error
 
     def _encode(self, texts: Sequence[str]) -> Conditioning:
         """Return the embeddings of texts by the encoder that embedded the model's training data."""

@@ -1,5 +1,7 @@
 """The same numbers on a GPU as on the CPU: integers bit for bit, everything else up to float rounding."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,12 +9,15 @@ from ddpm.bound import variational_bound
 from ddpm.conditioning import Conditioning
 from ddpm.generate import Sampling, generate
 from ddpm.guidance import ClassifierGuided, Guides
+from ddpm.inference import Editing, FromNoise, Inpainting, Inverting, Noise, draw
 from ddpm.masks import random_mask
+from ddpm.model import Model, ModelSpec
 from ddpm.models.classifier import NoisyClassifier
 from ddpm.models.unet import UNet, UNetConfig
 from ddpm.noise import Purpose, integers, normal, words
 from ddpm.objectives import Objective
 from ddpm.prediction import NetworkDenoiser
+from ddpm.samplers.repaint import RePaint
 from ddpm.schedule import make_schedule
 from ddpm.timesteps import LowDiscrepancyTimesteps, StratifiedTimesteps
 
@@ -129,3 +134,25 @@ def test_guidance_by_a_classifier_and_the_bound_agree():
         bounds.append(bound.total.cpu())
     torch.testing.assert_close(guided[1], guided[0], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(bounds[1], bounds[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("task", [None, "inpaint", "repaint", "edit", "invert"])
+def test_every_way_to_draw_agrees(task):
+    network_config = replace(CONFIG, out_channels=3)
+    spec = ModelSpec(network_config, {"kind": "cosine"}, "v", 16, tuple("abcd"), Sampling.of(steps=8, scale=2.0))
+    cond, drawn = replace(condition(), mask=None, context=None, drop=None), []
+    images = normal(3, N, Purpose.CAPTION, (3, 16, 16)).clamp(-1, 1)
+    tasks = {
+        None: FromNoise(),
+        "inpaint": Inpainting(images, random_mask(0, N, (16, 16))),
+        "repaint": Inpainting(images, random_mask(0, N, (16, 16)), RePaint(steps=8, jump_length=2, resamplings=2)),
+        "edit": Editing(images, 0.6),
+        "invert": Inverting(images, 0.6, cond),
+    }
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = Model(spec, UNet(network_config).eval().requires_grad_(False)).to(device)
+        found = draw(model, Noise.between(1, 2, 8), cond, tasks[task], negative=cond[N.flip(0)], batch_size=5)
+        assert found.images.device.type == device
+        drawn.append(found.images.cpu())
+    torch.testing.assert_close(drawn[1], drawn[0], rtol=0, atol=5e-3)

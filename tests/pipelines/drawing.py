@@ -21,10 +21,16 @@ WORDS = 4
 
 
 def model_folder(
-    folder: Path, *, classes: Sequence[str] = CLASSES, channels: int = 1, inpaints: bool = False, text: bool = False
+    folder: Path,
+    *,
+    classes: Sequence[str] = CLASSES,
+    channels: int = 1,
+    inpaints: bool = False,
+    text: bool = False,
+    seed: int = 0,
 ) -> Path:
     """Write a model with 50 noise levels that draws 8x8 pixels, and whose default is 4 steps."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = replace(
         SMALL,
         in_channels=channels,

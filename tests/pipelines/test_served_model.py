@@ -7,6 +7,9 @@ import mlflow
 import numpy as np
 import pandas
 import pytest
+from fastapi.testclient import TestClient
+from mlflow.exceptions import MlflowException
+from mlflow.pyfunc import scoring_server
 
 import ddpm
 from ddpm.inference import COLUMNS, parameters
@@ -124,5 +127,15 @@ def test_each_row_has_a_strength_of_its_own(served, image):
 def test_rows_that_the_model_cannot_draw_are_refused(served, tmp_path, columns, params, message):
     files = {str(width): save_picture(tmp_path / f"{width}.png", width, 8).read_bytes() for width in (8, 9)}
     sent = {name: [files.get(value, value) for value in values] for name, values in columns.items()}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(MlflowException, match=message) as raised:
         served["classes"][0].predict(pandas.DataFrame(sent), params=params)
+    assert raised.value.error_code == "INVALID_PARAMETER_VALUE"
+
+
+def test_a_server_answers_with_what_was_wrong(served):
+    client = TestClient(scoring_server.init(served["classes"][0]))
+    good = client.post("/invocations", json={"dataframe_records": [{"label": "square"}, {"label": 2}]})
+    assert np.array(good.json()["predictions"]).shape == (2, 8, 8, 1)
+    bad = client.post("/invocations", json={"dataframe_records": [{"label": "triangle"}], "params": {"steps": 3}})
+    assert bad.status_code == 400
+    assert "no class 'triangle'; the model has: circle, square, 7" in bad.json()["message"]

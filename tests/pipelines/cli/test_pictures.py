@@ -72,6 +72,20 @@ def test_a_class_with_a_comma_in_its_name_is_one_class(ddpm, model):
     assert [p["label"] for p in manifest(answer)["pictures"]] == ["a, b"]
 
 
+def test_a_request_may_name_another_model_that_guides(ddpm, model, tmp_path):
+    weak = model_folder(tmp_path / "weak", classes=NAMES, seed=1)
+    settings = ["--set", "guidance=auto", "--set", f"weak={weak}", "--guidance", 3]
+    code, answer, err = ddpm("sample", model, "--out", "guided", *settings)
+    assert code == 0, err
+    assert manifest(answer)["request"]["sampling"]["weak"] == str(weak)
+    own = ddpm("sample", model, "--out", "own", "--guidance", 1)[1]
+    assert any(not np.array_equal(pixels(a), pixels(b)) for a, b in zip(answer["files"], own["files"], strict=True))
+    other = model_folder(tmp_path / "other", classes=("x",))
+    code, _, err = ddpm("sample", model, "--out", "x", "--set", "guidance=auto", "--set", f"weak={other}")
+    assert code == 1
+    assert "does not go with the model: classes" in err
+
+
 def test_an_interpolation_ends_at_the_samples_of_its_seeds(ddpm, model):
     _, between, _ = ddpm("sample", model, "--out", "a", "--labels", 0, "--interpolate", "1,2", "--frames", 3)
     _, ends, _ = ddpm("sample", model, "--out", "b", "--labels", 0, "--seeds", "1,2")
