@@ -42,7 +42,7 @@ def world(monkeypatch):
 
     def score(resolved, settings, config, storage, display, connect, dataset_uri):
         found.scored.append((settings, dataset_uri))
-        return SCORES, True
+        return replace(SCORES, sampling=settings.to_json()), True
 
     def register(resolved, name, scores, dataset_uri, signer):
         found.on_register(resolved)
