@@ -119,9 +119,9 @@ def quoted_override(key: str, value: str) -> str:
     return f"{key}='{escaped}'"
 
 
-def show_verdict(verdict: Verdict) -> None:
-    """Show the gate's table and its decision."""
-    for row in verdict.rows:
+def show_verdict(verdict: Verdict, *, failed_only: bool = False) -> None:
+    """Show the gate's decision below its table, or below those lines of it that do not pass."""
+    for row in [row for row in verdict.rows if not (failed_only and row.passed)]:
         mark = "ok" if row.passed else "NO"
         terminal.stage("gate", f"{mark}  {row.name}: {row.figure} (asked for: {row.bound})")
     terminal.stage("gate", str(verdict))

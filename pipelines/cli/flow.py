@@ -30,7 +30,7 @@ def flow(
         result = stages.run(config, code_lineage(), terminal)
     for name, text in result.scores.lines():
         terminal.stage(name, text)
-    show_verdict(result.verdict)
+    show_verdict(result.verdict, failed_only=True)
     terminal.stage("registry", f"{result.version.uri}, alias {config.registry.alias} {result.verdict.outcome}")
     answer = result.to_dict()
     if out is not None:
