@@ -1,4 +1,7 @@
-"""Models as folders: `model.json` describes the model, `model.safetensors` holds the weights. No pickle."""
+"""Models as folders: `model.json` describes the model, `model.safetensors` holds the weights. No pickle.
+
+Networks that guide a model may lie in folders below its own, each a model folder itself; see `save_guides`.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,8 @@ from ddpm.prediction import NetworkDenoiser, Parameterization
 from ddpm.schedule import NoiseSchedule, make_schedule
 
 FORMAT_VERSION = 1
+CLASSIFIER = "classifier"
+WEAK = "weak"
 
 
 @dataclass(frozen=True)
@@ -174,8 +179,17 @@ def save_model(folder: Path, spec: ModelSpec, weights: Mapping[str, Tensor]) -> 
     (folder / "model.json").write_text(spec.to_json())
 
 
+def save_guides(folder: Path, model: Model) -> None:
+    """Write the networks that guide a model, if it has any, as model folders below its own: `classifier`, `weak`."""
+    if model.classifier is not None:
+        alone = replace(model.spec, network=model.classifier.config, task="classifier", sampling=Sampling(), lineage={})
+        save_model(folder / CLASSIFIER, alone, model.classifier.state_dict())
+    if model.weak is not None:
+        save_model(folder / WEAK, model.weak.spec, model.weak.network.state_dict())
+
+
 def load_model(folder: Path, device: torch.device | str = "cpu") -> Model:
-    """Return the model of a model folder.
+    """Return the model of a model folder, with the networks that guide it where they are below it.
 
     Raises:
         ValueError: the folder is not a model folder, its version or task differs, or the weights do not fit.
@@ -183,7 +197,12 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> Model:
     spec = read_spec(folder)
     if spec.task != "denoiser":
         raise ValueError(f"{folder} holds a {spec.task}, which cannot sample: name a model that was trained to denoise")
-    return Model(spec, build_network(spec.network, read_weights(folder / "model.safetensors"), device))
+    return Model(
+        spec,
+        build_network(spec.network, read_weights(folder / "model.safetensors"), device),
+        load_classifier(folder / CLASSIFIER, device)[1] if (folder / CLASSIFIER).is_dir() else None,
+        load_model(folder / WEAK, device) if (folder / WEAK).is_dir() else None,
+    )
 
 
 def load_classifier(folder: Path, device: torch.device | str = "cpu") -> tuple[ModelSpec, NoisyClassifier]:

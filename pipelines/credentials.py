@@ -124,6 +124,19 @@ def write_private(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def create_private(path: Path, text: str) -> bool:
+    """Write a file atomically, readable by the user only, and return True; where there is one, leave it."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.new")
+    write_private(temporary, text)
+    try:
+        os.link(temporary, path)  # unlike a rename, it fails where the name is taken
+        return True
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+
+
 def _write(home: Path, service: str, section: str, values: Mapping[str, str]) -> str:
     """Write an ini file that goes when this process ends, and return its path."""
     parser = configparser.ConfigParser(interpolation=None)

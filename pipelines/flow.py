@@ -18,7 +18,7 @@ from pipelines.evaluation.evaluators import check_evaluator
 from pipelines.evaluation.scores import Scores
 from pipelines.evaluation.scoring import score_and_record
 from pipelines.references import Resolved
-from pipelines.registry import Signer, Verdict
+from pipelines.registry import CANDIDATE, Gate, Signer, Verdict, check_signing
 from pipelines.shards.index import DatasetError, read_dataset
 from pipelines.shards.ingest.encode import CaptionEncoder
 from pipelines.shards.ingest.write import Ingested, ingest, source_digest
@@ -85,6 +85,7 @@ def run(config: Config, lineage: dict[str, Any], display: Display) -> FlowResult
     """
     storage = Storage.of(config)
     storage.require(config.storage.root)
+    check_signing(config.registry)
     skipped = []
     if ingest_stage(config, storage, display) is None:
         skipped.append("ingest")
@@ -108,10 +109,12 @@ def run(config: Config, lineage: dict[str, Any], display: Display) -> FlowResult
     )
     if not fresh:
         skipped.append("evaluate")
-    version, verdict, fresh = register_stage(resolved, scores, config, display)
+    version, fresh = register_stage(resolved, scores, config, display)
     if not fresh:
         skipped.append("register")
-    return FlowResult(result.tracker, scores, version, verdict, tuple(skipped))
+    name, alias = config.registry.model, config.registry.alias
+    gate = Gate(config, storage, display, lambda: connect_ray(config, storage), name, alias)
+    return FlowResult(result.tracker, scores, version, gate.promote(version), tuple(skipped))
 
 
 def ingest_stage(config: Config, storage: Storage, display: Display) -> Ingested | None:
@@ -243,26 +246,24 @@ def train_stage(config: Config, storage: Storage, lineage: dict[str, Any], displ
     return result
 
 
-def register_stage(
-    resolved: Resolved, scores: Scores, config: Config, display: Display
-) -> tuple[ModelVersion, Verdict, bool]:
-    """Register a checkpoint with its scores as a model version, and move the alias if the gate allows it.
+def register_stage(resolved: Resolved, scores: Scores, config: Config, display: Display) -> tuple[ModelVersion, bool]:
+    """Register a checkpoint with its scores as a model version, a candidate for the alias.
 
     Returns:
-        The version, the verdict of the gate, and whether the version was registered now.
+        The version, and whether it was registered now.
     """
     assert resolved.tracker is not None
-    tracker, name, alias = resolved.tracker, config.registry.model, config.registry.alias
-    digest = registry.digest_of(resolved)
+    tracker, name = resolved.tracker, config.registry.model
+    digest, plain = registry.digest_of(resolved), json.dumps(scores.to_plain(), sort_keys=True)
     for found in tracking.versions(tracker.uri, name):
-        if found.tags.get("model_digest") == digest and registry.scores_of(found) == scores:
+        if (found.tags.get("model_digest"), found.tags.get("scores")) == (digest, plain):
             display.stage("register", f"skipped: this model is {name} version {found.version} already")
-            return found, registry.promote(tracker.uri, found, alias), False
+            return found, False
     display.stage("register", f"as {name}")
     uri = resolved.model.spec.lineage["dataset_uri"]
     version = registry.register(resolved, name, scores, uri, Signer.of(config.registry))
-    verdict = registry.promote(tracker.uri, version, alias)
+    tracking.set_alias(tracker.uri, name, CANDIDATE, version.version)
     page = links.version_page(version.name, version.version)
     where = f"as [{name} version {version.version}]({page}), which has the gate's verdict and all that it came from."
     tracking.describe(tracker, {"Registered": where})
-    return version, verdict, True
+    return version, True

@@ -51,12 +51,15 @@ def model_spec(
 def guided(model: Model, settings: Sampling, tracking_uri: str | None, storage: Storage) -> Model:
     """Return the model with the guiding networks that the settings name.
 
+    Those that came in the model's own folder stay where the settings name what its stored ones do.
+
     Raises:
         ModelError: a guiding network does not exist or does not fit the model; the message says what differs.
     """
     for setting in settings_of(type(settings.guidance)):
         reference = getattr(settings.guidance, setting.name)
-        if setting.reference and reference is not None:
+        own = getattr(model.spec.sampling.guidance, setting.name, None) == reference
+        if setting.reference and reference is not None and not (own and getattr(model, setting.name) is not None):
             found: Any = {setting.name: _GUIDES[setting.name](model, reference, tracking_uri, storage)}
             model = replace(model, **found)
     return model
@@ -168,6 +171,25 @@ def resolve(reference: str, *, tracking_uri: str | None, storage: Storage, devic
     return Resolved(reference, model, found.tracker, found.version, found.published)
 
 
+def find_registered(reference: str, tracking_uri: str | None) -> ModelVersion:
+    """Return the version that models:/NAME@alias or models:/NAME/VERSION names.
+
+    Raises:
+        ModelError: there is none; the message lists those of that name.
+    """
+    uri = _needs(tracking_uri, reference)
+    match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", reference)
+    if match is None:
+        raise ModelError(f"{reference}: write models:/NAME@alias or models:/NAME/VERSION")
+    name, alias, number = match.groups()
+    found = tracking.version(uri, name, alias=alias, number=number)
+    if found is None:
+        there = tracking.versions(uri, name)
+        listed = ", ".join(v.version + "".join(f" @{a}" for a in v.aliases) for v in there) or "no version of that name"
+        raise ModelError(f"{reference} is not in the registry at {uri}; it has: {listed}")
+    return found
+
+
 @dataclass(frozen=True)
 class _Fetched:
     """A model folder, valid inside the context of `_fetched`, and its origin."""
@@ -222,15 +244,7 @@ def _from_run(reference: str, tracking_uri: str, storage: Storage, scratch: Path
 
 
 def _from_registry(reference: str, tracking_uri: str, scratch: Path) -> _Fetched:
-    match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", reference)
-    if match is None:
-        raise ModelError(f"{reference}: write models:/NAME@alias or models:/NAME/VERSION")
-    name, alias, number = match.groups()
-    found = tracking.version(tracking_uri, name, alias=alias, number=number)
-    if found is None:
-        there = tracking.versions(tracking_uri, name)
-        listed = ", ".join(v.version + "".join(f" @{a}" for a in v.aliases) for v in there) or "no version of that name"
-        raise ModelError(f"{reference} is not in the registry at {tracking_uri}; it has: {listed}")
+    found = find_registered(reference, tracking_uri)
     folder = tracking.download_version(tracking_uri, found, scratch) / "artifacts" / "model"
     return _Fetched(folder, Tracker(tracking_uri, found.run_id), found)
 

@@ -14,7 +14,7 @@ from ddpm.quality.manifold import (
     measured_precision_recall,
     precision_recall,
 )
-from ddpm.quality.scores import inception_score, kid, measured_inception_score, measured_kid
+from ddpm.quality.scores import inception_score, kid, measured_diversity, measured_inception_score, measured_kid
 
 __all__ = [
     "FeatureMoments",
@@ -29,6 +29,7 @@ __all__ = [
     "halves",
     "inception_score",
     "kid",
+    "measured_diversity",
     "measured_inception_score",
     "measured_kid",
     "measured_precision_recall",

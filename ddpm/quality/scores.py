@@ -1,4 +1,4 @@
-"""Scores that are means over images or over pairs of them: the kernel inception distance and the inception score."""
+"""Scores that are means over images or pairs of them: kernel inception distance, inception score, diversity."""
 
 from __future__ import annotations
 
@@ -86,3 +86,29 @@ def measured_inception_score(probabilities: Tensor) -> Measured:
     divergence = torch.special.xlogy(p, p).sum(1) - torch.special.xlogy(p, p.mean(0)).sum(1)
     score = math.exp(divergence.mean().item())
     return Measured(score, score * (divergence - divergence.mean()))
+
+
+def measured_diversity(features: Tensor, labels: Tensor | None = None) -> Measured:
+    """Return the mean squared distance between two images of the same class, averaged over the images.
+
+    It is 0 where a model draws one and the same image for each class. For a class with features x_1 .. x_n the mean
+    over its pairs is 2 n / (n - 1) times the mean of |x_i - mean|^2, so each image has its own part in it.
+
+    Args:
+        features: [N, D].
+        labels: class of each image, int64 [N]; all are one class where None. Classes of a single image are left out.
+
+    Raises:
+        ValueError: no class has two images.
+    """
+    features = features.double()
+    groups = torch.zeros(len(features), dtype=torch.long) if labels is None else labels.long()
+    count = int(groups.max()) + 1 if len(groups) else 0
+    sizes = torch.bincount(groups, minlength=count).double()
+    sums = torch.zeros(count, features.shape[1], dtype=torch.float64).index_add_(0, groups, features)
+    centres = sums / sizes.clamp(min=1).unsqueeze(1)
+    paired = sizes[groups] > 1
+    if not bool(paired.any()):
+        raise ValueError(f"diversity needs a class of at least 2 images, got {len(features)} images of {count} classes")
+    factor = 2 * sizes / (sizes - 1).clamp(min=1)
+    return Measured.mean((factor[groups] * (features - centres[groups]).square().sum(1))[paired])

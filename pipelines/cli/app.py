@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from pipelines.cli import data, exchange, flow, models, pictures, runs, search, stack, training
+from pipelines.cli import data, exchange, flow, guard, models, pictures, runs, search, stack, training
 from pipelines.cli.common import terminal
 from pipelines.credentials import clean_arguments
 from pipelines.errors import ConfigError, PipelineError
@@ -21,9 +21,10 @@ for verb in (
     *(data.ingest, data.index, data.check),
     training.train,
     *(runs.runs, runs.logs, runs.rm, runs.gc),
-    *(models.evaluate, models.promote),
+    *(models.evaluate, models.promote, models.verify),
     *(pictures.sample, pictures.inpaint, pictures.edit, pictures.likelihood),
     exchange.export,
+    guard.guard,
     flow.flow,
 ):
     app.command()(verb)

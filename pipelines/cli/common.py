@@ -13,6 +13,7 @@ from pipelines.cli.terminal import Terminal
 
 if TYPE_CHECKING:
     from pipelines.config import Config
+    from pipelines.registry import Verdict
 
 terminal = Terminal()
 SERVICES = ("s3", "mlflow", "ray")  # those of pipelines.stack, which `ddpm --help` does not import
@@ -116,6 +117,14 @@ def quoted_override(key: str, value: str) -> str:
     """Return an override whose value may hold any character."""
     escaped = value.replace("\\", "\\\\").replace("'", "\\'")
     return f"{key}='{escaped}'"
+
+
+def show_verdict(verdict: Verdict) -> None:
+    """Show the gate's table and its decision."""
+    for row in verdict.rows:
+        mark = "ok" if row.passed else "NO"
+        terminal.stage("gate", f"{mark}  {row.name}: {row.figure} (asked for: {row.bound})")
+    terminal.stage("gate", str(verdict))
 
 
 def answer_json(as_json: bool, answer: dict[str, Any]) -> None:

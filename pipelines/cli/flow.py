@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli.common import Json, Overrides, answer_json, compose_connected, terminal
+from pipelines.cli.common import Json, Overrides, answer_json, compose_connected, show_verdict, terminal
 from pipelines.lineage import code_lineage
 
 
@@ -30,7 +30,7 @@ def flow(
         result = stages.run(config, code_lineage(), terminal)
     for name, text in result.scores.lines():
         terminal.stage(name, text)
-    terminal.stage("gate", str(result.verdict))
+    show_verdict(result.verdict)
     terminal.stage("registry", f"{result.version.uri}, alias {config.registry.alias} {result.verdict.outcome}")
     answer = result.to_dict()
     if out is not None:

@@ -1,13 +1,22 @@
-"""`ddpm evaluate` and `promote`: models that were trained before."""
+"""`ddpm evaluate`, `promote` and `verify`: models that were trained before."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Annotated
 
 import typer
 
-from pipelines.cli.common import MODEL, Json, Overrides, answer_json, compose, compose_connected, connect, terminal
+from pipelines.cli.common import (
+    MODEL,
+    Json,
+    Overrides,
+    answer_json,
+    compose,
+    compose_connected,
+    find_running,
+    show_verdict,
+    terminal,
+)
 
 
 def evaluate(
@@ -47,20 +56,67 @@ def evaluate(
 
 
 def promote(
-    model: Annotated[str, typer.Argument(help="models:/NAME/VERSION")],
+    model: Annotated[str, typer.Argument(help="models:/NAME/VERSION or models:/NAME@ALIAS; with --rollback its NAME")],
     alias: Annotated[str, typer.Option(help="The alias to move")],
+    not_worse_than: Annotated[
+        float | None, typer.Option(min=0, metavar="MARGIN", help="Pass a version that is not worse by this distance")
+    ] = None,
+    rollback: Annotated[bool, typer.Option("--rollback", help="Give the alias back to the version before")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Decide; record and move nothing")] = False,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
     """Move an alias to a version if the gate allows it. Example: ddpm promote models:/digits/2 --alias champion"""
-    config = connect(compose(overrides), ["mlflow"])
+    config = compose_connected(overrides)
+
+    from pipelines import references, registry
+    from pipelines.storage import Storage
+    from pipelines.training.ray_train.resources import connect_ray
+
+    storage = Storage.of(config)
+    name = model.removeprefix("models:/").split("/")[0].split("@")[0]
+    gate = registry.Gate(config, storage, terminal, lambda: connect_ray(config, storage), name, alias)
+    with terminal.live():
+        if rollback:
+            verdict = gate.rollback(dry_run=dry_run)
+        else:
+            version = references.find_registered(model, config.tracking.uri)
+            verdict = gate.promote(version, margin=not_worse_than, dry_run=dry_run)
+    show_verdict(verdict)
+    answer_json(as_json, verdict.to_plain())
+    if not verdict.passed:
+        raise typer.Exit(1)
+
+
+def verify(
+    model: Annotated[str, typer.Argument(help="models:/NAME@alias, models:/NAME/VERSION or a downloaded version")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Check whether a version is what was scored, and by whom. Example: ddpm verify models:/digits@champion"""
+    services = ["mlflow"] if model.startswith("models:/") else []
+    config = find_running(compose(overrides), services, optional=["s3"])
 
     from pipelines import registry
+    from pipelines.storage import Storage
 
-    assert config.tracking.uri is not None
-    version = registry.find_version(config.tracking.uri, model)
-    verdict = registry.promote(config.tracking.uri, version, alias)
-    terminal.stage("gate", str(verdict))
-    answer_json(as_json, dataclasses.asdict(verdict))
-    if not verdict.passed:
+    found = registry.verify(
+        model,
+        tracking_uri=config.tracking.uri,
+        storage=Storage.of(config),
+        trust=registry.Trust.of(config.registry),
+        notice=lambda text: terminal.stage("verify", text),
+    )
+    terminal.checks(
+        [
+            ("ok", row.name, row.figure, None)
+            if row.passed
+            else ("failed", row.name, f"{row.figure} (has to be: {row.bound})", None)
+            for row in found.rows
+        ]
+    )
+    outcome = f"failed: {', '.join(found.failed)}" if found.failed else f"passed, {len(found.rows)} checks"
+    terminal.stage("verify", f"{model} {outcome}")
+    answer_json(as_json, found.to_plain())
+    if not found.passed:
         raise typer.Exit(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from ddpm.quality import (
     Measured,
     density_coverage,
     frechet_distance,
+    measured_diversity,
     measured_inception_score,
     measured_kid,
     measured_precision_recall,
@@ -58,14 +58,12 @@ class Comparison:
     def of(cls, plan: Plan, drawn: Drawn, real: Real, noise: NDArray[np.float32], folder: Path) -> Comparison:
         """Return the comparison; the rows of the real splits are loaded into files below `folder`."""
         train, test = (real.load(split, folder) for split in ("train", "test"))
-        chosen = np.flatnonzero(train.reference.map())[:NEIGHBOURS]
-        reference = torch.from_numpy(np.ascontiguousarray(train.features.map()[chosen]))
-        return cls(plan, drawn, real, train, test, reference, torch.tensor(noise))
+        return cls(plan, drawn, real, train, test, real.reference(folder, NEIGHBOURS), torch.tensor(noise))
 
     def estimates(self, evaluator: Evaluator) -> dict[str, Estimate]:
         """Return every score that the features allow."""
         by_seed = [self._of_samples(place, evaluator) for place in range(len(self.plan.seeds))]
-        floors, ceilings = self._of_test(), self._of_noise()
+        floors, ceilings = self._of_test(evaluator), self._of_noise()
         return {
             name: Estimate.of(
                 [found[name][0] for found in by_seed],
@@ -79,21 +77,22 @@ class Comparison:
     def _of_samples(self, place: int, evaluator: Evaluator) -> dict[str, tuple[float, float]]:
         """Return (value, standard error) of each score of one noise seed, by its place among them."""
         start, stop = place * self.plan.n, (place + 1) * self.plan.n
-        moments = _moments(self.drawn.features, start, stop)
+        moments = moments_of(self.drawn.features, start, stop)
         found = {}
         for name, split in (("frechet_distance", self.real.train), ("frechet_distance_test", self.real.test)):
-            found[name] = _frechet(split.moments, moments, self.drawn.features, start, stop)
+            found[name] = _of(measured_frechet(split.moments, moments, self.drawn.features, start, stop))
+        found["finite"] = float(self.drawn.finite.read(start, stop).mean()), 0.0
         features = _tensor(self.drawn.features, start, min(stop, start + NEIGHBOURS))
         found |= self._one_by_one(features)
+        labels = self.plan.labels(self.plan.seeds[place])
+        within = None if labels is None else torch.from_numpy(labels[: len(features)])
+        found |= _diversity(features, within)
         probabilities = self.drawn.probabilities
         if probabilities is None:
             return found
         found["inception_score"] = _of(measured_inception_score(_tensor(probabilities, start, stop)))
-        labels = self.plan.labels(self.plan.seeds[place])
         if labels is not None and evaluator.labels:
-            predicted = np.concatenate([chunk.argmax(1) for chunk in _chunks(probabilities, start, stop)])
-            share = float((predicted == labels).mean())
-            found["class_accuracy"] = share, math.sqrt(share * (1 - share) / len(labels))
+            found["class_accuracy"] = _of(measured_accuracy(probabilities, labels, start))
         return found
 
     def _one_by_one(self, features: Tensor) -> dict[str, tuple[float, float]]:
@@ -107,22 +106,27 @@ class Comparison:
         found |= {"precision": _of(precision), "recall": _of(recall)}
         return found | {"density": _of(density), "coverage": _of(coverage)}
 
-    def _of_test(self) -> dict[str, float]:
+    def _of_test(self, evaluator: Evaluator) -> dict[str, float]:
         """Return the scores of real test images, as many as there are samples where there are so many."""
         count = min(len(self.test.features), self.plan.n)
-        moments = _moments(self.test.features, 0, count)
+        moments = moments_of(self.test.features, 0, count)
         found = {"frechet_distance": frechet_distance(self.real.train.moments, moments)}
         features = _tensor(self.test.features, 0, min(count, NEIGHBOURS))
         found |= {name: value for name, (value, _) in self._one_by_one(features).items()}
         reference = self.reference[:count]
+        labels = torch.from_numpy(self.test.labels.read(0, len(features))) if self.plan.class_counts else None
+        found |= {name: value for name, (value, _) in _diversity(features, labels).items()} | {"finite": 1.0}
+        if evaluator.accuracy is not None:
+            found["class_accuracy"] = evaluator.accuracy
         if len(reference) > 1:
             found["frechet_distance_test"] = frechet_distance(self.real.test.moments, FeatureMoments.of(reference))
         return found
 
     def _of_noise(self) -> dict[str, float]:
-        """Return the scores of images of noise."""
-        moments = FeatureMoments.of(self.noise)
+        """Return the scores of images of noise, and the accuracy of who always asks for the most frequent class."""
+        moments, counts = FeatureMoments.of(self.noise), self.plan.class_counts
         return {
+            **({"class_accuracy": max(counts) / sum(counts)} if counts else {}),
             "frechet_distance": frechet_distance(self.real.train.moments, moments),
             "frechet_distance_test": frechet_distance(self.real.test.moments, moments),
             "kid": _of(measured_kid(self.reference, self.noise))[0],
@@ -131,6 +135,12 @@ class Comparison:
 
 def _of(measured: Measured) -> tuple[float, float]:
     return measured.value, measured.standard_error
+
+
+def _diversity(features: Tensor, labels: Tensor | None) -> dict[str, tuple[float, float]]:
+    """Return the diversity within classes; nothing where no class has two images."""
+    groups = torch.zeros(len(features), dtype=torch.long) if labels is None else labels
+    return {"diversity": _of(measured_diversity(features, groups))} if int(groups.bincount().max()) > 1 else {}
 
 
 def _chunks(rows: Rows, start: int, stop: int) -> Iterator[NDArray[np.generic]]:
@@ -143,7 +153,7 @@ def _tensor(rows: Rows, start: int, stop: int) -> Tensor:
     return torch.from_numpy(rows.read(start, stop))
 
 
-def _moments(rows: Rows, start: int, stop: int) -> FeatureMoments:
+def moments_of(rows: Rows, start: int, stop: int) -> FeatureMoments:
     """Return the moments of feature rows, in memory for a few of them."""
     total: FeatureMoments | None = None
     for chunk in _chunks(rows, start, stop):
@@ -153,11 +163,21 @@ def _moments(rows: Rows, start: int, stop: int) -> FeatureMoments:
     return total
 
 
-def _frechet(
-    reference: FeatureMoments, moments: FeatureMoments, rows: Rows, start: int, stop: int
-) -> tuple[float, float]:
-    """Return the Frechet distance of feature rows, and its standard error."""
+def measured_frechet(reference: FeatureMoments, moments: FeatureMoments, rows: Rows, start: int, stop: int) -> Measured:
+    """Return the Frechet distance of feature rows [start, stop), whose moments these are, to the reference."""
     influence = FrechetInfluence.of(reference, moments)
-    squares = sum(float(influence(torch.from_numpy(chunk)).square().sum()) for chunk in _chunks(rows, start, stop))
-    count = stop - start
-    return influence.distance, math.sqrt(squares / (count - 1) / count)
+    parts = [influence(torch.from_numpy(chunk)) for chunk in _chunks(rows, start, stop)]
+    return Measured(influence.distance, torch.cat(parts))
+
+
+def measured_accuracy(probabilities: Rows, labels: NDArray[np.int64], start: int) -> Measured:
+    """Return the share of samples to which an evaluator gives the class that was asked for.
+
+    Args:
+        probabilities: rows [N, C].
+        labels: of the samples [n].
+        start: place of the first of them among the rows.
+    """
+    chunks = _chunks(probabilities, start, start + len(labels))
+    predicted = np.concatenate([chunk.argmax(1) for chunk in chunks])
+    return Measured.mean(torch.from_numpy(predicted == labels))

@@ -38,12 +38,16 @@ def thumbnail_size(height: int, width: int) -> tuple[int, int]:
     return max(round(height * scale), 1), max(round(width * scale), 1)
 
 
-def pack_samples(images: NDArray[np.uint8], labels: NDArray[np.int64] | None, first: int) -> bytes:
+def pack_samples(
+    images: NDArray[np.uint8], labels: NDArray[np.int64] | None, first: int, finite: NDArray[np.bool_]
+) -> bytes:
     """Return samples, uint8 [N, H, W, C], as a WebDataset shard; keys are the numbers of the images.
 
     Args:
         labels: class indices [N], if any.
         first: number of the first image.
+        finite: whether all numbers of a sample were finite, bool [N]; the picture of one that was not says nothing,
+            and it has a member `json` that says so.
     """
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -53,6 +57,8 @@ def pack_samples(images: NDArray[np.uint8], labels: NDArray[np.int64] | None, fi
             members = {"png": png.getvalue()}
             if labels is not None:
                 members["cls"] = str(int(labels[i])).encode()
+            if not finite[i]:
+                members["json"] = b'{"finite": false}'
             for name, data in members.items():
                 info = tarfile.TarInfo(f"{first + i:09d}.{name}")
                 info.size = len(data)
@@ -60,13 +66,17 @@ def pack_samples(images: NDArray[np.uint8], labels: NDArray[np.int64] | None, fi
     return buffer.getvalue()
 
 
-def unpack_samples(data: bytes, channels: int) -> NDArray[np.uint8]:
-    """Return the images, uint8 [N, H, W, C], of a shard that `pack_samples` made, in order."""
-    found = []
+def unpack_samples(data: bytes, channels: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Return the images, uint8 [N, H, W, C], of a shard that `pack_samples` made, in order, and which were finite."""
+    images, broken, names = [], set(), []
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         for member in tar:
-            if member.name.endswith(".png"):
+            key, _, kind = member.name.partition(".")
+            if kind == "png":
                 file = tar.extractfile(member)
                 assert file is not None
-                found.append(decode_image({"png": file.read()}, channels))
-    return np.stack(found)
+                images.append(decode_image({"png": file.read()}, channels))
+                names.append(key)
+            elif kind == "json":
+                broken.add(key)
+    return np.stack(images), np.array([name not in broken for name in names])

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load as numpy_load
 from safetensors.numpy import save as numpy_save
 from safetensors.torch import load, save
+from torch import Tensor
 
 from ddpm.quality import FeatureMoments
 from pipelines.display import Notice, Progress, no_notice, no_progress
@@ -99,6 +100,16 @@ class Real:
             part = numpy_load(self.storage.read(join(self.uri, _part_name(split, first))))
             rows.write(first, {name: array[: count - first] for name, array in part.items()})
         return rows
+
+    def reference(self, folder: Path, most: int) -> Tensor:
+        """Return the features of train images that models are compared with, [N, width], N <= `most`.
+
+        Args:
+            folder: for the files of all features of the split.
+        """
+        rows = self.load("train", folder)
+        chosen = np.flatnonzero(rows.reference.map())[:most]
+        return torch.from_numpy(np.ascontiguousarray(rows.features.map()[chosen]))
 
     def held_out(self) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
         """Return up to `HELD_OUT` test images, uint8 [N, C, H, W], and their labels [N], if any."""

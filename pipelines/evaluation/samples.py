@@ -129,11 +129,13 @@ class Drawn:
         features: float32 [seeds * n, width].
         probabilities: float32 [seeds * n, C]; None for an evaluator without classes.
         pixels: small copies of the samples, uint8 [seeds * n, C, h, w].
+        finite: whether all numbers of a sample were finite before they were rounded, bool [seeds * n].
     """
 
     features: Rows
     probabilities: Rows | None
     pixels: Rows
+    finite: Rows
 
 
 class SamplingActors:
@@ -248,22 +250,22 @@ class _SamplingActor:
         """Answer when the actor has started."""
 
     def draw(self, unit: Unit, plan: Plan) -> dict[str, NDArray[Any]]:
-        """Return features, probabilities and small copies of a batch of samples; what is stored is not made again."""
-        named = f"features-{self.evaluator.digest[:16]}-{unit.first:09d}.safetensors"
+        """Return the rows of a batch of samples, see `Drawn`; what is stored is not made again."""
+        named = f"rows-{self.evaluator.digest[:16]}-{unit.first:09d}.safetensors"
         try:
             return load(self.storage.read(join(unit.folder, named)))
         except NotFoundError:
-            images = self._images(unit, plan)
+            images, finite = self._images(unit, plan)
         levels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
         encoded = self.encode(levels.to(self.device))
-        rows = {"features": encoded.features.numpy(), "pixels": thumbnails(levels)}
+        rows = {"features": encoded.features.numpy(), "pixels": thumbnails(levels), "finite": finite}
         if encoded.probabilities is not None:
             rows["probabilities"] = encoded.probabilities.numpy()
         self.storage.write(join(unit.folder, named), save(rows))
         return rows
 
-    def _images(self, unit: Unit, plan: Plan) -> NDArray[np.uint8]:
-        """Return the samples of a unit, uint8 [N, H, W, C]: those that are stored, else drawn and stored."""
+    def _images(self, unit: Unit, plan: Plan) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """Return the samples of a unit, uint8 [N, H, W, C], and which are finite: the stored ones, else new ones."""
         try:
             return unpack_samples(self.storage.read(unit.shard), self.model.spec.shape[0])
         except NotFoundError:
@@ -276,9 +278,10 @@ class _SamplingActor:
             image_ids=torch.arange(unit.first, unit.stop, device=self.device),
             batch_size=plan.batch_size,
         )
+        finite = images.isfinite().flatten(1).all(1).cpu().numpy()
         levels = to_uint8(images).cpu().numpy()
-        self.storage.write(unit.shard, pack_samples(levels, unit.labels, unit.first))
-        return levels
+        self.storage.write(unit.shard, pack_samples(levels, unit.labels, unit.first, finite))
+        return levels, finite
 
     def noise(self, count: int, seed: int) -> NDArray[np.float32]:
         """Return the features of images of noise, which no model should be as bad as."""
@@ -308,19 +311,21 @@ def draw(
     units = plan.units()
     features = Rows(folder / "features", (evaluator.encoder.width,), np.float32)
     pixels = Rows(folder / "pixels", small, np.uint8)
+    finite = Rows(folder / "finite", (), np.bool_)
     probabilities: Rows | None = None
     done, total = 0, len(plan.seeds) * plan.n
     for place, rows in actors.map("draw", [(unit, plan) for unit in units]):
         unit = units[place]
         features.write(unit.row, rows["features"])
         pixels.write(unit.row, rows["pixels"])
+        finite.write(unit.row, rows["finite"])
         if "probabilities" in rows:
             if probabilities is None:
                 probabilities = Rows(folder / "probabilities", rows["probabilities"].shape[1:], np.float32)
             probabilities.write(unit.row, rows["probabilities"])
         done += unit.stop - unit.first
         progress(done, total)
-    return Drawn(features, probabilities, pixels)
+    return Drawn(features, probabilities, pixels, finite)
 
 
 def read_images(plan: Plan, storage: Storage, channels: int, chosen: NDArray[np.int64]) -> NDArray[np.uint8]:
@@ -329,6 +334,6 @@ def read_images(plan: Plan, storage: Storage, channels: int, chosen: NDArray[np.
     for unit in plan.units():
         inside = [int(number) for number in chosen if unit.first <= number < unit.stop]
         if unit.seed == plan.seeds[0] and inside:
-            images = unpack_samples(storage.read(unit.shard), channels)
+            images, _ = unpack_samples(storage.read(unit.shard), channels)
             found |= {number: images[number - unit.first] for number in inside}
     return np.stack([found[int(number)] for number in chosen])

@@ -22,12 +22,14 @@ LABELS = {
     "recall": "recall",
     "density": "density",
     "coverage": "coverage",
+    "diversity": "diversity within a class",
     "class_accuracy": "class accuracy",
     "bits_per_dim": "bits per dimension, variational bound",
     "bits_per_dim_ode": "bits per dimension, probability-flow ODE",
     "copied": "share of samples unusually near to a training image, by pixels",
     "copied_features": "share of samples unusually near to a training image, by features",
     "authenticity": "authenticity",
+    "finite": "share of samples that are finite numbers",
 }
 """Score -> its name in words, in the order in which scores are shown."""
 
@@ -41,7 +43,7 @@ class Estimate:
         low, high: 95 % interval of that mean at this number of samples; None where it is not known.
         spread: standard deviation over the noise seeds; None for a single one.
         floor: the same score of real test images, or the best that is possible; None where it has no such thing.
-        ceiling: the same score of images of noise; None where it has no such thing.
+        ceiling: the same score of images of noise, or of who guesses; None where it has no such thing.
     """
 
     value: float
@@ -152,6 +154,8 @@ class Scores:
                 found.append((name, ", ".join(there)))
         if self.memorisation is not None:
             found.append(("copies", self.memorisation["verdict"]))
+        if "finite" in self and self["finite"].value < 1:
+            found.append(("finite", f"only {self['finite'].value:.2%} of the samples: the others hold NaN or infinity"))
         return [*found, *(("note", note) for note in self.notes())]
 
     def notes(self) -> list[str]:

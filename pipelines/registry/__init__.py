@@ -1,19 +1,32 @@
 """The model registry: versions that carry signed evidence, and aliases that move through a gate.
 
-`package` makes a version, `evidence` is what it carries, `sign` says by whom, `gate` decides whether an alias may move,
-`verdict` is what it decided and the log of all decisions, `promote` moves the alias.
+`package` makes a version, `evidence` is what it carries, `sign` says by whom, `contents` whether all is as it was then,
+and `verify` looks at a version as a whole, its data and the pictures that it draws included; `card` describes it on its
+page. `bounds` is what every version has to be, `comparison` draws samples of two of them on the same noise, `gate`
+decides, `verdict` is what was decided and the log of all decisions, and `promote` records a decision and moves the
+alias. `guard` puts an alias back that was moved otherwise, `notices` has MLflow tell it at once.
 """
 
+from pipelines.registry.card import describe
+from pipelines.registry.contents import check_version
 from pipelines.registry.evidence import Evidence, EvidenceError
-from pipelines.registry.gate import gate
-from pipelines.registry.package import RegistryError, digest_of, register
-from pipelines.registry.sign import SignatureError, Signer, Trust
+from pipelines.registry.guard import Guard, Logs, watch
+from pipelines.registry.notices import Notices
+from pipelines.registry.package import RegistryError, digest_of, register, write_version
+from pipelines.registry.promote import CANDIDATE, PREVIOUS, Gate
+from pipelines.registry.sign import SignatureError, Signer, Trust, check_signing
 from pipelines.registry.verdict import Row, Verdict, VerdictLog
-from pipelines.registry.versions import find_version, promote, scores_of
+from pipelines.registry.verify import Verification, verify
 
 __all__ = [
+    "CANDIDATE",
+    "PREVIOUS",
     "Evidence",
     "EvidenceError",
+    "Gate",
+    "Guard",
+    "Logs",
+    "Notices",
     "RegistryError",
     "Row",
     "SignatureError",
@@ -21,10 +34,13 @@ __all__ = [
     "Trust",
     "Verdict",
     "VerdictLog",
+    "Verification",
+    "check_signing",
+    "check_version",
+    "describe",
     "digest_of",
-    "find_version",
-    "gate",
-    "promote",
     "register",
-    "scores_of",
+    "verify",
+    "watch",
+    "write_version",
 ]

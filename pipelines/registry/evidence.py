@@ -14,13 +14,24 @@ import ddpm
 from pipelines.errors import PipelineError
 from pipelines.evaluation.scores import Scores
 
+MODEL = "model"
+"""Name of the signed folder, among the artifacts of a version."""
+SIGNATURE = "model.sig"
+"""Name of its signature, beside it."""
 FILE = "evidence.json"
 PROBE = "probe.safetensors"
 """Pictures that the version has drawn when it was made, which `ddpm verify` draws again."""
+WEIGHTS = "model.safetensors"
+SPEC = "model.json"
 FORMAT = 1
 PACKAGES = ("mlflow", "numpy", "ray", "safetensors", "torch")
 """Packages whose releases are recorded."""
 SERVED = "served_model.py"
+CODE = "code/ddpm"
+COMPILED = "__pycache__"
+PACKAGE = Path(ddpm.__path__[0])
+"""The folder of the installed package `ddpm`."""
+SERVED_HERE = Path(__file__).parents[1] / SERVED
 
 
 class EvidenceError(PipelineError):
@@ -34,20 +45,33 @@ class Evidence:
     Attributes:
         scores: of its samples, drawn with the settings that it serves.
         lineage: of the weights, as in `model.json`.
-        model_digest: SHA-256 of the scored weights.
+        model_digest: under which the scored weights are known: of the published checkpoint, or of the weights.
+        files: SHA-256 of every other file of the signed folder, by its path there.
         dataset_uri: of the data that it was scored on.
-        code_digest: SHA-256 over the code that travels with the version; see `code_digest`.
+        code: SHA-256 of every file of the code that travels with the version, by its path there; see `code_files`.
         packages: package -> release.
-        probe: how the pictures of `PROBE` were drawn: `seed`, `device`, `count`.
+        probe: how the pictures of `PROBE` were drawn: `seed`, `count`, and on what; see `pipelines.registry.probe`.
     """
 
     scores: Scores
     lineage: dict[str, Any]
     model_digest: str
+    files: dict[str, str]
     dataset_uri: str
-    code_digest: str
+    code: dict[str, str]
     packages: dict[str, str]
     probe: dict[str, Any]
+
+    @property
+    def code_digest(self) -> str:
+        """SHA-256 over the code that travels with the version, by name and content."""
+        return hashlib.sha256(json.dumps(self.code, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def served_digest(self) -> str:
+        """SHA-256 over the weights and the settings: two versions of the same serve the same pictures."""
+        content = [self.files[WEIGHTS], self.scores.sampling]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def tags(self) -> dict[str, str]:
         """Return the tags of the version, which have to be equal to these."""
@@ -58,6 +82,7 @@ class Evidence:
             "frechet_distance": f"{scores['frechet_distance'].value:.4f}",
             "class_accuracy": "" if scores.class_accuracy is None else f"{scores.class_accuracy:.4f}",
             "model_digest": self.model_digest,
+            "served_digest": self.served_digest,
             "dataset_digest": scores.dataset_digest,
             "stream_digest": scores.stream_digest,
             "evaluator_digest": scores.evaluator_digest,
@@ -101,23 +126,57 @@ class Evidence:
         """Return the names of tags of a version that are not what the evidence says, or missing."""
         return [name for name, value in self.tags().items() if tags.get(name) != value]
 
+    def differing_files(self, folder: Path) -> list[str]:
+        """Return which files of the signed folder are not those of the evidence, in words."""
+        return differences(self.files, file_digests(folder))
+
 
 def packages() -> dict[str, str]:
     """Return the release of each of `PACKAGES`, without its local part ("+cpu"), which package indexes do not have."""
     return {name: installed(name).split("+")[0] for name in PACKAGES}
 
 
-def code_digest(package: Path = Path(ddpm.__path__[0]), served: Path | None = None) -> str:
-    """Return the SHA-256 over the Python files of the package `ddpm` and of the served model, by name and content.
+def requirements(releases: Mapping[str, str]) -> tuple[str, ...]:
+    """Return what pip has to install for a version, from the release of each package."""
+    return tuple(f"{name}=={releases[name]}" for name in ("mlflow", "torch", "numpy", "safetensors"))
+
+
+def code_files(
+    package: Path = Path(ddpm.__path__[0]), served: Path = Path(__file__).parents[1] / SERVED
+) -> dict[str, str]:
+    """Return the SHA-256 of the files of the package `ddpm` and of the served model, by their paths in a version.
+
+    Compiled files are left out, as MLflow leaves them out where it copies the package.
 
     Args:
-        package: the folder of `ddpm`; by default, the installed one.
+        package: the folder of `ddpm`; by default, of the installed one.
         served: the served model; by default, the installed one.
     """
-    served = Path(__file__).parents[1] / SERVED if served is None else served
-    found = hashlib.sha256()
-    files = {path.relative_to(package).as_posix(): path for path in package.rglob("*.py")} | {f"../{SERVED}": served}
-    for name in sorted(files):
-        content = files[name].read_bytes()
-        found.update(f"{name}\0{len(content)}\0".encode() + content)
-    return found.hexdigest()
+    names = [name for name in files_below(package) if COMPILED not in name.split("/")]
+    return {SERVED: sha256(served), **{f"{CODE}/{name}": sha256(package / name) for name in names}}
+
+
+def differences(recorded: Mapping[str, str], there: Mapping[str, str]) -> list[str]:
+    """Return in words, file by file, how digests by path differ from recorded ones."""
+    other = [f"{name} is another" for name in sorted(recorded.keys() & there.keys()) if recorded[name] != there[name]]
+    missing = [f"{name} is missing" for name in sorted(recorded.keys() - there.keys())]
+    return other + missing + [f"{name} is new" for name in sorted(there.keys() - recorded.keys())]
+
+
+def files_below(folder: Path) -> list[str]:
+    """Return the paths of all files in a folder, relative to it, in order; a link is one, wherever it leads."""
+    found = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file in a folder but the evidence itself, by its path there."""
+    return {name: sha256(folder / name) for name in files_below(folder) if name != FILE}
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file; nothing where it is a link, which is no content of the folder."""
+    if path.is_symlink():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,58 +1,109 @@
-"""The gate's decision whether a version may take an alias from the present one."""
+"""The gate's decision whether a version is better than the present one by more than chance; nothing is read here."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from statistics import NormalDist
 
-from pipelines.evaluation.scores import Scores
-from pipelines.registry.verdict import Verdict
+from pipelines.evaluation.scores import Z_95, Scores
+from pipelines.registry.comparison import Compared
+from pipelines.registry.verdict import Row
 
-ACCURACY_TOLERANCE = 0.01
-"""Loss of class accuracy that the gate accepts, as a fraction of samples."""
+LEVEL = 0.025
+"""Chance that a version that is not better passes at the first attempt."""
+POWER = 0.9
+"""Chance with which the difference that a number of samples is said to tell is told."""
+NAMES = {"frechet_distance": "Frechet distance", "kid": "kernel distance"}
 
-BETTER_Z = 1.959964
-"""Standard errors of the difference by which a version has to be nearer: equal ones pass in 2.5 % of cases."""
+
+@dataclass(frozen=True)
+class Decision:
+    """What a comparison comes to.
+
+    Attributes:
+        passed: whether the version may take the alias.
+        reason: in words.
+        rows: lines of the gate's table.
+    """
+
+    passed: bool
+    reason: str
+    rows: tuple[Row, ...]
 
 
-def gate(candidate: Scores, champion: Scores | None) -> Verdict:
-    """Decide whether a version may take an alias from its present version, the champion.
+def level(attempt: int) -> float:
+    """Return the level at which attempt k against one champion is tested, `LEVEL` / k^2.
 
-    It may not if its samples are copies of training images, or give no finite distance. Else it may if their Frechet
-    distance to real images is smaller by `BETTER_Z` standard errors of the difference or more, and its class accuracy
-    is at most `ACCURACY_TOLERANCE` lower. Scores of another evaluator, stream of data, number of samples or other seeds
-    are not comparable, nor are those of an earlier release, which have no intervals: the alias stays.
+    Over any number of attempts the chance of a wrong promotion is below pi^2 / 6 times `LEVEL`, 4.1 %, whatever the
+    attempts have to do with each other.
+    """
+    return LEVEL / attempt**2
+
+
+def decide(compared: Compared, attempt: int, champion: str, margin: float | None = None) -> Decision:
+    """Decide by the paired difference of two versions' distances, in its standard errors, one-sided.
 
     Args:
-        champion: scores of the present version; None where the alias has none.
+        compared: both on the same noise.
+        attempt: which one it is against this champion, from 1.
+        champion: name of the version at the alias.
+        margin: distance by which the version may be worse; None where it has to be better.
     """
-    if not math.isfinite(candidate["frechet_distance"].value):
-        return Verdict(False, "its Frechet distance is not a number: its samples or their features overflowed")
-    if candidate.memorisation is not None and candidate.memorisation["copies"]:
-        return Verdict(False, candidate.memorisation["verdict"])
-    if champion is None:
-        return Verdict(True, "the alias has no version yet")
-    for name in ("evaluator_digest", "dataset_digest", "stream_digest", "n", "seeds"):
-        mine, theirs = getattr(candidate, name), getattr(champion, name)
-        if mine != theirs:
-            return Verdict(False, f"scores do not compare: {name} is {mine} here and {theirs} at the alias")
-    here, there = candidate["frechet_distance"], champion["frechet_distance"]
-    if here.standard_error is None or there.standard_error is None:
-        return Verdict(
-            False, "scores without intervals do not compare: evaluate the version and that at the alias anew"
-        )
-    distances = f"Frechet distance {here.value:.3f} against {there.value:.3f}"
-    gain, error = there.value - here.value, math.hypot(here.standard_error, there.standard_error)
-    if not gain > 0:
-        return Verdict(False, f"not better: {distances}")
-    if gain < BETTER_Z * error:
-        needed = math.ceil(candidate.n * (BETTER_Z * error / gain) ** 2)
-        return Verdict(
-            False,
-            f"not distinguishable: {distances}, a difference of {gain / error:.1f} standard errors where "
-            f"{BETTER_Z:.2f} are asked for; about {needed:,} samples of each seed would tell (evaluation.n)",
-        )
-    if (candidate.class_accuracy or 0) < (champion.class_accuracy or 0) - ACCURACY_TOLERANCE:
-        return Verdict(
-            False, f"class accuracy falls from {champion.class_accuracy:.4f} to {candidate.class_accuracy:.4f}"
-        )
-    return Verdict(True, f"better: {distances}, by {gain / error:.1f} standard errors")
+    ours, theirs = compared.candidate, compared.champion
+    difference = theirs - ours
+    error, needed = difference.standard_error, NormalDist().inv_cdf(1 - level(attempt))
+    name = NAMES[compared.measure]
+    distances = f"{name} {ours.value:.4g} against {theirs.value:.4g}"
+    asked = f"better than {champion}" if margin is None else f"not worse than {champion} by {margin:g}"
+    if not math.isfinite(difference.value) or not error > 0:
+        why = "a distance that is not a number" if not math.isfinite(difference.value) else "the same samples"
+        row = Row(asked, distances, "a difference that can be measured", passed=False)
+        return Decision(False, f"the two versions give {why}: {distances}", (row,))
+    z = (difference.value + (margin or 0.0)) / error
+    bound = f"z >= {needed:.2f} (attempt {attempt}, level {level(attempt):.3g})"
+    rows = [Row(asked, f"{distances}: z = {z:.2f}", bound, z >= needed), *_accuracy(compared, champion)]
+    failed = [row for row in rows[1:] if not row.passed]
+    if z < needed:
+        return Decision(False, _not_passed(ours.n, difference.value, error, needed, distances), tuple(rows))
+    if failed:
+        return Decision(False, f"{failed[0].name}: {failed[0].figure}, asked for {failed[0].bound}", tuple(rows))
+    by = f"by {z:.1f} standard errors of the paired difference, where {needed:.2f} are asked for"
+    word = "better" if margin is None else f"not worse by {margin:g}"
+    return Decision(True, f"{word}: {distances}, {by}", tuple(rows))
+
+
+def _not_passed(n: int, gain: float, error: float, needed: float, distances: str) -> str:
+    """Return why a version does not pass: it is worse, or the difference is too small for this many samples."""
+    if gain <= -needed * error:
+        return f"worse: {distances}, by {-gain / error:.1f} standard errors of the paired difference"
+    told = (needed + NormalDist().inv_cdf(POWER)) * error
+    return (
+        f"not distinguishable: {distances}, {gain / error:.1f} standard errors of the paired difference, where "
+        f"{needed:.2f} are asked for. {n:,} samples of each tell a difference of {told:.2g} in {POWER:.0%} of cases; "
+        f"{3 * n:,} more would tell one of {told / 2:.2g} (registry.n={4 * n})"
+    )
+
+
+def _accuracy(compared: Compared, champion: str) -> list[Row]:
+    """Return the line of the table that a better distance is not bought with accuracy; none without classes."""
+    ours, theirs = compared.candidate_accuracy, compared.champion_accuracy
+    if ours is None and theirs is None:
+        return []
+    name = f"accuracy not below that of {champion}"
+    if ours is None or theirs is None:
+        return [Row(name, "known of one of them only", "known of both", passed=False)]
+    least = theirs.value - Z_95 * theirs.standard_error
+    bound = f"at least {least:.4f}, the lower end of the interval of {theirs.value:.4f}"
+    return [Row(name, f"{ours.value:.4f}", bound, ours.value >= least)]
+
+
+def comparable(ours: Scores, theirs: Scores, champion: str) -> list[Row]:
+    """Return the lines of the table that say whether the same evaluator scored two versions on the same data."""
+    names = {"evaluator_digest": "evaluator", "stream_digest": "data with quarantine", "n": "samples of a seed"}
+    rows = []
+    for field, words in names.items():
+        mine, its = getattr(ours, field), getattr(theirs, field)
+        short = [str(value)[:12] or "not known" for value in (mine, its)]
+        rows.append(Row(f"same {words}", short[0], f"{short[1]}, as {champion}", bool(mine) and mine == its))
+    return rows

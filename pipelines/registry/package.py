@@ -7,28 +7,33 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from safetensors.torch import save_file
 
-import ddpm
-from ddpm.generate import Sampling, to_uint8
+from ddpm.generate import Sampling
 from ddpm.inference import COLUMNS, parameters
-from ddpm.model import Model, save_model
+from ddpm.model import Model, save_guides, save_model
+from ddpm.settings import settings_of
 from pipelines import tracking
 from pipelines.errors import PipelineError
 from pipelines.evaluation.scores import Scores
 from pipelines.evaluation.scoring import weights_digest
 from pipelines.references import Resolved
-from pipelines.registry.evidence import FILE, PROBE, SERVED, Evidence, code_digest, packages
+from pipelines.registry.envelope import EARLIER
+from pipelines.registry.evidence import (
+    FILE,
+    MODEL,
+    PACKAGE,
+    SERVED_HERE,
+    SIGNATURE,
+    Evidence,
+    code_files,
+    file_digests,
+    packages,
+    requirements,
+)
+from pipelines.registry.probe import draw_probe
 from pipelines.registry.sign import Signer
 from pipelines.scratch import scratch_folder
-from pipelines.tracking import ModelVersion, Tracker
-
-PROBES = 16
-"""Pictures that a version draws when it is made."""
-SIGNATURE = "model.sig"
-"""Name of the signature, beside the signed folder."""
+from pipelines.tracking import ModelVersion, Pyfunc
 
 
 class RegistryError(PipelineError):
@@ -39,13 +44,14 @@ def register(resolved: Resolved, name: str, scores: Scores, dataset_uri: str, si
     """Make a version of a model with the settings that it was scored with.
 
     Args:
-        resolved: the model, of a run or of another version.
+        resolved: the model, of a run or of another version, with the networks that guide it.
         name: of the registered model.
         scores: of the model.
         dataset_uri: of the data that it was scored on.
 
     Raises:
-        RegistryError: the model has no run that the version could belong to.
+        RegistryError: the model has no run that the version could belong to, or not the networks that guide it.
+        ProbeError: the model draws something that is not a number.
     """
     tracker = resolved.tracker
     if tracker is None:
@@ -53,27 +59,69 @@ def register(resolved: Resolved, name: str, scores: Scores, dataset_uri: str, si
             f"{resolved.reference} has no MLflow run, to which a version belongs: register a model of a run "
             "(runs:/ID) or another version (models:/NAME/VERSION)"
         )
-    spec = replace(resolved.model.spec, sampling=Sampling.from_json(scores.sampling))
-    model = replace(resolved.model, spec=spec)
-    images, labels, seed = probe(model)
+    with tempfile.TemporaryDirectory(prefix="package-", dir=scratch_folder()) as scratch:
+        evidence = write_version(Path(scratch), resolved.model, scores, digest_of(resolved), dataset_uri, signer)
+        images_seen = int(evidence.lineage.get("images_seen", 0))
+        model_id = tracking.log_pyfunc(tracker, pyfunc_of(Path(scratch), resolved.model.spec.shape), images_seen)
+    return tracking.register(tracker, name, model_id, evidence.tags())
+
+
+def write_version(
+    folder: Path, model: Model, scores: Scores, model_digest: str, dataset_uri: str, signer: Signer
+) -> Evidence:
+    """Write what a version is made of: the signed folder `MODEL`, and beside it `SIGNATURE`; return its evidence.
+
+    The signed folder holds the model with the settings that it was scored with, the networks that guide it, pictures
+    that it draws, and the evidence.
+
+    Args:
+        folder: an empty folder.
+        model: with the networks that guide it.
+        scores: of the model.
+        model_digest: under which its weights are known; see `digest_of`.
+        dataset_uri: of the data that it was scored on.
+
+    Raises:
+        RegistryError: the model has not the networks that guide it.
+        ProbeError: the model draws something that is not a number.
+    """
+    model = replace(model, spec=replace(model.spec, sampling=Sampling.from_json(scores.sampling)))
+    _check_guides(model)
+    inside = folder / MODEL
+    save_model(inside, model.spec, model.network.state_dict())
+    save_guides(inside, model)
+    probe = draw_probe(model, inside)
     evidence = Evidence(
         scores=scores,
-        lineage=dict(spec.lineage),
-        model_digest=digest_of(resolved),
+        lineage=dict(model.spec.lineage),
+        model_digest=model_digest,
+        files=file_digests(inside),
         dataset_uri=dataset_uri,
-        code_digest=code_digest(),
+        code=code_files(),
         packages=packages(),
-        probe={"seed": seed, "count": len(images), "device": "cpu", "torch": torch.__version__.split("+")[0]},
+        probe=probe,
     )
-    with tempfile.TemporaryDirectory(prefix="package-", dir=scratch_folder()) as scratch:
-        folder, signature = Path(scratch) / "model", Path(scratch) / SIGNATURE
-        save_model(folder, spec, model.network.state_dict())
-        drawn = {"images": torch.from_numpy(images)}
-        save_file(drawn if labels is None else drawn | {"labels": labels}, folder / PROBE)
-        (folder / FILE).write_text(evidence.to_json())
-        signer.sign_folder(folder, signature)
-        model_id = _log(tracker, model, folder, signature)
-    return tracking.register(tracker, name, model_id, evidence.tags())
+    (inside / FILE).write_text(evidence.to_json())
+    signer.sign_folder(inside, folder / SIGNATURE)
+    return evidence
+
+
+def pyfunc_of(folder: Path, shape: tuple[int, int, int]) -> Pyfunc:
+    """Return the pyfunc that is made of what `write_version` wrote to a folder, and of our code.
+
+    Args:
+        shape: (C, H, W) of an image.
+    """
+    channels, height, width = shape
+    return Pyfunc(
+        artifacts={"model": folder / MODEL, "signature": folder / SIGNATURE},
+        code=SERVED_HERE,
+        packages=(PACKAGE,),
+        requirements=requirements(packages()),
+        columns=COLUMNS,
+        output=np.zeros((2, height, width, channels), dtype=np.uint8),
+        params={**parameters(), **EARLIER},
+    )
 
 
 def digest_of(resolved: Resolved) -> str:
@@ -81,28 +129,17 @@ def digest_of(resolved: Resolved) -> str:
     return resolved.published.digest if resolved.published else weights_digest(resolved.model)
 
 
-def probe(model: Model, seed: int = 0) -> tuple[NDArray[np.uint8], torch.Tensor | None, int]:
-    """Return pictures that a model draws, uint8 [N, H, W, C], their labels [N], if it has classes, and their seed."""
-    labels = torch.arange(PROBES) % len(model.spec.classes) if model.spec.classes else None
-    images = model.generate(labels, seed=seed, image_ids=torch.arange(PROBES), batch_size=PROBES)
-    return to_uint8(images).numpy(), labels, seed
+def _check_guides(model: Model) -> None:
+    """Check that a model has the networks that its settings name.
 
-
-def _log(tracker: Tracker, model: Model, folder: Path, signature: Path) -> str:
-    """Log a model folder with its signature as an MLflow pyfunc that carries its code; return the logged model's ID."""
-    channels, height, width = model.spec.shape
-    example = (
-        COLUMNS,
-        np.zeros((2, height, width, channels), dtype=np.uint8),
-        {**parameters(), "guidance_scale": ("double", None)},
-    )
-    requirements = [f"{name}=={packages()[name]}" for name in ("mlflow", "torch", "numpy", "safetensors")]
-    return tracking.log_pyfunc(
-        tracker,
-        {"model": folder, "signature": signature},
-        Path(__file__).parents[1] / SERVED,
-        [Path(ddpm.__path__[0])],
-        requirements,
-        example,
-        int(model.spec.lineage.get("images_seen", 0)),
-    )
+    Raises:
+        RegistryError: it has not.
+    """
+    guidance = model.spec.sampling.guidance
+    for setting in settings_of(type(guidance)):
+        reference = getattr(guidance, setting.name)
+        if setting.reference and reference is not None and getattr(model, setting.name) is None:
+            raise RegistryError(
+                f"the settings that were scored name guidance.{setting.name} = {reference}, and the model was loaded "
+                "without it: a version carries the networks that guide it"
+            )

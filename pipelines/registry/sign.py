@@ -6,24 +6,33 @@ believed is decided by the configuration of whoever verifies, never by what is s
 
 from __future__ import annotations
 
-import os
+import base64
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.config import RegistryConfig
-from pipelines.credentials import write_private
 from pipelines.errors import ConfigError, PipelineError
+from pipelines.registry.evidence import differences, files_below, sha256
+from pipelines.registry.keys import (
+    check_public_key,
+    check_signing_certificate,
+    load_certificates,
+    load_private_key,
+    own_key,
+    own_key_path,
+    public_key,
+)
 from pipelines.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from model_signing import signing, verifying
 
-OWN_KEY = "signing.pem"
-"""Name of the key that is made on first use, in the folder of the local stack."""
 SIGNED_TEXT = "text"
 
 
@@ -50,13 +59,22 @@ class Signer:
         """Return the signer that the configuration names; without one, that of a key that is made on first use.
 
         Raises:
-            ConfigError: there is no such key or certificate.
+            ConfigError: the key or a certificate is not there, or cannot be used.
         """
-        chain = tuple(Path(path).expanduser() for path in config.signing_chain)
-        certificate = None if config.signing_certificate is None else Path(config.signing_certificate).expanduser()
-        if config.signing_key is None:
-            return cls(own_key(), certificate, chain)
-        return cls(_there("registry.signing_key", config.signing_key), certificate, chain)
+        path = own_key() if config.signing_key is None else Path(config.signing_key).expanduser()
+        key = load_private_key("registry.signing_key", path)
+        chain = tuple(Path(entry).expanduser() for entry in config.signing_chain)
+        for entry in chain:
+            load_certificates("registry.signing_chain", entry)
+        if config.signing_certificate is None:
+            if chain:
+                raise ConfigError(
+                    "registry.signing_chain leads from registry.signing_certificate to its root, and that is not set"
+                )
+            return cls(path)
+        certificate = Path(config.signing_certificate).expanduser()
+        check_signing_certificate("registry.signing_certificate", certificate, key)
+        return cls(path, certificate, chain)
 
     def sign_folder(self, folder: Path, signature: Path) -> None:
         """Write the signature of everything in a folder to a file outside it."""
@@ -74,8 +92,9 @@ class Signer:
         config = signing.Config()
         if self.certificate is None:
             return config.use_elliptic_key_signer(private_key=self.key)
+        chain = self.chain or (self.certificate,)  # the library reads no empty chain; one more copy does no harm
         return config.use_certificate_signer(
-            private_key=self.key, signing_certificate=self.certificate, certificate_chain=self.chain
+            private_key=self.key, signing_certificate=self.certificate, certificate_chain=chain
         )
 
 
@@ -84,7 +103,7 @@ class Trust:
     """Whose signatures are believed.
 
     Attributes:
-        keys: paths of public keys, PEM.
+        keys: paths of public keys, PEM; one that is not there is that of nobody.
         roots: paths of certificates, PEM, that vouch for whoever has a certificate below one of them.
     """
 
@@ -95,31 +114,53 @@ class Trust:
     def of(cls, config: RegistryConfig) -> Trust:
         """Return the trust that the configuration names; where it names none, that in the own key.
 
+        The own key is `registry.signing_key`, else that which is made on first use; here it is not made.
+
         Raises:
-            ConfigError: there is no such file.
+            ConfigError: a key or certificate is not there, or cannot be used.
         """
-        keys = tuple(_there("registry.trusted_keys", path) for path in config.trusted_keys)
-        roots = tuple(_there("registry.trusted_certificates", path) for path in config.trusted_certificates)
-        return cls(keys, roots) if keys or roots else cls((public_key(own_key()),))
+        keys = tuple(Path(path).expanduser() for path in config.trusted_keys)
+        roots = tuple(Path(path).expanduser() for path in config.trusted_certificates)
+        for path in keys:
+            check_public_key("registry.trusted_keys", path)
+        for path in roots:
+            load_certificates("registry.trusted_certificates", path)
+        if keys or roots:
+            return cls(keys, roots)
+        own = own_key_path() if config.signing_key is None else Path(config.signing_key).expanduser()
+        return cls((public_key(own) if own.exists() else own.with_suffix(".pub"),))
 
-    def check_folder(self, folder: Path, signature: Path) -> None:
-        """Check that a folder is as somebody who is trusted has signed it.
+    def check_folder(self, folder: Path, signature: Path) -> str:
+        """Check that a folder is as somebody who is trusted has signed it, and return by whom, in words.
+
+        A signature by certificate counts for ever: it says nothing of when it was made, so the certificates are looked
+        at as of the first day of the signer's. The words say where the signer's has ended since.
 
         Raises:
-            SignatureError: it is not.
+            SignatureError: it is not; the message says why, and names the files that are not as they were.
         """
         if not signature.is_file():
-            raise SignatureError("it is not signed")
-        untrusted = "its signature is by none of registry.trusted_keys and registry.trusted_certificates"
+            raise SignatureError(f"it is not signed: {signature.name} is missing")
+        try:
+            signed = _Signed.read(signature)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise SignatureError(f"its signature is damaged: {signature.name} is none of model-signing's") from error
+        from cryptography.exceptions import InvalidSignature
+
         for config in self._configs():
             try:
                 config.verify(folder, signature)
-                return
+                return signed.by
+            except InvalidSignature as error:
+                raise SignatureError(f"its signature says that it is {signed.by}, and is not: it is forged") from error
             except Exception as error:
-                # The library raises ValueError for both; only of what a trusted key has signed it compares the files.
+                # The library raises ValueError for all else; only what somebody trusted has signed is compared.
                 if "Signature mismatch" in str(error):
-                    raise SignatureError(f"it was changed after it was signed: {error}") from error
-        raise SignatureError(untrusted)
+                    changes = signed.changes(folder)
+                    raise SignatureError(f"it was changed after it was signed: {changes or error}") from error
+        raise SignatureError(
+            f"its signature, {signed.by}, is by none of registry.trusted_keys and registry.trusted_certificates"
+        )
 
     def check_text(self, text: str, signature: str) -> None:
         """Check that a text is as somebody who is trusted has signed it.
@@ -134,46 +175,64 @@ class Trust:
     def _configs(self) -> list[verifying.Config]:
         from model_signing import verifying
 
-        found = [verifying.Config().use_elliptic_key_verifier(public_key=key) for key in self.keys]
+        there = [key for key in self.keys if key.is_file()]
+        found = [verifying.Config().use_elliptic_key_verifier(public_key=key) for key in there]
         if self.roots:
             found.append(verifying.Config().use_certificate_verifier(certificate_chain=self.roots))
         return found
 
 
-def own_key() -> Path:
-    """Return the private key of this user's local stack, which is made where there is none; only its owner reads it."""
-    path = Path(os.environ.get("DDPM_HOME") or ".ddpm").resolve() / OWN_KEY
-    if not path.exists():
-        from cryptography.hazmat.primitives import serialization
-        from cryptography.hazmat.primitives.asymmetric import ec
+@dataclass(frozen=True)
+class _Signed:
+    """What a signature says; whether that is true, `model-signing` decides.
 
-        key = ec.generate_private_key(ec.SECP256R1())
-        pem = key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_private(path, pem.decode())
-    return path
+    Attributes:
+        by: whose it is, in words.
+        files: path in the folder -> SHA-256.
+    """
+
+    by: str
+    files: dict[str, str]
+
+    @classmethod
+    def read(cls, signature: Path) -> _Signed:
+        bundle = json.loads(signature.read_text())
+        statement = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))
+        files = {entry["name"]: entry["digest"] for entry in statement["predicate"]["resources"]}
+        material = bundle["verificationMaterial"]
+        if "x509CertificateChain" not in material:
+            return cls(f"by the key {material['publicKey']['hint'][:12]}", files)
+        from cryptography import x509
+
+        raw = material["x509CertificateChain"]["certificates"][0]["rawBytes"]
+        certificate = x509.load_der_x509_certificate(base64.b64decode(raw))
+        last = certificate.not_valid_after_utc
+        until = f"valid until {last:%Y-%m-%d}" if datetime.now(UTC) <= last else f"which ended on {last:%Y-%m-%d}"
+        return cls(f"by the certificate of {certificate.subject.rfc4514_string()}, {until}", files)
+
+    def changes(self, folder: Path) -> str:
+        """Return which files of a folder are not as they were signed, in words."""
+        return ", ".join(differences(self.files, {name: sha256(folder / name) for name in files_below(folder)}))
 
 
-def public_key(private: Path) -> Path:
-    """Return the path of the public half of a key, beside it; it is written where it is not there."""
-    path = private.with_suffix(".pub")
-    if not path.exists():
-        from cryptography.hazmat.primitives import serialization
+def check_signing(config: RegistryConfig) -> None:
+    """Check, before anything starts, that versions can be signed, and that whoever they are for believes it.
 
-        key = serialization.load_pem_private_key(private.read_bytes(), None)
-        path.write_bytes(
-            key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-        )
-    return path
-
-
-def _there(field: str, path: str) -> Path:
-    found = Path(path).expanduser()
-    if not found.is_file():
-        raise ConfigError(f"{field} = {path}: there is no such file")
-    return found
+    Raises:
+        ConfigError: a key or certificate cannot be used, or signatures with it are not believed here.
+    """
+    signer, trust = Signer.of(config), Trust.of(config)
+    try:
+        trust.check_text(SIGNED_TEXT, signer.sign_text(SIGNED_TEXT))
+    except SignatureError as error:
+        field = "registry.trusted_keys"
+        if signer.certificate is not None:
+            field = "registry.trusted_certificates, and what is between, to registry.signing_chain"
+        wanted = "its public key" if signer.certificate is None else "the root of registry.signing_certificate"
+        raise ConfigError(
+            f"what this configuration signs would not be believed here, and no alias could move: {error}; "
+            f"add {wanted} to {field}"
+        ) from error
 
 
 @contextmanager

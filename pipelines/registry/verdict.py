@@ -2,14 +2,16 @@
 
     ROOT/registry/MODEL/ALIAS/000000.json, 000001.json, …       {"verdict": …, "signature": …}
 
-Entries are only ever added, each under the next number and on the condition that nobody has taken it. The log says how
-often an alias was asked for, and where it belongs; the tags of a version are copies for who reads its page.
+Entries are only ever added, each under the next number and on the condition that nobody has taken it. What is signed
+names model, alias and number: an entry that was copied to another place is not believed there. The log says how often
+an alias was asked for, and where it belongs; the tags of a version are copies for who reads its page.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
@@ -45,11 +47,13 @@ class Verdict:
         model: name of the registered model.
         alias: the alias.
         version: the version that it was about.
-        model_digest: SHA-256 of its weights; empty where it has no evidence.
+        served_digest: SHA-256 of the weights and settings that it serves; empty where it has no evidence.
         champion: the version at the alias then; None where it had none.
-        champion_digest: SHA-256 of the weights of that version.
+        champion_digest: the same of that version; empty where nothing was compared.
         attempt: which comparison with that champion this was, 1 for the first; 0 where nothing was compared.
         n: samples of each that were compared; 0 where nothing was compared.
+        margin: distance by which the version was allowed to be worse; None where it had to be better.
+        rollback: whether the alias was given back to a version that had had it before.
         rows: the gate's table.
         at: when, in UTC.
     """
@@ -59,11 +63,13 @@ class Verdict:
     model: str = ""
     alias: str = ""
     version: str = ""
-    model_digest: str = ""
+    served_digest: str = ""
     champion: str | None = None
     champion_digest: str = ""
     attempt: int = 0
     n: int = 0
+    margin: float | None = None
+    rollback: bool = False
     rows: tuple[Row, ...] = ()
     at: str = ""
 
@@ -109,12 +115,8 @@ class VerdictLog:
         """Return the decisions that somebody who is trusted has signed, oldest first."""
         found = []
         for uri in self._entries():
-            entry = json.loads(self.storage.read(uri))
-            try:
-                self.trust.check_text(entry["verdict"], entry["signature"])
-            except SignatureError:
-                continue
-            found.append(Verdict.from_plain(json.loads(entry["verdict"])))
+            with suppress(SignatureError):
+                found.append(read_entry(uri, self.storage, self.trust))
         return found
 
     def add(self, verdict: Verdict, signer: Signer, seen: int) -> bool:
@@ -122,10 +124,11 @@ class VerdictLog:
 
         Where one had, nothing is added: read the log and decide anew.
         """
-        text = json.dumps(verdict.to_plain(), sort_keys=True)
+        uri = join(self.uri, f"{seen:06d}.json")
+        text = json.dumps({**verdict.to_plain(), "place": _place(uri)}, sort_keys=True)
         entry = json.dumps({"verdict": text, "signature": signer.sign_text(text)}).encode()
         try:
-            self.storage.write_if(join(self.uri, f"{seen:06d}.json"), entry, None)
+            self.storage.write_if(uri, entry, None)
         except ConflictError:
             return False
         return True
@@ -138,11 +141,55 @@ class VerdictLog:
         return sorted(entry.uri for entry in self.storage.list(self.uri) if entry.uri.endswith(".json"))
 
 
+def standing(verdicts: Sequence[Verdict]) -> list[str]:
+    """Return the versions that have had an alias, one after another, up to the one that it belongs to now.
+
+    Giving it back to an earlier version takes away those that came after that.
+    """
+    held: list[str] = []
+    for verdict in verdicts:
+        if verdict.passed and verdict.rollback and verdict.version in held:
+            del held[held.index(verdict.version) + 1 :]
+        elif verdict.passed:
+            held.append(verdict.version)
+    return held
+
+
+def read_entry(uri: str, storage: Storage, trust: Trust) -> Verdict:
+    """Return the decision in an entry of a log.
+
+    Raises:
+        SignatureError: it is damaged, nobody who is trusted has signed it, or it was signed for another place.
+        NotFoundError: it is not there.
+    """
+    try:
+        entry = json.loads(storage.read(uri))
+        text, signature = str(entry["verdict"]), str(entry["signature"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise SignatureError(f"it is damaged ({error!r})") from error
+    trust.check_text(text, signature)
+    plain = json.loads(text)
+    if plain["place"] != _place(uri):
+        raise SignatureError(f"it is a copy of {plain['place']}")
+    return Verdict.from_plain(plain)
+
+
+def last_passed(verdicts: Sequence[Verdict]) -> Verdict | None:
+    """Return the last decision that let an alias move; None without one."""
+    return next((verdict for verdict in reversed(verdicts) if verdict.passed), None)
+
+
 def holder(verdicts: Sequence[Verdict]) -> str | None:
     """Return the version that an alias belongs to: that of the last decision that let it move; None without one."""
-    return next((verdict.version for verdict in reversed(verdicts) if verdict.passed), None)
+    passed = last_passed(verdicts)
+    return None if passed is None else passed.version
 
 
 def now() -> str:
     """Return the time, as verdicts have it."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _place(uri: str) -> str:
+    """Return MODEL/ALIAS/NUMBER.json of an entry, which is the same wherever the storage root is moved to."""
+    return "/".join(uri.split("/")[-3:])

@@ -2,7 +2,7 @@
 
 `run` is one MLflow run, `note` its description, `links` the addresses of pages, `model_registry` the versions and
 aliases, `run_log` what rank 0 logs while it trains, sent to every sink through an `outbox` each. A sink is a class in
-one file and one line in `run_log.SINKS`.
+one file and one line in `run_log.SINKS`. `webhooks` has MLflow tell of changed aliases.
 """
 
 from pipelines.tracking.client import TrackingError, UnreachableError, authenticate, environment, recording
@@ -16,6 +16,8 @@ from pipelines.tracking.logged_models import (
 )
 from pipelines.tracking.model_registry import (
     ModelVersion,
+    Pyfunc,
+    aliases,
     all_versions,
     delete_alias,
     describe_version,
@@ -25,14 +27,16 @@ from pipelines.tracking.model_registry import (
     set_alias,
     set_version_tags,
     version,
+    version_description,
     versions,
 )
-from pipelines.tracking.note import describe
+from pipelines.tracking.note import describe, pictures_at
 from pipelines.tracking.run import Tracker, get_run, open_run, to_json
 from pipelines.tracking.run_list import ENDED, RunRecord, delete_run, list_runs, retire_run
 from pipelines.tracking.run_log import UNSENT, RunLog
 from pipelines.tracking.sink import Destination, Sink
 from pipelines.tracking.system_metrics import system_metrics
+from pipelines.tracking.webhooks import Webhook, add_webhook, delete_webhook, is_signed, webhooks
 
 __all__ = [
     "ENDED",
@@ -40,27 +44,34 @@ __all__ = [
     "CheckpointModel",
     "Destination",
     "ModelVersion",
+    "Pyfunc",
     "RunLog",
     "RunRecord",
     "Sink",
     "Tracker",
     "TrackingError",
     "UnreachableError",
+    "Webhook",
+    "add_webhook",
+    "aliases",
     "all_versions",
     "authenticate",
     "checkpoint_models",
     "delete_alias",
     "delete_run",
+    "delete_webhook",
     "describe",
     "describe_version",
     "download_version",
     "enter_checkpoint_model",
     "environment",
     "get_run",
+    "is_signed",
     "list_runs",
     "log_pyfunc",
     "log_scores",
     "open_run",
+    "pictures_at",
     "recording",
     "register",
     "retire_run",
@@ -71,5 +82,7 @@ __all__ = [
     "tag_checkpoint_model",
     "to_json",
     "version",
+    "version_description",
     "versions",
+    "webhooks",
 ]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
 
 from pipelines.tracking.client import ask, authenticate, pages
 from pipelines.tracking.run import Tracker
@@ -37,24 +39,45 @@ class ModelVersion:
         return f"models:/{self.name}/{self.version}"
 
 
-def log_pyfunc(
-    tracker: Tracker,
-    artifacts: Mapping[str, Path],
-    code: Path,
-    packages: Iterable[Path],
-    requirements: list[str],
-    example: Any,
-    images_seen: int,
-) -> str:
-    """Store a models-from-code pyfunc with its files in the run; return the ID of the logged model.
+@dataclass(frozen=True)
+class Pyfunc:
+    """What a models-from-code pyfunc is made of.
+
+    Attributes:
+        artifacts: name -> file or folder, as the pyfunc gets them.
+        code: the module that defines it.
+        packages: source folders that travel with it.
+        requirements: of pip.
+        columns: of the table that it takes -> type; see `table_signature`.
+        output: an example of what it returns.
+        params: parameter -> (type, default).
+    """
+
+    artifacts: Mapping[str, Path]
+    code: Path
+    packages: tuple[Path, ...]
+    requirements: tuple[str, ...]
+    columns: Mapping[str, str]
+    output: NDArray[Any]
+    params: Mapping[str, tuple[str, Any]]
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments that MLflow's functions for saving and logging share."""
+        return {
+            "python_model": str(self.code),
+            "artifacts": {name: str(path) for name, path in self.artifacts.items()},
+            "code_paths": [str(path) for path in self.packages],
+            "pip_requirements": list(self.requirements),
+            "signature": table_signature(self.columns, self.output, self.params),
+        }
+
+
+def log_pyfunc(tracker: Tracker, pyfunc: Pyfunc, images_seen: int) -> str:
+    """Store a pyfunc with its files in the run; return the ID of the logged model.
 
     MLflow shows the run's points at `images_seen`, its loss and scores there, as those of the model.
 
     Args:
-        artifacts: name -> file or folder, as the pyfunc gets them.
-        code: the module that defines the pyfunc.
-        packages: source folders that travel with it.
-        example: the arguments of `table_signature`.
         images_seen: by the model.
     """
     import mlflow
@@ -66,15 +89,7 @@ def log_pyfunc(
         # MLflow's hints (types, input examples, nullable integers) are for who writes the model, not for who trains.
         with warnings.catch_warnings(), mlflow.start_run(run_id=tracker.run_id, log_system_metrics=False):
             warnings.simplefilter("ignore")
-            info = mlflow.pyfunc.log_model(
-                name="model",
-                python_model=str(code),
-                artifacts={name: str(path) for name, path in artifacts.items()},
-                code_paths=[str(p) for p in packages],
-                pip_requirements=requirements,
-                signature=table_signature(*example),
-                step=images_seen,
-            )
+            info = mlflow.pyfunc.log_model(name="model", step=images_seen, **pyfunc.arguments())
         return str(info.model_id)
 
     model_id = ask(tracker.uri, log)
@@ -133,6 +148,21 @@ def versions(uri: str, name: str) -> list[ModelVersion]:
     return [ModelVersion(name, str(v.version), v.run_id, dict(v.tags), tuple(v.aliases)) for v in numbered]
 
 
+def aliases(uri: str, name: str) -> dict[str, str]:
+    """Return alias -> version of a registered model, in one try; none where there is no such model."""
+    from mlflow.exceptions import MlflowException
+
+    def find(mlflow: MlflowClient) -> dict[str, str]:
+        try:
+            return {alias: str(number) for alias, number in mlflow.get_registered_model(name).aliases.items()}
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return {}
+            raise
+
+    return ask(uri, find, patience_s=0)
+
+
 def set_alias(uri: str, name: str, alias: str, number: str) -> None:
     """Make an alias point to a version."""
     ask(uri, lambda mlflow: mlflow.set_registered_model_alias(name, alias, number))
@@ -141,6 +171,11 @@ def set_alias(uri: str, name: str, alias: str, number: str) -> None:
 def delete_alias(uri: str, name: str, alias: str) -> None:
     """Take an alias away; one that is not there is no error."""
     ask(uri, lambda mlflow: mlflow.delete_registered_model_alias(name, alias))
+
+
+def version_description(uri: str, name: str, number: str) -> str:
+    """Return the description of a version."""
+    return str(ask(uri, lambda mlflow: mlflow.get_model_version(name, number)).description or "")
 
 
 def describe_version(uri: str, name: str, number: str, text: str) -> None:

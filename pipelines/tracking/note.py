@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
 
 from pipelines.tracking import links
@@ -73,13 +73,26 @@ def newest_picture(names: Iterable[str]) -> tuple[str, str, int] | None:
     Args:
         names: artifacts, as MLflow names its pictures: images/KEY+step+STEP+timestamp+….png.
     """
-    found = []
+    found = ((step, key == "evaluation", name, key) for name, key, step in _pictures(names))
+    step, _, name, key = max(found, default=(0, False, "", ""))
+    return (name, key, step) if name else None
+
+
+def pictures_at(names: Iterable[str], images_seen: int) -> dict[str, str]:
+    """Return key -> artifact of the pictures of a number of images seen; the newest of each key.
+
+    Args:
+        names: artifacts, as for `newest_picture`.
+    """
+    return {key: name for name, key, step in sorted(_pictures(names)) if step == images_seen}
+
+
+def _pictures(names: Iterable[str]) -> Iterator[tuple[str, str, int]]:
+    """Yield (artifact, key, step) of every picture; by name, those of the same key and step are in order of time."""
     for name in names:
         key, word, at, *_ = f"{name.removeprefix('images/')}+++".split("+")
         if word == "step" and name.endswith(".png"):
-            found.append((int(at), key == "evaluation", name, key))
-    step, _, name, key = max(found, default=(0, False, "", ""))
-    return (name, key, step) if name else None
+            yield name, key, int(at)
 
 
 def _seen(text: str) -> int:

@@ -351,9 +351,8 @@ def log_model(tracker: Tracker, folder: Path) -> str:
         "mlflow.models.set_model(Model())\n"
     )
     values = np.zeros(2)
-    return tracking.log_pyfunc(
-        tracker, {"model": folder / "model"}, code, [], ["mlflow"], ({"value": "any"}, values, {}), 0
-    )
+    pyfunc = tracking.Pyfunc({"model": folder / "model"}, code, (), ("mlflow",), {"value": "any"}, values, {})
+    return tracking.log_pyfunc(tracker, pyfunc, 0)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from ddpm.quality import (
     halves,
     inception_score,
     kid,
+    measured_diversity,
     measured_inception_score,
     measured_kid,
     measured_precision_recall,
@@ -241,3 +242,23 @@ def test_density_and_coverage_refuse_what_they_cannot_compare():
         density_coverage(gaussian(5, 2, 0), gaussian(9, 2, 1))
     with pytest.raises(ValueError, match="finite"):
         density_coverage(gaussian(9, 2, 0), gaussian(9, 2, 1) * math.nan)
+
+
+def test_diversity_is_the_mean_squared_distance_of_pairs_within_a_class():
+    x, labels = gaussian(60, 3, 5), torch.arange(60) % 4
+    pairs = [torch.pdist(x[labels == c].double()).square().mean() * (labels == c).sum() / len(x) for c in range(4)]
+    assert measured_diversity(x, labels).value == pytest.approx(torch.stack(pairs).sum().item(), rel=1e-12)
+    assert measured_diversity(x).value == pytest.approx(torch.pdist(x.double()).square().mean().item(), rel=1e-12)
+
+
+def test_one_image_for_each_class_has_no_diversity_however_far_the_classes_are_apart():
+    labels = torch.arange(40) % 4
+    assert measured_diversity(10 * torch.eye(4)[labels], labels).value == pytest.approx(0, abs=1e-9)
+
+
+def test_classes_of_a_single_image_have_no_pairs():
+    x = gaussian(5, 3, 6)
+    found = measured_diversity(x, torch.tensor([0, 0, 1, 2, 2]))
+    assert found.n == 4
+    with pytest.raises(ValueError, match="a class of at least 2 images"):
+        measured_diversity(x, torch.arange(5))

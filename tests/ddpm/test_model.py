@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from ddpm.generate import Sampling
-from ddpm.model import ModelSpec, load_model, save_model
+from ddpm.model import Model, ModelSpec, load_model, save_guides, save_model
+from ddpm.models.classifier import NoisyClassifier
 from ddpm.models.unet import UNet, UNetConfig
 
 CONFIG = UNetConfig(
@@ -43,6 +44,31 @@ def test_a_saved_model_comes_back_with_everything_it_needs_to_sample(folder):
     assert all(torch.equal(w, reference[name]) for name, w in model.network.state_dict().items())
     assert model.generate(torch.tensor([0, 1, 1]), seed=1).shape == (3, 1, 8, 8)
     assert model.schedule.num_steps == 100
+
+
+def perturbed(network):
+    with torch.no_grad():
+        for parameter in network.parameters():  # some layers start at 0
+            parameter += 0.05 * torch.randn_like(parameter)
+    return network.eval()
+
+
+@pytest.mark.parametrize("kind", ["classifier", "weak"])
+def test_a_model_folder_carries_the_networks_that_guide_the_model(tmp_path, kind):
+    torch.manual_seed(0)
+    guide = {
+        "classifier": lambda: perturbed(NoisyClassifier(CONFIG, 2)),
+        "weak": lambda: Model(SPEC, perturbed(UNet(CONFIG))),
+    }[kind]()
+    settings = Sampling.of(guidance={"weak": "auto"}.get(kind, kind), scale=3.0, steps=3, **{kind: "anywhere"})
+    model = Model(replace(SPEC, sampling=settings), perturbed(UNet(CONFIG)), **{kind: guide})
+    save_model(tmp_path, model.spec, model.network.state_dict())
+    with pytest.raises(ValueError, match="give `guides`"):
+        load_model(tmp_path).generate(torch.tensor([0, 1]))
+    save_guides(tmp_path, model)
+    again = load_model(tmp_path)
+    assert torch.equal(again.generate(torch.tensor([0, 1])), model.generate(torch.tensor([0, 1])))
+    assert {"classifier": again.classifier, "weak": again.weak}[kind] is not None
 
 
 def test_labels_that_the_model_does_not_have_are_refused(folder):

@@ -68,7 +68,7 @@ def test_an_evaluation_goes_on_where_it_was_killed_and_gives_the_same_from_any_n
     assert len(ours) == len(theirs) == 9
     for mine, its in zip(ours, theirs, strict=True):
         assert s3.read(mine.uri) == s3.read(its.uri)
-    images = np.concatenate([unpack_samples(s3.read(entry.uri), 1) for entry in ours])
+    images = np.concatenate([unpack_samples(s3.read(entry.uri), 1)[0] for entry in ours])
     assert images.shape == (270, 8, 8, 1)
     assert images.std() > 30
     scores = one["estimates"]

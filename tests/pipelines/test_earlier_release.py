@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 from ddpm.generate import Sampling
 from ddpm.model import load_model
 from ddpm.quality import FeatureMoments, frechet_distance
-from pipelines import registry
 from pipelines.checkpoints import load_checkpoint
 from pipelines.config import compose, read_config
 from pipelines.evaluation.evaluators import open_evaluator, reference_part
 from pipelines.evaluation.images import to_levels
+from pipelines.evaluation.scores import Scores
 from pipelines.shards.index import read_dataset
 from pipelines.shards.read import opened_split, read_split
 from pipelines.storage import Storage
@@ -101,7 +101,7 @@ def test_settings_have_the_keys_by_which_earlier_evaluations_are_found():
 def test_the_tags_of_a_version_are_read():
     tags = read("version/tags.json")
     version = ModelVersion("earlier", "1", tags["run_id"], tags, ("champion",))
-    scores = registry.scores_of(version)
+    scores = Scores.from_plain(json.loads(version.tags["scores"]))
     assert scores.n == 24
     assert Sampling.from_json(json.loads(tags["sampling"])) == load_model(EARLIER / "version" / "model").spec.sampling
 

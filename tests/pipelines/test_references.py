@@ -68,6 +68,15 @@ def test_a_model_finds_the_networks_that_guide_it(folders):
     )
 
 
+def test_a_network_that_came_with_the_model_is_not_looked_for_again(folders):
+    auto = Sampling.of(guidance="auto", weak="gone", scale=2.0)
+    weak = Model(SPEC, UNet(UNET).eval())
+    model = Model(replace(SPEC, sampling=auto), UNet(UNET).eval(), weak=weak)
+    assert guided(model, auto.with_fields(scale=3.0), None, Storage()).weak is weak
+    with pytest.raises(ModelError, match="other names no model"):
+        guided(model, auto.with_fields(weak="other"), None, Storage())
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [

@@ -1,15 +1,14 @@
-import stat
+import base64
+import json
+import subprocess
+import sys
 
 import pytest
 
 from pipelines.config import ConfigError, RegistryConfig
-from pipelines.registry.sign import SignatureError, Signer, Trust, own_key, public_key
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("DDPM_HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
+from pipelines.registry.keys import own_key, public_key
+from pipelines.registry.sign import SignatureError, Signer, Trust, check_signing
+from tests.pipelines.registry.authority import DAY, NOW, issue
 
 
 @pytest.fixture
@@ -30,30 +29,22 @@ def other_key(tmp_path, monkeypatch, home):
     return key
 
 
-def test_a_key_is_made_on_first_use_for_its_owner_alone_and_kept(home):
-    key = own_key()
-    assert stat.S_IMODE(key.stat().st_mode) == 0o600
-    before = key.read_bytes()
-    assert own_key().read_bytes() == before
-    assert b"PRIVATE" not in public_key(key).read_bytes()
-
-
 def test_what_was_signed_is_believed_by_whoever_trusts_the_key(home, folder, tmp_path):
     Signer.of(config()).sign_folder(folder, tmp_path / "model.sig")
     Trust.of(config()).check_folder(folder, tmp_path / "model.sig")
 
 
-@pytest.mark.parametrize("change", ["changed", "more", "fewer"])
+@pytest.mark.parametrize("change", ["weights is another", "evidence is missing", "code.py is new"])
 def test_any_change_after_signing_is_named(home, folder, tmp_path, change):
     (folder / "evidence").write_bytes(b"evidence")
     Signer.of(config()).sign_folder(folder, tmp_path / "model.sig")
-    if change == "changed":
+    if "another" in change:
         (folder / "weights").write_bytes(b"weightz")
-    elif change == "more":
+    elif "new" in change:
         (folder / "code.py").write_bytes(b"import os")
     else:
         (folder / "evidence").unlink()
-    with pytest.raises(SignatureError, match="changed after it was signed"):
+    with pytest.raises(SignatureError, match=f"changed after it was signed: {change}$"):
         Trust.of(config()).check_folder(folder, tmp_path / "model.sig")
 
 
@@ -69,9 +60,37 @@ def test_no_signature_and_that_of_a_stranger_are_not_believed(home, folder, tmp_
 
 
 def test_a_file_that_is_no_signature_is_not_believed(home, folder, tmp_path):
-    (tmp_path / "model.sig").write_text("{}")
-    with pytest.raises(SignatureError):
-        Trust.of(config()).check_folder(folder, tmp_path / "model.sig")
+    for text in ("{}", "[]", "", '{"dsseEnvelope": {"payload": "e30="}}'):
+        (tmp_path / "model.sig").write_text(text)
+        with pytest.raises(SignatureError, match="its signature is damaged"):
+            Trust.of(config()).check_folder(folder, tmp_path / "model.sig")
+
+
+def test_a_signature_over_another_statement_is_forged(home, folder, tmp_path):
+    signature = tmp_path / "model.sig"
+    Signer.of(config()).sign_folder(folder, signature)
+    (folder / "weights").write_bytes(b"weightz")
+    other = tmp_path / "other.sig"
+    Signer.of(config()).sign_folder(folder, other)
+    forged = json.loads(signature.read_text())
+    forged["dsseEnvelope"]["payload"] = json.loads(other.read_text())["dsseEnvelope"]["payload"]
+    signature.write_text(json.dumps(forged))
+    with pytest.raises(SignatureError, match="it is forged"):
+        Trust.of(config()).check_folder(folder, signature)
+
+
+def test_what_a_statement_ignores_is_what_its_signer_said(home, folder, tmp_path):
+    """Nobody who is not trusted can make a file be passed over."""
+    signature = tmp_path / "model.sig"
+    Signer.of(config()).sign_folder(folder, signature)
+    (folder / "more").write_bytes(b"x")
+    forged = json.loads(signature.read_text())
+    statement = json.loads(base64.b64decode(forged["dsseEnvelope"]["payload"]))
+    statement["predicate"]["serialization"]["ignore_paths"] = ["more"]
+    forged["dsseEnvelope"]["payload"] = base64.b64encode(json.dumps(statement).encode()).decode()
+    signature.write_text(json.dumps(forged))
+    with pytest.raises(SignatureError, match="it is forged"):
+        Trust.of(config()).check_folder(folder, signature)
 
 
 def test_texts_are_signed_too(home):
@@ -86,3 +105,112 @@ def test_a_key_that_is_not_there_is_named(home):
         Signer.of(config(signing_key="/nowhere"))
     with pytest.raises(ConfigError, match=r"registry\.trusted_keys = /nowhere"):
         Trust.of(config(trusted_keys=["/nowhere"]))
+
+
+def test_trust_in_oneself_makes_no_key(home, folder, tmp_path):
+    trust = Trust.of(config())
+    assert not home.exists()
+    Signer.of(config()).sign_folder(folder, tmp_path / "model.sig")
+    trust.check_folder(folder, tmp_path / "model.sig")
+
+
+def test_without_trusted_keys_the_own_one_is_that_of_the_configuration(home, folder, tmp_path, monkeypatch):
+    named = config(signing_key=str(other_key(tmp_path, monkeypatch, home)))
+    Signer.of(named).sign_folder(folder, tmp_path / "model.sig")
+    Trust.of(named).check_folder(folder, tmp_path / "model.sig")
+    with pytest.raises(SignatureError, match="by none of"):
+        Trust.of(config()).check_folder(folder, tmp_path / "model.sig")
+
+
+@pytest.fixture
+def authority(tmp_path):
+    (tmp_path / "ca").mkdir()
+    root = issue(tmp_path / "ca", "root", authority=True)
+    return tmp_path / "ca", root, issue(tmp_path / "ca", "between", root, authority=True)
+
+
+def by_certificate(authority, signer, **fields) -> RegistryConfig:
+    _, root, between = authority
+    given = {
+        "signing_key": str(signer.key_path),
+        "signing_certificate": str(signer.path),
+        "signing_chain": [str(between.path)],
+        "trusted_certificates": [str(root.path)],
+    }
+    return config(**{**given, **fields})
+
+
+@pytest.mark.parametrize("usage", ["digital_signature", "code_signing"])
+def test_whoever_trusts_the_root_believes_what_is_signed_by_certificate(authority, folder, tmp_path, usage):
+    used = by_certificate(authority, issue(authority[0], "signer", authority[2], usage=usage))
+    check_signing(used)
+    Signer.of(used).sign_folder(folder, tmp_path / "model.sig")
+    by = Trust.of(used).check_folder(folder, tmp_path / "model.sig")
+    assert by.startswith("by the certificate of CN=signer, valid until ")
+    (folder / "weights").write_bytes(b"weightz")
+    with pytest.raises(SignatureError, match="changed after it was signed: weights is another"):
+        Trust.of(used).check_folder(folder, tmp_path / "model.sig")
+
+
+def test_a_signer_right_below_the_root_needs_no_chain(authority):
+    check_signing(by_certificate(authority, issue(authority[0], "signer", authority[1]), signing_chain=[]))
+
+
+def test_another_root_vouches_for_nobody_here(authority, folder, tmp_path):
+    place, _, between = authority
+    used = by_certificate(authority, issue(place, "signer", between))
+    Signer.of(used).sign_folder(folder, tmp_path / "model.sig")
+    stranger = issue(place, "stranger", authority=True)
+    with pytest.raises(SignatureError, match=r"by the certificate of CN=signer.* is by none of"):
+        Trust.of(config(trusted_certificates=[str(stranger.path)])).check_folder(folder, tmp_path / "model.sig")
+
+
+def test_a_certificate_that_may_vouch_for_nobody_makes_none_that_counts(authority, folder, tmp_path):
+    place, _, between = authority
+    signer = issue(place, "signer", between)
+    below = issue(place, "below", signer)
+    used = by_certificate(authority, below, signing_chain=[str(signer.path), str(between.path)])
+    with pytest.raises(ConfigError, match="would not be believed here"):
+        check_signing(used)
+
+
+def test_a_chain_with_a_gap_is_found_before_anything_starts(authority):
+    used = by_certificate(authority, issue(authority[0], "signer", authority[2]), signing_chain=[])
+    with pytest.raises(ConfigError, match=r"would not be believed here.*registry\.signing_chain"):
+        check_signing(used)
+
+
+def test_nobody_signs_with_a_certificate_that_has_ended_and_what_it_signed_before_counts(authority, folder, tmp_path):
+    ended = issue(authority[0], "ended", authority[2], valid=(NOW - 9 * DAY, NOW - DAY))
+    used = by_certificate(authority, ended)
+    with pytest.raises(ConfigError, match=r"registry\.signing_certificate = .* and not today: have it renewed"):
+        check_signing(used)
+    Signer(ended.key_path, ended.path, (authority[2].path,)).sign_folder(folder, tmp_path / "model.sig")
+    assert "which ended on" in Trust.of(used).check_folder(folder, tmp_path / "model.sig")
+
+
+def test_a_certificate_for_something_else_or_of_another_key_is_refused(authority):
+    place, _, between = authority
+    server = issue(place, "server", between, usage=None)
+    with pytest.raises(ConfigError, match="it needs the key usage digitalSignature"):
+        check_signing(by_certificate(authority, server))
+    signer = issue(place, "signer", between)
+    with pytest.raises(ConfigError, match="is the certificate of another key"):
+        check_signing(by_certificate(authority, signer, signing_key=str(server.key_path)))
+    with pytest.raises(ConfigError, match=r"registry\.signing_certificate.* is not set"):
+        check_signing(config(signing_key=str(signer.key_path), signing_chain=[str(between.path)]))
+
+
+def test_a_signer_whom_nobody_here_believes_is_found_before_anything_starts(home, authority):
+    signer = issue(authority[0], "signer", authority[2])
+    check_signing(config())
+    with pytest.raises(ConfigError, match=r"add its public key to registry\.trusted_keys"):
+        check_signing(config(trusted_keys=[str(public_key(signer.key_path))]))
+    with pytest.raises(ConfigError, match=r"add the root of registry\.signing_certificate"):
+        check_signing(by_certificate(authority, signer, trusted_certificates=[]))
+
+
+def test_the_library_that_signs_is_imported_where_it_is_used():
+    code = "import sys, pipelines.registry; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"model_signing", "sigstore", "OpenSSL", "mlflow"} & set(done.stdout.split())

@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ from pipelines.registry.sign import Signer, Trust
 from pipelines.registry.verdict import Row, Verdict, VerdictLog, holder
 from pipelines.storage import Storage
 
-VERDICT = Verdict(True, "better", "digits", "champion", "2", "d2", "1", "d1", 1, 5000, (Row("a", "1", "2", True),))
+VERDICT = Verdict(True, "better", "digits", "champion", "2", "d2", "1", "d1", 1, 5000, rows=(Row("a", "1", "2", True),))
 
 
 @pytest.fixture
@@ -42,6 +43,26 @@ def test_entries_of_a_stranger_and_changed_ones_are_not_believed(log, signer, tm
     first = min((tmp_path / "root" / "registry" / "digits" / "champion").glob("*.json"))
     first.write_text(first.read_text().replace("better", "beTTer"))
     assert log.read() == []
+
+
+def test_an_entry_is_believed_only_in_the_place_for_which_it_was_signed(log, signer, tmp_path):
+    """Else a version that was let through once, or for another alias, could be brought back by copying a file."""
+    assert log.add(VERDICT, signer, 0)
+    assert log.add(replace(VERDICT, version="3"), signer, 1)
+    folder = tmp_path / "root" / "registry" / "digits"
+    shutil.copy(folder / "champion" / "000000.json", folder / "champion" / "000002.json")
+    assert [verdict.version for verdict in log.read()] == ["2", "3"]
+    shutil.copytree(folder / "champion", folder / "stable")
+    assert replace(log, uri=f"file://{folder}/stable").read() == []
+    shutil.copytree(tmp_path / "root", tmp_path / "moved")
+    assert len(replace(log, uri=f"file://{tmp_path}/moved/registry/digits/champion").read()) == 2
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"verdict": 1}', '{"verdict": 1, "signature": 2}', "null"])
+def test_a_damaged_entry_is_as_if_it_were_not_there(log, signer, tmp_path, content):
+    assert log.add(VERDICT, signer, 0)
+    (tmp_path / "root" / "registry" / "digits" / "champion" / "000001.json").write_text(content)
+    assert log.read() == [VERDICT]
 
 
 def test_an_alias_belongs_to_the_version_of_the_last_decision_that_let_it_move():

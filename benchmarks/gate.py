@@ -1,0 +1,188 @@
+"""How often the registry's gate errs, and which difference it tells, on features of digits that a model draws.
+
+    python -m benchmarks.gate [--work FOLDER] [--quick] [--json]
+
+Features of many samples are recorded once: of a trained model without and with guidance, on the same labels and noise.
+From them the gate is asked again and again, with the function that `ddpm promote` calls:
+
+- **Type I.** Two versions that are equally good and not the same: each pair of samples of one label and noise is
+  exchanged at random between the two. Paired as the gate draws them, and unpaired (another noise for each).
+- **Attempts.** Series of 20 equally good candidates against one champion.
+- **Power.** The champion draws without guidance; a share of the candidate's samples is drawn with guidance, which is
+  better, so that the true difference is known from all recorded samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from benchmarks.digits.data import Digits, load_captions, load_digits
+from benchmarks.digits.training import Zoo
+from benchmarks.results import ROOT, commit, publish
+from ddpm.conditioning import Conditioning
+from ddpm.generate import Sampling, generate
+from ddpm.quality import FeatureMoments, FrechetInfluence, Measured, frechet_distance
+from pipelines.evaluation.images import to_levels
+from pipelines.evaluation.samples import balanced_labels
+from pipelines.registry.comparison import Compared
+from pipelines.registry.gate import decide
+
+SETTINGS = {
+    "unguided": Sampling.of(kind="dpm_solver", steps=10, scale=1.0),
+    "guided": Sampling.of(kind="dpm_solver", steps=10, scale=1.5),
+}
+SAMPLES = {"type_i": 359, "attempts": 359}
+POWER_N = (359, 2_000, 5_000)
+SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
+POWER = 0.9
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Record features, ask the gate, and publish how often it said what."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gate", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / ".ddpm" / "gate", help="folder of the model and its features"
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer samples and comparisons")
+    parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
+    options = parser.parse_args(arguments)
+    work = options.work / ("quick" if options.quick else "full")
+    work.mkdir(parents=True, exist_ok=True)
+    publish(run(work, options.quick), "gate", options.quick)
+
+
+def run(work: Path, quick: bool) -> dict[str, Any]:
+    """Return how often the gate passed what it should not, and the differences that it tells."""
+    digits = load_digits(work)
+    pool = Pool.of(digits, work, 2_000 if quick else 12_000, 0.1 if quick else 0.5)
+    times, series = (100, 20) if quick else (1_000, 1_000)
+    floor = frechet_distance(pool.reference, FeatureMoments.of(_features(digits, digits.test)))
+    return {
+        "benchmark": "gate",
+        "commit": commit(),
+        "quick": quick,
+        "samples": len(pool.guided),
+        "floor": floor,
+        "type_i": {
+            "comparisons": times,
+            "n": SAMPLES["type_i"],
+            "paired": pool.wrong(times, SAMPLES["type_i"], paired=True),
+            "unpaired": pool.wrong(times, SAMPLES["type_i"], paired=False),
+        },
+        "attempts": {"series": series, "length": 20, "with_a_pass": pool.series(series, 20, SAMPLES["attempts"])},
+        "power": [row for n in POWER_N for row in pool.power(n, 50 if quick else 200)],
+    }
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Features of samples of one model, drawn in two ways from the same labels and noise, [N, D] each.
+
+    Attributes:
+        reference: moments of the real images' features.
+    """
+
+    unguided: Tensor
+    guided: Tensor
+    reference: FeatureMoments
+
+    @classmethod
+    def of(cls, digits: Digits, work: Path, count: int, scale: float) -> Pool:
+        """Return the recorded features; they are drawn the first time."""
+        path = work / f"features-{count}.safetensors"
+        if not path.exists():
+            denoiser = Zoo(digits, load_captions(), work, scale, print).classes()
+            labels = torch.from_numpy(balanced_labels(count, digits.train_labels.bincount().tolist(), 0))
+            drawn = {}
+            for name, sampling in SETTINGS.items():
+                images = generate(
+                    denoiser,
+                    denoiser.schedule,
+                    sampling,
+                    cond=Conditioning(label=labels),
+                    shape=(1, 8, 8),
+                    seed=0,
+                    batch_size=500,
+                )
+                drawn[name] = _features(digits, images)
+            save_file(drawn, path)
+        return cls(**load_file(path), reference=digits.reference)
+
+    def measured(self, features: Tensor) -> Measured:
+        """Return the distance of some samples, as the gate measures it."""
+        influence = FrechetInfluence.of(self.reference, FeatureMoments.of(features))
+        return Measured(influence.distance, influence(features))
+
+    def passes(self, candidate: Tensor, champion: Measured, attempt: int = 1) -> bool:
+        """Return whether the gate lets a candidate with these features pass."""
+        return decide(Compared("frechet_distance", self.measured(candidate), champion), attempt, "champion").passed
+
+    def draws(self, times: int, n: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (numbers of n samples, n random numbers in [0, 1)), so many times."""
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(times):
+            yield (
+                torch.randint(len(self.guided), (n,), generator=generator),
+                torch.rand(n, 1, generator=generator),
+            )
+
+    def wrong(self, times: int, n: int, *, paired: bool) -> int:
+        """Return how often one of two versions passes that are equally good."""
+        passed = 0
+        for index, chance in self.draws(times, 2 * n, seed=1 if paired else 2):
+            first, other = index[:n], index[:n] if paired else index[n:]
+            swap = chance[:n] < 0.5
+            back = ~swap if paired else chance[n:] < 0.5
+            candidate = torch.where(swap, self.guided[first], self.unguided[first])
+            champion = torch.where(back, self.guided[other], self.unguided[other])
+            passed += self.passes(candidate, self.measured(champion))
+        return passed
+
+    def series(self, times: int, length: int, n: int) -> int:
+        """Return in how many series of candidates, all as good as the champion, one of them passes."""
+        with_a_pass = 0
+        for index, chance in self.draws(times, (length + 1) * n, seed=3):
+            mixed = torch.where(chance < 0.5, self.guided[index], self.unguided[index]).split(n)
+            champion = self.measured(mixed[0])
+            with_a_pass += any(self.passes(mixed[k], champion, k) for k in range(1, length + 1))
+        return with_a_pass
+
+    def power(self, n: int, times: int) -> list[dict[str, float]]:
+        """Return how often a candidate passes that is better by a known difference, for growing differences."""
+        rows = []
+        for share in SHARES:
+            difference = self.difference(share)
+            passed = 0
+            for index, chance in self.draws(times, n, seed=4):
+                candidate = torch.where(chance < share, self.guided[index], self.unguided[index])
+                passed += self.passes(candidate, self.measured(self.unguided[index]))
+            rows.append({"n": n, "share": share, "difference": difference, "power": passed / times})
+            if passed >= 0.99 * times:
+                break
+        return rows
+
+    def difference(self, share: float) -> float:
+        """Return by how much the distance of all samples falls, where this share of them is guided."""
+        chance = torch.rand(len(self.guided), 1, generator=torch.Generator().manual_seed(5))
+        mixed = torch.where(chance < share, self.guided, self.unguided)
+        return frechet_distance(self.reference, FeatureMoments.of(self.unguided)) - frechet_distance(
+            self.reference, FeatureMoments.of(mixed)
+        )
+
+
+def _features(digits: Digits, images: Tensor) -> Tensor:
+    """Return the evaluator's features of images in [-1, 1]."""
+    return digits.evaluator.encoder(to_levels(images)).features.contiguous()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

@@ -1,0 +1,176 @@
+"""Compare two models on samples of the same labels and noise, drawn for this comparison alone."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ddpm.generate import Sampling
+from ddpm.model import Model
+from ddpm.quality import Measured, measured_kid
+from pipelines.config import Config
+from pipelines.display import Display
+from pipelines.evaluation.compare import NEIGHBOURS, measured_accuracy, measured_frechet, moments_of
+from pipelines.evaluation.evaluators import Evaluator
+from pipelines.evaluation.real import Real
+from pipelines.evaluation.samples import Drawn, Plan, SamplingActors, draw, processors
+from pipelines.evaluation.scores import IMAGES_PER_FEATURE
+from pipelines.scratch import scratch_folder
+from pipelines.storage import Storage, join
+
+LEAST = 5_000
+"""Samples of each model, by default, where the evaluator has few features."""
+FRECHET_FEATURES = 256
+"""Features above which the kernel distance decides: the Frechet distance's error grows with their number."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is compared.
+
+    Attributes:
+        model: with the guiding networks that its settings need.
+        digest: of its weights, under which its samples are kept.
+        sampling: the settings that it serves.
+    """
+
+    model: Model
+    digest: str
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How many samples of each model are compared, and of which noise.
+
+    Attributes:
+        n: samples of each.
+        seed: of noise and labels.
+        batch_size: images that are drawn together.
+        actors: how many draw at a time; None for as many as the cluster has processors or GPUs.
+        use_gpu: whether each has a GPU.
+        root: folder of all evaluations.
+    """
+
+    n: int
+    seed: int
+    batch_size: int
+    actors: int | None
+    use_gpu: bool
+    root: str
+
+    @classmethod
+    def of(cls, config: Config, features: int, seed: int) -> Drawing:
+        """Return what the configuration asks for, with an evaluator of so many features."""
+        return cls(
+            n=config.registry.n or max(LEAST, IMAGES_PER_FEATURE * features),
+            seed=seed,
+            batch_size=config.evaluation.batch_size,
+            actors=config.evaluation.actors,
+            use_gpu=config.cluster.gpus_per_worker > 0,
+            root=join(config.storage.root, "evaluations"),
+        )
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Scores of two models on the same noise, with the influence of every sample.
+
+    Attributes:
+        measure: "frechet_distance" or "kid", of which less is better.
+        candidate, champion: the score of each.
+        candidate_accuracy, champion_accuracy: share of samples of the class asked for; None without classes.
+    """
+
+    measure: str
+    candidate: Measured
+    champion: Measured
+    candidate_accuracy: Measured | None = None
+    champion_accuracy: Measured | None = None
+
+
+def gate_seed(model: str, alias: str, champion_digest: str) -> int:
+    """Return the seed of all comparisons with one champion: no study or evaluation uses it, and the next one another.
+
+    The samples of the champion are drawn once and kept, for every version that is compared with it.
+    """
+    text = f"gate|{model}|{alias}|{champion_digest}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def compare(
+    candidate: Subject,
+    champion: Subject,
+    drawing: Drawing,
+    real: Real,
+    evaluator: Evaluator,
+    storage: Storage,
+    display: Display,
+) -> Compared:
+    """Draw the samples of both models on the Ray cluster, and measure them against the real train images.
+
+    Samples that are stored are not drawn again, so an interrupted comparison goes on where it was.
+    """
+    with tempfile.TemporaryDirectory(prefix="comparison-", dir=scratch_folder()) as scratch:
+        found = []
+        for name, subject in (("champion", champion), ("candidate", candidate)):
+            folder = Path(scratch) / name
+            folder.mkdir()
+            plan = Plan(
+                subject.digest,
+                subject.sampling,
+                drawing.n,
+                (drawing.seed,),
+                real.train.class_counts if subject.model.spec.classes else (),
+                drawing.batch_size,
+                drawing.root,
+            )
+            drawn = _draw(subject, plan, drawing, evaluator, storage, folder, display, name)
+            found.append(_measure(drawn, plan, real, evaluator, folder))
+    (measure, theirs, their_accuracy), (_, ours, our_accuracy) = found
+    return Compared(measure, ours, theirs, our_accuracy, their_accuracy)
+
+
+def _draw(
+    subject: Subject,
+    plan: Plan,
+    drawing: Drawing,
+    evaluator: Evaluator,
+    storage: Storage,
+    folder: Path,
+    display: Display,
+    name: str,
+) -> Drawn:
+    """Draw the samples of one model."""
+    room = drawing.actors or processors(use_gpu=drawing.use_gpu)
+    actors = SamplingActors(
+        subject.model,
+        evaluator,
+        storage,
+        min(room, len(plan.units())),
+        use_gpu=drawing.use_gpu,
+        notice=lambda text: display.stage("gate", text),
+    )
+    try:
+        return draw(actors, plan, evaluator, subject.model, folder, display.counter("gate", f"{name} images"))
+    finally:
+        actors.close()
+
+
+def _measure(
+    drawn: Drawn, plan: Plan, real: Real, evaluator: Evaluator, folder: Path
+) -> tuple[str, Measured, Measured | None]:
+    """Return the measure that decides, its value, and the accuracy of the samples of one model."""
+    accuracy, labels = None, plan.labels(plan.seeds[0])
+    if labels is not None and evaluator.labels and drawn.probabilities is not None:
+        accuracy = measured_accuracy(drawn.probabilities, labels, 0)
+    if evaluator.encoder.width <= FRECHET_FEATURES:
+        moments = moments_of(drawn.features, 0, plan.n)
+        return "frechet_distance", measured_frechet(real.train.moments, moments, drawn.features, 0, plan.n), accuracy
+    reference = real.reference(folder, NEIGHBOURS)
+    features = torch.from_numpy(drawn.features.read(0, plan.n))
+    return "kid", measured_kid(reference, features), accuracy

@@ -1,0 +1,169 @@
+"""The pictures that a version draws when it is made, and again, by the code it carries, when it is verified."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ddpm.generate import to_uint8
+from ddpm.model import Model
+from pipelines.errors import PipelineError
+from pipelines.registry.evidence import PROBE
+from pipelines.scratch import scratch_folder
+
+PROBES = 16
+"""Pictures that a version draws when it is made."""
+SEED = 0
+SAME_MACHINE = ("device", "torch", "capability", "processor", "threads")
+"""What has to be as recorded for two drawings to be equal; elsewhere sums are added in another order."""
+TOLERANCE = 1
+"""Grey levels by which a pixel may differ elsewhere."""
+SHARE = 1e-3
+"""Share of the pixels that may differ there."""
+_SCRIPT = Path(__file__).with_name("redraw.py")
+
+
+class ProbeError(PipelineError):
+    """A model draws nothing that could be compared."""
+
+
+def draw_probe(model: Model, folder: Path) -> dict[str, Any]:
+    """Draw a model's pictures, write them to the file `PROBE` of a folder, and return how they were drawn.
+
+    Returns:
+        `seed`, `count`, and what `machine` says of this process.
+
+    Raises:
+        ProbeError: the model draws something that is not a number.
+    """
+    classes = len(model.spec.classes)
+    labels = torch.arange(PROBES) % classes if classes else None
+    images = model.generate(labels, seed=SEED, image_ids=torch.arange(PROBES), batch_size=PROBES)
+    if not bool(images.isfinite().all()):
+        raise ProbeError("the model draws pictures that are not numbers: its weights, or what they lead to, overflowed")
+    pictures = {"images": to_uint8(images).contiguous()}
+    save_file(pictures if labels is None else pictures | {"labels": labels}, folder / PROBE)
+    return {"seed": SEED, "count": PROBES, **machine(torch.get_num_threads())}
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """Return what the rounding of a drawing on the CPU depends on."""
+    return {
+        "device": "cpu",
+        "torch": torch.__version__,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "processor": _processor(),
+        "threads": threads,
+    }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two drawings of the same pictures.
+
+    Attributes:
+        pixels: how many values there are, over all pictures and channels.
+        differing: how many of them are not equal.
+        farthest: by how many grey levels at most.
+        exact: whether they have to be equal.
+        elsewhere: what is not as recorded, as "name recorded -> name here"; empty where they have to be equal.
+    """
+
+    pixels: int
+    differing: int
+    farthest: int
+    elsewhere: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Return whether they are as equal as they have to be."""
+        if not self.elsewhere:
+            return self.differing == 0
+        return self.farthest <= TOLERANCE and self.differing <= SHARE * self.pixels
+
+    @property
+    def figure(self) -> str:
+        """How far they differ, in words."""
+        if not self.differing:
+            return f"all {self.pixels:,} pixels are equal"
+        levels = "grey level" if self.farthest == 1 else "grey levels"
+        return f"{self.differing:,} of {self.pixels:,} pixels differ, by up to {self.farthest} {levels}"
+
+    @property
+    def bound(self) -> str:
+        """How equal they have to be, in words."""
+        if not self.elsewhere:
+            return "equal, as on the same machine"
+        return f"within {TOLERANCE} grey level, at most 1 pixel in {1 / SHARE:,.0f}: {', '.join(self.elsewhere)}"
+
+
+def redraw(pyfunc: Path, folder: Path, probe: dict[str, Any]) -> Comparison:
+    """Draw the pictures of a version again, in a new process and with the code that lies in its pyfunc.
+
+    That runs the code: look at its digest first.
+
+    Args:
+        pyfunc: the version's folder.
+        folder: the model in it.
+        probe: how the pictures were drawn, as `draw_probe` returned it.
+
+    Raises:
+        ProbeError: nothing comes of it, or nothing comparable.
+    """
+    threads = min(int(probe["threads"]), os.cpu_count() or 1)
+    with tempfile.TemporaryDirectory(prefix="redraw-", dir=scratch_folder()) as scratch:
+        out = Path(scratch) / PROBE
+        asked = {
+            "code": str((pyfunc / "code").resolve()),
+            "folder": str(folder.resolve()),
+            "out": str(out),
+            "seed": probe["seed"],
+            "count": probe["count"],
+            "threads": threads,
+        }
+        # Without the script's own folder on the path, and with no compiled file read from or written to the version.
+        options = ["-P", "-B", "-X", f"pycache_prefix={scratch}"]
+        command = [sys.executable, *options, str(_SCRIPT), json.dumps(asked)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+            raise ProbeError(f"the packaged code draws nothing: {last}")
+        drawn = load_file(out)["images"]
+    return compare(drawn, load_file(folder / PROBE)["images"], probe, machine(threads))
+
+
+def compare(drawn: Tensor, recorded: Tensor, probe: dict[str, Any], here: dict[str, Any]) -> Comparison:
+    """Compare two drawings, uint8 of the same shape.
+
+    Args:
+        probe: on what the recorded one was made.
+        here: on what the other was.
+
+    Raises:
+        ProbeError: their shapes differ.
+    """
+    if drawn.shape != recorded.shape:
+        raise ProbeError(f"pictures of shape {tuple(drawn.shape)} are drawn, recorded are {tuple(recorded.shape)}")
+    distance = (drawn.int() - recorded.int()).abs()
+    elsewhere = [f"{name} {probe.get(name)} -> {here[name]}" for name in SAME_MACHINE if probe.get(name) != here[name]]
+    farthest = int(distance.max()) if distance.numel() else 0
+    return Comparison(distance.numel(), int((distance > 0).sum()), farthest, tuple(elsewhere))
+
+
+def _processor() -> str:
+    """Return the name of the processor, by which the libraries of torch choose their code; empty where none is told."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")

@@ -1,0 +1,326 @@
+"""Move an alias to a version if the gate allows it, or back to the version before; the decision is recorded first."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ddpm.model import ModelSpec, load_model, read_spec
+from pipelines import tracking
+from pipelines.config import Config
+from pipelines.display import Display
+from pipelines.evaluation.evaluators import Evaluator, open_evaluator
+from pipelines.evaluation.real import Real, open_real
+from pipelines.evaluation.scoring import check_fits
+from pipelines.references import guided
+from pipelines.registry.bounds import absolute_bounds
+from pipelines.registry.card import describe
+from pipelines.registry.comparison import Compared, Drawing, Subject, compare, gate_seed
+from pipelines.registry.contents import check_version
+from pipelines.registry.envelope import model_folder
+from pipelines.registry.evidence import WEIGHTS, Evidence
+from pipelines.registry.gate import comparable, decide
+from pipelines.registry.package import RegistryError
+from pipelines.registry.sign import Signer, Trust
+from pipelines.registry.verdict import Row, Verdict, VerdictLog, now, standing
+from pipelines.registry.verify import check_data
+from pipelines.scratch import scratch_folder
+from pipelines.shards.index import Dataset, read_dataset
+from pipelines.storage import Storage
+from pipelines.tracking import ModelVersion
+
+CANDIDATE, PREVIOUS = "candidate", "previous"
+"""Aliases of the newest version, and of the one that had the guarded alias before; nothing guards these two."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A version whose folder is on this machine.
+
+    Attributes:
+        evidence: None where it has none that is believed.
+        rows: lines of the gate's table about its signature, evidence, tags and files.
+        folder: with its model, as long as the version is open.
+        spec: the description of the model; None where that cannot be read.
+    """
+
+    version: ModelVersion
+    evidence: Evidence | None
+    rows: tuple[Row, ...]
+    folder: Path
+    spec: ModelSpec | None
+
+    @property
+    def believed(self) -> bool:
+        """Whether signature, evidence and tags are as they should be."""
+        return self.evidence is not None and all(row.passed for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The gate before one alias of a registered model.
+
+    Attributes:
+        config: names the services, the evaluator, who signs and who is believed.
+        storage: where data, samples and the log of verdicts are.
+        display: shows what is done.
+        connect: connects this process to the Ray cluster; called only where samples have to be drawn.
+        model: name of the registered model.
+        alias: the alias.
+    """
+
+    config: Config
+    storage: Storage
+    display: Display
+    connect: Callable[[], None]
+    model: str
+    alias: str
+
+    @property
+    def log(self) -> VerdictLog:
+        """The decisions so far."""
+        trust = Trust.of(self.config.registry)
+        return VerdictLog.of(self.config.storage.root, self.model, self.alias, self.storage, trust)
+
+    @property
+    def uri(self) -> str:
+        """Address of the MLflow server."""
+        assert self.config.tracking.uri is not None
+        return self.config.tracking.uri
+
+    def promote(self, version: ModelVersion, *, margin: float | None = None, dry_run: bool = False) -> Verdict:
+        """Decide whether a version may take the alias, record the decision, and move the alias if it may.
+
+        Args:
+            margin: distance by which the version may be worse; None where it has to be better.
+            dry_run: whether nothing is recorded or moved.
+        """
+        if version.name != self.model:
+            raise RegistryError(f"{version.uri} is no version of {self.model}")
+        seen, verdicts = self.log.size(), self.log.read()
+        champion = self._champion(verdicts)
+        if champion is not None and champion.version == version.version:
+            self._settle(version, None)
+            return Verdict(True, f"the alias {self.alias} is there already", self.model, self.alias, version.version)
+        opened, verdict = self._judge(version, champion, verdicts, margin)
+        if dry_run or verdict in verdicts:
+            return verdict
+        if not self.log.add(verdict, Signer.of(self.config.registry), seen):
+            # Somebody decided in between: samples are stored, so that only the decision is made anew.
+            return self.promote(version, margin=margin)
+        self._record(verdict, opened)
+        if verdict.passed:
+            self._settle(version, champion)
+        return verdict
+
+    def rollback(self, *, dry_run: bool = False) -> Verdict:
+        """Give the alias back to the version that had it before the present one.
+
+        Raises:
+            RegistryError: there is none.
+        """
+        seen, verdicts = self.log.size(), self.log.read()
+        held = [number for number in standing(verdicts) if tracking.version(self.uri, self.model, number=number)]
+        if len(held) < 2:
+            raise RegistryError(
+                f"{self.alias} of {self.model} has had no other version that is still there: nothing to go back to"
+            )
+        version = tracking.version(self.uri, self.model, number=held[-2])
+        assert version is not None
+        verdict = Verdict(
+            passed=True,
+            reason=f"rolled back from version {held[-1]}",
+            model=self.model,
+            alias=self.alias,
+            version=version.version,
+            champion=held[-1],
+            served_digest=version.tags.get("served_digest", ""),
+            rollback=True,
+            at=now(),
+        )
+        if dry_run:
+            return verdict
+        if not self.log.add(verdict, Signer.of(self.config.registry), seen):
+            return self.rollback()
+        with self._opened(version) as opened:
+            self._record(verdict, opened)
+        before = None if len(held) < 3 else tracking.version(self.uri, self.model, number=held[-3])
+        self._settle(version, before)
+        return verdict
+
+    def _champion(self, verdicts: Sequence[Verdict]) -> ModelVersion | None:
+        """Return the version that the alias belongs to by the log, or by the alias where there is no log yet."""
+        for number in reversed(standing(verdicts)):
+            found = tracking.version(self.uri, self.model, number=number)
+            if found is not None:
+                return found
+        return tracking.version(self.uri, self.model, alias=self.alias)
+
+    def _record(self, verdict: Verdict, opened: Opened) -> None:
+        """Write a decision onto its version, for whoever reads its page, and its model card anew."""
+        tags = {f"gate.{self.alias}": str(verdict), f"gate.{self.alias}.table": tracking.to_json(verdict.to_plain())}
+        tracking.set_version_tags(self.uri, self.model, verdict.version, tags)
+        if opened.evidence is not None and opened.spec is not None:
+            describe(self.uri, opened.version, opened.evidence, opened.spec, verdict, self.storage)
+
+    def _settle(self, version: ModelVersion, before: ModelVersion | None) -> None:
+        """Let the alias point to a version, and `previous` to that before it, if any."""
+        if before is not None:
+            tracking.set_alias(self.uri, self.model, PREVIOUS, before.version)
+        tracking.set_alias(self.uri, self.model, self.alias, version.version)
+
+    def _judge(
+        self, version: ModelVersion, champion: ModelVersion | None, verdicts: Sequence[Verdict], margin: float | None
+    ) -> tuple[Opened, Verdict]:
+        """Return a version and the decision about it; one made before with as many samples is found again."""
+        with self._opened(version) as candidate:
+            digest = "" if candidate.evidence is None else candidate.evidence.served_digest
+            verdict = Verdict(
+                passed=False,
+                reason="",
+                model=self.model,
+                alias=self.alias,
+                version=version.version,
+                served_digest=digest,
+                champion=None if champion is None else champion.version,
+                at=now(),
+            )
+            rows = list(candidate.rows)
+            if candidate.evidence is not None:
+                rows += [*check_data(candidate.evidence, self.storage), *absolute_bounds(candidate.evidence.scores)]
+            if not all(row.passed for row in rows):
+                return candidate, _refused(verdict, rows)
+            if champion is None:
+                first = replace(verdict, passed=True, reason="the alias has no version yet", rows=tuple(rows))
+                return candidate, first
+            with self._opened(champion) as present:
+                return candidate, self._against(candidate, present, verdict, rows, verdicts, margin)
+
+    def _against(
+        self,
+        candidate: Opened,
+        champion: Opened,
+        verdict: Verdict,
+        rows: list[Row],
+        verdicts: Sequence[Verdict],
+        margin: float | None,
+    ) -> Verdict:
+        """Return the decision about a version that is what it should be, against the present one."""
+        assert candidate.evidence is not None
+        name = champion.version.uri
+        if champion.believed:
+            assert champion.evidence is not None
+            unlike = comparable(candidate.evidence.scores, champion.evidence.scores, name)
+        else:
+            wrong = next(row for row in champion.rows if not row.passed)
+            unlike = [Row(f"{name}: {wrong.name}", wrong.figure, wrong.bound, passed=False)]
+        if not all(row.passed for row in unlike):
+            if _same_model(candidate, champion):
+                reason = f"it is the model of {name}, with evidence that can be compared from now on"
+                return replace(verdict, passed=True, reason=reason, rows=tuple(rows))
+            refused = _refused(verdict, [*rows, *unlike])
+            mend = f"first `ddpm register {name}`, which scores it anew, and promote the version that this makes"
+            return replace(refused, reason=f"{refused.reason}; {mend}")
+        assert champion.evidence is not None
+        rows += unlike
+        dataset, evaluator, real = self._open_data(candidate.evidence)
+        against = champion.evidence.served_digest
+        drawing = Drawing.of(self.config, evaluator.encoder.width, gate_seed(self.model, self.alias, against))
+        verdict = replace(verdict, champion_digest=against, n=drawing.n, margin=margin)
+        judged = _judged_before(verdicts, verdict)
+        if judged is not None:  # one that passed has lost the alias since, and takes it again by what was found then
+            return replace(judged, version=verdict.version, at=now() if judged.passed else judged.at)
+        compared = self._compare(candidate, champion, drawing, dataset, evaluator, real)
+        attempts = [v.attempt for v in verdicts if v.champion_digest == verdict.champion_digest]
+        attempt = 1 + max(attempts, default=0)
+        found = decide(compared, attempt, name, margin)
+        return replace(verdict, passed=found.passed, reason=found.reason, attempt=attempt, rows=(*rows, *found.rows))
+
+    def _compare(
+        self, candidate: Opened, champion: Opened, drawing: Drawing, dataset: Dataset, evaluator: Evaluator, real: Real
+    ) -> Compared:
+        """Draw the samples of both versions, and measure them."""
+        self.display.stage(
+            "gate", f"{drawing.n:,} samples of {candidate.version.uri} and of {champion.version.uri}, on the same noise"
+        )
+        sides = [self._subject(opened, dataset) for opened in (candidate, champion)]
+        return compare(sides[0], sides[1], drawing, real, evaluator, self.storage, self.display)
+
+    def _subject(self, opened: Opened, dataset: Dataset) -> Subject:
+        """Return the model of a version with its guiding networks."""
+        assert opened.evidence is not None
+        model = load_model(opened.folder)
+        check_fits(model.spec, dataset)
+        model = guided(model, model.spec.sampling, self.uri, self.storage)
+        return Subject(model, opened.evidence.served_digest, model.spec.sampling)
+
+    def _open_data(self, evidence: Evidence) -> tuple[Dataset, Evaluator, Real]:
+        """Return the dataset of a version, with the evaluator that scored it and what that says of the real images.
+
+        Raises:
+            RegistryError: the evaluator is another one now.
+        """
+        config, storage = self.config, self.storage
+
+        def say(text: str) -> None:
+            self.display.stage("gate", text)
+
+        dataset = read_dataset(evidence.dataset_uri, storage)
+        self.connect()
+        evaluator = open_evaluator(config, dataset, storage, say)
+        if evaluator.digest != evidence.scores.evaluator_digest:
+            raise RegistryError(
+                f"the version was scored by the evaluator {evidence.scores.evaluator_digest[:12]} "
+                f"({evidence.scores.evaluator}), and that of this configuration is {evaluator.digest[:12]} "
+                f"({evaluator.kind}): set evaluation.evaluator and evaluation.weights to what scored it, or register "
+                "the version anew"
+            )
+        real = open_real(
+            dataset,
+            evaluator,
+            storage,
+            cache_dir=config.data.cache_dir,
+            cache_gib=config.data.cache_gib,
+            use_gpu=config.cluster.gpus_per_worker > 0,
+            progress=self.display.counter("gate", "real images"),
+            notice=say,
+        )
+        return dataset, evaluator, real
+
+    @contextmanager
+    def _opened(self, version: ModelVersion) -> Iterator[Opened]:
+        """Give a version whose folder is on this machine, with what can be said of it without drawing."""
+        with tempfile.TemporaryDirectory(prefix="version-", dir=scratch_folder()) as scratch:
+            folder = tracking.download_version(self.uri, version, Path(scratch))
+            evidence, rows = check_version(folder, version.tags, Trust.of(self.config.registry))
+            inside, spec = model_folder(folder), None
+            with suppress(ValueError):
+                spec = read_spec(inside)
+            yield Opened(version, evidence, tuple(rows), inside, spec)
+
+
+def _refused(verdict: Verdict, rows: Sequence[Row]) -> Verdict:
+    """Return the verdict that names the first line of the table that does not pass."""
+    wrong = next(row for row in rows if not row.passed)
+    return replace(verdict, reason=f"{wrong.name}: {wrong.figure}; asked for: {wrong.bound}", rows=tuple(rows))
+
+
+def _judged_before(verdicts: Sequence[Verdict], verdict: Verdict) -> Verdict | None:
+    """Return the decision that was made about the same model against the same champion with as many samples."""
+    fields = ("served_digest", "champion_digest", "n", "margin")
+    for earlier in reversed(verdicts):
+        if earlier.attempt and all(getattr(earlier, name) == getattr(verdict, name) for name in fields):
+            return earlier
+    return None
+
+
+def _same_model(candidate: Opened, champion: Opened) -> bool:
+    """Return whether both versions serve the same weights with the same settings, whatever else is known of them."""
+    files = [opened.folder / WEIGHTS for opened in (candidate, champion)]
+    if not all(file.is_file() for file in files) or files[0].read_bytes() != files[1].read_bytes():
+        return False
+    served = [None if opened.spec is None else opened.spec.sampling for opened in (candidate, champion)]
+    return served[0] is not None and served[0] == served[1]

@@ -1,0 +1,44 @@
+"""Draw the pictures of a version with the code that travels with it: run in a process of its own, by its path.
+
+It imports nothing of this package, and of `ddpm` only what lies in the version.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+
+def main(code: str, folder: str, out: str, seed: int, count: int, threads: int) -> None:
+    """Draw, and write the pictures.
+
+    Args:
+        code: the folder that holds the version's package `ddpm`.
+        folder: the version's model.
+        out: the file to write.
+        seed: of the noise.
+        count: pictures to draw, in one batch.
+        threads: of torch.
+    """
+    sys.path.insert(0, code)
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from ddpm.generate import to_uint8
+    from ddpm.model import load_model
+
+    torch.set_num_threads(threads)
+    labels = load_file(Path(folder) / "probe.safetensors").get("labels")
+    images = load_model(Path(folder)).generate(labels, seed=seed, image_ids=torch.arange(count), batch_size=count)
+    ours = [module for name, module in sys.modules.items() if name.partition(".")[0] == "ddpm"]
+    foreign = [str(m.__file__) for m in ours if not Path(str(m.__file__)).resolve().is_relative_to(code)]
+    if foreign:
+        raise RuntimeError(f"the code of {', '.join(foreign)} was used, which is not the version's")
+    if not bool(images.isfinite().all()):
+        raise RuntimeError("its pictures are not numbers")
+    save_file({"images": to_uint8(images).contiguous()}, out)
+
+
+if __name__ == "__main__":
+    main(**json.loads(sys.argv[1]))

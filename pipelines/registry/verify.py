@@ -1,0 +1,147 @@
+"""Whether a version is what was scored, by whom that is said, and whether it still draws what it drew then."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines import tracking
+from pipelines.display import Notice, no_notice
+from pipelines.errors import PipelineError
+from pipelines.references import find_registered
+from pipelines.registry.contents import check_version
+from pipelines.registry.envelope import model_folder
+from pipelines.registry.evidence import Evidence
+from pipelines.registry.package import RegistryError
+from pipelines.registry.probe import ProbeError, redraw
+from pipelines.registry.sign import Trust
+from pipelines.registry.verdict import Row
+from pipelines.scratch import scratch_folder
+from pipelines.shards.index import read_dataset
+from pipelines.shards.quarantine import read_quarantine, stream_digest
+from pipelines.storage import Storage, StorageError, join
+
+PATIENCE_S = 10.0
+"""Seconds to wait for a storage that is away."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found about a version.
+
+    Attributes:
+        model: the reference that it was asked for by.
+        rows: one for each check.
+    """
+
+    model: str
+    rows: tuple[Row, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Return whether every check passed."""
+        return all(row.passed for row in self.rows)
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Return the names of the checks that failed."""
+        return tuple(row.name for row in self.rows if not row.passed)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return the findings as JSON types."""
+        return {**asdict(self), "passed": self.passed, "failed": list(self.failed)}
+
+
+def verify(
+    reference: str, *, tracking_uri: str | None, storage: Storage, trust: Trust, notice: Notice = no_notice
+) -> Verification:
+    """Check a version of a registry, or a downloaded one.
+
+    Its code is run only where somebody who is trusted has signed which code that is.
+
+    Args:
+        reference: models:/NAME@alias, models:/NAME/VERSION, or the folder of a downloaded pyfunc.
+        tracking_uri: address of the MLflow server; None where there is none.
+        storage: of the data that it was scored on.
+        trust: whose signatures are believed.
+        notice: gets a line before what takes time.
+
+    Raises:
+        ModelError, RegistryError: there is no such version.
+    """
+    with _fetched(reference, tracking_uri, notice) as (folder, tags):
+        evidence, rows = check_version(folder, tags, trust)
+        if evidence is None:
+            told = "not looked at: nobody who is trusted says what it has to be"
+            rows += [Row(name, told, "as in the evidence", False) for name in ("data", "pictures")]
+        else:
+            rows += check_data(evidence, storage)
+            sound = all(row.passed for row in rows if row.name in ("weights", "code"))
+            rows.append(check_pictures(folder, evidence, notice) if sound else _not_drawn())
+    return Verification(reference, tuple(rows))
+
+
+def check_data(evidence: Evidence, storage: Storage) -> list[Row]:
+    """Return whether the data that a version was scored on is where it was, and the same, with its quarantine.
+
+    That compares the digests of the index; `ddpm check` reads every byte.
+    """
+    uri, scores = evidence.dataset_uri, evidence.scores
+    wanted = f"digest {scores.dataset_digest[:12]}"
+    try:
+        storage.exists(join(uri, "dataset.json"), patience_s=PATIENCE_S)
+    except StorageError as error:
+        return [Row("data", f"cannot be reached: {error}", wanted, False)]
+    try:
+        dataset = read_dataset(uri, storage)
+        rows = [Row("data", f"digest {dataset.digest[:12]} at {uri}", wanted, dataset.digest == scores.dataset_digest)]
+        quarantine = read_quarantine(uri, storage)
+    except PipelineError as error:
+        return [Row("data", str(error), wanted, False)]
+    stream = stream_digest(dataset, quarantine)
+    left_out = "no quarantine" if quarantine is None else f"{len(quarantine.excluded)} quarantined"
+    figure = f"digest {stream[:12]}, {left_out}"
+    return [*rows, Row("stream", figure, f"digest {scores.stream_digest[:12]}", stream == scores.stream_digest)]
+
+
+def check_pictures(folder: Path, evidence: Evidence, notice: Notice = no_notice) -> Row:
+    """Return whether a version draws the pictures that it drew when it was made; this runs the code in its folder.
+
+    Args:
+        folder: of the pyfunc.
+    """
+    notice(f"drawing {evidence.probe['count']} pictures with the code of the version")
+    try:
+        found = redraw(folder, model_folder(folder), evidence.probe)
+    except ProbeError as error:
+        return Row("pictures", str(error), "as recorded", False)
+    return Row("pictures", found.figure, found.bound, found.passed)
+
+
+def _not_drawn() -> Row:
+    return Row("pictures", "not drawn: weights or code are not those of the evidence", "as recorded", False)
+
+
+@contextmanager
+def _fetched(
+    reference: str, tracking_uri: str | None, notice: Notice
+) -> Iterator[tuple[Path, Mapping[str, str] | None]]:
+    """Yield the folder of a pyfunc, downloaded if necessary, and the tags of its version."""
+    if not reference.startswith("models:/"):
+        folder = Path(reference.removeprefix("file://"))
+        if not (folder / "MLmodel").is_file():
+            raise RegistryError(
+                f"{reference} is no downloaded version (MLmodel is missing): name models:/NAME@alias, "
+                "models:/NAME/VERSION, or a folder from `mlflow artifacts download -u models:/NAME/VERSION -d FOLDER`"
+            )
+        yield folder, None
+        return
+    version = find_registered(reference, tracking_uri)
+    assert tracking_uri is not None
+    with tempfile.TemporaryDirectory(prefix="verify-", dir=scratch_folder()) as scratch:
+        notice(f"downloading {version.uri}")
+        yield tracking.download_version(tracking_uri, version, Path(scratch)), version.tags

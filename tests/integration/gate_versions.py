@@ -1,0 +1,187 @@
+"""Make versions of digits that the gate has to refuse, ask it about each, and print what it says.
+
+    python -m tests.integration.gate_versions NAME GOOD_RUN_ID
+
+The models are a trained one, the same with other weights or settings, and stand-ins that draw stored pictures where no
+training gives what is needed: one picture for each class, and copies of training images. What they draw is scored and
+registered as anybody's model is.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from dataclasses import dataclass, replace
+
+from pipelines.config import compose
+from pipelines.connect import connect
+from pipelines.display import Silent
+from pipelines.errors import PipelineError
+
+SERVICES = ("s3", "mlflow", "ray")
+COPY = "s3://ddpm/datasets/gate-copy"
+
+
+def main(name: str, run_id: str) -> None:
+    settings = [
+        "+experiment=digits",
+        f"name={name}",
+        "sampler.steps=10",
+        "evaluation.n=200",
+        "evaluation.seeds=1",
+        "evaluation.likelihood_images=0",
+        "registry.n=359",
+    ]
+    config = connect(compose(settings), os.environ, SERVICES)  # before ray is imported
+
+    import numpy as np
+    import torch
+    from PIL import Image
+    from torch import Tensor
+
+    from ddpm.model import Model
+    from pipelines import references, registry, tracking
+    from pipelines.evaluation.scoring import score
+    from pipelines.references import Resolved
+    from pipelines.registry import Gate, Signer
+    from pipelines.registry.sign import own_key
+    from pipelines.shards.index import read_dataset
+    from pipelines.shards.quarantine import Problem, make_quarantine
+    from pipelines.shards.read import opened_split, read_split
+    from pipelines.storage import Storage
+    from pipelines.training.ray_train.resources import connect_ray
+
+    @dataclass(frozen=True)
+    class Replay(Model):
+        """Draws stored pictures [classes, N, C, H, W] of the class that is asked for, one after another."""
+
+        pictures: Tensor | None = None
+
+        def generate(self, labels, *, image_ids, **_):
+            assert self.pictures is not None
+            return self.pictures[labels, image_ids % self.pictures.shape[1]]
+
+    storage, uri = Storage.of(config), config.tracking.uri
+    gate = Gate(config, storage, Silent(), lambda: connect_ray(config, storage), name, "champion")
+    good = references.resolve(f"runs:/{run_id}", tracking_uri=uri, storage=storage)
+    dataset_uri = good.model.spec.lineage["dataset_uri"]
+    dataset = read_dataset(dataset_uri, storage)
+    with opened_split(dataset, "train", storage, config.data.cache_dir, config.data.cache_gib) as reader:
+        train = read_split(reader)
+    least = int(train.labels.bincount().min())
+    by_class = torch.stack([train.images[train.labels == c][:least] for c in range(10)])
+
+    def jpeg(images: Tensor) -> Tensor:
+        levels = ((images + 1) * 127.5).round().to(torch.uint8).flatten(0, 1)[:, 0].numpy()
+        found = []
+        for pixels in levels:
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, "jpeg", quality=90)
+            found.append(np.asarray(Image.open(buffer)))
+        return (torch.tensor(np.stack(found)).float() / 127.5 - 1).reshape(images.shape)
+
+    def replay(pictures: Tensor) -> Resolved:
+        model = Replay(good.model.spec, good.model.network, pictures=pictures)
+        return replace(good, model=model, published=None)
+
+    def altered(change) -> Resolved:
+        network = good.model.spec.network.build().eval()
+        network.load_state_dict(good.model.network.state_dict())
+        with torch.no_grad():
+            change(network)
+        return replace(good, model=replace(good.model, network=network), published=None)
+
+    def nan(network):
+        next(network.parameters()).fill_(float("nan"))
+
+    def random(network):
+        generator = torch.Generator().manual_seed(0)
+        for weights in network.parameters():
+            weights.copy_(torch.randn(weights.shape, generator=generator) * 0.02)
+
+    def scored(resolved: Resolved, asked=config, **changes):
+        sampling = resolved.model.spec.sampling.with_fields(**changes)
+        return score(
+            resolved, sampling, asked, storage, Silent(), lambda: connect_ray(config, storage), dataset_uri
+        ).scores
+
+    def version(resolved: Resolved, scores, *, signer=None, where=dataset_uri):
+        real = replace(resolved, model=Model(resolved.model.spec, resolved.model.network))
+        return registry.register(real, name, scores, where, signer or Signer.of(config.registry))
+
+    def asked(found) -> dict[str, object]:
+        fresh = tracking.version(uri, name, number=found.version)
+        verdict = gate.promote(fresh)
+        failed = [row.name for row in verdict.rows if not row.passed]
+        return {"passed": verdict.passed, "reason": verdict.reason, "failed": failed, "version": found.version}
+
+    answers = {}
+    own = scored(good)
+    answers["the same weights again"] = asked(version(good, own))
+    answers["nearly the same settings"] = asked(version(good, scored(good, steps=11)))
+    answers["noise"] = asked(version(broken := altered(random), scored(broken)))
+    overflowed = altered(nan)
+    found = scored(overflowed)
+    answers["NaN weights"] = {"finite": found["finite"].value, "failed": [], "passed": False}
+    try:
+        answers["NaN weights"] |= {"passed": True, "version": version(overflowed, found).version}
+    except PipelineError as error:
+        answers["NaN weights"] |= {"reason": str(error)}
+    answers["one picture for each class"] = asked(version(broken := replay(by_class[:, :1]), scored(broken)))
+    copies = {"copies": by_class, "mirrored copies": by_class.flip(-1), "JPEG copies": jpeg(by_class)}
+    copies["shifted copies"] = torch.roll(by_class, 1, dims=-1)
+    for kind, pictures in copies.items():
+        answers[kind] = asked(version(broken := replay(pictures), scored(broken)))
+    answers["unsigned"] = asked(unsigned := version(good, own))
+    assert answers["unsigned"]["failed"] != ["signature"]
+    _each_artifact(uri, storage, unsigned, "model.sig", storage.delete)
+    answers["unsigned"] = asked(unsigned)
+    tampered = version(good, own)
+    _each_artifact(
+        uri, storage, tampered, "model.safetensors", lambda at: storage.write(at, _flipped(storage.read(at)))
+    )
+    answers["tampered weights"] = asked(tampered)
+    tagged = version(good, own)
+    tracking.set_version_tags(uri, name, tagged.version, {"frechet_distance": "0.0001"})
+    answers["tampered tag"] = asked(tagged)
+    os.environ["DDPM_HOME"], home = f"{os.environ['DDPM_HOME']}/stranger", os.environ["DDPM_HOME"]
+    stranger = Signer(own_key())
+    os.environ["DDPM_HOME"] = home
+    answers["untrusted key"] = asked(version(good, own, signer=stranger))
+    for entry in storage.list(dataset_uri):
+        if entry.uri.count("/") == dataset_uri.count("/") + 1:
+            storage.copy(entry.uri, f"{COPY}/{entry.uri.rsplit('/', 1)[-1]}")
+    elsewhere = version(good, own, where=COPY)
+    shard = dataset.shards("train")[0]
+    excluded = make_quarantine(dataset, [Problem(shard.name, None, None, "decode", "planted")])
+    storage.write(f"{COPY}/quarantine.json", excluded.to_json().encode())
+    answers["other quarantine"] = asked(elsewhere)
+    storage.delete_folder(COPY)
+    answers["missing dataset"] = asked(elsewhere)
+    other = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"evaluator": "contrastive"})})
+    answers["other evaluator"] = asked(version(good, scored(good, other, steps=11)))
+    answers["the champion scored anew"] = asked(version(good, scored(good, other)))
+    print(json.dumps(answers))
+
+
+def _each_artifact(uri, storage, version, file, change) -> None:
+    """Apply a function to the address in S3 of a file of a version."""
+    from mlflow import MlflowClient
+
+    source = MlflowClient(uri).get_model_version(version.name, version.version).source.removeprefix("models:/")
+    found = [entry.uri for entry in storage.list("s3://ddpm/mlflow") if source in entry.uri]
+    ours = [address for address in found if address.endswith(f"/{file}")]
+    assert ours, found
+    for address in ours:
+        change(address)
+
+
+def _flipped(data: bytes) -> bytes:
+    """Return bytes of which the last has one other bit."""
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])

@@ -1,0 +1,113 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ddpm.generate import Sampling, to_uint8
+from ddpm.model import Model, load_model
+from ddpm.models.classifier import NoisyClassifier
+from ddpm.models.unet import UNet
+from pipelines.references import Resolved
+from pipelines.registry.evidence import Evidence, code_files
+from pipelines.registry.package import RegistryError, register, write_version
+from pipelines.registry.probe import ProbeError
+from pipelines.registry.sign import Signer, Trust
+from tests.pipelines.registry.version import CONFIG, SAMPLING, SPEC, UNET, a_model, scores
+
+
+def written(folder, model=None, found=None) -> Evidence:
+    return write_version(folder, model or a_model(), found or scores(), "m" * 64, "file:///data", Signer.of(CONFIG))
+
+
+def test_a_version_is_signed_and_serves_what_was_scored(home, tmp_path):
+    scored = SAMPLING.with_fields(steps=2, scale=4.0)
+    evidence = written(tmp_path, found=scores(scored))
+    Trust.of(CONFIG).check_folder(tmp_path / "model", tmp_path / "model.sig")
+    served = load_model(tmp_path / "model")
+    assert served.spec.sampling == scored
+    assert Evidence.read(tmp_path / "model") == evidence
+    assert set(evidence.files) == {"model.json", "model.safetensors", "probe.safetensors"}
+    assert evidence.lineage == {"images_seen": 7}
+
+
+def test_its_pictures_are_those_that_it_draws(home, tmp_path):
+    evidence = written(tmp_path)
+    drawn = load_file(tmp_path / "model" / "probe.safetensors")
+    assert drawn["labels"].tolist() == [0, 1] * 8
+    again = load_model(tmp_path / "model").generate(drawn["labels"], seed=evidence.probe["seed"])
+    assert torch.equal(to_uint8(again), drawn["images"])
+    assert drawn["images"].unique().numel() > 10
+    assert evidence.probe["torch"] == torch.__version__
+    assert evidence.probe["capability"] == torch.backends.cpu.get_cpu_capability()
+
+
+def test_a_model_without_classes_has_pictures_without_labels(home, tmp_path):
+    torch.manual_seed(0)
+    unet = replace(UNET, num_classes=0)
+    spec = replace(SPEC, network=unet, classes=())
+    written(tmp_path, Model(spec, UNet(unet).eval()), scores(Sampling.of(steps=2)))
+    assert set(load_file(tmp_path / "model" / "probe.safetensors")) == {"images"}
+
+
+@pytest.mark.parametrize("kind", ["auto", "classifier"])
+def test_a_version_carries_the_network_that_guides_it(home, tmp_path, kind):
+    if kind == "auto":
+        parts, name = {"weak": a_model(1)}, "weak"
+    else:
+        parts, name = {"classifier": NoisyClassifier(UNET, 2).eval()}, "classifier"
+    scored = scores(Sampling.of(steps=2, scale=2.0, guidance=kind, **{name: "runs:/abc"}))
+    with pytest.raises(RegistryError, match=rf"name guidance\.{name} = runs:/abc, and the model was loaded without it"):
+        written(tmp_path / "without", found=scored)
+    evidence = written(tmp_path / "with", a_model(**parts), scored)
+    assert {f"{name}/model.json", f"{name}/model.safetensors"} < set(evidence.files)
+    drawn = load_file(tmp_path / "with" / "model" / "probe.safetensors")
+    again = load_model(tmp_path / "with" / "model").generate(drawn["labels"], seed=0)
+    assert torch.equal(to_uint8(again), drawn["images"])
+
+
+def test_a_model_whose_weights_are_not_numbers_becomes_no_version(home, tmp_path):
+    model = a_model()
+    with torch.no_grad():
+        next(model.network.parameters()).fill_(torch.nan)
+    with pytest.raises(ProbeError, match="pictures that are not numbers"):
+        written(tmp_path, model)
+    assert not (tmp_path / "model.sig").exists()
+
+
+def test_a_model_of_a_folder_has_no_run_to_belong_to(home):
+    with pytest.raises(RegistryError, match="has no MLflow run, to which a version belongs"):
+        register(Resolved("folder", a_model()), "digits", scores(), "file:///data", Signer.of(CONFIG))
+
+
+def test_code_has_another_digest_where_a_file_is_changed_added_or_renamed(tmp_path):
+    package, served = tmp_path / "ddpm", tmp_path / "served_model.py"
+    package.mkdir()
+    (package / "a.py").write_text("a")
+    served.write_text("s")
+
+    def digest() -> str:
+        return replace(evidence, code=code_files(package, served)).code_digest
+
+    fields = {"scores": scores(), "lineage": {}, "model_digest": "m", "files": {}, "dataset_uri": "u"}
+    evidence = Evidence(**fields, code={}, packages={}, probe={})
+    seen = {digest()}
+    for change in (
+        lambda: (package / "a.py").write_text("b"),
+        lambda: (package / "c.so").write_text(""),
+        lambda: (package / "a.py").rename(package / "d.py"),
+        lambda: served.write_text("t"),
+    ):
+        change()
+        assert digest() not in seen
+        seen.add(digest())
+    (package / "__pycache__").mkdir()
+    (package / "__pycache__" / "d.pyc").write_text("")
+    assert digest() in seen
+
+
+def test_evidence_reads_as_it_was_written(home, tmp_path):
+    evidence = written(tmp_path)
+    assert Evidence.from_json(evidence.to_json()) == evidence
+    assert json.loads(evidence.tags()["sampling"]) == SAMPLING.to_json()
