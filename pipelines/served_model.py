@@ -40,7 +40,7 @@ class DiffusionModel(mlflow.pyfunc.PythonModel):
                 base64 text; white pixels of a mask are filled. For a model without classes the labels only count.
             params: sampling settings by their names, such as `scale`, `steps`, `kind` (of the sampler) and `interval`;
                 `seed` of all rows where there is no such column, `negative_prompt`, and the `method` of inpainting.
-                The guidance's scale is read as `guidance_scale` too. Those that are None are the model's own.
+                Those that are None are the model's own.
 
         Returns:
             uint8 images [N, H, W, C].
@@ -50,8 +50,6 @@ class DiffusionModel(mlflow.pyfunc.PythonModel):
         """
         given = {name: value for name, value in (params or {}).items() if value is not None and np.size(value)}
         given = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in given.items()}
-        if (earlier := given.pop("guidance_scale", None)) is not None:
-            given.setdefault("scale", earlier)
         columns = {str(name): values.tolist() for name, values in model_input.items() if not values.isna().all()}
         try:
             return draw_table(self.model, columns, given, encode=self._encode, decode=_decode).numpy()

@@ -7,7 +7,7 @@ all of it is compared with the evidence, which is signed.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -28,8 +28,6 @@ from pipelines.registry.evidence import (
 )
 
 ARTIFACTS = "artifacts"
-PARAMS: Mapping[str, tuple[str, Any]] = {**parameters(), "guidance_scale": ("double", None)}
-"""What a request may set -> (type, default); what is not set leaves the model's own settings as they are."""
 WRITTEN = ("MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt", "registered_model_meta")
 """The files that MLflow writes."""
 _LOADER = {"loader_module": "mlflow.pyfunc.loaders.code_model", "code": PurePosixPath(CODE).parts[0]}
@@ -106,11 +104,12 @@ def _differing_loader(pyfunc: Path) -> Iterator[str]:
     unknown -= {"streamable", *_LOADER}
     yield from (f"MLmodel has the unknown setting {name}" for name in sorted(unknown))
     params = (described.get("signature") or {}).get("params") or "[]"
+    # Releases differ in what a request may set. What nobody sets has to leave the model's own settings as they are.
+    neutral = {name: default for name, (_, default) in parameters().items()}
     defaults = {entry["name"]: entry["default"] for entry in json.loads(params)}
-    # Another release may have other parameters; none may have a default that changes what the version serves.
-    changing = {name: value for name, value in defaults.items() if value not in (None, [], PARAMS.get(name, ("",))[-1])}
+    changing = {name: value for name, value in defaults.items() if value not in (None, [], neutral.get(name))}
     if changing:
-        yield f"MLmodel has the parameters {changing}"
+        yield f"MLmodel has the defaults {changing}"
 
 
 def _differing_requirements(pyfunc: Path, wanted: tuple[str, ...]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ddpm.generate import Sampling
-from ddpm.inference import COLUMNS
+from ddpm.inference import COLUMNS, parameters
 from ddpm.model import Model, save_guides, save_model
 from ddpm.settings import settings_of
 from pipelines import tracking
@@ -17,7 +17,6 @@ from pipelines.errors import PipelineError
 from pipelines.evaluation.scores import Scores
 from pipelines.evaluation.scoring import weights_digest
 from pipelines.references import Resolved
-from pipelines.registry.envelope import PARAMS
 from pipelines.registry.evidence import (
     FILE,
     MODEL,
@@ -118,11 +117,9 @@ def pyfunc_of(folder: Path, shape: tuple[int, int, int]) -> Pyfunc:
         code=SERVED_HERE,
         packages=(PACKAGE,),
         requirements=requirements(packages()),
-        example=(
-            COLUMNS,
-            np.zeros((2, height, width, channels), dtype=np.uint8),
-            PARAMS,
-        ),
+        columns=COLUMNS,
+        output=np.zeros((2, height, width, channels), dtype=np.uint8),
+        params=parameters(),
     )
 
 

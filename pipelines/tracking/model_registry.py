@@ -48,14 +48,18 @@ class Pyfunc:
         code: the module that defines it.
         packages: source folders that travel with it.
         requirements: of pip.
-        example: the arguments of `table_signature`.
+        columns: of the table that it takes -> type; see `table_signature`.
+        output: an example of what it returns.
+        params: parameter -> (type, default).
     """
 
     artifacts: Mapping[str, Path]
     code: Path
     packages: tuple[Path, ...]
     requirements: tuple[str, ...]
-    example: tuple[Mapping[str, str], NDArray[Any], Mapping[str, tuple[str, Any]]]
+    columns: Mapping[str, str]
+    output: NDArray[Any]
+    params: Mapping[str, tuple[str, Any]]
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments that MLflow's functions for saving and logging share."""
@@ -64,7 +68,7 @@ class Pyfunc:
             "artifacts": {name: str(path) for name, path in self.artifacts.items()},
             "code_paths": [str(path) for path in self.packages],
             "pip_requirements": list(self.requirements),
-            "signature": table_signature(*self.example),
+            "signature": table_signature(self.columns, self.output, self.params),
         }
 
 

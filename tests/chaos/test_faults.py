@@ -351,7 +351,7 @@ def log_model(tracker: Tracker, folder: Path) -> str:
         "mlflow.models.set_model(Model())\n"
     )
     values = np.zeros(2)
-    pyfunc = tracking.Pyfunc({"model": folder / "model"}, code, (), ("mlflow",), ({"value": "any"}, values, {}))
+    pyfunc = tracking.Pyfunc({"model": folder / "model"}, code, (), ("mlflow",), {"value": "any"}, values, {})
     return tracking.log_pyfunc(tracker, pyfunc, 0)
 
 

@@ -172,8 +172,6 @@ def test_the_registered_pyfunc_gives_the_images_of_ddpm_sample(flow, shell, loca
 
     frame = pandas.DataFrame({"label": np.array([0, 1, 2], dtype=np.int64)})
     images = model.predict(frame, params={"scale": 2.0, "steps": 10, "seed": 7})
-    earlier = model.predict(frame, params={"guidance_scale": 2.0, "steps": 10, "seed": 7})
-    assert np.array_equal(images, earlier)
     assert images.shape == (3, 8, 8, 1)
     assert images.dtype == np.uint8
     options = ["--labels", "0,1,2", "--guidance", "2", "--steps", "10", "--seed", "7", "--out", "c", "--json"]

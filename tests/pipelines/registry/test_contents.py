@@ -148,7 +148,7 @@ def test_mlmodel_with_other_defaults_or_flavors_does_not_pass(version):
     other = json.loads(plain["signature"]["params"])
     other[0]["default"] = 5.0
     path.write_text(yaml.safe_dump({**plain, "signature": {**plain["signature"], "params": json.dumps(other)}}))
-    assert "MLmodel has the parameters" in failed(version)["code"]
+    assert "MLmodel has the defaults" in failed(version)["code"]
     path.write_text(yaml.safe_dump({**plain, "flavors": {**plain["flavors"], "sklearn": {}}}))
     assert "MLmodel has the flavors python_function, sklearn" in failed(version)["code"]
     path.write_text(yaml.safe_dump({**plain, "flavors": {"python_function": "ours"}}))
