@@ -26,7 +26,8 @@ def model_folder(
     classes: Sequence[str] = CLASSES,
     channels: int = 1,
     inpaints: bool = False,
-    text: bool = False,
+    text_dim: int = 0,
+    text_encoder: str | None = None,
     seed: int = 0,
 ) -> Path:
     """Write a model with 50 noise levels that draws 8x8 pixels, and whose default is 4 steps."""
@@ -37,14 +38,15 @@ def model_folder(
         out_channels=channels,
         num_classes=len(classes),
         context_channels=channels if inpaints else 0,
-        text_dim=WORDS if text else 0,
+        text_dim=text_dim,
     )
     network = config.build().requires_grad_(False)
     for parameter in network.parameters():
         if not parameter.any():  # those that start at zero, without which nothing depends on anything
             parameter.copy_(0.1 * torch.randn(parameter.shape))
     settings = Sampling.of(steps=4, scale=2.0)
-    spec = ModelSpec(config, {"kind": "cosine", "num_steps": 50}, "v", 8, tuple(classes), settings)
+    lineage = {} if text_encoder is None else {"text_encoder": text_encoder}
+    spec = ModelSpec(config, {"kind": "cosine", "num_steps": 50}, "v", 8, tuple(classes), settings, lineage)
     save_model(folder, spec, network.state_dict())
     return folder
 

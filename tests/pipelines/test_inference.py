@@ -10,7 +10,7 @@ from ddpm.model import load_model
 from pipelines.inference import Edit, Inpaint, RequestError, Sample, parse_labels, picture, read_request, write
 from pipelines.inference.files import file_name
 from pipelines.references import Resolved
-from tests.pipelines.drawing import CLASSES, encode, model_folder, save_picture
+from tests.pipelines.drawing import CLASSES, WORDS, encode, model_folder, save_picture
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def folders(tmp_path_factory):
         "classes": model_folder(root / "classes"),
         "plain": model_folder(root / "plain", classes=()),
         "painter": model_folder(root / "painter", inpaints=True),
-        "text": model_folder(root / "text", classes=(), text=True),
+        "text": model_folder(root / "text", classes=(), text_dim=WORDS),
         "colour": model_folder(root / "colour", channels=3),
     }
 

