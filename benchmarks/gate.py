@@ -2,14 +2,15 @@
 
     python -m benchmarks.gate [--work FOLDER] [--quick] [--json]
 
-Features of many samples are recorded once: of a trained model without and with guidance, on the same labels and noise.
-From them the gate is asked again and again, with the function that `ddpm promote` calls:
+Features of many samples are recorded once, on the same labels and noise: of a trained model without and with guidance,
+and of the same model after an eighth of its training. From them the gate is asked again and again, with the function
+that `ddpm promote` calls:
 
 - **Type I.** Two versions that are equally good and not the same: each pair of samples of one label and noise is
   exchanged at random between the two. Paired as the gate draws them, and unpaired (another noise for each).
 - **Attempts.** Series of 20 equally good candidates against one champion.
-- **Power.** The champion draws without guidance; a share of the candidate's samples is drawn with guidance, which is
-  better, so that the true difference is known from all recorded samples.
+- **Power.** The champion is the model after an eighth of its training; a share of the candidate's samples is of the
+  trained one, so that the true difference is known from all recorded samples.
 """
 
 from __future__ import annotations
@@ -35,13 +36,10 @@ from pipelines.evaluation.samples import balanced_labels
 from pipelines.registry.comparison import Compared
 from pipelines.registry.gate import decide
 
-SETTINGS = {
-    "unguided": Sampling.of(kind="dpm_solver", steps=10, scale=1.0),
-    "guided": Sampling.of(kind="dpm_solver", steps=10, scale=1.5),
-}
+SCALES = {"unguided": 1.0, "guided": 1.5, "early": 1.0}
 SAMPLES = {"type_i": 359, "attempts": 359}
 POWER_N = (359, 2_000, 5_000)
-SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
+SHARES = (0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
 POWER = 0.9
 
 
@@ -84,14 +82,17 @@ def run(work: Path, quick: bool) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Pool:
-    """Features of samples of one model, drawn in two ways from the same labels and noise, [N, D] each.
+    """Features of samples from the same labels and noise, [N, D] each.
 
     Attributes:
+        unguided, guided: of a trained model.
+        early: of the same model after an eighth of its training.
         reference: moments of the real images' features.
     """
 
     unguided: Tensor
     guided: Tensor
+    early: Tensor
     reference: FeatureMoments
 
     @classmethod
@@ -99,14 +100,16 @@ class Pool:
         """Return the recorded features; they are drawn the first time."""
         path = work / f"features-{count}.safetensors"
         if not path.exists():
-            denoiser = Zoo(digits, load_captions(), work, scale, print).classes()
+            zoo = Zoo(digits, load_captions(), work, scale, print)
+            trained, early = zoo.classes(), zoo.weak()
             labels = torch.from_numpy(balanced_labels(count, digits.train_labels.bincount().tolist(), 0))
             drawn = {}
-            for name, sampling in SETTINGS.items():
+            for name, guidance in SCALES.items():
+                denoiser = early if name == "early" else trained
                 images = generate(
                     denoiser,
                     denoiser.schedule,
-                    sampling,
+                    Sampling.of(kind="dpm_solver", steps=10, scale=guidance),
                     cond=Conditioning(label=labels),
                     shape=(1, 8, 8),
                     seed=0,
@@ -162,20 +165,19 @@ class Pool:
             difference = self.difference(share)
             passed = 0
             for index, chance in self.draws(times, n, seed=4):
-                candidate = torch.where(chance < share, self.guided[index], self.unguided[index])
-                passed += self.passes(candidate, self.measured(self.unguided[index]))
+                candidate = torch.where(chance < share, self.unguided[index], self.early[index])
+                passed += self.passes(candidate, self.measured(self.early[index]))
             rows.append({"n": n, "share": share, "difference": difference, "power": passed / times})
             if passed >= 0.99 * times:
                 break
         return rows
 
     def difference(self, share: float) -> float:
-        """Return by how much the distance of all samples falls, where this share of them is guided."""
-        chance = torch.rand(len(self.guided), 1, generator=torch.Generator().manual_seed(5))
-        mixed = torch.where(chance < share, self.guided, self.unguided)
-        return frechet_distance(self.reference, FeatureMoments.of(self.unguided)) - frechet_distance(
-            self.reference, FeatureMoments.of(mixed)
-        )
+        """Return by how much the distance of all samples falls, where this share of them is of the trained model."""
+        chance = torch.rand(len(self.early), 1, generator=torch.Generator().manual_seed(5))
+        mixed = torch.where(chance < share, self.unguided, self.early)
+        before, after = (frechet_distance(self.reference, FeatureMoments.of(f)) for f in (self.early, mixed))
+        return before - after
 
 
 def _features(digits: Digits, images: Tensor) -> Tensor:
