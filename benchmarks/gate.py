@@ -54,7 +54,28 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     work = options.work / ("quick" if options.quick else "full")
     work.mkdir(parents=True, exist_ok=True)
-    publish(run(work, options.quick), "gate", options.quick)
+    result = run(work, options.quick)
+    if not options.quick:
+        plot(result, ROOT / "docs" / "images" / "gate-power.png")
+    publish(result, "gate", options.quick)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Plot how often a better version passes, by how much better it is."""
+    import matplotlib as mpl
+    import matplotlib.pyplot as plt
+
+    mpl.use("Agg")
+    figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    for n in POWER_N:
+        rows = [row for row in result["power"] if row["n"] == n]
+        axes.plot([row["difference"] for row in rows], [row["power"] for row in rows], "o-", ms=3, label=f"n = {n:,}")
+    axes.axhline(POWER, color="grey", lw=0.8)
+    axes.axvline(result["floor"] / 5, color="grey", lw=0.8, ls="--", label="a fifth of the floor")
+    axes.set(xlabel="true difference in Frechet distance", ylabel="share of comparisons that pass", xscale="log")
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def run(work: Path, quick: bool) -> dict[str, Any]:
