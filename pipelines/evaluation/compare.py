@@ -31,6 +31,8 @@ from pipelines.evaluation.scores import Estimate
 NEIGHBOURS = 10_000
 """Images of each side, at most, that are compared one by one."""
 CHUNK = 4_096
+FRECHET_FEATURES = 256
+"""Features above which two models are compared by the kernel distance: of so many, a covariance needs more samples."""
 
 
 @dataclass(frozen=True)

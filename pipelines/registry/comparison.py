@@ -14,7 +14,7 @@ from ddpm.model import Model
 from ddpm.quality import Measured, measured_kid
 from pipelines.config import Config
 from pipelines.display import Display
-from pipelines.evaluation.compare import NEIGHBOURS, measured_accuracy, measured_frechet, moments_of
+from pipelines.evaluation.compare import FRECHET_FEATURES, NEIGHBOURS, measured_accuracy, measured_frechet, moments_of
 from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.real import Real
 from pipelines.evaluation.samples import Drawn, Plan, SamplingActors, draw, processors
@@ -24,8 +24,6 @@ from pipelines.storage import Storage, join
 
 LEAST = 5_000
 """Samples of each model, by default, where the evaluator has few features."""
-FRECHET_FEATURES = 256
-"""Features above which the kernel distance decides: the Frechet distance's error grows with their number."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ddpm.generate import Sampling
 from ddpm.quality import FeatureMoments, Interval, Measured, measured_kid
-from pipelines.evaluation.compare import NEIGHBOURS
+from pipelines.evaluation.compare import FRECHET_FEATURES, NEIGHBOURS
 from pipelines.evaluation.real import Real
 from pipelines.scratch import scratch_folder
 from pipelines.search.judge import measured_frechet
@@ -27,8 +27,6 @@ from pipelines.search.parameters import Params, Value
 
 LEVEL = 0.025
 """Chance that any setting is called better than the default where none is, one-sided."""
-KERNEL_FEATURES = 256
-"""Features above which the kernel distance decides: of so many, a covariance needs more samples than are drawn."""
 DEFAULT = "default"
 """Name of the present setting among those that are confirmed."""
 Measure = Literal["frechet_distance", "kid", "bits_per_dim"]
@@ -93,8 +91,8 @@ class Distance:
 
     @classmethod
     def of(cls, real: Real) -> Distance:
-        """Return the distance to the reference images: the kernel distance above `KERNEL_FEATURES` features."""
-        if real.width <= KERNEL_FEATURES:
+        """Return the distance to the reference images: the kernel distance above `FRECHET_FEATURES` features."""
+        if real.width <= FRECHET_FEATURES:
             return cls(real.train.moments, None)
         with tempfile.TemporaryDirectory(prefix="real-", dir=scratch_folder()) as scratch:
             return cls(real.train.moments, real.reference(Path(scratch), NEIGHBOURS))
