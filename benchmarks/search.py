@@ -111,9 +111,7 @@ def record(reference: str) -> None:
     dataset = read_dataset(model.spec.lineage["dataset_uri"], storage)
     connect_ray(config, storage)
     evaluator = open_evaluator(config, dataset, storage, say)
-    real = open_real(
-        dataset, evaluator, storage, cache_dir=config.data.cache_dir, cache_gib=config.data.cache_gib, notice=say
-    )
+    real = open_real(dataset, evaluator, config, storage, notice=say)
     base = base_of(config, model.spec.sampling)
 
     class Judge:

@@ -30,6 +30,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ddpm.quality import FeatureMoments
+from pipelines.config import Config
 from pipelines.display import Notice, Progress, no_notice, no_progress
 from pipelines.evaluation.devices import task_device
 from pipelines.evaluation.evaluators.base import Evaluator
@@ -152,15 +153,16 @@ class RealRows:
 def open_real(
     dataset: Dataset,
     evaluator: Evaluator,
+    config: Config,
     storage: Storage,
     *,
-    cache_dir: str | None,
-    cache_gib: float,
-    use_gpu: bool = False,
     progress: Progress = no_progress,
     notice: Notice = no_notice,
 ) -> Real:
     """Return what an evaluator says of the real images; they are read and encoded on the Ray cluster the first time.
+
+    Args:
+        config: names the cache of shards, and says whether tasks have a GPU.
 
     Raises:
         DatasetError: the dataset has no train or no test split.
@@ -174,8 +176,8 @@ def open_real(
         record = json.loads(storage.read(join(uri, "real.json")))
     except NotFoundError:
         notice("the real images are read and encoded, once for this evaluator")
-        access = _Access(dataset, storage, cache_dir, cache_gib)
-        record = _compute(access, evaluator, uri, stream, use_gpu, progress)
+        access = _Access(dataset, storage, config.data.cache_dir, config.data.cache_gib)
+        record = _compute(access, evaluator, uri, stream, config.cluster.gpus_per_worker > 0, progress)
     tensors = load(storage.read(join(uri, "moments.safetensors")))
 
     def split(name: str) -> RealSplit:

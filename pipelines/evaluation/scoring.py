@@ -152,10 +152,8 @@ def score(
     real = open_real(
         dataset,
         evaluator,
+        config,
         storage,
-        cache_dir=config.data.cache_dir,
-        cache_gib=config.data.cache_gib,
-        use_gpu=request.use_gpu,
         progress=display.counter("evaluate", "real images"),
         notice=notice,
     )

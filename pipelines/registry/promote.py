@@ -285,10 +285,8 @@ class Gate:
         real = open_real(
             dataset,
             evaluator,
+            config,
             storage,
-            cache_dir=config.data.cache_dir,
-            cache_gib=config.data.cache_gib,
-            use_gpu=config.cluster.gpus_per_worker > 0,
             progress=self.display.counter("gate", "real images"),
             notice=say,
         )

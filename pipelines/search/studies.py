@@ -284,10 +284,8 @@ def _open_evaluation(dataset: Dataset, config: Config, storage: Storage, notice:
     real = open_real(
         dataset,
         evaluator,
+        config,
         storage,
-        cache_dir=config.data.cache_dir,
-        cache_gib=config.data.cache_gib,
-        use_gpu=config.cluster.gpus_per_worker > 0,
         notice=say,
     )
     return real, evaluator

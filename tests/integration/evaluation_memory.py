@@ -17,6 +17,7 @@ import ray
 from ddpm.generate import Sampling
 from ddpm.model import Model, ModelSpec
 from ddpm.models import UNetConfig
+from pipelines.config import compose
 from pipelines.evaluation.evaluate import Request, evaluate
 from pipelines.evaluation.evaluators.base import Evaluator
 from pipelines.evaluation.evaluators.classifier import Classifier
@@ -49,7 +50,8 @@ def main(dataset_uri: str, root: str, n: int) -> None:
     model = Model(spec, network.build().eval())
     judge = Classifier(dataset.channels, dataset.image_size, len(dataset.classes)).eval()
     evaluator = Evaluator(judge, "classifier", "stub", "untrained", "none", labels=True, accuracy=None)
-    real = open_real(dataset, evaluator, storage, cache_dir=f"{root}/cache", cache_gib=1.0)
+    config = compose(["+experiment=digits", f"data.cache_dir={root}/cache", "data.cache_gib=1"])
+    real = open_real(dataset, evaluator, config, storage)
     peaks = {"actors": 0}
 
     def watch(done: int, total: int) -> None:
