@@ -64,7 +64,12 @@ def test_a_process_that_ends_removes_its_own(temporary):
 
 
 def test_a_fork_neither_removes_nor_holds_the_folder_of_its_parent(temporary):
-    fork = "child = os.fork()\nif not child: time.sleep(60 if float(sys.argv[1]) else 0); sys.exit()\n"
+    # The parent waits until the child runs: before that, a child has not let go of what it has from its parent.
+    fork = (
+        "runs, begin = os.pipe()\nchild = os.fork()\n"
+        "if not child: os.write(begin, b'.'); time.sleep(60 if float(sys.argv[1]) else 0); sys.exit()\n"
+        "os.read(runs, 1)\n"
+    )
     process, folder = start(temporary, 0, fork + "os.waitpid(child, 0); assert (folder / 'file').exists()")
     assert process.wait() == 0  # the child has ended before, and took nothing with it
     process, folder = start(temporary, 60, fork + "print(child, flush=True)")
