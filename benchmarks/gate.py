@@ -39,7 +39,7 @@ from pipelines.registry.gate import decide
 SCALES = {"unguided": 1.0, "guided": 1.5, "early": 1.0}
 SAMPLES = {"type_i": 359, "attempts": 359}
 POWER_N = (359, 2_000, 5_000)
-SHARES = (0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)
+SHARES = (0.001, 0.002, 0.003, 0.005, 0.007, 0.01, 0.015, 0.02, 0.03, 0.05, 0.07, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 POWER = 0.9
 
 
@@ -73,6 +73,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes.axhline(POWER, color="grey", lw=0.8)
     axes.axvline(result["floor"] / 5, color="grey", lw=0.8, ls="--", label="a fifth of the floor")
     axes.set(xlabel="true difference in Frechet distance", ylabel="share of comparisons that pass", xscale="log")
+    axes.set_xticks(ticks := [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2], [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
     axes.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
