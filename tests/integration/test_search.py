@@ -111,7 +111,8 @@ def test_the_winner_of_a_study_becomes_a_new_version_that_serves_it_and_the_sear
     assert dict(client.get_model_version("searched", "1").tags) == before
     made = client.get_model_version("searched", "2")
     assert made.tags["study"] == "poor"
-    assert client.get_registered_model("searched").aliases == {}
+    aliases = {name: str(number) for name, number in client.get_registered_model("searched").aliases.items()}
+    assert aliases == {"candidate": "2"}
     assert json.loads(made.tags["scores"])["sampling"] == winner["settings"]
     mlflow.set_tracking_uri(local_stack.tracking_uri)
     served = mlflow.pyfunc.load_model("models:/searched/2")
