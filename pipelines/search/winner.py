@@ -53,7 +53,7 @@ def gained(winner: Confirmed) -> str:
 def register_winner(
     winner: Confirmed | None, resolved: Resolved, study: str, config: Config, storage: Storage, notice: StageNotice
 ) -> ModelVersion | None:
-    """Score a registered version with the winner's settings and register that as a new version; no alias moves.
+    """Score a registered version with the winner's settings and register that as a new version; no guarded alias moves.
 
     Args:
         resolved: the model of the study.
