@@ -56,6 +56,11 @@ def check_steps(steps: int, schedule: NoiseSchedule) -> None:
 
 
 def check_condition(name: str, cond: Conditioning, spec: ModelSpec, count: int) -> None:
+    """Check that a condition is of so many pictures, and one that the model was trained on.
+
+    Raises:
+        ValueError: it is not; names the condition, what it has and what the model takes.
+    """
     if len(cond) != count:
         raise ValueError(f"{name} has {len(cond)} rows for {count} pictures")
     if cond.label is not None:
@@ -76,6 +81,11 @@ def check_condition(name: str, cond: Conditioning, spec: ModelSpec, count: int) 
 
 
 def check_images(images: Tensor, spec: ModelSpec, count: int) -> None:
+    """Check that images are so many of the model's shape, finite numbers in [-1, 1].
+
+    Raises:
+        ValueError: they are not.
+    """
     if list(images.shape) != [count, *spec.shape]:
         raise ValueError(f"images must be {[count, *spec.shape]} for this model, got {list(images.shape)}")
     if not images.is_floating_point() or not bool(images.isfinite().all()) or float(images.abs().max()) > 1 + 1e-6:

@@ -15,7 +15,7 @@ from pipelines.registry.guard import Guard, Logs, watch
 from pipelines.registry.notices import Notices
 from pipelines.registry.package import RegistryError, digest_of, register, write_version
 from pipelines.registry.promote import PREVIOUS, Gate
-from pipelines.registry.scored import CANDIDATE, check_registrable, register_once, register_scored
+from pipelines.registry.scored import CANDIDATE, register_once, register_scored
 from pipelines.registry.sign import SignatureError, Signer, Trust, check_signing
 from pipelines.registry.verdict import Row, Verdict, VerdictLog
 from pipelines.registry.verify import Verification, verify
@@ -37,7 +37,6 @@ __all__ = [
     "Verdict",
     "VerdictLog",
     "Verification",
-    "check_registrable",
     "check_signing",
     "check_version",
     "describe",

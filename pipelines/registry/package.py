@@ -32,7 +32,7 @@ from pipelines.registry.evidence import (
 from pipelines.registry.probe import draw_probe
 from pipelines.registry.sign import Signer
 from pipelines.scratch import scratch_folder
-from pipelines.tracking import ModelVersion, Pyfunc
+from pipelines.tracking import ModelVersion, Pyfunc, Tracker
 
 
 class RegistryError(PipelineError):
@@ -52,17 +52,26 @@ def register(resolved: Resolved, name: str, scores: Scores, dataset_uri: str, si
         RegistryError: the model has no run that the version could belong to, or not the networks that guide it.
         ProbeError: the model draws something that is not a number.
     """
-    tracker = resolved.tracker
-    if tracker is None:
-        raise RegistryError(
-            f"{resolved.reference} has no MLflow run, to which a version belongs: register a model of a run "
-            "(runs:/ID) or another version (models:/NAME/VERSION)"
-        )
+    tracker = run_of(resolved)
     with tempfile.TemporaryDirectory(prefix="package-", dir=scratch_folder()) as scratch:
         evidence = write_version(Path(scratch), resolved.model, scores, digest_of(resolved), dataset_uri, signer)
         images_seen = int(evidence.lineage.get("images_seen", 0))
         model_id = tracking.log_pyfunc(tracker, pyfunc_of(Path(scratch), resolved.model.spec.shape), images_seen)
     return tracking.register(tracker, name, model_id, evidence.tags())
+
+
+def run_of(resolved: Resolved) -> Tracker:
+    """Return the run of a model, to which a version of it belongs.
+
+    Raises:
+        RegistryError: it has none.
+    """
+    if resolved.tracker is None:
+        raise RegistryError(
+            f"{resolved.reference} has no MLflow run, to which a version belongs: register a model of a run "
+            "(runs:/ID) or another version (models:/NAME/VERSION)"
+        )
+    return resolved.tracker
 
 
 def write_version(

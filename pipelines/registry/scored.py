@@ -13,7 +13,7 @@ from pipelines.display import Display
 from pipelines.evaluation.scores import Scores
 from pipelines.evaluation.scoring import score_and_record
 from pipelines.references import Resolved
-from pipelines.registry.package import RegistryError, digest_of, register
+from pipelines.registry.package import digest_of, register, run_of
 from pipelines.registry.sign import Signer, check_signing
 from pipelines.storage import Storage
 from pipelines.tracking import ModelVersion
@@ -48,7 +48,7 @@ def register_scored(
         DatasetError, ConfigError: the data cannot be used to score the model, or what is signed would not be believed.
     """
     check_signing(config.registry)
-    check_registrable(resolved)
+    run_of(resolved)  # before anything is drawn
     scores, _ = score_and_record(resolved, settings, config, storage, display, connect, dataset_uri)
     dataset = dataset_uri or resolved.model.spec.lineage.get("dataset_uri", config.data.uri)
     return register_once(resolved, scores, config, storage, display, dataset)[0]
@@ -66,8 +66,7 @@ def register_once(
     Returns:
         The version, and whether it was made now.
     """
-    assert resolved.tracker is not None
-    uri, name = resolved.tracker.uri, config.registry.model
+    uri, name = run_of(resolved).uri, config.registry.model
     made = {"scores": json.dumps(scores.to_plain(), sort_keys=True), "model_digest": digest_of(resolved)}
     for found in tracking.versions(uri, name):
         if made.items() <= found.tags.items():
@@ -78,16 +77,3 @@ def register_once(
     version = register(replace(resolved, model=model), name, scores, dataset_uri, Signer.of(config.registry))
     tracking.set_alias(uri, name, CANDIDATE, version.version)
     return version, True
-
-
-def check_registrable(resolved: Resolved) -> None:
-    """Check that a version can be made of a model.
-
-    Raises:
-        RegistryError: it cannot; says why and what to do.
-    """
-    if resolved.tracker is None:
-        raise RegistryError(
-            f"{resolved.reference} has no MLflow run, to which a version belongs: register a model of a run "
-            "(runs:/ID) or another version (models:/NAME/VERSION)"
-        )

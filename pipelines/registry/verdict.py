@@ -180,12 +180,6 @@ def last_passed(verdicts: Sequence[Verdict]) -> Verdict | None:
     return next((verdict for verdict in reversed(verdicts) if verdict.passed), None)
 
 
-def holder(verdicts: Sequence[Verdict]) -> str | None:
-    """Return the version that an alias belongs to: that of the last decision that let it move; None without one."""
-    passed = last_passed(verdicts)
-    return None if passed is None else passed.version
-
-
 def now() -> str:
     """Return the time, as verdicts have it."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -5,7 +5,7 @@ import pytest
 
 from pipelines.config import RegistryConfig
 from pipelines.registry.sign import Signer, Trust
-from pipelines.registry.verdict import Row, Verdict, VerdictLog, holder, standing
+from pipelines.registry.verdict import Row, Verdict, VerdictLog, last_passed, standing
 from pipelines.storage import Storage
 
 VERDICT = Verdict(True, "better", "digits", "champion", "2", "d2", "1", "d1", 1, 5000, rows=(Row("a", "1", "2", True),))
@@ -83,6 +83,6 @@ def test_what_came_after_a_version_falls_away_when_the_alias_goes_back_to_it():
 
 def test_an_alias_belongs_to_the_version_of_the_last_decision_that_let_it_move():
     refused = replace(VERDICT, passed=False, version="3")
-    assert holder([]) is None
-    assert holder([refused]) is None
-    assert holder([VERDICT, replace(VERDICT, version="4"), refused]) == "4"
+    assert last_passed([]) is None
+    assert last_passed([refused]) is None
+    assert last_passed([VERDICT, replace(VERDICT, version="4"), refused]).version == "4"
