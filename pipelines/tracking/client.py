@@ -63,7 +63,8 @@ _HINTS = {
 _FOREIGN = re.compile(r"API request to endpoint \S+ failed with error code (\d{3}) ")
 _PROGRAMMING = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, TypeError, ValueError)
 
-
+FIRST_ANSWER_S = 30.0
+"""How long a command waits for its first answer."""
 _IMPORTING = threading.Lock()
 
 
@@ -199,13 +200,16 @@ def recording(what: str) -> Iterator[None]:
 
 
 def first_answer(uri: str, call: Callable[[MlflowClient], T]) -> T:
-    """Return what a command's first call returns, in one try: a server that is not there is a mistake in an address.
+    """Return what a command's first call returns.
+
+    A server that never answers is a mistake in an address, which is told sooner than an outage of one that did: after
+    the time that a server needs to start anew, because a driver is often restarted together with it.
 
     Raises:
         TrackingError: no MLflow server answers at `uri`.
     """
     try:
-        return ask(uri, call, patience_s=0)
+        return ask(uri, call, patience_s=FIRST_ANSWER_S)
     except TrackingError as error:
         raise TrackingError(
             f"{error}. Check tracking.uri and MLFLOW_TRACKING_URI, or start the local stack with `ddpm up`",

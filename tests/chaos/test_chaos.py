@@ -37,7 +37,7 @@ SETTINGS = [
 
 
 def kill_worker(arena: Arena, training: Training, rng: random.Random) -> Training:
-    rng.choice(until(arena.workers, 180, lambda: "a worker")).kill()
+    rng.choice(until(arena.workers, 180, lambda: f"a worker after {''.join(training.said)[-1500:]}")).kill()
     return training
 
 
