@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
@@ -188,6 +188,24 @@ class Front:
                     return await getattr(self._models[reference], method).remote(*arguments)
         except (RayActorError, DeploymentUnavailableError) as error:
             raise Refused(503, f"no process that holds {reference} stays alive: ask again later") from error
+
+
+async def ask_front(front: Any, body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the front of an application answers to a body.
+
+    Args:
+        front: its handle.
+
+    Raises:
+        RequestError: the request is refused; as it was raised, without what Ray puts around it.
+    """
+    try:
+        answer: dict[str, Any] = await front.ask.remote(dict(body))
+        return answer
+    except RayTaskError as error:
+        if isinstance(error.cause, RequestError):
+            raise error.cause from None
+        raise
 
 
 def known_names(served: Sequence[str]) -> dict[str, str]:

@@ -9,9 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from ddpm.inference import Drawing, Noise, draw_table
+from ddpm.samplers import SAMPLERS
+from ddpm.settings import settings_of
 from pipelines.config import compose
 from pipelines.inference import Edit, Inpaint, RequestError, Sample, Source, picture
 from pipelines.serving.bodies import read_answer, write_body
@@ -22,7 +26,7 @@ from pipelines.serving.served import load
 from pipelines.serving.token import Token
 from pipelines.storage import Storage
 from tests.pipelines.drawing import model_folder, save_picture
-from tests.pipelines.serving.bad_requests import BAD, JSON, LIMITS, Bad
+from tests.pipelines.serving.bad_requests import BAD, JSON, LIMITS, Bad, inpaint, png
 
 TOKEN = Token("a token of some length", "a test")
 NAMES = tuple(str(i) for i in range(10))
@@ -89,6 +93,32 @@ def test_what_cannot_be_answered_is_refused_with_the_reason(client, name):
     assert len(answer.text) < 5_000
     assert "Traceback" not in answer.text
     assert "/tmp" not in answer.text
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(1 << 70), 1 << 70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.sampled_from(["", "3", "x", "ddim", "ancestral", "auto", "box:1,1,2,2", "half:left", "trained", png()]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["steps", "scale", "a"]), inner),
+    max_leaves=4,
+)
+FIELDS = sorted({"model", "film", "format", *Sample.model_fields, *Inpaint.model_fields, *Edit.model_fields} - {"task"})
+SETTINGS = sorted({"kind", "guidance", *(setting.name for kind in SAMPLERS.values() for setting in settings_of(kind))})
+
+
+@settings(max_examples=150)
+@given(
+    st.sampled_from(["sample", "inpaint", "edit"]),
+    st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=3),
+    st.dictionaries(st.sampled_from([*SETTINGS, "scale", "interval", "clip", "threshold"]), VALUES, max_size=2),
+)
+def test_whatever_a_field_holds_it_is_answered_or_refused(client, task, fields, sampling):
+    given_too = {} if task == "sample" else {"images": [png()]} if task == "edit" else inpaint()
+    few = {"labels": ["1"], "sampling": {"steps": 2, **sampling}}
+    answer = client.post("/v1/images", json={**given_too, **few, **fields, "task": task})
+    assert answer.status_code in (200, 404, 413, 422), answer.text
 
 
 @pytest.mark.parametrize("film", [False, True])
