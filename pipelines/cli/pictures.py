@@ -89,7 +89,7 @@ def sample(
         batch_size=batch_size,
     )
     if url is not None:
-        _ask(url, token, model, request, out, film, as_json)
+        _ask(url, token, model, request, labels, out, film, as_json)
         return
     _draw(model, request, labels, out, film, overrides, as_json)
 
@@ -149,7 +149,7 @@ def inpaint(
         batch_size=batch_size,
     )
     if url is not None:
-        _ask(url, token, model, request, out, film, as_json)
+        _ask(url, token, model, request, labels, out, film, as_json)
         return
     _draw(model, request, labels, out, film, overrides, as_json)
 
@@ -205,7 +205,7 @@ def edit(
         batch_size=batch_size,
     )
     if url is not None:
-        _ask(url, token, model, request, out, film, as_json)
+        _ask(url, token, model, request, labels, out, film, as_json)
         return
     _draw(model, request, labels, out, film, overrides, as_json)
 
@@ -270,16 +270,28 @@ def _draw(
     answer_json(as_json, written.to_plain())
 
 
-def _ask(url: str, token: str | None, model: str, request: Request, out: Path, film: bool, as_json: bool) -> None:
+def _ask(
+    url: str,
+    token: str | None,
+    model: str,
+    request: Request,
+    labels: str | None,
+    out: Path,
+    film: bool,
+    as_json: bool,
+) -> None:
     """Have a server draw what a request asks for, and write it."""
-    from pipelines.inference import write
+    from pipelines.inference import parse_labels, write
     from pipelines.loopback import is_loopback
     from pipelines.serving.client import Client
     from pipelines.serving.token import client_token
     from pipelines.stack import default_home
 
     local = client_token(token, default_home()) if is_loopback(url) else token  # the own token is for no other host
-    pictures, source = Client(url, local).draw(request, model=model, film=film)
+    client = Client(url, local)
+    if labels is not None and "," in labels:  # the name of a class may have a comma in it
+        request = request.model_copy(update={"labels": parse_labels(labels, client.classes(model))})
+    pictures, source = client.draw(request, model=model, film=film)
     written = write(pictures, out, source)
     terminal.stage(request.task, f"{len(written.files)} images and {written.grid}, drawn by {source.reference}")
     answer_json(as_json, written.to_plain())

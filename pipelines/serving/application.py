@@ -22,8 +22,9 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from pipelines import references, tracking
-from pipelines.config import Config
+from pipelines.config import Config, ServingConfig
 from pipelines.inference import RequestError
+from pipelines.serving.bodies import known_names
 from pipelines.serving.follow import Follower
 from pipelines.serving.http import make_app
 from pipelines.serving.limits import Limits, Refused
@@ -34,6 +35,8 @@ from pipelines.storage import Storage
 logger = logging.getLogger("ray.serve")
 CONNECTIONS = 10_000
 """Requests that the front holds at a time; the limits of each model are far below."""
+ASIDE = 16
+"""Questions about itself that a replica answers while its queue is full."""
 SHUTDOWN_S = 60.0
 """How long a process that is to end finishes its requests."""
 
@@ -208,21 +211,6 @@ async def ask_front(front: Any, body: Mapping[str, Any]) -> dict[str, Any]:
         raise
 
 
-def known_names(served: Sequence[str]) -> dict[str, str]:
-    """Return the names by which requests may call models -> their references.
-
-    models:/digits@champion is also digits@champion, champion and digits, where no other model is called so.
-    """
-    short: dict[str, list[str]] = {}
-    for reference in served:
-        bare = reference.removeprefix("models:/")
-        parts = [bare, *(bare.split("@") if "@" in bare else bare.rsplit("/", 1)[:1])] if bare != reference else []
-        for name in dict.fromkeys(parts):
-            short.setdefault(name, []).append(reference)
-    unique = {name: references[0] for name, references in short.items() if len(references) == 1}
-    return {reference: reference for reference in served} | unique
-
-
 def build(served: Sequence[str], config: Config, storage: Storage, token_digest: str | None) -> Any:
     """Return the application of some models.
 
@@ -233,12 +221,12 @@ def build(served: Sequence[str], config: Config, storage: Storage, token_digest:
     serving = config.serving
     replica = serve.deployment(
         ModelReplica,
-        max_ongoing_requests=serving.max_queue,
+        max_ongoing_requests=serving.max_queue + ASIDE,
         ray_actor_options={"num_cpus": serving.cpus_per_replica, "num_gpus": serving.gpus_per_replica},
         graceful_shutdown_timeout_s=SHUTDOWN_S,
         graceful_shutdown_wait_loop_s=0.5,
         max_constructor_retry_count=2,
-        **_scale(config),
+        **scale(serving),
     )
     handles = {
         reference: replica.options(name=f"model-{i}").bind(reference, config, storage)
@@ -254,9 +242,8 @@ def build(served: Sequence[str], config: Config, storage: Storage, token_digest:
     return front.bind(handles, Limits.of(serving), token_digest, serving.patience_s)
 
 
-def _scale(config: Config) -> dict[str, Any]:
+def scale(serving: ServingConfig) -> dict[str, Any]:
     """Return Ray Serve's options for the number of replicas."""
-    serving = config.serving
     if serving.min_replicas == serving.max_replicas:
         return {"num_replicas": serving.min_replicas}
     scaling = {"min_replicas": serving.min_replicas, "max_replicas": serving.max_replicas}

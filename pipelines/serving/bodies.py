@@ -103,6 +103,21 @@ def model_of(source: Source) -> dict[str, Any]:
     return {**asdict(source), "name": name or source.reference, "version": number or None, "uri": source.version}
 
 
+def known_names(served: Sequence[str]) -> dict[str, str]:
+    """Return the names by which requests may call models -> their references.
+
+    models:/digits@champion is also digits@champion, champion and digits, where no other model is called so.
+    """
+    short: dict[str, list[str]] = {}
+    for reference in served:
+        bare = reference.removeprefix("models:/")
+        parts = [bare, *(bare.split("@") if "@" in bare else bare.rsplit("/", 1)[:1])] if bare != reference else []
+        for name in dict.fromkeys(parts):
+            short.setdefault(name, []).append(reference)
+    unique = {name: references[0] for name, references in short.items() if len(references) == 1}
+    return {reference: reference for reference in served} | unique
+
+
 def one_picture(answer: Mapping[str, Any]) -> bytes:
     """Return the PNG file that stands for an answer: its one picture, or else the grid."""
     return base64.b64decode(answer["grid"] or answer["images"][0])

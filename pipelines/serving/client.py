@@ -16,7 +16,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay
 from pipelines.errors import PipelineError
 from pipelines.inference import Pictures, Request, RequestError, Source
 from pipelines.loopback import bypass_proxies
-from pipelines.serving.bodies import read_answer, write_body
+from pipelines.serving.bodies import known_names, read_answer, write_body
 
 PATIENCE_S = 60.0
 """How long a request is asked again."""
@@ -72,23 +72,42 @@ class Client:
             RequestError: the request is refused.
             ServerError: the server does not answer.
         """
+        return self._patiently("POST", "/v1/images", body)
+
+    def classes(self, model: str) -> tuple[str, ...]:
+        """Return the names of the classes of a model.
+
+        Args:
+            model: by the name or reference under which it is served.
+
+        Raises:
+            RequestError: there is no such model.
+            ServerError: the server does not answer.
+        """
+        served = {told["id"]: told for told in self._patiently("GET", "/v1/models")["models"]}
+        found = known_names(list(served)).get(model)
+        if found is None:
+            raise RequestError(f"{self.url}: there is no model {model!r}; served are: {', '.join(served)}")
+        return tuple(served[found]["classes"])
+
+    def _patiently(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return an answer, asked for again where it is lost."""
         bypass_proxies(self.url)
         try:
             for attempt in Retrying(
                 retry=retry_if_exception_type(_Later), stop=stop_after_delay(self.patience_s), wait=_wait, reraise=True
             ):
                 with attempt:
-                    return self._post(body)
+                    return self._once(method, path, body)
         except _Later as later:
             raise ServerError(f"{self.url} does not answer: {later}") from later
         raise AssertionError("a retry ends with an answer or an error")
 
-    def _post(self, body: dict[str, Any]) -> dict[str, Any]:
+    def _once(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         headers = {} if self.token is None else {"authorization": f"Bearer {self.token}"}
+        address = f"{self.url.rstrip('/')}{path}"
         try:
-            answer = requests.post(
-                f"{self.url.rstrip('/')}/v1/images", json=body, headers=headers, timeout=(10, ANSWER_S)
-            )
+            answer = requests.request(method, address, json=body, headers=headers, timeout=(10, ANSWER_S))
         except (requests.ConnectionError, requests.Timeout) as error:
             raise _Later(str(error)) from error
         except requests.RequestException as error:

@@ -87,7 +87,8 @@ def serving(shell: Shell, home: Path, *arguments: str) -> Iterator[Server]:
         first = process.stdout.readline()
         assert first, "".join(lines)[-3000:]
         yield Server(process, json.loads(first)["url"], (home / "serve-token").read_text().strip(), lines)
-        process.send_signal(signal.SIGINT)
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
         assert process.wait(90) == 0, "".join(lines)[-3000:]
     finally:
         if process.poll() is None:
@@ -304,6 +305,23 @@ def test_bad_requests_are_refused_with_the_reason_and_the_server_lives(server):
     chunk = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
     assert spoken(server, b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 64).startswith(b"HTTP/1.1 413 ")
     assert server.ask(labels=["1"], seeds=[1])["images"] == before
+
+
+def test_ctrl_c_ends_it_once_every_admitted_request_is_answered(server):
+    slow = {"labels": ["1"], "count": 16, "sampling": {"kind": "langevin", "steps": 5, "steps_per_level": 40}}
+    with ThreadPoolExecutor(6) as pool:
+        asked = [
+            pool.submit(requests.post, f"{server.url}/v1/images", json=slow, headers=server.headers, timeout=60)
+            for _ in range(6)
+        ]
+        until(lambda: 'ddpm_serve_queue{model="models:/served@champion"} 6.0' in server.get("/metrics").text, 20)
+        server.process.send_signal(signal.SIGINT)
+        answers = [each.result() for each in asked]
+    assert [answer.status_code for answer in answers] == [200] * 6
+    assert server.process.wait(90) == 0
+    assert "ending: requests that wait are answered first" in "".join(server.lines)
+    with pytest.raises(requests.ConnectionError):
+        server.get("/ping")
 
 
 def spoken(server: Server, rest: bytes) -> bytes:

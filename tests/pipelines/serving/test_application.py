@@ -7,9 +7,11 @@ import asyncio
 import pytest
 from ray.exceptions import RayActorError
 
-from pipelines.config import compose
-from pipelines.serving.application import Front, known_names
+from pipelines.config import ConfigError, compose
+from pipelines.serving.application import Front, build, scale
+from pipelines.serving.bodies import known_names
 from pipelines.serving.limits import Limits, Refused
+from pipelines.storage import Storage
 
 CHAMPION, OTHER = "models:/digits@champion", "models:/shapes/3"
 
@@ -103,3 +105,24 @@ def test_more_requests_than_the_queue_holds_are_told_to_come_again():
         assert b'ddpm_serve_queue{model="models:/digits@champion"} 0.0' in full._metrics.text()
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "replicas, expected",
+    [
+        ("3", {"num_replicas": 3}),
+        (
+            "[1,8]",
+            {"autoscaling_config": {"min_replicas": 1, "max_replicas": 8, "target_ongoing_requests": 128}},
+        ),
+    ],
+)
+def test_replicas_are_a_number_or_a_range(replicas, expected):
+    config = compose([f"serving.replicas={replicas}", "serving.gpus_per_replica=0.5"])
+    assert scale(config.serving) == expected
+    build([CHAMPION, OTHER], config, Storage(), None)  # Ray Serve accepts it
+
+
+def test_a_range_that_begins_after_its_end_is_refused():
+    with pytest.raises(ConfigError, match=r"replicas must be \[min, max\] with min <= max, got \[3, 2\]"):
+        compose(["serving.replicas=[3,2]"])

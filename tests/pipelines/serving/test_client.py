@@ -22,7 +22,7 @@ def answering(*answers: tuple[int, str] | None) -> Iterator[tuple[str, list[dict
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             heard.append({"authorization": self.headers.get("authorization", ""), "path": self.path})
-            self.rfile.read(int(self.headers["content-length"]))
+            self.rfile.read(int(self.headers.get("content-length", 0)))
             answer = left.pop(0) if len(left) > 1 else left[0]  # the last one again and again
             if answer is None:
                 self.connection.close()
@@ -34,6 +34,8 @@ def answering(*answers: tuple[int, str] | None) -> Iterator[tuple[str, list[dict
 
         def log_message(self, *_: object) -> None:
             pass
+
+        do_GET = do_POST  # noqa: N815 - the name of the base class
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever)
@@ -53,6 +55,16 @@ def test_a_lost_answer_is_asked_for_again():
     with answering(*lost, DONE) as (url, heard):
         assert Client(url, "secret").ask({}) == {"images": []}
     assert heard == [{"authorization": "Bearer secret", "path": "/v1/images"}] * 6
+
+
+def test_the_classes_of_a_model_are_asked_for_by_any_of_its_names():
+    told = {"models": [{"id": "models:/digits@champion", "classes": ["a, b", "c"]}]}
+    with answering((200, json.dumps(told))) as (url, heard):
+        for name in ("models:/digits@champion", "digits", "champion"):
+            assert Client(url).classes(name) == ("a, b", "c")
+        with pytest.raises(RequestError, match="no model 'x'; served are: models:/digits@champion"):
+            Client(url).classes("x")
+    assert {each["path"] for each in heard} == {"/v1/models"}
 
 
 @pytest.mark.parametrize(
