@@ -26,7 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -295,7 +295,9 @@ def _theirs(uri: str) -> Iterator[str]:
     port = free_port("127.0.0.1")
     command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", f"models:/{NAME}/1"]
     command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port), "--timeout", "600"]
-    process = subprocess.Popen(command, env={**os.environ, "MLFLOW_TRACKING_URI": uri}, start_new_session=True)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # where it finds uvicorn
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": uri, "PATH": path}
+    process = subprocess.Popen(command, env=environment, stdout=sys.stderr, start_new_session=True)
     try:
         deadline = time.monotonic() + 180
         while True:
@@ -308,7 +310,8 @@ def _theirs(uri: str) -> Iterator[str]:
                 time.sleep(0.5)
         yield f"http://127.0.0.1:{port}"
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
         process.wait(60)
 
 

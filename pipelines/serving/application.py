@@ -37,6 +37,8 @@ CONNECTIONS = 10_000
 """Requests that the front holds at a time; the limits of each model are far below."""
 ASIDE = 16
 """Questions about itself that a replica answers while its queue is full."""
+HEALTH_S = 5.0
+"""How long a model may take to answer that it is there."""
 SHUTDOWN_S = 60.0
 """How long a process that is to end finishes its requests."""
 
@@ -145,6 +147,14 @@ class Front:
     async def models(self) -> list[dict[str, Any]]:
         """Return what is served."""
         return list(await asyncio.gather(*(self._call(reference, "describe") for reference in self._models)))
+
+    async def silent(self) -> list[str]:
+        """Return the models that do not answer now."""
+        asked = {reference: asyncio.create_task(self._call(reference, "version")) for reference in self._models}
+        _, late = await asyncio.wait(asked.values(), timeout=HEALTH_S)
+        for task in late:
+            task.cancel()
+        return [name for name, task in asked.items() if task in late or task.exception() is not None]
 
     async def version(self) -> str:
         """Return the release of MLflow."""

@@ -56,6 +56,9 @@ class Backend(Protocol):
     async def version(self) -> str:
         """Return the release of MLflow."""
 
+    async def silent(self) -> list[str]:
+        """Return the models that do not answer now."""
+
 
 def make_app(backend: Backend, limits: Limits, token_digest: str | None, metrics: Metrics) -> FastAPI:
     """Return the application.
@@ -98,9 +101,15 @@ def make_app(backend: Backend, limits: Limits, token_digest: str | None, metrics
         return Response(text, status_code=status, media_type=kind)
 
     @app.get("/ping")
-    @app.get("/health")
     async def ping() -> Response:
         """Say that the server is there."""
+        return Response("\n", media_type="application/json")
+
+    @app.get("/health")
+    async def health() -> Response:
+        """Say that every model answers."""
+        if silent := await backend.silent():
+            raise Refused(503, f"{', '.join(silent)} does not answer now: ask again later")
         return Response("\n", media_type="application/json")
 
     @app.get("/version")

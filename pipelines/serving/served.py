@@ -26,7 +26,7 @@ from pipelines import references, tracking
 from pipelines.checkpoints import ModelError
 from pipelines.config import Config
 from pipelines.evaluation.devices import task_device
-from pipelines.inference import RequestError, Source, as_request_error, count_pictures, prepare
+from pipelines.inference import Prepared, RequestError, Source, as_request_error, count_pictures, prepare
 from pipelines.inference.pictures import Encode
 from pipelines.references import Resolved
 from pipelines.scratch import scratch_folder
@@ -132,11 +132,11 @@ class Served:
             "inpainting": can_inpaint(spec),
             "num_steps": self.model.schedule.num_steps,
             "sampling": spec.sampling.to_json(),
-            "scores": json.loads(tags["scores"]) if "scores" in tags else None,
+            "scores": _read_json(tags.get("scores")),
             "aliases": [] if version is None else list(version.aliases),
         }
 
-    def _prepare(self, body: Mapping[str, Any]) -> Any:
+    def _prepare(self, body: Mapping[str, Any]) -> Prepared:
         """Return what is to be drawn for a body."""
         self.limits.check_body(body)
         with tempfile.TemporaryDirectory(prefix="request-", dir=scratch_folder()) as folder:
@@ -218,6 +218,14 @@ def load(reference: str, config: Config, storage: Storage, executor: Executor) -
     channels, height, width = model.spec.shape
     scoring = Scoring(COLUMNS, np.zeros((1, height, width, channels), np.uint8), parameters())
     return Served(resolved, Source.of(resolved), Limits.of(serving), batcher, _encoder(resolved), scoring)
+
+
+def _read_json(text: str | None) -> Any:
+    """Return what a tag says, which anybody may have changed; None where it says nothing."""
+    try:
+        return None if text is None else json.loads(text)
+    except ValueError:
+        return None
 
 
 def model_card(config: Config, resolved: Resolved) -> str | None:

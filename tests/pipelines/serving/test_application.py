@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import MappingProxyType
 
 import pytest
 from ray.exceptions import RayActorError
@@ -22,9 +23,9 @@ class Handle:
     def __init__(self, name: str, deaths: int = 0) -> None:
         self.name, self.deaths, self.go = name, deaths, asyncio.Event()
         self.go.set()
-        self.ask = self
+        self.ask = self.version = self
 
-    async def remote(self, body):
+    async def remote(self, body=MappingProxyType({})):
         await self.go.wait()
         if self.deaths:
             self.deaths -= 1
@@ -73,6 +74,20 @@ def test_a_request_outlives_the_death_of_replicas_but_not_for_ever():
         with pytest.raises(Refused, match="no process that holds models:/digits@champion stays alive") as refused:
             await dead.ask({})
         assert refused.value.status == 503
+
+    asyncio.run(scenario())
+
+
+def test_a_model_is_silent_while_its_replicas_do_not_answer(monkeypatch):
+    monkeypatch.setattr("pipelines.serving.application.HEALTH_S", 0.1)
+
+    async def scenario():
+        stuck = Handle(CHAMPION)
+        both = front(stuck, Handle(OTHER))
+        assert await both.silent() == []
+        stuck.go.clear()
+        assert await both.silent() == [CHAMPION]
+        assert await front(Handle(CHAMPION, deaths=10_000)).silent() == [CHAMPION]
 
     asyncio.run(scenario())
 

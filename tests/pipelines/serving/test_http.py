@@ -55,6 +55,9 @@ class Alone:
     async def version(self):
         return "3"
 
+    async def silent(self):
+        return ["one"] if self.failing else []
+
 
 @pytest.fixture(scope="module")
 def backend(tmp_path_factory):
@@ -198,11 +201,14 @@ def test_a_failure_inside_is_said_without_its_details(client, backend, caplog):
     backend.failing = True
     try:
         answer = client.post("/v1/images", json={})
+        health, ping = client.get("/health"), client.get("/ping")
     finally:
         backend.failing = False
     assert answer.status_code == 500
     assert "secret" not in answer.text
     assert "the secret of the house" in caplog.text
+    assert (health.status_code, ping.status_code) == (503, 200)
+    assert "one does not answer now" in health.json()["message"]
     asked(client, {"labels": ["1"]})
 
 
