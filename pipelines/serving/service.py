@@ -8,16 +8,12 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 
-from ddpm.model import read_spec
-from pipelines import references
-from pipelines.checkpoints import ModelError
 from pipelines.config import Config, ConfigError
 from pipelines.display import Notice
 from pipelines.errors import PipelineError
@@ -61,13 +57,11 @@ class Service:
             replace: take the place of an application of that name, instead of refusing.
 
         Raises:
-            ConfigError: a model does not exist, or the address or name is taken.
+            ConfigError: the address or name is taken.
             ServingError: a model cannot be loaded.
         """
         logging.getLogger("ray.serve").setLevel(logging.ERROR)  # its progress is said in words here
         serving = self.config.serving
-        for reference in self.served:
-            check_reference(reference, self.config)
         self._await_room()
         port = self._start_serve()
         running = serve.status().applications
@@ -210,21 +204,6 @@ class Service:
                 self.say(waiting)
                 said = waiting
             time.sleep(POLL_S)
-
-
-def check_reference(reference: str, config: Config) -> None:
-    """Check that a MODEL exists, as far as that can be told without loading it.
-
-    Raises:
-        ModelError: it does not.
-    """
-    if reference.startswith("models:/"):
-        references.find_registered(reference, config.tracking.uri)
-    elif not reference.startswith("runs:/"):
-        try:
-            read_spec(Path(reference.removeprefix("file://")))
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{reference} names no model: {error}") from error
 
 
 def free_port(host: str) -> int:
