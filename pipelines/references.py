@@ -190,6 +190,28 @@ def find_registered(reference: str, tracking_uri: str | None) -> ModelVersion:
     return found
 
 
+def check_exists(reference: str, tracking_uri: str | None) -> None:
+    """Check that a MODEL exists, as far as that can be told without reading its weights.
+
+    Args:
+        tracking_uri: address of the MLflow server; None where only folders can be checked.
+
+    Raises:
+        ModelError: it does not; the message lists what exists.
+    """
+    if reference.startswith("models:/"):
+        if tracking_uri is not None:
+            find_registered(reference, tracking_uri)
+    elif reference.startswith("runs:/"):
+        if tracking_uri is not None:
+            tracking.get_run(tracking_uri, reference.removeprefix("runs:/").partition("/")[0])
+    else:
+        try:
+            read_spec(_folder(reference))
+        except ValueError as error:
+            raise ModelError(f"{reference}: {error}") from error
+
+
 @dataclass(frozen=True)
 class _Fetched:
     """A model folder, valid inside the context of `_fetched`, and its origin."""
@@ -209,13 +231,17 @@ def _fetched(reference: str, tracking_uri: str | None, storage: Storage) -> Iter
         elif reference.startswith("models:/"):
             yield _from_registry(reference, _needs(tracking_uri, reference), Path(scratch))
         else:
-            folder = Path(reference.removeprefix("file://"))
-            if not folder.is_dir():
-                raise ModelError(
-                    f"{reference} names no model; MODEL is "
-                    "runs:/ID[/IMAGES|/best][/sigma_rel=WIDTH], models:/NAME@alias, models:/NAME/VERSION or a folder"
-                )
-            yield _Fetched(folder)
+            yield _Fetched(_folder(reference))
+
+
+def _folder(reference: str) -> Path:
+    folder = Path(reference.removeprefix("file://"))
+    if not folder.is_dir():
+        raise ModelError(
+            f"{reference} names no model; MODEL is "
+            "runs:/ID[/IMAGES|/best][/sigma_rel=WIDTH], models:/NAME@alias, models:/NAME/VERSION or a folder"
+        )
+    return folder
 
 
 def _from_run(reference: str, tracking_uri: str, storage: Storage, scratch: Path) -> _Fetched:

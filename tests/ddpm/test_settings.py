@@ -39,6 +39,12 @@ class Example(Settings):
         ({"share": 0.0}, "share must be > 0, got 0.0"),
         ({"pair": (0.5, -1.0)}, "pair must be >= 0"),
         ({"word": "c"}, "unknown word 'c'; allowed: a, b"),
+        ({"count": 2.5}, "count must be a whole number, got 2.5"),
+        ({"count": True}, "count must be a whole number, got True"),
+        ({"share": "half"}, "share must be a number or None, got 'half'"),
+        ({"pair": (0.5,)}, r"pair must be 2 numbers in a list, got \(0.5,\)"),
+        ({"pair": 0.5}, "pair must be 2 numbers in a list, got 0.5"),
+        ({"pair": (0.5, "x")}, "pair must be 2 numbers in a list"),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_its_name_and_what_is_allowed(values, message):
