@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 
@@ -45,6 +46,30 @@ class Conditioning:
         text = pad_sequence(list(tokens), batch_first=True)
         return cls(text=text, text_mask=torch.arange(text.shape[1])[None] < lengths[:, None], pooled=pooled)
 
+    @classmethod
+    def join(cls, parts: Sequence[Conditioning]) -> Conditioning:
+        """Return the conditions of several batches as one; shorter texts are padded with zeros.
+
+        Args:
+            parts: all of them with the same tensors, except that those without padding may have no `text_mask`.
+        """
+        longest = max((part.text.shape[1] for part in parts if part.text is not None), default=0)
+        padded = [part._padded(longest) for part in parts]
+        joined: dict[str, Tensor | None] = {}
+        for field in fields(cls):
+            tensors = [getattr(part, field.name) for part in padded]
+            assert len({tensor is None for tensor in tensors}) == 1, f"only some have {field.name}"
+            joined[field.name] = None if tensors[0] is None else torch.cat(tensors)
+        return cls(**joined)
+
+    def _padded(self, length: int) -> Conditioning:
+        """Return the conditions with texts of this length, and their mask."""
+        if self.text is None:
+            return self
+        more = length - self.text.shape[1]
+        mask = self.text.new_ones(self.text.shape[:2], dtype=torch.bool) if self.text_mask is None else self.text_mask
+        return replace(self, text=pad(self.text, (0, 0, 0, more)), text_mask=pad(mask, (0, more), value=False))
+
     def dropped(self, drop: Tensor) -> Conditioning:
         """Return the conditions with the samples in `drop` [B] dropped as well (Ho & Salimans 2022, algorithm 1)."""
         return replace(self, drop=drop if self.drop is None else self.drop | drop)
@@ -63,6 +88,11 @@ class Conditioning:
     def __getitem__(self, span: slice | Tensor) -> Conditioning:
         """Return the conditions of some of the samples."""
         return self.map(lambda tensor: tensor[span])
+
+    @property
+    def present(self) -> tuple[str, ...]:
+        """The names of the tensors that are there: conditions that are equal in it can be joined."""
+        return tuple(name for name, tensor in self._tensors() if tensor is not None and name != "text_mask")
 
     def null(self) -> Conditioning:
         """Return the null condition: no label and no text, but the same known pixels."""

@@ -11,6 +11,8 @@ Configuration files, the command line and the documentation use these definition
 from __future__ import annotations
 
 import dataclasses
+import numbers
+import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
 _MEANING, _BOUNDS, _REFERENCE = "meaning", "bounds", "reference"
+_NUMBERS: dict[Any, type] = {int: numbers.Integral, float: numbers.Real}
+_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "None"}
 _COMPARE = {
     "gt": (lambda value, bound: value > bound, ">"),
     "ge": (lambda value, bound: value >= bound, ">="),
@@ -113,6 +117,8 @@ def _settings_of(cls: Any) -> tuple[Setting, ...]:
 
 
 def _check(field: Setting, value: Any) -> None:
+    if not _is_of(field.type, value):
+        raise ValueError(f"{field.name} must be {_in_words(field.type)}, got {value!r}")
     allowed = list(_allowed(field.type))
     if allowed and value not in allowed:
         raise ValueError(f"unknown {field.name} {value!r}; allowed: {', '.join(map(str, allowed))}")
@@ -130,6 +136,29 @@ def _range(bounds: Mapping[str, float]) -> str:
         return f"in {'[' if 'ge' in bounds else '('}{low:g}, {high:g}{']' if 'le' in bounds else ')'}"
     ((name, bound),) = bounds.items()
     return f"{_COMPARE[name][1]} {bound:g}"
+
+
+def _is_of(annotation: Any, value: Any) -> bool:
+    """Return whether a value is of a setting's type; whole numbers are numbers, and bools are neither."""
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_of(part, value) for part in parts)
+    if origin is tuple:
+        inner = parts[:1] * len(value) if isinstance(value, tuple) and parts[-1] is Ellipsis else parts
+        return isinstance(value, tuple) and len(value) == len(inner) and all(map(_is_of, inner, value))
+    if annotation in _NUMBERS:
+        return isinstance(value, _NUMBERS[annotation]) and not isinstance(value, bool)
+    return not isinstance(annotation, type) or isinstance(value, annotation)
+
+
+def _in_words(annotation: Any) -> str:
+    """Return a setting's type as text, such as "a number or None"."""
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_in_words, parts))
+    if origin is tuple:
+        return f"{'numbers' if parts[-1] is Ellipsis else f'{len(parts)} numbers'} in a list"
+    return _WORDS.get(annotation, str(annotation))
 
 
 def _allowed(annotation: Any) -> Iterator[Any]:

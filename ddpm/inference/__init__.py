@@ -6,6 +6,10 @@
     draw(model, noise, cond, Editing(images, strength=0.5))      # keeps the coarse content
     draw(model, noise, cond, Inverting(images, source=labels))   # the noise that gives an image, drawn otherwise
 
+A `Drawing` holds these arguments; those of several that share their settings can be drawn in one network batch:
+
+    pictures = cut(join(drawings).draw(model), [len(each) for each in drawings])
+
 A picture depends on its own row of noise, condition and image alone, up to float rounding, and not on its batch.
 """
 
@@ -19,8 +23,9 @@ from ddpm.inference.checks import (
     class_indices,
 )
 from ddpm.inference.draw import Drawn, Film, draw
+from ddpm.inference.drawing import Drawing, cut, join
 from ddpm.inference.noise import Noise
-from ddpm.inference.table import COLUMNS, draw_table, inpainting_method, parameters
+from ddpm.inference.table import COLUMNS, draw_table, inpainting_method, parameters, table_drawings
 from ddpm.inference.tasks import INPAINTERS, METHODS, TRAINED, Editing, FromNoise, Inpainting, Inverting, Task
 
 __all__ = [
@@ -29,6 +34,7 @@ __all__ = [
     "MAX_VALUES",
     "METHODS",
     "TRAINED",
+    "Drawing",
     "Drawn",
     "Editing",
     "Film",
@@ -43,8 +49,11 @@ __all__ = [
     "check_images",
     "check_steps",
     "class_indices",
+    "cut",
     "draw",
     "draw_table",
     "inpainting_method",
+    "join",
     "parameters",
+    "table_drawings",
 ]

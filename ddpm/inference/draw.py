@@ -76,7 +76,7 @@ def draw(
         ValueError: the model cannot do what is asked; the message says what it can.
     """
     task, sampling = task or FromNoise(), sampling or model.spec.sampling
-    _check(model, task, sampling, noise, cond, negative)
+    check_drawing(model, task, sampling, noise, cond, negative)
     device, schedule = next(model.network.parameters()).device, model.schedule
     starts = range(0, len(noise), batch_size)
     each = task.evaluations(sampling, schedule)
@@ -100,7 +100,7 @@ def draw(
     return Drawn(torch.cat(parts), _join(films) if film else None)
 
 
-def _check(
+def check_drawing(
     model: Model,
     task: Task,
     sampling: Sampling,
@@ -108,6 +108,11 @@ def _check(
     cond: Conditioning | None,
     negative: Conditioning | None,
 ) -> None:
+    """Check that a model can draw what is asked; see `draw`.
+
+    Raises:
+        ValueError: it cannot; the message says what it can.
+    """
     count, spec = len(noise), model.spec
     check_count(count, spec)
     check_steps(sampling.sampler.steps, model.schedule)

@@ -47,6 +47,12 @@ class Noise:
             both[:, 0], torch.zeros_like(both[:, 0]), both[:, 1], torch.linspace(0, 1, count, dtype=torch.float64)
         )
 
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """Return the noise of all pictures of several; all are interpolations, or none is."""
+        there = [field.name for field in fields(cls) if getattr(parts[0], field.name) is not None]
+        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in there})
+
     def __len__(self) -> int:
         """Return the number of pictures."""
         return len(self.ids)

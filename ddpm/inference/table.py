@@ -14,7 +14,7 @@ from ddpm.conditioning import Conditioning
 from ddpm.generate import to_uint8
 from ddpm.guidance import GUIDANCE
 from ddpm.inference.checks import can_inpaint, check_count, class_indices
-from ddpm.inference.draw import draw
+from ddpm.inference.drawing import Drawing
 from ddpm.inference.noise import Noise
 from ddpm.inference.tasks import INPAINTERS, METHODS, TRAINED, Editing, FromNoise, Inpainting, Task
 from ddpm.model import Model
@@ -69,7 +69,27 @@ def draw_table(
     decode: Decode | None = None,
     batch_size: int = 64,
 ) -> Tensor:
-    """Return a picture for each row, uint8 [N, H, W, C].
+    """Return a picture for each row, uint8 [N, H, W, C]; see `table_drawings` for the other arguments.
+
+    Raises:
+        ValueError: a column or parameter is unknown, or the model cannot do what is asked.
+    """
+    parts = table_drawings(model, columns, given, encode=encode, decode=decode)
+    drawn = torch.empty(sum(len(place) for place, _ in parts), *model.spec.shape)
+    for place, drawing in parts:
+        drawn[place] = drawing.draw(model, batch_size=batch_size).images.float().cpu()
+    return to_uint8(drawn)
+
+
+def table_drawings(
+    model: Model,
+    columns: Mapping[str, Sequence[Any]],
+    given: Mapping[str, Any],
+    *,
+    encode: Encode | None = None,
+    decode: Decode | None = None,
+) -> list[tuple[Tensor, Drawing]]:
+    """Return what is to be drawn for a table, each with the numbers of its rows.
 
     Args:
         columns: `label` (name or index of a class); `prompt`; `image` with `mask`, whose white pixels are filled, or
@@ -102,19 +122,19 @@ def draw_table(
     negative = None
     if own["negative_prompt"] is not None:
         negative = _embed(encode, [own["negative_prompt"]] * rows)
-    drawn = torch.empty(rows, *model.spec.shape)
-    for place, task in _tasks(model, columns, own, changed, decode):
-        part = draw(
-            model,
-            noise.map(lambda tensor, place=place: tensor[place]),  # type: ignore[misc]
-            None if cond is None else cond[place],
-            task,
-            sampling=sampling,
-            negative=None if negative is None else negative[place],
-            batch_size=batch_size,
+    return [
+        (
+            place,
+            Drawing(
+                noise.map(lambda tensor, place=place: tensor[place]),  # type: ignore[misc]
+                sampling,
+                None if cond is None else cond[place],
+                task,
+                None if negative is None else negative[place],
+            ),
         )
-        drawn[place] = part.images.float().cpu()
-    return to_uint8(drawn)
+        for place, task in _tasks(model, columns, own, changed, decode)
+    ]
 
 
 def inpainting_method(model: Model, method: str | None, settings: Mapping[str, Any]) -> tuple[str, Inpainter | None]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -71,6 +71,13 @@ class Task(Protocol):
     def part(self, span: slice, device: torch.device) -> Task:
         """Return the task for some of the pictures, on a device."""
 
+    @property
+    def shared(self) -> Hashable:
+        """What all pictures of the task have in common: tasks that are equal in it can be joined."""
+
+    def join(self, others: Sequence[Any]) -> Task:
+        """Return the task of its own pictures and those of others, which are equal to it in `shared`."""
+
     def evaluations(self, sampling: Sampling, schedule: NoiseSchedule) -> int:
         """Return the number of samples that a batch yields."""
 
@@ -86,6 +93,15 @@ class FromNoise:
         """See `Task`."""
 
     def part(self, span: slice, device: torch.device) -> FromNoise:
+        """See `Task`."""
+        return self
+
+    @property
+    def shared(self) -> Hashable:
+        """See `Task`."""
+        return FromNoise.__name__
+
+    def join(self, others: Sequence[Any]) -> FromNoise:
         """See `Task`."""
         return self
 
@@ -129,6 +145,16 @@ class Inpainting:
     def part(self, span: slice, device: torch.device) -> Inpainting:
         """See `Task`."""
         return replace(self, known=self.known[span].to(device), mask=self.mask[span].to(device))
+
+    @property
+    def shared(self) -> Hashable:
+        """See `Task`."""
+        return type(self), self.method
+
+    def join(self, others: Sequence[Any]) -> Inpainting:
+        """See `Task`."""
+        known = torch.cat([self.known, *(other.known for other in others)])
+        return replace(self, known=known, mask=torch.cat([self.mask, *(other.mask for other in others)]))
 
     def evaluations(self, sampling: Sampling, schedule: NoiseSchedule) -> int:
         """See `Task`."""
@@ -181,6 +207,15 @@ class Editing:
         """See `Task`."""
         return replace(self, images=self.images[span].to(device))
 
+    @property
+    def shared(self) -> Hashable:
+        """See `Task`."""
+        return type(self), self.strength
+
+    def join(self, others: Sequence[Any]) -> Self:
+        """See `Task`."""
+        return replace(self, images=torch.cat([self.images, *(other.images for other in others)]))
+
     def evaluations(self, sampling: Sampling, schedule: NoiseSchedule) -> int:
         """See `Task`."""
         return max(1, math.ceil(self.strength * sampling.sampler.steps))
@@ -222,6 +257,18 @@ class Inverting(Editing):
         """See `Task`."""
         part = super().part(span, device)
         return replace(part, source=None if self.source is None else self.source[span].to(device))
+
+    @property
+    def shared(self) -> Hashable:
+        """See `Task`."""
+        return super().shared, None if self.source is None else self.source.present
+
+    def join(self, others: Sequence[Any]) -> Self:
+        """See `Task`."""
+        joined = super().join(others)
+        if self.source is None:
+            return joined
+        return replace(joined, source=Conditioning.join([self.source, *(other.source for other in others)]))
 
     def evaluations(self, sampling: Sampling, schedule: NoiseSchedule) -> int:
         """See `Task`."""

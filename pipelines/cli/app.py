@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from pipelines.cli import data, exchange, flow, guard, models, pictures, runs, search, stack, training
+from pipelines.cli import data, exchange, flow, guard, models, pictures, runs, search, serving, stack, training
 from pipelines.cli.common import terminal
 from pipelines.credentials import clean_arguments
 from pipelines.errors import ConfigError, PipelineError
@@ -24,6 +24,7 @@ for verb in (
     *(models.evaluate, models.register, models.promote, models.verify),
     guard.guard,
     *(pictures.sample, pictures.inpaint, pictures.edit, pictures.likelihood),
+    serving.serve,
     exchange.export,
     flow.flow,
 ):

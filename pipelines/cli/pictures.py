@@ -34,6 +34,11 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise; the pictures 
 Seeds = Annotated[str | None, typer.Option(help="A seed for each row of pictures, comma-separated, instead of --count")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images to draw at a time; the images do not depend on it")]
 Film = Annotated[bool, typer.Option("--film", help="Write film.png and film.webp: x_t and the predicted x_0")]
+Url = Annotated[str | None, typer.Option(help="Ask this server of `ddpm serve`; MODEL is a name or reference there")]
+Token = Annotated[
+    str | None,
+    typer.Option(envvar="DDPM_SERVE_TOKEN", help="Of the server; default: that of the servers of this machine"),
+]
 Config = Annotated[
     list[str] | None, typer.Option("--override", help="KEY=VALUE of the configuration, such as tracking.uri=…")
 ]
@@ -62,6 +67,8 @@ def sample(
     setting: Set = None,
     film: Film = False,
     batch_size: BatchSize = 64,
+    url: Url = None,
+    token: Token = None,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
@@ -81,6 +88,9 @@ def sample(
         sampling=_sampling(sampler, steps, eta, guidance, interval, setting),
         batch_size=batch_size,
     )
+    if url is not None:
+        _ask(url, token, model, request, out, film, as_json)
+        return
     _draw(model, request, labels, out, film, overrides, as_json)
 
 
@@ -115,6 +125,8 @@ def inpaint(
     setting: Set = None,
     film: Film = False,
     batch_size: BatchSize = 64,
+    url: Url = None,
+    token: Token = None,
     overrides: Config = None,
     as_json: Json = False,
 ) -> None:
@@ -136,6 +148,9 @@ def inpaint(
         sampling=_sampling(sampler, steps, None, guidance, interval, setting),
         batch_size=batch_size,
     )
+    if url is not None:
+        _ask(url, token, model, request, out, film, as_json)
+        return
     _draw(model, request, labels, out, film, overrides, as_json)
 
 
@@ -166,6 +181,8 @@ def edit(
     setting: Set = None,
     film: Film = False,
     batch_size: BatchSize = 64,
+    url: Url = None,
+    token: Token = None,
     overrides: Config = None,
     as_json: Json = False,
 ) -> None:
@@ -187,6 +204,9 @@ def edit(
         sampling=_sampling(sampler, steps, None, guidance, interval, setting),
         batch_size=batch_size,
     )
+    if url is not None:
+        _ask(url, token, model, request, out, film, as_json)
+        return
     _draw(model, request, labels, out, film, overrides, as_json)
 
 
@@ -230,7 +250,7 @@ def _draw(
     """Draw what a request asks for, and write it."""
     config = connect_for_model(model, overrides, request.sampling.values())
 
-    from pipelines.inference import open_model, parse_labels, picture, write
+    from pipelines.inference import Source, open_model, parse_labels, picture, write
     from pipelines.inference.files import FRAMES
     from pipelines.storage import Storage
 
@@ -245,8 +265,23 @@ def _draw(
             progress=terminal.counter(request.task, "steps"),
             notice=lambda text: terminal.stage("note", text),
         )
-    written = write(pictures, out, resolved)
+    written = write(pictures, out, Source.of(resolved))
     terminal.stage(request.task, f"{len(written.files)} images and {written.grid}")
+    answer_json(as_json, written.to_plain())
+
+
+def _ask(url: str, token: str | None, model: str, request: Request, out: Path, film: bool, as_json: bool) -> None:
+    """Have a server draw what a request asks for, and write it."""
+    from pipelines.inference import write
+    from pipelines.loopback import is_loopback
+    from pipelines.serving.client import Client
+    from pipelines.serving.token import client_token
+    from pipelines.stack import default_home
+
+    local = client_token(token, default_home()) if is_loopback(url) else token  # the own token is for no other host
+    pictures, source = Client(url, local).draw(request, model=model, film=film)
+    written = write(pictures, out, source)
+    terminal.stage(request.task, f"{len(written.files)} images and {written.grid}, drawn by {source.reference}")
     answer_json(as_json, written.to_plain())
 
 

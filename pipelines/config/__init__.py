@@ -9,6 +9,7 @@ from pipelines.config.schema import (
     EvaluationConfig,
     OptimConfig,
     RegistryConfig,
+    ServingConfig,
     flatten,
 )
 from pipelines.errors import ConfigError
@@ -21,6 +22,7 @@ __all__ = [
     "EvaluationConfig",
     "OptimConfig",
     "RegistryConfig",
+    "ServingConfig",
     "compose",
     "conf_dir",
     "flatten",

@@ -268,6 +268,55 @@ class RegistryConfig(Section):
     )
 
 
+class ServingConfig(Section):
+    """How `ddpm serve` answers: where, with how many replicas of a model, and how much it accepts."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+        "ddpm", description="of the Ray Serve application; a Ray cluster has one of each name"
+    )
+    prefix: Annotated[str, Field(pattern=r"^/([A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*)?$")] = Field(
+        "/", description="path below which it answers, without a slash at its end"
+    )
+    host: str = Field("127.0.0.1", description="interface that it listens on; 0.0.0.0: all of them")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="0: any that is free")
+    token_file: str | None = Field(
+        None, description="file with the bearer token; null: DDPM_SERVE_TOKEN, else one that is made on first use"
+    )
+    replicas: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
+        1, description="processes that hold each model; [min, max]: as many as the requests need"
+    )
+    cpus_per_replica: NonNegativeFloat = 1
+    gpus_per_replica: NonNegativeFloat = Field(0, description="may be a part of one, such as 0.5")
+    batch_size: PositiveInt = Field(64, description="pictures of one network batch, at most")
+    batch_wait_ms: NonNegativeFloat = Field(5, description="how long a request waits for others to be drawn with it")
+    follow_s: PositiveFloat = Field(5, description="how often to look whether an alias has moved")
+    patience_s: PositiveFloat = Field(60, description="how long a request outlives replicas that die under it")
+    max_pictures: PositiveInt = Field(64, description="of a request")
+    max_steps: PositiveInt = Field(2_500, description="network evaluations of a picture")
+    max_prompt: PositiveInt = Field(2_000, description="characters of a text")
+    max_body_mib: PositiveFloat = Field(16, description="of a request")
+    max_answer_mib: PositiveFloat = Field(64, description="of an answer's pixels, before they are compressed")
+    max_megapixels: PositiveFloat = Field(16, description="of a given picture")
+    max_queue: PositiveInt = Field(256, description="requests to a model that wait or are drawn at a time")
+    body_s: PositiveFloat = Field(30, description="time in which the body of a request has to arrive")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ServingConfig:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"replicas must be [min, max] with min <= max, got {list(self.replicas)}")  # type: ignore[arg-type]
+        return self
+
+    @property
+    def min_replicas(self) -> int:
+        """Fewer never run."""
+        return self.replicas if isinstance(self.replicas, int) else self.replicas[0]
+
+    @property
+    def max_replicas(self) -> int:
+        """More are not asked for."""
+        return self.replicas if isinstance(self.replicas, int) else self.replicas[1]
+
+
 _FIRST = frozenset(
     ["task", "init_from", "seed", "batch_size", "images"]
     + [f"data.{name}" for name in ("image_size", "channels", "num_classes", "lanes", "window", "flip")]
@@ -311,6 +360,7 @@ class Config(Section):
     checkpoint: CheckpointConfig
     evaluation: EvaluationConfig
     registry: RegistryConfig
+    serving: ServingConfig = ServingConfig.model_validate({})
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

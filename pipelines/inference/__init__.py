@@ -1,21 +1,37 @@
 """Pictures from a model for one typed request: what the command line, a server and an evaluation have in common."""
 
-from pipelines.inference.files import Written, write, write_samples
-from pipelines.inference.pictures import Pictures, Row, open_model, picture
+from pipelines.inference.files import FRAMES, Source, Written, grid_of, write, write_samples
+from pipelines.inference.pictures import (
+    Pictures,
+    Prepared,
+    Row,
+    as_request_error,
+    count_pictures,
+    open_model,
+    picture,
+    prepare,
+)
 from pipelines.inference.request import Edit, Inpaint, Request, RequestError, Sample, parse_labels, read_request
 
 __all__ = [
+    "FRAMES",
     "Edit",
     "Inpaint",
     "Pictures",
+    "Prepared",
     "Request",
     "RequestError",
     "Row",
     "Sample",
+    "Source",
     "Written",
+    "as_request_error",
+    "count_pictures",
+    "grid_of",
     "open_model",
     "parse_labels",
     "picture",
+    "prepare",
     "read_request",
     "write",
     "write_samples",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,17 +60,52 @@ class Written:
         }
 
 
+@dataclass(frozen=True)
+class Source:
+    """Who drew pictures.
+
+    Attributes:
+        reference: MODEL as it was named.
+        digest: of the weights, under which they are known where they come from.
+        version: address of the registered version; None where there is none.
+        lineage: of the weights.
+        versions: of code, packages and device.
+    """
+
+    reference: str
+    digest: str
+    version: str | None
+    lineage: Mapping[str, Any]
+    versions: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, resolved: Resolved) -> Source:
+        """Return what there is to say of a model that draws in this process."""
+        device = next(resolved.model.network.parameters()).device
+        return cls(
+            resolved.reference,
+            _digest(resolved),
+            None if resolved.version is None else resolved.version.uri,
+            resolved.model.spec.lineage,
+            {
+                **code_lineage(),
+                "torch": torch.__version__,
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            },
+        )
+
+
 def write_samples(resolved: Resolved, out: Path, count: int) -> Path:
     """Write `count` samples of each class of a model, with grid and manifest, and return the path of the grid."""
-    return write(picture(Sample.of(count=count), resolved.model), out, resolved).grid
+    return write(picture(Sample.of(count=count), resolved.model), out, Source.of(resolved)).grid
 
 
-def write(pictures: Pictures, out: Path, resolved: Resolved) -> Written:
+def write(pictures: Pictures, out: Path, source: Source) -> Written:
     """Write pictures into a folder, which is made if it is missing.
 
     Args:
         out: files of the same names in it are replaced; `manifest.json` is written last.
-        resolved: the model that drew them.
+        source: who drew them.
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / MANIFEST).unlink(missing_ok=True)
@@ -77,7 +113,7 @@ def write(pictures: Pictures, out: Path, resolved: Resolved) -> Written:
     for path, image in zip(files, pictures.pixels, strict=True):
         save_png(path, image)
     grid = out / "grid.png"
-    Image.fromarray(_grid(pictures)).save(grid)
+    Image.fromarray(grid_of(pictures)).save(grid)
     inputs = _write_inputs(pictures, out)
     others = [path for paths in inputs.values() for path in paths]
     if pictures.film is not None:
@@ -86,7 +122,7 @@ def write(pictures: Pictures, out: Path, resolved: Resolved) -> Written:
         others.append(out / "interpolation.webp")
         animate(others[-1], _rows_as_frames(pictures))
     manifest = out / MANIFEST
-    manifest.write_text(json.dumps(_manifest(pictures, resolved, files, inputs, out), indent=1) + "\n")
+    manifest.write_text(json.dumps(_manifest(pictures, source, files, inputs, out), indent=1) + "\n")
     return Written(files, grid, manifest, others)
 
 
@@ -113,8 +149,10 @@ def _name(number: int, row: Row) -> str:
     return f"{number:05d}" + (f"-{file_name(named)}" if named else "") + ".png"
 
 
-def _grid(pictures: Pictures) -> NDArray[np.uint8]:
-    """Return all pictures in a grid; with given images, a line for each picture that shows those beside it."""
+def grid_of(pictures: Pictures) -> NDArray[np.uint8]:
+    """Return all pictures in a grid, uint8 [H, W, 3]; with given images,
+    a line for each picture that shows those beside it.
+    """
     if pictures.originals is None:
         pixels = pictures.pixels
         if _interpolates(pictures):  # a line for each column, from one seed to the other
@@ -197,28 +235,18 @@ def _digest(resolved: Resolved) -> str:
 
 
 def _manifest(
-    pictures: Pictures, resolved: Resolved, files: list[Path], inputs: dict[str, list[Path]], out: Path
+    pictures: Pictures, source: Source, files: list[Path], inputs: dict[str, list[Path]], out: Path
 ) -> dict[str, Any]:
     """Return what was drawn, by which model and which code."""
-    model, request = resolved.model, pictures.request.model_dump(mode="json")
+    request = pictures.request.model_dump(mode="json")
     request |= {field: [str(path.relative_to(out)) for path in paths] for field, paths in inputs.items()}
-    device = next(model.network.parameters()).device
     return {
         "manifest_version": MANIFEST_VERSION,
-        "model": {
-            "reference": resolved.reference,
-            "digest": _digest(resolved),
-            "version": None if resolved.version is None else resolved.version.uri,
-            "lineage": model.spec.lineage,
-        },
+        "model": {name: getattr(source, name) for name in ("reference", "digest", "version", "lineage")},
         "request": {"task": pictures.request.task, **request},
         "pictures": [
             {"file": path.name, **{k: v for k, v in asdict(row).items() if v is not None}}
             for path, row in zip(files, pictures.rows, strict=True)
         ],
-        "versions": {
-            **code_lineage(),
-            "torch": torch.__version__,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        },
+        "versions": dict(source.versions),
     }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,8 @@ from ddpm.conditioning import Conditioning
 from ddpm.generate import Sampling, to_uint8
 from ddpm.inference import (
     TRAINED,
+    Drawing,
+    Drawn,
     Editing,
     Film,
     FromNoise,
@@ -24,7 +27,6 @@ from ddpm.inference import (
     can_inpaint,
     check_count,
     class_indices,
-    draw,
     inpainting_method,
 )
 from ddpm.model import Model, ModelSpec
@@ -101,6 +103,28 @@ def open_model(reference: str, request: Request, config: Config, storage: Storag
     return replace(resolved, model=references.guided(resolved.model, settings, uri, storage).to(device))
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A request that was resolved against a model: what is to be drawn, and what the pictures are.
+
+    Attributes:
+        drawing: what is to be drawn, row by row.
+        rows, columns, request, originals, hidden: see `Pictures`.
+    """
+
+    drawing: Drawing
+    rows: tuple[Row, ...]
+    columns: int
+    request: Request
+    originals: NDArray[np.uint8] | None = None
+    hidden: NDArray[np.bool_] | None = None
+
+    def pictures(self, drawn: Drawn) -> Pictures:
+        """Return the pictures, once they are drawn."""
+        pixels = to_uint8(drawn.images).cpu().numpy()
+        return Pictures(pixels, self.rows, self.columns, self.request, self.originals, self.hidden, drawn.film)
+
+
 def picture(
     request: Request,
     model: Model,
@@ -110,27 +134,62 @@ def picture(
     progress: Progress = no_progress,
     notice: Notice = no_notice,
 ) -> Pictures:
-    """Return the pictures that a request asks for.
+    """Return the pictures that a request asks for; see `prepare` for the other arguments.
+
+    Args:
+        progress: called in sampling steps.
+
+    Raises:
+        RequestError: the model cannot do what is asked; the message says what it can.
+    """
+    prepared = prepare(request, model, encode=encode, film=film, notice=notice)
+    with as_request_error():  # a sampler may find out only now that its levels do not fit
+        drawn = prepared.drawing.draw(model, batch_size=request.batch_size, progress=progress)
+    return prepared.pictures(drawn)
+
+
+def prepare(
+    request: Request, model: Model, *, encode: Encode | None = None, film: int = 0, notice: Notice = no_notice
+) -> Prepared:
+    """Return what a model has to draw for a request, and everything that can be known before.
 
     Args:
         model: on the device to use, with the networks that guide it.
         encode: text encoder to use instead of the one that the request or the model names.
         film: number of states to keep of the way to the pictures.
-        progress: called in sampling steps.
         notice: called with what was changed in given images.
 
     Raises:
         RequestError: the model cannot do what is asked; the message says what it can.
     """
+    with as_request_error():
+        prepared = _Resolving(request, model, encode, notice).prepare(film)
+        prepared.drawing.check(model)
+        return prepared
+
+
+def count_pictures(request: Request, model: Model) -> int:
+    """Return how many pictures a request asks for.
+
+    Raises:
+        RequestError: labels, prompts or images do not go together.
+    """
+    with as_request_error():
+        return _Resolving(request, model, None, no_notice).count
+
+
+@contextmanager
+def as_request_error() -> Iterator[None]:
+    """Raise a ValueError, with which `ddpm` says what is wrong with what was asked, as a `RequestError`."""
     try:
-        return _Drawing(request, model, encode, notice).draw(film, progress)
+        yield
     except RequestError:
         raise
     except ValueError as error:
         raise RequestError(str(error)) from error
 
 
-class _Drawing:
+class _Resolving:
     """A request that is being resolved against a model; its errors are ValueErrors."""
 
     def __init__(self, request: Request, model: Model, encode: Encode | None, notice: Notice) -> None:
@@ -143,10 +202,14 @@ class _Drawing:
         self.labels = None if labels is None else class_indices(labels, self.spec.classes)
         self.columns = self._columns()
 
-    def draw(self, film: int, progress: Progress) -> Pictures:
-        """Return the pictures."""
-        total = self.columns * self.request.draws
-        check_count(total, self.spec)
+    @property
+    def count(self) -> int:
+        """The number of pictures."""
+        return self.columns * self.request.draws
+
+    def prepare(self, film: int) -> Prepared:
+        """Return what is to be drawn."""
+        check_count(self.count, self.spec)
         noise, request = self._noise(), self.request
         originals = hidden = None
         task: Task = FromNoise()
@@ -160,19 +223,9 @@ class _Drawing:
             assert originals is not None
             task = self._editing(request, originals)
         prompts = None if request.prompts is None else self._spread(request.prompts)
-        drawn = draw(
-            self.model,
-            noise,
-            self._condition(None if self.labels is None else self._spread(self.labels), prompts),
-            task,
-            sampling=self.sampling,
-            negative=self._negative(total),
-            batch_size=request.batch_size,
-            film=film,
-            progress=progress,
-        )
-        pixels = to_uint8(drawn.images).cpu().numpy()
-        return Pictures(pixels, self._rows(noise), self.columns, self._complete(request), originals, hidden, drawn.film)
+        cond = self._condition(None if self.labels is None else self._spread(self.labels), prompts)
+        drawing = Drawing(noise, self.sampling, cond, task, self._negative(self.count), film)
+        return Prepared(drawing, self._rows(noise), self.columns, self._complete(request), originals, hidden)
 
     def _columns(self) -> int:
         request = self.request

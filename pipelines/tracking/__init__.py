@@ -1,8 +1,9 @@
 """What is recorded of runs and models: the only package that talks to MLflow, apart from the served model itself.
 
 `run` is one MLflow run, `note` its description, `links` the addresses of pages, `model_registry` the versions and
-aliases, `run_log` what rank 0 logs while it trains, sent to every sink through an `outbox` each. A sink is a class in
-one file and one line in `run_log.SINKS`. `webhooks` has MLflow tell of changed aliases.
+aliases, `scoring` the protocol by which servers are asked, `run_log` what rank 0 logs while it trains, sent to every
+sink through an `outbox` each. A sink is a class in one file and one line in `run_log.SINKS`. `webhooks` has MLflow tell
+of changed aliases.
 """
 
 from pipelines.tracking.client import TrackingError, UnreachableError, authenticate, environment, recording
@@ -34,6 +35,7 @@ from pipelines.tracking.note import describe, pictures_at
 from pipelines.tracking.run import Tracker, get_run, open_run, to_json
 from pipelines.tracking.run_list import ENDED, RunRecord, delete_run, list_runs, retire_run
 from pipelines.tracking.run_log import UNSENT, RunLog
+from pipelines.tracking.scoring import Scoring, version_of_mlflow
 from pipelines.tracking.sink import Destination, Sink
 from pipelines.tracking.system_metrics import system_metrics
 from pipelines.tracking.webhooks import Webhook, add_webhook, delete_webhook, is_signed, webhooks
@@ -47,6 +49,7 @@ __all__ = [
     "Pyfunc",
     "RunLog",
     "RunRecord",
+    "Scoring",
     "Sink",
     "Tracker",
     "TrackingError",
@@ -83,6 +86,7 @@ __all__ = [
     "to_json",
     "version",
     "version_description",
+    "version_of_mlflow",
     "versions",
     "webhooks",
 ]

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from ddpm.model import load_model
-from pipelines.inference import Edit, Inpaint, RequestError, Sample, parse_labels, picture, read_request, write
+from pipelines.inference import Edit, Inpaint, RequestError, Sample, Source, parse_labels, picture, read_request, write
 from pipelines.inference.files import file_name
 from pipelines.references import Resolved
 from tests.pipelines.drawing import CLASSES, WORDS, encode, model_folder, save_picture
@@ -155,7 +155,7 @@ def test_a_manifest_draws_its_pictures_again(folders, models, image, tmp_path, k
     name = "painter" if kind == "trained" else "classes"
     resolved = Resolved(str(folders[name]), models[name])
     found = picture(request, models[name])
-    written = write(found, tmp_path / "out", resolved)
+    written = write(found, tmp_path / "out", Source.of(resolved))
     again = picture(read_request(written.manifest), models[name])
     assert np.array_equal(again.pixels, found.pixels)
     assert all(np.array_equal(read(p), image) for p, image in zip(written.files, found.pixels, strict=True))
@@ -170,7 +170,7 @@ def test_a_manifest_draws_its_pictures_again(folders, models, image, tmp_path, k
 
 def test_files_of_any_class_lie_in_the_folder_and_can_be_told_apart(folders, models, tmp_path):
     resolved = Resolved(str(folders["classes"]), models["classes"])
-    written = write(picture(Sample.of(count=1), models["classes"], film=5), tmp_path / "out", resolved)
+    written = write(picture(Sample.of(count=1), models["classes"], film=5), tmp_path / "out", Source.of(resolved))
     everything = [*written.files, written.grid, written.manifest, *written.others]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(path.name for path in everything)
     assert [path.name for path in written.files[:4]] == [

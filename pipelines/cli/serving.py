@@ -1,0 +1,71 @@
+"""`ddpm serve`: models behind HTTP."""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+import sys
+from typing import Annotated
+
+import typer
+
+from pipelines.cli.common import MODEL, SERVICES, Json, answer_json, compose, connect, terminal
+
+Arguments = Annotated[
+    list[str], typer.Argument(help=f"MODEL, or several side by side ({MODEL}); and overrides, KEY=VALUE")
+]
+
+
+def serve(
+    arguments: Arguments,
+    no_token: Annotated[bool, typer.Option("--no-token", help="Answer whoever asks, without a token")] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Take the place of an application of the same name on the Ray cluster")
+    ] = False,
+    page: Annotated[bool, typer.Option("--page", help="Also serve a page to try the models with")] = False,
+    as_json: Json = False,
+) -> None:
+    """Serve models over HTTP until Ctrl-C. Example: ddpm serve models:/digits@champion serving.port=8000"""
+    needed = ["fastapi", "grpc_reflection", "prometheus_client", *(["gradio"] if page else [])]
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise typer.BadParameter(f"{', '.join(missing)} is not installed: pip install 'ddpm-pipelines[serve]'")
+    models = list(dict.fromkeys(argument for argument in arguments if not _is_override(argument)))
+    if not models:
+        raise typer.BadParameter(f"name a model to serve: {MODEL}", param_hint="MODEL")
+    config = compose([argument for argument in arguments if _is_override(argument)])
+    kinds = {model.partition(":/")[0] for model in models}
+    needs = {"ray", *(["s3"] if "runs" in kinds else []), *(["mlflow"] if kinds & {"runs", "models"} else [])}
+    config = connect(config, [service for service in SERVICES if service in needs])
+
+    from pipelines.serving.service import Service
+    from pipelines.serving.token import server_token
+    from pipelines.stack import default_home
+    from pipelines.storage import Storage
+    from pipelines.training.ray_train.resources import connect_ray
+
+    token = None if no_token else server_token(config.serving.token_file, default_home())
+    connect_ray(config, Storage.of(config))
+    service = Service(models, config, lambda text: terminal.stage("serve", text))
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell has its background processes ignore the first one
+        signal.signal(number, signal.default_int_handler)
+    try:
+        service.start(None if token is None else token.digest, replace=replace)
+        terminal.stage("serve", f"{', '.join(models)} at {service.url}/v1/images, described at {service.url}/docs")
+        if token is None:
+            terminal.stage("serve", "there is no token: whoever reaches this address may ask")
+        else:
+            shown = f" {token.text}" if sys.stderr.isatty() else ""  # a log is no place for it
+            terminal.stage("serve", f"token{shown} (of {token.source}); Ctrl-C ends it")
+        answer_json(as_json, {"url": service.url, "models": models, "token": None if token is None else token.source})
+        sys.stdout.flush()
+        service.watch()
+    except KeyboardInterrupt:
+        terminal.stage("serve", "ending: requests that wait are answered first")
+    finally:
+        service.stop()
+    terminal.stage("serve", "ended")
+
+
+def _is_override(argument: str) -> bool:
+    """Return whether an argument is an override: one of a configuration, not a MODEL, has a = before any slash."""
+    return "=" in argument.partition("/")[0]

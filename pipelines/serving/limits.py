@@ -1,0 +1,195 @@
+"""What a server refuses before it draws: each refusal is a status of HTTP and a message that says what is allowed."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from ddpm.inference import Drawing
+from ddpm.model import Model
+from pipelines.config import ServingConfig
+from pipelines.inference import RequestError
+
+MIB = 2**20
+SETTING = 200
+"""Characters of a text that is no prompt: the name of a class or setting, a mask's box."""
+DEPTH = 6
+"""Lists and objects inside of each other."""
+PROMPTS = ("prompts", "negative_prompt")
+PICTURES = ("images", "masks")
+
+
+class Refused(RequestError):  # noqa: N818 - what has happened to the request
+    """A request that is not answered.
+
+    Attributes:
+        status: of HTTP.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+    def __reduce__(self) -> tuple[type[Refused], tuple[int, str]]:
+        """Pickle it with its status, on the way from a replica."""
+        return Refused, (self.status, str(self))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much a server accepts; see `ServingConfig` for the meaning of each."""
+
+    max_pictures: int
+    max_steps: int
+    max_prompt: int
+    max_body: int
+    max_answer: int
+    max_pixels: int
+    max_queue: int
+    body_s: float
+
+    @classmethod
+    def of(cls, config: ServingConfig) -> Limits:
+        """Return the limits of a configuration."""
+        return cls(
+            config.max_pictures,
+            config.max_steps,
+            config.max_prompt,
+            int(config.max_body_mib * MIB),
+            int(config.max_answer_mib * MIB),
+            int(config.max_megapixels * 1e6),
+            config.max_queue,
+            config.body_s,
+        )
+
+    def check_body(self, body: Mapping[str, Any]) -> None:
+        """Check the size of every part of a body, before any of it is used.
+
+        Raises:
+            Refused: a list, a text or a number is too large, or they are nested too deeply.
+        """
+        for name, value in body.items():
+            self._check_names(name)
+            for part in _leaves(value, name):
+                if isinstance(part, str):
+                    self._check_text(name, part)
+                elif isinstance(part, list | dict) and len(part) > self.max_pictures:
+                    raise Refused(422, f"{name} has {len(part):,} entries: at most {self.max_pictures} are allowed")
+        for name in ("count", "frames"):
+            value = body.get(name)
+            if isinstance(value, int) and value > self.max_pictures:
+                raise Refused(422, f"{name} = {value:,}: at most {self.max_pictures} pictures a request are allowed")
+        for name in ("sampling", "method_settings"):
+            self.check_settings(name, body.get(name))
+
+    def check_settings(self, name: str, settings: Any) -> None:
+        """Check the numbers of settings, of which some say how much is computed.
+
+        Raises:
+            Refused: one is larger than any of them may be.
+        """
+        for setting, value in settings.items() if isinstance(settings, dict) else ():
+            if isinstance(value, int | float) and not abs(value) <= self.max_steps:
+                raise Refused(422, f"{name}.{setting} = {value}: at most {self.max_steps:,} is allowed")
+
+    def check_count(self, count: int) -> None:
+        """Check how many pictures a request asks for.
+
+        Raises:
+            Refused: they are too many.
+        """
+        if count > self.max_pictures:
+            raise Refused(
+                422,
+                f"{count:,} pictures: at most {self.max_pictures} a request are allowed; ask for parts, by seeds",
+            )
+
+    def check_drawing(self, drawing: Drawing, model: Model) -> None:
+        """Check how much a request has the network compute, and how much it is answered.
+
+        Raises:
+            Refused: it is too much.
+        """
+        evaluations = drawing.evaluations(model) * inner_steps(drawing.sampling.to_json())
+        if evaluations > self.max_steps:
+            raise Refused(
+                422,
+                f"{evaluations:,} network evaluations for each picture: at most {self.max_steps:,} are allowed; "
+                "use fewer steps",
+            )
+        answered = len(drawing) * math.prod(model.spec.shape) * (1 + 2 * drawing.film)
+        if answered > self.max_answer:
+            raise Refused(
+                422,
+                f"the answer would hold {answered / MIB:,.1f} MiB of pixels: at most {self.max_answer / MIB:,.1f} are "
+                "allowed; ask for fewer pictures" + (", or for no film" if drawing.film else ""),
+            )
+
+    def check_picture(self, name: str, data: bytes, *, size: tuple[int, int] | None = None) -> None:
+        """Check an encoded picture by its header, before its pixels are decoded.
+
+        Args:
+            name: of the picture, for the message.
+            size: (width, height) that it must have; None for any.
+
+        Raises:
+            Refused: it is no PNG, or too large.
+        """
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+                    width, height = image.size
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise Refused(413, f"{name} has too many pixels: at most {self.max_pixels:,} are allowed") from error
+        except (OSError, ValueError, SyntaxError) as error:
+            raise Refused(422, f"{name} is no PNG file ({error}): send one, in base64") from error
+        if width * height > self.max_pixels:
+            raise Refused(
+                413, f"{name} has {width:,} x {height:,} pixels: at most {self.max_pixels:,} in all are allowed"
+            )
+        if size is not None and (width, height) != size:
+            raise Refused(
+                422, f"{name} is {width}x{height} pixels, the model's images are {size[0]}x{size[1]}: resize it"
+            )
+
+    def _check_names(self, name: str) -> None:
+        if len(name) > SETTING:
+            raise Refused(422, f"a field has a name of {len(name):,} characters: at most {SETTING} are allowed")
+
+    def _check_text(self, name: str, text: str) -> None:
+        if name in PICTURES and not (name == "masks" and text.startswith(("box:", "half:"))):
+            return  # the body's size bounds it
+        most = self.max_prompt if name in PROMPTS else SETTING
+        if len(text) > most:
+            raise Refused(422, f"a text of {name} has {len(text):,} characters: at most {most:,} are allowed")
+
+
+def inner_steps(settings: Mapping[str, Any]) -> int:
+    """Return how often a sampler evaluates the network in a step, by its settings that count steps in a step."""
+    inner = [value for name, value in settings.items() if "steps" in name and name != "steps"]
+    return math.prod(1 + value for value in inner if isinstance(value, int))
+
+
+def _leaves(value: Any, name: str, depth: int = 0) -> Iterator[Any]:
+    """Yield a value of JSON and everything in it, names included.
+
+    Raises:
+        Refused: it is nested too deeply.
+    """
+    if depth > DEPTH:
+        raise Refused(422, f"{name} is nested more than {DEPTH} deep")
+    yield value
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield key
+            yield from _leaves(inner, name, depth + 1)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner, name, depth + 1)

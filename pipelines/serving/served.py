@@ -1,0 +1,242 @@
+"""One loaded model that answers requests: each is resolved, drawn in a batch with others, and put into words."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from ddpm.generate import to_uint8
+from ddpm.inference import COLUMNS, Drawing, Drawn, Noise, can_inpaint, parameters, table_drawings
+from ddpm.model import Model
+from ddpm.settings import settings_of
+from pipelines import references, tracking
+from pipelines.checkpoints import ModelError
+from pipelines.config import Config
+from pipelines.evaluation.devices import task_device
+from pipelines.inference import RequestError, Source, as_request_error, count_pictures, prepare
+from pipelines.inference.pictures import Encode
+from pipelines.references import Resolved
+from pipelines.scratch import scratch_folder
+from pipelines.serving.batcher import Batcher
+from pipelines.serving.bodies import decode_base64, model_of, read_body, write_answer
+from pipelines.serving.limits import Limits, Refused
+from pipelines.storage import Storage
+from pipelines.text import TextEncoder
+from pipelines.tracking import Scoring
+
+
+@dataclass(frozen=True, eq=False)
+class Served:
+    """A model that is served; belongs to one event loop.
+
+    Attributes:
+        resolved: the model, with its origin.
+        source: what answers say of it.
+        limits: of a request.
+        batcher: draws.
+        encode: embeds texts; None for a model that was not trained on text.
+        scoring: MLflow's protocol for it.
+    """
+
+    resolved: Resolved
+    source: Source
+    limits: Limits
+    batcher: Batcher
+    encode: Encode | None
+    scoring: Scoring
+
+    @property
+    def model(self) -> Model:
+        """The model."""
+        return self.resolved.model
+
+    async def ask(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the answer to the JSON body of a request; see `pipelines.serving.bodies`.
+
+        Raises:
+            RequestError: the model cannot do what is asked, or may not.
+        """
+        prepared = await asyncio.to_thread(self._prepare, body)
+        with as_request_error():
+            share = await self.batcher(prepared.drawing)
+        batch = {**asdict(share.batch), "first": share.first}
+        return await asyncio.to_thread(lambda: write_answer(prepared.pictures(share.drawn), self.source, batch))
+
+    async def invoke(
+        self, data: bytes, content_type: str, callers: Executor
+    ) -> tuple[tuple[str, int, str], int, list[dict[str, Any]]]:
+        """Return the answer to a request of MLflow's scoring protocol, its number of pictures, and their batches.
+
+        MLflow's code calls the model from a thread, where it waits for the batches.
+
+        Args:
+            callers: of the threads.
+        """
+        loop = asyncio.get_running_loop()
+        asked: list[Future[tuple[Tensor, list[dict[str, Any]]]]] = []
+
+        def predict(columns: dict[str, list[Any]], given: dict[str, Any]) -> NDArray[np.uint8]:
+            asked.append(asyncio.run_coroutine_threadsafe(self.draw_table(columns, given), loop))
+            return to_uint8(asked[0].result()[0]).numpy()
+
+        try:
+            answer = await loop.run_in_executor(callers, self.scoring, data, content_type, predict)
+        finally:
+            for future in asked:
+                future.cancel()
+        if answer[1] != 200:
+            return answer, 0, []
+        images, batches = asked[0].result()
+        return answer, len(images), batches
+
+    async def draw_table(
+        self, columns: Mapping[str, Sequence[Any]], given: Mapping[str, Any]
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Return a picture in [-1, 1] for each row of a table, [N, C, H, W], and the batches that they were drawn in.
+
+        Args:
+            columns, given: see `ddpm.inference.table_drawings`.
+
+        Raises:
+            ValueError: the model cannot do what is asked, or may not.
+        """
+        parts = await asyncio.to_thread(self._table, columns, given)
+        shares = await asyncio.gather(*(self.batcher(drawing) for _, drawing in parts))
+        images = torch.empty(sum(len(place) for place, _ in parts), *self.model.spec.shape)
+        for (place, _), share in zip(parts, shares, strict=True):
+            images[place] = share.drawn.images.float().cpu()
+        return images, [{**asdict(share.batch), "first": share.first} for share in shares]
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the model is and can do, as JSON types."""
+        spec, version = self.model.spec, self.resolved.version
+        tags = {} if version is None else version.tags
+        return {
+            **model_of(self.source),
+            "classes": list(spec.classes),
+            "shape": list(spec.shape),
+            "text": bool(spec.network.text_dim),
+            "inpainting": can_inpaint(spec),
+            "num_steps": self.model.schedule.num_steps,
+            "sampling": spec.sampling.to_json(),
+            "scores": json.loads(tags["scores"]) if "scores" in tags else None,
+            "aliases": [] if version is None else list(version.aliases),
+        }
+
+    def _prepare(self, body: Mapping[str, Any]) -> Any:
+        """Return what is to be drawn for a body."""
+        self.limits.check_body(body)
+        with tempfile.TemporaryDirectory(prefix="request-", dir=scratch_folder()) as folder:
+            try:
+                request, film = read_body(body, Path(folder), self.limits)
+                if request.text_encoder not in (None, self.model.spec.lineage.get("text_encoder")):
+                    raise Refused(422, "text_encoder: a server embeds texts by the encoder of its model; leave it out")
+                self._check_references(request.sampling)
+                self.limits.check_count(count_pictures(request, self.model))
+                prepared = prepare(request, self.model, encode=self.encode, film=film)
+            except Refused:
+                raise
+            except RequestError as error:  # names files that are ours
+                raise RequestError(str(error).replace(f"{folder}/", "")) from error
+            except (TypeError, ArithmeticError, LookupError, AttributeError) as error:
+                # Settings are checked by comparing them, which fails in many ways for values of other types.
+                raise RequestError(
+                    f"sampling, method_settings: a value is of another type than it should be: {error}"
+                ) from error
+        self.limits.check_drawing(prepared.drawing, self.model)
+        return prepared
+
+    def _table(self, columns: Mapping[str, Sequence[Any]], given: Mapping[str, Any]) -> list[tuple[Tensor, Drawing]]:
+        """Return what is to be drawn for a table."""
+        self._check_references(given)
+        self.limits.check_count(len(next(iter(columns.values()), ())))
+        for column in ("label", "prompt"):
+            for text in columns.get(column, ()):
+                self.limits.check_body({"prompts" if column == "prompt" else "labels": str(text)})
+        own = {"seed", "negative_prompt"}
+        self.limits.check_settings("params", {name: value for name, value in given.items() if name not in own})
+        self.limits.check_body({"negative_prompt": given.get("negative_prompt")})
+        parts = table_drawings(self.model, columns, given, encode=self.encode, decode=self._decode)
+        for _, drawing in parts:
+            drawing.check(self.model)
+            self.limits.check_drawing(drawing, self.model)
+        return parts
+
+    def _decode(self, value: Any, channels: int) -> Tensor:
+        """Return the pixels of a picture of a table, uint8 [H, W, C]; it must have the model's size."""
+        data = decode_base64("a picture", value) if isinstance(value, str) else bytes(value)
+        _, height, width = self.model.spec.shape
+        self.limits.check_picture("a picture", data, size=(width, height))
+        with Image.open(io.BytesIO(data)) as image:
+            pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
+        return torch.from_numpy(pixels).reshape(*pixels.shape[:2], channels)
+
+    def _check_references(self, settings: Mapping[str, Any]) -> None:
+        """Check that settings name no network that is not loaded: a request has a server read nothing."""
+        guidance = self.model.spec.sampling.guidance
+        own = {s.name: getattr(guidance, s.name) for s in settings_of(type(guidance)) if s.reference}
+        for name in ("classifier", "weak"):
+            if settings.get(name) not in (None, own.get(name)):
+                raise Refused(422, f"sampling.{name}: a server draws with the networks of its model only; leave it out")
+
+
+def load(reference: str, config: Config, storage: Storage, executor: Executor) -> Served:
+    """Return a model ready to serve: it has drawn a picture.
+
+    Args:
+        reference: MODEL.
+        executor: of one thread, in which it draws.
+
+    Raises:
+        ModelError: the model does not exist, or draws something that is not a number.
+    """
+    device = str(task_device())
+    resolved = references.resolve(reference, tracking_uri=config.tracking.uri, storage=storage, device=device)
+    serving, model = config.serving, resolved.model
+
+    def draw(drawing: Drawing) -> Drawn:
+        return drawing.draw(model, batch_size=serving.batch_size)
+
+    steps = min(2, model.schedule.num_steps)
+    probe = Drawing(Noise.numbered(0, 1), model.spec.sampling.with_fields(steps=steps))
+    if not bool(draw(probe).images.isfinite().all()):
+        raise ModelError(f"{reference} draws something that is not a number: it is not served")
+    batcher = Batcher(draw, executor, serving.batch_size, serving.batch_wait_ms / 1000)
+    channels, height, width = model.spec.shape
+    scoring = Scoring(COLUMNS, np.zeros((1, height, width, channels), np.uint8), parameters())
+    return Served(resolved, Source.of(resolved), Limits.of(serving), batcher, _encoder(resolved), scoring)
+
+
+def model_card(config: Config, resolved: Resolved) -> str | None:
+    """Return the card of a registered version, Markdown; None where there is none."""
+    if resolved.version is None or config.tracking.uri is None:
+        return None
+    return tracking.version_description(config.tracking.uri, resolved.version.name, resolved.version.version) or None
+
+
+def _encoder(resolved: Resolved) -> Encode | None:
+    """Return the text encoder of a model, which embeds one request's texts at a time.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    name = resolved.model.spec.lineage.get("text_encoder")
+    if not resolved.model.spec.network.text_dim or name is None:
+        return None
+    try:
+        return TextEncoder(name)
+    except ValueError as error:
+        raise ModelError(f"{resolved.reference}: {error}") from error

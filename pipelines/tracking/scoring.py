@@ -1,0 +1,69 @@
+"""MLflow's scoring protocol (`/invocations`) for a function of ours, parsed, checked and answered by MLflow's code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.tracking.client import import_mlflow
+from pipelines.tracking.signature import table_signature
+
+Predict = Callable[[dict[str, list[Any]], dict[str, Any]], NDArray[Any]]
+"""(columns of the table, parameters that were given) -> predictions; a ValueError says what is wrong with them."""
+
+
+class Scoring:
+    """Answers as `mlflow models serve` does for a pyfunc of this signature; see `table_signature` for its arguments."""
+
+    def __init__(self, columns: Mapping[str, str], output: NDArray[Any], params: Mapping[str, tuple[str, Any]]) -> None:
+        import_mlflow()
+        from mlflow.models import Model
+
+        self._model = Model(signature=table_signature(columns, output, params))
+        self._model.add_flavor("python_function", loader_module="pipelines.served_model")
+
+    def __call__(self, data: bytes, content_type: str, predict: Predict) -> tuple[str, int, str]:
+        """Return the answer to a request: its text, status of HTTP and type.
+
+        Args:
+            data: the body.
+            content_type: the header of that name.
+            predict: called in this thread.
+        """
+        from mlflow.exceptions import MlflowException
+        from mlflow.pyfunc import PyFuncModel
+        from mlflow.pyfunc.scoring_server import invocations
+
+        pyfunc = PyFuncModel(self._model, _Predicting(predict))
+        try:
+            answer = invocations(data, content_type, pyfunc, self._model.get_input_schema())
+        except MlflowException as error:
+            return error.serialize_as_json(), error.get_http_status_code(), "application/json"
+        return answer.response, answer.status, answer.mimetype
+
+
+class _Predicting:
+    """What MLflow calls once it has read a table."""
+
+    def __init__(self, predict: Predict) -> None:
+        self._predict = predict
+
+    def predict(self, table: Any, params: dict[str, Any] | None = None) -> NDArray[Any]:
+        """Return predictions; a mistake in the request becomes MLflow's error for that."""
+        from mlflow.exceptions import MlflowException
+
+        given = {name: value for name, value in (params or {}).items() if value is not None and np.size(value)}
+        given = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in given.items()}
+        columns = {str(name): values.tolist() for name, values in table.items() if not values.isna().all()}
+        try:
+            return self._predict(columns, given)
+        except ValueError as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from error
+
+
+def version_of_mlflow() -> str:
+    """Return the release of MLflow, which its protocol's `/version` answers."""
+    return str(import_mlflow().__version__)

@@ -1,0 +1,196 @@
+"""A server of a tiny model without Ray: what it answers, and what it refuses and why."""
+
+from __future__ import annotations
+
+import base64
+import io
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from ddpm.inference import Drawing, Noise, draw_table
+from pipelines.config import compose
+from pipelines.inference import Edit, Inpaint, RequestError, Sample, Source, picture
+from pipelines.serving.bodies import read_answer, write_body
+from pipelines.serving.http import make_app
+from pipelines.serving.limits import Limits, Refused
+from pipelines.serving.metrics import Metrics
+from pipelines.serving.served import load
+from pipelines.serving.token import Token
+from pipelines.storage import Storage
+from tests.pipelines.drawing import model_folder, save_picture
+from tests.pipelines.serving.bad_requests import BAD, JSON, LIMITS, Bad
+
+TOKEN = Token("a token of some length", "a test")
+NAMES = tuple(str(i) for i in range(10))
+
+
+class Alone:
+    """Answers by one model in this process."""
+
+    def __init__(self, served) -> None:
+        self.served, self.callers = served, ThreadPoolExecutor(8)
+        self.failing = False
+
+    async def ask(self, body):
+        if self.failing:
+            raise MemoryError("the secret of the house")
+        if body.get("model") is not None:
+            raise Refused(404, f"there is no model {body['model']!r}; served are: one")
+        return await self.served.ask(body)
+
+    async def invoke(self, data, content_type, model):
+        return (await self.served.invoke(data, content_type, self.callers))[0]
+
+    async def models(self):
+        return [self.served.describe()]
+
+    async def version(self):
+        return "3"
+
+
+@pytest.fixture(scope="module")
+def backend(tmp_path_factory):
+    folder = model_folder(tmp_path_factory.mktemp("models") / "ten", classes=NAMES)
+    config = compose([f"serving.{name}={value}" for name, value in LIMITS.items()])
+    with ThreadPoolExecutor(1) as executor:
+        yield Alone(load(str(folder), config, Storage(), executor))
+
+
+@pytest.fixture(scope="module")
+def client(backend):
+    metrics = Metrics(lambda: {"one": 0})
+    app = make_app(backend, backend.served.limits, TOKEN.digest, metrics)
+    with TestClient(app, headers={"authorization": f"Bearer {TOKEN.text}"}, raise_server_exceptions=False) as client:
+        yield client
+
+
+def asked(client, body):
+    answer = client.post("/v1/images", json=body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def near(one, other):
+    return one.shape == other.shape and np.abs(one.astype(int) - other.astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_answered_is_refused_with_the_reason(client, name):
+    bad: Bad = BAD[name]
+    headers = bad.headers if bad.token else {"authorization": "", **bad.headers}
+    answer = client.request(bad.method, bad.path, content=bad.data, headers=headers)
+    assert answer.status_code == bad.status, answer.text
+    assert set(answer.json()) >= {"error_code", "message"}
+    assert bad.reason in answer.json()["message"]
+    assert len(answer.text) < 5_000
+    assert "Traceback" not in answer.text
+    assert "/tmp" not in answer.text
+
+
+@pytest.mark.parametrize("film", [False, True])
+@pytest.mark.parametrize("task", ["sample", "interpolate", "inpaint", "edit"])
+def test_an_answer_is_what_the_same_request_draws_here(client, backend, tmp_path, task, film):
+    image = save_picture(tmp_path / "image.png", 10, 12)
+    request = {
+        "sample": Sample.of(labels=["3", 7], seeds=[5, 9], sampling={"steps": 3}),
+        "interpolate": Sample.of(labels=["3"], interpolate=(1, 2), frames=3),
+        "inpaint": Inpaint.of(images=[image], masks=["half:left"], method_settings={"steps": 3}, count=2),
+        "edit": Edit.of(images=[image], strength=0.6, labels=["3", "8"]),
+    }[task]
+    wanted = picture(request, backend.served.model, film=48 if film else 0)
+    answer = asked(client, write_body(request, film))
+    found, source = read_answer(answer)
+    assert near(found.pixels, wanted.pixels)
+    assert found.rows == wanted.rows
+    assert found.columns == wanted.columns
+    assert source == Source.of(backend.served.resolved)
+    for ours, theirs in ((found.originals, wanted.originals), (found.hidden, wanted.hidden)):
+        assert (ours is None and theirs is None) or np.array_equal(ours, theirs)
+    assert found.request.model_dump(exclude={"images", "masks"}) == wanted.request.model_dump(
+        exclude={"images", "masks"}
+    )
+    assert (answer["film"] is not None) == film
+    if film:
+        assert found.film.t == wanted.film.t
+        assert near(found.film.x0.numpy(), wanted.film.x0.numpy())
+    again = asked(client, answer["request"])
+    assert again["images"] == answer["images"]
+
+
+def test_a_png_is_the_one_picture_or_the_grid(client):
+    one = client.post("/v1/images", json={"labels": ["3"], "format": "png"})
+    assert one.headers["content-type"] == "image/png"
+    assert Image.open(io.BytesIO(one.content)).size == (8, 8)
+    assert one.headers["x-digest"]
+    same = asked(client, {"labels": ["3"]})
+    assert base64.b64decode(same["images"][0]) == one.content
+    assert same["grid"] is None
+    grid = client.post("/v1/images", json={"format": "png"})
+    assert Image.open(io.BytesIO(grid.content)).width > 80
+
+
+def test_a_table_is_answered_as_mlflow_answers_it(client, backend):
+    rows = {"label": ["3", "8", "3"], "seed": [1, 1, 2]}
+    split = {"columns": list(rows), "data": [list(row) for row in zip(*rows.values(), strict=True)]}
+    records = [dict(zip(rows, row, strict=True)) for row in split["data"]]
+    params = {"steps": 3, "scale": 2.5}
+    wanted = draw_table(backend.served.model, rows, params).numpy()
+    for body in ({"dataframe_split": split}, {"dataframe_records": records}, {"inputs": rows}):
+        answer = client.post("/invocations", json={**body, "params": params})
+        assert answer.status_code == 200, answer.text
+        assert list(answer.json()) == ["predictions"]
+        assert near(np.array(answer.json()["predictions"], np.uint8), wanted)
+
+
+def test_it_says_that_it_is_there_what_it_serves_and_what_it_counts(client):
+    for path in ("/ping", "/health", "/version", "/docs", "/openapi.json"):
+        assert client.get(path, headers={"authorization": ""}).status_code == 200
+    tasks = client.get("/openapi.json").json()["paths"]["/v1/images"]["post"]["requestBody"]
+    kinds = tasks["content"]["application/json"]["schema"]["oneOf"]
+    assert [kind["properties"]["task"]["const"] for kind in kinds] == ["sample", "inpaint", "edit"]
+    (model,) = client.get("/v1/models").json()["models"]
+    assert model["classes"] == list(NAMES)
+    assert (model["shape"], model["text"], model["inpainting"]) == ([1, 8, 8], False, False)
+    assert model["sampling"]["steps"] == 4
+    asked(client, {"labels": ["1"]})
+    client.post("/v1/images", json={"labels": ["none"]})
+    counted = client.get("/metrics").text
+    assert 'ddpm_serve_requests_total{path="/v1/images",status="200"}' in counted
+    assert 'ddpm_serve_requests_total{path="/v1/images",status="422"}' in counted
+    assert 'ddpm_serve_queue{model="one"} 0.0' in counted
+
+
+def test_a_failure_inside_is_said_without_its_details(client, backend, caplog):
+    backend.failing = True
+    try:
+        answer = client.post("/v1/images", json={})
+    finally:
+        backend.failing = False
+    assert answer.status_code == 500
+    assert "secret" not in answer.text
+    assert "the secret of the house" in caplog.text
+    asked(client, {"labels": ["1"]})
+
+
+def test_without_a_token_everybody_may_ask(backend):
+    app = make_app(backend, backend.served.limits, None, Metrics(dict))
+    with TestClient(app) as client:
+        assert client.get("/v1/models").status_code == 200
+        assert client.post("/v1/images", content=b"[]", headers=JSON).status_code == 400  # it was read
+
+
+def test_an_answer_of_another_kind_is_no_answer():
+    with pytest.raises(RequestError, match="no answer of `ddpm serve`"):
+        read_answer({"images": []})
+
+
+def test_a_large_film_is_refused_before_it_is_drawn(backend):
+    limits = Limits.of(compose(["serving.max_answer_mib=0.01"]).serving)
+    with pytest.raises(Refused, match=r"0.0 MiB of pixels: at most 0.0 are allowed; .*, or for no film"):
+        limits.check_drawing(
+            Drawing(Noise.numbered(0, 2), backend.served.model.spec.sampling, film=48), backend.served.model
+        )
