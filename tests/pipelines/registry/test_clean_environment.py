@@ -26,9 +26,10 @@ for folder in sys.argv[1:]:
     model = mlflow.pyfunc.load_model(folder)
     numpy.save(folder + ".npy", model.predict(pandas.DataFrame({"label": ["a", "b", "b"], "seed": [1, 2, 3]})))
 """
+CLASSIFIER = NoisyClassifier(UNET, 2).eval()
 KINDS = {
     "classifier_free": ({}, {}),
-    "classifier": ({"classifier": NoisyClassifier(UNET, 2).eval()}, {"guidance": "classifier", "classifier": "runs:/a"}),
+    "classifier": ({"classifier": CLASSIFIER}, {"guidance": "classifier", "classifier": "runs:/a"}),
     "auto": ({"weak": a_model(1)}, {"guidance": "auto", "weak": "runs:/b"}),
 }
 """Kind of guidance -> networks of the model, and the fields of its settings."""
