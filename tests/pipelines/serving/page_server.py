@@ -32,7 +32,7 @@ def page_of(folder: Path, token_digest: str | None = None) -> Iterator[str]:
             loaded.append(load(str(folder), config, storage, drawing))
         return await loaded[0].ask(body)
 
-    told = {**load(str(folder), config, storage, drawing).describe(), "id": str(folder), "card": "# What it is"}
+    told = {**load(str(folder), config, storage, drawing).describe(), "id": "digits@champion", "card": "# What it is"}
     server = uvicorn.Server(
         uvicorn.Config(make_page([Shown.of(told, limits)], ask, token_digest), port=0, log_level="warning")
     )
