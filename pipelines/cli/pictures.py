@@ -230,7 +230,7 @@ def _draw(
     """Draw what a request asks for, and write it."""
     config = connect_for_model(model, overrides, request.sampling.values())
 
-    from pipelines.inference import open_model, parse_labels, picture, write
+    from pipelines.inference import encoder_of, open_model, parse_labels, picture, write
     from pipelines.inference.files import FRAMES
     from pipelines.storage import Storage
 
@@ -241,6 +241,7 @@ def _draw(
         pictures = picture(
             request,
             resolved.model,
+            encode=encoder_of(resolved, request),
             film=FRAMES if film else 0,
             progress=terminal.counter(request.task, "steps"),
             notice=lambda text: terminal.stage("note", text),

@@ -1,7 +1,7 @@
 """Pictures from a model for one typed request: what the command line, a server and an evaluation have in common."""
 
 from pipelines.inference.files import Written, write, write_samples
-from pipelines.inference.pictures import Pictures, Row, open_model, picture
+from pipelines.inference.pictures import Pictures, Row, encoder_of, open_model, picture
 from pipelines.inference.request import Edit, Inpaint, Request, RequestError, Sample, parse_labels, read_request
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Row",
     "Sample",
     "Written",
+    "encoder_of",
     "open_model",
     "parse_labels",
     "picture",
