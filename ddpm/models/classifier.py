@@ -115,8 +115,9 @@ def match_losses(scores: Tensor, own: Tensor, texts: Tensor) -> Tensor:
         own: embeddings of the images' own texts [B, D].
         texts: those of the whole batch [M, D], with the own ones among them.
     """
-    own, texts = (F.normalize(each.to(scores.dtype), dim=1) for each in (own, texts))
-    return shared_cross_entropy(scores @ texts.T, same_text(own, texts))
+    with torch.autocast(scores.device.type, enabled=False):  # half precision is too coarse for cosines
+        own, texts = (F.normalize(each.to(scores.dtype), dim=1) for each in (own, texts))
+        return shared_cross_entropy(scores @ texts.T, same_text(own, texts))
 
 
 def same_text(one: Tensor, other: Tensor) -> Tensor:

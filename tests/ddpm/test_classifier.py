@@ -79,6 +79,21 @@ def test_equal_texts_share_the_contrastive_probability():
     torch.testing.assert_close(loss, torch.zeros(8), rtol=0, atol=1e-5)
 
 
+def test_texts_are_told_apart_in_mixed_precision_as_in_float32():
+    """Cosines of texts that are alike differ by less than bfloat16 can say."""
+    generator = torch.Generator().manual_seed(3)
+    texts = F.normalize(
+        torch.randn(1, 384, generator=generator) + 0.1 * torch.randn(6, 384, generator=generator), dim=1
+    )
+    x_0, t, eps, _ = batch(torch.arange(24))
+    classifier = make(384, text=True)
+    whole = text_loss(classifier, SCHEDULE, x_0, t, eps, texts.repeat(4, 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = text_loss(classifier, SCHEDULE, x_0, t, eps, texts.repeat(4, 1))
+    assert mixed.isfinite().all()
+    torch.testing.assert_close(mixed, whole, rtol=0.05, atol=0.05)
+
+
 def test_weights_of_an_earlier_release_have_a_scalar_for_a_temperature():
     stored = make(3).state_dict()
     stored["log_temperature"] = torch.tensor(-1.5)
