@@ -71,9 +71,12 @@ class DiffusionModel(mlflow.pyfunc.PythonModel):
         name = str(own) if own.is_dir() else lineage.get("text_encoder")
         if name is None:
             raise ValueError("the model does not say which text encoder embedded its training data")
-        from sentence_transformers import SentenceTransformer
+        try:
+            from sentence_transformers import SentenceTransformer
 
-        encoder = SentenceTransformer(name, device="cpu")
+            encoder = SentenceTransformer(name, device="cpu")
+        except (ImportError, OSError) as error:
+            raise ValueError(f"prompts cannot be embedded here by {name}: {error}") from error
         digest = lineage.get("text_encoder_digest")
         if digest is not None and tensors_digest(dict(encoder.named_parameters())) != digest:
             raise ValueError(f"the text encoder {name} is another one than the one that embedded the training data")
