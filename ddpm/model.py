@@ -5,6 +5,7 @@ Networks that guide a model may lie in folders below its own, each a model folde
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -27,6 +28,8 @@ from ddpm.schedule import NoiseSchedule, make_schedule
 FORMAT_VERSION = 1
 CLASSIFIER = "classifier"
 WEAK = "weak"
+TEXT_ENCODER = "text_encoder"
+"""Folder, below a model's own, of the text encoder that embedded its training data, where the model carries it."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class ModelSpec:
         classes: class names; empty for an unconditional model.
         sampling: default settings for sampling.
         lineage: origin of the weights: run, images seen, dataset digest, ...
-        task: "denoiser", or "classifier" for a `NoisyClassifier` of `classes` with the shape `network` (of a UNet).
+        task: "denoiser", or "classifier" for a `NoisyClassifier` with the shape `network` (of a UNet): of `classes`, or
+            of texts where the network's `text_dim` is not 0.
     """
 
     network: NetworkConfig
@@ -98,7 +102,7 @@ class Model:
     Attributes:
         spec: description of the model.
         network: the denoising network.
-        classifier: classifier for classifier guidance, with the same classes and schedule.
+        classifier: classifier for classifier guidance, of the same classes or texts, with the same schedule.
         weak: weaker model for autoguidance, with the same schedule.
     """
 
@@ -121,7 +125,7 @@ class Model:
     def guides(self) -> Guides:
         """The networks for guidance, as `ddpm.generate` takes them."""
         return Guides(
-            None if self.classifier is None else self.classifier.class_log_prob,
+            None if self.classifier is None else self.classifier.log_prob,
             None if self.weak is None else self.weak.denoiser,
         )
 
@@ -138,6 +142,7 @@ class Model:
         self,
         labels: Tensor | None,
         *,
+        text: Conditioning | None = None,
         seed: int = 0,
         sampling: Sampling | None = None,
         image_ids: Tensor | None = None,
@@ -145,6 +150,10 @@ class Model:
         batch_size: int = 64,
     ) -> Tensor:
         """Return generated images in [-1, 1], [N, C, H, W]; see `ddpm.generate.generate`.
+
+        Args:
+            labels: classes, int64 [N]; None for none.
+            text: embeddings of N texts, for a model on text.
 
         Raises:
             ValueError: a label is outside the model's classes, or labels are given to an unconditional model; or the
@@ -155,11 +164,12 @@ class Model:
                 raise ValueError("this model has no classes: sample it without labels")
             if bool((labels < 0).any()) or bool((labels >= len(self.spec.classes)).any()):
                 raise ValueError(f"labels must be in 0..{len(self.spec.classes) - 1}, got {labels.unique().tolist()}")
+        cond = text if labels is None else replace(text or Conditioning(), label=labels)
         return generate(
             self.denoiser,
             self.schedule,
             sampling or self.spec.sampling,
-            cond=None if labels is None else Conditioning(label=labels),
+            cond=cond,
             shape=self.spec.shape,
             seed=seed,
             image_ids=image_ids,
@@ -182,7 +192,9 @@ def save_model(folder: Path, spec: ModelSpec, weights: Mapping[str, Tensor]) -> 
 def save_guides(folder: Path, model: Model) -> None:
     """Write the networks that guide a model, if it has any, as model folders below its own: `classifier`, `weak`."""
     if model.classifier is not None:
-        alone = replace(model.spec, network=model.classifier.config, task="classifier", sampling=Sampling(), lineage={})
+        own = model.classifier
+        shape = replace(own.config, text_dim=own.outputs) if own.text else own.config
+        alone = replace(model.spec, network=shape, task="classifier", sampling=Sampling(), lineage={})
         save_model(folder / CLASSIFIER, alone, model.classifier.state_dict())
     if model.weak is not None:
         save_model(folder / WEAK, model.weak.spec, model.weak.network.state_dict())
@@ -206,7 +218,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> Model:
 
 
 def load_classifier(folder: Path, device: torch.device | str = "cpu") -> tuple[ModelSpec, NoisyClassifier]:
-    """Return the classifier of noisy images of a model folder; its `class_log_prob` guides a denoiser.
+    """Return the classifier of noisy images of a model folder; its `log_prob` guides a denoiser.
 
     Raises:
         ValueError: the folder is not a model folder, its version or task differs, or the weights do not fit.
@@ -216,9 +228,21 @@ def load_classifier(folder: Path, device: torch.device | str = "cpu") -> tuple[M
         raise ValueError(f"{folder} holds a {spec.task}: train a classifier with task=classifier")
     if not isinstance(spec.network, UNetConfig):
         raise ValueError(f"{folder} holds a classifier on another network than a UNet")
-    classifier = NoisyClassifier(spec.network, len(spec.classes))
+    classifier = make_classifier(spec.network, len(spec.classes))
     _load(classifier, read_weights(folder / "model.safetensors"))
     return spec, classifier.eval().requires_grad_(False).to(device)
+
+
+def make_classifier(network: UNetConfig, classes: int) -> NoisyClassifier:
+    """Return a new classifier of noisy images: of texts where the network's `text_dim` is their width, else of classes.
+
+    Args:
+        network: a UNet's shape, of which it is the way down.
+        classes: their number.
+    """
+    classifier = NoisyClassifier(network, network.text_dim or classes, text=network.text_dim > 0)
+    classifier.log_temperature.requires_grad_(network.text_dim > 0)
+    return classifier
 
 
 def read_spec(folder: Path) -> ModelSpec:
@@ -245,6 +269,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path.parent} holds no weights: {path.name} is missing") from error
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}): copy or save it again") from error
+
+
+def tensors_digest(tensors: Mapping[str, Tensor], *first: str) -> str:
+    """Return the SHA-256 over tensors by name and value, and over some text before them."""
+    found = hashlib.sha256("".join(first).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def build_network(

@@ -90,6 +90,8 @@ def run(config: Config, lineage: dict[str, Any], display: Display) -> FlowResult
     if ingest_stage(config, storage, display) is None:
         skipped.append("ingest")
     check_evaluator(config, read_dataset(config.data.uri, storage))  # before hours of training
+    if config.model.text_dim:
+        registry.bundled_encoder(driver.encoder_lineage(config, storage)["text_encoder"])
     result = train_stage(config, storage, lineage, display)
     if result.status == "complete":
         skipped.append("train")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ddpm.generate import Sampling
-from ddpm.model import Model, ModelSpec, load_classifier, load_model, read_spec, save_model
+from ddpm.model import TEXT_ENCODER, Model, ModelSpec, load_classifier, load_model, read_spec, save_model
 from ddpm.models.classifier import NoisyClassifier
 from ddpm.settings import settings_of
 from pipelines import tracking
@@ -42,10 +43,17 @@ def model_spec(
         prediction=config.objective.prediction,
         image_size=dataset.image_size,
         task=config.task,
-        classes=dataset.classes if config.model.class_conditional or config.task == "classifier" else (),
+        classes=dataset.classes if _has_classes(config) else (),
         sampling=sampling(config),
         lineage={"run": config.name, **data, **lineage},
     )
+
+
+def _has_classes(config: Config) -> bool:
+    """Return whether the model of a run knows classes; a classifier learns either these or captions."""
+    if config.task == "classifier":
+        return config.model.text_dim == 0
+    return bool(config.model.class_conditional)
 
 
 def guided(model: Model, settings: Sampling, tracking_uri: str | None, storage: Storage) -> Model:
@@ -69,15 +77,18 @@ def classifier_for(model: Model, reference: str, tracking_uri: str | None, stora
     """Return the classifier of noisy images that a MODEL reference names, for classifier guidance of a model.
 
     Raises:
-        ModelError: the classifier does not exist, or its classes, image shape or noise schedule differ from the
-            model's.
+        ModelError: the classifier does not exist, or its classes or texts, image shape or noise schedule differ from
+            the model's.
     """
     with _fetched(reference, tracking_uri, storage) as found:
         try:
             spec, classifier = load_classifier(found.folder)
         except ValueError as error:
             raise ModelError(f"guidance.classifier = {reference}: {error}") from error
-    _same("guidance.classifier", reference, spec, model.spec)
+    if classifier.text:
+        _same("guidance.classifier", reference, _of_texts(spec), _of_texts(model.spec))
+    else:
+        _same("guidance.classifier", reference, _of_classes(spec), _of_classes(model.spec))
     return classifier
 
 
@@ -88,7 +99,7 @@ def weaker_for(model: Model, reference: str, tracking_uri: str | None, storage: 
         ModelError: the weaker model does not exist, or its classes, image shape or noise schedule differ.
     """
     weak = resolve(reference, tracking_uri=tracking_uri, storage=storage).model
-    _same("guidance.weak", reference, weak.spec, model.spec)
+    _same("guidance.weak", reference, _of_classes(weak.spec), _of_classes(model.spec))
     return weak
 
 
@@ -96,9 +107,26 @@ _GUIDES: dict[str, Callable[..., Any]] = {"classifier": classifier_for, "weak": 
 """Guidance setting that names a network -> function that loads it."""
 
 
-def _same(field: str, reference: str, there: ModelSpec, here: ModelSpec) -> None:
-    pairs = {name: (getattr(there, name), getattr(here, name)) for name in ("schedule", "classes", "shape")}
-    differing = [f"{name}: {a} there, {b} in the model" for name, (a, b) in pairs.items() if a != b]
+def _of_classes(spec: ModelSpec) -> dict[str, Any]:
+    """Return what a network that guides a model by its classes, or as a weaker one, shares with it."""
+    return {name: getattr(spec, name) for name in ("schedule", "classes", "shape")}
+
+
+def _of_texts(spec: ModelSpec) -> dict[str, Any]:
+    """Return what a network that guides a model by texts shares with it; the encoder as far as both know it."""
+    return {
+        "schedule": spec.schedule,
+        "shape": spec.shape,
+        "text_dim": spec.network.text_dim,
+        "text_encoder_digest": spec.lineage.get("text_encoder_digest"),
+    }
+
+
+def _same(field: str, reference: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    pairs = {name: (there, ours[name]) for name, there in theirs.items()}
+    differing = [
+        f"{name}: {a} there, {b} in the model" for name, (a, b) in pairs.items() if a != b and None not in (a, b)
+    ]
     if differing:
         raise ModelError(
             f"{field} = {reference} does not go with the model:\n  " + "\n  ".join(differing) + "\n"
@@ -142,6 +170,8 @@ class Resolved:
         tracker: tracker of its MLflow run, or None.
         version: its registered model version, or None.
         published: its published checkpoint, or None.
+        text_encoder: hub name or folder of the encoder that embedded its training data; a version's own, where it
+            carries one. None where the model says nothing of it.
     """
 
     reference: str
@@ -149,6 +179,7 @@ class Resolved:
     tracker: Tracker | None = None
     version: ModelVersion | None = None
     published: Published | None = None
+    text_encoder: str | None = None
 
 
 def resolve(reference: str, *, tracking_uri: str | None, storage: Storage, device: str = "cpu") -> Resolved:
@@ -167,8 +198,19 @@ def resolve(reference: str, *, tracking_uri: str | None, storage: Storage, devic
             model = load_model(found.folder, device)
         except ValueError as error:
             raise ModelError(f"{reference}: {error}") from error
+        encoder = _kept_encoder(found) or model.spec.lineage.get("text_encoder")
     model = guided(model, model.spec.sampling, tracking_uri, storage).to(device)
-    return Resolved(reference, model, found.tracker, found.version, found.published)
+    return Resolved(reference, model, found.tracker, found.version, found.published, encoder)
+
+
+def _kept_encoder(found: _Fetched) -> str | None:
+    """Return the folder of the text encoder that a model carries, which stays until this process ends."""
+    own = found.folder / TEXT_ENCODER
+    if not own.is_dir():
+        return None
+    if found.version is None:  # a folder that the user has named
+        return str(own.resolve())
+    return shutil.move(own, tempfile.mkdtemp(prefix="encoder-", dir=scratch_folder()))
 
 
 def find_registered(reference: str, tracking_uri: str | None) -> ModelVersion:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ddpm.conditioning import Conditioning
 from ddpm.inference import draw_table
-from ddpm.model import load_model
+from ddpm.model import TEXT_ENCODER, load_model, tensors_digest
 
 
 class DiffusionModel(mlflow.pyfunc.PythonModel):
@@ -27,7 +27,8 @@ class DiffusionModel(mlflow.pyfunc.PythonModel):
     def load_context(self, context: Any) -> None:
         """Read the model folder; on a GPU where there is one."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = load_model(Path(context.artifacts["model"]), device)
+        self.folder = Path(context.artifacts["model"])
+        self.model = load_model(self.folder, device)
         self.encoder: Any = None
 
     def predict(self, context: Any, model_input: pandas.DataFrame, params: dict[str, Any] | None = None) -> Any:
@@ -58,16 +59,28 @@ class DiffusionModel(mlflow.pyfunc.PythonModel):
 
     def _encode(self, texts: Sequence[str]) -> Conditioning:
         """Return the embeddings of texts by the encoder that embedded the model's training data."""
-        name = self.model.spec.lineage.get("text_encoder")
-        if name is None:
-            raise ValueError("the model does not say which text encoder embedded its training data")
         if self.encoder is None:
-            from sentence_transformers import SentenceTransformer
-
-            self.encoder = SentenceTransformer(name, device="cpu")
+            self.encoder = self._load_encoder()
         encoded = self.encoder.encode(list(texts), output_value=None, show_progress_bar=False)
         tokens = [e["token_embeddings"][e["attention_mask"].bool()].float().cpu() for e in encoded]
         return Conditioning.of_text(tokens, torch.stack([e["sentence_embedding"].float().cpu() for e in encoded]))
+
+    def _load_encoder(self) -> Any:
+        """Load the text encoder that the model carries, or else the one that it names."""
+        own, lineage = self.folder / TEXT_ENCODER, self.model.spec.lineage
+        name = str(own) if own.is_dir() else lineage.get("text_encoder")
+        if name is None:
+            raise ValueError("the model does not say which text encoder embedded its training data")
+        try:
+            from sentence_transformers import SentenceTransformer
+
+            encoder = SentenceTransformer(name, device="cpu")
+        except (ImportError, OSError) as error:
+            raise ValueError(f"prompts cannot be embedded here by {name}: {error}") from error
+        digest = lineage.get("text_encoder_digest")
+        if digest is not None and tensors_digest(dict(encoder.named_parameters())) != digest:
+            raise ValueError(f"the text encoder {name} is another one than the one that embedded the training data")
+        return encoder
 
 
 def _decode(value: Any, channels: int) -> Tensor:

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddpm.conditioning import Conditioning
+from ddpm.model import tensors_digest
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def local_encoder(name: str) -> Path | None:
+    """Return the folder of a text encoder that is on this machine; None where there is none of this name."""
+    folder = Path(name).expanduser()
+    return folder.resolve() if folder.is_dir() else None
+
+
+def is_path(name: str) -> bool:
+    """Return whether the name of an encoder can only be that of a folder, as a hub's names are OWNER/NAME or NAME."""
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1
 
 
 class TextEncoder:
@@ -20,15 +33,18 @@ class TextEncoder:
         name: hub name or folder of a `sentence-transformers` model or any `transformers` encoder. For an encoder
             without pooling, the pooled vector is the mean over tokens.
         device: device on which it runs.
+        digest: that it has to have; None for any.
 
     Attributes:
+        name: hub name, or the whole path of the folder.
         dim: width of the embeddings; equals `text_dim` of a network that uses them.
+        digest: SHA-256 over its weights.
 
     Raises:
-        ValueError: the extra `text` is not installed, or the encoder cannot be loaded.
+        ValueError: the extra `text` is not installed, the encoder cannot be loaded, or it is another one.
     """
 
-    def __init__(self, name: str = DEFAULT_ENCODER, device: str = "cpu") -> None:
+    def __init__(self, name: str = DEFAULT_ENCODER, device: str = "cpu", digest: str | None = None) -> None:
         try:
             from sentence_transformers import SentenceTransformer
             from transformers.utils.logging import disable_progress_bar
@@ -39,7 +55,14 @@ class TextEncoder:
             self._encoder: Any = SentenceTransformer(name, device=device)
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot load the text encoder {name!r}: {str(error).splitlines()[0]}") from error
-        self.name = name
+        folder = local_encoder(name)
+        self.name = name if folder is None else str(folder)
+        self.digest = tensors_digest(dict(self._encoder.named_parameters()))
+        if digest is not None and digest != self.digest:
+            raise ValueError(
+                f"the text encoder {name!r} is another one ({self.digest[:12]}) than the one that embedded the "
+                f"training data ({digest[:12]}): name that one (text_encoder)"
+            )
         self.dim = int(self._encoder.encode([""], show_progress_bar=False).shape[1])
 
     def __call__(self, captions: Sequence[str]) -> Conditioning:

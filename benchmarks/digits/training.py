@@ -160,7 +160,7 @@ class Zoo:
         def make() -> NoisyClassifier:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(SEED)
-                return NoisyClassifier(SHAPE, outputs)
+                return NoisyClassifier(SHAPE, outputs, text=name == "reader")
 
         def train() -> dict[str, Tensor]:
             network = make()

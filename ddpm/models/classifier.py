@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,32 +15,51 @@ from ddpm.gaussian import q_sample
 from ddpm.models.unet import Encoder, UNetConfig
 from ddpm.schedule import NoiseSchedule
 
+SAME_TEXT = 1 - 1e-5
+"""Cosine above which two embeddings are of the same text: equal texts differ by their rounding."""
+
 
 class NoisyClassifier(Encoder):
     """The encoder half of the UNet and a linear head on the mean over positions.
 
-    One network serves classes and text: the head gives a score per class, or an embedding that is compared with the
-    text's. It takes a UNet's `config`, of which it uses the way down; it is not conditioned on anything.
+    One network serves classes and text: the head gives a score per class, or a direction that is compared with that of
+    a text's embedding, as CLIP does (Radford et al. 2021), here on noised images (Nichol et al. 2022, GLIDE, sec. 2.4).
+    It takes a UNet's `config`, of which it uses the way down; it is not conditioned on anything.
 
     Args:
         config: `out_channels`, `text_dim` and `context_channels` are not looked at.
         outputs: classes, or the width of the text embedding.
+        text: whether it is trained on texts instead of classes.
     """
 
-    def __init__(self, config: UNetConfig, outputs: int) -> None:
+    def __init__(self, config: UNetConfig, outputs: int, *, text: bool = False) -> None:
         super().__init__(_unconditional(config))
         if outputs < 1:
             raise ValueError(f"outputs must be >= 1, got {outputs}")
+        self.outputs, self.text = outputs, text
         width = config.channels[-1]
         self.norm_out = nn.GroupNorm(config.norm_groups, width, eps=1e-5)
         self.head = nn.Linear(width, outputs)
-        # CLIP's initial temperature of 0.07 (Radford et al. 2021, sec. 2.4), in log form; for text only.
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(0.07)))
+        # CLIP's initial temperature of 0.07 (Radford et al. 2021, sec. 2.4), in log form; for text only. FSDP2 shards
+        # no scalar, so that it has an axis.
+        self.log_temperature = nn.Parameter(torch.tensor([math.log(0.07)]))
+        self.register_load_state_dict_pre_hook(_one_temperature)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Scores [B, outputs] of x_t [B, C, H, W] at table index t [B]."""
+        """Scores [B, outputs] of x_t [B, C, H, W] at table index t [B].
+
+        Those of texts are a direction over the temperature: the product with a text's direction is its score.
+        """
         x, _ = self.encode(x_t, F.silu(self.embed_time(t, x_t.dtype)))
-        return self.head(F.silu(self.norm_out(x)).mean((2, 3)))
+        scores = self.head(F.silu(self.norm_out(x)).mean((2, 3)))
+        if not self.text:
+            return scores
+        whole = scores.to(torch.promote_types(scores.dtype, torch.float32))  # half precision is too coarse for cosines
+        return F.normalize(whole, dim=1) / self.log_temperature.exp()
+
+    def log_prob(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """log p(y | x_t) of the class or text that it was trained on, [B]: a `ddpm.guidance.LogProb`."""
+        return self.text_log_prob(x_t, t, cond) if self.text else self.class_log_prob(x_t, t, cond)
 
     def class_log_prob(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """log p(label | x_t), [B], at timestep t [B] in [0, T]: a `ddpm.guidance.LogProb`."""
@@ -55,8 +75,8 @@ class NoisyClassifier(Encoder):
         """
         if cond.pooled is None:
             raise ValueError("a classifier of text needs cond.pooled")
-        cosine = F.cosine_similarity(self(x_t, _index(t)), cond.pooled.to(x_t.dtype), dim=1)
-        return cosine / self.log_temperature.exp()
+        scores = self(x_t, _index(t))
+        return (scores * F.normalize(cond.pooled.to(scores.dtype), dim=1)).sum(1)
 
 
 def class_loss(
@@ -77,23 +97,54 @@ def class_loss(
 def text_loss(
     classifier: NoisyClassifier, schedule: NoiseSchedule, x_0: Tensor, t: Tensor, eps: Tensor, pooled: Tensor
 ) -> Tensor:
-    """Contrastive loss per sample, [B]: each noised image finds its text in the batch (Radford et al. 2021, fig. 3).
-
-    Only from image to text, which is the conditional that guidance needs. Equal texts share the probability.
+    """Contrastive loss per sample, [B]: each noised image finds its text among those of the batch; see `match_losses`.
 
     Args:
         pooled: text embeddings [B, D].
     """
-    scores = F.normalize(classifier(q_sample(x_0, t, eps, schedule), (t - 1).float()).float(), dim=1)
-    texts = F.normalize(pooled.float(), dim=1)
-    logits = scores @ texts.T / classifier.log_temperature.exp()
-    same = (texts @ texts.T) > 1 - 1e-5
-    return logits.logsumexp(1) - logits.masked_fill(~same, -torch.inf).logsumexp(1)
+    return match_losses(classifier(q_sample(x_0, t, eps, schedule), (t - 1).float()), pooled, pooled)
+
+
+def match_losses(scores: Tensor, own: Tensor, texts: Tensor) -> Tensor:
+    """-log p(own text | image) of each image among the texts of a batch, [B] (Radford et al. 2021, fig. 3).
+
+    Only from image to text, which is the conditional that guidance needs.
+
+    Args:
+        scores: of a classifier of texts for B images, [B, D].
+        own: embeddings of the images' own texts [B, D].
+        texts: those of the whole batch [M, D], with the own ones among them.
+    """
+    with torch.autocast(scores.device.type, enabled=False):  # half precision is too coarse for cosines
+        own, texts = (F.normalize(each.to(scores.dtype), dim=1) for each in (own, texts))
+        return shared_cross_entropy(scores @ texts.T, same_text(own, texts))
+
+
+def same_text(one: Tensor, other: Tensor) -> Tensor:
+    """Whether texts are equal, bool [N, M], by their embeddings' directions, [N, D] and [M, D] of length 1."""
+    return one @ other.T > SAME_TEXT
+
+
+def shared_cross_entropy(logits: Tensor, right: Tensor) -> Tensor:
+    """-log of the probability that all right answers of a row have together, [N]: equal texts share it.
+
+    Args:
+        logits: [N, M].
+        right: bool [N, M], with a right answer in each row.
+    """
+    return logits.logsumexp(1) - logits.masked_fill(~right, -torch.inf).logsumexp(1)
 
 
 def _index(t: Tensor) -> Tensor:
     """The table index that a network sees at timestep t."""
     return (t - 1).clamp(min=0).float()
+
+
+def _one_temperature(module: nn.Module, weights: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Read the scalar temperature of an earlier release."""
+    name = f"{prefix}log_temperature"
+    if name in weights:
+        weights[name] = weights[name].reshape(1)
 
 
 def _unconditional(config: UNetConfig) -> UNetConfig:

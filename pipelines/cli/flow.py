@@ -35,7 +35,7 @@ def flow(
     answer = result.to_dict()
     if out is not None:
         resolved = references.resolve(result.version.uri, tracking_uri=config.tracking.uri, storage=Storage.of(config))
-        answer["grid"] = str(write_samples(resolved, out, count=8))
+        answer["grid"] = str(write_samples(resolved, out, 8, (result.scores.prompts or {}).get("examples")))
         terminal.stage("grid", answer["grid"])
     terminal.stage("mlflow", result.tracker.url)
     answer_json(as_json, answer)

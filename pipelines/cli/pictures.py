@@ -250,7 +250,7 @@ def _draw(
     """Draw what a request asks for, and write it."""
     config = connect_for_model(model, overrides, request.sampling.values())
 
-    from pipelines.inference import Source, open_model, parse_labels, picture, write
+    from pipelines.inference import Source, encoder_of, open_model, parse_labels, picture, write
     from pipelines.inference.files import FRAMES
     from pipelines.storage import Storage
 
@@ -261,6 +261,7 @@ def _draw(
         pictures = picture(
             request,
             resolved.model,
+            encode=encoder_of(resolved, request),
             film=FRAMES if film else 0,
             progress=terminal.counter(request.task, "steps"),
             notice=lambda text: terminal.stage("note", text),

@@ -340,7 +340,9 @@ class Config(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     task: Literal["denoiser", "classifier"] = Field(
-        "denoiser", description="what is trained: the model, or a classifier of noisy images for classifier guidance"
+        "denoiser",
+        description="what is trained: the model, or a classifier of noisy images for classifier guidance, of classes, "
+        "or of captions with model.text_dim",
     )
     init_from: str | None = Field(None, description="MODEL whose weights a new run starts from")
     seed: NonNegativeInt = 0
@@ -411,15 +413,17 @@ class Config(Section):
             )
         if self.task == "denoiser":
             return
-        if not self.data.num_classes:
-            raise ValueError("task = classifier learns classes, and data.num_classes = 0: use data with labels")
+        if not self.data.num_classes and not model.text_dim:
+            raise ValueError(
+                "task = classifier learns classes, and data.num_classes = 0: use data with labels, or set "
+                "model.text_dim to learn captions"
+            )
         if not issubclass(NETWORKS[model.kind], UNetConfig):
             raise ValueError(
                 f"task = classifier is built on the UNet: use model.kind=unet, got model.kind = {model.kind}"
             )
         denoiser_only = {
             "init_from": self.init_from is not None,
-            "model.text_dim": model.text_dim > 0,
             "model.inpainting": model.inpainting,
             "model.learned_variance": model.learned_variance,
             "objective.loss": objective.loss != "simple",

@@ -12,13 +12,16 @@ from numpy.typing import NDArray
 
 from ddpm.generate import Sampling
 from ddpm.model import Model
+from ddpm.quality import Measured
 from pipelines.display import Notice, Progress, no_notice, no_progress
 from pipelines.evaluation.compare import Comparison
 from pipelines.evaluation.copies import Copies, look_for_copies
 from pipelines.evaluation.evaluators.base import Evaluator
 from pipelines.evaluation.likelihoods import BATCH as LIKELIHOOD_BATCH
 from pipelines.evaluation.likelihoods import Likelihood
+from pipelines.evaluation.prompts import Prompts
 from pipelines.evaluation.real import Real
+from pipelines.evaluation.rows import Rows
 from pipelines.evaluation.samples import Plan, SamplingActors, draw, processors
 from pipelines.evaluation.scores import Estimate, Scores
 from pipelines.scratch import scratch_folder
@@ -78,6 +81,7 @@ def evaluate(
     storage: Storage,
     *,
     dataset_digest: str,
+    prompts: Prompts | None = None,
     progress: Progress = no_progress,
     notice: Notice = no_notice,
 ) -> Evaluation:
@@ -88,6 +92,7 @@ def evaluate(
     Args:
         model: with the guiding networks that the settings need.
         model_digest: SHA-256 of its weights, under which its samples are kept.
+        prompts: captions that samples are drawn from; None for a model that is not on text, or data without captions.
     """
     plan = Plan(
         model_digest,
@@ -97,6 +102,7 @@ def evaluate(
         real.train.class_counts if model.spec.classes else (),
         request.batch_size,
         request.root,
+        None if prompts is None else prompts.plan,
     )
     with tempfile.TemporaryDirectory(prefix="evaluation-", dir=scratch_folder()) as scratch:
         folder = Path(scratch)
@@ -105,6 +111,7 @@ def evaluate(
             evaluator,
             storage,
             min(request.actors or processors(use_gpu=request.use_gpu), len(plan.units())),
+            prompts=prompts,
             use_gpu=request.use_gpu,
             notice=notice,
         )
@@ -122,6 +129,8 @@ def evaluate(
             estimates["bits_per_dim_ode"] = _mean(likelihoods.ode)
         if copies is not None:
             estimates |= copies.estimates()
+        if prompts is not None and drawn.vectors is not None:
+            estimates["prompt_accuracy"] = prompts.estimate(_prompt_accuracies(prompts, plan, drawn.vectors))
     scores = Scores(
         estimates=estimates,
         n=plan.n,
@@ -136,6 +145,7 @@ def evaluate(
         sampling=request.sampling.to_json(),
         memorisation=None if copies is None else copies.to_plain(),
         samples=plan.folder,
+        prompts=None if prompts is None else prompts.record(),
     )
     return Evaluation(scores, plan, likelihoods, copies)
 
@@ -159,6 +169,18 @@ def _likelihoods(actors: SamplingActors, model: Model, real: Real, request: Requ
         parts[0].timesteps,
         np.concatenate([part.ode for part in parts]),
     )
+
+
+def _prompt_accuracies(prompts: Prompts, plan: Plan, vectors: Rows) -> list[Measured]:
+    """Return the share of samples whose caption matches best, of each noise seed."""
+    found = []
+    for place, seed in enumerate(plan.seeds):
+        rows = plan.rows(seed)
+        assert rows is not None
+        share = prompts.accuracy(vectors, place * plan.n, rows, seed)
+        assert share is not None
+        found.append(share)
+    return found
 
 
 def _mean(values: NDArray[np.float64]) -> Estimate:

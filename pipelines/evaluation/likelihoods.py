@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ def likelihood(
     first: int,
     seed: int,
     device: torch.device,
+    text: Conditioning | None = None,
 ) -> Likelihood:
     """Return the likelihood of images under the model without guidance.
 
@@ -54,11 +55,12 @@ def likelihood(
         labels: class indices [B], for a model with classes.
         first: number of the first image, on which its noise depends.
         seed: of the noise.
+        text: embeddings of their captions, for a model on text.
     """
     x_0 = torch.from_numpy(images).to(device).float() / 127.5 - 1
     image_ids = torch.arange(first, first + len(images), device=device)
     conditional = labels is not None and bool(model.spec.classes)
-    cond = Conditioning(label=torch.from_numpy(labels).to(device)) if conditional else None
+    cond = replace(text or Conditioning(), label=torch.from_numpy(labels).to(device)) if conditional else text
     bound, terms, timesteps = bound_bits(model, x_0, cond, image_ids, seed)
     ode = ode_bits(model, x_0, cond, image_ids, seed)
     return Likelihood(bound.cpu().numpy(), terms.cpu().numpy(), timesteps.cpu().numpy(), ode.cpu().numpy())

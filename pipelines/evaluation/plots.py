@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import textwrap
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 MIN_TILE = 48  # pixels; smaller images are enlarged
 MAX_COLUMNS = 16
+LETTER, LINE, LINES = 7, 13, 3
+"""Width of a letter and height of a line of a column's name, in pixels, and the most lines that it has."""
 
 
 def grid_classes(num_classes: int, limit: int, seed: int = 0) -> tuple[int, ...]:
@@ -56,7 +59,7 @@ def label_grid(images: NDArray[np.uint8], columns: int, names: tuple[str, ...] =
 
     Args:
         columns: images in a row.
-        names: shown above the columns.
+        names: shown above the columns, long ones in several lines.
         gap: pixels between images.
 
     Returns:
@@ -66,14 +69,16 @@ def label_grid(images: NDArray[np.uint8], columns: int, names: tuple[str, ...] =
     zoom = max(1, -(-MIN_TILE // max(height, width)))
     tile_h, tile_w = height * zoom, width * zoom
     rows = -(-count // columns)
-    header = 18 if names else 0
+    titles = [textwrap.wrap(name, max(tile_w // LETTER, 1))[:LINES] for name in names[:columns]]
+    header = 18 + LINE * (max(1, *map(len, titles)) - 1) if names else 0
     canvas = Image.new("RGB", (columns * (tile_w + gap) + gap, header + rows * (tile_h + gap) + gap), "white")
     for i, image in enumerate(images):
         pixels = image.repeat(zoom, 0).repeat(zoom, 1)
         tile = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
         canvas.paste(tile, (gap + i % columns * (tile_w + gap), header + gap + i // columns * (tile_h + gap)))
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
-    for column, name in enumerate(names[:columns]):
+    for column, lines in enumerate(titles):
         middle = gap + column * (tile_w + gap) + tile_w // 2
-        draw.text((middle, header // 2 + 2), name[: max(tile_w // 7, 1)], fill="black", font=font, anchor="mm")
+        for i, line in enumerate(lines):
+            draw.text((middle, 11 + LINE * i), line, fill="black", font=font, anchor="mm")
     return np.asarray(canvas)

@@ -40,7 +40,7 @@ from pipelines.evaluation.rows import Rows
 from pipelines.evaluation.tasks import finished
 from pipelines.shards.index import Dataset
 from pipelines.shards.quarantine import kept_shards, read_quarantine, stream_digest
-from pipelines.shards.read import Batch, opened_split
+from pipelines.shards.read import Batch, opened_split, spread_positions
 from pipelines.storage import NotFoundError, Storage, join
 
 PART = 4096
@@ -292,10 +292,14 @@ def _encode_part(access: _Access, split: str, span: tuple[int, int], evaluator: 
 
 def _held_out(access: _Access, count: int) -> bytes:
     """Return test images for likelihoods, spread evenly over the split, as they are stored."""
-    chosen = np.unique(np.linspace(0, count - 1, min(count, HELD_OUT)).round().astype(np.int64))
-    (batch,) = access.read("test", [chosen])
+    (batch,) = access.read("test", [held_out_positions(count)])
     part = {"images": to_levels(batch.images).numpy()}
     return numpy_save(part if batch.labels is None else part | {"labels": batch.labels.numpy()})
+
+
+def held_out_positions(count: int) -> NDArray[np.int64]:
+    """Return the positions of the images that `Real.held_out` gives, of a test split of so many."""
+    return spread_positions(count, HELD_OUT)
 
 
 def _part_name(split: str, first: int) -> str:

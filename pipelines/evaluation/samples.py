@@ -30,6 +30,7 @@ from pipelines.evaluation.devices import task_device
 from pipelines.evaluation.evaluators.base import Evaluator
 from pipelines.evaluation.images import pack_samples, thumbnail_size, thumbnails, to_levels, unpack_samples
 from pipelines.evaluation.likelihoods import Likelihood, likelihood
+from pipelines.evaluation.prompts import PromptRows, Prompts
 from pipelines.evaluation.rows import Rows
 from pipelines.evaluation.tasks import TaskError, fits
 from pipelines.retry import PATIENCE_S
@@ -52,6 +53,7 @@ class Plan:
         class_counts: number of real images by class, whose proportions the labels have; empty without classes.
         batch_size: images that are drawn together.
         root: folder of all evaluations.
+        prompts: captions that they are drawn from, with the classes of these where the model has some; None for none.
     """
 
     model_digest: str
@@ -61,26 +63,36 @@ class Plan:
     class_counts: tuple[int, ...]
     batch_size: int
     root: str
+    prompts: PromptRows | None = None
 
     @property
     def folder(self) -> str:
         """The folder of the samples: plans that differ in anything that decides an image have another one."""
         decisive = [self.model_digest, self.sampling.key(), self.n, self.class_counts, self.batch_size]
+        decisive += [] if self.prompts is None else [self.prompts.digest]
         return join(self.root, hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:20])
 
     def labels(self, seed: int) -> NDArray[np.int64] | None:
         """Return the label of each sample of a noise seed, int64 [n]; None without classes."""
+        rows = self.rows(seed)
+        if self.prompts is not None and self.prompts.labels is not None and rows is not None:
+            return np.array(self.prompts.labels)[rows]
         return balanced_labels(self.n, self.class_counts, seed) if self.class_counts else None
+
+    def rows(self, seed: int) -> NDArray[np.int64] | None:
+        """Return the place of the caption of each sample of a noise seed, int64 [n]; None without prompts."""
+        return None if self.prompts is None else self.prompts.rows(self.n, seed)
 
     def units(self) -> list[Unit]:
         """Return the batches of all noise seeds, in order."""
         units = []
         for place, seed in enumerate(self.seeds):
-            labels = self.labels(seed)
+            labels, rows = self.labels(seed), self.rows(seed)
             for first in range(0, self.n, self.batch_size):
                 stop = min(first + self.batch_size, self.n)
-                chosen = None if labels is None else labels[first:stop]
-                units.append(Unit(join(self.folder, f"seed-{seed}"), seed, first, stop, chosen, place * self.n + first))
+                of_unit = [None if every is None else every[first:stop] for every in (labels, rows)]
+                folder, row = join(self.folder, f"seed-{seed}"), place * self.n + first
+                units.append(Unit(folder, seed, first, stop, of_unit[0], row, of_unit[1]))
         return units
 
 
@@ -94,6 +106,7 @@ class Unit:
         first, stop: numbers of its images.
         labels: of its images, int64 [stop - first]; None without classes.
         row: place of its first image among those of all seeds.
+        captions: places of the captions of its images, int64 [stop - first]; None without prompts.
     """
 
     folder: str
@@ -102,6 +115,7 @@ class Unit:
     stop: int
     labels: NDArray[np.int64] | None
     row: int
+    captions: NDArray[np.int64] | None = None
 
     @property
     def shard(self) -> str:
@@ -130,12 +144,14 @@ class Drawn:
         probabilities: float32 [seeds * n, C]; None for an evaluator without classes.
         pixels: small copies of the samples, uint8 [seeds * n, C, h, w].
         finite: whether all numbers of a sample were finite before they were rounded, bool [seeds * n].
+        vectors: of the samples, as a matcher of captions gives them, float32 [seeds * n, J]; None without one.
     """
 
     features: Rows
     probabilities: Rows | None
     pixels: Rows
     finite: Rows
+    vectors: Rows | None = None
 
 
 class SamplingActors:
@@ -143,6 +159,7 @@ class SamplingActors:
 
     Args:
         count: number of actors at most; those that the cluster has no room for begin when it has.
+        prompts: captions that are drawn from, with what judges them; None without prompts.
         use_gpu: whether each has a GPU.
     """
 
@@ -153,11 +170,12 @@ class SamplingActors:
         storage: Storage,
         count: int,
         *,
+        prompts: Prompts | None = None,
         use_gpu: bool = False,
         notice: Notice,
         patience_s: float = PATIENCE_S,
     ) -> None:
-        self.shared, self.storage = ray.put((model.to("cpu"), evaluator)), storage
+        self.shared, self.storage = ray.put((model.to("cpu"), evaluator, prompts)), storage
         self.kind = ray.remote(_SamplingActor).options(num_cpus=1, num_gpus=1 if use_gpu else 0)
         self.needs = {"CPU": 1.0, **({"GPU": 1.0} if use_gpu else {})}
         self.actors, self.idle, self.lost, self.count = list[Any](), list[Any](), 0, count
@@ -238,10 +256,13 @@ class SamplingActors:
 class _SamplingActor:
     """An actor with a model and an evaluator."""
 
-    def __init__(self, shared: tuple[Model, Evaluator], storage: Storage) -> None:
+    def __init__(self, shared: tuple[Model, Evaluator, Prompts | None], storage: Storage) -> None:
         torch.set_num_threads(1)
         self.device = task_device()
-        model, self.evaluator = shared
+        model, self.evaluator, self.prompts = shared
+        judge = None if self.prompts is None else self.prompts.matcher
+        self.match = None if judge is None else judge.encoder.to(self.device)
+        self.judges = [self.evaluator.digest[:16], *([] if judge is None else [judge.digest[:16]])]
         self.model = model.to(self.device)
         self.encode = self.evaluator.encoder.to(self.device)
         self.storage = storage
@@ -251,7 +272,7 @@ class _SamplingActor:
 
     def draw(self, unit: Unit, plan: Plan) -> dict[str, NDArray[Any]]:
         """Return the rows of a batch of samples, see `Drawn`; what is stored is not made again."""
-        named = f"rows-{self.evaluator.digest[:16]}-{unit.first:09d}.safetensors"
+        named = f"rows-{'-'.join(self.judges)}-{unit.first:09d}.safetensors"
         try:
             return load(self.storage.read(join(unit.folder, named)))
         except NotFoundError:
@@ -261,6 +282,8 @@ class _SamplingActor:
         rows = {"features": encoded.features.numpy(), "pixels": thumbnails(levels), "finite": finite}
         if encoded.probabilities is not None:
             rows["probabilities"] = encoded.probabilities.numpy()
+        if self.match is not None:
+            rows["vectors"] = self.match(levels.to(self.device)).features.numpy()
         self.storage.write(join(unit.folder, named), save(rows))
         return rows
 
@@ -271,8 +294,13 @@ class _SamplingActor:
         except NotFoundError:
             pass
         labels = None if unit.labels is None else torch.from_numpy(unit.labels).to(self.device)
+        text = None
+        if unit.captions is not None:
+            assert self.prompts is not None
+            text = self.prompts.condition(unit.captions).to(self.device)
         images = self.model.generate(
             labels,
+            text=text,
             sampling=plan.sampling,
             seed=unit.seed,
             image_ids=torch.arange(unit.first, unit.stop, device=self.device),
@@ -293,8 +321,10 @@ class _SamplingActor:
     def likelihood(
         self, images: NDArray[np.uint8], labels: NDArray[np.int64] | None, first: int, seed: int
     ) -> Likelihood:
-        """Return the likelihood of a batch of real images."""
-        return likelihood(self.model, images, labels, first, seed, self.device)
+        """Return the likelihood of a batch of real images, given their captions where the model is on text."""
+        span = slice(first, first + len(images))
+        text = None if self.prompts is None else self.prompts.likelihood_condition(span).to(self.device)
+        return likelihood(self.model, images, labels, first, seed, self.device, text)
 
 
 def processors(*, use_gpu: bool) -> int:
@@ -312,20 +342,21 @@ def draw(
     features = Rows(folder / "features", (evaluator.encoder.width,), np.float32)
     pixels = Rows(folder / "pixels", small, np.uint8)
     finite = Rows(folder / "finite", (), np.bool_)
-    probabilities: Rows | None = None
+    optional: dict[str, Rows] = {}
     done, total = 0, len(plan.seeds) * plan.n
     for place, rows in actors.map("draw", [(unit, plan) for unit in units]):
         unit = units[place]
         features.write(unit.row, rows["features"])
         pixels.write(unit.row, rows["pixels"])
         finite.write(unit.row, rows["finite"])
-        if "probabilities" in rows:
-            if probabilities is None:
-                probabilities = Rows(folder / "probabilities", rows["probabilities"].shape[1:], np.float32)
-            probabilities.write(unit.row, rows["probabilities"])
+        for name in ("probabilities", "vectors"):
+            if name in rows:
+                if name not in optional:
+                    optional[name] = Rows(folder / name, rows[name].shape[1:], np.float32)
+                optional[name].write(unit.row, rows[name])
         done += unit.stop - unit.first
         progress(done, total)
-    return Drawn(features, probabilities, pixels, finite)
+    return Drawn(features, optional.get("probabilities"), pixels, finite, optional.get("vectors"))
 
 
 def read_images(plan: Plan, storage: Storage, channels: int, chosen: NDArray[np.int64]) -> NDArray[np.uint8]:

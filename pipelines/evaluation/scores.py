@@ -24,6 +24,7 @@ LABELS = {
     "coverage": "coverage",
     "diversity": "diversity within a class",
     "class_accuracy": "class accuracy",
+    "prompt_accuracy": "prompt accuracy",
     "bits_per_dim": "bits per dimension, variational bound",
     "bits_per_dim_ode": "bits per dimension, probability-flow ODE",
     "copied": "share of samples unusually near to a training image, by pixels",
@@ -100,6 +101,8 @@ class Scores:
         sampling: the settings with which the samples were drawn.
         memorisation: what `ddpm.memorisation` found, as JSON; None where it was not looked for.
         samples: folder of the sample shards; empty where they are not kept.
+        prompts: what samples were drawn from, and among how many captions each one's own had to match best, as
+            `pipelines.evaluation.prompts` records it; None for samples without prompts.
     """
 
     estimates: dict[str, Estimate]
@@ -115,6 +118,7 @@ class Scores:
     sampling: dict[str, Any]
     memorisation: dict[str, Any] | None = None
     samples: str = ""
+    prompts: dict[str, Any] | None = None
 
     def __getitem__(self, name: str) -> Estimate:
         """Return the estimate of a score."""
@@ -136,6 +140,8 @@ class Scores:
         if "class_accuracy" in self:
             real = "" if self.real_accuracy is None else f" (real test: {self.real_accuracy:.4f})"
             found.append(("accuracy", f"{self['class_accuracy'].value:.4f} of {drawn}{real}"))
+        if self.prompts is not None and "prompt_accuracy" in self:
+            found.append(("prompts", f"{_short(self['prompt_accuracy'])} of {drawn} {self._asked(self.prompts)}"))
         distance = self["frechet_distance"]
         text = f"Frechet {_short(distance)}"
         if distance.floor:
@@ -157,6 +163,12 @@ class Scores:
         if "finite" in self and self["finite"].value < 1:
             found.append(("finite", f"only {self['finite'].value:.2%} of the samples: the others hold NaN or infinity"))
         return [*found, *(("note", note) for note in self.notes())]
+
+    @staticmethod
+    def _asked(prompts: Mapping[str, Any]) -> str:
+        """Return in words what a prompt accuracy is of."""
+        real = f", real test: {prompts['real_accuracy']:.2f}" if prompts["real_accuracy"] is not None else ""
+        return f"match their own caption best of {prompts['choices']} (chance: {prompts['chance']:.2f}{real})"
 
     def notes(self) -> list[str]:
         """Return what a reader of the scores has to know about their size."""

@@ -7,12 +7,13 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddpm.generate import Sampling
-from ddpm.model import Model, ModelSpec
+from ddpm.model import Model, ModelSpec, tensors_digest
 from pipelines import references, tracking
 from pipelines.checkpoints import record_scores
 from pipelines.config import Config
@@ -20,7 +21,8 @@ from pipelines.display import Display
 from pipelines.evaluation.evaluate import Evaluation, Request, evaluate
 from pipelines.evaluation.evaluators import open_evaluator
 from pipelines.evaluation.likelihoods import Likelihood
-from pipelines.evaluation.plots import grid_choice, label_grid
+from pipelines.evaluation.plots import MAX_COLUMNS, grid_choice, label_grid
+from pipelines.evaluation.prompts import Prompts, open_prompts
 from pipelines.evaluation.real import open_real
 from pipelines.evaluation.samples import read_images
 from pipelines.evaluation.scores import Scores
@@ -136,11 +138,13 @@ def score(
     check_fits(model.spec, dataset)
     model = references.guided(model, settings, config.tracking.uri, storage)
     evaluator = open_evaluator(config, dataset, storage, notice, connect=connect)
+    prompts = open_prompts(model.spec, dataset, config, storage, notice, connect=connect)
     model_digest = resolved.published.digest if resolved.published else weights_digest(model)
     request = request_of(config, settings)
     stream = stream_digest(dataset, read_quarantine(dataset.uri, storage))
     images_seen = int(model.spec.lineage.get("images_seen", 0))
-    decisive = [model_digest, evaluator.digest, stream, request.n, request.seeds, request.likelihood_images]
+    decisive: list[Any] = [model_digest, evaluator.digest, stream, request.n, request.seeds, request.likelihood_images]
+    decisive += [] if prompts is None else [list(prompts.record().values())]
     key = hashlib.sha256(json.dumps([*decisive, settings.key()]).encode()).hexdigest()[:16]
     artifact = f"{FOLDER}/{images_seen:012d}-{key}.json"
     name_and_digest = dataset.uri.rstrip("/").rsplit("/", 1)[-1], dataset.digest
@@ -168,6 +172,7 @@ def score(
         evaluator,
         storage,
         dataset_digest=dataset.digest,
+        prompts=prompts,
         progress=display.counter("evaluate", "images"),
         notice=notice,
     )
@@ -176,7 +181,7 @@ def score(
         artifact,
         images_seen,
         name_and_digest,
-        _pictures(done, model, storage, config.tracking.grid_images),
+        _pictures(done, model, prompts, storage, config.tracking.grid_images),
         _terms(done.likelihoods),
         int(time.time() * 1000),
     )
@@ -222,22 +227,34 @@ def request_of(config: Config, settings: Sampling) -> Request:
 
 def weights_digest(model: Model) -> str:
     """Return the SHA-256 over the weights of a model that was not published by a run."""
-    found = hashlib.sha256(model.spec.to_json().encode())
-    for name, tensor in sorted(model.network.state_dict().items()):
-        found.update(name.encode())
-        found.update(np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
-    return found.hexdigest()
+    return tensors_digest(model.network.state_dict(), model.spec.to_json())
 
 
-def _pictures(done: Evaluation, model: Model, storage: Storage, most: int) -> dict[str, NDArray[np.uint8]]:
-    """Return pictures by their keys: some samples, a column for each class, and those nearest to a training image."""
-    classes, labels = model.spec.classes, done.plan.labels(done.plan.seeds[0])
-    numbers = np.zeros(done.plan.n, np.int64) if labels is None else labels
-    shown = grid_choice(numbers, len(classes) if labels is not None else 0, most)
-    names = () if labels is None else tuple(classes[c] for c in labels[shown[0]])
+def _pictures(
+    done: Evaluation, model: Model, prompts: Prompts | None, storage: Storage, most: int
+) -> dict[str, NDArray[np.uint8]]:
+    """Return pictures by their keys: some samples, and those nearest to a training image.
+
+    A column of the samples is a class, or a caption where there are few different ones.
+    """
+    kinds, numbers = _kinds(done, model, prompts)
+    shown = grid_choice(numbers, len(kinds), most)
+    names = tuple(kinds[number] for number in numbers[shown[0]]) if kinds else ()
     images = read_images(done.plan, storage, model.spec.shape[0], shown.ravel())
     pictures = {FOLDER: label_grid(images, shown.shape[1], names)}
     return pictures if done.copies is None else pictures | {"nearest-training-images": done.copies.picture()}
+
+
+def _kinds(done: Evaluation, model: Model, prompts: Prompts | None) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """Return the kinds of samples of the first seed by their names, and the kind of each sample, int64 [n]."""
+    plan, seed = done.plan, done.plan.seeds[0]
+    rows = plan.rows(seed)
+    if prompts is not None and rows is not None:
+        first, numbers = prompts.captions.different
+        if len(first) <= MAX_COLUMNS:
+            return tuple(prompts.captions.texts[place] for place in first), numbers.numpy()[rows]
+    labels = plan.labels(seed)
+    return ((), np.zeros(plan.n, np.int64)) if labels is None else (model.spec.classes, labels)
 
 
 def _terms(likelihoods: Likelihood | None) -> str | None:

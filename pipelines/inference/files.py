@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from PIL import Image
 
 from ddpm.inference import Film
 from pipelines.evaluation.plots import label_grid
-from pipelines.inference.pictures import Pictures, Row, picture
+from pipelines.inference.pictures import Pictures, Row, encoder_of, picture
 from pipelines.inference.request import MANIFEST, Sample
 from pipelines.lineage import code_lineage
 from pipelines.references import Resolved
@@ -95,9 +95,14 @@ class Source:
         )
 
 
-def write_samples(resolved: Resolved, out: Path, count: int) -> Path:
-    """Write `count` samples of each class of a model, with grid and manifest, and return the path of the grid."""
-    return write(picture(Sample.of(count=count), resolved.model), out, Source.of(resolved)).grid
+def write_samples(resolved: Resolved, out: Path, count: int, prompts: Sequence[str] | None = None) -> Path:
+    """Write `count` samples of each prompt, or else of each class of a model, with grid and manifest.
+
+    Returns:
+        The path of the grid.
+    """
+    request = Sample.of(count=count, prompts=prompts or None)
+    return write(picture(request, resolved.model, encode=encoder_of(resolved, request)), out, Source.of(resolved)).grid
 
 
 def write(pictures: Pictures, out: Path, source: Source) -> Written:

@@ -26,7 +26,7 @@ from pipelines.lineage import code_lineage
 from pipelines.references import Resolved
 from pipelines.registry import digest_of
 from pipelines.shards.index import DatasetError, read_dataset
-from pipelines.shards.read import opened_split
+from pipelines.shards.read import opened_split, spread_positions
 from pipelines.storage import NotFoundError, Storage, join
 
 Method = Literal["bound", "ode"]
@@ -197,7 +197,7 @@ def _test_split(uri: str, model: Model, most: int, config: Config, storage: Stor
         raise DatasetError(f"{uri} has images {list(there)}, the model's are {list(spec.shape)}: name its own data")
     text = spec.network.text_dim > 0
     with opened_split(dataset, "test", storage, config.data.cache_dir, config.data.cache_gib, text=text) as reader:
-        batch = reader.at(_spread(sum(shard.samples for shard in reader.shards), most))
+        batch = reader.at(spread_positions(sum(shard.samples for shard in reader.shards), most))
     labels = batch.labels if spec.classes and dataset.classes == spec.classes else None
     cond = Conditioning(label=labels, text=batch.text, text_mask=batch.text_mask, pooled=batch.pooled)
     known = labels is not None or batch.pooled is not None
@@ -209,7 +209,7 @@ def _folder(folder: Path, model: Model, most: int, notice: Notice) -> Data:
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
     if len(paths) < 2:
         raise RequestError(f"{folder} has {len(paths)} images and no dataset.json: an interval needs at least 2 images")
-    chosen = [paths[i] for i in _spread(len(paths), most)]
+    chosen = [paths[i] for i in spread_positions(len(paths), most)]
     changed: Counter[str] = Counter()
     images = read_images(chosen, model.spec.shape, lambda text: changed.update([text.partition(": ")[2]]))
     for change, count in changed.items():
@@ -221,8 +221,3 @@ def _folder(folder: Path, model: Model, most: int, notice: Notice) -> Data:
     elif classes:
         notice("the images do not lie in folders named as the model's classes: their likelihood is without a class")
     return Data(str(folder), as_tensor(images), cond)
-
-
-def _spread(count: int, most: int) -> NDArray[np.int64]:
-    """Return at most so many positions, spread evenly over `count`."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))

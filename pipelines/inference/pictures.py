@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -123,6 +124,19 @@ class Prepared:
         """Return the pictures, once they are drawn."""
         pixels = to_uint8(drawn.images).cpu().numpy()
         return Pictures(pixels, self.rows, self.columns, self.request, self.originals, self.hidden, drawn.film)
+
+
+def encoder_of(resolved: Resolved, request: Request) -> Encode | None:
+    """Return the text encoder that a model carries, read when it is first asked; None where a request names another."""
+    own, named = resolved.text_encoder, resolved.model.spec.lineage.get("text_encoder")
+    if own is None or own == named or request.text_encoder is not None:
+        return None
+
+    @cache
+    def encoder() -> TextEncoder:
+        return TextEncoder(own, digest=resolved.model.spec.lineage.get("text_encoder_digest"))
+
+    return lambda texts: encoder()(texts)
 
 
 def picture(
@@ -275,7 +289,7 @@ class _Resolving:
                 raise ValueError(
                     "the model does not say which text encoder embedded its training data: name it (text_encoder)"
                 )
-            self.encode = TextEncoder(name)
+            self.encode = TextEncoder(name, digest=self.spec.lineage.get("text_encoder_digest"))
         different = list(dict.fromkeys(prompts))
         places = torch.tensor([different.index(prompt) for prompt in prompts])
         return self.encode(different)[places]

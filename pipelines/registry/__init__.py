@@ -13,7 +13,7 @@ from pipelines.registry.contents import check_version
 from pipelines.registry.evidence import Evidence, EvidenceError
 from pipelines.registry.guard import Guard, Logs, watch
 from pipelines.registry.notices import Notices
-from pipelines.registry.package import RegistryError, digest_of, register, write_version
+from pipelines.registry.package import RegistryError, bundled_encoder, digest_of, register, write_version
 from pipelines.registry.promote import PREVIOUS, Gate
 from pipelines.registry.scored import CANDIDATE, register_once, register_scored
 from pipelines.registry.sign import SignatureError, Signer, Trust, check_signing
@@ -37,6 +37,7 @@ __all__ = [
     "Verdict",
     "VerdictLog",
     "Verification",
+    "bundled_encoder",
     "check_signing",
     "check_version",
     "describe",

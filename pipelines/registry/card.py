@@ -31,6 +31,8 @@ LARGEST = 5_000
 """Characters that MLflow's database keeps of a description."""
 SHORT = 12
 """Characters of a digest that are shown; the tags have all."""
+EXAMPLE = 80
+"""Characters of a caption that the commands have for an example."""
 NAMES = 12
 """Classes whose names are shown."""
 PICTURES = {
@@ -116,7 +118,7 @@ def card(
         _section("Scores", _scores(evidence.scores)),
         _section("The gate", _verdict(verdict)),
         _section("Limits", _limits(evidence)),
-        _section("Use", _use(reference, spec)),
+        _section("Use", _use(reference, evidence, spec)),
         _section("Data", _data(evidence, spec, origin.dataset)),
         _section("Training", _training(evidence, spec, origin.settings)),
         _section("Settings that it serves", _settings(evidence.scores.sampling)),
@@ -140,6 +142,7 @@ def _what(evidence: Evidence, spec: ModelSpec, origin: Origin) -> str:
     lineage, (channels, height, width) = evidence.lineage, spec.shape
     kind = {1: "grey images", 3: "colour images"}.get(channels, f"images of {channels} channels")
     of = f" of {len(spec.classes)} classes" if spec.classes else ""
+    of += " by prompts" if spec.network.text_dim else ""
     run = _code(lineage.get("run", "unknown"))
     run = f"[{run}]({origin.run})" if origin.run else run
     text = (
@@ -189,9 +192,15 @@ def _limits(evidence: Evidence) -> str:
     """Return what the scores do not say, as far as it can be told from them."""
     scores, found = evidence.scores, []
     found += [f"{_plain(note)}." for note in scores.notes()]
-    if "class_accuracy" not in scores:
+    if scores.prompts is not None and "prompt_accuracy" in scores:
+        found.append(
+            f"Prompt accuracy: samples are drawn from {scores.prompts['captions']:,} captions of test images; each "
+            f"has to match its own best of {scores.prompts['choices']} different ones, which guessing does in "
+            f"{scores.prompts['chance']:.0%}. It says nothing of prompts unlike these."
+        )
+    elif "class_accuracy" not in scores:
         found.append("It was judged without labels: nothing tells whether a sample is of the kind that was asked for.")
-    elif scores.real_accuracy is not None:
+    if "class_accuracy" in scores and scores.real_accuracy is not None:
         found.append(
             f"The evaluator names the class of {scores.real_accuracy:.2%} of real test images: a class accuracy "
             "near or above that tells no more."
@@ -208,9 +217,13 @@ def _limits(evidence: Evidence) -> str:
     return "\n".join(f"- {line}" for line in found)
 
 
-def _use(reference: str, spec: ModelSpec) -> str:
+def _use(reference: str, evidence: Evidence, spec: ModelSpec) -> str:
     rows = '{"label": [0, 1]}' if spec.classes else '{"label": [0] * 2}'
     labels = " --labels 0,1" if len(spec.classes) > 1 else ""
+    if spec.network.text_dim:
+        example = " ".join(str((evidence.scores.prompts or {}).get("examples", ["a prompt"])[0]).split())
+        example = re.sub(r"[`\"\\$]", "", example)[:EXAMPLE]  # as it is quoted below
+        rows, labels = f'{{"prompt": ["{example}"] * 2}}', f' --prompts "{example}"'
     return (
         f"```sh\nddpm sample {reference}{labels} --out samples\nddpm verify {reference}\n```\n\n"
         f"```python\nmodel = mlflow.pyfunc.load_model({reference!r})\n"

@@ -16,6 +16,7 @@ from pipelines.config import Config
 from pipelines.display import Display
 from pipelines.evaluation.compare import FRECHET_FEATURES, NEIGHBOURS, measured_accuracy, measured_frechet, moments_of
 from pipelines.evaluation.evaluators import Evaluator
+from pipelines.evaluation.prompts import Prompts
 from pipelines.evaluation.real import Real
 from pipelines.evaluation.samples import Drawn, Plan, SamplingActors, draw, processors
 from pipelines.evaluation.scores import IMAGES_PER_FEATURE
@@ -81,7 +82,8 @@ class Compared:
     Attributes:
         measure: "frechet_distance" or "kid", of which less is better.
         candidate, champion: the score of each.
-        candidate_accuracy, champion_accuracy: share of samples of the class asked for; None without classes.
+        candidate_accuracy, champion_accuracy: share of samples of the class asked for, else of those that match their
+            prompt best; None without classes and prompts.
     """
 
     measure: str
@@ -108,10 +110,14 @@ def compare(
     evaluator: Evaluator,
     storage: Storage,
     display: Display,
+    prompts: Prompts | None = None,
 ) -> Compared:
     """Draw the samples of both models on the Ray cluster, and measure them against the real train images.
 
     Samples that are stored are not drawn again, so an interrupted comparison goes on where it was.
+
+    Args:
+        prompts: captions that samples of models on text are drawn from.
     """
     with tempfile.TemporaryDirectory(prefix="comparison-", dir=scratch_folder()) as scratch:
         found = []
@@ -126,9 +132,10 @@ def compare(
                 real.train.class_counts if subject.model.spec.classes else (),
                 drawing.batch_size,
                 drawing.root,
+                None if prompts is None else prompts.plan,
             )
-            drawn = _draw(subject, plan, drawing, evaluator, storage, folder, display, name)
-            found.append(_measure(drawn, plan, real, evaluator, folder))
+            drawn = _draw(subject, plan, drawing, evaluator, prompts, storage, folder, display, name)
+            found.append(_measure(drawn, plan, real, evaluator, prompts, folder))
     (measure, theirs, their_accuracy), (_, ours, our_accuracy) = found
     return Compared(measure, ours, theirs, our_accuracy, their_accuracy)
 
@@ -138,6 +145,7 @@ def _draw(
     plan: Plan,
     drawing: Drawing,
     evaluator: Evaluator,
+    prompts: Prompts | None,
     storage: Storage,
     folder: Path,
     display: Display,
@@ -150,6 +158,7 @@ def _draw(
         evaluator,
         storage,
         min(room, len(plan.units())),
+        prompts=prompts,
         use_gpu=drawing.use_gpu,
         notice=lambda text: display.stage("gate", text),
     )
@@ -160,12 +169,16 @@ def _draw(
 
 
 def _measure(
-    drawn: Drawn, plan: Plan, real: Real, evaluator: Evaluator, folder: Path
+    drawn: Drawn, plan: Plan, real: Real, evaluator: Evaluator, prompts: Prompts | None, folder: Path
 ) -> tuple[str, Measured, Measured | None]:
     """Return the measure that decides, its value, and the accuracy of the samples of one model."""
     accuracy, labels = None, plan.labels(plan.seeds[0])
     if labels is not None and evaluator.labels and drawn.probabilities is not None:
         accuracy = measured_accuracy(drawn.probabilities, labels, 0)
+    elif prompts is not None and drawn.vectors is not None:
+        rows = plan.rows(plan.seeds[0])
+        assert rows is not None
+        accuracy = prompts.accuracy(drawn.vectors, 0, rows, plan.seeds[0])
     if evaluator.encoder.width <= FRECHET_FEATURES:
         moments = moments_of(drawn.features, 0, plan.n)
         return "frechet_distance", measured_frechet(real.train.moments, moments, drawn.features, 0, plan.n), accuracy

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ SPEC = "model.json"
 FORMAT = 1
 PACKAGES = ("mlflow", "numpy", "ray", "safetensors", "torch")
 """Packages whose releases are recorded."""
+TEXT_PACKAGE = "sentence-transformers"
+"""The package that embeds prompts, which a version of a model on text needs beside them."""
 SERVED = "served_model.py"
 CODE = "code/ddpm"
 COMPILED = "__pycache__"
@@ -82,6 +85,7 @@ class Evidence:
             "scores": json.dumps(scores.to_plain(), sort_keys=True),
             "frechet_distance": f"{scores['frechet_distance'].value:.4f}",
             "class_accuracy": "" if scores.class_accuracy is None else f"{scores.class_accuracy:.4f}",
+            **({"prompt_accuracy": f"{scores['prompt_accuracy'].value:.4f}"} if "prompt_accuracy" in scores else {}),
             "model_digest": self.model_digest,
             "served_digest": self.served_digest,
             "dataset_digest": scores.dataset_digest,
@@ -139,14 +143,28 @@ class Evidence:
         return differences(self.files, file_digests(folder))
 
 
-def packages() -> dict[str, str]:
-    """Return the release of each of `PACKAGES`, without its local part ("+cpu"), which package indexes do not have."""
-    return {name: installed(name).split("+")[0] for name in PACKAGES}
+def packages(*, text: bool = False) -> dict[str, str]:
+    """Return the release of each of `PACKAGES`, without its local part ("+cpu"), which package indexes do not have.
+
+    Args:
+        text: whether the one that embeds prompts is among them.
+
+    Raises:
+        EvidenceError: that one is not installed.
+    """
+    try:
+        return {name: installed(name).split("+")[0] for name in (*PACKAGES, *([TEXT_PACKAGE] if text else []))}
+    except PackageNotFoundError as error:
+        raise EvidenceError(
+            f"a version of a model on text needs {error.name}, whose release is not known here: pip install "
+            "'ddpm-pipelines[text]'"
+        ) from error
 
 
 def requirements(releases: Mapping[str, str]) -> tuple[str, ...]:
     """Return what pip has to install for a version, from the release of each package."""
-    return tuple(f"{name}=={releases[name]}" for name in ("mlflow", "torch", "numpy", "safetensors"))
+    asked = ["mlflow", "torch", "numpy", "safetensors", *([TEXT_PACKAGE] if TEXT_PACKAGE in releases else [])]
+    return tuple(f"{name}=={releases[name]}" for name in asked)
 
 
 def code_files(

@@ -106,4 +106,7 @@ def comparable(ours: Scores, theirs: Scores, champion: str) -> list[Row]:
         mine, its = getattr(ours, field), getattr(theirs, field)
         short = [str(value)[:12] or "not known" for value in (mine, its)]
         rows.append(Row(f"same {words}", short[0], f"{short[1]}, as {champion}", bool(mine) and mine == its))
+    if ours.prompts is not None or theirs.prompts is not None:
+        mine, its = ((scores.prompts or {}).get("captions_digest", "none") for scores in (ours, theirs))
+        rows.append(Row("same prompts", mine[:12], f"{its[:12]}, as {champion}", mine == its))
     return rows

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import numpy as np
 
 from ddpm.generate import Sampling
 from ddpm.inference import COLUMNS, parameters
-from ddpm.model import Model, save_guides, save_model
+from ddpm.model import TEXT_ENCODER, Model, save_guides, save_model
 from ddpm.settings import settings_of
 from pipelines import tracking
 from pipelines.errors import PipelineError
@@ -18,6 +20,7 @@ from pipelines.evaluation.scores import Scores
 from pipelines.evaluation.scoring import weights_digest
 from pipelines.references import Resolved
 from pipelines.registry.evidence import (
+    COMPILED,
     FILE,
     MODEL,
     PACKAGE,
@@ -32,6 +35,7 @@ from pipelines.registry.evidence import (
 from pipelines.registry.probe import draw_probe
 from pipelines.registry.sign import Signer
 from pipelines.scratch import scratch_folder
+from pipelines.text import is_path, local_encoder
 from pipelines.tracking import ModelVersion, Pyfunc, Tracker
 
 
@@ -54,9 +58,13 @@ def register(resolved: Resolved, name: str, scores: Scores, dataset_uri: str, si
     """
     tracker = run_of(resolved)
     with tempfile.TemporaryDirectory(prefix="package-", dir=scratch_folder()) as scratch:
-        evidence = write_version(Path(scratch), resolved.model, scores, digest_of(resolved), dataset_uri, signer)
+        encoder = bundled_encoder(resolved.text_encoder) if resolved.model.spec.network.text_dim else None
+        evidence = write_version(
+            Path(scratch), resolved.model, scores, digest_of(resolved), dataset_uri, signer, encoder
+        )
         images_seen = int(evidence.lineage.get("images_seen", 0))
-        model_id = tracking.log_pyfunc(tracker, pyfunc_of(Path(scratch), resolved.model.spec.shape), images_seen)
+        pyfunc = pyfunc_of(Path(scratch), resolved.model.spec.shape, evidence.packages)
+        model_id = tracking.log_pyfunc(tracker, pyfunc, images_seen)
     return tracking.register(tracker, name, model_id, evidence.tags())
 
 
@@ -74,13 +82,41 @@ def run_of(resolved: Resolved) -> Tracker:
     return resolved.tracker
 
 
+def bundled_encoder(name: str | None) -> Path | None:
+    """Return the folder of the text encoder that a version of a model on text carries; None where a hub has it.
+
+    A folder is no address that a server could read, so the version carries what lies there.
+
+    Args:
+        name: of the encoder that embedded the model's training data; None where that is not known.
+
+    Raises:
+        RegistryError: the folder is not here.
+        EvidenceError: what reads encoders is not installed.
+    """
+    packages(text=True)
+    folder = None if name is None else local_encoder(name)
+    if name is not None and folder is None and is_path(name):
+        raise RegistryError(
+            f"the training data's captions were embedded by the text encoder {name}, which a version carries, and "
+            "there is no such folder here: name the place where it is (data.text_encoder), or its name on a hub"
+        )
+    return folder
+
+
 def write_version(
-    folder: Path, model: Model, scores: Scores, model_digest: str, dataset_uri: str, signer: Signer
+    folder: Path,
+    model: Model,
+    scores: Scores,
+    model_digest: str,
+    dataset_uri: str,
+    signer: Signer,
+    text_encoder: Path | None = None,
 ) -> Evidence:
     """Write what a version is made of: the signed folder `MODEL`, and beside it `SIGNATURE`; return its evidence.
 
-    The signed folder holds the model with the settings that it was scored with, the networks that guide it, pictures
-    that it draws, and the evidence.
+    The signed folder holds the model with the settings that it was scored with, the networks that guide it, its text
+    encoder where that is no hub's, pictures that it draws, and the evidence.
 
     Args:
         folder: an empty folder.
@@ -88,6 +124,7 @@ def write_version(
         scores: of the model.
         model_digest: under which its weights are known; see `digest_of`.
         dataset_uri: of the data that it was scored on.
+        text_encoder: folder of its text encoder, to be carried.
 
     Raises:
         RegistryError: the model has not the networks that guide it.
@@ -98,6 +135,8 @@ def write_version(
     inside = folder / MODEL
     save_model(inside, model.spec, model.network.state_dict())
     save_guides(inside, model)
+    if text_encoder is not None:
+        shutil.copytree(text_encoder, inside / TEXT_ENCODER, ignore=shutil.ignore_patterns(".*", COMPILED))
     probe = draw_probe(model, inside)
     evidence = Evidence(
         scores=scores,
@@ -106,7 +145,7 @@ def write_version(
         files=file_digests(inside),
         dataset_uri=dataset_uri,
         code=code_files(),
-        packages=packages(),
+        packages=packages(text=model.spec.network.text_dim > 0),
         probe=probe,
     )
     (inside / FILE).write_text(evidence.to_json())
@@ -114,18 +153,19 @@ def write_version(
     return evidence
 
 
-def pyfunc_of(folder: Path, shape: tuple[int, int, int]) -> Pyfunc:
+def pyfunc_of(folder: Path, shape: tuple[int, int, int], releases: Mapping[str, str]) -> Pyfunc:
     """Return the pyfunc that is made of what `write_version` wrote to a folder, and of our code.
 
     Args:
         shape: (C, H, W) of an image.
+        releases: of the packages, as the evidence has them.
     """
     channels, height, width = shape
     return Pyfunc(
         artifacts={"model": folder / MODEL, "signature": folder / SIGNATURE},
         code=SERVED_HERE,
         packages=(PACKAGE,),
-        requirements=requirements(packages()),
+        requirements=requirements(releases),
         columns=COLUMNS,
         output=np.zeros((2, height, width, channels), dtype=np.uint8),
         params=parameters(),

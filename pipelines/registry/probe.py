@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ddpm.conditioning import Conditioning
 from ddpm.generate import to_uint8
 from ddpm.model import Model
 from pipelines.errors import PipelineError
@@ -23,6 +24,8 @@ from pipelines.scratch import scratch_folder
 
 PROBES = 16
 """Pictures that a version draws when it is made."""
+TOKENS = 4
+"""Length of the texts that those of a model on text are asked for."""
 SEED = 0
 SAME_MACHINE = ("device", "torch", "capability", "processor", "threads")
 """What has to be as recorded for two drawings to be equal; elsewhere sums are added in another order."""
@@ -46,13 +49,19 @@ def draw_probe(model: Model, folder: Path) -> dict[str, Any]:
     Raises:
         ProbeError: the model draws something that is not a number.
     """
-    classes = len(model.spec.classes)
+    classes, width = len(model.spec.classes), model.spec.network.text_dim
     labels = torch.arange(PROBES) % classes if classes else None
-    images = model.generate(labels, seed=SEED, image_ids=torch.arange(PROBES), batch_size=PROBES)
+    asked = {} if labels is None else {"labels": labels}
+    text = None
+    if width:  # embeddings as they may be: what counts is that the same come again
+        generator = torch.Generator().manual_seed(SEED)
+        tokens, pooled = (torch.randn(PROBES, *form, width, generator=generator) for form in ((TOKENS,), ()))
+        text = Conditioning(text=tokens, pooled=pooled)
+        asked |= {"text": tokens, "pooled": pooled}
+    images = model.generate(labels, text=text, seed=SEED, image_ids=torch.arange(PROBES), batch_size=PROBES)
     if not bool(images.isfinite().all()):
         raise ProbeError("the model draws pictures that are not numbers: its weights, or what they lead to, overflowed")
-    pictures = {"images": to_uint8(images).contiguous()}
-    save_file(pictures if labels is None else pictures | {"labels": labels}, folder / PROBE)
+    save_file({"images": to_uint8(images).contiguous(), **asked}, folder / PROBE)
     return {"seed": SEED, "count": PROBES, **machine(torch.get_num_threads())}
 
 

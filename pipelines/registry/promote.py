@@ -13,6 +13,7 @@ from pipelines import tracking
 from pipelines.config import Config
 from pipelines.display import Display
 from pipelines.evaluation.evaluators import Evaluator, open_evaluator
+from pipelines.evaluation.prompts import Prompts, open_prompts
 from pipelines.evaluation.real import Real, open_real
 from pipelines.evaluation.scoring import check_fits
 from pipelines.references import guided
@@ -251,7 +252,15 @@ class Gate:
             "gate", f"{drawing.n:,} samples of {candidate.version.uri} and of {champion.version.uri}, on the same noise"
         )
         sides = [self._subject(opened, dataset) for opened in (candidate, champion)]
-        return compare(sides[0], sides[1], drawing, real, evaluator, self.storage, self.display)
+        prompts = self._prompts(sides, dataset)
+        return compare(sides[0], sides[1], drawing, real, evaluator, self.storage, self.display, prompts)
+
+    def _prompts(self, sides: Sequence[Subject], dataset: Dataset) -> Prompts | None:
+        """Return the captions that samples are drawn from, where both models are on the same kind of text."""
+        specs = [side.model.spec for side in sides]
+        if specs[0].network.text_dim != specs[1].network.text_dim:
+            return None
+        return open_prompts(specs[0], dataset, self.config, self.storage, lambda text: self.display.stage("gate", text))
 
     def _subject(self, opened: Opened, dataset: Dataset) -> Subject:
         """Return the model of a version with its guiding networks."""

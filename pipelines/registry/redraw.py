@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def main(code: str, folder: str, out: str, seed: int, count: int, threads: int) -> None:
@@ -25,12 +26,18 @@ def main(code: str, folder: str, out: str, seed: int, count: int, threads: int) 
     import torch
     from safetensors.torch import load_file, save_file
 
+    from ddpm.conditioning import Conditioning
     from ddpm.generate import to_uint8
     from ddpm.model import load_model
 
     torch.set_num_threads(threads)
-    labels = load_file(Path(folder) / "probe.safetensors").get("labels")
-    images = load_model(Path(folder)).generate(labels, seed=seed, image_ids=torch.arange(count), batch_size=count)
+    asked = load_file(Path(folder) / "probe.safetensors")
+    text: dict[str, Any] = {}  # the code of an earlier release takes none
+    if "text" in asked:
+        text["text"] = Conditioning(text=asked["text"], pooled=asked["pooled"])
+    images = load_model(Path(folder)).generate(
+        asked.get("labels"), seed=seed, image_ids=torch.arange(count), batch_size=count, **text
+    )
     ours = [module for name, module in sys.modules.items() if name.partition(".")[0] == "ddpm"]
     foreign = [str(m.__file__) for m in ours if not Path(str(m.__file__)).resolve().is_relative_to(code)]
     if foreign:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ddpm.conditioning import Conditioning
 from ddpm.generate import Sampling
 from ddpm.model import Model
 from ddpm.models.classifier import NoisyClassifier
@@ -23,6 +24,7 @@ from pipelines.evaluation.images import to_levels
 from pipelines.evaluation.real import Real
 from pipelines.evaluation.samples import balanced_labels
 from pipelines.scratch import scratch_folder
+from pipelines.shards.captions import Captions
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Subject:
         real: features of the real test split [N, D], for precision and recall.
         labels: labels of the drawn images [N]; image i has label i modulo N. None for a model without classes.
         guides: reference -> classifier or weaker model that a setting may name.
+        captions: image i is drawn from caption i modulo their number; None for a model that is not on text.
     """
 
     model: Model
@@ -44,20 +47,30 @@ class Subject:
     real: Tensor
     labels: Tensor | None
     guides: Mapping[str, NoisyClassifier | Model] = field(default_factory=dict)
+    captions: Captions | None = None
 
     @classmethod
     def of(
-        cls, model: Model, evaluator: Evaluator, real: Real, guides: Mapping[str, NoisyClassifier | Model], seed: int
+        cls,
+        model: Model,
+        evaluator: Evaluator,
+        real: Real,
+        guides: Mapping[str, NoisyClassifier | Model],
+        seed: int,
+        captions: Captions | None = None,
     ) -> Subject:
         """Return a model with the real images that score it.
 
         Args:
             real: the real images, as the evaluator sees them.
             seed: of the order of the labels.
+            captions: that a model on text is asked for, with the classes of their images.
         """
         with tempfile.TemporaryDirectory(prefix="real-", dir=scratch_folder()) as scratch:
             test = real.load("test", Path(scratch), most=NEIGHBOURS).features.read(0, NEIGHBOURS)
         labels = balanced_labels(real.test.count, real.train.class_counts, seed) if model.spec.classes else None
+        if labels is not None and captions is not None and captions.labels is not None:
+            labels = captions.labels.numpy()
         return cls(
             model=replace(model, classifier=None, weak=None).to("cpu"),
             evaluator=evaluator,
@@ -65,6 +78,7 @@ class Subject:
             real=torch.from_numpy(test),
             labels=None if labels is None else torch.from_numpy(labels),
             guides=guides,
+            captions=captions,
         )
 
 
@@ -140,6 +154,7 @@ class SampleScorer:
         labels = None if subject.labels is None else subject.labels[image_ids % len(subject.labels)]
         images = model.generate(
             None if labels is None else labels.to(self.device),
+            text=self._text(image_ids),
             seed=seed,
             sampling=settings,
             image_ids=image_ids.to(self.device),
@@ -152,6 +167,13 @@ class SampleScorer:
             correct = found.probabilities.argmax(1) == labels
         evaluations = (self.meter.count - before) / len(image_ids)
         return Drawn(found.features, correct, levels[:keep].permute(0, 2, 3, 1).cpu().numpy(), evaluations)
+
+    def _text(self, image_ids: Tensor) -> Conditioning | None:
+        """Return the embeddings of the captions that images are drawn from, if any."""
+        captions = self.subject.captions
+        if captions is None:
+            return None
+        return captions.condition(image_ids % len(captions), labels=False).to(self.device)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pipelines import references, registry, tracking
 from pipelines.config import Config
 from pipelines.display import StageNotice
 from pipelines.evaluation.evaluators import Evaluator, open_evaluator
+from pipelines.evaluation.prompts import open_captions
 from pipelines.evaluation.real import Real, open_real
 from pipelines.references import Resolved
 from pipelines.search import guidance_search, training_confirmation, training_search
@@ -97,7 +98,10 @@ def guidance_study(
     dataset = read_dataset(resolved.model.spec.lineage.get("dataset_uri", config.data.uri), storage)
     real, evaluator = _open_evaluation(dataset, config, storage, notice)
     guides = guides_of(resolved.model, study, base, storage)
-    subject = Subject.of(resolved.model, evaluator, real, guides, NoiseSeeds.of(base, name).trials)
+    model, seed = resolved.model, NoiseSeeds.of(base, name).trials
+    found_captions = open_captions(model.spec, dataset, config, storage, lambda text: notice("study", text))
+    captions = None if found_captions is None else found_captions[0]
+    subject = Subject.of(model, evaluator, real, guides, seed, captions)
     connect_ray(config, storage)
     store, tracker = StudyStore.of(config, name), _open_run(config, name, study, reference)
     observer = Observer(store, study, tracker, config.tracking.experiment, study.samples, on_change)

@@ -241,10 +241,10 @@ def _encoder(resolved: Resolved) -> Encode | None:
     Raises:
         ModelError: it cannot be loaded.
     """
-    name = resolved.model.spec.lineage.get("text_encoder")
-    if not resolved.model.spec.network.text_dim or name is None:
+    spec, name = resolved.model.spec, resolved.text_encoder
+    if not spec.network.text_dim or name is None:
         return None
     try:
-        return TextEncoder(name)
+        return TextEncoder(name, digest=spec.lineage.get("text_encoder_digest"))
     except ValueError as error:
         raise ModelError(f"{resolved.reference}: {error}") from error

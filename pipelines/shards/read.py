@@ -161,9 +161,13 @@ class ShardReader:
 
     def at(self, positions: NDArray[np.int64]) -> Batch:
         """Read and decode the samples at these positions in shard order, int64 [B]; ordinals are the positions."""
+        return self.batch(self.located(positions))
+
+    def located(self, positions: NDArray[np.int64]) -> Located:
+        """Return where the samples at these positions in shard order are, int64 [B]; ordinals are the positions."""
         ends = np.cumsum([shard.samples for shard in self.shards])
         shards = np.searchsorted(ends, positions, side="right")
-        return self.batch(Located(positions, shards, positions - np.concatenate([[0], ends])[shards]))
+        return Located(positions, shards, positions - np.concatenate([[0], ends])[shards])
 
     def _needed(self, index: ShardIndex, at: list[int]) -> list[dict[str, Member]]:
         """Return the members of each sample that a batch needs: one image, the label, the embedding."""
@@ -258,6 +262,11 @@ def split_batches(reader: ShardReader, batch_size: int) -> Iterator[Batch]:
     count = sum(shard.samples for shard in reader.shards)
     for first in range(0, count, batch_size):
         yield reader.at(np.arange(first, min(first + batch_size, count)))
+
+
+def spread_positions(count: int, most: int) -> NDArray[np.int64]:
+    """Return at most so many positions, spread evenly over `count`."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
 
 
 def default_cache_dir() -> Path:

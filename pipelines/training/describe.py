@@ -95,7 +95,7 @@ def training_text(config: Config, dataset: Dataset) -> str:
     pictures = f"{size}x{size}{f', {classes} classes' if classes > 1 else ''}"
     classifier = config.task == "classifier"
     what = (
-        "a classifier of noisy images"
+        f"a classifier of noisy images{' by caption' if config.model.text_dim else ''}"
         if classifier
         else f"{config.model.kind}, {config.objective.prediction}-prediction"
     )

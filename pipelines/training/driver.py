@@ -13,10 +13,12 @@ from typing import Any
 from pipelines import checkpoints, references, tracking
 from pipelines.checkpoints import CheckpointState, Published, newest_checkpoint
 from pipelines.config import Config, ConfigError
+from pipelines.shards.captions import caption_width
 from pipelines.shards.index import Dataset, DatasetError, read_dataset
 from pipelines.shards.ingest.report import recorded_encoder
 from pipelines.shards.quarantine import read_quarantine
 from pipelines.storage import FencedError, Storage, StorageError
+from pipelines.text import is_path, local_encoder
 from pipelines.tracking import Tracker
 from pipelines.training.describe import describe_run, report_goodput
 from pipelines.training.errors import TrainingError
@@ -91,6 +93,7 @@ def make_plan(config: Config, storage: Storage, lineage: dict[str, Any]) -> Plan
     storage.require(config.storage.root)
     dataset = read_dataset(config.data.uri, storage)
     check_dataset(dataset, config)
+    check_captions(dataset, config, storage)
     quarantine = read_quarantine(config.data.uri, storage)
     state = newest_checkpoint(config, storage)
     if state is not None:
@@ -105,13 +108,46 @@ def make_plan(config: Config, storage: Storage, lineage: dict[str, Any]) -> Plan
 
 
 def encoder_lineage(config: Config, storage: Storage) -> dict[str, Any]:
-    """Return `text_encoder`, by which the model of a run on text can be given prompts; nothing for other runs.
+    """Return which encoder has embedded the captions of a run on text; nothing for other runs.
 
-    It is the encoder of the configuration, or else the one that the report of the dataset's ingest names.
+    It is the one that the report of the dataset's ingest names, where it is a hub name or a folder that is here, else
+    that of the configuration: the same encoder in another place.
+
+    Returns:
+        `text_encoder`, by which the model can be given prompts, and `text_encoder_digest` of its weights, by which
+        another one is told from it, where that is known.
     """
     if config.model.text_dim == 0:
         return {}
-    return {"text_encoder": config.data.text_encoder or recorded_encoder(config.data.uri, storage)}
+    recorded = recorded_encoder(config.data.uri, storage)
+    there = recorded.name is not None and (local_encoder(recorded.name) is not None or not is_path(recorded.name))
+    name = recorded.name if there else config.data.text_encoder or recorded.name
+    return {"text_encoder": name, **({"text_encoder_digest": recorded.digest} if recorded.digest else {})}
+
+
+def check_captions(dataset: Dataset, config: Config, storage: Storage) -> None:
+    """Refuse data on whose captions the network of the configuration cannot be conditioned.
+
+    Raises:
+        DatasetError: they have no embeddings.
+        ConfigError: the embeddings are of another width than the network's.
+    """
+    width = config.model.text_dim
+    for split in ("train", "test"):
+        if not width or split not in dataset.splits:
+            continue
+        found = caption_width(dataset, split, storage)
+        if found is None:
+            raise DatasetError(
+                f"{dataset.uri} has no embeddings of captions (emb.npy) in its split {split!r}, and model.text_dim = "
+                f"{width} asks for them: ingest it with data.text_encoder from a source with captions, or set "
+                "model.text_dim=0"
+            )
+        if found != width:
+            raise ConfigError(
+                f"model.text_dim = {width}, and the embeddings of the captions of {dataset.uri} have {found} numbers: "
+                f"set model.text_dim={found}"
+            )
 
 
 def check_dataset(dataset: Dataset, config: Config) -> None:

@@ -17,9 +17,9 @@ CONFIG = UNetConfig(
 NAMES = F.normalize(torch.randn(2, 6, generator=torch.Generator().manual_seed(5)), dim=1)
 
 
-def make(outputs):
+def make(outputs, *, text=False):
     torch.manual_seed(0)
-    return NoisyClassifier(CONFIG, outputs)
+    return NoisyClassifier(CONFIG, outputs, text=text)
 
 
 def batch(n):
@@ -41,7 +41,7 @@ def test_it_is_the_encoder_half_of_the_unet():
 
 @pytest.mark.parametrize("kind", ["class", "text"])
 def test_it_learns_to_classify_noisy_images_and_guides_samples_to_what_is_asked(kind):
-    classifier = make(2 if kind == "class" else 6)
+    classifier = make(2) if kind == "class" else make(6, text=True)
     optimizer = torch.optim.Adam(classifier.parameters(), 2e-3)
     for i in range(40):
         x_0, t, eps, label = batch(torch.arange(32) + 32 * i)
@@ -55,7 +55,7 @@ def test_it_learns_to_classify_noisy_images_and_guides_samples_to_what_is_asked(
         optimizer.step()
     x_0, _, _, label = batch(torch.arange(64))
     t = torch.full((64,), 1.0)
-    log_prob = classifier.class_log_prob if kind == "class" else classifier.text_log_prob
+    log_prob = classifier.log_prob
     asked, other = (Conditioning(label=y, pooled=NAMES[y]) for y in (label, 1 - label))
     assert (log_prob(x_0, t, asked) > log_prob(x_0, t, other)).float().mean() > 0.95
     base = GaussianDenoiser(SCHEDULE, mean=0.0, std=0.5)
@@ -75,15 +75,38 @@ def test_log_probabilities_of_classes_sum_to_one():
 def test_equal_texts_share_the_contrastive_probability():
     """With one text for all the images there is nothing to tell apart: the loss is 0."""
     x_0, t, eps, _ = batch(torch.arange(8))
-    loss = text_loss(make(6), SCHEDULE, x_0, t, eps, NAMES[:1].expand(8, -1))
+    loss = text_loss(make(6, text=True), SCHEDULE, x_0, t, eps, NAMES[:1].expand(8, -1))
     torch.testing.assert_close(loss, torch.zeros(8), rtol=0, atol=1e-5)
+
+
+def test_texts_are_told_apart_in_mixed_precision_as_in_float32():
+    """Cosines of texts that are alike differ by less than bfloat16 can say."""
+    generator = torch.Generator().manual_seed(3)
+    texts = F.normalize(
+        torch.randn(1, 384, generator=generator) + 0.1 * torch.randn(6, 384, generator=generator), dim=1
+    )
+    x_0, t, eps, _ = batch(torch.arange(24))
+    classifier = make(384, text=True)
+    whole = text_loss(classifier, SCHEDULE, x_0, t, eps, texts.repeat(4, 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = text_loss(classifier, SCHEDULE, x_0, t, eps, texts.repeat(4, 1))
+    assert mixed.isfinite().all()
+    torch.testing.assert_close(mixed, whole, rtol=0.05, atol=0.05)
+
+
+def test_weights_of_an_earlier_release_have_a_scalar_for_a_temperature():
+    stored = make(3).state_dict()
+    stored["log_temperature"] = torch.tensor(-1.5)
+    classifier = make(3)
+    classifier.load_state_dict(stored)
+    assert classifier.log_temperature.tolist() == [-1.5]
 
 
 def test_the_wrong_condition_and_no_outputs_are_refused():
     x, t = torch.zeros(1, 1, 8, 8), torch.ones(1)
     with pytest.raises(ValueError, match=r"needs cond\.label"):
-        make(2).class_log_prob(x, t, Conditioning())
+        make(2).log_prob(x, t, Conditioning())
     with pytest.raises(ValueError, match=r"needs cond\.pooled"):
-        make(2).text_log_prob(x, t, Conditioning())
+        make(2, text=True).log_prob(x, t, Conditioning())
     with pytest.raises(ValueError, match="outputs"):
         make(0)

@@ -28,6 +28,7 @@ def model_folder(
     inpaints: bool = False,
     text_dim: int = 0,
     text_encoder: str | None = None,
+    text_encoder_digest: str | None = None,
     seed: int = 0,
 ) -> Path:
     """Write a model with 50 noise levels that draws 8x8 pixels, and whose default is 4 steps."""
@@ -45,7 +46,8 @@ def model_folder(
         if not parameter.any():  # those that start at zero, without which nothing depends on anything
             parameter.copy_(0.1 * torch.randn(parameter.shape))
     settings = Sampling.of(steps=4, scale=2.0)
-    lineage = {} if text_encoder is None else {"text_encoder": text_encoder}
+    known = {"text_encoder": text_encoder, "text_encoder_digest": text_encoder_digest}
+    lineage = {name: value for name, value in known.items() if value is not None}
     spec = ModelSpec(config, {"kind": "cosine", "num_steps": 50}, "v", 8, tuple(classes), settings, lineage)
     save_model(folder, spec, network.state_dict())
     return folder

@@ -18,7 +18,11 @@ from pipelines.config import (
     read_config,
 )
 
-NEEDED = {"folder32": ["name=mine", "data.source=photos", "data.num_classes=3"]}
+NEEDED = {
+    "folder32": ["name=mine", "data.source=photos", "data.num_classes=3"],
+    "captions32": ["name=mine", "data.source=photos"],
+    "captions32_classifier": ["name=mine-classifier", "data.uri=s3://ddpm/datasets/mine"],
+}
 
 
 @pytest.mark.parametrize("name", groups()["experiment"])

@@ -8,9 +8,12 @@ import pytest
 from pipelines import flow
 from pipelines.config import ConfigError, compose
 from pipelines.display import Silent
+from pipelines.errors import PipelineError
 from pipelines.shards.index import read_dataset
+from pipelines.shards.ingest.write import ingest
 from pipelines.storage import Storage
-from pipelines.training.driver import encoder_lineage
+from pipelines.training.driver import check_captions, encoder_lineage
+from tests.pipelines.captioned import embed, write_shapes
 from tests.pipelines.shards.ingest.sources import jsonl, picture, pictures, write_files
 
 STORAGE = Storage()
@@ -127,13 +130,42 @@ def test_captions_are_embedded_by_the_encoder_that_is_named(photos, tmp_path):
     assert flow.ingest_key(named, STORAGE) != flow.ingest_key(config(photos, tmp_path / "ds"), STORAGE)
     flow.write_dataset(named, STORAGE, Lines())
     assert "emb.npy" in (tmp_path / "ds" / "train-000000.index.json").read_text()
-    for model, recorded in (("model.text_dim=384", {"text_encoder": str(encoder)}), ("model.text_dim=0", {})):
-        assert encoder_lineage(config(photos, tmp_path / "ds", model), STORAGE) == recorded
-    other = config(photos, tmp_path / "ds", "model.text_dim=384", "data.text_encoder=mine")
-    assert encoder_lineage(other, STORAGE) == {"text_encoder": "mine"}
-    (tmp_path / "ds" / "ingest-report.json").unlink()
-    unknown = config(photos, tmp_path / "ds", "model.text_dim=384")
-    assert encoder_lineage(unknown, STORAGE) == {"text_encoder": None}
+    plain, other = (
+        config(photos, tmp_path / "ds", "model.text_dim=384", *more) for more in ([], ["data.text_encoder=mine"])
+    )
+    recorded = encoder_lineage(plain, STORAGE)
+    assert recorded["text_encoder"] == str(encoder)
+    assert len(recorded["text_encoder_digest"]) == 64
+    assert encoder_lineage(other, STORAGE) == recorded  # it is the one that has embedded the data, and it is here
+    assert encoder_lineage(config(photos, tmp_path / "ds", "model.text_dim=0"), STORAGE) == {}
+    report = tmp_path / "ds" / "ingest-report.json"
+    report.write_text(report.read_text().replace(str(encoder), "/gone/model"))
+    assert encoder_lineage(other, STORAGE) == {**recorded, "text_encoder": "mine"}
+    assert encoder_lineage(plain, STORAGE)["text_encoder"] == "/gone/model"
+    report.unlink()
+    assert encoder_lineage(plain, STORAGE) == {"text_encoder": None}
+
+
+@pytest.mark.parametrize(
+    "captioned, width, message",
+    [
+        (False, 16, r"no embeddings of captions \(emb\.npy\) in its split 'train', and model\.text_dim = 16"),
+        (True, 384, r"model\.text_dim = 384, and the embeddings of .* have 16 numbers: set model\.text_dim=16"),
+    ],
+)
+def test_captions_that_a_network_cannot_be_trained_on_are_found_before_a_training(tmp_path, captioned, width, message):
+    source = write_shapes(tmp_path / "shapes", 30)
+    options = {"shard_samples": 16, "test_fraction": 0.3, "image_size": 8, "channels": 3}
+    encoder = embed if captioned else None
+    dataset = ingest(str(source), f"file://{tmp_path}/ds", STORAGE, text_encoder=encoder, **options).dataset
+    asked = config(source, tmp_path / "ds", "data.num_classes=0", "model.class_conditional=false")
+    check_captions(dataset, asked, STORAGE)
+    with pytest.raises(PipelineError, match=message):
+        check_captions(dataset, with_text(asked, width), STORAGE)
+
+
+def with_text(config, width):
+    return config.model_copy(update={"model": config.model.model_copy(update={"text_dim": width})})
 
 
 def test_an_encoder_that_does_not_exist_leaves_the_data_as_they_are(photos, tmp_path):

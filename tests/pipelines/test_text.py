@@ -1,9 +1,10 @@
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from pipelines.text import TextEncoder
+from pipelines.text import TextEncoder, is_path, local_encoder
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,31 @@ def test_it_understands_what_captions_have_in_common(encoder):
     pooled = encoder(["the digit three", "a number three", "a photo of a dog"]).pooled
     cosine = torch.nn.functional.cosine_similarity(pooled[:1], pooled[1:])
     assert cosine[0] > cosine[1] + 0.2
+
+
+def test_an_encoder_is_known_by_its_weights_wherever_it_lies(encoder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(encoder.name, copy)
+    assert TextEncoder(str(copy), digest=encoder.digest).digest == encoder.digest
+    with pytest.raises(
+        ValueError, match=r"is another one \([0-9a-f]{12}\) than the one that embedded the training data"
+    ):
+        TextEncoder(str(copy), digest="0" * 64)
+
+
+@pytest.mark.parametrize(
+    "name, path",
+    [("/a/b", True), ("./b", True), ("../b", True), ("~/b", True), ("a/b/c", True), ("a/b", False), ("b", False)],
+)
+def test_what_can_be_no_name_on_a_hub_is_a_path(name, path):
+    assert is_path(name) is path
+
+
+def test_a_folder_has_its_whole_path_and_a_name_on_a_hub_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    assert local_encoder("mine") == (tmp_path / "mine").resolve()
+    assert local_encoder("sentence-transformers/all-MiniLM-L6-v2") is None
 
 
 def test_an_unknown_encoder_and_no_captions_are_refused(encoder, tmp_path):

@@ -17,7 +17,7 @@ from pipelines.evaluation.evaluators.encoder import check_encoder, open_encoder
 from pipelines.evaluation.evaluators.inception import check_inception, open_inception
 from pipelines.evaluation.evaluators.share import Share, reference_mask, reference_part
 from pipelines.evaluation.evaluators.stored import find, store
-from pipelines.evaluation.evaluators.train import Training, train_on_ray
+from pipelines.evaluation.evaluators.train import Trainable, Training, train_on_ray
 from pipelines.scratch import scratch_folder
 from pipelines.shards.index import Dataset
 from pipelines.storage import Storage
@@ -30,6 +30,7 @@ __all__ = [
     "check_evaluator",
     "evaluator_kind",
     "open_evaluator",
+    "open_matcher",
     "reference_mask",
     "reference_part",
 ]
@@ -110,17 +111,44 @@ def open_evaluator(
             with _local(config.evaluation.weights, storage) as path:
                 return open_encoder(path, config.evaluation, dataset)
         case "classifier" | "contrastive" as kind:
-            found = find(kind, dataset, storage)
-            if found is not None:
-                return found
-            notice(f"training the evaluator ({kind}) on real images, once for this dataset")
-            connect()
-            training = Training.of(config, kind, dataset, storage)
-            use_gpu = config.cluster.gpus_per_worker > 0
-            trained = train_on_ray(training, use_gpu=use_gpu) if ray.is_initialized() else training()
-            return store(kind, trained, dataset, storage)
+            return _trained(kind, config, dataset, storage, notice, connect)
         case kind:
             raise ConfigError(f"evaluation.evaluator = {kind}: there is no such evaluator")
+
+
+def open_matcher(
+    config: Config,
+    dataset: Dataset,
+    storage: Storage,
+    notice: Notice = no_notice,
+    *,
+    connect: Callable[[], object] = lambda: None,
+) -> Evaluator:
+    """Return the matcher of images and captions of a dataset with embeddings; arguments and errors as `open_evaluator`.
+
+    Its encoder is a `Matcher`, and its accuracy the share of real test images whose own caption matches best.
+    """
+    return _trained("captions", config, dataset, storage, notice, connect)
+
+
+def _trained(
+    kind: Trainable,
+    config: Config,
+    dataset: Dataset,
+    storage: Storage,
+    notice: Notice,
+    connect: Callable[[], object],
+) -> Evaluator:
+    """Return an evaluator that is trained on the dataset: the stored one, else a new one."""
+    found = find(kind, dataset, storage)
+    if found is not None:
+        return found
+    notice(f"training the evaluator ({kind}) on real images, once for this dataset")
+    connect()
+    training = Training.of(config, kind, dataset, storage)
+    use_gpu = config.cluster.gpus_per_worker > 0
+    trained = train_on_ray(training, use_gpu=use_gpu) if ray.is_initialized() else training()
+    return store(kind, trained, dataset, storage)
 
 
 @contextmanager

@@ -52,12 +52,12 @@ class Evaluator:
     """An encoder with the record that every score carries; features of unlike evaluators are not comparable.
 
     Attributes:
-        kind: "classifier", "contrastive", "inception" or "encoder".
+        kind: "classifier", "contrastive", "inception" or "encoder"; "captions" for a matcher.
         digest: SHA-256 over the weights and over what prepares the images.
         source: where the weights came from, in words: the dataset that it was trained on, or a file's name.
         preparation: what is done to images before they are encoded, in words.
         labels: whether its probabilities are of the dataset's classes.
-        accuracy: on the real test split, 0..1; None without labels.
+        accuracy: on the real test split, 0..1; of a matcher, with captions for classes. None without labels.
         share: of the train split, on which it was trained; None where it was trained on other data.
     """
 

@@ -59,6 +59,7 @@ def store(kind: Trainable, trained: Trained, dataset: Dataset, storage: Storage)
         "weights": name,
         "weights_digest": weights_digest,
         "test_accuracy": trained.accuracy,
+        **({"text_dim": trained.text_dim} if trained.text_dim else {}),
         "image_size": side,
         "seed": SEED,
         "dataset_digest": dataset.digest,
@@ -87,7 +88,7 @@ def _opened(kind: Trainable, dataset: Dataset, storage: Storage, folder: str, re
             "and the next evaluation trains an evaluator anew"
         )
     side = record.get("image_size", dataset.image_size)
-    network = untrained(kind, dataset, side).eval().requires_grad_(False)
+    network = untrained(kind, dataset, side, record.get("text_dim", 0)).eval().requires_grad_(False)
     network.load_state_dict(load(weights))
     total = dataset.samples("train")
     return Evaluator(

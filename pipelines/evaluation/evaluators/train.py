@@ -17,15 +17,20 @@ from pipelines.evaluation.devices import task_device
 from pipelines.evaluation.evaluators.base import Encoder
 from pipelines.evaluation.evaluators.classifier import MAX_SIDE, Classifier, reduced, train_classifier
 from pipelines.evaluation.evaluators.contrastive import Contrastive, train_contrastive
+from pipelines.evaluation.evaluators.matcher import Matcher, matched, train_matcher
 from pipelines.evaluation.evaluators.share import Share, default_share, split_positions
 from pipelines.evaluation.images import to_levels
 from pipelines.evaluation.tasks import finished
+from pipelines.shards.captions import Captions, read_captions
 from pipelines.shards.index import Dataset
-from pipelines.shards.read import Batch, ShardReader, opened_split, split_batches
+from pipelines.shards.read import Batch, ShardReader, opened_split, split_batches, spread_positions
 from pipelines.storage import Storage
 
-Trainable = Literal["classifier", "contrastive"]
+Trainable = Literal["classifier", "contrastive", "captions"]
+"""The last one is the `Matcher`, which judges prompts beside one of the others."""
 SEED = 0
+MAX_CAPTIONS = 1_000
+"""Captions, at most, that samples are drawn from."""
 READ = 1024
 READ_BYTES = 64 << 20
 """Largest number of images that are read at a time, and of bytes that they may take."""
@@ -38,12 +43,15 @@ class Trained:
     Attributes:
         weights: as a safetensors file.
         share: of the train split, on which it was trained.
-        accuracy: of a classifier on the real test split, 0..1.
+        accuracy: of a classifier on the real test split, 0..1; of a matcher, the share of real test images whose own
+            caption matches best, None where all have the same.
+        text_dim: width of the embeddings that a matcher takes.
     """
 
     weights: bytes
     share: Share
     accuracy: float | None
+    text_dim: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,18 +82,30 @@ class Training:
         share, device = default_share(self.dataset), task_device()
         with one_thread():
             with self._reader("train") as reader:
-                images, labels = read_share(reader, share)
+                shared = read_share(reader, share)
+            images, labels = shared.images, shared.labels
             if self.kind == "contrastive":
                 return Trained(_saved(train_contrastive(images, seed=SEED, device=device)), share, None)
+            if self.kind == "captions":
+                return self._matcher(shared, share, device)
             assert labels is not None
             network = train_classifier(images, labels, len(self.dataset.classes), seed=SEED, device=device)
             with self._reader("test") as reader:
                 batches = split_batches(reader, at_a_time(self.dataset))
                 return Trained(_saved(network), share, accuracy(network.to(device), batches))
 
+    def _matcher(self, shared: SharedImages, share: Share, device: torch.device) -> Trained:
+        """Train the matcher of images and captions."""
+        assert shared.pooled is not None
+        network = train_matcher(shared.images, shared.pooled, seed=SEED, device=device)
+        with self._reader("test") as reader:
+            found = matched_captions(network.to(device), reader, prompt_captions(reader))
+        return Trained(_saved(network.cpu()), share, found, shared.pooled.shape[1])
+
     def _reader(self, split: str) -> AbstractContextManager[ShardReader]:
         """Open a split of the dataset."""
-        return opened_split(self.dataset, split, self.storage, self.cache_dir, self.cache_gib)
+        text = self.kind == "captions"
+        return opened_split(self.dataset, split, self.storage, self.cache_dir, self.cache_gib, text=text)
 
 
 def train_on_ray(training: Training, *, use_gpu: bool) -> Trained:
@@ -104,12 +124,17 @@ def _run(training: Training) -> Trained:
     return training()
 
 
-def untrained(kind: Trainable, dataset: Dataset, image_size: int) -> Classifier | Contrastive:
+def untrained(
+    kind: Trainable, dataset: Dataset, image_size: int, text_dim: int = 0
+) -> Classifier | Contrastive | Matcher:
     """Return the network of a kind for the images of a dataset, for stored weights to be loaded into.
 
     Args:
         image_size: height and width, in pixels, at which it looks at them.
+        text_dim: width of the embeddings of the captions, for a matcher.
     """
+    if kind == "captions":
+        return Matcher(dataset.channels, image_size, text_dim)
     if kind == "contrastive":
         return Contrastive(dataset.channels, image_size)
     return Classifier(dataset.channels, image_size, max(len(dataset.classes), 1))
@@ -120,15 +145,27 @@ def at_a_time(dataset: Dataset) -> int:
     return max(1, min(READ, READ_BYTES // (4 * dataset.channels * dataset.image_size**2)))
 
 
-def read_share(reader: ShardReader, share: Share) -> tuple[Tensor, Tensor | None]:
-    """Read the images of a share, in shard order, and reduce large ones.
+@dataclass(frozen=True)
+class SharedImages:
+    """The images of a share, in shard order.
 
-    Returns:
-        Images uint8 [N, C, S, S] with S <= `MAX_SIDE`, and labels int64 [N]; None for data without labels.
+    Attributes:
+        images: uint8 [N, C, S, S] with S <= `MAX_SIDE`, to which larger ones are reduced.
+        labels: int64 [N]; None for data without labels.
+        pooled: embeddings of their captions, float32 [N, D]; None where the reader gives none.
     """
+
+    images: Tensor
+    labels: Tensor | None
+    pooled: Tensor | None
+
+
+def read_share(reader: ShardReader, share: Share) -> SharedImages:
+    """Read the images of a share, in shard order, and reduce large ones."""
     count, step = sum(shard.samples for shard in reader.shards), at_a_time(reader.dataset)
     images: list[Tensor] = []
     labels: list[Tensor] = []
+    pooled: list[Tensor] = []
     for first in range(0, count, step):
         ordinals = torch.arange(first, min(first + step, count))
         chosen = ordinals[share.trained(split_positions(reader.dataset, reader.quarantine, ordinals))].numpy()
@@ -138,7 +175,32 @@ def read_share(reader: ShardReader, share: Share) -> tuple[Tensor, Tensor | None
         images.append(reduced(to_levels(batch.images), MAX_SIDE))
         if batch.labels is not None:
             labels.append(batch.labels)
-    return torch.cat(images), torch.cat(labels) if labels else None
+        if batch.pooled is not None:
+            pooled.append(batch.pooled)
+    return SharedImages(*(torch.cat(parts) if parts else None for parts in (images, labels, pooled)))  # type: ignore[arg-type]
+
+
+def prompt_captions(reader: ShardReader) -> Captions:
+    """Return captions from all over a test split, `MAX_CAPTIONS` at most: those that samples are drawn from."""
+    count = sum(shard.samples for shard in reader.shards)
+    return read_captions(reader, spread_positions(count, MAX_CAPTIONS))
+
+
+def matched_captions(network: Matcher, reader: ShardReader, captions: Captions) -> float | None:
+    """Return the share of real images whose own caption matches best, 0..1; None where all have the same.
+
+    Args:
+        network: on the device to use.
+        reader: of the split that the captions are of.
+    """
+    first, own = captions.different
+    if len(first) < 2:
+        return None
+    step = at_a_time(reader.dataset)
+    parts = [captions.positions[i : i + step] for i in range(0, len(captions), step)]
+    vectors = torch.cat([network(to_levels(reader.at(part).images)).features for part in parts])
+    texts = network.texts(captions.pooled[first].to(next(network.parameters()).device)).cpu()
+    return float(matched(vectors, own, texts, SEED).double().mean())
 
 
 def accuracy(encoder: Encoder, batches: Iterator[Batch]) -> float:

@@ -157,13 +157,26 @@ class IngestReport:
         return found + [f"{len(n):,} not used, {why}: such as {n[0]}" for why, n in sorted(self.unused.items()) if n]
 
 
-def recorded_encoder(uri: str, storage: Storage) -> str | None:
-    """Return the name of the text encoder that embedded the captions of a dataset; None where no ingest says it."""
+@dataclass(frozen=True)
+class RecordedEncoder:
+    """The text encoder that embedded the captions of a dataset; None for what no ingest says.
+
+    Attributes:
+        name: hub name or folder.
+        digest: SHA-256 over its weights.
+    """
+
+    name: str | None = None
+    digest: str | None = None
+
+
+def recorded_encoder(uri: str, storage: Storage) -> RecordedEncoder:
+    """Return which text encoder embedded the captions of a dataset, as the report of its ingest says."""
     try:
-        plain = json.loads(storage.read(join(uri, REPORT)))
-        return str(plain["settings"]["text_encoder"] or "") or None
-    except (NotFoundError, ValueError, KeyError, TypeError):
-        return None
+        settings = json.loads(storage.read(join(uri, REPORT)))["settings"]
+        return RecordedEncoder(settings["text_encoder"] or None, settings.get("text_encoder_digest"))
+    except (NotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return RecordedEncoder()
 
 
 def compose_report(

@@ -85,7 +85,11 @@ class Settings:
 
     def described(self) -> dict[str, Any]:
         """Return the settings as the report shows them."""
-        return {**asdict(self.form), "text_encoder": self.encoder_id and self.encoder_id.partition(" ")[0]}
+        known = self.encoder_id and self.encoder_id.partition(" ")[0]
+        named: dict[str, Any] = {"text_encoder": getattr(self.text_encoder, "name", known)}
+        if digest := getattr(self.text_encoder, "digest", None):
+            named["text_encoder_digest"] = digest
+        return {**asdict(self.form), **named}
 
     def key(self, first: int, images: Sequence[SourceImage]) -> str:
         """Return the digest of all inputs and settings that decide the bytes of a shard."""

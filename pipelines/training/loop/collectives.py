@@ -98,3 +98,18 @@ def all_gather_items(mine: Tensor, count: int) -> Tensor:
     parts = [torch.empty_like(mine) for _ in range(world_size())]
     dist.all_gather(parts, mine.contiguous())
     return torch.stack(parts, dim=1).flatten(0, 1)[:count]
+
+
+@torch.no_grad()
+def all_gather_pieces(mine: Tensor, total: int) -> Tensor:
+    """Return the rows of all ranks, [total, ...], on every rank, of pieces that differ by one row."""
+    ranks = world_size()
+    if ranks == 1:
+        return mine
+    padded = torch.zeros(-(-total // ranks), *mine.shape[1:], dtype=mine.dtype, device=mine.device)
+    padded[: len(mine)] = mine
+    counts = [torch.zeros(1, dtype=torch.int64, device=mine.device) for _ in range(ranks)]
+    dist.all_gather(counts, torch.tensor([len(mine)], device=mine.device))
+    parts = [torch.empty_like(padded) for _ in range(ranks)]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])

@@ -7,15 +7,17 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 from ddpm.conditioning import Conditioning
 from ddpm.gaussian import q_sample
 from ddpm.generate import generate, to_uint8
 from ddpm.masks import inpainting_condition, random_mask
+from ddpm.models.classifier import SAME_TEXT
 from ddpm.noise import Purpose, normal
 from ddpm.prediction import NetworkDenoiser
 from pipelines.evaluation.plots import grid_classes, grid_shape, label_grid
-from pipelines.shards.read import ShardReader
+from pipelines.shards.read import Batch, ShardReader
 from pipelines.tracking import RunLog
 from pipelines.training.loop.collectives import all_gather_items, rank_indices
 from pipelines.training.loop.context import RunContext
@@ -27,6 +29,8 @@ from pipelines.training.loop.task import label_and_text
 SEED = 0
 NOISE_LEVELS = (0.05, 0.25, 0.5, 0.75)  # timesteps, as fractions of T
 BATCH = 64
+TEXTS = 512
+"""Test images, at most, whose texts a classifier of texts is to tell apart."""
 
 
 class Preview:
@@ -95,26 +99,43 @@ class Preview:
         return cond
 
     def _log_accuracies(self, state: TrainingState) -> None:
+        """Log how many test images get their class, or of the texts of all of them their own, by noise level."""
         schedule, device = self.context.schedule, self.context.device
         levels = [max(1, round(fraction * schedule.num_steps)) for fraction in NOISE_LEVELS]
-        count = sum(shard.samples for shard in self.test_images.shards)
+        count, texts = sum(shard.samples for shard in self.test_images.shards), None
+        if self.context.config.model.text_dim:
+            count = min(count, TEXTS)
+            texts = self._texts(count)
         hits = []
         with ema_weights(state) as network, torch.no_grad():
             for image_ids in rank_indices(count, self.context.rank).split(BATCH):
                 batch = read_samples(self.test_images, image_ids)
-                assert batch.labels is not None
-                x_0, labels = to_device(batch.images, self.context.config, device), batch.labels.to(device)
+                x_0 = to_device(batch.images, self.context.config, device)
                 eps = normal(SEED, image_ids.to(device), Purpose.NOISE, tuple(x_0.shape[1:])).to(x_0)
                 row = []
                 for level in levels:
                     t = torch.full((len(image_ids),), level, device=device)
                     scores = network(q_sample(x_0, t, eps, schedule), (t - 1).float())
-                    row.append(scores.argmax(1) == labels)
+                    row.append(self._right(scores, batch, image_ids.to(device), texts))
                 hits.append(torch.stack(row, dim=1).double())
         accuracy = all_gather_items(torch.cat(hits), count).mean(0).tolist()
         if self.log:
             values = {f"test/accuracy_t{level:04d}": a for level, a in zip(levels, accuracy, strict=True)}
             self.log.metrics(values, state.images_seen)
+
+    def _texts(self, count: int) -> Tensor:
+        """Return the directions of the texts of the first test images, [count, D], on the device of every rank."""
+        batch = read_samples(self.test_images, rank_indices(count, self.context.rank))
+        assert batch.pooled is not None
+        return F.normalize(all_gather_items(batch.pooled.to(self.context.device), count), dim=1)
+
+    def _right(self, scores: Tensor, batch: Batch, image_ids: Tensor, texts: Tensor | None) -> Tensor:
+        """Return whether a classifier is right about each image, bool [B]."""
+        if texts is None:
+            assert batch.labels is not None
+            return scores.argmax(1) == batch.labels.to(scores.device)
+        best = (scores @ texts.to(scores.dtype).T).argmax(1)
+        return (texts[best] * texts[image_ids]).sum(1) > SAME_TEXT
 
 
 class _CastInput(nn.Module):

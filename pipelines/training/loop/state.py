@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.ema import EMA, PowerEMA
-from ddpm.models.classifier import NoisyClassifier
+from ddpm.model import make_classifier
 from ddpm.models.unet import UNetConfig
 from ddpm.timesteps import TimestepSampler
 from pipelines.config import Config, OptimConfig, network_config, timestep_sampler
@@ -107,9 +107,7 @@ def make_network(config: Config) -> nn.Module:
     if config.task == "denoiser":
         return shape.build()
     assert isinstance(shape, UNetConfig)  # checked with the configuration
-    classifier = NoisyClassifier(shape, config.data.num_classes)
-    classifier.log_temperature.requires_grad_(False)  # used with text only
-    return classifier
+    return make_classifier(shape, config.data.num_classes)
 
 
 def make_optimizer(network: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:

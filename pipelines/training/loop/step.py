@@ -16,7 +16,7 @@ from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.hardware import autocast
 from pipelines.training.loop.parallel import gradient_sync, micro_batches
 from pipelines.training.loop.state import TrainingState
-from pipelines.training.loop.task import losses
+from pipelines.training.loop.task import batch_texts, losses
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,14 @@ def step(
 
     # Forward and backward. `sums` are added up over the ranks: the mean loss, and each sample's loss where one learns.
     sums = torch.zeros(1 + (config.batch_size if state.timesteps.learns else 0), dtype=torch.float64, device=device)
+    texts = batch_texts(context, batch)
     parts = micro_batches(batch, config.batch_size, context.world_size, config.micro_batch_size)
     for part, weight, last in parts:
         n = part.ordinals.to(device)
         t, weights = state.timesteps.sample(n)
         with gradient_sync(state.wrapped, last):
             with autocast(context.precision, device):
-                each = losses(context, state.wrapped, part, t)
+                each = losses(context, state.wrapped, part, t, texts)
             loss = weight * (weights.to(each) * each).sum() / config.batch_size
             (loss * context.world_size * state.loss_scale.factor).backward()
         sums[0] += loss.detach()

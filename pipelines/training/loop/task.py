@@ -9,19 +9,39 @@ from torch.nn import functional as F  # noqa: N812
 from ddpm.conditioning import Conditioning
 from ddpm.gaussian import q_sample
 from ddpm.masks import inpainting_condition, random_mask
+from ddpm.models.classifier import match_losses
 from ddpm.noise import Purpose, normal, uniform
 from pipelines.shards.read import Batch
+from pipelines.training.loop.collectives import all_gather_pieces
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.hardware import to_device
 
 
-def losses(context: RunContext, network: nn.Module, batch: Batch, t: Tensor) -> Tensor:
+def batch_texts(context: RunContext, batch: Batch) -> Tensor | None:
+    """Return the texts of a global batch, among which a classifier finds the one of each image; None for other tasks.
+
+    They are the same on any number of ranks but for their order, so that the loss is as well. Called by every rank.
+
+    Args:
+        batch: this rank's piece.
+
+    Returns:
+        Pooled embeddings [M, D] on the device.
+    """
+    config = context.config
+    if config.task != "classifier" or not config.model.text_dim:
+        return None
+    return all_gather_pieces(_pooled(context, batch), config.batch_size)
+
+
+def losses(context: RunContext, network: nn.Module, batch: Batch, t: Tensor, texts: Tensor | None = None) -> Tensor:
     """Return the loss of each sample, [B].
 
     Args:
         network: the module that the step calls.
         batch: B samples.
         t: their timesteps in 1..T, int64 [B].
+        texts: what `batch_texts` gave for the global batch that they are of.
     """
     config, device = context.config, context.device
     n = batch.ordinals.to(device)
@@ -31,9 +51,11 @@ def losses(context: RunContext, network: nn.Module, batch: Batch, t: Tensor) -> 
         x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(-1), x_0)
     eps = normal(config.seed, n, Purpose.NOISE, tuple(x_0.shape[1:])).to(x_0)
     if config.task == "classifier":
-        assert batch.labels is not None
-        # Not `class_loss`: it would call the classifier itself, without the DDP or FSDP2 around it.
+        # Not `class_loss` or `text_loss`: they would call the classifier itself, without the DDP or FSDP2 around it.
         scores = network(q_sample(x_0, t, eps, context.schedule), (t - 1).float())
+        if texts is not None:
+            return match_losses(scores, _pooled(context, batch), texts)
+        assert batch.labels is not None
         return F.cross_entropy(scores, batch.labels.to(device), reduction="none")
     return context.objective.losses(network, context.schedule, x_0, t, eps, conditions(context, batch, x_0))
 
@@ -68,9 +90,26 @@ def label_and_text(context: RunContext, batch: Batch) -> Conditioning | None:
         return Conditioning(label=label).to(context.device)
     text, pooled = batch.text, batch.pooled
     assert text is not None and pooled is not None  # noqa: PT018 - the reader was asked for them
-    if {text.shape[-1], pooled.shape[-1]} != {model.text_dim}:
-        raise ValueError(
-            f"model.text_dim = {model.text_dim}, and the samples' text embeddings have {text.shape[-1]} (tokens) and "
-            f"{pooled.shape[-1]} (pooled) numbers: set model.text_dim to the encoder's width"
-        )
+    _check_widths(model.text_dim, text, pooled)
     return Conditioning(label=label, text=text, text_mask=batch.text_mask, pooled=pooled).to(context.device)
+
+
+def _pooled(context: RunContext, batch: Batch) -> Tensor:
+    """Return the embeddings of the samples' texts [B, D] on the device."""
+    assert batch.pooled is not None  # the reader was asked for them
+    _check_widths(context.config.model.text_dim, batch.pooled)
+    return batch.pooled.to(context.device)
+
+
+def _check_widths(text_dim: int, *embeddings: Tensor) -> None:
+    """Raise where embeddings of a sample are of another width than the network's; the first ones were looked at before.
+
+    Raises:
+        ValueError: they are.
+    """
+    widths = {embedding.shape[-1] for embedding in embeddings}
+    if widths != {text_dim}:
+        raise ValueError(
+            f"model.text_dim = {text_dim}, and the samples' text embeddings have {' and '.join(map(str, widths))} "
+            "numbers: set model.text_dim to the encoder's width"
+        )

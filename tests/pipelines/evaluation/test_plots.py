@@ -23,6 +23,16 @@ def test_names_stand_above_their_columns_and_colours_stay():
     assert grid[:18].min() < 128
 
 
+def test_a_long_name_stands_in_several_lines_and_none_is_cut_from_the_images():
+    images = np.full((1, 64, 64, 3), 255, dtype=np.uint8)
+    images[:, 0] = [255, 0, 0]
+    one, two = (label_grid(images, columns=1, names=(name,)) for name in ("a circle", "a circle in red"))
+    assert len(two) > len(one)
+    tops = [np.flatnonzero((grid[:, 30] == [255, 0, 0]).all(1))[0] for grid in (one, two)]
+    assert tops[1] - tops[0] == len(two) - len(one)
+    assert two[tops[0] - 4 : tops[1] - 2].min() < 128  # the second line
+
+
 @given(st.integers(0, 3000), st.integers(1, 200))
 def test_a_grid_has_no_more_images_than_asked_for_whatever_the_number_of_classes(num_classes, limit):
     rows, columns = grid_shape(num_classes, limit)

@@ -44,6 +44,16 @@ def test_scores_in_words_name_accuracy_only_for_models_with_classes():
     assert replace(SCORES, estimates=without).lines() == [distance, variety]
 
 
+def test_a_prompt_accuracy_says_among_how_many_captions_and_what_guessing_gets():
+    asked = {"captions": 40, "different": 12, "choices": 10, "chance": 0.1, "real_accuracy": 0.975}
+    estimates = {**SCORES.estimates, "prompt_accuracy": Estimate(0.9, 0.85, 0.95, floor=0.975, ceiling=0.1)}
+    scores = replace(SCORES, estimates=estimates, prompts=asked)
+    text = "0.90 ± 0.05 of 3 x 2,000 samples match their own caption best of 10 (chance: 0.10, real test: 0.97)"
+    assert ("prompts", text) in scores.lines()
+    assert scores.metrics()["eval/prompt_accuracy"] == 0.9
+    assert SCORES.prompts is None
+
+
 def test_too_few_samples_for_the_width_of_the_features_are_said_to_be():
     few = replace(SCORES, n=359)
     assert few.lines()[-1][0] == "note"

@@ -259,3 +259,18 @@ def test_the_newest_picture_of_each_key_at_a_number_of_images_is_found():
         "images/other.png",
     ]
     assert tracking.pictures_at(names, 6400) == {"evaluation": names[1], "samples": names[4]}
+
+
+def test_the_card_of_a_model_on_text_says_how_prompts_were_judged_and_shows_one():
+    network = replace(SPEC.network, num_classes=0, text_dim=4)
+    asked = {"captions": 40, "examples": ['a "red" `circle`'], "different": 12, "choices": 10, "chance": 0.1}
+    estimates = {name: score for name, score in SCORES.estimates.items() if name != "class_accuracy"}
+    estimates["prompt_accuracy"] = Estimate(0.93, 0.9, 0.96, floor=0.97, ceiling=0.1)
+    scores = replace(SCORES, estimates=estimates, prompts={**asked, "real_accuracy": 0.97}, real_accuracy=None)
+    spec = replace(SPEC, network=network, classes=())
+    text = card("models:/shapes/1", replace(EVIDENCE, scores=scores), spec, None, Origin())
+    assert "| prompt accuracy | &emsp;0.93 | &emsp;0.9 to 0.96 | &emsp;0.97 | &emsp;0.1 |" in text
+    assert "drawn from 40 captions of test images; each has to match its own best of 10 different ones, which" in text
+    assert "judged without labels" not in text
+    assert 'ddpm sample models:/shapes/1 --prompts "a red circle" --out samples' in text
+    assert "grey images by prompts" in text

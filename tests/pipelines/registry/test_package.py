@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from ddpm.model import Model, load_model
 from ddpm.models.classifier import NoisyClassifier
 from ddpm.models.unet import UNet
 from pipelines.references import Resolved
-from pipelines.registry.evidence import Evidence, EvidenceError, code_files
-from pipelines.registry.package import RegistryError, register, write_version
+from pipelines.registry.evidence import Evidence, EvidenceError, code_files, requirements
+from pipelines.registry.package import RegistryError, bundled_encoder, register, write_version
 from pipelines.registry.probe import ProbeError
 from pipelines.registry.sign import Signer, Trust
 from tests.pipelines.registry.version import CONFIG, SAMPLING, SPEC, UNET, a_model, scores
@@ -65,6 +66,42 @@ def test_a_version_carries_the_network_that_guides_it(home, tmp_path, kind):
     drawn = load_file(tmp_path / "with" / "model" / "probe.safetensors")
     again = load_model(tmp_path / "with" / "model").generate(drawn["labels"], seed=0)
     assert torch.equal(to_uint8(again), drawn["images"])
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    folder = tmp_path / "encoder"
+    (folder / "1_Pooling").mkdir(parents=True)
+    for name in ("config.json", "1_Pooling/config.json", ".gitattributes"):
+        (folder / name).write_text("{}")
+    return folder
+
+
+def text_model():
+    torch.manual_seed(0)
+    unet = replace(UNET, num_classes=0, text_dim=4)
+    return Model(replace(SPEC, network=unet, classes=()), UNet(unet).eval())
+
+
+def test_a_version_on_text_carries_its_encoder_and_asks_for_what_reads_it(home, tmp_path, encoder):
+    plain = written(tmp_path / "plain")
+    assert not [line for line in requirements(plain.packages) if line.startswith("sentence-transformers")]
+    scored = scores(Sampling.of(steps=2))
+    arguments = (text_model(), scored, "m" * 64, "file:///data", Signer.of(CONFIG))
+    carried = write_version(tmp_path / "text", *arguments, bundled_encoder(str(encoder)))
+    assert requirements(carried.packages)[-1] == f"sentence-transformers=={version('sentence-transformers')}"
+    files = {name for name in carried.files if name.startswith("text_encoder/")}
+    assert files == {"text_encoder/config.json", "text_encoder/1_Pooling/config.json"}
+    Trust.of(CONFIG).check_folder(tmp_path / "text" / "model", tmp_path / "text" / "model.sig")
+    by_name = write_version(tmp_path / "hub", *arguments, bundled_encoder("owner/name"))
+    assert not [name for name in by_name.files if name.startswith("text_encoder/")]
+    assert requirements(by_name.packages) == requirements(carried.packages)
+
+
+def test_an_encoder_that_is_not_here_makes_no_version_on_text(encoder):
+    assert bundled_encoder(None) is None
+    with pytest.raises(RegistryError, match=r"text encoder /gone/model, which a version carries, .*data\.text_encoder"):
+        bundled_encoder("/gone/model")
 
 
 def test_what_a_version_serves_has_another_digest_with_other_weights_guides_or_settings(home, tmp_path):

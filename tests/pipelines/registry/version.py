@@ -83,5 +83,7 @@ def a_version(
     folder.mkdir()
     evidence = write_version(folder / "made", model, found, "m" * 64, dataset_uri, signer or Signer.of(CONFIG))
     logging.getLogger("mlflow").setLevel(logging.ERROR)
-    mlflow.pyfunc.save_model(folder / "pyfunc", **pyfunc_of(folder / "made", model.spec.shape).arguments())
+    mlflow.pyfunc.save_model(
+        folder / "pyfunc", **pyfunc_of(folder / "made", model.spec.shape, evidence.packages).arguments()
+    )
     return Version(folder / "pyfunc", json.loads(json.dumps(evidence.tags())))

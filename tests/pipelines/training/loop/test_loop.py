@@ -195,8 +195,41 @@ def test_a_network_is_conditioned_on_captions(captioned, tmp_path):
     assert load_model(last_checkpoint(tmp_path / "whole")).spec.network.text_dim == 4
 
 
+def test_a_classifier_of_captions_is_trained_by_the_same_loop(captioned, tmp_path):
+    config = ["task=classifier", *TEXT, "optim.lr=1e-2", "optim.warmup_images=0", "optim.ema_half_life=200"]
+    _, tracker = run(tmp_path / "c", captioned, *config, "images=3000", "tracking.grid_every=3000")
+    keys = [f"test/accuracy_t{t:04d}" for t in (50, 250, 500, 750)]
+    assert set(keys) <= tracker.points[0].keys() & tracker.points[3000].keys()
+    found = losses(tmp_path / "c")
+    assert found[-10:].mean() < found[:10].mean()
+    spec, classifier = load_classifier(last_checkpoint(tmp_path / "c"))
+    assert (spec.classes, classifier.text, spec.network.text_dim) == ((), True, 4)
+    assert classifier.log_temperature.requires_grad is False
+
+
+def test_its_loss_does_not_depend_on_the_parts_of_a_batch(captioned, tmp_path):
+    run(tmp_path / "whole", captioned, "task=classifier", *TEXT)
+    run(tmp_path / "parts", captioned, "task=classifier", *TEXT, "micro_batch_size=7")
+    torch.testing.assert_close(losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=1e-3, atol=0)
+
+
+@pytest.mark.integration
+def test_nor_on_the_number_of_ranks(captioned, tmp_path):
+    runs, images = {}, 4 * 25
+    for world, parallel in ((1, "ddp"), (2, "ddp"), (2, "fsdp")):
+        folder = tmp_path / f"{world}-{parallel}"
+        folder.mkdir()
+        asked = ["task=classifier", *TEXT, f"cluster.parallel={parallel}", "optim.precision=fp64"]
+        runs[world, parallel] = folder, tiny_config(folder, images, 25, *asked)
+    train_here(runs[1, "ddp"][0], captioned, runs[1, "ddp"][1])
+    both = [runs[2, "ddp"], runs[2, "fsdp"]]
+    mp.spawn(run_ranks, (2, tmp_path / "rendezvous", captioned, both), nprocs=2)
+    for folder, _ in both:
+        torch.testing.assert_close(losses(folder), losses(runs[1, "ddp"][0]), rtol=1e-9, atol=0)
+
+
 def test_text_of_another_width_is_refused(captioned, tmp_path):
-    with pytest.raises(ValueError, match=r"text_dim = 5, and the samples' text embeddings have 4 \(tokens\)"):
+    with pytest.raises(ValueError, match=r"text_dim = 5, and the samples' text embeddings have 4 numbers"):
         run(tmp_path / "wide", captioned, *TEXT, "model.text_dim=5")
 
 
