@@ -285,6 +285,9 @@ _FIRST = frozenset(
 _FIRST_KINDS = frozenset(["unet", "linear", "cosine", "sigmoid", "uniform", "min_snr", "stratified", "importance"])
 """The kinds of the first release, whose identities have what they had then."""
 
+FORMER_DEFAULTS = {"objective.prediction": "eps"}
+"""Defaults of earlier releases that are others now, among what decides a run's loss trace."""
+
 
 class Config(Section):
     """One run, complete and frozen."""
