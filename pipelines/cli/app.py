@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from pipelines.cli import data, exchange, flow, guard, models, pictures, runs, search, stack, training
+from pipelines.cli import data, exchange, flow, guard, models, pictures, plan, runs, search, stack, training
 from pipelines.cli.common import terminal
 from pipelines.credentials import clean_arguments
 from pipelines.errors import ConfigError, PipelineError
@@ -25,6 +25,7 @@ for verb in (
     guard.guard,
     *(pictures.sample, pictures.inpaint, pictures.edit, pictures.likelihood),
     exchange.export,
+    plan.plan,
     flow.flow,
 ):
     app.command()(verb)

@@ -217,6 +217,11 @@ class EvaluationConfig(Section):
         description="network whose features are compared; auto: the dataset's own classifier, or contrastive for data "
         "without labels",
     )
+    evaluator_passes: PositiveInt | None = Field(
+        None,
+        description="passes over its images by which the dataset's own evaluator is trained, where none is there yet; "
+        "null: 40 for classifier, 20 for contrastive",
+    )
     weights: str | None = Field(None, description="path or address of the network of evaluator=inception or encoder")
     encoder_size: PositiveInt | None = Field(
         None,
