@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
+import pillow_heif
 from numpy.typing import NDArray
 from PIL import (
+    AvifImagePlugin,
     BmpImagePlugin,
     GifImagePlugin,
     Image,
@@ -41,7 +43,9 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 # Not all of Pillow's formats, because some of them start other programs. The plugins are imported here, because Pillow
-# loads them at first use without a lock, so that threads would refuse good images. JPEG includes MPO.
+# loads them at first use without a lock, so that threads would refuse good images. JPEG includes MPO; HEIF is HEIC too,
+# as telephones write it, whose pixels come upright.
+pillow_heif.register_heif_opener()
 FORMATS = tuple(
     str(plugin.format)
     for plugin in (
@@ -51,6 +55,8 @@ FORMATS = tuple(
         BmpImagePlugin.BmpImageFile,
         TiffImagePlugin.TiffImageFile,
         GifImagePlugin.GifImageFile,
+        AvifImagePlugin.AvifImageFile,
+        pillow_heif.HeifImageFile,
     )
 )
 KNOWN = ", ".join(FORMATS)
@@ -61,7 +67,8 @@ _PILLOW: dict[str, tuple[str, dict[str, Any]]] = {
     "webp": ("WEBP", {"lossless": True, "method": 0}),
 }
 # Errors of Pillow's decoders on damaged files: OSError, ValueError, SyntaxError, TypeError and struct.error occurred in
-# 100,000 files that were damaged at random, the others are raised in its source.
+# 100,000 files that were damaged at random, EOFError and RuntimeError in some hundred of HEIC and AVIF, the others are
+# raised in its source.
 _DAMAGED = (
     OSError,
     ValueError,
@@ -70,6 +77,7 @@ _DAMAGED = (
     LookupError,
     TypeError,
     OverflowError,
+    RuntimeError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
@@ -235,7 +243,7 @@ def _decode(data: bytes, reduced_to: int | None = None) -> tuple[Image.Image, st
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         size = image.size
         if reduced_to is not None:
-            image.draft(None, (reduced_to, reduced_to))  # does nothing for other formats than JPEG
+            image.draft(None, (reduced_to, reduced_to))  # where the format can
         image.load()
         return image, image.format, size
     except UnidentifiedImageError as error:

@@ -32,7 +32,7 @@ from pipelines.shards.ingest.trees import (
 )
 from pipelines.storage import Storage, is_local, local_path
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif")
 TEST_FOLDERS = ("test", "validation", "val", "valid")
 
 
@@ -66,12 +66,14 @@ class Source:
         images: images of all splits, in order.
         bad: rows and files that were left out before any image was opened.
         unused: reason -> names of files and columns that are not used.
+        drawn: whether the splits are drawn here, and not the source's own.
     """
 
     classes: tuple[str, ...]
     images: tuple[SourceImage, ...]
     bad: tuple[BadImage, ...] = ()
     unused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    drawn: bool = False
 
     @property
     def captioned(self) -> bool:
@@ -172,7 +174,7 @@ def _class_folders(where: str, tree: Tree, test_fraction: float) -> Source:
             split = roots[prefix] or _drawn_split(name, test_fraction)
             images.append(SourceImage(split, label, None, name, file.stamp, file.read))
     bad = tuple(BadImage(name, "a second entry of this name in the zip") for name in tree.repeated)
-    return Source(tuple(classes), _in_order(images), bad, unused.by_reason())
+    return Source(tuple(classes), _in_order(images), bad, unused.by_reason(), drawn=not any(roots.values()))
 
 
 def _is_child(folder: str, prefix: str) -> bool:
@@ -224,7 +226,8 @@ def _from_tables(table: Table, tree: Tree, test_fraction: float) -> Source:
         unused.add("columns that nothing reads", column)
     for name in tree.files.keys() - seen.keys() - set(table.names):
         unused.add("not named by a good row of the metadata", name)
-    return Source(classes, _in_order(images), tuple(bad), unused.by_reason())
+    drawn = not folders and not any(row.split for row in rows)
+    return Source(classes, _in_order(images), tuple(bad), unused.by_reason(), drawn=drawn)
 
 
 def _labelled_by_folder(
