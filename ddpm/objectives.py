@@ -31,7 +31,7 @@ class Objective(Settings):
     timesteps, in bits per dimension.
     """
 
-    prediction: Parameterization = setting("eps", "parameterization: what the network's output is")
+    prediction: Parameterization = setting("v", "parameterization: what the network's output is")
     loss: Loss = setting("simple", "squared error; hybrid adds the bound, for a learned variance; vlb: bound only")
     weight: Weight = Uniform()
     vlb_weight: float = setting(1e-3, "weight of the bound in the hybrid loss", gt=0)

@@ -140,7 +140,8 @@ def initial_weights(config: Config, tracking_uri: str | None, storage: Storage) 
     An inpainting network can start from a network without inpainting; its initial outputs are the same.
 
     Raises:
-        ModelError: the model does not exist or has another network; the message names every field that differs.
+        ModelError: the model does not exist, or has another network or parameterization; the message names every field
+            that differs.
     """
     assert config.init_from is not None
     model = resolve(config.init_from, tracking_uri=tracking_uri, storage=storage).model
@@ -152,6 +153,12 @@ def initial_weights(config: Config, tracking_uri: str | None, storage: Storage) 
     ours, theirs = vars(wanted), vars(there)
     named = [name for name, value in theirs.items() if value != ours.get(name) and name != "dropout"]
     differing = [f"{name}: {theirs[name]} there, {ours.get(name)} here" for name in named]
+    if model.spec.prediction != config.objective.prediction:
+        raise ModelError(
+            f"init_from = {config.init_from} predicts {model.spec.prediction}, and objective.prediction = "
+            f"{config.objective.prediction}: its weights are of no use for that; set "
+            f"objective.prediction={model.spec.prediction}, or start without init_from"
+        )
     if differing:
         listed = "\n  ".join(differing)
         raise ModelError(

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddpm.model import ModelSpec, save_model
-from pipelines.config import Config
+from pipelines.config import FORMER_DEFAULTS, Config
 from pipelines.errors import PipelineError
 from pipelines.shards.index import Dataset
 from pipelines.shards.quarantine import Quarantine, stream_digest
@@ -183,7 +183,7 @@ def check_resumable(
     now = json.loads(json.dumps(config.identity()))
     fields = sorted(state.identity.keys() | now.keys())
     named = [f for f in fields if state.identity.get(f) != now.get(f)]
-    differing = [f"{f}: {state.identity.get(f)} before, {now.get(f)} now" for f in named]
+    differing = [f"{f}: {state.identity.get(f)} before, {now.get(f)} now{_former(f, state.identity)}" for f in named]
     digest = stream_digest(dataset, quarantine)
     if state.stream_digest != digest and not config.data.allow_changed:
         differing.append(
@@ -197,6 +197,13 @@ def check_resumable(
             "Use the same settings to resume it, or another name=… to start a new run"
             + (" (optim.decay=constant lets a run go on past its length)" if "images" in named else "")
         )
+
+
+def _former(name: str, stored: Mapping[str, Any]) -> str:
+    """Return how a run goes on that was started when the default of a field was another one; "" for other values."""
+    if name not in FORMER_DEFAULTS or stored.get(name) != FORMER_DEFAULTS[name]:
+        return ""
+    return f" (the default has changed since: {name}={stored[name]} goes on with what it was)"
 
 
 def _require_bare_names(names: Iterable[str], where: str) -> None:

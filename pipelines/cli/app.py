@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from pipelines.cli import data, exchange, flow, guard, models, pictures, runs, search, serving, stack, training
+from pipelines.cli import data, exchange, flow, guard, models, pictures, plan, runs, search, serving, stack, training
 from pipelines.cli.common import terminal
 from pipelines.credentials import clean_arguments
 from pipelines.errors import ConfigError, PipelineError
@@ -26,6 +26,7 @@ for verb in (
     *(pictures.sample, pictures.inpaint, pictures.edit, pictures.likelihood),
     serving.serve,
     exchange.export,
+    plan.plan,
     flow.flow,
 ):
     app.command()(verb)

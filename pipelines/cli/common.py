@@ -39,6 +39,10 @@ def check_address(uri: str) -> str:
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Hydra overrides, such as +experiment=digits optim.lr=1e-3")
 ]
+Arguments = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SOURCE] [budget=TIME] [OVERRIDES]...", help="Images, a time, Hydra overrides"),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 Folder = Annotated[str, typer.Argument(callback=check_address, help="s3://BUCKET/PATH or file:///PATH of the shards")]
 Threads = Annotated[
@@ -111,6 +115,22 @@ def connect_for_model(
     kinds = {str(reference).partition(":/")[0] for reference in (model, *others)}
     needed = {*more, *(["s3"] if "runs" in kinds else []), *(["mlflow"] if kinds & {"runs", "models"} else [])}
     return connect(compose(overrides), [service for service in SERVICES if service in needed])
+
+
+def read_arguments(arguments: Sequence[str] | None) -> tuple[str | None, str | None, list[str]]:
+    """Return the source, the budget and the Hydra overrides among the arguments of a verb; None for what is not there.
+
+    Raises:
+        BadParameter: two sources or two budgets.
+    """
+    given = arguments or []
+    sources = [text for text in given if "=" not in text and not text.startswith("~")]
+    budgets = [text.partition("=")[2] for text in given if text.startswith("budget=")]
+    if len(sources) > 1 or len(budgets) > 1:
+        twice = sources if len(sources) > 1 else [f"budget={text}" for text in budgets]
+        raise typer.BadParameter(f"{' and '.join(twice)}: one is enough; settings are written KEY=VALUE")
+    overrides = [text for text in given if text not in sources and not text.startswith("budget=")]
+    return sources[0] if sources else None, budgets[0] if budgets else None, overrides
 
 
 def quoted_override(key: str, value: str) -> str:

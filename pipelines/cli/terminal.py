@@ -99,6 +99,19 @@ class Terminal:
             table.add_row(Text(status, styles[status]), Text(name, "cyan"), Text.assemble(redact(found), *mend))
         self.console.print(table, soft_wrap=False)
 
+    def table(self, rows: Sequence[tuple[str, str, str]]) -> None:
+        """Show rows of (what, choice, reason): aligned and wrapped on a terminal, a line each elsewhere."""
+        if not self.console.is_terminal:
+            for what, choice, reason in rows:
+                self.stage("plan", f"{what}: {choice} ({reason})")
+            return
+        table = Table.grid(padding=(0, 2, 0, 0))
+        for column in range(3):
+            table.add_column(no_wrap=column < 1, overflow="fold")
+        for what, choice, reason in rows:
+            table.add_row(Text(f"{what:>14}", "bold cyan"), Text(redact(choice), "bold"), Text(redact(reason), "dim"))
+        self.console.print(table, soft_wrap=False)
+
     def counter(self, description: str, unit: str) -> Progress:
         """Return a callback that shows progress over a known number of things, and about how long the rest takes."""
         show = self._meter(description)

@@ -1,8 +1,9 @@
 """Configuration: Hydra composes `conf/`, pydantic validates it, and all other parts use one frozen `Config`."""
 
 from pipelines.config.build import network_config, noise_schedule, sampling, timestep_sampler, training_objective
-from pipelines.config.compose import compose, conf_dir, from_dict, groups, read_config, suggest
+from pipelines.config.compose import compose, conf_dir, from_dict, groups, override_settings, read_config, suggest
 from pipelines.config.schema import (
+    FORMER_DEFAULTS,
     ClusterConfig,
     Config,
     DataConfig,
@@ -15,6 +16,7 @@ from pipelines.config.schema import (
 from pipelines.errors import ConfigError
 
 __all__ = [
+    "FORMER_DEFAULTS",
     "ClusterConfig",
     "Config",
     "ConfigError",
@@ -30,6 +32,7 @@ __all__ = [
     "groups",
     "network_config",
     "noise_schedule",
+    "override_settings",
     "read_config",
     "sampling",
     "suggest",

@@ -38,18 +38,13 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
-    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import OverrideType
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise ConfigError(f"cannot read the overrides {' '.join(overrides)!r}: {str(error).splitlines()[0]}") from error
     lines = []
-    for override in parsed:
+    for override in _parsed(overrides):
         line = override.input_line or ""
         _check_override(override.key_or_group, override.value(), line)
         # A field that the shipped YAML leaves at its default is not in Hydra's struct, so it has to be set with "++".
@@ -67,6 +62,35 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(str(error).splitlines()[0]) from error
     assert isinstance(plain, dict)
     return from_dict(typing.cast("dict[str, Any]", plain))
+
+
+def override_settings(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return what Hydra overrides set: field or group -> value.
+
+    Raises:
+        ConfigError: one cannot be read, or names no field.
+    """
+    found = {}
+    for override in _parsed(overrides):
+        key, value = str(override.key_or_group), override.value()
+        _check_override(key, value, override.input_line or "")
+        found[key] = value
+    return found
+
+
+def _parsed(overrides: Sequence[str]) -> Sequence[Any]:
+    """Return overrides as Hydra reads them.
+
+    Raises:
+        ConfigError: one cannot be read.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError(f"cannot read the overrides {' '.join(overrides)!r}: {str(error).splitlines()[0]}") from error
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:

@@ -217,6 +217,11 @@ class EvaluationConfig(Section):
         description="network whose features are compared; auto: the dataset's own classifier, or contrastive for data "
         "without labels",
     )
+    evaluator_passes: PositiveInt | None = Field(
+        None,
+        description="passes over its images by which the dataset's own evaluator is trained, where none is there yet; "
+        "null: 40 for classifier, 20 for contrastive",
+    )
     weights: str | None = Field(None, description="path or address of the network of evaluator=inception or encoder")
     encoder_size: PositiveInt | None = Field(
         None,
@@ -333,6 +338,9 @@ _FIRST = frozenset(
 """What an identity has had from the first release on, whatever the values."""
 _FIRST_KINDS = frozenset(["unet", "linear", "cosine", "sigmoid", "uniform", "min_snr", "stratified", "importance"])
 """The kinds of the first release, whose identities have what they had then."""
+
+FORMER_DEFAULTS = {"objective.prediction": "eps"}
+"""Defaults of earlier releases that are others now, among what decides a run's loss trace."""
 
 
 class Config(Section):

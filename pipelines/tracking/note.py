@@ -14,8 +14,8 @@ from typing import Literal
 from pipelines.tracking import links
 from pipelines.tracking.run import Tracker
 
-Part = Literal["Training", "Score", "Registered", "Goodput", "Samples", "Commands"]
-_PARTS: tuple[Part, ...] = ("Training", "Score", "Registered", "Goodput", "Samples", "Commands")
+Part = Literal["Training", "Warnings", "Score", "Registered", "Goodput", "Samples", "Commands"]
+_PARTS: tuple[Part, ...] = ("Training", "Warnings", "Score", "Registered", "Goodput", "Samples", "Commands")
 """In their order on the page, which hides what follows the first lines until it is asked for."""
 NOTE_TAG = "mlflow.note.content"
 _WRITING = threading.Lock()  # a driver scores checkpoints in a thread beside the one that trains

@@ -25,6 +25,7 @@ from pipelines.training.errors import TrainingError
 from pipelines.training.evaluations import Evaluations
 from pipelines.training.goodput import Goodput
 from pipelines.training.ledger import Ledger, goodput_of, read_sessions
+from pipelines.training.loop.health import PREFIX, expected_faults
 from pipelines.training.loop.log import send_unsent
 from pipelines.training.loop.shell import Job
 from pipelines.training.ray_train.monitor import only_driver
@@ -193,7 +194,9 @@ def train(
     job, config, tracker = plan.job, plan.job.config, plan.job.tracker
     if plan.complete:
         return _complete(plan, notice, evaluate)
-    began = time.time()
+    began, notice = time.time(), on_the_page(tracker, notice)
+    for fault in expected_faults(config):
+        notice(f"{PREFIX}{fault}")
     connect_ray(config, job.storage)
     require_resources(config, notice)
     with only_driver(config) as monitor:
@@ -219,6 +222,21 @@ def train(
             raise error
         raise TrainingError(f"training '{config.name}' failed: {_root_cause(error)}") from error
     return _result(tracker, "finished" if finished else "stopped", seen, goodput)
+
+
+def on_the_page(tracker: Tracker, notice: Notice) -> Notice:
+    """Return a notice that writes what does not work in a training onto the page of its run as well."""
+    faults: list[str] = []
+
+    def tell(text: str) -> None:
+        notice(text)
+        _, prefix, fault = text.partition(PREFIX)
+        if prefix:
+            faults.append(fault[:1].upper() + fault[1:] + ".")
+            with tracking.recording("does not say on the run's page what is wrong with it"):
+                tracking.describe(replace(tracker, patience_s=0), {"Warnings": " ".join(faults)})
+
+    return tell
 
 
 def _complete(plan: Plan, notice: Notice, evaluate: Evaluate | None) -> TrainingResult:

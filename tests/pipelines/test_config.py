@@ -5,6 +5,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipelines.config import (
     ConfigError,
@@ -30,6 +31,27 @@ def test_every_shipped_experiment_is_complete(name):
     config = compose([f"+experiment={name}", *NEEDED.get(name, [])])
     assert network_config(config).in_channels == config.data.channels
     assert noise_schedule(config).num_steps == config.schedule.num_steps
+
+
+def test_v_is_predicted_unless_the_papers_setting_is_named():
+    assert {compose([f"+experiment={name}"]).objective.prediction for name in ("digits", "digits_inpainting")} == {"v"}
+    assert compose(["objective=ddpm"]).objective.prediction == "eps"
+    for weighted in ("p2", "min_snr"):
+        assert compose([f"objective={weighted}"]).objective.prediction == "v"
+
+
+def test_the_experiment_of_cifar10_is_that_of_the_paper():
+    config = compose(["+experiment=cifar10"])
+    assert (config.objective.prediction, config.objective.loss, config.objective.weight) == ("eps", "simple", "uniform")
+    schedule = config.schedule
+    assert (schedule.kind, schedule.num_steps, schedule.beta_start, schedule.beta_end) == ("linear", 1000, 1e-4, 0.02)
+    assert (config.batch_size, config.images // config.batch_size, config.optim.lr) == (128, 800_000, 2e-4)
+    assert (config.data.flip, config.data.image_size, config.model.class_conditional) == (True, 32, False)
+    assert 0.5 ** (config.batch_size / config.optim.ema_half_life) == pytest.approx(0.9999, abs=1e-8)
+    assert (config.sampler.kind, config.sampler.steps, config.guidance.scale) == ("ancestral", 1000, 1)
+    with torch.device("meta"):
+        network = network_config(config).build()
+    assert sum(p.numel() for p in network.parameters()) == 35_746_307  # 35.7 M in the paper's section 4
 
 
 @pytest.mark.parametrize("group, choice", [(g, c) for g, cs in groups().items() if g != "experiment" for c in cs])
@@ -58,7 +80,7 @@ def test_every_shipped_choice_composes(group, choice):
         (["batch_size=many"], r"batch_size: .*integer.*got 'many'"),
         (["data.lanes=3"], r"data\.lanes = 3 must divide batch_size = 128"),
         (["cluster.num_workers=200"], r"num_workers = 200 exceeds batch_size = 128"),
-        (["schedule.zero_terminal_snr=true"], r"use objective\.prediction=v"),
+        (["objective=ddpm", "schedule.zero_terminal_snr=true"], r"use objective\.prediction=v"),
         (["sampler.steps=2000"], r"sampler\.steps = 2000 exceeds schedule\.num_steps = 1000"),
         (["objective=hybrid"], r"use hybrid with model\.learned_variance=true"),
         (["model.learned_variance=true"], r"hybrid trains a learned variance, simple trains none"),

@@ -97,7 +97,11 @@ def test_an_ingest_that_breaks_off_does_not_look_finished(photos, tmp_path):
 
 
 def test_it_tells_what_was_changed_left_out_and_where_the_report_is(tmp_path):
-    good = {f"{name}/{i}.png": picture(i, (4, 4), mode="RGBA" if i else "RGB") for name in "ab" for i in range(10)}
+    good = {
+        f"{name}/{i}.png": picture(ord(name) + 9 * i, (4, 4), mode="RGBA" if i else "RGB")
+        for name in "ab"
+        for i in range(10)
+    }
     bad = {f"a/bad-{i:02d}.png": b"no image" for i in range(25)}
     rows = [
         {"file_name": name, "label": name[0], "text": "words" if name[0] == "a" else ""} for name in {**good, **bad}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import ray
 import torch
@@ -64,6 +64,7 @@ class Training:
         storage: where the dataset is.
         cache_dir: the shard cache; None for the default one of the node.
         cache_gib: its size.
+        passes: over its images; None for as many as the kind has by default.
     """
 
     kind: Trainable
@@ -71,11 +72,13 @@ class Training:
     storage: Storage
     cache_dir: str | None
     cache_gib: float
+    passes: int | None = None
 
     @classmethod
     def of(cls, config: Config, kind: Trainable, dataset: Dataset, storage: Storage) -> Training:
         """Return the training of an evaluator with the shard cache of a configuration."""
-        return cls(kind, dataset, storage, config.data.cache_dir, config.data.cache_gib)
+        data, passes = config.data, config.evaluation.evaluator_passes
+        return cls(kind, dataset, storage, data.cache_dir, data.cache_gib, passes)
 
     def __call__(self) -> Trained:
         """Read the share, train, and measure the accuracy, on the device that Ray has assigned and one thread."""
@@ -84,12 +87,15 @@ class Training:
             with self._reader("train") as reader:
                 shared = read_share(reader, share)
             images, labels = shared.images, shared.labels
+            options: dict[str, Any] = {"seed": SEED, "device": device}
+            if self.passes is not None:
+                options["passes"] = self.passes
             if self.kind == "contrastive":
-                return Trained(_saved(train_contrastive(images, seed=SEED, device=device)), share, None)
+                return Trained(_saved(train_contrastive(images, **options)), share, None)
             if self.kind == "captions":
                 return self._matcher(shared, share, device)
             assert labels is not None
-            network = train_classifier(images, labels, len(self.dataset.classes), seed=SEED, device=device)
+            network = train_classifier(images, labels, len(self.dataset.classes), **options)
             with self._reader("test") as reader:
                 batches = split_batches(reader, at_a_time(self.dataset))
                 return Trained(_saved(network), share, accuracy(network.to(device), batches))

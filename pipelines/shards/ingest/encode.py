@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
+import pillow_heif
 from numpy.typing import NDArray
 from PIL import (
+    AvifImagePlugin,
     BmpImagePlugin,
     GifImagePlugin,
     Image,
@@ -41,7 +43,9 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 # Not all of Pillow's formats, because some of them start other programs. The plugins are imported here, because Pillow
-# loads them at first use without a lock, so that threads would refuse good images. JPEG includes MPO.
+# loads them at first use without a lock, so that threads would refuse good images. JPEG includes MPO; HEIF is HEIC too,
+# as telephones write it, whose pixels come upright.
+pillow_heif.register_heif_opener()
 FORMATS = tuple(
     str(plugin.format)
     for plugin in (
@@ -51,6 +55,8 @@ FORMATS = tuple(
         BmpImagePlugin.BmpImageFile,
         TiffImagePlugin.TiffImageFile,
         GifImagePlugin.GifImageFile,
+        AvifImagePlugin.AvifImageFile,
+        pillow_heif.HeifImageFile,
     )
 )
 KNOWN = ", ".join(FORMATS)
@@ -61,7 +67,8 @@ _PILLOW: dict[str, tuple[str, dict[str, Any]]] = {
     "webp": ("WEBP", {"lossless": True, "method": 0}),
 }
 # Errors of Pillow's decoders on damaged files: OSError, ValueError, SyntaxError, TypeError and struct.error occurred in
-# 100,000 files that were damaged at random, the others are raised in its source.
+# 100,000 files that were damaged at random, EOFError and RuntimeError in some hundred of HEIC and AVIF, the others are
+# raised in its source.
 _DAMAGED = (
     OSError,
     ValueError,
@@ -70,6 +77,7 @@ _DAMAGED = (
     LookupError,
     TypeError,
     OverflowError,
+    RuntimeError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
@@ -138,7 +146,7 @@ def encode_image(data: bytes, form: ImageFormat) -> EncodedImage:
     Raises:
         UnreadableError: it is damaged, is no image, or cannot be brought into the format.
     """
-    image, kind = _decode(data)
+    image, kind, _ = _decode(data)
     image, changes = _turn(image)
     unchanged = form.geometry == "keep" and not changes and image.mode == form.mode
     if image.mode != form.mode:
@@ -158,6 +166,36 @@ def encode_image(data: bytes, form: ImageFormat) -> EncodedImage:
         if form.encoding == "jpg":
             pixels = np.asarray(Image.open(io.BytesIO(data)), dtype=np.uint8).reshape(pixels.shape)
     return EncodedImage(data, pixels, tuple(changes))
+
+
+@dataclass(frozen=True)
+class OpenedImage:
+    """An image as a person sees it.
+
+    Attributes:
+        image: upright; smaller than the file says where that was asked for.
+        size: width and height in pixels of the upright image in the file.
+    """
+
+    image: Image.Image
+    size: tuple[int, int]
+
+
+def open_image(data: bytes, *, reduced_to: int | None = None) -> OpenedImage:
+    """Decode an image file, upright.
+
+    Args:
+        reduced_to: least width and height that are needed: large JPEGs are decoded at a fraction of their size, which
+            is many times faster.
+
+    Raises:
+        UnreadableError: it is damaged, or is no image.
+    """
+    image, _, size = _decode(data, reduced_to)
+    upright, _ = _turn(image)
+    if upright.size != image.size and image.size[0] == upright.size[1]:
+        size = (size[1], size[0])
+    return OpenedImage(upright, size)
 
 
 def npy(array: NDArray[np.generic]) -> bytes:
@@ -196,15 +234,18 @@ def pack_embeddings(cond: Conditioning) -> list[bytes]:
     return packed
 
 
-def _decode(data: bytes) -> tuple[Image.Image, str | None]:
-    """Decode an image file, and return Pillow's name of its format as well."""
+def _decode(data: bytes, reduced_to: int | None = None) -> tuple[Image.Image, str | None, tuple[int, int]]:
+    """Decode an image file, and return Pillow's name of its format and the size that the file says as well."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.format == "PNG":
             image.verify()  # decoding alone ignores wrong checksums of pixels
             image = Image.open(io.BytesIO(data), formats=FORMATS)
+        size = image.size
+        if reduced_to is not None:
+            image.draft(None, (reduced_to, reduced_to))  # where the format can
         image.load()
-        return image, image.format
+        return image, image.format, size
     except UnidentifiedImageError as error:
         raise UnreadableError(
             f"is not an image of a known kind ({', '.join(FORMATS)}), or its beginning is damaged"

@@ -130,6 +130,7 @@ class IngestReport:
         changes: change beyond crop and resize -> number of images.
         without_caption: images without a caption in a source with captions; they have an empty caption.
         unused: reason -> files and columns that were not used.
+        alike: pairs of images that are nearly the same, which are in one split.
     """
 
     source: str
@@ -140,12 +141,14 @@ class IngestReport:
     changes: dict[str, int] = field(default_factory=dict)
     without_caption: tuple[str, ...] = ()
     unused: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    alike: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """Return the text of the report, with every left-out image; other lists are counts with the first names."""
         plain = asdict(self)
         plain["bad_count"] = len(self.bad)
         plain["without_caption"] = _some(self.without_caption)
+        plain["alike"] = _some(self.alike)
         plain["unused"] = {reason: _some(names) for reason, names in sorted(self.unused.items())}
         return json.dumps({"report_version": REPORT_VERSION, **plain}, indent=1)
 
@@ -154,6 +157,10 @@ class IngestReport:
         found = [f"{count:,} images: {change}" for change, count in sorted(self.changes.items())]
         if self.without_caption:
             found.append(f"{len(self.without_caption):,} images have no caption, such as {self.without_caption[0]}")
+        if self.alike:
+            found.append(
+                f"{len(self.alike):,} images are nearly the same as another, and in its split, such as {self.alike[0]}"
+            )
         return found + [f"{len(n):,} not used, {why}: such as {n[0]}" for why, n in sorted(self.unused.items()) if n]
 
 
@@ -188,6 +195,7 @@ def compose_report(
     bad: Iterable[BadImage],
     without_caption: Iterable[str],
     unused: Mapping[str, Iterable[str]],
+    alike: Iterable[str] = (),
 ) -> IngestReport:
     """Return the report of an ingest, from the records of its shards and the findings about its source."""
     samples: dict[str, Counter[int]] = {"train": Counter(), "test": Counter()}
@@ -207,6 +215,7 @@ def compose_report(
         changes=dict(sorted(changes.items())),
         without_caption=tuple(without_caption),
         unused={reason: tuple(names) for reason, names in unused.items()},
+        alike=tuple(alike),
     )
 
 

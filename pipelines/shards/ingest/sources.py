@@ -10,7 +10,7 @@ import hashlib
 import io
 import posixpath
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from PIL import Image
@@ -32,7 +32,7 @@ from pipelines.shards.ingest.trees import (
 )
 from pipelines.storage import Storage, is_local, local_path
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif")
 TEST_FOLDERS = ("test", "validation", "val", "valid")
 
 
@@ -66,12 +66,14 @@ class Source:
         images: images of all splits, in order.
         bad: rows and files that were left out before any image was opened.
         unused: reason -> names of files and columns that are not used.
+        drawn: whether the splits are drawn here, and not the source's own.
     """
 
     classes: tuple[str, ...]
     images: tuple[SourceImage, ...]
     bad: tuple[BadImage, ...] = ()
     unused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    drawn: bool = False
 
     @property
     def captioned(self) -> bool:
@@ -152,13 +154,11 @@ def _digits() -> Source:
 
 
 def _class_folders(where: str, tree: Tree, test_fraction: float) -> Source:
-    """Return a source of images in class folders."""
+    """Return a source of images in class folders, or without labels where no image is in a folder."""
     roots = _split_folders(tree)
     classes = sorted({f.removeprefix(p) for p in roots for f in tree.folders if _is_child(f, p)})
-    if not classes:
-        loose = sum(name.lower().endswith(SUFFIXES) for name in tree.files)
-        found = f"it has {loose:,} images without a folder; " if loose else ""
-        raise DatasetError(f"{where} has no class folders; {found}expected {where}/CLASS/*.png, or a metadata.jsonl")
+    if not classes and not any(name.lower().endswith(SUFFIXES) for name in tree.files):
+        raise DatasetError(f"{where} has no images; expected {where}/CLASS/*.png, {where}/*.png, or a metadata.jsonl")
     labels = {name: i for i, name in enumerate(classes)}
     images, unused = [], _Unused()
     for name, file in tree.files.items():
@@ -167,14 +167,14 @@ def _class_folders(where: str, tree: Tree, test_fraction: float) -> Source:
             unused.add(f"outside {' and '.join(roots)}", name)
         elif not name.lower().endswith(SUFFIXES):
             unused.add(f"not named as an image ({', '.join(SUFFIXES)})", name)
-        elif "/" not in name.removeprefix(prefix):
+        elif classes and "/" not in name.removeprefix(prefix):
             unused.add("an image outside any class folder", name)
         else:
-            label = labels[name.removeprefix(prefix).partition("/")[0]]
+            label = labels[name.removeprefix(prefix).partition("/")[0]] if classes else None
             split = roots[prefix] or _drawn_split(name, test_fraction)
             images.append(SourceImage(split, label, None, name, file.stamp, file.read))
     bad = tuple(BadImage(name, "a second entry of this name in the zip") for name in tree.repeated)
-    return Source(tuple(classes), _in_order(images), bad, unused.by_reason())
+    return Source(tuple(classes), _in_order(images), bad, unused.by_reason(), drawn=not any(roots.values()))
 
 
 def _is_child(folder: str, prefix: str) -> bool:
@@ -203,10 +203,13 @@ def _from_tables(table: Table, tree: Tree, test_fraction: float) -> Source:
     tops = {row.path.partition("/")[0] for row in table.rows if "/" in row.path}
     test = next((name for name in TEST_FOLDERS if name in tops), None)
     folders = {"train": "train", test: "test"} if "train" in tops and test is not None else {}
-    classes, labels = _number(table.rows)
+    rows = table.rows
+    if all(row.label is None for row in rows):
+        rows = _labelled_by_folder(rows, tree.files, folders)
+    classes, labels = _number(rows)
     seen: dict[str, str] = {}
     images = []
-    for row in table.rows:
+    for row in rows:
         top = row.path.partition("/")[0]
         split = row.split or (folders.get(top) if folders else _drawn_split(row.path, test_fraction))
         reason = _row_fault(row, tree.files, seen, split, bool(classes), folders)
@@ -223,7 +226,28 @@ def _from_tables(table: Table, tree: Tree, test_fraction: float) -> Source:
         unused.add("columns that nothing reads", column)
     for name in tree.files.keys() - seen.keys() - set(table.names):
         unused.add("not named by a good row of the metadata", name)
-    return Source(classes, _in_order(images), tuple(bad), unused.by_reason())
+    drawn = not folders and not any(row.split for row in rows)
+    return Source(classes, _in_order(images), tuple(bad), unused.by_reason(), drawn=drawn)
+
+
+def _labelled_by_folder(
+    rows: tuple[Row, ...], files: Mapping[str, File], folders: Mapping[str, str]
+) -> tuple[Row, ...]:
+    """Return rows with their class folders as labels, where every image is in one and there are several; else as is.
+
+    Args:
+        files: by path; rows of others are no images.
+        folders: the split folders above the class folders, if any.
+    """
+    named = []
+    for row in rows:
+        parts = row.path.split("/")
+        below = parts[1:] if parts[0] in folders else parts
+        if row.path in files and (row.path.startswith("/") or "://" in row.path or len(below) != 2):
+            return rows
+        named.append(replace(row, label=below[0]))
+    used = {row.label for row in named if row.path in files}
+    return tuple(replace(row, label=None) if row.label not in used else row for row in named) if len(used) > 1 else rows
 
 
 def _row_fault(

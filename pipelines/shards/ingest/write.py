@@ -20,9 +20,10 @@ from operator import add
 from pipelines.config.schema import Encoding, Geometry
 from pipelines.display import Notice, Progress, no_notice, no_progress
 from pipelines.shards.index import Dataset, DatasetError, ShardInfo, make_dataset, sidecar
+from pipelines.shards.ingest.alike import Fingerprint, fingerprints, keep_together
 from pipelines.shards.ingest.encode import CaptionEncoder, ImageFormat
 from pipelines.shards.ingest.report import REPORT, BadImage, IngestReport, ShardRecord, compose_report
-from pipelines.shards.ingest.sources import Source, open_source, source_digest
+from pipelines.shards.ingest.sources import Source, SourceImage, open_source, source_digest
 from pipelines.shards.ingest.tasks import (
     PROGRESS,
     Settings,
@@ -39,6 +40,8 @@ from pipelines.storage import Storage, is_local, join
 
 __all__ = ["Ingested", "ingest", "source_digest"]
 
+COMPARED = 500
+"""Images that a task takes at a time, to find near-duplicates."""
 SHARD_FILES = (".tar", ".index.json")
 """Ends of the names of files that belong to a shard."""
 
@@ -92,7 +95,8 @@ def ingest(
         channels: 1 (grey) or 3 (RGB); other images are converted and counted in the report.
         shard_samples: images per shard; images that cannot be read are missing from their shard.
         shard_bytes: approximate size of a shard, instead of `shard_samples`; estimated from the first images.
-        test_fraction: fraction of a source without a test split that becomes one, chosen by a hash of the path.
+        test_fraction: fraction of a source without a test split that becomes one, chosen by a hash of the path;
+            near-duplicates are in the split of the first one.
         geometry: "crop", "resize" or "keep"; see `ImageFormat`.
         encoding: "png", "jpg", "webp" or "npy"; see `ImageFormat`.
         text_encoder: maps captions to a `Conditioning`, stored as `emb.npy`; see `pack_embeddings`. Ray pickles it.
@@ -113,13 +117,20 @@ def ingest(
     settings = Settings(uri, storage, form, listed.classes, listed.captioned, text_encoder, encoder_id)
     if shard_bytes is not None:
         shard_samples = samples_for(shard_bytes, listed.images, settings)
+    obstacle = _obstacle_to_ray(source, uri)
+    alike: tuple[str, ...] = ()
+    if listed.drawn:
+        prints = _fingerprints(
+            listed.images, storage, workers or len(os.sched_getaffinity(0)), over_ray=obstacle is None
+        )
+        listed, alike = keep_together(listed, prints)
     jobs = plan_shards(listed.images, settings, shard_samples, _recorded(uri, storage))
     if any(job.recorded is None for job in jobs):
         # From here on shards of an earlier dataset are overwritten, so that its description is no longer true.
         storage.delete(join(uri, "dataset.json"))
     meter = _Meter(sum(len(job.images) for job in jobs), progress)
-    records = _write_shards(source, jobs, settings, meter, workers or len(os.sched_getaffinity(0)), notice)
-    return _publish(source, listed, settings, jobs, records)
+    records = _write_shards(jobs, settings, meter, workers or len(os.sched_getaffinity(0)), notice, obstacle)
+    return _publish(source, listed, settings, jobs, records, alike)
 
 
 def _check_settings(
@@ -167,15 +178,38 @@ class _Meter:
             self.progress(self.done, self.total)
 
 
+def _fingerprints(
+    images: Sequence[SourceImage], storage: Storage, threads: int, *, over_ray: bool
+) -> list[Fingerprint | None]:
+    """Return what images are compared by, of some hundreds at a time, in Ray tasks or in threads."""
+    pieces = [images[first : first + COMPARED] for first in range(0, len(images), COMPARED)]
+    if over_ray:
+        import ray
+
+        task = ray.remote(num_cpus=1)(fingerprints)
+        found = ray.get([task.remote(piece, storage) for piece in pieces])
+    else:
+        with ThreadPoolExecutor(threads, thread_name_prefix="compare") as pool:
+            found = list(pool.map(lambda piece: fingerprints(piece, storage), pieces))
+    return [own for piece in found for own in piece]
+
+
 def _write_shards(
-    source: str, jobs: Sequence[ShardJob], settings: Settings, meter: _Meter, threads: int, notice: Notice
+    jobs: Sequence[ShardJob],
+    settings: Settings,
+    meter: _Meter,
+    threads: int,
+    notice: Notice,
+    obstacle: str | None,
 ) -> list[tuple[ShardRecord, bool]]:
     """Write the shards as Ray tasks where that is possible, else in threads.
+
+    Args:
+        obstacle: to Ray; None where there is none.
 
     Returns:
         The record of each shard, and whether it was finished before.
     """
-    obstacle = _obstacle_to_ray(source, settings.uri)
     if obstacle is None:
         notice(f"{len(jobs):,} shards as Ray tasks on {_ray_cpus():,} CPUs")
         return _write_over_ray(jobs, settings, meter)
@@ -261,6 +295,7 @@ def _publish(
     settings: Settings,
     jobs: Sequence[ShardJob],
     written: Sequence[tuple[ShardRecord, bool]],
+    alike: tuple[str, ...],
 ) -> Ingested:
     """Write the report and `dataset.json`, and delete what is left of an earlier dataset."""
     storage, uri = settings.storage, settings.uri
@@ -274,6 +309,7 @@ def _publish(
         bad=listed.bad,
         without_caption=missing,
         unused=listed.unused,
+        alike=alike,
     )
     storage.write(join(uri, REPORT), report.to_json().encode())
     splits = {

@@ -19,6 +19,7 @@ from pipelines.training.loop.checkpoint import Checkpointer, load_initial_model,
 from pipelines.training.loop.collectives import broadcast_object
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.data import training_stream
+from pipelines.training.loop.health import Health, say
 from pipelines.training.loop.log import finish_log, open_log
 from pipelines.training.loop.preview import Preview
 from pipelines.training.loop.progress import Clock, Progress, passes
@@ -81,7 +82,8 @@ class TrainingLoop:
         resources.callback(self.stream.reader.close)
         self.checkpointer = Checkpointer(context, self.log, damaged)
         resources.callback(self.checkpointer.close)
-        self.preview = Preview(context, self.log)
+        self.health = Health(self.config, self.resumed_at)
+        self.preview = Preview(context, self.log, self.health)
         self.statistics = StepStatistics(context, self.clock, self.resumed_at)
         self.profiler = Profiler(context, self.resumed_at, self.log)
         self.guard = SkipGuard(self.config.optim, self.config.batch_size)
@@ -166,11 +168,13 @@ class TrainingLoop:
         if warning:
             logger.warning("%s", warning)
         self.statistics.add(result)
+        self.health.step(result.loss)
         self._report_progress(result.loss)
         if finished or self._crossed(self.config.tracking.log_every):
-            self.log.metrics(
-                {**self.statistics.metrics(self.state), **self.stream.reader.fetcher.stats.metrics()}, seen
-            )
+            values = self.statistics.metrics(self.state)
+            self.log.metrics({**values, **self.stream.reader.fetcher.stats.metrics()}, seen)
+            if "train/loss" in values:
+                say(self.health.curves(seen, values["train/loss"], values["updates/grad_norm"]))
 
     def _show_preview(self) -> None:
         if self.config.tracking.grid_every is not None:

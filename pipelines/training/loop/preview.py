@@ -23,6 +23,7 @@ from pipelines.training.loop.collectives import all_gather_items, rank_indices
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.data import open_test_split, read_samples
 from pipelines.training.loop.hardware import to_device
+from pipelines.training.loop.health import LOW_SNR, Health, say
 from pipelines.training.loop.state import TrainingState, ema_weights
 from pipelines.training.loop.task import label_and_text
 
@@ -31,6 +32,8 @@ NOISE_LEVELS = (0.05, 0.25, 0.5, 0.75)  # timesteps, as fractions of T
 BATCH = 64
 TEXTS = 512
 """Test images, at most, whose texts a classifier of texts is to tell apart."""
+JUDGED = 64
+"""Test images with which samples and predictions are compared; a quarter of it of large ones."""
 
 
 class Preview:
@@ -38,10 +41,11 @@ class Preview:
 
     Args:
         log: where rank 0 logs; None on the other ranks.
+        health: judges samples and predictions.
     """
 
-    def __init__(self, context: RunContext, log: RunLog | None) -> None:
-        self.context, self.log = context, log
+    def __init__(self, context: RunContext, log: RunLog | None, health: Health) -> None:
+        self.context, self.log, self.health = context, log, health
 
     @cached_property
     def test_images(self) -> ShardReader:
@@ -78,6 +82,35 @@ class Preview:
             names = tuple(spec.classes[c] for c in classes)
             pixels = label_grid(to_uint8(grid).cpu().numpy(), columns, names)
             self.log.image("samples", pixels, state.images_seen)
+        if "test" in context.job.dataset.splits and not context.config.model.inpainting:
+            self._judge(state, grid)
+
+    def _judge(self, state: TrainingState, grid: Tensor) -> None:
+        """Compare samples with test images, and predictions where nearly all is noise with their mean image.
+
+        Args:
+            grid: samples, [N, C, H, W] in [-1, 1].
+        """
+        context, spec, device = self.context, self.context.spec, self.context.device
+        there = sum(shard.samples for shard in self.test_images.shards)
+        count = min(there, JUDGED if spec.image_size <= 64 else JUDGED // 4)
+        image_ids = rank_indices(count, context.rank)
+        batch = read_samples(self.test_images, image_ids)
+        x_0 = to_device(batch.images, context.config, device)
+        eps = normal(SEED, image_ids.to(device), Purpose.NOISE, tuple(x_0.shape[1:])).to(x_0)
+        ratios = context.schedule.snr(torch.arange(1, context.schedule.num_steps + 1))
+        t = min(int((ratios > LOW_SNR).sum()) + 1, context.schedule.num_steps)
+        with ema_weights(state) as network, torch.no_grad():
+            denoiser = NetworkDenoiser(_CastInput(network), context.schedule, spec.prediction)
+            x_t = q_sample(x_0, torch.full((len(image_ids),), t, device=device), eps, context.schedule)
+            times = torch.full((len(image_ids),), float(t), device=device)
+            predicted = denoiser(x_t, times, label_and_text(context, batch)).x0.clamp(-1, 1)
+        errors = all_gather_items((predicted - x_0).square().flatten(1).mean(1).double(), count)
+        real = all_gather_items(x_0.float(), count)
+        if self.log and count > 1:
+            of_mean = (real - real.mean(0)).square().mean().item() * count / (count - 1)
+            say(self.health.prediction(state.images_seen, errors.mean().item(), of_mean))
+            say(self.health.samples(state.images_seen, *(to_uint8(x).cpu().numpy() for x in (grid, real))))
 
     @property
     def _by_class(self) -> bool:

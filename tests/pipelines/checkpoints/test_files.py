@@ -77,6 +77,17 @@ def test_other_settings_or_data_are_refused_by_name(folder):
         check_resumable(state, CONFIG, replace(DATASET, digest="other"))
 
 
+def test_a_run_from_before_a_default_changed_is_told_how_it_goes_on(folder):
+    state = load_checkpoint(folder)[0]
+    before = replace(state, identity={**state.identity, "objective.prediction": "eps"})
+    told = r"objective\.prediction: eps before, v now .*objective\.prediction=eps goes on with what it was"
+    with pytest.raises(ModelError, match=told):
+        check_resumable(before, CONFIG, DATASET)
+    check_resumable(before, compose(["+experiment=digits", "objective.prediction=eps"]), DATASET)
+    with pytest.raises(ModelError, match=r"objective\.prediction: v before, eps now\n"):
+        check_resumable(state, compose(["+experiment=digits", "objective.prediction=eps"]), DATASET)
+
+
 @pytest.mark.parametrize("name", ["../escaped", "/etc/escaped", "a/b", "..", "state.json", "a\\b"])
 def test_a_state_that_names_files_outside_its_folder_is_refused(folder, name):
     path = folder / "state.json"

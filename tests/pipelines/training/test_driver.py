@@ -102,3 +102,35 @@ def test_a_complete_run_takes_the_run_over_only_where_something_is_left_to_score
     assert train(Plan(job, 100)).status == "complete"
     assert recorder.calls == ["finish", "end"]
     assert job.storage.exists(f"{job.run_uri}/driver")
+
+
+def test_what_does_not_work_is_told_on_the_terminal_and_on_the_page_of_the_run(job, monkeypatch):
+    pages, said = [], []
+    monkeypatch.setattr(driver.tracking, "describe", lambda tracker, parts: pages.append((tracker.patience_s, parts)))
+    tell = driver.on_the_page(job.tracker, said.append)
+    for text in (
+        "rank 0: update left out",
+        "rank 0: not working: the loss stays",
+        "rank 0: not working: samples are grey",
+    ):
+        tell(text)
+    assert said[0] == "rank 0: update left out"
+    assert len(said) == 3
+    assert pages == [
+        (0, {"Warnings": "The loss stays."}),
+        (0, {"Warnings": "The loss stays. Samples are grey."}),
+    ]
+
+
+def test_what_the_configuration_shows_is_told_before_the_workers_start(job, monkeypatch):
+    said = []
+
+    def fit(*arguments):
+        assert any("guidance.scale=1" in text for text in said)
+
+    monkeypatch.setattr(driver, "_fit_until_stuck", fit)
+    monkeypatch.setattr(driver.tracking, "describe", lambda *arguments: None)
+    objective = job.config.objective.model_copy(update={"label_drop": 0.0})
+    config = job.config.model_copy(update={"objective": objective})
+    train(Plan(driver.replace(job, config=config), 0), notice=said.append)
+    assert said[0].startswith("not working: guidance.scale = 1.5 needs samples without a condition")

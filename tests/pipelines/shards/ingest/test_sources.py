@@ -65,6 +65,34 @@ def test_the_digest_of_a_source_changes_with_its_files_and_not_else(tmp_path, ki
     assert source_digest(location, storage) != before
 
 
+def test_images_without_folders_have_no_labels(tmp_path):
+    files = {"a.png": b"1", "b.jpg": b"2", "notes.txt": b"3"}
+    source = open_source(str(write_files(tmp_path / "loose", files)), STORAGE)
+    assert (source.classes, {image.label for image in source.images}) == ((), {None})
+    divided = {"train/a.png": b"1", "test/b.png": b"2"}
+    source = open_source(str(write_files(tmp_path / "divided", divided)), STORAGE)
+    assert {(image.split, image.label) for image in source.images} == {("train", None), ("test", None)}
+
+
+def test_class_folders_are_labels_beside_metadata_that_has_none(tmp_path):
+    files = pictures(3)
+    rows = [{"file_name": name, "text": f"number {i}"} for i, name in enumerate(files)]
+    missing = {"file_name": "missing.png", "text": "x"}
+    described = write_files(tmp_path / "described", {**files, "metadata.jsonl": jsonl([*rows, missing])})
+    source = open_source(str(described), STORAGE)
+    assert source.classes == ("cat", "dog", "owl")
+    assert {(image.origin.partition("/")[0], image.label) for image in source.images} == set(
+        zip(source.classes, range(3), strict=True)
+    )
+    assert source.captioned
+    assert [bad.reason for bad in source.bad] == ["missing.png: no such file"]
+    for layout in ("{}", "images/{}", "a/b/{}"):
+        flat = {layout.format(name.replace("/", "-")): data for name, data in files.items()}
+        rows = [{"file_name": name, "text": "x"} for name in flat]
+        other = write_files(tmp_path / layout[:2].strip("{"), {**flat, "metadata.jsonl": jsonl(rows)})
+        assert open_source(str(other), STORAGE).classes == ()
+
+
 @pytest.mark.parametrize("test", ["test", "validation", "val"])
 def test_given_splits_are_kept_whatever_the_second_is_called(tmp_path, test):
     files = {"train/cat/a.png": b"1", "train/dog/b.png": b"2", f"{test}/cat/c.png": b"3", "extra/x.png": b"4"}
@@ -81,7 +109,7 @@ def test_given_splits_are_kept_whatever_the_second_is_called(tmp_path, test):
     assert {(i.split, i.origin) for i in source.images} == {
         ("train" if n.startswith("train/") else "test", n) for n in list(files)[:3]
     }
-    assert source.classes == ()
+    assert source.classes == ("cat", "dog")
 
 
 def test_a_lone_train_folder_is_no_class(tmp_path):
@@ -225,7 +253,7 @@ def test_a_zip_with_anything_in_front_is_read(tmp_path):
         ({}, "nowhere.csv", "nowhere.csv does not exist; a source is"),
         ({"photos.tar": b""}, "photos.tar", "photos.tar is not a folder; a source is"),
         ({"z.zip": b"PK nothing"}, "z.zip", "z.zip is not a readable zip"),
-        ({"p/x.png": b""}, "p", "p has no class folders; it has 1 images without a folder; expected"),
+        ({"p/notes.txt": b""}, "p", "p has no images; expected"),
         ({"l.csv": "file,label\na.png,1\n"}, "l.csv", "l.csv has the columns file, label; it needs `path`"),
         ({"l.csv": b""}, "l.csv", "l.csv has the columns nothing; it needs `path`"),
         ({"l.csv": b"path\n\xff\xfe\n"}, "l.csv", "l.csv is not UTF-8 .byte 5.: save it as UTF-8"),

@@ -414,7 +414,7 @@ def test_missing_captions_are_counted_and_empty(described, tmp_path):
 
 
 def test_data_without_labels_has_no_cls(tmp_path):
-    files = pictures()
+    files = {name.replace("/", "-"): data for name, data in pictures().items()}
     rows = [{"file_name": n, "text": n} for n in files]
     done = write(write_files(tmp_path / "s", {**files, "metadata.jsonl": jsonl(rows)}), tmp_path / "ds")
     assert done.dataset.classes == ()
@@ -467,6 +467,22 @@ def test_an_exif_orientation_is_applied(orientation):
     assert np.array_equal(encode_image(buffer.getvalue(), ImageFormat(8, 3, "keep")).pixels, np.asarray(expected))
 
 
+@pytest.mark.parametrize("kind", ["heif", "avif"])
+def test_pictures_of_telephones_are_read_upright(kind, tmp_path):
+    buffer, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    wide = np.zeros((32, 64, 3), np.uint8)
+    wide[:, :32] = (250, 20, 20)  # red on the left, which turns to the top
+    Image.fromarray(wide).save(buffer, kind, quality=95, exif=exif.tobytes())
+    pixels = encode_image(buffer.getvalue(), ImageFormat(32, 3, "resize")).pixels.astype(int)
+    assert pixels[2:14, :, 0].min() > 200
+    assert pixels[18:30, :, 0].max() < 50
+    suffix = {"heif": "HEIC", "avif": "avif"}[kind]
+    files = {f"a/{i:02d}.{suffix}": buffer.getvalue() for i in range(20)} | pictures(2)
+    done = write(write_files(tmp_path / "photos", files), tmp_path / "ds", test_fraction=0.3)
+    assert (done.bad, done.report.unused) == ((), {})
+
+
 def test_an_image_with_a_damaged_exif_is_kept_and_counted():
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(buffer, "webp", lossless=True, exif=b"Exif\0\0MM\0\x13\0\0\0\x08")
@@ -477,7 +493,7 @@ def test_an_image_with_a_damaged_exif_is_kept_and_counted():
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @settings(max_examples=100)
-@given(st.sampled_from(["png", "jpeg", "webp", "bmp", "tiff", "gif"]), st.data())
+@given(st.sampled_from(["png", "jpeg", "webp", "bmp", "tiff", "gif", "heif", "avif"]), st.data())
 def test_damaged_images_are_read_or_refused_and_never_stop_an_ingest(kind, data):
     damaged = bytearray(picture(5, (9, 9), kind))
     for at, value in data.draw(st.lists(st.tuples(st.integers(0, len(damaged) - 1), st.integers(0, 255)), max_size=5)):

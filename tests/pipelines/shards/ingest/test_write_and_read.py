@@ -176,7 +176,7 @@ def test_unknown_versions_and_edited_descriptions_are_refused(folder, tmp_path, 
 
 def test_sources_that_hold_nothing_are_refused(tmp_path):
     (tmp_path / "flat").mkdir()
-    with pytest.raises(DatasetError, match="no class folders"):
+    with pytest.raises(DatasetError, match="has no images"):
         write(tmp_path / "flat", f"file://{tmp_path}/ds")
     (tmp_path / "flat" / "cat").mkdir()
     with pytest.raises(DatasetError, match="no readable image"):

@@ -176,7 +176,8 @@ def encoder(captions):
 @pytest.fixture(scope="module")
 def captioned(tmp_path_factory):
     """Pictures with captions of different lengths."""
-    root, files = tmp_path_factory.mktemp("captioned"), pictures(40)
+    root = tmp_path_factory.mktemp("captioned")
+    files = {name.replace("/", "-"): data for name, data in pictures(40).items()}
     rows = [{"file_name": name, "text": "x" * (i % 4 + 1) + name[-5:]} for i, name in enumerate(files)]
     source = write_files(root / "source", {**files, "metadata.jsonl": jsonl(rows)})
     options = {"image_size": 8, "channels": 1, "shard_samples": 16, "test_fraction": 0.2, "text_encoder": encoder}

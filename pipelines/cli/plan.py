@@ -1,0 +1,58 @@
+"""`ddpm plan`: the configuration that a source of images and a budget of time call for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipelines.cli.common import SERVICES, Arguments, Json, answer_json, read_arguments, terminal
+
+if TYPE_CHECKING:
+    from pipelines.plan import StoredPlan
+
+BUDGET = "30m"
+STACK_S = 30.0
+"""Seconds that the local stack takes to start, where it does not run."""
+
+
+def plan(
+    arguments: Arguments = None,
+    save: Annotated[
+        Path | None, typer.Option("--save", help="File for the whole configuration, which --config takes")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Propose a configuration for images and a time. Example: ddpm plan photos/ budget=1h --save photos.yaml"""
+    source, budget, overrides = read_arguments(arguments)
+    if source is None:
+        raise typer.BadParameter("name a folder of images, such as `ddpm plan photos budget=30m`")
+
+    from pipelines.config import from_dict
+    from pipelines.connect import connect_running
+    from pipelines.plan import parse_budget, to_yaml
+    from pipelines.plan.make import make_plan, services_config
+    from pipelines.storage import Storage
+
+    budget_s = parse_budget(budget or BUDGET)
+    services, missing = connect_running(services_config(overrides), os.environ, SERVICES)
+    running = bool(services.storage.endpoint_url or services.tracking.uri)
+    start_s = STACK_S if missing and not running else 2.0
+    made = make_plan(source, overrides, budget_s, services, Storage.of(services), terminal.stage, start_s=start_s)
+    show_plan(made)
+    if save is not None:
+        save.write_text(to_yaml(made.plan, from_dict(made.config)))
+        terminal.stage("saved", f"{save}: run it with `ddpm flow --config {save}`")
+    answer_json(as_json, {**made.plan.to_dict(), "saved": None if save is None else str(save)})
+
+
+def show_plan(made: StoredPlan) -> None:
+    """Show a plan: its choices with their reasons, how the time divides, and what to know before it starts."""
+    from pipelines.plan.make import summary
+
+    terminal.table([(line.title, line.value, line.reason) for line in made.plan.lines])
+    terminal.stage("time", summary(made.plan))
+    for text in made.plan.warnings:
+        terminal.stage("note", text)

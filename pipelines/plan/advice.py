@@ -1,0 +1,40 @@
+"""What more time would buy: the plans of larger budgets beside the present one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipelines.errors import ConfigError
+from pipelines.plan.budget import written
+from pipelines.plan.facts import MachineFacts, Plan, SourceFacts
+from pipelines.plan.propose import propose
+
+FACTORS = (2, 4, 12)
+
+
+def more_time(plan: Plan, source: SourceFacts, machine: MachineFacts, settings: Mapping[str, Any] | None = None) -> str:
+    """Return in a sentence what larger budgets than a plan's would train.
+
+    Args:
+        settings: what the user has set.
+    """
+    said, before = [], plan
+    for factor in FACTORS:
+        try:
+            other = propose(source, machine, plan.budget_s * factor, settings)
+        except ConfigError:
+            break
+        if other.images <= before.images and other.network == before.network:
+            said.append(f"more than that buys nothing with {source.images:,} images: add images")
+            break
+        network = "" if other.network == before.network else f" of a {_named(other.network)}"
+        said.append(f"budget={written(other.budget_s)} trains on {other.images:,} images{network}")
+        before = other
+    return f"this one trained on {plan.images:,} images; {'; '.join(said)}" if said else ""
+
+
+def _named(key: str) -> str:
+    """Return a network and size in words."""
+    network, _, size = key.partition("@")
+    return f"{network} UNet at {size}x{size}"

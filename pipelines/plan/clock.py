@@ -1,0 +1,131 @@
+"""How a budget divides over the stages of `ddpm flow`: what each costs on a machine, and what is left for training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pipelines.errors import ConfigError
+from pipelines.plan.budget import spoken, written
+from pipelines.plan.facts import MachineFacts, SourceFacts, Speed
+
+WORKERS_S = 20.0
+"""Seconds to connect to Ray, open the run, start the workers, and store the last checkpoint."""
+REGISTER_S = 15.0
+"""Seconds to log, sign and register a version and to record the gate's decision."""
+JUDGING_S = 8.0
+"""Seconds in which processes start that train the evaluator and draw samples, and in which real images are encoded."""
+SPARE = 0.05
+"""Share of the budget that stays free, because speeds vary."""
+JUDGE_SHARE, SCORE_SHARE, LIKELIHOOD_SHARE, GRID_SHARE = 0.12, 0.15, 0.03, 0.04
+"""Largest shares of the budget for the evaluator's training, for drawing samples that are scored, for likelihoods, and
+of the training for sample grids."""
+LEAST_TRAINING_S = 15.0
+TOGETHER = 0.7
+"""Speed of one of several workers on the cores of one machine beside services, relative to one alone: measured, see
+docs/performance.md."""
+ALONE = 0.94
+"""Speed of the training relative to its bare steps, measured there too."""
+JUDGE_BATCH = 64
+JUDGE_PASSES = {"classifier": 40, "contrastive": 20}
+"""Passes over its images by which an evaluator is trained where the time does not matter."""
+LEAST_PASSES = 3
+LIKELIHOOD_EVALUATIONS = 2_400
+"""Network evaluations of the bound and of the ODE for one image, with the default schedule."""
+SAMPLES, LEAST_SAMPLES = 1_000, 48
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How a model is judged within its share of the budget.
+
+    Attributes:
+        kind: of evaluator.
+        passes: of its training over its images.
+        n: samples of each noise seed.
+        seeds: noise seeds.
+        likelihood_images: test images whose likelihood is computed.
+        seconds: stage -> seconds.
+    """
+
+    kind: str
+    passes: int
+    n: int
+    seeds: int
+    likelihood_images: int
+    seconds: dict[str, float]
+
+
+def processes(machine: MachineFacts) -> int:
+    """Return how many processes train or draw at a time: one for each GPU, or else for each core."""
+    return machine.gpus or machine.cores
+
+
+def together(machine: MachineFacts) -> float:
+    """Return the speed of each of these processes relative to one that has the machine to itself."""
+    return TOGETHER if not machine.gpus and machine.cores > 1 else ALONE
+
+
+def training_rate(speed: Speed, machine: MachineFacts, workers: int) -> float:
+    """Return images per second of some workers together."""
+    return speed.train * workers * (together(machine) if workers > 1 else ALONE)
+
+
+def drawing_rate(speed: Speed, machine: MachineFacts) -> float:
+    """Return network evaluations of one image per second, of all processes together."""
+    return speed.draw * processes(machine) * together(machine)
+
+
+def judging(
+    source: SourceFacts, machine: MachineFacts, speed: Speed, size: int, budget_s: float, evaluations: int
+) -> Judging:
+    """Return how the model is judged.
+
+    Args:
+        size: of the images.
+        evaluations: of the network for one sample.
+    """
+    kind = "classifier" if len(source.class_counts) > 1 else "contrastive"
+    # The evaluator sees half of the images, or all where they are few; see `evaluation.evaluators.share`.
+    shown = source.train_images if source.train_images < 1_000 else min(source.train_images // 2, 50_000)
+    of_pass = math.ceil(shown / JUDGE_BATCH) * machine.judge_step_s.get(size, 0.02)
+    passes = min(JUDGE_PASSES[kind], max(LEAST_PASSES, int(JUDGE_SHARE * budget_s / max(of_pass, 1e-9))))
+    rate = drawing_rate(speed, machine)
+    affordable = int(SCORE_SHARE * budget_s * rate / evaluations)
+    # Each seed's samples once for the scores; the gate draws the first of them of two versions.
+    most = max(LEAST_SAMPLES, min(max(source.test_images, 256), SAMPLES))
+    seeds = 3 if affordable >= 5 * min(most, 256) else 1
+    n = max(LEAST_SAMPLES, min(most, affordable // (seeds + 2)))
+    likely = int(LIKELIHOOD_SHARE * budget_s * rate / LIKELIHOOD_EVALUATIONS)
+    likelihood = min(32, likely, source.test_images) if likely >= 4 else 0
+    drawn = (n * (seeds + 2) * evaluations + likelihood * LIKELIHOOD_EVALUATIONS) / rate
+    return Judging(kind, passes, n, seeds, likelihood, {"evaluator": of_pass * passes, "scores": JUDGING_S + drawn})
+
+
+def fixed_seconds(source: SourceFacts, machine: MachineFacts) -> dict[str, float]:
+    """Return the seconds of the stages whose length no choice changes."""
+    reading = source.images * source.read_s + source.captions * source.caption_s
+    return {
+        "look and measure": machine.looking_s,
+        "start": machine.start_s + WORKERS_S,
+        "ingest": 1.0 + reading / max(machine.cores, 1),
+        "register": REGISTER_S,
+    }
+
+
+def left_for_training(budget_s: float, spent: dict[str, float]) -> float:
+    """Return what is left of a budget beside some stages and the spare time.
+
+    Raises:
+        ConfigError: too little for any training; names the least budget.
+    """
+    left = budget_s * (1 - SPARE) - sum(spent.values())
+    if left < LEAST_TRAINING_S:
+        fixed = sum(spent.values()) + LEAST_TRAINING_S
+        least = math.ceil(fixed / (1 - SPARE - JUDGE_SHARE) / 30) * 30
+        parts = ", ".join(f"{name} {spoken(seconds)}" for name, seconds in spent.items())
+        raise ConfigError(
+            f"budget = {written(budget_s)} leaves no time to train: {parts} come first or last; "
+            f"give budget={written(max(least, budget_s + 30))} or more"
+        )
+    return left

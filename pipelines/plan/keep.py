@@ -1,0 +1,122 @@
+"""Plans that are kept: in storage, so that a command that is repeated goes on with its own, and as files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import yaml
+
+from pipelines.config import Config
+from pipelines.plan.budget import spoken
+from pipelines.plan.facts import Line, MachineFacts, Plan, SourceFacts
+from pipelines.storage import NotFoundError, Storage, join
+
+FOLDER = "plans"
+
+
+@dataclass(frozen=True)
+class StoredPlan:
+    """A plan with the facts that it was made of.
+
+    Attributes:
+        key: digest of what the user asked for.
+        plan: what was proposed.
+        source, machine: its facts.
+        config: the whole configuration, as plain values.
+    """
+
+    key: str
+    plan: Plan
+    source: SourceFacts
+    machine: MachineFacts
+    config: Mapping[str, Any]
+
+    def to_json(self) -> bytes:
+        """Return the text that is stored."""
+        return json.dumps(asdict(self), indent=1).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> StoredPlan | None:
+        """Return a stored plan; None where it is damaged or of another release."""
+        try:
+            plain = json.loads(text)
+            plan = plain["plan"]
+            lines = tuple(Line(**line) for line in plan.pop("lines"))
+            warnings = tuple(plan.pop("warnings"))
+            return cls(
+                plain["key"],
+                Plan(**plan, lines=lines, warnings=warnings),
+                SourceFacts.from_plain(plain["source"]),
+                MachineFacts.from_plain(plain["machine"]),
+                plain["config"],
+            )
+        except (ValueError, KeyError, TypeError):
+            return None
+
+
+@dataclass(frozen=True)
+class PlanBook:
+    """The plans below a storage root, by the name of their run.
+
+    Attributes:
+        storage: where they are.
+        root: its address.
+    """
+
+    storage: Storage
+    root: str
+
+    def find(self, name: str, key: str) -> StoredPlan | None:
+        """Return the plan of a command that was given before; None where it was not.
+
+        Args:
+            name: of the run that a new plan would have.
+            key: of the command, see `command_key`.
+        """
+        for entry in self.storage.list(join(self.root, FOLDER)):
+            if entry.uri.rsplit("/", 1)[-1].startswith(name):
+                found = self._read(entry.uri)
+                if found is not None and found.key == key:
+                    return found
+        return None
+
+    def free_name(self, name: str) -> str:
+        """Return the name, or with a number after it where another command's plan has the name."""
+        taken = {entry.uri.rsplit("/", 1)[-1] for entry in self.storage.list(join(self.root, FOLDER))}
+        number, found = 1, name
+        while f"{found}.json" in taken:
+            number += 1
+            found = f"{name}-{number}"
+        return found
+
+    def add(self, plan: StoredPlan) -> None:
+        """Store a plan under the name of its run."""
+        self.storage.write(join(self.root, FOLDER, f"{plan.config['name']}.json"), plan.to_json())
+
+    def _read(self, uri: str) -> StoredPlan | None:
+        try:
+            return StoredPlan.from_json(self.storage.read(uri))
+        except NotFoundError:
+            return None
+
+
+def command_key(source_digest: str, budget_s: float, settings: Mapping[str, Any]) -> str:
+    """Return the digest of what a user asked for: the source with its state, the budget, and what is set by hand."""
+    content = [source_digest, budget_s, sorted((key, repr(value)) for key, value in settings.items())]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def to_yaml(plan: Plan, config: Config) -> str:
+    """Return a plan as a whole configuration in YAML, with its reasons as comments.
+
+    `ddpm flow --config FILE` and `ddpm train --config FILE` take it; addresses of a local stack are left out.
+    """
+    reasons = [f"# {line.title}: {line.value}. {line.reason[:1].upper()}{line.reason[1:]}." for line in plan.lines]
+    times = ", ".join(f"{name} {spoken(seconds)}" for name, seconds in plan.seconds.items())
+    heading = [f"# A plan for {spoken(plan.budget_s)}, of `ddpm plan`: {times}."]
+    body = yaml.safe_dump(config.portable().model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return "\n".join([*heading, *reasons, body])

@@ -1,0 +1,165 @@
+"""What a source of images holds: counts from its listing, sizes and colours from some images that are opened."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipelines.errors import ConfigError
+from pipelines.plan.facts import Mirror, SourceFacts
+from pipelines.plan.mirror import tell_mirrored
+from pipelines.shards.ingest.encode import ImageFormat, encode_image, open_image
+from pipelines.shards.ingest.sources import Source, SourceImage, open_source
+from pipelines.shards.ingest.trees import UnreadableError
+from pipelines.storage import Storage
+from pipelines.text import DEFAULT_ENCODER, TextEncoder
+
+OPENED, LEAST_OPENED = 1_000, 16
+"""Images that are opened at most, and at least, whatever the time."""
+LOOKING_S = 8.0
+ENCODED = 8
+"""Images that are brought to size and encoded, to measure how long that takes."""
+SIDE = 16
+"""Height and width at which images are compared with their mirror images."""
+COLOUR = 6
+"""Difference of two channels, of 0..255, from which on a pixel has a colour: JPEG makes less of grey ones."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What was seen of one image.
+
+    Attributes:
+        size: width and height in pixels, upright.
+        coloured: whether any of its pixels has a colour.
+        small: uint8 [SIDE, SIDE, 3].
+        label: class index; None without labels.
+    """
+
+    size: tuple[int, int]
+    coloured: bool
+    small: NDArray[np.uint8]
+    label: int | None
+
+
+def look(source: str, storage: Storage, *, test_fraction: float = 0.1, encoder: str | None = "auto") -> SourceFacts:
+    """Return what a source of images holds, from its listing and the images that can be opened in a few seconds.
+
+    Args:
+        source: as `ingest` takes it.
+        test_fraction: of a source without a test split.
+        encoder: of captions: a hub name or folder, None for none, "auto" for the default one.
+
+    Raises:
+        DatasetError: there is no such source, or it has no images.
+        ConfigError: the captions need a text encoder that cannot be loaded here.
+    """
+    listed = open_source(source, storage, test_fraction)
+    if not listed.images:
+        raise ConfigError(f"{source} has no images: {'; '.join(listed.unused) or 'it is empty'}")
+    opened, unreadable = _open_some(listed.images, storage)
+    sides = [min(image.size) for image in opened] or [0]
+    sizes = {image.size for image in opened}
+    captions = [image.caption for image in listed.images if image.caption]
+    name, width, caption_s = _encoder(source, captions, encoder)
+    counts = Counter(image.label for image in listed.images)
+    low, usual, high = (int(side) for side in np.quantile(sides, (0.1, 0.5, 0.9), method="nearest"))
+    coloured = sum(image.coloured for image in opened)
+    return SourceFacts(
+        source=source,
+        images=len(listed.images),
+        test_images=sum(image.split == "test" for image in listed.images),
+        class_counts={name: counts[i] for i, name in enumerate(listed.classes)},
+        captions=len(captions),
+        shorter_sides=(low, usual, high),
+        one_size=sizes.pop() if len(sizes) == 1 else None,
+        grey=bool(opened) and coloured <= len(opened) // 100,
+        opened=len(opened) + unreadable,
+        unreadable=unreadable,
+        read_s=_read_seconds(listed, storage, low),
+        mirror=_mirror(opened),
+        names_sides=_share_with_sides(captions) > 0.01,
+        encoder=name,
+        encoder_width=width,
+        caption_s=caption_s,
+    )
+
+
+def _open_some(images: Sequence[SourceImage], storage: Storage) -> tuple[list[Opened], int]:
+    """Open images from the beginning of a list, for some seconds; return them, and how many cannot be opened."""
+    began, unreadable = time.monotonic(), 0
+    opened: list[Opened] = []
+    for image in images[:OPENED]:
+        if time.monotonic() - began > LOOKING_S and len(opened) + unreadable >= LEAST_OPENED:
+            break
+        try:
+            opened.append(_opened(image, storage))
+        except UnreadableError:
+            unreadable += 1
+    return opened, unreadable
+
+
+def _opened(image: SourceImage, storage: Storage) -> Opened:
+    """Open an image."""
+    picture = open_image(image.read(storage), reduced_to=4 * SIDE)
+    rgb = picture.image.convert("RGB")
+    pixels = np.asarray(rgb.resize((4 * SIDE, 4 * SIDE), Image.Resampling.BOX), dtype=np.int16)
+    spread = pixels.max(-1) - pixels.min(-1)
+    small = np.asarray(rgb.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.uint8)
+    return Opened(picture.size, bool((spread > COLOUR).mean() > 0.001), small, image.label)
+
+
+def _read_seconds(listed: Source, storage: Storage, side: int) -> float:
+    """Return the seconds that an ingest takes for one image on one thread."""
+    form = ImageFormat(max(8, min(side, 64)), 3)
+    began, count = time.monotonic(), 0
+    for image in listed.images[:ENCODED]:
+        try:
+            encode_image(image.read(storage), form)
+            count += 1
+        except UnreadableError:
+            continue
+    return (time.monotonic() - began) / max(count, 1)
+
+
+def _mirror(opened: Sequence[Opened]) -> Mirror:
+    """Return whether the images can be told from their mirror images."""
+    if len(opened) < 2 * LEAST_OPENED:
+        return Mirror(0.5, 0)
+    images = np.stack([image.small for image in opened])
+    labels = np.array([image.label or 0 for image in opened])
+    return tell_mirrored(images, labels)
+
+
+def _share_with_sides(captions: Sequence[str]) -> float:
+    """Return the share of captions that name left or right."""
+    return sum(bool(re.search(r"\b(left|right)\b", text.lower())) for text in captions) / max(len(captions), 1)
+
+
+def _encoder(source: str, captions: Sequence[str], encoder: str | None) -> tuple[str | None, int, float]:
+    """Return name and width of the text encoder for captions, and the seconds that one takes; None without captions.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    if not captions or encoder is None:
+        return None, 0, 0.0
+    name = DEFAULT_ENCODER if encoder == "auto" else encoder
+    try:
+        text_encoder = TextEncoder(name)
+    except ValueError as error:
+        raise ConfigError(
+            f"{source} has captions, and their text encoder cannot be had: {error}. Name another with "
+            "data.text_encoder=FOLDER, or leave the captions out with data.text_encoder=null"
+        ) from error
+    some = list(captions[:32])
+    began = time.monotonic()
+    text_encoder(some)
+    return name, text_encoder.dim, (time.monotonic() - began) / len(some)

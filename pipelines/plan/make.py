@@ -1,0 +1,161 @@
+"""A plan from its beginning: look at the source, measure the machine, propose, and compose the configuration."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import ray
+
+from pipelines.config import Config, ConfigError, compose, override_settings
+from pipelines.display import StageNotice
+from pipelines.plan.budget import spoken
+from pipelines.plan.facts import MachineFacts, Plan, SourceFacts, override_value
+from pipelines.plan.keep import PlanBook, StoredPlan, command_key
+from pipelines.plan.look import look
+from pipelines.plan.measure import Measurement, measure
+from pipelines.plan.propose import propose, source_name
+from pipelines.shards.ingest.sources import source_digest
+from pipelines.storage import Storage
+from pipelines.training.ray_train.resources import alive_nodes, connect_ray
+
+SERVICES = ("storage", "tracking", "cluster")
+"""Groups of the configuration that say where things are, not what is trained."""
+
+
+def services_config(overrides: Sequence[str]) -> Config:
+    """Return a configuration that has the services of some overrides; the rest of it stands for nothing."""
+    settings = {key: value for key, value in override_settings(overrides).items() if key.partition(".")[0] in SERVICES}
+    some = ["data=folder", "data.num_classes=1", "model.channels=[32]", "model.attention=[false]"]
+    return compose([*some, *(f"{key}={override_value(settings[key])}" for key in sorted(settings, key=_groups_first))])
+
+
+def make_plan(
+    source: str,
+    overrides: Sequence[str],
+    budget_s: float,
+    services: Config,
+    storage: Storage,
+    notice: StageNotice,
+    *,
+    start_s: float = 0.0,
+) -> StoredPlan:
+    """Return the plan for a source, made now.
+
+    Args:
+        source: as `ingest` takes it.
+        overrides: of the user, which the plan leaves as they are.
+        budget_s: for everything.
+        services: names the Ray cluster that trains; without one, this machine does.
+        notice: called with a stage and a line.
+        start_s: seconds until the services answer.
+
+    Raises:
+        ConfigError, DatasetError: what is wrong or missing, before anything starts.
+    """
+    settings = override_settings(overrides)
+    notice("look", f"{source}: sizes, colours, labels, whether it may be mirrored")
+    facts = look(
+        source,
+        storage,
+        test_fraction=float(settings.get("data.test_fraction", 0.1)),
+        encoder=settings.get("data.text_encoder", "auto"),
+    )
+    notice("measure", "training steps of some networks, for a few seconds")
+    machine = _measured(facts, settings, budget_s, services, storage, start_s)
+    return compose_plan(facts, machine, budget_s, overrides, key=_key(source, storage, budget_s, settings))
+
+
+def compose_plan(
+    source: SourceFacts, machine: MachineFacts, budget_s: float, overrides: Sequence[str], *, key: str = ""
+) -> StoredPlan:
+    """Return the plan of these facts with its configuration.
+
+    Raises:
+        ConfigError: the plan and what the user has set do not go together; says what.
+    """
+    settings = override_settings(overrides)
+    plan = propose(source, machine, budget_s, settings)
+    config = compose([*plan.overrides(), *overrides])
+    return StoredPlan(key, plan, source, machine, config.model_dump(mode="json"))
+
+
+def find_or_make(
+    source: str,
+    overrides: Sequence[str],
+    budget_s: float,
+    services: Config,
+    storage: Storage,
+    notice: StageNotice,
+    *,
+    start_s: float = 0.0,
+) -> StoredPlan:
+    """Return the plan that the same command had before, so that it goes on, or else a new one, which is kept.
+
+    Arguments and errors are those of `make_plan`.
+    """
+    settings = override_settings(overrides)
+    book, key = PlanBook(storage, services.storage.root), _key(source, storage, budget_s, settings)
+    found = book.find(str(settings.get("name", source_name(source))), key)
+    if found is not None:
+        notice("plan", f"this command was given before: run {found.config['name']} goes on by its plan")
+        return found
+    made = make_plan(source, overrides, budget_s, services, storage, notice, start_s=start_s)
+    name = str(made.config["name"])
+    free = name if "name" in settings else book.free_name(name)
+    if free != name:
+        made = replace(made, plan=_renamed(made.plan, free), config={**made.config, "name": free})
+        notice("plan", f"the run is called {free}, because another command has a run {name}")
+    book.add(made)
+    return made
+
+
+def _renamed(plan: Plan, name: str) -> Plan:
+    """Return a plan with another name of its run."""
+    lines = tuple(
+        replace(line, settings={**line.settings, "name": name}) if "name" in line.settings else line
+        for line in plan.lines
+    )
+    return replace(plan, lines=lines)
+
+
+def _key(source: str, storage: Storage, budget_s: float, settings: dict[str, Any]) -> str:
+    """Return the digest of a command."""
+    return command_key(source_digest(source, storage), budget_s, settings)
+
+
+def _measured(
+    facts: SourceFacts, settings: dict[str, Any], budget_s: float, services: Config, storage: Storage, start_s: float
+) -> MachineFacts:
+    """Measure the Ray cluster that is named, or else this machine."""
+    address = settings.get("cluster.address") or os.environ.get("RAY_ADDRESS")
+    if not address:  # the local stack's Ray has this machine
+        return measure(facts, settings, budget_s, start_s=start_s)
+    connect_ray(services, storage)
+    nodes = alive_nodes()
+    if not nodes:
+        raise ConfigError(f"the Ray cluster at {address} has no nodes")
+    where = f"the Ray cluster at {address}"
+    return measure(facts, settings, budget_s, nodes=nodes, run=_on_ray, where=where, start_s=start_s)
+
+
+def _on_ray(measurement: Measurement, gpus: int) -> Any:
+    """Run a measurement in a Ray task."""
+    call: Callable[..., Any] = ray.remote(num_cpus=1, num_gpus=gpus)(_call)
+    return ray.get(call.remote(measurement))  # type: ignore[attr-defined]
+
+
+def _call(measurement: Measurement) -> Any:
+    return measurement()
+
+
+def _groups_first(key: str) -> bool:
+    return "." in key
+
+
+def summary(plan: Plan) -> str:
+    """Return how a plan's budget divides, in a line."""
+    parts = ", ".join(f"{name} {spoken(seconds)}" for name, seconds in plan.seconds.items())
+    return f"{spoken(plan.total_s)} of {spoken(plan.budget_s)}: {parts}"

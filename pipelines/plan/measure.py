@@ -1,0 +1,174 @@
+"""The speed of a machine at the networks that a plan chooses from: real training steps, for a few seconds in all."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipelines.config import Config, compose
+from pipelines.evaluation.evaluators.classifier import BATCH as JUDGE_BATCH
+from pipelines.evaluation.evaluators.classifier import MAX_SIDE, train_classifier
+from pipelines.evaluation.evaluators.contrastive import BATCH as CONTRASTIVE_BATCH
+from pipelines.evaluation.evaluators.contrastive import train_contrastive
+from pipelines.plan.facts import Hand, MachineFacts, SourceFacts, Speed, override_value
+from pipelines.plan.networks import Candidate, candidates
+from pipelines.plan.propose import uses_captions
+from pipelines.training.loop.speed import measure_speed
+
+logger = logging.getLogger(__name__)
+SECONDS = 0.3
+"""How long steps and evaluations of one candidate are each repeated."""
+PIECE = {"cpu": 32, "cuda": 128}
+"""Images of a measured step."""
+JUDGE_STEPS = 3
+LEAST_SHARE = 0.5
+"""A candidate that in the whole budget would see less than this share of the images that it needs ends its size."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What is measured in one process; picklable, for a Ray task.
+
+    Attributes:
+        source: what the images are like.
+        settings: what the user has set.
+        budget_s: the whole budget, beyond which no candidate is measured.
+        workers: how many will train.
+    """
+
+    source: SourceFacts
+    settings: Mapping[str, Any]
+    budget_s: float
+    workers: int
+
+    def __call__(self) -> tuple[dict[str, Speed], dict[int, float], str]:
+        """Return the speeds by candidate, the evaluator's step by image size, and the precision."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return self._measured(device)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _measured(self, device: torch.device) -> tuple[dict[str, Speed], dict[int, float], str]:
+        speeds: dict[str, Speed] = {}
+        judge: dict[int, float] = {}
+        precision = ""
+        hand, by_size = Hand(self.settings), _by_size(candidates(self.source, Hand(self.settings)))
+        for size, of_size in by_size.items():
+            if judge and not any(key.endswith(f"@{max(judge)}") for key in speeds):
+                break  # the size below was too slow already
+            for candidate in of_size:
+                config = trial_config(candidate, self.source, hand, PIECE[device.type])
+                try:
+                    found = measure_speed(config, device, SECONDS)
+                except torch.OutOfMemoryError:
+                    logger.warning("%s does not fit the memory of the device", candidate.key)
+                    break
+                precision = found.precision
+                speeds[candidate.key] = Speed(found.train, found.draw, found.parameters)
+                if self.budget_s * found.train * self.workers < LEAST_SHARE * candidate.needed:
+                    break
+            judge[size] = judge_step_seconds(config, len(self.source.class_counts), device)
+            if self._hopeless(speeds, of_size[0]):
+                break
+        return speeds, judge, precision
+
+    def _hopeless(self, speeds: Mapping[str, Speed], narrowest: Candidate) -> bool:
+        """Return whether larger images are out of reach, because even the narrowest network hardly reaches these."""
+        found = speeds.get(narrowest.key)
+        return found is None or self.budget_s * found.train * self.workers < 2 * narrowest.needed
+
+
+def measure(
+    source: SourceFacts,
+    settings: Mapping[str, Any],
+    budget_s: float,
+    *,
+    nodes: Sequence[Mapping[str, float]] | None = None,
+    run: Callable[[Measurement, int], Any] | None = None,
+    where: str = "this machine",
+    start_s: float = 0.0,
+) -> MachineFacts:
+    """Return what a machine can do with the images of a source.
+
+    Args:
+        source: what the images are like.
+        settings: what the user has set, by field or group.
+        budget_s: the whole budget.
+        nodes: resources of the nodes of a Ray cluster; None for this machine.
+        run: runs a measurement on the cluster with a number of GPUs; None to run it in this process.
+        where: in words.
+        start_s: seconds until the services answer.
+    """
+    began = time.monotonic()
+    if nodes is None:
+        cores, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+    else:
+        cores = sum(int(node.get("CPU", 0)) for node in nodes)
+        gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    cores = max(cores, 1)
+    measurement = Measurement(source, settings, budget_s, gpus or cores)
+    speeds, judge, precision = measurement() if run is None else run(measurement, min(gpus, 1))
+    looking_s = time.monotonic() - began
+    return MachineFacts(where, cores, gpus, precision, speeds, judge, start_s, looking_s)
+
+
+def trial_config(candidate: Candidate, source: SourceFacts, hand: Hand, batch: int) -> Config:
+    """Return the configuration of a candidate for its measurement."""
+    classes = len(source.class_counts)
+    settings: dict[str, Any] = {
+        "name": "measured",
+        "data": "folder",
+        "data.source": source.source,
+        "data.num_classes": classes,
+        "data.image_size": candidate.size,
+        "data.channels": 1 if source.grey else 3,
+        "model.class_conditional": classes > 1,
+        **candidate.settings,
+    }
+    if uses_captions(source, hand):
+        settings["model.text_dim"] = source.encoder_width
+    given = {key: value for key, value in hand.settings.items() if key.partition(".")[0] in _DECIDING}
+    settings = {key: value for key, value in settings.items() if not hand.sets(key)} | given
+    settings |= {"batch_size": batch, "data.lanes": 1, "cluster.num_workers": 1, "micro_batch_size": None}
+    return compose([f"{key}={override_value(settings[key])}" for key in sorted(settings, key=lambda key: "." in key)])
+
+
+_DECIDING = ("data", "model", "objective", "schedule", "optim")
+"""Groups that decide how long a step takes."""
+
+
+def judge_step_seconds(config: Config, classes: int, device: torch.device) -> float:
+    """Return the seconds in which the training of an evaluator takes `JUDGE_BATCH` images like these."""
+    side = min(config.data.image_size, MAX_SIDE)
+    count = JUDGE_BATCH if classes > 1 else CONTRASTIVE_BATCH
+    images = torch.zeros(count, config.data.channels, side, side, dtype=torch.uint8)
+
+    def train(passes: int) -> None:
+        if classes > 1:
+            labels = torch.arange(count) % classes
+            train_classifier(images, labels, classes, seed=0, passes=passes, device=device)
+        else:
+            train_contrastive(images, seed=0, passes=passes, device=device)
+
+    train(1)
+    began = time.perf_counter()
+    train(JUDGE_STEPS)
+    per_step = (time.perf_counter() - began) / JUDGE_STEPS
+    return per_step * JUDGE_BATCH / count
+
+
+def _by_size(found: Sequence[Candidate]) -> dict[int, list[Candidate]]:
+    """Return the candidates of each size, in order."""
+    sizes: dict[int, list[Candidate]] = {}
+    for candidate in found:
+        sizes.setdefault(candidate.size, []).append(candidate)
+    return sizes

@@ -1,0 +1,84 @@
+"""The image sizes and networks that a plan chooses from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipelines.plan.facts import Hand, SourceFacts
+
+SIZES = (16, 32, 64, 128, 256)
+LARGEST_NATIVE = 64
+"""Images that all have one small size are trained on at that size."""
+WIDTHS = {"narrow": (32, 64), "plain": (64, 64), "wide": (64, 128), "widest": (128, 256)}
+"""Network -> channels of the finest level and of the others."""
+NEEDED = {"narrow": 15_000, "plain": 40_000, "wide": 250_000, "widest": 2_000_000, "hand": 0}
+"""Images of up to 32 pixels that a network should see, for it to beat the next smaller one in the same time."""
+RATES = {"narrow": 2e-3, "plain": 1e-3, "wide": 8e-4, "widest": 3e-4, "hand": 3e-4}
+"""Learning rate of a network at a batch of 128."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A network at an image size.
+
+    Attributes:
+        size: height and width in pixels.
+        network: its name in `WIDTHS`, or "hand" for the user's own.
+        settings: the fields of the configuration that make it; empty for the user's own.
+    """
+
+    size: int
+    network: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Its name among the measured speeds."""
+        return f"{self.network}@{self.size}"
+
+    @property
+    def needed(self) -> int:
+        """Images that it should see at least; large images show more, which takes longer to learn."""
+        return round(NEEDED[self.network] * max(1.0, (self.size / 32) ** 2))
+
+
+def candidates(source: SourceFacts, hand: Hand) -> tuple[Candidate, ...]:
+    """Return what is worth measuring, by size and then by network, smallest first."""
+    sizes = (int(hand.get("data.image_size", 0)),) if "data.image_size" in hand.settings else image_sizes(source)
+    if hand.sets_network():
+        return tuple(Candidate(size, "hand") for size in sizes)
+    return tuple(Candidate(size, name, unet(size, *widths)) for size in sizes for name, widths in WIDTHS.items())
+
+
+def image_sizes(source: SourceFacts) -> tuple[int, ...]:
+    """Return the sizes that the images of a source could be trained on at: none above the usual image's."""
+    if native_size(source) is not None:
+        return (source.shorter_sides[1],)
+    usual = source.shorter_sides[1]
+    fitting = tuple(size for size in SIZES if 32 <= size <= usual)
+    return fitting or (max(8, usual - usual % 4),)
+
+
+def native_size(source: SourceFacts) -> int | None:
+    """Return the size of images that are all square and of one small size that networks can halve twice."""
+    if source.one_size is None or source.one_size[0] != source.one_size[1]:
+        return None
+    size = source.one_size[0]
+    return size if size <= LARGEST_NATIVE and size >= 8 and size % 4 == 0 else None
+
+
+def unet(size: int, first: int, others: int) -> dict[str, Any]:
+    """Return the settings of a UNet: it halves images down to 4 to 8 pixels and attends at 16 pixels or fewer."""
+    levels = 2
+    while size % 2**levels == 0 and size // 2**levels >= 7:
+        levels += 1
+    sides = [size >> level for level in range(levels)]
+    attends = next((level for level, side in enumerate(sides) if level and side <= 16), levels - 1)
+    return {
+        "model.kind": "unet",
+        "model.channels": [first, *[others] * (levels - 1)],
+        "model.attention": [level == attends for level in range(levels)],
+        "model.head_dim": 32 if first == 32 else 64,
+    }

@@ -1,0 +1,184 @@
+"""Signs that a training does not work, with the setting that mends each: pure functions of what rank 0 knows anyway.
+
+The bounds leave room on the side of silence: every shipped experiment passes them from its first image to its last.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.config import Config
+
+logger = logging.getLogger(__name__)
+PREFIX = "not working: "
+"""How a line of these begins, by which the driver knows it."""
+LOW_SNR = 1 / 400
+"""Signal-to-noise ratio at which predicted images are compared with the mean image: nearly all is noise there."""
+WORSE_THAN_MEAN = 1.5
+JUDGED_FROM = 0.25
+"""Share of the run before which samples and predictions are not judged: they are allowed to be bad."""
+LEAST_STEPS = 200
+"""Steps of a run before which nothing is judged."""
+FIRST_STEPS, FALLEN = 5, 0.9
+"""Share of the mean loss of the first steps that a loss should have fallen to."""
+RISEN, STEEPER = 1.5, 3.0
+"""Factors of the lowest logged loss, and of the gradient's norm there, above which the rate is too high."""
+BRIGHTNESS, CONTRAST = 0.15, 0.3
+"""How far outside that of real images the mean of a sample lies, of 0..1, and the share of the least contrast of real
+images that a sample has, for it to be called grey, black or white."""
+MOST_BAD = 0.5
+
+
+def say(faults: Iterable[str]) -> None:
+    """Log faults as warnings, which reach the driver's terminal and the page of the run."""
+    for text in faults:
+        logger.warning("%s", text)
+
+
+def expected_faults(config: Config) -> list[str]:
+    """Return what the configuration alone shows: lines to be told before anything starts."""
+    found = []
+    conditional = config.model.class_conditional or config.model.text_dim > 0
+    guided = config.guidance.kind == "classifier_free" and config.guidance.scale != 1
+    if config.task == "denoiser" and conditional and guided and config.objective.label_drop == 0:
+        found.append(
+            f"guidance.scale = {config.guidance.scale:g} needs samples without a condition, which "
+            "objective.label_drop = 0 never trains: set objective.label_drop=0.1, or guidance.scale=1"
+        )
+    if config.optim.warmup_images >= config.images:
+        found.append(
+            f"optim.warmup_images = {config.optim.warmup_images:,} is as long as the run, so that the learning rate "
+            f"never reaches optim.lr: set optim.warmup_images={max(1, config.images // 20)}"
+        )
+    return found
+
+
+@dataclass
+class Health:
+    """Judges the curves of a run while it trains; each fault is told once in an attempt.
+
+    Args:
+        config: of the run.
+        resumed_at: images seen where the attempt begins.
+    """
+
+    config: Config
+    resumed_at: int
+    told: set[str] = field(default_factory=set)
+    first: list[float] = field(default_factory=list)
+    points: list[tuple[float, float]] = field(default_factory=list)
+
+    def step(self, loss: float) -> None:
+        """Take the loss of a step: the first ones are what the others are compared with."""
+        if len(self.first) < FIRST_STEPS and math.isfinite(loss):
+            self.first.append(loss)
+
+    def curves(self, images_seen: int, loss: float, grad_norm: float) -> list[str]:
+        """Return the faults that a logged point shows.
+
+        Args:
+            loss: mean since the last point.
+            grad_norm: likewise.
+        """
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            return []  # steps like that are left out and warned of by themselves
+        self.points.append((loss, grad_norm))
+        if images_seen < LEAST_STEPS * self.config.batch_size or len(self.points) < 4:
+            return []
+        lr = self.config.optim.lr
+        lowest, calm = min(self.points[:-2], default=(math.inf, math.inf))
+        last = self.points[-2:]
+        if all(at > RISEN * lowest and norm > STEEPER * calm for at, norm in last):
+            return self._once(
+                "rate",
+                f"the loss has risen from {lowest:.3g} to {loss:.3g} and the gradient's norm from {calm:.2g} to "
+                f"{grad_norm:.2g}: the learning rate is too high; set optim.lr={lr / 3:.2g} in a new run",
+            )
+        new = self.resumed_at == 0 and self.config.init_from is None and len(self.first) == FIRST_STEPS
+        before = sum(self.first) / max(len(self.first), 1)
+        if new and images_seen >= JUDGED_FROM * self.config.images and loss > FALLEN * before:
+            mend = f"optim.lr={3 * lr:.2g}" if grad_norm < 1 else f"optim.lr={lr / 3:.2g}"
+            return self._once(
+                "loss",
+                f"the loss is {loss:.3g} after {images_seen:,} images and was {before:.3g} in the first steps: it does "
+                f"not fall; try {mend}, and look at the data with `ddpm check {self.config.data.uri}`",
+            )
+        return []
+
+    def prediction(self, images_seen: int, error: float, mean_error: float) -> list[str]:
+        """Return the fault of predictions where nearly all is noise.
+
+        Args:
+            error: mean squared error of the predicted x_0 of test images at the ratio `LOW_SNR`, clipped.
+            mean_error: of their mean image.
+        """
+        if self._too_early(images_seen) or error <= WORSE_THAN_MEAN * mean_error:
+            return []
+        eps = self.config.objective.prediction == "eps"
+        mend = "objective.prediction=v in a new run" if eps else "more images, or a lower optim.lr in a new run"
+        return self._once(
+            "prediction",
+            f"where nearly all is noise, predicted images are {error / mean_error:.1f} times as far off as the mean "
+            f"image ({error:.2g} against {mean_error:.2g}), so that samples come out grey or white: use {mend}",
+        )
+
+    def samples(self, images_seen: int, drawn: NDArray[np.uint8], real: NDArray[np.uint8]) -> list[str]:
+        """Return the fault of samples that have no picture in them.
+
+        Args:
+            drawn: samples, uint8 [N, H, W, C].
+            real: test images, likewise.
+        """
+        if self._too_early(images_seen) or len(real) < 8 or len(drawn) < 8:
+            return []
+        bad = blank(drawn, real)
+        if bad <= MOST_BAD:
+            return []
+        level = float(drawn.mean()) / 255
+        colour = "white" if level > 0.8 else "black" if level < 0.2 else "grey"
+        eps = self.config.objective.prediction == "eps"
+        mends = ["objective.prediction=v in a new run"] if eps else []
+        if self.config.guidance.scale > 2:
+            mends.append(f"guidance.scale={1 + (self.config.guidance.scale - 1) / 2:g}")
+        mends.append("more images")
+        return self._once(
+            "samples",
+            f"{bad:.0%} of the samples in the grid are brighter, darker or flatter than any real image, nearly "
+            f"{colour}: use {' or '.join(mends)}",
+        )
+
+    def _too_early(self, images_seen: int) -> bool:
+        """Return whether a run is still allowed to be bad."""
+        least = max(JUDGED_FROM * self.config.images, LEAST_STEPS * self.config.batch_size)
+        return self.config.task != "denoiser" or images_seen < least
+
+    def _once(self, kind: str, text: str) -> list[str]:
+        """Return a line the first time that its kind is told."""
+        if kind in self.told:
+            return []
+        self.told.add(kind)
+        return [PREFIX + text]
+
+
+def blank(drawn: NDArray[np.uint8], real: NDArray[np.uint8]) -> float:
+    """Return the share of samples whose brightness or contrast no real image comes near.
+
+    Args:
+        drawn, real: uint8 [N, H, W, C].
+    """
+    levels, contrasts = (_statistic(drawn, "mean"), _statistic(drawn, "std"))
+    known, kept = (_statistic(real, "mean"), _statistic(real, "std"))
+    outside = (levels < known.min() - BRIGHTNESS) | (levels > known.max() + BRIGHTNESS)
+    return float((outside | (contrasts < CONTRAST * kept.min())).mean())
+
+
+def _statistic(images: NDArray[np.uint8], name: str) -> NDArray[np.float64]:
+    """Return the mean or deviation of each image's pixels, of 0..1."""
+    found: NDArray[np.float64] = getattr(images.reshape(len(images), -1) / 255.0, name)(axis=1)
+    return found

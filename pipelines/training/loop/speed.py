@@ -1,0 +1,120 @@
+"""The speed of a configuration on a device: real training steps and network evaluations on made-up images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ddpm.conditioning import Conditioning
+from pipelines.config import Config
+from pipelines.shards.index import ShardInfo, make_dataset
+from pipelines.shards.read import Batch
+from pipelines.storage import Storage
+from pipelines.tracking import Tracker
+from pipelines.training.loop.context import RunContext
+from pipelines.training.loop.shell import Job
+from pipelines.training.loop.state import TrainingState, ema_weights, make_state
+from pipelines.training.loop.step import step
+
+TOKENS = 16
+"""Length of made-up captions."""
+
+
+@dataclass(frozen=True)
+class MeasuredSpeed:
+    """The speed of one rank.
+
+    Attributes:
+        train: images per second of whole training steps: forward, backward, update, averages.
+        draw: images per second of single network evaluations, as sampling makes them.
+        parameters: of the network.
+        precision: what forward and backward computed in.
+    """
+
+    train: float
+    draw: float
+    parameters: int
+    precision: str
+
+
+def measure_speed(config: Config, device: torch.device, seconds: float) -> MeasuredSpeed:
+    """Return the speed of one rank's training and sampling; nothing is read or written.
+
+    Args:
+        config: of a denoiser; its `batch_size` is this rank's.
+        seconds: how long training steps and evaluations are each repeated, after one to warm up.
+    """
+    context = RunContext.of(_job(config), rank=0, world_size=1, device=device)
+    state = make_state(context)
+    batch = made_up(config)
+    train = _rate(lambda: _step(context, state, batch), config.batch_size, device, seconds)
+    with ema_weights(state) as network, torch.no_grad():
+        images, t = batch.images.to(device), torch.full((len(batch),), 500.0, device=device)
+        cond = _condition(config, batch, device)
+        weights = next(network.parameters()).dtype
+        draw = _rate(lambda: network(images.to(weights), t, cond), len(batch), device, seconds)
+    parameters = sum(p.numel() for p in state.network.parameters())
+    return MeasuredSpeed(train, draw, parameters, context.precision)
+
+
+def made_up(config: Config) -> Batch:
+    """Return a batch of noise with the shapes, labels and texts that a configuration trains on."""
+    data, count = config.data, config.batch_size
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(count, data.channels, data.image_size, data.image_size, generator=generator) * 2 - 1
+    labels = torch.arange(count) % data.num_classes if data.num_classes else None
+    batch = Batch(torch.arange(count), images, labels)
+    width = config.model.text_dim
+    if width:
+        text = torch.randn(count, TOKENS, width, generator=generator)
+        mask = torch.ones(count, TOKENS, dtype=torch.bool)
+        batch = Batch(batch.ordinals, images, labels, text, mask, text.mean(1))
+    return batch
+
+
+def _job(config: Config) -> Job:
+    """Return a job on data that nobody reads."""
+    data = config.data
+    dataset = make_dataset(
+        "file:///nowhere",
+        splits={"train": (ShardInfo("train-000000.tar", config.batch_size, 0, ""),)},
+        classes=tuple(str(i) for i in range(data.num_classes)),
+        channels=data.channels,
+        image_size=data.image_size,
+        mean=(0.0,) * data.channels,
+        std=(1.0,) * data.channels,
+    )
+    return Job(config, dataset, Storage(), Tracker("", ""), {})
+
+
+def _step(context: RunContext, state: TrainingState, batch: Batch) -> None:
+    state.images_seen = 0  # the ordinals of the batch begin there
+    step(context, state, batch)
+
+
+def _condition(config: Config, batch: Batch, device: torch.device) -> Conditioning | None:
+    """Return the condition of a batch, as sampling gives it."""
+    labels = batch.labels if config.model.class_conditional else None
+    if labels is None and batch.text is None:
+        return None
+    return Conditioning(label=labels, text=batch.text, text_mask=batch.text_mask, pooled=batch.pooled).to(device)
+
+
+def _rate(call: Callable[[], object], images: int, device: torch.device, seconds: float) -> float:
+    """Return images per second of a call that is repeated, without its first time."""
+    call()
+    _wait(device)
+    began, count = time.perf_counter(), 0
+    while count == 0 or time.perf_counter() - began < seconds:
+        call()
+        _wait(device)
+        count += 1
+    return count * images / (time.perf_counter() - began)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

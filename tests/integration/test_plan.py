@@ -1,0 +1,53 @@
+"""A folder of pictures and a budget are enough: the plan, its run, and the same command again."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from mlflow import MlflowClient
+
+from tests.integration.conftest import Shell
+from tests.pipelines.plan.test_look import drawn
+from tests.pipelines.shards.ingest.sources import write_files
+
+pytestmark = pytest.mark.integration
+
+# The length is set by hand, because a busy machine would be given a longer one than this test may take.
+SHORT = ["budget=4m", "images=1280", "batch_size=64", "evaluation.n=48", "evaluation.seeds=1", "sampler.steps=4"]
+
+
+def test_a_folder_and_a_budget_give_a_registered_model_and_the_same_command_goes_on(
+    shell: Shell, local_stack, tmp_path
+):
+    shapes = ("circle", "square")
+    files = {
+        f"{shape}/{i:03d}.png": drawn(shape, 1_000 * s + i, (32, 32))
+        for s, shape in enumerate(shapes)
+        for i in range(60)
+    }
+    source = str(write_files(tmp_path / "shapes", files))
+    small = ["data.image_size=8", "model.channels=[32]", "model.attention=[false]", "model.layers_per_block=1"]
+    done = shell.ok("flow", source, *SHORT, *small, "--json")
+    answer = done.answer
+    assert "plan  conditions: 2 classes (the folders or labels of the images)" in done.err
+    assert "plan  network: " in done.err
+    assert "learns them by heart" in done.err
+    assert answer["skipped"] == []
+    assert answer["model"] == "models:/shapes/1"
+    assert answer["plan"]["images"] == 1280
+    assert set(answer["plan"]["seconds"]) >= {"ingest", "train", "evaluator", "scores", "register"}
+    assert answer["more"]
+
+    client = MlflowClient(tracking_uri=local_stack.tracking_uri)
+    path = client.download_artifacts(answer["run_id"], "config.json", str(tmp_path))
+    with open(path) as file:
+        config = json.load(file)
+    assert (config["name"], config["registry"]["model"]) == ("shapes-4m", "shapes")
+    assert (config["objective"]["prediction"], config["data"]["num_classes"], config["data"]["channels"]) == ("v", 2, 3)
+    assert config["evaluation"]["evaluator_passes"] >= 1
+
+    again = shell.ok("flow", source, *SHORT, *small, "--json")
+    assert again.answer["skipped"] == ["ingest", "train", "evaluate", "register"]
+    assert again.answer["model"] == answer["model"]
+    assert "this command was given before: run shapes-4m goes on by its plan" in again.err

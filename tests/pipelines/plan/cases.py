@@ -1,0 +1,78 @@
+"""Facts about four kinds of sources and two machines, for plans that need neither."""
+
+from __future__ import annotations
+
+from pipelines.plan import MachineFacts, Mirror, SourceFacts
+from pipelines.plan.facts import Speed
+
+DIGITS = SourceFacts(
+    source="/data/digits",
+    images=10_000,
+    test_images=1_000,
+    class_counts={str(digit): 1_000 for digit in range(10)},
+    captions=0,
+    shorter_sides=(28, 28, 28),
+    one_size=(28, 28),
+    grey=True,
+    opened=1_000,
+    read_s=0.001,
+    mirror=Mirror(0.93, 500),
+)
+PICTOGRAMS = SourceFacts(
+    source="pictograms",
+    images=3_000,
+    test_images=300,
+    class_counts={},
+    captions=3_000,
+    shorter_sides=(64, 64, 64),
+    one_size=(64, 64),
+    grey=False,
+    opened=1_000,
+    mirror=Mirror(0.51, 500),
+    encoder="sentence-transformers/all-MiniLM-L6-v2",
+    encoder_width=384,
+    caption_s=0.005,
+)
+PHOTOS = SourceFacts(
+    source="s3://bucket/my photos",
+    images=4_000,
+    test_images=400,
+    class_counts={"beach": 2_000, "forest": 2_000},
+    captions=0,
+    shorter_sides=(480, 1080, 3024),
+    one_size=None,
+    grey=False,
+    opened=300,
+    read_s=0.04,
+    mirror=Mirror(0.52, 150),
+)
+UNLABELLED = SourceFacts(
+    source="textures/",
+    images=900,
+    test_images=90,
+    class_counts={},
+    captions=0,
+    shorter_sides=(200, 256, 400),
+    one_size=None,
+    grey=False,
+    opened=900,
+    mirror=Mirror(0.50, 450),
+)
+SOURCES = {"digits": DIGITS, "pictograms": PICTOGRAMS, "photos": PHOTOS, "unlabelled": UNLABELLED}
+
+
+def machine(cores: int = 2, gpus: int = 0, factor: float = 1.0) -> MachineFacts:
+    """A machine whose speed at 32 pixels and below is that of a core, times a factor; larger images take longer."""
+    at_32 = {"narrow": (150, 0.9), "plain": (80, 2.6), "wide": (25, 6.5), "widest": (7, 26.0), "hand": (20, 8.0)}
+    speeds = {}
+    for size in (8, 16, 24, 28, 32, 64, 128, 256):
+        cost = max(size / 32, 0.25) ** 2
+        for name, (rate, millions) in at_32.items():
+            train = factor * rate / cost
+            speeds[f"{name}@{size}"] = Speed(train, 2.5 * train, int(millions * 1e6))
+    judge = {size: 0.1 * (min(size, 64) / 32) ** 2 / factor for size in (8, 16, 24, 28, 32, 64, 128, 256)}
+    return MachineFacts("this machine", cores, gpus, "bf16", speeds, judge, start_s=5.0, looking_s=8.0)
+
+
+LAPTOP = machine()
+GPU = machine(cores=16, gpus=1, factor=150.0)

@@ -1,0 +1,80 @@
+"""Measuring this machine, and plans that are kept and written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import yaml
+
+from pipelines.config import compose, from_dict, read_config
+from pipelines.plan import PlanBook, StoredPlan, measure, propose, to_yaml
+from pipelines.plan.facts import Hand
+from pipelines.plan.make import compose_plan
+from pipelines.plan.networks import candidates, unet
+from pipelines.storage import Storage
+from tests.pipelines.plan.cases import DIGITS, LAPTOP, PHOTOS, PICTOGRAMS
+
+
+def test_a_real_step_is_measured_for_each_network_that_the_budget_could_train():
+    small = replace(DIGITS, shorter_sides=(8, 8, 8), one_size=(8, 8))
+    found = measure(small, {"model.channels": [32], "model.attention": [False], "model.layers_per_block": 1}, 600.0)
+    (speed,) = found.speeds.values()
+    assert (list(found.speeds), found.cores >= 1, found.gpus) == (["hand@8"], True, 0)
+    assert speed.train > 1
+    assert speed.draw > speed.train
+    assert 10_000 < speed.parameters < 200_000
+    assert found.judge_step_s[8] > 0
+    assert found.looking_s > 0
+    plan = propose(small, found, 600.0, {"model.channels": [32], "model.attention": [False]})
+    assert plan.network == "hand@8"
+
+
+def test_candidates_that_a_budget_cannot_train_are_not_measured():
+    small = replace(DIGITS, shorter_sides=(8, 8, 8), one_size=(8, 8))
+    assert list(measure(small, {}, 1.0).speeds) == ["narrow@8"]
+
+
+def test_every_candidate_is_a_network_for_its_images():
+    for size in (8, 12, 16, 20, 24, 28, 32, 64, 128, 256):
+        for widths in ((32, 64), (128, 256)):
+            settings = unet(size, *widths)
+            assert 4 <= size >> (len(settings["model.channels"]) - 1) <= 16
+            assert sum(settings["model.attention"]) == 1
+            assert len(settings["model.attention"]) == len(settings["model.channels"])
+    sizes = [candidate.size for candidate in candidates(PHOTOS, Hand())]
+    assert sorted(set(sizes)) == [32, 64, 128, 256]
+    assert {candidate.size for candidate in candidates(DIGITS, Hand())} == {28}
+    assert {c.key for c in candidates(PHOTOS, Hand({"data.image_size": 48, "model": "dit_small"}))} == {"hand@48"}
+
+
+def test_a_plan_is_kept_for_the_command_that_it_was_made_for(tmp_path):
+    book = PlanBook(Storage(), f"file://{tmp_path}")
+    made = compose_plan(PHOTOS, LAPTOP, 1800.0, [], key="one")
+    assert book.find("my-photos", "one") is None
+    book.add(made)
+    assert book.find("my-photos", "one") == StoredPlan.from_json(made.to_json())
+    assert book.find("my-photos", "two") is None
+    assert book.free_name("my-photos-30m") == "my-photos-30m-2"
+    assert book.free_name("my-photos-1h") == "my-photos-1h"
+    (tmp_path / "plans" / "my-photos-30m.json").write_text("{}")
+    assert book.find("my-photos", "one") is None
+
+
+def test_a_kept_plan_has_the_configuration_and_facts_of_the_one_that_was_made():
+    made = compose_plan(PICTOGRAMS, LAPTOP, 1800.0, ["optim.lr=0.5"], key="one")
+    read = StoredPlan.from_json(made.to_json())
+    assert read is not None
+    assert (read.source, read.machine) == (PICTOGRAMS, LAPTOP)
+    assert from_dict(read.config) == from_dict(made.config)
+    assert read.plan.overrides() == made.plan.overrides()
+    assert from_dict(read.config).optim.lr == 0.5
+    assert StoredPlan.from_json(b"{}") is None
+
+
+def test_a_saved_plan_is_a_whole_configuration_with_its_reasons(tmp_path):
+    made = compose_plan(PHOTOS, LAPTOP, 1800.0, ["data.flip=false"])
+    path = tmp_path / "photos.yaml"
+    path.write_text(to_yaml(made.plan, from_dict(made.config)))
+    assert read_config(path) == compose([*made.plan.overrides(), "data.flip=false"])
+    assert yaml.safe_load(path.read_text())["data"]["flip"] is False
+    assert "# image size: 32x32. " in path.read_text()

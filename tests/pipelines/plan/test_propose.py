@@ -1,0 +1,194 @@
+"""The plan as a function of facts: four kinds of sources, a GPU, what is set by hand, little time and few images."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from pipelines.config import ConfigError, compose, override_settings
+from pipelines.plan import Mirror, more_time, propose
+from tests.pipelines.plan.cases import DIGITS, GPU, LAPTOP, PHOTOS, PICTOGRAMS, SOURCES, UNLABELLED, machine
+
+HALF_HOUR = 1_800.0
+
+
+def composed(plan, *overrides):
+    return compose([*plan.overrides(), *overrides])
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize("facts", [LAPTOP, GPU], ids=["laptop", "gpu"])
+@pytest.mark.parametrize("budget_s", [300.0, 4 * 3600.0])
+def test_every_plan_is_a_valid_configuration_that_fits_its_budget_and_says_why(kind, facts, budget_s):
+    plan = propose(SOURCES[kind], facts, budget_s)
+    config = composed(plan)
+    capped = plan.images > 1_000 * SOURCES[kind].train_images - config.batch_size
+    assert capped or 0.3 * budget_s < plan.total_s
+    assert plan.total_s <= budget_s
+    assert config.images == plan.images == plan.images // config.batch_size * config.batch_size
+    assert config.objective.prediction == "v"
+    assert config.optim.decay == "linear"
+    assert config.optim.ema_half_life <= config.images / 10
+    assert config.optim.warmup_images < config.images / 4
+    assert config.tracking.grid_every <= config.images
+    assert config.checkpoint.every <= config.images
+    assert all(line.reason and line.value for line in plan.lines)
+    settings = [key for line in plan.lines for key in line.settings]
+    assert len(settings) == len(set(settings))
+
+
+def test_digits_keep_their_size_are_grey_conditioned_and_never_mirrored():
+    config = composed(propose(DIGITS, LAPTOP, HALF_HOUR))
+    assert (config.data.image_size, config.data.channels, config.data.geometry) == (28, 1, "keep")
+    assert (config.data.flip, config.data.num_classes, config.model.class_conditional) == (False, 10, True)
+    assert (config.evaluation.evaluator, config.guidance.scale) == ("classifier", 1.5)
+    line = next(line for line in propose(DIGITS, LAPTOP, HALF_HOUR).lines if line.title == "mirroring")
+    assert line.reason.startswith("a small network tells 93% of 500 unseen images")
+
+
+def test_captioned_pictures_are_conditioned_on_their_captions():
+    config = composed(propose(PICTOGRAMS, LAPTOP, HALF_HOUR))
+    assert (config.model.text_dim, config.model.class_conditional) == (384, False)
+    assert config.data.text_encoder == "sentence-transformers/all-MiniLM-L6-v2"
+    assert (config.evaluation.evaluator, config.data.num_classes) == ("contrastive", 0)
+    both = composed(propose(replace(PICTOGRAMS, class_counts={"a": 1500, "b": 1500}), LAPTOP, HALF_HOUR))
+    assert (both.model.text_dim, both.model.class_conditional) == (384, True)
+    sided = propose(replace(PICTOGRAMS, names_sides=True), LAPTOP, HALF_HOUR)
+    assert composed(sided).data.flip is False
+    assert composed(propose(PICTOGRAMS, LAPTOP, HALF_HOUR)).data.flip is True
+
+
+def test_captions_are_left_out_by_hand_and_the_plan_says_so():
+    plan = propose(PICTOGRAMS, LAPTOP, HALF_HOUR, override_settings(["data.text_encoder=null"]))
+    config = composed(plan, "data.text_encoder=null")
+    assert (config.data.text_encoder, config.model.text_dim, config.guidance.scale) == (None, 0, 1.0)
+    assert "the captions of 3,000 images are not used" in plan.warnings
+
+
+def test_photographs_of_mixed_sizes_are_cropped_mirrored_and_conditioned_on_their_folders():
+    config = composed(propose(PHOTOS, LAPTOP, HALF_HOUR))
+    assert (config.data.geometry, config.data.flip, config.data.channels) == ("crop", True, 3)
+    assert (config.data.num_classes, config.model.class_conditional) == (2, True)
+    assert config.data.image_size == 32
+    assert config.name == "my-photos-30m"
+    assert config.registry.model == "my-photos"
+
+
+def test_pictures_without_labels_or_captions_have_no_guidance():
+    config = composed(propose(UNLABELLED, LAPTOP, HALF_HOUR))
+    assert (config.model.class_conditional, config.data.num_classes, config.guidance.scale) == (False, 0, 1.0)
+    assert config.evaluation.evaluator == "contrastive"
+    one = composed(propose(replace(UNLABELLED, class_counts={"all": 900}), LAPTOP, HALF_HOUR))
+    assert (one.model.class_conditional, one.evaluation.evaluator) == (False, "contrastive")
+
+
+def test_a_gpu_gets_larger_images_a_larger_network_and_more_of_them():
+    here, there = (composed(propose(PHOTOS, facts, HALF_HOUR)) for facts in (LAPTOP, GPU))
+    assert there.data.image_size > here.data.image_size
+    assert there.model.channels[0] >= here.model.channels[0]
+    assert (there.cluster.num_workers, there.cluster.gpus_per_worker) == (1, 1)
+    assert (here.cluster.num_workers, here.cluster.gpus_per_worker) == (2, 0)
+    cluster = composed(propose(PHOTOS, machine(cores=64, gpus=8, factor=150.0), HALF_HOUR))
+    assert cluster.cluster.num_workers == 8
+    assert cluster.images > 3 * there.images or cluster.model.channels[0] > there.model.channels[0]
+
+
+def test_more_time_never_gives_a_smaller_network_at_the_same_size():
+    widths = {}
+    for minutes in (5, 10, 30, 60, 240, 960):
+        config = composed(propose(PHOTOS, LAPTOP, 60.0 * minutes))
+        widths.setdefault(config.data.image_size, []).append(sum(config.model.channels))
+    assert all(found == sorted(found) for found in widths.values())
+    assert list(widths) == sorted(widths)
+
+
+@pytest.mark.parametrize(
+    "override, field",
+    [
+        ("data.image_size=16", lambda config: config.data.image_size == 16),
+        ("batch_size=48", lambda config: config.batch_size == 48 and config.images % 48 == 0),
+        ("images=960", lambda config: config.images == 960),
+        ("optim.lr=0.5", lambda config: config.optim.lr == 0.5),
+        ("objective=ddpm", lambda config: config.objective.prediction == "eps"),
+        ("model.channels=[32,32]", lambda config: config.model.channels == (32, 32)),
+        ("model=unet_small", lambda config: config.model.channels == (64, 128, 128)),
+        ("model.class_conditional=false", lambda config: not config.model.class_conditional),
+        ("sampler=ddim", lambda config: config.sampler.kind == "ddim"),
+        ("name=mine", lambda config: config.name == "mine"),
+    ],
+)
+def test_what_is_set_by_hand_stays_and_the_plan_says_so(override, field):
+    hand = [override] + (["model.attention=[false,true]"] if "channels" in override else [])
+    plan = propose(
+        replace(DIGITS, shorter_sides=(32, 32, 32), one_size=(32, 32)), LAPTOP, HALF_HOUR, override_settings(hand)
+    )
+    assert field(composed(plan, *hand))
+    key = override.partition("=")[0]
+    assert key not in plan.settings
+    assert any(line.reason == "set by hand" and override.split("=")[0] in line.value for line in plan.lines)
+
+
+@pytest.mark.parametrize("budget_s", [1.0, 20.0, 45.0])
+def test_a_budget_without_time_to_train_is_refused_with_the_least_that_is_enough(budget_s):
+    with pytest.raises(ConfigError, match=r"leaves no time to train: .* give budget=\w+ or more") as refused:
+        propose(DIGITS, LAPTOP, budget_s)
+    from pipelines.plan import parse_budget
+
+    least = parse_budget(str(refused.value).split("give budget=")[1].split(" ")[0])
+    assert propose(DIGITS, LAPTOP, least).total_s <= least
+
+
+def test_a_short_training_is_said_to_be_one():
+    plan = propose(DIGITS, LAPTOP, 150.0)
+    assert any("are a short training" in text for text in plan.warnings)
+    assert not any("are a short training" in text for text in propose(DIGITS, LAPTOP, 3600.0).warnings)
+
+
+def test_few_images_are_warned_of_and_not_shown_for_ever():
+    few = replace(UNLABELLED, images=220, test_images=20)
+    plan = propose(few, GPU, 10 * 3600.0)
+    assert any("learns them by heart" in text for text in plan.warnings)
+    assert plan.images <= 1_000 * 200
+    assert plan.total_s < 10 * 3600.0
+    line = next(line for line in plan.lines if line.title == "length")
+    assert "by heart" in line.reason
+    assert not any("by heart" in text for text in propose(DIGITS, LAPTOP, HALF_HOUR).warnings)
+    rare = propose(replace(PHOTOS, class_counts={"beach": 3_990, "forest": 10}), LAPTOP, HALF_HOUR)
+    assert any(text.startswith("class forest has 10 images") for text in rare.warnings)
+
+
+@pytest.mark.parametrize(
+    "mirror, flips",
+    [(Mirror(0.5, 500), True), (Mirror(0.5, 40), False), (Mirror(0.6, 100), False), (Mirror(0.95, 500), False)],
+)
+def test_mirroring_needs_evidence_that_mirrored_images_look_alike(mirror, flips):
+    assert composed(propose(replace(PHOTOS, mirror=mirror), LAPTOP, HALF_HOUR)).data.flip is flips
+
+
+def test_what_cannot_be_trained_or_scored_is_refused():
+    with pytest.raises(ConfigError, match="two of each split are the least"):
+        propose(replace(UNLABELLED, images=5, test_images=1), LAPTOP, HALF_HOUR)
+    with pytest.raises(ConfigError, match="none of the 900 images that were opened can be read"):
+        propose(replace(UNLABELLED, unreadable=900), LAPTOP, HALF_HOUR)
+    with pytest.raises(ConfigError, match="no network could be measured"):
+        propose(DIGITS, replace(LAPTOP, speeds={}), HALF_HOUR)
+
+
+def test_runs_of_other_settings_are_other_datasets_and_the_same_model():
+    small, large = (composed(propose(PHOTOS, facts, HALF_HOUR)) for facts in (LAPTOP, GPU))
+    assert small.data.uri != large.data.uri
+    assert small.registry.model == large.registry.model
+    hour = composed(propose(PHOTOS, LAPTOP, 3600.0))
+    assert (hour.name, hour.data.image_size == small.data.image_size) == (
+        "my-photos-1h",
+        hour.data.uri == small.data.uri,
+    )
+
+
+def test_more_time_is_told_by_what_it_would_train():
+    plan = propose(PHOTOS, LAPTOP, HALF_HOUR)
+    told = more_time(plan, PHOTOS, LAPTOP)
+    assert told.startswith(f"this one trained on {plan.images:,} images; budget=1h trains on ")
+    few = replace(UNLABELLED, images=220, test_images=20)
+    assert more_time(propose(few, GPU, 7200.0), few, GPU).endswith("add images")

@@ -1,0 +1,138 @@
+"""Signs of a training that does not work: each on curves that have it, and none on those that have not."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from pipelines.config import compose, groups
+from pipelines.training.loop import health
+from pipelines.training.loop.health import PREFIX, Health, blank, expected_faults
+from tests.pipelines.training.loop.ranks import tiny_config, train_here
+
+NEEDED = {"folder32": ["name=mine", "data.source=photos", "data.num_classes=3"]}
+
+
+def of_digits(*overrides):
+    return compose(["+experiment=digits", *overrides])
+
+
+def fed(config, curve, norm=lambda share: 0.3, resumed_at=0):
+    """Return what is said on the way of a run whose loss and gradient norm are functions of its share."""
+    judge, said, every = Health(config, resumed_at), [], config.tracking.log_every
+    for n in range(5):
+        judge.step(curve(n / 1000))
+    for seen in range(every, config.images + 1, every):
+        share = seen / config.images
+        said += judge.curves(seen, curve(share), norm(share))
+    return said
+
+
+def falling(share):
+    return 0.15 + 0.8 * math.exp(-20 * share) + 0.01 * math.sin(300 * share)
+
+
+@pytest.mark.parametrize("name", groups()["experiment"])
+def test_no_shipped_experiment_is_expected_to_fail_and_a_loss_that_falls_is_no_fault(name):
+    config = compose([f"+experiment={name}", *NEEDED.get(name, [])])
+    assert expected_faults(config) == []
+    assert fed(config, falling) == []
+
+
+def test_a_loss_that_stays_is_told_once_with_a_rate_to_try():
+    (said,) = fed(of_digits(), lambda share: 0.95 + 0.01 * math.sin(99 * share))
+    assert said.startswith(f"{PREFIX}the loss is 0.9")
+    assert "try optim.lr=0.006" in said
+    assert "ddpm check s3://ddpm/datasets/digits" in said
+
+
+def test_a_run_that_goes_on_or_is_fine_tuned_need_not_fall():
+    assert fed(of_digits(), lambda share: 0.2, resumed_at=10) == []
+    assert fed(of_digits("init_from=/model"), lambda share: 0.2) == []
+
+
+def test_a_loss_and_gradient_that_rise_ask_for_a_lower_rate():
+    def rising(share):
+        return falling(share) if share < 0.5 else 0.16 * (1 + 4 * (share - 0.5))
+
+    (said,) = fed(of_digits("optim.lr=0.03"), rising, lambda share: 0.3 if share < 0.5 else 3.0)
+    assert "set optim.lr=0.01 in a new run" in said
+    assert fed(of_digits(), rising, lambda share: 0.3) == []  # a harder part of the data
+    assert fed(of_digits(), falling, lambda share: 9.0 * share) == []
+
+
+def test_steps_that_are_not_finite_are_somebody_elses_to_tell():
+    judge = Health(of_digits(), 0)
+    assert [judge.curves(200 * 128 * n, math.nan, math.inf) for n in range(1, 9)] == [[]] * 8
+
+
+# Squared errors of predicted images of MNIST at a signal-to-noise ratio of about 1 / 400; the mean image has 0.19.
+@pytest.mark.parametrize("prediction, error, told", [("eps", 0.7, True), ("v", 0.22, False), ("v", 0.9, True)])
+def test_predictions_worse_than_the_mean_image_are_told_with_what_mends_them(prediction, error, told):
+    judge = Health(of_digits(f"objective.prediction={prediction}"), 0)
+    assert judge.prediction(10_240, error, 0.19) == []  # it is early
+    said = judge.prediction(51_200, error, 0.19)
+    assert bool(said) is told
+    assert judge.prediction(102_400, error, 0.19) == []  # once
+    if told:
+        assert ("objective.prediction=v in a new run" in said[0]) is (prediction == "eps")
+
+
+def real(count=32):
+    pictures = np.zeros((count, 8, 8, 1), np.uint8)
+    pictures[:, 2:6, 2:6] = np.random.default_rng(0).integers(120, 256, (count, 4, 4, 1))
+    return pictures
+
+
+@pytest.mark.parametrize("level, colour", [(127, "grey"), (250, "white")])
+def test_samples_without_a_picture_are_told_by_their_colour(level, colour):
+    judge = Health(of_digits(), 0)
+    drawn = np.full((32, 8, 8, 1), level, np.uint8)
+    assert judge.samples(10_240, drawn, real()) == []
+    (said,) = judge.samples(102_400, drawn, real())
+    assert "100% of the samples" in said
+    assert f"nearly {colour}" in said
+    assert judge.samples(102_400, drawn, real()) == []
+
+
+def test_samples_like_real_images_are_no_fault_and_neither_is_a_classifier():
+    assert blank(real()[::-1], real()) == 0
+    assert Health(of_digits(), 0).samples(102_400, real(), real()) == []
+    noise = np.random.default_rng(1).integers(0, 256, (32, 8, 8, 1), dtype=np.uint8)
+    assert blank(noise, real()) > 0.5
+    classifier = Health(compose(["+experiment=digits_classifier"]), 0)
+    assert classifier.samples(51_200, np.full((32, 8, 8, 1), 127, np.uint8), real()) == []
+
+
+@pytest.mark.parametrize(
+    "overrides, mend",
+    [
+        (["objective.label_drop=0"], "set objective.label_drop=0.1, or guidance.scale=1"),
+        (["optim.warmup_images=200_000"], "set optim.warmup_images=5120"),
+    ],
+)
+def test_what_the_configuration_shows_is_told_before_anything_starts(overrides, mend):
+    (said,) = expected_faults(of_digits(*overrides))
+    assert mend in said
+    assert expected_faults(of_digits(*overrides, *mend.removeprefix("set ").split(", or ")[:1])) == []
+
+
+def test_no_label_drop_is_fine_without_guidance_or_condition():
+    assert expected_faults(of_digits("objective.label_drop=0", "guidance=none")) == []
+    assert expected_faults(of_digits("objective.label_drop=0", "model.class_conditional=false")) == []
+
+
+def test_a_short_training_of_eps_says_what_is_wrong_and_one_of_v_does_not(digits, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(health, "LEAST_STEPS", 20)
+    short = ["data.lanes=4", "optim.lr=0.004", "optim.warmup_images=160", "tracking.log_every=320"]
+    said = {}
+    for prediction in ("eps", "v"):
+        caplog.clear()
+        folder = tmp_path / prediction
+        config = tiny_config(folder, 60 * 32, 32, *short, f"objective.prediction={prediction}")
+        train_here(folder, digits, config)
+        said[prediction] = [record.getMessage() for record in caplog.records if PREFIX in record.getMessage()]
+    assert said["v"] == []
+    assert any("as far off as the mean image" in text and "objective.prediction=v" in text for text in said["eps"])
