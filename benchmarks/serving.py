@@ -143,6 +143,7 @@ def _register(work: Path, size: Size, uri: str) -> dict[str, Any]:
     from ddpm.model import Model, ModelSpec, save_model
     from pipelines import tracking
     from pipelines.registry.evidence import MODEL as FOLDER
+    from pipelines.registry.evidence import packages
     from pipelines.registry.package import pyfunc_of
 
     torch.set_num_threads(1)
@@ -155,7 +156,9 @@ def _register(work: Path, size: Size, uri: str) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             save_model(Path(folder) / FOLDER, spec, denoiser.network.state_dict())
             tracker, _ = tracking.open_run(uri, "ddpm", f"{NAME}-{number}", {})
-            pyfunc = replace(pyfunc_of(Path(folder), spec.shape), artifacts={"model": Path(folder) / FOLDER})
+            pyfunc = replace(
+                pyfunc_of(Path(folder), spec.shape, packages()), artifacts={"model": Path(folder) / FOLDER}
+            )
             version = tracking.register(tracker, NAME, tracking.log_pyfunc(tracker, pyfunc, 0), {})
         models[version.version] = Model(spec, denoiser.network)
     return models

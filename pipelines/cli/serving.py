@@ -26,10 +26,11 @@ def serve(
     replace: Annotated[
         bool, typer.Option("--replace", help="Take the place of an application of the same name on the Ray cluster")
     ] = False,
+    page: Annotated[bool, typer.Option("--page", help="Also serve a page to try the models with")] = False,
     as_json: Json = False,
 ) -> None:
     """Serve models over HTTP until Ctrl-C. Example: ddpm serve models:/digits@champion serving.port=8000"""
-    needed = ["fastapi", "grpc_reflection", "prometheus_client"]
+    needed = ["fastapi", "grpc_reflection", "prometheus_client", *(["gradio"] if page else [])]
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise typer.BadParameter(f"{', '.join(missing)} is not installed: pip install 'ddpm-pipelines[serve]'")
     models = list(dict.fromkeys(argument for argument in arguments if not _is_override(argument)))
