@@ -94,6 +94,18 @@ class Browser:
         """Return the shown pictures as base64 texts."""
         return [str(e.get_attribute("src")).partition(",")[2] for e in self.seen(".pictures img")]
 
+    def brushed_and_filled(self) -> list[str]:
+        """Draw a line over the middle of the picture and have it filled; [] where the brush was not there yet."""
+        canvas = self.seen("canvas")[0]
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
+        stroke = ActionChains(self.driver).move_to_element(canvas).click_and_hold()
+        for _ in range(6):
+            stroke = stroke.move_by_offset(6, 0).pause(0.05)
+        stroke.release().perform()
+        self.click("Fill")
+        self.until(lambda: self.pictures() or self.seen(".toast-body"), "an answer")
+        return self.pictures()
+
     def screenshot(self) -> None:
         folder = os.environ.get("DDPM_PAGE_PICTURES")
         if folder:
@@ -149,14 +161,7 @@ def test_a_mask_is_brushed_and_filled(address, model, tmp_path, width):
         page.until(lambda: page.seen("[data-testid='image-editor'] canvas, .pixi-target canvas, canvas"), "a canvas")
         brush = page.until(lambda: page.seen("button[aria-label='Brush'], button[title='Brush']"), "the brush")
         brush[0].click()
-        canvas = page.seen("canvas")[0]
-        page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
-        strokes = ActionChains(page.driver).move_to_element(canvas).click_and_hold()
-        for _ in range(6):
-            strokes = strokes.move_by_offset(6, 0).pause(0.05)
-        strokes.release().perform()
-        page.click("Fill")
-        filled = decode_png(page.until(page.pictures, "a picture")[0])
+        filled = decode_png(page.until(page.brushed_and_filled, "a picture")[0])
         page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", page.button("Fill"))
         page.screenshot()
         changed = (filled.astype(int) != given).any(-1)
