@@ -29,7 +29,7 @@ from pipelines.serving.follow import Follower
 from pipelines.serving.http import make_app
 from pipelines.serving.limits import Limits, Refused
 from pipelines.serving.metrics import Metrics
-from pipelines.serving.served import Served, load, model_card
+from pipelines.serving.served import Served, load
 from pipelines.storage import Storage
 
 logger = logging.getLogger("ray.serve")
@@ -52,7 +52,7 @@ class ModelReplica:
     """
 
     async def __init__(self, reference: str, config: Config, storage: Storage) -> None:  # type: ignore[misc]
-        self._reference, self._config = reference, config
+        self._reference = reference
         threads = config.cluster.threads_per_worker
         drawing = ThreadPoolExecutor(1, "draw", torch.set_num_threads, (threads,))
         # Those of MLflow's protocol wait in a thread each.
@@ -84,12 +84,11 @@ class ModelReplica:
     async def describe(self) -> dict[str, Any]:
         """Return what the model is, and how it is followed."""
         served = self._follower.current
-        card = await asyncio.to_thread(model_card, self._config, served.resolved)
         following = None
         if self._following is not None:
             seen = self._follower
             following = {"every_s": seen.every_s, "moves": seen.moves, "trouble": seen.trouble}
-        return {"id": self._reference, **served.describe(), "card": card, "following": following}
+        return {"id": self._reference, **served.describe(), "following": following}
 
     async def version(self) -> str:
         """Return the release of MLflow."""

@@ -49,6 +49,7 @@ class Served:
         batcher: draws.
         encode: embeds texts; None for a model that was not trained on text.
         scoring: MLflow's protocol for it.
+        card: the model card of a registered version, Markdown, as it was when it was loaded; None where there is none.
     """
 
     resolved: Resolved
@@ -57,6 +58,7 @@ class Served:
     batcher: Batcher
     encode: Encode | None
     scoring: Scoring
+    card: str | None
 
     @property
     def model(self) -> Model:
@@ -132,6 +134,7 @@ class Served:
             "inpainting": can_inpaint(spec),
             "num_steps": self.model.schedule.num_steps,
             "sampling": spec.sampling.to_json(),
+            "card": self.card,
             "scores": _read_json(tags.get("scores")),
             "aliases": [] if version is None else list(version.aliases),
         }
@@ -217,7 +220,8 @@ def load(reference: str, config: Config, storage: Storage, executor: Executor) -
     batcher = Batcher(draw, executor, serving.batch_size, serving.batch_wait_ms / 1000)
     channels, height, width = model.spec.shape
     scoring = Scoring(COLUMNS, np.zeros((1, height, width, channels), np.uint8), parameters())
-    return Served(resolved, Source.of(resolved), Limits.of(serving), batcher, _encoder(resolved), scoring)
+    card, encode = _card(resolved, config.tracking.uri), _encoder(resolved)
+    return Served(resolved, Source.of(resolved), Limits.of(serving), batcher, encode, scoring, card)
 
 
 def _read_json(text: str | None) -> Any:
@@ -228,11 +232,10 @@ def _read_json(text: str | None) -> Any:
         return None
 
 
-def model_card(config: Config, resolved: Resolved) -> str | None:
-    """Return the card of a registered version, Markdown; None where there is none."""
-    if resolved.version is None or config.tracking.uri is None:
+def _card(resolved: Resolved, tracking_uri: str | None) -> str | None:
+    if resolved.version is None or tracking_uri is None:
         return None
-    return tracking.version_description(config.tracking.uri, resolved.version.name, resolved.version.version) or None
+    return tracking.version_description(tracking_uri, resolved.version.name, resolved.version.version) or None
 
 
 def _encoder(resolved: Resolved) -> Encode | None:

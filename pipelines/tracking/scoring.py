@@ -21,7 +21,9 @@ class Scoring:
     def __init__(self, columns: Mapping[str, str], output: NDArray[Any], params: Mapping[str, tuple[str, Any]]) -> None:
         import_mlflow()
         from mlflow.models import Model
+        from mlflow.pyfunc.scoring_server import invocations  # now, so that no request waits for it
 
+        self._invocations = invocations
         self._model = Model(signature=table_signature(columns, output, params))
         self._model.add_flavor("python_function", loader_module="pipelines.served_model")
 
@@ -35,11 +37,10 @@ class Scoring:
         """
         from mlflow.exceptions import MlflowException
         from mlflow.pyfunc import PyFuncModel
-        from mlflow.pyfunc.scoring_server import invocations
 
         pyfunc = PyFuncModel(self._model, _Predicting(predict))
         try:
-            answer = invocations(data, content_type, pyfunc, self._model.get_input_schema())
+            answer = self._invocations(data, content_type, pyfunc, self._model.get_input_schema())
         except MlflowException as error:
             return error.serialize_as_json(), error.get_http_status_code(), "application/json"
         return answer.response, answer.status, answer.mimetype
