@@ -6,8 +6,9 @@ train split says whether a sample's own caption is the best match among several 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from pipelines.evaluation.evaluators.matcher import Matcher, choices, matched
 from pipelines.evaluation.evaluators.train import prompt_captions
 from pipelines.evaluation.real import held_out_positions
 from pipelines.evaluation.rows import Rows
-from pipelines.evaluation.scores import Estimate
+from pipelines.evaluation.scores import Z_95, Estimate
 from pipelines.shards.captions import Captions, caption_width, read_captions
 from pipelines.shards.index import Dataset
 from pipelines.shards.read import opened_split
@@ -109,14 +110,15 @@ class Prompts:
         return Measured.mean(matched(found, own, self._texts(), seed))
 
     def estimate(self, found: list[Measured]) -> Estimate:
-        """Return the score from the shares of each noise seed; its ceiling is what guessing gets."""
+        """Return the score from the shares of each noise seed; its ceiling is what guessing gets.
+
+        The interval is Wilson's (1927), which has a width where all samples are right.
+        """
         assert self.matcher is not None
-        return Estimate.of(
-            [each.value for each in found],
-            [each.standard_error for each in found],
-            floor=self.matcher.accuracy,
-            ceiling=1 / self.choices,
-        )
+        shares = [each.value for each in found]
+        score = Estimate.of(shares, [0.0] * len(shares), floor=self.matcher.accuracy, ceiling=1 / self.choices)
+        low, high = wilson(score.value, sum(each.n for each in found))
+        return replace(score, low=low, high=high)
 
     @property
     def choices(self) -> int:
@@ -143,6 +145,14 @@ class Prompts:
         network: Any = self.matcher.encoder
         assert isinstance(network, Matcher)
         return network.texts(self.captions.pooled[self.captions.different[0]])
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a probability, of which a share of n was found (Wilson 1927)."""
+    extra = Z_95**2 / n
+    middle = (share + extra / 2) / (1 + extra)
+    half = Z_95 * math.sqrt((share * (1 - share) + extra / 4) / n) / (1 + extra)
+    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def open_prompts(

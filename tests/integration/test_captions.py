@@ -146,4 +146,4 @@ def test_a_classifier_of_captions_guides_the_model(flow, shell):
         "evaluation.seeds=1", "--json",
     )  # fmt: skip
     guided = scored.answer["estimates"]["prompt_accuracy"]
-    assert guided["low"] > 2 * scored.answer["prompts"]["chance"]
+    assert guided["low"] > scored.answer["prompts"]["chance"]

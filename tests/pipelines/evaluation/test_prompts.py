@@ -10,7 +10,7 @@ from ddpm.model import ModelSpec
 from pipelines.config import compose
 from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.evaluators.matcher import Matcher
-from pipelines.evaluation.prompts import PromptRows, Prompts, open_prompts
+from pipelines.evaluation.prompts import PromptRows, Prompts, open_prompts, wilson
 from pipelines.evaluation.rows import Rows
 from pipelines.evaluation.samples import Plan
 from pipelines.shards.captions import Captions
@@ -89,6 +89,15 @@ def test_the_accuracy_is_the_share_of_samples_whose_own_caption_matches_best(tmp
         "captions_digest": "",
         "evaluator_digest": "",
     }
+
+
+def test_the_interval_has_a_width_where_all_are_right_and_holds_what_it_should():
+    assert wilson(1.0, 50)[0] == pytest.approx(1 / (1 + 1.959964**2 / 50))
+    assert wilson(1.0, 50)[1] == pytest.approx(1)
+    assert wilson(0.0, 50)[0] == pytest.approx(0)
+    rng = np.random.default_rng(0)
+    found = [wilson(share, 40) for share in rng.binomial(40, 0.9, 4000) / 40]
+    assert np.mean([low <= 0.9 <= high for low, high in found]) == pytest.approx(0.95, abs=0.02)
 
 
 @pytest.fixture
