@@ -25,7 +25,7 @@ from pipelines.lineage import code_lineage
 
 if TYPE_CHECKING:
     from pipelines.config import Config
-    from pipelines.plan import StoredPlan
+    from pipelines.plan.keep import StoredPlan
 
 
 def flow(
@@ -87,12 +87,15 @@ def flow(
 def _planned(source: str, budget: str, overrides: list[str], began: float) -> tuple[Config, StoredPlan]:
     """Return the connected configuration of the plan for a source, and the plan, which is shown."""
     from pipelines.config import from_dict
-    from pipelines.plan import parse_budget
-    from pipelines.plan.make import find_or_make, services_config
-    from pipelines.storage import Storage
+    from pipelines.plan.budget import parse_budget
+    from pipelines.plan.services import services_config
 
     budget_s = parse_budget(budget)
-    services = connect(services_config(overrides), SERVICES)
+    services = connect(services_config(overrides), SERVICES)  # before ray is imported
+
+    from pipelines.plan.make import find_or_make
+    from pipelines.storage import Storage
+
     start_s = time.monotonic() - began
     storage = Storage.of(services)
     made = find_or_make(source, overrides, budget_s, services, storage, terminal.stage, start_s=start_s)
@@ -106,7 +109,8 @@ def _planned(source: str, budget: str, overrides: list[str], began: float) -> tu
 def _what_it_took(made: StoredPlan, overrides: list[str], took_s: float) -> dict[str, object]:
     """Show how long a planned flow took, and what more time would buy; return both for `--json`."""
     from pipelines.config import override_settings
-    from pipelines.plan import more_time, spoken
+    from pipelines.plan.advice import more_time
+    from pipelines.plan.budget import spoken
 
     terminal.stage("time", f"{spoken(took_s)} of {spoken(made.plan.budget_s)}, {spoken(made.plan.total_s)} expected")
     more = more_time(made.plan, made.source, made.machine, override_settings(overrides))

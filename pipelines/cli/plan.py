@@ -11,7 +11,7 @@ import typer
 from pipelines.cli.common import SERVICES, Arguments, Json, answer_json, read_arguments, terminal
 
 if TYPE_CHECKING:
-    from pipelines.plan import StoredPlan
+    from pipelines.plan.keep import StoredPlan
 
 BUDGET = "30m"
 STACK_S = 30.0
@@ -32,14 +32,17 @@ def plan(
 
     from pipelines.config import from_dict
     from pipelines.connect import connect_running
-    from pipelines.plan import parse_budget, to_yaml
-    from pipelines.plan.make import make_plan, services_config
+    from pipelines.plan.budget import parse_budget
+    from pipelines.plan.keep import to_yaml
+    from pipelines.plan.services import services_config
     from pipelines.storage import Storage
 
     budget_s = parse_budget(budget or BUDGET)
     services, missing = connect_running(services_config(overrides), os.environ, SERVICES)
     running = bool(services.storage.endpoint_url or services.tracking.uri)
     start_s = STACK_S if missing and not running else 2.0
+    from pipelines.plan.make import make_plan
+
     made = make_plan(source, overrides, budget_s, services, Storage.of(services), terminal.stage, start_s=start_s)
     show_plan(made)
     if save is not None:

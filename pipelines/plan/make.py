@@ -12,7 +12,7 @@ import ray
 from pipelines.config import Config, ConfigError, compose, override_settings
 from pipelines.display import StageNotice
 from pipelines.plan.budget import spoken
-from pipelines.plan.facts import MachineFacts, Plan, SourceFacts, override_value
+from pipelines.plan.facts import MachineFacts, Plan, SourceFacts
 from pipelines.plan.keep import PlanBook, StoredPlan, command_key
 from pipelines.plan.look import look
 from pipelines.plan.measure import Measurement, measure
@@ -20,16 +20,6 @@ from pipelines.plan.propose import propose, source_name
 from pipelines.shards.ingest.sources import source_digest
 from pipelines.storage import Storage
 from pipelines.training.ray_train.resources import alive_nodes, connect_ray
-
-SERVICES = ("storage", "tracking", "cluster")
-"""Groups of the configuration that say where things are, not what is trained."""
-
-
-def services_config(overrides: Sequence[str]) -> Config:
-    """Return a configuration that has the services of some overrides; the rest of it stands for nothing."""
-    settings = {key: value for key, value in override_settings(overrides).items() if key.partition(".")[0] in SERVICES}
-    some = ["data=folder", "data.num_classes=1", "model.channels=[32]", "model.attention=[false]"]
-    return compose([*some, *(f"{key}={override_value(settings[key])}" for key in sorted(settings, key=_groups_first))])
 
 
 def make_plan(
@@ -149,10 +139,6 @@ def _on_ray(measurement: Measurement, gpus: int) -> Any:
 
 def _call(measurement: Measurement) -> Any:
     return measurement()
-
-
-def _groups_first(key: str) -> bool:
-    return "." in key
 
 
 def summary(plan: Plan) -> str:

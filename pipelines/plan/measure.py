@@ -14,7 +14,6 @@ import torch
 from pipelines.config import Config, compose
 from pipelines.evaluation.evaluators.classifier import BATCH as JUDGE_BATCH
 from pipelines.evaluation.evaluators.classifier import MAX_SIDE, train_classifier
-from pipelines.evaluation.evaluators.contrastive import BATCH as CONTRASTIVE_BATCH
 from pipelines.evaluation.evaluators.contrastive import train_contrastive
 from pipelines.plan.facts import Hand, MachineFacts, SourceFacts, Speed, override_value
 from pipelines.plan.networks import Candidate, candidates
@@ -25,8 +24,10 @@ logger = logging.getLogger(__name__)
 SECONDS = 0.3
 """How long steps and evaluations of one candidate are each repeated."""
 PIECE = {"cpu": 32, "cuda": 128}
-"""Images of a measured step."""
-JUDGE_STEPS = 3
+"""Images of a measured step; fewer of large ones on a CPU."""
+JUDGE_STEPS = 2
+JUDGE_PIECE = 32
+"""Images of a measured step of the contrastive network, where its training takes four times as many."""
 LEAST_SHARE = 0.5
 """A candidate that in the whole budget would see less than this share of the images that it needs ends its size."""
 
@@ -66,7 +67,8 @@ class Measurement:
             if judge and not any(key.endswith(f"@{max(judge)}") for key in speeds):
                 break  # the size below was too slow already
             for candidate in of_size:
-                config = trial_config(candidate, self.source, hand, PIECE[device.type])
+                piece = PIECE[device.type] if size <= 32 or device.type == "cuda" else PIECE["cpu"] // 4
+                config = trial_config(candidate, self.source, hand, piece)
                 try:
                     found = measure_speed(config, device, SECONDS)
                 except torch.OutOfMemoryError:
@@ -149,7 +151,7 @@ _DECIDING = ("data", "model", "objective", "schedule", "optim")
 def judge_step_seconds(config: Config, classes: int, device: torch.device) -> float:
     """Return the seconds in which the training of an evaluator takes `JUDGE_BATCH` images like these."""
     side = min(config.data.image_size, MAX_SIDE)
-    count = JUDGE_BATCH if classes > 1 else CONTRASTIVE_BATCH
+    count = JUDGE_BATCH if classes > 1 else JUDGE_PIECE
     images = torch.zeros(count, config.data.channels, side, side, dtype=torch.uint8)
 
     def train(passes: int) -> None:

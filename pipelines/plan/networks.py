@@ -54,8 +54,9 @@ def candidates(source: SourceFacts, hand: Hand) -> tuple[Candidate, ...]:
 
 def image_sizes(source: SourceFacts) -> tuple[int, ...]:
     """Return the sizes that the images of a source could be trained on at: none above the usual image's."""
-    if native_size(source) is not None:
-        return (source.shorter_sides[1],)
+    native = native_size(source)
+    if native is not None:
+        return (32, native) if native > 32 else (native,)
     usual = source.shorter_sides[1]
     fitting = tuple(size for size in SIZES if 32 <= size <= usual)
     return fitting or (max(8, usual - usual % 4),)

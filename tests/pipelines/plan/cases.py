@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pipelines.plan import MachineFacts, Mirror, SourceFacts
-from pipelines.plan.facts import Speed
+from pipelines.plan.facts import MachineFacts, Mirror, SourceFacts, Speed
 
 DIGITS = SourceFacts(
     source="/data/digits",

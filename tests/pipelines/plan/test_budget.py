@@ -3,8 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.config import ConfigError
-from pipelines.plan import parse_budget, spoken
-from pipelines.plan.budget import written
+from pipelines.plan.budget import parse_budget, spoken, written
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from pipelines.config import ConfigError
-from pipelines.plan import look
+from pipelines.plan.look import look
 from pipelines.plan.mirror import tell_mirrored
 from pipelines.shards.index import DatasetError
 from pipelines.storage import Storage

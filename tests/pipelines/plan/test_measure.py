@@ -7,10 +7,12 @@ from dataclasses import replace
 import yaml
 
 from pipelines.config import compose, from_dict, read_config
-from pipelines.plan import PlanBook, StoredPlan, measure, propose, to_yaml
 from pipelines.plan.facts import Hand
+from pipelines.plan.keep import PlanBook, StoredPlan, to_yaml
 from pipelines.plan.make import compose_plan
+from pipelines.plan.measure import measure
 from pipelines.plan.networks import candidates, unet
+from pipelines.plan.propose import propose
 from pipelines.storage import Storage
 from tests.pipelines.plan.cases import DIGITS, LAPTOP, PHOTOS, PICTOGRAMS
 

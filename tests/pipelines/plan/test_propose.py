@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 
 from pipelines.config import ConfigError, compose, override_settings
-from pipelines.plan import Mirror, more_time, propose
+from pipelines.plan.advice import more_time
+from pipelines.plan.facts import Mirror
+from pipelines.plan.propose import propose
 from tests.pipelines.plan.cases import DIGITS, GPU, LAPTOP, PHOTOS, PICTOGRAMS, SOURCES, UNLABELLED, machine
 
 HALF_HOUR = 1_800.0
@@ -133,7 +135,7 @@ def test_what_is_set_by_hand_stays_and_the_plan_says_so(override, field):
 def test_a_budget_without_time_to_train_is_refused_with_the_least_that_is_enough(budget_s):
     with pytest.raises(ConfigError, match=r"leaves no time to train: .* give budget=\w+ or more") as refused:
         propose(DIGITS, LAPTOP, budget_s)
-    from pipelines.plan import parse_budget
+    from pipelines.plan.budget import parse_budget
 
     least = parse_budget(str(refused.value).split("give budget=")[1].split(" ")[0])
     assert propose(DIGITS, LAPTOP, least).total_s <= least

@@ -1,0 +1,67 @@
+"""`ddpm plan` and the arguments of `ddpm flow`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import typer
+
+from pipelines.cli import main
+from pipelines.cli.common import read_arguments
+from pipelines.config import read_config
+from tests.pipelines.shards.ingest.sources import pictures, write_files
+
+
+def test_arguments_are_a_source_a_budget_and_overrides_in_any_order():
+    assert read_arguments(["photos", "budget=1h", "optim.lr=1e-3"]) == ("photos", "1h", ["optim.lr=1e-3"])
+    assert read_arguments(["+experiment=digits", "~optim.decay"]) == (
+        None,
+        None,
+        ["+experiment=digits", "~optim.decay"],
+    )
+    assert read_arguments(["a=b", "s3://bucket/photos"]) == ("s3://bucket/photos", None, ["a=b"])
+    assert read_arguments(None) == (None, None, [])
+    with pytest.raises(typer.BadParameter, match="budget=1h and budget=2h: one is enough"):
+        read_arguments(["budget=1h", "budget=2h"])
+
+
+def test_a_plan_is_shown_saved_and_answered(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    write_files(tmp_path / "pets", pictures(30))
+    small = ["model.channels=[32]", "model.attention=[false]", "model.layers_per_block=1", "storage=file"]
+    arguments = [
+        "plan",
+        "pets",
+        "budget=1h",
+        *small,
+        f"storage.root=file://{tmp_path}/root",
+        "tracking.uri=http://127.0.0.1:9",
+    ]
+    monkeypatch.setattr("sys.argv", ["ddpm", *arguments, "--save", "pets.yaml", "--json"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    captured = capsys.readouterr()
+    assert not stopped.value.code
+    answer = json.loads(captured.out.splitlines()[-1])
+    said = " ".join(captured.err.split())
+    assert "plan conditions: 3 classes (the folders or labels of the images)" in said
+    assert "plan network: model.channels=[32], " in said
+    assert "learns them by heart" in said
+    assert answer["saved"] == "pets.yaml"
+    assert answer["total_s"] <= answer["budget_s"] == 3600
+    config = read_config(tmp_path / "pets.yaml")
+    assert (config.name, config.data.num_classes, config.images) == ("pets-1h", 3, answer["images"])
+    assert not (tmp_path / "root").exists()  # nothing was started or stored
+
+
+def test_ray_is_imported_only_after_its_environment_is_set():
+    """Ray reads its token and the kind of its addresses when it is imported, which the local stack sets."""
+    script = (
+        "import sys; import pipelines.cli.flow, pipelines.connect; from pipelines.plan.budget import parse_budget; "
+        "from pipelines.plan.services import services_config; services_config([]); print('ray' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
