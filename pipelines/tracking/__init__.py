@@ -5,7 +5,14 @@ aliases, `run_log` what rank 0 logs while it trains, sent to every sink through 
 one file and one line in `run_log.SINKS`. `webhooks` has MLflow tell of changed aliases.
 """
 
-from pipelines.tracking.client import TrackingError, UnreachableError, authenticate, environment, recording
+from pipelines.tracking.client import (
+    FIRST_ANSWER_S,
+    TrackingError,
+    UnreachableError,
+    authenticate,
+    environment,
+    recording,
+)
 from pipelines.tracking.logged_models import (
     CheckpointModel,
     checkpoint_models,
@@ -40,6 +47,7 @@ from pipelines.tracking.webhooks import Webhook, add_webhook, delete_webhook, is
 
 __all__ = [
     "ENDED",
+    "FIRST_ANSWER_S",
     "UNSENT",
     "CheckpointModel",
     "Destination",
