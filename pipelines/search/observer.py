@@ -152,7 +152,7 @@ class Observer(Callback):
         run_name = f"{self.name}-{record.trial}"
         if record.run_id is None:
             parent = {"mlflow.parentRunId": self.tracker.run_id, "ddpm.study": self.name}
-            tracker, _ = tracking.open_run(self.tracker.uri, self.experiment, run_name, parent)
+            tracker, _ = tracking.open_run(self.tracker.uri, self.experiment, run_name, parent, patience_s)
             tracker = replace(tracker, patience_s=patience_s)
             tracker.tags(parent)
             tracker.params(record.params)

@@ -6,7 +6,14 @@ sink through an `outbox` each. A sink is a class in one file and one line in `ru
 of changed aliases.
 """
 
-from pipelines.tracking.client import TrackingError, UnreachableError, authenticate, environment, recording
+from pipelines.tracking.client import (
+    FIRST_ANSWER_S,
+    TrackingError,
+    UnreachableError,
+    authenticate,
+    environment,
+    recording,
+)
 from pipelines.tracking.logged_models import (
     CheckpointModel,
     checkpoint_models,
@@ -42,6 +49,7 @@ from pipelines.tracking.webhooks import Webhook, add_webhook, delete_webhook, is
 
 __all__ = [
     "ENDED",
+    "FIRST_ANSWER_S",
     "UNSENT",
     "CheckpointModel",
     "Destination",

@@ -199,17 +199,20 @@ def recording(what: str) -> Iterator[None]:
         logger.warning("MLflow %s; the same command tries again: %s", what, error)
 
 
-def first_answer(uri: str, call: Callable[[MlflowClient], T]) -> T:
+def first_answer(uri: str, call: Callable[[MlflowClient], T], patience_s: float = FIRST_ANSWER_S) -> T:
     """Return what a command's first call returns.
 
     A server that never answers is a mistake in an address, which is told sooner than an outage of one that did: after
-    the time that a server needs to start anew, because a driver is often restarted together with it.
+    the time that a server needs to start anew.
+
+    Args:
+        patience_s: for an address that is known to be right, because it was used before.
 
     Raises:
         TrackingError: no MLflow server answers at `uri`.
     """
     try:
-        return ask(uri, call, patience_s=FIRST_ANSWER_S)
+        return ask(uri, call, patience_s)
     except TrackingError as error:
         raise TrackingError(
             f"{error}. Check tracking.uri and MLFLOW_TRACKING_URI, or start the local stack with `ddpm up`",

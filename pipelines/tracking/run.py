@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pipelines.retry import PATIENCE_S
 from pipelines.scratch import scratch_folder
-from pipelines.tracking.client import TrackingError, ask, first_answer, import_mlflow, recording
+from pipelines.tracking.client import FIRST_ANSWER_S, TrackingError, ask, first_answer, import_mlflow, recording
 from pipelines.tracking.links import run_page
 
 if TYPE_CHECKING:
@@ -191,13 +191,18 @@ class Tracker:
         return ask(self.uri, call, self.patience_s)
 
 
-def open_run(uri: str, experiment: str, name: str, tags: Mapping[str, str]) -> tuple[Tracker, bool]:
+def open_run(
+    uri: str, experiment: str, name: str, tags: Mapping[str, str], patience_s: float = FIRST_ANSWER_S
+) -> tuple[Tracker, bool]:
     """Return the run of a name in an experiment and whether it was there before; it is opened where there is none.
+
+    Args:
+        patience_s: how long to wait for the first answer; more where the address was used before.
 
     Raises:
         TrackingError: no MLflow server answers at `uri`.
     """
-    experiment_id = _experiment_id(uri, experiment)
+    experiment_id = _experiment_id(uri, experiment, patience_s)
 
     def find_or_create(client: MlflowClient) -> tuple[str, bool]:
         found = _named(client, [experiment_id], name)
@@ -230,12 +235,12 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=1, sort_keys=True)
 
 
-def _experiment_id(uri: str, experiment: str) -> str:
+def _experiment_id(uri: str, experiment: str, patience_s: float) -> str:
     """Return the ID of an experiment, which is made where there is none.
 
     Its kind says that MLflow shows training runs and charts of it; a kind that somebody has chosen stays.
     """
-    found = first_answer(uri, lambda client: client.get_experiment_by_name(experiment))
+    found = first_answer(uri, lambda client: client.get_experiment_by_name(experiment), patience_s)
     if found is None:
         try:
             return str(ask(uri, lambda client: client.create_experiment(experiment, tags={KIND_TAG: KIND})))

@@ -13,13 +13,14 @@ from typing import Any
 from pipelines import checkpoints, references, tracking
 from pipelines.checkpoints import CheckpointState, Published, newest_checkpoint
 from pipelines.config import Config, ConfigError
+from pipelines.retry import PATIENCE_S
 from pipelines.shards.captions import caption_width
 from pipelines.shards.index import Dataset, DatasetError, read_dataset
 from pipelines.shards.ingest.report import recorded_encoder
 from pipelines.shards.quarantine import read_quarantine
 from pipelines.storage import FencedError, Storage, StorageError
 from pipelines.text import is_path, local_encoder
-from pipelines.tracking import Tracker
+from pipelines.tracking import FIRST_ANSWER_S, Tracker
 from pipelines.training.describe import describe_run, report_goodput
 from pipelines.training.errors import TrainingError
 from pipelines.training.evaluations import Evaluations
@@ -102,7 +103,9 @@ def make_plan(config: Config, storage: Storage, lineage: dict[str, Any]) -> Plan
     elif config.init_from is not None:
         references.initial_weights(config, config.tracking.uri, storage)  # raises where there is no such model
     assert config.tracking.uri is not None
-    tracker, _ = tracking.open_run(config.tracking.uri, config.tracking.experiment, config.name, {})
+    # A driver is often restarted together with MLflow, or while it is away.
+    patience_s = FIRST_ANSWER_S if state is None else PATIENCE_S
+    tracker, _ = tracking.open_run(config.tracking.uri, config.tracking.experiment, config.name, {}, patience_s)
     origin = {**lineage, **encoder_lineage(config, storage), "run_id": tracker.run_id}
     job = Job(config, dataset, storage, tracker, origin, quarantine)
     return Plan(job, state.images_seen if state else 0)

@@ -24,7 +24,7 @@ class Mlflow:
         for name in ("tags", "params", "metric", "metrics", "tag", "status"):
             monkeypatch.setattr(module.Tracker, name, self.call(name))
 
-    def open_run(self, uri, experiment, name, tags):
+    def open_run(self, uri, experiment, name, tags, patience_s):
         self.answer()
         return Tracker(uri, name), False
 
