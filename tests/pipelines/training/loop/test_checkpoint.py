@@ -126,8 +126,8 @@ def test_a_checkpoint_that_cannot_be_stored_ends_the_run_with_the_reason(digits,
 
 
 def test_an_update_that_is_not_finite_changes_nothing_but_the_count(digits, tmp_path, monkeypatch):
-    def poisoned(context, network, batch: Batch, t):
-        found = losses(context, network, batch, t)
+    def poisoned(context, network, batch: Batch, *others):
+        found = losses(context, network, batch, *others)
         return torch.where(batch.ordinals == 60, torch.nan, found)
 
     losses = step_module.losses
