@@ -243,7 +243,8 @@ def mirrored(source: SourceFacts) -> tuple[bool, str]:
     if found.pairs < MIRROR_PAIRS:
         return False, f"{source.images:,} images are too few to tell whether mirrored ones look alike"
     if found.highest >= MIRROR_ACCURACY:
-        return False, f"{told}: mirrored ones are different pictures, as of letters or digits"
+        sure = "are" if found.accuracy >= MIRROR_ACCURACY else "may be"
+        return False, f"{told}: mirrored ones {sure} different pictures, as of letters or digits"
     return True, f"{told}, hardly more than by guessing"
 
 
@@ -343,8 +344,8 @@ def _machine_lines(machine: MachineFacts, basis: Basis, hand: Hand) -> list[Line
     rate = clock.drawing_rate(basis.speed, machine)
     of_sample = int(hand.get("sampler.steps", STEPS)) * (2 if basis.guided else 1) / rate
     drawn = int(clock.GRID_SHARE * basis.training_s / of_sample)
-    per_grid = min(64, max(8, drawn // 4))
-    grids = max(2, min(12, drawn // per_grid))
+    per_grid = min(64, max(8, drawn // 5))
+    grids = max(2, min(12, drawn // per_grid - 1))  # and one before the first step
     grid_every = max(batch, images // grids // batch * batch)
     return [
         hand.line(
@@ -435,6 +436,8 @@ def _warnings(source: SourceFacts, machine: MachineFacts, basis: Basis, budget_s
         found.append(f"what is set by hand takes {spoken(total_s)}, more than the budget of {spoken(budget_s)}")
     if source.captions and not basis.texts:
         found.append(f"the captions of {source.captions:,} images are not used")
+    if basis.texts:
+        found.append("scores are of samples without a caption: look at others with `ddpm sample --prompts`")
     if 0 < source.captions < source.images:
         found.append(f"{source.images - source.captions:,} images have no caption")
     if source.unreadable:

@@ -94,6 +94,8 @@ class Preview:
         context, spec, device = self.context, self.context.spec, self.context.device
         there = sum(shard.samples for shard in self.test_images.shards)
         count = min(there, JUDGED if spec.image_size <= 64 else JUDGED // 4)
+        if count < max(2, context.world_size):
+            return  # every rank takes part, with an image at least
         image_ids = rank_indices(count, context.rank)
         batch = read_samples(self.test_images, image_ids)
         x_0 = to_device(batch.images, context.config, device)
@@ -107,7 +109,7 @@ class Preview:
             predicted = denoiser(x_t, times, label_and_text(context, batch)).x0.clamp(-1, 1)
         errors = all_gather_items((predicted - x_0).square().flatten(1).mean(1).double(), count)
         real = all_gather_items(x_0.float(), count)
-        if self.log and count > 1:
+        if self.log:
             of_mean = (real - real.mean(0)).square().mean().item() * count / (count - 1)
             say(self.health.prediction(state.images_seen, errors.mean().item(), of_mean))
             say(self.health.samples(state.images_seen, *(to_uint8(x).cpu().numpy() for x in (grid, real))))

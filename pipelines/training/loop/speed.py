@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -104,15 +105,19 @@ def _condition(config: Config, batch: Batch, device: torch.device) -> Conditioni
 
 
 def _rate(call: Callable[[], object], images: int, device: torch.device, seconds: float) -> float:
-    """Return images per second of a call that is repeated, without its first time."""
+    """Return images per second of a call that is repeated, by the median, without its first time.
+
+    It is repeated three times at least, unless it takes long.
+    """
     call()
     _wait(device)
-    began, count = time.perf_counter(), 0
-    while count == 0 or time.perf_counter() - began < seconds:
+    took: list[float] = []
+    while not took or sum(took) < seconds or (len(took) < 3 and sum(took) < 4 * seconds):
+        began = time.perf_counter()
         call()
         _wait(device)
-        count += 1
-    return count * images / (time.perf_counter() - began)
+        took.append(time.perf_counter() - began)
+    return images / statistics.median(took)
 
 
 def _wait(device: torch.device) -> None:

@@ -1,0 +1,68 @@
+"""From a folder to a plan, its dataset and a training by it, without a cluster; and the same command again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipelines import flow
+from pipelines.config import from_dict
+from pipelines.display import Silent
+from pipelines.plan.make import find_or_make
+from pipelines.plan.services import services_config
+from pipelines.shards.index import read_dataset
+from pipelines.storage import Storage
+from tests.pipelines.shards.ingest.sources import picture, pictures, write_files
+from tests.pipelines.training.loop.ranks import train_here
+
+STORAGE = Storage()
+SMALL = ["model.channels=[32]", "model.attention=[false]", "model.layers_per_block=1", "data.image_size=8"]
+SHORT = ["images=64", "batch_size=16", "sampler.steps=2", "tracking.grid_images=4"]
+
+
+@pytest.fixture
+def command(tmp_path):
+    """The arguments of a planned flow whose services are a folder."""
+    source = str(write_files(tmp_path / "pets", pictures(30)))
+    return source, ["storage=file", f"storage.root=file://{tmp_path}/root", *SMALL, *SHORT]
+
+
+def planned(source, overrides, said):
+    services = services_config(overrides)
+    return find_or_make(
+        source, overrides, 1_800.0, services, STORAGE, lambda name, text: said.append(f"{name}: {text}")
+    )
+
+
+def test_a_plan_is_ingested_and_trained_by_and_the_same_command_has_it_again(command, tmp_path):
+    said = []
+    made = planned(*command, said)
+    config = from_dict(made.config)
+    assert (config.name, config.registry.model) == ("pets-30m", "pets")
+    assert config.data.uri.startswith(f"file://{tmp_path}/root/datasets/pets-8px-")
+    assert flow.ingest_stage(config, STORAGE, Silent()) is not None
+    dataset = read_dataset(config.data.uri, STORAGE)
+    assert dataset.classes == ("cat", "dog", "owl")
+    _, tracker = train_here(tmp_path / "run", dataset, config.model_copy(update={"storage": config.storage}))
+    assert max(tracker.points) == 64
+
+    again = planned(*command, said)
+    assert again == made
+    assert said[-1] == "plan: this command was given before: run pets-30m goes on by its plan"
+    assert flow.ingest_stage(from_dict(again.config), STORAGE, Silent()) is None
+
+
+def test_another_source_or_setting_of_the_same_name_has_a_run_of_its_own(command):
+    source, overrides = command
+    said = []
+    first = planned(source, overrides, said)
+    changed = planned(source, [*overrides, "optim.lr=0.5"], said)
+    assert (first.config["name"], changed.config["name"]) == ("pets-30m", "pets-30m-2")
+    assert said[-1] == "plan: the run is called pets-30m-2, because another command has a run pets-30m"
+    assert changed.plan.settings["name"] == "pets-30m-2"
+    write_files(Path(source), {"cat/99.png": picture(99)})
+    grown = planned(source, overrides, said)
+    assert grown.config["name"] == "pets-30m-3"
+    named = planned(source, [*overrides, "name=mine"], said)
+    assert named.config["name"] == "mine"
