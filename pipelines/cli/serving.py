@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib.util
 import signal
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipelines.cli.common import MODEL, SERVICES, Json, answer_json, compose, connect, terminal
+
+if TYPE_CHECKING:
+    from pipelines.config import Config
+    from pipelines.serving.service import Service
 
 Arguments = Annotated[
     list[str], typer.Argument(help=f"MODEL, or several side by side ({MODEL}); and overrides, KEY=VALUE")
@@ -22,10 +26,11 @@ def serve(
     replace: Annotated[
         bool, typer.Option("--replace", help="Take the place of an application of the same name on the Ray cluster")
     ] = False,
+    page: Annotated[bool, typer.Option("--page", help="Also serve a page to try the models with")] = False,
     as_json: Json = False,
 ) -> None:
     """Serve models over HTTP until Ctrl-C. Example: ddpm serve models:/digits@champion serving.port=8000"""
-    needed = ["fastapi", "grpc_reflection", "prometheus_client"]
+    needed = ["fastapi", "grpc_reflection", "prometheus_client", *(["gradio"] if page else [])]
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise typer.BadParameter(f"{', '.join(missing)} is not installed: pip install 'ddpm-pipelines[serve]'")
     models = list(dict.fromkeys(argument for argument in arguments if not _is_override(argument)))
@@ -62,7 +67,11 @@ def serve(
         else:
             shown = f" {token.text}" if sys.stderr.isatty() else ""  # a log is no place for it
             terminal.stage("serve", f"token{shown} (of {token.source}); Ctrl-C ends it")
-        answer_json(as_json, {"url": service.url, "models": models, "token": None if token is None else token.source})
+        answer = {"url": service.url, "models": models, "token": None if token is None else token.source}
+        if page:
+            answer["page"] = _add_page(service, config, None if token is None else token.digest)
+            terminal.stage("serve", f"the page is at {answer['page']}")
+        answer_json(as_json, answer)
         sys.stdout.flush()
         service.watch()
     except KeyboardInterrupt:
@@ -70,6 +79,16 @@ def serve(
     finally:
         service.stop()
     terminal.stage("serve", "ended")
+
+
+def _add_page(service: Service, config: Config, token_digest: str | None) -> str:
+    """Start the page of what is served, and return its address."""
+    from pipelines.serving.limits import Limits
+    from pipelines.serving.page import Shown, page_application
+
+    limits = Limits.of(config.serving)
+    shown = [Shown.of(told, limits) for told in service.models()]
+    return f"{service.add_page(page_application(service.front, shown, token_digest))}/"
 
 
 def _is_override(argument: str) -> bool:

@@ -1,0 +1,149 @@
+"""What the page sends and shows: the body of a request from the fields of a form, and pictures as HTML.
+
+Nothing here knows the page's library, so that everything the page decides can be tested without a browser.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipelines.inference import RequestError
+from pipelines.serving.bodies import decode_png, encode_png
+
+OWN = "the model's own"
+"""Choice of a form that leaves a setting as the model has it."""
+BRUSH = "what I brush"
+HALVES = {
+    "the left half": "half:left",
+    "the right half": "half:right",
+    "the upper half": "half:top",
+    "the lower half": "half:bottom",
+}
+"""Choice of what is filled, beside `BRUSH` -> mask of a request."""
+SHOWN_PIXELS = 320
+"""Width at which a given picture is brushed on, at least: pictures of models are small."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The fields that every form has; None, or `OWN`, leaves the model's own.
+
+    Attributes:
+        labels: classes by name.
+        prompt, negative_prompt: texts; "" for none.
+        sampler: kind of sampler.
+        steps, scale: sampling steps, and guidance scale.
+        seed: of the noise.
+        count: pictures of each label or prompt.
+    """
+
+    labels: Sequence[str] = ()
+    prompt: str = ""
+    negative_prompt: str = ""
+    sampler: str | None = None
+    steps: int | None = None
+    scale: float | None = None
+    seed: int = 0
+    count: int = 1
+
+    def body(self, model: str, task: str, **more: Any) -> dict[str, Any]:
+        """Return the body of a request to a model; fields that are not given are left out."""
+        sampling = {
+            "kind": None if self.sampler == OWN else self.sampler,
+            "steps": None if self.steps is None else int(self.steps),
+            "scale": self.scale,
+        }
+        body = {
+            "model": model,
+            "task": task,
+            "labels": list(self.labels) or None,
+            "prompts": [self.prompt.strip()] if self.prompt.strip() else None,
+            "negative_prompt": self.negative_prompt.strip() or None,
+            "seed": int(self.seed),
+            "count": int(self.count),
+            "sampling": {name: value for name, value in sampling.items() if value is not None} or None,
+            **more,
+        }
+        return {name: value for name, value in body.items() if value is not None}
+
+
+def enlarged(picture: str) -> Image.Image:
+    """Return a picture large enough to brush on: each of its pixels is a square."""
+    pixels = decode_png(picture)
+    image = Image.fromarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+    times = max(1, -(-SHOWN_PIXELS // image.width))
+    return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+
+
+def picture_and_mask(drawing: Mapping[str, Any] | None, filled: str, size: int) -> tuple[str, str]:
+    """Return a picture and the mask of what is to be filled, as fields of a request.
+
+    Args:
+        drawing: of an image editor: `background`, and `layers` with what was brushed, each uint8 [H, W, C].
+        filled: `BRUSH`, or a key of `HALVES`.
+        size: of the model's images; the mask of a brush has it, and hides a pixel of which any part was brushed.
+
+    Raises:
+        RequestError: there is no picture, or nothing was brushed.
+    """
+    background = None if drawing is None else drawing.get("background")
+    if drawing is None or background is None:
+        raise RequestError("there is no picture yet: drop one onto the field, or take the one that was sampled")
+    square = _square(np.asarray(background)[..., :3])
+    picture = encode_png(np.asarray(Image.fromarray(square).resize((size, size), Image.Resampling.BOX)))
+    if filled != BRUSH:
+        return picture, HALVES[filled]
+    brushed = np.zeros(np.asarray(background).shape[:2], bool)
+    for layer in drawing.get("layers") or []:
+        if layer is not None:
+            brushed |= np.asarray(layer)[..., -1] > 0
+    if not brushed.any():
+        raise RequestError("nothing is brushed yet: paint over what should be filled, or choose a half of the picture")
+    mask = Image.fromarray(_square(brushed) * np.uint8(255)).resize((size, size), Image.Resampling.BOX)
+    return picture, encode_png((np.asarray(mask) > 0)[..., None] * np.uint8(255))
+
+
+def figures(answer: Mapping[str, Any]) -> str:
+    """Return the pictures of an answer as HTML, each with the label or prompt and the seed that it was drawn from."""
+    names = [_named(row) for row in answer["rows"]]
+    parts = [_figure(picture, name) for picture, name in zip(answer["images"], names, strict=True)]
+    return f'<div class="pictures">{"".join(parts)}</div>'
+
+
+def film(answer: Mapping[str, Any]) -> str:
+    """Return the film of the first picture of an answer as HTML: x_t above the x_0 that the model predicts from it."""
+    reel = answer["film"]
+    columns = [
+        f'<div class="state">{_image(x_t[0], f"x_t at t = {t:.0f}")}{_image(x0[0], f"predicted x_0 at t = {t:.0f}")}'
+        f"<small>t = {t:.0f}</small></div>"
+        for t, x_t, x0 in zip(reel["t"], reel["x_t"], reel["x0"], strict=True)
+    ]
+    return f'<div class="film" tabindex="0" role="group" aria-label="film of a sample">{"".join(columns)}</div>'
+
+
+def _square(pixels: NDArray[Any]) -> NDArray[Any]:
+    """Return the central square of an image [H, W, ...]."""
+    side = min(pixels.shape[:2])
+    top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
+    return pixels[top : top + side, left : left + side]
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    named = row.get("label") if row.get("label") is not None else row.get("prompt")
+    seed = f"seed {row['seed']}" + (f", number {row['id']}" if row.get("id") else "")
+    return f"{named}, {seed}" if named is not None else seed
+
+
+def _figure(picture: str, name: str) -> str:
+    return f"<figure>{_image(picture, name)}<figcaption>{html.escape(name)}</figcaption></figure>"
+
+
+def _image(picture: str, name: str) -> str:
+    return f'<img src="data:image/png;base64,{picture}" alt="{html.escape(name, quote=True)}">'

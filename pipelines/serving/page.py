@@ -1,0 +1,339 @@
+"""The page of a server: every way to draw pictures, in a browser, on a phone, with the keyboard and without a network.
+
+The page is a client like any other: what it shows it asks of the server, in the words of `POST /v1/images`.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, replace
+from typing import Any, Self
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported, which looks for newer versions else
+
+import gradio as gr
+from fastapi import FastAPI
+from ray import serve
+
+from ddpm.generate import Sampling
+from ddpm.samplers import SAMPLERS
+from pipelines.inference import RequestError
+from pipelines.serving.application import ask_front
+from pipelines.serving.forms import (
+    BRUSH,
+    HALVES,
+    OWN,
+    Settings,
+    enlarged,
+    figures,
+    film,
+    picture_and_mask,
+)
+from pipelines.serving.limits import Limits
+from pipelines.serving.login import Login
+
+Ask = Callable[[dict[str, Any]], Awaitable[Mapping[str, Any]]]
+"""Maps the body of a request to the server's answer; raises RequestError for what the server refuses."""
+
+STYLE = """
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)); gap: 12px; }
+.pictures figure { margin: 0; }
+.pictures img, .film img { width: 100%; aspect-ratio: 1; border-radius: 4px; display: block; }
+.pictures img, .film img { image-rendering: pixelated; }
+.pictures figcaption, .film small { font-size: 12px; overflow-wrap: anywhere; }
+.film { display: flex; gap: 8px; overflow-x: auto; padding-bottom: 8px; }
+.film .state { flex: 0 0 96px; display: grid; gap: 6px; }
+"""
+UNTOUCHED = astuple(Settings())
+"""What a field without a value means."""
+KEPT_S = (600, 3600)
+"""Every so many seconds, uploads older than so many are deleted."""
+FONTS = ["system-ui", "sans-serif"]
+"""Fonts that are there without a network."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A served model, as the page shows it.
+
+    Attributes:
+        name: that requests name it by.
+        classes: names of its classes; () for a model without.
+        text: whether it can be prompted.
+        size: of its images, in pixels.
+        sampler: kind of its own sampler.
+        steps, scale: its own sampling steps and guidance scale.
+        most_steps: sampling steps of one request, at most.
+        most_pictures: pictures of one request, at most.
+        about: its model card, Markdown.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    text: bool
+    size: int
+    sampler: str
+    steps: int
+    scale: float
+    most_steps: int
+    most_pictures: int
+    about: str
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any], limits: Limits) -> Self:
+        """Return what the server tells of a model, as in `GET /v1/models`, under the limits of a request."""
+        sampling = Sampling.from_json(told["sampling"])
+        return cls(
+            told["id"],
+            tuple(told["classes"]),
+            told["text"],
+            told["shape"][-1],
+            SAMPLERS.name_of(type(sampling.sampler)),
+            sampling.sampler.steps,
+            sampling.guidance.scale,
+            min(told["num_steps"], limits.max_steps),
+            limits.max_pictures,
+            told["card"] or "This model has no card: it is not a version of the registry.",
+        )
+
+
+class Page:
+    """The deployment of the page: one process, because it keeps what its visitors have uploaded.
+
+    Args:
+        front: handle of the process that answers requests.
+        models: what is served.
+        token_digest: of the token that visitors need; None for none.
+    """
+
+    def __init__(self, front: Any, models: Sequence[Shown], token_digest: str | None) -> None:
+        self._front, self._models, self._token_digest = front, models, token_digest
+
+    async def ask(self, body: dict[str, Any]) -> Mapping[str, Any]:
+        """Return the server's answer."""
+        return await ask_front(self._front, body)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """Return the application that Ray Serve answers HTTP with."""
+        return make_page(self._models, self.ask, self._token_digest)
+
+
+def page_application(front: Any, models: Sequence[Shown], token_digest: str | None) -> Any:
+    """Return the Ray Serve application of the page; the arguments are those of `Page`."""
+    deployment = serve.deployment(serve.ingress()(Page), num_replicas=1, ray_actor_options={"num_cpus": 0})
+    return deployment.bind(front, list(models), token_digest)
+
+
+def make_page(models: Sequence[Shown], ask: Ask, token_digest: str | None) -> FastAPI:
+    """Return the page as an application of its own, at /.
+
+    Args:
+        token_digest: of the token that visitors need; None for none.
+    """
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    if token_digest is not None:
+        app.add_middleware(Login, digest=token_digest)
+    theme = gr.themes.Default(font=FONTS, font_mono=["ui-monospace", "monospace"])
+    return gr.mount_gradio_app(
+        app,
+        build_page(models, ask),
+        path="/",
+        theme=theme,
+        css=STYLE,
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        ssr_mode=False,
+        show_error=False,
+    )
+
+
+def build_page(models: Sequence[Shown], ask: Ask) -> gr.Blocks:
+    """Return the page of some models: a tab for each of them, where there are several."""
+    blocks = gr.Blocks(title="Pictures from a diffusion model", analytics_enabled=False, delete_cache=KEPT_S)
+    with blocks:
+        if len(models) == 1:
+            _Panel(models[0], ask).build()
+        else:
+            with gr.Tabs():
+                for model in models:
+                    with gr.Tab(model.name):
+                        _Panel(model, ask).build()
+    # The server puts the requests of different visitors into one batch, and has limits of its own.
+    return blocks.queue(default_concurrency_limit=None)
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """The components of a form in the order of `Settings`."""
+
+    labels: gr.components.Component
+    prompt: gr.components.Component
+    negative_prompt: gr.components.Component
+    sampler: gr.components.Component
+    steps: gr.components.Component
+    scale: gr.components.Component
+    seed: gr.components.Component
+    count: gr.components.Component
+
+    def all(self) -> list[gr.components.Component]:
+        return [getattr(self, name) for name in self.__dataclass_fields__]
+
+
+class _Panel:
+    """The forms of one model."""
+
+    def __init__(self, model: Shown, ask: Ask) -> None:
+        self.model, self.ask = model, ask
+
+    def build(self) -> None:
+        """Add the forms to the page that is being made."""
+        gr.Markdown(f"# {self.model.name}")
+        with gr.Tab("Sample"):
+            last = self._sample()
+        with gr.Tab("Inpaint"):
+            self._inpaint(last)
+        with gr.Tab("Edit"):
+            self._edit(last)
+        with gr.Tab("Film"):
+            self._film()
+        with gr.Tab("About this model"):
+            gr.Markdown(self.model.about)
+
+    def _sample(self) -> gr.State:
+        """Add the form of samples, and return the first picture of the last ones."""
+        fields = self._settings(many=True)
+        button = gr.Button("Sample", variant="primary")
+        pictures, last = gr.HTML(), gr.State(None)
+
+        async def draw(*values: Any) -> tuple[str, str]:
+            answer = await self._asked(self._body(values, "sample"))
+            return figures(answer), answer["images"][0]
+
+        button.click(draw, fields.all(), [pictures, last], api_name="sample")
+        return last
+
+    def _inpaint(self, last: gr.State) -> None:
+        gr.Markdown("Drop a picture onto the field, or take the one that was sampled; then brush over what to fill.")
+        take = gr.Button("Take the first sampled picture", size="sm")
+        editor = gr.ImageEditor(
+            label="Picture",
+            type="numpy",
+            image_mode="RGBA",
+            sources=["upload", "clipboard"],
+            brush=gr.Brush(colors=["#ff3b30"], color_mode="fixed", default_size=24),
+            layers=False,
+            transforms=(),
+            format="png",  # a brush has sharp edges
+            height=400,
+        )
+        filled = gr.Radio([BRUSH, *HALVES], value=BRUSH, label="Fill")
+        fields = self._settings()
+        button = gr.Button("Fill", variant="primary")
+        pictures = gr.HTML()
+
+        async def draw(drawing: Any, filled: str, *values: Any) -> str:
+            with _shown_errors():
+                picture, mask = picture_and_mask(drawing, filled, self.model.size)
+            body = self._body(values, "inpaint", images=[picture], masks=[mask])
+            return figures(await self._asked(body))
+
+        take.click(self._take, last, editor, api_visibility="private")
+        button.click(draw, [editor, filled, *fields.all()], pictures, api_name="inpaint")
+
+    def _edit(self, last: gr.State) -> None:
+        gr.Markdown("The picture is noised and drawn anew from there: its coarse content stays, the rest is new.")
+        take = gr.Button("Take the first sampled picture", size="sm")
+        given = gr.Image(label="Picture", type="numpy", image_mode="RGB", sources=["upload", "clipboard"], height=320)
+        strength = gr.Slider(
+            0, 1, value=0.5, step=0.05, label="Strength", info="0 keeps the picture, 1 keeps nearly nothing of it"
+        )
+        fields = self._settings()
+        button = gr.Button("Draw anew", variant="primary")
+        pictures = gr.HTML()
+
+        async def draw(given: Any, strength: float, *values: Any) -> str:
+            with _shown_errors():
+                picture, _ = picture_and_mask(
+                    None if given is None else {"background": given}, next(iter(HALVES)), self.model.size
+                )
+            body = self._body(values, "edit", images=[picture], strength=strength)
+            return figures(await self._asked(body))
+
+        take.click(self._take, last, given, api_visibility="private")
+        button.click(draw, [given, strength, *fields.all()], pictures, api_name="edit")
+
+    def _film(self) -> None:
+        gr.Markdown("From noise to a picture: above x_t, below the x_0 that the model predicts from it.")
+        fields = self._settings()
+        button = gr.Button("Show the way", variant="primary")
+        shown = gr.HTML()
+
+        async def draw(*values: Any) -> str:
+            return film(await self._asked(self._body(values, "sample", film=True)))
+
+        button.click(draw, fields.all(), shown, api_name="film")
+
+    def _settings(self, many: bool = False) -> _Fields:
+        """Return the fields that all forms have.
+
+        Args:
+            many: whether several labels and several pictures of each can be asked for.
+        """
+        model = self.model
+        classes = list(model.classes)
+        with gr.Row():
+            labels = gr.Dropdown(
+                classes,
+                value=classes[:10] if many else classes[:1],
+                multiselect=True,
+                max_choices=None if many else 1,
+                label="Labels" if many else "Label",
+                visible=bool(classes),
+            )
+            prompt = gr.Textbox(label="Prompt", visible=model.text, max_length=1000)
+            negative = gr.Textbox(label="Negative prompt", visible=model.text, max_length=1000)
+        with gr.Row():
+            with gr.Column(min_width=220):
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+                again = gr.Button("Another seed", size="sm")
+            count = gr.Slider(1, min(model.most_pictures, 16), value=1, step=1, label="Pictures of each", visible=many)
+        with gr.Accordion("Sampler, steps and guidance", open=False):
+            sampler = gr.Dropdown([OWN, *SAMPLERS], value=OWN, label="Sampler", info=f"its own is {model.sampler}")
+            steps = gr.Slider(1, model.most_steps, value=min(model.steps, model.most_steps), step=1, label="Steps")
+            scale = gr.Slider(0, 10, value=model.scale, step=0.1, label="Guidance scale", info="1 is without guidance")
+        again.click(lambda: random.randrange(1 << 31), None, seed, api_visibility="private")
+        return _Fields(labels, prompt, negative, sampler, steps, scale, seed, count)
+
+    def _body(self, values: Sequence[Any], task: str, **more: Any) -> dict[str, Any]:
+        """Return the body of a request from the values of a form; what is as the model has it is not asked for."""
+        given = [field if value is None else value for field, value in zip(UNTOUCHED, values, strict=True)]
+        settings = Settings(*given)
+        if settings.steps == self.model.steps:
+            settings = replace(settings, steps=None)
+        if settings.scale == self.model.scale:
+            settings = replace(settings, scale=None)
+        return settings.body(self.model.name, task, **more)
+
+    async def _asked(self, body: dict[str, Any]) -> Mapping[str, Any]:
+        with _shown_errors():
+            return await self.ask(body)
+
+    def _take(self, last: str | None) -> Any:
+        with _shown_errors():
+            if last is None:
+                raise RequestError("no picture is sampled yet: sample one first")
+            return enlarged(last)
+
+
+@contextmanager
+def _shown_errors() -> Iterator[None]:
+    """Show what the server refuses to whoever sits before the page."""
+    try:
+        yield
+    except RequestError as error:
+        raise gr.Error(str(error), duration=None, print_exception=False) from error

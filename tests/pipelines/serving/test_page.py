@@ -1,0 +1,98 @@
+"""The page draws what a request draws, in every form, and says what the server refuses."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import requests
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+
+from ddpm.model import load_model
+from pipelines.inference import Edit, Inpaint, Sample, picture
+from pipelines.serving.bodies import encode_png
+from pipelines.serving.forms import OWN
+from pipelines.serving.token import digest_of
+from tests.pipelines.drawing import model_folder, save_picture
+from tests.pipelines.serving.page_server import page_of
+
+CLASSES = ("circle", "square", "7", "8", "9")
+TOKEN = "a-token-of-enough-characters"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return model_folder(tmp_path_factory.mktemp("model") / "model", classes=CLASSES)
+
+
+@pytest.fixture(scope="module")
+def page(model):
+    with page_of(model) as address:
+        yield Client(address, verbose=False)
+
+
+def fields(labels, *, sampler=OWN, steps=4, scale=2.0, seed=0, count=1):
+    return [labels, "", "", sampler, steps, scale, seed, count]
+
+
+def shown(html):
+    """Return the pictures of a page as base64 texts, in order."""
+    return re.findall(r"data:image/png;base64,([^\"]+)", html)
+
+
+def encoded(pictures):
+    return [encode_png(image) for image in pictures.pixels]
+
+
+def test_samples_are_those_of_the_request(page, model):
+    html = page.predict(*fields(["square", "7"], sampler="ddim", steps=3, seed=5, count=2), api_name="/sample")
+    request = Sample.of(labels=["square", "7"], seed=5, count=2, sampling={"kind": "ddim", "steps": 3})
+    assert shown(html) == encoded(picture(request, load_model(model)))
+    assert "square, seed 5" in html
+
+
+def test_half_of_a_picture_is_filled_as_by_the_request(page, model, tmp_path):
+    path = save_picture(tmp_path / "image.png")
+    drawing = {"background": handle_file(str(path)), "layers": [], "composite": None}
+    html = page.predict(drawing, "the left half", *fields(["circle"], seed=3), api_name="/inpaint")
+    request = Inpaint.of(images=[path], masks=["half:left"], labels=["circle"], seed=3)
+    assert shown(html) == encoded(picture(request, load_model(model)))
+
+
+def test_a_picture_is_edited_as_by_the_request(page, model, tmp_path):
+    path = save_picture(tmp_path / "image.png")
+    html = page.predict(handle_file(str(path)), 0.5, *fields(["circle"], seed=3), api_name="/edit")
+    request = Edit.of(images=[path], strength=0.5, labels=["circle"], seed=3)
+    assert shown(html) == encoded(picture(request, load_model(model)))
+
+
+def test_a_film_ends_with_the_sample(page, model):
+    html = page.predict(*fields(["7"], seed=2), api_name="/film")
+    final = encoded(picture(Sample.of(labels=["7"], seed=2), load_model(model)))
+    assert len(shown(html)) == 2 * 4
+    assert shown(html)[-2:] == final * 2
+
+
+def test_what_the_server_refuses_is_said(page):
+    with pytest.raises(AppError, match=r"80 pictures.*64"):
+        page.predict(*fields(list(CLASSES), count=16), api_name="/sample")
+
+
+def test_nothing_to_fill_is_said(page):
+    with pytest.raises(AppError, match="no picture yet"):
+        page.predict(None, "the left half", *fields(["circle"]), api_name="/inpaint")
+
+
+def test_the_page_of_a_server_with_a_token_asks_for_it(model):
+    with page_of(model, digest_of(TOKEN)) as address, requests.Session() as browser:
+        assert browser.get(f"{address}config").status_code == 401
+        assert browser.post(address, data={"token": TOKEN}).status_code == 200
+        assert browser.get(f"{address}config").json()["title"] == "Pictures from a diffusion model"
+
+
+def test_the_page_names_no_other_address(model, page):
+    told = requests.get(f"{page.src}config").json()
+    assert told["analytics_enabled"] is False
+    text = requests.get(page.src).text
+    assert not re.findall(r"(?:src|href)=\"(https?://(?!127\.0\.0\.1)[^\"]+)\"", text)
