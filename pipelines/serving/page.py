@@ -21,6 +21,7 @@ from ray import serve
 from ddpm.generate import Sampling
 from ddpm.samplers import SAMPLERS
 from pipelines.inference import RequestError
+from pipelines.serving.application import ask_front
 from pipelines.serving.forms import (
     BRUSH,
     HALVES,
@@ -113,8 +114,7 @@ class Page:
 
     async def ask(self, body: dict[str, Any]) -> Mapping[str, Any]:
         """Return the server's answer."""
-        answer: Mapping[str, Any] = await self._front.ask.remote(body)
-        return answer
+        return await ask_front(self._front, body)
 
     def __serve_build_asgi_app__(self) -> Any:
         """Return the application that Ray Serve answers HTTP with."""
