@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gradio_client
 import numpy as np
 import psutil
 import pytest
@@ -32,6 +34,7 @@ from pipelines.inference import Sample, picture
 from pipelines.references import Resolved
 from pipelines.registry import Signer, register
 from pipelines.serving.client import Client
+from pipelines.serving.forms import OWN
 from pipelines.stack import StackState
 from tests.integration.conftest import Shell
 from tests.pipelines.drawing import model_folder
@@ -127,7 +130,7 @@ def versions(local_stack: StackState, tmp_path_factory: pytest.TempPathFactory) 
 def server(shell: Shell, local_stack: StackState, versions: Versions) -> Iterator[Server]:
     limits = [f"serving.{name}={value}" for name, value in LIMITS.items()]
     more = ["serving.port=0", "serving.follow_s=0.5", f"serving.max_queue={QUEUE}", "serving.cpus_per_replica=0.2"]
-    with serving(shell, local_stack.home, CHAMPION, f"models:/{NAME}/2", *limits, *more) as running:
+    with serving(shell, local_stack.home, CHAMPION, f"models:/{NAME}/2", "--page", *limits, *more) as running:
         yield running
 
 
@@ -249,6 +252,20 @@ def test_requests_of_all_kinds_at_once_are_batched_and_none_is_mixed_up(server, 
     images = sum(value for name, value in totals.items() if name.startswith("ddpm_serve_images_total"))
     print(f"{images:.0f} pictures in {batches:.0f} network batches")
     assert images >= 2 * batches
+
+
+def test_the_page_draws_what_the_server_draws_for_whoever_has_sent_the_token(server, versions):
+    page = f"{server.url}/page/"
+    assert requests.get(page, timeout=30).status_code == 401
+    browser = requests.Session()
+    assert browser.post(page, data={"token": server.token}, timeout=30).status_code == 200
+    cookie = "; ".join(f"{name}={value}" for name, value in browser.cookies.items())
+    visitor = gradio_client.Client(page, headers={"cookie": cookie}, verbose=False)
+    fields = [["3"], "", "", OWN, 3, versions.models["1"].spec.sampling.guidance.scale, 7, 1]
+    shown = visitor.predict(*fields, api_name="/sample")
+    (picture_of_it,) = re.findall(r"data:image/png;base64,([^\"]+)", shown)
+    asked = server.ask(model=CHAMPION, labels=["3"], seed=7, sampling={"steps": 3})
+    assert near(pixels({"images": [picture_of_it]}), pixels(asked))
 
 
 def test_no_request_is_lost_while_the_alias_moves(server, versions):
