@@ -67,8 +67,8 @@ class Service:
         running = serve.status().applications
         if serving.name in running and not replace:
             raise ConfigError(
-                f"serving.name = {serving.name}: an application of that name runs on this Ray cluster already; choose "
-                "another name, prefix and port, or take its place with --replace"
+                f"serving.name = {serving.name}: an application of that name runs on this Ray cluster already: choose "
+                "another serving.name and serving.prefix, or take its place with --replace"
             )
         host = "127.0.0.1" if serving.host in ("0.0.0.0", "::") else serving.host
         self.url = f"http://{host}:{port}{serving.prefix.rstrip('/')}"
