@@ -77,18 +77,25 @@ def drawing_rate(speed: Speed, machine: MachineFacts) -> float:
 
 
 def judging(
-    source: SourceFacts, machine: MachineFacts, speed: Speed, size: int, budget_s: float, evaluations: int
+    source: SourceFacts,
+    machine: MachineFacts,
+    speed: Speed,
+    size: int,
+    budget_s: float,
+    evaluations: int,
+    texts: bool = False,
 ) -> Judging:
     """Return how the model is judged.
 
     Args:
         size: of the images.
         evaluations: of the network for one sample.
+        texts: whether prompts are judged too, by a network of their own.
     """
     kind = "classifier" if len(source.class_counts) > 1 else "contrastive"
     # The evaluator sees half of the images, or all where they are few; see `evaluation.evaluators.share`.
     shown = source.train_images if source.train_images < 1_000 else min(source.train_images // 2, 50_000)
-    of_pass = math.ceil(shown / JUDGE_BATCH) * machine.judge_step_s.get(size, 0.02)
+    of_pass = math.ceil(shown / JUDGE_BATCH) * machine.judge_step_s.get(size, 0.02) * (2 if texts else 1)
     passes = min(JUDGE_PASSES[kind], max(LEAST_PASSES, int(JUDGE_SHARE * budget_s / max(of_pass, 1e-9))))
     rate = drawing_rate(speed, machine)
     affordable = int(SCORE_SHARE * budget_s * rate / evaluations)

@@ -145,7 +145,7 @@ def _basis(source: SourceFacts, machine: MachineFacts, budget_s: float, hand: Ha
     guided = (labels or texts) and hand.get("guidance.scale", SCALE) != 1 and hand.get("guidance", "") != "none"
     evaluations = int(hand.get("sampler.steps", STEPS)) * (2 if guided else 1)
     speed = machine.speeds[candidate.key]
-    judging = clock.judging(source, machine, speed, candidate.size, budget_s, evaluations)
+    judging = clock.judging(source, machine, speed, candidate.size, budget_s, evaluations, texts)
     fixed = clock.fixed_seconds(source, machine) | judging.seconds
     training_s = clock.left_for_training(budget_s, fixed)
     workers = _workers(machine, hand)
@@ -436,8 +436,6 @@ def _warnings(source: SourceFacts, machine: MachineFacts, basis: Basis, budget_s
         found.append(f"what is set by hand takes {spoken(total_s)}, more than the budget of {spoken(budget_s)}")
     if source.captions and not basis.texts:
         found.append(f"the captions of {source.captions:,} images are not used")
-    if basis.texts:
-        found.append("scores are of samples without a caption: look at others with `ddpm sample --prompts`")
     if 0 < source.captions < source.images:
         found.append(f"{source.images - source.captions:,} images have no caption")
     if source.unreadable:

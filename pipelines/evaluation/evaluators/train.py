@@ -93,17 +93,17 @@ class Training:
             if self.kind == "contrastive":
                 return Trained(_saved(train_contrastive(images, **options)), share, None)
             if self.kind == "captions":
-                return self._matcher(shared, share, device)
+                return self._matcher(shared, share, **options)
             assert labels is not None
             network = train_classifier(images, labels, len(self.dataset.classes), **options)
             with self._reader("test") as reader:
                 batches = split_batches(reader, at_a_time(self.dataset))
                 return Trained(_saved(network), share, accuracy(network.to(device), batches))
 
-    def _matcher(self, shared: SharedImages, share: Share, device: torch.device) -> Trained:
+    def _matcher(self, shared: SharedImages, share: Share, *, device: torch.device, **options: int) -> Trained:
         """Train the matcher of images and captions."""
         assert shared.pooled is not None
-        network = train_matcher(shared.images, shared.pooled, seed=SEED, device=device)
+        network = train_matcher(shared.images, shared.pooled, device=device, **options)
         with self._reader("test") as reader:
             found = matched_captions(network.to(device), reader, prompt_captions(reader))
         return Trained(_saved(network.cpu()), share, found, shared.pooled.shape[1])
