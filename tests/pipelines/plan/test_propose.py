@@ -61,6 +61,12 @@ def test_captioned_pictures_are_conditioned_on_their_captions():
     assert composed(propose(PICTOGRAMS, LAPTOP, HALF_HOUR)).data.flip is True
 
 
+def test_prompts_are_judged_by_a_network_that_takes_its_time_too():
+    with_texts = propose(PICTOGRAMS, LAPTOP, 4 * 3600.0)
+    without = propose(PICTOGRAMS, LAPTOP, 4 * 3600.0, override_settings(["data.text_encoder=null"]))
+    assert with_texts.seconds["evaluator"] == pytest.approx(2 * without.seconds["evaluator"])
+
+
 def test_captions_are_left_out_by_hand_and_the_plan_says_so():
     plan = propose(PICTOGRAMS, LAPTOP, HALF_HOUR, override_settings(["data.text_encoder=null"]))
     config = composed(plan, "data.text_encoder=null")
