@@ -34,7 +34,12 @@ def page_of(folder: Path, token_digest: str | None = None) -> Iterator[str]:
 
     told = {**load(str(folder), config, storage, drawing).describe(), "id": "digits@champion", "card": "# What it is"}
     server = uvicorn.Server(
-        uvicorn.Config(make_page([Shown.of(told, limits)], ask, token_digest), port=0, log_level="warning")
+        uvicorn.Config(
+            make_page([Shown.of(told, limits)], ask, token_digest),
+            port=0,
+            log_level="warning",
+            timeout_graceful_shutdown=1,
+        )
     )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
