@@ -10,11 +10,14 @@ import mlflow
 import numpy as np
 import pandas
 import pytest
+import requests
 from mlflow import MlflowClient
 from PIL import Image
 
 from pipelines.storage import Storage
 from tests.integration.conftest import Finished, Shell
+from tests.integration.test_serve import pixels as decoded
+from tests.integration.test_serve import serving
 from tests.pipelines.captioned import COLOURS, captions, write_shapes
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -120,6 +123,25 @@ def test_a_picture_is_filled_edited_and_measured(flow, shell):
         "likelihood", "models:/shapes/1", "s3://ddpm/datasets/shapes", "--images", "8", "--out", "l", "--json"
     )
     assert 0 < bits.answer["bits_per_dim"]["mean"] < 8
+
+
+@pytest.mark.slow
+def test_a_server_answers_prompts_with_the_pictures_of_the_command(flow, shell, local_stack):
+    options = [part for prompt in PROMPTS for part in ("--prompts", prompt)]
+    options += ["--seed", "7", "--count", "3"]
+    done = shell.ok("sample", "models:/shapes/1", *options, "--out", "by-command", "--json")
+    wanted = pixels(shell, done.answer["files"][:-1])
+    quiet = ["serving.port=0", "serving.cpus_per_replica=0.2"]
+    with serving(shell, local_stack.home, "models:/shapes/1", *quiet) as server:
+        asked = server.ask(prompts=PROMPTS, seed=7, count=3)
+        assert np.array_equal(decoded(asked), wanted)
+        by_url = shell.ok("sample", "models:/shapes/1", "--url", server.url, *options, "--out", "by-url", "--json")
+        assert np.array_equal(pixels(shell, by_url.answer["files"][:-1]), wanted)
+        rows = {"dataframe_split": {"columns": ["prompt"], "data": [[prompt] for prompt in PROMPTS * 3]}}
+        answer = requests.post(
+            f"{server.url}/invocations", json={**rows, "params": {"seed": 7}}, headers=server.headers, timeout=60
+        )
+        assert np.array_equal(np.array(answer.json()["predictions"]), wanted)
 
 
 @pytest.mark.slow

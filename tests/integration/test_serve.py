@@ -143,7 +143,8 @@ def near(one: Any, other: Any) -> bool:
 
 def pixels(answer: dict[str, Any]) -> np.ndarray:
     pictures = [np.array(Image.open(io.BytesIO(base64.b64decode(text)))) for text in answer["images"]]
-    return np.stack(pictures)[..., None]
+    stacked = np.stack(pictures)
+    return stacked if stacked.ndim == 4 else stacked[..., None]
 
 
 def drawn(model: Model, label: str, seed: int, steps: int) -> np.ndarray:
