@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -72,7 +73,9 @@ class Health:
     resumed_at: int
     told: set[str] = field(default_factory=set)
     first: list[float] = field(default_factory=list)
-    points: list[tuple[float, float]] = field(default_factory=list)
+    points: int = 0
+    recent: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=2))
+    calmest: tuple[float, float] = (math.inf, math.inf)
 
     def step(self, loss: float) -> None:
         """Take the loss of a step: the first ones are what the others are compared with."""
@@ -88,13 +91,15 @@ class Health:
         """
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return []  # steps like that are left out and warned of by themselves
-        self.points.append((loss, grad_norm))
-        if images_seen < LEAST_STEPS * self.config.batch_size or len(self.points) < 4:
+        if len(self.recent) == 2:
+            self.calmest = min(self.calmest, self.recent[0])
+        self.recent.append((loss, grad_norm))
+        self.points += 1
+        if images_seen < LEAST_STEPS * self.config.batch_size or self.points < 4:
             return []
         lr = self.config.optim.lr
-        lowest, calm = min(self.points[:-2], default=(math.inf, math.inf))
-        last = self.points[-2:]
-        if all(at > RISEN * lowest and norm > STEEPER * calm for at, norm in last):
+        lowest, calm = self.calmest
+        if all(at > RISEN * lowest and norm > STEEPER * calm for at, norm in self.recent):
             return self._once(
                 "rate",
                 f"the loss has risen from {lowest:.3g} to {loss:.3g} and the gradient's norm from {calm:.2g} to "
