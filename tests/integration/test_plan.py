@@ -26,7 +26,7 @@ def test_a_folder_and_a_budget_give_a_registered_model_and_the_same_command_goes
         for s, shape in enumerate(shapes)
         for i in range(60)
     }
-    source = str(write_files(tmp_path / "shapes", files))
+    source = str(write_files(tmp_path / "figures", files))
     small = ["data.image_size=8", "model.channels=[32]", "model.attention=[false]", "model.layers_per_block=1"]
     done = shell.ok("flow", source, *SHORT, *small, "--json")
     answer = done.answer
@@ -34,7 +34,7 @@ def test_a_folder_and_a_budget_give_a_registered_model_and_the_same_command_goes
     assert "plan  network: " in done.err
     assert "learns them by heart" in done.err
     assert answer["skipped"] == []
-    assert answer["model"] == "models:/shapes/1"
+    assert answer["model"] == "models:/figures/1"
     assert answer["plan"]["images"] == 1280
     assert set(answer["plan"]["seconds"]) >= {"ingest", "train", "evaluator", "scores", "register"}
     assert answer["more"]
@@ -43,11 +43,11 @@ def test_a_folder_and_a_budget_give_a_registered_model_and_the_same_command_goes
     path = client.download_artifacts(answer["run_id"], "config.json", str(tmp_path))
     with open(path) as file:
         config = json.load(file)
-    assert (config["name"], config["registry"]["model"]) == ("shapes-4m", "shapes")
+    assert (config["name"], config["registry"]["model"]) == ("figures-4m", "figures")
     assert (config["objective"]["prediction"], config["data"]["num_classes"], config["data"]["channels"]) == ("v", 2, 3)
     assert config["evaluation"]["evaluator_passes"] >= 1
 
     again = shell.ok("flow", source, *SHORT, *small, "--json")
     assert again.answer["skipped"] == ["ingest", "train", "evaluate", "register"]
     assert again.answer["model"] == answer["model"]
-    assert "this command was given before: run shapes-4m goes on by its plan" in again.err
+    assert "this command was given before: run figures-4m goes on by its plan" in again.err
