@@ -32,7 +32,7 @@ def make_plan(
     *,
     start_s: float = 0.0,
 ) -> StoredPlan:
-    """Return the plan for a source, made now.
+    """Return the plan for a source, made now; it has no key, because it is not kept.
 
     Args:
         source: as `ingest` takes it.
@@ -55,7 +55,7 @@ def make_plan(
     )
     notice("measure", "training steps of some networks, for a few seconds")
     machine = _measured(facts, settings, budget_s, services, storage, start_s)
-    return compose_plan(facts, machine, budget_s, overrides, key=_key(source, storage, budget_s, settings))
+    return compose_plan(facts, machine, budget_s, overrides)
 
 
 def compose_plan(
@@ -87,12 +87,13 @@ def find_or_make(
     Arguments and errors are those of `make_plan`.
     """
     settings = override_settings(overrides)
-    book, key = PlanBook(storage, services.storage.root), _key(source, storage, budget_s, settings)
+    book = PlanBook(storage, services.storage.root)
+    key = command_key(source_digest(source, storage), budget_s, settings)
     found = book.find(str(settings.get("name", source_name(source))), key)
     if found is not None:
         notice("plan", f"this command was given before: run {found.config['name']} goes on by its plan")
         return found
-    made = make_plan(source, overrides, budget_s, services, storage, notice, start_s=start_s)
+    made = replace(make_plan(source, overrides, budget_s, services, storage, notice, start_s=start_s), key=key)
     name = str(made.config["name"])
     free = name if "name" in settings else book.free_name(name)
     if free != name:
@@ -109,11 +110,6 @@ def _renamed(plan: Plan, name: str) -> Plan:
         for line in plan.lines
     )
     return replace(plan, lines=lines)
-
-
-def _key(source: str, storage: Storage, budget_s: float, settings: dict[str, Any]) -> str:
-    """Return the digest of a command."""
-    return command_key(source_digest(source, storage), budget_s, settings)
 
 
 def _measured(
