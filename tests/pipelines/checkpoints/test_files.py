@@ -78,14 +78,15 @@ def test_other_settings_or_data_are_refused_by_name(folder):
 
 
 def test_a_run_from_before_a_default_changed_is_told_how_it_goes_on(folder):
-    state = load_checkpoint(folder)[0]
-    before = replace(state, identity={**state.identity, "objective.prediction": "eps"})
+    by_default, eps = (compose(["+experiment=digits", f"objective.prediction={kind}"]) for kind in ("v", "eps"))
+    before = load_checkpoint(folder)[0]
     told = r"objective\.prediction: eps before, v now .*objective\.prediction=eps goes on with what it was"
     with pytest.raises(ModelError, match=told):
-        check_resumable(before, CONFIG, DATASET)
-    check_resumable(before, compose(["+experiment=digits", "objective.prediction=eps"]), DATASET)
+        check_resumable(before, by_default, DATASET)
+    check_resumable(before, eps, DATASET)
+    since = replace(before, identity={**before.identity, "objective.prediction": "v"})
     with pytest.raises(ModelError, match=r"objective\.prediction: v before, eps now\n"):
-        check_resumable(state, compose(["+experiment=digits", "objective.prediction=eps"]), DATASET)
+        check_resumable(since, eps, DATASET)
 
 
 @pytest.mark.parametrize("name", ["../escaped", "/etc/escaped", "a/b", "..", "state.json", "a\\b"])

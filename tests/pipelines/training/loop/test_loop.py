@@ -37,7 +37,7 @@ def losses(folder):
     "objective",
     [
         ["objective=hybrid", "model.learned_variance=true", "objective.timesteps=stratified"],
-        ["objective=min_snr", "schedule.zero_terminal_snr=true"],
+        ["objective=min_snr", "objective.prediction=v", "schedule.zero_terminal_snr=true"],
         ["objective.loss=vlb"],
         ["model.inpainting=true", "model.class_conditional=false"],
         ["objective.timesteps=importance", "schedule.num_steps=4", "sampler.steps=2"],
