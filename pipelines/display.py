@@ -7,7 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) in the unit of the work, such as images or MiB."""
@@ -18,8 +22,33 @@ Notice = Callable[[str], None]
 StageNotice = Callable[[str, str], None]
 """Called with (name, text): the stage or service that reports, and one line of text."""
 
-Report = Callable[[dict[str, float]], None]
-"""Called with the latest values of a training by name: `images_seen`, and `loss` once there is one."""
+NOT_WORKING = "not working: "
+"""How a line begins that says what does not work in a training; it is shown even where little else is."""
+
+
+@dataclass(frozen=True)
+class TrainingStatus:
+    """How far a training is; None for what is not known yet.
+
+    Attributes:
+        images_seen: by the run, over all its drivers.
+        loss: of the last step.
+        goodput: share of the drivers' time that was training that lasts, 0..1.
+        distance: Frechet distance of the newest checkpoint that has been scored.
+        scored_at: images seen by that checkpoint.
+        samples: drawn for the newest sample grid, uint8 [N, H, W, C]; None where these have been given before.
+    """
+
+    images_seen: int
+    loss: float | None = None
+    goodput: float | None = None
+    distance: float | None = None
+    scored_at: int | None = None
+    samples: NDArray[np.uint8] | None = None
+
+
+Report = Callable[[TrainingStatus], None]
+"""Called with how far a training is."""
 
 
 def no_progress(done: int, total: int) -> None:
@@ -34,8 +63,8 @@ def no_stage_notice(name: str, text: str) -> None:
     """Ignore a line of a stage."""
 
 
-def no_report(values: dict[str, float]) -> None:
-    """Ignore the values of a training."""
+def no_report(status: TrainingStatus) -> None:
+    """Ignore how far a training is."""
 
 
 @dataclass(frozen=True)

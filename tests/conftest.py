@@ -6,6 +6,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import contextlib
+import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -23,3 +25,14 @@ def _no_inherited_addresses(monkeypatch):
     for name in list(os.environ):
         if name.startswith(("AWS_", "MLFLOW_TRACKING", "RAY_ADDRESS")):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _no_ray_in_unit_tests(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A unit test starts no Ray, which would be there for all that run after it, and do their work elsewhere."""
+    yield
+    ray = sys.modules.get("ray")
+    marked = any(request.node.get_closest_marker(mark) for mark in ("integration", "chaos"))
+    if ray is not None and not marked and ray.is_initialized():
+        ray.shutdown()
+        pytest.fail("this unit test has started Ray or connected to it: mark it as integration, or do without")

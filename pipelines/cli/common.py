@@ -44,6 +44,9 @@ Arguments = Annotated[
     typer.Argument(metavar="[SOURCE] [budget=TIME] [OVERRIDES]...", help="Images, a time, Hydra overrides"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Show nothing but errors, and what does not work in the training.")
+]
 Folder = Annotated[str, typer.Argument(callback=check_address, help="s3://BUCKET/PATH or file:///PATH of the shards")]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Shards to read at a time; default twice the cores, at most 32")

@@ -12,6 +12,7 @@ from pipelines.cli.common import (
     SERVICES,
     Arguments,
     Json,
+    Quiet,
     answer_json,
     compose_connected,
     connect,
@@ -36,12 +37,14 @@ def flow(
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for images and a grid of the registered model")
     ] = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Ingest, train, evaluate, register; finished stages are skipped. Example: ddpm flow photos/ budget=30m
 
     With a SOURCE and no +experiment, size, network and length are chosen for the images, this machine and the budget.
     """
+    terminal.quiet = quiet
     began = time.monotonic()
     source, budget, overrides = read_arguments(arguments)
     made: StoredPlan | None = None

@@ -1,13 +1,17 @@
-"""What the command line shows on stderr: stages, and progress as bars on a terminal, as plain lines elsewhere."""
+"""What the command line shows on stderr: stages, and progress as bars on a terminal, as plain lines elsewhere.
+
+While a training goes on a terminal shows, below its bar, how well it does and a few of its newest samples.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.progress import (
     BarColumn,
     ProgressColumn,
@@ -23,23 +27,53 @@ from rich.table import Table
 from rich.text import Text
 
 from pipelines.credentials import redact
-from pipelines.display import Progress, Report, StageNotice, TimeBreakdown
+from pipelines.display import NOT_WORKING, Progress, Report, StageNotice, TimeBreakdown, TrainingStatus
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 PLAIN_EVERY_S = 5.0
 """Seconds between two plain lines of progress."""
 
 
+TILE = 16
+"""Pixels of a sample's longer side on a terminal, at most."""
+SAMPLE_ROWS = 2
+
+
+class LiveBars(Bars):
+    """Progress bars with something below them.
+
+    Attributes:
+        below: what is drawn below the bars.
+    """
+
+    below: RenderableType | None = None
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Yield the bars, then what is below them."""
+        yield from super().get_renderables()
+        if self.below is not None:
+            yield self.below
+
+
 class Terminal:
-    """The `Display` of the command line: it writes to stderr, because stdout is for results."""
+    """The `Display` of the command line: it writes to stderr, because stdout is for results.
+
+    Attributes:
+        quiet: whether only errors are shown, and what does not work.
+    """
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self.bars: Bars | None = None
+        self.bars: LiveBars | None = None
+        self.quiet = False
 
     @contextmanager
     def live(self) -> Iterator[Terminal]:
         """Draw progress bars inside this block, where stderr is a terminal."""
-        if not self.console.is_terminal:
+        if not self.console.is_terminal or self.quiet:
             yield self
             return
         columns: list[ProgressColumn] = [
@@ -49,14 +83,14 @@ class Terminal:
             TextColumn("{task.fields[detail]}"),
             TimeRemainingColumn(compact=True),
         ]
-        with Bars(*columns, console=self.console, transient=False) as self.bars:
+        with LiveBars(*columns, console=self.console, transient=False) as self.bars:
             yield self
         self.bars = None
 
     @contextmanager
     def services(self) -> Iterator[StageNotice]:
         """Yield a callback for the phases of services, which shows a line with a spinner per service."""
-        if not self.console.is_terminal:
+        if not self.console.is_terminal or self.quiet:
             yield self.stage
             return
         columns: list[ProgressColumn] = [
@@ -78,7 +112,10 @@ class Terminal:
 
     def stage(self, name: str, text: str) -> None:
         """Print one line of a stage."""
-        self.console.print(Text.assemble((f"{name:>10}", "bold cyan"), "  ", redact(text)))
+        wrong = NOT_WORKING in text
+        if wrong or not self.quiet:
+            shown = (redact(text), "yellow" if wrong else "")
+            self.console.print(Text.assemble((f"{name:>10}", "bold cyan"), "  ", shown))
 
     def error(self, kind: str, error: Exception) -> None:
         """Print an error, without user info in addresses; square brackets in its message are not markup."""
@@ -128,27 +165,31 @@ class Terminal:
         return update
 
     def training(self, images: int, resumes_at: int) -> Report:
-        """Return a callback that shows images seen, images per second and loss of a training."""
+        """Return a callback that shows how far, how fast and how well a training is; newest samples on a terminal."""
         show = self._meter("train")
-        began: list[tuple[float, float]] = []
+        began: list[tuple[float, int]] = []
+        samples: list[RenderableType] = []
 
-        def update(values: dict[str, float]) -> None:
-            seen, loss = values.get("images_seen", resumes_at), values.get("loss")
+        def update(status: TrainingStatus) -> None:
             if not began:
-                began.append((time.monotonic(), seen))
-            elapsed = time.monotonic() - began[0][0]
-            rate = (seen - began[0][1]) / elapsed if elapsed > 1 else 0.0
-            left = f", {(images - seen) / rate:,.0f} s left" if rate and not self.bars else ""
-            detail = f"{min(seen, images):,.0f} images, {rate:,.0f}/s" + (
-                f", loss {loss:.4f}" if loss is not None else ""
-            )
-            show(min(seen, images), images, detail + left)
+                began.append((time.monotonic(), status.images_seen))
+            elapsed, seen = time.monotonic() - began[0][0], min(status.images_seen, images)
+            rate = (status.images_seen - began[0][1]) / elapsed if elapsed > 1 else 0.0
+            speed = [f"{seen:,} images", f"{rate:,.0f}/s"]
+            if self.bars is None:
+                left = [f"{(images - seen) / rate:,.0f} s left"] if rate else []
+                show(seen, images, ", ".join([*speed, *_how_well(status), *left]))
+                return
+            show(seen, images, ", ".join(speed))
+            if status.samples is not None and self.console.color_system in ("truecolor", "256"):
+                samples[:] = [_small_picture(status.samples, self.console.width)]
+            self.bars.below = Group(Text(f"{'':>12}{', '.join(_how_well(status))}"), *samples)
 
         return update
 
     def breakdown(self, breakdown: TimeBreakdown) -> None:
         """Show where the time of a stage went: as a table on a terminal, as lines elsewhere."""
-        if not self.console.is_terminal:
+        if not self.console.is_terminal or self.quiet:
             for line in breakdown.lines:
                 self.stage(breakdown.name, line)
             return
@@ -164,6 +205,8 @@ class Terminal:
 
     def _meter(self, description: str) -> Callable[[float, float, str], None]:
         """Return a callback for (done, total, detail): a bar inside `live` on a terminal, else a line now and then."""
+        if self.quiet:
+            return lambda done, total, detail: None
         if self.bars is not None:
             bars = self.bars
             task = bars.add_task(description, total=None, detail="starting")
@@ -178,3 +221,31 @@ class Terminal:
                 self.stage(description, f"{done / total:4.0%}  {detail}")
 
         return line
+
+
+def _how_well(status: TrainingStatus) -> list[str]:
+    """Return the loss, the goodput and the last distance of a training in words; what is not known is left out."""
+    loss, goodput, distance = status.loss, status.goodput, status.distance
+    return [
+        *([] if loss is None else [f"loss {loss:.4f}"]),
+        *([] if goodput is None else [f"goodput {goodput:.0%}"]),
+        *([] if distance is None else [f"distance {distance:.2f} at {status.scored_at:,}"]),
+    ]
+
+
+def _small_picture(samples: NDArray[np.uint8], width: int) -> RenderableType:
+    """Return samples [N, H, W, C] side by side, for a terminal of `width` columns: a column is a pixel wide."""
+    from PIL import Image
+    from rich_pixels import Pixels
+
+    side = max(samples.shape[1:3])
+    scale = min(1.0, TILE / side)
+    high, wide = (max(1, round(scale * n)) for n in samples.shape[1:3])
+    columns = max(1, min((width - 1) // (wide + 1), -(-len(samples) // SAMPLE_ROWS)))
+    count = min(len(samples), columns * SAMPLE_ROWS)
+    picture = Image.new("RGB", (columns * (wide + 1), -(-count // columns) * (high + 2)))
+    for i, sample in enumerate(samples[:count]):
+        image = Image.fromarray(sample.squeeze(-1) if sample.shape[-1] == 1 else sample).convert("RGB")
+        at = (i % columns * (wide + 1), i // columns * (high + 2))
+        picture.paste(image.resize((wide, high), Image.Resampling.BOX), at)
+    return Pixels.from_image(picture)

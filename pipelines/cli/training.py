@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli.common import SERVICES, Json, Overrides, answer_json, compose_connected, connect, terminal
+from pipelines.cli.common import SERVICES, Json, Overrides, Quiet, answer_json, compose_connected, connect, terminal
 from pipelines.lineage import code_lineage
 
 
@@ -17,9 +17,11 @@ def train(
     config_file: Annotated[
         Path | None, typer.Option("--config", help="A complete configuration, such as a run's config.json")
     ] = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Train a run, or resume the run of this name. Example: ddpm train +experiment=digits name=first"""
+    terminal.quiet = quiet
     if config_file is None:
         config = compose_connected(overrides)
     else:

@@ -13,6 +13,7 @@ from typing import Any
 from pipelines import checkpoints, references, tracking
 from pipelines.checkpoints import CheckpointState, Published, newest_checkpoint
 from pipelines.config import Config, ConfigError
+from pipelines.display import NOT_WORKING, Notice, Report, TrainingStatus, no_notice, no_report
 from pipelines.retry import PATIENCE_S
 from pipelines.shards.captions import caption_width
 from pipelines.shards.index import Dataset, DatasetError, read_dataset
@@ -26,7 +27,7 @@ from pipelines.training.errors import TrainingError
 from pipelines.training.evaluations import Evaluations
 from pipelines.training.goodput import Goodput
 from pipelines.training.ledger import Ledger, goodput_of, read_sessions
-from pipelines.training.loop.health import PREFIX, expected_faults
+from pipelines.training.loop.health import expected_faults
 from pipelines.training.loop.log import send_unsent
 from pipelines.training.loop.shell import Job
 from pipelines.training.ray_train.monitor import only_driver
@@ -38,7 +39,7 @@ from pipelines.training.ray_train.resources import (
     require_resources,
 )
 from pipelines.training.ray_train.trainer import WorkerProvider, dedicated_workers
-from pipelines.training.ray_train.watch import Notice, Report, fit_and_watch
+from pipelines.training.ray_train.watch import fit_and_watch
 from pipelines.training.scoring import Evaluate, needs, score_on_ray
 
 logger = logging.getLogger(__name__)
@@ -177,15 +178,15 @@ def check_dataset(dataset: Dataset, config: Config) -> None:
 
 def train(
     plan: Plan,
-    report: Report = lambda values: None,
-    notice: Notice = lambda text: None,
+    report: Report = no_report,
+    notice: Notice = no_notice,
     workers: WorkerProvider = dedicated_workers,
     evaluate: Evaluate | None = None,
 ) -> TrainingResult:
     """Run a plan to its end.
 
     Args:
-        report: called with `images_seen` and `loss` while training goes on.
+        report: called with how far the training is while it goes on.
         notice: called with lines for the user, such as what Ctrl-C does.
         workers: provides the workers; see `ReusableWorkers` for some that train other runs as well.
         evaluate: scores published checkpoints, where `evaluation.every` asks for that; by default a task on Ray.
@@ -199,7 +200,7 @@ def train(
         return _complete(plan, notice, evaluate)
     began, notice = time.time(), on_the_page(tracker, notice)
     for fault in expected_faults(config):
-        notice(f"{PREFIX}{fault}")
+        notice(f"{NOT_WORKING}{fault}")
     connect_ray(config, job.storage)
     require_resources(config, notice)
     with only_driver(config) as monitor:
@@ -207,7 +208,7 @@ def train(
         ledger = Ledger(job.storage, job.run_uri, job.epoch)
         with _evaluations(job, evaluate, notice) as evaluations:
             with ledger.session(began):
-                error = _fit_until_stuck(job, monitor, ledger, report, notice, workers)
+                error = _fit_until_stuck(job, monitor, ledger, _with_scores(report, evaluations), notice, workers)
             if isinstance(error, FencedError):
                 raise TrainingError(str(error)) from error  # the MLflow run is another driver's now
             goodput = ledger.goodput()
@@ -233,11 +234,21 @@ def on_the_page(tracker: Tracker, notice: Notice) -> Notice:
 
     def tell(text: str) -> None:
         notice(text)
-        _, prefix, fault = text.partition(PREFIX)
+        _, prefix, fault = text.partition(NOT_WORKING)
         if prefix:
             faults.append(fault[:1].upper() + fault[1:] + ".")
             with tracking.recording("does not say on the run's page what is wrong with it"):
                 tracking.describe(replace(tracker, patience_s=0), {"Warnings": " ".join(faults)})
+
+    return tell
+
+
+def _with_scores(report: Report, evaluations: Evaluations) -> Report:
+    """Return a report that knows the distance of the newest checkpoint that has been scored."""
+
+    def tell(status: TrainingStatus) -> None:
+        scored_at, distance = evaluations.newest_distance() or (None, None)
+        report(replace(status, scored_at=scored_at, distance=distance))
 
     return tell
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import replace
 
 from pipelines import checkpoints, tracking
-from pipelines.checkpoints import PUBLISHED, Published
+from pipelines.checkpoints import BEST, PUBLISHED, Published
 from pipelines.config import Config
 from pipelines.display import Notice
 from pipelines.errors import PipelineError
@@ -125,6 +125,11 @@ class Evaluations:
             logger.debug("interrupted by the user")
         if self._thread.is_alive() and self.config.evaluation.every is not None:
             self.notice("the evaluations that are left are not waited for: the same command makes up for them")
+
+    def newest_distance(self) -> tuple[int, float] | None:
+        """Return (images seen, Frechet distance) of the newest checkpoint with scores; None where there is none yet."""
+        found = [(p.images_seen, p.scores[BEST]) for p in list(self.records.values()) if BEST in p.scores]
+        return max(found, default=None)
 
     def outstanding(self) -> bool:
         """Enter what was published as logged models, and return whether something is to be scored; without the thread.

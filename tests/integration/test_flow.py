@@ -323,7 +323,12 @@ def test_gc_finds_a_published_checkpoint_that_nothing_names_and_deletes_only_tha
         (["train", "+experiment=digits", "name=big", "cluster.num_workers=64"], 1, "too small for 64 workers"),
         (["train", "+experiment=digits", "data.uri=s3://ddpm/nothing"], 1, "no dataset at s3://ddpm/nothing"),
         (["train", "+experiment=digits", "storage.root=s3://other"], 2, "the local stack has the bucket ddpm"),
-        (["train", "+experiment=digits", "name=off", "tracking.uri=http://127.0.0.1:9"], 1, "no answer from MLflow"),
+        pytest.param(
+            ["train", "+experiment=digits", "name=off", "tracking.uri=http://127.0.0.1:9"],
+            1,
+            "no answer from MLflow",
+            marks=pytest.mark.slow,  # a first answer is waited for
+        ),
         (["sample", "models:/nobody@champion", "--out", "x"], 1, "not in the registry"),
         (["sample", "models:/digits@champion", "--labels", "eleven", "--out", "x"], 2, "no class 'eleven'"),
         (["sample", "nowhere", "--out", "x"], 1, "names no model"),

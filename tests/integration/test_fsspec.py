@@ -17,7 +17,7 @@ from pipelines.storage import Storage
 from tests.gcs import gcs_emulator
 from tests.integration.conftest import Shell
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 RUN = [
     "+experiment=digits",
@@ -33,7 +33,7 @@ RUN = [
 ]
 
 
-@pytest.fixture(params=["local", pytest.param("gs", marks=pytest.mark.slow)])
+@pytest.fixture(params=["local", "gs"])
 def root(request, tmp_path, monkeypatch) -> Iterator[str]:
     if request.param == "local":
         yield f"local://{tmp_path}/store"

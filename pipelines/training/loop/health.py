@@ -15,10 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.config import Config
+from pipelines.display import NOT_WORKING
 
 logger = logging.getLogger(__name__)
-PREFIX = "not working: "
-"""How a line of these begins, by which the driver knows it."""
 LOW_SNR = 1 / 400
 """Signal-to-noise ratio at which predicted images are compared with the mean image: nearly all is noise there."""
 WORSE_THAN_MEAN = 1.5
@@ -168,7 +167,7 @@ class Health:
         if kind in self.told:
             return []
         self.told.add(kind)
-        return [PREFIX + text]
+        return [NOT_WORKING + text]
 
 
 def blank(drawn: NDArray[np.uint8], real: NDArray[np.uint8]) -> float:

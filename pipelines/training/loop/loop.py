@@ -179,7 +179,9 @@ class TrainingLoop:
     def _show_preview(self) -> None:
         if self.config.tracking.grid_every is not None:
             with self.clock.during("grid"):
-                self.preview.show(self.state)
+                drawn = self.preview.show(self.state)
+            if drawn is not None:
+                self.shell.samples(drawn)
 
     def _evaluate(self) -> None:
         seen, hook = self.state.images_seen, self.context.job.evaluation_hook

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -32,6 +34,8 @@ NOISE_LEVELS = (0.05, 0.25, 0.5, 0.75)  # timesteps, as fractions of T
 BATCH = 64
 TEXTS = 512
 """Test images, at most, whose texts a classifier of texts is to tell apart."""
+SHOWN = 20
+"""Samples, at most, that the driver's terminal is sent."""
 JUDGED = 64
 """Test images with which samples and predictions are compared; a quarter of it of large ones."""
 
@@ -52,14 +56,18 @@ class Preview:
         """The reader of the test split."""
         return open_test_split(self.context)
 
-    def show(self, state: TrainingState) -> None:
-        """Log one grid, or one set of accuracies; called by every rank at the same step."""
+    def show(self, state: TrainingState) -> NDArray[np.uint8] | None:
+        """Log one grid, or one set of accuracies; called by every rank at the same step.
+
+        Returns:
+            The first images of the grid, uint8 [N, H, W, C], on rank 0; None where no grid was drawn, and elsewhere.
+        """
         if self.context.config.task == "classifier":
             self._log_accuracies(state)
-        else:
-            self._log_grid(state)
+            return None
+        return self._log_grid(state)
 
-    def _log_grid(self, state: TrainingState) -> None:
+    def _log_grid(self, state: TrainingState) -> NDArray[np.uint8] | None:
         context, spec, limit = self.context, self.context.spec, self.context.config.tracking.grid_images
         classes = grid_classes(len(spec.classes), limit) if self._by_class else ()
         rows, columns = grid_shape(len(classes), limit)
@@ -80,10 +88,11 @@ class Preview:
         grid = all_gather_items(images, count)
         if self.log:
             names = tuple(spec.classes[c] for c in classes)
-            pixels = label_grid(to_uint8(grid).cpu().numpy(), columns, names)
-            self.log.image("samples", pixels, state.images_seen)
+            drawn = to_uint8(grid).cpu().numpy()
+            self.log.image("samples", label_grid(drawn, columns, names), state.images_seen)
         if "test" in context.job.dataset.splits and not context.config.model.inpainting:
             self._judge(state, grid)
+        return drawn[:SHOWN] if self.log else None
 
     def _judge(self, state: TrainingState, grid: Tensor) -> None:
         """Compare samples with test images, and predictions where nearly all is noise with their mean image.

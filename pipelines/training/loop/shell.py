@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ddpm.model import ModelSpec
 from pipelines.checkpoints import FOLDER, run_folder
@@ -25,6 +27,9 @@ class Shell(Protocol):
 
     def progress(self, progress: Progress) -> None:
         """Report progress; called on rank 0 after every step and once more at the end, must not block."""
+
+    def samples(self, images: NDArray[np.uint8]) -> None:
+        """Show samples [N, H, W, C] of the averaged weights; called on rank 0, must not block."""
 
     def stop_requested(self) -> bool:
         """Return whether to stop at the next step boundary, with a checkpoint; rank 0 only, must not block."""

@@ -25,6 +25,7 @@ class Monitor:
         self.stop = False
         self.final: str | None = None
         self.lines: deque[tuple[int, str]] = deque(maxlen=HEARD_LINES)
+        self.samples: Any = None
 
     def post(self, attempt: str, elapsed_s: float, progress: Progress) -> bool:
         """Record the newest progress of an attempt that began `elapsed_s` ago, and return whether to stop."""
@@ -59,6 +60,15 @@ class Monitor:
         lines = list(self.lines)
         self.lines.clear()
         return lines
+
+    def show(self, samples: Any) -> None:
+        """Keep the newest samples, an array of images, until the driver takes them."""
+        self.samples = samples
+
+    def take_samples(self) -> Any:
+        """Return samples that are newer than the last call; None where there are none."""
+        samples, self.samples = self.samples, None
+        return samples
 
     def request_stop(self) -> None:
         """Ask rank 0 to stop at its next step."""

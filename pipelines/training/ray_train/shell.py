@@ -6,7 +6,9 @@ import time
 import uuid
 from typing import Any
 
+import numpy as np
 import ray
+from numpy.typing import NDArray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
 from ray.train.v2._internal.execution.context import get_train_context
 
@@ -45,6 +47,10 @@ class RayShell:
         self._read_reply(timeout=0)
         if self.reply is None and time.monotonic() - self.posted_at > POST_EVERY_S:
             self._post()
+
+    def samples(self, images: NDArray[np.uint8]) -> None:
+        """Send samples to be shown; nobody waits for them, and some that are lost are followed by others."""
+        self.monitor.show.remote(images)
 
     def close(self) -> None:
         """Send the last progress and wait until it has arrived."""

@@ -12,6 +12,7 @@ from typing import Any
 from ray.exceptions import RayError
 
 from pipelines.config import ClusterConfig
+from pipelines.display import Notice, Report, TrainingStatus
 from pipelines.storage import FencedError, StorageError
 from pipelines.training.errors import TrainingError
 from pipelines.training.ledger import Ledger
@@ -23,11 +24,6 @@ from pipelines.training.ray_train.worker_logs import Heard
 WATCH_EVERY_S = 0.5
 SHORTAGE_EVERY_S = 5.0
 TAKEOVER_EVERY_S = 10.0
-
-Report = Callable[[dict[str, float]], None]
-"""Called with `images_seen` and `loss` while training goes on."""
-Notice = Callable[[str], None]
-"""Called with lines for the user."""
 
 
 def fit_and_watch(
@@ -60,6 +56,7 @@ def fit_and_watch(
             try:
                 attempts, loss = answer(monitor.snapshot.remote(), "the progress of the workers", patience_s)
                 lines = answer(monitor.take_lines.remote(), "the messages of the workers", patience_s)
+                samples = answer(monitor.take_samples.remote(), "the samples of the workers", patience_s)
                 short = lasting_shortage.check()
             except TrainingError as error:
                 return error
@@ -68,7 +65,9 @@ def fit_and_watch(
             ledger.update(attempts)
             heard.add(lines)
             if attempts:
-                report({"images_seen": attempts[-1].images_seen, **({} if loss is None else {"loss": loss})})
+                goodput = ledger.goodput()
+                fraction = goodput.fraction if goodput else None
+                report(TrainingStatus(attempts[-1].images_seen, loss, fraction, samples=samples))
             if fenced := takeover.check():
                 return fenced
             if short:

@@ -2,11 +2,13 @@
 
 import io
 
+import numpy as np
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from pipelines.cli.terminal import Terminal
-from pipelines.display import TimeBreakdown
+from pipelines.display import NOT_WORKING, TimeBreakdown, TrainingStatus
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
@@ -36,8 +38,63 @@ def test_a_counter_says_how_long_the_rest_takes_once_it_can_tell(capsys, monkeyp
 
 
 def test_a_training_shows_images_and_loss_and_never_more_than_all_images(capsys):
-    Terminal().training(100, 0)({"images_seen": 128.0, "loss": 0.25})
+    Terminal().training(100, 0)(TrainingStatus(128, loss=0.25))
     assert lines(capsys) == [["train", "100%", "100", "images,", "0/s,", "loss", "0.2500"]]
+
+
+def test_a_training_shows_goodput_and_the_distance_of_the_checkpoint_that_was_scored_last(capsys):
+    Terminal().training(100, 0)(TrainingStatus(50, 0.25, goodput=0.913, distance=3.14159, scored_at=1280))
+    assert capsys.readouterr().err.split("loss 0.2500, ")[1] == "goodput 91%, distance 3.14 at 1,280\n"
+
+
+def on_a_terminal(**settings):
+    terminal, shown = Terminal(), io.StringIO()
+    terminal.console = Console(file=shown, force_terminal=True, width=80, **settings)
+    return terminal, shown
+
+
+def a_bright_and_a_dark_sample(size, channels):
+    return np.stack([np.full((size, size, channels), level, np.uint8) for level in (255, 9)])
+
+
+@pytest.mark.parametrize("size, channels", [(8, 1), (200, 3)])
+def test_a_terminal_shows_the_newest_samples_below_the_bar(size, channels):
+    terminal, shown = on_a_terminal(color_system="truecolor")
+    with terminal.live():
+        report = terminal.training(100, 0)
+        report(TrainingStatus(10, 0.5))
+        report(TrainingStatus(20, 0.25, goodput=0.5, samples=a_bright_and_a_dark_sample(size, channels)))
+        report(TrainingStatus(30, 0.125))
+    last = shown.getvalue().rpartition("loss 0.1250")[2]  # what was drawn before stays until there is something newer
+    assert "38;2;255;255;255" in last
+    assert "38;2;9;9;9" in last
+    assert max(len(Text.from_ansi(line).plain) for line in last.splitlines()) <= 80
+
+
+def test_a_terminal_without_colours_shows_no_samples():
+    terminal, shown = on_a_terminal(color_system=None)
+    with terminal.live():
+        terminal.training(100, 0)(TrainingStatus(20, 0.25, samples=a_bright_and_a_dark_sample(8, 1)))
+    assert "▀" not in shown.getvalue()
+    assert "loss 0.2500" in shown.getvalue()
+
+
+@pytest.mark.parametrize("force_terminal", [True, False])
+def test_a_quiet_terminal_shows_errors_and_what_does_not_work_and_nothing_else(force_terminal):
+    terminal, shown = Terminal(), io.StringIO()
+    terminal.console = Console(file=shown, force_terminal=force_terminal, color_system=None, width=200)
+    terminal.quiet = True
+    with terminal.live():
+        terminal.stage("train", "new run")
+        terminal.training(100, 0)(TrainingStatus(100, 0.25, samples=a_bright_and_a_dark_sample(8, 1)))
+        terminal.counter("sample", "images")(1, 1)
+        terminal.breakdown(TimeBreakdown("goodput", "title", {"productive": 3.0}, 3.0, ["all of it"]))
+        with terminal.services() as notice:
+            notice("ray", "healthy")
+        terminal.stage("train", f"{NOT_WORKING}the loss does not fall")
+    terminal.error("error", ValueError("it ends here"))
+    said = "train not working: the loss does not fall error it ends here"
+    assert " ".join(shown.getvalue().split()) == said
 
 
 def test_a_breakdown_is_lines(capsys):

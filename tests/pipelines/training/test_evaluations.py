@@ -153,11 +153,13 @@ def until(condition, what: str) -> None:
 
 
 def test_scores_are_recorded_while_training_goes_on_on_the_run_the_record_and_one_logged_model(run, mlflow):
-    with run.driver():
+    with run.driver() as evaluations:
+        assert evaluations.newest_distance() is None
         run.publish(100, 150)
-        until(lambda: list_published(run.tracker)[0].scores, "the first is scored")
+        until(lambda: evaluations.newest_distance() == (100, 10.0), "the first is scored")
         run.publish(200)
         until(lambda: list_published(run.tracker)[-1].scores, "the next is scored")
+        until(lambda: evaluations.newest_distance() == (200, 5.0), "and is the newest")
     assert run.curve() == [(100, 10.0), (200, 5.0)]
     assert run.scored == [100, 200]
     assert {p.images_seen: p.scores for p in list_published(run.tracker)} == {

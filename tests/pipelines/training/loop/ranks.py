@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -77,12 +78,16 @@ class FolderShell:
         self.folder, self.rank = folder, rank
         self.stop_after, self.checkpoint_after = stop_after, checkpoint_after
         self.reports: list[Progress] = []
+        self.shown: list[np.ndarray] = []
         self.asked = 0
 
     def progress(self, progress):
         self.reports.append(progress)
         with (self.folder / "trace.jsonl").open("a") as file:
             file.write(json.dumps([progress.images_seen, progress.loss]) + "\n")
+
+    def samples(self, images):
+        self.shown.append(images)
 
     def stop_requested(self):
         return self.stop_after is not None and len(self.reports) >= self.stop_after - 1

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from pipelines.config import compose, groups
+from pipelines.display import NOT_WORKING
 from pipelines.training.loop import health
-from pipelines.training.loop.health import PREFIX, Health, blank, expected_faults
+from pipelines.training.loop.health import Health, blank, expected_faults
 from tests.pipelines.training.loop.ranks import tiny_config, train_here
 
 NEEDED = {"folder32": ["name=mine", "data.source=photos", "data.num_classes=3"]}
@@ -43,7 +44,7 @@ def test_no_shipped_experiment_is_expected_to_fail_and_a_loss_that_falls_is_no_f
 
 def test_a_loss_that_stays_is_told_once_with_a_rate_to_try():
     (said,) = fed(of_digits(), lambda share: 0.95 + 0.01 * math.sin(99 * share))
-    assert said.startswith(f"{PREFIX}the loss is 0.9")
+    assert said.startswith(f"{NOT_WORKING}the loss is 0.9")
     assert "try optim.lr=0.006" in said
     assert "ddpm check s3://ddpm/datasets/digits" in said
 
@@ -133,6 +134,6 @@ def test_a_short_training_of_eps_says_what_is_wrong_and_one_of_v_does_not(digits
         folder = tmp_path / prediction
         config = tiny_config(folder, 60 * 32, 32, *short, f"objective.prediction={prediction}")
         train_here(folder, digits, config)
-        said[prediction] = [record.getMessage() for record in caplog.records if PREFIX in record.getMessage()]
+        said[prediction] = [record.getMessage() for record in caplog.records if NOT_WORKING in record.getMessage()]
     assert said["v"] == []
     assert any("as far off as the mean image" in text and "objective.prediction=v" in text for text in said["eps"])

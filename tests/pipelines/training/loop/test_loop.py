@@ -114,8 +114,9 @@ def test_curves_are_by_images_seen_and_have_speed_and_health(digits, tmp_path):
     ids=["classes", "inpainting"],
 )
 def test_a_grid_costs_no_more_images_than_asked_for(digits, tmp_path, conditions, rows, columns, header):
-    _, tracker = run(tmp_path / "r", digits, "tracking.grid_images=6", *conditions)
+    shell, tracker = run(tmp_path / "r", digits, "tracking.grid_images=6", *conditions)
     tile = MIN_TILE + 4
+    assert [images.shape for images in shell.shown] == [(6, 8, 8, 1)] * 2
     assert [shape for _, shape in tracker.images] == [(header + rows * tile + 4, columns * tile + 4, 3)] * 2
 
 

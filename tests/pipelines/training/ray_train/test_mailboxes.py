@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines.training.ray_train.mailboxes import JobQueue
+from pipelines.training.ray_train.mailboxes import JobQueue, Monitor
 
 NOTHING_YET, THE_END = (JobQueue.WAIT, None), (JobQueue.END, None)
 
@@ -25,6 +25,14 @@ def test_each_worker_takes_every_job_once_and_in_order():
     queue.close()
     assert [queue.take(seen) for seen in last] == [THE_END] * 2
     assert queue.put("fourth") is None
+
+
+def test_samples_are_taken_once_and_newer_ones_replace_those_that_wait():
+    monitor = Monitor()
+    assert monitor.take_samples() is None
+    monitor.show("older")
+    monitor.show("newer")
+    assert (monitor.take_samples(), monitor.take_samples()) == ("newer", None)
 
 
 def test_workers_that_have_started_again_take_the_run_under_way_and_none_that_has_ended():
