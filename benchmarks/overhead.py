@@ -27,7 +27,10 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipelines.display import TrainingStatus
 
 BATCH = 128
 SETTINGS = ["+experiment=digits", "optim.decay=constant", "optim.precision=fp32", f"batch_size={BATCH}",
@@ -241,11 +244,11 @@ class _Bench:
         found: list[Any] = []
         seen: list[tuple[float, float, float, float]] = []  # images, time, CPU seconds of the worker and of the driver
 
-        def sample(values: dict[str, float]) -> None:
-            if values["images_seen"] > 0:
+        def sample(status: TrainingStatus) -> None:
+            if status.images_seen > 0:
                 found[:] = found or _workers(self.state.home)
                 used = found[0].cpu_times()
-                seen.append((values["images_seen"], time.time(), used.user + used.system, time.process_time()))
+                seen.append((status.images_seen, time.time(), used.user + used.system, time.process_time()))
 
         scored = every if evaluate else "null"
         config = self.fill([f"name={name}", f"images={images}", "cluster.num_workers=1", f"checkpoint.every={every}",
