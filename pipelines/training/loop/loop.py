@@ -94,8 +94,6 @@ class TrainingLoop:
     def run(self) -> None:
         """Train until `config.images` images are seen or a stop is requested; the last checkpoint is always saved."""
         config, state = self.config, self.state
-        if state.images_seen == 0:
-            self._show_preview()
         batches = iter(self.stream)
         self.clock.switch("step")
         while (batch := self._next_batch(batches)) is not None:
@@ -113,8 +111,9 @@ class TrainingLoop:
             # Log metrics and report progress.
             self._log_step(result, finished)
 
-            # Draw samples, and call the evaluation hook.
-            if finished or self._crossed(config.tracking.grid_every or config.images):
+            # Draw samples, and call the evaluation hook. The first are drawn after a step, which says that all works.
+            first = state.images_seen == config.batch_size
+            if first or finished or self._crossed(config.tracking.grid_every or config.images):
                 self._show_preview()
             self._evaluate()
 

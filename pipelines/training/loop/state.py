@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ddpm.ema import EMA, PowerEMA
 from ddpm.model import make_classifier
@@ -151,5 +152,7 @@ def ema_weights(state: TrainingState) -> Iterator[nn.Module]:
         yield network
     finally:
         network.train()
+        if isinstance(network, FSDPModule):
+            network.reshard()  # the root keeps what its forward gathered, and would train on it at the next step
         with torch.no_grad():
             torch._foreach_copy_(live, kept)

@@ -115,6 +115,7 @@ def test_curves_are_by_images_seen_and_have_speed_and_health(digits, tmp_path):
 )
 def test_a_grid_costs_no_more_images_than_asked_for(digits, tmp_path, conditions, rows, columns, header):
     shell, tracker = run(tmp_path / "r", digits, "tracking.grid_images=6", *conditions)
+    assert [step for step, _ in tracker.images] == [BATCH, STEPS * BATCH]  # after the first step and after the last
     tile = MIN_TILE + 4
     assert [images.shape for images in shell.shown] == [(6, 8, 8, 1)] * 2
     assert [shape for _, shape in tracker.images] == [(header + rows * tile + 4, columns * tile + 4, 3)] * 2
@@ -153,7 +154,7 @@ def test_a_classifier_of_noisy_images_is_trained_by_the_same_loop(digits, tmp_pa
     config = ["task=classifier", "optim.lr=1e-2", "optim.warmup_images=0", "optim.ema_half_life=400", "batch_size=50"]
     _, tracker = run(tmp_path / "c", digits, *config, "images=4000", "tracking.grid_every=4000")
     keys = [f"test/accuracy_t{t:04d}" for t in (50, 250, 500, 750)]
-    first, last = ([tracker.points[n][key] for key in keys] for n in (0, 4000))
+    first, last = ([tracker.points[n][key] for key in keys] for n in (50, 4000))
     assert max(first) < 0.2
     assert last[0] > 0.25
     assert last[0] > last[-1]
@@ -201,7 +202,7 @@ def test_a_classifier_of_captions_is_trained_by_the_same_loop(captioned, tmp_pat
     config = ["task=classifier", *TEXT, "optim.lr=1e-2", "optim.warmup_images=0", "optim.ema_half_life=200"]
     _, tracker = run(tmp_path / "c", captioned, *config, "images=3000", "tracking.grid_every=3000")
     keys = [f"test/accuracy_t{t:04d}" for t in (50, 250, 500, 750)]
-    assert set(keys) <= tracker.points[0].keys() & tracker.points[3000].keys()
+    assert set(keys) <= tracker.points[25].keys() & tracker.points[3000].keys()
     found = losses(tmp_path / "c")
     assert found[-10:].mean() < found[:10].mean()
     spec, classifier = load_classifier(last_checkpoint(tmp_path / "c"))
