@@ -32,7 +32,8 @@ RISEN, STEEPER = 1.5, 3.0
 BRIGHTNESS, CONTRAST = 0.15, 0.3
 """How far outside that of real images the mean of a sample lies, of 0..1, and the share of the least contrast of real
 images that a sample has, for it to be called grey, black or white."""
-MOST_BAD = 0.5
+SOME_BAD, MOST_BAD = 0.1, 0.5
+"""Shares of such samples: from the first on poor predictions are taken to be at fault, beyond the second all are."""
 
 
 def say(faults: Iterable[str]) -> None:
@@ -115,21 +116,25 @@ class Health:
             )
         return []
 
-    def prediction(self, images_seen: int, error: float, mean_error: float) -> list[str]:
-        """Return the fault of predictions where nearly all is noise.
+    def prediction(self, images_seen: int, error: float, mean_error: float, bad: float) -> list[str]:
+        """Return the fault of predictions where nearly all is noise, where samples show it.
+
+        They may be poor and the samples good: on images of 8 pixels the steps after the first ones make up for them.
 
         Args:
             error: mean squared error of the predicted x_0 of test images at the ratio `LOW_SNR`, clipped.
             mean_error: of their mean image.
+            bad: share of `blank` samples.
         """
-        if self._too_early(images_seen) or error <= WORSE_THAN_MEAN * mean_error:
+        if self._too_early(images_seen) or error <= WORSE_THAN_MEAN * mean_error or bad < SOME_BAD:
             return []
         eps = self.config.objective.prediction == "eps"
         mend = "objective.prediction=v in a new run" if eps else "more images, or a lower optim.lr in a new run"
         return self._once(
             "prediction",
             f"where nearly all is noise, predicted images are {error / mean_error:.1f} times as far off as the mean "
-            f"image ({error:.2g} against {mean_error:.2g}), so that samples come out grey or white: use {mend}",
+            f"image ({error:.2g} against {mean_error:.2g}), and {bad:.0%} of the samples in the grid are brighter, "
+            f"darker or flatter than any real image: use {mend}",
         )
 
     def samples(self, images_seen: int, drawn: NDArray[np.uint8], real: NDArray[np.uint8]) -> list[str]:

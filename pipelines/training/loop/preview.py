@@ -25,7 +25,7 @@ from pipelines.training.loop.collectives import all_gather_items, rank_indices
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.data import open_test_split, read_samples
 from pipelines.training.loop.hardware import to_device
-from pipelines.training.loop.health import LOW_SNR, Health, say
+from pipelines.training.loop.health import LOW_SNR, Health, blank, say
 from pipelines.training.loop.state import TrainingState, ema_weights
 from pipelines.training.loop.task import label_and_text
 
@@ -120,8 +120,9 @@ class Preview:
         real = all_gather_items(x_0.float(), count)
         if self.log:
             of_mean = (real - real.mean(0)).square().mean().item() * count / (count - 1)
-            say(self.health.prediction(state.images_seen, errors.mean().item(), of_mean))
-            say(self.health.samples(state.images_seen, *(to_uint8(x).cpu().numpy() for x in (grid, real))))
+            drawn, known = (to_uint8(x).cpu().numpy() for x in (grid, real))
+            say(self.health.prediction(state.images_seen, errors.mean().item(), of_mean, blank(drawn, known)))
+            say(self.health.samples(state.images_seen, drawn, known))
 
     @property
     def _by_class(self) -> bool:

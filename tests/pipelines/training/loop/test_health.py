@@ -73,10 +73,11 @@ def test_steps_that_are_not_finite_are_somebody_elses_to_tell():
 @pytest.mark.parametrize("prediction, error, told", [("eps", 0.7, True), ("v", 0.22, False), ("v", 0.9, True)])
 def test_predictions_worse_than_the_mean_image_are_told_with_what_mends_them(prediction, error, told):
     judge = Health(of_digits(f"objective.prediction={prediction}"), 0)
-    assert judge.prediction(10_240, error, 0.19) == []  # it is early
-    said = judge.prediction(51_200, error, 0.19)
+    assert judge.prediction(10_240, error, 0.19, 0.3) == []  # it is early
+    assert judge.prediction(51_200, error, 0.19, 0.0) == []  # no sample shows it
+    said = judge.prediction(51_200, error, 0.19, 0.3)
     assert bool(said) is told
-    assert judge.prediction(102_400, error, 0.19) == []  # once
+    assert judge.prediction(102_400, error, 0.19, 0.3) == []  # once
     if told:
         assert ("objective.prediction=v in a new run" in said[0]) is (prediction == "eps")
 
