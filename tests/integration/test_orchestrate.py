@@ -1,0 +1,63 @@
+"""The stages as Dagster assets on the real services: made once, skipped by digest the second time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from pipelines.orchestrate.settings import Settings
+from tests.integration.conftest import Shell
+
+dg = pytest.importorskip("dagster", reason="comes with the extra orchestrate")
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+SHORT = (
+    "+experiment=digits",
+    "name=assets",
+    "images=1280",
+    "sampler.steps=4",
+    "evaluation.n=90",
+    "evaluation.seeds=1",
+    "evaluation.likelihood_images=4",
+    "tracking.grid_images=10",
+)
+
+
+def test_the_digits_graph_is_materialised_once_and_then_skipped(shell: Shell, local_stack, monkeypatch):
+    from pipelines.orchestrate.definitions import JOB, make_definitions
+
+    for name in ("DDPM_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, shell.environment[name])
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    job = make_definitions(Settings(partitions={"short": SHORT}, retries=0)).resolve_job_def(JOB)
+    client = MlflowClient(tracking_uri=local_stack.tracking_uri)
+    found = []
+    for _ in range(2):
+        result = job.execute_in_process(partition_key="short", raise_on_error=False)
+        events = result.get_asset_materialization_events()
+        found.append({event.asset_key.to_user_string(): event.materialization.metadata for event in events})
+        (check,) = result.get_asset_check_evaluations()
+        # A model of 1,280 images may be refused as noise: then that is what the check says, and there is no champion.
+        assert result.success == check.passed == ("champion" in found[-1])
+        assert "|" in check.metadata["table"].value or check.metadata["reason"].value
+    made, again = found
+    assert {"dataset", "run", "evaluation", "version"} <= made.keys()
+    (run,) = [
+        r
+        for r in client.search_runs([client.get_experiment_by_name("ddpm").experiment_id])
+        if r.info.run_name == "assets"
+    ]
+    assert made["run"]["run_id"].value == run.info.run_id
+    assert run.info.run_id in made["run"]["mlflow"].value
+    assert made["run"]["skipped"].value is False
+    assert made["evaluation"]["scores/frechet_distance"].value > 0
+    (version,) = client.search_model_versions("name = 'assets'")
+    assert made["version"]["version"].value == str(version.version)
+    assert made["version"]["served_digest"].value == version.tags["served_digest"]
+    for asset in ("dataset", "run", "evaluation", "version"):
+        assert again[asset]["skipped"].value is True
+        assert again[asset]["why"].value.startswith("skipped: ")
+        assert again[asset]["inputs"].value == made[asset]["inputs"].value
