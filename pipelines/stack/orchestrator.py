@@ -46,7 +46,7 @@ concurrency:
       - key: ddpm/trains            # nor two trainings on one machine
         limit: 1
 """
-"""Dagster's own settings: how many runs there may be at a time."""
+"""The text of Dagster's own settings where there are none yet: how many runs there may be at a time."""
 
 
 def orchestrator_environment(home: Path) -> dict[str, str]:
@@ -60,7 +60,7 @@ def orchestrator_environment(home: Path) -> dict[str, str]:
 
 
 def prepare(home: Path) -> None:
-    """Make the folder of Dagster's state, and the settings where there are none.
+    """Make the folder of Dagster's state, and both files of settings where there are none.
 
     Raises:
         StackError: Dagster is not installed, or the stack is private.
@@ -78,9 +78,9 @@ def prepare(home: Path) -> None:
         )
     folder = home / "dagster"
     folder.mkdir(mode=0o700, exist_ok=True)
-    (folder / "dagster.yaml").write_text(INSTANCE)
-    if not (home / SETTINGS_FILE).exists():
-        (home / SETTINGS_FILE).write_text(SETTINGS)
+    for file, text in ((folder / "dagster.yaml", INSTANCE), (home / SETTINGS_FILE, SETTINGS)):
+        if not file.exists():
+            file.write_text(text)
 
 
 def start_webserver(home: Path, running: dict[str, Service]) -> Service:

@@ -11,9 +11,11 @@ def test_dagster_keeps_its_state_in_the_stacks_folder_and_the_users_settings_sta
     orchestrator.prepare(tmp_path)
     settings = tmp_path / orchestrator.SETTINGS_FILE
     assert stat.S_IMODE((tmp_path / "dagster").stat().st_mode) == 0o700
-    settings.write_text("cron: '@daily'")
+    files = [settings, tmp_path / "dagster" / "dagster.yaml"]
+    for file in files:
+        file.write_text("# mine")
     orchestrator.prepare(tmp_path)
-    assert settings.read_text() == "cron: '@daily'"
+    assert [file.read_text() for file in files] == ["# mine"] * 2
     environment = orchestrator.orchestrator_environment(tmp_path)
     assert environment["DAGSTER_HOME"] == str(tmp_path / "dagster")
     assert environment["DDPM_ORCHESTRATE"] == str(settings)
