@@ -55,12 +55,14 @@ def run(turns: int, quick: bool) -> dict[str, Any]:
     import ray
 
     from pipelines.cli.terminal import Terminal
-    from pipelines.flow import ingest_stage
+    from pipelines.flow import Site
+    from pipelines.flow.ingest import Ingest
+    from pipelines.flow.walk import walk
     from pipelines.storage import Storage
     from pipelines.training.ray_train.resources import connect_ray
 
     storage = Storage.of(config)
-    ingest_stage(config, storage, Terminal())
+    walk([Ingest(config)], Site(storage, {}, Terminal()))
     connect_ray(config, storage)
     at_a_time = int(ray.cluster_resources()["CPU"])
     ours(1, config)  # trains the evaluator, which later studies reuse

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ddpm.ema import PowerSnapshot, reconstruct
+from ddpm.model import ModelSpec
 from pipelines import tracking
 from pipelines.checkpoints.files import STATE, CheckpointState, ModelError
 from pipelines.scratch import scratch_folder
@@ -64,6 +65,18 @@ def publish(storage: Storage, uri: str, target_uri: str, state: CheckpointState)
     storage.write(join(target_uri, STATE), state.to_json().encode())
     digest = hashlib.sha256(json.dumps(state.files, sort_keys=True).encode()).hexdigest()
     return Published(target_uri, state.images_seen, digest)
+
+
+def published_spec(published: Published, storage: Storage) -> ModelSpec:
+    """Return the description of the model of a published checkpoint, without its weights.
+
+    Raises:
+        ModelError: it is damaged or of another version.
+    """
+    try:
+        return ModelSpec.from_json(storage.read(join(published.uri, "model.json")).decode())
+    except ValueError as error:
+        raise ModelError(f"{published.uri}: {error}") from error
 
 
 def record_published(tracker: Tracker, published: Published) -> None:

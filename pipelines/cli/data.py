@@ -41,7 +41,7 @@ def ingest(
     over_ray = bool(config.cluster.address or os.environ.get("RAY_ADDRESS"))
     config = connect(config, ["s3"] if any(end.startswith("s3://") for end in (source, to)) else [])
 
-    from pipelines import flow
+    from pipelines.flow.ingest import write_dataset
     from pipelines.storage import Storage
 
     storage = Storage.of(config)
@@ -50,7 +50,7 @@ def ingest(
 
         connect_ray(config, storage)
     with terminal.live():
-        done = flow.write_dataset(config, storage, terminal)
+        done = write_dataset(config, storage, terminal)
     dataset = done.dataset
     counts = {split: dataset.samples(split) for split in dataset.splits}
     answer_json(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,19 +15,25 @@ from pipelines.cli.common import (
     Json,
     Quiet,
     answer_json,
-    compose_connected,
+    compose,
     connect,
+    find_running,
     quoted_override,
     read_arguments,
     show_verdict,
     terminal,
 )
 from pipelines.cli.plan import BUDGET, show_plan
+from pipelines.flow import GRAPH, Site, select
 from pipelines.lineage import code_lineage
 
 if TYPE_CHECKING:
     from pipelines.config import Config
+    from pipelines.flow.walk import FlowResult
     from pipelines.plan.keep import StoredPlan
+
+_UNREGISTERED = ("ingest", "train", "evaluate")
+"""Stages after which there is no registered model yet."""
 
 
 def flow(
@@ -37,54 +44,108 @@ def flow(
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for images and a grid of the registered model")
     ] = None,
+    first: Annotated[
+        str | None, typer.Option("--from", metavar="STAGE", help="Start here; the results before it have to be there")
+    ] = None,
+    last: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and why; start nothing")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Ingest, train, evaluate, register; finished stages are skipped. Example: ddpm flow photos/ budget=30m
 
     With a SOURCE and no +experiment, size, network and length are chosen for the images, this machine and the budget.
+    STAGE is ingest, train, evaluate, register or gate.
     """
     terminal.quiet = quiet
     began = time.monotonic()
+    select(GRAPH, first, last)  # before anything starts
+    if out is not None and (dry_run or last in _UNREGISTERED):
+        raise typer.BadParameter("--out draws the registered model: leave --dry-run out, and --until before register")
+    config, made, overrides = _configured(arguments, config_file, began, dry_run=dry_run)
+
+    from pipelines.flow.graph import stages
+    from pipelines.flow.walk import preview, walk
+    from pipelines.storage import Storage
+
+    site = Site(Storage.of(config), code_lineage(), terminal)
+    if dry_run:
+        found = preview(stages(config), site, first, last)
+        for stage in found:
+            terminal.stage(stage.name, f"{'will run' if stage.runs else 'will be skipped'}: {stage.reason}")
+        answer_json(as_json, {"stages": [dataclasses.asdict(stage) for stage in found]})
+        return
+    with terminal.live():
+        result = walk(stages(config), site, first, last)
+    answer = result.to_dict()
+    _show(result, config)
+    if made is not None and last is None:
+        answer |= _what_it_took(made, overrides, time.monotonic() - began)
+    if out is not None:
+        answer["grid"] = _drawn(result, config, out)
+        terminal.stage("grid", answer["grid"])
+    if "mlflow" in answer:
+        terminal.stage("mlflow", answer["mlflow"])
+    answer_json(as_json, answer)
+
+
+def _show(result: FlowResult, config: Config) -> None:
+    """Show the scores, the verdict and the version of a walk, as far as they are there."""
+    found = result.results
+    if found.evaluation is not None:
+        for name, text in found.evaluation.lines():
+            terminal.stage(name, text)
+    if found.champion is not None and found.version is not None:
+        show_verdict(found.champion, failed_only=True)
+        terminal.stage("registry", f"{found.version.uri}, alias {config.registry.alias} {found.champion.outcome}")
+    elif found.version is not None:
+        terminal.stage("registry", found.version.uri)
+
+
+def _drawn(result: FlowResult, config: Config, out: Path) -> str:
+    """Draw images of the registered model into a folder, and return the path of their grid."""
+    from pipelines import references
+    from pipelines.inference import write_samples
+    from pipelines.storage import Storage
+
+    version, scores = result.results.version, result.results.evaluation
+    assert version is not None
+    assert scores is not None
+    resolved = references.resolve(version.uri, tracking_uri=config.tracking.uri, storage=Storage.of(config))
+    return str(write_samples(resolved, out, 8, (scores.prompts or {}).get("examples")))
+
+
+def _configured(
+    arguments: list[str] | None, config_file: Path | None, began: float, *, dry_run: bool
+) -> tuple[Config, StoredPlan | None, list[str]]:
+    """Return the configuration that the arguments ask for, its plan where it has one, and the overrides.
+
+    Args:
+        began: when the command did, by the monotonic clock.
+        dry_run: whether the services are only looked for, and not started.
+    """
     source, budget, overrides = read_arguments(arguments)
-    made: StoredPlan | None = None
+
+    def connected(config: Config) -> Config:
+        return find_running(config, ["s3", "mlflow"], ["ray"]) if dry_run else connect(config, SERVICES)
+
     if config_file is not None:
         from pipelines.config import read_config
 
         if source is not None or budget is not None:
             raise typer.BadParameter("--config has a source and a length of its own: leave SOURCE and budget out")
-        config = connect(read_config(config_file, overrides), SERVICES)
-    elif source is None:
+        return connected(read_config(config_file, overrides)), None, overrides
+    if source is None:
         if budget is not None:
             raise typer.BadParameter(f"budget={budget} is for a SOURCE, such as `ddpm flow photos budget={budget}`")
-        config = compose_connected(overrides)
-    elif any(text.lstrip("+").startswith("experiment=") for text in overrides):
+        return connected(compose(overrides)), None, overrides
+    if any(text.lstrip("+").startswith("experiment=") for text in overrides):
         if budget is not None:
             raise typer.BadParameter("an experiment has a length of its own, images=…: leave budget out")
-        config = compose_connected([*overrides, quoted_override("data.source", source)])
-    else:
-        config, made = _planned(source, budget or BUDGET, overrides, began)
-
-    from pipelines import flow as stages
-    from pipelines import references
-    from pipelines.inference import write_samples
-    from pipelines.storage import Storage
-
-    with terminal.live():
-        result = stages.run(config, code_lineage(), terminal)
-    for name, text in result.scores.lines():
-        terminal.stage(name, text)
-    show_verdict(result.verdict, failed_only=True)
-    terminal.stage("registry", f"{result.version.uri}, alias {config.registry.alias} {result.verdict.outcome}")
-    answer = result.to_dict()
-    if made is not None:
-        answer |= _what_it_took(made, overrides, time.monotonic() - began)
-    if out is not None:
-        resolved = references.resolve(result.version.uri, tracking_uri=config.tracking.uri, storage=Storage.of(config))
-        answer["grid"] = str(write_samples(resolved, out, 8, (result.scores.prompts or {}).get("examples")))
-        terminal.stage("grid", answer["grid"])
-    terminal.stage("mlflow", result.tracker.url)
-    answer_json(as_json, answer)
+        return connected(compose([*overrides, quoted_override("data.source", source)])), None, overrides
+    if dry_run:
+        return _planned_before(source, budget or BUDGET, overrides), None, overrides
+    return *_planned(source, budget or BUDGET, overrides, began), overrides
 
 
 def _planned(source: str, budget: str, overrides: list[str], began: float) -> tuple[Config, StoredPlan]:
@@ -103,10 +164,40 @@ def _planned(source: str, budget: str, overrides: list[str], began: float) -> tu
     storage = Storage.of(services)
     made = find_or_make(source, overrides, budget_s, services, storage, terminal.stage, start_s=start_s)
     show_plan(made)
-    config = from_dict(made.config)
+    return _at_services(from_dict(made.config), services), made
+
+
+def _planned_before(source: str, budget: str, overrides: list[str]) -> Config:
+    """Return the connected configuration of the plan that the same command made before; nothing is started.
+
+    Raises:
+        ConfigError: it made none, and a plan measures this machine.
+    """
+    from pipelines.config import ConfigError, from_dict
+    from pipelines.plan.budget import parse_budget
+    from pipelines.plan.services import services_config
+
+    budget_s = parse_budget(budget)
+    services = find_running(services_config(overrides), ["s3", "mlflow"], ["ray"])
+
+    from pipelines.plan.make import find_plan
+    from pipelines.storage import Storage
+
+    made = find_plan(source, overrides, budget_s, services, Storage.of(services))
+    if made is None:
+        raise ConfigError(
+            f"--dry-run: there is no plan for {source} and budget={budget} yet, and making one measures this machine: "
+            f"`ddpm plan {source} budget={budget} --save plan.yaml`, then `ddpm flow --config plan.yaml --dry-run`"
+        )
+    show_plan(made)
+    return _at_services(from_dict(made.config), services)
+
+
+def _at_services(config: Config, services: Config) -> Config:
+    """Return a configuration with the addresses of another."""
     found = {"storage": services.storage, "tracking": config.tracking.model_copy(update={"uri": services.tracking.uri})}
     found["cluster"] = config.cluster.model_copy(update={"address": services.cluster.address})
-    return config.model_copy(update=found), made
+    return config.model_copy(update=found)
 
 
 def _what_it_took(made: StoredPlan, overrides: list[str], took_s: float) -> dict[str, object]:

@@ -15,6 +15,7 @@ HINTS = {
     "s3": "S3 endpoint",
     "mlflow": "MLflow page",
     "ray": "Ray dashboard; its token is in .ddpm/ray-token",
+    "dagster": "Dagster page",
 }
 
 
@@ -28,12 +29,19 @@ Private = Annotated[
 ]
 
 
-def up(private: Private = None, as_json: Json = False) -> None:
+def up(
+    private: Private = None,
+    orchestrator: Annotated[
+        bool, typer.Option("--orchestrator", help="Also Dagster: the stages as assets, with their sensor and schedule")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Start the local stack: S3 (SeaweedFS), MLflow, a Ray head. Example: ddpm up --private"""
     from pipelines import stack
 
+    services = (*stack.SERVICES, *stack.ORCHESTRATOR) if orchestrator else stack.SERVICES
     with terminal.services() as notice:
-        state = stack.up(private=private, notice=notice)
+        state = stack.up(services=services, private=private, notice=notice)
     if stack.read_private(state.home):
         terminal.stage("access", f"this user only; MLflow's user and password are in {state.mlflow_credentials_file}")
     else:

@@ -29,11 +29,11 @@ def train(
 
         config = connect(read_config(config_file, overrides or []), SERVICES)
 
-    from pipelines import flow
+    from pipelines.flow.train import train as run_training
     from pipelines.storage import Storage
 
     with terminal.live():
-        result = flow.train_stage(config, Storage.of(config), code_lineage(), terminal)
+        result = run_training(config, Storage.of(config), code_lineage(), terminal)
     terminal.stage("train", f"{result.status} at {result.images_seen:,} images; runs:/{result.tracker.run_id}")
     published = dataclasses.asdict(result.published) if result.published else None
     answer_json(

@@ -21,7 +21,7 @@ from ddpm.model import ModelSpec
 from ddpm.quality import Measured
 from pipelines.config import Config
 from pipelines.display import Notice, no_notice
-from pipelines.evaluation.evaluators import Evaluator, open_matcher
+from pipelines.evaluation.evaluators import Evaluator, find_matcher, open_matcher
 from pipelines.evaluation.evaluators.matcher import Matcher, choices, matched
 from pipelines.evaluation.evaluators.train import prompt_captions
 from pipelines.evaluation.real import held_out_positions
@@ -173,15 +173,32 @@ def open_prompts(
     Returns:
         None for a model that is not conditioned on text, and for data without fitting captions.
     """
-    found = open_captions(spec, dataset, config, storage, notice)
+
+    def matcher() -> Evaluator:
+        return open_matcher(config, dataset, storage, notice, connect=connect)
+
+    return _prompts(spec, dataset, open_captions(spec, dataset, config, storage, notice), matcher)
+
+
+def find_prompts(spec: ModelSpec, dataset: Dataset, config: Config, storage: Storage) -> Prompts | None:
+    """Return the prompts as `open_prompts` does, without a matcher where that was not trained yet."""
+    captions = open_captions(spec, dataset, config, storage)
+    return _prompts(spec, dataset, captions, lambda: find_matcher(dataset, storage))
+
+
+def _prompts(
+    spec: ModelSpec,
+    dataset: Dataset,
+    found: tuple[Captions, Captions] | None,
+    matcher: Callable[[], Evaluator | None],
+) -> Prompts | None:
+    """Return the prompts of captions; the matcher is asked for where there is something to tell apart."""
     if found is None:
         return None
     captions, held_out = found
-    matcher = None
-    if len(captions.different[0]) > 1:
-        matcher = open_matcher(config, dataset, storage, notice, connect=connect)
+    judge = matcher() if len(captions.different[0]) > 1 else None
     labelled = bool(spec.classes) and spec.classes == dataset.classes
-    return Prompts(captions, held_out, labelled, matcher)
+    return Prompts(captions, held_out, labelled, judge)
 
 
 def open_captions(

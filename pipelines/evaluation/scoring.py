@@ -19,10 +19,10 @@ from pipelines.checkpoints import record_scores
 from pipelines.config import Config
 from pipelines.display import Display
 from pipelines.evaluation.evaluate import Evaluation, Request, evaluate
-from pipelines.evaluation.evaluators import open_evaluator
+from pipelines.evaluation.evaluators import Evaluator, find_evaluator, open_evaluator
 from pipelines.evaluation.likelihoods import Likelihood
 from pipelines.evaluation.plots import MAX_COLUMNS, grid_choice, label_grid
-from pipelines.evaluation.prompts import Prompts, open_prompts
+from pipelines.evaluation.prompts import Prompts, find_prompts, open_prompts
 from pipelines.evaluation.real import open_real
 from pipelines.evaluation.samples import read_images
 from pipelines.evaluation.scores import Scores
@@ -141,16 +141,13 @@ def score(
     prompts = open_prompts(model.spec, dataset, config, storage, notice, connect=connect)
     model_digest = resolved.published.digest if resolved.published else weights_digest(model)
     request = request_of(config, settings)
-    stream = stream_digest(dataset, read_quarantine(dataset.uri, storage))
     images_seen = int(model.spec.lineage.get("images_seen", 0))
-    decisive: list[Any] = [model_digest, evaluator.digest, stream, request.n, request.seeds, request.likelihood_images]
-    decisive += [] if prompts is None else [list(prompts.record().values())]
-    key = hashlib.sha256(json.dumps([*decisive, settings.key()]).encode()).hexdigest()[:16]
-    artifact = f"{FOLDER}/{images_seen:012d}-{key}.json"
+    stream = stream_digest(dataset, read_quarantine(dataset.uri, storage))
+    artifact = _artifact(images_seen, model_digest, evaluator, prompts, stream, request)
     name_and_digest = dataset.uri.rstrip("/").rsplit("/", 1)[-1], dataset.digest
-    if tracker and artifact in tracker.names(FOLDER):
+    scores = _recorded(tracker, artifact) if tracker else None
+    if scores is not None:
         notice("skipped: this model was scored with these settings already")
-        scores = Scores.from_plain(json.loads(tracker.read_text(artifact)))
         return Scored(scores, artifact, images_seen, name_and_digest, {}, None, None)
     connect()
     real = open_real(
@@ -185,6 +182,53 @@ def score(
         _terms(done.likelihoods),
         int(time.time() * 1000),
     )
+
+
+def find_scores(
+    tracker: Tracker, spec: ModelSpec, model_digest: str, settings: Sampling, config: Config, storage: Storage
+) -> Scores | None:
+    """Return the scores that a run has of a model with the same settings, data and evaluator; None without any.
+
+    Neither is the model loaded, nor an evaluator trained, nor anything written.
+
+    Args:
+        spec: description of the model.
+        model_digest: of its published checkpoint.
+
+    Raises:
+        DatasetError, ConfigError: the data cannot be used to score the model.
+    """
+    dataset = read_dataset(spec.lineage.get("dataset_uri", config.data.uri), storage)
+    check_fits(spec, dataset)
+    evaluator = find_evaluator(config, dataset, storage)
+    if evaluator is None:
+        return None
+    prompts = find_prompts(spec, dataset, config, storage)
+    images_seen = int(spec.lineage.get("images_seen", 0))
+    stream = stream_digest(dataset, read_quarantine(dataset.uri, storage))
+    request = request_of(config, settings)
+    return _recorded(tracker, _artifact(images_seen, model_digest, evaluator, prompts, stream, request))
+
+
+def _artifact(
+    images_seen: int, model_digest: str, evaluator: Evaluator, prompts: Prompts | None, stream: str, request: Request
+) -> str:
+    """Return the name of the artifact of a run that has the scores of all this.
+
+    Args:
+        stream: digest of the data with their quarantine.
+    """
+    decisive: list[Any] = [model_digest, evaluator.digest, stream, request.n, request.seeds, request.likelihood_images]
+    decisive += [] if prompts is None else [list(prompts.record().values())]
+    key = hashlib.sha256(json.dumps([*decisive, request.sampling.key()]).encode()).hexdigest()[:16]
+    return f"{FOLDER}/{images_seen:012d}-{key}.json"
+
+
+def _recorded(tracker: Tracker, artifact: str) -> Scores | None:
+    """Return the scores in an artifact of a run; None where it has no such artifact."""
+    if artifact not in tracker.names(FOLDER):
+        return None
+    return Scores.from_plain(json.loads(tracker.read_text(artifact)))
 
 
 def check_fits(spec: ModelSpec, dataset: Dataset) -> None:

@@ -103,6 +103,16 @@ def find_or_make(
     return made
 
 
+def find_plan(
+    source: str, overrides: Sequence[str], budget_s: float, services: Config, storage: Storage
+) -> StoredPlan | None:
+    """Return the plan that the same command had before; None where it was not given. Arguments as of `make_plan`."""
+    settings = override_settings(overrides)
+    key = command_key(source_digest(source, storage), budget_s, settings)
+    book = PlanBook(storage, services.storage.root)
+    return book.find(str(settings.get("name", source_name(source))), key)
+
+
 def _renamed(plan: Plan, name: str) -> Plan:
     """Return a plan with another name of its run."""
     lines = tuple(

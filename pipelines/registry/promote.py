@@ -105,7 +105,7 @@ class Gate:
         champion = self._champion(verdicts)
         if champion is not None and champion.version == version.version:
             self._settle(version, None)
-            return Verdict(True, f"the alias {self.alias} is there already", self.model, self.alias, version.version)
+            return self._there(version)
         opened, verdict = self._judge(version, champion, verdicts, margin)
         if dry_run or verdict in verdicts:
             return verdict
@@ -116,6 +116,17 @@ class Gate:
         if verdict.passed:
             self._settle(version, champion)
         return verdict
+
+    def holds(self, version: ModelVersion) -> Verdict | None:
+        """Return that the alias is at a version, by the log and in MLflow; None where it is not. Nothing is written."""
+        champion = self._champion(self.log.read())
+        present = tracking.version(self.uri, self.model, alias=self.alias)
+        if {None if found is None else found.version for found in (champion, present)} != {version.version}:
+            return None
+        return self._there(version)
+
+    def _there(self, version: ModelVersion) -> Verdict:
+        return Verdict(True, f"the alias {self.alias} is there already", self.model, self.alias, version.version)
 
     def rollback(self, *, dry_run: bool = False) -> Verdict:
         """Give the alias back to the version that had it before the present one.

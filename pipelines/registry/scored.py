@@ -54,6 +54,18 @@ def register_scored(
     return register_once(resolved, scores, config, storage, display, dataset)[0]
 
 
+def find_version(uri: str, name: str, scores: Scores, model_digest: str) -> ModelVersion | None:
+    """Return the newest version of a registered model that has these weights with these scores; None without one.
+
+    Args:
+        uri: address of the MLflow server.
+        name: of the registered model.
+        model_digest: under which the weights are known; see `digest_of`.
+    """
+    made = {"scores": json.dumps(scores.to_plain(), sort_keys=True), "model_digest": model_digest}
+    return next((found for found in tracking.versions(uri, name) if made.items() <= found.tags.items()), None)
+
+
 def register_once(
     resolved: Resolved, scores: Scores, config: Config, storage: Storage, display: Display, dataset_uri: str
 ) -> tuple[ModelVersion, bool]:
@@ -67,11 +79,10 @@ def register_once(
         The version, and whether it was made now.
     """
     uri, name = run_of(resolved).uri, config.registry.model
-    made = {"scores": json.dumps(scores.to_plain(), sort_keys=True), "model_digest": digest_of(resolved)}
-    for found in tracking.versions(uri, name):
-        if made.items() <= found.tags.items():
-            display.stage("register", f"skipped: this model is {name} version {found.version} already")
-            return found, False
+    found = find_version(uri, name, scores, digest_of(resolved))
+    if found is not None:
+        display.stage("register", f"skipped: this model is {name} version {found.version} already")
+        return found, False
     display.stage("register", f"as {name}")
     model = references.guided(resolved.model, Sampling.from_json(scores.sampling), config.tracking.uri, storage)
     version = register(replace(resolved, model=model), name, scores, dataset_uri, Signer.of(config.registry))

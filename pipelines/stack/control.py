@@ -14,7 +14,7 @@ from pipelines.loopback import bypass_proxies
 from pipelines.stack.home import StackError, default_home, ensure_credentials, locked
 from pipelines.stack.private import choose_private, credentials_file, read_private
 from pipelines.stack.processes import Service, alive_services, end, read_services
-from pipelines.stack.services import BUCKET, SERVICES, STARTERS, answers, await_healthy
+from pipelines.stack.services import BUCKET, SERVICES, STARTERS, TOGETHER, answers, await_healthy
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def up(
     A second call changes nothing.
 
     Args:
-        services: of "s3", "mlflow" (which brings "s3") and "ray".
+        services: of "s3", "mlflow" (which brings "s3"), "ray", and those of `ORCHESTRATOR`.
         private: whether other users of this machine are kept out; None for what was chosen last, at first False.
         notice: called with the service and its phase: "starting", "healthy" or "already running".
 
@@ -72,7 +72,7 @@ def up(
     """
     bypass_proxies("http://127.0.0.1")  # the services inherit it: they call each other
     home = home or default_home()
-    wanted = [s for s in SERVICES if s in services or (s == "s3" and "mlflow" in services)]
+    wanted = [s for s in STARTERS if s in services or (s == "s3" and "mlflow" in services)]
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     (home / "logs").mkdir(exist_ok=True)
     with locked(home):
@@ -103,11 +103,10 @@ def up(
             notice(name, "healthy")
 
         try:
-            if "s3" in wanted:
-                start("s3")
-            with ThreadPoolExecutor(2) as pool:
-                for future in [pool.submit(start, name) for name in wanted if name != "s3"]:
-                    future.result()
+            for group in TOGETHER:
+                with ThreadPoolExecutor(2) as pool:
+                    for future in [pool.submit(start, name) for name in group if name in wanted]:
+                        future.result()
         except BaseException:
             for service in started.values():
                 end(service)
@@ -126,7 +125,7 @@ def down(home: Path | None = None, *, notice: StageNotice = no_stage_notice) -> 
         return []
     with locked(home):
         running = read_services(home)
-        stopped = [name for name in reversed(SERVICES) if name in running]
+        stopped = [name for name in reversed(STARTERS) if name in running]
         for name in stopped:
             notice(name, "stopping")
             # Ray has nothing to save, and its processes wait for each other; the others write to disk.
@@ -136,7 +135,7 @@ def down(home: Path | None = None, *, notice: StageNotice = no_stage_notice) -> 
 
 
 def status(home: Path | None = None) -> list[ServiceStatus]:
-    """Return the state of every service; each is asked whether it answers."""
+    """Return the state of every service, of the orchestrator's where they run; each is asked whether it answers."""
     home = home or default_home()
     running = alive_services(home)
 
@@ -146,8 +145,9 @@ def status(home: Path | None = None) -> list[ServiceStatus]:
             return ServiceStatus(name, False, False, None, None, log)
         return ServiceStatus(name, True, answers(service, home), service.url, service.pid, log)
 
-    with ThreadPoolExecutor(len(SERVICES)) as pool:
-        return list(pool.map(one, SERVICES))
+    names = [name for name in STARTERS if name in SERVICES or name in running]
+    with ThreadPoolExecutor(len(names)) as pool:
+        return list(pool.map(one, names))
 
 
 def read_state(home: Path | None = None) -> StackState | None:

@@ -47,8 +47,13 @@ def launch(
     address: str,
     probes: tuple[str, ...],
     private: bool = False,
+    folder: Path | None = None,
 ) -> Service:
-    """Start a service in its own session, which Ctrl-C in the terminal does not reach, and return its record."""
+    """Start a service in its own session, which Ctrl-C in the terminal does not reach, and return its record.
+
+    Args:
+        folder: in which it runs; None for that of the stack.
+    """
     # Addresses and keys in the user's environment belong to other servers.
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "MLFLOW_", "RAY_", "WEED_"))}
     with (home / "logs" / f"{name}.log").open("ab") as log:
@@ -58,7 +63,7 @@ def launch(
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            cwd=home,
+            cwd=folder or home,
             env={**inherited, **environment},
             umask=0o077 if name == "s3" else -1,  # Ray shares a folder with those of other users
         )

@@ -15,6 +15,7 @@ from pathlib import Path
 from pipelines.credentials import write_private
 from pipelines.loopback import bypass_proxies
 from pipelines.stack.home import StackError, ray_folder
+from pipelines.stack.orchestrator import start_daemon, start_webserver
 from pipelines.stack.private import client_context, mlflow_environment, read_private
 from pipelines.stack.processes import Service, choose_ports, find_process, launch
 
@@ -124,7 +125,12 @@ STARTERS: dict[str, Callable[[Path, dict[str, Service]], Service]] = {
     "s3": _start_s3,
     "mlflow": _start_mlflow,
     "ray": _start_ray,
+    "dagster": start_webserver,
+    "dagster-daemon": start_daemon,
 }
+"""By service, in the order in which they are shown; stopped the other way round."""
+TOGETHER = (("s3",), ("mlflow", "ray", "dagster"), ("dagster-daemon",))
+"""Services that start at the same time, after those before them; Dagster's two would both make its database."""
 
 
 def answers(service: Service, home: Path, timeout_s: float = 1.5) -> bool:

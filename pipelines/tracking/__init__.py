@@ -39,7 +39,7 @@ from pipelines.tracking.model_registry import (
     versions,
 )
 from pipelines.tracking.note import describe, pictures_at
-from pipelines.tracking.run import Tracker, get_run, open_run, to_json
+from pipelines.tracking.run import Tracker, find_run, get_run, open_run, to_json
 from pipelines.tracking.run_list import ENDED, RunRecord, delete_run, list_runs, retire_run
 from pipelines.tracking.run_log import UNSENT, RunLog
 from pipelines.tracking.scoring import Scoring, version_of_mlflow
@@ -76,6 +76,7 @@ __all__ = [
     "download_version",
     "enter_checkpoint_model",
     "environment",
+    "find_run",
     "get_run",
     "is_signed",
     "list_runs",

@@ -215,6 +215,19 @@ def open_run(
     return Tracker(uri, run_id), existed
 
 
+def find_run(uri: str, experiment: str, name: str) -> Tracker | None:
+    """Return the run of a name in an experiment; None where there is none.
+
+    Raises:
+        TrackingError: no MLflow server answers at `uri`.
+    """
+    found = first_answer(uri, lambda client: client.get_experiment_by_name(experiment))
+    if found is None:
+        return None
+    run_id = ask(uri, lambda client: _named(client, [str(found.experiment_id)], name))
+    return None if run_id is None else Tracker(uri, run_id)
+
+
 def get_run(uri: str, run_id: str) -> Tracker:
     """Return the run of an ID.
 

@@ -22,7 +22,7 @@ from pipelines.errors import PipelineError
 from pipelines.evaluation.scoring import Scored
 from pipelines.retry import TransientError
 from pipelines.storage import FencedError
-from pipelines.tracking import CheckpointModel
+from pipelines.tracking import CheckpointModel, Tracker
 from pipelines.training.loop.progress import passes
 from pipelines.training.loop.shell import Job
 from pipelines.training.scoring import CancelledError, Evaluate, needs
@@ -69,6 +69,21 @@ def to_score(
     newest = max((p.images_seen for p in records), default=0)
     again = [p for p in left if p.images_seen not in tried or p.images_seen == newest]
     return sorted(again, key=lambda p: -p.images_seen)
+
+
+def has_outstanding(tracker: Tracker, config: Config) -> bool:
+    """Return whether the evaluations of a run that has ended have something left to do; nothing is written.
+
+    That is a published checkpoint that is no logged model yet, or one that is to be scored.
+
+    Raises:
+        TrackingError: MLflow does not answer.
+    """
+    records = [Published.read(tracker, name) for name in tracker.names(PUBLISHED)]
+    models = tracking.checkpoint_models(tracker)
+    tried = {images for images, model in models.items() if model.tags.get(STATE_TAG)}
+    unentered = any(published.images_seen not in models for published in records)
+    return unentered or bool(to_score(records, config.evaluation.every, config.images, tried, ()))
 
 
 class Evaluations:

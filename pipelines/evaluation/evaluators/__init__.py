@@ -29,6 +29,8 @@ __all__ = [
     "Share",
     "check_evaluator",
     "evaluator_kind",
+    "find_evaluator",
+    "find_matcher",
     "open_evaluator",
     "open_matcher",
     "reference_mask",
@@ -102,6 +104,19 @@ def open_evaluator(
         DatasetError: the stored weights are not those that their record names.
         TaskError: no node of the Ray cluster can hold the training.
     """
+    found = find_evaluator(config, dataset, storage)
+    if found is not None:
+        return found
+    kind: Trainable = "classifier" if evaluator_kind(config, dataset) == "classifier" else "contrastive"
+    return _train(kind, config, dataset, storage, notice, connect)
+
+
+def find_evaluator(config: Config, dataset: Dataset, storage: Storage) -> Evaluator | None:
+    """Return the evaluator of a dataset; None where it is one that is trained on the dataset, and was not yet.
+
+    Raises:
+        ConfigError, DatasetError: as `open_evaluator`.
+    """
     check_evaluator(config, dataset)
     match evaluator_kind(config, dataset):
         case "inception":
@@ -111,7 +126,7 @@ def open_evaluator(
             with _local(config.evaluation.weights, storage) as path:
                 return open_encoder(path, config.evaluation, dataset)
         case "classifier" | "contrastive" as kind:
-            return _trained(kind, config, dataset, storage, notice, connect)
+            return find(kind, dataset, storage)
         case kind:
             raise ConfigError(f"evaluation.evaluator = {kind}: there is no such evaluator")
 
@@ -128,10 +143,20 @@ def open_matcher(
 
     Its encoder is a `Matcher`, and its accuracy the share of real test images whose own caption matches best.
     """
-    return _trained("captions", config, dataset, storage, notice, connect)
+    found = find_matcher(dataset, storage)
+    return _train("captions", config, dataset, storage, notice, connect) if found is None else found
 
 
-def _trained(
+def find_matcher(dataset: Dataset, storage: Storage) -> Evaluator | None:
+    """Return the matcher of images and captions of a dataset; None where it was not trained yet.
+
+    Raises:
+        DatasetError: the stored weights are not those that their record names.
+    """
+    return find("captions", dataset, storage)
+
+
+def _train(
     kind: Trainable,
     config: Config,
     dataset: Dataset,
@@ -139,10 +164,7 @@ def _trained(
     notice: Notice,
     connect: Callable[[], object],
 ) -> Evaluator:
-    """Return an evaluator that is trained on the dataset: the stored one, else a new one."""
-    found = find(kind, dataset, storage)
-    if found is not None:
-        return found
+    """Train an evaluator on the dataset, and store it beside it."""
     notice(f"training the evaluator ({kind}) on real images, once for this dataset")
     connect()
     training = Training.of(config, kind, dataset, storage)

@@ -1,11 +1,22 @@
+import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from ddpm.model import ModelSpec
-from pipelines.evaluation.scoring import check_fits
+from ddpm.generate import Sampling
+from ddpm.model import Model, ModelSpec
+from pipelines.checkpoints import Published
+from pipelines.config import compose
+from pipelines.display import Silent
+from pipelines.evaluation import scoring
+from pipelines.evaluation.scoring import check_fits, find_scores, score
+from pipelines.references import Resolved
 from pipelines.shards.index import Dataset, DatasetError
+from pipelines.storage import Storage
 from tests.pipelines.checkpoints.tiny import SMALL
+from tests.pipelines.registry.version import scores
 
 CLASSES = tuple("0123456789")
 DATA = Dataset("file:///data", {"train": (), "test": ()}, CLASSES, 1, 8, (0.0,), (1.0,), "d")
@@ -30,3 +41,66 @@ def test_data_of_the_models_shape_and_classes_fit():
 def test_other_data_is_refused_by_what_differs(change, message):
     with pytest.raises(DatasetError, match=message):
         check_fits(SPEC, replace(DATA, **change))
+
+
+class Recorded:
+    """A run that has whatever scores it is asked for, and remembers what that was."""
+
+    uri, run_id = "u", "r"
+
+    def __init__(self, there: bool = True) -> None:
+        self.asked: list[str] = []
+        self.there = there
+
+    def names(self, folder):
+        return self
+
+    def __contains__(self, name):
+        self.asked.append(name)
+        return self.there
+
+    def read_text(self, name):
+        return json.dumps(scores().to_plain())
+
+
+@pytest.fixture
+def judged(monkeypatch, tmp_path):
+    """The data and the evaluator of a model, which is loaded where a test asks for more than a look."""
+    evaluator = SimpleNamespace(digest="e", kind="classifier")
+    monkeypatch.setattr(scoring, "read_dataset", lambda uri, storage: replace(DATA, uri=f"file://{tmp_path}"))
+    monkeypatch.setattr(scoring, "find_evaluator", lambda *arguments: evaluator)
+    monkeypatch.setattr(scoring, "open_evaluator", lambda *arguments, **options: evaluator)
+    return evaluator
+
+
+SETTINGS = [
+    (),
+    ("sampler.steps=9",),
+    ("evaluation.seeds=5",),
+    ("evaluation.likelihood_images=7",),
+    ("evaluation.n=64",),
+]
+
+
+def test_scores_are_found_without_a_model_where_an_evaluation_would_have_found_them(judged):
+    spec = replace(SPEC, lineage={"images_seen": 640})
+    resolved = Resolved("x", Model(spec, torch.nn.Identity()), published=Published("u", 640, "digest"))
+    asked = []
+    for overrides in SETTINGS:
+        config, looked, run = compose(["+experiment=digits", *overrides]), Recorded(), Recorded()
+        settings = Sampling.of(steps=config.sampler.steps)
+        found = find_scores(looked, spec, "digest", settings, config, Storage())  # type: ignore[arg-type]
+        tracked = replace(resolved, tracker=run)  # type: ignore[arg-type]
+        scored = score(tracked, settings, config, Storage(), Silent(), lambda: None)
+        assert (found, scored.fresh) == (scored.scores, False)
+        assert looked.asked == run.asked == [scored.artifact]
+        asked += looked.asked
+    assert len(set(asked)) == len(SETTINGS)
+
+
+def test_there_are_no_scores_where_the_run_has_none_or_the_evaluator_is_not_trained(judged, monkeypatch):
+    config, settings, run = compose(["+experiment=digits"]), Sampling.of(steps=9), Recorded(there=False)
+    assert find_scores(run, SPEC, "digest", settings, config, Storage()) is None  # type: ignore[arg-type]
+    assert len(run.asked) == 1
+    monkeypatch.setattr(scoring, "find_evaluator", lambda *arguments: None)
+    assert find_scores(Recorded(), SPEC, "digest", settings, config, Storage()) is None  # type: ignore[arg-type]

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import flow
 from pipelines.config import from_dict
 from pipelines.display import Silent
+from pipelines.flow import Site
+from pipelines.flow.ingest import Ingest, write_dataset
+from pipelines.flow.walk import walk
 from pipelines.plan.make import find_or_make
 from pipelines.plan.services import services_config
 from pipelines.shards.index import read_dataset
@@ -41,7 +43,7 @@ def test_a_plan_is_ingested_and_trained_by_and_the_same_command_has_it_again(com
     config = from_dict(made.config)
     assert (config.name, config.registry.model) == ("pets-30m", "pets")
     assert config.data.uri.startswith(f"file://{tmp_path}/root/datasets/pets-8px-")
-    flow.write_dataset(config, STORAGE, Silent())
+    write_dataset(config, STORAGE, Silent())  # the stage itself would start Ray
     dataset = read_dataset(config.data.uri, STORAGE)
     assert dataset.classes == ("cat", "dog", "owl")
     _, tracker = train_here(tmp_path / "run", dataset, config.model_copy(update={"storage": config.storage}))
@@ -50,7 +52,7 @@ def test_a_plan_is_ingested_and_trained_by_and_the_same_command_has_it_again(com
     again = planned(*command, said)
     assert again == made
     assert said[-1] == "plan: this command was given before: run pets-30m goes on by its plan"
-    assert flow.ingest_stage(from_dict(again.config), STORAGE, Silent()) is None
+    assert walk([Ingest(from_dict(again.config))], Site(STORAGE, {}, Silent())).ran == ()
 
 
 def test_another_source_or_setting_of_the_same_name_has_a_run_of_its_own(command):

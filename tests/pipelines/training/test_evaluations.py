@@ -12,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipelines import tracking
-from pipelines.checkpoints import BEST, Published, list_published, record_published, run_folder
+from pipelines.checkpoints import BEST, PUBLISHED, Published, list_published, record_published, run_folder
 from pipelines.config import compose
 from pipelines.errors import PipelineError
 from pipelines.evaluation.scores import Estimate, Scores
@@ -21,7 +21,7 @@ from pipelines.retry import TransientError
 from pipelines.storage import Fence, Storage
 from pipelines.tracking import Tracker, client
 from pipelines.training import evaluations as module
-from pipelines.training.evaluations import STATE_TAG, Evaluations, due, to_score
+from pipelines.training.evaluations import STATE_TAG, Evaluations, due, has_outstanding, to_score
 from pipelines.training.loop.shell import Job
 from pipelines.training.scoring import CancelledError
 
@@ -177,6 +177,28 @@ def test_scores_are_recorded_while_training_goes_on_on_the_run_the_record_and_on
     assert not run.tracker.has_picture("evaluation", 150)
     assert "evaluation/000000000200.json" in run.tracker.names("evaluation")
     assert [line for line in run.notices if "at 200 images: distance Frechet 5.00" in line]
+
+
+def test_whether_something_is_left_to_do_is_told_without_a_trace(run):
+    config = run.driver().config
+
+    def left(**fields) -> bool:
+        before = run.tracker.names(PUBLISHED), run.states()
+        asked = config.model_copy(update={"evaluation": config.evaluation.model_copy(update=fields)})
+        found = has_outstanding(run.tracker, asked)
+        assert (run.tracker.names(PUBLISHED), run.states()) == before
+        return found
+
+    assert not left()
+    run.publish(100, 200)
+    assert (left(), left(every=None)) == (True, True)  # they are no logged models yet
+    run.fails[200] = PipelineError("no")
+    run.finish()
+    assert run.scored == [100]
+    assert (left(), left(every=None)) == (True, False)  # the newest is tried again
+    run.finish()
+    assert run.scored == [100, 200]
+    assert not left()
 
 
 def test_without_room_beside_the_training_the_newest_alone_is_scored_at_its_end_and_both_is_said_once(run):

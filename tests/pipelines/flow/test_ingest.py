@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import flow
 from pipelines.config import ConfigError, compose
 from pipelines.display import Silent
 from pipelines.errors import PipelineError
+from pipelines.flow import Results, Site
+from pipelines.flow import ingest as flow
+from pipelines.flow.walk import walk
 from pipelines.shards.index import read_dataset
 from pipelines.shards.ingest.write import ingest
 from pipelines.storage import Storage
@@ -68,16 +70,40 @@ def test_the_key_leaves_out_what_does_not_change_the_shards(photos, tmp_path):
     )
 
 
-def test_what_was_ingested_is_skipped_until_the_source_changes(photos, tmp_path):
-    settings = config(photos, tmp_path / "ds")
-    flow.write_dataset(settings, STORAGE, Lines())
+def looked(settings):
+    return flow.Ingest(settings).look(Site(STORAGE, {}, Lines()), Results())
+
+
+def test_what_was_ingested_is_skipped_until_the_source_or_a_setting_changes(photos, tmp_path):
+    settings = config(
+        photos, tmp_path / "ds", "storage=file", f"storage.root=file://{tmp_path}/store", "storage.local_stack=true"
+    )
+    assert looked(settings).reason == f"file://{tmp_path}/ds holds no dataset that a flow has finished"
     display = Lines()
-    assert flow.ingest_stage(settings, STORAGE, display) is None
-    assert "skipped: " in display.lines[0]
-    assert "holds this input already" in display.lines[0]
-    key = (tmp_path / "ds" / "ingest-key").read_text()
+    assert walk([flow.Ingest(settings)], Site(STORAGE, {}, display)).ran == ("ingest",)
+    dataset = read_dataset(settings.data.uri, STORAGE)
+    again = walk([flow.Ingest(settings)], Site(STORAGE, {}, display))
+    assert (again.ran, again.results.dataset) == ((), dataset)
+    assert display.lines[-1] == (
+        f"ingest  skipped: {settings.data.uri} holds this input already (digest {dataset.digest[:12]})"
+    )
+    changed = config(photos, tmp_path / "ds", "data.encoding=webp")
+    assert looked(changed).result is None
     write_files(photos, {"cat/00.png": picture(9)})
-    assert flow.ingest_key(settings, STORAGE) != key
+    assert looked(settings).result is None
+    changed_since = f"{settings.data.uri} was made from another state of {photos}, or with other settings"
+    assert looked(settings).reason == changed_since
+
+
+def test_a_dataset_without_a_source_is_used_as_it_is_and_a_missing_one_is_an_error(photos, tmp_path):
+    written = flow.write_dataset(config(photos, tmp_path / "ds"), STORAGE, Lines()).dataset
+    data = flow.Ingest(config(photos, tmp_path / "ds")).config.data.model_copy(update={"source": None})
+    settings = config(photos, tmp_path / "ds").model_copy(update={"data": data})
+    assert looked(settings).result == written
+    assert "data.source is not set" in looked(settings).reason
+    elsewhere = settings.model_copy(update={"data": data.model_copy(update={"uri": f"file://{tmp_path}/none"})})
+    with pytest.raises(PipelineError, match=r"dataset\.json is missing|no dataset"):
+        looked(elsewhere)
 
 
 def test_an_ingest_that_breaks_off_does_not_look_finished(photos, tmp_path):

@@ -1,0 +1,190 @@
+"""The stages that judge a trained run: its scores, its version in the registry, and the gate before the alias."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+from pipelines import checkpoints, references, registry, tracking
+from pipelines.config import sampling
+from pipelines.evaluation.evaluators import check_evaluator
+from pipelines.evaluation.scores import Scores
+from pipelines.evaluation.scoring import find_scores, score_and_record
+from pipelines.flow.stage import EVALUATE, GATE, REGISTER, Look, Place, Results, Site, Stage
+from pipelines.references import Resolved
+from pipelines.registry import Gate, Verdict, check_signing
+from pipelines.shards.quarantine import read_quarantine, stream_digest
+from pipelines.storage import Storage
+from pipelines.tracking import ModelVersion, links
+from pipelines.training import driver
+from pipelines.training.driver import TrainingResult
+from pipelines.training.ray_train.resources import connect_ray
+
+
+@dataclass(frozen=True)
+class Evaluate(Stage[Scores]):
+    """Score the newest published checkpoint of the run with the configuration's sampling settings."""
+
+    place: ClassVar[Place] = EVALUATE
+
+    @property
+    def output(self) -> str:
+        """Where scores are: among the artifacts of the MLflow run."""
+        return f"{self.config.tracking.uri}, run '{self.config.name}', evaluation/"
+
+    def inputs(self, site: Site, given: Results) -> dict[str, str]:
+        """Return the digests of the checkpoint, of the data that it is compared with, and of the settings."""
+        assert given.dataset is not None
+        assert given.run is not None
+        assert given.run.published is not None
+        settings = [sampling(self.config).key(), self.config.evaluation.model_dump(mode="json")]
+        return {
+            "model": given.run.published.digest,
+            "data": stream_digest(given.dataset, read_quarantine(given.dataset.uri, site.storage)),
+            "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        }
+
+    def check(self, site: Site, given: Results) -> None:
+        """Check that samples of a model of the dataset can be judged.
+
+        Raises:
+            ConfigError: they cannot be.
+        """
+        if given.dataset is not None:
+            check_evaluator(self.config, given.dataset)
+
+    def done(self, site: Site, given: Results, inputs: Mapping[str, str]) -> Look[Scores]:
+        """Look whether the run has scores of this checkpoint with these settings, data and evaluator."""
+        assert given.run is not None
+        published = given.run.published
+        assert published is not None
+        spec = checkpoints.published_spec(published, site.storage)
+        settings = sampling(self.config)
+        scores = find_scores(given.run.tracker, spec, inputs["model"], settings, self.config, site.storage)
+        if scores is None:
+            return Look(None, f"the model of {published.images_seen:,} images was not scored with these settings yet")
+        return Look(scores, "this model was scored with these settings already")
+
+    def run(self, site: Site, given: Results) -> Scores:
+        """Draw samples on the Ray cluster and score them."""
+        assert given.run is not None
+        config, storage = self.config, site.storage
+        scores, _ = score_and_record(
+            _loaded(given.run, storage),
+            sampling(config),
+            config,
+            storage,
+            site.display,
+            lambda: connect_ray(config, storage),
+        )
+        return scores
+
+
+@dataclass(frozen=True)
+class Register(Stage[ModelVersion]):
+    """Register the scored checkpoint as a version of the configuration's model."""
+
+    place: ClassVar[Place] = REGISTER
+
+    @property
+    def output(self) -> str:
+        """Name of the registered model."""
+        return f"models:/{self.config.registry.model}"
+
+    def inputs(self, site: Site, given: Results) -> dict[str, str]:
+        """Return the digests of the checkpoint and of its scores."""
+        assert given.run is not None
+        assert given.run.published is not None
+        assert given.evaluation is not None
+        scores = json.dumps(given.evaluation.to_plain(), sort_keys=True)
+        return {"model": given.run.published.digest, "scores": hashlib.sha256(scores.encode()).hexdigest()}
+
+    def check(self, site: Site, given: Results) -> None:
+        """Check that a version can be signed, and that the text encoder that it would carry is here.
+
+        Raises:
+            ConfigError, RegistryError: it cannot be.
+        """
+        check_signing(self.config.registry)
+        if given.dataset is not None and self.config.model.text_dim:
+            registry.bundled_encoder(driver.encoder_lineage(self.config, site.storage)["text_encoder"])
+
+    def done(self, site: Site, given: Results, inputs: Mapping[str, str]) -> Look[ModelVersion]:
+        """Look whether a version has this checkpoint with these scores."""
+        assert given.run is not None
+        assert given.run.published is not None
+        assert given.evaluation is not None
+        name = self.config.registry.model
+        found = registry.find_version(given.run.tracker.uri, name, given.evaluation, inputs["model"])
+        if found is None:
+            return Look(None, f"no version of {name} has this model with these scores")
+        return Look(found, f"this model is {name} version {found.version} already")
+
+    def run(self, site: Site, given: Results) -> ModelVersion:
+        """Register the version, and say so on the page of its run."""
+        assert given.run is not None
+        assert given.evaluation is not None
+        resolved = _loaded(given.run, site.storage)
+        uri = resolved.model.spec.lineage["dataset_uri"]
+        version, fresh = registry.register_once(
+            resolved, given.evaluation, self.config, site.storage, site.display, uri
+        )
+        if fresh:
+            page = links.version_page(version.name, version.version)
+            where = (
+                f"as [{version.name} version {version.version}]({page}), which has the gate's verdict and its evidence."
+            )
+            tracking.describe(given.run.tracker, {"Registered": where})
+        return version
+
+
+@dataclass(frozen=True)
+class Promote(Stage[Verdict]):
+    """Ask the gate whether the alias may move to the version."""
+
+    place: ClassVar[Place] = GATE
+
+    @property
+    def output(self) -> str:
+        """The alias."""
+        return f"models:/{self.config.registry.model}@{self.config.registry.alias}"
+
+    def inputs(self, site: Site, given: Results) -> dict[str, str]:
+        """Return the digest of the weights and settings that the version serves."""
+        assert given.version is not None
+        return {"served": given.version.tags.get("served_digest", "")}
+
+    def done(self, site: Site, given: Results, inputs: Mapping[str, str]) -> Look[Verdict]:
+        """Look whether the alias is at the version, by the gate's log and in MLflow."""
+        assert given.version is not None
+        gate = self._gate(site)
+        verdict = gate.holds(given.version)
+        if verdict is None:
+            return Look(None, f"{gate.alias} of {gate.model} is not at version {given.version.version}")
+        return Look(verdict, f"{gate.alias} is at version {given.version.version} already")
+
+    def run(self, site: Site, given: Results) -> Verdict:
+        """Return the gate's verdict, by which the alias has moved or has not; a refusal is a result too."""
+        assert given.version is not None
+        return self._gate(site).promote(given.version)
+
+    def _gate(self, site: Site) -> Gate:
+        config, storage = self.config, site.storage
+        name, alias = config.registry.model, config.registry.alias
+        return Gate(config, storage, site.display, lambda: connect_ray(config, storage), name, alias)
+
+
+def _loaded(run: TrainingResult, storage: Storage) -> Resolved:
+    """Return the newest published checkpoint of a run, loaded."""
+    assert run.published is not None
+    return _resolved(f"runs:/{run.tracker.run_id}/{run.published.images_seen}", run.tracker.uri, storage)
+
+
+@lru_cache(maxsize=1)
+def _resolved(reference: str, tracking_uri: str, storage: Storage) -> Resolved:
+    """Return a model, which two stages after each other want."""
+    return references.resolve(reference, tracking_uri=tracking_uri, storage=storage)

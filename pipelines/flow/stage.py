@@ -1,0 +1,199 @@
+"""What a stage is: a value that says what it needs, where its result lies, whether that is there, and how it is made.
+
+This module imports nothing that takes long, so that whoever only asks for the graph gets it at once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from pipelines.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pipelines.config import Config
+    from pipelines.display import Display
+    from pipelines.evaluation.scores import Scores
+    from pipelines.registry import Verdict
+    from pipelines.shards.index import Dataset
+    from pipelines.storage import Storage
+    from pipelines.tracking import ModelVersion
+    from pipelines.training.driver import TrainingResult
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Place:
+    """The place of a stage in the graph, whatever the configuration.
+
+    Attributes:
+        name: of the stage.
+        gives: name of its result, a field of `Results`.
+        needs: names of the results that it is made from.
+        title: what it does, in words.
+    """
+
+    name: str
+    gives: str
+    needs: tuple[str, ...]
+    title: str
+
+
+INGEST = Place("ingest", "dataset", (), "Shards of the source's images, with their index")
+TRAIN = Place("train", "run", ("dataset",), "A run that has seen all its images, with published checkpoints")
+EVALUATE = Place("evaluate", "evaluation", ("dataset", "run"), "Scores of the run's newest published checkpoint")
+REGISTER = Place("register", "version", ("dataset", "run", "evaluation"), "A signed model version with its evidence")
+GATE = Place("gate", "champion", ("version",), "The guarded alias at the version, where the gate lets it pass")
+
+GRAPH = (INGEST, TRAIN, EVALUATE, REGISTER, GATE)
+"""The stages in an order in which they can run."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """The results of stages, as far as they are there."""
+
+    dataset: Dataset | None = None
+    run: TrainingResult | None = None
+    evaluation: Scores | None = None
+    version: ModelVersion | None = None
+    champion: Verdict | None = None
+
+    def having(self, place: Place, result: Any) -> Results:
+        """Return these results with that of a stage."""
+        given: dict[str, Any] = {place.gives: result}
+        return replace(self, **given)
+
+    def missing(self, place: Place) -> tuple[str, ...]:
+        """Return the names of results that a stage needs and that are not there."""
+        return tuple(name for name in place.needs if getattr(self, name) is None)
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where stages run.
+
+    Attributes:
+        storage: reads and writes what is stored.
+        lineage: which code runs, see `pipelines.lineage`.
+        display: shows what is done.
+    """
+
+    storage: Storage
+    lineage: Mapping[str, Any]
+    display: Display
+
+
+@dataclass(frozen=True)
+class Look(Generic[T]):
+    """What storage, MLflow and the registry say of the result of a stage.
+
+    Attributes:
+        result: None where it is not there, or is that of another input or of other settings.
+        reason: why it is there or is not, in words.
+        inputs: digests of what it is made from, by name.
+    """
+
+    result: T | None
+    reason: str
+    inputs: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage(ABC, Generic[T]):
+    """A stage of the flow of a configuration; nothing happens before one of its methods is called.
+
+    Attributes:
+        config: the run, with every address filled in.
+    """
+
+    place: ClassVar[Place]
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """Name of the stage."""
+        return self.place.name
+
+    @property
+    @abstractmethod
+    def output(self) -> str:
+        """Address of the result."""
+
+    @abstractmethod
+    def inputs(self, site: Site, given: Results) -> dict[str, str]:
+        """Return the digests of what the result is made from, by name.
+
+        Args:
+            given: what the stage needs.
+        """
+
+    def check(self, site: Site, given: Results) -> None:
+        """Check what can be known of a run of this stage before an earlier one starts.
+
+        Args:
+            given: the results that are there by then.
+
+        Raises:
+            PipelineError: the stage would fail; says why and what to do.
+        """
+
+    def look(self, site: Site, given: Results) -> Look[T]:
+        """Look whether the result is there, made from what is there now; nothing is started or written.
+
+        Arguments and errors are those of `done`.
+        """
+        inputs = self.inputs(site, given)
+        return replace(self.done(site, given, inputs), inputs=inputs)
+
+    @abstractmethod
+    def done(self, site: Site, given: Results, inputs: Mapping[str, str]) -> Look[T]:
+        """Look whether the result is there, made from these inputs; nothing is started or written.
+
+        Args:
+            given: what the stage needs.
+            inputs: the digests of that.
+
+        Raises:
+            PipelineError: something else is in its place, which a run would refuse too.
+        """
+
+    @abstractmethod
+    def run(self, site: Site, given: Results) -> T:
+        """Make the result.
+
+        Args:
+            given: what the stage needs.
+
+        Raises:
+            PipelineError: it cannot be made; says why and what to do.
+        """
+
+
+S = TypeVar("S", Place, Stage[Any])
+
+
+def select(stages: Sequence[S], first: str | None, last: str | None) -> tuple[tuple[S, ...], tuple[S, ...]]:
+    """Return the stages before the first one that may run, and those that may run.
+
+    Args:
+        first: name of the first one; None for the first of all.
+        last: name of the last one; None for the last of all.
+
+    Raises:
+        ConfigError: there is no such stage, or the last one comes before the first.
+    """
+    names = [stage.name for stage in stages]
+    for option, name in (("--from", first), ("--until", last)):
+        if name is not None and name not in names:
+            raise ConfigError(f"{option} {name}: there is no such stage. Allowed: {', '.join(names)}")
+    start = 0 if first is None else names.index(first)
+    end = len(names) - 1 if last is None else names.index(last)
+    if end < start:
+        raise ConfigError(
+            f"--from {first} --until {last}: {last} comes before {first}. The order is {', '.join(names)}"
+        )
+    return tuple(stages[:start]), tuple(stages[start : end + 1])

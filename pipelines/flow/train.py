@@ -1,0 +1,107 @@
+"""The stage that trains: a new run, or one that goes on, until it has seen all its images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pipelines import checkpoints, tracking
+from pipelines.config import Config
+from pipelines.display import Display, TimeBreakdown, no_report
+from pipelines.flow.stage import TRAIN, Look, Place, Results, Site, Stage
+from pipelines.shards.quarantine import read_quarantine, stream_digest
+from pipelines.storage import Storage, join
+from pipelines.training import driver
+from pipelines.training.describe import workers_text
+from pipelines.training.driver import TrainingResult
+from pipelines.training.errors import TrainingError
+from pipelines.training.evaluations import has_outstanding
+
+
+@dataclass(frozen=True)
+class Train(Stage[TrainingResult]):
+    """Train the run of the configuration's name to its end."""
+
+    place: ClassVar[Place] = TRAIN
+
+    @property
+    def output(self) -> str:
+        """Address of the run's checkpoints."""
+        return checkpoints.run_folder(self.config)
+
+    def inputs(self, site: Site, given: Results) -> dict[str, str]:
+        """Return the digests of the data with their quarantine, and of the settings that decide the loss trace."""
+        assert given.dataset is not None
+        settings = {**self.config.identity(), "images": self.config.images}
+        return {
+            "data": stream_digest(given.dataset, read_quarantine(given.dataset.uri, site.storage)),
+            "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        }
+
+    def done(self, site: Site, given: Results, inputs: Mapping[str, str]) -> Look[TrainingResult]:
+        """Look whether the run has seen all its images, and MLflow has all of it.
+
+        Raises:
+            ModelError: the run has other settings or data.
+        """
+        assert given.dataset is not None
+        config, storage = self.config, site.storage
+        state = checkpoints.newest_checkpoint(config, storage)
+        if state is None:
+            return Look(None, f"run '{config.name}' has no checkpoint")
+        quarantine = read_quarantine(config.data.uri, storage)
+        checkpoints.check_resumable(state, config, given.dataset, quarantine)
+        if state.images_seen < config.images:
+            return Look(None, f"run '{config.name}' has seen {state.images_seen:,} of {config.images:,} images")
+        seen = f"run '{config.name}' has seen its {state.images_seen:,} images already"
+        assert config.tracking.uri is not None
+        tracker = tracking.find_run(config.tracking.uri, config.tracking.experiment, config.name)
+        waits = storage.exists(join(self.output, tracking.UNSENT))
+        if tracker is None or waits or not tracker.is_finished():
+            return Look(None, f"{seen}, and MLflow does not have all of it")
+        published = checkpoints.list_published(tracker)
+        if not published:
+            return Look(None, f"{seen}, and MLflow names no published checkpoint")
+        if has_outstanding(tracker, config):
+            return Look(None, f"{seen}, and a published checkpoint is not scored")
+        return Look(TrainingResult(tracker, "complete", state.images_seen, published[-1], None), seen)
+
+    def run(self, site: Site, given: Results) -> TrainingResult:
+        """Train the run.
+
+        Raises:
+            TrainingError: it was stopped before it saw all its images, or MLflow does not name its checkpoint.
+        """
+        result = train(self.config, site.storage, site.lineage, site.display)
+        if result.status == "stopped":
+            raise TrainingError(f"stopped at {result.images_seen} images; the same command goes on from there")
+        if result.published is None:
+            raise TrainingError(
+                "MLflow does not name the run's published checkpoint yet; the same command goes on from here"
+            )
+        return result
+
+
+def train(config: Config, storage: Storage, lineage: Mapping[str, Any], display: Display) -> TrainingResult:
+    """Train a new run, resume it, or return its result where it has seen all its images."""
+    plan = driver.make_plan(config, storage, dict(lineage))
+    if plan.complete:
+        display.stage("train", f"skipped: run '{config.name}' has seen its {plan.resumes_at:,} images already")
+    elif plan.resumes_at:
+        display.stage("train", f"resuming run '{config.name}' at {plan.resumes_at:,} of {config.images:,} images")
+    else:
+        display.stage("train", f"new run '{config.name}', {config.images:,} images, {workers_text(config)}")
+    if not plan.complete:
+        display.stage("train", f"follow it at {plan.job.tracker.url}")
+    report = no_report if plan.complete else display.training(config.images, plan.resumes_at)
+    result = driver.train(plan, report, lambda text: display.stage("train", text))
+    if result.status == "stopped":
+        display.stage("train", f"stopped with a checkpoint at {result.images_seen:,} images")
+    if result.goodput is not None and result.status != "complete":
+        goodput = result.goodput
+        title = f"{goodput.fraction:.1%} of the time was training that lasts"
+        display.breakdown(TimeBreakdown("goodput", title, goodput.parts(), goodput.wall_s, goodput.lines()))
+    return result

@@ -1,0 +1,135 @@
+"""The Dagster definitions: an asset for the result of each stage, their job, sensor, schedule and the gate's check.
+
+`dagster definitions validate -m pipelines.orchestrate.definitions` loads it. No annotations are postponed here: Dagster
+reads those of the functions that it decorates.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import dagster as dg
+
+from pipelines.errors import PipelineError
+from pipelines.flow.stage import GATE, GRAPH, Place
+from pipelines.orchestrate.child import CHECK
+from pipelines.orchestrate.settings import Settings
+
+JOB = "flow"
+STOP_S = 120.0
+"""How long a cancelled run waits until a training has stored its checkpoint."""
+TAGS = {"ddpm/trains": "true"}
+"""Of every run, by which the instance bounds how many there are at a time; see `pipelines.stack`."""
+
+
+def asset_of(place: Place, partitions: dg.StaticPartitionsDefinition, settings: Settings) -> dg.AssetsDefinition:
+    """Return the asset of the result of a stage, which is made by the stage's own process.
+
+    Args:
+        partitions: one for each experiment.
+    """
+    checks = [dg.AssetCheckSpec(CHECK, asset=place.gives, description="What the gate decided, with its table")]
+
+    @dg.asset(
+        name=place.gives,
+        deps=list(place.needs),
+        partitions_def=partitions,
+        group_name="ddpm",
+        description=f"{place.title}. Made by the stage `{place.name}`, and skipped where it is there.",
+        retry_policy=dg.RetryPolicy(
+            max_retries=settings.retries, delay=settings.retry_delay_s, backoff=dg.Backoff.EXPONENTIAL
+        ),
+        check_specs=checks if place is GATE else None,
+    )
+    def materialise(context: dg.AssetExecutionContext, pipes: dg.PipesSubprocessClient) -> Iterator[Any]:
+        overrides = settings.partitions[context.partition_key]
+        command = [sys.executable, "-m", "pipelines.orchestrate.child", "--stage", place.name, *overrides]
+        done = pipes.run(context=context, command=command)
+        yield from done.get_results(implicit_materializations=False)
+        for message in done.get_custom_messages():
+            raise dg.Failure(message["failed"], allow_retries=message["retry"])
+
+    return materialise
+
+
+def sensor_of(job: Any, settings: Settings) -> dg.SensorDefinition:
+    """Return the sensor that requests a run for data that no run has seen, once for each state of them."""
+
+    @dg.sensor(
+        name="new_data",
+        job=job,
+        minimum_interval_seconds=settings.look_every_s,
+        description="Requests a run of an experiment for data that no run of it has seen, by their digests.",
+    )
+    def new_data(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+        requested = json.loads(context.cursor or "{}")
+        requests, lines = [], []
+        for partition, overrides in settings.partitions.items():
+            try:
+                found = _look(overrides)
+            except PipelineError as error:
+                lines.append(f"{partition}: {error}")
+                continue
+            lines.append(f"{partition}: {found.reason}")
+            if found.new and requested.get(partition) != found.digest:
+                requested[partition] = found.digest
+                tags = {"ddpm/data": found.digest[:12]}
+                requests.append(dg.RunRequest(f"{partition}-{found.digest}", partition_key=partition, tags=tags))
+        cursor = json.dumps(requested, sort_keys=True)
+        if not requests:
+            return dg.SensorResult(skip_reason="; ".join(lines), cursor=cursor)
+        return dg.SensorResult(run_requests=requests, cursor=cursor)
+
+    return new_data
+
+
+def _look(overrides: Sequence[str]) -> Any:
+    """Look at the data of an experiment; see `news.look`."""
+    from pipelines.config import compose
+    from pipelines.connect import find_running
+
+    config = find_running(compose(overrides), os.environ, ["s3"])
+
+    from pipelines.orchestrate.news import look
+    from pipelines.storage import Storage
+
+    return look(config, Storage.of(config))
+
+
+def schedule_of(job: Any, settings: Settings) -> dg.ScheduleDefinition:
+    """Return the schedule that goes through every experiment; it is stopped until somebody starts it."""
+
+    @dg.schedule(
+        name="retrain",
+        job=job,
+        cron_schedule=settings.cron,
+        execution_timezone=settings.timezone,
+        default_status=dg.DefaultScheduleStatus.STOPPED,
+        description="Goes through the stages of every experiment; what is there is skipped.",
+    )
+    def retrain(context: dg.ScheduleEvaluationContext) -> list[dg.RunRequest]:
+        at = context.scheduled_execution_time.strftime("%Y-%m-%dT%H:%M")
+        return [dg.RunRequest(f"{partition}-{at}", partition_key=partition) for partition in settings.partitions]
+
+    return retrain
+
+
+def make_definitions(settings: Settings) -> dg.Definitions:
+    """Return the definitions for the experiments of the settings."""
+    partitions = dg.StaticPartitionsDefinition(list(settings.partitions))
+    assets = [asset_of(place, partitions, settings) for place in GRAPH]
+    # The stages of a run are processes of their own, one after the other: no further process per stage is needed.
+    job = dg.define_asset_job(JOB, selection=assets, tags=TAGS, executor_def=dg.in_process_executor)
+    return dg.Definitions(
+        assets=assets,
+        jobs=[job],
+        sensors=[sensor_of(job, settings)],
+        schedules=[schedule_of(job, settings)],
+        resources={"pipes": dg.PipesSubprocessClient(termination_timeout_seconds=STOP_S)},
+        executor=dg.in_process_executor,
+    )
+
+
+defs = make_definitions(Settings.of())

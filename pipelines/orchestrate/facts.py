@@ -1,0 +1,114 @@
+"""What Dagster is told of the result of a stage: addresses, digests, scores, and the gate's table."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pipelines.evaluation.scores import Scores
+from pipelines.flow.stage import Results
+from pipelines.registry import Verdict
+from pipelines.shards.index import Dataset
+from pipelines.tracking import ModelVersion, links
+from pipelines.training.driver import TrainingResult
+
+Metadata = dict[str, Any]
+"""As `dagster_pipes` takes it: plain values, or {"type": …, "raw_value": …}."""
+
+
+def facts(gives: str, results: Results, tracking_uri: str) -> tuple[Metadata, str]:
+    """Return the metadata of a result, and its digest, which is the version of the asset's data.
+
+    Args:
+        gives: name of the result, see `Place`.
+        results: with that one among them.
+        tracking_uri: address of the MLflow server.
+    """
+    return _FACTS[gives](getattr(results, gives), results, tracking_uri)
+
+
+def gate_table(verdict: Verdict) -> str:
+    """Return the gate's table in Markdown."""
+    lines = ["| | asked for | found | bound |", "|---|---|---|---|"]
+    cells = [("ok" if row.passed else "NO", row.name, row.figure, row.bound) for row in verdict.rows]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
+    return "\n".join(lines)
+
+
+def url(address: str) -> Metadata:
+    """Return an address that the page shows as a link."""
+    return {"type": "url", "raw_value": address}
+
+
+def text_table(markdown: str) -> Metadata:
+    """Return Markdown that the page shows as such."""
+    return {"type": "md", "raw_value": markdown}
+
+
+def plain_json(value: Mapping[str, Any]) -> Metadata:
+    """Return a mapping that the page shows as JSON."""
+    return {"type": "json", "raw_value": dict(value)}
+
+
+def _dataset(dataset: Dataset, results: Results, uri: str) -> tuple[Metadata, str]:
+    samples = {f"samples/{split}": dataset.samples(split) for split in dataset.splits}
+    return {"uri": dataset.uri, "digest": dataset.digest, "classes": len(dataset.classes), **samples}, dataset.digest
+
+
+def _run(run: TrainingResult, results: Results, uri: str) -> tuple[Metadata, str]:
+    assert run.published is not None
+    metadata = {
+        "mlflow": url(run.tracker.url),
+        "run_id": run.tracker.run_id,
+        "images_seen": run.images_seen,
+        "checkpoint": run.published.uri,
+        "digest": run.published.digest,
+    }
+    if run.goodput is not None:
+        metadata["goodput"] = run.goodput.fraction
+    return metadata, run.published.digest
+
+
+def _evaluation(scores: Scores, results: Results, uri: str) -> tuple[Metadata, str]:
+    assert results.run is not None
+    digest = hashlib.sha256(json.dumps(scores.to_plain(), sort_keys=True).encode()).hexdigest()
+    metadata: Metadata = {f"scores/{name}": estimate.value for name, estimate in scores.estimates.items()}
+    metadata |= dict(scores.lines())
+    metadata |= {"n": scores.n, "evaluator": scores.evaluator, "evaluator_digest": scores.evaluator_digest}
+    return {"mlflow": url(results.run.tracker.url), "digest": digest, **metadata}, digest
+
+
+def _version(version: ModelVersion, results: Results, uri: str) -> tuple[Metadata, str]:
+    served = version.tags.get("served_digest", "")
+    metadata = {
+        "mlflow": url(f"{uri}/{links.version_page(version.name, version.version)}"),
+        "model": version.uri,
+        "version": version.version,
+        "model_digest": version.tags.get("model_digest", ""),
+        "served_digest": served,
+    }
+    return metadata, served
+
+
+def _champion(verdict: Verdict, results: Results, uri: str) -> tuple[Metadata, str]:
+    assert results.version is not None
+    metadata: Metadata = {
+        "mlflow": url(f"{uri}/{links.version_page(verdict.model, verdict.version)}"),
+        "model": results.version.uri,
+        "alias": verdict.alias,
+        "verdict": str(verdict),
+        "table": text_table(gate_table(verdict)),
+    }
+    return metadata, results.version.tags.get("served_digest", "")
+
+
+_FACTS: dict[str, Callable[..., tuple[Metadata, str]]] = {
+    "dataset": _dataset,
+    "run": _run,
+    "evaluation": _evaluation,
+    "version": _version,
+    "champion": _champion,
+}
+"""Result -> function that describes it."""

@@ -1,0 +1,115 @@
+"""Dagster beside the local stack, and the stages as assets on the real services: made once, then skipped by digest."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+from mlflow import MlflowClient
+
+from pipelines import stack
+from pipelines.flow import GRAPH
+from pipelines.orchestrate.settings import Settings
+from tests.integration.conftest import Shell
+
+dg = pytest.importorskip("dagster", reason="comes with the extra orchestrate")
+
+pytestmark = pytest.mark.integration
+
+SHORT = (
+    "+experiment=digits",
+    "name=assets",
+    "images=1280",
+    "sampler.steps=4",
+    "evaluation.n=90",
+    "evaluation.seeds=1",
+    "evaluation.likelihood_images=4",
+    "tracking.grid_images=10",
+)
+
+
+QUERY = """{
+  repositoryOrError(repositorySelector: {
+    repositoryName: "__repository__", repositoryLocationName: "pipelines.orchestrate.definitions"
+  }) { ... on Repository {
+    assetNodes { assetKey { path } partitionKeys } sensors { name sensorState { status } } schedules { name }
+  } }
+  instance { daemonHealth { allDaemonStatuses { healthy } } runQueueConfig { tagConcurrencyLimitsYaml } }
+}"""
+
+
+def asked(url: str) -> dict:
+    return requests.post(f"{url}/graphql", json={"query": QUERY}, timeout=30).json()["data"]
+
+
+def test_webserver_and_daemon_serve_the_assets_on_loopback_and_end_together(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    home = tmp_path / ".ddpm"
+    try:
+        stack.up(home, services=stack.ORCHESTRATOR)
+        services = {service.name: service for service in stack.status(home) if service.running}
+        assert sorted(services) == sorted(stack.ORCHESTRATOR)
+        url = services["dagster"].url
+        deadline = time.monotonic() + 40
+        while not all(daemon["healthy"] for daemon in asked(url)["instance"]["daemonHealth"]["allDaemonStatuses"]):
+            assert time.monotonic() < deadline
+            time.sleep(1)
+        found = asked(url)
+        assets = {
+            node["assetKey"]["path"][0]: node["partitionKeys"] for node in found["repositoryOrError"]["assetNodes"]
+        }
+        assert assets == {place.gives: list(Settings().partitions) for place in GRAPH}
+        assert found["repositoryOrError"]["sensors"] == [{"name": "new_data", "sensorState": {"status": "STOPPED"}}]
+        assert found["repositoryOrError"]["schedules"] == [{"name": "retrain"}]
+        assert "ddpm/trains" in found["instance"]["runQueueConfig"]["tagConcurrencyLimitsYaml"]
+        members = [psutil.Process(service.pid) for service in services.values()]
+        members += [child for member in members for child in member.children(recursive=True)]
+        listening = [c.laddr.ip for p in members for c in p.net_connections("inet") if c.status == "LISTEN"]
+        assert set(listening) == {"127.0.0.1"}
+    finally:
+        stopped = stack.down(home)
+    assert stopped == list(reversed(stack.ORCHESTRATOR))
+    psutil.wait_procs(members, timeout=10)
+    assert not [member for member in members if member.is_running()]
+
+
+@pytest.mark.slow
+def test_the_digits_graph_is_materialised_once_and_then_skipped(shell: Shell, local_stack, monkeypatch):
+    from pipelines.orchestrate.definitions import JOB, make_definitions
+
+    for name in ("DDPM_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, shell.environment[name])
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    job = make_definitions(Settings(partitions={"short": SHORT}, retries=0)).resolve_job_def(JOB)
+    client = MlflowClient(tracking_uri=local_stack.tracking_uri)
+    found = []
+    for _ in range(2):
+        result = job.execute_in_process(partition_key="short", raise_on_error=False)
+        events = result.get_asset_materialization_events()
+        found.append({event.asset_key.to_user_string(): event.materialization.metadata for event in events})
+        (check,) = result.get_asset_check_evaluations()
+        # A model of 1,280 images may be refused as noise: then that is what the check says, and there is no champion.
+        assert result.success == check.passed == ("champion" in found[-1])
+        judged = "| signature |" in check.metadata["table"].value
+        assert judged or check.metadata["reason"].value == "the alias champion is there already"
+    made, again = found
+    assert {"dataset", "run", "evaluation", "version"} <= made.keys()
+    (run,) = [
+        r
+        for r in client.search_runs([client.get_experiment_by_name("ddpm").experiment_id])
+        if r.info.run_name == "assets"
+    ]
+    assert made["run"]["run_id"].value == run.info.run_id
+    assert run.info.run_id in made["run"]["mlflow"].value
+    assert made["run"]["skipped"].value is False
+    assert made["evaluation"]["scores/frechet_distance"].value > 0
+    (version,) = client.search_model_versions("name = 'assets'")
+    assert made["version"]["version"].value == str(version.version)
+    assert made["version"]["served_digest"].value == version.tags["served_digest"]
+    for asset in ("dataset", "run", "evaluation", "version"):
+        assert again[asset]["skipped"].value is True
+        assert again[asset]["why"].value.startswith("skipped: ")
+        assert again[asset]["inputs"].value == made[asset]["inputs"].value

@@ -1,0 +1,188 @@
+"""When a run counts as trained, a version as registered and an alias as moved: by what storage and MLflow hold."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipelines import tracking
+from pipelines.checkpoints import (
+    Listed,
+    Published,
+    checkpoint_name,
+    enter_checkpoint,
+    record_published,
+    run_folder,
+    save_checkpoint,
+)
+from pipelines.config import compose
+from pipelines.display import Silent
+from pipelines.errors import PipelineError
+from pipelines.flow import Results, Site
+from pipelines.flow.judge import Promote, Register
+from pipelines.flow.renew import for_data
+from pipelines.flow.train import Train
+from pipelines.registry import Signer, Verdict, VerdictLog
+from pipelines.registry.sign import Trust
+from pipelines.shards.index import make_dataset
+from pipelines.storage import Storage
+from pipelines.tracking import ModelVersion, client
+from pipelines.training.driver import TrainingResult
+from tests.pipelines.checkpoints.tiny import DATASET, a_checkpoint
+
+STORAGE = Storage()
+SITE = Site(STORAGE, {}, Silent())
+
+
+@pytest.fixture(scope="module")
+def mlflow(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mlflow")
+    uri = f"sqlite:///{folder}/mlflow.db"
+    client.client(uri).create_experiment("ddpm", artifact_location=f"file://{folder}/artifacts")
+    return uri
+
+
+@pytest.fixture
+def config(tmp_path, mlflow):
+    places = ["storage=file", f"storage.root=file://{tmp_path}", f"data.uri=file://{tmp_path}/ds"]
+    (tmp_path / "ds").mkdir()
+    (tmp_path / "ds" / "dataset.json").write_text(DATASET.to_json())
+    return compose(["+experiment=digits", f"name={tmp_path.name}", "images=1000", f"tracking.uri={mlflow}", *places])
+
+
+def store(config, images: int, **lineage) -> None:
+    """Store a checkpoint of a run of these settings."""
+    checkpoint = a_checkpoint(images)
+    spec = replace(checkpoint.spec, lineage={**checkpoint.spec.lineage, **lineage})
+    name = checkpoint_name(images, 1)
+    path = Path(run_folder(config).removeprefix("file://")) / name
+    path.mkdir(parents=True)
+    save_checkpoint(path, replace(checkpoint, spec=spec, identity=config.identity()))
+    enter_checkpoint(STORAGE, run_folder(config), Listed(1, images, name), 5)
+
+
+def looked(config, dataset=DATASET):
+    return Train(config).look(SITE, Results(dataset=dataset))
+
+
+def test_a_run_is_trained_when_it_has_seen_all_its_images_and_mlflow_has_all_of_it(config):
+    name = config.name
+    assert looked(config).reason == f"run '{name}' has no checkpoint"
+    store(config, 500)
+    assert looked(config).reason == f"run '{name}' has seen 500 of 1,000 images"
+    store(config, 1000)
+    seen = f"run '{name}' has seen its 1,000 images already"
+    assert looked(config).reason == f"{seen}, and MLflow does not have all of it"
+    tracker, _ = tracking.open_run(config.tracking.uri, config.tracking.experiment, name, {})
+    assert looked(config).reason == f"{seen}, and MLflow does not have all of it"
+    tracker.status("FINISHED")
+    assert looked(config).reason == f"{seen}, and MLflow names no published checkpoint"
+    record_published(tracker, Published(f"{run_folder(config)}/published/x", 1000, "d"))
+    assert looked(config).reason == f"{seen}, and a published checkpoint is not scored"
+    tracking.enter_checkpoint_model(tracker, 1000, {})
+    found = looked(config)
+    assert found.reason == seen
+    assert found.result is not None
+    assert (found.result.tracker, found.result.published.digest) == (tracker, "d")
+    STORAGE.write(f"{run_folder(config)}/{tracking.UNSENT}", b"something")
+    assert looked(config).reason == f"{seen}, and MLflow does not have all of it"
+
+
+def test_looking_for_a_run_makes_neither_run_nor_experiment(config):
+    store(config, 1000)
+    uri = config.tracking.uri
+    other = config.model_copy(update={"tracking": config.tracking.model_copy(update={"experiment": "never-used"})})
+    assert looked(other).result is None
+    assert tracking.find_run(uri, "never-used", config.name) is None
+    assert tracking.find_run(uri, config.tracking.experiment, "nobody") is None
+    assert tracking.list_runs(uri, config.name) == []
+
+
+def test_a_run_of_other_settings_or_data_is_an_error_and_not_a_reason_to_train(config):
+    store(config, 1000)
+    faster = config.model_copy(update={"optim": config.optim.model_copy(update={"lr": 0.5})})
+    with pytest.raises(PipelineError, match=r"optim\.lr: 0\.002 before, 0\.5 now"):
+        looked(faster)
+    with pytest.raises(PipelineError, match="dataset digest"):
+        looked(config, replace(DATASET, digest="f" * 64))
+
+
+def test_changed_data_have_a_run_of_their_own_and_the_same_data_the_same(config, tmp_path):
+    assert for_data(config, STORAGE) == config
+    store(config, 500)
+    assert for_data(config, STORAGE) == config
+    other = make_dataset(
+        DATASET.uri,
+        splits={**DATASET.splits, "test": (replace(DATASET.splits["test"][0], name="u.tar"),)},
+        classes=DATASET.classes,
+        channels=1,
+        image_size=8,
+        mean=(0.0,),
+        std=(1.0,),
+    )
+    (tmp_path / "ds" / "dataset.json").write_text(other.to_json())
+    renewed = for_data(config, STORAGE)
+    assert renewed.name == f"{config.name}-{other.digest[:8]}"
+    assert renewed.registry == config.registry
+    assert for_data(config, STORAGE) == renewed
+    allowed = config.model_copy(update={"data": config.data.model_copy(update={"allow_changed": True})})
+    assert for_data(allowed, STORAGE) == allowed
+
+
+@pytest.fixture
+def registered(config, monkeypatch):
+    """A registry of two versions, whose alias is where a test puts it."""
+    versions = [
+        ModelVersion("m", number, "r", {"served_digest": number, "model_digest": "d", "scores": "{}"}, ())
+        for number in "21"
+    ]
+    aliases: dict[str, str] = {}
+
+    def version(uri, name, *, alias=None, number=None):
+        wanted = aliases.get(alias) if alias else number
+        return next((v for v in versions if v.version == wanted), None)
+
+    monkeypatch.setattr(tracking, "versions", lambda uri, name: versions)
+    monkeypatch.setattr(tracking, "version", version)
+    registry = config.registry.model_copy(update={"model": "m"})
+    return config.model_copy(update={"registry": registry}), versions, aliases
+
+
+class Plain:
+    """Scores that are stored as an empty object."""
+
+    def to_plain(self):
+        return {}
+
+
+@pytest.mark.parametrize("digest, number", [("d", "2"), ("another", None)])
+def test_a_version_counts_where_it_has_the_weights_and_the_scores(registered, digest, number):
+    config, _, _ = registered
+    run = TrainingResult(tracking.Tracker("u", "r"), "complete", 1, Published("u", 1, digest), None)
+    found = Register(config).look(SITE, Results(run=run, evaluation=Plain())).result  # type: ignore[arg-type]
+    assert (found and found.version) == number
+
+
+def test_the_gate_is_done_where_the_alias_is_at_the_version_by_its_log_and_in_mlflow(registered, monkeypatch, tmp_path):
+    monkeypatch.setenv("DDPM_HOME", str(tmp_path / "home"))
+    config, (second, first), aliases = registered
+
+    def reason(version):
+        return Promote(config).look(SITE, Results(version=version)).reason
+
+    assert reason(first) == "champion of m is not at version 1"
+    trust = Trust.of(config.registry)
+    log = VerdictLog.of(config.storage.root, "m", "champion", STORAGE, trust)
+    passed = Verdict(True, "the alias has no version yet", "m", "champion", "1", served_digest="1")
+    assert log.add(passed, Signer.of(config.registry), 0)
+    assert reason(first) == "champion of m is not at version 1"  # the log says so, and MLflow does not yet
+    aliases["champion"] = "1"
+    assert reason(first) == "champion is at version 1 already"
+    assert reason(second) == "champion of m is not at version 2"
+    aliases["champion"] = "2"  # moved without the gate
+    assert (reason(first), reason(second)) == (
+        "champion of m is not at version 1",
+        "champion of m is not at version 2",
+    )
