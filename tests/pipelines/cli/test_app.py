@@ -36,6 +36,13 @@ def test_every_verb_explains_itself_with_an_example(verb):
         (["index", "birds"], 2, "birds is no address"),
         (["index", "file:///nowhere", "--split", "=x"], 2, "'=x' is no split: write NAME=PATTERN"),
         (["index", "file:///nowhere"], 1, "no *.tar at file:///nowhere"),
+        (["launch"], 2, "name a verb, such as `ddpm launch --target ray train"),
+        (["launch", "--target", "slurm", "train"], 2, "'slurm' is not one of 'kuberay', 'aws', 'ray'"),
+        (["launch", "--target", "kuberay", "up"], 2, "'up' cannot be launched on a cluster. Allowed: ingest, train"),
+        (["launch", "--target", "kuberay", "train"], 2, "launch.image has no value: set it with launch.image=VALUE"),
+        (["launch", "--target", "kuberay", "train", "launch.image=x"], 2, "storage=local is the S3 of this machine's"),
+        (["launch", "--target", "aws", "--status", "x"], 2, "name a verb"),
+        (["launch", "train"], 1, "Ray of the local stack is not running, and no other is named"),
         (["sample", "/nowhere", "--out", "x", "storage=file", "storage.root=file:///x"], 1, "names no model"),
     ],
 )
