@@ -179,7 +179,7 @@ def _jobs(config: Config) -> RayJobs:
     from pipelines.launch.ray_jobs import RayJobs
 
     assert config.cluster.address is not None
-    return RayJobs(config.cluster.address, _ray_launch(config).patience_s)
+    return RayJobs.connect(config.cluster.address, _ray_launch(config).patience_s)
 
 
 def _ray_launch(config: Config) -> RayLaunch:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 import shlex
+import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -94,11 +96,18 @@ def object_name(name: str) -> str:
 
 @contextmanager
 def detachable(notice: StageNotice, text: str) -> Iterator[None]:
-    """Let Ctrl-C end this block, which follows a command, and say what goes on."""
+    """Let Ctrl-C or SIGTERM end this block, which follows a command, and say what goes on."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):  # a shell has its background processes ignore the first one
+            before[number] = signal.signal(number, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
         notice("launch", f"detached; {text}")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def parse_command(words: Sequence[str], config: Config) -> ClusterCommand:

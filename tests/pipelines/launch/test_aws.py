@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import jsonschema
@@ -26,6 +27,7 @@ VARIANTS = {
 ALL = pytest.mark.parametrize("more", VARIANTS.values(), ids=VARIANTS)
 
 
+@cache
 def files(*more):
     return aws.files(command("aws", *TRAIN, *AWS, *more))
 
@@ -105,6 +107,18 @@ def test_policies_name_actions_one_by_one_and_resources_where_there_are_any(role
             assert re.fullmatch(r"(s3|ec2|iam|ssm):[A-Z][A-Za-z]+", action), action  # no *
         if statement["Resource"] == "*":
             assert all(action.startswith("ec2:Describe") for action in actions), sid
+
+
+def test_ec2_and_ssm_know_every_action_by_that_name():
+    """Their actions are their calls, which botocore lists."""
+    import botocore.session
+
+    session = botocore.session.get_session()
+    known = {service: session.get_service_model(service).operation_names for service in ("ec2", "ssm")}
+    for statement in policy("head").values():
+        for action in [statement["Action"]] if isinstance(statement["Action"], str) else statement["Action"]:
+            service, _, name = action.partition(":")
+            assert service not in known or name in known[service], action
 
 
 def test_objects_may_be_changed_below_the_folders_of_this_program_alone():
