@@ -43,16 +43,24 @@ def launch(
     The name of the run decides what is resumed: launching the same command again follows it while it runs, and resumes
     it once it has ended. Settings of the launch are overrides: launch.image=… (see docs/clusters.md).
     """
+    from pipelines.connect import without_secrets
     from pipelines.launch import overrides_of, parse_command, with_addresses
 
     given = words or []
     named = stop or status
-    if named is not None and target != "aws":
+    if named is not None:
+        if target == "aws":
+            raise typer.BadParameter(
+                "a cluster on EC2 is asked through its dashboard: `ray dashboard cluster.yaml`, then "
+                f"`ddpm launch --target ray {'--stop' if stop else '--status'} {named} "
+                "cluster.address=http://127.0.0.1:8265`"
+            )
         _look_or_stop(target, named, given, stop=stop is not None, as_json=as_json)
         return
-    if not given or named is not None:
+    if not given:
         raise typer.BadParameter("name a verb, such as `ddpm launch --target ray train +experiment=digits`")
-    config = with_addresses(compose([f"launch={target}", *overrides_of(given)]), os.environ)
+    config, _ = without_secrets(compose([f"launch={target}", *overrides_of(given)]))
+    config = with_addresses(config, os.environ)
     command = parse_command(given, config)
     if target == "kuberay":
         _to_kuberay(command, dry_run=dry_run, detach=detach, as_json=as_json)

@@ -37,6 +37,11 @@ class KubeRayLaunch(Section):
         "ddpm-mlflow",
         description="Secret with MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD; not needed without a login",
     )
+    signing_secret: Name | None = Field(
+        None,
+        description="Secret whose key `signing.pem` is the private key that signs versions; null: one that the head "
+        "makes, which goes with it",
+    )
     token: bool = Field(True, description="whoever speaks to the Ray cluster needs its token; KubeRay makes one")
     token_secret: Name | None = Field(
         None, description="Secret whose key `auth_token` is that token; null: one that KubeRay makes for each cluster"

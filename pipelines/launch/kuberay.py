@@ -9,7 +9,7 @@ import yaml
 
 from pipelines.config import ConfigError, KubeRayLaunch
 from pipelines.launch.command import ClusterCommand, require_reachable
-from pipelines.launch.pods import Plain, head_template, submitter_template, worker_template
+from pipelines.launch.pods import SIGNING_FOLDER, Plain, head_template, submitter_template, worker_template
 
 RAY_VERSION = "2.60.0"
 """Of the image: RAY_VERSION in infra/docker/Dockerfile."""
@@ -34,6 +34,8 @@ def rayjob(command: ClusterCommand) -> Plain:
         )
     if launch.spot:
         command = command.with_default("cluster.max_preemption_failures", -1)
+    if launch.signing_secret:
+        command = command.with_default("registry.signing_key", f"{SIGNING_FOLDER}/signing.pem")
     metadata: Plain = {
         "name": command.object_name,
         "namespace": launch.namespace,

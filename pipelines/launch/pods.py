@@ -13,6 +13,7 @@ Plain = dict[str, Any]
 USER = 1000
 """Of the image, infra/docker/Dockerfile."""
 SECRET_FOLDER = "/var/run/secrets/ddpm/s3"
+SIGNING_FOLDER = "/var/run/secrets/ddpm/signing"
 CACHE_FOLDER = "/var/cache/ddpm"
 SPARE_CPUS = 2
 """Cores of a worker pod beside those of its workers: for Ray's own processes, and an evaluation beside a training."""
@@ -35,11 +36,19 @@ def head_template(command: ClusterCommand, launch: KubeRayLaunch) -> Plain:
             {"name": "client", "containerPort": 10001},
         ],
         **_environment(command, launch, {"RAY_JOB_STOP_WAIT_TIME_S": str(launch.stop_wait_s)}),
-        "volumeMounts": [*_s3_mounts(launch), {"name": "shm", "mountPath": "/dev/shm"}],
+        "volumeMounts": [
+            *_secret_mount("s3", SECRET_FOLDER, launch.s3_secret),
+            *_secret_mount("signing", SIGNING_FOLDER, launch.signing_secret),
+            {"name": "shm", "mountPath": "/dev/shm"},
+        ],
         "resources": {"requests": resources, "limits": dict(resources)},  # limits, because KubeRay tells Ray the limits
         "securityContext": _container_security(),
     }
-    volumes = [*_s3_volumes(launch), _memory("shm", launch.head_memory_gib / 4)]
+    volumes = [
+        *_secret_volume("s3", launch.s3_secret),
+        *_secret_volume("signing", launch.signing_secret),
+        _memory("shm", launch.head_memory_gib / 4),
+    ]
     return {"spec": {**_pod(launch), "containers": [container], "volumes": volumes}}
 
 
@@ -58,7 +67,7 @@ def worker_template(command: ClusterCommand, launch: KubeRayLaunch, *, spot: boo
         "imagePullPolicy": "IfNotPresent",
         **_environment(command, launch, {"XDG_CACHE_HOME": folder}),
         "volumeMounts": [
-            *_s3_mounts(launch),
+            *_secret_mount("s3", SECRET_FOLDER, launch.s3_secret),
             {"name": "shm", "mountPath": "/dev/shm"},
             {"name": "cache", "mountPath": folder},
         ],
@@ -70,7 +79,7 @@ def worker_template(command: ClusterCommand, launch: KubeRayLaunch, *, spot: boo
         "automountServiceAccountToken": False,  # a role for S3 comes by a token of its own
         "containers": [container],
         "volumes": [
-            *_s3_volumes(launch),
+            *_secret_volume("s3", launch.s3_secret),
             # Object store, NCCL and data loading share it; what is used counts against the memory limit.
             _memory("shm", launch.shm_gib * launch.workers_per_node),
             _cache(config, launch),
@@ -153,7 +162,7 @@ def _environment(command: ClusterCommand, launch: KubeRayLaunch, more: dict[str,
     Variables of the container reach every process of the Ray node.
     """
     named = command.environment() | more
-    if _has_keys(launch):
+    if launch.s3_secret:
         named["AWS_SHARED_CREDENTIALS_FILE"] = f"{SECRET_FOLDER}/credentials"
     return {
         "env": [{"name": name, "value": value} for name, value in named.items()],
@@ -161,18 +170,13 @@ def _environment(command: ClusterCommand, launch: KubeRayLaunch, more: dict[str,
     }
 
 
-def _has_keys(launch: KubeRayLaunch) -> bool:
-    return launch.s3_secret is not None
+def _secret_mount(name: str, folder: str, secret: str | None) -> list[Plain]:
+    return [{"name": name, "mountPath": folder, "readOnly": True}] if secret else []
 
 
-def _s3_mounts(launch: KubeRayLaunch) -> list[Plain]:
-    return [{"name": "s3", "mountPath": SECRET_FOLDER, "readOnly": True}] if _has_keys(launch) else []
-
-
-def _s3_volumes(launch: KubeRayLaunch) -> list[Plain]:
+def _secret_volume(name: str, secret: str | None) -> list[Plain]:
     # 0440: the group, which is the user's by fsGroup, reads.
-    secret = {"secretName": launch.s3_secret, "defaultMode": 0o440}
-    return [{"name": "s3", "secret": secret}] if _has_keys(launch) else []
+    return [{"name": name, "secret": {"secretName": secret, "defaultMode": 0o440}}] if secret else []
 
 
 def _memory(name: str, size_gib: float) -> Plain:

@@ -1,5 +1,6 @@
 """The page on clusters names every setting of a launch, as the schema describes it."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,21 +10,18 @@ from pipelines.config import AwsLaunch, KubeRayLaunch, RayLaunch
 PAGE = (Path(__file__).parents[3] / "docs/clusters.md").read_text()
 
 
+def shown(value: object) -> str:
+    """A default as YAML writes it."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+
+
 def rows(model) -> list[str]:
     """The rows of a table of the fields: name, default, meaning."""
-    found = []
-    for name, field in model.model_fields.items():
-        if name == "kind":
-            continue
-        default = (
-            "(needed)"
-            if field.is_required()
-            else {None: "null", True: "true", False: "false"}.get(
-                field.default if isinstance(field.default, bool | None) else 0, field.default
-            )
-        )
-        found.append(f"| `{name}` | {default} | {field.description or ''} |")
-    return found
+    fields = {name: field for name, field in model.model_fields.items() if name != "kind"}
+    return [
+        f"| `{name}` | {'(needed)' if field.is_required() else shown(field.default)} | {field.description or ''} |"
+        for name, field in fields.items()
+    ]
 
 
 @pytest.mark.parametrize("model", [KubeRayLaunch, AwsLaunch, RayLaunch])

@@ -117,6 +117,14 @@ WORKERS = r"/spec/rayClusterSpec/workerGroupSpecs/(gpu|spot)"
         ("launch.namespace=team", ["/metadata/namespace"]),
         ("launch.service_account=trainer", [r".*[tT]emplate/spec/serviceAccountName"]),
         ("launch.s3_secret=other", [r".*/volumes/s3/secret/secretName"]),
+        (
+            "launch.signing_secret=signing",
+            [
+                "/spec/entrypoint",
+                r".*/ray-head/volumeMounts/signing/.*",
+                r".*/headGroupSpec/template/spec/volumes/signing/.*",
+            ],
+        ),
         ("launch.mlflow_secret=other", [r".*/envFrom/0/secretRef/name"]),
         ("launch.token=false", ["/spec/rayClusterSpec/authOptions/mode"]),
         ("launch.token_secret=ray-token", ["/spec/rayClusterSpec/authOptions/secretName"]),
@@ -261,6 +269,15 @@ def test_keys_are_a_mounted_file_that_only_the_user_reads_or_a_role():
         assert "s3" not in {v["name"] for v in role["spec"]["volumes"]}
     with pytest.raises(ConfigError, match=r"nobody may use the bucket: set launch.service_account=NAME"):
         job("launch.s3_secret=null")
+
+
+def test_versions_are_signed_by_a_mounted_key_where_one_is_named():
+    signed = job("launch.signing_secret=signing")
+    (path,) = re.findall(r"registry\.signing_key=(\S+)", signed["spec"]["entrypoint"])
+    mounts = {m["mountPath"]: m["name"] for m in container(templates(signed)["head"])["volumeMounts"]}
+    volumes = {v["name"]: v for v in templates(signed)["head"]["spec"]["volumes"]}
+    assert volumes[mounts[str(Path(path).parent)]]["secret"]["secretName"] == "signing"
+    assert "signing" not in {v["name"] for v in templates(signed)["cpu"]["spec"]["volumes"]}  # workers sign nothing
 
 
 @ALL
