@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 UNIT := not slow and not gpu and not integration and not chaos
 
-.PHONY: install demo test test-unit check format clean
+.PHONY: install demo test test-unit check format infra lock clean
 .DEFAULT_GOAL := help
 
 help: ## Show the targets
@@ -39,6 +39,13 @@ check: $(STAMP) ## Lint, format, types, import contracts, spelling
 format: $(STAMP) ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+infra: $(STAMP) ## Write the cluster files that are rendered, infra/kuberay and infra/aws
+	$(BIN)/python -m pipelines.launch.committed infra
+
+lock: $(STAMP) ## Write the exact packages, with hashes, that images are built from
+	$(BIN)/pip install --quiet uv
+	$(BIN)/python infra/docker/lock.py
 
 clean: ## Remove .venv and build products; .ddpm (data of the local stack) stays
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

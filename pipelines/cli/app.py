@@ -10,7 +10,21 @@ import sys
 
 import typer
 
-from pipelines.cli import data, exchange, flow, guard, models, pictures, plan, runs, search, serving, stack, training
+from pipelines.cli import (
+    data,
+    exchange,
+    flow,
+    guard,
+    launch,
+    models,
+    pictures,
+    plan,
+    runs,
+    search,
+    serving,
+    stack,
+    training,
+)
 from pipelines.cli.common import terminal
 from pipelines.credentials import clean_arguments
 from pipelines.errors import ConfigError, PipelineError
@@ -31,6 +45,7 @@ for verb in (
 ):
     app.command()(verb)
 app.command("import")(exchange.import_model)
+app.command(context_settings=launch.CONTEXT)(launch.launch)
 app.add_typer(search.app, name="search")
 
 

@@ -2,6 +2,7 @@
 
 from pipelines.config.build import network_config, noise_schedule, sampling, timestep_sampler, training_objective
 from pipelines.config.compose import compose, conf_dir, from_dict, groups, override_settings, read_config, suggest
+from pipelines.config.launch import AwsLaunch, KubeRayLaunch, RayLaunch
 from pipelines.config.schema import (
     FORMER_DEFAULTS,
     ClusterConfig,
@@ -17,12 +18,15 @@ from pipelines.errors import ConfigError
 
 __all__ = [
     "FORMER_DEFAULTS",
+    "AwsLaunch",
     "ClusterConfig",
     "Config",
     "ConfigError",
     "DataConfig",
     "EvaluationConfig",
+    "KubeRayLaunch",
     "OptimConfig",
+    "RayLaunch",
     "RegistryConfig",
     "ServingConfig",
     "compose",

@@ -11,6 +11,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from ddpm.models import NETWORKS, UNNAMED_NETWORK, UNetConfig
 from pipelines.config.choices import Section
+from pipelines.config.launch import LaunchConfig
 
 if TYPE_CHECKING:  # made when the program runs, which a type checker does not see
     GuidanceConfig: TypeAlias = Any
@@ -371,6 +372,7 @@ class Config(Section):
     evaluation: EvaluationConfig
     registry: RegistryConfig
     serving: ServingConfig = ServingConfig.model_validate({})
+    launch: LaunchConfig | None = Field(None, description="where `ddpm launch` puts a command; no part of a run")
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

@@ -134,6 +134,7 @@ class StudyStore:
             "cluster": True,
             "storage": True,
             "tracking": True,
+            "launch": True,
             "data": {"cache_dir", "cache_gib", "decode_threads", "prefetch_batches"},
         }
         trials, shared = plain.pop("trials"), base.model_dump(mode="json", exclude=machines)

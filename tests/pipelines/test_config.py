@@ -58,6 +58,7 @@ def test_the_experiment_of_cifar10_is_that_of_the_paper():
 def test_every_shipped_choice_composes(group, choice):
     needed = {"folder": ["data.num_classes=3", "model=unet_small"], "s3": ["storage.root=s3://b"]}
     needed |= {"file": ["storage.root=file:///tmp/b"], "unet_cifar10": ["data.image_size=32"]}
+    needed |= {"kuberay": ["launch.image=x"], "aws": ["launch.image=x"]}
     needed |= {"unet_small": ["data.image_size=32"], "hybrid": ["model.learned_variance=true"]}
     compose([f"{group}={choice}", *needed.get(choice, [])])
 

@@ -1,0 +1,157 @@
+"""A command on EC2: the file of `ray up`, the policies of its two roles, and the rules of its bucket, as files."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from pipelines.config import AwsLaunch, ConfigError
+from pipelines.launch.aws_policies import head_policy, lifecycle, worker_policy
+from pipelines.launch.command import ClusterCommand, require_reachable
+from pipelines.launch.kuberay import dump
+from pipelines.launch.pods import cache_gib
+
+CLUSTER_FILE = "cluster.yaml"
+
+
+def files(command: ClusterCommand) -> dict[str, str]:
+    """Return the files of a cluster by name.
+
+    Raises:
+        ConfigError: the settings do not fit each other, or leave something out that a cluster needs.
+    """
+    launch, config = launch_of(command), command.config
+    require_reachable(config)
+    if not config.storage.root.startswith("s3://"):
+        raise ConfigError(f"storage.root = {config.storage.root}: a cluster on EC2 has a role for S3: use s3://BUCKET")
+    name = command.object_name
+    return {
+        CLUSTER_FILE: dump(cluster(command)),
+        "iam-head.json": _json(head_policy(config, launch, name)),
+        "iam-worker.json": _json(worker_policy(config)),
+        "s3-lifecycle.json": _json(lifecycle(config.storage.root)),
+    }
+
+
+def cluster(command: ClusterCommand) -> dict[str, Any]:
+    """Return what `ray up` reads: one head on demand, workers that are spot instances where `launch.spot`.
+
+    Raises:
+        ConfigError: numbers of workers do not divide into instances.
+    """
+    launch, config = launch_of(command), command.config
+    fewest, most = (_nodes(count, launch) for count in (config.cluster.min_workers, config.cluster.max_workers))
+    if launch.spot:
+        command = command.with_default("cluster.max_preemption_failures", -1)
+    return {
+        "cluster_name": command.object_name,
+        "max_workers": most,
+        "idle_timeout_minutes": launch.idle_min,
+        # Ray does not read this: the command is kept with the cluster that fits it.
+        "metadata": {"entrypoint": command.shell(), "submission_id": command.name},
+        "provider": {
+            "type": "aws",
+            "region": launch.region,
+            "availability_zone": launch.zone,
+            "cache_stopped_nodes": False,  # `ray down` terminates; stopped nodes would keep billing their disks
+        },
+        "auth": {"ssh_user": "ubuntu"},
+        "docker": _docker(command, launch),
+        "head_node_type": "head",
+        "available_node_types": {
+            # Services, the driver and the autoscaler; no CPUs and no GPUs to offer, so no training runs here.
+            "head": {
+                "resources": {"CPU": 0, "GPU": 0},
+                "node_config": _node(launch.head_instance_type, launch.head_profile, launch.disk_gib, launch),
+            },
+            "worker": {
+                "resources": {},  # `ray up` fills in what EC2 says of the instance type
+                "min_workers": fewest,
+                "max_workers": most,
+                "node_config": {
+                    **_node(launch.instance_type, launch.worker_profile, launch.disk_gib + cache_gib(config), launch),
+                    **({"InstanceMarketOptions": {"MarketType": "spot"}} if launch.spot else {}),
+                },
+            },
+        },
+        "initialization_commands": ["sudo usermod -aG docker $USER"],  # on the machine, before the container starts
+        # Empty, not absent: Ray fills in a missing list with its own, which installs a nightly build of Ray.
+        "setup_commands": [],
+        "head_setup_commands": [],
+        "worker_setup_commands": [],
+        # In the container. The dashboard listens on loopback only: whoever reaches it can run commands.
+        "head_start_ray_commands": [
+            "ray stop",
+            "ray start --head --port=6379 --object-manager-port=8076 --num-cpus=0 --num-gpus=0 "
+            "--dashboard-host=127.0.0.1 --autoscaling-config=~/ray_bootstrap_config.yaml",
+        ],
+        "worker_start_ray_commands": ["ray stop", "ray start --address=$RAY_HEAD_IP:6379 --object-manager-port=8076"],
+    }
+
+
+def next_steps(command: ClusterCommand, folder: Path) -> list[str]:
+    """Return the commands that follow once the files are written."""
+    file, launch = shlex.quote(str(folder / CLUSTER_FILE)), launch_of(command)
+    if launch.spot:
+        command = command.with_default("cluster.max_preemption_failures", -1)
+    submit = (
+        f"ray job submit --no-wait --address http://127.0.0.1:8265 --submission-id {command.name} -- {command.shell()}"
+    )
+    return [
+        f"roles: {launch.head_profile} with iam-head.json and iam-worker.json, {launch.worker_profile} with "
+        "iam-worker.json",
+        f"ray up {file}",
+        f"ray exec {file} {shlex.quote(submit)}",
+        f"ray exec {file} {shlex.quote(f'ray job logs --follow {command.name}')}",
+        f"ray down {file}      (the nodes cost money until here)",
+    ]
+
+
+def launch_of(command: ClusterCommand) -> AwsLaunch:
+    """Return the settings of the launch."""
+    assert isinstance(command.config.launch, AwsLaunch)
+    return command.config.launch
+
+
+def _docker(command: ClusterCommand, launch: AwsLaunch) -> dict[str, Any]:
+    """Return the containers. Their variables reach `ray start`, thus every Ray worker: addresses, no keys."""
+    variables = command.environment() | {"AWS_REGION": launch.region, "AWS_DEFAULT_REGION": launch.region}
+    variables["RAY_JOB_STOP_WAIT_TIME_S"] = "120"  # Ray's own 3 s are too short for a checkpoint
+    options = [f"--env={name}={value}" for name, value in variables.items()]
+    return {
+        "container_name": "ddpm",
+        "image": launch.image,
+        "head_image": launch.head_image or launch.image,
+        "pull_before_run": True,
+        "run_options": [*options, "--ulimit=nofile=65536:65536"],
+        "worker_run_options": ["--gpus=all"] if command.config.cluster.gpus_per_worker else [],
+    }
+
+
+def _node(instance_type: str, profile: str, disk_gib: int, launch: AwsLaunch) -> dict[str, Any]:
+    """Return what EC2 is asked for."""
+    return {
+        "InstanceType": instance_type,
+        "ImageId": launch.ami,
+        "IamInstanceProfile": {"Name": profile},
+        "MetadataOptions": {"HttpTokens": "required", "HttpEndpoint": "enabled", "HttpPutResponseHopLimit": 2},
+        "BlockDeviceMappings": [
+            {"DeviceName": "/dev/sda1", "Ebs": {"VolumeSize": disk_gib, "VolumeType": "gp3", "Encrypted": True}}
+        ],
+    }
+
+
+def _nodes(workers: int, launch: AwsLaunch) -> int:
+    """Return how many instances hold these workers."""
+    if workers % launch.workers_per_node:
+        raise ConfigError(
+            f"cluster.num_workers: {workers} workers do not divide into instances of "
+            f"launch.workers_per_node = {launch.workers_per_node}"
+        )
+    return workers // launch.workers_per_node
+
+
+def _json(plain: dict[str, Any]) -> str:
+    return json.dumps(plain, indent=2) + "\n"

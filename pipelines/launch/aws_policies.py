@@ -1,0 +1,166 @@
+"""What the roles of a cluster on EC2 may do, and what S3 may delete by itself.
+
+The least that works: objects below the prefixes that this program writes, EC2's machines of one cluster.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipelines.config import AwsLaunch, Config
+
+FOLDERS = ("datasets", "runs", "studies", "evaluations", "registry", "plans")
+"""What this program keeps below `storage.root`."""
+TRANSIENT = ".ddpm-"
+"""Start of the names of probes: objects that are written and deleted at once to see whether that is allowed."""
+VERSION = "2012-10-17"
+ABORT_DAYS = 7
+TRANSIENT_DAYS = 1
+
+Statement = dict[str, Any]
+
+
+def worker_policy(config: Config) -> dict[str, Any]:
+    """Return the policy of every node: the folders of this program in the bucket, and the data where it is elsewhere.
+
+    Listing has the condition `…IfExists`: a request for an object that is not there says so (404) only to who may list
+    the bucket, and such a request has no prefix. Without it, "not there" would be "forbidden".
+    """
+    bucket, prefix = split(config.storage.root)
+    folders = [*(f"{prefix}{folder}/*" for folder in FOLDERS), f"{prefix}{TRANSIENT}*"]
+    statements = [
+        _list("ListFolders", bucket, [f"{prefix}{folder}/*" for folder in FOLDERS]),
+        {
+            "Sid": "ReadAndWriteFolders",
+            "Effect": "Allow",
+            "Action": ["s3:AbortMultipartUpload", "s3:DeleteObject", "s3:GetObject", "s3:PutObject"],
+            "Resource": [f"arn:aws:s3:::{bucket}/{folder}" for folder in folders],
+        },
+    ]
+    if config.data.uri.startswith("s3://"):
+        data_bucket, data_prefix = split(config.data.uri)
+        if data_bucket != bucket or not data_prefix.startswith(f"{prefix}datasets/"):
+            statements += [
+                _list("ListData", data_bucket, [f"{data_prefix}*"]),
+                {
+                    "Sid": "ReadData",
+                    "Effect": "Allow",
+                    "Action": ["s3:GetObject"],
+                    "Resource": [f"arn:aws:s3:::{data_bucket}/{data_prefix}*"],
+                },
+            ]
+    return {"Version": VERSION, "Statement": statements}
+
+
+def head_policy(config: Config, launch: AwsLaunch, cluster_name: str) -> dict[str, Any]:
+    """Return what the head's role has beside the nodes' policy: Ray's autoscaler starts and ends machines there.
+
+    It may start what carries the name of this cluster as a tag, and end or tag only what carries it.
+    """
+    account = launch.account or "*"
+    arn = f"arn:aws:ec2:{launch.region}:{account}"
+    tag = "ray-cluster-name"
+    needed = ("network-interface", "security-group", "subnet", "volume", "key-pair")
+    statements: list[Statement] = [
+        {
+            "Sid": "LookAtMachines",  # these calls cannot be limited to resources
+            "Effect": "Allow",
+            "Action": ["ec2:DescribeImages", "ec2:DescribeInstances", "ec2:DescribeInstanceTypes"],
+            "Resource": "*",
+            "Condition": {"StringEquals": {"aws:RequestedRegion": launch.region}},
+        },
+        {
+            "Sid": "StartWorkers",
+            "Effect": "Allow",
+            "Action": "ec2:RunInstances",
+            "Resource": [f"{arn}:instance/*"],
+            "Condition": {
+                "StringEquals": {f"aws:RequestTag/{tag}": cluster_name, "ec2:InstanceType": launch.instance_type}
+            },
+        },
+        {
+            "Sid": "StartWorkersWith",
+            "Effect": "Allow",
+            "Action": "ec2:RunInstances",
+            "Resource": [
+                *(f"{arn}:{kind}/*" for kind in needed),
+                f"arn:aws:ec2:{launch.region}::image/*",
+                *([f"{arn}:spot-instances-request/*"] if launch.spot else []),
+            ],
+        },
+        {
+            "Sid": "TagWhatIsStarted",
+            "Effect": "Allow",
+            "Action": "ec2:CreateTags",
+            "Resource": f"{arn}:instance/*",
+            "Condition": {"StringEquals": {"ec2:CreateAction": "RunInstances"}},
+        },
+        {
+            "Sid": "TagAndEndOwnWorkers",
+            "Effect": "Allow",
+            "Action": ["ec2:CreateTags", "ec2:TerminateInstances"],
+            "Resource": f"{arn}:instance/*",
+            "Condition": {"StringEquals": {f"aws:ResourceTag/{tag}": cluster_name}},
+        },
+        {
+            "Sid": "GiveWorkersTheirRole",
+            "Effect": "Allow",
+            "Action": "iam:PassRole",
+            "Resource": f"arn:aws:iam::{account}:role/{launch.worker_profile}",
+            "Condition": {"StringEquals": {"iam:PassedToService": "ec2.amazonaws.com"}},
+        },
+    ]
+    if launch.ami.startswith("resolve:ssm:/aws/service/"):
+        parameter = launch.ami.removeprefix("resolve:ssm:")
+        statements.append(
+            {
+                "Sid": "FindTheMachineImage",
+                "Effect": "Allow",
+                "Action": ["ssm:GetParameters"],
+                "Resource": f"arn:aws:ssm:{launch.region}::parameter{parameter}",
+            }
+        )
+    return {"Version": VERSION, "Statement": statements}
+
+
+def lifecycle(root: str) -> dict[str, Any]:
+    """Return the lifecycle configuration of the bucket.
+
+    No rule deletes by age what a run has written: `checkpoints.json` lists the checkpoints that a restart may use, and
+    a run that rests for a month still needs the newest one. Deleting is for who keeps the list, and for `ddpm gc`. What
+    is left to S3: parts of uploads that were never completed, which no list names and no listing shows, and probes.
+    """
+    prefix = split(root)[1]
+    return {
+        "Rules": [
+            {
+                "ID": "ddpm-abort-incomplete-uploads",
+                "Status": "Enabled",
+                "Filter": {"Prefix": prefix},
+                "AbortIncompleteMultipartUpload": {"DaysAfterInitiation": ABORT_DAYS},
+            },
+            {
+                "ID": "ddpm-expire-probes",
+                "Status": "Enabled",
+                "Filter": {"Prefix": f"{prefix}{TRANSIENT}"},
+                "Expiration": {"Days": TRANSIENT_DAYS},
+            },
+        ]
+    }
+
+
+def split(uri: str) -> tuple[str, str]:
+    """Return the bucket of an address and the prefix of what lies below it, which is "" or ends with a slash."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    key = key.strip("/")
+    return bucket, f"{key}/" if key else ""
+
+
+def _list(sid: str, bucket: str, prefixes: list[str]) -> Statement:
+    return {
+        "Sid": sid,
+        "Effect": "Allow",
+        "Action": ["s3:ListBucket"],
+        "Resource": [f"arn:aws:s3:::{bucket}"],
+        "Condition": {"StringLikeIfExists": {"s3:prefix": prefixes}},
+    }

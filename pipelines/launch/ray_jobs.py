@@ -1,0 +1,244 @@
+"""A command as a job on a Ray cluster that is there already, through Ray's Jobs API.
+
+Import it once the environment holds the token of the cluster: ray reads it when it is imported.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import requests
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobSubmissionClient
+
+from pipelines.config import RayLaunch
+from pipelines.display import StageNotice
+from pipelines.launch.command import ClusterCommand, LaunchError, detachable
+from pipelines.loopback import bypass_proxies
+
+AGAIN = "@"
+"""Stands in a submission ID between the job's name, which cannot have it, and the number of the submission."""
+ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+POLL_S = 1.0
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job on the cluster.
+
+    Attributes:
+        status: "PENDING", "RUNNING", "SUCCEEDED", "FAILED" or "STOPPED".
+        message: why, in Ray's words.
+        started: seconds since 1970; None before it has.
+    """
+
+    id: str
+    status: str
+    message: str = ""
+    started: float | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether it runs no more."""
+        return self.status in ENDED
+
+    @property
+    def number(self) -> int:
+        """Which submission under its name it is, from 1."""
+        return int(self.id.rpartition(AGAIN)[2]) if AGAIN in self.id else 1
+
+    def __str__(self) -> str:
+        """In words."""
+        return f"{self.id}: {self.status.lower()}{f' ({self.message})' if self.message else ''}"
+
+
+def of_name(name: str, submissions: Sequence[Submission]) -> list[Submission]:
+    """Return the submissions under a job's name, in their order."""
+    own = [s for s in submissions if s.id == name or s.id.rpartition(AGAIN)[0] == name]
+    return sorted(own, key=lambda submission: submission.number)
+
+
+def next_id(name: str, earlier: Sequence[Submission]) -> str:
+    """Return the ID of the next submission under a name: Ray takes none a second time, even of a job that has ended."""
+    return f"{name}{AGAIN}{earlier[-1].number + 1}" if earlier else name
+
+
+class RayJobs:
+    """The jobs of a Ray cluster.
+
+    Attributes:
+        client: Ray's, see `connect`.
+        patience_s: how long a server that is away is asked again while a job is followed.
+    """
+
+    def __init__(self, client: Any, address: str, patience_s: float = 300) -> None:
+        self.client, self.address, self.patience_s = client, address, patience_s
+
+    @classmethod
+    def connect(cls, address: str, patience_s: float = 300) -> RayJobs:
+        """Return the jobs of the cluster at an address.
+
+        Raises:
+            LaunchError: no cluster answers there, or it does not let us in.
+        """
+        bypass_proxies(address)
+        os.environ["RAY_API_SERVER_ADDRESS"] = address  # else RAY_ADDRESS would count more than what is given here
+        with _reporting(address):
+            return cls(JobSubmissionClient(address), address, patience_s)
+
+    def named(self, name: str) -> list[Submission]:
+        """Return the submissions under a job's name, in their order."""
+        with _reporting(self.address):
+            found = self.client.list_jobs()
+        return of_name(name, [_submission(job) for job in found if job.submission_id])
+
+    def submit(self, command: ClusterCommand, program: str, variables: Mapping[str, str]) -> tuple[Submission, bool]:
+        """Submit a command, and return its job and True; where a job of its name still runs, that one and False.
+
+        Args:
+            program: what the cluster calls this program.
+            variables: of the job's processes. Ray's dashboard shows them: addresses and paths, no secrets.
+        """
+        earlier = self.named(command.name)
+        if earlier and not earlier[-1].ended:
+            return earlier[-1], False
+        identity = next_id(command.name, earlier)
+        with _reporting(self.address):
+            self.client.submit_job(
+                entrypoint=command.shell(program),
+                submission_id=identity,
+                runtime_env={"env_vars": dict(variables)},
+                metadata={"run": command.config.name, "verb": command.verb},
+            )
+        return Submission(identity, "PENDING"), True
+
+    def get(self, identity: str) -> Submission:
+        """Return the present state of a job."""
+        with _reporting(self.address):
+            return _submission(self.client.get_job_info(identity))
+
+    def follow(
+        self,
+        identity: str,
+        write: Callable[[str], object],
+        notice: StageNotice,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> Submission | None:
+        """Write what a job prints until it has ended, and return how; None where Ctrl-C detaches.
+
+        A server that is away for less than `patience_s` is asked again; what was written already is not written twice.
+
+        Raises:
+            LaunchError: the server stays away, or has no such job.
+        """
+        written, answered_at = 0, time.monotonic()
+
+        def count(text: str) -> None:
+            nonlocal written, answered_at
+            write(text)
+            written, answered_at = written + len(text), time.monotonic()
+
+        with detachable(notice, f"job {identity} goes on; the same command follows it again"):
+            while True:
+                try:
+                    asyncio.run(self._tail(identity, written, count))
+                    state = self.get(identity)
+                    answered_at = time.monotonic()
+                    if state.ended:
+                        return state
+                except (LaunchError, aiohttp.ClientError, OSError, RuntimeError) as error:
+                    if time.monotonic() - answered_at > self.patience_s:
+                        raise LaunchError(f"job {identity} can no longer be followed: {error}") from error
+                sleep(POLL_S)
+        return None
+
+    def stop(self, identity: str, wait_s: float) -> Submission:
+        """Ask a job to stop, wait until it has, and return how it ended.
+
+        Args:
+            wait_s: how long it has for a checkpoint; then Ray kills it.
+
+        Raises:
+            LaunchError: it has not ended a while after that.
+        """
+        with _reporting(self.address):
+            self.client.stop_job(identity)
+        deadline = time.monotonic() + wait_s + 30
+        while not (state := self.get(identity)).ended:
+            if time.monotonic() > deadline:
+                raise LaunchError(f"job {identity} has not stopped within {wait_s + 30:.0f} s: {state}")
+            time.sleep(POLL_S)
+        return state
+
+    async def _tail(self, identity: str, skip: int, write: Callable[[str], object]) -> None:
+        """Write what a job has printed and prints, but for the first `skip` characters, until the server closes."""
+        async for text in self.client.tail_job_logs(identity):
+            fresh = text[skip:]
+            skip = max(0, skip - len(text))
+            if fresh:
+                write(fresh)
+
+
+def program_of(launch: RayLaunch, *, local: bool) -> str:
+    """Return what the cluster calls this program.
+
+    Args:
+        local: whether it is the local stack, whose processes may not have it on their PATH.
+    """
+    if launch.command is not None:
+        return launch.command
+    if not local:
+        return "ddpm"
+    beside = shutil.which("ddpm", path=str(Path(sys.executable).parent))
+    return shlex.join([beside] if beside else [sys.executable, "-c", "from pipelines.cli import main; main()"])
+
+
+def job_variables(command: ClusterCommand, launch: RayLaunch, home: Path | None) -> dict[str, str]:
+    """Return the variables of a job: addresses, how it is stopped, and the folder of the local stack where it is that.
+
+    Args:
+        home: of the local stack; None for another cluster.
+    """
+    local = {"DDPM_HOME": str(home)} if home is not None else {}
+    return {
+        **command.environment(),
+        **local,
+        "RAY_JOB_STOP_WAIT_TIME_S": str(launch.stop_wait_s),  # Ray's own 3 s are too short for a checkpoint
+        "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # a training names the same variables for its workers
+    }
+
+
+def _submission(job: Any) -> Submission:
+    status, message = str(job.status), job.message or ""
+    started = job.start_time / 1000 if job.start_time else None
+    return Submission(job.submission_id, status, " ".join(message.split())[:400], started)
+
+
+@contextmanager
+def _reporting(address: str) -> Iterator[None]:
+    """Turn what Ray's client raises into a `LaunchError` with the fix."""
+    try:
+        yield
+    except AuthenticationError as error:
+        raise LaunchError(
+            f"the Ray cluster at {address} asks for its token: set RAY_AUTH_MODE=token and "
+            f"RAY_AUTH_TOKEN_PATH=FILE, or RAY_AUTH_TOKEN ({str(error).splitlines()[0]})"
+        ) from error
+    except (ConnectionError, requests.RequestException) as error:
+        raise LaunchError(
+            f"no Ray cluster answers at {address}: check cluster.address or RAY_ADDRESS, which is that of its "
+            f"dashboard, http://HOST:8265 ({error})"
+        ) from error
+    except RuntimeError as error:
+        raise LaunchError(f"the Ray cluster at {address} refuses: {error}") from error
