@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -103,11 +104,17 @@ def choices(group: str) -> list[ConfigChoice]:
     for name in groups().get(group, []):
         path = conf_dir() / group / f"{name}.yaml"
         lines = [line for line in path.read_text().splitlines() if not line.startswith("# @package")]
-        head = [line.lstrip("# ") for line in lines[: next((i for i, x in enumerate(lines) if x[:1] != "#"), None)]]
+        head = [_comment(line) for line in itertools.takewhile(lambda line: line.startswith("#"), lines)]
         kind = (yaml.safe_load(path.read_text()) or {}).get("kind", "")
         meaning = " ".join(head) or kind_meanings(group).get(kind, "")
         found.append(ConfigChoice(f"{'+' * (group == 'experiment')}{group}={name}", meaning))
     return found
+
+
+def _comment(line: str) -> str:
+    """Return a line of a comment; a command, which is set off by spaces, becomes code in a sentence."""
+    text = line.removeprefix("#")
+    return f"`{text.strip()}`." if text.startswith("    ") else text.strip()
 
 
 def _doc(model: type[pydantic.BaseModel]) -> str:
