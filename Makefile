@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 UNIT := not slow and not gpu and not integration and not chaos
 
-.PHONY: install demo test test-unit check format infra lock clean
+.PHONY: install demo test test-unit check docs format infra lock clean
 .DEFAULT_GOAL := help
 
 help: ## Show the targets
@@ -35,6 +35,10 @@ check: $(STAMP) ## Lint, format, types, import contracts, spelling
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+
+docs: $(STAMP) ## Make the web site in build/site; a broken link is an error
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 format: $(STAMP) ## Format the code
 	$(BIN)/ruff check --fix .

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,21 @@ def code_lineage() -> dict[str, Any]:
     commit = _git("rev-parse", "HEAD")
     dirty = commit and _git("status", "--porcelain", "--untracked-files=no")
     return {"code_version": version("ddpm-pipelines"), "git_commit": f"{commit}-dirty" if dirty else commit or None}
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Return the version of everything that decides how this runs, by name; None for what is not there.
+
+    Nothing of it is imported: the versions come from the metadata of the installed packages.
+    """
+    lineage = code_lineage()
+    found = {"ddpm": lineage["code_version"], "commit": lineage["git_commit"], "python": platform.python_version()}
+    for package in ("torch", "ray", "mlflow"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 def _git(*arguments: str) -> str:

@@ -45,7 +45,7 @@ class DiTConfig(NetworkConfig):
 
     patch_size: int = setting(2, "height and width of a patch in pixels", ge=1)
     width: int = setting(384, "channels of every patch; a multiple of heads and of 4", ge=4)
-    depth: int = setting(12, "blocks", ge=1)
+    depth: int = setting(12, "number of transformer blocks", ge=1)
     heads: int = setting(6, "attention heads of a block", ge=1)
     mlp_ratio: float = setting(4.0, "hidden channels of a block's perceptron, as a multiple of width", ge=0.5)
     dropout: float = setting(

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 
 from pipelines.cli import (
+    config,
     data,
     exchange,
     flow,
@@ -23,15 +25,18 @@ from pipelines.cli import (
     search,
     serving,
     stack,
+    starter,
     training,
 )
 from pipelines.cli.common import terminal
+from pipelines.cli.version import show_version
 from pipelines.credentials import clean_arguments
 from pipelines.errors import ConfigError, PipelineError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 for verb in (
     *(stack.up, stack.down, stack.status, stack.doctor),
+    *(starter.init, config.config),
     *(data.ingest, data.index, data.check),
     training.train,
     *(runs.runs, runs.logs, runs.rm, runs.gc),
@@ -47,6 +52,16 @@ for verb in (
 app.command("import")(exchange.import_model)
 app.command(context_settings=launch.CONTEXT)(launch.launch)
 app.add_typer(search.app, name="search")
+
+
+@app.callback()
+def ddpm(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=show_version, is_eager=True, help="Show the versions that run, and exit."),
+    ] = False,
+) -> None:
+    """Train denoising diffusion models on a Ray cluster, from images to a registered model."""
 
 
 def hide_secrets() -> None:

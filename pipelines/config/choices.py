@@ -42,15 +42,15 @@ class Section(pydantic.BaseModel):
 class ScheduleSection(Section):
     """The fields of every noise schedule."""
 
-    num_steps: PositiveInt = 1000
-    zero_terminal_snr: bool = False
+    num_steps: PositiveInt = Field(1000, description="number of noising steps, T")
+    zero_terminal_snr: bool = Field(False, description="rescale the schedule so that nothing of the image is left at T")
     log_snr_shift: float = Field(0.0, description="constant added to the log-SNR at every step; below 0 is more noise")
 
 
 class ModelSection(Section):
     """The fields of every network; its input and output channels and classes come from the data."""
 
-    class_conditional: bool = True
+    class_conditional: bool = Field(True, description="give the network the class of the image that it denoises")
     inpainting: bool = Field(False, description="condition on the known pixels of a masked image")
     learned_variance: bool = Field(False, description="learn the reverse variance, with objective.loss hybrid or vlb")
 
@@ -124,7 +124,8 @@ def _variants(
             return self
 
         validators: Any = {"_check": model_validator(mode="after")(check)}
-        fields: Any = {"kind": (Literal[kind], kind)} | _fields([*own, *beside])
+        meaning = f"kind of {suffix.lower()}, whose settings stand beside it"
+        fields: Any = {"kind": (Literal[kind], Field(kind, description=meaning))} | _fields([*own, *beside])
         name = f"{cls.__name__.removesuffix('Config')}{suffix}"
         found[kind] = create_model(
             name,
@@ -177,7 +178,8 @@ GuidanceConfig = create_model(
     __base__=GuidanceSection,
     __module__=__name__,
     __doc__=GuidanceSection.__doc__,
-    **{"kind": (_one_of(GUIDANCE), "classifier_free")} | _fields(_GUIDANCE_SETTINGS.values()),
+    **{"kind": (_one_of(GUIDANCE), Field("classifier_free", description="kind of guidance"))}
+    | _fields(_GUIDANCE_SETTINGS.values()),
 )
 _LOSS = [
     dataclasses.replace(s, type=Literal["eps", "x0", "v"]) if s.name == "prediction" else s

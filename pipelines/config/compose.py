@@ -38,18 +38,11 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
-    from hydra.core.override_parser.types import OverrideType
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    lines = []
-    for override in _parsed(overrides):
-        line = override.input_line or ""
-        _check_override(override.key_or_group, override.value(), line)
-        # A field that the shipped YAML leaves at its default is not in Hydra's struct, so it has to be set with "++".
-        plain_key = override.type is OverrideType.CHANGE and override.key_or_group not in groups()
-        lines.append(f"++{line}" if plain_key else line)
+    lines = hydra_lines(overrides)
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
             composed = hydra_compose("config", lines)
@@ -64,6 +57,24 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     return from_dict(typing.cast("dict[str, Any]", plain))
 
 
+def hydra_lines(overrides: Sequence[str]) -> list[str]:
+    """Return overrides as Hydra needs them, after checking that each names a field or a group.
+
+    Raises:
+        ConfigError: one cannot be read, or names neither.
+    """
+    from hydra.core.override_parser.types import OverrideType
+
+    lines = []
+    for override in parse_overrides(overrides):
+        line = override.input_line or ""
+        _check_override(override.key_or_group, override.value(), line)
+        # A field that the shipped YAML leaves at its default is not in Hydra's struct, so it has to be set with "++".
+        plain_key = override.type is OverrideType.CHANGE and override.key_or_group not in groups()
+        lines.append(f"++{line}" if plain_key else line)
+    return lines
+
+
 def override_settings(overrides: Sequence[str]) -> dict[str, Any]:
     """Return what Hydra overrides set: field or group -> value.
 
@@ -71,14 +82,14 @@ def override_settings(overrides: Sequence[str]) -> dict[str, Any]:
         ConfigError: one cannot be read, or names no field.
     """
     found = {}
-    for override in _parsed(overrides):
+    for override in parse_overrides(overrides):
         key, value = str(override.key_or_group), override.value()
         _check_override(key, value, override.input_line or "")
         found[key] = value
     return found
 
 
-def _parsed(overrides: Sequence[str]) -> Sequence[Any]:
+def parse_overrides(overrides: Sequence[str]) -> Sequence[Any]:
     """Return overrides as Hydra reads them.
 
     Raises:
@@ -149,6 +160,20 @@ def _check_override(key: str, value: Any, line: str) -> None:
                 f"{line}: no '{value}' in {key}. Allowed: {', '.join(choices[key])}.{suggest(value, choices[key])}"
             )
         return
+    check_key(key, line)
+
+
+def check_key(key: str, line: str) -> None:
+    """Raise unless the configuration has a section or a field of this name, in some kind of its section.
+
+    Args:
+        key: path such as "optim.lr".
+        line: what the user wrote, for the message.
+
+    Raises:
+        ConfigError: there is none; the message names what there is, and the closest name.
+    """
+    choices = groups()
     allowed: set[str] = set(Config.model_fields) | set(choices)
     types_here: list[type[pydantic.BaseModel]] = [Config]
     path = ""
@@ -160,16 +185,16 @@ def _check_override(key: str, value: Any, line: str) -> None:
             raise ConfigError(
                 f"{line}: there is no '{part}' {where}. Allowed: {', '.join(sorted(allowed))}.{suggest(part, allowed)}"
             )
-        types_here = _models_in(fields[part])
+        types_here = models_in(fields[part])
         path += f"{part}."
 
 
-def _models_in(annotation: Any) -> list[type[pydantic.BaseModel]]:
+def models_in(annotation: Any) -> list[type[pydantic.BaseModel]]:
     """Return the pydantic models in a field's annotation."""
     if typing.get_origin(annotation) is Annotated:
-        return _models_in(typing.get_args(annotation)[0])
+        return models_in(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return [model for arg in typing.get_args(annotation) for model in _models_in(arg)]
+        return [model for arg in typing.get_args(annotation) for model in models_in(arg)]
     return [annotation] if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel) else []
 
 
@@ -187,7 +212,7 @@ def _explain(error: Any) -> str:
             parts.append(part)
             allowed = sorted({field for model in models for field in model.model_fields})
             fields = [model.model_fields[part] for model in models if part in model.model_fields]
-            models = [m for f in fields for m in _models_in(f.annotation)]
+            models = [m for f in fields for m in models_in(f.annotation)]
     path = ".".join(parts)
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":

@@ -41,39 +41,51 @@ class DataConfig(Section):
     )
     uri: str = Field(description="where the shards and dataset.json are")
     image_size: PositiveInt = Field(description="height and width in pixels")
-    channels: Literal[1, 3]
-    num_classes: NonNegativeInt = Field(description="0 for data without labels")
-    lanes: PositiveInt = Field(8, description="parallel reading positions of the whole run; divides the batch")
+    channels: Literal[1, 3] = Field(description="1 for grey images, 3 for colour")
+    num_classes: NonNegativeInt = Field(description="number of classes; 0 for images without labels")
+    lanes: PositiveInt = Field(8, description="places in the data that are read in parallel; must divide batch_size")
     window: PositiveInt = Field(4, description="consecutive shards of a lane that are shuffled together")
     flip: bool = Field(False, description="mirror every image with probability 1/2")
     geometry: Geometry = Field("crop", description="how an ingest brings images to size: crop takes the central square")
-    encoding: Encoding = Field("png", description="of the images that an ingest writes; jpg alone loses something")
-    shard_samples: PositiveInt = Field(1000, description="samples per shard that an ingest writes")
+    encoding: Encoding = Field("png", description="file format of ingested images; only jpg loses detail")
+    shard_samples: PositiveInt = Field(1000, description="images in each shard that an ingest writes")
     shard_bytes: PositiveInt | None = Field(None, description="size of a shard to aim at, instead of shard_samples")
-    test_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="of a source that has no test/")
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.1, description="share of the images that is kept for testing, where the source has no test split"
+    )
     text_encoder: str | None = Field(
         None, description="hub name or folder of the encoder whose embeddings of the captions an ingest stores"
     )
     allow_changed: bool = Field(False, description="resume a run although its data or their quarantine have changed")
     cache_dir: str | None = Field(None, description="node-wide shard cache; null: the user's cache folder")
-    cache_gib: PositiveFloat = 20.0
-    decode_threads: PositiveInt = 2
-    prefetch_batches: PositiveInt = 4
+    cache_gib: PositiveFloat = Field(20.0, description="most space that the shard cache takes on a node's disk, in GiB")
+    decode_threads: PositiveInt = Field(2, description="threads of a worker that decode images")
+    prefetch_batches: PositiveInt = Field(4, description="batches that a worker reads ahead of the training")
 
 
 class OptimConfig(Section):
     """Optimizer, learning rate by images seen, and the average of the weights."""
 
-    lr: PositiveFloat = 2e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    weight_decay: NonNegativeFloat = 0.0
-    warmup_images: NonNegativeInt = 0
-    decay: Literal["constant", "linear", "cosine", "inverse_sqrt"] = Field(
-        "constant", description="of the rate: none, down to 2 % at the end of the run, or by 1/sqrt(images seen)"
+    lr: PositiveFloat = Field(2e-4, description="learning rate after the warm-up, before any decay")
+    betas: tuple[Fraction, Fraction] = Field(
+        (0.9, 0.999), description="how slowly AdamW forgets: its averages of the gradient and of the gradient's square"
     )
-    decay_images: PositiveInt = Field(1_000_000, description="images from which inverse_sqrt falls")
-    grad_clip: PositiveFloat | None = 1.0
-    ema_half_life: PositiveFloat = Field(500_000, description="in images")
+    weight_decay: NonNegativeFloat = Field(0.0, description="AdamW's weight decay")
+    warmup_images: NonNegativeInt = Field(
+        0, description="images over which the learning rate rises from 0 to optim.lr at the beginning of a run"
+    )
+    decay: Literal["constant", "linear", "cosine", "inverse_sqrt"] = Field(
+        "constant",
+        description="how the learning rate falls: not at all (constant), to 2 % at the end of the run by a line or a "
+        "cosine, or as 1/sqrt(images seen)",
+    )
+    decay_images: PositiveInt = Field(1_000_000, description="images after which decay=inverse_sqrt begins to fall")
+    grad_clip: PositiveFloat | None = Field(
+        1.0, description="largest norm of a gradient; a longer one is scaled down to it. null: no limit"
+    )
+    ema_half_life: PositiveFloat = Field(
+        500_000, description="half-life, in images, of the average of the weights, from which samples are drawn"
+    )
     power_ema: tuple[PositiveFloat, ...] = Field(
         (), description="relative widths of power-function averages, whose width can be chosen after training"
     )
@@ -100,11 +112,13 @@ class ClusterConfig(Section):
     """What the run asks of Ray."""
 
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
-        2, description="or [min, max]: start with what the cluster has, go on with fewer, grow back"
+        2,
+        description="processes that train together. [min, max]: start with as many as the cluster has room for, go on "
+        "with fewer when nodes are lost, grow back when they return",
     )
-    cpus_per_worker: PositiveFloat = 1
-    gpus_per_worker: Literal[0, 1] = 0
-    threads_per_worker: PositiveInt = 1
+    cpus_per_worker: PositiveFloat = Field(1, description="processors that Ray reserves for each worker")
+    gpus_per_worker: Literal[0, 1] = Field(0, description="1: each worker trains on a GPU of its own; 0: on processors")
+    threads_per_worker: PositiveInt = Field(1, description="threads of torch in each worker that trains on processors")
     parallel: Literal["ddp", "fsdp"] = Field(
         "ddp", description="a copy of the network per worker, or its parts shared out over them (FSDP2)"
     )
@@ -117,16 +131,18 @@ class ClusterConfig(Section):
         -1, description="restarts after a node was taken away, which max_failures does not count; -1: without a limit"
     )
     preemption_grace_s: NonNegativeFloat = Field(
-        0, description="how long the workers on other nodes go on after a preempted one is due to go, to end an upload"
+        0, description="seconds that the other workers go on after a preempted one is due to go, to end an upload"
     )
-    patience_s: PositiveFloat = Field(300, description="how long to wait for nodes that are missing")
+    patience_s: PositiveFloat = Field(300, description="seconds to wait for nodes that are missing")
     step_timeout_s: NonNegativeFloat | None = Field(
         1800,
         description="seconds without progress after which the workers are started again; longer than an outage of "
         "storage (300 s), compilation, a sample grid or an evaluation. null or 0: only the backend's 30 minutes count",
     )
-    resize_every_s: PositiveFloat = Field(60, description="how often to look whether an elastic run can grow")
-    address: str | None = Field(None, description="of the Ray cluster; null: RAY_ADDRESS, else the local stack")
+    resize_every_s: PositiveFloat = Field(
+        60, description="seconds between looks whether a run with num_workers=[min, max] can grow"
+    )
+    address: str | None = Field(None, description="address of the Ray cluster; null: RAY_ADDRESS, else the local stack")
 
     @model_validator(mode="after")
     def _ordered(self) -> ClusterConfig:
@@ -149,9 +165,11 @@ class StorageConfig(Section):
     """Where data, checkpoints and artifacts are."""
 
     root: str = Field(description="s3://BUCKET[/PREFIX], file:///PATH or the address of another registered storage")
-    endpoint_url: str | None = Field(None, description="of an S3 that is not AWS")
-    credentials_file: str | None = Field(None, description="AWS shared credentials file")
-    region: str | None = None
+    endpoint_url: str | None = Field(
+        None, description="address of an S3 server that is not AWS, such as http://HOST:PORT"
+    )
+    credentials_file: str | None = Field(None, description="file with S3 keys, in the format of ~/.aws/credentials")
+    region: str | None = Field(None, description="region of the S3 bucket; null: by AWS's own rules")
     local_stack: bool = Field(False, description="start the local S3 when nothing else is named")
 
     @model_validator(mode="after")
@@ -166,14 +184,16 @@ class StorageConfig(Section):
 class TrackingConfig(Section):
     """MLflow, and what else receives a run's curves."""
 
-    uri: str | None = None
-    experiment: str = "ddpm"
+    uri: str | None = Field(
+        None, description="address of the MLflow server; null: MLFLOW_TRACKING_URI, else the local stack"
+    )
+    experiment: str = Field("ddpm", description="MLflow experiment that runs are recorded in")
     sinks: tuple[Literal["mlflow", "jsonl"], ...] = Field(("mlflow",), description="what a run's curves are sent to")
-    log_every: PositiveInt = 2_000
+    log_every: PositiveInt = Field(2_000, description="images between points of a run's curves")
     grid_every: PositiveInt | None = Field(10_000, description="images between sample grids; null: none")
     grid_images: PositiveInt = Field(64, description="most images in a grid, whatever the number of classes")
     profile_at: NonNegativeInt | None = Field(None, description="images seen at which torch.profiler begins to look")
-    profile_steps: PositiveInt = Field(5, description="steps that it looks at")
+    profile_steps: PositiveInt = Field(5, description="training steps that torch.profiler records, from profile_at on")
 
     @model_validator(mode="after")
     def _mlflow_is_there(self) -> TrackingConfig:
@@ -187,14 +207,18 @@ class TrackingConfig(Section):
 class CheckpointConfig(Section):
     """How often state is saved, in images."""
 
-    every: PositiveInt
-    keep: Annotated[int, Field(ge=1)] = 2
-    backlog: NonNegativeInt = 2
-    publish_every: PositiveInt = 50_000
+    every: PositiveInt = Field(description="images between checkpoints: most that is trained again after a crash")
+    keep: Annotated[int, Field(ge=1)] = Field(2, description="newest checkpoints that stay for a restart")
+    backlog: NonNegativeInt = Field(
+        2, description="checkpoints that may wait in memory behind an upload before the training waits for it"
+    )
+    publish_every: PositiveInt = Field(
+        50_000, description="images between checkpoints that stay for good and that MODEL references can name"
+    )
     keep_best: PositiveInt | None = Field(
         None,
-        description="of the published ones that are scored, how many with the lowest Frechet distance stay, beside the "
-        "newest and those that a version or another run names; null: all",
+        description="how many scored checkpoints stay: those of the lowest Frechet distance, beside the newest one and "
+        "those that a version or another run names; null: all",
     )
 
 
@@ -202,10 +226,12 @@ class EvaluationConfig(Section):
     """How samples are scored."""
 
     n: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="samples of each noise seed; null: as many as the test split has. Papers use 50_000"
+        None, description="samples drawn from each noise seed; null: as many as the test split has. Papers use 50_000"
     )
-    seed: NonNegativeInt = Field(1, description="of the noise, the first one")
-    seeds: PositiveInt = Field(3, description="noise seeds; scores are means over them, with their spread")
+    seed: NonNegativeInt = Field(1, description="first seed of the noise that samples are drawn from")
+    seeds: PositiveInt = Field(
+        3, description="how many noise seeds are drawn from; scores are means over them, with their spread"
+    )
     batch_size: PositiveInt = Field(90, description="images that are drawn together")
     actors: PositiveInt | None = Field(
         None, description="processes that draw, each with a CPU or GPU of the Ray cluster; null: as many as it has"
@@ -231,12 +257,14 @@ class EvaluationConfig(Section):
     encoder_mean: tuple[float, ...] | None = Field(
         None, description="subtracted from pixels in [0, 1], per channel; null: what the folder says, else ImageNet's"
     )
-    encoder_std: tuple[PositiveFloat, ...] | None = Field(None, description="by which they are divided then")
+    encoder_std: tuple[PositiveFloat, ...] | None = Field(
+        None, description="what pixels are divided by after encoder_mean is subtracted, per channel"
+    )
     every: PositiveInt | None = Field(
         None, description="images between checkpoints that are published, and scored while training goes on; null: none"
     )
     wait_s: Annotated[float, Field(ge=10)] = Field(
-        3600, description="how long a training that has seen all its images waits for the evaluations that are left"
+        3600, description="seconds that a training which has seen all its images waits for evaluations that still run"
     )
 
     @model_validator(mode="after")
@@ -254,8 +282,8 @@ class EvaluationConfig(Section):
 class RegistryConfig(Section):
     """Under which name a model is registered, which alias the gate guards, who signs and who is believed."""
 
-    model: str
-    alias: str = "champion"
+    model: str = Field(description="name under which the model is registered; unless set, the name of the run")
+    alias: str = Field("champion", description="alias that only a version which passes the gate gets")
     n: Annotated[int, Field(ge=2)] | None = Field(
         None,
         description="samples of each version that the gate compares; null: 5,000, or 20 for each feature where that "
@@ -264,8 +292,10 @@ class RegistryConfig(Section):
     signing_key: str | None = Field(
         None, description="private key (PEM) that signs versions and verdicts; null: one that is made on first use"
     )
-    signing_certificate: str | None = Field(None, description="certificate (PEM) of that key")
-    signing_chain: tuple[str, ...] = Field((), description="certificates (PEM) between that and its root")
+    signing_certificate: str | None = Field(None, description="certificate (PEM) of the signing key")
+    signing_chain: tuple[str, ...] = Field(
+        (), description="certificates (PEM) between the signing certificate and its root"
+    )
     trusted_keys: tuple[str, ...] = Field(
         (), description="public keys (PEM) whose signatures are believed; without one and without certificates: our own"
     )
@@ -278,33 +308,41 @@ class ServingConfig(Section):
     """How `ddpm serve` answers: where, with how many replicas of a model, and how much it accepts."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
-        "ddpm", description="of the Ray Serve application; a Ray cluster has one of each name"
+        "ddpm", description="name of the Ray Serve application; a cluster has one application of each name"
     )
     prefix: Annotated[str, Field(pattern=r"^/([A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*)?$")] = Field(
-        "/", description="path below which it answers, without a slash at its end"
+        "/", description="path of the URL below which the server answers, without a slash at its end"
     )
-    host: str = Field("127.0.0.1", description="interface that it listens on; 0.0.0.0: all of them")
-    port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="0: any that is free")
+    host: str = Field("127.0.0.1", description="network interface that the server listens on; 0.0.0.0: all of them")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(
+        8000, description="port that the server listens on; 0: any that is free"
+    )
     token_file: str | None = Field(
         None, description="file with the bearer token; null: DDPM_SERVE_TOKEN, else one that is made on first use"
     )
     replicas: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
         1, description="processes that hold each model; [min, max]: as many as the requests need"
     )
-    cpus_per_replica: NonNegativeFloat = 1
-    gpus_per_replica: NonNegativeFloat = Field(0, description="may be a part of one, such as 0.5")
-    batch_size: PositiveInt = Field(64, description="pictures of one network batch, at most")
-    batch_wait_ms: NonNegativeFloat = Field(5, description="how long a request waits for others to be drawn with it")
-    follow_s: PositiveFloat = Field(5, description="how often to look whether an alias has moved")
-    patience_s: PositiveFloat = Field(60, description="how long a request outlives replicas that die under it")
-    max_pictures: PositiveInt = Field(64, description="of a request")
-    max_steps: PositiveInt = Field(2_500, description="network evaluations of a picture")
-    max_prompt: PositiveInt = Field(2_000, description="characters of a text")
-    max_body_mib: PositiveFloat = Field(16, description="of a request")
-    max_answer_mib: PositiveFloat = Field(64, description="of an answer's pixels, before they are compressed")
-    max_megapixels: PositiveFloat = Field(16, description="of a given picture")
-    max_queue: PositiveInt = Field(256, description="requests to a model that wait or are drawn at a time")
-    body_s: PositiveFloat = Field(30, description="time in which the body of a request has to arrive")
+    cpus_per_replica: NonNegativeFloat = Field(1, description="processors that Ray reserves for each replica")
+    gpus_per_replica: NonNegativeFloat = Field(0, description="GPUs of each replica; 0.5: two of them share one")
+    batch_size: PositiveInt = Field(64, description="most pictures that are drawn together in one batch")
+    batch_wait_ms: NonNegativeFloat = Field(
+        5, description="milliseconds that a request waits for others to be drawn with it"
+    )
+    follow_s: PositiveFloat = Field(5, description="seconds between looks whether an alias has moved")
+    patience_s: PositiveFloat = Field(
+        60, description="seconds for which a request is tried again when its replica dies"
+    )
+    max_pictures: PositiveInt = Field(64, description="most pictures that one request may ask for")
+    max_steps: PositiveInt = Field(2_500, description="most network evaluations that a request may ask for per picture")
+    max_prompt: PositiveInt = Field(2_000, description="most characters of a prompt")
+    max_body_mib: PositiveFloat = Field(16, description="largest size of a request, in MiB")
+    max_answer_mib: PositiveFloat = Field(
+        64, description="largest size of an answer's pixels before compression, in MiB"
+    )
+    max_megapixels: PositiveFloat = Field(16, description="largest size of a picture in a request, in megapixels")
+    max_queue: PositiveInt = Field(256, description="most requests to a model that wait or are drawn at a time")
+    body_s: PositiveFloat = Field(30, description="seconds in which a request must have arrived completely")
 
     @model_validator(mode="after")
     def _ordered(self) -> ServingConfig:
@@ -347,23 +385,31 @@ FORMER_DEFAULTS = {"objective.prediction": "eps"}
 class Config(Section):
     """One run, complete and frozen."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+        description="name of the run; a second training of the same name resumes it"
+    )
     task: Literal["denoiser", "classifier"] = Field(
         "denoiser",
         description="what is trained: the model, or a classifier of noisy images for classifier guidance, of classes, "
         "or of captions with model.text_dim",
     )
-    init_from: str | None = Field(None, description="MODEL whose weights a new run starts from")
-    seed: NonNegativeInt = 0
-    images: PositiveInt
-    batch_size: PositiveInt
-    micro_batch_size: PositiveInt | None = None
+    init_from: str | None = Field(
+        None, description="MODEL reference to a model whose weights a new run starts from; null: random weights"
+    )
+    seed: NonNegativeInt = Field(
+        0, description="seed of the order of samples, of their noise and timesteps, and of the first weights"
+    )
+    images: PositiveInt = Field(description="length of the training: images seen, each as often as it is repeated")
+    batch_size: PositiveInt = Field(description="images of one training step, over all workers together")
+    micro_batch_size: PositiveInt | None = Field(
+        None, description="most images that a worker computes at once, which bounds its memory; null: no limit"
+    )
     data: DataConfig
-    model: ModelConfig
-    schedule: ScheduleConfig
+    model: ModelConfig = Field(description="The network. Its channels and number of classes follow from the data.")
+    schedule: ScheduleConfig = Field(description="How much noise an image has after each step of the forward process.")
     objective: ObjectiveConfig
     guidance: GuidanceConfig
-    sampler: SamplerConfig
+    sampler: SamplerConfig = Field(description="How images are drawn from the trained model.")
     optim: OptimConfig
     cluster: ClusterConfig
     storage: StorageConfig

@@ -181,6 +181,7 @@ def test_a_built_wheel_carries_the_configuration(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     shipped = {p.relative_to(conf_dir()) for p in conf_dir().rglob("*.yaml")}
+    assert (tmp_path / "site/pipelines/starter/project/Makefile").is_file()
     assert {
         p.relative_to(tmp_path / "site/pipelines/conf") for p in tmp_path.rglob("pipelines/conf/**/*.yaml")
     } == shipped

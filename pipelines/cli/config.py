@@ -1,0 +1,129 @@
+"""`ddpm config`: the composed configuration, explained."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipelines.cli.common import Json, answer_json
+
+if TYPE_CHECKING:
+    from pipelines.config.explain import Explained
+    from pipelines.config.fields import ConfigChoice
+
+EXPERIMENT = "experiment"
+"""The group of `conf/` that is not a section of the configuration."""
+
+
+def config(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[GROUP|KEY] [OVERRIDES]...", help="A section or a field; Hydra overrides"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show settings: value, meaning, what set it. Example: ddpm config optim.lr +experiment=digits"""
+    given = arguments or []
+    keys = [text for text in given if "=" not in text and not text.startswith("~")]
+    overrides = [text for text in given if text not in keys]
+    if len(keys) > 1:
+        raise typer.BadParameter(f"{' and '.join(keys)}: name one section or field, or none for all of them")
+    key = keys[0] if keys else ""
+
+    from pipelines.config.explain import explain
+    from pipelines.config.fields import choices, kind_meanings, sections
+
+    found = [] if key == EXPERIMENT else explain(overrides, key)
+    files = choices(key)
+    if not as_json:
+        console = Console(highlight=False, soft_wrap=True)
+        if len(found) == 1 and found[0].field.key == key:
+            _show_one(console, found[0])
+        else:
+            shipped = {each.override for each in files}
+            kinds = {name: says for name, says in kind_meanings(key).items() if f"{key}={name}" not in shipped}
+            _show_section(console, sections().get(key, ""), files, kinds)
+            _show_fields(console, found)
+    answer = {"fields": [_plain(each) for each in found]}
+    if files:
+        answer["choices"] = [{"override": each.override, "meaning": each.meaning} for each in files]
+    answer_json(as_json, answer)
+
+
+def _show_one(console: Console, each: Explained) -> None:
+    """Show all that is known of a field."""
+    field = each.field
+    value = f"not used: {each.unused}" if each.unused else written(each.value)
+    console.print(Text.assemble((field.key, "bold cyan"), " = ", (value, "bold")))
+    lines = [("meaning", field.meaning), ("from", each.origin), ("type", field.type), ("allowed", field.allowed)]
+    lines.append(("default", "none, it has to be set" if field.required else written(field.default)))
+    if field.kinds:
+        lines.append(("only with", f"{field.key.rpartition('.')[0]}.kind = {' or '.join(field.kinds)}"))
+    lines.append(("set it by", f"{field.key}=VALUE on the command line of train, flow and other verbs"))
+    for name, text in lines:
+        if text:
+            console.print(Text.assemble((f"{name:>10}", "cyan"), f"  {text}"))
+
+
+def _show_section(console: Console, meaning: str, files: list[ConfigChoice], kinds: dict[str, str]) -> None:
+    """Show what a section or a group is, the files that it can be taken from, and kinds that have no file."""
+    if meaning:
+        console.print(Text(meaning))
+    if files:
+        console.print(Text("\nShipped files, chosen on the command line:"))
+        _print_grid(console, [((each.override, "bold"), (each.meaning, "")) for each in files])
+    if kinds:
+        console.print(Text("\nKinds:"))
+        _print_grid(console, [((name, "bold"), (text, "")) for name, text in kinds.items()])
+
+
+def _show_fields(console: Console, found: list[Explained]) -> None:
+    """Show fields: aligned and wrapped on a terminal, a line each elsewhere."""
+    if not found:
+        return
+    console.print()
+    rows = [
+        ((each.field.key, "cyan"), (written(each.value), "bold"), (each.origin, "dim"), (each.field.meaning, ""))
+        for each in found
+    ]
+    _print_grid(console, rows)
+
+
+def _print_grid(console: Console, rows: list[Any]) -> None:
+    if not console.is_terminal:
+        for row in rows:
+            console.print(Text("  ".join(text for text, _ in row if text)))
+        return
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for column in range(len(rows[0])):
+        grid.add_column(no_wrap=column == 0, overflow="fold")
+    for row in rows:
+        grid.add_row(*(Text(text, style) for text, style in row))
+    console.print(grid, soft_wrap=False)
+
+
+def written(value: Any) -> str:
+    """Return a value as an override has it: null, true, [1,2], and texts without quotes."""
+    return value if isinstance(value, str) and value else json.dumps(value, separators=(",", ":"))
+
+
+def _plain(each: Explained) -> dict[str, Any]:
+    """Return an explained field for `--json`."""
+    field = each.field
+    return {
+        "key": field.key,
+        "value": each.value,
+        "from": each.origin or None,
+        "type": field.type,
+        "allowed": field.allowed or None,
+        "default": field.default,
+        "required": field.required,
+        "meaning": field.meaning,
+        "kinds": list(field.kinds) or None,
+        "unused": each.unused or None,
+    }

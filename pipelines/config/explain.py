@@ -1,0 +1,108 @@
+"""A composed configuration, explained: every value with what it means and which file or override it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.config.compose import check_key, compose, conf_dir, groups, hydra_lines, parse_overrides
+from pipelines.config.fields import ConfigField, config_fields
+from pipelines.config.schema import flatten
+
+DEFAULT = "default"
+OVERRIDE = "override"
+
+
+@dataclass(frozen=True)
+class Explained:
+    """A field with the value that it has in a composed configuration.
+
+    Attributes:
+        field: what the field is.
+        value: its value in JSON form; None where it is not used.
+        origin: what set it: "default" for the field's own default, a file such as "conf/experiment/digits.yaml", or
+            "override" for the command line.
+        unused: why the configuration does not have the field, such as "sampler.kind is heun"; empty where it has.
+    """
+
+    field: ConfigField
+    value: Any
+    origin: str
+    unused: str = ""
+
+
+def explain(overrides: Sequence[str] = (), key: str = "") -> list[Explained]:
+    """Return the fields of a composed configuration, explained, in the order of the schema.
+
+    Args:
+        overrides: Hydra overrides.
+        key: a section or a field, to explain it alone; empty explains everything that the configuration has.
+
+    Raises:
+        ConfigError: there is no such key, or the configuration is not valid.
+    """
+    if key:
+        check_key(key, key)
+    values = compose(overrides).model_dump(mode="json")
+    flat, origin = flatten(values), origins(overrides)
+    found = []
+    for field in config_fields():
+        if key and key != field.key and not field.key.startswith(f"{key}."):
+            continue
+        section = field.key.rpartition(".")[0]
+        kind = values[section].get("kind") if section else None
+        if not field.kinds or kind in field.kinds:
+            found.append(Explained(field, flat[field.key], origin.get(field.key, DEFAULT)))
+        elif key == field.key:
+            found.append(Explained(field, None, "", f"{section}.kind is {kind}"))
+    used = [each for each in found if not each.unused]
+    return used or found
+
+
+def origins(overrides: Sequence[str] = ()) -> dict[str, str]:
+    """Return what sets each key that is not left at its default: a file of `conf/`, or "override".
+
+    Raises:
+        ConfigError: an override is not valid.
+    """
+    found: dict[str, str] = {}
+    for path, package in _files(overrides):
+        for key in flatten(_plain(path)):
+            found[f"{package}.{key}" if package else key] = f"conf/{path}.yaml"
+    for override in parse_overrides(overrides):
+        key = str(override.key_or_group)
+        if override.is_delete():
+            found = {name: origin for name, origin in found.items() if name != key and not name.startswith(f"{key}.")}
+        elif key not in groups() or not isinstance(override.value(), str):
+            found |= dict.fromkeys(flatten({key: override.value()}), OVERRIDE)
+    return found
+
+
+def _files(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the files that are composed, as (path below `conf/`, key that their content is put under), in order."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+
+    from pipelines.errors import ConfigError
+
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+            loader = GlobalHydra.instance().config_loader()
+            composed = loader.compute_defaults_list("config", hydra_lines(overrides), RunMode.RUN)
+    except HydraException as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+    for each in composed.defaults:
+        if each.config_path is not None and (conf_dir() / f"{each.config_path}.yaml").is_file():
+            yield each.config_path, each.package or ""
+
+
+def _plain(path: str) -> dict[str, Any]:
+    """Return what a file of `conf/` sets."""
+    from omegaconf import OmegaConf
+
+    plain = OmegaConf.to_container(OmegaConf.load(conf_dir() / f"{path}.yaml"), resolve=False)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items() if key != "defaults"}

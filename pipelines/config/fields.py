@@ -1,0 +1,189 @@
+"""What every field of the configuration is: type, default, allowed values and meaning, as `ddpm config` shows it.
+
+All of it is read from the pydantic models, which get a choice's fields from its settings class in `ddpm`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pydantic
+import yaml
+
+from pipelines.config.choices import VARIANTS
+from pipelines.config.compose import conf_dir, groups, models_in
+from pipelines.config.schema import Config
+
+_TYPES = {
+    "integer": "whole number",
+    "number": "number",
+    "string": "text",
+    "boolean": "boolean",
+    "null": "null",
+}
+_BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+
+
+@dataclass(frozen=True)
+class ConfigField:
+    """One field of the configuration.
+
+    Attributes:
+        key: path by which it is set, such as "optim.lr".
+        type: type of its values in words.
+        allowed: values that it may have, in words; empty where the type says all.
+        default: value where nothing sets it, in JSON form; None where `required`.
+        required: whether it has no default, so that a file or an override has to set it.
+        meaning: one or more sentences for users.
+        kinds: kinds of its section that have the field; empty where all have it.
+    """
+
+    key: str
+    type: str
+    allowed: str
+    default: Any
+    required: bool
+    meaning: str
+    kinds: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ConfigChoice:
+    """One file of a group of `conf/`.
+
+    Attributes:
+        override: how it is chosen, such as "schedule=cosine".
+        meaning: the comment at the head of the file, or what the class of its kind says; may be empty.
+    """
+
+    override: str
+    meaning: str
+
+
+def sections() -> dict[str, str]:
+    """Return every section of the configuration with its meaning; the section of the fields at the top is ""."""
+    found = {"": "What the run is called, how long it is, and the size of a training step."}
+    for name, field in Config.model_fields.items():
+        models = models_in(field.annotation)
+        if models:
+            found[name] = field.description or _doc(models[0])
+    return found
+
+
+@cache
+def config_fields() -> tuple[ConfigField, ...]:
+    """Return every field of every section, in the order of the schema.
+
+    A key comes more than once where kinds of a section have unlike fields of that name.
+    """
+    found = [field for field in _fields_of(Config, "") if field.key not in sections()]
+    for section in sections():
+        kinds = VARIANTS.get(section)
+        if kinds is not None:
+            found += _merged([field for kind, model in kinds.items() for field in _fields_of(model, section, kind)])
+        elif section:
+            (model,) = models_in(Config.model_fields[section].annotation)
+            found += _fields_of(model, section)
+    return tuple(found)
+
+
+def kind_meanings(section: str) -> dict[str, str]:
+    """Return the kinds of a section with what their classes say; empty for a section without kinds of its own."""
+    return {kind: _doc(model) for kind, model in VARIANTS.get(section, {}).items()}
+
+
+def choices(group: str) -> list[ConfigChoice]:
+    """Return the files of a group of `conf/`; an experiment is added to the defaults, so that its override has a +."""
+    found = []
+    for name in groups().get(group, []):
+        path = conf_dir() / group / f"{name}.yaml"
+        lines = [line for line in path.read_text().splitlines() if not line.startswith("# @package")]
+        head = [_comment(line) for line in itertools.takewhile(lambda line: line.startswith("#"), lines)]
+        kind = (yaml.safe_load(path.read_text()) or {}).get("kind", "")
+        meaning = " ".join(head) or kind_meanings(group).get(kind, "")
+        found.append(ConfigChoice(f"{'+' * (group == 'experiment')}{group}={name}", meaning))
+    return found
+
+
+def _comment(line: str) -> str:
+    """Return a line of a comment; a command, which is set off by spaces, becomes code in a sentence."""
+    text = line.removeprefix("#")
+    return f"`{text.strip()}`." if text.startswith("    ") else text.strip()
+
+
+def _doc(model: type[pydantic.BaseModel]) -> str:
+    """Return the first paragraph of a class's docstring as one line."""
+    return " ".join((inspect.getdoc(model) or "").partition("\n\n")[0].split())
+
+
+def _fields_of(model: type[pydantic.BaseModel], section: str, kind: str = "") -> list[ConfigField]:
+    schema = model.model_json_schema()
+    found = []
+    for name, plain in schema["properties"].items():
+        required = name in schema.get("required", ())
+        type_, allowed = in_words(plain)
+        meaning = _sentence(plain.get("description", ""))
+        key = f"{section}.{name}" if section else name
+        found.append(ConfigField(key, type_, allowed, plain.get("default"), required, meaning, (kind,) if kind else ()))
+    return found
+
+
+def _merged(fields: Sequence[ConfigField]) -> list[ConfigField]:
+    """Return fields of several kinds, with equal ones as one; `kind` itself as one that allows every kind."""
+    merged: dict[ConfigField, list[str]] = {}
+    all_kinds = list(dict.fromkeys(kind for field in fields for kind in field.kinds))
+    for field in fields:
+        plain = dataclasses.replace(field, kinds=(), default=_frozen(field.default))
+        if field.key.endswith(".kind"):
+            plain = dataclasses.replace(plain, default=None, allowed=", ".join(all_kinds), required=True)
+        merged.setdefault(plain, []).extend(field.kinds)
+    found = []
+    for plain, kinds in merged.items():
+        own: tuple[str, ...] = () if kinds == all_kinds else tuple(kinds)
+        found.append(dataclasses.replace(plain, default=_thawed(plain.default), kinds=own))
+    return found
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def _thawed(value: Any) -> Any:
+    return list(map(_thawed, value)) if isinstance(value, tuple) else value
+
+
+def _sentence(text: str) -> str:
+    """Return text with a capital at its beginning and a full stop at its end."""
+    if not text:
+        return ""
+    return f"{text[0].upper()}{text[1:]}{'' if text.endswith('.') else '.'}"
+
+
+def in_words(schema: Mapping[str, Any]) -> tuple[str, str]:
+    """Return (type, allowed values) of a JSON schema in words, such as ("number or null", "> 0")."""
+    if "anyOf" in schema:
+        parts = [in_words(part) for part in schema["anyOf"]]
+        allowed = list(dict.fromkeys(allowed for _, allowed in parts if allowed))
+        return " or ".join(dict.fromkeys(type_ for type_, _ in parts)), "; ".join(allowed)
+    if "const" in schema or "enum" in schema:
+        values = [schema["const"]] if "const" in schema else schema["enum"]
+        kind = "whole number" if all(isinstance(value, int) for value in values) else "text"
+        return kind, ", ".join(map(str, values))
+    if schema.get("type") == "array":
+        items = schema.get("prefixItems") or [schema["items"]]
+        each, bounds = in_words(items[0])
+        number = f"{len(items)} " if "prefixItems" in schema else ""
+        return f"list of {number}{each}s", f"each {bounds}" if bounds else ""
+    if "$ref" in schema or "type" not in schema:
+        return "section", ""
+    if schema["type"] == "boolean":
+        return "boolean", "true, false"
+    if "pattern" in schema:
+        return _TYPES[schema["type"]], f"must match {schema['pattern']}"
+    return _TYPES[schema["type"]], " and ".join(f"{sign} {schema[k]:g}" for k, sign in _BOUNDS.items() if k in schema)

@@ -1,0 +1,25 @@
+"""What the metrics of a run mean, by name; those of scores, `eval/NAME`, are in `pipelines.evaluation.scores`."""
+
+METRICS = {
+    "train/loss": "Mean training loss of the steps since the last point. Losses of different schedules or objectives "
+    "are not comparable.",
+    "train/images_per_s": "Images trained per second, by all workers together.",
+    "train/goodput": "Share of the drivers' time that went into training which lasts, 0 to 1.",
+    "updates/lr": "Learning rate.",
+    "updates/grad_norm": "Mean norm of the gradient before it was clipped.",
+    "updates/skipped": "Updates that were left out so far, because a loss or a gradient was not finite.",
+    "updates/loss_scale": "Factor on the loss in fp16, which keeps small gradients from vanishing.",
+    "worker/data_wait_share": "Share of its time that rank 0 waited for data.",
+    "worker/memory_gib": "Peak memory of rank 0 in GiB: of tensors on its GPU, or of its process where it has none.",
+    "worker/mfu": "Computing speed as a share of the GPU's dense bf16 peak.",
+    "worker/fetched_mib": "MiB of shards that rank 0 has fetched from storage since it was started.",
+    "worker/requests": "Requests for shards that rank 0 has made to storage since it was started.",
+    "worker/whole_shards": "Shards that rank 0 has put into the node's cache since it was started.",
+    "worker/cache_hits": "Share of the samples of rank 0 that came from complete shards in the node's cache, 0 to 1.",
+    "test/accuracy_tLEVEL": "Accuracy of a classifier of noisy images at that timestep, on test images.",
+    "eval/frechet_floor": "Frechet distance of real test images, the floor of eval/frechet_distance.",
+    "eval/frechet_low": "Lower end of the 95 % interval of eval/frechet_distance.",
+    "eval/frechet_high": "Upper end of the 95 % interval of eval/frechet_distance.",
+    "search/SCORE": "Scores of the trials of a study, by the names of the scores.",
+}
+"""Metric -> its meaning. A part in capitals stands for a number or a name."""
