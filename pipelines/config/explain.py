@@ -51,9 +51,12 @@ def explain(overrides: Sequence[str] = (), key: str = "") -> list[Explained]:
         if key and key != field.key and not field.key.startswith(f"{key}."):
             continue
         section = field.key.rpartition(".")[0]
-        kind = values[section].get("kind") if section else None
-        if not field.kinds or kind in field.kinds:
+        chosen = values[section] if section else values
+        kind = chosen.get("kind") if section and chosen is not None else None
+        if chosen is not None and (not field.kinds or kind in field.kinds):
             found.append(Explained(field, flat[field.key], origin.get(field.key, DEFAULT)))
+        elif chosen is None and key:
+            found.append(Explained(field, field.default, "", f"{section} is null"))
         elif key == field.key:
             found.append(Explained(field, None, "", f"{section}.kind is {kind}"))
     used = [each for each in found if not each.unused]

@@ -84,8 +84,8 @@ def config_fields() -> tuple[ConfigField, ...]:
     """
     found = [field for field in _fields_of(Config, "") if field.key not in sections()]
     for section in sections():
-        kinds = VARIANTS.get(section)
-        if kinds is not None:
+        kinds = kinds_of(section)
+        if kinds:
             found += _merged([field for kind, model in kinds.items() for field in _fields_of(model, section, kind)])
         elif section:
             (model,) = models_in(Config.model_fields[section].annotation)
@@ -93,9 +93,17 @@ def config_fields() -> tuple[ConfigField, ...]:
     return tuple(found)
 
 
+def kinds_of(section: str) -> Mapping[str, type[pydantic.BaseModel]]:
+    """Return the kinds of a section with their models; empty for a section of one kind."""
+    if section in VARIANTS or not section:
+        return VARIANTS.get(section, {})
+    models = models_in(Config.model_fields[section].annotation)
+    return {model.model_fields["kind"].default: model for model in models} if len(models) > 1 else {}
+
+
 def kind_meanings(section: str) -> dict[str, str]:
     """Return the kinds of a section with what their classes say; empty for a section without kinds of its own."""
-    return {kind: _doc(model) for kind, model in VARIANTS.get(section, {}).items()}
+    return {kind: _doc(model) for kind, model in kinds_of(section).items()} if section in sections() else {}
 
 
 def choices(group: str) -> list[ConfigChoice]:
