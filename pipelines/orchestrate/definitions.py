@@ -38,20 +38,37 @@ def asset_of(place: Place, partitions: dg.StaticPartitionsDefinition, settings: 
         partitions_def=partitions,
         group_name="ddpm",
         description=f"{place.title}. Made by the stage `{place.name}`, and skipped where it is there.",
-        retry_policy=dg.RetryPolicy(
-            max_retries=settings.retries, delay=settings.retry_delay_s, backoff=dg.Backoff.EXPONENTIAL
-        ),
         check_specs=checks if place is GATE else None,
     )
     def materialise(context: dg.AssetExecutionContext, pipes: dg.PipesSubprocessClient) -> Iterator[Any]:
         overrides = settings.partitions[context.partition_key]
         command = [sys.executable, "-m", "pipelines.orchestrate.child", "--stage", place.name, *overrides]
-        done = pipes.run(context=context, command=command)
+        try:
+            done = pipes.run(context=context, command=command)
+        except dg.DagsterError as error:  # the process has ended without a word
+            raise failure(context, settings, str(error), retry=True) from error
         yield from done.get_results(implicit_materializations=False)
         for message in done.get_custom_messages():
-            raise dg.Failure(message["failed"], allow_retries=message["retry"])
+            raise failure(context, settings, message["failed"], retry=message["retry"])
 
     return materialise
+
+
+def failure(context: dg.AssetExecutionContext, settings: Settings, text: str, *, retry: bool) -> Exception:
+    """Return what an asset raises whose stage has failed.
+
+    Dagster's own retry policy would start a cancelled run anew, and would not try again after a process that has ended
+    without a word.
+
+    Args:
+        text: why.
+        retry: whether another try may help.
+    """
+    tried = context.op_execution_context.retry_number
+    if not retry or tried >= settings.retries:
+        return dg.Failure(text, allow_retries=False)
+    context.log.warning(text)
+    return dg.RetryRequested(settings.retries, settings.retry_delay_s * 2**tried)
 
 
 def sensor_of(job: Any, settings: Settings) -> dg.SensorDefinition:

@@ -127,6 +127,21 @@ def test_what_may_pass_is_tried_again_and_a_wrong_configuration_is_not(retry, tr
     assert len(child.commands) == tries
 
 
+@pytest.mark.parametrize(
+    "error, tries", [(dg.DagsterError("code -9"), 3), (dg.DagsterExecutionInterruptedError("cancelled"), 1)]
+)
+def test_a_process_that_was_killed_is_started_again_and_one_that_was_cancelled_is_not(error, tries):
+    class Ended(Child):
+        def run(self, *, command, **options):
+            super().run(command=command)
+            raise error
+
+    child = Ended([], [])
+    settings = SETTINGS.model_copy(update={"retries": 2, "retry_delay_s": 0.0})
+    assert not materialised(GRAPH[1], child, settings).success
+    assert len(child.commands) == tries
+
+
 class Told:
     """A context of dagster-pipes that remembers what it was told."""
 
