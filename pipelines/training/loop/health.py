@@ -97,6 +97,8 @@ class Health:
         self.points += 1
         if images_seen < LEAST_STEPS * self.config.batch_size or self.points < 4:
             return []
+        if self.config.objective.loss == "consistency":
+            return []  # losses of two stages are not comparable
         lr = self.config.optim.lr
         lowest, calm = self.calmest
         if all(at > RISEN * lowest and norm > STEEPER * calm for at, norm in self.recent):
@@ -125,6 +127,8 @@ class Health:
         """
         if self._too_early(images_seen) or error <= WORSE_THAN_MEAN * mean_error:
             return []
+        if self.config.objective.loss == "consistency":
+            return []  # it predicts one image instead of the mean, twice as far off as that
         eps = self.config.objective.prediction == "eps"
         mend = "objective.prediction=v in a new run" if eps else "more images, or a lower optim.lr in a new run"
         return self._once(

@@ -12,7 +12,10 @@ from pipelines.training.loop import health
 from pipelines.training.loop.health import PREFIX, Health, blank, expected_faults
 from tests.pipelines.training.loop.ranks import tiny_config, train_here
 
-NEEDED = {"folder32": ["name=mine", "data.source=photos", "data.num_classes=3"]}
+NEEDED = {
+    "folder32": ["name=mine", "data.source=photos", "data.num_classes=3"],
+    "digits_consistency": ["init_from=runs:/abc"],
+}
 
 
 def of_digits(*overrides):
