@@ -198,7 +198,7 @@ def test_the_stages_of_consistency_tuning_are_parts_of_the_run_and_so_of_its_ide
     tuning = ["+experiment=digits_consistency", "init_from=/m"]
     identity = compose(tuning).identity()
     assert identity["images"] == compose(tuning).images
-    assert identity["objective.consistency_q"] == 2
+    assert identity["objective.consistency_q"] == 4
     assert compose([*tuning, "images=5"]).identity() != identity
     assert not any("consistency" in name for name in compose(["+experiment=digits"]).identity())
 
