@@ -52,10 +52,32 @@ def expected_faults(config: Config) -> list[str]:
             f"guidance.scale = {config.guidance.scale:g} needs samples without a condition, which "
             "objective.label_drop = 0 never trains: set objective.label_drop=0.1, or guidance.scale=1"
         )
+    if config.objective.loss == "consistency":
+        found += _expected_of_consistency(config, guided)
     if config.optim.warmup_images >= config.images:
         found.append(
             f"optim.warmup_images = {config.optim.warmup_images:,} is as long as the run, so that the learning rate "
             f"never reaches optim.lr: set optim.warmup_images={max(1, config.images // 20)}"
+        )
+    return found
+
+
+def _expected_of_consistency(config: Config, guided: bool) -> list[str]:
+    """Return what the configuration of a consistency model shows.
+
+    Args:
+        guided: whether samples are drawn with classifier-free guidance.
+    """
+    found, folded = [], config.objective.consistency_guidance
+    if config.sampler.kind != "consistency":
+        found.append(
+            f"sampler.kind = {config.sampler.kind} takes the model for a denoiser, which objective.loss = consistency "
+            "tunes it away from: set sampler=consistency"
+        )
+    if guided and folded != 1:
+        found.append(
+            f"guidance.scale = {config.guidance.scale:g} guides a model that has guidance folded in by "
+            f"objective.consistency_guidance = {folded:g}: set guidance.scale=1"
         )
     return found
 

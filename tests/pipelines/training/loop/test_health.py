@@ -37,6 +37,21 @@ def falling(share):
     return 0.15 + 0.8 * math.exp(-20 * share) + 0.01 * math.sin(300 * share)
 
 
+def test_a_consistency_model_that_is_drawn_as_a_denoiser_or_guided_twice_is_told_before_it_starts():
+    tuned = ["+experiment=digits_consistency", "init_from=/m"]
+    assert "set sampler=consistency" in expected_faults(compose([*tuned, "sampler=ddim"]))[0]
+    twice = compose([*tuned, "objective.consistency_guidance=2", "guidance.scale=1.5"])
+    assert "folded in by objective.consistency_guidance = 2: set guidance.scale=1" in expected_faults(twice)[0]
+    assert expected_faults(compose([*tuned, "guidance.scale=1.5"])) == []
+
+
+def test_losses_and_predictions_of_a_consistency_model_are_no_faults():
+    """Gradients grow from stage to stage as gaps shrink, and f of noise is one image, not the mean of all."""
+    config = compose(["+experiment=digits_consistency", "init_from=/m", "images=640000"])
+    assert fed(config, lambda share: 1 + share, lambda share: 1 + 200 * share) == []
+    assert Health(config, 0).prediction(config.images, 2.0, 1.0) == []
+
+
 @pytest.mark.parametrize("name", groups()["experiment"])
 def test_no_shipped_experiment_is_expected_to_fail_and_a_loss_that_falls_is_no_fault(name):
     config = compose([f"+experiment={name}", *NEEDED.get(name, [])])
