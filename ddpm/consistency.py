@@ -133,9 +133,11 @@ class ConsistencyTuning(Settings):
         # Autocast keeps the weights that it has cast, here without gradient, and the next pass would use them.
         torch.clear_autocast_cache()
         error = (denoiser(x_t, pairs.t, cond).x0 - target).flatten(1)
-        # The norm with c as one more pixel has a gradient at 0 as well, which the square root has not.
-        constant = torch.full_like(error[:, :1], self.huber)
-        distance = torch.linalg.vector_norm(torch.cat([error, constant], dim=1), dim=1) - self.huber
+        # A student that begins as its teacher is at distance 0 from some targets, where rounding alone would decide the
+        # direction of a gradient of full length: c is never below what rounding makes of such a distance.
+        c = max(self.huber, torch.finfo(error.dtype).eps ** 0.5)
+        constant = torch.full_like(error[:, :1], c)  # one more pixel
+        distance = torch.linalg.vector_norm(torch.cat([error, constant], dim=1), dim=1) - c
         return distance / pairs.gap.to(distance)
 
 

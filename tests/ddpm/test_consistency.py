@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ddpm.consistency import EPS_LIMIT, ConsistencyTuning, refusal
+from ddpm.consistency import EPS_LIMIT, ConsistencyTuning, Pairs, refusal
 from ddpm.generate import Sampling, generate
 from ddpm.noise import Purpose, normal
 from ddpm.prediction import (
@@ -122,18 +122,18 @@ def test_along_exact_trajectories_the_loss_of_the_exact_function_halves_with_the
 
     From the lowest level, whose r is 0 in every stage, the gap and so the loss stay what they are, at most 0.06.
     """
-    settings, means = ConsistencyTuning(stages=14), []
+    settings, means = ConsistencyTuning(stages=11), []
     exact, teacher = GaussianConsistency(SCHEDULE), GaussianDenoiser(SCHEDULE)
-    for stage in range(14):
+    for stage in range(11):
         ordinals = torch.arange(200) + stage * 1000
         x_0, eps = drawn(ordinals)
-        pairs = settings.pairs(SCHEDULE, 0, ordinals, 14_000)
+        pairs = settings.pairs(SCHEDULE, 0, ordinals, 11_000)
         losses = settings.losses(exact, SCHEDULE, x_0, eps, pairs, teacher=teacher)
         means.append(losses[pairs.r > 0].mean().item())
         assert stage < 6 or losses.max() < 0.06
     ratios = [after / before for before, after in itertools.pairwise(means[3:])]
     assert all(0.4 < ratio < 0.6 for ratio in ratios)
-    assert means[-1] < 1e-4
+    assert means[-1] < 1e-3
 
 
 def test_the_loss_is_the_pseudo_huber_distance_over_the_gap():
@@ -148,6 +148,20 @@ def test_the_loss_is_the_pseudo_huber_distance_over_the_gap():
     distance = torch.where((pairs.r == 0)[:, None, None, None], off - x_0, torch.zeros_like(x_0)).flatten(1).norm(dim=1)
     expected = ((distance**2 + 0.06**2).sqrt() - 0.06) / pairs.gap
     torch.testing.assert_close(settings.losses(constant, SCHEDULE, x_0, eps, pairs), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_where_the_student_is_its_teacher_rounding_makes_no_gradient():
+    """The exact denoiser gives pairs (t, 0) the target that the student begins with, but for the last digits."""
+    student, ordinals = Power(), torch.arange(400)
+    with torch.no_grad():
+        student.mean.fill_(0.2)
+        student.log_std.fill_(math.log(0.3))
+    pairs = ConsistencyTuning().pairs(SCHEDULE, 0, ordinals, 400 * 8)
+    clean = Pairs(pairs.t[pairs.r == 0], pairs.r[pairs.r == 0], pairs.gap[pairs.r == 0])
+    x_0, eps = (x[pairs.r == 0].float() for x in drawn(ordinals))
+    teacher = GaussianDenoiser(SCHEDULE)
+    ConsistencyTuning().losses(student, SCHEDULE, x_0, eps, clean, teacher=teacher).mean().backward()
+    assert student.power.grad.abs() < 1e-3
 
 
 class Noisy(nn.Module):
