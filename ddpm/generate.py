@@ -36,7 +36,12 @@ _FIRST: dict[str, Any] = {
     "weak": None,
 }
 # Fields added later, with the values that reproduce the old behaviour; older files are read with these values.
-_NEUTRAL: dict[str, Any] = {"spacing": "trailing", "clip_when": "after_guidance", "shift": "score"}
+_NEUTRAL: dict[str, Any] = {
+    "spacing": "trailing",
+    "timesteps": None,
+    "clip_when": "after_guidance",
+    "shift": "score",
+}
 
 
 @dataclass(frozen=True)
@@ -79,10 +84,14 @@ class Sampling:
     def with_fields(self, **fields: Any) -> Sampling:
         """Return the settings with some fields changed; if the kind changes, fields that both kinds have are kept.
 
+        Explicit `timesteps` are for one kind of sampler and one number of steps, with which they go.
+
         Raises:
             ValueError: as for `of`.
         """
         kept = self.to_json()
+        if any(fields.get(name, kept[name]) != kept[name] for name in ("kind", "steps")):
+            kept.pop("timesteps", None)
         chosen: list[Any] = [SAMPLERS.find(fields.get("kind", kept["kind"]))]
         chosen.append(GUIDANCE.find(fields.get("guidance", kept["guidance"])))
         chosen.append(Clipping)

@@ -2,6 +2,9 @@
 
 At a given (x_t, t) the forms are linear in each other (Salimans & Ho 2022, sec. 4; Song et al. 2021b, eq. 9):
     x_t = alpha_t x_0 + sigma_t eps,   v = alpha_t eps - sigma_t x_0,   score = -eps / sigma_t.
+"x0_skip" is x_0 by EDM's skip connection (Karras et al. 2022, eq. 7 and table 1, for data of standard deviation s),
+    x_0 = (s^2 alpha_t x_t + r_t sigma_t F) / r_t^2,   r_t^2 = sigma_t^2 + s^2 alpha_t^2,
+for an output F that is in units of x_0 instead of s. Where nearly all is noise it is F, and at t = 0 it is x_t.
 """
 
 from __future__ import annotations
@@ -16,8 +19,10 @@ from ddpm.conditioning import Conditioning
 from ddpm.schedule import NoiseSchedule
 from ddpm.settings import Settings, setting
 
-Parameterization = Literal["eps", "x0", "v", "score"]
-PARAMETERIZATIONS: tuple[Parameterization, ...] = ("eps", "x0", "v", "score")
+Parameterization = Literal["eps", "x0", "v", "score", "x0_skip"]
+PARAMETERIZATIONS: tuple[Parameterization, ...] = ("eps", "x0", "v", "score", "x0_skip")
+SIGMA_DATA = 0.5
+"""Standard deviation of images in [-1, 1], of "x0_skip" (EDM, Karras et al. 2022, table 1)."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,12 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
     return values.to(device=like.device, dtype=like.dtype).reshape(-1, *(1,) * (like.dim() - 1))
 
 
+def skip_coefficients(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors of x_t and of the output in the x_0 of "x0_skip"; see the module's text."""
+    total = sigma.square() + (SIGMA_DATA * alpha).square()
+    return SIGMA_DATA**2 * alpha / total, sigma / total.sqrt()
+
+
 def from_output(
     output: Tensor, x_t: Tensor, t: Tensor | float, schedule: NoiseSchedule, kind: Parameterization
 ) -> Prediction:
@@ -69,6 +80,9 @@ def from_output(
     alpha, sigma = coefficients(schedule, t, x_t)
     if kind == "v":
         return Prediction(x0=alpha * x_t - sigma * output, eps=sigma * x_t + alpha * output)
+    if kind == "x0_skip":
+        skip, out = skip_coefficients(alpha, sigma)
+        output, kind = skip * x_t + out * output, "x0"
     if kind == "x0":
         return Prediction(x0=output, eps=eps_from_x0(output, x_t, t, schedule))
     if kind == "score":
@@ -91,6 +105,9 @@ def target(x_0: Tensor, eps: Tensor, t: Tensor | float, schedule: NoiseSchedule,
         return alpha * eps - sigma * x_0
     if kind == "score":
         return -eps / sigma
+    if kind == "x0_skip":
+        skip, out = skip_coefficients(alpha, sigma)
+        return (x_0 - skip * (alpha * x_0 + sigma * eps)) / out
     raise ValueError(f"unknown parameterization {kind!r}; allowed: {', '.join(PARAMETERIZATIONS)}")
 
 

@@ -93,6 +93,11 @@ class NoiseSchedule:
         alpha_bar = self.alpha_bar(t)
         return alpha_bar.log() - torch.log1p(-alpha_bar)
 
+    def ratio(self, t: Tensor | float) -> Tensor:
+        """Return k = sigma / alpha, the noise level of EDM's variance-exploding process, float64; infinite at SNR 0."""
+        alpha_bar = self.alpha_bar(t)
+        return ((1 - alpha_bar) / alpha_bar).sqrt()
+
     def angle(self, t: Tensor | float) -> Tensor:
         """Return atan2(sigma, alpha), float64, from 0 at t = 0 to at most pi / 2 (Salimans & Ho 2022, app. D)."""
         alpha_bar = self.alpha_bar(t)
@@ -109,14 +114,26 @@ class NoiseSchedule:
         if bool((angle < 0).any()) or bool((angle > table[-1]).any()):
             raise ValueError(f"angles must be in [0, {table[-1].item():.6g}] for this schedule, got {angle.tolist()}")
         lower = (torch.searchsorted(table, angle.contiguous()).double() - 1).clamp(min=0)
-        width, parts = 1.0, torch.arange(65, dtype=torch.float64, device=angle.device) / 64
-        # Search in 64 parts instead of halves: a call costs the same for 64 points as for one. 64^8 = 2^48 is the
-        # resolution of float64 at T = 1000.
-        for _ in range(8):
+        # Search in 64 parts instead of halves: a call costs the same for 64 points as for one; for many angles in 8.
+        # 64^8 = 8^16 = 2^48 is the resolution of float64 at T = 1000.
+        count, rounds = (64, 8) if angle.numel() <= 16 else (8, 16)
+        width, parts = 1.0, torch.arange(count + 1, dtype=torch.float64, device=angle.device) / count
+        for _ in range(rounds):
             points = (lower.unsqueeze(-1) + width * parts).clamp(max=self.num_steps)
             below = (self.angle(points) < angle.unsqueeze(-1)).sum(-1) - 1
-            lower, width = lower + width * below.clamp(min=0) / 64, width / 64
+            lower, width = lower + width * below.clamp(min=0) / count, width / count
         return torch.where(angle == 0, 0.0, (lower + width).clamp(max=self.num_steps))
+
+    def timestep_of_ratio(self, ratio: Tensor | float) -> Tensor:
+        """Return the real t in [0, T] with this k = sigma / alpha, float64: the inverse of `ratio`, found by search.
+
+        Raises:
+            ValueError: the schedule does not reach the ratio.
+        """
+        angle = torch.atan(torch.as_tensor(ratio, dtype=torch.float64))
+        top = self.angle(self.num_steps).to(angle.device)
+        # The ratio of T itself may have been rounded up.
+        return self.timestep(torch.where(angle <= top * (1 + 1e-14), angle.minimum(top), angle))
 
     def timesteps(self, steps: int) -> list[int]:
         """Return `steps` + 1 integer timesteps from T down to 0, as evenly spaced as integers allow.

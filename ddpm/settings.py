@@ -77,7 +77,19 @@ class Setting:
     @property
     def fractional(self) -> bool:
         """Whether its values, or the elements of its tuples, are floats."""
-        return self.type is float or (float in typing.get_args(self.type) and int not in typing.get_args(self.type))
+        parts = {part for kind in self._kinds for part in (typing.get_args(kind) or (kind,))}
+        return float in parts and int not in parts
+
+    @property
+    def several(self) -> bool:
+        """Whether its values are tuples, or may be."""
+        return any(typing.get_origin(kind) is tuple for kind in self._kinds)
+
+    @property
+    def _kinds(self) -> tuple[Any, ...]:
+        """The types that its values may have."""
+        union = typing.get_origin(self.type) in (typing.Union, types.UnionType)
+        return typing.get_args(self.type) if union else (self.type,)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ddpm.prediction import Parameterization, check_parameterization
+from ddpm.prediction import Parameterization, check_parameterization, skip_coefficients
 from ddpm.registry import Registry
 from ddpm.schedule import NoiseSchedule
 from ddpm.settings import Settings, setting
@@ -47,7 +47,13 @@ class MinSNR(Settings):
         clipped = snr.clamp(max=self.gamma)
         # min(SNR, gamma) / SNR, which is 1 instead of 0 / 0 for SNR = 0.
         eps = torch.where(snr < self.gamma, 1, self.gamma / snr)
-        return {"x0": clipped, "v": clipped / (snr + 1), "eps": eps, "score": eps * (1 - alpha_bar)}[prediction]
+        return {
+            "x0": clipped,
+            "v": clipped / (snr + 1),
+            "eps": eps,
+            "score": eps * (1 - alpha_bar),
+            "x0_skip": clipped * _skip_share(alpha_bar),
+        }[prediction]
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,18 @@ class P2(Settings):
         alpha_bar, snr = schedule.alpha_bar(t), schedule.snr(t)
         eps = (self.k + snr) ** -self.gamma
         # The eps error is alpha / sigma times the x_0 error, alpha times the v error, and sigma times the score error.
-        return {"eps": eps, "x0": eps * snr, "v": eps * alpha_bar, "score": eps * (1 - alpha_bar)}[prediction]
+        return {
+            "eps": eps,
+            "x0": eps * snr,
+            "v": eps * alpha_bar,
+            "score": eps * (1 - alpha_bar),
+            "x0_skip": eps * snr * _skip_share(alpha_bar),
+        }[prediction]
+
+
+def _skip_share(alpha_bar: Tensor) -> Tensor:
+    """Return the squared factor from an output of "x0_skip" to its x_0."""
+    return skip_coefficients(alpha_bar.sqrt(), (1 - alpha_bar).sqrt())[1].square()
 
 
 WEIGHTS: Registry[type[Weight]] = Registry(

@@ -14,8 +14,18 @@ from typing import Any
 from torch import Tensor
 
 from ddpm.generate import Sampling
-from ddpm.model import TEXT_ENCODER, Model, ModelSpec, load_classifier, load_model, read_spec, save_model
+from ddpm.model import (
+    TEXT_ENCODER,
+    Model,
+    ModelSpec,
+    load_classifier,
+    load_model,
+    read_spec,
+    save_model,
+    tensors_digest,
+)
 from ddpm.models.classifier import NoisyClassifier
+from ddpm.prediction import Parameterization
 from ddpm.settings import settings_of
 from pipelines import tracking
 from pipelines.checkpoints import BEST, ModelError, Published, best_published, list_published, reconstruct_average
@@ -134,8 +144,23 @@ def _same(field: str, reference: str, theirs: Mapping[str, Any], ours: Mapping[s
         )
 
 
-def initial_weights(config: Config, tracking_uri: str | None, storage: Storage) -> dict[str, Tensor]:
-    """Return the weights that `init_from` names, for the network of the configuration.
+@dataclass(frozen=True)
+class InitialModel:
+    """The model that `init_from` names, for the network of the configuration.
+
+    Attributes:
+        weights: by the names of that network.
+        prediction: parameterization that they were trained for.
+        digest: SHA-256 of the model's own weights.
+    """
+
+    weights: dict[str, Tensor]
+    prediction: Parameterization
+    digest: str
+
+
+def initial_model(config: Config, tracking_uri: str | None, storage: Storage) -> InitialModel:
+    """Return the model that `init_from` names, for the network of the configuration.
 
     An inpainting network can start from a network without inpainting; its initial outputs are the same.
 
@@ -146,6 +171,7 @@ def initial_weights(config: Config, tracking_uri: str | None, storage: Storage) 
     assert config.init_from is not None
     model = resolve(config.init_from, tracking_uri=tracking_uri, storage=storage).model
     weights: dict[str, Tensor] = dict(model.network.state_dict())
+    digest = tensors_digest(weights)
     wanted, there = network_config(config), model.spec.network
     if wanted.context_channels and not there.context_channels and type(wanted) is type(there):
         weights = wanted.extend_for_inpainting(weights)
@@ -153,7 +179,8 @@ def initial_weights(config: Config, tracking_uri: str | None, storage: Storage) 
     ours, theirs = vars(wanted), vars(there)
     named = [name for name, value in theirs.items() if value != ours.get(name) and name != "dropout"]
     differing = [f"{name}: {theirs[name]} there, {ours.get(name)} here" for name in named]
-    if model.spec.prediction != config.objective.prediction:
+    skipping = (model.spec.prediction, config.objective.prediction) == ("x0", "x0_skip")  # alike where noise prevails
+    if model.spec.prediction != config.objective.prediction and not skipping:
         raise ModelError(
             f"init_from = {config.init_from} predicts {model.spec.prediction}, and objective.prediction = "
             f"{config.objective.prediction}: its weights are of no use for that; set "
@@ -165,7 +192,7 @@ def initial_weights(config: Config, tracking_uri: str | None, storage: Storage) 
             f"init_from = {config.init_from} is another network than the configuration's:\n  {listed}\n"
             "Set model.* to what it has, or start without init_from"
         )
-    return weights
+    return InitialModel(weights, model.spec.prediction, digest)
 
 
 @dataclass(frozen=True)

@@ -49,14 +49,13 @@ Decode = Callable[[Any, int], Tensor]
 def parameters() -> dict[str, tuple[str, Any]]:
     """Return every parameter of a request -> (type, default): the fields of `Sampling`, and `OWN`.
 
-    None, or [] for a range, leaves the model's own setting. Settings that name another network are not among them.
+    None, or [] for a list, leaves the model's own setting. Settings that name another network are not among them.
     """
     kinds: list[Any] = [*SAMPLERS.values(), *GUIDANCE.values(), Clipping]
     found: dict[str, tuple[str, Any]] = {"kind": ("string", None), "guidance": ("string", None)}
     for setting in (setting for kind in kinds for setting in settings_of(kind) if not setting.reference):
-        ranged = isinstance(setting.default, tuple)
         word = "double" if setting.fractional else "long" if isinstance(setting.default, int) else "string"
-        found[setting.name] = (word, [] if ranged else None)
+        found[setting.name] = (word, [] if setting.several else None)
     return found | OWN
 
 

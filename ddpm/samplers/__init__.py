@@ -4,6 +4,7 @@ from ddpm.registry import Registry
 from ddpm.samplers.ancestral import Ancestral
 from ddpm.samplers.annealed_langevin import AnnealedLangevin
 from ddpm.samplers.base import Sample, Sampler, StepNoise, initial_noise, last, step_noise
+from ddpm.samplers.consistency import Consistency
 from ddpm.samplers.ddim import DDIM
 from ddpm.samplers.dpm2 import DPM2
 from ddpm.samplers.dpm_solver import DPMSolver
@@ -23,6 +24,7 @@ SAMPLERS: Registry[type[Sampler]] = Registry(
         "dpm2": DPM2,
         "langevin": AnnealedLangevin,
         "unipc": UniPC,
+        "consistency": Consistency,
     },
 )
 
@@ -32,6 +34,7 @@ __all__ = [
     "SAMPLERS",
     "Ancestral",
     "AnnealedLangevin",
+    "Consistency",
     "DPMSolver",
     "Heun",
     "PredictorCorrector",

@@ -76,27 +76,45 @@ class SteppedSampler(Settings):
 
     steps: int = setting(50, "steps from T to 0, at most the schedule's num_steps", ge=1)
     spacing: str = setting("trailing", f"which levels the steps visit: {', '.join(SPACINGS)}")
+    timesteps: tuple[float, ...] | None = setting(
+        None, "levels that the steps visit instead, such as `ddpm search steps` finds: steps + 1 of them, the last 0"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         SPACINGS.find(self.spacing)
+        given = self.timesteps
+        if given is None:
+            return
+        if len(given) != self.steps + 1:
+            raise ValueError(f"timesteps must be {self.steps + 1} levels for {self.steps} steps, got {len(given)}")
+        if any(s >= t for t, s in itertools.pairwise(given)) or given[-1] != 0:
+            raise ValueError(f"timesteps must be strictly decreasing, the last 0, got {list(given)}")
 
     def levels(self, schedule: NoiseSchedule, timesteps: Sequence[float] | None = None) -> list[float]:
-        """Return the levels to visit, from the level of x_T down: `timesteps` if given, else by `spacing`.
+        """Return the levels to visit, from the level of x_T down: `timesteps` if given, else those of the settings.
 
         Raises:
             ValueError: there are more steps than the schedule has, or `timesteps` is not two or more strictly
                 decreasing levels in [0, T].
         """
-        if timesteps is None:
-            return SPACINGS[self.spacing](schedule, self.steps)
-        grid = list(timesteps)
-        falling = all(s < t for t, s in itertools.pairwise(grid))
-        if len(grid) < 2 or not falling or not 0 <= grid[-1] <= grid[0] <= schedule.num_steps:
-            raise ValueError(
-                f"timesteps must be at least 2 strictly decreasing levels within [{schedule.num_steps}, 0], got {grid}"
-            )
-        return grid
+        given = self.timesteps if timesteps is None else timesteps
+        return SPACINGS[self.spacing](schedule, self.steps) if given is None else check_levels(schedule, given)
+
+
+def check_levels(schedule: NoiseSchedule, timesteps: Sequence[float]) -> list[float]:
+    """Return levels that were given by hand, after checking them.
+
+    Raises:
+        ValueError: they are not two or more strictly decreasing levels in [0, T].
+    """
+    grid = list(timesteps)
+    falling = all(s < t for t, s in itertools.pairwise(grid))
+    if len(grid) < 2 or not falling or not 0 <= grid[-1] <= grid[0] <= schedule.num_steps:
+        raise ValueError(
+            f"timesteps must be at least 2 strictly decreasing levels within [{schedule.num_steps}, 0], got {grid}"
+        )
+    return grid
 
 
 def predict(

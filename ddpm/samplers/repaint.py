@@ -126,7 +126,7 @@ class Replacement(SteppedSampler):
         timesteps: Sequence[float] | None = None,
     ) -> Iterator[Sample]:
         """See `Inpainter`."""
-        once = RePaint(self.steps, self.spacing, jump_length=1, resamplings=1, variance=self.variance)
+        once = RePaint(self.steps, self.spacing, self.timesteps, jump_length=1, resamplings=1, variance=self.variance)
         return once(denoiser, schedule, x_T, cond, known=known, mask=mask, noise=noise, timesteps=timesteps)
 
 

@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from pipelines.checkpoints.files import STATE, CheckpointState, ModelError, verify_checkpoint
 from pipelines.config import Config
@@ -110,6 +111,16 @@ def newest_checkpoint(config: Config, storage: Storage) -> CheckpointState | Non
     """
     found = _usable(storage, run_folder(config))
     return found.complete[0][1] if found.complete else None
+
+
+def newest_lineage(config: Config, storage: Storage) -> dict[str, Any]:
+    """Return the lineage that the newest complete checkpoint of a run has stored; empty where there is none."""
+    folder = run_folder(config)
+    found = _usable(storage, folder).complete
+    if not found:
+        return {}
+    stored = json.loads(storage.read(join(folder, found[0][0].name, "model.json")))
+    return dict(stored["lineage"])
 
 
 def fetch_newest(storage: Storage, folder: str, target: Path) -> tuple[CheckpointState | None, frozenset[str]]:

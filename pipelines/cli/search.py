@@ -1,4 +1,4 @@
-"""`ddpm search guidance`, `training` and `status`: hyperparameter studies."""
+"""`ddpm search guidance`, `training`, `steps` and `status`: hyperparameter studies."""
 
 from __future__ import annotations
 
@@ -63,6 +63,31 @@ def training(
     name = study or f"{space}-{config.name}"
     run = partial(studies.training_study, config, name, chosen, code_lineage())
     _show_study(partial(run, resume=resume, after=after or [], notice=terminal.stage), as_json)
+
+
+@app.command()
+def steps(
+    model: Annotated[str, typer.Option(help=MODEL)],
+    evaluations: Annotated[int, typer.Option(min=1, help="Network evaluations of an image, one a step, guided or not")],
+    sampler: Annotated[str | None, typer.Option(help="ddim or dpm_solver; default: the model's own")] = None,
+    scale: Annotated[float | None, typer.Option("--guidance", min=0, help="Scale; default: the model's own")] = None,
+    trajectories: Annotated[int, typer.Option(min=2, help="Of the model, on the fine grid")] = 256,
+    grid: Annotated[int, typer.Option(min=2, help="Levels of the fine grid")] = 60,
+    study: Study = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Choose the time steps of a sampler. Example: ddpm search steps --model models:/digits@champion --evaluations 6"""
+    config = connect(compose(overrides), ["s3", "mlflow"])
+
+    from ddpm.step_search import StepSearch
+    from pipelines.search.steps import search_steps
+
+    given = {"kind": sampler, "steps": evaluations, "scale": scale}
+    changes = {name: value for name, value in given.items() if value is not None}
+    name = study or f"steps-{config.name}"
+    found = search_steps(config, model, name, changes, StepSearch(grid=grid), trajectories, terminal.stage)
+    answer_json(as_json, found)
 
 
 @app.command()

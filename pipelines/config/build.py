@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ddpm.consistency import ConsistencyTuning, refusal
 from ddpm.generate import Sampling
 from ddpm.guidance import GUIDANCE
 from ddpm.models import NETWORKS, NetworkConfig
@@ -44,9 +45,19 @@ def network_config(config: Config) -> NetworkConfig:
     return network
 
 
-def training_objective(config: Config) -> Objective:
-    """Return the training objective: parameterization, loss and weights."""
+def training_objective(config: Config) -> Objective | ConsistencyTuning:
+    """Return the training objective: parameterization, loss and weights, or the settings of consistency tuning.
+
+    Raises:
+        ConfigError: a model of that parameterization and schedule cannot be tuned to a consistency model.
+    """
     objective = config.objective
+    if objective.loss == "consistency":
+        if reason := refusal(objective.prediction, noise_schedule(config)):
+            raise ConfigError(
+                f"objective.loss = consistency with objective.prediction = {objective.prediction}: {reason}"
+            )
+        return chosen(objective, ConsistencyTuning, "consistency_")
     weight = chosen(objective, WEIGHTS[objective.weight], f"{objective.weight}_")
     return chosen(objective, Objective).replaced(weight=weight)
 

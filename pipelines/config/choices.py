@@ -4,7 +4,8 @@ A choice is a settings class in `ddpm` with an entry in its registry, or an entr
 names none of them. A section of the configuration has the name of a kind and, beside it, the settings of that kind:
     sampler, schedule, model   one pydantic model per kind, which rejects the fields of other kinds;
     guidance                   one pydantic model with the fields of all kinds; only those of the kind may be changed;
-    objective                  names a weight and a timestep sampler, with settings named KIND_FIELD (min_snr_gamma).
+    objective                  names a weight and a timestep sampler, with settings named KIND_FIELD (min_snr_gamma);
+                               those of loss=consistency are named likewise.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Annotated, Any, Literal, Self, Union
 import pydantic
 from pydantic import BeforeValidator, Field, PositiveInt, create_model, model_validator
 
+from ddpm.consistency import ConsistencyTuning
 from ddpm.guidance import GUIDANCE
 from ddpm.masks import MaskKind
 from ddpm.models import NETWORKS, UNNAMED_NETWORK
@@ -181,10 +183,15 @@ GuidanceConfig = create_model(
     **{"kind": (_one_of(GUIDANCE), Field("classifier_free", description="kind of guidance"))}
     | _fields(_GUIDANCE_SETTINGS.values()),
 )
-_LOSS = [
-    dataclasses.replace(s, type=Literal["eps", "x0", "v"]) if s.name == "prediction" else s
-    for s in settings_of(Objective)
-]
+_OF_A_RUN: dict[str, dict[str, Any]] = {
+    "prediction": {"type": Literal["eps", "x0", "v", "x0_skip"]},
+    "loss": {
+        "type": Literal["simple", "hybrid", "vlb", "consistency"],
+        "meaning": "squared error; hybrid adds the bound, for a learned variance; vlb: bound only; consistency: tune "
+        "the init_from model to draw in one or two evaluations",
+    },
+}
+_LOSS = [dataclasses.replace(s, **_OF_A_RUN.get(s.name, {})) for s in settings_of(Objective)]
 ObjectiveConfig = create_model(
     "ObjectiveConfig",
     __base__=ObjectiveSection,
@@ -196,7 +203,8 @@ ObjectiveConfig = create_model(
         "timesteps": (_one_of(TIMESTEPS), Field("uniform", description="sampler of the timesteps of a batch")),
     }
     | _prefixed(WEIGHTS)
-    | _prefixed(TIMESTEPS),
+    | _prefixed(TIMESTEPS)
+    | _fields(settings_of(ConsistencyTuning), "consistency_"),
 )
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import pydantic
 
-from pipelines.config.build import network_config, noise_schedule
+from pipelines.config.build import network_config, noise_schedule, training_objective
 from pipelines.config.schema import Config, flatten
 from pipelines.errors import ConfigError
 
@@ -143,6 +143,7 @@ def from_dict(plain: Mapping[str, Any]) -> Config:
         raise ConfigError("\n".join(_explain(e) for e in error.errors())) from error
     noise_schedule(config)
     network_config(config)
+    training_objective(config)
     return config
 
 

@@ -66,6 +66,11 @@ class DataConfig(Section):
 class OptimConfig(Section):
     """Optimizer, learning rate by images seen, and the average of the weights."""
 
+    kind: Literal["adamw", "radam"] = Field(
+        "adamw",
+        description="the optimizer: AdamW, or RAdam, which rectifies the first steps' variance instead of warming up "
+        "(Liu et al. 2020)",
+    )
     lr: PositiveFloat = Field(2e-4, description="learning rate after the warm-up, before any decay")
     betas: tuple[Fraction, Fraction] = Field(
         (0.9, 0.999), description="how slowly AdamW forgets: its averages of the gradient and of the gradient's square"
@@ -445,8 +450,31 @@ class Config(Section):
                 f"sampler.steps = {self.sampler.steps} exceeds schedule.num_steps = {self.schedule.num_steps}"
             )
         self._check_task()
+        self._check_consistency()
         self._check_evaluation()
         return self
+
+    def _check_consistency(self) -> None:
+        objective, model = self.objective, self.model
+        if objective.loss != "consistency":
+            return
+        if self.init_from is None:
+            raise ValueError(
+                "objective.loss = consistency tunes a trained model, and none is named: set init_from=MODEL, such as "
+                "runs:/ID or models:/NAME@alias"
+            )
+        unused = {"objective.weight": objective.weight, "objective.timesteps": objective.timesteps}
+        for name, value in unused.items():
+            if value != "uniform":
+                raise ValueError(
+                    f"{name} = {value} has no use with objective.loss = consistency, which draws its levels by "
+                    "objective.consistency_p_mean and objective.consistency_p_std: leave it at uniform"
+                )
+        if objective.consistency_guidance != 1 and not (model.class_conditional or model.text_dim):
+            raise ValueError(
+                f"objective.consistency_guidance = {objective.consistency_guidance:g} guides by class or text, and the "
+                "model has neither: leave it at 1"
+            )
 
     def _check_evaluation(self) -> None:
         every, keep_best = self.evaluation.every, self.checkpoint.keep_best
@@ -510,10 +538,11 @@ class Config(Section):
         )
         decisive = {"task", "init_from", "seed", "batch_size", "model", "schedule", "objective", "optim"}
         rest = self.model_dump(mode="json", include=decisive, exclude={"optim": {"max_skipped"}})
-        length = {"images": self.images} if self.optim.decay in ("linear", "cosine") else {}
+        consistency = self.objective.loss == "consistency"  # its stages are parts of the run
+        length = {"images": self.images} if self.optim.decay in ("linear", "cosine") or consistency else {}
         flat = flatten({**rest, **data, **length})
         chosen = {self.model.kind, self.schedule.kind, self.objective.weight, self.objective.timesteps} - _FIRST_KINDS
-        whole = tuple(f"objective.{kind}_" for kind in chosen)
+        whole = tuple(f"objective.{kind}_" for kind in chosen) + (("objective.consistency_",) if consistency else ())
         whole += tuple(f"{name}." for name in ("model", "schedule") if getattr(self, name).kind in chosen)
         return {
             key: value

@@ -263,6 +263,9 @@ def _training(evidence: Evidence, spec: ModelSpec, settings: Mapping[str, Any] |
         rows += [] if value is None else [(name, str(value))]
     if "precision" in lineage:
         rows.append(("precision", str(lineage["precision"])))
+    if "init_from" in lineage:
+        digest = str(lineage.get("init_from_digest", "unknown"))[:SHORT]
+        rows.append(("started from", f"{_code(lineage['init_from'])}, weights {_code(digest)}"))
     code = f"{lineage.get('code_version', 'unknown')}, commit {_code(lineage.get('git_commit') or 'unknown')}"
     packages = ", ".join(f"{name} {release}" for name, release in sorted(evidence.packages.items()))
     return _list([*rows, ("code", code), ("packages", packages), ("weights", _code(evidence.model_digest[:SHORT]))])

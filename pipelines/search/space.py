@@ -50,6 +50,9 @@ def apply(base: Config, params: Params) -> Config:
         plain["guidance"] = _guidance_of(str(kind), plain["guidance"])
     for path, value in params.items():
         set_value(plain, path, value)
+    sampler, own = plain["sampler"], base.sampler
+    if "sampler.timesteps" not in params and (sampler["kind"], sampler.get("steps")) != (own.kind, own.steps):
+        sampler.pop("timesteps", None)  # they are for one kind of sampler and one number of steps
     return from_dict(plain)
 
 

@@ -101,15 +101,35 @@ def make_plan(config: Config, storage: Storage, lineage: dict[str, Any]) -> Plan
     state = newest_checkpoint(config, storage)
     if state is not None:
         checkpoints.check_resumable(state, config, dataset, quarantine)
-    elif config.init_from is not None:
-        references.initial_weights(config, config.tracking.uri, storage)  # raises where there is no such model
+    initial = initial_lineage(config, storage, new=state is None)
     assert config.tracking.uri is not None
     # A driver is often restarted together with MLflow, or while it is away.
     patience_s = FIRST_ANSWER_S if state is None else PATIENCE_S
     tracker, _ = tracking.open_run(config.tracking.uri, config.tracking.experiment, config.name, {}, patience_s)
-    origin = {**lineage, **encoder_lineage(config, storage), "run_id": tracker.run_id}
+    origin = {**lineage, **initial, **encoder_lineage(config, storage), "run_id": tracker.run_id}
     job = Job(config, dataset, storage, tracker, origin, quarantine)
     return Plan(job, state.images_seen if state else 0)
+
+
+def initial_lineage(config: Config, storage: Storage, *, new: bool) -> dict[str, Any]:
+    """Return which model a run starts from; nothing for a run that starts from new weights.
+
+    Args:
+        new: whether the run has no checkpoint yet; otherwise what its newest one has recorded stays.
+
+    Returns:
+        `init_from` and `init_from_digest`, the SHA-256 of the weights that it named when the run began.
+
+    Raises:
+        ModelError: there is no such model, or it does not fit the configuration.
+    """
+    if config.init_from is None:
+        return {}
+    if new:
+        found = references.initial_model(config, config.tracking.uri, storage)
+        return {"init_from": config.init_from, "init_from_digest": found.digest}
+    stored = checkpoints.newest_lineage(config, storage)
+    return {key: stored[key] for key in ("init_from", "init_from_digest") if key in stored}
 
 
 def encoder_lineage(config: Config, storage: Storage) -> dict[str, Any]:

@@ -100,3 +100,20 @@ class MixtureDenoiser:
 
     def _log_share(self, x_t: Tensor, t: Tensor | float, cond: Conditioning | None) -> Tensor:
         return (self._log_prior(len(x_t), x_t, cond) + self._log_components(x_t, t)).log_softmax(1)
+
+
+@dataclass(frozen=True)
+class GaussianConsistency:
+    """The exact consistency function for x_0 ~ N(mean, std^2): where the probability-flow ODE through x_t ends.
+
+    The ODE keeps (x_t - alpha mean) / sqrt(alpha^2 std^2 + sigma^2), which is a standard normal number at every t.
+    """
+
+    schedule: NoiseSchedule
+    mean: float = 0.2
+    std: float = 0.3
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning | None = None) -> Prediction:
+        alpha, sigma = coefficients(self.schedule, t, x_t)
+        x_0 = self.mean + self.std * (x_t - alpha * self.mean) / (alpha**2 * self.std**2 + sigma**2).sqrt()
+        return Prediction(x_0, eps_from_x0(x_0, x_t, t, self.schedule))

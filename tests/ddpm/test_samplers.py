@@ -128,7 +128,8 @@ def components(samples):
 
 
 # A corrector's step goes by the ratio of two norms, which two pixels are too few for: its own tests take more of them.
-@pytest.mark.parametrize("kind", sorted(set(SAMPLERS) - {"predictor_corrector"}))
+# Consistency sampling is of consistency functions, not of denoisers.
+@pytest.mark.parametrize("kind", sorted(set(SAMPLERS) - {"predictor_corrector", "consistency"}))
 def test_every_sampler_recovers_a_mixture_in_the_plane(kind):
     settings = Sampling.of(kind=kind, steps=200 if kind == "ancestral" else 100, clip=None)
     samples = generate(MIXTURE, SCHEDULE, settings, cond=None, count=4000, shape=(1, 1, 2), seed=5, batch_size=4000)
@@ -149,7 +150,7 @@ def test_annealed_langevin_finds_the_components_of_a_mixture_in_the_plane():
 
 
 # Langevin chains end in the last level's own distribution, where components so far apart feel no guidance.
-@pytest.mark.parametrize("kind", sorted(set(SAMPLERS) - {"langevin"}))
+@pytest.mark.parametrize("kind", sorted(set(SAMPLERS) - {"langevin", "consistency"}))
 def test_a_label_draws_its_component_and_guidance_sharpens_it(kind):
     """Guided samples lie further from the other components than the component itself does (Ho & Salimans, fig. 2)."""
     cond = Conditioning(label=torch.full((1000,), 1))

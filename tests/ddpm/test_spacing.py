@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from ddpm.generate import Sampling, generate
 from ddpm.samplers import DDIM, SAMPLERS, DPMSolver, initial_noise, last, step_noise
 from ddpm.samplers.spacing import K_MAX, SPACINGS, exponential_ratios, karras_ratios, vp_ratios
 from ddpm.schedule import make_schedule
@@ -83,7 +84,7 @@ def test_ratio_spacings_fall_from_80_or_the_top_to_the_least_trained_level(kind,
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("kind", sorted(set(SAMPLERS) - {"langevin", "predictor_corrector"}))
+@pytest.mark.parametrize("kind", sorted(set(SAMPLERS) - {"langevin", "predictor_corrector", "consistency"}))
 def test_every_sampler_recovers_gaussian_data_on_every_spacing(kind, spacing):
     image_ids = torch.arange(500)
     x_T, noise = initial_noise(0, image_ids, (1, 4, 4)).double(), step_noise(0, image_ids, (1, 4, 4))
@@ -104,3 +105,38 @@ def test_a_respaced_sampler_visits_what_the_spacing_says_and_unknown_ones_are_re
     for spacing in SPACINGS:
         with pytest.raises(ValueError, match=r"1\.\.1000"):
             next(DDIM(steps=1001, spacing=spacing)(GaussianDenoiser(COSINE), COSINE, x_T))
+
+
+def test_settings_with_levels_visit_them_and_survive_json():
+    settings = Sampling(DDIM(steps=3, timesteps=(900.5, 400.0, 20.0, 0.0)))
+    assert Sampling.from_json(settings.to_json()) == settings
+    assert settings.key()["timesteps"] == [900.5, 400.0, 20.0, 0.0]
+    assert "timesteps" not in Sampling(DDIM(steps=3)).key()
+    x_T, denoiser = initial_noise(0, torch.arange(2), (1, 4, 4)), GaussianDenoiser(COSINE)
+    steps = list(settings.sampler(denoiser, COSINE, x_T))
+    assert [sample.t for sample in steps] == [400.0, 20.0, 0.0]
+    images = generate(denoiser, COSINE, settings.with_fields(clip=None), cond=None, count=2, shape=(1, 4, 4), seed=0)
+    assert torch.equal(images, steps[-1].x_t.clamp(-1, 1))
+
+
+def test_levels_go_with_their_kind_and_number_of_steps():
+    settings = Sampling(DDIM(steps=2, timesteps=(900.0, 400.0, 0.0)))
+    assert settings.with_fields(scale=2.0).sampler == settings.sampler
+    assert settings.with_fields(steps=5).sampler == DDIM(steps=5)
+    assert settings.with_fields(kind="dpm_solver").sampler == DPMSolver(steps=2)
+    assert settings.with_fields(kind="ddim", steps=2).sampler == settings.sampler
+    moved = settings.with_fields(steps=1, timesteps=[700.0, 0.0])
+    assert moved.sampler == DDIM(steps=1, timesteps=(700.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    "timesteps, message",
+    [
+        ((900.0, 0.0), "timesteps must be 3 levels for 2 steps, got 2"),
+        ((900.0, 900.0, 0.0), "strictly decreasing"),
+        ((900.0, 400.0, 1.0), "the last 0"),
+    ],
+)
+def test_levels_that_are_no_schedule_are_refused(timesteps, message):
+    with pytest.raises(ValueError, match=message):
+        DDIM(steps=2, timesteps=timesteps)

@@ -22,6 +22,7 @@ from pipelines.config import (
 NEEDED = {
     "folder32": ["name=mine", "data.source=photos", "data.num_classes=3"],
     "captions32": ["name=mine", "data.source=photos"],
+    "digits_consistency": ["init_from=runs:/abc"],
     "captions32_classifier": ["name=mine-classifier", "data.uri=s3://ddpm/datasets/mine"],
 }
 
@@ -59,6 +60,7 @@ def test_every_shipped_choice_composes(group, choice):
     needed = {"folder": ["data.num_classes=3", "model=unet_small"], "s3": ["storage.root=s3://b"]}
     needed |= {"file": ["storage.root=file:///tmp/b"], "unet_cifar10": ["data.image_size=32"]}
     needed |= {"kuberay": ["launch.image=x"], "aws": ["launch.image=x"]}
+    needed |= {"consistency": ["init_from=runs:/abc"]} if group == "objective" else {}
     needed |= {"unet_small": ["data.image_size=32"], "hybrid": ["model.learned_variance=true"]}
     compose([f"{group}={choice}", *needed.get(choice, [])])
 
@@ -77,7 +79,7 @@ def test_every_shipped_choice_composes(group, choice):
         (["schedule=linear", "schedule.s=0.1"], r"schedule\.s: no such field here\. Allowed: beta_end"),
         (["schedule.kind=quadratic"], r"schedule\.kind: there is no .*Allowed: linear, cosine, sigmoid"),
         (["optim.lr=-1"], r"optim\.lr: .*greater than 0, got -1"),
-        (["objective.prediction=noise"], r"objective\.prediction: .*'eps', 'x0' or 'v', got 'noise'"),
+        (["objective.prediction=noise"], r"objective\.prediction: .*'eps', 'x0', 'v' or 'x0_skip', got 'noise'"),
         (["batch_size=many"], r"batch_size: .*integer.*got 'many'"),
         (["data.lanes=3"], r"data\.lanes = 3 must divide batch_size = 128"),
         (["cluster.num_workers=200"], r"num_workers = 200 exceeds batch_size = 128"),
@@ -108,6 +110,30 @@ def test_every_shipped_choice_composes(group, choice):
         (["model=dit_digits", "data.image_size=9"], r"must be a multiple of 2: model\.patch_size is 2; use smaller"),
         (["model=dit_digits", "model.heads=5"], r"model: .*width = 128 is not divisible by heads = 5"),
         (["model=dit_digits", "model.channels=[32]"], r"model\.channels: no such field here\. Allowed: .*patch_size"),
+        (["objective=consistency"], r"tunes a trained model, and none is named: set init_from=MODEL"),
+        (
+            ["objective=consistency", "init_from=/m", "objective.weight=p2"],
+            r"weight = p2 has no use .*leave it at unif",
+        ),
+        (
+            ["objective=consistency", "init_from=/m", "objective.timesteps=stratified"],
+            r"timesteps = stratified has no use",
+        ),
+        (["objective=consistency", "init_from=/m", "objective.prediction=x0"], r"set objective\.prediction=x0_skip"),
+        (
+            ["objective=consistency", "init_from=/m", "objective.prediction=eps"],
+            r"20,291 at T, .*prediction=v, or one of",
+        ),
+        (
+            [
+                "objective=consistency",
+                "init_from=/m",
+                "model.class_conditional=false",
+                "objective.consistency_guidance=2",
+            ],
+            r"guides by class or text, and the model has neither: leave it at 1",
+        ),
+        (["objective=consistency", "init_from=/m", "model.learned_variance=true"], r"simple trains none"),
         (["task=classifier", "init_from=/m"], r"task = classifier has no use for init_from"),
         (["cluster.max_preemption_failures=-2"], "cluster.max_preemption_failures: .*greater than or equal to -1"),
         (["cluster.preemption_grace_s=-1"], "cluster.preemption_grace_s: .*greater than or equal to 0"),
@@ -167,6 +193,15 @@ def test_the_identity_covers_what_decides_the_trace_and_nothing_else(override, s
 def test_the_length_of_a_run_is_part_of_its_identity_only_where_the_rate_decays():
     constant = ["+experiment=digits", "optim.decay=constant"]
     assert compose([*constant, "images=5"]).identity() == compose(constant).identity()
+
+
+def test_the_stages_of_consistency_tuning_are_parts_of_the_run_and_so_of_its_identity():
+    tuning = ["+experiment=digits_consistency", "init_from=/m"]
+    identity = compose(tuning).identity()
+    assert identity["images"] == compose(tuning).images
+    assert identity["objective.consistency_q"] == 4
+    assert compose([*tuning, "images=5"]).identity() != identity
+    assert not any("consistency" in name for name in compose(["+experiment=digits"]).identity())
 
 
 def test_flatten_joins_paths():

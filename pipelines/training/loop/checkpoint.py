@@ -18,14 +18,13 @@ from torch import Tensor
 from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint, CheckpointState, ModelError
 from pipelines.errors import PipelineError
-from pipelines.references import initial_weights
 from pipelines.scratch import scratch_folder
 from pipelines.storage import join
 from pipelines.tracking import UNSENT, RunLog
 from pipelines.training.loop.collectives import broadcast, broadcast_object, gather
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.hardware import precision_change
-from pipelines.training.loop.state import ADDED, TrainingState, load_weights
+from pipelines.training.loop.state import ADDED, TrainingState
 
 logger = logging.getLogger(__name__)
 
@@ -170,25 +169,6 @@ def restore(context: RunContext, state: TrainingState, log: RunLog | None) -> tu
     broadcast(tensors, state.tensors(), context.device)
     state.set_counters(found.state.images_seen, found.state.optimizer_steps, found.state.skipped)
     return True, found.damaged
-
-
-def load_initial_model(context: RunContext, state: TrainingState) -> None:
-    """Start a fine-tuning from the weights that `init_from` names, averages included; called by every rank.
-
-    Raises:
-        ModelError: there is no such model, or it is of another network.
-    """
-    weights: dict[str, Tensor] = {}
-    error: PipelineError | None = None
-    if context.rank == 0:
-        try:
-            weights = initial_weights(context.config, context.job.tracker.uri, context.job.storage)
-        except PipelineError as failure:
-            error = failure
-    error = broadcast_object(error)
-    if error is not None:
-        raise error
-    load_weights(state, weights, context.device)
 
 
 def _read(context: RunContext, state: TrainingState, log: RunLog | None) -> tuple[_Found, dict[str, Tensor]]:

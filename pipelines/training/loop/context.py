@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ddpm.consistency import ConsistencyTuning
 from ddpm.model import ModelSpec
 from ddpm.objectives import Objective
+from ddpm.prediction import Denoiser
 from ddpm.schedule import NoiseSchedule
 from pipelines import references
 from pipelines.config import Config, noise_schedule, training_objective
@@ -24,21 +26,23 @@ class RunContext:
         job: configuration, dataset, storage and tracker of the run.
         spec: the description of the model that goes into every checkpoint.
         schedule: the noise schedule.
-        objective: what the network predicts, and its loss.
+        objective: what the network predicts, and its loss; or the settings of consistency tuning.
         device: where this rank computes.
         precision: what forward and backward compute in; rank 0's on every rank, so that unlike GPUs compute alike.
         rank: 0..world_size - 1 in the process group.
         world_size: the number of ranks.
+        teacher: the guided model whose trajectories consistency tuning distils; None where it learns the data's.
     """
 
     job: Job
     spec: ModelSpec
     schedule: NoiseSchedule
-    objective: Objective
+    objective: Objective | ConsistencyTuning
     device: torch.device
     precision: Precision
     rank: int
     world_size: int
+    teacher: Denoiser | None = None
 
     @classmethod
     def of(cls, job: Job, *, rank: int, world_size: int, device: torch.device) -> RunContext:

@@ -52,10 +52,32 @@ def expected_faults(config: Config) -> list[str]:
             f"guidance.scale = {config.guidance.scale:g} needs samples without a condition, which "
             "objective.label_drop = 0 never trains: set objective.label_drop=0.1, or guidance.scale=1"
         )
+    if config.objective.loss == "consistency":
+        found += _expected_of_consistency(config, guided)
     if config.optim.warmup_images >= config.images:
         found.append(
             f"optim.warmup_images = {config.optim.warmup_images:,} is as long as the run, so that the learning rate "
             f"never reaches optim.lr: set optim.warmup_images={max(1, config.images // 20)}"
+        )
+    return found
+
+
+def _expected_of_consistency(config: Config, guided: bool) -> list[str]:
+    """Return what the configuration of a consistency model shows.
+
+    Args:
+        guided: whether samples are drawn with classifier-free guidance.
+    """
+    found, folded = [], config.objective.consistency_guidance
+    if config.sampler.kind != "consistency":
+        found.append(
+            f"sampler.kind = {config.sampler.kind} takes the model for a denoiser, which objective.loss = consistency "
+            "tunes it away from: set sampler=consistency"
+        )
+    if guided and folded != 1:
+        found.append(
+            f"guidance.scale = {config.guidance.scale:g} guides a model that has guidance folded in by "
+            f"objective.consistency_guidance = {folded:g}: set guidance.scale=1"
         )
     return found
 
@@ -97,6 +119,8 @@ class Health:
         self.points += 1
         if images_seen < LEAST_STEPS * self.config.batch_size or self.points < 4:
             return []
+        if self.config.objective.loss == "consistency":
+            return []  # losses of two stages are not comparable
         lr = self.config.optim.lr
         lowest, calm = self.calmest
         if all(at > RISEN * lowest and norm > STEEPER * calm for at, norm in self.recent):
@@ -128,6 +152,8 @@ class Health:
         """
         if self._too_early(images_seen) or error <= WORSE_THAN_MEAN * mean_error or bad < SOME_BAD:
             return []
+        if self.config.objective.loss == "consistency":
+            return []  # it predicts one image instead of the mean, twice as far off as that
         eps = self.config.objective.prediction == "eps"
         mend = "objective.prediction=v in a new run" if eps else "more images, or a lower optim.lr in a new run"
         return self._once(

@@ -15,11 +15,12 @@ from pipelines.scratch import warn_if_short
 from pipelines.shards.cache import ShardCorruptError
 from pipelines.shards.read import Batch, default_cache_dir
 from pipelines.training.loop import hardware
-from pipelines.training.loop.checkpoint import Checkpointer, load_initial_model, restore
+from pipelines.training.loop.checkpoint import Checkpointer, restore
 from pipelines.training.loop.collectives import broadcast_object
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.data import training_stream
 from pipelines.training.loop.health import Health, say
+from pipelines.training.loop.initial import load_initial_model, with_teacher
 from pipelines.training.loop.log import finish_log, open_log
 from pipelines.training.loop.preview import Preview
 from pipelines.training.loop.progress import Clock, Progress, passes
@@ -61,7 +62,7 @@ class TrainingLoop:
     """
 
     def __init__(self, context: RunContext, shell: Shell, clock: Clock, resources: ExitStack) -> None:
-        self.context, self.config, self.shell, self.clock = context, context.config, shell, clock
+        self.config, self.shell, self.clock = context.config, shell, clock
         hardware.configure_process(self.config, default_cache_dir().parent)
         self.log = open_log(context.job) if context.rank == 0 else None
         if self.log:
@@ -74,6 +75,7 @@ class TrainingLoop:
         restored, damaged = restore(context, self.state, self.log)
         if not restored and self.config.init_from is not None:
             load_initial_model(context, self.state)
+        self.context = context = with_teacher(context)
         self.resumed_at = self.saved_at = self.state.images_seen
         if self.log:
             self.log.text(context.precision, "precision.txt", self.resumed_at)

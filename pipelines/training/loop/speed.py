@@ -48,7 +48,7 @@ def measure_speed(config: Config, device: torch.device, seconds: float) -> Measu
         config: of a denoiser; its `batch_size` is this rank's.
         seconds: how long training steps and evaluations are each repeated, after one to warm up.
     """
-    context = RunContext.of(_job(config), rank=0, world_size=1, device=device)
+    context = RunContext.of(made_up_job(config), rank=0, world_size=1, device=device)
     state = make_state(context)
     batch = made_up(config)
     train = _rate(lambda: _step(context, state, batch), config.batch_size, device, seconds)
@@ -76,7 +76,7 @@ def made_up(config: Config) -> Batch:
     return batch
 
 
-def _job(config: Config) -> Job:
+def made_up_job(config: Config) -> Job:
     """Return a job on data that nobody reads."""
     data = config.data
     dataset = make_dataset(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class TrainingState:
     Attributes:
         network: the bare network, whole or (FSDP2) this rank's part of it.
         wrapped: the module that a step calls: the network compiled, inside DDP, or (FSDP2) itself.
-        optimizer: AdamW.
+        optimizer: AdamW or RAdam.
         ema: the average of the weights that samples.
         power_ema: averages whose width is chosen after the training, where the configuration asks for them.
         timesteps: the timestep sampler, with its history where it learns from the losses.
@@ -112,9 +113,17 @@ def make_network(config: Config) -> nn.Module:
 
 
 def make_optimizer(network: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    """Return a fused AdamW that has its state already, so that checkpoints of all steps have the same tensors."""
+    """Return an optimizer that has its state already, so that checkpoints of all steps have the same tensors.
+
+    It is a fused AdamW, or RAdam with AdamW's weight decay.
+    """
     parameters = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
+    settings: dict[str, Any] = {"lr": 0.0, "betas": optim.betas, "weight_decay": optim.weight_decay}
+    optimizer: torch.optim.Optimizer
+    if optim.kind == "radam":
+        optimizer = torch.optim.RAdam(parameters, **settings, decoupled_weight_decay=True)
+    else:
+        optimizer = torch.optim.AdamW(parameters, **settings, fused=True)
     # A step with zero gradients at rate 0 creates the state and changes no weight.
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)

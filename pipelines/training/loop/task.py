@@ -7,10 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from ddpm.conditioning import Conditioning
+from ddpm.consistency import ConsistencyTuning
 from ddpm.gaussian import q_sample
 from ddpm.masks import inpainting_condition, random_mask
 from ddpm.models.classifier import match_losses
 from ddpm.noise import Purpose, normal, uniform
+from ddpm.prediction import NetworkDenoiser
 from pipelines.shards.read import Batch
 from pipelines.training.loop.collectives import all_gather_pieces
 from pipelines.training.loop.context import RunContext
@@ -40,7 +42,7 @@ def losses(context: RunContext, network: nn.Module, batch: Batch, t: Tensor, tex
     Args:
         network: the module that the step calls.
         batch: B samples.
-        t: their timesteps in 1..T, int64 [B].
+        t: their timesteps in 1..T, int64 [B]; consistency tuning draws levels of its own instead.
         texts: what `batch_texts` gave for the global batch that they are of.
     """
     config, device = context.config, context.device
@@ -57,7 +59,13 @@ def losses(context: RunContext, network: nn.Module, batch: Batch, t: Tensor, tex
             return match_losses(scores, _pooled(context, batch), texts)
         assert batch.labels is not None
         return F.cross_entropy(scores, batch.labels.to(device), reduction="none")
-    return context.objective.losses(network, context.schedule, x_0, t, eps, conditions(context, batch, x_0))
+    cond, schedule, objective = conditions(context, batch, x_0), context.schedule, context.objective
+    if isinstance(objective, ConsistencyTuning):
+        # On the CPU: a level is found by a search, of which every step would wait for the device.
+        pairs = objective.pairs(schedule, config.seed, batch.ordinals, config.images).to(device)
+        denoiser = NetworkDenoiser(network, schedule, config.objective.prediction)
+        return objective.losses(denoiser, schedule, x_0, eps, pairs, cond, context.teacher)
+    return objective.losses(network, schedule, x_0, t, eps, cond)
 
 
 def conditions(context: RunContext, batch: Batch, x_0: Tensor) -> Conditioning | None:

@@ -187,6 +187,12 @@ def test_what_is_gone_is_left_out_and_what_has_changed_is_said():
     assert "- trained on other data: `s3://a/b`" in text_of(replace(EVIDENCE, lineage=elsewhere))
 
 
+def test_a_model_that_was_tuned_from_another_one_names_it():
+    tuned = EVIDENCE.lineage | {"init_from": "models:/digits/3", "init_from_digest": "9" * 64}
+    assert f"- started from: `models:/digits/3`, weights `{'9' * 12}`" in text_of(replace(EVIDENCE, lineage=tuned))
+    assert "started from" not in text_of()
+
+
 def test_names_of_classes_are_text_and_not_markup():
     spec = replace(SPEC, classes=("<script>", "a|b", "[x](http://evil)\n# y"))
     text = text_of(spec=spec)

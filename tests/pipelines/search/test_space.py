@@ -57,7 +57,7 @@ def test_another_kind_keeps_what_both_have_and_nothing_else():
     base = apply(BASE, {"sampler.clip": 2.0, "sampler.eta": 0.5, "schedule.num_steps": 300})
     heun = apply(base, {"sampler.kind": "heun", "sampler.steps": 9, "schedule.kind": "linear"})
     kept = {"kind": "heun", "steps": 9, "clip": 2.0, "threshold": None}
-    assert heun.sampler.model_dump() == kept | {"clip_when": "after_guidance", "spacing": "trailing"}
+    assert heun.sampler.model_dump() == kept | {"clip_when": "after_guidance", "spacing": "trailing", "timesteps": None}
     assert heun.schedule.num_steps == 300
     assert not hasattr(heun.schedule, "s")
 
@@ -94,3 +94,10 @@ def test_a_space_that_cannot_be_is_refused_before_anything_starts(space, message
 def test_a_guidance_study_does_not_train():
     with pytest.raises(ConfigError, match=r"optim\.lr cannot be searched by a guidance study: trials share optim"):
         check_space(study({"optim.lr": {"log": [1e-4, 1e-2]}}, "guidance"), BASE)
+
+
+def test_levels_of_one_kind_and_number_of_steps_go_with_these():
+    base = compose(["+experiment=digits", "sampler.steps=2", "sampler.timesteps=[900.0,300.0,0.0]"])
+    assert apply(base, {"guidance.scale": 2.0}).sampler.timesteps == (900.0, 300.0, 0.0)
+    assert apply(base, {"sampler.steps": 5}).sampler.timesteps is None
+    assert apply(base, {"sampler.kind": "dpm_solver"}).sampler.timesteps is None

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import contextmanager, nullcontext
 
 import pytest
 
+from ddpm.model import load_model, tensors_digest
+from pipelines.checkpoints import ModelError
 from pipelines.config import compose
 from pipelines.storage import FencedError, Storage
 from pipelines.tracking import Tracker
 from pipelines.training import driver
-from pipelines.training.driver import Plan, train
+from pipelines.training.driver import Plan, initial_lineage, train
 from pipelines.training.errors import TrainingError
 from pipelines.training.goodput import Attempt
 from pipelines.training.loop.shell import Job
+from tests.pipelines.training.loop.ranks import last_checkpoint, tiny_config, train_here
 
 NOBODY = "http://127.0.0.1:9"
 
@@ -134,3 +138,19 @@ def test_what_the_configuration_shows_is_told_before_the_workers_start(job, monk
     config = job.config.model_copy(update={"objective": objective})
     train(Plan(driver.replace(job, config=config), 0), notice=said.append)
     assert said[0].startswith("not working: guidance.scale = 1.5 needs samples without a condition")
+
+
+def test_the_lineage_names_the_weights_that_a_run_started_from_and_keeps_them_when_it_goes_on(digits, tmp_path):
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    assert initial_lineage(tiny_config(base, 50, 25), Storage(), new=True) == {}
+    train_here(base, digits, tiny_config(base, 50, 25))
+    model = last_checkpoint(base)
+    config = tiny_config(tuned, 50, 25, f"init_from={model}")
+    expected = {"init_from": str(model), "init_from_digest": tensors_digest(load_model(model).network.state_dict())}
+    found = initial_lineage(config, Storage(), new=True)
+    assert found == expected
+    train_here(tuned, digits, config, lineage=found)
+    shutil.rmtree(base)
+    assert initial_lineage(config, Storage(), new=False) == expected
+    with pytest.raises(ModelError, match="names no model"):
+        initial_lineage(config, Storage(), new=True)

@@ -114,6 +114,7 @@ def train_here(
     world: int = 1,
     *,
     shell: FolderShell | None = None,
+    lineage: dict[str, str] | None = None,
     **requests: int,
 ) -> tuple[FolderShell, MemoryTracker]:
     """Train one rank in this process, in its process group if there is one, and return its shell and tracker.
@@ -121,11 +122,12 @@ def train_here(
     Args:
         folder: the storage root, whatever the configuration names.
         shell: shell of the rank; default is a new `FolderShell` with `requests`.
+        lineage: what the driver records of the model's origin.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = config.model_copy(update={"storage": config.storage.model_copy(update={"root": f"file://{folder}"})})
     shell, tracker = shell or FolderShell(folder, rank, **requests), MemoryTracker()
-    job = Job(config, dataset, Storage(), tracker, {})  # type: ignore[arg-type]
+    job = Job(config, dataset, Storage(), tracker, lineage or {})  # type: ignore[arg-type]
     context = RunContext.of(job, rank=rank, world_size=world, device=torch.device("cpu"))
     train_rank(context, shell)
     return shell, tracker

@@ -1,10 +1,12 @@
 """The shipped experiments of digits, as they are but short: each trains, and draws as its own settings say."""
 
+import pytest
 import torch
 
 from ddpm.conditioning import Conditioning
 from ddpm.model import load_model
-from ddpm.samplers import Ancestral, AnnealedLangevin
+from ddpm.samplers import Ancestral, AnnealedLangevin, Consistency
+from pipelines.checkpoints import ModelError
 from pipelines.config import compose
 from tests.pipelines.training.loop.ranks import TINY, last_checkpoint, train_here
 
@@ -62,3 +64,18 @@ def test_known_pixels_are_learned_sooner_from_a_model_that_has_never_seen_them(d
     _, alone = trained(tmp_path / "alone", digits, "digits_inpainting", often)
     assert alone[-1] < 0.75 * alone[0]
     assert tuned[0] < 0.75 * alone[0]
+
+
+def test_a_model_of_v_is_tuned_to_draw_in_two_evaluations_and_that_of_the_demo_is_refused(digits, tmp_path):
+    often = ["tracking.log_every=128", "images=256"]
+    trained(tmp_path / "teacher", digits, "digits", *often, "objective.prediction=v")
+    start = f"init_from={last_checkpoint(tmp_path / 'teacher')}"
+    model, losses = trained(tmp_path / "student", digits, "digits_consistency", *often, start)
+    assert torch.tensor(losses).isfinite().all()
+    assert model.spec.sampling.sampler == Consistency(steps=2)
+    images = model.generate(torch.arange(4))
+    assert images.isfinite().all()
+    assert not torch.equal(images, model.generate(torch.arange(4), seed=1))
+    trained(tmp_path / "demo", digits, "digits", *often)
+    with pytest.raises(ModelError, match=r"predicts eps, and objective\.prediction = v"):
+        trained(tmp_path / "eps", digits, "digits_consistency", f"init_from={last_checkpoint(tmp_path / 'demo')}")

@@ -13,7 +13,10 @@ from pipelines.training.loop import health
 from pipelines.training.loop.health import Health, blank, expected_faults
 from tests.pipelines.training.loop.ranks import tiny_config, train_here
 
-NEEDED = {"folder32": ["name=mine", "data.source=photos", "data.num_classes=3"]}
+NEEDED = {
+    "folder32": ["name=mine", "data.source=photos", "data.num_classes=3"],
+    "digits_consistency": ["init_from=runs:/abc"],
+}
 
 
 def of_digits(*overrides):
@@ -33,6 +36,21 @@ def fed(config, curve, norm=lambda share: 0.3, resumed_at=0):
 
 def falling(share):
     return 0.15 + 0.8 * math.exp(-20 * share) + 0.01 * math.sin(300 * share)
+
+
+def test_a_consistency_model_that_is_drawn_as_a_denoiser_or_guided_twice_is_told_before_it_starts():
+    tuned = ["+experiment=digits_consistency", "init_from=/m"]
+    assert "set sampler=consistency" in expected_faults(compose([*tuned, "sampler=ddim"]))[0]
+    twice = compose([*tuned, "objective.consistency_guidance=2", "guidance.scale=1.5"])
+    assert "folded in by objective.consistency_guidance = 2: set guidance.scale=1" in expected_faults(twice)[0]
+    assert expected_faults(compose([*tuned, "guidance.scale=1.5"])) == []
+
+
+def test_losses_and_predictions_of_a_consistency_model_are_no_faults():
+    """Gradients grow from stage to stage as gaps shrink, and f of noise is one image, not the mean of all."""
+    config = compose(["+experiment=digits_consistency", "init_from=/m", "images=640000"])
+    assert fed(config, lambda share: 1 + share, lambda share: 1 + 200 * share) == []
+    assert Health(config, 0).prediction(config.images, 2.0, 1.0) == []
 
 
 @pytest.mark.parametrize("name", groups()["experiment"])

@@ -33,6 +33,17 @@ def losses(folder):
     return torch.tensor(list(trace(folder).values()), dtype=torch.float64)
 
 
+@pytest.fixture(scope="module")
+def teacher(digits, tmp_path_factory):
+    """A model that predicts v, to be tuned."""
+    folder = tmp_path_factory.mktemp("teacher")
+    run(folder, digits, "objective.prediction=v")
+    return last_checkpoint(folder)
+
+
+CONSISTENCY = ["objective=consistency", "objective.prediction=v", "optim=radam", "sampler=consistency"]
+
+
 @pytest.mark.parametrize(
     "objective",
     [
@@ -41,10 +52,13 @@ def losses(folder):
         ["objective.loss=vlb"],
         ["model.inpainting=true", "model.class_conditional=false"],
         ["objective.timesteps=importance", "schedule.num_steps=4", "sampler.steps=2"],
+        CONSISTENCY,
+        [*CONSISTENCY, "objective.consistency_guidance=2"],
     ],
-    ids=["hybrid", "min_snr", "vlb", "inpainting", "importance"],
+    ids=["hybrid", "min_snr", "vlb", "inpainting", "importance", "consistency", "guided consistency"],
 )
-def test_every_objective_trains_with_a_trace_that_is_the_same_in_parts(digits, tmp_path, objective):
+def test_every_objective_trains_with_a_trace_that_is_the_same_in_parts(digits, teacher, tmp_path, objective):
+    objective = [*objective, f"init_from={teacher}"] if "objective=consistency" in objective else objective
     run(tmp_path / "whole", digits, *objective)
     run(tmp_path / "parts", digits, "micro_batch_size=7", *objective)
     torch.testing.assert_close(losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=1e-3, atol=0)
@@ -53,9 +67,18 @@ def test_every_objective_trains_with_a_trace_that_is_the_same_in_parts(digits, t
     assert model.generate(labels, count=1).shape == (1, 1, 8, 8)
 
 
-@pytest.mark.parametrize("extra", [[], ["objective.timesteps=importance", "schedule.num_steps=4", "sampler.steps=2"]])
-def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(digits, tmp_path, extra):
+@pytest.mark.parametrize(
+    "extra",
+    [
+        [],
+        ["objective.timesteps=importance", "schedule.num_steps=4", "sampler.steps=2"],
+        [*CONSISTENCY, "objective.consistency_guidance=2"],
+    ],
+    ids=["simple", "importance", "guided consistency"],
+)
+def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(digits, teacher, tmp_path, extra):
     extra = [*extra, "optim.power_ema=[0.05,0.1]"]
+    extra += [f"init_from={teacher}"] if "objective=consistency" in extra else []
     run(tmp_path / "whole", digits, *extra)
     first, _ = run(tmp_path / "parts", digits, *extra, stop_after=3)
     assert [r.images_seen for r in first.reports] == [25, 50, 75, 75]  # and once more at its end
@@ -150,6 +173,26 @@ def test_fine_tuning_starts_from_the_averaged_weights_of_a_model(digits, tmp_pat
         run(tmp_path / "none", digits, "init_from=/nowhere")
 
 
+def test_a_guided_teacher_changes_what_is_learned_and_has_to_be_the_one_that_the_run_began_with(
+    digits, teacher, tmp_path
+):
+    tuned = [*CONSISTENCY, f"init_from={teacher}"]
+    run(tmp_path / "plain", digits, *tuned)
+    run(tmp_path / "guided", digits, *tuned, "objective.consistency_guidance=2")
+    assert not torch.equal(losses(tmp_path / "plain"), losses(tmp_path / "guided"))
+    with pytest.raises(ModelError, match=r"names other weights \(\w{12}\) than when the run began \(0000"):
+        run(tmp_path / "moved", digits, *tuned, lineage={"init_from_digest": "0" * 64})
+
+
+def test_a_model_of_x0_is_tuned_with_a_skip_connection(digits, tmp_path):
+    run(tmp_path / "x0", digits, "objective.prediction=x0")
+    base = f"init_from={last_checkpoint(tmp_path / 'x0')}"
+    run(tmp_path / "tuned", digits, *CONSISTENCY, base, "objective.prediction=x0_skip")
+    assert load_model(last_checkpoint(tmp_path / "tuned")).spec.prediction == "x0_skip"
+    with pytest.raises(ModelError, match=r"predicts x0, and objective\.prediction = v"):
+        run(tmp_path / "wrong", digits, *CONSISTENCY, base)
+
+
 def test_a_classifier_of_noisy_images_is_trained_by_the_same_loop(digits, tmp_path):
     config = ["task=classifier", "optim.lr=1e-2", "optim.warmup_images=0", "optim.ema_half_life=400", "batch_size=50"]
     _, tracker = run(tmp_path / "c", digits, *config, "images=4000", "tracking.grid_every=4000")
@@ -214,6 +257,22 @@ def test_its_loss_does_not_depend_on_the_parts_of_a_batch(captioned, tmp_path):
     run(tmp_path / "whole", captioned, "task=classifier", *TEXT)
     run(tmp_path / "parts", captioned, "task=classifier", *TEXT, "micro_batch_size=7")
     torch.testing.assert_close(losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=1e-3, atol=0)
+
+
+@pytest.mark.integration
+def test_consistency_tuning_has_the_same_trace_on_any_number_of_ranks(digits, teacher, tmp_path):
+    runs, images = {}, 4 * BATCH
+    for world, parallel, parts in ((1, "ddp", 25), (2, "ddp", 7), (2, "fsdp", 13)):
+        folder = tmp_path / f"{world}-{parallel}"
+        folder.mkdir()
+        asked = [*CONSISTENCY, f"init_from={teacher}", "objective.consistency_guidance=2", f"micro_batch_size={parts}"]
+        asked += [f"cluster.parallel={parallel}", "optim.precision=fp64"]
+        runs[world, parallel] = folder, tiny_config(folder, images, BATCH, *asked)
+    train_here(runs[1, "ddp"][0], digits, runs[1, "ddp"][1])
+    both = [runs[2, "ddp"], runs[2, "fsdp"]]
+    mp.spawn(run_ranks, (2, tmp_path / "rendezvous", digits, both), nprocs=2)
+    for folder, _ in both:
+        torch.testing.assert_close(losses(folder), losses(runs[1, "ddp"][0]), rtol=1e-9, atol=0)
 
 
 @pytest.mark.integration

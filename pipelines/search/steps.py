@@ -1,0 +1,195 @@
+"""The time steps of a sampler, chosen for one trained model in seconds: `ddpm search steps`.
+
+Unlike the other studies it judges nothing by scores of samples, but by how far samples end from where the model's own
+fine trajectories do, on noise that the search has not seen.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm.conditioning import Conditioning
+from ddpm.generate import Sampling
+from ddpm.inference import can_inpaint
+from ddpm.model import Model
+from ddpm.samplers import DPMSolver, initial_noise, last
+from ddpm.step_search import ORDERS, StepSearch
+from pipelines import references, tracking
+from pipelines.config import Config, ConfigError
+from pipelines.display import StageNotice
+from pipelines.evaluation.devices import task_device
+from pipelines.evaluation.prompts import open_captions
+from pipelines.references import Resolved
+from pipelines.search.seeds import NoiseSeeds
+from pipelines.search.study import StudyStore
+from pipelines.search.winner import overrides_of
+from pipelines.shards.captions import Captions
+from pipelines.shards.index import read_dataset
+from pipelines.storage import Storage, join
+
+COMPARED = ("trailing", "karras", "exponential")
+"""Spacings that the chosen levels are compared with, beside that of the model's own settings."""
+CHOSEN = "chosen"
+
+
+@dataclass(frozen=True)
+class FoundSteps:
+    """Levels that were chosen for a model.
+
+    Attributes:
+        settings: the model's settings with them.
+        distances: root mean square per pixel between samples in so many steps and the ends of the fine trajectories
+            from the same fresh noise, for the chosen levels and for spacings, by name.
+    """
+
+    settings: Sampling
+    distances: dict[str, float]
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return it as JSON types."""
+        return {"sampling": self.settings.to_json(), "distances": self.distances}
+
+
+def find_steps(
+    model: Model,
+    settings: Sampling,
+    search: StepSearch,
+    trajectories: int,
+    seeds: tuple[int, int],
+    captions: Captions | None = None,
+) -> FoundSteps:
+    """Return settings whose sampler visits the levels that suit a model best, in as many steps as it has.
+
+    Args:
+        model: with the networks that its guidance needs, on the device to use.
+        settings: of a sampler of `ORDERS`.
+        trajectories: fine trajectories that are followed, and as many again to compare with.
+        seeds: of the noise of the search, and of that of the comparison.
+        captions: that a model on text is asked for.
+
+    Raises:
+        ValueError: the sampler's steps cannot be chosen, or the grid has fewer levels.
+    """
+    schedule, kind = model.schedule, settings.to_json()["kind"]
+    guided = settings.wrap(model.denoiser, schedule, model.guides)
+    device = next(model.network.parameters()).device
+    ids = torch.arange(trajectories, device=device)
+    cond = _conditions(model, ids, captions)
+    noise, fresh = (initial_noise(seed, ids, model.spec.shape) for seed in seeds)
+    found = search.trajectories(guided, schedule, noise, cond)
+    levels, _ = search.find(found, schedule, kind, settings.sampler.steps)
+    chosen = settings.with_fields(timesteps=levels)
+
+    def ends(sampler: Any) -> Tensor:
+        parts = zip(fresh.split(64), _parts(cond, trajectories), strict=True)
+        with torch.no_grad():
+            return torch.cat([last(sampler(guided, schedule, x_T, some)) for x_T, some in parts])
+
+    fine = ends(DPMSolver(steps=search.grid, spacing=search.spacing))
+    own = getattr(settings.sampler, "spacing", COMPARED[0])
+    others = {name: settings.with_fields(spacing=name, timesteps=None) for name in dict.fromkeys((own, *COMPARED))}
+    asked = {CHOSEN: chosen, **others}
+    distances = {name: (ends(each.sampler) - fine).square().mean().sqrt().item() for name, each in asked.items()}
+    return FoundSteps(chosen, distances)
+
+
+def search_steps(
+    config: Config,
+    reference: str,
+    name: str,
+    changes: dict[str, Any],
+    search: StepSearch,
+    trajectories: int,
+    notice: StageNotice,
+) -> dict[str, Any]:
+    """Choose the steps of a model, store what was found beside the studies and in MLflow, and return it as JSON types.
+
+    Args:
+        reference: the model, such as `models:/NAME@alias`.
+        name: of the search.
+        changes: fields of the model's settings to change: `kind` and `steps` of the sampler, `scale` of guidance.
+        notice: called with "steps" and a line of text.
+
+    Raises:
+        ConfigError: the steps of such a sampler or model cannot be chosen.
+        ModelError: there is no such model.
+    """
+    storage = Storage.of(config)
+    resolved = references.resolve(
+        reference, tracking_uri=config.tracking.uri, storage=storage, device=str(task_device())
+    )
+    try:
+        settings = _settings(resolved, changes)
+        seeds = NoiseSeeds.of(config, name)
+        pair = seeds.trials, seeds.confirmation([])
+        captions = _captions(resolved, config, storage, notice)
+        found = find_steps(resolved.model, settings, search, trajectories, pair, captions)
+    except ValueError as error:
+        raise ConfigError(f"search steps: {error}") from error
+    for spacing, distance in sorted(found.distances.items(), key=lambda item: item[1]):
+        notice("steps", f"{spacing}: {distance:.4g} from the ends of fine trajectories")
+    overrides = overrides_of(found.settings, " ")
+    notice("steps", f"use them with `ddpm register {reference} {overrides}`")
+    return _store(found, config, name, reference, storage)
+
+
+def _settings(resolved: Resolved, changes: dict[str, Any]) -> Sampling:
+    """Return the model's settings with the changes.
+
+    Raises:
+        ValueError: the sampler's steps cannot be chosen.
+    """
+    own = resolved.model.spec.sampling
+    kind = changes.get("kind", own.to_json()["kind"])
+    if kind not in ORDERS:
+        raise ValueError(f"the steps of {kind!r} cannot be chosen: name --sampler {' or '.join(ORDERS)}")
+    settings = own.with_fields(**{**changes, "kind": kind})
+    if settings.to_json().get("eta"):
+        settings = settings.with_fields(eta=0.0)  # the steps of a deterministic sampler are chosen
+    return settings
+
+
+def _captions(resolved: Resolved, config: Config, storage: Storage, notice: StageNotice) -> Captions | None:
+    """Return the captions of the test split of a model's data, for a model on text."""
+    spec = resolved.model.spec
+    if can_inpaint(spec):
+        raise ValueError("a model that sees known pixels has no trajectories without them: name one without inpainting")
+    if not spec.network.text_dim:
+        return None
+    dataset = read_dataset(spec.lineage.get("dataset_uri", config.data.uri), storage)
+    found = open_captions(spec, dataset, config, storage, lambda text: notice("steps", text))
+    return None if found is None else found[0]
+
+
+def _conditions(model: Model, ids: Tensor, captions: Captions | None) -> Conditioning | None:
+    """Return the conditions of trajectories: the classes, or the captions, in turn."""
+    text = None if captions is None else captions.condition((ids % len(captions)).cpu(), labels=False).to(ids.device)
+    if not model.spec.classes:
+        return text
+    return replace(text or Conditioning(), label=ids % len(model.spec.classes))
+
+
+def _parts(cond: Conditioning | None, count: int) -> list[Conditioning | None]:
+    return [None if cond is None else cond[slice(i, i + 64)] for i in range(0, count, 64)]
+
+
+def _store(found: FoundSteps, config: Config, name: str, reference: str, storage: Storage) -> dict[str, Any]:
+    """Write what was found into the folder of the study and an MLflow run, and return it as JSON types."""
+    assert config.tracking.uri is not None
+    store = StudyStore.of(config, name)
+    note = f"Time steps that were chosen for {reference}."
+    tags = {"ddpm.study": name, "ddpm.study.kind": "steps", "mlflow.note.content": note}
+    tracker, _ = tracking.open_run(config.tracking.uri, config.tracking.experiment, f"study-{name}", tags)
+    plain = {"study": name, "model": reference, "run_id": tracker.run_id, **found.to_plain()}
+    storage.write(join(store.uri, "steps.json"), json.dumps(plain, indent=1).encode())
+    with tracking.recording("has not got the steps"):
+        tracker.text(tracking.to_json(found.settings.to_json()), "best/sampling.json")
+        tracker.text(overrides_of(found.settings), "best/overrides.txt")
+        tracker.metrics({f"steps/{spacing}": distance for spacing, distance in found.distances.items()}, 0)
+        tracker.status("FINISHED")
+    return plain

@@ -1,0 +1,45 @@
+"""Time steps that are chosen for a model, on a tiny one of a folder."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from ddpm.generate import Sampling
+from ddpm.model import load_model
+from ddpm.step_search import StepSearch
+from pipelines.config import compose, sampling
+from pipelines.references import Resolved
+from pipelines.search.steps import CHOSEN, _settings, find_steps
+from pipelines.search.winner import overrides_of
+from tests.pipelines.drawing import model_folder
+
+SMALL = StepSearch(grid=8)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return load_model(model_folder(tmp_path_factory.mktemp("models") / "model", classes=("a", "b", "c")))
+
+
+def test_the_chosen_levels_are_settings_that_can_be_stored_registered_and_drawn(model):
+    found = find_steps(model, Sampling.of(kind="dpm_solver", steps=3, scale=2.0), SMALL, 6, (1, 2))
+    assert set(found.distances) == {CHOSEN, "trailing", "karras", "exponential"}
+    levels = found.settings.sampler.timesteps
+    assert len(levels) == 4
+    assert Sampling.from_json(json.loads(json.dumps(found.to_plain()))["sampling"]) == found.settings
+    assert sampling(compose(overrides_of(found.settings).splitlines())) == found.settings
+    images = model.generate(torch.arange(3), sampling=found.settings)
+    assert torch.equal(images, model.generate(torch.arange(3), sampling=found.settings))
+    again = find_steps(model, Sampling.of(kind="dpm_solver", steps=3, scale=2.0), SMALL, 6, (1, 2))
+    assert again == found
+
+
+def test_another_kind_or_number_is_named_and_noise_of_a_step_is_left_out(model):
+    resolved = Resolved("folder", model)
+    chosen = _settings(resolved, {"kind": "ddim", "steps": 4})
+    assert (chosen.to_json()["kind"], chosen.sampler.steps) == ("ddim", 4)
+    with pytest.raises(ValueError, match=r"the steps of 'heun' cannot be chosen: name --sampler ddim or dpm_solver"):
+        _settings(resolved, {"kind": "heun", "steps": 4})
