@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.config.compose import check_key, compose, conf_dir, groups, hydra_lines, parse_overrides
-from pipelines.config.fields import ConfigField, config_fields
+from pipelines.config.fields import ConfigField, config_fields, left_out
 from pipelines.config.schema import flatten
 
 DEFAULT = "default"
@@ -52,11 +52,15 @@ def explain(overrides: Sequence[str] = (), key: str = "") -> list[Explained]:
             continue
         section = field.key.rpartition(".")[0]
         chosen = values[section] if section else values
-        kind = chosen.get("kind") if section and chosen is not None else None
-        if chosen is not None and (not field.kinds or kind in field.kinds):
+        if chosen is None:  # a section that is left out, such as `launch`
+            if key:
+                found.append(Explained(field, field.default, "", f"{section} is null"))
+            elif section not in {each.field.key for each in found}:
+                found.append(Explained(left_out(section), None, origin.get(section, DEFAULT)))
+            continue
+        kind = chosen.get("kind") if section else None
+        if not field.kinds or kind in field.kinds:
             found.append(Explained(field, flat[field.key], origin.get(field.key, DEFAULT)))
-        elif chosen is None and key:
-            found.append(Explained(field, field.default, "", f"{section} is null"))
         elif key == field.key:
             found.append(Explained(field, None, "", f"{section}.kind is {kind}"))
     used = [each for each in found if not each.unused]

@@ -101,6 +101,11 @@ def kinds_of(section: str) -> Mapping[str, type[pydantic.BaseModel]]:
     return {model.model_fields["kind"].default: model for model in models} if len(models) > 1 else {}
 
 
+def left_out(section: str) -> ConfigField:
+    """Return a section that a configuration need not have, as the field that it is then."""
+    return ConfigField(section, "null", ", ".join(kinds_of(section)), None, False, _sentence(sections()[section]))
+
+
 def kind_meanings(section: str) -> dict[str, str]:
     """Return the kinds of a section with what their classes say; empty for a section without kinds of its own."""
     return {kind: _doc(model) for kind, model in kinds_of(section).items()} if section in sections() else {}

@@ -20,7 +20,7 @@ SPOT_LABEL = r"^[A-Za-z0-9./_-]+:[A-Za-z0-9._-]+$"
 class KubeRayLaunch(Section):
     """A RayJob of KubeRay: a Ray cluster of its own for the command, which goes when the command ends."""
 
-    kind: Literal["kuberay"] = "kuberay"
+    kind: Literal["kuberay"] = Field("kuberay", description="kind of cluster on which the command runs")
     image: str = Field(description="of the workers, with CUDA where they have GPUs")
     head_image: str | None = Field(
         None, description="of head and submitter, which need no CUDA, with the same Python and Ray; null: image"
@@ -93,7 +93,7 @@ class KubeRayLaunch(Section):
 class AwsLaunch(Section):
     """A cluster on EC2 that `ray up` starts: a head on demand, spot workers; with its policies and its bucket rules."""
 
-    kind: Literal["aws"] = "aws"
+    kind: Literal["aws"] = Field("aws", description="kind of cluster on which the command runs")
     image: str = Field(description="of the workers, with CUDA where they have GPUs")
     head_image: str | None = Field(
         None, description="of the head, which needs no CUDA, with the same Python and Ray; null: image"
@@ -120,7 +120,7 @@ class AwsLaunch(Section):
 class RayLaunch(Section):
     """A job on a Ray cluster that is there already, by Ray's Jobs API."""
 
-    kind: Literal["ray"] = "ray"
+    kind: Literal["ray"] = Field("ray", description="kind of cluster on which the command runs")
     command: str | None = Field(
         None, description="what the cluster calls this program; null: ddpm, or this very one on the local stack"
     )

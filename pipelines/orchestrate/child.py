@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from dagster_pipes import DagsterPipesWarning, PipesContext, PipesEnvVarParamsLoader, open_dagster_pipes
 
 from pipelines.credentials import redact
-from pipelines.display import Progress, Report, Silent, TimeBreakdown
+from pipelines.display import Progress, Report, Silent, TimeBreakdown, TrainingStatus
 from pipelines.errors import PipelineError
 from pipelines.flow.stage import GATE, GRAPH, INGEST, Site, select
 from pipelines.lineage import code_lineage
@@ -62,12 +62,12 @@ class PipesDisplay(Silent):
         """Return a callback that logs the progress of a training now and then."""
         said = time.monotonic()
 
-        def update(values: dict[str, float]) -> None:
+        def update(status: TrainingStatus) -> None:
             nonlocal said
             if time.monotonic() - said > SAID_EVERY_S:
                 said = time.monotonic()
-                loss = f", loss {values['loss']:.4g}" if "loss" in values else ""
-                self.stage("train", f"{values.get('images_seen', resumes_at):,.0f} of {images:,} images{loss}")
+                loss = "" if status.loss is None else f", loss {status.loss:.4g}"
+                self.stage("train", f"{status.images_seen:,} of {images:,} images{loss}")
 
         return update
 
