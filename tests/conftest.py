@@ -20,7 +20,7 @@ with contextlib.suppress(ImportError):
 
 
 @pytest.fixture(autouse=True)
-def _no_inherited_addresses(monkeypatch):
+def _no_inherited_addresses(_no_ray_in_unit_tests, monkeypatch):  # which looks at Ray after monkeypatch is undone
     """Tests never talk to services that the developer's environment names."""
     for name in list(os.environ):
         if name.startswith(("AWS_", "MLFLOW_TRACKING", "RAY_ADDRESS")):

@@ -290,7 +290,7 @@ def test_a_request_that_is_wrong_by_itself_is_refused_before_a_model_is_read(kin
         (
             "classes",
             lambda p: Inpaint.of(images=[p / "8.png"], masks=["half:left"], method_settings={"jumps": 6}),
-            "there are: steps, spacing, jump_length, resamplings, variance",
+            "there are: steps, spacing, timesteps, jump_length, resamplings, variance",
         ),
     ],
 )

@@ -50,7 +50,7 @@ def test_losses_and_predictions_of_a_consistency_model_are_no_faults():
     """Gradients grow from stage to stage as gaps shrink, and f of noise is one image, not the mean of all."""
     config = compose(["+experiment=digits_consistency", "init_from=/m", "images=640000"])
     assert fed(config, lambda share: 1 + share, lambda share: 1 + 200 * share) == []
-    assert Health(config, 0).prediction(config.images, 2.0, 1.0) == []
+    assert Health(config, 0).prediction(config.images, 2.0, 1.0, 0.5) == []
 
 
 @pytest.mark.parametrize("name", groups()["experiment"])
