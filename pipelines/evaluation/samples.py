@@ -277,7 +277,8 @@ class _SamplingActor:
             return load(self.storage.read(join(unit.folder, named)))
         except NotFoundError:
             images, finite = self._images(unit, plan)
-        levels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+        # Drawn and stored images may differ in the stride of a single channel, by which convolutions choose how to add.
+        levels = torch.from_numpy(images).permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
         encoded = self.encode(levels.to(self.device))
         rows = {"features": encoded.features.numpy(), "pixels": thumbnails(levels), "finite": finite}
         if encoded.probabilities is not None:

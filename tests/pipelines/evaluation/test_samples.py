@@ -4,10 +4,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import ray
+import torch
 from ray.exceptions import RayActorError
 
 from ddpm.generate import Sampling
-from pipelines.evaluation.samples import Plan, SamplingActors, balanced_labels
+from ddpm.model import load_model
+from pipelines.evaluation.evaluators.classifier import Classifier
+from pipelines.evaluation.samples import Plan, SamplingActors, _SamplingActor, balanced_labels
+from pipelines.storage import Storage
+from tests.pipelines.test_earlier_release import EARLIER
 
 PLAN = Plan("digest", Sampling.of(steps=4), 100, (1, 2), (30, 10), 32, "file:///evaluations")
 
@@ -99,3 +104,18 @@ def test_an_evaluation_gives_up_where_every_actor_is_lost(monkeypatch):
     Actors(monkeypatch, dict.fromkeys(range(100), 0))
     with pytest.raises(RayActorError):
         list(sampling_actors(2).map("draw", [("a",), ("b",)]))
+
+
+def test_images_that_an_interrupted_evaluation_has_stored_have_the_features_of_new_ones(tmp_path):
+    torch.manual_seed(0)
+    evaluator = SimpleNamespace(digest="e" * 32, encoder=Classifier(1, 8, 10).eval())
+    actor = _SamplingActor((load_model(EARLIER / "version" / "model"), evaluator, None), Storage())
+    plan = Plan("digest", Sampling.of(steps=2), 30, (1,), (3,) * 10, 30, f"file://{tmp_path}")
+    (unit,) = plan.units()
+    new = actor.draw(unit, plan)
+    (rows,) = tmp_path.rglob("*.safetensors")
+    rows.unlink()  # the kill came between the images and what was computed of them
+    again = actor.draw(unit, plan)
+    assert rows.exists()
+    for name, values in new.items():
+        np.testing.assert_array_equal(again[name], values, err_msg=name)
