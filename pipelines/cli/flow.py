@@ -25,6 +25,7 @@ from pipelines.cli.common import (
 )
 from pipelines.cli.plan import BUDGET, show_plan
 from pipelines.flow import GRAPH, Site, select
+from pipelines.flow.stage import REGISTER
 from pipelines.lineage import code_lineage
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from pipelines.flow.walk import FlowResult
     from pipelines.plan.keep import StoredPlan
 
-_UNREGISTERED = ("ingest", "train", "evaluate")
+_UNREGISTERED = tuple(place.name for place in select(GRAPH, REGISTER.name, None)[0])
 """Stages after which there is no registered model yet."""
 
 

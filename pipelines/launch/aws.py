@@ -44,7 +44,7 @@ def cluster(command: ClusterCommand) -> dict[str, Any]:
     launch, config = launch_of(command), command.config
     fewest, most = (_nodes(count, launch) for count in (config.cluster.min_workers, config.cluster.max_workers))
     if launch.spot:
-        command = command.with_default("cluster.max_preemption_failures", -1)
+        command = command.on_spot()
     return {
         "cluster_name": command.object_name,
         "max_workers": most,
@@ -95,7 +95,7 @@ def next_steps(command: ClusterCommand, folder: Path) -> list[str]:
     """Return the commands that follow once the files are written."""
     file, launch = shlex.quote(str(folder / CLUSTER_FILE)), launch_of(command)
     if launch.spot:
-        command = command.with_default("cluster.max_preemption_failures", -1)
+        command = command.on_spot()
     submit = (
         f"ray job submit --no-wait --address http://127.0.0.1:8265 --submission-id {command.name} -- {command.shell()}"
     )

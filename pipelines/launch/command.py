@@ -60,6 +60,10 @@ class ClusterCommand:
             return self
         return replace(self, arguments=(*self.arguments, f"{key}={value}"))
 
+    def on_spot(self) -> ClusterCommand:
+        """Return the command for nodes that may be taken away at any time, whose losses are no failures."""
+        return self.with_default("cluster.max_preemption_failures", -1)
+
     def shell(self, program: str = "ddpm") -> str:
         """Return one line for a shell.
 

@@ -33,7 +33,7 @@ def rayjob(command: ClusterCommand) -> Plain:
             "Secret whose key `credentials` is a file in the form of ~/.aws/credentials"
         )
     if launch.spot:
-        command = command.with_default("cluster.max_preemption_failures", -1)
+        command = command.on_spot()
     if launch.signing_secret:
         command = command.with_default("registry.signing_key", f"{SIGNING_FOLDER}/signing.pem")
     metadata: Plain = {

@@ -86,19 +86,19 @@ class Preview:
                 batch_size=BATCH,
             )
         grid = all_gather_items(images, count)
-        if self.log:
+        drawn = to_uint8(grid).cpu().numpy() if self.log else None
+        if self.log and drawn is not None:
             names = tuple(spec.classes[c] for c in classes)
-            drawn = to_uint8(grid).cpu().numpy()
             self.log.image("samples", label_grid(drawn, columns, names), state.images_seen)
         if "test" in context.job.dataset.splits and not context.config.model.inpainting:
-            self._judge(state, grid)
-        return drawn[:SHOWN] if self.log else None
+            self._judge(state, drawn)
+        return None if drawn is None else drawn[:SHOWN]
 
-    def _judge(self, state: TrainingState, grid: Tensor) -> None:
+    def _judge(self, state: TrainingState, drawn: NDArray[np.uint8] | None) -> None:
         """Compare samples with test images, and predictions where nearly all is noise with their mean image.
 
         Args:
-            grid: samples, [N, C, H, W] in [-1, 1].
+            drawn: samples, uint8 [N, H, W, C], on rank 0; None on the other ranks.
         """
         context, spec, device = self.context, self.context.spec, self.context.device
         there = sum(shard.samples for shard in self.test_images.shards)
@@ -118,9 +118,9 @@ class Preview:
             predicted = denoiser(x_t, times, label_and_text(context, batch)).x0.clamp(-1, 1)
         errors = all_gather_items((predicted - x_0).square().flatten(1).mean(1).double(), count)
         real = all_gather_items(x_0.float(), count)
-        if self.log:
+        if drawn is not None:
             of_mean = (real - real.mean(0)).square().mean().item() * count / (count - 1)
-            drawn, known = (to_uint8(x).cpu().numpy() for x in (grid, real))
+            known = to_uint8(real).cpu().numpy()
             say(self.health.prediction(state.images_seen, errors.mean().item(), of_mean, blank(drawn, known)))
             say(self.health.samples(state.images_seen, drawn, known))
 
