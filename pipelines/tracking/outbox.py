@@ -42,9 +42,11 @@ class Outbox:
         folder: on this node, where what is not sent yet is kept; of this run and sink alone.
         fence: asked before everything that is sent: what a driver that was replaced has left is its successor's to
             send. One thing may be on its way when that happens, and is what the successor sends too.
+        held: nothing is sent before `begin` or `flush`: the libraries of a sink take a second to import, which a
+            process that restarts would miss on the way to its next step.
     """
 
-    def __init__(self, sink: Sink, folder: Path, fence: Fence | None = None) -> None:
+    def __init__(self, sink: Sink, folder: Path, fence: Fence | None = None, *, held: bool = False) -> None:
         self.sink, self.folder, self.fence = sink, folder, fence
         folder.mkdir(parents=True, exist_ok=True)
         self.count = 0
@@ -57,7 +59,13 @@ class Outbox:
         if self._waiting():  # something from before
             self._wake.set()
         self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
-        self._thread.start()
+        if not held:
+            self.begin()
+
+    def begin(self) -> None:
+        """Start to send, where the outbox was held."""
+        if self._thread.ident is None:
+            self._thread.start()
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Send points of curves at `step` images seen."""
@@ -81,6 +89,7 @@ class Outbox:
             UnreachableError: not everything is; the next process of this run sends the rest.
             FencedError: another driver has taken over, whose processes send the rest.
         """
+        self.begin()
         deadline = time.monotonic() + timeout_s
         while left := len(self._waiting()):
             if self.fenced:
@@ -96,7 +105,8 @@ class Outbox:
         """End the thread; what waits is left to the next process."""
         self._ending.set()
         self._wake.set()
-        self._thread.join(RETRY_S + 1)
+        if self._thread.ident is not None:
+            self._thread.join(RETRY_S + 1)
 
     def waiting(self) -> dict[str, bytes]:
         """Return what waits, by file name."""

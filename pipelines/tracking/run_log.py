@@ -35,18 +35,26 @@ class RunLog:
         sinks: by name.
         folder: on this node, where what is not sent yet is kept; of this run alone.
         fence: of the driver whose process logs; None where there is only one.
+        held: nothing is sent before `begin` or `flush`.
     """
 
-    def __init__(self, sinks: Mapping[str, Sink], folder: Path, fence: Fence | None = None) -> None:
+    def __init__(
+        self, sinks: Mapping[str, Sink], folder: Path, fence: Fence | None = None, *, held: bool = False
+    ) -> None:
         def place(name: str) -> Path:
             return folder if name == FIRST else folder.with_name(f"{folder.name}.{name}")
 
-        self.outboxes = {name: Outbox(sink, place(name), fence) for name, sink in sinks.items()}
+        self.outboxes = {name: Outbox(sink, place(name), fence, held=held) for name, sink in sinks.items()}
 
     @classmethod
-    def open(cls, names: Iterable[str], run: Destination, folder: Path) -> RunLog:
+    def open(cls, names: Iterable[str], run: Destination, folder: Path, *, held: bool = False) -> RunLog:
         """Return the log that sends a run to the sinks of these names."""
-        return cls({name: SINKS[name](run) for name in names}, folder, run.fence)
+        return cls({name: SINKS[name](run) for name in names}, folder, run.fence, held=held)
+
+    def begin(self) -> None:
+        """Start to send, where the log was held."""
+        for outbox in self.outboxes.values():
+            outbox.begin()
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Log points of curves at `step` images seen."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -126,22 +127,24 @@ def test_a_training_survives_the_loss_of_every_part(arena: Arena, tmp_path: Path
 def test_a_long_training_survives_a_fault_every_half_minute(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path):
     """A soak of DDPM_SOAK_MINUTES (100): the next fault comes when it is due, whether or not the training has
     recovered from the one before. It is repeated by its DDPM_SOAK_SEED, and goes on, with another part of the
-    faults, where DDPM_SOAK_FOLDER names the folder of an earlier one."""
+    faults, where DDPM_SOAK_FOLDER names the folder of an earlier one. The training that nothing happens to runs beside
+    it on a stack of its own, so that a soak takes little longer than its minutes."""
     given = os.environ.get("DDPM_SOAK_FOLDER")
     folder = Path(given) if given else tmp_path_factory.mktemp("soak")
     parts = folder / "parts"
     parts.mkdir(parents=True, exist_ok=True)
     part = len(list(parts.iterdir()))
     rng = random.Random(f"{os.environ.get('DDPM_SOAK_SEED', '0')}-{part}")
-    arena = Arena(folder / "home" / ".ddpm", folder)
-    try:
-        if part == 0:
-            arena.ddpm("ingest", "digits", "--to", "s3://ddpm/datasets/digits")
+    (folder / "calm").mkdir(exist_ok=True)
+    with contextlib.ExitStack() as opened:
+        arena, quiet = Arena(folder / "home" / ".ddpm", folder), Arena(folder / "calm" / ".ddpm", folder / "calm")
+        opened.callback(arena.close)
+        opened.callback(quiet.close)
+        for each in (arena, quiet) if part == 0 else ():
+            each.ddpm("ingest", "digits", "--to", "s3://ddpm/datasets/digits")
         lasts = time.monotonic() + 60 * float(os.environ.get("DDPM_SOAK_MINUTES", "100"))
-        run_chaos(arena, tmp_path, faults_until(lasts, rng), rng, every_s=SOAK_EVERY_S, part=part)
+        run_chaos(arena, tmp_path, faults_until(lasts, rng), rng, every_s=SOAK_EVERY_S, beside=quiet)
         (parts / str(part)).touch()
-    finally:
-        arena.close()
 
 
 def faults_until(deadline: float, rng: random.Random) -> Iterator[Callable[..., Training]]:
@@ -156,17 +159,18 @@ def run_chaos(
     faults: Iterable[Callable[..., Training]],
     rng: random.Random,
     every_s: float | None = None,
-    part: int = 0,
+    beside: Arena | None = None,
 ) -> None:
     """Train while faults happen, and compare with a training that nothing happens to.
 
     Args:
         every_s: mean time from one fault to the next; None where each waits until the training goes on again.
-        part: of a soak.
+        beside: where the training that nothing happens to runs meanwhile; None: in the same arena, afterwards.
     """
     happened = []
     arena.start_node()
     training = arena.train(*SETTINGS, "name=chaos", FAR)
+    calm = beside.train(*SETTINGS, "name=calm", FAR, "cluster.num_workers=1") if beside else None
     until(lambda: any("follow it at" in line for line in training.said), 120, lambda: "a plan")
     began = due = time.time()
     for fault in faults:
@@ -193,8 +197,14 @@ def run_chaos(
     # Every batch of the stream, and so every sample of every epoch, is in the trace once …
     assert sorted(step for step, _ in trace) == list(range(BATCH, images + 1, BATCH))
     # … and has the loss that it has where nothing happens.
-    calm = arena.train(*SETTINGS, "name=calm", f"images={images}").answer(600 + images / 200)
-    undisturbed = {m.step: m.value for m in client.get_metric_history(calm["run_id"], "train/loss")}
+    if calm is None:
+        calm = arena.train(*SETTINGS, "name=calm", f"images={images}")
+    else:
+        until(lambda: calm.images() >= images, 600 + images / 200, lambda: f"{images:,} images at {calm.images():,}")
+        calm.process.send_signal(signal.SIGINT)
+    calm_client = MlflowClient(tracking_uri=(beside or arena).state.tracking_uri)
+    history = calm_client.get_metric_history(calm.answer(600 + images / 200)["run_id"], "train/loss")
+    undisturbed = {m.step: m.value for m in history if m.step <= images}
     assert dict(trace) == pytest.approx(undisturbed, rel=1e-3)
 
     metrics = client.get_run(run.info.run_id).data.metrics

@@ -18,11 +18,11 @@ FLUSH_S = 300.0
 def open_log(job: Job) -> RunLog:
     """Return the log of a run, with what an earlier process left in the run's folder.
 
-    What is not sent yet is kept beside the shard cache.
+    What is not sent yet is kept beside the shard cache. Nothing is sent before the log's `begin` or `flush`.
     """
     destination = Destination(job.tracker, job.storage, job.run_uri, job.fence)
     folder = stream_settings(job.config).cache_dir.parent / "unsent" / job.tracker.run_id
-    log = RunLog.open(job.config.tracking.sinks, destination, folder)
+    log = RunLog.open(job.config.tracking.sinks, destination, folder, held=True)
     left = join(job.run_uri, UNSENT)
     try:
         packed = job.storage.read(left)

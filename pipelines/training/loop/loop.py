@@ -109,6 +109,8 @@ class TrainingLoop:
                 self._end_unreadable()
                 return
             finished = state.images_seen >= config.images
+            if self.log:
+                self.log.begin()
 
             # Log metrics and report progress.
             self._log_step(result, finished)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from typing import get_args
 
@@ -89,6 +90,26 @@ def test_points_wait_for_a_server_that_is_away_and_arrive_in_order_once(tmp_path
     assert server.pictures == [("samples", 30)]
     log.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_held_log_sends_nothing_until_it_begins_or_is_flushed(tmp_path):
+    asked, flushed = Server(), Server()
+    logs = [RunLog({"mlflow": server}, tmp_path / name, held=True) for server, name in ((asked, "a"), (flushed, "b"))]
+    for log in logs:
+        log.metrics({"loss": 1.0}, 10)
+    time.sleep(0.1)
+    assert not asked.points
+    assert not flushed.points
+    logs[0].begin()
+    for _ in range(500):
+        if asked.points:
+            break
+        time.sleep(0.01)
+    assert asked.points == [("loss", 10, 1.0)]
+    logs[1].flush()
+    assert flushed.points == [("loss", 10, 1.0)]
+    for log in [*logs, RunLog({"mlflow": Server()}, tmp_path / "c", held=True)]:
+        log.close()
 
 
 def test_the_next_process_sends_what_a_killed_one_could_not_and_drops_what_it_computes_again(tmp_path):
