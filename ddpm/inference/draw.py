@@ -59,6 +59,7 @@ def draw(
     batch_size: int = 64,
     film: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    finished: Callable[[int, Tensor], None] | None = None,
 ) -> Drawn:
     """Return pictures of a model, on its device.
 
@@ -71,6 +72,8 @@ def draw(
         batch_size: pictures per network call.
         film: number of states to keep of the way to the pictures; 0 for none.
         progress: called with (done, total) in sampling steps.
+        finished: called with each batch as soon as it is drawn: the index of its first picture, and its pictures
+            [B, C, H, W].
 
     Raises:
         ValueError: the model cannot do what is asked; the message says what it can.
@@ -97,6 +100,8 @@ def draw(
         steps = reel.watch(task.part(span, device)(batch))
         parts.append(last(_counted(steps, number * each, each, len(starts) * each, progress)).clamp(-1, 1))
         films.append(reel)
+        if finished is not None:
+            finished(first, parts[-1])
     return Drawn(torch.cat(parts), _join(films) if film else None)
 
 

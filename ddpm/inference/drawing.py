@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
+from torch import Tensor
+
 from ddpm.conditioning import Conditioning
 from ddpm.generate import Sampling
 from ddpm.inference.draw import Drawn, check_drawing, draw
@@ -55,7 +57,14 @@ class Drawing:
         """Return the steps in which a model draws a picture."""
         return self.task.evaluations(self.sampling, model.schedule)
 
-    def draw(self, model: Model, *, batch_size: int = 64, progress: Callable[[int, int], None] | None = None) -> Drawn:
+    def draw(
+        self,
+        model: Model,
+        *,
+        batch_size: int = 64,
+        progress: Callable[[int, int], None] | None = None,
+        finished: Callable[[int, Tensor], None] | None = None,
+    ) -> Drawn:
         """Return the pictures; see `draw`."""
         return draw(
             model,
@@ -67,6 +76,7 @@ class Drawing:
             batch_size=batch_size,
             film=self.film,
             progress=progress,
+            finished=finished,
         )
 
 

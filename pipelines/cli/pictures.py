@@ -250,7 +250,7 @@ def _draw(
     """Draw what a request asks for, and write it."""
     config = connect_for_model(model, overrides, request.sampling.values())
 
-    from pipelines.inference import Source, encoder_of, open_model, parse_labels, picture, write
+    from pipelines.inference import Source, encoder_of, open_model, parse_labels, picture, write, written_as_drawn
     from pipelines.inference.files import FRAMES
     from pipelines.storage import Storage
 
@@ -265,6 +265,7 @@ def _draw(
             film=FRAMES if film else 0,
             progress=terminal.counter(request.task, "steps"),
             notice=lambda text: terminal.stage("note", text),
+            finished=written_as_drawn(out),
         )
     written = write(pictures, out, Source.of(resolved))
     terminal.stage(request.task, f"{len(written.files)} images and {written.grid}")

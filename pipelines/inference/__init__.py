@@ -1,6 +1,6 @@
 """Pictures from a model for one typed request: what the command line, a server and an evaluation have in common."""
 
-from pipelines.inference.files import FRAMES, Source, Written, grid_of, write, write_samples
+from pipelines.inference.files import FRAMES, Source, Written, grid_of, write, write_samples, written_as_drawn
 from pipelines.inference.pictures import (
     Pictures,
     Prepared,
@@ -37,4 +37,5 @@ __all__ = [
     "read_request",
     "write",
     "write_samples",
+    "written_as_drawn",
 ]

@@ -17,7 +17,7 @@ from PIL import Image
 
 from ddpm.inference import Film
 from pipelines.evaluation.plots import label_grid
-from pipelines.inference.pictures import Pictures, Row, encoder_of, picture
+from pipelines.inference.pictures import Finished, Pictures, Row, encoder_of, picture
 from pipelines.inference.request import MANIFEST, Sample
 from pipelines.lineage import code_lineage
 from pipelines.references import Resolved
@@ -102,7 +102,25 @@ def write_samples(resolved: Resolved, out: Path, count: int, prompts: Sequence[s
         The path of the grid.
     """
     request = Sample.of(count=count, prompts=prompts or None)
-    return write(picture(request, resolved.model, encode=encoder_of(resolved, request)), out, Source.of(resolved)).grid
+    encode, finished = encoder_of(resolved, request), written_as_drawn(out)
+    return write(picture(request, resolved.model, encode=encode, finished=finished), out, Source.of(resolved)).grid
+
+
+def written_as_drawn(out: Path) -> Finished:
+    """Return a callback that writes each batch of pictures into a folder as soon as it is drawn, for `picture`.
+
+    Whoever draws a thousand sees the first of them soon, and keeps those that there are when it is interrupted. The
+    manifest says that all are there: `write` makes it, and the grid.
+    """
+
+    def write_batch(first: int, rows: Sequence[Row], pixels: NDArray[np.uint8]) -> None:
+        if first == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / MANIFEST).unlink(missing_ok=True)
+        for i, (row, image) in enumerate(zip(rows, pixels, strict=True), first):
+            save_png(out / _name(i, row), image)
+
+    return write_batch
 
 
 def write(pictures: Pictures, out: Path, source: Source) -> Written:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ddpm.conditioning import Conditioning
 from ddpm.generate import Sampling, to_uint8
@@ -43,6 +44,8 @@ from pipelines.text import TextEncoder
 
 Encode = Callable[[Sequence[str]], Conditioning]
 """Maps texts to their embeddings."""
+Finished = Callable[[int, Sequence["Row"], NDArray[np.uint8]], None]
+"""Takes some pictures as soon as they are drawn: the index of the first, their rows, and uint8 [B, H, W, C]."""
 
 
 @dataclass(frozen=True)
@@ -147,18 +150,25 @@ def picture(
     film: int = 0,
     progress: Progress = no_progress,
     notice: Notice = no_notice,
+    finished: Finished | None = None,
 ) -> Pictures:
     """Return the pictures that a request asks for; see `prepare` for the other arguments.
 
     Args:
         progress: called in sampling steps.
+        finished: called with each batch as soon as it is drawn; None for nothing.
 
     Raises:
         RequestError: the model cannot do what is asked; the message says what it can.
     """
     prepared = prepare(request, model, encode=encode, film=film, notice=notice)
+
+    def pass_on(first: int, images: Tensor) -> None:
+        if finished is not None:
+            finished(first, prepared.rows[first : first + len(images)], to_uint8(images).cpu().numpy())
+
     with as_request_error():  # a sampler may find out only now that its levels do not fit
-        drawn = prepared.drawing.draw(model, batch_size=request.batch_size, progress=progress)
+        drawn = prepared.drawing.draw(model, batch_size=request.batch_size, progress=progress, finished=pass_on)
     return prepared.pictures(drawn)
 
 

@@ -7,7 +7,18 @@ import pytest
 from PIL import Image
 
 from ddpm.model import load_model
-from pipelines.inference import Edit, Inpaint, RequestError, Sample, Source, parse_labels, picture, read_request, write
+from pipelines.inference import (
+    Edit,
+    Inpaint,
+    RequestError,
+    Sample,
+    Source,
+    parse_labels,
+    picture,
+    read_request,
+    write,
+    written_as_drawn,
+)
 from pipelines.inference.files import file_name
 from pipelines.references import Resolved
 from tests.pipelines.drawing import CLASSES, WORDS, encode, model_folder, save_picture
@@ -166,6 +177,24 @@ def test_a_manifest_draws_its_pictures_again(folders, models, image, tmp_path, k
     assert len(plain["model"]["digest"]) == 64
     assert {"code_version", "git_commit", "torch", "device"} <= plain["versions"].keys()
     assert written.grid.exists()
+
+
+def test_pictures_are_written_batch_by_batch_and_a_manifest_says_that_all_are_there(folders, models, tmp_path):
+    out, seen, write_batch = tmp_path / "out", [], written_as_drawn(tmp_path / "out")
+
+    def watch(first, rows, pixels):
+        write_batch(first, rows, pixels)
+        seen.append(len(list(out.glob("0*.png"))))
+        assert not (out / "manifest.json").exists()
+
+    request = Sample.of(count=1, batch_size=2)
+    for _ in range(2):  # an earlier manifest is taken away
+        pictures = picture(request, models["classes"], finished=watch)
+        early = {path.name: path.read_bytes() for path in out.glob("0*.png")}
+        written = write(pictures, out, Source.of(Resolved(str(folders["classes"]), models["classes"])))
+        assert {path.name: path.read_bytes() for path in written.files} == early
+        assert written.manifest.exists()
+    assert seen[:3] == [2, 4, 5]
 
 
 def test_files_of_any_class_lie_in_the_folder_and_can_be_told_apart(folders, models, tmp_path):
