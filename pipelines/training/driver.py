@@ -10,6 +10,9 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ray.exceptions import RayActorError
+from ray.train import ControllerError
+
 from pipelines import checkpoints, references, tracking
 from pipelines.checkpoints import CheckpointState, Published, newest_checkpoint
 from pipelines.config import Config, ConfigError
@@ -308,8 +311,9 @@ def _fit_until_stuck(
 ) -> BaseException | None:
     """Train, and train again after a failure that came later than a new checkpoint; return the error that ended it.
 
-    Ray Train counts failures over its whole life, and takes some of its own controller's for final. A run of a month
-    may fail more often, as long as it makes progress.
+    Ray Train counts failures over its whole life: a run of a month may fail more often, as long as it makes progress.
+    And a worker that is lost just before Ray Train launches the training on it is an error of its controller, which it
+    takes for final: here it is one of `cluster.max_failures`.
 
     Returns:
         None where the run finished, or stopped on request.
@@ -317,6 +321,7 @@ def _fit_until_stuck(
     config, storage = job.config, job.storage
     _sweep(job)
     describe_run(job)
+    lost_in_vain = 0
     try:
         while True:
             # Train until the workers end.
@@ -332,13 +337,23 @@ def _fit_until_stuck(
             if isinstance(error, TrainingError):
                 return error
             now = newest_checkpoint(config, storage)
-            if now is None or not _is_newer(now, before):
+            if now is not None and _is_newer(now, before):
+                lost_in_vain = 0
+            elif _is_loss_of_worker(error) and lost_in_vain < config.cluster.max_failures:
+                lost_in_vain += 1
+            else:
                 return error
-            notice(f"starting again at {now.images_seen:,} images after: {_root_cause(error)}")
+            seen = 0 if now is None else now.images_seen
+            notice(f"starting again at {seen:,} images after: {_root_cause(error)}")
     except KeyboardInterrupt:
         if not _fenced(job):
             job.tracker.status("KILLED")
         raise
+
+
+def _is_loss_of_worker(error: BaseException) -> bool:
+    """Return whether an error of Ray Train's controller is the loss of a worker that it was just starting."""
+    return isinstance(error, ControllerError) and isinstance(error.controller_failure, RayActorError)
 
 
 def _fenced(job: Job) -> FencedError | None:

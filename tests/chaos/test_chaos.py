@@ -27,13 +27,14 @@ EVERY = 20 * BATCH
 SOAK_EVERY_S = 30.0
 FAR = "images=10000000"
 # A step is short, so that there are many; the learning rate is small, so that float order, which depends on the number
-# of workers, does not grow over the steps, and a loss speaks of its samples and their noise alone.
+# of workers, does not grow over the steps, and a loss speaks of its samples and their noise alone. On a busy machine
+# workers may be lost more often than there is a new checkpoint.
 SETTINGS = [
     "+experiment=digits", "model.channels=[32]", "model.attention=[true]", "model.layers_per_block=1",
     "optim.decay=constant", "optim.lr=1e-5", "optim.warmup_images=0", "optim.precision=fp32", f"batch_size={BATCH}",
     f"checkpoint.every={EVERY}", f"tracking.log_every={BATCH}", "tracking.grid_every=1000000",
     "tracking.grid_images=10", "sampler.steps=2", f"cluster.cpus_per_worker={CPUS}", "cluster.num_workers=[1,2]",
-    "cluster.resize_every_s=10",
+    "cluster.resize_every_s=10", "cluster.max_failures=20",
 ]  # fmt: skip
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import shutil
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
+from ray.exceptions import ActorUnavailableError
+from ray.train import ControllerError
 
 from ddpm.model import load_model, tensors_digest
 from pipelines.checkpoints import ModelError
 from pipelines.config import compose
-from pipelines.storage import FencedError, Storage
+from pipelines.storage import Fence, FencedError, Storage
 from pipelines.tracking import Tracker
 from pipelines.training import driver
 from pipelines.training.driver import Plan, initial_lineage, train
@@ -106,6 +109,39 @@ def test_a_complete_run_takes_the_run_over_only_where_something_is_left_to_score
     assert train(Plan(job, 100)).status == "complete"
     assert recorder.calls == ["finish", "end"]
     assert job.storage.exists(f"{job.run_uri}/driver")
+
+
+LOST = ControllerError(ActorUnavailableError("lost while it was started", None))
+
+
+@pytest.mark.parametrize(
+    "ends, error, left",
+    [
+        ([(LOST, 0), (LOST, 0), (None, 100)], None, 0),
+        ([(LOST, 0)] * 3, LOST, 0),  # more often than cluster.max_failures
+        ([(LOST, 0), (LOST, 0), (LOST, 10), (LOST, 10), (LOST, 10), (None, 100)], None, 0),  # got further in between
+        ([(ControllerError(ValueError("no such bundle")), 0), (None, 100)], "no such bundle", 1),
+    ],
+)
+def test_a_worker_lost_while_it_is_started_is_one_of_the_failures_that_are_allowed(job, monkeypatch, ends, error, left):
+    left_over, now = list(ends), [0]
+
+    def fit_and_watch(*arguments):
+        ended, now[0] = left_over.pop(0)
+        return ended
+
+    monkeypatch.setattr(driver, "fit_and_watch", fit_and_watch)
+    monkeypatch.setattr(driver, "describe_run", lambda job: None)
+    monkeypatch.setattr(driver, "newest_checkpoint", lambda *arguments: SimpleNamespace(images_seen=now[0]))
+    cluster = job.config.cluster.model_copy(update={"max_failures": 2})
+    config, fence = job.config.model_copy(update={"cluster": cluster}), Fence.take(job.storage, f"{job.run_uri}/driver")
+    job = driver.replace(job, config=config, fence=fence)
+    said = []
+    found = driver._fit_until_stuck(job, None, None, None, said.append, lambda job, monitor: None)  # type: ignore[arg-type]
+    assert found is error or str(error) in str(found)
+    assert len(left_over) == left
+    assert all("starting again at" in text for text in said)
+    assert len(said) == len(ends) - left - 1
 
 
 def test_what_does_not_work_is_told_on_the_terminal_and_on_the_page_of_the_run(job, monkeypatch):

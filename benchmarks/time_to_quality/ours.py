@@ -1,0 +1,90 @@
+"""Our side: `ddpm flow FOLDER budget=…`, nothing else set, on a local stack of the benchmark's own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.time_to_quality.pictures import Pictures
+from ddpm.conditioning import Conditioning
+from ddpm.generate import generate
+from ddpm.model import Model
+
+DDPM = str(Path(sys.executable).with_name("ddpm"))
+
+
+@dataclass(frozen=True)
+class Side:
+    """A stack in a folder, and the commands on it."""
+
+    home: Path
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment of commands: no service of the caller's is met."""
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "MLFLOW_", "RAY_"))}
+        return kept | {"DDPM_HOME": str(self.home), "XDG_CACHE_HOME": str(self.home.parent / "cache")}
+
+    def ddpm(self, *arguments: str) -> dict[str, Any]:
+        """Return what a command answers as JSON.
+
+        Raises:
+            CalledProcessError: it fails; what it said is in its `stderr`, which is shown.
+        """
+        done = subprocess.run([DDPM, *arguments], env=self.environment(), capture_output=True, text=True, check=False)
+        if done.returncode:
+            print(done.stderr[-3_000:], file=sys.stderr, flush=True)
+            done.check_returncode()
+        last = done.stdout.strip().splitlines()[-1:]
+        return json.loads(last[0]) if last and last[0].startswith("{") else {}
+
+    def flow(self, pictures: Pictures, budget_s: float, seed: int) -> dict[str, Any]:
+        """Train within a budget; return the model's address, its MLflow run, and the seconds to its registration."""
+        began = time.monotonic()
+        name = f"name={pictures.name}-{budget_s:.0f}-{seed}"
+        answer = self.ddpm("flow", str(pictures.given), f"budget={budget_s:.0f}s", f"seed={seed}", name, "--json")
+        return {"seconds": time.monotonic() - began, "model": answer["model"], "run_id": answer["run_id"]}
+
+    def model(self, reference: str) -> Model:
+        """Return a registered model."""
+        from pipelines import references
+        from pipelines.stack import read_state
+        from pipelines.storage import Storage
+
+        state = read_state(self.home)
+        assert state is not None
+        storage = Storage(state.s3_endpoint, str(state.credentials_file), "us-east-1")
+        return references.resolve(reference, tracking_uri=state.tracking_uri, storage=storage).model
+
+    def setting(self, run_id: str, name: str) -> str:
+        """Return a setting that an MLflow run records."""
+        from mlflow import MlflowClient
+
+        from pipelines.stack import read_state
+
+        state = read_state(self.home)
+        assert state is not None
+        return str(MlflowClient(tracking_uri=state.tracking_uri).get_run(run_id).data.params[name])
+
+
+def draw(model: Model, classes: tuple[str, ...], labels: Tensor, seed: int) -> Tensor:
+    """Return samples of these classes in [-1, 1], with the model's own settings, as `ddpm sample` draws them."""
+    place = torch.tensor([model.spec.classes.index(name) for name in classes])
+    return generate(
+        model.denoiser,
+        model.schedule,
+        model.spec.sampling,
+        cond=Conditioning(label=place[labels]),
+        shape=model.spec.shape,
+        seed=seed,
+        batch_size=100,
+        guides=model.guides,
+    )

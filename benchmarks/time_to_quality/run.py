@@ -1,0 +1,201 @@
+"""How good a model is after a time: `ddpm flow FOLDER budget=…` against diffusers' training loop, tuned.
+
+    python -m benchmarks.time_to_quality [--quick] [--json] [--budget SECONDS] [--seeds N] [--data NAME,…]
+
+Both sides get the same pictures of npm packages, the same cores, one after another, and the same budgets: a third of
+`--budget`, and all of it. Ours is one command with nothing set, through Ray, S3 and MLflow, and its budget ends with a
+registered version; the peer's ends with the last step. The peer has the network, image size, batch and mirroring that
+our plan chose, and besides TRIALS settings are tried with the smaller budget, of which the best goes on; of ours none
+is tried. A classifier that neither side knows judges samples of both, as many of a class as there are in the data.
+
+Every part that is done is kept in the work folder, so that a benchmark that was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from benchmarks.results import ROOT, commit, publish
+from benchmarks.time_to_quality.judge import Judge
+from benchmarks.time_to_quality.ours import Side, draw
+from benchmarks.time_to_quality.peer import SAMPLERS, Settings
+from benchmarks.time_to_quality.pictures import DATA_SETS, Pictures
+
+TRIALS = tuple(itertools.product(("eps", "v"), (3e-4, 1e-3)))
+"""Prediction and learning rate of the peer's trials."""
+SEED = 0
+"""Of trials."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what is missing, and publish the result and its picture."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.time_to_quality", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--work", type=Path, default=ROOT / ".ddpm" / "time_to_quality", help="keeps all parts")
+    parser.add_argument("--budget", type=float, default=600.0, help="seconds of a training, the longer of two")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--data", default=",".join(DATA_SETS), help="names of data sets")
+    parser.add_argument("--samples", type=int, default=1_000, help="of every model")
+    parser.add_argument(
+        "--quick", action="store_true", help="one data set, one seed, four minutes: a test of all parts"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.budget, options.seeds, options.data, options.samples = 240.0, 1, "mnist", 200
+    work = options.work.resolve() / ("quick" if options.quick else f"{options.budget:.0f}s")
+    work.mkdir(parents=True, exist_ok=True)
+    budgets = (options.budget / 3, options.budget)
+    found = {}
+    for name in options.data.split(","):
+        found[name] = DataSet(DATA_SETS[name](options.work.resolve()), work, options.samples).measure(
+            budgets, options.seeds
+        )
+    result = {
+        "benchmark": "time_to_quality",
+        "quick": options.quick,
+        "commit": commit(),
+        "machine": f"CPU ({platform.machine()}), {os.cpu_count()} cores, load {os.getloadavg()[2]:.1f} at the end",
+        "torch": torch.__version__,
+        "budgets_s": budgets,
+        "samples": options.samples,
+        "data": found,
+    }
+    publish(result, "time_to_quality", options.quick)
+
+
+class DataSet:
+    """The measurements on one data set.
+
+    Args:
+        work: where every part is kept.
+        samples: of every model.
+    """
+
+    def __init__(self, pictures: Pictures, work: Path, samples: int) -> None:
+        self.pictures, self.work, self.samples = pictures, work / pictures.name, samples
+        self.work.mkdir(exist_ok=True)
+        self.judge = Judge.of(pictures, work.parent)
+        self.side = Side(work / "home" / ".ddpm")
+
+    def measure(self, budgets: tuple[float, float], seeds: int) -> dict[str, Any]:
+        """Return the rows of both sides, and what they come to."""
+        less, more = budgets
+        ours = [self.ours(budget, seed) for seed in range(seeds) for budget in budgets]
+        chosen = self._like_ours(ours[0])
+        trials = [self.peer(chosen | {"prediction": p, "lr": lr}, less, SEED) for p, lr in TRIALS]
+        best = min(trials, key=lambda row: float(row["distance"]))
+        settings = chosen | {"prediction": best["prediction"], "lr": best["lr"]}
+        peer = [self.peer(settings, budget, seed) for seed in range(seeds) for budget in budgets]
+
+        def median(rows: list[dict[str, Any]], budget: float) -> float:
+            return statistics.median(float(row["distance"]) for row in rows if row["budget_s"] == budget)
+
+        return {
+            "pictures": {name: len(self.pictures.read(folder)[1]) for name, folder in self._folders().items()},
+            "judge": {"floor": self.judge.floor, "accuracy": self.judge.accuracy},
+            "peer_over_ours": {f"{budget:.0f}": median(peer, budget) / median(ours, budget) for budget in budgets},
+            "peer_over_ours_at_a_third": median(peer, more) / median(ours, less),
+            "ours": ours,
+            "peer": peer,
+            "peer_trials": trials,
+        }
+
+    def _folders(self) -> dict[str, Path]:
+        return {"given": self.pictures.given, "held_out": self.pictures.held_out}
+
+    def ours(self, budget_s: float, seed: int) -> dict[str, Any]:
+        """Return the row of a training of ours."""
+
+        def make(folder: Path) -> dict[str, Any]:
+            self.side.ddpm("up")
+            trained = self.side.flow(self.pictures, budget_s, seed)
+            model = self.side.model(trained["model"])
+            labels = self._labels()
+            samples = draw(model, self.pictures.classes, labels, seed)
+            shown = {name: self.side.setting(trained["run_id"], name) for name in ("batch_size", "images", "data.flip")}
+            network = asdict(model.spec.network)
+            row = trained | {"network": network, "shape": model.spec.shape, "settings": shown}
+            return row | {"sampling": model.spec.sampling.to_json()} | self._scores(samples, labels)
+
+        return {"budget_s": budget_s, "seed": seed} | self._kept(f"ours-{budget_s:.0f}-{seed}", make)
+
+    def peer(self, settings: dict[str, Any], budget_s: float, seed: int) -> dict[str, Any]:
+        """Return the row of a training of the peer: the better of its samplers."""
+        chosen = Settings(**settings, budget_s=budget_s, seed=seed, samples=self.samples)
+
+        def make(folder: Path) -> dict[str, Any]:
+            plain = asdict(self.pictures) | {n: str(path) for n, path in self._folders().items()}
+            (folder / "pictures.json").write_text(json.dumps(plain))
+            (folder / "settings.json").write_text(json.dumps(asdict(chosen)))
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.time_to_quality.peer",
+                str(folder / "settings.json"),
+                str(folder),
+            ]
+            threads = {"OMP_NUM_THREADS": str(os.cpu_count())}
+            subprocess.run(command, env=os.environ | threads, cwd=ROOT, check=True)
+            drawn = torch.load(folder / "samples.pt")
+            (folder / "samples.pt").unlink()
+            scored = {name: self._scores(drawn["samples"][name], drawn["labels"]) for name in SAMPLERS}
+            sampler = min(scored, key=lambda name: scored[name]["distance"])
+            distances = {f"distance_{name}": row["distance"] for name, row in scored.items()}
+            return json.loads((folder / "facts.json").read_text()) | {"sampler": sampler} | distances | scored[sampler]
+
+        name = f"peer-{chosen.prediction}-{chosen.lr}-{budget_s:.0f}-{seed}"
+        return {"budget_s": budget_s, "seed": seed} | self._kept(name, make)
+
+    def _like_ours(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return what the peer is given of a plan of ours."""
+        fields = ("channels", "layers_per_block", "attention", "head_dim")
+        return {
+            "network": {name: row["network"][name] for name in fields},
+            "size": row["shape"][1],
+            "channels": row["shape"][0],
+            "classes": len(self.pictures.classes),
+            "batch": int(row["settings"]["batch_size"]),
+            "flip": row["settings"]["data.flip"] == "True",
+        }
+
+    def _labels(self) -> Tensor:
+        """Return the classes of samples, as frequent as in the data."""
+        _, labels = self.pictures.read(self.pictures.given)
+        return labels[torch.linspace(0, len(labels) - 1, self.samples).round().long()]
+
+    def _scores(self, samples: Tensor, labels: Tensor) -> dict[str, float]:
+        """Return the judge's scores of samples at any size, rounded to the levels of pictures."""
+        size = self.pictures.size
+        if samples.shape[-1] != size:
+            samples = F.interpolate(samples, size=(size, size), mode="bicubic", antialias=True)
+        return self.judge.scores(((samples.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1, labels)
+
+    def _kept(self, name: str, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+        """Return the row of this name, made where it is not there yet."""
+        path = self.work / f"{name}.json"
+        if not path.exists():
+            folder = self.work / name
+            folder.mkdir(exist_ok=True)
+            path.write_text(json.dumps(make(folder), indent=1))
+        row: dict[str, Any] = json.loads(path.read_text())
+        print(
+            f"{self.pictures.name} {name}: distance {row['distance']:.2f}, accuracy {row['accuracy']:.3f}", flush=True
+        )
+        return row
