@@ -1,9 +1,11 @@
-"""Digits in few network evaluations: a model that predicts v, a consistency model tuned from it, and chosen steps.
+"""Digits in few network evaluations: a diffusion model, a consistency model tuned from it, chosen steps, a GAN, a VAE.
 
 Both trainings are the steps of `ddpm train` with the shipped experiments, without Ray and MLflow around them:
     teacher   +experiment=digits objective.prediction=v
     student   +experiment=digits_consistency init_from=TEACHER
-Trained models are kept in the work folder. Every row draws the same labels from the same noise.
+    GAN, VAE  benchmarks.single_pass, on as many images as the teacher
+Trained models are kept in the work folder. Every row of a diffusion model draws the same labels from the same noise.
+A picture of a few samples of every kind is docs/images/few-steps.png.
 """
 
 from __future__ import annotations
@@ -19,18 +21,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.digits.data import Digits, load_digits
 from benchmarks.results import ROOT, commit, publish
+from benchmarks.single_pass import Generator, Vae, train_gan, train_vae
+from ddpm.bound import variational_bound
 from ddpm.conditioning import Conditioning
-from ddpm.generate import Sampling, generate
+from ddpm.generate import Sampling, generate, to_uint8
 from ddpm.prediction import NetworkDenoiser
+from ddpm.quality import precision_recall
 from ddpm.samplers import initial_noise
 from ddpm.step_search import StepSearch
 from pipelines.config import Config, compose
 from pipelines.evaluation.images import to_levels
+from pipelines.evaluation.plots import label_grid
 from pipelines.search.judge import measured_frechet
 from pipelines.shards.read import Batch
 from pipelines.training.loop.context import RunContext
@@ -66,7 +73,11 @@ def main(arguments: list[str] | None = None) -> None:
     }
     teacher, teacher_s = trained(work, "teacher", configs["teacher"], digits, None)
     student, student_s = trained(work, "student", configs["student"], digits, teacher)
-    rows = measure(configs["teacher"], teacher, student, digits, samples)
+    table = Table(configs["teacher"], teacher, student, digits, samples)
+    table.few_steps()
+    table.chosen_steps()
+    table.single_pass(work, configs["teacher"].images)
+    table.picture(work / "few-steps.png" if options.quick else ROOT / "docs" / "images" / "few-steps.png")
     machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), one thread, torch {torch.__version__.split('+')[0]}"
     result = {
         "commit": commit(),
@@ -75,7 +86,8 @@ def main(arguments: list[str] | None = None) -> None:
         "teacher": {"images": configs["teacher"].images, "seconds": teacher_s},
         "student": {"images": configs["student"].images, "seconds": student_s},
         "evaluator": digits.evaluator.digest[:12],
-        "rows": rows,
+        "bits_per_dim": table.bits,
+        "rows": table.rows,
     }
     publish(result, "few_steps", options.quick)
 
@@ -115,50 +127,127 @@ def trained(
     return weights, time.perf_counter() - began
 
 
-def measure(
-    config: Config, teacher: dict[str, Tensor], student: dict[str, Tensor], digits: Digits, samples: int
-) -> list[dict[str, Any]]:
-    """Return the rows of the table: the teacher's samplers, with and without chosen steps, and the student's."""
-    models = {}
-    for name, weights in (("teacher", teacher), ("student", student)):
-        network = make_network(config)
-        network.load_state_dict(weights)
-        schedule = RunContext.of(made_up_job(config), rank=0, world_size=1, device=torch.device("cpu")).schedule
-        models[name] = NetworkDenoiser(network.eval().requires_grad_(False), schedule, "v")
-    labels = torch.arange(samples) % 10
-    rows = []
+class Table:
+    """The rows of the table, each with its scores and its speed on one thread.
 
-    def add(model: str, how: str, sampling: Sampling) -> None:
+    Args:
+        config: of the teacher's training.
+        teacher, student: averaged weights.
+        samples: of every row.
+    """
+
+    def __init__(
+        self, config: Config, teacher: dict[str, Tensor], student: dict[str, Tensor], digits: Digits, samples: int
+    ) -> None:
+        self.digits, self.labels = digits, torch.arange(samples) % 10
+        self.real = digits.evaluator.encoder(to_levels(digits.train)).features
+        self.models = {}
+        for name, weights in (("teacher", teacher), ("student", student)):
+            network = make_network(config)
+            network.load_state_dict(weights)
+            schedule = RunContext.of(made_up_job(config), rank=0, world_size=1, device=torch.device("cpu")).schedule
+            self.models[name] = NetworkDenoiser(network.eval().requires_grad_(False), schedule, "v")
+        self.rows: list[dict[str, Any]] = []
+        self.bits: dict[str, float] = {}
+        self.shown: dict[str, Tensor] = {}
+
+    def few_steps(self) -> None:
+        """Add the student, the teacher's whole chain and DDIM, and the teacher's bound."""
+        for steps in (1, 2, 4):
+            self.sample("student", "consistency", Sampling.of(kind="consistency", steps=steps))
+        for steps in (1, 2, 4, 50):
+            self.sample("teacher", "ddim", Sampling.of(kind="ddim", steps=steps))
+        model = self.models["teacher"]
+        self.sample("teacher", "ancestral", Sampling.of(kind="ancestral", steps=model.schedule.num_steps))
+        some = slice(0, 64)
+        bound = variational_bound(
+            Sampling().clipping.wrap(model, model.schedule),
+            model.schedule,
+            self.digits.test[some],
+            Conditioning(label=self.digits.test_labels[some]),
+            seed=SEED,
+            image_ids=torch.arange(64),
+        )
+        self.bits["teacher"] = bound.total.mean().item()
+
+    def chosen_steps(self) -> None:
+        """Add spacings, and the levels that were chosen for the teacher."""
+        chosen = _chosen(self.models["teacher"])
+        for kind in ("ddim", "dpm_solver"):
+            for steps in (4, 6, 8):
+                for spacing in ("trailing", "karras"):
+                    if (kind, steps, spacing) != ("ddim", 4, "trailing"):  # there already
+                        settings = Sampling.of(kind=kind, steps=steps, spacing=spacing)
+                        self.sample("teacher", f"{kind} {spacing}", settings)
+                levels = chosen[kind, steps]
+                self.sample("teacher", f"{kind} chosen", Sampling.of(kind=kind, steps=steps, timesteps=levels))
+
+    def single_pass(self, work: Path, images: int) -> None:
+        """Add a GAN and a VAE that have seen as many images as the teacher."""
+        train, test = (self.digits.train, self.digits.train_labels), (self.digits.test, self.digits.test_labels)
+        gan, vae = Generator(10, 8, 1), Vae(10, 8, 1)
+        for name, module, make in (("gan", gan, train_gan), ("vae", vae, train_vae)):
+            path = work / f"{name}-{images}.safetensors"
+            if not path.exists():
+                save_file(make(*train, 10, images, SEED).state_dict(), path)
+            module.load_state_dict(load_file(path))
+            module.eval().requires_grad_(False)
+        for model in (gan, vae):
+            name = type(model).__name__.lower().replace("generator", "gan")
+            began = time.perf_counter()
+            drawn = model.draw(self.labels, SEED)
+            self.add(name, "one pass", 1, drawn, time.perf_counter() - began)
+        self.bits["vae"] = vae.bits_per_dim(*test)
+
+    def sample(self, model: str, how: str, sampling: Sampling) -> None:
+        """Add a row of a diffusion model."""
+        denoiser, began = self.models[model], time.perf_counter()
         images = generate(
-            models[model],
-            models[model].schedule,
+            denoiser,
+            denoiser.schedule,
             sampling,
-            cond=Conditioning(label=labels),
+            cond=Conditioning(label=self.labels),
             shape=SHAPE,
             seed=SEED,
             batch_size=250,
         )
-        found = digits.evaluator.encoder(to_levels(images))
-        assert found.probabilities is not None
-        distance = measured_frechet(digits.reference, found.features)
-        right = (found.probabilities.argmax(1) == labels).double().mean().item()
-        row = {"model": model, "sampler": how, "evaluations": sampling.sampler.steps, "distance": distance.value}
-        rows.append(row | {"standard_error": distance.standard_error, "class_accuracy": right})
-        print(f"{model} {how} {sampling.sampler.steps}: {distance.value:.2f}, accuracy {right:.3f}", flush=True)
+        self.add(model, how, sampling.sampler.steps, images, time.perf_counter() - began)
 
-    for steps in (1, 2, 4):
-        add("student", "consistency", Sampling.of(kind="consistency", steps=steps))
-    for steps in (1, 2, 4, 50):
-        add("teacher", "ddim", Sampling.of(kind="ddim", steps=steps))
-    chosen = _chosen(models["teacher"])
-    for kind in ("ddim", "dpm_solver"):
-        for steps in (4, 6, 8):
-            for spacing in ("trailing", "karras"):
-                if (kind, steps, spacing) != ("ddim", 4, "trailing"):  # there already
-                    add("teacher", f"{kind} {spacing}", Sampling.of(kind=kind, steps=steps, spacing=spacing))
-            levels = chosen[kind, steps]
-            add("teacher", f"{kind} chosen", Sampling.of(kind=kind, steps=steps, timesteps=levels))
-    return rows
+    def add(self, model: str, how: str, evaluations: int, images: Tensor, seconds: float) -> None:
+        """Add the row of samples that were drawn in some seconds."""
+        found = self.digits.evaluator.encoder(to_levels(images))
+        assert found.probabilities is not None
+        distance = measured_frechet(self.digits.reference, found.features)
+        both = precision_recall(self.real, found.features)
+        row = {
+            "model": model,
+            "sampler": how,
+            "evaluations": evaluations,
+            "distance": distance.value,
+            "standard_error": distance.standard_error,
+            "class_accuracy": (found.probabilities.argmax(1) == self.labels).double().mean().item(),
+            "precision": both.precision,
+            "recall": both.recall,
+            "images_per_s": len(images) / seconds,
+        }
+        self.rows.append(row)
+        self.shown[f"{model} {how} {evaluations}"] = images[:10]
+        print(" ".join(f"{k} {v:.3f}" if isinstance(v, float) else str(v) for k, v in row.items()), flush=True)
+
+    def picture(self, path: Path) -> None:
+        """Write a grid with a column for each of some rows, and a line for each class."""
+        columns = {
+            "teacher ancestral 1000": "1000",
+            "teacher ddim 50": "50",
+            "teacher dpm_solver chosen 6": "6",
+            "teacher ddim 1": "1",
+            "student consistency 2": "2",
+            "student consistency 1": "1",
+            "gan one pass 1": "GAN",
+            "vae one pass 1": "VAE",
+        }
+        lines = torch.stack([self.shown[name] for name in columns], 1).flatten(0, 1)
+        Image.fromarray(label_grid(to_uint8(lines).numpy(), len(columns), tuple(columns.values()))).save(path)
 
 
 def _chosen(denoiser: NetworkDenoiser) -> dict[tuple[str, int], list[float]]:
