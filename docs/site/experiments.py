@@ -34,7 +34,7 @@ IS = {
     "captions32_classifier": ("a classifier of noisy pictures by caption", "trained, as a guide"),
     "cifar10": ("CIFAR-10 by DDPM (Ho et al. 2020, app. B)", ""),
     "cifar10_consistency": ("CIFAR-10 in 1 or 2 evaluations, by ECT (Geng et al. 2024), from `cifar10_edm`", ""),
-    "cifar10_edm": ("CIFAR-10 like EDM (Karras et al. 2022, table 7)", ""),
+    "cifar10_edm": ("CIFAR-10 like EDM (Karras et al. 2022, app. F)", ""),
     "cifar10_improved": ("CIFAR-10 by Improved DDPM (Nichol & Dhariwal 2021)", ""),
     "digits": ("scikit-learn's digits", "trained, [measured](digits.md)"),
     "digits_classifier": ("a classifier of noisy digits", "trained, as a guide"),
