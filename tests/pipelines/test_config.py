@@ -18,13 +18,9 @@ from pipelines.config import (
     noise_schedule,
     read_config,
 )
+from tests.docs.modules import load
 
-NEEDED = {
-    "folder32": ["name=mine", "data.source=photos", "data.num_classes=3"],
-    "captions32": ["name=mine", "data.source=photos"],
-    "digits_consistency": ["init_from=runs:/abc"],
-    "captions32_classifier": ["name=mine-classifier", "data.uri=s3://ddpm/datasets/mine"],
-}
+NEEDED = load("experiments").NEEDED
 
 
 @pytest.mark.parametrize("name", groups()["experiment"])
@@ -52,13 +48,23 @@ def test_the_experiment_of_cifar10_is_that_of_the_paper():
     assert (config.sampler.kind, config.sampler.steps, config.guidance.scale) == ("ancestral", 1000, 1)
     with torch.device("meta"):
         network = network_config(config).build()
-    assert sum(p.numel() for p in network.parameters()) == 35_746_307  # 35.7 M in the paper's section 4
+    assert sum(p.numel() for p in network.parameters()) == 35_746_307  # 35.7 M in the paper's appendix B
+    model = config.model  # of which the paper's code says what the paper leaves open
+    assert (model.channels, model.layers_per_block, model.dropout) == ((128, 256, 256, 256), 2, 0.1)
+    assert [32 >> level for level, attends in enumerate(model.attention) if attends] == [16]
+    assert (model.head_dim, model.norm_eps, model.downsample_padding) == (None, 1e-6, 0)
+    assert (model.flip_sin_to_cos, model.freq_shift, model.scale_shift) == (False, 1, False)
+    optim = config.optim
+    assert (optim.kind, optim.betas, optim.weight_decay, optim.decay) == ("adamw", (0.9, 0.999), 0, "constant")
+    assert (optim.warmup_images // config.batch_size, optim.grad_clip) == (5_000, 1)
+    assert config.sampler.variance == "large"
 
 
 @pytest.mark.parametrize("group, choice", [(g, c) for g, cs in groups().items() if g != "experiment" for c in cs])
 def test_every_shipped_choice_composes(group, choice):
     needed = {"folder": ["data.num_classes=3", "model=unet_small"], "s3": ["storage.root=s3://b"]}
     needed |= {"file": ["storage.root=file:///tmp/b"], "unet_cifar10": ["data.image_size=32"]}
+    needed |= {"unet_cifar10_edm": ["data.image_size=32"]}
     needed |= {"kuberay": ["launch.image=x"], "aws": ["launch.image=x"]}
     needed |= {"consistency": ["init_from=runs:/abc"]} if group == "objective" else {}
     needed |= {"unet_small": ["data.image_size=32"], "hybrid": ["model.learned_variance=true"]}
