@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -76,7 +76,7 @@ class Chart:
 
     def svg(self) -> str:
         """Return the chart as an SVG element to be put into a page."""
-        settings = {"svg.fonttype": "none", "svg.hashsalt": self.title, "font.size": 10, "axes.linewidth": 0.8}
+        settings: Any = {"svg.fonttype": "none", "svg.hashsalt": self.title, "font.size": 10, "axes.linewidth": 0.8}
         with rc_context(settings):
             figure = Figure(figsize=_SIZE, layout="constrained")
             axes = figure.add_subplot()

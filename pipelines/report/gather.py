@@ -43,7 +43,7 @@ GRIDS = "samples"
 MOST_GRIDS = 24
 """Grids that the page holds."""
 CURVES = ("train/loss", "updates/grad_norm", "train/images_per_s")
-DISTANCE, ACCURACY = "eval/frechet_distance", "test/accuracy_t"
+DISTANCE, ENDS, ACCURACY = "eval/frechet_distance", ("low", "high"), "test/accuracy_t"
 NAMES = 12
 """Classes whose names are shown."""
 SETTINGS = {
@@ -123,7 +123,7 @@ class _Reader:
             facts = replace(facts, **self._pictures(seen))
         with self._part("the terms of the bound"):
             facts = replace(facts, bound=self._bound(recorded, facts.scores))
-        tried = _tried_by_evaluations(recorded, seen)
+        tried = tried_by_evaluations(recorded, seen)
         with self._part("the studies of this model"):
             tried += self._tried_by_studies()
         return replace(facts, tried=tuple(tried), notes=tuple(self.notes))
@@ -171,8 +171,7 @@ class _Reader:
             rows.append(("images seen", f"{seen:,}" + (f" of {asked:,}" if asked not in (None, seen) else "")))
         schedule = settings.get("schedule") or {}
         if "kind" in schedule:
-            rest = [f"{k} {_word(v)}" for k, v in schedule.items() if k != "kind" and v is not None]
-            rows.append(("schedule", ", ".join([str(schedule["kind"]), *rest])))
+            rows.append(("schedule", _word(schedule)))
         for words, path in SETTINGS.items():
             value = get_value(settings, path)
             rows += [] if value is None else [(words, _word(value))]
@@ -211,9 +210,11 @@ class _Reader:
                 by_step = dict(sorted(tracker.metric(key)))  # a resumed run may have a step twice
                 found[key] = tuple(Point(step, value) for step, value in by_step.items())
         # Of the checkpoints' own settings alone: the curve in MLflow has scores of other settings too.
-        names = (DISTANCE, "eval/frechet_low", "eval/frechet_high")
-        rows = [(one.images_seen, *(one.scores.get(name) for name in names)) for one in published]
-        distances = tuple(Point(seen, value, low, high) for seen, value, low, high in rows if value is not None)
+        distances = tuple(
+            Point(one.images_seen, one.scores[DISTANCE], *(one.scores.get(f"eval/frechet_{end}") for end in ENDS))
+            for one in published
+            if DISTANCE in one.scores
+        )
         return found | ({DISTANCE: distances} if distances else {})
 
     def _recorded(self) -> list[tuple[str, Scores]]:
@@ -232,7 +233,7 @@ class _Reader:
             with self._part(f"the scores of {version.uri}"):
                 scores = Scores.from_plain(json.loads(version.tags["scores"]))
         if scores is None:
-            scores = _own_scores(recorded, spec, seen)
+            scores = own_scores(recorded, None if spec is None else spec.sampling, seen)
         if scores is None:
             return {}
         copies = "" if scores.memorisation is None else str(scores.memorisation.get("verdict", ""))
@@ -297,7 +298,7 @@ class _Reader:
         for name in sorted(below):
             store = StudyStore.of(self.config, name)
             if self.subject.tracker.run_id in str(store.description().get("subject")):
-                found += [tried for record in store.records() if (tried := _trial(name, record)) is not None]
+                found += [tried for record in store.records() if (tried := tried_in_trial(name, record)) is not None]
         return found
 
 
@@ -308,11 +309,17 @@ def spread(values: Sequence[int], most: int) -> list[int]:
     return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
 
 
-def _own_scores(recorded: Sequence[tuple[str, Scores]], spec: ModelSpec | None, seen: int | None) -> Scores | None:
-    """Return the scores of a checkpoint with its own settings, or else with any; None without any."""
+def own_scores(recorded: Sequence[tuple[str, Scores]], settings: Sampling | None, seen: int | None) -> Scores | None:
+    """Return the scores of a checkpoint with its own settings, or else with any; None without any.
+
+    Args:
+        recorded: (artifact, scores) of every evaluation of the run.
+        settings: with which the model draws; None where they are not known.
+        seen: images seen by the checkpoint.
+    """
     of_images = [scores for name, scores in recorded if _seen_in(name) == seen]
-    own = [s for s in of_images if spec is not None and Sampling.from_json(s.sampling) == spec.sampling]
-    return (own or of_images or [None])[-1]
+    own = [s for s in of_images if Sampling.from_json(s.sampling) == settings]
+    return next(reversed(own or of_images), None)
 
 
 def _seen_in(artifact: str) -> int | None:
@@ -328,7 +335,7 @@ def _verdicts(version: ModelVersion | None) -> tuple[Verdict, ...]:
     return tuple(Verdict.from_plain(json.loads(text)) for text in tables)
 
 
-def _tried_by_evaluations(recorded: Sequence[tuple[str, Scores]], seen: int | None) -> list[Tried]:
+def tried_by_evaluations(recorded: Sequence[tuple[str, Scores]], seen: int | None) -> list[Tried]:
     """Return the distances that `ddpm evaluate` measured of the model; network evaluations are not recorded there."""
     found = []
     for name, scores in recorded:
@@ -340,7 +347,8 @@ def _tried_by_evaluations(recorded: Sequence[tuple[str, Scores]], seen: int | No
     return found
 
 
-def _trial(study: str, record: TrialRecord) -> Tried | None:
+def tried_in_trial(study: str, record: TrialRecord) -> Tried | None:
+    """Return what a trial of a study measured; None where it has not finished with a distance."""
     distance, samples = record.scores.get("frechet_distance"), record.scores.get("samples")
     if record.state != "finished" or distance is None or not math.isfinite(distance):
         return None
@@ -354,8 +362,10 @@ def _trial(study: str, record: TrialRecord) -> Tried | None:
 def _word(value: Any) -> str:
     if isinstance(value, Mapping):
         kind = value.get("kind")
-        rest = [f"{k} {_word(v)}" for k, v in value.items() if k != "kind" and v is not None]
+        rest = [f"{k.replace('_', ' ')} {_word(v)}" for k, v in value.items() if k != "kind" and v is not None]
         return ", ".join([*([str(kind)] if kind else []), *rest])
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return f"{int(value):,}"
+    return str(value)

@@ -13,6 +13,8 @@ from pipelines.report.charts import Chart, Series
 from pipelines.report.facts import Facts, Picture, Point
 from pipelines.report.gather import ACCURACY, DISTANCE
 
+LEAST_S = 0.05
+"""Of a part of a run's time that is shown."""
 MOST_SERIES = 4
 """In one chart."""
 _FRECHET = "Frechet distance"
@@ -122,13 +124,13 @@ def _time(facts: Facts) -> Section | None:
         how = "From the start of the run to its end, by the clock."
         return Section("time", "How long it took", how, [Text(duration(facts.wall_s))])
     wall = max(goodput.wall_s, 1e-9)
-    parts = [(name, seconds / wall) for name, seconds in goodput.parts().items() if seconds > 0]
+    parts = [(name, seconds / wall) for name, seconds in goodput.parts().items() if seconds >= LEAST_S]
     how = (
         f"Goodput, here {goodput.fraction:.1%}, is the share of the drivers' time that went into steps whose result "
         "was kept; what a failure costs is under restart, recomputed and idle."
     )
     alt = "Where the time went: " + ", ".join(f"{name} {share:.1%}" for name, share in parts)
-    nothing = [name for name, seconds in goodput.parts().items() if not seconds > 0]
+    nothing = [name for name, seconds in goodput.parts().items() if seconds < LEAST_S]
     rows = [row for row in goodput.table() if row[0] not in nothing]
     table = Table(("", "time", "what that is"), rows, frozenset([1]))
     return Section("time", f"How long it took: {duration(goodput.wall_s)}", how, [Bar(parts, alt), table])
@@ -144,7 +146,7 @@ def _curves(facts: Facts) -> Section | None:
     charts = [
         Chart(title, "images seen", y, [Series("", points, "marked" if key == DISTANCE else "line")], log)
         for key, title, y, log in wanted
-        if (points := _positive(facts.curves.get(key, ()), only=log))
+        if len(points := _positive(facts.curves.get(key, ()), only=log)) > 1  # a single one is no curve
     ]
     accuracies = sorted((int(key.removeprefix(ACCURACY)), key) for key in facts.curves if key.startswith(ACCURACY))
     if accuracies:
@@ -163,7 +165,7 @@ def _scores(facts: Facts) -> Section | None:
     if scores is None:
         return None
     theirs = None if facts.champion is None else facts.champion[1]
-    head = ["score", "value (95 % interval)", "real test images", "noise"]
+    head = ["score", "value (95\u00a0% interval)", "real test images", "noise"]
     if facts.champion is not None:
         head.insert(2, facts.champion[0])
     order = [*(name for name in LABELS if name in scores), *(name for name in scores.estimates if name not in LABELS)]
@@ -248,20 +250,23 @@ def _film(facts: Facts) -> Section | None:
 
 
 def _levels(facts: Facts) -> Section | None:
-    charts = []
+    charts, texts = [], []
     if facts.levels is not None and _positive(facts.levels.loss):
         title = f"Squared error of the predicted noise, {facts.levels.images} test images"
         charts.append(Chart(title, "timestep t", "mean squared error", [Series("", facts.levels.loss)], log_y=True))
-    if _positive(facts.bound):
-        *terms, prior = facts.bound
-        series = [Series("terms", terms, "marked" if len(terms) < 20 else "line")] if _positive(terms) else []
-        series += [Series("prior", [prior], "marks")] if _positive([prior]) else []
+    *terms, prior = facts.bound or [Point(0.0, 0.0)]
+    if _positive(terms):
+        series = [Series("", terms, "marked" if len(terms) < 20 else "line")]
         charts.append(Chart("Terms of the variational bound", "timestep t", "bits per dimension", series, log_y=True))
+        whole = math.fsum(point.y for point in facts.bound)
+        texts.append(
+            Text(f"The terms add up to {figure(whole)} bits per dimension, of which {prior.y:.2g} of the prior.")
+        )
     how = (
         "Little noise (small t) is hard to tell from detail, and much noise (large t) is easy to tell from an image; "
         "the terms of the bound add up to its bits per dimension, most of which lie at small t."
     )
-    return Section("levels", "Loss and bound by timestep", how, [Drawn(charts)]) if charts else None
+    return Section("levels", "Loss and bound by timestep", how, [Drawn(charts), *texts]) if charts else None
 
 
 def _settings(facts: Facts) -> Section | None:
