@@ -43,7 +43,9 @@ GRIDS = "samples"
 MOST_GRIDS = 24
 """Grids that the page holds."""
 CURVES = ("train/loss", "updates/grad_norm", "train/images_per_s")
-DISTANCE, ENDS, ACCURACY = "eval/frechet_distance", ("low", "high"), "test/accuracy_t"
+DISTANCE, ENDS = "eval/frechet_distance", ("low", "high")
+ACCURACY = "test/accuracy_tLEVEL".removesuffix("LEVEL")
+"""What the names of the accuracies of a classifier of noisy images begin with."""
 NAMES = 12
 """Classes whose names are shown."""
 SETTINGS = {
