@@ -206,7 +206,8 @@ def _gate(facts: Facts) -> Section | None:
 
 
 def _decision(verdict: Verdict) -> str:
-    text = f"Alias {verdict.alias}, version {verdict.version}, {verdict.at}: {verdict}"
+    at = verdict.at.replace("T", " ").replace("+00:00", " UTC")
+    text = f"Alias {verdict.alias}, version {verdict.version}, {at}: {verdict}"
     if verdict.champion is not None:
         text += f"; compared with version {verdict.champion}"
     if verdict.n:
@@ -260,7 +261,7 @@ def _levels(facts: Facts) -> Section | None:
         charts.append(Chart("Terms of the variational bound", "timestep t", "bits per dimension", series, log_y=True))
         whole = math.fsum(point.y for point in facts.bound)
         texts.append(
-            Text(f"The terms add up to {figure(whole)} bits per dimension, of which {prior.y:.2g} of the prior.")
+            Text(f"The terms add up to {figure(whole)} bits per dimension, {prior.y:.2g} of them in the prior.")
         )
     how = (
         "Little noise (small t) is hard to tell from detail, and much noise (large t) is easy to tell from an image; "
