@@ -33,7 +33,7 @@ def report(
 
     storage = Storage.of(config)
     made = reports.make(reference, config, storage, lambda text: terminal.stage("note", text), with_model=model)
-    path = out or Path(f"report-{made.name}.html")
+    path = out or Path(made.file_name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(made.html, encoding="utf-8")
     terminal.stage("report", f"{path}: {', '.join(made.sections)}")

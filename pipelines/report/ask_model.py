@@ -58,7 +58,7 @@ def ask_model(facts: Facts, subject: Subject, config: Config, storage: Storage, 
     def attempt(what: str, compute: Callable[[], Any]) -> Any:
         try:
             return compute()
-        except (PipelineError, ValueError) as error:
+        except (PipelineError, ValueError, RuntimeError) as error:  # of torch, where memory is short
             notes.append(f"{what}: {error}")
             notice(notes[-1])
             return None

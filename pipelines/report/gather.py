@@ -135,7 +135,7 @@ class _Reader:
         """Read a part; where that fails, go on without it."""
         try:
             yield
-        except (PipelineError, LookupError, TypeError, ValueError) as error:
+        except (PipelineError, LookupError, TypeError, ValueError, OSError) as error:
             self.notes.append(f"{what} could not be read: {error}")
             self.notice(self.notes[-1])
 
@@ -299,8 +299,10 @@ class _Reader:
         found = []
         for name in sorted(below):
             store = StudyStore.of(self.config, name)
-            if self.subject.tracker.run_id in str(store.description().get("subject")):
-                found += [tried for record in store.records() if (tried := tried_in_trial(name, record)) is not None]
+            with self._part(f"the study {name}"):
+                if self.subject.tracker.run_id in str(store.description().get("subject")):
+                    tried = [tried_in_trial(name, record) for record in store.records()]
+                    found += [one for one in tried if one is not None]
         return found
 
 

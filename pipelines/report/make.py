@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pipelines.config import Config
 from pipelines.display import Notice, no_notice
+from pipelines.inference.files import file_name
 from pipelines.report.ask_model import ask_model
 from pipelines.report.gather import gather
 from pipelines.report.page import page
@@ -33,6 +34,11 @@ class Report:
     html: str
     sections: tuple[str, ...]
     tracker: Tracker
+
+    @property
+    def file_name(self) -> str:
+        """Name of its file: whoever may rename the run in MLflow chooses no folder with it."""
+        return f"report-{file_name(self.name)}.html"
 
     def log(self) -> str:
         """Keep it as an artifact of the run, in the place of an earlier one, and return the address of its page."""
