@@ -209,8 +209,8 @@ class _Reader:
         found = {}
         for key in wanted:
             if key in there:
-                by_step = dict(sorted(tracker.metric(key)))  # a resumed run may have a step twice
-                found[key] = tuple(Point(step, value) for step, value in by_step.items())
+                by_step = dict(tracker.metric(key))  # a resumed run may have a step twice: the later one counts
+                found[key] = tuple(Point(step, value) for step, value in sorted(by_step.items()))
         # Of the checkpoints' own settings alone: the curve in MLflow has scores of other settings too.
         distances = tuple(
             Point(one.images_seen, one.scores[DISTANCE], *(one.scores.get(f"eval/frechet_{end}") for end in ENDS))
