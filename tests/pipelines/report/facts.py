@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ddpm.generate import Sampling
 from pipelines.evaluation.scores import Estimate, Scores
 from pipelines.registry import Row, Verdict
 from pipelines.report.facts import Facts, Film, Levels, Picture, Point, Tried
@@ -27,7 +28,7 @@ SCORES = Scores(
     dataset_digest="d" * 64,
     stream_digest="s" * 64,
     real={"train": 1438, "test": 359},
-    sampling={"kind": "ddim", "steps": 50, "scale": 1.5},
+    sampling=Sampling.of(kind="ddim", steps=50, scale=1.5).to_json(),
 )
 BETTER = replace(SCORES, estimates={"frechet_distance": Estimate(2.9, 2.8, 3.0)})
 VERDICT = Verdict(
