@@ -15,7 +15,7 @@ from pipelines.registry import Verdict
 from pipelines.report import Facts, page, sections
 from pipelines.report.facts import Film, Picture, Tried
 from pipelines.report.sections import pictures
-from tests.pipelines.report.facts import FULL, SCORES, picture
+from tests.pipelines.report.facts import FULL, GOODPUT, SCORES, picture
 
 EVERY = ["training", "time", "curves", "scores", "gate", "samples", "growth", "film", "levels"]
 EVERY += ["settings", "inpainting", "nearest", "notes"]
@@ -172,3 +172,10 @@ def test_a_large_picture_is_kept_smaller_and_a_small_one_as_it_is():
     assert (large.width, large.height) == (300, 200)
     assert len(large.data) < len(buffer.getvalue()) / 2
     assert large.url.startswith("data:image/webp;base64,")
+
+
+def test_every_part_of_a_runs_time_has_a_colour(full):
+    for name in GOODPUT.parts():
+        assert re.search(rf"\.part-{name} {{ background: #[0-9a-f]{{6}}; }}", full.text)
+    bar = [a["class"] for a in full.of("span") if "style" in a]
+    assert bar == ["part-productive", "part-data", "part-restart"]
