@@ -84,10 +84,14 @@ def record_published(tracker: Tracker, published: Published) -> None:
     tracker.text(*published.record())
 
 
-def list_published(tracker: Tracker) -> list[Published]:
-    """Return a run's published checkpoints that were not deleted again, oldest first."""
+def list_published(tracker: Tracker, *, deleted: bool = False) -> list[Published]:
+    """Return a run's published checkpoints, oldest first.
+
+    Args:
+        deleted: whether those are among them whose files were deleted again; their scores stay.
+    """
     records = [Published.read(tracker, name) for name in sorted(tracker.names(PUBLISHED))]
-    return [published for published in records if not published.deleted]
+    return [published for published in records if deleted or not published.deleted]
 
 
 def record_scores(tracker: Tracker, images_seen: int, scores: Mapping[str, float]) -> None:

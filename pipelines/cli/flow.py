@@ -87,6 +87,8 @@ def flow(
         terminal.stage("grid", answer["grid"])
     if "mlflow" in answer:
         terminal.stage("mlflow", answer["mlflow"])
+    if result.results.version is not None:
+        terminal.stage("report", f"`ddpm report {result.results.version.uri}` shows all of it in one HTML file")
     answer_json(as_json, answer)
 
 

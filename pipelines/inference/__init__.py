@@ -1,6 +1,15 @@
 """Pictures from a model for one typed request: what the command line, a server and an evaluation have in common."""
 
-from pipelines.inference.files import FRAMES, Source, Written, grid_of, write, write_samples, written_as_drawn
+from pipelines.inference.files import (
+    FRAMES,
+    Source,
+    Written,
+    film_strip,
+    grid_of,
+    write,
+    write_samples,
+    written_as_drawn,
+)
 from pipelines.inference.pictures import (
     Pictures,
     Prepared,
@@ -29,6 +38,7 @@ __all__ = [
     "as_request_error",
     "count_pictures",
     "encoder_of",
+    "film_strip",
     "grid_of",
     "open_model",
     "parse_labels",

@@ -230,18 +230,26 @@ def _write_film(pictures: Pictures, film: Film, out: Path) -> list[Path]:
 
     In both, x_t is above (strip) or left of (animation) the x_0 that the model predicts from it.
     """
-    times = np.unique(np.linspace(0, len(film.t) - 1, min(len(film.t), FILMED)).round().astype(int))
-    shown = min(len(pictures.pixels), FILMED)
-    lines = [states[times, i].numpy() for i in range(shown) for states in (film.x_t, film.x0)]
-    strip = label_grid(np.concatenate(lines), len(times), tuple(f"t={film.t[i]:.0f}" for i in times))
     paths = [out / "film.png", out / "film.webp"]
-    Image.fromarray(strip).save(paths[0])
+    Image.fromarray(film_strip(film)).save(paths[0])
     frames = []
     for x_t, x0 in zip(film.x_t.numpy(), film.x0.numpy(), strict=True):
         halves = [label_grid(images, _grid_columns(pictures)) for images in (x_t, x0)]
         frames.append(np.concatenate(halves, axis=1))
     animate(paths[1], frames)
     return paths
+
+
+def film_strip(film: Film) -> NDArray[np.uint8]:
+    """Return the first pictures of a film, by time from left to right: x_t above the x_0 that is predicted from it.
+
+    Returns:
+        uint8 [height, width, 3].
+    """
+    times = np.unique(np.linspace(0, len(film.t) - 1, min(len(film.t), FILMED)).round().astype(int))
+    shown = min(film.x_t.shape[1], FILMED)
+    lines = [states[times, i].numpy() for i in range(shown) for states in (film.x_t, film.x0)]
+    return label_grid(np.concatenate(lines), len(times), tuple(f"t={film.t[i]:.0f}" for i in times))
 
 
 def _rows_as_frames(pictures: Pictures) -> list[NDArray[np.uint8]]:

@@ -38,7 +38,7 @@ from pipelines.tracking.model_registry import (
     version_description,
     versions,
 )
-from pipelines.tracking.note import describe, pictures_at
+from pipelines.tracking.note import describe, pictures_at, pictures_of
 from pipelines.tracking.run import Tracker, find_run, get_run, open_run, to_json
 from pipelines.tracking.run_list import ENDED, RunRecord, delete_run, list_runs, retire_run
 from pipelines.tracking.run_log import UNSENT, RunLog
@@ -84,6 +84,7 @@ __all__ = [
     "log_scores",
     "open_run",
     "pictures_at",
+    "pictures_of",
     "recording",
     "register",
     "retire_run",

@@ -87,6 +87,15 @@ def pictures_at(names: Iterable[str], images_seen: int) -> dict[str, str]:
     return {key: name for name, key, step in sorted(_pictures(names)) if step == images_seen}
 
 
+def pictures_of(names: Iterable[str], key: str) -> dict[int, str]:
+    """Return images seen -> artifact of the pictures of a key, in order of images seen; the newest of each.
+
+    Args:
+        names: artifacts, as for `newest_picture`.
+    """
+    return dict(sorted((step, name) for name, of, step in sorted(_pictures(names)) if of == key))
+
+
 def _pictures(names: Iterable[str]) -> Iterator[tuple[str, str, int]]:
     """Yield (artifact, key, step) of every picture; by name, those of the same key and step are in order of time."""
     for name in names:

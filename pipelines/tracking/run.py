@@ -137,14 +137,18 @@ class Tracker:
 
         self._ask(write)
 
-    def read_text(self, name: str) -> str:
-        """Return a text artifact."""
+    def read_file(self, name: str) -> bytes:
+        """Return the content of an artifact."""
 
-        def read(client: MlflowClient) -> str:
+        def read(client: MlflowClient) -> bytes:
             with tempfile.TemporaryDirectory(prefix="artifact-", dir=scratch_folder()) as scratch:
-                return Path(client.download_artifacts(self.run_id, name, scratch)).read_text()
+                return Path(client.download_artifacts(self.run_id, name, scratch)).read_bytes()
 
         return self._ask(read)
+
+    def read_text(self, name: str) -> str:
+        """Return a text artifact."""
+        return self.read_file(name).decode()
 
     def names(self, folder: str) -> list[str]:
         """Return the artifact paths in a folder."""

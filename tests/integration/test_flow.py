@@ -113,6 +113,29 @@ def test_a_healthy_runs_workers_have_nothing_to_say(flow, shell):
     assert [line for line in said.answer["lines"] if line["logger"].startswith(("pipelines", "ddpm"))] == []
 
 
+def test_a_report_holds_what_is_recorded_of_a_version_and_is_kept_with_its_run(flow, shell, client, tmp_path):
+    done = shell.ok("report", "models:/digits/1", "--out", "report.html", "--json")
+    expected = ["training", "time", "curves", "scores", "gate", "samples", "growth", "film", "levels", "nearest"]
+    assert [name for name in done.answer["sections"] if name != "settings"] == expected  # others may score it too
+    text = (shell.folder / done.answer["path"]).read_text()
+    assert set(re.findall(r'(?:src|href)="(?!data:|#)([^"]*)"', text)) == {flow.answer["mlflow"]}
+    distance = flow.answer["scores"]["estimates"]["frechet_distance"]["value"]
+    assert f'<td class="n">{distance:.4g} (' in text
+    (goodput,) = re.findall(r"Goodput, here ([\d.]+)%", text)
+    recorded = client.get_run(flow.answer["run_id"]).data.metrics["train/goodput"]
+    assert float(goodput) == pytest.approx(100 * recorded, abs=2)  # the ledger's last seconds come after the curve's
+    assert text.count("<figure data-name=") == 6  # as many as there are grids
+    kept = client.download_artifacts(flow.answer["run_id"], "report.html", str(tmp_path))
+    assert Path(kept).read_text() == text
+
+    read = shell.ok("report", "digits", "--no-model", "--no-log", "--json")
+    assert read.answer["path"] == "report-digits.html"
+    assert (read.answer["mlflow"], "film" in read.answer["sections"]) == (None, False)
+    wrong = shell("report", "nowhere")
+    assert wrong.code == 1
+    assert "no run 'nowhere' in experiment 'ddpm'" in wrong.err
+
+
 def test_the_registry_holds_version_one_as_champion_with_its_evidence(flow, client):
     version = client.get_model_version_by_alias("digits", "champion")
     assert version.version in (1, "1")

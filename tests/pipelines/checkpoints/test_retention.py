@@ -103,6 +103,7 @@ def test_a_retired_checkpoint_is_deleted_and_its_record_says_so_and_keeps_its_sc
     old, new = list_published(tracker)
     assert retire(storage, tracker, fence, old).deleted
     assert list_published(tracker) == [new]
+    assert list_published(tracker, deleted=True) == [replace(old, deleted=True), new]
     assert best_published(tracker, BEST, lowest=True) == new
     assert not storage.list(old.uri)
     assert len(storage.list(new.uri)) > 1

@@ -33,6 +33,8 @@ def test_every_verb_explains_itself_with_an_example(verb):
         (["flow", "--from", "gate", "--until", "train"], 2, "train comes before gate"),
         (["flow", "--out", "x", "--until", "train"], 2, "--out draws the registered model"),
         (["flow", "--dry-run"], 1, "S3 and MLflow of the local stack are not running"),
+        (["report"], 2, "Missing argument"),
+        (["report", "first"], 1, "S3 and MLflow of the local stack are not running"),
         (["check"], 2, "Missing argument"),
         (["check", "data/birds"], 2, "data/birds is no address: write s3://BUCKET/PATH or file:///PATH"),
         (["check", "file:///nowhere", "--threads", "0"], 2, "--threads"),

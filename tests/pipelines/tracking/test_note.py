@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.tracking.note import describe, newest_picture, with_parts
+from pipelines.tracking.note import describe, newest_picture, pictures_of, with_parts
 
 PARTS = st.dictionaries(
     st.sampled_from(["Training", "Score", "Registered", "Goodput", "Samples", "Commands"]),
@@ -91,3 +91,10 @@ def test_the_newest_picture_is_shown_and_that_of_an_evaluation_where_there_are_t
     scored = "images/evaluation+step+10240+timestamp+8+0b.png"
     assert newest_picture([*names, scored]) == (scored, "evaluation", 10240)
     assert newest_picture(["images/other.png"]) is None
+
+
+def test_the_pictures_of_a_key_are_by_images_seen_and_the_newest_of_each():
+    names = [f"images/samples+step+{step}+timestamp+{at}+0a.png" for step, at in ((10240, 8), (0, 7), (10240, 9))]
+    others = ["images/evaluation+step+0+timestamp+8+0b.png", "images/samples+step+5+timestamp+9+0a+compressed.webp"]
+    assert list(pictures_of([*names, *others], "samples").items()) == [(0, names[1]), (10240, names[2])]
+    assert pictures_of(names, "evaluation") == {}

@@ -1,0 +1,172 @@
+"""What a report is made of, as values: read by `gather`, computed by `ask_model`, or made up in a test."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipelines.evaluation.scores import Scores
+from pipelines.registry import Verdict
+from pipelines.training.goodput import Goodput
+
+LARGE_BYTES = 64_000
+"""Of a PNG, above which a picture is kept as WebP, so that a page with many of them can be sent by mail."""
+QUALITY = 85
+"""Of such a WebP, 0 to 100."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that the page holds.
+
+    Attributes:
+        data: the file, PNG or WebP.
+        width, height: in pixels.
+    """
+
+    data: bytes
+    width: int
+    height: int
+
+    @classmethod
+    def of_file(cls, data: bytes) -> Picture:
+        """Return the picture in a file, which is encoded anew where it is large."""
+        with Image.open(io.BytesIO(data)) as image:
+            if len(data) > LARGE_BYTES:
+                smaller = io.BytesIO()
+                image.convert("RGB").save(smaller, "WEBP", quality=QUALITY)
+                data = min(data, smaller.getvalue(), key=len)
+            return cls(data, *image.size)
+
+    @classmethod
+    def of_pixels(cls, pixels: NDArray[np.uint8]) -> Picture:
+        """Return pixels, uint8 [H, W, 3], as a picture."""
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
+        return cls.of_file(buffer.getvalue())
+
+    @property
+    def url(self) -> str:
+        """The picture as a data URL."""
+        kind = "webp" if self.data[:4] == b"RIFF" else "png"
+        return f"data:image/{kind};base64,{base64.b64encode(self.data).decode()}"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of a curve, with its 95 % interval where one is known."""
+
+    x: float
+    y: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Tried:
+    """The distance of a model's samples with some sampling settings.
+
+    Attributes:
+        source: the study or evaluation that measured it, with the number of samples: only those of one compare.
+        distance: Frechet distance, with its interval where one is known; x is of no meaning.
+        evaluations: network evaluations for each image; None where they were not counted.
+        scale: guidance scale; None where it was not recorded.
+    """
+
+    source: str
+    distance: Point
+    evaluations: float | None
+    scale: float | None
+
+
+@dataclass(frozen=True)
+class Levels:
+    """What a model predicts at each noise level, of a few test images.
+
+    Attributes:
+        images: number of them.
+        loss: x is t, y the mean squared error of the predicted noise.
+    """
+
+    images: int
+    loss: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class Film:
+    """The way from noise to pictures.
+
+    Attributes:
+        picture: x_t above the predicted x_0, by time from left to right.
+        text: with which settings it was drawn, in words.
+    """
+
+    picture: Picture
+    text: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that a report can show; what is None or empty is not known, and has no section.
+
+    Attributes:
+        name: of the run.
+        reference: RUN or MODEL as it was asked for.
+        made_at: when the report was made, in words.
+        images_seen: by the model that is shown; None where the run has published none.
+        classifier: whether it is a classifier of noisy images, which draws nothing.
+        version: models:/NAME/VERSION of it; None where it is not registered.
+        link: address of the run's page in MLflow; "" where there is none that a browser opens.
+        training: what was trained, as (what, value).
+        data: on what, as (what, value).
+        goodput: where the time went.
+        wall_s: seconds from the first start to the last end; None where they are not known.
+        curves: metric -> its points by images seen.
+        scores: of the model.
+        champion: (address, scores) of the version at the alias, where it is another one that can be compared.
+        champion_note: why no champion is beside the scores, in words.
+        verdicts: of the gate about the version, one for each alias.
+        samples: the samples that were scored.
+        growth: (images seen, grid of samples), in order.
+        film: of some pictures.
+        levels: error by noise level.
+        bound: terms of the variational bound by timestep, bits per dimension.
+        tried: distances at other settings.
+        inpainting: known pixels, result and original, side by side.
+        nearest: samples above the training images that are nearest to them.
+        copies: what was found of copies, in words.
+        notes: what could not be read or computed, and why.
+    """
+
+    name: str
+    reference: str
+    made_at: str = ""
+    images_seen: int | None = None
+    classifier: bool = False
+    version: str | None = None
+    link: str = ""
+    training: Sequence[tuple[str, str]] = ()
+    data: Sequence[tuple[str, str]] = ()
+    goodput: Goodput | None = None
+    wall_s: float | None = None
+    curves: Mapping[str, Sequence[Point]] = field(default_factory=dict)
+    scores: Scores | None = None
+    champion: tuple[str, Scores] | None = None
+    champion_note: str = ""
+    verdicts: Sequence[Verdict] = ()
+    samples: Picture | None = None
+    growth: Sequence[tuple[int, Picture]] = ()
+    film: Film | None = None
+    levels: Levels | None = None
+    bound: Sequence[Point] = ()
+    tried: Sequence[Tried] = ()
+    inpainting: Picture | None = None
+    nearest: Picture | None = None
+    copies: str = ""
+    notes: Sequence[str] = ()

@@ -1,0 +1,375 @@
+"""What is recorded of a run and its model, on MLflow and storage, as the facts of a report.
+
+Each part is read by itself: one that is gone, or that an earlier release wrote otherwise, costs its own section and is
+named among the notes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from ddpm.generate import Sampling
+from ddpm.model import ModelSpec
+from ddpm.models import NETWORKS
+from pipelines import tracking
+from pipelines.checkpoints import Published, list_published, published_spec
+from pipelines.config import Config
+from pipelines.display import Notice, no_notice
+from pipelines.errors import PipelineError
+from pipelines.evaluation.scores import Scores
+from pipelines.evaluation.scoring import FOLDER
+from pipelines.registry import Verdict
+from pipelines.registry.card import PICTURES, parameters
+from pipelines.registry.gate import comparable
+from pipelines.report.facts import Facts, Picture, Point, Tried
+from pipelines.report.subject import Subject
+from pipelines.search.paths import get_value
+from pipelines.search.study import StudyStore, TrialRecord
+from pipelines.shards.index import read_dataset
+from pipelines.storage import Storage, join
+from pipelines.tracking import ModelVersion
+from pipelines.training.ledger import goodput_of, read_sessions
+
+SAMPLES, NEAREST = PICTURES
+"""Keys of the pictures of an evaluation."""
+GRIDS = "samples"
+"""Key of the grids of samples that are drawn while a run is trained."""
+MOST_GRIDS = 24
+"""Grids that the page holds."""
+CURVES = ("train/loss", "updates/grad_norm", "train/images_per_s")
+DISTANCE, ENDS = "eval/frechet_distance", ("low", "high")
+ACCURACY = "test/accuracy_tLEVEL".removesuffix("LEVEL")
+"""What the names of the accuracies of a classifier of noisy images begin with."""
+NAMES = 12
+"""Classes whose names are shown."""
+SETTINGS = {
+    "prediction": "objective.prediction",
+    "loss": "objective.loss",
+    "weight of the loss": "objective.weight",
+    "batch size": "batch_size",
+    "learning rate": "optim.lr",
+    "half-life of the average": "optim.ema_half_life",
+    "label drop": "objective.label_drop",
+    "precision": "optim.precision",
+    "workers": "cluster.num_workers",
+    "seed": "seed",
+}
+"""What a setting is called in a report -> its place in a configuration."""
+
+
+def gather(subject: Subject, config: Config, storage: Storage, notice: Notice = no_notice) -> Facts:
+    """Return what is recorded of a run and its model.
+
+    Args:
+        config: with the address of the MLflow server; `registry.alias` names the champion.
+        storage: reads the dataset, the ledger and studies.
+        notice: called with what cannot be read, and why.
+    """
+    return _Reader(subject, config, storage, notice).facts()
+
+
+@dataclass
+class _Reader:
+    """Reads the parts, and keeps what several of them need."""
+
+    subject: Subject
+    config: Config
+    storage: Storage
+    notice: Notice
+    notes: list[str] = field(default_factory=list)
+
+    def facts(self) -> Facts:
+        """Return all that there is."""
+        tracker, version = self.subject.tracker, self.subject.version
+        name = tracker.tag("ddpm.run") or tracker.run_id
+        settings: Mapping[str, Any] = {}
+        with self._part("the run's configuration"):
+            settings = json.loads(tracker.read_text("config.json"))
+        published: list[Published] = []
+        with self._part("the published checkpoints"):
+            published = list_published(tracker, deleted=True)
+        there = [one for one in published if not one.deleted]
+        seen = self._images_seen(there)
+        facts = Facts(
+            name=name,
+            reference=self.subject.reference,
+            made_at=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            images_seen=seen,
+            classifier=settings.get("task") == "classifier",
+            version=None if version is None else version.uri,
+            link=self._link(),
+        )
+        with self._part("how long the run took"):
+            facts = replace(facts, **self._time(settings, name))
+        spec: ModelSpec | None = None
+        with self._part("the description of the model"):
+            spec = next((published_spec(one, self.storage) for one in there if one.images_seen == seen), None)
+        facts = replace(facts, training=self._training(settings, spec, seen))
+        with self._part("the data"):
+            facts = replace(facts, data=self._data(settings))
+        with self._part("the curves"):
+            facts = replace(facts, curves=self._curves(published))
+        recorded: list[tuple[str, Scores]] = []
+        with self._part("the scores"):
+            recorded = self._recorded()
+        facts = replace(facts, **self._scores(recorded, spec, seen))
+        with self._part("the gate's decisions"):
+            facts = replace(facts, verdicts=_verdicts(version))
+        with self._part("the pictures"):
+            facts = replace(facts, **self._pictures(seen))
+        with self._part("the terms of the bound"):
+            facts = replace(facts, bound=self._bound(recorded, facts.scores))
+        tried = tried_by_evaluations(recorded, seen)
+        with self._part("the studies of this model"):
+            tried += self._tried_by_studies()
+        return replace(facts, tried=tuple(tried), notes=tuple(self.notes))
+
+    @contextmanager
+    def _part(self, what: str) -> Iterator[None]:
+        """Read a part; where that fails, go on without it."""
+        try:
+            yield
+        except (PipelineError, LookupError, TypeError, ValueError, OSError) as error:
+            self.notes.append(f"{what} could not be read: {error}")
+            self.notice(self.notes[-1])
+
+    def _images_seen(self, published: Sequence[Published]) -> int | None:
+        version = self.subject.version
+        text = "" if version is None else version.tags.get("images_seen", "")
+        newest = published[-1].images_seen if published else None
+        asked = self.subject.reference.startswith("models:/")
+        return int(text) if text.isdecimal() and (asked or newest is None) else newest
+
+    def _link(self) -> str:
+        tracker = self.subject.tracker
+        return tracker.url if tracker.uri.startswith(("http://", "https://")) else ""
+
+    def _time(self, settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+        """Return where the time went, and how long it took by the ledger, or else by MLflow."""
+        root = get_value(settings, "storage.root") or self.config.storage.root
+        goodput = goodput_of(read_sessions(self.storage, join(root, "runs", name)))
+        if goodput is not None:
+            return {"goodput": goodput, "wall_s": goodput.wall_s}
+        tracker = self.subject.tracker
+        records = [run for run in tracking.list_runs(tracker.uri, name) if run.run_id == tracker.run_id]
+        ended = records[0].ended if records else None
+        return {"wall_s": None if ended is None else ended - records[0].began}
+
+    def _training(
+        self, settings: Mapping[str, Any], spec: ModelSpec | None, seen: int | None
+    ) -> tuple[tuple[str, str], ...]:
+        rows = []
+        if spec is not None:
+            kind = "classifier of noisy images" if spec.task == "classifier" else NETWORKS.name_of(spec.network)
+            rows.append(("network", f"{kind}, {parameters(spec):,} parameters"))
+        asked = settings.get("images")
+        if seen is not None:
+            rows.append(("images seen", f"{seen:,}" + (f" of {asked:,}" if asked not in (None, seen) else "")))
+        schedule = settings.get("schedule") or {}
+        if "kind" in schedule:
+            rows.append(("schedule", _word(schedule)))
+        for words, path in SETTINGS.items():
+            value = get_value(settings, path)
+            rows += [] if value is None else [(words, _word(value))]
+        lineage = {} if spec is None else spec.lineage
+        code = [str(lineage[key])[:12] for key in ("code_version", "git_commit") if lineage.get(key)]
+        rows += [("code", ", commit ".join(code))] if code else []
+        return tuple(rows)
+
+    def _data(self, settings: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+        tracker = self.subject.tracker
+        uri = tracker.tag("dataset_uri") or get_value(settings, "data.uri")
+        digest = tracker.tag("dataset_digest")
+        rows = [("address", str(uri))] if uri else []
+        rows += [("digest", digest[:12])] if digest else []
+        if not uri:
+            return tuple(rows)
+        with self._part("the index of the dataset"):
+            dataset = read_dataset(uri, self.storage)
+            size, colours = dataset.image_size, {1: "grey", 3: "colour"}.get(dataset.channels, "")
+            counts = ", ".join(f"{dataset.samples(split):,} {split}" for split in dataset.splits)
+            now = "" if digest in (None, dataset.digest) else " (there now: the data have changed since)"
+            rows.append(("images", f"{counts}; {colours or dataset.channels} {size} x {size}{now}"))
+            shown = ", ".join(dataset.classes[:NAMES])
+            more = len(dataset.classes) - NAMES
+            listed = f": {shown}{f' and {more:,} more' if more > 0 else ''}" if shown else ""
+            rows.append(("classes", f"{len(dataset.classes):,}{listed}"))
+        return tuple(rows)
+
+    def _curves(self, published: Sequence[Published]) -> dict[str, tuple[Point, ...]]:
+        tracker = self.subject.tracker
+        there = tracker.last_steps()
+        wanted = [*CURVES, *(key for key in there if key.startswith(ACCURACY))]
+        found = {}
+        for key in wanted:
+            if key in there:
+                by_step = dict(tracker.metric(key))  # a resumed run may have a step twice: the later one counts
+                found[key] = tuple(Point(step, value) for step, value in sorted(by_step.items()))
+        # Of the checkpoints' own settings alone: the curve in MLflow has scores of other settings too.
+        distances = tuple(
+            Point(one.images_seen, one.scores[DISTANCE], *(one.scores.get(f"eval/frechet_{end}") for end in ENDS))
+            for one in published
+            if DISTANCE in one.scores
+        )
+        return found | ({DISTANCE: distances} if distances else {})
+
+    def _recorded(self) -> list[tuple[str, Scores]]:
+        """Return (artifact, scores) of every evaluation of the run, those of fewest images first."""
+        tracker = self.subject.tracker
+        names = sorted(name for name in tracker.names(FOLDER) if name.endswith(".json"))
+        return [(name, Scores.from_plain(json.loads(tracker.read_text(name)))) for name in names]
+
+    def _scores(
+        self, recorded: Sequence[tuple[str, Scores]], spec: ModelSpec | None, seen: int | None
+    ) -> dict[str, Any]:
+        """Return the scores of the model, and those of the champion where it is another one."""
+        version = self._shown_version(seen)
+        scores = None
+        if version is not None and "scores" in version.tags:
+            with self._part(f"the scores of {version.uri}"):
+                scores = Scores.from_plain(json.loads(version.tags["scores"]))
+        if scores is None:
+            scores = own_scores(recorded, None if spec is None else spec.sampling, seen)
+        if scores is None:
+            return {}
+        copies = "" if scores.memorisation is None else str(scores.memorisation.get("verdict", ""))
+        found: dict[str, Any] = {"scores": scores, "copies": copies}
+        with self._part("the champion"):
+            found |= self._champion(version, scores)
+        return found
+
+    def _shown_version(self, seen: int | None) -> ModelVersion | None:
+        """Return the version, where it is of the images that are shown."""
+        version = self.subject.version
+        return version if version is not None and version.tags.get("images_seen") in (None, str(seen)) else None
+
+    def _champion(self, version: ModelVersion | None, scores: Scores) -> dict[str, Any]:
+        name = self.config.registry.model if version is None else version.name
+        alias = self.config.registry.alias
+        champion = tracking.version(self.subject.tracker.uri, name, alias=alias)
+        if champion is None or "scores" not in champion.tags:
+            return {}
+        if version is not None and champion.version == version.version:
+            return {"champion_note": f"This version has the alias {alias}: there is no other to compare it with."}
+        theirs = Scores.from_plain(json.loads(champion.tags["scores"]))
+        differing = [
+            row.name.removeprefix("same ") for row in comparable(scores, theirs, champion.uri) if not row.passed
+        ]
+        if differing:
+            note = f"{champion.uri}, at the alias {alias}, was scored with another {' and '.join(differing)}: "
+            return {"champion_note": f"{note}its scores do not compare with these."}
+        return {"champion": (champion.uri, theirs)}
+
+    def _pictures(self, seen: int | None) -> dict[str, Any]:
+        tracker = self.subject.tracker
+        names = tracker.names("images")
+        steps = tracking.pictures_of(names, GRIDS)
+        found: dict[str, Any] = {
+            "growth": tuple((step, self._picture(steps[step])) for step in spread(list(steps), MOST_GRIDS))
+        }
+        for part, key in (("samples", SAMPLES), ("nearest", NEAREST)):
+            of_key = tracking.pictures_of(names, key)
+            if seen in of_key:
+                found[part] = self._picture(of_key[seen])
+        return found
+
+    def _picture(self, name: str) -> Picture:
+        return Picture.of_file(self.subject.tracker.read_file(name))
+
+    def _bound(self, recorded: Sequence[tuple[str, Scores]], scores: Scores | None) -> tuple[Point, ...]:
+        """Return the terms that the evaluation of the shown scores recorded; the prior's is the last."""
+        tracker = self.subject.tracker
+        own = [name.replace(FOLDER, "bound", 1) for name, found in recorded if scores is not None and found == scores]
+        there = [name for name in own if name in tracker.names("bound")]
+        if not there:
+            return ()
+        plain = json.loads(tracker.read_text(there[-1]))
+        return tuple(Point(t, bits) for t, bits in zip(plain["timesteps"], plain["bits_per_dim"], strict=True))
+
+    def _tried_by_studies(self) -> list[Tried]:
+        """Return the finished trials of studies of guidance that sampled a model of this run."""
+        root = join(self.config.storage.root, "studies")
+        below = {entry.uri[len(root) + 1 :].split("/")[0] for entry in self.storage.list(root)}
+        found = []
+        for name in sorted(below):
+            store = StudyStore.of(self.config, name)
+            with self._part(f"the study {name}"):
+                if self.subject.tracker.run_id in str(store.description().get("subject")):
+                    tried = [tried_in_trial(name, record) for record in store.records()]
+                    found += [one for one in tried if one is not None]
+        return found
+
+
+def spread(values: Sequence[int], most: int) -> list[int]:
+    """Return at most so many values that are spread evenly over all of them, the first and the last included."""
+    if len(values) <= most:
+        return list(values)
+    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
+
+
+def own_scores(recorded: Sequence[tuple[str, Scores]], settings: Sampling | None, seen: int | None) -> Scores | None:
+    """Return the scores of a checkpoint with its own settings, or else with any; None without any.
+
+    Args:
+        recorded: (artifact, scores) of every evaluation of the run.
+        settings: with which the model draws; None where they are not known.
+        seen: images seen by the checkpoint.
+    """
+    of_images = [scores for name, scores in recorded if _seen_in(name) == seen]
+    own = [s for s in of_images if Sampling.from_json(s.sampling) == settings]
+    return next(reversed(own or of_images), None)
+
+
+def _seen_in(artifact: str) -> int | None:
+    """Return the images seen that the name of the artifact of an evaluation begins with."""
+    text = artifact.rsplit("/", 1)[-1].split("-")[0]
+    return int(text) if text.isdecimal() else None
+
+
+def _verdicts(version: ModelVersion | None) -> tuple[Verdict, ...]:
+    """Return what the gate recorded of a version, for each alias that it was asked for."""
+    tags = {} if version is None else version.tags
+    tables = [text for key, text in sorted(tags.items()) if key.startswith("gate.") and key.endswith(".table")]
+    return tuple(Verdict.from_plain(json.loads(text)) for text in tables)
+
+
+def tried_by_evaluations(recorded: Sequence[tuple[str, Scores]], seen: int | None) -> list[Tried]:
+    """Return the distances that `ddpm evaluate` measured of the model; network evaluations are not recorded there."""
+    found = []
+    for name, scores in recorded:
+        if _seen_in(name) == seen and "frechet_distance" in scores:
+            distance, scale = scores["frechet_distance"], scores.sampling.get("scale")
+            source = f"evaluations, {scores.n:,} samples by {scores.evaluator}"
+            point = Point(0.0, distance.value, distance.low, distance.high)
+            found.append(Tried(source, point, None, None if scale is None else float(scale)))
+    return found
+
+
+def tried_in_trial(study: str, record: TrialRecord) -> Tried | None:
+    """Return what a trial of a study measured; None where it has not finished with a distance."""
+    distance, samples = record.scores.get("frechet_distance"), record.scores.get("samples")
+    if record.state != "finished" or distance is None or not math.isfinite(distance):
+        return None
+    error, scale = record.scores.get("standard_error"), record.params.get("guidance.scale")
+    low, high = (None, None) if error is None else (distance - 1.96 * error, distance + 1.96 * error)
+    source = f"study {study}" + (f", {samples:,.0f} samples" if samples else "")
+    known = None if isinstance(scale, bool) or not isinstance(scale, int | float) else float(scale)
+    return Tried(source, Point(0.0, distance, low, high), record.scores.get("evaluations"), known)
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, Mapping):
+        kind = value.get("kind")
+        rest = [f"{k.replace('_', ' ')} {_word(v)}" for k, v in value.items() if k != "kind" and v is not None]
+        return ", ".join([*([str(kind)] if kind else []), *rest])
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return f"{int(value):,}"
+    return str(value)

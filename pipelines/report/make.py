@@ -1,0 +1,69 @@
+"""The whole report of a RUN or MODEL, and its place among the artifacts of the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipelines.config import Config
+from pipelines.display import Notice, no_notice
+from pipelines.inference.files import file_name
+from pipelines.report.ask_model import ask_model
+from pipelines.report.gather import gather
+from pipelines.report.page import page
+from pipelines.report.sections import sections
+from pipelines.report.subject import find_subject
+from pipelines.storage import Storage
+from pipelines.tracking import Tracker, links
+
+ARTIFACT = "report.html"
+"""Of the run, which has the newest of its reports."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A report.
+
+    Attributes:
+        name: of the run.
+        html: the page.
+        sections: their names, in order.
+        tracker: of the run.
+    """
+
+    name: str
+    html: str
+    sections: tuple[str, ...]
+    tracker: Tracker
+
+    @property
+    def file_name(self) -> str:
+        """Name of its file: whoever may rename the run in MLflow chooses no folder with it."""
+        return f"report-{file_name(self.name)}.html"
+
+    def log(self) -> str:
+        """Keep it as an artifact of the run, in the place of an earlier one, and return the address of its page."""
+        self.tracker.text(self.html, ARTIFACT)
+        page = links.run_page(self.tracker.experiment_id(), self.tracker.run_id, f"artifacts/{ARTIFACT}")
+        return f"{self.tracker.uri}/{page}"
+
+
+def make(
+    reference: str, config: Config, storage: Storage, notice: Notice = no_notice, *, with_model: bool = True
+) -> Report:
+    """Return the report of a run or a registered version.
+
+    Args:
+        reference: see `find_subject`.
+        config: with the addresses of the services.
+        notice: called with what could not be read or computed, and why.
+        with_model: whether the model itself draws a few pictures.
+
+    Raises:
+        SubjectError, ModelError: there is no such run or version; the message lists what there is.
+        TrackingError: MLflow does not answer.
+    """
+    subject = find_subject(reference, config)
+    facts = gather(subject, config, storage, notice)
+    if with_model:
+        facts = ask_model(facts, subject, config, storage, notice)
+    return Report(facts.name, page(facts), tuple(section.name for section in sections(facts)), subject.tracker)

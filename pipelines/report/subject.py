@@ -1,0 +1,86 @@
+"""What a report is about: the MLflow run, and the registered version, that a RUN or MODEL names."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from pipelines import references, tracking
+from pipelines.config import Config, ConfigError
+from pipelines.errors import PipelineError
+from pipelines.tracking import ModelVersion, Tracker, TrackingError
+
+_ID = re.compile(r"[0-9a-f]{32}")
+
+
+class SubjectError(PipelineError):
+    """Nothing has the name that a report was asked for; says what there is."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run, and the version that a report shows of it.
+
+    Attributes:
+        reference: as it was asked for.
+        version: that was asked for, or the newest that is registered of the run; None where none is.
+    """
+
+    reference: str
+    tracker: Tracker
+    version: ModelVersion | None
+
+
+def find_subject(reference: str, config: Config) -> Subject:
+    """Return the run that a reference names.
+
+    Args:
+        reference: name of a run, its MLflow ID with or without runs:/, models:/NAME/VERSION or models:/NAME@ALIAS.
+        config: with the address of the MLflow server.
+
+    Raises:
+        SubjectError, ModelError: there is no such run or version; the message lists what there is.
+        TrackingError: no MLflow server answers.
+    """
+    uri = config.tracking.uri
+    if uri is None:
+        raise ConfigError("no MLflow server is named: set tracking.uri or MLFLOW_TRACKING_URI, or run `ddpm up`")
+    if reference.startswith("models:/"):
+        version = references.find_registered(reference, uri)
+        return Subject(reference, _run_of(version, uri), version)
+    tracker = _find_run(reference, uri, config.tracking.experiment)
+    of_run = [version for version in tracking.all_versions(uri) if version.run_id == tracker.run_id]
+    newest = max(of_run, key=lambda version: (_seen(version), int(version.version)), default=None)
+    return Subject(reference, tracker, newest)
+
+
+def _find_run(reference: str, uri: str, experiment: str) -> Tracker:
+    name = reference.removeprefix("runs:/")
+    if "/" in name or "'" in name:
+        raise SubjectError(
+            f"{reference} names no run: write its name, as `ddpm runs` shows it, its MLflow ID, models:/NAME/VERSION "
+            "or models:/NAME@ALIAS"
+        )
+    found = tracking.find_run(uri, experiment, name)
+    if found is not None:
+        return found
+    if _ID.fullmatch(name):
+        return tracking.get_run(uri, name)
+    names = dict.fromkeys(run.name for run in tracking.list_runs(uri) if run.of(experiment))
+    raise SubjectError(
+        f"no run '{name}' in experiment '{experiment}' at {uri}; there are: {', '.join(names) or 'none'}"
+    )
+
+
+def _run_of(version: ModelVersion, uri: str) -> Tracker:
+    try:
+        return tracking.get_run(uri, version.run_id)
+    except TrackingError as error:
+        raise SubjectError(
+            f"the run of {version.uri} is gone, and a report shows what that recorded: {error}"
+        ) from error
+
+
+def _seen(version: ModelVersion) -> int:
+    text = version.tags.get("images_seen", "")
+    return int(text) if text.isdecimal() else -1

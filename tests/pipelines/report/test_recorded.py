@@ -1,0 +1,149 @@
+"""What is read of a run: every part that is there, and where one is damaged, all others."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+
+import pytest
+
+from pipelines import tracking
+from pipelines.checkpoints import Published
+from pipelines.config import compose
+from pipelines.report.gather import gather
+from pipelines.report.sections import sections
+from pipelines.report.subject import Subject
+from pipelines.search.study import StudyStore, TrialRecord
+from pipelines.storage import Storage, join
+from pipelines.tracking import ModelVersion
+from pipelines.training.goodput import Attempt, Session
+from pipelines.training.ledger import write_session
+from tests.pipelines.report.facts import BETTER, SCORES, VERDICT, picture
+
+RUN = "0123456789abcdef0123456789abcdef"
+PNG = picture(7).data
+
+
+@dataclass
+class Recorded:
+    """A run whose records lie in memory, under the names that a `Tracker` has."""
+
+    files: dict[str, bytes]
+    curves: dict[str, list[tuple[int, float]]]
+    tags: dict[str, str] = field(default_factory=dict)
+    uri: str = "http://127.0.0.1:9"
+    url: str = "http://127.0.0.1:9/#/runs/1"
+    run_id: str = RUN
+
+    def tag(self, key):
+        return self.tags.get(key)
+
+    def read_file(self, name):
+        return self.files[name]
+
+    def read_text(self, name):
+        return self.read_file(name).decode()
+
+    def names(self, folder):
+        return [name for name in self.files if name.startswith(f"{folder}/")]
+
+    def last_steps(self):
+        return {key: points[-1][0] for key, points in self.curves.items()}
+
+    def metric(self, key):
+        return self.curves[key]
+
+
+def grid(key: str, step: int) -> str:
+    return f"images/{key}+step+{step}+timestamp+1+0a.png"
+
+
+@pytest.fixture
+def config(tmp_path):
+    return compose(["+experiment=digits", "name=first", "storage=file", f"storage.root=file://{tmp_path}"])
+
+
+@pytest.fixture
+def tracker(config):
+    published = [
+        Published(f"{config.storage.root}/1", 500, "x", {"eval/frechet_distance": 6.0}, deleted=True),
+        Published(f"{config.storage.root}/2", 1000, "x", {"eval/frechet_distance": 3.2, "eval/frechet_low": 3.0}),
+    ]
+    files = {one.name: json.dumps(asdict(one)).encode() for one in published}
+    files |= {grid("samples", step): PNG for step in (0, 500, 1000)}
+    files |= {grid("evaluation", 1000): PNG, grid("nearest-training-images", 1000): PNG}
+    files["evaluation/000000001000-aa.json"] = json.dumps(SCORES.to_plain()).encode()
+    files["bound/000000001000-aa.json"] = b'{"timesteps": [1, 2, 2], "bits_per_dim": [2.0, 1.0, 0.1]}'
+    files["config.json"] = json.dumps(config.model_dump(mode="json")).encode()
+    curves = {"train/loss": [(100, 1.0), (200, 0.9), (200, 0.5)], "updates/lr": [(100, 0.1)]}
+    return Recorded(files, curves, {"ddpm.run": "first"})
+
+
+@pytest.fixture
+def read(config, tracker, monkeypatch):
+    """The facts of the run, as they are recorded now."""
+    storage = Storage()
+    attempt = Attempt(5.0, 95.0, 0, 1000, {"step": 70.0})
+    write_session(storage, join(config.storage.root, "runs", "first"), 1, Session(0.0, 100.0, (attempt,)))
+    champion = ModelVersion("digits", "1", "other", {"scores": json.dumps(BETTER.to_plain())}, ("champion",))
+    monkeypatch.setattr(tracking, "version", lambda *_, **__: champion)
+    gate = {"gate.champion.table": json.dumps(VERDICT.to_plain())}
+    version = ModelVersion("digits", "2", RUN, {"images_seen": "1000", **gate}, ())
+    return lambda: gather(Subject("first", tracker, version), config, storage)
+
+
+def test_every_part_of_a_run_is_read(read):
+    facts = read()
+    assert (facts.name, facts.version, facts.images_seen) == ("first", "models:/digits/2", 1000)
+    assert facts.goodput.fraction == pytest.approx(0.7)
+    assert [(p.x, p.y) for p in facts.curves["train/loss"]] == [(100, 1.0), (200, 0.5)]  # a step that came twice
+    assert [(p.x, p.y, p.low, p.high) for p in facts.curves["eval/frechet_distance"]] == [
+        (500, 6.0, None, None),  # of a checkpoint that is gone by now
+        (1000, 3.2, 3.0, None),
+    ]
+    assert facts.scores == SCORES
+    assert facts.champion == ("models:/digits/1", BETTER)
+    assert facts.verdicts == (VERDICT,)
+    assert [seen for seen, _ in facts.growth] == [0, 500, 1000]
+    assert facts.samples == facts.nearest == picture(7)
+    assert [p.y for p in facts.bound] == [2.0, 1.0, 0.1]
+    assert dict(facts.training)["learning rate"] == "0.002"
+
+
+def test_the_studies_of_this_run_and_of_no_other_are_read(read, config):
+    for name, run in (("own", RUN), ("others", "f" * 32)):
+        store = StudyStore.of(config, name)
+        subject = {"subject": json.dumps({"run_id": run})}
+        store.storage.write(join(store.uri, "study.json"), json.dumps(subject).encode())
+        scores = {"frechet_distance": 5.0, "evaluations": 18.0}
+        store.record(TrialRecord("t", {"guidance.scale": 2.0}, "finished", scores))
+    assert [tried.source for tried in read().tried if tried.evaluations] == ["study own"]
+
+
+def test_scores_that_do_not_compare_have_no_champion_beside_them_and_say_why(read, monkeypatch):
+    unlike = replace(BETTER, evaluator_digest="another")
+    champion = ModelVersion("digits", "1", "other", {"scores": json.dumps(unlike.to_plain())}, ("champion",))
+    monkeypatch.setattr(tracking, "version", lambda *_, **__: champion)
+    facts = read()
+    assert facts.champion is None
+    assert facts.champion_note.startswith("models:/digits/1, at the alias champion, was scored with another evaluator")
+
+
+DAMAGED = {
+    "config.json": (b"{", "the run's configuration"),
+    "evaluation/000000001000-aa.json": (b"{}", "the scores"),
+    "bound/000000001000-aa.json": (b"[]", "the terms of the bound"),
+    grid("samples", 500): (b"no picture", "the pictures"),
+    "checkpoints/000000001000.json": (b"null", "the published checkpoints"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_part_is_named_and_the_others_are_there(name, read, tracker):
+    content, what = DAMAGED[name]
+    tracker.files[name] = content
+    facts = read()
+    assert any(note.startswith(f"{what} could not be read: ") for note in facts.notes)
+    assert len(sections(facts)) >= 6
+    assert facts.goodput is not None
+    assert facts.verdicts == (VERDICT,)
