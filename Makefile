@@ -22,9 +22,12 @@ $(STAMP): pyproject.toml
 demo: $(STAMP) ## Train, evaluate and register a digits model on the local stack
 	$(BIN)/ddpm flow +experiment=digits --out demo-samples
 
+# Integration tests wait for services more than they compute: two streams, each with a stack of its own, take half the
+# time. Chaos tests come alone, for what they kill is to be missed by nobody else.
 test: $(STAMP) ## Unit and integration tests
 	$(BIN)/pytest -n auto -m '$(UNIT)' --cov=ddpm --cov-report=term:skip-covered
-	$(BIN)/pytest -m '(integration or chaos) and not slow and not gpu'
+	$(BIN)/pytest -n 2 --dist loadfile --timeout 600 -m 'integration and not chaos and not slow and not gpu'
+	$(BIN)/pytest -m 'chaos and not slow and not gpu'
 
 test-unit: $(STAMP) ## Unit tests only: no Ray, no network
 	$(BIN)/pytest -n auto -m '$(UNIT)'

@@ -46,7 +46,7 @@ class Shell:
             text=True,
         )
 
-    def __call__(self, *arguments: str, timeout: float = 280) -> Finished:
+    def __call__(self, *arguments: str, timeout: float = 550) -> Finished:
         process = self.start(*arguments)
         try:
             out, err = process.communicate(timeout=timeout)
