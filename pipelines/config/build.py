@@ -66,7 +66,7 @@ def timestep_sampler(config: Config) -> TimestepSampler:
     """Return the timestep sampler of a run, with an empty history."""
     objective = config.objective
     timesteps = chosen(objective, TIMESTEPS[objective.timesteps], f"{objective.timesteps}_")
-    return timesteps.make(config.schedule.num_steps, config.batch_size, config.seed)
+    return timesteps.make(noise_schedule(config), config.batch_size, config.seed)
 
 
 def sampling(config: Config) -> Sampling:

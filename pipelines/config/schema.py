@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from ddpm.models import NETWORKS, UNNAMED_NETWORK, UNetConfig
+from ddpm.timesteps import TIMESTEPS
 from pipelines.config.choices import Section
 from pipelines.config.launch import LaunchConfig
 
@@ -450,9 +451,20 @@ class Config(Section):
                 f"sampler.steps = {self.sampler.steps} exceeds schedule.num_steps = {self.schedule.num_steps}"
             )
         self._check_task()
+        self._check_bound()
         self._check_consistency()
         self._check_evaluation()
         return self
+
+    def _check_bound(self) -> None:
+        """Raise where a loss with the bound in it would be no estimate of the bound."""
+        objective = self.objective
+        if objective.loss in ("hybrid", "vlb") and not getattr(TIMESTEPS[objective.timesteps], "unbiased", True):
+            raise ValueError(
+                f"objective.timesteps = {objective.timesteps} makes the noise levels a part of the objective, and "
+                f"objective.loss = {objective.loss} has to be a mean over all of them: use uniform, stratified, "
+                "low_discrepancy or importance, or objective.loss=simple"
+            )
 
     def _check_consistency(self) -> None:
         objective, model = self.objective, self.model
@@ -541,9 +553,9 @@ class Config(Section):
         consistency = self.objective.loss == "consistency"  # its stages are parts of the run
         length = {"images": self.images} if self.optim.decay in ("linear", "cosine") or consistency else {}
         flat = flatten({**rest, **data, **length})
-        chosen = {self.model.kind, self.schedule.kind, self.objective.weight, self.objective.timesteps} - _FIRST_KINDS
-        whole = tuple(f"objective.{kind}_" for kind in chosen) + (("objective.consistency_",) if consistency else ())
-        whole += tuple(f"{name}." for name in ("model", "schedule") if getattr(self, name).kind in chosen)
+        later = {self.objective.weight, self.objective.timesteps} - _FIRST_KINDS
+        whole = tuple(f"objective.{kind}_" for kind in later) + (("objective.consistency_",) if consistency else ())
+        whole += tuple(f"{name}." for name in ("model", "schedule") if getattr(self, name).kind not in _FIRST_KINDS)
         return {
             key: value
             for key, value in flat.items()
