@@ -37,6 +37,7 @@ class Purpose(IntEnum):
     MASK = 7
     STRATUM = 8
     CAPTION = 9
+    FEATURES = 10
 
 
 def philox(

@@ -451,14 +451,19 @@ class Config(Section):
                 f"sampler.steps = {self.sampler.steps} exceeds schedule.num_steps = {self.schedule.num_steps}"
             )
         self._check_task()
-        self._check_bound()
+        self._check_loss()
         self._check_consistency()
         self._check_evaluation()
         return self
 
-    def _check_bound(self) -> None:
-        """Raise where a loss with the bound in it would be no estimate of the bound."""
+    def _check_loss(self) -> None:
+        """Raise where a loss and what it is averaged over, or divided by, do not go together."""
         objective = self.objective
+        if objective.learned_weight and objective.loss != "simple":
+            raise ValueError(
+                f"objective.learned_weight = True weighs a squared error by noise level, and objective.loss = "
+                f"{objective.loss} is none: use objective.loss=simple, or objective.learned_weight=false"
+            )
         if objective.loss in ("hybrid", "vlb") and not getattr(TIMESTEPS[objective.timesteps], "unbiased", True):
             raise ValueError(
                 f"objective.timesteps = {objective.timesteps} makes the noise levels a part of the objective, and "
@@ -524,6 +529,7 @@ class Config(Section):
             "model.learned_variance": model.learned_variance,
             "objective.loss": objective.loss != "simple",
             "objective.weight": objective.weight != "uniform",
+            "objective.learned_weight": objective.learned_weight,
         }
         wrong = [name for name, is_set in denoiser_only.items() if is_set]
         if wrong:
@@ -555,6 +561,7 @@ class Config(Section):
         flat = flatten({**rest, **data, **length})
         later = {self.objective.weight, self.objective.timesteps} - _FIRST_KINDS
         whole = tuple(f"objective.{kind}_" for kind in later) + (("objective.consistency_",) if consistency else ())
+        whole += ("objective.learned_weight_",) if self.objective.learned_weight else ()
         whole += tuple(f"{name}." for name in ("model", "schedule") if getattr(self, name).kind not in _FIRST_KINDS)
         return {
             key: value

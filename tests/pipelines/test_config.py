@@ -135,6 +135,7 @@ def test_every_shipped_choice_composes(group, choice):
         ),
         (["objective=consistency", "init_from=/m", "model.learned_variance=true"], r"simple trains none"),
         (["objective.loss=vlb", "objective.timesteps=log_normal"], r"loss = vlb has to be a mean over all of them"),
+        (["objective=consistency", "init_from=/m", "objective.learned_weight=true"], r"weighs a squared error"),
         (["task=classifier", "init_from=/m"], r"task = classifier has no use for init_from"),
         (["cluster.max_preemption_failures=-2"], "cluster.max_preemption_failures: .*greater than or equal to -1"),
         (["cluster.preemption_grace_s=-1"], "cluster.preemption_grace_s: .*greater than or equal to 0"),

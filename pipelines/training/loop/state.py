@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from ddpm.ema import EMA, PowerEMA
+from ddpm.learned_weight import LearnedWeight
 from ddpm.model import make_classifier
 from ddpm.models.unet import UNetConfig
 from ddpm.timesteps import TimestepSampler
-from pipelines.config import Config, OptimConfig, network_config, timestep_sampler
+from pipelines.config import Config, OptimConfig, learned_weight, network_config, timestep_sampler
 from pipelines.training.loop.collectives import broadcast, local_part
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.hardware import place_network, weight_dtype
@@ -39,6 +40,7 @@ class TrainingState:
         ema: the average of the weights that samples.
         power_ema: averages whose width is chosen after the training, where the configuration asks for them.
         timesteps: the timestep sampler, with its history where it learns from the losses.
+        learned_weight: the weight of the loss that is learned, where the configuration asks for one.
         loss_scale: the factor of the loss, 1 unless the precision is fp16.
         images_seen: the ordinal of the next batch's first sample.
         optimizer_steps: the number of updates made.
@@ -51,10 +53,16 @@ class TrainingState:
     ema: EMA
     power_ema: PowerEMA | None
     timesteps: TimestepSampler
+    learned_weight: LearnedWeight | None
     loss_scale: LossScale
     images_seen: int = 0
     optimizer_steps: int = 0
     skipped: int = 0
+
+    @property
+    def learns_from_losses(self) -> bool:
+        """Whether something beside the network learns, from the loss of every sample of the global batch."""
+        return self.timesteps.learns or self.learned_weight is not None
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor of the state by its name in a checkpoint: live ones, to read or overwrite in place."""
@@ -68,6 +76,8 @@ class TrainingState:
             for i, (shadow, low) in enumerate(zip(self.power_ema.shadows, self.power_ema.residuals, strict=True)):
                 found |= {f"power.{i}.{name}": tensor for name, tensor in shadow.items()}
                 found |= {f"{RESIDUAL}power.{i}.{name}": tensor for name, tensor in low.items()}
+        if self.learned_weight is not None:
+            found |= {f"learned_weight.{name}": tensor for name, tensor in self.learned_weight.state_dict().items()}
         found[LOSS_SCALE] = self.loss_scale.state
         return found | {f"timesteps.{name}": tensor for name, tensor in self.timesteps.state_dict().items()}
 
@@ -99,6 +109,7 @@ def make_state(context: RunContext) -> TrainingState:
         EMA(network, optim.ema_half_life),
         PowerEMA(network, optim.power_ema) if optim.power_ema else None,
         timestep_sampler(config),
+        learned_weight(config),
         LossScale(enabled=context.precision == "fp16"),
     )
 

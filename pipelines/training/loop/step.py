@@ -24,7 +24,7 @@ class StepResult:
     """The result of one step; the same on every rank.
 
     Attributes:
-        loss: mean over the global batch.
+        loss: mean over the global batch, before a learned weight.
         grad_norm: norm of the whole gradient before clipping.
         updated: False where loss or gradient norm is not finite, and the weights stayed as they were.
         stop: whether any rank asks to stop.
@@ -64,7 +64,7 @@ def step(
     config, device = context.config, context.device
 
     # Forward and backward. `sums` are added up over the ranks: the mean loss, and each sample's loss where one learns.
-    sums = torch.zeros(1 + (config.batch_size if state.timesteps.learns else 0), dtype=torch.float64, device=device)
+    sums = torch.zeros(1 + (config.batch_size if state.learns_from_losses else 0), dtype=torch.float64, device=device)
     texts = batch_texts(context, batch)
     parts = micro_batches(batch, config.batch_size, context.world_size, config.micro_batch_size)
     for part, weight, last in parts:
@@ -73,10 +73,13 @@ def step(
         with gradient_sync(state.wrapped, last):
             with autocast(context.precision, device):
                 each = losses(context, state.wrapped, part, t, texts)
-            loss = weight * (weights.to(each) * each).sum() / config.batch_size
+            loss = mean = weight * (weights.to(each) * each).sum() / config.batch_size
+            if state.learned_weight is not None:
+                factors = weights * state.learned_weight.factors(t)
+                loss = weight * (factors.to(each) * each).sum() / config.batch_size
             (loss * context.world_size * state.loss_scale.factor).backward()
-        sums[0] += loss.detach()
-        if state.timesteps.learns and weight:
+        sums[0] += mean.detach()
+        if state.learns_from_losses and weight:
             sums[1 + n - state.images_seen] = each.detach().double()
 
     # All-reduce flags and losses.
@@ -114,7 +117,7 @@ def _gradient_norm(network: nn.Module) -> Tensor:
 
 
 def _update_weights(context: RunContext, state: TrainingState, norm: Tensor, each: Tensor) -> None:
-    """Clip, step the optimizer, and pass the losses to a timestep sampler that learns.
+    """Clip, step the optimizer, and pass the losses to what learns from them.
 
     Args:
         norm: the norm of the gradient.
@@ -128,9 +131,12 @@ def _update_weights(context: RunContext, state: TrainingState, norm: Tensor, eac
         group["lr"] = learning_rate(config.optim, state.images_seen, config.images)
     state.optimizer.step()
     state.optimizer_steps += 1
-    if state.timesteps.learns:
+    if state.learns_from_losses:
         # On the device where the timesteps were drawn: another one's cumulative sums may round another way.
         ordinals = torch.arange(config.batch_size, device=each.device) + state.images_seen
+        if state.learned_weight is not None:  # before the sampler learns, and would draw others
+            t, weights = state.timesteps.sample(ordinals)
+            state.learned_weight.update(t, each, weights)
         state.timesteps.update(ordinals, each)
 
 
