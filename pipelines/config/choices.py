@@ -88,6 +88,9 @@ class ObjectiveSection(Section):
     learned_weight: bool = Field(
         False, description="divide the loss at each noise level by its mean, which is learned beside the network (EDM2)"
     )
+    noise_candidates: PositiveInt = Field(
+        1, description="draws of noise for each image, of which the nearest is used (immiscible diffusion); 1: one draw"
+    )
     mask: MaskKind = Field("any", description="kind of mask of the hidden pixels in inpainting training")
 
 

@@ -464,6 +464,12 @@ class Config(Section):
                 f"objective.learned_weight = True weighs a squared error by noise level, and objective.loss = "
                 f"{objective.loss} is none: use objective.loss=simple, or objective.learned_weight=false"
             )
+        if objective.loss in ("hybrid", "vlb") and objective.noise_candidates > 1:
+            raise ValueError(
+                f"objective.noise_candidates = {objective.noise_candidates} chooses noise by the image, and "
+                f"objective.loss = {objective.loss} is a bound for noise that is independent of it: use "
+                "objective.loss=simple, or objective.noise_candidates=1"
+            )
         if objective.loss in ("hybrid", "vlb") and not getattr(TIMESTEPS[objective.timesteps], "unbiased", True):
             raise ValueError(
                 f"objective.timesteps = {objective.timesteps} makes the noise levels a part of the objective, and "
@@ -530,6 +536,7 @@ class Config(Section):
             "objective.loss": objective.loss != "simple",
             "objective.weight": objective.weight != "uniform",
             "objective.learned_weight": objective.learned_weight,
+            "objective.noise_candidates": objective.noise_candidates > 1,
         }
         wrong = [name for name, is_set in denoiser_only.items() if is_set]
         if wrong:

@@ -136,6 +136,12 @@ def test_every_shipped_choice_composes(group, choice):
         (["objective=consistency", "init_from=/m", "model.learned_variance=true"], r"simple trains none"),
         (["objective.loss=vlb", "objective.timesteps=log_normal"], r"loss = vlb has to be a mean over all of them"),
         (["objective=consistency", "init_from=/m", "objective.learned_weight=true"], r"weighs a squared error"),
+        (["objective.loss=vlb", "objective.noise_candidates=2"], r"a bound for noise that is independent of it"),
+        (["objective.noise_candidates=0"], r"noise_candidates: .*greater than 0"),
+        (
+            ["task=classifier", "objective.noise_candidates=2"],
+            r"task = classifier has no use for objective\.noise_cand",
+        ),
         (["task=classifier", "init_from=/m"], r"task = classifier has no use for init_from"),
         (["cluster.max_preemption_failures=-2"], "cluster.max_preemption_failures: .*greater than or equal to -1"),
         (["cluster.preemption_grace_s=-1"], "cluster.preemption_grace_s: .*greater than or equal to 0"),
