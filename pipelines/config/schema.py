@@ -67,16 +67,19 @@ class DataConfig(Section):
 class OptimConfig(Section):
     """Optimizer, learning rate by images seen, and the average of the weights."""
 
-    kind: Literal["adamw", "radam"] = Field(
+    kind: Literal["adamw", "radam", "muon"] = Field(
         "adamw",
         description="the optimizer: AdamW, or RAdam, which rectifies the first steps' variance instead of warming up "
-        "(Liu et al. 2020)",
+        "(Liu et al. 2020), or Muon, which makes updates of hidden matrices orthogonal and leaves the rest to AdamW",
     )
     lr: PositiveFloat = Field(2e-4, description="learning rate after the warm-up, before any decay")
     betas: tuple[Fraction, Fraction] = Field(
         (0.9, 0.999), description="how slowly AdamW forgets: its averages of the gradient and of the gradient's square"
     )
     weight_decay: NonNegativeFloat = Field(0.0, description="AdamW's weight decay")
+    muon_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.95, description="how slowly Muon forgets: the momentum of hidden matrices"
+    )
     warmup_images: NonNegativeInt = Field(
         0, description="images over which the learning rate rises from 0 to optim.lr at the beginning of a run"
     )
@@ -449,6 +452,11 @@ class Config(Section):
         if self.sampler.steps > self.schedule.num_steps:
             raise ValueError(
                 f"sampler.steps = {self.sampler.steps} exceeds schedule.num_steps = {self.schedule.num_steps}"
+            )
+        if self.optim.kind == "muon" and self.cluster.parallel == "fsdp":
+            raise ValueError(
+                "optim.kind = muon works on whole matrices, and cluster.parallel = fsdp leaves each worker a part of "
+                "them: use cluster.parallel=ddp, or optim.kind=adamw"
             )
         self._check_task()
         self._check_loss()

@@ -15,6 +15,7 @@ from ddpm.ema import EMA, PowerEMA
 from ddpm.learned_weight import LearnedWeight
 from ddpm.model import make_classifier
 from ddpm.models.unet import UNetConfig
+from ddpm.muon import Muon, hidden_matrices
 from ddpm.timesteps import TimestepSampler
 from pipelines.config import Config, OptimConfig, learned_weight, network_config, timestep_sampler
 from pipelines.training.loop.collectives import broadcast, local_part
@@ -36,7 +37,7 @@ class TrainingState:
     Attributes:
         network: the bare network, whole or (FSDP2) this rank's part of it.
         wrapped: the module that a step calls: the network compiled, inside DDP, or (FSDP2) itself.
-        optimizer: AdamW or RAdam.
+        optimizer: AdamW, RAdam or Muon.
         ema: the average of the weights that samples.
         power_ema: averages whose width is chosen after the training, where the configuration asks for them.
         timesteps: the timestep sampler, with its history where it learns from the losses.
@@ -105,7 +106,9 @@ def make_state(context: RunContext) -> TrainingState:
     return TrainingState(
         network,
         wrap(network, config.cluster, device),
-        make_optimizer(network, optim),
+        make_optimizer(
+            network, optim, torch.bfloat16 if context.precision == "bf16" and device.type == "cuda" else None
+        ),
         EMA(network, optim.ema_half_life),
         PowerEMA(network, optim.power_ema) if optim.power_ema else None,
         timestep_sampler(config),
@@ -123,16 +126,26 @@ def make_network(config: Config) -> nn.Module:
     return make_classifier(shape, config.data.num_classes)
 
 
-def make_optimizer(network: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+def make_optimizer(
+    network: nn.Module, optim: OptimConfig, muon_dtype: torch.dtype | None = None
+) -> torch.optim.Optimizer:
     """Return an optimizer that has its state already, so that checkpoints of all steps have the same tensors.
 
-    It is a fused AdamW, or RAdam with AdamW's weight decay.
+    It is a fused AdamW, or RAdam with AdamW's weight decay, or Muon with AdamW for what is no hidden matrix.
+
+    Args:
+        muon_dtype: what Muon makes matrices orthogonal in; None: the dtype of the weights.
     """
     parameters = [p for p in network.parameters() if p.requires_grad]
     settings: dict[str, Any] = {"lr": 0.0, "betas": optim.betas, "weight_decay": optim.weight_decay}
     optimizer: torch.optim.Optimizer
     if optim.kind == "radam":
         optimizer = torch.optim.RAdam(parameters, **settings, decoupled_weight_decay=True)
+    elif optim.kind == "muon":
+        matrices = hidden_matrices(network)
+        ids = {id(matrix) for matrix in matrices}
+        others = [parameter for parameter in parameters if id(parameter) not in ids]
+        optimizer = Muon(matrices, others, **settings, momentum=optim.muon_momentum, dtype=muon_dtype)
     else:
         optimizer = torch.optim.AdamW(parameters, **settings, fused=True)
     # A step with zero gradients at rate 0 creates the state and changes no weight.
