@@ -73,6 +73,11 @@ class OptimConfig(Section):
         "(Liu et al. 2020), or Muon, which makes updates of hidden matrices orthogonal and leaves the rest to AdamW",
     )
     lr: PositiveFloat = Field(2e-4, description="learning rate after the warm-up, before any decay")
+    lr_scaling: tuple[Literal["sqrt", "linear"], PositiveInt] | None = Field(
+        None,
+        description="[sqrt, N] or [linear, N]: optim.lr is for batches of N images, and grows with batch_size / N by "
+        "its root or by itself. null: optim.lr is for every batch size",
+    )
     betas: tuple[Fraction, Fraction] = Field(
         (0.9, 0.999), description="how slowly AdamW forgets: its averages of the gradient and of the gradient's square"
     )

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from pipelines.config import OptimConfig
+from pipelines.config import Config, OptimConfig
 from pipelines.shards.read import Batch
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.hardware import autocast
@@ -128,7 +128,7 @@ def _update_weights(context: RunContext, state: TrainingState, norm: Tensor, eac
         parameters = [p for p in state.network.parameters() if p.requires_grad]
         nn.utils.clip_grads_with_norm_(parameters, config.optim.grad_clip, norm)
     for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(config.optim, state.images_seen, config.images)
+        group["lr"] = learning_rate(config, state.images_seen)
     state.optimizer.step()
     state.optimizer_steps += 1
     if state.learns_from_losses:
@@ -140,12 +140,13 @@ def _update_weights(context: RunContext, state: TrainingState, norm: Tensor, eac
         state.timesteps.update(ordinals, each)
 
 
-def learning_rate(optim: OptimConfig, images_seen: int, images: int) -> float:
-    """Return the learning rate as a function of images seen: linear warm-up, then the decay.
+def learning_rate(config: Config, images_seen: int) -> float:
+    """Return the learning rate as a function of images seen: scaled by the batch, linear warm-up, then the decay.
 
     "linear" and "cosine" end at 2 % of it with the run; "inverse_sqrt" falls from `decay_images` on (Karras et al.
     2024, eq. 67), whatever the run's length.
     """
+    optim, images = config.optim, config.images
     warmup = min(1.0, (images_seen + 1) / optim.warmup_images) if optim.warmup_images else 1.0
     left = max(0.0, 1 - images_seen / images)
     decay = {
@@ -154,7 +155,20 @@ def learning_rate(optim: OptimConfig, images_seen: int, images: int) -> float:
         "cosine": max(0.5 - 0.5 * math.cos(math.pi * left), 0.02),
         "inverse_sqrt": max(images_seen / optim.decay_images, 1.0) ** -0.5,
     }[optim.decay]
-    return optim.lr * warmup * decay
+    return peak_learning_rate(config) * warmup * decay
+
+
+def peak_learning_rate(config: Config) -> float:
+    """Return the learning rate after the warm-up and before any decay, for the batch size of the run.
+
+    "linear" keeps the sum of the updates over an epoch (Goyal et al. 2017, sec. 2.1, for SGD), "sqrt" what noise in the
+    gradient adds to it (Malladi et al. 2022, for Adam).
+    """
+    if config.optim.lr_scaling is None:
+        return config.optim.lr
+    rule, reference = config.optim.lr_scaling
+    ratio = config.batch_size / reference
+    return config.optim.lr * (ratio if rule == "linear" else math.sqrt(ratio))
 
 
 class SkipGuard:
