@@ -1,4 +1,4 @@
-"""A weight of the loss by noise level that is learned beside the network (EDM2: Karras et al. 2024a, app. B).
+"""A weight of the loss by noise level that is learned beside the network (EDM2: Karras et al. 2024a, eq. 14-16, 21).
 
 The network minimises E[L / e^u(k) + u(k)], where L is a sample's weighted loss at k = sigma_t / alpha_t and u is a
 linear function of random Fourier features of ln(k) / 4 (after Kendall et al. 2018, "Multi-Task Learning Using

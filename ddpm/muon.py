@@ -41,7 +41,7 @@ def orthogonalized(matrix: Tensor, dtype: torch.dtype, steps: int = STEPS) -> Te
     return (x.T if len(matrix) > matrix.shape[1] else x).to(matrix.dtype)
 
 
-def hidden_matrices(network: nn.Module) -> list[nn.Parameter]:
+def hidden_matrices(network: nn.Module) -> list[Tensor]:
     """Return the weights of a network's hidden linear layers and convolutions: all but those of its first and last one.
 
     First and last are meant in the order of their definition. Embeddings, norms and biases are no hidden matrices.
@@ -70,8 +70,8 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        matrices: Iterable[nn.Parameter],
-        others: Iterable[nn.Parameter],
+        matrices: Iterable[Tensor],
+        others: Iterable[Tensor],
         *,
         lr: float,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -79,19 +79,23 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         dtype: torch.dtype | None = None,
     ) -> None:
+        rest = list(others)
+        groups: list[dict[str, Any]] = [{"params": list(matrices)}, {"params": rest}]
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         self.dtype, self.adamw = dtype, None
-        groups = [{"params": list(matrices), "muon": True}, {"params": list(others), "muon": False}]
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": betas})
-        if groups[1]["params"]:
-            self.adamw = torch.optim.AdamW(
-                groups[1]["params"], lr=lr, betas=betas, weight_decay=weight_decay, fused=True
-            )
+        if rest:
+            self.adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
             self.adamw.state = self.state  # one state by parameter for whoever stores it
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update all parameters that have a gradient; a closure is not supported."""
-        assert closure is None
+        """Update all parameters that have a gradient.
+
+        Raises:
+            ValueError: there is a closure, which an optimizer of two parts would call twice.
+        """
+        if closure is not None:
+            raise ValueError("Muon takes no closure: compute the gradients before the step")
         matrices, others = self.param_groups
         for parameter in matrices["params"]:
             if parameter.grad is not None:
@@ -107,6 +111,6 @@ class Muon(torch.optim.Optimizer):
         buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
         ahead = gradient.add(buffer, alpha=group["momentum"])
         matrix = ahead.flatten(1)
-        update = orthogonalized(matrix, self.dtype or matrix.dtype).view(parameter.shape)
+        update = orthogonalized(matrix, self.dtype or matrix.dtype).reshape(parameter.shape)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update, alpha=-group["lr"] * RMS * math.sqrt(max(matrix.shape)))

@@ -35,14 +35,15 @@ def test_the_scale_of_a_gradient_does_not_matter_and_no_gradient_is_no_update():
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_a_convolution_is_updated_as_the_matrix_by_which_it_multiplies_patches(memory_format):
-    weight = random(6, 4, 3, 3, dtype=torch.float64)
+@pytest.mark.parametrize("width", [6, 40])
+def test_a_convolution_is_updated_as_the_matrix_by_which_it_multiplies_patches(memory_format, width):
+    weight = random(width, 4, 3, 3, dtype=torch.float64)
     conv = nn.Parameter(weight.clone(memory_format=memory_format))
     flat = nn.Parameter(weight.flatten(1).clone())
     settings = {"lr": 0.1, "weight_decay": 0.01, "momentum": 0.9}
     one, other = Muon([conv], [], **settings), Muon([flat], [], **settings)
     for step in range(3):
-        gradient = random(6, 4, 3, 3, dtype=torch.float64, seed=step)
+        gradient = random(width, 4, 3, 3, dtype=torch.float64, seed=step)
         conv.grad, flat.grad = gradient.clone(memory_format=memory_format), gradient.flatten(1)
         one.step()
         other.step()
@@ -57,7 +58,7 @@ def test_an_update_is_that_of_torch_up_to_the_precision_of_its_iteration():
         weight.grad, mine.grad = random(12, 30, seed=step), random(12, 30, seed=step)
         torchs.step()
         ours.step()
-    torch.testing.assert_close(mine.detach(), weight.detach(), rtol=0, atol=2e-3)
+    torch.testing.assert_close(mine.detach(), weight.detach(), rtol=0, atol=4e-3)
     assert (mine.detach() - random(12, 30)).abs().mean() > 0.01
 
 
@@ -79,7 +80,7 @@ def test_parameters_that_are_no_hidden_matrices_are_those_of_adamw_bit_for_bit()
 @pytest.mark.parametrize(
     "kind, settings, edges",
     [
-        ("unet", {"channels": (32,), "attention": (True,)}, ("conv_in", "conv_out")),
+        ("unet", {"channels": (64,), "attention": (True,)}, ("conv_in", "conv_out")),
         ("dit", {"width": 32, "depth": 2, "heads": 2}, ("patch_embedding", "linear_out")),
     ],
 )

@@ -54,7 +54,10 @@ CONSISTENCY = ["objective=consistency", "objective.prediction=v", "optim=radam",
         ["objective.timesteps=importance", "schedule.num_steps=4", "sampler.steps=2"],
         CONSISTENCY,
         [*CONSISTENCY, "objective.consistency_guidance=2"],
-        ["objective=edm", "objective.learned_weight=true", "objective.noise_candidates=3", "optim.kind=muon"],
+        [
+            *("objective=edm", "objective.prediction=x0_skip", "objective.learned_weight=true"),
+            *("objective.noise_candidates=3", "optim.kind=muon"),
+        ],
     ],
     ids=["hybrid", "min_snr", "vlb", "inpainting", "importance", "consistency", "guided consistency", "methods"],
 )
