@@ -582,6 +582,7 @@ class Config(Section):
         later = {self.objective.weight, self.objective.timesteps} - _FIRST_KINDS
         whole = tuple(f"objective.{kind}_" for kind in later) + (("objective.consistency_",) if consistency else ())
         whole += ("objective.learned_weight_",) if self.objective.learned_weight else ()
+        whole += ("optim.muon_",) if self.optim.kind == "muon" else ()
         whole += tuple(f"{name}." for name in ("model", "schedule") if getattr(self, name).kind not in _FIRST_KINDS)
         return {
             key: value

@@ -217,9 +217,11 @@ def test_the_stages_of_consistency_tuning_are_parts_of_the_run_and_so_of_its_ide
 def test_settings_of_a_later_kind_are_part_of_the_identity_of_its_runs_and_of_no_others():
     kinds = compose(["objective.timesteps=log_normal", "objective.weight=edm"]).identity()
     assert (kinds["objective.log_normal_p_mean"], kinds["objective.edm_sigma_data"]) == (-1.2, 0.5)
+    others = compose(["objective.learned_weight=true", "optim.kind=muon"]).identity()
+    assert (others["objective.learned_weight_lr"], others["optim.muon_momentum"]) == (0.01, 0.95)
     schedule = compose(["schedule=edm"]).identity()  # a schedule and a weight may have one name
     assert "schedule.rho" in schedule
-    assert not any(name.startswith(("objective.log_normal", "objective.edm")) for name in schedule)
+    assert not any(name.startswith(("objective.log_normal", "objective.edm", "optim.muon")) for name in schedule)
 
 
 def test_flatten_joins_paths():
