@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--methods", default=",".join(METHODS), help="names, separated by commas (default: all)")
     parser.add_argument("--part", default="1/1", help="I/N: every N-th row from the I-th on")
     parser.add_argument("--work", type=Path, default=ROOT / ".ddpm" / "methods", help="keeps results")
-    parser.add_argument("--quick", action="store_true", help="two steps of every training: a test of all parts")
+    parser.add_argument("--quick", action="store_true", help="four steps of every training: a test of all parts")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     plan = make_plan(options)
