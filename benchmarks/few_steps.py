@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.digits.data import Digits, load_digits
+from benchmarks.images import trained
 from benchmarks.results import ROOT, commit, publish
 from benchmarks.single_pass import Generator, Vae, train_gan, train_vae
 from ddpm.bound import variational_bound
@@ -42,8 +43,7 @@ from pipelines.search.judge import measured_frechet
 from pipelines.shards.read import Batch
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.speed import made_up_job
-from pipelines.training.loop.state import load_weights, make_network, make_state
-from pipelines.training.loop.step import step
+from pipelines.training.loop.state import make_network
 
 SHAPE = (1, 8, 8)
 SEED, SEARCH_SEED = 1, 1_000
@@ -71,8 +71,8 @@ def main(arguments: list[str] | None = None) -> None:
         "teacher": compose([*TEACHER, f"images={_batches(options.teacher_images * scale)}"]),
         "student": compose([*STUDENT, f"images={_batches(options.student_images * scale)}"]),
     }
-    teacher, teacher_s = trained(work, "teacher", configs["teacher"], digits, None)
-    student, student_s = trained(work, "student", configs["student"], digits, teacher)
+    teacher, teacher_s = kept(work, "teacher", configs["teacher"], digits, None)
+    student, student_s = kept(work, "student", configs["student"], digits, teacher)
     table = Table(configs["teacher"], teacher, student, digits, samples)
     table.few_steps()
     table.chosen_steps()
@@ -96,7 +96,7 @@ def _batches(images: float) -> int:
     return max(1, round(images / 128)) * 128
 
 
-def trained(
+def kept(
     work: Path, name: str, config: Config, digits: Digits, start: dict[str, Tensor] | None
 ) -> tuple[dict[str, Tensor], float | None]:
     """Return the averaged weights of a training, and its seconds where it is run now.
@@ -107,22 +107,9 @@ def trained(
     path = work / f"{name}-{config.images}.safetensors"
     if path.exists():
         return load_file(path), None
-    context = RunContext.of(made_up_job(config), rank=0, world_size=1, device=torch.device("cpu"))
-    state = make_state(context)
-    if start is not None:
-        load_weights(state, start, context.device)
-    order, epoch, began = torch.empty(0, dtype=torch.long), 0, time.perf_counter()
-    size = config.batch_size
-    for seen in range(0, config.images, size):
-        while len(order) < size:
-            generator = torch.Generator().manual_seed(config.seed + epoch)
-            order, epoch = torch.cat([order, torch.randperm(len(digits.train), generator=generator)]), epoch + 1
-        index, order = order[:size], order[size:]
-        batch = Batch(torch.arange(seen, seen + size), digits.train[index], digits.train_labels[index])
-        result = step(context, state, batch)
-        if seen // size % 50 == 0:
-            print(f"{name}: {seen:,} of {config.images:,} images, loss {result.loss:.4f}", flush=True)
-    weights = {key: value.clone() for key, value in state.ema.shadow.items()}
+    began = time.perf_counter()
+    images = Batch(torch.arange(len(digits.train)), digits.train, digits.train_labels)
+    weights = trained(config, images, start, say=lambda text: print(f"{name}: {text}", flush=True))
     save_file(weights, path)
     return weights, time.perf_counter() - began
 

@@ -221,7 +221,7 @@ def ours(network: UNet, x_0: Tensor, method: Method) -> Step:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     forward: Any = torch.compile(network) if method.compile else network
     schedule, objective, ema = make_schedule("linear"), Objective(prediction="eps"), EMA(network, half_life=500_000)
-    timesteps = UniformTimesteps().make(schedule.num_steps, 1, seed=0)
+    timesteps = UniformTimesteps().make(schedule, 1, seed=0)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
     batch, seen = len(x_0), 0
 

@@ -37,6 +37,7 @@ class Purpose(IntEnum):
     MASK = 7
     STRATUM = 8
     CAPTION = 9
+    FEATURES = 10
 
 
 def philox(
@@ -57,12 +58,13 @@ def philox(
     return c0, c1, c2, c3
 
 
-def words(seed: Seed, ordinals: Tensor, purpose: Purpose, count: int) -> Tensor:
+def words(seed: Seed, ordinals: Tensor, purpose: Purpose, count: int, *, draw: int = 0) -> Tensor:
     """Return `count` random 32-bit words for each ordinal, int64 [len(ordinals), count].
 
     Args:
         seed: one in [0, 2^64), or int64 [B] with one in [0, 2^63) for each ordinal.
         ordinals: int64 [B], non-negative.
+        draw: which one of independent draws of so many words, >= 0.
 
     Raises:
         ValueError: a seed is out of range, or the number of seeds is not that of the ordinals.
@@ -76,7 +78,7 @@ def words(seed: Seed, ordinals: Tensor, purpose: Purpose, count: int) -> Tensor:
     elif not 0 <= seed < 1 << 64:
         raise ValueError(f"seed must be in [0, 2^64), got {seed}")
     n = ordinals.long().unsqueeze(1)
-    blocks = torch.arange((count + 3) // 4, device=n.device).unsqueeze(0)
+    blocks = (torch.arange((count + 3) // 4, device=n.device) + draw * ((count + 3) // 4)).unsqueeze(0)
     zero = torch.zeros_like(n + blocks)
     out = philox((zero + blocks, zero + int(purpose), zero + (n & _MASK), zero + (n >> 32)), (seed & _MASK, seed >> 32))
     return torch.stack(out, dim=-1).flatten(1)[:, :count]
@@ -87,10 +89,14 @@ def uniform(seed: Seed, ordinals: Tensor, purpose: Purpose, count: int = 1) -> T
     return (words(seed, ordinals, purpose, count).double() + 0.5) * 2.0**-32
 
 
-def normal(seed: Seed, ordinals: Tensor, purpose: Purpose, shape: tuple[int, ...]) -> Tensor:
-    """Return standard normal float32 numbers [B, *shape] by Box and Muller (1958), independent of the batch."""
+def normal(seed: Seed, ordinals: Tensor, purpose: Purpose, shape: tuple[int, ...], *, draw: int = 0) -> Tensor:
+    """Return standard normal float32 numbers [B, *shape] by Box and Muller (1958), independent of the batch.
+
+    Args:
+        draw: which one of independent draws of this shape; see `words`.
+    """
     count = math.prod(shape)
-    bits = words(seed, ordinals, purpose, count + count % 2)
+    bits = words(seed, ordinals, purpose, count + count % 2, draw=draw)
     pairs = ((bits.double() + 0.5) * 2.0**-32).float().unflatten(1, (-1, 2))
     # float32 rounds values within 2^-25 of 1 up to 1, where the radius is 0, which is harmless; log never gets 0.
     radius = torch.sqrt(-2 * pairs[..., 0].log())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ddpm.noise import Purpose, integers, uniform, words
 from ddpm.registry import Registry
+from ddpm.schedule import NoiseSchedule
 from ddpm.settings import Settings, setting
 
 
@@ -26,7 +27,8 @@ class TimestepSampler(Protocol):
     def sample(self, ordinals: Tensor) -> tuple[Tensor, Tensor]:
         """Return (t in 1..T, int64 [B]; the weight of each sample's loss, float64 [B]) for ordinals int64 [B].
 
-        The weights make it unbiased: E[weight L_t] is the mean of L_t over uniform t.
+        The weights make it unbiased: E[weight L_t] is the mean of L_t over uniform t. Those of a sampler whose settings
+        say `unbiased = False` are 1: how often a timestep is drawn is part of the objective then.
         """
 
     def update(self, ordinals: Tensor, losses: Tensor) -> None:
@@ -37,13 +39,16 @@ class TimestepSampler(Protocol):
 
 
 class Timesteps(Protocol):
-    """The settings of a timestep sampler."""
+    """The settings of a timestep sampler.
 
-    def make(self, num_steps: int, batch_size: int, seed: int) -> TimestepSampler:
+    A class may say `unbiased: ClassVar[bool] = False`; see `TimestepSampler.sample`.
+    """
+
+    def make(self, schedule: NoiseSchedule, batch_size: int, seed: int) -> TimestepSampler:
         """Return the timestep sampler of a run.
 
         Args:
-            num_steps: T of the schedule.
+            schedule: of T steps; its noise levels matter only to samplers that are defined by them.
             batch_size: global batch size; batch i has the ordinals from i batch_size to (i + 1) batch_size - 1.
             seed: seed of the run.
         """
@@ -66,9 +71,9 @@ class _Fixed:
 class UniformTimesteps(Settings):
     """t uniform in 1..T, independently for each sample (DDPM, Ho et al. 2020, algorithm 1)."""
 
-    def make(self, num_steps: int, batch_size: int, seed: int) -> TimestepSampler:
+    def make(self, schedule: NoiseSchedule, batch_size: int, seed: int) -> TimestepSampler:
         """See `Timesteps`."""
-        return _Uniform(num_steps, seed)
+        return _Uniform(schedule.num_steps, seed)
 
 
 @dataclass(frozen=True)
@@ -91,9 +96,9 @@ class StratifiedTimesteps(Settings):
     of (seed, ordinal), independent of how the batch is split over ranks.
     """
 
-    def make(self, num_steps: int, batch_size: int, seed: int) -> TimestepSampler:
+    def make(self, schedule: NoiseSchedule, batch_size: int, seed: int) -> TimestepSampler:
         """See `Timesteps`."""
-        return _Stratified(num_steps, batch_size, seed)
+        return _Stratified(schedule.num_steps, batch_size, seed)
 
 
 @dataclass(frozen=True)
@@ -103,10 +108,15 @@ class _Stratified(_Fixed):
     seed: int
 
     def sample(self, ordinals: Tensor) -> tuple[Tensor, Tensor]:
-        strata = permuted_places(self.seed, ordinals, self.batch_size)
-        u = (strata + uniform(self.seed, ordinals, Purpose.TIMESTEP)[:, 0]) / self.batch_size
+        u = stratified(self.seed, ordinals, self.batch_size)
         t = (u * self.num_steps).long().clamp(max=self.num_steps - 1) + 1
         return t, torch.ones_like(t, dtype=torch.float64)
+
+
+def stratified(seed: int, ordinals: Tensor, batch_size: int) -> Tensor:
+    """Return a uniform number in (0, 1) for each sample, float64 [B], with one in each stratum of a global batch."""
+    strata = permuted_places(seed, ordinals, batch_size)
+    return (strata + uniform(seed, ordinals, Purpose.TIMESTEP)[:, 0]) / batch_size
 
 
 def permuted_places(seed: int, ordinals: Tensor, batch_size: int) -> Tensor:
@@ -130,9 +140,9 @@ class LowDiscrepancyTimesteps(Settings):
     random permutation of the batch. `StratifiedTimesteps` instead draws a random place within each stratum.
     """
 
-    def make(self, num_steps: int, batch_size: int, seed: int) -> TimestepSampler:
+    def make(self, schedule: NoiseSchedule, batch_size: int, seed: int) -> TimestepSampler:
         """See `Timesteps`."""
-        return _LowDiscrepancy(num_steps, batch_size, seed)
+        return _LowDiscrepancy(schedule.num_steps, batch_size, seed)
 
 
 @dataclass(frozen=True)
@@ -150,6 +160,54 @@ class _LowDiscrepancy(_Fixed):
 
 
 @dataclass(frozen=True)
+class LogNormalTimesteps(Settings):
+    """ln k ~ N(p_mean, p_std^2) for k = sigma_t / alpha_t, stratified over every global batch (EDM's training noise).
+
+    The distribution of Karras et al. (2022), sec. 5 and table 1, on a schedule's discrete levels: a timestep has the
+    probability of the values of ln k that are nearest to its own, so the first and the last one have what lies beyond.
+    Losses are not weighted back to uniform timesteps: which levels are drawn is a part of the objective, as there.
+    """
+
+    unbiased: ClassVar[bool] = False
+
+    p_mean: float = setting(-1.2, "mean of ln(sigma / alpha) of the trained noise levels; the paper's is for [-1, 1]")
+    p_std: float = setting(1.2, "standard deviation of ln(sigma / alpha) of the trained noise levels", gt=0)
+    uniform_fraction: float = setting(
+        0.0, "share of the samples that is drawn uniformly over all timesteps; 0 is the paper's", ge=0, lt=1
+    )
+
+    def make(self, schedule: NoiseSchedule, batch_size: int, seed: int) -> TimestepSampler:
+        """See `Timesteps`."""
+        return _ByProbability(self.probability_below(schedule), batch_size, seed)
+
+    def probability_below(self, schedule: NoiseSchedule) -> Tensor:
+        """Return the probability of a timestep <= t for t = 1..T - 1, float64 [T - 1]."""
+        log_k = -schedule.log_snr(torch.arange(1, schedule.num_steps + 1)) / 2
+        edges = (log_k[:-1] + log_k[1:]) / 2  # infinite before a T without signal, which is never drawn then
+        below = torch.special.ndtr((edges - self.p_mean) / self.p_std)
+        evenly = torch.arange(1, schedule.num_steps, dtype=torch.float64) / schedule.num_steps
+        return (1 - self.uniform_fraction) * below + self.uniform_fraction * evenly
+
+
+@dataclass(frozen=True)
+class _ByProbability(_Fixed):
+    """Timesteps of given probabilities, stratified over every global batch.
+
+    Attributes:
+        below: probability of a timestep <= t for t = 1..T - 1.
+    """
+
+    below: Tensor
+    batch_size: int
+    seed: int
+
+    def sample(self, ordinals: Tensor) -> tuple[Tensor, Tensor]:
+        u = stratified(self.seed, ordinals, self.batch_size)
+        t = torch.searchsorted(self.below.to(u.device), u, right=True) + 1
+        return t, torch.ones_like(t, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
 class ImportanceTimesteps(Settings):
     """t with probability proportional to sqrt(E[L_t^2]) over the last losses (Improved DDPM, sec. 3.3, eq. 18).
 
@@ -159,9 +217,9 @@ class ImportanceTimesteps(Settings):
     history: int = setting(10, "number of last losses kept for each timestep", ge=1)
     uniform_fraction: float = setting(1e-3, "share of the probability that is uniform over all timesteps", ge=0, lt=1)
 
-    def make(self, num_steps: int, batch_size: int, seed: int) -> ImportanceSampler:
+    def make(self, schedule: NoiseSchedule, batch_size: int, seed: int) -> ImportanceSampler:
         """See `Timesteps`."""
-        return ImportanceSampler(num_steps, seed, self.history, self.uniform_fraction)
+        return ImportanceSampler(schedule.num_steps, seed, self.history, self.uniform_fraction)
 
 
 class ImportanceSampler:
@@ -239,5 +297,6 @@ TIMESTEPS: Registry[type[Timesteps]] = Registry(
         "stratified": StratifiedTimesteps,
         "importance": ImportanceTimesteps,
         "low_discrepancy": LowDiscrepancyTimesteps,
+        "log_normal": LogNormalTimesteps,
     },
 )

@@ -81,11 +81,38 @@ class P2(Settings):
         }[prediction]
 
 
+@dataclass(frozen=True)
+class EDM(Settings):
+    """EDM's weight (Karras et al. 2022, table 1): (k^2 + s^2) / (k s)^2 on the x_0 error, with k = sigma_t / alpha_t.
+
+    That is 1 / s^2 + SNR. It gives an output the same weight at every level where that output is the paper's: 1 for v
+    with s = 1, whose x_0 is EDM's skip connection for data of that standard deviation, and 1 / 0.5^2 for "x0_skip" with
+    s = 0.5. The paper draws the levels by `LogNormalTimesteps`.
+    """
+
+    sigma_data: float = setting(0.5, "standard deviation of the data, s of the weight 1 / s^2 + SNR", gt=0)
+
+    def __call__(self, schedule: NoiseSchedule, t: Tensor, prediction: Parameterization) -> Tensor:
+        """See `Weight`."""
+        check_parameterization(prediction)
+        alpha_bar, inverse = schedule.alpha_bar(t), self.sigma_data**-2
+        sigma2 = 1 - alpha_bar
+        # The x_0 error is sigma / alpha times that of eps, sigma times that of v, sigma^2 / alpha times that of score.
+        eps = 1 + inverse * sigma2 / alpha_bar
+        return {
+            "x0": inverse + alpha_bar / sigma2,
+            "v": alpha_bar + inverse * sigma2,
+            "eps": eps,
+            "score": eps * sigma2,
+            "x0_skip": (inverse + alpha_bar / sigma2) * _skip_share(alpha_bar),
+        }[prediction]
+
+
 def _skip_share(alpha_bar: Tensor) -> Tensor:
     """Return the squared factor from an output of "x0_skip" to its x_0."""
     return skip_coefficients(alpha_bar.sqrt(), (1 - alpha_bar).sqrt())[1].square()
 
 
 WEIGHTS: Registry[type[Weight]] = Registry(
-    "weight of the loss", "ddpm.weights", {"uniform": Uniform, "min_snr": MinSNR, "p2": P2}
+    "weight of the loss", "ddpm.weights", {"uniform": Uniform, "min_snr": MinSNR, "p2": P2, "edm": EDM}
 )

@@ -8,14 +8,13 @@ from pathlib import Path
 
 from torch import Tensor
 
+from benchmarks.images import load_images
 from ddpm.conditioning import Conditioning
 from ddpm.noise import Purpose, integers
 from ddpm.quality import FeatureMoments
 from pipelines.config import compose
-from pipelines.evaluation.evaluators import Evaluator, open_evaluator, reference_part
-from pipelines.evaluation.images import to_levels
+from pipelines.evaluation.evaluators import Evaluator
 from pipelines.shards.ingest.write import ingest
-from pipelines.shards.read import opened_split, read_split
 from pipelines.storage import Storage
 from pipelines.text import DEFAULT_ENCODER, TextEncoder
 
@@ -41,19 +40,12 @@ def load_digits(work: Path) -> Digits:
     storage = Storage()
     uri = f"file://{work.resolve()}/data"
     dataset = ingest("digits", uri, storage, image_size=8, channels=1).dataset
-    splits = {}
-    for split in ("train", "test"):
-        with opened_split(dataset, split, storage, str(work / "cache"), 1.0) as reader:
-            splits[split] = read_split(reader)
-    places = [f"storage.root=file://{work.resolve()}", f"data.cache_dir={work.resolve()}/cache"]
-    config = compose(["+experiment=digits", "storage=file", *places])
-    evaluator = open_evaluator(config, dataset, storage)
-    train, test = splits["train"], splits["test"]
+    places = [f"storage.root=file://{work.resolve()}", f"data.cache_dir={work.resolve()}/cache", "data.cache_gib=1"]
+    real = load_images(compose(["+experiment=digits", "storage=file", *places]), dataset, storage)
+    train, test = real.train, real.test
     assert train.labels is not None
     assert test.labels is not None
-    unseen = reference_part(evaluator.share, dataset, storage, train)
-    reference = FeatureMoments.of(evaluator.encoder(to_levels(unseen.images)).features)
-    return Digits(train.images, train.labels, test.images, test.labels, evaluator, reference)
+    return Digits(train.images, train.labels, test.images, test.labels, real.evaluator, real.reference)
 
 
 @dataclass(frozen=True)

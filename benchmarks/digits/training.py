@@ -56,7 +56,7 @@ def fit(
     """Return the averaged weights after `images` images, and those after `keep_at` images or None."""
     optimizer = torch.optim.AdamW(network.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     ema, early = EMA(network, HALF_LIFE), None
-    timesteps = StratifiedTimesteps().make(SCHEDULE.num_steps, BATCH, SEED)
+    timesteps = StratifiedTimesteps().make(SCHEDULE, BATCH, SEED)
     order, epoch = torch.empty(0, dtype=torch.long), 0
     for start in range(0, images, BATCH):
         while len(order) < BATCH:

@@ -28,7 +28,17 @@ COPIED = {
 """Files outside docs/ that are pages of the site as well, with their paths there."""
 MODULES = {
     "Noise and data": ["schedule", "gaussian", "noise", "conditioning", "masks"],
-    "Training": ["prediction", "objectives", "weights", "timesteps", "bound", "ema"],
+    "Training": [
+        "prediction",
+        "objectives",
+        "weights",
+        "timesteps",
+        "noise_choice",
+        "learned_weight",
+        "muon",
+        "bound",
+        "ema",
+    ],
     "Networks": ["models.unet", "models.dit", "models.classifier", "models.base"],
     "Sampling": [
         "generate",

@@ -1,6 +1,13 @@
 """Configuration: Hydra composes `conf/`, pydantic validates it, and all other parts use one frozen `Config`."""
 
-from pipelines.config.build import network_config, noise_schedule, sampling, timestep_sampler, training_objective
+from pipelines.config.build import (
+    learned_weight,
+    network_config,
+    noise_schedule,
+    sampling,
+    timestep_sampler,
+    training_objective,
+)
 from pipelines.config.compose import compose, conf_dir, from_dict, groups, override_settings, read_config, suggest
 from pipelines.config.launch import AwsLaunch, KubeRayLaunch, RayLaunch
 from pipelines.config.schema import (
@@ -34,6 +41,7 @@ __all__ = [
     "flatten",
     "from_dict",
     "groups",
+    "learned_weight",
     "network_config",
     "noise_schedule",
     "override_settings",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ddpm.consistency import ConsistencyTuning, refusal
 from ddpm.generate import Sampling
 from ddpm.guidance import GUIDANCE
+from ddpm.learned_weight import LearnedWeight, LearnedWeighting
 from ddpm.models import NETWORKS, NetworkConfig
 from ddpm.objectives import Objective
 from ddpm.prediction import Clipping
@@ -66,7 +67,14 @@ def timestep_sampler(config: Config) -> TimestepSampler:
     """Return the timestep sampler of a run, with an empty history."""
     objective = config.objective
     timesteps = chosen(objective, TIMESTEPS[objective.timesteps], f"{objective.timesteps}_")
-    return timesteps.make(config.schedule.num_steps, config.batch_size, config.seed)
+    return timesteps.make(noise_schedule(config), config.batch_size, config.seed)
+
+
+def learned_weight(config: Config) -> LearnedWeight | None:
+    """Return the weight of the loss that a run learns, as it is at first; None where it learns none."""
+    if not config.objective.learned_weight:
+        return None
+    return chosen(config.objective, LearnedWeighting, "learned_weight_").make(noise_schedule(config), config.seed)
 
 
 def sampling(config: Config) -> Sampling:

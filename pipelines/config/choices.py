@@ -5,7 +5,7 @@ names none of them. A section of the configuration has the name of a kind and, b
     sampler, schedule, model   one pydantic model per kind, which rejects the fields of other kinds;
     guidance                   one pydantic model with the fields of all kinds; only those of the kind may be changed;
     objective                  names a weight and a timestep sampler, with settings named KIND_FIELD (min_snr_gamma);
-                               those of loss=consistency are named likewise.
+                               those of loss=consistency and of learned_weight=true are named likewise.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pydantic import BeforeValidator, Field, PositiveInt, create_model, model_va
 
 from ddpm.consistency import ConsistencyTuning
 from ddpm.guidance import GUIDANCE
+from ddpm.learned_weight import LearnedWeighting
 from ddpm.masks import MaskKind
 from ddpm.models import NETWORKS, UNNAMED_NETWORK
 from ddpm.objectives import Objective
@@ -83,6 +84,12 @@ class ObjectiveSection(Section):
 
     label_drop: Annotated[float, Field(ge=0, le=1)] = Field(
         0.1, description="probability of the null condition (label and text), per sample"
+    )
+    learned_weight: bool = Field(
+        False, description="divide the loss at each noise level by its mean, which is learned beside the network (EDM2)"
+    )
+    noise_candidates: PositiveInt = Field(
+        1, description="draws of noise for each image, of which the nearest is used (immiscible diffusion); 1: one draw"
     )
     mask: MaskKind = Field("any", description="kind of mask of the hidden pixels in inpainting training")
 
@@ -204,7 +211,8 @@ ObjectiveConfig = create_model(
     }
     | _prefixed(WEIGHTS)
     | _prefixed(TIMESTEPS)
-    | _fields(settings_of(ConsistencyTuning), "consistency_"),
+    | _fields(settings_of(ConsistencyTuning), "consistency_")
+    | _fields(settings_of(LearnedWeighting), "learned_weight_"),
 )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from ddpm.models import NETWORKS, UNNAMED_NETWORK, UNetConfig
+from ddpm.timesteps import TIMESTEPS
 from pipelines.config.choices import Section
 from pipelines.config.launch import LaunchConfig
 
@@ -66,16 +67,24 @@ class DataConfig(Section):
 class OptimConfig(Section):
     """Optimizer, learning rate by images seen, and the average of the weights."""
 
-    kind: Literal["adamw", "radam"] = Field(
+    kind: Literal["adamw", "radam", "muon"] = Field(
         "adamw",
         description="the optimizer: AdamW, or RAdam, which rectifies the first steps' variance instead of warming up "
-        "(Liu et al. 2020)",
+        "(Liu et al. 2020), or Muon, which makes updates of hidden matrices orthogonal and leaves the rest to AdamW",
     )
     lr: PositiveFloat = Field(2e-4, description="learning rate after the warm-up, before any decay")
+    lr_scaling: tuple[Literal["sqrt", "linear"], PositiveInt] | None = Field(
+        None,
+        description="[sqrt, N] or [linear, N]: optim.lr is for batches of N images, and grows with batch_size / N by "
+        "its root or by itself. null: optim.lr is for every batch size",
+    )
     betas: tuple[Fraction, Fraction] = Field(
         (0.9, 0.999), description="how slowly AdamW forgets: its averages of the gradient and of the gradient's square"
     )
     weight_decay: NonNegativeFloat = Field(0.0, description="AdamW's weight decay")
+    muon_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.95, description="how slowly Muon forgets: the momentum of hidden matrices"
+    )
     warmup_images: NonNegativeInt = Field(
         0, description="images over which the learning rate rises from 0 to optim.lr at the beginning of a run"
     )
@@ -449,10 +458,37 @@ class Config(Section):
             raise ValueError(
                 f"sampler.steps = {self.sampler.steps} exceeds schedule.num_steps = {self.schedule.num_steps}"
             )
+        if self.optim.kind == "muon" and self.cluster.parallel == "fsdp":
+            raise ValueError(
+                "optim.kind = muon works on whole matrices, and cluster.parallel = fsdp leaves each worker a part of "
+                "them: use cluster.parallel=ddp, or optim.kind=adamw"
+            )
         self._check_task()
+        self._check_loss()
         self._check_consistency()
         self._check_evaluation()
         return self
+
+    def _check_loss(self) -> None:
+        """Raise where a loss and what it is averaged over, or divided by, do not go together."""
+        objective = self.objective
+        if objective.learned_weight and objective.loss != "simple":
+            raise ValueError(
+                f"objective.learned_weight = True weighs a squared error by noise level, and objective.loss = "
+                f"{objective.loss} is none: use objective.loss=simple, or objective.learned_weight=false"
+            )
+        if objective.loss in ("hybrid", "vlb") and objective.noise_candidates > 1:
+            raise ValueError(
+                f"objective.noise_candidates = {objective.noise_candidates} chooses noise by the image, and "
+                f"objective.loss = {objective.loss} is a bound for noise that is independent of it: use "
+                "objective.loss=simple, or objective.noise_candidates=1"
+            )
+        if objective.loss in ("hybrid", "vlb") and not getattr(TIMESTEPS[objective.timesteps], "unbiased", True):
+            raise ValueError(
+                f"objective.timesteps = {objective.timesteps} makes the noise levels a part of the objective, and "
+                f"objective.loss = {objective.loss} has to be a mean over all of them: use uniform, stratified, "
+                "low_discrepancy or importance, or objective.loss=simple"
+            )
 
     def _check_consistency(self) -> None:
         objective, model = self.objective, self.model
@@ -512,6 +548,8 @@ class Config(Section):
             "model.learned_variance": model.learned_variance,
             "objective.loss": objective.loss != "simple",
             "objective.weight": objective.weight != "uniform",
+            "objective.learned_weight": objective.learned_weight,
+            "objective.noise_candidates": objective.noise_candidates > 1,
         }
         wrong = [name for name, is_set in denoiser_only.items() if is_set]
         if wrong:
@@ -541,9 +579,11 @@ class Config(Section):
         consistency = self.objective.loss == "consistency"  # its stages are parts of the run
         length = {"images": self.images} if self.optim.decay in ("linear", "cosine") or consistency else {}
         flat = flatten({**rest, **data, **length})
-        chosen = {self.model.kind, self.schedule.kind, self.objective.weight, self.objective.timesteps} - _FIRST_KINDS
-        whole = tuple(f"objective.{kind}_" for kind in chosen) + (("objective.consistency_",) if consistency else ())
-        whole += tuple(f"{name}." for name in ("model", "schedule") if getattr(self, name).kind in chosen)
+        later = {self.objective.weight, self.objective.timesteps} - _FIRST_KINDS
+        whole = tuple(f"objective.{kind}_" for kind in later) + (("objective.consistency_",) if consistency else ())
+        whole += ("objective.learned_weight_",) if self.objective.learned_weight else ()
+        whole += ("optim.muon_",) if self.optim.kind == "muon" else ()
+        whole += tuple(f"{name}." for name in ("model", "schedule") if getattr(self, name).kind not in _FIRST_KINDS)
         return {
             key: value
             for key, value in flat.items()

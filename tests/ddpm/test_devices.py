@@ -19,7 +19,7 @@ from ddpm.objectives import Objective
 from ddpm.prediction import NetworkDenoiser
 from ddpm.samplers.repaint import RePaint
 from ddpm.schedule import make_schedule
-from ddpm.timesteps import LowDiscrepancyTimesteps, StratifiedTimesteps
+from ddpm.timesteps import LogNormalTimesteps, LowDiscrepancyTimesteps, StratifiedTimesteps
 
 pytestmark = [
     pytest.mark.gpu,
@@ -74,8 +74,8 @@ def test_random_integers_masks_and_timesteps_are_the_same_bits():
             integers(7, on_gpu, Purpose.TIMESTEP, 1000).cpu(), integers(7, ordinals, Purpose.TIMESTEP, 1000)
         )
         assert torch.equal(random_mask(7, on_gpu, (16, 16)).cpu(), random_mask(7, ordinals, (16, 16)))
-        for timesteps in (StratifiedTimesteps(), LowDiscrepancyTimesteps()):
-            sampler = timesteps.make(1000, 5, 7)
+        for timesteps in (StratifiedTimesteps(), LowDiscrepancyTimesteps(), LogNormalTimesteps()):
+            sampler = timesteps.make(SCHEDULE, 5, 7)
             assert torch.equal(sampler.sample(on_gpu)[0].cpu(), sampler.sample(ordinals)[0])
     torch.testing.assert_close(
         normal(7, N.cuda(), Purpose.NOISE, (3, 16)).cpu(), normal(7, N, Purpose.NOISE, (3, 16)), rtol=1e-5, atol=1e-5

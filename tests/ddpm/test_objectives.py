@@ -253,7 +253,7 @@ def test_the_bound_learns_the_variance_of_the_true_reverse_step():
 
 def test_vlb_of_uniform_timesteps_estimates_the_sum_of_the_terms():
     n = torch.arange(20_000)
-    t, _ = UniformTimesteps().make(50, 1, seed=0).sample(n)
+    t, _ = UniformTimesteps().make(chain(50), 1, seed=0).sample(n)
     x_0 = normal(0, n, Purpose.SAMPLING, (1, 1, 1))
     eps = normal(0, n, Purpose.NOISE, (1, 1, 1))
     network = Linear(learns_variance=False)
@@ -281,11 +281,15 @@ def test_unknown_objectives_are_refused(make):
         make()
 
 
+def chain(num_steps):
+    return make_schedule("cosine", num_steps=num_steps)
+
+
 # --- timesteps -----------------------------------------------------------------------------------------------
 
 
 def test_uniform_timesteps_cover_the_chain_evenly():
-    t, _ = UniformTimesteps().make(50, 1, seed=0).sample(torch.arange(100_000))
+    t, _ = UniformTimesteps().make(chain(50), 1, seed=0).sample(torch.arange(100_000))
     counts = torch.bincount(t, minlength=51)
     assert counts[0] == 0
     assert counts[1:].min() > 1700
@@ -295,7 +299,7 @@ def test_uniform_timesteps_cover_the_chain_evenly():
 @pytest.mark.parametrize("batch_size", [7, 64])
 def test_stratified_timesteps_fill_every_stratum_of_a_batch_once(batch_size):
     ordinals = torch.arange(10 * batch_size)
-    sampler = StratifiedTimesteps().make(1000, batch_size, seed=0)
+    sampler = StratifiedTimesteps().make(chain(1000), batch_size, seed=0)
     t, _ = sampler.sample(ordinals)
     strata = ((t - 1) * batch_size // 1000).reshape(10, batch_size)
     expected = torch.arange(batch_size)
@@ -306,14 +310,14 @@ def test_stratified_timesteps_fill_every_stratum_of_a_batch_once(batch_size):
 
 
 def test_stratified_timesteps_are_uniform_in_every_place_of_the_batch():
-    t, _ = StratifiedTimesteps().make(1000, 8, seed=1).sample(torch.arange(8 * 4000))
+    t, _ = StratifiedTimesteps().make(chain(1000), 8, seed=1).sample(torch.arange(8 * 4000))
     t = t.reshape(4000, 8).double()
     assert (t.mean(0) - 500.5).abs().max() < 4.5 * 289 / 4000**0.5
     assert t.mean(1).std() < 0.5 * 289 / 8**0.5  # far less than of independent ones
 
 
 def test_importance_sampling_is_uniform_until_it_knows_every_timestep_and_then_unbiased():
-    sampler = ImportanceTimesteps(history=3).make(5, 1, seed=0)
+    sampler = ImportanceTimesteps(history=3).make(chain(5), 1, seed=0)
     truth = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]).double()
     assert sampler.probabilities().tolist() == [0.2] * 5
     for _ in range(3):
@@ -328,14 +332,14 @@ def test_importance_sampling_is_uniform_until_it_knows_every_timestep_and_then_u
 
 
 def test_the_history_keeps_the_newest_losses_and_survives_a_checkpoint():
-    sampler = ImportanceTimesteps(history=2).make(2, 1, seed=0)
+    sampler = ImportanceTimesteps(history=2).make(chain(2), 1, seed=0)
     sampler.record(torch.tensor([1, 1, 1, 2]), torch.tensor([1.0, 2.0, 3.0, 9.0]))
     assert sampler.losses[0].tolist() == [2.0, 3.0]
     assert sampler.counts.tolist() == [2, 1]
-    other = ImportanceTimesteps(history=2).make(2, 1, seed=0)
+    other = ImportanceTimesteps(history=2).make(chain(2), 1, seed=0)
     other.load_state_dict(sampler.state_dict())
     assert torch.equal(other.losses, sampler.losses)
     with pytest.raises(ValueError, match="history is of shape"):
-        ImportanceTimesteps(history=2).make(3, 1, seed=0).load_state_dict(sampler.state_dict())
+        ImportanceTimesteps(history=2).make(chain(3), 1, seed=0).load_state_dict(sampler.state_dict())
     with pytest.raises(ValueError, match="history must be >= 1"):
         ImportanceTimesteps(history=0)

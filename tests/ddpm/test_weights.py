@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from ddpm.gaussian import q_sample
-from ddpm.prediction import PARAMETERIZATIONS, from_output, target
+from ddpm.prediction import PARAMETERIZATIONS, SIGMA_DATA, from_output, target
 from ddpm.schedule import make_schedule
-from ddpm.weights import P2, WEIGHTS, Uniform
+from ddpm.weights import EDM, P2, WEIGHTS, Uniform
 
 SCHEDULE = make_schedule("cosine")
 T = torch.tensor([1, 10, 300, 700, 999])
@@ -20,7 +20,7 @@ def test_p2_is_the_papers_formula():
     torch.testing.assert_close(P2(gamma=0.0)(SCHEDULE, T, "eps"), Uniform()(SCHEDULE, T, "eps"))
 
 
-@pytest.mark.parametrize("name", ["min_snr", "p2"])
+@pytest.mark.parametrize("name", ["min_snr", "p2", "edm"])
 def test_the_same_error_weighs_the_same_in_every_parameterization(name):
     generator = torch.Generator().manual_seed(0)
     x_0, eps, error = torch.randn(3, len(T), 1, 4, 4, generator=generator, dtype=torch.float64)
@@ -36,6 +36,15 @@ def test_the_same_error_weighs_the_same_in_every_parameterization(name):
         weighted.append(WEIGHTS[name]()(SCHEDULE, T, kind) * loss)
     for other in weighted[1:]:
         torch.testing.assert_close(other, weighted[0], rtol=1e-9, atol=0)
+
+
+def test_edms_weight_is_the_papers_formula_and_one_where_the_output_is_the_papers():
+    """lambda(sigma) = (sigma^2 + s^2) / (sigma s)^2 = 1 / c_out^2 on the error of D (Karras et al. 2022, table 1)."""
+    sigma = SCHEDULE.ratio(T)
+    torch.testing.assert_close(EDM(sigma_data=0.7)(SCHEDULE, T, "x0"), (sigma**2 + 0.49) / (sigma * 0.7) ** 2)
+    one = torch.ones(len(T), dtype=torch.float64)
+    torch.testing.assert_close(EDM(sigma_data=1.0)(SCHEDULE, T, "v"), one)
+    torch.testing.assert_close(EDM()(SCHEDULE, T, "x0_skip"), one / SIGMA_DATA**2)
 
 
 def test_p2_is_finite_where_there_is_no_signal():

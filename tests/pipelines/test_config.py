@@ -93,7 +93,7 @@ def test_every_shipped_choice_composes(group, choice):
         (["sampler.steps=2000"], r"sampler\.steps = 2000 exceeds schedule\.num_steps = 1000"),
         (["objective=hybrid"], r"use hybrid with model\.learned_variance=true"),
         (["model.learned_variance=true"], r"hybrid trains a learned variance, simple trains none"),
-        (["objective.weight=snr"], r"objective\.weight: .*'uniform', 'min_snr' or 'p2', got 'snr'"),
+        (["objective.weight=snr"], r"objective\.weight: .*'uniform', 'min_snr', 'p2' or 'edm', got 'snr'"),
         (["sampler.threshold=0"], r"sampler\.threshold: .*greater than 0"),
         (["data.image_size=9"], r"data\.image_size = 9 must be a multiple of 2"),
         (["model.channels=[30,60]"], r"model: channels\[0\] = 30 is not divisible by norm_groups = 32"),
@@ -140,6 +140,16 @@ def test_every_shipped_choice_composes(group, choice):
             r"guides by class or text, and the model has neither: leave it at 1",
         ),
         (["objective=consistency", "init_from=/m", "model.learned_variance=true"], r"simple trains none"),
+        (["objective.loss=vlb", "objective.timesteps=log_normal"], r"loss = vlb has to be a mean over all of them"),
+        (["objective=consistency", "init_from=/m", "objective.learned_weight=true"], r"weighs a squared error"),
+        (["objective.loss=vlb", "objective.noise_candidates=2"], r"a bound for noise that is independent of it"),
+        (["objective.noise_candidates=0"], r"noise_candidates: .*greater than 0"),
+        (
+            ["task=classifier", "objective.noise_candidates=2"],
+            r"task = classifier has no use for objective\.noise_cand",
+        ),
+        (["optim=muon", "cluster.parallel=fsdp"], r"muon works on whole matrices, .* use cluster\.parallel=ddp"),
+        (["optim.lr_scaling=[cube,128]"], r"optim\.lr_scaling.*'sqrt' or 'linear'"),
         (["task=classifier", "init_from=/m"], r"task = classifier has no use for init_from"),
         (["cluster.max_preemption_failures=-2"], "cluster.max_preemption_failures: .*greater than or equal to -1"),
         (["cluster.preemption_grace_s=-1"], "cluster.preemption_grace_s: .*greater than or equal to 0"),
@@ -208,6 +218,16 @@ def test_the_stages_of_consistency_tuning_are_parts_of_the_run_and_so_of_its_ide
     assert identity["objective.consistency_q"] == 4
     assert compose([*tuning, "images=5"]).identity() != identity
     assert not any("consistency" in name for name in compose(["+experiment=digits"]).identity())
+
+
+def test_settings_of_a_later_kind_are_part_of_the_identity_of_its_runs_and_of_no_others():
+    kinds = compose(["objective.timesteps=log_normal", "objective.weight=edm"]).identity()
+    assert (kinds["objective.log_normal_p_mean"], kinds["objective.edm_sigma_data"]) == (-1.2, 0.5)
+    others = compose(["objective.learned_weight=true", "optim.kind=muon"]).identity()
+    assert (others["objective.learned_weight_lr"], others["optim.muon_momentum"]) == (0.01, 0.95)
+    schedule = compose(["schedule=edm"]).identity()  # a schedule and a weight may have one name
+    assert "schedule.rho" in schedule
+    assert not any(name.startswith(("objective.log_normal", "objective.edm", "optim.muon")) for name in schedule)
 
 
 def test_flatten_joins_paths():

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from ddpm.ema import EMA, PowerEMA
+from ddpm.learned_weight import LearnedWeight
 from ddpm.model import make_classifier
 from ddpm.models.unet import UNetConfig
+from ddpm.muon import Muon, hidden_matrices
 from ddpm.timesteps import TimestepSampler
-from pipelines.config import Config, OptimConfig, network_config, timestep_sampler
+from pipelines.config import Config, OptimConfig, learned_weight, network_config, timestep_sampler
 from pipelines.training.loop.collectives import broadcast, local_part
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.hardware import place_network, weight_dtype
@@ -35,10 +37,11 @@ class TrainingState:
     Attributes:
         network: the bare network, whole or (FSDP2) this rank's part of it.
         wrapped: the module that a step calls: the network compiled, inside DDP, or (FSDP2) itself.
-        optimizer: AdamW or RAdam.
+        optimizer: AdamW, RAdam or Muon.
         ema: the average of the weights that samples.
         power_ema: averages whose width is chosen after the training, where the configuration asks for them.
         timesteps: the timestep sampler, with its history where it learns from the losses.
+        learned_weight: the weight of the loss that is learned, where the configuration asks for one.
         loss_scale: the factor of the loss, 1 unless the precision is fp16.
         images_seen: the ordinal of the next batch's first sample.
         optimizer_steps: the number of updates made.
@@ -51,10 +54,16 @@ class TrainingState:
     ema: EMA
     power_ema: PowerEMA | None
     timesteps: TimestepSampler
+    learned_weight: LearnedWeight | None
     loss_scale: LossScale
     images_seen: int = 0
     optimizer_steps: int = 0
     skipped: int = 0
+
+    @property
+    def learns_from_losses(self) -> bool:
+        """Whether something beside the network learns, from the loss of every sample of the global batch."""
+        return self.timesteps.learns or self.learned_weight is not None
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor of the state by its name in a checkpoint: live ones, to read or overwrite in place."""
@@ -68,6 +77,8 @@ class TrainingState:
             for i, (shadow, low) in enumerate(zip(self.power_ema.shadows, self.power_ema.residuals, strict=True)):
                 found |= {f"power.{i}.{name}": tensor for name, tensor in shadow.items()}
                 found |= {f"{RESIDUAL}power.{i}.{name}": tensor for name, tensor in low.items()}
+        if self.learned_weight is not None:
+            found |= {f"learned_weight.{name}": tensor for name, tensor in self.learned_weight.state_dict().items()}
         found[LOSS_SCALE] = self.loss_scale.state
         return found | {f"timesteps.{name}": tensor for name, tensor in self.timesteps.state_dict().items()}
 
@@ -95,10 +106,13 @@ def make_state(context: RunContext) -> TrainingState:
     return TrainingState(
         network,
         wrap(network, config.cluster, device),
-        make_optimizer(network, optim),
+        make_optimizer(
+            network, optim, torch.bfloat16 if context.precision == "bf16" and device.type == "cuda" else None
+        ),
         EMA(network, optim.ema_half_life),
         PowerEMA(network, optim.power_ema) if optim.power_ema else None,
         timestep_sampler(config),
+        learned_weight(config),
         LossScale(enabled=context.precision == "fp16"),
     )
 
@@ -112,16 +126,26 @@ def make_network(config: Config) -> nn.Module:
     return make_classifier(shape, config.data.num_classes)
 
 
-def make_optimizer(network: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+def make_optimizer(
+    network: nn.Module, optim: OptimConfig, muon_dtype: torch.dtype | None = None
+) -> torch.optim.Optimizer:
     """Return an optimizer that has its state already, so that checkpoints of all steps have the same tensors.
 
-    It is a fused AdamW, or RAdam with AdamW's weight decay.
+    It is a fused AdamW, or RAdam with AdamW's weight decay, or Muon with AdamW for what is no hidden matrix.
+
+    Args:
+        muon_dtype: what Muon makes matrices orthogonal in; None: the dtype of the weights.
     """
     parameters = [p for p in network.parameters() if p.requires_grad]
     settings: dict[str, Any] = {"lr": 0.0, "betas": optim.betas, "weight_decay": optim.weight_decay}
     optimizer: torch.optim.Optimizer
     if optim.kind == "radam":
         optimizer = torch.optim.RAdam(parameters, **settings, decoupled_weight_decay=True)
+    elif optim.kind == "muon":
+        matrices = hidden_matrices(network)
+        ids = {id(matrix) for matrix in matrices}
+        others = [parameter for parameter in parameters if id(parameter) not in ids]
+        optimizer = Muon(matrices, others, **settings, momentum=optim.muon_momentum, dtype=muon_dtype)
     else:
         optimizer = torch.optim.AdamW(parameters, **settings, fused=True)
     # A step with zero gradients at rate 0 creates the state and changes no weight.

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from pipelines.config import OptimConfig
+from pipelines.config import Config, OptimConfig
 from pipelines.shards.read import Batch
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.hardware import autocast
@@ -24,7 +24,7 @@ class StepResult:
     """The result of one step; the same on every rank.
 
     Attributes:
-        loss: mean over the global batch.
+        loss: mean over the global batch, before a learned weight.
         grad_norm: norm of the whole gradient before clipping.
         updated: False where loss or gradient norm is not finite, and the weights stayed as they were.
         stop: whether any rank asks to stop.
@@ -64,7 +64,7 @@ def step(
     config, device = context.config, context.device
 
     # Forward and backward. `sums` are added up over the ranks: the mean loss, and each sample's loss where one learns.
-    sums = torch.zeros(1 + (config.batch_size if state.timesteps.learns else 0), dtype=torch.float64, device=device)
+    sums = torch.zeros(1 + (config.batch_size if state.learns_from_losses else 0), dtype=torch.float64, device=device)
     texts = batch_texts(context, batch)
     parts = micro_batches(batch, config.batch_size, context.world_size, config.micro_batch_size)
     for part, weight, last in parts:
@@ -73,10 +73,13 @@ def step(
         with gradient_sync(state.wrapped, last):
             with autocast(context.precision, device):
                 each = losses(context, state.wrapped, part, t, texts)
-            loss = weight * (weights.to(each) * each).sum() / config.batch_size
+            loss = mean = weight * (weights.to(each) * each).sum() / config.batch_size
+            if state.learned_weight is not None:
+                factors = weights * state.learned_weight.factors(t)
+                loss = weight * (factors.to(each) * each).sum() / config.batch_size
             (loss * context.world_size * state.loss_scale.factor).backward()
-        sums[0] += loss.detach()
-        if state.timesteps.learns and weight:
+        sums[0] += mean.detach()
+        if state.learns_from_losses and weight:
             sums[1 + n - state.images_seen] = each.detach().double()
 
     # All-reduce flags and losses.
@@ -114,7 +117,7 @@ def _gradient_norm(network: nn.Module) -> Tensor:
 
 
 def _update_weights(context: RunContext, state: TrainingState, norm: Tensor, each: Tensor) -> None:
-    """Clip, step the optimizer, and pass the losses to a timestep sampler that learns.
+    """Clip, step the optimizer, and pass the losses to what learns from them.
 
     Args:
         norm: the norm of the gradient.
@@ -125,21 +128,25 @@ def _update_weights(context: RunContext, state: TrainingState, norm: Tensor, eac
         parameters = [p for p in state.network.parameters() if p.requires_grad]
         nn.utils.clip_grads_with_norm_(parameters, config.optim.grad_clip, norm)
     for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(config.optim, state.images_seen, config.images)
+        group["lr"] = learning_rate(config, state.images_seen)
     state.optimizer.step()
     state.optimizer_steps += 1
-    if state.timesteps.learns:
+    if state.learns_from_losses:
         # On the device where the timesteps were drawn: another one's cumulative sums may round another way.
         ordinals = torch.arange(config.batch_size, device=each.device) + state.images_seen
+        if state.learned_weight is not None:  # before the sampler learns, and would draw others
+            t, weights = state.timesteps.sample(ordinals)
+            state.learned_weight.update(t, each, weights)
         state.timesteps.update(ordinals, each)
 
 
-def learning_rate(optim: OptimConfig, images_seen: int, images: int) -> float:
-    """Return the learning rate as a function of images seen: linear warm-up, then the decay.
+def learning_rate(config: Config, images_seen: int) -> float:
+    """Return the learning rate as a function of images seen: scaled by the batch, linear warm-up, then the decay.
 
     "linear" and "cosine" end at 2 % of it with the run; "inverse_sqrt" falls from `decay_images` on (Karras et al.
     2024, eq. 67), whatever the run's length.
     """
+    optim, images = config.optim, config.images
     warmup = min(1.0, (images_seen + 1) / optim.warmup_images) if optim.warmup_images else 1.0
     left = max(0.0, 1 - images_seen / images)
     decay = {
@@ -148,7 +155,20 @@ def learning_rate(optim: OptimConfig, images_seen: int, images: int) -> float:
         "cosine": max(0.5 - 0.5 * math.cos(math.pi * left), 0.02),
         "inverse_sqrt": max(images_seen / optim.decay_images, 1.0) ** -0.5,
     }[optim.decay]
-    return optim.lr * warmup * decay
+    return peak_learning_rate(config) * warmup * decay
+
+
+def peak_learning_rate(config: Config) -> float:
+    """Return the learning rate after the warm-up and before any decay, for the batch size of the run.
+
+    "linear" keeps the sum of the updates over an epoch (Goyal et al. 2017, sec. 2.1, for SGD), "sqrt" what noise in the
+    gradient adds to it (Malladi et al. 2022, for Adam).
+    """
+    if config.optim.lr_scaling is None:
+        return config.optim.lr
+    rule, reference = config.optim.lr_scaling
+    ratio = config.batch_size / reference
+    return config.optim.lr * (ratio if rule == "linear" else math.sqrt(ratio))
 
 
 class SkipGuard:

@@ -11,7 +11,8 @@ from ddpm.consistency import ConsistencyTuning
 from ddpm.gaussian import q_sample
 from ddpm.masks import inpainting_condition, random_mask
 from ddpm.models.classifier import match_losses
-from ddpm.noise import Purpose, normal, uniform
+from ddpm.noise import Purpose, uniform
+from ddpm.noise_choice import nearest_noise
 from ddpm.prediction import NetworkDenoiser
 from pipelines.shards.read import Batch
 from pipelines.training.loop.collectives import all_gather_pieces
@@ -51,7 +52,7 @@ def losses(context: RunContext, network: nn.Module, batch: Batch, t: Tensor, tex
     if config.data.flip:
         mirrored = uniform(config.seed, n, Purpose.FLIP)[:, 0] < 0.5
         x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(-1), x_0)
-    eps = normal(config.seed, n, Purpose.NOISE, tuple(x_0.shape[1:])).to(x_0)
+    eps = nearest_noise(x_0, config.seed, n, config.objective.noise_candidates).to(x_0)
     if config.task == "classifier":
         # Not `class_loss` or `text_loss`: they would call the classifier itself, without the DDP or FSDP2 around it.
         scores = network(q_sample(x_0, t, eps, context.schedule), (t - 1).float())

@@ -51,7 +51,7 @@ class StepStatistics:
         if self.losses:
             found["updates/grad_norm"] = sum(self.grad_norms) / len(self.grad_norms)
         found |= {
-            "updates/lr": learning_rate(config.optim, seen, config.images),
+            "updates/lr": learning_rate(config, seen),
             "updates/skipped": float(state.skipped),
             "worker/data_wait_share": waiting / max(stepping + waiting, 1e-9),
             "worker/memory_gib": memory_gib(self.context.device),

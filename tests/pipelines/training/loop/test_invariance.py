@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.multiprocessing as mp
+from safetensors.torch import load_file
 
 from tests.pipelines.training.loop.ranks import last_checkpoint, run_ranks, tiny_config, trace, train_here
 
@@ -59,6 +61,27 @@ def assert_same_traces(tmp_path: Path, digits, steps: int, *overrides: str) -> N
 
 def test_every_step_has_the_same_loss_on_any_number_of_workers_ddp_or_fsdp_in_any_parts(digits, tmp_path):
     assert_same_traces(tmp_path, digits, 20, *SMALL)
+
+
+METHODS = ["objective.timesteps=log_normal", "objective.weight=edm", "objective.learned_weight=true"]
+METHODS += ["objective.noise_candidates=3", "optim.kind=muon", "optim.weight_decay=0.1", "objective.prediction=v"]
+
+
+def test_a_learned_weight_chosen_noise_and_muon_have_the_same_losses_and_state_on_two_workers(digits, tmp_path):
+    configs = {}
+    for world, parts in ((1, 1), (2, 3)):
+        folder = tmp_path / str(world)
+        configs[folder] = cell_config(folder, world, 10, "fp64", "ddp", parts, *SMALL, *METHODS)
+    one, two = configs
+    train_here(one, digits, configs[one])
+    run_group(2, tmp_path, digits, [(two, configs[two])])
+    reference, found = trace(one), trace(two)
+    assert max(abs(found[seen] / loss - 1) for seen, loss in reference.items()) <= TOLERANCE["fp64"]
+    learned, same = (load_file(last_checkpoint(folder) / "training.safetensors") for folder in (one, two))
+    assert learned["learned_weight.updates"] == 10
+    assert any("momentum_buffer" in name for name in learned)
+    for name, tensor in learned.items():
+        torch.testing.assert_close(same[name], tensor, rtol=1e-6, atol=1e-9, msg=name)
 
 
 @pytest.mark.slow

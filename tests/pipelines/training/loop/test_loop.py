@@ -54,8 +54,12 @@ CONSISTENCY = ["objective=consistency", "objective.prediction=v", "optim=radam",
         ["objective.timesteps=importance", "schedule.num_steps=4", "sampler.steps=2"],
         CONSISTENCY,
         [*CONSISTENCY, "objective.consistency_guidance=2"],
+        [
+            *("objective=edm", "objective.prediction=x0_skip", "objective.learned_weight=true"),
+            *("objective.noise_candidates=3", "optim.kind=muon"),
+        ],
     ],
-    ids=["hybrid", "min_snr", "vlb", "inpainting", "importance", "consistency", "guided consistency"],
+    ids=["hybrid", "min_snr", "vlb", "inpainting", "importance", "consistency", "guided consistency", "methods"],
 )
 def test_every_objective_trains_with_a_trace_that_is_the_same_in_parts(digits, teacher, tmp_path, objective):
     objective = [*objective, f"init_from={teacher}"] if "objective=consistency" in objective else objective
@@ -73,8 +77,9 @@ def test_every_objective_trains_with_a_trace_that_is_the_same_in_parts(digits, t
         [],
         ["objective.timesteps=importance", "schedule.num_steps=4", "sampler.steps=2"],
         [*CONSISTENCY, "objective.consistency_guidance=2"],
+        ["objective.prediction=v", "objective.learned_weight=true", "objective.noise_candidates=3", "optim.kind=muon"],
     ],
-    ids=["simple", "importance", "guided consistency"],
+    ids=["simple", "importance", "guided consistency", "learned weight and muon"],
 )
 def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(digits, teacher, tmp_path, extra):
     extra = [*extra, "optim.power_ema=[0.05,0.1]"]

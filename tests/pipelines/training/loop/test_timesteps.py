@@ -16,7 +16,7 @@ def sampler(kind: str):
     return timestep_sampler(config)
 
 
-@pytest.mark.parametrize("kind", ["uniform", "stratified"])
+@pytest.mark.parametrize("kind", ["uniform", "stratified", "log_normal"])
 def test_a_sampler_that_does_not_learn_ignores_losses_and_stores_nothing(kind):
     timesteps, ordinals = sampler(kind), torch.arange(BATCH)
     t, weights = timesteps.sample(ordinals)

@@ -1,0 +1,77 @@
+"""Real images of a dataset in memory, the dataset's evaluator, and training on them by the steps of `ddpm train`.
+
+There is no Ray, S3 or MLflow in it: what is measured with it is what the training makes of the images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ddpm.quality import FeatureMoments
+from pipelines.config import Config
+from pipelines.evaluation.evaluators import Evaluator, open_evaluator, reference_part
+from pipelines.evaluation.images import to_levels
+from pipelines.shards.index import Dataset
+from pipelines.shards.read import Batch, opened_split, read_split
+from pipelines.storage import Storage
+from pipelines.training.loop.context import RunContext
+from pipelines.training.loop.speed import made_up_job
+from pipelines.training.loop.state import load_weights, make_state
+from pipelines.training.loop.step import step
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """All images of a dataset by split, the evaluator of samples, and the moments of what they are compared with."""
+
+    train: Batch
+    test: Batch
+    evaluator: Evaluator
+    reference: FeatureMoments
+
+
+def load_images(config: Config, dataset: Dataset, storage: Storage) -> RealImages:
+    """Return the images of a dataset; its evaluator is trained where there is none yet."""
+    splits = {}
+    for split in ("train", "test"):
+        with opened_split(dataset, split, storage, config.data.cache_dir, config.data.cache_gib) as reader:
+            splits[split] = read_split(reader)
+    evaluator = open_evaluator(config, dataset, storage)
+    unseen = reference_part(evaluator.share, dataset, storage, splits["train"])
+    reference = FeatureMoments.of(evaluator.encoder(to_levels(unseen.images)).features)
+    return RealImages(splits["train"], splits["test"], evaluator, reference)
+
+
+def trained(
+    config: Config,
+    images: Batch,
+    start: dict[str, Tensor] | None = None,
+    *,
+    device: torch.device | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Tensor]:
+    """Return the averaged weights of a training on images in an order of its own for every pass, by `config.seed`.
+
+    Args:
+        start: weights to start from; None for new ones.
+        device: where it computes; None: on the CPU.
+        say: called with the loss of every 50th step.
+    """
+    context = RunContext.of(made_up_job(config), rank=0, world_size=1, device=device or torch.device("cpu"))
+    state = make_state(context)
+    if start is not None:
+        load_weights(state, start, context.device)
+    order, epoch, size = torch.empty(0, dtype=torch.long), 0, config.batch_size
+    for seen in range(0, config.images, size):
+        while len(order) < size:
+            generator = torch.Generator().manual_seed(config.seed + epoch)
+            order, epoch = torch.cat([order, torch.randperm(len(images), generator=generator)]), epoch + 1
+        index, order = order[:size], order[size:]
+        result = step(context, state, replace(images[index], ordinals=torch.arange(seen, seen + size)))
+        if seen // size % 50 == 0:
+            say(f"{seen:,} of {config.images:,} images, loss {result.loss:.4f}")
+    return {key: value.cpu().clone() for key, value in state.ema.shadow.items()}

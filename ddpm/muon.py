@@ -1,0 +1,116 @@
+"""Muon, an optimizer that makes the update of every hidden matrix orthogonal, with AdamW for all other parameters.
+
+Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks" (kellerjordan.github.io/posts/muon).
+
+`torch.optim.Muon` takes 2-D weights alone and iterates in bfloat16. Here the kernel of a convolution is the matrix
+[out, in * height * width] that it multiplies patches by, and the iteration is in a precision of the caller's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the quintic iteration, chosen by Jordan et al. for a fast growth of small singular values."""
+STEPS = 5
+RMS = 0.2
+"""Root mean square of an AdamW update, to which that of a matrix is brought, so that one learning rate and one weight
+decay serve both (Liu et al. 2025, "Muon is Scalable for LLM Training", sec. 2.2)."""
+
+
+def orthogonalized(matrix: Tensor, dtype: torch.dtype, steps: int = STEPS) -> Tensor:
+    """Return nearly U V^T for a matrix U S V^T [M, N], by Newton and Schulz's iteration.
+
+    Singular values that are not far below the largest end between about 0.7 and 1.2; 0 stays 0.
+
+    Args:
+        dtype: of the iteration; the result has that of the matrix.
+    """
+    a, b, c = COEFFICIENTS
+    x = matrix.T if len(matrix) > matrix.shape[1] else matrix  # the smaller Gram matrix
+    x = x.to(dtype)
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.T if len(matrix) > matrix.shape[1] else x).to(matrix.dtype)
+
+
+def hidden_matrices(network: nn.Module) -> list[Tensor]:
+    """Return the weights of a network's hidden linear layers and convolutions: all but those of its first and last one.
+
+    First and last are meant in the order of their definition. Embeddings, norms and biases are no hidden matrices.
+    """
+    layers = [
+        module for module in network.modules() if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    ]
+    return [layer.weight for layer in layers[1:-1] if layer.weight.requires_grad]
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices and AdamW for the other parameters, as one optimizer.
+
+    A matrix W [out, in] of gradient g becomes W - lr (R orthogonalized(g + mu b) + weight_decay W), where b = mu b + g
+    is Nesterov's momentum and R = 0.2 sqrt(max(out, in)).
+
+    Args:
+        matrices: parameters of two dimensions or more, of which all but the first are taken for one.
+        others: all other parameters.
+        lr: learning rate of both.
+        betas: of AdamW.
+        weight_decay: of both, decoupled.
+        momentum: mu of Muon, in [0, 1).
+        dtype: of the iteration; None: that of the weights.
+    """
+
+    def __init__(
+        self,
+        matrices: Iterable[Tensor],
+        others: Iterable[Tensor],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        rest = list(others)
+        groups: list[dict[str, Any]] = [{"params": list(matrices)}, {"params": rest}]
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype, self.adamw = dtype, None
+        if rest:
+            self.adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+            self.adamw.state = self.state  # one state by parameter for whoever stores it
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update all parameters that have a gradient.
+
+        Raises:
+            ValueError: there is a closure, which an optimizer of two parts would call twice.
+        """
+        if closure is not None:
+            raise ValueError("Muon takes no closure: compute the gradients before the step")
+        matrices, others = self.param_groups
+        for parameter in matrices["params"]:
+            if parameter.grad is not None:
+                self._update(parameter, parameter.grad, matrices)
+        if self.adamw is not None:
+            self.adamw.param_groups[0]["lr"] = others["lr"]
+            self.adamw.step()
+
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
+        ahead = gradient.add(buffer, alpha=group["momentum"])
+        matrix = ahead.flatten(1)
+        update = orthogonalized(matrix, self.dtype or matrix.dtype).reshape(parameter.shape)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(update, alpha=-group["lr"] * RMS * math.sqrt(max(matrix.shape)))

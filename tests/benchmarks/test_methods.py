@@ -1,0 +1,86 @@
+"""The comparison of training methods: rows that are there are not trained again, and differences are paired by seed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import methods
+from benchmarks.images import RealImages
+from ddpm.quality import FeatureMoments
+from pipelines.config import compose
+from pipelines.evaluation.evaluators.base import Encoded, Evaluator
+from pipelines.shards.read import Batch
+
+TINY = ["model.channels=[8]", "model.norm_groups=4", "model.head_dim=8", "model.attention=[true]", "images=16"]
+BASE = ["+experiment=digits", *TINY, "model.layers_per_block=1", "batch_size=8", "data.lanes=4", "sampler.steps=2"]
+
+
+class Means:
+    """An encoder whose features are the means of rows."""
+
+    width = 8
+
+    def __call__(self, images):
+        return Encoded(images.float().mean(3).flatten(1), None)
+
+    def to(self, device):
+        return self
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """What is published, with a plan of tiny trainings in place of the real one."""
+    images = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    batch = Batch(torch.arange(40), images, torch.arange(40) % 10)
+    evaluator = Evaluator(Means(), "classifier", "0" * 64, "nowhere", "none", labels=True, accuracy=None)
+    reference = FeatureMoments.of(Means()(images * 255).features)
+    real = RealImages(batch, batch, evaluator, reference)
+    base = (*BASE, "objective.prediction=v")
+    plan = methods.Plan(base, range(2), 20, real, tmp_path, torch.device("cpu"))
+    found = []
+    monkeypatch.setattr(methods, "make_plan", lambda options: plan)
+    monkeypatch.setattr(methods, "publish", lambda result, name, quick: found.append(result))
+    return found
+
+
+def test_a_run_that_was_cut_off_trains_only_what_is_missing(published, tmp_path, monkeypatch):
+    methods.main(["--methods", "base,muon", "--part", "1/4"])  # (base, 0)
+    assert [(row["method"], row["seed"]) for row in published[-1]["rows"]] == [("base", 0)]
+    assert published[-1]["missing"] == ["muon, seed 0", "base, seed 1", "muon, seed 1"]
+    measured = []
+    measure = methods.measure
+    monkeypatch.setattr(methods, "measure", lambda plan, *row: measured.append(row) or measure(plan, *row))
+    methods.main(["--methods", "base,muon"])
+    assert measured == [("muon", 0), ("base", 1), ("muon", 1)]
+    assert published[-1]["missing"] == []
+    assert len(list((tmp_path / "rows").glob("*.json"))) == 4
+    low, high = published[-1]["rows"][0]["interval"]
+    assert low < published[-1]["rows"][0]["distance"] < high
+
+
+def test_the_difference_to_the_plain_training_is_paired_by_seed(published, tmp_path):
+    plan = methods.make_plan(None)
+    for method, distances in {"base": [5.0, 9.0], "muon": [4.0, 7.0]}.items():
+        for seed, distance in enumerate(distances):
+            row = {"method": method, "seed": seed, "distance": distance}
+            methods.write(plan.path(method, seed), row)
+    methods.main(["--methods", "base,muon"])
+    table = published[-1]["methods"]
+    assert table["base"] == {"seeds": 2, "distance": 7.0, "distance_standard_error": 2.0}
+    assert table["muon"]["difference_to_base"] == -1.5
+    assert table["muon"]["difference_to_base_standard_error"] == 0.5
+    assert json.dumps(published[-1])  # as it is published
+
+
+def test_every_method_is_a_configuration_and_all_see_equally_many_images():
+    plan = methods.Plan(("+experiment=digits", "objective.prediction=v"), range(1), 1, None, None, None)
+    identities = {name: plan.config(name, 0).identity() for name in methods.METHODS}
+    assert len({json.dumps(identity, sort_keys=True) for identity in identities.values()}) == len(methods.METHODS)
+    size = compose(["+experiment=digits"]).batch_size
+    assert identities["batch_x2+sqrt"]["batch_size"] == 2 * size
+    assert identities["batch_x2+sqrt"]["optim.lr_scaling"] == ["sqrt", size]
+    assert identities["edm"]["objective.prediction"] == "x0_skip"
+    assert len({plan.config(name, 0).images for name in methods.METHODS}) == 1
