@@ -26,6 +26,7 @@ from pipelines.display import Silent  # noqa: E402
 from pipelines.flow import GRAPH  # noqa: E402
 from pipelines.flow.ingest import write_dataset  # noqa: E402
 from pipelines.flow.renew import for_data  # noqa: E402
+from pipelines.flow.stage import REGISTER, TRAIN  # noqa: E402
 from pipelines.orchestrate.child import CHECK, report  # noqa: E402
 from pipelines.orchestrate.definitions import asset_of, make_definitions  # noqa: E402
 from pipelines.orchestrate.settings import Settings  # noqa: E402
@@ -138,7 +139,7 @@ def test_a_process_that_was_killed_is_started_again_and_one_that_was_cancelled_i
 
     child = Ended([], [])
     settings = SETTINGS.model_copy(update={"retries": 2, "retry_delay_s": 0.0})
-    assert not materialised(GRAPH[1], child, settings).success
+    assert not materialised(TRAIN, child, settings).success
     assert len(child.commands) == tries
 
 
@@ -284,6 +285,6 @@ def test_a_child_makes_a_dataset_tells_dagster_of_it_and_skips_it_the_second_tim
     assert [found["skipped"].value for found in metadata] == [False, True]
     assert metadata[0]["digest"].value == metadata[1]["digest"].value == version
     assert "holds this input already" in metadata[1]["why"].value
-    missing = materialised(GRAPH[3], dg.PipesSubprocessClient(), settings)
+    missing = materialised(REGISTER, dg.PipesSubprocessClient(), settings)
     (event,) = [e for e in missing.all_events if e.event_type_value == "STEP_FAILURE"]
     assert "the result of train, which comes before, is not there" in event.event_specific_data.error_display_string
