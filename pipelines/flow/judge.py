@@ -220,7 +220,7 @@ class Promote(Stage[Verdict]):
     def done(self, site: Site, given: Results, inputs: Mapping[str, str]) -> Look[Verdict]:
         """Look whether the alias is at the version, by the gate's log and in MLflow."""
         assert given.version is not None
-        gate = self._gate(site)
+        gate = self.gate(site)
         verdict = gate.holds(given.version)
         if verdict is None:
             return Look(None, f"{gate.alias} of {gate.model} is not at version {given.version.version}")
@@ -229,9 +229,10 @@ class Promote(Stage[Verdict]):
     def run(self, site: Site, given: Results) -> Verdict:
         """Return the gate's verdict, by which the alias has moved or has not; a refusal is a result too."""
         assert given.version is not None
-        return self._gate(site).promote(given.version)
+        return self.gate(site).promote(given.version)
 
-    def _gate(self, site: Site) -> Gate:
+    def gate(self, site: Site) -> Gate:
+        """Return the gate before the alias."""
         config, storage = self.config, site.storage
         name, alias = config.registry.model, config.registry.alias
         return Gate(config, storage, site.display, lambda: connect_ray(config, storage), name, alias)

@@ -123,8 +123,8 @@ class _Walk:
             if not self.beside:
                 break
             self._take_ended(wait=True)
-        for error in self.errors[1:]:
-            self.site.display.stage("failed", str(error))
+        for further in self.errors[1:]:
+            self.site.display.stage("failed", str(further))
         if self.errors:
             raise self.errors[0]
         ran = tuple(stage.name for stage in self.chosen if stage.name in self.ran)

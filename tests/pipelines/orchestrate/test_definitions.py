@@ -107,6 +107,14 @@ def test_each_asset_starts_its_stage_with_the_overrides_of_its_partition():
         ]
 
 
+def test_stages_are_launched_on_a_cluster_where_the_settings_say_so():
+    child = Child([dg.MaterializeResult()], [])
+    settings = SETTINGS.model_copy(update={"launch": ("launch.image=i", "launch.s3_secret=s")})
+    assert materialised(TRAIN, child, settings).success
+    launch = ["--launch", "launch.image=i", "--launch", "launch.s3_secret=s"]
+    assert child.commands[0][3:] == ["--stage", "train", *launch, "+experiment=digits", "images=1280"]
+
+
 def test_a_refusal_of_the_gate_is_a_failed_check_and_fails_the_asset_without_another_try():
     refused = dg.AssetCheckResult(passed=False, check_name=CHECK, metadata={"reason": "worse"})
     child = Child([refused], [{"failed": "the gate has refused: worse", "retry": False}])
