@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from pipelines import checkpoints, references, registry, tracking
 from pipelines.config import sampling
+from pipelines.errors import PipelineError
 from pipelines.evaluation.evaluators import (
     Evaluator,
     check_evaluator,
@@ -227,9 +228,34 @@ class Promote(Stage[Verdict]):
         return Look(verdict, f"{gate.alias} is at version {given.version.version} already")
 
     def run(self, site: Site, given: Results) -> Verdict:
-        """Return the gate's verdict, by which the alias has moved or has not; a refusal is a result too."""
+        """Return the gate's verdict, by which the alias has moved or has not; a refusal is a result too.
+
+        Where the data have changed since the champion was scored, it is scored anew first. The version that this makes
+        takes the alias, as the same model with evidence that can be compared.
+        """
         assert given.version is not None
-        return self.gate(site).promote(given.version)
+        gate = self.gate(site)
+        champion = gate.incomparable(given.version)
+        if champion is not None:
+            try:
+                gate.promote(self._scored_anew(champion, gate, site))
+            except PipelineError as error:
+                site.display.stage(self.name, f"{champion.uri} cannot be scored anew: {error}")
+        return gate.promote(given.version)
+
+    def _scored_anew(self, champion: ModelVersion, gate: Gate, site: Site) -> ModelVersion:
+        """Score the model of the champion, with the settings that it serves, on the data of the configuration."""
+        site.display.stage(self.name, f"{champion.uri} was scored on other data or otherwise: scoring it anew")
+        resolved = references.resolve(champion.uri, tracking_uri=gate.uri, storage=site.storage)
+        return registry.register_scored(
+            resolved,
+            resolved.model.spec.sampling,
+            self.config,
+            site.storage,
+            site.display,
+            gate.connect,
+            dataset_uri=self.config.data.uri,
+        )
 
     def gate(self, site: Site) -> Gate:
         """Return the gate before the alias."""
