@@ -37,6 +37,8 @@ SETTINGS = """\
 INSTANCE = """\
 telemetry:
   enabled: false
+nux:                                # the page asks nobody for an address
+  enabled: false
 concurrency:
   runs:
     tag_concurrency_limits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import time
@@ -39,6 +40,11 @@ def settings(name: str) -> list[str]:
 @pytest.fixture(scope="module")
 def calm(shell: Shell) -> Finished:
     return ended(shell, "calm")
+
+
+def test_the_evaluator_is_trained_beside_one_worker_where_there_are_two_cores(calm):
+    assert ("evaluator  beside train" in calm.err) == ((os.cpu_count() or 1) > 1)
+    assert "training the evaluator (classifier)" in calm.err
 
 
 @pytest.mark.parametrize("kills, seed", [(2, 1), pytest.param(5, 0, marks=pytest.mark.slow)])
