@@ -83,7 +83,7 @@ def walk(stages: Sequence[Stage[Any]], site: Site, first: str | None = None, las
     """
     before, chosen = select(stages, first, last)
     site.storage.require(stages[0].config.storage.root)
-    return _Walk(site, chosen, _results(before, site)).run()
+    return _Walk(site, chosen, _results(before, chosen, site)).run()
 
 
 class _Walk:
@@ -192,7 +192,7 @@ def preview(
         PipelineError: a stage would refuse to run; says why and what to do.
     """
     before, chosen = select(stages, first, last)
-    given = _results(before, site)
+    given = _results(before, chosen, site)
     found = []
     for stage in chosen:
         missing = given.missing(stage.place)
@@ -216,14 +216,18 @@ def preview(
     )
 
 
-def _results(before: Sequence[Stage[Any]], site: Site) -> Results:
-    """Return the results of stages that do not run.
+def _results(before: Sequence[Stage[Any]], chosen: Sequence[Stage[Any]], site: Site) -> Results:
+    """Return the results of those stages before the chosen ones that these need, or that such a stage does.
 
     Raises:
         ConfigError: one is not there.
     """
-    given = Results()
+    given, needed = Results(), {name for stage in chosen for name in stage.place.needs}
+    for stage in reversed(before):
+        needed |= set(stage.place.needs) if stage.place.gives in needed else set()
     for stage in before:
+        if stage.place.gives not in needed:
+            continue
         look = stage.look(site, given)
         if look.result is None:
             raise ConfigError(

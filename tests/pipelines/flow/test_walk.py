@@ -185,6 +185,18 @@ def test_until_leaves_the_rest_for_later(world):
     assert world.walk("register") == NAMES[4:]
 
 
+def test_one_stage_asks_for_what_it_needs_and_not_for_what_merely_comes_before(world):
+    world.walk(last="ingest")
+    assert world.walk("evaluator", "evaluator") == ["evaluator"]  # as an orchestrator may, before the training
+    with pytest.raises(ConfigError, match="the result of train, which comes before, is not there"):
+        world.walk("evaluate", "evaluate")
+    assert world.walk("train", "train") == ["train"]
+    assert world.walk("evaluate", "evaluate") == ["evaluate"]
+    world.remove("dataset")
+    with pytest.raises(ConfigError, match="the result of ingest, which comes before, is not there"):
+        world.walk("gate", "gate")
+
+
 @pytest.mark.parametrize("option, span", [("--from", ("learn", None)), ("--until", (None, "learn"))])
 def test_a_stage_that_does_not_exist_is_named_with_those_that_do(world, option, span):
     with pytest.raises(
