@@ -56,7 +56,7 @@ def flow(
     """Ingest, train, evaluate, register; finished stages are skipped. Example: ddpm flow photos/ budget=30m
 
     With a SOURCE and no +experiment, size, network and length are chosen for the images, this machine and the budget.
-    STAGE is ingest, train, evaluate, register or gate.
+    STAGE is ingest, train, evaluator, evaluate, register or gate.
     """
     terminal.quiet = quiet
     began = time.monotonic()
@@ -73,7 +73,10 @@ def flow(
     if dry_run:
         found = preview(stages(config), site, first, last)
         for stage in found:
-            terminal.stage(stage.name, f"{'will run' if stage.runs else 'will be skipped'}: {stage.reason}")
+            what = "will run" if stage.runs else "will be skipped"
+            if stage.beside:
+                what += f" beside {' and '.join(stage.beside)}, where the cluster has room for both"
+            terminal.stage(stage.name, f"{what}: {stage.reason}")
         answer_json(as_json, {"stages": [dataclasses.asdict(stage) for stage in found]})
         return
     with terminal.live():

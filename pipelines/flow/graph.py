@@ -6,7 +6,7 @@ from typing import Any
 
 from pipelines.config import Config
 from pipelines.flow.ingest import Ingest
-from pipelines.flow.judge import Evaluate, Promote, Register
+from pipelines.flow.judge import Evaluate, MakeEvaluator, Promote, Register
 from pipelines.flow.stage import Stage
 from pipelines.flow.train import Train
 
@@ -17,4 +17,5 @@ def stages(config: Config) -> tuple[Stage[Any], ...]:
     Args:
         config: with every address filled in.
     """
-    return (Ingest(config), Train(config), Evaluate(config), Register(config), Promote(config))
+    parts = (Ingest, Train, MakeEvaluator, Evaluate, Register, Promote)
+    return tuple(part(config) for part in parts)

@@ -1,4 +1,4 @@
-"""The stages that judge a trained run: its scores, its version in the registry, and the gate before the alias."""
+"""The stages that judge a trained run: the evaluator, its scores, its version in the registry, and the gate."""
 
 from __future__ import annotations
 
@@ -11,18 +11,78 @@ from typing import ClassVar
 
 from pipelines import checkpoints, references, registry, tracking
 from pipelines.config import sampling
-from pipelines.evaluation.evaluators import check_evaluator
+from pipelines.errors import PipelineError
+from pipelines.evaluation.evaluators import (
+    Evaluator,
+    check_evaluator,
+    evaluator_kind,
+    find_evaluator,
+    open_evaluator,
+)
 from pipelines.evaluation.scores import Scores
 from pipelines.evaluation.scoring import find_scores, score_and_record
-from pipelines.flow.stage import EVALUATE, GATE, REGISTER, Look, Place, Results, Site, Stage
+from pipelines.flow.stage import EVALUATE, EVALUATOR, GATE, REGISTER, Look, Place, Results, Site, Stage
 from pipelines.references import Resolved
 from pipelines.registry import Gate, Verdict, check_signing
 from pipelines.shards.quarantine import read_quarantine, stream_digest
-from pipelines.storage import Storage
+from pipelines.storage import Storage, join
 from pipelines.tracking import ModelVersion, links
 from pipelines.training import driver
 from pipelines.training.driver import TrainingResult
-from pipelines.training.ray_train.resources import connect_ray
+from pipelines.training.ray_train.resources import alive_nodes, connect_ray, has_room_beside
+from pipelines.training.scoring import needs
+
+
+@dataclass(frozen=True)
+class MakeEvaluator(Stage[Evaluator]):
+    """Train the evaluator of the dataset, where it is one that is trained on the dataset."""
+
+    place: ClassVar[Place] = EVALUATOR
+    on_ray: ClassVar[bool] = True
+
+    @property
+    def output(self) -> str:
+        """Where evaluators that are trained on a dataset are stored."""
+        return join(self.config.data.uri, "evaluator")
+
+    def inputs(self, site: Site, given: Results) -> dict[str, str]:
+        """Return the digest of the data, and the kind of the evaluator."""
+        assert given.dataset is not None
+        return {"data": given.dataset.digest, "kind": evaluator_kind(self.config, given.dataset)}
+
+    def check(self, site: Site, given: Results) -> None:
+        """Check that there can be an evaluator for the dataset.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if given.dataset is not None:
+            check_evaluator(self.config, given.dataset)
+
+    def has_room(self, site: Site) -> bool:
+        """Return whether the cluster has room for a task beside all workers of a training."""
+        connect_ray(self.config, site.storage)
+        return has_room_beside(self.config.cluster, alive_nodes(), needs(self.config))
+
+    def done(self, site: Site, given: Results, inputs: Mapping[str, str]) -> Look[Evaluator]:
+        """Look whether the evaluator is there: stored with the dataset, or loaded from `evaluation.weights`."""
+        assert given.dataset is not None
+        found = find_evaluator(self.config, given.dataset, site.storage)
+        if found is None:
+            return Look(None, f"{given.dataset.uri} has no evaluator ({inputs['kind']}) yet")
+        return Look(found, f"the evaluator ({found.kind}) is there already (digest {found.digest[:12]})")
+
+    def run(self, site: Site, given: Results) -> Evaluator:
+        """Train the evaluator in a Ray task, and store it."""
+        assert given.dataset is not None
+        config, storage = self.config, site.storage
+        return open_evaluator(
+            config,
+            given.dataset,
+            storage,
+            lambda text: site.display.stage(self.name, text),
+            connect=lambda: connect_ray(config, storage),
+        )
 
 
 @dataclass(frozen=True)
@@ -161,18 +221,44 @@ class Promote(Stage[Verdict]):
     def done(self, site: Site, given: Results, inputs: Mapping[str, str]) -> Look[Verdict]:
         """Look whether the alias is at the version, by the gate's log and in MLflow."""
         assert given.version is not None
-        gate = self._gate(site)
+        gate = self.gate(site)
         verdict = gate.holds(given.version)
         if verdict is None:
             return Look(None, f"{gate.alias} of {gate.model} is not at version {given.version.version}")
         return Look(verdict, f"{gate.alias} is at version {given.version.version} already")
 
     def run(self, site: Site, given: Results) -> Verdict:
-        """Return the gate's verdict, by which the alias has moved or has not; a refusal is a result too."""
-        assert given.version is not None
-        return self._gate(site).promote(given.version)
+        """Return the gate's verdict, by which the alias has moved or has not; a refusal is a result too.
 
-    def _gate(self, site: Site) -> Gate:
+        Where the data have changed since the champion was scored, it is scored anew first. The version that this makes
+        takes the alias, as the same model with evidence that can be compared.
+        """
+        assert given.version is not None
+        gate = self.gate(site)
+        champion = gate.incomparable(given.version)
+        if champion is not None:
+            try:
+                gate.promote(self._scored_anew(champion, gate, site))
+            except PipelineError as error:
+                site.display.stage(self.name, f"{champion.uri} cannot be scored anew: {error}")
+        return gate.promote(given.version)
+
+    def _scored_anew(self, champion: ModelVersion, gate: Gate, site: Site) -> ModelVersion:
+        """Score the model of the champion, with the settings that it serves, on the data of the configuration."""
+        site.display.stage(self.name, f"{champion.uri} was scored on other data or otherwise: scoring it anew")
+        resolved = references.resolve(champion.uri, tracking_uri=gate.uri, storage=site.storage)
+        return registry.register_scored(
+            resolved,
+            resolved.model.spec.sampling,
+            self.config,
+            site.storage,
+            site.display,
+            gate.connect,
+            dataset_uri=self.config.data.uri,
+        )
+
+    def gate(self, site: Site) -> Gate:
+        """Return the gate before the alias."""
         config, storage = self.config, site.storage
         name, alias = config.registry.model, config.registry.alias
         return Gate(config, storage, site.display, lambda: connect_ray(config, storage), name, alias)

@@ -15,6 +15,7 @@ from pipelines.errors import ConfigError
 if TYPE_CHECKING:
     from pipelines.config import Config
     from pipelines.display import Display
+    from pipelines.evaluation.evaluators import Evaluator
     from pipelines.evaluation.scores import Scores
     from pipelines.registry import Verdict
     from pipelines.shards.index import Dataset
@@ -44,12 +45,25 @@ class Place:
 
 INGEST = Place("ingest", "dataset", (), "Shards of the source's images, with their index")
 TRAIN = Place("train", "run", ("dataset",), "A run that has seen all its images, with published checkpoints")
-EVALUATE = Place("evaluate", "evaluation", ("dataset", "run"), "Scores of the run's newest published checkpoint")
+EVALUATOR = Place("evaluator", "evaluator", ("dataset",), "The network that judges samples, the same for all runs")
+EVALUATE = Place(
+    "evaluate", "evaluation", ("dataset", "run", "evaluator"), "Scores of the run's newest published checkpoint"
+)
 REGISTER = Place("register", "version", ("dataset", "run", "evaluation"), "A signed model version with its evidence")
 GATE = Place("gate", "champion", ("version",), "The guarded alias at the version, where the gate lets it pass")
 
-GRAPH = (INGEST, TRAIN, EVALUATE, REGISTER, GATE)
+GRAPH = (INGEST, TRAIN, EVALUATOR, EVALUATE, REGISTER, GATE)
 """The stages in an order in which they can run."""
+
+
+def independent(one: Place, other: Place, graph: Sequence[Place] = GRAPH) -> bool:
+    """Return whether neither of two places needs, over any number of stages between them, the result of the other."""
+
+    def below(place: Place) -> set[str]:
+        needed = [found for found in graph if found.gives in place.needs]
+        return {place.gives}.union(*map(below, needed))
+
+    return one.gives not in below(other) and other.gives not in below(one)
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,7 @@ class Results:
 
     dataset: Dataset | None = None
     run: TrainingResult | None = None
+    evaluator: Evaluator | None = None
     evaluation: Scores | None = None
     version: ModelVersion | None = None
     champion: Verdict | None = None
@@ -111,6 +126,8 @@ class Stage(ABC, Generic[T]):
     """
 
     place: ClassVar[Place]
+    on_ray: ClassVar[bool] = False
+    """Whether all of its work is done in Ray tasks, so that it may run in a thread beside another stage."""
     config: Config
 
     @property
@@ -140,6 +157,13 @@ class Stage(ABC, Generic[T]):
         Raises:
             PipelineError: the stage would fail; says why and what to do.
         """
+
+    def has_room(self, site: Site) -> bool:
+        """Return whether the cluster has room for this stage beside one that uses all that `cluster` asks for.
+
+        It is asked of stages with `on_ray` only, right before both start.
+        """
+        return False
 
     def look(self, site: Site, given: Results) -> Look[T]:
         """Look whether the result is there, made from what is there now; nothing is started or written.

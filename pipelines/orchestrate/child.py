@@ -77,12 +77,15 @@ class PipesDisplay(Silent):
             self.stage(breakdown.name, line)
 
 
-def run_stage(stage: str, overrides: Sequence[str], display: PipesDisplay) -> tuple[FlowResult, Config]:
+def run_stage(
+    stage: str, overrides: Sequence[str], display: PipesDisplay, launch: Sequence[str] = ()
+) -> tuple[FlowResult, Config]:
     """Run one stage, unless its result is there; the results of those before it have to be.
 
     Args:
         stage: its name.
         overrides: of the configuration, as on the command line.
+        launch: overrides of the launch of a RayJob in which the stage runs; none to run it here.
 
     Returns:
         What came of it, and the configuration with every address filled in.
@@ -94,7 +97,8 @@ def run_stage(stage: str, overrides: Sequence[str], display: PipesDisplay) -> tu
     from pipelines.config import compose
     from pipelines.connect import connect
 
-    config = connect(compose(overrides), os.environ, SERVICES, notice=display.stage)  # before ray is imported
+    services = SERVICES[:2] if launch else SERVICES
+    config = connect(compose(overrides), os.environ, services, notice=display.stage)  # before ray is imported
 
     from pipelines.flow.graph import stages
     from pipelines.flow.renew import for_data
@@ -104,7 +108,12 @@ def run_stage(stage: str, overrides: Sequence[str], display: PipesDisplay) -> tu
     storage = Storage.of(config)
     if stage != INGEST.name:
         config = for_data(config, storage)
-    return walk(stages(config), Site(storage, code_lineage(), display), stage, stage), config
+    site = Site(storage, code_lineage(), display)
+    if launch:
+        from pipelines.orchestrate.on_kubernetes import walk_on_kubernetes
+
+        return walk_on_kubernetes(stages(config), site, stage, overrides, launch), config
+    return walk(stages(config), site, stage, stage), config
 
 
 def report(stage: str, result: FlowResult, config: Config, context: PipesContext) -> None:
@@ -132,6 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stage that the arguments name, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.orchestrate.child", description=__doc__)
     parser.add_argument("--stage", required=True, choices=[place.name for place in GRAPH])
+    parser.add_argument(
+        "--launch", action="append", default=[], help="launch.FIELD=VALUE of a RayJob in which it runs; once for each"
+    )
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as +experiment=digits")
     given = parser.parse_args(arguments)
     orchestrated = PipesEnvVarParamsLoader().is_dagster_pipes_process()
@@ -139,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.simplefilter("ignore", DagsterPipesWarning)  # that nobody listens, where it was started by hand
         with open_dagster_pipes() as context:
             try:
-                result, config = run_stage(given.stage, given.overrides, PipesDisplay(context))
+                result, config = run_stage(given.stage, given.overrides, PipesDisplay(context), given.launch)
                 report(given.stage, result, config, context)
                 verdict = result.results.champion
                 code = 1 if verdict is not None and not verdict.passed else 0

@@ -42,7 +42,8 @@ def asset_of(place: Place, partitions: dg.StaticPartitionsDefinition, settings: 
     )
     def materialise(context: dg.AssetExecutionContext, pipes: dg.PipesSubprocessClient) -> Iterator[Any]:
         overrides = settings.partitions[context.partition_key]
-        command = [sys.executable, "-m", "pipelines.orchestrate.child", "--stage", place.name, *overrides]
+        launch = [word for setting in settings.launch for word in ("--launch", setting)]
+        command = [sys.executable, "-m", "pipelines.orchestrate.child", "--stage", place.name, *launch, *overrides]
         try:
             done = pipes.run(context=context, command=command)
         except dg.DagsterError as error:  # the process has ended without a word

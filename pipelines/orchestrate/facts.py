@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.scores import Scores
 from pipelines.flow.stage import Results
 from pipelines.registry import Verdict
@@ -71,6 +72,12 @@ def _run(run: TrainingResult, results: Results, uri: str) -> tuple[Metadata, str
     return metadata, run.published.digest
 
 
+def _evaluator(evaluator: Evaluator, results: Results, uri: str) -> tuple[Metadata, str]:
+    accuracy = {} if evaluator.accuracy is None else {"accuracy": evaluator.accuracy}
+    metadata = {"kind": evaluator.kind, "source": evaluator.source, "digest": evaluator.digest, **accuracy}
+    return metadata, evaluator.digest
+
+
 def _evaluation(scores: Scores, results: Results, uri: str) -> tuple[Metadata, str]:
     assert results.run is not None
     digest = hashlib.sha256(json.dumps(scores.to_plain(), sort_keys=True).encode()).hexdigest()
@@ -107,6 +114,7 @@ def _champion(verdict: Verdict, results: Results, uri: str) -> tuple[Metadata, s
 _FACTS: dict[str, Callable[..., tuple[Metadata, str]]] = {
     "dataset": _dataset,
     "run": _run,
+    "evaluator": _evaluator,
     "evaluation": _evaluation,
     "version": _version,
     "champion": _champion,

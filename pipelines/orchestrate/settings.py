@@ -26,6 +26,9 @@ class Settings(BaseModel):
         min_length=1,
         description="partition -> Hydra overrides of its runs",
     )
+    launch: tuple[str, ...] = Field(
+        (), description="overrides launch.FIELD=VALUE of the RayJobs in which stages run; none to run them here"
+    )
     cron: str = Field("0 3 * * 1", description="when the schedule `retrain` looks at every partition")
     timezone: str = Field("UTC", description="of the schedule")
     look_every_s: PositiveInt = Field(60, description="seconds between two looks of the sensor `new_data`")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ from pipelines.display import Display
 from pipelines.evaluation.evaluators import Evaluator, open_evaluator
 from pipelines.evaluation.prompts import Prompts, open_prompts
 from pipelines.evaluation.real import Real, open_real
+from pipelines.evaluation.scores import Scores
 from pipelines.evaluation.scoring import check_fits
 from pipelines.references import guided
 from pipelines.registry.bounds import absolute_bounds
@@ -127,6 +129,23 @@ class Gate:
 
     def _there(self, version: ModelVersion) -> Verdict:
         return Verdict(True, f"the alias {self.alias} is there already", self.model, self.alias, version.version)
+
+    def incomparable(self, version: ModelVersion) -> ModelVersion | None:
+        """Return the version at the alias where its scores are not of the data and evaluator of another one's.
+
+        That is what the tags of both say, which decides nothing: `promote` goes by signed evidence. Nothing is written.
+
+        Returns:
+            None where they can be compared, or where there is nothing to compare.
+        """
+        champion = self._champion(self.log.read())
+        if champion is None or champion.version == version.version:
+            return None
+        try:
+            ours, theirs = (Scores.from_plain(json.loads(v.tags["scores"])) for v in (version, champion))
+        except (KeyError, ValueError, TypeError):
+            return None
+        return None if all(row.passed for row in comparable(ours, theirs, champion.uri)) else champion
 
     def rollback(self, *, dry_run: bool = False) -> Verdict:
         """Give the alias back to the version that had it before the present one.

@@ -26,6 +26,7 @@ SETTINGS = """\
 #   digits: [+experiment=digits]
 #   digits_inpainting: [+experiment=digits_inpainting]
 #   digits_score: [+experiment=digits_score]
+# launch: []                        # launch.image=…, to run each stage as a RayJob on Kubernetes
 # cron: "0 3 * * 1"                 # of the schedule `retrain`, which is stopped until you start it
 # timezone: UTC
 # look_every_s: 60                  # between two looks of the sensor `new_data`, which is stopped until you start it
@@ -36,6 +37,8 @@ SETTINGS = """\
 INSTANCE = """\
 telemetry:
   enabled: false
+nux:                                # the page asks nobody for an address
+  enabled: false
 concurrency:
   runs:
     tag_concurrency_limits:
@@ -45,8 +48,19 @@ concurrency:
         limit: 1
       - key: ddpm/trains            # nor two trainings on one machine
         limit: 1
+run_launcher:
+  module: pipelines.orchestrate.launcher
+  class: ProcessRunLauncher
+run_monitoring:                     # a run whose process is gone, with its daemon say, fails …
+  enabled: true
+  poll_interval_seconds: 10
+run_retries:                        # … and is tried again; a stage that fails is tried again inside its run
+  enabled: true
+  max_retries: 3
+  retry_on_asset_or_op_failure: false
 """
-"""The text of Dagster's own settings where there are none yet: how many runs there may be at a time."""
+"""The text of Dagster's own settings where there are none yet: how many runs at a time, and what becomes of one whose
+process is gone."""
 
 
 def orchestrator_environment(home: Path) -> dict[str, str]:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
+PYFUNC = "model"
+"""Name of the logged model that a version is made from."""
+
+
 @dataclass(frozen=True)
 class ModelVersion:
     """A registered model version.
@@ -75,7 +79,8 @@ class Pyfunc:
 def log_pyfunc(tracker: Tracker, pyfunc: Pyfunc, images_seen: int) -> str:
     """Store a pyfunc with its files in the run; return the ID of the logged model.
 
-    MLflow shows the run's points at `images_seen`, its loss and scores there, as those of the model.
+    MLflow shows the run's points at `images_seen`, its loss and scores there, as those of the model. What an earlier
+    call has stored of which no version was made, because its process was killed in between, is deleted.
 
     Args:
         images_seen: by the model.
@@ -84,17 +89,30 @@ def log_pyfunc(tracker: Tracker, pyfunc: Pyfunc, images_seen: int) -> str:
 
     authenticate()
 
-    def log(_: MlflowClient) -> str:
+    def log(client: MlflowClient) -> str:
         mlflow.set_tracking_uri(tracker.uri)
+        _delete_unregistered(client, tracker.run_id)
         # MLflow's hints (types, input examples, nullable integers) are for who writes the model, not for who trains.
         with warnings.catch_warnings(), mlflow.start_run(run_id=tracker.run_id, log_system_metrics=False):
             warnings.simplefilter("ignore")
-            info = mlflow.pyfunc.log_model(name="model", step=images_seen, **pyfunc.arguments())
+            info = mlflow.pyfunc.log_model(name=PYFUNC, step=images_seen, **pyfunc.arguments())
         return str(info.model_id)
 
     model_id = ask(tracker.uri, log)
     tracker.status("FINISHED")
     return model_id
+
+
+def _delete_unregistered(client: MlflowClient, run_id: str) -> None:
+    """Delete the logged pyfuncs of a run of which there is no version."""
+    wanted = f"source_run_id = '{run_id}' AND name = '{PYFUNC}'"
+    experiment = client.get_run(run_id).info.experiment_id
+    logged = list(pages(lambda token: client.search_logged_models([experiment], wanted, page_token=token)))
+    made = pages(lambda token: client.search_model_versions(f"run_id = '{run_id}'", page_token=token)) if logged else ()
+    sources = {version.source for version in made}
+    for model in logged:
+        if f"models:/{model.model_id}" not in sources:
+            client.delete_logged_model(model.model_id)
 
 
 def register(tracker: Tracker, name: str, model_id: str, tags: Mapping[str, str]) -> ModelVersion:

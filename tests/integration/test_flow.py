@@ -96,8 +96,8 @@ def test_the_logged_model_has_the_scores_and_the_loss_of_its_images(flow, client
 
 
 STAGES = {
-    "s3", "mlflow", "ray", "ingest", "note", "dataset", "report", "train", "goodput", "evaluate", "accuracy",
-    "variety", "bits/dim", "copies", "distance", "gate", "register", "registry", "grid",
+    "s3", "mlflow", "ray", "ingest", "note", "dataset", "report", "train", "goodput", "evaluator", "evaluate",
+    "accuracy", "variety", "bits/dim", "copies", "distance", "gate", "register", "registry", "grid",
 }  # fmt: skip
 
 
@@ -171,7 +171,7 @@ def test_plain_webdataset_reads_every_image_once(flow, s3: Storage, tmp_path: Pa
 
 def test_a_second_flow_skips_every_stage(flow, shell, client):
     again = shell.ok("flow", *SHORT, "--json")
-    assert again.answer["skipped"] == ["ingest", "train", "evaluate", "register", "gate"]
+    assert again.answer["skipped"] == ["ingest", "train", "evaluator", "evaluate", "register", "gate"]
     assert again.answer["scores"] == flow.answer["scores"]
     assert again.answer["model"] == flow.answer["model"]
     assert len(client.search_model_versions("name = 'digits'")) == 1
@@ -181,11 +181,11 @@ def test_a_dry_run_says_what_would_run_and_leaves_no_trace(flow, shell, client, 
     before = stored(s3), [run.info.run_id for run in client.search_runs(["1"])]
     same = shell.ok("flow", *SHORT, "--dry-run", "--json")
     assert [(stage["name"], stage["runs"]) for stage in same.answer["stages"]] == [
-        (name, False) for name in ("ingest", "train", "evaluate", "register", "gate")
+        (name, False) for name in ("ingest", "train", "evaluator", "evaluate", "register", "gate")
     ]
     assert "gate  will be skipped: champion is at version 1 already" in same.err
     other = shell.ok("flow", *SHORT, "sampler.steps=9", "--dry-run", "--json")
-    assert [stage["runs"] for stage in other.answer["stages"]] == [False, False, True, True, True]
+    assert [stage["runs"] for stage in other.answer["stages"]] == [False, False, False, True, True, True]
     assert "evaluate  will run: the model of 6,400 images was not scored with these settings yet" in other.err
     early = shell("flow", *SHORT, "name=nobody", "--from", "evaluate", "--dry-run")
     assert (early.code, "the result of train, which comes before, is not there" in early.err) == (2, True), early.err

@@ -75,7 +75,7 @@ def test_the_flow_stops_resumes_and_registers(shell: Shell, local_stack, root):
 
     again = shell.ok("flow", *run, f"images={more}", "--json")
     gate = ["gate"] if flow.answer["gate"]["passed"] else []
-    assert again.answer["skipped"] == ["ingest", "train", "evaluate", "register", *gate]
+    assert again.answer["skipped"] == ["ingest", "train", "evaluator", "evaluate", "register", *gate]
     drawn = shell.ok("sample", f"runs:/{stopped['run_id']}", *run[-3:-1], "--labels", "3", "--out", "x", "--json")
     assert len(drawn.answer["files"]) == 2
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import requests
+import yaml
 from mlflow import MlflowClient
 
 from pipelines import stack
 from pipelines.flow import GRAPH
 from pipelines.orchestrate.settings import Settings
 from tests.integration.conftest import Shell
+from tests.processes import family
 
 dg = pytest.importorskip("dagster", reason="comes with the extra orchestrate")
 
@@ -113,3 +117,76 @@ def test_the_digits_graph_is_materialised_once_and_then_skipped(shell: Shell, lo
         assert again[asset]["skipped"].value is True
         assert again[asset]["why"].value.startswith("skipped: ")
         assert again[asset]["inputs"].value == made[asset]["inputs"].value
+
+
+LAUNCH = """mutation($selector: JobOrPipelineSelector!, $tags: [ExecutionTag!]) {
+  launchRun(executionParams: {selector: $selector, executionMetadata: {tags: $tags}}) {
+    __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message }
+  }
+}"""
+RUNS = "{ runsOrError { ... on Runs { results { runId status parentRunId tags { key value } } } } }"
+MANY = 25_600
+
+
+def until(true: Callable[[], Any], timeout_s: float) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while not (found := true()):
+        assert time.monotonic() < deadline, f"not within {timeout_s:.0f} s"
+        time.sleep(0.2)
+    return found
+
+
+def posted(url: str, query: str, **variables: Any) -> dict[str, Any]:
+    answer = requests.post(f"{url}/graphql", json={"query": query, "variables": variables}, timeout=60).json()
+    assert "errors" not in answer, answer
+    return answer["data"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_a_daemon_that_is_killed_in_a_training_goes_on_with_it_when_it_is_started_again(
+    shell: Shell, local_stack, s3, monkeypatch
+):
+    home = local_stack.home
+    tiny = ["model.channels=[32]", "model.attention=[true]", "model.layers_per_block=1", "cluster.num_workers=1"]
+    overrides = [*SHORT, "name=restarted", f"images={MANY}", "checkpoint.every=1280", "registry.model=restarted", *tiny]
+    (home / "orchestrate.yaml").write_text(yaml.safe_dump({"partitions": {"short": overrides}, "retry_delay_s": 1}))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.setenv("XDG_CACHE_HOME", shell.environment["XDG_CACHE_HOME"])
+    try:
+        stack.up(home, services=stack.ORCHESTRATOR)
+        pids = {service.name: service.pid for service in stack.status(home) if service.running}
+        (url,) = [service.url for service in stack.status(home) if service.name == "dagster"]
+        location = "pipelines.orchestrate.definitions"
+        selector = {"repositoryLocationName": location, "repositoryName": "__repository__", "jobName": "flow"}
+        tags = [{"key": "dagster/partition", "value": "short"}]
+        launched = posted(url, LAUNCH, selector=selector, tags=tags)["launchRun"]
+        assert launched["__typename"] == "LaunchRunSuccess", launched
+        until(lambda: any("/state.json" in entry.uri for entry in s3.list("s3://ddpm/runs/restarted")), 900)
+        for process in family(pids["dagster-daemon"]):  # and with it what has started the run, the run, and its stage
+            process.kill()
+        stack.up(home, services=stack.ORCHESTRATOR)
+
+        def ended() -> list[dict[str, Any]] | None:
+            runs = posted(url, RUNS)["runsOrError"]["results"]
+            return runs if len(runs) > 1 and runs[0]["status"] in ("SUCCESS", "FAILURE") else None
+
+        again, first = until(ended, 1800)
+        assert first["runId"] == launched["run"]["runId"] == again["parentRunId"]
+        assert first["status"] == "FAILURE"
+    finally:
+        for service in stack.status(home):  # the rest of the stack is for the tests that come after
+            if service.name in stack.ORCHESTRATOR and service.pid is not None:
+                for process in family(service.pid):
+                    process.kill()
+    client = MlflowClient(tracking_uri=local_stack.tracking_uri)
+    experiment = client.get_experiment_by_name("ddpm").experiment_id
+    (run,) = client.search_runs([experiment], "tags.`ddpm.run` = 'restarted'")
+    assert run.info.status == "FINISHED"
+    steps = [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")]
+    assert len(steps) == len(set(steps))
+    assert steps[-1] == MANY
+    (version,) = client.search_model_versions("name = 'restarted'")
+    assert version.run_id == run.info.run_id
+    # What the gate says of so short a training is its own affair; the run has failed where it has refused.
+    assert (again["status"] == "SUCCESS") == ("champion" in client.get_registered_model("restarted").aliases)

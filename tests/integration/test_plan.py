@@ -49,6 +49,6 @@ def test_a_folder_and_a_budget_give_a_registered_model_and_the_same_command_goes
 
     again = shell.ok("flow", source, *SHORT, *small, "--json")
     gate = ["gate"] if answer["gate"]["passed"] else []
-    assert again.answer["skipped"] == ["ingest", "train", "evaluate", "register", *gate]
+    assert again.answer["skipped"] == ["ingest", "train", "evaluator", "evaluate", "register", *gate]
     assert again.answer["model"] == answer["model"]
     assert "this command was given before: run figures-4m goes on by its plan" in again.err

@@ -29,7 +29,7 @@ def test_every_verb_explains_itself_with_an_example(verb):
         (["flow", "photos", "pictures"], 2, "photos and pictures: one is enough"),
         (["flow", "photos", "+experiment=digits", "budget=10m"], 2, "an experiment has a length of its own"),
         (["flow", "photos", "--config", "x.yaml"], 2, "leave SOURCE and budget out"),
-        (["flow", "--from", "learn"], 2, "no such stage. Allowed: ingest, train, evaluate, register, gate"),
+        (["flow", "--from", "learn"], 2, "no such stage. Allowed: ingest, train, evaluator, evaluate, register, gate"),
         (["flow", "--from", "gate", "--until", "train"], 2, "train comes before gate"),
         (["flow", "--out", "x", "--until", "train"], 2, "--out draws the registered model"),
         (["flow", "--dry-run"], 1, "S3 and MLflow of the local stack are not running"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from pipelines import tracking
+from pipelines import references, registry, tracking
 from pipelines.checkpoints import (
     Listed,
     Published,
@@ -31,6 +33,7 @@ from pipelines.storage import Storage
 from pipelines.tracking import ModelVersion, client
 from pipelines.training.driver import TrainingResult
 from tests.pipelines.checkpoints.tiny import DATASET, a_checkpoint
+from tests.pipelines.registry.version import scores
 
 STORAGE = Storage()
 SITE = Site(STORAGE, {}, Silent())
@@ -146,8 +149,8 @@ def registered(config, monkeypatch):
 
     monkeypatch.setattr(tracking, "versions", lambda uri, name: versions)
     monkeypatch.setattr(tracking, "version", version)
-    registry = config.registry.model_copy(update={"model": "m"})
-    return config.model_copy(update={"registry": registry}), versions, aliases
+    section = config.registry.model_copy(update={"model": "m"})
+    return config.model_copy(update={"registry": section}), versions, aliases
 
 
 class Plain:
@@ -186,3 +189,73 @@ def test_the_gate_is_done_where_the_alias_is_at_the_version_by_its_log_and_in_ml
         "champion of m is not at version 1",
         "champion of m is not at version 2",
     )
+
+
+def scored_on(number: str, data: str) -> ModelVersion:
+    tags = {"scores": json.dumps(scores(stream_digest=data).to_plain()), "served_digest": number}
+    return ModelVersion("m", number, "r", tags, ())
+
+
+@pytest.mark.parametrize(
+    "at_alias, expected",
+    [
+        (scored_on("1", "old"), "1"),
+        (scored_on("1", "new"), None),
+        (scored_on("2", "old"), None),  # itself
+        (ModelVersion("m", "1", "r", {}, ()), None),  # nothing is known of it, and `promote` says so
+        (None, None),
+    ],
+)
+def test_a_champion_is_incomparable_where_its_scores_are_of_other_data(registered, monkeypatch, at_alias, expected):
+    config, *_ = registered
+    monkeypatch.setattr(tracking, "version", lambda *arguments, **named: at_alias)
+    found = Promote(config).gate(SITE).incomparable(scored_on("2", "new"))
+    assert (found and found.version) == expected
+
+
+@dataclass
+class FakeGate:
+    """A gate whose champion is of other data until the version of it that was scored anew is promoted."""
+
+    champion: ModelVersion | None
+    asked: list[str] = field(default_factory=list)
+    uri = "u"
+    connect = None
+
+    def incomparable(self, version):
+        return self.champion
+
+    def promote(self, version):
+        self.asked.append(version.version)
+        return Verdict(version.version == "3" or "3" in self.asked, "why", "m", "champion", version.version)
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_a_champion_of_other_data_is_scored_anew_and_promoted_before_the_version_is_compared(
+    registered, monkeypatch, failing
+):
+    config, *_ = registered
+    gate, sampling = FakeGate(scored_on("1", "old")), object()
+    model = SimpleNamespace(spec=SimpleNamespace(sampling=sampling))
+    scored: list[tuple[str, object, str | None]] = []
+
+    def register_scored(resolved, settings, config, storage, display, connect, *, dataset_uri):
+        if failing:
+            raise PipelineError("other classes")
+        scored.append((resolved.reference, settings, dataset_uri))
+        return scored_on("3", "new")
+
+    monkeypatch.setattr(Promote, "gate", lambda self, site: gate)
+    monkeypatch.setattr(
+        references, "resolve", lambda reference, **named: SimpleNamespace(reference=reference, model=model)
+    )
+    monkeypatch.setattr(registry, "register_scored", register_scored)
+    verdict = Promote(config).run(SITE, Results(version=scored_on("2", "new")))
+    assert verdict.version == "2"
+    assert scored == ([] if failing else [("models:/m/1", sampling, config.data.uri)])
+    assert gate.asked == (["2"] if failing else ["3", "2"])
+    assert verdict.passed is not failing  # what cannot be scored is refused as before
+    gate.champion = None
+    gate.asked.clear()
+    Promote(config).run(SITE, Results(version=scored_on("2", "new")))
+    assert gate.asked == ["2"]

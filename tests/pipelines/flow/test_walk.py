@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from pipelines.display import Silent
 from pipelines.errors import PipelineError
 from pipelines.flow import GRAPH, Look, Place, Results, Site, Stage, select
 from pipelines.flow.graph import stages
+from pipelines.flow.stage import independent
 from pipelines.flow.walk import preview, walk
 from pipelines.storage import NotFoundError, Storage, join
 
@@ -29,6 +32,13 @@ class Written(Stage[str]):
     place: Place  # type: ignore[misc]
     ran: list[str] = field(default_factory=list)
     checked: list[tuple[str, str]] = field(default_factory=list)
+    aside: bool = False
+    room: bool = False
+    work: Callable[[], object] = bool
+
+    @property
+    def on_ray(self):  # type: ignore[override]
+        return self.aside
 
     @property
     def output(self) -> str:
@@ -51,15 +61,20 @@ class Written(Stage[str]):
             return Look(None, "there is none")
         return Look(stored, "there it is") if stored == self.content(inputs) else Look(None, "it is of other inputs")
 
+    def has_room(self, site):
+        assert self.on_ray
+        return self.room
+
     def run(self, site, given):
         self.ran.append(self.name)
+        self.work()
         content = self.content(self.inputs(site, given))
         site.storage.write(self.output, content.encode())
         return content
 
 
 class World:
-    """A storage root with a source, and the five stages on it."""
+    """A storage root with a source, and the stages of the graph on it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -107,6 +122,7 @@ def test_the_stages_of_a_configuration_have_the_places_of_the_graph():
     assert [stage.output for stage in stages(config)] == [
         "s3://ddpm/datasets/digits",
         "s3://ddpm/runs/digits",
+        "s3://ddpm/datasets/digits/evaluator",
         "None, run 'digits', evaluation/",
         "models:/digits",
         "models:/digits@champion",
@@ -164,9 +180,21 @@ def test_from_and_until_choose_a_part_of_the_order(first, last):
 
 
 def test_until_leaves_the_rest_for_later(world):
-    assert world.walk(last="evaluate") == NAMES[:3]
+    assert world.walk(last="evaluate") == NAMES[:4]
     assert not (world.folder / "version").exists()
-    assert world.walk("register") == NAMES[3:]
+    assert world.walk("register") == NAMES[4:]
+
+
+def test_one_stage_asks_for_what_it_needs_and_not_for_what_merely_comes_before(world):
+    world.walk(last="ingest")
+    assert world.walk("evaluator", "evaluator") == ["evaluator"]  # as an orchestrator may, before the training
+    with pytest.raises(ConfigError, match="the result of train, which comes before, is not there"):
+        world.walk("evaluate", "evaluate")
+    assert world.walk("train", "train") == ["train"]
+    assert world.walk("evaluate", "evaluate") == ["evaluate"]
+    world.remove("dataset")
+    with pytest.raises(ConfigError, match="the result of ingest, which comes before, is not there"):
+        world.walk("gate", "gate")
 
 
 @pytest.mark.parametrize("option, span", [("--from", ("learn", None)), ("--until", (None, "learn"))])
@@ -197,14 +225,15 @@ def test_a_preview_says_what_a_walk_does_and_leaves_no_trace(world):
     assert [(stage.name, stage.runs, stage.reason) for stage in found] == [
         ("ingest", False, "there it is"),
         ("train", False, "there it is"),
-        ("evaluate", True, "there is none"),
+        ("evaluator", True, "there is none"),
+        ("evaluate", True, "it is made from the evaluator, which is not there yet"),
         ("register", True, "it is made from the evaluation, which is not there yet"),
         ("gate", True, "it is made from the version, which is not there yet"),
     ]
     assert found[1].inputs == {"dataset": (world.folder / "dataset").read_text()}
-    assert found[3].inputs == {}
+    assert found[4].inputs == {}
     assert world.files() == before
-    assert [stage.name for stage in preview(world.stages, world.site, "train", "evaluate")] == ["train", "evaluate"]
+    assert [stage.name for stage in preview(world.stages, world.site, "train", "evaluate")] == NAMES[1:4]
     world.remove("run")
     with pytest.raises(ConfigError, match="the result of train, which comes before, is not there: there is none"):
         preview(world.stages, world.site, "evaluate")
@@ -222,7 +251,7 @@ def test_a_preview_of_the_real_stages_starts_and_writes_nothing(tmp_path):
     )
     before = sorted(tmp_path.rglob("*"))
     found = preview(stages(config), Site(STORAGE, {}, Silent()))
-    assert [stage.runs for stage in found] == [True] * 5
+    assert [stage.runs for stage in found] == [True] * 6
     assert found[0].reason == f"file://{tmp_path}/ds holds no dataset that a flow has finished"
     assert len(found[0].inputs["source"]) == 64
     assert sorted(tmp_path.rglob("*")) == before
@@ -234,3 +263,100 @@ def test_a_store_that_cannot_be_written_ends_a_walk_before_anything_runs(world, 
     with pytest.raises(PipelineError):
         walk([Written(GRAPH[0], config, world.ran)], world.site)
     assert world.ran == []
+
+
+# --- side by side ---
+
+
+def of(world: World, **parts: dict[str, object]) -> tuple[Written, ...]:
+    """Return the stages of a world, some of them with other fields."""
+    return tuple(replace(stage, **parts.get(stage.name, {})) for stage in world.stages)
+
+
+def test_stages_of_which_neither_needs_the_other_are_independent():
+    pairs = {(a.name, b.name) for a in GRAPH for b in GRAPH if independent(a, b)}
+    assert pairs == {("train", "evaluator"), ("evaluator", "train")}
+
+
+def test_independent_stages_run_side_by_side_where_there_is_room(world):
+    meeting, threads = threading.Barrier(2, timeout=20), {}
+
+    def meet(name):
+        threads[name] = threading.current_thread()
+        meeting.wait()  # which only both together pass
+
+    train, evaluator = {"work": lambda: meet("train")}, {"work": lambda: meet("evaluator")}
+    result = walk(of(world, train=train, evaluator={**evaluator, "aside": True, "room": True}), world.site)
+    assert result.ran == tuple(NAMES)
+    assert result.results == walk(world.stages, world.site).results
+    assert threads["train"] is threading.main_thread()  # it has the signals
+    assert threads["evaluator"] is not threading.main_thread()
+
+
+@pytest.mark.parametrize("aside", [{"aside": True, "room": False}, {"aside": False, "room": True}])
+def test_without_room_for_both_and_without_ray_they_run_one_after_another(world, aside):
+    at_work = []
+
+    def alone():
+        assert threading.current_thread() is threading.main_thread()
+        at_work.append(len(world.ran))
+
+    aside = {**aside, "work": alone}
+    assert walk(of(world, train={"work": alone}, evaluator=aside), world.site).ran == tuple(NAMES)
+    assert (world.ran, at_work) == (NAMES, [2, 3])
+
+
+def fails(name: str, after: threading.Event | None = None, then: threading.Event | None = None):
+    def fail():
+        assert after is None or after.wait(20)
+        if then is not None:
+            then.set()
+        raise PipelineError(f"{name} has failed")
+
+    return fail
+
+
+@pytest.mark.parametrize("failing, other", [("train", "evaluator"), ("evaluator", "train")])
+def test_a_stage_that_fails_leaves_the_other_at_work_and_its_error_comes_after_that(world, failing, other):
+    began, failed, finished = (threading.Event() for _ in range(3))
+
+    def work():
+        began.set()
+        assert failed.wait(20)
+        threading.Event().wait(0.05)
+        finished.set()
+
+    parts = {failing: {"work": fails(failing, began, failed)}, other: {"work": work}}
+    parts["evaluator"] |= {"aside": True, "room": True}
+    with pytest.raises(PipelineError, match=f"{failing} has failed"):
+        walk(of(world, **parts), world.site)
+    assert finished.is_set()
+    assert sorted(world.ran) == ["evaluator", "ingest", "train"]  # and nothing after them
+    world.ran.clear()
+    assert walk(world.stages, world.site).ran == (failing, "evaluate", "register", "gate")
+
+
+def test_of_two_errors_one_is_raised_and_the_other_is_shown(world):
+    class Lines(Silent):
+        said: list[str] = []
+
+        def stage(self, name, text):
+            self.said.append(f"{name}  {text}")
+
+    failed = threading.Event()
+    parts = {
+        "train": {"work": fails("train", then=failed)},
+        "evaluator": {"work": fails("evaluator", after=failed), "aside": True, "room": True},
+    }
+    with pytest.raises(PipelineError, match="train has failed"):
+        walk(of(world, **parts), Site(STORAGE, {}, Lines()))
+    assert Lines.said == ["evaluator  beside train", "failed  evaluator has failed"]
+
+
+def test_a_preview_names_what_runs_side_by_side(world):
+    stages = of(world, evaluator={"aside": True})
+    beside = {row.name: row.beside for row in preview(stages, world.site) if row.beside}
+    assert beside == {"train": ("evaluator",), "evaluator": ("train",)}
+    walk(stages, world.site, last="train")
+    assert not any(row.beside for row in preview(stages, world.site))
+    assert not any(row.beside for row in preview(world.stages, world.site))

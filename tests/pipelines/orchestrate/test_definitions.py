@@ -26,6 +26,7 @@ from pipelines.display import Silent  # noqa: E402
 from pipelines.flow import GRAPH  # noqa: E402
 from pipelines.flow.ingest import write_dataset  # noqa: E402
 from pipelines.flow.renew import for_data  # noqa: E402
+from pipelines.flow.stage import REGISTER, TRAIN  # noqa: E402
 from pipelines.orchestrate.child import CHECK, report  # noqa: E402
 from pipelines.orchestrate.definitions import asset_of, make_definitions  # noqa: E402
 from pipelines.orchestrate.settings import Settings  # noqa: E402
@@ -106,6 +107,14 @@ def test_each_asset_starts_its_stage_with_the_overrides_of_its_partition():
         ]
 
 
+def test_stages_are_launched_on_a_cluster_where_the_settings_say_so():
+    child = Child([dg.MaterializeResult()], [])
+    settings = SETTINGS.model_copy(update={"launch": ("launch.image=i", "launch.s3_secret=s")})
+    assert materialised(TRAIN, child, settings).success
+    launch = ["--launch", "launch.image=i", "--launch", "launch.s3_secret=s"]
+    assert child.commands[0][3:] == ["--stage", "train", *launch, "+experiment=digits", "images=1280"]
+
+
 def test_a_refusal_of_the_gate_is_a_failed_check_and_fails_the_asset_without_another_try():
     refused = dg.AssetCheckResult(passed=False, check_name=CHECK, metadata={"reason": "worse"})
     child = Child([refused], [{"failed": "the gate has refused: worse", "retry": False}])
@@ -138,7 +147,7 @@ def test_a_process_that_was_killed_is_started_again_and_one_that_was_cancelled_i
 
     child = Ended([], [])
     settings = SETTINGS.model_copy(update={"retries": 2, "retry_delay_s": 0.0})
-    assert not materialised(GRAPH[1], child, settings).success
+    assert not materialised(TRAIN, child, settings).success
     assert len(child.commands) == tries
 
 
@@ -284,6 +293,6 @@ def test_a_child_makes_a_dataset_tells_dagster_of_it_and_skips_it_the_second_tim
     assert [found["skipped"].value for found in metadata] == [False, True]
     assert metadata[0]["digest"].value == metadata[1]["digest"].value == version
     assert "holds this input already" in metadata[1]["why"].value
-    missing = materialised(GRAPH[3], dg.PipesSubprocessClient(), settings)
+    missing = materialised(REGISTER, dg.PipesSubprocessClient(), settings)
     (event,) = [e for e in missing.all_events if e.event_type_value == "STEP_FAILURE"]
     assert "the result of train, which comes before, is not there" in event.event_specific_data.error_display_string

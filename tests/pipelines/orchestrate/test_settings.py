@@ -26,7 +26,7 @@ def test_the_settings_that_a_stack_shows_are_the_defaults(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("crom: '@daily'", r"crom: .*Allowed: partitions, cron"),
+        ("crom: '@daily'", r"crom: .*Allowed: partitions, launch, cron"),
         ("partitions: {}", "partitions: "),
         ("retries: -1", "retries: "),
         ("- digits", "settings are a mapping"),

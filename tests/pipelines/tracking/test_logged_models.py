@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from pipelines import tracking
-from pipelines.tracking import Tracker, UnreachableError
+from pipelines.tracking import Pyfunc, Tracker, UnreachableError
 from pipelines.tracking.client import client as client_of
 
 SCORES = {"eval/frechet_distance": 12.5, "eval/class_accuracy": 0.9}
@@ -82,3 +84,26 @@ def test_the_runs_that_were_started_from_a_run_name_their_starting_points(client
         run = client.create_run(experiment, tags={"ddpm.run": "fine"}).info.run_id
         client.log_param(run, "init_from", reference)
     assert tracking.starting_points(tracker.uri, tracker.run_id) == [f"runs:/{tracker.run_id}/640"]
+
+
+def test_what_was_stored_for_a_version_that_was_never_made_is_deleted_and_nothing_else(client, tracker, monkeypatch):
+    client, experiment = client_of(tracker.uri), client.get_run(tracker.run_id).info.experiment_id
+    other = client.create_run(experiment).info.run_id
+
+    def log_model(*, name: str, step: int, source_run_id: str = tracker.run_id, **arguments: object) -> SimpleNamespace:
+        return client.create_logged_model(experiment, name=name, source_run_id=source_run_id)
+
+    monkeypatch.setattr(importlib.import_module("mlflow.pyfunc"), "log_model", log_model)
+    monkeypatch.setattr(Pyfunc, "arguments", lambda self: {})
+    pyfunc = Pyfunc({}, Path(), (), (), {}, None, {})  # type: ignore[arg-type]
+    kept = {tracking.enter_checkpoint_model(tracker, 640, {}).model_id}
+    first = tracking.log_pyfunc(tracker, pyfunc, 640)
+    assert tracking.register(tracker, "deleted", first, {}).version == "1"
+    foreign = log_model(name="model", step=640, source_run_id=other).model_id
+    killed = tracking.log_pyfunc(tracker, pyfunc, 640)
+    last = tracking.log_pyfunc(tracker, pyfunc, 640)
+    tracking.register(tracker, "deleted", last, {})
+    assert len({first, killed, last, foreign}) == 4
+    there = {model.model_id for model in client.search_logged_models([experiment])}
+    assert there >= kept | {first, last, foreign}
+    assert killed not in there
