@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -151,6 +152,12 @@ def show_verdict(verdict: Verdict, *, failed_only: bool = False) -> None:
 
 
 def answer_json(as_json: bool, answer: dict[str, Any]) -> None:
-    """Print the answer of a verb as one line of JSON where `--json` asks for it."""
+    """Print the answer of a verb as one line of JSON where `--json` asks for it, the last line of stdout.
+
+    Ray tells on stdout, from a thread of its own, of nodes that were lost, even where it is asked for no logs.
+    """
     if as_json:
-        print(json.dumps(answer))
+        print(json.dumps(answer), flush=True)
+        ray = sys.modules.get("ray")
+        if ray is not None and ray.is_initialized():
+            sys.stdout = sys.stderr

@@ -1,0 +1,24 @@
+"""What the verbs share."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+from pipelines.cli.common import answer_json
+
+
+def test_what_ray_says_of_a_lost_node_does_not_follow_the_answer(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # is put back at the end
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
+    answer_json(True, {"status": "stopped"})
+    print("(raylet) the node with address 10.0.0.3 has been marked dead")
+    said = capsys.readouterr()
+    assert json.loads(said.out.splitlines()[-1]) == {"status": "stopped"}
+    assert "marked dead" in said.err
+
+
+def test_a_command_without_ray_leaves_stdout_alone(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False))
+    answer_json(True, {})
+    print("more")
+    assert capsys.readouterr().out.splitlines() == ["{}", "more"]
