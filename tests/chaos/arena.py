@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,17 @@ def until(true: Callable[[], Any], timeout_s: float, what: Callable[[], str]) ->
 
 
 class Training:
-    """A running `ddpm train`, and what it says."""
+    """A running `ddpm train`, and what it says.
 
-    def __init__(self, folder: Path, environment: dict[str, str], arguments: list[str]) -> None:
+    Args:
+        prefix: words before the command, which run it somewhere else.
+    """
+
+    def __init__(
+        self, folder: Path, environment: dict[str, str], arguments: list[str], prefix: Sequence[str] = ()
+    ) -> None:
         self.process = subprocess.Popen(
-            [DDPM, "train", *arguments, "--json"],
+            [*prefix, DDPM, "train", *arguments, "--json"],
             cwd=folder,
             env=environment,
             stdout=subprocess.PIPE,
@@ -125,19 +131,24 @@ class Arena:
         self.trainings.append(Training(self.folder, self.environment, list(arguments)))
         return self.trainings[-1]
 
-    def start_node(self) -> None:
+    def start_node(self, attempts: int = 3) -> None:
+        """Start the second node; again where Ray's own 30 s were not enough, as whoever supervises it does."""
         assert self.state.ray_address is not None
-        self.node = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("node.py")), self.state.ray_address, str(CPUS)],
-            env=self.environment
-            | stack.ray_environment(self.home)
-            | {"RAY_TRAIN_V2_ENABLED": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"},
-            start_new_session=True,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self.node.stdout is not None
-        assert self.node.stdout.readline() == "there\n"
+        for _ in range(attempts):
+            self.node = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("node.py")), self.state.ray_address, str(CPUS)],
+                env=self.environment
+                | stack.ray_environment(self.home)
+                | {"RAY_TRAIN_V2_ENABLED": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"},
+                start_new_session=True,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            assert self.node.stdout is not None
+            if self.node.stdout.readline() == "there\n":
+                return
+            self.kill_node()
+        raise AssertionError(f"Ray's second node has not started in {attempts} attempts")
 
     def kill_node(self) -> None:
         """The machine is gone: its raylet, agents and workers at once."""
