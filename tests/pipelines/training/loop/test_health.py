@@ -11,12 +11,10 @@ from pipelines.config import compose, groups
 from pipelines.display import NOT_WORKING
 from pipelines.training.loop import health
 from pipelines.training.loop.health import Health, blank, expected_faults
+from tests.docs.modules import load
 from tests.pipelines.training.loop.ranks import tiny_config, train_here
 
-NEEDED = {
-    "folder32": ["name=mine", "data.source=photos", "data.num_classes=3"],
-    "digits_consistency": ["init_from=runs:/abc"],
-}
+NEEDED = load("experiments").NEEDED
 
 
 def of_digits(*overrides):
