@@ -58,6 +58,8 @@ class Fault:
     Attributes:
         kind: of `ANSWERS` or `BROKEN`.
         seconds: how long, from when it is switched on; None for as long as `count` lasts.
+        waits: whether the period begins with the first request that it meets: on a busy machine whoever is to be
+            disturbed may ask for nothing in the first seconds.
         count: how many requests at most.
         methods: of the requests that it meets; all where empty.
         path: a regular expression that their paths contain.
@@ -67,6 +69,7 @@ class Fault:
 
     kind: str
     seconds: float | None = None
+    waits: bool = False
     count: int | None = None
     methods: tuple[str, ...] = ()
     path: str = ""
@@ -87,7 +90,18 @@ class Active:
 
     def __init__(self, fault: Fault) -> None:
         self.fault, self.hits, self.over = fault, list[str](), threading.Event()
-        self.ends = time.monotonic() + fault.seconds if fault.seconds is not None else float("inf")
+        self.ends = float("inf")
+        if not fault.waits:
+            self._begin()
+
+    def _begin(self) -> None:
+        if self.fault.seconds is not None and self.ends == float("inf"):
+            self.ends = time.monotonic() + self.fault.seconds
+
+    def meet(self, request: str) -> None:
+        """Note a request that it met."""
+        self._begin()
+        self.hits.append(request)
 
     @property
     def on(self) -> bool:
@@ -152,7 +166,7 @@ class FaultProxy:
                 fault = active.fault
                 meets = (not fault.methods or method in fault.methods) and re.search(fault.path, path)
                 if active.on and meets and self.random.random() < fault.share:
-                    active.hits.append(f"{method} {path}")
+                    active.meet(f"{method} {path}")
                     return active
         return None
 

@@ -432,7 +432,9 @@ def assert_nothing_is_lost(services: Services, table: list[Cell], tmp_path: Path
     work += [(phase, call, of_mlflow, str(services.state.tracking_uri)) for phase, call in MLFLOW_PHASES.items()]
     with ThreadPoolExecutor(len(work)) as pool:
         futures = [
-            pool.submit(disturb, services, tmp_path, name, phase, call, replace(fault, seconds=outage_s), target)
+            pool.submit(
+                disturb, services, tmp_path, name, phase, call, replace(fault, seconds=outage_s, waits=True), target
+            )
             for phase, call, fault, target in work
         ]
     failures = []
