@@ -179,8 +179,7 @@ class Table:
                 save_file(make(*train, 10, images, SEED).state_dict(), path)
             module.load_state_dict(load_file(path))
             module.eval().requires_grad_(False)
-        for model in (gan, vae):
-            name = type(model).__name__.lower().replace("generator", "gan")
+        for name, model in (("gan", gan), ("vae", vae)):
             began = time.perf_counter()
             drawn = model.draw(self.labels, SEED)
             self.add(name, "one pass", 1, drawn, time.perf_counter() - began)

