@@ -22,6 +22,7 @@ from pipelines.inference.request import MANIFEST, Sample
 from pipelines.lineage import code_lineage
 from pipelines.references import Resolved
 from pipelines.registry import digest_of
+from pipelines.shards.read import spread_positions
 
 NAME_BYTES = 200
 """Of a class or prompt in a file's name; file systems allow 255 in all."""
@@ -251,7 +252,7 @@ def film_strip(film: Film) -> NDArray[np.uint8]:
     Returns:
         uint8 [height, width, 3].
     """
-    times = np.unique(np.linspace(0, len(film.t) - 1, min(len(film.t), FILMED)).round().astype(int))
+    times = spread_positions(len(film.t), FILMED)
     shown = min(film.x_t.shape[1], FILMED)
     lines = [states[times, i].numpy() for i in range(shown) for states in (film.x_t, film.x0)]
     return label_grid(np.concatenate(lines), len(times), tuple(f"t={film.t[i]:.0f}" for i in times))

@@ -28,8 +28,8 @@ from pipelines.inference import Sample, encoder_of, film_strip, picture
 from pipelines.inference.likelihood import Data, read_data
 from pipelines.references import Resolved
 from pipelines.report.facts import Facts, Film, Levels, Picture, Point
-from pipelines.report.gather import spread
 from pipelines.report.subject import Subject
+from pipelines.shards.read import spread_positions
 from pipelines.storage import Storage
 
 FILMED = 4
@@ -87,7 +87,7 @@ def film(resolved: Resolved, prompts: list[str] | None) -> Film:
     """
     spec = resolved.model.spec
     sampling = _short(spec.sampling)
-    some = spread(range(len(spec.classes)), FILMED) if spec.classes else []
+    some = spread_positions(len(spec.classes), FILMED).tolist()
     request = Sample.of(
         labels=[spec.classes[i] for i in some] or None,
         prompts=prompts[: len(some) or FILMED] if prompts and spec.network.text_dim else None,
@@ -125,7 +125,7 @@ def inpainting(model: Model, data: Data, seed: int = 0) -> Picture:
     Args:
         seed: of the masks and of the noise.
     """
-    chosen = torch.tensor(spread(range(len(data.images)), FILLED))
+    chosen = torch.from_numpy(spread_positions(len(data.images), FILLED))
     known, cond = data.images[chosen], None if data.cond is None else data.cond[chosen]
     mask = random_mask(seed, torch.arange(len(known)), (known.shape[2], known.shape[3]))
     _, method = inpainting_method(model, None, {})

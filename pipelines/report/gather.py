@@ -32,6 +32,7 @@ from pipelines.report.subject import Subject
 from pipelines.search.paths import get_value
 from pipelines.search.study import StudyStore, TrialRecord
 from pipelines.shards.index import read_dataset
+from pipelines.shards.read import spread_positions
 from pipelines.storage import Storage, join
 from pipelines.tracking import ModelVersion
 from pipelines.training.ledger import goodput_of, read_sessions
@@ -269,10 +270,9 @@ class _Reader:
     def _pictures(self, seen: int | None) -> dict[str, Any]:
         tracker = self.subject.tracker
         names = tracker.names("images")
-        steps = tracking.pictures_of(names, GRIDS)
-        found: dict[str, Any] = {
-            "growth": tuple((step, self._picture(steps[step])) for step in spread(list(steps), MOST_GRIDS))
-        }
+        grids = list(tracking.pictures_of(names, GRIDS).items())
+        shown = [grids[i] for i in spread_positions(len(grids), MOST_GRIDS)]
+        found: dict[str, Any] = {"growth": tuple((step, self._picture(grid)) for step, grid in shown)}
         for part, key in (("samples", SAMPLES), ("nearest", NEAREST)):
             of_key = tracking.pictures_of(names, key)
             if seen in of_key:
@@ -304,13 +304,6 @@ class _Reader:
                     tried = [tried_in_trial(name, record) for record in store.records()]
                     found += [one for one in tried if one is not None]
         return found
-
-
-def spread(values: Sequence[int], most: int) -> list[int]:
-    """Return at most so many values that are spread evenly over all of them, the first and the last included."""
-    if len(values) <= most:
-        return list(values)
-    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
 
 
 def own_scores(recorded: Sequence[tuple[str, Scores]], settings: Sampling | None, seen: int | None) -> Scores | None:

@@ -265,7 +265,7 @@ def split_batches(reader: ShardReader, batch_size: int) -> Iterator[Batch]:
 
 
 def spread_positions(count: int, most: int) -> NDArray[np.int64]:
-    """Return at most so many positions, spread evenly over `count`."""
+    """Return at most so many positions, spread evenly over `count`, the first and the last included."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
 
 

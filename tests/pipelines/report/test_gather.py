@@ -6,7 +6,7 @@ from ddpm.generate import Sampling
 from pipelines.config import ConfigError, compose
 from pipelines.evaluation.scores import Estimate
 from pipelines.report import find_subject
-from pipelines.report.gather import own_scores, spread, tried_by_evaluations, tried_in_trial
+from pipelines.report.gather import own_scores, tried_by_evaluations, tried_in_trial
 from pipelines.report.sections import duration, figure
 from pipelines.search.study import TrialRecord
 from tests.pipelines.report.facts import SCORES
@@ -51,13 +51,6 @@ def test_finished_trials_are_points_with_their_interval_and_unfinished_ones_none
     assert (found.distance.low, found.distance.high) == pytest.approx((4.02, 5.98))
     assert tried_in_trial("first", replace(record, state="stopped")) is None
     assert tried_in_trial("first", replace(record, scores={"frechet_distance": float("nan")})) is None
-
-
-def test_values_are_spread_over_all_with_the_first_and_the_last():
-    assert spread(range(5), 9) == [0, 1, 2, 3, 4]
-    found = spread(range(100), 24)
-    assert len(set(found)) == 24
-    assert (found[0], found[-1]) == (0, 99)
 
 
 def test_times_and_figures_are_said_shortly():

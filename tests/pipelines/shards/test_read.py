@@ -8,7 +8,7 @@ import pytest
 
 from pipelines.shards.audit.foreign import index_tars
 from pipelines.shards.cache import ShardCorruptError
-from pipelines.shards.read import CacheFolderError, default_cache_dir, read_split
+from pipelines.shards.read import CacheFolderError, default_cache_dir, read_split, spread_positions
 from pipelines.storage import Storage
 from tests.pipelines.shards.tars import picture, reader, write_shard
 
@@ -75,3 +75,10 @@ def test_a_cache_folder_that_another_user_has_made_is_not_trusted(tmp_path, monk
     (tmp_path / f"cache-{os.getuid()}").symlink_to("/etc")
     with pytest.raises(CacheFolderError, match="is another user's: set XDG_CACHE_HOME"):
         default_cache_dir()
+
+
+def test_positions_are_spread_over_all_with_the_first_and_the_last():
+    assert spread_positions(5, 9).tolist() == [0, 1, 2, 3, 4]
+    found = spread_positions(100, 24).tolist()
+    assert len(set(found)) == 24
+    assert (found[0], found[-1]) == (0, 99)
