@@ -132,9 +132,10 @@ class ShardFetcher:
         """
         if self.cache is None or sum(shard.bytes for shard in shards) > self.cache.limit_bytes:
             return
-        for shard in shards:
-            if self.cache.find(shard) is None:
-                self._put_together(shard)
+        begun = [self._put_together(shard) for shard in shards if self.cache.find(shard) is None]
+        for partial in begun:
+            if partial is not None:
+                partial.done.result()  # a shard has its name a moment before its fetcher lets go of it
         for shard in shards:
             while self.cache.find(shard) is None:
                 partial = self._put_together(shard)

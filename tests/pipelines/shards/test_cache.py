@@ -163,6 +163,24 @@ def test_room_is_made_before_a_shard_is_fetched_and_not_after(tmp_path):
     assert [path.suffix for path in cache.folder.iterdir() if path.stat().st_size] == [".tar"]
 
 
+def test_shards_that_were_required_can_be_deleted_at_once(tmp_path, monkeypatch):
+    """Their fetcher holds none of them any longer: else one that was used later would be deleted in its place."""
+    shards = stored(tmp_path / "data", 2, 1000)
+    cache = ShardCache(tmp_path / "cache", 2500)
+    replace = Path.replace
+
+    def linger(path: Path, target: Path) -> Path:
+        renamed = replace(path, target)
+        time.sleep(0.2 if target == cache.path(shards[0]) else 0.6)
+        return renamed
+
+    monkeypatch.setattr(Path, "replace", linger)
+    ShardFetcher(f"file://{tmp_path}/data", Storage(), cache).require(shards)
+    assert all(cache.path(info).exists() for info in shards)
+    ShardCache(cache.folder, 500)
+    assert not any(cache.path(info).exists() for info in shards)
+
+
 def test_a_cache_full_of_partial_shards_has_no_room_and_deletes_nothing_for_it(tmp_path, caplog):
     shards = stored(tmp_path / "data", 4, 1000)
     cache = ShardCache(tmp_path / "cache", 2500)
