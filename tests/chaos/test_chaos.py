@@ -173,6 +173,10 @@ def run_chaos(
     training = arena.train(*SETTINGS, "name=chaos", FAR)
     calm = beside.train(*SETTINGS, "name=calm", FAR, "cluster.num_workers=1") if beside else None
     until(lambda: any("follow it at" in line for line in training.said), 120, lambda: "a plan")
+    if beside and calm:
+        calm.gets_on()
+        for worker in beside.workers():
+            worker.nice(19)  # it takes what the other one leaves, which is enough, for that one often stands still
     began = due = time.time()
     for fault in faults:
         if every_s is None:
@@ -181,6 +185,7 @@ def run_chaos(
         else:
             due += rng.expovariate(1 / every_s)
             time.sleep(max(due - time.time(), 0))
+        assert training.process.poll() is None, "".join(training.said)[-3000:]
         happened.append(fault)
         print(f"{time.time() - began:6.1f} s, {training.images():,} images: {fault.__name__}", flush=True)
         training = fault(arena, training, rng)

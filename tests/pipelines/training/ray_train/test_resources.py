@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pipelines.config import ClusterConfig, compose
+from pipelines.storage import Storage
+from pipelines.training.ray_train import resources
 from pipelines.training.ray_train.resources import has_room_beside, per_worker, possible_workers, shortage
 
 
@@ -48,3 +50,15 @@ def test_an_evaluation_on_a_gpu_needs_one_that_no_worker_wants():
     assert not has_room_beside(cluster, [{"CPU": 16.0, "GPU": 2.0}], needs)
     assert has_room_beside(cluster, [{"CPU": 16.0, "GPU": 3.0}], needs)
     assert not has_room_beside(cluster, [{"CPU": 16.0, "GPU": 2.0}, {"CPU": 16.0}], needs)
+
+
+@pytest.mark.parametrize(
+    "address, told", [("10.0.0.7:6379", "10.0.0.7:6379"), ("auto", None), ("ray://10.0.0.7:10001", None)]
+)
+def test_processes_of_a_training_know_which_cluster_is_theirs(monkeypatch, address, told):
+    """There may be two on a machine, and Ray's own helpers ask for the only one."""
+    settings = {}
+    monkeypatch.setattr(resources.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(resources.ray, "init", lambda **given: settings.update(given))
+    resources.connect_ray(compose([f"cluster.address={address}"]), Storage())
+    assert settings["runtime_env"]["env_vars"].get("RAY_ADDRESS") == told
