@@ -41,8 +41,8 @@ def connect_ray(config: Config, storage: Storage) -> None:
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     bypass_proxies(address or "127.0.0.1")
     if address and address != "auto" and "://" not in address:
-        # Ray Train's helper that frees what a lost controller had reserved asks for the cluster of its machine, and ends
-        # in an error where there are two: the next controller would then wait for ever for the same CPUs.
+        # Ray Train's helper that frees what a lost controller had reserved asks for the cluster of its machine, and
+        # ends in an error where there are two: the next controller would then wait for ever for the same CPUs.
         environment["RAY_ADDRESS"] = address
     try:
         ray.init(

@@ -6,13 +6,12 @@ import math
 import os
 import tempfile
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -20,12 +19,13 @@ from pipelines import tracking
 from pipelines.checkpoints import ModelError
 from pipelines.config import ClusterConfig
 from pipelines.shards.cache import ShardCorruptError
-from pipelines.storage import Fence, FencedError
+from pipelines.storage import FencedError
 from pipelines.training import STARTED
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.loop import train_rank as run_rank
 from pipelines.training.loop.shell import Job
 from pipelines.training.ray_train.answers import answer
+from pipelines.training.ray_train.reservations import FreeWorkers, take_over_reservation
 from pipelines.training.ray_train.resources import per_worker
 from pipelines.training.ray_train.shell import RayShell
 from pipelines.training.ray_train.worker_logs import recorded
@@ -103,6 +103,7 @@ def make_trainer(
                 max_preemption_failures=cluster.max_preemption_failures,
                 preemption_grace_s=cluster.preemption_grace_s,
             ),
+            callbacks=[FreeWorkers()],
         ),
     )
 
@@ -116,22 +117,5 @@ def dedicated_workers(job: Job, monitor: Any) -> Callable[[], object]:
     """Return a call that trains a job in a Ray Train run of its own; a `WorkerProvider`."""
     trainer = make_trainer(worker_main, {"job": job, "monitor": monitor}, job.config.cluster, job.config.name)
     if job.fence is not None:
-        _take_over_reservation(job.fence, trainer)
+        take_over_reservation(job.fence, trainer)
     return trainer.fit
-
-
-def _take_over_reservation(fence: Fence, trainer: TorchTrainer) -> None:
-    """Cancel what the controller of a killed driver had reserved, and record the name of this one's reservation.
-
-    Ray's coordinator, which outlives drivers, keeps a reservation for three minutes; for so long an elastic run would
-    wait for resources that its own former driver had reserved.
-    """
-    # Not at the top: workers import this module too, and it takes half a second.
-    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
-        get_or_create_autoscaling_coordinator,
-    )
-
-    before = fence.note(reservation=f"train-{trainer.train_run_context.run_id}").get("reservation")
-    if before is not None:
-        with suppress(RayError):
-            ray.get(get_or_create_autoscaling_coordinator().cancel_request.remote(requester_id=before), timeout=10)

@@ -1,0 +1,35 @@
+"""What Ray Train forgets to free is freed."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from pipelines.config import compose
+from pipelines.training.ray_train import reservations
+from pipelines.training.ray_train.reservations import FreeWorkers
+from pipelines.training.ray_train.trainer import make_trainer
+
+
+def group(placement_group: str) -> SimpleNamespace:
+    handle = SimpleNamespace(placement_group=placement_group)
+    return SimpleNamespace(get_worker_group_state=lambda: SimpleNamespace(placement_group_handle=handle))
+
+
+@pytest.mark.parametrize("groups, freed", [([], []), (["first"], ["first"]), (["first", "second"], ["second"])])
+def test_what_the_newest_group_has_reserved_is_freed_when_the_controller_ends(monkeypatch, groups, freed):
+    removed: list[str] = []
+    monkeypatch.setattr(reservations, "remove_placement_group", removed.append)
+    callback = FreeWorkers()
+    for name in groups:
+        callback.after_worker_group_start(group(name))
+    assert removed == []
+    asyncio.run(callback.before_controller_shutdown())
+    assert removed == freed
+
+
+def test_the_controller_of_every_training_does_so():
+    trainer = make_trainer(lambda settings: None, {}, compose(["+experiment=digits"]).cluster, "digits")
+    assert [type(c) for c in trainer._create_default_callbacks() if isinstance(c, FreeWorkers)] == [FreeWorkers]
