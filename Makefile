@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 UNIT := not slow and not gpu and not integration and not chaos
 
-.PHONY: install demo test test-unit check docs format infra lock clean
+.PHONY: install demo test test-unit check docs format infra lock release clean
 .DEFAULT_GOAL := help
 
 help: ## Show the targets
@@ -16,7 +16,7 @@ install: $(STAMP) ## Make .venv and install the project with what its tests need
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable '.[local,dev]'
+	$(BIN)/pip install --quiet --editable '.[local,dev,docs]'
 	touch $@
 
 demo: $(STAMP) ## Train, evaluate and register a digits model on the local stack
@@ -40,7 +40,6 @@ check: $(STAMP) ## Lint, format, types, import contracts, spelling
 	$(BIN)/codespell
 
 docs: $(STAMP) ## Make the web site in build/site; a broken link is an error
-	$(BIN)/pip install --quiet --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 format: $(STAMP) ## Format the code
@@ -53,6 +52,16 @@ infra: $(STAMP) ## Write the cluster files that are rendered, infra/kuberay and 
 lock: $(STAMP) ## Write the exact packages, with hashes, that images are built from
 	$(BIN)/pip install --quiet uv
 	$(BIN)/python infra/docker/lock.py
+
+release: $(STAMP) ## Build sdist and wheel, try the wheel in an environment of its own, list what it brings (SBOM)
+	$(BIN)/pip install --quiet --editable '.[release]'
+	rm -rf dist build/release build/sbom.cdx.json
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv build/release
+	build/release/bin/pip install --quiet dist/*.whl
+	cd build/release && bin/ddpm --version && bin/ddpm config +experiment=cifar10 > /dev/null
+	$(BIN)/cyclonedx-py environment build/release --output-reproducible --output-file build/sbom.cdx.json
 
 clean: ## Remove .venv and build products; .ddpm (data of the local stack) stays
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,6 +1,7 @@
 """What MkDocs does besides building docs/*.md as they are.
 
-- Pages that are made from the code (`reference.py`) and from files elsewhere in the repository, such as README.md.
+- Pages that are made from the code (`reference.py`), from notebooks, and from files elsewhere in the repository, such
+  as README.md.
 - Links that leave docs/ lead to those pages, or to a copy of the file that they name.
 - Pages that the navigation does not name are put at the end of its guides.
 - Pages with a diagram get Mermaid, from an installed package: nothing is loaded from other servers.
@@ -37,6 +38,8 @@ ROOT = Path(__file__).parents[2]
 reference = _load("reference")
 UNNAMED = "Guides"
 """Group of the navigation for pages that it does not name."""
+NOTEBOOKS = "notebooks"
+"""Folder of the notebooks, below docs/; each is a page, and a file to download."""
 MERMAID = "assets/mermaid.min.js"
 _LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 _FENCE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
@@ -59,6 +62,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, path, content=text))
     for source, path in reference.COPIED.items():
         files.append(File.generated(config, path, content=(ROOT / source).read_text()))
+    for notebook in sorted((ROOT / "docs" / NOTEBOOKS).glob("*.ipynb")):
+        _add_notebook(notebook, files, config)
     origins = {path: source for source, path in reference.COPIED.items()}
     for file in list(files.documentation_pages()):
         origin = origins.get(file.src_uri, f"docs/{file.src_uri}")
@@ -96,6 +101,19 @@ def on_post_build(config: MkDocsConfig) -> None:
     target.write_bytes(mermaid().read_bytes())
 
 
+def _add_notebook(path: Path, files: Files, config: MkDocsConfig) -> None:
+    """Add the page of a notebook, with what its cells printed and drew."""
+    from nbconvert import MarkdownExporter
+
+    text, resources = MarkdownExporter().from_filename(str(path))
+    for name, picture in resources["outputs"].items():
+        own = f"{path.stem}-{name}"
+        text = text.replace(f"]({name})", f"]({own})")
+        files.append(File.generated(config, f"{NOTEBOOKS}/{own}", content=picture))
+    text = text.replace("![png](", "![drawn by the code above](")
+    files.append(File.generated(config, f"{NOTEBOOKS}/{path.stem}.md", content=text))
+
+
 def mermaid() -> Path:
     """Return Mermaid's script, of the package that carries it."""
     return Path(str(importlib.resources.files("mermaidx") / "assets" / "mermaid.js"))
@@ -130,6 +148,8 @@ def _relinked(found: re.Match[str], origin: str, page: str) -> str:
     path = _repository_path(origin, target)
     if path.startswith("docs/"):
         there = path.removeprefix("docs/")
+        if there.startswith(NOTEBOOKS):
+            there = there.replace(".ipynb", ".md")
     elif path in reference.COPIED:
         there = reference.COPIED[path]
     elif (ROOT / path).is_file():

@@ -1,4 +1,4 @@
-"""The site: its navigation, and the whole of it built strictly, where MkDocs is installed (`make docs` installs it)."""
+"""The site: its navigation, and the whole of it built strictly."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import re
 
 import pytest
 import yaml
+from mkdocs.commands.build import build
+from mkdocs.config import load_config
 
 from tests.docs.modules import ROOT, load
 
@@ -27,7 +29,8 @@ def paths(nav):
 
 def test_the_navigation_names_pages_that_there_are_and_every_made_one():
     named = paths(yaml.load((ROOT / "mkdocs.yml").read_text(), Loader)["nav"])
-    made = reference.pages().keys() | set(reference.COPIED.values())
+    notebooks = {f"notebooks/{path.stem}.md" for path in (ROOT / "docs" / "notebooks").glob("*.ipynb")}
+    made = reference.pages().keys() | set(reference.COPIED.values()) | notebooks
     assert len(named) == len(set(named))
     assert made <= set(named)
     for path in set(named) - made:
@@ -37,11 +40,6 @@ def test_the_navigation_names_pages_that_there_are_and_every_made_one():
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """Return the folder of a site built strictly: a link without a target is an error."""
-    pytest.importorskip("mkdocstrings")
-    pytest.importorskip("material")
-    from mkdocs.commands.build import build
-    from mkdocs.config import load_config
-
     folder = tmp_path_factory.mktemp("site")
     build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder)))
     return folder
@@ -73,3 +71,13 @@ def test_a_function_of_the_mathematics_has_its_docstring_on_its_page(site):
     page = (site / "reference" / "python" / "noise-and-data.html").read_text()
     assert 'id="ddpm.gaussian.q_sample"' in page
     assert "a sample of q(x_t | x_0) if eps is standard normal" in page
+
+
+def test_a_notebook_is_a_page_with_what_it_drew_and_links_to_pages(site):
+    page = (site / "notebooks" / "plane.html").read_text()
+    pictures = re.findall(r'src="(plane-[^"]+\.png)"', page)
+    assert len(pictures) == 2
+    for picture in pictures:
+        assert (site / "notebooks" / picture).read_bytes().startswith(b"\x89PNG")
+    assert 'href="../guides/a-search.html"' in page
+    assert 'href="plane.html"' in (site / "notebooks" / "index.html").read_text()

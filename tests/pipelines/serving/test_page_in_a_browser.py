@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 from selenium import webdriver
 from selenium.common.exceptions import ElementClickInterceptedException, StaleElementReferenceException
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -26,15 +24,13 @@ from ddpm.model import load_model
 from pipelines.inference import Sample, picture
 from pipelines.serving.bodies import decode_png
 from pipelines.serving.token import digest_of
+from tests.browser import DESK, PHONE, browser
 from tests.pipelines.drawing import model_folder
 from tests.pipelines.serving.page_server import page_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-DESK, PHONE = 1280, 390
 TOKEN = "a-token-of-enough-characters"
-QUIET = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--enable-unsafe-swiftshader"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -119,27 +115,15 @@ class Browser:
 
 
 @contextmanager
-def browser(address: str, width: int, profile: Path, name: str) -> Iterator[Browser]:
-    driver = shutil.which("chromedriver")
-    assert driver, "chromedriver is missing: apt-get install chromium chromium-driver"
-    options = webdriver.ChromeOptions()
-    for argument in [*QUIET, f"--window-size={width},1000", f"--user-data-dir={profile}"]:
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    opened = webdriver.Chrome(options, Service(driver))
-    try:
-        if width < 500:
-            screen = {"width": width, "height": 844, "deviceScaleFactor": 2, "mobile": True}
-            opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+def visit(address: str, width: int, profile: Path, name: str) -> Iterator[Browser]:
+    with browser(width, profile) as opened:
         opened.get(address)
         yield Browser(opened, name)
-    finally:
-        opened.quit()
 
 
 @pytest.mark.parametrize("width", [DESK, PHONE])
 def test_a_label_is_sampled(address, model, tmp_path, width):
-    with browser(address, width, tmp_path, f"page-sample-{width}") as page:
+    with visit(address, width, tmp_path, f"page-sample-{width}") as page:
         page.click("Sample")
         drawn = page.until(page.pictures, "pictures")
         page.screenshot()
@@ -153,7 +137,7 @@ def test_a_label_is_sampled(address, model, tmp_path, width):
 
 @pytest.mark.parametrize("width", [DESK, PHONE])
 def test_a_mask_is_brushed_and_filled(address, model, tmp_path, width):
-    with browser(address, width, tmp_path, f"page-inpaint-{width}") as page:
+    with visit(address, width, tmp_path, f"page-inpaint-{width}") as page:
         page.click("Sample")
         given = decode_png(page.until(page.pictures, "pictures")[0])
         page.open("Inpaint")
@@ -172,7 +156,7 @@ def test_a_mask_is_brushed_and_filled(address, model, tmp_path, width):
 
 
 def test_the_keyboard_is_enough(address, tmp_path):
-    with browser(address, DESK, tmp_path, "page-keyboard") as page:
+    with visit(address, DESK, tmp_path, "page-keyboard") as page:
         page.button("Sample")
         for _ in range(60):
             focused = page.driver.switch_to.active_element
@@ -185,7 +169,7 @@ def test_the_keyboard_is_enough(address, tmp_path):
 
 
 def test_the_film_and_the_card_are_shown(address, tmp_path):
-    with browser(address, DESK, tmp_path, "page-film") as page:
+    with visit(address, DESK, tmp_path, "page-film") as page:
         page.open("Film")
         page.click("Show the way")
         page.until(lambda: page.seen(".film img"), "a film")
