@@ -7,6 +7,7 @@ overlay being the difference between two rendered RayJobs as a JSON patch (RFC 6
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from pipelines.launch import aws
 from pipelines.launch.command import parse_command
 from pipelines.launch.kuberay import dump, rayjob
 
-IMAGE = "ghcr.io/OWNER/ddpm-pipelines:0.1.0"
+IMAGE = f"ghcr.io/OWNER/ddpm-pipelines:{version('ddpm-pipelines')}"
 RUN = ["train", "+experiment=digits", "name=digits"]
 ADDRESSES = ["storage=s3", "tracking.uri=http://mlflow.mlflow.svc:5000"]
 CPUS = [
