@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -11,7 +12,9 @@ from pipelines.config import Config
 from pipelines.shards.order import Located
 from pipelines.shards.read import Batch, ShardReader, default_cache_dir
 from pipelines.shards.stream import StreamSettings, TrainingStream, open_stream
-from pipelines.training.loop.context import RunContext
+
+if TYPE_CHECKING:  # the driver reads the settings below, and has no ranks
+    from pipelines.training.loop.context import RunContext
 
 
 def stream_settings(config: Config) -> StreamSettings:

@@ -21,13 +21,10 @@ from pipelines.config import ClusterConfig
 from pipelines.shards.cache import ShardCorruptError
 from pipelines.storage import FencedError
 from pipelines.training import STARTED
-from pipelines.training.loop.context import RunContext
-from pipelines.training.loop.loop import train_rank as run_rank
 from pipelines.training.loop.shell import Job
 from pipelines.training.ray_train.answers import answer
 from pipelines.training.ray_train.reservations import FreeWorkers, take_over_reservation
 from pipelines.training.ray_train.resources import per_worker
-from pipelines.training.ray_train.shell import RayShell
 from pipelines.training.ray_train.worker_logs import recorded
 
 FINAL_ERRORS = (FloatingPointError, ShardCorruptError, ModelError, FencedError)
@@ -48,7 +45,12 @@ def train_rank(job: Job, monitor: Any, started: float) -> None:
         monitor: handle of the run's monitor actor.
         started: `time.monotonic()` when this attempt began.
     """
+    # Not at the top: the driver and Ray Train's controller import this module too, and these take them a second.
     from ray.train.torch import get_device
+
+    from pipelines.training.loop.context import RunContext
+    from pipelines.training.loop.loop import train_rank as run_rank
+    from pipelines.training.ray_train.shell import RayShell
 
     if answer(monitor.final_error.remote(), "errors that no restart mends") is not None:
         return  # Ray Train starts the workers again whatever the error was; the driver reports it
