@@ -1,0 +1,201 @@
+"""The measured figures of the pages are those of the files in benchmarks/results."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterator
+from decimal import ROUND_HALF_UP, Decimal
+from typing import Any
+
+import pytest
+
+from tests.docs.modules import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def result(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def performance() -> Iterator[str]:
+    """The lines and parts of lines of docs/performance.md that hold a measured figure."""
+    models = result("train_step")["models"]
+    kinds = ("ours", "stock", "bf16", "lucidrains")
+    small, large = (models[name]["images_per_s"] for name in ("6.5M", "35.7M"))
+    yield row("6.5 M parameters, batch 32", *(fixed(small[kind], 1) for kind in kinds))
+    yield row("35.7 M parameters, batch 16", *(fixed(large[kind], 2) for kind in kinds))
+    pairs = [[models[name][f"speedup_{kind}"] for name in ("6.5M", "35.7M")] for kind in kinds[1:]]
+    yield "| ours is ahead by | | " + " | ".join(f"{one:.2f}, {other:.2f}" for one, other in pairs) + " |"
+
+    systems = result("data")["systems"]
+    names = ("ours", "webdataset", "mosaicml")
+    one, two = ([systems[f"{name}_{cores}"] for name in names] for cores in (1, 2))
+    yield row("decoded samples/s, one core, cold", *(f"{s['samples_per_s']:,}" for s in one))
+    yield row("one core, shards in the node's cache", *(f"{s['samples_per_s_warm']:,}" for s in one))
+    yield row("two cores, cold", *(f"{s['samples_per_s']:,}" for s in two))
+    first = (f"{s['first_batch_s_cold']:.2f} / {s['first_batch_s_warm']:.2f}" for s in one)
+    yield row("first batch, s, cold / warm", *first)
+    resumed = (" / ".join(f"{s['resume_first_batch_s'][at]:.2f}" for at in ("10", "50", "90")) for s in one)
+    yield row("first batch after resuming at 10 / 50 / 90 % of an epoch, s", *resumed)
+    memory = (f"{a['peak_rss_mib']} / {b['peak_rss_mib']}" for a, b in zip(one, two, strict=True))
+    yield row("anonymous memory, MiB, one / two cores", *memory)
+
+    overhead = result("overhead")
+    turns = [turn["ratio"] for turn in overhead["one_worker"]]
+    ratio = f"{overhead['ratio']:.2f} ({min(turns):.2f} to {max(turns):.2f})"
+    yield row("images/s of one worker with one thread, relative to the bare loop on one thread", ratio)
+    missing = "; ".join(f"{100 * overhead['missing'][part]:.1f} %" for part in ("data", "checkpoint", "step"))
+    yield row("where the difference goes: waiting for data; waiting for checkpoints; slower steps", missing)
+    scaling = "images/s of two workers with one thread each, relative to a bare process with two threads"
+    yield row(scaling, f"{overhead['scaling']:.2f}")
+    restart = f"{overhead['restart_ray_s']:.1f} s; {overhead['restart_ours_s']:.1f} s"
+    yield row("from SIGKILL of the worker to the next step of the new one: Ray's share; ours", restart)
+
+
+def serving() -> Iterator[str]:
+    measured = result("serving")
+    systems = [measured["systems"][name] for name in ("ddpm", "ddpm_invocations", "mlflow")]
+    yield row("images/s", *(f"{s['images_per_s']:.1f}" for s in systems))
+    yield row("half of the answers within, s", *(f"{s['p50_s']:.1f}" for s in systems))
+    yield row("99 % of the answers within, s", *(f"{s['p99_s']:.1f}" for s in systems))
+    yield row("lost, or another picture", *(str(s["lost"] + s["mixed_up"]) for s in systems))
+    yield f"a network batch holds {measured['pictures_of_a_batch']:.0f} pictures on average"
+    yield f"(99 % within {measured['replica_killed']['p99_s']:.1f} s then)"
+    least, most = measured["memory_mib"]
+    yield f"grew from {least:,.0f} to {most:,.0f} MiB"
+
+
+def search() -> Iterator[str]:
+    replay, trials = result("search"), result("trials")
+    for name, title in (("optuna", "Optuna (the first 10 are random)"), ("random", "random")):
+        system = replay["systems"][name]
+        shares = [system[f"hypervolume_{count}"] for count in (10, 20, 40)]
+        yield row(
+            title, *(f"{share:.2f}" if share < 0.99 else f"{share:.3f}" for share in shares), f"{system['trials_to']:g}"
+        )
+    yield f"Optuna is ahead in {replay['ahead'].replace(' of ', ' of the ')} replays"
+    yield f"needs {replay['speedup_random']:.1f} times fewer trials"
+    yield f"a further trial costs {trials['overhead_s']['ours']:.1f} s"
+    yield f"({min(trials['turns']['ours']):.1f} to {max(trials['turns']['ours']):.1f} in three repetitions)"
+    parts = [trials["trial_seconds"][part] for part in ("placement", "start-up", "checkpoints", "teardown")]
+    yield "placement {:.1f} s, start-up {:.1f}, checkpoints {:.1f}, teardown {:.1f}".format(*parts)
+    yield f"costs {trials['overhead_s']['usual']:.1f} s"
+
+
+def gate() -> Iterator[str]:
+    measured = result("gate")
+    yield f"the floor of real test images is {measured['floor']:.1f}"
+    type_i, attempts = measured["type_i"], measured["attempts"]
+    asked = f"{type_i['comparisons']:,}"
+    equal = f"two versions that are equally good, on the same labels and noise, n = {type_i['n']}"
+    yield row(equal, asked, str(type_i["paired"]))
+    yield row("the same on other noise for each", asked, str(type_i["unpaired"]))
+    series = f"series of {attempts['length']} equally good versions against one champion: series in which one passes"
+    yield row(series, f"{attempts['series']:,}", str(attempts["with_a_pass"]))
+
+
+def comparison() -> Iterator[str]:
+    measured = result("few_steps")
+    rows = {(r["model"], r["sampler"], r["evaluations"]): r for r in measured["rows"]}
+    for title, key in {
+        "diffusion, ancestral (the whole chain)": ("teacher", "ancestral", 1000),
+        "diffusion, DDIM": ("teacher", "ddim", 50),
+        "diffusion, DPM-Solver++": ("teacher", "dpm_solver trailing", 8),
+        "diffusion, DPM-Solver++, chosen steps": ("teacher", "dpm_solver chosen", 6),
+        "consistency model": ("student", "consistency", 2),
+        "GAN": ("gan", "one pass", 1),
+        "VAE": ("vae", "one pass", 1),
+    }.items():
+        yield judged(title, rows[key])
+    for evaluations in (4, 1):
+        yield judged("diffusion, DDIM", rows["teacher", "ddim", evaluations])
+    yield judged("consistency model", rows["student", "consistency", 1])
+    bits = measured["bits_per_dim"]
+    yield f"is {bits['teacher']:.2f} for the diffusion model"
+    yield f"{bits['vae']:.2f} for the\nVAE"
+    speed = {evaluations: rows["teacher", "ddim", evaluations]["images_per_s"] for evaluations in (1, 50)}
+    yield f"({speed[1]:,.0f} in one, {speed[50]:.0f} in\n  50)"
+
+
+def few_steps() -> Iterator[str]:
+    rows = {(r["model"], r["sampler"], r["evaluations"]): r for r in result("few_steps")["rows"]}
+    for model, sampler, title in (
+        ("student", "consistency", "student, consistency"),
+        ("teacher", "ddim", "teacher, DDIM"),
+    ):
+        for evaluations in sorted(e for m, s, e in rows if (m, s) == (model, sampler)):
+            r = rows[model, sampler, evaluations]
+            first = title if evaluations == 1 else ""
+            yield row(first, str(evaluations), f"{r['distance']:.2f}", f"{r['class_accuracy']:.3f}").replace(
+                "|  |", "| |", 1
+            )
+    for sampler, title in (("ddim", "DDIM"), ("dpm_solver", "DPM-Solver++")):
+        for spacing in ("trailing", "karras", "chosen"):
+            plain = {4: ("teacher", "ddim", 4)} if (sampler, spacing) == ("ddim", "trailing") else {}
+            found = [rows[plain.get(e, ("teacher", f"{sampler} {spacing}", e))]["distance"] for e in (4, 6, 8)]
+            yield row(f"{title}, {spacing}", *(f"{distance:.2f}" for distance in found))
+
+
+def evaluation() -> Iterator[str]:
+    measured = result("overhead_evaluation")
+    without, with_ = (
+        statistics.median(t["worker_cpu_s_per_1000"] for t in measured[side]) for side in ("without", "with")
+    )
+    yield f"(medians of {with_:.3f} and {without:.3f} for 1,000 images"
+    singles = [turn["worker_cpu_s_per_1000"] for turn in measured["without"]]
+    yield f"single trainings from {min(singles):.2f} to {max(singles):.2f} without"
+    yield f"the driver {measured['driver_cpu_s_per_evaluation']:.2f} CPU seconds more for each evaluation"
+    yield f"{100 * measured['driver_cpu']:.1f} % of the worker's"
+    yield f"images/s were {100 * (1 - measured['images_per_s_ratio']):.0f} % fewer"
+    yield f"in each training of {measured['images_per_turn']:,} images"
+
+
+def row(title: str, *cells: str) -> str:
+    return f"| {title} | " + " | ".join(cells) + " |"
+
+
+def fixed(value: float, digits: int) -> str:
+    """Round as people do: 25.95, which no binary number is, to 26.0."""
+    return str(Decimal(repr(value)).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP))
+
+
+def judged(title: str, r: dict[str, Any]) -> str:
+    scores = (f"{r['distance']:.2f} ± {r['standard_error']:.2f}", f"{r['precision']:.2f}", f"{r['recall']:.2f}")
+    return row(title, str(r["evaluations"]), *scores, f"{r['class_accuracy']:.3f}")
+
+
+PAGES: dict[str, Callable[[], Iterator[str]]] = {
+    "performance": performance,
+    "serving": serving,
+    "search": search,
+    "registry": gate,
+    "comparison": comparison,
+    "few-steps": few_steps,
+    "evaluation": evaluation,
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_figures_of_a_page_are_those_of_its_files(page):
+    text = flat((ROOT / "docs" / f"{page}.md").read_text())
+    figures = [flat(figure) for figure in PAGES[page]()]
+    assert len(figures) >= 4
+    missing = [figure for figure in figures if figure not in text]
+    assert not missing, "\n".join(missing)
+
+
+def test_every_file_of_results_that_a_page_links_is_compared():
+    linked = {
+        (page.stem, name)
+        for page in (ROOT / "docs").glob("*.md")
+        for name in re.findall(r"benchmarks/results/([\w-]+)\.json", page.read_text())
+    }
+    assert len(linked) > 8
+    assert {page for page, _ in linked} == PAGES.keys()
+
+
+def flat(text: str) -> str:
+    return re.sub(r"\s+", " ", text)
