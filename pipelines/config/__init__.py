@@ -10,16 +10,14 @@ from pipelines.config.build import (
 )
 from pipelines.config.compose import compose, conf_dir, from_dict, groups, override_settings, read_config, suggest
 from pipelines.config.launch import AwsLaunch, KubeRayLaunch, RayLaunch
-from pipelines.config.schema import (
-    FORMER_DEFAULTS,
+from pipelines.config.schema import FORMER_DEFAULTS, Config, flatten
+from pipelines.config.sections import (
     ClusterConfig,
-    Config,
     DataConfig,
     EvaluationConfig,
     OptimConfig,
     RegistryConfig,
     ServingConfig,
-    flatten,
 )
 from pipelines.errors import ConfigError
 

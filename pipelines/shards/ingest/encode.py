@@ -25,7 +25,7 @@ from PIL import (
 )
 
 from ddpm.conditioning import Conditioning
-from pipelines.config.schema import Encoding, Geometry
+from pipelines.config.sections import Encoding, Geometry
 from pipelines.shards.index import DatasetError
 from pipelines.shards.ingest.trees import UnreadableError
 

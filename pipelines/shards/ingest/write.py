@@ -17,7 +17,7 @@ from functools import reduce
 from itertools import islice
 from operator import add
 
-from pipelines.config.schema import Encoding, Geometry
+from pipelines.config.sections import Encoding, Geometry
 from pipelines.display import Notice, Progress, no_notice, no_progress
 from pipelines.shards.index import Dataset, DatasetError, ShardInfo, make_dataset, sidecar
 from pipelines.shards.ingest.alike import Fingerprint, fingerprints, keep_together

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipelines.config import ConfigError, compose
-from pipelines.config.schema import TrackingConfig
+from pipelines.config.sections import TrackingConfig
 from pipelines.storage import Fence, FencedError, Storage, TransientStorageError
 from pipelines.tracking import RunLog, TrackingError, UnreachableError, outbox
 from pipelines.tracking.outbox import Outbox
