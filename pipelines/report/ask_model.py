@@ -110,7 +110,7 @@ def levels(model: Model, data: Data, seed: int = 0) -> Levels:
     noise = step_noise(seed, torch.arange(len(x_0), device=device), tuple(x_0.shape[1:]))
     points = []
     with torch.no_grad():
-        for t in np.unique(np.linspace(1, schedule.num_steps, MEASURED_LEVELS).round().astype(int)).tolist():
+        for t in (1 + spread_positions(schedule.num_steps, MEASURED_LEVELS)).tolist():
             eps = noise(t)
             pred = predict(model.denoiser, q_sample(x_0, t, eps, schedule).to(x_0.dtype), t, cond)
             each = (pred.eps.double() - eps.double()).square().flatten(1).mean(1).cpu()

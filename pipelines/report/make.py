@@ -66,4 +66,5 @@ def make(
     facts = gather(subject, config, storage, notice)
     if with_model:
         facts = ask_model(facts, subject, config, storage, notice)
-    return Report(facts.name, page(facts), tuple(section.name for section in sections(facts)), subject.tracker)
+    shown = sections(facts)
+    return Report(facts.name, page(facts, shown), tuple(section.name for section in shown), subject.tracker)

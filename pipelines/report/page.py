@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Sequence
 from importlib import resources
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipelines.report.facts import Facts
-from pipelines.report.sections import sections
+from pipelines.report.sections import Section
 
 _SCRIPT = "slides.js"
 
 
-def page(facts: Facts) -> str:
-    """Return the page of a report: every text in it is escaped, and no script but its own runs."""
+def page(facts: Facts, shown: Sequence[Section]) -> str:
+    """Return the page of a report with these sections: every text is escaped, and no script but its own runs."""
     environment = Environment(
         loader=PackageLoader("pipelines.report"),
         autoescape=True,
@@ -28,7 +29,7 @@ def page(facts: Facts) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("report.html.j2").render(
         facts=facts,
-        sections=sections(facts),
+        sections=shown,
         script=Markup(script),  # our own
         script_digest=f"sha256-{digest}",
         svg=lambda chart: Markup(chart.svg()),  # whose texts matplotlib escapes

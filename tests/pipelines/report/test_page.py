@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from pipelines.registry import Verdict
-from pipelines.report import Facts, page, sections
+from pipelines.report import Facts, sections
+from pipelines.report import page as page_of
 from pipelines.report.facts import Film, Picture, Tried
 from pipelines.report.sections import pictures
 from tests.pipelines.report.facts import FULL, GOODPUT, SCORES, picture
@@ -37,6 +38,10 @@ PARTS = {
 CHARTLESS = replace(FULL, curves={}, levels=None, bound=(), tried=())
 """Without what takes long to draw."""
 EVIL = "<script>alert('x')</script>&\"><img src=http://evil/x>"
+
+
+def page(facts: Facts) -> str:
+    return page_of(facts, sections(facts))
 
 
 class Reader(HTMLParser):
