@@ -35,7 +35,7 @@ class Decision:
 def level(attempt: int) -> float:
     """Return the level at which attempt k against one champion is tested, `LEVEL` / k^2.
 
-    Over any number of attempts the chance of a wrong promotion is below pi^2 / 6 times `LEVEL`, 4.1 %, whatever the
+    Over any number of attempts the chance of a wrong promotion is at most pi^2 / 6 times `LEVEL`, 4.1 %, whatever the
     attempts have to do with each other.
     """
     return LEVEL / attempt**2
