@@ -53,15 +53,17 @@ lock: $(STAMP) ## Write the exact packages, with hashes, that images are built f
 	$(BIN)/pip install --quiet uv
 	$(BIN)/python infra/docker/lock.py
 
-release: $(STAMP) ## Build sdist and wheel, try the wheel in an environment of its own, list what it brings (SBOM)
-	$(BIN)/pip install --quiet --editable '.[release]'
-	rm -rf dist build/release build/sbom.cdx.json
-	$(BIN)/python -m build --outdir dist
-	$(BIN)/twine check --strict dist/*
+# Its tools have an environment of their own: what cyclonedx-bom brings takes every import of Ray a second and a half.
+release: ## Build sdist and wheel, try the wheel in an environment of its own, list what it brings (SBOM)
+	rm -rf dist build/release build/release-tools build/sbom.cdx.json
+	$(PYTHON) -m venv build/release-tools
+	build/release-tools/bin/pip install --quiet 'build>=1.2' 'cyclonedx-bom>=6' 'twine>=6'
+	build/release-tools/bin/python -m build --outdir dist
+	build/release-tools/bin/twine check --strict dist/*
 	$(PYTHON) -m venv build/release
 	build/release/bin/pip install --quiet dist/*.whl
 	cd build/release && bin/ddpm --version && bin/ddpm config +experiment=cifar10 > /dev/null
-	$(BIN)/cyclonedx-py environment build/release --output-reproducible --output-file build/sbom.cdx.json
+	build/release-tools/bin/cyclonedx-py environment build/release --output-reproducible --output-file build/sbom.cdx.json
 
 clean: ## Remove .venv and build products; .ddpm (data of the local stack) stays
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
