@@ -5,15 +5,14 @@ axe-core comes from npm: `npm pack axe-core@4` is all that is asked of the netwo
 
 from __future__ import annotations
 
-import functools
-import http.server
+import mimetypes
 import os
 import shutil
 import subprocess
 import tarfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from mkdocs.commands.build import build
@@ -22,6 +21,7 @@ from selenium import webdriver
 
 from tests.browser import DESK, PHONE, browser
 from tests.docs.modules import ROOT
+from tests.http_server import Answer, Request, serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -38,18 +38,15 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Serve the site on loopback."""
     folder = tmp_path_factory.mktemp("site")
     build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder)))
-    handler = functools.partial(QuietHandler, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
 
+    def answer(request: Request) -> Answer:
+        file = folder / urlsplit(request.path).path.lstrip("/")
+        if not file.is_file():
+            return Answer(404)
+        return Answer(200, file.read_bytes(), {"Content-Type": mimetypes.guess_type(file)[0] or "text/plain"})
 
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    """Serves files and says nothing."""
-
-    def log_message(self, *arguments: object) -> None:
-        """Say nothing."""
+    with serving(answer) as server:
+        yield server.url
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +64,7 @@ def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
         return script.read().decode()
 
 
-@pytest.fixture(
-    scope="module", params=[("desk", "light"), ("desk", "dark"), ("phone", "light"), ("phone", "dark")], ids="-".join
-)
+@pytest.fixture(scope="module", params=SCREENS, ids="-".join)
 def driver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
     size, scheme = request.param
     with browser(WIDTHS[size], tmp_path_factory.mktemp("profile")) as opened:
