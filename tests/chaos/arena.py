@@ -131,7 +131,7 @@ class Arena:
         self.trainings.append(Training(self.folder, self.environment, list(arguments)))
         return self.trainings[-1]
 
-    def start_node(self, attempts: int = 3) -> None:
+    def start_node(self, attempts: int = 10) -> None:
         """Start the second node; again where Ray's own 30 s were not enough, as whoever supervises it does."""
         assert self.state.ray_address is not None
         for _ in range(attempts):
