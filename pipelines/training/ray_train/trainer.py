@@ -14,6 +14,7 @@ import ray
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 
 from pipelines import tracking
 from pipelines.checkpoints import ModelError
@@ -74,6 +75,16 @@ def train_rank(job: Job, monitor: Any, started: float) -> None:
         shell.close()
 
 
+class _Trainer(TorchTrainer):
+    """Ray's trainer without Ray Data, which no worker here reads from.
+
+    For it, every group of workers starts an actor, whose imports take two CPU seconds while the workers import theirs.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [each for each in super()._create_default_callbacks() if not isinstance(each, DatasetsCallback)]
+
+
 def make_trainer(
     loop: Callable[[dict[str, Any]], None], settings: dict[str, Any], cluster: ClusterConfig, name: str
 ) -> TorchTrainer:
@@ -85,7 +96,7 @@ def make_trainer(
         loop: what a worker runs, with `settings`.
         name: for Ray's dashboard.
     """
-    return TorchTrainer(
+    return _Trainer(
         loop,
         train_loop_config=settings,
         torch_config=torch_config(cluster),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from ray.train.torch import TorchTrainer
 
 from pipelines.config import ClusterConfig, compose
 from pipelines.training.ray_train.trainer import make_trainer, torch_config
@@ -31,3 +32,11 @@ def test_by_default_preemptions_are_not_counted_and_end_the_others_at_once():
 @pytest.mark.parametrize(("seconds", "group_timeout"), [("600", 660), ("0.5", 61), ("0", 1800), ("null", 1800)])
 def test_a_collective_outlasts_the_watchdog_which_can_say_where_it_hangs(seconds, group_timeout):
     assert torch_config(cluster(f"step_timeout_s={seconds}")).timeout_s == group_timeout
+
+
+def test_of_what_ray_train_does_beside_a_training_only_the_manager_of_its_datasets_is_left_out():
+    trainer = make_trainer(print, {}, cluster(), "r")
+    found = {type(callback).__name__ for callback in trainer._create_default_callbacks()}
+    usual = {type(callback).__name__ for callback in TorchTrainer._create_default_callbacks(trainer)}
+    assert usual - found == {"DatasetsCallback"}
+    assert found < usual
