@@ -116,11 +116,11 @@ def disturb(proxy: FaultProxy, fault: Fault, training: Training) -> Training:
     return training
 
 
-FAULTS = [kill_worker, disturb_s3, kill_s3, preempt_node, disturb_mlflow, miss_mlflow, kill_driver]
+PARTS = [kill_worker, kill_s3, preempt_node, miss_mlflow, kill_driver]
 
 
 def test_a_training_survives_the_loss_of_every_part(arena: Arena, tmp_path: Path):
-    run_chaos(arena, tmp_path, FAULTS, random.Random(0))
+    run_chaos(arena, tmp_path, PARTS, random.Random(0))
 
 
 @pytest.mark.slow

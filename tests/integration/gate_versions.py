@@ -1,6 +1,6 @@
 """Make versions of digits that the gate has to refuse, ask it about each, and print what it says.
 
-    python -m tests.integration.gate_versions NAME GOOD_RUN_ID
+    python -m tests.integration.gate_versions NAME GOOD_RUN_ID KIND …
 
 The models are a trained one, the same with other weights or settings, and stand-ins that draw stored pictures where no
 training gives what is needed: one picture for each class, and copies of training images. What they draw is scored and
@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass, replace
+from typing import Any
 
 from pipelines.config import compose
 from pipelines.connect import connect
@@ -24,7 +25,7 @@ SERVICES = ("s3", "mlflow", "ray")
 COPY = "s3://ddpm/datasets/gate-copy"
 
 
-def main(name: str, run_id: str) -> None:
+def main(name: str, run_id: str, *kinds: str) -> None:
     settings = [
         "+experiment=digits",
         f"name={name}",
@@ -117,53 +118,88 @@ def main(name: str, run_id: str) -> None:
         failed = [row.name for row in verdict.rows if not row.passed]
         return {"passed": verdict.passed, "reason": verdict.reason, "failed": failed, "version": found.version}
 
-    answers = {}
     own = scored(good)
-    answers["the same weights again"] = asked(version(good, own))
-    answers["nearly the same settings"] = asked(version(good, scored(good, steps=11)))
-    answers["noise"] = asked(version(broken := altered(random), scored(broken)))
-    overflowed = altered(nan)
-    found = scored(overflowed)
-    answers["NaN weights"] = {"finite": found["finite"].value, "failed": [], "passed": False}
-    try:
-        answers["NaN weights"] |= {"passed": True, "version": version(overflowed, found).version}
-    except PipelineError as error:
-        answers["NaN weights"] |= {"reason": str(error)}
-    answers["one picture for each class"] = asked(version(broken := replay(by_class[:, :1]), scored(broken)))
-    copies = {"copies": by_class, "mirrored copies": by_class.flip(-1), "JPEG copies": jpeg(by_class)}
-    copies["shifted copies"] = torch.roll(by_class, 1, dims=-1)
-    for kind, pictures in copies.items():
-        answers[kind] = asked(version(broken := replay(pictures), scored(broken)))
-    answers["unsigned"] = asked(unsigned := version(good, own))
-    assert answers["unsigned"]["failed"] != ["signature"]
-    _each_artifact(uri, storage, unsigned, "model.sig", storage.delete)
-    answers["unsigned"] = asked(unsigned)
-    tampered = version(good, own)
-    _each_artifact(
-        uri, storage, tampered, "model.safetensors", lambda at: storage.write(at, _flipped(storage.read(at)))
-    )
-    answers["tampered weights"] = asked(tampered)
-    tagged = version(good, own)
-    tracking.set_version_tags(uri, name, tagged.version, {"frechet_distance": "0.0001"})
-    answers["tampered tag"] = asked(tagged)
-    os.environ["DDPM_HOME"], home = f"{os.environ['DDPM_HOME']}/stranger", os.environ["DDPM_HOME"]
-    stranger = Signer(own_key())
-    os.environ["DDPM_HOME"] = home
-    answers["untrusted key"] = asked(version(good, own, signer=stranger))
-    for entry in storage.list(dataset_uri):
-        if entry.uri.count("/") == dataset_uri.count("/") + 1:
-            storage.copy(entry.uri, f"{COPY}/{entry.uri.rsplit('/', 1)[-1]}")
-    elsewhere = version(good, own, where=COPY)
-    shard = dataset.shards("train")[0]
-    excluded = make_quarantine(dataset, [Problem(shard.name, None, None, "decode", "planted")])
-    storage.write(f"{COPY}/quarantine.json", excluded.to_json().encode())
-    answers["other quarantine"] = asked(elsewhere)
-    storage.delete_folder(COPY)
-    answers["missing dataset"] = asked(elsewhere)
-    other = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"evaluator": "contrastive"})})
-    answers["other evaluator"] = asked(version(good, scored(good, other, steps=11)))
-    answers["the champion scored anew"] = asked(version(good, scored(good, other)))
-    print(json.dumps(answers))
+
+    def drawn(broken: Resolved) -> dict[str, object]:
+        """Ask about a model whose pictures are scored first."""
+        return asked(version(broken, scored(broken)))
+
+    def overflowed() -> dict[str, object]:
+        broken = altered(nan)
+        found = scored(broken)
+        answer = {"finite": found["finite"].value, "failed": [], "passed": False}
+        try:
+            return answer | {"passed": True, "version": version(broken, found).version}
+        except PipelineError as error:
+            return answer | {"reason": str(error)}
+
+    def unsigned() -> dict[str, object]:
+        made = version(good, own)
+        assert asked(made)["failed"] != ["signature"]
+        _each_artifact(uri, storage, made, "model.sig", storage.delete)
+        return asked(made)
+
+    def tampered_weights() -> dict[str, object]:
+        made = version(good, own)
+        _each_artifact(
+            uri, storage, made, "model.safetensors", lambda at: storage.write(at, _flipped(storage.read(at)))
+        )
+        return asked(made)
+
+    def tampered_tag() -> dict[str, object]:
+        made = version(good, own)
+        tracking.set_version_tags(uri, name, made.version, {"frechet_distance": "0.0001"})
+        return asked(made)
+
+    def untrusted_key() -> dict[str, object]:
+        os.environ["DDPM_HOME"], home = f"{os.environ['DDPM_HOME']}/stranger", os.environ["DDPM_HOME"]
+        stranger = Signer(own_key())
+        os.environ["DDPM_HOME"] = home
+        return asked(version(good, own, signer=stranger))
+
+    def elsewhere() -> Any:
+        """Return a version that was scored on a copy of its dataset."""
+        for entry in storage.list(dataset_uri):
+            if entry.uri.count("/") == dataset_uri.count("/") + 1:
+                storage.copy(entry.uri, f"{COPY}/{entry.uri.rsplit('/', 1)[-1]}")
+        return version(good, own, where=COPY)
+
+    def other_quarantine() -> dict[str, object]:
+        made = elsewhere()
+        shard = dataset.shards("train")[0]
+        excluded = make_quarantine(dataset, [Problem(shard.name, None, None, "decode", "planted")])
+        storage.write(f"{COPY}/quarantine.json", excluded.to_json().encode())
+        answer = asked(made)
+        storage.delete_folder(COPY)
+        return answer
+
+    def missing_dataset() -> dict[str, object]:
+        made = elsewhere()
+        storage.delete_folder(COPY)
+        return asked(made)
+
+    contrastive = config.evaluation.model_copy(update={"evaluator": "contrastive"})
+    other = config.model_copy(update={"evaluation": contrastive})
+    cases = {
+        "the same weights again": lambda: asked(version(good, own)),
+        "nearly the same settings": lambda: asked(version(good, scored(good, steps=11))),
+        "noise": lambda: drawn(altered(random)),
+        "NaN weights": overflowed,
+        "one picture for each class": lambda: drawn(replay(by_class[:, :1])),
+        "copies": lambda: drawn(replay(by_class)),
+        "mirrored copies": lambda: drawn(replay(by_class.flip(-1))),
+        "JPEG copies": lambda: drawn(replay(jpeg(by_class))),
+        "shifted copies": lambda: drawn(replay(torch.roll(by_class, 1, dims=-1))),
+        "unsigned": unsigned,
+        "tampered weights": tampered_weights,
+        "tampered tag": tampered_tag,
+        "untrusted key": untrusted_key,
+        "other quarantine": other_quarantine,
+        "missing dataset": missing_dataset,
+        "other evaluator": lambda: asked(version(good, scored(good, other, steps=11))),
+        "the champion scored anew": lambda: asked(version(good, scored(good, other))),
+    }
+    print(json.dumps({kind: cases[kind]() for kind in kinds}))
 
 
 def _each_artifact(uri, storage, version, file, change) -> None:
@@ -184,4 +220,4 @@ def _flipped(data: bytes) -> bytes:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    main(*sys.argv[1:])

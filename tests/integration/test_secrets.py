@@ -99,7 +99,7 @@ def test_planted_secrets_are_shown_and_stored_nowhere(
     training: subprocess.Popen[str] = shell.start("train", *TINY, *planted, "--json")
     shown, files, modes = [], set(), set()
     while training.poll() is None:
-        time.sleep(0.5)
+        time.sleep(1)
         if training.pid in holding(processes(), planted_secrets):
             continue  # it has not started itself anew yet
         shown += holding(processes(), planted_secrets) + holding(ray_lists(local_stack), planted_secrets)

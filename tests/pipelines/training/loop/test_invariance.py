@@ -60,7 +60,7 @@ def assert_same_traces(tmp_path: Path, digits, steps: int, *overrides: str) -> N
 
 
 def test_every_step_has_the_same_loss_on_any_number_of_workers_ddp_or_fsdp_in_any_parts(digits, tmp_path):
-    assert_same_traces(tmp_path, digits, 20, *SMALL)
+    assert_same_traces(tmp_path, digits, 10, *SMALL)
 
 
 METHODS = ["objective.timesteps=log_normal", "objective.weight=edm", "objective.learned_weight=true"]
