@@ -239,6 +239,8 @@ class Promote(Stage[Verdict]):
         if champion is not None:
             try:
                 gate.promote(self._scored_anew(champion, gate, site))
+                # The version that this made is newer than the one that is to be judged, which stays the candidate.
+                tracking.set_alias(gate.uri, self.config.registry.model, registry.CANDIDATE, given.version.version)
             except PipelineError as error:
                 site.display.stage(self.name, f"{champion.uri} cannot be scored anew: {error}")
         return gate.promote(given.version)

@@ -52,7 +52,7 @@ def test_a_flow_on_new_pictures_scores_the_champion_on_them_before_it_compares(s
     assert scored.run_id == old.run_id != trained.run_id
     assert scored.tags["dataset_digest"] == trained.tags["dataset_digest"] != old.tags["dataset_digest"]
     aliases = {name: str(number) for name, number in client.get_registered_model("retrained").aliases.items()}
-    assert (aliases["champion"], aliases["previous"]) == ("2", "3")
+    assert aliases == {"champion": "2", "candidate": "2", "previous": "3"}
 
     again = shell.ok("flow", *settings, "name=retrained-again", "images=40960", "--json")
     assert again.answer["skipped"] == ["ingest", "train", "evaluator", "evaluate", "register", "gate"]

@@ -250,10 +250,13 @@ def test_a_champion_of_other_data_is_scored_anew_and_promoted_before_the_version
         references, "resolve", lambda reference, **named: SimpleNamespace(reference=reference, model=model)
     )
     monkeypatch.setattr(registry, "register_scored", register_scored)
+    aliases: dict[str, str] = {}
+    monkeypatch.setattr(tracking, "set_alias", lambda uri, name, alias, number: aliases.update({alias: number}))
     verdict = Promote(config).run(SITE, Results(version=scored_on("2", "new")))
     assert verdict.version == "2"
     assert scored == ([] if failing else [("models:/m/1", sampling, config.data.uri)])
     assert gate.asked == (["2"] if failing else ["3", "2"])
+    assert aliases == ({} if failing else {"candidate": "2"})
     assert verdict.passed is not failing  # what cannot be scored is refused as before
     gate.champion = None
     gate.asked.clear()
