@@ -117,7 +117,7 @@ def _to_ray(command: ClusterCommand, *, dry_run: bool, detach: bool, as_json: bo
     if home is None:
         require_reachable(config, share_folders=True)
     program = ray_jobs.program_of(launch, local=home is not None)
-    variables = ray_jobs.job_variables(command, launch, home)
+    variables = ray_jobs.job_variables(command, home)
     if dry_run:
         plain = {"submission_id": command.name, "entrypoint": command.shell(program), "env_vars": variables}
         answer_json(True, {"address": config.cluster.address, **plain})

@@ -17,7 +17,13 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
 SPOT_LABEL = r"^[A-Za-z0-9./_-]+:[A-Za-z0-9._-]+$"
 
 
-class KubeRayLaunch(Section):
+class Launch(Section):
+    """What clusters of every kind are told."""
+
+    stop_wait_s: PositiveInt = Field(120, description="how long a stopped command may take to write its checkpoint")
+
+
+class KubeRayLaunch(Launch):
     """A RayJob of KubeRay: a Ray cluster of its own for the command, which goes when the command ends."""
 
     kind: Literal["kuberay"] = Field("kuberay", description="kind of cluster on which the command runs")
@@ -75,7 +81,6 @@ class KubeRayLaunch(Section):
     )
     deadline_s: PositiveInt | None = Field(None, description="after which the job is ended; null: without a limit")
     ttl_s: NonNegativeInt = Field(600, description="how long the cluster stays after the command, to look at")
-    stop_wait_s: PositiveInt = Field(120, description="how long a stopped command may take to write its checkpoint")
 
     @model_validator(mode="after")
     def _consistent(self) -> KubeRayLaunch:
@@ -90,7 +95,7 @@ class KubeRayLaunch(Section):
         return self
 
 
-class AwsLaunch(Section):
+class AwsLaunch(Launch):
     """A cluster on EC2 that `ray up` starts: a head on demand, spot workers; with its policies and its bucket rules."""
 
     kind: Literal["aws"] = Field("aws", description="kind of cluster on which the command runs")
@@ -117,14 +122,13 @@ class AwsLaunch(Section):
     idle_min: NonNegativeFloat = Field(10, description="minutes after which a node above the minimum that idles goes")
 
 
-class RayLaunch(Section):
+class RayLaunch(Launch):
     """A job on a Ray cluster that is there already, by Ray's Jobs API."""
 
     kind: Literal["ray"] = Field("ray", description="kind of cluster on which the command runs")
     command: str | None = Field(
         None, description="what the cluster calls this program; null: ddpm, or this very one on the local stack"
     )
-    stop_wait_s: PositiveInt = Field(120, description="how long a stopped command may take to write its checkpoint")
     patience_s: PositiveFloat = Field(300, description="how long a cluster that does not answer is asked again")
 
 

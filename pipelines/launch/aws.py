@@ -118,7 +118,7 @@ def launch_of(command: ClusterCommand) -> AwsLaunch:
 def _docker(command: ClusterCommand, launch: AwsLaunch) -> dict[str, Any]:
     """Return the containers. Their variables reach `ray start`, thus every Ray worker: addresses, no keys."""
     variables = command.environment() | {"AWS_REGION": launch.region, "AWS_DEFAULT_REGION": launch.region}
-    variables["RAY_JOB_STOP_WAIT_TIME_S"] = "120"  # Ray's own 3 s are too short for a checkpoint
+    variables |= command.stop_variables
     options = [f"--env={name}={value}" for name, value in variables.items()]
     return {
         "container_name": "ddpm",

@@ -50,6 +50,12 @@ class ClusterCommand:
         return self.config.name if self.verb == "train" else f"{self.config.name}-{self.verb.replace(' ', '-')}"
 
     @property
+    def stop_variables(self) -> dict[str, str]:
+        """What tells Ray's job server how long a stopped command may take: its own 3 s are too short."""
+        assert self.config.launch is not None
+        return {"RAY_JOB_STOP_WAIT_TIME_S": str(self.config.launch.stop_wait_s)}
+
+    @property
     def object_name(self) -> str:
         """The name in the form of Kubernetes."""
         return object_name(self.name)

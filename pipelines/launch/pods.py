@@ -35,7 +35,7 @@ def head_template(command: ClusterCommand, launch: KubeRayLaunch) -> Plain:
             {"name": "dashboard", "containerPort": 8265},
             {"name": "client", "containerPort": 10001},
         ],
-        **_environment(command, launch, {"RAY_JOB_STOP_WAIT_TIME_S": str(launch.stop_wait_s)}),
+        **_environment(command, launch, command.stop_variables),
         "volumeMounts": [
             *_secret_mount("s3", SECRET_FOLDER, launch.s3_secret),
             *_secret_mount("signing", SIGNING_FOLDER, launch.signing_secret),

@@ -204,7 +204,7 @@ def program_of(launch: RayLaunch, *, local: bool) -> str:
     return shlex.join([beside] if beside else [sys.executable, "-c", "from pipelines.cli import main; main()"])
 
 
-def job_variables(command: ClusterCommand, launch: RayLaunch, home: Path | None) -> dict[str, str]:
+def job_variables(command: ClusterCommand, home: Path | None) -> dict[str, str]:
     """Return the variables of a job: addresses, how it is stopped, and the folder of the local stack where it is that.
 
     Args:
@@ -214,7 +214,7 @@ def job_variables(command: ClusterCommand, launch: RayLaunch, home: Path | None)
     return {
         **command.environment(),
         **local,
-        "RAY_JOB_STOP_WAIT_TIME_S": str(launch.stop_wait_s),  # Ray's own 3 s are too short for a checkpoint
+        **command.stop_variables,
         "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # a training names the same variables for its workers
     }
 

@@ -15,8 +15,8 @@ from tests.integration.conftest import Shell
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SHORT = [
-    "+experiment=digits", "data=folder", "data.image_size=8", "data.channels=1", "data.num_classes=10", "data.flip=false",
-    "tracking.grid_every=null", "sampler.steps=10", "evaluation.n=200", "evaluation.seeds=1",
+    "+experiment=digits", "data=folder", "data.image_size=8", "data.channels=1", "data.num_classes=10",
+    "data.flip=false", "tracking.grid_every=null", "sampler.steps=10", "evaluation.n=200", "evaluation.seeds=1",
     "evaluation.likelihood_images=0", "registry.n=400", "registry.model=retrained",
 ]  # fmt: skip
 

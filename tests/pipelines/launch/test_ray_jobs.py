@@ -43,12 +43,12 @@ def test_the_local_stack_calls_this_very_program_and_other_clusters_theirs():
 
 
 def test_a_jobs_variables_are_addresses_and_how_it_is_stopped():
-    made = command("ray", *TRAIN)
-    found = job_variables(made, RayLaunch(stop_wait_s=7), None)
+    made = command("ray", *TRAIN, "launch.stop_wait_s=7")
+    found = job_variables(made, None)
     assert found["MLFLOW_TRACKING_URI"] == "http://mlflow.mlflow.svc:5000"
     assert found["RAY_JOB_STOP_WAIT_TIME_S"] == "7"
     assert "DDPM_HOME" not in found
-    assert job_variables(made, RayLaunch(), Path("/there"))["DDPM_HOME"] == "/there"
+    assert job_variables(made, Path("/there"))["DDPM_HOME"] == "/there"
 
 
 def test_a_cluster_that_is_not_there_is_named_with_the_setting(monkeypatch):
