@@ -9,9 +9,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from ddpm.choices import Choices
 from ddpm.conditioning import Conditioning
 from ddpm.prediction import Denoiser, Prediction, coefficients, eps_from_x0
-from ddpm.registry import Registry
 from ddpm.schedule import NoiseSchedule
 from ddpm.settings import Settings, setting
 
@@ -201,7 +201,7 @@ class Autoguided(_Guidance):
         return guided
 
 
-GUIDANCE: Registry[type[Guidance]] = Registry(
+GUIDANCE: Choices[type[Guidance]] = Choices(
     "kind of guidance",
     "ddpm.guidance",
     {"classifier_free": ClassifierFree, "classifier": ClassifierGuided, "auto": Autoguided},

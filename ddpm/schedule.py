@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ddpm.registry import Registry
+from ddpm.choices import Choices
 from ddpm.settings import Settings, setting
 
 MAX_BETA = 0.999
@@ -297,7 +297,7 @@ class EDM(Settings):
         return from_log_snr(lambda u: -2 * self.rho * (low + u * (high - low)).log(), num_steps)
 
 
-SCHEDULES: Registry[type[ScheduleKind]] = Registry(
+SCHEDULES: Choices[type[ScheduleKind]] = Choices(
     "schedule", "ddpm.schedules", {"linear": Linear, "cosine": Cosine, "sigmoid": Sigmoid, "edm": EDM}
 )
 

@@ -9,8 +9,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from ddpm.choices import Choices
 from ddpm.noise import Purpose, integers, uniform, words
-from ddpm.registry import Registry
 from ddpm.schedule import NoiseSchedule
 from ddpm.settings import Settings, setting
 
@@ -289,7 +289,7 @@ class ImportanceSampler:
         self.counts.copy_(state["counts"])
 
 
-TIMESTEPS: Registry[type[Timesteps]] = Registry(
+TIMESTEPS: Choices[type[Timesteps]] = Choices(
     "timestep sampler",
     "ddpm.timesteps",
     {

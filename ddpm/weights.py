@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ddpm.choices import Choices
 from ddpm.prediction import Parameterization, check_parameterization, skip_coefficients
-from ddpm.registry import Registry
 from ddpm.schedule import NoiseSchedule
 from ddpm.settings import Settings, setting
 
@@ -113,6 +113,6 @@ def _skip_share(alpha_bar: Tensor) -> Tensor:
     return skip_coefficients(alpha_bar.sqrt(), (1 - alpha_bar).sqrt())[1].square()
 
 
-WEIGHTS: Registry[type[Weight]] = Registry(
+WEIGHTS: Choices[type[Weight]] = Choices(
     "weight of the loss", "ddpm.weights", {"uniform": Uniform, "min_snr": MinSNR, "p2": P2, "edm": EDM}
 )

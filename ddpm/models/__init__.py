@@ -1,11 +1,11 @@
 """Networks: one a file, as a configuration that builds it."""
 
+from ddpm.choices import Choices
 from ddpm.models.base import NetworkConfig
 from ddpm.models.dit import DiTConfig
 from ddpm.models.unet import UNetConfig
-from ddpm.registry import Registry
 
-NETWORKS: Registry[type[NetworkConfig]] = Registry("network", "ddpm.networks", {"unet": UNetConfig, "dit": DiTConfig})
+NETWORKS: Choices[type[NetworkConfig]] = Choices("network", "ddpm.networks", {"unet": UNetConfig, "dit": DiTConfig})
 UNNAMED_NETWORK = "unet"
 """The kind of network in configurations and model folders that name none, as those of the first releases."""
 

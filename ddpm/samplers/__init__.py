@@ -1,6 +1,6 @@
 """Samplers, one algorithm per file: callable settings whose loop reads like the paper's algorithm."""
 
-from ddpm.registry import Registry
+from ddpm.choices import Choices
 from ddpm.samplers.ancestral import Ancestral
 from ddpm.samplers.annealed_langevin import AnnealedLangevin
 from ddpm.samplers.base import Sample, Sampler, StepNoise, initial_noise, last, step_noise
@@ -12,7 +12,7 @@ from ddpm.samplers.heun import Heun
 from ddpm.samplers.predictor_corrector import PredictorCorrector
 from ddpm.samplers.unipc import UniPC
 
-SAMPLERS: Registry[type[Sampler]] = Registry(
+SAMPLERS: Choices[type[Sampler]] = Choices(
     "sampler",
     "ddpm.samplers",
     {

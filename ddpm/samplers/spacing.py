@@ -24,7 +24,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ddpm.registry import Registry
+from ddpm.choices import Choices
 from ddpm.schedule import NoiseSchedule
 
 Spacing = Callable[[NoiseSchedule, int], list[float]]
@@ -71,7 +71,7 @@ def vp(schedule: NoiseSchedule, steps: int) -> list[float]:
     return _by_ratio(schedule, steps, vp_ratios)
 
 
-SPACINGS: Registry[Spacing] = Registry(
+SPACINGS: Choices[Spacing] = Choices(
     "spacing",
     "ddpm.spacings",
     {

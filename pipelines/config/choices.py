@@ -1,7 +1,7 @@
-"""Pydantic models for the choices registered in `ddpm`, which defines their fields, defaults, ranges and meanings.
+"""Pydantic models for the choices of `ddpm`, which defines their fields, defaults, ranges and meanings.
 
-A choice is a settings class in `ddpm` with an entry in its registry, or an entry point of another package; this module
-names none of them. A section of the configuration has the name of a kind and, beside it, the settings of that kind:
+A choice is a settings class in `ddpm` with a line in the list of its kind, or an entry point of another package; this
+module names none of them. A section of the configuration has the name of a kind and, beside it, its settings:
     sampler, schedule, model   one pydantic model per kind, which rejects the fields of other kinds;
     guidance                   one pydantic model with the fields of all kinds; only those of the kind may be changed;
     objective                  names a weight and a timestep sampler, with settings named KIND_FIELD (min_snr_gamma);
@@ -115,9 +115,9 @@ def _fields(settings: Iterable[Setting], prefix: str = "") -> dict[str, Any]:
 
 
 def _variants(
-    registry: Mapping[str, Any], base: type[Section], suffix: str, *, beside: Any = (), without: Collection[str] = ()
+    choices: Mapping[str, Any], base: type[Section], suffix: str, *, beside: Any = (), without: Collection[str] = ()
 ) -> dict[str, type[Section]]:
-    """Return one pydantic model per kind of a registry, with the fields of `base` and the kind's settings.
+    """Return one pydantic model per choice of a list, with the fields of `base` and the kind's settings.
 
     Args:
         suffix: suffix of the models' names.
@@ -125,7 +125,7 @@ def _variants(
         without: names of settings that are not part of the configuration.
     """
     found = {}
-    for kind, cls in registry.items():
+    for kind, cls in choices.items():
         own = [setting for setting in settings_of(cls) if setting.name not in without]
 
         def check(self: Any, cls: Any = cls, own: list[Setting] = own) -> Any:
@@ -159,14 +159,14 @@ def _union(variants: Mapping[str, type[Section]], default: str | None = None) ->
     ]
 
 
-def _one_of(registry: Mapping[str, Any]) -> Any:
-    """Return the Literal type of a registry's names."""
-    return Literal[tuple(registry)]
+def _one_of(choices: Mapping[str, Any]) -> Any:
+    """Return the Literal type of the names of choices."""
+    return Literal[tuple(choices)]
 
 
-def _prefixed(registry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of every kind of a registry, named KIND_FIELD."""
-    return {k: v for kind, cls in registry.items() for k, v in _fields(settings_of(cls), f"{kind}_").items()}
+def _prefixed(choices: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of every choice of a list, named KIND_FIELD."""
+    return {k: v for kind, cls in choices.items() for k, v in _fields(settings_of(cls), f"{kind}_").items()}
 
 
 _GUIDANCE_SETTINGS = {setting.name: setting for cls in GUIDANCE.values() for setting in settings_of(cls)}

@@ -1,6 +1,6 @@
 """Stored bytes by their address, on any of the registered backends; cheap to import.
 
-`store` holds the `Storage` value and the registry of backends, one file each; `fence` keeps a replaced driver from
+`store` holds the `Storage` value and the list of backends, one file each; `fence` keeps a replaced driver from
 writing; `arrow` shows a storage folder to pyarrow, and so to Ray Train (imported by name, for it imports pyarrow).
 """
 

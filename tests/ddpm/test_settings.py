@@ -1,4 +1,4 @@
-"""Settings, registries, and the one form of `Sampling`."""
+"""Settings, lists of choices, and the one form of `Sampling`."""
 
 import json
 import subprocess
@@ -10,11 +10,11 @@ from typing import Literal
 import pytest
 
 import ddpm
+from ddpm.choices import Choices
 from ddpm.generate import _FIRST, _NEUTRAL, Sampling
 from ddpm.guidance import GUIDANCE, Autoguided, ClassifierFree
 from ddpm.models import NETWORKS
 from ddpm.prediction import Clipping
-from ddpm.registry import Registry
 from ddpm.samplers import DDIM, SAMPLERS, Heun
 from ddpm.samplers.spacing import SPACINGS
 from ddpm.schedule import SCHEDULES
@@ -70,7 +70,7 @@ def test_an_unknown_choice_is_refused_with_the_nearest_name():
         SAMPLERS.find("hoin")
     with pytest.raises(KeyError, match="unknown spacing"):
         SPACINGS["none"]
-    with pytest.raises(ValueError, match="is not registered as a sampler"):
+    with pytest.raises(ValueError, match="is no sampler of the list"):
         SAMPLERS.name_of(Example())
 
 
@@ -166,6 +166,6 @@ def test_an_entry_point_cannot_take_the_name_of_a_built_in_choice(monkeypatch):
     class Entry:
         name = "ddim"
 
-    monkeypatch.setattr("ddpm.registry.entry_points", lambda group: [Entry()])
+    monkeypatch.setattr("ddpm.choices.entry_points", lambda group: [Entry()])
     with pytest.raises(ValueError, match=r"'ddim' in ddpm\.samplers is named"):
-        list(Registry("sampler", "ddpm.samplers", {"ddim": DDIM}))
+        list(Choices("sampler", "ddpm.samplers", {"ddim": DDIM}))

@@ -1,4 +1,4 @@
-"""Registries of choices by name: those of this package, and those that other packages add by entry points."""
+"""Lists of choices by name: those of this package, and those that other packages add by entry points."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Registry(Mapping[str, T], Generic[T]):
+class Choices(Mapping[str, T], Generic[T]):
     """Name -> choice, such as "ddim" -> `DDIM`.
 
-    Another package adds a choice by an entry point in the registry's group, for example in its pyproject.toml
+    Another package adds a choice by an entry point in the group of the list, for example in its pyproject.toml
         [project.entry-points."ddpm.samplers"]
         mine = "my_package:MySampler"
     Entry points are read once, at the first access.
@@ -67,13 +67,13 @@ class Registry(Mapping[str, T], Generic[T]):
         """Return the name of a choice, given the choice or an instance of it.
 
         Raises:
-            ValueError: the choice is not registered.
+            ValueError: the choice is not in the list.
         """
         cls = choice if isinstance(choice, type) else type(choice)
         for name, there in self._choices().items():
             if there is cls:
                 return name
-        raise ValueError(f"{cls.__qualname__} is not registered as a {self.kind}; there are: {', '.join(self)}")
+        raise ValueError(f"{cls.__qualname__} is no {self.kind} of the list; there are: {', '.join(self)}")
 
     def _choices(self) -> dict[str, T]:
         if self._all is None:
