@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -89,6 +90,13 @@ def up(
             if name not in running:
                 end(service)  # its leader has ended; processes left in its session would hold ports and files
         started: dict[str, Service] = {}
+        recording = threading.Lock()
+
+        def record() -> None:
+            with recording:
+                services = {**running, **started}
+                text = json.dumps({name: asdict(service) for name, service in services.items()}, indent=1)
+                write_private(home / "stack.json", text)
 
         def start(name: str) -> None:
             if name in running and answers(running[name], home):
@@ -98,6 +106,7 @@ def up(
                 end(running.pop(name))
             notice(name, "starting")
             started[name] = service = STARTERS[name](home, running)
+            record()  # should this process be killed, `down` and the next `up` know of it
             await_healthy(name, service, home, timeout_s)
             running[name] = service
             notice(name, "healthy")
@@ -108,10 +117,13 @@ def up(
                     for future in [pool.submit(start, name) for name in group if name in wanted]:
                         future.result()
         except BaseException:
-            for service in started.values():
+            for name, service in started.items():
                 end(service)
+                running.pop(name, None)
+            started.clear()
+            record()
             raise
-        write_private(home / "stack.json", json.dumps({name: asdict(s) for name, s in running.items()}, indent=1))
+        record()
     return _state(home, running)
 
 
