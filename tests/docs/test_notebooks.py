@@ -8,18 +8,30 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from pipelines import stack
 from tests.docs.modules import ROOT
 
 FOLDER = ROOT / "docs" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+SERVERS = {"serving"}
+"""Those that start Ray, with a local stack of their own."""
+RUNS = [
+    pytest.param(path, id=path.stem, marks=[pytest.mark.integration] if path.stem in SERVERS else [])
+    for path in NOTEBOOKS
+]
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("path", RUNS)
 def test_a_notebook_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    try:
+        NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    finally:
+        for record in tmp_path.rglob("stack.json"):  # a cell has failed before the one that ends the stack
+            stack.down(record.parent)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
