@@ -154,6 +154,26 @@ def evaluation() -> Iterator[str]:
     yield f"in each training of {measured['images_per_turn']:,} images"
 
 
+def failures() -> Iterator[str]:
+    measured = result("soak")
+    faults, ledger, seconds = measured["faults"], measured["ledger"], sum(p["seconds"] for p in measured["parts"])
+    count = sum(faults.values())
+    assert count == sum(part["faults"] for part in measured["parts"])
+    yield f"for {seconds / 60:.0f} minutes with a fault every {seconds / count:.0f} seconds on average"
+    yield f"| {count} faults |"
+    yield row("connections to S3 disturbed, to MLflow disturbed", f"{faults['disturb_s3']}, {faults['disturb_mlflow']}")
+    yield row("S3, MLflow killed", f"{faults['kill_s3']}, {faults['kill_mlflow']}")
+    lost = ", ".join(str(faults[kind]) for kind in ("kill_worker", "bounce_node", "kill_driver"))
+    yield row("workers, nodes, drivers killed", lost)
+    wrong = (measured["batches_missing_or_twice"], measured["losses_that_differ_from_the_undisturbed_run"])
+    yield f"of {measured['images_at_the_last_fault'] / 1e6:.1f} million images;"
+    yield "by more than 0.1 % | {}; {} |".format(*wrong)
+    starts = f"{ledger['starts_of_the_workers']}, {ledger['starts_of_the_driver']}"
+    yield row("starts of the workers, of the driver", starts)
+    shares = [ledger[part] / ledger["wall_s"] for part in ("productive_s", "restart_s", "recomputed_s")]
+    yield "computed twice | " + "; ".join(f"{100 * share:.0f} %" for share in shares) + " |"
+
+
 def row(title: str, *cells: str) -> str:
     return f"| {title} | " + " | ".join(cells) + " |"
 
@@ -176,6 +196,7 @@ PAGES: dict[str, Callable[[], Iterator[str]]] = {
     "comparison": comparison,
     "few-steps": few_steps,
     "evaluation": evaluation,
+    "failures": failures,
 }
 
 
