@@ -55,7 +55,7 @@ MODULES = {
         "samplers.repaint",
         "samplers.spacing",
     ],
-    "Models and what they say": ["model", "inference.draw", "likelihood", "memorisation", "settings", "registry"],
+    "Models and what they say": ["model", "inference.draw", "likelihood", "memorisation", "settings", "choices"],
 }
 """Modules of `ddpm` by page."""
 
