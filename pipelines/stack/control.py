@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.credentials import write_private
 from pipelines.display import StageNotice, no_stage_notice
 from pipelines.loopback import bypass_proxies
 from pipelines.stack.home import StackError, default_home, ensure_credentials, locked
 from pipelines.stack.private import choose_private, credentials_file, read_private
-from pipelines.stack.processes import Service, alive_services, end, read_services
+from pipelines.stack.processes import Service, alive_services, end, read_services, write_services
 from pipelines.stack.services import BUCKET, SERVICES, STARTERS, TOGETHER, answers, await_healthy
 
 
@@ -94,9 +92,7 @@ def up(
 
         def record() -> None:
             with recording:
-                services = {**running, **started}
-                text = json.dumps({name: asdict(service) for name, service in services.items()}, indent=1)
-                write_private(home / "stack.json", text)
+                write_services(home, {**running, **started})
 
         def start(name: str) -> None:
             if name in running and answers(running[name], home):

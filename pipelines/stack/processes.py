@@ -8,7 +8,8 @@ import os
 import secrets
 import socket
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
@@ -120,6 +121,11 @@ def read_services(home: Path) -> dict[str, Service]:
         raise StackError(
             f"{home / 'stack.json'} is damaged or of another release: end the processes that it names, then delete it"
         ) from error
+
+
+def write_services(home: Path, services: Mapping[str, Service]) -> None:
+    """Record services by name, in place of those that were recorded."""
+    write_private(home / "stack.json", json.dumps({name: asdict(s) for name, s in services.items()}, indent=1))
 
 
 def alive_services(home: Path) -> dict[str, Service]:

@@ -1,4 +1,3 @@
-import json
 import subprocess
 import sys
 
@@ -7,7 +6,7 @@ import pytest
 
 from pipelines import stack
 from pipelines.stack import control
-from pipelines.stack.processes import Service
+from pipelines.stack.processes import Service, read_services
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 
@@ -38,18 +37,14 @@ def sleeping(monkeypatch) -> dict[str, subprocess.Popen]:
     return made
 
 
-def recorded(home) -> set[str]:
-    return set(json.loads((home / "stack.json").read_text()))
-
-
 def test_a_service_is_recorded_before_it_answers_so_that_a_killed_start_leaves_none_that_nobody_knows(
     tmp_path, sleeping, monkeypatch
 ):
     seen = []
-    monkeypatch.setattr(control, "await_healthy", lambda name, *_: seen.append(name in recorded(tmp_path)))
+    monkeypatch.setattr(control, "await_healthy", lambda name, *_: seen.append(name in read_services(tmp_path)))
     stack.up(tmp_path)
     assert seen == [True] * 3
-    assert recorded(tmp_path) == set(sleeping)
+    assert read_services(tmp_path).keys() == set(sleeping)
     assert stack.down(tmp_path) == ["ray", "mlflow", "s3"]
     assert all(process.poll() is not None for process in sleeping.values())
 
@@ -67,7 +62,7 @@ def test_where_one_does_not_start_those_of_the_call_are_ended_and_those_of_earli
     monkeypatch.setattr(control, "await_healthy", fails)
     with pytest.raises(stack.StackError, match="ray does not start"):
         stack.up(tmp_path)
-    assert recorded(tmp_path) == {"s3"}
+    assert read_services(tmp_path).keys() == {"s3"}
     assert sleeping["s3"].poll() is None
     assert all(sleeping[name].poll() is not None for name in ("mlflow", "ray"))
     assert stack.down(tmp_path) == ["s3"]
