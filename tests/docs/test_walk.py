@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from pipelines import stack
+from tests.digits import write_digits
 from tests.docs.modules import ROOT
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -119,11 +119,7 @@ BUDGET = ("budget=30m", "budget=6m")
 
 def write_photos(folder: Path) -> None:
     """Write scanned digits into the two class folders of the README: even ones as cats, odd ones as dogs."""
-    digits = load_digits()
-    for i, (image, digit) in enumerate(zip(digits.images, digits.target, strict=True)):
-        name = folder / ("dog" if digit % 2 else "cat") / f"{i}.png"
-        name.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.uint8(image * 255 / 16)).save(name)
+    write_digits(folder, range(1797), lambda digit: "dog" if digit % 2 else "cat")
     (folder / "cat" / "0.png").rename(folder / "cat" / "1.png")  # the picture that the README names
 
 

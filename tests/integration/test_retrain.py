@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 from mlflow import MlflowClient
-from PIL import Image
-from sklearn.datasets import load_digits
 
+from tests.digits import write_digits
 from tests.integration.conftest import Shell
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -21,23 +17,14 @@ SHORT = [
 ]  # fmt: skip
 
 
-def write_digits(folder: Path, first: int, last: int) -> None:
-    """Write some of scikit-learn's digits into class folders."""
-    digits = load_digits()
-    for i in range(first, last):
-        path = folder / str(digits.target[i]) / f"{i:04d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.uint8(digits.images[i] * 255 / 16)).save(path)
-
-
 def test_a_flow_on_new_pictures_scores_the_champion_on_them_before_it_compares(shell: Shell, local_stack, tmp_path):
     source = tmp_path / "digits"
-    write_digits(source, 0, 900)
+    write_digits(source, range(900))
     settings = [*SHORT, f"data.source={source}"]
     first = shell.ok("flow", *settings, "name=retrained", "images=10240", "--json")
     assert first.answer["gate"]["passed"], first.answer["gate"]["reason"]
 
-    write_digits(source, 900, 1797)
+    write_digits(source, range(900, 1797))
     said = shell.ok("flow", *settings, "name=retrained-again", "images=40960", "--dry-run").err
     assert "ingest  will run: " in said
     second = shell.ok("flow", *settings, "name=retrained-again", "images=40960", "--json")
