@@ -12,7 +12,7 @@ from torch import Tensor
 from ddpm.conditioning import Conditioning
 from ddpm.guidance import GUIDANCE, ClassifierFree, Guidance, Guides
 from ddpm.noise import Seed
-from ddpm.prediction import Clipping, Denoiser
+from ddpm.prediction import Arithmetic, Clipping, Denoiser
 from ddpm.samplers import DDIM, SAMPLERS, Sample, Sampler, initial_noise, last, step_noise
 from ddpm.schedule import NoiseSchedule
 from ddpm.settings import settings_of
@@ -41,7 +41,10 @@ _NEUTRAL: dict[str, Any] = {
     "timesteps": None,
     "clip_when": "after_guidance",
     "shift": "score",
+    "precision": "fp32",
 }
+OF_ALL_KINDS: tuple[Any, ...] = (Clipping, Arithmetic)
+"""What every kind of sampler and guidance has."""
 
 
 @dataclass(frozen=True)
@@ -49,18 +52,20 @@ class Sampling:
     """The settings for drawing images from a denoiser; changing them needs no training.
 
     Model folder, tags of a registered version, configurations of studies, command line and server all use the same flat
-    JSON form: the fields of sampler, guidance and clipping side by side, with the sampler's name as `kind` and the
-    guidance's name as `guidance`.
+    JSON form: the fields of sampler, guidance, clipping and arithmetic side by side, with the sampler's name as `kind`
+    and the guidance's name as `guidance`.
 
     Attributes:
         sampler: the sampling algorithm.
         guidance: the kind of guidance and its scale.
         clipping: how the predicted x_0 is kept within the range of images.
+        arithmetic: in what precision the networks compute.
     """
 
     sampler: Sampler = DDIM()
     guidance: Guidance = ClassifierFree()
     clipping: Clipping = Clipping()
+    arithmetic: Arithmetic = Arithmetic()
 
     @classmethod
     def of(cls, **fields: Any) -> Sampling:
@@ -71,13 +76,13 @@ class Sampling:
         """
         given = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
         names: tuple[Any, Any] = given.pop("kind", "ddim"), given.pop("guidance", "classifier_free")
-        kinds: list[Any] = [SAMPLERS.find(names[0]), GUIDANCE.find(names[1]), Clipping]
+        kinds: list[Any] = [SAMPLERS.find(names[0]), GUIDANCE.find(names[1]), *OF_ALL_KINDS]
         own = [{setting.name for setting in settings_of(kind)} for kind in kinds]
         allowed = set().union(*own)
         if unknown := given.keys() - allowed:
             raise ValueError(
                 f"{', '.join(sorted(unknown))}: no setting of the sampler {names[0]!r}, of the guidance {names[1]!r} "
-                f"or of clipping; they have: {', '.join(sorted(allowed))}"
+                f"of clipping or of arithmetic; they have: {', '.join(sorted(allowed))}"
             )
         return cls(*(kind(**{n: given[n] for n in of & given.keys()}) for kind, of in zip(kinds, own, strict=True)))
 
@@ -94,14 +99,14 @@ class Sampling:
             kept.pop("timesteps", None)
         chosen: list[Any] = [SAMPLERS.find(fields.get("kind", kept["kind"]))]
         chosen.append(GUIDANCE.find(fields.get("guidance", kept["guidance"])))
-        chosen.append(Clipping)
+        chosen.extend(OF_ALL_KINDS)
         there = {"kind", "guidance"} | {s.name for kind in chosen for s in settings_of(kind)}
         return type(self).of(**{**{name: value for name, value in kept.items() if name in there}, **fields})
 
     def to_json(self) -> dict[str, Any]:
         """Return the flat form with every field, so that stored settings do not change if a default does."""
         plain: dict[str, Any] = {"kind": SAMPLERS.name_of(self.sampler), "guidance": GUIDANCE.name_of(self.guidance)}
-        for part in (self.guidance, self.sampler, self.clipping):
+        for part in (self.guidance, self.sampler, self.clipping, self.arithmetic):
             for setting in settings_of(type(part)):
                 value = getattr(part, setting.name)
                 plain[setting.name] = list(value) if isinstance(value, tuple) else value
@@ -116,7 +121,7 @@ class Sampling:
         """
         sampler = SAMPLERS.find(plain.get("kind", "ddim"))
         guidance = GUIDANCE.find(plain.get("guidance", "classifier_free"))
-        kinds: list[Any] = [sampler, guidance, Clipping]
+        kinds: list[Any] = [sampler, guidance, *OF_ALL_KINDS]
         known = {s.name for kind in kinds for s in settings_of(kind)}
         # The first release wrote the fields of every kind: ignore those of the kinds not in use.
         used = {name: value for name, value in plain.items() if name in known or name not in _FIRST}
@@ -136,16 +141,21 @@ class Sampling:
         return first | {n: plain[n] for n in later if n not in _NEUTRAL or plain[n] != _NEUTRAL[n]}
 
     def wrap(self, denoiser: Denoiser, schedule: NoiseSchedule, guides: Guides | None = None) -> Denoiser:
-        """Return the denoiser with this guidance and clipping applied.
+        """Return the denoiser with this guidance and clipping applied, in this arithmetic.
 
         Raises:
             ValueError: the guidance needs a network that `guides` does not have.
         """
         if self.clipping.clip_when == "after_guidance":
-            return self.clipping.wrap(self.guidance.wrap(denoiser, schedule, guides), schedule)
+            return self.arithmetic.wrap(self.clipping.wrap(self.guidance.wrap(denoiser, schedule, guides), schedule))
         if guides is not None and guides.weak is not None:
             guides = replace(guides, weak=self.clipping.wrap(guides.weak, schedule))
-        return self.guidance.wrap(self.clipping.wrap(denoiser, schedule), schedule, guides)
+        clipped = self.clipping.wrap(denoiser, schedule)
+        return self.arithmetic.wrap(self.guidance.wrap(clipped, schedule, guides))
+
+    def wrap_unguided(self, denoiser: Denoiser, schedule: NoiseSchedule) -> Denoiser:
+        """Return the denoiser with this clipping applied, in this arithmetic."""
+        return self.arithmetic.wrap(self.clipping.wrap(denoiser, schedule))
 
 
 def trajectory(

@@ -195,6 +195,35 @@ class Clipping(Settings):
         return denoiser if self.clip is None else Clipped(denoiser, schedule, self.clip)
 
 
+@dataclass(frozen=True)
+class HalfPrecision:
+    """A denoiser whose networks compute convolutions and matrix products in bfloat16 (autocast), all else as before.
+
+    Attributes:
+        denoiser: the denoiser, with its guidance.
+    """
+
+    denoiser: Denoiser
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning | None = None) -> Prediction:
+        """See `Denoiser`."""
+        with torch.autocast(x_t.device.type, torch.bfloat16):
+            return self.denoiser(x_t, t, cond)
+
+
+@dataclass(frozen=True)
+class Arithmetic(Settings):
+    """The settings of the arithmetic in which a model draws."""
+
+    precision: Literal["fp32", "bf16"] = setting(
+        "fp32", "arithmetic of the networks while they draw; bf16 is faster where the machine computes in it"
+    )
+
+    def wrap(self, denoiser: Denoiser) -> Denoiser:
+        """Return the denoiser in this arithmetic; with "fp32" it is the networks' own."""
+        return HalfPrecision(denoiser) if self.precision == "bf16" else denoiser
+
+
 def check_parameterization(kind: str) -> None:
     """Raise unless the parameterization exists.
 

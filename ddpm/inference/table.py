@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from ddpm.conditioning import Conditioning
-from ddpm.generate import to_uint8
+from ddpm.generate import OF_ALL_KINDS, to_uint8
 from ddpm.guidance import GUIDANCE
 from ddpm.inference.checks import can_inpaint, check_count, class_indices
 from ddpm.inference.drawing import Drawing
 from ddpm.inference.noise import Noise
 from ddpm.inference.tasks import INPAINTERS, METHODS, TRAINED, Editing, FromNoise, Inpainting, Task
 from ddpm.model import Model
-from ddpm.prediction import Clipping
 from ddpm.samplers import SAMPLERS
 from ddpm.samplers.repaint import Inpainter
 from ddpm.settings import settings_of
@@ -51,7 +50,7 @@ def parameters() -> dict[str, tuple[str, Any]]:
 
     None, or [] for a list, leaves the model's own setting. Settings that name another network are not among them.
     """
-    kinds: list[Any] = [*SAMPLERS.values(), *GUIDANCE.values(), Clipping]
+    kinds: list[Any] = [*SAMPLERS.values(), *GUIDANCE.values(), *OF_ALL_KINDS]
     found: dict[str, tuple[str, Any]] = {"kind": ("string", None), "guidance": ("string", None)}
     for setting in (setting for kind in kinds for setting in settings_of(kind) if not setting.reference):
         word = "double" if setting.fractional else "long" if isinstance(setting.default, int) else "string"

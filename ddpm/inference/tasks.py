@@ -282,7 +282,7 @@ class Inverting(Editing):
         sampler, schedule = batch.sampling.sampler, batch.schedule
         assert isinstance(sampler, DDIM)
         levels = edit_levels(schedule, self.strength, steps=super().evaluations(batch.sampling, schedule))
-        plain = batch.sampling.clipping.wrap(batch.denoiser, schedule)
+        plain = batch.sampling.wrap_unguided(batch.denoiser, schedule)
         x_t = self.images
         for sample in sampler.invert(plain, schedule, x_t, self.source, timesteps=levels):
             x_t = sample.x_t

@@ -8,7 +8,7 @@ from ddpm.guidance import GUIDANCE
 from ddpm.learned_weight import LearnedWeight, LearnedWeighting
 from ddpm.models import NETWORKS, NetworkConfig
 from ddpm.objectives import Objective
-from ddpm.prediction import Clipping
+from ddpm.prediction import Arithmetic, Clipping
 from ddpm.samplers import SAMPLERS
 from ddpm.schedule import NoiseSchedule, make_schedule
 from ddpm.settings import settings_of
@@ -83,6 +83,7 @@ def sampling(config: Config) -> Sampling:
         chosen(config.sampler, SAMPLERS[config.sampler.kind]),
         chosen(config.guidance, GUIDANCE[config.guidance.kind]),
         chosen(config.sampler, Clipping),
+        chosen(config.sampler, Arithmetic),
     )
 
 

@@ -20,12 +20,12 @@ import pydantic
 from pydantic import BeforeValidator, Field, PositiveInt, create_model, model_validator
 
 from ddpm.consistency import ConsistencyTuning
+from ddpm.generate import OF_ALL_KINDS
 from ddpm.guidance import GUIDANCE
 from ddpm.learned_weight import LearnedWeighting
 from ddpm.masks import MaskKind
 from ddpm.models import NETWORKS, UNNAMED_NETWORK
 from ddpm.objectives import Objective
-from ddpm.prediction import Clipping
 from ddpm.samplers import SAMPLERS
 from ddpm.schedule import SCHEDULES
 from ddpm.settings import Setting, settings_of
@@ -170,11 +170,11 @@ def _prefixed(choices: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _GUIDANCE_SETTINGS = {setting.name: setting for cls in GUIDANCE.values() for setting in settings_of(cls)}
-_CLIPPING = settings_of(Clipping)
+_OF_ALL_SAMPLERS = [setting for cls in OF_ALL_KINDS for setting in settings_of(cls)]
 
 VARIANTS: dict[str, dict[str, type[Section]]] = {
     "schedule": _variants(SCHEDULES, ScheduleSection, "Schedule"),
-    "sampler": _variants(SAMPLERS, Section, "Sampler", beside=_CLIPPING),
+    "sampler": _variants(SAMPLERS, Section, "Sampler", beside=_OF_ALL_SAMPLERS),
     "model": _variants(NETWORKS, ModelSection, "Model", without=FROM_DATA),
 }
 """Section -> kind -> pydantic model."""

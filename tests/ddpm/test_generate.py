@@ -3,6 +3,9 @@ import torch
 
 from ddpm.conditioning import Conditioning
 from ddpm.generate import Sampling, generate, to_uint8
+from ddpm.models.unet import UNet, UNetConfig
+from ddpm.prediction import NetworkDenoiser
+from ddpm.samplers import SAMPLERS
 from ddpm.schedule import make_schedule
 from tests.ddpm.exact import GaussianDenoiser
 
@@ -67,3 +70,53 @@ def test_unknown_samplers_and_negative_scales_are_refused(bad):
 def test_guidance_by_a_network_that_is_not_there_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         draw(settings)
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    made = UNet(
+        UNetConfig(
+            in_channels=1,
+            out_channels=1,
+            channels=(16, 16),
+            layers_per_block=1,
+            attention=(False, True),
+            norm_groups=4,
+            head_dim=8,
+        )
+    )
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    return made.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SAMPLERS if kind not in ("consistency", "langevin")])
+def test_in_bf16_networks_compute_in_bf16_and_samplers_in_float32(network, kind):
+    seen = set()
+    handles = [
+        module.register_forward_hook(lambda module, given, output: seen.add(output.dtype))
+        for module in network.modules()
+        if isinstance(module, torch.nn.Conv2d)
+    ]
+    denoiser = NetworkDenoiser(network, SCHEDULE, "v")
+    settings = Sampling.of(kind=kind, steps=4)
+    exact = generate(denoiser, SCHEDULE, settings, cond=None, count=2, shape=(1, 8, 8), seed=0)
+    assert seen == {torch.float32}
+    seen.clear()
+    half = generate(
+        denoiser, SCHEDULE, settings.with_fields(precision="bf16"), cond=None, count=2, shape=(1, 8, 8), seed=0
+    )
+    for handle in handles:
+        handle.remove()
+    assert seen == {torch.bfloat16}
+    assert half.dtype == torch.float32
+    assert 0 < (half - exact).abs().mean() < 0.05 * exact.std()
+
+
+def test_settings_from_before_there_was_a_precision_keep_their_arithmetic_and_their_key():
+    settings = Sampling.of(steps=10)
+    older = {name: value for name, value in settings.to_json().items() if name != "precision"}
+    assert Sampling.from_json(older) == settings
+    assert "precision" not in settings.key()
+    assert settings.with_fields(precision="bf16").key() == {**settings.key(), "precision": "bf16"}

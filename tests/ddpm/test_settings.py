@@ -11,7 +11,7 @@ import pytest
 
 import ddpm
 from ddpm.choices import Choices
-from ddpm.generate import _FIRST, _NEUTRAL, Sampling
+from ddpm.generate import _FIRST, _NEUTRAL, OF_ALL_KINDS, Sampling
 from ddpm.guidance import GUIDANCE, Autoguided, ClassifierFree
 from ddpm.models import NETWORKS
 from ddpm.prediction import Clipping
@@ -81,7 +81,11 @@ def test_sampling_survives_json_for_every_pair_of_kinds(sampler, guidance):
     plain = json.loads(json.dumps(made.to_json()))
     assert Sampling.from_json(plain) == made
     assert (plain["kind"], plain["guidance"], plain["steps"], plain["scale"]) == (sampler, guidance, 7, 2.0)
-    fields = {s.name for part in (made.sampler, made.guidance, made.clipping) for s in settings_of(type(part))}
+    fields = {
+        s.name
+        for part in (made.sampler, made.guidance, made.clipping, made.arithmetic)
+        for s in settings_of(type(part))
+    }
     assert plain.keys() == fields | {"kind", "guidance"}  # complete, whatever the defaults become
 
 
@@ -89,7 +93,7 @@ def test_fields_that_came_later_are_neutral_in_older_files_and_absent_from_keys(
     """A field added to a choice of the first release has to be entered in `_NEUTRAL`."""
     first = ("ddim", "ancestral", "dpm_solver", "heun", "predictor_corrector")
     kinds = [SAMPLERS[name] for name in first] + [GUIDANCE[n] for n in ("classifier_free", "classifier", "auto")]
-    for cls in (*kinds, Clipping):
+    for cls in (*kinds, *OF_ALL_KINDS):
         for field in settings_of(cls):
             assert field.name in _FIRST or field.default == _NEUTRAL[field.name]
     assert Sampling().key() == json.loads(json.dumps(_FIRST))
@@ -112,11 +116,11 @@ def test_flat_fields_change_what_they_are_fields_of():
 
 
 def test_no_two_parts_of_a_sampling_have_a_field_of_the_same_name():
-    clipping = {s.name for s in settings_of(Clipping)}
+    shared = {s.name for cls in OF_ALL_KINDS for s in settings_of(cls)}
     samplers = {s.name for cls in SAMPLERS.values() for s in settings_of(cls)}
     guidance = {s.name for cls in GUIDANCE.values() for s in settings_of(cls)}
-    assert not clipping & samplers | clipping & guidance | samplers & guidance
-    assert not {"kind", "guidance"} & (clipping | samplers | guidance)
+    assert not shared & samplers | shared & guidance | samplers & guidance
+    assert not {"kind", "guidance"} & (shared | samplers | guidance)
 
 
 PLUGIN = '''

@@ -67,6 +67,9 @@ def test_labels_go_by_index_or_name_and_settings_by_their_names(served):
     other = pyfunc.predict(pandas.DataFrame({"label": ["square", "7"]}), params=limited)
     assert near(other, picture(Sample.of(labels=["square", "7"], sampling=limited), model).pixels)
     assert not near(other, own)
+    half = pyfunc.predict(pandas.DataFrame({"label": ["square", "7"]}), params={"precision": "bf16"})
+    assert np.array_equal(half, picture(Sample.of(labels=["square", "7"], sampling={"precision": "bf16"}), model).pixels)
+    assert not np.array_equal(half, own)
 
 
 def test_a_row_with_a_seed_is_the_same_wherever_it_is(served):
