@@ -30,6 +30,20 @@ def performance() -> Iterator[str]:
     pairs = [[models[name][f"speedup_{kind}"] for name in ("6.5M", "35.7M")] for kind in kinds[1:]]
     yield "| ours is ahead by | | " + " | ".join(f"{one:.2f}, {other:.2f}" for one, other in pairs) + " |"
 
+    sampling = result("sampling")
+    threads = {1: "one thread", 2: "two threads"}
+    samplers = {"ddim": "DDIM", "dpm_solver": "DPM-Solver++", "unipc": "UniPC"}
+    for measured in sampling["speed"]:
+        rate, ratio = measured["images_per_s"], measured["speedup"]
+        rates = (fixed(rate[system], 2) for system in ("diffusers", "ours", "ours, bf16"))
+        ratios = (fixed(ratio[system], 2) for system in ("ours", "ours, bf16"))
+        yield row(f"{samplers[measured['sampler']]}, {threads[measured['threads']]}", *rates, *ratios)
+    yield f"{max(measured['largest_difference'] for measured in sampling['speed']):.4f} in [-1, 1]"
+    costs = sampling["distance"]
+    low, high = costs["difference_interval"]
+    yield f"{costs['fp32']:.3f} in float32 and {costs['bf16']:.3f} in bf16"
+    yield f"a difference of {costs['difference']:.3f} (95 %: {low:.3f} to {high:.3f}, paired)"
+
     systems = result("data")["systems"]
     names = ("ours", "webdataset", "mosaicml")
     one, two = ([systems[f"{name}_{cores}"] for name in names] for cores in (1, 2))

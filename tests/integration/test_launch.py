@@ -7,9 +7,9 @@ import subprocess
 
 import pytest
 
-from pipelines import flow
 from pipelines.config import compose
 from pipelines.display import Silent
+from pipelines.flow.ingest import write_dataset
 from pipelines.storage import Storage
 from tests.integration.conftest import Shell
 
@@ -39,7 +39,7 @@ def checkpoints(s3: Storage) -> list[int]:
 
 
 def test_a_launched_training_is_followed_stopped_and_resumed_under_its_name(shell: Shell, s3: Storage) -> None:
-    flow.write_dataset(compose(["+experiment=digits"]), s3, Silent())
+    write_dataset(compose(["+experiment=digits"]), s3, Silent())
 
     follower = shell.start("launch", "--target", "ray", "--json", *TRAIN, "images=10_000_000")
     read_until(follower, "submitted launched to")

@@ -68,7 +68,9 @@ def test_labels_go_by_index_or_name_and_settings_by_their_names(served):
     assert near(other, picture(Sample.of(labels=["square", "7"], sampling=limited), model).pixels)
     assert not near(other, own)
     half = pyfunc.predict(pandas.DataFrame({"label": ["square", "7"]}), params={"precision": "bf16"})
-    assert np.array_equal(half, picture(Sample.of(labels=["square", "7"], sampling={"precision": "bf16"}), model).pixels)
+    assert np.array_equal(
+        half, picture(Sample.of(labels=["square", "7"], sampling={"precision": "bf16"}), model).pixels
+    )
     assert not np.array_equal(half, own)
 
 
