@@ -138,8 +138,9 @@ def state(uri: str, s3: Storage, name: str) -> dict[str, Any]:
     digest = re.compile(r"-e\d+-\w+|[0-9a-f]{16,}|-\d{3,}")
     below = [f"s3://ddpm/runs/{name}", f"s3://ddpm/datasets/{name}"]
     stored = [entry.uri.replace(f"/{name}/", "/NAME/") for folder in below for entry in s3.list(folder)]
-    # Each driver has a ledger, and the workers of each have logs, of their own.
-    kept = [uri for uri in stored if not re.search(r"/(ledger|logs|sessions)/", uri)]
+    # Each driver has a ledger, and the workers of each have logs, of their own. What MLflow had not got yet when a
+    # checkpoint was written lies in it.
+    kept = [uri for uri in stored if not re.search(r"/(goodput|logs)/|/unsent\.zip$", uri)]
     return {
         "runs": [run.info.status for run in runs],
         "losses": trace,
