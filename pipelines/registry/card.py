@@ -147,7 +147,8 @@ def _what(evidence: Evidence, spec: ModelSpec, origin: Origin) -> str:
     run = f"[{run}]({origin.run})" if origin.run else run
     text = (
         f"Draws {height}x{width} {kind}{of}: a denoising diffusion model ({NETWORKS.name_of(spec.network)}, "
-        f"{parameters(spec):,} parameters) of the run {run}, after {int(lineage.get('images_seen', 0)):,} images."
+        f"{parameters(spec):,} parameters) of the run {run}, after {int(lineage.get('images_seen', 0)):,} images"
+        + (f" from the weights of {_code(lineage['init_from'])}." if "init_from" in lineage else ".")
     )
     memorised = evidence.scores.memorisation
     return f"**{_plain(memorised['verdict'])}**\n\n{text}" if memorised and memorised["copies"] else text

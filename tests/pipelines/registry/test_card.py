@@ -189,7 +189,9 @@ def test_what_is_gone_is_left_out_and_what_has_changed_is_said():
 
 def test_a_model_that_was_tuned_from_another_one_names_it():
     tuned = EVIDENCE.lineage | {"init_from": "models:/digits/3", "init_from_digest": "9" * 64}
-    assert f"- started from: `models:/digits/3`, weights `{'9' * 12}`" in text_of(replace(EVIDENCE, lineage=tuned))
+    text = text_of(replace(EVIDENCE, lineage=tuned))
+    assert " images from the weights of `models:/digits/3`." in text.splitlines()[0]
+    assert f"- started from: `models:/digits/3`, weights `{'9' * 12}`" in text
     assert "started from" not in text_of()
 
 
