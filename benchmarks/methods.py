@@ -104,7 +104,7 @@ class Plan:
         decides = {
             "identity": config.identity(),
             "images": config.images,
-            "sampling": sampling(config).to_json(),
+            "sampling": sampling(config).key(),
             "samples": self.samples,
             "evaluator": self.real.evaluator.digest,
             "device": self.device.type,

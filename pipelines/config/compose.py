@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +38,16 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: an override or the resulting configuration is not valid.
     """
+    return from_dict(copy.deepcopy(_composed(conf_dir(), tuple(overrides))))
+
+
+@lru_cache(maxsize=256)
+def _composed(folder: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
+    """Return what Hydra composes of a folder and overrides; each time that takes it a seventh of a second.
+
+    Raises:
+        ConfigError: an override is not valid, or a field has no value.
+    """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
@@ -44,7 +56,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 
     lines = hydra_lines(overrides)
     try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
             composed = hydra_compose("config", lines)
         unresolved = typing.cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=False))
         missing = sorted(key for key, value in flatten(unresolved).items() if value == "???")
@@ -54,7 +66,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     assert isinstance(plain, dict)
-    return from_dict(typing.cast("dict[str, Any]", plain))
+    return typing.cast("dict[str, Any]", plain)
 
 
 def hydra_lines(overrides: Sequence[str]) -> list[str]:

@@ -169,6 +169,9 @@ def evaluation() -> Iterator[str]:
 
 
 def failures() -> Iterator[str]:
+    cells = result("faults")["cells"]
+    hits, lost = (sum(cell[of] for cell in cells) for of in ("hits", "lost"))
+    yield f"had {len(cells)} pairs of a fault and one of these, {hits:,} requests that met a fault, and {lost} losses"
     measured = result("soak")
     faults, ledger, seconds = measured["faults"], measured["ledger"], sum(p["seconds"] for p in measured["parts"])
     count = sum(faults.values())

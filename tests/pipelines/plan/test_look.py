@@ -106,9 +106,9 @@ def test_what_is_no_source_is_refused(tmp_path):
 
 
 def test_shapes_that_are_their_own_mirror_images_cannot_be_told_from_them(tmp_path):
-    facts = look(str(folder(tmp_path / "shapes", ("circle", "square"), 150)), STORAGE)
-    assert facts.mirror.pairs == 150
-    assert facts.mirror.highest < 0.62
+    facts = look(str(folder(tmp_path / "shapes", ("circle", "square"), 400)), STORAGE)
+    assert facts.mirror.pairs == 400
+    assert facts.mirror.highest < 0.62  # 0.55 on average, and 0.025 is the standard deviation
 
 
 def test_arrows_are_told_from_mirrored_ones_by_their_class_alone(tmp_path):
