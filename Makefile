@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 UNIT := not slow and not gpu and not integration and not chaos
 
-.PHONY: install demo test test-unit check docs format infra lock release clean
+.PHONY: install demo test test-unit coverage check docs format infra lock release clean
 .DEFAULT_GOAL := help
 
 help: ## Show the targets
@@ -25,7 +25,7 @@ demo: $(STAMP) ## Train, evaluate and register a digits model on the local stack
 # Integration tests wait for services more than they compute: two streams, each with a stack of its own, take half the
 # time. Chaos tests come alone, for what they kill is to be missed by nobody else.
 test: $(STAMP) ## Unit and integration tests
-	$(BIN)/pytest -n auto -m '$(UNIT)' --cov=ddpm --cov-report=term:skip-covered
+	$(BIN)/pytest -n auto -m '$(UNIT)'
 	$(BIN)/pytest -n 2 --dist loadfile --timeout 600 -m 'integration and not chaos and not slow and not gpu'
 	$(BIN)/pytest -m 'chaos and not slow and not gpu'
 
@@ -38,6 +38,9 @@ check: $(STAMP) ## Lint, format, types, import contracts, spelling
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+
+coverage: $(STAMP) ## Show which lines of the mathematics no unit test runs
+	$(BIN)/pytest -n auto -m '$(UNIT)' --cov=ddpm --cov-report=term:skip-covered
 
 docs: $(STAMP) ## Make the web site in build/site; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
