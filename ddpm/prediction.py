@@ -9,6 +9,7 @@ for an output F that is in units of x_0 instead of s. Where nearly all is noise 
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -195,6 +196,13 @@ class Clipping(Settings):
         return denoiser if self.clip is None else Clipped(denoiser, schedule, self.clip)
 
 
+def computes_bf16(device: torch.device) -> bool:
+    """Return whether a device has units for bfloat16, which a T4, a V100 and older processors only emulate."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported()
+
+
 @dataclass(frozen=True)
 class HalfPrecision:
     """A denoiser whose networks compute convolutions and matrix products in bfloat16 (autocast), all else as before.
@@ -207,6 +215,12 @@ class HalfPrecision:
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning | None = None) -> Prediction:
         """See `Denoiser`."""
+        if not computes_bf16(x_t.device):
+            # Once a process: Python shows a warning of one place once.
+            warnings.warn(
+                "precision = bf16: this device has no units for it and takes several times as long as in fp32",
+                stacklevel=2,
+            )
         with torch.autocast(x_t.device.type, torch.bfloat16):
             return self.denoiser(x_t, t, cond)
 

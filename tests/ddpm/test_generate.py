@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from ddpm import prediction
 from ddpm.conditioning import Conditioning
 from ddpm.generate import Sampling, generate, to_uint8
 from ddpm.models.unet import UNet, UNetConfig
@@ -120,3 +121,10 @@ def test_settings_from_before_there_was_a_precision_keep_their_arithmetic_and_th
     assert Sampling.from_json(older) == settings
     assert "precision" not in settings.key()
     assert settings.with_fields(precision="bf16").key() == {**settings.key(), "precision": "bf16"}
+
+
+def test_a_device_that_emulates_bf16_is_told_of(network, monkeypatch):
+    monkeypatch.setattr(prediction, "computes_bf16", lambda device: False)
+    denoiser = Sampling.of(precision="bf16").wrap(NetworkDenoiser(network, SCHEDULE, "v"), SCHEDULE)
+    with pytest.warns(UserWarning, match="no units for it"):
+        denoiser(torch.zeros(1, 1, 8, 8), torch.ones(1))

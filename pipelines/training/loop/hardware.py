@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ddpm.prediction import computes_bf16
 from pipelines.config import Config, OptimConfig
 
 Precision = Literal["bf16", "fp16", "tf32", "fp32", "fp64"]
@@ -53,12 +54,10 @@ def resolve_precision(optim: OptimConfig, device: torch.device) -> Precision:
     """Return the precision of the configuration, or for "auto" the fastest that the device is made for."""
     if optim.precision != "auto":
         return optim.precision
-    if device.type != "cuda":
-        return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
-    # A T4 or V100 computes in bf16 as well, by an emulation that is slower than float32.
-    if torch.cuda.is_bf16_supported(including_emulation=False):
+    if computes_bf16(device):
         return "bf16"
-    return "fp16" if torch.cuda.get_device_capability(device) >= TENSOR_CORES else "fp32"
+    tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability(device) >= TENSOR_CORES
+    return "fp16" if tensor_cores else "fp32"
 
 
 def precision_change(before: str | None, now: Precision) -> str | None:
