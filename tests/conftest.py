@@ -6,10 +6,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator
 
 import pytest
+
+# A shell starts what it runs in the background without SIGINT, and commands that tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A GPU box may have torch and pytest only, which is what the tests marked `gpu` need.
 with contextlib.suppress(ImportError):
