@@ -168,6 +168,14 @@ def evaluation() -> Iterator[str]:
     yield f"in each training of {measured['images_per_turn']:,} images"
 
 
+def methods() -> Iterator[str]:
+    for measured in result("methods")["rows"]:
+        low, high = measured["interval"]
+        interval = f"{fixed(low, 2)} to {fixed(high, 2)}"
+        accuracy = fixed(measured["class_accuracy"], 3)
+        yield row(measured["method"], fixed(measured["distance"], 2), interval, accuracy)
+
+
 def failures() -> Iterator[str]:
     cells = result("faults")["cells"]
     hits, lost = (sum(cell[of] for cell in cells) for of in ("hits", "lost"))
@@ -214,6 +222,7 @@ PAGES: dict[str, Callable[[], Iterator[str]]] = {
     "few-steps": few_steps,
     "evaluation": evaluation,
     "failures": failures,
+    "training-methods": methods,
 }
 
 
