@@ -119,23 +119,38 @@ def register(tracker: Tracker, name: str, model_id: str, tags: Mapping[str, str]
     """Return the version of a registered model that is made from what `log_pyfunc` stored; it is made once."""
     from mlflow.exceptions import MlflowException
 
+    before: list[set[Any]] = []  # the versions that each try has found
+
     def create(mlflow: MlflowClient) -> Any:
         try:
             mlflow.create_registered_model(name)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        # Where an answer was lost on its way, the version is there already.
-        before = mlflow.search_model_versions(f"name = '{name}' and run_id = '{tracker.run_id}'")
         source = f"models:/{model_id}"
-        there = next((found for found in before if found.source == source), None)
-        return there or mlflow.create_model_version(
-            name,
-            source,
-            run_id=tracker.run_id,
-            model_id=model_id,
-            tags={k: str(v) for k, v in tags.items()},
-        )
+
+        def made() -> list[Any]:
+            found = mlflow.search_model_versions(f"name = '{name}' and run_id = '{tracker.run_id}'")
+            return sorted((each for each in found if each.source == source), key=lambda each: int(each.version))
+
+        there = made()
+        before.append({each.version for each in there})
+        # Where an answer was lost on its way, the version is there already.
+        if not there:
+            mlflow.create_model_version(
+                name,
+                source,
+                run_id=tracker.run_id,
+                model_id=model_id,
+                tags={k: str(v) for k, v in tags.items()},
+            )
+            there = made()
+        # MLflow's client sends the request again by itself where the server is slow, which then has made two of it.
+        first, *others = there
+        for other in others:
+            if other.version not in before[0]:
+                mlflow.delete_model_version(name, other.version)
+        return first
 
     created = ask(tracker.uri, create)
     return ModelVersion(name, str(created.version), tracker.run_id, dict(tags), ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -63,6 +64,26 @@ def test_a_version_whose_answer_was_lost_is_not_made_twice(registry):
     made = model_registry.register(tracker, "digits", "m-1", {})
     assert (made.version, len(registry.versions)) == ("1", 1)
     assert model_registry.register(tracker, "digits", "m-2", {}).version == "2"  # another model is another version
+
+
+def test_a_version_that_a_slow_server_has_made_twice_is_there_once_and_others_stay(registry, monkeypatch):
+    by_hand = [SimpleNamespace(version=n, source="models:/m-1", run_id="run", tags={}, aliases=()) for n in (1, 2)]
+    create, deleted = registry.create_model_version, []
+
+    def twice(name, source, **given):
+        with suppress(MlflowException):
+            create(name, source, **given)
+        return create(name, source, **given)
+
+    monkeypatch.setattr(registry, "create_model_version", twice)
+    registry.delete_model_version = lambda name, number: deleted.append(number)
+    tracker = Tracker("http://mlflow", "run")
+    assert model_registry.register(tracker, "digits", "m-1", {}).version == "1"
+    assert deleted == [2]
+
+    registry.versions[:], deleted[:] = by_hand, []  # somebody has registered it again, on purpose
+    assert model_registry.register(tracker, "digits", "m-1", {}).version == "1"
+    assert deleted == []
 
 
 def test_reading_a_version_and_moving_an_alias_wait_for_a_server_that_restarts(registry):
