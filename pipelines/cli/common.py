@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -125,7 +126,7 @@ def read_arguments(arguments: Sequence[str] | None) -> tuple[str | None, str | N
     """Return the source, the budget and the Hydra overrides among the arguments of a verb; None for what is not there.
 
     Raises:
-        BadParameter: two sources or two budgets.
+        BadParameter: two sources or two budgets, or a source that may be one of two things.
     """
     given = arguments or []
     sources = [text for text in given if "=" not in text and not text.startswith("~")]
@@ -134,7 +135,22 @@ def read_arguments(arguments: Sequence[str] | None) -> tuple[str | None, str | N
         twice = sources if len(sources) > 1 else [f"budget={text}" for text in budgets]
         raise typer.BadParameter(f"{' and '.join(twice)}: one is enough; settings are written KEY=VALUE")
     overrides = [text for text in given if text not in sources and not text.startswith("budget=")]
+    if sources:
+        check_source(sources[0])
     return sources[0] if sources else None, budgets[0] if budgets else None, overrides
+
+
+def check_source(source: str) -> None:
+    """Refuse the name of scikit-learn's digits where a folder has it too: one of the two would be taken for the other.
+
+    Raises:
+        BadParameter: there is such a folder.
+    """
+    if source == "digits" and Path(source).exists():
+        raise typer.BadParameter(
+            "digits: scikit-learn's digits have this name, and so has a folder here. Write ./digits for the folder; "
+            "for the others, rename it or work in another folder"
+        )
 
 
 def quoted_override(key: str, value: str) -> str:

@@ -14,6 +14,7 @@ from pipelines.cli.common import (
     Threads,
     answer_json,
     check_address,
+    check_source,
     compose,
     connect,
     connect_to_folder,
@@ -36,6 +37,7 @@ def ingest(
     as_json: Json = False,
 ) -> None:
     """Write images as WebDataset shards. Example: ddpm ingest photos/ --to s3://ddpm/datasets/photos"""
+    check_source(source)
     config = _compose_ingest(source, to, overrides or [])
     # A named cluster writes the shards; the local stack has no more cores than the threads of this process.
     over_ray = bool(config.cluster.address or os.environ.get("RAY_ADDRESS"))

@@ -28,6 +28,18 @@ def test_arguments_are_a_source_a_budget_and_overrides_in_any_order():
         read_arguments(["budget=1h", "budget=2h"])
 
 
+@pytest.mark.parametrize("verb", [["flow", "digits"], ["plan", "digits"], ["ingest", "digits", "--to", "s3://b/d"]])
+def test_a_folder_that_is_called_digits_is_not_taken_for_the_dataset_of_that_name(monkeypatch, capsys, tmp_path, verb):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    monkeypatch.setattr("sys.argv", ["ddpm", *verb])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert "Write ./digits for the folder" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert read_arguments(["./digits"])[0] == "./digits"
+
+
 def test_a_plan_is_shown_saved_and_answered(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     write_files(tmp_path / "pets", pictures(30))
