@@ -79,23 +79,21 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
     return torch.autocast(device.type, AUTOCAST.get(precision, torch.bfloat16), enabled=precision in AUTOCAST)
 
 
-def channels_last(config: Config, device: torch.device) -> bool:
-    """Return whether activations are channels last: faster on tensor cores and AMX, slower on other CPUs."""
-    if device.type == "cuda":
-        return True
-    return resolve_precision(config.optim, device) == "bf16" and torch.cpu._is_amx_tile_supported()
+def channels_last(device: torch.device) -> bool:
+    """Return whether activations are channels last: faster on tensor cores, and slower on CPUs, with AMX or without."""
+    return device.type == "cuda"
 
 
 def place_network(network: nn.Module, config: Config, device: torch.device) -> nn.Module:
     """Return the network on its device; FSDP2 shards contiguous weights only: their layout stays."""
-    if channels_last(config, device) and config.cluster.parallel != "fsdp":
+    if channels_last(device) and config.cluster.parallel != "fsdp":
         return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network.to(device)
 
 
 def to_device(images: Tensor, config: Config, device: torch.device) -> Tensor:
     """Return images on the device, in the network's precision and layout."""
-    layout = torch.channels_last if channels_last(config, device) else torch.contiguous_format
+    layout = torch.channels_last if channels_last(device) else torch.contiguous_format
     return images.to(device, weight_dtype(config.optim), non_blocking=True, memory_format=layout)
 
 
