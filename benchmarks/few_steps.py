@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.digits.data import Digits, load_digits
-from benchmarks.images import trained
+from benchmarks.images import denoiser_of, trained
 from benchmarks.results import ROOT, commit, publish
 from benchmarks.single_pass import Generator, Vae, train_gan, train_vae
 from ddpm.bound import variational_bound
@@ -41,9 +41,6 @@ from pipelines.evaluation.images import to_levels
 from pipelines.evaluation.plots import label_grid
 from pipelines.search.judge import measured_frechet
 from pipelines.shards.read import Batch
-from pipelines.training.loop.context import RunContext
-from pipelines.training.loop.speed import made_up_job
-from pipelines.training.loop.state import make_network
 
 SHAPE = (1, 8, 8)
 SEED, SEARCH_SEED = 1, 1_000
@@ -128,12 +125,9 @@ class Table:
     ) -> None:
         self.digits, self.labels = digits, torch.arange(samples) % 10
         self.real = digits.evaluator.encoder(to_levels(digits.train)).features
-        self.models = {}
-        for name, weights in (("teacher", teacher), ("student", student)):
-            network = make_network(config)
-            network.load_state_dict(weights)
-            schedule = RunContext.of(made_up_job(config), rank=0, world_size=1, device=torch.device("cpu")).schedule
-            self.models[name] = NetworkDenoiser(network.eval().requires_grad_(False), schedule, "v")
+        self.models = {
+            name: denoiser_of(config, weights) for name, weights in (("teacher", teacher), ("student", student))
+        }
         self.rows: list[dict[str, Any]] = []
         self.bits: dict[str, float] = {}
         self.shown: dict[str, Tensor] = {}

@@ -5,14 +5,15 @@ There is no Ray, S3 or MLflow in it: what is measured with it is what the traini
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ddpm.prediction import NetworkDenoiser
 from ddpm.quality import FeatureMoments
-from pipelines.config import Config
+from pipelines.config import Config, noise_schedule
 from pipelines.evaluation.evaluators import Evaluator, open_evaluator, reference_part
 from pipelines.evaluation.images import to_levels
 from pipelines.shards.index import Dataset
@@ -20,7 +21,7 @@ from pipelines.shards.read import Batch, opened_split, read_split
 from pipelines.storage import Storage
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.speed import made_up_job
-from pipelines.training.loop.state import load_weights, make_state
+from pipelines.training.loop.state import load_weights, make_network, make_state
 from pipelines.training.loop.step import step
 
 
@@ -75,3 +76,15 @@ def trained(
         if seen // size % 50 == 0:
             say(f"{seen:,} of {config.images:,} images, loss {result.loss:.4f}")
     return {key: value.cpu().clone() for key, value in state.ema.shadow.items()}
+
+
+def denoiser_of(config: Config, weights: Mapping[str, Tensor], device: torch.device | None = None) -> NetworkDenoiser:
+    """Return the denoiser of trained weights, which learns no more.
+
+    Args:
+        device: where it computes; None: on the CPU.
+    """
+    network = make_network(config)
+    network.load_state_dict(weights)
+    network = network.to(device or torch.device("cpu")).eval().requires_grad_(False)
+    return NetworkDenoiser(network, noise_schedule(config), config.objective.prediction)

@@ -33,18 +33,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from torch import Tensor
 
-from benchmarks.images import RealImages, load_images, trained
+from benchmarks.images import RealImages, denoiser_of, load_images, trained
 from benchmarks.results import ROOT, commit, publish
 from ddpm.conditioning import Conditioning
 from ddpm.generate import generate
-from ddpm.prediction import NetworkDenoiser
-from pipelines.config import Config, compose, noise_schedule, sampling
+from pipelines.config import Config, compose, sampling
 from pipelines.evaluation.images import to_levels
 from pipelines.search.judge import measured_frechet
 from pipelines.shards.index import read_dataset
 from pipelines.shards.ingest.write import ingest
 from pipelines.storage import Storage
-from pipelines.training.loop.state import make_network
 
 LEVELS, LEARNED = "objective.timesteps=log_normal", "objective.learned_weight=true"
 NEAREST, MUON = "objective.noise_candidates=8", "optim.kind=muon"
@@ -195,13 +193,10 @@ def measure(plan: Plan, method: str, seed: int) -> dict[str, Any]:
 
 def draw(plan: Plan, config: Config, weights: Mapping[str, Tensor], labels: Tensor | None) -> Tensor:
     """Return the samples of a model [N, C, S, S] in [-1, 1], unguided, on the CPU."""
-    network = make_network(config)
-    network.load_state_dict(weights)
-    network = network.to(plan.device).eval().requires_grad_(False)
-    schedule = noise_schedule(config)
+    denoiser = denoiser_of(config, weights, plan.device)
     images = generate(
-        NetworkDenoiser(network, schedule, config.objective.prediction),
-        schedule,
+        denoiser,
+        denoiser.schedule,
         sampling(config).with_fields(guidance="classifier_free", scale=1.0),
         cond=None if labels is None else Conditioning(label=labels).to(plan.device),
         shape=(config.data.channels, config.data.image_size, config.data.image_size),

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -31,6 +30,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.results import ROOT, commit, publish
+from benchmarks.train_step import machine
 from ddpm.conditioning import Conditioning
 from ddpm.generate import Sampling, generate, trajectory
 from ddpm.models.unet import UNet, UNetConfig
@@ -58,19 +58,12 @@ def main(arguments: list[str] | None = None) -> None:
         "benchmark": "sampling",
         "quick": options.quick,
         "commit": commit(),
-        "machine": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU ({platform.machine()}), {units()}",
+        "machine": machine(device),
         "torch": torch.__version__,
         **speed(options.quick, device),
         "distance": quality(options.quick, options.work),
     }
     publish(result, "sampling", options.quick)
-
-
-def units() -> str:
-    """Return the units for bf16 that the processor has, in words."""
-    if torch.cpu._is_amx_tile_supported():
-        return "AMX"
-    return "AVX512-BF16" if torch.cpu._is_avx512_bf16_supported() else "no units for bf16"
 
 
 def speed(quick: bool, device: torch.device) -> dict[str, Any]:
@@ -173,23 +166,18 @@ def quality(quick: bool, work: Path) -> dict[str, Any]:
     """Return the Frechet distances of digits drawn in float32 and in bf16, and their difference, paired by sample."""
     try:
         from benchmarks.digits.data import load_digits
-        from benchmarks.images import trained
-        from pipelines.config import compose, noise_schedule
+        from benchmarks.images import denoiser_of, trained
+        from pipelines.config import compose
         from pipelines.evaluation.images import to_levels
         from pipelines.search.judge import measured_frechet
         from pipelines.shards.read import Batch
-        from pipelines.training.loop.state import make_network
     except ImportError as error:
         return {"missing": [error.name]}
     work.mkdir(parents=True, exist_ok=True)
     digits, samples = load_digits(work), 200 if quick else 2_000
     config = compose(["+experiment=digits", f"images={1_280 if quick else 76_800}"])
     images = Batch(torch.arange(len(digits.train)), digits.train, digits.train_labels)
-    network = make_network(config)
-    network.load_state_dict(trained(config, images, say=lambda text: None))
-    denoiser = NetworkDenoiser(
-        network.eval().requires_grad_(False), noise_schedule(config), config.objective.prediction
-    )
+    denoiser = denoiser_of(config, trained(config, images, say=lambda text: None))
     labels = torch.arange(samples) % 10
     found = {}
     for precision in PRECISIONS.values():

@@ -229,10 +229,12 @@ def check_accelerators(gpus_per_worker: int | None) -> list[Check]:
     """
     import torch
 
+    from ddpm.prediction import computes_bf16
+
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         found = f"{', '.join(names)}; torch {torch.__version__}, CUDA {torch.version.cuda}"
-        if torch.cuda.is_bf16_supported(including_emulation=False):
+        if computes_bf16(torch.device("cuda")):
             return [ok("gpu", f"{found}; bf16")]
         return [warning("gpu", f"{found}; bf16 only by emulation", "optim.precision=fp32 (auto would emulate bf16)")]
     cpu = torch.cpu
