@@ -1,10 +1,11 @@
-"""Digits in few network evaluations: a diffusion model, a consistency model tuned from it, chosen steps, a GAN, a VAE.
+"""Digits in few network evaluations: a diffusion model, a consistency model tuned from it, learned steps, a GAN, a VAE.
 
 Both trainings are the steps of `ddpm train` with the shipped experiments, without Ray and MLflow around them:
     teacher   +experiment=digits objective.prediction=v
     student   +experiment=digits_consistency init_from=TEACHER
     GAN, VAE  benchmarks.single_pass, on as many images as the teacher
-Trained models are kept in the work folder. Every row of a diffusion model draws the same labels from the same noise.
+Trained models are kept in the work folder. Every row of a diffusion model draws the same labels from the same noise,
+and is compared with 50 steps of the teacher's DDIM, paired by sample.
 A picture of a few samples of every kind is docs/images/few-steps.png.
 """
 
@@ -32,18 +33,24 @@ from benchmarks.single_pass import Generator, Vae, train_gan, train_vae
 from ddpm.bound import variational_bound
 from ddpm.conditioning import Conditioning
 from ddpm.generate import Sampling, generate, to_uint8
-from ddpm.prediction import NetworkDenoiser
 from ddpm.quality import precision_recall
+from ddpm.quality.intervals import Measured
 from ddpm.samplers import initial_noise
-from ddpm.step_search import StepSearch
+from ddpm.samplers.generalized import weights_of
+from ddpm.step_learning import StepLearning
+from ddpm.step_search import StepSearch, Trajectories
 from pipelines.config import Config, compose
 from pipelines.evaluation.images import to_levels
 from pipelines.evaluation.plots import label_grid
 from pipelines.search.judge import measured_frechet
+from pipelines.search.steps import LEVELS_OF
 from pipelines.shards.read import Batch
 
 SHAPE = (1, 8, 8)
 SEED, SEARCH_SEED = 1, 1_000
+FEW = (2, 3, 4, 6, 8)
+FINE = 50
+"""Steps of the teacher's DDIM, with which all are compared."""
 TEACHER = ("+experiment=digits", "objective.prediction=v")
 STUDENT = ("+experiment=digits_consistency", "init_from=teacher")
 
@@ -72,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     student, student_s = kept(work, "student", configs["student"], digits, teacher)
     table = Table(configs["teacher"], teacher, student, digits, samples)
     table.few_steps()
-    table.chosen_steps()
+    table.learned_steps(2 if options.quick else StepLearning().updates)
     table.single_pass(work, configs["teacher"].images)
     table.picture(work / "few-steps.png" if options.quick else ROOT / "docs" / "images" / "few-steps.png")
     machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), one thread, torch {torch.__version__.split('+')[0]}"
@@ -129,15 +136,17 @@ class Table:
             name: denoiser_of(config, weights) for name, weights in (("teacher", teacher), ("student", student))
         }
         self.rows: list[dict[str, Any]] = []
+        self.fine: Measured | None = None
         self.bits: dict[str, float] = {}
         self.shown: dict[str, Tensor] = {}
 
     def few_steps(self) -> None:
         """Add the student, the teacher's whole chain and DDIM, and the teacher's bound."""
+        for steps in (FINE, 1):
+            self.sample("teacher", "ddim trailing", Sampling.of(kind="ddim", steps=steps))
         for steps in (1, 2, 4):
             self.sample("student", "consistency", Sampling.of(kind="consistency", steps=steps))
-        for steps in (1, 2, 4, 50):
-            self.sample("teacher", "ddim", Sampling.of(kind="ddim", steps=steps))
+        self.sample("teacher", "dpm_solver trailing", Sampling.of(kind="dpm_solver", steps=100))
         model = self.models["teacher"]
         self.sample("teacher", "ancestral", Sampling.of(kind="ancestral", steps=model.schedule.num_steps))
         some = slice(0, 64)
@@ -151,17 +160,33 @@ class Table:
         )
         self.bits["teacher"] = bound.total.mean().item()
 
-    def chosen_steps(self) -> None:
-        """Add spacings, and the levels that were chosen for the teacher."""
-        chosen = _chosen(self.models["teacher"])
-        for kind in ("ddim", "dpm_solver"):
-            for steps in (4, 6, 8):
+    def learned_steps(self, updates: int) -> None:
+        """Add spacings, levels that were chosen for the teacher, and levels and weights that were learned for it."""
+        denoiser = self.models["teacher"]
+        exact, ids = Sampling().wrap(denoiser, denoiser.schedule), torch.arange(256)
+        noise, cond = initial_noise(SEARCH_SEED, ids, SHAPE), Conditioning(label=ids % 10)
+        followed = StepSearch().trajectories(exact, denoiser.schedule, noise, cond)
+        for kind in LEVELS_OF:
+            for steps in FEW:
+                plain = Sampling.of(kind=kind, steps=steps)
                 for spacing in ("trailing", "karras"):
-                    if (kind, steps, spacing) != ("ddim", 4, "trailing"):  # there already
-                        settings = Sampling.of(kind=kind, steps=steps, spacing=spacing)
-                        self.sample("teacher", f"{kind} {spacing}", settings)
-                levels = chosen[kind, steps]
-                self.sample("teacher", f"{kind} chosen", Sampling.of(kind=kind, steps=steps, timesteps=levels))
+                    self.sample("teacher", f"{kind} {spacing}", plain.with_fields(spacing=spacing))
+                levels, _ = StepSearch().find(followed, denoiser.schedule, LEVELS_OF[kind], steps)
+                chosen = plain.with_fields(timesteps=levels)
+                self.sample("teacher", f"{kind} chosen", chosen)
+                began = time.perf_counter()
+                learned = self.learned(chosen, updates, noise, followed, cond)
+                self.sample("teacher", f"{kind} learned", learned, learned_in_s=time.perf_counter() - began)
+
+    def learned(
+        self, chosen: Sampling, updates: int, noise: Tensor, followed: Trajectories, cond: Conditioning
+    ) -> Sampling:
+        """Return the settings with levels and weights that were learned from there."""
+        denoiser, sampler = self.models["teacher"], chosen.sampler
+        levels: tuple[float, ...] = sampler.timesteps  # type: ignore[attr-defined]
+        exact, weights = chosen.wrap(denoiser, denoiser.schedule), weights_of(sampler, denoiser.schedule, levels)
+        found = StepLearning(updates=updates).learn(exact, levels, weights, noise, followed.ends, cond)
+        return chosen.with_fields(kind="generalized", timesteps=found.timesteps, weights=found.weights)
 
     def single_pass(self, work: Path, images: int) -> None:
         """Add a GAN and a VAE that have seen as many images as the teacher."""
@@ -179,7 +204,7 @@ class Table:
             self.add(name, "one pass", 1, drawn, time.perf_counter() - began)
         self.bits["vae"] = vae.bits_per_dim(*test)
 
-    def sample(self, model: str, how: str, sampling: Sampling) -> None:
+    def sample(self, model: str, how: str, sampling: Sampling, **more: float) -> None:
         """Add a row of a diffusion model."""
         denoiser, began = self.models[model], time.perf_counter()
         images = generate(
@@ -191,13 +216,16 @@ class Table:
             seed=SEED,
             batch_size=250,
         )
-        self.add(model, how, sampling.sampler.steps, images, time.perf_counter() - began)
+        self.add(model, how, sampling.sampler.steps, images, time.perf_counter() - began, **more)
 
-    def add(self, model: str, how: str, evaluations: int, images: Tensor, seconds: float) -> None:
+    def add(self, model: str, how: str, evaluations: int, images: Tensor, seconds: float, **more: float) -> None:
         """Add the row of samples that were drawn in some seconds."""
         found = self.digits.evaluator.encoder(to_levels(images))
         assert found.probabilities is not None
         distance = measured_frechet(self.digits.reference, found.features)
+        self.fine = self.fine or distance  # the first row
+        difference = distance - self.fine
+        interval = difference.interval()
         both = precision_recall(self.real, found.features)
         row = {
             "model": model,
@@ -205,22 +233,26 @@ class Table:
             "evaluations": evaluations,
             "distance": distance.value,
             "standard_error": distance.standard_error,
+            "difference": difference.value,
+            "difference_interval": [interval.low, interval.high],
             "class_accuracy": (found.probabilities.argmax(1) == self.labels).double().mean().item(),
             "precision": both.precision,
             "recall": both.recall,
             "images_per_s": len(images) / seconds,
+            **more,
         }
         self.rows.append(row)
         self.shown[f"{model} {how} {evaluations}"] = images[:10]
-        print(" ".join(f"{k} {v:.3f}" if isinstance(v, float) else str(v) for k, v in row.items()), flush=True)
+        print(" ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
 
     def picture(self, path: Path) -> None:
         """Write a grid with a column for each of some rows, and a line for each class."""
         columns = {
             "teacher ancestral 1000": "1000",
-            "teacher ddim 50": "50",
-            "teacher dpm_solver chosen 6": "6",
-            "teacher ddim 1": "1",
+            f"teacher ddim trailing {FINE}": str(FINE),
+            "teacher unipc learned 4": "4",
+            "teacher unipc learned 2": "2",
+            "teacher ddim trailing 1": "1",
             "student consistency 2": "2",
             "student consistency 1": "1",
             "gan one pass 1": "GAN",
@@ -228,19 +260,6 @@ class Table:
         }
         lines = torch.stack([self.shown[name] for name in columns], 1).flatten(0, 1)
         Image.fromarray(label_grid(to_uint8(lines).numpy(), len(columns), tuple(columns.values()))).save(path)
-
-
-def _chosen(denoiser: NetworkDenoiser) -> dict[tuple[str, int], list[float]]:
-    """Return the chosen levels of a model by sampler and steps."""
-    search, ids = StepSearch(), torch.arange(100)
-    wrapped = Sampling().wrap(denoiser, denoiser.schedule)
-    noise, cond = initial_noise(SEARCH_SEED, ids, SHAPE), Conditioning(label=ids % 10)
-    found = search.trajectories(wrapped, denoiser.schedule, noise, cond)
-    return {
-        (kind, steps): search.find(found, denoiser.schedule, kind, steps)[0]
-        for kind in ("ddim", "dpm_solver")
-        for steps in (4, 6, 8)
-    }
 
 
 if __name__ == "__main__":

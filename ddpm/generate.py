@@ -42,6 +42,7 @@ _NEUTRAL: dict[str, Any] = {
     "clip_when": "after_guidance",
     "shift": "score",
     "precision": "fp32",
+    "weights": None,
 }
 OF_ALL_KINDS: tuple[Any, ...] = (Clipping, Arithmetic)
 """What every kind of sampler and guidance has."""
@@ -89,14 +90,15 @@ class Sampling:
     def with_fields(self, **fields: Any) -> Sampling:
         """Return the settings with some fields changed; if the kind changes, fields that both kinds have are kept.
 
-        Explicit `timesteps` are for one kind of sampler and one number of steps, with which they go.
+        Explicit `timesteps` and learned `weights` are for one kind of sampler and one number of steps; they go with it.
 
         Raises:
             ValueError: as for `of`.
         """
         kept = self.to_json()
         if any(fields.get(name, kept[name]) != kept[name] for name in ("kind", "steps")):
-            kept.pop("timesteps", None)
+            for name in ("timesteps", "weights"):
+                kept.pop(name, None)
         chosen: list[Any] = [SAMPLERS.find(fields.get("kind", kept["kind"]))]
         chosen.append(GUIDANCE.find(fields.get("guidance", kept["guidance"])))
         chosen.extend(OF_ALL_KINDS)

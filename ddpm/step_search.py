@@ -34,12 +34,12 @@ class Trajectories:
         levels: the N + 1 levels, strictly decreasing, the last 0.
         products: mean inner products per pixel of the states at all levels, then of the x_0 predicted at all levels but
             the last, float64 [2 N + 1, 2 N + 1].
-        images: number of trajectories.
+        ends: where the trajectories end, [B, C, H, W].
     """
 
     levels: tuple[float, ...]
     products: Tensor
-    images: int
+    ends: Tensor
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ class StepSearch(Settings):
         levels = SPACINGS[self.spacing](schedule, self.grid)
         count = 2 * self.grid + 1
         products = torch.zeros(count, count, dtype=torch.float64, device=x_T.device)
+        ends = []
         for i in range(0, len(x_T), batch_size):
             part = x_T[i : i + batch_size]
             some = None if cond is None else cond[i : i + batch_size]
@@ -94,7 +95,8 @@ class StepSearch(Settings):
                 predictions.append(sample.x0)
             vectors = torch.stack([x.flatten().double() for x in (*states, *predictions)])
             products += vectors @ vectors.T
-        return Trajectories(tuple(levels), products.cpu() / x_T.numel(), len(x_T))
+            ends.append(states[-1])
+        return Trajectories(tuple(levels), products.cpu() / x_T.numel(), torch.cat(ends))
 
     def find(self, found: Trajectories, schedule: NoiseSchedule, kind: str, steps: int) -> tuple[list[float], float]:
         """Return the levels of a sampler's steps, from the grid's first down to 0, and their cost.

@@ -8,6 +8,7 @@ from ddpm.samplers.consistency import Consistency
 from ddpm.samplers.ddim import DDIM
 from ddpm.samplers.dpm2 import DPM2
 from ddpm.samplers.dpm_solver import DPMSolver
+from ddpm.samplers.generalized import GeneralizedSolver
 from ddpm.samplers.heun import Heun
 from ddpm.samplers.predictor_corrector import PredictorCorrector
 from ddpm.samplers.unipc import UniPC
@@ -25,6 +26,7 @@ SAMPLERS: Choices[type[Sampler]] = Choices(
         "langevin": AnnealedLangevin,
         "unipc": UniPC,
         "consistency": Consistency,
+        "generalized": GeneralizedSolver,
     },
 )
 
@@ -36,6 +38,7 @@ __all__ = [
     "AnnealedLangevin",
     "Consistency",
     "DPMSolver",
+    "GeneralizedSolver",
     "Heun",
     "PredictorCorrector",
     "Sample",

@@ -69,24 +69,27 @@ def training(
 def steps(
     model: Annotated[str, typer.Option(help=MODEL)],
     evaluations: Annotated[int, typer.Option(min=1, help="Network evaluations of an image, one a step, guided or not")],
-    sampler: Annotated[str | None, typer.Option(help="ddim or dpm_solver; default: the model's own")] = None,
+    sampler: Annotated[str | None, typer.Option(help="ddim, dpm_solver or unipc; default: the model's own")] = None,
     scale: Annotated[float | None, typer.Option("--guidance", min=0, help="Scale; default: the model's own")] = None,
     trajectories: Annotated[int, typer.Option(min=2, help="Of the model, on the fine grid")] = 256,
     grid: Annotated[int, typer.Option(min=2, help="Levels of the fine grid")] = 60,
+    learn: Annotated[int, typer.Option(min=0, help="Updates by which they are learned; 0: only choose levels")] = 200,
     study: Study = None,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Choose the time steps of a sampler. Example: ddpm search steps --model models:/digits@champion --evaluations 6"""
+    """Choose a sampler's time steps. Example: ddpm search steps --model models:/digits@champion --evaluations 6"""
     config = connect(compose(overrides), ["s3", "mlflow"])
 
+    from ddpm.step_learning import StepLearning
     from ddpm.step_search import StepSearch
     from pipelines.search.steps import search_steps
 
     given = {"kind": sampler, "steps": evaluations, "scale": scale}
     changes = {name: value for name, value in given.items() if value is not None}
     name = study or f"steps-{config.name}"
-    found = search_steps(config, model, name, changes, StepSearch(grid=grid), trajectories, terminal.stage)
+    learning = StepLearning(updates=learn) if learn else None
+    found = search_steps(config, model, name, changes, StepSearch(grid=grid), learning, trajectories, terminal.stage)
     answer_json(as_json, found)
 
 

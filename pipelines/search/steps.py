@@ -1,4 +1,4 @@
-"""The time steps of a sampler, chosen for one trained model in seconds: `ddpm search steps`.
+"""The time steps of a sampler, chosen or learned for one trained model in seconds or minutes: `ddpm search steps`.
 
 Unlike the other studies it judges nothing by scores of samples, but by how far samples end from where the model's own
 fine trajectories do, on noise that the search has not seen.
@@ -17,8 +17,11 @@ from ddpm.conditioning import Conditioning
 from ddpm.generate import Sampling
 from ddpm.inference import can_inpaint
 from ddpm.model import Model
+from ddpm.prediction import Denoiser
 from ddpm.samplers import DPMSolver, initial_noise, last
-from ddpm.step_search import ORDERS, StepSearch
+from ddpm.samplers.generalized import weights_of
+from ddpm.step_learning import StepLearning
+from ddpm.step_search import StepSearch, Trajectories
 from pipelines import references, tracking
 from pipelines.config import Config, ConfigError
 from pipelines.display import StageNotice
@@ -34,17 +37,21 @@ from pipelines.storage import Storage, join
 
 COMPARED = ("trailing", "karras", "exponential")
 """Spacings that the chosen levels are compared with, beside that of the model's own settings."""
-CHOSEN = "chosen"
+LEVELS_OF = {"ddim": "ddim", "dpm_solver": "dpm_solver", "unipc": "dpm_solver"}
+"""Samplers whose steps can be chosen -> that by whose local errors they are.
+
+Those of UniPC depend on states that its corrector changes; its predictor is much the same as DPM-Solver++."""
+CHOSEN, LEARNED = "chosen", "learned"
 
 
 @dataclass(frozen=True)
 class FoundSteps:
-    """Levels that were chosen for a model.
+    """Levels that were chosen for a model, or levels and weights that were learned for it.
 
     Attributes:
         settings: the model's settings with them.
         distances: root mean square per pixel between samples in so many steps and the ends of the fine trajectories
-            from the same fresh noise, for the chosen levels and for spacings, by name.
+            from the same fresh noise, for what was chosen and learned and for spacings, by name.
     """
 
     settings: Sampling
@@ -59,43 +66,71 @@ def find_steps(
     model: Model,
     settings: Sampling,
     search: StepSearch,
+    learning: StepLearning | None,
     trajectories: int,
     seeds: tuple[int, int],
     captions: Captions | None = None,
+    notice: StageNotice = lambda stage, text: None,
 ) -> FoundSteps:
-    """Return settings whose sampler visits the levels that suit a model best, in as many steps as it has.
+    """Return settings whose sampler suits a model best, in as many steps as it has.
 
     Args:
         model: with the networks that its guidance needs, on the device to use.
-        settings: of a sampler of `ORDERS`.
+        settings: of a sampler of `LEVELS_OF`.
+        learning: how levels and weights are learned after the levels were chosen; None only chooses levels.
         trajectories: fine trajectories that are followed, and as many again to compare with.
         seeds: of the noise of the search, and of that of the comparison.
         captions: that a model on text is asked for.
+        notice: called with "steps" and a line of text as learning goes on.
 
     Raises:
-        ValueError: the sampler's steps cannot be chosen, or the grid has fewer levels.
+        ValueError: the grid has fewer levels than the sampler.
     """
     schedule, kind = model.schedule, settings.to_json()["kind"]
-    guided = settings.wrap(model.denoiser, schedule, model.guides)
+    exact = settings.with_fields(precision="fp32").wrap(model.denoiser, schedule, model.guides)
     device = next(model.network.parameters()).device
     ids = torch.arange(trajectories, device=device)
     cond = _conditions(model, ids, captions)
     noise, fresh = (initial_noise(seed, ids, model.spec.shape) for seed in seeds)
-    found = search.trajectories(guided, schedule, noise, cond)
-    levels, _ = search.find(found, schedule, kind, settings.sampler.steps)
-    chosen = settings.with_fields(timesteps=levels)
+    followed = search.trajectories(exact, schedule, noise, cond)
+    levels, _ = search.find(followed, schedule, LEVELS_OF[kind], settings.sampler.steps)
+    found = {CHOSEN: settings.with_fields(timesteps=levels)}
+    if learning is not None:
+        found[LEARNED] = _learned(learning, found[CHOSEN], exact, model, noise, followed, cond, notice)
 
     def ends(sampler: Any) -> Tensor:
         parts = zip(fresh.split(64), _parts(cond, trajectories), strict=True)
         with torch.no_grad():
-            return torch.cat([last(sampler(guided, schedule, x_T, some)) for x_T, some in parts])
+            return torch.cat([last(sampler(exact, schedule, x_T, some)) for x_T, some in parts])
 
     fine = ends(DPMSolver(steps=search.grid, spacing=search.spacing))
     own = getattr(settings.sampler, "spacing", COMPARED[0])
     others = {name: settings.with_fields(spacing=name, timesteps=None) for name in dict.fromkeys((own, *COMPARED))}
-    asked = {CHOSEN: chosen, **others}
+    asked = {**found, **others}
     distances = {name: (ends(each.sampler) - fine).square().mean().sqrt().item() for name, each in asked.items()}
-    return FoundSteps(chosen, distances)
+    return FoundSteps(found.get(LEARNED, found[CHOSEN]), distances)
+
+
+def _learned(
+    learning: StepLearning,
+    chosen: Sampling,
+    exact: Denoiser,
+    model: Model,
+    noise: Tensor,
+    followed: Trajectories,
+    cond: Conditioning | None,
+    notice: StageNotice,
+) -> Sampling:
+    """Return the settings with levels and weights that were learned, beginning with the sampler's at chosen levels."""
+    sampler: Any = chosen.sampler
+
+    def on_check(update: int, distance: float) -> None:
+        notice("steps", f"{update:,} of {learning.updates:,} updates: {distance:.4g} from ends not learned from")
+
+    weights = weights_of(sampler, model.schedule, sampler.timesteps)
+    learned = learning.learn(exact, sampler.timesteps, weights, noise, followed.ends, cond, on_check)
+    numbers = {"timesteps": learned.timesteps, "weights": learned.weights}
+    return chosen.with_fields(kind="generalized", **numbers)
 
 
 def search_steps(
@@ -104,10 +139,11 @@ def search_steps(
     name: str,
     changes: dict[str, Any],
     search: StepSearch,
+    learning: StepLearning | None,
     trajectories: int,
     notice: StageNotice,
 ) -> dict[str, Any]:
-    """Choose the steps of a model, store what was found beside the studies and in MLflow, and return it as JSON types.
+    """Choose or learn the steps of a model, store them beside the studies and in MLflow, and return them as JSON types.
 
     Args:
         reference: the model, such as `models:/NAME@alias`.
@@ -128,7 +164,7 @@ def search_steps(
         seeds = NoiseSeeds.of(config, name)
         pair = seeds.trials, seeds.confirmation([])
         captions = _captions(resolved, config, storage, notice)
-        found = find_steps(resolved.model, settings, search, trajectories, pair, captions)
+        found = find_steps(resolved.model, settings, search, learning, trajectories, pair, captions, notice)
     except ValueError as error:
         raise ConfigError(f"search steps: {error}") from error
     for spacing, distance in sorted(found.distances.items(), key=lambda item: item[1]):
@@ -146,8 +182,8 @@ def _settings(resolved: Resolved, changes: dict[str, Any]) -> Sampling:
     """
     own = resolved.model.spec.sampling
     kind = changes.get("kind", own.to_json()["kind"])
-    if kind not in ORDERS:
-        raise ValueError(f"the steps of {kind!r} cannot be chosen: name --sampler {' or '.join(ORDERS)}")
+    if kind not in LEVELS_OF:
+        raise ValueError(f"the steps of {kind!r} cannot be chosen: name --sampler {', '.join(LEVELS_OF)}")
     settings = own.with_fields(**{**changes, "kind": kind})
     if settings.to_json().get("eta"):
         settings = settings.with_fields(eta=0.0)  # the steps of a deterministic sampler are chosen
@@ -182,7 +218,7 @@ def _store(found: FoundSteps, config: Config, name: str, reference: str, storage
     """Write what was found into the folder of the study and an MLflow run, and return it as JSON types."""
     assert config.tracking.uri is not None
     store = StudyStore.of(config, name)
-    note = f"Time steps that were chosen for {reference}."
+    note = f"Time steps that were {LEARNED if LEARNED in found.distances else CHOSEN} for {reference}."
     tags = {"ddpm.study": name, "ddpm.study.kind": "steps", "mlflow.note.content": note}
     tracker, _ = tracking.open_run(config.tracking.uri, config.tracking.experiment, f"study-{name}", tags)
     plain = {"study": name, "model": reference, "run_id": tracker.run_id, **found.to_plain()}
