@@ -126,9 +126,9 @@ class _Solver:
         return (x_t - ends).square().mean()
 
     def settings(self) -> GeneralizedSolver:
-        """Return the sampler as it is now."""
-        levels = (*self.levels().tolist(), 0.0)
-        weights = (self._weights + self.corrections[1]).tolist()
+        """Return the sampler as it is now, in numbers that can be typed: a millionth is far below a shade of grey."""
+        levels = (*(round(t, 3) for t in self.levels().tolist()), 0.0)
+        weights = [round(w, 6) for w in (self._weights + self.corrections[1]).tolist()]
         return GeneralizedSolver(steps=len(levels) - 1, timesteps=levels, weights=tuple(weights))
 
 

@@ -9,10 +9,11 @@ import torch
 
 from ddpm.generate import Sampling
 from ddpm.model import load_model
+from ddpm.step_learning import StepLearning
 from ddpm.step_search import StepSearch
 from pipelines.config import compose, sampling
 from pipelines.references import Resolved
-from pipelines.search.steps import CHOSEN, _settings, find_steps
+from pipelines.search.steps import CHOSEN, LEARNED, _settings, find_steps
 from pipelines.search.winner import overrides_of
 from tests.pipelines.drawing import model_folder
 
@@ -24,22 +25,35 @@ def model(tmp_path_factory):
     return load_model(model_folder(tmp_path_factory.mktemp("models") / "model", classes=("a", "b", "c")))
 
 
-def test_the_chosen_levels_are_settings_that_can_be_stored_registered_and_drawn(model):
-    found = find_steps(model, Sampling.of(kind="dpm_solver", steps=3, scale=2.0), SMALL, 6, (1, 2))
-    assert set(found.distances) == {CHOSEN, "trailing", "karras", "exponential"}
+@pytest.mark.parametrize("kind", ["ddim", "dpm_solver", "unipc"])
+@pytest.mark.parametrize("learning", [None, StepLearning(updates=3)], ids=[CHOSEN, LEARNED])
+def test_what_is_found_are_settings_that_can_be_stored_registered_and_drawn(model, kind, learning):
+    asked, said = Sampling.of(kind=kind, steps=3, scale=2.0), []
+    found = find_steps(model, asked, SMALL, learning, 6, (1, 2), notice=lambda *line: said.append(line))
+    assert set(found.distances) == {CHOSEN, "trailing", "karras", "exponential", *([LEARNED] if learning else [])}
+    assert found.settings.to_json()["kind"] == ("generalized" if learning else kind)
+    assert len(said) == (2 if learning else 0)
     levels = found.settings.sampler.timesteps
     assert len(levels) == 4
     assert Sampling.from_json(json.loads(json.dumps(found.to_plain()))["sampling"]) == found.settings
     assert sampling(compose(overrides_of(found.settings).splitlines())) == found.settings
     images = model.generate(torch.arange(3), sampling=found.settings)
     assert torch.equal(images, model.generate(torch.arange(3), sampling=found.settings))
-    again = find_steps(model, Sampling.of(kind="dpm_solver", steps=3, scale=2.0), SMALL, 6, (1, 2))
-    assert again == found
+    assert find_steps(model, asked, SMALL, learning, 6, (1, 2)) == found
+
+
+def test_learned_steps_end_no_farther_from_fine_trajectories_than_chosen_ones(model):
+    """The network is untrained, so that trajectories are far from straight."""
+    asked = Sampling.of(kind="dpm_solver", steps=3, scale=1.0)
+    found = find_steps(model, asked, SMALL, StepLearning(updates=60), 64, (1, 2))
+    assert found.distances[LEARNED] < 0.9 * found.distances[CHOSEN]
 
 
 def test_another_kind_or_number_is_named_and_noise_of_a_step_is_left_out(model):
     resolved = Resolved("folder", model)
     chosen = _settings(resolved, {"kind": "ddim", "steps": 4})
     assert (chosen.to_json()["kind"], chosen.sampler.steps) == ("ddim", 4)
-    with pytest.raises(ValueError, match=r"the steps of 'heun' cannot be chosen: name --sampler ddim or dpm_solver"):
+    with pytest.raises(
+        ValueError, match=r"the steps of 'heun' cannot be chosen: name --sampler ddim, dpm_solver, unipc"
+    ):
         _settings(resolved, {"kind": "heun", "steps": 4})
