@@ -123,6 +123,30 @@ def test_the_winner_of_a_study_becomes_a_new_version_that_serves_it_and_the_sear
     assert not np.array_equal(by_default, served.predict(labels, params={"seed": 5, "steps": 1, "scale": 6.0}))
 
 
+def test_learned_steps_are_said_as_a_command_and_drawn_by_what_is_registered_with_it(shell, s3, local_stack):
+    study = ["--study", "learned", "--evaluations", "2", "--learn", "20", "--trajectories", "64", "--grid", "12"]
+    done = shell.ok("search", "steps", "--model", "models:/searched/1", *study, "--guidance", "1", *TINY, "--json")
+    assert json.loads(s3.read("s3://ddpm/studies/learned/steps.json")) == done.answer
+    assert done.answer["distances"]["learned"] < done.answer["distances"]["trailing"]
+    (command,) = [line for line in done.err.splitlines() if "use them with" in line]
+    overrides = command.split("`")[1].split()[3:]
+    made = shell.ok("register", "models:/searched/1", *TINY, *SCORED, *overrides, "--name", "searched", "--json")
+    version = MlflowClient(tracking_uri=local_stack.tracking_uri).get_model_version("searched", "3")
+    assert made.answer["model"] == "models:/searched/3"
+    assert json.loads(version.tags["scores"])["sampling"] == done.answer["sampling"]
+    assert done.answer["sampling"]["kind"] == "generalized"
+    shell.ok("sample", "models:/searched/3", "--labels", "3,7", "--out", "by-itself")
+    fields = [f"{name}={json.dumps(done.answer['sampling'][name])}" for name in ("timesteps", "weights")]
+    asked = [option for field in fields for option in ("--set", field)]
+    by_hand = ["--sampler", "generalized", "--steps", "2", "--guidance", "1", *asked]
+    shell.ok("sample", "models:/searched/1", "--labels", "3,7", *by_hand, "--out", "by-hand")
+    own, other = (
+        sorted(path.read_bytes() for path in (shell.folder / name).glob("*.png")) for name in ("by-itself", "by-hand")
+    )
+    assert own == other
+    assert len(own) == 2
+
+
 def trial_processes(home: Path) -> list[psutil.Process]:
     """The processes of this stack's Ray in which trials run."""
     head = next(service.pid for service in stack.status(home) if service.name == "ray")
