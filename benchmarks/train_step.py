@@ -1,6 +1,7 @@
 """Benchmark of a training step: this project, diffusers and lucidrains, with the same shapes and threads.
 
     python -m benchmarks.train_step [--quick] [--json] [--threads N]
+    python -m benchmarks.train_step --methods   # our step alone, by arithmetic, memory layout and compiling
 
 It needs torch only; peers are measured if installed and otherwise listed as missing. Systems alternate in one process
 and medians are reported. Ours and diffusers' network start from the same weights and their outputs are compared.
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import math
 import os
 import platform
@@ -94,6 +96,12 @@ class Method:
     compile: bool
     channels_last: bool
 
+    @property
+    def title(self) -> str:
+        """Its name in a table."""
+        parts = ("bf16" if self.bf16 else "float32", "channels-last" if self.channels_last else "contiguous")
+        return ", ".join([*parts, *(["compiled"] if self.compile else [])])
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark and publish its result."""
@@ -101,14 +109,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="small batches, few turns, nothing compiled")
     parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every system; default: all cores")
+    parser.add_argument("--methods", action="store_true", help="compare the methods for our own step instead")
     options = parser.parse_args(arguments)
-    publish(run(options.quick, options.threads), "train_step", options.quick)
+    torch.set_num_threads(options.threads)
+    torch.set_float32_matmul_precision("high")  # TF32, for every system; no effect on a CPU without it
+    if options.methods:
+        publish(compare_methods(options.quick, options.threads), "train_step_methods", options.quick)
+    else:
+        publish(run(options.quick, options.threads), "train_step", options.quick)
 
 
 def run(quick: bool, threads: int) -> dict[str, Any]:
     """Return the measurements of every model."""
-    torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision("high")  # TF32, for every system; no effect on a CPU without it
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     method = best_method(device, quick)
     result: dict[str, Any] = {
@@ -127,6 +139,44 @@ def run(quick: bool, threads: int) -> dict[str, Any]:
             f"{name}: " + ", ".join(f"{k} {v}" for k, v in result["models"][name]["images_per_s"].items()) + " images/s"
         )
     return result
+
+
+def compare_methods(quick: bool, threads: int) -> dict[str, Any]:
+    """Return the rates of our own step on the smaller model by every method that this machine has units for."""
+    device, (name, model) = torch.device("cuda" if torch.cuda.is_available() else "cpu"), next(iter(MODELS.items()))
+    batch = model.batch[2 if device.type == "cuda" else 1 if quick else 0]
+    torch.manual_seed(0)
+    network = UNet(model.config).to(device)
+    x_0 = (torch.rand(batch, 3, SIZE, SIZE) * 2 - 1).to(device)
+    choices = (computes_bf16(device), not quick, True)
+    methods = [
+        Method(*each) for each in itertools.product(*[(False, True) if there else (False,) for there in choices])
+    ]
+    systems = {method.title: ours(network, x_0, method) for method in methods}
+    first = {title: round(timed(step, 1, device), 2) for title, step in systems.items()}
+    seconds = alternate(systems, 2 if quick else 5, 20 if device.type == "cuda" else 1, device)
+    return {
+        "benchmark": "train_step_methods",
+        "commit": commit(),
+        "machine": machine(device),
+        "threads": threads,
+        "torch": torch.__version__,
+        "model": name,
+        "batch": batch,
+        "first_step_s": first,
+        "images_per_s": {title: round(batch / statistics.median(s), 2) for title, s in seconds.items()},
+        "seconds": seconds,
+    }
+
+
+def alternate(systems: dict[str, Step], turns: int, steps: int, device: torch.device) -> dict[str, list[float]]:
+    """Return the seconds of a step of each system in each turn, in which every system has one."""
+    seconds: dict[str, list[float]] = {name: [] for name in systems}
+    for turn in range(turns):
+        for name, step in systems.items():
+            seconds[name].append(timed(step, steps, device) / steps)
+        say(f"  turn {turn + 1} of {turns}: " + ", ".join(f"{k} {v[-1]:.3f} s" for k, v in seconds.items()))
+    return seconds
 
 
 def best_method(device: torch.device, quick: bool) -> Method:
@@ -187,11 +237,7 @@ def measure(model: Model, method: Method, device: torch.device, quick: bool) -> 
         size["lucidrains"] = {"parameters": count(peer), "gflop_per_image": per_image}
         systems["lucidrains"] = lucidrains(peer, x_0)
     row["first_step_s"] = {name: round(timed(step, 1, device), 2) for name, step in systems.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in systems}
-    for turn in range(turns):
-        for name, step in systems.items():
-            seconds[name].append(timed(step, steps, device) / steps)
-        say(f"  turn {turn + 1} of {turns}: " + ", ".join(f"{k} {v[-1]:.3f} s" for k, v in seconds.items()))
+    seconds = alternate(systems, turns, steps, device)
     median = {name: statistics.median(s) for name, s in seconds.items()}
     row["images_per_s"] = {name: round(batch / s, 2) for name, s in median.items()}
     row |= {f"speedup_{name}": round(s / median["ours"], 3) for name, s in median.items() if name != "ours"}
