@@ -18,6 +18,10 @@ from ddpm.schedule import NoiseSchedule
 from ddpm.settings import setting
 
 T = TypeVar("T")
+WHOLE_ONLY = (
+    "the weights of this solver were learned for whole trajectories, which it cannot begin or end elsewhere: use "
+    "another sampler, such as dpm_solver"
+)
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,7 @@ class GeneralizedSolver(SteppedSampler):
         if self.weights is None:
             weights = weights_of(DDIM(steps=len(levels) - 1), schedule, levels)
         elif tuple(levels) != self.timesteps:
-            raise ValueError(
-                "the weights of this solver were learned for whole trajectories and cannot begin or end elsewhere: use "
-                "another sampler, such as dpm_solver"
-            )
+            raise ValueError(WHOLE_ONLY)
         else:
             weights = self.weights
         x_t, predicted = x_T, [x_T]

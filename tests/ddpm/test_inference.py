@@ -115,6 +115,17 @@ def test_a_stronger_edit_leaves_less_of_the_image_and_none_leaves_all():
     assert distances[1] > 0
 
 
+def test_a_learned_solver_draws_whole_pictures_and_edits_none():
+    learned = Sampling.of(kind="generalized", steps=1, timesteps=(50.0, 0.0), weights=(0.0, 1.0))
+    noise = Noise.numbered(0, 5)
+    assert torch.equal(draw(MODEL, noise, LABELS, Editing(IMAGES, 0.0), sampling=learned).images, IMAGES)
+    with pytest.raises(ValueError, match="cannot begin or end elsewhere: use another sampler, such as dpm_solver"):
+        draw(MODEL, noise, LABELS, Editing(IMAGES, 1.0), sampling=learned)
+    drawn = draw(MODEL, noise, LABELS, sampling=learned).images
+    one_step = draw(MODEL, noise, LABELS, sampling=Sampling.of(steps=1)).images
+    torch.testing.assert_close(drawn, one_step, rtol=0, atol=1e-2)
+
+
 @pytest.mark.parametrize("strength", [0.4, 1.0])
 def test_an_inverted_image_is_drawn_again_with_its_own_condition_and_not_with_another(strength):
     settings = Sampling.of(steps=50, clip=None)

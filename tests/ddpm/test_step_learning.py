@@ -56,7 +56,7 @@ def test_settings_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="weights must be 5 numbers for 2 steps, got 4"):
         GeneralizedSolver(steps=2, timesteps=(9.0, 4.0, 0.0), weights=(0.0, 1.0, 0.0, 1.0))
     learned = GeneralizedSolver(steps=1, timesteps=(1000.0, 0.0), weights=(0.0, 1.0))
-    with pytest.raises(ValueError, match="cannot begin or end elsewhere: use another sampler"):
+    with pytest.raises(ValueError, match="it cannot begin or end elsewhere: use another sampler"):
         list(learned(GaussianDenoiser(SCHEDULE), SCHEDULE, X_T, timesteps=[500.0, 0.0]))
     with pytest.raises(ValueError, match="Heun has more than one evaluation a step"):
         weights_of(Heun(steps=4), SCHEDULE, SPACINGS["trailing"](SCHEDULE, 4))

@@ -17,9 +17,10 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 NAME = "gated"
 SHORT = [
     "+experiment=digits",
+    "objective.prediction=v",  # which learns digits from half the images that eps needs
     f"registry.model={NAME}",
     "registry.n=359",
-    "checkpoint.every=10240",
+    "checkpoint.every=5120",
     "tracking.grid_every=null",
     "sampler.steps=10",
     "evaluation.n=200",
@@ -35,12 +36,12 @@ def client(local_stack) -> MlflowClient:
 
 @pytest.fixture(scope="module")
 def weak(shell: Shell) -> Finished:
-    return shell.ok("flow", *SHORT, "name=gate-weak", "images=10240", "--json")
+    return shell.ok("flow", *SHORT, "name=gate-weak", "images=5120", "--json")
 
 
 @pytest.fixture(scope="module")
 def good(shell: Shell, weak: Finished) -> Finished:
-    return shell.ok("flow", *SHORT, "name=gate-good", "images=40960", "--json")
+    return shell.ok("flow", *SHORT, "name=gate-good", "images=20480", "--json")
 
 
 def aliases(client: MlflowClient) -> dict[str, str]:
