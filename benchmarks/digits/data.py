@@ -25,7 +25,7 @@ UNSEEN = ("a scan of the numeral {}", "please draw a {} for me")
 
 @dataclass(frozen=True)
 class Digits:
-    """Real images in [-1, 1] [N, 1, 8, 8] with labels, the evaluator of samples, and the reference's moments."""
+    """Real images in [-1, 1] [N, 1, S, S] with labels, the evaluator of samples, and the reference's moments."""
 
     train: Tensor
     train_labels: Tensor
@@ -35,13 +35,19 @@ class Digits:
     reference: FeatureMoments
 
 
-def load_digits(work: Path) -> Digits:
-    """Return the digits, ingested into `work`, with the pixels and splits of `ddpm flow +experiment=digits`."""
+def load_digits(work: Path, source: str = "digits", experiment: str = "digits") -> Digits:
+    """Return the digits, ingested into `work`, with the pixels and splits of `ddpm flow +experiment=digits`.
+
+    Args:
+        source: other digits, a folder of class folders.
+        experiment: that they are for.
+    """
     storage = Storage()
     uri = f"file://{work.resolve()}/data"
-    dataset = ingest("digits", uri, storage, image_size=8, channels=1).dataset
     places = [f"storage.root=file://{work.resolve()}", f"data.cache_dir={work.resolve()}/cache", "data.cache_gib=1"]
-    real = load_images(compose(["+experiment=digits", "storage=file", *places]), dataset, storage)
+    config = compose([f"+experiment={experiment}", "storage=file", f"data.uri={uri}", *places])
+    dataset = ingest(source, uri, storage, image_size=config.data.image_size, channels=config.data.channels).dataset
+    real = load_images(config, dataset, storage)
     train, test = real.train, real.test
     assert train.labels is not None
     assert test.labels is not None
