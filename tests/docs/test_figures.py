@@ -115,11 +115,13 @@ def comparison() -> Iterator[str]:
     rows = few_step_rows()
     for title, key in [
         ("diffusion, ancestral (the whole chain)", ("teacher", "ancestral", 1000)),
-        ("diffusion, DDIM", ("teacher", "ddim", 50)),
-        ("diffusion, DDIM", ("teacher", "ddim", 4)),
-        ("diffusion, DDIM", ("teacher", "ddim", 1)),
+        ("diffusion, DDIM", ("teacher", "ddim trailing", 50)),
+        ("diffusion, DDIM", ("teacher", "ddim trailing", 4)),
+        ("diffusion, DDIM", ("teacher", "ddim trailing", 1)),
         ("diffusion, DPM-Solver++", ("teacher", "dpm_solver trailing", 8)),
-        ("diffusion, DPM-Solver++, chosen steps", ("teacher", "dpm_solver chosen", 6)),
+        ("diffusion, learned steps", ("teacher", "unipc learned", 4)),
+        ("diffusion, learned steps", ("teacher", "unipc learned", 3)),
+        ("diffusion, learned steps", ("teacher", "unipc learned", 2)),
         ("consistency model", ("student", "consistency", 2)),
         ("consistency model", ("student", "consistency", 1)),
         ("GAN", ("gan", "one pass", 1)),
@@ -129,29 +131,41 @@ def comparison() -> Iterator[str]:
     bits = result("few_steps")["bits_per_dim"]
     yield f"is {bits['teacher']:.2f} for the diffusion model"
     yield f"{bits['vae']:.2f} for the VAE"
-    speed = {evaluations: rows["teacher", "ddim", evaluations]["images_per_s"] for evaluations in (1, 50)}
+    speed = {evaluations: rows["teacher", "ddim trailing", evaluations]["images_per_s"] for evaluations in (1, 50)}
     yield f"({speed[1]:,.0f} in one, {speed[50]:.0f} in 50)"
 
 
-def few_step_rows() -> dict[tuple[str, str, int], dict[str, Any]]:
-    return {(r["model"], r["sampler"], r["evaluations"]): r for r in result("few_steps")["rows"]}
+def few_step_rows(name: str = "few_steps") -> dict[tuple[str, str, int], dict[str, Any]]:
+    return {(r["model"], r["sampler"], r["evaluations"]): r for r in result(name)["rows"]}
 
 
 def few_steps() -> Iterator[str]:
-    rows = few_step_rows()
-    for model, sampler, title in (
-        ("student", "consistency", "student, consistency"),
-        ("teacher", "ddim", "teacher, DDIM"),
+    for name, counts, solvers in (
+        ("few_steps", (2, 3, 4, 6, 8), {"ddim": "DDIM", "dpm_solver": "DPM-Solver++", "unipc": "UniPC"}),
+        ("few_steps_mnist", (2, 4), {"unipc": "UniPC"}),
     ):
-        for evaluations in sorted(e for m, s, e in rows if (m, s) == (model, sampler)):
-            r = rows[model, sampler, evaluations]
-            first = title if evaluations == 1 else ""
-            yield row(first, str(evaluations), f"{r['distance']:.2f}", f"{r['class_accuracy']:.3f}")
-    for sampler, title in (("ddim", "DDIM"), ("dpm_solver", "DPM-Solver++")):
-        for spacing in ("trailing", "karras", "chosen"):
-            plain = {4: ("teacher", "ddim", 4)} if (sampler, spacing) == ("ddim", "trailing") else {}
-            found = [rows[plain.get(e, ("teacher", f"{sampler} {spacing}", e))]["distance"] for e in (4, 6, 8)]
-            yield row(f"{title}, {spacing}", *(f"{distance:.2f}" for distance in found))
+        rows = few_step_rows(name)
+        for solver, title in solvers.items():
+            for how in ("trailing", "karras", "chosen", "learned"):
+                found = [rows["teacher", f"{solver} {how}", count]["distance"] for count in counts]
+                yield row(f"{title}, {how}", *(f"{distance:.2f}" for distance in found))
+        for model, sampler, title in (
+            ("student", "consistency", "student, consistency"),
+            ("teacher", "ddim trailing", "teacher, DDIM"),
+        ):
+            for count in (1, 2, 4, 50):
+                if r := rows.get((model, sampler, count)):
+                    cells = (f"{r['distance']:.2f}", f"{r['class_accuracy']:.3f}")
+                    yield row(title if count == 1 else "", str(count), *cells)
+        learned = [rows["teacher", "unipc learned", count] for count in counts[:3]]
+        for r in learned:
+            low, high = r["difference_interval"]
+            yield f"by {r['difference']:.2f} ({low:.2f} to {high:.2f})"
+    rows = few_step_rows()
+    finest = rows["teacher", "dpm_solver trailing", 100]["distance"]
+    yield f"it is {rows['teacher', 'ddim trailing', 50]['distance']:.2f}, with DPM-Solver++ in 100 {finest:.2f}"
+    seconds = [r["learned_in_s"] for r in rows.values() if "learned_in_s" in r]
+    yield f"took {min(seconds):.0f} to {max(seconds):.0f} seconds"
 
 
 def evaluation() -> Iterator[str]:
