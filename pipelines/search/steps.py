@@ -125,7 +125,8 @@ def _learned(
     sampler: Any = chosen.sampler
 
     def on_check(update: int, distance: float) -> None:
-        notice("steps", f"{update:,} of {learning.updates:,} updates: {distance:.4g} from ends not learned from")
+        done = f"{update:,} of {learning.updates:,} updates"
+        notice("steps", f"{done}: {distance:.4g} from the ends of held-out trajectories")
 
     weights = weights_of(sampler, model.schedule, sampler.timesteps)
     learned = learning.learn(exact, sampler.timesteps, weights, noise, followed.ends, cond, on_check)
