@@ -185,12 +185,10 @@ def evaluation() -> Iterator[str]:
 def methods() -> Iterator[str]:
     found = result("methods")
     for name, each in found["methods"].items():
-        if each["seeds"] == 3 and name != "base":
-            of, from_base = (
-                f"{fixed(each[key], 2)} ± {fixed(each[f'{key}_standard_error'], 2)}"
-                for key in ("distance", "difference_to_base")
-            )
-            yield row(name, of, from_base)
+        if each["seeds"] == 3:
+            keys = [key for key in ("distance", "difference_to_base") if key in each]
+            cells = [f"{fixed(each[key], 2)} ± {fixed(each[f'{key}_standard_error'], 2)}" for key in keys]
+            yield row(name, *cells, *[""] * (2 - len(cells))).replace("  |", " |")
     for measured in (measured for measured in found["rows"] if measured["seed"] == 0):
         low, high = measured["interval"]
         interval = f"{fixed(low, 2)} to {fixed(high, 2)}"
