@@ -29,6 +29,11 @@ def performance() -> Iterator[str]:
     yield row("35.7 M parameters, batch 16", *(fixed(large[kind], 2) for kind in kinds))
     pairs = [[models[name][f"speedup_{kind}"] for name in ("6.5M", "35.7M")] for kind in kinds[1:]]
     yield "| ours is ahead by | | " + " | ".join(f"{one:.2f}, {other:.2f}" for one, other in pairs) + " |"
+    rate = result("train_step_methods")["images_per_s"]
+    for arithmetic in ("float32", "bf16"):
+        layouts = [f"{arithmetic}, {layout}" for layout in ("contiguous", "channels-last")]
+        names = [name for layout in layouts for name in (layout, f"{layout}, compiled")]
+        yield row(arithmetic, *(fixed(rate[name], 1) for name in names))
 
     sampling = result("sampling")
     threads = {1: "one thread", 2: "two threads"}
