@@ -38,14 +38,13 @@ from ddpm.generate import Sampling, generate, to_uint8
 from ddpm.quality import precision_recall
 from ddpm.quality.intervals import Measured
 from ddpm.samplers import initial_noise
-from ddpm.samplers.generalized import weights_of
 from ddpm.step_learning import StepLearning
-from ddpm.step_search import StepSearch, Trajectories
+from ddpm.step_search import StepSearch
 from pipelines.config import Config, compose
 from pipelines.evaluation.images import to_levels
 from pipelines.evaluation.plots import label_grid
 from pipelines.search.judge import measured_frechet
-from pipelines.search.steps import LEVELS_OF
+from pipelines.search.steps import LEVELS_OF, learn_steps
 from pipelines.shards.read import Batch
 
 SEED, SEARCH_SEED = 1, 1_000
@@ -215,6 +214,7 @@ class Table:
         denoiser = self.models["teacher"]
         exact, ids = Sampling().wrap(denoiser, denoiser.schedule), torch.arange(256)
         noise, cond = initial_noise(SEARCH_SEED, ids, self.shape), Conditioning(label=ids % 10)
+        learning = StepLearning(updates=updates)
         followed = StepSearch().trajectories(exact, denoiser.schedule, noise, cond)
         for kind in self.setup.solvers:
             for steps in self.setup.evaluations:
@@ -225,18 +225,8 @@ class Table:
                 chosen = plain.with_fields(timesteps=levels)
                 self.sample("teacher", f"{kind} chosen", chosen)
                 began = time.perf_counter()
-                learned = self.learned(chosen, updates, noise, followed, cond)
+                learned = learn_steps(chosen, learning, exact, denoiser.schedule, noise, followed.ends, cond)
                 self.sample("teacher", f"{kind} learned", learned, learned_in_s=time.perf_counter() - began)
-
-    def learned(
-        self, chosen: Sampling, updates: int, noise: Tensor, followed: Trajectories, cond: Conditioning
-    ) -> Sampling:
-        """Return the settings with levels and weights that were learned from there."""
-        denoiser, sampler = self.models["teacher"], chosen.sampler
-        levels: tuple[float, ...] = sampler.timesteps  # type: ignore[attr-defined]
-        exact, weights = chosen.wrap(denoiser, denoiser.schedule), weights_of(sampler, denoiser.schedule, levels)
-        found = StepLearning(updates=updates).learn(exact, levels, weights, noise, followed.ends, cond)
-        return chosen.with_fields(kind="generalized", timesteps=found.timesteps, weights=found.weights)
 
     def single_pass(self, work: Path, images: int) -> None:
         """Add a GAN and a VAE that have seen as many images as the teacher."""

@@ -144,10 +144,7 @@ def run(quick: bool, threads: int) -> dict[str, Any]:
 def compare_methods(quick: bool, threads: int) -> dict[str, Any]:
     """Return the rates of our own step on the smaller model by every method that this machine has units for."""
     device, (name, model) = torch.device("cuda" if torch.cuda.is_available() else "cpu"), next(iter(MODELS.items()))
-    batch = model.batch[2 if device.type == "cuda" else 1 if quick else 0]
-    torch.manual_seed(0)
-    network = UNet(model.config).to(device)
-    x_0 = (torch.rand(batch, 3, SIZE, SIZE) * 2 - 1).to(device)
+    network, x_0 = prepared(model, device, quick)
     choices = (computes_bf16(device), not quick, True)
     methods = [
         Method(*each) for each in itertools.product(*[(False, True) if there else (False,) for there in choices])
@@ -162,11 +159,19 @@ def compare_methods(quick: bool, threads: int) -> dict[str, Any]:
         "threads": threads,
         "torch": torch.__version__,
         "model": name,
-        "batch": batch,
+        "batch": len(x_0),
         "first_step_s": first,
-        "images_per_s": {title: round(batch / statistics.median(s), 2) for title, s in seconds.items()},
+        "images_per_s": {title: round(len(x_0) / statistics.median(s), 2) for title, s in seconds.items()},
         "seconds": seconds,
     }
+
+
+def prepared(model: Model, device: torch.device, quick: bool) -> tuple[UNet, Tensor]:
+    """Return our network with its first weights, and a batch of images in [-1, 1], the same in every call."""
+    batch = model.batch[2 if device.type == "cuda" else 1 if quick else 0]
+    torch.manual_seed(0)
+    network = UNet(model.config).to(device)
+    return network, (torch.rand(batch, 3, SIZE, SIZE) * 2 - 1).to(device)
 
 
 def alternate(systems: dict[str, Step], turns: int, steps: int, device: torch.device) -> dict[str, list[float]]:
@@ -183,8 +188,7 @@ def best_method(device: torch.device, quick: bool) -> Method:
     """Return the fastest method on this machine.
 
     Emulated bf16 is slower than float32. With AVX512-BF16 but no AMX, bf16 in the contiguous format without compiling
-    is
-    the fastest: 1.19 s per step of the 6.5 M model; channels-last takes 1.37 s, compiled 1.38 s, both 1.31 s.
+    is the fastest: 1.19 s per step of the 6.5 M model; channels-last takes 1.37 s, compiled 1.38 s, both 1.31 s.
     """
     if device.type == "cuda":
         return Method(bf16=computes_bf16(device), compile=not quick, channels_last=True)
@@ -207,11 +211,9 @@ def machine(device: torch.device) -> str:
 
 def measure(model: Model, method: Method, device: torch.device, quick: bool) -> dict[str, Any]:
     """Return the measurements of all systems on one model, with runs alternating."""
-    batch = model.batch[2 if device.type == "cuda" else 1 if quick else 0]
     turns, steps = (3 if quick else 7), (20 if device.type == "cuda" else 1)
-    torch.manual_seed(0)
-    network = UNet(model.config).to(device)
-    x_0 = (torch.rand(batch, 3, SIZE, SIZE) * 2 - 1).to(device)
+    network, x_0 = prepared(model, device, quick)
+    batch = len(x_0)
     flops = step_flops(network, x_0)
     systems: dict[str, Step] = {"ours": ours(network, x_0, method)}
     twin, missing, not_measured = diffusers_twin(network), [], {}

@@ -19,7 +19,7 @@ from ddpm.masks import checked_mask, inpainting_condition, paste
 from ddpm.model import Model
 from ddpm.prediction import Denoiser
 from ddpm.samplers import DDIM, Sample, StepNoise
-from ddpm.samplers.generalized import WHOLE_ONLY
+from ddpm.samplers.generalized import WHOLE_ONLY, GeneralizedSolver
 from ddpm.samplers.repaint import Inpainter, RePaint, Replacement, repaint_levels
 from ddpm.samplers.sdedit import edit_levels, noised_start
 from ddpm.schedule import NoiseSchedule
@@ -203,7 +203,8 @@ class Editing:
         check_images(self.images, model.spec, count)
         if not 0 <= self.strength <= 1:
             raise ValueError(f"strength must be in [0, 1], got {self.strength}: 0 is the image itself, 1 a new one")
-        if self.strength > 0 and getattr(sampling.sampler, "weights", None) is not None:
+        sampler = sampling.sampler
+        if self.strength > 0 and isinstance(sampler, GeneralizedSolver) and sampler.weights is not None:
             raise ValueError(WHOLE_ONLY)
 
     def part(self, span: slice, device: torch.device) -> Self:

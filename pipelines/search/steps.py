@@ -7,6 +7,7 @@ fine trajectories do, on noise that the search has not seen.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,8 +21,9 @@ from ddpm.model import Model
 from ddpm.prediction import Denoiser
 from ddpm.samplers import DPMSolver, initial_noise, last
 from ddpm.samplers.generalized import weights_of
+from ddpm.schedule import NoiseSchedule
 from ddpm.step_learning import StepLearning
-from ddpm.step_search import StepSearch, Trajectories
+from ddpm.step_search import StepSearch
 from pipelines import references, tracking
 from pipelines.config import Config, ConfigError
 from pipelines.display import StageNotice
@@ -96,7 +98,12 @@ def find_steps(
     levels, _ = search.find(followed, schedule, LEVELS_OF[kind], settings.sampler.steps)
     found = {CHOSEN: settings.with_fields(timesteps=levels)}
     if learning is not None:
-        found[LEARNED] = _learned(learning, found[CHOSEN], exact, model, noise, followed, cond, notice)
+        total = learning.updates
+
+        def on_check(update: int, distance: float) -> None:
+            notice("steps", f"{update:,} of {total:,} updates: {distance:.4g} from the ends of held-out trajectories")
+
+        found[LEARNED] = learn_steps(found[CHOSEN], learning, exact, schedule, noise, followed.ends, cond, on_check)
 
     def ends(sampler: Any) -> Tensor:
         parts = zip(fresh.split(64), _parts(cond, trajectories), strict=True)
@@ -111,27 +118,26 @@ def find_steps(
     return FoundSteps(found.get(LEARNED, found[CHOSEN]), distances)
 
 
-def _learned(
-    learning: StepLearning,
+def learn_steps(
     chosen: Sampling,
-    exact: Denoiser,
-    model: Model,
-    noise: Tensor,
-    followed: Trajectories,
-    cond: Conditioning | None,
-    notice: StageNotice,
+    learning: StepLearning,
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    x_T: Tensor,
+    ends: Tensor,
+    cond: Conditioning | None = None,
+    on_check: Callable[[int, float], None] | None = None,
 ) -> Sampling:
-    """Return the settings with levels and weights that were learned, beginning with the sampler's at chosen levels."""
+    """Return settings with levels and weights that were learned, beginning with those of a sampler at chosen levels.
+
+    Args:
+        chosen: settings of a sampler of `LEVELS_OF` with `timesteps`.
+        denoiser, x_T, ends, cond, on_check: see `StepLearning.learn`.
+    """
     sampler: Any = chosen.sampler
-
-    def on_check(update: int, distance: float) -> None:
-        done = f"{update:,} of {learning.updates:,} updates"
-        notice("steps", f"{done}: {distance:.4g} from the ends of held-out trajectories")
-
-    weights = weights_of(sampler, model.schedule, sampler.timesteps)
-    learned = learning.learn(exact, sampler.timesteps, weights, noise, followed.ends, cond, on_check)
-    numbers = {"timesteps": learned.timesteps, "weights": learned.weights}
-    return chosen.with_fields(kind="generalized", **numbers)
+    weights = weights_of(sampler, schedule, sampler.timesteps)
+    learned = learning.learn(denoiser, sampler.timesteps, weights, x_T, ends, cond, on_check)
+    return chosen.with_fields(kind="generalized", timesteps=learned.timesteps, weights=learned.weights)
 
 
 def search_steps(
