@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -78,15 +78,21 @@ def lose_node(arena: Arena, training: Training, rng: random.Random) -> Training:
 
 def preempt_node(arena: Arena, training: Training, rng: random.Random) -> Training:
     """A node is announced to go, as spot instances are: a checkpoint is taken at once, whatever the interval."""
+    # Ray announces a loss to the workers that train at the time, if one of them is on that node.
+    until(lambda: len(arena.workers()) == 2, 120, lambda: f"two workers after {''.join(training.said)[-1500:]}")
+    training.gets_on()
+    complete: set[str] = set()
 
-    def unplanned() -> list[str]:
-        states = [e.uri for e in arena.s3.list("s3://ddpm/runs/chaos") if e.uri.endswith("/state.json")]
-        seen = [json.loads(arena.s3.read(uri))["images_seen"] for uri in states if "/checkpoint_" in uri]
-        return [images for images in seen if images % EVERY]
+    def announced() -> bool:
+        listed = [entry.uri.split("/") for entry in arena.s3.list("s3://ddpm/runs/chaos")]
+        complete.update(parts[-2] for parts in listed if parts[-1] == "state.json")  # some are deleted soon
+        said = re.findall(r"about to be taken away: a checkpoint is saved at ([\d,]+) images", "".join(training.said))
+        wanted = [f"checkpoint_{int(images.replace(',', '')):012d}-" for images in said]
+        return any(name.startswith(start) for name in complete for start in wanted)
 
-    assert not unplanned()
+    assert not announced()
     arena.drain_node(deadline_s=20)
-    until(unplanned, 30, lambda: "a checkpoint on notice")
+    until(announced, 30, lambda: f"a checkpoint on notice in {sorted(complete)} after {''.join(training.said)[-1500:]}")
     return lose_node(arena, training, rng)
 
 

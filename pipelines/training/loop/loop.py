@@ -123,6 +123,10 @@ class TrainingLoop:
 
             # Save a checkpoint; what is to be scored is saved where that is due.
             due = self._crossed(config.checkpoint.every) or self._crossed(config.evaluation.every)
+            if result.checkpoint and self.log:
+                logger.warning(
+                    "a node is about to be taken away: a checkpoint is saved at %s images", f"{state.images_seen:,}"
+                )
             if finished or result.stop or result.checkpoint or due:
                 self._save(finished)
             if result.stop:

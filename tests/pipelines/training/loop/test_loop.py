@@ -105,8 +105,9 @@ def test_a_run_that_has_seen_all_its_images_does_nothing_more(digits, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "r" / "runs").rglob("*")} == before
 
 
-def test_a_requested_checkpoint_is_saved_at_the_step_boundary_and_training_goes_on(digits, tmp_path):
+def test_a_requested_checkpoint_is_saved_at_the_step_boundary_and_training_goes_on(digits, tmp_path, caplog):
     shell, _ = run(tmp_path / "r", digits, checkpoint_after=2)
+    assert caplog.messages.count("a node is about to be taken away: a checkpoint is saved at 50 images") == 1
     complete = complete_checkpoints(Storage(), f"file://{tmp_path}/r/runs/digits")
     assert [state.images_seen for _, state in complete] == [STEPS * BATCH, 50]
     assert len(shell.reports) == STEPS + 1  # and once more at its end
