@@ -39,6 +39,11 @@ class DataConfig(Section):
     allow_changed: bool = Field(False, description="resume a run although its data or their quarantine have changed")
     cache_dir: str | None = Field(None, description="node-wide shard cache; null: the user's cache folder")
     cache_gib: PositiveFloat = Field(20.0, description="most space that the shard cache takes on a node's disk, in GiB")
+    memory_mib: NonNegativeFloat = Field(
+        256.0,
+        description="a worker keeps the decoded pixels of a split that takes no more than this, in MiB; 0 keeps none. "
+        "Captioned images are never kept",
+    )
     decode_threads: PositiveInt = Field(2, description="threads of a worker that decode images")
     prefetch_batches: PositiveInt = Field(4, description="batches that a worker reads ahead of the training")
 

@@ -135,7 +135,7 @@ class StudyStore:
             "storage": True,
             "tracking": True,
             "launch": True,
-            "data": {"cache_dir", "cache_gib", "decode_threads", "prefetch_batches"},
+            "data": {"cache_dir", "cache_gib", "memory_mib", "decode_threads", "prefetch_batches"},
         }
         trials, shared = plain.pop("trials"), base.model_dump(mode="json", exclude=machines)
         return json.loads(json.dumps({"space": plain, "config": shared, "subject": subject, "trials": trials}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -82,6 +82,8 @@ class ShardReader:
         fetcher: fetches the bytes of members.
         quarantine: samples to leave out; the order of samples then needs `stream_digest(dataset, quarantine)`.
         text: whether batches have the text embeddings that were computed at ingest.
+        memory_bytes: the pixels of a split that takes no more than this are kept once they are decoded, which spares
+            the training step the wait for the interpreter; not where batches have text.
 
     Attributes:
         shards: the shards of the split, with the number of samples that are left in each.
@@ -98,9 +100,12 @@ class ShardReader:
         quarantine: Quarantine | None = None,
         *,
         text: bool = False,
+        memory_bytes: int = 0,
     ) -> None:
         self.dataset, self.split, self.fetcher, self.quarantine, self.text = dataset, split, fetcher, quarantine, text
         self.shards = kept_shards(dataset, split, quarantine)
+        decoded = sum(shard.samples for shard in self.shards) * dataset.channels * dataset.image_size**2
+        self._memory = _Memory(dataset, self.shards) if decoded <= memory_bytes and not text else None
         self._selected: dict[str, ShardIndex] = {}
         self._recorded = {shard.name: shard for shard in dataset.shards(split)}
 
@@ -133,15 +138,32 @@ class ShardReader:
             ShardCorruptError: a shard or one of its samples is damaged, or a sample lacks a member that others have.
             StorageError: the store cannot be reached, or has no such shard.
         """
+        if self._memory is None:
+            pixels, labels, embeddings = self._decode(located)
+        else:
+            pixels, labels, embeddings = *self._memory.get(located, lambda part: self._decode(part)[:2]), []
+        return Batch(
+            torch.from_numpy(located.ordinals),
+            torch.from_numpy(pixels).float().div_(127.5).sub_(1),
+            torch.from_numpy(labels) if self.dataset.classes else None,
+            *(_padded(embeddings) if self.text else ()),
+        )
+
+    def _decode(self, located: Located) -> tuple[NDArray[np.uint8], NDArray[np.int64], list[Embedding]]:
+        """Read and decode samples; see `batch`.
+
+        Returns:
+            Pixels, uint8 [B, C, S, S]; labels, int64 [B], all 0 for data without any; and embeddings.
+        """
         size, channels, count = self.dataset.image_size, self.dataset.channels, len(located.shards)
         pixels = np.empty((count, size, size, channels), np.uint8)
-        labels = np.zeros(count, np.int64) if self.dataset.classes else None
+        labels = np.zeros(count, np.int64)
         embeddings: list[Embedding] = [(None, None)] * count
         for group, contents in self._read(located, self._needed):
             for place, i, members in zip(group.places, group.at, contents, strict=True):
                 try:
                     pixels[place] = decode_pixels(members, size, channels)
-                    if labels is not None:
+                    if self.dataset.classes:
                         labels[place] = decode_label(bytes(require_member(members, "cls")))
                     if self.text:
                         embeddings[place] = unpack_embedding(require_member(members, "emb.npy"))
@@ -151,13 +173,7 @@ class ShardReader:
                         f"see all such samples with `ddpm check {self.dataset.uri}`"
                     ) from error
         # Channels are moved while a pixel is one byte, because that copies a quarter of the bytes.
-        images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
-        return Batch(
-            torch.from_numpy(located.ordinals),
-            images.float().div_(127.5).sub_(1),
-            None if labels is None else torch.from_numpy(labels),
-            *(_padded(embeddings) if self.text else ()),
-        )
+        return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)), labels, embeddings
 
     def at(self, positions: NDArray[np.int64]) -> Batch:
         """Read and decode the samples at these positions in shard order, int64 [B]; ordinals are the positions."""
@@ -219,6 +235,29 @@ class _Group:
     index: ShardIndex
     places: list[int]
     at: list[int]
+
+
+class _Memory:
+    """Pixels and labels of a split, each from the first time that it is decoded on; for any number of threads."""
+
+    def __init__(self, dataset: Dataset, shards: Sequence[ShardInfo]) -> None:
+        ends = np.cumsum([shard.samples for shard in shards])
+        self.firsts = np.concatenate([[0], ends[:-1]])
+        self.pixels = np.empty((ends[-1], dataset.channels, dataset.image_size, dataset.image_size), np.uint8)
+        self.labels = np.zeros(ends[-1], np.int64)
+        self.known = np.zeros(ends[-1], bool)
+
+    def get(
+        self, located: Located, decode: Callable[[Located], tuple[NDArray[np.uint8], NDArray[np.int64]]]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Return the pixels and labels of samples, and decode those that are new."""
+        at = self.firsts[located.shards] + located.indices
+        new = ~self.known[at]
+        if new.any():
+            part = Located(located.ordinals[new], located.shards[new], located.indices[new])
+            self.pixels[at[new]], self.labels[at[new]] = decode(part)
+            self.known[at[new]] = True  # after they are there, for other threads
+        return self.pixels[at], self.labels[at]
 
 
 def _padded(embeddings: list[Embedding]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

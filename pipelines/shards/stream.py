@@ -37,6 +37,7 @@ class StreamSettings:
         threads: number of threads that read and decode.
         prefetch: number of batches that are read ahead.
         text: whether batches have the text embeddings that were computed at ingest.
+        memory_bytes: the pixels of a split that takes no more than this are kept once they are decoded.
     """
 
     lanes: int
@@ -47,6 +48,7 @@ class StreamSettings:
     threads: int = 2
     prefetch: int = 4
     text: bool = False
+    memory_bytes: int = 0
 
 
 def open_stream(
@@ -60,7 +62,7 @@ def open_stream(
     fetcher = ShardFetcher.opened(
         dataset, split, storage, settings.cache_dir, settings.cache_bytes, settings.lanes, settings.window
     )
-    reader = ShardReader(dataset, split, fetcher, quarantine, text=settings.text)
+    reader = ShardReader(dataset, split, fetcher, quarantine, text=settings.text, memory_bytes=settings.memory_bytes)
     order = SampleOrder(
         [shard.samples for shard in reader.shards],
         lanes=settings.lanes,

@@ -29,6 +29,7 @@ def stream_settings(config: Config) -> StreamSettings:
         threads=data.decode_threads,
         prefetch=data.prefetch_batches,
         text=config.model.text_dim > 0,
+        memory_bytes=int(data.memory_mib * 2**20),
     )
 
 

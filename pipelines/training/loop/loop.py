@@ -29,6 +29,7 @@ from pipelines.training.loop.state import make_state
 from pipelines.training.loop.step import SkipGuard, StepResult, step
 from pipelines.training.loop.telemetry import Profiler, StepStatistics
 from pipelines.training.loop.watchdog import Watchdog
+from pipelines.training.startup import end_startup
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ class TrainingLoop:
         """Train until `config.images` images are seen or a stop is requested; the last checkpoint is always saved."""
         config, state = self.config, self.state
         batches = iter(self.stream)
+        end_startup()
         self.clock.switch("step")
         while (batch := self._next_batch(batches)) is not None:
             # Forward, backward, update.

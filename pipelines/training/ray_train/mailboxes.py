@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipelines.training.goodput import Attempt
 from pipelines.training.loop.progress import Progress
 
 HEARD_LINES = 1_000
 """Lines of workers that wait for the driver; of more the newest stay."""
+
+
+class News(NamedTuple):
+    """What the driver learns of its workers in one answer, because each one costs the training step its time.
+
+    Attributes:
+        attempts: so far, the newest last.
+        loss: the newest one.
+        lines: that workers have said since the last answer, as (rank, text).
+        samples: images that are newer than the last answer; None where there are none.
+    """
+
+    attempts: list[Attempt]
+    loss: float | None
+    lines: list[tuple[int, str]]
+    samples: Any
 
 
 class Monitor:
@@ -55,20 +71,9 @@ class Monitor:
         """Keep what workers say, as (rank, text), until the driver takes it."""
         self.lines.extend(lines)
 
-    def take_lines(self) -> list[tuple[int, str]]:
-        """Return what workers have said since the last call."""
-        lines = list(self.lines)
-        self.lines.clear()
-        return lines
-
     def show(self, samples: Any) -> None:
         """Keep the newest samples, an array of images, until the driver takes them."""
         self.samples = samples
-
-    def take_samples(self) -> Any:
-        """Return samples that are newer than the last call; None where there are none."""
-        samples, self.samples = self.samples, None
-        return samples
 
     def request_stop(self) -> None:
         """Ask rank 0 to stop at its next step."""
@@ -77,6 +82,13 @@ class Monitor:
     def snapshot(self) -> tuple[list[Attempt], float | None]:
         """Return (the attempts so far, the newest last; the newest loss)."""
         return list(self.attempts.values()), self.loss
+
+    def take(self) -> News:
+        """Return the state of the run, and what workers have said and shown since the last call."""
+        lines, samples = list(self.lines), self.samples
+        self.lines.clear()
+        self.samples = None
+        return News(*self.snapshot(), lines, samples)
 
 
 class JobQueue:

@@ -8,7 +8,6 @@ from and logs to MLflow is the same as with dedicated workers.
 
 from __future__ import annotations
 
-import gc
 import threading
 import time
 import uuid
@@ -29,6 +28,7 @@ from pipelines.training.ray_train.answers import answer
 from pipelines.training.ray_train.mailboxes import JobQueue
 from pipelines.training.ray_train.shell import get_reply
 from pipelines.training.ray_train.trainer import dedicated_workers, make_trainer, train_rank
+from pipelines.training.startup import collect_all
 
 POLL_S = 0.1
 IDLE_S = 20.0
@@ -168,7 +168,7 @@ def worker_main(settings: dict[str, Any]) -> None:
 def _train_job(started: float, job: Job, monitor: Any) -> None:
     train_rank(job, monitor, started)
     # Leave the process as a new one would be: without this run's memory and compiled graphs.
-    gc.collect()
+    collect_all()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 import torch
+from ray import cloudpickle
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
@@ -21,7 +22,7 @@ from pipelines.checkpoints import ModelError
 from pipelines.config import ClusterConfig
 from pipelines.shards.cache import ShardCorruptError
 from pipelines.storage import FencedError
-from pipelines.training import STARTED
+from pipelines.training import STARTED, startup
 from pipelines.training.loop.shell import Job
 from pipelines.training.ray_train.answers import answer
 from pipelines.training.ray_train.reservations import FreeWorkers, take_over_reservation
@@ -97,8 +98,8 @@ def make_trainer(
         name: for Ray's dashboard.
     """
     return _Trainer(
-        loop,
-        train_loop_config=settings,
+        startup.run,
+        train_loop_config={"pickled": cloudpickle.dumps((loop, settings))},
         torch_config=torch_config(cluster),
         scaling_config=ScalingConfig(
             num_workers=cluster.num_workers,

@@ -54,26 +54,24 @@ def fit_and_watch(
         while thread.is_alive():
             thread.join(WATCH_EVERY_S)
             try:
-                attempts, loss = answer(monitor.snapshot.remote(), "the progress of the workers", patience_s)
-                lines = answer(monitor.take_lines.remote(), "the messages of the workers", patience_s)
-                samples = answer(monitor.take_samples.remote(), "the samples of the workers", patience_s)
+                news = answer(monitor.take.remote(), "the progress of the workers", patience_s)
                 short = lasting_shortage.check()
             except TrainingError as error:
                 return error
             except RayError as error:
                 return TrainingError(f"the Ray cluster is lost, the same command resumes on another: {error}")
-            ledger.update(attempts)
-            heard.add(lines)
-            if attempts:
+            ledger.update(news.attempts)
+            heard.add(news.lines)
+            if news.attempts:
                 goodput = ledger.goodput()
                 fraction = goodput.fraction if goodput else None
-                report(TrainingStatus(attempts[-1].images_seen, loss, fraction, samples=samples))
+                report(TrainingStatus(news.attempts[-1].images_seen, news.loss, fraction, samples=news.samples))
             if fenced := takeover.check():
                 return fenced
             if short:
                 return TrainingError(short)
         try:
-            heard.add(answer(monitor.take_lines.remote(), "the messages of the workers", patience_s))
+            heard.add(answer(monitor.take.remote(), "the messages of the workers", patience_s).lines)
             final = answer(monitor.final_error.remote(), "the errors of the workers", patience_s)
         except (TrainingError, RayError) as error:
             return ended[0] or TrainingError(f"how the workers ended is not known, the same command finds out: {error}")

@@ -6,6 +6,7 @@ import torch
 import webdataset
 from torch.utils.data import DataLoader
 
+from pipelines.shards import read
 from pipelines.shards.index import DatasetError
 from pipelines.shards.ingest.write import ingest
 from pipelines.shards.quarantine import Problem, Quarantine, read_quarantine
@@ -54,6 +55,33 @@ def test_samples_are_those_of_the_training_stream(dataset, settings):
     samples = list(itertools.islice(source(dataset, settings, samples_seen=60), 60))
     assert [s["__ordinal__"] for s in samples] == torch.cat(numbers).tolist()
     assert [int(s["cls"]) for s in samples] == torch.cat(labels).tolist()
+
+
+def test_pixels_that_are_kept_in_memory_are_the_same_and_decoded_once(dataset, settings, monkeypatch):
+    decoded = []
+    decode = read.decode_pixels
+
+    def counted(*arguments):
+        decoded.append(arguments)
+        return decode(*arguments)
+
+    monkeypatch.setattr(read, "decode_pixels", counted)
+    excluded = Quarantine(dataset.digest, (Problem("train-000001.tar", 3, "train-00000103", "label", "is wrong"),))
+    count = dataset.samples("train") - 1
+    streams = []
+    for memory_bytes in (0, count * 64 - 1, count * 64):
+        given = replace(settings, memory_bytes=memory_bytes)
+        reader, order = open_stream(dataset, "train", Storage(), given, excluded)
+        stream = TrainingStream(reader, order, batch_size=50, rank=0, world_size=1, start=0, stop=3_000, threads=3)
+        before = len(decoded)
+        streams.append((list(stream), len(decoded) - before))
+    (plain, all_of_them), (_, too_large), (kept, once) = streams
+    assert all_of_them == too_large == 3_000
+    assert count <= once < 1.1 * count  # threads that begin with the same sample each decode it
+    for a, b in zip(plain, kept, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
+        assert torch.equal(a.ordinals, b.ordinals)
 
 
 def test_ordinary_webdataset_stages_follow_it(dataset, settings):

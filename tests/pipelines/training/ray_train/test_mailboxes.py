@@ -27,12 +27,16 @@ def test_each_worker_takes_every_job_once_and_in_order():
     assert queue.put("fourth") is None
 
 
-def test_samples_are_taken_once_and_newer_ones_replace_those_that_wait():
+def test_what_workers_say_and_show_is_taken_once_and_newer_samples_replace_those_that_wait():
     monitor = Monitor()
-    assert monitor.take_samples() is None
+    assert monitor.take() == ([], None, [], None)
+    monitor.hear([(0, "a warning")])
     monitor.show("older")
     monitor.show("newer")
-    assert (monitor.take_samples(), monitor.take_samples()) == ("newer", None)
+    monitor.hear([(1, "another")])
+    news = monitor.take()
+    assert (news.lines, news.samples) == ([(0, "a warning"), (1, "another")], "newer")
+    assert monitor.take() == ([], None, [], None)
 
 
 def test_workers_that_have_started_again_take_the_run_under_way_and_none_that_has_ended():

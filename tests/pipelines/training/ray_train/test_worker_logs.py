@@ -59,8 +59,8 @@ def test_warnings_reach_storage_and_the_driver_and_those_of_others_storage_only(
         theirs.error("their failure")
         warnings.warn("a habit of yours", UserWarning, stacklevel=1)
     ours.warning("after the training")
-    assert handle.monitor.take_lines() == [(0, "3 updates left out"), (0, "their failure")]
-    assert handle.monitor.take_lines() == []
+    assert handle.monitor.take().lines == [(0, "3 updates left out"), (0, "their failure")]
+    assert handle.monitor.take().lines == []
     lines = stored(folder)
     assert [line.message for line in lines[:3]] == ["3 updates left out", "their noise", "their failure"]
     assert "a habit of yours" in lines[3].message
@@ -87,7 +87,7 @@ def test_a_failing_rank_leaves_its_traceback_and_the_error_goes_on(folder):
     handle = Handle()
     with pytest.raises(ZeroDivisionError), run(folder, handle, rank=2):
         _ = 1 / 0
-    ((rank, text),) = handle.monitor.take_lines()
+    ((rank, text),) = handle.monitor.take().lines
     said: list[str] = []
     Heard(said.append, "first").add([(rank, text)])
     assert said == ["rank 2: failed: ZeroDivisionError: division by zero"]
@@ -137,7 +137,7 @@ def test_a_store_that_hangs_neither_blocks_the_step_nor_keeps_the_driver_from_he
         assert time.monotonic() - logged < 0.05
         said, deadline = [], time.monotonic() + 5
         while len(said) < 2 and time.monotonic() < deadline:
-            said += handle.monitor.take_lines()
+            said += handle.monitor.take().lines
             time.sleep(0.01)
         assert [text for _, text in said] == ["first", "storage is away"]
     assert time.monotonic() - began < 4
@@ -197,7 +197,7 @@ def test_a_format_string_that_does_not_fit_ends_nothing(folder):
 def test_the_monitor_keeps_the_newest_lines_where_nobody_takes_them():
     monitor = Monitor()
     monitor.hear([(0, str(number)) for number in range(HEARD_LINES + 5)])
-    assert monitor.take_lines()[0] == (0, "5")
+    assert monitor.take().lines[0] == (0, "5")
 
 
 def test_a_text_is_shown_once_and_counted_where_it_repeats():

@@ -1,0 +1,56 @@
+"""A worker's start without the garbage collector, and how it comes back."""
+
+import gc
+import pickle
+import weakref
+
+import pytest
+
+from pipelines.training import startup
+
+called = []
+
+
+def note(settings):
+    called.append((settings, gc.isenabled()))
+
+
+@pytest.fixture(autouse=True)
+def _as_before():
+    called.clear()
+    yield
+    gc.enable()
+    gc.unfreeze()
+
+
+def test_the_collector_rests_from_the_call_to_the_end_of_the_startup():
+    startup.run({"pickled": pickle.dumps((note, {"name": "digits"}))})
+    assert called == [({"name": "digits"}, False)]
+    assert not gc.isenabled()
+    startup.end_startup()
+    assert gc.isenabled()
+    kept = gc.get_freeze_count()
+    assert kept > 10_000  # it does not look at what was imported
+    startup.end_startup()  # of the next job of the same worker
+    assert gc.get_freeze_count() == kept
+
+
+def test_a_process_that_was_not_started_so_keeps_its_collector_as_it_is():
+    startup.end_startup()
+    assert (gc.isenabled(), gc.get_freeze_count()) == (True, 0)
+
+
+def test_what_was_made_in_the_startup_is_freed_after_its_job():
+    class Node:
+        pass
+
+    gc.disable()
+    node = Node()
+    node.itself = node
+    gone = weakref.ref(node)
+    startup.end_startup()
+    del node
+    gc.collect()
+    assert gone() is not None
+    startup.collect_all()
+    assert gone() is None
