@@ -1,11 +1,13 @@
 """Benchmark of the pipeline's overhead: Ray workers with S3, MLflow and checkpoints against a bare torch loop.
 
-    python -m benchmarks.overhead [--evaluation] [--quick] [--json]
+    python -m benchmarks.overhead [--evaluation | --restarts] [--quick] [--json]
 
 It starts its own local stack. Runs alternate between a plain process with its images in memory and the driver of `ddpm
 train`, with the same model, batch size and number of threads. `ratio` is the driver's images/s over the plain
 process's, with one worker of one thread; `scaling` is that of two workers of one thread over one plain process of two
 threads. At the end a worker is killed, to measure the time to the next step and which part of it our code takes.
+
+With `--restarts` only that is measured, in nine runs.
 
 With `--evaluation` runs of one worker alternate with and without the scoring of their checkpoints while they train.
 Measured are the CPU seconds of the worker and of the driver for each image, which tell more than the images/s where
@@ -44,6 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="shorter and fewer turns")
     parser.add_argument("--evaluation", action="store_true", help="with and without evaluation while training goes on")
+    parser.add_argument("--restarts", action="store_true", help="only the restarts of a worker")
     parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
     parser.add_argument("--bare", nargs=2, metavar=("THREADS", "SECONDS"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -55,6 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     if options.evaluation:
         publish(run_evaluation(options.quick), "overhead_evaluation", options.quick)
+    elif options.restarts:
+        publish(run_restarts(options.quick), "overhead_restarts", options.quick)
     else:
         publish(run(options.quick), "overhead", options.quick)
 
@@ -171,6 +176,27 @@ def run(quick: bool) -> dict[str, Any]:
         "restart_ours_s": _median(restarts, "ours_s"),
         "one_worker": one,
         "two_workers": two,
+        "restarts": restarts,
+    }
+
+
+def run_restarts(quick: bool) -> dict[str, Any]:
+    """Return what it takes to start a killed worker again, in a number of runs."""
+    from benchmarks.results import commit
+
+    with _own_stack() as bench:
+        rate = _bare(1, 20)
+        bench.train("warm-up", 1, 10 * BATCH, 10 * BATCH)
+        restarts = [bench.restart(rate, f"restart-{i}") for i in range(1 if quick else 9)]
+    return {
+        "benchmark": "overhead_restarts",
+        "quick": quick,
+        "commit": commit(),
+        "machine": f"CPU ({platform.machine()}), {os.cpu_count()} cores",
+        "batch": BATCH,
+        "bare_images_per_s": round(rate, 1),
+        "restart_ray_s": _median(restarts, "ray_s"),
+        "restart_ours_s": _median(restarts, "ours_s"),
         "restarts": restarts,
     }
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Literal
 
@@ -167,9 +168,7 @@ def test_another_package_adds_a_sampler_by_an_entry_point_and_it_is_configured_l
 
 
 def test_an_entry_point_cannot_take_the_name_of_a_built_in_choice(monkeypatch):
-    class Entry:
-        name = "ddim"
-
-    monkeypatch.setattr("ddpm.choices.entry_points", lambda group: [Entry()])
+    taken = EntryPoints([EntryPoint(name="ddim", value="elsewhere:Sampler", group="ddpm.samplers")])
+    monkeypatch.setattr("ddpm.choices._entry_points", lambda: taken)
     with pytest.raises(ValueError, match=r"'ddim' in ddpm\.samplers is named"):
         list(Choices("sampler", "ddpm.samplers", {"ddim": DDIM}))

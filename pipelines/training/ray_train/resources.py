@@ -25,6 +25,7 @@ def connect_ray(config: Config, storage: Storage) -> None:
     """
     # How often Ray Train's controller polls its workers: a failure is noticed that much later.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    group_start_s()
     if ray.is_initialized():
         return
     environment = {
@@ -54,6 +55,15 @@ def connect_ray(config: Config, storage: Storage) -> None:
         )
     except ConnectionError as error:
         raise TrainingError(f"no Ray cluster answers at {address}: check cluster.address or RAY_ADDRESS") from error
+
+
+def group_start_s() -> float:
+    """Return how long Ray Train waits for the resources of a group of workers before it looks again what there is.
+
+    For Ray a node that was lost is there for 15 to 30 s more. A group that counts on it waits in vain, by Ray Train's
+    own default for a minute.
+    """
+    return float(os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20"))
 
 
 def per_worker(cluster: ClusterConfig) -> dict[str, float]:

@@ -26,7 +26,7 @@ from pipelines.training import STARTED, startup
 from pipelines.training.loop.shell import Job
 from pipelines.training.ray_train.answers import answer
 from pipelines.training.ray_train.reservations import FreeWorkers, take_over_reservation
-from pipelines.training.ray_train.resources import per_worker
+from pipelines.training.ray_train.resources import group_start_s, per_worker
 from pipelines.training.ray_train.worker_logs import recorded
 
 FINAL_ERRORS = (FloatingPointError, ShardCorruptError, ModelError, FencedError)
@@ -110,10 +110,10 @@ def make_trainer(
         run_config=RunConfig(
             name=name,
             storage_path=str(Path(tempfile.gettempdir()) / f"ddpm-ray-train-{os.getuid()}"),
-            # A group of workers that does not start within a minute is tried again until patience_s has passed.
+            # A group of workers whose resources are not there is tried again until patience_s has passed.
             failure_config=FailureConfig(
                 max_failures=cluster.max_failures,
-                controller_failure_limit=math.ceil(cluster.patience_s / 60),
+                controller_failure_limit=math.ceil(cluster.patience_s / group_start_s()),
                 max_preemption_failures=cluster.max_preemption_failures,
                 preemption_grace_s=cluster.preemption_grace_s,
             ),

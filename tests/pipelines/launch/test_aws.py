@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -179,3 +180,30 @@ def test_what_has_no_place_on_ec2_is_refused():
         files("storage=local", "storage.root=s3://ddpm")
     with pytest.raises(ConfigError, match="a cluster on EC2 has a role for S3"):
         files("storage=file", "storage.root=gs://bucket")
+
+
+def findings(policy):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # parliament finds its own files by an old interface of setuptools
+        import parliament
+    return parliament.analyze_policy_string(policy).findings
+
+
+@ALL
+def test_parliament_finds_in_the_policies_only_what_it_cannot_know(more):
+    assert findings(files(*more)["iam-worker.json"]) == []
+    # It looks at one statement at a time, and what RunInstances may start and what it may use are two; and Ubuntu's
+    # public parameter with the newest image is of no account.
+    resources = ["*::image", "*:*:network-interface", "*:*:security-group", "*:*:subnet", "*:*:instance"]
+    expected = {("RESOURCE_MISMATCH", "ec2:RunInstances", f"arn:*:ec2:{name}/*") for name in resources}
+    details = [(f.issue, detail) for f in findings(files(*more)["iam-head.json"]) for detail in f.detail]
+    found = {(issue, detail["action"], detail["required_format"]) for issue, detail in details}
+    assert found - expected <= {("RESOURCE_MISMATCH", "ssm:GetParameters", "arn:*:ssm:*:*:parameter/*")}
+    assert expected <= found
+
+
+@pytest.mark.parametrize(("right", "wrong"), [("s3:GetObject", "s3:GetObjects"), ("arn:aws:s3:::", "arn:aws:sqs:::")])
+def test_parliament_finds_a_misspelt_action_and_a_resource_of_another_service(right, wrong):
+    policy = files()["iam-worker.json"]
+    assert right in policy
+    assert findings(policy.replace(right, wrong))

@@ -17,11 +17,16 @@ def failure_config(*overrides: str):
     return make_trainer(print, {}, cluster(*overrides), "r").run_config.failure_config
 
 
-def test_rays_failure_config_has_what_the_cluster_configuration_says():
+@pytest.mark.parametrize(("given", "attempts"), [(None, 7), ("60", 3)])
+def test_rays_failure_config_has_what_the_cluster_configuration_says(monkeypatch, given, attempts):
+    name = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+    monkeypatch.setenv(name, given or "")
+    if given is None:
+        monkeypatch.delenv(name)
     asked = ["max_failures=5", "max_preemption_failures=7", "preemption_grace_s=90", "patience_s=121"]
     found = failure_config(*asked)
     assert (found.max_failures, found.max_preemption_failures, found.preemption_grace_s) == (5, 7, 90)
-    assert found.controller_failure_limit == 3
+    assert found.controller_failure_limit == attempts
 
 
 def test_by_default_preemptions_are_not_counted_and_end_the_others_at_once():
