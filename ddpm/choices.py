@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.metadata import EntryPoints, entry_points
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -90,4 +90,4 @@ class Choices(Mapping[str, T], Generic[T]):
 @cache
 def _entry_points() -> EntryPoints:
     """Return the entry points of all installed packages; to look through them takes 10 ms, and there are many lists."""
-    return entry_points()
+    return cast("EntryPoints", entry_points())  # what Python 3.11 returns has `select`, too
