@@ -154,8 +154,6 @@ def run_evaluation(quick: bool) -> dict[str, Any]:
 
 def run(quick: bool) -> dict[str, Any]:
     """Return the measurements of both, alternating on their own stack."""
-    from benchmarks.results import commit
-
     seconds, turns = (20.0, 2) if quick else (90.0, 5)
     with _own_stack() as bench:
         first = _bare(1, seconds)
@@ -163,11 +161,7 @@ def run(quick: bool) -> dict[str, Any]:
         two = [bench.turn(2, seconds, first, f"two-{i}") for i in range(max(1, turns // 2))]
         restarts = [bench.restart(first, f"restart-{i}") for i in range(1 if quick else 3)]
     return {
-        "benchmark": "overhead",
-        "quick": quick,
-        "commit": commit(),
-        "machine": f"CPU ({platform.machine()}), {os.cpu_count()} cores",
-        "batch": BATCH,
+        **_about("overhead", quick),
         "seconds_per_turn": seconds,
         "ratio": _median(one, "ratio"),
         "scaling": _median(two, "ratio"),
@@ -182,23 +176,25 @@ def run(quick: bool) -> dict[str, Any]:
 
 def run_restarts(quick: bool) -> dict[str, Any]:
     """Return what it takes to start a killed worker again, in a number of runs."""
-    from benchmarks.results import commit
-
     with _own_stack() as bench:
         rate = _bare(1, 20)
         bench.train("warm-up", 1, 10 * BATCH, 10 * BATCH)
         restarts = [bench.restart(rate, f"restart-{i}") for i in range(1 if quick else 9)]
     return {
-        "benchmark": "overhead_restarts",
-        "quick": quick,
-        "commit": commit(),
-        "machine": f"CPU ({platform.machine()}), {os.cpu_count()} cores",
-        "batch": BATCH,
+        **_about("overhead_restarts", quick),
         "bare_images_per_s": round(rate, 1),
         "restart_ray_s": _median(restarts, "ray_s"),
         "restart_ours_s": _median(restarts, "ours_s"),
         "restarts": restarts,
     }
+
+
+def _about(name: str, quick: bool) -> dict[str, Any]:
+    """Return what a result says of itself: of which benchmark, commit and machine it is."""
+    from benchmarks.results import commit
+
+    machine = f"CPU ({platform.machine()}), {os.cpu_count()} cores"
+    return {"benchmark": name, "quick": quick, "commit": commit(), "machine": machine, "batch": BATCH}
 
 
 def _median(rows: list[dict[str, float]], key: str) -> float:

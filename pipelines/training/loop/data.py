@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from torch import Tensor
 
 from pipelines.config import Config
-from pipelines.shards.order import Located
 from pipelines.shards.read import Batch, ShardReader, default_cache_dir
 from pipelines.shards.stream import StreamSettings, TrainingStream, open_stream
 
@@ -62,8 +60,4 @@ def open_test_split(context: RunContext) -> ShardReader:
 
 def read_samples(reader: ShardReader, indices: Tensor) -> Batch:
     """Return samples by their index in shard order, counted from 0; an index behind the last sample wraps around."""
-    counts = np.array([shard.samples for shard in reader.shards])
-    wanted = indices.numpy() % counts.sum()
-    ends = counts.cumsum()
-    shards = np.searchsorted(ends, wanted, side="right")
-    return reader.batch(Located(wanted, shards, wanted - (ends - counts)[shards]))
+    return reader.at(indices.numpy() % sum(shard.samples for shard in reader.shards))
