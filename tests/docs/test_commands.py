@@ -18,23 +18,21 @@ from pipelines.config import Config, compose, groups
 from pipelines.launch import overrides_of
 from pipelines.orchestrate.settings import Settings
 from pipelines.search.study_config import compose_study
+from tests.docs import terminal
 from tests.docs.modules import ROOT, load
 
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
-FENCE = re.compile(r"^([ ]*)```(?:sh|bash|console)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 NEEDED = load("experiments").NEEDED
 LEFT_OUT = ["model=unet_small"]
 """What a command whose data or network are known from elsewhere (a plan, a project) does not say."""
 
 
 def commands(page: str) -> Iterator[str]:
-    """Yield the commands of a page as one line each; what is left out of one, by "…", nobody could run."""
-    for block in FENCE.finditer((ROOT / page).read_text()):
-        for line in block[2].replace("\\\n", " ").splitlines():
-            found = re.match(r"\s*(?:\$ )?(?:\.venv/bin/)?ddpm (.*)", line)
-            if found and "…" not in line.partition(" #")[0]:
-                yield found[1]
+    """Yield what a page has after `ddpm`, as one line each; what is left out of one, by "…", nobody could run."""
+    for command in terminal.commands((ROOT / page).read_text()):
+        if command.startswith("ddpm ") and "…" not in command.partition(" #")[0]:
+            yield command.removeprefix("ddpm ")
 
 
 def parsed(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
