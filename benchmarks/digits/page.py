@@ -49,10 +49,11 @@ def write(found: dict[str, Any], command: str) -> str:
     budgets = sorted({row.scores["budget"] for row in found["samplers"]})
     return f"""# What the methods do, on digits
 
-Made by `{command}` from commit `{about["commit"]}` on {about["machine"]}, in
-{about["minutes"]:.0f} minutes. The data is scikit-learn's 8x8 handwritten digits ({about["train"]:,} for training,
-{about["test"]} for testing), the network the UNet of the experiment `digits` ({about["parameters"]:,} parameters) on a
-cosine schedule of 1,000 steps, trained on the hybrid loss, which learns the reverse variance.
+Made by `{command}` ([digits.json](../benchmarks/results/digits.json)) from commit `{about["commit"]}` on
+{about["machine"]}, in {about["minutes"]:.0f} minutes. The data is scikit-learn's 8x8
+handwritten digits ({about["train"]:,} for training, {about["test"]} for testing), the network the
+UNet of the experiment `digits` ({about["parameters"]:,} parameters) on a cosine schedule of 1,000
+steps, trained on the hybrid loss, which learns the reverse variance.
 
 All numbers are of {about["test"]} images with the labels of the test split. Class accuracy and Frechet distance are by
 an evaluator that is trained on real images and guides nothing (digest `{about["evaluator"]}`); square brackets are 95 %

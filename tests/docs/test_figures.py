@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterator
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
+import numpy as np
 import pytest
 
+from benchmarks.digits.page import cell
+from ddpm.quality import Interval
 from tests.docs.modules import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -116,6 +119,37 @@ def gate() -> Iterator[str]:
     yield row("the same on other noise for each", asked, str(type_i["unpaired"]))
     series = f"series of {attempts['length']} equally good versions against one champion: series in which one passes"
     yield row(series, f"{attempts['series']:,}", str(attempts["with_a_pass"]))
+    for n, title in ((359, "359"), (2000, "2,000"), (5000, "5,000 (default)")):
+        points = sorted((each["power"], each["difference"]) for each in measured["power"] if each["n"] == n)
+        difference = float(np.interp(0.9, *zip(*points, strict=True)))
+        digits = 1 if difference >= 1 else 2
+        yield row(title, f"{difference:.{digits}f}", f"{100 * difference / measured['floor']:.0f} %")
+
+
+def digits() -> Iterator[str]:
+    """The tables of docs/digits.md, in the form that `python -m benchmarks.digits` writes them."""
+    measured = result("digits")
+    yield f"{measured['train']:,} for training, {measured['test']} for testing"
+    yield f"`digits` ({measured['parameters']:,} parameters)"
+    for name in ("guidance", "inpainting", "text"):
+        rows = [{key: as_interval(value) for key, value in each.items()} for each in measured[name]]
+        columns = [key for key in dict.fromkeys(key for each in rows for key in each) if key != "name"]
+        for each in rows:
+            yield row(each["name"], *(cell(each[key]) if key in each else "" for key in columns)).replace("|  |", "| |")
+    for score in ("Frechet distance", "class accuracy"):
+        found = {(each["name"], each["budget"]): cell(as_interval(each[score])) for each in measured["samplers"]}
+        budgets = sorted({budget for _, budget in found})
+        for name in dict.fromkeys(name for name, _ in found):
+            yield row(name, *(found.get((name, budget), "") for budget in budgets))
+    for name, value in measured["likelihood"].items():
+        yield f"| {name} | {cell(as_interval(value))} | "
+    ode = measured["ode"]
+    yield f"from t = {ode['t_min']:.3f}, where sigma = 0.001"
+    yield f"at most {ode['truncation_cost']:.2f} bits"
+
+
+def as_interval(value: Any) -> Any:
+    return Interval(**value | {"n": tuple(value["n"])}) if isinstance(value, dict) else value
 
 
 def comparison() -> Iterator[str]:
@@ -245,6 +279,7 @@ PAGES: dict[str, Callable[[], Iterator[str]]] = {
     "serving": serving,
     "search": search,
     "registry": gate,
+    "digits": digits,
     "comparison": comparison,
     "few-steps": few_steps,
     "evaluation": evaluation,
