@@ -9,7 +9,7 @@ A row's result is a file in the work folder, whose name holds a digest of what d
 has more seeds or methods, trains only what is missing. Several machines, or several calls, share the rows by --part I/N
 and a common work folder.
 
-    python -m benchmarks.methods                                                  # digits
+    python -m benchmarks.methods                                                  # digits; methods.json
     python -m benchmarks.methods --experiment cifar10 --data s3://bucket/datasets/cifar10 --images 4000000 --part 1/4
 """
 
@@ -123,6 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--part", default="1/1", help="I/N: every N-th row from the I-th on")
     parser.add_argument("--work", type=Path, default=ROOT / ".ddpm" / "methods", help="keeps results")
     parser.add_argument("--quick", action="store_true", help="four steps of every training: a test of all parts")
+    parser.add_argument("overrides", nargs="*", help="settings of every row, such as model.channels=[32,64,64]")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     plan = make_plan(options)
@@ -138,7 +139,8 @@ def main(arguments: list[str] | None = None) -> None:
     for method, seed in rows[part - 1 :: parts]:
         if not plan.path(method, seed).exists():
             write(plan.path(method, seed), measure(plan, method, seed))
-    publish(summary(plan, rows, options.experiment), "methods", options.quick)
+    name = "methods" if options.experiment == "digits" else f"methods_{options.experiment}"
+    publish(summary(plan, rows, options.experiment, options.overrides), name, options.quick)
 
 
 def make_plan(options: argparse.Namespace) -> Plan:
@@ -147,7 +149,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     work.mkdir(parents=True, exist_ok=True)
     storage = Storage()
     places = ["storage=file", f"storage.root=file://{work}", f"data.cache_dir={work}/cache"]
-    base = [f"+experiment={options.experiment}", "objective.prediction=v", *places]
+    base = [f"+experiment={options.experiment}", "objective.prediction=v", *places, *options.overrides]
     config = compose(base)
     if options.data is None:
         data, source = config.data, config.data.source or "digits"
@@ -215,7 +217,7 @@ def write(path: Path, row: Mapping[str, Any]) -> None:
     new.replace(path)
 
 
-def summary(plan: Plan, rows: Sequence[tuple[str, int]], experiment: str) -> dict[str, Any]:
+def summary(plan: Plan, rows: Sequence[tuple[str, int]], experiment: str, overrides: Sequence[str]) -> dict[str, Any]:
     """Return the table: by method the mean over seeds, its standard error, and that of the difference to `base`.
 
     The difference is paired by seed: both trainings saw the same images in the same order, and draw the same noise.
@@ -238,6 +240,7 @@ def summary(plan: Plan, rows: Sequence[tuple[str, int]], experiment: str) -> dic
         "device": torch.cuda.get_device_name() if plan.device.type == "cuda" else "CPU, one thread",
         "experiment": experiment,
         "images": config.images,
+        "overrides": list(overrides),
         "samples": plan.samples,
         "sampling": sampling(config).with_fields(guidance="classifier_free", scale=1.0).to_json(),
         "evaluator": plan.real.evaluator.digest[:12],
