@@ -134,7 +134,7 @@ def upload(terminal: Terminal, folder: Path, uri: str) -> None:
     """Copy a folder to the terminal's local S3."""
     state = stack.read_state(terminal.folder / ".ddpm")
     assert state is not None
-    storage = Storage(state.s3)
+    storage = Storage(state.s3_endpoint, str(state.credentials_file), "us-east-1")
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             storage.write(f"{uri}/{path.relative_to(folder)}", path.read_bytes())
