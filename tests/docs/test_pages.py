@@ -340,7 +340,7 @@ def typed(command: str, how: Page, terminal: Terminal) -> str:
     words = command.partition(" #")[0].strip()
     if "[…]" in words:  # the command before has printed it with its numbers
         beginning = words.partition("=")[0]
-        (words,) = {line for said in terminal.said.values() for line in re.findall(rf"{beginning}=.*", said)}
+        (words,) = {line for said in terminal.said.values() for line in re.findall(rf"{beginning}=[^`\n]*", said)}
     words = with_settings(words, how, terminal)
     for pattern, more in how.adds.items():
         words += f" {more}" if re.search(pattern, words) else ""
