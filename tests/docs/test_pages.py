@@ -45,7 +45,7 @@ class Page:
         champion: the local stack holds digits with the alias champion.
         instead: what is typed in place of a text of the page.
         adds: words behind each command that has a text in it (a regular expression).
-        may_fail: beginnings of commands whose exit status may be 1, which is the gate's refusal.
+        refused: beginnings of commands that the gate may refuse.
         elsewhere: beginnings of commands that are not typed, with the reason.
         python: for each Python block of the page, run after all commands, what comes before it; None: it is not run.
     """
@@ -54,7 +54,7 @@ class Page:
     champion: bool = False
     instead: Mapping[str, str] = field(default_factory=dict)
     adds: Mapping[str, str] = field(default_factory=dict)
-    may_fail: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
     elsewhere: Mapping[str, str] = field(default_factory=dict)
     python: Sequence[str | None] = ()
 
@@ -194,14 +194,14 @@ PAGES: dict[str, Page] = {
     "guides/captions.md": Page(
         has=has_captioned,
         adds={"captions32": SHAPES, "search guidance": STUDY},
-        may_fail=("ddpm flow",),
+        refused=("ddpm flow",),
         elsewhere=INSTALLED,
     ),
     "guides/inpainting.md": Page(
         has=has_photos,
         instead={"images=500_000": "images=12800", "images=200_000": "images=6400"},
         adds={"experiment=folder32": PETS},
-        may_fail=("ddpm flow",),
+        refused=("ddpm flow",),
     ),
     "guides/spot-nodes.md": Page(
         has=has_digits,
@@ -217,17 +217,17 @@ PAGES: dict[str, Page] = {
         champion=True,
         instead={"images=25600": "images=2560"},
         adds={"search training": STUDY, "^ddpm promote": PAIRS},
-        may_fail=("ddpm promote",),
+        refused=("ddpm promote",),
     ),
     "guides/promotion.md": Page(
         champion=True,
         adds={"^ddpm promote": PAIRS},
-        may_fail=("ddpm promote models:/digits/3",),
+        refused=("ddpm promote models:/digits/3",),
     ),
     "guides/retraining.md": Page(
         has=has_incoming_pets,
         adds={"experiment=folder32": f"images=6400 {PETS}"},
-        may_fail=("ddpm flow",),
+        refused=("ddpm flow",),
         elsewhere=INSTALLED,
     ),
     "guides/a-sampler.md": Page(
@@ -251,7 +251,7 @@ PAGES: dict[str, Page] = {
         },
         python=("", "", f"{CONDITION}\nimages = images[:2]", None),
         adds={"captions32": SHAPES, "^ddpm evaluate": "data.source=drawn"},
-        may_fail=("ddpm flow",),
+        refused=("ddpm flow",),
         elsewhere=INSTALLED | {"ddpm sample champion --url": "the page on serving has it too"},
     ),
     "few-steps.md": Page(
@@ -261,7 +261,7 @@ PAGES: dict[str, Page] = {
             "experiment=digits_consistency": "images=6400 evaluation.likelihood_images=0",
             "^ddpm promote": PAIRS,
         },
-        may_fail=("ddpm promote", "ddpm flow"),
+        refused=("ddpm promote", "ddpm flow"),
     ),
     "experiments.md": Page(
         elsewhere={
@@ -301,7 +301,7 @@ PAGES: dict[str, Page] = {
         has=has_a_classifier,
         instead={"images=25600": "images=2560", "runs:/ID/61440": "runs:/CHAMPION"},
         adds={"search (guidance|training)": STUDY, "^ddpm promote": PAIRS},
-        may_fail=("ddpm promote",),
+        refused=("ddpm promote",),
     ),
     "registry.md": Page(
         champion=True,
@@ -311,7 +311,7 @@ PAGES: dict[str, Page] = {
             "models:/digits@champion registry.trusted_keys": "models:/team@champion registry.trusted_keys",
         },
         adds={"^ddpm promote": PAIRS},
-        may_fail=("ddpm promote",),
+        refused=("ddpm promote",),
         elsewhere={"ddpm guard --every 10": "needs a server elsewhere"},
     ),
     "orchestration.md": Page(
@@ -395,8 +395,8 @@ def test_every_command_of_a_page_ends_well_in_its_order(page: str, terminal: Ter
     how.has(terminal)
     for command in dict.fromkeys(commands((ROOT / "docs" / page).read_text())):  # none twice
         if not command.startswith(tuple(how.elsewhere)):
-            may = (0, 1) if command.startswith(how.may_fail) else (0,)
-            said = terminal.type(typed(command, how, terminal), may=may)
+            or_says = "refused" if command.startswith(how.refused) else None
+            said = terminal.type(typed(command, how, terminal), or_says=or_says)
             if command.startswith("ddpm train "):
                 remember_run(command, said, terminal)
     blocks = PYTHON.findall((ROOT / "docs" / page).read_text())
@@ -417,7 +417,7 @@ def test_what_is_said_of_a_page_is_of_a_command_that_it_has(page: str):
     how, text = PAGES[page], (ROOT / "docs" / page).read_text()
     found = commands(text)
     assert len(PYTHON.findall(text)) == len(how.python)
-    for beginning in (*how.may_fail, *how.elsewhere):
+    for beginning in (*how.refused, *how.elsewhere):
         assert any(command.startswith(beginning) for command in found), beginning
     for replaced in how.instead:
         assert replaced in text
