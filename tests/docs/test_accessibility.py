@@ -25,10 +25,10 @@ from tests.http_server import Answer, Request, serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-PAGES = ["index", "your-own-pictures", "tutorial/01-noise", "tutorial/09-fewer-steps", "notebooks/plane",
+PAGES = ["index", "your-own-pictures", "tutorial/01-noise", "tutorial/12-one-step", "notebooks/plane",
          "using-models", "guides/captions", "reference/configuration", "reference/command-line",
          "reference/python/sampling", "architecture", "performance", "comparison", "experiments",
-         "failures"]  # fmt: skip
+         "failures", "training-methods", "digits"]  # fmt: skip
 SCREENS = [(size, scheme) for size in ("desk", "phone") for scheme in ("light", "dark")]
 WIDTHS = {"desk": DESK, "phone": PHONE}
 
