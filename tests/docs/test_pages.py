@@ -332,7 +332,8 @@ NOT_WALKED = {
 
 def run_of(said: str) -> str:
     """Return the last address of a run in what a command has said."""
-    return re.findall(r"runs:/[0-9a-f]{32}", said)[-1]
+    (*_, run) = re.findall(r"runs:?/([0-9a-f]{32})", said)
+    return f"runs:/{run}"
 
 
 def typed(command: str, how: Page, terminal: Terminal) -> str:
