@@ -28,7 +28,7 @@ def missing_services(config: Config, environ: Mapping[str, str], wanted: Collect
 
 
 def fill(config: Config, environ: Mapping[str, str], state: StackState | None) -> Config:
-    """Return the configuration with every address filled in.
+    """Return the configuration with every address filled in, and model folders by their absolute paths.
 
     Args:
         state: of the local stack; None where it is not needed.
@@ -56,7 +56,18 @@ def fill(config: Config, environ: Mapping[str, str], state: StackState | None) -
             )
         track = track.model_copy(update={"uri": track.uri or state.tracking_uri})
         cluster = cluster.model_copy(update={"address": cluster.address or state.ray_address})
-    return config.model_copy(update={"storage": storage, "tracking": track, "cluster": cluster})
+    update: dict[str, object] = {"storage": storage, "tracking": track, "cluster": cluster}
+    if config.init_from is not None:
+        update["init_from"] = anywhere(config.init_from)
+    guiding = {name: getattr(config.guidance, name) for name in ("classifier", "weak")}
+    if named := {name: anywhere(reference) for name, reference in guiding.items() if reference is not None}:
+        update["guidance"] = config.guidance.model_copy(update=named)
+    return config.model_copy(update=update)
+
+
+def anywhere(reference: str) -> str:
+    """Return a MODEL reference that processes in other folders understand, as workers are: a folder by its path."""
+    return reference if ":/" in reference else str(Path(reference).absolute())
 
 
 def connect(

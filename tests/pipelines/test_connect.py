@@ -52,6 +52,16 @@ def test_a_storage_that_nothing_answers_is_a_configuration_error():
         fill(compose(["storage=file", "storage.root=gopher://x"]), {}, None)
 
 
+def test_a_model_folder_is_named_by_its_path_because_workers_run_in_other_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    guided = ["guidance.kind=auto", "guidance.weak=models/weak"]
+    filled = fill(compose(["init_from=teacher", *guided]), {}, None)
+    assert (filled.init_from, filled.guidance.weak) == (f"{tmp_path}/teacher", f"{tmp_path}/models/weak")
+    for reference in ("runs:/abc/best", "models:/digits@champion", "file:///models/a", "/models/a"):
+        assert fill(compose([f"init_from={reference}"]), {}, None).init_from == reference
+    assert fill(compose(), {}, None).init_from is None
+
+
 def test_a_verb_that_only_looks_starts_nothing_and_says_what_is_not_running(tmp_path):
     home = tmp_path / "home"
     with pytest.raises(StackError, match=r"S3 and MLflow of the local stack are not running.*`ddpm up`.*tracking"):
