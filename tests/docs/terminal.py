@@ -70,6 +70,10 @@ class Terminal:
         """
         print(f"$ {command}", flush=True)
         began = time.monotonic()
+        if command.startswith("export "):
+            name, _, value = command.removeprefix("export ").partition("=")
+            self.variables[name] = value
+            return ""
         verb = command.split()[1] if command.startswith("ddpm ") else ""
         if verb in STAYS and "--once" not in command:
             return self._stay(command)

@@ -183,7 +183,8 @@ def has_a_second_version(terminal: Terminal) -> None:
 
 
 def has_the_files_of_a_version(terminal: Terminal) -> None:
-    terminal.type("ddpm export models:/digits@champion --to model")
+    terminal.type("ddpm export models:/digits@champion --to exported")
+    terminal.type("ddpm import exported --to model")
 
 
 PAGES: dict[str, Page] = {
@@ -307,6 +308,7 @@ PAGES: dict[str, Page] = {
         champion=True,
         has=has_a_second_version,
         instead={
+            "http://127.0.0.1:PORT": "$MLFLOW",
             "registry.signing_key": f"name=team registry.model=team {DIGITS} registry.signing_key",
             "models:/digits@champion registry.trusted_keys": "models:/team@champion registry.trusted_keys",
         },
@@ -351,6 +353,9 @@ def typed(command: str, how: Page, terminal: Terminal) -> str:
 def with_settings(text: str, how: Page, terminal: Terminal) -> str:
     """Return a command or code with what this folder has in place of what the page has."""
     for page_has, other in how.instead.items():
+        if "$MLFLOW" in other:
+            state = stack.read_state(terminal.folder / ".ddpm")
+            other = other.replace("$MLFLOW", state.tracking_uri if state else "")
         text = text.replace(page_has, other.replace("$PWD", str(terminal.folder)))
     return text
 
