@@ -122,8 +122,8 @@ def gate() -> Iterator[str]:
     for n, title in ((359, "359"), (2000, "2,000"), (5000, "5,000 (default)")):
         points = sorted((each["power"], each["difference"]) for each in measured["power"] if each["n"] == n)
         difference = float(np.interp(0.9, *zip(*points, strict=True)))
-        digits = 1 if difference >= 1 else 2
-        yield row(title, f"{difference:.{digits}f}", f"{100 * difference / measured['floor']:.0f} %")
+        places = 1 if difference >= 1 else 2
+        yield row(title, f"{difference:.{places}f}", f"{100 * difference / measured['floor']:.0f} %")
 
 
 def digits() -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +11,11 @@ from PIL import Image
 from pipelines import stack
 from tests.digits import write_digits
 from tests.docs.modules import ROOT
-from tests.docs.terminal import Terminal, commands, section
+from tests.docs.terminal import commands, section
 
 README = (ROOT / "README.md").read_text()
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(3600)]
-
-
-@pytest.fixture
-def terminal(tmp_path: Path) -> Iterator[Terminal]:
-    opened = Terminal(tmp_path)
-    yield opened
-    opened.close()
 
 
 def test_the_first_steps_end_well_as_they_are_written(terminal):
