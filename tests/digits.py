@@ -20,4 +20,9 @@ def write_digits(folder: Path, which: Iterable[int], class_of: Callable[[int], s
     for i in which:
         path = folder / class_of(int(digits.target[i])) / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.uint8(digits.images[i] * 255 / 16)).save(path)
+        picture(digits.images[i]).save(path)
+
+
+def picture(pixels: np.ndarray) -> Image.Image:
+    """Return the picture of a digit, whose pixels are 0 to 16."""
+    return Image.fromarray(np.uint8(pixels * 255 / 16))

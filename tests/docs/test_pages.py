@@ -22,7 +22,7 @@ from sklearn.datasets import load_digits
 
 from pipelines import stack
 from pipelines.storage import Storage
-from tests.digits import write_digits
+from tests.digits import picture, write_digits
 from tests.docs.modules import ROOT
 from tests.docs.terminal import PYTHON, Terminal, commands
 from tests.pipelines.captioned import write_shapes
@@ -88,8 +88,7 @@ def has_shapes_and_digits(terminal: Terminal) -> None:
     has_encoder(terminal)
     images, labels = load_digits().images, load_digits().target
     for label in (0, 3, 5):
-        image = images[np.flatnonzero(labels == label)[0]]
-        Image.fromarray(np.uint8(image * 255 / 16)).save(terminal.folder / f"{label}.png")
+        picture(images[np.flatnonzero(labels == label)[0]]).save(terminal.folder / f"{label}.png")
     write_shapes(terminal.folder / "drawn", 360, 12)
     terminal.type("ddpm up")
     terminal.type(
@@ -117,8 +116,8 @@ def has_sources(terminal: Terminal) -> None:
     for part in ("00", "01", "90"):
         with webdataset.TarWriter(str(folder / "birds" / f"part-{part}.tar")) as tar:
             for i in range(30):
-                pixels = np.kron(np.uint8(digits.images[i] * 255 / 16), np.ones((8, 8), np.uint8))
-                tar.write({"__key__": f"birds/{part}{i:03}", "png": Image.fromarray(pixels), "cls": i % 3})
+                larger = picture(np.kron(digits.images[i], np.ones((8, 8))))
+                tar.write({"__key__": f"birds/{part}{i:03}", "png": larger, "cls": i % 3})
     upload(terminal, folder / "photos", "s3://ddpm/sources/photos")
     upload(terminal, folder / "birds", "s3://ddpm/datasets/birds")
 
