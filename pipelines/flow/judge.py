@@ -26,7 +26,7 @@ from pipelines.references import Resolved
 from pipelines.registry import Gate, Verdict, check_signing
 from pipelines.shards.quarantine import read_quarantine, stream_digest
 from pipelines.storage import Storage, join
-from pipelines.tracking import ModelVersion, links
+from pipelines.tracking import ModelVersion
 from pipelines.training import driver
 from pipelines.training.driver import TrainingResult
 from pipelines.training.ray_train.resources import alive_nodes, connect_ray, has_room_beside
@@ -182,24 +182,17 @@ class Register(Stage[ModelVersion]):
         found = registry.find_version(given.run.tracker.uri, name, given.evaluation, inputs["model"])
         if found is None:
             return Look(None, f"no version of {name} has this model with these scores")
+        if not registry.is_candidate(given.run.tracker.uri, found):
+            return Look(None, f"version {found.version} of {name} lacks the alias {registry.CANDIDATE}")
         return Look(found, f"this model is {name} version {found.version} already")
 
     def run(self, site: Site, given: Results) -> ModelVersion:
-        """Register the version, and say so on the page of its run."""
+        """Register the version, and say so on the page of its run, unless that was done."""
         assert given.run is not None
         assert given.evaluation is not None
         resolved = _loaded(given.run, site.storage)
         uri = resolved.model.spec.lineage["dataset_uri"]
-        version, fresh = registry.register_once(
-            resolved, given.evaluation, self.config, site.storage, site.display, uri
-        )
-        if fresh:
-            page = links.version_page(version.name, version.version)
-            where = (
-                f"as [{version.name} version {version.version}]({page}), which has the gate's verdict and its evidence."
-            )
-            tracking.describe(given.run.tracker, {"Registered": where})
-        return version
+        return registry.register_once(resolved, given.evaluation, self.config, site.storage, site.display, uri)
 
 
 @dataclass(frozen=True)

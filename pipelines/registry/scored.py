@@ -16,7 +16,7 @@ from pipelines.references import Resolved
 from pipelines.registry.package import digest_of, register, run_of
 from pipelines.registry.sign import Signer, check_signing
 from pipelines.storage import Storage
-from pipelines.tracking import ModelVersion
+from pipelines.tracking import ModelVersion, links
 
 CANDIDATE = "candidate"
 """Alias of the newest version; nothing guards it."""
@@ -51,7 +51,7 @@ def register_scored(
     run_of(resolved)  # before anything is drawn
     scores, _ = score_and_record(resolved, settings, config, storage, display, connect, dataset_uri)
     dataset = dataset_uri or resolved.model.spec.lineage.get("dataset_uri", config.data.uri)
-    return register_once(resolved, scores, config, storage, display, dataset)[0]
+    return register_once(resolved, scores, config, storage, display, dataset)
 
 
 def find_version(uri: str, name: str, scores: Scores, model_digest: str) -> ModelVersion | None:
@@ -66,25 +66,34 @@ def find_version(uri: str, name: str, scores: Scores, model_digest: str) -> Mode
     return next((found for found in tracking.versions(uri, name) if made.items() <= found.tags.items()), None)
 
 
+def is_candidate(uri: str, version: ModelVersion) -> bool:
+    """Whether a version, or a newer one, has the alias `candidate`, which is the last step of registering it."""
+    candidate = tracking.version(uri, version.name, alias=CANDIDATE)
+    return candidate is not None and int(candidate.version) >= int(version.version)
+
+
 def register_once(
     resolved: Resolved, scores: Scores, config: Config, storage: Storage, display: Display, dataset_uri: str
-) -> tuple[ModelVersion, bool]:
-    """Register a scored model as a version, which gets the alias `candidate`, unless there is one of the same scores.
+) -> ModelVersion:
+    """Return the version of a scored model, on the page of its run and with the alias `candidate`.
+
+    It is made unless there is one of the same scores; what an interrupted call has left undone is done.
 
     Args:
         scores: of the model; the version serves the settings in them.
         dataset_uri: of the data that it was scored on.
-
-    Returns:
-        The version, and whether it was made now.
     """
-    uri, name = run_of(resolved).uri, config.registry.model
-    found = find_version(uri, name, scores, digest_of(resolved))
-    if found is not None:
-        display.stage("register", f"skipped: this model is {name} version {found.version} already")
-        return found, False
+    tracker, name = run_of(resolved), config.registry.model
+    version = find_version(tracker.uri, name, scores, digest_of(resolved))
+    if version is not None and is_candidate(tracker.uri, version):
+        display.stage("register", f"skipped: this model is {name} version {version.version} already")
+        return version
     display.stage("register", f"as {name}")
-    model = references.guided(resolved.model, Sampling.from_json(scores.sampling), config.tracking.uri, storage)
-    version = register(replace(resolved, model=model), name, scores, dataset_uri, Signer.of(config.registry))
-    tracking.set_alias(uri, name, CANDIDATE, version.version)
-    return version, True
+    if version is None:
+        model = references.guided(resolved.model, Sampling.from_json(scores.sampling), config.tracking.uri, storage)
+        version = register(replace(resolved, model=model), name, scores, dataset_uri, Signer.of(config.registry))
+    page = links.version_page(name, version.version)
+    where = f"as [{name} version {version.version}]({page}), which has its evidence and the gate's verdict."
+    tracking.describe(tracker, {"Registered": where})
+    tracking.set_alias(tracker.uri, name, CANDIDATE, version.version)
+    return version

@@ -162,10 +162,22 @@ class Plain:
 
 @pytest.mark.parametrize("digest, number", [("d", "2"), ("another", None)])
 def test_a_version_counts_where_it_has_the_weights_and_the_scores(registered, digest, number):
-    config, _, _ = registered
-    run = TrainingResult(tracking.Tracker("u", "r"), "complete", 1, Published("u", 1, digest), None)
-    found = Register(config).look(SITE, Results(run=run, evaluation=Plain())).result  # type: ignore[arg-type]
+    config, _, aliases = registered
+    aliases["candidate"] = "2"
+    found = looked_for(config, digest).result
     assert (found and found.version) == number
+
+
+def looked_for(config, digest):
+    run = TrainingResult(tracking.Tracker("u", "r"), "complete", 1, Published("u", 1, digest), None)
+    return Register(config).look(SITE, Results(run=run, evaluation=Plain()))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("candidate", [None, "1"])
+def test_a_version_counts_once_it_or_a_newer_one_is_the_candidate(registered, candidate):
+    config, _, aliases = registered
+    aliases["candidate"] = candidate
+    assert looked_for(config, "d").reason == "version 2 of m lacks the alias candidate"
 
 
 def test_the_gate_is_done_where_the_alias_is_at_the_version_by_its_log_and_in_mlflow(registered, monkeypatch, tmp_path):

@@ -38,7 +38,7 @@ SCORES = Scores(
 @pytest.fixture
 def world(monkeypatch):
     """A registry that keeps what is registered."""
-    found = SimpleNamespace(versions=[], scored=[], aliases={}, on_register=lambda resolved: None)
+    found = SimpleNamespace(versions=[], scored=[], aliases={}, notes=[], on_register=lambda resolved: None)
 
     def score(resolved, settings, config, storage, display, connect, dataset_uri):
         found.scored.append((settings, dataset_uri))
@@ -57,7 +57,15 @@ def world(monkeypatch):
     monkeypatch.setattr(scored, "check_signing", lambda config: None)
     monkeypatch.setattr(scored, "score_and_record", score)
     monkeypatch.setattr(scored, "register", register)
+
+    def version(uri, name, *, alias):
+        return next(
+            (v for v in found.versions if (v.name, v.version) == (name, found.aliases.get((name, alias)))), None
+        )
+
     monkeypatch.setattr(tracking, "set_alias", lambda uri, name, alias, v: found.aliases.update({(name, alias): v}))
+    monkeypatch.setattr(tracking, "version", version)
+    monkeypatch.setattr(tracking, "describe", lambda tracker, parts: found.notes.append(parts["Registered"]))
     monkeypatch.setattr(scored, "digest_of", lambda resolved: "m")
     monkeypatch.setattr(scored.Signer, "of", lambda config: None)
     monkeypatch.setattr(tracking, "versions", lambda uri, name: [v for v in found.versions if v.name == name])
@@ -113,3 +121,22 @@ def test_a_model_with_other_scores_is_another_version(world, monkeypatch):
     changed = replace(SCORES, samples="elsewhere")
     monkeypatch.setattr(scored, "score_and_record", lambda *_: (changed, True))
     assert ask().version != first.version
+
+
+@pytest.mark.parametrize("step", ["describe", "set_alias"])
+def test_what_a_process_that_was_killed_had_left_undone_is_done_by_the_next(world, monkeypatch, step):
+    with monkeypatch.context() as killed:
+        killed.setattr(tracking, step, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            ask()
+    assert (len(world.versions), world.aliases) == (1, {})
+    assert ask().version == "1"
+    assert world.aliases == {("digits", "candidate"): "1"}
+    assert "digits version 1" in world.notes[-1]
+
+
+def test_the_alias_of_a_newer_version_does_not_go_back_to_an_older_one(world):
+    ask()
+    ask(Sampling.of(steps=8))
+    assert ask().version == "1"
+    assert world.aliases == {("digits", "candidate"): "2"}
