@@ -57,9 +57,9 @@ steps, trained on the hybrid loss, which learns the reverse variance.
 
 All numbers are of {about["test"]} images with the labels of the test split. Class accuracy and Frechet distance are by
 an evaluator that is trained on real images and guides nothing (digest `{about["evaluator"]}`); square brackets are 95 %
-bootstrap intervals, which for Frechet distances are about the value of infinitely many samples and therefore lie below
-the biased value of these few. Precision and recall (Kynkäänniemi et al. 2019) take the test split for the real images.
-One run, one seed: differences within the intervals are none.
+bootstrap intervals. Those of Frechet distances are for the value at infinitely many samples, and so reach far below the
+value of these few, whose bias makes it larger. Precision and recall (Kynkäänniemi et al. 2019) take the test split for
+the real images. This is one run with one seed: differences within the intervals show nothing.
 
 ## Guidance
 
@@ -71,9 +71,9 @@ DDIM, 50 steps. Scale 0 is not given the label that its accuracy is measured aga
 
 ## Samplers
 
-The model with its label, without guidance, by number of network evaluations. Heun takes 2 steps - 1 and a
-predictor-corrector as many, so their budgets are met to within one; ancestral sampling and predictor-corrector use
-the learned variance.
+The model is given the label and not guided; columns are numbers of network evaluations. Heun and predictor-corrector
+need 2N - 1 evaluations for N steps, so they meet these numbers to within one; ancestral sampling and
+predictor-corrector use the learned variance.
 
 {by_budget(found["samplers"], "Frechet distance", budgets)}
 
@@ -119,9 +119,9 @@ The prior's share of the bound is {likelihood.prior:.2g}. The bound by timestep:
 
 ## Two pictures about the objective
 
-What a step's noise weighs in L_simple relative to the variational bound: least near the data, so that the network
-spends itself on larger structure (DDPM, section 3.4); on the cosine schedule also at its capped end, where hardly any
-signal is left.
+How much the error at each timestep counts in L_simple (the mean squared error of the noise), relative to the
+variational bound: it counts least near the data, so the network learns larger structure first of all (DDPM, section
+3.4); on the cosine schedule also at its capped end, where hardly any signal is left.
 
 ![Weight in L_simple over weight in L_vlb by timestep](images/digits-weights.png)
 

@@ -31,13 +31,13 @@ NEEDED = {
 """Settings that experiments leave to their user."""
 IS = {
     "captions32": ("your own captioned pictures", "drawn by prompts, [measured](using-models.md#a-model-on-text)"),
-    "captions32_classifier": ("a classifier of noisy pictures by caption", "trained, as a guide"),
+    "captions32_classifier": ("a classifier of noisy pictures by caption", "trained, and used for guidance"),
     "cifar10": ("CIFAR-10 by DDPM (Ho et al. 2020, app. B)", ""),
     "cifar10_consistency": ("CIFAR-10 in 1 or 2 evaluations, by ECT (Geng et al. 2024), from `cifar10_edm`", ""),
     "cifar10_edm": ("CIFAR-10 like EDM (Karras et al. 2022, app. F)", ""),
     "cifar10_improved": ("CIFAR-10 by Improved DDPM (Nichol & Dhariwal 2021)", ""),
     "digits": ("scikit-learn's digits", "trained, [measured](digits.md)"),
-    "digits_classifier": ("a classifier of noisy digits", "trained, as a guide"),
+    "digits_classifier": ("a classifier of noisy digits", "trained, and used for guidance"),
     "digits_consistency": ("digits in 1 or 2 evaluations", "trained, [measured](few-steps.md#measured-on-digits)"),
     "digits_inpainting": ("digits with known pixels", "trained, [shown](using-models.md#inpaint)"),
     "digits_learned_variance": ("digits with a learned variance", "trained for a few steps"),
@@ -53,10 +53,10 @@ IS = {
 """Experiment -> what it is, and what it was checked on besides the tests."""
 GOAL = {
     "cifar10": "3.17 (Ho et al. 2020, table 1)",
-    "cifar10_improved": "about 3, by 4,000 steps (Nichol & Dhariwal 2021, table 2)",
-    "cifar10_edm": "1.97 by theirs (Karras et al. 2022, table 2, unconditional)",
-    "cifar10_consistency": "3.86 in 1, 2.15 in 2 by theirs ([the authors'](https://github.com/locuslab/ect))",
-    "imagenet64": "2.07 by theirs ([the authors'](https://github.com/openai/guided-diffusion#results))",
+    "cifar10_improved": "about 3, in 4,000 steps (Nichol & Dhariwal 2021, table 2)",
+    "cifar10_edm": "1.97 with the paper's network (Karras et al. 2022, table 2, unconditional)",
+    "cifar10_consistency": "3.86 in 1 evaluation, 2.15 in 2 ([the authors' network](https://github.com/locuslab/ect))",
+    "imagenet64": "2.07 ([the authors' network](https://github.com/openai/guided-diffusion#results))",
 }
 """Experiment -> published FID of 50,000 samples."""
 UTILIZATION = 0.2
