@@ -207,6 +207,8 @@ def computes_bf16(device: torch.device) -> bool:
 class HalfPrecision:
     """A denoiser whose networks compute convolutions and matrix products in bfloat16 (autocast), all else as before.
 
+    On a device that only emulates bfloat16 they compute in float32, with a warning.
+
     Attributes:
         denoiser: the denoiser, with its guidance.
     """
@@ -218,9 +220,11 @@ class HalfPrecision:
         if not computes_bf16(x_t.device):
             # Once a process: Python shows a warning of one place once.
             warnings.warn(
-                "precision = bf16: this device has no units for it and takes several times as long as in fp32",
+                "precision = bf16: this device has no units for it and would take several times as long as in fp32, "
+                "in which the networks compute here",
                 stacklevel=2,
             )
+            return self.denoiser(x_t, t, cond)
         with torch.autocast(x_t.device.type, torch.bfloat16):
             return self.denoiser(x_t, t, cond)
 
@@ -230,7 +234,8 @@ class Arithmetic(Settings):
     """The settings of the arithmetic in which a model draws."""
 
     precision: Literal["fp32", "bf16"] = setting(
-        "fp32", "arithmetic of the networks while they draw; bf16 is faster where the machine computes in it"
+        "fp32",
+        "arithmetic of the networks while they draw; bf16 is faster where the machine computes in it, and else fp32",
     )
 
     def wrap(self, denoiser: Denoiser) -> Denoiser:

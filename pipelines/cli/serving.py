@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipelines.cli.common import MODEL, SERVICES, Json, answer_json, compose, connect, terminal
+from pipelines.connect import anywhere
 
 if TYPE_CHECKING:
     from pipelines.config import Config
@@ -33,7 +34,8 @@ def serve(
     needed = ["fastapi", "grpc_reflection", "prometheus_client", *(["gradio"] if page else [])]
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise typer.BadParameter(f"{', '.join(missing)} is not installed: pip install 'ddpm-pipelines[serve]'")
-    models = list(dict.fromkeys(argument for argument in arguments if not _is_override(argument)))
+    # The replicas run in folders of their own.
+    models = list(dict.fromkeys(anywhere(argument) for argument in arguments if not _is_override(argument)))
     if not models:
         raise typer.BadParameter(f"name a model to serve: {MODEL}", param_hint="MODEL")
     config = compose([argument for argument in arguments if _is_override(argument)])

@@ -72,7 +72,7 @@ def training_rate(speed: Speed, machine: MachineFacts, workers: int) -> float:
 
 
 def drawing_rate(speed: Speed, machine: MachineFacts) -> float:
-    """Return network evaluations of one image per second, of all processes together."""
+    """Return network evaluations of one image per second while samples are drawn, of all processes together."""
     return speed.draw * processes(machine) * together(machine)
 
 
@@ -103,9 +103,10 @@ def judging(
     most = max(LEAST_SAMPLES, min(max(source.test_images, 256), SAMPLES))
     seeds = 3 if affordable >= 5 * min(most, 256) else 1
     n = max(LEAST_SAMPLES, min(most, affordable // (seeds + 2)))
-    likely = int(LIKELIHOOD_SHARE * budget_s * rate / LIKELIHOOD_EVALUATIONS)
+    of_likelihood = LIKELIHOOD_EVALUATIONS / (speed.evaluate * processes(machine) * together(machine))
+    likely = int(LIKELIHOOD_SHARE * budget_s / of_likelihood)
     likelihood = min(32, likely, source.test_images) if likely >= 4 else 0
-    drawn = (n * (seeds + 2) * evaluations + likelihood * LIKELIHOOD_EVALUATIONS) / rate
+    drawn = n * (seeds + 2) * evaluations / rate + likelihood * of_likelihood
     return Judging(kind, passes, n, seeds, likelihood, {"evaluator": of_pass * passes, "scores": JUDGING_S + drawn})
 
 

@@ -90,11 +90,13 @@ class Speed:
     Attributes:
         train: images that one worker trains on in a second.
         draw: images for which one process evaluates the network in a second, as sampling does many times an image.
+        evaluate: the same in float32, as likelihoods are computed.
         parameters: of the network.
     """
 
     train: float
     draw: float
+    evaluate: float
     parameters: int
 
 

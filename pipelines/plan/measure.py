@@ -17,7 +17,8 @@ from pipelines.evaluation.evaluators.classifier import MAX_SIDE, train_classifie
 from pipelines.evaluation.evaluators.contrastive import train_contrastive
 from pipelines.plan.facts import Hand, MachineFacts, SourceFacts, Speed, override_value
 from pipelines.plan.networks import Candidate, candidates
-from pipelines.plan.propose import uses_captions
+from pipelines.plan.propose import drawing_precision, uses_captions
+from pipelines.training.loop.hardware import resolve_precision
 from pipelines.training.loop.speed import measure_speed
 
 logger = logging.getLogger(__name__)
@@ -69,13 +70,16 @@ class Measurement:
             for candidate in of_size:
                 piece = PIECE[device.type] if size <= 32 or device.type == "cuda" else PIECE["cpu"] // 4
                 config = trial_config(candidate, self.source, hand, piece)
+                drawn_in = drawing_precision(resolve_precision(config.optim, device), hand)
+                sampler = config.sampler.model_copy(update={"precision": drawn_in})
+                config = config.model_copy(update={"sampler": sampler})
                 try:
                     found = measure_speed(config, device, SECONDS)
                 except torch.OutOfMemoryError:
                     logger.warning("%s does not fit the memory of the device", candidate.key)
                     break
                 precision = found.precision
-                speeds[candidate.key] = Speed(found.train, found.draw, found.parameters)
+                speeds[candidate.key] = Speed(found.train, found.draw, found.evaluate, found.parameters)
                 if self.budget_s * found.train * self.workers < LEAST_SHARE * candidate.needed:
                     break
             judge[size] = judge_step_seconds(config, len(self.source.class_counts), device)

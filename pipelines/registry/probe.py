@@ -58,7 +58,11 @@ def draw_probe(model: Model, folder: Path) -> dict[str, Any]:
         tokens, pooled = (torch.randn(PROBES, *form, width, generator=generator) for form in ((TOKENS,), ()))
         text = Conditioning(text=tokens, pooled=pooled)
         asked |= {"text": tokens, "pooled": pooled}
-    images = model.generate(labels, text=text, seed=SEED, image_ids=torch.arange(PROBES), batch_size=PROBES)
+    # In float32, whatever the version serves: bf16 rounds too coarsely to be compared from machine to machine.
+    exact = model.spec.sampling.with_fields(precision="fp32")
+    images = model.generate(
+        labels, text=text, seed=SEED, sampling=exact, image_ids=torch.arange(PROBES), batch_size=PROBES
+    )
     if not bool(images.isfinite().all()):
         raise ProbeError("the model draws pictures that are not numbers: its weights, or what they lead to, overflowed")
     save_file({"images": to_uint8(images).contiguous(), **asked}, folder / PROBE)

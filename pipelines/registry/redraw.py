@@ -35,8 +35,17 @@ def main(code: str, folder: str, out: str, seed: int, count: int, threads: int) 
     text: dict[str, Any] = {}  # the code of an earlier release takes none
     if "text" in asked:
         text["text"] = Conditioning(text=asked["text"], pooled=asked["pooled"])
-    images = load_model(Path(folder)).generate(
-        asked.get("labels"), seed=seed, image_ids=torch.arange(count), batch_size=count, **text
+    model = load_model(Path(folder))
+    sampling = model.spec.sampling
+    if "precision" in sampling.to_json():  # not in the code of an earlier release
+        sampling = sampling.with_fields(precision="fp32")
+    images = model.generate(
+        asked.get("labels"),
+        seed=seed,
+        sampling=sampling,
+        image_ids=torch.arange(count),
+        batch_size=count,
+        **text,
     )
     ours = [module for name, module in sys.modules.items() if name.partition(".")[0] == "ddpm"]
     foreign = [str(m.__file__) for m in ours if not Path(str(m.__file__)).resolve().is_relative_to(code)]

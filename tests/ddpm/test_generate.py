@@ -93,7 +93,8 @@ def network():
 
 
 @pytest.mark.parametrize("kind", [kind for kind in SAMPLERS if kind not in ("consistency", "langevin")])
-def test_in_bf16_networks_compute_in_bf16_and_samplers_in_float32(network, kind):
+def test_in_bf16_networks_compute_in_bf16_and_samplers_in_float32(network, monkeypatch, kind):
+    monkeypatch.setattr(prediction, "computes_bf16", lambda device: True)
     seen = set()
     handles = [
         module.register_forward_hook(lambda module, given, output: seen.add(output.dtype))
@@ -123,8 +124,10 @@ def test_settings_from_before_there_was_a_precision_keep_their_arithmetic_and_th
     assert settings.with_fields(precision="bf16").key() == {**settings.key(), "precision": "bf16"}
 
 
-def test_a_device_that_emulates_bf16_is_told_of(network, monkeypatch):
+def test_on_a_device_that_emulates_bf16_networks_compute_in_float32_and_say_so(network, monkeypatch):
     monkeypatch.setattr(prediction, "computes_bf16", lambda device: False)
     denoiser = Sampling.of(precision="bf16").wrap(NetworkDenoiser(network, SCHEDULE, "v"), SCHEDULE)
     with pytest.warns(UserWarning, match="no units for it"):
-        denoiser(torch.zeros(1, 1, 8, 8), torch.ones(1))
+        half = denoiser(torch.zeros(1, 1, 8, 8), torch.ones(1)).x0
+    exact = Sampling().wrap(NetworkDenoiser(network, SCHEDULE, "v"), SCHEDULE)
+    assert torch.equal(half, exact(torch.zeros(1, 1, 8, 8), torch.ones(1)).x0)

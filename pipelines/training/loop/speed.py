@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ddpm.conditioning import Conditioning
-from pipelines.config import Config
+from pipelines.config import Config, sampling
 from pipelines.shards.index import ShardInfo, make_dataset
 from pipelines.shards.read import Batch
 from pipelines.storage import Storage
@@ -30,13 +30,15 @@ class MeasuredSpeed:
 
     Attributes:
         train: images per second of whole training steps: forward, backward, update, averages.
-        draw: images per second of single network evaluations, as sampling makes them.
+        draw: images per second of single network evaluations, as sampling makes them in `sampler.precision`.
+        evaluate: the same in float32, as likelihoods are computed.
         parameters: of the network.
         precision: what forward and backward computed in.
     """
 
     train: float
     draw: float
+    evaluate: float
     parameters: int
     precision: str
 
@@ -56,9 +58,13 @@ def measure_speed(config: Config, device: torch.device, seconds: float) -> Measu
         images, t = batch.images.to(device), torch.full((len(batch),), 500.0, device=device)
         cond = _condition(config, batch, device)
         weights = next(network.parameters()).dtype
-        draw = _rate(lambda: network(images.to(weights), t, cond), len(batch), device, seconds)
+        evaluate = draw = _rate(lambda: network(images.to(weights), t, cond), len(batch), device, seconds)
+        arithmetic = sampling(config).arithmetic
+        if arithmetic.precision != "fp32":
+            wrapped = arithmetic.wrap(network)
+            draw = _rate(lambda: wrapped(images.to(weights), t, cond), len(batch), device, seconds)
     parameters = sum(p.numel() for p in state.network.parameters())
-    return MeasuredSpeed(train, draw, parameters, context.precision)
+    return MeasuredSpeed(train, draw, evaluate, parameters, context.precision)
 
 
 def made_up(config: Config) -> Batch:

@@ -68,7 +68,7 @@ def machine(cores: int = 2, gpus: int = 0, factor: float = 1.0) -> MachineFacts:
         cost = max(size / 32, 0.25) ** 2
         for name, (rate, millions) in at_32.items():
             train = factor * rate / cost
-            speeds[f"{name}@{size}"] = Speed(train, 2.5 * train, int(millions * 1e6))
+            speeds[f"{name}@{size}"] = Speed(train, 4 * train, 2.5 * train, int(millions * 1e6))
     judge = {size: 0.1 * (min(size, 64) / 32) ** 2 / factor for size in (8, 16, 24, 28, 32, 64, 128, 256)}
     return MachineFacts("this machine", cores, gpus, "bf16", speeds, judge, start_s=5.0, looking_s=8.0)
 

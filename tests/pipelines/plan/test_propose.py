@@ -8,8 +8,8 @@ import pytest
 
 from pipelines.config import ConfigError, compose, override_settings
 from pipelines.plan.advice import more_time
-from pipelines.plan.facts import Mirror
-from pipelines.plan.propose import propose
+from pipelines.plan.facts import Hand, Mirror
+from pipelines.plan.propose import drawing_precision, propose
 from tests.pipelines.plan.cases import DIGITS, GPU, LAPTOP, PHOTOS, PICTOGRAMS, SOURCES, UNLABELLED, machine
 
 HALF_HOUR = 1_800.0
@@ -135,6 +135,23 @@ def test_what_is_set_by_hand_stays_and_the_plan_says_so(override, field):
     key = override.partition("=")[0]
     assert key not in plan.settings
     assert any(line.reason == "set by hand" and override.split("=")[0] in line.value for line in plan.lines)
+
+
+@pytest.mark.parametrize(
+    "trains_in, hand, drawn_in",
+    [
+        ("bf16", [], "bf16"),
+        ("bf16", ["sampler.precision=fp32"], "fp32"),
+        ("bf16", ["sampler=ddim"], "fp32"),
+        ("fp16", [], "fp32"),
+        ("fp32", [], "fp32"),
+        ("fp32", ["sampler.precision=bf16"], "bf16"),
+    ],
+)
+def test_samples_are_drawn_in_bf16_where_the_machine_trains_in_it(trains_in, hand, drawn_in):
+    plan = propose(DIGITS, replace(LAPTOP, precision=trains_in), HALF_HOUR, override_settings(hand))
+    assert composed(plan, *hand).sampler.precision == drawn_in
+    assert drawing_precision(trains_in, Hand(override_settings(hand))) == drawn_in
 
 
 @pytest.mark.parametrize("budget_s", [1.0, 20.0, 45.0])
