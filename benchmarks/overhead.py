@@ -5,9 +5,11 @@
 It starts its own local stack. Runs alternate between a plain process with its images in memory and the driver of `ddpm
 train`, with the same model, batch size and number of threads. `ratio` is the driver's images/s over the plain
 process's, with one worker of one thread; `scaling` is that of two workers of one thread over one plain process of two
-threads. At the end a worker is killed, to measure the time to the next step and which part of it our code takes.
+threads. `pair` is that of two workers over two plain processes of one thread at once, which is what the cores give, and
+`pair_beside_stack` the same where the share of the cores that the stack computes on is left out.
 
-With `--restarts` only that is measured, in nine runs.
+With `--restarts` workers are killed in nine runs, to measure the time to the next step and which part of it our code
+takes.
 
 With `--evaluation` runs of one worker alternate with and without the scoring of their checkpoints while they train.
 Measured are the CPU seconds of the worker and of the driver for each image, which tell more than the images/s where
@@ -27,7 +29,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,18 +161,17 @@ def run(quick: bool) -> dict[str, Any]:
         first = _bare(1, seconds)
         one = [bench.turn(1, seconds, first, f"one-{i}") for i in range(turns)]
         two = [bench.turn(2, seconds, first, f"two-{i}") for i in range(max(1, turns // 2))]
-        restarts = [bench.restart(first, f"restart-{i}") for i in range(1 if quick else 3)]
     return {
         **_about("overhead", quick),
         "seconds_per_turn": seconds,
         "ratio": _median(one, "ratio"),
         "scaling": _median(two, "ratio"),
+        "pair": _median(two, "pair_ratio"),
+        "pair_beside_stack": _median(two, "pair_ratio_beside_stack"),
+        "stack_cpu": {"one_worker": _median(one, "stack_cpu"), "two_workers": _median(two, "stack_cpu")},
         "missing": {part: _median(one, part) for part in ("data", "checkpoint", "step")},
-        "restart_ray_s": _median(restarts, "ray_s"),
-        "restart_ours_s": _median(restarts, "ours_s"),
         "one_worker": one,
         "two_workers": two,
-        "restarts": restarts,
     }
 
 
@@ -201,11 +202,13 @@ def _median(rows: list[dict[str, float]], key: str) -> float:
     return round(statistics.median(row[key] for row in rows), 4)
 
 
-def _bare(threads: int, seconds: float) -> float:
+def _bare(threads: int, seconds: float, processes: int = 1) -> float:
+    """Return the images/s of bare loops in processes of their own, all at once."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     command = [sys.executable, "-m", "benchmarks.overhead", "--bare", str(threads), str(seconds)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return float(json.loads(done.stdout.splitlines()[-1])["images_per_s"])
+    running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
+    said = [process.communicate()[0] for process in running]
+    return sum(float(json.loads(text.splitlines()[-1])["images_per_s"]) for text in said)
 
 
 class _Bench:
@@ -229,29 +232,55 @@ class _Bench:
 
         return ReusableWorkers("overhead")
 
-    def train(self, name: str, workers: int, images: int, every: int) -> Any:
+    def train(
+        self,
+        name: str,
+        workers: int,
+        images: int,
+        every: int,
+        watch: Callable[[TrainingStatus], None] = lambda status: None,
+    ) -> Any:
         """Return the result of a training through the driver."""
         from pipelines.training import driver
 
         config = self.fill([f"name={name}", f"images={images}", f"cluster.num_workers={workers}",
                             f"checkpoint.every={every}"])  # fmt: skip
-        return driver.train(driver.make_plan(config, self.storage, {}))
+        return driver.train(driver.make_plan(config, self.storage, {}), driver.no_report if watch is None else watch)
 
     def turn(self, workers: int, seconds: float, rate: float, name: str) -> dict[str, float]:
-        """Return the ratio of a run through Ray to the mean of bare runs before and after, and where time is lost."""
+        """Return the ratio of a run through Ray to the mean of bare runs before and after, and where time is lost.
+
+        `stack_cpu` is the share of all cores that processes other than the workers computed on meanwhile.
+        """
         from pipelines.training.ledger import read_sessions
 
         steps = max(10, int(seconds * rate * workers / BATCH))
-        before = _bare(workers, seconds / 2)
-        self.train(name, workers, steps * BATCH, max(BATCH, int(CHECKPOINT_EVERY_S * rate * workers)))
-        after = _bare(workers, seconds / 2)
+        seen: list[tuple[float, float]] = []  # time, CPU seconds of the stack and the driver
+
+        def watch(status: TrainingStatus) -> None:
+            if status.images_seen > 0 and (not seen or time.time() - seen[-1][0] > 5):
+                seen.append((time.time(), _stack_cpu(self.state.home)))
+
+        def bare_rates() -> tuple[float, float]:
+            return _bare(workers, seconds / 2), _bare(1, seconds / 2, workers) if workers > 1 else 0.0
+
+        before = bare_rates()
+        self.train(name, workers, steps * BATCH, max(BATCH, int(CHECKPOINT_EVERY_S * rate * workers)), watch)
+        after = bare_rates()
         (attempt,) = read_sessions(self.storage, f"s3://ddpm/runs/{name}")[-1].attempts
         spent = {kind: attempt.seconds[kind] for kind in ("step", "data", "checkpoint")}
-        ours, theirs = steps * BATCH / sum(spent.values()), (before + after) / 2
+        ours = steps * BATCH / sum(spent.values())
+        theirs, pair = ((one + other) / 2 for one, other in zip(before, after, strict=True))
         # Shares of the time; of the steps, only what exceeds the bare loop's time for the same images.
         missing = {kind: seconds / sum(spent.values()) for kind, seconds in spent.items()}
         missing["step"] -= ours / theirs
-        return {"bare": theirs, "ray": ours, "ratio": ours / theirs, **missing}
+        (began, at_first), (ended, at_last) = seen[0], seen[-1]
+        stack_cpu = (at_last - at_first) / max(ended - began, 1e-9) / (os.cpu_count() or 1)
+        found = {"bare": theirs, "ray": ours, "ratio": ours / theirs, "stack_cpu": stack_cpu, **missing}
+        if pair:
+            beside = ours / pair / (1 - stack_cpu)
+            found |= {"pair": pair, "pair_ratio": ours / pair, "pair_ratio_beside_stack": beside}
+        return found
 
     def watched(self, workers: Any, name: str, images: int, *, evaluate: bool) -> dict[str, float]:
         """Return what a run of one worker takes for 1,000 images, from its first steps to its last.
@@ -311,6 +340,27 @@ class _Bench:
         monitor.request_stop.remote()
         thread.join()
         return {"ray_s": again.began - killed, "ours_s": again.ended - again.began, **dict(again.seconds)}
+
+
+def _stack_cpu(home: Path) -> float:
+    """Return the CPU seconds of this process and of the stack's, without those of Ray Train's workers."""
+    import psutil
+
+    from pipelines import stack
+
+    workers = {process.pid for process in _workers(home)}
+    processes = [psutil.Process()]
+    for service in stack.status(home):
+        if service.pid is not None:
+            root = psutil.Process(service.pid)
+            processes += [root, *root.children(recursive=True)]
+    used = 0.0
+    for process in processes:
+        if process.pid not in workers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                used += times.user + times.system
+    return used
 
 
 def _workers(home: Path) -> list[Any]:
