@@ -221,7 +221,7 @@ PAGES: dict[str, Page] = {
     ),
     "guides/promotion.md": Page(
         champion=True,
-        adds={"^ddpm promote": PAIRS},
+        adds={"name=second|^ddpm promote": PAIRS},
         refused=("ddpm promote models:/digits/3",),
     ),
     "guides/retraining.md": Page(
