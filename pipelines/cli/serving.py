@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipelines.cli.common import MODEL, SERVICES, Json, answer_json, compose, connect, terminal
-from pipelines.connect import anywhere
 
 if TYPE_CHECKING:
     from pipelines.config import Config
@@ -34,6 +33,8 @@ def serve(
     needed = ["fastapi", "grpc_reflection", "prometheus_client", *(["gradio"] if page else [])]
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise typer.BadParameter(f"{', '.join(missing)} is not installed: pip install 'ddpm-pipelines[serve]'")
+    from pipelines.connect import anywhere
+
     # The replicas run in folders of their own.
     models = list(dict.fromkeys(anywhere(argument) for argument in arguments if not _is_override(argument)))
     if not models:
