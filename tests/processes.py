@@ -15,6 +15,15 @@ def family(pid: int) -> list[psutil.Process]:
     return []
 
 
+def kill(processes: list[psutil.Process]) -> None:
+    """SIGKILL processes, and wait until they are gone: for a moment a killed one still looks as if it ran."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    _, left = psutil.wait_procs(processes, timeout=60)
+    assert not left
+
+
 def ray_train_workers(pid: int) -> list[psutil.Process]:
     """Ray Train's workers below a process."""
     found = []

@@ -17,7 +17,7 @@ from pipelines import stack
 from pipelines.flow import GRAPH
 from pipelines.orchestrate.settings import Settings
 from tests.integration.conftest import Shell
-from tests.processes import family
+from tests.processes import family, kill
 
 dg = pytest.importorskip("dagster", reason="comes with the extra orchestrate")
 
@@ -165,8 +165,7 @@ def test_a_daemon_that_is_killed_in_a_training_goes_on_with_it_and_what_it_has_m
         launched = posted(url, LAUNCH, selector=selector, tags=tags)["launchRun"]
         assert launched["__typename"] == "LaunchRunSuccess", launched
         until(lambda: any("/state.json" in entry.uri for entry in s3.list("s3://ddpm/runs/restarted")), 900)
-        for process in family(pids["dagster-daemon"]):  # and with it what has started the run, the run, and its stage
-            process.kill()
+        kill(family(pids["dagster-daemon"]))  # and with it what has started the run, the run, and its stage
         stack.up(home, services=stack.ORCHESTRATOR)
 
         def ended() -> list[dict[str, Any]] | None:
@@ -179,8 +178,7 @@ def test_a_daemon_that_is_killed_in_a_training_goes_on_with_it_and_what_it_has_m
     finally:
         for service in stack.status(home):  # the rest of the stack is for the tests that come after
             if service.name in stack.ORCHESTRATOR and service.pid is not None:
-                for process in family(service.pid):
-                    process.kill()
+                kill(family(service.pid))
     client = MlflowClient(tracking_uri=local_stack.tracking_uri)
     experiment = client.get_experiment_by_name("ddpm").experiment_id
     (run,) = client.search_runs([experiment], "tags.`ddpm.run` = 'restarted'")
