@@ -208,6 +208,9 @@ def _bare(threads: int, seconds: float, processes: int = 1) -> float:
     command = [sys.executable, "-m", "benchmarks.overhead", "--bare", str(threads), str(seconds)]
     running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
     said = [process.communicate()[0] for process in running]
+    for process in running:
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, command)
     return sum(float(json.loads(text.splitlines()[-1])["images_per_s"]) for text in said)
 
 
@@ -245,7 +248,7 @@ class _Bench:
 
         config = self.fill([f"name={name}", f"images={images}", f"cluster.num_workers={workers}",
                             f"checkpoint.every={every}"])  # fmt: skip
-        return driver.train(driver.make_plan(config, self.storage, {}), driver.no_report if watch is None else watch)
+        return driver.train(driver.make_plan(config, self.storage, {}), watch)
 
     def turn(self, workers: int, seconds: float, rate: float, name: str) -> dict[str, float]:
         """Return the ratio of a run through Ray to the mean of bare runs before and after, and where time is lost.
@@ -348,7 +351,6 @@ def _stack_cpu(home: Path) -> float:
 
     from pipelines import stack
 
-    workers = {process.pid for process in _workers(home)}
     processes = [psutil.Process()]
     for service in stack.status(home):
         if service.pid is not None:
@@ -356,8 +358,8 @@ def _stack_cpu(home: Path) -> float:
             processes += [root, *root.children(recursive=True)]
     used = 0.0
     for process in processes:
-        if process.pid not in workers:
-            with contextlib.suppress(psutil.NoSuchProcess):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if not _is_worker(process):
                 times = process.cpu_times()
                 used += times.user + times.system
     return used
@@ -370,7 +372,11 @@ def _workers(home: Path) -> list[Any]:
     from pipelines import stack
 
     (root,) = [status.pid for status in stack.status(home) if status.name == "ray"]
-    return [p for p in psutil.Process(root).children(recursive=True) if p.name().startswith("ray::RayTrain")]
+    return [p for p in psutil.Process(root).children(recursive=True) if _is_worker(p)]
+
+
+def _is_worker(process: Any) -> bool:
+    return str(process.name()).startswith("ray::RayTrain")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,12 @@ def training_rate(speed: Speed, machine: MachineFacts, workers: int) -> float:
 
 def drawing_rate(speed: Speed, machine: MachineFacts) -> float:
     """Return network evaluations of one image per second while samples are drawn, of all processes together."""
-    return speed.draw * processes(machine) * together(machine)
+    return _of_all(speed.draw, machine)
+
+
+def _of_all(rate: float, machine: MachineFacts) -> float:
+    """Return the rate of all processes together, from that of one that has the machine to itself."""
+    return rate * processes(machine) * together(machine)
 
 
 def judging(
@@ -103,7 +108,7 @@ def judging(
     most = max(LEAST_SAMPLES, min(max(source.test_images, 256), SAMPLES))
     seeds = 3 if affordable >= 5 * min(most, 256) else 1
     n = max(LEAST_SAMPLES, min(most, affordable // (seeds + 2)))
-    of_likelihood = LIKELIHOOD_EVALUATIONS / (speed.evaluate * processes(machine) * together(machine))
+    of_likelihood = LIKELIHOOD_EVALUATIONS / _of_all(speed.evaluate, machine)
     likely = int(LIKELIHOOD_SHARE * budget_s / of_likelihood)
     likelihood = min(32, likely, source.test_images) if likely >= 4 else 0
     drawn = n * (seeds + 2) * evaluations / rate + likelihood * of_likelihood

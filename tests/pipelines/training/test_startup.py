@@ -32,7 +32,7 @@ def test_the_collector_rests_from_the_call_to_the_end_of_the_startup():
     kept = gc.get_freeze_count()
     assert kept > 10_000  # it does not look at what was imported
     startup.end_startup()  # of the next job of the same worker
-    assert gc.get_freeze_count() <= kept  # another thread of the test's process may free some of it
+    assert kept - 100 < gc.get_freeze_count() <= kept  # another thread of the test's process may free some of it
 
 
 def test_a_process_that_was_not_started_so_keeps_its_collector_as_it_is():
