@@ -73,6 +73,17 @@ def performance() -> Iterator[str]:
     yield row("where the difference goes: waiting for data; waiting for checkpoints; slower steps", missing)
     scaling = "images/s of two workers with one thread each, relative to a bare process with two threads"
     yield row(scaling, f"{overhead['scaling']:.2f}")
+    beside = (
+        "the same relative to two bare processes at once, of one thread each; without the stack's share of the cores"
+    )
+    yield row(beside, f"{overhead['pair']:.2f}; {overhead['pair_beside_stack']:.2f}")
+    stack = "; ".join(f"{100 * overhead['stack_cpu'][workers]:.1f} %" for workers in ("one_worker", "two_workers"))
+    yield row("share of both cores that the stack and the driver compute on: with one worker; with two", stack)
+    pair, one = (
+        statistics.mean(turn[key] for turn in overhead[of])
+        for of, key in (("two_workers", "pair"), ("one_worker", "bare"))
+    )
+    yield f"two processes of one thread are {pair / one:.1f} times as fast"
     restarts = result("overhead_restarts")
     seconds = f"{restarts['restart_ray_s']:.1f} s; {restarts['restart_ours_s']:.1f} s"
     killed = f"from SIGKILL of the worker to the next step of the new one (medians of {len(restarts['restarts'])})"
