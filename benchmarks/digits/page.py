@@ -53,11 +53,14 @@ Made by `{command}` ([digits.json](../benchmarks/results/digits.json)) from comm
 {about["machine"]}, in {about["minutes"]:.0f} minutes. The data is scikit-learn's 8x8
 handwritten digits ({about["train"]:,} for training, {about["test"]} for testing), the network the
 UNet of the experiment `digits` ({about["parameters"]:,} parameters) on a cosine schedule of 1,000
-steps, trained on the hybrid loss, which learns the reverse variance.
+steps. It predicts eps and was trained on {about["images"]["classes"]:,} images, longer than the experiment, with the
+hybrid loss, which also learns the reverse variance. Autoguidance takes its weights after an eighth of that training for
+the weak model.
 
 All numbers are of {about["test"]} images with the labels of the test split. Class accuracy and Frechet distance are by
-an evaluator that is trained on real images and guides nothing (digest `{about["evaluator"]}`); square brackets are 95 %
-bootstrap intervals. Those of Frechet distances are for the value at infinitely many samples, and so reach far below the
+an evaluator, a classifier that is trained on half of the training images and is not the one that guides (digest
+`{about["evaluator"]}`). Frechet distances are to the other half; smaller is better. Square brackets are 95 % bootstrap
+intervals. Those of Frechet distances are for the value at infinitely many samples, and so reach far below the
 value of these few, whose bias makes it larger. Precision and recall (Kynkäänniemi et al. 2019) take the test split for
 the real images. This is one run with one seed: differences within the intervals show nothing.
 
@@ -125,8 +128,9 @@ variational bound: it counts least near the data, so the network learns larger s
 
 ![Weight in L_simple over weight in L_vlb by timestep](images/digits-weights.png)
 
-Why a reverse step may be Gaussian: for data with two modes q(x_{{t-1}} | x_t), here at x_t = 0.1, approaches a Gaussian
-as beta falls. Its total variation distance from the Gaussian of the same mean and variance is
+Why a reverse step may be Gaussian: for data with two modes (at -0.8 and 0.8, each with a spread of 0.2)
+q(x_{{t-1}} | x_t), here at x_t = 0.1, approaches a Gaussian as beta falls. Its total variation distance from the
+Gaussian of the same mean and variance is
 {distances}.
 
 ![q(x_(t-1) | x_t) beside a Gaussian for falling beta](images/digits-reverse-step.png)

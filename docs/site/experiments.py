@@ -36,7 +36,7 @@ IS = {
     "cifar10_consistency": ("CIFAR-10 in 1 or 2 evaluations, by ECT (Geng et al. 2024), from `cifar10_edm`", ""),
     "cifar10_edm": ("CIFAR-10 like EDM (Karras et al. 2022, app. F)", ""),
     "cifar10_improved": ("CIFAR-10 by Improved DDPM (Nichol & Dhariwal 2021)", ""),
-    "digits": ("scikit-learn's digits", "trained, [measured](digits.md)"),
+    "digits": ("scikit-learn's digits", "trained, [measured](evaluation.md#the-scores)"),
     "digits_classifier": ("a classifier of noisy digits", "trained, and used for guidance"),
     "digits_consistency": ("digits in 1 or 2 evaluations", "trained, [measured](few-steps.md#measured-on-digits)"),
     "digits_inpainting": ("digits with known pixels", "trained, [shown](using-models.md#inpaint)"),

@@ -142,6 +142,7 @@ def digits() -> Iterator[str]:
     measured = result("digits")
     yield f"{measured['train']:,} for training, {measured['test']} for testing"
     yield f"`digits` ({measured['parameters']:,} parameters)"
+    yield f"trained on {measured['images']['classes']:,} images"
     for name in ("guidance", "inpainting", "text"):
         rows = [{key: as_interval(value) for key, value in each.items()} for each in measured[name]]
         columns = [key for key in dict.fromkeys(key for each in rows for key in each) if key != "name"]
@@ -180,6 +181,13 @@ def comparison() -> Iterator[str]:
         ("VAE", ("vae", "one pass", 1)),
     ]:
         yield judged(title, rows[key])
+    worse = {
+        "GAN": ("gan", "one pass", 1),
+        "VAE": ("vae", "one pass", 1),
+        "consistency model": ("student", "consistency", 1),
+    }
+    intervals = {title: rows[key]["difference_interval"] for title, key in worse.items()}
+    yield ", ".join(f"{title} {low:.2f} to {high:.2f}" for title, (low, high) in intervals.items())
     bits = result("few_steps")["bits_per_dim"]
     yield f"is {bits['teacher']:.2f} for the diffusion model"
     yield f"{bits['vae']:.2f} for the VAE"

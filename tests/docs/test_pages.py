@@ -266,6 +266,7 @@ PAGES: dict[str, Page] = {
     "experiments.md": Page(
         elsewhere={
             "ddpm flow +experiment=cifar10": "needs CIFAR-10 and GPUs",
+            "ddpm ingest FOLDER --to s3://ddpm/datasets/mnist": "needs MNIST",
             "ddpm train +experiment=mnist": "needs MNIST and an hour",
         }
     ),

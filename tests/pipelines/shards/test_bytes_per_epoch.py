@@ -1,9 +1,11 @@
 """What an epoch costs in bytes on N nodes with a cache each: little more than the dataset once, whatever the ranks."""
 
 import io
+import re
 import tarfile
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,6 +90,26 @@ def test_ragged_shards_cost_a_tail_more(sizes, lanes, window, nodes, ranks):
     first = tail_start(order) // (5 * lanes) * 5 * lanes
     late = set(order.locate(np.arange(first, order.total)).shards.tolist())
     assert tail <= nodes * sum(sizes[shard] for shard in late)
+
+
+TABLE = re.findall(
+    r"^\| ([\d,]+), (\d+), (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$",
+    (Path(__file__).parents[3] / "docs" / "datasets.md").read_text(),
+    re.MULTILINE,
+)
+
+
+def test_the_page_has_the_table_that_it_says_it_has():
+    assert len(TABLE) == 4
+
+
+@pytest.mark.parametrize("line", TABLE, ids=lambda line: "-".join(line[:3]))
+def test_the_table_of_the_page_on_datasets_is_of_the_order_of_samples(line):
+    shards, lanes, window = (int(number.replace(",", "")) for number in line[:3])
+    sizes = [100] * (shards - 1) + [50]
+    order = SampleOrder(sizes, lanes=lanes, window=window, seed=0, digest="d")
+    found = [sum(fetched(plan(order, 8 * lanes, nodes, 1), sizes)) / sum(sizes) for nodes in (2, 4, 8)]
+    assert [f"{times:.2f}" for times in found] == list(line[3:])
 
 
 SIZES = [100] * 22 + [70, 30]
