@@ -15,9 +15,10 @@ import yaml
 from pipelines.cli.app import app
 from pipelines.cli.common import read_arguments
 from pipelines.config import Config, compose, groups
+from pipelines.config.fields import config_fields
 from pipelines.launch import overrides_of
 from pipelines.orchestrate.settings import Settings
-from pipelines.search.study_config import compose_study
+from pipelines.search.study_config import StudyConfig, compose_study
 from tests.docs import terminal
 from tests.docs.modules import ROOT, load
 
@@ -51,6 +52,8 @@ def check_settings(verb: str, given: dict[str, Any]) -> None:
     if verb in ("flow", "plan"):
         source, _, overrides = read_arguments(given["arguments"])
         overrides += [f"data.source={source}"] if source else []
+    elif verb == "serve":
+        overrides = [word for word in given["arguments"] if "=" in word.partition("/")[0]]
     elif verb == "config":
         overrides = [word for word in given["arguments"] or [] if "=" in word]
     elif verb == "launch":
@@ -91,6 +94,20 @@ def test_every_command_of_a_page_is_understood_and_its_settings_compose(page):
     assert not wrong, "\n".join(wrong)
 
 
+SETTINGS = {field.key for field in config_fields()} | {f"search.{name}" for name in StudyConfig.model_fields}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_setting_that_a_page_gives_a_value_in_its_text_is_one(page):
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    given = [
+        key
+        for code in re.findall(r"`([^`\n]+)`", text)
+        for key in re.findall(r"(?:^|\s)([a-z_]+(?:\.[a-z_]+)+)(?==)", code)
+    ]
+    assert set(given) <= SETTINGS, set(given) - SETTINGS
+
+
 def test_pages_have_commands_which_are_looked_at():
     assert sum(len(list(commands(page))) for page in PAGES) > 100
     for page in GUIDES:
@@ -103,6 +120,7 @@ def test_pages_have_commands_which_are_looked_at():
         ("train +experiment=digits modle.width=3", "Did you mean 'model'"),
         ("train --no-such-option", "No such option"),
         ("fly", "there is no `ddpm fly`"),
+        ("serve models:/digits/1 storage=s3", "storage.root"),
         ("search guidance --model a --space schedule", "is for `ddpm search training`"),
         ("launch --target kuberay train +experiment=none launch.image=x", "no 'none' in experiment"),
     ],
