@@ -65,7 +65,7 @@ class KubeRayLaunch(Launch):
         description="label KEY:VALUE of spot nodes, tolerated as their taint too: karpenter.sh/capacity-type:spot, "
         "eks.amazonaws.com/capacityType:SPOT, cloud.google.com/gke-spot:true; null: no spot nodes",
     )
-    on_demand: NonNegativeInt = Field(0, description="with spot, how many workers stay on other nodes")
+    on_demand: NonNegativeInt = Field(0, description="with spot, how many workers run on other nodes, as the head does")
     spot_notice_s: NonNegativeInt = Field(
         25, description="how long a pod that has to leave its spot node may go on: clouds give 30 to 120 s"
     )

@@ -236,7 +236,8 @@ def check_accelerators(gpus_per_worker: int | None) -> list[Check]:
         found = f"{', '.join(names)}; torch {torch.__version__}, CUDA {torch.version.cuda}"
         if computes_bf16(torch.device("cuda")):
             return [ok("gpu", f"{found}; bf16")]
-        return [warning("gpu", f"{found}; bf16 only by emulation", "optim.precision=fp32 (auto would emulate bf16)")]
+        chosen = "optim.precision=auto takes fp16, or fp32 where there are no tensor cores"
+        return [ok("gpu", f"{found}; no bf16: {chosen}")]
     cpu = torch.cpu
     flags = [("AMX", cpu._is_amx_tile_supported()), ("AVX-512 bf16", cpu._is_avx512_bf16_supported())]
     having = [name for name, there in flags if there]

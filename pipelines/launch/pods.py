@@ -75,7 +75,7 @@ def worker_template(command: ClusterCommand, launch: KubeRayLaunch, *, spot: boo
         "securityContext": _container_security(),
     }
     spec = {
-        **_pod(launch),
+        **_pod(launch, spot=spot),
         "automountServiceAccountToken": False,  # a role for S3 comes by a token of its own
         "containers": [container],
         "volumes": [
@@ -134,8 +134,12 @@ def gib(size: float) -> str:
     return f"{size:.0f}Gi" if size == int(size) else f"{math.ceil(size * 1024)}Mi"
 
 
-def _pod(launch: KubeRayLaunch) -> Plain:
-    """Return what all pods have; a container that ends is not started again in place, without the cluster's state."""
+def _pod(launch: KubeRayLaunch, *, spot: bool = False) -> Plain:
+    """Return what all pods have; a container that ends is not started again in place, without the cluster's state.
+
+    Args:
+        spot: whether it runs on spot nodes; the others are kept off them, whether or not these have a taint.
+    """
     spec: Plain = {"restartPolicy": "Never"}
     if launch.service_account:
         spec["serviceAccountName"] = launch.service_account
@@ -149,6 +153,8 @@ def _pod(launch: KubeRayLaunch) -> Plain:
         "fsGroup": USER,
         "seccompProfile": {"type": "RuntimeDefault"},
     }
+    if launch.spot and not spot:
+        spec["affinity"] = {"nodeAffinity": _without(*_label(launch.spot))}
     return spec
 
 
@@ -207,10 +213,22 @@ def _placement(config: Config, launch: KubeRayLaunch, *, spot: bool) -> tuple[di
     if launch.zone:
         selector["topology.kubernetes.io/zone"] = launch.zone
     if spot and launch.spot:
-        key, _, value = launch.spot.partition(":")
+        key, value = _label(launch.spot)
         selector[key] = value
         tolerations.append({"key": key, "operator": "Equal", "value": value, "effect": "NoSchedule"})
     return selector, tolerations
+
+
+def _label(text: str) -> tuple[str, str]:
+    """Return key and value of a label of nodes, written KEY:VALUE."""
+    key, _, value = text.partition(":")
+    return key, value
+
+
+def _without(key: str, value: str) -> Plain:
+    """Return the affinity of a pod for the nodes that do not have a label, or another value of it."""
+    term = {"matchExpressions": [{"key": key, "operator": "NotIn", "values": [value]}]}
+    return {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}
 
 
 def _drain(notice_s: int) -> Plain:

@@ -125,12 +125,13 @@ class Card:
         )
 
 
-def test_a_card_that_only_emulates_bf16_warns(monkeypatch):
+def test_a_card_is_named_with_the_precision_that_a_training_on_it_takes(monkeypatch):
     Card(bf16=True).install(monkeypatch)
-    assert machine.check_accelerators(1)[0].status == "ok"
+    [found] = machine.check_accelerators(1)
+    assert (found.status, found.found.rpartition("; ")[2]) == ("ok", "bf16")
     Card(bf16=False).install(monkeypatch)
     [found] = machine.check_accelerators(1)
-    assert (found.status, "optim.precision" in found.fix) == ("warning", True)
+    assert (found.status, "optim.precision=auto takes fp16" in found.found) == ("ok", True)
 
 
 def test_workers_that_ask_for_a_gpu_where_none_is_fail(monkeypatch):

@@ -195,15 +195,20 @@ def test_spot_workers_are_a_group_of_their_own_beside_those_that_stay():
         job("launch.on_demand=1")
 
 
-def test_only_spot_workers_ask_for_and_tolerate_spot_nodes():
+def test_spot_workers_ask_for_and_tolerate_spot_nodes_and_all_else_keeps_off_them():
     found = templates(job(*VARIANTS["spot"]))
     spot, stay = found["spot"]["spec"], found["gpu"]["spec"]
     assert spot["nodeSelector"] == {"karpenter.sh/capacity-type": "spot"}
     taint = {"key": "karpenter.sh/capacity-type", "operator": "Equal", "value": "spot", "effect": "NoSchedule"}
     assert taint in spot["tolerations"]
-    assert "nodeSelector" not in stay
     assert taint not in stay["tolerations"]
-    assert "nodeSelector" not in found["head"]["spec"]
+    assert "affinity" not in spot
+    for other in (stay, found["head"]["spec"], found["submitter"]["spec"]):
+        assert "nodeSelector" not in other
+        required = other["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+        (rule,) = required["nodeSelectorTerms"][0]["matchExpressions"]
+        assert rule == {"key": "karpenter.sh/capacity-type", "operator": "NotIn", "values": ["spot"]}
+    assert "affinity" not in templates(job(*GPU))["head"]["spec"]
 
 
 def test_a_spot_pod_that_has_to_go_says_so_to_ray_while_it_may_still_write_a_checkpoint():
