@@ -240,6 +240,17 @@ def evaluation() -> Iterator[str]:
     yield f"{100 * measured['driver_cpu']:.1f} % of the worker's"
     yield f"images/s were {100 * (1 - measured['images_per_s_ratio']):.0f} % fewer"
     yield f"in each training of {measured['images_per_turn']:,} images"
+    found = result("evaluators")
+    changes = ("copies", "blurred", "noisy", "no_3", "no_3_no_5")
+    for name, e in found["evaluators"].items():
+        shown = f"**{name}**" if name in ("classifier, half", "contrastive, half") else name
+        multiples = (fixed(e[change], 2) for change in changes)
+        yield row(shown, fixed(e["known"], 3), fixed(e["floor"], 2), *multiples, fixed(e["noise_alone"], 0))
+    half = found["evaluators"]["classifier, half"]
+    group, gain = found["group"], "gain_of_shown"
+    yield f"have the distance {fixed(half['shown_to_unseen'], 2)} from {group} others"
+    yield f"and {group} unseen images {fixed(half['unseen_to_unseen'], 2)}"
+    yield f"a difference of {fixed(half[gain], 2)} ± {fixed(half[f'{gain}_standard_error'], 2)} over the trainings"
 
 
 def methods() -> Iterator[str]:
