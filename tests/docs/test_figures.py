@@ -290,6 +290,30 @@ def failures() -> Iterator[str]:
     yield "computed twice | " + "; ".join(f"{100 * share:.0f} %" for share in shares) + " |"
 
 
+SHUFFLED = {
+    "full shuffle": "full shuffle",
+    "ours, 16 lanes, window 8": "16 lanes, window 8 (`data=folder`)",
+    "ours, 8 lanes, window 4": "8 lanes, window 4",
+    "WebDataset, 16 readers": "WebDataset, `shardshuffle=100`, `shuffle(1000)`, 16 readers",
+    "WebDataset, 1 reader": "the same, 1 reader",
+    "storage order": "as stored",
+}
+
+
+def datasets() -> Iterator[str]:
+    rows = result("shuffle")["rows"]
+    for system, title in SHUFFLED.items():
+        few, many = (each for each in rows if each["system"] == system)
+        cells = [
+            (
+                f"{fixed(r['class_distance'], 2)} ({fixed(r['classes_per_batch'], digits)})",
+                f"{r['largest_correlation']:.2f}",
+            )
+            for r, digits in ((few, 1), (many, 0))
+        ]
+        yield row(title, *(cell for pair in cells for cell in pair))
+
+
 def row(title: str, *cells: str) -> str:
     return f"| {title} | " + " | ".join(cells) + " |"
 
@@ -315,6 +339,7 @@ PAGES: dict[str, Callable[[], Iterator[str]]] = {
     "evaluation": evaluation,
     "failures": failures,
     "training-methods": methods,
+    "datasets": datasets,
 }
 
 
