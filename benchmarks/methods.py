@@ -10,6 +10,7 @@ has more seeds or methods, trains only what is missing. Several machines, or sev
 and a common work folder.
 
     python -m benchmarks.methods                                                  # digits; methods.json
+    python -m benchmarks.methods --methods base,eps --experiment mnist --data s3://bucket/datasets/mnist --images 25600
     python -m benchmarks.methods --experiment cifar10 --data s3://bucket/datasets/cifar10 --images 4000000 --part 1/4
 """
 
@@ -48,6 +49,7 @@ LEVELS, LEARNED = "objective.timesteps=log_normal", "objective.learned_weight=tr
 NEAREST, MUON = "objective.noise_candidates=8", "optim.kind=muon"
 METHODS: dict[str, tuple[str, ...]] = {
     "base": (),
+    "eps": ("objective.prediction=eps",),
     "log_normal": (LEVELS,),
     "log_normal+weight": (LEVELS, "objective.weight=edm"),
     "edm": (LEVELS, "objective.weight=edm", "objective.prediction=x0_skip"),

@@ -118,6 +118,11 @@ def search() -> Iterator[str]:
     parts = [trials["trial_seconds"][part] for part in ("placement", "start-up", "checkpoints", "teardown")]
     yield "placement {:.1f} s, start-up {:.1f}, checkpoints {:.1f}, teardown {:.1f}".format(*parts)
     yield f"costs {trials['overhead_s']['usual']:.1f} s"
+    base, eps = (
+        f"{fixed(each['distance'], 2)} ± {fixed(each['distance_standard_error'], 2)}"
+        for each in (result("methods")["methods"][name] for name in ("base", "eps"))
+    )
+    yield f"distance {base} with v, {eps} with eps"
 
 
 def gate() -> Iterator[str]:
