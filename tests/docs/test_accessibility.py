@@ -92,3 +92,18 @@ def test_a_page_has_no_serious_finding_and_fits_its_screen(driver: webdriver.Chr
     assert not serious, "\n".join(serious)
     wide = driver.execute_script("return document.documentElement.scrollWidth - document.documentElement.clientWidth")
     assert wide <= 0, f"{wide} pixels are beyond the right edge"
+
+
+def test_colours_follow_the_system_until_one_is_chosen(address: str, tmp_path: Path):
+    with browser(DESK, tmp_path) as opened:
+
+        def shown(system: str) -> str:
+            feature = {"name": "prefers-color-scheme", "value": system}
+            opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+            opened.get(f"{address}/index.html")
+            return opened.execute_script("return document.body.dataset.mdColorScheme")
+
+        assert [shown(system) for system in ("light", "dark", "light")] == ["default", "slate", "default"]
+        for _ in range(2):  # light, then dark
+            opened.execute_script("document.querySelector('[data-md-component=palette] label:not([hidden])').click()")
+        assert shown("light") == "slate"
