@@ -1,12 +1,15 @@
 """Benchmark of the pipeline's overhead: Ray workers with S3, MLflow and checkpoints against a bare torch loop.
 
-    python -m benchmarks.overhead [--evaluation | --restarts] [--quick] [--json]
+    python -m benchmarks.overhead [--scaling | --evaluation | --restarts] [--quick] [--json]
 
 It starts its own local stack. Runs alternate between a plain process with its images in memory and the driver of `ddpm
 train`, with the same model, batch size and number of threads. `ratio` is the driver's images/s over the plain
 process's, with one worker of one thread; `scaling` is that of two workers of one thread over one plain process of two
 threads. `pair` is that of two workers over two plain processes of one thread at once, which is what the cores give, and
 `pair_beside_stack` the same where the share of the cores that the stack computes on is left out.
+
+There two workers share a batch. With `--scaling` each of them has a batch as large as that of one worker alone, on
+digits and on images of 32x32 with a network for these.
 
 With `--restarts` workers are killed in nine runs, to measure the time to the next step and which part of it our code
 takes.
@@ -30,6 +33,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,28 +41,70 @@ if TYPE_CHECKING:
     from pipelines.display import TrainingStatus
 
 BATCH = 128
+"""Images of a step of one worker."""
 SETTINGS = ["+experiment=digits", "optim.decay=constant", "optim.precision=fp32", f"batch_size={BATCH}",
             "tracking.log_every=2000", "tracking.grid_every=1000000000", "tracking.grid_images=10", "sampler.steps=2",
             "checkpoint.publish_every=1000000000"]  # fmt: skip
 CHECKPOINT_EVERY_S = 30
 
 
+@dataclass(frozen=True)
+class Case:
+    """A network and the batches at which one and two workers train it.
+
+    Attributes:
+        size: of the images, which are square.
+        alone: images of a step of one worker, and of a plain process.
+        together: images of a step that two workers share.
+        settings: of the network, where it is not that of digits.
+    """
+
+    size: int
+    alone: int
+    together: int
+    settings: tuple[str, ...] = ()
+
+    @property
+    def overrides(self) -> list[str]:
+        """What the configuration is composed of beside `SETTINGS`."""
+        return [f"data.image_size={self.size}", f"data.uri={self.dataset}", *self.settings]
+
+    @property
+    def dataset(self) -> str:
+        """Where its images are."""
+        return f"s3://ddpm/datasets/digits-{self.size}"
+
+
+DIGITS = Case(8, BATCH, BATCH)
+CASES = {
+    "digits, the same batch for both": DIGITS,
+    "digits, the same batch for each": Case(8, BATCH, 2 * BATCH),
+    "32x32, the same batch for each": Case(
+        32, 64, 128, ("model.channels=[32,64,64]", "model.attention=[false,true,false]", "model.head_dim=32")
+    ),
+}
+"""Those of one and two workers, and those of `--scaling`."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark and publish its result."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="shorter and fewer turns")
+    parser.add_argument("--scaling", action="store_true", help="two workers, each with a batch of its own")
     parser.add_argument("--evaluation", action="store_true", help="with and without evaluation while training goes on")
     parser.add_argument("--restarts", action="store_true", help="only the restarts of a worker")
     parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
-    parser.add_argument("--bare", nargs=2, metavar=("THREADS", "SECONDS"), help=argparse.SUPPRESS)
+    parser.add_argument("--bare", nargs=3, metavar=("CASE", "THREADS", "SECONDS"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.bare:
-        threads, seconds = options.bare
-        print(json.dumps({"images_per_s": bare(int(threads), float(seconds))}))
+        case, threads, seconds = options.bare
+        print(json.dumps({"images_per_s": bare(CASES[case], int(threads), float(seconds))}))
         return
     from benchmarks.results import publish
 
-    if options.evaluation:
+    if options.scaling:
+        publish(run_scaling(options.quick), "overhead_scaling", options.quick)
+    elif options.evaluation:
         publish(run_evaluation(options.quick), "overhead_evaluation", options.quick)
     elif options.restarts:
         publish(run_restarts(options.quick), "overhead_restarts", options.quick)
@@ -66,7 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
         publish(run(options.quick), "overhead", options.quick)
 
 
-def bare(threads: int, seconds: float) -> float:
+def bare(case: Case, threads: int, seconds: float) -> float:
     """Return the images/s of a bare training loop on tensors, the reference."""
     import torch
     from torch.nn.functional import mse_loss
@@ -77,18 +123,19 @@ def bare(threads: int, seconds: float) -> float:
     from pipelines.config import compose, network_config
 
     torch.set_num_threads(threads)
-    config = compose(SETTINGS)
+    config = compose([*SETTINGS, *case.overrides])
     network = network_config(config).build()
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.optim.lr, fused=True)
     ema = EMA(network, config.optim.ema_half_life)
     alphas_cumprod = make_schedule("cosine").alphas_cumprod.float()
-    images, labels = torch.rand(1438, 1, 8, 8) * 2 - 1, torch.randint(0, 10, (1438,))
+    images, labels = torch.rand(1438, 1, case.size, case.size) * 2 - 1, torch.randint(0, 10, (1438,))
     began, count = time.perf_counter(), -3  # three steps to warm up
     while count < 1 or time.perf_counter() - began < seconds:
         if count == 0:
             began = time.perf_counter()
-        pick = torch.randint(0, len(images), (BATCH,))
-        x_0, t, eps = images[pick], torch.randint(0, len(alphas_cumprod), (BATCH,)), torch.randn(BATCH, 1, 8, 8)
+        pick = torch.randint(0, len(images), (case.alone,))
+        x_0, t = images[pick], torch.randint(0, len(alphas_cumprod), (case.alone,))
+        eps = torch.randn_like(x_0)
         alpha = alphas_cumprod[t][:, None, None, None]
         x_t = alpha.sqrt() * x_0 + (1 - alpha).sqrt() * eps
         loss = mse_loss(network(x_t, t, Conditioning(label=labels[pick])), eps)
@@ -96,10 +143,10 @@ def bare(threads: int, seconds: float) -> float:
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        ema.update(network, (count + 4) * BATCH, BATCH)
+        ema.update(network, (count + 4) * case.alone, case.alone)
         loss.item()
         count += 1
-    return count * BATCH / (time.perf_counter() - began)
+    return count * case.alone / (time.perf_counter() - began)
 
 
 @contextlib.contextmanager
@@ -159,8 +206,8 @@ def run(quick: bool) -> dict[str, Any]:
     seconds, turns = (20.0, 2) if quick else (90.0, 5)
     with _own_stack() as bench:
         first = _bare(1, seconds)
-        one = [bench.turn(1, seconds, first, f"one-{i}") for i in range(turns)]
-        two = [bench.turn(2, seconds, first, f"two-{i}") for i in range(max(1, turns // 2))]
+        one = [bench.turn(DIGITS, 1, seconds, first, f"one-{i}") for i in range(turns)]
+        two = [bench.turn(DIGITS, 2, seconds, first, f"two-{i}") for i in range(max(1, turns // 2))]
     return {
         **_about("overhead", quick),
         "seconds_per_turn": seconds,
@@ -173,6 +220,28 @@ def run(quick: bool) -> dict[str, Any]:
         "one_worker": one,
         "two_workers": two,
     }
+
+
+def run_scaling(quick: bool) -> dict[str, Any]:
+    """Return the measurements of two workers, alternating with plain processes on their own stack."""
+    seconds, turns = (15.0, 1) if quick else (45.0, 2)
+    cases = {}
+    with _own_stack() as bench:
+        for number, (name, case) in enumerate(CASES.items()):
+            if case == DIGITS:
+                continue
+            first = _bare(1, seconds / 2, case)
+            rows = [bench.turn(case, 2, seconds, first, f"two-{number}-{i}") for i in range(turns)]
+            cases[name] = {
+                "batch_alone": case.alone,
+                "batch_together": case.together,
+                "threads": _median(rows, "ratio"),
+                "pair": _median(rows, "pair_ratio"),
+                "pair_beside_stack": _median(rows, "pair_ratio_beside_stack"),
+                "stack_cpu": _median(rows, "stack_cpu"),
+                "turns": rows,
+            }
+    return {**_about("overhead_scaling", quick), "seconds_per_turn": seconds, "cases": cases}
 
 
 def run_restarts(quick: bool) -> dict[str, Any]:
@@ -202,16 +271,30 @@ def _median(rows: list[dict[str, float]], key: str) -> float:
     return round(statistics.median(row[key] for row in rows), 4)
 
 
-def _bare(threads: int, seconds: float, processes: int = 1) -> float:
+def _bare(threads: int, seconds: float, case: Case = DIGITS, processes: int = 1) -> float:
     """Return the images/s of bare loops in processes of their own, all at once."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [sys.executable, "-m", "benchmarks.overhead", "--bare", str(threads), str(seconds)]
+    (name,) = (name for name, each in CASES.items() if each == case)
+    command = [sys.executable, "-m", "benchmarks.overhead", "--bare", name, str(threads), str(seconds)]
     running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
     said = [process.communicate()[0] for process in running]
     for process in running:
         if process.returncode:
             raise subprocess.CalledProcessError(process.returncode, command)
     return sum(float(json.loads(text.splitlines()[-1])["images_per_s"]) for text in said)
+
+
+def _enlarged_digits(folder: Path, size: int) -> str:
+    """Write the digits at another size into class folders, and return the folder above."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    for number, (image, label) in enumerate(zip(found.images, found.target, strict=True)):
+        (folder / str(label)).mkdir(exist_ok=True)
+        picture = Image.fromarray((image * (255 / 16)).round().astype("uint8")).resize((size, size))
+        picture.save(folder / str(label) / f"{number:04}.png")
+    return str(folder)
 
 
 class _Bench:
@@ -226,7 +309,10 @@ class _Bench:
         self.state = state
         self.fill = lambda overrides: fill(compose([*SETTINGS, *overrides]), {}, state)
         self.storage = Storage.of(self.fill([]))
-        ingest("digits", "s3://ddpm/datasets/digits", self.storage, image_size=8, channels=1, shard_samples=1000)
+        for uri, size in {case.dataset: case.size for case in CASES.values()}.items():
+            with tempfile.TemporaryDirectory(prefix="ddpm-digits-") as folder:
+                source = "digits" if size == 8 else _enlarged_digits(Path(folder), size)
+                ingest(source, uri, self.storage, image_size=size, channels=1, shard_samples=1000)
 
     def reusable_workers(self) -> Any:
         """Return a worker that trains one run after another."""
@@ -242,22 +328,25 @@ class _Bench:
         images: int,
         every: int,
         watch: Callable[[TrainingStatus], None] = lambda status: None,
+        case: Case = DIGITS,
     ) -> Any:
         """Return the result of a training through the driver."""
         from pipelines.training import driver
 
-        config = self.fill([f"name={name}", f"images={images}", f"cluster.num_workers={workers}",
-                            f"checkpoint.every={every}"])  # fmt: skip
+        batch = case.alone if workers == 1 else case.together
+        config = self.fill([*case.overrides, f"name={name}", f"images={images}", f"batch_size={batch}",
+                            f"cluster.num_workers={workers}", f"checkpoint.every={every}"])  # fmt: skip
         return driver.train(driver.make_plan(config, self.storage, {}), watch)
 
-    def turn(self, workers: int, seconds: float, rate: float, name: str) -> dict[str, float]:
+    def turn(self, case: Case, workers: int, seconds: float, rate: float, name: str) -> dict[str, float]:
         """Return the ratio of a run through Ray to the mean of bare runs before and after, and where time is lost.
 
         `stack_cpu` is the share of all cores that processes other than the workers computed on meanwhile.
         """
         from pipelines.training.ledger import read_sessions
 
-        steps = max(10, int(seconds * rate * workers / BATCH))
+        batch = case.alone if workers == 1 else case.together
+        images = max(10, int(seconds * rate * workers / batch)) * batch
         seen: list[tuple[float, float]] = []  # time, CPU seconds of the stack and the driver
 
         def watch(status: TrainingStatus) -> None:
@@ -265,14 +354,15 @@ class _Bench:
                 seen.append((time.time(), _stack_cpu(self.state.home)))
 
         def bare_rates() -> tuple[float, float]:
-            return _bare(workers, seconds / 2), _bare(1, seconds / 2, workers) if workers > 1 else 0.0
+            pair = _bare(1, seconds / 2, case, workers) if workers > 1 else 0.0
+            return _bare(workers, seconds / 2, case), pair
 
         before = bare_rates()
-        self.train(name, workers, steps * BATCH, max(BATCH, int(CHECKPOINT_EVERY_S * rate * workers)), watch)
+        self.train(name, workers, images, max(batch, int(CHECKPOINT_EVERY_S * rate * workers)), watch, case)
         after = bare_rates()
         (attempt,) = read_sessions(self.storage, f"s3://ddpm/runs/{name}")[-1].attempts
         spent = {kind: attempt.seconds[kind] for kind in ("step", "data", "checkpoint")}
-        ours = steps * BATCH / sum(spent.values())
+        ours = images / sum(spent.values())
         theirs, pair = ((one + other) / 2 for one, other in zip(before, after, strict=True))
         # Shares of the time; of the steps, only what exceeds the bare loop's time for the same images.
         missing = {kind: seconds / sum(spent.values()) for kind, seconds in spent.items()}
@@ -305,8 +395,9 @@ class _Bench:
                 seen.append((status.images_seen, time.time(), used.user + used.system, time.process_time()))
 
         scored = every if evaluate else "null"
-        config = self.fill([f"name={name}", f"images={images}", "cluster.num_workers=1", f"checkpoint.every={every}",
-                            f"checkpoint.publish_every={every}", f"evaluation.every={scored}"])  # fmt: skip
+        config = self.fill([*DIGITS.overrides, f"name={name}", f"images={images}", "cluster.num_workers=1",
+                            f"checkpoint.every={every}", f"checkpoint.publish_every={every}",
+                            f"evaluation.every={scored}"])  # fmt: skip
         result = driver.train(driver.make_plan(config, self.storage, {}), sample, workers=workers.provide)
         first, last = seen[0], seen[-1]
         thousands = max(last[0] - first[0], 1) / 1_000

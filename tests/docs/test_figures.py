@@ -84,6 +84,9 @@ def performance() -> Iterator[str]:
         for of, key in (("two_workers", "pair"), ("one_worker", "bare"))
     )
     yield f"two processes of one thread are {pair / one:.1f} times as fast"
+    for name, case in result("overhead_scaling")["cases"].items():
+        cells = (fixed(case[key], 2) for key in ("pair", "pair_beside_stack"))
+        yield row(name, f"{case['batch_alone']}", f"{case['batch_together']}", *cells)
     restarts = result("overhead_restarts")
     seconds = f"{restarts['restart_ray_s']:.1f} s; {restarts['restart_ours_s']:.1f} s"
     killed = f"from SIGKILL of the worker to the next step of the new one (medians of {len(restarts['restarts'])})"
