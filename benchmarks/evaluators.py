@@ -10,26 +10,30 @@ distance is given as a multiple of the floor, the distance of the unchanged test
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import numpy as np
 import torch
+from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from benchmarks.results import commit, publish
+from benchmarks.results import commit, mean, publish
 from ddpm.quality import FeatureMoments
-from pipelines.evaluation.evaluators.base import Encoder
+from pipelines.evaluation.evaluators.base import Encoded, Encoder
 from pipelines.evaluation.evaluators.classifier import train_classifier
 from pipelines.evaluation.evaluators.contrastive import Contrastive, train_contrastive
 from pipelines.search.judge import measured_frechet
+from pipelines.shards.ingest.sources import open_source
+from pipelines.storage import Storage
 
 SEEDS, DRAWS, GROUP, NEIGHBOURS = 5, 10, 350, 5
 BLUR, NOISE = 0.6, 0.3
@@ -46,13 +50,14 @@ class Digits:
 
     @classmethod
     def read(cls) -> Digits:
-        """Return every fifth image as the test split, the others as the train split."""
-        from sklearn.datasets import load_digits
-
-        found = load_digits()
-        images = torch.from_numpy(found.images * (255 / 16)).round().to(torch.uint8)[:, None]
-        labels, test = torch.from_numpy(found.target).long(), torch.arange(len(images)) % 5 == 4
-        return cls(images[~test], labels[~test], images[test], labels[test])
+        """Return the pictures that `ddpm ingest digits` reads, in its splits."""
+        storage, parts = Storage(), {}
+        found = open_source("digits", storage).images
+        for split in ("train", "test"):
+            chosen = [each for each in found if each.split == split]
+            pictures = [np.array(Image.open(io.BytesIO(each.read(storage)))) for each in chosen]
+            parts[split] = torch.from_numpy(np.stack(pictures))[:, None], torch.tensor([each.label for each in chosen])
+        return cls(*parts["train"], *parts["test"])
 
 
 Train = Callable[[Tensor, Tensor, int, int], Encoder]
@@ -106,10 +111,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="one seed and one pass: a test of all parts")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    digits = Digits.read()
-    rows = {}
+    digits, seeds, rows = Digits.read(), range(1 if options.quick else SEEDS), {}
     for name, row in ROWS.items():
-        found = [measure(digits, row, seed, 1 if options.quick else row.passes) for seed in _seeds(options.quick)]
+        found = [measure(digits, row, seed, 1 if options.quick else row.passes) for seed in seeds]
         rows[name] = summary(found)
         print(f"{name}: {rows[name]}", flush=True)
     result = {
@@ -119,28 +123,25 @@ def main(arguments: list[str] | None = None) -> None:
         "machine": f"CPU ({platform.machine()}), one thread, torch {torch.__version__.split('+')[0]}",
         "train_images": len(digits.train),
         "test_images": len(digits.test),
-        "seeds": len(_seeds(options.quick)),
+        "seeds": len(seeds),
         "group": GROUP,
         "evaluators": rows,
     }
     publish(result, "evaluators", options.quick)
 
 
-def _seeds(quick: bool) -> range:
-    return range(1 if quick else SEEDS)
-
-
 def measure(digits: Digits, row: Row, seed: int, passes: int) -> dict[str, float]:
     """Return what one evaluator knows, its floor, and the distances of changed images as multiples of it."""
-    order = torch.randperm(len(digits.train), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(digits.train), generator=_generator(seed))
     shown = order[: len(order) // 2] if row.half else order
     unseen = order[len(order) // 2 :] if row.half else order
     encoder = row.train(digits.train[shown], digits.train_labels[shown], seed, passes)
     features = encoder(digits.train).features
     reference = FeatureMoments.of(features[unseen])
-    floor = _distance(reference, encoder(digits.test).features)
-    found = {"known": _known(encoder, features, digits), "floor": floor}
-    draws = [torch.randperm(len(order), generator=torch.Generator().manual_seed(i)) for i in range(DRAWS)]
+    test = encoder(digits.test)
+    floor = _distance(reference, test.features)
+    found = {"known": _known(test, features, digits), "floor": floor}
+    draws = [torch.randperm(len(order), generator=_generator(i)) for i in range(DRAWS)]
     copies = [_distance(reference, features[draw[: len(digits.test)]]) for draw in draws]
     found["copies"] = statistics.fmean(copies) / floor
     for name, images in changed(digits, seed).items():
@@ -176,13 +177,12 @@ def changed(digits: Digits, seed: int) -> dict[str, Tensor]:
     }
 
 
-def _known(encoder: Encoder, features: Tensor, digits: Digits) -> float:
+def _known(test: Encoded, features: Tensor, digits: Digits) -> float:
     """Return the accuracy on the test split: of the classifier, or of the nearest train images of any other network."""
-    found = encoder(digits.test)
-    if found.probabilities is not None:
-        predicted = found.probabilities.argmax(1)
+    if test.probabilities is not None:
+        predicted = test.probabilities.argmax(1)
     else:
-        nearest = torch.cdist(found.features.double(), features.double()).topk(NEIGHBOURS, largest=False).indices
+        nearest = torch.cdist(test.features.double(), features.double()).topk(NEIGHBOURS, largest=False).indices
         predicted = digits.train_labels[nearest].mode(1).values
     return (predicted == digits.test_labels).double().mean().item()
 
@@ -195,15 +195,10 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def summary(found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+def summary(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Return the mean of every figure over the seeds, and the standard error of the mean where there are several."""
-    row: dict[str, Any] = {}
-    for name in found[0]:
-        values = [each[name] for each in found]
-        row[name] = round(statistics.fmean(values), 4)
-        if len(values) > 1:
-            row[f"{name}_standard_error"] = round(statistics.stdev(values) / len(values) ** 0.5, 4)
-    return row
+    rows = [mean(name, [each[name] for each in found]) for name in found[0]]
+    return {name: round(value, 4) for row in rows for name, value in row.items()}
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import hashlib
 import json
 import os
 import platform
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.images import RealImages, denoiser_of, load_images, trained
-from benchmarks.results import ROOT, commit, publish
+from benchmarks.results import ROOT, commit, mean, publish
 from ddpm.conditioning import Conditioning
 from ddpm.generate import generate
 from pipelines.config import Config, compose, sampling
@@ -232,8 +231,8 @@ def summary(plan: Plan, rows: Sequence[tuple[str, int]], experiment: str, overri
         paired = [distance - base[seed] for seed, distance in found.items() if seed in base]
         methods[method] = {
             "seeds": len(found),
-            **_mean("distance", list(found.values())),
-            **(_mean("difference_to_base", paired) if method != "base" and paired else {}),
+            **mean("distance", list(found.values())),
+            **(mean("difference_to_base", paired) if method != "base" and paired else {}),
         }
     config = plan.config("base", 0)
     return {
@@ -250,14 +249,6 @@ def summary(plan: Plan, rows: Sequence[tuple[str, int]], experiment: str, overri
         "methods": methods,
         "rows": list(there.values()),
     }
-
-
-def _mean(name: str, values: Sequence[float]) -> dict[str, float]:
-    """Return a mean over seeds, and its standard error where there are two of them or more."""
-    found = {name: statistics.fmean(values)}
-    if len(values) > 1:
-        found[f"{name}_standard_error"] = statistics.stdev(values) / len(values) ** 0.5
-    return found
 
 
 if __name__ == "__main__":

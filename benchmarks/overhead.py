@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import platform
@@ -32,13 +33,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipelines.display import TrainingStatus
+    from pipelines.storage import Storage
 
 BATCH = 128
 """Images of a step of one worker."""
@@ -53,12 +55,14 @@ class Case:
     """A network and the batches at which one and two workers train it.
 
     Attributes:
+        name: by which results and the plain processes know it.
         size: of the images, which are square.
         alone: images of a step of one worker, and of a plain process.
         together: images of a step that two workers share.
         settings: of the network, where it is not that of digits.
     """
 
+    name: str
     size: int
     alone: int
     together: int
@@ -75,15 +79,19 @@ class Case:
         return f"s3://ddpm/datasets/digits-{self.size}"
 
 
-DIGITS = Case(8, BATCH, BATCH)
-CASES = {
-    "digits, the same batch for both": DIGITS,
-    "digits, the same batch for each": Case(8, BATCH, 2 * BATCH),
-    "32x32, the same batch for each": Case(
-        32, 64, 128, ("model.channels=[32,64,64]", "model.attention=[false,true,false]", "model.head_dim=32")
+DIGITS = Case("digits, the same batch for both", 8, BATCH, BATCH)
+SCALING = (
+    Case("digits, the same batch for each", 8, BATCH, 2 * BATCH),
+    Case(
+        "32x32, the same batch for each",
+        32,
+        64,
+        128,
+        ("model.channels=[32,64,64]", "model.attention=[false,true,false]", "model.head_dim=32"),
     ),
-}
-"""Those of one and two workers, and those of `--scaling`."""
+)
+"""What `--scaling` measures."""
+CASES = {case.name: case for case in (DIGITS, *SCALING)}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -150,8 +158,8 @@ def bare(case: Case, threads: int, seconds: float) -> float:
 
 
 @contextlib.contextmanager
-def _own_stack() -> Iterator[_Bench]:
-    """Provide the benchmark's runs on a local stack of its own."""
+def _own_stack(*cases: Case) -> Iterator[_Bench]:
+    """Provide the benchmark's runs of some cases on a local stack of its own."""
     from pipelines import stack
 
     with tempfile.TemporaryDirectory(prefix="ddpm-overhead-") as folder:
@@ -160,7 +168,7 @@ def _own_stack() -> Iterator[_Bench]:
         state = stack.up(home)
         os.environ.update(stack.ray_environment(home))
         try:
-            yield _Bench(state)
+            yield _Bench(state, cases)
         finally:
             import ray
 
@@ -173,7 +181,7 @@ def run_evaluation(quick: bool) -> dict[str, Any]:
     from benchmarks.results import commit
 
     seconds, turns = (20.0, 2) if quick else (120.0, 5)
-    with _own_stack() as bench, contextlib.closing(bench.reusable_workers()) as workers:
+    with _own_stack(DIGITS) as bench, contextlib.closing(bench.reusable_workers()) as workers:
         rate = _bare(1, seconds / 2)
         # The evaluator of the dataset is trained now, and the worker starts.
         bench.watched(workers, "warm-up", 40 * BATCH, evaluate=True)
@@ -204,7 +212,7 @@ def run_evaluation(quick: bool) -> dict[str, Any]:
 def run(quick: bool) -> dict[str, Any]:
     """Return the measurements of both, alternating on their own stack."""
     seconds, turns = (20.0, 2) if quick else (90.0, 5)
-    with _own_stack() as bench:
+    with _own_stack(DIGITS) as bench:
         first = _bare(1, seconds)
         one = [bench.turn(DIGITS, 1, seconds, first, f"one-{i}") for i in range(turns)]
         two = [bench.turn(DIGITS, 2, seconds, first, f"two-{i}") for i in range(max(1, turns // 2))]
@@ -226,13 +234,11 @@ def run_scaling(quick: bool) -> dict[str, Any]:
     """Return the measurements of two workers, alternating with plain processes on their own stack."""
     seconds, turns = (15.0, 1) if quick else (45.0, 2)
     cases = {}
-    with _own_stack() as bench:
-        for number, (name, case) in enumerate(CASES.items()):
-            if case == DIGITS:
-                continue
+    with _own_stack(*SCALING) as bench:
+        for number, case in enumerate(SCALING):
             first = _bare(1, seconds / 2, case)
             rows = [bench.turn(case, 2, seconds, first, f"two-{number}-{i}") for i in range(turns)]
-            cases[name] = {
+            cases[case.name] = {
                 "batch_alone": case.alone,
                 "batch_together": case.together,
                 "threads": _median(rows, "ratio"),
@@ -246,7 +252,7 @@ def run_scaling(quick: bool) -> dict[str, Any]:
 
 def run_restarts(quick: bool) -> dict[str, Any]:
     """Return what it takes to start a killed worker again, in a number of runs."""
-    with _own_stack() as bench:
+    with _own_stack(DIGITS) as bench:
         rate = _bare(1, 20)
         bench.train("warm-up", 1, 10 * BATCH, 10 * BATCH)
         restarts = [bench.restart(rate, f"restart-{i}") for i in range(1 if quick else 9)]
@@ -274,8 +280,7 @@ def _median(rows: list[dict[str, float]], key: str) -> float:
 def _bare(threads: int, seconds: float, case: Case = DIGITS, processes: int = 1) -> float:
     """Return the images/s of bare loops in processes of their own, all at once."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    (name,) = (name for name, each in CASES.items() if each == case)
-    command = [sys.executable, "-m", "benchmarks.overhead", "--bare", name, str(threads), str(seconds)]
+    command = [sys.executable, "-m", "benchmarks.overhead", "--bare", case.name, str(threads), str(seconds)]
     running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
     said = [process.communicate()[0] for process in running]
     for process in running:
@@ -284,23 +289,23 @@ def _bare(threads: int, seconds: float, case: Case = DIGITS, processes: int = 1)
     return sum(float(json.loads(text.splitlines()[-1])["images_per_s"]) for text in said)
 
 
-def _enlarged_digits(folder: Path, size: int) -> str:
+def _enlarged_digits(folder: Path, size: int, storage: Storage) -> str:
     """Write the digits at another size into class folders, and return the folder above."""
     from PIL import Image
-    from sklearn.datasets import load_digits
 
-    found = load_digits()
-    for number, (image, label) in enumerate(zip(found.images, found.target, strict=True)):
-        (folder / str(label)).mkdir(exist_ok=True)
-        picture = Image.fromarray((image * (255 / 16)).round().astype("uint8")).resize((size, size))
-        picture.save(folder / str(label) / f"{number:04}.png")
+    from pipelines.shards.ingest.sources import open_source
+
+    for number, image in enumerate(open_source("digits", storage).images):
+        below = folder / str(image.label)
+        below.mkdir(exist_ok=True)
+        Image.open(io.BytesIO(image.read(storage))).resize((size, size)).save(below / f"{number:04}.png")
     return str(folder)
 
 
 class _Bench:
     """Training runs on a local stack."""
 
-    def __init__(self, state: Any) -> None:
+    def __init__(self, state: Any, cases: Sequence[Case]) -> None:
         from pipelines.config import compose
         from pipelines.connect import fill
         from pipelines.shards.ingest.write import ingest
@@ -309,9 +314,9 @@ class _Bench:
         self.state = state
         self.fill = lambda overrides: fill(compose([*SETTINGS, *overrides]), {}, state)
         self.storage = Storage.of(self.fill([]))
-        for uri, size in {case.dataset: case.size for case in CASES.values()}.items():
+        for uri, size in {case.dataset: case.size for case in cases}.items():
             with tempfile.TemporaryDirectory(prefix="ddpm-digits-") as folder:
-                source = "digits" if size == 8 else _enlarged_digits(Path(folder), size)
+                source = "digits" if size == 8 else _enlarged_digits(Path(folder), size, self.storage)
                 ingest(source, uri, self.storage, image_size=size, channels=1, shard_samples=1000)
 
     def reusable_workers(self) -> Any:

@@ -1,9 +1,11 @@
-"""Publishing of benchmark results, with the commit they were measured on."""
+"""Publishing of benchmark results, with the commit they were measured on; means over seeds."""
 
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,3 +24,11 @@ def publish(result: dict[str, Any], name: str, quick: bool) -> None:
     folder.mkdir(exist_ok=True)
     (folder / f"{name}{'-quick' if quick else ''}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
+
+
+def mean(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Return a mean over seeds, and its standard error where there are two of them or more."""
+    found = {name: statistics.fmean(values)}
+    if len(values) > 1:
+        found[f"{name}_standard_error"] = statistics.stdev(values) / len(values) ** 0.5
+    return found

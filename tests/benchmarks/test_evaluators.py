@@ -11,19 +11,18 @@ from pipelines.evaluation.evaluators.base import Encoded
 
 
 class Columns:
-    """An encoder whose features are the means of columns; it remembers what it was shown."""
+    """An encoder whose features are the means of columns; it remembers what it was trained on."""
 
     width = 8
 
     def __init__(self):
-        self.trained_on, self.asked = None, []
+        self.trained_on = None
 
     def train(self, images, labels, seed, passes):
         self.trained_on = images
         return self
 
     def __call__(self, images):
-        self.asked.append(images)
         return Encoded(images.float().mean(2).flatten(1) / 255, None)
 
     def to(self, device):

@@ -68,10 +68,15 @@ def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
 def driver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
     size, scheme = request.param
     with browser(WIDTHS[size], tmp_path_factory.mktemp("profile")) as opened:
-        feature = {"name": "prefers-color-scheme", "value": scheme}
-        opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+        prefer(opened, scheme)
         opened.screen = f"{size}-{scheme}"
         yield opened
+
+
+def prefer(driver: webdriver.Chrome, scheme: str) -> None:
+    """Let the browser say that the system's colours are light or dark."""
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -98,8 +103,7 @@ def test_colours_follow_the_system_until_one_is_chosen(address: str, tmp_path: P
     with browser(DESK, tmp_path) as opened:
 
         def shown(system: str) -> str:
-            feature = {"name": "prefers-color-scheme", "value": system}
-            opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+            prefer(opened, system)
             opened.get(f"{address}/index.html")
             return opened.execute_script("return document.body.dataset.mdColorScheme")
 
