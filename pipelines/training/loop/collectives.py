@@ -66,14 +66,35 @@ def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     copies = {}
     on_gpu = False
     for name, tensor in tensors.items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if this_rank() == 0:
+        whole = _gather_parts(tensor) if isinstance(tensor, DTensor) else tensor
+        if whole is not None and this_rank() == 0:
             on_gpu |= whole.is_cuda
             copy = torch.empty(whole.shape, dtype=whole.dtype, pin_memory=whole.is_cuda)
             copies[name] = copy.copy_(whole, non_blocking=True)
     if on_gpu:
         torch.cuda.current_stream().synchronize()
     return copies
+
+
+def _gather_parts(tensor: DTensor) -> Tensor | None:
+    """Return a whole tensor on rank 0, of the parts of all ranks; nothing on the other ranks.
+
+    `DTensor.full_tensor` sends every part to every rank. And with gloo it may end the process: whichever of gloo's two
+    threads has finished a collective writes its name into a string that both share, without a lock (torch 2.13,
+    `ProcessGroupGloo::runLoop`). A name of more than 15 characters, which is only that of `full_tensor`'s collective,
+    is on the heap, where two writes at once free the same memory twice.
+
+    Args:
+        tensor: in parts along its first dimension, as FSDP2 cuts it: all of them of as many rows as the first, but for
+            the last ones, which may have fewer or none.
+    """
+    rows = -(-tensor.shape[0] // world_size())
+    mine = tensor.to_local()
+    part = mine.new_zeros(rows, *tensor.shape[1:])
+    part[: len(mine)] = mine
+    parts = [torch.empty_like(part) for _ in range(world_size())] if this_rank() == 0 else None
+    dist.gather(part, parts, dst=0)
+    return torch.cat(parts)[: tensor.shape[0]] if parts else None
 
 
 def local_part(tensor: Tensor) -> Tensor:

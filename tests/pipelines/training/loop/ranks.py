@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -153,10 +155,18 @@ def last_checkpoint(folder: Path) -> Path:
 
 def run_ranks(rank: int, world: int, rendezvous: Path, dataset: Dataset, runs: Sequence[tuple[Path, Config]]) -> None:
     """Run several trainings one after the other, as one rank of a group started by `torch.multiprocessing.spawn`."""
+    with process_group(rank, world, rendezvous):
+        for folder, config in runs:
+            train_here(folder, dataset, config, rank, world)
+
+
+@contextmanager
+def process_group(rank: int, world: int, rendezvous: Path) -> Iterator[None]:
+    """Be one rank of a group; a signal that ends the process is told with the place where it was."""
+    faulthandler.enable()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
     try:
-        for folder, config in runs:
-            train_here(folder, dataset, config, rank, world)
+        yield
     finally:
         dist.destroy_process_group()

@@ -1,12 +1,19 @@
+import json
+import time
+
 import pytest
 import torch
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipelines.config import compose
 from pipelines.shards.read import Batch
 from pipelines.training.loop.collectives import broadcast, gather
 from pipelines.training.loop.parallel import micro_batches
 from pipelines.training.loop.state import make_network
-from tests.pipelines.training.loop.ranks import TINY
+from tests.pipelines.training.loop.ranks import TINY, process_group, tiny_config, train_here
 
 
 def piece(count):
@@ -48,3 +55,58 @@ def test_every_network_names_units_for_fsdp_that_it_has(choice):
     units = [module for module in network.modules() if isinstance(module, network.fsdp_units)]
     covered = {id(p) for unit in units for p in unit.parameters()}
     assert len(covered) > len(list(network.parameters())) / 2
+
+
+def gather_parts(rank, world, rendezvous, folder):
+    shapes = [(3,), (1, 4), (4, 2), (7, 2, 3), (2,)]
+    whole = {str(shape): torch.arange(1.0, 1 + torch.Size(shape).numel()).reshape(shape) for shape in shapes}
+    with process_group(rank, world, rendezvous):
+        mesh = init_device_mesh("cpu", (world,))
+        parts = {name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in whole.items()}
+        found = gather(parts | {"scalar": torch.tensor(2.0)})
+        if rank == 0:
+            assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
+            assert found["scalar"] == 2
+        else:
+            assert not found
+    (folder / f"passed-{rank}").touch()
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("world", [2, 3])
+def test_rank_0_gathers_parts_of_any_number_of_rows(tmp_path, world):
+    mp.start_processes(
+        gather_parts, (world, tmp_path / "rendezvous", tmp_path), nprocs=world, start_method="forkserver"
+    )
+    assert len(list(tmp_path.glob("passed-*"))) == world
+
+
+class Collectives(TorchDispatchMode):
+    """Collects the names of the collectives that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace in ("c10d", "_c10d_functional"):
+            self.names.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def collect_collectives(rank, rendezvous, dataset, folder, config):
+    with process_group(rank, 2, rendezvous), Collectives() as collectives:
+        train_here(folder, dataset, config, rank, 2)
+    (folder / f"collectives-{rank}.json").write_text(json.dumps(sorted(collectives.names)))
+
+
+@pytest.mark.integration
+def test_a_sharded_run_uses_no_collective_whose_name_gloos_threads_would_write_at_once(digits, tmp_path):
+    config = tiny_config(tmp_path, 3 * 10, 10, "cluster.parallel=fsdp", "checkpoint.every=10", "optim.power_ema=[0.1]")
+    rendezvous = tmp_path / f"rendezvous-{time.monotonic_ns()}"
+    arguments = (rendezvous, digits, tmp_path, config)
+    mp.start_processes(collect_collectives, arguments, nprocs=2, start_method="forkserver")
+    for rank in range(2):
+        names = json.loads((tmp_path / f"collectives-{rank}.json").read_text())
+        assert {"c10d.gather_.default", "c10d._allgather_base_.default"} <= set(names)
+        assert not any(name.startswith("_c10d_functional.all_gather") for name in names)
