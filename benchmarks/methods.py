@@ -49,6 +49,8 @@ NEAREST, MUON = "objective.noise_candidates=8", "optim.kind=muon"
 METHODS: dict[str, tuple[str, ...]] = {
     "base": (),
     "eps": ("objective.prediction=eps",),
+    "linear": ("schedule=linear",),
+    "sigmoid": ("schedule=sigmoid",),
     "log_normal": (LEVELS,),
     "log_normal+weight": (LEVELS, "objective.weight=edm"),
     "edm": (LEVELS, "objective.weight=edm", "objective.prediction=x0_skip"),

@@ -244,8 +244,8 @@ def hopeless(mine: Mapping[str, Any], others: Iterable[Mapping[str, Any]], level
 
 
 def _measured(reported: Mapping[str, Any]) -> Measured:
-    """Return the Frechet distance that a trial reported."""
-    return Measured(reported["frechet_distance"], torch.as_tensor(reported["influence"]).double())
+    """Return the Frechet distance that a trial reported; what came through Ray is read-only, and copied."""
+    return Measured(reported["frechet_distance"], torch.tensor(reported["influence"], dtype=torch.float64))
 
 
 def rungs(samples: int, count: int) -> list[int]:

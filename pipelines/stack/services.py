@@ -114,6 +114,8 @@ def _start_ray(home: Path, running: dict[str, Service]) -> Service:
     environment = {"OMP_WAIT_POLICY": "PASSIVE", "RAY_TRAIN_V2_ENABLED": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     # With Ray's default niceness of 15, a training gets almost no CPU time beside any other process.
     environment |= {"RAY_worker_niceness": "0"}
+    # As many processes may start at once; four times as many are worth a warning, which on a small machine is any run.
+    environment |= {"RAY_worker_maximum_startup_concurrency": str(max(8, os.cpu_count() or 1))}
     environment |= {name: str(port) for name, port in ports.items() if name.isupper()}
     environment |= ray_environment(home) | s3_environment(home, running)
     url = f"http://127.0.0.1:{ports['dashboard-port']}"

@@ -1,24 +1,8 @@
-"""The start of a worker, which is mostly imports: this module imports nothing, so that it runs before them.
-
-Python's garbage collector looks through all objects time and again while modules are imported, and finds hardly any to
-free. Without it a worker starts a quarter sooner.
-"""
+"""The garbage collector of a worker, which rests while the worker starts (`ray_train.quick_start`), and comes back."""
 
 from __future__ import annotations
 
 import gc
-import pickle
-
-
-def run(call: dict[str, bytes]) -> None:
-    """Load a function and its settings, which imports all that they need, and call it.
-
-    Args:
-        call: under "pickled", the pickle of (function, settings).
-    """
-    gc.disable()  # until `end_startup`
-    function, settings = pickle.loads(call["pickled"])
-    function(settings)
 
 
 def end_startup() -> None:

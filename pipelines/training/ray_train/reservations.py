@@ -10,10 +10,10 @@ from ray.exceptions import RayError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.util import remove_placement_group
 
-from pipelines.storage import Fence
-
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # every worker imports this module when Ray Train sends it the callback
     from ray.train.torch import TorchTrainer
+
+    from pipelines.storage import Fence
 
 
 class FreeWorkers(ControllerCallback, WorkerGroupCallback):

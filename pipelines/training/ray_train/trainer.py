@@ -22,9 +22,10 @@ from pipelines.checkpoints import ModelError
 from pipelines.config import ClusterConfig
 from pipelines.shards.cache import ShardCorruptError
 from pipelines.storage import FencedError
-from pipelines.training import STARTED, startup
+from pipelines.training import STARTED
 from pipelines.training.loop.shell import Job
 from pipelines.training.ray_train.answers import answer
+from pipelines.training.ray_train.quick_start import QuickStart, run
 from pipelines.training.ray_train.reservations import FreeWorkers, take_over_reservation
 from pipelines.training.ray_train.resources import group_start_s, per_worker
 from pipelines.training.ray_train.worker_logs import recorded
@@ -98,7 +99,7 @@ def make_trainer(
         name: for Ray's dashboard.
     """
     return _Trainer(
-        startup.run,
+        run,
         train_loop_config={"pickled": cloudpickle.dumps((loop, settings))},
         torch_config=torch_config(cluster),
         scaling_config=ScalingConfig(
@@ -117,7 +118,7 @@ def make_trainer(
                 max_preemption_failures=cluster.max_preemption_failures,
                 preemption_grace_s=cluster.preemption_grace_s,
             ),
-            callbacks=[FreeWorkers()],
+            callbacks=[QuickStart(), FreeWorkers()],
         ),
     )
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -54,6 +55,14 @@ def test_the_test_is_one_sided_at_equal_samples_and_no_higher_cost(mine, other, 
 
 def test_the_first_trial_has_nothing_to_lose_to():
     assert not hopeless(judged(1e9), [])
+
+
+@pytest.mark.filterwarnings("error")
+def test_read_only_influences_as_ray_delivers_them_are_compared_without_a_warning():
+    influence = np.ones(2, dtype=np.float32)
+    influence.flags.writeable = False
+    reported = {"frechet_distance": 1.0, "evaluations": 10.0, "samples": 2, "influence": influence}
+    assert not hopeless(reported, [reported])
 
 
 @given(st.integers(4, 10_000), st.integers(1, 12))
