@@ -121,11 +121,84 @@ def search() -> Iterator[str]:
     parts = [trials["trial_seconds"][part] for part in ("placement", "start-up", "checkpoints", "teardown")]
     yield "placement {:.1f} s, start-up {:.1f}, checkpoints {:.1f}, teardown {:.1f}".format(*parts)
     yield f"costs {trials['overhead_s']['usual']:.1f} s"
+    yield from studies()
     base, eps = (
         f"{fixed(each['distance'], 2)} ± {fixed(each['distance_standard_error'], 2)}"
         for each in (result("methods")["methods"][name] for name in ("base", "eps"))
     )
     yield f"distance {base} with v, {eps} with eps"
+
+
+def studies() -> Iterator[str]:
+    """The two studies of docs/search.md: what they tried, and what judging the best of them again found."""
+    for kind, study in result("studies")["studies"].items():
+        trials = {trial["trial"]: trial for trial in study["trials"]}
+        states = [trial["state"] for trial in trials.values()]
+        ended = f"{study['wall_s']:.0f} s: {states.count('finished')} ran to their end"
+        yield f"{ended}, {'ASHA stopped ' if kind == 'training' else ''}{states.count('stopped')}"
+        for each in study["confirmation"]["confirmed"]:
+            scores, gain = each["scores"], each["gain"]
+            cells = [fixed(each["distance"]["value"], 2)]
+            if gain is None:
+                cells += ["", ""]
+            else:
+                value, low, high = (fixed(gain[name], 2) for name in ("value", "low", "high"))
+                cells += [f"{value} ({low} to {high})", "yes" if each["better"] else "no"]
+            if kind == "guidance":
+                rates = (fixed(scores[name], 3) for name in ("class_accuracy", "precision", "recall"))
+                yield row(described(each), *cells, fixed(scores["evaluations"], 0), *rates).replace("|  |", "| |")
+            else:
+                yield row(trained_with(each), *cells, fixed(scores["class_accuracy"], 3)).replace("|  |", "| |")
+        if kind == "guidance":
+            cheap, near = (trials[study["pareto_front"][end]]["scores"] for end in (0, -1))
+            yield f"The Pareto front goes from {cheap['evaluations']:.0f} network evaluations at distance"
+            far = fixed(cheap["frechet_distance"], 2)
+            yield f"{far} to {near['evaluations']:.0f} at {fixed(near['frechet_distance'], 2)}"
+            (own,) = (t["scores"] for t in trials.values() if t["params"] == OWN_SETTING)
+            yield f"needs {own['evaluations']:.0f} for {fixed(own['frechet_distance'], 2)}"
+        else:
+            seen = sum(trial["scores"]["images_seen"] for trial in trials.values())
+            yield f"saw {seen:,.0f} images instead of {25_600 * len(trials):,}"
+            by_v = [t for t in trials.values() if t["params"]["objective.prediction"] == "v"]
+            finished = [t for t in trials.values() if t["state"] == "finished"]
+            assert all(t in finished and t["params"]["schedule.kind"] == "cosine" for t in by_v)
+            assert all(t["params"]["objective.timesteps"] == "stratified" for t in by_v)
+            distances = sorted(t["scores"]["frechet_distance"] for t in by_v)
+            yield f"at distances of {fixed(distances[0], 2)} to {fixed(distances[-1], 2)} on 256"
+            rest = [t["scores"]["frechet_distance"] for t in finished if t not in by_v]
+            yield f"at {fixed(min(rest), 2)} and {fixed(max(rest), 2)}"
+            assert (len(by_v), len(rest), len(trials)) == (8, 2, 16)
+
+
+OWN_SETTING = {
+    "guidance.scale": 1.5,
+    "guidance.interval.0": 0.0,
+    "guidance.interval.1": 1.0,
+    "guidance.rescale": 0.0,
+    "sampler.kind": "ddim",
+    "sampler.steps": 50,
+    "sampler.eta": 0.0,
+}
+
+
+def described(each: dict[str, Any]) -> str:
+    if each["trial"] == "default":
+        return "the model's own"
+    setting = each["settings"]
+    assert setting["kind"] == "ddim"
+    low, high = (fixed(end, 2) for end in setting["interval"])
+    scale, eta, rescale = (fixed(setting[name], 2) for name in ("scale", "eta", "rescale"))
+    return f"DDIM, {setting['steps']} steps, eta {eta}, scale {scale} between {low} and {high} of T, rescale {rescale}"
+
+
+def trained_with(each: dict[str, Any]) -> str:
+    setting = each["params"]
+    shift, drop = setting["schedule.log_snr_shift"], fixed(setting["objective.label_drop"], 2)
+    rate = fixed(setting["optim.lr"], 4)
+    if each["trial"] == "default":
+        return f"as it stands: cosine, eps, shift {shift:g}, label drop {drop}, learning rate {rate}"
+    assert (setting["schedule.kind"], setting["objective.prediction"]) == ("cosine", "v")
+    return f"cosine, v, log-SNR shift {fixed(shift, 2)}, label drop {drop}, learning rate {rate}"
 
 
 def gate() -> Iterator[str]:

@@ -117,6 +117,13 @@ def test_what_cannot_be_tested_is_no_gain(value):
     assert not holm({"a": p})
 
 
+def test_a_gain_far_beyond_chance_has_a_small_p_value_and_not_0():
+    influence = torch.tensor([1.0, -1.0]).repeat(50)
+    z, p = z_test(Measured(10 * Measured(0.0, influence).standard_error, influence))
+    assert z == pytest.approx(10)
+    assert p == pytest.approx(7.62e-24, rel=0.01)  # tables of the normal distribution
+
+
 @pytest.mark.parametrize("width, measure", [(256, "frechet_distance"), (257, "kid")])
 def test_the_kernel_distance_decides_above_256_features_and_is_to_the_reference_images_alone(tmp_path, width, measure):
     features = np.random.default_rng(0).normal(size=(5, width)).astype(np.float32)
