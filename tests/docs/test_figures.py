@@ -89,6 +89,9 @@ def performance() -> Iterator[str]:
         yield row(name, f"{case['batch_alone']}", f"{case['batch_together']}", *cells)
     restarts = result("overhead_restarts")
     seconds = f"{restarts['restart_ray_s']:.1f} s; {restarts['restart_ours_s']:.1f} s"
+    starting, first = (statistics.median(each[kind] for each in restarts["restarts"]) for kind in ("startup", "step"))
+    yield f"{starting:.1f} s pass before the first step"
+    yield f"The first step takes {first:.1f} s"
     killed = f"from SIGKILL of the worker to the next step of the new one (medians of {len(restarts['restarts'])})"
     yield row(f"{killed}: Ray's share; ours", seconds)
 
