@@ -73,9 +73,7 @@ def performance() -> Iterator[str]:
     yield row("where the difference goes: waiting for data; waiting for checkpoints; slower steps", missing)
     scaling = "images/s of two workers with one thread each, relative to a bare process with two threads"
     yield row(scaling, f"{overhead['scaling']:.2f}")
-    beside = (
-        "the same relative to two bare processes at once, of one thread each; without the stack's share of the cores"
-    )
+    beside = "the same relative to two bare processes at once, of one thread each; with the stack's CPU time subtracted"
     yield row(beside, f"{overhead['pair']:.2f}; {overhead['pair_beside_stack']:.2f}")
     stack = "; ".join(f"{100 * overhead['stack_cpu'][workers]:.1f} %" for workers in ("one_worker", "two_workers"))
     yield row("share of both cores that the stack and the driver compute on: with one worker; with two", stack)
@@ -92,8 +90,8 @@ def performance() -> Iterator[str]:
     starting, first = (statistics.median(each[kind] for each in restarts["restarts"]) for kind in ("startup", "step"))
     yield f"{starting:.1f} s pass before the first step"
     yield f"The first step takes {first:.1f} s"
-    killed = f"from SIGKILL of the worker to the next step of the new one (medians of {len(restarts['restarts'])})"
-    yield row(f"{killed}: Ray's share; ours", seconds)
+    killed = "from SIGKILL of a worker until Ray starts the new one; from there to the end of its first step"
+    yield row(f"{killed} (medians of {len(restarts['restarts'])})", seconds)
 
 
 def serving() -> Iterator[str]:
@@ -118,7 +116,9 @@ def search() -> Iterator[str]:
             title, *(f"{share:.2f}" if share < 0.99 else f"{share:.3f}" for share in shares), f"{system['trials_to']:g}"
         )
     yield f"Optuna is ahead in {replay['ahead'].replace(' of ', ' of the ')} replays"
-    yield f"needs {replay['speedup_random']:.1f} times fewer trials"
+    yield f"Random search needs {replay['speedup_random']:.1f} times as many trials to reach 90 %"
+    for system in replay["systems"].values():
+        yield f"the lowest distance is {system['distance_10']:.2f}, and after 40 it is {system['distance_40']:.2f}"
     yield f"a further trial costs {trials['overhead_s']['ours']:.1f} s"
     yield f"({min(trials['turns']['ours']):.1f} to {max(trials['turns']['ours']):.1f} in three repetitions)"
     parts = [trials["trial_seconds"][part] for part in ("placement", "start-up", "checkpoints", "teardown")]
@@ -151,13 +151,20 @@ def studies() -> Iterator[str]:
                 rates = (fixed(scores[name], 3) for name in ("class_accuracy", "precision", "recall"))
                 yield row(described(each), *cells, fixed(scores["evaluations"], 0), *rates).replace("|  |", "| |")
             else:
-                yield row(trained_with(each), *cells, fixed(scores["class_accuracy"], 3)).replace("|  |", "| |")
+                drawn = each["params"]["objective.timesteps"]
+                yield row(trained_with(each), drawn, *cells, fixed(scores["class_accuracy"], 3)).replace("|  |", "| |")
         if kind == "guidance":
             cheap, near = (trials[study["pareto_front"][end]]["scores"] for end in (0, -1))
             yield f"The Pareto front goes from {cheap['evaluations']:.0f} network evaluations at distance"
             far = fixed(cheap["frechet_distance"], 2)
             yield f"{far} to {near['evaluations']:.0f} at {fixed(near['frechet_distance'], 2)}"
             (own,) = (t["scores"] for t in trials.values() if t["params"] == OWN_SETTING)
+            first, second, _, default = study["confirmation"]["confirmed"]
+            lost = [default["scores"]["class_accuracy"] - each["scores"]["class_accuracy"] for each in (first, second)]
+            yield f"{fixed(100 * lost[0], 1)} and {fixed(100 * lost[1], 1)} points less"
+            gap = second["distance"]["value"] - first["distance"]["value"]
+            errors = (fixed(each["scores"]["standard_error"], 2) for each in (first, second))
+            yield f"{fixed(gap, 2)}, less than the standard error of either distance ({' and '.join(errors)})"
             yield f"needs {own['evaluations']:.0f} for {fixed(own['frechet_distance'], 2)}"
         else:
             seen = sum(trial["scores"]["images_seen"] for trial in trials.values())
