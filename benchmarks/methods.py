@@ -10,6 +10,7 @@ has more seeds or methods, trains only what is missing. Several machines, or sev
 and a common work folder.
 
     python -m benchmarks.methods                                                  # digits; methods.json
+    python -m benchmarks.methods --methods base,linear,sigmoid --images 25600 --name schedules
     python -m benchmarks.methods --methods base,eps --experiment mnist --data s3://bucket/datasets/mnist --images 25600
     python -m benchmarks.methods --experiment cifar10 --data s3://bucket/datasets/cifar10 --images 4000000 --part 1/4
 """
@@ -123,6 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="trainings of every method")
     parser.add_argument("--samples", type=int, default=2_000, help="of every row")
     parser.add_argument("--methods", default=",".join(METHODS), help="names, separated by commas (default: all)")
+    parser.add_argument("--name", help="of the result's file; default: methods, and the experiment if it is not digits")
     parser.add_argument("--part", default="1/1", help="I/N: every N-th row from the I-th on")
     parser.add_argument("--work", type=Path, default=ROOT / ".ddpm" / "methods", help="keeps results")
     parser.add_argument("--quick", action="store_true", help="four steps of every training: a test of all parts")
@@ -142,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
     for method, seed in rows[part - 1 :: parts]:
         if not plan.path(method, seed).exists():
             write(plan.path(method, seed), measure(plan, method, seed))
-    name = "methods" if options.experiment == "digits" else f"methods_{options.experiment}"
+    name = options.name or ("methods" if options.experiment == "digits" else f"methods_{options.experiment}")
     publish(summary(plan, rows, options.experiment, options.overrides), name, options.quick)
 
 

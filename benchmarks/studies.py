@@ -2,7 +2,7 @@
 
 A study that has ended before is read and not run again.
 
-    python -m benchmarks.studies          # 12 minutes on two cores beside the local stack; studies.json
+    python -m benchmarks.studies          # 8 minutes on two cores beside the local stack; studies.json
 """
 
 from __future__ import annotations

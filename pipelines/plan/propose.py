@@ -287,7 +287,9 @@ def _network_lines(source: SourceFacts, machine: MachineFacts, basis: Basis, bud
             "schedule",
             {"schedule": "cosine", "schedule.log_snr_shift": round(shift, 3)},
             "cosine" + (f", shifted by {shift:.2f}" if shift else ""),
-            "more noise for large images (Hoogeboom et al. 2023)" if shift else "best of the study on digits",
+            "more noise for large images (Hoogeboom et al. 2023)"
+            if shift
+            else "better than linear on digits (docs/training-methods.md)",
         ),
     ]
 

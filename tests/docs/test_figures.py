@@ -130,6 +130,12 @@ def search() -> Iterator[str]:
         for each in (result("methods")["methods"][name] for name in ("base", "eps"))
     )
     yield f"distance {base} with v, {eps} with eps"
+    rows = result("schedules")["methods"]
+    cosine, linear, sigmoid = (
+        f"{fixed(rows[name]['distance'], 2)} ± {fixed(rows[name]['distance_standard_error'], 2)}"
+        for name in ("base", "linear", "sigmoid")
+    )
+    yield f"distance {cosine} with cosine, {linear} with linear, {sigmoid} with sigmoid"
 
 
 def studies() -> Iterator[str]:
@@ -346,7 +352,8 @@ def evaluation() -> Iterator[str]:
 
 def methods() -> Iterator[str]:
     found = result("methods")
-    for name, each in found["methods"].items():
+    schedules = {"cosine" if name == "base" else name: each for name, each in result("schedules")["methods"].items()}
+    for name, each in [*found["methods"].items(), *schedules.items()]:
         if each["seeds"] == 3:
             keys = [key for key in ("distance", "difference_to_base") if key in each]
             cells = [f"{fixed(each[key], 2)} ± {fixed(each[f'{key}_standard_error'], 2)}" for key in keys]
