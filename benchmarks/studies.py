@@ -1,8 +1,6 @@
 """The two studies of docs/search.md, on the champion of the demo (`make demo`): every trial, and the confirmation.
 
-A study that has ended before is read and not run again.
-
-    python -m benchmarks.studies          # 8 minutes on two cores beside the local stack; studies.json
+python -m benchmarks.studies          # 8 minutes on two cores beside the local stack; studies.json
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     ddpm = Path(sys.executable).with_name("ddpm")
     for command in STUDIES.values():
-        subprocess.run([str(ddpm), "search", *command.split(), "--resume"], check=True)
+        subprocess.run([str(ddpm), "search", *command.split()], check=True)
     config = fill(compose(["+experiment=digits"]), {}, stack.read_state())
     found = {kind: read(config, kind, command.split("--study ")[1].split()[0]) for kind, command in STUDIES.items()}
     machine = f"CPU ({platform.machine()}), {os.cpu_count()} cores"

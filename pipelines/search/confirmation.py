@@ -156,7 +156,7 @@ def z_test(gain: Measured) -> tuple[float, float]:
     error = gain.standard_error
     z = gain.value / error if error > 0 else 0.0
     z = z if math.isfinite(z) else 0.0
-    return z, math.erfc(z / math.sqrt(2)) / 2  # 1 minus the distribution function would be 0 from z = 8 on
+    return z, math.erfc(z / math.sqrt(2)) / 2  # the distribution function of -z would round to 0
 
 
 def holm(p_values: Mapping[str, float], level: float = LEVEL) -> set[str]:

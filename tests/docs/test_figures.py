@@ -169,6 +169,7 @@ def studies() -> Iterator[str]:
             lost = [default["scores"]["class_accuracy"] - each["scores"]["class_accuracy"] for each in (first, second)]
             yield f"{fixed(100 * lost[0], 1)} and {fixed(100 * lost[1], 1)} points less"
             gap = second["distance"]["value"] - first["distance"]["value"]
+            assert gap < min(each["scores"]["standard_error"] for each in (first, second))
             errors = (fixed(each["scores"]["standard_error"], 2) for each in (first, second))
             yield f"{fixed(gap, 2)}, less than the standard error of either distance ({' and '.join(errors)})"
             yield f"needs {own['evaluations']:.0f} for {fixed(own['frechet_distance'], 2)}"

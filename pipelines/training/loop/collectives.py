@@ -89,12 +89,15 @@ def _gather_parts(tensor: DTensor) -> Tensor | None:
             the last ones, which may have fewer or none.
     """
     rows = -(-tensor.shape[0] // world_size())
-    mine = tensor.to_local()
-    part = mine.new_zeros(rows, *tensor.shape[1:])
-    part[: len(mine)] = mine
-    parts = [torch.empty_like(part) for _ in range(world_size())] if this_rank() == 0 else None
-    dist.gather(part, parts, dst=0)
-    return torch.cat(parts)[: tensor.shape[0]] if parts else None
+    part = tensor.to_local().contiguous()
+    if len(part) < rows:  # all ranks send equally many
+        part = torch.cat([part, part.new_zeros(rows - len(part), *tensor.shape[1:])])
+    if this_rank() != 0:
+        dist.gather(part, dst=0)
+        return None
+    whole = part.new_empty(rows * world_size(), *tensor.shape[1:])
+    dist.gather(part, list(whole.split(rows)), dst=0)
+    return whole[: tensor.shape[0]]
 
 
 def local_part(tensor: Tensor) -> Tensor:

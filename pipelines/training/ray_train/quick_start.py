@@ -1,7 +1,7 @@
 """The start of a worker, which is mostly imports: this module imports what a worker has anyway, and runs before them.
 
 Python's garbage collector looks through all objects time and again while modules are imported, and finds hardly any to
-free. Without it they take a third less.
+free. It costs most where torch is imported.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import gc
 import pickle
 from collections.abc import Callable
 
+import ray
 from ray.train.v2._internal.execution.callback import ControllerCallback
 
 
@@ -30,7 +31,9 @@ class QuickStart(ControllerCallback):
 
 
 def _receive() -> QuickStart:
-    gc.disable()
+    # Only in actors, the controller and the workers: a server of Ray Client receives it too, and passes it on.
+    if ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None:
+        gc.disable()
     return QuickStart()
 
 

@@ -1,11 +1,10 @@
 import json
-import time
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipelines.config import compose
@@ -57,7 +56,7 @@ def test_every_network_names_units_for_fsdp_that_it_has(choice):
     assert len(covered) > len(list(network.parameters())) / 2
 
 
-def gather_parts(rank, world, rendezvous, folder):
+def gather_parts(rank, world, rendezvous):
     shapes = [(3,), (1, 4), (4, 2), (7, 2, 3), (2,)]
     whole = {str(shape): torch.arange(1.0, 1 + torch.Size(shape).numel()).reshape(shape) for shape in shapes}
     with process_group(rank, world, rendezvous):
@@ -69,16 +68,12 @@ def gather_parts(rank, world, rendezvous, folder):
             assert found["scalar"] == 2
         else:
             assert not found
-    (folder / f"passed-{rank}").touch()
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize("world", [2, 3])
 def test_rank_0_gathers_parts_of_any_number_of_rows(tmp_path, world):
-    mp.start_processes(
-        gather_parts, (world, tmp_path / "rendezvous", tmp_path), nprocs=world, start_method="forkserver"
-    )
-    assert len(list(tmp_path.glob("passed-*"))) == world
+    mp.start_processes(gather_parts, (world, tmp_path / "rendezvous"), nprocs=world, start_method="forkserver")
 
 
 class Collectives(TorchDispatchMode):
@@ -89,6 +84,8 @@ class Collectives(TorchDispatchMode):
         self.names = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(issubclass(of, DTensor) for of in types):
+            return NotImplemented  # comes back as what it does with the parts
         if function.namespace in ("c10d", "_c10d_functional"):
             self.names.add(str(function))
         return function(*args, **(kwargs or {}))
@@ -103,10 +100,9 @@ def collect_collectives(rank, rendezvous, dataset, folder, config):
 @pytest.mark.integration
 def test_a_sharded_run_uses_no_collective_whose_name_gloos_threads_would_write_at_once(digits, tmp_path):
     config = tiny_config(tmp_path, 3 * 10, 10, "cluster.parallel=fsdp", "checkpoint.every=10", "optim.power_ema=[0.1]")
-    rendezvous = tmp_path / f"rendezvous-{time.monotonic_ns()}"
-    arguments = (rendezvous, digits, tmp_path, config)
+    arguments = (tmp_path / "rendezvous", digits, tmp_path, config)
     mp.start_processes(collect_collectives, arguments, nprocs=2, start_method="forkserver")
     for rank in range(2):
         names = json.loads((tmp_path / f"collectives-{rank}.json").read_text())
         assert {"c10d.gather_.default", "c10d._allgather_base_.default"} <= set(names)
-        assert not any(name.startswith("_c10d_functional.all_gather") for name in names)
+        assert not any(name.startswith("_c10d_functional.all_gather") or "coalesced" in name for name in names)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import pickle
+from types import SimpleNamespace
+
 import pytest
+import ray
+from ray import cloudpickle
 from ray.train.torch import TorchTrainer
 
 from pipelines.config import ClusterConfig, compose
@@ -45,3 +51,19 @@ def test_of_what_ray_train_does_beside_a_training_only_the_manager_of_its_datase
     usual = {type(callback).__name__ for callback in TorchTrainer._create_default_callbacks(trainer)}
     assert usual - found == {"DatasetsCallback"}
     assert found < usual
+
+
+@pytest.mark.parametrize(("actor", "collects"), [("a1", False), (None, True)])
+def test_what_a_run_sends_stops_the_collector_of_actors_alone_and_before_it_imports_torch(monkeypatch, actor, collects):
+    context = make_trainer(print, {}, cluster(), "r").train_run_context
+    names = list(vars(context))
+    assert names.index("run_config") < names.index("backend_config")  # which imports torch
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_actor_id=lambda: actor))
+    try:
+        (quick_start, _) = pickle.loads(cloudpickle.dumps(context)).run_config.callbacks
+        assert gc.isenabled() is collects
+        quick_start.after_controller_start(None)
+        assert gc.isenabled()
+    finally:
+        gc.enable()
