@@ -346,9 +346,10 @@ def evaluation() -> Iterator[str]:
         yield row(shown, fixed(e["known"], 3), fixed(e["floor"], 2), *multiples, fixed(e["noise_alone"], 0))
     half = found["evaluators"]["classifier, half"]
     group, gain = found["group"], "gain_of_shown"
-    yield f"have the distance {fixed(half['shown_to_unseen'], 2)} from {group} others"
-    yield f"and {group} unseen images {fixed(half['unseen_to_unseen'], 2)}"
-    yield f"a difference of {fixed(half[gain], 2)} ± {fixed(half[f'{gain}_standard_error'], 2)} over the trainings"
+    yield f"have the distance {fixed(half['shown_to_unseen'], 2)} from {group} unseen ones"
+    yield f"and {group} other unseen images {fixed(half['unseen_to_unseen'], 2)}"
+    difference, error = (fixed(half[name], 2) for name in (gain, f"{gain}_standard_error"))
+    yield f"a difference of {difference} ± {error} (standard error over the trainings)"
 
 
 def methods() -> Iterator[str]:
