@@ -21,9 +21,8 @@ from pipelines.connect import fill
 from pipelines.search.study import StudyStore, pareto_front
 from pipelines.storage import join
 
-MODEL = "models:/digits@champion"
 STUDIES = {
-    "guidance": f"guidance --model {MODEL} --study measured +experiment=digits",
+    "guidance": "guidance --model models:/digits@champion --study measured +experiment=digits",
     "training": "training --study measured-training +experiment=digits images=25600 cluster.num_workers=1 "
     "guidance=none sampler=dpm_solver sampler.steps=10",
 }
@@ -31,6 +30,7 @@ STUDIES = {
 
 
 def main() -> None:
+    """Run both studies, which must not be there yet, and keep what they found."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     ddpm = Path(sys.executable).with_name("ddpm")
     for command in STUDIES.values():

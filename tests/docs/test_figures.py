@@ -125,16 +125,10 @@ def search() -> Iterator[str]:
     yield "placement {:.1f} s, start-up {:.1f}, checkpoints {:.1f}, teardown {:.1f}".format(*parts)
     yield f"costs {trials['overhead_s']['usual']:.1f} s"
     yield from studies()
-    base, eps = (
-        f"{fixed(each['distance'], 2)} ± {fixed(each['distance_standard_error'], 2)}"
-        for each in (result("methods")["methods"][name] for name in ("base", "eps"))
-    )
+    base, eps = (with_error(result("methods")["methods"][name], "distance") for name in ("base", "eps"))
     yield f"distance {base} with v, {eps} with eps"
     rows = result("schedules")["methods"]
-    cosine, linear, sigmoid = (
-        f"{fixed(rows[name]['distance'], 2)} ± {fixed(rows[name]['distance_standard_error'], 2)}"
-        for name in ("base", "linear", "sigmoid")
-    )
+    cosine, linear, sigmoid = (with_error(rows[name], "distance") for name in ("base", "linear", "sigmoid"))
     yield f"distance {cosine} with cosine, {linear} with linear, {sigmoid} with sigmoid"
 
 
@@ -348,8 +342,7 @@ def evaluation() -> Iterator[str]:
     group, gain = found["group"], "gain_of_shown"
     yield f"have the distance {fixed(half['shown_to_unseen'], 2)} from {group} unseen ones"
     yield f"and {group} other unseen images {fixed(half['unseen_to_unseen'], 2)}"
-    difference, error = (fixed(half[name], 2) for name in (gain, f"{gain}_standard_error"))
-    yield f"a difference of {difference} ± {error} (standard error over the trainings)"
+    yield f"a difference of {with_error(half, gain)} (standard error over the trainings)"
 
 
 def methods() -> Iterator[str]:
@@ -358,7 +351,7 @@ def methods() -> Iterator[str]:
     for name, each in [*found["methods"].items(), *schedules.items()]:
         if each["seeds"] == 3:
             keys = [key for key in ("distance", "difference_to_base") if key in each]
-            cells = [f"{fixed(each[key], 2)} ± {fixed(each[f'{key}_standard_error'], 2)}" for key in keys]
+            cells = [with_error(each, key) for key in keys]
             yield row(name, *cells, *[""] * (2 - len(cells))).replace("  |", " |")
     for measured in (measured for measured in found["rows"] if measured["seed"] == 0):
         low, high = measured["interval"]
@@ -421,6 +414,10 @@ def row(title: str, *cells: str) -> str:
 def fixed(value: float, digits: int) -> str:
     """Round as people do: 25.95, which no binary number is, to 26.0."""
     return str(Decimal(repr(value)).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP))
+
+
+def with_error(each: dict[str, Any], key: str) -> str:
+    return f"{fixed(each[key], 2)} ± {fixed(each[f'{key}_standard_error'], 2)}"
 
 
 def judged(title: str, r: dict[str, Any]) -> str:

@@ -89,15 +89,19 @@ def _gather_parts(tensor: DTensor) -> Tensor | None:
             the last ones, which may have fewer or none.
     """
     rows = -(-tensor.shape[0] // world_size())
-    part = tensor.to_local().contiguous()
-    if len(part) < rows:  # all ranks send equally many
-        part = torch.cat([part, part.new_zeros(rows - len(part), *tensor.shape[1:])])
+    part = _padded(tensor.to_local(), rows)
     if this_rank() != 0:
         dist.gather(part, dst=0)
         return None
     whole = part.new_empty(rows * world_size(), *tensor.shape[1:])
     dist.gather(part, list(whole.split(rows)), dst=0)
     return whole[: tensor.shape[0]]
+
+
+def _padded(part: Tensor, rows: int) -> Tensor:
+    """Return a part with so many rows, zeros after its own: all ranks send equally many."""
+    missing = rows - len(part)
+    return torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part.contiguous()
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -130,8 +134,7 @@ def all_gather_pieces(mine: Tensor, total: int) -> Tensor:
     ranks = world_size()
     if ranks == 1:
         return mine
-    padded = torch.zeros(-(-total // ranks), *mine.shape[1:], dtype=mine.dtype, device=mine.device)
-    padded[: len(mine)] = mine
+    padded = _padded(mine, -(-total // ranks))
     counts = [torch.zeros(1, dtype=torch.int64, device=mine.device) for _ in range(ranks)]
     dist.all_gather(counts, torch.tensor([len(mine)], device=mine.device))
     parts = [torch.empty_like(padded) for _ in range(ranks)]
