@@ -1,6 +1,8 @@
 """The two studies of docs/search.md, on the champion of the demo (`make demo`): every trial, and the confirmation.
 
-python -m benchmarks.studies          # 8 minutes on two cores beside the local stack; studies.json
+The studies must not be there yet: a study is not run twice under one name.
+
+    python -m benchmarks.studies          # 8 minutes on two cores beside the local stack; studies.json
 """
 
 from __future__ import annotations
