@@ -113,7 +113,8 @@ Bits per dimension of the test split counted as 8-bit images, of which digits us
 that samples, its x_0 clipped to the range of images. The bound's decoder is a discretized Gaussian; the ODE is
 integrated from t = {likelihood.t_min:.3f}, where sigma = 0.001, to tolerance 1e-5 on uniformly dequantized images, with
 the trace by Hutchinson. Starting there and not at 0 costs an exact model at most {likelihood.truncation_cost:.2f} bits;
-that is so for a pixel with the same value in all images. Bound and ODE measure different models, so either may be smaller.
+that is so for a pixel with the same value in all images.
+Bound and ODE measure different models, so either may be smaller.
 
 | method | bits per dimension | network evaluations |
 |---|---|---|
