@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipelines.config import compose
 from pipelines.shards.read import Batch
-from pipelines.training.loop.collectives import broadcast, gather
+from pipelines.training.loop.collectives import all_gather_pieces, broadcast, gather
 from pipelines.training.loop.parallel import micro_batches
 from pipelines.training.loop.state import make_network
 from tests.pipelines.training.loop.ranks import TINY, process_group, tiny_config, train_here
@@ -74,6 +74,19 @@ def gather_parts(rank, world, rendezvous):
 @pytest.mark.parametrize("world", [2, 3])
 def test_rank_0_gathers_parts_of_any_number_of_rows(tmp_path, world):
     mp.start_processes(gather_parts, (world, tmp_path / "rendezvous"), nprocs=world, start_method="forkserver")
+
+
+def gather_pieces(rank, world, rendezvous):
+    with process_group(rank, world, rendezvous):
+        for total in (world, 7):
+            rows = torch.arange(2.0 * total).reshape(total, 2)
+            assert torch.equal(all_gather_pieces(rows.tensor_split(world)[rank], total), rows)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("world", [2, 3])
+def test_every_rank_gathers_pieces_that_differ_by_a_row(tmp_path, world):
+    mp.start_processes(gather_pieces, (world, tmp_path / "rendezvous"), nprocs=world, start_method="forkserver")
 
 
 class Collectives(TorchDispatchMode):
