@@ -47,11 +47,12 @@ from pipelines.storage import Storage
 
 LEVELS, LEARNED = "objective.timesteps=log_normal", "objective.learned_weight=true"
 NEAREST, MUON = "objective.noise_candidates=8", "optim.kind=muon"
+SIGMOID = "schedule=sigmoid"
 METHODS: dict[str, tuple[str, ...]] = {
     "base": (),
     "eps": ("objective.prediction=eps",),
     "linear": ("schedule=linear",),
-    "sigmoid": ("schedule=sigmoid",),
+    "sigmoid": (SIGMOID,),
     "log_normal": (LEVELS,),
     "log_normal+weight": (LEVELS, "objective.weight=edm"),
     "edm": (LEVELS, "objective.weight=edm", "objective.prediction=x0_skip"),
@@ -63,6 +64,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     "batch_x2+linear": (),
     "log_normal+learned_weight": (LEVELS, LEARNED),
     "learned_weight+muon": (LEARNED, MUON),
+    "sigmoid+learned_weight": (SIGMOID, LEARNED),
+    "sigmoid+learned_weight+muon": (SIGMOID, LEARNED, MUON),
     "log_normal+learned_weight+muon": (LEVELS, LEARNED, MUON),
     "log_normal+learned_weight+muon+nearest_of_8": (LEVELS, LEARNED, MUON, NEAREST),
 }
