@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import secrets
@@ -45,11 +46,12 @@ def locked(home: Path) -> Iterator[None]:
         yield
 
 
-def ray_folder() -> Path:
-    """Return the folder of this user's Ray sessions, which is made where it is not there.
+def ray_folder(home: Path) -> Path:
+    """Return the folder of a local stack's Ray sessions, whose parent is made where it is not there.
 
     Ray makes its sessions writable by everybody and cannot share `/tmp/ray` between users: they lie in a folder that is
-    closed to others. Its path is short, as that of a socket must be.
+    closed to others. Its path is short, as that of a socket must be. Each stack has its own, because Ray gives a
+    submitted job the address that the newest head has written there, whichever head it was submitted to.
 
     Raises:
         StackError: the folder is another user's.
@@ -60,7 +62,7 @@ def ray_folder() -> Path:
     if closed.is_symlink() or closed.stat().st_uid != os.getuid():
         raise StackError(f"{closed} is another user's: remove it, or set TMPDIR to a short path such as /var/tmp")
     closed.chmod(0o700)
-    return closed / "ray"
+    return closed / f"ray-{hashlib.sha256(str(home.resolve()).encode()).hexdigest()[:8]}"
 
 
 class StackError(PipelineError):

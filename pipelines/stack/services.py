@@ -105,7 +105,7 @@ def _start_ray(home: Path, running: dict[str, Service]) -> Service:
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--num-cpus={os.cpu_count()}"]
     command += [
-        f"--temp-dir={ray_folder()}",
+        f"--temp-dir={ray_folder(home)}",
         f"--object-store-memory={OBJECT_STORE_BYTES}",
         "--min-worker-port=0",
         "--max-worker-port=0",

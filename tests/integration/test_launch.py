@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import signal
 import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from pipelines import stack
 from pipelines.config import compose
 from pipelines.display import Silent
 from pipelines.flow.ingest import write_dataset
+from pipelines.stack import StackState
 from pipelines.storage import Storage
 from tests.integration.conftest import Shell
 
@@ -19,6 +23,17 @@ RUN = "s3://ddpm/runs/launched"
 TRAIN = ["train", "+experiment=digits", "name=launched", "cluster.num_workers=1", "optim.decay=constant"]
 TRAIN += ["batch_size=32", "data.lanes=4", "model.channels=[32]", "model.attention=[false]"]
 TRAIN += ["checkpoint.every=10_000_000", "tracking.grid_every=null"]
+
+
+@pytest.fixture
+def newer_head(local_stack: StackState, tmp_path: Path) -> Iterator[None]:
+    """A Ray head of another stack on this machine, which started after the tests' own."""
+    home = tmp_path / ".ddpm"
+    try:
+        stack.up(home, ["ray"])
+        yield
+    finally:
+        stack.down(home)
 
 
 def read_until(process: subprocess.Popen[str], text: str) -> None:
@@ -38,6 +53,7 @@ def checkpoints(s3: Storage) -> list[int]:
     return sorted(int(uri.partition("checkpoint_")[2].partition("-")[0]) for uri in states)
 
 
+@pytest.mark.usefixtures("newer_head")
 def test_a_launched_training_is_followed_stopped_and_resumed_under_its_name(shell: Shell, s3: Storage) -> None:
     write_dataset(compose(["+experiment=digits"]), s3, Silent())
 

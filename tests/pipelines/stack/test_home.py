@@ -29,12 +29,22 @@ def test_credentials_are_made_once_and_are_the_users_alone(tmp_path):
 
 def test_ray_has_a_folder_of_this_user_that_is_closed_to_others(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.gettempdir", lambda: "/" + "long/" * 20)
-    assert ray_folder() == Path(f"/tmp/ddpm-{os.getuid()}/ray")  # a socket's path has at most 107 bytes
-    assert stat.S_IMODE(ray_folder().parent.stat().st_mode) == 0o700
+    folder = ray_folder(tmp_path)
+    assert folder.parent == Path(f"/tmp/ddpm-{os.getuid()}")
+    assert len(folder.name) <= 12  # a socket's path has at most 107 bytes
+    assert stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
     monkeypatch.setattr(os, "getuid", lambda: 12345678)
     Path("/tmp/ddpm-12345678").symlink_to(tmp_path)
     try:
         with pytest.raises(StackError, match="is another user's"):
-            ray_folder()
+            ray_folder(tmp_path)
     finally:
         Path("/tmp/ddpm-12345678").unlink()
+
+
+def test_each_stack_has_a_folder_of_its_own_for_ray(tmp_path):
+    """Ray gives a submitted job the address in this folder's `ray_current_cluster`: the newest head's."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "other")
+    assert ray_folder(tmp_path / "other") != ray_folder(tmp_path)
+    assert ray_folder(tmp_path / "link") == ray_folder(tmp_path / "other")
