@@ -11,6 +11,8 @@ from pipelines.config import AwsLaunch, Config
 
 FOLDERS = ("datasets", "runs", "studies", "evaluations", "registry", "plans")
 """What this program keeps below `storage.root`."""
+BESIDE_DATA = ("evaluator", "features")
+"""What evaluations keep below a dataset's own address."""
 TRANSIENT = ".ddpm-"
 """Start of the names of probes: objects that are written and deleted at once to see whether that is allowed."""
 VERSION = "2012-10-17"
@@ -47,6 +49,12 @@ def worker_policy(config: Config) -> dict[str, Any]:
                     "Effect": "Allow",
                     "Action": ["s3:GetObject"],
                     "Resource": [f"arn:aws:s3:::{data_bucket}/{data_prefix}*"],
+                },
+                {
+                    "Sid": "KeepWhatJudges",
+                    "Effect": "Allow",
+                    "Action": ["s3:PutObject"],
+                    "Resource": [f"arn:aws:s3:::{data_bucket}/{data_prefix}{folder}/*" for folder in BESIDE_DATA],
                 },
             ]
     return {"Version": VERSION, "Statement": statements}

@@ -130,11 +130,14 @@ def test_objects_may_be_changed_below_the_folders_of_this_program_alone():
     assert set(policy("worker")) == {"ListFolders", "ReadAndWriteFolders"}
 
 
-def test_data_elsewhere_may_be_read_and_not_changed():
+def test_data_elsewhere_may_be_read_and_evaluators_kept_beside_it():
     found = policy("worker", "data.uri=s3://other/sets/birds")
     assert found["ReadData"]["Action"] == ["s3:GetObject"]
     assert found["ReadData"]["Resource"] == ["arn:aws:s3:::other/sets/birds/*"]
     assert found["ListData"]["Resource"] == ["arn:aws:s3:::other"]
+    beside = {f"arn:aws:s3:::other/sets/birds/{folder}/*" for folder in ("evaluator", "features")}
+    assert found["KeepWhatJudges"]["Action"] == ["s3:PutObject"]
+    assert set(found["KeepWhatJudges"]["Resource"]) == beside
 
 
 def test_the_head_ends_and_tags_machines_of_its_own_cluster_alone():
