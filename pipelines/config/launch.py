@@ -27,14 +27,16 @@ class KubeRayLaunch(Launch):
     """A RayJob of KubeRay: a Ray cluster of its own for the command, which goes when the command ends."""
 
     kind: Literal["kuberay"] = Field("kuberay", description="kind of cluster on which the command runs")
-    image: str = Field(description="of the workers, with CUDA where they have GPUs")
+    image: str = Field(description="image of the workers, with CUDA where they have GPUs")
     head_image: str | None = Field(
-        None, description="of head and submitter, which need no CUDA, with the same Python and Ray; null: image"
+        None, description="image of head and submitter, which need no CUDA, with the same Python and Ray; null: image"
     )
     image_pull_secret: Name | None = Field(None, description="Secret for a private registry")
-    namespace: Name = Field("default", description="of Kubernetes, with the Secrets")
+    namespace: Name = Field("default", description="namespace in Kubernetes, which has the Secrets")
     service_account: Name | None = Field(
-        None, description="of head and workers; where its role may use the bucket (IRSA, Workload Identity), no keys"
+        None,
+        description="service account of head and workers; where its role may use the bucket (IRSA, Workload Identity), "
+        "no keys are needed",
     )
     s3_secret: Name | None = Field(
         None, description="Secret whose key `credentials` is a file in the form of ~/.aws/credentials; null: a role"
@@ -53,10 +55,10 @@ class KubeRayLaunch(Launch):
         None, description="Secret whose key `auth_token` is that token; null: one that KubeRay makes for each cluster"
     )
     queue: Name | None = Field(None, description="LocalQueue of Kueue; null: the job starts at once")
-    workers_per_node: PositiveInt = Field(1, description="of cluster.num_workers, how many a pod holds")
+    workers_per_node: PositiveInt = Field(1, description="how many of the cluster.num_workers workers a pod holds")
     memory_gib: PositiveFloat = Field(24, description="memory of a worker")
     shm_gib: PositiveFloat = Field(8, description="of that, the most that may lie in /dev/shm")
-    head_cpus: PositiveFloat = Field(2, description="of the head, which trains nothing")
+    head_cpus: PositiveFloat = Field(2, description="CPUs of the head, which trains nothing")
     head_memory_gib: PositiveFloat = Field(8, description="memory of the head")
     gpu_product: str | None = Field(None, description="label nvidia.com/gpu.product of the nodes; null: any GPU")
     zone: str | None = Field(None, description="where all workers run: gradients between zones are slow, and billed")
@@ -79,7 +81,7 @@ class KubeRayLaunch(Launch):
         4,
         description="how often the pod that submits the command and shows its output is replaced; the command goes on",
     )
-    deadline_s: PositiveInt | None = Field(None, description="after which the job is ended; null: without a limit")
+    deadline_s: PositiveInt | None = Field(None, description="seconds after which the job is ended; null: no limit")
     ttl_s: NonNegativeInt = Field(600, description="how long the cluster stays after the command, to look at")
 
     @model_validator(mode="after")
@@ -99,18 +101,20 @@ class AwsLaunch(Launch):
     """A cluster on EC2 that `ray up` starts: a head on demand, spot workers; with its policies and its bucket rules."""
 
     kind: Literal["aws"] = Field("aws", description="kind of cluster on which the command runs")
-    image: str = Field(description="of the workers, with CUDA where they have GPUs")
+    image: str = Field(description="image of the workers, with CUDA where they have GPUs")
     head_image: str | None = Field(
-        None, description="of the head, which needs no CUDA, with the same Python and Ray; null: image"
+        None, description="image of the head, which needs no CUDA, with the same Python and Ray; null: image"
     )
     account: Annotated[str, Field(pattern=r"^[0-9]{12}$")] | None = Field(
         None, description="number of the AWS account in the policies; null: a * in its place"
     )
-    region: str = Field("us-east-1", description="of AWS")
-    zone: str = Field("us-east-1a", description="of all nodes: gradients between zones are slow, and billed")
-    instance_type: str = Field("g5.2xlarge", description="of the workers")
-    head_instance_type: str = Field("m6i.xlarge", description="of the head, which trains nothing")
-    workers_per_node: PositiveInt = Field(1, description="of cluster.num_workers, how many an instance holds")
+    region: str = Field("us-east-1", description="AWS region")
+    zone: str = Field("us-east-1a", description="zone of all nodes: gradients between zones are slow, and billed")
+    instance_type: str = Field("g5.2xlarge", description="instance type of the workers")
+    head_instance_type: str = Field("m6i.xlarge", description="instance type of the head, which trains nothing")
+    workers_per_node: PositiveInt = Field(
+        1, description="how many of the cluster.num_workers workers an instance holds"
+    )
     spot: bool = Field(True, description="workers on spot instances; the head never is")
     head_profile: str = Field("ddpm-head", description="instance profile with iam-head.json")
     worker_profile: str = Field("ddpm-worker", description="instance profile with iam-worker.json")
@@ -118,8 +122,8 @@ class AwsLaunch(Launch):
         "resolve:ssm:/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-gpu-ubuntu-22.04/latest/ami-id",
         description="machine image with Docker and an NVIDIA driver; the default is AWS's newest, ami-… pins one",
     )
-    disk_gib: PositiveInt = Field(100, description="of a node, beside the workers' cache of shards")
-    idle_min: NonNegativeFloat = Field(10, description="minutes after which a node above the minimum that idles goes")
+    disk_gib: PositiveInt = Field(100, description="disk of a node in GiB, beside the workers' cache of shards")
+    idle_min: NonNegativeFloat = Field(10, description="minutes after which an idle node above the minimum is ended")
 
 
 class RayLaunch(Launch):

@@ -135,7 +135,7 @@ class ClusterConfig(Section):
     step_timeout_s: NonNegativeFloat | None = Field(
         1800,
         description="seconds without progress after which the workers are started again; longer than an outage of "
-        "storage (300 s), compilation, a sample grid or an evaluation. null or 0: only the backend's 30 minutes count",
+        "storage (300 s), compilation or a sample grid. null or 0: only the backend's 30 minutes count",
     )
     resize_every_s: PositiveFloat = Field(
         60, description="seconds between looks whether a run with num_workers=[min, max] can grow"

@@ -67,7 +67,7 @@ def performance() -> Iterator[str]:
 
     overhead = result("overhead")
     turns = [turn["ratio"] for turn in overhead["one_worker"]]
-    ratio = f"{overhead['ratio']:.2f} ({min(turns):.2f} to {max(turns):.2f})"
+    ratio = f"{overhead['ratio']:.2f} (single turns: {min(turns):.2f} to {max(turns):.2f})"
     yield row("images/s of one worker with one thread, relative to the bare loop on one thread", ratio)
     missing = "; ".join(f"{100 * overhead['missing'][part]:.1f} %" for part in ("data", "checkpoint", "step"))
     yield row("where the difference goes: waiting for data; waiting for checkpoints; slower steps", missing)
@@ -82,7 +82,10 @@ def performance() -> Iterator[str]:
         for of, key in (("two_workers", "pair"), ("one_worker", "bare"))
     )
     yield f"two processes of one thread are {pair / one:.1f} times as fast"
-    for name, case in result("overhead_scaling")["cases"].items():
+    scaled = result("overhead_scaling")["cases"]
+    threads = scaled["32x32, the same batch for each"]["threads"]
+    yield f"{overhead['scaling']:.2f} times on digits with one batch of 128, and {threads:.2f} times on 32x32"
+    for name, case in scaled.items():
         cells = (fixed(case[key], 2) for key in ("pair", "pair_beside_stack"))
         yield row(name, f"{case['batch_alone']}", f"{case['batch_together']}", *cells)
     restarts = result("overhead_restarts")
@@ -342,7 +345,7 @@ def evaluation() -> Iterator[str]:
     group, gain = found["group"], "gain_of_shown"
     yield f"have the distance {fixed(half['shown_to_unseen'], 2)} from {group} unseen ones"
     yield f"and {group} other unseen images {fixed(half['unseen_to_unseen'], 2)}"
-    yield f"a difference of {with_error(half, gain)} (standard error over the trainings)"
+    yield f"the difference is {with_error({**half, gain: -half[gain]}, gain)}, with its standard error"
 
 
 def methods() -> Iterator[str]:
@@ -379,8 +382,8 @@ def failures() -> Iterator[str]:
     yield "by more than 0.1 % | {}; {} |".format(*wrong)
     starts = f"{ledger['starts_of_the_workers']}, {ledger['starts_of_the_driver']}"
     yield row("starts of the workers, of the driver", starts)
-    shares = [ledger[part] / ledger["wall_s"] for part in ("productive_s", "restart_s", "recomputed_s")]
-    yield "computed twice | " + "; ".join(f"{100 * share:.0f} %" for share in shares) + " |"
+    shares = [ledger[part] / ledger["wall_s"] for part in ("productive_s", "restart_s", "recomputed_s", "idle_s")]
+    yield "computed twice; no driver running | " + "; ".join(f"{100 * share:.0f} %" for share in shares) + " |"
 
 
 SHUFFLED = {
