@@ -36,10 +36,10 @@ def serve(
     from pipelines.connect import anywhere
 
     # The replicas run in folders of their own.
-    models = list(dict.fromkeys(anywhere(argument) for argument in arguments if not _is_override(argument)))
+    models = list(dict.fromkeys(anywhere(argument) for argument in arguments if not is_override(argument)))
     if not models:
         raise typer.BadParameter(f"name a model to serve: {MODEL}", param_hint="MODEL")
-    config = compose([argument for argument in arguments if _is_override(argument)])
+    config = compose([argument for argument in arguments if is_override(argument)])
 
     from pipelines import references
 
@@ -94,6 +94,6 @@ def _add_page(service: Service, config: Config, token_digest: str | None) -> str
     return f"{service.add_page(page_application(service.front, shown, token_digest))}/"
 
 
-def _is_override(argument: str) -> bool:
+def is_override(argument: str) -> bool:
     """Return whether an argument is an override: one of a configuration, not a MODEL, has a = before any slash."""
     return "=" in argument.partition("/")[0]

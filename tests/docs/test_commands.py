@@ -14,7 +14,7 @@ import yaml
 
 from pipelines.cli.app import app
 from pipelines.cli.common import read_arguments
-from pipelines.cli.serving import _is_override
+from pipelines.cli.serving import is_override
 from pipelines.config import Config, compose, groups
 from pipelines.config.fields import config_fields
 from pipelines.launch import overrides_of
@@ -54,7 +54,7 @@ def check_settings(verb: str, given: dict[str, Any]) -> None:
         source, _, overrides = read_arguments(given["arguments"])
         overrides += [f"data.source={source}"] if source else []
     elif verb == "serve":
-        overrides = [word for word in given["arguments"] if _is_override(word)]
+        overrides = [word for word in given["arguments"] if is_override(word)]
     elif verb == "config":
         overrides = [word for word in given["arguments"] or [] if "=" in word]
     elif verb == "launch":
