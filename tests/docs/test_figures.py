@@ -70,7 +70,8 @@ def performance() -> Iterator[str]:
     ratio = f"{overhead['ratio']:.2f} (single turns: {min(turns):.2f} to {max(turns):.2f})"
     yield row("images/s of one worker with one thread, relative to the bare loop on one thread", ratio)
     missing = "; ".join(f"{100 * overhead['missing'][part]:.1f} %" for part in ("data", "checkpoint", "step"))
-    yield row("where the difference goes: waiting for data; waiting for checkpoints; slower steps", missing)
+    lost = "time lost to: waiting for data; waiting for checkpoints; slower steps (negative: faster)"
+    yield row(lost, missing)
     scaling = "images/s of two workers with one thread each, relative to a bare process with two threads"
     yield row(scaling, f"{overhead['scaling']:.2f}")
     beside = "the same relative to two bare processes at once, of one thread each; with the stack's CPU time subtracted"
