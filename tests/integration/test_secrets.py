@@ -17,6 +17,7 @@ import requests
 
 from pipelines import stack
 from pipelines.stack import StackState
+from pipelines.stack.home import ray_folder
 from pipelines.storage import Storage
 from tests.integration.conftest import Shell
 
@@ -68,10 +69,11 @@ def ray_lists(state: StackState) -> Iterator[tuple[str, bytes]]:
 def stored(state: StackState, s3: Storage) -> Iterator[tuple[str, bytes]]:
     """What is left behind: logs of the stack, of Ray's sessions, MLflow's database, and every object in S3."""
     leaders = {service.name: service.pid for service in stack.status(state.home)}
+    own = re.escape(f"{ray_folder(state.home)}/session_")
     session = {
         found[0]
         for process in psutil.Process(leaders["ray"]).children(recursive=True)
-        for found in [re.search(r"/[\w/.-]+/ray/session_[\w-]+", " ".join(process.cmdline()))]
+        for found in [re.search(own + r"[\w-]+", " ".join(process.cmdline()))]
         if found
     }
     assert len(session) == 1
