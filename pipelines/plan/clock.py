@@ -21,11 +21,13 @@ JUDGE_SHARE, SCORE_SHARE, LIKELIHOOD_SHARE, GRID_SHARE = 0.12, 0.15, 0.03, 0.04
 """Largest shares of the budget for the evaluator's training, for drawing samples that are scored, for likelihoods, and
 of the training for sample grids."""
 LEAST_TRAINING_S = 15.0
-TOGETHER = 0.7
-"""Speed of one of several workers on the cores of one machine beside services, relative to one alone: measured, see
-docs/performance.md."""
+SHARED = 0.87
+"""Speed of one of several workers on the cores of one machine, beside services, relative to bare processes that compute
+at once: measured, see docs/performance.md."""
 ALONE = 0.94
-"""Speed of the training relative to its bare steps, measured there too."""
+"""Speed of one worker relative to its bare steps, measured there too."""
+WORTH = 1.1
+"""How many times as fast as one worker several must be: parts of a batch take longer by image than all of it."""
 JUDGE_BATCH = 64
 JUDGE_PASSES = {"classifier": 40, "contrastive": 20}
 """Passes over its images by which an evaluator is trained where the time does not matter."""
@@ -63,12 +65,22 @@ def processes(machine: MachineFacts) -> int:
 
 def together(machine: MachineFacts) -> float:
     """Return the speed of each of these processes relative to one that has the machine to itself."""
-    return TOGETHER if not machine.gpus and machine.cores > 1 else ALONE
+    return machine.together * SHARED if not machine.gpus and machine.cores > 1 else ALONE
 
 
 def training_rate(speed: Speed, machine: MachineFacts, workers: int) -> float:
     """Return images per second of some workers together."""
     return speed.train * workers * (together(machine) if workers > 1 else ALONE)
+
+
+def gain_of_workers(speed: Speed, machine: MachineFacts) -> float:
+    """Return how many times as fast as one worker as many of them train as there are processes."""
+    return training_rate(speed, machine, processes(machine)) / training_rate(speed, machine, 1)
+
+
+def workers(speed: Speed, machine: MachineFacts) -> int:
+    """Return how many workers train: as many as processes, or one where their cores are hardly more than one."""
+    return processes(machine) if gain_of_workers(speed, machine) >= WORTH else 1
 
 
 def drawing_rate(speed: Speed, machine: MachineFacts) -> float:

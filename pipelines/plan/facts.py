@@ -111,6 +111,8 @@ class MachineFacts:
         precision: what forward and backward compute in.
         speeds: key of a candidate -> speed; candidates that were too slow or too large are missing.
         judge_step_s: image size -> seconds of one step of the training of the evaluator.
+        together: speed of a core while all of them compute, relative to one alone; cores that are two threads of one
+            unit share it.
         start_s: seconds until the services that are needed answer.
         looking_s: seconds that looking and measuring took.
     """
@@ -121,6 +123,7 @@ class MachineFacts:
     precision: str
     speeds: Mapping[str, Speed]
     judge_step_s: Mapping[int, float]
+    together: float = 1.0
     start_s: float = 0.0
     looking_s: float = 0.0
 

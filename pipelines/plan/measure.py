@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +36,16 @@ LEAST_SHARE = 0.5
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What one process measures; the fields are those of `MachineFacts`."""
+
+    speeds: dict[str, Speed]
+    judge_step_s: dict[int, float]
+    precision: str
+    together: float
+
+
+@dataclass(frozen=True)
 class Measurement:
     """What is measured in one process; picklable, for a Ray task.
 
@@ -49,8 +61,8 @@ class Measurement:
     budget_s: float
     workers: int
 
-    def __call__(self) -> tuple[dict[str, Speed], dict[int, float], str]:
-        """Return the speeds by candidate, the evaluator's step by image size, and the precision."""
+    def __call__(self) -> Measured:
+        """Return what was measured."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -59,7 +71,7 @@ class Measurement:
         finally:
             torch.set_num_threads(threads)
 
-    def _measured(self, device: torch.device) -> tuple[dict[str, Speed], dict[int, float], str]:
+    def _measured(self, device: torch.device) -> Measured:
         speeds: dict[str, Speed] = {}
         judge: dict[int, float] = {}
         precision = ""
@@ -85,7 +97,8 @@ class Measurement:
             judge[size] = judge_step_seconds(config, len(self.source.class_counts), device)
             if self._hopeless(speeds, of_size[0]):
                 break
-        return speeds, judge, precision
+        together = 1.0 if device.type == "cuda" else speed_together(len(os.sched_getaffinity(0)), precision)
+        return Measured(speeds, judge, precision, together)
 
     def _hopeless(self, speeds: Mapping[str, Speed], narrowest: Candidate) -> bool:
         """Return whether larger images are out of reach, because even the narrowest network hardly reaches these."""
@@ -122,9 +135,9 @@ def measure(
         gpus = sum(int(node.get("GPU", 0)) for node in nodes)
     cores = max(cores, 1)
     measurement = Measurement(source, settings, budget_s, gpus or cores)
-    speeds, judge, precision = measurement() if run is None else run(measurement, min(gpus, 1))
+    found = measurement() if run is None else run(measurement, min(gpus, 1))
     looking_s = time.monotonic() - began
-    return MachineFacts(where, cores, gpus, precision, speeds, judge, start_s, looking_s)
+    return MachineFacts(where, cores, gpus, start_s=start_s, looking_s=looking_s, **vars(found))
 
 
 def trial_config(candidate: Candidate, source: SourceFacts, hand: Hand, batch: int) -> Config:
@@ -170,6 +183,37 @@ def judge_step_seconds(config: Config, classes: int, device: torch.device) -> fl
     train(JUDGE_STEPS)
     per_step = (time.perf_counter() - began) / JUDGE_STEPS
     return per_step * JUDGE_BATCH / count
+
+
+def speed_together(cores: int, precision: str) -> float:
+    """Return the speed of a core while all of them compute, relative to one alone, at most 1.
+
+    What a virtual machine calls cores may be two threads of one unit, which cannot be seen in it. So convolutions, of
+    which training steps mainly consist, run on one thread and on as many as there are cores. They free Python's lock.
+    """
+    if cores < 2:
+        return 1.0
+    kind = torch.bfloat16 if precision == "bf16" else torch.float32
+    images, kernel = torch.randn(4, 64, 16, 16, dtype=kind), torch.randn(64, 64, 3, 3, dtype=kind)
+
+    def count(until: float) -> int:
+        torch.set_num_threads(1)  # OpenMP keeps it for each thread
+        done = 0
+        with torch.no_grad():
+            while time.perf_counter() < until:
+                torch.nn.functional.conv2d(images, kernel, padding=1)
+                done += 1
+        return done
+
+    with ThreadPoolExecutor(cores) as threads:
+
+        def rate(processes: int) -> float:
+            until = time.perf_counter() + SECONDS
+            return sum(threads.map(count, [until] * processes)) / processes
+
+        rate(cores)  # starts the threads
+        turns = [(rate(1), rate(cores)) for _ in range(3)]
+    return min(1.0, statistics.median(every / max(one, 1) for one, every in turns))
 
 
 def _by_size(found: Sequence[Candidate]) -> dict[int, list[Candidate]]:

@@ -148,7 +148,7 @@ def _basis(source: SourceFacts, machine: MachineFacts, budget_s: float, hand: Ha
     judging = clock.judging(source, machine, speed, candidate.size, budget_s, evaluations, texts)
     fixed = clock.fixed_seconds(source, machine) | judging.seconds
     training_s = clock.left_for_training(budget_s, fixed)
-    workers = _workers(machine, hand)
+    workers = _workers(speed, machine, hand)
     rate = clock.training_rate(speed, machine, workers)
     possible = training_s * (1 - clock.GRID_SHARE) * rate
     batch = int(hand.get("batch_size", batch_size(possible, machine)))
@@ -187,12 +187,12 @@ def uses_captions(source: SourceFacts, hand: Hand) -> bool:
     return source.captions > 0 and encoder is not None
 
 
-def _workers(machine: MachineFacts, hand: Hand) -> int:
+def _workers(speed: Speed, machine: MachineFacts, hand: Hand) -> int:
     """Return the number of workers."""
     given = hand.get("cluster.num_workers", None)
     if given is not None:
         return int(given[-1] if isinstance(given, list | tuple) else given)
-    return clock.processes(machine)
+    return clock.workers(speed, machine)
 
 
 def batch_size(images: float, machine: MachineFacts) -> int:
@@ -369,7 +369,7 @@ def _machine_lines(machine: MachineFacts, basis: Basis, hand: Hand) -> list[Line
                 "cluster.threads_per_worker": 1,
             },
             f"{basis.workers} of one {'GPU' if machine.gpus else 'core'}, {machine.precision}",
-            f"what {machine.where} has",
+            _why_workers(machine, basis),
         ),
         hand.line(
             "checkpoints",
@@ -388,6 +388,15 @@ def _machine_lines(machine: MachineFacts, basis: Basis, hand: Hand) -> list[Line
             f"they take about {clock.GRID_SHARE:.0%} of the training",
         ),
     ]
+
+
+def _why_workers(machine: MachineFacts, basis: Basis) -> str:
+    """Return the reason for the number of workers."""
+    cores = clock.processes(machine)
+    if machine.gpus or cores == 1 or basis.workers not in (1, cores):
+        return f"what {machine.where} has"
+    gain = f"{clock.gain_of_workers(basis.speed, machine):.2f} times as fast"
+    return f"{cores} would be {gain}: cores that share their units" if basis.workers == 1 else f"{gain} as one"
 
 
 def _judging_lines(source: SourceFacts, machine: MachineFacts, basis: Basis, budget_s: float, hand: Hand) -> list[Line]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import yaml
@@ -10,7 +11,7 @@ from pipelines.config import compose, from_dict, read_config
 from pipelines.plan.facts import Hand
 from pipelines.plan.keep import PlanBook, StoredPlan, to_yaml
 from pipelines.plan.make import compose_plan
-from pipelines.plan.measure import measure
+from pipelines.plan.measure import measure, speed_together
 from pipelines.plan.networks import candidates, unet
 from pipelines.plan.propose import propose
 from pipelines.storage import Storage
@@ -34,6 +35,17 @@ def test_a_real_step_is_measured_for_each_network_that_the_budget_could_train():
 def test_candidates_that_a_budget_cannot_train_are_not_measured():
     small = replace(DIGITS, shorter_sides=(8, 8, 8), one_size=(8, 8))
     assert list(measure(small, {}, 1.0).speeds) == ["narrow@8"]
+
+
+def test_two_threads_on_one_core_are_each_slower_than_one_alone():
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert 0.2 < speed_together(2, "fp32") < 0.85
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert speed_together(1, "bf16") == 1.0
+    assert 0 < speed_together(2, "bf16") <= 1.0
 
 
 def test_every_candidate_is_a_network_for_its_images():
