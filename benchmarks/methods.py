@@ -13,6 +13,8 @@ and a common work folder.
     python -m benchmarks.methods --methods base,linear,sigmoid --images 25600 --name schedules
     python -m benchmarks.methods --methods base,eps --experiment mnist --data s3://bucket/datasets/mnist --images 25600
     python -m benchmarks.methods --experiment cifar10 --data s3://bucket/datasets/cifar10 --images 4000000 --part 1/4
+
+A method may also be given as the settings that it changes, joined by +: --methods base,optim.lr=0.002+batch_size=64
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -95,7 +98,7 @@ class Plan:
 
     def config(self, method: str, seed: int) -> Config:
         """Return the configuration of a row."""
-        overrides = METHODS[method]
+        overrides = METHODS.get(method, tuple(method.split("+")))
         if method.startswith("batch_x2"):
             size = compose(list(self.base)).batch_size
             overrides = (f"batch_size={2 * size}",)
@@ -135,9 +138,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     plan = make_plan(options)
-    names = options.methods.split(",")
-    for unknown in set(names) - set(METHODS):
-        parser.error(f"unknown method {unknown!r}; allowed: {', '.join(METHODS)}")
+    names = re.split(r",(?![^\[]*\])", options.methods)  # a list in brackets has commas of its own
+    for unknown in (name for name in names if name not in METHODS and "=" not in name):
+        parser.error(f"unknown method {unknown!r}; allowed: settings such as optim.lr=0.002, {', '.join(METHODS)}")
     part, parts = (int(number) for number in options.part.split("/"))
     if not 1 <= part <= parts:
         parser.error(f"--part is I/N with 1 <= I <= N, got {options.part}")

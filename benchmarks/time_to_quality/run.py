@@ -77,7 +77,36 @@ def main(arguments: list[str] | None = None) -> None:
         "samples": options.samples,
         "data": found,
     }
+    if not options.quick:
+        plot(result, ROOT / "docs" / "images" / "time-to-quality.png")
     publish(result, "time_to_quality", options.quick)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Plot distance against seconds for both sides: a point for each training, a line through medians."""
+    import matplotlib as mpl
+    import matplotlib.pyplot as plt
+
+    mpl.use("Agg")
+    data = result["data"]
+    figure, panels = plt.subplots(1, len(data), figsize=(1 + 4.5 * len(data), 3.4), layout="constrained", squeeze=False)
+    for axes, (name, found) in zip(panels[0], data.items(), strict=True):
+        for side, label, colour in (("ours", "ddpm flow", "tab:blue"), ("peer", "diffusers, tuned", "tab:orange")):
+            rows = found[side]
+            axes.plot([row["budget_s"] for row in rows], [row["distance"] for row in rows], "o", ms=4, color=colour)
+            medians = [_median(rows, budget) for budget in result["budgets_s"]]
+            axes.plot(result["budgets_s"], medians, "-", color=colour, label=label)
+        axes.axhline(found["judge"]["floor"], color="grey", lw=0.8, ls="--", label="held-out pictures")
+        axes.set(title=name, xlabel="seconds", yscale="log", xlim=(0, None))
+    panels[0][0].set_ylabel("Frechet distance")
+    panels[0][0].legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _median(rows: list[dict[str, Any]], budget_s: float) -> float:
+    """Return the median of the distances of a budget's trainings."""
+    return statistics.median(float(row["distance"]) for row in rows if row["budget_s"] == budget_s)
 
 
 class DataSet:
@@ -104,14 +133,11 @@ class DataSet:
         settings = chosen | {"prediction": best["prediction"], "lr": best["lr"]}
         peer = [self.peer(settings, budget, seed) for seed in range(seeds) for budget in budgets]
 
-        def median(rows: list[dict[str, Any]], budget: float) -> float:
-            return statistics.median(float(row["distance"]) for row in rows if row["budget_s"] == budget)
-
         return {
             "pictures": {name: len(list(folder.glob("*/*.png"))) for name, folder in self._folders().items()},
             "judge": {"floor": self.judge.floor, "accuracy": self.judge.accuracy},
-            "peer_over_ours": {f"{budget:.0f}": median(peer, budget) / median(ours, budget) for budget in budgets},
-            "peer_over_ours_at_a_third": median(peer, more) / median(ours, less),
+            "peer_over_ours": {f"{budget:.0f}": _median(peer, budget) / _median(ours, budget) for budget in budgets},
+            "peer_over_ours_at_a_third": _median(peer, more) / _median(ours, less),
             "ours": ours,
             "peer": peer,
             "peer_trials": trials,

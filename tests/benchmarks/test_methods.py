@@ -84,3 +84,12 @@ def test_every_method_is_a_configuration_and_all_see_equally_many_images():
     assert identities["batch_x2+sqrt"]["optim.lr_scaling"] == ["sqrt", size]
     assert identities["edm"]["objective.prediction"] == "x0_skip"
     assert len({plan.config(name, 0).images for name in methods.METHODS}) == 1
+
+
+def test_a_method_is_also_given_as_the_settings_that_it_changes(published):
+    methods.main(["--methods", "base,optim.lr=0.01+optim.betas=[0.9,0.9]", "--part", "2/4"])
+    assert [row["method"] for row in published[-1]["rows"]] == ["optim.lr=0.01+optim.betas=[0.9,0.9]"]
+    config = methods.make_plan(None).config("optim.lr=0.01+optim.betas=[0.9,0.9]", 0)
+    assert (config.optim.lr, config.optim.betas) == (0.01, (0.9, 0.9))
+    with pytest.raises(SystemExit):
+        methods.main(["--methods", "base,nothing"])
