@@ -19,7 +19,7 @@ from pipelines.evaluation.evaluators.classifier import MAX_SIDE, train_classifie
 from pipelines.evaluation.evaluators.contrastive import train_contrastive
 from pipelines.plan.facts import Hand, MachineFacts, SourceFacts, Speed, override_value
 from pipelines.plan.networks import Candidate, candidates
-from pipelines.plan.propose import drawing_precision, uses_captions
+from pipelines.plan.propose import drawing_precision, methods, uses_captions
 from pipelines.training.loop.hardware import resolve_precision
 from pipelines.training.loop.speed import measure_speed
 
@@ -151,6 +151,7 @@ def trial_config(candidate: Candidate, source: SourceFacts, hand: Hand, batch: i
         "data.image_size": candidate.size,
         "data.channels": 1 if source.grey else 3,
         "model.class_conditional": classes > 1,
+        **methods(hand),
         **candidate.settings,
     }
     if uses_captions(source, hand):

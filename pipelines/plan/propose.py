@@ -26,6 +26,7 @@ LEAST_CAP = 50_000
 MIRROR_PAIRS, MIRROR_ACCURACY = 60, 0.62
 """Images are mirrored only where at least so many held-out ones were looked at, and the upper end of the interval of
 the accuracy with which mirrored ones are told lies below this."""
+COMPARISON = "docs/training-methods.md"
 DECISIVE = ("data.image_size", "data.channels", "data.geometry", "data.text_encoder", "data.test_fraction")
 """What tells datasets of the same source apart."""
 
@@ -187,6 +188,19 @@ def uses_captions(source: SourceFacts, hand: Hand) -> bool:
     return source.captions > 0 and encoder is not None
 
 
+def methods(hand: Hand) -> dict[str, Any]:
+    """Return the settings of the loss and the optimizer, which the comparison of training methods has chosen.
+
+    Args:
+        hand: what the user has set; a method that cannot go with it is left out.
+    """
+    found: dict[str, Any] = {"objective": "simple", "objective.prediction": "v"}
+    if hand.get("objective.loss", "simple") == "simple":
+        found["objective.learned_weight"] = True
+    found["optim.kind"] = "adamw" if hand.get("cluster.parallel", "") == "fsdp" else "muon"
+    return found
+
+
 def _workers(speed: Speed, machine: MachineFacts, hand: Hand) -> int:
     """Return the number of workers."""
     given = hand.get("cluster.num_workers", None)
@@ -268,6 +282,8 @@ def _network_lines(source: SourceFacts, machine: MachineFacts, basis: Basis, bud
     why = "the largest that sees the images it needs"
     if larger is not None:
         why = f"the next larger one needs {larger.needed:,} images to be better"
+    objective = {key: value for key, value in methods(hand).items() if key.partition(".")[0] == "objective"}
+    weight = ", learned weight" if "objective.learned_weight" in objective else ""
     shift = 2 * math.log(64 / candidate.size) if candidate.size > 64 else 0.0
     network = hand.line("network", candidate.settings, f"{candidate.network} UNet, {millions:.1f} M parameters", why)
     if candidate.network == "hand":
@@ -277,19 +293,14 @@ def _network_lines(source: SourceFacts, machine: MachineFacts, basis: Basis, bud
     return [
         network,
         _condition_line(source, basis, hand),
-        hand.line(
-            "objective",
-            {"objective": "simple", "objective.prediction": "v"},
-            "v-prediction",
-            "in short trainings eps stays untrained where nearly all is noise (docs/search.md)",
-        ),
+        hand.line("objective", objective, f"v-prediction{weight}", f"the best of those compared ({COMPARISON})"),
         hand.line(
             "schedule",
             {"schedule": "cosine", "schedule.log_snr_shift": round(shift, 3)},
             "cosine" + (f", shifted by {shift:.2f}" if shift else ""),
             "more noise for large images (Hoogeboom et al. 2023)"
             if shift
-            else "better than linear on digits (docs/training-methods.md)",
+            else f"better than linear on digits ({COMPARISON})",
         ),
     ]
 
@@ -320,7 +331,15 @@ def _optim_lines(source: SourceFacts, basis: Basis, hand: Hand) -> list[Line]:
     capped = images + batch > max(MOST_PASSES * source.train_images, LEAST_CAP) and not hand.sets("images")
     rate_s = images / basis.training_s
     why = f"{spoken(basis.training_s)} at {rate_s:,.0f} images/s; each image is seen {passes:.0f} times"
+    kind = methods(hand)["optim.kind"]
+    names = {"muon": "Muon", "adamw": "AdamW"}
     return [
+        hand.line(
+            "optimizer",
+            {"optim.kind": kind},
+            names[kind],
+            f"the better one of those compared ({COMPARISON})" if kind == "muon" else "Muon needs whole matrices",
+        ),
         hand.line(
             "length",
             {"images": images},

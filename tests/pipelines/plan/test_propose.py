@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import replace
 
 import pytest
 
+from benchmarks.methods import METHODS
+from benchmarks.results import ROOT
 from pipelines.config import ConfigError, compose, override_settings
 from pipelines.plan.advice import more_time
 from pipelines.plan.facts import Hand, Mirror
-from pipelines.plan.propose import drawing_precision, propose
+from pipelines.plan.measure import trial_config
+from pipelines.plan.networks import candidates
+from pipelines.plan.propose import drawing_precision, methods, propose
 from tests.pipelines.plan.cases import DIGITS, GPU, LAPTOP, PHOTOS, PICTOGRAMS, SOURCES, UNLABELLED, machine
 
 HALF_HOUR = 1_800.0
@@ -152,6 +158,39 @@ def test_what_is_set_by_hand_stays_and_the_plan_says_so(override, field):
     key = override.partition("=")[0]
     assert key not in plan.settings
     assert any(line.reason == "set by hand" and override.split("=")[0] in line.value for line in plan.lines)
+
+
+@pytest.mark.parametrize(
+    ("hand", "kind", "learned"),
+    [
+        ([], "muon", True),
+        (["optim.kind=radam"], "radam", True),
+        (["optim=adamw"], "adamw", True),
+        (["cluster.parallel=fsdp"], "adamw", True),
+        (["objective=ddpm"], "muon", False),
+        (["objective.loss=hybrid", "model.learned_variance=true"], "muon", False),
+        (["objective.learned_weight=false"], "muon", False),
+        (["objective.weight=min_snr"], "muon", True),
+    ],
+)
+def test_the_methods_that_compare_best_are_planned_where_they_go_with_what_is_set(hand, kind, learned):
+    settings = override_settings(hand)
+    config = composed(propose(DIGITS, LAPTOP, HALF_HOUR, settings), *hand)
+    assert (config.optim.kind, config.objective.learned_weight) == (kind, learned)
+    trial = trial_config(candidates(DIGITS, Hand(settings))[0], DIGITS, Hand(settings), 32)
+    assert (trial.optim.kind, trial.objective.learned_weight) == (kind, learned)
+
+
+@pytest.mark.parametrize("name", ["methods", "methods_mnist"])
+def test_the_planned_methods_win_the_comparison_on_each_data_set_or_cannot_be_told_from_the_winner(name):
+    table = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["methods"]
+    planned = {key: value for key, value in methods(Hand()).items() if key not in ("objective", "objective.prediction")}
+    (own,) = [method for method, changes in METHODS.items() if override_settings(changes) == planned]
+    repeated = {method: row for method, row in table.items() if row["seeds"] > 1}
+    best = min(repeated.values(), key=lambda row: row["distance"])
+    error = math.hypot(*(row["distance_standard_error"] for row in (repeated[own], best)))
+    assert repeated[own]["distance"] <= best["distance"] + 2 * error
+    assert repeated[own]["difference_to_base"] + 2 * repeated[own]["difference_to_base_standard_error"] < 0
 
 
 @pytest.mark.parametrize(
