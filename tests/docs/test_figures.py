@@ -134,6 +134,19 @@ def search() -> Iterator[str]:
     rows = result("schedules")["methods"]
     cosine, linear, sigmoid = (with_error(rows[name], "distance") for name in ("base", "linear", "sigmoid"))
     yield f"distance {cosine} with cosine, {linear} with linear, {sigmoid} with sigmoid"
+    mnist, both = result("methods_mnist")["methods"], "learned_weight+muon"
+    worse = with_error(
+        {"gain": -mnist["sigmoid"]["difference_to_base"]}
+        | {"gain_standard_error": mnist["sigmoid"]["difference_to_base_standard_error"]},
+        "gain",
+    )
+    of = fixed(mnist["base"]["distance"], 2)
+    planned, shifted = (with_error(mnist[name], "distance") for name in (both, f"sigmoid+{both}"))
+    yield f"sigmoid is better by {worse} of {of}"
+    yield f"it is not ({shifted}, cosine {planned})"
+    yield f"distance {planned} instead of {with_error(mnist['base'], 'distance')}"
+    digits = result("methods")["methods"]
+    yield f"digits: {with_error(digits[both], 'distance')} instead of {with_error(digits['base'], 'distance')}"
 
 
 def studies() -> Iterator[str]:
@@ -362,6 +375,26 @@ def methods() -> Iterator[str]:
         interval = f"{fixed(low, 2)} to {fixed(high, 2)}"
         accuracy = fixed(measured["class_accuracy"], 3)
         yield row(measured["method"], fixed(measured["distance"], 2), interval, accuracy)
+    mnist = result("methods_mnist")
+    for name, each in mnist["methods"].items():
+        rows = [measured for measured in mnist["rows"] if measured["method"] == name]
+        difference = with_error(each, "difference_to_base") if name != "base" else ""
+        accuracy = fixed(statistics.mean(measured["class_accuracy"] for measured in rows), 3)
+        yield row(name, with_error(each, "distance"), difference, accuracy).replace("|  |", "| |")
+    slower, quicker = (
+        sum(measured["train_s"] for measured in mnist["rows"] if measured["method"] == name)
+        for name in ("learned_weight+muon", "learned_weight")
+    )
+    rates = {row["method"]: fixed(row["distance"], 2) for row in result("methods_mnist_rates")["rows"]}
+    lr, both = "optim.lr=", "objective.learned_weight=true+optim.kind=muon+optim.lr="
+    adamw, muon = (
+        [rates[name] for name in names]
+        for names in ((f"{lr}0.0005", "base", f"{lr}0.002"), ("learned_weight+muon", f"{both}0.002", f"{both}0.004"))
+    )
+    yield "AdamW ends at {}, {} and {} with rates of 0.0005, 0.001 and 0.002".format(*adamw)
+    yield "at {}, {} and {} with 0.001, 0.002 and 0.004".format(*muon)
+    yield f"0.0007 gives {rates[both.replace('optim.lr', 'batch_size=16+optim.lr') + '0.0007']}"
+    yield f"a step takes {100 * (slower / quicker - 1):.0f} % longer"
 
 
 def failures() -> Iterator[str]:
