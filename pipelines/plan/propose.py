@@ -281,7 +281,7 @@ def _network_lines(source: SourceFacts, machine: MachineFacts, basis: Basis, bud
     )
     why = "the largest that sees the images it needs"
     if larger is not None:
-        why = f"the next larger one needs {larger.needed:,} images to be better"
+        why = f"the next larger one would not see the {larger.needed:,} images that it needs to be better"
     objective = {key: value for key, value in methods(hand).items() if key.partition(".")[0] == "objective"}
     weight = ", learned weight" if "objective.learned_weight" in objective else ""
     shift = 2 * math.log(64 / candidate.size) if candidate.size > 64 else 0.0
@@ -300,7 +300,7 @@ def _network_lines(source: SourceFacts, machine: MachineFacts, basis: Basis, bud
             "cosine" + (f", shifted by {shift:.2f}" if shift else ""),
             "more noise for large images (Hoogeboom et al. 2023)"
             if shift
-            else f"better than linear on digits ({COMPARISON})",
+            else f"better than linear, as good as sigmoid with these methods ({COMPARISON})",
         ),
     ]
 
