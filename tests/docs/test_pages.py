@@ -273,7 +273,7 @@ PAGES: dict[str, Page] = {
     "training-methods.md": Page(
         has=has_digits,
         adds={"^ddpm train": "images=2560"},
-        elsewhere={"python -m benchmarks.methods": "takes an hour"},
+        elsewhere={"python -m benchmarks.methods": "takes an hour", "ddpm ingest DIGITS": "needs MNIST"},
     ),
     "datasets.md": Page(
         has=has_sources,
