@@ -14,9 +14,10 @@ from pipelines.display import StageNotice
 from pipelines.plan.budget import spoken
 from pipelines.plan.facts import MachineFacts, Plan, SourceFacts
 from pipelines.plan.keep import PlanBook, StoredPlan, command_key
+from pipelines.plan.lines import source_name
 from pipelines.plan.look import look
 from pipelines.plan.measure import Measurement, measure
-from pipelines.plan.propose import propose, source_name
+from pipelines.plan.propose import propose
 from pipelines.shards.ingest.sources import source_digest
 from pipelines.storage import Storage
 from pipelines.training.ray_train.resources import alive_nodes, connect_ray

@@ -17,9 +17,9 @@ from pipelines.config import Config, compose
 from pipelines.evaluation.evaluators.classifier import BATCH as JUDGE_BATCH
 from pipelines.evaluation.evaluators.classifier import MAX_SIDE, train_classifier
 from pipelines.evaluation.evaluators.contrastive import train_contrastive
+from pipelines.plan.choose import drawing_precision, methods, uses_captions
 from pipelines.plan.facts import Hand, MachineFacts, SourceFacts, Speed, override_value
 from pipelines.plan.networks import Candidate, candidates
-from pipelines.plan.propose import drawing_precision, methods, uses_captions
 from pipelines.training.loop.hardware import resolve_precision
 from pipelines.training.loop.speed import measure_speed
 

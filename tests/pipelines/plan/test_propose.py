@@ -12,10 +12,11 @@ from benchmarks.methods import METHODS
 from benchmarks.results import ROOT
 from pipelines.config import ConfigError, compose, override_settings
 from pipelines.plan.advice import more_time
+from pipelines.plan.choose import drawing_precision, methods
 from pipelines.plan.facts import Hand, Mirror
 from pipelines.plan.measure import trial_config
 from pipelines.plan.networks import candidates
-from pipelines.plan.propose import drawing_precision, methods, propose
+from pipelines.plan.propose import propose
 from tests.pipelines.plan.cases import DIGITS, GPU, LAPTOP, PHOTOS, PICTOGRAMS, SOURCES, UNLABELLED, machine
 
 HALF_HOUR = 1_800.0

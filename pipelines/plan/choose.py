@@ -1,0 +1,175 @@
+"""What a plan chooses: image size, network, methods, workers, batch and length, for a source on a machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.errors import ConfigError
+from pipelines.plan import clock
+from pipelines.plan.facts import Hand, MachineFacts, SourceFacts, Speed
+from pipelines.plan.networks import Candidate, candidates
+
+STEPS = 15
+"""Network evaluations of a sample by DPM-Solver++: on digits 8 are as good as 50 of DDIM, see docs/few-steps.md."""
+SCALE = 1.5
+MOST_PASSES = 1_000
+LEAST_CAP = 50_000
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What the lines of a plan are written from.
+
+    Attributes:
+        labels, texts: whether the network is conditioned on classes and on captions.
+        candidate: the chosen network and size.
+        speed: of it.
+        workers: of the training.
+        batch: images of a step.
+        images: length of the training.
+        training_s: its seconds.
+        judging: how the model is judged.
+        seconds: stage -> seconds, all of them.
+    """
+
+    labels: bool
+    texts: bool
+    candidate: Candidate
+    speed: Speed
+    workers: int
+    batch: int
+    images: int
+    training_s: float
+    judging: clock.Judging
+    seconds: dict[str, float]
+
+    @property
+    def guided(self) -> bool:
+        """Whether there is a condition to guide by."""
+        return self.labels or self.texts
+
+
+def check_source(source: SourceFacts) -> None:
+    """Refuse a source of which no model can be trained and scored.
+
+    Raises:
+        ConfigError: says why, and what to do.
+    """
+    if source.opened == source.unreadable:
+        raise ConfigError(f"{source.source}: none of the {source.opened} images that were opened can be read")
+    if source.train_images < 2 or source.test_images < 2:
+        raise ConfigError(
+            f"{source.source} has {source.images} images, {source.test_images} of them in the test split, with which "
+            "samples are compared: two of each split are the least; add images, or set data.test_fraction"
+        )
+
+
+def choose(source: SourceFacts, machine: MachineFacts, budget_s: float, hand: Hand) -> Basis:
+    """Return the network, size, batch and length that fit the budget.
+
+    The largest size comes first at which a network that is not the narrowest sees the images that it needs, and of that
+    size the largest network that does.
+
+    Raises:
+        ConfigError: nothing fits.
+    """
+    measured = [candidate for candidate in candidates(source, hand) if candidate.key in machine.speeds]
+    if not measured:
+        raise ConfigError(
+            f"no network could be measured on {machine.where}: choose a smaller one with model.channels=…, "
+            "or a smaller data.image_size"
+        )
+    found: list[Basis] = []
+    for candidate in measured:
+        try:
+            found.append(_basis(source, machine, budget_s, hand, candidate))
+        except ConfigError:
+            if candidate is measured[0]:
+                raise
+    enough = [basis for basis in found if basis.images >= basis.candidate.needed]
+    larger = [basis for basis in enough if basis.candidate.network != "narrow"] or enough or found[:1]
+    size = max(basis.candidate.size for basis in larger)
+    return [basis for basis in larger if basis.candidate.size == size][-1]
+
+
+def _basis(source: SourceFacts, machine: MachineFacts, budget_s: float, hand: Hand, candidate: Candidate) -> Basis:
+    """Return what a candidate comes to.
+
+    Raises:
+        ConfigError: the budget leaves no time to train it.
+    """
+    labels = bool(hand.get("model.class_conditional", len(source.class_counts) > 1))
+    texts = bool(hand.get("model.text_dim", source.encoder_width if uses_captions(source, hand) else 0))
+    guided = (labels or texts) and hand.get("guidance.scale", SCALE) != 1 and hand.get("guidance", "") != "none"
+    evaluations = int(hand.get("sampler.steps", STEPS)) * (2 if guided else 1)
+    speed = machine.speeds[candidate.key]
+    judging = clock.judging(source, machine, speed, candidate.size, budget_s, evaluations, texts)
+    fixed = clock.fixed_seconds(source, machine) | judging.seconds
+    training_s = clock.left_for_training(budget_s, fixed)
+    workers = _workers(speed, machine, hand)
+    rate = clock.training_rate(speed, machine, workers)
+    possible = training_s * (1 - clock.GRID_SHARE) * rate
+    batch = int(hand.get("batch_size", batch_size(possible, machine)))
+    cap = max(MOST_PASSES * source.train_images, LEAST_CAP)
+    images = int(hand.get("images", max(1, min(int(possible), cap) // batch) * batch))
+    seconds = fixed | {"train": images / rate / (1 - clock.GRID_SHARE)}
+    ordered = ["look and measure", "start", "ingest", "train", "evaluator", "scores", "register"]
+    return Basis(
+        labels,
+        texts,
+        candidate,
+        speed,
+        min(workers, batch),
+        batch,
+        images,
+        seconds["train"],
+        judging,
+        {name: seconds[name] for name in ordered},
+    )
+
+
+def drawing_precision(training: str, hand: Hand) -> str:
+    """Return the precision in which samples are drawn: bf16 where the training computes in it.
+
+    Args:
+        training: what forward and backward compute in.
+    """
+    if hand.sets("sampler.precision"):  # or the group, whose default is fp32
+        return str(hand.get("sampler.precision", "fp32"))
+    return "bf16" if training == "bf16" else "fp32"
+
+
+def uses_captions(source: SourceFacts, hand: Hand) -> bool:
+    """Return whether the network is conditioned on captions: where there are some, and an encoder for them."""
+    encoder = hand.get("data.text_encoder", source.encoder)
+    return source.captions > 0 and encoder is not None
+
+
+def methods(hand: Hand) -> dict[str, Any]:
+    """Return the settings of the loss and the optimizer, which the comparison of training methods has chosen.
+
+    Args:
+        hand: what the user has set; a method that cannot go with it is left out.
+    """
+    found: dict[str, Any] = {"objective": "simple", "objective.prediction": "v"}
+    if hand.get("objective.loss", "simple") == "simple":
+        found["objective.learned_weight"] = True
+    found["optim.kind"] = "adamw" if hand.get("cluster.parallel", "") == "fsdp" else "muon"
+    return found
+
+
+def _workers(speed: Speed, machine: MachineFacts, hand: Hand) -> int:
+    """Return the number of workers."""
+    given = hand.get("cluster.num_workers", None)
+    if given is not None:
+        return int(given[-1] if isinstance(given, list | tuple) else given)
+    return clock.workers(speed, machine)
+
+
+def batch_size(images: float, machine: MachineFacts) -> int:
+    """Return the largest batch with which a training of some images still has many steps."""
+    if machine.gpus:
+        large = (512, 256) if images / 256 >= 20_000 else ()
+        return next((batch for batch in large if images / batch >= 20_000), 128 if images >= 128_000 else 64)
+    return next((batch for batch in (128, 64, 32) if images / batch >= 400), 16)

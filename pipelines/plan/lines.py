@@ -1,0 +1,302 @@
+"""The lines of a plan: each choice in words with its settings and its reason, and what the user should know before."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from typing import Any
+
+from pipelines.plan import clock
+from pipelines.plan.budget import spoken, written
+from pipelines.plan.choose import LEAST_CAP, MOST_PASSES, SCALE, STEPS, Basis, drawing_precision, methods
+from pipelines.plan.facts import Hand, Line, MachineFacts, SourceFacts, override_value
+from pipelines.plan.networks import RATES, candidates, native_size
+
+FEW = 500
+"""Train images below which a model that is trained for long remembers them one by one."""
+MIRROR_PAIRS, MIRROR_ACCURACY = 60, 0.62
+"""Images are mirrored only where at least so many held-out ones were looked at, and the upper end of the interval of
+the accuracy with which mirrored ones are told lies below this."""
+COMPARISON = "docs/training-methods.md"
+DECISIVE = ("data.image_size", "data.channels", "data.geometry", "data.text_encoder", "data.test_fraction")
+"""What tells datasets of the same source apart."""
+
+
+def data_lines(source: SourceFacts, basis: Basis, hand: Hand) -> list[Line]:
+    """Return the lines about the data."""
+    size, name = basis.candidate.size, source_name(source.source)
+    low, usual, high = source.shorter_sides
+    if native_size(source) == size:
+        why_size, geometry = "every image has this size", "keep"
+    else:
+        mixed = f"the images' shorter sides are {usual} pixels" if low == high else f"shorter sides are {low} to {high}"
+        why_size, geometry = f"{mixed}; the largest size at which this budget trains a good network", "crop"
+    channels = 1 if source.grey else 3
+    shapes = {"data.image_size": size, "data.geometry": geometry, "data.channels": channels}
+    decided = {key: hand.get(key, shapes.get(key)) for key in DECISIVE}
+    digest = hashlib.sha256(json.dumps([source.source, decided], default=str).encode()).hexdigest()[:8]
+    classes = len(source.class_counts)
+    shards = max(16, min(1000, source.train_images // 16))
+    flips, why_flip = mirrored(source)
+    return [
+        hand.line(
+            "dataset",
+            {
+                "data": "folder",
+                "data.source": source.source,
+                "data.uri": f"${{storage.root}}/datasets/{name}-{size}px-{digest}",
+                "data.num_classes": classes,
+                "data.shard_samples": shards,
+                "data.lanes": 4,
+                "data.window": 3,
+            },
+            f"{source.images:,} images" + (f", {classes} classes" if classes else ""),
+            f"{source.test_images:,} of them are kept for testing",
+        ),
+        hand.line("image size", {"data.image_size": size, "data.geometry": geometry}, f"{size}x{size}", why_size),
+        hand.line(
+            "channels",
+            {"data.channels": channels},
+            "grey" if source.grey else "colour",
+            f"of {source.opened:,} opened images {'none has' if source.grey else 'some have'} colour",
+        ),
+        hand.line("mirroring", {"data.flip": flips}, "yes" if flips else "no", why_flip),
+    ]
+
+
+def mirrored(source: SourceFacts) -> tuple[bool, str]:
+    """Return whether images are mirrored at random in training, and why."""
+    found = source.mirror
+    told = f"a small network tells {found.accuracy:.0%} of {found.pairs:,} unseen images from their mirror images"
+    if source.names_sides:
+        return False, "captions name left and right"
+    if found.pairs < MIRROR_PAIRS:
+        return False, f"{source.images:,} images are too few to tell whether mirrored ones look alike"
+    if found.highest >= MIRROR_ACCURACY:
+        sure = "are" if found.accuracy >= MIRROR_ACCURACY else "may be"
+        return False, f"{told}: mirrored ones {sure} different pictures, as of letters or digits"
+    return True, f"{told}, hardly more than by guessing"
+
+
+def network_lines(source: SourceFacts, basis: Basis, hand: Hand) -> list[Line]:
+    """Return the lines about the network, its conditions, the objective and the schedule."""
+    candidate, millions = basis.candidate, basis.speed.parameters / 1e6
+    larger = next(
+        (c for c in candidates(source, hand) if c.size == candidate.size and c.needed > candidate.needed), None
+    )
+    why = "the largest that sees the images it needs"
+    if larger is not None:
+        why = f"the next larger one would not see the {larger.needed:,} images that it needs to be better"
+    objective = {key: value for key, value in methods(hand).items() if key.partition(".")[0] == "objective"}
+    weight = ", learned weight" if "objective.learned_weight" in objective else ""
+    shift = 2 * math.log(64 / candidate.size) if candidate.size > 64 else 0.0
+    network = hand.line("network", candidate.settings, f"{candidate.network} UNet, {millions:.1f} M parameters", why)
+    if candidate.network == "hand":
+        given = {key: value for key, value in hand.settings.items() if key.partition(".")[0] == "model"}
+        text = ", ".join(f"{key}={override_value(value)}" for key, value in given.items())
+        network = Line("network", {}, f"{text}: {millions:.1f} M parameters", "set by hand")
+    return [
+        network,
+        _condition_line(source, basis, hand),
+        hand.line("objective", objective, f"v-prediction{weight}", f"the best of those compared ({COMPARISON})"),
+        hand.line(
+            "schedule",
+            {"schedule": "cosine", "schedule.log_snr_shift": round(shift, 3)},
+            "cosine" + (f", shifted by {shift:.2f}" if shift else ""),
+            "more noise for large images (Hoogeboom et al. 2023)"
+            if shift
+            else f"better than linear, as good as sigmoid with these methods ({COMPARISON})",
+        ),
+    ]
+
+
+def _condition_line(source: SourceFacts, basis: Basis, hand: Hand) -> Line:
+    """Return the line about what the network is conditioned on."""
+    settings: dict[str, Any] = {"model.class_conditional": basis.labels}
+    parts = [f"{len(source.class_counts)} classes"] if basis.labels else []
+    why = "the folders or labels of the images" if basis.labels else "the images have no labels"
+    if basis.texts:
+        settings |= {"data.text_encoder": source.encoder, "model.text_dim": source.encoder_width}
+        parts.append("captions")
+        why = f"{source.captions:,} images have captions" + (f"; {why}" if basis.labels else "")
+    elif source.captions:
+        why += "; the captions are left out"
+    if basis.guided:
+        settings |= {"objective.label_drop": 0.1}
+    elif len(source.class_counts) == 1:
+        why = "one class tells nothing"
+    return hand.line("conditions", settings, " and ".join(parts) or "none", why)
+
+
+def optim_lines(source: SourceFacts, basis: Basis, hand: Hand) -> list[Line]:
+    """Return the lines about the optimization."""
+    images, batch = basis.images, basis.batch
+    rate = RATES[basis.candidate.network] * math.sqrt(min(batch, 512) / 128)
+    passes = images / source.train_images
+    capped = images + batch > max(MOST_PASSES * source.train_images, LEAST_CAP) and not hand.sets("images")
+    rate_s = images / basis.training_s
+    why = f"{spoken(basis.training_s)} at {rate_s:,.0f} images/s; each image is seen {passes:.0f} times"
+    kind = methods(hand)["optim.kind"]
+    names = {"muon": "Muon", "adamw": "AdamW"}
+    return [
+        hand.line(
+            "optimizer",
+            {"optim.kind": kind},
+            names[kind],
+            f"the better one of those compared ({COMPARISON})" if kind == "muon" else "Muon needs whole matrices",
+        ),
+        hand.line(
+            "length",
+            {"images": images},
+            f"{images:,} images",
+            f"each image is seen {MOST_PASSES:,} times, more of that only learns them by heart" if capped else why,
+        ),
+        hand.line("batch", {"batch_size": batch}, str(batch), f"{max(1, images // batch):,} steps"),
+        hand.line(
+            "learning rate",
+            {
+                "optim.lr": float(f"{rate:.2g}"),
+                "optim.betas": [0.9, 0.99],
+                "optim.weight_decay": 0.01,
+                "optim.warmup_images": max(batch, images // 20),
+                "optim.decay": "linear",
+            },
+            f"{rate:.2g}, falling to the end",
+            "wider networks need lower ones; it ends with the budget",
+        ),
+        hand.line(
+            "average",
+            {"optim.ema_half_life": max(batch, images // 20)},
+            f"half-life {max(batch, images // 20):,} images",
+            "a twentieth of the run: a longer one would keep its beginning",
+        ),
+    ]
+
+
+def machine_lines(machine: MachineFacts, basis: Basis, hand: Hand) -> list[Line]:
+    """Return the lines about the workers and what is stored on the way."""
+    images, batch = basis.images, basis.batch
+    marks = 4 if basis.training_s < 1_800 else 12
+    every = max(batch, images // marks // batch * batch)
+    rate = clock.drawing_rate(basis.speed, machine)
+    of_sample = int(hand.get("sampler.steps", STEPS)) * (2 if basis.guided else 1) / rate
+    drawn = int(clock.GRID_SHARE * basis.training_s / of_sample)
+    per_grid = min(64, max(8, drawn // 5))
+    grids = max(2, min(12, drawn // per_grid - 1))  # and one before the first step
+    grid_every = max(batch, images // grids // batch * batch)
+    return [
+        hand.line(
+            "workers",
+            {
+                "cluster.num_workers": basis.workers,
+                "cluster.gpus_per_worker": 1 if machine.gpus else 0,
+                "cluster.threads_per_worker": 1,
+            },
+            f"{basis.workers} of one {'GPU' if machine.gpus else 'core'}, {machine.precision}",
+            _why_workers(machine, basis),
+        ),
+        hand.line(
+            "checkpoints",
+            {"checkpoint.every": every, "checkpoint.publish_every": images},
+            f"every {every:,} images",
+            f"after a crash at most {spoken(basis.training_s / marks)} are computed again",
+        ),
+        hand.line(
+            "grids",
+            {
+                "tracking.grid_every": grid_every,
+                "tracking.grid_images": per_grid,
+                "tracking.log_every": max(batch, images // 50 // batch * batch),
+            },
+            f"{grids} of {per_grid} samples",
+            f"they take about {clock.GRID_SHARE:.0%} of the training",
+        ),
+    ]
+
+
+def _why_workers(machine: MachineFacts, basis: Basis) -> str:
+    """Return the reason for the number of workers."""
+    cores = clock.processes(machine)
+    if machine.gpus or cores == 1 or basis.workers not in (1, cores):
+        return f"what {machine.where} has"
+    gain = f"{clock.gain_of_workers(basis.speed, machine):.2f} times as fast"
+    return f"{cores} would be {gain}: cores that share their units" if basis.workers == 1 else f"{gain} as one"
+
+
+def judging_lines(source: SourceFacts, machine: MachineFacts, basis: Basis, budget_s: float, hand: Hand) -> list[Line]:
+    """Return the lines about sampling, scores and the registered model."""
+    judging, name = basis.judging, source_name(source.source)
+    precision = drawing_precision(machine.precision, hand)
+    guidance: dict[str, Any] = {"guidance": "classifier_free" if basis.guided else "none"}
+    if basis.guided:
+        guidance["guidance.scale"] = SCALE
+    return [
+        hand.line(
+            "sampler",
+            {"sampler": "dpm_solver", "sampler.steps": STEPS, "sampler.precision": precision, **guidance},
+            f"DPM-Solver++, {STEPS} steps"
+            + (f", guidance {SCALE}" if basis.guided else "")
+            + (", in bf16" if precision == "bf16" else ""),
+            "on digits 8 steps of it are as good as 50 of DDIM (docs/few-steps.md)"
+            + ("; bf16 draws as good samples in less time (docs/performance.md)" if precision == "bf16" else ""),
+        ),
+        hand.line(
+            "scores",
+            {
+                "evaluation.n": judging.n,
+                "evaluation.seeds": judging.seeds,
+                "evaluation.likelihood_images": judging.likelihood_images,
+                "evaluation.evaluator": judging.kind,
+                "evaluation.evaluator_passes": judging.passes,
+                "evaluation.every": None,
+                "registry.n": judging.n,
+            },
+            f"{judging.seeds} x {judging.n:,} samples, judged by a {judging.kind}",
+            f"they take at most {clock.SCORE_SHARE:.0%} of the budget; its training is {judging.passes} passes",
+        ),
+        hand.line(
+            "name",
+            {"name": f"{name}-{written(budget_s)}", "registry.model": name},
+            f"run {name}-{written(budget_s)}, model {name}",
+            "runs of other budgets become versions of the same model",
+        ),
+    ]
+
+
+def warnings(source: SourceFacts, machine: MachineFacts, basis: Basis, budget_s: float) -> tuple[str, ...]:
+    """Return what the user should know before the training starts."""
+    found = []
+    if source.train_images < FEW:
+        found.append(
+            f"{source.train_images:,} images are few: a model of fewer than about {FEW} learns them by heart and draws "
+            "copies, which the scores will name; more images, or a shorter budget, are the way out"
+        )
+    if source.class_counts:
+        least = min(source.class_counts, key=lambda name: source.class_counts[name])
+        if source.class_counts[least] < 20:
+            found.append(f"class {least} has {source.class_counts[least]} images: samples of it will resemble them")
+    if basis.images < basis.candidate.needed and basis.candidate.network != "hand":
+        needed_s = budget_s + (basis.candidate.needed - basis.images) * basis.training_s / max(basis.images, 1)
+        found.append(
+            f"{basis.images:,} images are a short training, even of the smallest network: expect blurred samples; "
+            f"budget={written(math.ceil(needed_s / 60) * 60)} trains it for as long as it needs"
+        )
+    total_s = sum(basis.seconds.values())
+    if total_s > budget_s:
+        found.append(f"what is set by hand takes {spoken(total_s)}, more than the budget of {spoken(budget_s)}")
+    if source.captions and not basis.texts:
+        found.append(f"the captions of {source.captions:,} images are not used")
+    if 0 < source.captions < source.images:
+        found.append(f"{source.images - source.captions:,} images have no caption")
+    if source.unreadable:
+        found.append(f"{source.unreadable} of {source.opened} opened images cannot be read and will be left out")
+    return tuple(found)
+
+
+def source_name(source: str) -> str:
+    """Return a name for runs and models of a source: that of its folder or file."""
+    last = re.sub(r"\.(zip|csv|jsonl)$", "", source.rstrip("/").rsplit("/", 1)[-1])
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-._")
+    return name or "pictures"
