@@ -147,6 +147,8 @@ def search() -> Iterator[str]:
     yield f"distance {planned} instead of {with_error(mnist['base'], 'distance')}"
     digits = result("methods")["methods"]
     yield f"digits: {with_error(digits[both], 'distance')} instead of {with_error(digits['base'], 'distance')}"
+    photographs = (with_error(result("methods_cifar10")["methods"][name], "distance") for name in (both, "base"))
+    yield "photographs, two of each: {} instead of {}".format(*photographs)
 
 
 def studies() -> Iterator[str]:
@@ -385,6 +387,10 @@ def methods() -> Iterator[str]:
         sum(measured["train_s"] for measured in mnist["rows"] if measured["method"] == name)
         for name in ("learned_weight+muon", "learned_weight")
     )
+    for name, each in result("methods_cifar10")["methods"].items():
+        keys = ("distance", "difference_to_base") if name != "base" else ("distance",)
+        cells = [with_error(each, key) if each["seeds"] > 1 else fixed(each[key], 2) for key in keys]
+        yield row(name, *cells, *[""] * (2 - len(cells))).replace("|  |", "| |")
     rates = {row["method"]: fixed(row["distance"], 2) for row in result("methods_mnist_rates")["rows"]}
     lr, both = "optim.lr=", "objective.learned_weight=true+optim.kind=muon+optim.lr="
     adamw, muon = (

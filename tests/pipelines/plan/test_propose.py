@@ -182,7 +182,7 @@ def test_the_methods_that_compare_best_are_planned_where_they_go_with_what_is_se
     assert (trial.optim.kind, trial.objective.learned_weight) == (kind, learned)
 
 
-@pytest.mark.parametrize("name", ["methods", "methods_mnist"])
+@pytest.mark.parametrize("name", ["methods", "methods_mnist", "methods_cifar10"])
 def test_the_planned_methods_win_the_comparison_on_each_data_set_or_cannot_be_told_from_the_winner(name):
     table = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["methods"]
     planned = {key: value for key, value in methods(Hand()).items() if key not in ("objective", "objective.prediction")}
