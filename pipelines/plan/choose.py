@@ -107,12 +107,11 @@ def _basis(source: SourceFacts, machine: MachineFacts, budget_s: float, hand: Ha
     judging = clock.judging(source, machine, speed, candidate.size, budget_s, evaluations, texts)
     fixed = clock.fixed_seconds(source, machine) | judging.seconds
     training_s = clock.left_for_training(budget_s, fixed)
-    workers = _workers(speed, machine, hand)
+    workers = _workers(machine, hand)
     rate = clock.training_rate(speed, machine, workers)
     possible = training_s * (1 - clock.GRID_SHARE) * rate
     batch = int(hand.get("batch_size", batch_size(possible, machine)))
-    cap = max(MOST_PASSES * source.train_images, LEAST_CAP)
-    images = int(hand.get("images", max(1, min(int(possible), cap) // batch) * batch))
+    images = int(hand.get("images", max(1, min(int(possible), most_images(source)) // batch) * batch))
     seconds = fixed | {"train": images / rate / (1 - clock.GRID_SHARE)}
     ordered = ["look and measure", "start", "ingest", "train", "evaluator", "scores", "register"]
     return Basis(
@@ -127,6 +126,11 @@ def _basis(source: SourceFacts, machine: MachineFacts, budget_s: float, hand: Ha
         judging,
         {name: seconds[name] for name in ordered},
     )
+
+
+def most_images(source: SourceFacts) -> int:
+    """Return the length of training beyond which a source is only learnt by heart."""
+    return max(MOST_PASSES * source.train_images, LEAST_CAP)
 
 
 def drawing_precision(training: str, hand: Hand) -> str:
@@ -159,12 +163,12 @@ def methods(hand: Hand) -> dict[str, Any]:
     return found
 
 
-def _workers(speed: Speed, machine: MachineFacts, hand: Hand) -> int:
+def _workers(machine: MachineFacts, hand: Hand) -> int:
     """Return the number of workers."""
     given = hand.get("cluster.num_workers", None)
     if given is not None:
         return int(given[-1] if isinstance(given, list | tuple) else given)
-    return clock.workers(speed, machine)
+    return clock.workers(machine)
 
 
 def batch_size(images: float, machine: MachineFacts) -> int:

@@ -73,14 +73,14 @@ def training_rate(speed: Speed, machine: MachineFacts, workers: int) -> float:
     return speed.train * workers * (together(machine) if workers > 1 else ALONE)
 
 
-def gain_of_workers(speed: Speed, machine: MachineFacts) -> float:
+def gain_of_workers(machine: MachineFacts) -> float:
     """Return how many times as fast as one worker as many of them train as there are processes."""
-    return training_rate(speed, machine, processes(machine)) / training_rate(speed, machine, 1)
+    return processes(machine) * together(machine) / ALONE
 
 
-def workers(speed: Speed, machine: MachineFacts) -> int:
+def workers(machine: MachineFacts) -> int:
     """Return how many workers train: as many as processes, or one where their cores are hardly more than one."""
-    return processes(machine) if gain_of_workers(speed, machine) >= WORTH else 1
+    return processes(machine) if gain_of_workers(machine) >= WORTH else 1
 
 
 def drawing_rate(speed: Speed, machine: MachineFacts) -> float:

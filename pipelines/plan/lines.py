@@ -10,7 +10,7 @@ from typing import Any
 
 from pipelines.plan import clock
 from pipelines.plan.budget import spoken, written
-from pipelines.plan.choose import LEAST_CAP, MOST_PASSES, SCALE, STEPS, Basis, drawing_precision, methods
+from pipelines.plan.choose import MOST_PASSES, SCALE, STEPS, Basis, drawing_precision, methods, most_images
 from pipelines.plan.facts import Hand, Line, MachineFacts, SourceFacts, override_value
 from pipelines.plan.networks import RATES, candidates, native_size
 
@@ -135,7 +135,7 @@ def optim_lines(source: SourceFacts, basis: Basis, hand: Hand) -> list[Line]:
     images, batch = basis.images, basis.batch
     rate = RATES[basis.candidate.network] * math.sqrt(min(batch, 512) / 128)
     passes = images / source.train_images
-    capped = images + batch > max(MOST_PASSES * source.train_images, LEAST_CAP) and not hand.sets("images")
+    capped = images + batch > most_images(source) and not hand.sets("images")
     rate_s = images / basis.training_s
     why = f"{spoken(basis.training_s)} at {rate_s:,.0f} images/s; each image is seen {passes:.0f} times"
     kind = methods(hand)["optim.kind"]
@@ -221,7 +221,7 @@ def _why_workers(machine: MachineFacts, basis: Basis) -> str:
     cores = clock.processes(machine)
     if machine.gpus or cores == 1 or basis.workers not in (1, cores):
         return f"what {machine.where} has"
-    gain = f"{clock.gain_of_workers(basis.speed, machine):.2f} times as fast"
+    gain = f"{clock.gain_of_workers(machine):.2f} times as fast"
     return f"{cores} would be {gain}: cores that share their units" if basis.workers == 1 else f"{gain} as one"
 
 
