@@ -36,8 +36,8 @@ SAMPLERS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "dpm_solver": ("DPMSolverMultistepScheduler", 15, {"lambda_min_clipped": -5.1}),
     "ddim": ("DDIMScheduler", 50, {}),
 }
-"""Scheduler of diffusers, steps, options; the better one counts. The clipped level is what its page advises for the
-cosine schedule."""
+"""Scheduler of diffusers, steps, options; the better one of the best trial counts. The clipped level is what its page
+advises for the cosine schedule."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Settings:
         budget_s: seconds from the start of the process to the end of training.
         seed: of weights, order and noise.
         samples: to draw at the end, which is not part of the budget.
+        samplers: names of `SAMPLERS` to draw them with.
     """
 
     network: dict[str, Any]
@@ -67,6 +68,7 @@ class Settings:
     budget_s: float
     seed: int
     samples: int
+    samplers: tuple[str, ...] = tuple(SAMPLERS)
 
 
 def build(settings: Settings) -> nn.Module:
@@ -98,7 +100,7 @@ def main(arguments: list[str]) -> None:
     average, facts = Training(settings, network, images, labels).run()
     network.load_state_dict(average)
     wanted = as_frequent(labels, settings.samples)
-    drawn = {sampler: draw(settings, network.eval(), wanted, sampler) for sampler in SAMPLERS}
+    drawn = {sampler: draw(settings, network.eval(), wanted, sampler) for sampler in settings.samplers}
     torch.save({"labels": wanted, "samples": drawn}, folder / "samples.pt")
     (folder / "facts.json").write_text(json.dumps(facts | asdict(settings)))
 

@@ -5,8 +5,9 @@
 Both sides get the same pictures of npm packages, the same cores, one after another, and the same budgets: a third of
 `--budget`, and all of it. Ours is one command with nothing set, through Ray, S3 and MLflow, and its budget ends with a
 registered version; the peer's ends with the last step. The peer has the network, image size, batch and mirroring that
-our plan chose, and besides TRIALS settings are tried with the smaller budget, of which the best goes on; of ours none
-is tried. A classifier that neither side knows judges samples of both, as many of a class as there are in the data.
+our plan chose, and besides TRIALS settings are tried with the smaller budget, of which the best goes on, with the
+better of two samplers; of ours none is tried. A classifier that neither side knows judges samples of both, as many of a
+class as there are in the data.
 
 Every part that is done is kept in the work folder, so that a benchmark that was interrupted goes on where it was.
 """
@@ -33,7 +34,7 @@ from torch.nn import functional as F  # noqa: N812
 from benchmarks.results import ROOT, commit, publish
 from benchmarks.time_to_quality.judge import Judge
 from benchmarks.time_to_quality.ours import Side, draw
-from benchmarks.time_to_quality.peer import SAMPLERS, Settings
+from benchmarks.time_to_quality.peer import Settings
 from benchmarks.time_to_quality.pictures import DATA_SETS, Pictures, as_frequent
 
 TRIALS = tuple(itertools.product(("eps", "v"), (3e-4, 1e-3)))
@@ -130,7 +131,7 @@ class DataSet:
         chosen = self._like_ours(ours[0])
         trials = [self.peer(chosen | {"prediction": p, "lr": lr}, less, SEED) for p, lr in TRIALS]
         best = min(trials, key=lambda row: float(row["distance"]))
-        settings = chosen | {"prediction": best["prediction"], "lr": best["lr"]}
+        settings = chosen | {"prediction": best["prediction"], "lr": best["lr"], "samplers": (best["sampler"],)}
         peer = [self.peer(settings, budget, seed) for seed in range(seeds) for budget in budgets]
 
         return {
@@ -181,7 +182,7 @@ class DataSet:
             subprocess.run(command, env=os.environ | threads, cwd=ROOT, check=True)
             drawn = torch.load(folder / "samples.pt")
             (folder / "samples.pt").unlink()
-            scored = {name: self._scores(drawn["samples"][name], drawn["labels"]) for name in SAMPLERS}
+            scored = {name: self._scores(drawn["samples"][name], drawn["labels"]) for name in chosen.samplers}
             sampler = min(scored, key=lambda name: scored[name]["distance"])
             distances = {f"distance_{name}": row["distance"] for name, row in scored.items()}
             return json.loads((folder / "facts.json").read_text()) | {"sampler": sampler} | distances | scored[sampler]
