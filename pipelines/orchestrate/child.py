@@ -129,7 +129,8 @@ def report(stage: str, result: FlowResult, config: Config, context: PipesContext
     verdict = result.results.champion
     if place is GATE and verdict is not None:
         table = text_table(gate_table(verdict))
-        about = {"reason": verdict.reason, "n": verdict.n, "attempt": verdict.attempt, "table": table}
+        compared = {"n": verdict.n, "attempt": verdict.attempt} if verdict.n else {}  # Dagster plots every number
+        about = {"reason": verdict.reason, "table": table, **compared}
         context.report_asset_check(CHECK, passed=verdict.passed, severity="ERROR", metadata=about)
         if not verdict.passed:
             context.report_custom_message({"failed": f"the gate has {verdict}", "retry": False})

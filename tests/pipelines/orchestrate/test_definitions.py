@@ -174,7 +174,7 @@ def test_the_verdict_of_the_gate_is_a_check_with_its_table_and_a_refusal_is_no_m
     from pipelines.tracking import ModelVersion
 
     row = Row("better than models:/m/1", "z = 3 | 2", "z >= 1.96", passed)
-    verdict = Verdict(passed, "why", "m", "champion", "2", n=500, attempt=1, rows=(row,))
+    verdict = Verdict(passed, "why", "m", "champion", "2", n=500 * passed, attempt=1 * passed, rows=(row,))
     version = ModelVersion("m", "2", "r", {"served_digest": "s"}, ())
     result = FlowResult(Results(version=version, champion=verdict), {}, ("gate",), {"gate": {"served": "s"}})
     told = Told()
@@ -184,6 +184,7 @@ def test_the_verdict_of_the_gate_is_a_check_with_its_table_and_a_refusal_is_no_m
     assert (name, check["passed"], check["severity"]) == (CHECK, passed, "ERROR")
     mark = "ok" if passed else "NO"
     assert f"| {mark} | better than models:/m/1 | z = 3 \\| 2 | z >= 1.96 |" in check["metadata"]["table"]["raw_value"]
+    assert {"n", "attempt"} & check["metadata"].keys() == ({"n", "attempt"} if passed else set())  # none compared
     assert len(told.materialisations) == (1 if passed else 0)
     assert told.messages == ([] if passed else [{"failed": "the gate has refused: why", "retry": False}])
     if passed:
