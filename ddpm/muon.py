@@ -52,6 +52,14 @@ def hidden_matrices(network: nn.Module) -> list[Tensor]:
     return [layer.weight for layer in layers[1:-1] if layer.weight.requires_grad]
 
 
+Function = Callable[[Tensor], Tensor]
+
+
+def _of_whole(function: Function, tensor: Tensor) -> Tensor:
+    """Return the function of a tensor that is whole already."""
+    return function(tensor)
+
+
 class Muon(torch.optim.Optimizer):
     """Muon for matrices and AdamW for the other parameters, as one optimizer.
 
@@ -66,6 +74,8 @@ class Muon(torch.optim.Optimizer):
         weight_decay: of both, decoupled.
         momentum: mu of Muon, in [0, 1).
         dtype: of the iteration; None: that of the weights.
+        on_whole: applies a function, which keeps the shape, to a matrix. Where a process holds parts of the matrices,
+            it has to gather the whole of this one first, and to return the part that the process holds of the result.
     """
 
     def __init__(
@@ -78,11 +88,12 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         momentum: float = 0.95,
         dtype: torch.dtype | None = None,
+        on_whole: Callable[[Function, Tensor], Tensor] = _of_whole,
     ) -> None:
         rest = list(others)
         groups: list[dict[str, Any]] = [{"params": list(matrices)}, {"params": rest}]
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self.dtype, self.adamw = dtype, None
+        self.dtype, self.on_whole, self.adamw = dtype, on_whole, None
         if rest:
             self.adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
             self.adamw.state = self.state  # one state by parameter for whoever stores it
@@ -110,7 +121,11 @@ class Muon(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(parameter)
         buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
         ahead = gradient.add(buffer, alpha=group["momentum"])
-        matrix = ahead.flatten(1)
-        update = orthogonalized(matrix, self.dtype or matrix.dtype).reshape(parameter.shape)
+        update = self.on_whole(self._orthogonalized, ahead)
+        largest = max(parameter.shape[0], math.prod(parameter.shape[1:]))
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(update, alpha=-group["lr"] * RMS * math.sqrt(max(matrix.shape)))
+        parameter.add_(update, alpha=-group["lr"] * RMS * math.sqrt(largest))
+
+    def _orthogonalized(self, whole: Tensor) -> Tensor:
+        matrix = whole.flatten(1)
+        return orthogonalized(matrix, self.dtype or matrix.dtype).reshape(whole.shape)

@@ -123,11 +123,6 @@ class Config(Section):
             raise ValueError(
                 f"sampler.steps = {self.sampler.steps} exceeds schedule.num_steps = {self.schedule.num_steps}"
             )
-        if self.optim.kind == "muon" and self.cluster.parallel == "fsdp":
-            raise ValueError(
-                "optim.kind = muon works on whole matrices, and cluster.parallel = fsdp leaves each worker a part of "
-                "them: use cluster.parallel=ddp, or optim.kind=adamw"
-            )
         self._check_task()
         self._check_loss()
         self._check_consistency()

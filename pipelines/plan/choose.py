@@ -156,10 +156,9 @@ def methods(hand: Hand) -> dict[str, Any]:
     Args:
         hand: what the user has set; a method that cannot go with it is left out.
     """
-    found: dict[str, Any] = {"objective": "simple", "objective.prediction": "v"}
+    found: dict[str, Any] = {"objective": "simple", "objective.prediction": "v", "optim.kind": "muon"}
     if hand.get("objective.loss", "simple") == "simple":
         found["objective.learned_weight"] = True
-    found["optim.kind"] = "adamw" if hand.get("cluster.parallel", "") == "fsdp" else "muon"
     return found
 
 

@@ -138,15 +138,9 @@ def optim_lines(source: SourceFacts, basis: Basis, hand: Hand) -> list[Line]:
     capped = images + batch > most_images(source) and not hand.sets("images")
     rate_s = images / basis.training_s
     why = f"{spoken(basis.training_s)} at {rate_s:,.0f} images/s; each image is seen {passes:.0f} times"
-    kind = methods(hand)["optim.kind"]
-    names = {"muon": "Muon", "adamw": "AdamW"}
+    optimizer = {"optim.kind": methods(hand)["optim.kind"]}
     return [
-        hand.line(
-            "optimizer",
-            {"optim.kind": kind},
-            names[kind],
-            f"the better one of those compared ({COMPARISON})" if kind == "muon" else "Muon needs whole matrices",
-        ),
+        hand.line("optimizer", optimizer, "Muon", f"the better one of those compared ({COMPARISON})"),
         hand.line(
             "length",
             {"images": images},

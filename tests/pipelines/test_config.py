@@ -148,7 +148,6 @@ def test_every_shipped_choice_composes(group, choice):
             ["task=classifier", "objective.noise_candidates=2"],
             r"task = classifier has no use for objective\.noise_cand",
         ),
-        (["optim=muon", "cluster.parallel=fsdp"], r"muon works on whole matrices, .* use cluster\.parallel=ddp"),
         (["optim.lr_scaling=[cube,128]"], r"optim\.lr_scaling.*'sqrt' or 'linear'"),
         (["task=classifier", "init_from=/m"], r"task = classifier has no use for init_from"),
         (["cluster.max_preemption_failures=-2"], "cluster.max_preemption_failures: .*greater than or equal to -1"),

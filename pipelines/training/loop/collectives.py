@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -134,9 +134,41 @@ def all_gather_pieces(mine: Tensor, total: int) -> Tensor:
     ranks = world_size()
     if ranks == 1:
         return mine
-    padded = _padded(mine, -(-total // ranks))
     counts = [torch.zeros(1, dtype=torch.int64, device=mine.device) for _ in range(ranks)]
     dist.all_gather(counts, torch.tensor([len(mine)], device=mine.device))
-    parts = [torch.empty_like(padded) for _ in range(ranks)]
-    dist.all_gather(parts, padded)
+    parts = _all_gather(mine, -(-total // ranks))
     return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
+
+
+@torch.no_grad()
+def on_whole(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """Return a function of a whole tensor; of a DTensor, the part of the result that this rank holds.
+
+    Every rank gathers the whole tensor and computes the function of it.
+
+    Args:
+        function: whose result has the shape of its argument.
+        tensor: whole, or in parts as in `_gather_parts`.
+    """
+    if not isinstance(tensor, DTensor):
+        return function(tensor)
+    part, count = tensor.to_local(), tensor.shape[0]
+    rows = -(-count // world_size())
+    result = function(torch.cat(_all_gather(part, rows))[:count])
+    start = min(this_rank() * rows, count)
+    return DTensor.from_local(
+        result[start : start + len(part)].contiguous(),
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
+
+
+def _all_gather(mine: Tensor, rows: int) -> list[Tensor]:
+    """Return the rows of every rank, each with zeros up to so many."""
+    padded = _padded(mine, rows)
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(parts, padded)
+    return parts

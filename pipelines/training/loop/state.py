@@ -18,7 +18,7 @@ from ddpm.models.unet import UNetConfig
 from ddpm.muon import Muon, hidden_matrices
 from ddpm.timesteps import TimestepSampler
 from pipelines.config import Config, OptimConfig, learned_weight, network_config, timestep_sampler
-from pipelines.training.loop.collectives import broadcast, local_part
+from pipelines.training.loop.collectives import broadcast, local_part, on_whole
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.hardware import place_network, weight_dtype
 from pipelines.training.loop.loss_scale import LossScale
@@ -145,7 +145,9 @@ def make_optimizer(
         matrices = hidden_matrices(network)
         ids = {id(matrix) for matrix in matrices}
         others = [parameter for parameter in parameters if id(parameter) not in ids]
-        optimizer = Muon(matrices, others, **settings, momentum=optim.muon_momentum, dtype=muon_dtype)
+        optimizer = Muon(
+            matrices, others, **settings, momentum=optim.muon_momentum, dtype=muon_dtype, on_whole=on_whole
+        )
     else:
         optimizer = torch.optim.AdamW(parameters, **settings, fused=True)
     # A step with zero gradients at rate 0 creates the state and changes no weight.

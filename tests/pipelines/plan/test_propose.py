@@ -166,7 +166,7 @@ def test_what_is_set_by_hand_stays_and_the_plan_says_so(override, field):
         ([], "muon", True),
         (["optim.kind=radam"], "radam", True),
         (["optim=adamw"], "adamw", True),
-        (["cluster.parallel=fsdp"], "adamw", True),
+        (["cluster.parallel=fsdp"], "muon", True),
         (["objective=ddpm"], "muon", False),
         (["objective.loss=hybrid", "model.learned_variance=true"], "muon", False),
         (["objective.learned_weight=false"], "muon", False),

@@ -69,19 +69,20 @@ METHODS += ["objective.noise_candidates=3", "optim.kind=muon", "optim.weight_dec
 
 def test_a_learned_weight_chosen_noise_and_muon_have_the_same_losses_and_state_on_two_workers(digits, tmp_path):
     configs = {}
-    for world, parts in ((1, 1), (2, 3)):
-        folder = tmp_path / str(world)
-        configs[folder] = cell_config(folder, world, 10, "fp64", "ddp", parts, *SMALL, *METHODS)
-    one, two = configs
+    for world, parallel, parts in ((1, "ddp", 1), (2, "ddp", 3), (2, "fsdp", 2)):
+        folder = tmp_path / f"{world}-{parallel}"
+        configs[folder] = cell_config(folder, world, 10, "fp64", parallel, parts, *SMALL, *METHODS)
+    one, *others = configs
     train_here(one, digits, configs[one])
-    run_group(2, tmp_path, digits, [(two, configs[two])])
-    reference, found = trace(one), trace(two)
-    assert max(abs(found[seen] / loss - 1) for seen, loss in reference.items()) <= TOLERANCE["fp64"]
-    learned, same = (load_file(last_checkpoint(folder) / "training.safetensors") for folder in (one, two))
+    run_group(2, tmp_path, digits, [(folder, configs[folder]) for folder in others])
+    reference, learned = trace(one), load_file(last_checkpoint(one) / "training.safetensors")
     assert learned["learned_weight.updates"] == 10
     assert any("momentum_buffer" in name for name in learned)
-    for name, tensor in learned.items():
-        torch.testing.assert_close(same[name], tensor, rtol=1e-6, atol=1e-9, msg=name)
+    for folder in others:
+        found, same = trace(folder), load_file(last_checkpoint(folder) / "training.safetensors")
+        assert max(abs(found[seen] / loss - 1) for seen, loss in reference.items()) <= TOLERANCE["fp64"]
+        for name, tensor in learned.items():
+            torch.testing.assert_close(same[name], tensor, rtol=1e-6, atol=1e-9, msg=f"{folder.name} {name}")
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipelines.config import compose
 from pipelines.shards.read import Batch
-from pipelines.training.loop.collectives import all_gather_pieces, broadcast, gather
+from pipelines.training.loop.collectives import all_gather_pieces, broadcast, gather, on_whole
 from pipelines.training.loop.parallel import micro_batches
 from pipelines.training.loop.state import make_network
 from tests.pipelines.training.loop.ranks import TINY, process_group, tiny_config, train_here
@@ -74,6 +74,23 @@ def gather_parts(rank, world, rendezvous):
 @pytest.mark.parametrize("world", [2, 3])
 def test_rank_0_gathers_parts_of_any_number_of_rows(tmp_path, world):
     mp.start_processes(gather_parts, (world, tmp_path / "rendezvous"), nprocs=world, start_method="forkserver")
+
+
+def divide_wholes(rank, world, rendezvous):
+    whole = {shape: torch.arange(1.0, 1 + torch.Size(shape).numel()).reshape(shape) for shape in [(1, 4), (7, 2, 3)]}
+    with process_group(rank, world, rendezvous):
+        mesh = init_device_mesh("cpu", (world,))
+        for tensor in whole.values():
+            found = on_whole(lambda x: x / x.sum(), distribute_tensor(tensor, mesh, [Shard(0)]))
+            assert torch.equal(found.to_local(), distribute_tensor(tensor / tensor.sum(), mesh, [Shard(0)]).to_local())
+            assert found.shape == tensor.shape
+            assert torch.equal(on_whole(lambda x: x / x.sum(), tensor), tensor / tensor.sum())
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("world", [2, 3])
+def test_every_rank_keeps_its_part_of_a_function_of_the_whole(tmp_path, world):
+    mp.start_processes(divide_wholes, (world, tmp_path / "rendezvous"), nprocs=world, start_method="forkserver")
 
 
 def gather_pieces(rank, world, rendezvous):
