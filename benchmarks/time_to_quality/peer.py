@@ -100,7 +100,7 @@ def main(arguments: list[str]) -> None:
     average, facts = Training(settings, network, images, labels).run()
     network.load_state_dict(average)
     wanted = as_frequent(labels, settings.samples)
-    drawn = {sampler: draw(settings, network.eval(), wanted, sampler) for sampler in settings.samplers}
+    drawn = {sampler: draw(settings, network.eval(), wanted, sampler, facts["bf16"]) for sampler in settings.samplers}
     torch.save({"labels": wanted, "samples": drawn}, folder / "samples.pt")
     (folder / "facts.json").write_text(json.dumps(facts | asdict(settings)))
 
@@ -184,8 +184,8 @@ class Training:
 
 
 @torch.no_grad()
-def draw(settings: Settings, network: nn.Module, labels: Tensor, sampler: str) -> Tensor:
-    """Return samples of these classes in [-1, 1], drawn by one of `SAMPLERS`."""
+def draw(settings: Settings, network: nn.Module, labels: Tensor, sampler: str, bf16: bool) -> Tensor:
+    """Return samples of these classes in [-1, 1], drawn by one of `SAMPLERS`, in bf16 as a plan of ours draws there."""
     import diffusers
 
     name, steps, options = SAMPLERS[sampler]
@@ -201,7 +201,8 @@ def draw(settings: Settings, network: nn.Module, labels: Tensor, sampler: str) -
         x = torch.randn(len(part), settings.channels, settings.size, settings.size, generator=generator)
         both = torch.cat([part, torch.full_like(part, settings.classes)])
         for t in scheduler.timesteps:
-            given, null = network(torch.cat([x, x]), t, both).sample.chunk(2)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                given, null = network(torch.cat([x, x]), t, both).sample.float().chunk(2)
             x = scheduler.step(null + GUIDANCE * (given - null), t, x).prev_sample
         parts.append(x.clamp(-1, 1))
     return torch.cat(parts)

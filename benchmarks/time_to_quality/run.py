@@ -5,9 +5,9 @@
 Both sides get the same pictures of npm packages, the same cores, one after another, and the same budgets: a third of
 `--budget`, and all of it. Ours is one command with nothing set, through Ray, S3 and MLflow, and its budget ends with a
 registered version; the peer's ends with the last step. The peer has the network, image size, batch and mirroring that
-our plan chose, and besides TRIALS settings are tried with the smaller budget, of which the best goes on, with the
-better of two samplers; of ours none is tried. A classifier that neither side knows judges samples of both, as many of a
-class as there are in the data.
+our plan chose for the budget, and besides TRIALS settings are tried with the smaller budget, of which the best by 300
+samples goes on, with the better of two samplers; of ours none is tried. A classifier that neither side knows judges
+samples of both, as many of a class as there are in the data.
 
 Every part that is done is kept in the work folder, so that a benchmark that was interrupted goes on where it was.
 """
@@ -39,7 +39,7 @@ from benchmarks.time_to_quality.pictures import DATA_SETS, Pictures, as_frequent
 
 TRIALS = tuple(itertools.product(("eps", "v"), (3e-4, 1e-3)))
 """Prediction and learning rate of the peer's trials."""
-SEED = 0
+SEED, TRIAL_SAMPLES = 0, 300
 """Of trials."""
 
 
@@ -128,11 +128,11 @@ class DataSet:
         """Return the rows of both sides, and what they come to."""
         less, more = budgets
         ours = [self.ours(budget, seed) for seed in range(seeds) for budget in budgets]
-        chosen = self._like_ours(ours[0])
-        trials = [self.peer(chosen | {"prediction": p, "lr": lr}, less, SEED) for p, lr in TRIALS]
+        planned = {row["budget_s"]: self._like_ours(row) for row in ours}
+        trials = [self.peer(planned[less] | {"prediction": p, "lr": lr}, less, SEED, trial=True) for p, lr in TRIALS]
         best = min(trials, key=lambda row: float(row["distance"]))
-        settings = chosen | {"prediction": best["prediction"], "lr": best["lr"], "samplers": (best["sampler"],)}
-        peer = [self.peer(settings, budget, seed) for seed in range(seeds) for budget in budgets]
+        tried = {"prediction": best["prediction"], "lr": best["lr"], "samplers": (best["sampler"],)}
+        peer = [self.peer(planned[budget] | tried, budget, seed) for seed in range(seeds) for budget in budgets]
 
         return {
             "pictures": {name: len(list(folder.glob("*/*.png"))) for name, folder in self._folders().items()},
@@ -163,9 +163,10 @@ class DataSet:
 
         return {"budget_s": budget_s, "seed": seed} | self._kept(f"ours-{budget_s:.0f}-{seed}", make)
 
-    def peer(self, settings: dict[str, Any], budget_s: float, seed: int) -> dict[str, Any]:
+    def peer(self, settings: dict[str, Any], budget_s: float, seed: int, *, trial: bool = False) -> dict[str, Any]:
         """Return the row of a training of the peer: the better of its samplers."""
-        chosen = Settings(**settings, budget_s=budget_s, seed=seed, samples=self.samples)
+        samples = min(TRIAL_SAMPLES, self.samples) if trial else self.samples
+        chosen = Settings(**settings, budget_s=budget_s, seed=seed, samples=samples)
 
         def make(folder: Path) -> dict[str, Any]:
             plain = asdict(self.pictures) | {n: str(path) for n, path in self._folders().items()}
@@ -187,7 +188,7 @@ class DataSet:
             distances = {f"distance_{name}": row["distance"] for name, row in scored.items()}
             return json.loads((folder / "facts.json").read_text()) | {"sampler": sampler} | distances | scored[sampler]
 
-        name = f"peer-{chosen.prediction}-{chosen.lr}-{budget_s:.0f}-{seed}"
+        name = f"{'trial' if trial else 'peer'}-{chosen.prediction}-{chosen.lr}-{budget_s:.0f}-{seed}"
         return {"budget_s": budget_s, "seed": seed} | self._kept(name, make)
 
     def _like_ours(self, row: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,99 @@
+"""Where the time of a training step goes: convolutions, attention and matrix products, and everything else.
+
+    python -m benchmarks.step_profile [--quick] [--json] [--threads N]
+
+It profiles the step of `benchmarks.train_step` by the fastest method that is not compiled, for what is compiled is
+fused and has no names, and sums the time of each operation without that of those that it calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Iterable
+from typing import Any
+
+# Before torch is imported: spinning threads slow a step down as soon as another process needs a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.results import commit, publish
+from benchmarks.train_step import MODELS, UPDATE, best_method, machine, ours, prepared, say
+
+KINDS = {
+    "convolutions": ("conv",),
+    "attention": ("attention",),
+    "matrix products": ("mm", "linear", "matmul"),
+    "group norm": ("group_norm",),
+    "SiLU": ("silu",),
+    "copies and casts": ("copy", "_to", "cat", "clone", "contiguous", "fill", "zero"),
+}
+"""Kinds of operations by parts of their names: the first that fits."""
+PARAMETERS, REST = "optimizer, averages, clipping", "the rest"
+"""Kinds beside these: whatever a step does with parameters alone, and what fits none of the names."""
+HEAVY = ("convolutions", "attention", "matrix products")
+"""What a step consists of by arithmetic."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Profile the step of every model, and publish the shares."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step_profile", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--quick", action="store_true", help="small batches, one step")
+    parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
+    parser.add_argument("--threads", type=int, default=1, help="of the process")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    method = dataclasses.replace(best_method(device, options.quick), compile=False)
+    if device.type == "cpu":  # channels-last pays for a compiled network alone
+        method = dataclasses.replace(method, channels_last=False)
+    result: dict[str, Any] = {
+        "benchmark": "step_profile",
+        "commit": commit(),
+        "machine": machine(device),
+        "threads": options.threads,
+        "torch": torch.__version__,
+        "method": method.title,
+        "models": {},
+    }
+    for name, model in MODELS.items():
+        network, x_0 = prepared(model, device, options.quick)
+        step = ours(network, x_0, method)
+        step()  # what is set up at the first step is no part of the others
+        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+        with profile(activities=activities) as profiled:
+            for _ in range(1 if options.quick else 3):
+                step()
+        shares = by_kind(profiled.events() or (), device)
+        result["models"][name] = {"batch": len(x_0), "shares": shares, "others": 1 - sum(shares[k] for k in HEAVY)}
+        say(f"{name}: " + ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items()))
+    publish(result, "step_profile", options.quick)
+
+
+def by_kind(events: Iterable[Any], device: torch.device) -> dict[str, float]:
+    """Return the share of each kind of operation in the time of the events of a profile."""
+    on = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    found = dict.fromkeys([*KINDS, PARAMETERS, REST], 0.0)
+    for event in events:
+        found[kind_of(event)] += getattr(event, on)
+    total = sum(found.values())
+    return {kind: time / total for kind, time in found.items()}
+
+
+def kind_of(event: Any) -> str:
+    """Return the kind of an operation, by the name of its own and of those that called it."""
+    caller = event
+    while caller is not None:
+        if caller.name == UPDATE:
+            return PARAMETERS
+        caller = caller.cpu_parent
+    return next((kind for kind, parts in KINDS.items() if any(part in event.name for part in parts)), REST)
+
+
+if __name__ == "__main__":
+    main()
