@@ -98,7 +98,7 @@ def decode_image(members: Mapping[str, bytes | memoryview], channels: int | None
             if image.mode not in _GREY + _COLOUR:
                 raise FlawError("channels", f"{name} has pixels of mode {image.mode}: write 8 bits, grey or colour")
             grey = image.mode in _GREY if channels is None else channels == 1
-            pixels = np.asarray(image.convert("L" if grey else "RGB"))
+            pixels = np.asarray(on_white(image)[0].convert("L" if grey else "RGB"))
     except FlawError:
         raise
     except UnidentifiedImageError as error:
@@ -106,6 +106,20 @@ def decode_image(members: Mapping[str, bytes | memoryview], channels: int | None
     except (*_UNDECODABLE, Image.DecompressionBombError) as error:
         raise FlawError("decode", f"{name} cannot be decoded: {error}") from error
     return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def on_white(image: Image.Image) -> tuple[Image.Image, bool]:
+    """Return an image as it looks on a white page, and whether any of it was transparent.
+
+    What lies below transparent pixels is never seen, and mostly black. An image without transparency, or of more than
+    8 bits, is returned as it is.
+    """
+    if not image.has_transparency_data or image.mode not in _GREY + _COLOUR:
+        return image, False
+    rgba = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    white.alpha_composite(rgba)
+    return white.convert("L" if image.mode in _GREY else "RGB"), rgba.getextrema()[3] != (255, 255)
 
 
 def decode_pixels(members: Mapping[str, bytes | memoryview], size: int, channels: int) -> NDArray[np.uint8]:
@@ -138,8 +152,12 @@ def _decode_fast(name: str, data: memoryview, channels: int) -> NDArray[np.uint8
         whole = len(data) > 34 and data[-8:-4] == b"IEND"
         if not whole or data[24] != 8 or data[25] not in ((0, 2) if channels == 3 else (0,)):
             return None
+        if b"tRNS" in bytes(data).partition(b"IDAT")[0]:  # one colour is transparent
+            return None
     elif channels == 1 or b"Adobe" in bytes(data[:1024]):  # a JPEG in CMYK, or with another colour transform
         return None
+    elif data[12:15] == b"VP8" and data[15:16] != b" " and data[20 if data[15:16] == b"X" else 24] & 0x10:
+        return None  # a WebP with transparency, as its header says
     flags = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
     return None if pixels is None else pixels.reshape(*pixels.shape[:2], channels)

@@ -28,6 +28,7 @@ from ddpm.conditioning import Conditioning
 from pipelines.config.sections import Encoding, Geometry
 from pipelines.shards.index import DatasetError
 from pipelines.shards.ingest.trees import UnreadableError
+from pipelines.shards.members import on_white
 
 CaptionEncoder = Callable[[Sequence[str]], Conditioning]
 """Maps captions to their embeddings."""
@@ -141,16 +142,21 @@ class EncodedImage:
 def encode_image(data: bytes, form: ImageFormat) -> EncodedImage:
     """Decode an image file, give it the format's shape and channels, and encode it.
 
-    An EXIF orientation is applied. With `keep`, a file that already has the encoding is stored unchanged.
+    An EXIF orientation is applied, and what is transparent becomes white. With `keep`, a file that already has the
+    encoding is stored unchanged.
 
     Raises:
         UnreadableError: it is damaged, is no image, or cannot be brought into the format.
     """
     image, kind, _ = _decode(data)
     image, changes = _turn(image)
-    unchanged = form.geometry == "keep" and not changes and image.mode == form.mode
-    if image.mode != form.mode:
-        changes.append(f"{image.mode} made {form.mode}")
+    mode = image.mode
+    image, transparent = on_white(image)
+    if transparent:
+        changes.append("transparent pixels made white")
+    unchanged = form.geometry == "keep" and not changes and mode == form.mode
+    if mode != form.mode:
+        changes.append(f"{mode} made {form.mode}")
         image = _convert(image, form.mode)
     if min(image.size) < form.size and form.geometry != "keep":
         changes.append(f"smaller than {form.size} pixels, enlarged")
@@ -173,7 +179,7 @@ class OpenedImage:
     """An image as a person sees it.
 
     Attributes:
-        image: upright; smaller than the file says where that was asked for.
+        image: upright, on white where it is transparent; smaller than the file says where that was asked for.
         size: width and height in pixels of the upright image in the file.
     """
 
@@ -195,7 +201,7 @@ def open_image(data: bytes, *, reduced_to: int | None = None) -> OpenedImage:
     upright, _ = _turn(image)
     if upright.size != image.size and image.size[0] == upright.size[1]:
         size = (size[1], size[0])
-    return OpenedImage(upright, size)
+    return OpenedImage(on_white(upright)[0], size)
 
 
 def npy(array: NDArray[np.generic]) -> bytes:

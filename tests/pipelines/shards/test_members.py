@@ -28,6 +28,18 @@ def file(kind, mode="RGB", **options):
     return buffer.getvalue()
 
 
+ALPHA = Image.fromarray(np.random.default_rng(1).integers(0, 256, (SIZE, SIZE), dtype=np.uint8))
+
+
+def seen_through(kind, mode="RGB", **options):
+    """A file with as many kinds of pixels as there are, from transparent to opaque."""
+    image = Image.fromarray(PIXELS).convert(mode)
+    image.putalpha(ALPHA)
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
 def turned():
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -49,6 +61,14 @@ FILES = {
     "JPEG that EXIF says is turned": ("jpeg", turned()),
     "WebP without loss": ("webp", file("WEBP", lossless=True)),
     "WebP with transparency": ("webp", file("WEBP", "RGBA", lossless=True)),
+    "PNG that is seen through": ("png", seen_through("PNG")),
+    "grey PNG that is seen through": ("png", seen_through("PNG", "L")),
+    "PNG with a transparent colour": ("png", file("PNG", transparency=tuple(PIXELS[0, 0].tolist()))),
+    "PNG with a transparent grey": ("png", file("PNG", "L", transparency=200)),
+    "PNG with a palette that is seen through": ("png", file("PNG", "P", transparency=bytes(range(256)))),
+    "WebP that is seen through": ("webp", seen_through("WEBP", lossless=True, exact=True)),
+    "WebP with loss that is seen through": ("webp", seen_through("WEBP")),
+    "WebP with loss": ("webp", file("WEBP")),
     "array": ("npy", npy(PIXELS)),
     "grey array": ("npy", npy(PIXELS[..., 0])),
     "grey array with an axis": ("npy", npy(PIXELS[..., :1])),
@@ -64,6 +84,20 @@ def test_pixels_are_those_of_the_thorough_decoder(kind, channels):
     found = decode_pixels({name: memoryview(data)}, SIZE, channels)
     assert found.shape == (SIZE, SIZE, channels)
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WebP"])
+def test_what_is_transparent_is_white_as_on_a_page(kind):
+    name, data = FILES[f"{kind} that is seen through"]
+    share = np.asarray(ALPHA, np.float64)[..., None] / 255
+    expected = share * PIXELS + (1 - share) * 255
+    assert np.abs(decode_image({name: data}) - expected).max() <= 1
+
+
+def test_one_transparent_colour_is_white_and_all_others_stay():
+    found = decode_image({"png": FILES["PNG with a transparent colour"][1]})
+    assert (found[0, 0] == 255).all()
+    np.testing.assert_array_equal(found.reshape(-1, 3)[1:], PIXELS.reshape(-1, 3)[1:])
 
 
 @pytest.mark.parametrize(

@@ -381,9 +381,12 @@ def test_unusual_images_are_mended_and_counted(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (8, 8), "red").save(turned, "jpeg", exif=exif)
+    hole = io.BytesIO()
+    Image.new("RGBA", (8, 8), (0, 200, 0, 0)).save(hole, "png")
     files = {
         "train/a/rgba.png": picture(1, mode="RGBA"),
         "train/a/grey.png": picture(2, mode="L"),
+        "train/a/hole.png": hole.getvalue(),
         "train/a/turned.jpg": turned.getvalue(),
         "train/a/small.png": picture(3, (4, 9)),
         "test/a/x.png": picture(4),
@@ -392,12 +395,13 @@ def test_unusual_images_are_mended_and_counted(tmp_path):
     done = write(write_files(tmp_path / "s", files), tmp_path / "ds")
     assert done.report.changes == {
         "L made RGB": 1,
-        "RGBA made RGB": 1,
+        "RGBA made RGB": 2,
+        "transparent pixels made white": 1,
         "smaller than 8 pixels, enlarged": 1,
         "turned as their EXIF orientation says": 1,
     }
     assert done.empty_classes == done.report.empty_classes == ("b",)
-    assert len(done.report.lines()) == 4
+    assert len(done.report.lines()) == 5
 
 
 def test_missing_captions_are_counted_and_empty(described, tmp_path):
