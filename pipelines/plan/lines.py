@@ -226,6 +226,7 @@ def judging_lines(source: SourceFacts, machine: MachineFacts, basis: Basis, budg
     guidance: dict[str, Any] = {"guidance": "classifier_free" if basis.guided else "none"}
     if basis.guided:
         guidance["guidance.scale"] = SCALE
+    judge = "contrastive network" if judging.kind == "contrastive" else judging.kind
     return [
         hand.line(
             "sampler",
@@ -247,7 +248,7 @@ def judging_lines(source: SourceFacts, machine: MachineFacts, basis: Basis, budg
                 "evaluation.every": None,
                 "registry.n": judging.n,
             },
-            f"{judging.seeds} x {judging.n:,} samples, judged by a {judging.kind}",
+            f"{judging.seeds} x {judging.n:,} samples, judged by a {judge}",
             f"they take at most {clock.SCORE_SHARE:.0%} of the budget; its training is {judging.passes} passes",
         ),
         hand.line(
