@@ -94,9 +94,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for axes, (name, found) in zip(panels[0], data.items(), strict=True):
         for side, label, colour in (("ours", "ddpm flow", "tab:blue"), ("peer", "diffusers, tuned", "tab:orange")):
             rows = found[side]
-            axes.plot([row["budget_s"] for row in rows], [row["distance"] for row in rows], "o", ms=4, color=colour)
-            medians = [_median(rows, budget) for budget in result["budgets_s"]]
-            axes.plot(result["budgets_s"], medians, "-", color=colour, label=label)
+            axes.plot([row["seconds"] for row in rows], [row["distance"] for row in rows], "o", ms=4, color=colour)
+            medians = [
+                [_median(rows, budget, key) for budget in result["budgets_s"]] for key in ("seconds", "distance")
+            ]
+            axes.plot(*medians, "-", color=colour, label=label)
         axes.axhline(found["judge"]["floor"], color="grey", lw=0.8, ls="--", label="held-out pictures")
         axes.set(title=name, xlabel="seconds", yscale="log", xlim=(0, None))
     panels[0][0].set_ylabel("Frechet distance")
@@ -105,9 +107,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def _median(rows: list[dict[str, Any]], budget_s: float) -> float:
-    """Return the median of the distances of a budget's trainings."""
-    return statistics.median(float(row["distance"]) for row in rows if row["budget_s"] == budget_s)
+def _median(rows: list[dict[str, Any]], budget_s: float, key: str = "distance") -> float:
+    """Return the median of a figure of a budget's trainings."""
+    return statistics.median(float(row[key]) for row in rows if row["budget_s"] == budget_s)
 
 
 class DataSet:

@@ -52,6 +52,9 @@ def performance() -> Iterator[str]:
     yield f"{costs['fp32']:.3f} in float32 and {costs['bf16']:.3f} in bf16"
     yield f"a difference of {costs['difference']:.3f} (95 %: {low:.3f} to {high:.3f}, paired)"
 
+    yield from time_to_quality()
+    yield from step_profile()
+
     systems = result("data")["systems"]
     names = ("ours", "webdataset", "mosaicml")
     one, two = ([systems[f"{name}_{cores}"] for name in names] for cores in (1, 2))
@@ -96,6 +99,39 @@ def performance() -> Iterator[str]:
     yield f"The first step takes {first:.1f} s"
     killed = "from SIGKILL of a worker until Ray starts the new one; from there to the end of its first step"
     yield row(f"{killed} (medians of {len(restarts['restarts'])})", seconds)
+
+
+def time_to_quality() -> Iterator[str]:
+    """The table and the sentences of medians over seeds."""
+    measured = result("time_to_quality")
+    budgets = [f"{budget:.0f}" for budget in measured["budgets_s"]]
+    for found in measured["data"].values():
+
+        def median(side: str, budget: str, key: str, found: dict[str, Any] = found) -> float:
+            return statistics.median(row[key] for row in found[side] if f"{row['budget_s']:.0f}" == budget)
+
+        for budget in budgets:
+            distances = (fixed(median(side, budget, "distance"), 2) for side in ("ours", "peer"))
+            yield row(f"distance after {budget} s", *distances, f"{found['peer_over_ours'][budget]:.1f}")
+            shares = (f"{100 * median(side, budget, 'accuracy'):.1f} %" for side in ("ours", "peer"))
+            yield row(f"samples of the class that was asked for, {budget} s", *shares, "")
+        yield f"the distance {fixed(found['judge']['floor'], 2)}"
+        yield f"in {budgets[-1]} s it has trained on {median('peer', budgets[-1], 'images'):,.0f} images"
+        took = [f"{median('ours', budget, 'seconds'):.0f} s of the {budget}" for budget in budgets]
+        yield f"It took {took[0]} and {took[1]}"
+        images = statistics.median(int(each["settings"]["images"]) for each in found["ours"][1::2])
+        yield f"it trains on {images:,.0f} images"
+        trials = {(t["prediction"], t["lr"]): t["distance"] for t in found["peer_trials"]}
+        yield " and ".join(fixed(trials["eps", lr], 0) for lr in (0.0003, 0.001))
+        yield " and ".join(fixed(trials["v", lr], 1) for lr in (0.0003, 0.001))
+
+
+def step_profile() -> Iterator[str]:
+    models = result("step_profile")["models"]
+    for kind in models["6.5M"]["shares"]:
+        yield row(kind, *(f"{100 * models[name]['shares'][kind]:.1f} %" for name in ("6.5M", "35.7M")))
+    (others,) = {f"{100 * model['others']:.0f} %" for model in models.values()}
+    yield f"is {others} of either step"
 
 
 def serving() -> Iterator[str]:
