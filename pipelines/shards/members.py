@@ -119,7 +119,7 @@ def on_white(image: Image.Image) -> tuple[Image.Image, bool]:
     rgba = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     white.alpha_composite(rgba)
-    return white.convert("L" if image.mode in _GREY else "RGB"), rgba.getextrema()[3] != (255, 255)
+    return white.convert("L" if image.mode in _GREY else "RGB"), rgba.getchannel("A").getextrema() != (255, 255)
 
 
 def decode_pixels(members: Mapping[str, bytes | memoryview], size: int, channels: int) -> NDArray[np.uint8]:
