@@ -152,7 +152,8 @@ def _decode_fast(name: str, data: memoryview, channels: int) -> NDArray[np.uint8
         whole = len(data) > 34 and data[-8:-4] == b"IEND"
         if not whole or data[24] != 8 or data[25] not in ((0, 2) if channels == 3 else (0,)):
             return None
-        if b"tRNS" in bytes(data).partition(b"IDAT")[0]:  # one colour is transparent
+        # One colour may be transparent, where anything comes before the pixels; in files of an ingest nothing does.
+        if data[37:41] != b"IDAT" and b"tRNS" in bytes(data).partition(b"IDAT")[0]:
             return None
     elif channels == 1 or b"Adobe" in bytes(data[:1024]):  # a JPEG in CMYK, or with another colour transform
         return None
