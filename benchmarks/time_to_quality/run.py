@@ -9,7 +9,8 @@ our plan chose for the budget, and besides TRIALS settings are tried with the sm
 samples goes on, with the better of two samplers; of ours none is tried. A classifier that neither side knows judges
 samples of both, as many of a class as there are in the data.
 
-Every part that is done is kept in the work folder, so that a benchmark that was interrupted goes on where it was.
+Every part that is done is kept in the work folder, so that a benchmark that was interrupted goes on where it was. Data
+sets are compared each within itself: the published file keeps those that are not named, which another machine measured.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -36,6 +36,7 @@ from benchmarks.time_to_quality.judge import Judge
 from benchmarks.time_to_quality.ours import Side, draw
 from benchmarks.time_to_quality.peer import Settings
 from benchmarks.time_to_quality.pictures import DATA_SETS, Pictures, as_frequent
+from benchmarks.train_step import machine
 
 TRIALS = tuple(itertools.product(("eps", "v"), (3e-4, 1e-3)))
 """Prediction and learning rate of the peer's trials."""
@@ -63,41 +64,38 @@ def main(arguments: list[str] | None = None) -> None:
     work = options.work.resolve() / ("quick" if options.quick else f"{options.budget:.0f}s")
     work.mkdir(parents=True, exist_ok=True)
     budgets = (options.budget / 3, options.budget)
-    found = {}
+    path = ROOT / "benchmarks" / "results" / "time_to_quality.json"
+    data = {} if options.quick else json.loads(path.read_text())["data"]
     for name in options.data.split(","):
-        found[name] = DataSet(DATA_SETS[name](options.work.resolve()), work, options.samples).measure(
+        measured = DataSet(DATA_SETS[name](options.work.resolve()), work, options.samples).measure(
             budgets, options.seeds
         )
-    result = {
-        "benchmark": "time_to_quality",
-        "quick": options.quick,
-        "commit": commit(),
-        "machine": f"CPU ({platform.machine()}), {os.cpu_count()} cores, load {os.getloadavg()[2]:.1f} at the end",
-        "torch": torch.__version__,
-        "budgets_s": budgets,
-        "samples": options.samples,
-        "data": found,
-    }
+        conditions = {
+            "commit": commit(),
+            "machine": machine(torch.device("cpu")),
+            "torch": torch.__version__,
+            "budgets_s": budgets,
+            "samples": options.samples,
+        }
+        data[name] = conditions | measured
+    result = {"benchmark": "time_to_quality", "quick": options.quick, "data": data}
     if not options.quick:
-        plot(result, ROOT / "docs" / "images" / "time-to-quality.png")
+        plot(data, ROOT / "docs" / "images" / "time-to-quality.png")
     publish(result, "time_to_quality", options.quick)
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
+def plot(data: dict[str, Any], path: Path) -> None:
     """Plot distance against seconds for both sides: a point for each training, a line through medians."""
     import matplotlib as mpl
     import matplotlib.pyplot as plt
 
     mpl.use("Agg")
-    data = result["data"]
     figure, panels = plt.subplots(1, len(data), figsize=(1 + 4.5 * len(data), 3.4), layout="constrained", squeeze=False)
     for axes, (name, found) in zip(panels[0], data.items(), strict=True):
         for side, label, colour in (("ours", "ddpm flow", "tab:blue"), ("peer", "diffusers, tuned", "tab:orange")):
             rows = found[side]
             axes.plot([row["seconds"] for row in rows], [row["distance"] for row in rows], "o", ms=4, color=colour)
-            medians = [
-                [_median(rows, budget, key) for budget in result["budgets_s"]] for key in ("seconds", "distance")
-            ]
+            medians = [[_median(rows, budget, key) for budget in found["budgets_s"]] for key in ("seconds", "distance")]
             axes.plot(*medians, "-", color=colour, label=label)
         axes.axhline(found["judge"]["floor"], color="grey", lw=0.8, ls="--", label="held-out pictures")
         axes.set(title=name, xlabel="seconds", yscale="log", xlim=(0, None))

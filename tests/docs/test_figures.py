@@ -104,8 +104,8 @@ def performance() -> Iterator[str]:
 def time_to_quality() -> Iterator[str]:
     """The table and the sentences of medians over seeds."""
     measured = result("time_to_quality")
-    budgets = [f"{budget:.0f}" for budget in measured["budgets_s"]]
     for found in measured["data"].values():
+        budgets = [f"{budget:.0f}" for budget in found["budgets_s"]]
 
         def median(side: str, budget: str, key: str, found: dict[str, Any] = found) -> float:
             return statistics.median(row[key] for row in found[side] if f"{row['budget_s']:.0f}" == budget)
