@@ -14,7 +14,7 @@ from pipelines.registry.verdict import Row
 NOISE_SHARE = 0.5
 """Share of the distance of images of noise below which the distance has to be."""
 GUESS_SHARE = 0.1
-"""Share of the way from guessing to certainty that the accuracy has to be above guessing."""
+"""Share of the way from guessing to what real test images have that the accuracy has to be above guessing."""
 VARIETY_SHARE = 0.2
 """Share of the recall and diversity of real test images that those of samples have to reach."""
 
@@ -50,9 +50,13 @@ def _above_guessing(found: Estimate) -> Row:
     name = "not noise: accuracy"
     if found.ceiling is None or found.low is None:
         return _missing(name)
-    bound = found.ceiling + GUESS_SHARE * (1 - found.ceiling)
-    figure = f"{found.value:.4f}, at least {found.low:.4f}"
-    return Row(name, figure, f"at least {bound:.4f}; guessing has {found.ceiling:.4f}", found.low >= bound)
+    real = 1.0 if found.floor is None else found.floor
+    figure = f"{found.value:.4f}, whose interval begins at {found.low:.4f}"
+    others = f"guessing has {found.ceiling:.4f}, real test images have {real:.4f}"
+    if real <= found.ceiling:  # such an evaluator cannot tell noise by its class
+        return Row(name, figure, f"nothing; {others}", passed=True)
+    bound = found.ceiling + GUESS_SHARE * (real - found.ceiling)
+    return Row(name, figure, f"an interval above {bound:.4f}; {others}", found.low >= bound)
 
 
 def _varied(scores: Scores, score: str, words: str) -> Row:
