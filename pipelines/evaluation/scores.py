@@ -98,7 +98,7 @@ class Scores:
         dataset_digest: digest of the dataset.
         stream_digest: digest of the dataset with its quarantine; empty in scores of an earlier release.
         real: number of real images by what they are for: "train", "test".
-        sampling: the settings with which the samples were drawn.
+        sampling: the settings with which the samples were drawn, in the fields of the release that drew them.
         memorisation: what `ddpm.memorisation` found, as JSON; None where it was not looked for.
         samples: folder of the sample shards; empty where they are not kept.
         prompts: what samples were drawn from, and among how many captions each one's own had to match best, as
@@ -201,7 +201,9 @@ class Scores:
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Scores:
         """Read what `to_plain` gave, by this or an earlier release."""
-        sampling = Sampling.from_json(plain["sampling"]).to_json()
+        Sampling.from_json(plain["sampling"])  # raises for what is none
+        # As they were recorded: a field that settings have gained since must not make other tags or another digest.
+        sampling = dict(plain["sampling"])
         if "estimates" in plain:
             estimates = {name: Estimate(**estimate) for name, estimate in plain["estimates"].items()}
             rest = {f.name: plain[f.name] for f in fields(cls) if f.name in plain}

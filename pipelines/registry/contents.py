@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ddpm.generate import Sampling
 from ddpm.model import read_spec
 from pipelines.registry.envelope import differing_envelope, model_folder, signature_file
 from pipelines.registry.evidence import WEIGHTS, Evidence, EvidenceError
@@ -62,7 +63,7 @@ def _differing_settings(inside: Path, evidence: Evidence) -> list[str]:
         spec = read_spec(inside)
     except ValueError as error:
         return [str(error)]
-    served, scored = spec.sampling.to_json(), evidence.scores.sampling
+    served, scored = spec.sampling.to_json(), Sampling.from_json(evidence.scores.sampling).to_json()
     names = sorted(served.keys() | scored.keys())
     return [
         *(f"{n} is {served.get(n)}, scored was {scored.get(n)}" for n in names if served.get(n) != scored.get(n)),

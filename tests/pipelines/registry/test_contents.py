@@ -7,7 +7,7 @@ import yaml
 from pipelines.registry.contents import check_version
 from pipelines.registry.envelope import signature_file
 from pipelines.registry.sign import Signer, Trust
-from tests.pipelines.registry.version import CONFIG
+from tests.pipelines.registry.version import CONFIG, a_model, a_version, scores
 
 
 def rows(version, tags=None, trust=None):
@@ -26,6 +26,15 @@ def test_a_version_as_it_was_made_passes_every_check(version):
     ]  # fmt: skip
     assert found["signature"].figure.startswith("by the key ")
     assert evidence.tags() == version.tags
+
+
+def test_settings_that_have_gained_a_field_since_do_not_make_a_version_another(home, tmp_path):
+    later = ("precision", "compile")
+    recorded = {name: value for name, value in scores().sampling.items() if name not in later}
+    older = a_version(tmp_path / "older", a_model(), replace(scores(), sampling=recorded))
+    assert not any(name in older.tags["sampling"] for name in later)
+    assert failed(older) == {}
+    assert json.loads(rows(older)[0].tags()["scores"])["sampling"] == recorded
 
 
 def test_a_folder_has_no_tags_to_compare(version):
