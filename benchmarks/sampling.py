@@ -1,10 +1,12 @@
-"""Benchmark of sampling: this project in float32 and in bf16, and diffusers, with the same weights and noise.
+"""Benchmark of sampling: this project in float32, in bf16 and compiled, and diffusers, all with the same weights.
 
     python -m benchmarks.sampling [--quick]
 
 Speed: DDIM, DPM-Solver++ and UniPC by both, a network of 9.0 M parameters with new weights at 32x32, on one thread and
 on two. Runs alternate in one process, medians are reported, and the images of both are compared, to make sure that they
 do the same work.
+
+Few steps: how many digits a second each number of steps draws, one at a time and 64 at a time.
 
 Quality: a model of digits is trained, and its samples in float32 and in bf16 are compared by the difference of their
 Frechet distances to test images, paired by sample: both have the same labels and noise.
@@ -27,7 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.results import ROOT, commit, publish
 from benchmarks.train_step import machine
@@ -42,8 +44,15 @@ CONFIG = UNetConfig(
     channels=(64, 128, 128, 128), layers_per_block=2, attention=(False, True, False, False), head_dim=64
 )
 SAMPLERS = ("ddim", "dpm_solver", "unipc")
-PRECISIONS = {"ours": "fp32", "ours, bf16": "bf16"}
+SYSTEMS: dict[str, dict[str, Any]] = {
+    "ours": {"precision": "fp32"},
+    "ours, bf16": {"precision": "bf16"},
+    "ours, bf16, compiled": {"precision": "bf16", "compile": True},
+}
+"""Settings of sampling by which ours is measured."""
 SHAPE, SEED = (3, 32, 32), 1
+BY_STEPS = {"ancestral": (1000,), "ddim": (50,), "dpm_solver": (15,), "unipc": (4,), "consistency": (2, 1)}
+BATCHES = (1, 64)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -61,6 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
         "machine": machine(device),
         "torch": torch.__version__,
         **speed(options.quick, device),
+        "few_steps": few_steps(options.quick),
         "distance": quality(options.quick, options.work),
     }
     publish(result, "sampling", options.quick)
@@ -78,7 +88,7 @@ def speed(quick: bool, device: torch.device) -> dict[str, Any]:
     for threads in (1,) if device.type == "cuda" else (1, 2):
         torch.set_num_threads(threads)
         for sampler in SAMPLERS:
-            systems = {name: ours(network, batch, sampler, steps, precision) for name, precision in PRECISIONS.items()}
+            systems = {name: ours(network, batch, sampler, steps, fields) for name, fields in SYSTEMS.items()}
             peer = diffusers_(network, x_T, sampler, steps)
             if peer is not None:
                 systems["diffusers"] = peer
@@ -92,7 +102,11 @@ def speed(quick: bool, device: torch.device) -> dict[str, Any]:
 def compared(systems: dict[str, Callable[[], Tensor]], batch: int, turns: int, device: torch.device) -> dict[str, Any]:
     """Return the rates of systems that draw `batch` images a call, and the largest difference of their images."""
     seconds: dict[str, list[float]] = {name: [] for name in systems}
-    images = {name: sample() for name, sample in systems.items()}  # warm-up
+    images, first = {}, {}
+    for name, sample in systems.items():  # warm-up, in which what is to be compiled is
+        began = time.perf_counter()
+        images[name] = sample()
+        first[name] = round(time.perf_counter() - began, 1)
     for _ in range(turns):
         for name, sample in systems.items():
             began = time.perf_counter()
@@ -102,24 +116,61 @@ def compared(systems: dict[str, Callable[[], Tensor]], batch: int, turns: int, d
             seconds[name].append(round(time.perf_counter() - began, 3))
     rate = {name: batch / statistics.median(s) for name, s in seconds.items()}
     row: dict[str, Any] = {"images_per_s": {name: round(r, 3) for name, r in rate.items()}, "seconds": seconds}
+    row["first_s"] = first
     if "diffusers" in systems:
-        row["speedup"] = {name: round(rate[name] / rate["diffusers"], 3) for name in PRECISIONS}
+        row["speedup"] = {name: round(rate[name] / rate["diffusers"], 3) for name in SYSTEMS}
         row["largest_difference"] = (images["ours"] - images["diffusers"]).abs().max().item()
     else:
         row["missing"] = ["diffusers"]
     return row
 
 
-def ours(network: UNet, batch: int, sampler: str, steps: int, precision: str) -> Callable[[], Tensor]:
-    """Return a function that samples as `ddpm sample` does."""
+def few_steps(quick: bool) -> list[dict[str, Any]]:
+    """Return images a second of the network of digits, on one thread and in float32, by sampler, steps and batch."""
+    try:
+        from pipelines.config import compose
+        from pipelines.training.loop.state import make_network
+    except ImportError as error:
+        return [{"missing": error.name}]
+    config = compose(["+experiment=digits"])
+    network = make_network(config).eval().requires_grad_(False)
+    shape, turns = (config.data.channels, config.data.image_size, config.data.image_size), 1 if quick else 5
+    rows = []
+    for sampler, steps in ((sampler, count) for sampler, counts in BY_STEPS.items() for count in counts):
+        if quick and sampler == "ancestral":
+            continue
+        row: dict[str, Any] = {"sampler": sampler, "steps": steps}
+        for batch in BATCHES:
+            draw = ours(network, batch, sampler, steps, {}, shape)
+            draw()
+            seconds = []
+            for _ in range(turns):
+                began = time.perf_counter()
+                draw()
+                seconds.append(time.perf_counter() - began)
+            row[f"images_per_s_batch_{batch}"] = round(batch / statistics.median(seconds), 3)
+        rows.append(row)
+        print(" ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    return rows
+
+
+def ours(
+    network: nn.Module,
+    batch: int,
+    sampler: str,
+    steps: int,
+    fields: dict[str, Any],
+    shape: tuple[int, ...] = SHAPE,
+) -> Callable[[], Tensor]:
+    """Return a function that samples as `ddpm sample` does, with some settings."""
     schedule = make_schedule("linear")
     denoiser = NetworkDenoiser(network, schedule)
-    settings = Sampling.of(kind=sampler, steps=steps, clip=None, precision=precision)
+    settings = Sampling.of(kind=sampler, steps=steps, clip=None, **fields)
     ids = torch.arange(batch, device=next(network.parameters()).device)
 
     @torch.no_grad()
     def sample() -> Tensor:
-        return last(trajectory(denoiser, schedule, settings, cond=None, image_ids=ids, shape=SHAPE, seed=SEED))
+        return last(trajectory(denoiser, schedule, settings, cond=None, image_ids=ids, shape=shape, seed=SEED))
 
     return sample
 
@@ -180,7 +231,7 @@ def quality(quick: bool, work: Path) -> dict[str, Any]:
     denoiser = denoiser_of(config, trained(config, images, say=lambda text: None))
     labels = torch.arange(samples) % 10
     found = {}
-    for precision in PRECISIONS.values():
+    for precision in ("fp32", "bf16"):
         drawn = generate(
             denoiser,
             denoiser.schedule,

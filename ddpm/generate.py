@@ -42,6 +42,7 @@ _NEUTRAL: dict[str, Any] = {
     "clip_when": "after_guidance",
     "shift": "score",
     "precision": "fp32",
+    "compile": False,
     "weights": None,
 }
 OF_ALL_KINDS: tuple[Any, ...] = (Clipping, Arithmetic)
@@ -60,7 +61,7 @@ class Sampling:
         sampler: the sampling algorithm.
         guidance: the kind of guidance and its scale.
         clipping: how the predicted x_0 is kept within the range of images.
-        arithmetic: in what precision the networks compute.
+        arithmetic: in what precision the networks compute, and whether they are compiled.
     """
 
     sampler: Sampler = DDIM()
@@ -131,6 +132,11 @@ class Sampling:
         names = {"kind": SAMPLERS.name_of(sampler), "guidance": GUIDANCE.name_of(guidance)}
         return cls.of(**{**older, **used, **names})
 
+    @property
+    def exact(self) -> Sampling:
+        """These settings in float32 and without `torch.compile`, so that machines differ least."""
+        return self.with_fields(precision="fp32", compile=False)
+
     def key(self) -> dict[str, Any]:
         """Return the fields that identify these settings in the keys of stored results.
 
@@ -148,6 +154,9 @@ class Sampling:
         Raises:
             ValueError: the guidance needs a network that `guides` does not have.
         """
+        denoiser = self.arithmetic.of_network(denoiser)
+        if guides is not None and guides.weak is not None:
+            guides = replace(guides, weak=self.arithmetic.of_network(guides.weak))
         if self.clipping.clip_when == "after_guidance":
             return self.arithmetic.wrap(self.clipping.wrap(self.guidance.wrap(denoiser, schedule, guides), schedule))
         if guides is not None and guides.weak is not None:
@@ -157,7 +166,7 @@ class Sampling:
 
     def wrap_unguided(self, denoiser: Denoiser, schedule: NoiseSchedule) -> Denoiser:
         """Return the denoiser with this clipping applied, in this arithmetic."""
-        return self.arithmetic.wrap(self.clipping.wrap(denoiser, schedule))
+        return self.arithmetic.wrap(self.clipping.wrap(self.arithmetic.of_network(denoiser), schedule))
 
 
 def trajectory(

@@ -52,8 +52,9 @@ def parameters() -> dict[str, tuple[str, Any]]:
     """
     kinds: list[Any] = [*SAMPLERS.values(), *GUIDANCE.values(), *OF_ALL_KINDS]
     found: dict[str, tuple[str, Any]] = {"kind": ("string", None), "guidance": ("string", None)}
+    words = {bool: "boolean", int: "long"}
     for setting in (setting for kind in kinds for setting in settings_of(kind) if not setting.reference):
-        word = "double" if setting.fractional else "long" if isinstance(setting.default, int) else "string"
+        word = "double" if setting.fractional else words.get(type(setting.default), "string")
         found[setting.name] = (word, [] if setting.several else None)
     return found | OWN
 

@@ -59,7 +59,7 @@ def draw_probe(model: Model, folder: Path) -> dict[str, Any]:
         text = Conditioning(text=tokens, pooled=pooled)
         asked |= {"text": tokens, "pooled": pooled}
     # In float32, whatever the version serves: bf16 rounds too coarsely to be compared from machine to machine.
-    exact = model.spec.sampling.with_fields(precision="fp32")
+    exact = model.spec.sampling.exact
     images = model.generate(
         labels, text=text, seed=SEED, sampling=exact, image_ids=torch.arange(PROBES), batch_size=PROBES
     )

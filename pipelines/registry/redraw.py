@@ -37,8 +37,8 @@ def main(code: str, folder: str, out: str, seed: int, count: int, threads: int) 
         text["text"] = Conditioning(text=asked["text"], pooled=asked["pooled"])
     model = load_model(Path(folder))
     sampling = model.spec.sampling
-    if "precision" in sampling.to_json():  # not in the code of an earlier release
-        sampling = sampling.with_fields(precision="fp32")
+    exact = {"precision": "fp32", "compile": False}  # as `Sampling.exact`; the code of an earlier release has less
+    sampling = sampling.with_fields(**{name: exact[name] for name in exact.keys() & sampling.to_json().keys()})
     images = model.generate(
         asked.get("labels"),
         seed=seed,

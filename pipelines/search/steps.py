@@ -89,7 +89,7 @@ def find_steps(
         ValueError: the grid has fewer levels than the sampler.
     """
     schedule, kind = model.schedule, settings.to_json()["kind"]
-    exact = settings.with_fields(precision="fp32").wrap(model.denoiser, schedule, model.guides)
+    exact = settings.exact.wrap(model.denoiser, schedule, model.guides)
     device = next(model.network.parameters()).device
     ids = torch.arange(trajectories, device=device)
     cond = _conditions(model, ids, captions)

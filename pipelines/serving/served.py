@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from ddpm.conditioning import Conditioning
 from ddpm.generate import to_uint8
 from ddpm.inference import COLUMNS, Drawing, Drawn, Noise, can_inpaint, parameters, table_drawings
 from ddpm.model import Model
@@ -147,7 +148,7 @@ class Served:
                 request, film = read_body(body, Path(folder), self.limits)
                 if request.text_encoder not in (None, self.model.spec.lineage.get("text_encoder")):
                     raise Refused(422, "text_encoder: a server embeds texts by the encoder of its model; leave it out")
-                self._check_references(request.sampling)
+                self._check_settings(request.sampling)
                 self.limits.check_count(count_pictures(request, self.model))
                 prepared = prepare(request, self.model, encode=self.encode, film=film)
             except Refused:
@@ -164,7 +165,7 @@ class Served:
 
     def _table(self, columns: Mapping[str, Sequence[Any]], given: Mapping[str, Any]) -> list[tuple[Tensor, Drawing]]:
         """Return what is to be drawn for a table."""
-        self._check_references(given)
+        self._check_settings(given)
         self.limits.check_count(len(next(iter(columns.values()), ())))
         for column in ("label", "prompt"):
             for text in columns.get(column, ()):
@@ -187,17 +188,19 @@ class Served:
             pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
         return torch.from_numpy(pixels).reshape(*pixels.shape[:2], channels)
 
-    def _check_references(self, settings: Mapping[str, Any]) -> None:
-        """Check that settings name no network that is not loaded: a request has a server read nothing."""
+    def _check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Check that a request has no network read or compiled: others would wait for it."""
         guidance = self.model.spec.sampling.guidance
         own = {s.name: getattr(guidance, s.name) for s in settings_of(type(guidance)) if s.reference}
         for name in ("classifier", "weak"):
             if settings.get(name) not in (None, own.get(name)):
                 raise Refused(422, f"sampling.{name}: a server draws with the networks of its model only; leave it out")
+        if settings.get("compile") and not self.model.spec.sampling.arithmetic.compile:
+            raise Refused(422, "sampling.compile: others would wait for it; register the model with it")
 
 
 def load(reference: str, config: Config, storage: Storage, executor: Executor) -> Served:
-    """Return a model ready to serve: it has drawn a picture.
+    """Return a model ready to serve: it has drawn a picture, and is compiled where its settings say so.
 
     Args:
         reference: MODEL.
@@ -213,15 +216,24 @@ def load(reference: str, config: Config, storage: Storage, executor: Executor) -
     def draw(drawing: Drawing) -> Drawn:
         return drawing.draw(model, batch_size=serving.batch_size)
 
-    steps = min(2, model.schedule.num_steps)
-    probe = Drawing(Noise.numbered(0, 1), model.spec.sampling.with_fields(steps=steps))
-    if not bool(draw(probe).images.isfinite().all()):
-        raise ModelError(f"{reference} draws something that is not a number: it is not served")
+    sampling = model.spec.sampling.with_fields(steps=min(2, model.schedule.num_steps))
+    # torch.compile translates for one picture, for several, and at the second number of several for any number.
+    for count in (1, 2, 3) if sampling.arithmetic.compile else (1,):
+        probe = Drawing(Noise.numbered(0, count), sampling, _some_condition(model, count))
+        if not bool(draw(probe).images.isfinite().all()):
+            raise ModelError(f"{reference} draws something that is not a number: it is not served")
     batcher = Batcher(draw, executor, serving.batch_size, serving.batch_wait_ms / 1000)
     channels, height, width = model.spec.shape
     scoring = Scoring(COLUMNS, np.zeros((1, height, width, channels), np.uint8), parameters())
     card, encode = _card(resolved, config.tracking.uri), _encoder(resolved)
     return Served(resolved, Source.of(resolved), Limits.of(serving), batcher, encode, scoring, card)
+
+
+def _some_condition(model: Model, count: int) -> Conditioning | None:
+    """Return a condition as most requests have it."""
+    if width := model.spec.network.text_dim:
+        return Conditioning.of_text([torch.zeros(2, width)] * count, torch.zeros(count, width))
+    return Conditioning(label=torch.zeros(count, dtype=torch.long)) if model.spec.classes else None
 
 
 def _read_json(text: str | None) -> Any:

@@ -4,6 +4,7 @@ import torch
 from ddpm import prediction
 from ddpm.conditioning import Conditioning
 from ddpm.generate import Sampling, generate, to_uint8
+from ddpm.guidance import Guides
 from ddpm.models.unet import UNet, UNetConfig
 from ddpm.prediction import NetworkDenoiser
 from ddpm.samplers import SAMPLERS
@@ -116,12 +117,53 @@ def test_in_bf16_networks_compute_in_bf16_and_samplers_in_float32(network, monke
     assert 0 < (half - exact).abs().mean() < 0.05 * exact.std()
 
 
-def test_settings_from_before_there_was_a_precision_keep_their_arithmetic_and_their_key():
-    settings = Sampling.of(steps=10)
-    older = {name: value for name, value in settings.to_json().items() if name != "precision"}
+def test_settings_from_before_there_was_an_arithmetic_keep_theirs_and_their_key():
+    settings, chosen = Sampling.of(steps=10), {"precision": "bf16", "compile": True}
+    older = {name: value for name, value in settings.to_json().items() if name not in chosen}
     assert Sampling.from_json(older) == settings
-    assert "precision" not in settings.key()
-    assert settings.with_fields(precision="bf16").key() == {**settings.key(), "precision": "bf16"}
+    assert not chosen.keys() & settings.key().keys()
+    assert settings.with_fields(**chosen).key() == {**settings.key(), **chosen}
+    assert settings.with_fields(**chosen).exact == settings
+
+
+class Small(torch.nn.Module):
+    """A network that is quick to compile; counts how often Python runs it."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.classes, self.runs = torch.nn.Conv2d(1, 1, 3, padding=1), torch.nn.Embedding(3, 1), 0
+
+    def forward(self, x_t, t, cond=None):
+        if not torch.compiler.is_compiling():
+            self.runs += 1
+        row = self.classes(torch.where(cond.drop, 2, cond.label) if cond.drop is not None else cond.label)
+        return torch.tanh(self.mix(x_t) + row[:, :, None, None] + t[:, None, None, None] / 1000)
+
+
+def test_a_compiled_network_draws_the_same_pictures_in_batches_of_any_size():
+    torch.manual_seed(0)
+    network = Small().eval().requires_grad_(False)
+    denoiser, settings = NetworkDenoiser(network, SCHEDULE, "v"), Sampling.of(steps=3, scale=2.0)
+    options = {"cond": Conditioning(label=torch.arange(7) % 2), "shape": (1, 8, 8), "seed": 0, "batch_size": 4}
+    exact = generate(denoiser, SCHEDULE, settings, **options)
+    assert network.runs > 0
+    network.runs = 0
+    compiled = generate(denoiser, SCHEDULE, settings.with_fields(compile=True), **options)
+    assert network.runs == 0
+    torch.testing.assert_close(compiled, exact, rtol=1e-4, atol=1e-4)
+    other = Small().eval().requires_grad_(False)  # of the same class, with other weights
+    theirs = generate(NetworkDenoiser(other, SCHEDULE, "v"), SCHEDULE, settings.with_fields(compile=True), **options)
+    assert (theirs - exact).abs().max() > 0.01
+
+
+def test_a_weaker_model_that_guides_is_compiled_too():
+    torch.manual_seed(0)
+    networks = [Small().eval().requires_grad_(False) for _ in range(2)]
+    main, weak = (NetworkDenoiser(network, SCHEDULE, "v") for network in networks)
+    settings = Sampling.of(steps=2, scale=2.0, guidance="auto", weak="named", compile=True)
+    cond = Conditioning(label=torch.zeros(2, dtype=torch.long))
+    generate(main, SCHEDULE, settings, cond=cond, shape=(1, 8, 8), seed=0, guides=Guides(weak=weak))
+    assert [network.runs for network in networks] == [0, 0]
 
 
 def test_on_a_device_that_emulates_bf16_networks_compute_in_float32_and_say_so(network, monkeypatch):

@@ -94,3 +94,27 @@ def test_a_request_names_no_network_but_those_of_the_model(tmp_path, drawing):
     for sampling in ({"weak": str(tmp_path / "model")}, {"guidance": "classifier", "classifier": str(weak)}):
         with pytest.raises(Refused, match="a server draws with the networks of its model only"):
             asyncio.run(ask(**sampling))
+
+
+def test_nobody_waits_for_the_compiling_of_a_request(tmp_path, drawing):
+    served = load(str(model_folder(tmp_path)), compose([]), Storage(), drawing)
+    with pytest.raises(Refused, match="compile: others would wait for it"):
+        asyncio.run(served.ask({"labels": [0], "sampling": {"compile": True}}))
+
+
+@pytest.mark.slow
+def test_a_model_that_is_registered_compiled_is_compiled_before_it_is_served(tmp_path, drawing):
+    model = load_model(model_folder(tmp_path))
+    save_model(
+        tmp_path,
+        replace(model.spec, sampling=model.spec.sampling.with_fields(compile=True)),
+        model.network.state_dict(),
+    )
+    served = load(str(tmp_path), compose([]), Storage(), drawing)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    exact = [{"labels": [0] * count, "sampling": {"compile": False}} for count in (1, 2, 5, 8)]
+    for fields in exact:
+        wanted = picture(Sample.of(**fields), served.model)
+        answer = asyncio.run(served.ask({"labels": fields["labels"]}))
+        assert near(read_answer(answer)[0].pixels, wanted.pixels)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before > 0
