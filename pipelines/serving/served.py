@@ -217,8 +217,8 @@ def load(reference: str, config: Config, storage: Storage, executor: Executor) -
         return drawing.draw(model, batch_size=serving.batch_size)
 
     sampling = model.spec.sampling.with_fields(steps=min(2, model.schedule.num_steps))
-    # torch.compile translates for one picture, for several, and at the second number of several for any number.
-    for count in (1, 2, 3) if sampling.arithmetic.compile else (1,):
+    # torch.compile translates for one picture, for two, at the next number for more, and once again for many.
+    for count in sorted({1, 2, 3, serving.batch_size}) if sampling.arithmetic.compile else (1,):
         probe = Drawing(Noise.numbered(0, count), sampling, _some_condition(model, count))
         if not bool(draw(probe).images.isfinite().all()):
             raise ModelError(f"{reference} draws something that is not a number: it is not served")

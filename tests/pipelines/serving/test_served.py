@@ -112,9 +112,12 @@ def test_a_model_that_is_registered_compiled_is_compiled_before_it_is_served(tmp
     )
     served = load(str(tmp_path), compose([]), Storage(), drawing)
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    exact = [{"labels": [0] * count, "sampling": {"compile": False}} for count in (1, 2, 5, 8)]
-    for fields in exact:
-        wanted = picture(Sample.of(**fields), served.model)
-        answer = asyncio.run(served.ask({"labels": fields["labels"]}))
+    sizes = (1, 2, 5, 8)
+
+    async def ask_for_each():
+        return [await served.ask({"labels": [0] * count}) for count in sizes]
+
+    for count, answer in zip(sizes, asyncio.run(ask_for_each()), strict=True):
+        wanted = picture(Sample.of(labels=[0] * count, sampling={"compile": False}), served.model)
         assert near(read_answer(answer)[0].pixels, wanted.pixels)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before > 0
