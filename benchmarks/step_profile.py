@@ -1,6 +1,6 @@
 """Where the time of a training step goes: convolutions, attention and matrix products, and everything else.
 
-    python -m benchmarks.step_profile [--quick] [--json] [--threads N]
+    python -m benchmarks.step_profile [--quick] [--json] [--threads N] [--channels-last] [--name FILE]
 
 It profiles the step of `benchmarks.train_step` by the fastest method that is not compiled, for what is compiled is
 fused and has no names, and sums the time of each operation without that of those that it calls.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -46,11 +47,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="small batches, one step")
     parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
     parser.add_argument("--threads", type=int, default=1, help="of the process")
+    parser.add_argument("--channels-last", action="store_true", help="on a CPU too, where it is slower")
+    parser.add_argument("--name", default="step_profile", help="of the result's file, where machines have one each")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # On a CPU channels-last pays for a compiled network alone.
-    method = dataclasses.replace(best_method(device, options.quick), compile=False, channels_last=device.type == "cuda")
+    last = device.type == "cuda" or options.channels_last
+    method = dataclasses.replace(best_method(device, options.quick), compile=False, channels_last=last)
     result: dict[str, Any] = {
         "benchmark": "step_profile",
         "commit": commit(),
@@ -65,13 +69,21 @@ def main(arguments: list[str] | None = None) -> None:
         step = ours(network, x_0, method)
         step()  # what is set up at the first step is no part of the others
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+        steps = 1 if options.quick else 3
+        began = time.perf_counter()
         with profile(activities=activities) as profiled:
-            for _ in range(1 if options.quick else 3):
+            for _ in range(steps):
                 step()
+        seconds = (time.perf_counter() - began) / steps
         shares = by_kind(profiled.events() or (), device)
-        result["models"][name] = {"batch": len(x_0), "shares": shares, "others": 1 - sum(shares[k] for k in HEAVY)}
+        result["models"][name] = {
+            "batch": len(x_0),
+            "step_s": seconds,
+            "shares": shares,
+            "others": 1 - sum(shares[k] for k in HEAVY),
+        }
         say(f"{name}: " + ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items()))
-    publish(result, "step_profile", options.quick)
+    publish(result, options.name, options.quick)
 
 
 def by_kind(events: Iterable[Any], device: torch.device) -> dict[str, float]:

@@ -43,8 +43,9 @@ def performance() -> Iterator[str]:
     samplers = {"ddim": "DDIM", "dpm_solver": "DPM-Solver++", "unipc": "UniPC"}
     for measured in sampling["speed"]:
         rate, ratio = measured["images_per_s"], measured["speedup"]
-        rates = (fixed(rate[system], 2) for system in ("diffusers", "ours", "ours, bf16"))
-        ratios = (fixed(ratio[system], 2) for system in ("ours", "ours, bf16"))
+        ours = ("ours", "ours, bf16", "ours, bf16, compiled")
+        rates = (fixed(rate[system], 2) for system in ("diffusers", *ours))
+        ratios = (fixed(ratio[system], 2) for system in ours)
         yield row(f"{samplers[measured['sampler']]}, {threads[measured['threads']]}", *rates, *ratios)
     yield f"{max(measured['largest_difference'] for measured in sampling['speed']):.4f} in [-1, 1]"
     costs = sampling["distance"]
@@ -127,11 +128,13 @@ def time_to_quality() -> Iterator[str]:
 
 
 def step_profile() -> Iterator[str]:
-    models = result("step_profile")["models"]
-    for kind in models["6.5M"]["shares"]:
-        yield row(kind, *(f"{100 * models[name]['shares'][kind]:.1f} %" for name in ("6.5M", "35.7M")))
-    (others,) = {f"{100 * model['others']:.0f} %" for model in models.values()}
-    yield f"is {others} of either step"
+    measured = [result(name)["models"] for name in ("step_profile", "step_profile_amx")]
+    models = [machine[name] for machine in measured for name in ("6.5M", "35.7M")]
+    for kind in models[0]["shares"]:
+        yield row(kind, *(f"{100 * model['shares'][kind]:.1f} %" for model in models))
+    others = [f"{100 * model['others']:.0f} %" for model in models]
+    assert others[0::2] == others[1::2]
+    yield f"is {others[0]} of either step, and {others[2]} with AMX"
 
 
 def serving() -> Iterator[str]:
@@ -344,6 +347,10 @@ def few_step_rows(name: str = "few_steps") -> dict[tuple[str, str, int], dict[st
 
 
 def few_steps() -> Iterator[str]:
+    names = {"ancestral": "ancestral", "ddim": "DDIM", "dpm_solver": "DPM-Solver++", "unipc": "UniPC"}
+    for each in result("sampling")["few_steps"]:
+        rates = (f"{float(f'{each[key]:.3g}'):,g}" for key in ("images_per_s_batch_1", "images_per_s_batch_64"))
+        yield row(names.get(each["sampler"], "consistency"), str(each["steps"]), *rates)
     for name, counts, solvers in (
         ("few_steps", (2, 3, 4, 6, 8), {"ddim": "DDIM", "dpm_solver": "DPM-Solver++", "unipc": "UniPC"}),
         ("few_steps_mnist", (2, 4), {"unipc": "UniPC"}),
