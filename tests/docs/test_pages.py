@@ -329,6 +329,7 @@ PAGES: dict[str, Page] = {
 NOT_WALKED = {
     "clusters.md": "needs Kubernetes, AWS or Docker; the tests of `ddpm launch` type the rest",
     "comparison.md": "a benchmark of an hour",
+    "four-folders.md": "four times ten minutes, with pictures of packages; the README's walk types the same command",
 }
 
 
