@@ -35,6 +35,7 @@ from benchmarks.time_to_quality.pictures import mnist
 from ddpm.bound import variational_bound
 from ddpm.conditioning import Conditioning
 from ddpm.generate import Sampling, generate, to_uint8
+from ddpm.guidance import ClassifierFree
 from ddpm.quality import precision_recall
 from ddpm.quality.intervals import Measured
 from ddpm.samplers import initial_noise
@@ -114,7 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
     digits = load_digits(work, str(mnist(work).given), "mnist") if options.data == "mnist" else load_digits(work)
     images = [128 * max(1, count // (100 if options.quick else 1) // 128) for count in setup.images]
     configs = [compose([*own, f"images={n}"]) for own, n in zip((setup.teacher, setup.student), images, strict=True)]
-    teacher, teacher_s = kept(work, "teacher", configs[0], digits, None)
+    teacher, teacher_s = kept(work, "teacher", configs[0], digits)
     student, student_s = kept(work, "student", configs[1], digits, teacher)
     table = Table(setup, configs[0], teacher, student, digits, samples)
     table.few_steps()
@@ -139,19 +140,23 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def kept(
-    work: Path, name: str, config: Config, digits: Digits, start: dict[str, Tensor] | None
+    work: Path, name: str, config: Config, digits: Digits, start: dict[str, Tensor] | None = None
 ) -> tuple[dict[str, Tensor], float | None]:
     """Return the averaged weights of a training, and its seconds where it is run now.
 
     Args:
-        start: weights to start from; None for new ones.
+        start: weights to start from, whose trajectories a student follows; None for new ones.
     """
     path = work / f"{name}-{config.images}.safetensors"
     if path.exists():
         return load_file(path), None
     began = time.perf_counter()
     images = Batch(torch.arange(len(digits.train)), digits.train, digits.train_labels)
-    weights = trained(config, images, start, say=lambda text: print(f"{name}: {text}", flush=True))
+    teacher, scale = None, config.objective.consistency_guidance
+    if start is not None and scale is not None:
+        model = denoiser_of(config, start)
+        teacher = ClassifierFree(scale=scale).wrap(model, model.schedule)
+    weights = trained(config, images, start, teacher=teacher, say=lambda text: print(f"{name}: {text}", flush=True))
     save_file(weights, path)
     return weights, time.perf_counter() - began
 

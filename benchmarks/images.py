@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ddpm.prediction import NetworkDenoiser
+from ddpm.prediction import Denoiser, NetworkDenoiser
 from ddpm.quality import FeatureMoments
 from pipelines.config import Config, noise_schedule
 from pipelines.evaluation.evaluators import Evaluator, open_evaluator, reference_part
@@ -52,6 +52,7 @@ def trained(
     images: Batch,
     start: dict[str, Tensor] | None = None,
     *,
+    teacher: Denoiser | None = None,
     device: torch.device | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Tensor]:
@@ -59,10 +60,12 @@ def trained(
 
     Args:
         start: weights to start from; None for new ones.
+        teacher: whose trajectories a consistency model learns; None for those of the data.
         device: where it computes; None: on the CPU.
         say: called with the loss of every 50th step.
     """
     context = RunContext.of(made_up_job(config), rank=0, world_size=1, device=device or torch.device("cpu"))
+    context = replace(context, teacher=teacher)
     state = make_state(context)
     if start is not None:
         load_weights(state, start, context.device)

@@ -68,8 +68,10 @@ class ConsistencyTuning(Settings):
     b: float = setting(1.0, "how fast that falls with sigma / alpha", gt=0)
     stages: int = setting(8, "stages of equal length in images, each with nearer levels", ge=1)
     huber: float = setting(0.0, "c of the pseudo-Huber loss sqrt(d^2 + c^2) - c; 0 is the distance itself", ge=0)
-    guidance: float = setting(
-        1.0, "scale of classifier-free guidance that is distilled from the init_from model; 1 is none", ge=0
+    guidance: float | None = setting(
+        None,
+        "guidance scale of the init_from model whose trajectories are learned, 1: unguided; None: those of the data",
+        ge=0,
     )
 
     def stage(self, images_seen: Tensor, images: int) -> Tensor:

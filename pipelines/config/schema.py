@@ -166,10 +166,11 @@ class Config(Section):
                     f"{name} = {value} has no use with objective.loss = consistency, which draws its levels by "
                     "objective.consistency_p_mean and objective.consistency_p_std: leave it at uniform"
                 )
-        if objective.consistency_guidance != 1 and not (model.class_conditional or model.text_dim):
+        scale = objective.consistency_guidance
+        if scale not in (None, 1) and not (model.class_conditional or model.text_dim):
             raise ValueError(
-                f"objective.consistency_guidance = {objective.consistency_guidance:g} guides by class or text, and the "
-                "model has neither: leave it at 1"
+                f"objective.consistency_guidance = {scale:g} guides by class or text, and the model has neither: "
+                "set it to 1 or null"
             )
 
     def _check_evaluation(self) -> None:

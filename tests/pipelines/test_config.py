@@ -137,7 +137,7 @@ def test_every_shipped_choice_composes(group, choice):
                 "model.class_conditional=false",
                 "objective.consistency_guidance=2",
             ],
-            r"guides by class or text, and the model has neither: leave it at 1",
+            r"guides by class or text, and the model has neither: set it to 1 or null",
         ),
         (["objective=consistency", "init_from=/m", "model.learned_variance=true"], r"simple trains none"),
         (["objective.loss=vlb", "objective.timesteps=log_normal"], r"loss = vlb has to be a mean over all of them"),

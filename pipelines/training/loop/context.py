@@ -31,7 +31,7 @@ class RunContext:
         precision: what forward and backward compute in; rank 0's on every rank, so that unlike GPUs compute alike.
         rank: 0..world_size - 1 in the process group.
         world_size: the number of ranks.
-        teacher: the guided model whose trajectories consistency tuning distils; None where it learns the data's.
+        teacher: the model whose trajectories consistency tuning learns, guided or not; None where it learns the data's.
     """
 
     job: Job

@@ -74,7 +74,7 @@ def _expected_of_consistency(config: Config, guided: bool) -> list[str]:
             f"sampler.kind = {config.sampler.kind} takes the model for a denoiser, which objective.loss = consistency "
             "tunes it away from: set sampler=consistency"
         )
-    if guided and folded != 1:
+    if guided and folded not in (None, 1):
         found.append(
             f"guidance.scale = {config.guidance.scale:g} guides a model that has guidance folded in by "
             f"objective.consistency_guidance = {folded:g}: set guidance.scale=1"

@@ -1,4 +1,4 @@
-"""The model that `init_from` names: weights that a run starts from, and the teacher of a guided consistency model."""
+"""The model that `init_from` names: weights that a run starts from, and the teacher of a consistency model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def load_initial_model(context: RunContext, state: TrainingState) -> None:
 
 
 def with_teacher(context: RunContext) -> RunContext:
-    """Return the context with the guided model that is distilled, where the objective asks for one.
+    """Return the context with the model whose trajectories are learned, where the objective asks for one.
 
     It is the `init_from` model on every rank, whole; called by every rank.
 
@@ -37,7 +37,7 @@ def with_teacher(context: RunContext) -> RunContext:
         ModelError: the model is gone, or `init_from` names other weights than when the run began.
     """
     objective = context.objective
-    if not isinstance(objective, ConsistencyTuning) or objective.guidance == 1:
+    if not isinstance(objective, ConsistencyTuning) or objective.guidance is None:
         return context
     found, prediction = _read(context)
     with torch.random.fork_rng(devices=[]):
