@@ -39,9 +39,10 @@ def falling(share):
 def test_a_consistency_model_that_is_drawn_as_a_denoiser_or_guided_twice_is_told_before_it_starts():
     tuned = ["+experiment=digits_consistency", "init_from=/m"]
     assert "set sampler=consistency" in expected_faults(compose([*tuned, "sampler=ddim"]))[0]
-    twice = compose([*tuned, "objective.consistency_guidance=2", "guidance.scale=1.5"])
+    guided = ["guidance.scale=1.5", "objective.label_drop=0.1"]
+    twice = compose([*tuned, "objective.consistency_guidance=2", *guided])
     assert "folded in by objective.consistency_guidance = 2: set guidance.scale=1" in expected_faults(twice)[0]
-    assert expected_faults(compose([*tuned, "guidance.scale=1.5"])) == []
+    assert expected_faults(compose([*tuned, *guided])) == []
 
 
 def test_losses_and_predictions_of_a_consistency_model_are_no_faults():
