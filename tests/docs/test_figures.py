@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks.digits.page import cell
+from benchmarks.few_steps import STUDENTS
 from ddpm.quality import Interval
 from tests.docs.modules import ROOT
 
@@ -364,6 +365,8 @@ def few_steps() -> Iterator[str]:
             ("student", "consistency", "student, consistency"),
             ("teacher", "ddim trailing", "teacher, DDIM"),
         ):
+            if name == "few_steps":  # whose student docs/comparison.md has
+                continue
             for count in (1, 2, 4, 50):
                 if r := rows.get((model, sampler, count)):
                     cells = (f"{r['distance']:.2f}", f"{r['class_accuracy']:.3f}")
@@ -372,11 +375,25 @@ def few_steps() -> Iterator[str]:
         for r in learned:
             low, high = r["difference_interval"]
             yield f"by {r['difference']:.2f} ({low:.2f} to {high:.2f})"
+    yield from students()
     rows = few_step_rows()
     finest = rows["teacher", "dpm_solver trailing", 100]["distance"]
     yield f"it is {rows['teacher', 'ddim trailing', 50]['distance']:.2f}, with DPM-Solver++ in 100 {finest:.2f}"
     seconds = [r["learned_in_s"] for r in rows.values() if "learned_in_s" in r]
     yield f"took {min(seconds):.0f} to {max(seconds):.0f} seconds"
+
+
+def students() -> Iterator[str]:
+    """The table of ways to tune a consistency model, and what is said of the best."""
+    rows = few_step_rows("few_steps_students")
+    fine = rows["teacher", "ddim trailing", 50]
+    for way in STUDENTS:
+        found = [rows[way, "consistency", count] for count in (1, 2, 4)]
+        yield row(way, *(fixed(each["distance"], 2) for each in found), f"{found[1]['class_accuracy']:.3f}")
+    yield row("teacher, DDIM in 50", "", "", fixed(fine["distance"], 2), f"{fine['class_accuracy']:.3f}")
+    best = rows["muon, trajectories of the teacher", "consistency", 2]
+    low, high = best["difference_interval"]
+    yield f"by {best['difference']:.2f} ({low:.2f} to {high:.2f}), {best['distance'] / fine['distance']:.1f} times"
 
 
 def evaluation() -> Iterator[str]:
