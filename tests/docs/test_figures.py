@@ -136,6 +136,13 @@ def step_profile() -> Iterator[str]:
     others = [f"{100 * model['others']:.0f} %" for model in models]
     assert others[0::2] == others[1::2]
     yield f"is {others[0]} of either step, and {others[2]} with AMX"
+    contiguous, last = (result(f"step_profile_amx{layout}")["models"]["6.5M"] for layout in ("", "_channels_last"))
+    for kinds, text in (
+        (("convolutions", "copies and casts"), "s of the smaller network's step instead of"),
+        (("group norm",), "s instead of"),
+    ):
+        seconds = [fixed(sum(m["shares"][kind] for kind in kinds) * m["step_s"], 2) for m in (last, contiguous)]
+        yield f"{seconds[0]} {text} {seconds[1]}"
 
 
 def serving() -> Iterator[str]:
