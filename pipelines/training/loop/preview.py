@@ -78,7 +78,7 @@ class Preview:
             images = generate(
                 NetworkDenoiser(_CastInput(network), context.schedule, spec.prediction),
                 context.schedule,
-                spec.sampling,
+                spec.sampling.with_fields(compile=False),  # for a few samples now and then it would not pay
                 cond=cond,
                 shape=spec.shape,
                 seed=SEED,

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from ddpm import prediction
 from ddpm.model import load_classifier, load_model
 from ddpm.prediction import Conditioning
 from pipelines import checkpoints
@@ -136,6 +137,12 @@ def test_curves_are_by_images_seen_and_have_speed_and_health(digits, tmp_path):
     assert 0 <= first["worker/data_wait_share"] <= 1
     assert 0 < first["worker/mfu"] < 1
     assert first["updates/skipped"] == 0
+
+
+def test_grids_of_a_model_that_is_served_compiled_are_not(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(prediction, "_compiled_call", lambda: pytest.fail("a network was compiled for a grid"))
+    run(tmp_path / "r", digits, "tracking.grid_every=50", "sampler.compile=true")
+    assert load_model(last_checkpoint(tmp_path / "r")).spec.sampling.arithmetic.compile
 
 
 @pytest.mark.parametrize(
