@@ -38,7 +38,7 @@ IS = {
     "cifar10_improved": ("CIFAR-10 by Improved DDPM (Nichol & Dhariwal 2021)", ""),
     "digits": ("scikit-learn's digits", "trained, [measured](evaluation.md#the-scores)"),
     "digits_classifier": ("a classifier of noisy digits", "trained, and used for guidance"),
-    "digits_consistency": ("digits in 1 or 2 evaluations", "trained, [measured](few-steps.md#measured-on-digits)"),
+    "digits_consistency": ("digits in 1 or 2 evaluations", "trained, [measured](few-steps.md#a-student-of-digits)"),
     "digits_inpainting": ("digits with known pixels", "trained, [shown](using-models.md#inpaint)"),
     "digits_learned_variance": ("digits with a learned variance", "trained for a few steps"),
     "digits_score": ("digits by Langevin dynamics", "trained for a few steps"),
@@ -77,7 +77,7 @@ class Counts:
 
     Attributes:
         parameters: of the network.
-        flops: of one image, forward and backward; the first of the two passes of consistency tuning included.
+        flops: of one image, forward and backward; all passes of consistency tuning included.
         activations: bytes per image that autograd keeps for the backward pass, in float32.
     """
 
@@ -107,9 +107,17 @@ def count(config: Config) -> Counts:
     flops = flops_per_image(network, data.channels, data.image_size)
     return Counts(
         parameters=sum(p.numel() for p in network.parameters()),
-        flops=flops * (4 / 3 if config.objective.loss == "consistency" else 1),
+        flops=flops * (1 + _more_passes(config) / 3),
         activations=_kept(network, data.channels, data.image_size),
     )
+
+
+def _more_passes(config: Config) -> int:
+    """Return the forward passes of an image besides the one that has a backward pass, which counts as two more."""
+    if config.objective.loss != "consistency":
+        return 0
+    scale = config.objective.consistency_guidance
+    return 1 + (0 if scale is None else 1 if scale == 1 else 2)  # of the target, and of its teacher, guided or not
 
 
 def takes_a_step(counts: Counts) -> bool:
