@@ -34,10 +34,10 @@ SCHEDULE = "squaredcos_cap_v2"
 KINDS = {"eps": "epsilon", "v": "v_prediction"}
 SAMPLERS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "dpm_solver": ("DPMSolverMultistepScheduler", 15, {"lambda_min_clipped": -5.1}),
-    "ddim": ("DDIMScheduler", 50, {}),
+    "ddim": ("DDIMScheduler", 50, {"clip_sample": False}),
 }
 """Scheduler of diffusers, steps, options; the better one of the best trial counts. The clipped level is what its page
-advises for the cosine schedule."""
+advises for the cosine schedule; a sample that DDIM clips, as by default, keeps the noise of the unclipped one."""
 
 
 @dataclass(frozen=True)
