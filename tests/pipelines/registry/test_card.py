@@ -137,7 +137,7 @@ def text_of(evidence=EVIDENCE, spec=SPEC, verdict=VERDICT, origin=ORIGIN) -> str
         "- code: 1.2.3, commit `abc123`",
         "- packages: ray 2.60.0, torch 2.9.0",
         'kind "ddim", guidance "classifier_free", scale 2.0, interval [0.0, 1.0], rescale 0.0, steps 50, spacing '
-        '"trailing", eta 0.0, clip 1.0, clip_when "after_guidance", precision "fp32".',
+        '"trailing", eta 0.0, clip 1.0, clip_when "after_guidance", precision "fp32", compile false.',
     ],
 )
 def test_the_card_tells(line):
