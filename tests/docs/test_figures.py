@@ -368,20 +368,19 @@ def few_steps() -> Iterator[str]:
             for how in ("trailing", "karras", "chosen", "learned"):
                 found = [rows["teacher", f"{solver} {how}", count]["distance"] for count in counts]
                 yield row(f"{title}, {how}", *(f"{distance:.2f}" for distance in found))
-        for model, sampler, title in (
-            ("student", "consistency", "student, consistency"),
-            ("teacher", "ddim trailing", "teacher, DDIM"),
-        ):
-            if name == "few_steps":  # whose student docs/comparison.md has
-                continue
-            for count in (1, 2, 4, 50):
-                if r := rows.get((model, sampler, count)):
-                    cells = (f"{r['distance']:.2f}", f"{r['class_accuracy']:.3f}")
-                    yield row(title if count == 1 else "", str(count), *cells)
         learned = [rows["teacher", "unipc learned", count] for count in counts[:3]]
         for r in learned:
             low, high = r["difference_interval"]
             yield f"by {r['difference']:.2f} ({low:.2f} to {high:.2f})"
+    rows = few_step_rows("few_steps_mnist")  # the student of the other file is in docs/comparison.md
+    for model, sampler, title in (
+        ("student", "consistency", "student, consistency"),
+        ("teacher", "ddim trailing", "teacher, DDIM"),
+    ):
+        for count in (1, 2, 4, 50):
+            if r := rows.get((model, sampler, count)):
+                cells = (f"{r['distance']:.2f}", f"{r['class_accuracy']:.3f}")
+                yield row(title if count == 1 else "", str(count), *cells)
     yield from students()
     rows = few_step_rows()
     finest = rows["teacher", "dpm_solver trailing", 100]["distance"]
