@@ -77,7 +77,7 @@ class Setup:
         evaluations: in how many.
         finest: steps of DPM-Solver++, as fine as is of use.
         whole: whether the whole chain, its bound, and models of one pass are there as well.
-        guided: guidance scale of the teacher whose trajectories the student learns.
+        scale: of the guidance with which the teacher draws; the student of such a one learns its guided trajectories.
         precision: in which samples are drawn.
     """
 
@@ -88,7 +88,7 @@ class Setup:
     evaluations: tuple[int, ...]
     finest: int
     whole: bool
-    guided: float = 1.0
+    scale: float = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
 
     def configs(self, quick: bool, length: float = 1.0) -> tuple[Config, Config]:
@@ -128,7 +128,7 @@ SETUPS = {
         (2, 4),
         25,
         whole=False,
-        guided=1.5,
+        scale=1.5,
         precision="bf16",
     ),
 }
@@ -207,9 +207,7 @@ def plot_costs(path: Path) -> None:
                 color=colour,
                 label=f"student, {evaluations}",
             )
-        for row in found["rows"]:
-            if row["model"] == "teacher":
-                axes.axhline(row["distance"], color="grey", lw=0.9, ls="--" if "guided" in row["sampler"] else "-")
+        axes.axhline(found["rows"][0]["distance"], color="grey", lw=0.9, ls="--", label=f"teacher, {FINE} of DDIM")
         axes.set(title=data, xlabel="cost of the tuning, in trainings of the teacher", xscale="log", ylim=(0, None))
     panels[0][0].set_ylabel("Frechet distance")
     panels[0][0].legend(title="evaluations")
@@ -263,8 +261,9 @@ class Table:
         self.shown: dict[str, Tensor] = {}
         self.config, self.student = setup.configs(quick)
         self.train("teacher", self.config)
-        self.sample("teacher", "ddim trailing", Sampling.of(kind="ddim", steps=FINE))
-        self.guided("ddim", FINE)
+        self.sample("teacher", "ddim trailing", self.sampling("ddim", FINE))
+        if setup.scale != 1:
+            self.sample("teacher", "ddim unguided", Sampling.of(kind="ddim", steps=FINE))
 
     def result(self) -> dict[str, Any]:
         """Return what is published."""
@@ -302,9 +301,9 @@ class Table:
     def everything(self) -> None:
         """Add the rows of the published table."""
         self.train("student", self.student)
-        self.sample("teacher", "ddim trailing", Sampling.of(kind="ddim", steps=1))
+        self.sample("teacher", "ddim trailing", self.sampling("ddim", 1))
         self.consistency("student")
-        self.sample("teacher", "dpm_solver trailing", Sampling.of(kind="dpm_solver", steps=self.setup.finest))
+        self.sample("teacher", "dpm_solver trailing", self.sampling("dpm_solver", self.setup.finest))
         self.learned_steps(2 if self.quick else StepLearning().updates)
         if self.setup.whole:
             self.whole_chain()
@@ -321,10 +320,9 @@ class Table:
             self.train(name, config, file)
             self.consistency(name)
 
-    def guided(self, kind: str, steps: int) -> None:
-        """Add a solver with the guidance that the student has learned, if it has."""
-        if self.setup.guided != 1:
-            self.sample("teacher", f"{kind} guided", Sampling.of(kind=kind, steps=steps, scale=self.setup.guided))
+    def sampling(self, kind: str, steps: int) -> Sampling:
+        """Return how the teacher draws with a solver."""
+        return Sampling.of(kind=kind, steps=steps, scale=self.setup.scale)
 
     def consistency(self, model: str) -> None:
         """Add a consistency model in one, two and four evaluations."""
@@ -334,7 +332,7 @@ class Table:
     def whole_chain(self) -> None:
         """Add the teacher's whole Markov chain, and its bound."""
         model = self.models["teacher"]
-        self.sample("teacher", "ancestral", Sampling.of(kind="ancestral", steps=model.schedule.num_steps))
+        self.sample("teacher", "ancestral", self.sampling("ancestral", model.schedule.num_steps))
         some = slice(0, 64)
         bound = variational_bound(
             Sampling().clipping.wrap(model, model.schedule),
@@ -349,14 +347,13 @@ class Table:
     def learned_steps(self, updates: int) -> None:
         """Add spacings, levels that were chosen for the teacher, and levels and weights that were learned for it."""
         denoiser = self.models["teacher"]
-        exact, ids = Sampling().wrap(denoiser, denoiser.schedule), torch.arange(256)
+        exact, ids = self.sampling("ddim", FINE).wrap(denoiser, denoiser.schedule), torch.arange(256)
         noise, cond = initial_noise(SEARCH_SEED, ids, self.shape), Conditioning(label=ids % 10)
         learning = StepLearning(updates=updates)
         followed = StepSearch().trajectories(exact, denoiser.schedule, noise, cond)
         for kind in self.setup.solvers:
             for steps in self.setup.evaluations:
-                self.guided(kind, steps)
-                plain = Sampling.of(kind=kind, steps=steps)
+                plain = self.sampling(kind, steps)
                 for spacing in ("trailing", "karras"):
                     self.sample("teacher", f"{kind} {spacing}", plain.with_fields(spacing=spacing))
                 levels, _ = StepSearch().find(followed, denoiser.schedule, LEVELS_OF[kind], steps)
