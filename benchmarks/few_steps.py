@@ -183,7 +183,10 @@ def _costs(setup: Setup, quick: bool) -> dict[str, tuple[str, Config]]:
 
 
 def plot_costs(path: Path) -> None:
-    """Plot the distances of tunings against what they cost, for every data set of which there is a result."""
+    """Plot the distances of tunings against what they cost, for every data set of which there is a result.
+
+    Bands are the intervals of the difference from the teacher, paired by sample.
+    """
     import matplotlib as mpl
     import matplotlib.pyplot as plt
 
@@ -194,21 +197,18 @@ def plot_costs(path: Path) -> None:
         1, len(results), figsize=(1 + 4.5 * len(results), 3.4), layout="constrained", squeeze=False
     )
     for axes, (data, found) in zip(panels[0], results.items(), strict=True):
-        cost = {name: each["cost"] for name, each in found["trainings"].items()}
+        costs = {name: each["cost"] for name, each in found["trainings"].items() if name != "teacher"}
+        fine = found["rows"][0]["distance"]
         for evaluations, colour in ((1, "tab:orange"), (2, "tab:blue"), (4, "tab:green")):
-            rows = [row for row in found["rows"] if row["evaluations"] == evaluations and row["model"] != "teacher"]
-            axes.errorbar(
-                [cost[row["model"]] for row in rows],
-                [row["distance"] for row in rows],
-                [row["standard_error"] for row in rows],
-                fmt="o-",
-                ms=4,
-                capsize=2,
-                color=colour,
-                label=f"student, {evaluations}",
-            )
-        axes.axhline(found["rows"][0]["distance"], color="grey", lw=0.9, ls="--", label=f"teacher, {FINE} of DDIM")
+            rows = [row for row in found["rows"] if row["evaluations"] == evaluations and row["model"] in costs]
+            at, distances = [costs[row["model"]] for row in rows], [row["distance"] for row in rows]
+            low, high = ([fine + row["difference_interval"][i] for row in rows] for i in (0, 1))
+            axes.plot(at, distances, "o-", ms=4, color=colour, label=f"student, {evaluations}")
+            axes.fill_between(at, low, high, color=colour, alpha=0.12, lw=0)
+        axes.axhline(fine, color="grey", lw=0.9, ls="--", label=f"teacher, {FINE} of DDIM")
         axes.set(title=data, xlabel="cost of the tuning, in trainings of the teacher", xscale="log", ylim=(0, None))
+        axes.set_xticks(list(costs.values()), [f"{cost:.1g}" if cost < 1 else f"{cost:.1f}" for cost in costs.values()])
+        axes.minorticks_off()
     panels[0][0].set_ylabel("Frechet distance")
     panels[0][0].legend(title="evaluations")
     figure.savefig(path, dpi=110)

@@ -375,13 +375,19 @@ def few_steps() -> Iterator[str]:
     rows = few_step_rows("few_steps_mnist")  # the student of the other file is in docs/comparison.md
     for model, sampler, title in (
         ("student", "consistency", "student, consistency"),
+        ("teacher", "unipc learned", "teacher, learned steps"),
+        ("teacher", "unipc trailing", "teacher, UniPC"),
         ("teacher", "ddim trailing", "teacher, DDIM"),
+        ("teacher", "ddim unguided", "teacher, DDIM, unguided"),
     ):
-        for count in (1, 2, 4, 50):
-            if r := rows.get((model, sampler, count)):
-                cells = (f"{r['distance']:.2f}", f"{r['class_accuracy']:.3f}")
-                yield row(title if count == 1 else "", str(count), *cells)
+        found = [(count, r) for count in (1, 2, 4, 50) if (r := rows.get((model, sampler, count)))]
+        for i, (count, r) in enumerate(found):
+            low, high = r["difference_interval"]
+            compared = f"{r['difference']:.2f} ({low:.2f} to {high:.2f})" if r["difference"] else ""
+            cells = (f"{r['distance']:.2f}", compared, f"{r['class_accuracy']:.3f}")
+            yield row("" if i else title, str(count), *cells)
     yield from students()
+    yield from costs()
     rows = few_step_rows()
     finest = rows["teacher", "dpm_solver trailing", 100]["distance"]
     yield f"it is {rows['teacher', 'ddim trailing', 50]['distance']:.2f}, with DPM-Solver++ in 100 {finest:.2f}"
@@ -400,6 +406,19 @@ def students() -> Iterator[str]:
     best = rows["muon, trajectories of the teacher", "consistency", 2]
     low, high = best["difference_interval"]
     yield f"by {best['difference']:.2f} ({low:.2f} to {high:.2f}), {best['distance'] / fine['distance']:.1f} times"
+
+
+def costs() -> Iterator[str]:
+    """The tables of longer and shorter tunings."""
+    for name in ("few_steps_costs", "few_steps_mnist_costs"):
+        rows = few_step_rows(name)
+        for model, training in result(name)["trainings"].items():
+            if model != "teacher":
+                found = [rows[model, "consistency", count]["distance"] for count in (1, 2, 4)]
+                distances = (fixed(distance, 2) for distance in found)
+                yield row(
+                    f"{training['images']:,}", fixed(training["cost"], 2), f"{training['seconds']:.0f}", *distances
+                )
 
 
 def evaluation() -> Iterator[str]:
