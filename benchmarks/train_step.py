@@ -113,13 +113,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every system; default: all cores")
     parser.add_argument("--methods", action="store_true", help="compare the methods for our own step instead")
+    parser.add_argument("--name", help="of the result's file; default: train_step, or train_step_methods")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision("high")  # TF32, for every system; no effect on a CPU without it
-    if options.methods:
-        publish(compare_methods(options.quick, options.threads), "train_step_methods", options.quick)
-    else:
-        publish(run(options.quick, options.threads), "train_step", options.quick)
+    measure, name = (compare_methods, "train_step_methods") if options.methods else (run, "train_step")
+    publish(measure(options.quick, options.threads), options.name or name, options.quick)
 
 
 def run(quick: bool, threads: int) -> dict[str, Any]:
