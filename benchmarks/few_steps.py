@@ -108,8 +108,16 @@ class Setup:
         return compose([*self.teacher, f"images={whole[0]}"]), compose([*self.student, *shorter])
 
 
-# The network and the settings of a plan for ten minutes.
+# The network, the methods and the settings of a plan for ten minutes.
 _SHORT = ("model.channels=[32,64,64]", "model.head_dim=32", "batch_size=32", "optim.lr=0.001")
+_PLANNED = (
+    "optim=muon",
+    "objective.learned_weight=true",
+    "optim.betas=[0.9,0.99]",
+    "optim.weight_decay=0.01",
+    "optim.warmup_images=1280",
+    "optim.ema_half_life=1280",
+)
 SETUPS = {
     "digits": Setup(
         ("+experiment=digits", "objective.prediction=v"),
@@ -121,7 +129,7 @@ SETUPS = {
         whole=True,
     ),
     "mnist": Setup(
-        ("+experiment=mnist", *_SHORT, "optim.warmup_images=1280", "optim.ema_half_life=1280"),
+        ("+experiment=mnist", *_SHORT, *_PLANNED),
         ("+experiment=mnist_consistency", "init_from=teacher", *_SHORT, "optim.ema_half_life=600"),
         (25_600, 9_600),
         ("unipc",),

@@ -1,8 +1,7 @@
 """Training methods side by side: each alone and a few together, trained alike and judged by their samples.
 
 Every row is a training of `--images` images from a seed, by the steps of `ddpm train` without Ray, S3 and MLflow around
-them, with the settings of the experiment but for v as what is predicted, no learned weight, AdamW, and the settings of
-its method. Its samples are
+them, with the settings of the experiment but for v as what is predicted and for those of its method. Its samples are
 drawn unguided by the experiment's sampler, for the same labels from the same noise in all rows, and compared by the
 dataset's own evaluator.
 
@@ -161,8 +160,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     work.mkdir(parents=True, exist_ok=True)
     storage = Storage()
     places = ["storage=file", f"storage.root=file://{work}", f"data.cache_dir={work}/cache"]
-    plain = ["objective.prediction=v", "objective.learned_weight=false", "optim.kind=adamw"]
-    base = [f"+experiment={options.experiment}", *plain, *places, *options.overrides]
+    base = [f"+experiment={options.experiment}", "objective.prediction=v", *places, *options.overrides]
     config = compose(base)
     if options.data is None:
         data, source = config.data, config.data.source or "digits"
