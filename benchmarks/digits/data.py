@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,17 +36,17 @@ class Digits:
     reference: FeatureMoments
 
 
-def load_digits(work: Path, source: str = "digits", experiment: str = "digits") -> Digits:
+def load_digits(work: Path, source: str = "digits", settings: Sequence[str] = ("+experiment=digits",)) -> Digits:
     """Return the digits, ingested into `work`, with the pixels and splits of `ddpm flow +experiment=digits`.
 
     Args:
-        source: other digits, a folder of class folders.
-        experiment: that they are for.
+        source: other pictures, a folder of class folders.
+        settings: that they are for.
     """
     storage = Storage()
     uri = f"file://{work.resolve()}/data"
     places = [f"storage.root=file://{work.resolve()}", f"data.cache_dir={work.resolve()}/cache", "data.cache_gib=1"]
-    config = compose([f"+experiment={experiment}", "storage=file", f"data.uri={uri}", *places])
+    config = compose([*settings, "storage=file", f"data.uri={uri}", *places])
     dataset = ingest(source, uri, storage, image_size=config.data.image_size, channels=config.data.channels).dataset
     real = load_images(config, dataset, storage)
     train, test = real.train, real.test
