@@ -372,20 +372,7 @@ def few_steps() -> Iterator[str]:
         for r in learned:
             low, high = r["difference_interval"]
             yield f"by {r['difference']:.2f} ({low:.2f} to {high:.2f})"
-    rows = few_step_rows("few_steps_mnist")  # the student of the other file is in docs/comparison.md
-    for model, sampler, title in (
-        ("student", "consistency", "student, consistency"),
-        ("teacher", "unipc learned", "teacher, learned steps"),
-        ("teacher", "unipc trailing", "teacher, UniPC"),
-        ("teacher", "ddim trailing", "teacher, DDIM"),
-        ("teacher", "ddim unguided", "teacher, DDIM, unguided"),
-    ):
-        found = [(count, r) for count in (1, 2, 4, 50) if (r := rows.get((model, sampler, count)))]
-        for i, (count, r) in enumerate(found):
-            low, high = r["difference_interval"]
-            compared = f"{r['difference']:.2f} ({low:.2f} to {high:.2f})" if r["difference"] else ""
-            cells = (f"{r['distance']:.2f}", compared, f"{r['class_accuracy']:.3f}")
-            yield row("" if i else title, str(count), *cells)
+    yield from larger_students()
     yield from students()
     yield from costs()
     rows = few_step_rows()
@@ -406,6 +393,26 @@ def students() -> Iterator[str]:
     best = rows["muon, trajectories of the teacher", "consistency", 2]
     low, high = best["difference_interval"]
     yield f"by {best['difference']:.2f} ({low:.2f} to {high:.2f}), {best['distance'] / fine['distance']:.1f} times"
+
+
+def larger_students() -> Iterator[str]:
+    """The tables of students of larger pictures beside their teachers."""
+    for name in ("few_steps_mnist", "few_steps_cifar10"):
+        rows = few_step_rows(name)
+        for model, sampler, title in (
+            ("student", "consistency", "student, consistency"),
+            ("teacher", "unipc learned", "teacher, learned steps"),
+            ("teacher", "unipc trailing", "teacher, UniPC"),
+            ("teacher", "unipc karras", "teacher, UniPC, karras"),
+            ("teacher", "ddim trailing", "teacher, DDIM"),
+            ("teacher", "ddim unguided", "teacher, DDIM, unguided"),
+        ):
+            found = [(count, r) for count in (1, 2, 4, 50) if (r := rows.get((model, sampler, count)))]
+            for i, (count, r) in enumerate(found):
+                low, high = r["difference_interval"]
+                compared = f"{r['difference']:.2f} ({low:.2f} to {high:.2f})" if r["difference"] else ""
+                cells = (f"{r['distance']:.2f}", compared, f"{r['class_accuracy']:.3f}")
+                yield row("" if i else title, str(count), *cells)
 
 
 def costs() -> Iterator[str]:
