@@ -94,21 +94,29 @@ class Setup:
     scale: float = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
 
-    def configs(self, quick: bool, length: float = 1.0) -> tuple[Config, Config]:
-        """Return the configurations of teacher and student.
+    def teacher_config(self, quick: bool) -> Config:
+        """Return the configuration of the teacher; a quick one has a hundredth of the images."""
+        return compose([*self.teacher, f"images={_whole(self.images[0], quick)}"])
+
+    def student_config(self, quick: bool, length: float = 1.0) -> Config:
+        """Return the configuration of the student.
 
         Args:
             quick: a hundredth of the images.
-            length: of the student's tuning, in that of the setup; its average is shorter or longer in proportion.
+            length: of its tuning, in that of the setup; its average is shorter or longer in proportion.
         """
-        whole = [128 * max(1, int(count / (100 if quick else 1)) // 128) for count in self.images]
-        student = compose([*self.student, f"images={whole[1]}"])
-        steps = max(1, round(length * whole[1] / student.batch_size))
+        student = compose([*self.student, f"images={_whole(self.images[1], quick)}"])
+        steps = max(1, round(length * student.images / student.batch_size))
         shorter = [
             f"images={steps * student.batch_size}",
             f"optim.ema_half_life={length * student.optim.ema_half_life}",
         ]
-        return compose([*self.teacher, f"images={whole[0]}"]), compose([*self.student, *shorter])
+        return compose([*self.student, *shorter])
+
+
+def _whole(images: int, quick: bool) -> int:
+    """Return a number of images, or a hundredth of it, rounded down to batches of 128; at least one."""
+    return 128 * max(1, int(images / (100 if quick else 1)) // 128)
 
 
 # The network, the methods and the settings of a plan for ten minutes.
@@ -201,7 +209,7 @@ def _ways(setup: Setup, images: int) -> dict[str, tuple[str, Config]]:
 
 def _costs(setup: Setup, quick: bool) -> dict[str, tuple[str, Config]]:
     """Return tunings of LENGTHS, each with the name of its file and its configuration."""
-    configs = [setup.configs(quick, length)[1] for length in LENGTHS]
+    configs = [setup.student_config(quick, length) for length in LENGTHS]
     return {f"student, {config.images:,} images": ("student", config) for config in configs}
 
 
@@ -282,7 +290,7 @@ class Table:
         self.fine: Measured | None = None
         self.bits: dict[str, float] = {}
         self.shown: dict[str, Tensor] = {}
-        self.config, self.student = setup.configs(quick)
+        self.config, self.student = setup.teacher_config(quick), setup.student_config(quick)
         self.train("teacher", self.config)
         self.sample("teacher", "ddim trailing", self.sampling("ddim", FINE))
         if setup.scale != 1:

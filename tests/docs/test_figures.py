@@ -369,9 +369,7 @@ def few_steps() -> Iterator[str]:
                 found = [rows["teacher", f"{solver} {how}", count]["distance"] for count in counts]
                 yield row(f"{title}, {how}", *(f"{distance:.2f}" for distance in found))
         learned = [rows["teacher", "unipc learned", count] for count in counts[:3]]
-        for r in learned:
-            low, high = r["difference_interval"]
-            yield f"by {r['difference']:.2f} ({low:.2f} to {high:.2f})"
+        yield from (f"by {compared(r)}" for r in learned)
     yield from larger_students()
     yield from students()
     yield from costs()
@@ -380,6 +378,12 @@ def few_steps() -> Iterator[str]:
     yield f"it is {rows['teacher', 'ddim trailing', 50]['distance']:.2f}, with DPM-Solver++ in 100 {finest:.2f}"
     seconds = [r["learned_in_s"] for r in rows.values() if "learned_in_s" in r]
     yield f"took {min(seconds):.0f} to {max(seconds):.0f} seconds"
+
+
+def compared(r: dict[str, Any]) -> str:
+    """The difference from the teacher's fine steps, with its interval."""
+    low, high = r["difference_interval"]
+    return f"{r['difference']:.2f} ({low:.2f} to {high:.2f})"
 
 
 def students() -> Iterator[str]:
@@ -391,8 +395,7 @@ def students() -> Iterator[str]:
         yield row(way, *(fixed(each["distance"], 2) for each in found), f"{found[1]['class_accuracy']:.3f}")
     yield row("teacher, DDIM in 50", "", "", fixed(fine["distance"], 2), f"{fine['class_accuracy']:.3f}")
     best = rows["muon, trajectories of the teacher", "consistency", 2]
-    low, high = best["difference_interval"]
-    yield f"by {best['difference']:.2f} ({low:.2f} to {high:.2f}), {best['distance'] / fine['distance']:.1f} times"
+    yield f"by {compared(best)}, {best['distance'] / fine['distance']:.1f} times"
 
 
 def larger_students() -> Iterator[str]:
@@ -409,9 +412,7 @@ def larger_students() -> Iterator[str]:
         ):
             found = [(count, r) for count in (1, 2, 4, 50) if (r := rows.get((model, sampler, count)))]
             for i, (count, r) in enumerate(found):
-                low, high = r["difference_interval"]
-                compared = f"{r['difference']:.2f} ({low:.2f} to {high:.2f})" if r["difference"] else ""
-                cells = (f"{r['distance']:.2f}", compared, f"{r['class_accuracy']:.3f}")
+                cells = (f"{r['distance']:.2f}", compared(r) if r["difference"] else "", f"{r['class_accuracy']:.3f}")
                 yield row("" if i else title, str(count), *cells)
 
 
