@@ -136,7 +136,7 @@ SETUPS = {
         ("+experiment=digits_consistency", "init_from=teacher"),
         (76_800, 38_400),
         tuple(LEVELS_OF),
-        (2, 3, 4, 6, 8),
+        (2, 3, 4, 6, 8, 10),
         100,
         whole=True,
     ),
