@@ -26,13 +26,8 @@ def result(name: str) -> dict[str, Any]:
 
 def performance() -> Iterator[str]:
     """The lines and parts of lines of docs/performance.md that hold a measured figure."""
-    models = result("train_step")["models"]
-    kinds = ("ours", "stock", "bf16", "lucidrains")
-    small, large = (models[name]["images_per_s"] for name in ("6.5M", "35.7M"))
-    yield row("6.5 M parameters, batch 32", *(fixed(small[kind], 1) for kind in kinds))
-    yield row("35.7 M parameters, batch 16", *(fixed(large[kind], 2) for kind in kinds))
-    pairs = [[models[name][f"speedup_{kind}"] for name in ("6.5M", "35.7M")] for kind in kinds[1:]]
-    yield "| ours is ahead by | | " + " | ".join(f"{one:.2f}, {other:.2f}" for one, other in pairs) + " |"
+    yield from training_step("train_step", "ours", "stock", "bf16", "lucidrains")
+    yield from training_step("train_step_amx", "ours", "stock", "bf16")
     rate = result("train_step_methods")["images_per_s"]
     for arithmetic in ("float32", "bf16"):
         layouts = [f"{arithmetic}, {layout}" for layout in ("contiguous", "channels-last")]
@@ -101,6 +96,16 @@ def performance() -> Iterator[str]:
     yield f"The first step takes {first:.1f} s"
     killed = "from SIGKILL of a worker until Ray starts the new one; from there to the end of its first step"
     yield row(f"{killed} (medians of {len(restarts['restarts'])})", seconds)
+
+
+def training_step(name: str, *kinds: str) -> Iterator[str]:
+    """The rows of a table of training steps; the first of these systems is ours."""
+    models = result(name)["models"]
+    small, large = (models[size]["images_per_s"] for size in ("6.5M", "35.7M"))
+    yield row("6.5 M parameters, batch 32", *(fixed(small[kind], 1) for kind in kinds))
+    yield row("35.7 M parameters, batch 16", *(fixed(large[kind], 2) for kind in kinds))
+    pairs = [[models[size][f"speedup_{kind}"] for size in ("6.5M", "35.7M")] for kind in kinds[1:]]
+    yield "| ours is ahead by | | " + " | ".join(f"{one:.2f}, {other:.2f}" for one, other in pairs) + " |"
 
 
 def time_to_quality() -> Iterator[str]:
