@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# Tests start hundreds of processes, each of which would compile the project anew.
+unexport PYTHONDONTWRITEBYTECODE
 UNIT := not slow and not gpu and not integration and not chaos
 
 .PHONY: install demo test test-unit coverage check docs format infra lock release clean

@@ -23,7 +23,7 @@ from pipelines import stack
 from pipelines.stack import StackState
 from pipelines.storage import Storage
 from tests.chaos.fault_proxy import FaultProxy
-from tests.integration.conftest import DDPM
+from tests.integration import command
 from tests.processes import family, ray_train_workers
 
 CPUS = os.cpu_count() or 2
@@ -50,7 +50,7 @@ class Training:
         self, folder: Path, environment: dict[str, str], arguments: list[str], prefix: Sequence[str] = ()
     ) -> None:
         self.process = subprocess.Popen(
-            [*prefix, DDPM, "train", *arguments, "--json"],
+            [*prefix, command.DDPM, "train", *arguments, "--json"],
             cwd=folder,
             env=environment,
             stdout=subprocess.PIPE,
@@ -122,9 +122,7 @@ class Arena:
         stack.down(self.home)
 
     def ddpm(self, *arguments: str) -> None:
-        done = subprocess.run(
-            [DDPM, *arguments], cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False
-        )
+        done = command.run(arguments, self.folder, self.environment, timeout=280)
         assert done.returncode == 0, done.stderr[-3000:]
 
     def train(self, *arguments: str) -> Training:

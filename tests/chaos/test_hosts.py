@@ -15,7 +15,7 @@ from pipelines.training.goodput import measure
 from pipelines.training.ledger import read_sessions
 from tests.chaos.arena import BATCH, Training, until
 from tests.chaos.hosts import Host, Network, reason_for_none
-from tests.integration.conftest import DDPM
+from tests.integration.command import DDPM
 from tests.processes import ray_train_workers
 
 pytestmark = [pytest.mark.integration, pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(3600)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,7 @@ import pytest
 from pipelines import stack
 from pipelines.stack import StackState
 from pipelines.storage import Storage
-
-DDPM = str(Path(sys.executable).parent / "ddpm")
+from tests.integration import command
 
 
 @dataclass(frozen=True)
@@ -37,23 +35,12 @@ class Shell:
     environment: dict[str, str]
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [DDPM, *arguments],
-            cwd=self.folder,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        return command.start(arguments, self.folder, self.environment)
 
     def __call__(self, *arguments: str, timeout: float = 550) -> Finished:
-        process = self.start(*arguments)
-        try:
-            out, err = process.communicate(timeout=timeout)
-        finally:
-            process.kill()
-        lines = out.strip().splitlines()
-        return Finished(process.returncode, err, json.loads(lines[-1]) if lines and lines[-1][0] == "{" else {})
+        done = command.run(arguments, self.folder, self.environment, timeout)
+        lines = done.stdout.strip().splitlines()
+        return Finished(done.returncode, done.stderr, json.loads(lines[-1]) if lines and lines[-1][0] == "{" else {})
 
     def ok(self, *arguments: str) -> Finished:
         done = self(*arguments)
