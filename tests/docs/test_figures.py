@@ -365,7 +365,7 @@ def few_steps() -> Iterator[str]:
         rates = (f"{float(f'{each[key]:.3g}'):,g}" for key in ("images_per_s_batch_1", "images_per_s_batch_64"))
         yield row(names.get(each["sampler"], "consistency"), str(each["steps"]), *rates)
     for name, counts, solvers in (
-        ("few_steps", (2, 3, 4, 6, 8), {"ddim": "DDIM", "dpm_solver": "DPM-Solver++", "unipc": "UniPC"}),
+        ("few_steps", (2, 3, 4, 6, 8, 10), {"ddim": "DDIM", "dpm_solver": "DPM-Solver++", "unipc": "UniPC"}),
         ("few_steps_mnist", (2, 4), {"unipc": "UniPC"}),
     ):
         rows = few_step_rows(name)
