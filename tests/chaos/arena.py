@@ -122,7 +122,7 @@ class Arena:
         stack.down(self.home)
 
     def ddpm(self, *arguments: str) -> None:
-        done = command.run(arguments, self.folder, self.environment, timeout=280)
+        done = command.FORKS.run(arguments, self.folder, self.environment, timeout=280)
         assert done.returncode == 0, done.stderr[-3000:]
 
     def train(self, *arguments: str) -> Training:

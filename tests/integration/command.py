@@ -7,18 +7,20 @@ Ray is imported there too: it reads its settings at import, and the command sets
 
 from __future__ import annotations
 
-import atexit
-import multiprocessing
+import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
+import psutil
+
 DDPM = str(Path(sys.executable).parent / "ddpm")
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["torch", "mlflow", "boto3", "hydra", "pandas", "rich", "typer"])
+LIBRARIES = ("torch", "mlflow", "boto3", "hydra", "pandas", "rich", "typer")
 
 
 def start(arguments: tuple[str, ...], folder: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
@@ -28,33 +30,80 @@ def start(arguments: tuple[str, ...], folder: Path, environment: dict[str, str])
     )
 
 
-def run(
-    arguments: tuple[str, ...], folder: Path, environment: dict[str, str], timeout: float
-) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end, forked.
+class Forks:
+    """Runs commands to their ends, one at a time, each as a fork of one process that has imported `LIBRARIES`."""
 
-    Raises:
-        subprocess.TimeoutExpired: it took longer, and was killed.
-    """
-    with tempfile.TemporaryDirectory() as streams:
-        out, err = Path(streams, "out"), Path(streams, "err")
-        process = _FORKS.Process(target=_command, args=(arguments, folder, environment, out, err))
-        process.start()
-        try:
-            process.join(timeout)
-            if process.is_alive():
-                raise subprocess.TimeoutExpired([DDPM, *arguments], timeout, err.read_text())
-        finally:
-            process.kill()
-            process.join()
-        assert process.exitcode is not None
-        return subprocess.CompletedProcess([DDPM, *arguments], process.exitcode, out.read_text(), err.read_text())
+    def __init__(self) -> None:
+        self._server: subprocess.Popen[bytes] | None = None
+        self._one_at_a_time = threading.Lock()
+
+    def run(
+        self, arguments: tuple[str, ...], folder: Path, environment: dict[str, str], timeout: float
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command.
+
+        Raises:
+            subprocess.TimeoutExpired: it took longer, and was killed.
+        """
+        with self._one_at_a_time, tempfile.TemporaryDirectory() as streams:
+            out, err = Path(streams, "out"), Path(streams, "err")
+            for stream in (out, err):
+                stream.touch()
+            try:
+                self._ask([arguments, str(folder), environment, str(out), str(err)])
+                code = self._answer(timeout)
+                if code is None:
+                    raise subprocess.TimeoutExpired([DDPM, *arguments], timeout, stderr=err.read_bytes())
+            except BaseException:  # a test's own limit comes as one
+                self._end()
+                raise
+            return subprocess.CompletedProcess([DDPM, *arguments], int(code), out.read_text(), err.read_text())
+
+    def _ask(self, request: list[object]) -> None:
+        """Send a request, to a new process where there is none."""
+        if self._server is None:
+            command = [sys.executable, "-m", "tests.integration.command"]
+            root = Path(__file__).parents[2]
+            self._server = subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        assert self._server.stdin is not None
+        self._server.stdin.write(json.dumps(request).encode() + b"\n")
+
+    def _answer(self, timeout: float) -> bytes | None:
+        """Return the exit status of a command; None where it has not ended in time."""
+        assert self._server is not None
+        assert self._server.stdout is not None
+        ready, _, _ = select.select([self._server.stdout], [], [], timeout)
+        return self._server.stdout.readline() if ready else None
+
+    def _end(self) -> None:
+        """Kill the process and the command that it has forked."""
+        if self._server is not None:
+            for process in (*psutil.Process(self._server.pid).children(), self._server):
+                process.kill()
+            self._server.wait()
+            self._server = None
 
 
-def _command(arguments: tuple[str, ...], folder: Path, environment: dict[str, str], out: Path, err: Path) -> None:
-    """Be the command, in a process that was forked for it."""
-    for number, stream in ((1, out), (2, err)):
-        os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+FORKS = Forks()
+
+
+def serve() -> None:
+    """Fork a command for each request on stdin, and write its exit status when it has ended."""
+    for library in LIBRARIES:
+        __import__(library)
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            be(*json.loads(line))
+            break
+        _, status = os.waitpid(pid, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def be(arguments: list[str], folder: str, environment: dict[str, str], out: str, err: str) -> None:
+    """Be the command, to the interpreter's ordinary end."""
+    for number, name, how in ((0, os.devnull, os.O_RDONLY), (1, out, os.O_WRONLY), (2, err, os.O_WRONLY)):
+        os.dup2(os.open(name, how | os.O_APPEND), number)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -64,7 +113,8 @@ def _command(arguments: tuple[str, ...], folder: Path, environment: dict[str, st
 
     from pipelines.cli import main
 
-    try:
-        main()
-    finally:
-        atexit._run_exitfuncs()  # which multiprocessing leaves out
+    main()
+
+
+if __name__ == "__main__":
+    serve()

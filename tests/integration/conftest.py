@@ -38,7 +38,7 @@ class Shell:
         return command.start(arguments, self.folder, self.environment)
 
     def __call__(self, *arguments: str, timeout: float = 550) -> Finished:
-        done = command.run(arguments, self.folder, self.environment, timeout)
+        done = command.FORKS.run(arguments, self.folder, self.environment, timeout)
         lines = done.stdout.strip().splitlines()
         return Finished(done.returncode, done.stderr, json.loads(lines[-1]) if lines and lines[-1][0] == "{" else {})
 
