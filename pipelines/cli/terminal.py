@@ -160,7 +160,8 @@ class Terminal:
                 began.append((now, done))
             elapsed, since = now - began[0][0], done - began[0][1]
             left = elapsed / since * (total - done) if since and elapsed > 1 else 0.0
-            show(done, total, f"{done:,} {unit}" + (f", {left:,.0f} s left" if left and not self.bars else ""))
+            counted = f"{done:,} {unit.removesuffix('s') if done == 1 else unit}"
+            show(done, total, counted + (f", {left:,.0f} s left" if left and not self.bars else ""))
 
         return update
 

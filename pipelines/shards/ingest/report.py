@@ -154,14 +154,17 @@ class IngestReport:
 
     def lines(self) -> list[str]:
         """Return one line for each kind of change, missing captions, and unused files."""
-        found = [f"{count:,} images: {change}" for change, count in sorted(self.changes.items())]
+        found = [f"{_images(count)}: {change}" for change, count in sorted(self.changes.items())]
         if self.without_caption:
-            found.append(f"{len(self.without_caption):,} images have no caption, such as {self.without_caption[0]}")
+            found.append(f"{_images(len(self.without_caption))} without a caption, such as {self.without_caption[0]}")
         if self.alike:
-            found.append(
-                f"{len(self.alike):,} images are nearly the same as another, and in its split, such as {self.alike[0]}"
-            )
+            alike = _images(len(self.alike))
+            found.append(f"{alike} nearly the same as another, and in its split, such as {self.alike[0]}")
         return found + [f"{len(n):,} not used, {why}: such as {n[0]}" for why, n in sorted(self.unused.items()) if n]
+
+
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count:,} images"
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def test_a_counter_says_how_long_the_rest_takes_once_it_can_tell(capsys, monkeyp
         now[0] = at
         progress(done, 51)
     assert [" ".join(line) for line in lines(capsys)] == [
-        "sample 2% 1 steps",
+        "sample 2% 1 step",
         "sample 22% 11 steps, 40 s left",
         "sample 100% 51 steps",
     ]

@@ -143,7 +143,7 @@ def test_it_tells_what_was_changed_left_out_and_where_the_report_is(tmp_path):
     assert "left out  metadata.jsonl:46: c.png: no such file" in text
     assert "note  18 images: RGBA made RGB" in text
     assert "note  20 images: smaller than 8 pixels, enlarged" in text
-    assert "note  10 images have no caption, such as b/" in text
+    assert "note  10 images without a caption, such as b/" in text
     assert "note  1 not used, not named by a good row of the metadata: such as notes.md" in text
     assert f"report  file://{tmp_path}/ds/ingest-report.json" in text
     assert "threads of this process" in text

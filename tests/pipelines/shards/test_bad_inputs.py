@@ -209,7 +209,7 @@ KINDS = {
     "channels that are converted": (
         with_files({"cat/x.png": picture(3, mode="RGBA"), "cat/y.png": picture(4, mode="L")}),
         0,
-        "note 1 images: RGBA made RGB",
+        "note 1 image: RGBA made RGB",
     ),
     "a class without an image": (with_files({"eel/x.png": b""}), 0, "empty class eel has no readable image"),
     "an entry twice in a zip": (
