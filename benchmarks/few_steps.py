@@ -32,8 +32,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.digits.data import Digits, load_digits
-from benchmarks.images import denoiser_of, trained
+from benchmarks.images import Labelled, denoiser_of, load_labelled, trained
 from benchmarks.results import ROOT, commit, publish
 from benchmarks.single_pass import Generator, Vae, train_gan, train_vae
 from benchmarks.time_to_quality.pictures import DATA_SETS
@@ -181,15 +180,15 @@ def main(arguments: list[str] | None = None) -> None:
     work.mkdir(parents=True, exist_ok=True)
     setup, samples = SETUPS[options.data], 200 if options.quick else options.samples
     source = str(DATA_SETS[options.data](work).given) if options.data in DATA_SETS else options.data
-    digits = load_digits(work, source, setup.teacher)
-    table = Table(setup, work, digits, samples, options.quick)
+    pictures = load_labelled(work, source, setup.teacher)
+    table = Table(setup, work, pictures, samples, options.quick)
     if options.students or options.costs:
         end = "costs" if options.costs else "students"
         table.compare(_costs(setup, options.quick) if options.costs else _ways(setup, table.student.images))
     else:
         end = ""
         table.everything()
-    publish(about(options.data, samples, digits) | table.result(), file_name(options.data, end), options.quick)
+    publish(about(options.data, samples, pictures) | table.result(), file_name(options.data, end), options.quick)
     if options.costs and not options.quick:
         plot_costs(ROOT / "docs" / "images" / "few-steps-costs.png")
 
@@ -258,7 +257,7 @@ def network_passes(config: Config) -> int:
     return (4 + teachers) * config.images
 
 
-def about(data: str, samples: int, digits: Digits) -> dict[str, Any]:
+def about(data: str, samples: int, pictures: Labelled) -> dict[str, Any]:
     """Return what a result was measured with."""
     return {
         "commit": commit(),
@@ -266,7 +265,7 @@ def about(data: str, samples: int, digits: Digits) -> dict[str, Any]:
         f"torch {torch.__version__.split('+')[0]}",
         "data": data,
         "samples": samples,
-        "evaluator": digits.evaluator.digest[:12],
+        "evaluator": pictures.evaluator.digest[:12],
     }
 
 
@@ -280,10 +279,10 @@ class Table:
         quick: whether little is trained: a test of all parts.
     """
 
-    def __init__(self, setup: Setup, work: Path, digits: Digits, samples: int, quick: bool) -> None:
-        self.setup, self.work, self.digits, self.quick = setup, work, digits, quick
-        self.shape, self.labels = tuple(digits.train.shape[1:]), torch.arange(samples) % 10
-        self.real = digits.evaluator.encoder(to_levels(digits.train)).features
+    def __init__(self, setup: Setup, work: Path, pictures: Labelled, samples: int, quick: bool) -> None:
+        self.setup, self.work, self.pictures, self.quick = setup, work, pictures, quick
+        self.shape, self.labels = tuple(pictures.train.shape[1:]), torch.arange(samples) % 10
+        self.real = pictures.evaluator.encoder(to_levels(pictures.train)).features
         self.models: dict[str, NetworkDenoiser] = {}
         self.trainings: dict[str, dict[str, Any]] = {}
         self.rows: list[dict[str, Any]] = []
@@ -308,7 +307,7 @@ class Table:
         """
         path = self.work / f"{file or model}-{config.images}.safetensors"
         if not path.exists():
-            images = Batch(torch.arange(len(self.digits.train)), self.digits.train, self.digits.train_labels)
+            images = Batch(torch.arange(len(self.pictures.train)), self.pictures.train, self.pictures.train_labels)
             start, teacher, began = self.models.get("teacher"), None, time.perf_counter()
             if start is not None and config.objective.consistency_guidance is not None:
                 teacher = ClassifierFree(scale=config.objective.consistency_guidance).wrap(start, start.schedule)
@@ -370,8 +369,8 @@ class Table:
         bound = variational_bound(
             Sampling().clipping.wrap(model, model.schedule),
             model.schedule,
-            self.digits.test[some],
-            Conditioning(label=self.digits.test_labels[some]),
+            self.pictures.test[some],
+            Conditioning(label=self.pictures.test_labels[some]),
             seed=SEED,
             image_ids=torch.arange(64),
         )
@@ -404,7 +403,7 @@ class Table:
     def single_pass(self) -> None:
         """Add a GAN and a VAE that have seen as many images as the teacher."""
         images = self.config.images
-        train, test = (self.digits.train, self.digits.train_labels), (self.digits.test, self.digits.test_labels)
+        train, test = (self.pictures.train, self.pictures.train_labels), (self.pictures.test, self.pictures.test_labels)
         gan, vae = Generator(10, 8, 1), Vae(10, 8, 1)
         for name, module, make in (("gan", gan, train_gan), ("vae", vae, train_vae)):
             path = self.work / f"{name}-{images}.safetensors"
@@ -434,9 +433,9 @@ class Table:
 
     def add(self, model: str, how: str, evaluations: int, images: Tensor, seconds: float, **more: float) -> None:
         """Add the row of samples that were drawn in some seconds."""
-        found = self.digits.evaluator.encoder(to_levels(images))
+        found = self.pictures.evaluator.encoder(to_levels(images))
         assert found.probabilities is not None
-        distance = measured_frechet(self.digits.reference, found.features)
+        distance = measured_frechet(self.pictures.reference, found.features)
         self.fine = self.fine or distance  # the first row
         difference = distance - self.fine
         interval = difference.interval()

@@ -25,8 +25,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.digits.data import Digits, load_captions, load_digits
+from benchmarks.digits.data import load_captions, load_digits
 from benchmarks.digits.training import Zoo
+from benchmarks.images import Labelled
 from benchmarks.results import ROOT, commit, publish
 from ddpm.conditioning import Conditioning
 from ddpm.generate import Sampling, generate
@@ -119,7 +120,7 @@ class Pool:
     reference: FeatureMoments
 
     @classmethod
-    def of(cls, digits: Digits, work: Path, count: int, scale: float) -> Pool:
+    def of(cls, digits: Labelled, work: Path, count: int, scale: float) -> Pool:
         """Return the recorded features; they are drawn the first time."""
         path = work / f"features-{count}.safetensors"
         if not path.exists():
@@ -203,7 +204,7 @@ class Pool:
         return before - after
 
 
-def _features(digits: Digits, images: Tensor) -> Tensor:
+def _features(digits: Labelled, images: Tensor) -> Tensor:
     """Return the evaluator's features of images in [-1, 1]."""
     return digits.evaluator.encoder(to_levels(images)).features.contiguous()
 

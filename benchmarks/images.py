@@ -5,18 +5,20 @@ There is no Ray, S3 or MLflow in it: what is measured with it is what the traini
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ddpm.prediction import Denoiser, NetworkDenoiser
 from ddpm.quality import FeatureMoments
-from pipelines.config import Config, noise_schedule
+from pipelines.config import Config, compose, noise_schedule
 from pipelines.evaluation.evaluators import Evaluator, open_evaluator, reference_part
 from pipelines.evaluation.images import to_levels
 from pipelines.shards.index import Dataset
+from pipelines.shards.ingest.write import ingest
 from pipelines.shards.read import Batch, opened_split, read_split
 from pipelines.storage import Storage
 from pipelines.training.loop.context import RunContext
@@ -33,6 +35,37 @@ class RealImages:
     test: Batch
     evaluator: Evaluator
     reference: FeatureMoments
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Real images in [-1, 1] [N, C, S, S] with labels, the evaluator of samples, and the reference's moments."""
+
+    train: Tensor
+    train_labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+    evaluator: Evaluator
+    reference: FeatureMoments
+
+
+def load_labelled(work: Path, source: str, settings: Sequence[str]) -> Labelled:
+    """Return the labelled images of a source, ingested into `work`.
+
+    Args:
+        source: as `ddpm ingest` takes it: a name, or a folder of class folders.
+        settings: overrides with the image size, the channels and the evaluator.
+    """
+    storage = Storage()
+    uri = f"file://{work.resolve()}/data"
+    places = [f"storage.root=file://{work.resolve()}", f"data.cache_dir={work.resolve()}/cache", "data.cache_gib=1"]
+    config = compose([*settings, "storage=file", f"data.uri={uri}", *places])
+    dataset = ingest(source, uri, storage, image_size=config.data.image_size, channels=config.data.channels).dataset
+    real = load_images(config, dataset, storage)
+    train, test = real.train, real.test
+    assert train.labels is not None
+    assert test.labels is not None
+    return Labelled(train.images, train.labels, test.images, test.labels, real.evaluator, real.reference)
 
 
 def load_images(config: Config, dataset: Dataset, storage: Storage) -> RealImages:

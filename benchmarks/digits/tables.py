@@ -9,8 +9,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from benchmarks.digits.data import SEEN, UNSEEN, WORDS, Digits
+from benchmarks.digits.data import SEEN, UNSEEN, WORDS
 from benchmarks.digits.training import SCHEDULE, Zoo
+from benchmarks.images import Labelled
 from ddpm.bound import Bound, mean_bits_per_dim, variational_bound
 from ddpm.conditioning import Conditioning
 from ddpm.gaussian import ReverseVariance
@@ -38,7 +39,7 @@ class Row:
     images: Tensor
 
 
-def quality(images: Tensor, labels: Tensor, digits: Digits) -> dict[str, Any]:
+def quality(images: Tensor, labels: Tensor, digits: Labelled) -> dict[str, Any]:
     """Return class accuracy, Frechet distance to the reference, and precision and recall against the test split."""
     found = digits.evaluator.encoder(to_levels(images))
     real = digits.evaluator.encoder(to_levels(digits.test)).features
@@ -148,7 +149,7 @@ def inpainting(zoo: Zoo) -> Iterator[Row]:
         yield Row(f"fine-tuned model, {kind}", scores, images)
 
 
-def _inpainting_scores(images: Tensor, truth: Tensor, mask: Tensor, labels: Tensor, digits: Digits) -> dict[str, Any]:
+def _inpainting_scores(images: Tensor, truth: Tensor, mask: Tensor, labels: Tensor, digits: Labelled) -> dict[str, Any]:
     errors = {
         "error in the hidden region": bootstrap(_mean, masked_error(images, truth, mask), draws=DRAWS, seed=0),
         "error across the seam": bootstrap(_mean, seam_error(images, truth, mask), draws=DRAWS, seed=0),

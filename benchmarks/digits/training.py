@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.digits.data import Captions, Digits, drawn_template
+from benchmarks.digits.data import Captions, drawn_template
+from benchmarks.images import Labelled
 from ddpm.conditioning import Conditioning
 from ddpm.ema import EMA
 from ddpm.masks import inpainting_condition, random_mask
@@ -46,7 +47,7 @@ Losses = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 def fit(
     network: nn.Module,
     losses: Losses,
-    digits: Digits,
+    digits: Labelled,
     images: int,
     *,
     lr: float = 2e-3,
@@ -91,7 +92,7 @@ class Zoo:
     """
 
     def __init__(
-        self, digits: Digits, captions: Captions, work: Path, scale: float, say: Callable[[str], None]
+        self, digits: Labelled, captions: Captions, work: Path, scale: float, say: Callable[[str], None]
     ) -> None:
         self.digits, self.captions, self.work, self.scale, self.say = digits, captions, work, scale, say
         self.images = {
