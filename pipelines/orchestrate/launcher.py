@@ -6,7 +6,7 @@ one place for a training that the instance has. With this one, run monitoring fi
 
 from __future__ import annotations
 
-from dagster import DagsterRun
+from dagster import DagsterEvent, DagsterEventType, DagsterRun
 from dagster._core.errors import DagsterUserCodeUnreachableError
 from dagster._core.launcher import CheckRunHealthResult, DefaultRunLauncher, WorkerStatus
 from dagster._grpc.types import CanCancelExecutionRequest, CanCancelExecutionResult
@@ -25,9 +25,9 @@ class ProcessRunLauncher(DefaultRunLauncher, ConfigurableClass):
         return True
 
     def check_run_worker_health(self, run: DagsterRun) -> CheckRunHealthResult:
-        """Return whether the server that has started a run still has its process.
+        """Return whether the server that has started a run still has its process; a run without one fails.
 
-        One that is only too busy to answer counts as having it.
+        A server that is only too busy to answer counts as having it.
         """
         client = self._get_grpc_client_for_termination(run.run_id)
         if client is None:
@@ -38,7 +38,20 @@ class ProcessRunLauncher(DefaultRunLauncher, ConfigurableClass):
             code = getattr(error.__cause__, "code", None)
             if code is not None and code().name == "DEADLINE_EXCEEDED":
                 return CheckRunHealthResult(WorkerStatus.RUNNING, f"its server has not answered for {ANSWER_S} s")
-            return CheckRunHealthResult(WorkerStatus.NOT_FOUND, "the server that has started the run is gone")
+            return self._failed(run, "the server that has started the run is gone")
         if deserialize_value(answer, CanCancelExecutionResult).can_cancel:
             return CheckRunHealthResult(WorkerStatus.RUNNING)
-        return CheckRunHealthResult(WorkerStatus.NOT_FOUND, "its process is gone")
+        return self._failed(run, "its process is gone")
+
+    def _failed(self, run: DagsterRun, why: str) -> CheckRunHealthResult:
+        """Give a run without a process the status of a failed one, then store the event that says so.
+
+        Run monitoring would store the event first. The part of the daemon that tries runs again may look in between: it
+        takes a run whose status is not that of a failed one for none of its own, and does not look at that event again.
+        """
+        now = self._instance.get_run_by_id(run.run_id)
+        if now is not None and now.status == run.status:  # else it has ended by itself in the meantime
+            event = DagsterEvent(DagsterEventType.PIPELINE_FAILURE.value, run.job_name, message=why)
+            self._instance.run_storage.handle_run_event(run.run_id, event)
+            self._instance.report_run_failed(run, why)
+        return CheckRunHealthResult(WorkerStatus.NOT_FOUND, why)
