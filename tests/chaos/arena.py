@@ -49,14 +49,7 @@ class Training:
     def __init__(
         self, folder: Path, environment: dict[str, str], arguments: list[str], prefix: Sequence[str] = ()
     ) -> None:
-        self.process = subprocess.Popen(
-            [*prefix, command.DDPM, "train", *arguments, "--json"],
-            cwd=folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        self.process = command.start(["train", *arguments, "--json"], folder, environment, prefix)
         self.said: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -23,10 +24,21 @@ DDPM = str(Path(sys.executable).parent / "ddpm")
 LIBRARIES = ("torch", "mlflow", "boto3", "hydra", "pandas", "rich", "typer")
 
 
-def start(arguments: tuple[str, ...], folder: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
-    """Start the console script, for whoever reads while it runs or sends it signals."""
+def start(
+    arguments: Sequence[str], folder: Path, environment: dict[str, str], prefix: Sequence[str] = ()
+) -> subprocess.Popen[str]:
+    """Start the console script, for whoever reads while it runs or sends it signals.
+
+    Args:
+        prefix: words before the command, which run it somewhere else.
+    """
     return subprocess.Popen(
-        [DDPM, *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*prefix, DDPM, *arguments],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -38,7 +50,7 @@ class Forks:
         self._one_at_a_time = threading.Lock()
 
     def run(
-        self, arguments: tuple[str, ...], folder: Path, environment: dict[str, str], timeout: float
+        self, arguments: Sequence[str], folder: Path, environment: dict[str, str], timeout: float
     ) -> subprocess.CompletedProcess[str]:
         """Run a command.
 
