@@ -83,13 +83,20 @@ class DiffusionModel(mlflow.pyfunc.PythonModel):
         return encoder
 
 
-def _decode(value: Any, channels: int) -> Tensor:
-    """Return the pixels of an encoded picture, or of its base64 text, uint8 [H, W, C]."""
+def _decode(value: Any, channels: int, what: str) -> Tensor:
+    """Return the pixels of an encoded picture, or of its base64 text, uint8 [H, W, C].
+
+    What is transparent in an image is white, as in the pictures that a model is trained on; a mask has its own pixels.
+    """
     from PIL import Image
 
     try:
         data = base64.b64decode(value, validate=True) if isinstance(value, str) else bytes(value)
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data)) as opened:
+            image: Image.Image = opened
+            if what == "image" and image.has_transparency_data:
+                image = Image.new("RGBA", opened.size, "white")
+                image.alpha_composite(opened.convert("RGBA"))
             pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
     except (binascii.Error, OSError, ValueError, TypeError, SyntaxError) as error:
         raise ValueError(f"a picture cannot be read ({error}): send a PNG file, or its base64 text") from error

@@ -41,8 +41,8 @@ OWN: dict[str, tuple[str, Any]] = {
 """Parameter of a request beside the sampling settings -> (type, default)."""
 
 Encode = Callable[[Sequence[str]], Conditioning]
-Decode = Callable[[Any, int], Tensor]
-"""(an encoded picture, channels) -> its pixels, uint8 [H, W, C]."""
+Decode = Callable[[Any, int, str], Tensor]
+"""(an encoded picture, channels, "image" or "mask") -> its pixels, uint8 [H, W, C]; an image as it looks on white."""
 
 
 def parameters() -> dict[str, tuple[str, Any]]:
@@ -225,7 +225,7 @@ def _tasks(
 
 def _pixels(value: Any, decode: Decode, shape: tuple[int, int, int], what: str) -> Tensor:
     channels, height, width = shape
-    pixels = decode(value, channels)
+    pixels = decode(value, channels, what)
     if list(pixels.shape) != [height, width, channels]:
         found = f"{pixels.shape[1]}x{pixels.shape[0]}"
         raise ValueError(f"the {what} is {found} pixels, the model's images are {width}x{height}: resize it")

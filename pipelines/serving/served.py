@@ -34,6 +34,7 @@ from pipelines.scratch import scratch_folder
 from pipelines.serving.batcher import Batcher
 from pipelines.serving.bodies import decode_base64, model_of, read_body, write_answer
 from pipelines.serving.limits import Limits, Refused
+from pipelines.shards.members import on_white
 from pipelines.storage import Storage
 from pipelines.text import TextEncoder
 from pipelines.tracking import Scoring
@@ -179,12 +180,13 @@ class Served:
             self.limits.check_drawing(drawing, self.model)
         return parts
 
-    def _decode(self, value: Any, channels: int) -> Tensor:
-        """Return the pixels of a picture of a table, uint8 [H, W, C]; it must have the model's size."""
+    def _decode(self, value: Any, channels: int, what: str) -> Tensor:
+        """Return the pixels of an image, on white, or of a mask of a table, uint8 [H, W, C], of the model's size."""
         data = decode_base64("a picture", value) if isinstance(value, str) else bytes(value)
         _, height, width = self.model.spec.shape
         self.limits.check_picture("a picture", data, size=(width, height))
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data)) as opened:
+            image = on_white(opened)[0] if what == "image" else opened
             pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
         return torch.from_numpy(pixels).reshape(*pixels.shape[:2], channels)
 

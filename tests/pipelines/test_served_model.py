@@ -135,6 +135,21 @@ def test_each_row_has_a_strength_of_its_own(served, image):
         assert near(drawn[i : i + 1], picture(request, model).pixels)
 
 
+def test_what_is_transparent_in_an_image_is_white_as_for_an_edit_and_a_mask_has_its_own_pixels(served, tmp_path):
+    pyfunc, model = served["classes"]
+    image = save_picture(tmp_path / "image.png", mode="RGBA")
+    rows = {"image": [image.read_bytes()] * 2, "strength": [0.0, 0.5], "label": [1, 1], "seed": [0, 0]}
+    drawn = pyfunc.predict(pandas.DataFrame(rows))
+    for i in range(2):
+        request = Edit.of(images=[image], strength=rows["strength"][i], labels=[1], seeds=[0])
+        assert near(drawn[i : i + 1], picture(request, model).pixels)
+    mask = save_picture(tmp_path / "mask.png", mode="LA", seed=1)
+    settings = {"steps": 5, "resamplings": 2}
+    wanted = picture(Inpaint.of(images=[image], masks=[str(mask)], method_settings=settings), model)
+    row = {"image": [image.read_bytes()], "mask": [mask.read_bytes()]}
+    assert near(pyfunc.predict(pandas.DataFrame(row), params=settings), wanted.pixels)
+
+
 @pytest.mark.parametrize(
     "columns, params, message",
     [

@@ -179,6 +179,15 @@ def test_a_table_is_answered_as_mlflow_answers_it(client, backend):
         assert near(np.array(answer.json()["predictions"], np.uint8), wanted)
 
 
+def test_a_transparent_picture_of_a_table_is_edited_as_by_a_request(client, backend, tmp_path):
+    image = save_picture(tmp_path / "image.png", mode="RGBA")
+    wanted = picture(Edit.of(images=[image], strength=0.5, labels=["3"], seed=2), backend.served.model)
+    row = {"image": base64.b64encode(image.read_bytes()).decode(), "strength": 0.5, "label": "3", "seed": 2}
+    answer = client.post("/invocations", json={"dataframe_records": [row], "params": {}})
+    assert answer.status_code == 200, answer.text
+    assert near(np.array(answer.json()["predictions"], np.uint8), wanted.pixels)
+
+
 def test_it_says_that_it_is_there_what_it_serves_and_what_it_counts(client):
     for path in ("/ping", "/health", "/version", "/docs", "/openapi.json"):
         assert client.get(path, headers={"authorization": ""}).status_code == 200
