@@ -30,6 +30,8 @@ from pipelines.evaluation.scores import Estimate
 
 NEIGHBOURS = 10_000
 """Images of each side, at most, that are compared one by one."""
+NEAREST = 6
+"""Images of each side without which the five nearest of one, by which precision and density go, are not there."""
 CHUNK = 4_096
 FRECHET_FEATURES = 256
 """Features above which two models are compared by the kernel distance: of so many, a covariance needs more samples."""
@@ -102,6 +104,8 @@ class Comparison:
         reference = self.reference
         found = {"kid": _of(measured_kid(reference, features))}
         count = min(len(features), len(reference))  # those below depend on the sizes of the sets
+        if count < NEAREST:
+            return found
         real, fake = reference[:count], features[:count]
         precision, recall = measured_precision_recall(real, fake)
         density, coverage = density_coverage(real, fake)

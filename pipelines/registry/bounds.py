@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 
+from pipelines.evaluation.compare import NEAREST
+from pipelines.evaluation.copies import LEAST
 from pipelines.evaluation.scores import Estimate, Scores
 from pipelines.registry.verdict import Row
 
@@ -63,7 +65,7 @@ def _varied(scores: Scores, score: str, words: str) -> Row:
     name = f"not collapsed: {words}"
     found = scores.estimates.get(score)
     if found is None or found.floor is None:
-        return _missing(name)
+        return _too_few(name, NEAREST)
     bound = VARIETY_SHARE * found.floor
     asked = f"at least {bound:.4g}, {VARIETY_SHARE:g} of what real test images have"
     return Row(name, f"{found.value:.4g}", asked, found.value >= bound)
@@ -71,9 +73,16 @@ def _varied(scores: Scores, score: str, words: str) -> Row:
 
 def _no_copies(scores: Scores) -> Row:
     if scores.memorisation is None:
-        return _missing("not copies")
+        return _too_few("not copies", LEAST)
     copies = scores.memorisation["copies"]
     return Row("not copies", scores.memorisation["verdict"], "no copies of training images", not copies)
+
+
+def _too_few(name: str, least: int) -> Row:
+    asked = (
+        f"known, from at least {least} samples, train images and test images: add images, or raise data.test_fraction"
+    )
+    return Row(name, "not known", asked, passed=False)
 
 
 def _missing(name: str) -> Row:
