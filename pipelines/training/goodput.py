@@ -76,7 +76,8 @@ class Goodput:
         idle_s: no driver was running.
         unaccounted_s: within attempts, but of no kind; large only where something is not measured.
         recomputed_images: images of the steps that were lost.
-        images_seen: the most that any attempt has seen.
+        images_seen: by the newest attempt of the newest driver; 0 where that had none. Earlier ones may have seen more,
+            which was lost.
         attempts: lives of the workers.
         sessions: lives of drivers.
         uploaded_bytes: size of the checkpoints stored.
@@ -173,7 +174,7 @@ def measure(sessions: Sequence[Session]) -> Goodput:
         idle_s=wall - present,
         unaccounted_s=in_attempts - sum(total.get(kind, 0.0) for kind in kinds),
         recomputed_images=sum(lost),
-        images_seen=max((a.images_seen for a in attempts), default=0),
+        images_seen=next((a.images_seen for a in reversed(sessions[-1].attempts)), 0) if sessions else 0,
         attempts=len(attempts),
         sessions=len(sessions),
         uploaded_bytes=sum(a.uploaded_bytes for a in attempts),

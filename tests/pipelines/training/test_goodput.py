@@ -50,6 +50,13 @@ def test_what_is_lost_twice_counts_twice_and_across_drivers():
     assert (done.idle_s, done.attempts, done.sessions) == (pytest.approx(90), 3, 2)
 
 
+def test_images_that_a_killed_driver_has_seen_and_not_stored_do_not_count_for_the_next():
+    killed = Session(0, 100, (attempt(0, 0, 95_000, 100),))
+    assert measure([killed]).images_seen == 95_000
+    assert measure([killed, Session(110, 120, (attempt(111, 80_000, 81_000, 1),))]).images_seen == 81_000
+    assert measure([killed, Session(110, 120)]).images_seen == 0  # nothing is trained yet
+
+
 @given(st.data())
 def test_the_parts_add_up_to_the_wall_time_and_kept_images_to_the_stream(data):
     seconds = st.floats(0, 100)
