@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from ddpm.prediction import Parameterization
 from ddpm.settings import settings_of
 from pipelines import tracking
 from pipelines.checkpoints import BEST, ModelError, Published, best_published, list_published, reconstruct_average
-from pipelines.config import Config, network_config, sampling
+from pipelines.config import Config, from_dict, network_config, parse_overrides, sampling
 from pipelines.scratch import scratch_folder
 from pipelines.shards.index import Dataset
 from pipelines.shards.quarantine import Quarantine, stream_digest
@@ -264,6 +265,76 @@ def find_registered(reference: str, tracking_uri: str | None) -> ModelVersion:
         listed = ", ".join(v.version + "".join(f" @{a}" for a in v.aliases) for v in there) or "no version of that name"
         raise ModelError(f"{reference} is not in the registry at {uri}; it has: {listed}")
     return found
+
+
+JUDGING = {
+    "evaluation": (
+        *("n", "seed", "seeds", "batch_size", "likelihood_images", "evaluator", "evaluator_passes", "weights"),
+        *("encoder_size", "encoder_mean", "encoder_std"),
+    ),
+    "registry": ("model", "n"),
+}
+"""Settings of a run, by section, that decide how its model is scored, what it is registered as, and how many samples
+the gate compares."""
+
+
+def judged_as_before(config: Config, overrides: Sequence[str], reference: str) -> Config:
+    """Return the configuration with the settings by which a model was scored and registered.
+
+    So a version that is made of it has scores that can be compared with those that are there. These settings are those
+    of its run; a version that was registered later with others has its own. What overrides set is left alone, and so is
+    everything for a model in a folder.
+
+    Args:
+        config: of the overrides, with the address of the MLflow server.
+        reference: the model; a version is registered under its own name again.
+
+    Raises:
+        ModelError: there is no such version or run.
+    """
+    if not reference.startswith(("models:/", "runs:/")):
+        return config
+    uri = _needs(config.tracking.uri, reference)
+    recorded: dict[str, Any]
+    if reference.startswith("models:/"):
+        version = find_registered(reference, uri)
+        recorded = _recorded(Tracker(uri, version.run_id)) | _scored(version) | {"registry.model": version.name}
+    else:
+        recorded = _recorded(tracking.get_run(uri, reference.removeprefix("runs:/").partition("/")[0]))
+    given = {str(override.key_or_group) for override in parse_overrides(overrides)}
+    plain = config.model_dump(mode="json")
+    for key, value in recorded.items():
+        section, _, field = key.partition(".")
+        if not {section, key} & given:
+            plain[section][field] = value
+    return from_dict(plain)
+
+
+def _recorded(tracker: Tracker) -> dict[str, Any]:
+    """Return the `JUDGING` settings of a run, flat; of an earlier release those that it had, without one none."""
+    if "config.json" not in tracker.names():
+        return {}
+    stored = json.loads(tracker.read_text("config.json"))
+    return {
+        f"{section}.{name}": stored[section][name]
+        for section, names in JUDGING.items()
+        for name in names
+        if name in stored.get(section, {})
+    }
+
+
+def _scored(version: ModelVersion) -> dict[str, Any]:
+    """Return how many samples of which noise a version was scored by, and by which of the dataset's own evaluators."""
+    scores = json.loads(version.tags.get("scores", "{}"))
+    if not scores:
+        return {}
+    found = {
+        "evaluation.n": scores["n"],
+        "evaluation.seed": scores["seeds"][0],
+        "evaluation.seeds": len(scores["seeds"]),
+    }
+    own = scores["evaluator"] in ("classifier", "contrastive")  # others are named together with their weights
+    return found | ({"evaluation.evaluator": scores["evaluator"]} if own else {})
 
 
 def check_exists(reference: str, tracking_uri: str | None) -> None:

@@ -31,7 +31,10 @@ def evaluate(
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Score samples of a model against real images. Example: ddpm evaluate models:/digits@champion guidance.scale=2"""
+    """Score samples of a model against real images. Example: ddpm evaluate models:/digits@champion guidance.scale=2
+
+    Samples are drawn with the model's own settings and scored as its run scores them, but for what is set here.
+    """
     config = compose_connected(overrides)
 
     from pipelines import references
@@ -39,7 +42,7 @@ def evaluate(
     from pipelines.storage import Storage
     from pipelines.training.ray_train.resources import connect_ray
 
-    storage = Storage.of(config)
+    storage, config = Storage.of(config), references.judged_as_before(config, overrides or [], model)
     resolved = references.resolve(model, tracking_uri=config.tracking.uri, storage=storage)
     settings, dataset_uri = _asked(resolved, config, overrides)
     with terminal.live():
@@ -61,18 +64,22 @@ def evaluate(
 def register(
     model: Annotated[str, typer.Argument(help=MODEL)],
     overrides: Overrides = None,
-    name: Annotated[str | None, typer.Option(help="Registered model; default: registry.model")] = None,
+    name: Annotated[str | None, typer.Option(help="Registered model; default: that of MODEL or of its run")] = None,
     as_json: Json = False,
 ) -> None:
-    """Score a model and register it as a version. Example: ddpm register models:/digits/1 sampler.steps=20"""
+    """Score a model and register it as a version. Example: ddpm register models:/digits/1 sampler.steps=20
+
+    Samples are drawn with the model's own settings and scored as its run scores them, but for what is set here.
+    """
     named = [] if name is None else [quoted_override("registry.model", name)]
-    config = compose_connected([*(overrides or []), *named])
+    overrides = [*(overrides or []), *named]
+    config = compose_connected(overrides)
 
     from pipelines import references, registry
     from pipelines.storage import Storage
     from pipelines.training.ray_train.resources import connect_ray
 
-    storage = Storage.of(config)
+    storage, config = Storage.of(config), references.judged_as_before(config, overrides, model)
     resolved = references.resolve(model, tracking_uri=config.tracking.uri, storage=storage)
     settings, dataset_uri = _asked(resolved, config, overrides)
     with terminal.live():
@@ -90,13 +97,11 @@ def register(
 
 
 def _asked(resolved: Resolved, config: Config, overrides: list[str] | None) -> tuple[Sampling, str | None]:
-    """Return the sampling settings that overrides ask for, else the model's own, and the address of other data."""
-    from pipelines.config import sampling
+    """Return the model's sampling settings with what overrides change, and the address of other data."""
+    from pipelines.config import changed_sampling, override_settings
 
-    lines = [line.lstrip("+") for line in overrides or []]
-    overridden = any(line.startswith(("guidance", "sampler")) for line in lines)
-    other_data = any(line.startswith(("data=", "data.uri=")) for line in lines)
-    settings = sampling(config) if overridden else resolved.model.spec.sampling
+    settings = changed_sampling(resolved.model.spec.sampling, overrides or [])
+    other_data = bool({"data", "data.uri"} & override_settings(overrides or []).keys())
     return settings, config.data.uri if other_data else None
 
 
@@ -119,6 +124,8 @@ def promote(
     from pipelines.training.ray_train.resources import connect_ray
 
     storage = Storage.of(config)
+    if not rollback:
+        config = references.judged_as_before(config, overrides or [], model)
     name = model.removeprefix("models:/").split("/")[0].split("@")[0]
     gate = registry.Gate(config, storage, terminal, lambda: connect_ray(config, storage), name, alias)
     with terminal.live():

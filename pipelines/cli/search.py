@@ -36,8 +36,10 @@ def guidance(
     chosen, config = compose_study(space, "guidance", overrides or [])
     config = connect(config, SERVICES)
 
+    from pipelines import references
     from pipelines.search import studies
 
+    config = references.judged_as_before(config, overrides or [], model)
     name = study or f"guidance-{config.name}"
     run = partial(studies.guidance_study, config, model, name, chosen)
     _show_study(partial(run, resume=resume, after=after or [], notice=terminal.stage), as_json)
@@ -73,12 +75,14 @@ def steps(
     scale: Annotated[float | None, typer.Option("--guidance", min=0, help="Scale; default: the model's own")] = None,
     trajectories: Annotated[int, typer.Option(min=2, help="Of the model, on the fine grid")] = 256,
     grid: Annotated[int, typer.Option(min=2, help="Levels of the fine grid")] = 60,
-    learn: Annotated[int, typer.Option(min=0, help="Updates by which they are learned; 0: only choose levels")] = 200,
+    learn: Annotated[
+        int, typer.Option(min=0, help="Updates by which levels and weights are learned; 0: only choose levels")
+    ] = 200,
     study: Study = None,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Choose a sampler's time steps. Example: ddpm search steps --model models:/digits@champion --evaluations 6"""
+    """Learn the few steps of a solver. Example: ddpm search steps --model models:/digits@champion --evaluations 6"""
     config = connect(compose(overrides), ["s3", "mlflow"])
 
     from ddpm.step_learning import StepLearning

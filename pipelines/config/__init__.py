@@ -5,10 +5,21 @@ from pipelines.config.build import (
     network_config,
     noise_schedule,
     sampling,
+    sampling_overrides,
     timestep_sampler,
     training_objective,
 )
-from pipelines.config.compose import compose, conf_dir, from_dict, groups, override_settings, read_config, suggest
+from pipelines.config.compose import (
+    changed_sampling,
+    compose,
+    conf_dir,
+    from_dict,
+    groups,
+    override_settings,
+    parse_overrides,
+    read_config,
+    suggest,
+)
 from pipelines.config.launch import AwsLaunch, KubeRayLaunch, RayLaunch
 from pipelines.config.schema import FORMER_DEFAULTS, Config, flatten
 from pipelines.config.sections import (
@@ -34,6 +45,7 @@ __all__ = [
     "RayLaunch",
     "RegistryConfig",
     "ServingConfig",
+    "changed_sampling",
     "compose",
     "conf_dir",
     "flatten",
@@ -43,8 +55,10 @@ __all__ = [
     "network_config",
     "noise_schedule",
     "override_settings",
+    "parse_overrides",
     "read_config",
     "sampling",
+    "sampling_overrides",
     "suggest",
     "timestep_sampler",
     "training_objective",

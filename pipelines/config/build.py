@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from ddpm.consistency import ConsistencyTuning, refusal
 from ddpm.generate import Sampling
 from ddpm.guidance import GUIDANCE
@@ -85,6 +87,18 @@ def sampling(config: Config) -> Sampling:
         chosen(config.sampler, Clipping),
         chosen(config.sampler, Arithmetic),
     )
+
+
+def sampling_overrides(settings: Sampling) -> list[str]:
+    """Return sampler, guidance and clipping as overrides for the command line; `sampling` of them is the settings."""
+    plain = settings.to_json()
+    guidance = {setting.name for setting in settings_of(GUIDANCE[plain["guidance"]])}
+    fields = [f"sampler={plain['kind']}", f"guidance.kind={plain['guidance']}"]
+    for name, value in plain.items():
+        if name not in ("kind", "guidance"):
+            group = "guidance" if name in guidance else "sampler"
+            fields.append(f"{group}.{name}={json.dumps(value)}".replace(" ", ""))
+    return fields
 
 
 def noise_schedule(config: Config) -> NoiseSchedule:

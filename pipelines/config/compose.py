@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,8 @@ from typing import Annotated, Any
 
 import pydantic
 
-from pipelines.config.build import network_config, noise_schedule, training_objective
+from ddpm.generate import Sampling
+from pipelines.config.build import network_config, noise_schedule, sampling, sampling_overrides, training_objective
 from pipelines.config.schema import Config, flatten
 from pipelines.errors import ConfigError
 
@@ -99,6 +101,24 @@ def override_settings(overrides: Sequence[str]) -> dict[str, Any]:
         _check_override(key, value, override.input_line or "")
         found[key] = value
     return found
+
+
+def changed_sampling(own: Sampling, overrides: Sequence[str]) -> Sampling:
+    """Return a model's own sampling settings with what overrides change.
+
+    Of `sampler` and `guidance` either fields are set, as in `sampler.steps=20`, and the others stay the model's own; or
+    another one is chosen, as by `sampler=heun` or `guidance=none`, which comes with its own defaults.
+
+    Raises:
+        ConfigError: an override or the resulting configuration is not valid.
+    """
+    given = override_settings(overrides)
+    of = {section: [key for key in given if key.partition(".")[0] == section] for section in ("sampler", "guidance")}
+    if not any(of.values()):
+        return own
+    kept = [section for section, keys in of.items() if not {section, f"{section}.kind"} & set(keys)]
+    lines = [line for line in sampling_overrides(own) if re.split(r"[.=]", line)[0] in kept]
+    return sampling(compose([*lines, *overrides]))
 
 
 def parse_overrides(overrides: Sequence[str]) -> Sequence[Any]:

@@ -257,7 +257,8 @@ class Gate:
                 reason = f"it is the model of {name}, with evidence that can be compared from now on"
                 return replace(verdict, passed=True, reason=reason, rows=tuple(rows))
             refused = _refused(verdict, [*rows, *unlike])
-            mend = f"first `ddpm register {name}`, which scores it anew, and promote the version that this makes"
+            command = " ".join(["ddpm register", name, *_other_settings(candidate.evidence, champion.evidence)])
+            mend = f"first `{command}`, which scores it anew, and promote the version that this makes"
             return replace(refused, reason=f"{refused.reason}; {mend}")
         assert champion.evidence is not None
         rows += unlike
@@ -341,6 +342,14 @@ class Gate:
             with suppress(ValueError):
                 spec = read_spec(inside)
             yield Opened(version, evidence, tuple(rows), inside, spec)
+
+
+def _other_settings(candidate: Evidence, champion: Evidence | None) -> list[str]:
+    """Return the overrides with which the champion is scored as a candidate was; none of what is alike already."""
+    ours, theirs = candidate.scores, None if champion is None else champion.scores
+    n = [] if theirs is not None and theirs.n == ours.n else [f"evaluation.n={ours.n}"]
+    same = theirs is not None and theirs.evaluator == ours.evaluator
+    return n if same else [*n, f"evaluation.evaluator={ours.evaluator}"]
 
 
 def _refused(verdict: Verdict, rows: Sequence[Row]) -> Verdict:

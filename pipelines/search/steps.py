@@ -25,14 +25,13 @@ from ddpm.schedule import NoiseSchedule
 from ddpm.step_learning import StepLearning
 from ddpm.step_search import StepSearch
 from pipelines import references, tracking
-from pipelines.config import Config, ConfigError
+from pipelines.config import Config, ConfigError, sampling_overrides
 from pipelines.display import StageNotice
 from pipelines.evaluation.devices import task_device
 from pipelines.evaluation.prompts import open_captions
 from pipelines.references import Resolved
 from pipelines.search.seeds import NoiseSeeds
 from pipelines.search.study import StudyStore
-from pipelines.search.winner import overrides_of
 from pipelines.shards.captions import Captions
 from pipelines.shards.index import read_dataset
 from pipelines.storage import Storage, join
@@ -176,7 +175,7 @@ def search_steps(
         raise ConfigError(f"search steps: {error}") from error
     for spacing, distance in sorted(found.distances.items(), key=lambda item: item[1]):
         notice("steps", f"{spacing}: {distance:.4g} from the ends of fine trajectories")
-    overrides = overrides_of(found.settings, " ")
+    overrides = " ".join(sampling_overrides(found.settings))
     notice("steps", f"use them with `ddpm register {reference} {overrides}`")
     return _store(found, config, name, reference, storage)
 
@@ -232,7 +231,7 @@ def _store(found: FoundSteps, config: Config, name: str, reference: str, storage
     storage.write(join(store.uri, "steps.json"), json.dumps(plain, indent=1).encode())
     with tracking.recording("has not got the steps"):
         tracker.text(tracking.to_json(found.settings.to_json()), "best/sampling.json")
-        tracker.text(overrides_of(found.settings), "best/overrides.txt")
+        tracker.text("\n".join(sampling_overrides(found.settings)), "best/overrides.txt")
         tracker.metrics({f"steps/{spacing}": distance for spacing, distance in found.distances.items()}, 0)
         tracker.status("FINISHED")
     return plain

@@ -12,7 +12,7 @@ from typing import Any
 import ray
 
 from pipelines import references, registry, tracking
-from pipelines.config import Config
+from pipelines.config import Config, sampling_overrides
 from pipelines.display import StageNotice
 from pipelines.evaluation.evaluators import Evaluator, open_evaluator
 from pipelines.evaluation.prompts import open_captions
@@ -31,7 +31,7 @@ from pipelines.search.study_config import StudyConfig
 from pipelines.search.training_confirmation import fresh_images
 from pipelines.search.training_trial import Shared, rungs
 from pipelines.search.trial_seconds import median_seconds
-from pipelines.search.winner import overrides_of, register_winner, show_winner, write_best
+from pipelines.search.winner import register_winner, show_winner, write_best
 from pipelines.shards.index import Dataset, read_dataset
 from pipelines.storage import Storage, join
 from pipelines.tracking import ModelVersion, Tracker
@@ -163,7 +163,7 @@ def _publish_guidance(
     if winner is not None:
         with tracking.recording("has not got the best settings"):
             tracker.text(tracking.to_json(winner.settings.to_json()), "best/sampling.json")
-            tracker.text(overrides_of(winner.settings), "best/overrides.txt")
+            tracker.text("\n".join(sampling_overrides(winner.settings)), "best/overrides.txt")
     return StudyResult(tracker, found.records, best(found.records, study.objectives[0]), where, answer)
 
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
-from ddpm.generate import Sampling
-from ddpm.guidance import GUIDANCE
-from ddpm.settings import settings_of
 from pipelines import registry, tracking
-from pipelines.config import Config
+from pipelines.config import Config, sampling_overrides
 from pipelines.display import Silent, StageNotice
 from pipelines.errors import PipelineError
 from pipelines.references import Resolved
@@ -66,7 +62,8 @@ def register_winner(
     show_winner(winner, notice)
     if winner is None:
         return None
-    at_hand = f"register it with `ddpm register {resolved.reference} {overrides_of(winner.settings, ' ')}`"
+    overrides = " ".join(sampling_overrides(winner.settings))
+    at_hand = f"register it with `ddpm register {resolved.reference} {overrides}`"
     if resolved.version is None:
         notice("study", f"the model is no registered version: {at_hand}")
         return None
@@ -117,19 +114,3 @@ def write_best(
     store.storage.write(where, text.encode())
     store.storage.delete(join(store.uri, "best", f"{other}.json"))  # of an earlier call of this study
     return where
-
-
-def overrides_of(settings: Sampling, between: str = "\n") -> str:
-    """Return sampler, guidance and clipping as overrides for the command line.
-
-    Args:
-        between: stands between two of them.
-    """
-    plain = settings.to_json()
-    guidance = {setting.name for setting in settings_of(GUIDANCE[plain["guidance"]])}
-    fields = [f"sampler={plain['kind']}", f"guidance.kind={plain['guidance']}"]
-    for name, value in plain.items():
-        if name not in ("kind", "guidance"):
-            group = "guidance" if name in guidance else "sampler"
-            fields.append(f"{group}.{name}={json.dumps(value)}".replace(" ", ""))
-    return between.join(fields)

@@ -150,8 +150,8 @@ class Tracker:
         """Return a text artifact."""
         return self.read_file(name).decode()
 
-    def names(self, folder: str) -> list[str]:
-        """Return the artifact paths in a folder."""
+    def names(self, folder: str | None = None) -> list[str]:
+        """Return the artifact paths in a folder, or those at the top."""
         return [info.path for info in self._ask(lambda client: client.list_artifacts(self.run_id, folder))]
 
     def tags(self, tags: Mapping[str, str]) -> None:

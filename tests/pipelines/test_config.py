@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from ddpm.generate import Sampling
 from pipelines.config import (
     ConfigError,
+    changed_sampling,
     compose,
     conf_dir,
     flatten,
@@ -17,6 +19,8 @@ from pipelines.config import (
     network_config,
     noise_schedule,
     read_config,
+    sampling,
+    sampling_overrides,
 )
 from tests.docs.modules import load
 
@@ -164,6 +168,35 @@ def test_every_shipped_choice_composes(group, choice):
 def test_a_mistake_is_named_with_its_place_and_what_is_allowed(overrides, message):
     with pytest.raises(ConfigError, match=message):
         compose(overrides)
+
+
+HEUN = Sampling.of(kind="heun", steps=7, scale=1.6, interval=(0.0, 0.5))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [HEUN, Sampling.of(kind="ddim", steps=5, eta=0.5, clip=None), Sampling.of(kind="dpm_solver", threshold=0.9)],
+)
+def test_sampling_overrides_give_the_settings_back(settings):
+    assert sampling(compose(["+experiment=digits", *sampling_overrides(settings)])) == settings
+
+
+@pytest.mark.parametrize(
+    "overrides, wanted",
+    [
+        ([], HEUN),
+        (["+experiment=digits", "evaluation.n=8"], HEUN),
+        (["sampler.steps=9", "guidance.scale=2"], HEUN.with_fields(steps=9, scale=2.0)),
+        (["guidance=none"], Sampling.of(kind="heun", steps=7, scale=1.0)),
+        (
+            ["sampler=dpm_solver", "sampler.steps=4"],
+            Sampling.of(kind="dpm_solver", steps=4, scale=1.6, interval=(0, 0.5)),
+        ),
+        (["sampler.kind=dpm_solver"], Sampling.of(kind="dpm_solver", scale=1.6, interval=(0, 0.5))),
+    ],
+)
+def test_overrides_change_a_models_own_sampling_settings_and_leave_the_others(overrides, wanted):
+    assert changed_sampling(HEUN, overrides) == wanted
 
 
 def test_fields_that_the_yaml_leaves_at_their_default_can_be_set_all_the_same():

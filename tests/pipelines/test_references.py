@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -8,8 +9,10 @@ from ddpm.generate import Sampling
 from ddpm.model import Model, ModelSpec, load_model, save_guides, save_model
 from ddpm.models.classifier import NoisyClassifier
 from ddpm.models.unet import UNet
+from pipelines import references
 from pipelines.checkpoints import ModelError
-from pipelines.references import guided, resolve
+from pipelines.config import compose
+from pipelines.references import guided, judged_as_before, resolve
 from pipelines.storage import Storage
 from tests.pipelines.checkpoints.tiny import SMALL
 
@@ -35,6 +38,37 @@ def test_references_that_name_nothing_say_what_a_reference_is(reference, message
 def test_a_run_is_named_by_id_and_images_or_the_best_and_a_width(reference):
     with pytest.raises(ModelError, match=r"write runs:/ID, runs:/ID/IMAGES or runs:/ID/best, and /sigma_rel=0.1"):
         resolve(reference, tracking_uri="http://127.0.0.1:9", storage=Storage())
+
+
+class Run:
+    """An MLflow run with a configuration, or without one."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def names(self):
+        return ["model"] if self.config is None else ["config.json", "model"]
+
+    def read_text(self, name):
+        return json.dumps(self.config)
+
+
+def test_a_model_is_judged_as_by_its_run_but_for_what_overrides_set(monkeypatch):
+    recorded = ["evaluation.n=64", "evaluation.seeds=2", "evaluation.evaluator=contrastive", "registry.n=80"]
+    run = Run(compose([*recorded, "registry.model=photos", "evaluation.actors=7"]).model_dump(mode="json"))
+    monkeypatch.setattr(references.tracking, "get_run", lambda uri, run_id: run)
+    given = ["evaluation.n=32", "tracking.uri=http://127.0.0.1:9"]
+    plain = compose(given)
+    found = judged_as_before(plain, given, "runs:/abc/best")
+    judged = found.evaluation
+    assert (judged.n, judged.seeds, judged.evaluator, judged.actors) == (32, 2, "contrastive", None)
+    assert (found.registry.model, found.registry.n) == ("photos", 80)
+    assert found.model_copy(update={"evaluation": plain.evaluation, "registry": plain.registry}) == plain
+    run.config["evaluation"].pop("seeds")  # of a release that did not have it
+    assert judged_as_before(plain, given, "runs:/abc").evaluation.seeds == plain.evaluation.seeds
+    run.config = None
+    assert judged_as_before(plain, given, "runs:/abc") == plain
+    assert judged_as_before(plain, given, "folder") == plain
 
 
 @pytest.fixture

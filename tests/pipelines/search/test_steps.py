@@ -11,10 +11,9 @@ from ddpm.generate import Sampling
 from ddpm.model import load_model
 from ddpm.step_learning import StepLearning
 from ddpm.step_search import StepSearch
-from pipelines.config import compose, sampling
+from pipelines.config import compose, sampling, sampling_overrides
 from pipelines.references import Resolved
 from pipelines.search.steps import CHOSEN, LEARNED, _settings, find_steps
-from pipelines.search.winner import overrides_of
 from tests.pipelines.drawing import model_folder
 
 SMALL = StepSearch(grid=8)
@@ -36,7 +35,7 @@ def test_what_is_found_are_settings_that_can_be_stored_registered_and_drawn(mode
     levels = found.settings.sampler.timesteps
     assert len(levels) == 4
     assert Sampling.from_json(json.loads(json.dumps(found.to_plain()))["sampling"]) == found.settings
-    assert sampling(compose(overrides_of(found.settings).splitlines())) == found.settings
+    assert sampling(compose(sampling_overrides(found.settings))) == found.settings
     images = model.generate(torch.arange(3), sampling=found.settings)
     assert torch.equal(images, model.generate(torch.arange(3), sampling=found.settings))
     assert find_steps(model, asked, SMALL, learning, 6, (1, 2)) == found

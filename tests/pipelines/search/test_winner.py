@@ -9,12 +9,12 @@ import pytest
 from ddpm.generate import Sampling
 from ddpm.quality import Interval
 from pipelines import registry, tracking
-from pipelines.config import compose, sampling
+from pipelines.config import compose
 from pipelines.registry import RegistryError
 from pipelines.search import winner
 from pipelines.search.confirmation import Confirmed
 from pipelines.search.study import StudyStore
-from pipelines.search.winner import overrides_of, register_winner, write_best
+from pipelines.search.winner import register_winner, write_best
 from pipelines.storage import Storage
 from pipelines.tracking import ModelVersion
 from tests.pipelines.search.test_study import record
@@ -38,14 +38,6 @@ class Texts:
 
     def text(self, text, name):
         self.texts[name] = text
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [SETTINGS, Sampling.of(kind="ddim", steps=5, eta=0.5, clip=None), Sampling.of(kind="dpm_solver", threshold=0.9)],
-)
-def test_overrides_give_the_settings_back(settings):
-    assert sampling(compose(["+experiment=digits", *overrides_of(settings).split("\n")])) == settings
 
 
 def test_a_configuration_is_called_confirmed_only_where_it_is(tmp_path):
