@@ -33,9 +33,9 @@ def launch(
     to: Annotated[Path | None, typer.Option("--to", help="Folder for the files of --target aws")] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Do not follow what the command prints")] = False,
     stop: Annotated[
-        str | None, typer.Option("--stop", metavar="RUN", help="Stop the job of this name, with a checkpoint")
+        str | None, typer.Option("--stop", metavar="JOB", help="Stop the job of this name, with a checkpoint")
     ] = None,
-    status: Annotated[str | None, typer.Option("--status", metavar="RUN", help="Show the jobs of this name")] = None,
+    status: Annotated[str | None, typer.Option("--status", metavar="JOB", help="Show the jobs of this name")] = None,
     as_json: Json = False,
 ) -> None:
     """Run a verb on a cluster and follow it. Example: ddpm launch --target kuberay train +experiment=digits name=first

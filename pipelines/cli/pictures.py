@@ -32,7 +32,9 @@ Set = Annotated[
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise; the pictures of one seed are numbered")]
 Seeds = Annotated[str | None, typer.Option(help="A seed for each row of pictures, comma-separated, instead of --count")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images to draw at a time; the images do not depend on it")]
+BatchSize = Annotated[
+    int, typer.Option(min=1, help="Images to draw at a time; the images depend on it by rounding alone")
+]
 Film = Annotated[bool, typer.Option("--film", help="Write film.png and film.webp: x_t and the predicted x_0")]
 Url = Annotated[str | None, typer.Option(help="Ask this server of `ddpm serve`; MODEL is a name or reference there")]
 Token = Annotated[

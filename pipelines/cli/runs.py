@@ -112,7 +112,7 @@ def gc(
     ] = 24,
     as_json: Json = False,
 ) -> None:
-    """Delete published checkpoints, studies and evaluators that nothing names. Example: ddpm gc --dry-run"""
+    """Delete checkpoints, studies, evaluators, samples and features that nothing names. Example: ddpm gc --dry-run"""
     config = compose_running(overrides, services=["s3", "mlflow"])
 
     from pipelines import inventory

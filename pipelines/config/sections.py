@@ -65,7 +65,9 @@ class OptimConfig(Section):
     betas: tuple[Fraction, Fraction] = Field(
         (0.9, 0.999), description="how slowly AdamW forgets: its averages of the gradient and of the gradient's square"
     )
-    weight_decay: NonNegativeFloat = Field(0.0, description="AdamW's weight decay")
+    weight_decay: NonNegativeFloat = Field(
+        0.0, description="weight decay of AdamW and Muon, taken from the weights themselves"
+    )
     muon_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.95, description="how slowly Muon forgets: the momentum of hidden matrices"
     )

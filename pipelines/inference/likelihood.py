@@ -26,13 +26,13 @@ from pipelines.lineage import code_lineage
 from pipelines.references import Resolved
 from pipelines.registry import digest_of
 from pipelines.shards.index import DatasetError, read_dataset
+from pipelines.shards.ingest.sources import SUFFIXES
 from pipelines.shards.read import opened_split, spread_positions
 from pipelines.storage import NotFoundError, Storage, join
 
 Method = Literal["bound", "ode"]
 LEVEL = 0.95
 """Of the intervals."""
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def _test_split(uri: str, model: Model, most: int, config: Config, storage: Stor
 
 
 def _folder(folder: Path, model: Model, most: int, notice: Notice) -> Data:
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if len(paths) < 2:
         raise RequestError(f"{folder} has {len(paths)} images and no dataset.json: an interval needs at least 2 images")
     chosen = [paths[i] for i in spread_positions(len(paths), most)]

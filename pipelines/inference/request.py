@@ -45,7 +45,7 @@ class Request(pydantic.BaseModel):
     seed: Seed = Field(0, description="of the noise")
     seeds: tuple[Seed, ...] | None = Field(None, min_length=1, description="a seed for each row, instead of a count")
     sampling: dict[str, Any] = Field({}, description="fields of `ddpm.generate.Sampling` that differ from the model's")
-    batch_size: PositiveInt = Field(64, description="pictures of one network call; they do not depend on it")
+    batch_size: PositiveInt = Field(64, description="pictures of one network call; they depend on it by rounding alone")
 
     @classmethod
     def of(cls, **given: Any) -> Self:

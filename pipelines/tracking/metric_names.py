@@ -21,5 +21,6 @@ METRICS = {
     "eval/frechet_low": "Lower end of the 95 % interval of eval/frechet_distance.",
     "eval/frechet_high": "Upper end of the 95 % interval of eval/frechet_distance.",
     "search/SCORE": "Scores of the trials of a study, by the names of the scores.",
+    "steps/CHOICE": "Distance of samples by a choice of levels from the ends of fine trajectories of the model.",
 }
 """Metric -> its meaning. A part in capitals stands for a number or a name."""
