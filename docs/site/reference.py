@@ -210,6 +210,7 @@ def metrics() -> str:
         "worker": "Worker of rank 0",
         "test": "Classifiers of noisy images",
         "search": "Studies",
+        "steps": "Searches for steps",
     }
     for prefix, title in titles.items():
         rows = [[f"`{n}`", _text(m)] for n, m in everything.items() if n.startswith(f"{prefix}/")]
