@@ -35,7 +35,7 @@ from pipelines.scratch import scratch_folder
 from pipelines.shards.index import Dataset
 from pipelines.shards.quarantine import Quarantine, stream_digest
 from pipelines.storage import Storage
-from pipelines.tracking import ModelVersion, Tracker
+from pipelines.tracking import ModelVersion, Tracker, TrackingError
 
 
 def model_spec(
@@ -311,10 +311,13 @@ def judged_as_before(config: Config, overrides: Sequence[str], reference: str) -
 
 
 def _recorded(tracker: Tracker) -> dict[str, Any]:
-    """Return the `JUDGING` settings of a run, flat; of an earlier release those that it had, without one none."""
-    if "config.json" not in tracker.names():
-        return {}
-    stored = json.loads(tracker.read_text("config.json"))
+    """Return the `JUDGING` settings of a run, flat; of an earlier release those that it had."""
+    try:
+        stored = json.loads(tracker.read_text("config.json")) if "config.json" in tracker.names() else {}
+    except TrackingError as error:
+        if error.status not in (400, 404):
+            raise
+        stored = {}  # the run is deleted, and its version is not
     return {
         f"{section}.{name}": stored[section][name]
         for section, names in JUDGING.items()

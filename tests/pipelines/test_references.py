@@ -14,6 +14,7 @@ from pipelines.checkpoints import ModelError
 from pipelines.config import compose
 from pipelines.references import guided, judged_as_before, resolve
 from pipelines.storage import Storage
+from pipelines.tracking import TrackingError
 from tests.pipelines.checkpoints.tiny import SMALL
 
 CLASSES = ("a", "b")
@@ -47,6 +48,8 @@ class Run:
         self.config = config
 
     def names(self):
+        if self.config == "deleted":
+            raise TrackingError("no such run", 404)
         return ["model"] if self.config is None else ["config.json", "model"]
 
     def read_text(self, name):
@@ -66,8 +69,9 @@ def test_a_model_is_judged_as_by_its_run_but_for_what_overrides_set(monkeypatch)
     assert found.model_copy(update={"evaluation": plain.evaluation, "registry": plain.registry}) == plain
     run.config["evaluation"].pop("seeds")  # of a release that did not have it
     assert judged_as_before(plain, given, "runs:/abc").evaluation.seeds == plain.evaluation.seeds
-    run.config = None
-    assert judged_as_before(plain, given, "runs:/abc") == plain
+    for without in (None, "deleted"):
+        run.config = without
+        assert judged_as_before(plain, given, "runs:/abc") == plain
     assert judged_as_before(plain, given, "folder") == plain
 
 
