@@ -35,7 +35,7 @@ class SourceFacts:
     """What a source of images was found to hold.
 
     Attributes:
-        source: as the user gave it.
+        source: as it is named in every folder, see `pipelines.shards.ingest.sources.absolute`.
         images: number of images that are listed, all splits together.
         test_images: those of them in the test split.
         class_counts: class name -> number of images; empty without labels.

@@ -18,7 +18,7 @@ from pipelines.plan.lines import source_name
 from pipelines.plan.look import look
 from pipelines.plan.measure import Measurement, measure
 from pipelines.plan.propose import propose
-from pipelines.shards.ingest.sources import source_digest
+from pipelines.shards.ingest.sources import absolute, source_digest
 from pipelines.storage import Storage
 from pipelines.training.ray_train.resources import alive_nodes, connect_ray
 
@@ -49,7 +49,7 @@ def make_plan(
     settings = override_settings(overrides)
     notice("look", f"{source}: sizes, colours, labels, whether it may be mirrored")
     facts = look(
-        source,
+        absolute(source),
         storage,
         test_fraction=float(settings.get("data.test_fraction", 0.1)),
         encoder=settings.get("data.text_encoder", "auto"),
@@ -89,8 +89,9 @@ def find_or_make(
     """
     settings = override_settings(overrides)
     book = PlanBook(storage, services.storage.root)
-    key = command_key(source_digest(source, storage), budget_s, settings)
-    found = book.find(str(settings.get("name", source_name(source))), key)
+    where = absolute(source)
+    key = command_key(source_digest(where, storage), budget_s, settings)
+    found = book.find(str(settings.get("name", source_name(where))), key)
     if found is not None:
         notice("plan", f"this command was given before: run {found.config['name']} goes on by its plan")
         return found
@@ -109,9 +110,10 @@ def find_plan(
 ) -> StoredPlan | None:
     """Return the plan that the same command had before; None where it was not given. Arguments as of `make_plan`."""
     settings = override_settings(overrides)
-    key = command_key(source_digest(source, storage), budget_s, settings)
+    where = absolute(source)
+    key = command_key(source_digest(where, storage), budget_s, settings)
     book = PlanBook(storage, services.storage.root)
-    return book.find(str(settings.get("name", source_name(source))), key)
+    return book.find(str(settings.get("name", source_name(where))), key)
 
 
 def _renamed(plan: Plan, name: str) -> Plan:

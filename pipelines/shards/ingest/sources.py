@@ -112,6 +112,11 @@ def open_source(source: str, storage: Storage, test_fraction: float = 0.1) -> So
     return _class_folders(shown(uri), tree, test_fraction)
 
 
+def absolute(source: str) -> str:
+    """Return a source as it is named in every folder: a local one by its absolute path."""
+    return source if source == "digits" else shown(address(source))
+
+
 def source_digest(source: str, storage: Storage | None = None) -> str:
     """Return a digest of the names, sizes and modification times (ETags on S3) of a source's files."""
     storage = storage or Storage()

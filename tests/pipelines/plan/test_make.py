@@ -11,7 +11,7 @@ from pipelines.display import Silent
 from pipelines.flow import Site
 from pipelines.flow.ingest import Ingest, write_dataset
 from pipelines.flow.walk import walk
-from pipelines.plan.make import find_or_make
+from pipelines.plan.make import find_or_make, find_plan
 from pipelines.plan.services import services_config
 from pipelines.shards.index import read_dataset
 from pipelines.storage import Storage
@@ -68,3 +68,21 @@ def test_another_source_or_setting_of_the_same_name_has_a_run_of_its_own(command
     assert grown.config["name"] == "pets-30m-3"
     named = planned(source, [*overrides, "name=mine"], said)
     assert named.config["name"] == "mine"
+
+
+def test_a_relative_source_is_the_folder_that_it_names_and_not_the_text(command, tmp_path, monkeypatch):
+    source, overrides = command
+    write_files(tmp_path / "elsewhere" / "pets", pictures(30))
+    said = []
+    monkeypatch.chdir(tmp_path)
+    here = planned("pets", overrides, said)
+    assert said[0].startswith("look: pets: ")
+    assert from_dict(here.config).data.source == source
+    assert planned(f"{source}/", overrides, said) == here
+    monkeypatch.chdir(source)
+    assert planned(".", overrides, said) == here
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert find_plan("pets", overrides, 1_800.0, services_config(overrides), STORAGE) is None
+    there = planned("pets", overrides, said)
+    assert there.config["data"]["uri"] != here.config["data"]["uri"]
+    assert find_plan("./pets", overrides, 1_800.0, services_config(overrides), STORAGE) == there
