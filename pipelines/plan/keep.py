@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import count
 from typing import Any
 
 import yaml
@@ -92,6 +93,20 @@ class PlanBook:
             number += 1
             found = f"{name}-{number}"
         return found
+
+    def model_of(self, source: str, name: str) -> str:
+        """Return the first of name, name-2, … that plans of this source have as their model, or that no plan has.
+
+        Args:
+            source: as plans have it, absolute.
+        """
+        sources: dict[str, set[str]] = {}
+        for entry in self.storage.list(join(self.root, FOLDER)):
+            plan = self._read(entry.uri)
+            if plan is not None:
+                sources.setdefault(str(plan.config["registry"]["model"]), set()).add(plan.source.source)
+        numbered = (name if number == 1 else f"{name}-{number}" for number in count(1))
+        return next(model for model in numbered if source in sources.get(model, {source}))
 
     def add(self, plan: StoredPlan) -> None:
         """Store a plan under the name of its run."""

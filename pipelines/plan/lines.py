@@ -19,6 +19,8 @@ FEW = 500
 MIRROR_PAIRS, MIRROR_ACCURACY = 60, 0.62
 """Images are mirrored only where at least so many held-out ones were looked at, and the upper end of the interval of
 the accuracy with which mirrored ones are told lies below this."""
+NAME = "name"
+"""Title of the line about the names, which a plan that is kept may change."""
 COMPARISON = "docs/training-methods.md"
 DECISIVE = ("data.image_size", "data.channels", "data.geometry", "data.text_encoder", "data.test_fraction")
 """What tells datasets of the same source apart."""
@@ -251,13 +253,18 @@ def judging_lines(source: SourceFacts, machine: MachineFacts, basis: Basis, budg
             f"{judging.seeds} x {judging.n:,} samples, judged by a {judge}",
             f"they take at most {clock.SCORE_SHARE:.0%} of the budget; its training is {judging.passes} passes",
         ),
-        hand.line(
-            "name",
-            {"name": f"{name}-{written(budget_s)}", "registry.model": name},
-            f"run {name}-{written(budget_s)}, model {name}",
-            "runs of other budgets become versions of the same model",
-        ),
+        name_line(f"{name}-{written(budget_s)}", name, hand),
     ]
+
+
+def name_line(run: str, model: str, hand: Hand) -> Line:
+    """Return the line about the names of the run and of the registered model."""
+    return hand.line(
+        NAME,
+        {"name": run, "registry.model": model},
+        f"run {run}, model {model}",
+        "runs of other budgets become versions of the same model",
+    )
 
 
 def warnings(source: SourceFacts, machine: MachineFacts, basis: Basis, budget_s: float) -> tuple[str, ...]:

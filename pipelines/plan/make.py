@@ -12,9 +12,9 @@ import ray
 from pipelines.config import Config, ConfigError, compose, override_settings
 from pipelines.display import StageNotice
 from pipelines.plan.budget import spoken
-from pipelines.plan.facts import MachineFacts, Plan, SourceFacts
+from pipelines.plan.facts import Hand, MachineFacts, Plan, SourceFacts
 from pipelines.plan.keep import PlanBook, StoredPlan, command_key
-from pipelines.plan.lines import source_name
+from pipelines.plan.lines import NAME, name_line, source_name
 from pipelines.plan.look import look
 from pipelines.plan.measure import Measurement, measure
 from pipelines.plan.propose import propose
@@ -96,11 +96,18 @@ def find_or_make(
         notice("plan", f"this command was given before: run {found.config['name']} goes on by its plan")
         return found
     made = replace(make_plan(source, overrides, budget_s, services, storage, notice, start_s=start_s), key=key)
-    name = str(made.config["name"])
-    free = name if "name" in settings else book.free_name(name)
-    if free != name:
-        made = replace(made, plan=_renamed(made.plan, free), config={**made.config, "name": free})
-        notice("plan", f"the run is called {free}, because another command has a run {name}")
+    hand, run, model = Hand(settings), str(made.config["name"]), str(made.config["registry"]["model"])
+    own_run = run if hand.sets("name") else book.free_name(run)
+    own_model = model if hand.sets("registry.model") else book.model_of(where, model)
+    if own_run != run:
+        notice("plan", f"the run is called {own_run}, because another command has a run {run}")
+    if own_model != model:
+        notice(
+            "plan",
+            f"the model is called {own_model}, because {model} is of another source: registry.model={model} makes "
+            "this run a version of that one all the same, and registry.model=NAME chooses another name",
+        )
+    made = _renamed(made, own_run, own_model, overrides)
     book.add(made)
     return made
 
@@ -116,13 +123,12 @@ def find_plan(
     return book.find(str(settings.get("name", source_name(where))), key)
 
 
-def _renamed(plan: Plan, name: str) -> Plan:
-    """Return a plan with another name of its run."""
-    lines = tuple(
-        replace(line, settings={**line.settings, "name": name}) if "name" in line.settings else line
-        for line in plan.lines
-    )
-    return replace(plan, lines=lines)
+def _renamed(made: StoredPlan, run: str, model: str, overrides: Sequence[str]) -> StoredPlan:
+    """Return a plan with these names of its run and model, where the user has not set them."""
+    named = name_line(run, model, Hand(override_settings(overrides)))
+    plan = replace(made.plan, lines=tuple(named if line.title == NAME else line for line in made.plan.lines))
+    config = compose([*plan.overrides(), *overrides])
+    return replace(made, plan=plan, config=config.model_dump(mode="json"))
 
 
 def _measured(

@@ -11,10 +11,12 @@ from pipelines.display import Silent
 from pipelines.flow import Site
 from pipelines.flow.ingest import Ingest, write_dataset
 from pipelines.flow.walk import walk
+from pipelines.plan import make
 from pipelines.plan.make import find_or_make, find_plan
 from pipelines.plan.services import services_config
 from pipelines.shards.index import read_dataset
 from pipelines.storage import Storage
+from tests.pipelines.plan.cases import LAPTOP
 from tests.pipelines.shards.ingest.sources import picture, pictures, write_files
 from tests.pipelines.training.loop.ranks import train_here
 
@@ -28,6 +30,12 @@ def command(tmp_path):
     """The arguments of a planned flow whose services are a folder."""
     source = str(write_files(tmp_path / "pets", pictures(30)))
     return source, ["storage=file", f"storage.root=file://{tmp_path}/root", *SMALL, *SHORT]
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """A machine that needs no measuring."""
+    monkeypatch.setattr(make, "measure", lambda *arguments, **options: LAPTOP)
 
 
 def planned(source, overrides, said):
@@ -70,7 +78,7 @@ def test_another_source_or_setting_of_the_same_name_has_a_run_of_its_own(command
     assert named.config["name"] == "mine"
 
 
-def test_a_relative_source_is_the_folder_that_it_names_and_not_the_text(command, tmp_path, monkeypatch):
+def test_a_relative_source_is_the_folder_that_it_names_and_not_the_text(command, measured, tmp_path, monkeypatch):
     source, overrides = command
     write_files(tmp_path / "elsewhere" / "pets", pictures(30))
     said = []
@@ -86,3 +94,21 @@ def test_a_relative_source_is_the_folder_that_it_names_and_not_the_text(command,
     there = planned("pets", overrides, said)
     assert there.config["data"]["uri"] != here.config["data"]["uri"]
     assert find_plan("./pets", overrides, 1_800.0, services_config(overrides), STORAGE) == there
+
+
+def test_folders_of_the_same_name_have_models_of_their_own_and_runs_of_one_folder_share_theirs(
+    command, measured, tmp_path
+):
+    source, overrides = command
+    other = str(write_files(tmp_path / "shelter" / "pets", pictures(30)))
+    said = []
+    assert planned(source, overrides, said).config["registry"]["model"] == "pets"
+    made = planned(other, overrides, said)
+    assert (made.config["name"], made.config["registry"]["model"]) == ("pets-30m-2", "pets-2")
+    assert made.plan.lines[-1].value == "run pets-30m-2, model pets-2"
+    assert "the model is called pets-2, because pets is of another source: registry.model=pets " in said[-1]
+    again = [planned(folder, [*overrides, "optim.lr=0.5"], said) for folder in (source, other)]
+    assert [plan.config["registry"]["model"] for plan in again] == ["pets", "pets-2"]
+    by_hand = planned(other, [*overrides, "registry.model=pets"], said)
+    assert by_hand.config["registry"]["model"] == "pets"
+    assert find_plan(other, overrides, 1_800.0, services_config(overrides), STORAGE) == made
