@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import statistics
@@ -70,6 +71,9 @@ class Measurement:
             return self._measured(device)
         finally:
             torch.set_num_threads(threads)
+            if device.type == "cuda":  # the worker of this GPU would miss what a living process keeps
+                gc.collect()
+                torch.cuda.empty_cache()
 
     def _measured(self, device: torch.device) -> Measured:
         speeds: dict[str, Speed] = {}

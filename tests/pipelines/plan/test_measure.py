@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 
+import pytest
+import torch
 import yaml
 
-from pipelines.config import compose, from_dict, read_config
+from pipelines.config import ConfigError, compose, from_dict, read_config
 from pipelines.plan.facts import Hand
 from pipelines.plan.keep import PlanBook, StoredPlan, to_yaml
 from pipelines.plan.make import compose_plan
-from pipelines.plan.measure import measure, speed_together
+from pipelines.plan.measure import Measurement, measure, speed_together
 from pipelines.plan.networks import candidates, unet
 from pipelines.plan.propose import propose
 from pipelines.storage import Storage
@@ -30,6 +33,23 @@ def test_a_real_step_is_measured_for_each_network_that_the_budget_could_train():
     assert found.looking_s > 0
     plan = propose(small, found, 600.0, {"model.channels": [32], "model.attention": [False]})
     assert plan.network == "hand@8"
+
+
+@pytest.mark.parametrize("raised", [None, ConfigError("stopped")])
+def test_a_measurement_leaves_no_memory_of_a_gpu_to_its_process(monkeypatch, raised):
+    released = []
+
+    def measured(self, device):
+        assert device.type == "cuda"
+        if raised is not None:
+            raise raised
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: released.append(True))
+    monkeypatch.setattr(Measurement, "_measured", measured)
+    with nullcontext() if raised is None else pytest.raises(ConfigError):
+        Measurement(DIGITS, {}, 600.0, 1)()
+    assert released == [True]
 
 
 def test_candidates_that_a_budget_cannot_train_are_not_measured():
