@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NoReturn
 
 from pipelines.errors import PipelineError
 from pipelines.shards.index import DatasetError
@@ -244,26 +246,55 @@ def _stamp(status: os.stat_result) -> str:
 
 
 def _local_tree(root: Path) -> Tree:
-    """List the files of a local folder; links to folders are followed."""
+    """List the files of a local folder; links to folders are followed, unless they lead back to where they are.
+
+    Raises:
+        DatasetError: a folder cannot be listed, or nothing in it opened.
+    """
+
+    def refuse(error: OSError) -> NoReturn:
+        raise DatasetError(
+            f"{error.filename} cannot be read ({error.strerror}), so its images would be missing without a word: make "
+            f"it readable, such as by chmod -R u+rX {root}, or take it out of the source"
+        ) from error
+
     files, folders = [], []
-    for here, below, names in os.walk(root, followlinks=True):
+    ways: dict[str, tuple[str, ...]] = {str(root): (os.path.realpath(root),)}
+    for here, below, names in os.walk(root, onerror=refuse, followlinks=True):
         relative = Path(here).relative_to(root).as_posix()
         prefix = "" if relative == "." else f"{relative}/"
-        below[:] = [name for name in below if name[0] != "." and not _climbs(os.path.join(here, name))]
+        way = ways.pop(here)
+        onward = {name: _way_to(name, here, way) for name in below if name[0] != "."}
+        ways |= {os.path.join(here, name): there for name, there in onward.items() if there is not None}
+        below[:] = [name for name, there in onward.items() if there is not None]
         folders += [prefix + name for name in below]
         for name in names:
             path = Path(here, name)
-            if path.is_file():
-                files.append(File(prefix + name, _stamp(path.stat()), StoredFile(f"file://{path}")))
+            try:
+                status = path.stat()
+            except PermissionError as error:
+                refuse(error)
+            except OSError:
+                continue  # a link that leads nowhere
+            if stat.S_ISREG(status.st_mode):
+                files.append(File(prefix + name, _stamp(status), StoredFile(f"file://{path}")))
     return _tree(files, folders)
 
 
-def _climbs(folder: str) -> bool:
-    """Return whether a link leads to a folder above it, so that following it would never end."""
-    if not os.path.islink(folder):
-        return False
-    target, here = os.path.realpath(folder), os.path.realpath(os.path.dirname(folder))
-    return (here + "/").startswith(target.rstrip("/") + "/")
+def _way_to(name: str, here: str, way: tuple[str, ...]) -> tuple[str, ...] | None:
+    """Return the way to a folder in another one; None for a link to a folder of the way or above, which has no end.
+
+    Args:
+        name: of the folder.
+        here: path of the other one.
+        way: to the other one: its real path, behind those of the folders whose links lead there.
+    """
+    path = os.path.join(here, name)
+    if not os.path.islink(path):
+        return (*way[:-1], os.path.join(way[-1], name))
+    target = os.path.realpath(path)
+    above = target.rstrip("/") + "/"
+    return None if any(f"{real}/".startswith(above) for real in way) else (*way, target)
 
 
 def _zip_tree(uri: str, storage: Storage) -> Tree:

@@ -1,6 +1,7 @@
 import os
 import pickle
 import zipfile
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -126,6 +127,54 @@ def test_class_folders_that_are_links_are_followed_and_loops_are_not(tmp_path):
     (root / "cat" / "again").symlink_to(root)
     source = open_source(str(root), STORAGE)
     assert {i.origin for i in source.images} == {"cat/a.png", "dog/b.png"}
+
+
+def test_links_between_folders_end_where_they_lead_back(tmp_path):
+    root = write_files(tmp_path / "links", {"a/1.png": b"1", "b/2.png": b"2"})
+    (root / "a" / "more").symlink_to("../b")
+    (root / "b" / "more").symlink_to("../a")
+    elsewhere = write_files(tmp_path / "elsewhere", {"deep/3.png": b"3"})
+    (root / "c").symlink_to(elsewhere)
+    (elsewhere / "deep" / "back").symlink_to(root)
+    source = open_source(str(root), STORAGE)
+    assert sorted(i.origin for i in source.images) == [
+        "a/1.png",
+        "a/more/2.png",
+        "b/2.png",
+        "b/more/1.png",
+        "c/deep/3.png",
+    ]
+
+
+@pytest.mark.parametrize("closed", ["dog", "."])
+def test_a_folder_that_cannot_be_listed_is_named_and_nothing_is_made_without_it(tmp_path, monkeypatch, closed):
+    root = write_files(tmp_path / "photos", {"cat/a.png": b"1", "dog/b.png": b"2"})
+    folder, listed = os.path.normpath(root / closed), os.scandir
+
+    def scandir(path="."):
+        if os.fspath(path) == folder:
+            raise PermissionError(13, "Permission denied", folder)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DatasetError, match=f"^{folder} cannot be read .Permission denied.*chmod -R u.rX {root}"):
+        open_source(str(root), STORAGE)
+
+
+def test_a_file_in_a_folder_that_can_be_listed_and_not_entered_is_not_left_out_silently(tmp_path, monkeypatch):
+    root = write_files(tmp_path / "photos", {"cat/a.png": b"1", "dog/b.png": b"2"})
+    (root / "dog" / "nowhere.png").symlink_to("missing.png")
+    assert len(open_source(str(root), STORAGE).images) == 2
+    status = Path.stat
+
+    def refused(path, **options):
+        if path.name == "b.png":
+            raise PermissionError(13, "Permission denied", str(path))
+        return status(path, **options)
+
+    monkeypatch.setattr(Path, "stat", refused)
+    with pytest.raises(DatasetError, match=r"dog/b.png cannot be read .Permission denied"):
+        open_source(str(root), STORAGE)
 
 
 def test_captions_labels_and_splits_come_from_the_columns(tmp_path):
