@@ -10,7 +10,7 @@ from typing import Any
 
 from pipelines.plan import clock
 from pipelines.plan.budget import spoken, written
-from pipelines.plan.choose import MOST_PASSES, SCALE, STEPS, Basis, drawing_precision, methods, most_images
+from pipelines.plan.choose import MOST_PASSES, PIECE, SCALE, STEPS, Basis, drawing_precision, methods, most_images
 from pipelines.plan.facts import Hand, Line, MachineFacts, SourceFacts, override_value
 from pipelines.plan.networks import RATES, candidates, native_size
 
@@ -132,7 +132,7 @@ def _condition_line(source: SourceFacts, basis: Basis, hand: Hand) -> Line:
     return hand.line("conditions", settings, " and ".join(parts) or "none", why)
 
 
-def optim_lines(source: SourceFacts, basis: Basis, hand: Hand) -> list[Line]:
+def optim_lines(source: SourceFacts, machine: MachineFacts, basis: Basis, hand: Hand) -> list[Line]:
     """Return the lines about the optimization."""
     images, batch = basis.images, basis.batch
     rate = RATES[basis.candidate.network] * math.sqrt(min(batch, 512) / 128)
@@ -149,7 +149,7 @@ def optim_lines(source: SourceFacts, basis: Basis, hand: Hand) -> list[Line]:
             f"{images:,} images",
             f"each image is seen {MOST_PASSES:,} times, more of that only learns them by heart" if capped else why,
         ),
-        hand.line("batch", {"batch_size": batch}, str(batch), f"{max(1, images // batch):,} steps"),
+        _batch_line(machine, basis, hand),
         hand.line(
             "learning rate",
             {
@@ -169,6 +169,15 @@ def optim_lines(source: SourceFacts, basis: Basis, hand: Hand) -> list[Line]:
             "a twentieth of the run: a longer one would keep its beginning",
         ),
     ]
+
+
+def _batch_line(machine: MachineFacts, basis: Basis, hand: Hand) -> Line:
+    """Return the line about the images of a step; a GPU computes no more of them at once than it was tried with."""
+    settings, why = {"batch_size": basis.batch}, f"{max(1, basis.images // basis.batch):,} steps"
+    if machine.gpus and math.ceil(basis.batch / basis.workers) > PIECE["cuda"]:
+        settings["micro_batch_size"] = PIECE["cuda"]
+        why += f"; a GPU computes {PIECE['cuda']} images at once, which were tried and fit its memory"
+    return hand.line("batch", settings, str(basis.batch), why)
 
 
 def machine_lines(machine: MachineFacts, basis: Basis, hand: Hand) -> list[Line]:

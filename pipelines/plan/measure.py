@@ -18,7 +18,7 @@ from pipelines.config import Config, compose
 from pipelines.evaluation.evaluators.classifier import BATCH as JUDGE_BATCH
 from pipelines.evaluation.evaluators.classifier import MAX_SIDE, train_classifier
 from pipelines.evaluation.evaluators.contrastive import train_contrastive
-from pipelines.plan.choose import drawing_precision, methods, uses_captions
+from pipelines.plan.choose import PIECE, drawing_precision, methods, uses_captions
 from pipelines.plan.facts import Hand, MachineFacts, SourceFacts, Speed, override_value
 from pipelines.plan.networks import Candidate, candidates
 from pipelines.training.loop.hardware import resolve_precision
@@ -27,8 +27,6 @@ from pipelines.training.loop.speed import measure_speed
 logger = logging.getLogger(__name__)
 SECONDS = 0.3
 """How long steps and evaluations of one candidate are each repeated."""
-PIECE = {"cpu": 32, "cuda": 128}
-"""Images of a measured step; fewer of large ones on a CPU."""
 JUDGE_STEPS = 2
 JUDGE_PIECE = 32
 """Images of a measured step of the contrastive network, where its training takes four times as many."""

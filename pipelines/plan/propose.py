@@ -30,7 +30,7 @@ def propose(
     found = (
         *lines.data_lines(source, basis, hand),
         *lines.network_lines(source, basis, hand),
-        *lines.optim_lines(source, basis, hand),
+        *lines.optim_lines(source, machine, basis, hand),
         *lines.machine_lines(machine, basis, hand),
         *lines.judging_lines(source, machine, basis, budget_s, hand),
     )

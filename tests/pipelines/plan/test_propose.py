@@ -125,6 +125,29 @@ def test_a_gpu_gets_larger_images_a_larger_network_and_more_of_them():
     assert cluster.images > 3 * there.images or cluster.model.channels[0] > there.model.channels[0]
 
 
+@pytest.mark.parametrize(
+    "facts, hand, expected",
+    [
+        (GPU, ["batch_size=512"], 128),
+        (GPU, ["batch_size=128"], None),
+        (GPU, ["batch_size=512", "micro_batch_size=64"], 64),
+        (machine(cores=16, gpus=3, factor=150.0), ["batch_size=512"], 128),
+        (machine(cores=16, gpus=4, factor=150.0), ["batch_size=512"], None),
+        (LAPTOP, ["batch_size=512"], None),
+    ],
+)
+def test_a_gpu_computes_no_more_images_at_once_than_it_was_measured_with(facts, hand, expected):
+    plan = propose(DIGITS, facts, HALF_HOUR, override_settings(hand))
+    assert composed(plan, *hand).micro_batch_size == expected
+
+
+def test_a_batch_that_a_gpu_was_not_tried_with_says_in_what_parts_it_is_computed():
+    plan = propose(DIGITS, machine(cores=16, gpus=1, factor=3_000.0), 12 * 3600.0)
+    line = next(line for line in plan.lines if line.title == "batch")
+    assert line.settings == {"batch_size": 512, "micro_batch_size": 128}
+    assert line.reason.endswith("steps; a GPU computes 128 images at once, which were tried and fit its memory")
+
+
 def test_more_time_never_gives_a_smaller_network_at_the_same_size():
     widths = {}
     for minutes in (5, 10, 30, 60, 240, 960):
