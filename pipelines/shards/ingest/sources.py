@@ -29,6 +29,7 @@ from pipelines.shards.ingest.trees import (
     open_tree,
     read_table,
     shown,
+    text,
 )
 from pipelines.storage import Storage, is_local, local_path
 
@@ -113,8 +114,15 @@ def open_source(source: str, storage: Storage, test_fraction: float = 0.1) -> So
 
 
 def absolute(source: str) -> str:
-    """Return a source as it is named in every folder: a local one by its absolute path."""
-    return source if source == "digits" else shown(address(source))
+    """Return a source as it is named in every folder: a local one by its absolute path.
+
+    Raises:
+        DatasetError: that path is not UTF-8, as the configurations and runs that name it are.
+    """
+    found = source if source == "digits" else shown(address(source))
+    if text(found) != found:
+        raise DatasetError(f"{text(found)} is not UTF-8: rename it, or the folder above it, or give a link to it")
+    return found
 
 
 def source_digest(source: str, storage: Storage | None = None) -> str:
@@ -131,7 +139,7 @@ def source_digest(source: str, storage: Storage | None = None) -> str:
         else:
             files = open_tree(uri, storage).files
         state += [f"{name} {files[name].stamp}" for name in sorted(files)]
-    return hashlib.sha256("\n".join(state).encode()).hexdigest()
+    return hashlib.sha256("\n".join(state).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _is_table(uri: str) -> bool:

@@ -46,7 +46,7 @@ class File:
     """One file of a source.
 
     Attributes:
-        name: path relative to the source's root, with forward slashes.
+        name: path relative to the source's root, with forward slashes; what is not UTF-8 in it is written as `\\xe9`.
         stamp: changes when the bytes change: size with modification time, ETag of the store, or CRC of the zip.
         read: returns the bytes.
     """
@@ -164,6 +164,11 @@ def shown(uri: str) -> str:
     return uri.removeprefix("file://")
 
 
+def text(name: str) -> str:
+    """Return a name as text that can be written and shown everywhere, whose bytes may not be UTF-8."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def open_tree(uri: str, storage: Storage) -> Tree:
     """List the files of a folder, a zip or a folder in a store.
 
@@ -261,13 +266,13 @@ def _local_tree(root: Path) -> Tree:
     files, folders = [], []
     ways: dict[str, tuple[str, ...]] = {str(root): (os.path.realpath(root),)}
     for here, below, names in os.walk(root, onerror=refuse, followlinks=True):
-        relative = Path(here).relative_to(root).as_posix()
+        relative = text(Path(here).relative_to(root).as_posix())
         prefix = "" if relative == "." else f"{relative}/"
         way = ways.pop(here)
         onward = {name: _way_to(name, here, way) for name in below if name[0] != "."}
         ways |= {os.path.join(here, name): there for name, there in onward.items() if there is not None}
         below[:] = [name for name, there in onward.items() if there is not None]
-        folders += [prefix + name for name in below]
+        folders += [prefix + text(name) for name in below]
         for name in names:
             path = Path(here, name)
             try:
@@ -277,7 +282,7 @@ def _local_tree(root: Path) -> Tree:
             except OSError:
                 continue  # a link that leads nowhere
             if stat.S_ISREG(status.st_mode):
-                files.append(File(prefix + name, _stamp(status), StoredFile(f"file://{path}")))
+                files.append(File(prefix + text(name), _stamp(status), StoredFile(f"file://{path}")))
     return _tree(files, folders)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.shards.index import DatasetError
-from pipelines.shards.ingest.sources import open_source, source_digest
+from pipelines.shards.ingest.sources import absolute, open_source, source_digest
 from pipelines.shards.ingest.tables import parse_table
 from pipelines.shards.ingest.trees import UnreadableError
 from pipelines.storage import Storage, StorageError
@@ -177,6 +177,22 @@ def test_a_file_in_a_folder_that_can_be_listed_and_not_entered_is_not_left_out_s
         open_source(str(root), STORAGE)
 
 
+def test_a_name_that_is_not_utf_8_is_shown_by_its_bytes_and_the_file_is_read(tmp_path):
+    root = os.fsencode(write_files(tmp_path / "photos", {"cat/a.png": b"1"}))
+    os.mkdir(root + b"/caf\xe9")
+    with open(root + b"/caf\xe9/\xff.png", "wb") as file:
+        file.write(b"2")
+    source = open_source(os.fsdecode(root), STORAGE)
+    assert source.classes == ("caf\\xe9", "cat")
+    assert {i.origin: i.read(STORAGE) for i in source.images} == {"cat/a.png": b"1", "caf\\xe9/\\xff.png": b"2"}
+    below = os.fsdecode(root + b"/caf\xe9")
+    assert [i.origin for i in open_source(below, STORAGE).images] == ["\\xff.png"]
+    assert source_digest(below) != source_digest(os.fsdecode(root))
+    with pytest.raises(DatasetError, match=r"photos/caf\\xe9 is not UTF-8: rename it"):
+        absolute(below)
+    assert absolute(os.fsdecode(root)) == os.fsdecode(root)
+
+
 def test_captions_labels_and_splits_come_from_the_columns(tmp_path):
     rows = [
         {"file_name": "a.png", "text": " a cat ", "label": 2, "split": "train"},
@@ -233,6 +249,9 @@ def test_any_caption_survives_both_kinds_of_table(text):
         ('{"file_name": "a.png", "label": true}', "labels are class names"),
         ('{"file_name": "a.png", "label": -1}', "class indices start at 0"),
         ('{"file_name": "a.png", "split": "dev"}', "splits are train and test"),
+        ('{"file_name": "\\ud800.png"}', r"has the path '\ud800.png', of which a part is no character"),
+        ('{"file_name": "a.png", "text": "half \\udc9c"}', r"has the caption 'half \udc9c'"),
+        ('{"file_name": "a.png", "label": "\\udfff"}', r"has the label '\udfff'"),
         ('{"file_name": "https://x/a.png"}', "addresses are s3://BUCKET/KEY or file:///PATH"),
     ],
 )

@@ -614,3 +614,17 @@ def test_a_class_may_have_any_name_where_no_folder_has_to_bear_it(tmp_path):
     found = read_dataset(f"file://{tmp_path}/shards", STORAGE)
     assert found.classes == done.dataset.classes
     assert sorted(path.name for path in tmp_path.iterdir()) == ["shards", "source"]
+
+
+def test_names_that_are_not_utf_8_are_written_to_the_end(tmp_path):
+    root = write_files(tmp_path / "photos", pictures(8))
+    os.rename(root / "owl", os.fsencode(root / "owl") + b"\xe9")
+    for name in (b"/cat/\xff1.png", b"/cat/\xff2.txt"):
+        Path(os.fsdecode(os.fsencode(root) + name)).write_bytes(b"no image")
+    done = write(root, tmp_path / "ds", test_fraction=0.3)
+    assert done.dataset.classes == ("cat", "dog", "owl\\xe9")
+    assert [bad.origin for bad in done.bad] == ["cat/\\xff1.png"]
+    assert "\\xff2.txt" in "".join(done.report.lines())
+    assert read_dataset(f"file://{tmp_path}/ds", STORAGE) == done.dataset
+    written = [json.loads(sample["json"]) for split in ("train", "test") for sample in samples(tmp_path / "ds", split)]
+    assert sum(metadata["class"] == "owl\\xe9" for metadata in written) == 8
