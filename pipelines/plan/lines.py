@@ -51,7 +51,7 @@ def data_lines(source: SourceFacts, basis: Basis, hand: Hand) -> list[Line]:
                 "data.uri": f"${{storage.root}}/datasets/{name}-{size}px-{digest}",
                 "data.num_classes": classes,
                 "data.shard_samples": shards,
-                "data.lanes": 4,
+                "data.lanes": math.gcd(4, basis.batch),
                 "data.window": 3,
             },
             f"{source.images:,} images" + (f", {classes} classes" if classes else ""),

@@ -162,6 +162,8 @@ def test_more_time_never_gives_a_smaller_network_at_the_same_size():
     [
         ("data.image_size=16", lambda config: config.data.image_size == 16),
         ("batch_size=48", lambda config: config.batch_size == 48 and config.images % 48 == 0),
+        ("batch_size=50", lambda config: config.batch_size == 50 and config.data.lanes == 2),
+        ("batch_size=25", lambda config: config.batch_size == 25 and config.data.lanes == 1),
         ("images=960", lambda config: config.images == 960),
         ("optim.lr=0.5", lambda config: config.optim.lr == 0.5),
         ("objective=ddpm", lambda config: config.objective.prediction == "eps"),
