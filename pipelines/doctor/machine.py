@@ -7,7 +7,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from pipelines import cgroups
 from pipelines.doctor.check import Check, failed, ok, warning
 
 GIB = 2**30
@@ -26,7 +27,6 @@ SHARED_MEMORY = 640 * 2**20
 """The object store of the local Ray head and some room."""
 STACK_PORTS = 22
 """How many the local stack listens on."""
-CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def version_checks(python: str, installed: Mapping[str, str | None], requirements: Sequence[str]) -> list[Check]:
@@ -76,54 +76,6 @@ def check_versions() -> list[Check]:
     return version_checks(python, {name: version(name) for name in PACKAGES}, asked)
 
 
-def cgroup_limit(kind: str, root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> float | None:
-    """Return the tightest limit that a control group sets on this process, None where none does.
-
-    Args:
-        kind: "cpu" (in cores) or "memory" (in bytes, of what its processes use together).
-        root: where control groups are mounted.
-        own: the file that names those of this process.
-    """
-    names = {"cpu": ("cpu.max", "cpu.cfs_quota_us"), "memory": ("memory.max", "memory.limit_in_bytes")}[kind]
-    limits = [_read_limit(kind, group / names[v1]) for v1, group in _groups(kind, root, own)]
-    return min((limit for limit in limits if limit is not None), default=None)
-
-
-def cgroup_free(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> float | None:
-    """Return how many bytes of memory the control groups of this process leave it, None where they set no limit."""
-    free = []
-    for v1, group in _groups("memory", root, own):
-        names = ("memory.max", "memory.limit_in_bytes"), ("memory.current", "memory.usage_in_bytes")
-        limit, used = (_read_limit("memory", group / name[v1]) for name in names)
-        if limit is not None and used is not None:
-            free.append(limit - used)
-    return min(free, default=None)
-
-
-def _groups(kind: str, root: Path, own: Path) -> Iterator[tuple[bool, Path]]:
-    """Yield (whether it is of version 1, its folder) of the control groups of this process, outwards."""
-    for line in own.read_text().splitlines() if own.is_file() else []:
-        _, controllers, path = line.split(":", 2)
-        if controllers != "" and kind not in controllers.split(","):
-            continue
-        folder = root / controllers / path.lstrip("/")
-        yield from ((controllers != "", place) for place in (folder, *folder.parents) if place.is_relative_to(root))
-
-
-def _read_limit(kind: str, file: Path) -> float | None:
-    """Return the number in a file of a control group, None where it sets none."""
-    try:
-        quota, *period = file.read_text().split()
-        if quota in ("max", "-1"):
-            return None
-        if kind == "memory":
-            return float(quota) if int(quota) < 2**60 else None
-        per = period[0] if period else (file.parent / "cpu.cfs_period_us").read_text()
-        return int(quota) / int(per)
-    except (OSError, ValueError):
-        return None
-
-
 def core_check(cores: int, usable: int, limit: float | None, wanted: float | None) -> Check:
     """Return whether this machine has the cores that a training asks for.
 
@@ -149,7 +101,7 @@ def core_check(cores: int, usable: int, limit: float | None, wanted: float | Non
 
 def check_cores(wanted: float | None) -> list[Check]:
     """Return whether this machine has the cores that are wanted; see `core_check`."""
-    return [core_check(os.cpu_count() or 1, len(os.sched_getaffinity(0)), cgroup_limit("cpu"), wanted)]
+    return [core_check(os.cpu_count() or 1, len(os.sched_getaffinity(0)), cgroups.limit("cpu"), wanted)]
 
 
 def memory_check(available: float, total: float, limit: float | None) -> Check:
@@ -164,9 +116,9 @@ def memory_check(available: float, total: float, limit: float | None) -> Check:
 
 def check_memory() -> list[Check]:
     """Return whether there is memory; see `memory_check`."""
-    memory, free = psutil.virtual_memory(), cgroup_free()
+    memory, free = psutil.virtual_memory(), cgroups.free_memory()
     available = memory.available if free is None else min(memory.available, free)
-    return [memory_check(available, memory.total, cgroup_limit("memory"))]
+    return [memory_check(available, memory.total, cgroups.limit("memory"))]
 
 
 def folder_check(name: str, folder: Path, wanted: float, fix: str) -> Check:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from pipelines.cgroups import whole_cores
 from pipelines.config import Config, compose
 from pipelines.evaluation.evaluators.classifier import BATCH as JUDGE_BATCH
 from pipelines.evaluation.evaluators.classifier import MAX_SIDE, train_classifier
@@ -99,7 +99,7 @@ class Measurement:
             judge[size] = judge_step_seconds(config, len(self.source.class_counts), device)
             if self._hopeless(speeds, of_size[0]):
                 break
-        together = 1.0 if device.type == "cuda" else speed_together(len(os.sched_getaffinity(0)), precision)
+        together = 1.0 if device.type == "cuda" else speed_together(whole_cores(), precision)
         return Measured(speeds, judge, precision, together)
 
     def _hopeless(self, speeds: Mapping[str, Speed], narrowest: Candidate) -> bool:
@@ -131,7 +131,7 @@ def measure(
     """
     began = time.monotonic()
     if nodes is None:
-        cores, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+        cores, gpus = whole_cores(), torch.cuda.device_count()
     else:
         cores = sum(int(node.get("CPU", 0)) for node in nodes)
         gpus = sum(int(node.get("GPU", 0)) for node in nodes)

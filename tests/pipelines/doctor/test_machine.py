@@ -4,8 +4,6 @@ import errno
 import socket
 from pathlib import Path
 
-import pytest
-
 from pipelines.doctor import machine
 from pipelines.doctor.machine import GIB
 
@@ -26,43 +24,6 @@ def test_versions_are_compared_with_the_ranges_that_are_asked_for():
 
 def test_the_installed_versions_fit():
     assert {check.status for check in machine.check_versions()} == {"ok"}
-
-
-@pytest.mark.parametrize(
-    ("lines", "files", "expected"),
-    [
-        ("0::/a/b\n", {"a/cpu.max": "150000 100000", "a/b/cpu.max": "max 100000"}, 1.5),
-        ("0::/\n", {"cpu.max": "max 100000"}, None),
-        (
-            "3:cpu,cpuacct:/x\n",
-            {"cpu,cpuacct/x/cpu.cfs_quota_us": "50000", "cpu,cpuacct/x/cpu.cfs_period_us": "100000"},
-            0.5,
-        ),
-        ("3:cpu,cpuacct:/x\n", {"cpu,cpuacct/x/cpu.cfs_quota_us": "-1"}, None),
-        ("0::/not/there\n", {}, None),
-    ],
-)
-def test_the_tightest_limit_of_the_control_groups_counts(tmp_path, lines, files, expected):
-    own = tmp_path / "own"
-    own.write_text(lines)
-    for name, text in files.items():
-        file = tmp_path / "cgroup" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    assert machine.cgroup_limit("cpu", tmp_path / "cgroup", own) == expected
-
-
-def test_what_a_container_leaves_free_is_its_limit_without_what_is_used(tmp_path):
-    (tmp_path / "own").write_text("0::/pod/box\n")
-    for name, text in {"pod/memory.max": "4000", "pod/memory.current": "3500", "pod/box/memory.max": "max"}.items():
-        file = tmp_path / "cgroup" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    (tmp_path / "cgroup/pod/box/memory.current").write_text("900")
-    assert machine.cgroup_free(tmp_path / "cgroup", tmp_path / "own") == 500
-    assert machine.cgroup_limit("memory", tmp_path / "cgroup", tmp_path / "own") == 4000
-    (tmp_path / "own").write_text("0::/\n")
-    assert machine.cgroup_free(tmp_path / "cgroup", tmp_path / "own") is None
 
 
 def test_workers_that_no_core_is_there_for_fail_and_a_limit_warns():

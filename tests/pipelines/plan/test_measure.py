@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from pipelines import cgroups
 from pipelines.config import ConfigError, compose, from_dict, read_config
 from pipelines.plan.facts import Hand
 from pipelines.plan.keep import PlanBook, StoredPlan, to_yaml
@@ -50,6 +51,14 @@ def test_a_measurement_leaves_no_memory_of_a_gpu_to_its_process(monkeypatch, rai
     with nullcontext() if raised is None else pytest.raises(ConfigError):
         Measurement(DIGITS, {}, 600.0, 1)()
     assert released == [True]
+
+
+def test_a_container_with_a_share_of_its_machine_is_planned_for_as_that_share(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
+    monkeypatch.setattr(cgroups, "limit", lambda kind: 2.0)
+    small = replace(DIGITS, shorter_sides=(8, 8, 8), one_size=(8, 8))
+    found = measure(small, {"model.channels": [32], "model.attention": [False]}, 1.0)
+    assert (found.cores, found.gpus) == (2, 0)
 
 
 def test_candidates_that_a_budget_cannot_train_are_not_measured():

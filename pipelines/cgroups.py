@@ -1,0 +1,64 @@
+"""What the control groups of a container leave this process of its machine's cores and memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def whole_cores() -> int:
+    """Return how many cores can compute for this process at a time, at least 1: no more than a container's share."""
+    allowed = len(os.sched_getaffinity(0))
+    share = limit("cpu")
+    return allowed if share is None else max(1, min(allowed, int(share)))
+
+
+def limit(kind: str, root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> float | None:
+    """Return the tightest limit that a control group sets on this process, None where none does.
+
+    Args:
+        kind: "cpu" (in cores) or "memory" (in bytes, of what its processes use together).
+        root: where control groups are mounted.
+        own: the file that names those of this process.
+    """
+    names = {"cpu": ("cpu.max", "cpu.cfs_quota_us"), "memory": ("memory.max", "memory.limit_in_bytes")}[kind]
+    found = [_read_limit(kind, group / names[v1]) for v1, group in _groups(kind, root, own)]
+    return min((number for number in found if number is not None), default=None)
+
+
+def free_memory(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> float | None:
+    """Return how many bytes of memory the control groups of this process leave it, None where they set no limit."""
+    free = []
+    for v1, group in _groups("memory", root, own):
+        names = ("memory.max", "memory.limit_in_bytes"), ("memory.current", "memory.usage_in_bytes")
+        most, used = (_read_limit("memory", group / name[v1]) for name in names)
+        if most is not None and used is not None:
+            free.append(most - used)
+    return min(free, default=None)
+
+
+def _groups(kind: str, root: Path, own: Path) -> Iterator[tuple[bool, Path]]:
+    """Yield (whether it is of version 1, its folder) of the control groups of this process, outwards."""
+    for line in own.read_text().splitlines() if own.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers != "" and kind not in controllers.split(","):
+            continue
+        folder = root / controllers / path.lstrip("/")
+        yield from ((controllers != "", place) for place in (folder, *folder.parents) if place.is_relative_to(root))
+
+
+def _read_limit(kind: str, file: Path) -> float | None:
+    """Return the number in a file of a control group, None where it sets none."""
+    try:
+        quota, *period = file.read_text().split()
+        if quota in ("max", "-1"):
+            return None
+        if kind == "memory":
+            return float(quota) if int(quota) < 2**60 else None
+        per = period[0] if period else (file.parent / "cpu.cfs_period_us").read_text()
+        return int(quota) / int(per)
+    except (OSError, ValueError):
+        return None
