@@ -114,7 +114,7 @@ class MachineFacts:
         together: speed of a core while all of them compute, relative to one alone; cores that are two threads of one
             unit share it.
         start_s: seconds until the services that are needed answer.
-        looking_s: seconds that looking and measuring took.
+        looking_s: seconds that measuring took, without the wait for a busy cluster.
     """
 
     where: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -20,7 +21,7 @@ from pipelines.plan.measure import Measurement, measure
 from pipelines.plan.propose import propose
 from pipelines.shards.ingest.sources import absolute, source_digest
 from pipelines.storage import Storage
-from pipelines.training.ray_train.resources import alive_nodes, connect_ray
+from pipelines.training.ray_train.resources import alive_nodes, connect_ray, is_free
 
 
 def make_plan(
@@ -55,7 +56,7 @@ def make_plan(
         encoder=settings.get("data.text_encoder", "auto"),
     )
     notice("measure", "training steps of some networks, for a few seconds")
-    machine = _measured(facts, settings, budget_s, services, storage, start_s)
+    machine = _measured(facts, settings, budget_s, services, storage, notice, start_s)
     return compose_plan(facts, machine, budget_s, overrides)
 
 
@@ -132,7 +133,13 @@ def _renamed(made: StoredPlan, run: str, model: str, overrides: Sequence[str]) -
 
 
 def _measured(
-    facts: SourceFacts, settings: dict[str, Any], budget_s: float, services: Config, storage: Storage, start_s: float
+    facts: SourceFacts,
+    settings: dict[str, Any],
+    budget_s: float,
+    services: Config,
+    storage: Storage,
+    notice: StageNotice,
+    start_s: float,
 ) -> MachineFacts:
     """Measure the Ray cluster that is named, or else this machine."""
     address = settings.get("cluster.address") or os.environ.get("RAY_ADDRESS")
@@ -143,11 +150,14 @@ def _measured(
     if not nodes:
         raise ConfigError(f"the Ray cluster at {address} has no nodes")
     where = f"the Ray cluster at {address}"
-    return measure(facts, settings, budget_s, nodes=nodes, run=_on_ray, where=where, start_s=start_s)
+    run = partial(on_ray, notice=notice)
+    return measure(facts, settings, budget_s, nodes=nodes, run=run, where=where, start_s=start_s)
 
 
-def _on_ray(measurement: Measurement, gpus: int) -> Any:
-    """Run a measurement in a Ray task."""
+def on_ray(measurement: Measurement, gpus: int, *, notice: StageNotice) -> Any:
+    """Run a measurement in a Ray task, and say so where it has to wait."""
+    if not is_free({"CPU": 1.0, "GPU": float(gpus)}):
+        notice("measure", "it waits for its turn: all processors of the Ray cluster are in use")
     call: Callable[..., Any] = ray.remote(num_cpus=1, num_gpus=gpus)(_call)
     return ray.get(call.remote(measurement))  # type: ignore[attr-defined]
 

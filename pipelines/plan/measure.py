@@ -42,6 +42,7 @@ class Measured:
     judge_step_s: dict[int, float]
     precision: str
     together: float
+    looking_s: float
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Measurement:
                 torch.cuda.empty_cache()
 
     def _measured(self, device: torch.device) -> Measured:
+        began = time.monotonic()
         speeds: dict[str, Speed] = {}
         judge: dict[int, float] = {}
         precision = ""
@@ -100,7 +102,7 @@ class Measurement:
             if self._hopeless(speeds, of_size[0]):
                 break
         together = 1.0 if device.type == "cuda" else speed_together(whole_cores(), precision)
-        return Measured(speeds, judge, precision, together)
+        return Measured(speeds, judge, precision, together, time.monotonic() - began)
 
     def _hopeless(self, speeds: Mapping[str, Speed], narrowest: Candidate) -> bool:
         """Return whether larger images are out of reach, because even the narrowest network hardly reaches these."""
@@ -129,7 +131,6 @@ def measure(
         where: in words.
         start_s: seconds until the services answer.
     """
-    began = time.monotonic()
     if nodes is None:
         cores, gpus = whole_cores(), torch.cuda.device_count()
     else:
@@ -138,8 +139,7 @@ def measure(
     cores = max(cores, 1)
     measurement = Measurement(source, settings, budget_s, gpus or cores)
     found = measurement() if run is None else run(measurement, min(gpus, 1))
-    looking_s = time.monotonic() - began
-    return MachineFacts(where, cores, gpus, start_s=start_s, looking_s=looking_s, **vars(found))
+    return MachineFacts(where, cores, gpus, start_s=start_s, **vars(found))
 
 
 def trial_config(candidate: Candidate, source: SourceFacts, hand: Hand, batch: int) -> Config:

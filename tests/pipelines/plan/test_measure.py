@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import yaml
 
 from pipelines import cgroups
 from pipelines.config import ConfigError, compose, from_dict, read_config
+from pipelines.plan import make
 from pipelines.plan.facts import Hand
 from pipelines.plan.keep import PlanBook, StoredPlan, to_yaml
 from pipelines.plan.make import compose_plan
@@ -59,6 +62,30 @@ def test_a_container_with_a_share_of_its_machine_is_planned_for_as_that_share(mo
     small = replace(DIGITS, shorter_sides=(8, 8, 8), one_size=(8, 8))
     found = measure(small, {"model.channels": [32], "model.attention": [False]}, 1.0)
     assert (found.cores, found.gpus) == (2, 0)
+
+
+def test_the_time_in_which_a_cluster_is_busy_is_not_that_of_the_measurement():
+    def after_a_while(measurement, gpus):
+        time.sleep(1.0)
+        return measurement()
+
+    small, began = replace(DIGITS, shorter_sides=(8, 8, 8), one_size=(8, 8)), time.monotonic()
+    found = measure(small, {}, 1.0, nodes=[{"CPU": 2.0}], run=after_a_while)
+    assert 0 < found.looking_s <= time.monotonic() - began - 1.0
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_a_measurement_says_that_it_waits_for_a_busy_cluster_before_it_does(monkeypatch, free):
+    said, needed = [], []
+    monkeypatch.setattr(make, "is_free", lambda needs: needed.append(needs) or free)
+    remote = SimpleNamespace(remote=lambda measurement: measurement)
+    monkeypatch.setattr(
+        make, "ray", SimpleNamespace(remote=lambda **asked: lambda call: remote, get=lambda ref: list(said))
+    )
+    said_before = make.on_ray(Measurement(DIGITS, {}, 1.0, 1), 1, notice=lambda *line: said.append(line))
+    assert needed == [{"CPU": 1.0, "GPU": 1.0}]
+    waits = ("measure", "it waits for its turn: all processors of the Ray cluster are in use")
+    assert said_before == said == ([] if free else [waits])
 
 
 def test_candidates_that_a_budget_cannot_train_are_not_measured():
