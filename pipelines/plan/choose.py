@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ STEPS = 15
 SCALE = 1.5
 PIECE = {"cpu": 32, "cuda": 128}
 """Images of a measured step; fewer of large ones on a CPU."""
+SMALL_PIECE = 16
+"""Images of the second step that is measured on a GPU, where a small one takes hardly less time than a large one."""
 MOST_PASSES = 1_000
 LEAST_CAP = 50_000
 
@@ -110,10 +113,13 @@ def _basis(source: SourceFacts, machine: MachineFacts, budget_s: float, hand: Ha
     fixed = clock.fixed_seconds(source, machine) | judging.seconds
     training_s = clock.left_for_training(budget_s, fixed)
     workers = _workers(machine, hand)
-    rate = clock.training_rate(speed, machine, workers)
-    possible = training_s * (1 - clock.GRID_SHARE) * rate
+
+    def possible(batch: int) -> float:
+        return training_s * (1 - clock.GRID_SHARE) * clock.training_rate(speed, machine, workers, batch)
+
     batch = int(hand.get("batch_size", batch_size(possible, machine)))
-    images = int(hand.get("images", max(1, min(int(possible), most_images(source)) // batch) * batch))
+    rate = clock.training_rate(speed, machine, workers, batch)
+    images = int(hand.get("images", max(1, min(int(possible(batch)), most_images(source)) // batch) * batch))
     seconds = fixed | {"train": images / rate / (1 - clock.GRID_SHARE)}
     ordered = ["look and measure", "start", "ingest", "train", "evaluator", "scores", "register"]
     return Basis(
@@ -172,9 +178,14 @@ def _workers(machine: MachineFacts, hand: Hand) -> int:
     return clock.workers(machine)
 
 
-def batch_size(images: float, machine: MachineFacts) -> int:
-    """Return the largest batch with which a training of some images still has many steps."""
+def batch_size(possible: Callable[[int], float], machine: MachineFacts) -> int:
+    """Return the largest batch with which a training still has many steps.
+
+    Args:
+        possible: how many images a training with a batch has the time for.
+        machine: that trains.
+    """
     if machine.gpus:
-        large = (512, 256) if images / 256 >= 20_000 else ()
-        return next((batch for batch in large if images / batch >= 20_000), 128 if images >= 128_000 else 64)
-    return next((batch for batch in (128, 64, 32) if images / batch >= 400), 16)
+        large = (batch for batch in (512, 256) if possible(batch) / batch >= 20_000)
+        return next(large, 128 if possible(128) >= 128_000 else 64)
+    return next((batch for batch in (128, 64, 32) if possible(batch) / batch >= 400), 16)

@@ -68,9 +68,9 @@ def together(machine: MachineFacts) -> float:
     return machine.together * SHARED if not machine.gpus and machine.cores > 1 else ALONE
 
 
-def training_rate(speed: Speed, machine: MachineFacts, workers: int) -> float:
-    """Return images per second of some workers together."""
-    return speed.train * workers * (together(machine) if workers > 1 else ALONE)
+def training_rate(speed: Speed, machine: MachineFacts, workers: int, batch: int) -> float:
+    """Return images per second of some workers that share a batch."""
+    return speed.train_in_steps_of(batch / workers) * workers * (together(machine) if workers > 1 else ALONE)
 
 
 def gain_of_workers(machine: MachineFacts) -> float:

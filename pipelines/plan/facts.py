@@ -92,12 +92,26 @@ class Speed:
         draw: images for which one process evaluates the network in a second, as sampling does many times an image.
         evaluate: the same in float32, as likelihoods are computed.
         parameters: of the network.
+        piece: images of the steps whose speed `train` is.
+        step_s: seconds that a step takes whatever the number of its images; 0 where images take all of the time.
     """
 
     train: float
     draw: float
     evaluate: float
     parameters: int
+    piece: int = 1
+    step_s: float = 0.0
+
+    def train_in_steps_of(self, images: float) -> float:
+        """Return images that one worker trains on in a second where it has so many in a step.
+
+        The time of a step grows linearly with its images; more than `piece` are computed in several parts.
+        """
+        if not self.step_s:
+            return self.train
+        count = min(images, self.piece)
+        return count / (self.step_s + count * (1 / self.train - self.step_s / self.piece))
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from pipelines.config import Config, compose
 from pipelines.evaluation.evaluators.classifier import BATCH as JUDGE_BATCH
 from pipelines.evaluation.evaluators.classifier import MAX_SIDE, train_classifier
 from pipelines.evaluation.evaluators.contrastive import train_contrastive
-from pipelines.plan.choose import PIECE, drawing_precision, methods, uses_captions
+from pipelines.plan.choose import PIECE, SMALL_PIECE, drawing_precision, methods, uses_captions
 from pipelines.plan.facts import Hand, MachineFacts, SourceFacts, Speed, override_value
 from pipelines.plan.networks import Candidate, candidates
 from pipelines.training.loop.hardware import resolve_precision
-from pipelines.training.loop.speed import measure_speed
+from pipelines.training.loop.speed import MeasuredSpeed, measure_speed
 
 logger = logging.getLogger(__name__)
 SECONDS = 0.3
@@ -91,11 +91,12 @@ class Measurement:
                 config = config.model_copy(update={"sampler": sampler})
                 try:
                     found = measure_speed(config, device, SECONDS)
+                    step_s = _step_seconds(config, found, device)
                 except torch.OutOfMemoryError:
                     logger.warning("%s does not fit the memory of the device", candidate.key)
                     break
                 precision = found.precision
-                speeds[candidate.key] = Speed(found.train, found.draw, found.evaluate, found.parameters)
+                speeds[candidate.key] = Speed(found.train, found.draw, found.evaluate, found.parameters, piece, step_s)
                 if self.budget_s * found.train * self.workers < LEAST_SHARE * candidate.needed:
                     break
             judge[size] = judge_step_seconds(config, len(self.source.class_counts), device)
@@ -140,6 +141,23 @@ def measure(
     measurement = Measurement(source, settings, budget_s, gpus or cores)
     found = measurement() if run is None else run(measurement, min(gpus, 1))
     return MachineFacts(where, cores, gpus, start_s=start_s, **vars(found))
+
+
+def _step_seconds(config: Config, found: MeasuredSpeed, device: torch.device) -> float:
+    """Return the seconds that a step takes whatever the number of its images: on a CPU none are counted.
+
+    Args:
+        config: of the steps that were measured.
+        found: their speed.
+        device: of them.
+    """
+    if device.type == "cpu":
+        return 0.0
+    few = config.model_copy(update={"batch_size": SMALL_PIECE})
+    small = SMALL_PIECE / measure_speed(few, device, SECONDS / 3).train
+    large = config.batch_size / found.train
+    per_image = max(0.0, (large - small) / (config.batch_size - SMALL_PIECE))
+    return max(0.0, large - config.batch_size * per_image)
 
 
 def trial_config(candidate: Candidate, source: SourceFacts, hand: Hand, batch: int) -> Config:

@@ -15,6 +15,7 @@ import yaml
 from pipelines import cgroups
 from pipelines.config import ConfigError, compose, from_dict, read_config
 from pipelines.plan import make
+from pipelines.plan import measure as measuring
 from pipelines.plan.facts import Hand
 from pipelines.plan.keep import PlanBook, StoredPlan, to_yaml
 from pipelines.plan.make import compose_plan
@@ -22,6 +23,7 @@ from pipelines.plan.measure import Measurement, measure, speed_together
 from pipelines.plan.networks import candidates, unet
 from pipelines.plan.propose import propose
 from pipelines.storage import Storage
+from pipelines.training.loop.speed import MeasuredSpeed
 from tests.pipelines.plan.cases import DIGITS, LAPTOP, PHOTOS, PICTOGRAMS
 
 
@@ -86,6 +88,25 @@ def test_a_measurement_says_that_it_waits_for_a_busy_cluster_before_it_does(monk
     assert needed == [{"CPU": 1.0, "GPU": 1.0}]
     waits = ("measure", "it waits for its turn: all processors of the Ray cluster are in use")
     assert said_before == said == ([] if free else [waits])
+
+
+@pytest.mark.parametrize(
+    ("step_s", "image_s"), [(0.02, 1e-4), (0.0, 1e-3), (0.01, 0.0)], ids=["both", "images only", "steps only"]
+)
+def test_the_time_of_a_step_on_a_gpu_is_told_from_that_of_its_images(monkeypatch, step_s, image_s):
+    def measured(config, device, seconds):
+        rate = config.batch_size / (step_s + config.batch_size * image_s)
+        return MeasuredSpeed(rate, 1e5, 1e5, 1_000_000, "bf16")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(measuring, "measure_speed", measured)
+    monkeypatch.setattr(measuring, "resolve_precision", lambda optim, device: "bf16")
+    monkeypatch.setattr(measuring, "judge_step_seconds", lambda config, classes, device: 0.01)
+    speed = Measurement(DIGITS, {}, 600.0, 1)().speeds["narrow@28"]
+    for images in (1, 8, 16, 64, 128):
+        assert speed.train_in_steps_of(images) == pytest.approx(images / (step_s + images * image_s))
+    assert speed.train_in_steps_of(512) == pytest.approx(speed.train_in_steps_of(128))
 
 
 def test_candidates_that_a_budget_cannot_train_are_not_measured():

@@ -141,6 +141,20 @@ def test_a_gpu_computes_no_more_images_at_once_than_it_was_measured_with(facts, 
     assert composed(plan, *hand).micro_batch_size == expected
 
 
+def test_many_gpus_that_share_a_batch_are_not_planned_as_fast_as_each_was_with_all_of_it():
+    def trained(gpus, step_s):
+        facts = machine(cores=16, gpus=gpus, factor=150.0)
+        speeds = {key: replace(speed, piece=128, step_s=step_s / speed.train) for key, speed in facts.speeds.items()}
+        hand = ["batch_size=128", "model.channels=[32,32]", "model.attention=[false,true]", "data.image_size=32"]
+        many = replace(DIGITS, images=10_000_000, test_images=1_000_000)
+        return propose(many, replace(facts, speeds=speeds), HALF_HOUR, override_settings(hand)).images
+
+    assert trained(8, 0.0) == pytest.approx(8 * trained(1, 0.0), rel=0.05)
+    assert trained(1, 127.0) == trained(1, 0.0)
+    assert trained(8, 127.0) == pytest.approx(trained(1, 127.0), rel=0.1)
+    assert trained(1, 127.0) < trained(8, 64.0) < 2.1 * trained(1, 64.0)
+
+
 def test_a_batch_that_a_gpu_was_not_tried_with_says_in_what_parts_it_is_computed():
     plan = propose(DIGITS, machine(cores=16, gpus=1, factor=3_000.0), 12 * 3600.0)
     line = next(line for line in plan.lines if line.title == "batch")
