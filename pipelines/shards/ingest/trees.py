@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import stat
@@ -194,6 +195,9 @@ def find_files(base: str, paths: Iterable[str], storage: Storage) -> dict[str, F
     """Return the files that exist of `paths`, which are relative to the folder `base`, absolute, or addresses.
 
     An address outside `base` is not checked: where there is no such file, reading it fails.
+
+    Raises:
+        DatasetError: a local file cannot be looked at.
     """
     resolved = {path: _resolve(base, path) for path in paths}
     below = [uri for uri in resolved.values() if not is_local(uri) and uri.startswith(base + "/")]
@@ -201,8 +205,8 @@ def find_files(base: str, paths: Iterable[str], storage: Storage) -> dict[str, F
     found = {}
     for path, uri in resolved.items():
         if is_local(uri):
-            if local_path(uri).is_file():
-                found[path] = File(path, _stamp(local_path(uri).stat()), StoredFile(uri))
+            if stamp := _stamp(local_path(uri)):
+                found[path] = File(path, stamp, StoredFile(uri))
         elif uri in listed:
             found[path] = File(path, f"{listed[uri].size} {listed[uri].tag}", StoredFile(uri))
         elif not uri.startswith(base + "/"):
@@ -245,23 +249,43 @@ def _hidden(name: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
-def _stamp(status: os.stat_result) -> str:
-    """Return the stamp of a local file."""
-    return f"{status.st_size} {status.st_mtime_ns}"
+def _stamp(path: Path) -> str | None:
+    """Return the stamp of a local file; None where there is none, such as for a link that leads nowhere.
+
+    Raises:
+        DatasetError: it cannot be looked at, such as where its folder does not let this user.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        if error.errno in _NO_FILE:
+            return None
+        raise _closed(error) from error
+    except ValueError:  # a null byte in the path
+        return None
+    return f"{status.st_size} {status.st_mtime_ns}" if stat.S_ISREG(status.st_mode) else None
+
+
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+
+
+def _closed(error: OSError) -> DatasetError:
+    """Return the error for a folder or file that the system keeps from this user."""
+    return DatasetError(
+        f"{text(str(error.filename))} cannot be read ({error.strerror}), so images would be missing without a word: "
+        "let this user read it and the folders above it, such as by chmod u+rX, or take it out of the source"
+    )
 
 
 def _local_tree(root: Path) -> Tree:
     """List the files of a local folder; links to folders are followed, unless they lead back to where they are.
 
     Raises:
-        DatasetError: a folder cannot be listed, or nothing in it opened.
+        DatasetError: a folder cannot be listed, or its files not be looked at.
     """
 
     def refuse(error: OSError) -> NoReturn:
-        raise DatasetError(
-            f"{error.filename} cannot be read ({error.strerror}), so its images would be missing without a word: make "
-            f"it readable, such as by chmod -R u+rX {root}, or take it out of the source"
-        ) from error
+        raise _closed(error) from error
 
     files, folders = [], []
     ways: dict[str, tuple[str, ...]] = {str(root): (os.path.realpath(root),)}
@@ -275,14 +299,8 @@ def _local_tree(root: Path) -> Tree:
         folders += [prefix + text(name) for name in below]
         for name in names:
             path = Path(here, name)
-            try:
-                status = path.stat()
-            except PermissionError as error:
-                refuse(error)
-            except OSError:
-                continue  # a link that leads nowhere
-            if stat.S_ISREG(status.st_mode):
-                files.append(File(prefix + text(name), _stamp(status), StoredFile(f"file://{path}")))
+            if stamp := _stamp(path):
+                files.append(File(prefix + text(name), stamp, StoredFile(f"file://{path}")))
     return _tree(files, folders)
 
 
