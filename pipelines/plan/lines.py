@@ -8,6 +8,7 @@ import math
 import re
 from typing import Any
 
+from pipelines.evaluation.copies import LEAST
 from pipelines.plan import clock
 from pipelines.plan.budget import spoken, written
 from pipelines.plan.choose import MOST_PASSES, PIECE, SCALE, STEPS, Basis, drawing_precision, methods, most_images
@@ -283,6 +284,11 @@ def warnings(source: SourceFacts, machine: MachineFacts, basis: Basis, budget_s:
         found.append(
             f"{source.train_images:,} images are few: a model of fewer than about {FEW} learns them by heart and draws "
             "copies, which the scores will name; more images, or a shorter budget, are the way out"
+        )
+    if source.test_images < LEAST:
+        found.append(
+            f"{source.test_images} test images are too few to tell whether samples are copies of training images. The "
+            f"gate asks for at least {LEAST}, and will refuse the model: add images, or raise data.test_fraction"
         )
     if source.class_counts:
         least = min(source.class_counts, key=lambda name: source.class_counts[name])

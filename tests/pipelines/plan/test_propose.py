@@ -278,6 +278,13 @@ def test_few_images_are_warned_of_and_not_shown_for_ever():
     assert any(text.startswith("class forest has 10 images") for text in rare.warnings)
 
 
+def test_too_few_test_images_for_the_gate_are_warned_of():
+    few = replace(UNLABELLED, images=190, test_images=19)
+    assert any(text.startswith("19 test images are too few") for text in propose(few, GPU, 3600.0).warnings)
+    enough = replace(few, test_images=20)
+    assert not any("test images are too few" in text for text in propose(enough, GPU, 3600.0).warnings)
+
+
 @pytest.mark.parametrize(
     "mirror, flips",
     [(Mirror(0.5, 500), True), (Mirror(0.5, 40), False), (Mirror(0.6, 100), False), (Mirror(0.95, 500), False)],
