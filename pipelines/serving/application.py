@@ -77,9 +77,11 @@ class ModelReplica:
         except RequestError as error:
             return {"status": error.status if isinstance(error, Refused) else 422, "refused": str(error)}
 
-    async def invoke(self, data: bytes, content_type: str) -> tuple[tuple[str, int, str], int, list[dict[str, Any]]]:
+    async def invoke(
+        self, body: Mapping[str, Any], content_type: str
+    ) -> tuple[tuple[str, int, str], int, list[dict[str, Any]]]:
         """Return the answer to `/invocations` (text, status, type), its number of pictures, and their batches."""
-        return await self._follower.current.invoke(data, content_type, self._callers)
+        return await self._follower.current.invoke(body, content_type, self._callers)
 
     async def describe(self) -> dict[str, Any]:
         """Return what the model is, and how it is followed."""
@@ -135,11 +137,11 @@ class Front:
         self._metrics.drawn(reference, len(answer["images"]), [answer["batch"]])
         return answer
 
-    async def invoke(self, data: bytes, content_type: str, model: str | None) -> tuple[str, int, str]:
+    async def invoke(self, body: Mapping[str, Any], content_type: str, model: str | None) -> tuple[str, int, str]:
         """Return (text, status, type) of the answer to `/invocations`."""
         reference = self._find(model)
         with self._admitted(reference):
-            answer, images, batches = await self._call(reference, "invoke", data, content_type)
+            answer, images, batches = await self._call(reference, "invoke", dict(body), content_type)
         self._metrics.drawn(reference, images, batches)
         return answer
 

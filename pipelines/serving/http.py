@@ -47,7 +47,7 @@ class Backend(Protocol):
     async def ask(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Return the answer to a body of `/v1/images`; a `RequestError` says why there is none."""
 
-    async def invoke(self, data: bytes, content_type: str, model: str | None) -> tuple[str, int, str]:
+    async def invoke(self, body: Mapping[str, Any], content_type: str, model: str | None) -> tuple[str, int, str]:
         """Return (text, status, type) of the answer to `/invocations`, of the default model where none is named."""
 
     async def models(self) -> list[dict[str, Any]]:
@@ -96,8 +96,8 @@ def make_app(backend: Backend, limits: Limits, token_digest: str | None, metrics
     @app.post("/invocations", dependencies=guarded, openapi_extra=_table_request(), response_class=JSONResponse)
     async def invocations(request: Request, model: str | None = None) -> Response:
         """Draw a picture for each row of a table, by MLflow's scoring protocol."""
-        data = await _read(request, limits)
-        text, status, kind = await backend.invoke(data, request.headers["content-type"], model)
+        body = _parse_json(await _read(request, limits))
+        text, status, kind = await backend.invoke(body, request.headers["content-type"], model)
         return Response(text, status_code=status, media_type=kind)
 
     @app.get("/ping")

@@ -80,7 +80,7 @@ class Served:
         return await asyncio.to_thread(lambda: write_answer(prepared.pictures(share.drawn), self.source, batch))
 
     async def invoke(
-        self, data: bytes, content_type: str, callers: Executor
+        self, body: Mapping[str, Any], content_type: str, callers: Executor
     ) -> tuple[tuple[str, int, str], int, list[dict[str, Any]]]:
         """Return the answer to a request of MLflow's scoring protocol, its number of pictures, and their batches.
 
@@ -97,7 +97,7 @@ class Served:
             return to_uint8(asked[0].result()[0]).numpy()
 
         try:
-            answer = await loop.run_in_executor(callers, self.scoring, data, content_type, predict)
+            answer = await loop.run_in_executor(callers, self.scoring, body, content_type, predict)
         finally:
             for future in asked:
                 future.cancel()

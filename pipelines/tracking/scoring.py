@@ -1,4 +1,4 @@
-"""MLflow's scoring protocol (`/invocations`) for a function of ours, parsed, checked and answered by MLflow's code."""
+"""MLflow's scoring protocol (`/invocations`) for a function of ours, read, checked and answered by MLflow's code."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Scoring:
         self._model = Model(signature=table_signature(columns, output, params))
         self._model.add_flavor("python_function", loader_module="pipelines.served_model")
 
-    def __call__(self, data: bytes, content_type: str, predict: Predict) -> tuple[str, int, str]:
+    def __call__(self, body: Mapping[str, Any], content_type: str, predict: Predict) -> tuple[str, int, str]:
         """Return the answer to a request: its text, status of HTTP and type.
 
         Args:
-            data: the body.
+            body: the JSON object that was sent.
             content_type: the header of that name.
             predict: called in this thread.
         """
@@ -40,7 +40,7 @@ class Scoring:
 
         pyfunc = PyFuncModel(self._model, _Predicting(predict))
         try:
-            answer = self._invocations(data, content_type, pyfunc, self._model.get_input_schema())
+            answer = self._invocations(dict(body), content_type, pyfunc, self._model.get_input_schema())
         except MlflowException as error:
             return error.serialize_as_json(), error.get_http_status_code(), "application/json"
         return answer.response, answer.status, answer.mimetype

@@ -139,6 +139,11 @@ BAD: dict[str, Bad] = {
     "too many resamplings": Bad(422, "network evaluations", inpaint(method_settings={"resamplings": 299})),
     "strength": Bad(422, "strength = 2", {"task": "edit", "images": [png()], "strength": 2}),
     "table of another form": Bad(400, "exactly one of the input fields", {"rows": []}, path="/invocations"),
+    "deep nesting in a table": Bad(400, "no JSON text", b'{"inputs":' + b"[" * 100_000, path="/invocations"),
+    "number of 5,000 digits in a table": Bad(
+        400, "no JSON text", b'{"inputs": {"seed": [' + b"9" * 5_000 + b"]}}", path="/invocations"
+    ),
+    "list for a table": Bad(400, "send an object", b"[1]", path="/invocations"),
     "unknown column": Bad(400, "columns", table(["colour"], [["red"]]), path="/invocations"),
     "unknown class in a table": Bad(400, "no class 'x'", table(["label"], [["x"]]), path="/invocations"),
     "too many rows": Bad(400, "at most 16", table(["label"], [["1"]] * 17), path="/invocations"),

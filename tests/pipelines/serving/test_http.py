@@ -46,8 +46,8 @@ class Alone:
             raise Refused(404, f"there is no model {body['model']!r}; served are: one")
         return await self.served.ask(body)
 
-    async def invoke(self, data, content_type, model):
-        return (await self.served.invoke(data, content_type, self.callers))[0]
+    async def invoke(self, body, content_type, model):
+        return (await self.served.invoke(body, content_type, self.callers))[0]
 
     async def models(self):
         return [self.served.describe()]

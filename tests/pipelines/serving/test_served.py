@@ -60,7 +60,7 @@ def test_tables_and_images_are_drawn_together(tmp_path, drawing):
 
     async def scenario(served: Served):
         with ThreadPoolExecutor(2) as callers:
-            rows = str(table(["label", "seed"], [["a", 5], ["b", 6]])).replace("'", '"').encode()
+            rows = table(["label", "seed"], [["a", 5], ["b", 6]])
             asked = served.ask({"labels": ["b"], "seeds": [6]}), served.invoke(rows, "application/json", callers)
             return await asyncio.gather(*asked)
 
