@@ -19,6 +19,7 @@ from ddpm.inference.checks import (
     check_condition,
     check_count,
     check_images,
+    check_names,
     check_steps,
     class_indices,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "check_condition",
     "check_count",
     "check_images",
+    "check_names",
     "check_steps",
     "class_indices",
     "cut",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -25,6 +25,20 @@ def class_indices(labels: Sequence[str | int], classes: Sequence[str]) -> list[i
     if not classes:
         raise ValueError("this model has no classes: leave the labels out")
     return [_class_index(label, classes) for label in labels]
+
+
+def check_names(what: str, names: Iterable[object], allowed: Iterable[str]) -> None:
+    """Raise if there are other names than those that are allowed.
+
+    Args:
+        what: the names are of, in the plural, for the message.
+
+    Raises:
+        ValueError: there are; names them, and those that are allowed.
+    """
+    known = list(allowed)
+    if unknown := {str(name) for name in names} - set(known):
+        raise ValueError(f"unknown {what} {', '.join(sorted(unknown))}; there are: {', '.join(known)}")
 
 
 def check_count(count: int, spec: ModelSpec) -> None:

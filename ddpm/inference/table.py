@@ -13,7 +13,7 @@ from torch import Tensor
 from ddpm.conditioning import Conditioning
 from ddpm.generate import OF_ALL_KINDS, to_uint8
 from ddpm.guidance import GUIDANCE
-from ddpm.inference.checks import can_inpaint, check_count, class_indices
+from ddpm.inference.checks import can_inpaint, check_count, check_names, class_indices
 from ddpm.inference.drawing import Drawing
 from ddpm.inference.noise import Noise
 from ddpm.inference.tasks import INPAINTERS, METHODS, TRAINED, Editing, FromNoise, Inpainting, Task
@@ -100,13 +100,8 @@ def table_drawings(
     Raises:
         ValueError: a column or parameter is unknown, or the model cannot do what is asked.
     """
-    known = parameters()
-    for name, unknown, allowed in (
-        ("columns", columns.keys() - COLUMNS.keys(), COLUMNS),
-        ("parameters", given.keys() - known.keys(), known),
-    ):
-        if unknown:
-            raise ValueError(f"unknown {name} {', '.join(sorted(unknown))}; there are: {', '.join(allowed)}")
+    check_names("columns", columns, COLUMNS)
+    check_names("parameters", given, parameters())
     if not columns:
         raise ValueError(f"no rows: give at least one of the columns {', '.join(COLUMNS)}")
     rows = len(next(iter(columns.values())))

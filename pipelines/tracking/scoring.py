@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ddpm.inference import check_names
 from pipelines.tracking.client import import_mlflow
 from pipelines.tracking.signature import table_signature
 
 Predict = Callable[[dict[str, list[Any]], dict[str, Any]], NDArray[Any]]
 """(columns of the table, parameters that were given) -> predictions; a ValueError says what is wrong with them."""
+TABLES = ("dataframe_split", "dataframe_records", "inputs", "instances")
+"""Fields of a body of which one holds the table."""
+PARAMS = "params"
 
 
 class Scoring:
@@ -24,6 +28,7 @@ class Scoring:
         from mlflow.pyfunc.scoring_server import invocations  # now, so that no request waits for it
 
         self._invocations = invocations
+        self._columns, self._params = list(columns), list(params)
         self._model = Model(signature=table_signature(columns, output, params))
         self._model.add_flavor("python_function", loader_module="pipelines.served_model")
 
@@ -40,10 +45,23 @@ class Scoring:
 
         pyfunc = PyFuncModel(self._model, _Predicting(predict))
         try:
+            self._check_names(body)
             answer = self._invocations(dict(body), content_type, pyfunc, self._model.get_input_schema())
         except MlflowException as error:
             return error.serialize_as_json(), error.get_http_status_code(), "application/json"
         return answer.response, answer.status, answer.mimetype
+
+    def _check_names(self, body: Mapping[str, Any]) -> None:
+        """Raise MLflow's error if a body has names that the signature lacks: MLflow would drop them without a word."""
+        from mlflow.exceptions import MlflowException
+
+        params = body.get(PARAMS)
+        try:
+            check_names("fields", body, (*TABLES, PARAMS))
+            check_names("columns", _column_names(body), self._columns)
+            check_names("parameters", params if isinstance(params, dict) else (), self._params)
+        except ValueError as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from error
 
 
 class _Predicting:
@@ -63,6 +81,18 @@ class _Predicting:
             return self._predict(columns, given)
         except ValueError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
+
+
+def _column_names(body: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield the names of the columns of a body's table; none where it has another form, which MLflow refuses."""
+    for field in TABLES:
+        table = body.get(field)
+        if field == "dataframe_split":
+            names = table.get("columns") if isinstance(table, dict) else None
+            yield from names if isinstance(names, list) else ()
+        else:
+            for row in table if isinstance(table, list) else [table]:
+                yield from row if isinstance(row, dict) else ()
 
 
 def version_of_mlflow() -> str:

@@ -138,16 +138,42 @@ BAD: dict[str, Bad] = {
     "resamplings without end": Bad(422, "at most 300", inpaint(method_settings={"resamplings": 10**9})),
     "too many resamplings": Bad(422, "network evaluations", inpaint(method_settings={"resamplings": 299})),
     "strength": Bad(422, "strength = 2", {"task": "edit", "images": [png()], "strength": 2}),
-    "table of another form": Bad(400, "exactly one of the input fields", {"rows": []}, path="/invocations"),
+    "table of another form": Bad(400, "exactly one of the input fields", {}, path="/invocations"),
+    "unknown field beside a table": Bad(
+        400,
+        "unknown fields parms; there are: dataframe_split",
+        {"inputs": {"label": ["1"]}, "parms": {"steps": 3}},
+        path="/invocations",
+    ),
     "deep nesting in a table": Bad(400, "no JSON text", b'{"inputs":' + b"[" * 100_000, path="/invocations"),
     "number of 5,000 digits in a table": Bad(
         400, "no JSON text", b'{"inputs": {"seed": [' + b"9" * 5_000 + b"]}}", path="/invocations"
     ),
     "list for a table": Bad(400, "send an object", b"[1]", path="/invocations"),
-    "unknown column": Bad(400, "columns", table(["colour"], [["red"]]), path="/invocations"),
+    "unknown column": Bad(
+        400,
+        "unknown columns colour; there are: label, prompt",
+        table(["label", "colour"], [["1", "red"]]),
+        path="/invocations",
+    ),
+    "unknown column of a record": Bad(
+        400,
+        "unknown columns sede; there are: label, prompt",
+        {"dataframe_records": [{"label": "1"}, {"label": "1", "sede": 3}]},
+        path="/invocations",
+    ),
+    "unknown column of inputs": Bad(
+        400, "unknown columns labels", {"inputs": {"label": ["1"], "labels": ["1"]}}, path="/invocations"
+    ),
+    "unknown column of instances": Bad(
+        400, "unknown columns labels", {"instances": [{"label": "1", "labels": "1"}]}, path="/invocations"
+    ),
     "unknown class in a table": Bad(400, "no class 'x'", table(["label"], [["x"]]), path="/invocations"),
     "too many rows": Bad(400, "at most 16", table(["label"], [["1"]] * 17), path="/invocations"),
-    "unknown parameter": Bad(400, "steps", table(["label"], [["1"]], steps="many"), path="/invocations"),
+    "unknown parameter": Bad(
+        400, "unknown parameters stepps; there are: kind, guidance", table(["label"], [["1"]], stepps=3), "/invocations"
+    ),
+    "parameter of another type": Bad(400, "steps", table(["label"], [["1"]], steps="many"), path="/invocations"),
     "too many steps for rows": Bad(400, "at most 300", table(["label"], [["1"]], steps=10**9), path="/invocations"),
     "bomb in a table": Bad(
         400, "at most 1,000,000", table(["image", "strength"], [[bomb(60_000, 60_000), 0.5]]), path="/invocations"
