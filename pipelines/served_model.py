@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
-import binascii
+import contextlib
 import io
+import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -86,19 +88,31 @@ class DiffusionModel(mlflow.pyfunc.PythonModel):
 def _decode(value: Any, channels: int, what: str) -> Tensor:
     """Return the pixels of an encoded picture, or of its base64 text, uint8 [H, W, C].
 
-    What is transparent in an image is white, as in the pictures that a model is trained on; a mask has its own pixels.
+    As in the pictures that a model is trained on, an EXIF orientation is applied, 16 bits are scaled to 8, and what is
+    transparent in an image is white; a mask has its own pixels.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
+    damaged: tuple[type[Exception], ...] = (  # what Pillow's decoder raises for damaged files
+        *(OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, OverflowError, RuntimeError),
+        *(struct.error, zlib.error, Image.DecompressionBombError),
+    )
     try:
-        data = base64.b64decode(value, validate=True) if isinstance(value, str) else bytes(value)
-        with Image.open(io.BytesIO(data)) as opened:
+        text = value.removeprefix("data:image/png;base64,") if isinstance(value, str) else None
+        data = bytes(value) if text is None else base64.b64decode(text, validate=True)
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as opened:
+            opened.load()
+            with contextlib.suppress(*damaged):  # an EXIF that cannot be read says nothing
+                ImageOps.exif_transpose(opened, in_place=True)
             image: Image.Image = opened
-            if what == "image" and image.has_transparency_data:
+            if image.mode.startswith("I;16"):
+                wide = np.asarray(image).astype(np.uint32)
+                image = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
+            elif what == "image" and image.has_transparency_data:
                 image = Image.new("RGBA", opened.size, "white")
                 image.alpha_composite(opened.convert("RGBA"))
             pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
-    except (binascii.Error, OSError, ValueError, TypeError, SyntaxError) as error:
+    except damaged as error:
         raise ValueError(f"a picture cannot be read ({error}): send a PNG file, or its base64 text") from error
     return torch.from_numpy(pixels).reshape(*pixels.shape[:2], channels)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from ddpm.conditioning import Conditioning
@@ -34,7 +32,8 @@ from pipelines.scratch import scratch_folder
 from pipelines.serving.batcher import Batcher
 from pipelines.serving.bodies import decode_base64, model_of, read_body, write_answer
 from pipelines.serving.limits import Limits, Refused
-from pipelines.shards.members import on_white
+from pipelines.shards.ingest.encode import ImageFormat, decode_grey, encode_image
+from pipelines.shards.ingest.trees import UnreadableError
 from pipelines.storage import Storage
 from pipelines.text import TextEncoder
 from pipelines.tracking import Scoring
@@ -185,10 +184,12 @@ class Served:
         data = decode_base64("a picture", value) if isinstance(value, str) else bytes(value)
         _, height, width = self.model.spec.shape
         self.limits.check_picture("a picture", data, size=(width, height))
-        with Image.open(io.BytesIO(data)) as opened:
-            image = on_white(opened)[0] if what == "image" else opened
-            pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
-        return torch.from_numpy(pixels).reshape(*pixels.shape[:2], channels)
+        try:
+            if what == "mask":
+                return torch.from_numpy(decode_grey(data))[..., None]
+            return torch.tensor(encode_image(data, ImageFormat(height, channels, "keep", "npy")).pixels)
+        except UnreadableError as error:
+            raise RequestError(f"a picture {error}") from error
 
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
         """Check that a request has no network read or compiled: others would wait for it."""

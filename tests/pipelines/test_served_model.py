@@ -1,7 +1,10 @@
 """The pyfunc of a model version, saved and loaded by MLflow as a server does it, without a server."""
 
+import asyncio
 import base64
+import io
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlflow
@@ -11,13 +14,20 @@ import pytest
 from fastapi.testclient import TestClient
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import scoring_server
+from PIL import Image
 
 import ddpm
+from ddpm.generate import to_uint8
 from ddpm.inference import COLUMNS, parameters
 from ddpm.model import load_model
+from pipelines.config import compose
 from pipelines.inference import Edit, Inpaint, Sample, picture
+from pipelines.serving.served import load
+from pipelines.shards.ingest.encode import ImageFormat, encode_image
+from pipelines.storage import Storage
 from pipelines.tracking.signature import table_signature
 from tests.pipelines.drawing import model_folder, save_picture
+from tests.pipelines.serving.bad_requests import bomb
 
 CLASSES = ("circle", "square", "7")
 CODE = Path(ddpm.__path__[0]).parent / "pipelines" / "served_model.py"
@@ -148,6 +158,69 @@ def test_what_is_transparent_in_an_image_is_white_as_for_an_edit_and_a_mask_has_
     wanted = picture(Inpaint.of(images=[image], masks=[str(mask)], method_settings=settings), model)
     row = {"image": [image.read_bytes()], "mask": [mask.read_bytes()]}
     assert near(pyfunc.predict(pandas.DataFrame(row), params=settings), wanted.pixels)
+
+
+def png_of(pixels, mode=None, *, orientation=None, **options):
+    """A PNG file of 8x8 pixels."""
+    image, buffer = Image.fromarray(pixels), io.BytesIO()
+    if orientation is not None:
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = orientation
+    (image if mode is None else image.convert(mode)).save(buffer, "png", **options)
+    return buffer.getvalue()
+
+
+def png_of_every_kind():
+    random = np.random.default_rng(0)
+    grey, grey_alpha, colour, colour_alpha = (random.integers(0, 256, (8, 8, n), np.uint8) for n in (1, 2, 3, 4))
+    grey, wide = grey[..., 0], random.integers(0, 1 << 16, (8, 8), np.uint16)
+    return {
+        "1": png_of(grey, "1"),
+        "1 with a transparent value": png_of(grey, "1", transparency=1),
+        "L": png_of(grey),
+        "L with a transparent value": png_of(grey, transparency=int(grey[2, 3])),
+        "LA": png_of(grey_alpha),
+        "P": png_of(colour, "P"),
+        "P with a transparent colour": png_of(colour, "P", transparency=9),
+        "P with transparent colours": png_of(colour, "P", transparency=bytes(range(256))),
+        "RGB": png_of(colour),
+        "RGB with a transparent colour": png_of(colour, transparency=tuple(colour[2, 3].tolist())),
+        "RGBA": png_of(colour_alpha),
+        "16 bits": png_of(wide),
+        "16 bits with a transparent value": png_of(wide, transparency=int(wide[2, 3])),
+        "grey, turned": png_of(grey, orientation=6),
+        "colour with alpha, turned": png_of(colour_alpha, orientation=6),
+        "16 bits, turned": png_of(wide, orientation=6),
+    }
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_pyfunc_and_the_server_read_every_kind_of_png_as_an_ingest_does(tmp_path, channels):
+    files = list(png_of_every_kind().values())
+    wanted = np.stack([encode_image(data, ImageFormat(8, channels, "keep")).pixels for data in files])
+    rows = {"image": files, "strength": [0.0] * len(files)}  # draws the image itself
+    pyfunc, _ = serve(tmp_path, classes=(), channels=channels)
+    assert np.array_equal(pyfunc.predict(pandas.DataFrame(rows)), wanted)
+    urls = ["data:image/png;base64," + base64.b64encode(data).decode() for data in files]
+    assert np.array_equal(pyfunc.predict(pandas.DataFrame(rows | {"image": urls})), wanted)
+    with ThreadPoolExecutor(1) as executor:
+        server = load(str(tmp_path / "model"), compose([]), Storage(), executor)
+        drawn, _ = asyncio.run(server.draw_table(rows, {}))
+    assert np.array_equal(to_uint8(drawn).numpy(), wanted)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "gif"])
+def test_a_picture_of_another_format_than_png_is_refused(served, kind):
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8)).save(buffer, kind)
+    with pytest.raises(MlflowException, match="cannot be read .*: send a PNG file"):
+        served["plain"][0].predict(pandas.DataFrame({"image": [buffer.getvalue()], "strength": [0.5]}))
+
+
+def test_a_picture_that_promises_too_many_pixels_is_refused(served):
+    rows = {"image": [bomb(60_000, 60_000)], "strength": [0.5]}
+    with pytest.raises(MlflowException, match="cannot be read .*: send a PNG file"):
+        served["plain"][0].predict(pandas.DataFrame(rows))
 
 
 @pytest.mark.parametrize(

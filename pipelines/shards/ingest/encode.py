@@ -174,6 +174,16 @@ def encode_image(data: bytes, form: ImageFormat) -> EncodedImage:
     return EncodedImage(data, pixels, tuple(changes))
 
 
+def decode_grey(data: bytes) -> NDArray[np.uint8]:
+    """Decode an image file into grey values, uint8 [H, W], upright: those that it has where it is transparent, too.
+
+    Raises:
+        UnreadableError: it is damaged, is no image, or has pixels of an open range.
+    """
+    image, _, _ = _decode(data)
+    return np.array(_convert(_turn(image)[0], "L"))
+
+
 @dataclass(frozen=True)
 class OpenedImage:
     """An image as a person sees it.
