@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,29 @@ from torch import Tensor
 
 from pipelines.display import Notice
 from pipelines.inference.request import RequestError
-from pipelines.shards.ingest.encode import ImageFormat, encode_image
+from pipelines.shards.ingest.encode import ImageFormat, decode_grey, encode_image
 from pipelines.shards.ingest.trees import UnreadableError
 
 HALVES = ("left", "right", "top", "bottom")
 
 
-def read_images(paths: Sequence[Path], shape: tuple[int, int, int], notice: Notice) -> NDArray[np.uint8]:
-    """Return images as uint8 [N, H, W, C] of a model's shape: the central square, resized.
+@dataclass(frozen=True)
+class GivenImage:
+    """An image that a user gives.
+
+    Attributes:
+        path: of its file.
+        size: width and height in pixels of the upright image in the file.
+        pixels: its central square, resized to the model's size, uint8 [H, W, C].
+    """
+
+    path: Path
+    size: tuple[int, int]
+    pixels: NDArray[np.uint8]
+
+
+def read_images(paths: Sequence[Path], shape: tuple[int, int, int], notice: Notice) -> list[GivenImage]:
+    """Return images of a model's shape.
 
     Args:
         shape: (C, H, W).
@@ -29,16 +45,16 @@ def read_images(paths: Sequence[Path], shape: tuple[int, int, int], notice: Noti
     Raises:
         RequestError: a file is missing or is no image.
     """
-    return np.stack([_read(path, shape, notice) for path in paths])
+    return [_read(path, shape, notice) for path in paths]
 
 
-def read_mask(mask: str, path: Path, shape: tuple[int, int, int]) -> NDArray[np.bool_]:
+def read_mask(mask: str, image: GivenImage, shape: tuple[int, int, int]) -> NDArray[np.bool_]:
     """Return which pixels of an image are hidden, bool [H, W] of the model's size.
 
     Args:
         mask: a picture of the size of the given image or of the model's, whose white pixels are hidden; or
             box:X,Y,WIDTH,HEIGHT or half:SIDE.
-        path: of the image.
+        image: of which the pixels are hidden.
         shape: (C, H, W) of the model's.
 
     Raises:
@@ -51,10 +67,12 @@ def read_mask(mask: str, path: Path, shape: tuple[int, int, int]) -> NDArray[np.
     elif kind == "half" and value:
         hidden = _half(mask, value, height, width)
     else:
-        hidden = _drawn(Path(mask), path, height, width)
+        hidden = _drawn(Path(mask), image, height, width)
     if hidden.all() or not hidden.any():
         what = "every pixel" if hidden.all() else "no pixel"
-        raise RequestError(f"the mask {mask} hides {what} of {path}: white pixels are filled, black ones are kept")
+        raise RequestError(
+            f"the mask {mask} hides {what} of {image.path}: white pixels are filled, black ones are kept"
+        )
     return hidden
 
 
@@ -63,31 +81,22 @@ def as_tensor(pixels: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).float() / 127.5 - 1
 
 
-def _read(path: Path, shape: tuple[int, int, int], notice: Notice) -> NDArray[np.uint8]:
+def _read(path: Path, shape: tuple[int, int, int], notice: Notice) -> GivenImage:
     channels, size, _ = shape
     try:
-        data = path.read_bytes()
-        encoded = encode_image(data, ImageFormat(size, channels))
-        width, height = _size(path)
+        encoded = encode_image(path.read_bytes(), ImageFormat(size, channels))
     except OSError as error:
         raise RequestError(f"the image {path} cannot be read: {error.strerror or error}") from error
     except UnreadableError as error:
         raise RequestError(f"the image {path} {error}") from error
-    changes = list(encoded.changes)
+    changes, (width, height) = list(encoded.changes), encoded.size
     if width != height:
         changes.append(f"cut to the central square of {width}x{height} pixels")
     if (width, height) != (size, size):
         changes.append(f"resized from {min(width, height)} to the model's {size} pixels")
     if changes:
         notice(f"{path}: {', '.join(changes)}")
-    return encoded.pixels
-
-
-def _size(path: Path) -> tuple[int, int]:
-    """Return (width, height) of an image file, upright."""
-    with Image.open(path) as image:
-        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-        return (image.height, image.width) if turned else image.size
+    return GivenImage(path, encoded.size, encoded.pixels)
 
 
 def _box(mask: str, value: str, height: int, width: int) -> NDArray[np.bool_]:
@@ -112,24 +121,23 @@ def _half(mask: str, side: str, height: int, width: int) -> NDArray[np.bool_]:
     return hidden
 
 
-def _drawn(mask: Path, path: Path, height: int, width: int) -> NDArray[np.bool_]:
+def _drawn(mask: Path, image: GivenImage, height: int, width: int) -> NDArray[np.bool_]:
     """Return a mask from a picture; one of the size of the given image is cut and resized as that is."""
+    others = "give a picture, box:X,Y,WIDTH,HEIGHT or half:SIDE"
     try:
-        with Image.open(mask) as opened:
-            picture = opened.convert("L")
-        given = _size(path)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise RequestError(
-            f"the mask {mask} cannot be read ({error}): give a picture, box:X,Y,WIDTH,HEIGHT or half:SIDE"
-        ) from error
-    if picture.size == given and picture.size != (width, height):
+        picture = Image.fromarray(decode_grey(mask.read_bytes()))
+    except OSError as error:
+        raise RequestError(f"the mask {mask} cannot be read ({error.strerror or error}): {others}") from error
+    except UnreadableError as error:
+        raise RequestError(f"the mask {mask} {error}: {others}") from error
+    if picture.size == image.size and picture.size != (width, height):
         side = min(picture.size)
         left, top = (picture.width - side) // 2, (picture.height - side) // 2
         picture = picture.crop((left, top, left + side, top + side)).resize((width, height), Image.Resampling.BOX)
         return np.asarray(picture) > 0  # a pixel of which any part is hidden
     if picture.size != (width, height):
         raise RequestError(
-            f"the mask {mask} is {picture.width}x{picture.height}: it must have the size of {path}, "
-            f"{given[0]}x{given[1]}, or of the model's images, {width}x{height}"
+            f"the mask {mask} is {picture.width}x{picture.height}: it must have the size of {image.path}, "
+            f"{image.size[0]}x{image.size[1]}, or of the model's images, {width}x{height}"
         )
     return np.asarray(picture) >= 128

@@ -212,6 +212,7 @@ def _folder(folder: Path, model: Model, most: int, notice: Notice) -> Data:
     chosen = [paths[i] for i in spread_positions(len(paths), most)]
     changed: Counter[str] = Counter()
     images = read_images(chosen, model.spec.shape, lambda text: changed.update([text.partition(": ")[2]]))
+    pixels = np.stack([image.pixels for image in images])
     for change, count in changed.items():
         notice(f"{count} images: {change}")
     classes, names = model.spec.classes, [path.parent.name for path in chosen]
@@ -220,4 +221,4 @@ def _folder(folder: Path, model: Model, most: int, notice: Notice) -> Data:
         cond = Conditioning(label=torch.tensor([classes.index(name) for name in names]))
     elif classes:
         notice("the images do not lie in folders named as the model's classes: their likelihood is without a class")
-    return Data(str(folder), as_tensor(images), cond)
+    return Data(str(folder), as_tensor(pixels), cond)

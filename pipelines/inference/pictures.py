@@ -36,7 +36,7 @@ from pipelines import references
 from pipelines.config import Config
 from pipelines.display import Notice, Progress, no_notice, no_progress
 from pipelines.evaluation.devices import task_device
-from pipelines.inference.inputs import as_tensor, read_images, read_mask
+from pipelines.inference.inputs import GivenImage, as_tensor, read_images, read_mask
 from pipelines.inference.request import Edit, Inpaint, Request, RequestError, Sample
 from pipelines.references import Resolved
 from pipelines.storage import Storage
@@ -237,11 +237,12 @@ class _Resolving:
         noise, request = self._noise(), self.request
         originals = hidden = None
         task: Task = FromNoise()
-        if self.images:
-            originals = read_images(self.images, self.spec.shape, self.notice)
+        images = read_images(self.images, self.spec.shape, self.notice)
+        if images:
+            originals = np.stack([image.pixels for image in images])
         if isinstance(request, Inpaint):
             assert originals is not None
-            hidden = self._hidden(request)
+            hidden = self._hidden(request, images)
             request, task = self._inpainting(request, originals, hidden)
         elif isinstance(request, Edit):
             assert originals is not None
@@ -304,9 +305,9 @@ class _Resolving:
         places = torch.tensor([different.index(prompt) for prompt in prompts])
         return self.encode(different)[places]
 
-    def _hidden(self, request: Inpaint) -> NDArray[np.bool_]:
-        pairs = zip(self._one_each(request.masks), self.images, strict=True)
-        return np.stack([read_mask(mask, path, self.spec.shape) for mask, path in pairs])
+    def _hidden(self, request: Inpaint, images: Sequence[GivenImage]) -> NDArray[np.bool_]:
+        pairs = zip(self._one_each(request.masks), images, strict=True)
+        return np.stack([read_mask(mask, image, self.spec.shape) for mask, image in pairs])
 
     def _one_each(self, values: Sequence[Any]) -> list[Any]:
         return list(values) * (len(self.images) if len(values) == 1 else 1)

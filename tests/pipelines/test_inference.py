@@ -247,6 +247,33 @@ def test_a_mask_of_the_size_of_the_given_image_is_cut_as_the_image_is(models, tm
     assert hidden.sum() == 16
 
 
+@pytest.mark.parametrize("task", ["edit", "inpaint"])
+def test_an_image_whose_exif_is_damaged_is_taken_as_upright(models, tmp_path, task):
+    path, said = tmp_path / "image.webp", []
+    Image.new("RGB", (16, 8), "red").save(path, lossless=True, exif=b"Exif\0\0MM\0\x13\0\0\0\x08")
+    mask = tmp_path / "mask.png"
+    Image.fromarray(np.eye(8, 16, dtype=bool)).save(mask)
+    request = {
+        "edit": Edit.of(images=[path], strength=0),
+        "inpaint": Inpaint.of(images=[path], masks=[str(mask)], method_settings={"steps": 3}),
+    }[task]
+    found = picture(request, models["colour"], notice=said.append)
+    assert (found.originals[0] == [255, 0, 0]).all()
+    assert "EXIF is damaged, taken as upright, cut to the central square of 16x8 pixels" in said[0]
+
+
+def test_a_mask_is_turned_as_its_exif_says_and_its_16_bits_are_scaled(models, image, tmp_path):
+    mask, exif = np.zeros((8, 8), np.uint16), Image.Exif()
+    mask[:, :4] = 65535  # the left half, which turns to the top
+    mask[:, 4:] = 300  # nearly black
+    exif[0x0112] = 6
+    Image.fromarray(mask).save(tmp_path / "mask.png", exif=exif)
+    request = Inpaint.of(images=[image], masks=[str(tmp_path / "mask.png")], method_settings={"steps": 3})
+    hidden = picture(request, models["classes"]).hidden[0]
+    assert hidden[:4].all()
+    assert hidden.sum() == 32
+
+
 @pytest.mark.parametrize(
     "kind, given, message",
     [
@@ -303,6 +330,12 @@ def test_a_request_that_is_wrong_by_itself_is_refused_before_a_model_is_read(kin
             lambda p: Inpaint.of(images=[p / "8.png"], masks=[str(p / "7x5.png")]),
             "7x5.png is 7x5: it must have the size of",
         ),
+        (
+            "classes",
+            lambda p: Inpaint.of(images=[p / "8.png"], masks=[str(p / "text.png")]),
+            "is not an image of a known",
+        ),
+        ("classes", lambda p: Inpaint.of(images=[p / "8.png"], masks=["none.png"]), "cannot be read (No such file or"),
         ("classes", lambda p: Inpaint.of(images=[p / "8.png"], masks=["box:1,2,9,1"]), "within the model's 8x8 pixels"),
         ("classes", lambda p: Inpaint.of(images=[p / "8.png"], masks=["box:1,2"]), "write box:X,Y,WIDTH,HEIGHT"),
         ("classes", lambda p: Inpaint.of(images=[p / "8.png"], masks=["half:middle"]), "one of left, right, top, bott"),

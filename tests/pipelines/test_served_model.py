@@ -209,6 +209,25 @@ def test_the_pyfunc_and_the_server_read_every_kind_of_png_as_an_ingest_does(tmp_
     assert np.array_equal(to_uint8(drawn).numpy(), wanted)
 
 
+def test_the_pyfunc_and_the_server_read_every_kind_of_mask_as_a_request_does(tmp_path, image):
+    files = png_of_every_kind()
+    rows = {"image": [image.read_bytes()] * len(files), "mask": list(files.values()), "seed": [0] * len(files)}
+    settings = {"method": "replacement", "steps": 2}
+    pyfunc, model = serve(tmp_path, classes=())
+    drawn = {"pyfunc": pyfunc.predict(pandas.DataFrame(rows), params=settings)}
+    with ThreadPoolExecutor(1) as executor:
+        server = load(str(tmp_path / "model"), compose([]), Storage(), executor)
+        drawn["server"] = to_uint8(asyncio.run(server.draw_table(rows, settings))[0]).numpy()
+    for i, (name, data) in enumerate(files.items()):
+        (tmp_path / "mask.png").write_bytes(data)
+        request = Inpaint.of(
+            images=[image], masks=[str(tmp_path / "mask.png")], seeds=[0], method="replacement", sampling={"steps": 2}
+        )
+        wanted = picture(request, model).pixels
+        for by, pixels in drawn.items():
+            assert near(pixels[i : i + 1], wanted), f"{name} by the {by}"
+
+
 @pytest.mark.parametrize("kind", ["jpeg", "gif"])
 def test_a_picture_of_another_format_than_png_is_refused(served, kind):
     buffer = io.BytesIO()

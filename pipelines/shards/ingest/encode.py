@@ -132,11 +132,13 @@ class EncodedImage:
         data: bytes of the member.
         pixels: the pixels that a reader decodes from it, uint8 [S, S, C].
         changes: changes to the image beyond crop and resize.
+        size: width and height in pixels of the upright image before crop and resize.
     """
 
     data: bytes
     pixels: NDArray[np.uint8]
     changes: tuple[str, ...]
+    size: tuple[int, int]
 
 
 def encode_image(data: bytes, form: ImageFormat) -> EncodedImage:
@@ -150,7 +152,7 @@ def encode_image(data: bytes, form: ImageFormat) -> EncodedImage:
     """
     image, kind, _ = _decode(data)
     image, changes = _turn(image)
-    mode = image.mode
+    size, mode = image.size, image.mode
     image, transparent = on_white(image)
     if transparent:
         changes.append("transparent pixels made white")
@@ -163,7 +165,7 @@ def encode_image(data: bytes, form: ImageFormat) -> EncodedImage:
     image = _reshape(image, form)
     pixels = np.asarray(image, dtype=np.uint8).reshape(form.size, form.size, form.channels)
     if form.encoding == "npy":
-        return EncodedImage(npy(pixels), pixels, tuple(changes))
+        return EncodedImage(npy(pixels), pixels, tuple(changes), size)
     pillow, options = _PILLOW[form.encoding]
     if not (unchanged and kind == pillow):
         buffer = io.BytesIO()
@@ -171,7 +173,7 @@ def encode_image(data: bytes, form: ImageFormat) -> EncodedImage:
         data = buffer.getvalue()
         if form.encoding == "jpg":
             pixels = np.asarray(Image.open(io.BytesIO(data)), dtype=np.uint8).reshape(pixels.shape)
-    return EncodedImage(data, pixels, tuple(changes))
+    return EncodedImage(data, pixels, tuple(changes), size)
 
 
 def decode_grey(data: bytes) -> NDArray[np.uint8]:
