@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -39,6 +40,23 @@ OWN: dict[str, tuple[str, Any]] = {
     "negative_prompt": ("string", None),
 }
 """Parameter of a request beside the sampling settings -> (type, default)."""
+
+_VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "label": ("the name or index of a class", lambda value: isinstance(value, str | numbers.Integral)),
+    "prompt": ("a text", lambda value: isinstance(value, str)),
+    "image": (
+        "the bytes of a PNG file, or their base64 text",
+        lambda value: isinstance(value, str | bytes | bytearray),
+    ),
+    "mask": ("the bytes of a PNG file, or their base64 text", lambda value: isinstance(value, str | bytes | bytearray)),
+    "strength": ("a number in [0, 1]", lambda value: isinstance(value, numbers.Real) and math.isfinite(value)),
+    "seed": (
+        "a whole number in [0, 2^63)",
+        lambda value: isinstance(value, numbers.Integral) and 0 <= int(value) < 1 << 63,
+    ),
+    "negative_prompt": ("a text", lambda value: isinstance(value, str)),
+}
+"""Column or parameter -> its values in words, and whether something is one of them."""
 
 Encode = Callable[[Sequence[str]], Conditioning]
 Decode = Callable[[Any, int, str], Tensor]
@@ -106,6 +124,7 @@ def table_drawings(
         raise ValueError(f"no rows: give at least one of the columns {', '.join(COLUMNS)}")
     rows = len(next(iter(columns.values())))
     check_count(rows, model.spec)
+    _check_values(columns, given)
     own = {name: default for name, (_, default) in OWN.items()} | {n: v for n, v in given.items() if n in OWN}
     changed = {name: value for name, value in given.items() if name not in OWN}
     sampling = model.spec.sampling.with_fields(**changed)
@@ -164,6 +183,23 @@ def inpainting_method(model: Model, method: str | None, settings: Mapping[str, A
         if filled["steps"] == 1:
             filled.setdefault("resamplings", 1)
     return name, kind(**filled)
+
+
+def _check_values(columns: Mapping[str, Sequence[Any]], given: Mapping[str, Any]) -> None:
+    """Check that every row has a value of each column, and that values and parameters are what they should be.
+
+    Raises:
+        ValueError: one is not; names its place, and what is allowed.
+    """
+    places = [(name, f" in row {i}", value) for name, values in columns.items() for i, value in enumerate(values)]
+    places += [(name, "", value) for name, value in given.items() if name in _VALUES and value is not None]
+    for name, place, value in places:
+        allowed, fits = _VALUES[name]
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            raise ValueError(f"{name} is missing{place}: write {allowed} in every row, or leave the column out")
+        if not fits(value):
+            shown = repr(value) if len(repr(value)) <= 50 else f"{repr(value)[:50]} …"
+            raise ValueError(f"{name} = {shown}{place}: write {allowed}")
 
 
 def _condition(model: Model, columns: Mapping[str, Sequence[Any]], encode: Encode | None) -> Conditioning | None:

@@ -48,7 +48,8 @@ class Scoring:
             self._check_names(body)
             answer = self._invocations(dict(body), content_type, pyfunc, self._model.get_input_schema())
         except MlflowException as error:
-            return error.serialize_as_json(), error.get_http_status_code(), "application/json"
+            refused = _without_traceback(error)
+            return refused.serialize_as_json(), refused.get_http_status_code(), "application/json"
         return answer.response, answer.status, answer.mimetype
 
     def _check_names(self, body: Mapping[str, Any]) -> None:
@@ -81,6 +82,22 @@ class _Predicting:
             return self._predict(columns, given)
         except ValueError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
+
+
+def _without_traceback(error: Any) -> Any:
+    """Return an error of MLflow without a traceback, which it answers with for any error that it did not expect.
+
+    Raises:
+        Exception: the unexpected error, where it is none of a value's type.
+    """
+    from mlflow.exceptions import MlflowException
+
+    if "stack_trace" not in error.json_kwargs:
+        return error
+    cause = error.__context__
+    if not isinstance(cause, TypeError | ValueError | ArithmeticError | LookupError):
+        raise cause
+    return MlflowException.invalid_parameter_value(f"a value is of another type than it should be: {cause}")
 
 
 def _column_names(body: Mapping[str, Any]) -> Iterator[Any]:

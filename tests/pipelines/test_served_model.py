@@ -232,13 +232,13 @@ def test_the_pyfunc_and_the_server_read_every_kind_of_mask_as_a_request_does(tmp
 def test_a_picture_of_another_format_than_png_is_refused(served, kind):
     buffer = io.BytesIO()
     Image.new("L", (8, 8)).save(buffer, kind)
-    with pytest.raises(MlflowException, match="cannot be read .*: send a PNG file"):
+    with pytest.raises(MlflowException, match=r"cannot be read .*: send a PNG file"):
         served["plain"][0].predict(pandas.DataFrame({"image": [buffer.getvalue()], "strength": [0.5]}))
 
 
 def test_a_picture_that_promises_too_many_pixels_is_refused(served):
     rows = {"image": [bomb(60_000, 60_000)], "strength": [0.5]}
-    with pytest.raises(MlflowException, match="cannot be read .*: send a PNG file"):
+    with pytest.raises(MlflowException, match=r"cannot be read .*: send a PNG file"):
         served["plain"][0].predict(pandas.DataFrame(rows))
 
 
@@ -247,6 +247,20 @@ def test_a_picture_that_promises_too_many_pixels_is_refused(served):
     [
         ({"label": ["triangle"]}, {}, "no class 'triangle'; the model has: circle, square, 7"),
         ({"label": [3]}, {}, "no class '3'"),
+        ({"label": ["7", None]}, {}, "label is missing in row 1: write the name or index of a class in every row"),
+        ({"label": [0]}, {"seed": -1}, r"seed = -1: write a whole number in \[0, 2\^63\)"),
+        ({"seed": [1, -1]}, {}, r"seed = -1 in row 1: write a whole number in \[0, 2\^63\)"),
+        (
+            {"image": ["8", "8"], "strength": [0.5, None]},
+            {},
+            r"strength is missing in row 1: write a number in \[0, 1\]",
+        ),
+        (
+            {"image": ["8", None], "strength": [0.5, 0.5]},
+            {},
+            "image is missing in row 1: write the bytes of a PNG file",
+        ),
+        ({"image": ["8"], "mask": [["8"]]}, {}, r"mask = \['8'\] in row 0: write the bytes of a PNG file"),
         ({"label": [0]}, {"steps": 51}, r"steps must be in 1\.\.50"),
         ({"label": [0]}, {"kind": "euler"}, "unknown sampler 'euler'"),
         ({"prompt": ["a heart"]}, {}, "does not say which text encoder"),
@@ -262,7 +276,7 @@ def test_a_picture_that_promises_too_many_pixels_is_refused(served):
 )
 def test_rows_that_the_model_cannot_draw_are_refused(served, tmp_path, columns, params, message):
     files = {str(width): save_picture(tmp_path / f"{width}.png", width, 8).read_bytes() for width in (8, 9)}
-    sent = {name: [files.get(value, value) for value in values] for name, values in columns.items()}
+    sent = {name: [files.get(str(value), value) for value in values] for name, values in columns.items()}
     with pytest.raises(MlflowException, match=message) as raised:
         served["classes"][0].predict(pandas.DataFrame(sent), params=params)
     assert raised.value.error_code == "INVALID_PARAMETER_VALUE"

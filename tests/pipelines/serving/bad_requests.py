@@ -175,6 +175,39 @@ BAD: dict[str, Bad] = {
     ),
     "parameter of another type": Bad(400, "steps", table(["label"], [["1"]], steps="many"), path="/invocations"),
     "too many steps for rows": Bad(400, "at most 300", table(["label"], [["1"]], steps=10**9), path="/invocations"),
+    "seed of 65 bits in a table": Bad(
+        400, "seed", table(["label", "seed"], [["1", 1 << 64], ["1", 3]]), path="/invocations"
+    ),
+    "seed of 65 bits for a table": Bad(400, "seed", table(["label"], [["1"]], seed=1 << 64), path="/invocations"),
+    "negative seed in a table": Bad(
+        400, "seed = -1 in row 1: write a whole number", table(["seed"], [[1], [-1]]), path="/invocations"
+    ),
+    "missing label in a table": Bad(
+        400, "label is missing in row 1: write the name", table(["label"], [["1"], [None]]), path="/invocations"
+    ),
+    "missing strength in a table": Bad(
+        400,
+        "strength is missing in row 1: write a number in [0, 1] in every row",
+        table(["image", "strength"], [[png(), 0.5], [png(), None]]),
+        path="/invocations",
+    ),
+    "missing image in a table": Bad(
+        400,
+        "image is missing in row 1: write the bytes of a PNG file",
+        table(["image", "strength"], [[png(), 0.5], [None, 0.5]]),
+        path="/invocations",
+    ),
+    "list as an image in a table": Bad(
+        400, "image", table(["image", "strength"], [[[png()], 0.5]]), path="/invocations"
+    ),
+    "list as a prompt in a table": Bad(400, "prompt", table(["prompt"], [[["a heart"]]]), path="/invocations"),
+    "list as a label in a table": Bad(400, "label", table(["label"], [[["1"]]]), path="/invocations"),
+    "lists of different lengths as a parameter": Bad(
+        400, "of another type", table(["label"], [["1"]], interval=[[1], [1, 2]]), path="/invocations"
+    ),
+    "truncated PNG in a table": Bad(
+        400, "a picture is damaged", table(["image", "strength"], [[bomb(8, 8), 0.5]]), path="/invocations"
+    ),
     "bomb in a table": Bad(
         400, "at most 1,000,000", table(["image", "strength"], [[bomb(60_000, 60_000), 0.5]]), path="/invocations"
     ),

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ddpm.inference import Drawing, Noise, draw_table
+from ddpm.inference import COLUMNS, Drawing, Noise, draw_table, parameters
 from ddpm.samplers import SAMPLERS
 from ddpm.settings import settings_of
 from pipelines.config import compose
@@ -22,7 +22,7 @@ from pipelines.serving.bodies import read_answer, write_body
 from pipelines.serving.http import make_app
 from pipelines.serving.limits import Limits, Refused
 from pipelines.serving.metrics import Metrics
-from pipelines.serving.served import load
+from pipelines.serving.served import Served, load
 from pipelines.serving.token import Token
 from pipelines.storage import Storage
 from tests.pipelines.drawing import model_folder, save_picture
@@ -95,6 +95,7 @@ def test_what_cannot_be_answered_is_refused_with_the_reason(client, name):
     assert bad.reason in answer.json()["message"]
     assert len(answer.text) < 5_000
     assert "Traceback" not in answer.text
+    assert "stack_trace" not in answer.text
     assert "/tmp" not in answer.text
 
 
@@ -122,6 +123,23 @@ def test_whatever_a_field_holds_it_is_answered_or_refused(client, task, fields, 
     few = {"labels": ["1"], "sampling": {"steps": 2, **sampling}}
     answer = client.post("/v1/images", json={**given_too, **few, **fields, "task": task})
     assert answer.status_code in (200, 404, 413, 422), answer.text
+
+
+@settings(max_examples=100)
+@given(
+    st.lists(st.dictionaries(st.sampled_from([*COLUMNS, "a"]), VALUES, max_size=3), min_size=1, max_size=3),
+    st.dictionaries(st.sampled_from(sorted(parameters())), VALUES, max_size=2),
+    st.sampled_from(["dataframe_records", "dataframe_split", "inputs", "instances"]),
+)
+def test_whatever_a_table_holds_it_is_answered_or_refused(client, rows, params, form):
+    table = rows
+    if form == "dataframe_split":
+        table = {"columns": list(rows[0]), "data": [list(row.values()) for row in rows]}
+    elif form == "inputs":
+        table = {name: [row.get(name) for row in rows] for row in rows for name in row}
+    answer = client.post("/invocations", json={form: table, "params": {"steps": 2, **params}})
+    assert answer.status_code in (200, 400), answer.text
+    assert "stack_trace" not in answer.text
 
 
 @pytest.mark.parametrize("film", [False, True])
@@ -219,6 +237,17 @@ def test_a_failure_inside_is_said_without_its_details(client, backend, caplog):
     assert (health.status_code, ping.status_code) == (503, 200)
     assert "one does not answer now" in health.json()["message"]
     asked(client, {"labels": ["1"]})
+
+
+def test_a_failure_while_a_table_is_drawn_is_said_without_its_details(client, monkeypatch, caplog):
+    async def fail(*_):
+        raise MemoryError("the secret of the house")
+
+    monkeypatch.setattr(Served, "draw_table", fail)
+    answer = client.post("/invocations", json={"inputs": {"label": ["1"]}})
+    assert answer.status_code == 500
+    assert "secret" not in answer.text
+    assert "the secret of the house" in caplog.text
 
 
 def test_without_a_token_everybody_may_ask(backend):
