@@ -23,6 +23,8 @@ DEPTH = 6
 """Lists and objects inside of each other."""
 PROMPTS = ("prompts", "negative_prompt")
 PICTURES = ("images", "masks")
+COUNTED = ("labels", "prompts", "seeds", *PICTURES, "source_labels")
+"""Fields whose entries are of a picture each."""
 
 
 class Refused(RequestError):  # noqa: N818 - what has happened to the request
@@ -79,8 +81,8 @@ class Limits:
             for part in _leaves(value, name):
                 if isinstance(part, str):
                     self._check_text(name, part)
-                elif isinstance(part, list | dict) and len(part) > self.max_pictures:
-                    raise Refused(422, f"{name} has {len(part):,} entries: at most {self.max_pictures} are allowed")
+                elif isinstance(part, list | dict):
+                    self._check_length(name, len(part))
         for name in ("count", "frames"):
             value = body.get(name)
             if isinstance(value, int) and value > self.max_pictures:
@@ -162,6 +164,12 @@ class Limits:
     def _check_names(self, name: str) -> None:
         if len(name) > SETTING:
             raise Refused(422, f"a field has a name of {len(name):,} characters: at most {SETTING} are allowed")
+
+    def _check_length(self, name: str, length: int) -> None:
+        # The longest setting has an entry for each pair of steps: the weights of a generalized solver.
+        most = self.max_pictures if name in COUNTED else self.max_steps * (self.max_steps + 3) // 2
+        if length > most:
+            raise Refused(422, f"{name} has {length:,} entries: at most {most:,} are allowed")
 
     def _check_text(self, name: str, text: str) -> None:
         if name in PICTURES and not (name == "masks" and text.startswith(("box:", "half:"))):

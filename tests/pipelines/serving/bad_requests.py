@@ -97,6 +97,9 @@ BAD: dict[str, Bad] = {
     "a billion pictures": Bad(422, "at most 16", {"labels": ["1"], "count": 10**9}),
     "too many in all": Bad(422, "20 pictures: at most 16 a request", {"count": 2}),
     "too many seeds": Bad(422, "17 entries: at most 16", {"seeds": list(range(17))}),
+    "settings without end": Bad(
+        422, "sampling has 100,000 entries: at most 45,450", {"sampling": {"weights": [0] * 100_000}}
+    ),
     "too many frames": Bad(422, "at most 16", {"interpolate": [1, 2], "frames": 10**9, "labels": ["1"]}),
     "no pictures": Bad(422, "count = 0", {"count": 0}),
     "negative seed": Bad(422, "seed = -1", {"seed": -1}),

@@ -184,6 +184,14 @@ def test_a_png_is_the_one_picture_or_the_grid(client):
     assert Image.open(io.BytesIO(grid.content)).width > 80
 
 
+def test_a_request_may_have_more_settings_than_pictures(client):
+    levels = [float(t) for t in range(40, -1, -1)]  # of which the limits allow fewer pictures
+    learned = {"kind": "generalized", "steps": 40, "timesteps": [50.0, *levels[1:]], "weights": [0.01] * (40 * 43 // 2)}
+    answer = asked(client, {"labels": ["3"], "sampling": learned})
+    assert len(answer["request"]["sampling"]["weights"]) > LIMITS["max_pictures"]
+    assert asked(client, answer["request"])["images"] == answer["images"]
+
+
 def test_a_table_is_answered_as_mlflow_answers_it(client, backend):
     rows = {"label": ["3", "8", "3"], "seed": [1, 1, 2]}
     split = {"columns": list(rows), "data": [list(row) for row in zip(*rows.values(), strict=True)]}
