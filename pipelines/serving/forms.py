@@ -16,6 +16,7 @@ from PIL import Image
 
 from pipelines.inference import RequestError
 from pipelines.serving.bodies import decode_png, encode_png
+from pipelines.shards.members import on_white
 
 OWN = "the model's own"
 """Choice of a form that leaves a setting as the model has it."""
@@ -86,17 +87,18 @@ def picture_and_mask(drawing: Mapping[str, Any] | None, filled: str, size: int) 
     """Return a picture and the mask of what is to be filled, as fields of a request.
 
     Args:
-        drawing: of an image editor: `background`, and `layers` with what was brushed, each uint8 [H, W, C].
+        drawing: of an image editor: `background`, and `layers` with what was brushed, each uint8 [H, W, 3 or 4]. What
+            is transparent in the background is white, as for the command.
         filled: `BRUSH`, or a key of `HALVES`.
         size: of the model's images; the mask of a brush has it, and hides a pixel of which any part was brushed.
 
     Raises:
-        RequestError: there is no picture, or nothing was brushed.
+        RequestError: there is no picture, or one of another form, or nothing was brushed.
     """
     background = None if drawing is None else drawing.get("background")
     if drawing is None or background is None:
         raise RequestError("there is no picture yet: drop one onto the field, or take the one that was sampled")
-    square = _square(np.asarray(background)[..., :3])
+    square = _square(_colours(np.asarray(background)))
     picture = encode_png(np.asarray(Image.fromarray(square).resize((size, size), Image.Resampling.BOX)))
     if filled != BRUSH:
         return picture, HALVES[filled]
@@ -126,6 +128,20 @@ def film(answer: Mapping[str, Any]) -> str:
         for t, x_t, x0 in zip(reel["t"], reel["x_t"], reel["x0"], strict=True)
     ]
     return f'<div class="film" tabindex="0" role="group" aria-label="film of a sample">{"".join(columns)}</div>'
+
+
+def _colours(pixels: NDArray[Any]) -> NDArray[np.uint8]:
+    """Return the colours of a picture on white, uint8 [H, W, 3].
+
+    Raises:
+        RequestError: it has none.
+    """
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (3, 4):
+        raise RequestError(
+            f"the picture is {pixels.dtype} {list(pixels.shape)}: allowed is uint8 [height, width, 3], or 4 with "
+            "transparency; save it as a PNG or JPEG file in colours"
+        )
+    return np.asarray(on_white(Image.fromarray(pixels))[0])
 
 
 def _square(pixels: NDArray[Any]) -> NDArray[Any]:

@@ -15,6 +15,7 @@ from typing import Any, Self
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported, which looks for newer versions else
 
 import gradio as gr
+import numpy as np
 from fastapi import FastAPI
 from ray import serve
 
@@ -248,7 +249,8 @@ class _Panel:
     def _edit(self, last: gr.State) -> None:
         gr.Markdown("The picture is noised and drawn anew from there: its coarse content stays, the rest is new.")
         take = gr.Button("Take the first sampled picture", size="sm")
-        given = gr.Image(label="Picture", type="numpy", image_mode="RGB", sources=["upload", "clipboard"], height=320)
+        # Not as an array: that of a GIF file has no colours, but indices of them.
+        given = gr.Image(label="Picture", type="pil", image_mode="RGBA", sources=["upload", "clipboard"], height=320)
         strength = gr.Slider(
             0, 1, value=0.5, step=0.05, label="Strength", info="0 keeps the picture, 1 keeps nearly nothing of it"
         )
@@ -258,9 +260,8 @@ class _Panel:
 
         async def draw(given: Any, strength: float, *values: Any) -> str:
             with _shown_errors():
-                picture, _ = picture_and_mask(
-                    None if given is None else {"background": given}, next(iter(HALVES)), self.model.size
-                )
+                background = None if given is None else np.asarray(given.convert("RGBA"))
+                picture, _ = picture_and_mask({"background": background}, next(iter(HALVES)), self.model.size)
             body = self._body(values, "edit", images=[picture], strength=strength)
             return figures(await self._asked(body))
 

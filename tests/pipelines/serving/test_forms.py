@@ -13,6 +13,7 @@ from pipelines.serving.forms import BRUSH, HALVES, OWN, Settings, enlarged, figu
 def drawing(size: int = 80, brushed: tuple[slice, slice] | None = None) -> dict:
     background = np.zeros((size, size, 4), np.uint8)
     background[: size // 2] = 200
+    background[..., 3] = 255
     layer = np.zeros((size, size, 4), np.uint8)
     if brushed is not None:
         layer[brushed] = 255
@@ -66,6 +67,21 @@ def test_a_wide_picture_and_its_mask_are_cut_to_the_same_square():
     hidden = decode_png(mask)
     assert (hidden[:, :4] == 255).all()
     assert (hidden[:, 4:] == 0).all()
+
+
+def test_what_is_transparent_in_a_picture_is_white():
+    background = np.full((8, 8, 4), 90, np.uint8)  # of which a little shows
+    background[:4, :, 3] = 0
+    background[4:, :, 3] = 255
+    picture, _ = picture_and_mask({"background": background}, next(iter(HALVES)), 8)
+    assert (decode_png(picture)[:4] == 255).all()
+    assert (decode_png(picture)[4:] == 90).all()
+
+
+@pytest.mark.parametrize("form", [(8, 8), (8, 8, 1), (8, 8, 2), (2, 8, 8, 3)])
+def test_a_picture_without_colours_is_refused(form):
+    with pytest.raises(RequestError, match=r"allowed is uint8 \[height, width, 3\], or 4 with transparency"):
+        picture_and_mask({"background": np.zeros(form, np.uint8)}, next(iter(HALVES)), 8)
 
 
 @pytest.mark.parametrize("given", [None, {"background": None, "layers": []}])

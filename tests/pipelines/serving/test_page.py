@@ -8,6 +8,7 @@ import pytest
 import requests
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from PIL import Image
 
 from ddpm.model import load_model
 from pipelines.inference import Edit, Inpaint, Sample, picture
@@ -65,6 +66,19 @@ def test_a_picture_is_edited_as_by_the_request(page, model, tmp_path):
     html = page.predict(handle_file(str(path)), 0.5, *fields(["circle"], seed=3), api_name="/edit")
     request = Edit.of(images=[path], strength=0.5, labels=["circle"], seed=3)
     assert shown(html) == encoded(picture(request, load_model(model)))
+
+
+@pytest.mark.parametrize("kind", ["png", "gif"])
+def test_a_transparent_picture_of_any_format_is_edited_and_filled_as_by_the_request(page, model, tmp_path, kind):
+    path = tmp_path / f"image.{kind}"
+    Image.open(save_picture(tmp_path / "colours.png", mode="RGBA")).save(path)
+    edit = page.predict(handle_file(str(path)), 0.5, *fields(["circle"], seed=3), api_name="/edit")
+    request = Edit.of(images=[path], strength=0.5, labels=["circle"], seed=3)
+    assert shown(edit) == encoded(picture(request, load_model(model)))
+    drawing = {"background": handle_file(str(path)), "layers": [], "composite": None}
+    filled = page.predict(drawing, "the left half", *fields(["circle"], seed=3), api_name="/inpaint")
+    request = Inpaint.of(images=[path], masks=["half:left"], labels=["circle"], seed=3)
+    assert shown(filled) == encoded(picture(request, load_model(model)))
 
 
 def test_a_film_ends_with_the_sample(page, model):
