@@ -106,6 +106,21 @@ def check_images(images: Tensor, spec: ModelSpec, count: int) -> None:
         raise ValueError("images must be floating point in [-1, 1]: bytes are x / 127.5 - 1")
 
 
+def check_mask(name: str, known: Tensor) -> None:
+    """Raise if the mask of a picture hides all of it or nothing.
+
+    Args:
+        name: of the mask, for the message.
+        known: bool, True where a pixel is known.
+
+    Raises:
+        ValueError: it does.
+    """
+    if bool(known.all()) or not bool(known.any()):
+        what = "no pixel" if bool(known.all()) else "every pixel"
+        raise ValueError(f"{name} hides {what}: it must hide some, which are filled, and keep others")
+
+
 def _class_index(label: str | int, classes: Sequence[str]) -> int:
     if label in classes:
         return list(classes).index(str(label))

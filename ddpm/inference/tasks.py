@@ -14,7 +14,7 @@ from torch import Tensor
 from ddpm.conditioning import Conditioning
 from ddpm.generate import Sampling
 from ddpm.guidance import Guides
-from ddpm.inference.checks import can_inpaint, check_condition, check_images, check_steps
+from ddpm.inference.checks import can_inpaint, check_condition, check_images, check_mask, check_steps
 from ddpm.masks import checked_mask, inpainting_condition, paste
 from ddpm.model import Model
 from ddpm.prediction import Denoiser
@@ -133,7 +133,8 @@ class Inpainting:
     def check(self, model: Model, sampling: Sampling, count: int) -> None:
         """See `Task`."""
         check_images(self.known, model.spec, count)
-        checked_mask(self.mask, self.known)
+        for i, known in enumerate(checked_mask(self.mask, self.known)):
+            check_mask(f"the mask of picture {i}", known)
         if self.method is None and not can_inpaint(model.spec):
             raise ValueError(
                 "this model was not trained for inpainting (model.inpainting=true), so that it cannot be shown the "

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from ddpm.inference import check_mask
 from pipelines.display import Notice
 from pipelines.inference.request import RequestError
 from pipelines.shards.ingest.encode import ImageFormat, decode_grey, encode_image
@@ -58,7 +59,8 @@ def read_mask(mask: str, image: GivenImage, shape: tuple[int, int, int]) -> NDAr
         shape: (C, H, W) of the model's.
 
     Raises:
-        RequestError: the mask cannot be read, has another size, or hides nothing or everything.
+        RequestError: the mask cannot be read, or has another size.
+        ValueError: it hides nothing or everything.
     """
     _, height, width = shape
     kind, _, value = mask.partition(":")
@@ -68,11 +70,7 @@ def read_mask(mask: str, image: GivenImage, shape: tuple[int, int, int]) -> NDAr
         hidden = _half(mask, value, height, width)
     else:
         hidden = _drawn(Path(mask), image, height, width)
-    if hidden.all() or not hidden.any():
-        what = "every pixel" if hidden.all() else "no pixel"
-        raise RequestError(
-            f"the mask {mask} hides {what} of {image.path}: white pixels are filled, black ones are kept"
-        )
+    check_mask(f"the mask {mask} of {image.path}", torch.from_numpy(~hidden))  # as the task does, which knows no files
     return hidden
 
 

@@ -36,6 +36,7 @@ GENERATOR = torch.Generator().manual_seed(0)
 IMAGES = (torch.randint(0, 256, (5, 1, 8, 8), generator=GENERATOR) / 127.5 - 1).float()
 LABELS = Conditioning(label=torch.tensor([0, 1, 2, 3, 0]))
 MASK = torch.rand(5, 1, 8, 8, generator=GENERATOR) > 0.5
+FOURTH = (torch.arange(5) == 3)[:, None, None, None]
 SETTINGS = Sampling.of(steps=6, scale=2.0)
 
 
@@ -187,6 +188,16 @@ def test_classes_go_by_name_before_index():
         (Noise.numbered(0, 4), {"task": Editing(IMAGES)}, r"images must be \[4, 1, 8, 8\]"),
         (Noise.numbered(0, 5), {"task": Editing(IMAGES * 255)}, r"in \[-1, 1\]"),
         (Noise.numbered(0, 5), {"task": Inpainting(IMAGES, MASK[..., :4], ONE)}, "mask must be"),
+        (
+            Noise.numbered(0, 5),
+            {"task": Inpainting(IMAGES, MASK | FOURTH, ONE)},
+            "the mask of picture 3 hides no pixel",
+        ),
+        (
+            Noise.numbered(0, 5),
+            {"task": Inpainting(IMAGES, MASK & ~FOURTH, ONE)},
+            "picture 3 hides every pixel: it must",
+        ),
         (Noise.numbered(0, 5), {"task": Inpainting(IMAGES, MASK)}, "not trained for inpainting"),
         (Noise.numbered(0, 5), {"task": Inpainting(IMAGES, MASK, RePaint(steps=60))}, r"steps must be in 1\.\.50"),
         (Noise.numbered(0, 5), {"task": Inpainting(IMAGES, MASK, RePaint(steps=5))}, "jump_length=10 does not fit"),

@@ -339,7 +339,7 @@ def test_a_request_that_is_wrong_by_itself_is_refused_before_a_model_is_read(kin
         ("classes", lambda p: Inpaint.of(images=[p / "8.png"], masks=["box:1,2,9,1"]), "within the model's 8x8 pixels"),
         ("classes", lambda p: Inpaint.of(images=[p / "8.png"], masks=["box:1,2"]), "write box:X,Y,WIDTH,HEIGHT"),
         ("classes", lambda p: Inpaint.of(images=[p / "8.png"], masks=["half:middle"]), "one of left, right, top, bott"),
-        ("classes", lambda p: Inpaint.of(images=[p / "8.png"], masks=["box:0,0,8,8"]), "hides every pixel"),
+        ("classes", lambda p: Inpaint.of(images=[p / "8.png"], masks=["box:0,0,8,8"]), "8.png hides every pixel"),
         (
             "classes",
             lambda p: Inpaint.of(images=[p / "8.png"] * 3, masks=["half:left"] * 2),

@@ -40,9 +40,10 @@ class Bad:
         return self.body if isinstance(self.body, bytes) else json.dumps(self.body).encode()
 
 
-def png(*size: int) -> str:
+def png(*size: int, most: int = 255) -> str:
+    """A PNG of grey values from 0 to most."""
     buffer = io.BytesIO()
-    pixels = np.random.default_rng(0).integers(0, 256, size or (8, 8), np.uint8)
+    pixels = np.random.default_rng(0).integers(0, most + 1, size or (8, 8), np.uint8)
     Image.fromarray(pixels).save(buffer, "png")
     return base64.b64encode(buffer.getvalue()).decode()
 
@@ -210,6 +211,12 @@ BAD: dict[str, Bad] = {
     ),
     "truncated PNG in a table": Bad(
         400, "a picture is damaged", table(["image", "strength"], [[bomb(8, 8), 0.5]]), path="/invocations"
+    ),
+    "mask of nothing in a table": Bad(
+        400,
+        "the mask of picture 0 hides no pixel",
+        table(["image", "mask"], [[png(), png(most=0)]]),
+        path="/invocations",
     ),
     "bomb in a table": Bad(
         400, "at most 1,000,000", table(["image", "strength"], [[bomb(60_000, 60_000), 0.5]]), path="/invocations"
