@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from ddpm.inference import Drawing
+from ddpm.inference import Drawing, Inpainting
 from ddpm.model import Model
 from pipelines.config import ServingConfig
 from pipelines.inference import RequestError
@@ -118,7 +118,9 @@ class Limits:
         Raises:
             Refused: it is too much.
         """
-        evaluations = drawing.evaluations(model) * inner_steps(drawing.sampling.to_json())
+        evaluations = drawing.evaluations(model)
+        if not (isinstance(drawing.task, Inpainting) and drawing.task.method is not None):  # which has steps of its own
+            evaluations *= inner_steps(drawing.sampling.to_json())
         if evaluations > self.max_steps:
             raise Refused(
                 422,

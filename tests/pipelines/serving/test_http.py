@@ -184,6 +184,14 @@ def test_a_png_is_the_one_picture_or_the_grid(client):
     assert Image.open(io.BytesIO(grid.content)).width > 80
 
 
+def test_the_inner_steps_of_a_sampler_that_an_inpainting_does_not_use_are_not_counted(client):
+    langevin = {"kind": "predictor_corrector", "steps": 5, "corrector_steps": 200}
+    repaint = {"steps": 5, "resamplings": 1}
+    assert asked(client, inpaint(labels=["3"], sampling=langevin, method_settings=repaint))["images"]
+    answer = client.post("/v1/images", json={"labels": ["3"], "sampling": langevin})
+    assert (answer.status_code, "network evaluations" in answer.text) == (422, True)
+
+
 def test_a_request_may_have_more_settings_than_pictures(client):
     levels = [float(t) for t in range(40, -1, -1)]  # of which the limits allow fewer pictures
     learned = {"kind": "generalized", "steps": 40, "timesteps": [50.0, *levels[1:]], "weights": [0.01] * (40 * 43 // 2)}
