@@ -21,6 +21,7 @@ from ray import serve
 
 from ddpm.generate import Sampling
 from ddpm.samplers import SAMPLERS
+from ddpm.samplers.repaint import RePaint
 from pipelines.inference import RequestError
 from pipelines.serving.application import ask_front
 from pipelines.serving.forms import (
@@ -67,6 +68,7 @@ class Shown:
         size: of its images, in pixels.
         sampler: kind of its own sampler.
         steps, scale: its own sampling steps and guidance scale.
+        fill_steps: steps in which it fills hidden pixels, where a request says nothing.
         most_steps: sampling steps of one request, at most.
         most_pictures: pictures of one request, at most.
         about: its model card, Markdown.
@@ -79,6 +81,7 @@ class Shown:
     sampler: str
     steps: int
     scale: float
+    fill_steps: int
     most_steps: int
     most_pictures: int
     about: str
@@ -95,6 +98,7 @@ class Shown:
             SAMPLERS.name_of(type(sampling.sampler)),
             sampling.sampler.steps,
             sampling.guidance.scale,
+            sampling.sampler.steps if told["inpainting"] else min(RePaint().steps, told["num_steps"]),
             min(told["num_steps"], limits.max_steps),
             limits.max_pictures,
             told["card"] or "This model has no card: it is not a version of the registry.",
@@ -233,14 +237,14 @@ class _Panel:
             height=400,
         )
         filled = gr.Radio([BRUSH, *HALVES], value=BRUSH, label="Fill")
-        fields = self._settings()
+        fields = self._settings(own_steps=self.model.fill_steps)
         button = gr.Button("Fill", variant="primary")
         pictures = gr.HTML()
 
         async def draw(drawing: Any, filled: str, *values: Any) -> str:
             with _shown_errors():
                 picture, mask = picture_and_mask(drawing, filled, self.model.size)
-            body = self._body(values, "inpaint", images=[picture], masks=[mask])
+            body = self._body(values, "inpaint", own_steps=self.model.fill_steps, images=[picture], masks=[mask])
             return figures(await self._asked(body))
 
         take.click(self._take, last, editor, api_visibility="private")
@@ -279,13 +283,15 @@ class _Panel:
 
         button.click(draw, fields.all(), shown, api_name="film")
 
-    def _settings(self, many: bool = False) -> _Fields:
+    def _settings(self, many: bool = False, own_steps: int | None = None) -> _Fields:
         """Return the fields that all forms have.
 
         Args:
             many: whether several labels and several pictures of each can be asked for.
+            own_steps: of the model for this form's task; None for those of its sampler.
         """
         model = self.model
+        shown_steps = min(model.steps if own_steps is None else own_steps, model.most_steps)
         classes = list(model.classes)
         with gr.Row():
             labels = gr.Dropdown(
@@ -305,16 +311,20 @@ class _Panel:
             count = gr.Slider(1, min(model.most_pictures, 16), value=1, step=1, label="Pictures of each", visible=many)
         with gr.Accordion("Sampler, steps and guidance", open=False):
             sampler = gr.Dropdown([OWN, *SAMPLERS], value=OWN, label="Sampler", info=f"its own is {model.sampler}")
-            steps = gr.Slider(1, model.most_steps, value=min(model.steps, model.most_steps), step=1, label="Steps")
+            steps = gr.Slider(1, model.most_steps, value=shown_steps, step=1, label="Steps")
             scale = gr.Slider(0, 10, value=model.scale, step=0.1, label="Guidance scale", info="1 is without guidance")
         again.click(lambda: random.randrange(1 << 31), None, seed, api_visibility="private")
         return _Fields(labels, prompt, negative, sampler, steps, scale, seed, count)
 
-    def _body(self, values: Sequence[Any], task: str, **more: Any) -> dict[str, Any]:
-        """Return the body of a request from the values of a form; what is as the model has it is not asked for."""
+    def _body(self, values: Sequence[Any], task: str, own_steps: int | None = None, **more: Any) -> dict[str, Any]:
+        """Return the body of a request from the values of a form; what is as the model has it is not asked for.
+
+        Args:
+            own_steps: of the model for this task; None for those of its sampler.
+        """
         given = [field if value is None else value for field, value in zip(UNTOUCHED, values, strict=True)]
         settings = Settings(*given)
-        if settings.steps == self.model.steps:
+        if settings.steps == (self.model.steps if own_steps is None else own_steps):
             settings = replace(settings, steps=None)
         if settings.scale == self.model.scale:
             settings = replace(settings, scale=None)

@@ -20,6 +20,8 @@ from tests.pipelines.serving.page_server import page_of
 
 CLASSES = ("circle", "square", "7", "8", "9")
 TOKEN = "a-token-of-enough-characters"
+FILL_STEPS = 50
+"""In which the model fills hidden pixels unless it is told otherwise: RePaint's, as far as it has noise levels."""
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +55,12 @@ def test_samples_are_those_of_the_request(page, model):
     assert "square, seed 5" in html
 
 
-def test_half_of_a_picture_is_filled_as_by_the_request(page, model, tmp_path):
+@pytest.mark.parametrize("steps, asked", [(FILL_STEPS, {}), (4, {"steps": 4}), (20, {"steps": 20})])
+def test_half_of_a_picture_is_filled_as_by_the_request_in_as_many_steps(page, model, tmp_path, steps, asked):
     path = save_picture(tmp_path / "image.png")
     drawing = {"background": handle_file(str(path)), "layers": [], "composite": None}
-    html = page.predict(drawing, "the left half", *fields(["circle"], seed=3), api_name="/inpaint")
-    request = Inpaint.of(images=[path], masks=["half:left"], labels=["circle"], seed=3)
+    html = page.predict(drawing, "the left half", *fields(["circle"], seed=3, steps=steps), api_name="/inpaint")
+    request = Inpaint.of(images=[path], masks=["half:left"], labels=["circle"], seed=3, sampling=asked)
     assert shown(html) == encoded(picture(request, load_model(model)))
 
 
@@ -77,7 +80,7 @@ def test_a_transparent_picture_of_any_format_is_edited_and_filled_as_by_the_requ
     assert shown(edit) == encoded(picture(request, load_model(model)))
     drawing = {"background": handle_file(str(path)), "layers": [], "composite": None}
     filled = page.predict(drawing, "the left half", *fields(["circle"], seed=3), api_name="/inpaint")
-    request = Inpaint.of(images=[path], masks=["half:left"], labels=["circle"], seed=3)
+    request = Inpaint.of(images=[path], masks=["half:left"], labels=["circle"], seed=3, sampling={"steps": 4})
     assert shown(filled) == encoded(picture(request, load_model(model)))
 
 
