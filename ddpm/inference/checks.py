@@ -122,9 +122,10 @@ def check_mask(name: str, known: Tensor) -> None:
 
 
 def _class_index(label: str | int, classes: Sequence[str]) -> int:
-    if label in classes:
-        return list(classes).index(str(label))
     text = str(label).strip()
+    for name in (label, text) if isinstance(label, str) else ():  # a name may have spaces of its own around it
+        if name in classes:
+            return list(classes).index(name)
     if text.isdecimal() and int(text) < len(classes):
         return int(text)
     shown = ", ".join(classes[:20]) + (", …" if len(classes) > 20 else "")

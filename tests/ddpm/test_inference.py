@@ -164,6 +164,8 @@ def test_classes_go_by_name_before_index():
         ValueError, match=r"no class 'squar'; the model has: circle, square, 7, a, b\. Did you mean 'square'"
     ):
         class_indices(["squar"], CLASSES)
+    assert class_indices([" 1", "2 ", " 0", 1], ("1", "2", "3")) == [0, 1, 0, 1]
+    assert class_indices([" a", "a", "b "], ("a", " a", "b")) == [1, 0, 2]
     with pytest.raises(ValueError, match="no class '4'"):
         class_indices([4], CLASSES)
     with pytest.raises(ValueError, match="no classes"):
