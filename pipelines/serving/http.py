@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Mapping
 from typing import Any, Protocol
+from urllib.parse import quote
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -181,6 +182,8 @@ def _parse_json(data: bytes) -> dict[str, Any]:
 
     try:
         body = json.loads(data, parse_constant=no_constant)
+        # Halves of surrogate pairs, which JSON may hold, are no text that an answer or a tokenizer can write.
+        json.dumps(body, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"the body is no JSON text: {error}") from error
     if not isinstance(body, dict):
@@ -189,9 +192,9 @@ def _parse_json(data: bytes) -> dict[str, Any]:
 
 
 def _told(answer: Mapping[str, Any]) -> dict[str, str]:
-    """Return headers that say by which model a picture was drawn."""
+    """Return headers that say by which model a picture was drawn; headers are ASCII, so that names are as in URLs."""
     return {
-        "x-model": str(answer["model"]["uri"] or answer["model"]["reference"]),
+        "x-model": quote(str(answer["model"]["uri"] or answer["model"]["reference"]), safe="/:@"),
         "x-digest": answer["model"]["digest"],
     }
 

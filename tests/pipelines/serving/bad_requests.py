@@ -78,6 +78,11 @@ BAD: dict[str, Bad] = {
     "form": Bad(415, "allowed is application/json", headers={"content-type": "application/x-www-form-urlencoded"}),
     "broken JSON": Bad(400, "no JSON text", b'{"labels": ['),
     "not UTF-8": Bad(400, "no JSON text", b'{"labels": ["\xff"]}'),
+    "half a surrogate pair as a name": Bad(400, "surrogates not allowed", b'{"\\ud800": 1}'),
+    "half a surrogate pair as a text": Bad(400, "surrogates not allowed", b'{"labels": ["\\udc00"]}'),
+    "half a surrogate pair in a table": Bad(
+        400, "surrogates not allowed", b'{"inputs": {"\\ud800": ["1"]}}', path="/invocations"
+    ),
     "empty body": Bad(400, "no JSON text", b""),
     "list for an object": Bad(400, "send an object", b"[1]"),
     "NaN": Bad(400, "NaN is no JSON number", b'{"sampling": {"scale": NaN}}'),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -170,6 +171,14 @@ def test_an_answer_is_what_the_same_request_draws_here(client, backend, tmp_path
         assert near(found.film.x0.numpy(), wanted.film.x0.numpy())
     again = asked(client, answer["request"])
     assert again["images"] == answer["images"]
+
+
+def test_a_model_whose_name_is_not_latin_is_named_in_the_header_of_a_png(client, backend, monkeypatch):
+    source = replace(backend.served.source, version="models:/плюс 1/3")
+    monkeypatch.setattr(backend, "served", replace(backend.served, source=source))
+    answer = client.post("/v1/images", json={"labels": ["3"], "format": "png"})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["x-model"] == "models:/%D0%BF%D0%BB%D1%8E%D1%81%201/3"
 
 
 def test_a_png_is_the_one_picture_or_the_grid(client):
