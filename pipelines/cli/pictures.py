@@ -103,7 +103,7 @@ def inpaint(
         list[str],
         typer.Option(
             help="Picture whose white pixels are filled, box:X,Y,WIDTH,HEIGHT or half:left|right|top|bottom; repeat "
-            "for one for each image"
+            "for one for each image, or for several of one image"
         ),
     ],
     out: Out,

@@ -46,7 +46,8 @@ def read_images(paths: Sequence[Path], shape: tuple[int, int, int], notice: Noti
     Raises:
         RequestError: a file is missing or is no image.
     """
-    return [_read(path, shape, notice) for path in paths]
+    read = {path: _read(path, shape, notice) for path in dict.fromkeys(paths)}
+    return [read[path] for path in paths]
 
 
 def read_mask(mask: str, image: GivenImage, shape: tuple[int, int, int]) -> NDArray[np.bool_]:

@@ -225,6 +225,8 @@ class _Resolving:
             labels = tuple(range(len(self.spec.classes)))
         self.labels = None if labels is None else class_indices(labels, self.spec.classes)
         self.columns = self._columns()
+        if isinstance(request, Inpaint) and len(self.images) == 1:
+            self.images *= len(request.masks)  # one image with several masks is an image for each of them
 
     @property
     def count(self) -> int:

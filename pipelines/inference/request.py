@@ -99,8 +99,8 @@ class Inpaint(Request):
     images: tuple[Path, ...] = Field(min_length=1, description="files, brought to the model's size and channels")
     masks: tuple[str, ...] = Field(
         min_length=1,
-        description="of each image, or one for all: a picture whose white pixels are filled, box:X,Y,WIDTH,HEIGHT "
-        "in pixels of the model's image, or half:left|right|top|bottom",
+        description="of each image, one for all, or several for one image: a picture whose white pixels are filled, "
+        "box:X,Y,WIDTH,HEIGHT in pixels of the model's image, or half:left|right|top|bottom",
     )
     method: Method | None = Field(None, description="default: trained, where the model was trained for it, or repaint")
     method_settings: dict[str, Any] = Field(

@@ -112,6 +112,24 @@ def test_known_pixels_are_kept_to_the_bit(models, image, tmp_path, name, method)
         assert not near(found.pixels[0], read(image))
 
 
+def test_one_image_is_filled_within_each_of_several_masks(models, image, tmp_path):
+    settings = {"steps": 4, "resamplings": 2}
+    halves, notices = ["half:left", "half:right"], []
+    request = Inpaint.of(images=[image], masks=halves, labels=[0, 1], count=2, method_settings=settings)
+    found = picture(request, models["classes"], notice=notices.append)
+    twice = request.model_copy(update={"images": (image, image)})
+    assert np.array_equal(found.pixels, picture(twice, models["classes"]).pixels)
+    assert [row.image for row in found.rows] == [0, 1, 0, 1]
+    assert np.array_equal(found.hidden[0], ~found.hidden[1])
+    written = write(found, tmp_path, Source("x", "y", None, {}, {}))
+    assert near(picture(read_request(written.manifest), models["classes"]).pixels, found.pixels)
+    wide = save_picture(tmp_path / "wide.png", 16, 8)
+    picture(request.model_copy(update={"images": (wide,)}), models["classes"], notice=notices.append)
+    assert len(notices) == 1
+    with pytest.raises(RequestError, match="3 labels, 1 images, 2 masks: give as many of each"):
+        picture(Inpaint.of(images=[image], masks=halves, labels=[0, 1, 2]), models["classes"])
+
+
 def test_the_method_follows_what_the_model_was_trained_for(models, image):
     default = Inpaint.of(images=[image], masks=["half:top"], method_settings={"steps": 4})
     assert picture(default, models["classes"]).request.method == "repaint"
