@@ -130,9 +130,12 @@ class Prepared:
 
 
 def encoder_of(resolved: Resolved, request: Request) -> Encode | None:
-    """Return the text encoder that a model carries, read when it is first asked; None where a request names another."""
+    """Return the text encoder that a model carries, read when it is first asked; None where a request names another.
+
+    A request that is complete names the encoder that embedded the training data, which is the one that is carried.
+    """
     own, named = resolved.text_encoder, resolved.model.spec.lineage.get("text_encoder")
-    if own is None or own == named or request.text_encoder is not None:
+    if own is None or own == named or request.text_encoder not in (None, named):
         return None
 
     @cache

@@ -13,6 +13,7 @@ from pipelines.inference import (
     RequestError,
     Sample,
     Source,
+    encoder_of,
     parse_labels,
     picture,
     read_request,
@@ -240,6 +241,25 @@ def test_an_ordinary_name_stays_as_it_is():
 def test_labels_are_separated_by_commas_unless_a_class_is_named_so():
     assert parse_labels("a, b", CLASSES) == ("a, b",)
     assert parse_labels("cat/dog, 1", CLASSES) == ("cat/dog", "1")
+
+
+def test_a_request_from_a_manifest_is_embedded_by_the_encoder_that_the_model_carries(tmp_path, monkeypatch):
+    model = load_model(model_folder(tmp_path, classes=(), text_dim=WORDS, text_encoder="/gone/model"))
+    resolved, opened = Resolved(str(tmp_path), model, text_encoder="/carried/model"), []
+
+    def open_encoder(name, digest=None):
+        opened.append(name)
+        return encode
+
+    monkeypatch.setattr("pipelines.inference.pictures.TextEncoder", open_encoder)
+    asked = Sample.of(prompts=["a red heart"])
+    first = picture(asked, model, encode=encoder_of(resolved, asked))
+    assert first.request.text_encoder == "/gone/model"
+    again = picture(first.request, model, encode=encoder_of(resolved, first.request))
+    assert near(again.pixels, first.pixels)
+    other = asked.model_copy(update={"text_encoder": "/other"})
+    picture(other, model, encode=encoder_of(resolved, other))
+    assert opened == ["/carried/model", "/carried/model", "/other"]
 
 
 def test_given_images_are_brought_to_the_models_form_and_that_is_said(models, tmp_path):
