@@ -19,13 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from ddpm.inference import Film
 from pipelines.inference import FRAMES, Pictures, Request, RequestError, Row, Source, grid_of
 from pipelines.inference.request import TASKS
 from pipelines.serving.limits import Limits
+from pipelines.shards.ingest.encode import as_png
+from pipelines.shards.ingest.trees import UnreadableError
 
 OWN = ("model", "task", "film", "format")
 """Fields of a body beside those of the typed request."""
@@ -215,15 +217,11 @@ def _text(body: Mapping[str, Any], name: str, default: str) -> str:
 def _read_file(path: str) -> str:
     """Return a picture file as a PNG file in base64, upright."""
     try:
-        data = Path(path).read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
-            if image.format == "PNG":
-                return base64.b64encode(data).decode()
-            buffer = io.BytesIO()
-            ImageOps.exif_transpose(image).save(buffer, "png")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise RequestError(f"the picture {path} cannot be read: {error}") from error
-    return base64.b64encode(buffer.getvalue()).decode()
+        return base64.b64encode(as_png(Path(path).read_bytes())).decode()
+    except OSError as error:
+        raise RequestError(f"the picture {path} cannot be read: {error.strerror or error}") from error
+    except UnreadableError as error:
+        raise RequestError(f"the picture {path} {error}") from error
 
 
 def _write_film(film: Film) -> dict[str, Any]:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from pipelines.inference import RequestError
+from pipelines.inference import Edit, RequestError
+from pipelines.serving.bodies import write_body
 from pipelines.serving.client import Client, ServerError
+from pipelines.shards.ingest.encode import ImageFormat, encode_image
 
 
 @contextmanager
@@ -45,6 +51,30 @@ def answering(*answers: tuple[int, str] | None) -> Iterator[tuple[str, list[dict
         finally:
             server.shutdown()
             thread.join()
+
+
+@pytest.mark.parametrize(
+    "name, mode",
+    [("cmyk.jpg", "CMYK"), ("grey.jpg", "L"), ("palette.gif", "P"), ("alpha.webp", "RGBA"), ("wide.tif", "I;16")],
+)
+def test_a_picture_of_any_format_is_sent_as_a_png_of_the_same_pixels(tmp_path, name, mode):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 4), np.uint8)
+    image, exif = Image.fromarray(pixels).convert("L" if mode == "I;16" else mode.replace("CMYK", "RGB")), Image.Exif()
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+    exif[0x0112] = 6
+    image.convert(mode).save(tmp_path / name, exif=exif)
+    (sent,) = write_body(Edit.of(images=[tmp_path / name]), film=False)["images"]
+    form = ImageFormat(8, 3)
+    wanted = encode_image((tmp_path / name).read_bytes(), form).pixels
+    assert np.array_equal(encode_image(base64.b64decode(sent), form).pixels, wanted)
+    assert Image.open(io.BytesIO(base64.b64decode(sent))).format == "PNG"
+
+
+def test_a_file_that_is_no_picture_is_refused_before_it_is_sent(tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(RequestError, match=r"text\.png is not an image of a known kind"):
+        write_body(Edit.of(images=[tmp_path / "text.png"]), film=False)
 
 
 DONE = (200, json.dumps({"images": []}))
