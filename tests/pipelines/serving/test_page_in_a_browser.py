@@ -179,7 +179,7 @@ def test_the_film_and_the_card_are_shown(address, tmp_path):
 
 
 def test_a_visitor_sends_the_token_once(model, tmp_path):
-    with page_of(model, digest_of(TOKEN)) as address, browser(address, DESK, tmp_path, "page-token") as page:
+    with page_of(model, digest_of(TOKEN)) as address, visit(address, DESK, tmp_path, "page-token") as page:
         field = page.driver.find_element(By.NAME, "token")
         page.screenshot()
         field.send_keys(TOKEN, Keys.ENTER)
