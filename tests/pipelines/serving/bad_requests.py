@@ -150,8 +150,8 @@ BAD: dict[str, Bad] = {
     "table of another form": Bad(400, "exactly one of the input fields", {}, path="/invocations"),
     "unknown field beside a table": Bad(
         400,
-        "unknown fields parms; there are: dataframe_split",
-        {"inputs": {"label": ["1"]}, "parms": {"steps": 3}},
+        "unknown fields parameters; there are: dataframe_split",
+        {"inputs": {"label": ["1"]}, "parameters": {"steps": 3}},
         path="/invocations",
     ),
     "deep nesting in a table": Bad(400, "no JSON text", b'{"inputs":' + b"[" * 100_000, path="/invocations"),
