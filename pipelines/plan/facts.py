@@ -128,7 +128,7 @@ class MachineFacts:
         together: speed of a core while all of them compute, relative to one alone; cores that are two threads of one
             unit share it.
         start_s: seconds until the services that are needed answer.
-        looking_s: seconds that measuring took, without the wait for a busy cluster.
+        looking_s: seconds that looking at the source and measuring took, without the wait for a busy cluster.
     """
 
     where: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -47,7 +48,7 @@ def make_plan(
     Raises:
         ConfigError, DatasetError: what is wrong or missing, before anything starts.
     """
-    settings = override_settings(overrides)
+    settings, began = override_settings(overrides), time.monotonic()
     notice("look", f"{source}: sizes, colours, labels, whether it may be mirrored")
     facts = look(
         absolute(source),
@@ -55,8 +56,10 @@ def make_plan(
         test_fraction=float(settings.get("data.test_fraction", 0.1)),
         encoder=settings.get("data.text_encoder", "auto"),
     )
+    looked_s = time.monotonic() - began
     notice("measure", "training steps of some networks, for a few seconds")
     machine = _measured(facts, settings, budget_s, services, storage, notice, start_s)
+    machine = replace(machine, looking_s=looked_s + machine.looking_s)
     return compose_plan(facts, machine, budget_s, overrides)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,19 @@ def test_a_plan_is_ingested_and_trained_by_and_the_same_command_has_it_again(com
     assert again == made
     assert said[-1] == "plan: this command was given before: run pets-30m goes on by its plan"
     assert walk([Ingest(from_dict(again.config))], Site(STORAGE, {}, Silent())).ran == ()
+
+
+def test_the_time_in_which_the_source_is_looked_at_is_part_of_the_budget(command, measured, monkeypatch):
+    look = make.look
+
+    def slowly(*arguments, **options):
+        time.sleep(0.5)
+        return look(*arguments, **options)
+
+    monkeypatch.setattr(make, "look", slowly)
+    made = planned(*command, [])
+    assert made.machine.looking_s >= LAPTOP.looking_s + 0.5
+    assert made.plan.seconds["look and measure"] == made.machine.looking_s
 
 
 def test_another_source_or_setting_of_the_same_name_has_a_run_of_its_own(command):
