@@ -35,8 +35,8 @@ class KubeRayLaunch(Launch):
     namespace: Name = Field("default", description="namespace in Kubernetes, which has the Secrets")
     service_account: Name | None = Field(
         None,
-        description="service account of head and workers; where its role may use the bucket (IRSA, Workload Identity), "
-        "no keys are needed",
+        description="service account of head and workers; where its role may use the bucket (IRSA on AWS, Workload "
+        "Identity on Google Cloud), no keys are needed",
     )
     s3_secret: Name | None = Field(
         None, description="Secret whose key `credentials` is a file in the form of ~/.aws/credentials; null: a role"
