@@ -116,8 +116,9 @@ def check_mask(name: str, known: Tensor) -> None:
     Raises:
         ValueError: it does.
     """
-    if bool(known.all()) or not bool(known.any()):
-        what = "no pixel" if bool(known.all()) else "every pixel"
+    everything = bool(known.all())
+    if everything or not bool(known.any()):
+        what = "no pixel" if everything else "every pixel"
         raise ValueError(f"{name} hides {what}: it must hide some, which are filled, and keep others")
 
 

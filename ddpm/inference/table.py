@@ -41,20 +41,23 @@ OWN: dict[str, tuple[str, Any]] = {
 }
 """Parameter of a request beside the sampling settings -> (type, default)."""
 
-_VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+_Allowed = tuple[str, Callable[[Any], bool]]
+_TEXT: _Allowed = ("a text", lambda value: isinstance(value, str))
+_PICTURE: _Allowed = (
+    "the bytes of a PNG file, or their base64 text",
+    lambda value: isinstance(value, str | bytes | bytearray),
+)
+_VALUES: dict[str, _Allowed] = {
     "label": ("the name or index of a class", lambda value: isinstance(value, str | numbers.Integral)),
-    "prompt": ("a text", lambda value: isinstance(value, str)),
-    "image": (
-        "the bytes of a PNG file, or their base64 text",
-        lambda value: isinstance(value, str | bytes | bytearray),
-    ),
-    "mask": ("the bytes of a PNG file, or their base64 text", lambda value: isinstance(value, str | bytes | bytearray)),
+    "prompt": _TEXT,
+    "image": _PICTURE,
+    "mask": _PICTURE,
     "strength": ("a number in [0, 1]", lambda value: isinstance(value, numbers.Real) and math.isfinite(value)),
     "seed": (
         "a whole number in [0, 2^63)",
         lambda value: isinstance(value, numbers.Integral) and 0 <= int(value) < 1 << 63,
     ),
-    "negative_prompt": ("a text", lambda value: isinstance(value, str)),
+    "negative_prompt": _TEXT,
 }
 """Column or parameter -> its values in words, and whether something is one of them."""
 
