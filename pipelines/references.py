@@ -313,7 +313,7 @@ def judged_as_before(config: Config, overrides: Sequence[str], reference: str) -
 def _recorded(tracker: Tracker) -> dict[str, Any]:
     """Return the `JUDGING` settings of a run, flat; of an earlier release those that it had."""
     try:
-        stored = json.loads(tracker.read_text("config.json")) if "config.json" in tracker.names() else {}
+        stored = tracking.recorded_config(tracker) if tracking.CONFIG in tracker.names() else {}
     except TrackingError as error:
         if error.status not in (400, 404):
             raise

@@ -88,7 +88,7 @@ def read_origin(uri: str, version: ModelVersion, evidence: Evidence, storage: St
         run = links.run_page(tracker.experiment_id(), tracker.run_id)
         found = tracking.pictures_at(tracker.names("images"), int(evidence.lineage.get("images_seen", 0)))
         pictures = {key: links.artifact(tracker.run_id, name) for key, name in found.items()}
-        settings = json.loads(tracker.read_text("config.json"))
+        settings = tracking.recorded_config(tracker)
     return Origin(dataset, settings, run, pictures)
 
 

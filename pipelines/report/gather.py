@@ -91,7 +91,7 @@ class _Reader:
         name = tracker.tag("ddpm.run") or tracker.run_id
         settings: Mapping[str, Any] = {}
         with self._part("the run's configuration"):
-            settings = json.loads(tracker.read_text("config.json"))
+            settings = tracking.recorded_config(tracker)
         published: list[Published] = []
         with self._part("the published checkpoints"):
             published = list_published(tracker, deleted=True)

@@ -39,7 +39,7 @@ from pipelines.tracking.model_registry import (
     versions,
 )
 from pipelines.tracking.note import describe, pictures_at, pictures_of
-from pipelines.tracking.run import Tracker, find_run, get_run, open_run, to_json
+from pipelines.tracking.run import CONFIG, Tracker, find_run, get_run, open_run, recorded_config, to_json
 from pipelines.tracking.run_list import ENDED, RunRecord, delete_run, list_runs, retire_run
 from pipelines.tracking.run_log import UNSENT, RunLog
 from pipelines.tracking.scoring import Scoring, version_of_mlflow
@@ -48,6 +48,7 @@ from pipelines.tracking.system_metrics import system_metrics
 from pipelines.tracking.webhooks import Webhook, add_webhook, delete_webhook, is_signed, webhooks
 
 __all__ = [
+    "CONFIG",
     "ENDED",
     "FIRST_ANSWER_S",
     "UNSENT",
@@ -85,6 +86,7 @@ __all__ = [
     "open_run",
     "pictures_at",
     "pictures_of",
+    "recorded_config",
     "recording",
     "register",
     "retire_run",

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 RUN_TAG = "ddpm.run"
+CONFIG = "config.json"
+"""The artifact of a training run with its configuration."""
 KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
 T = TypeVar("T")
 
@@ -245,6 +247,16 @@ def get_run(uri: str, run_id: str) -> Tracker:
             raise TrackingError(f"no run {run_id} at {uri}: {error}", error.status) from error
         raise
     return Tracker(uri, run_id)
+
+
+def recorded_config(tracker: Tracker) -> dict[str, Any]:
+    """Return the configuration that a training run has recorded.
+
+    Raises:
+        TrackingError: it has none.
+    """
+    config: dict[str, Any] = json.loads(tracker.read_text(CONFIG))
+    return config
 
 
 def to_json(value: Any) -> str:

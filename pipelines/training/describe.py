@@ -37,7 +37,7 @@ def describe_run(job: Job) -> None:
     )
     counts = {split: job.dataset.samples(split) for split in job.dataset.splits}
     tracker.dataset(job.dataset.uri.rsplit("/", 1)[-1], job.dataset.digest, job.dataset.uri, counts)
-    tracker.text(tracking.to_json(config.model_dump(mode="json")), "config.json")
+    tracker.text(tracking.to_json(config.model_dump(mode="json")), tracking.CONFIG)
     resume = (
         f"resume with `ddpm train … name={config.name}`, sample with `ddpm sample runs:/{tracker.run_id} --out DIR`."
     )
