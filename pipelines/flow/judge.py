@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar
 
@@ -212,13 +212,19 @@ class Promote(Stage[Verdict]):
         return {"served": given.version.tags.get("served_digest", "")}
 
     def done(self, site: Site, given: Results, inputs: Mapping[str, str]) -> Look[Verdict]:
-        """Look whether the alias is at the version, by the gate's log and in MLflow."""
+        """Look whether the alias is at the version, by the gate's log and in MLflow, or was taken from it again."""
         assert given.version is not None
         gate = self.gate(site)
         verdict = gate.holds(given.version)
-        if verdict is None:
+        if verdict is not None:
+            return Look(verdict, f"{gate.alias} is at version {given.version.version} already")
+        taken = gate.taken(given.version)
+        if taken is None:
             return Look(None, f"{gate.alias} of {gate.model} is not at version {given.version.version}")
-        return Look(verdict, f"{gate.alias} is at version {given.version.version} already")
+        reason = f"a rollback took {gate.alias} from version {given.version.version}"
+        again = f"`ddpm promote {given.version.uri} --alias {gate.alias}` gives it back"
+        verdict = replace(taken, passed=False, version=given.version.version, reason=f"{reason} at {taken.at}; {again}")
+        return Look(verdict, reason)
 
     def run(self, site: Site, given: Results) -> Verdict:
         """Return the gate's verdict, by which the alias has moved or has not; a refusal is a result too.

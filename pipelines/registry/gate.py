@@ -14,6 +14,8 @@ LEVEL = 0.025
 """Chance that a version that is not better passes at the first attempt."""
 POWER = 0.9
 """Chance with which the difference that a number of samples is said to tell is told."""
+SAMPLES = "same samples of a seed"
+"""Line of the gate's table that two versions were scored by as many samples; the comparison draws its own."""
 NAMES = {"frechet_distance": "Frechet distance", "kid": "kernel distance"}
 
 
@@ -100,12 +102,12 @@ def _accuracy(compared: Compared, champion: str) -> list[Row]:
 
 def comparable(ours: Scores, theirs: Scores, champion: str) -> list[Row]:
     """Return the lines of the table that say whether the same evaluator scored two versions on the same data."""
-    names = {"evaluator_digest": "evaluator", "stream_digest": "data with quarantine", "n": "samples of a seed"}
+    names = {"evaluator_digest": "same evaluator", "stream_digest": "same data with quarantine", "n": SAMPLES}
     rows = []
     for field, words in names.items():
         mine, its = getattr(ours, field), getattr(theirs, field)
         short = [str(value)[:12] or "not known" for value in (mine, its)]
-        rows.append(Row(f"same {words}", short[0], f"{short[1]}, as {champion}", bool(mine) and mine == its))
+        rows.append(Row(words, short[0], f"{short[1]}, as {champion}", bool(mine) and mine == its))
     if ours.prompts is not None or theirs.prompts is not None:
         mine, its = ((scores.prompts or {}).get("captions_digest", "none") for scores in (ours, theirs))
         rows.append(Row("same prompts", mine[:12], f"{its[:12]}, as {champion}", mine == its))

@@ -25,9 +25,9 @@ from pipelines.registry.comparison import Compared, Drawing, Subject, compare, g
 from pipelines.registry.contents import check_version
 from pipelines.registry.envelope import model_folder
 from pipelines.registry.evidence import WEIGHTS, Evidence
-from pipelines.registry.gate import comparable, decide
+from pipelines.registry.gate import SAMPLES, comparable, decide
 from pipelines.registry.package import RegistryError
-from pipelines.registry.sign import Signer, Trust
+from pipelines.registry.sign import Signer, Trust, check_signing
 from pipelines.registry.verdict import Row, Verdict, VerdictLog, now, standing
 from pipelines.registry.verify import check_data
 from pipelines.scratch import scratch_folder
@@ -100,14 +100,23 @@ class Gate:
         Args:
             margin: distance by which the version may be worse; None where it has to be better.
             dry_run: whether nothing is recorded or moved.
+
+        Raises:
+            ConfigError: the decision could not be signed, or would not be believed here.
+            RegistryError: the version is none of this model, or was scored by another evaluator.
         """
         if version.name != self.model:
             raise RegistryError(f"{version.uri} is no version of {self.model}")
+        if not dry_run:
+            check_signing(self.config.registry)
         number, verdicts = self.log.next_number(), self.log.read()
-        champion = self._champion(verdicts)
-        if champion is not None and champion.version == version.version:
-            self._settle(version, None)
+        if _is(version, self._let_through(verdicts)):
+            if not dry_run:
+                self._settle(version, None)
             return self._there(version)
+        champion = self._champion(verdicts)
+        if _is(version, champion):
+            champion = None  # somebody has moved the alias without the gate, which judges it as the first version
         opened, verdict = self._judge(version, champion, verdicts, margin)
         if dry_run or verdict in verdicts:
             return verdict
@@ -121,11 +130,18 @@ class Gate:
 
     def holds(self, version: ModelVersion) -> Verdict | None:
         """Return that the alias is at a version, by the log and in MLflow; None where it is not. Nothing is written."""
-        champion = self._champion(self.log.read())
         present = tracking.version(self.uri, self.model, alias=self.alias)
-        if {None if found is None else found.version for found in (champion, present)} != {version.version}:
-            return None
-        return self._there(version)
+        there = _is(version, present) and _is(version, self._let_through(self.log.read()))
+        return self._there(version) if there else None
+
+    def taken(self, version: ModelVersion) -> Verdict | None:
+        """Return the rollback that took the alias from a version, unless it got it again. Nothing is written."""
+        for verdict in reversed(self.log.read()):
+            if verdict.rollback and verdict.champion == version.version:
+                return verdict
+            if verdict.passed and verdict.version == version.version:
+                return None
+        return None
 
     def _there(self, version: ModelVersion) -> Verdict:
         return Verdict(True, f"the alias {self.alias} is there already", self.model, self.alias, version.version)
@@ -151,8 +167,11 @@ class Gate:
         """Give the alias back to the version that had it before the present one.
 
         Raises:
+            ConfigError: the decision could not be signed, or would not be believed here.
             RegistryError: there is none.
         """
+        if not dry_run:
+            check_signing(self.config.registry)
         number, verdicts = self.log.next_number(), self.log.read()
         held = [version for verdict in standing(verdicts) if (version := self._version(verdict)) is not None]
         if len(held) < 2:
@@ -182,11 +201,16 @@ class Gate:
 
     def _champion(self, verdicts: Sequence[Verdict]) -> ModelVersion | None:
         """Return the version that the alias belongs to by the log, or by the alias where there is no log yet."""
+        found = self._let_through(verdicts)
+        return tracking.version(self.uri, self.model, alias=self.alias) if found is None else found
+
+    def _let_through(self, verdicts: Sequence[Verdict]) -> ModelVersion | None:
+        """Return the version that the alias belongs to by the log; None where that lets none through that is there."""
         for verdict in reversed(standing(verdicts)):
             found = self._version(verdict)
             if found is not None:
                 return found
-        return tracking.version(self.uri, self.model, alias=self.alias)
+        return None
 
     def _version(self, verdict: Verdict) -> ModelVersion | None:
         """Return the version of a decision; None where it is gone, or another model has its number now."""
@@ -229,8 +253,9 @@ class Gate:
             if not all(row.passed for row in rows):
                 return candidate, _refused(verdict, rows)
             if champion is None:
-                first = replace(verdict, passed=True, reason="the alias has no version yet", rows=tuple(rows))
-                return candidate, first
+                moved = tracking.version(self.uri, self.model, alias=self.alias)
+                reason = "the alias has no version yet" if moved is None else "no version with the alias has passed yet"
+                return candidate, replace(verdict, passed=True, reason=reason, rows=tuple(rows))
             with self._opened(champion) as present:
                 return candidate, self._against(candidate, present, verdict, rows, verdicts, margin)
 
@@ -257,7 +282,7 @@ class Gate:
                 reason = f"it is the model of {name}, with evidence that can be compared from now on"
                 return replace(verdict, passed=True, reason=reason, rows=tuple(rows))
             refused = _refused(verdict, [*rows, *unlike])
-            command = " ".join(["ddpm register", name, *_other_settings(candidate.evidence, champion.evidence)])
+            command = " ".join(["ddpm register", name, *_other_settings(candidate, champion)])
             mend = f"first `{command}`, which scores it anew, and promote the version that this makes"
             return replace(refused, reason=f"{refused.reason}; {mend}")
         assert champion.evidence is not None
@@ -266,7 +291,7 @@ class Gate:
         against = champion.evidence.served_digest
         drawing = Drawing.of(self.config, evaluator.encoder.width, gate_seed(self.model, self.alias, against))
         verdict = replace(verdict, champion_digest=against, n=drawing.n, margin=margin)
-        judged = _judged_before(verdicts, verdict)
+        judged = _judged_before(verdicts, verdict, unlike)
         if judged is not None:  # one that passed has lost the alias since, and takes it again by what was found then
             return replace(judged, version=verdict.version, at=now() if judged.passed else judged.at)
         compared = self._compare(candidate, champion, drawing, dataset, evaluator, real)
@@ -344,12 +369,23 @@ class Gate:
             yield Opened(version, evidence, tuple(rows), inside, spec)
 
 
-def _other_settings(candidate: Evidence, champion: Evidence | None) -> list[str]:
+def _is(version: ModelVersion, other: ModelVersion | None) -> bool:
+    """Return whether another version of the model is this one."""
+    return other is not None and other.version == version.version
+
+
+def _other_settings(candidate: Opened, champion: Opened) -> list[str]:
     """Return the overrides with which the champion is scored as a candidate was; none of what is alike already."""
-    ours, theirs = candidate.scores, None if champion is None else champion.scores
-    n = [] if theirs is not None and theirs.n == ours.n else [f"evaluation.n={ours.n}"]
-    same = theirs is not None and theirs.evaluator == ours.evaluator
-    return n if same else [*n, f"evaluation.evaluator={ours.evaluator}"]
+    assert candidate.evidence is not None
+    ours, theirs = candidate.evidence.scores, None if champion.evidence is None else champion.evidence.scores
+    data = candidate.evidence.dataset_uri
+    trained = None if champion.spec is None else champion.spec.lineage.get("dataset_uri")
+    settings = [] if trained == data else [f"data.uri={data}"]
+    if theirs is None or theirs.n != ours.n:
+        settings.append(f"evaluation.n={ours.n}")
+    if theirs is None or theirs.evaluator != ours.evaluator:
+        settings.append(f"evaluation.evaluator={ours.evaluator}")
+    return settings
 
 
 def _refused(verdict: Verdict, rows: Sequence[Row]) -> Verdict:
@@ -358,11 +394,19 @@ def _refused(verdict: Verdict, rows: Sequence[Row]) -> Verdict:
     return replace(verdict, reason=f"{wrong.name}: {wrong.figure}; asked for: {wrong.bound}", rows=tuple(rows))
 
 
-def _judged_before(verdicts: Sequence[Verdict], verdict: Verdict) -> Verdict | None:
-    """Return the decision that was made about the same model against the same champion with as many samples."""
+def _judged_before(verdicts: Sequence[Verdict], verdict: Verdict, alike: Sequence[Row]) -> Verdict | None:
+    """Return the decision that was made about the same model against the same champion with as many samples.
+
+    Args:
+        alike: the lines that say by which evaluator, on which data and prompts both were scored: of others, a decision
+            says nothing.
+    """
     fields = ("served_digest", "champion_digest", "n", "margin")
+    judging = {(row.name, row.figure) for row in alike if row.name != SAMPLES}
     for earlier in reversed(verdicts):
-        if earlier.attempt and all(getattr(earlier, name) == getattr(verdict, name) for name in fields):
+        if not earlier.attempt or any(getattr(earlier, name) != getattr(verdict, name) for name in fields):
+            continue
+        if judging <= {(row.name, row.figure) for row in earlier.rows}:
             return earlier
     return None
 

@@ -203,6 +203,28 @@ def test_the_gate_is_done_where_the_alias_is_at_the_version_by_its_log_and_in_ml
     )
 
 
+def test_the_gate_is_not_asked_again_for_a_version_that_was_rolled_back(registered, monkeypatch, tmp_path):
+    monkeypatch.setenv("DDPM_HOME", str(tmp_path / "home"))
+    config, (second, first), aliases = registered
+    log = VerdictLog.of(config.storage.root, "m", "champion", STORAGE, Trust.of(config.registry))
+    signer = Signer.of(config.registry)
+    passed = [Verdict(True, "better", "m", "champion", number, served_digest=number) for number in "12"]
+    back = Verdict(True, "rolled back", "m", "champion", "1", champion="2", served_digest="1", rollback=True, at="2026")
+    for number, verdict in enumerate([*passed, back]):
+        assert log.add(verdict, signer, number)
+    aliases["champion"] = "1"
+    look = Promote(config).look(SITE, Results(version=second))
+    assert look.reason == "a rollback took champion from version 2"
+    assert not look.result.passed
+    assert "at 2026; `ddpm promote models:/m/2 --alias champion` gives it back" in look.result.reason
+    assert Promote(config).look(SITE, Results(version=first)).result.passed
+    assert log.add(passed[1], signer, 3)  # somebody gives it back
+    aliases["champion"] = "2"
+    assert Promote(config).look(SITE, Results(version=second)).result.passed
+    aliases["champion"] = "1"  # without the gate
+    assert Promote(config).look(SITE, Results(version=second)).result is None
+
+
 def scored_on(number: str, data: str) -> ModelVersion:
     tags = {"scores": json.dumps(scores(stream_digest=data).to_plain()), "served_digest": number}
     return ModelVersion("m", number, "r", tags, ())

@@ -1,0 +1,138 @@
+"""What the gate's door does around its decision: who signs it, what it is about, and when an earlier one answers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from ddpm.model import ModelSpec
+from pipelines import tracking
+from pipelines.config import ConfigError, compose
+from pipelines.display import Silent
+from pipelines.registry import Gate, Trust, Verdict
+from pipelines.registry.gate import SAMPLES, comparable
+from pipelines.registry.keys import public_key
+from pipelines.registry.promote import Opened, _judged_before, _other_settings
+from pipelines.registry.verdict import Row, VerdictLog
+from pipelines.storage import Storage
+from pipelines.tracking import ModelVersion
+from tests.pipelines.registry.authority import write_key
+from tests.pipelines.registry.version import SPEC, scores
+
+STORAGE = Storage()
+
+
+@pytest.fixture
+def world(home, tmp_path, monkeypatch):
+    """A gate before `champion` of two versions that passes every one, and what it was asked and has moved."""
+    made = [ModelVersion("m", number, "r", {"served_digest": number}, ()) for number in "12"]
+    found = SimpleNamespace(versions=made, aliases={}, judged=[], moved=[])
+
+    def version(uri, name, *, alias=None, number=None):
+        wanted = found.aliases.get(alias) if alias else number
+        return next((v for v in made if v.version == wanted), None)
+
+    def judge(self, version, champion, verdicts, margin):
+        found.judged.append((version.version, champion and champion.version))
+        number = version.version
+        return None, Verdict(True, "judged", self.model, self.alias, number, served_digest=number)
+
+    def set_alias(uri, name, alias, number):
+        found.moved.append((alias, number))
+        found.aliases[alias] = number
+
+    monkeypatch.setattr(tracking, "version", version)
+    monkeypatch.setattr(tracking, "set_alias", set_alias)
+    monkeypatch.setattr(Gate, "_judge", judge)
+    monkeypatch.setattr(Gate, "_record", lambda self, verdict, opened: None)
+    found.config = compose(["+experiment=digits", f"storage.root=file://{tmp_path}", "tracking.uri=http://mlflow"])
+    found.gate = Gate(found.config, STORAGE, Silent(), lambda: None, "m", "champion")
+    return found
+
+
+def test_a_decision_that_nobody_here_would_believe_is_not_made(world, tmp_path):
+    other = public_key(write_key(tmp_path / "other.pem", ec.generate_private_key(ec.SECP256R1())))
+    stranger = world.config.registry.model_copy(update={"trusted_keys": (str(other),)})
+    gate = replace(world.gate, config=world.config.model_copy(update={"registry": stranger}))
+    with pytest.raises(ConfigError, match="would not be believed here"):
+        gate.promote(world.versions[0])
+    with pytest.raises(ConfigError, match="would not be believed here"):
+        gate.rollback()
+    assert (world.judged, world.moved, gate.log.next_number()) == ([], [], 0)
+    assert gate.promote(world.versions[0], dry_run=True).passed
+
+
+def test_an_alias_that_was_moved_by_hand_proves_nothing(world):
+    world.aliases["champion"] = "1"
+    assert world.gate.holds(world.versions[0]) is None
+    assert world.gate.promote(world.versions[0]).reason == "judged"
+    assert world.judged == [("1", None)]
+    assert world.gate.holds(world.versions[0]).passed
+    assert world.gate.promote(world.versions[0]).reason == "the alias champion is there already"
+    assert len(world.judged) == 1
+
+
+def test_a_dry_run_does_not_put_an_alias_back_where_it_belongs(world):
+    world.gate.promote(world.versions[0])
+    world.aliases["champion"] = "2"
+    world.moved.clear()
+    assert world.gate.promote(world.versions[0], dry_run=True).passed
+    assert world.moved == []
+    world.gate.promote(world.versions[0])
+    assert world.moved == [("champion", "1")]
+
+
+ALIKE = comparable(scores(), scores(), "models:/m/1")
+EARLIER = Verdict(True, "better", "m", "champion", "2", "c", "1", "d", 1, 359, rows=tuple(ALIKE))
+
+
+@pytest.mark.parametrize(
+    "now, answers",
+    [
+        ({}, True),
+        ({"n": 500}, True),  # the comparison draws samples of its own
+        ({"evaluator_digest": "another"}, False),
+        ({"stream_digest": "another"}, False),
+        ({"prompts": {"captions_digest": "p"}}, False),
+    ],
+)
+def test_an_earlier_decision_answers_only_where_evaluator_and_data_are_the_same(now, answers):
+    asked = replace(EARLIER, version="4", attempt=0, rows=())
+    alike = comparable(scores(**now), scores(**now), "models:/m/3")
+    assert SAMPLES in {row.name for row in alike}
+    assert (_judged_before([EARLIER], asked, alike) is EARLIER) is answers
+    assert _judged_before([EARLIER], replace(asked, n=400), alike) is None
+
+
+def opened(data: str, trained: str | None = "file:///old", **fields) -> Opened:
+    evidence = None if data == "" else SimpleNamespace(scores=scores(**fields), dataset_uri=data)
+    spec = None if trained is None else replace(SPEC, lineage={"dataset_uri": trained})
+    assert spec is None or isinstance(spec, ModelSpec)
+    return Opened(None, evidence, (Row("signature", "", "", passed=True),), None, spec)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "candidate, champion, settings",
+    [
+        (opened("file:///old"), opened("file:///old"), []),
+        (opened("file:///new"), opened("file:///old"), ["data.uri=file:///new"]),
+        (opened("file:///new"), opened("file:///new"), ["data.uri=file:///new"]),
+        (opened("file:///old", n=500), opened("file:///old"), ["evaluation.n=500"]),
+        (
+            opened("file:///old", evaluator="encoder"),
+            opened("", None),
+            ["data.uri=file:///old", "evaluation.n=359", "evaluation.evaluator=encoder"],
+        ),
+    ],
+)
+def test_a_refusal_names_what_scores_the_champion_as_the_candidate_was(candidate, champion, settings):
+    assert _other_settings(candidate, champion) == settings
+
+
+def test_the_log_is_that_of_the_alias(world):
+    world.gate.promote(world.versions[0])
+    log = VerdictLog.of(world.config.storage.root, "m", "champion", STORAGE, Trust.of(world.config.registry))
+    assert [verdict.version for verdict in log.read()] == ["1"]
