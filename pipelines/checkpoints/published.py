@@ -53,6 +53,12 @@ class Published:
         """Name of the artifact that records it in the MLflow run; names order by images seen."""
         return f"{PUBLISHED}/{self.images_seen:012d}.json"
 
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What every record of these very files has in it, whatever scores were added to it."""
+        plain = {name: value for name, value in asdict(self).items() if name != "scores"}
+        return tuple(f"{tracking.to_json(name)}: {tracking.to_json(value)}" for name, value in plain.items())
+
     def record(self) -> tuple[str, str]:
         """Return (text, name) of the artifact that records it in the MLflow run."""
         return tracking.to_json(asdict(self)), self.name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -66,10 +66,14 @@ class RunLog:
         for outbox in self.outboxes.values():
             outbox.image(key, pixels, step)
 
-    def text(self, text: str, name: str, step: int) -> None:
-        """Log a text file at `step` images seen; under the same name it replaces itself."""
+    def text(self, text: str, name: str, step: int, marks: Sequence[str] = ()) -> None:
+        """Log a text file at `step` images seen; under the same name it replaces itself.
+
+        Args:
+            marks: a text of that name with all of these in it is the same one, perhaps with more in it, and stays.
+        """
         for outbox in self.outboxes.values():
-            outbox.text(text, name, step)
+            outbox.text(text, name, step, marks)
 
     def flush(self, timeout_s: float = 300.0) -> None:
         """Wait until everything is sent.

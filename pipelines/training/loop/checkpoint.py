@@ -113,7 +113,8 @@ class Checkpointer:
             # Before the checkpoint counts: a run that resumes from it will not come by here again.
             published = checkpoints.publish(storage, uri, job.published_uri(name), state)
             if self.log:
-                self.log.text(*published.record(), state.images_seen)
+                # It travels with the checkpoint too: sent again after a resume, it must not take the scores away.
+                self.log.text(*published.record(), state.images_seen, marks=published.marks)
         if self.log and (unsent := self.log.pack()):
             (folder / UNSENT).write_bytes(unsent)
             state = checkpoints.with_file(state, folder / UNSENT)

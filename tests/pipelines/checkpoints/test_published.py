@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from ddpm.models.unet import UNet
 from pipelines.checkpoints import (
     ModelError,
+    Published,
     best_published,
     list_published,
     load_checkpoint,
@@ -45,6 +47,18 @@ def test_published_checkpoints_are_whole_copies_and_the_best_is_found_by_a_score
         best_published(tracker, "fid", lowest=True)
     with pytest.raises(ModelError, match="no published checkpoint at 7"):
         record_scores(tracker, 7, {})
+
+
+def test_a_record_is_known_by_its_files_whatever_scores_it_has():
+    first = Published("file:///a", 100, "d")
+
+    def has(other: Published) -> bool:
+        return all(mark in other.record()[0] for mark in first.marks)
+
+    assert has(first)
+    assert has(replace(first, scores={"eval/kid": 0.1}))
+    others = [{"uri": "file:///b"}, {"digest": "e"}, {"images_seen": 200}, {"deleted": True}]
+    assert not any(has(replace(first, **other)) for other in others)
 
 
 def test_an_average_of_another_width_is_made_from_published_snapshots(tmp_path, monkeypatch):

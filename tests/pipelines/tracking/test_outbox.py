@@ -62,6 +62,10 @@ class Server:
         self._answer()
         self.texts[name] = text
 
+    def holds(self, marks, name):
+        self._answer()
+        return name in self.texts and all(mark in self.texts[name] for mark in marks)
+
     def _answer(self):
         if self.away:
             raise UnreachableError("away")
@@ -178,6 +182,26 @@ def test_what_waits_travels_with_a_checkpoint_to_another_node(tmp_path):
     back.flush()
     back.close()
     assert len(server.points) == 3
+
+
+def test_a_text_to_which_others_have_added_is_not_sent_over_it_again(tmp_path):
+    server, records = Server(), "checkpoints/20.json"
+    log = RunLog({"mlflow": server}, tmp_path / "run")
+    for text, expected in [
+        ("at A, of weights 1, no scores", "at A, of weights 1, no scores"),
+        ("at A, of weights 1, no scores", "at A, of weights 1, scores"),
+        ("at A, of weights 2, no scores", "at A, of weights 2, no scores"),
+        ("at B, of weights 2, no scores", "at B, of weights 2, no scores"),
+    ]:
+        where, weights, _ = text.split(", ")
+        log.text(text, records, 20, marks=(where, weights))
+        log.flush()
+        assert server.texts == {records: expected}
+        server.texts[records] = server.texts[records].replace("no scores", "scores")  # as an evaluation does
+    log.text("replaced", records, 20)
+    log.flush()
+    assert server.texts == {records: "replaced"}
+    log.close()
 
 
 def test_a_sink_that_is_away_does_not_hold_up_another_and_its_queue_travels_too(tmp_path):
