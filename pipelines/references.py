@@ -267,13 +267,12 @@ def find_registered(reference: str, tracking_uri: str | None) -> ModelVersion:
     return found
 
 
-JUDGING = {
-    "evaluation": (
-        *("n", "seed", "seeds", "batch_size", "likelihood_images", "evaluator", "evaluator_passes", "weights"),
-        *("encoder_size", "encoder_mean", "encoder_std"),
-    ),
-    "registry": ("model", "n"),
-}
+COMPARING = (
+    *("n", "seed", "seeds", "evaluator", "evaluator_passes", "weights"),
+    *("encoder_size", "encoder_mean", "encoder_std"),
+)
+"""Settings of an evaluation without which its distances do not compare with those of another one."""
+JUDGING = {"evaluation": (*COMPARING, "batch_size", "likelihood_images"), "registry": ("model", "n")}
 """Settings of a run, by section, that decide how its model is scored, what it is registered as, and how many samples
 the gate compares."""
 
@@ -308,6 +307,13 @@ def judged_as_before(config: Config, overrides: Sequence[str], reference: str) -
         if not {section, key} & given:
             plain[section][field] = value
     return from_dict(plain)
+
+
+def scored_alike(config: Config, tracker: Tracker) -> bool:
+    """Return whether a configuration scores models as a run does, so that its distances compare with the run's own."""
+    ours = config.evaluation.model_dump(mode="json")
+    recorded = {key.removeprefix("evaluation."): value for key, value in _recorded(tracker).items()}
+    return all(ours[name] == recorded[name] for name in COMPARING if name in recorded)
 
 
 def _recorded(tracker: Tracker) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,23 +69,19 @@ class Comparison:
         by_seed = [self._of_samples(place, evaluator) for place in range(len(self.plan.seeds))]
         floors, ceilings = self._of_test(evaluator), self._of_noise()
         return {
-            name: Estimate.of(
-                [found[name][0] for found in by_seed],
-                [found[name][1] for found in by_seed],
-                floor=floors.get(name),
-                ceiling=ceilings.get(name),
-            )
+            name: _over_seeds([found[name] for found in by_seed], floors.get(name), ceilings.get(name))
             for name in by_seed[0]
         }
 
-    def _of_samples(self, place: int, evaluator: Evaluator) -> dict[str, tuple[float, float]]:
-        """Return (value, standard error) of each score of one noise seed, by its place among them."""
+    def _of_samples(self, place: int, evaluator: Evaluator) -> dict[str, Measured]:
+        """Return each score of one noise seed, by its place among them."""
         start, stop = place * self.plan.n, (place + 1) * self.plan.n
         moments = moments_of(self.drawn.features, start, stop)
-        found = {}
+        found: dict[str, Measured] = {}
         for name, split in (("frechet_distance", self.real.train), ("frechet_distance_test", self.real.test)):
-            found[name] = _of(measured_frechet(split.moments, moments, self.drawn.features, start, stop))
-        found["finite"] = float(self.drawn.finite.read(start, stop).mean()), 0.0
+            found[name] = measured_frechet(split.moments, moments, self.drawn.features, start, stop)
+        finite = float(self.drawn.finite.read(start, stop).mean())
+        found["finite"] = Measured(finite, torch.zeros(stop - start, dtype=torch.float64))  # counted, not estimated
         features = _tensor(self.drawn.features, start, min(stop, start + NEIGHBOURS))
         found |= self._one_by_one(features)
         labels = self.plan.labels(self.plan.seeds[place])
@@ -94,23 +90,22 @@ class Comparison:
         probabilities = self.drawn.probabilities
         if probabilities is None:
             return found
-        found["inception_score"] = _of(measured_inception_score(_tensor(probabilities, start, stop)))
+        found["inception_score"] = measured_inception_score(_tensor(probabilities, start, stop))
         if labels is not None and evaluator.labels:
-            found["class_accuracy"] = _of(measured_accuracy(probabilities, labels, start))
+            found["class_accuracy"] = measured_accuracy(probabilities, labels, start)
         return found
 
-    def _one_by_one(self, features: Tensor) -> dict[str, tuple[float, float]]:
+    def _one_by_one(self, features: Tensor) -> dict[str, Measured]:
         """Return the scores of features [N, D] that compare each image with each real train image."""
         reference = self.reference
-        found = {"kid": _of(measured_kid(reference, features))}
+        found = {"kid": measured_kid(reference, features)}
         count = min(len(features), len(reference))  # those below depend on the sizes of the sets
         if count < NEAREST:
             return found
         real, fake = reference[:count], features[:count]
         precision, recall = measured_precision_recall(real, fake)
         density, coverage = density_coverage(real, fake)
-        found |= {"precision": _of(precision), "recall": _of(recall)}
-        return found | {"density": _of(density), "coverage": _of(coverage)}
+        return found | {"precision": precision, "recall": recall, "density": density, "coverage": coverage}
 
     def _of_test(self, evaluator: Evaluator) -> dict[str, float]:
         """Return the scores of real test images, as many as there are samples where there are so many."""
@@ -118,10 +113,10 @@ class Comparison:
         moments = moments_of(self.test.features, 0, count)
         found = {"frechet_distance": frechet_distance(self.real.train.moments, moments)}
         features = _tensor(self.test.features, 0, min(count, NEIGHBOURS))
-        found |= {name: value for name, (value, _) in self._one_by_one(features).items()}
+        found |= {name: measured.value for name, measured in self._one_by_one(features).items()}
         reference = self.reference[:count]
         labels = torch.from_numpy(self.test.labels.read(0, len(features))) if self.plan.class_counts else None
-        found |= {name: value for name, (value, _) in _diversity(features, labels).items()} | {"finite": 1.0}
+        found |= {name: measured.value for name, measured in _diversity(features, labels).items()} | {"finite": 1.0}
         if evaluator.accuracy is not None:
             found["class_accuracy"] = evaluator.accuracy
         if len(reference) > 1:
@@ -135,18 +130,28 @@ class Comparison:
             **({"class_accuracy": max(counts) / sum(counts)} if counts else {}),
             "frechet_distance": frechet_distance(self.real.train.moments, moments),
             "frechet_distance_test": frechet_distance(self.real.test.moments, moments),
-            "kid": _of(measured_kid(self.reference, self.noise))[0],
+            "kid": measured_kid(self.reference, self.noise).value,
         }
 
 
-def _of(measured: Measured) -> tuple[float, float]:
-    return measured.value, measured.standard_error
+def _over_seeds(measured: Sequence[Measured], floor: float | None, ceiling: float | None) -> Estimate:
+    """Return the estimate of a score from that of each noise seed.
+
+    Seeds draw new samples, so that their errors are independent. Recall and coverage are shares of real images, which
+    are the same ones for every seed: more seeds say more of each image, and there are no more images.
+    """
+    values, errors = ([getattr(each, name) for each in measured] for name in ("value", "standard_error"))
+    error = None
+    if measured[0].over == "real":
+        mean = torch.stack([each.influence for each in measured]).mean(0)
+        error = Measured(values[0], mean, "real").standard_error
+    return Estimate.of(values, errors, error=error, floor=floor, ceiling=ceiling)
 
 
-def _diversity(features: Tensor, labels: Tensor | None) -> dict[str, tuple[float, float]]:
+def _diversity(features: Tensor, labels: Tensor | None) -> dict[str, Measured]:
     """Return the diversity within classes; nothing where no class has two images."""
     groups = torch.zeros(len(features), dtype=torch.long) if labels is None else labels
-    return {"diversity": _of(measured_diversity(features, groups))} if int(groups.bincount().max()) > 1 else {}
+    return {"diversity": measured_diversity(features, groups)} if int(groups.bincount().max()) > 1 else {}
 
 
 def _chunks(rows: Rows, start: int, stop: int) -> Iterator[NDArray[np.generic]]:

@@ -60,12 +60,18 @@ class Estimate:
         values: Sequence[float],
         errors: Sequence[float],
         *,
+        error: float | None = None,
         floor: float | None = None,
         ceiling: float | None = None,
     ) -> Estimate:
-        """Return the estimate from the value and the standard error of each noise seed."""
+        """Return the estimate from the value and the standard error of each noise seed.
+
+        Args:
+            error: of the mean; None where the seeds are independent of each other, and it follows from theirs.
+        """
         mean = math.fsum(values) / len(values)
-        error = math.sqrt(math.fsum(e * e for e in errors)) / len(errors)
+        if error is None:
+            error = math.sqrt(math.fsum(e * e for e in errors)) / len(errors)
         spread = None
         if len(values) > 1:
             spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))

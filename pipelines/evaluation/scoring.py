@@ -101,8 +101,13 @@ def score_and_record(
     """
     scored = score(resolved, settings, config, storage, display, connect, dataset_uri)
     if scored.fresh and resolved.tracker is not None:
-        # Those of other settings are no scores of the checkpoint.
-        own = resolved.published is not None and settings == resolved.model.spec.sampling
+        # Scores of other settings, data or judges stand beside its own, by which the best checkpoint is chosen.
+        own = (
+            resolved.published is not None
+            and settings == resolved.model.spec.sampling
+            and dataset_uri is None
+            and references.scored_alike(config, resolved.tracker)
+        )
         models = tracking.checkpoint_models(resolved.tracker) if own else {}
         scored.record(resolved.tracker, models.get(scored.images_seen))
         if own and resolved.published is not None:

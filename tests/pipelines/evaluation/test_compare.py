@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -51,6 +52,22 @@ def test_with_few_images_the_scores_of_nearest_neighbours_are_left_out_where_the
     assert ("precision" in found) == ("coverage" in found) == (samples >= NEAREST)
     if "precision" in found:
         assert (found["precision"].floor is None) == (found["recall"].floor is None) == (test < NEAREST)
+
+
+def test_more_noise_seeds_do_not_shrink_the_interval_of_a_share_of_the_same_real_images(tmp_path):
+    (tmp_path / "rest").mkdir()
+    one = comparison(tmp_path, 40, 40)
+    same = replace(one, plan=replace(one.plan, n=20, seeds=(1,))).estimates(UNLABELLED)
+    twice = np.concatenate([one.drawn.features.read(0, 20)] * 2)  # two seeds that happen to draw the same
+    features = Rows(tmp_path / "twice", (WIDTH,), np.float32)
+    features.write(0, twice)
+    drawn = replace(one.drawn, features=features)
+    both = replace(one, drawn=drawn, plan=replace(one.plan, n=20, seeds=(1, 2))).estimates(UNLABELLED)
+    for name in ("recall", "coverage"):
+        assert both[name].value == same[name].value
+        assert both[name].standard_error == pytest.approx(same[name].standard_error)
+    for name in ("precision", "density", "kid"):
+        assert both[name].standard_error == pytest.approx(same[name].standard_error / 2**0.5)
 
 
 def test_with_enough_images_each_has_its_value_and_floor(tmp_path):

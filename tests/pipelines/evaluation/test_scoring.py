@@ -7,11 +7,12 @@ import torch
 
 from ddpm.generate import Sampling
 from ddpm.model import Model, ModelSpec
+from pipelines import tracking
 from pipelines.checkpoints import Published
-from pipelines.config import compose
+from pipelines.config import compose, sampling
 from pipelines.display import Silent
 from pipelines.evaluation import scoring
-from pipelines.evaluation.scoring import check_fits, find_scores, score
+from pipelines.evaluation.scoring import check_fits, find_scores, score, score_and_record
 from pipelines.references import Resolved
 from pipelines.shards.index import Dataset, DatasetError
 from pipelines.storage import Storage
@@ -104,3 +105,34 @@ def test_there_are_no_scores_where_the_run_has_none_or_the_evaluator_is_not_trai
     assert len(run.asked) == 1
     monkeypatch.setattr(scoring, "find_evaluator", lambda *arguments: None)
     assert find_scores(Recorded(), SPEC, "digest", settings, config, Storage()) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "overrides, data, compares",
+    [
+        ([], None, True),
+        (["evaluation.likelihood_images=0", "evaluation.batch_size=7"], None, True),
+        (["evaluation.n=64"], None, False),
+        (["evaluation.seeds=1"], None, False),
+        (["evaluation.evaluator=contrastive"], None, False),
+        ([], "file:///other", False),
+        (["sampler.steps=7"], None, False),
+    ],
+)
+def test_only_scores_that_compare_with_its_runs_go_into_the_record_of_a_checkpoint(
+    monkeypatch, overrides, data, compares
+):
+    trained, config = compose(["+experiment=digits"]), compose(["+experiment=digits", *overrides])
+    run = SimpleNamespace(
+        names=lambda: [tracking.CONFIG], read_text=lambda name: tracking.to_json(trained.model_dump())
+    )
+    spec = replace(SPEC, sampling=sampling(trained))
+    resolved = Resolved("x", Model(spec, torch.nn.Identity()), tracker=run, published=Published("u", 640, "digest"))
+    said: list[object] = []
+    scored = SimpleNamespace(fresh=True, scores=scores(), images_seen=640)
+    scored.record = lambda tracker, model: said.append(model)
+    monkeypatch.setattr(scoring, "score", lambda *arguments: scored)
+    monkeypatch.setattr(tracking, "checkpoint_models", lambda tracker: {640: "its logged model"})
+    monkeypatch.setattr(scoring, "record_scores", lambda tracker, images, metrics: said.append(images))
+    score_and_record(resolved, sampling(config), config, Storage(), Silent(), lambda: None, data)
+    assert said == (["its logged model", 640] if compares else [None])
