@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from pipelines.tracking.client import ask, authenticate, pages
+from pipelines.tracking.client import TrackingError, ask, authenticate, pages
 from pipelines.tracking.run import Tracker
 from pipelines.tracking.signature import table_signature
 
@@ -98,8 +99,15 @@ def log_pyfunc(tracker: Tracker, pyfunc: Pyfunc, images_seen: int) -> str:
             info = mlflow.pyfunc.log_model(name=PYFUNC, step=images_seen, **pyfunc.arguments())
         return str(info.model_id)
 
-    model_id = ask(tracker.uri, log)
-    tracker.status("FINISHED")
+    # MLflow starts the run for this and ends it, and it may be one that trains on, or that was stopped.
+    before = str(ask(tracker.uri, lambda client: client.get_run(tracker.run_id)).info.status)
+    try:
+        model_id = ask(tracker.uri, log)
+    except TrackingError:
+        with suppress(TrackingError):
+            replace(tracker, patience_s=0).status(before)
+        raise
+    tracker.status(before)
     return model_id
 
 

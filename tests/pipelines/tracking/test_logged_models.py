@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from pipelines import tracking
-from pipelines.tracking import Pyfunc, Tracker, UnreachableError
+from pipelines.tracking import Pyfunc, Tracker, TrackingError, UnreachableError
 from pipelines.tracking.client import client as client_of
 
 SCORES = {"eval/frechet_distance": 12.5, "eval/class_accuracy": 0.9}
@@ -107,3 +108,26 @@ def test_what_was_stored_for_a_version_that_was_never_made_is_deleted_and_nothin
     there = {model.model_id for model in client.search_logged_models([experiment])}
     assert there >= kept | {first, last, foreign}
     assert killed not in there
+
+
+@pytest.mark.parametrize("status", ["RUNNING", "KILLED", "FINISHED"])
+def test_a_run_has_the_status_afterwards_that_it_had_before_a_version_was_made_of_it(
+    client, tracker, monkeypatch, status
+):
+    failing = False
+
+    def log_model(**arguments: object) -> SimpleNamespace:
+        if failing:
+            raise MlflowException("too large", error_code=INVALID_PARAMETER_VALUE)  # which is not tried again
+        return SimpleNamespace(model_id="m")
+
+    monkeypatch.setattr(importlib.import_module("mlflow.pyfunc"), "log_model", log_model)
+    monkeypatch.setattr(Pyfunc, "arguments", lambda self: {})
+    pyfunc = Pyfunc({}, Path(), (), (), {}, None, {})  # type: ignore[arg-type]
+    tracker.status(status)
+    assert tracking.log_pyfunc(tracker, pyfunc, 640) == "m"
+    assert client.get_run(tracker.run_id).info.status == status
+    failing = True
+    with pytest.raises(TrackingError, match="too large"):
+        tracking.log_pyfunc(tracker, pyfunc, 640)
+    assert client.get_run(tracker.run_id).info.status == status
