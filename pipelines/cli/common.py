@@ -153,6 +153,24 @@ def check_source(source: str) -> None:
         )
 
 
+def check_file(option: str, path: Path, example: str) -> None:
+    """Check, before any work, that the file can be written that an option names.
+
+    Args:
+        example: of the name of such a file.
+
+    Raises:
+        BadParameter: its folder is not there, it is a folder itself, or this user may not write it.
+    """
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise typer.BadParameter(f"{option} {path}: there is no folder {path.parent}: make it, or name another")
+    if path.is_dir():
+        raise typer.BadParameter(f"{option} {path} is a folder: name a file, such as {path / example}")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise typer.BadParameter(f"{option} {path} cannot be written by this user: name another place")
+
+
 def quoted_override(key: str, value: str) -> str:
     """Return an override whose value may hold any character."""
     escaped = value.replace("\\", "\\\\").replace("'", "\\'")

@@ -117,7 +117,7 @@ def promote(
     as_json: Json = False,
 ) -> None:
     """Move an alias to a version if the gate allows it. Example: ddpm promote models:/digits/2 --alias champion"""
-    config = compose_connected(overrides)
+    config = compose_connected([*(overrides or []), quoted_override("registry.alias", alias)])
 
     from pipelines import references, registry
     from pipelines.storage import Storage

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipelines.cli.common import SERVICES, Arguments, Json, answer_json, read_arguments, terminal
+from pipelines.cli.common import SERVICES, Arguments, Json, answer_json, check_file, read_arguments, terminal
 
 if TYPE_CHECKING:
     from pipelines.plan.keep import StoredPlan
@@ -29,10 +29,8 @@ def plan(
     source, budget, overrides = read_arguments(arguments)
     if source is None:
         raise typer.BadParameter("name a folder of images, such as `ddpm plan photos budget=30m`")
-    if save is not None and not save.absolute().parent.is_dir():
-        raise typer.BadParameter(f"--save {save}: there is no folder {save.parent}: make it, or name another")
-    if save is not None and save.is_dir():
-        raise typer.BadParameter(f"--save {save} is a folder: name a file, such as {save / 'plan.yaml'}")
+    if save is not None:
+        check_file("--save", save, "plan.yaml")
 
     from pipelines.config import from_dict
     from pipelines.connect import connect_running

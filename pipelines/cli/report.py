@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli.common import Json, Overrides, answer_json, compose_running, terminal
+from pipelines.cli.common import Json, Overrides, answer_json, check_file, compose_running, terminal
 
 
 def report(
@@ -26,6 +26,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write all that is known of a run or model into one HTML file. Example: ddpm report first --out first.html"""
+    check_file("--out", out or Path("report.html"), "report.html")
     config = compose_running(overrides, services=["s3", "mlflow"])
 
     from pipelines import report as reports
@@ -34,7 +35,6 @@ def report(
     storage = Storage.of(config)
     made = reports.make(reference, config, storage, lambda text: terminal.stage("note", text), with_model=model)
     path = out or Path(made.file_name)
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(made.html, encoding="utf-8")
     terminal.stage("report", f"{path}: {', '.join(made.sections)}")
     where = made.log() if log else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from pipelines.config.choices import Section
 
@@ -282,8 +282,12 @@ class EvaluationConfig(Section):
 class RegistryConfig(Section):
     """Under which name a model is registered, which alias the gate guards, who signs and who is believed."""
 
-    model: str = Field(description="name under which the model is registered; unless set, the name of the run")
-    alias: str = Field("champion", description="alias that only a version which passes the gate gets")
+    model: Annotated[str, Field(pattern=r"^[^/:@]+$")] = Field(
+        description="name under which the model is registered; unless set, the name of the run"
+    )
+    alias: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = Field(
+        "champion", description="alias that only a version which passes the gate gets"
+    )
     n: Annotated[int, Field(ge=2)] | None = Field(
         None,
         description="samples of each version that the gate compares; null: 5,000, or 20 for each feature where that "
@@ -302,6 +306,13 @@ class RegistryConfig(Section):
     trusted_certificates: tuple[str, ...] = Field(
         (), description="root certificates (PEM) below which signatures are believed"
     )
+
+    @field_validator("alias")
+    @classmethod
+    def _not_mlflows(cls, alias: str) -> str:
+        if alias.lower() == "latest" or (alias[0] in "vV" and alias[1:].isdecimal()):
+            raise ValueError("MLflow keeps latest, v1, v2 and so on for versions: choose another alias")
+        return alias
 
 
 class ServingConfig(Section):

@@ -119,7 +119,7 @@ class _Reader:
         recorded: list[tuple[str, Scores]] = []
         with self._part("the scores"):
             recorded = self._recorded()
-        facts = replace(facts, **self._scores(recorded, spec, seen))
+        facts = replace(facts, **self._scores(recorded, published, spec, seen))
         with self._part("the gate's decisions"):
             facts = replace(facts, verdicts=_verdicts(version))
         with self._part("the pictures"):
@@ -227,7 +227,11 @@ class _Reader:
         return [(name, Scores.from_plain(json.loads(tracker.read_text(name)))) for name in names]
 
     def _scores(
-        self, recorded: Sequence[tuple[str, Scores]], spec: ModelSpec | None, seen: int | None
+        self,
+        recorded: Sequence[tuple[str, Scores]],
+        published: Sequence[Published],
+        spec: ModelSpec | None,
+        seen: int | None,
     ) -> dict[str, Any]:
         """Return the scores of the model, and those of the champion where it is another one."""
         version = self._shown_version(seen)
@@ -236,7 +240,8 @@ class _Reader:
             with self._part(f"the scores of {version.uri}"):
                 scores = Scores.from_plain(json.loads(version.tags["scores"]))
         if scores is None:
-            scores = own_scores(recorded, None if spec is None else spec.sampling, seen)
+            settings = None if spec is None else spec.sampling
+            scores = own_scores(recorded, settings, seen, {one.images_seen: one.scores for one in published})
         if scores is None:
             return {}
         copies = "" if scores.memorisation is None else str(scores.memorisation.get("verdict", ""))
@@ -306,17 +311,25 @@ class _Reader:
         return found
 
 
-def own_scores(recorded: Sequence[tuple[str, Scores]], settings: Sampling | None, seen: int | None) -> Scores | None:
-    """Return the scores of a checkpoint with its own settings, or else with any; None without any.
+def own_scores(
+    recorded: Sequence[tuple[str, Scores]],
+    settings: Sampling | None,
+    seen: int | None,
+    of_checkpoints: Mapping[int, Mapping[str, float]],
+) -> Scores | None:
+    """Return the scores of a checkpoint that its record has, or else some with its own settings, or any; None without.
 
     Args:
         recorded: (artifact, scores) of every evaluation of the run.
         settings: with which the model draws; None where they are not known.
         seen: images seen by the checkpoint.
+        of_checkpoints: images seen -> scores in the record of that checkpoint, by which the best one is chosen.
     """
     of_images = [scores for name, scores in recorded if _seen_in(name) == seen]
     own = [s for s in of_images if Sampling.from_json(s.sampling) == settings]
-    return next(reversed(own or of_images), None)
+    record = {} if seen is None else of_checkpoints.get(seen, {})
+    chosen = [s for s in own if s.metrics().items() <= record.items()]
+    return next(reversed(chosen or own or of_images), None)
 
 
 def _seen_in(artifact: str) -> int | None:

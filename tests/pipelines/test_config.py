@@ -34,6 +34,22 @@ def test_every_shipped_experiment_is_complete(name):
     assert noise_schedule(config).num_steps == config.schedule.num_steps
 
 
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("registry.alias=prod.eu", r"registry\.alias"),
+        ("registry.alias=latest", "MLflow keeps latest, v1, v2 and so on for versions: choose another alias"),
+        ("registry.alias=V12", "choose another alias"),
+        ("registry.model=team/digits", r"registry\.model"),
+        ("registry.model='a:b'", r"registry\.model"),
+    ],
+)
+def test_names_that_mlflow_would_refuse_are_refused_before_anything_starts(setting, message):
+    with pytest.raises(ConfigError, match=message):
+        compose(["+experiment=digits", setting])
+    assert compose(["+experiment=digits", "registry.alias=vip-1", "registry.model='my pets'"]).registry.alias == "vip-1"
+
+
 def test_v_is_predicted_unless_the_papers_setting_is_named():
     assert compose([]).objective.prediction == compose(["+experiment=captions32", "name=x"]).objective.prediction == "v"
     assert compose(["objective=ddpm"]).objective.prediction == "eps"

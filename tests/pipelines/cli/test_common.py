@@ -4,7 +4,10 @@ import json
 import sys
 from types import SimpleNamespace
 
-from pipelines.cli.common import answer_json
+import pytest
+import typer
+
+from pipelines.cli.common import answer_json, check_file
 
 
 def test_what_ray_says_of_a_lost_node_does_not_follow_the_answer(monkeypatch, capsys):
@@ -22,3 +25,12 @@ def test_a_command_without_ray_leaves_stdout_alone(monkeypatch, capsys):
     answer_json(True, {})
     print("more")
     assert capsys.readouterr().out.splitlines() == ["{}", "more"]
+
+
+def test_a_file_that_may_not_be_written_is_told_before_any_work(tmp_path, monkeypatch):
+    check_file("--out", tmp_path / "report.html", "report.html")
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    with pytest.raises(typer.BadParameter, match=r"--out .*new\.html cannot be written by this user"):
+        check_file("--out", tmp_path / "new.html", "report.html")
+    (tmp_path / "old.html").touch()
+    check_file("--out", tmp_path / "old.html", "report.html")

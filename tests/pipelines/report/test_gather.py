@@ -28,10 +28,18 @@ RECORDED = [
 
 def test_the_scores_of_a_checkpoint_are_those_of_its_own_settings_before_any_others():
     own = Sampling.from_json(RECORDED[1][1].sampling)
-    assert own_scores(RECORDED, own, 1000)["frechet_distance"].value == 3.0
-    assert own_scores(RECORDED, None, 1000)["frechet_distance"].value == 4.0
-    assert own_scores(RECORDED, own, 500)["frechet_distance"].value == 9.0
-    assert own_scores(RECORDED, own, 700) is None
+    assert own_scores(RECORDED, own, 1000, {})["frechet_distance"].value == 3.0
+    assert own_scores(RECORDED, None, 1000, {})["frechet_distance"].value == 4.0
+    assert own_scores(RECORDED, own, 500, {})["frechet_distance"].value == 9.0
+    assert own_scores(RECORDED, own, 700, {}) is None
+
+
+def test_of_several_evaluations_with_its_own_settings_the_one_in_the_checkpoints_record_is_shown():
+    own = Sampling.from_json(RECORDED[1][1].sampling)
+    recorded = [*RECORDED[:2], ("evaluation/000000001000-ff.json", scored(5.0, scale=1.0))]
+    of_checkpoints = {one: {**scored(distance).metrics(), "other": 1.0} for one, distance in ((500, 9.0), (1000, 3.0))}
+    assert own_scores(recorded, own, 1000, of_checkpoints)["frechet_distance"].value == 3.0
+    assert own_scores(recorded, own, 1000, {})["frechet_distance"].value == 5.0
 
 
 def test_evaluations_of_the_shown_checkpoint_are_points_by_guidance():
