@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+from pipelines.cgroups import whole_cores
 from pipelines.credentials import write_private
 from pipelines.loopback import bypass_proxies
 from pipelines.stack.home import StackError, ray_folder
@@ -103,7 +104,7 @@ def _start_ray(home: Path, running: dict[str, Service]) -> Service:
     options += ["dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port", "ray-client-server-port"]
     ports = choose_ports(home, "ray", [*options, "AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT"])
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
-    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--num-cpus={os.cpu_count()}"]
+    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--num-cpus={whole_cores()}"]
     command += [
         f"--temp-dir={ray_folder(home)}",
         f"--object-store-memory={OBJECT_STORE_BYTES}",

@@ -33,6 +33,9 @@ KINDS = (
     "or a .csv or .jsonl of paths; on this machine or at an address such as s3://BUCKET/KEY"
 )
 
+SYSTEM_FOLDERS = frozenset({"__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information", "@eaDir"})
+"""What systems keep among people's files: of zips, of disks, and the small copies of pictures on network drives."""
+
 
 class UnreadableError(PipelineError):
     """A file of a source cannot be read, or is not an image; the ingest leaves it out."""
@@ -59,7 +62,7 @@ class File:
 
 @dataclass(frozen=True)
 class Tree:
-    """All files below a root, without hidden ones.
+    """All files below a root, without hidden ones and those of `SYSTEM_FOLDERS`.
 
     Attributes:
         files: name -> file.
@@ -245,8 +248,8 @@ def _tree(files: Iterable[File], folders: Iterable[str] = (), repeated: tuple[st
 
 
 def _hidden(name: str) -> bool:
-    """Return whether a file or one of its folders is hidden."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+    """Return whether a file or one of its folders is hidden, or of a system's own."""
+    return any(part.startswith(".") or part in SYSTEM_FOLDERS for part in name.split("/"))
 
 
 def _stamp(path: Path) -> str | None:
@@ -293,7 +296,7 @@ def _local_tree(root: Path) -> Tree:
         relative = text(Path(here).relative_to(root).as_posix())
         prefix = "" if relative == "." else f"{relative}/"
         way = ways.pop(here)
-        onward = {name: _way_to(name, here, way) for name in below if name[0] != "."}
+        onward = {name: _way_to(name, here, way) for name in below if not _hidden(name)}
         ways |= {os.path.join(here, name): there for name, there in onward.items() if there is not None}
         below[:] = [name for name, there in onward.items() if there is not None]
         folders += [prefix + text(name) for name in below]

@@ -1,7 +1,7 @@
 import pytest
 from cryptography.fernet import Fernet
 
-from pipelines.stack import StackError
+from pipelines.stack import StackError, services
 from pipelines.stack.services import STARTERS, webhook_environment
 
 
@@ -17,3 +17,11 @@ def test_mlflow_reads_the_secrets_of_webhooks_after_a_restart(tmp_path):
     key = first["MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY"]
     assert Fernet(key).decrypt(Fernet(key).encrypt(b"secret")) == b"secret"
     assert [path.stat().st_mode & 0o777 for path in tmp_path.iterdir()] == [0o600]
+
+
+def test_ray_offers_the_cores_that_a_container_leaves_and_not_those_of_the_machine(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(services, "launch", lambda name, command, *rest: commands.append(command))
+    monkeypatch.setattr(services, "whole_cores", lambda: 3)
+    STARTERS["ray"](tmp_path, {})
+    assert [part for part in commands[0] if part.startswith("--num-cpus")] == ["--num-cpus=3"]

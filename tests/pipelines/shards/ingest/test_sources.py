@@ -146,6 +146,20 @@ def test_links_between_folders_end_where_they_lead_back(tmp_path):
     ]
 
 
+def test_what_a_system_keeps_among_the_pictures_is_left_out_unread(tmp_path, monkeypatch):
+    files = {
+        "cat/a.png": b"1",
+        "cat/@eaDir/a.png/small.png": b"2",
+        "$RECYCLE.BIN/old.png": b"3",
+        "lost+found/4.png": b"4",
+    }
+    root = write_files(tmp_path / "disk", files)
+    listed, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listed.append(os.path.basename(path)) or scandir(path))
+    assert [i.origin for i in open_source(str(root), STORAGE).images] == ["cat/a.png"]
+    assert set(listed) == {"disk", "cat"}
+
+
 @pytest.mark.parametrize("closed", ["dog", "."])
 def test_a_folder_that_cannot_be_listed_is_named_and_nothing_is_made_without_it(tmp_path, monkeypatch, closed):
     root = write_files(tmp_path / "photos", {"cat/a.png": b"1", "dog/b.png": b"2"})
