@@ -98,6 +98,12 @@ class Muon(torch.optim.Optimizer):
             self.adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
             self.adamw.state = self.state  # one state by parameter for whoever stores it
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave; torch puts a new state in place of the old one, which both parts share again."""
+        super().load_state_dict(state_dict)
+        if self.adamw is not None:
+            self.adamw.state = self.state
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update all parameters that have a gradient.

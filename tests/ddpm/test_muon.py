@@ -1,5 +1,7 @@
 """Muon: orthogonal updates of hidden matrices, and AdamW for the rest."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -75,6 +77,25 @@ def test_parameters_that_are_no_hidden_matrices_are_those_of_adamw_bit_for_bit()
             optimizer.step()
     assert torch.equal(bias, same)
     assert mixed.state[bias].keys() == adamw.state[same].keys()
+
+
+def test_a_stored_state_goes_on_with_the_same_updates_of_both_parts():
+    def steps(optimizer: Muon, parameters: list[nn.Parameter], first: int) -> None:
+        for step in range(first, first + 3):
+            for parameter in parameters:
+                parameter.grad = random(*parameter.shape, seed=step)
+            optimizer.step()
+
+    once = [nn.Parameter(random(3, 4)), nn.Parameter(random(5))]
+    optimizer = Muon(once[:1], once[1:], lr=0.1)
+    steps(optimizer, once, 0)
+    again = [nn.Parameter(parameter.detach().clone()) for parameter in once]
+    resumed = Muon(again[:1], again[1:], lr=0.1)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    steps(optimizer, once, 3)
+    steps(resumed, again, 3)
+    assert all(torch.equal(one, other) for one, other in zip(once, again, strict=True))
+    assert resumed.state[again[1]]["step"] == 6
 
 
 @pytest.mark.parametrize(
