@@ -134,7 +134,8 @@ def memorisation(
     data. Relative distances do not call a model a copier only because its samples are smoother or more typical than
     real images. The bound divides the lower end of an exact interval of the share of the samples (Clopper & Pearson
     1934) by the upper end of one of the probability of held-out images, which has the distribution of an order
-    statistic, Beta(j, H + 1 - j); each fails with a probability of 2.5 %.
+    statistic, Beta(j, H + 1 - j); each fails with a probability of 2.5 %. Where the closest `level` of the held-out
+    images match a training image exactly, the shares of exact matches are compared instead.
 
     An image that the training set holds more than about four times stands out less from its neighbours, so altered
     copies of it may be missed: remove duplicates, or search for more neighbours.
@@ -164,8 +165,11 @@ def memorisation(
     place = max(1, math.floor(level * (held + 1)))
     threshold = held_out.relative().sort().values[place - 1].item()
     level = place / (held + 1)
-    close = int((samples.relative() < threshold).sum())
-    bound = _probability_at(close, n, 0.025) / _probability_at(place, held, 0.975)
+    close, highest = int((samples.relative() < threshold).sum()), _probability_at(place, held, 0.975)
+    if threshold == 0:  # none is closer than an exact match, so that all exact ones count, here and there
+        place, close = (int((found.relative() <= 0).sum()) for found in (held_out, samples))
+        level, highest = place / (held + 1), _probability_at(place + 1, held, 0.975)
+    bound = _probability_at(close, n, 0.025) / highest
     authentic = None
     if own is not None:
         authentic = (samples.distance[:, 0] > own.distance[:, 0]).double().mean().item()
@@ -247,7 +251,7 @@ def pixel_neighbours(
     Args:
         images: uint8 [N, C, H, W].
         training: uint8 [M, C, H, W]; a numpy memory map is read in parts.
-        k: neighbours of each image; fewer if there are fewer training images.
+        k: neighbours of each image.
         mirror: whether images are also compared mirrored left to right.
         shift: largest move in pixels, in each direction.
         exclude: index of the training image that is not to be found for each image, int64 [N]: of itself, for a

@@ -315,6 +315,16 @@ def test_few_held_out_images_still_name_a_copier_and_exact_duplicates_in_the_dat
     assert not memorisation(duplicated, duplicated).copies
 
 
+@pytest.mark.parametrize("exact, held", [(4, 400), (1, 50), (2, 20)])
+def test_a_copier_is_named_although_some_held_out_images_match_a_training_image_exactly(exact, held):
+    held_out = neighbours([0.0] * exact + [0.5] * (held - exact))
+    found = memorisation(neighbours([0.0] * 50), held_out)
+    assert found.copies
+    assert (found.share, found.level) == (1, exact / (held + 1))
+    honest = memorisation(neighbours([0.0] * 1 + [0.5] * (held - 1)), held_out)
+    assert not honest.copies
+
+
 def test_an_image_held_many_times_is_still_at_relative_distance_zero():
     training = noise(1, 1, 6, 6).repeat(30, 1, 1, 1)
     assert pixel_neighbours(training[:1], training).relative().tolist() == [0]
