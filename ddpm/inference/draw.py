@@ -149,7 +149,10 @@ class _Reel:
 
     def watch(self, samples: Iterator[Sample]) -> Iterator[Sample]:
         for i, sample in enumerate(samples):
-            if i in self.kept:
+            beyond = len(self.kept) > 1 and i > max(self.kept)  # annealed Langevin dynamics yield their end as well
+            if beyond:
+                self.frames.pop()
+            if i in self.kept or beyond:
                 self.frames.append((sample.t, to_uint8(sample.x_t).cpu(), to_uint8(sample.x0).cpu()))
             yield sample
 

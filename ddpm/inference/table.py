@@ -6,6 +6,7 @@ import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -153,7 +154,9 @@ def table_drawings(
     ]
 
 
-def inpainting_method(model: Model, method: str | None, settings: Mapping[str, Any]) -> tuple[str, Inpainter | None]:
+def inpainting_method(
+    model: Model, method: str | None, settings: Mapping[str, Any], asked: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[str, Inpainter | None]:
     """Return the name of a method of inpainting, and the method; None for the one that a model was trained for.
 
     Jumps of RePaint are by default as long a part of the chain as the authors', 10 of 250 steps, because known and
@@ -162,6 +165,8 @@ def inpainting_method(model: Model, method: str | None, settings: Mapping[str, A
     Args:
         method: one of `METHODS`; None for the one that the model was trained for, or else "repaint".
         settings: those that differ from the method's own.
+        asked: sampling settings that were asked for, flat. The steps are the method's too; it has no other of a
+            sampler's.
 
     Raises:
         ValueError: there is no such method, or it has no such setting, or no such value of it.
@@ -180,7 +185,12 @@ def inpainting_method(model: Model, method: str | None, settings: Mapping[str, A
     allowed = {setting.name: setting.default for setting in settings_of(kind)}
     if unknown := settings.keys() - allowed.keys():
         raise ValueError(f"{', '.join(sorted(unknown))}: no setting of {name}; there are: {', '.join(allowed)}")
-    filled = {"steps": min(allowed["steps"], model.schedule.num_steps), **settings}
+    own, of_samplers = model.spec.sampling.to_json(), {s.name for kind in SAMPLERS.values() for s in settings_of(kind)}
+    idle = [n for n, value in asked.items() if n in {"kind", *of_samplers} - {"steps"} and own.get(n) != value]
+    if idle:
+        raise ValueError(f"{name} takes the steps of a sampler's settings, and not {', '.join(idle)}: leave that out")
+    steps = asked.get("steps", min(allowed["steps"], model.schedule.num_steps))
+    filled = {"steps": steps, **settings}
     if name == "repaint":
         filled.setdefault("jump_length", max(1, math.ceil(filled["steps"] / 25)))
         if filled["steps"] == 1:
@@ -247,10 +257,7 @@ def _tasks(
         form = (1, *model.spec.shape[1:])
         masks = torch.stack([_pixels(value, decode, form, "mask") for value in columns["mask"]])
         settings = {name: own[name] for name in ("resamplings", "jump_length") if own[name] is not None}
-        trained = own["method"] == TRAINED or (own["method"] is None and can_inpaint(model.spec))
-        if not trained and "steps" in changed:
-            settings["steps"] = changed["steps"]
-        _, method = inpainting_method(model, own["method"], settings)
+        _, method = inpainting_method(model, own["method"], settings, changed)
         return [(everything, Inpainting(images, masks.permute(0, 3, 1, 2) < 128, method))]
     strengths = [float(strength) for strength in columns["strength"]]
     places = {s: torch.tensor([i for i, other in enumerate(strengths) if other == s]) for s in dict.fromkeys(strengths)}

@@ -132,8 +132,9 @@ class Inpainting:
 
     def check(self, model: Model, sampling: Sampling, count: int) -> None:
         """See `Task`."""
-        check_images(self.known, model.spec, count)
-        for i, known in enumerate(checked_mask(self.mask, self.known)):
+        mask = checked_mask(self.mask, self.known)
+        check_images(self.known.where(mask, 0), model.spec, count)
+        for i, known in enumerate(mask):
             check_mask(f"the mask of picture {i}", known)
         if self.method is None and not can_inpaint(model.spec):
             raise ValueError(
@@ -189,7 +190,8 @@ class Inpainting:
 class Editing:
     """SDEdit (Meng et al. 2022): an image is noised to t = strength T, and sampled from there.
 
-    Steps are as long as in sampling, so that there are strength times as many, rounded up.
+    Its levels are even in t, whatever the spacing of the sampler, and there are strength times as many steps as in
+    sampling, rounded up.
 
     Attributes:
         images: [N, C, H, W] in [-1, 1].

@@ -16,7 +16,6 @@ from torch import Tensor
 from ddpm.conditioning import Conditioning
 from ddpm.generate import Sampling, to_uint8
 from ddpm.inference import (
-    TRAINED,
     Drawing,
     Drawn,
     Editing,
@@ -26,7 +25,6 @@ from ddpm.inference import (
     Inverting,
     Noise,
     Task,
-    can_inpaint,
     check_count,
     class_indices,
     inpainting_method,
@@ -326,11 +324,7 @@ class _Resolving:
     ) -> tuple[Inpaint, Task]:
         """Return the request with its method and that method's settings filled in, and the task."""
         known, mask = self._of_images(as_tensor(originals)), self._of_images(torch.from_numpy(~hidden)[:, None])
-        settings = dict(request.method_settings)
-        trained = request.method == TRAINED or (request.method is None and can_inpaint(self.spec))
-        if not trained and "steps" in request.sampling:
-            settings.setdefault("steps", request.sampling["steps"])
-        name, method = inpainting_method(self.model, request.method, settings)
+        name, method = inpainting_method(self.model, request.method, request.method_settings, request.sampling)
         complete = {} if method is None else dict(vars(method))
         filled = request.model_copy(update={"method": name, "method_settings": complete})
         return filled, Inpainting(known, mask, method)

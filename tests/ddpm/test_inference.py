@@ -102,7 +102,7 @@ def test_known_pixels_come_out_exactly_and_the_others_do_not(model, method):
     drawn = draw(model, Noise.numbered(0, 5), LABELS, Inpainting(IMAGES, MASK, method)).images
     assert torch.equal(drawn[MASK], IMAGES[MASK])
     assert (drawn[~MASK] != IMAGES[~MASK]).float().mean() > 0.9
-    changed = torch.where(MASK, IMAGES, -IMAGES)
+    changed = IMAGES.where(MASK, torch.nan)  # whatever a hidden pixel is
     assert torch.equal(draw(model, Noise.numbered(0, 5), LABELS, Inpainting(changed, MASK, method)).images, drawn)
 
 
@@ -151,6 +151,13 @@ def test_a_film_ends_with_the_picture_and_progress_with_the_total():
     assert torch.equal(drawn.film.x_t[-1], to_uint8(drawn.images))
     assert (len(drawn.film.t), drawn.film.t[-1]) == (4, 0)
     assert seen == [(i, 18) for i in range(1, 19)]
+
+
+def test_a_film_of_annealed_langevin_dynamics_ends_with_the_picture_too():
+    settings = Sampling.of(kind="langevin", steps=6, steps_per_level=2)
+    drawn = draw(MODEL, Noise.numbered(0, 5), LABELS, sampling=settings, film=4)
+    assert (len(drawn.film.t), drawn.film.t[-1]) == (4, 0)
+    assert torch.equal(drawn.film.x_t[-1], to_uint8(drawn.images))
 
 
 def test_pictures_away_from_a_class_differ_from_those_away_from_none():

@@ -131,6 +131,19 @@ def test_one_image_is_filled_within_each_of_several_masks(models, image, tmp_pat
         picture(Inpaint.of(images=[image], masks=halves, labels=[0, 1, 2]), models["classes"])
 
 
+def test_a_method_without_a_sampler_refuses_what_only_a_sampler_has(models, image):
+    painted = {"images": [image], "masks": ["half:top"], "method_settings": {"resamplings": 1, "jump_length": 1}}
+    own = models["classes"].spec.sampling.to_json()
+    request = Inpaint.of(**painted, sampling={"steps": 4, "kind": own["kind"], "scale": 1.5})
+    assert picture(request, models["classes"]).request.method_settings["steps"] == 4
+    other = "heun" if own["kind"] != "heun" else "ddim"
+    with pytest.raises(
+        RequestError, match="repaint takes the steps of a sampler's settings, and not kind: leave that out"
+    ):
+        picture(Inpaint.of(**painted, sampling={"steps": 4, "kind": other}), models["classes"])
+    picture(Inpaint.of(images=[image], masks=["half:top"], sampling={"steps": 4, "kind": other}), models["painter"])
+
+
 def test_the_method_follows_what_the_model_was_trained_for(models, image):
     default = Inpaint.of(images=[image], masks=["half:top"], method_settings={"steps": 4})
     assert picture(default, models["classes"]).request.method == "repaint"

@@ -9,13 +9,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ddpm.inference import COLUMNS, Drawing, Noise, draw_table, parameters
+from ddpm.generate import Sampling
+from ddpm.inference import COLUMNS, Drawing, FromNoise, Inpainting, Noise, draw_table, parameters
 from ddpm.samplers import SAMPLERS
+from ddpm.samplers.repaint import RePaint
 from ddpm.settings import settings_of
 from pipelines.config import compose
 from pipelines.inference import Edit, Inpaint, RequestError, Sample, Source, picture
@@ -193,12 +196,16 @@ def test_a_png_is_the_one_picture_or_the_grid(client):
     assert Image.open(io.BytesIO(grid.content)).width > 80
 
 
-def test_the_inner_steps_of_a_sampler_that_an_inpainting_does_not_use_are_not_counted(client):
+def test_the_inner_steps_of_a_sampler_that_an_inpainting_does_not_use_are_not_counted(client, backend):
     langevin = {"kind": "predictor_corrector", "steps": 5, "corrector_steps": 200}
-    repaint = {"steps": 5, "resamplings": 1}
-    assert asked(client, inpaint(labels=["3"], sampling=langevin, method_settings=repaint))["images"]
     answer = client.post("/v1/images", json={"labels": ["3"], "sampling": langevin})
     assert (answer.status_code, "network evaluations" in answer.text) == (422, True)
+    model, images = backend.served.model, torch.zeros(1, *backend.served.model.spec.shape)
+    known = Inpainting(images, torch.ones(1, 1, *images.shape[2:]), RePaint(steps=5, jump_length=1, resamplings=1))
+    drawing = Drawing(Noise.numbered(0, 1), Sampling.of(**langevin), None, known)  # of a model that is drawn so
+    backend.served.limits.check_drawing(drawing, model)
+    with pytest.raises(Refused, match="network evaluations"):
+        backend.served.limits.check_drawing(replace(drawing, task=FromNoise()), model)
 
 
 def test_a_request_may_have_more_settings_than_pictures(client):
