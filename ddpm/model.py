@@ -149,7 +149,7 @@ class Model:
         count: int | None = None,
         batch_size: int = 64,
     ) -> Tensor:
-        """Return generated images in [-1, 1], [N, C, H, W]; see `ddpm.generate.generate`.
+        """Return generated images in [-1, 1], [N, C, H, W], on the model's device; see `ddpm.generate.generate`.
 
         Args:
             labels: classes, int64 [N]; None for none.
@@ -165,14 +165,18 @@ class Model:
             if bool((labels < 0).any()) or bool((labels >= len(self.spec.classes)).any()):
                 raise ValueError(f"labels must be in 0..{len(self.spec.classes) - 1}, got {labels.unique().tolist()}")
         cond = text if labels is None else replace(text or Conditioning(), label=labels)
+        device = next(self.network.parameters()).device
+        total = count if cond is None else len(cond)
+        if image_ids is None and total is not None:
+            image_ids = torch.arange(total)
         return generate(
             self.denoiser,
             self.schedule,
             sampling or self.spec.sampling,
-            cond=cond,
+            cond=None if cond is None else cond.to(device),
             shape=self.spec.shape,
             seed=seed,
-            image_ids=image_ids,
+            image_ids=None if image_ids is None else image_ids.to(device),
             count=count,
             batch_size=batch_size,
             guides=self.guides,

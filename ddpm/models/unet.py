@@ -63,6 +63,8 @@ class UNetConfig(BlockConfig):
             raise ValueError(
                 f"attention needs one entry per level: {len(self.channels)} widths, {len(self.attention)} entries"
             )
+        if self.channels[0] % 2:
+            raise ValueError(f"channels[0] = {self.channels[0]} is odd: half of it are sines of t, and half cosines")
         for level, (width, attends) in enumerate(zip(self.channels, self.attention, strict=True)):
             if width % self.norm_groups:
                 raise ValueError(f"channels[{level}] = {width} is not divisible by norm_groups = {self.norm_groups}")

@@ -102,10 +102,10 @@ def measured_diversity(features: Tensor, labels: Tensor | None = None) -> Measur
         ValueError: no class has two images.
     """
     features = features.double()
-    groups = torch.zeros(len(features), dtype=torch.long) if labels is None else labels.long()
+    groups = (torch.zeros(len(features)) if labels is None else labels).long().to(features.device)
     count = int(groups.max()) + 1 if len(groups) else 0
     sizes = torch.bincount(groups, minlength=count).double()
-    sums = torch.zeros(count, features.shape[1], dtype=torch.float64).index_add_(0, groups, features)
+    sums = features.new_zeros(count, features.shape[1]).index_add_(0, groups, features)
     centres = sums / sizes.clamp(min=1).unsqueeze(1)
     paired = sizes[groups] > 1
     if not bool(paired.any()):

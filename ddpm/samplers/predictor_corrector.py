@@ -28,7 +28,7 @@ class PredictorCorrector(SteppedSampler):
     (steps - 1) corrector_steps network evaluations.
 
     At level s the predictor's noise has the key s (corrector_steps + 1), and the j-th corrector step's key is larger by
-    j, so each step has a unique key.
+    j, so each step has a unique key where the levels are table timesteps. Of other levels, keys are rounded to 1/256.
     """
 
     steps: int = setting(500, "predictor steps from T to 0, one network evaluation each", ge=1)

@@ -17,6 +17,7 @@ from ddpm.models.unet import UNet, UNetConfig
 from ddpm.noise import Purpose, integers, normal, words
 from ddpm.objectives import Objective
 from ddpm.prediction import NetworkDenoiser
+from ddpm.quality import measured_diversity
 from ddpm.samplers.repaint import RePaint
 from ddpm.schedule import make_schedule
 from ddpm.timesteps import LogNormalTimesteps, LowDiscrepancyTimesteps, StratifiedTimesteps
@@ -119,6 +120,21 @@ def test_samples_agree(kind):
         for device in ("cpu", "cuda")
     ]
     torch.testing.assert_close(drawn[1], drawn[0], rtol=0, atol=5e-3)
+
+
+def test_a_model_on_a_gpu_takes_labels_and_counts_from_the_cpu():
+    spec = ModelSpec(CONFIG, {"kind": "cosine", "num_steps": 1000}, "eps", 16, tuple("abcd"), Sampling.of(steps=3))
+    drawn = [Model(spec, network().to(device)).generate(N % 4) for device in ("cpu", "cuda")]
+    assert drawn[1].is_cuda
+    torch.testing.assert_close(drawn[1].cpu(), drawn[0], rtol=0, atol=5e-3)
+    assert Model(spec, network().cuda()).generate(None, count=2).is_cuda
+
+
+def test_the_diversity_of_features_on_a_gpu_is_that_on_the_cpu():
+    features = normal(8, N, Purpose.CAPTION, (5,))
+    for labels in (None, N % 2):
+        here, there = (measured_diversity(f, labels) for f in (features, features.cuda()))
+        assert there.value == pytest.approx(here.value)
 
 
 def test_guidance_by_a_classifier_and_the_bound_agree():

@@ -188,6 +188,7 @@ def test_the_time_embedding_of_ho_et_al_is_sines_then_cosines_down_to_a_frequenc
         ({"attention": (True,)}, "one entry per level"),
         ({"channels": (32, 65)}, "norm_groups"),
         ({"head_dim": 48}, "head_dim"),
+        ({"channels": (33, 66), "norm_groups": 33, "head_dim": None}, r"channels\[0\] = 33 is odd"),
         ({"layers_per_block": 0}, "layers_per_block"),
         ({"dropout": 1.0}, "dropout"),
         ({"text_dim": -1}, "text_dim"),
