@@ -189,7 +189,10 @@ def has_the_files_of_a_version(terminal: Terminal) -> None:
 PAGES: dict[str, Page] = {
     "your-own-pictures.md": Page(
         has=has_photos,
-        elsewhere={"ddpm flow photos budget=30m": "the README's walk types it"},
+        elsewhere={
+            "ddpm flow photos budget=30m": "the README's walk types it",
+            "ddpm sample models:/photos@champion": "the README's walk types it, with labels",
+        },
     ),
     "guides/captions.md": Page(
         has=has_captioned,
@@ -247,7 +250,7 @@ PAGES: dict[str, Page] = {
             "=FOLDER": "=drawn",
             "images=64000": "images=12800",
             "images=38400": "images=12800",
-            'Path("model")': 'Path("digits")',
+            'Path("version/artifacts/model")': 'Path("digits")',
         },
         python=("", "", f"{CONDITION}\nimages = images[:2]", None),
         adds={"captions32": SHAPES, "^ddpm evaluate": "data.source=drawn"},
