@@ -6,7 +6,14 @@ import logging
 from collections.abc import Callable
 from typing import TypeVar
 
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    stop_after_delay,
+    wait_exponential,
+    wait_random,
+)
 
 from pipelines.errors import PipelineError
 
@@ -14,6 +21,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 PATIENCE_S = 300.0
 """How long a service may be away before a call to it fails."""
+BACKOFF = wait_exponential(multiplier=0.2, max=10) + wait_random(0, 1)
+"""Seconds between two tries."""
 
 
 class TransientError(PipelineError):
@@ -39,7 +48,7 @@ def retry(call: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
     return Retrying(
         before_sleep=announce,
         retry=retry_if_exception_type(TransientError),
-        wait=wait_exponential_jitter(multiplier=0.2, max=10),
+        wait=BACKOFF,
         stop=stop_after_delay(patience_s),
         reraise=True,
     )(call)

@@ -91,7 +91,10 @@ def _make(parent: Path) -> tuple[Path, int]:
     """Return a new folder, and the open file by which this process holds it."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-        number = os.open(folder, os.O_RDONLY)
+        try:
+            number = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # another process took it for a leftover
+            continue
         try:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:  # another process took it for a leftover

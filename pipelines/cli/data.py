@@ -104,7 +104,7 @@ def index(
             uri,
             Storage.of(config),
             rules=rules,
-            classes=classes.split(",") if classes else (),
+            classes=[name.strip() for name in classes.split(",")] if classes else (),
             image_size=image_size,
             replace=replace,
             quarantine=quarantine,

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from pipelines.config.choices import Section
 
@@ -324,7 +332,9 @@ class ServingConfig(Section):
     prefix: Annotated[str, Field(pattern=r"^/([A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*)?$")] = Field(
         "/", description="path of the URL below which the server answers, without a slash at its end"
     )
-    host: str = Field("127.0.0.1", description="network interface that the server listens on; 0.0.0.0: all of them")
+    host: Annotated[str, Field(pattern=r"^[^:/ ]+$")] = Field(
+        "127.0.0.1", description="network interface that the server listens on, by IPv4; 0.0.0.0: all of them"
+    )
     port: Annotated[int, Field(ge=0, le=65535)] = Field(
         8000, description="port that the server listens on; 0: any that is free"
     )

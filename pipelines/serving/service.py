@@ -70,7 +70,7 @@ class Service:
                 f"serving.name = {serving.name}: an application of that name runs on this Ray cluster already: choose "
                 "another serving.name and serving.prefix, or take its place with --replace"
             )
-        host = "127.0.0.1" if serving.host in ("0.0.0.0", "::") else serving.host
+        host = "127.0.0.1" if serving.host == "0.0.0.0" else serving.host
         self.url = f"http://{host}:{port}{serving.prefix.rstrip('/')}"
         bypass_proxies(self.url)
         storage = Storage.of(self.config)

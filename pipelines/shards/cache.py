@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import threading
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -17,6 +19,8 @@ from pathlib import Path
 from pipelines.errors import PipelineError
 from pipelines.shards.index import Member, ShardInfo
 from pipelines.storage import StorageError, join
+
+logger = logging.getLogger(__name__)
 
 
 class ShardCorruptError(PipelineError):
@@ -92,7 +96,10 @@ class ShardCache:
         return path
 
     def read(self, shard: ShardInfo, members: Sequence[Member]) -> list[memoryview] | None:
-        """Return the bytes of members from a verified copy, and mark it as used; None where there is none."""
+        """Return the bytes of members from a verified copy, and mark it as used; None where there is none.
+
+        A copy whose bytes are not those of the index any more, after a fault of the disk, is deleted.
+        """
         try:
             file = self.path(shard).open("rb", buffering=0)
         except FileNotFoundError:
@@ -106,7 +113,12 @@ class ShardCache:
             if os.fstat(number).st_nlink == 0:
                 return None
             os.utime(number)
-            return [memoryview(os.pread(number, m.size, m.offset)) for m in members]
+            found = [memoryview(os.pread(number, m.size, m.offset)) for m in members]
+        if any(zlib.crc32(data) != m.crc32 for m, data in zip(members, found, strict=True)):
+            logger.warning("%s is damaged, on this node's disk: it is fetched again", self.path(shard))
+            self.path(shard).unlink(missing_ok=True)
+            return None
+        return found
 
     def claim(self, shard: ShardInfo, block_bytes: int) -> PartialShard | None:
         """Begin to fetch a shard; None where another process fetches it, or it is complete.
@@ -317,6 +329,7 @@ class PartialShard:
         """Move the file to its name in the cache if its SHA-256 is right, and return whether it is."""
         if self.sha256() != self.shard.sha256:
             return False
+        os.fsync(self._file.fileno())  # a machine that loses power must not be left with the name and without the bytes
         self.cache.partial_path(self.shard).replace(self.cache.path(self.shard))
         self._admitted = True
         fcntl.flock(self._file, fcntl.LOCK_UN)  # for the readers; not sooner, lest another process take it for its own

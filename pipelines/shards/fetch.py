@@ -82,7 +82,12 @@ class ShardFetcher:
     ) -> ShardFetcher:
         """Return a fetcher for a split; without the cache where the shards in use at a time would not fit into it."""
         if fits(dataset.shards(split), lanes, window, cache_bytes):
-            return cls(dataset.uri, storage, ShardCache(cache_dir, cache_bytes))
+            try:
+                return cls(dataset.uri, storage, ShardCache(cache_dir, cache_bytes))
+            except OSError as error:
+                logger.warning(
+                    "shards are read by ranges, for data.cache_dir = %s cannot be used: %s", cache_dir, error
+                )
         with suppress(OSError):  # ranged requests need no disk; what earlier runs have cached keeps to the limit
             if cache_dir.is_dir():
                 ShardCache(cache_dir, cache_bytes)
@@ -173,7 +178,7 @@ class ShardFetcher:
             if partial is None and not self._closed.is_set() and time.monotonic() > self._full_until:
                 try:
                     partial = self.cache.claim(shard, self.block_bytes)
-                except StorageError as error:
+                except (StorageError, OSError) as error:
                     # Reading works without the cache, only slower.
                     self._full_until = time.monotonic() + FULL_S
                     if not self._warned:
@@ -206,6 +211,9 @@ class ShardFetcher:
                     raise partial.corrupt(self.uri)
             self.stats.add(whole_shards=1)
             partial.finish(partial.cache.path(partial.shard))
+            with self._lock:  # its readers hold it themselves
+                if self._partial.get(partial.shard.sha256) is partial:
+                    del self._partial[partial.shard.sha256]
         except Exception as error:  # noqa: BLE001  it is raised in the readers of the shard
             partial.give_up(error)
 

@@ -113,14 +113,18 @@ def read_dataset(uri: str, storage: Storage) -> Dataset:
             f"no dataset at {uri} (dataset.json is missing): write one with `ddpm ingest`, or describe the tars "
             f"that are there with `ddpm index {uri}`"
         ) from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise DatasetError(f"{uri}/dataset.json is damaged: {error}") from error
-    version = plain.pop("schema_version", None)
-    if version != SCHEMA_VERSION:
-        raise DatasetError(f"{uri}: dataset.json has version {version}, this release reads {SCHEMA_VERSION}")
-    recorded = plain.pop("digest")
-    splits = {name: tuple(ShardInfo(**s) for s in shards) for name, shards in plain.pop("splits").items()}
-    dataset = make_dataset(uri, splits=splits, **{k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()})
+    try:
+        version = plain.pop("schema_version", None)
+        if version != SCHEMA_VERSION:
+            raise DatasetError(f"{uri}: dataset.json has version {version}, this release reads {SCHEMA_VERSION}")
+        recorded = plain.pop("digest")
+        splits = {name: tuple(ShardInfo(**s) for s in shards) for name, shards in plain.pop("splits").items()}
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
+        dataset = make_dataset(uri, splits=splits, **fields)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise DatasetError(f"{uri}/dataset.json is damaged ({error!r}): it was edited, or not written whole") from error
     if dataset.digest != recorded:
         raise DatasetError(f"{uri}: dataset.json does not match its own digest: it was edited or damaged")
     return dataset

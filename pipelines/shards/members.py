@@ -219,7 +219,7 @@ def _no_image(names: Collection[str]) -> str:
 def _from_array(data: bytes | memoryview, channels: int | None) -> NDArray[np.uint8]:
     """Decode an image that is stored as a NumPy array; see `decode_image`."""
     try:
-        array = np.load(io.BytesIO(data), allow_pickle=False)
+        array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except _UNDECODABLE as error:
         raise FlawError("decode", f"npy cannot be decoded: {error}") from error
     array = array[..., None] if array.ndim == 2 else array
@@ -324,7 +324,7 @@ def _check_texts(members: Mapping[str, bytes]) -> list[Flaw]:
         flaws.append(Flaw("json", f"json cannot be read: {error}"))
     if "emb.npy" in members:
         try:
-            array = np.load(io.BytesIO(members["emb.npy"]), allow_pickle=False)
+            array = np.lib.format.read_array(io.BytesIO(members["emb.npy"]), allow_pickle=False)
             # An ingest writes one record of arrays; other tools write a plain array.
             parts = [array[name] for name in array.dtype.names or ()] or [array]
             if not all(part.dtype.kind == "f" and np.isfinite(part).all() for part in parts):

@@ -96,17 +96,20 @@ class LocalBackend:
 
     def exists(self, uri: str) -> bool:
         """Return whether a file is there; a folder is none."""
-        return local_path(uri).is_file()
+        with reporting_os_errors(uri):
+            return local_path(uri).is_file()
 
     def list(self, uri: str) -> list[Entry]:
         """Return every file below a folder, locks of conditional writes left out."""
         entries = []
-        for path in local_path(uri).rglob("*"):
-            with suppress(FileNotFoundError):  # removed meanwhile
-                status = path.stat()
-                if stat.S_ISREG(status.st_mode) and not _is_lock(path):
-                    tag = str(status.st_mtime_ns)
-                    entries.append(Entry(f"file://{path}", status.st_size, tag, status.st_mtime))
+        with reporting_os_errors(uri):
+            for here, _, names in os.walk(local_path(uri), onerror=_unless_gone):
+                for path in (Path(here, name) for name in names):
+                    with suppress(FileNotFoundError):  # removed meanwhile, or a link that leads nowhere
+                        status = path.stat()
+                        if stat.S_ISREG(status.st_mode) and not _is_lock(path):
+                            tag = str(status.st_mtime_ns)
+                            entries.append(Entry(f"file://{path}", status.st_size, tag, status.st_mtime))
         return entries
 
     def delete(self, uri: str) -> None:
@@ -128,6 +131,12 @@ class LocalBackend:
 def local_path(uri: str) -> Path:
     """Return the path of a file:/// address."""
     return Path(uri.removeprefix("file://"))
+
+
+def _unless_gone(error: OSError) -> None:
+    """Raise why a folder cannot be listed, unless it is not there: what is in it must not be left out in silence."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
 
 
 def _digest(data: bytes) -> str:

@@ -42,6 +42,7 @@ def test_every_shipped_experiment_is_complete(name):
         ("registry.alias=V12", "choose another alias"),
         ("registry.model=team/digits", r"registry\.model"),
         ("registry.model='a:b'", r"registry\.model"),
+        ("serving.host='::1'", r"serving\.host"),
     ],
 )
 def test_names_that_mlflow_would_refuse_are_refused_before_anything_starts(setting, message):

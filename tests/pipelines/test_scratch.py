@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.scratch import remove_leftovers, scratch_folder, warn_if_short
+from pipelines.scratch import _make, remove_leftovers, scratch_folder, warn_if_short
 
 CODE = """
 import os, sys, time
@@ -89,6 +89,21 @@ def test_a_folder_that_a_cleaner_took_is_made_again(temporary):
     assert scratch_folder() == first
     shutil.rmtree(first)
     assert scratch_folder().is_dir()
+
+
+def test_a_folder_that_another_process_took_for_a_leftover_is_made_again(temporary, monkeypatch):
+    make, made = tempfile.mkdtemp, []
+
+    def taken_once(**named):
+        made.append(make(**named))
+        if len(made) == 1:
+            os.rmdir(made[0])
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", taken_once)
+    folder, number = _make(temporary)
+    os.close(number)
+    assert (len(made), str(folder)) == (2, made[1])
 
 
 def test_a_disk_with_too_little_room_for_what_is_to_come_is_warned_of(temporary, monkeypatch, caplog):

@@ -16,7 +16,7 @@ from pipelines.display import Progress, no_progress
 from pipelines.shards.audit.scan import ByteCounter, ObjectStream, TarFaultError, in_threads, read_samples, scan_shard
 from pipelines.shards.index import Dataset, DatasetError, ShardInfo, make_dataset, read_dataset, sidecar
 from pipelines.shards.members import MAX_CLASSES, Examined, FlawError, Form, decode_image
-from pipelines.shards.quarantine import Problem, Quarantine, make_quarantine
+from pipelines.shards.quarantine import Problem, Quarantine, kept_shards, make_quarantine
 from pipelines.storage import Entry, Storage, join
 
 SHOWN = 20
@@ -216,7 +216,8 @@ def index_tars(
 
     Raises:
         IndexRefusedError: a tar or a sample has a problem, and `quarantine` is false.
-        DatasetError: there are no tars, a split has no samples, or there is a dataset.json already.
+        DatasetError: there are no tars, a split has no samples, or none that is kept, or there is a dataset.json
+            already.
     """
     described = _described(uri, storage, replace)
     entries = tars(uri, storage)
@@ -238,6 +239,8 @@ def index_tars(
         uri, {split: [done[n] for n in names] for split, names in splits.items()}, form, classes, described
     )
     left_out = make_quarantine(dataset, problems) if problems else None
+    for split in splits:
+        kept_shards(dataset, split, left_out)  # raises where nothing is left of a split
     if left_out is None:
         storage.delete(join(uri, "quarantine.json"))
     else:
@@ -265,7 +268,7 @@ def _described(uri: str, storage: Storage, replace: bool) -> Dataset | None:
         )
     try:
         return read_dataset(uri, storage)
-    except (DatasetError, TypeError, KeyError, AttributeError):
+    except DatasetError:
         return None
 
 

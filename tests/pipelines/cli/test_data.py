@@ -31,7 +31,7 @@ def test_foreign_tars_are_indexed_checked_and_quarantined(monkeypatch, capsys, t
     assert (code, answer) == (1, None)
     assert "2 of 2 tars belong to no split: part-0.tar, part-1.tar" in err
 
-    code, answer, err = run(monkeypatch, capsys, "index", uri, "--split", "train", "--classes", "a,b,c", "--json")
+    code, answer, err = run(monkeypatch, capsys, "index", uri, "--split", "train", "--classes", "a, b,c", "--json")
     assert code == 0
     assert (answer["samples"], answer["classes"], answer["image_size"]) == ({"train": 6}, ["a", "b", "c"], 8)
     assert f"train on it with data.uri={uri} data.image_size=8 data.channels=3 data.num_classes=3" in err

@@ -250,6 +250,11 @@ KINDS = {
         1,
         "a: npy is float64 [8, 8, 3]: write uint8",
     ),
+    "an archive of arrays": (
+        indexed([("a.npy", b"PK\x03\x04" + bytes(60)), ("a.cls", b"0")]),
+        1,
+        "a: npy cannot be decoded: the magic string is not correct",
+    ),
     "a sample without image": (
         indexed([("a.cls", b"0"), *sample("b")]),
         1,
@@ -288,6 +293,21 @@ KINDS = {
         checked(lambda f: edit(f / "dataset.json", channels=1)),
         1,
         "dataset.json does not match its own digest: it was edited or damaged",
+    ),
+    "a dataset.json with a byte that is no text": (
+        checked(lambda f: (f / "dataset.json").write_bytes(b'{"schema_version": 1, "digest": "\x80"}')),
+        1,
+        "dataset.json is damaged: 'utf-8' codec can't decode byte 0x80",
+    ),
+    "a dataset.json without its digest": (
+        checked(lambda f: (f / "dataset.json").write_text('{"schema_version": 1, "splits": {}}')),
+        1,
+        "dataset.json is damaged (KeyError('digest')): it was edited, or not written whole",
+    ),
+    "a dataset.json that is a list": (
+        checked(lambda f: (f / "dataset.json").write_text("[]")),
+        1,
+        "dataset.json is damaged",
     ),
     "a dataset.json of another version": (
         checked(lambda f: edit(f / "dataset.json", schema_version=9)),

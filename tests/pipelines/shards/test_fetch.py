@@ -1,6 +1,7 @@
 import hashlib
 import itertools
 import random
+import shutil
 import threading
 import time
 import zlib
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from pipelines.shards.cache import ShardCache, ShardCorruptError, ShardShortError
 from pipelines.shards.fetch import ShardFetcher, coalesce, fits
-from pipelines.shards.index import Member, ShardInfo
+from pipelines.shards.index import Dataset, Member, ShardInfo
 from pipelines.storage import Storage, StorageError, TransientStorageError
 
 DATA = random.Random(0).randbytes(100_000)
@@ -162,6 +163,36 @@ def test_a_shard_follows_into_the_cache_and_is_read_from_there(uri, tmp_path):
     assert fetcher.stats.whole_shards == 1
     (tmp_path / "data" / "a.tar").unlink()  # the store is not asked any more
     assert get(ShardFetcher(uri, Storage(), cache), (0, 9)) == [DATA[:9]]
+
+
+def test_what_a_fetcher_keeps_of_a_shard_goes_when_it_is_in_the_cache(uri, tmp_path):
+    fetcher = ShardFetcher(uri, Storage(), ShardCache(tmp_path / "cache", 1 << 20), block_bytes=1000)
+    fetcher.require([SHARD])
+    eventually(lambda: not fetcher._partial)
+    assert get(fetcher, (5, 9)) == [DATA[5:9]]
+
+
+def test_a_copy_that_lost_its_bytes_is_fetched_again(uri, tmp_path, caplog):
+    cache = ShardCache(tmp_path / "cache", 1 << 20)
+    ShardFetcher(uri, Storage(), cache).require([SHARD])
+    with cache.path(SHARD).open("r+b") as file:
+        file.write(bytes(2000))  # as after a loss of power
+    fetcher = ShardFetcher(uri, Storage(), cache)
+    assert get(fetcher, (3000, 3010), (1000, 1010)) == [DATA[3000:3010], DATA[1000:1010]]
+    assert "is damaged, on this node's disk: it is fetched again" in caplog.text
+    fetcher.require([SHARD])
+    assert cache.find(SHARD).read_bytes() == DATA
+
+
+def test_reading_goes_on_by_ranges_where_the_cache_cannot_be_used(uri, tmp_path, caplog):
+    (tmp_path / "file").write_bytes(b"")
+    dataset = Dataset(uri, {"train": (SHARD,), "test": ()}, (), 1, 8, (0.0,), (1.0,), "d")
+    fetcher = ShardFetcher.opened(dataset, "train", Storage(), tmp_path / "file" / "cache", 1 << 20, 1, 1)
+    assert "cannot be used" in caplog.text
+    assert get(fetcher, (5, 9)) == [DATA[5:9]]
+    later = ShardFetcher(uri, Storage(), ShardCache(tmp_path / "cache", 1 << 20))
+    shutil.rmtree(tmp_path / "cache")  # somebody tidies up while the training runs
+    assert get(later, (5, 9)) == [DATA[5:9]]
 
 
 @pytest.mark.parametrize("whole", [False, True])

@@ -4,6 +4,7 @@ import shutil
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +50,30 @@ def test_folders_are_listed_in_order_and_downloaded_whole(tmp_path):
     assert (tmp_path / "copy" / "a" / "d").read_bytes() == b"a/d"
     with pytest.raises(NotFoundError, match="nothing is stored there"):
         STORAGE.download_folder(f"file://{tmp_path}/empty", tmp_path / "copy")
+
+
+@pytest.mark.parametrize("closed", ["a", "."])
+def test_a_folder_that_cannot_be_listed_is_named_and_nothing_left_out(tmp_path, monkeypatch, closed):
+    STORAGE.write(f"file://{tmp_path}/store/a/c", b"c")
+    folder, scandir = os.path.normpath(tmp_path / "store" / closed), os.scandir
+
+    def refusing(path="."):
+        if os.fspath(path) == folder:
+            raise PermissionError(errno.EACCES, "Permission denied", folder)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(StorageError, match=r"Permission denied.*the user of this process may not"):
+        STORAGE.list(f"file://{tmp_path}/store")
+
+
+def test_a_file_that_may_not_be_looked_at_is_named(tmp_path, monkeypatch):
+    def refusing(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refusing)
+    with pytest.raises(StorageError, match="Permission denied"):
+        STORAGE.exists(f"file://{tmp_path}/x")
 
 
 def test_a_failed_write_leaves_the_old_bytes_and_no_debris(tmp_path):

@@ -55,7 +55,7 @@ class Registry:
 def registry(monkeypatch):
     made = Registry()
     monkeypatch.setattr(client, "client", lambda uri: made)
-    monkeypatch.setattr("pipelines.retry.wait_exponential_jitter", lambda **settings: wait_none())
+    monkeypatch.setattr("pipelines.retry.BACKOFF", wait_none())
     return made
 
 

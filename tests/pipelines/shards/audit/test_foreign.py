@@ -332,6 +332,15 @@ def test_what_training_could_not_use_is_refused_by_name(tmp_path, content, messa
     assert not {key for _, key in bad - {None}} & set(sound[1:]) or "has the key of" in str(refused.value)
 
 
+def test_a_split_of_which_nothing_would_be_left_is_no_dataset(tmp_path):
+    uri = write(tmp_path / "s", **{"train-0": [*sample("a"), *sample("b")], "test-0": sample("c")})
+    tar = tmp_path / "s" / "train-0.tar"
+    tar.write_bytes(tar.read_bytes()[:4096])  # without the end of the archive: the whole shard is left out
+    with pytest.raises(DatasetError, match=r"the quarantine leaves no sample of .* split 'train'"):
+        index_tars(uri, STORAGE, quarantine=True)
+    assert not (tmp_path / "s" / "dataset.json").exists()
+
+
 def ours_with(done, tmp_path):
     """Keys of what is left; all of it can be decoded."""
     found = ours(done.dataset, "train", tmp_path / "cache", done.quarantine)
