@@ -87,6 +87,8 @@ def compose_running(
     Args:
         name: of the run that the verb is about.
     """
+    from pipelines.config import quoted_override
+
     named = [] if name is None else [quoted_override("name", name)]
     return find_running(compose([*(overrides or []), *named]), services, optional)
 
@@ -169,12 +171,6 @@ def check_file(option: str, path: Path, example: str) -> None:
         raise typer.BadParameter(f"{option} {path} is a folder: name a file, such as {path / example}")
     if not os.access(path if path.exists() else folder, os.W_OK):
         raise typer.BadParameter(f"{option} {path} cannot be written by this user: name another place")
-
-
-def quoted_override(key: str, value: str) -> str:
-    """Return an override whose value may hold any character."""
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-    return f"{key}='{escaped}'"
 
 
 def show_verdict(verdict: Verdict, *, failed_only: bool = False) -> None:

@@ -18,7 +18,6 @@ from pipelines.cli.common import (
     compose,
     connect,
     connect_to_folder,
-    quoted_override,
     terminal,
 )
 
@@ -70,6 +69,8 @@ def ingest(
 
 def _compose_ingest(source: str, to: str, overrides: list[str]) -> Config:
     """Return the configuration of an ingest: that of the shipped digits, or of a folder of unknown images."""
+    from pipelines.config import quoted_override
+
     # No network is built here; one of a single level fits images of any size.
     folder = ["data=folder", "data.num_classes=1", "model.channels=[32]", "model.attention=[false]"]
     defaults = ["data=digits"] if source == "digits" else folder

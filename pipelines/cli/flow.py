@@ -18,7 +18,6 @@ from pipelines.cli.common import (
     compose,
     connect,
     find_running,
-    quoted_override,
     read_arguments,
     show_verdict,
     terminal,
@@ -148,6 +147,8 @@ def _configured(
     if any(text.lstrip("+").startswith("experiment=") for text in overrides):
         if budget is not None:
             raise typer.BadParameter("an experiment has a length of its own, images=…: leave budget out")
+        from pipelines.config import quoted_override
+
         return connected(compose([*overrides, quoted_override("data.source", source)])), None, overrides
     if dry_run:
         return _planned_before(source, budget or BUDGET, overrides), None, overrides

@@ -15,7 +15,6 @@ from pipelines.cli.common import (
     compose,
     compose_connected,
     find_running,
-    quoted_override,
     show_verdict,
     terminal,
 )
@@ -71,6 +70,8 @@ def register(
 
     Samples are drawn with the model's own settings and scored as its run scores them, but for what is set here.
     """
+    from pipelines.config import quoted_override
+
     named = [] if name is None else [quoted_override("registry.model", name)]
     overrides = [*(overrides or []), *named]
     config = compose_connected(overrides)
@@ -117,6 +118,8 @@ def promote(
     as_json: Json = False,
 ) -> None:
     """Move an alias to a version if the gate allows it. Example: ddpm promote models:/digits/2 --alias champion"""
+    from pipelines.config import quoted_override
+
     config = compose_connected([*(overrides or []), quoted_override("registry.alias", alias)])
 
     from pipelines import references, registry

@@ -17,6 +17,7 @@ from pipelines.config.compose import (
     groups,
     override_settings,
     parse_overrides,
+    quoted_override,
     read_config,
     suggest,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "noise_schedule",
     "override_settings",
     "parse_overrides",
+    "quoted_override",
     "read_config",
     "sampling",
     "sampling_overrides",

@@ -71,6 +71,12 @@ def _composed(folder: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
     return typing.cast("dict[str, Any]", plain)
 
 
+def quoted_override(key: str, value: str) -> str:
+    """Return an override whose value may hold any character."""
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{escaped}'"
+
+
 def hydra_lines(overrides: Sequence[str]) -> list[str]:
     """Return overrides as Hydra needs them, after checking that each names a field or a group.
 

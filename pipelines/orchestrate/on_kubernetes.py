@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from pipelines.config import Config, compose
+from pipelines.config import Config, compose, quoted_override
 from pipelines.display import StageNotice
 from pipelines.flow.stage import GATE
 from pipelines.flow.walk import FlowResult, preview, walk
@@ -18,21 +18,23 @@ if TYPE_CHECKING:
     from pipelines.flow.stage import Site, Stage
 
 
-def command_of(stage: str, overrides: Sequence[str], launch: Sequence[str], name: str) -> ClusterCommand:
+def command_of(stage: str, overrides: Sequence[str], launch: Sequence[str], config: Config) -> ClusterCommand:
     """Return the command by which a cluster makes the result of one stage.
 
     Args:
         stage: its name.
         overrides: of the configuration.
         launch: overrides of the launch, such as `launch.image=…`.
-        name: of the run, which may be another one than in the overrides; see `pipelines.flow.renew`.
+        config: that of the overrides, whose run may have another name; see `pipelines.flow.renew`.
 
     Raises:
         ConfigError: the settings do not fit each other.
     """
-    words = ["flow", "--from", stage, "--until", stage, *overrides, f"name={name}", *launch]
-    config = with_addresses(compose(["launch=kuberay", *overrides_of(words)]), os.environ)
-    return parse_command(words, config)
+    # Both would follow the run's name into another dataset and another registered model.
+    stay = [quoted_override("data.uri", config.data.uri), quoted_override("registry.model", config.registry.model)]
+    words = ["flow", "--from", stage, "--until", stage, *overrides, f"name={config.name}", *stay, *launch]
+    launched = with_addresses(compose(["launch=kuberay", *overrides_of(words)]), os.environ)
+    return parse_command(words, launched)
 
 
 def launch_stage(command: ClusterCommand, notice: StageNotice) -> None:
@@ -64,7 +66,7 @@ def walk_on_kubernetes(
     (looked,) = preview(stages, site, stage, stage)
     if not looked.runs:
         return walk(stages, site, stage, stage)
-    launch_stage(command_of(stage, overrides, launch, config.name), site.display.stage)
+    launch_stage(command_of(stage, overrides, launch, config), site.display.stage)
     (made,) = preview(stages, site, stage, stage)
     if not made.runs:
         return replace(walk(stages, site, stage, stage), skipped={}, ran=(stage,))

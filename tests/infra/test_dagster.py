@@ -12,7 +12,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from pipelines.config import KubeRayLaunch
+from pipelines.config import KubeRayLaunch, compose
 from pipelines.launch.kuberay import rayjob
 from pipelines.launch.pods import SIGNING_FOLDER
 from pipelines.orchestrate.on_kubernetes import command_of
@@ -130,8 +130,8 @@ def test_a_stage_of_every_experiment_becomes_a_rayjob_in_the_namespace(monkeypat
     for variable, address in named("ConfigMap", "ddpm-services")["data"].items():
         monkeypatch.setenv(variable, address)
     settings = Settings.read(FOLDER / "config/orchestrate.yaml")
-    for partition, overrides in settings.partitions.items():
-        command = command_of("train", overrides, settings.launch, partition)
+    for overrides in settings.partitions.values():
+        command = command_of("train", overrides, settings.launch, compose(overrides))
         job = rayjob(command)
         assert job["metadata"]["namespace"] == named("Namespace", "dagster")["metadata"]["name"]
         assert f"flow --from train --until train {overrides[0]}" in job["spec"]["entrypoint"]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipelines.config import ConfigError
+from pipelines.config import ConfigError, compose
 from pipelines.flow import Look
 from pipelines.flow.judge import Promote
 from pipelines.flow.stage import REGISTER
@@ -41,6 +41,11 @@ def jobs(world, monkeypatch):
 
     monkeypatch.setattr(on_kubernetes, "launch_stage", launch)
     return launched
+
+
+def renamed(overrides, name):
+    """The configuration of these overrides for a run of another name."""
+    return compose(overrides).model_copy(update={"name": name})
 
 
 def walked(world, stage):
@@ -93,13 +98,24 @@ def test_a_version_that_the_gate_has_refused_there_is_told_by_the_gates_log(worl
 
 
 def test_the_job_of_a_stage_is_the_flow_from_it_until_it_of_the_runs_name():
-    command = command_of("train", [*OVERRIDES, "images=640"], LAUNCH, "digits-12345678")
+    overrides = [*OVERRIDES, "images=640"]
+    command = command_of("train", overrides, LAUNCH, renamed(overrides, "digits-12345678"))
     assert command.verb == "flow"
     assert command.arguments[:4] == ("--from", "train", "--until", "train")
     assert "images=640" in command.arguments
     assert not [word for word in command.arguments if word.startswith("launch")]
     assert command.config.name == "digits-12345678"
     assert command.config.launch.image == "i"
+
+
+def test_a_run_of_changed_data_has_the_dataset_and_the_registered_model_of_its_experiment():
+    source = ["data.source=s3://b/incoming/pets", "data.num_classes=3"]
+    overrides = ["+experiment=folder32", "name=pets", *source, *PLACES]
+    wanted = renamed(overrides, "pets-12345678")
+    assert (wanted.data.uri, wanted.registry.model) == ("s3://b/datasets/pets", "pets")
+    command = command_of("register", overrides, LAUNCH, wanted)
+    elsewhere = {"tracking": {"uri"}}  # reaches the pods as a variable
+    assert compose(command.arguments[4:]).model_dump(exclude=elsewhere) == wanted.model_dump(exclude=elsewhere)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +131,7 @@ def test_a_job_that_fails_is_an_error_and_one_that_dagster_cancels_is_stopped(mo
     for name, answer in {"apply": None, "follow": state, "stop": None}.items():
         monkeypatch.setattr(kubectl, name, lambda *a, name=name, answer=answer: called.append(name) or answer)
     monkeypatch.setattr(kubectl, "kubectl_of", lambda command: None)
-    command = command_of("train", OVERRIDES, LAUNCH, "digits")
+    command = command_of("train", OVERRIDES, LAUNCH, compose(OVERRIDES))
     if message is None:
         launch_stage(command, lambda name, text: None)
     else:
