@@ -19,6 +19,8 @@ from pipelines.loopback import is_loopback
 
 VERBS = ("ingest", "train", "evaluate", "register", "flow", "search")
 """What may run on a cluster: verbs that work on a run or a dataset and write to storage, not to the caller's disk."""
+FLAGS = ("--dry-run", "--json", "--quiet", "--resume")
+"""Options of these verbs that take no value."""
 BY_ENVIRONMENT = ("tracking.uri", "storage.endpoint_url", "storage.region", "cluster.address")
 """Settings that a cluster's processes get as environment variables, for which every client of a service looks."""
 REGION = "us-east-1"
@@ -152,7 +154,7 @@ def overrides_of(words: Sequence[str]) -> list[str]:
     for word in rest:
         if not value_of_option and _key(word) and not _key(word).startswith(("search.", "budget")):
             found.append(word)
-        value_of_option = word.startswith("--") and "=" not in word and word not in ("--json", "--resume")
+        value_of_option = word.startswith("--") and "=" not in word and word not in FLAGS
     return found
 
 

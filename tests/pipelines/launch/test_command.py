@@ -3,12 +3,14 @@
 import shlex
 
 import pytest
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipelines.cli.app import app
 from pipelines.config import ConfigError, compose
 from pipelines.launch import overrides_of, parse_command, require_reachable, with_addresses
-from pipelines.launch.command import NAME_LENGTH, object_name
+from pipelines.launch.command import FLAGS, NAME_LENGTH, VERBS, object_name
 from tests.pipelines.launch.rendered import TRAIN, command
 
 
@@ -69,6 +71,27 @@ def test_only_the_settings_of_the_configuration_are_composed():
     assert overrides_of(words) == ["+experiment=digits", "seed=1"]
     assert overrides_of(["ingest", "photos", "--to", "s3://b/x=1", "data.image_size=8"]) == ["data.image_size=8"]
     assert command("ray", *words).arguments == tuple(words[2:])
+
+
+@pytest.mark.parametrize(
+    "words, overrides",
+    [
+        (["train", "--quiet", "cluster=gpu", "-q", "name=first"], ["cluster=gpu", "name=first"]),
+        (["flow", "--dry-run", "+experiment=digits", "--until", "name=x"], ["+experiment=digits"]),
+        (["search", "training", "--resume", "seed=1", "--json", "name=x"], ["seed=1", "name=x"]),
+    ],
+)
+def test_a_setting_may_stand_after_an_option_without_a_value(words, overrides):
+    assert overrides_of(words) == overrides
+
+
+def test_the_options_without_a_value_are_those_of_the_verbs():
+    verbs = typer.main.get_command(app).commands
+    commands = [verbs[verb] for verb in VERBS if verb != "search"]
+    commands += [verbs["search"].commands[kind] for kind in ("training", "guidance")]
+    flags = [option for command in commands for option in command.params if getattr(option, "is_flag", False)]
+    assert {name for flag in flags for name in flag.opts if name.startswith("--")} == set(FLAGS)
+    assert not [flag for flag in flags if flag.secondary_opts]  # such as --no-quiet
 
 
 @pytest.mark.parametrize(
