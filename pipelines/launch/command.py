@@ -123,7 +123,7 @@ def detachable(notice: StageNotice, text: str) -> Iterator[None]:
 
 
 def parse_command(words: Sequence[str], config: Config) -> ClusterCommand:
-    """Return the command of these words, in the form that a cluster can run.
+    """Return the command of these words, in the form that a cluster can run; a study goes on where it has begun.
 
     Args:
         words: a verb with its arguments, as on the command line.
@@ -144,6 +144,8 @@ def parse_command(words: Sequence[str], config: Config) -> ClusterCommand:
         if _key(word) == "storage.credentials_file":
             raise ConfigError(f"{word} is a file of this machine: a cluster has a role, or keys in a Secret of its own")
     kept = [word for word in rest if _key(word) not in BY_ENVIRONMENT and not _is_launch(word)]
+    if verb.startswith("search ") and "--resume" not in kept:
+        kept = ["--resume", *kept]  # a launch is repeated, by who types it again and by KubeRay
     return ClusterCommand(verb, tuple(kept), config)
 
 

@@ -48,7 +48,7 @@ def rayjob(command: ClusterCommand) -> Plain:
         if cluster.get("enableInTreeAutoscaling"):
             metadata["annotations"][ELASTIC_ANNOTATION] = "true"
     spec: Plain = {
-        # A lost cluster is replaced by a new one. Safe to repeat, because the same name resumes the same run.
+        # A lost cluster is replaced by a new one. Safe to repeat, because the same name resumes the same run or study.
         "backoffLimit": launch.backoff_limit,
         "submissionMode": "K8sJobMode",
         "submitterConfig": {"backoffLimit": launch.submitter_backoff_limit},

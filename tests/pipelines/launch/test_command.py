@@ -70,7 +70,16 @@ def test_only_the_settings_of_the_configuration_are_composed():
     words = ["search", "training", "+experiment=digits", "search.trials=4", "--space", "schedule", "seed=1"]
     assert overrides_of(words) == ["+experiment=digits", "seed=1"]
     assert overrides_of(["ingest", "photos", "--to", "s3://b/x=1", "data.image_size=8"]) == ["data.image_size=8"]
-    assert command("ray", *words).arguments == tuple(words[2:])
+    assert command("ray", *words).arguments == ("--resume", *words[2:])
+
+
+@pytest.mark.parametrize("kind", ["training", "guidance"])
+def test_a_launched_study_is_resumed_because_a_launch_is_repeated(kind):
+    first = command("ray", "search", kind, "--space", "smoke", "name=first")
+    assert first.shell() == f"ddpm search {kind} --resume --space smoke name=first"
+    assert first.name == f"first-search-{kind}"
+    assert command("ray", "search", kind, "name=first", "--resume").arguments == ("name=first", "--resume")
+    assert "--resume" not in command("ray", *TRAIN).arguments
 
 
 @pytest.mark.parametrize(

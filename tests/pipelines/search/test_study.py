@@ -50,6 +50,11 @@ def test_records_come_back_in_the_order_in_which_they_began(store):
     assert store.get("nothing") is None
 
 
+def test_a_study_that_is_not_there_yet_is_begun_by_a_command_that_would_resume_it(store):
+    assert store.open(STUDY, BASE, "model", resume=True) == []
+    assert store.study() == STUDY
+
+
 def test_a_study_is_begun_once_and_resumed_as_what_it_was(store):
     assert store.open(STUDY, BASE, "model", resume=False) == []
     with pytest.raises(
