@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 import shlex
 import signal
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from pipelines.config import Config, ConfigError
+from pipelines.config import Config, ConfigError, conf_dir
 from pipelines.credentials import split_address
 from pipelines.display import StageNotice
 from pipelines.errors import PipelineError
@@ -143,6 +144,13 @@ def parse_command(words: Sequence[str], config: Config) -> ClusterCommand:
             )
         if _key(word) == "storage.credentials_file":
             raise ConfigError(f"{word} is a file of this machine: a cluster has a role, or keys in a Secret of its own")
+    for option, value in itertools.pairwise(word for given in rest for word in given.split("=", 1)):
+        if option == "--space" and value.endswith((".yaml", ".yml")):
+            shipped = ", ".join(sorted(path.stem for path in (conf_dir() / "search").glob("*.yaml")))
+            raise ConfigError(
+                f"--space {value} is a file of this machine, which a cluster does not have: name one of {shipped}, and "
+                "change it by overrides such as search.space.optim.lr.log=[1e-4,1e-2]"
+            )
     kept = [word for word in rest if _key(word) not in BY_ENVIRONMENT and not _is_launch(word)]
     if verb.startswith("search ") and "--resume" not in kept:
         kept = ["--resume", *kept]  # a launch is repeated, by who types it again and by KubeRay

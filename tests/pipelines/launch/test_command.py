@@ -112,6 +112,8 @@ def test_the_options_without_a_value_are_those_of_the_verbs():
         (["search", "status"], "write `search training` or `search guidance`"),
         (["train", "--config", "run.json"], "names a file of this machine"),
         (["flow", "--out=x"], "names a file of this machine"),
+        (["search", "training", "--space", "mine.yaml"], "is a file of this machine.*one of guidance, .*schedule"),
+        (["search", "guidance", "--space=a/mine.yml"], "--space a/mine.yml is a file of this machine"),
         (["flow", "budget=30m"], "a plan is made for the machine"),
         (["train", "storage.credentials_file=/x"], "a cluster has a role, or keys in a Secret"),
     ],
