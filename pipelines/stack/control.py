@@ -13,7 +13,19 @@ from pipelines.loopback import bypass_proxies
 from pipelines.stack.home import StackError, default_home, ensure_credentials, locked
 from pipelines.stack.private import choose_private, credentials_file, read_private
 from pipelines.stack.processes import Service, alive_services, end, read_services, write_services
-from pipelines.stack.services import BUCKET, SERVICES, STARTERS, TOGETHER, answers, await_healthy
+from pipelines.stack.services import (
+    BUCKET,
+    SERVICES,
+    SLOW_PROBE_S,
+    STARTERS,
+    TOGETHER,
+    answers,
+    answers_within,
+    await_healthy,
+)
+
+PATIENCE_S = 30.0
+"""How long a running service is asked again before it is started anew, which of Ray would end a training."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +70,12 @@ def up(
 ) -> StackState:
     """Start those of `services` that are not running, wait until they answer, and return the addresses.
 
-    A second call changes nothing.
+    A second call changes nothing. A service that runs and does not answer for `PATIENCE_S` seconds is started anew.
 
     Args:
         services: of "s3", "mlflow" (which brings "s3"), "ray", and those of `ORCHESTRATOR`.
         private: whether other users of this machine are kept out; None for what was chosen last, at first False.
-        notice: called with the service and its phase: "starting", "healthy" or "already running".
+        notice: called with the service and its phase: "starting", "healthy", "slow to answer" or "already running".
 
     Raises:
         StackError: a service does not start, and those that this call started are stopped again; or the stack runs
@@ -94,8 +106,16 @@ def up(
             with recording:
                 write_services(home, {**running, **started})
 
+        def is_up(name: str) -> bool:
+            if name not in running:
+                return False
+            if answers(running[name], home):
+                return True
+            notice(name, "slow to answer")
+            return answers_within(running[name], home, PATIENCE_S, SLOW_PROBE_S)
+
         def start(name: str) -> None:
-            if name in running and answers(running[name], home):
+            if is_up(name):
                 notice(name, "already running")
                 return
             if name in running:
@@ -151,7 +171,7 @@ def status(home: Path | None = None) -> list[ServiceStatus]:
         service, log = running.get(name), home / "logs" / f"{name}.log"
         if service is None:
             return ServiceStatus(name, False, False, None, None, log)
-        return ServiceStatus(name, True, answers(service, home), service.url, service.pid, log)
+        return ServiceStatus(name, True, answers(service, home, SLOW_PROBE_S), service.url, service.pid, log)
 
     names = [name for name in STARTERS if name in SERVICES or name in running]
     with ThreadPoolExecutor(len(names)) as pool:

@@ -22,6 +22,8 @@ from pipelines.stack.processes import Service, choose_ports, find_process, launc
 
 SERVICES = ("s3", "mlflow", "ray")
 BUCKET = "ddpm"
+PROBE_S, SLOW_PROBE_S = 1.5, 5.0
+"""How long a probe may take, and how long one of a service that may be slow, because the machine is at work."""
 OBJECT_STORE_BYTES = 512 * 2**20
 """Size of the Ray head's object store."""
 
@@ -136,7 +138,7 @@ TOGETHER = (("s3",), ("mlflow", "ray", "dagster"), ("dagster-daemon",))
 """Services that start at the same time, after those before them; Dagster's two would both make its database."""
 
 
-def answers(service: Service, home: Path, timeout_s: float = 1.5) -> bool:
+def answers(service: Service, home: Path, timeout_s: float = PROBE_S) -> bool:
     """Return whether every probe of a service answers."""
     return all(_url_answers(url, home, timeout_s) for url in service.probes)
 
@@ -160,15 +162,25 @@ def await_healthy(name: str, service: Service, home: Path, timeout_s: float) -> 
     Raises:
         StackError: it has ended, or does not answer in time; the message shows the end of its log.
     """
+    if not answers_within(service, home, timeout_s):
+        log = home / "logs" / f"{name}.log"
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        why = f"did not answer within {timeout_s:.0f} s" if find_process(service) else "ended at once"
+        raise StackError(f"{name} {why}; its log {log} ends with:\n{tail}\nFix the cause, then run `ddpm up` again")
+
+
+def answers_within(service: Service, home: Path, timeout_s: float, probe_s: float = PROBE_S) -> bool:
+    """Return whether a service answers in time; False at once where its process has ended.
+
+    Args:
+        probe_s: how long each probe may take.
+    """
     deadline = time.monotonic() + timeout_s
-    while not answers(service, home):
-        dead = find_process(service) is None
-        if dead or time.monotonic() > deadline:
-            log = home / "logs" / f"{name}.log"
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-            why = "ended at once" if dead else f"did not answer within {timeout_s:.0f} s"
-            raise StackError(f"{name} {why}; its log {log} ends with:\n{tail}\nFix the cause, then run `ddpm up` again")
+    while not answers(service, home, probe_s):
+        if find_process(service) is None or time.monotonic() > deadline:
+            return False
         time.sleep(0.1)
+    return True
 
 
 def s3_environment(home: Path, running: dict[str, Service]) -> dict[str, str]:

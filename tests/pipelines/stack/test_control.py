@@ -5,7 +5,7 @@ import psutil
 import pytest
 
 from pipelines import stack
-from pipelines.stack import control
+from pipelines.stack import control, services
 from pipelines.stack.processes import Service, read_services
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
@@ -28,12 +28,12 @@ def sleeping(monkeypatch) -> dict[str, subprocess.Popen]:
         def start(home, running):
             made[name] = subprocess.Popen(SLEEP, start_new_session=True)
             process = psutil.Process(made[name].pid)
-            return Service(process.pid, process.create_time(), f"http://{name}", f"http://{name}", ())
+            return Service(process.pid, process.create_time(), *[f"http://{name}"] * 2, (f"http://{name}/health",))
 
         return start
 
     monkeypatch.setattr(control, "STARTERS", {name: starter(name) for name in ("s3", "mlflow", "ray")})
-    monkeypatch.setattr(control, "answers", lambda service, home: True)
+    monkeypatch.setattr(services, "_url_answers", lambda *_: True)
     return made
 
 
@@ -65,4 +65,51 @@ def test_where_one_does_not_start_those_of_the_call_are_ended_and_those_of_earli
     assert read_services(tmp_path).keys() == {"s3"}
     assert sleeping["s3"].poll() is None
     assert all(sleeping[name].poll() is not None for name in ("mlflow", "ray"))
+    assert stack.down(tmp_path) == ["s3"]
+
+
+def test_a_service_that_is_slow_goes_on_because_others_may_be_using_it(tmp_path, sleeping, monkeypatch):
+    monkeypatch.setattr(control, "await_healthy", lambda *_: None)
+    stack.up(tmp_path, ["s3"])
+    before, said = sleeping["s3"], []
+    probes = iter([False, False, True])
+    monkeypatch.setattr(services, "_url_answers", lambda *_: next(probes))
+    stack.up(tmp_path, ["s3"], notice=lambda name, phase: said.append(phase))
+    assert said == ["slow to answer", "already running"]
+    assert sleeping["s3"] is before
+    assert before.poll() is None
+    assert stack.down(tmp_path) == ["s3"]
+
+
+def test_a_service_that_stays_silent_is_started_anew(tmp_path, sleeping, monkeypatch):
+    monkeypatch.setattr(control, "await_healthy", lambda *_: None)
+    monkeypatch.setattr(control, "PATIENCE_S", 0.2)
+    stack.up(tmp_path, ["s3"])
+    before, said = sleeping["s3"], []
+    monkeypatch.setattr(services, "_url_answers", lambda *_: False)
+    stack.up(tmp_path, ["s3"], notice=lambda name, phase: said.append(phase))
+    assert said == ["slow to answer", "starting", "healthy"]
+    assert before.poll() is not None
+    assert sleeping["s3"].poll() is None
+    assert stack.down(tmp_path) == ["s3"]
+
+
+def test_a_service_whose_process_has_ended_is_started_anew_at_once(tmp_path, sleeping, monkeypatch):
+    monkeypatch.setattr(control, "await_healthy", lambda *_: None)
+    stack.up(tmp_path, ["s3"])
+    sleeping["s3"].kill()
+    sleeping["s3"].wait()
+    said = []
+    monkeypatch.setattr(services, "_url_answers", lambda *_: False)
+    stack.up(tmp_path, ["s3"], notice=lambda name, phase: said.append(phase))
+    assert said == ["starting", "healthy"]
+    assert stack.down(tmp_path) == ["s3"]
+
+
+def test_the_status_of_a_service_gives_it_time_to_answer(tmp_path, sleeping, monkeypatch):
+    monkeypatch.setattr(control, "await_healthy", lambda *_: None)
+    stack.up(tmp_path, ["s3"])
+    # A training may keep the machine busy.
+    monkeypatch.setattr(services, "_url_answers", lambda url, home, timeout_s: timeout_s > 3)
+    assert [service.healthy for service in stack.status(tmp_path)] == [True, False, False]
     assert stack.down(tmp_path) == ["s3"]
