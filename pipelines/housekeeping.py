@@ -185,7 +185,8 @@ def plan_removal(
             f"no run '{folder.name}': nothing is stored at {folder.address}, and MLflow has none in experiment "
             f"'{experiment}'. `ddpm runs` lists those that there are"
         )
-    ended = bool(own) and all(record.status in ENDED for record in own)
+    # A run of this name in another experiment has the same folder.
+    ended = bool(own) and all(record.status in ENDED for record in records if not record.deleted)
     if folder.entries and not ended and folder.within(LIVE_S, now):
         raise RemovalError(
             f"run '{folder.name}' may be being trained: something was written at {folder.address} less than "

@@ -120,6 +120,10 @@ def test_a_run_that_was_written_a_moment_ago_stays_unless_mlflow_says_that_it_ha
     with pytest.raises(RemovalError, match="may be being trained"):
         plan(folder("runs/first", "driver", modified=None), records)
     assert plan(stored, [record(status="KILLED")]).folder == stored
+    trashed = replace(record(status="RUNNING"), deleted=True)
+    assert plan(stored, [record(), trashed]).folder == stored
+    with pytest.raises(RemovalError, match="may be being trained"):
+        plan(stored, [record(), replace(record(status="RUNNING"), experiment="other")])  # which has the same folder
     assert plan(folder("runs/first", "driver"), records).records == tuple(records)
 
 
