@@ -129,9 +129,9 @@ def folder_check(name: str, folder: Path, wanted: float, fix: str) -> Check:
         fix: the setting that names another folder.
     """
     place = folder
-    while not place.exists() and place != place.parent:
-        place = place.parent
     try:
+        while not place.exists() and place != place.parent:
+            place = place.parent
         with tempfile.TemporaryFile(dir=place) as probe:
             probe.write(b"0")
     except OSError as error:

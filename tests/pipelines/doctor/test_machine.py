@@ -54,6 +54,16 @@ def test_a_folder_that_cannot_be_written_names_the_setting():
     assert found.fix.startswith("data.cache_dir=PATH")
 
 
+def test_a_folder_below_one_that_is_closed_to_this_user_names_the_setting(monkeypatch):
+    def refuse(self):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", refuse)  # the user of the tests may be root, to whom nothing is closed
+    found = machine.folder_check("cache", Path("/closed/shards"), 0, "data.cache_dir=PATH")
+    assert (found.status, found.fix) == ("failed", "data.cache_dir=PATH, or chown /closed/shards")
+    assert "Permission denied" in found.found
+
+
 def test_small_shared_memory_warns(monkeypatch, tmp_path):
     assert machine.shared_memory_check(tmp_path / "none").status == "warning"
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 64 * 2**20}))
