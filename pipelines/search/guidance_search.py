@@ -41,6 +41,8 @@ from pipelines.storage import Storage
 # Tune's own tables and log files are switched off: a study has its own.
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+# Tune would take Ctrl-C for the end of the trials, and the study would be concluded; it is broken off, to be resumed.
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ def run_trials(
         resources,
     )
     # Tune needs a folder for its own state, which is not used: the records are the state of the study.
-    with tempfile.TemporaryDirectory(prefix="tune-", dir=scratch_folder()) as scratch:
+    with tempfile.TemporaryDirectory(prefix="tune-", dir=scratch_folder(), ignore_cleanup_errors=True) as scratch:
         tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(

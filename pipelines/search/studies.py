@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import ray
@@ -103,22 +104,23 @@ def guidance_study(
     captions = None if found_captions is None else found_captions[0]
     subject = Subject.of(model, evaluator, real, guides, seed, captions)
     connect_ray(config, storage)
-    store, tracker = StudyStore.of(config, name), _open_run(config, name, study, reference)
-    observer = Observer(store, study, tracker, config.tracking.experiment, study.samples, on_change)
-    found = guidance_search.search(
-        subject,
-        study,
-        base,
-        store,
-        observer,
-        distance=Distance.of(real),
-        subject_name=_identity(resolved),
-        resume=resume,
-        first=first,
-    )
-    observer.settle()
-    version = register_winner(found.winner, resolved, name, config, storage, notice)
-    return _publish_guidance(found, resolved, version, study, base, store, tracker, time.monotonic() - began)
+    store = StudyStore.of(config, name)
+    with _opened_run(config, name, study, reference) as tracker:
+        observer = Observer(store, study, tracker, config.tracking.experiment, study.samples, on_change)
+        found = guidance_search.search(
+            subject,
+            study,
+            base,
+            store,
+            observer,
+            distance=Distance.of(real),
+            subject_name=_identity(resolved),
+            resume=resume,
+            first=first,
+        )
+        observer.settle()
+        version = register_winner(found.winner, resolved, name, config, storage, notice)
+        return _publish_guidance(found, resolved, version, study, base, store, tracker, time.monotonic() - began)
 
 
 def _publish_guidance(
@@ -202,27 +204,27 @@ def training_study(
     training_search.concurrency(study, config, ray.cluster_resources())
     store = StudyStore.of(config, name)
     records = store.open(study, config, dataset.digest, resume=resume)
-    tracker = _open_run(config, name, study, dataset.uri)
-    observer = Observer(store, study, tracker, config.tracking.experiment, config.images, on_change)
-    observer.begin(records)
-    shared = Shared.of(study, config, name, lineage, tracker.run_id, evaluator.encoder, real)
-    training_search.run_trials(shared, records, observer, first)
-    observer.settle()
-    records = store.records()
-    seed = seeds.confirmation(ended(records))
-    confirmed = training_confirmation.confirm(
-        study,
-        config,
-        evaluator,
-        real,
-        records,
-        storage,
-        trials_seed=seeds.trials,
-        seed=seed,
-        notice=lambda text: notice("study", text),
-    )
-    show_winner(winner_of(confirmed), notice)
-    return _publish_training(config, study, dataset.uri, records, confirmed, seed, store, tracker, began)
+    with _opened_run(config, name, study, dataset.uri) as tracker:
+        observer = Observer(store, study, tracker, config.tracking.experiment, config.images, on_change)
+        observer.begin(records)
+        shared = Shared.of(study, config, name, lineage, tracker.run_id, evaluator.encoder, real)
+        training_search.run_trials(shared, records, observer, first)
+        observer.settle()
+        records = store.records()
+        seed = seeds.confirmation(ended(records))
+        confirmed = training_confirmation.confirm(
+            study,
+            config,
+            evaluator,
+            real,
+            records,
+            storage,
+            trials_seed=seeds.trials,
+            seed=seed,
+            notice=lambda text: notice("study", text),
+        )
+        show_winner(winner_of(confirmed), notice)
+        return _publish_training(config, study, dataset.uri, records, confirmed, seed, store, tracker, began)
 
 
 def _publish_training(
@@ -295,14 +297,24 @@ def _open_evaluation(dataset: Dataset, config: Config, storage: Storage, notice:
     return real, evaluator
 
 
-def _open_run(config: Config, name: str, study: StudyConfig, subject: str) -> Tracker:
-    """Open the study's MLflow run, the parent of its trials' runs."""
+@contextmanager
+def _opened_run(config: Config, name: str, study: StudyConfig, subject: str) -> Iterator[Tracker]:
+    """Open the study's MLflow run, the parent of its trials' runs; Ctrl-C, which breaks the study off, makes it KILLED.
+
+    Ray ends the trials that run with this process. Their records say that they run, so that `--resume` runs them again.
+    """
     assert config.tracking.uri is not None
     note = f"{study.kind} study of {subject}; its trials are the runs below it, its page is the artifact `study.html`."
     tags = {"ddpm.study": name, "ddpm.study.kind": study.kind, "mlflow.note.content": note}
     tracker, _ = tracking.open_run(config.tracking.uri, config.tracking.experiment, f"study-{name}", tags)
+    tracker.status("RUNNING")  # a study that goes on has the status with which it stopped
     tracker.text(tracking.to_json(study.model_dump(mode="json", by_alias=True)), "study.json")
-    return tracker
+    try:
+        yield tracker
+    except KeyboardInterrupt:
+        with tracking.recording("does not know that the study is KILLED"):
+            replace(tracker, patience_s=0).status("KILLED")
+        raise
 
 
 def _publish(page: Page, store: StudyStore, tracker: Tracker) -> str:

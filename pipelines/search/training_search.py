@@ -29,6 +29,8 @@ from pipelines.search.training_trial import Shared, TrainingTrial, rungs
 # Tune's own tables and log files are switched off: a study has its own.
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+# Tune would take Ctrl-C for the end of the trials, and the study would be concluded; it is broken off, to be resumed.
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 
 
 class StopBehind(AsyncHyperBandScheduler):
@@ -83,7 +85,7 @@ def run_trials(
     at = rungs(base.images, base.batch_size, study)
     # A trial itself needs no CPU, because its workers reserve their own resources.
     trainable = tune.with_resources(tune.with_parameters(TrainingTrial, shared=shared), {"cpu": 0, "memory": 1 << 20})
-    with tempfile.TemporaryDirectory(prefix="tune-", dir=scratch_folder()) as scratch:
+    with tempfile.TemporaryDirectory(prefix="tune-", dir=scratch_folder(), ignore_cleanup_errors=True) as scratch:
         tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
