@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -31,16 +32,16 @@ def guidance(
     as_json: Json = False,
 ) -> None:
     """Search guidance and sampler of a model. Example: ddpm search guidance --model models:/digits@champion"""
-    from pipelines.search.study_config import compose_study
+    from pipelines.search.study_config import compose_study, study_name
 
     chosen, config = compose_study(space, "guidance", overrides or [])
+    name = study_name(study or f"guidance-{config.name}")
     config = connect(config, SERVICES)
 
     from pipelines import references
     from pipelines.search import studies
 
     config = references.judged_as_before(config, overrides or [], model)
-    name = study or f"guidance-{config.name}"
     run = partial(studies.guidance_study, config, model, name, chosen)
     _show_study(partial(run, resume=resume, after=after or [], notice=terminal.stage), as_json)
 
@@ -55,14 +56,14 @@ def training(
     as_json: Json = False,
 ) -> None:
     """Search training settings. Example: ddpm search training +experiment=digits images=25600 search.trials=16"""
-    from pipelines.search.study_config import compose_study
+    from pipelines.search.study_config import compose_study, study_name
 
     chosen, config = compose_study(space, "training", overrides or [])
+    name = study_name(study or f"{Path(space).stem}-{config.name}")
     config = connect(config, SERVICES)
 
     from pipelines.search import studies
 
-    name = study or f"{space}-{config.name}"
     run = partial(studies.training_study, config, name, chosen, code_lineage())
     _show_study(partial(run, resume=resume, after=after or [], notice=terminal.stage), as_json)
 
@@ -83,7 +84,11 @@ def steps(
     as_json: Json = False,
 ) -> None:
     """Learn the few steps of a solver. Example: ddpm search steps --model models:/digits@champion --evaluations 6"""
-    config = connect(compose(overrides), ["s3", "mlflow"])
+    from pipelines.search.study_config import study_name
+
+    config = compose(overrides)
+    name = study_name(study or f"steps-{config.name}")
+    config = connect(config, ["s3", "mlflow"])
 
     from ddpm.step_learning import StepLearning
     from ddpm.step_search import StepSearch
@@ -91,7 +96,6 @@ def steps(
 
     given = {"kind": sampler, "steps": evaluations, "scale": scale}
     changes = {name: value for name, value in given.items() if value is not None}
-    name = study or f"steps-{config.name}"
     learning = StepLearning(updates=learn) if learn else None
     found = search_steps(config, model, name, changes, StepSearch(grid=grid), learning, trajectories, terminal.stage)
     answer_json(as_json, found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -18,6 +18,7 @@ from pipelines.config.sections import (
     ClusterConfig,
     DataConfig,
     EvaluationConfig,
+    Name,
     OptimConfig,
     RegistryConfig,
     ServingConfig,
@@ -64,9 +65,7 @@ FORMER_DEFAULTS = {"objective.prediction": "eps"}
 class Config(Section):
     """One run, complete and frozen."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
-        description="name of the run; a second training of the same name resumes it"
-    )
+    name: Name = Field(description="name of the run; a second training of the same name resumes it")
     task: Literal["denoiser", "classifier"] = Field(
         "denoiser",
         description="what is trained: the model, or a classifier of noisy images for classifier guidance, of classes, "

@@ -16,6 +16,9 @@ from pydantic import (
 
 from pipelines.config.choices import Section
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""What runs, studies and served applications may be called: their names are parts of addresses."""
+Name = Annotated[str, Field(pattern=NAME)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Geometry = Literal["crop", "resize", "keep"]
 Encoding = Literal["png", "jpg", "webp", "npy"]
@@ -326,7 +329,7 @@ class RegistryConfig(Section):
 class ServingConfig(Section):
     """How `ddpm serve` answers: where, with how many replicas of a model, and how much it accepts."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+    name: Name = Field(
         "ddpm", description="name of the Ray Serve application; a cluster has one application of each name"
     )
     prefix: Annotated[str, Field(pattern=r"^/([A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*)?$")] = Field(

@@ -303,7 +303,7 @@ class _Reader:
         below = {entry.uri[len(root) + 1 :].split("/")[0] for entry in self.storage.list(root)}
         found = []
         for name in sorted(below):
-            store = StudyStore.of(self.config, name)
+            store = StudyStore(self.storage, join(root, name))
             with self._part(f"the study {name}"):
                 if self.subject.tracker.run_id in str(store.description().get("subject")):
                     tried = [tried_in_trial(name, record) for record in store.records()]

@@ -89,7 +89,7 @@ def guidance_study(
         ConfigError, StudyError, ModelError, DatasetError: the study cannot start.
     """
     began = time.monotonic()
-    storage = Storage.of(config)
+    store, storage = StudyStore.of(config, name), Storage.of(config)
     resolved = references.resolve(reference, tracking_uri=config.tracking.uri, storage=storage)
     if resolved.version is not None:
         registry.check_signing(config.registry)  # the winner becomes a version
@@ -104,7 +104,6 @@ def guidance_study(
     captions = None if found_captions is None else found_captions[0]
     subject = Subject.of(model, evaluator, real, guides, seed, captions)
     connect_ray(config, storage)
-    store = StudyStore.of(config, name)
     with _opened_run(config, name, study, reference) as tracker:
         observer = Observer(store, study, tracker, config.tracking.experiment, study.samples, on_change)
         found = guidance_search.search(
@@ -191,18 +190,17 @@ def training_study(
         ConfigError, StudyError, DatasetError: the study cannot start.
     """
     began = time.monotonic()
+    store, storage = StudyStore.of(config, name), Storage.of(config)
     check_space(study, config)
     rungs(config.images, config.batch_size, study)
     seeds = NoiseSeeds.of(config, name)
     first = earlier_points(study, config, [StudyStore.of(config, other) for other in after])
-    storage = Storage.of(config)
     dataset = read_dataset(config.data.uri, storage)
     check_dataset(dataset, config)
     real, evaluator = _open_evaluation(dataset, config, storage, notice)
     fresh_images(study, real)
     connect_ray(config, storage)
     training_search.concurrency(study, config, ray.cluster_resources())
-    store = StudyStore.of(config, name)
     records = store.open(study, config, dataset.digest, resume=resume)
     with _opened_run(config, name, study, dataset.uri) as tracker:
         observer = Observer(store, study, tracker, config.tracking.experiment, config.images, on_change)

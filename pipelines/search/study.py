@@ -21,7 +21,7 @@ from pipelines.errors import PipelineError
 from pipelines.search.parameters import Params, Value
 from pipelines.search.seeds import NoiseSeeds
 from pipelines.search.space import apply
-from pipelines.search.study_config import DIRECTIONS, Objective, StudyConfig
+from pipelines.search.study_config import DIRECTIONS, Objective, StudyConfig, study_name
 from pipelines.storage import NotFoundError, Storage, join
 
 State = Literal["finished", "stopped", "failed", "running"]
@@ -84,8 +84,12 @@ class StudyStore:
 
     @classmethod
     def of(cls, config: Config, name: str) -> StudyStore:
-        """Return the store of the study of this name."""
-        return cls(Storage.of(config), join(config.storage.root, "studies", name))
+        """Return the store of the study of this name.
+
+        Raises:
+            ConfigError: no study can be called that.
+        """
+        return cls(Storage.of(config), join(config.storage.root, "studies", study_name(name)))
 
     @property
     def name(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import pydantic
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from pipelines.config import Config, ConfigError, compose, conf_dir, suggest
+from pipelines.config.sections import NAME
 from pipelines.search.parameters import Choice, FrozenModel, Int, Log, Parameter, Suggester, Uniform, Value
 from pipelines.search.paths import get_value
 
@@ -125,6 +127,20 @@ class StudyConfig(FrozenModel):
             if parameter.exists(value):
                 chosen[path] = pick(path, parameter)
         return chosen
+
+
+def study_name(name: str) -> str:
+    """Return the name of a study, which is a part of addresses and of the names of its runs.
+
+    Raises:
+        ConfigError: no study can be called that.
+    """
+    if not re.fullmatch(NAME, name):
+        raise ConfigError(
+            f"no study can be called '{name}': use letters, digits, '.', '_' and '-', the first a letter or a digit, "
+            "with --study NAME"
+        )
+    return name
 
 
 def load_study(name: str, overrides: Sequence[str] = ()) -> StudyConfig:

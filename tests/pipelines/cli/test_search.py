@@ -1,0 +1,42 @@
+"""What a study is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pipelines.cli import search
+from pipelines.config import conf_dir
+from pipelines.errors import PipelineError
+from pipelines.search import studies
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The arguments of every study that begins, which is all that it does; no service is there."""
+    found: list[tuple[Any, ...]] = []
+
+    def begin(*given: Any, **options: Any) -> None:
+        found.append(given)
+        raise PipelineError("begun")
+
+    monkeypatch.setattr(search, "connect", lambda config, services: config)
+    monkeypatch.setattr(studies, "training_study", begin)
+    monkeypatch.setattr(studies, "guidance_study", begin)
+    return found
+
+
+def start(study: Callable[[], None]) -> None:
+    with pytest.raises(PipelineError, match="begun"):
+        study()
+
+
+def test_a_training_study_is_called_after_the_file_of_its_space_wherever_that_lies(begun, tmp_path):
+    own = tmp_path / "mine.yaml"
+    own.write_text((conf_dir() / "search" / "schedule.yaml").read_text())
+    for space in ("schedule", str(own)):
+        start(lambda space=space: search.training(space=space, overrides=["+experiment=digits"]))
+    start(lambda: search.training(study="other", overrides=["+experiment=digits"]))
+    assert [name for _, name, *_ in begun] == ["schedule-digits", "mine-digits", "other"]
