@@ -65,14 +65,14 @@ def searcher(
     storage = JournalStorage(JournalFileBackend(str(folder / "optuna.journal")))
     past_of(study, ended, storage)
     tried = {record.trial for record in ended}
-    again = [dict(r.params) for r in records if r.state == "running"]
+    again = [r.params for r in records if r.state == "running"]
     modes = [DIRECTIONS[objective] for objective in study.objectives]
-    points = again + [dict(p) for p in first if trial_name(p) not in tried | {trial_name(a) for a in again}]
+    points = {trial_name(p): dict(p) for p in (*again, *first) if trial_name(p) not in tried}  # each once
     return OptunaSearch(
         space=partial(_suggest, study, base),
         metric=list(study.objectives) if len(study.objectives) > 1 else study.objectives[0],
         mode=modes if len(modes) > 1 else modes[0],
-        points_to_evaluate=points or None,
+        points_to_evaluate=list(points.values()) or None,
         sampler=sampler(study.seed + len(ended), study.random_trials),
         study_name="study",
         storage=storage,

@@ -8,13 +8,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import ray
 
 from pipelines import references, registry, tracking
 from pipelines.config import Config, sampling_overrides
-from pipelines.display import StageNotice
+from pipelines.display import Notice, StageNotice
 from pipelines.evaluation.evaluators import Evaluator, open_evaluator
 from pipelines.evaluation.prompts import open_captions
 from pipelines.evaluation.real import Real, open_real
@@ -88,19 +89,19 @@ def guidance_study(
     Raises:
         ConfigError, StudyError, ModelError, DatasetError: the study cannot start.
     """
-    began = time.monotonic()
+    began, say = time.monotonic(), partial(notice, "study")
     store, storage = StudyStore.of(config, name), Storage.of(config)
     resolved = references.resolve(reference, tracking_uri=config.tracking.uri, storage=storage)
     if resolved.version is not None:
         registry.check_signing(config.registry)  # the winner becomes a version
     base = base_of(config, resolved.model.spec.sampling)
     check_space(study, base)
-    first = earlier_points(study, base, [StudyStore.of(config, other) for other in after])
+    first = earlier_points(study, base, [StudyStore.of(config, other) for other in after], notice=say)
     dataset = read_dataset(resolved.model.spec.lineage.get("dataset_uri", config.data.uri), storage)
-    real, evaluator = _open_evaluation(dataset, config, storage, notice)
+    real, evaluator = _open_evaluation(dataset, config, storage, say)
     guides = guides_of(resolved.model, study, base, storage)
     model, seed = resolved.model, NoiseSeeds.of(base, name).trials
-    found_captions = open_captions(model.spec, dataset, config, storage, lambda text: notice("study", text))
+    found_captions = open_captions(model.spec, dataset, config, storage, say)
     captions = None if found_captions is None else found_captions[0]
     subject = Subject.of(model, evaluator, real, guides, seed, captions)
     connect_ray(config, storage)
@@ -189,15 +190,15 @@ def training_study(
     Raises:
         ConfigError, StudyError, DatasetError: the study cannot start.
     """
-    began = time.monotonic()
+    began, say = time.monotonic(), partial(notice, "study")
     store, storage = StudyStore.of(config, name), Storage.of(config)
     check_space(study, config)
     rungs(config.images, config.batch_size, study)
     seeds = NoiseSeeds.of(config, name)
-    first = earlier_points(study, config, [StudyStore.of(config, other) for other in after])
+    first = earlier_points(study, config, [StudyStore.of(config, other) for other in after], notice=say)
     dataset = read_dataset(config.data.uri, storage)
     check_dataset(dataset, config)
-    real, evaluator = _open_evaluation(dataset, config, storage, notice)
+    real, evaluator = _open_evaluation(dataset, config, storage, say)
     fresh_images(study, real)
     connect_ray(config, storage)
     training_search.concurrency(study, config, ray.cluster_resources())
@@ -219,7 +220,7 @@ def training_study(
             storage,
             trials_seed=seeds.trials,
             seed=seed,
-            notice=lambda text: notice("study", text),
+            notice=say,
         )
         show_winner(winner_of(confirmed), notice)
         return _publish_training(config, study, dataset.uri, records, confirmed, seed, store, tracker, began)
@@ -277,22 +278,11 @@ def _publish_training(
     return StudyResult(tracker, records, top, where, answer)
 
 
-def _open_evaluation(dataset: Dataset, config: Config, storage: Storage, notice: StageNotice) -> tuple[Real, Evaluator]:
+def _open_evaluation(dataset: Dataset, config: Config, storage: Storage, notice: Notice) -> tuple[Real, Evaluator]:
     """Return the evaluator of a dataset, and what it says of the real images; connects to Ray."""
-
-    def say(text: str) -> None:
-        notice("study", text)
-
     connect_ray(config, storage)
-    evaluator = open_evaluator(config, dataset, storage, say)
-    real = open_real(
-        dataset,
-        evaluator,
-        config,
-        storage,
-        notice=say,
-    )
-    return real, evaluator
+    evaluator = open_evaluator(config, dataset, storage, notice)
+    return open_real(dataset, evaluator, config, storage, notice=notice), evaluator
 
 
 @contextmanager

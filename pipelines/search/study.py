@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from pipelines.config import Config, ConfigError
+from pipelines.display import Notice, no_notice
 from pipelines.errors import PipelineError
 from pipelines.search.parameters import Params, Value
 from pipelines.search.seeds import NoiseSeeds
@@ -236,12 +237,15 @@ def pareto_front(records: Iterable[TrialRecord], objectives: Sequence[Objective]
     return sorted(front, key=lambda record: loss(record, objectives[-1]))
 
 
-def earlier_points(study: StudyConfig, base: Config, stores: Iterable[StudyStore], each: int = 3) -> list[Params]:
+def earlier_points(
+    study: StudyConfig, base: Config, stores: Iterable[StudyStore], each: int = 3, notice: Notice = no_notice
+) -> list[Params]:
     """Return the best parameters of earlier studies, as far as they are in this study's space, to try first.
 
     Args:
         stores: of the earlier studies.
         each: number of trials that are taken from each.
+        notice: called with how many of these have no place in this study.
 
     Raises:
         StudyError: there is no such study.
@@ -250,11 +254,24 @@ def earlier_points(study: StudyConfig, base: Config, stores: Iterable[StudyStore
     for store in stores:
         store.description()
         judged = [r for r in store.records() if r.state == "finished"]
-        for record in sorted(judged, key=lambda r: loss(r, study.objectives[0]))[:each]:
-            params = {path: value for path, value in record.params.items() if path in study.space}
-            try:
-                apply(base, params)
-            except ConfigError:
-                continue
-            found.setdefault(trial_name(params), params)
+        taken, outside = sorted(judged, key=lambda r: loss(r, study.objectives[0]))[:each], 0
+        for record in taken:
+            shared = {path: value for path, value in record.params.items() if path in study.space}
+            # What is in a range is its own nearest value; that has the range's type, as a whole number may be a float.
+            params = {path: study.space[path].nearest(value) for path, value in shared.items()}
+            if params and params == shared and _is_valid(base, params):
+                found.setdefault(trial_name(params), params)
+            else:
+                outside += 1
+        if outside:
+            notice(f"of the best {len(taken)} trials of '{store.name}' {outside} are not tried: not in this space")
     return list(found.values())
+
+
+def _is_valid(base: Config, params: Params) -> bool:
+    """Return whether a configuration may have these parameters."""
+    try:
+        apply(base, params)
+    except ConfigError:
+        return False
+    return True

@@ -26,6 +26,12 @@ def test_optuna_knows_what_has_ended_and_is_asked_for_what_was_begun(tmp_path):
     assert len(again._ot_study.trials) == 5 + 3
 
 
+def test_a_point_that_is_given_twice_is_tried_once(tmp_path):
+    default, other = STUDY.nearest(BASE), record(1, 5.0).params
+    asked = searcher(STUDY, BASE, [], tmp_path, first=[default, other, dict(reversed(default.items()))])
+    assert asked._points_to_evaluate == [default, other]
+
+
 def test_the_search_is_the_same_for_the_same_seed_and_past(tmp_path):
     ended = [record(i, 5.0 + i) for i in range(12)]
     for name in "ab":

@@ -12,6 +12,7 @@ from pipelines.config import compose
 from pipelines.search.observer import describe_params
 from pipelines.search.optuna_search import past_of
 from pipelines.search.page import Page
+from pipelines.search.parameters import Choice
 from pipelines.search.seeds import NoiseSeeds
 from pipelines.search.study import StudyError, StudyStore, TrialRecord, best, earlier_points, pareto_front, trial_name
 from pipelines.search.study_config import StudyConfig
@@ -125,6 +126,20 @@ def test_a_study_begins_with_the_best_of_earlier_ones_as_far_as_they_fit(store):
     assert earlier_points(narrow, BASE, [store])[0] == {"guidance.scale": points[0]["guidance.scale"]}
     with pytest.raises(StudyError, match=r"no study at .*elsewhere; there are: first"):
         earlier_points(STUDY, BASE, [StudyStore(store.storage, store.uri.replace("first", "elsewhere"))])
+
+
+def test_what_earlier_studies_found_outside_of_a_space_is_not_tried_and_that_is_said(store):
+    store.open(STUDY, BASE, "model", resume=False)
+    gone = record(1, 5.0, **{"sampler.kind": "dpm2"})
+    for one in (gone, record(2, 6.0, **{"guidance.scale": 4.5}), record(3, 7.0, **{"guidance.scale": 2})):
+        store.record(one)
+    said = []
+    (point,) = earlier_points(STUDY, BASE, [store], notice=said.append)
+    assert point == record(3, 7.0, **{"guidance.scale": 2.0}).params
+    assert isinstance(point["guidance.scale"], float)
+    assert said == ["of the best 3 trials of 'first' 2 are not tried: not in this space"]
+    elsewhere = STUDY.model_copy(update={"space": {"sampler.spacing": Choice(choice=["karras", "vp"])}})
+    assert earlier_points(elsewhere, BASE, [store]) == []
 
 
 def test_a_study_may_be_about_anything_that_is_measured():
