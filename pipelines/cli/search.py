@@ -42,7 +42,8 @@ def guidance(
     from pipelines.search import studies
 
     config = references.judged_as_before(config, overrides or [], model)
-    run = partial(studies.guidance_study, config, model, name, chosen)
+    of_run = [line for line in overrides or [] if not line.startswith("search.")]
+    run = partial(studies.guidance_study, config, of_run, model, name, chosen)
     _show_study(partial(run, resume=resume, after=after or [], notice=terminal.stage), as_json)
 
 

@@ -93,7 +93,7 @@ def _values(study: StudyConfig, base: Config, path: str) -> list[str]:
 
 
 def base_of(config: Config, settings: Sampling) -> Config:
-    """Return the configuration with a model's own sampling settings.
+    """Return the configuration with a model's sampling settings.
 
     The classifier and the weaker model come from `config` where the settings name none.
     """

@@ -14,7 +14,7 @@ from typing import Any
 import ray
 
 from pipelines import references, registry, tracking
-from pipelines.config import Config, sampling_overrides
+from pipelines.config import Config, changed_sampling, sampling_overrides
 from pipelines.display import Notice, StageNotice
 from pipelines.evaluation.evaluators import Evaluator, open_evaluator
 from pipelines.evaluation.prompts import open_captions
@@ -65,6 +65,7 @@ class StudyResult:
 
 def guidance_study(
     config: Config,
+    overrides: Sequence[str],
     reference: str,
     name: str,
     study: StudyConfig,
@@ -77,7 +78,8 @@ def guidance_study(
     """Run the study of `ddpm search guidance`; see `guidance_search`.
 
     Args:
-        config: configuration; the model's own sampling settings replace those in it.
+        config: configuration; the model's own sampling settings replace those in it, but for what overrides change.
+        overrides: of the configuration.
         reference: the model, such as `models:/NAME@alias`.
         name: of the study.
         study: its settings.
@@ -94,7 +96,7 @@ def guidance_study(
     resolved = references.resolve(reference, tracking_uri=config.tracking.uri, storage=storage)
     if resolved.version is not None:
         registry.check_signing(config.registry)  # the winner becomes a version
-    base = base_of(config, resolved.model.spec.sampling)
+    base = base_of(config, changed_sampling(resolved.model.spec.sampling, overrides))
     check_space(study, base)
     first = earlier_points(study, base, [StudyStore.of(config, other) for other in after], notice=say)
     dataset = read_dataset(resolved.model.spec.lineage.get("dataset_uri", config.data.uri), storage)

@@ -1,4 +1,4 @@
-"""What a study is called."""
+"""What a study is called, and which overrides are its own."""
 
 from __future__ import annotations
 
@@ -40,3 +40,12 @@ def test_a_training_study_is_called_after_the_file_of_its_space_wherever_that_li
         start(lambda space=space: search.training(space=space, overrides=["+experiment=digits"]))
     start(lambda: search.training(study="other", overrides=["+experiment=digits"]))
     assert [name for _, name, *_ in begun] == ["schedule-digits", "mine-digits", "other"]
+
+
+def test_overrides_of_the_run_reach_a_guidance_study_and_those_of_the_study_do_not(begun):
+    given = ["+experiment=digits", "search.trials=3", "sampler.precision=bf16"]
+    start(lambda: search.guidance(model="/a/folder", overrides=given))
+    ((config, overrides, reference, name, chosen),) = begun
+    assert overrides == ["+experiment=digits", "sampler.precision=bf16"]
+    assert (reference, name) == ("/a/folder", "guidance-digits")
+    assert (config.sampler.precision, chosen.trials) == ("bf16", 3)

@@ -3,26 +3,66 @@
 from __future__ import annotations
 
 import signal
+from types import SimpleNamespace
 
 import pytest
 from ray.tune.tune import _setup_signal_catching
 
-from pipelines.config import compose
+from ddpm.generate import Sampling
+from ddpm.model import ModelSpec
+from pipelines.config import compose, sampling
+from pipelines.display import no_stage_notice
 from pipelines.search import studies
 from pipelines.search.study_config import StudyConfig
 from pipelines.tracking import Tracker
+from tests.pipelines.checkpoints.tiny import DATASET, SMALL
 
 STUDY = StudyConfig.model_validate({"kind": "guidance", "trials": 4, "space": {"guidance.scale": {"uniform": [0, 4]}}})
+OWN = Sampling.of(kind="heun", steps=7, scale=1.5)
+
+
+class Bench:
+    """A model, its data and an MLflow server, none of which is asked for anything: what becomes of them is noted."""
+
+    def __init__(self, monkeypatch, folder) -> None:
+        where = ["storage=file", f"storage.root=file://{folder}", "tracking.uri=http://nowhere"]
+        self.config = compose(["+experiment=digits", *where])
+        spec = ModelSpec(SMALL, {"kind": "cosine", "num_steps": 20}, "v", 8, DATASET.classes, sampling=OWN)
+        resolved = SimpleNamespace(version=None, model=SimpleNamespace(spec=spec))
+        self.told: list[tuple[str, tuple[object, ...]]] = []
+        self.searched: list[tuple[object, ...]] = []
+        for method in ("text", "status"):
+            monkeypatch.setattr(Tracker, method, self._note(method))
+        monkeypatch.setattr(studies.tracking, "open_run", lambda *given: (Tracker("http://nowhere", "parent"), False))
+        monkeypatch.setattr(studies.references, "resolve", lambda *given, **options: resolved)
+        monkeypatch.setattr(studies, "read_dataset", lambda uri, storage: DATASET)
+        monkeypatch.setattr(studies, "_open_evaluation", lambda *given: (None, None))
+        monkeypatch.setattr(studies.Subject, "of", lambda *given: None)
+        monkeypatch.setattr(studies.Distance, "of", lambda real: None)
+        monkeypatch.setattr(studies, "connect_ray", lambda config, storage: None)
+        monkeypatch.setattr(studies.guidance_search, "search", self._search)
+
+    def _note(self, method):
+        return lambda tracker, *given: self.told.append((method, given))
+
+    def _search(self, *given, **options) -> None:
+        self.searched.append(given)
+        raise KeyboardInterrupt
+
+    def study(self, *overrides: str, resume: bool = False) -> None:
+        """Run a study up to its trials, where it is broken off."""
+        silent = {"on_change": lambda observer: None, "notice": no_stage_notice}
+        studies.guidance_study(self.config, overrides, "/a/model", "s", STUDY, resume=resume, after=[], **silent)
+
+    @property
+    def states(self) -> list[str]:
+        """What the study's MLflow run was said to be, in order."""
+        return [str(given[0]) for method, given in self.told if method == "status"]
 
 
 @pytest.fixture
-def mlflow(monkeypatch):
-    """What the study's MLflow run is told, in order: (method, arguments)."""
-    told = []
-    for method in ("text", "status"):
-        monkeypatch.setattr(Tracker, method, lambda tracker, *given, method=method: told.append((method, given)))
-    monkeypatch.setattr(studies.tracking, "open_run", lambda *given: (Tracker("http://nowhere", "parent"), False))
-    return told
+def bench(monkeypatch, tmp_path):
+    return Bench(monkeypatch, tmp_path)
 
 
 def test_tune_leaves_ctrl_c_to_the_study():
@@ -35,10 +75,24 @@ def test_tune_leaves_ctrl_c_to_the_study():
             signal.signal(number, handler)
 
 
-def test_a_study_that_is_broken_off_is_killed_in_mlflow_and_runs_when_it_goes_on(mlflow):
-    config = compose(["+experiment=digits", "tracking.uri=http://nowhere"])
-    with pytest.raises(KeyboardInterrupt), studies._opened_run(config, "s", STUDY, "a model"):
-        raise KeyboardInterrupt
-    assert [given for method, given in mlflow if method == "status"] == [("RUNNING",), ("KILLED",)]
-    with studies._opened_run(config, "s", STUDY, "a model"):
-        assert mlflow[-2] == ("status", ("RUNNING",))
+def test_a_study_that_is_broken_off_is_killed_in_mlflow_and_runs_when_it_goes_on(bench):
+    for resume in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            bench.study(resume=resume)
+        assert bench.states == ["RUNNING", "KILLED"]
+        bench.told.clear()
+
+
+@pytest.mark.parametrize(
+    "overrides, changes",
+    [
+        ([], {}),
+        (["+experiment=digits", "evaluation.n=64"], {}),
+        (["+experiment=digits", "sampler.precision=bf16", "guidance.scale=2"], {"precision": "bf16", "scale": 2.0}),
+    ],
+)
+def test_a_guidance_study_begins_with_the_models_own_settings_and_what_overrides_change(bench, overrides, changes):
+    with pytest.raises(KeyboardInterrupt):
+        bench.study(*overrides)
+    ((_, _, base, *_),) = bench.searched
+    assert sampling(base) == OWN.with_fields(**changes)
