@@ -33,7 +33,7 @@ from pipelines.search.observer import Observer
 from pipelines.search.optuna_search import searcher
 from pipelines.search.parameters import Params, Value
 from pipelines.search.seeds import NoiseSeeds
-from pipelines.search.space import apply, check_space
+from pipelines.search.space import apply
 from pipelines.search.study import StudyStore, TrialRecord, ended, loss, pareto_front
 from pipelines.search.study_config import StudyConfig
 from pipelines.storage import Storage
@@ -251,10 +251,8 @@ def search(
     base: Config,
     store: StudyStore,
     observer: Observer,
-    *,
+    records: Sequence[TrialRecord],
     distance: Distance,
-    subject_name: str,
-    resume: bool,
     first: Sequence[Params] = (),
 ) -> GuidanceResult:
     """Run a whole guidance study: trials, confirmation, and images of the front.
@@ -265,17 +263,11 @@ def search(
         base: the configuration with the model's present sampling settings.
         store: holds the records.
         observer: records and logs the trials.
+        records: the trials so far.
         distance: decides the confirmation.
-        subject_name: identifies the model; a study is resumed on the same model only.
-        resume: whether the study may exist already.
         first: parameters to try after the model's present setting and before any other.
-
-    Raises:
-        ConfigError: the space gives invalid configurations.
-        StudyError: the study exists and `resume` is false, or it has other settings.
     """
-    check_space(study, base)
-    records, seeds = store.open(study, base, subject_name, resume=resume), NoiseSeeds.of(base, store.name)
+    seeds = NoiseSeeds.of(base, store.name)
     observer.begin(records)
     run_trials(subject, study, base, records, observer, seeds.trials, first)
     records = store.records()

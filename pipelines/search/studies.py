@@ -107,19 +107,11 @@ def guidance_study(
     captions = None if found_captions is None else found_captions[0]
     subject = Subject.of(model, evaluator, real, guides, seed, captions)
     connect_ray(config, storage)
+    records = store.open(study, base, _identity(resolved), resume=resume)
     with _opened_run(config, name, study, reference) as tracker:
         observer = Observer(store, study, tracker, config.tracking.experiment, study.samples, on_change)
-        found = guidance_search.search(
-            subject,
-            study,
-            base,
-            store,
-            observer,
-            distance=Distance.of(real),
-            subject_name=_identity(resolved),
-            resume=resume,
-            first=first,
-        )
+        distance = Distance.of(real)
+        found = guidance_search.search(subject, study, base, store, observer, records, distance, first)
         observer.settle()
         version = register_winner(found.winner, resolved, name, config, storage, notice)
         return _publish_guidance(found, resolved, version, study, base, store, tracker, time.monotonic() - began)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import time
 from collections import Counter
@@ -19,7 +20,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from pipelines import stack
+from pipelines import stack, tracking
 from pipelines.config import compose
 from pipelines.search.study import StudyStore, TrialRecord, best, trial_name
 from pipelines.search.study_config import load_study
@@ -54,7 +55,7 @@ def children(local_stack, run_id: str):
     return {run.data.tags["ddpm.run"]: run for run in found}, len(found)
 
 
-def test_a_guidance_study_that_is_killed_goes_on_and_counts_nothing_twice(shell, s3, local_stack, model):
+def test_a_guidance_study_that_is_killed_or_broken_off_goes_on_and_counts_nothing_twice(shell, s3, local_stack, model):
     command = ["search", "guidance", "--model", model, "--study", "killed", *TINY, *GUIDANCE]
     process = shell.start(*command)
     until(lambda: [r for r in records(s3, "killed").values() if r.state == "finished"], process, 200)
@@ -62,9 +63,20 @@ def test_a_guidance_study_that_is_killed_goes_on_and_counts_nothing_twice(shell,
     process.communicate()
     before = {name: r for name, r in records(s3, "killed").items() if r.state in ("finished", "stopped")}
 
-    refused = shell(*command)
+    refused = shell(*command, "search.trials=7")
     assert refused.code == 1
     assert "a study 'killed' is at s3://ddpm/studies/killed: go on with --resume" in refused.err
+    run = tracking.find_run(local_stack.tracking_uri, "ddpm", "study-killed")
+    assert json.loads(run.read_text("study.json"))["trials"] == 6
+
+    process = shell.start(*command, "--resume")
+    until(lambda: sum(r.state != "running" for r in records(s3, "killed").values()) > len(before), process, 200)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert not s3.exists("s3://ddpm/studies/killed/confirmation.json")
+    assert MlflowClient(tracking_uri=local_stack.tracking_uri).get_run(run.run_id).info.status == "KILLED"
+    before = {name: r for name, r in records(s3, "killed").items() if r.state in ("finished", "stopped")}
     done = shell.ok(*command, "--resume", "--json")
     after = records(s3, "killed")
     assert len(after) == sum(done.answer["trials"].values()) == 6

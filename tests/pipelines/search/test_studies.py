@@ -13,6 +13,8 @@ from ddpm.model import ModelSpec
 from pipelines.config import compose, sampling
 from pipelines.display import no_stage_notice
 from pipelines.search import studies
+from pipelines.search.guidance_search import base_of
+from pipelines.search.study import StudyError, StudyStore
 from pipelines.search.study_config import StudyConfig
 from pipelines.tracking import Tracker
 from tests.pipelines.checkpoints.tiny import DATASET, SMALL
@@ -96,3 +98,12 @@ def test_a_guidance_study_begins_with_the_models_own_settings_and_what_overrides
         bench.study(*overrides)
     ((_, _, base, *_),) = bench.searched
     assert sampling(base) == OWN.with_fields(**changes)
+
+
+def test_a_guidance_study_that_is_refused_has_changed_nothing_in_mlflow(bench):
+    store = StudyStore.of(bench.config, "s")
+    store.open(STUDY, base_of(bench.config, OWN), "another model", resume=False)
+    for resume, message in ((False, "go on with --resume"), (True, "was begun with another subject")):
+        with pytest.raises(StudyError, match=message):
+            bench.study(resume=resume)
+    assert bench.told == []
