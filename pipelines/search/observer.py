@@ -81,6 +81,8 @@ class Observer(Callback):
         known = self.records.get(name)
         if known is None or known.state != "running":
             known = TrialRecord(name, params, "running")
+        # One that was broken off reports again what it had reported: it starts anew, or its scores are stored.
+        known = replace(known, scores={}, history=[])
         self._keep(known, log=self.study.kind != "training")
 
     def on_trial_result(

@@ -100,6 +100,8 @@ class StudyStore:
     def open(self, study: StudyConfig, base: Config, subject: str, *, resume: bool) -> list[TrialRecord]:
         """Create a study, or check that it can be resumed, and return the trials so far.
 
+        `study.json` says what it was last started as.
+
         Args:
             study: its settings.
             base: the configuration that its trials share.
@@ -110,10 +112,11 @@ class StudyStore:
             StudyError: it exists and `resume` is false, or it has other settings.
         """
         described = {**self.describe(study, base, subject), "noise_seed": NoiseSeeds.of(base, self.name).trials}
+        where, text = join(self.uri, "study.json"), json.dumps(described, indent=1).encode()
         try:
-            before = json.loads(self.storage.read(join(self.uri, "study.json")))
+            before = json.loads(self.storage.read(where))
         except NotFoundError:
-            self.storage.write(join(self.uri, "study.json"), json.dumps(described, indent=1).encode())
+            self.storage.write(where, text)
             return []
         if not resume:
             raise StudyError(
@@ -126,6 +129,8 @@ class StudyStore:
                 f"the study '{self.name}' was begun with another {', '.join(differing)}: resume it with the same, "
                 "or begin another with --study NAME"
             )
+        if before["trials"] != described["trials"]:
+            self.storage.write(where, text)
         return self.records()
 
     @staticmethod

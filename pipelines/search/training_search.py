@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ray
@@ -38,12 +39,19 @@ class StopBehind(AsyncHyperBandScheduler):
 
     Args:
         spared: name of that trial.
+        records: trials of the study that have ended, with which others are compared at the rungs.
         options: of ASHA.
     """
 
-    def __init__(self, spared: str, **options: Any) -> None:
+    def __init__(self, spared: str, records: Iterable[TrialRecord] = (), **options: Any) -> None:
         super().__init__(**options)
         self.spared, self.last_rung = spared, options["max_t"]
+        for record in records:
+            trial = SimpleNamespace(trial_id=record.trial)  # all that ASHA asks of it
+            self.on_trial_add(None, trial)
+            for scores in record.history:
+                super().on_trial_result(None, trial, scores)
+            self.on_trial_remove(None, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Return what becomes of a trial at a report; its score counts at the rung in any case."""
@@ -79,7 +87,8 @@ def run_trials(
         first: parameters to try after the values of the configuration and before any other.
     """
     study, base = shared.study, shared.base
-    left = study.trials - sum(record.state != "running" for record in records)
+    ended = [record for record in records if record.state != "running"]
+    left = study.trials - len(ended)
     if left <= 0:
         return
     at = rungs(base.images, base.batch_size, study)
@@ -93,6 +102,7 @@ def run_trials(
                 scheduler=StopBehind(
                     # The confirmation compares with the configuration as it stands, so that has to be trained.
                     trial_name(study.nearest(base)),
+                    ended,  # those that were running report again
                     time_attr="images_seen",
                     metric=study.objectives[0],
                     mode=DIRECTIONS[study.objectives[0]],

@@ -87,3 +87,20 @@ def test_callbacks_do_not_wait_for_mlflow_and_what_is_missing_is_logged_when_the
     third.begin(third.store.records())
     third.settle()  # nothing is logged twice
     assert not mlflow.states
+
+
+def test_a_trial_that_is_run_again_has_each_report_once(tmp_path, monkeypatch):
+    Mlflow(monkeypatch)
+    reports = [{"frechet_distance": 3.0, "images_seen": 50.0}, {"frechet_distance": 1.0, "images_seen": 100.0}]
+    first = an_observer(tmp_path)
+    first.begin([])
+    first.on_trial_start(0, [], trial(8))
+    first.on_trial_result(0, [], trial(8), reports[0])
+    second = an_observer(tmp_path)
+    second.begin(second.store.records())
+    second.on_trial_start(0, [], trial(8))
+    for report in reports:  # the first one is stored beside the run's checkpoints
+        second.on_trial_result(0, [], trial(8), report)
+    second.on_trial_complete(0, [], trial(8))
+    (record,) = second.store.records()
+    assert (record.state, record.history, record.scores) == ("finished", reports, reports[1])

@@ -66,6 +66,7 @@ def test_a_study_is_begun_once_and_resumed_as_what_it_was(store):
     assert store.open(STUDY, BASE, "model", resume=True) == [record(1, 5.0)]
     longer = STUDY.model_copy(update={"trials": 20})
     assert len(store.open(longer, BASE, "model", resume=True)) == 1
+    assert store.study().trials == 20  # as it was last started
     noise = json.loads(store.storage.read(f"{store.uri}/study.json"))["noise_seed"]
     assert noise == NoiseSeeds.of(BASE, "first").trials
     elsewhere = compose(

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipelines.search.study import StudyError, trial_name
+from pipelines.search.study import StudyError, TrialRecord, trial_name
 from pipelines.search.study_config import StudyConfig
 from pipelines.search.training_search import StopBehind, concurrency
 from tests.pipelines.search.test_space import BASE
@@ -20,6 +20,24 @@ def test_trials_at_a_time_are_those_that_the_cluster_holds():
     assert concurrency(study(concurrent=1), BASE, {"CPU": 9.0}) == 1
     with pytest.raises(StudyError, match=r"no room for one trial of 2 workers: 2 CPU needed, 1 there"):
         concurrency(study(), BASE, {"CPU": 1.0})
+
+
+def test_a_study_that_goes_on_compares_with_the_trials_that_ended_before():
+    options = {"time_attr": "images_seen", "metric": "frechet_distance", "mode": "min", "max_t": 400}
+    ended = [
+        TrialRecord(
+            str(i), {}, "finished", {}, [{"images_seen": seen, "frechet_distance": 1.0 + i} for seen in (100, 200, 400)]
+        )
+        for i in range(4)
+    ]
+    for records, wanted in (((), "CONTINUE"), (ended, "STOP")):
+        scheduler = StopBehind("spared", records, **options, grace_period=100, reduction_factor=2)
+        for seen, distance, action in ((100, 1.5, "CONTINUE"), (200, 90.0, wanted)):
+            trial = SimpleNamespace(trial_id="new", config={"optim.lr": 0.001})
+            if seen == 100:
+                scheduler.on_trial_add(None, trial)
+            result = {"images_seen": seen, "frechet_distance": distance}
+            assert scheduler.on_trial_result(None, trial, result) == action
 
 
 def test_the_configuration_as_it_stands_trains_to_its_end_however_far_it_is_behind():
