@@ -151,6 +151,7 @@ def load_study(name: str, overrides: Sequence[str] = ()) -> StudyConfig:
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     shipped = sorted(path.stem for path in (conf_dir() / "search").glob("*.yaml"))
     path = conf_dir() / "search" / f"{name}.yaml" if name in shipped else None
@@ -161,11 +162,15 @@ def load_study(name: str, overrides: Sequence[str] = ()) -> StudyConfig:
             f"no study {name!r}: choose one of {', '.join(shipped)}, or give a YAML file.{suggest(name, shipped)}"
         )
     try:
-        plain = typing.cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(path), resolve=True))
+        plain = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        if not isinstance(plain, dict):
+            raise ConfigError(f"{path.name}: a study is a mapping from names to values, this is none")
         for line in overrides:
-            _override(plain, *line.removeprefix("search.").split("=", 1))
+            _override(typing.cast("dict[str, Any]", plain), line)
         return StudyConfig.model_validate(plain)
-    except (OmegaConfBaseException, TypeError) as error:
+    except YAMLError as error:
+        raise ConfigError(f"{path.name} is no YAML: {' '.join(str(error).split())}") from error
+    except (OmegaConfBaseException, OSError, TypeError) as error:
         raise ConfigError(f"{path.name}: {str(error).splitlines()[0]}") from error
     except pydantic.ValidationError as error:
         raise ConfigError("\n".join(dict.fromkeys(_explain(path.name, e) for e in error.errors()))) from error
@@ -188,28 +193,43 @@ def compose_study(name: str, kind: str, overrides: Sequence[str]) -> tuple[Study
     return study, compose([line for line in overrides if not line.startswith("search.")])
 
 
-def _override(plain: dict[str, Any], key: str, text: str) -> None:
+def _override(plain: dict[str, Any], line: str) -> None:
     """Apply an override, in place.
 
-    It is a field such as `trials=8`, or a distribution such as `space.optim.lr.log=[1e-4,1e-2]`, which keeps the `when`
-    of the parameter.
+    It is a field such as `search.trials=8`, or a distribution such as `search.space.optim.lr.log=[1e-4,1e-2]`, which
+    keeps the `when` of the parameter.
+
+    Raises:
+        ConfigError: it has no value, or one that is no YAML.
     """
     from omegaconf import OmegaConf
+    from yaml import YAMLError
 
-    value = OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]  # type: ignore[call-overload, index]
-    if not key.startswith("space."):
+    key, equals, text = line.removeprefix("search.").partition("=")
+    try:
+        read: Any = OmegaConf.to_container(OmegaConf.create(f"value: {text}"))
+    except YAMLError:
+        read = None
+    if not equals or read is None:
+        raise ConfigError(
+            f"{line}: cannot be read: write search.FIELD=VALUE, such as search.trials=8 or "
+            "search.space.optim.lr.log=[1e-4,1e-2]"
+        )
+    value, space = read["value"], plain.get("space") or {}
+    if not key.startswith("space.") or not isinstance(space, dict):
         plain[key] = value
         return
     searched, _, distribution = key.removeprefix("space.").rpartition(".")
-    when = plain["space"].get(searched, {}).get("when")
-    plain["space"][searched] = {distribution: value, **({"when": when} if when else {})}
+    before = space.get(searched)
+    when = before.get("when") if isinstance(before, dict) else None
+    plain["space"] = {**space, searched: {distribution: value, **({"when": when} if when else {})}}
 
 
 def _explain(where: str, error: Any) -> str:
     """Return one pydantic error in words, with the field's path in the file."""
     names = {cls.__name__ for cls in (Uniform, Log, Int, Choice)}
     path = ".".join(str(part) for part in error["loc"] if part not in names)
-    if error["loc"][:1] == ("space",) and error["type"] in ("extra_forbidden", "missing"):
+    if error["loc"][:1] == ("space",) != error["loc"] and error["type"] in ("extra_forbidden", "missing"):
         return (
             f"{where}: {'.'.join(map(str, error['loc'][:2]))}: a parameter is {{uniform: [a, b]}}, {{log: [a, b]}}, "
             "{int: [a, b]} or {choice: [...]}, and may have `when`"

@@ -36,6 +36,8 @@ def test_a_guidance_study_is_about_distance_and_cost_unless_told_otherwise():
         (["schedule", ["search.trails=3"]], r"schedule\.yaml: trails: Extra inputs are not permitted"),
         (["schedule", ["search.trials=0"]], r"schedule\.yaml: trials: Input should be greater than 0, got 0"),
         (["schedule", ["search.space.optim.lr.lag=[1,2]"]], r"optim\.lr: a parameter is \{uniform: \[a, b\]\}"),
+        (["schedule", ["search.space.optim.lr.log=[1e-4,1e-2"]], r"lr\.log=\[1e-4,1e-2: cannot be read: write sea"),
+        (["schedule", ["search.trials"]], r"search\.trials: cannot be read: write search\.FIELD=VALUE, such as"),
     ],
 )
 def test_a_study_that_is_not_there_or_wrong_is_named(arguments, message):
@@ -61,6 +63,29 @@ def test_a_study_that_is_not_there_or_wrong_is_named(arguments, message):
 def test_a_space_that_makes_no_sense_in_itself_is_refused(space, message):
     with pytest.raises(ValueError, match=message):
         study(space)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("kind: training\nspace: {optim.lr: {log: [1, 2}", r"mine\.yaml is no YAML: while parsing a .* line 2"),
+        ("- training\n", r"mine\.yaml: a study is a mapping from names to values, this is none"),
+        ("training\n", r"mine\.yaml: "),
+        ("kind: training\ntrials: 3\n", r"mine\.yaml: space: Field required"),
+        ("kind: training\ntrials: 3\nspace: [optim.lr]\n", r"mine\.yaml: space: Input should be a valid dict"),
+    ],
+)
+def test_a_file_that_is_no_study_is_named_with_what_is_wrong(tmp_path, text, message):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_study(str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize("space", ["", "space:\n", "space: {}\n", "space: {optim.lr: 3}\n"])
+def test_overrides_may_give_what_a_file_leaves_open(tmp_path, space):
+    (tmp_path / "mine.yaml").write_text(f"kind: training\ntrials: 3\n{space}")
+    found = load_study(str(tmp_path / "mine.yaml"), ["search.space.optim.lr.log=[1e-4,1e-2]"])
+    assert found.space["optim.lr"].log == (1e-4, 1e-2)
 
 
 def test_overrides_change_a_study():
