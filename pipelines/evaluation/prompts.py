@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ddpm.conditioning import Conditioning
 from ddpm.model import ModelSpec
+from ddpm.models import NetworkConfig
 from ddpm.quality import Measured
 from pipelines.config import Config
 from pipelines.display import Notice, no_notice
@@ -177,12 +178,13 @@ def open_prompts(
     def matcher() -> Evaluator:
         return open_matcher(config, dataset, storage, notice, connect=connect)
 
-    return _prompts(spec, dataset, open_captions(spec, dataset, config, storage, notice), matcher)
+    captions = open_captions(spec.network, dataset, config, storage, notice)
+    return _prompts(spec, dataset, captions, matcher)
 
 
 def find_prompts(spec: ModelSpec, dataset: Dataset, config: Config, storage: Storage) -> Prompts | None:
     """Return the prompts as `open_prompts` does, without a matcher where that was not trained yet."""
-    captions = open_captions(spec, dataset, config, storage)
+    captions = open_captions(spec.network, dataset, config, storage)
     return _prompts(spec, dataset, captions, lambda: find_matcher(dataset, storage))
 
 
@@ -202,14 +204,23 @@ def _prompts(
 
 
 def open_captions(
-    spec: ModelSpec, dataset: Dataset, config: Config, storage: Storage, notice: Notice = no_notice
+    network: NetworkConfig,
+    dataset: Dataset,
+    config: Config,
+    storage: Storage,
+    notice: Notice = no_notice,
+    held_out: int | None = None,
 ) -> tuple[Captions, Captions] | None:
     """Return the captions that samples of a model are drawn from, and those of the images of its likelihood.
+
+    Args:
+        network: of the model.
+        held_out: how many of the images of `Real.held_out` these are; None for those of an evaluation.
 
     Returns:
         None as for `open_prompts`.
     """
-    width = spec.network.text_dim
+    width = network.text_dim
     if not width:
         return None
     found = caption_width(dataset, "test", storage)
@@ -219,12 +230,12 @@ def open_captions(
         )
         notice(f"{dataset.uri} has {why}: samples are drawn without prompts")
         return None
-    data, most = config.data, config.evaluation.likelihood_images
+    data, most = config.data, config.evaluation.likelihood_images if held_out is None else held_out
     with opened_split(dataset, "test", storage, data.cache_dir, data.cache_gib) as reader:
         count = sum(shard.samples for shard in reader.shards)
-        held_out = read_captions(reader, held_out_positions(count)[:most], empty=True)
+        of_held_out = read_captions(reader, held_out_positions(count)[:most], empty=True)
         captions = prompt_captions(reader)
     if not len(captions):
         notice(f"all captions of the test split of {dataset.uri} are empty: samples are drawn without prompts")
         return None
-    return captions, held_out
+    return captions, of_held_out

@@ -169,9 +169,9 @@ class SampleScorer:
         return Drawn(found.features, correct, levels[:keep].permute(0, 2, 3, 1).cpu().numpy(), evaluations)
 
     def _text(self, image_ids: Tensor) -> Conditioning | None:
-        """Return the embeddings of the captions that images are drawn from, if any."""
+        """Return the embeddings of the captions that images are drawn from, if any and if the model takes them."""
         captions = self.subject.captions
-        if captions is None:
+        if captions is None or not self.model.spec.network.text_dim:
             return None
         return captions.condition(image_ids % len(captions), labels=False).to(self.device)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ from ddpm.quality import FeatureMoments
 from ddpm.schedule import NoiseSchedule, make_schedule
 from pipelines.evaluation.evaluators import Encoder
 from pipelines.evaluation.images import to_levels
+from pipelines.evaluation.real import Real
 from pipelines.search.judge import measured_frechet
+from pipelines.shards.captions import Captions
 from pipelines.storage import Storage, join
 from pipelines.training.loop.collectives import all_gather_items, rank_indices
 from pipelines.training.loop.state import TrainingState, ema_weights
@@ -36,11 +38,12 @@ class RungJudge:
     Attributes:
         rungs: images seen at which the weights are scored.
         samples: number of images that are drawn at each rung.
-        labels: labels of the drawn images [N]; image i has label i modulo N. None for a model without classes.
+        cond: classes and captions that images are drawn from, N of them; image i has condition i modulo N, or what the
+            trial's network takes of it. None for data without either.
         encoder: the network whose features are compared.
         reference: moments of the features of the real images that are the reference.
         held_out: real test images for the bound, [B, C, H, W] in [-1, 1]; B = 0 for no bound.
-        held_out_labels: labels of `held_out` [B]; None without classes.
+        held_out_cond: the same of `held_out`, of length B.
         seed: seed of the noise.
         storage: where the scores are written.
         uri: the folder of the scores.
@@ -48,11 +51,11 @@ class RungJudge:
 
     rungs: tuple[int, ...]
     samples: int
-    labels: Tensor | None
+    cond: Conditioning | None
     encoder: Encoder
     reference: FeatureMoments
     held_out: Tensor
-    held_out_labels: Tensor | None
+    held_out_cond: Conditioning | None
     seed: int
     storage: Storage
     uri: str
@@ -72,7 +75,7 @@ class RungJudge:
                 denoiser,
                 schedule,
                 spec.sampling,
-                cond=conditions(self.labels, image_ids, spec, device),
+                cond=conditions(self.cond, image_ids, spec, device),
                 shape=spec.shape,
                 seed=self.seed,
                 image_ids=image_ids.to(device),
@@ -89,7 +92,7 @@ class RungJudge:
                     schedule,
                     spec,
                     self.held_out[bound_ids].to(device),
-                    conditions(self.held_out_labels, bound_ids, spec, device),
+                    conditions(self.held_out_cond, bound_ids, spec, device),
                     seed=self.seed,
                     image_ids=bound_ids.to(device),
                 )
@@ -100,11 +103,28 @@ class RungJudge:
             self.storage.write(uri, json.dumps(scores).encode())
 
 
-def conditions(labels: Tensor | None, image_ids: Tensor, spec: ModelSpec, device: torch.device) -> Conditioning | None:
-    """Return the condition of images by their numbers; image i has label i modulo N of `labels` [N], if any."""
-    if labels is None or not spec.classes:
-        return None
-    return Conditioning(label=labels[image_ids % len(labels)].to(device))
+def held_out_images(real: Real, captions: Captions | None) -> tuple[Tensor, Conditioning | None]:
+    """Return the stored test images, [N, C, H, W] in [-1, 1], with their classes and captions, if any.
+
+    Args:
+        captions: of these images.
+    """
+    images, labels = real.held_out()
+    cond = Conditioning() if captions is None else captions.condition(torch.arange(len(images)), labels=False)
+    if labels is not None:
+        cond = replace(cond, label=torch.from_numpy(labels))
+    return torch.from_numpy(images).float() / 127.5 - 1, cond if cond.present else None
+
+
+def conditions(
+    cond: Conditioning | None, image_ids: Tensor, spec: ModelSpec, device: torch.device
+) -> Conditioning | None:
+    """Return what a model takes of the conditions of images by their numbers; image i has condition i modulo N."""
+    if cond is not None and not spec.classes:
+        cond = replace(cond, label=None)
+    if cond is not None and not spec.network.text_dim:
+        cond = replace(cond, text=None, text_mask=None, pooled=None)
+    return None if cond is None or not cond.present else cond[image_ids % len(cond)].to(device)
 
 
 def held_out_bound(

@@ -14,11 +14,11 @@ from typing import Any
 import ray
 
 from pipelines import references, registry, tracking
-from pipelines.config import Config, changed_sampling, sampling_overrides
+from pipelines.config import Config, changed_sampling, network_config, sampling_overrides
 from pipelines.display import Notice, StageNotice
 from pipelines.evaluation.evaluators import Evaluator, open_evaluator
 from pipelines.evaluation.prompts import open_captions
-from pipelines.evaluation.real import Real, open_real
+from pipelines.evaluation.real import HELD_OUT, Real, open_real
 from pipelines.references import Resolved
 from pipelines.search import guidance_search, training_confirmation, training_search
 from pipelines.search.confirmation import Confirmed, Distance, winner_of
@@ -103,7 +103,7 @@ def guidance_study(
     real, evaluator = _open_evaluation(dataset, config, storage, say)
     guides = guides_of(resolved.model, study, base, storage)
     model, seed = resolved.model, NoiseSeeds.of(base, name).trials
-    found_captions = open_captions(model.spec, dataset, config, storage, say)
+    found_captions = open_captions(model.spec.network, dataset, config, storage, say)
     captions = None if found_captions is None else found_captions[0]
     subject = Subject.of(model, evaluator, real, guides, seed, captions)
     connect_ray(config, storage)
@@ -194,13 +194,14 @@ def training_study(
     check_dataset(dataset, config)
     real, evaluator = _open_evaluation(dataset, config, storage, say)
     fresh_images(study, real)
+    captions = open_captions(network_config(config), dataset, config, storage, say, held_out=HELD_OUT)
     connect_ray(config, storage)
     training_search.concurrency(study, config, ray.cluster_resources())
     records = store.open(study, config, dataset.digest, resume=resume)
     with _opened_run(config, name, study, dataset.uri) as tracker:
         observer = Observer(store, study, tracker, config.tracking.experiment, config.images, on_change)
         observer.begin(records)
-        shared = Shared.of(study, config, name, lineage, tracker.run_id, evaluator.encoder, real)
+        shared = Shared.of(study, config, name, lineage, tracker.run_id, evaluator.encoder, real, captions)
         training_search.run_trials(shared, records, observer, first)
         observer.settle()
         records = store.records()
@@ -212,6 +213,7 @@ def training_study(
             real,
             records,
             storage,
+            captions,
             trials_seed=seeds.trials,
             seed=seed,
             notice=say,

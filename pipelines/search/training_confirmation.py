@@ -14,6 +14,7 @@ import ray
 import torch
 from torch import Tensor
 
+from ddpm.conditioning import Conditioning
 from ddpm.model import Model
 from ddpm.quality import Measured
 from pipelines import references
@@ -27,31 +28,36 @@ from pipelines.evaluation.tasks import finished
 from pipelines.search.confirmation import DEFAULT, Candidate, Confirmed, Distance, decide
 from pipelines.search.fresh_samples import draw_all
 from pipelines.search.judge import Subject, scores
-from pipelines.search.rung_judge import conditions, held_out_bound
+from pipelines.search.rung_judge import conditions, held_out_bound, held_out_images
 from pipelines.search.space import apply
 from pipelines.search.study import TrialRecord, loss, trial_name
 from pipelines.search.study_config import StudyConfig
+from pipelines.shards.captions import Captions
 from pipelines.storage import Storage
 
 BOUND_IMAGES = 32
 """Real test images, at least, that have judged no trial and on which the bound is confirmed."""
 
 
-def fresh_images(study: StudyConfig, real: Real) -> tuple[Tensor, Tensor | None]:
-    """Return the stored test images that judged no trial, [N, C, H, W] in [-1, 1], and their labels [N], if any.
+def fresh_images(
+    study: StudyConfig, real: Real, captions: Captions | None = None
+) -> tuple[Tensor, Conditioning | None]:
+    """Return the stored test images that judged no trial, [N, C, H, W] in [-1, 1], with classes and captions, if any.
+
+    Args:
+        captions: of all stored test images.
 
     Raises:
         ConfigError: the study optimises bits/dim, and they are too few to confirm that.
     """
-    images, labels = real.held_out()
+    images, cond = held_out_images(real, captions)
     used = study.bits_per_dim_images
     if study.objectives == ("bits_per_dim",) and len(images) - used < BOUND_IMAGES:
         raise ConfigError(
             f"search.bits_per_dim_images = {used}: of the {len(images)} stored test images {BOUND_IMAGES} at least "
             f"have to be left to confirm the best trial: use {max(len(images) - BOUND_IMAGES, 0)} at most"
         )
-    left = torch.from_numpy(images[used:]).float() / 127.5 - 1
-    return left, None if labels is None else torch.from_numpy(labels[used:])
+    return images[used:], None if cond is None else cond[used:]
 
 
 def chosen(study: StudyConfig, base: Config, records: Sequence[TrialRecord]) -> dict[str, TrialRecord]:
@@ -73,6 +79,7 @@ def confirm(
     real: Real,
     records: Sequence[TrialRecord],
     storage: Storage,
+    captions: tuple[Captions, Captions] | None = None,
     *,
     trials_seed: int,
     seed: int,
@@ -84,6 +91,7 @@ def confirm(
     no trial.
 
     Args:
+        captions: as for `Shared.of`.
         trials_seed: of the order of the labels, as in the trials.
         seed: of the noise.
 
@@ -104,7 +112,8 @@ def confirm(
     if DEFAULT not in models or len(models) == 1:
         notice("nothing is confirmed: a comparison needs the model of the default and that of another trial")
         return []
-    subject = Subject.of(models[DEFAULT], evaluator, real, {}, trials_seed)
+    drawn_from, held = captions or (None, None)
+    subject = Subject.of(models[DEFAULT], evaluator, real, {}, trials_seed, drawn_from)
     settings = {trial: sampling(apply(base, selected[trial].params)) for trial in models}
     candidates = {trial: Candidate(trial, selected[trial].params, settings[trial]) for trial in models}
     shared = {trial: ray.put(replace(subject, model=model)) for trial, model in models.items()}
@@ -112,7 +121,7 @@ def confirm(
     by_trial = dict(zip(models, drawn, strict=True))
     values = {trial: scores(subject, samples)[0] for trial, samples in by_trial.items()}
     if study.objectives == ("bits_per_dim",):
-        bounds = _bounds([shared[trial] for trial in models], fresh_images(study, real), seed, base)
+        bounds = _bounds([shared[trial] for trial in models], fresh_images(study, real, held), seed, base)
         measured = {trial: Measured.mean(bound) for trial, bound in zip(models, bounds, strict=True)}
         return decide(candidates, measured, values, "bits_per_dim")
     distance = Distance.of(real)
@@ -120,7 +129,9 @@ def confirm(
     return decide(candidates, measured, values, distance.measure)
 
 
-def _bounds(subjects: Sequence[Any], images: tuple[Tensor, Tensor | None], seed: int, base: Config) -> list[Tensor]:
+def _bounds(
+    subjects: Sequence[Any], images: tuple[Tensor, Conditioning | None], seed: int, base: Config
+) -> list[Tensor]:
     """Return the bound of each image for each of the subjects, references in Ray's object store, [N] each."""
     needs = {"CPU": 1, "GPU": min(base.cluster.gpus_per_worker, 1)}
     task = ray.remote(num_cpus=needs["CPU"], num_gpus=needs["GPU"])(_bound)
@@ -128,7 +139,7 @@ def _bounds(subjects: Sequence[Any], images: tuple[Tensor, Tensor | None], seed:
     return [bound for _, bound in sorted(finished(waiting, needs, "compute the bound"), key=lambda pair: pair[0])]
 
 
-def _bound(subject: Subject, images: Tensor, labels: Tensor | None, seed: int) -> Tensor:
+def _bound(subject: Subject, images: Tensor, cond: Conditioning | None, seed: int) -> Tensor:
     """Return the bound of each image [N] in a Ray task."""
     torch.set_num_threads(1)
     device = task_device()
@@ -139,7 +150,7 @@ def _bound(subject: Subject, images: Tensor, labels: Tensor | None, seed: int) -
             model.schedule,
             model.spec,
             images.to(device),
-            conditions(labels, image_ids, model.spec, device),
+            conditions(cond, image_ids, model.spec, device),
             seed=seed,
             image_ids=image_ids.to(device),
         ).cpu()

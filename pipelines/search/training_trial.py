@@ -14,6 +14,7 @@ import torch
 from ray import tune
 from torch import Tensor
 
+from ddpm.conditioning import Conditioning
 from ddpm.quality import FeatureMoments
 from pipelines import tracking
 from pipelines.config import Config, ConfigError
@@ -22,11 +23,12 @@ from pipelines.evaluation.real import Real
 from pipelines.evaluation.samples import balanced_labels
 from pipelines.retry import PATIENCE_S
 from pipelines.search.parameters import Params, Value
-from pipelines.search.rung_judge import RungJudge
+from pipelines.search.rung_judge import RungJudge, held_out_images
 from pipelines.search.seeds import NoiseSeeds
 from pipelines.search.space import apply
 from pipelines.search.study import trial_name
 from pipelines.search.study_config import StudyConfig
+from pipelines.shards.captions import Captions
 from pipelines.storage import Storage, join
 from pipelines.training import driver
 from pipelines.training.errors import TrainingError
@@ -50,7 +52,7 @@ class Shared:
         name: of the study.
         lineage: which code runs, see `pipelines.lineage`.
         parent: ID of the study's MLflow run.
-        encoder, reference, labels, held_out, held_out_labels: see `RungJudge`.
+        encoder, reference, cond, held_out, held_out_cond: see `RungJudge`.
     """
 
     study: StudyConfig
@@ -60,9 +62,9 @@ class Shared:
     parent: str
     encoder: Encoder
     reference: FeatureMoments
-    labels: Tensor | None
+    cond: Conditioning | None
     held_out: Tensor
-    held_out_labels: Tensor | None
+    held_out_cond: Conditioning | None
 
     @classmethod
     def of(
@@ -74,11 +76,22 @@ class Shared:
         parent: str,
         encoder: Encoder,
         real: Real,
+        captions: tuple[Captions, Captions] | None = None,
     ) -> Shared:
-        """Return what trials share, of the real images as the evaluator sees them."""
+        """Return what trials share, of the real images as the evaluator sees them.
+
+        Args:
+            captions: of a model on text: those that samples are drawn from, and those of the stored test images.
+        """
+        drawn, held = captions or (None, None)
         counts, seed = real.train.class_counts, NoiseSeeds.of(base, name).trials
-        held_out, labels = real.held_out()
-        count = min(study.bits_per_dim_images, len(held_out))
+        cond: Conditioning | None = None
+        if drawn is not None:
+            cond = drawn.condition(torch.arange(min(study.samples, len(drawn))), labels=True)
+        elif counts:
+            cond = Conditioning(label=torch.from_numpy(balanced_labels(real.test.count, counts, seed)))
+        held_out, held_out_cond = held_out_images(real, held)
+        judging = slice(study.bits_per_dim_images)
         return cls(
             study,
             base,
@@ -87,9 +100,9 @@ class Shared:
             parent,
             encoder,
             real.train.moments,
-            torch.from_numpy(balanced_labels(real.test.count, counts, seed)) if counts else None,
-            torch.from_numpy(held_out[:count]).float() / 127.5 - 1,
-            None if labels is None else torch.from_numpy(labels[:count]),
+            cond,
+            held_out[judging].clone(),  # of a part, the whole would be pickled
+            None if held_out_cond is None else held_out_cond[judging].map(torch.clone),
         )
 
     @property
@@ -208,11 +221,11 @@ class TrainingTrial(tune.Trainable):
         judge = RungJudge(
             self.rungs,
             shared.study.samples,
-            shared.labels,
+            shared.cond,
             shared.encoder,
             shared.reference,
             shared.held_out,
-            shared.held_out_labels,
+            shared.held_out_cond,
             shared.seed,
             self.storage,
             self.uri,

@@ -16,7 +16,9 @@ from pipelines.evaluation.evaluators.contrastive import Contrastive
 from pipelines.evaluation.images import to_levels
 from pipelines.search.rung_judge import RungJudge
 from pipelines.storage import Storage
+from tests.pipelines.captioned import WIDTH
 from tests.pipelines.checkpoints.tiny import SMALL
+from tests.pipelines.evaluation.test_prompts import some_captions
 
 
 def test_a_trial_of_data_without_labels_is_judged_by_its_samples_and_the_bound(tmp_path):
@@ -48,3 +50,26 @@ def test_a_trial_of_data_without_labels_is_judged_by_its_samples_and_the_bound(t
     assert found["frechet_distance"] == pytest.approx(wanted, rel=1e-4)
     assert (found["samples"], found["images_seen"]) == (16, 128)
     assert found["bits_per_dim"] > 0
+
+
+@pytest.mark.parametrize("text_dim, classes", [(WIDTH, 10), (WIDTH, 0), (0, 10), (0, 0)])
+def test_a_trial_is_asked_for_captions_and_classes_as_far_as_its_network_takes_them(tmp_path, text_dim, classes):
+    config = replace(SMALL, num_classes=classes, text_dim=text_dim)
+    network, encoder = UNet(config), Contrastive(1, 8).eval()
+    labels = tuple("0123456789")[:classes]
+    spec = ModelSpec(config, {"kind": "cosine", "num_steps": 20}, "v", 8, labels, Sampling.of(steps=2, scale=1.0))
+    real = to_levels(torch.rand(24, 1, 8, 8) * 2 - 1).float() / 127.5 - 1
+    reference = FeatureMoments.of(encoder(to_levels(real)).features)
+    drawn = some_captions(["a red circle", "a green square", "blue"], labels=[3, 1, 2]).condition(
+        torch.arange(3), labels=True
+    )
+    held = some_captions(["", "a circle"], labels=[5, 6]).condition(torch.arange(2), labels=True)
+    seen = []
+    network.register_forward_pre_hook(lambda module, given: seen.append(given[2]))
+    uri = f"file://{tmp_path}/scores"
+    judge = RungJudge((100,), 16, drawn, encoder, reference, real[:2], held, 3, Storage(), uri)
+    judge(SimpleNamespace(network=network, ema=EMA(network, 100.0), images_seen=128), spec, torch.device("cpu"))
+    for asked, wanted in ((seen[0], drawn[torch.arange(16) % 3]), (seen[-1], held)):
+        for name, there in (("pooled", text_dim), ("text", text_dim), ("label", classes)):
+            value = None if asked is None else getattr(asked, name)
+            assert torch.equal(value, getattr(wanted, name)) if there else value is None

@@ -10,8 +10,9 @@ from ray.tune.tune import _setup_signal_catching
 
 from ddpm.generate import Sampling
 from ddpm.model import ModelSpec
-from pipelines.config import compose, sampling
+from pipelines.config import compose, network_config, sampling
 from pipelines.display import no_stage_notice
+from pipelines.evaluation.real import HELD_OUT
 from pipelines.search import studies
 from pipelines.search.guidance_search import base_of
 from pipelines.search.study import StudyError, StudyStore
@@ -38,7 +39,7 @@ class Bench:
         monkeypatch.setattr(studies.tracking, "open_run", lambda *given: (Tracker("http://nowhere", "parent"), False))
         monkeypatch.setattr(studies.references, "resolve", lambda *given, **options: resolved)
         monkeypatch.setattr(studies, "read_dataset", lambda uri, storage: DATASET)
-        monkeypatch.setattr(studies, "_open_evaluation", lambda *given: (None, None))
+        monkeypatch.setattr(studies, "_open_evaluation", lambda *given: (None, SimpleNamespace(encoder=None)))
         monkeypatch.setattr(studies.Subject, "of", lambda *given: None)
         monkeypatch.setattr(studies.Distance, "of", lambda real: None)
         monkeypatch.setattr(studies, "connect_ray", lambda config, storage: None)
@@ -107,3 +108,27 @@ def test_a_guidance_study_that_is_refused_has_changed_nothing_in_mlflow(bench):
         with pytest.raises(StudyError, match=message):
             bench.study(resume=resume)
     assert bench.told == []
+
+
+def test_a_training_study_judges_by_the_captions_of_all_stored_test_images(bench, monkeypatch):
+    asked, shared = [], []
+
+    def open_captions(network, *given, held_out):
+        asked.append((network, held_out))
+        return "drawn", "held"
+
+    def share(*given):
+        shared.append(given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(studies, "open_captions", open_captions)
+    monkeypatch.setattr(studies, "fresh_images", lambda study, real: None)
+    monkeypatch.setattr(studies.ray, "cluster_resources", lambda: {"CPU": 4.0})
+    monkeypatch.setattr(studies.Shared, "of", share)
+    space = {"optim.lr": {"log": [1e-4, 1e-2]}}
+    trained = StudyConfig.model_validate({"kind": "training", "trials": 1, "space": space})
+    silent = {"on_change": lambda observer: None, "notice": no_stage_notice}
+    with pytest.raises(KeyboardInterrupt):
+        studies.training_study(bench.config, "t", trained, {}, resume=False, after=[], **silent)
+    assert asked == [(network_config(bench.config), HELD_OUT)]
+    assert shared[0][-1] == ("drawn", "held")

@@ -26,7 +26,9 @@ from pipelines.search.study import TrialRecord, trial_name
 from pipelines.search.study_config import StudyConfig
 from pipelines.search.training_confirmation import chosen, confirm, fresh_images
 from pipelines.storage import Storage
+from tests.pipelines.captioned import WIDTH
 from tests.pipelines.checkpoints.tiny import SMALL
+from tests.pipelines.evaluation.test_prompts import some_captions
 
 BASE = compose(["+experiment=digits"])
 
@@ -61,8 +63,9 @@ def real(count):
 
 def test_bits_per_dim_are_confirmed_on_test_images_that_have_judged_no_trial():
     bits = study(objectives=["bits_per_dim"], bits_per_dim_images=64)
-    images, labels = fresh_images(bits, real(100))
-    assert labels.tolist() == list(range(64, 100))
+    images, cond = fresh_images(bits, real(100))
+    assert cond.present == ("label",)
+    assert cond.label.tolist() == list(range(64, 100))
     assert images.flatten()[0] == pytest.approx(64 / 127.5 - 1)
     with pytest.raises(ConfigError, match=r"of the 90 stored test images 32 at least .* use 58 at most"):
         fresh_images(bits, real(90))
@@ -114,20 +117,18 @@ class Bench:
         self.seeds.append(seed)
         return [training_confirmation._bound(subject, *images, seed) for subject in subjects]
 
-    def trained(self, run_id, lr, distance):
+    def trained(self, run_id, lr, distance, text_dim=0):
         """The record of a trial that trained to its end, and its model."""
         torch.manual_seed(int(run_id, 16))
-        network = replace(SMALL, num_classes=0)
+        network = replace(SMALL, num_classes=0, text_dim=text_dim)
         spec = ModelSpec(network, {"kind": "cosine", "num_steps": 20}, "v", 8, ())
         self.models[f"runs:/{run_id}/640"] = Model(spec, UNet(network).eval())
         scores = {"frechet_distance": distance, "bits_per_dim": distance, "images_seen": 640.0}
         return replace(trial(lr, distance), scores=scores, run_id=run_id)
 
-    def confirm(self, study, records):
-        seeds = {"trials_seed": 5, "seed": 6}
-        return confirm(
-            study, self.base, self.evaluator, self.real, records, Storage(), notice=self.said.append, **seeds
-        )
+    def confirm(self, study, records, captions=None):
+        options = {"notice": self.said.append, "trials_seed": 5, "seed": 6}
+        return confirm(study, self.base, self.evaluator, self.real, records, Storage(), captions, **options)
 
 
 @pytest.fixture
@@ -156,6 +157,16 @@ def test_a_study_of_bits_per_dim_is_decided_by_the_bound_of_unseen_test_images(b
     assert {c.measure for c in found} == {"bits_per_dim"}
     assert {c.distance.n for c in found} == {(120 - 64,)}
     assert bench.seeds == [6, 6]
+
+
+def test_models_on_text_are_confirmed_by_captions(bench):
+    drawn, held = (some_captions([f"{word} {i}" for i in range(n)]) for word, n in (("a", 7), ("b", 120)))
+    records = [bench.trained("a1", BASE.optim.lr, 5.0, WIDTH), bench.trained("b2", 0.003, 4.0, WIDTH)]
+    seen = []
+    bench.models["runs:/b2/640"].network.register_forward_pre_hook(lambda module, given: seen.extend(given[2:]))
+    bench.confirm(study(objectives=["bits_per_dim"], confirm_samples=64), records, (drawn, held))
+    assert torch.equal(seen[0].pooled, drawn.pooled[torch.arange(64) % 7])
+    assert torch.equal(seen[-1].pooled, held.pooled[64:])
 
 
 def test_a_trial_whose_model_is_gone_is_left_out_and_without_the_default_nothing_is_confirmed(bench):

@@ -1,9 +1,14 @@
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.config import ConfigError, compose
 from pipelines.search.training_trial import Shared, rungs, trial_config
+from tests.pipelines.evaluation.test_prompts import some_captions
 from tests.pipelines.search.test_training_search import study
 
 
@@ -26,3 +31,20 @@ def test_a_trial_is_scored_at_its_rungs_alone_whatever_the_base_asks_of_a_run():
     config = trial_config(Shared(study(), base, "s", {}, "parent", None, None, None, None, None), {})  # type: ignore[arg-type]
     assert (config.evaluation.every, config.checkpoint.keep_best) == (None, None)
     assert config.evaluation.seed == base.evaluation.seed
+
+
+def test_trials_on_text_are_judged_by_the_captions_of_test_images():
+    images = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1)
+    train = SimpleNamespace(class_counts=(2, 3), moments=None)
+    real = SimpleNamespace(train=train, test=SimpleNamespace(count=5), held_out=lambda: (images, np.arange(5) % 2))
+    drawn = some_captions([f"a {i}" for i in range(6)], labels=[1, 0, 0, 1, 1, 0])
+    held = some_captions([f"b {i}" for i in range(5)])
+    chosen, base = study(samples=4, bits_per_dim_images=2), compose(["+experiment=digits"])
+    shared = Shared.of(chosen, base, "s", {}, "parent", None, real, (drawn, held))  # type: ignore[arg-type]
+    assert torch.equal(shared.cond.pooled, drawn.pooled[:4])
+    assert shared.cond.label.tolist() == [1, 0, 0, 1]
+    assert torch.equal(shared.held_out_cond.pooled, held.pooled[:2])
+    assert (shared.held_out_cond.label.tolist(), len(shared.held_out)) == ([0, 1], 2)
+    without = Shared.of(chosen, base, "s", {}, "parent", None, real)  # type: ignore[arg-type]
+    assert (without.cond.present, without.cond.label.bincount().tolist()) == (("label",), [2, 3])
+    assert without.held_out_cond.present == ("label",)
