@@ -107,6 +107,25 @@ def object_name(name: str) -> str:
     return f"{start[: NAME_LENGTH - 9].strip('-')}-{digest}"
 
 
+def check_same(job: str, running: str, asked: str, stop: str) -> None:
+    """Check that a job that runs already is the command that was asked for: a name says nothing of settings or MODEL.
+
+    Args:
+        job: its name, in words.
+        running: its command; empty where that is not known.
+        asked: the other one.
+        stop: the command that stops it.
+
+    Raises:
+        LaunchError: it is another one.
+    """
+    if running not in ("", asked):
+        raise LaunchError(
+            f"{job} runs another command already: `{running}`. This one would be `{asked}`: wait until that has ended, "
+            f"stop it with `{stop}`, or choose another name="
+        )
+
+
 @contextmanager
 def detachable(notice: StageNotice, text: str) -> Iterator[None]:
     """Let Ctrl-C or SIGTERM end this block, which follows a command, and say what goes on."""

@@ -12,8 +12,8 @@ from typing import Any
 
 from pipelines.config import ConfigError, KubeRayLaunch
 from pipelines.display import StageNotice
-from pipelines.launch.command import ClusterCommand, LaunchError, detachable
-from pipelines.launch.kuberay import manifest
+from pipelines.launch.command import ClusterCommand, LaunchError, check_same, detachable
+from pipelines.launch.kuberay import manifest, rayjob
 
 FOLLOW_EVERY_S = 3.0
 ENDED = ("Complete", "Failed")
@@ -41,6 +41,7 @@ class JobState:
     job_id: str = ""
     head_pod: str = ""
     attempts: int = 0
+    entrypoint: str = ""
 
     @property
     def ended(self) -> bool:
@@ -71,6 +72,7 @@ class JobState:
             status.get("jobId", ""),
             head.get("podName", ""),
             status.get("failed") or 0,
+            (plain.get("spec") or {}).get("entrypoint", ""),
         )
 
 
@@ -115,12 +117,14 @@ def apply(command: ClusterCommand, notice: StageNotice) -> None:
     """Create the RayJob of a command; one that runs already is left alone, one that has ended is replaced.
 
     Raises:
-        ConfigError, LaunchError: there is no kubectl, or the cluster refuses.
+        ConfigError, LaunchError: there is no kubectl, the RayJob runs another command, or the cluster refuses.
     """
     text = manifest(command)  # raises before anything is asked
     kubectl = kubectl_of(command)
     before = kubectl.get(command.object_name)
     if before is not None and not before.ended:
+        asked, stop = rayjob(command)["spec"]["entrypoint"], f"ddpm launch --target kuberay --stop {command.name}"
+        check_same(f"RayJob {before.name}", before.entrypoint, asked, stop)
         notice("launch", f"RayJob {before.name} is there already ({before}): following it")
         return
     if before is not None:

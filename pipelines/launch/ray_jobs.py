@@ -24,7 +24,7 @@ from ray.job_submission import JobSubmissionClient
 
 from pipelines.config import RayLaunch
 from pipelines.display import StageNotice
-from pipelines.launch.command import ClusterCommand, LaunchError, detachable
+from pipelines.launch.command import ClusterCommand, LaunchError, check_same, detachable
 from pipelines.loopback import bypass_proxies
 
 AGAIN = "@"
@@ -41,12 +41,14 @@ class Submission:
         status: "PENDING", "RUNNING", "SUCCEEDED", "FAILED" or "STOPPED".
         message: why, in Ray's words.
         started: seconds since 1970; None before it has.
+        entrypoint: what it runs; empty where that is not known.
     """
 
     id: str
     status: str
     message: str = ""
     started: float | None = None
+    entrypoint: str = ""
 
     @property
     def ended(self) -> bool:
@@ -109,14 +111,19 @@ class RayJobs:
         Args:
             program: what the cluster calls this program.
             variables: of the job's processes. Ray's dashboard shows them: addresses and paths, no secrets.
+
+        Raises:
+            LaunchError: a job of its name runs another command, or the cluster refuses.
         """
-        earlier = self.named(command.name)
+        earlier, entrypoint = self.named(command.name), command.shell(program)
         if earlier and not earlier[-1].ended:
+            stop = f"ddpm launch --target ray --stop {command.name}"
+            check_same(f"job {earlier[-1].id}", earlier[-1].entrypoint, entrypoint, stop)
             return earlier[-1], False
         identity = next_id(command.name, earlier)
         with _reporting(self.address):
             self.client.submit_job(
-                entrypoint=command.shell(program),
+                entrypoint=entrypoint,
                 submission_id=identity,
                 runtime_env={"env_vars": dict(variables)},
                 metadata={"run": command.config.name, "verb": command.verb},
@@ -222,7 +229,7 @@ def job_variables(command: ClusterCommand, home: Path | None) -> dict[str, str]:
 def _submission(job: Any) -> Submission:
     status, message = str(job.status), job.message or ""
     started = job.start_time / 1000 if job.start_time else None
-    return Submission(job.submission_id, status, " ".join(message.split())[:400], started)
+    return Submission(job.submission_id, status, " ".join(message.split())[:400], started, job.entrypoint or "")
 
 
 @contextmanager

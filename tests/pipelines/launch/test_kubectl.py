@@ -24,7 +24,8 @@ if words[0] == "get":
     states = json.loads((folder / "states").read_text())
     state = states.pop(0) if len(states) > 1 else states[0]
     (folder / "states").write_text(json.dumps(states))
-    print("" if state is None else json.dumps({{"metadata": {{"name": words[1].split("/")[1]}}, "status": state}}))
+    made = {{"metadata": {{"name": words[1].split("/")[1]}}, "status": state, "spec": {{"entrypoint": {entrypoint!r}}}}}
+    print("" if state is None else json.dumps(made))
 elif words[0] == "apply":
     (folder / "applied").write_text(sys.stdin.read())
     print("rayjob.ray.io/first created")
@@ -57,7 +58,7 @@ class Cluster:
 def cluster(tmp_path, monkeypatch):
     script = tmp_path / "bin" / "kubectl"
     script.parent.mkdir()
-    script.write_text(SCRIPT.format(python=sys.executable, folder=str(tmp_path)))
+    script.write_text(SCRIPT.format(python=sys.executable, folder=str(tmp_path), entrypoint=job()["spec"]["entrypoint"]))
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{script.parent}{os.pathsep}{os.environ['PATH']}")
     return Cluster(tmp_path)
@@ -90,6 +91,14 @@ def test_a_command_that_runs_already_is_left_alone(cluster, notice, said):
     apply(training(), notice)
     assert cluster.verbs() == ["get"]
     assert "is there already (Running running): following it" in said[0]
+
+
+def test_another_command_under_the_name_of_one_that_runs_is_refused(cluster, notice):
+    cluster.answers(RUNNING)
+    other = command("kuberay", *TRAIN, *KUBERAY, "launch.namespace=team", "images=64")
+    with pytest.raises(LaunchError, match=r"RayJob first runs another command already: `ddpm train .*--stop first"):
+        apply(other, notice)
+    assert cluster.verbs() == ["get"]
 
 
 def test_one_that_has_ended_is_replaced_so_that_its_run_resumes(cluster, notice, said):

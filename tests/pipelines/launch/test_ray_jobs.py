@@ -63,9 +63,13 @@ class Server:
     def __init__(self, *jobs, logs=(), statuses=("SUCCEEDED",)):
         self.jobs, self.logs, self.statuses = list(jobs), list(logs), list(statuses)
         self.submitted, self.stopped = [], []
+        self.entrypoint = command("ray", *TRAIN).shell()
 
     def list_jobs(self):
-        return [SimpleNamespace(submission_id=i, status=s, message=None, start_time=None) for i, s in self.jobs]
+        return [
+            SimpleNamespace(submission_id=i, status=s, message=None, start_time=None, entrypoint=self.entrypoint)
+            for i, s in self.jobs
+        ]
 
     def submit_job(self, **given):
         if given["submission_id"] in dict(self.jobs):
@@ -76,7 +80,9 @@ class Server:
         status = self.statuses.pop(0) if len(self.statuses) > 1 else self.statuses[0]
         if isinstance(status, Exception):
             raise status
-        return SimpleNamespace(submission_id=identity, status=status, message="as it is", start_time=2000)
+        return SimpleNamespace(
+            submission_id=identity, status=status, message="as it is", start_time=2000, entrypoint=self.entrypoint
+        )
 
     def stop_job(self, identity):
         self.stopped.append(identity)
@@ -102,6 +108,13 @@ def test_a_command_is_submitted_under_the_name_of_its_run():
     (given,) = server.submitted
     assert given["entrypoint"] == "ddpm train +experiment=digits name=first storage=s3 storage.root=s3://bucket/team"
     assert given["runtime_env"] == {"env_vars": {"A": "b"}}
+
+
+def test_another_command_under_the_name_of_one_that_runs_is_refused():
+    server = Server(("first", "RUNNING"))
+    with pytest.raises(LaunchError, match=r"job first runs another command already: `ddpm train .*--stop first"):
+        RayJobs(server, "http://ray").submit(command("ray", *TRAIN, "images=64"), "ddpm", {})
+    assert server.submitted == []
 
 
 def test_one_that_runs_already_is_not_submitted_again_and_one_that_has_ended_is():
