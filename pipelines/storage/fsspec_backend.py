@@ -48,6 +48,8 @@ _ENVIRONMENT = (
 )
 """Paths, endpoints and names that other processes need too; no secrets."""
 _TAGS = ("etag", "ETag", "md5Hash", "content_md5", "checksum", "mtime", "last_modified", "LastModified", "updated")
+_BROKEN = ("ConnectionError", "ProxyError", "ConnectTimeout", "ReadTimeout", "ChunkedEncodingError")
+"""Names of what `requests`, below some filesystems, raises for a connection that broke."""
 _TIMES = ("mtime", "last_modified", "LastModified", "updated", "modified")
 
 
@@ -236,8 +238,12 @@ def _reporting(uri: str) -> Iterator[None]:
     with reporting_os_errors(uri):
         try:
             yield
-        except (OSError, StorageError):
+        except StorageError:
             raise
+        except OSError as error:
+            if not _is_lost(error):
+                raise
+            raise _connect_anew(uri, error) from error
         except ImportError as error:
             raise StorageError(f"{uri}: {error}") from error
         except (ValueError, TypeError, NotImplementedError) as error:
@@ -252,5 +258,22 @@ def _answered(uri: str, error: Exception) -> StorageError:
     if status == 404:
         return not_found(uri)
     refused = status is not None and 400 <= status < 500 and status not in (408, 429)
-    kind = StorageError if refused else TransientStorageError
-    return kind(f"{uri}: {type(error).__name__}: {error}")
+    if refused or "Authentication" in type(error).__name__:  # which paramiko raises for a wrong password
+        return StorageError(f"{uri}: {type(error).__name__}: {error}")
+    return _connect_anew(uri, error)
+
+
+def _is_lost(error: OSError) -> bool:
+    """Return whether a library says by an error of its own, without a number, that a connection broke."""
+    return error.errno is None and (
+        type(error).__name__ in _BROKEN or (type(error) is OSError and "is closed" in str(error))
+    )
+
+
+def _connect_anew(uri: str, error: Exception) -> TransientStorageError:
+    """Return the error for a connection that broke, and forget the filesystems that may hold it for the next try."""
+    import fsspec
+
+    with suppress(ImportError, ValueError):
+        fsspec.get_filesystem_class(_scheme(uri)).clear_instance_cache()
+    return TransientStorageError(f"{uri}: {type(error).__name__}: {error}")

@@ -58,7 +58,9 @@ class Cluster:
 def cluster(tmp_path, monkeypatch):
     script = tmp_path / "bin" / "kubectl"
     script.parent.mkdir()
-    script.write_text(SCRIPT.format(python=sys.executable, folder=str(tmp_path), entrypoint=job()["spec"]["entrypoint"]))
+    script.write_text(
+        SCRIPT.format(python=sys.executable, folder=str(tmp_path), entrypoint=job()["spec"]["entrypoint"])
+    )
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{script.parent}{os.pathsep}{os.environ['PATH']}")
     return Cluster(tmp_path)

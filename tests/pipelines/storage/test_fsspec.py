@@ -11,9 +11,12 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import fsspec
 import pytest
+from fsspec import AbstractFileSystem
+from tenacity import wait_none
 
 from pipelines.storage import (
     BACKENDS,
@@ -171,6 +174,44 @@ def test_a_server_that_is_away_is_worth_another_try(monkeypatch):
     monkeypatch.setattr("gcsfs.retry.asyncio.sleep", lambda seconds: _soon())
     with pytest.raises(TransientStorageError, match=r"127\.0\.0\.1:9|Cannot connect"):
         STORAGE.read("gs://bucket/key", patience_s=0)
+
+
+class AuthenticationException(Exception):  # noqa: N818 - paramiko's name
+    """A wrong password."""
+
+
+class Sftp(AbstractFileSystem):
+    """A file system whose first connection breaks, and whose instances are kept as fsspec keeps them."""
+
+    protocol = "sftp"
+    errors: ClassVar[list[Exception]] = []
+    made = 0
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        type(self).made += 1
+
+    def cat_file(self, path, start=None, end=None, **options):
+        if self.errors:
+            raise self.errors.pop(0)
+        return b"bytes"
+
+
+def test_a_connection_that_broke_is_made_anew_and_a_wrong_password_is_final(monkeypatch):
+    monkeypatch.setattr("pipelines.retry.BACKOFF", wait_none())
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "sftp", Sftp)
+    Sftp.clear_instance_cache()
+    Sftp.errors[:] = [RuntimeError("Server connection dropped"), OSError("Socket is closed")]
+    assert STORAGE.read("sftp://host/file") == b"bytes"
+    assert Sftp.made == 3
+    Sftp.errors[:] = [AuthenticationException("no")]
+    with pytest.raises(StorageError, match="AuthenticationException") as refused:
+        STORAGE.read("sftp://host/file")
+    assert not isinstance(refused.value, TransientStorageError)
+    Sftp.errors[:] = [OSError("Forbidden")]
+    with pytest.raises(StorageError, match="Forbidden") as refused:
+        STORAGE.read("sftp://host/file")
+    assert not isinstance(refused.value, TransientStorageError)
 
 
 async def _soon() -> None:
