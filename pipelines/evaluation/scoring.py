@@ -62,20 +62,22 @@ class Scored:
         """Whether the scores were computed now."""
         return self.at_ms is not None
 
-    def record(self, tracker: Tracker, model: CheckpointModel | None) -> None:
+    def record(self, tracker: Tracker, model: CheckpointModel | None, *, own: bool = True) -> None:
         """Record scores and pictures in a run; the file last, by which a later evaluation finds the scores.
 
         Done again after an interruption, everything is there once.
 
         Args:
             model: the logged model of the checkpoint, which gets the scores too; None where it has none.
+            own: whether the run scores its checkpoints so; pictures of another evaluation have keys of their own.
         """
         at_ms = int(time.time() * 1000) if self.at_ms is None else self.at_ms
         if model is None:
             tracker.metrics(self.scores.metrics(), self.images_seen, at_ms)
         else:
             tracking.log_scores(tracker, model, self.scores.metrics(), self.dataset, at_ms)
-        for key, picture in self.pictures.items():
+        for kind, picture in self.pictures.items():
+            key = kind if own else f"{kind}{_suffix(self.artifact)}"
             if model is None or not tracker.has_picture(key, self.images_seen):
                 tracker.image(key, picture, self.images_seen)
         if self.terms is not None:
@@ -109,7 +111,7 @@ def score_and_record(
             and references.scored_alike(config, resolved.tracker)
         )
         models = tracking.checkpoint_models(resolved.tracker) if own else {}
-        scored.record(resolved.tracker, models.get(scored.images_seen))
+        scored.record(resolved.tracker, models.get(scored.images_seen), own=own)
         if own and resolved.published is not None:
             record_scores(resolved.tracker, resolved.published.images_seen, scored.scores.metrics())
     return scored.scores, scored.fresh
@@ -227,6 +229,28 @@ def _artifact(
     decisive += [] if prompts is None else [list(prompts.record().values())]
     key = hashlib.sha256(json.dumps([*decisive, request.sampling.key()]).encode()).hexdigest()[:16]
     return f"{FOLDER}/{images_seen:012d}-{key}.json"
+
+
+def _suffix(artifact: str) -> str:
+    """Return what the keys of an evaluation's pictures end with, where its run scores checkpoints otherwise."""
+    return f"-{artifact.rpartition('-')[2][:8]}"
+
+
+def pictures_of(tracker: Tracker, artifact: str | None, images_seen: int) -> dict[str, str]:
+    """Return key -> artifact of the pictures at a number of images seen: those of one evaluation, and all others.
+
+    Args:
+        artifact: of the scores of the evaluation; None where it is not known, and the run's own pictures are meant.
+    """
+    found = tracking.pictures_at(tracker.names("images"), images_seen)
+    suffix = "+" if artifact is None else _suffix(artifact)  # no key has a plus sign
+    return found | {key.removesuffix(suffix): name for key, name in found.items() if key.endswith(suffix)}
+
+
+def find_artifact(tracker: Tracker, scores: Scores, images_seen: int) -> str | None:
+    """Return the artifact of a run that has these scores of its model; None without one."""
+    of_images = [name for name in tracker.names(FOLDER) if name.startswith(f"{FOLDER}/{images_seen:012d}-")]
+    return next((name for name in of_images if _recorded(tracker, name) == scores), None)
 
 
 def _recorded(tracker: Tracker, artifact: str) -> Scores | None:

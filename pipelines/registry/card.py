@@ -20,6 +20,7 @@ from ddpm.model import ModelSpec
 from ddpm.models import NETWORKS
 from pipelines import tracking
 from pipelines.evaluation.scores import LABELS, Estimate, Scores
+from pipelines.evaluation.scoring import find_artifact, pictures_of
 from pipelines.registry.evidence import Evidence
 from pipelines.registry.verdict import Verdict
 from pipelines.shards.index import Dataset, DatasetError, read_dataset
@@ -86,7 +87,8 @@ def read_origin(uri: str, version: ModelVersion, evidence: Evidence, storage: St
     tracker = Tracker(uri, version.run_id)
     with suppress(TrackingError):  # the run may be deleted, or be none of a training
         run = links.run_page(tracker.experiment_id(), tracker.run_id)
-        found = tracking.pictures_at(tracker.names("images"), int(evidence.lineage.get("images_seen", 0)))
+        seen = int(evidence.lineage.get("images_seen", 0))
+        found = pictures_of(tracker, find_artifact(tracker, evidence.scores, seen), seen)
         pictures = {key: links.artifact(tracker.run_id, name) for key, name in found.items()}
         settings = tracking.recorded_config(tracker)
     return Origin(dataset, settings, run, pictures)

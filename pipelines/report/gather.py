@@ -23,7 +23,7 @@ from pipelines.config import Config
 from pipelines.display import Notice, no_notice
 from pipelines.errors import PipelineError
 from pipelines.evaluation.scores import Scores
-from pipelines.evaluation.scoring import FOLDER
+from pipelines.evaluation.scoring import FOLDER, pictures_of
 from pipelines.registry import Verdict
 from pipelines.registry.card import PICTURES, parameters
 from pipelines.registry.gate import comparable
@@ -123,7 +123,7 @@ class _Reader:
         with self._part("the gate's decisions"):
             facts = replace(facts, verdicts=_verdicts(version))
         with self._part("the pictures"):
-            facts = replace(facts, **self._pictures(seen))
+            facts = replace(facts, **self._pictures(recorded, facts.scores, seen))
         with self._part("the terms of the bound"):
             facts = replace(facts, bound=self._bound(recorded, facts.scores))
         tried = tried_by_evaluations(recorded, seen)
@@ -272,16 +272,19 @@ class _Reader:
             return {"champion_note": f"{note}its scores do not compare with these."}
         return {"champion": (champion.uri, theirs)}
 
-    def _pictures(self, seen: int | None) -> dict[str, Any]:
+    def _pictures(
+        self, recorded: Sequence[tuple[str, Scores]], scores: Scores | None, seen: int | None
+    ) -> dict[str, Any]:
+        """Return the grids of the training, and the pictures of the evaluation whose scores are shown."""
         tracker = self.subject.tracker
-        names = tracker.names("images")
-        grids = list(tracking.pictures_of(names, GRIDS).items())
+        grids = list(tracking.pictures_of(tracker.names("images"), GRIDS).items())
         shown = [grids[i] for i in spread_positions(len(grids), MOST_GRIDS)]
         found: dict[str, Any] = {"growth": tuple((step, self._picture(grid)) for step, grid in shown)}
+        artifact = next((name for name, of in recorded if scores is not None and of == scores), None)
+        own = {} if seen is None else pictures_of(tracker, artifact, seen)
         for part, key in (("samples", SAMPLES), ("nearest", NEAREST)):
-            of_key = tracking.pictures_of(names, key)
-            if seen in of_key:
-                found[part] = self._picture(of_key[seen])
+            if key in own:
+                found[part] = self._picture(own[key])
         return found
 
     def _picture(self, name: str) -> Picture:

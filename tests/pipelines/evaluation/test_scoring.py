@@ -2,6 +2,7 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ from pipelines.checkpoints import Published
 from pipelines.config import compose, sampling
 from pipelines.display import Silent
 from pipelines.evaluation import scoring
-from pipelines.evaluation.scoring import check_fits, find_scores, score, score_and_record
+from pipelines.evaluation.scoring import Scored, check_fits, find_scores, score, score_and_record
 from pipelines.references import Resolved
 from pipelines.shards.index import Dataset, DatasetError
 from pipelines.storage import Storage
@@ -130,9 +131,25 @@ def test_only_scores_that_compare_with_its_runs_go_into_the_record_of_a_checkpoi
     resolved = Resolved("x", Model(spec, torch.nn.Identity()), tracker=run, published=Published("u", 640, "digest"))
     said: list[object] = []
     scored = SimpleNamespace(fresh=True, scores=scores(), images_seen=640)
-    scored.record = lambda tracker, model: said.append(model)
+    scored.record = lambda tracker, model, own: said.append((model, own))
     monkeypatch.setattr(scoring, "score", lambda *arguments: scored)
     monkeypatch.setattr(tracking, "checkpoint_models", lambda tracker: {640: "its logged model"})
     monkeypatch.setattr(scoring, "record_scores", lambda tracker, images, metrics: said.append(images))
     score_and_record(resolved, sampling(config), config, Storage(), Silent(), lambda: None, data)
-    assert said == (["its logged model", 640] if compares else [None])
+    assert said == ([("its logged model", True), 640] if compares else [(None, False)])
+
+
+@pytest.mark.parametrize("own, key", [(True, "evaluation"), (False, "evaluation-0123abcd")])
+def test_pictures_of_another_evaluation_have_keys_of_their_own(monkeypatch, own, key):
+    drawn = []
+    run = SimpleNamespace(
+        metrics=lambda *given: None,
+        text=lambda *given: None,
+        has_picture=lambda *given: False,
+        image=lambda key, picture, step: drawn.append((key, step)),
+    )
+    monkeypatch.setattr(tracking, "describe", lambda tracker, parts: None)
+    artifact = "evaluation/000000000640-0123abcd4567.json"
+    scored = Scored(scores(), artifact, 640, ("d", "e"), {"evaluation": np.zeros((2, 2, 3), np.uint8)}, None, 1)
+    scored.record(run, None, own=own)  # type: ignore[arg-type]
+    assert drawn == [(key, 640)]

@@ -10,6 +10,7 @@ import pytest
 from pipelines import tracking
 from pipelines.checkpoints import Published
 from pipelines.config import compose
+from pipelines.evaluation.scoring import find_artifact, pictures_of
 from pipelines.report.gather import gather
 from pipelines.report.sections import sections
 from pipelines.report.subject import Subject
@@ -90,6 +91,24 @@ def read(config, tracker, monkeypatch):
     gate = {"gate.champion.table": json.dumps(VERDICT.to_plain())}
     version = ModelVersion("digits", "2", RUN, {"images_seen": "1000", **gate}, ())
     return lambda: gather(Subject("first", tracker, version), config, storage)
+
+
+def test_the_samples_shown_are_those_of_the_evaluation_whose_scores_are_shown(read, tracker):
+    other, own = picture(9), grid("evaluation", 1000)
+    beside = {"scale": 7.0, **{k: v for k, v in SCORES.sampling.items() if k != "scale"}}
+    name, scores = "evaluation/000000001000-bbbbbbbbcc.json", replace(SCORES, sampling=beside)
+    tracker.files[name] = json.dumps(scores.to_plain()).encode()
+    tracker.files[grid("evaluation-bbbbbbbb", 1000)] = other.data
+    facts = read()  # of the last one, where nothing says which is the checkpoint's own
+    assert (facts.scores, facts.samples, facts.nearest) == (scores, other, picture(7))
+    assert find_artifact(tracker, scores, 1000) == name
+    assert pictures_of(tracker, "evaluation/000000001000-bbbbbbbbcc.json", 1000)["evaluation"] != own
+    assert pictures_of(tracker, "evaluation/000000001000-aa.json", 1000)["evaluation"] == own
+    assert pictures_of(tracker, None, 1000)["evaluation"] == own
+    assert find_artifact(tracker, SCORES, 1000) == "evaluation/000000001000-aa.json"
+    assert find_artifact(tracker, SCORES, 500) is None
+    del tracker.files[name]
+    assert read().samples == picture(7)
 
 
 def test_every_part_of_a_run_is_read(read):
