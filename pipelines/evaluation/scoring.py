@@ -250,13 +250,16 @@ def pictures_of(tracker: Tracker, artifact: str | None, images_seen: int) -> dic
 def find_artifact(tracker: Tracker, scores: Scores, images_seen: int) -> str | None:
     """Return the artifact of a run that has these scores of its model; None without one."""
     of_images = [name for name in tracker.names(FOLDER) if name.startswith(f"{FOLDER}/{images_seen:012d}-")]
-    return next((name for name in of_images if _recorded(tracker, name) == scores), None)
+    return next((name for name in of_images if read_scores(tracker, name) == scores), None)
 
 
 def _recorded(tracker: Tracker, artifact: str) -> Scores | None:
     """Return the scores in an artifact of a run; None where it has no such artifact."""
-    if artifact not in tracker.names(FOLDER):
-        return None
+    return read_scores(tracker, artifact) if artifact in tracker.names(FOLDER) else None
+
+
+def read_scores(tracker: Tracker, artifact: str) -> Scores:
+    """Return the scores in an artifact of a run."""
     return Scores.from_plain(json.loads(tracker.read_text(artifact)))
 
 

@@ -23,7 +23,7 @@ from pipelines.config import Config
 from pipelines.display import Notice, no_notice
 from pipelines.errors import PipelineError
 from pipelines.evaluation.scores import Scores
-from pipelines.evaluation.scoring import FOLDER, pictures_of
+from pipelines.evaluation.scoring import FOLDER, pictures_of, read_scores
 from pipelines.registry import Verdict
 from pipelines.registry.card import PICTURES, parameters
 from pipelines.registry.gate import comparable
@@ -224,7 +224,7 @@ class _Reader:
         """Return (artifact, scores) of every evaluation of the run, those of fewest images first."""
         tracker = self.subject.tracker
         names = sorted(name for name in tracker.names(FOLDER) if name.endswith(".json"))
-        return [(name, Scores.from_plain(json.loads(tracker.read_text(name)))) for name in names]
+        return [(name, read_scores(tracker, name)) for name in names]
 
     def _scores(
         self,
