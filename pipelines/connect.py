@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from pipelines import stack
 from pipelines.config import Config, ConfigError
-from pipelines.credentials import MLFLOW_FILE, SETTINGS, clean_environment, hand_over, redact, split_address
+from pipelines.credentials import MLFLOW_FILE, SETTINGS, TITLES, clean_environment, hand_over, redact, split_address
 from pipelines.display import StageNotice, no_stage_notice
 from pipelines.stack import StackState
 from pipelines.storage import StorageError, check_address
@@ -149,7 +149,7 @@ def find_running(
     down = [service for service in missing if service in wanted and not running[service]]
     if down:
         raise stack.StackError(
-            f"{' and '.join(_TITLES[service] for service in down)} of the local stack "
+            f"{' and '.join(TITLES[service] for service in down)} of the local stack "
             f"{'is' if len(down) == 1 else 'are'} not running, and no other is named: start the stack with `ddpm up`, "
             f"or set {' and '.join(_SETTINGS[service] for service in down)}"
         )
@@ -204,5 +204,4 @@ def without_secrets(config: Config) -> tuple[Config, dict[str, str]]:
     return config, variables
 
 
-_TITLES = {"s3": "S3", "mlflow": "MLflow", "ray": "Ray"}
 _SETTINGS = {"s3": "storage=s3 storage.root=…", "mlflow": "tracking.uri=…", "ray": "cluster.address=…"}

@@ -18,6 +18,8 @@ from io import StringIO
 from pathlib import Path
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+from pipelines.errors import ConfigError
+
 MLFLOW_FILE = "DDPM_MLFLOW_CREDENTIALS_FILE"
 """The variable that names a file in the form of MLflow's own `~/.mlflow/credentials`."""
 MLFLOW_VARIABLES = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
@@ -25,6 +27,8 @@ AWS_FILE = "AWS_SHARED_CREDENTIALS_FILE"
 AWS_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 SETTINGS = {"tracking.uri": "mlflow", "storage.endpoint_url": "s3", "cluster.address": "ray"}
 """Fields of the configuration that hold an address, and the service that is there."""
+TITLES = {"mlflow": "MLflow", "s3": "S3", "ray": "Ray"}
+"""What services are called in messages."""
 ADDRESS_VARIABLES = {
     "MLFLOW_TRACKING_URI": "mlflow",
     "AWS_ENDPOINT_URL": "s3",
@@ -45,9 +49,19 @@ def split_address(address: str, service: str) -> tuple[str, dict[str, str]]:
 
     Args:
         service: "mlflow", "s3" or "ray"; Ray's token is the password, or the user name where there is none.
+
+    Raises:
+        ConfigError: it is no address.
     """
     has_scheme = "://" in address
-    parts = urlsplit(address if has_scheme else f"//{address}")
+    try:
+        parts = urlsplit(address if has_scheme else f"//{address}")
+        _ = parts.port  # which is read, and checked, only now
+    except ValueError as error:
+        raise ConfigError(
+            f"{address.rpartition('@')[2]!r} is not an address of {TITLES[service]}: {error}. Write HOST:PORT or "
+            "http://HOST:PORT, with the HOST of IPv6 in brackets"
+        ) from None
     info, separator, host = parts.netloc.rpartition("@")
     if not separator:
         return address, {}

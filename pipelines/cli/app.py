@@ -78,8 +78,8 @@ def hide_secrets() -> None:
 
 def main() -> None:
     """Run the command line and exit with 0 (done), 1 (failed) or 2 (bad usage or configuration)."""
-    hide_secrets()
     try:
+        hide_secrets()
         app(standalone_mode=True)
     except PipelineError as error:
         terminal.error("configuration error" if isinstance(error, ConfigError) else "error", error)

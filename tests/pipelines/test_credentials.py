@@ -50,6 +50,13 @@ def test_user_info_becomes_variables(address, service, bare, variables):
     assert split_address(address, service) == (bare, variables)
 
 
+@pytest.mark.parametrize("address", ["http://me:hush@[::1:5000", "https://ml:99999", "hush@head:port"])
+def test_what_is_no_address_is_refused_without_its_user_info(address):
+    with pytest.raises(ConfigError, match=r"is not an address of MLflow: .*Write HOST:PORT") as refused:
+        split_address(address, "mlflow")
+    assert "hush" not in str(refused.value)
+
+
 def test_user_info_is_masked_in_any_text():
     text = "no answer from 'https://me:hush@ml.example/x' or sftp://me:hush@b, see https://ok.example/a@b"
     assert redact(text) == "no answer from 'https://***@ml.example/x' or sftp://***@b, see https://ok.example/a@b"
