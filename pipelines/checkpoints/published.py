@@ -54,10 +54,9 @@ class Published:
         return f"{PUBLISHED}/{self.images_seen:012d}.json"
 
     @property
-    def marks(self) -> tuple[str, ...]:
-        """What every record of these very files has in it, whatever scores were added to it."""
-        plain = {name: value for name, value in asdict(self).items() if name != "scores"}
-        return tuple(f"{tracking.to_json(name)}: {tracking.to_json(value)}" for name, value in plain.items())
+    def mark(self) -> str:
+        """What every record of these very files has in it: their address, at which nobody else has ever written."""
+        return f'"uri": {tracking.to_json(self.uri)}'
 
     def record(self) -> tuple[str, str]:
         """Return (text, name) of the artifact that records it in the MLflow run."""

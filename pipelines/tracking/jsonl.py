@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -93,7 +93,7 @@ class JsonLines:
     def text(self, text: str, name: str) -> None:
         """Ignore a text."""
 
-    def holds(self, marks: Sequence[str], name: str) -> bool:
+    def holds(self, mark: str, name: str) -> bool:
         """Return that there is none."""
         return False
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -62,13 +62,11 @@ class MlflowSink:
         with self._waiting():
             self.tracker.text(text, name)
 
-    def holds(self, marks: Sequence[str], name: str) -> bool:
-        """Return whether there is an artifact of that name with all of these in it."""
+    def holds(self, mark: str, name: str) -> bool:
+        """Return whether there is an artifact of that name with this in it."""
         with self._waiting():
-            if name not in self.tracker.names(name.rpartition("/")[0] or None):
-                return False
-            text = self.tracker.read_text(name)
-            return all(mark in text for mark in marks)
+            there = name in self.tracker.names(name.rpartition("/")[0] or None)
+            return there and mark in self.tracker.read_text(name)
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -78,13 +78,13 @@ class Outbox:
         np.savez(stored, pixels=pixels, key=np.array(key), step=np.array(step))
         self._keep("image", step, stored.getvalue())
 
-    def text(self, text: str, name: str, step: int, marks: Sequence[str] = ()) -> None:
+    def text(self, text: str, name: str, step: int, mark: str = "") -> None:
         """Send a text file; under the same name it replaces itself.
 
         Args:
-            marks: a text of that name with all of these in it is the same one, perhaps with more in it, and stays.
+            mark: a text of that name with this in it is the same one, perhaps with more in it, and stays; "": none is.
         """
-        self._keep("text", step, json.dumps({"text": text, "name": name, "marks": list(marks)}).encode())
+        self._keep("text", step, json.dumps({"text": text, "name": name, "mark": mark}).encode())
 
     def flush(self, timeout_s: float = 300.0) -> None:
         """Wait until everything is sent.
@@ -222,8 +222,8 @@ class Outbox:
                 self.last_steps |= dict.fromkeys(fresh, step)
         elif suffix == ".text":
             written = json.loads(data)
-            marks = written.get("marks")
-            if not (marks and self.sink.holds(marks, written["name"])):
+            mark = written.get("mark")
+            if not (mark and self.sink.holds(mark, written["name"])):
                 self.sink.text(written["text"], written["name"])
         else:
             if self.last_pictures is None:

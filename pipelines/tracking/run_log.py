@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -66,14 +66,14 @@ class RunLog:
         for outbox in self.outboxes.values():
             outbox.image(key, pixels, step)
 
-    def text(self, text: str, name: str, step: int, marks: Sequence[str] = ()) -> None:
+    def text(self, text: str, name: str, step: int, mark: str = "") -> None:
         """Log a text file at `step` images seen; under the same name it replaces itself.
 
         Args:
-            marks: a text of that name with all of these in it is the same one, perhaps with more in it, and stays.
+            mark: a text of that name with this in it is the same one, perhaps with more in it, and stays; "": none is.
         """
         for outbox in self.outboxes.values():
-            outbox.text(text, name, step, marks)
+            outbox.text(text, name, step, mark)
 
     def flush(self, timeout_s: float = 300.0) -> None:
         """Wait until everything is sent.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,8 +40,8 @@ class Sink(Protocol):
     def text(self, text: str, name: str) -> None:
         """Record a text file; written again under the same name it replaces itself."""
 
-    def holds(self, marks: Sequence[str], name: str) -> bool:
-        """Return whether a text file of that name is recorded and has all of these in it."""
+    def holds(self, mark: str, name: str) -> bool:
+        """Return whether a text file of that name is recorded and has this in it."""
 
 
 @dataclass(frozen=True)

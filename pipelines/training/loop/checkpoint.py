@@ -114,7 +114,7 @@ class Checkpointer:
             published = checkpoints.publish(storage, uri, job.published_uri(name), state)
             if self.log:
                 # It travels with the checkpoint too: sent again after a resume, it must not take the scores away.
-                self.log.text(*published.record(), state.images_seen, marks=published.marks)
+                self.log.text(*published.record(), state.images_seen, mark=published.mark)
         if self.log and (unsent := self.log.pack()):
             (folder / UNSENT).write_bytes(unsent)
             state = checkpoints.with_file(state, folder / UNSENT)
