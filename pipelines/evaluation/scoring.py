@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from ddpm.generate import Sampling
 from ddpm.model import Model, ModelSpec, tensors_digest
 from pipelines import references, tracking
-from pipelines.checkpoints import record_scores
+from pipelines.checkpoints import list_published, record_scores
 from pipelines.config import Config
 from pipelines.display import Display
 from pipelines.evaluation.evaluate import Evaluation, Request, evaluate
@@ -62,7 +63,7 @@ class Scored:
         """Whether the scores were computed now."""
         return self.at_ms is not None
 
-    def record(self, tracker: Tracker, model: CheckpointModel | None, *, own: bool = True) -> None:
+    def record(self, tracker: Tracker, model: CheckpointModel | None, *, own: bool = True, shown: bool = True) -> None:
         """Record scores and pictures in a run; the file last, by which a later evaluation finds the scores.
 
         Done again after an interruption, everything is there once.
@@ -70,11 +71,12 @@ class Scored:
         Args:
             model: the logged model of the checkpoint, which gets the scores too; None where it has none.
             own: whether the run scores its checkpoints so; pictures of another evaluation have keys of their own.
+            shown: whether the curves of the run and its Score line get them; no others take the place of its own.
         """
         at_ms = int(time.time() * 1000) if self.at_ms is None else self.at_ms
-        if model is None:
+        if shown and model is None:
             tracker.metrics(self.scores.metrics(), self.images_seen, at_ms)
-        else:
+        elif shown and model is not None:
             tracking.log_scores(tracker, model, self.scores.metrics(), self.dataset, at_ms)
         for kind, picture in self.pictures.items():
             key = kind if own else f"{kind}{_suffix(self.artifact)}"
@@ -83,8 +85,9 @@ class Scored:
         if self.terms is not None:
             tracker.text(self.terms, self.artifact.replace(FOLDER, "bound", 1))
         tracker.text(tracking.to_json(self.scores.to_plain()), self.artifact)
-        scored = "; ".join(f"{name} {text}" for name, text in self.scores.lines())
-        tracking.describe(tracker, {"Score": f"at {self.images_seen:,} images: {scored}."})
+        if shown:
+            scored = "; ".join(f"{name} {text}" for name, text in self.scores.lines())
+            tracking.describe(tracker, {"Score": f"at {self.images_seen:,} images: {scored}."})
 
 
 def score_and_record(
@@ -102,18 +105,26 @@ def score_and_record(
         The scores, and whether they were computed now.
     """
     scored = score(resolved, settings, config, storage, display, connect, dataset_uri)
-    if scored.fresh and resolved.tracker is not None:
-        # Scores of other settings, data or judges stand beside its own, by which the best checkpoint is chosen.
-        own = (
-            resolved.published is not None
-            and settings == resolved.model.spec.sampling
-            and dataset_uri is None
-            and references.scored_alike(config, resolved.tracker)
-        )
-        models = tracking.checkpoint_models(resolved.tracker) if own else {}
-        scored.record(resolved.tracker, models.get(scored.images_seen), own=own)
-        if own and resolved.published is not None:
-            record_scores(resolved.tracker, resolved.published.images_seen, scored.scores.metrics())
+    tracker, published, spec = resolved.tracker, resolved.published, resolved.model.spec
+    if tracker is None:
+        return scored.scores, scored.fresh
+    # Scores of other settings, data or judges stand beside its own, by which the best checkpoint is chosen.
+    own = (
+        published is not None
+        and settings == spec.sampling
+        and dataset_uri is None
+        and scored.scores.stream_digest == spec.lineage.get("stream_digest", scored.scores.stream_digest)
+        and references.scored_alike(config, tracker)
+    )
+    if own and published is not None:
+        if scored.fresh or not scored.scores.metrics().items() <= published.scores.items():
+            # They may be there, and not in the record: of an evaluation that was interrupted, or asked for otherwise.
+            scored.record(tracker, tracking.checkpoint_models(tracker).get(scored.images_seen))
+            record_scores(tracker, published.images_seen, scored.scores.metrics())
+    elif scored.fresh:
+        of_run = [published] if published is not None else list_published(tracker, deleted=True)
+        has_own = any(one.scores for one in of_run if one.images_seen == scored.images_seen)
+        scored.record(tracker, None, own=False, shown=not has_own)
     return scored.scores, scored.fresh
 
 
@@ -236,21 +247,28 @@ def _suffix(artifact: str) -> str:
     return f"-{artifact.rpartition('-')[2][:8]}"
 
 
-def pictures_of(tracker: Tracker, artifact: str | None, images_seen: int) -> dict[str, str]:
-    """Return key -> artifact of the pictures at a number of images seen: those of one evaluation, and all others.
+def evaluation_pictures(names: Iterable[str], artifact: str | None, images_seen: int) -> dict[str, str]:
+    """Return key -> artifact of the pictures at a number of images seen; those of one evaluation, where it has its own.
 
     Args:
+        names: artifacts of a run, its pictures among them.
         artifact: of the scores of the evaluation; None where it is not known, and the run's own pictures are meant.
     """
-    found = tracking.pictures_at(tracker.names("images"), images_seen)
-    suffix = "+" if artifact is None else _suffix(artifact)  # no key has a plus sign
+    found = tracking.pictures_at(names, images_seen)
+    if artifact is None:
+        return found
+    suffix = _suffix(artifact)
     return found | {key.removesuffix(suffix): name for key, name in found.items() if key.endswith(suffix)}
 
 
 def find_artifact(tracker: Tracker, scores: Scores, images_seen: int) -> str | None:
     """Return the artifact of a run that has these scores of its model; None without one."""
-    of_images = [name for name in tracker.names(FOLDER) if name.startswith(f"{FOLDER}/{images_seen:012d}-")]
-    return next((name for name in of_images if read_scores(tracker, name) == scores), None)
+    for name in tracker.names(FOLDER):
+        if name.startswith(f"{FOLDER}/{images_seen:012d}-"):
+            with suppress(LookupError, TypeError, ValueError):  # those of a newer release may not be understood
+                if read_scores(tracker, name) == scores:
+                    return name
+    return None
 
 
 def _recorded(tracker: Tracker, artifact: str) -> Scores | None:

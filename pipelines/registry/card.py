@@ -20,7 +20,7 @@ from ddpm.model import ModelSpec
 from ddpm.models import NETWORKS
 from pipelines import tracking
 from pipelines.evaluation.scores import LABELS, Estimate, Scores
-from pipelines.evaluation.scoring import find_artifact, pictures_of
+from pipelines.evaluation.scoring import evaluation_pictures, find_artifact
 from pipelines.registry.evidence import Evidence
 from pipelines.registry.verdict import Verdict
 from pipelines.shards.index import Dataset, DatasetError, read_dataset
@@ -88,7 +88,7 @@ def read_origin(uri: str, version: ModelVersion, evidence: Evidence, storage: St
     with suppress(TrackingError):  # the run may be deleted, or be none of a training
         run = links.run_page(tracker.experiment_id(), tracker.run_id)
         seen = int(evidence.lineage.get("images_seen", 0))
-        found = pictures_of(tracker, find_artifact(tracker, evidence.scores, seen), seen)
+        found = evaluation_pictures(tracker.names("images"), find_artifact(tracker, evidence.scores, seen), seen)
         pictures = {key: links.artifact(tracker.run_id, name) for key, name in found.items()}
         settings = tracking.recorded_config(tracker)
     return Origin(dataset, settings, run, pictures)

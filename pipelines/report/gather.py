@@ -23,7 +23,7 @@ from pipelines.config import Config
 from pipelines.display import Notice, no_notice
 from pipelines.errors import PipelineError
 from pipelines.evaluation.scores import Scores
-from pipelines.evaluation.scoring import FOLDER, pictures_of, read_scores
+from pipelines.evaluation.scoring import FOLDER, evaluation_pictures, read_scores
 from pipelines.registry import Verdict
 from pipelines.registry.card import PICTURES, parameters
 from pipelines.registry.gate import comparable
@@ -120,12 +120,13 @@ class _Reader:
         with self._part("the scores"):
             recorded = self._recorded()
         facts = replace(facts, **self._scores(recorded, published, spec, seen))
+        artifact = next((name for name, of in recorded if of == facts.scores), None)
         with self._part("the gate's decisions"):
             facts = replace(facts, verdicts=_verdicts(version))
         with self._part("the pictures"):
-            facts = replace(facts, **self._pictures(recorded, facts.scores, seen))
+            facts = replace(facts, **self._pictures(artifact, seen))
         with self._part("the terms of the bound"):
-            facts = replace(facts, bound=self._bound(recorded, facts.scores))
+            facts = replace(facts, bound=self._bound(artifact))
         tried = tried_by_evaluations(recorded, seen)
         with self._part("the studies of this model"):
             tried += self._tried_by_studies()
@@ -222,9 +223,11 @@ class _Reader:
 
     def _recorded(self) -> list[tuple[str, Scores]]:
         """Return (artifact, scores) of every evaluation of the run, those of fewest images first."""
-        tracker = self.subject.tracker
-        names = sorted(name for name in tracker.names(FOLDER) if name.endswith(".json"))
-        return [(name, read_scores(tracker, name)) for name in names]
+        tracker, found = self.subject.tracker, []
+        for name in sorted(name for name in tracker.names(FOLDER) if name.endswith(".json")):
+            with self._part(f"the scores {name}"):
+                found.append((name, read_scores(tracker, name)))
+        return found
 
     def _scores(
         self,
@@ -272,32 +275,32 @@ class _Reader:
             return {"champion_note": f"{note}its scores do not compare with these."}
         return {"champion": (champion.uri, theirs)}
 
-    def _pictures(
-        self, recorded: Sequence[tuple[str, Scores]], scores: Scores | None, seen: int | None
-    ) -> dict[str, Any]:
-        """Return the grids of the training, and the pictures of the evaluation whose scores are shown."""
-        tracker = self.subject.tracker
-        grids = list(tracking.pictures_of(tracker.names("images"), GRIDS).items())
+    def _pictures(self, artifact: str | None, seen: int | None) -> dict[str, Any]:
+        """Return the grids of the training, and the pictures of the evaluation whose scores are shown.
+
+        Args:
+            artifact: of those scores.
+        """
+        names = self.subject.tracker.names("images")
+        grids = list(tracking.pictures_of(names, GRIDS).items())
         shown = [grids[i] for i in spread_positions(len(grids), MOST_GRIDS)]
         found: dict[str, Any] = {"growth": tuple((step, self._picture(grid)) for step, grid in shown)}
-        artifact = next((name for name, of in recorded if scores is not None and of == scores), None)
-        own = {} if seen is None else pictures_of(tracker, artifact, seen)
+        evaluated = {} if seen is None else evaluation_pictures(names, artifact, seen)
         for part, key in (("samples", SAMPLES), ("nearest", NEAREST)):
-            if key in own:
-                found[part] = self._picture(own[key])
+            if key in evaluated:
+                found[part] = self._picture(evaluated[key])
         return found
 
     def _picture(self, name: str) -> Picture:
         return Picture.of_file(self.subject.tracker.read_file(name))
 
-    def _bound(self, recorded: Sequence[tuple[str, Scores]], scores: Scores | None) -> tuple[Point, ...]:
+    def _bound(self, artifact: str | None) -> tuple[Point, ...]:
         """Return the terms that the evaluation of the shown scores recorded; the prior's is the last."""
         tracker = self.subject.tracker
-        own = [name.replace(FOLDER, "bound", 1) for name, found in recorded if scores is not None and found == scores]
-        there = [name for name in own if name in tracker.names("bound")]
-        if not there:
+        terms = "" if artifact is None else artifact.replace(FOLDER, "bound", 1)
+        if terms not in tracker.names("bound"):
             return ()
-        plain = json.loads(tracker.read_text(there[-1]))
+        plain = json.loads(tracker.read_text(terms))
         return tuple(Point(t, bits) for t, bits in zip(plain["timesteps"], plain["bits_per_dim"], strict=True))
 
     def _tried_by_studies(self) -> list[Tried]:

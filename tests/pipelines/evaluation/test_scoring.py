@@ -1,4 +1,5 @@
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -129,14 +130,71 @@ def test_only_scores_that_compare_with_its_runs_go_into_the_record_of_a_checkpoi
     )
     spec = replace(SPEC, sampling=sampling(trained))
     resolved = Resolved("x", Model(spec, torch.nn.Identity()), tracker=run, published=Published("u", 640, "digest"))
+    said = watched(monkeypatch)
+    score_and_record(resolved, sampling(config), config, Storage(), Silent(), lambda: None, data)
+    assert said == ([("its logged model", True, True), 640] if compares else [(None, False, True)])
+
+
+def watched(monkeypatch, *, fresh: bool = True) -> list[object]:
+    """Give scores, fresh or not, to whoever asks for an evaluation; return what becomes known of how they are recorded.
+
+    That is (logged model, own, shown) of a record in the run, and the images seen by a checkpoint that gets them.
+    """
     said: list[object] = []
-    scored = SimpleNamespace(fresh=True, scores=scores(), images_seen=640)
-    scored.record = lambda tracker, model, own: said.append((model, own))
+    scored = SimpleNamespace(fresh=fresh, scores=scores(), images_seen=640)
+    scored.record = lambda tracker, model, own=True, shown=True: said.append((model, own, shown))
     monkeypatch.setattr(scoring, "score", lambda *arguments: scored)
     monkeypatch.setattr(tracking, "checkpoint_models", lambda tracker: {640: "its logged model"})
     monkeypatch.setattr(scoring, "record_scores", lambda tracker, images, metrics: said.append(images))
-    score_and_record(resolved, sampling(config), config, Storage(), Silent(), lambda: None, data)
-    assert said == ([("its logged model", True), 640] if compares else [(None, False)])
+    return said
+
+
+def of_run(monkeypatch, published: Published | None, recorded: Sequence[Published] = (), **lineage: str) -> Resolved:
+    """Return a model of a run that scores it as the configuration says."""
+    monkeypatch.setattr(scoring.references, "scored_alike", lambda *arguments: True)
+    monkeypatch.setattr(scoring, "list_published", lambda tracker, deleted: list(recorded))
+    spec = replace(SPEC, sampling=sampling(compose(["+experiment=digits"])), lineage=lineage)
+    return Resolved("x", Model(spec, torch.nn.Identity()), tracker=SimpleNamespace(), published=published)
+
+
+def recorded_of(resolved: Resolved, *overrides: str) -> None:
+    config = compose(["+experiment=digits", *overrides])
+    score_and_record(resolved, sampling(config), config, Storage(), Silent(), lambda: None)
+
+
+def test_scores_that_are_there_go_into_the_record_of_a_checkpoint_that_has_them_not(monkeypatch):
+    said, published = watched(monkeypatch, fresh=False), Published("u", 640, "digest")
+    recorded_of(of_run(monkeypatch, replace(published, scores=scores().metrics())))
+    assert said == []
+    recorded_of(of_run(monkeypatch, published))
+    assert said == [("its logged model", True, True), 640]
+    said.clear()
+    recorded_of(of_run(monkeypatch, published), "sampler.steps=7")
+    assert said == []
+
+
+def test_scores_on_data_that_were_quarantined_since_do_not_take_the_place_of_a_checkpoints_own(monkeypatch):
+    said, published = watched(monkeypatch), Published("u", 640, "digest", scores().metrics())
+    recorded_of(of_run(monkeypatch, published, stream_digest="another"))
+    assert said == [(None, False, False)]
+
+
+def test_the_curves_of_a_run_keep_its_own_scores_where_another_evaluation_has_the_same_images(monkeypatch):
+    said, published = watched(monkeypatch), Published("u", 640, "digest")
+    own = replace(published, scores=scores().metrics())
+    for of, recorded in ((own, []), (None, [own]), (None, [published])):
+        recorded_of(of_run(monkeypatch, of, recorded), "sampler.steps=7")
+    assert said == [(None, False, False), (None, False, False), (None, False, True)]
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_curves_and_score_line_get_only_scores_that_are_shown(monkeypatch, shown):
+    written = []
+    run = SimpleNamespace(metrics=lambda *given: written.append("curves"), text=lambda text, name: written.append(name))
+    monkeypatch.setattr(tracking, "describe", lambda tracker, parts: written.append("line"))
+    scored = Scored(scores(), "evaluation/000000000640-0123abcd4567.json", 640, ("d", "e"), {}, None, 1)
+    scored.record(run, None, own=False, shown=shown)  # type: ignore[arg-type]
+    assert written == (["curves", scored.artifact, "line"] if shown else [scored.artifact])
 
 
 @pytest.mark.parametrize("own, key", [(True, "evaluation"), (False, "evaluation-0123abcd")])

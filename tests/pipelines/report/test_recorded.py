@@ -10,7 +10,7 @@ import pytest
 from pipelines import tracking
 from pipelines.checkpoints import Published
 from pipelines.config import compose
-from pipelines.evaluation.scoring import find_artifact, pictures_of
+from pipelines.evaluation.scoring import evaluation_pictures, find_artifact
 from pipelines.report.gather import gather
 from pipelines.report.sections import sections
 from pipelines.report.subject import Subject
@@ -102,11 +102,15 @@ def test_the_samples_shown_are_those_of_the_evaluation_whose_scores_are_shown(re
     facts = read()  # of the last one, where nothing says which is the checkpoint's own
     assert (facts.scores, facts.samples, facts.nearest) == (scores, other, picture(7))
     assert find_artifact(tracker, scores, 1000) == name
-    assert pictures_of(tracker, "evaluation/000000001000-bbbbbbbbcc.json", 1000)["evaluation"] != own
-    assert pictures_of(tracker, "evaluation/000000001000-aa.json", 1000)["evaluation"] == own
-    assert pictures_of(tracker, None, 1000)["evaluation"] == own
+    names = tracker.names("images")
+    assert evaluation_pictures(names, "evaluation/000000001000-bbbbbbbbcc.json", 1000)["evaluation"] != own
+    assert evaluation_pictures(names, "evaluation/000000001000-aa.json", 1000)["evaluation"] == own
+    assert evaluation_pictures(names, None, 1000)["evaluation"] == own
     assert find_artifact(tracker, SCORES, 1000) == "evaluation/000000001000-aa.json"
     assert find_artifact(tracker, SCORES, 500) is None
+    tracker.files["evaluation/000000001000-0.json"] = b'{"of": "a newer release"}'
+    assert find_artifact(tracker, scores, 1000) == name
+    assert read().scores == scores
     del tracker.files[name]
     assert read().samples == picture(7)
 
@@ -150,7 +154,7 @@ def test_scores_that_do_not_compare_have_no_champion_beside_them_and_say_why(rea
 
 DAMAGED = {
     "config.json": (b"{", "the run's configuration"),
-    "evaluation/000000001000-aa.json": (b"{}", "the scores"),
+    "evaluation/000000001000-aa.json": (b"{}", "the scores evaluation/000000001000-aa.json"),
     "bound/000000001000-aa.json": (b"[]", "the terms of the bound"),
     grid("samples", 500): (b"no picture", "the pictures"),
     "checkpoints/000000001000.json": (b"null", "the published checkpoints"),
