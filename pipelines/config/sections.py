@@ -320,7 +320,9 @@ class RegistryConfig(Section):
 
     @field_validator("alias")
     @classmethod
-    def _not_mlflows(cls, alias: str) -> str:
+    def _not_taken(cls, alias: str) -> str:
+        if alias in ("candidate", "previous"):
+            raise ValueError("candidate and previous move without the gate: choose another alias")
         if alias.lower() == "latest" or (alias[0] in "vV" and alias[1:].isdecimal()):
             raise ValueError("MLflow keeps latest, v1, v2 and so on for versions: choose another alias")
         return alias

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
@@ -221,9 +221,10 @@ class Promote(Stage[Verdict]):
         taken = gate.taken(given.version)
         if taken is None:
             return Look(None, f"{gate.alias} of {gate.model} is not at version {given.version.version}")
-        reason = f"a rollback took {gate.alias} from version {given.version.version}"
+        version = given.version.version
+        reason = f"a rollback took {gate.alias} from version {version}"
         again = f"`ddpm promote {given.version.uri} --alias {gate.alias}` gives it back"
-        verdict = replace(taken, passed=False, version=given.version.version, reason=f"{reason} at {taken.at}; {again}")
+        verdict = Verdict(False, f"{reason} at {taken.at}; {again}", gate.model, gate.alias, version, at=taken.at)
         return Look(verdict, reason)
 
     def run(self, site: Site, given: Results) -> Verdict:

@@ -111,13 +111,15 @@ class Gate:
             check_signing(self.config.registry)
         number, verdicts = self.log.next_number(), self.log.read()
         if _is(version, self._let_through(verdicts)):
-            if not dry_run:
-                self._settle(version, None)
+            if dry_run:
+                reason = f"the alias {self.alias} belongs there by the log of decisions"
+                return Verdict(True, reason, self.model, self.alias, version.version)
+            self._settle(version, None)
             return self._there(version)
-        champion = self._champion(verdicts)
-        if _is(version, champion):
-            champion = None  # somebody has moved the alias without the gate, which judges it as the first version
-        opened, verdict = self._judge(version, champion, verdicts, margin)
+        champion, first = self._champion(verdicts), "the alias has no version yet"
+        if _is(version, champion):  # somebody has moved the alias without the gate, which judges it as the first one
+            champion, first = None, "no version with the alias has passed yet"
+        opened, verdict = self._judge(version, champion, verdicts, margin, first)
         if dry_run or verdict in verdicts:
             return verdict
         if not self.log.add(verdict, Signer.of(self.config.registry), number):
@@ -136,11 +138,13 @@ class Gate:
 
     def taken(self, version: ModelVersion) -> Verdict | None:
         """Return the rollback that took the alias from a version, unless it got it again. Nothing is written."""
+        rollback = None
         for verdict in reversed(self.log.read()):
             if verdict.rollback and verdict.champion == version.version:
-                return verdict
-            if verdict.passed and verdict.version == version.version:
-                return None
+                rollback = rollback or verdict
+            elif verdict.passed and verdict.version == version.version:  # or another model's, which had its number then
+                same = verdict.served_digest == version.tags.get("served_digest", "")
+                return rollback if same else None
         return None
 
     def _there(self, version: ModelVersion) -> Verdict:
@@ -232,9 +236,18 @@ class Gate:
         tracking.set_alias(self.uri, self.model, self.alias, version.version)
 
     def _judge(
-        self, version: ModelVersion, champion: ModelVersion | None, verdicts: Sequence[Verdict], margin: float | None
+        self,
+        version: ModelVersion,
+        champion: ModelVersion | None,
+        verdicts: Sequence[Verdict],
+        margin: float | None,
+        first: str,
     ) -> tuple[Opened, Verdict]:
-        """Return a version and the decision about it; one made before with as many samples is found again."""
+        """Return a version and the decision about it; one made before with as many samples is found again.
+
+        Args:
+            first: why it passes where there is no champion.
+        """
         with self._opened(version) as candidate:
             digest = "" if candidate.evidence is None else candidate.evidence.served_digest
             verdict = Verdict(
@@ -253,9 +266,7 @@ class Gate:
             if not all(row.passed for row in rows):
                 return candidate, _refused(verdict, rows)
             if champion is None:
-                moved = tracking.version(self.uri, self.model, alias=self.alias)
-                reason = "the alias has no version yet" if moved is None else "no version with the alias has passed yet"
-                return candidate, replace(verdict, passed=True, reason=reason, rows=tuple(rows))
+                return candidate, replace(verdict, passed=True, reason=first, rows=tuple(rows))
             with self._opened(champion) as present:
                 return candidate, self._against(candidate, present, verdict, rows, verdicts, margin)
 

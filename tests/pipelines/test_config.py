@@ -40,6 +40,7 @@ def test_every_shipped_experiment_is_complete(name):
         ("registry.alias=prod.eu", r"registry\.alias"),
         ("registry.alias=latest", "MLflow keeps latest, v1, v2 and so on for versions: choose another alias"),
         ("registry.alias=V12", "choose another alias"),
+        ("registry.alias=candidate", "candidate and previous move without the gate: choose another alias"),
         ("registry.model=team/digits", r"registry\.model"),
         ("registry.model='a:b'", r"registry\.model"),
         ("serving.host='::1'", r"serving\.host"),

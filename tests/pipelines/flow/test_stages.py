@@ -215,7 +215,10 @@ def test_the_gate_is_not_asked_again_for_a_version_that_was_rolled_back(register
     aliases["champion"] = "1"
     look = Promote(config).look(SITE, Results(version=second))
     assert look.reason == "a rollback took champion from version 2"
-    assert not look.result.passed
+    assert (look.result.passed, look.result.version, look.result.champion) == (False, "2", None)
+    assert not look.result.rollback
+    another = replace(second, tags={"served_digest": "another model, that has its number now"})
+    assert Promote(config).look(SITE, Results(version=another)).reason == "champion of m is not at version 2"
     assert "at 2026; `ddpm promote models:/m/2 --alias champion` gives it back" in look.result.reason
     assert Promote(config).look(SITE, Results(version=first)).result.passed
     assert log.add(passed[1], signer, 3)  # somebody gives it back

@@ -35,8 +35,8 @@ def world(home, tmp_path, monkeypatch):
         wanted = found.aliases.get(alias) if alias else number
         return next((v for v in made if v.version == wanted), None)
 
-    def judge(self, version, champion, verdicts, margin):
-        found.judged.append((version.version, champion and champion.version))
+    def judge(self, version, champion, verdicts, margin, first):
+        found.judged.append((version.version, champion.version if champion else first))
         number = version.version
         return None, Verdict(True, "judged", self.model, self.alias, number, served_digest=number)
 
@@ -69,7 +69,7 @@ def test_an_alias_that_was_moved_by_hand_proves_nothing(world):
     world.aliases["champion"] = "1"
     assert world.gate.holds(world.versions[0]) is None
     assert world.gate.promote(world.versions[0]).reason == "judged"
-    assert world.judged == [("1", None)]
+    assert world.judged == [("1", "no version with the alias has passed yet")]
     assert world.gate.holds(world.versions[0]).passed
     assert world.gate.promote(world.versions[0]).reason == "the alias champion is there already"
     assert len(world.judged) == 1
@@ -79,7 +79,8 @@ def test_a_dry_run_does_not_put_an_alias_back_where_it_belongs(world):
     world.gate.promote(world.versions[0])
     world.aliases["champion"] = "2"
     world.moved.clear()
-    assert world.gate.promote(world.versions[0], dry_run=True).passed
+    verdict = world.gate.promote(world.versions[0], dry_run=True)
+    assert (verdict.passed, verdict.reason) == (True, "the alias champion belongs there by the log of decisions")
     assert world.moved == []
     world.gate.promote(world.versions[0])
     assert world.moved == [("champion", "1")]
