@@ -164,12 +164,12 @@ def check_file(option: str, path: Path, example: str) -> None:
     Raises:
         BadParameter: its folder is not there, it is a folder itself, or this user may not write it.
     """
-    folder = path.absolute().parent
-    if not folder.is_dir():
+    folder = path.absolute().parent  # os.path answers for what this user may not look at, where Path raises
+    if not os.path.isdir(folder):
         raise typer.BadParameter(f"{option} {path}: there is no folder {path.parent}: make it, or name another")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise typer.BadParameter(f"{option} {path} is a folder: name a file, such as {path / example}")
-    if not os.access(path if path.exists() else folder, os.W_OK):
+    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
         raise typer.BadParameter(f"{option} {path} cannot be written by this user: name another place")
 
 

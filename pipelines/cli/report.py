@@ -26,7 +26,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write all that is known of a run or model into one HTML file. Example: ddpm report first --out first.html"""
-    check_file("--out", out or Path("report.html"), "report.html")
+    check_file("--out", out or Path("report-NAME.html"), "report.html")
     config = compose_running(overrides, services=["s3", "mlflow"])
 
     from pipelines import report as reports

@@ -1,6 +1,8 @@
 """What the verbs share."""
 
+import errno
 import json
+import os
 import sys
 from types import SimpleNamespace
 
@@ -34,3 +36,18 @@ def test_a_file_that_may_not_be_written_is_told_before_any_work(tmp_path, monkey
         check_file("--out", tmp_path / "new.html", "report.html")
     (tmp_path / "old.html").touch()
     check_file("--out", tmp_path / "old.html", "report.html")
+
+
+def test_a_file_in_a_folder_that_may_not_be_looked_into_is_refused(tmp_path, monkeypatch):
+    stat = os.stat
+
+    def closed(path, *arguments, **options):
+        if path == tmp_path / "report.html":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.stat", closed)
+        patch.setattr("os.access", lambda path, mode: False)
+        with pytest.raises(typer.BadParameter, match=r"--out .*report\.html cannot be written by this user"):
+            check_file("--out", tmp_path / "report.html", "report.html")
