@@ -103,7 +103,7 @@ def log_pyfunc(tracker: Tracker, pyfunc: Pyfunc, images_seen: int) -> str:
     before = str(ask(tracker.uri, lambda client: client.get_run(tracker.run_id)).info.status)
     try:
         model_id = ask(tracker.uri, log)
-    except TrackingError:
+    except BaseException:  # Ctrl-C too
         with suppress(TrackingError):
             replace(tracker, patience_s=0).status(before)
         raise
