@@ -200,6 +200,7 @@ def generate(
     count: int | None = None,
     batch_size: int = 64,
     guides: Guides | None = None,
+    device: torch.device | str | None = None,
 ) -> Tensor:
     """Return generated images in [-1, 1], float32 [N, C, H, W].
 
@@ -213,6 +214,7 @@ def generate(
         count: N, needed if neither `cond` nor `image_ids` is given.
         batch_size: images per network call.
         guides: the classifier or weaker model that the guidance needs.
+        device: where images are drawn whose ids are not given; default: the CPU.
 
     Raises:
         ValueError: the number of images is not given, or the guidance needs a network that is missing.
@@ -220,7 +222,7 @@ def generate(
     total = len(cond) if cond is not None else len(image_ids) if image_ids is not None else count
     if total is None:
         raise ValueError("give cond, image_ids or count: the number of images is not known")
-    numbers = torch.arange(total) if image_ids is None else image_ids
+    numbers = torch.arange(total, device=device) if image_ids is None else image_ids
     parts = []
     for i in range(0, total, batch_size):
         span = slice(i, i + batch_size)

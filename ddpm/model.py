@@ -166,9 +166,6 @@ class Model:
                 raise ValueError(f"labels must be in 0..{len(self.spec.classes) - 1}, got {labels.unique().tolist()}")
         cond = text if labels is None else replace(text or Conditioning(), label=labels)
         device = next(self.network.parameters()).device
-        total = count if cond is None else len(cond)
-        if image_ids is None and total is not None:
-            image_ids = torch.arange(total)
         return generate(
             self.denoiser,
             self.schedule,
@@ -180,6 +177,7 @@ class Model:
             count=count,
             batch_size=batch_size,
             guides=self.guides,
+            device=device,
         )
 
 

@@ -91,7 +91,8 @@ class Muon(torch.optim.Optimizer):
         on_whole: Callable[[Function, Tensor], Tensor] = _of_whole,
     ) -> None:
         rest = list(others)
-        groups: list[dict[str, Any]] = [{"params": list(matrices)}, {"params": rest}]
+        # By "fused" torch loads the step counts of AdamW onto the device of the weights, where the kernel reads them.
+        groups: list[dict[str, Any]] = [{"params": list(matrices)}, {"params": rest, "fused": True}]
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         self.dtype, self.on_whole, self.adamw = dtype, on_whole, None
         if rest:

@@ -145,11 +145,12 @@ class _Reel:
 
     def __init__(self, steps: int, frames: int) -> None:
         self.kept = {round(i * (steps - 1) / max(frames - 1, 1)) for i in range(frames)}
+        self.has_end = frames > 1
         self.frames: list[tuple[float, Tensor, Tensor]] = []
 
     def watch(self, samples: Iterator[Sample]) -> Iterator[Sample]:
         for i, sample in enumerate(samples):
-            beyond = len(self.kept) > 1 and i > max(self.kept)  # annealed Langevin dynamics yield their end as well
+            beyond = self.has_end and i > max(self.kept)  # annealed Langevin dynamics yield their end as well
             if beyond:
                 self.frames.pop()
             if i in self.kept or beyond:

@@ -1,5 +1,6 @@
 """The same numbers on a GPU as on the CPU: integers bit for bit, everything else up to float rounding."""
 
+import io
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from ddpm.masks import random_mask
 from ddpm.model import Model, ModelSpec
 from ddpm.models.classifier import NoisyClassifier
 from ddpm.models.unet import UNet, UNetConfig
+from ddpm.muon import Muon
 from ddpm.noise import Purpose, integers, normal, words
 from ddpm.objectives import Objective
 from ddpm.prediction import NetworkDenoiser
@@ -120,6 +122,27 @@ def test_samples_agree(kind):
         for device in ("cpu", "cuda")
     ]
     torch.testing.assert_close(drawn[1], drawn[0], rtol=0, atol=5e-3)
+
+
+def test_a_state_of_muon_that_was_read_on_the_cpu_goes_on_with_the_same_updates():
+    def steps(optimizer, parameters, first):
+        for step in range(first, first + 3):
+            for parameter in parameters:
+                parameter.grad = torch.full_like(parameter, 0.1 + step)
+            optimizer.step()
+
+    once = [torch.nn.Parameter(torch.ones(3, 4).cuda()), torch.nn.Parameter(torch.ones(5).cuda())]
+    optimizer = Muon(once[:1], once[1:], lr=0.1)
+    steps(optimizer, once, 0)
+    stored = io.BytesIO()
+    torch.save(optimizer.state_dict(), stored)
+    stored.seek(0)
+    again = [torch.nn.Parameter(parameter.detach().clone()) for parameter in once]
+    resumed = Muon(again[:1], again[1:], lr=0.1)
+    resumed.load_state_dict(torch.load(stored, map_location="cpu"))
+    steps(optimizer, once, 3)
+    steps(resumed, again, 3)
+    assert all(torch.equal(one, other) for one, other in zip(once, again, strict=True))
 
 
 def test_a_model_on_a_gpu_takes_labels_and_counts_from_the_cpu():

@@ -153,10 +153,11 @@ def test_a_film_ends_with_the_picture_and_progress_with_the_total():
     assert seen == [(i, 18) for i in range(1, 19)]
 
 
-def test_a_film_of_annealed_langevin_dynamics_ends_with_the_picture_too():
-    settings = Sampling.of(kind="langevin", steps=6, steps_per_level=2)
+@pytest.mark.parametrize("steps, frames", [(6, 4), (1, 1)])
+def test_a_film_of_annealed_langevin_dynamics_ends_with_the_picture_too(steps, frames):
+    settings = Sampling.of(kind="langevin", steps=steps, steps_per_level=2)
     drawn = draw(MODEL, Noise.numbered(0, 5), LABELS, sampling=settings, film=4)
-    assert (len(drawn.film.t), drawn.film.t[-1]) == (4, 0)
+    assert (len(drawn.film.t), drawn.film.t[-1]) == (frames, 0)
     assert torch.equal(drawn.film.x_t[-1], to_uint8(drawn.images))
 
 
