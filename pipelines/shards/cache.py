@@ -87,36 +87,33 @@ class ShardCache:
             self._make_room(0)
 
     def find(self, shard: ShardInfo) -> Path | None:
-        """Return the path of a verified copy, and mark it as used; None where there is none."""
+        """Return the path of a verified copy, and mark it as used; None where there is none, or the disk fails."""
         path = self.path(shard)
         try:
             os.utime(path)
-        except FileNotFoundError:
+        except OSError:
             return None
         return path
 
     def read(self, shard: ShardInfo, members: Sequence[Member]) -> list[memoryview] | None:
-        """Return the bytes of members from a verified copy, and mark it as used; None where there is none.
+        """Return the bytes of members from a verified copy, and mark it as used; None where there is none to be read.
 
         A copy whose bytes are not those of the index any more, after a fault of the disk, is deleted.
         """
         try:
-            file = self.path(shard).open("rb", buffering=0)
-        except FileNotFoundError:
-            return None
-        with file:
-            number = file.fileno()
-            try:
+            with self.path(shard).open("rb", buffering=0) as file:
+                number = file.fileno()
                 fcntl.flock(number, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:  # it is being deleted
-                return None
-            if os.fstat(number).st_nlink == 0:
-                return None
-            os.utime(number)
-            found = [memoryview(os.pread(number, m.size, m.offset)) for m in members]
+                if os.fstat(number).st_nlink == 0:
+                    return None
+                os.utime(number)
+                found = [memoryview(os.pread(number, m.size, m.offset)) for m in members]
+        except OSError:  # it is not there, is being deleted, or the disk fails
+            return None
         if any(zlib.crc32(data) != m.crc32 for m, data in zip(members, found, strict=True)):
             logger.warning("%s is damaged, on this node's disk: it is fetched again", self.path(shard))
-            self.path(shard).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.path(shard).unlink()
             return None
         return found
 
@@ -369,6 +366,7 @@ class PartialShard:
         with self._writing:
             if self._file.closed:
                 return
-            if not self._admitted:
-                self.cache.partial_path(self.shard).unlink(missing_ok=True)
-            self._file.close()
+            # Who waits for the shard has to be told, also where the disk fails.
+            with contextlib.suppress(OSError), self._file:
+                if not self._admitted:
+                    self.cache.partial_path(self.shard).unlink()

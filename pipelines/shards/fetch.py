@@ -29,7 +29,7 @@ FILL_BYTES = 8 << 20
 PATIENCE_S = 0.5
 """Seconds that a background request waits for readers' requests to finish first."""
 FULL_S = 1.0
-"""Seconds for which a cache that had no room for a shard is not asked for room again."""
+"""Seconds for which a cache that had no room for a shard, or failed, is not asked for room again."""
 POLL_S = 0.02
 """Seconds between two looks at what another process fetches."""
 GAP_BYTES = 64 << 10
@@ -129,7 +129,7 @@ class ShardFetcher:
         return found
 
     def require(self, shards: Sequence[ShardInfo]) -> None:
-        """Wait until shards are complete and verified in the cache; do nothing where they do not fit into it together.
+        """Wait until shards are complete and verified in the cache, unless it fails, or cannot hold them together.
 
         Raises:
             ShardCorruptError: one failed its checksum twice, or is cut short.
@@ -140,16 +140,16 @@ class ShardFetcher:
         begun = [self._put_together(shard) for shard in shards if self.cache.find(shard) is None]
         for partial in begun:
             if partial is not None:
-                partial.done.result()  # a shard has its name a moment before its fetcher lets go of it
+                _await(partial)  # a shard has its name a moment before its fetcher lets go of it
         for shard in shards:
             while self.cache.find(shard) is None:
                 partial = self._put_together(shard)
                 if partial is not None:
-                    partial.done.result()
-                elif self.cache.is_claimed(shard) and not self._closed.is_set():  # another process fetches it
+                    _await(partial)
+                elif self._is_full() or self._closed.is_set() or not self.cache.is_claimed(shard):
+                    break  # it is read by ranges
+                else:  # another process fetches it
                     time.sleep(POLL_S)
-                else:  # no room: it is read by ranges
-                    break
 
     def close(self) -> None:
         """Stop all requests."""
@@ -164,7 +164,7 @@ class ShardFetcher:
     # --- whole shards ----------------------------------------------------------------------------------------
 
     def _put_together(self, shard: ShardInfo) -> PartialShard | None:
-        """Return the partial shard of this process; None where another process fetches it, or there is no room.
+        """Return the partial shard of this process; None where another process fetches it, or the cache cannot take it.
 
         It is created, and completed in the background, where there is none.
         """
@@ -173,21 +173,31 @@ class ShardFetcher:
             partial = self._partial.get(shard.sha256)
             if partial is not None and partial.done.done():
                 del self._partial[shard.sha256]
-                partial.done.result()  # raises why it could not be fetched; the next reader tries again
+                try:
+                    partial.done.result()  # raises why it could not be fetched; the next reader tries again
+                except OSError as error:
+                    self._do_without(error)
                 partial = None
-            if partial is None and not self._closed.is_set() and time.monotonic() > self._full_until:
+            if partial is None and not self._closed.is_set() and not self._is_full():
                 try:
                     partial = self.cache.claim(shard, self.block_bytes)
                 except (StorageError, OSError) as error:
-                    # Reading works without the cache, only slower.
-                    self._full_until = time.monotonic() + FULL_S
-                    if not self._warned:
-                        logger.warning("shards are read by ranges: %s", error)
-                    self._warned = True
+                    self._do_without(error)
                 if partial is not None:
                     self._partial[shard.sha256] = partial
                     self._whole.submit(self._fill, partial)
             return partial
+
+    def _do_without(self, error: Exception) -> None:
+        """Ask for no room for a while: reading works without the cache, only slower."""
+        self._full_until = time.monotonic() + FULL_S
+        if not self._warned:
+            logger.warning("shards are read by ranges: %s", error)
+        self._warned = True
+
+    def _is_full(self) -> bool:
+        """Return whether the cache is not asked for room at present."""
+        return time.monotonic() <= self._full_until
 
     def _fill(self, partial: PartialShard) -> None:
         """Fetch the blocks that no reader fetches, then verify the shard."""
@@ -267,8 +277,8 @@ class ShardFetcher:
                 block.result()
             found = [memoryview(partial.read(m.offset, m.offset + m.size)) for m in members]
         except (ValueError, OSError):
-            # The partial file is closed: the shard is complete, or `done` raises why it is not.
-            partial.done.result()
+            # The partial file is closed, or its disk failed: the shard is complete, or is read without the cache.
+            _await(partial)
             cached = partial.cache.read(partial.shard, members)
             return self._by_ranges(partial.shard, members)() if cached is None else cached
         wrong = [m for m, data in zip(members, found, strict=True) if zlib.crc32(data) != m.crc32]
@@ -398,6 +408,16 @@ def fits(shards: Sequence[ShardInfo], lanes: int, window: int, limit_bytes: int)
     """
     mean = sum(s.bytes for s in shards) / max(len(shards), 1)
     return min(2 * lanes * window, len(shards)) * mean <= limit_bytes
+
+
+def _await(partial: PartialShard) -> None:
+    """Wait until a shard is complete, or the cache has failed, which no reader needs to know.
+
+    Raises:
+        ShardCorruptError, StorageError: it could not be fetched.
+    """
+    with suppress(OSError):  # the store's errors are none
+        partial.done.result()
 
 
 def _runs(numbers: Sequence[int]) -> list[list[int]]:

@@ -1,11 +1,13 @@
+import errno
 import hashlib
 import itertools
+import os
 import random
 import shutil
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field, replace
 
@@ -52,6 +54,17 @@ class Garbling(Storage):
         for part in super().stream(uri, start, stop, chunk):
             self.left[0] -= 1
             yield bytes([part[0] ^ 1]) + part[1:] if self.left[0] >= 0 else part
+
+
+@dataclass(frozen=True)
+class Meanwhile(Storage):
+    """A store during whose answers something happens."""
+
+    happens: Callable[[], object] = field(default=lambda: None, compare=False)
+
+    def stream(self, uri, start, stop, chunk=1 << 20) -> Iterator[bytes]:
+        self.happens()
+        yield from super().stream(uri, start, stop, chunk)
 
 
 @pytest.fixture
@@ -193,6 +206,47 @@ def test_reading_goes_on_by_ranges_where_the_cache_cannot_be_used(uri, tmp_path,
     later = ShardFetcher(uri, Storage(), ShardCache(tmp_path / "cache", 1 << 20))
     shutil.rmtree(tmp_path / "cache")  # somebody tidies up while the training runs
     assert get(later, (5, 9)) == [DATA[5:9]]
+
+
+@pytest.fixture(params=["gone", "a file"])
+def losing(request, uri, tmp_path):
+    """Return a fetcher whose cache folder is lost as soon as the first bytes of a shard are on their way."""
+    folder = tmp_path / "cache"
+
+    def lose():
+        shutil.rmtree(folder, ignore_errors=True)
+        if request.param == "a file":  # so that not even the partial file can be deleted
+            folder.write_bytes(b"")
+
+    return ShardFetcher(uri, Meanwhile(happens=lose), ShardCache(folder, 1 << 20), block_bytes=1000)
+
+
+def test_a_cache_folder_that_is_lost_while_a_shard_is_fetched_ends_no_reader(losing, caplog):
+    waiting = losing._begin(SHARD, [Member(5, 4, zlib.crc32(DATA[5:9]))])
+    assert isinstance(losing._partial[SHARD.sha256].done.exception(timeout=20), OSError)
+    assert [bytes(data) for data in waiting()] == [DATA[5:9]]
+    assert get(losing, (10, 20)) == [DATA[10:20]]
+    assert get(losing, (50_000, 50_010)) == [DATA[50_000:50_010]]
+    assert [r.message.startswith("shards are read by ranges: ") for r in caplog.records] == [True]
+
+
+def test_nobody_waits_for_shards_in_a_cache_folder_that_is_lost(losing):
+    losing.require([SHARD])
+    assert losing.cache.find(SHARD) is None
+    assert get(losing, (5, 9)) == [DATA[5:9]]
+
+
+@pytest.mark.parametrize("call", ["pread", "utime"])
+def test_a_copy_that_the_disk_does_not_give_is_read_from_the_store(uri, tmp_path, monkeypatch, call):
+    cache = ShardCache(tmp_path / "cache", 1 << 20)
+    ShardFetcher(uri, Storage(), cache).require([SHARD])
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, call, fail)
+    assert cache.read(SHARD, [Member(5, 4, zlib.crc32(DATA[5:9]))]) is None
+    assert get(ShardFetcher(uri, Storage(), cache), (5, 9)) == [DATA[5:9]]
 
 
 @pytest.mark.parametrize("whole", [False, True])
