@@ -81,17 +81,17 @@ class ShardFetcher:
         cls, dataset: Dataset, split: str, storage: Storage, cache_dir: Path, cache_bytes: int, lanes: int, window: int
     ) -> ShardFetcher:
         """Return a fetcher for a split; without the cache where the shards in use at a time would not fit into it."""
-        if fits(dataset.shards(split), lanes, window, cache_bytes):
-            try:
-                return cls(dataset.uri, storage, ShardCache(cache_dir, cache_bytes))
-            except OSError as error:
+        used = fits(dataset.shards(split), lanes, window, cache_bytes)
+        cache: ShardCache | None = None
+        try:
+            if used or cache_dir.is_dir():  # what earlier runs have cached keeps to the limit in any case
+                cache = ShardCache(cache_dir, cache_bytes)
+        except OSError as error:  # ranged requests need no disk
+            if used:
                 logger.warning(
                     "shards are read by ranges, for data.cache_dir = %s cannot be used: %s", cache_dir, error
                 )
-        with suppress(OSError):  # ranged requests need no disk; what earlier runs have cached keeps to the limit
-            if cache_dir.is_dir():
-                ShardCache(cache_dir, cache_bytes)
-        return cls(dataset.uri, storage, None)
+        return cls(dataset.uri, storage, cache if used else None)
 
     def read(self, wanted: Wanted) -> list[list[memoryview]]:
         """Return the bytes of members, shard by shard; all requests are sent before the first one is awaited.

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipelines.shards import fetch
 from pipelines.shards.cache import ShardCache, ShardCorruptError, ShardShortError
 from pipelines.shards.fetch import ShardFetcher, coalesce, fits
 from pipelines.shards.index import Dataset, Member, ShardInfo
@@ -247,6 +248,19 @@ def test_a_copy_that_the_disk_does_not_give_is_read_from_the_store(uri, tmp_path
     monkeypatch.setattr(os, call, fail)
     assert cache.read(SHARD, [Member(5, 4, zlib.crc32(DATA[5:9]))]) is None
     assert get(ShardFetcher(uri, Storage(), cache), (5, 9)) == [DATA[5:9]]
+
+
+def test_a_cache_folder_is_opened_once(tmp_path, monkeypatch):
+    opened = []
+
+    def refuse(folder, limit_bytes):
+        opened.append(folder)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fetch, "ShardCache", refuse)
+    dataset = Dataset("file:///data", {"train": (SHARD,), "test": ()}, (), 1, 8, (0.0,), (1.0,), "d")
+    assert ShardFetcher.opened(dataset, "train", Storage(), tmp_path, 1 << 20, 1, 1).cache is None
+    assert opened == [tmp_path]
 
 
 @pytest.mark.parametrize("whole", [False, True])
