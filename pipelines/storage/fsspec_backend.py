@@ -48,8 +48,15 @@ _ENVIRONMENT = (
 )
 """Paths, endpoints and names that other processes need too; no secrets."""
 _TAGS = ("etag", "ETag", "md5Hash", "content_md5", "checksum", "mtime", "last_modified", "LastModified", "updated")
-_BROKEN = ("ConnectionError", "ProxyError", "ConnectTimeout", "ReadTimeout", "ChunkedEncodingError")
-"""Names of what `requests`, below some filesystems, raises for a connection that broke."""
+_BROKEN = (
+    "ConnectionError",
+    "ProxyError",
+    "ConnectTimeout",
+    "ReadTimeout",
+    "ChunkedEncodingError",
+    "NoValidConnectionsError",
+)
+"""Names of what `requests` and, last, `paramiko`, below some filesystems, raise where a connection broke or failed."""
 _TIMES = ("mtime", "last_modified", "LastModified", "updated", "modified")
 
 

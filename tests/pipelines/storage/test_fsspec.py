@@ -180,16 +180,26 @@ class AuthenticationException(Exception):  # noqa: N818 - paramiko's name
     """A wrong password."""
 
 
+class NoValidConnectionsError(OSError):
+    """A server that cannot be reached, as paramiko says it: without a number."""
+
+    def __init__(self):
+        super().__init__(None, "Unable to connect to port 22 on 10.0.0.1")
+
+
 class Sftp(AbstractFileSystem):
-    """A file system whose first connection breaks, and whose instances are kept as fsspec keeps them."""
+    """A file system whose first connections fail or break, and whose instances are kept as fsspec keeps them."""
 
     protocol = "sftp"
     errors: ClassVar[list[Exception]] = []
+    refusals: ClassVar[list[Exception | None]] = []
     made = 0
 
     def __init__(self, **options):
         super().__init__(**options)
         type(self).made += 1
+        if self.refusals and (error := self.refusals.pop(0)):
+            raise error
 
     def cat_file(self, path, start=None, end=None, **options):
         if self.errors:
@@ -197,19 +207,26 @@ class Sftp(AbstractFileSystem):
         return b"bytes"
 
 
-def test_a_connection_that_broke_is_made_anew_and_a_wrong_password_is_final(monkeypatch):
+@pytest.fixture
+def sftp(monkeypatch):
     monkeypatch.setattr("pipelines.retry.BACKOFF", wait_none())
     monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "sftp", Sftp)
+    monkeypatch.setattr(Sftp, "made", 0)
     Sftp.clear_instance_cache()
-    Sftp.errors[:] = [RuntimeError("Server connection dropped"), OSError("Socket is closed")]
+    return Sftp
+
+
+def test_a_connection_that_broke_is_made_anew_for_as_long_as_the_server_is_away(sftp):
+    sftp.errors[:] = [RuntimeError("Server connection dropped"), OSError("Socket is closed")]
+    sftp.refusals[:] = [None, None, NoValidConnectionsError()]
     assert STORAGE.read("sftp://host/file") == b"bytes"
-    assert Sftp.made == 3
-    Sftp.errors[:] = [AuthenticationException("no")]
-    with pytest.raises(StorageError, match="AuthenticationException") as refused:
-        STORAGE.read("sftp://host/file")
-    assert not isinstance(refused.value, TransientStorageError)
-    Sftp.errors[:] = [OSError("Forbidden")]
-    with pytest.raises(StorageError, match="Forbidden") as refused:
+    assert sftp.made == 4
+
+
+@pytest.mark.parametrize("error", [AuthenticationException("no"), OSError("no")])
+def test_a_wrong_password_and_what_a_server_forbids_are_final(sftp, error):
+    sftp.errors[:] = [error]
+    with pytest.raises(StorageError, match=r"no$") as refused:
         STORAGE.read("sftp://host/file")
     assert not isinstance(refused.value, TransientStorageError)
 
