@@ -265,7 +265,8 @@ def _answered(uri: str, error: Exception) -> StorageError:
     if status == 404:
         return not_found(uri)
     refused = status is not None and 400 <= status < 500 and status not in (408, 429)
-    if refused or "Authentication" in type(error).__name__:  # which paramiko raises for a wrong password
+    # paramiko's errors for a wrong password and for a key without its password are Authentication... by name or base.
+    if refused or any("Authentication" in kind.__name__ for kind in type(error).__mro__):
         return StorageError(f"{uri}: {type(error).__name__}: {error}")
     return _connect_anew(uri, error)
 

@@ -180,6 +180,10 @@ class AuthenticationException(Exception):  # noqa: N818 - paramiko's name
     """A wrong password."""
 
 
+class PasswordRequiredException(AuthenticationException):
+    """A key that needs a password."""
+
+
 class NoValidConnectionsError(OSError):
     """A server that cannot be reached, as paramiko says it: without a number."""
 
@@ -223,7 +227,7 @@ def test_a_connection_that_broke_is_made_anew_for_as_long_as_the_server_is_away(
     assert sftp.made == 4
 
 
-@pytest.mark.parametrize("error", [AuthenticationException("no"), OSError("no")])
+@pytest.mark.parametrize("error", [AuthenticationException("no"), PasswordRequiredException("no"), OSError("no")])
 def test_a_wrong_password_and_what_a_server_forbids_are_final(sftp, error):
     sftp.errors[:] = [error]
     with pytest.raises(StorageError, match=r"no$") as refused:
