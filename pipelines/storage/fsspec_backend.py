@@ -254,7 +254,7 @@ def _reporting(uri: str) -> Iterator[None]:
         except ImportError as error:
             raise StorageError(f"{uri}: {error}") from error
         except (ValueError, TypeError, NotImplementedError) as error:
-            raise StorageError(f"{uri}: {type(error).__name__}: {error}") from error
+            raise StorageError(_said(uri, error)) from error
         except Exception as error:
             raise _answered(uri, error) from error
 
@@ -267,8 +267,8 @@ def _answered(uri: str, error: Exception) -> StorageError:
     refused = status is not None and 400 <= status < 500 and status not in (408, 429)
     # paramiko's errors for a wrong password and for a key without its password are Authentication... by name or base.
     if refused or any("Authentication" in kind.__name__ for kind in type(error).__mro__):
-        return StorageError(f"{uri}: {type(error).__name__}: {error}")
-    return _connect_anew(uri, error)
+        return StorageError(_said(uri, error))
+    return _connect_anew(uri, error) if status is None else TransientStorageError(_said(uri, error))
 
 
 def _is_lost(error: OSError) -> bool:
@@ -284,4 +284,9 @@ def _connect_anew(uri: str, error: Exception) -> TransientStorageError:
 
     with suppress(ImportError, ValueError):
         fsspec.get_filesystem_class(_scheme(uri)).clear_instance_cache()
-    return TransientStorageError(f"{uri}: {type(error).__name__}: {error}")
+    return TransientStorageError(_said(uri, error))
+
+
+def _said(uri: str, error: Exception) -> str:
+    """Return what a library's own error says, with its name."""
+    return f"{uri}: {type(error).__name__}: {error}"

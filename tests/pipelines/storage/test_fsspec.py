@@ -191,6 +191,14 @@ class NoValidConnectionsError(OSError):
         super().__init__(None, "Unable to connect to port 22 on 10.0.0.1")
 
 
+class HttpError(Exception):
+    """What a server answered, as gcsfs says it."""
+
+    def __init__(self, code):
+        super().__init__(f"{code}")
+        self.code = code
+
+
 class Sftp(AbstractFileSystem):
     """A file system whose first connections fail or break, and whose instances are kept as fsspec keeps them."""
 
@@ -233,6 +241,13 @@ def test_a_wrong_password_and_what_a_server_forbids_are_final(sftp, error):
     with pytest.raises(StorageError, match=r"no$") as refused:
         STORAGE.read("sftp://host/file")
     assert not isinstance(refused.value, TransientStorageError)
+
+
+@pytest.mark.parametrize("status", [408, 429, 503])
+def test_a_server_that_answers_that_it_is_busy_keeps_its_connection(sftp, status):
+    sftp.errors[:] = [HttpError(status)]
+    assert STORAGE.read("sftp://host/file") == b"bytes"
+    assert sftp.made == 1
 
 
 async def _soon() -> None:
