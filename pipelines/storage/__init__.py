@@ -13,7 +13,7 @@ from pipelines.storage.errors import (
     TransientStorageError,
 )
 from pipelines.storage.fence import Fence, FencedError, fenced
-from pipelines.storage.local import local_path
+from pipelines.storage.local import SYSTEM_FOLDERS, local_path
 from pipelines.storage.store import (
     BACKENDS,
     Storage,
@@ -26,6 +26,7 @@ from pipelines.storage.store import (
 
 __all__ = [
     "BACKENDS",
+    "SYSTEM_FOLDERS",
     "Backend",
     "ConflictError",
     "Connection",

@@ -17,6 +17,8 @@ from pipelines.storage.backend import Connection, Entry
 from pipelines.storage.errors import ConflictError, TransientStorageError, reporting_os_errors
 
 LOCK = ".lock"
+SYSTEM_FOLDERS = frozenset({"__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information", "@eaDir"})
+"""What systems keep among people's files: of zips, of disks, and the small copies of pictures on network drives."""
 
 
 class LocalBackend:
@@ -100,10 +102,11 @@ class LocalBackend:
             return local_path(uri).is_file()
 
     def list(self, uri: str) -> list[Entry]:
-        """Return every file below a folder, locks of conditional writes left out."""
+        """Return every file below a folder, without locks of conditional writes and what is in `SYSTEM_FOLDERS`."""
         entries = []
         with reporting_os_errors(uri):
-            for here, _, names in os.walk(local_path(uri), onerror=_unless_gone):
+            for here, below, names in os.walk(local_path(uri), onerror=_unless_gone):
+                below[:] = [name for name in below if name not in SYSTEM_FOLDERS]  # which may be closed to this user
                 for path in (Path(here, name) for name in names):
                     with suppress(FileNotFoundError):  # removed meanwhile, or a link that leads nowhere
                         status = path.stat()

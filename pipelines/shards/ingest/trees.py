@@ -17,6 +17,7 @@ from typing import NoReturn
 from pipelines.errors import PipelineError
 from pipelines.shards.index import DatasetError
 from pipelines.storage import (
+    SYSTEM_FOLDERS,
     Entry,
     NotFoundError,
     Storage,
@@ -32,9 +33,6 @@ KINDS = (
     "a source is `digits`, a folder of class folders, a folder with metadata.jsonl or metadata.csv, a .zip of either, "
     "or a .csv or .jsonl of paths; on this machine or at an address such as s3://BUCKET/KEY"
 )
-
-SYSTEM_FOLDERS = frozenset({"__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information", "@eaDir"})
-"""What systems keep among people's files: of zips, of disks, and the small copies of pictures on network drives."""
 
 
 class UnreadableError(PipelineError):

@@ -52,19 +52,35 @@ def test_folders_are_listed_in_order_and_downloaded_whole(tmp_path):
         STORAGE.download_folder(f"file://{tmp_path}/empty", tmp_path / "copy")
 
 
+@pytest.fixture
+def close(monkeypatch):
+    """Return a function that keeps a folder from being listed, also by root."""
+    scandir = os.scandir
+
+    def closing(folder):
+        def refusing(path="."):
+            if os.fspath(path) == os.path.normpath(folder):
+                raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", refusing)
+
+    return closing
+
+
 @pytest.mark.parametrize("closed", ["a", "."])
-def test_a_folder_that_cannot_be_listed_is_named_and_nothing_left_out(tmp_path, monkeypatch, closed):
+def test_a_folder_that_cannot_be_listed_is_named_and_nothing_left_out(tmp_path, close, closed):
     STORAGE.write(f"file://{tmp_path}/store/a/c", b"c")
-    folder, scandir = os.path.normpath(tmp_path / "store" / closed), os.scandir
-
-    def refusing(path="."):
-        if os.fspath(path) == folder:
-            raise PermissionError(errno.EACCES, "Permission denied", folder)
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refusing)
+    close(tmp_path / "store" / closed)
     with pytest.raises(StorageError, match=r"Permission denied.*the user of this process may not"):
         STORAGE.list(f"file://{tmp_path}/store")
+
+
+def test_the_root_of_a_disk_is_listed_without_what_the_system_keeps_there(tmp_path, close):
+    STORAGE.write(f"file://{tmp_path}/a/c", b"c")
+    (tmp_path / "lost+found").mkdir()
+    close(tmp_path / "lost+found")
+    assert [entry.uri for entry in STORAGE.list(f"file://{tmp_path}")] == [f"file://{tmp_path}/a/c"]
 
 
 def test_a_file_that_may_not_be_looked_at_is_named(tmp_path, monkeypatch):
