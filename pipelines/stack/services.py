@@ -105,8 +105,9 @@ def _start_ray(home: Path, running: dict[str, Service]) -> Service:
     options = ["port", "dashboard-port", "node-manager-port", "object-manager-port", "dashboard-agent-listen-port"]
     options += ["dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port", "ray-client-server-port"]
     ports = choose_ports(home, "ray", [*options, "AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT"])
+    cores = whole_cores()
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
-    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--num-cpus={whole_cores()}"]
+    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--num-cpus={cores}"]
     command += [
         f"--temp-dir={ray_folder(home)}",
         f"--object-store-memory={OBJECT_STORE_BYTES}",
@@ -118,7 +119,7 @@ def _start_ray(home: Path, running: dict[str, Service]) -> Service:
     # With Ray's default niceness of 15, a training gets almost no CPU time beside any other process.
     environment |= {"RAY_worker_niceness": "0"}
     # As many processes may start at once; four times as many are worth a warning, which on a small machine is any run.
-    environment |= {"RAY_worker_maximum_startup_concurrency": str(max(8, os.cpu_count() or 1))}
+    environment |= {"RAY_worker_maximum_startup_concurrency": str(max(8, cores))}
     environment |= {name: str(port) for name, port in ports.items() if name.isupper()}
     environment |= ray_environment(home) | s3_environment(home, running)
     url = f"http://127.0.0.1:{ports['dashboard-port']}"

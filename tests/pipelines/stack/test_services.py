@@ -20,8 +20,11 @@ def test_mlflow_reads_the_secrets_of_webhooks_after_a_restart(tmp_path):
 
 
 def test_ray_offers_the_cores_that_a_container_leaves_and_not_those_of_the_machine(tmp_path, monkeypatch):
-    commands = []
-    monkeypatch.setattr(services, "launch", lambda name, command, *rest: commands.append(command))
-    monkeypatch.setattr(services, "whole_cores", lambda: 3)
+    started = []
+    monkeypatch.setattr(services, "launch", lambda *arguments: started.append(arguments))
+    monkeypatch.setattr(services, "whole_cores", lambda: 11)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
     STARTERS["ray"](tmp_path, {})
-    assert [part for part in commands[0] if part.startswith("--num-cpus")] == ["--num-cpus=3"]
+    _, command, _, environment, *_ = started[0]
+    assert "--num-cpus=11" in command
+    assert environment["RAY_worker_maximum_startup_concurrency"] == "11"
