@@ -13,7 +13,7 @@ from typing import Any
 from pipelines.config import ConfigError, KubeRayLaunch
 from pipelines.display import StageNotice
 from pipelines.launch.command import ClusterCommand, LaunchError, check_same, detachable
-from pipelines.launch.kuberay import manifest, rayjob
+from pipelines.launch.kuberay import dump, rayjob
 
 FOLLOW_EVERY_S = 3.0
 ENDED = ("Complete", "Failed")
@@ -119,18 +119,18 @@ def apply(command: ClusterCommand, notice: StageNotice) -> None:
     Raises:
         ConfigError, LaunchError: there is no kubectl, the RayJob runs another command, or the cluster refuses.
     """
-    text = manifest(command)  # raises before anything is asked
+    job = rayjob(command)  # raises before anything is asked
     kubectl = kubectl_of(command)
     before = kubectl.get(command.object_name)
     if before is not None and not before.ended:
-        asked, stop = rayjob(command)["spec"]["entrypoint"], f"ddpm launch --target kuberay --stop {command.name}"
+        asked, stop = job["spec"]["entrypoint"], f"ddpm launch --target kuberay --stop {command.name}"
         check_same(f"RayJob {before.name}", before.entrypoint, asked, stop)
         notice("launch", f"RayJob {before.name} is there already ({before}): following it")
         return
     if before is not None:
         notice("launch", f"RayJob {before.name} has ended ({before}): a new one resumes its run")
         kubectl("delete", f"rayjob/{before.name}", "--wait=true")
-    for line in kubectl("apply", "--filename=-", given=text).splitlines():
+    for line in kubectl("apply", "--filename=-", given=dump(job)).splitlines():
         notice("launch", line)
 
 
