@@ -32,6 +32,7 @@ class JobState:
         job_id: of the Ray job.
         head_pod: on which `ray` can be called.
         attempts: clusters that have failed before.
+        entrypoint: the command that it runs, as the shell of its submitter reads it.
     """
 
     name: str
