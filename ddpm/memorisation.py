@@ -95,8 +95,8 @@ class Memorisation:
         ratio: `share` over `level`: about 1 for real images that the model was not trained on, 1 / level at most.
         bound: lower end of a one-sided 95 % confidence interval of the ratio, over both sets.
         tolerance: the ratio above which samples are named copies.
-        share: share of the samples whose relative distance is below `threshold`. With c copies among real images it is
-            about c + level (1 - c).
+        share: share of the samples whose relative distance is below `threshold`, or where that is 0, of those that
+            match a training image exactly. With c copies among real images it is about c + level (1 - c).
         level: share of the held-out images whose relative distance is at most `threshold`.
         threshold: in relative distance, `Neighbours.relative`.
         authenticity: share of the samples that are farther from their nearest training image than that image is from
