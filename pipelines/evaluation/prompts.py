@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ddpm.conditioning import Conditioning
 from ddpm.model import ModelSpec
-from ddpm.models import NetworkConfig
 from ddpm.quality import Measured
 from pipelines.config import Config
 from pipelines.display import Notice, no_notice
@@ -178,13 +177,13 @@ def open_prompts(
     def matcher() -> Evaluator:
         return open_matcher(config, dataset, storage, notice, connect=connect)
 
-    captions = open_captions(spec.network, dataset, config, storage, notice)
+    captions = open_captions(spec.network.text_dim, dataset, config, storage, notice)
     return _prompts(spec, dataset, captions, matcher)
 
 
 def find_prompts(spec: ModelSpec, dataset: Dataset, config: Config, storage: Storage) -> Prompts | None:
     """Return the prompts as `open_prompts` does, without a matcher where that was not trained yet."""
-    captions = open_captions(spec.network, dataset, config, storage)
+    captions = open_captions(spec.network.text_dim, dataset, config, storage)
     return _prompts(spec, dataset, captions, lambda: find_matcher(dataset, storage))
 
 
@@ -204,7 +203,7 @@ def _prompts(
 
 
 def open_captions(
-    network: NetworkConfig,
+    width: int,
     dataset: Dataset,
     config: Config,
     storage: Storage,
@@ -214,13 +213,12 @@ def open_captions(
     """Return the captions that samples of a model are drawn from, and those of the images of its likelihood.
 
     Args:
-        network: of the model.
+        width: of the embeddings that the model takes; 0 for a model that is not conditioned on text.
         held_out: how many of the images of `Real.held_out` these are; None for those of an evaluation.
 
     Returns:
         None as for `open_prompts`.
     """
-    width = network.text_dim
     if not width:
         return None
     found = caption_width(dataset, "test", storage)

@@ -86,10 +86,8 @@ def guides_of(model: Model, study: StudyConfig, base: Config, storage: Storage) 
 
 
 def _values(study: StudyConfig, base: Config, path: str) -> list[str]:
-    """Return the values that a path can have in a study."""
-    searched = study.space.get(path)
-    values = searched.corners() if searched is not None else [getattr(base.guidance, path.split(".")[1])]
-    return [str(value) for value in values if value is not None]
+    """Return the values that a path can have in a study, without None."""
+    return [str(value) for value in study.values(path, base) if value is not None]
 
 
 def base_of(config: Config, settings: Sampling) -> Config:

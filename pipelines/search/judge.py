@@ -36,9 +36,11 @@ class Subject:
         evaluator: the network whose features are compared, with its record.
         reference: moments of the features of the real images that are the reference.
         real: features of the real test split [N, D], for precision and recall.
-        labels: labels of the drawn images [N]; image i has label i modulo N. None for a model without classes.
+        labels: of the drawn images [N]; image i has label i modulo N, where the model has classes. None for data
+            without classes.
         guides: reference -> classifier or weaker model that a setting may name.
-        captions: image i is drawn from caption i modulo their number; None for a model that is not on text.
+        captions: image i is drawn from caption i modulo their number, where the model is on text. None for data
+            without captions.
     """
 
     model: Model
@@ -68,15 +70,16 @@ class Subject:
         """
         with tempfile.TemporaryDirectory(prefix="real-", dir=scratch_folder()) as scratch:
             test = real.load("test", Path(scratch), most=NEIGHBOURS).features.read(0, NEIGHBOURS)
-        labels = balanced_labels(real.test.count, real.train.class_counts, seed) if model.spec.classes else None
-        if labels is not None and captions is not None and captions.labels is not None:
-            labels = captions.labels.numpy()
+        counts = real.train.class_counts
+        labels = torch.from_numpy(balanced_labels(real.test.count, counts, seed)) if counts else None
+        if captions is not None and captions.labels is not None:
+            labels = captions.labels
         return cls(
             model=replace(model, classifier=None, weak=None).to("cpu"),
             evaluator=evaluator,
             reference=real.train.moments,
             real=torch.from_numpy(test),
-            labels=None if labels is None else torch.from_numpy(labels),
+            labels=labels,
             guides=guides,
             captions=captions,
         )
@@ -151,7 +154,9 @@ class SampleScorer:
             classifier=self.guides.get(named.get("classifier") or ""),  # type: ignore[arg-type]
             weak=self.guides.get(named.get("weak") or ""),  # type: ignore[arg-type]
         )
-        labels = None if subject.labels is None else subject.labels[image_ids % len(subject.labels)]
+        labels = None
+        if subject.labels is not None and self.model.spec.classes:
+            labels = subject.labels[image_ids % len(subject.labels)]
         images = model.generate(
             None if labels is None else labels.to(self.device),
             text=self._text(image_ids),

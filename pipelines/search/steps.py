@@ -204,7 +204,7 @@ def _captions(resolved: Resolved, config: Config, storage: Storage, notice: Stag
     if not spec.network.text_dim:
         return None
     dataset = read_dataset(spec.lineage.get("dataset_uri", config.data.uri), storage)
-    found = open_captions(spec.network, dataset, config, storage, lambda text: notice("steps", text))
+    found = open_captions(spec.network.text_dim, dataset, config, storage, lambda text: notice("steps", text))
     return None if found is None else found[0]
 
 

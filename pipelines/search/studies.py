@@ -14,7 +14,7 @@ from typing import Any
 import ray
 
 from pipelines import references, registry, tracking
-from pipelines.config import Config, changed_sampling, network_config, sampling_overrides
+from pipelines.config import Config, changed_sampling, sampling_overrides
 from pipelines.display import Notice, StageNotice
 from pipelines.evaluation.evaluators import Evaluator, open_evaluator
 from pipelines.evaluation.prompts import open_captions
@@ -103,7 +103,7 @@ def guidance_study(
     real, evaluator = _open_evaluation(dataset, config, storage, say)
     guides = guides_of(resolved.model, study, base, storage)
     model, seed = resolved.model, NoiseSeeds.of(base, name).trials
-    found_captions = open_captions(model.spec.network, dataset, config, storage, say)
+    found_captions = open_captions(model.spec.network.text_dim, dataset, config, storage, say)
     captions = None if found_captions is None else found_captions[0]
     subject = Subject.of(model, evaluator, real, guides, seed, captions)
     connect_ray(config, storage)
@@ -194,7 +194,8 @@ def training_study(
     check_dataset(dataset, config)
     real, evaluator = _open_evaluation(dataset, config, storage, say)
     fresh_images(study, real)
-    captions = open_captions(network_config(config), dataset, config, storage, say, held_out=HELD_OUT)
+    width = training_search.text_width(study, config)
+    captions = open_captions(width, dataset, config, storage, say, held_out=HELD_OUT)
     connect_ray(config, storage)
     training_search.concurrency(study, config, ray.cluster_resources())
     records = store.open(study, config, dataset.digest, resume=resume)

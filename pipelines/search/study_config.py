@@ -114,6 +114,14 @@ class StudyConfig(FrozenModel):
         plain = base.model_dump(mode="json")
         return self._choose(lambda path, parameter: parameter.nearest(get_value(plain, path)), base)
 
+    def values(self, path: str, base: Config) -> list[Value]:
+        """Return the values that a path can have in trials: all choices, or the ends of its range.
+
+        Where it is not searched, it has that of the configuration.
+        """
+        searched = self.space.get(path)
+        return [get_value(base.model_dump(mode="json"), path)] if searched is None else searched.corners()
+
     def _choose(self, pick: Callable[[str, Parameter], Value], base: Config) -> dict[str, Value]:
         """Return the parameters that exist in a trial, with the values that `pick` chooses."""
         chosen: dict[str, Value] = {}

@@ -61,6 +61,11 @@ class StopBehind(AsyncHyperBandScheduler):
         return action
 
 
+def text_width(study: StudyConfig, base: Config) -> int:
+    """Return the width of the embeddings of captions that trials take; 0 where none is on text."""
+    return max(int(width or 0) for width in (base.model.text_dim, *study.values("model.text_dim", base)))
+
+
 def concurrency(study: StudyConfig, base: Config, resources: Mapping[str, float]) -> int:
     """Return how many trials the cluster can run at a time, each with all its workers.
 

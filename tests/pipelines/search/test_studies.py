@@ -10,7 +10,7 @@ from ray.tune.tune import _setup_signal_catching
 
 from ddpm.generate import Sampling
 from ddpm.model import ModelSpec
-from pipelines.config import compose, network_config, sampling
+from pipelines.config import compose, sampling
 from pipelines.display import no_stage_notice
 from pipelines.evaluation.real import HELD_OUT
 from pipelines.search import studies
@@ -110,11 +110,18 @@ def test_a_guidance_study_that_is_refused_has_changed_nothing_in_mlflow(bench):
     assert bench.told == []
 
 
-def test_a_training_study_judges_by_the_captions_of_all_stored_test_images(bench, monkeypatch):
+@pytest.mark.parametrize(
+    "searched, width",
+    [
+        ({"optim.lr": {"log": [1e-4, 1e-2]}}, 0),
+        ({"model.text_dim": {"choice": [0, 384]}}, 384),  # the configuration as it stands is not on text
+    ],
+)
+def test_a_training_study_judges_by_the_captions_of_all_stored_test_images(bench, monkeypatch, searched, width):
     asked, shared = [], []
 
-    def open_captions(network, *given, held_out):
-        asked.append((network, held_out))
+    def open_captions(width, *given, held_out):
+        asked.append((width, held_out))
         return "drawn", "held"
 
     def share(*given):
@@ -125,10 +132,9 @@ def test_a_training_study_judges_by_the_captions_of_all_stored_test_images(bench
     monkeypatch.setattr(studies, "fresh_images", lambda study, real: None)
     monkeypatch.setattr(studies.ray, "cluster_resources", lambda: {"CPU": 4.0})
     monkeypatch.setattr(studies.Shared, "of", share)
-    space = {"optim.lr": {"log": [1e-4, 1e-2]}}
-    trained = StudyConfig.model_validate({"kind": "training", "trials": 1, "space": space})
+    trained = StudyConfig.model_validate({"kind": "training", "trials": 1, "space": searched})
     silent = {"on_change": lambda observer: None, "notice": no_stage_notice}
     with pytest.raises(KeyboardInterrupt):
         studies.training_study(bench.config, "t", trained, {}, resume=False, after=[], **silent)
-    assert asked == [(network_config(bench.config), HELD_OUT)]
+    assert asked == [(width, HELD_OUT)]
     assert shared[0][-1] == ("drawn", "held")

@@ -117,11 +117,11 @@ class Bench:
         self.seeds.append(seed)
         return [training_confirmation._bound(subject, *images, seed) for subject in subjects]
 
-    def trained(self, run_id, lr, distance, text_dim=0):
+    def trained(self, run_id, lr, distance, text_dim=0, classes=()):
         """The record of a trial that trained to its end, and its model."""
         torch.manual_seed(int(run_id, 16))
-        network = replace(SMALL, num_classes=0, text_dim=text_dim)
-        spec = ModelSpec(network, {"kind": "cosine", "num_steps": 20}, "v", 8, ())
+        network = replace(SMALL, num_classes=len(classes), text_dim=text_dim)
+        spec = ModelSpec(network, {"kind": "cosine", "num_steps": 20}, "v", 8, classes)
         self.models[f"runs:/{run_id}/640"] = Model(spec, UNet(network).eval())
         scores = {"frechet_distance": distance, "bits_per_dim": distance, "images_seen": 640.0}
         return replace(trial(lr, distance), scores=scores, run_id=run_id)
@@ -167,6 +167,23 @@ def test_models_on_text_are_confirmed_by_captions(bench):
     bench.confirm(study(objectives=["bits_per_dim"], confirm_samples=64), records, (drawn, held))
     assert torch.equal(seen[0].pooled, drawn.pooled[torch.arange(64) % 7])
     assert torch.equal(seen[-1].pooled, held.pooled[64:])
+
+
+@pytest.mark.parametrize("default, other", [((), ("a", "b")), (("a", "b"), ())])
+def test_each_model_is_confirmed_by_the_classes_that_it_has_whatever_the_default_has(bench, default, other):
+    bench.real = replace(bench.real, train=replace(bench.real.train, class_counts=(60, 60)))
+    records = [bench.trained("a1", BASE.optim.lr, 5.0, classes=default), bench.trained("b2", 0.003, 4.0, classes=other)]
+    labels = {"a1": [], "b2": []}
+    for run_id, seen in labels.items():
+
+        def note(module, given, seen=seen):
+            seen += [cond.label.unique().tolist() for cond in given[2:] if cond is not None]
+
+        bench.models[f"runs:/{run_id}/640"].network.register_forward_pre_hook(note)
+    found = bench.confirm(study(confirm_samples=64), records)
+    assert {c.trial for c in found} == {DEFAULT, records[1].trial}
+    steps = bench.base.sampler.steps
+    assert [labels["a1"], labels["b2"]] == [[[0, 1]] * steps if classes else [] for classes in (default, other)]
 
 
 def test_a_trial_whose_model_is_gone_is_left_out_and_without_the_default_nothing_is_confirmed(bench):
