@@ -33,7 +33,8 @@ def launch(
     to: Annotated[Path | None, typer.Option("--to", help="Folder for the files of --target aws")] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Do not follow what the command prints")] = False,
     stop: Annotated[
-        str | None, typer.Option("--stop", metavar="JOB", help="Stop the job of this name, with a checkpoint")
+        str | None,
+        typer.Option("--stop", metavar="JOB", help="Stop this job, a training with a checkpoint"),
     ] = None,
     status: Annotated[str | None, typer.Option("--status", metavar="JOB", help="Show the jobs of this name")] = None,
     as_json: Json = False,
@@ -125,7 +126,7 @@ def _to_ray(command: ClusterCommand, *, dry_run: bool, detach: bool, as_json: bo
     jobs = _jobs(config)
     job, is_new = jobs.submit(command, program, variables)
     said = f"submitted {job.id} to" if is_new else f"{job.id} runs already on"
-    terminal.stage("launch", f"{said} {jobs.address}: `ddpm launch --stop {command.name}` stops it with a checkpoint")
+    terminal.stage("launch", f"{said} {jobs.address}: `ddpm launch --stop {command.name}` stops it")
     state = None if detach else jobs.follow(job.id, _write, terminal.stage)
     if state is not None:
         terminal.stage("launch", str(state))
@@ -150,7 +151,7 @@ def _look_or_stop(target: str, name: str, given: list[str], *, stop: bool, as_js
     if not found:
         raise LaunchError(f"the Ray cluster at {jobs.address} knows no job of the name '{name}'")
     if stop and not found[-1].ended:
-        terminal.stage("launch", f"asking {found[-1].id} to stop; it writes its checkpoint first")
+        terminal.stage("launch", f"asking {found[-1].id} to stop; a training writes its checkpoint first")
         found[-1] = jobs.stop(found[-1].id, launch.stop_wait_s)
     for job in found:
         terminal.stage("launch", str(job))

@@ -161,7 +161,7 @@ def follow(
 
 
 def stop(kubectl: Kubectl, name: str, notice: StageNotice) -> JobState:
-    """Stop a command at a step boundary with a checkpoint, and delete its RayJob with the cluster.
+    """Stop a command, a training at a step boundary with a checkpoint, and delete its RayJob with the cluster.
 
     Raises:
         LaunchError: there is no such RayJob, or kubectl fails.
@@ -170,7 +170,7 @@ def stop(kubectl: Kubectl, name: str, notice: StageNotice) -> JobState:
     if state is None:
         raise LaunchError(f"there is no RayJob {name} in this namespace: `kubectl get rayjobs` lists them")
     if state.deployment == "Running" and state.head_pod and state.job_id:
-        notice("launch", f"asking {state.job_id} to stop; it writes its checkpoint first")
+        notice("launch", f"asking {state.job_id} to stop; a training writes its checkpoint first")
         try:
             kubectl("exec", state.head_pod, "--container=ray-head", "--", "ray", "job", "stop", state.job_id)
         except LaunchError as error:

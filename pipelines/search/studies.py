@@ -284,7 +284,7 @@ def _open_evaluation(dataset: Dataset, config: Config, storage: Storage, notice:
 
 @contextmanager
 def _opened_run(config: Config, name: str, study: StudyConfig, subject: str) -> Iterator[Tracker]:
-    """Open the study's MLflow run, the parent of its trials' runs; Ctrl-C, which breaks the study off, makes it KILLED.
+    """Open the study's MLflow run, the parent of its trials' runs; what breaks the study off makes it FAILED or KILLED.
 
     Ray ends the trials that run with this process. Their records say that they run, so that `--resume` runs them again.
     """
@@ -292,13 +292,15 @@ def _opened_run(config: Config, name: str, study: StudyConfig, subject: str) -> 
     note = f"{study.kind} study of {subject}; its trials are the runs below it, its page is the artifact `study.html`."
     tags = {"ddpm.study": name, "ddpm.study.kind": study.kind, "mlflow.note.content": note}
     tracker, _ = tracking.open_run(config.tracking.uri, config.tracking.experiment, f"study-{name}", tags)
-    tracker.status("RUNNING")  # a study that goes on has the status with which it stopped
-    tracker.text(tracking.to_json(study.model_dump(mode="json", by_alias=True)), "study.json")
     try:
+        tracker.status("RUNNING")  # a study that goes on has the status with which it stopped
+        tracker.text(tracking.to_json(study.model_dump(mode="json", by_alias=True)), "study.json")
         yield tracker
-    except KeyboardInterrupt:
-        with tracking.recording("does not know that the study is KILLED"):
-            replace(tracker, patience_s=0).status("KILLED")
+    except BaseException as error:
+        # Ctrl-C, and SIGTERM, by which a job on a cluster is stopped: Ray makes it a SystemExit.
+        status = "FAILED" if isinstance(error, Exception) else "KILLED"
+        with tracking.recording(f"does not know that the study is {status}"):
+            replace(tracker, patience_s=0).status(status)
         raise
 
 

@@ -34,6 +34,7 @@ class Bench:
         resolved = SimpleNamespace(version=None, model=SimpleNamespace(spec=spec))
         self.told: list[tuple[str, tuple[object, ...]]] = []
         self.searched: list[tuple[object, ...]] = []
+        self.ends_with: BaseException = KeyboardInterrupt()
         for method in ("text", "status"):
             monkeypatch.setattr(Tracker, method, self._note(method))
         monkeypatch.setattr(studies.tracking, "open_run", lambda *given: (Tracker("http://nowhere", "parent"), False))
@@ -50,7 +51,7 @@ class Bench:
 
     def _search(self, *given, **options) -> None:
         self.searched.append(given)
-        raise KeyboardInterrupt
+        raise self.ends_with
 
     def study(self, *overrides: str, resume: bool = False) -> None:
         """Run a study up to its trials, where it is broken off."""
@@ -78,11 +79,20 @@ def test_tune_leaves_ctrl_c_to_the_study():
             signal.signal(number, handler)
 
 
-def test_a_study_that_is_broken_off_is_killed_in_mlflow_and_runs_when_it_goes_on(bench):
+@pytest.mark.parametrize(
+    "end, status",
+    [
+        (KeyboardInterrupt(), "KILLED"),
+        (SystemExit(15), "KILLED"),  # what Ray makes of SIGTERM, by which a job on a cluster is stopped
+        (StudyError("the cluster is too small"), "FAILED"),
+    ],
+)
+def test_a_study_that_is_broken_off_has_ended_in_mlflow_and_runs_when_it_goes_on(bench, end, status):
+    bench.ends_with = end
     for resume in (False, True):
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(type(end)):
             bench.study(resume=resume)
-        assert bench.states == ["RUNNING", "KILLED"]
+        assert bench.states == ["RUNNING", status]
         bench.told.clear()
 
 
