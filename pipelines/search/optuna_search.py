@@ -55,7 +55,8 @@ def searcher(
     Args:
         records: trials of this study; TPE learns from those that have ended, and those that were running come first.
         folder: for Optuna's journal while the search lasts; Ray Tune pickles the storage, so it cannot be in memory.
-        first: parameters to try before any other, such as the best of earlier studies or the present default.
+        first: parameters to try before any other, such as the best of earlier studies or the present default; those of
+            which there is a trial already are not tried again.
     """
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
@@ -64,10 +65,11 @@ def searcher(
     ended = [record for record in records if record.state != "running"]
     storage = JournalStorage(JournalFileBackend(str(folder / "optuna.journal")))
     past_of(study, ended, storage)
-    tried = {record.trial for record in ended}
     again = [r.params for r in records if r.state == "running"]
+    # What a point leaves open is drawn, so that the trial that is made of it has more parameters, and another name.
+    new = [p for p in first if not any(p.items() <= record.params.items() for record in records)]
     modes = [DIRECTIONS[objective] for objective in study.objectives]
-    points = {trial_name(p): dict(p) for p in (*again, *first) if trial_name(p) not in tried}  # each once
+    points = {trial_name(p): dict(p) for p in (*again, *new)}  # each once
     return OptunaSearch(
         space=partial(_suggest, study, base),
         metric=list(study.objectives) if len(study.objectives) > 1 else study.objectives[0],

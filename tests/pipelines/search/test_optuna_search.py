@@ -38,3 +38,10 @@ def test_the_search_is_the_same_for_the_same_seed_and_past(tmp_path):
         (tmp_path / name).mkdir()
     one, two = (searcher(STUDY, BASE, ended, tmp_path / name).suggest("x") for name in "ab")
     assert one == two
+
+
+def test_a_point_that_leaves_parameters_open_is_tried_once_however_often_the_study_goes_on(tmp_path):
+    ended, begun = record(1, 5.0), record(2, math.nan, state="running")
+    points = [{"guidance.scale": r.params["guidance.scale"]} for r in (ended, begun, record(3, 5.0))]
+    asked = searcher(STUDY, BASE, [ended, begun], tmp_path, first=points)
+    assert asked._points_to_evaluate == [begun.params, points[2]]
