@@ -171,8 +171,8 @@ def parse_command(words: Sequence[str], config: Config) -> ClusterCommand:
                 "change it by overrides such as search.space.optim.lr.log=[1e-4,1e-2]"
             )
     kept = [word for word in rest if _key(word) not in BY_ENVIRONMENT and not _is_launch(word)]
-    if verb.startswith("search ") and "--resume" not in kept:
-        kept = ["--resume", *kept]  # a launch is repeated, by who types it again and by KubeRay
+    if verb.startswith("search "):  # a launch is repeated, by who types it again and by KubeRay
+        kept = ["--resume", *(word for word in kept if word != "--resume")]
     return ClusterCommand(verb, tuple(kept), config)
 
 

@@ -78,8 +78,12 @@ def test_a_launched_study_is_resumed_because_a_launch_is_repeated(kind):
     first = command("ray", "search", kind, "--space", "smoke", "name=first")
     assert first.shell() == f"ddpm search {kind} --resume --space smoke name=first"
     assert first.name == f"first-search-{kind}"
-    assert command("ray", "search", kind, "name=first", "--resume").arguments == ("name=first", "--resume")
     assert "--resume" not in command("ray", *TRAIN).arguments
+
+
+@pytest.mark.parametrize("words", [["name=first"], ["--resume", "name=first"], ["name=first", "--resume"]])
+def test_a_study_is_the_same_command_wherever_it_is_told_to_resume(words):
+    assert command("ray", "search", "training", *words).arguments == ("--resume", "name=first")
 
 
 @pytest.mark.parametrize(
