@@ -178,6 +178,8 @@ def load_study(name: str, overrides: Sequence[str] = ()) -> StudyConfig:
         return StudyConfig.model_validate(plain)
     except YAMLError as error:
         raise ConfigError(f"{path.name} is no YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path.name} is no text in UTF-8: {error}") from error
     except (OmegaConfBaseException, OSError, TypeError) as error:
         raise ConfigError(f"{path.name}: {str(error).splitlines()[0]}") from error
     except pydantic.ValidationError as error:

@@ -69,6 +69,7 @@ def test_a_space_that_makes_no_sense_in_itself_is_refused(space, message):
     "text, message",
     [
         ("kind: training\nspace: {optim.lr: {log: [1, 2}", r"mine\.yaml is no YAML: while parsing a .* line 2"),
+        ("kind: training  # f\xfcr mich\n", r"mine\.yaml is no text in UTF-8: .* position 19: invalid start byte"),
         ("- training\n", r"mine\.yaml: a study is a mapping from names to values, this is none"),
         ("training\n", r"mine\.yaml: "),
         ("kind: training\ntrials: 3\n", r"mine\.yaml: space: Field required"),
@@ -76,7 +77,7 @@ def test_a_space_that_makes_no_sense_in_itself_is_refused(space, message):
     ],
 )
 def test_a_file_that_is_no_study_is_named_with_what_is_wrong(tmp_path, text, message):
-    (tmp_path / "mine.yaml").write_text(text)
+    (tmp_path / "mine.yaml").write_text(text, "latin-1")
     with pytest.raises(ConfigError, match=message):
         load_study(str(tmp_path / "mine.yaml"))
 
