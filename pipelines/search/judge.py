@@ -65,11 +65,12 @@ class Subject:
 
         Args:
             real: the real images, as the evaluator sees them.
-            seed: of the order of the labels.
+            seed: of the order of the labels and captions.
             captions: that a model on text is asked for, with the classes of their images.
         """
         with tempfile.TemporaryDirectory(prefix="real-", dir=scratch_folder()) as scratch:
             test = real.load("test", Path(scratch), most=NEIGHBOURS).features.read(0, NEIGHBOURS)
+        captions = None if captions is None else captions.shuffled(seed)
         counts = real.train.class_counts
         labels = torch.from_numpy(balanced_labels(real.test.count, counts, seed)) if counts else None
         if captions is not None and captions.labels is not None:

@@ -169,7 +169,7 @@ def search_steps(
         settings = _settings(resolved, changes)
         seeds = NoiseSeeds.of(config, name)
         pair = seeds.trials, seeds.confirmation([])
-        captions = _captions(resolved, config, storage, notice)
+        captions = _captions(resolved, config, storage, notice, seeds.trials)
         found = find_steps(resolved.model, settings, search, learning, trajectories, pair, captions, notice)
     except ValueError as error:
         raise ConfigError(f"search steps: {error}") from error
@@ -196,8 +196,8 @@ def _settings(resolved: Resolved, changes: dict[str, Any]) -> Sampling:
     return settings
 
 
-def _captions(resolved: Resolved, config: Config, storage: Storage, notice: StageNotice) -> Captions | None:
-    """Return the captions of the test split of a model's data, for a model on text."""
+def _captions(resolved: Resolved, config: Config, storage: Storage, notice: StageNotice, seed: int) -> Captions | None:
+    """Return the captions of the test split of a model's data in a seeded order, for a model on text."""
     spec = resolved.model.spec
     if can_inpaint(spec):
         raise ValueError("a model that sees known pixels has no trajectories without them: name one without inpainting")
@@ -205,7 +205,7 @@ def _captions(resolved: Resolved, config: Config, storage: Storage, notice: Stag
         return None
     dataset = read_dataset(spec.lineage.get("dataset_uri", config.data.uri), storage)
     found = open_captions(spec.network.text_dim, dataset, config, storage, lambda text: notice("steps", text))
-    return None if found is None else found[0]
+    return None if found is None else found[0].shuffled(seed)
 
 
 def _conditions(model: Model, ids: Tensor, captions: Captions | None) -> Conditioning | None:

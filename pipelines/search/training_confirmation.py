@@ -92,7 +92,7 @@ def confirm(
 
     Args:
         captions: as for `Shared.of`.
-        trials_seed: of the order of the labels, as in the trials.
+        trials_seed: of the order of labels and captions, as in the trials.
         seed: of the noise.
 
     Returns:

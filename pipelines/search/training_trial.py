@@ -87,7 +87,7 @@ class Shared:
         counts, seed = real.train.class_counts, NoiseSeeds.of(base, name).trials
         cond: Conditioning | None = None
         if drawn is not None:
-            cond = drawn.condition(torch.arange(min(study.samples, len(drawn))), labels=True)
+            cond = drawn.shuffled(seed).condition(torch.arange(min(study.samples, len(drawn))), labels=True)
         elif counts:
             cond = Conditioning(label=torch.from_numpy(balanced_labels(real.test.count, counts, seed)))
         held_out, held_out_cond = held_out_images(real, held)

@@ -63,6 +63,17 @@ class Captions:
             found.update(tensor.numpy().tobytes())
         return found.hexdigest()
 
+    def shuffled(self, seed: int) -> Captions:
+        """Return them in a seeded order: in that of a split, the first few may all be of one class."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        return Captions(
+            self.positions[order.numpy()],
+            tuple(self.texts[place] for place in order.tolist()),
+            tuple(self.tokens[place] for place in order.tolist()),
+            self.pooled[order],
+            None if self.labels is None else self.labels[order],
+        )
+
     def condition(self, places: Tensor, *, labels: bool) -> Conditioning:
         """Return the condition of pictures that are drawn from these captions.
 

@@ -165,7 +165,8 @@ def test_models_on_text_are_confirmed_by_captions(bench):
     seen = []
     bench.models["runs:/b2/640"].network.register_forward_pre_hook(lambda module, given: seen.extend(given[2:]))
     bench.confirm(study(objectives=["bits_per_dim"], confirm_samples=64), records, (drawn, held))
-    assert torch.equal(seen[0].pooled, drawn.pooled[torch.arange(64) % 7])
+    in_trials = drawn.shuffled(5)  # the seed of the trials
+    assert torch.equal(seen[0].pooled, in_trials.pooled[torch.arange(64) % 7])
     assert torch.equal(seen[-1].pooled, held.pooled[64:])
 
 

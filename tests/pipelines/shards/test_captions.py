@@ -9,6 +9,7 @@ from pipelines.shards.ingest.write import ingest
 from pipelines.shards.read import opened_split
 from pipelines.storage import Storage
 from tests.pipelines.captioned import WIDTH, captions, embed, write_shapes
+from tests.pipelines.evaluation.test_prompts import some_captions
 
 
 def shapes(folder, encoder, *, extra=(), count=24):
@@ -68,3 +69,17 @@ def test_embeddings_that_no_network_takes_are_refused(tmp_path):
     pooled_only = shapes(tmp_path, lambda texts: replace(embed(texts), text=None, text_mask=None))
     with pytest.raises(DatasetError, match=r"widths 16 \(pooled\) and None \(text\).*ingest the data anew"):
         caption_width(pooled_only, "train", Storage())
+
+
+def test_the_first_of_shuffled_captions_are_of_all_classes_and_each_keeps_what_is_its_own():
+    texts = [f"{word} {i}" for word in ("circle", "square", "star") for i in range(20)]
+    split = some_captions(texts, labels=[i // 20 for i in range(60)])
+    found = split.shuffled(3)
+    assert set(found.labels[:16].tolist()) == {0, 1, 2}
+    assert found.texts == split.shuffled(3).texts != split.shuffled(4).texts
+    assert sorted(found.positions) == list(range(60))
+    places = torch.from_numpy(found.positions)
+    assert found.texts == tuple(texts[place] for place in found.positions)
+    assert torch.equal(found.labels, split.labels[places])
+    assert torch.equal(found.pooled, split.pooled[places])
+    assert all(torch.equal(own, split.tokens[place]) for own, place in zip(found.tokens, found.positions, strict=True))
