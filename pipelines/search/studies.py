@@ -26,6 +26,7 @@ from pipelines.search.guidance_search import GuidanceResult, base_of, guides_of
 from pipelines.search.judge import Subject
 from pipelines.search.observer import Observer, OnChange
 from pipelines.search.page import Page, png
+from pipelines.search.rung_judge import held_out_images
 from pipelines.search.seeds import NoiseSeeds
 from pipelines.search.space import check_space
 from pipelines.search.study import StudyStore, TrialRecord, best, count_states, done, earlier_points, ended
@@ -103,10 +104,8 @@ def guidance_study(
     real, evaluator = _open_evaluation(dataset, config, storage, say)
     guides = guides_of(resolved.model, study, base, storage)
     model, seed = resolved.model, NoiseSeeds.of(base, name).trials
-    found_captions = open_captions(model.spec.network.text_dim, dataset, config, storage, say)
-    captions = None if found_captions is None else found_captions[0]
+    captions, _ = open_captions(model.spec.network.text_dim, dataset, config, storage, say) or (None, None)
     subject = Subject.of(model, evaluator, real, guides, seed, captions)
-    connect_ray(config, storage)
     records = store.open(study, base, _identity(resolved), resume=resume)
     with _opened_run(config, name, study, reference) as tracker:
         observer = Observer(store, study, tracker, config.tracking.experiment, study.samples, on_change)
@@ -193,16 +192,16 @@ def training_study(
     dataset = read_dataset(config.data.uri, storage)
     check_dataset(dataset, config)
     real, evaluator = _open_evaluation(dataset, config, storage, say)
-    fresh_images(study, real)
     width = training_search.text_width(study, config)
-    captions = open_captions(width, dataset, config, storage, say, held_out=HELD_OUT)
-    connect_ray(config, storage)
+    captions, held = open_captions(width, dataset, config, storage, say, held_out=HELD_OUT) or (None, None)
+    held_out = held_out_images(real, held)
+    fresh = fresh_images(study, *held_out)
     training_search.concurrency(study, config, ray.cluster_resources())
     records = store.open(study, config, dataset.digest, resume=resume)
     with _opened_run(config, name, study, dataset.uri) as tracker:
         observer = Observer(store, study, tracker, config.tracking.experiment, config.images, on_change)
         observer.begin(records)
-        shared = Shared.of(study, config, name, lineage, tracker.run_id, evaluator.encoder, real, captions)
+        shared = Shared.of(study, config, name, lineage, tracker.run_id, evaluator.encoder, real, captions, held_out)
         training_search.run_trials(shared, records, observer, first)
         observer.settle()
         records = store.records()
@@ -215,6 +214,7 @@ def training_study(
             records,
             storage,
             captions,
+            fresh,
             trials_seed=seeds.trials,
             seed=seed,
             notice=say,
@@ -276,7 +276,7 @@ def _publish_training(
 
 
 def _open_evaluation(dataset: Dataset, config: Config, storage: Storage, notice: Notice) -> tuple[Real, Evaluator]:
-    """Return the evaluator of a dataset, and what it says of the real images; connects to Ray."""
+    """Connect to Ray, and return the evaluator of a dataset, and what it says of the real images."""
     connect_ray(config, storage)
     evaluator = open_evaluator(config, dataset, storage, notice)
     return open_real(dataset, evaluator, config, storage, notice=notice), evaluator

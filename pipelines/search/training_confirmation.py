@@ -28,7 +28,7 @@ from pipelines.evaluation.tasks import finished
 from pipelines.search.confirmation import DEFAULT, Candidate, Confirmed, Distance, decide
 from pipelines.search.fresh_samples import draw_all
 from pipelines.search.judge import Subject, scores
-from pipelines.search.rung_judge import conditions, held_out_bound, held_out_images
+from pipelines.search.rung_judge import conditions, held_out_bound
 from pipelines.search.space import apply
 from pipelines.search.study import TrialRecord, loss, trial_name
 from pipelines.search.study_config import StudyConfig
@@ -39,18 +39,15 @@ BOUND_IMAGES = 32
 """Real test images, at least, that have judged no trial and on which the bound is confirmed."""
 
 
-def fresh_images(
-    study: StudyConfig, real: Real, captions: Captions | None = None
-) -> tuple[Tensor, Conditioning | None]:
-    """Return the stored test images that judged no trial, [N, C, H, W] in [-1, 1], with classes and captions, if any.
+def fresh_images(study: StudyConfig, images: Tensor, cond: Conditioning | None) -> tuple[Tensor, Conditioning | None]:
+    """Return those of the stored test images that judge no trial, with their classes and captions, if any.
 
     Args:
-        captions: of all stored test images.
+        images, cond: of `held_out_images`.
 
     Raises:
         ConfigError: the study optimises bits/dim, and they are too few to confirm that.
     """
-    images, cond = held_out_images(real, captions)
     used = study.bits_per_dim_images
     if study.objectives == ("bits_per_dim",) and len(images) - used < BOUND_IMAGES:
         raise ConfigError(
@@ -79,7 +76,8 @@ def confirm(
     real: Real,
     records: Sequence[TrialRecord],
     storage: Storage,
-    captions: tuple[Captions, Captions] | None = None,
+    captions: Captions | None,
+    fresh: tuple[Tensor, Conditioning | None],
     *,
     trials_seed: int,
     seed: int,
@@ -92,6 +90,7 @@ def confirm(
 
     Args:
         captions: as for `Shared.of`.
+        fresh: of `fresh_images`.
         trials_seed: of the order of labels and captions, as in the trials.
         seed: of the noise.
 
@@ -112,8 +111,7 @@ def confirm(
     if DEFAULT not in models or len(models) == 1:
         notice("nothing is confirmed: a comparison needs the model of the default and that of another trial")
         return []
-    drawn_from, held = captions or (None, None)
-    subject = Subject.of(models[DEFAULT], evaluator, real, {}, trials_seed, drawn_from)
+    subject = Subject.of(models[DEFAULT], evaluator, real, {}, trials_seed, captions)
     settings = {trial: sampling(apply(base, selected[trial].params)) for trial in models}
     candidates = {trial: Candidate(trial, selected[trial].params, settings[trial]) for trial in models}
     shared = {trial: ray.put(replace(subject, model=model)) for trial, model in models.items()}
@@ -121,7 +119,7 @@ def confirm(
     by_trial = dict(zip(models, drawn, strict=True))
     values = {trial: scores(subject, samples)[0] for trial, samples in by_trial.items()}
     if study.objectives == ("bits_per_dim",):
-        bounds = _bounds([shared[trial] for trial in models], fresh_images(study, real, held), seed, base)
+        bounds = _bounds([shared[trial] for trial in models], fresh, seed, base)
         measured = {trial: Measured.mean(bound) for trial, bound in zip(models, bounds, strict=True)}
         return decide(candidates, measured, values, "bits_per_dim")
     distance = Distance.of(real)

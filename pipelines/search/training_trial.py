@@ -23,7 +23,7 @@ from pipelines.evaluation.real import Real
 from pipelines.evaluation.samples import balanced_labels
 from pipelines.retry import PATIENCE_S
 from pipelines.search.parameters import Params, Value
-from pipelines.search.rung_judge import RungJudge, held_out_images
+from pipelines.search.rung_judge import RungJudge
 from pipelines.search.seeds import NoiseSeeds
 from pipelines.search.space import apply
 from pipelines.search.study import trial_name
@@ -76,21 +76,23 @@ class Shared:
         parent: str,
         encoder: Encoder,
         real: Real,
-        captions: tuple[Captions, Captions] | None = None,
+        captions: Captions | None,
+        held_out: tuple[Tensor, Conditioning | None],
     ) -> Shared:
         """Return what trials share, of the real images as the evaluator sees them.
 
         Args:
-            captions: of a model on text: those that samples are drawn from, and those of the stored test images.
+            captions: that samples of trials on text are drawn from.
+            held_out: of `held_out_images`.
         """
-        drawn, held = captions or (None, None)
         counts, seed = real.train.class_counts, NoiseSeeds.of(base, name).trials
         cond: Conditioning | None = None
-        if drawn is not None:
-            cond = drawn.shuffled(seed).condition(torch.arange(min(study.samples, len(drawn))), labels=True)
+        if captions is not None:
+            places = torch.arange(min(study.samples, len(captions)))
+            cond = captions.shuffled(seed).condition(places, labels=True)
         elif counts:
             cond = Conditioning(label=torch.from_numpy(balanced_labels(real.test.count, counts, seed)))
-        held_out, held_out_cond = held_out_images(real, held)
+        images, held_out_cond = held_out
         judging = slice(study.bits_per_dim_images)
         return cls(
             study,
@@ -101,7 +103,7 @@ class Shared:
             encoder,
             real.train.moments,
             cond,
-            held_out[judging].clone(),  # of a part, the whole would be pickled
+            images[judging].clone(),  # of a part, the whole would be pickled
             None if held_out_cond is None else held_out_cond[judging].map(torch.clone),
         )
 

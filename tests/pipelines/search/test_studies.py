@@ -6,6 +6,7 @@ import signal
 from types import SimpleNamespace
 
 import pytest
+import torch
 from ray.tune.tune import _setup_signal_catching
 
 from ddpm.generate import Sampling
@@ -139,7 +140,8 @@ def test_a_training_study_judges_by_the_captions_of_all_stored_test_images(bench
         raise KeyboardInterrupt
 
     monkeypatch.setattr(studies, "open_captions", open_captions)
-    monkeypatch.setattr(studies, "fresh_images", lambda study, real: None)
+    monkeypatch.setattr(studies, "held_out_images", lambda real, captions: (torch.zeros(HELD_OUT, 1, 8, 8), captions))
+    monkeypatch.setattr(studies, "fresh_images", lambda study, images, cond: None)
     monkeypatch.setattr(studies.ray, "cluster_resources", lambda: {"CPU": 4.0})
     monkeypatch.setattr(studies.Shared, "of", share)
     trained = StudyConfig.model_validate({"kind": "training", "trials": 1, "space": searched})
@@ -147,4 +149,5 @@ def test_a_training_study_judges_by_the_captions_of_all_stored_test_images(bench
     with pytest.raises(KeyboardInterrupt):
         studies.training_study(bench.config, "t", trained, {}, resume=False, after=[], **silent)
     assert asked == [(width, HELD_OUT)]
-    assert shared[0][-1] == ("drawn", "held")
+    captions, (images, cond) = shared[0][-2:]
+    assert (captions, len(images), cond) == ("drawn", HELD_OUT, "held")

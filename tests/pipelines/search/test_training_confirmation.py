@@ -22,6 +22,7 @@ from pipelines.evaluation.real import Real, RealSplit
 from pipelines.search import training_confirmation
 from pipelines.search.confirmation import DEFAULT
 from pipelines.search.judge import SampleScorer
+from pipelines.search.rung_judge import held_out_images
 from pipelines.search.study import TrialRecord, trial_name
 from pipelines.search.study_config import StudyConfig
 from pipelines.search.training_confirmation import chosen, confirm, fresh_images
@@ -56,20 +57,20 @@ def test_nothing_is_confirmed_where_the_default_has_no_trained_model(state):
     assert chosen(study(), BASE, [trial(BASE.optim.lr, 5.0, state), trial(0.003, 4.0)]) == {}
 
 
-def real(count):
+def stored(count):
     images = np.arange(count, dtype=np.uint8).reshape(count, 1, 1, 1)
-    return SimpleNamespace(held_out=lambda: (images, np.arange(count)))
+    return held_out_images(SimpleNamespace(held_out=lambda: (images, np.arange(count))), None)
 
 
 def test_bits_per_dim_are_confirmed_on_test_images_that_have_judged_no_trial():
     bits = study(objectives=["bits_per_dim"], bits_per_dim_images=64)
-    images, cond = fresh_images(bits, real(100))
+    images, cond = fresh_images(bits, *stored(100))
     assert cond.present == ("label",)
     assert cond.label.tolist() == list(range(64, 100))
     assert images.flatten()[0] == pytest.approx(64 / 127.5 - 1)
     with pytest.raises(ConfigError, match=r"of the 90 stored test images 32 at least .* use 58 at most"):
-        fresh_images(bits, real(90))
-    fresh_images(study(), real(10))  # the distance decides: no test image is needed
+        fresh_images(bits, *stored(90))
+    fresh_images(study(), *stored(10))  # the distance decides: no test image is needed
 
 
 class Bench:
@@ -126,9 +127,10 @@ class Bench:
         scores = {"frechet_distance": distance, "bits_per_dim": distance, "images_seen": 640.0}
         return replace(trial(lr, distance), scores=scores, run_id=run_id)
 
-    def confirm(self, study, records, captions=None):
+    def confirm(self, study, records, captions=None, held=None):
         options = {"notice": self.said.append, "trials_seed": 5, "seed": 6}
-        return confirm(study, self.base, self.evaluator, self.real, records, Storage(), captions, **options)
+        fresh = fresh_images(study, *held_out_images(self.real, held))
+        return confirm(study, self.base, self.evaluator, self.real, records, Storage(), captions, fresh, **options)
 
 
 @pytest.fixture
@@ -164,7 +166,7 @@ def test_models_on_text_are_confirmed_by_captions(bench):
     records = [bench.trained("a1", BASE.optim.lr, 5.0, WIDTH), bench.trained("b2", 0.003, 4.0, WIDTH)]
     seen = []
     bench.models["runs:/b2/640"].network.register_forward_pre_hook(lambda module, given: seen.extend(given[2:]))
-    bench.confirm(study(objectives=["bits_per_dim"], confirm_samples=64), records, (drawn, held))
+    bench.confirm(study(objectives=["bits_per_dim"], confirm_samples=64), records, drawn, held)
     in_trials = drawn.shuffled(5)  # the seed of the trials
     assert torch.equal(seen[0].pooled, in_trials.pooled[torch.arange(64) % 7])
     assert torch.equal(seen[-1].pooled, held.pooled[64:])

@@ -1,6 +1,6 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -34,18 +34,19 @@ def test_a_trial_is_scored_at_its_rungs_alone_whatever_the_base_asks_of_a_run():
 
 
 def test_trials_on_text_are_judged_by_the_captions_of_test_images():
-    images = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1)
     train = SimpleNamespace(class_counts=(2, 3), moments=None)
-    real = SimpleNamespace(train=train, test=SimpleNamespace(count=5), held_out=lambda: (images, np.arange(5) % 2))
+    real = SimpleNamespace(train=train, test=SimpleNamespace(count=5))
     drawn = some_captions([f"a {i}" for i in range(6)], labels=[1, 0, 0, 1, 1, 0])
-    held = some_captions([f"b {i}" for i in range(5)])
+    held = some_captions([f"b {i}" for i in range(5)], labels=[0, 1, 0, 1, 0]).condition(torch.arange(5), labels=True)
+    images = torch.zeros(5, 1, 1, 1)
     chosen, base = study(samples=4, bits_per_dim_images=2), compose(["+experiment=digits"])
-    shared = Shared.of(chosen, base, "s", {}, "parent", None, real, (drawn, held))  # type: ignore[arg-type]
+    shared = Shared.of(chosen, base, "s", {}, "parent", None, real, drawn, (images, held))  # type: ignore[arg-type]
     order = drawn.shuffled(shared.seed)
     assert torch.equal(shared.cond.pooled, order.pooled[:4])
     assert torch.equal(shared.cond.label, order.labels[:4])
     assert torch.equal(shared.held_out_cond.pooled, held.pooled[:2])
     assert (shared.held_out_cond.label.tolist(), len(shared.held_out)) == ([0, 1], 2)
-    without = Shared.of(chosen, base, "s", {}, "parent", None, real)  # type: ignore[arg-type]
+    labels = replace(held, text=None, text_mask=None, pooled=None)
+    without = Shared.of(chosen, base, "s", {}, "parent", None, real, None, (images, labels))  # type: ignore[arg-type]
     assert (without.cond.present, without.cond.label.bincount().tolist()) == (("label",), [2, 3])
     assert without.held_out_cond.present == ("label",)
