@@ -34,15 +34,14 @@ def guidance(
     """Search guidance and sampler of a model. Example: ddpm search guidance --model models:/digits@champion"""
     from pipelines.search.study_config import compose_study, study_name
 
-    chosen, config = compose_study(space, "guidance", overrides or [])
+    chosen, config, of_run = compose_study(space, "guidance", overrides or [])
     name = study_name(study or f"guidance-{config.name}")
     config = connect(config, SERVICES)
 
     from pipelines import references
     from pipelines.search import studies
 
-    config = references.judged_as_before(config, overrides or [], model)
-    of_run = [line for line in overrides or [] if not line.startswith("search.")]
+    config = references.judged_as_before(config, of_run, model)
     run = partial(studies.guidance_study, config, of_run, model, name, chosen)
     _show_study(partial(run, resume=resume, after=after or [], notice=terminal.stage), as_json)
 
@@ -59,7 +58,7 @@ def training(
     """Search training settings. Example: ddpm search training +experiment=digits images=25600 search.trials=16"""
     from pipelines.search.study_config import compose_study, study_name
 
-    chosen, config = compose_study(space, "training", overrides or [])
+    chosen, config, _ = compose_study(space, "training", overrides or [])
     name = study_name(study or f"{Path(space).stem}-{config.name}")
     config = connect(config, SERVICES)
 

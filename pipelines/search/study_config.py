@@ -186,8 +186,8 @@ def load_study(name: str, overrides: Sequence[str] = ()) -> StudyConfig:
         raise ConfigError("\n".join(dict.fromkeys(_explain(path.name, e) for e in error.errors()))) from error
 
 
-def compose_study(name: str, kind: str, overrides: Sequence[str]) -> tuple[StudyConfig, Config]:
-    """Return a study and the configuration that its trials share.
+def compose_study(name: str, kind: str, overrides: Sequence[str]) -> tuple[StudyConfig, Config, list[str]]:
+    """Return a study, the configuration that its trials share, and the overrides of that configuration.
 
     Args:
         name: a study of `conf/search/`, or a YAML file.
@@ -197,10 +197,12 @@ def compose_study(name: str, kind: str, overrides: Sequence[str]) -> tuple[Study
     Raises:
         ConfigError: there is no such study, it is of another kind, or a field is wrong.
     """
-    study = load_study(name, [line for line in overrides if line.startswith("search.")])
+    of_study = [line for line in overrides if line.startswith("search.")]
+    of_run = [line for line in overrides if not line.startswith("search.")]
+    study = load_study(name, of_study)
     if study.kind != kind:
         raise ConfigError(f"the space '{name}' is for `ddpm search {study.kind}`, not for `ddpm search {kind}`")
-    return study, compose([line for line in overrides if not line.startswith("search.")])
+    return study, compose(of_run), of_run
 
 
 def _override(plain: dict[str, Any], line: str) -> None:

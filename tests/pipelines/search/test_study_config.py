@@ -100,5 +100,6 @@ def test_overrides_change_a_study():
 def test_a_space_of_the_other_kind_is_refused_and_overrides_are_divided():
     with pytest.raises(ConfigError, match=r"the space 'guidance' is for `ddpm search guidance`, not for"):
         compose_study("guidance", "training", [])
-    chosen, config = compose_study("schedule", "training", ["+experiment=digits", "search.trials=3", "seed=7"])
-    assert (chosen.trials, config.seed) == (3, 7)
+    overrides = ["+experiment=digits", "search.trials=3", "seed=7"]
+    chosen, config, of_run = compose_study("schedule", "training", overrides)
+    assert (chosen.trials, config.seed, of_run) == (3, 7, ["+experiment=digits", "seed=7"])
