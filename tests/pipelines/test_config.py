@@ -43,13 +43,19 @@ def test_every_shipped_experiment_is_complete(name):
         ("registry.alias=candidate", "candidate and previous move without the gate: choose another alias"),
         ("registry.model=team/digits", r"registry\.model"),
         ("registry.model='a:b'", r"registry\.model"),
-        ("serving.host='::1'", r"serving\.host"),
     ],
 )
 def test_names_that_mlflow_would_refuse_are_refused_before_anything_starts(setting, message):
     with pytest.raises(ConfigError, match=message):
         compose(["+experiment=digits", setting])
     assert compose(["+experiment=digits", "registry.alias=vip-1", "registry.model='my pets'"]).registry.alias == "vip-1"
+
+
+@pytest.mark.parametrize("host", ["::1", "::", "[::1]"])
+def test_an_ipv6_address_is_refused_before_a_server_starts(host):
+    with pytest.raises(ConfigError, match=r"serving\.host"):
+        compose([f"serving.host='{host}'"])
+    assert compose(["serving.host=0.0.0.0"]).serving.host == "0.0.0.0"
 
 
 def test_v_is_predicted_unless_the_papers_setting_is_named():
