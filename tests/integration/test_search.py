@@ -56,7 +56,7 @@ def children(local_stack, run_id: str):
 
 
 def test_a_guidance_study_that_is_killed_or_broken_off_goes_on_and_counts_nothing_twice(shell, s3, local_stack, model):
-    command = ["search", "guidance", "--model", model, "--study", "killed", *TINY, *GUIDANCE]
+    command = ["search", "guidance", "--model", model, "--study", "killed", *TINY, *GUIDANCE, "search.concurrent=2"]
     process = shell.start(*command)
     until(lambda: [r for r in records(s3, "killed").values() if r.state == "finished"], process, 200)
     process.kill()
@@ -69,7 +69,8 @@ def test_a_guidance_study_that_is_killed_or_broken_off_goes_on_and_counts_nothin
     run = tracking.find_run(local_stack.tracking_uri, "ddpm", "study-killed")
     assert json.loads(run.read_text("study.json"))["trials"] == 6
 
-    process = shell.start(*command, "--resume")
+    longer = [*command, "search.trials=12", "--resume"]  # many enough that some are left when it is broken off
+    process = shell.start(*longer)
     until(lambda: sum(r.state != "running" for r in records(s3, "killed").values()) > len(before), process, 200)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
@@ -77,13 +78,13 @@ def test_a_guidance_study_that_is_killed_or_broken_off_goes_on_and_counts_nothin
     assert not s3.exists("s3://ddpm/studies/killed/confirmation.json")
     assert MlflowClient(tracking_uri=local_stack.tracking_uri).get_run(run.run_id).info.status == "KILLED"
     before = {name: r for name, r in records(s3, "killed").items() if r.state in ("finished", "stopped")}
-    done = shell.ok(*command, "--resume", "--json")
+    done = shell.ok(*longer, "--json")
     after = records(s3, "killed")
-    assert len(after) == sum(done.answer["trials"].values()) == 6
+    assert len(after) == sum(done.answer["trials"].values()) == 12
     assert done.answer["trials"]["running"] == 0
     assert all(after[name] == record for name, record in before.items())  # none ran again
     runs, count = children(local_stack, done.answer["run_id"])
-    assert count == len(runs) == 6
+    assert count == len(runs) == 12
     assert set(runs) == {f"killed-{name}" for name in after}
     lowest = min(r.scores["frechet_distance"] for r in after.values() if r.state == "finished")
     assert best(after.values()).scores["frechet_distance"] == lowest
