@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,21 @@ class Side:
     """A stack in a folder, and the commands on it."""
 
     home: Path
+
+    @classmethod
+    @contextmanager
+    def started(cls, folder: Path) -> Iterator[Side]:
+        """Give a new stack, which has nothing of an earlier training; after that nothing of it runs or is kept."""
+        side = cls(folder / ".ddpm")
+        side.ddpm("down")  # of a benchmark that was killed
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        side.ddpm("up")
+        try:
+            yield side
+        finally:
+            side.ddpm("down")
+        shutil.rmtree(folder)
 
     def environment(self) -> dict[str, str]:
         """Return the environment of commands: no service of the caller's is met."""
