@@ -125,7 +125,7 @@ def time_to_quality() -> Iterator[str]:
         yield f"the distance {fixed(found['judge']['floor'], 2)}"
         yield f"in {budgets[-1]} s it has trained on {median('peer', budgets[-1], 'images'):,.0f} images"
         took = [f"{median('ours', budget, 'seconds'):.0f} s of the {budget}" for budget in budgets]
-        yield f"It took {took[0]} and {took[1]}"
+        yield f"it took {took[0]} and {took[1]}"
         images = statistics.median(int(each["settings"]["images"]) for each in found["ours"][1::2])
         yield f"it trains on {images:,.0f} images"
         trials = {(t["prediction"], t["lr"]): t["distance"] for t in found["peer_trials"]}
