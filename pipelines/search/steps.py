@@ -209,11 +209,12 @@ def _captions(resolved: Resolved, config: Config, storage: Storage, notice: Stag
 
 
 def _conditions(model: Model, ids: Tensor, captions: Captions | None) -> Conditioning | None:
-    """Return the conditions of trajectories: the classes, or the captions, in turn."""
-    text = None if captions is None else captions.condition((ids % len(captions)).cpu(), labels=False).to(ids.device)
-    if not model.spec.classes:
-        return text
-    return replace(text or Conditioning(), label=ids % len(model.spec.classes))
+    """Return the conditions of trajectories: the captions in turn, with the classes of their images, or the classes."""
+    classes = len(model.spec.classes)
+    if captions is not None:
+        cond = captions.condition((ids % len(captions)).cpu(), labels=classes > 0).to(ids.device)
+        return cond if cond.label is not None or not classes else replace(cond, label=ids % classes)
+    return Conditioning(label=ids % classes) if classes else None
 
 
 def _parts(cond: Conditioning | None, count: int) -> list[Conditioning | None]:

@@ -13,8 +13,9 @@ from ddpm.step_learning import StepLearning
 from ddpm.step_search import StepSearch
 from pipelines.config import compose, sampling, sampling_overrides
 from pipelines.references import Resolved
-from pipelines.search.steps import CHOSEN, LEARNED, _settings, find_steps
+from pipelines.search.steps import CHOSEN, LEARNED, _conditions, _settings, find_steps
 from tests.pipelines.drawing import model_folder
+from tests.pipelines.evaluation.test_prompts import some_captions
 
 SMALL = StepSearch(grid=8)
 
@@ -46,6 +47,14 @@ def test_learned_steps_end_no_farther_from_fine_trajectories_than_chosen_ones(mo
     asked = Sampling.of(kind="dpm_solver", steps=3, scale=1.0)
     found = find_steps(model, asked, SMALL, StepLearning(updates=60), 64, (1, 2))
     assert found.distances[LEARNED] < 0.9 * found.distances[CHOSEN]
+
+
+def test_a_trajectory_has_a_caption_and_the_class_of_its_image(model):
+    captions = some_captions(("of b", "of a"), [1, 0])
+    cond = _conditions(model, torch.arange(5), captions)
+    assert cond.label.tolist() == [1, 0, 1, 0, 1]
+    assert torch.equal(cond.pooled, captions.pooled[torch.tensor([0, 1, 0, 1, 0])])
+    assert _conditions(model, torch.arange(5), None).label.tolist() == [0, 1, 2, 0, 1]
 
 
 def test_another_kind_or_number_is_named_and_noise_of_a_step_is_left_out(model):
