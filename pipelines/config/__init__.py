@@ -24,6 +24,8 @@ from pipelines.config.compose import (
 from pipelines.config.launch import AwsLaunch, KubeRayLaunch, RayLaunch
 from pipelines.config.schema import FORMER_DEFAULTS, Config, flatten
 from pipelines.config.sections import (
+    CANDIDATE,
+    PREVIOUS,
     ClusterConfig,
     DataConfig,
     EvaluationConfig,
@@ -34,7 +36,9 @@ from pipelines.config.sections import (
 from pipelines.errors import ConfigError
 
 __all__ = [
+    "CANDIDATE",
     "FORMER_DEFAULTS",
+    "PREVIOUS",
     "AwsLaunch",
     "ClusterConfig",
     "Config",

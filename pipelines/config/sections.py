@@ -19,6 +19,10 @@ from pipelines.config.choices import Section
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """What runs, studies and served applications may be called: their names are parts of addresses."""
 Name = Annotated[str, Field(pattern=NAME)]
+CANDIDATE = "candidate"
+"""Alias of the newest version of a registered model; nothing guards it."""
+PREVIOUS = "previous"
+"""Alias of the version that had the guarded alias before; nothing guards it."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Geometry = Literal["crop", "resize", "keep"]
 Encoding = Literal["png", "jpg", "webp", "npy"]
@@ -321,8 +325,8 @@ class RegistryConfig(Section):
     @field_validator("alias")
     @classmethod
     def _not_taken(cls, alias: str) -> str:
-        if alias in ("candidate", "previous"):
-            raise ValueError("candidate and previous move without the gate: choose another alias")
+        if alias in (CANDIDATE, PREVIOUS):
+            raise ValueError(f"{CANDIDATE} and {PREVIOUS} move without the gate: choose another alias")
         if alias.lower() == "latest" or (alias[0] in "vV" and alias[1:].isdecimal()):
             raise ValueError("MLflow keeps latest, v1, v2 and so on for versions: choose another alias")
         return alias

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import ClassVar
 
 from pipelines import checkpoints, references, registry, tracking
-from pipelines.config import sampling
+from pipelines.config import CANDIDATE, sampling
 from pipelines.errors import PipelineError
 from pipelines.evaluation.evaluators import (
     Evaluator,
@@ -183,7 +183,7 @@ class Register(Stage[ModelVersion]):
         if found is None:
             return Look(None, f"no version of {name} has this model with these scores")
         if not registry.is_candidate(given.run.tracker.uri, found):
-            return Look(None, f"version {found.version} of {name} lacks the alias {registry.CANDIDATE}")
+            return Look(None, f"version {found.version} of {name} lacks the alias {CANDIDATE}")
         return Look(found, f"this model is {name} version {found.version} already")
 
     def run(self, site: Site, given: Results) -> ModelVersion:
@@ -240,7 +240,7 @@ class Promote(Stage[Verdict]):
             try:
                 gate.promote(self._scored_anew(champion, gate, site))
                 # The version that this made is newer than the one that is to be judged, which stays the candidate.
-                tracking.set_alias(gate.uri, self.config.registry.model, registry.CANDIDATE, given.version.version)
+                tracking.set_alias(gate.uri, self.config.registry.model, CANDIDATE, given.version.version)
             except PipelineError as error:
                 site.display.stage(self.name, f"{champion.uri} cannot be scored anew: {error}")
         return gate.promote(given.version)

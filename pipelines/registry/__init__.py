@@ -14,15 +14,13 @@ from pipelines.registry.evidence import Evidence, EvidenceError
 from pipelines.registry.guard import Guard, Logs, watch
 from pipelines.registry.notices import Notices
 from pipelines.registry.package import RegistryError, bundled_encoder, digest_of, register, write_version
-from pipelines.registry.promote import PREVIOUS, Gate
-from pipelines.registry.scored import CANDIDATE, find_version, is_candidate, register_once, register_scored
+from pipelines.registry.promote import Gate
+from pipelines.registry.scored import find_version, is_candidate, register_once, register_scored
 from pipelines.registry.sign import SignatureError, Signer, Trust, check_signing
 from pipelines.registry.verdict import Row, Verdict, VerdictLog
 from pipelines.registry.verify import Verification, verify
 
 __all__ = [
-    "CANDIDATE",
-    "PREVIOUS",
     "Evidence",
     "EvidenceError",
     "Gate",

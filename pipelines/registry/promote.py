@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ddpm.model import ModelSpec, load_model, read_spec
 from pipelines import tracking
-from pipelines.config import Config
+from pipelines.config import PREVIOUS, Config
 from pipelines.display import Display
 from pipelines.evaluation.evaluators import Evaluator, open_evaluator
 from pipelines.evaluation.prompts import Prompts, open_prompts
@@ -34,9 +34,6 @@ from pipelines.scratch import scratch_folder
 from pipelines.shards.index import Dataset, read_dataset
 from pipelines.storage import Storage
 from pipelines.tracking import ModelVersion
-
-PREVIOUS = "previous"
-"""Alias of the version that had the guarded alias before; nothing guards it."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from ddpm.generate import Sampling
 from pipelines import references, tracking
-from pipelines.config import Config
+from pipelines.config import CANDIDATE, Config
 from pipelines.display import Display
 from pipelines.evaluation.scores import Scores
 from pipelines.evaluation.scoring import score_and_record
@@ -17,9 +17,6 @@ from pipelines.registry.package import digest_of, register, run_of
 from pipelines.registry.sign import Signer, check_signing
 from pipelines.storage import Storage
 from pipelines.tracking import ModelVersion, links
-
-CANDIDATE = "candidate"
-"""Alias of the newest version; nothing guards it."""
 
 
 def register_scored(
