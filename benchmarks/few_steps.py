@@ -131,7 +131,7 @@ _PLANNED = (
 _COLOUR = ("data.image_size=32", "data.channels=3", "data.flip=true", "evaluation.evaluator_passes=15")
 SETUPS = {
     "digits": Setup(
-        ("+experiment=digits", "objective.prediction=v"),
+        ("+experiment=digits",),
         ("+experiment=digits_consistency", "init_from=teacher"),
         (76_800, 38_400),
         tuple(LEVELS_OF),
