@@ -1,4 +1,6 @@
-"""The two studies of docs/search.md, on the champion of the demo (`make demo`): every trial, and the confirmation.
+"""The two studies of docs/search.md, of models that predict eps: every trial, and the confirmation.
+
+The model of the first is registered before, as the page says.
 
 The studies must not be there yet: a study is not run twice under one name.
 
@@ -25,8 +27,8 @@ from pipelines.storage import join
 
 STUDIES = {
     "guidance": "guidance --model models:/digits@champion --study measured +experiment=digits",
-    "training": "training --study measured-training +experiment=digits images=25600 cluster.num_workers=1 "
-    "guidance=none sampler=dpm_solver sampler.steps=10",
+    "training": "training --study measured-training +experiment=digits objective.prediction=eps images=25600 "
+    "cluster.num_workers=1 guidance=none sampler=dpm_solver sampler.steps=10",
 }
 """What follows `ddpm search`, by the kind of the study."""
 

@@ -192,18 +192,24 @@ def check_resumable(
         )
     if differing:
         listed = "\n  ".join(differing)
+        as_before = " ".join(f"{f}={_override_value(state.identity[f])}" for f in named if f in state.identity)
         raise ModelError(
             f"the run '{config.name}' was trained with other settings:\n  {listed}\n"
-            "Use the same settings to resume it, or another name=… to start a new run"
+            f"To resume it, {f'add {as_before}' if as_before else 'use the same settings'}; another name=… starts a new run"
             + (" (optim.decay=constant lets a run go on past its length)" if "images" in named else "")
         )
 
 
 def _former(name: str, stored: Mapping[str, Any]) -> str:
-    """Return how a run goes on that was started when the default of a field was another one; "" for other values."""
+    """Return that the default of a field was another one when a run was started; "" for other values."""
     if name not in FORMER_DEFAULTS or stored.get(name) != FORMER_DEFAULTS[name]:
         return ""
-    return f" (the default has changed since: {name}={stored[name]} goes on with what it was)"
+    return " (the default has changed since)"
+
+
+def _override_value(value: Any) -> str:
+    """Return a value of an identity as the command line takes it."""
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
 def _require_bare_names(names: Iterable[str], where: str) -> None:

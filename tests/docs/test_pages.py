@@ -260,7 +260,7 @@ PAGES: dict[str, Page] = {
     "few-steps.md": Page(
         champion=True,
         adds={
-            "objective.prediction=v name=teacher": DIGITS,
+            "experiment=digits name=teacher": DIGITS,
             "experiment=digits_consistency": "images=6400 evaluation.likelihood_images=0",
             "^ddpm promote": PAIRS,
         },
@@ -303,7 +303,7 @@ PAGES: dict[str, Page] = {
     "search.md": Page(
         champion=True,
         has=has_a_classifier,
-        instead={"images=25600": "images=2560", "runs:/ID/61440": "runs:/CHAMPION"},
+        instead={"images=25600": "images=2560", "runs:/ID/25600": "runs:/CHAMPION"},
         adds={"search (guidance|training)": STUDY, "^ddpm promote": PAIRS},
         refused=("ddpm promote",),
     ),

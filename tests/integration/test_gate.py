@@ -17,7 +17,6 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 NAME = "gated"
 SHORT = [
     "+experiment=digits",
-    "objective.prediction=v",  # which learns digits from half the images that eps needs
     f"registry.model={NAME}",
     "registry.n=359",
     "checkpoint.every=5120",

@@ -21,7 +21,7 @@ SHORT = [
 
 
 def test_a_student_is_a_version_whose_lineage_names_its_teacher(shell: Shell, local_stack, s3: Storage):
-    teacher = shell.ok("flow", "+experiment=digits", "objective.prediction=v", "name=teacher", *SHORT, "--json")
+    teacher = shell.ok("flow", "+experiment=digits", "name=teacher", *SHORT, "--json")
     assert teacher.answer["gate"]["passed"], teacher.answer["gate"]["reason"]
     tuned = shell.ok(
         "flow", "+experiment=digits_consistency", "init_from=models:/few@champion", "name=student", *SHORT, "--json"

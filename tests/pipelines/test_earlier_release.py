@@ -128,7 +128,8 @@ def test_an_evaluation_comes_to_the_same_scores(dataset, tmp_path):
 
 @pytest.mark.parametrize("row", read("identities.json"), ids=lambda row: " ".join(row["overrides"]) or "defaults")
 def test_configurations_keep_their_identity_beside_defaults_that_are_others_now(row):
-    now = compose(row["overrides"]).identity()
-    changed = {key for key, value in FORMER_DEFAULTS.items() if (now[key], row["identity"][key]) == ("v", value)}
-    goes_on = [f"{key}={FORMER_DEFAULTS[key]}" for key in changed]
+    now, former = compose(row["overrides"]).identity(), FORMER_DEFAULTS
+    if row["overrides"] in (["+experiment=digits"], ["+experiment=digits_inpainting"]):
+        former = former | {"images": 102_400}
+    goes_on = [f"{key}={value}" for key, value in former.items() if row["identity"][key] == value != now[key]]
     assert json.loads(json.dumps(compose([*row["overrides"], *goes_on]).identity())) == row["identity"]

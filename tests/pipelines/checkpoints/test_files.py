@@ -79,12 +79,12 @@ def test_other_settings_or_data_are_refused_by_name(folder):
 
 def test_a_run_from_before_a_default_changed_is_told_how_it_goes_on(folder):
     by_default, eps = (compose(["+experiment=digits", f"objective.prediction={kind}"]) for kind in ("v", "eps"))
-    before = load_checkpoint(folder)[0]
-    told = r"objective\.prediction: eps before, v now .*objective\.prediction=eps goes on with what it was"
-    with pytest.raises(ModelError, match=told):
+    since = load_checkpoint(folder)[0]
+    before = replace(since, identity={**since.identity, "objective.prediction": "eps", "images": 102_400})
+    told = r"objective\.prediction: eps before, v now \(the default has.*add images=102400 objective\.prediction=eps; "
+    with pytest.raises(ModelError, match=f"(?s){told}"):
         check_resumable(before, by_default, DATASET)
-    check_resumable(before, eps, DATASET)
-    since = replace(before, identity={**before.identity, "objective.prediction": "v"})
+    check_resumable(before, compose(["+experiment=digits", "images=102400", "objective.prediction=eps"]), DATASET)
     with pytest.raises(ModelError, match=r"objective\.prediction: v before, eps now\n"):
         check_resumable(since, eps, DATASET)
 

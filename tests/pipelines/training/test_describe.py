@@ -58,7 +58,7 @@ def test_the_page_says_what_is_trained_on_what():
     ten = Dataset("s3://ddpm/datasets/digits", {"train": (shard,)}, tuple("0123456789"), 1, 8, (0.0,), (1.0,), "d")
     config = compose(["+experiment=digits", "images=10240", "cluster.num_workers=2"])
     assert training_text(config, ten) == (
-        "unet, eps-prediction, cosine schedule, 10,240 images of `s3://ddpm/datasets/digits` (8x8, 10 classes; 1,438 "
+        "unet, v-prediction, cosine schedule, 10,240 images of `s3://ddpm/datasets/digits` (8x8, 10 classes; 1,438 "
         "different ones) in batches of 128 on 2 workers."
     )
     classifier = compose(["+experiment=digits_classifier"])

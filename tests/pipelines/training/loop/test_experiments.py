@@ -66,9 +66,9 @@ def test_known_pixels_are_learned_sooner_from_a_model_that_has_never_seen_them(d
     assert tuned[0] < 0.75 * alone[0]
 
 
-def test_a_model_of_v_is_tuned_to_draw_in_two_evaluations_and_that_of_the_demo_is_refused(digits, tmp_path):
+def test_the_demos_model_is_tuned_to_draw_in_two_evaluations_and_one_of_eps_is_refused(digits, tmp_path):
     often = ["tracking.log_every=128", "images=256"]
-    trained(tmp_path / "teacher", digits, "digits", *often, "objective.prediction=v")
+    trained(tmp_path / "teacher", digits, "digits", *often)
     start = f"init_from={last_checkpoint(tmp_path / 'teacher')}"
     model, losses = trained(tmp_path / "student", digits, "digits_consistency", *often, start)
     assert torch.tensor(losses).isfinite().all()
@@ -76,6 +76,6 @@ def test_a_model_of_v_is_tuned_to_draw_in_two_evaluations_and_that_of_the_demo_i
     images = model.generate(torch.arange(4))
     assert images.isfinite().all()
     assert not torch.equal(images, model.generate(torch.arange(4), seed=1))
-    trained(tmp_path / "demo", digits, "digits", *often)
+    trained(tmp_path / "eps", digits, "digits", *often, "objective.prediction=eps")
     with pytest.raises(ModelError, match=r"predicts eps, and objective\.prediction = v"):
-        trained(tmp_path / "eps", digits, "digits_consistency", f"init_from={last_checkpoint(tmp_path / 'demo')}")
+        trained(tmp_path / "other", digits, "digits_consistency", f"init_from={last_checkpoint(tmp_path / 'eps')}")

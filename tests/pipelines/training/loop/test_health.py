@@ -129,7 +129,7 @@ def test_samples_like_real_images_are_no_fault_and_neither_is_a_classifier():
     "overrides, mend",
     [
         (["objective.label_drop=0"], "set objective.label_drop=0.1, or guidance.scale=1"),
-        (["optim.warmup_images=200_000"], "set optim.warmup_images=5120"),
+        (["optim.warmup_images=200_000"], "set optim.warmup_images=2560"),
     ],
 )
 def test_what_the_configuration_shows_is_told_before_anything_starts(overrides, mend):
