@@ -193,9 +193,10 @@ def check_resumable(
     if differing:
         listed = "\n  ".join(differing)
         as_before = " ".join(f"{f}={_override_value(state.identity[f])}" for f in named if f in state.identity)
+        mend = f"add {as_before}" if as_before else "use the same settings"
         raise ModelError(
             f"the run '{config.name}' was trained with other settings:\n  {listed}\n"
-            f"To resume it, {f'add {as_before}' if as_before else 'use the same settings'}; another name=… starts a new run"
+            f"To resume it, {mend}; another name=… starts a new run"
             + (" (optim.decay=constant lets a run go on past its length)" if "images" in named else "")
         )
 
