@@ -18,7 +18,7 @@ from pipelines.config import Config, compose
 from pipelines.evaluation.evaluators.classifier import BATCH as JUDGE_BATCH
 from pipelines.evaluation.evaluators.classifier import MAX_SIDE, train_classifier
 from pipelines.evaluation.evaluators.contrastive import train_contrastive
-from pipelines.plan.choose import PIECE, SMALL_PIECE, drawing_precision, methods, uses_captions
+from pipelines.plan.choose import PIECE, drawing_precision, methods, uses_captions
 from pipelines.plan.facts import Hand, MachineFacts, SourceFacts, Speed, override_value
 from pipelines.plan.networks import Candidate, candidates
 from pipelines.training.loop.hardware import resolve_precision
@@ -27,6 +27,8 @@ from pipelines.training.loop.speed import MeasuredSpeed, measure_speed
 logger = logging.getLogger(__name__)
 SECONDS = 0.3
 """How long steps and evaluations of one candidate are each repeated."""
+FEWER = 8
+"""How many times as few images the steps have by which the time of a step is told from that of its images."""
 JUDGE_STEPS = 2
 JUDGE_PIECE = 32
 """Images of a measured step of the contrastive network, where its training takes four times as many."""
@@ -144,19 +146,20 @@ def measure(
 
 
 def _step_seconds(config: Config, found: MeasuredSpeed, device: torch.device) -> float:
-    """Return the seconds that a step takes whatever the number of its images: on a CPU none are counted.
+    """Return the seconds that a step takes whatever the number of its images, such as for the optimizer's update.
+
+    A GPU computes a small step in hardly less time than a large one. On a CPU it is Muon's update that takes as long
+    for a few images as for many.
 
     Args:
         config: of the steps that were measured.
         found: their speed.
         device: of them.
     """
-    if device.type == "cpu":
-        return 0.0
-    few = config.model_copy(update={"batch_size": SMALL_PIECE})
-    small = SMALL_PIECE / measure_speed(few, device, SECONDS / 3).train
+    few = max(1, config.batch_size // FEWER)
+    small = few / measure_speed(config.model_copy(update={"batch_size": few}), device, SECONDS / 3).train
     large = config.batch_size / found.train
-    per_image = max(0.0, (large - small) / (config.batch_size - SMALL_PIECE))
+    per_image = max(0.0, (large - small) / (config.batch_size - few))
     return max(0.0, large - config.batch_size * per_image)
 
 

@@ -93,20 +93,22 @@ def test_a_measurement_says_that_it_waits_for_a_busy_cluster_before_it_does(monk
 @pytest.mark.parametrize(
     ("step_s", "image_s"), [(0.02, 1e-4), (0.0, 1e-3), (0.01, 0.0)], ids=["both", "images only", "steps only"]
 )
-def test_the_time_of_a_step_on_a_gpu_is_told_from_that_of_its_images(monkeypatch, step_s, image_s):
+@pytest.mark.parametrize(("gpu", "piece"), [(True, 128), (False, 32)], ids=["gpu", "cpu"])
+def test_the_time_of_a_step_is_told_from_that_of_its_images(monkeypatch, gpu, piece, step_s, image_s):
     def measured(config, device, seconds):
         rate = config.batch_size / (step_s + config.batch_size * image_s)
         return MeasuredSpeed(rate, 1e5, 1e5, 1_000_000, "bf16")
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(measuring, "measure_speed", measured)
+    monkeypatch.setattr(measuring, "speed_together", lambda cores, precision: 1.0)
     monkeypatch.setattr(measuring, "resolve_precision", lambda optim, device: "bf16")
     monkeypatch.setattr(measuring, "judge_step_seconds", lambda config, classes, device: 0.01)
     speed = Measurement(DIGITS, {}, 600.0, 1)().speeds["narrow@28"]
-    for images in (1, 8, 16, 64, 128):
+    for images in (1, 8, 16, piece):
         assert speed.train_in_steps_of(images) == pytest.approx(images / (step_s + images * image_s))
-    assert speed.train_in_steps_of(512) == pytest.approx(speed.train_in_steps_of(128))
+    assert speed.train_in_steps_of(512) == pytest.approx(speed.train_in_steps_of(piece))
 
 
 def test_candidates_that_a_budget_cannot_train_are_not_measured():
