@@ -16,8 +16,6 @@ STEPS = 15
 SCALE = 1.5
 PIECE = {"cpu": 32, "cuda": 128}
 """Images of a measured step; fewer of large ones on a CPU."""
-SMALL_PIECE = 16
-"""Images of the second step that is measured on a GPU, where a small one takes hardly less time than a large one."""
 MOST_PASSES = 1_000
 LEAST_CAP = 50_000
 
@@ -70,11 +68,14 @@ def check_source(source: SourceFacts) -> None:
         )
 
 
-def choose(source: SourceFacts, machine: MachineFacts, budget_s: float, hand: Hand) -> Basis:
+def choose(source: SourceFacts, machine: MachineFacts, budget_s: float, hand: Hand, *, compared: bool = True) -> Basis:
     """Return the network, size, batch and length that fit the budget.
 
     The largest size comes first at which a network that is not the narrowest sees the images that it needs, and of that
     size the largest network that does.
+
+    Args:
+        compared: as for `clock.judging`.
 
     Raises:
         ConfigError: nothing fits.
@@ -88,7 +89,7 @@ def choose(source: SourceFacts, machine: MachineFacts, budget_s: float, hand: Ha
     found: list[Basis] = []
     for candidate in measured:
         try:
-            found.append(_basis(source, machine, budget_s, hand, candidate))
+            found.append(_basis(source, machine, budget_s, hand, candidate, compared))
         except ConfigError:
             if candidate is measured[0]:
                 raise
@@ -98,7 +99,9 @@ def choose(source: SourceFacts, machine: MachineFacts, budget_s: float, hand: Ha
     return [basis for basis in larger if basis.candidate.size == size][-1]
 
 
-def _basis(source: SourceFacts, machine: MachineFacts, budget_s: float, hand: Hand, candidate: Candidate) -> Basis:
+def _basis(
+    source: SourceFacts, machine: MachineFacts, budget_s: float, hand: Hand, candidate: Candidate, compared: bool
+) -> Basis:
     """Return what a candidate comes to.
 
     Raises:
@@ -109,7 +112,7 @@ def _basis(source: SourceFacts, machine: MachineFacts, budget_s: float, hand: Ha
     guided = (labels or texts) and hand.get("guidance.scale", SCALE) != 1 and hand.get("guidance", "") != "none"
     evaluations = int(hand.get("sampler.steps", STEPS)) * (2 if guided else 1)
     speed = machine.speeds[candidate.key]
-    judging = clock.judging(source, machine, speed, candidate.size, budget_s, evaluations, texts)
+    judging = clock.judging(source, machine, speed, candidate.size, budget_s, evaluations, texts, compared)
     fixed = clock.fixed_seconds(source, machine) | judging.seconds
     training_s = clock.left_for_training(budget_s, fixed)
     workers = _workers(machine, hand)

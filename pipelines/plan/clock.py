@@ -101,6 +101,7 @@ def judging(
     budget_s: float,
     evaluations: int,
     texts: bool = False,
+    compared: bool = True,
 ) -> Judging:
     """Return how the model is judged.
 
@@ -108,6 +109,7 @@ def judging(
         size: of the images.
         evaluations: of the network for one sample.
         texts: whether prompts are judged too, by a network of their own.
+        compared: whether the gate will compare the model with a version that has the alias.
     """
     kind = "classifier" if len(source.class_counts) > 1 else "contrastive"
     # The evaluator sees half of the images, or all where they are few; see `evaluation.evaluators.share`.
@@ -116,14 +118,15 @@ def judging(
     passes = min(JUDGE_PASSES[kind], max(LEAST_PASSES, int(JUDGE_SHARE * budget_s / max(of_pass, 1e-9))))
     rate = drawing_rate(speed, machine)
     affordable = int(SCORE_SHARE * budget_s * rate / evaluations)
-    # Each seed's samples once for the scores; the gate draws the first of them of two versions.
+    # Each seed's samples once for the scores; the gate draws the first of them of two versions. There are as many of a
+    # first version, with which the second is compared.
     most = max(LEAST_SAMPLES, min(max(source.test_images, 256), SAMPLES))
     seeds = 3 if affordable >= 5 * min(most, 256) else 1
     n = max(LEAST_SAMPLES, min(most, affordable // (seeds + 2)))
     of_likelihood = LIKELIHOOD_EVALUATIONS / _of_all(speed.evaluate, machine)
     likely = int(LIKELIHOOD_SHARE * budget_s / of_likelihood)
     likelihood = min(32, likely, source.test_images) if likely >= 4 else 0
-    drawn = n * (seeds + 2) * evaluations / rate + likelihood * of_likelihood
+    drawn = n * (seeds + (2 if compared else 0)) * evaluations / rate + likelihood * of_likelihood
     return Judging(kind, passes, n, seeds, likelihood, {"evaluator": of_pass * passes, "scores": JUDGING_S + drawn})
 
 

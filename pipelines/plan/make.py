@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import ray
 
+from pipelines import tracking
 from pipelines.config import Config, ConfigError, compose, override_settings
 from pipelines.display import StageNotice
 from pipelines.plan.budget import spoken
@@ -34,6 +35,7 @@ def make_plan(
     notice: StageNotice,
     *,
     start_s: float = 0.0,
+    model: str | None = None,
 ) -> StoredPlan:
     """Return the plan for a source, made now; it has no key, because it is not kept.
 
@@ -44,6 +46,7 @@ def make_plan(
         services: names the Ray cluster that trains; without one, this machine does.
         notice: called with a stage and a line.
         start_s: seconds until the services answer.
+        model: name of the registered model; None for that of the settings or the source.
 
     Raises:
         ConfigError, DatasetError: what is wrong or missing, before anything starts.
@@ -60,19 +63,26 @@ def make_plan(
     notice("measure", "training steps of some networks, for a few seconds")
     machine = _measured(facts, settings, budget_s, services, storage, notice, start_s)
     machine = replace(machine, looking_s=looked_s + machine.looking_s)
-    return compose_plan(facts, machine, budget_s, overrides)
+    compared = _has_version(services, model or _model_name(settings, absolute(source)), settings)
+    return compose_plan(facts, machine, budget_s, overrides, compared=compared)
 
 
 def compose_plan(
-    source: SourceFacts, machine: MachineFacts, budget_s: float, overrides: Sequence[str], *, key: str = ""
+    source: SourceFacts,
+    machine: MachineFacts,
+    budget_s: float,
+    overrides: Sequence[str],
+    *,
+    key: str = "",
+    compared: bool = True,
 ) -> StoredPlan:
-    """Return the plan of these facts with its configuration.
+    """Return the plan of these facts with its configuration. Arguments as of `propose`.
 
     Raises:
         ConfigError: the plan and what the user has set do not go together; says what.
     """
     settings = override_settings(overrides)
-    plan = propose(source, machine, budget_s, settings)
+    plan = propose(source, machine, budget_s, settings, compared=compared)
     config = compose([*plan.overrides(), *overrides])
     return StoredPlan(key, plan, source, machine, config.model_dump(mode="json"))
 
@@ -99,10 +109,11 @@ def find_or_make(
     if found is not None:
         notice("plan", f"this command was given before: run {found.config['name']} goes on by its plan")
         return found
-    made = replace(make_plan(source, overrides, budget_s, services, storage, notice, start_s=start_s), key=key)
-    hand, run, model = Hand(settings), str(made.config["name"]), str(made.config["registry"]["model"])
-    own_run = run if hand.sets("name") else book.free_name(run)
+    hand, model = Hand(settings), _model_name(settings, where)
     own_model = model if hand.sets("registry.model") else book.model_of(where, model)
+    made = make_plan(source, overrides, budget_s, services, storage, notice, start_s=start_s, model=own_model)
+    made, run = replace(made, key=key), str(made.config["name"])
+    own_run = run if hand.sets("name") else book.free_name(run)
     if own_run != run:
         notice("plan", f"the run is called {own_run}, because another command has a run {run}")
     if own_model != model:
@@ -125,6 +136,19 @@ def find_plan(
     key = command_key(source_digest(where, storage), budget_s, settings)
     book = PlanBook(storage, services.storage.root)
     return book.find(str(settings.get("name", source_name(where))), key)
+
+
+def _model_name(settings: Mapping[str, Any], where: str) -> str:
+    """Return the registered model's name where no other source has it."""
+    return str(settings.get("registry.model", source_name(where)))
+
+
+def _has_version(services: Config, model: str, settings: Mapping[str, Any]) -> bool:
+    """Return whether a version of a model has the alias; not where no MLflow server is named, as before a first run."""
+    if services.tracking.uri is None:
+        return False
+    alias = str(settings.get("registry.alias", services.registry.alias))
+    return tracking.version(services.tracking.uri, model, alias=alias) is not None
 
 
 def _renamed(made: StoredPlan, run: str, model: str, overrides: Sequence[str]) -> StoredPlan:

@@ -11,7 +11,12 @@ from pipelines.plan.facts import Hand, MachineFacts, Plan, SourceFacts
 
 
 def propose(
-    source: SourceFacts, machine: MachineFacts, budget_s: float, settings: Mapping[str, Any] | None = None
+    source: SourceFacts,
+    machine: MachineFacts,
+    budget_s: float,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    compared: bool = True,
 ) -> Plan:
     """Return the configuration that is expected to give the best model of a source in a budget of time.
 
@@ -20,13 +25,14 @@ def propose(
         machine: from `measure`.
         budget_s: seconds for everything, from the command to the registered version.
         settings: what the user has set, by field or group, which stays as it is.
+        compared: whether the gate will compare the model with a version that has the alias, which takes time.
 
     Raises:
         ConfigError: the source has too few images, or the budget leaves no time to train; says what to do.
     """
     hand = Hand(settings or {})
     check_source(source)
-    basis = choose(source, machine, budget_s, hand)
+    basis = choose(source, machine, budget_s, hand, compared=compared)
     found = (
         *lines.data_lines(source, basis, hand),
         *lines.network_lines(source, basis, hand),

@@ -77,6 +77,26 @@ def test_the_time_in_which_the_source_is_looked_at_is_part_of_the_budget(command
     assert made.plan.seconds["look and measure"] == made.machine.looking_s
 
 
+def test_time_for_the_gates_samples_is_kept_where_a_version_has_the_alias(command, measured, monkeypatch):
+    source, overrides = command
+    overrides = [text for text in overrides if not text.startswith("images=")]
+    free = planned(source, overrides, [])
+    asked = []
+
+    def version(uri, name, *, alias):
+        asked.append((uri, name, alias))
+        return "1" if alias == "champion" else None
+
+    monkeypatch.setattr(make.tracking, "version", version)
+    served = [*overrides, "tracking.uri=http://mlflow"]
+    beside = planned(source, served, [])
+    alone = planned(source, [*served, "registry.alias=staging"], [])
+    assert asked == [("http://mlflow", "pets", "champion"), ("http://mlflow", "pets", "staging")]
+    assert free.plan.seconds["scores"] == alone.plan.seconds["scores"]
+    assert beside.plan.seconds["scores"] > free.plan.seconds["scores"]
+    assert beside.config["evaluation"]["n"] == free.config["evaluation"]["n"]
+
+
 def test_another_source_or_setting_of_the_same_name_has_a_run_of_its_own(command):
     source, overrides = command
     said = []

@@ -249,6 +249,14 @@ def test_samples_are_drawn_in_bf16_where_the_machine_trains_in_it(trains_in, han
     assert drawing_precision(trains_in, Hand(override_settings(hand))) == drawn_in
 
 
+def test_a_first_version_is_trained_in_the_time_that_the_gates_samples_would_take():
+    first, further = (propose(DIGITS, LAPTOP, HALF_HOUR, compared=compared) for compared in (False, True))
+    assert first.images > further.images
+    assert first.seconds["scores"] < further.seconds["scores"]
+    assert first.settings["evaluation.n"] == further.settings["evaluation.n"]
+    assert first.total_s == pytest.approx(further.total_s, rel=0.01)
+
+
 @pytest.mark.parametrize("budget_s", [1.0, 20.0, 45.0])
 def test_a_budget_without_time_to_train_is_refused_with_the_least_that_is_enough(budget_s):
     with pytest.raises(ConfigError, match=r"leaves no time to train: .* give budget=\w+ or more") as refused:
