@@ -328,4 +328,5 @@ def _local(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _float(tensors: Iterable[Tensor]) -> list[Tensor]:
-    return [t.float() for t in _local(t.detach() for t in tensors)]
+    """Return the local parts of tensors without a gradient, such as those of a state dict, in float32."""
+    return [t.float() for t in _local(tensors)]
