@@ -35,7 +35,7 @@ def make_plan(
     notice: StageNotice,
     *,
     start_s: float = 0.0,
-    model: str | None = None,
+    compared: bool = False,
 ) -> StoredPlan:
     """Return the plan for a source, made now; it has no key, because it is not kept.
 
@@ -46,7 +46,7 @@ def make_plan(
         services: names the Ray cluster that trains; without one, this machine does.
         notice: called with a stage and a line.
         start_s: seconds until the services answer.
-        model: name of the registered model; None for that of the settings or the source.
+        compared: as for `propose`.
 
     Raises:
         ConfigError, DatasetError: what is wrong or missing, before anything starts.
@@ -63,7 +63,6 @@ def make_plan(
     notice("measure", "training steps of some networks, for a few seconds")
     machine = _measured(facts, settings, budget_s, services, storage, notice, start_s)
     machine = replace(machine, looking_s=looked_s + machine.looking_s)
-    compared = _has_version(services, model or _model_name(settings, absolute(source)), settings)
     return compose_plan(facts, machine, budget_s, overrides, compared=compared)
 
 
@@ -109,9 +108,10 @@ def find_or_make(
     if found is not None:
         notice("plan", f"this command was given before: run {found.config['name']} goes on by its plan")
         return found
-    hand, model = Hand(settings), _model_name(settings, where)
+    hand, model = Hand(settings), str(settings.get("registry.model", source_name(where)))
     own_model = model if hand.sets("registry.model") else book.model_of(where, model)
-    made = make_plan(source, overrides, budget_s, services, storage, notice, start_s=start_s, model=own_model)
+    compared = _has_version(services, own_model, settings)
+    made = make_plan(source, overrides, budget_s, services, storage, notice, start_s=start_s, compared=compared)
     made, run = replace(made, key=key), str(made.config["name"])
     own_run = run if hand.sets("name") else book.free_name(run)
     if own_run != run:
@@ -138,13 +138,8 @@ def find_plan(
     return book.find(str(settings.get("name", source_name(where))), key)
 
 
-def _model_name(settings: Mapping[str, Any], where: str) -> str:
-    """Return the registered model's name where no other source has it."""
-    return str(settings.get("registry.model", source_name(where)))
-
-
 def _has_version(services: Config, model: str, settings: Mapping[str, Any]) -> bool:
-    """Return whether a version of a model has the alias; not where no MLflow server is named, as before a first run."""
+    """Return whether a version of a model has the alias; not where no MLflow server is named."""
     if services.tracking.uri is None:
         return False
     alias = str(settings.get("registry.alias", services.registry.alias))
