@@ -22,7 +22,7 @@ from pipelines.plan.choose import PIECE, drawing_precision, methods, uses_captio
 from pipelines.plan.facts import Hand, MachineFacts, SourceFacts, Speed, override_value
 from pipelines.plan.networks import Candidate, candidates
 from pipelines.training.loop.hardware import resolve_precision
-from pipelines.training.loop.speed import MeasuredSpeed, measure_speed
+from pipelines.training.loop.speed import MeasuredSpeed, measure_speed, measure_training
 
 logger = logging.getLogger(__name__)
 SECONDS = 0.3
@@ -157,7 +157,7 @@ def _step_seconds(config: Config, found: MeasuredSpeed, device: torch.device) ->
         device: of them.
     """
     few = max(1, config.batch_size // FEWER)
-    small = few / measure_speed(config.model_copy(update={"batch_size": few}), device, SECONDS / 3).train
+    small = few / measure_training(config.model_copy(update={"batch_size": few}), device, SECONDS / 3)
     large = config.batch_size / found.train
     per_image = max(0.0, (large - small) / (config.batch_size - few))
     return max(0.0, large - config.batch_size * per_image)

@@ -50,9 +50,7 @@ def measure_speed(config: Config, device: torch.device, seconds: float) -> Measu
         config: of a denoiser; its `batch_size` is this rank's.
         seconds: how long training steps and evaluations are each repeated, after one to warm up.
     """
-    context = RunContext.of(made_up_job(config), rank=0, world_size=1, device=device)
-    state = make_state(context)
-    batch = made_up(config)
+    context, state, batch = _prepared(config, device)
     train = _rate(lambda: _step(context, state, batch), config.batch_size, device, seconds)
     with ema_weights(state) as network, torch.no_grad():
         images, t = batch.images.to(device), torch.full((len(batch),), 500.0, device=device)
@@ -65,6 +63,17 @@ def measure_speed(config: Config, device: torch.device, seconds: float) -> Measu
             draw = _rate(lambda: wrapped(images.to(weights), t, cond), len(batch), device, seconds)
     parameters = sum(p.numel() for p in state.network.parameters())
     return MeasuredSpeed(train, draw, evaluate, parameters, context.precision)
+
+
+def measure_training(config: Config, device: torch.device, seconds: float) -> float:
+    """Return `MeasuredSpeed.train` alone; arguments as of `measure_speed`."""
+    context, state, batch = _prepared(config, device)
+    return _rate(lambda: _step(context, state, batch), config.batch_size, device, seconds)
+
+
+def _prepared(config: Config, device: torch.device) -> tuple[RunContext, TrainingState, Batch]:
+    context = RunContext.of(made_up_job(config), rank=0, world_size=1, device=device)
+    return context, make_state(context), made_up(config)
 
 
 def made_up(config: Config) -> Batch:

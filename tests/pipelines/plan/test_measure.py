@@ -102,11 +102,12 @@ def test_the_time_of_a_step_is_told_from_that_of_its_images(monkeypatch, gpu, pi
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(measuring, "measure_speed", measured)
+    monkeypatch.setattr(measuring, "measure_training", lambda *arguments: measured(*arguments).train)
     monkeypatch.setattr(measuring, "speed_together", lambda cores, precision: 1.0)
     monkeypatch.setattr(measuring, "resolve_precision", lambda optim, device: "bf16")
     monkeypatch.setattr(measuring, "judge_step_seconds", lambda config, classes, device: 0.01)
     speed = Measurement(DIGITS, {}, 600.0, 1)().speeds["narrow@28"]
-    for images in (1, 8, 16, piece):
+    for images in (1, 8, 16, piece // 2, piece):
         assert speed.train_in_steps_of(images) == pytest.approx(images / (step_s + images * image_s))
     assert speed.train_in_steps_of(512) == pytest.approx(speed.train_in_steps_of(piece))
 
