@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddpm.model import ModelSpec, save_model
-from pipelines.config import FORMER_DEFAULTS, Config
+from pipelines.config import FORMER_DEFAULTS, Config, override_value
 from pipelines.errors import PipelineError
 from pipelines.shards.index import Dataset
 from pipelines.shards.quarantine import Quarantine, stream_digest
@@ -192,7 +192,7 @@ def check_resumable(
         )
     if differing:
         listed = "\n  ".join(differing)
-        as_before = " ".join(f"{f}={_override_value(state.identity[f])}" for f in named if f in state.identity)
+        as_before = " ".join(f"{f}={override_value(state.identity[f])}" for f in named if f in state.identity)
         mend = f"add {as_before}" if as_before else "use the same settings"
         raise ModelError(
             f"the run '{config.name}' was trained with other settings:\n  {listed}\n"
@@ -206,11 +206,6 @@ def _former(name: str, stored: Mapping[str, Any]) -> str:
     if name not in FORMER_DEFAULTS or stored.get(name) != FORMER_DEFAULTS[name]:
         return ""
     return " (the default has changed since)"
-
-
-def _override_value(value: Any) -> str:
-    """Return a value of an identity as the command line takes it."""
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
 def _require_bare_names(names: Iterable[str], where: str) -> None:

@@ -73,8 +73,29 @@ def _composed(folder: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
 
 def quoted_override(key: str, value: str) -> str:
     """Return an override whose value may hold any character."""
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-    return f"{key}='{escaped}'"
+    return f"{key}={_quoted(value)}"
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def override_value(value: Any) -> str:
+    """Return a value as Hydra's overrides have it."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case int() | float():
+            return repr(value)
+        case list() | tuple():
+            return f"[{','.join(override_value(part) for part in value)}]"
+    text = str(value)
+    if re.fullmatch(r"[A-Za-z_]\w*", text) and text.lower() not in ("null", "true", "false", "none", "nan", "inf"):
+        return text
+    return _quoted(text)
 
 
 def hydra_lines(overrides: Sequence[str]) -> list[str]:

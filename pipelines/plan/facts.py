@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from pipelines.config import override_value
 
 
 @dataclass(frozen=True)
@@ -244,21 +245,3 @@ class Hand:
 def _groups(settings: Mapping[str, Any]) -> set[str]:
     """Return the groups that fields belong to."""
     return {key.partition(".")[0] for key in settings}
-
-
-def override_value(value: Any) -> str:
-    """Return a value as Hydra's overrides have it."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return str(value).lower()
-        case int() | float():
-            return repr(value)
-        case list() | tuple():
-            return f"[{','.join(override_value(part) for part in value)}]"
-    text = str(value)
-    if re.fullmatch(r"[A-Za-z_]\w*", text) and text.lower() not in ("null", "true", "false", "none", "nan", "inf"):
-        return text
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"

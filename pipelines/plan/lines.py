@@ -8,11 +8,12 @@ import math
 import re
 from typing import Any
 
+from pipelines.config import override_value
 from pipelines.evaluation.copies import LEAST
 from pipelines.plan import clock
 from pipelines.plan.budget import spoken, written
 from pipelines.plan.choose import MOST_PASSES, PIECE, SCALE, STEPS, Basis, drawing_precision, methods, most_images
-from pipelines.plan.facts import Hand, Line, MachineFacts, SourceFacts, override_value
+from pipelines.plan.facts import Hand, Line, MachineFacts, SourceFacts
 from pipelines.plan.networks import RATES, candidates, native_size
 
 FEW = 500

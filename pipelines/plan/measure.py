@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from pipelines.cgroups import whole_cores
-from pipelines.config import Config, compose
+from pipelines.config import Config, compose, override_value
 from pipelines.evaluation.evaluators.classifier import BATCH as JUDGE_BATCH
 from pipelines.evaluation.evaluators.classifier import MAX_SIDE, train_classifier
 from pipelines.evaluation.evaluators.contrastive import train_contrastive
 from pipelines.plan.choose import PIECE, drawing_precision, methods, uses_captions
-from pipelines.plan.facts import Hand, MachineFacts, SourceFacts, Speed, override_value
+from pipelines.plan.facts import Hand, MachineFacts, SourceFacts, Speed
 from pipelines.plan.networks import Candidate, candidates
 from pipelines.training.loop.hardware import resolve_precision
 from pipelines.training.loop.speed import MeasuredSpeed, measure_speed, measure_training

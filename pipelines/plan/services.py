@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipelines.config import Config, compose, override_settings
-from pipelines.plan.facts import override_value
+from pipelines.config import Config, compose, override_settings, override_value
 
 SERVICES = ("storage", "tracking", "cluster")
 """Groups of the configuration that say where things are, not what is trained."""
