@@ -68,7 +68,7 @@ def check_source(source: SourceFacts) -> None:
         )
 
 
-def choose(source: SourceFacts, machine: MachineFacts, budget_s: float, hand: Hand, *, compared: bool = True) -> Basis:
+def choose(source: SourceFacts, machine: MachineFacts, budget_s: float, hand: Hand, compared: bool) -> Basis:
     """Return the network, size, batch and length that fit the budget.
 
     The largest size comes first at which a network that is not the narrowest sees the images that it needs, and of that

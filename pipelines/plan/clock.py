@@ -100,8 +100,8 @@ def judging(
     size: int,
     budget_s: float,
     evaluations: int,
-    texts: bool = False,
-    compared: bool = True,
+    texts: bool,
+    compared: bool,
 ) -> Judging:
     """Return how the model is judged.
 

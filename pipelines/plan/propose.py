@@ -32,7 +32,7 @@ def propose(
     """
     hand = Hand(settings or {})
     check_source(source)
-    basis = choose(source, machine, budget_s, hand, compared=compared)
+    basis = choose(source, machine, budget_s, hand, compared)
     found = (
         *lines.data_lines(source, basis, hand),
         *lines.network_lines(source, basis, hand),
