@@ -9,10 +9,12 @@ for an output F that is in units of x_0 instead of s. Where nearly all is noise 
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
@@ -199,17 +201,30 @@ class Clipping(Settings):
 
 
 def computes_bf16(device: torch.device) -> bool:
-    """Return whether a device has units for bfloat16, which a T4, a V100 and older processors only emulate."""
+    """Return whether a device computes faster in bfloat16 than in float32.
+
+    A T4, a V100 and older processors only emulate it. Intel's processors have instructions for it without AMX, too, but
+    multiply matrices by them in twice the time that float32 takes, where AMD's take half; see docs/performance.md.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported()
+    if torch.cpu._is_amx_tile_supported():
+        return True
+    return torch.cpu._is_avx512_bf16_supported() and _processor_maker() != "GenuineIntel"
+
+
+@cache
+def _processor_maker(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the maker of this machine's processor, as it says itself; "" where that is not known."""
+    found = re.search(r"^vendor_id\s*: (\S+)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
+    return found.group(1) if found else ""
 
 
 @dataclass(frozen=True)
 class HalfPrecision:
     """A denoiser whose networks compute convolutions and matrix products in bfloat16 (autocast), all else as before.
 
-    On a device that only emulates bfloat16 they compute in float32, with a warning.
+    On a device that is slower in bfloat16 they compute in float32, with a warning.
 
     Attributes:
         denoiser: the denoiser, with its guidance.
@@ -222,8 +237,8 @@ class HalfPrecision:
         if not computes_bf16(x_t.device):
             # Once a process: Python shows a warning of one place once.
             warnings.warn(
-                "precision = bf16: this device has no units for it and would take several times as long as in fp32, "
-                "in which the networks compute here",
+                "precision = bf16: this device computes more slowly in it than in fp32, in which the networks compute "
+                "here",
                 stacklevel=2,
             )
             return self.denoiser(x_t, t, cond)

@@ -193,7 +193,9 @@ def check_accelerators(gpus_per_worker: int | None) -> list[Check]:
     cpu = torch.cpu
     flags = [("AMX", cpu._is_amx_tile_supported()), ("AVX-512 bf16", cpu._is_avx512_bf16_supported())]
     having = [name for name, there in flags if there]
-    found = f"none; CPU with {' and '.join(having)}" if having else "none; CPU without bf16"
+    chosen = "bf16" if computes_bf16(torch.device("cpu")) else "fp32"
+    having_said = f"with {' and '.join(having)}" if having else "without bf16"
+    found = f"none; CPU {having_said}: optim.precision=auto takes {chosen}"
     driver = Path("/proc/driver/nvidia/version")
     if driver.is_file():
         installed = driver.read_text().splitlines()[0].strip()

@@ -166,10 +166,10 @@ def test_a_weaker_model_that_guides_is_compiled_too():
     assert [network.runs for network in networks] == [0, 0]
 
 
-def test_on_a_device_that_emulates_bf16_networks_compute_in_float32_and_say_so(network, monkeypatch):
+def test_on_a_device_that_is_slower_in_bf16_networks_compute_in_float32_and_say_so(network, monkeypatch):
     monkeypatch.setattr(prediction, "computes_bf16", lambda device: False)
     denoiser = Sampling.of(precision="bf16").wrap(NetworkDenoiser(network, SCHEDULE, "v"), SCHEDULE)
-    with pytest.warns(UserWarning, match="no units for it"):
+    with pytest.warns(UserWarning, match="more slowly in it than in fp32"):
         half = denoiser(torch.zeros(1, 1, 8, 8), torch.ones(1)).x0
     exact = Sampling().wrap(NetworkDenoiser(network, SCHEDULE, "v"), SCHEDULE)
     assert torch.equal(half, exact(torch.zeros(1, 1, 8, 8), torch.ones(1)).x0)

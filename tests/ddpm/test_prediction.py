@@ -3,6 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ddpm import prediction
 from ddpm.conditioning import Conditioning
 from ddpm.gaussian import q_sample
 from ddpm.prediction import (
@@ -13,6 +14,7 @@ from ddpm.prediction import (
     Prediction,
     clip_x0,
     coefficients,
+    computes_bf16,
     eps_from_x0,
     from_output,
     target,
@@ -153,3 +155,36 @@ def test_conditions_are_cut_counted_and_freed_of_label_and_text():
     assert cond.null().context is context
     with pytest.raises(ValueError, match="no length"):
         len(Conditioning())
+
+
+@pytest.mark.parametrize(
+    ("amx", "instructions", "maker", "faster"),
+    [
+        (True, True, "GenuineIntel", True),
+        (False, True, "GenuineIntel", False),
+        (False, True, "AuthenticAMD", True),
+        (False, True, "", True),
+        (False, False, "AuthenticAMD", False),
+    ],
+)
+def test_a_processor_computes_bf16_where_its_instructions_for_it_are_the_faster_ones(
+    monkeypatch, amx, instructions, maker, faster
+):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
+    monkeypatch.setattr(prediction, "_processor_maker", lambda: maker)
+    assert computes_bf16(torch.device("cpu")) == faster
+
+
+@pytest.mark.parametrize(
+    ("text", "maker"),
+    [
+        ("processor\t: 0\nvendor_id\t: GenuineIntel\ncpu family\t: 6\n\nvendor_id\t: GenuineIntel\n", "GenuineIntel"),
+        ("processor\t: 0\nCPU implementer\t: 0x41\n", ""),
+        (None, ""),
+    ],
+)
+def test_the_maker_of_a_processor_is_read_where_linux_says_it(tmp_path, text, maker):
+    if text is not None:
+        (tmp_path / "cpuinfo").write_text(text)
+    assert prediction._processor_maker(tmp_path / "cpuinfo") == maker
