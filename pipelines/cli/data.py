@@ -38,7 +38,7 @@ def ingest(
     """Write images as WebDataset shards. Example: ddpm ingest photos/ --to s3://ddpm/datasets/photos"""
     check_source(source)
     config = _compose_ingest(source, to, overrides or [])
-    # A named cluster writes the shards; the local stack has no more cores than the threads of this process.
+    # A named cluster writes the shards; without one this process does, for which nothing has to be started.
     over_ray = bool(config.cluster.address or os.environ.get("RAY_ADDRESS"))
     config = connect(config, ["s3"] if any(end.startswith("s3://") for end in (source, to)) else [])
 

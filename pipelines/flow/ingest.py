@@ -12,8 +12,8 @@ from pipelines.config import Config, ConfigError
 from pipelines.display import Display
 from pipelines.flow.stage import INGEST, Look, Place, Results, Site, Stage
 from pipelines.shards.index import Dataset, DatasetError, read_dataset
-from pipelines.shards.ingest.encode import CaptionEncoder
-from pipelines.shards.ingest.write import Ingested, ingest, source_digest
+from pipelines.shards.ingest.encode import CaptionEncoder, ImageFormat
+from pipelines.shards.ingest.write import Ingested, ingest, source_digest, takes_long
 from pipelines.storage import NotFoundError, Storage, join
 from pipelines.training import driver
 from pipelines.training.ray_train.resources import connect_ray
@@ -80,7 +80,11 @@ class Ingest(Stage[Dataset]):
         Raises:
             DatasetError: the source has another number of classes, say, than the configuration.
         """
-        if not self.config.storage.local_stack:  # its Ray has no more cores than this process has threads
+        data, storage = self.config.data, site.storage
+        assert data.source is not None
+        # To connect to the local stack's Ray and to start tasks takes longer than to write some images here.
+        form = ImageFormat(data.image_size, data.channels, data.geometry, data.encoding)
+        if not self.config.storage.local_stack or takes_long(data.source, storage, form):
             connect_ray(self.config, site.storage)
         dataset = write_dataset(self.config, site.storage, site.display).dataset
         driver.check_dataset(dataset, self.config)

@@ -11,6 +11,7 @@ import io
 import json
 import tempfile
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,10 +36,13 @@ LAYOUT_VERSION = 2  # of the members of a sample; with another version every sha
 PROBED = 32  # images from which the size of a sample is estimated
 CAPTIONS_AT_ONCE = 64  # captions in one call of the text encoder
 READS_AHEAD = 16  # images that are fetched from S3 ahead
+TIMED = 8  # images from which the time of one is estimated
 TAR_END = 6144  # two empty blocks, and on average half a record of 20 blocks
 # Modification time of every member: fixed, because equal inputs must give equal digests, and an int, because a float
 # adds a pax header of 1 KiB to every member.
 MTIME = 0
+WRITE_S = 7e-4
+"""Seconds to compare an image with the others and to add it to a shard, beside those to read, decode and encode it."""
 PROGRESS = "ingest-progress"
 """Folder of the records of finished shards, below the dataset."""
 
@@ -170,6 +174,18 @@ def samples_for(shard_bytes: int, images: Sequence[SourceImage], settings: Setti
             writer.write(sample)
         written, size = tally.per_class.total(), writer.tarstream.offset
     return max(1, (shard_bytes - TAR_END) * written // size) if written else max(1, len(images))
+
+
+def seconds_of_image(images: Sequence[SourceImage], storage: Storage, form: ImageFormat) -> float:
+    """Return the seconds that one process takes for one image of an ingest, by the first ones."""
+    began, count = time.monotonic(), 0
+    for image in images[:TIMED]:
+        try:
+            encode_image(image.read(storage), form)
+            count += 1
+        except UnreadableError:
+            continue
+    return WRITE_S + (time.monotonic() - began) / max(count, 1)
 
 
 def record_name(shard: str) -> str:

@@ -31,6 +31,7 @@ from pipelines.shards.ingest.tasks import (
     plan_shards,
     record_name,
     samples_for,
+    seconds_of_image,
     write_shard,
 )
 from pipelines.shards.ingest.tasks import identify as identify_encoder
@@ -38,8 +39,10 @@ from pipelines.shards.ingest.trees import address, shown
 from pipelines.shards.quarantine import drop_stale_quarantine
 from pipelines.storage import Storage, is_local, join
 
-__all__ = ["Ingested", "ingest", "source_digest"]
+__all__ = ["Ingested", "ingest", "source_digest", "takes_long"]
 
+ALONE_S = 20.0
+"""Seconds of writing from which on Ray tasks are worth their start, where there is a choice."""
 COMPARED = 500
 """Images that a task takes at a time, to find near-duplicates."""
 SHARD_FILES = (".tar", ".index.json")
@@ -100,7 +103,9 @@ def ingest(
         geometry: "crop", "resize" or "keep"; see `ImageFormat`.
         encoding: "png", "jpg", "webp" or "npy"; see `ImageFormat`.
         text_encoder: maps captions to a `Conditioning`, stored as `emb.npy`; see `pack_embeddings`. Ray pickles it.
-        workers: number of threads; by default one per core. Ray uses all CPUs of the cluster.
+        workers: number of threads; by default one for two cores, because they take turns at the interpreter: on two
+            cores one of them wrote 9,000 digits in 11 seconds and two in 18, and large photographs a tenth faster. Ray
+            uses all CPUs of the cluster.
         progress: called with (images done, images in total).
         notice: called with a line that says whether Ray or threads write the shards.
 
@@ -117,20 +122,24 @@ def ingest(
     settings = Settings(uri, storage, form, listed.classes, listed.captioned, text_encoder, encoder_id)
     if shard_bytes is not None:
         shard_samples = samples_for(shard_bytes, listed.images, settings)
-    obstacle = _obstacle_to_ray(source, uri)
+    obstacle, threads = _obstacle_to_ray(source, uri), workers or max(1, len(os.sched_getaffinity(0)) // 2)
     alike: tuple[str, ...] = ()
     if listed.drawn:
-        prints = _fingerprints(
-            listed.images, storage, workers or len(os.sched_getaffinity(0)), over_ray=obstacle is None
-        )
+        prints = _fingerprints(listed.images, storage, threads, over_ray=obstacle is None)
         listed, alike = keep_together(listed, prints)
     jobs = plan_shards(listed.images, settings, shard_samples, _recorded(uri, storage))
     if any(job.recorded is None for job in jobs):
         # From here on shards of an earlier dataset are overwritten, so that its description is no longer true.
         storage.delete(join(uri, "dataset.json"))
     meter = _Meter(sum(len(job.images) for job in jobs), progress)
-    records = _write_shards(jobs, settings, meter, workers or len(os.sched_getaffinity(0)), notice, obstacle)
+    records = _write_shards(jobs, settings, meter, threads, notice, obstacle)
     return _publish(source, listed, settings, jobs, records, alike)
+
+
+def takes_long(source: str, storage: Storage, form: ImageFormat) -> bool:
+    """Return whether one process would write a source's images for so long that Ray tasks are worth their start."""
+    images = open_source(source, storage).images
+    return len(images) * seconds_of_image(images, storage, form) > ALONE_S
 
 
 def _check_settings(
@@ -213,14 +222,15 @@ def _write_shards(
     if obstacle is None:
         notice(f"{len(jobs):,} shards as Ray tasks on {_ray_cpus():,} CPUs")
         return _write_over_ray(jobs, settings, meter)
-    notice(f"{len(jobs):,} shards by {threads} threads of this process{obstacle and ': ' + obstacle}")
+    named = "1 thread" if threads == 1 else f"{threads} threads"
+    notice(f"{len(jobs):,} shards by {named} of this process{obstacle and ': ' + obstacle}")
     return _write_in_threads(jobs, settings, meter, threads)
 
 
 def _write_in_threads(
     jobs: Sequence[ShardJob], settings: Settings, meter: _Meter, threads: int
 ) -> list[tuple[ShardRecord, bool]]:
-    """Write the shards in threads, which use all cores, because decoding and encoding release the interpreter's lock.
+    """Write the shards in threads: decoding and encoding of large images release the interpreter's lock.
 
     Returns:
         The record of each shard, and whether it was finished before.
@@ -300,7 +310,7 @@ def _publish(
     """Write the report and `dataset.json`, and delete what is left of an earlier dataset."""
     storage, uri = settings.storage, settings.uri
     records = [record for record, _ in written]
-    missing = [i.origin for i in listed.images if listed.captioned and not i.caption]
+    missing = [image.origin for image in listed.images if settings.captioned and not image.caption]
     report = compose_report(
         source,
         settings.described(),

@@ -12,6 +12,7 @@ from pipelines.flow import Results, Site
 from pipelines.flow import ingest as flow
 from pipelines.flow.walk import walk
 from pipelines.shards.index import read_dataset
+from pipelines.shards.ingest import write as writing
 from pipelines.shards.ingest.write import ingest
 from pipelines.storage import Storage
 from pipelines.training.driver import check_captions, encoder_lineage
@@ -95,6 +96,18 @@ def test_what_was_ingested_is_skipped_until_the_source_or_a_setting_changes(phot
     assert looked(settings).reason == changed_since
 
 
+@pytest.mark.parametrize(("long", "local", "connects"), [(False, True, 0), (True, True, 1), (False, False, 1)])
+def test_many_images_are_written_by_ray_and_few_by_this_process(photos, tmp_path, monkeypatch, long, local, connects):
+    if long:
+        monkeypatch.setattr(writing, "ALONE_S", 0.0)
+    connected = []
+    monkeypatch.setattr(flow, "connect_ray", lambda *given: connected.append(given))
+    where = ["storage=file", f"storage.root=file://{tmp_path}/store", f"storage.local_stack={str(local).lower()}"]
+    settings = config(photos, tmp_path / "ds", *where)
+    assert walk([flow.Ingest(settings)], Site(STORAGE, {}, Lines())).ran == ("ingest",)
+    assert len(connected) == connects
+
+
 def test_a_dataset_without_a_source_is_used_as_it_is_and_a_missing_one_is_an_error(photos, tmp_path):
     written = flow.write_dataset(config(photos, tmp_path / "ds"), STORAGE, Lines()).dataset
     data = flow.Ingest(config(photos, tmp_path / "ds")).config.data.model_copy(update={"source": None})
@@ -146,7 +159,7 @@ def test_it_tells_what_was_changed_left_out_and_where_the_report_is(tmp_path):
     assert "note  10 images without a caption, such as b/" in text
     assert "note  1 not used, not named by a good row of the metadata: such as notes.md" in text
     assert f"report  file://{tmp_path}/ds/ingest-report.json" in text
-    assert "threads of this process" in text
+    assert "of this process" in text
     again = Lines()
     done = flow.write_dataset(config(source, tmp_path / "ds", "data.test_fraction=0.3"), STORAGE, again)
     assert f"ingest  {done.reused_shards} of {done.reused_shards} shards were finished before" in "\n".join(again.lines)
