@@ -32,6 +32,7 @@ class Basis:
         batch: images of a step.
         images: length of the training.
         training_s: its seconds.
+        grids: of samples that it draws.
         judging: how the model is judged.
         seconds: stage -> seconds, all of them.
     """
@@ -44,6 +45,7 @@ class Basis:
     batch: int
     images: int
     training_s: float
+    grids: clock.Grids
     judging: clock.Judging
     seconds: dict[str, float]
 
@@ -117,13 +119,16 @@ def _basis(
     training_s = clock.left_for_training(budget_s, fixed)
     workers = _workers(machine, hand)
 
+    grids = clock.grids(speed, machine, training_s, evaluations)
+
     def possible(batch: int) -> float:
-        return training_s * (1 - clock.GRID_SHARE) * clock.training_rate(speed, machine, workers, batch)
+        return max(0.0, training_s - grids.seconds) * clock.training_rate(speed, machine, workers, batch)
 
     batch = int(hand.get("batch_size", batch_size(possible, machine)))
     rate = clock.training_rate(speed, machine, workers, batch)
     images = int(hand.get("images", max(1, min(int(possible(batch)), most_images(source)) // batch) * batch))
-    seconds = fixed | {"train": images / rate / (1 - clock.GRID_SHARE)}
+    grids = clock.grids(speed, machine, images / rate / (1 - clock.GRID_SHARE), evaluations)
+    seconds = fixed | {"train": images / rate + grids.seconds}
     ordered = ["look and measure", "start", "ingest", "train", "evaluator", "scores", "register"]
     return Basis(
         labels,
@@ -134,6 +139,7 @@ def _basis(
         batch,
         images,
         seconds["train"],
+        grids,
         judging,
         {name: seconds[name] for name in ordered},
     )

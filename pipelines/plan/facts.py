@@ -46,7 +46,7 @@ class SourceFacts:
         grey: whether no opened image has a colour.
         opened: number of images that were opened.
         unreadable: number of those that could not be read.
-        read_s: seconds to read, decode and encode one image on one thread.
+        write_s: seconds in which one process reads an image and writes it to a shard.
         mirror: whether images can be told from their mirror images, given their class.
         names_sides: whether captions name left or right.
         encoder: hub name or folder of the text encoder that can be loaded here; None where none can or none is needed.
@@ -64,7 +64,7 @@ class SourceFacts:
     grey: bool
     opened: int
     unreadable: int = 0
-    read_s: float = 0.001
+    write_s: float = 0.002
     mirror: Mirror = Mirror(0.5, 0)
     names_sides: bool = False
     encoder: str | None = None

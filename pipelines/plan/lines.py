@@ -187,12 +187,7 @@ def machine_lines(machine: MachineFacts, basis: Basis, hand: Hand) -> list[Line]
     images, batch = basis.images, basis.batch
     marks = 4 if basis.training_s < 1_800 else 12
     every = max(batch, images // marks // batch * batch)
-    rate = clock.drawing_rate(basis.speed, machine)
-    of_sample = int(hand.get("sampler.steps", STEPS)) * (2 if basis.guided else 1) / rate
-    drawn = int(clock.GRID_SHARE * basis.training_s / of_sample)
-    per_grid = min(64, max(8, drawn // 5))
-    grids = max(2, min(12, drawn // per_grid - 1))  # and one before the first step
-    grid_every = max(batch, images // grids // batch * batch)
+    grids = basis.grids
     return [
         hand.line(
             "workers",
@@ -213,12 +208,12 @@ def machine_lines(machine: MachineFacts, basis: Basis, hand: Hand) -> list[Line]
         hand.line(
             "grids",
             {
-                "tracking.grid_every": grid_every,
-                "tracking.grid_images": per_grid,
+                "tracking.grid_every": max(batch, images // grids.count // batch * batch),
+                "tracking.grid_images": grids.images,
                 "tracking.log_every": max(batch, images // 50 // batch * batch),
             },
-            f"{grids} of {per_grid} samples",
-            f"they take about {clock.GRID_SHARE:.0%} of the training",
+            f"{grids.count} of {grids.images} samples",
+            f"they take about {grids.seconds / basis.training_s:.0%} of the training",
         ),
     ]
 

@@ -15,8 +15,9 @@ from PIL import Image
 from pipelines.errors import ConfigError
 from pipelines.plan.facts import Mirror, SourceFacts
 from pipelines.plan.mirror import tell_mirrored
-from pipelines.shards.ingest.encode import ImageFormat, encode_image, open_image
-from pipelines.shards.ingest.sources import Source, SourceImage, open_source
+from pipelines.shards.ingest.encode import ImageFormat, open_image
+from pipelines.shards.ingest.sources import SourceImage, open_source
+from pipelines.shards.ingest.tasks import seconds_of_image
 from pipelines.shards.ingest.trees import UnreadableError
 from pipelines.storage import Storage
 from pipelines.text import DEFAULT_ENCODER, TextEncoder
@@ -24,8 +25,6 @@ from pipelines.text import DEFAULT_ENCODER, TextEncoder
 OPENED, LEAST_OPENED = 1_000, 16
 """Images that are opened at most, and at least, whatever the time."""
 LOOKING_S = 8.0
-ENCODED = 8
-"""Images that are brought to size and encoded, to measure how long that takes."""
 SIDE = 16
 """Height and width at which images are compared with their mirror images."""
 COLOUR = 6
@@ -83,7 +82,7 @@ def look(source: str, storage: Storage, *, test_fraction: float = 0.1, encoder: 
         grey=bool(opened) and coloured <= len(opened) // 100,
         opened=len(opened) + unreadable,
         unreadable=unreadable,
-        read_s=_read_seconds(listed, storage, low),
+        write_s=seconds_of_image(listed.images, storage, ImageFormat(max(8, min(low, 64)), 3)),
         mirror=_mirror(opened),
         names_sides=_share_with_sides(captions) > 0.01,
         encoder=name,
@@ -114,19 +113,6 @@ def _opened(image: SourceImage, storage: Storage) -> Opened:
     spread = pixels.max(-1) - pixels.min(-1)
     small = np.asarray(rgb.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.uint8)
     return Opened(picture.size, bool((spread > COLOUR).mean() > 0.001), small, image.label)
-
-
-def _read_seconds(listed: Source, storage: Storage, side: int) -> float:
-    """Return the seconds that an ingest takes for one image on one thread."""
-    form = ImageFormat(max(8, min(side, 64)), 3)
-    began, count = time.monotonic(), 0
-    for image in listed.images[:ENCODED]:
-        try:
-            encode_image(image.read(storage), form)
-            count += 1
-        except UnreadableError:
-            continue
-    return (time.monotonic() - began) / max(count, 1)
 
 
 def _mirror(opened: Sequence[Opened]) -> Mirror:

@@ -100,7 +100,7 @@ def find_or_make(
 
     Arguments and errors are those of `make_plan`.
     """
-    settings = override_settings(overrides)
+    settings, began = override_settings(overrides), time.monotonic()
     book = PlanBook(storage, services.storage.root)
     where = absolute(source)
     key = command_key(source_digest(where, storage), budget_s, settings)
@@ -111,6 +111,7 @@ def find_or_make(
     hand, model = Hand(settings), str(settings.get("registry.model", source_name(where)))
     own_model = model if hand.sets("registry.model") else book.model_of(where, model)
     compared = _has_version(services, own_model, settings)
+    start_s += time.monotonic() - began
     made = make_plan(source, overrides, budget_s, services, storage, notice, start_s=start_s, compared=compared)
     made, run = replace(made, key=key), str(made.config["name"])
     own_run = run if hand.sets("name") else book.free_name(run)

@@ -33,7 +33,8 @@ JUDGE_STEPS = 2
 JUDGE_PIECE = 32
 """Images of a measured step of the contrastive network, where its training takes four times as many."""
 LEAST_SHARE = 0.5
-"""A candidate that in the whole budget would see less than this share of the images that it needs ends its size."""
+"""A candidate that in the whole budget would see less than this share of the images that it needs, even if it were as
+fast as the next smaller one, ends its size: it is not measured."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,10 @@ class Measurement:
         for size, of_size in by_size.items():
             if judge and not any(key.endswith(f"@{max(judge)}") for key in speeds):
                 break  # the size below was too slow already
+            smaller: Speed | None = None
             for candidate in of_size:
+                if smaller is not None and not self._reaches(candidate, smaller):
+                    break  # a larger network is no faster
                 piece = PIECE[device.type] if size <= 32 or device.type == "cuda" else PIECE["cpu"] // 4
                 config = trial_config(candidate, self.source, hand, piece)
                 drawn_in = drawing_precision(resolve_precision(config.optim, device), hand)
@@ -98,14 +102,18 @@ class Measurement:
                     logger.warning("%s does not fit the memory of the device", candidate.key)
                     break
                 precision = found.precision
-                speeds[candidate.key] = Speed(found.train, found.draw, found.evaluate, found.parameters, piece, step_s)
-                if self.budget_s * found.train * self.workers < LEAST_SHARE * candidate.needed:
-                    break
+                speeds[candidate.key] = smaller = Speed(
+                    found.train, found.draw, found.evaluate, found.parameters, piece, step_s
+                )
             judge[size] = judge_step_seconds(config, len(self.source.class_counts), device)
             if self._hopeless(speeds, of_size[0]):
                 break
         together = 1.0 if device.type == "cuda" else speed_together(whole_cores(), precision)
         return Measured(speeds, judge, precision, together, time.monotonic() - began)
+
+    def _reaches(self, candidate: Candidate, speed: Speed) -> bool:
+        """Return whether at this speed a candidate would see enough images in the whole budget to be worth a try."""
+        return self.budget_s * speed.train * self.workers >= LEAST_SHARE * candidate.needed
 
     def _hopeless(self, speeds: Mapping[str, Speed], narrowest: Candidate) -> bool:
         """Return whether larger images are out of reach, because even the narrowest network hardly reaches these."""

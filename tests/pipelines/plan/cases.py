@@ -14,7 +14,7 @@ DIGITS = SourceFacts(
     one_size=(28, 28),
     grey=True,
     opened=1_000,
-    read_s=0.001,
+    write_s=0.001,
     mirror=Mirror(0.93, 500),
 )
 PICTOGRAMS = SourceFacts(
@@ -42,7 +42,7 @@ PHOTOS = SourceFacts(
     one_size=None,
     grey=False,
     opened=300,
-    read_s=0.04,
+    write_s=0.04,
     mirror=Mirror(0.52, 150),
 )
 UNLABELLED = SourceFacts(

@@ -52,7 +52,7 @@ def test_class_folders_of_mixed_sizes_are_counted_and_measured(tmp_path):
     assert facts.one_size is None
     assert facts.shorter_sides == (10, 10, 10)
     assert 0 < facts.test_images < 12
-    assert facts.read_s > 0
+    assert facts.write_s > 0
 
 
 def test_grey_pictures_of_one_size_are_known_as_such_even_as_jpeg_in_colour(tmp_path):

@@ -112,6 +112,22 @@ def test_the_time_of_a_step_is_told_from_that_of_its_images(monkeypatch, gpu, pi
     assert speed.train_in_steps_of(512) == pytest.approx(speed.train_in_steps_of(piece))
 
 
+def test_a_network_that_could_not_see_enough_images_if_it_were_as_fast_as_the_smaller_one_is_not_measured(monkeypatch):
+    tried = []
+
+    def measured(config, device, seconds):
+        tried.append(tuple(config.model.channels)[0:2])
+        return MeasuredSpeed(60.0, 240.0, 240.0, 1_000_000, "fp32")
+
+    monkeypatch.setattr(measuring, "measure_speed", measured)
+    monkeypatch.setattr(measuring, "measure_training", lambda *arguments: 60.0)
+    monkeypatch.setattr(measuring, "judge_step_seconds", lambda config, classes, device: 0.01)
+    # 60 images/s are 18,000 in 300 seconds, and 21,000 in 350: half of the 40,000 that the second network needs.
+    assert list(Measurement(DIGITS, {}, 300.0, 1)().speeds) == ["narrow@28"]
+    assert tried == [(32, 64)]
+    assert list(Measurement(DIGITS, {}, 350.0, 1)().speeds) == ["narrow@28", "plain@28"]
+
+
 def test_candidates_that_a_budget_cannot_train_are_not_measured():
     small = replace(DIGITS, shorter_sides=(8, 8, 8), one_size=(8, 8))
     assert list(measure(small, {}, 1.0).speeds) == ["narrow@8"]

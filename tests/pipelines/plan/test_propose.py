@@ -11,6 +11,7 @@ import pytest
 from benchmarks.methods import METHODS
 from benchmarks.results import ROOT
 from pipelines.config import ConfigError, compose, override_settings
+from pipelines.plan import clock
 from pipelines.plan.advice import more_time
 from pipelines.plan.choose import drawing_precision, methods
 from pipelines.plan.facts import Hand, Mirror
@@ -71,7 +72,8 @@ def test_captioned_pictures_are_conditioned_on_their_captions():
 def test_prompts_are_judged_by_a_network_that_takes_its_time_too():
     with_texts = propose(PICTOGRAMS, LAPTOP, 4 * 3600.0)
     without = propose(PICTOGRAMS, LAPTOP, 4 * 3600.0, override_settings(["data.text_encoder=null"]))
-    assert with_texts.seconds["evaluator"] == pytest.approx(2 * without.seconds["evaluator"])
+    texts_s, classes_s = (plan.seconds["evaluator"] - clock.JUDGING_S["evaluator"] for plan in (with_texts, without))
+    assert texts_s == pytest.approx(2 * classes_s)
 
 
 def test_captions_are_left_out_by_hand_and_the_plan_says_so():
@@ -147,7 +149,8 @@ def test_many_gpus_that_share_a_batch_are_not_planned_as_fast_as_each_was_with_a
         speeds = {key: replace(speed, piece=128, step_s=step_s / speed.train) for key, speed in facts.speeds.items()}
         hand = ["batch_size=128", "model.channels=[32,32]", "model.attention=[false,true]", "data.image_size=32"]
         many = replace(DIGITS, images=10_000_000, test_images=1_000_000)
-        return propose(many, replace(facts, speeds=speeds), HALF_HOUR, override_settings(hand)).images
+        plan = propose(many, replace(facts, speeds=speeds), HALF_HOUR, override_settings(hand))
+        return plan.images / plan.seconds["train"]
 
     assert trained(8, 0.0) == pytest.approx(8 * trained(1, 0.0), rel=0.05)
     assert trained(1, 127.0) == trained(1, 0.0)
@@ -257,6 +260,30 @@ def test_a_first_version_is_trained_in_the_time_that_the_gates_samples_would_tak
     assert first.total_s == pytest.approx(further.total_s, rel=0.01)
 
 
+@pytest.mark.parametrize("budget_s", [200.0, HALF_HOUR])
+def test_the_time_of_a_training_has_room_for_its_grids(budget_s):
+    plan = propose(DIGITS, LAPTOP, budget_s)
+    config, speed = composed(plan), LAPTOP.speeds[plan.network]
+    drawn = (config.images // config.tracking.grid_every + 1) * config.tracking.grid_images
+    evaluations = config.sampler.steps * 2
+    steps_s = config.images / clock.training_rate(speed, LAPTOP, 2, config.batch_size)
+    grids_s = drawn * evaluations / (speed.draw * clock.together(LAPTOP))
+    assert plan.seconds["train"] == pytest.approx(steps_s + grids_s, rel=0.02)
+    assert drawn >= 2 * 8
+
+
+def test_more_real_images_take_longer_to_look_at():
+    few, many = (propose(replace(DIGITS, images=count), LAPTOP, HALF_HOUR) for count in (10_000, 20_000))
+    of_image = clock.ENCODE_SHARE * LAPTOP.judge_step_s[28] / clock.JUDGE_BATCH
+    more = 10_000 * of_image / (2 * clock.together(LAPTOP))
+    assert many.seconds["scores"] - few.seconds["scores"] == pytest.approx(more, rel=0.01)
+
+
+def test_images_that_take_long_to_write_are_planned_on_all_cores():
+    one, four = (propose(PHOTOS, machine(cores=count), HALF_HOUR).seconds["ingest"] for count in (1, 4))
+    assert PHOTOS.images * PHOTOS.write_s / 4 < four < one / 2
+
+
 @pytest.mark.parametrize("budget_s", [1.0, 20.0, 45.0])
 def test_a_budget_without_time_to_train_is_refused_with_the_least_that_is_enough(budget_s):
     with pytest.raises(ConfigError, match=r"leaves no time to train: .* give budget=\w+ or more") as refused:
@@ -268,7 +295,7 @@ def test_a_budget_without_time_to_train_is_refused_with_the_least_that_is_enough
 
 
 def test_a_short_training_is_said_to_be_one():
-    plan = propose(DIGITS, LAPTOP, 150.0)
+    plan = propose(DIGITS, LAPTOP, 210.0)
     assert any("are a short training" in text for text in plan.warnings)
     assert not any("are a short training" in text for text in propose(DIGITS, LAPTOP, 3600.0).warnings)
 
