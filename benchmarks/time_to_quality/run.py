@@ -9,8 +9,9 @@ and mirroring that our plan chose for the budget, and besides TRIALS settings ar
 which the best by 300 samples goes on, with the better of two samplers; of ours none is tried. A classifier that neither
 side knows judges samples of both, as many of a class as there are in the data.
 
-Every part that is done is kept in the work folder, so that a benchmark that was interrupted goes on where it was. Data
-sets are compared each within itself: the published file keeps those that are not named, which another machine measured.
+Every part that is done is kept in the work folder, so that a benchmark that was interrupted goes on where it was, on
+another machine as well: each row says which one measured it, and both sides of a pair are of the same. Data sets are
+compared each within itself: the published file keeps those that are not named.
 """
 
 from __future__ import annotations
@@ -222,7 +223,8 @@ class DataSet:
         if not path.exists():
             folder = self.work / name
             folder.mkdir(exist_ok=True)
-            path.write_text(json.dumps(make(folder), indent=1))
+            where = {"machine": machine(torch.device("cpu")), "commit": commit()}
+            path.write_text(json.dumps(make(folder) | where, indent=1))
         row: dict[str, Any] = json.loads(path.read_text())
         print(
             f"{self.pictures.name} {name}: distance {row['distance']:.2f}, accuracy {row['accuracy']:.3f}", flush=True
