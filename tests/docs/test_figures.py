@@ -28,11 +28,12 @@ def performance() -> Iterator[str]:
     """The lines and parts of lines of docs/performance.md that hold a measured figure."""
     yield from training_step("train_step", "ours", "stock", "bf16", "lucidrains")
     yield from training_step("train_step_amx", "ours", "stock", "bf16")
-    rate = result("train_step_methods")["images_per_s"]
-    for arithmetic in ("float32", "bf16"):
-        layouts = [f"{arithmetic}, {layout}" for layout in ("contiguous", "channels-last")]
-        names = [name for layout in layouts for name in (layout, f"{layout}, compiled")]
-        yield row(arithmetic, *(fixed(rate[name], 1) for name in names))
+    for compared in ("train_step_methods", "train_step_methods_intel"):
+        rate = result(compared)["images_per_s"]
+        for arithmetic in ("float32", "bf16"):
+            layouts = [f"{arithmetic}, {layout}" for layout in ("contiguous", "channels-last")]
+            names = [name for layout in layouts for name in (layout, f"{layout}, compiled")]
+            yield row(arithmetic, *(fixed(rate[name], 1) for name in names))
 
     sampling = result("sampling")
     threads = {1: "one thread", 2: "two threads"}
