@@ -17,6 +17,7 @@ from mlflow.pyfunc import scoring_server
 from PIL import Image
 
 import ddpm
+from ddpm import prediction
 from ddpm.generate import to_uint8
 from ddpm.inference import COLUMNS, parameters
 from ddpm.model import load_model
@@ -65,7 +66,8 @@ def near(one, other):
     return one.shape == other.shape and np.abs(one.astype(int) - other.astype(int)).max() <= 1
 
 
-def test_labels_go_by_index_or_name_and_settings_by_their_names(served):
+def test_labels_go_by_index_or_name_and_settings_by_their_names(served, monkeypatch):
+    monkeypatch.setattr(prediction, "computes_bf16", lambda device: True)
     pyfunc, model = served["classes"]
     wanted = picture(Sample.of(labels=["square", "7"], seed=3, sampling={"steps": 6, "scale": 3.0}), model).pixels
     params = {"steps": 6, "scale": 3.0, "seed": 3}
