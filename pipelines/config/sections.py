@@ -106,8 +106,8 @@ class OptimConfig(Section):
     )
     precision: Literal["auto", "bf16", "fp16", "tf32", "fp32", "fp64"] = Field(
         "auto",
-        description="auto: bf16 where the hardware has it, else fp16 with a loss scale on GPUs with tensor cores, else "
-        "fp32; weights stay float32",
+        description="auto: bf16 where the hardware is faster in it, else fp16 with a loss scale on GPUs with tensor "
+        "cores, else fp32; weights stay float32",
     )
     max_skipped: PositiveInt = Field(
         10, description="updates in a row that are left out for a loss or gradient that is not finite"
