@@ -10,8 +10,8 @@ which the best by 300 samples goes on, with the better of two samplers; of ours 
 side knows judges samples of both, as many of a class as there are in the data.
 
 Every part that is done is kept in the work folder, so that a benchmark that was interrupted goes on where it was, on
-another machine as well: each row says which one measured it, and both sides of a pair are of the same. Data sets are
-compared each within itself: the published file keeps those that are not named.
+another machine as well: each row says which one measured it. Data sets are compared each within itself: the published
+file keeps those that are not named.
 """
 
 from __future__ import annotations

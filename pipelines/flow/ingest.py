@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from pipelines.config import Config, ConfigError
 from pipelines.display import Display
 from pipelines.flow.stage import INGEST, Look, Place, Results, Site, Stage
 from pipelines.shards.index import Dataset, DatasetError, read_dataset
-from pipelines.shards.ingest.encode import CaptionEncoder, ImageFormat
-from pipelines.shards.ingest.write import Ingested, ingest, source_digest, takes_long
+from pipelines.shards.ingest.encode import CaptionEncoder
+from pipelines.shards.ingest.write import Ingested, ingest, source_digest
 from pipelines.storage import NotFoundError, Storage, join
 from pipelines.training import driver
 from pipelines.training.ray_train.resources import connect_ray
@@ -80,21 +81,24 @@ class Ingest(Stage[Dataset]):
         Raises:
             DatasetError: the source has another number of classes, say, than the configuration.
         """
-        data, storage = self.config.data, site.storage
-        assert data.source is not None
-        # To connect to the local stack's Ray and to start tasks takes longer than to write some images here.
-        form = ImageFormat(data.image_size, data.channels, data.geometry, data.encoding)
-        if not self.config.storage.local_stack or takes_long(data.source, storage, form):
-            connect_ray(self.config, site.storage)
-        dataset = write_dataset(self.config, site.storage, site.display).dataset
+        connect = partial(connect_ray, self.config, site.storage)
+        local = self.config.storage.local_stack  # whose tasks start later than this process has written some images
+        if not local:
+            connect()
+        dataset = write_dataset(self.config, site.storage, site.display, connect if local else None).dataset
         driver.check_dataset(dataset, self.config)
         return dataset
 
 
-def write_dataset(config: Config, storage: Storage, display: Display) -> Ingested:
+def write_dataset(
+    config: Config, storage: Storage, display: Display, connect: Callable[[], object] | None = None
+) -> Ingested:
     """Ingest `data.source` with the settings of the configuration, and record the ingest key.
 
     The work runs on Ray where this process is connected to a cluster that can read the source and write the dataset.
+
+    Args:
+        connect: as for `ingest`.
 
     Raises:
         ConfigError: there is no such text encoder.
@@ -118,6 +122,7 @@ def write_dataset(config: Config, storage: Storage, display: Display) -> Ingeste
         text_encoder=encoder,
         progress=display.counter("ingest", "images"),
         notice=lambda text: display.stage("ingest", text),
+        connect=connect,
     )
     storage.write(join(data.uri, INGEST_KEY), key.encode())
     show_ingested(done, display)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import reduce
@@ -39,7 +39,7 @@ from pipelines.shards.ingest.trees import address, shown
 from pipelines.shards.quarantine import drop_stale_quarantine
 from pipelines.storage import Storage, is_local, join
 
-__all__ = ["Ingested", "ingest", "source_digest", "takes_long"]
+__all__ = ["Ingested", "ingest", "source_digest"]
 
 ALONE_S = 20.0
 """Seconds of writing from which on Ray tasks are worth their start, where there is a choice."""
@@ -84,6 +84,7 @@ def ingest(
     workers: int | None = None,
     progress: Progress = no_progress,
     notice: Notice = no_notice,
+    connect: Callable[[], object] | None = None,
 ) -> Ingested:
     """Write a source's images as shards with `dataset.json`; the same input gives the same bytes and digest.
 
@@ -108,6 +109,7 @@ def ingest(
             uses all CPUs of the cluster.
         progress: called with (images done, images in total).
         notice: called with a line that says whether Ray or threads write the shards.
+        connect: connects this process to Ray; called where one process would write for more than `ALONE_S` seconds.
 
     Raises:
         DatasetError: there is no such source, its layout or a setting is invalid, or a split has no readable image.
@@ -122,6 +124,8 @@ def ingest(
     settings = Settings(uri, storage, form, listed.classes, listed.captioned, text_encoder, encoder_id)
     if shard_bytes is not None:
         shard_samples = samples_for(shard_bytes, listed.images, settings)
+    if connect is not None and len(listed.images) * seconds_of_image(listed.images, storage, form) > ALONE_S:
+        connect()
     obstacle, threads = _obstacle_to_ray(source, uri), workers or max(1, len(os.sched_getaffinity(0)) // 2)
     alike: tuple[str, ...] = ()
     if listed.drawn:
@@ -134,12 +138,6 @@ def ingest(
     meter = _Meter(sum(len(job.images) for job in jobs), progress)
     records = _write_shards(jobs, settings, meter, threads, notice, obstacle)
     return _publish(source, listed, settings, jobs, records, alike)
-
-
-def takes_long(source: str, storage: Storage, form: ImageFormat) -> bool:
-    """Return whether one process would write a source's images for so long that Ray tasks are worth their start."""
-    images = open_source(source, storage).images
-    return len(images) * seconds_of_image(images, storage, form) > ALONE_S
 
 
 def _check_settings(
