@@ -94,13 +94,18 @@ class Side:
         return str(MlflowClient(tracking_uri=self.state().tracking_uri).get_run(run_id).data.params[name])
 
 
-def draw(model: Model, classes: tuple[str, ...], labels: Tensor, seed: int) -> Tensor:
-    """Return samples of these classes in [-1, 1], with the model's own settings, as `ddpm sample` draws them."""
+def draw(model: Model, classes: tuple[str, ...], labels: Tensor, seed: int, scale: float | None = None) -> Tensor:
+    """Return samples of these classes in [-1, 1], with the model's own settings, as `ddpm sample` draws them.
+
+    Args:
+        scale: of guidance; None for the model's own.
+    """
+    sampling = model.spec.sampling if scale is None else model.spec.sampling.with_fields(scale=scale)
     place = torch.tensor([model.spec.classes.index(name) for name in classes])
     return generate(
         model.denoiser,
         model.schedule,
-        model.spec.sampling,
+        sampling,
         cond=Conditioning(label=place[labels]),
         shape=model.spec.shape,
         seed=seed,

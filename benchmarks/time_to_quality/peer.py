@@ -28,8 +28,6 @@ from benchmarks.time_to_quality.pictures import Pictures, as_frequent
 
 BEGAN = psutil.Process().create_time()
 """When the budget began: imports are part of it."""
-GUIDANCE = 1.5
-"""For drawing, as in the plan of `ddpm flow`."""
 SCHEDULE = "squaredcos_cap_v2"
 KINDS = {"eps": "epsilon", "v": "v_prediction"}
 SAMPLERS: dict[str, tuple[str, int, dict[str, Any]]] = {
@@ -51,6 +49,7 @@ class Settings:
         lr: the largest learning rate.
         batch: images of a step.
         flip: whether images are mirrored at random.
+        guidance: its scale for drawing.
         budget_s: seconds from the start of the process to the end of training.
         seed: of weights, order and noise.
         samples: to draw at the end, which is not part of the budget.
@@ -65,6 +64,7 @@ class Settings:
     lr: float
     batch: int
     flip: bool
+    guidance: float
     budget_s: float
     seed: int
     samples: int
@@ -203,7 +203,7 @@ def draw(settings: Settings, network: nn.Module, labels: Tensor, sampler: str, b
         for t in scheduler.timesteps:
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 given, null = network(torch.cat([x, x]), t, both).sample.float().chunk(2)
-            x = scheduler.step(null + GUIDANCE * (given - null), t, x).prev_sample
+            x = scheduler.step(null + settings.guidance * (given - null), t, x).prev_sample
         parts.append(x.clamp(-1, 1))
     return torch.cat(parts)
 

@@ -38,6 +38,7 @@ from benchmarks.time_to_quality.ours import Side, draw
 from benchmarks.time_to_quality.peer import Settings
 from benchmarks.time_to_quality.pictures import DATA_SETS, Pictures, as_frequent
 from benchmarks.train_step import machine
+from ddpm.model import load_model, save_model
 
 TRIALS = tuple(itertools.product(("eps", "v"), (3e-4, 1e-3)))
 """Prediction and learning rate of the peer's trials."""
@@ -71,18 +72,17 @@ def main(arguments: list[str] | None = None) -> None:
         measured = DataSet(DATA_SETS[name](options.work.resolve()), work, options.samples).measure(
             budgets, options.seeds
         )
-        conditions = {
-            "commit": commit(),
-            "machine": machine(torch.device("cpu")),
-            "torch": torch.__version__,
-            "budgets_s": budgets,
-            "samples": options.samples,
-        }
-        data[name] = conditions | measured
+        data[name] = conditions(options.samples) | {"budgets_s": budgets} | measured
     result = {"benchmark": "time_to_quality", "quick": options.quick, "data": data}
     if not options.quick:
         plot(data, ROOT / "docs" / "images" / "time-to-quality.png")
     publish(result, "time_to_quality", options.quick)
+
+
+def conditions(samples: int) -> dict[str, Any]:
+    """Return what a data set was measured with."""
+    where = {"commit": commit(), "machine": machine(torch.device("cpu")), "torch": torch.__version__}
+    return where | {"samples": samples}
 
 
 def plot(data: dict[str, Any], path: Path) -> None:
@@ -156,6 +156,7 @@ class DataSet:
             with Side.started(folder / "home") as side:
                 trained = side.flow(self.pictures, budget_s, seed)
                 model = side.model(trained["model"])
+                save_model(self._trained(budget_s, seed), model.spec, model.network.state_dict())
                 shown = {name: side.setting(trained["run_id"], name) for name in ("batch_size", "images", "data.flip")}
             labels = self._labels()
             samples = draw(model, self.pictures.classes, labels, seed)
@@ -164,6 +165,26 @@ class DataSet:
             return row | {"sampling": model.spec.sampling.to_json()} | self._scores(samples, labels)
 
         return {"budget_s": budget_s, "seed": seed} | self._kept(f"ours-{budget_s:.0f}-{seed}", make)
+
+    def at_scale(self, scale: float, budget_s: float, seed: int) -> dict[str, Any]:
+        """Return the row of a training of ours whose samples are drawn with this guidance scale."""
+        own = self.ours(budget_s, seed)
+
+        def make(folder: Path) -> dict[str, Any]:
+            labels = self._labels()
+            samples = draw(load_model(self._trained(budget_s, seed)), self.pictures.classes, labels, seed, scale)
+            return self._scores(samples, labels)
+
+        if own["sampling"]["scale"] == scale:
+            found = own
+        else:
+            found = self._kept(f"scale-{scale:g}-{budget_s:.0f}-{seed}", make)
+        scores = {name: found[name] for name in ("distance", "standard_error", "accuracy", "precision", "recall")}
+        return {"seed": seed, "scale": scale} | scores | {"machine": own["machine"]}
+
+    def _trained(self, budget_s: float, seed: int) -> Path:
+        """Return the folder that keeps the model of a training of ours."""
+        return self.work / f"model-{budget_s:.0f}-{seed}"
 
     def peer(self, settings: dict[str, Any], budget_s: float, seed: int, *, trial: bool = False) -> dict[str, Any]:
         """Return the row of a training of the peer: the better of its samplers."""
@@ -203,6 +224,7 @@ class DataSet:
             "classes": len(self.pictures.classes),
             "batch": int(row["settings"]["batch_size"]),
             "flip": row["settings"]["data.flip"] == "True",
+            "guidance": row["sampling"]["scale"],
         }
 
     def _labels(self) -> Tensor:
