@@ -80,8 +80,9 @@ def choose(source: SourceFacts, machine: MachineFacts, budget_s: float, hand: Ha
         compared: as for `clock.judging`.
 
     Raises:
-        ConfigError: nothing fits.
+        ConfigError: nothing fits, or the source has too few images; says what to do.
     """
+    check_source(source)
     measured = [candidate for candidate in candidates(source, hand) if candidate.key in machine.speeds]
     if not measured:
         raise ConfigError(

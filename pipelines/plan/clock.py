@@ -27,9 +27,13 @@ JUDGE_SHARE, SCORE_SHARE, LIKELIHOOD_SHARE, GRID_SHARE = 0.12, 0.15, 0.03, 0.04
 of the training for sample grids, unless those are `LEAST_GRID` images."""
 LEAST_GRID = 8
 LEAST_TRAINING_S = 15.0
-SHARED = 0.87
+SHARED = 0.88
 """Speed of one of several workers on the cores of one machine, beside services, relative to bare processes that compute
-at once: measured, see docs/performance.md."""
+at once, where steps are long: measured, see docs/performance.md."""
+EXCHANGE_S = 0.06
+"""Seconds by which a step of several such workers is longer for every million parameters, whose gradients they exchange
+when the slowest of them is done. Trainings of 1.6 to 1.8 million on digits, stamps and pictograms took 0.94 to 1.09
+times as long as this and `SHARED` say, in batches of 16 and 32."""
 ALONE = 0.94
 """Speed of one worker relative to its bare steps, measured there too."""
 WORTH = 1.1
@@ -86,18 +90,22 @@ def processes(machine: MachineFacts) -> int:
 
 
 def together(machine: MachineFacts) -> float:
-    """Return the speed of each of these processes relative to one that has the machine to itself."""
-    return machine.together * SHARED if not machine.gpus and machine.cores > 1 else ALONE
+    """Return the speed of each of these processes beside services, relative to bare ones that compute at once."""
+    return SHARED if not machine.gpus and machine.cores > 1 else ALONE
 
 
 def training_rate(speed: Speed, machine: MachineFacts, workers: int, batch: int) -> float:
     """Return images per second of some workers that share a batch."""
-    return speed.train_in_steps_of(batch / workers) * workers * (together(machine) if workers > 1 else ALONE)
+    alone = speed.train_in_steps_of(batch / workers)
+    if workers == 1:
+        return alone * ALONE / machine.together  # the other cores are free then
+    exchange_s = 0.0 if machine.gpus else EXCHANGE_S * speed.parameters / 1e6
+    return batch / (batch / workers / (alone * together(machine)) + exchange_s)
 
 
 def gain_of_workers(machine: MachineFacts) -> float:
     """Return how many times as fast as one worker as many of them train as there are processes."""
-    return processes(machine) * together(machine) / ALONE
+    return processes(machine) * machine.together * together(machine) / ALONE
 
 
 def workers(machine: MachineFacts) -> int:
@@ -111,7 +119,7 @@ def drawing_rate(speed: Speed, machine: MachineFacts) -> float:
 
 
 def _of_all(rate: float, machine: MachineFacts) -> float:
-    """Return the rate of all processes together, from that of one that has the machine to itself."""
+    """Return the rate of all processes together, from that of a bare one while all compute."""
     return rate * processes(machine) * together(machine)
 
 

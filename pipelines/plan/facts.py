@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pipelines.config import override_value
@@ -86,7 +86,7 @@ class SourceFacts:
 
 @dataclass(frozen=True)
 class Speed:
-    """The measured speed of one network at one image size.
+    """The measured speed of one network at one image size, of one process while every GPU, or core, has one.
 
     Attributes:
         train: images that one worker trains on in a second.
@@ -113,6 +113,11 @@ class Speed:
             return self.train
         count = min(images, self.piece)
         return count / (self.step_s + count * (1 / self.train - self.step_s / self.piece))
+
+    def times(self, factor: float) -> Speed:
+        """Return the speed on a machine that is so many times as fast."""
+        train, draw, evaluate = factor * self.train, factor * self.draw, factor * self.evaluate
+        return replace(self, train=train, draw=draw, evaluate=evaluate, step_s=self.step_s / factor)
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,12 @@ class MachineFacts:
     together: float = 1.0
     start_s: float = 0.0
     looking_s: float = 0.0
+
+    def times(self, factor: float) -> MachineFacts:
+        """Return the facts of a machine that computes so many times as fast."""
+        speeds = {key: speed.times(factor) for key, speed in self.speeds.items()}
+        judge = {size: seconds / factor for size, seconds in self.judge_step_s.items()}
+        return replace(self, speeds=speeds, judge_step_s=judge)
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> MachineFacts:

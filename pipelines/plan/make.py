@@ -19,7 +19,7 @@ from pipelines.plan.facts import Hand, MachineFacts, Plan, SourceFacts
 from pipelines.plan.keep import PlanBook, StoredPlan, command_key
 from pipelines.plan.lines import NAME, name_line, source_name
 from pipelines.plan.look import look
-from pipelines.plan.measure import Measurement, measure
+from pipelines.plan.measure import LongerMeasurement, Measurement, measure, measure_longer
 from pipelines.plan.propose import propose
 from pipelines.shards.ingest.sources import absolute, source_digest
 from pipelines.storage import Storage
@@ -61,7 +61,7 @@ def make_plan(
     )
     looked_s = time.monotonic() - began
     notice("measure", "training steps of some networks, for a few seconds")
-    machine = _measured(facts, settings, budget_s, services, storage, notice, start_s)
+    machine = _measured(facts, settings, budget_s, services, storage, notice, start_s, compared=compared)
     machine = replace(machine, looking_s=looked_s + machine.looking_s)
     return compose_plan(facts, machine, budget_s, overrides, compared=compared)
 
@@ -163,21 +163,25 @@ def _measured(
     storage: Storage,
     notice: StageNotice,
     start_s: float,
+    *,
+    compared: bool,
 ) -> MachineFacts:
-    """Measure the Ray cluster that is named, or else this machine."""
+    """Measure the Ray cluster that is named, or else this machine: what could be chosen, then what is, for longer."""
     address = settings.get("cluster.address") or os.environ.get("RAY_ADDRESS")
     if not address:  # the local stack's Ray has this machine
-        return measure(facts, settings, budget_s, start_s=start_s)
+        machine = measure(facts, settings, budget_s, start_s=start_s)
+        return measure_longer(facts, settings, budget_s, machine, compared=compared)
     connect_ray(services, storage)
     nodes = alive_nodes()
     if not nodes:
         raise ConfigError(f"the Ray cluster at {address} has no nodes")
     where = f"the Ray cluster at {address}"
     run = partial(on_ray, notice=notice)
-    return measure(facts, settings, budget_s, nodes=nodes, run=run, where=where, start_s=start_s)
+    machine = measure(facts, settings, budget_s, nodes=nodes, run=run, where=where, start_s=start_s)
+    return measure_longer(facts, settings, budget_s, machine, compared=compared, run=run)
 
 
-def on_ray(measurement: Measurement, gpus: int, *, notice: StageNotice) -> Any:
+def on_ray(measurement: Measurement | LongerMeasurement, gpus: int, *, notice: StageNotice) -> Any:
     """Run a measurement in a Ray task, and say so where it has to wait."""
     if not is_free({"CPU": 1.0, "GPU": float(gpus)}):
         notice("measure", "it waits for its turn: all processors of the Ray cluster are in use")
@@ -185,7 +189,7 @@ def on_ray(measurement: Measurement, gpus: int, *, notice: StageNotice) -> Any:
     return ray.get(call.remote(measurement))  # type: ignore[attr-defined]
 
 
-def _call(measurement: Measurement) -> Any:
+def _call(measurement: Measurement | LongerMeasurement) -> Any:
     return measurement()
 
 

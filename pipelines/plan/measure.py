@@ -6,9 +6,11 @@ import gc
 import logging
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from threading import Event
 from typing import Any
 
 import torch
@@ -18,15 +20,17 @@ from pipelines.config import Config, compose, override_value
 from pipelines.evaluation.evaluators.classifier import BATCH as JUDGE_BATCH
 from pipelines.evaluation.evaluators.classifier import MAX_SIDE, train_classifier
 from pipelines.evaluation.evaluators.contrastive import train_contrastive
-from pipelines.plan.choose import PIECE, drawing_precision, methods, uses_captions
+from pipelines.plan.choose import PIECE, choose, drawing_precision, methods, uses_captions
 from pipelines.plan.facts import Hand, MachineFacts, SourceFacts, Speed
 from pipelines.plan.networks import Candidate, candidates
 from pipelines.training.loop.hardware import resolve_precision
-from pipelines.training.loop.speed import MeasuredSpeed, measure_speed, measure_training
+from pipelines.training.loop.speed import MeasuredSpeed, TrainingSteps, measure_speed
 
 logger = logging.getLogger(__name__)
 SECONDS = 0.3
 """How long steps and evaluations of one candidate are each repeated."""
+LONGER_SHARE, LONGER_S = 1 / 60, (2.0, 10.0)
+"""Share of the budget for which steps of the chosen one are repeated, and the least and most seconds."""
 FEWER = 8
 """How many times as few images the steps have by which the time of a step is told from that of its images."""
 JUDGE_STEPS = 2
@@ -67,12 +71,10 @@ class Measurement:
     def __call__(self) -> Measured:
         """Return what was measured."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
         try:
-            return self._measured(device)
+            with _one_thread():
+                return self._measured(device)
         finally:
-            torch.set_num_threads(threads)
             if device.type == "cuda":  # the worker of this GPU would miss what a living process keeps
                 gc.collect()
                 torch.cuda.empty_cache()
@@ -91,17 +93,15 @@ class Measurement:
                 if smaller is not None and not self._reaches(candidate, smaller):
                     break  # a larger network is no faster
                 piece = PIECE[device.type] if size <= 32 or device.type == "cuda" else PIECE["cpu"] // 4
-                config = trial_config(candidate, self.source, hand, piece)
-                drawn_in = drawing_precision(resolve_precision(config.optim, device), hand)
-                sampler = config.sampler.model_copy(update={"precision": drawn_in})
-                config = config.model_copy(update={"sampler": sampler})
+                config = trial_config(candidate, self.source, hand, piece, device)
+                precision = resolve_precision(config.optim, device)
                 try:
-                    found = measure_speed(config, device, SECONDS)
-                    step_s = _step_seconds(config, found, device)
+                    with others_busy(device, precision):
+                        found = measure_speed(config, device, SECONDS)
+                        step_s = _step_seconds(config, found, device)
                 except torch.OutOfMemoryError:
                     logger.warning("%s does not fit the memory of the device", candidate.key)
                     break
-                precision = found.precision
                 speeds[candidate.key] = smaller = Speed(
                     found.train, found.draw, found.evaluate, found.parameters, piece, step_s
                 )
@@ -119,6 +119,33 @@ class Measurement:
         """Return whether larger images are out of reach, because even the narrowest network hardly reaches these."""
         found = speeds.get(narrowest.key)
         return found is None or self.budget_s * found.train * self.workers < 2 * narrowest.needed
+
+
+@dataclass(frozen=True)
+class LongerMeasurement:
+    """Training steps of the chosen candidate on all CPU cores for a while; picklable, for a Ray task.
+
+    Attributes:
+        source: what the images are like.
+        settings: what the user has set.
+        candidate: that was chosen.
+        images: of a step of one worker.
+        seconds: how long steps are repeated.
+    """
+
+    source: SourceFacts
+    settings: Mapping[str, Any]
+    candidate: Candidate
+    images: int
+    seconds: float
+
+    def __call__(self) -> tuple[float, float]:
+        """Return images per second of one worker, and the seconds that measuring them took."""
+        began, device = time.monotonic(), torch.device("cpu")
+        config = trial_config(self.candidate, self.source, Hand(self.settings), self.images, device)
+        with _one_thread(), others_busy(device, resolve_precision(config.optim, device)):
+            rate = TrainingSteps(config, device).rate(self.seconds)
+        return rate, time.monotonic() - began
 
 
 def measure(
@@ -153,6 +180,41 @@ def measure(
     return MachineFacts(where, cores, gpus, start_s=start_s, **vars(found))
 
 
+def measure_longer(
+    source: SourceFacts,
+    settings: Mapping[str, Any],
+    budget_s: float,
+    machine: MachineFacts,
+    *,
+    compared: bool,
+    run: Callable[[Any, int], Any] | None = None,
+) -> MachineFacts:
+    """Return the facts of a machine whose speed is that of some seconds of training steps on all of its cores.
+
+    The fraction of a second in which candidates are measured tells them from each other. But cores are faster for a
+    moment than for minutes, and other guests take more of them now than then, by more than a plan has to spare: all
+    that was measured is taken to be faster or slower by as much as the chosen network. GPUs are left as they are.
+
+    Args:
+        compared: as for `choose`.
+
+    Raises:
+        ConfigError: nothing can be chosen.
+
+    The other arguments are those of `measure`.
+    """
+    if machine.gpus:
+        return machine
+    basis = choose(source, machine, budget_s, Hand(settings), compared)
+    images = max(1, basis.batch // basis.workers)
+    least, most = LONGER_S
+    seconds = min(most, max(least, LONGER_SHARE * budget_s))
+    measurement = LongerMeasurement(source, settings, basis.candidate, images, seconds)
+    rate, took_s = measurement() if run is None else run(measurement, 0)
+    changed = machine.times(rate / basis.speed.train_in_steps_of(images))
+    return replace(changed, looking_s=machine.looking_s + took_s)
+
+
 def _step_seconds(config: Config, found: MeasuredSpeed, device: torch.device) -> float:
     """Return the seconds that a step takes whatever the number of its images, such as for the optimizer's update.
 
@@ -165,14 +227,15 @@ def _step_seconds(config: Config, found: MeasuredSpeed, device: torch.device) ->
         device: of them.
     """
     few = max(1, config.batch_size // FEWER)
-    small = few / measure_training(config.model_copy(update={"batch_size": few}), device, SECONDS / 3)
+    steps = TrainingSteps(config.model_copy(update={"batch_size": few}), device)
+    small = few / steps.rate(SECONDS / 3)
     large = config.batch_size / found.train
     per_image = max(0.0, (large - small) / (config.batch_size - few))
     return max(0.0, large - config.batch_size * per_image)
 
 
-def trial_config(candidate: Candidate, source: SourceFacts, hand: Hand, batch: int) -> Config:
-    """Return the configuration of a candidate for its measurement."""
+def trial_config(candidate: Candidate, source: SourceFacts, hand: Hand, batch: int, device: torch.device) -> Config:
+    """Return the configuration of a candidate for its measurement on a device."""
     classes = len(source.class_counts)
     settings: dict[str, Any] = {
         "name": "measured",
@@ -190,7 +253,9 @@ def trial_config(candidate: Candidate, source: SourceFacts, hand: Hand, batch: i
     given = {key: value for key, value in hand.settings.items() if key.partition(".")[0] in _DECIDING}
     settings = {key: value for key, value in settings.items() if not hand.sets(key)} | given
     settings |= {"batch_size": batch, "data.lanes": 1, "cluster.num_workers": 1, "micro_batch_size": None}
-    return compose([f"{key}={override_value(settings[key])}" for key in sorted(settings, key=lambda key: "." in key)])
+    config = compose([f"{key}={override_value(settings[key])}" for key in sorted(settings, key=lambda key: "." in key)])
+    drawn_in = drawing_precision(resolve_precision(config.optim, device), hand)
+    return config.model_copy(update={"sampler": config.sampler.model_copy(update={"precision": drawn_in})})
 
 
 _DECIDING = ("data", "model", "objective", "schedule", "optim")
@@ -220,32 +285,71 @@ def judge_step_seconds(config: Config, classes: int, device: torch.device) -> fl
 def speed_together(cores: int, precision: str) -> float:
     """Return the speed of a core while all of them compute, relative to one alone, at most 1.
 
-    What a virtual machine calls cores may be two threads of one unit, which cannot be seen in it. So convolutions, of
-    which training steps mainly consist, run on one thread and on as many as there are cores. They free Python's lock.
+    What a virtual machine calls cores may be two threads of one unit, which cannot be seen in it.
     """
     if cores < 2:
         return 1.0
-    kind = torch.bfloat16 if precision == "bf16" else torch.float32
-    images, kernel = torch.randn(4, 64, 16, 16, dtype=kind), torch.randn(64, 64, 3, 3, dtype=kind)
-
-    def count(until: float) -> int:
-        torch.set_num_threads(1)  # OpenMP keeps it for each thread
-        done = 0
-        with torch.no_grad():
-            while time.perf_counter() < until:
-                torch.nn.functional.conv2d(images, kernel, padding=1)
-                done += 1
-        return done
+    convolutions = Convolutions(precision)
 
     with ThreadPoolExecutor(cores) as threads:
 
         def rate(processes: int) -> float:
             until = time.perf_counter() + SECONDS
-            return sum(threads.map(count, [until] * processes)) / processes
+            return sum(threads.map(convolutions.count, [lambda: time.perf_counter() < until] * processes)) / processes
 
         rate(cores)  # starts the threads
         turns = [(rate(1), rate(cores)) for _ in range(3)]
     return min(1.0, statistics.median(every / max(one, 1) for one, every in turns))
+
+
+@contextmanager
+def others_busy(device: torch.device, precision: str) -> Iterator[None]:
+    """Keep all cores but one busy, as the other workers of a training on CPU cores do."""
+    others = whole_cores() - 1 if device.type == "cpu" else 0
+    if others < 1:
+        yield
+        return
+    convolutions, ended = Convolutions(precision), Event()
+    with ThreadPoolExecutor(others) as threads:
+        for _ in range(others):
+            threads.submit(convolutions.count, lambda: not ended.is_set())
+        try:
+            yield
+        finally:
+            ended.set()
+
+
+class Convolutions:
+    """Work for cores: convolutions, of which training steps mainly consist. They free Python's lock.
+
+    Args:
+        precision: that they compute in.
+    """
+
+    def __init__(self, precision: str) -> None:
+        kind = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.images, self.kernel = torch.randn(4, 64, 16, 16, dtype=kind), torch.randn(64, 64, 3, 3, dtype=kind)
+
+    def count(self, go_on: Callable[[], bool]) -> int:
+        """Return how many one thread computes while it is to go on."""
+        torch.set_num_threads(1)  # OpenMP keeps it for each thread
+        done = 0
+        with torch.no_grad():
+            while go_on():
+                torch.nn.functional.conv2d(self.images, self.kernel, padding=1)
+                done += 1
+        return done
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch compute with one thread meanwhile."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _by_size(found: Sequence[Candidate]) -> dict[int, list[Candidate]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipelines.plan import lines
-from pipelines.plan.choose import check_source, choose
+from pipelines.plan.choose import choose
 from pipelines.plan.facts import Hand, MachineFacts, Plan, SourceFacts
 
 
@@ -31,7 +31,6 @@ def propose(
         ConfigError: the source has too few images, or the budget leaves no time to train; says what to do.
     """
     hand = Hand(settings or {})
-    check_source(source)
     basis = choose(source, machine, budget_s, hand, compared)
     found = (
         *lines.data_lines(source, basis, hand),

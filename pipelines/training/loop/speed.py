@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,10 +64,20 @@ def measure_speed(config: Config, device: torch.device, seconds: float) -> Measu
     return MeasuredSpeed(train, draw, evaluate, parameters, context.precision)
 
 
-def measure_training(config: Config, device: torch.device, seconds: float) -> float:
-    """Return `MeasuredSpeed.train` alone; arguments as of `measure_speed`."""
-    context, state, batch = _prepared(config, device)
-    return _rate(lambda: _step(context, state, batch), config.batch_size, device, seconds)
+class TrainingSteps:
+    """Training steps of one rank on made-up images, again and again.
+
+    Args:
+        config: of a denoiser; its `batch_size` is this rank's.
+    """
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.images, self.device = config.batch_size, device
+        self._prepared = _prepared(config, device)
+
+    def rate(self, seconds: float) -> float:
+        """Return `MeasuredSpeed.train` over some seconds, after a step to warm up."""
+        return _rate(lambda: _step(*self._prepared), self.images, self.device, seconds)
 
 
 def _prepared(config: Config, device: torch.device) -> tuple[RunContext, TrainingState, Batch]:
@@ -120,19 +129,19 @@ def _condition(config: Config, batch: Batch, device: torch.device) -> Conditioni
 
 
 def _rate(call: Callable[[], object], images: int, device: torch.device, seconds: float) -> float:
-    """Return images per second of a call that is repeated, by the median, without its first time.
+    """Return images per second of a call that is repeated, without its first time.
 
-    It is repeated three times at least, unless it takes long.
+    It is repeated three times at least, unless it takes long. The mean counts what other guests of the machine take
+    now and then, as a long training meets it; a median would not.
     """
     call()
     _wait(device)
-    took: list[float] = []
-    while not took or sum(took) < seconds or (len(took) < 3 and sum(took) < 4 * seconds):
-        began = time.perf_counter()
+    calls, began, took = 0, time.perf_counter(), 0.0
+    while not calls or took < seconds or (calls < 3 and took < 4 * seconds):
         call()
         _wait(device)
-        took.append(time.perf_counter() - began)
-    return images / statistics.median(took)
+        calls, took = calls + 1, time.perf_counter() - began
+    return images * calls / took
 
 
 def _wait(device: torch.device) -> None:

@@ -62,12 +62,13 @@ SOURCES = {"digits": DIGITS, "pictograms": PICTOGRAMS, "photos": PHOTOS, "unlabe
 
 def machine(cores: int = 2, gpus: int = 0, factor: float = 1.0, together: float = 0.8) -> MachineFacts:
     """A machine whose speed at 32 pixels and below is that of a core, times a factor; larger images take longer."""
+    together = 1.0 if gpus else together
     at_32 = {"narrow": (150, 0.9), "plain": (80, 2.6), "wide": (25, 6.5), "widest": (7, 26.0), "hand": (20, 8.0)}
     speeds = {}
     for size in (8, 16, 24, 28, 32, 64, 128, 256):
         cost = max(size / 32, 0.25) ** 2
         for name, (rate, millions) in at_32.items():
-            train = factor * rate / cost
+            train = factor * rate / cost * together
             speeds[f"{name}@{size}"] = Speed(train, 4 * train, 2.5 * train, int(millions * 1e6))
     judge = {size: 0.1 * (min(size, 64) / 32) ** 2 / factor for size in (8, 16, 24, 28, 32, 64, 128, 256)}
     return MachineFacts("this machine", cores, gpus, "bf16", speeds, judge, together, start_s=5.0, looking_s=8.0)

@@ -37,6 +37,7 @@ def command(tmp_path):
 def measured(monkeypatch):
     """A machine that needs no measuring."""
     monkeypatch.setattr(make, "measure", lambda *arguments, **options: LAPTOP)
+    monkeypatch.setattr(make, "measure_longer", lambda *arguments, **options: LAPTOP)
 
 
 def planned(source, overrides, said):
@@ -97,7 +98,7 @@ def test_time_for_the_gates_samples_is_kept_where_a_version_has_the_alias(comman
     assert beside.config["evaluation"]["n"] == free.config["evaluation"]["n"]
 
 
-def test_another_source_or_setting_of_the_same_name_has_a_run_of_its_own(command):
+def test_another_source_or_setting_of_the_same_name_has_a_run_of_its_own(command, measured):
     source, overrides = command
     said = []
     first = planned(source, overrides, said)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -19,12 +20,12 @@ from pipelines.plan import measure as measuring
 from pipelines.plan.facts import Hand
 from pipelines.plan.keep import PlanBook, StoredPlan, to_yaml
 from pipelines.plan.make import compose_plan
-from pipelines.plan.measure import Measurement, measure, speed_together
+from pipelines.plan.measure import LongerMeasurement, Measurement, measure, measure_longer, others_busy, speed_together
 from pipelines.plan.networks import candidates, unet
 from pipelines.plan.propose import propose
 from pipelines.storage import Storage
 from pipelines.training.loop.speed import MeasuredSpeed
-from tests.pipelines.plan.cases import DIGITS, LAPTOP, PHOTOS, PICTOGRAMS
+from tests.pipelines.plan.cases import DIGITS, GPU, LAPTOP, PHOTOS, PICTOGRAMS
 
 
 def test_a_real_step_is_measured_for_each_network_that_the_budget_could_train():
@@ -99,10 +100,13 @@ def test_the_time_of_a_step_is_told_from_that_of_its_images(monkeypatch, gpu, pi
         rate = config.batch_size / (step_s + config.batch_size * image_s)
         return MeasuredSpeed(rate, 1e5, 1e5, 1_000_000, "bf16")
 
+    def steps(config, device):
+        return SimpleNamespace(rate=lambda seconds: measured(config, device, seconds).train)
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(measuring, "measure_speed", measured)
-    monkeypatch.setattr(measuring, "measure_training", lambda *arguments: measured(*arguments).train)
+    monkeypatch.setattr(measuring, "TrainingSteps", steps)
     monkeypatch.setattr(measuring, "speed_together", lambda cores, precision: 1.0)
     monkeypatch.setattr(measuring, "resolve_precision", lambda optim, device: "bf16")
     monkeypatch.setattr(measuring, "judge_step_seconds", lambda config, classes, device: 0.01)
@@ -120,12 +124,70 @@ def test_a_network_that_could_not_see_enough_images_if_it_were_as_fast_as_the_sm
         return MeasuredSpeed(60.0, 240.0, 240.0, 1_000_000, "fp32")
 
     monkeypatch.setattr(measuring, "measure_speed", measured)
-    monkeypatch.setattr(measuring, "measure_training", lambda *arguments: 60.0)
+    steps = SimpleNamespace(rate=lambda seconds: 60.0)
+    monkeypatch.setattr(measuring, "TrainingSteps", lambda config, device: steps)
     monkeypatch.setattr(measuring, "judge_step_seconds", lambda config, classes, device: 0.01)
     # 60 images/s are 18,000 in 300 seconds, and 21,000 in 350: half of the 40,000 that the second network needs.
     assert list(Measurement(DIGITS, {}, 300.0, 1)().speeds) == ["narrow@28"]
     assert tried == [(32, 64)]
     assert list(Measurement(DIGITS, {}, 350.0, 1)().speeds) == ["narrow@28", "plain@28"]
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.3])
+def test_a_plan_is_that_of_a_machine_as_fast_as_its_longer_measurement_of_the_chosen_network(factor):
+    asked = []
+
+    def run(measurement: LongerMeasurement, gpus: int) -> tuple[float, float]:
+        asked.append((measurement, gpus))
+        return factor * before.speeds[measurement.candidate.key].train_in_steps_of(measurement.images), 3.0
+
+    before = replace(
+        LAPTOP, speeds={key: replace(speed, piece=32, step_s=0.01) for key, speed in LAPTOP.speeds.items()}
+    )
+    found = measure_longer(DIGITS, {}, 600.0, before, compared=True, run=run)
+    ((measurement, gpus),) = asked
+    chosen = propose(DIGITS, before, 600.0)
+    assert (measurement.candidate.key, measurement.seconds, gpus) == (chosen.network, 10.0, 0)
+    assert measurement.images == chosen.settings["batch_size"] // chosen.settings["cluster.num_workers"]
+    assert found.looking_s == before.looking_s + 3.0
+    for images in (1, measurement.images):
+        for key, speed in found.speeds.items():
+            known = before.speeds[key]
+            assert speed.train_in_steps_of(images) == pytest.approx(factor * known.train_in_steps_of(images))
+            assert (speed.draw, speed.evaluate) == pytest.approx((factor * known.draw, factor * known.evaluate))
+    assert found.judge_step_s[28] == pytest.approx(before.judge_step_s[28] / factor)
+
+
+def test_a_gpu_is_not_measured_again():
+    assert measure_longer(DIGITS, {}, 600.0, GPU, compared=True, run=None) is GPU
+
+
+def test_steps_of_the_chosen_network_are_measured_for_longer_while_the_other_cores_are_busy(monkeypatch):
+    busy = []
+
+    @contextmanager
+    def others_busy(device, precision):
+        busy.append(precision)
+        yield
+
+    monkeypatch.setattr(measuring, "others_busy", others_busy)
+    small = replace(DIGITS, shorter_sides=(8, 8, 8), one_size=(8, 8))
+    rate, took_s = LongerMeasurement(small, {}, candidates(small, Hand())[0], 4, 0.4)()
+    assert len(busy) == 1
+    assert rate > 1
+    assert took_s >= 0.4
+
+
+def test_the_other_cores_are_busy_only_while_something_is_measured():
+    def threads() -> int:
+        return sum("ThreadPoolExecutor" in thread.name for thread in threading.enumerate())
+
+    before = threads()
+    with others_busy(torch.device("cpu"), "fp32"):
+        assert threads() == before + cgroups.whole_cores() - 1
+    assert threads() == before
+    with others_busy(torch.device("cuda"), "bf16"):
+        assert threads() == before
 
 
 def test_candidates_that_a_budget_cannot_train_are_not_measured():
