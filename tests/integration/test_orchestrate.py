@@ -80,7 +80,6 @@ def test_webserver_and_daemon_serve_the_assets_on_loopback_and_end_together(tmp_
     assert not [member for member in members if member.is_running()]
 
 
-@pytest.mark.slow
 def test_the_digits_graph_is_materialised_once_and_then_skipped(shell: Shell, local_stack, monkeypatch):
     from pipelines.orchestrate.definitions import JOB, make_definitions
 
@@ -142,6 +141,7 @@ def posted(url: str, query: str, **variables: Any) -> dict[str, Any]:
     return answer["data"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_a_daemon_that_is_killed_in_a_training_goes_on_with_it_and_what_it_has_made_is_skipped_afterwards(
     shell: Shell, local_stack, s3, monkeypatch
