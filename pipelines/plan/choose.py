@@ -13,7 +13,9 @@ from pipelines.plan.networks import Candidate, candidates
 
 STEPS = 15
 """Network evaluations of a sample by DPM-Solver++: on digits 8 are as good as 50 of DDIM, see docs/few-steps.md."""
-SCALE = 1.5
+SCALE, SHORT_SCALE, SHORT = 1.5, 2.0, 30_000
+"""Of guidance; that of a training on fewer images of up to 32 pixels than this, whose samples would otherwise often not
+be of their class: see docs/performance.md."""
 PIECE = {"cpu": 32, "cuda": 128}
 """Images of a measured step; fewer of large ones on a CPU."""
 MOST_PASSES = 1_000
@@ -53,6 +55,11 @@ class Basis:
     def guided(self) -> bool:
         """Whether there is a condition to guide by."""
         return self.labels or self.texts
+
+    @property
+    def scale(self) -> float:
+        """The guidance scale of samples."""
+        return SHORT_SCALE if self.images < SHORT * self.candidate.effort else SCALE
 
 
 def check_source(source: SourceFacts) -> None:

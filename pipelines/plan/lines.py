@@ -12,7 +12,7 @@ from pipelines.config import override_value
 from pipelines.evaluation.copies import LEAST
 from pipelines.plan import clock
 from pipelines.plan.budget import spoken, written
-from pipelines.plan.choose import MOST_PASSES, PIECE, SCALE, STEPS, Basis, drawing_precision, methods, most_images
+from pipelines.plan.choose import MOST_PASSES, PIECE, STEPS, Basis, drawing_precision, methods, most_images
 from pipelines.plan.facts import Hand, Line, MachineFacts, SourceFacts
 from pipelines.plan.networks import RATES, candidates, native_size
 
@@ -233,14 +233,14 @@ def judging_lines(source: SourceFacts, machine: MachineFacts, basis: Basis, budg
     precision = drawing_precision(machine.precision, hand)
     guidance: dict[str, Any] = {"guidance": "classifier_free" if basis.guided else "none"}
     if basis.guided:
-        guidance["guidance.scale"] = SCALE
+        guidance["guidance.scale"] = basis.scale
     judge = "contrastive network" if judging.kind == "contrastive" else judging.kind
     return [
         hand.line(
             "sampler",
             {"sampler": "dpm_solver", "sampler.steps": STEPS, "sampler.precision": precision, **guidance},
             f"DPM-Solver++, {STEPS} steps"
-            + (f", guidance {SCALE}" if basis.guided else "")
+            + (f", guidance {basis.scale:g}" if basis.guided else "")
             + (", in bf16" if precision == "bf16" else ""),
             "on digits 8 steps of it are as good as 50 of DDIM (docs/few-steps.md)"
             + ("; bf16 draws as good samples in less time (docs/performance.md)" if precision == "bf16" else ""),

@@ -39,9 +39,14 @@ class Candidate:
         return f"{self.network}@{self.size}"
 
     @property
+    def effort(self) -> float:
+        """How many times as many images of its size are to be learnt from as of 32 pixels: large ones show more."""
+        return max(1.0, (self.size / 32) ** 2)
+
+    @property
     def needed(self) -> int:
-        """Images that it should see at least; large images show more, which takes longer to learn."""
-        return round(NEEDED[self.network] * max(1.0, (self.size / 32) ** 2))
+        """Images that it should see at least."""
+        return round(NEEDED[self.network] * self.effort)
 
 
 def candidates(source: SourceFacts, hand: Hand) -> tuple[Candidate, ...]:

@@ -51,6 +51,7 @@ def performance() -> Iterator[str]:
     yield f"a difference of {costs['difference']:.3f} (95 %: {low:.3f} to {high:.3f}, paired)"
 
     yield from time_to_quality()
+    yield from guidance_scales()
     yield from step_profile()
 
     systems = result("data")["systems"]
@@ -132,6 +133,32 @@ def time_to_quality() -> Iterator[str]:
         trials = {(t["prediction"], t["lr"]): t["distance"] for t in found["peer_trials"]}
         yield " and ".join(fixed(trials["eps", lr], 0) for lr in (0.0003, 0.001))
         yield " and ".join(fixed(trials["v", lr], 1) for lr in (0.0003, 0.001))
+
+
+def guidance_scales() -> Iterator[str]:
+    """The rows of models that were drawn with several scales: of each training, and the medians."""
+    for found in result("guidance_scales")["data"].values():
+        for scale in sorted({each["scale"] for each in found["rows"]}):
+            rows = [each for each in found["rows"] if each["scale"] == scale]
+            distances, accuracies, recalls = (
+                [each[key] for each in rows] for key in ("distance", "accuracy", "recall")
+            )
+            shares = (f"{100 * accuracy:.1f} %" for accuracy in accuracies)
+            median = fixed(statistics.median(distances), 2), f"{100 * statistics.median(accuracies):.1f} %"
+            yield row(
+                f"{scale:g}",
+                ", ".join(fixed(distance, 2) for distance in distances),
+                median[0],
+                ", ".join(shares),
+                median[1],
+                fixed(statistics.median(recalls), 2),
+            )
+    for each in result("guidance_scales_stamps")["rows"]:
+        distance, accuracy = each["frechet_distance"], each["class_accuracy"]
+        low, high = (fixed(distance[end], 1) for end in ("low", "high"))
+        ends = " to ".join(f"{100 * accuracy[end]:.0f}" for end in ("low", "high"))
+        share = f"{100 * accuracy['value']:.0f} % ({ends})"
+        yield row(f"{each['scale']:g}", f"{fixed(distance['value'], 1)} ({low} to {high})", share)
 
 
 def step_profile() -> Iterator[str]:

@@ -69,6 +69,21 @@ def test_workers_on_cores_exchange_the_gradients_of_the_network_in_every_step(ba
     assert clock.training_rate(speed, gpus, 2, batch) == pytest.approx(2 * speed.train * clock.ALONE)
 
 
+@pytest.mark.parametrize("source", [DIGITS, PICTOGRAMS, PHOTOS], ids=["digits", "pictograms", "photos"])
+def test_a_short_training_is_guided_more_than_a_long_one_and_a_set_scale_stays(source):
+    slow = machine(factor=0.3)
+    plans = [propose(source, slow, budget_s) for budget_s in (600.0, 1_800.0, 7_200.0, 100_000.0)]
+    scales = {}
+    for plan in plans:
+        larger = max(1.0, (plan.settings["data.image_size"] / 32) ** 2)
+        scales.setdefault(plan.images < 30_000 * larger, set()).add(plan.settings["guidance.scale"])
+        assert f"guidance {plan.settings['guidance.scale']:g}" in next(
+            x.value for x in plan.lines if x.title == "sampler"
+        )
+    assert scales == {True: {2.0}, False: {1.5}}
+    assert "guidance.scale" not in propose(source, slow, 600.0, {"guidance.scale": 3.0}).settings
+
+
 def test_captioned_pictures_are_conditioned_on_their_captions():
     config = composed(propose(PICTOGRAMS, LAPTOP, HALF_HOUR))
     assert (config.model.text_dim, config.model.class_conditional) == (384, False)
