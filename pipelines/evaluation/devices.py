@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import ray
 import torch
@@ -43,3 +44,14 @@ def assigned_device(gpu_ids: Sequence[str], visible: str | None) -> torch.device
             "do not set that variable in a task or in the runtime environment"
         )
     return torch.device("cuda", names.index(gpu_ids[0]))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread, on which the same numbers come out every time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -17,6 +17,7 @@ import torch
 
 from pipelines.cgroups import whole_cores
 from pipelines.config import Config, compose, override_value
+from pipelines.evaluation.devices import one_thread
 from pipelines.evaluation.evaluators.classifier import BATCH as JUDGE_BATCH
 from pipelines.evaluation.evaluators.classifier import MAX_SIDE, train_classifier
 from pipelines.evaluation.evaluators.contrastive import train_contrastive
@@ -24,7 +25,7 @@ from pipelines.plan.choose import PIECE, choose, drawing_precision, methods, use
 from pipelines.plan.facts import Hand, MachineFacts, SourceFacts, Speed
 from pipelines.plan.networks import Candidate, candidates
 from pipelines.training.loop.hardware import resolve_precision
-from pipelines.training.loop.speed import MeasuredSpeed, TrainingSteps, measure_speed
+from pipelines.training.loop.speed import MeasuredSpeed, measure_speed, measure_training
 
 logger = logging.getLogger(__name__)
 SECONDS = 0.3
@@ -72,7 +73,7 @@ class Measurement:
         """Return what was measured."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            with _one_thread():
+            with one_thread():
                 return self._measured(device)
         finally:
             if device.type == "cuda":  # the worker of this GPU would miss what a living process keeps
@@ -143,8 +144,8 @@ class LongerMeasurement:
         """Return images per second of one worker, and the seconds that measuring them took."""
         began, device = time.monotonic(), torch.device("cpu")
         config = trial_config(self.candidate, self.source, Hand(self.settings), self.images, device)
-        with _one_thread(), others_busy(device, resolve_precision(config.optim, device)):
-            rate = TrainingSteps(config, device).rate(self.seconds)
+        with one_thread(), others_busy(device, resolve_precision(config.optim, device)):
+            rate = measure_training(config, device, self.seconds)
         return rate, time.monotonic() - began
 
 
@@ -227,8 +228,7 @@ def _step_seconds(config: Config, found: MeasuredSpeed, device: torch.device) ->
         device: of them.
     """
     few = max(1, config.batch_size // FEWER)
-    steps = TrainingSteps(config.model_copy(update={"batch_size": few}), device)
-    small = few / steps.rate(SECONDS / 3)
+    small = few / measure_training(config.model_copy(update={"batch_size": few}), device, SECONDS / 3)
     large = config.batch_size / found.train
     per_image = max(0.0, (large - small) / (config.batch_size - few))
     return max(0.0, large - config.batch_size * per_image)
@@ -339,17 +339,6 @@ class Convolutions:
                 torch.nn.functional.conv2d(self.images, self.kernel, padding=1)
                 done += 1
         return done
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let torch compute with one thread meanwhile."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _by_size(found: Sequence[Candidate]) -> dict[int, list[Candidate]]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from pipelines.evaluation.devices import one_thread
 from pipelines.plan.facts import Mirror
 
 STEPS, BATCH = 200, 64
@@ -55,14 +56,9 @@ def tell_mirrored(images: NDArray[np.uint8], labels: NDArray[np.int64], *, seed:
         labels: class indices, int64 [N].
         seed: of the network and of its batches.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return _trained(images, labels)
-    finally:
-        torch.set_num_threads(threads)
+    with one_thread(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _trained(images, labels)
 
 
 def _trained(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Mirror:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pipelines.config import Config
-from pipelines.evaluation.devices import task_device
+from pipelines.evaluation.devices import one_thread, task_device
 from pipelines.evaluation.evaluators.base import Encoder
 from pipelines.evaluation.evaluators.classifier import MAX_SIDE, Classifier, reduced, train_classifier
 from pipelines.evaluation.evaluators.contrastive import Contrastive, train_contrastive
@@ -219,17 +219,6 @@ def accuracy(encoder: Encoder, batches: Iterator[Batch]) -> float:
         right += int((found.argmax(1) == batch.labels).sum())
         count += len(batch)
     return right / count
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute on one thread, on which the same numbers come out every time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _saved(network: torch.nn.Module) -> bytes:

@@ -64,20 +64,10 @@ def measure_speed(config: Config, device: torch.device, seconds: float) -> Measu
     return MeasuredSpeed(train, draw, evaluate, parameters, context.precision)
 
 
-class TrainingSteps:
-    """Training steps of one rank on made-up images, again and again.
-
-    Args:
-        config: of a denoiser; its `batch_size` is this rank's.
-    """
-
-    def __init__(self, config: Config, device: torch.device) -> None:
-        self.images, self.device = config.batch_size, device
-        self._prepared = _prepared(config, device)
-
-    def rate(self, seconds: float) -> float:
-        """Return `MeasuredSpeed.train` over some seconds, after a step to warm up."""
-        return _rate(lambda: _step(*self._prepared), self.images, self.device, seconds)
+def measure_training(config: Config, device: torch.device, seconds: float) -> float:
+    """Return `MeasuredSpeed.train` alone; arguments as of `measure_speed`."""
+    context, state, batch = _prepared(config, device)
+    return _rate(lambda: _step(context, state, batch), config.batch_size, device, seconds)
 
 
 def _prepared(config: Config, device: torch.device) -> tuple[RunContext, TrainingState, Batch]:

@@ -100,13 +100,10 @@ def test_the_time_of_a_step_is_told_from_that_of_its_images(monkeypatch, gpu, pi
         rate = config.batch_size / (step_s + config.batch_size * image_s)
         return MeasuredSpeed(rate, 1e5, 1e5, 1_000_000, "bf16")
 
-    def steps(config, device):
-        return SimpleNamespace(rate=lambda seconds: measured(config, device, seconds).train)
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(measuring, "measure_speed", measured)
-    monkeypatch.setattr(measuring, "TrainingSteps", steps)
+    monkeypatch.setattr(measuring, "measure_training", lambda *arguments: measured(*arguments).train)
     monkeypatch.setattr(measuring, "speed_together", lambda cores, precision: 1.0)
     monkeypatch.setattr(measuring, "resolve_precision", lambda optim, device: "bf16")
     monkeypatch.setattr(measuring, "judge_step_seconds", lambda config, classes, device: 0.01)
@@ -124,8 +121,7 @@ def test_a_network_that_could_not_see_enough_images_if_it_were_as_fast_as_the_sm
         return MeasuredSpeed(60.0, 240.0, 240.0, 1_000_000, "fp32")
 
     monkeypatch.setattr(measuring, "measure_speed", measured)
-    steps = SimpleNamespace(rate=lambda seconds: 60.0)
-    monkeypatch.setattr(measuring, "TrainingSteps", lambda config, device: steps)
+    monkeypatch.setattr(measuring, "measure_training", lambda *arguments: 60.0)
     monkeypatch.setattr(measuring, "judge_step_seconds", lambda config, classes, device: 0.01)
     # 60 images/s are 18,000 in 300 seconds, and 21,000 in 350: half of the 40,000 that the second network needs.
     assert list(Measurement(DIGITS, {}, 300.0, 1)().speeds) == ["narrow@28"]
