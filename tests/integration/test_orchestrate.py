@@ -26,6 +26,10 @@ pytestmark = pytest.mark.integration
 SHORT = (
     "+experiment=digits",
     "name=assets",
+    "model.channels=[32]",
+    "model.attention=[true]",
+    "model.layers_per_block=1",
+    "cluster.num_workers=1",
     "images=1280",
     "sampler.steps=4",
     "evaluation.n=90",
@@ -150,8 +154,7 @@ def test_a_daemon_that_is_killed_in_a_training_goes_on_with_it_and_what_it_has_m
 
     home = local_stack.home
     monkeypatch.setenv("DDPM_HOME", shell.environment["DDPM_HOME"])
-    tiny = ["model.channels=[32]", "model.attention=[true]", "model.layers_per_block=1", "cluster.num_workers=1"]
-    overrides = [*SHORT, "name=restarted", f"images={MANY}", "checkpoint.every=1280", "registry.model=restarted", *tiny]
+    overrides = [*SHORT, "name=restarted", f"images={MANY}", "checkpoint.every=1280", "registry.model=restarted"]
     (home / "orchestrate.yaml").write_text(yaml.safe_dump({"partitions": {"short": overrides}, "retry_delay_s": 1}))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     monkeypatch.setenv("XDG_CACHE_HOME", shell.environment["XDG_CACHE_HOME"])
