@@ -20,6 +20,7 @@ from pipelines.training.ledger import read_sessions
 from pipelines.training.log_lines import LogReader
 from tests.chaos.arena import BATCH, CPUS, Arena, Training, until
 from tests.chaos.fault_proxy import Fault, FaultProxy
+from tests.networks import TINY_UNET
 
 pytestmark = [pytest.mark.integration, pytest.mark.chaos, pytest.mark.timeout(1200)]
 
@@ -30,7 +31,7 @@ FAR = "images=10000000"
 # of workers, does not grow over the steps, and a loss speaks of its samples and their noise alone. On a busy machine
 # workers may be lost more often than there is a new checkpoint.
 SETTINGS = [
-    "+experiment=digits", "model.channels=[32]", "model.attention=[true]", "model.layers_per_block=1",
+    "+experiment=digits", *TINY_UNET,
     "optim.decay=constant", "optim.lr=1e-5", "optim.warmup_images=0", "optim.precision=fp32", f"batch_size={BATCH}",
     f"checkpoint.every={EVERY}", f"tracking.log_every={BATCH}", "tracking.grid_every=1000000",
     "tracking.grid_images=10", "sampler.steps=2", f"cluster.cpus_per_worker={CPUS}", "cluster.num_workers=[1,2]",

@@ -12,12 +12,13 @@ from mlflow import MlflowClient
 
 from pipelines.training.log_lines import LogReader
 from tests.chaos.arena import BATCH, Arena, until
+from tests.networks import TINY_UNET
 
 pytestmark = [pytest.mark.integration, pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(600)]
 
 TIMEOUT_S = 10
 SETTINGS = [
-    "+experiment=digits", "model.channels=[32]", "model.attention=[true]", "model.layers_per_block=1",
+    "+experiment=digits", *TINY_UNET,
     "optim.decay=constant", "optim.lr=1e-5", "optim.warmup_images=0", "optim.precision=fp32", f"batch_size={BATCH}",
     f"checkpoint.every={20 * BATCH}", f"tracking.log_every={BATCH}", "tracking.grid_every=null", "sampler.steps=2",
     "cluster.num_workers=2", f"cluster.step_timeout_s={TIMEOUT_S}", "name=hang", "images=10000000",

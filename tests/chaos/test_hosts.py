@@ -16,13 +16,14 @@ from pipelines.training.ledger import read_sessions
 from tests.chaos.arena import BATCH, Training, until
 from tests.chaos.hosts import Host, Network, reason_for_none
 from tests.integration.command import DDPM
+from tests.networks import TINY_UNET
 from tests.processes import ray_train_workers
 
 pytestmark = [pytest.mark.integration, pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 SETTINGS = [
-    "+experiment=digits", "storage=s3", "storage.root=s3://ddpm", "model.channels=[32]", "model.attention=[true]",
-    "model.layers_per_block=1", "optim.decay=constant", "optim.lr=1e-5", "optim.warmup_images=0",
+    "+experiment=digits", "storage=s3", "storage.root=s3://ddpm", *TINY_UNET,
+    "optim.decay=constant", "optim.lr=1e-5", "optim.warmup_images=0",
     "optim.precision=fp32", f"batch_size={BATCH}", f"checkpoint.every={20 * BATCH}", f"tracking.log_every={BATCH}",
     "tracking.grid_every=1000000", "tracking.grid_images=10", "sampler.steps=2", "cluster.cpus_per_worker=1",
     "cluster.resize_every_s=10", "cluster.step_timeout_s=30",

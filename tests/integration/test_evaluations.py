@@ -14,6 +14,7 @@ from pipelines import tracking
 from pipelines.checkpoints import list_published
 from pipelines.shards.ingest.write import ingest
 from pipelines.tracking import Tracker
+from tests.networks import TINY_UNET
 
 pytestmark = [
     pytest.mark.integration,
@@ -21,8 +22,8 @@ pytestmark = [
 ]
 EVERY = 2_560
 SETTINGS = [
-    "+experiment=digits", "name=scored", "data.uri=s3://ddpm/datasets/scored", "model.channels=[32]",
-    "model.attention=[true]", "model.layers_per_block=1", "optim.decay=constant", "cluster.num_workers=1",
+    "+experiment=digits", "name=scored", "data.uri=s3://ddpm/datasets/scored", *TINY_UNET,
+    "optim.decay=constant", "cluster.num_workers=1",
     "checkpoint.every=1000000", f"evaluation.every={EVERY}", "tracking.grid_every=null", "sampler.steps=2",
     "evaluation.seeds=1", "evaluation.likelihood_images=4", "evaluation.evaluator_passes=10",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ from PIL import Image
 
 from pipelines.storage import Storage
 from tests.integration.conftest import Finished, Shell
+from tests.networks import TINY_UNET
 
 pytestmark = pytest.mark.integration
 
@@ -244,8 +245,8 @@ def test_a_weaker_model_does_not_take_the_alias(flow, shell, client):
 
 
 LONG = [
-    "+experiment=digits", "name=interrupted", "optim.decay=constant", "tracking.log_every=640",
-    "model.channels=[32]", "model.attention=[true]", "model.layers_per_block=1", "tracking.grid_every=null",
+    "+experiment=digits", "name=interrupted", "optim.decay=constant", "tracking.log_every=640", *TINY_UNET,
+    "tracking.grid_every=null",
 ]  # fmt: skip
 ENDLESS = 100_000_000
 

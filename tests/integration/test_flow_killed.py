@@ -17,13 +17,14 @@ from pipelines.storage import Storage
 from pipelines.training.goodput import measure
 from pipelines.training.ledger import read_sessions
 from tests.integration.conftest import Finished, Shell
+from tests.networks import TINY_UNET
 from tests.processes import ray_train_workers
 
 pytestmark = pytest.mark.integration
 
 EVERY = 384
 SETTINGS = [
-    "+experiment=digits", "model.channels=[32]", "model.attention=[true]", "model.layers_per_block=1",
+    "+experiment=digits", *TINY_UNET,
     "batch_size=128", "images=1920", "optim.warmup_images=0", f"checkpoint.every={EVERY}", "tracking.log_every=128",
     "tracking.grid_every=1920", "tracking.grid_images=10", "cluster.num_workers=1", "sampler.steps=2",
     "evaluation.n=90", "evaluation.seeds=1", "evaluation.likelihood_images=4", "registry.n=90",

@@ -17,6 +17,7 @@ from pipelines import stack
 from pipelines.flow import GRAPH
 from pipelines.orchestrate.settings import Settings
 from tests.integration.conftest import Shell
+from tests.networks import TINY_UNET
 from tests.processes import family, kill
 
 dg = pytest.importorskip("dagster", reason="comes with the extra orchestrate")
@@ -26,9 +27,7 @@ pytestmark = pytest.mark.integration
 SHORT = (
     "+experiment=digits",
     "name=assets",
-    "model.channels=[32]",
-    "model.attention=[true]",
-    "model.layers_per_block=1",
+    *TINY_UNET,
     "cluster.num_workers=1",
     "images=1280",
     "sampler.steps=4",

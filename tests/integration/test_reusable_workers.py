@@ -26,13 +26,14 @@ from pipelines.training.ledger import read_sessions
 from pipelines.training.ray_train.monitor import request_stop
 from pipelines.training.ray_train.reusable_workers import ReusableWorkers
 from pipelines.training.ray_train.trainer import dedicated_workers
+from tests.networks import TINY_UNET
 from tests.processes import ray_train_workers
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 BATCH = 64
 SETTINGS = [
-    "+experiment=digits", "model.channels=[32]", "model.attention=[true]", "model.layers_per_block=1",
+    "+experiment=digits", *TINY_UNET,
     "optim.precision=fp32", f"batch_size={BATCH}", "tracking.grid_every=null", "cluster.num_workers=1",
     "data.uri=s3://ddpm/datasets/reused",
 ]  # fmt: skip

@@ -28,10 +28,11 @@ from pipelines.shards.index import read_dataset
 from pipelines.storage import Storage
 from tests.chaos.fault_proxy import FaultProxy
 from tests.integration.conftest import Finished, Shell
+from tests.networks import TINY_UNET
 
 pytestmark = pytest.mark.integration
 
-TINY = ["+experiment=digits", "model.channels=[32]", "model.attention=[true]", "model.layers_per_block=1"]
+TINY = ["+experiment=digits", *TINY_UNET]
 TINY += ["cluster.num_workers=1", "sampler.steps=5"]
 GUIDANCE = ["search.trials=6", "search.samples=64", "search.rungs=2", "search.confirm=1", "search.confirm_samples=64"]
 GUIDANCE += ["search.space.sampler.steps.int=[3,8]"]

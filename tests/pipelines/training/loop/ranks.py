@@ -21,9 +21,10 @@ from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.loop import train_rank
 from pipelines.training.loop.progress import Progress
 from pipelines.training.loop.shell import Job
+from tests.networks import TINY_UNET
 
 TINY = {
-    "unet": ["model.channels=[32]", "model.attention=[true]", "model.layers_per_block=1"],
+    "unet": TINY_UNET,
     "dit": ["model=dit_digits", "model.width=32", "model.depth=2", "model.heads=2", "model.checkpointing=true"],
 }
 """Overrides by which every registered kind of network is small."""
