@@ -32,7 +32,7 @@ SHARED = 0.88
 at once, where steps are long: measured, see docs/performance.md."""
 EXCHANGE_S = 0.06
 """Seconds by which a step of several such workers is longer for every million parameters, whose gradients they exchange
-when the slowest of them is done. Trainings of 1.6 to 1.8 million in batches of 16 and 32 took 0.83 to 1.09 times as
+when the slowest of them is done. Trainings of 1.6 to 1.8 million in batches of 16 and 32 took 0.77 to 1.09 times as
 long as this and `SHARED` say, on one host on two days: a budget is rather kept than used up."""
 ALONE = 0.94
 """Speed of one worker relative to its bare steps, measured there too."""
