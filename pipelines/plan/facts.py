@@ -114,10 +114,10 @@ class Speed:
         count = min(images, self.piece)
         return count / (self.step_s + count * (1 / self.train - self.step_s / self.piece))
 
-    def times(self, factor: float) -> Speed:
-        """Return the speed on a machine that is so many times as fast."""
-        train, draw, evaluate = factor * self.train, factor * self.draw, factor * self.evaluate
-        return replace(self, train=train, draw=draw, evaluate=evaluate, step_s=self.step_s / factor)
+    def times(self, training: float, drawing: float) -> Speed:
+        """Return the speed on a machine that trains and draws so many times as fast."""
+        train, draw, evaluate = training * self.train, drawing * self.draw, drawing * self.evaluate
+        return replace(self, train=train, draw=draw, evaluate=evaluate, step_s=self.step_s / training)
 
 
 @dataclass(frozen=True)
@@ -147,10 +147,10 @@ class MachineFacts:
     start_s: float = 0.0
     looking_s: float = 0.0
 
-    def times(self, factor: float) -> MachineFacts:
-        """Return the facts of a machine that computes so many times as fast."""
-        speeds = {key: speed.times(factor) for key, speed in self.speeds.items()}
-        judge = {size: seconds / factor for size, seconds in self.judge_step_s.items()}
+    def times(self, training: float, drawing: float, judging: float) -> MachineFacts:
+        """Return the facts of a machine that trains, draws and trains evaluators so many times as fast."""
+        speeds = {key: speed.times(training, drawing) for key, speed in self.speeds.items()}
+        judge = {size: seconds / judging for size, seconds in self.judge_step_s.items()}
         return replace(self, speeds=speeds, judge_step_s=judge)
 
     @classmethod

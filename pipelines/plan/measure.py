@@ -25,13 +25,15 @@ from pipelines.plan.choose import PIECE, choose, drawing_precision, methods, use
 from pipelines.plan.facts import Hand, MachineFacts, SourceFacts, Speed
 from pipelines.plan.networks import Candidate, candidates
 from pipelines.training.loop.hardware import resolve_precision
-from pipelines.training.loop.speed import MeasuredSpeed, measure_speed, measure_training
+from pipelines.training.loop.speed import MeasuredSpeed, measure_drawing, measure_speed, measure_training
 
 logger = logging.getLogger(__name__)
 SECONDS = 0.3
 """How long steps and evaluations of one candidate are each repeated."""
 LONGER_SHARE, LONGER_S = 1 / 60, (2.0, 10.0)
-"""Share of the budget for which steps of the chosen one are repeated, and the least and most seconds."""
+"""Share of the budget for which the chosen one and the evaluator are measured, and the least and most seconds."""
+OF_TRAINING, OF_DRAWING, OF_JUDGING = 0.7, 0.15, 0.15
+"""How these divide: training takes most of a budget, and is to be known best."""
 FEWER = 8
 """How many times as few images the steps have by which the time of a step is told from that of its images."""
 JUDGE_STEPS = 2
@@ -123,30 +125,54 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class MeasuredLonger:
+    """What is measured of the chosen candidate for some seconds.
+
+    Attributes:
+        train: images per second of one worker, in steps of as many as it will have.
+        draw: as of `Speed`.
+        judge_step_s: seconds of one step of the training of the evaluator, which has the machine for itself.
+        took_s: seconds that measuring took.
+    """
+
+    train: float
+    draw: float
+    judge_step_s: float
+    took_s: float
+
+
+@dataclass(frozen=True)
 class LongerMeasurement:
-    """Training steps of the chosen candidate on all CPU cores for a while; picklable, for a Ray task.
+    """What takes most of a budget, on CPU cores for some seconds; picklable, for a Ray task.
 
     Attributes:
         source: what the images are like.
         settings: what the user has set.
         candidate: that was chosen.
         images: of a step of one worker.
-        seconds: how long steps are repeated.
+        piece: images that are drawn together.
+        seconds: how long all is repeated.
     """
 
     source: SourceFacts
     settings: Mapping[str, Any]
     candidate: Candidate
     images: int
+    piece: int
     seconds: float
 
-    def __call__(self) -> tuple[float, float]:
-        """Return images per second of one worker, and the seconds that measuring them took."""
+    def __call__(self) -> MeasuredLonger:
+        """Return what was measured."""
         began, device = time.monotonic(), torch.device("cpu")
         config = trial_config(self.candidate, self.source, Hand(self.settings), self.images, device)
-        with one_thread(), others_busy(device, resolve_precision(config.optim, device)):
-            rate = measure_training(config, device, self.seconds)
-        return rate, time.monotonic() - began
+        pieces = config.model_copy(update={"batch_size": self.piece})
+        with one_thread():
+            with others_busy(device, resolve_precision(config.optim, device)):
+                train = measure_training(config, device, OF_TRAINING * self.seconds)
+                draw = measure_drawing(pieces, device, OF_DRAWING * self.seconds)
+            classes = len(self.source.class_counts)
+            judge_step_s = judge_step_seconds(config, classes, device, OF_JUDGING * self.seconds)
+        return MeasuredLonger(train, draw, judge_step_s, time.monotonic() - began)
 
 
 def measure(
@@ -190,11 +216,12 @@ def measure_longer(
     compared: bool,
     run: Callable[[Any, int], Any] | None = None,
 ) -> MachineFacts:
-    """Return the facts of a machine whose speed is that of some seconds of training steps on all of its cores.
+    """Return the facts of a machine whose speed is that of some seconds of work on its CPU cores.
 
     The fraction of a second in which candidates are measured tells them from each other. But cores are faster for a
-    moment than for minutes, and other guests take more of them now than then, by more than a plan has to spare: all
-    that was measured is taken to be faster or slower by as much as the chosen network. GPUs are left as they are.
+    moment than for minutes, and other guests take more of them now than then, by more than a plan has to spare. So the
+    chosen network trains and draws, and the evaluator is trained, for longer, each by itself: what the others were
+    measured at is taken to be as much too fast or too slow. GPUs are left as they are.
 
     Args:
         compared: as for `choose`.
@@ -210,10 +237,14 @@ def measure_longer(
     images = max(1, basis.batch // basis.workers)
     least, most = LONGER_S
     seconds = min(most, max(least, LONGER_SHARE * budget_s))
-    measurement = LongerMeasurement(source, settings, basis.candidate, images, seconds)
-    rate, took_s = measurement() if run is None else run(measurement, 0)
-    changed = machine.times(rate / basis.speed.train_in_steps_of(images))
-    return replace(changed, looking_s=machine.looking_s + took_s)
+    measurement = LongerMeasurement(source, settings, basis.candidate, images, basis.speed.piece, seconds)
+    found: MeasuredLonger = measurement() if run is None else run(measurement, 0)
+    changed = machine.times(
+        found.train / basis.speed.train_in_steps_of(images),
+        found.draw / basis.speed.draw,
+        machine.judge_step_s[basis.candidate.size] / found.judge_step_s,
+    )
+    return replace(changed, looking_s=machine.looking_s + found.took_s)
 
 
 def _step_seconds(config: Config, found: MeasuredSpeed, device: torch.device) -> float:
@@ -262,8 +293,12 @@ _DECIDING = ("data", "model", "objective", "schedule", "optim")
 """Groups that decide how long a step takes."""
 
 
-def judge_step_seconds(config: Config, classes: int, device: torch.device) -> float:
-    """Return the seconds in which the training of an evaluator takes `JUDGE_BATCH` images like these."""
+def judge_step_seconds(config: Config, classes: int, device: torch.device, seconds: float = 0.0) -> float:
+    """Return the seconds in which the training of an evaluator takes `JUDGE_BATCH` images like these.
+
+    Args:
+        seconds: how long steps are repeated, `JUDGE_STEPS` of them at least.
+    """
     side = min(config.data.image_size, MAX_SIDE)
     count = JUDGE_BATCH if classes > 1 else JUDGE_PIECE
     images = torch.zeros(count, config.data.channels, side, side, dtype=torch.uint8)
@@ -275,11 +310,15 @@ def judge_step_seconds(config: Config, classes: int, device: torch.device) -> fl
         else:
             train_contrastive(images, seed=0, passes=passes, device=device)
 
+    def seconds_of_one(steps: int) -> float:
+        began = time.perf_counter()
+        train(steps)
+        return (time.perf_counter() - began) / steps
+
     train(1)
-    began = time.perf_counter()
-    train(JUDGE_STEPS)
-    per_step = (time.perf_counter() - began) / JUDGE_STEPS
-    return per_step * JUDGE_BATCH / count
+    per_step = seconds_of_one(JUDGE_STEPS)
+    more = int(seconds / per_step)
+    return (seconds_of_one(more) if more > JUDGE_STEPS else per_step) * JUDGE_BATCH / count
 
 
 def speed_together(cores: int, precision: str) -> float:

@@ -51,6 +51,27 @@ def measure_speed(config: Config, device: torch.device, seconds: float) -> Measu
     """
     context, state, batch = _prepared(config, device)
     train = _rate(lambda: _step(context, state, batch), config.batch_size, device, seconds)
+    draw, evaluate = _drawing(config, state, batch, device, seconds)
+    parameters = sum(p.numel() for p in state.network.parameters())
+    return MeasuredSpeed(train, draw, evaluate, parameters, context.precision)
+
+
+def measure_training(config: Config, device: torch.device, seconds: float) -> float:
+    """Return `MeasuredSpeed.train` alone; arguments as of `measure_speed`."""
+    context, state, batch = _prepared(config, device)
+    return _rate(lambda: _step(context, state, batch), config.batch_size, device, seconds)
+
+
+def measure_drawing(config: Config, device: torch.device, seconds: float) -> float:
+    """Return `MeasuredSpeed.draw` alone; arguments as of `measure_speed`."""
+    _, state, batch = _prepared(config, device)
+    return _drawing(config, state, batch, device, seconds)[0]
+
+
+def _drawing(
+    config: Config, state: TrainingState, batch: Batch, device: torch.device, seconds: float
+) -> tuple[float, float]:
+    """Return `MeasuredSpeed.draw` and `MeasuredSpeed.evaluate`."""
     with ema_weights(state) as network, torch.no_grad():
         images, t = batch.images.to(device), torch.full((len(batch),), 500.0, device=device)
         cond = _condition(config, batch, device)
@@ -60,14 +81,7 @@ def measure_speed(config: Config, device: torch.device, seconds: float) -> Measu
         if arithmetic.precision != "fp32":
             wrapped = arithmetic.wrap(network)
             draw = _rate(lambda: wrapped(images.to(weights), t, cond), len(batch), device, seconds)
-    parameters = sum(p.numel() for p in state.network.parameters())
-    return MeasuredSpeed(train, draw, evaluate, parameters, context.precision)
-
-
-def measure_training(config: Config, device: torch.device, seconds: float) -> float:
-    """Return `MeasuredSpeed.train` alone; arguments as of `measure_speed`."""
-    context, state, batch = _prepared(config, device)
-    return _rate(lambda: _step(context, state, batch), config.batch_size, device, seconds)
+    return draw, evaluate
 
 
 def _prepared(config: Config, device: torch.device) -> tuple[RunContext, TrainingState, Batch]:

@@ -20,7 +20,15 @@ from pipelines.plan import measure as measuring
 from pipelines.plan.facts import Hand
 from pipelines.plan.keep import PlanBook, StoredPlan, to_yaml
 from pipelines.plan.make import compose_plan
-from pipelines.plan.measure import LongerMeasurement, Measurement, measure, measure_longer, others_busy, speed_together
+from pipelines.plan.measure import (
+    LongerMeasurement,
+    MeasuredLonger,
+    Measurement,
+    measure,
+    measure_longer,
+    others_busy,
+    speed_together,
+)
 from pipelines.plan.networks import candidates, unet
 from pipelines.plan.propose import propose
 from pipelines.storage import Storage
@@ -129,13 +137,15 @@ def test_a_network_that_could_not_see_enough_images_if_it_were_as_fast_as_the_sm
     assert list(Measurement(DIGITS, {}, 350.0, 1)().speeds) == ["narrow@28", "plain@28"]
 
 
-@pytest.mark.parametrize("factor", [0.5, 1.0, 1.3])
-def test_a_plan_is_that_of_a_machine_as_fast_as_its_longer_measurement_of_the_chosen_network(factor):
+@pytest.mark.parametrize(("training", "drawing", "judging"), [(0.5, 1.0, 1.3), (1.0, 0.8, 1.0), (1.3, 1.1, 0.7)])
+def test_a_plan_is_that_of_a_machine_as_fast_as_its_longer_measurement_says_of_each_work(training, drawing, judging):
     asked = []
 
-    def run(measurement: LongerMeasurement, gpus: int) -> tuple[float, float]:
+    def run(measurement: LongerMeasurement, gpus: int) -> MeasuredLonger:
         asked.append((measurement, gpus))
-        return factor * before.speeds[measurement.candidate.key].train_in_steps_of(measurement.images), 3.0
+        known = before.speeds[measurement.candidate.key]
+        train = training * known.train_in_steps_of(measurement.images)
+        return MeasuredLonger(train, drawing * known.draw, before.judge_step_s[28] / judging, 3.0)
 
     before = replace(
         LAPTOP, speeds={key: replace(speed, piece=32, step_s=0.01) for key, speed in LAPTOP.speeds.items()}
@@ -145,33 +155,43 @@ def test_a_plan_is_that_of_a_machine_as_fast_as_its_longer_measurement_of_the_ch
     chosen = propose(DIGITS, before, 600.0)
     assert (measurement.candidate.key, measurement.seconds, gpus) == (chosen.network, 10.0, 0)
     assert measurement.images == chosen.settings["batch_size"] // chosen.settings["cluster.num_workers"]
+    assert measurement.piece == 32
     assert found.looking_s == before.looking_s + 3.0
     for images in (1, measurement.images):
         for key, speed in found.speeds.items():
             known = before.speeds[key]
-            assert speed.train_in_steps_of(images) == pytest.approx(factor * known.train_in_steps_of(images))
-            assert (speed.draw, speed.evaluate) == pytest.approx((factor * known.draw, factor * known.evaluate))
-    assert found.judge_step_s[28] == pytest.approx(before.judge_step_s[28] / factor)
+            assert speed.train_in_steps_of(images) == pytest.approx(training * known.train_in_steps_of(images))
+            assert (speed.draw, speed.evaluate) == pytest.approx((drawing * known.draw, drawing * known.evaluate))
+    for size, seconds in before.judge_step_s.items():
+        assert found.judge_step_s[size] == pytest.approx(seconds / judging)
 
 
 def test_a_gpu_is_not_measured_again():
     assert measure_longer(DIGITS, {}, 600.0, GPU, compared=True, run=None) is GPU
 
 
-def test_steps_of_the_chosen_network_are_measured_for_longer_while_the_other_cores_are_busy(monkeypatch):
-    busy = []
+def test_the_chosen_network_is_measured_for_longer_beside_busy_cores_and_the_evaluator_alone(monkeypatch):
+    busy, measured = [], []
 
     @contextmanager
     def others_busy(device, precision):
         busy.append(precision)
         yield
+        busy.clear()
+
+    def watched(name):
+        real = getattr(measuring, name)
+        return lambda *arguments: measured.append((name, bool(busy))) or real(*arguments)
 
     monkeypatch.setattr(measuring, "others_busy", others_busy)
+    for name in ("measure_training", "measure_drawing", "judge_step_seconds"):
+        monkeypatch.setattr(measuring, name, watched(name))
     small = replace(DIGITS, shorter_sides=(8, 8, 8), one_size=(8, 8))
-    rate, took_s = LongerMeasurement(small, {}, candidates(small, Hand())[0], 4, 0.4)()
-    assert len(busy) == 1
-    assert rate > 1
-    assert took_s >= 0.4
+    found = LongerMeasurement(small, {}, candidates(small, Hand())[0], 4, 8, 0.8)()
+    assert measured == [("measure_training", True), ("measure_drawing", True), ("judge_step_seconds", False)]
+    assert found.draw > found.train > 1
+    assert 0 < found.judge_step_s < 1
+    assert found.took_s >= 0.8
 
 
 def test_the_other_cores_are_busy_only_while_something_is_measured():
