@@ -32,8 +32,9 @@ SHARED = 0.88
 at once, where steps are long: measured, see docs/performance.md."""
 EXCHANGE_S = 0.06
 """Seconds by which a step of several such workers is longer for every million parameters, whose gradients they exchange
-when the slowest of them is done. Trainings of 1.6 to 1.8 million in batches of 16 and 32 took 0.77 to 1.09 times as
-long as this and `SHARED` say, on one host on two days: a budget is rather kept than used up."""
+when the slowest of them is done. Trainings of 1.6 to 1.8 million in batches of 16 and 32 took 0.77 to 1.15 times as
+long as this and `SHARED` say, on one host on three days: the workers of the chosen network are measured as they are,
+and this is for the others, beside them."""
 ALONE = 0.94
 """Speed of one worker relative to its bare steps, measured there too."""
 WORTH = 1.1
@@ -99,7 +100,7 @@ def training_rate(speed: Speed, machine: MachineFacts, workers: int, batch: int)
     alone = speed.train_in_steps_of(batch / workers)
     if workers == 1:
         return alone * ALONE / machine.together  # the other cores are free then
-    exchange_s = 0.0 if machine.gpus else EXCHANGE_S * speed.parameters / 1e6
+    exchange_s = 0.0 if machine.gpus else machine.exchange * EXCHANGE_S * speed.parameters / 1e6
     return batch / (batch / workers / (alone * together(machine)) + exchange_s)
 
 

@@ -15,7 +15,7 @@ import yaml
 
 from pipelines import cgroups
 from pipelines.config import ConfigError, compose, from_dict, read_config
-from pipelines.plan import make
+from pipelines.plan import clock, make
 from pipelines.plan import measure as measuring
 from pipelines.plan.facts import Hand
 from pipelines.plan.keep import PlanBook, StoredPlan, to_yaml
@@ -143,8 +143,8 @@ def test_a_plan_is_that_of_a_machine_as_fast_as_its_longer_measurement_says_of_e
 
     def run(measurement: LongerMeasurement, gpus: int) -> MeasuredLonger:
         asked.append((measurement, gpus))
-        known = before.speeds[measurement.candidate.key]
-        train = training * known.train_in_steps_of(measurement.images)
+        known, batch = before.speeds[measurement.candidate.key], 2 * measurement.images
+        train = training * clock.training_rate(known, before, 2, batch) / clock.SHARED
         return MeasuredLonger(train, drawing * known.draw, before.judge_step_s[28] / judging, 3.0)
 
     before = replace(
@@ -155,12 +155,14 @@ def test_a_plan_is_that_of_a_machine_as_fast_as_its_longer_measurement_says_of_e
     chosen = propose(DIGITS, before, 600.0)
     assert (measurement.candidate.key, measurement.seconds, gpus) == (chosen.network, 10.0, 0)
     assert measurement.images == chosen.settings["batch_size"] // chosen.settings["cluster.num_workers"]
-    assert measurement.piece == 32
+    assert (measurement.workers, measurement.piece) == (2, 32)
     assert found.looking_s == before.looking_s + 3.0
     for images in (1, measurement.images):
         for key, speed in found.speeds.items():
             known = before.speeds[key]
             assert speed.train_in_steps_of(images) == pytest.approx(training * known.train_in_steps_of(images))
+            rate = clock.training_rate(speed, found, 2, 2 * images)
+            assert rate == pytest.approx(training * clock.training_rate(known, before, 2, 2 * images))
             assert (speed.draw, speed.evaluate) == pytest.approx((drawing * known.draw, drawing * known.evaluate))
     for size, seconds in before.judge_step_s.items():
         assert found.judge_step_s[size] == pytest.approx(seconds / judging)
@@ -170,25 +172,41 @@ def test_a_gpu_is_not_measured_again():
     assert measure_longer(DIGITS, {}, 600.0, GPU, compared=True, run=None) is GPU
 
 
-def test_the_chosen_network_is_measured_for_longer_beside_busy_cores_and_the_evaluator_alone(monkeypatch):
-    busy, measured = [], []
+@pytest.mark.parametrize(
+    ("workers", "cores", "training", "share"),
+    [
+        (1, 2, ["measure_training"], 1),
+        (2, 2, ["2 of the cores", "measure_ranks", "free"], 1),
+        (64, 32, ["8 of the cores", "measure_ranks", "free"], 8),
+    ],
+)
+def test_the_workers_to_come_are_measured_then_drawing_beside_busy_cores_then_the_evaluator_alone(
+    monkeypatch, workers, cores, training, share
+):
+    done = []
 
     @contextmanager
-    def others_busy(device, precision):
-        busy.append(precision)
+    def others_busy(device, precision, measured=1):
+        done.append(f"{measured} of the cores")
         yield
-        busy.clear()
+        done.append("free")
 
-    def watched(name):
-        real = getattr(measuring, name)
-        return lambda *arguments: measured.append((name, bool(busy))) or real(*arguments)
+    def known(name, value):
+        return lambda *arguments: done.append(name) or value
 
     monkeypatch.setattr(measuring, "others_busy", others_busy)
-    for name in ("measure_training", "measure_drawing", "judge_step_seconds"):
-        monkeypatch.setattr(measuring, name, watched(name))
+    monkeypatch.setattr(measuring, "whole_cores", lambda: cores)
+    for name, value in (("measure_training", 5.0), ("measure_ranks", 5.0), ("measure_drawing", 7.0)):
+        monkeypatch.setattr(measuring, name, known(name, value))
+    monkeypatch.setattr(measuring, "judge_step_seconds", known("judge_step_seconds", 0.5))
+    found = LongerMeasurement(DIGITS, {}, candidates(DIGITS, Hand())[0], workers, 4, 8, 0.8)()
+    assert done == [*training, "1 of the cores", "measure_drawing", "free", "judge_step_seconds"]
+    assert (found.train, found.draw, found.judge_step_s) == (share * 5.0, 7.0, 0.5)
+
+
+def test_a_longer_measurement_of_two_workers_gives_speeds_of_this_machine():
     small = replace(DIGITS, shorter_sides=(8, 8, 8), one_size=(8, 8))
-    found = LongerMeasurement(small, {}, candidates(small, Hand())[0], 4, 8, 0.8)()
-    assert measured == [("measure_training", True), ("measure_drawing", True), ("judge_step_seconds", False)]
+    found = LongerMeasurement(small, {}, candidates(small, Hand())[0], 2, 4, 8, 0.8)()
     assert found.draw > found.train > 1
     assert 0 < found.judge_step_s < 1
     assert found.took_s >= 0.8
