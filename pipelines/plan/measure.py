@@ -262,7 +262,7 @@ def measure_longer(
     found: MeasuredLonger = measurement() if run is None else run(measurement, 0)
     expected = clock.training_rate(basis.speed, machine, basis.workers, images * basis.workers)
     changed = machine.times(
-        found.train * (clock.SHARED if basis.workers > 1 else clock.ALONE) / expected,
+        found.train * (clock.BESIDE_SERVICES if basis.workers > 1 else clock.ALONE) / expected,
         found.draw / basis.speed.draw,
         machine.judge_step_s[basis.candidate.size] / found.judge_step_s,
     )

@@ -144,7 +144,7 @@ def test_a_plan_is_that_of_a_machine_as_fast_as_its_longer_measurement_says_of_e
     def run(measurement: LongerMeasurement, gpus: int) -> MeasuredLonger:
         asked.append((measurement, gpus))
         known, batch = before.speeds[measurement.candidate.key], 2 * measurement.images
-        train = training * clock.training_rate(known, before, 2, batch) / clock.SHARED
+        train = training * clock.training_rate(known, before, 2, batch) / clock.BESIDE_SERVICES
         return MeasuredLonger(train, drawing * known.draw, before.judge_step_s[28] / judging, 3.0)
 
     before = replace(
