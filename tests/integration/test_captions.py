@@ -30,7 +30,6 @@ SHORT = [
     "data.source=shapes",
     "model.channels=[32,64]",
     "model.attention=[false,true]",
-    "model.layers_per_block=1",
     "data.text_encoder=encoder",
     "data.shard_samples=64",
     "images=19200",

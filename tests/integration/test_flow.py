@@ -25,7 +25,6 @@ pytestmark = pytest.mark.integration
 
 SHORT = [
     "+experiment=digits",
-    *TINY_UNET,
     "images=6400",
     "optim.power_ema=[0.05,0.1]",
     "checkpoint.every=2560",

@@ -11,14 +11,12 @@ from mlflow import MlflowClient
 
 from pipelines.storage import Storage
 from tests.integration.conftest import Finished, Shell
-from tests.networks import TINY_UNET
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 NAME = "gated"
 SHORT = [
     "+experiment=digits",
-    *TINY_UNET,
     f"registry.model={NAME}",
     "registry.n=359",
     "checkpoint.every=5120",
