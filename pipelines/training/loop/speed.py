@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from ddpm.conditioning import Conditioning
+from ddpm.prediction import Arithmetic
 from pipelines.config import Config, sampling
 from pipelines.scratch import scratch_folder
 from pipelines.shards.index import ShardInfo, make_dataset
@@ -60,7 +61,10 @@ def measure_speed(config: Config, device: torch.device, seconds: float) -> Measu
     """
     context, state, batch = _prepared(config, device)
     train = _rate(lambda: _step(context, state, batch), config.batch_size, device, seconds)
-    draw, evaluate = _drawing(config, state, batch, device, seconds)
+    draw = evaluate = _drawing(config, state, batch, device, seconds, Arithmetic())
+    arithmetic = sampling(config).arithmetic
+    if arithmetic.precision != "fp32":
+        draw = _drawing(config, state, batch, device, seconds, arithmetic)
     parameters = sum(p.numel() for p in state.network.parameters())
     return MeasuredSpeed(train, draw, evaluate, parameters, context.precision)
 
@@ -112,23 +116,18 @@ def _rank(rank: int, ranks: int, folder: Path, config: Config, seconds: float) -
 def measure_drawing(config: Config, device: torch.device, seconds: float) -> float:
     """Return `MeasuredSpeed.draw` alone; arguments as of `measure_speed`."""
     _, state, batch = _prepared(config, device)
-    return _drawing(config, state, batch, device, seconds)[0]
+    return _drawing(config, state, batch, device, seconds, sampling(config).arithmetic)
 
 
 def _drawing(
-    config: Config, state: TrainingState, batch: Batch, device: torch.device, seconds: float
-) -> tuple[float, float]:
-    """Return `MeasuredSpeed.draw` and `MeasuredSpeed.evaluate`."""
+    config: Config, state: TrainingState, batch: Batch, device: torch.device, seconds: float, arithmetic: Arithmetic
+) -> float:
+    """Return images per second of single network evaluations in an arithmetic."""
     with ema_weights(state) as network, torch.no_grad():
         images, t = batch.images.to(device), torch.full((len(batch),), 500.0, device=device)
-        cond = _condition(config, batch, device)
-        weights = next(network.parameters()).dtype
-        evaluate = draw = _rate(lambda: network(images.to(weights), t, cond), len(batch), device, seconds)
-        arithmetic = sampling(config).arithmetic
-        if arithmetic.precision != "fp32":
-            wrapped = arithmetic.wrap(network)
-            draw = _rate(lambda: wrapped(images.to(weights), t, cond), len(batch), device, seconds)
-    return draw, evaluate
+        cond, weights = _condition(config, batch, device), next(network.parameters()).dtype
+        denoiser = arithmetic.wrap(network)
+        return _rate(lambda: denoiser(images.to(weights), t, cond), len(batch), device, seconds)
 
 
 def _prepared(config: Config, device: torch.device) -> tuple[RunContext, TrainingState, Batch]:

@@ -7,6 +7,7 @@ import torch
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from pipelines.config import compose
+from pipelines.evaluation.devices import one_thread
 from pipelines.training.loop.speed import measure_drawing, measure_ranks, measure_speed, measure_training
 from tests.networks import TINY_UNET
 
@@ -14,12 +15,8 @@ CONFIG = compose(["+experiment=digits", *TINY_UNET, "batch_size=16", "optim.prec
 
 
 def test_two_ranks_take_the_same_steps_and_are_about_as_fast_as_one_or_two():
-    with_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         alone = measure_training(CONFIG, torch.device("cpu"), 0.3)
-    finally:
-        torch.set_num_threads(with_threads)
     assert 0.05 * alone < measure_ranks(CONFIG, 2, 0.3) < 4 * alone
 
 
