@@ -37,6 +37,7 @@ class TrainingStatus:
         distance: Frechet distance of the newest checkpoint that has been scored.
         scored_at: images seen by that checkpoint.
         samples: drawn for the newest sample grid, uint8 [N, H, W, C]; None where these have been given before.
+        length: images after which the run ends, as far as is known now.
     """
 
     images_seen: int
@@ -45,6 +46,7 @@ class TrainingStatus:
     distance: float | None = None
     scored_at: int | None = None
     samples: NDArray[np.uint8] | None = None
+    length: int | None = None
 
 
 Report = Callable[[TrainingStatus], None]

@@ -47,6 +47,8 @@ class CheckpointState:
         files: file name -> SHA-256, for the other files.
         sizes: file name -> size in bytes.
         precision: what the run computed in, such as "bf16"; None where an earlier release did not record it.
+        length: images after which the run ends, as far as was known; None where an earlier release did not record it.
+        trained_s: seconds that the run had trained.
     """
 
     images_seen: int
@@ -57,6 +59,12 @@ class CheckpointState:
     files: dict[str, str]
     sizes: dict[str, int]
     precision: str | None = None
+    length: int | None = None
+    trained_s: float = 0.0
+
+    def ends_at(self, config: Config) -> int:
+        """Return after how many images the run ends: as recorded where it is given seconds, else as configured."""
+        return config.images if config.training_s is None or self.length is None else self.length
 
     def to_json(self) -> str:
         """Return the text of `state.json`."""
@@ -97,6 +105,8 @@ class Checkpoint:
     identity: dict[str, Any]
     optimizer_steps: int
     skipped: int = 0
+    length: int | None = None
+    trained_s: float = 0.0
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> CheckpointState:
@@ -123,6 +133,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> CheckpointState:
         {path.name: _sha256(path) for path in paths},
         {path.name: path.stat().st_size for path in paths},
         checkpoint.spec.lineage.get("precision"),
+        checkpoint.length,
+        checkpoint.trained_s,
     )
     (folder / STATE).write_text(state.to_json())
     return state

@@ -68,7 +68,7 @@ def flow(
     from pipelines.flow.walk import preview, walk
     from pipelines.storage import Storage
 
-    site = Site(Storage.of(config), code_lineage(), terminal)
+    site = Site(Storage.of(config), code_lineage(), terminal, _training_ends(made, began))
     if dry_run:
         found = preview(stages(config), site, first, last)
         for stage in found:
@@ -83,7 +83,8 @@ def flow(
     answer = result.to_dict()
     _show(result, config)
     if made is not None and last is None:
-        answer |= _what_it_took(made, overrides, time.monotonic() - began)
+        trained = None if result.results.run is None else result.results.run.images_seen
+        answer |= _what_it_took(made, overrides, time.monotonic() - began, trained)
     if out is not None:
         answer["grid"] = _drawn(result, config, out)
         terminal.stage("grid", answer["grid"])
@@ -207,14 +208,27 @@ def _at_services(config: Config, services: Config) -> Config:
     return config.model_copy(update=found)
 
 
-def _what_it_took(made: StoredPlan, overrides: list[str], took_s: float) -> dict[str, object]:
-    """Show how long a planned flow took, and what more time would buy; return both for `--json`."""
+def _training_ends(made: StoredPlan | None, began: float) -> float | None:
+    """Return by the monotonic clock when the training of a plan is to end; None where the plan does not say that."""
+    if made is None or "training_s" not in made.plan.settings:
+        return None
+    from pipelines.plan.clock import training_ends_s
+
+    return began + training_ends_s(made.plan)
+
+
+def _what_it_took(made: StoredPlan, overrides: list[str], took_s: float, trained: int | None) -> dict[str, object]:
+    """Show how long a planned flow took, and what more time would buy; return both for `--json`.
+
+    Args:
+        trained: images that its training has seen.
+    """
     from pipelines.config import override_settings
     from pipelines.plan.advice import more_time
     from pipelines.plan.budget import spoken
 
     terminal.stage("time", f"{spoken(took_s)} of {spoken(made.plan.budget_s)}, {spoken(made.plan.total_s)} expected")
-    more = more_time(made.plan, made.source, made.machine, override_settings(overrides))
+    more = more_time(made.plan, made.source, made.machine, override_settings(overrides), trained)
     if more:
         terminal.stage("more", more)
     return {"plan": made.plan.to_dict(), "took_s": took_s, "more": more}

@@ -174,14 +174,15 @@ class Terminal:
         def update(status: TrainingStatus) -> None:
             if not began:
                 began.append((time.monotonic(), status.images_seen))
-            elapsed, seen = time.monotonic() - began[0][0], min(status.images_seen, images)
+            elapsed, total = time.monotonic() - began[0][0], status.length or images
+            seen = min(status.images_seen, total)
             rate = (status.images_seen - began[0][1]) / elapsed if elapsed > 1 else 0.0
             speed = [f"{seen:,} images", f"{rate:,.0f}/s"]
             if self.bars is None:
-                left = [f"{(images - seen) / rate:,.0f} s left"] if rate else []
-                show(seen, images, ", ".join([*speed, *_how_well(status), *left]))
+                left = [f"{(total - seen) / rate:,.0f} s left"] if rate else []
+                show(seen, total, ", ".join([*speed, *_how_well(status), *left]))
                 return
-            show(seen, images, ", ".join(speed))
+            show(seen, total, ", ".join(speed))
             if status.samples is not None and self.console.color_system in ("truecolor", "256"):
                 samples[:] = [_small_picture(status.samples, self.console.width)]
             self.bars.below = Group(Text(f"{'':>12}{', '.join(_how_well(status))}"), *samples)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from ddpm.models import NETWORKS, UNNAMED_NETWORK, UNetConfig
 from ddpm.timesteps import TIMESTEPS
@@ -78,6 +78,11 @@ class Config(Section):
         0, description="seed of the order of samples, of their noise and timesteps, and of the first weights"
     )
     images: PositiveInt = Field(description="length of the training: images seen, each as often as it is repeated")
+    training_s: PositiveFloat | None = Field(
+        None,
+        description="seconds of training steps after which the run ends: `images` is a first guess then, which is "
+        "corrected by the run's own speed while it trains; null: it ends after `images`",
+    )
     batch_size: PositiveInt = Field(description="images of one training step, over all workers together")
     micro_batch_size: PositiveInt | None = Field(
         None, description="most images that a worker computes at once, which bounds its memory; null: no limit"
@@ -153,6 +158,11 @@ class Config(Section):
         objective, model = self.objective, self.model
         if objective.loss != "consistency":
             return
+        if self.training_s is not None:
+            raise ValueError(
+                f"training_s = {self.training_s:g} leaves the length open, and the stages of objective.loss = "
+                "consistency are parts of it: set images, and training_s=null"
+            )
         if self.init_from is None:
             raise ValueError(
                 "objective.loss = consistency tunes a trained model, and none is named: set init_from=MODEL, such as "

@@ -95,11 +95,14 @@ class Site:
         storage: reads and writes what is stored.
         lineage: which code runs, see `pipelines.lineage`.
         display: shows what is done.
+        training_ends: `time.monotonic()` at which a new training that has seconds is to end, if it began at once; None
+            where its configuration alone says how many it has.
     """
 
     storage: Storage
     lineage: Mapping[str, Any]
     display: Display
+    training_ends: float | None = None
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,10 @@ class Stage(ABC, Generic[T]):
     @abstractmethod
     def output(self) -> str:
         """Address of the result."""
+
+    def fills_time(self, site: Site) -> bool:
+        """Return whether the stage takes as long as the others leave to it, so that they come first if they can."""
+        return False
 
     @abstractmethod
     def inputs(self, site: Site, given: Results) -> dict[str, str]:

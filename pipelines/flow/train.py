@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from pipelines import checkpoints, tracking
@@ -19,6 +20,9 @@ from pipelines.training.describe import workers_text
 from pipelines.training.driver import TrainingResult
 from pipelines.training.errors import TrainingError
 from pipelines.training.evaluations import has_outstanding
+
+LEAST_SHARE = 0.25
+"""Share of the configured seconds that a training gets, however late it begins."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,9 @@ class Train(Stage[TrainingResult]):
             return Look(None, f"run '{config.name}' has no checkpoint")
         quarantine = read_quarantine(config.data.uri, storage)
         checkpoints.check_resumable(state, config, given.dataset, quarantine)
-        if state.images_seen < config.images:
-            return Look(None, f"run '{config.name}' has seen {state.images_seen:,} of {config.images:,} images")
+        length = state.ends_at(config)
+        if state.images_seen < length:
+            return Look(None, f"run '{config.name}' has seen {state.images_seen:,} of {length:,} images")
         seen = f"run '{config.name}' has seen its {state.images_seen:,} images already"
         assert config.tracking.uri is not None
         tracker = tracking.find_run(config.tracking.uri, config.tracking.experiment, config.name)
@@ -65,9 +70,13 @@ class Train(Stage[TrainingResult]):
         published = checkpoints.list_published(tracker)
         if not published:
             return Look(None, f"{seen}, and MLflow names no published checkpoint")
-        if has_outstanding(tracker, config):
+        if has_outstanding(tracker, config, length):
             return Look(None, f"{seen}, and a published checkpoint is not scored")
         return Look(TrainingResult(tracker, "complete", state.images_seen, published[-1], None), seen)
+
+    def fills_time(self, site: Site) -> bool:
+        """Return whether the run is to end at a time."""
+        return site.training_ends is not None and self.config.training_s is not None
 
     def run(self, site: Site, given: Results) -> TrainingResult:
         """Train the run.
@@ -75,7 +84,8 @@ class Train(Stage[TrainingResult]):
         Raises:
             TrainingError: it was stopped before it saw all its images, or MLflow does not name its checkpoint.
         """
-        result = train(self.config, site.storage, site.lineage, site.display)
+        ends = site.training_ends if self.fills_time(site) else None
+        result = train(self.config, site.storage, site.lineage, site.display, ends)
         if result.status == "stopped":
             raise TrainingError(f"stopped at {result.images_seen} images; the same command goes on from there")
         if result.published is None:
@@ -85,18 +95,30 @@ class Train(Stage[TrainingResult]):
         return result
 
 
-def train(config: Config, storage: Storage, lineage: Mapping[str, Any], display: Display) -> TrainingResult:
-    """Train a new run, resume it, or return its result where it has seen all its images."""
+def train(
+    config: Config, storage: Storage, lineage: Mapping[str, Any], display: Display, ends: float | None = None
+) -> TrainingResult:
+    """Train a new run, resume it, or return its result where it has seen all its images.
+
+    Args:
+        ends: as `Site.training_ends`.
+    """
     plan = driver.make_plan(config, storage, dict(lineage))
+    if ends is not None and config.training_s is not None and plan.resumes_at == 0:
+        # What came before took more or less time than was expected.
+        training_s = max(LEAST_SHARE * config.training_s, ends - time.monotonic())
+        config = config.model_copy(update={"training_s": training_s})
+        plan = replace(plan, job=replace(plan.job, config=config))
     if plan.complete:
         display.stage("train", f"skipped: run '{config.name}' has seen its {plan.resumes_at:,} images already")
     elif plan.resumes_at:
-        display.stage("train", f"resuming run '{config.name}' at {plan.resumes_at:,} of {config.images:,} images")
+        display.stage("train", f"resuming run '{config.name}' at {plan.resumes_at:,} of {plan.length:,} images")
     else:
-        display.stage("train", f"new run '{config.name}', {config.images:,} images, {workers_text(config)}")
+        timed = "" if config.training_s is None else f", or what fits {config.training_s:,.0f} s"
+        display.stage("train", f"new run '{config.name}', {config.images:,} images{timed}, {workers_text(config)}")
     if not plan.complete:
         display.stage("train", f"follow it at {plan.job.tracker.url}")
-    report = no_report if plan.complete else display.training(config.images, plan.resumes_at)
+    report = no_report if plan.complete else display.training(plan.length, plan.resumes_at)
     result = driver.train(plan, report, lambda text: display.stage("train", text))
     if result.status == "stopped":
         display.stage("train", f"stopped with a checkpoint at {result.images_seen:,} images")

@@ -70,7 +70,8 @@ def walk(stages: Sequence[Stage[Any]], site: Site, first: str | None = None, las
     """Run every stage whose result is not there, as soon as what it needs is.
 
     Stages of independent branches run side by side where one of them does all its work on Ray and the cluster has room
-    for it beside the other; else in order. A stage that fails ends the walk, but not another one that is at work.
+    for it beside the other; else in order, but for one that fills the time that is left, which comes last. A stage that
+    fails ends the walk, but not another one that is at work.
 
     Args:
         stages: see `graph.stages`.
@@ -151,12 +152,15 @@ class _Walk:
         """Run a stage in this thread, which has the signals, and start those of the others for which there is room."""
         for later in self.waiting:  # before hours of work
             later.check(self.site, self.given)
-        for other in others:
-            if other.on_ray and other.has_room(self.site):
-                self.site.display.stage(other.name, f"beside {here.name}")
-                self.waiting.remove(other)
-                self.beside += 1
-                threading.Thread(target=self._work, args=(other, self.given), name=other.name, daemon=True).start()
+        beside = [other for other in others if other.on_ray and other.has_room(self.site)]
+        alone = [other for other in others if other not in beside]
+        if alone and here.fills_time(self.site):
+            here, beside = alone[0], []
+        for other in beside:
+            self.site.display.stage(other.name, f"beside {here.name}")
+            self.waiting.remove(other)
+            self.beside += 1
+            threading.Thread(target=self._work, args=(other, self.given), name=other.name, daemon=True).start()
         self.waiting.remove(here)
         self._take(here, here.run(self.site, self.given))
 

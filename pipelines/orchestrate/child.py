@@ -67,7 +67,7 @@ class PipesDisplay(Silent):
             if time.monotonic() - said > SAID_EVERY_S:
                 said = time.monotonic()
                 loss = "" if status.loss is None else f", loss {status.loss:.4g}"
-                self.stage("train", f"{status.images_seen:,} of {images:,} images{loss}")
+                self.stage("train", f"{status.images_seen:,} of {status.length or images:,} images{loss}")
 
         return update
 

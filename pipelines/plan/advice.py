@@ -13,25 +13,34 @@ from pipelines.plan.propose import propose
 FACTORS = (2, 4, 12)
 
 
-def more_time(plan: Plan, source: SourceFacts, machine: MachineFacts, settings: Mapping[str, Any] | None = None) -> str:
+def more_time(
+    plan: Plan,
+    source: SourceFacts,
+    machine: MachineFacts,
+    settings: Mapping[str, Any] | None = None,
+    trained: int | None = None,
+) -> str:
     """Return in a sentence what larger budgets than a plan's would train.
 
     Args:
         settings: what the user has set.
+        trained: images that the plan's training has seen, by which those of others are estimated; None before it.
     """
-    said, before = [], plan
+    trained = trained or plan.images
+    machine = machine.times(trained / plan.images, 1.0, 1.0)
+    said, before, seen = [], plan, trained
     for factor in FACTORS:
         try:
             other = propose(source, machine, plan.budget_s * factor, settings)
         except ConfigError:
             break
-        if other.images <= before.images and other.network == before.network:
+        if other.images <= seen and other.network == before.network:
             said.append(f"more than that buys nothing with {source.images:,} images: add images")
             break
         network = "" if other.network == before.network else f" of a {_named(other.network)}"
         said.append(f"budget={written(other.budget_s)} trains on {other.images:,} images{network}")
-        before = other
-    return f"this one trained on {plan.images:,} images; {'; '.join(said)}" if said else ""
+        before, seen = other, other.images
+    return f"this one trained on {trained:,} images; {'; '.join(said)}" if said else ""
 
 
 def _named(key: str) -> str:

@@ -124,7 +124,7 @@ def _basis(
     speed = machine.speeds[candidate.key]
     judging = clock.judging(source, machine, speed, candidate.size, budget_s, evaluations, texts, compared)
     fixed = clock.fixed_seconds(source, machine) | judging.seconds
-    training_s = clock.left_for_training(budget_s, fixed)
+    training_s = float(hand.get("training_s", None) or clock.left_for_training(budget_s, fixed))
     workers = _workers(machine, hand)
 
     grids = clock.grids(speed, machine, training_s, evaluations)

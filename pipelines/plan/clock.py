@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pipelines.errors import ConfigError
 from pipelines.plan.budget import spoken, written
-from pipelines.plan.facts import MachineFacts, SourceFacts, Speed
+from pipelines.plan.facts import MachineFacts, Plan, SourceFacts, Speed
 from pipelines.shards.ingest.write import ALONE_S
 
 WORKERS_S = 28.0
@@ -33,11 +33,7 @@ at once, where steps are long: measured, see docs/performance.md."""
 EXCHANGE_S = 0.06
 """Seconds by which a step of several such workers is longer for every million parameters, whose gradients they exchange
 when the slowest of them is done. Trainings of 1.6 to 1.8 million in batches of 16 and 32 took 0.77 to 1.15 times as
-long as this and `SHARED` say, on one host on three days: the workers of the chosen network are measured as they are,
-and this is for the others, beside them."""
-BESIDE_SERVICES = 0.85
-"""Speed of several such workers relative to bare ones that exchange gradients as they do: three trainings of ten
-minutes had 0.82 to 0.89 of what was measured for seconds before or after them."""
+long as this and `SHARED` say, on one host on three days: a plan's length is a first guess, see `Config.training_s`."""
 ALONE = 0.94
 """Speed of one worker relative to its bare steps, measured there too."""
 WORTH = 1.1
@@ -103,7 +99,7 @@ def training_rate(speed: Speed, machine: MachineFacts, workers: int, batch: int)
     alone = speed.train_in_steps_of(batch / workers)
     if workers == 1:
         return alone * ALONE / machine.together  # the other cores are free then
-    exchange_s = 0.0 if machine.gpus else machine.exchange * EXCHANGE_S * speed.parameters / 1e6
+    exchange_s = 0.0 if machine.gpus else EXCHANGE_S * speed.parameters / 1e6
     return batch / (batch / workers / (alone * together(machine)) + exchange_s)
 
 
@@ -193,6 +189,12 @@ def fixed_seconds(source: SourceFacts, machine: MachineFacts) -> dict[str, float
         "ingest": 1.0 + writing,
         "register": REGISTER_S,
     }
+
+
+def training_ends_s(plan: Plan) -> float:
+    """Return after how many seconds of a plan's budget its training is to end, without the start of the workers."""
+    after = WORKERS_S + plan.seconds["scores"] + plan.seconds["register"]
+    return plan.budget_s * (1 - SPARE) - after
 
 
 def left_for_training(budget_s: float, spent: dict[str, float]) -> float:

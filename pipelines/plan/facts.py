@@ -135,7 +135,6 @@ class MachineFacts:
             unit share it.
         start_s: seconds until the services that are needed answer.
         looking_s: seconds that looking at the source and measuring took, without the wait for a busy cluster.
-        exchange: time that workers on CPU cores take to exchange gradients, relative to `clock.EXCHANGE_S`.
     """
 
     where: str
@@ -147,13 +146,12 @@ class MachineFacts:
     together: float = 1.0
     start_s: float = 0.0
     looking_s: float = 0.0
-    exchange: float = 1.0
 
     def times(self, training: float, drawing: float, judging: float) -> MachineFacts:
         """Return the facts of a machine that trains, draws and trains evaluators so many times as fast."""
         speeds = {key: speed.times(training, drawing) for key, speed in self.speeds.items()}
         judge = {size: seconds / judging for size, seconds in self.judge_step_s.items()}
-        return replace(self, speeds=speeds, judge_step_s=judge, exchange=self.exchange / training)
+        return replace(self, speeds=speeds, judge_step_s=judge)
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> MachineFacts:

@@ -140,15 +140,19 @@ def optim_lines(source: SourceFacts, machine: MachineFacts, basis: Basis, hand: 
     rate = RATES[basis.candidate.network] * math.sqrt(min(batch, 512) / 128)
     passes = images / source.train_images
     capped = images + batch > most_images(source) and not hand.sets("images")
+    known = capped or hand.sets("images") or hand.get("objective", hand.get("objective.loss", "")) == "consistency"
+    length = {"images": images} if known else {"images": images, "training_s": round(basis.training_s)}
     rate_s = images / basis.training_s
-    why = f"{spoken(basis.training_s)} at {rate_s:,.0f} images/s; each image is seen {passes:.0f} times"
+    why = f"{spoken(basis.training_s)} at {rate_s:,.0f} images/s; each image is seen {passes:.0f} times" + (
+        "" if known else "; corrected by its own speed while it trains"
+    )
     optimizer = {"optim.kind": methods(hand)["optim.kind"]}
     return [
         hand.line("optimizer", optimizer, "Muon", f"the better one of those compared ({COMPARISON})"),
         hand.line(
             "length",
-            {"images": images},
-            f"{images:,} images",
+            length,
+            f"{images:,} images" if known else f"about {images:,} images",
             f"each image is seen {MOST_PASSES:,} times, more of that only learns them by heart" if capped else why,
         ),
         _batch_line(machine, basis, hand),
@@ -201,7 +205,7 @@ def machine_lines(machine: MachineFacts, basis: Basis, hand: Hand) -> list[Line]
         ),
         hand.line(
             "checkpoints",
-            {"checkpoint.every": every, "checkpoint.publish_every": images},
+            {"checkpoint.every": every, "checkpoint.publish_every": 10 * images},  # the last one is, in any case
             f"every {every:,} images",
             f"after a crash at most {spoken(basis.training_s / marks)} are computed again",
         ),

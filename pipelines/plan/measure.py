@@ -21,28 +21,17 @@ from pipelines.evaluation.devices import one_thread
 from pipelines.evaluation.evaluators.classifier import BATCH as JUDGE_BATCH
 from pipelines.evaluation.evaluators.classifier import MAX_SIDE, train_classifier
 from pipelines.evaluation.evaluators.contrastive import train_contrastive
-from pipelines.plan import clock
 from pipelines.plan.choose import PIECE, choose, drawing_precision, methods, uses_captions
 from pipelines.plan.facts import Hand, MachineFacts, SourceFacts, Speed
 from pipelines.plan.networks import Candidate, candidates
 from pipelines.training.loop.hardware import resolve_precision
-from pipelines.training.loop.speed import (
-    MeasuredSpeed,
-    measure_drawing,
-    measure_ranks,
-    measure_speed,
-    measure_training,
-)
+from pipelines.training.loop.speed import MeasuredSpeed, measure_drawing, measure_speed, measure_training
 
 logger = logging.getLogger(__name__)
 SECONDS = 0.3
 """How long steps and evaluations of one candidate are each repeated."""
-LONGER_SHARE, LONGER_S = 1 / 60, (2.0, 10.0)
-"""Share of the budget for which the chosen one and the evaluator are measured, and the least and most seconds."""
-OF_TRAINING, OF_DRAWING, OF_JUDGING = 0.7, 0.15, 0.15
-"""How these divide: training takes most of a budget, and is to be known best."""
-MOST_RANKS = 8
-"""Of more workers on one machine, so many are measured, while the other cores are busy."""
+LONGER_SHARE, LONGER_S = 1 / 400, (0.3, 1.5)
+"""Share of the budget for which the chosen one draws and its evaluator is trained, and the least and most seconds."""
 FEWER = 8
 """How many times as few images the steps have by which the time of a step is told from that of its images."""
 JUDGE_STEPS = 2
@@ -135,17 +124,14 @@ class Measurement:
 
 @dataclass(frozen=True)
 class MeasuredLonger:
-    """What is measured of the chosen candidate for some seconds.
+    """What is measured of the chosen candidate for longer.
 
     Attributes:
-        train: images per second of all workers, which share the batches and exchange their gradients; as bare
-            processes.
         draw: as of `Speed`.
         judge_step_s: seconds of one step of the training of the evaluator, which has the machine for itself.
         took_s: seconds that measuring took.
     """
 
-    train: float
     draw: float
     judge_step_s: float
     took_s: float
@@ -153,44 +139,31 @@ class MeasuredLonger:
 
 @dataclass(frozen=True)
 class LongerMeasurement:
-    """What takes most of a budget, on CPU cores for some seconds; picklable, for a Ray task.
+    """What comes after a training, on CPU cores; picklable, for a Ray task.
 
     Attributes:
         source: what the images are like.
         settings: what the user has set.
         candidate: that was chosen.
-        workers: how many will train.
-        images: of a step of one worker.
         piece: images that are drawn together.
-        seconds: how long all is repeated.
+        seconds: how long each is repeated.
     """
 
     source: SourceFacts
     settings: Mapping[str, Any]
     candidate: Candidate
-    workers: int
-    images: int
     piece: int
     seconds: float
 
     def __call__(self) -> MeasuredLonger:
         """Return what was measured."""
         began, device = time.monotonic(), torch.device("cpu")
-        ranks = min(self.workers, whole_cores(), MOST_RANKS)
-        config = trial_config(self.candidate, self.source, Hand(self.settings), self.images * ranks, device)
-        pieces = config.model_copy(update={"batch_size": self.piece})
-        precision = resolve_precision(config.optim, device)
+        config = trial_config(self.candidate, self.source, Hand(self.settings), self.piece, device)
         with one_thread():
-            if ranks == 1:
-                train = measure_training(config, device, OF_TRAINING * self.seconds)
-            else:
-                with others_busy(device, precision, ranks):
-                    train = measure_ranks(config, ranks, OF_TRAINING * self.seconds)
-            with others_busy(device, precision):
-                draw = measure_drawing(pieces, device, OF_DRAWING * self.seconds)
-            classes = len(self.source.class_counts)
-            judge_step_s = judge_step_seconds(config, classes, device, OF_JUDGING * self.seconds)
-        return MeasuredLonger(train * self.workers / ranks, draw, judge_step_s, time.monotonic() - began)
+            with others_busy(device, resolve_precision(config.optim, device)):
+                draw = measure_drawing(config, device, self.seconds)
+            judge_step_s = judge_step_seconds(config, len(self.source.class_counts), device, self.seconds)
+        return MeasuredLonger(draw, judge_step_s, time.monotonic() - began)
 
 
 def measure(
@@ -234,13 +207,12 @@ def measure_longer(
     compared: bool,
     run: Callable[[Any, int], Any] | None = None,
 ) -> MachineFacts:
-    """Return the facts of a machine whose speed is that of some seconds of work on its CPU cores.
+    """Return the facts of a machine whose speed after the training is that of a longer measurement on its CPU cores.
 
     The fraction of a second in which candidates are measured tells them from each other. But cores are faster for a
-    moment than for minutes, and other guests take more of them now than then, by more than a plan has to spare. So the
-    chosen network is trained by as many workers as there will be, and draws, and the evaluator is trained, for longer,
-    each by itself: what the others were measured at is taken to be as much too fast or too slow. GPUs are left as they
-    are.
+    moment than for minutes, by more than a plan has to spare. A training corrects its own length (`Config.training_s`);
+    nothing corrects what comes after it. So the chosen network draws, and the evaluator is trained, for longer: at what
+    the others were measured is taken to be as much too fast or too slow. GPUs are left as they are.
 
     Args:
         compared: as for `choose`.
@@ -253,19 +225,12 @@ def measure_longer(
     if machine.gpus:
         return machine
     basis = choose(source, machine, budget_s, Hand(settings), compared)
-    images = max(1, basis.batch // basis.workers)
     least, most = LONGER_S
     seconds = min(most, max(least, LONGER_SHARE * budget_s))
-    measurement = LongerMeasurement(
-        source, settings, basis.candidate, basis.workers, images, basis.speed.piece, seconds
-    )
+    measurement = LongerMeasurement(source, settings, basis.candidate, basis.speed.piece, seconds)
     found: MeasuredLonger = measurement() if run is None else run(measurement, 0)
-    expected = clock.training_rate(basis.speed, machine, basis.workers, images * basis.workers)
-    changed = machine.times(
-        found.train * (clock.BESIDE_SERVICES if basis.workers > 1 else clock.ALONE) / expected,
-        found.draw / basis.speed.draw,
-        machine.judge_step_s[basis.candidate.size] / found.judge_step_s,
-    )
+    judging = machine.judge_step_s[basis.candidate.size] / found.judge_step_s
+    changed = machine.times(1.0, found.draw / basis.speed.draw, judging)
     return replace(changed, looking_s=machine.looking_s + found.took_s)
 
 
@@ -364,9 +329,9 @@ def speed_together(cores: int, precision: str) -> float:
 
 
 @contextmanager
-def others_busy(device: torch.device, precision: str, measured: int = 1) -> Iterator[None]:
-    """Keep all cores but those that are measured busy, as the other workers of a training on CPU cores do."""
-    others = whole_cores() - measured if device.type == "cpu" else 0
+def others_busy(device: torch.device, precision: str) -> Iterator[None]:
+    """Keep all cores but one busy, as the other workers of a training on CPU cores do."""
+    others = whole_cores() - 1 if device.type == "cpu" else 0
     if others < 1:
         yield
         return

@@ -14,7 +14,7 @@ from typing import Any
 import ray
 
 from pipelines import references, registry, tracking
-from pipelines.config import Config, changed_sampling, sampling_overrides
+from pipelines.config import Config, ConfigError, changed_sampling, sampling_overrides
 from pipelines.display import Notice, StageNotice
 from pipelines.evaluation.evaluators import Evaluator, open_evaluator
 from pipelines.evaluation.prompts import open_captions
@@ -185,6 +185,11 @@ def training_study(
     """
     began, say = time.monotonic(), partial(notice, "study")
     store, storage = StudyStore.of(config, name), Storage.of(config)
+    if config.training_s is not None:
+        raise ConfigError(
+            f"training_s = {config.training_s:g}: trials are compared after as many images each, so set images, and "
+            "leave training_s at null"
+        )
     check_space(study, config)
     rungs(config.images, config.batch_size, study)
     seeds = NoiseSeeds.of(config, name)

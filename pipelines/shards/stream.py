@@ -91,7 +91,7 @@ class TrainingStream:
         rank: int,
         world_size: int,
         start: int = 0,
-        stop: int,
+        stop: int | None,
         threads: int = 2,
         prefetch: int = 4,
     ) -> None:
@@ -102,8 +102,10 @@ class TrainingStream:
         self.waited_s = 0.0
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield this rank's pieces of the global batches that begin at ordinals from `start` to `stop`."""
-        batches = read_ahead(self._load, range(self.start, self.stop, self.batch_size), self.threads, self.prefetch)
+        """Yield this rank's pieces of the global batches that begin at ordinals from `start` to `stop`, if any."""
+        start, every = self.start, self.batch_size
+        firsts = itertools.count(start, every) if self.stop is None else range(start, self.stop, every)
+        batches = read_ahead(self._load, firsts, self.threads, self.prefetch)
         while True:
             began = time.perf_counter()
             batch = next(batches, None)

@@ -4,6 +4,7 @@ METRICS = {
     "train/loss": "Mean training loss of the steps since the last point. Losses of different schedules or objectives "
     "are not comparable.",
     "train/images_per_s": "Images trained per second, by all workers together.",
+    "train/length": "Images after which the run ends, as corrected so far by its own speed; with training_s only.",
     "train/goodput": "Share of the drivers' time that went into training which lasts, 0 to 1.",
     "updates/lr": "Learning rate.",
     "updates/grad_norm": "Mean norm of the gradient before it was clipped.",

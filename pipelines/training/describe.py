@@ -99,7 +99,8 @@ def training_text(config: Config, dataset: Dataset) -> str:
         if classifier
         else f"{config.model.kind}, {config.objective.prediction}-prediction"
     )
+    length = f"{config.images:,} images" if config.training_s is None else f"{config.training_s:,.0f} s on images"
     return (
-        f"{what}, {config.schedule.kind} schedule, {config.images:,} images of `{dataset.uri}` ({pictures}; "
+        f"{what}, {config.schedule.kind} schedule, {length} of `{dataset.uri}` ({pictures}; "
         f"{dataset.samples('train'):,} different ones) in batches of {config.batch_size} on {workers_text(config)}."
     )

@@ -74,15 +74,17 @@ class Plan:
     Attributes:
         job: what the workers need.
         resumes_at: images seen by the newest checkpoint; 0 for a new run.
+        length: images after which the run ends, as far as is known.
     """
 
     job: Job
     resumes_at: int
+    length: int
 
     @property
     def complete(self) -> bool:
         """Whether the run has seen all its images already."""
-        return self.resumes_at >= self.job.config.images
+        return self.resumes_at >= self.length
 
 
 def make_plan(config: Config, storage: Storage, lineage: dict[str, Any]) -> Plan:
@@ -111,7 +113,7 @@ def make_plan(config: Config, storage: Storage, lineage: dict[str, Any]) -> Plan
     tracker, _ = tracking.open_run(config.tracking.uri, config.tracking.experiment, config.name, {}, patience_s)
     origin = {**lineage, **initial, **encoder_lineage(config, storage), "run_id": tracker.run_id}
     job = Job(config, dataset, storage, tracker, origin, quarantine)
-    return Plan(job, state.images_seen if state else 0)
+    return Plan(job, state.images_seen, state.ends_at(config)) if state else Plan(job, 0, config.images)
 
 
 def initial_lineage(config: Config, storage: Storage, *, new: bool) -> dict[str, Any]:
@@ -229,14 +231,14 @@ def train(
     with only_driver(config) as monitor:
         job = replace(job, fence=checkpoints.take_over(job.storage, job.run_uri))
         ledger = Ledger(job.storage, job.run_uri, job.epoch)
-        with _evaluations(job, evaluate, notice) as evaluations:
+        with _evaluations(job, plan.length, evaluate, notice) as evaluations:
             with ledger.session(began):
                 error = _fit_until_stuck(job, monitor, ledger, _with_scores(report, evaluations), notice, workers)
             if isinstance(error, FencedError):
                 raise TrainingError(str(error)) from error  # the MLflow run is another driver's now
             goodput = ledger.goodput()
             seen = max(plan.resumes_at, goodput.images_seen if goodput else 0)
-            finished = seen >= config.images
+            finished = seen >= ((goodput and goodput.length) or plan.length)
             status = "FAILED" if error is not None else "FINISHED" if finished else "KILLED"
             with tracking.recording(f"does not know that the run is {status}"):
                 if goodput:
@@ -267,9 +269,13 @@ def on_the_page(tracker: Tracker, notice: Notice) -> Notice:
 
 
 def _with_scores(report: Report, evaluations: Evaluations) -> Report:
-    """Return a report that knows the distance of the newest checkpoint that has been scored."""
+    """Return a report that knows the distance of the newest checkpoint that has been scored.
+
+    It tells the evaluations which checkpoint is the last one.
+    """
 
     def tell(status: TrainingStatus) -> None:
+        evaluations.end = status.length or evaluations.end
         scored_at, distance = evaluations.newest_distance() or (None, None)
         report(replace(status, scored_at=scored_at, distance=distance))
 
@@ -286,24 +292,24 @@ def _complete(plan: Plan, notice: Notice, evaluate: Evaluate | None) -> Training
             if goodput:
                 report_goodput(tracker, goodput, plan.resumes_at)
             tracker.status("FINISHED")
-        if _evaluations(job, evaluate, notice).outstanding():
+        if _evaluations(job, plan.length, evaluate, notice).outstanding():
             connect_ray(job.config, job.storage)
             with only_driver(job.config):
                 job = replace(job, fence=checkpoints.take_over(job.storage, job.run_uri))
-                with _evaluations(job, evaluate, notice) as evaluations:
+                with _evaluations(job, plan.length, evaluate, notice) as evaluations:
                     evaluations.finish()
     return _result(tracker, "complete", plan.resumes_at, goodput)
 
 
-def _evaluations(job: Job, evaluate: Evaluate | None, notice: Notice) -> Evaluations:
-    """Return the evaluations of a run, on resources that its training will never want."""
+def _evaluations(job: Job, length: int, evaluate: Evaluate | None, notice: Notice) -> Evaluations:
+    """Return the evaluations of a run of this length, on resources that its training will never want."""
     config = job.config
 
     def has_room() -> bool:
         wanted = needs(config)
         return has_room_beside(config.cluster, alive_nodes(), wanted) and is_free(wanted)
 
-    return Evaluations(job, evaluate or score_on_ray(config, job.storage, job.tracker), has_room, notice)
+    return Evaluations(job, length, evaluate or score_on_ray(config, job.storage, job.tracker), has_room, notice)
 
 
 def _fit_until_stuck(

@@ -71,10 +71,13 @@ def to_score(
     return sorted(again, key=lambda p: -p.images_seen)
 
 
-def has_outstanding(tracker: Tracker, config: Config) -> bool:
+def has_outstanding(tracker: Tracker, config: Config, end: int) -> bool:
     """Return whether the evaluations of a run that has ended have something left to do; nothing is written.
 
     That is a published checkpoint that is no logged model yet, or one that is to be scored.
+
+    Args:
+        end: length of the run in images.
 
     Raises:
         TrackingError: MLflow does not answer.
@@ -83,20 +86,21 @@ def has_outstanding(tracker: Tracker, config: Config) -> bool:
     models = tracking.checkpoint_models(tracker)
     tried = {images for images, model in models.items() if model.tags.get(STATE_TAG)}
     unentered = any(published.images_seen not in models for published in records)
-    return unentered or bool(to_score(records, config.evaluation.every, config.images, tried, ()))
+    return unentered or bool(to_score(records, config.evaluation.every, end, tried, ()))
 
 
 class Evaluations:
     """The evaluations of a run during the life of a driver; a context, in which its thread runs.
 
     Args:
+        end: length of the run in images, as far as is known.
         evaluate: scores a checkpoint; called in the thread, which it may hold for as long as it takes.
         has_room: whether the cluster has resources for an evaluation beside the training.
         notice: called with lines for the user.
     """
 
-    def __init__(self, job: Job, evaluate: Evaluate, has_room: Callable[[], bool], notice: Notice) -> None:
-        self.job, self.evaluate, self.has_room, self.notice = job, evaluate, has_room, notice
+    def __init__(self, job: Job, end: int, evaluate: Evaluate, has_room: Callable[[], bool], notice: Notice) -> None:
+        self.job, self.end, self.evaluate, self.has_room, self.notice = job, end, evaluate, has_room, notice
         self.config: Config = job.config
         self.tracker = replace(job.tracker, patience_s=0)
         self.records: dict[str, Published] = {}  # by name
@@ -228,8 +232,8 @@ class Evaluations:
         self.records[published.name] = published
 
     def _to_score(self) -> list[Published]:
-        every, end = self.config.evaluation.every, self.config.images
-        return to_score(list(self.records.values()), every, end, self.tried, self.settled)
+        every = self.config.evaluation.every
+        return to_score(list(self.records.values()), every, self.end, self.tried, self.settled)
 
     def _score(self, published: Published) -> None:
         self._enter(Published.read(self.tracker, published.name))

@@ -35,6 +35,7 @@ class Attempt:
         seconds: wall time by kind, as in `Progress`.
         uploaded_bytes: size of the checkpoints stored.
         upload_s: seconds of their uploads, while training went on.
+        length: images after which the run ends, as far as was known; None where an earlier release did not record it.
     """
 
     began: float
@@ -44,6 +45,7 @@ class Attempt:
     seconds: Mapping[str, float]
     uploaded_bytes: int = 0
     upload_s: float = 0.0
+    length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Goodput:
         sessions: lives of drivers.
         uploaded_bytes: size of the checkpoints stored.
         upload_s: seconds of their uploads, while training went on.
+        length: images after which the run ends, as far as the newest attempt of the newest driver knew.
     """
 
     wall_s: float
@@ -99,6 +102,7 @@ class Goodput:
     sessions: int
     uploaded_bytes: int
     upload_s: float
+    length: int | None = None
 
     @property
     def fraction(self) -> float:
@@ -179,6 +183,7 @@ def measure(sessions: Sequence[Session]) -> Goodput:
         sessions=len(sessions),
         uploaded_bytes=sum(a.uploaded_bytes for a in attempts),
         upload_s=sum(a.upload_s for a in attempts),
+        length=next((a.length for a in reversed(sessions[-1].attempts)), None) if sessions else None,
     )
 
 

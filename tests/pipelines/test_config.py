@@ -251,6 +251,7 @@ def test_a_configuration_is_frozen_and_comes_back_from_plain_values():
         ("cluster.num_workers=1", True),
         ("cluster.step_timeout_s=60", True),
         ("cluster.max_preemption_failures=3", True),
+        ("training_s=60", True),  # what it decides depends on the machine, and is in the checkpoint
         ("guidance.scale=7", True),
         ("sampler.steps=7", True),
         ("data.cache_gib=1", True),

@@ -72,6 +72,8 @@ class Checkpointer:
             identity=self.context.config.identity(),
             optimizer_steps=state.optimizer_steps,
             skipped=state.skipped,
+            length=state.length,
+            trained_s=state.trained_s,
         )
         self._uploads.append(self._thread.submit(self._store, checkpoint, publish=publish))
 
@@ -169,6 +171,7 @@ def restore(context: RunContext, state: TrainingState, log: RunLog | None) -> tu
         logger.warning("%s", change)
     broadcast(tensors, state.tensors(), context.device)
     state.set_counters(found.state.images_seen, found.state.optimizer_steps, found.state.skipped)
+    state.length, state.trained_s = found.state.ends_at(context.config), found.state.trained_s
     return True, found.damaged
 
 

@@ -46,7 +46,7 @@ def training_stream(context: RunContext, start: int) -> TrainingStream:
         rank=context.rank,
         world_size=context.world_size,
         start=start,
-        stop=job.config.images,
+        stop=job.config.images if job.config.training_s is None else None,
         threads=settings.threads,
         prefetch=settings.prefetch,
     )

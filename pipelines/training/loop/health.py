@@ -89,10 +89,12 @@ class Health:
     Args:
         config: of the run.
         resumed_at: images seen where the attempt begins.
+        length: of the run in images, where it is corrected while it trains; None: as configured.
     """
 
     config: Config
     resumed_at: int
+    length: int | None = None
     told: set[str] = field(default_factory=set)
     first: list[float] = field(default_factory=list)
     points: int = 0
@@ -131,7 +133,7 @@ class Health:
             )
         new = self.resumed_at == 0 and self.config.init_from is None and len(self.first) == FIRST_STEPS
         before = sum(self.first) / max(len(self.first), 1)
-        if new and images_seen >= JUDGED_FROM * self.config.images and loss > FALLEN * before:
+        if new and images_seen >= JUDGED_FROM * (self.length or self.config.images) and loss > FALLEN * before:
             mend = f"optim.lr={3 * lr:.2g}" if grad_norm < 1 else f"optim.lr={lr / 3:.2g}"
             return self._once(
                 "loss",
@@ -190,7 +192,7 @@ class Health:
 
     def _too_early(self, images_seen: int) -> bool:
         """Return whether a run is still allowed to be bad."""
-        least = max(JUDGED_FROM * self.config.images, LEAST_STEPS * self.config.batch_size)
+        least = max(JUDGED_FROM * (self.length or self.config.images), LEAST_STEPS * self.config.batch_size)
         return self.config.task != "denoiser" or images_seen < least
 
     def _once(self, kind: str, text: str) -> list[str]:

@@ -21,6 +21,7 @@ from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.data import training_stream
 from pipelines.training.loop.health import Health, say
 from pipelines.training.loop.initial import load_initial_model, with_teacher
+from pipelines.training.loop.length import Length
 from pipelines.training.loop.log import finish_log, open_log
 from pipelines.training.loop.preview import Preview
 from pipelines.training.loop.progress import Clock, Progress, passes
@@ -87,6 +88,7 @@ class TrainingLoop:
         resources.callback(self.checkpointer.close)
         self.health = Health(self.config, self.resumed_at)
         self.preview = Preview(context, self.log, self.health)
+        self.length = Length(self.config.training_s, self.config.batch_size, self.clock, self.state)
         self.statistics = StepStatistics(context, self.clock, self.resumed_at)
         self.profiler = Profiler(context, self.resumed_at, self.log)
         self.guard = SkipGuard(self.config.optim, self.config.batch_size)
@@ -95,22 +97,23 @@ class TrainingLoop:
         self.read_error: ShardCorruptError | None = None
 
     def run(self) -> None:
-        """Train until `config.images` images are seen or a stop is requested; the last checkpoint is always saved."""
+        """Train to the end of the run or until a stop is requested; the last checkpoint is always saved."""
         config, state = self.config, self.state
         batches = iter(self.stream)
         end_startup()
         self.clock.switch("step")
-        while (batch := self._next_batch(batches)) is not None:
+        while state.images_seen < state.length and (batch := self._next_batch(batches)) is not None:
             # Forward, backward, update.
             self.profiler.before_step(state.images_seen)
             stop = self.context.rank == 0 and self.shell.stop_requested()
             checkpoint = self.shell.checkpoint_requested()
-            unreadable = self.read_error is not None
-            result = step(self.context, state, batch, stop=stop, checkpoint=checkpoint, unreadable=unreadable)
+            asked = {"stop": stop, "checkpoint": checkpoint, "unreadable": self.read_error is not None}
+            length = self.length.corrected(state.images_seen) if self.context.rank == 0 else None
+            result = step(self.context, state, batch, **asked, length=length or 0)
             if result.unreadable:
                 self._end_unreadable()
                 return
-            finished = state.images_seen >= config.images
+            finished = state.images_seen >= state.length
             if self.log:
                 self.log.begin()
 
@@ -177,6 +180,7 @@ class TrainingLoop:
         if warning:
             logger.warning("%s", warning)
         self.statistics.add(result)
+        self.health.length = self.state.length
         self.health.step(result.loss)
         self._report_progress(result.loss)
         if finished or self._crossed(self.config.tracking.log_every):
@@ -202,12 +206,14 @@ class TrainingLoop:
         self.loss = loss
         stored = self.checkpointer.uploaded_bytes, self.checkpointer.upload_s
         seconds = self.clock.seconds()
-        self.shell.progress(Progress(self.state.images_seen, self.resumed_at, loss, seconds, *stored))
+        seen, length = self.state.images_seen, self.state.length
+        self.shell.progress(Progress(seen, self.resumed_at, loss, seconds, *stored, length))
 
     def _save(self, finished: bool) -> None:
         seen, config = self.state.images_seen, self.config
         often = (config.checkpoint.publish_every, config.evaluation.every)
         publish = finished or any(passes(self.saved_at, seen, every) for every in often)
+        self.state.trained_s = self.length.trained_s()
         with self.clock.during("checkpoint"):
             self.checkpointer.save(self.state, publish=publish)
         self.saved_at = seen

@@ -29,6 +29,7 @@ class Progress:
             it), "grid" (drawing samples, evaluation).
         uploaded_bytes: of checkpoints, published copies included.
         upload_s: seconds of background uploads, during which training went on.
+        length: images after which the run ends, as far as is known.
     """
 
     images_seen: int
@@ -37,6 +38,7 @@ class Progress:
     seconds: Mapping[str, float]
     uploaded_bytes: int = 0
     upload_s: float = 0.0
+    length: int | None = None
 
 
 class Clock:

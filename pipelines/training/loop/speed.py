@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 
 from ddpm.conditioning import Conditioning
 from ddpm.prediction import Arithmetic
 from pipelines.config import Config, sampling
-from pipelines.scratch import scratch_folder
 from pipelines.shards.index import ShardInfo, make_dataset
 from pipelines.shards.read import Batch
 from pipelines.storage import Storage
 from pipelines.tracking import Tracker
-from pipelines.training.loop.collectives import broadcast_object
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.shell import Job
 from pipelines.training.loop.state import TrainingState, ema_weights, make_state
@@ -29,8 +22,6 @@ from pipelines.training.loop.step import step
 
 TOKENS = 16
 """Length of made-up captions."""
-ANSWER = timedelta(minutes=2)
-"""How long a rank that is measured waits for the others."""
 
 
 @dataclass(frozen=True)
@@ -73,44 +64,6 @@ def measure_training(config: Config, device: torch.device, seconds: float) -> fl
     """Return `MeasuredSpeed.train` alone; arguments as of `measure_speed`."""
     context, state, batch = _prepared(config, device)
     return _rate(lambda: _step(context, state, batch), config.batch_size, device, seconds)
-
-
-def measure_ranks(config: Config, ranks: int, seconds: float) -> float:
-    """Return images per second of whole training steps of several ranks, which exchange their gradients.
-
-    Each is a process with one thread of this machine's CPU.
-
-    Args:
-        config: of a denoiser; its `batch_size` is that of all ranks, a multiple of their number.
-        seconds: how long steps are repeated, after some to warm up.
-    """
-    with tempfile.TemporaryDirectory(prefix="ranks-", dir=scratch_folder()) as folder:
-        spawn(_rank, (ranks, Path(folder), config, seconds), nprocs=ranks)
-        return float((Path(folder) / "rate").read_text())
-
-
-def _rank(rank: int, ranks: int, folder: Path, config: Config, seconds: float) -> None:
-    """Be one of some ranks that meet in a folder and take as many steps as rank 0 says, which writes their rate."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/meeting", ANSWER, world_size=ranks, rank=rank)
-    try:
-        context = RunContext.of(made_up_job(config), rank=rank, world_size=ranks, device=torch.device("cpu"))
-        state = make_state(context)
-        batch = made_up(config.model_copy(update={"batch_size": config.batch_size // ranks}))
-
-        def steps(count: int) -> float:
-            began = time.perf_counter()
-            for _ in range(count):
-                _step(context, state, batch)
-            return time.perf_counter() - began
-
-        steps(1)
-        count = broadcast_object(max(2, round(2 * seconds / steps(2))))
-        rate = count * config.batch_size / steps(count)
-        if rank == 0:
-            (folder / "rate").write_text(str(rate))
-    finally:
-        dist.destroy_process_group()
 
 
 def measure_drawing(config: Config, device: torch.device, seconds: float) -> float:

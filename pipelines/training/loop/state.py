@@ -43,9 +43,12 @@ class TrainingState:
         timesteps: the timestep sampler, with its history where it learns from the losses.
         learned_weight: the weight of the loss that is learned, where the configuration asks for one.
         loss_scale: the factor of the loss, 1 unless the precision is fp16.
+        length: images after which the run ends, as far as is known now: `config.images`, or what fits the seconds that
+            it may train.
         images_seen: the ordinal of the next batch's first sample.
         optimizer_steps: the number of updates made.
         skipped: the number of updates left out because a loss or gradient was not finite.
+        trained_s: seconds that the run has trained when it was saved; rank 0 knows them.
     """
 
     network: nn.Module
@@ -56,9 +59,11 @@ class TrainingState:
     timesteps: TimestepSampler
     learned_weight: LearnedWeight | None
     loss_scale: LossScale
+    length: int
     images_seen: int = 0
     optimizer_steps: int = 0
     skipped: int = 0
+    trained_s: float = 0.0
 
     @property
     def learns_from_losses(self) -> bool:
@@ -114,6 +119,7 @@ def make_state(context: RunContext) -> TrainingState:
         timestep_sampler(config),
         learned_weight(config),
         LossScale(enabled=context.precision == "fp16"),
+        config.images,
     )
 
 

@@ -50,6 +50,7 @@ def step(
     stop: bool = False,
     checkpoint: bool = False,
     unreadable: bool = False,
+    length: int = 0,
 ) -> StepResult:
     """Update the state by this rank's piece of the next global batch, together with all other ranks.
 
@@ -60,6 +61,7 @@ def step(
         stop: whether this rank asks to stop.
         checkpoint: whether this rank asks for a checkpoint.
         unreadable: whether this rank's batch could not be read, and `batch` only stands in for it.
+        length: what this rank says that the length of the run is from here on; 0 where it says nothing.
     """
     config, device = context.config, context.device
 
@@ -83,7 +85,7 @@ def step(
             sums[1 + n - state.images_seen] = each.detach().double()
 
     # All-reduce flags and losses.
-    flags = torch.tensor([stop, checkpoint, unreadable], dtype=torch.float64, device=device)
+    flags = torch.tensor([stop, checkpoint, unreadable, length], dtype=torch.float64, device=device)
     sums = torch.cat([flags, sums])
     if context.world_size > 1:
         dist.all_reduce(sums)
@@ -91,7 +93,8 @@ def step(
     # Read loss and gradient norm: the one place where the host waits for the device.
     state.loss_scale.unscale(state.network.parameters())
     norm = _gradient_norm(state.network)
-    stops, checkpoints, unreadables, mean_loss, grad_norm = torch.cat([sums[:4], norm.double()[None]]).tolist()
+    stops, checkpoints, unreadables, new, mean_loss, grad_norm = torch.cat([sums[:5], norm.double()[None]]).tolist()
+    state.length = int(new) or state.length
     if unreadables:
         state.optimizer.zero_grad()
         return StepResult(mean_loss, grad_norm, False, stop=True, checkpoint=True, unreadable=True)
@@ -100,7 +103,7 @@ def step(
     finite = math.isfinite(mean_loss), math.isfinite(grad_norm)
     updated, rescaled = all(finite), state.loss_scale.update(*finite)
     if updated:
-        _update_weights(context, state, norm, sums[4:])
+        _update_weights(context, state, norm, sums[5:])
     else:
         state.skipped += 1
     state.optimizer.zero_grad()
@@ -128,7 +131,7 @@ def _update_weights(context: RunContext, state: TrainingState, norm: Tensor, eac
         parameters = [p for p in state.network.parameters() if p.requires_grad]
         nn.utils.clip_grads_with_norm_(parameters, config.optim.grad_clip, norm)
     for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(config, state.images_seen)
+        group["lr"] = learning_rate(config, state.images_seen, state.length)
     state.optimizer.step()
     state.optimizer_steps += 1
     if state.learns_from_losses:
@@ -140,13 +143,16 @@ def _update_weights(context: RunContext, state: TrainingState, norm: Tensor, eac
         state.timesteps.update(ordinals, each)
 
 
-def learning_rate(config: Config, images_seen: int) -> float:
+def learning_rate(config: Config, images_seen: int, length: int | None = None) -> float:
     """Return the learning rate as a function of images seen: scaled by the batch, linear warm-up, then the decay.
 
     "linear" and "cosine" end at 2 % of it with the run; "inverse_sqrt" falls from `decay_images` on (Karras et al.
     2024, eq. 67), whatever the run's length.
+
+    Args:
+        length: of the run in images; None: as configured.
     """
-    optim, images = config.optim, config.images
+    optim, images = config.optim, length or config.images
     warmup = min(1.0, (images_seen + 1) / optim.warmup_images) if optim.warmup_images else 1.0
     left = max(0.0, 1 - images_seen / images)
     decay = {

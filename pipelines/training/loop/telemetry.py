@@ -51,11 +51,13 @@ class StepStatistics:
         if self.losses:
             found["updates/grad_norm"] = sum(self.grad_norms) / len(self.grad_norms)
         found |= {
-            "updates/lr": learning_rate(config, seen),
+            "updates/lr": learning_rate(config, seen, state.length),
             "updates/skipped": float(state.skipped),
             "worker/data_wait_share": waiting / max(stepping + waiting, 1e-9),
             "worker/memory_gib": memory_gib(self.context.device),
         }
+        if config.training_s is not None:
+            found["train/length"] = float(state.length)
         if state.loss_scale.enabled:
             found["updates/loss_scale"] = state.loss_scale.factor
         if self.peak is not None:

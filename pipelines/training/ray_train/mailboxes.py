@@ -55,6 +55,7 @@ class Monitor:
             seconds=dict(progress.seconds),
             uploaded_bytes=progress.uploaded_bytes,
             upload_s=progress.upload_s,
+            length=progress.length,
         )
         self.loss = progress.loss
         return self.stop

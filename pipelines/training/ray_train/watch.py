@@ -65,7 +65,10 @@ def fit_and_watch(
             if news.attempts:
                 goodput = ledger.goodput()
                 fraction = goodput.fraction if goodput else None
-                report(TrainingStatus(news.attempts[-1].images_seen, news.loss, fraction, samples=news.samples))
+                newest = news.attempts[-1]
+                report(
+                    TrainingStatus(newest.images_seen, news.loss, fraction, samples=news.samples, length=newest.length)
+                )
             if fenced := takeover.check():
                 return fenced
             if short:

@@ -11,7 +11,11 @@ import typer
 
 from pipelines.cli import main
 from pipelines.cli.common import read_arguments
+from pipelines.cli.flow import _training_ends
 from pipelines.config import read_config
+from pipelines.plan.clock import training_ends_s
+from pipelines.plan.make import compose_plan
+from tests.pipelines.plan.cases import DIGITS, LAPTOP
 from tests.pipelines.shards.ingest.sources import pictures, write_files
 
 
@@ -77,3 +81,11 @@ def test_ray_is_imported_only_after_its_environment_is_set():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_a_planned_training_ends_with_its_budget_unless_its_length_is_set_by_hand():
+    made = compose_plan(DIGITS, LAPTOP, 600.0, [])
+    assert _training_ends(made, 100.0) == 100.0 + training_ends_s(made.plan)
+    assert _training_ends(compose_plan(DIGITS, LAPTOP, 600.0, ["images=960"]), 100.0) is None
+    assert _training_ends(compose_plan(DIGITS, LAPTOP, 600.0, ["training_s=60"]), 100.0) is None
+    assert _training_ends(None, 100.0) is None

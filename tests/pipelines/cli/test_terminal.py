@@ -47,6 +47,11 @@ def test_a_training_shows_goodput_and_the_distance_of_the_checkpoint_that_was_sc
     assert capsys.readouterr().err.split("loss 0.2500, ")[1] == "goodput 91%, distance 3.14 at 1,280\n"
 
 
+def test_a_training_whose_length_was_corrected_is_shown_as_a_share_of_the_new_one(capsys):
+    Terminal().training(100, 0)(TrainingStatus(50, 0.25, length=200))
+    assert lines(capsys) == [["train", "25%", "50", "images,", "0/s,", "loss", "0.2500"]]
+
+
 def on_a_terminal(**settings):
     terminal, shown = Terminal(), io.StringIO()
     terminal.console = Console(file=shown, force_terminal=True, width=80, **settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,8 +31,10 @@ from pipelines.registry import Signer, Verdict, VerdictLog
 from pipelines.registry.sign import Trust
 from pipelines.shards.index import make_dataset
 from pipelines.storage import Storage
-from pipelines.tracking import ModelVersion, client
+from pipelines.tracking import ModelVersion, Tracker, client
+from pipelines.training import driver
 from pipelines.training.driver import TrainingResult
+from pipelines.training.loop.shell import Job
 from tests.pipelines.checkpoints.tiny import DATASET, a_checkpoint
 from tests.pipelines.registry.version import scores
 
@@ -55,14 +58,14 @@ def config(tmp_path, mlflow):
     return compose(["+experiment=digits", f"name={tmp_path.name}", "images=1000", f"tracking.uri={mlflow}", *places])
 
 
-def store(config, images: int, **lineage) -> None:
+def store(config, images: int, length: int | None = None, **lineage) -> None:
     """Store a checkpoint of a run of these settings."""
     checkpoint = a_checkpoint(images)
     spec = replace(checkpoint.spec, lineage={**checkpoint.spec.lineage, **lineage})
     name = checkpoint_name(images, 1)
     path = Path(run_folder(config).removeprefix("file://")) / name
     path.mkdir(parents=True)
-    save_checkpoint(path, replace(checkpoint, spec=spec, identity=config.identity()))
+    save_checkpoint(path, replace(checkpoint, spec=spec, identity=config.identity(), length=length))
     enter_checkpoint(STORAGE, run_folder(config), Listed(1, images, name), 5)
 
 
@@ -91,6 +94,41 @@ def test_a_run_is_trained_when_it_has_seen_all_its_images_and_mlflow_has_all_of_
     assert (found.result.tracker, found.result.published.digest) == (tracker, "d")
     STORAGE.write(f"{run_folder(config)}/{tracking.UNSENT}", b"something")
     assert looked(config).reason == f"{seen}, and MLflow does not have all of it"
+
+
+def test_a_run_that_has_seconds_is_trained_when_it_has_seen_what_fitted_them(config):
+    timed = config.model_copy(update={"training_s": 60.0})
+    store(timed, 600, length=800)
+    assert looked(timed).reason == f"run '{config.name}' has seen 600 of 800 images"
+    store(timed, 800, length=800)
+    assert looked(timed).reason.startswith(f"run '{config.name}' has seen its 800 images already")
+    assert looked(config).reason == f"run '{config.name}' has seen 800 of 1,000 images"
+
+
+@pytest.mark.parametrize(
+    ("left_s", "resumes_at", "expected"),
+    [(90.0, 0, 90.0), (3.0, 0, 15.0), (-50.0, 0, 15.0), (90.0, 500, 60.0), (None, 0, 60.0)],
+    ids=["earlier than planned", "late", "too late", "resumed", "no time said"],
+)
+def test_a_new_training_gets_the_seconds_that_are_left(config, monkeypatch, left_s, resumes_at, expected):
+    timed, trained = config.model_copy(update={"training_s": 60.0}), []
+
+    def make_plan(config, storage, lineage):
+        return driver.Plan(Job(config, DATASET, storage, Tracker("", ""), {}), resumes_at, 1000)
+
+    def train(plan, report, notice):
+        trained.append(plan.job.config)
+        return TrainingResult(plan.job.tracker, "finished", 1000, Published("uri", 1000, "d"), None)
+
+    monkeypatch.setattr(driver, "make_plan", make_plan)
+    monkeypatch.setattr(driver, "train", train)
+    ends = None if left_s is None else time.monotonic() + left_s
+    stage, site = Train(timed), replace(SITE, training_ends=ends)
+    assert stage.fills_time(site) is (ends is not None)
+    assert not Train(config).fills_time(site)
+    stage.run(site, Results(dataset=DATASET))
+    assert trained[0].training_s == pytest.approx(expected, abs=1.0)
+    assert trained[0].model_copy(update={"training_s": 60.0}) == timed
 
 
 def test_looking_for_a_run_makes_neither_run_nor_experiment(config):

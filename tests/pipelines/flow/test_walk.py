@@ -34,6 +34,7 @@ class Written(Stage[str]):
     checked: list[tuple[str, str]] = field(default_factory=list)
     aside: bool = False
     room: bool = False
+    fills: bool = False
     work: Callable[[], object] = bool
 
     @property
@@ -60,6 +61,9 @@ class Written(Stage[str]):
         except NotFoundError:
             return Look(None, "there is none")
         return Look(stored, "there it is") if stored == self.content(inputs) else Look(None, "it is of other inputs")
+
+    def fills_time(self, site):
+        return self.fills
 
     def has_room(self, site):
         assert self.on_ray
@@ -304,6 +308,21 @@ def test_without_room_for_both_and_without_ray_they_run_one_after_another(world,
     aside = {**aside, "work": alone}
     assert walk(of(world, train={"work": alone}, evaluator=aside), world.site).ran == tuple(NAMES)
     assert (world.ran, at_work) == (NAMES, [2, 3])
+
+
+def test_a_stage_that_fills_the_time_comes_after_one_that_cannot_run_beside_it(world):
+    begun: list[str] = []
+    parts: dict[str, dict[str, object]] = {name: {"work": lambda name=name: begun.append(name)} for name in NAMES}
+    parts["train"] |= {"fills": True}
+    parts["evaluator"] |= {"aside": True}
+    assert walk(of(world, **parts), world.site).ran == tuple(NAMES)
+    assert begun == ["ingest", "evaluator", "train", *NAMES[3:]]
+
+
+def test_a_stage_that_fills_the_time_runs_beside_one_for_which_there_is_room(world):
+    meeting = threading.Barrier(2, timeout=20)
+    train, evaluator = {"fills": True, "work": meeting.wait}, {"aside": True, "room": True, "work": meeting.wait}
+    assert walk(of(world, train=train, evaluator=evaluator), world.site).ran == tuple(NAMES)
 
 
 def fails(name: str, after: threading.Event | None = None, then: threading.Event | None = None):

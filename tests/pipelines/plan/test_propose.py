@@ -38,6 +38,7 @@ def test_every_plan_is_a_valid_configuration_that_fits_its_budget_and_says_why(k
     assert capped or 0.3 * budget_s < plan.total_s
     assert plan.total_s <= budget_s
     assert config.images == plan.images == plan.images // config.batch_size * config.batch_size
+    assert config.training_s == (None if capped else round(plan.seconds["train"]))
     assert config.objective.prediction == "v"
     assert config.optim.decay == "linear"
     assert config.optim.ema_half_life <= config.images / 10
@@ -208,7 +209,8 @@ def test_more_time_never_gives_a_smaller_network_at_the_same_size():
         ("batch_size=48", lambda config: config.batch_size == 48 and config.images % 48 == 0),
         ("batch_size=50", lambda config: config.batch_size == 50 and config.data.lanes == 2),
         ("batch_size=25", lambda config: config.batch_size == 25 and config.data.lanes == 1),
-        ("images=960", lambda config: config.images == 960),
+        ("images=960", lambda config: config.images == 960 and config.training_s is None),
+        ("training_s=120", lambda config: config.training_s == 120 and 2 <= config.images < 120 * 200),
         ("optim.lr=0.5", lambda config: config.optim.lr == 0.5),
         ("objective=ddpm", lambda config: config.objective.prediction == "eps"),
         ("model.channels=[32,32]", lambda config: config.model.channels == (32, 32)),
@@ -299,6 +301,15 @@ def test_the_time_of_a_training_has_room_for_its_grids(budget_s):
     assert drawn >= 2 * 8
 
 
+@pytest.mark.parametrize("kind", SOURCES)
+def test_a_training_ends_when_what_comes_after_it_still_fits(kind):
+    plan = propose(SOURCES[kind], LAPTOP, HALF_HOUR)
+    before = sum(plan.seconds[stage] for stage in ("look and measure", "start", "ingest", "evaluator"))
+    ends = before - clock.WORKERS_S + plan.seconds["train"]  # the workers' start does not count
+    assert clock.training_ends_s(plan) == pytest.approx(ends, rel=0.01)
+    assert clock.training_ends_s(plan) + plan.seconds["scores"] + plan.seconds["register"] < HALF_HOUR
+
+
 def test_more_real_images_take_longer_to_look_at():
     few, many = (propose(replace(DIGITS, images=count), LAPTOP, HALF_HOUR) for count in (10_000, 20_000))
     of_image = clock.ENCODE_SHARE * LAPTOP.judge_step_s[28] / clock.JUDGE_BATCH
@@ -379,5 +390,8 @@ def test_more_time_is_told_by_what_it_would_train():
     plan = propose(PHOTOS, LAPTOP, HALF_HOUR)
     told = more_time(plan, PHOTOS, LAPTOP)
     assert told.startswith(f"this one trained on {plan.images:,} images; budget=1h trains on ")
+    slower = more_time(plan, PHOTOS, LAPTOP, trained=plan.images // 2)
+    assert slower.startswith(f"this one trained on {plan.images // 2:,} images; budget=1h trains on ")
+    assert told.split("trains on ")[1] != slower.split("trains on ")[1]
     few = replace(UNLABELLED, images=220, test_images=20)
     assert more_time(propose(few, GPU, 7200.0), few, GPU).endswith("add images")

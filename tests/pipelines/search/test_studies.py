@@ -11,7 +11,7 @@ from ray.tune.tune import _setup_signal_catching
 
 from ddpm.generate import Sampling
 from ddpm.model import ModelSpec
-from pipelines.config import compose, sampling
+from pipelines.config import ConfigError, compose, sampling
 from pipelines.display import no_stage_notice
 from pipelines.evaluation.real import HELD_OUT
 from pipelines.search import studies
@@ -151,3 +151,14 @@ def test_a_training_study_judges_by_the_captions_of_all_stored_test_images(bench
     assert asked == [(width, HELD_OUT)]
     captions, (images, cond) = shared[0][-2:]
     assert (captions, len(images), cond) == ("drawn", HELD_OUT, "held")
+
+
+def test_a_training_study_of_runs_of_open_length_is_refused(bench):
+    timed = bench.config.model_copy(update={"training_s": 60.0})
+    trained = StudyConfig.model_validate(
+        {"kind": "training", "trials": 1, "space": {"optim.lr": {"log": [1e-4, 1e-2]}}}
+    )
+    silent = {"on_change": lambda observer: None, "notice": no_stage_notice}
+    with pytest.raises(ConfigError, match="trials are compared after as many images each"):
+        studies.training_study(timed, "t", trained, {}, resume=False, after=[], **silent)
+    assert not bench.told

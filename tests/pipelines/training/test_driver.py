@@ -44,9 +44,9 @@ def job(tmp_path, monkeypatch):
     return Job(config, None, Storage(), Tracker(NOBODY, "r", patience_s=0), {})  # type: ignore[arg-type]
 
 
-def fit_to(images: int, error: BaseException | None = None):
+def fit_to(images: int, error: BaseException | None = None, length: int | None = None):
     def fit(job, monitor, ledger, *rest):
-        ledger.update([Attempt(0.0, 1.0, 0, images, {"step": 1.0})])
+        ledger.update([Attempt(0.0, 1.0, 0, images, {"step": 1.0}, length=length)])
         return error
 
     return fit
@@ -54,17 +54,25 @@ def fit_to(images: int, error: BaseException | None = None):
 
 def test_a_finished_training_ends_well_while_mlflow_is_away(job, monkeypatch, caplog):
     monkeypatch.setattr(driver, "_fit_until_stuck", fit_to(100))
-    result = train(Plan(job, 0))
+    result = train(Plan(job, 0, 100))
     assert (result.status, result.images_seen, result.published) == ("finished", 100, None)
     assert "MLflow does not know that the run is FINISHED; the same command tries again" in caplog.text
     assert result.tracker.url == NOBODY
-    assert train(Plan(job, 100)).status == "complete"
+    assert train(Plan(job, 100, 100)).status == "complete"
+
+
+@pytest.mark.parametrize("images, length, status", [(60, 60, "finished"), (100, 140, "stopped")])
+def test_a_run_that_has_seconds_is_finished_where_its_workers_say_that_it_ends(
+    job, monkeypatch, images, length, status
+):
+    monkeypatch.setattr(driver, "_fit_until_stuck", fit_to(images, length=length))
+    assert train(Plan(job, 0, 100)).status == status
 
 
 def test_a_failed_training_says_why_and_not_that_mlflow_is_away(job, monkeypatch, caplog):
     monkeypatch.setattr(driver, "_fit_until_stuck", fit_to(50, TrainingError("no GPU left")))
     with pytest.raises(TrainingError, match="no GPU left"):
-        train(Plan(job, 0))
+        train(Plan(job, 0, 100))
     assert "does not know that the run is FAILED" in caplog.text
 
 
@@ -95,7 +103,7 @@ def test_only_a_run_that_has_seen_all_its_images_waits_for_evaluations(job, monk
     monkeypatch.setattr(driver, "report_goodput", lambda *arguments: None)
     monkeypatch.setattr(Tracker, "status", lambda *arguments: None)
     with pytest.raises(TrainingError) if error else nullcontext():
-        train(Plan(job, 0))
+        train(Plan(job, 0, 100))
     assert recorder.calls == (["finish", "end"] if waits else ["end"])
 
 
@@ -105,10 +113,10 @@ def test_a_complete_run_takes_the_run_over_only_where_something_is_left_to_score
     monkeypatch.setattr(driver, "_evaluations", lambda *arguments: recorder)
     monkeypatch.setattr(driver, "send_unsent", lambda job: None)
     monkeypatch.setattr(Tracker, "is_finished", lambda self: True)
-    assert train(Plan(job, 100)).status == "complete"
+    assert train(Plan(job, 100, 100)).status == "complete"
     assert recorder.calls == []
     left.append(100)
-    assert train(Plan(job, 100)).status == "complete"
+    assert train(Plan(job, 100, 100)).status == "complete"
     assert recorder.calls == ["finish", "end"]
     assert job.storage.exists(f"{job.run_uri}/driver")
 
@@ -174,7 +182,7 @@ def test_what_the_configuration_shows_is_told_before_the_workers_start(job, monk
     monkeypatch.setattr(driver.tracking, "describe", lambda *arguments: None)
     objective = job.config.objective.model_copy(update={"label_drop": 0.0})
     config = job.config.model_copy(update={"objective": objective})
-    train(Plan(driver.replace(job, config=config), 0), notice=said.append)
+    train(Plan(driver.replace(job, config=config), 0, 100), notice=said.append)
     assert said[0].startswith("not working: guidance.scale = 1.5 needs samples without a condition")
 
 

@@ -90,7 +90,7 @@ class Run:
         )
         fence = Fence.take(Storage(), f"{run_folder(config)}/driver")
         job = Job(config, None, Storage(), self.tracker, {}, fence=fence)  # type: ignore[arg-type]
-        return Evaluations(job, self.evaluate, lambda: self.room, self.notices.append)
+        return Evaluations(job, config.images, self.evaluate, lambda: self.room, self.notices.append)
 
     def evaluate(self, published: Published, cancelled: threading.Event) -> Scored:
         images = published.images_seen
@@ -185,7 +185,7 @@ def test_whether_something_is_left_to_do_is_told_without_a_trace(run):
     def left(**fields) -> bool:
         before = run.tracker.names(PUBLISHED), run.states()
         asked = config.model_copy(update={"evaluation": config.evaluation.model_copy(update=fields)})
-        found = has_outstanding(run.tracker, asked)
+        found = has_outstanding(run.tracker, asked, asked.images)
         assert (run.tracker.names(PUBLISHED), run.states()) == before
         return found
 

@@ -57,6 +57,13 @@ def test_images_that_a_killed_driver_has_seen_and_not_stored_do_not_count_for_th
     assert measure([killed, Session(110, 120)]).images_seen == 0  # nothing is trained yet
 
 
+def test_the_length_of_a_run_is_what_the_workers_of_its_newest_driver_said_last():
+    first, second = (dataclasses.replace(attempt(0, 0, 50, 1), length=length) for length in (100, 140))
+    assert measure([Session(0, 100, (first, second))]).length == 140
+    assert measure([Session(0, 100, (second,)), Session(110, 120, (first,))]).length == 100
+    assert measure([Session(0, 100, (second,)), Session(110, 120)]).length is None
+
+
 @given(st.data())
 def test_the_parts_add_up_to_the_wall_time_and_kept_images_to_the_stream(data):
     seconds = st.floats(0, 100)
