@@ -173,7 +173,9 @@ def judging(
     likelihood = min(32, likely, source.test_images) if likely >= 4 else 0
     drawn = n * (seeds + (2 if compared else 0)) * evaluations / rate + likelihood * of_likelihood
     encoded = source.images / _of_all(JUDGE_BATCH / (ENCODE_SHARE * judge_step_s), machine)
-    spent = {"evaluator": of_pass * passes, "scores": drawn + encoded}
+    # What judges prompts is trained as long as the evaluator, when the scores are computed.
+    trained, of_prompts = (of_pass * passes / 2, of_pass * passes / 2) if texts else (of_pass * passes, 0.0)
+    spent = {"evaluator": trained, "scores": of_prompts + drawn + encoded}
     seconds = {stage: JUDGING_S[stage] + own for stage, own in spent.items()}
     return Judging(kind, passes, n, seeds, likelihood, seconds)
 

@@ -97,11 +97,17 @@ def test_captioned_pictures_are_conditioned_on_their_captions():
     assert composed(propose(PICTOGRAMS, LAPTOP, HALF_HOUR)).data.flip is True
 
 
-def test_prompts_are_judged_by_a_network_that_takes_its_time_too():
-    with_texts = propose(PICTOGRAMS, LAPTOP, 4 * 3600.0)
-    without = propose(PICTOGRAMS, LAPTOP, 4 * 3600.0, override_settings(["data.text_encoder=null"]))
-    texts_s, classes_s = (plan.seconds["evaluator"] - clock.JUDGING_S["evaluator"] for plan in (with_texts, without))
-    assert texts_s == pytest.approx(2 * classes_s)
+def test_prompts_are_judged_by_a_network_that_is_trained_as_long_as_the_evaluator_when_scores_are_computed():
+    speed = LAPTOP.speeds["narrow@32"]
+    alone, both = (
+        clock.judging(PICTOGRAMS, LAPTOP, speed, 32, 4 * 3600.0, 30, texts, compared=False) for texts in (False, True)
+    )
+    assert both.passes == alone.passes
+    assert both.seconds["evaluator"] == pytest.approx(alone.seconds["evaluator"])
+    encoded = PICTOGRAMS.images * clock.ENCODE_SHARE * LAPTOP.judge_step_s[32] / clock.JUDGE_BATCH
+    encoded /= 2 * clock.together(LAPTOP)
+    trained = alone.seconds["evaluator"] - clock.JUDGING_S["evaluator"]
+    assert both.seconds["scores"] - alone.seconds["scores"] == pytest.approx(trained + encoded, rel=0.01)
 
 
 def test_captions_are_left_out_by_hand_and_the_plan_says_so():
