@@ -84,8 +84,7 @@ class Train(Stage[TrainingResult]):
         Raises:
             TrainingError: it was stopped before it saw all its images, or MLflow does not name its checkpoint.
         """
-        ends = site.training_ends if self.fills_time(site) else None
-        result = train(self.config, site.storage, site.lineage, site.display, ends)
+        result = train(self.config, site.storage, site.lineage, site.display, site.training_ends)
         if result.status == "stopped":
             raise TrainingError(f"stopped at {result.images_seen} images; the same command goes on from there")
         if result.published is None:

@@ -139,7 +139,7 @@ class MeasuredLonger:
 
 @dataclass(frozen=True)
 class LongerMeasurement:
-    """What comes after a training, on CPU cores; picklable, for a Ray task.
+    """What judges a model, on CPU cores: drawing and the evaluator; picklable, for a Ray task.
 
     Attributes:
         source: what the images are like.
@@ -207,11 +207,11 @@ def measure_longer(
     compared: bool,
     run: Callable[[Any, int], Any] | None = None,
 ) -> MachineFacts:
-    """Return the facts of a machine whose speed after the training is that of a longer measurement on its CPU cores.
+    """Return the facts of a machine whose speed at judging a model is that of a longer measurement on its CPU cores.
 
     The fraction of a second in which candidates are measured tells them from each other. But cores are faster for a
     moment than for minutes, by more than a plan has to spare. A training corrects its own length (`Config.training_s`);
-    nothing corrects what comes after it. So the chosen network draws, and the evaluator is trained, for longer: at what
+    nothing corrects the rest. So the chosen network draws, and the evaluator is trained, for longer: at what
     the others were measured is taken to be as much too fast or too slow. GPUs are left as they are.
 
     Args:

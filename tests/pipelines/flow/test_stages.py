@@ -114,7 +114,8 @@ def test_a_new_training_gets_the_seconds_that_are_left(config, monkeypatch, left
     timed, trained = config.model_copy(update={"training_s": 60.0}), []
 
     def make_plan(config, storage, lineage):
-        return driver.Plan(Job(config, DATASET, storage, Tracker("", ""), {}), resumes_at, 1000)
+        tracker = Tracker(config.tracking.uri, "none", patience_s=0)
+        return driver.Plan(Job(config, DATASET, storage, tracker, {}), resumes_at, 1000)
 
     def train(plan, report, notice):
         trained.append(plan.job.config)
