@@ -87,11 +87,13 @@ class Side:
         storage = Storage(state.s3_endpoint, str(state.credentials_file), "us-east-1")
         return references.resolve(reference, tracking_uri=state.tracking_uri, storage=storage).model
 
-    def setting(self, run_id: str, name: str) -> str:
-        """Return a setting that an MLflow run records."""
+    def trained(self, run_id: str) -> dict[str, Any]:
+        """Return what a run trained with: the settings that a peer is given too, and the images that it saw."""
         from mlflow import MlflowClient
 
-        return str(MlflowClient(tracking_uri=self.state().tracking_uri).get_run(run_id).data.params[name])
+        data = MlflowClient(tracking_uri=self.state().tracking_uri).get_run(run_id).data
+        settings = {name: str(data.params[name]) for name in ("batch_size", "data.flip")}
+        return {"settings": settings, "images": int(data.metrics["train/length"])}
 
 
 def draw(model: Model, classes: tuple[str, ...], labels: Tensor, seed: int, scale: float | None = None) -> Tensor:

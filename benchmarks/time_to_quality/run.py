@@ -157,11 +157,11 @@ class DataSet:
                 trained = side.flow(self.pictures, budget_s, seed)
                 model = side.model(trained["model"])
                 save_model(self._trained(budget_s, seed), model.spec, model.network.state_dict())
-                shown = {name: side.setting(trained["run_id"], name) for name in ("batch_size", "images", "data.flip")}
+                trained |= side.trained(trained["run_id"])
             labels = self._labels()
             samples = draw(model, self.pictures.classes, labels, seed)
             network = asdict(model.spec.network)
-            row = trained | {"network": network, "shape": model.spec.shape, "settings": shown}
+            row = trained | {"network": network, "shape": model.spec.shape}
             return row | {"sampling": model.spec.sampling.to_json()} | self._scores(samples, labels)
 
         return {"budget_s": budget_s, "seed": seed} | self._kept(f"ours-{budget_s:.0f}-{seed}", make)

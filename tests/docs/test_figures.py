@@ -128,8 +128,7 @@ def time_to_quality() -> Iterator[str]:
         yield f"in {budgets[-1]} s it has trained on {median('peer', budgets[-1], 'images'):,.0f} images"
         took = [f"{median('ours', budget, 'seconds'):.0f} s of the {budget}" for budget in budgets]
         yield f"it took {took[0]} and {took[1]}"
-        images = statistics.median(int(each["settings"]["images"]) for each in found["ours"][1::2])
-        yield f"it trains on {images:,.0f} images"
+        yield f"it trains on {median('ours', budgets[-1], 'images'):,.0f} images"
         trials = {(t["prediction"], t["lr"]): t["distance"] for t in found["peer_trials"]}
         yield " and ".join(fixed(trials["eps", lr], 0) for lr in (0.0003, 0.001))
         yield " and ".join(fixed(trials["v", lr], 1) for lr in (0.0003, 0.001))
