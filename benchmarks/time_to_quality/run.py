@@ -4,10 +4,10 @@
 
 Both sides get the same pictures of npm packages, the same cores, one right after the other, and the same budgets: a
 third of `--budget`, and all of it. Ours is one command with nothing set, through Ray, S3 and MLflow of its own, and its
-budget ends with a registered version; the peer's ends with the last step. The peer has the network, image size, batch
-and mirroring that our plan chose for the budget, and besides TRIALS settings are tried with the smaller budget, of
-which the best by 300 samples goes on, with the better of two samplers; of ours none is tried. A classifier that neither
-side knows judges samples of both, as many of a class as there are in the data.
+budget ends with a registered version; the peer's ends with the last step. The peer has the network, image size, batch,
+mirroring and guidance scale that our plan chose for the budget, and besides TRIALS settings are tried with the smaller
+budget, of which the best by 300 samples goes on, with the better of two samplers; of ours none is tried. A classifier
+that neither side knows judges samples of both, as many of a class as there are in the data.
 
 Every part that is done is kept in the work folder, so that a benchmark that was interrupted goes on where it was, on
 another machine as well: each row says which one measured it. Data sets are compared each within itself: the published
