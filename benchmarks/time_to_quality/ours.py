@@ -52,24 +52,35 @@ class Side:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "MLFLOW_", "RAY_"))}
         return kept | {"DDPM_HOME": str(self.home), "XDG_CACHE_HOME": str(self.home.parent / "cache")}
 
-    def ddpm(self, *arguments: str) -> dict[str, Any]:
+    def ddpm(self, *arguments: str, log: Path | None = None) -> dict[str, Any]:
         """Return what a command answers as JSON.
+
+        Args:
+            log: where what it said is kept; None: nowhere.
 
         Raises:
             CalledProcessError: it fails; what it said is in its `stderr`, which is shown.
         """
         done = subprocess.run([DDPM, *arguments], env=self.environment(), capture_output=True, text=True, check=False)
+        if log is not None:
+            log.write_text(done.stderr)
         if done.returncode:
             print(done.stderr[-3_000:], file=sys.stderr, flush=True)
             done.check_returncode()
         last = done.stdout.strip().splitlines()[-1:]
         return json.loads(last[0]) if last and last[0].startswith("{") else {}
 
-    def flow(self, pictures: Pictures, budget_s: float, seed: int) -> dict[str, Any]:
-        """Train within a budget; return the model's address, its MLflow run, and the seconds to its registration."""
+    def flow(self, pictures: Pictures, budget_s: float, seed: int, log: Path) -> dict[str, Any]:
+        """Train within a budget; return the model's address, its MLflow run, and the seconds to its registration.
+
+        Args:
+            log: keeps the plan and what every stage said.
+        """
         began = time.monotonic()
         name = f"name={pictures.name}-{budget_s:.0f}-{seed}"
-        answer = self.ddpm("flow", str(pictures.given), f"budget={budget_s:.0f}s", f"seed={seed}", name, "--json")
+        answer = self.ddpm(
+            "flow", str(pictures.given), f"budget={budget_s:.0f}s", f"seed={seed}", name, "--json", log=log
+        )
         return {"seconds": time.monotonic() - began, "model": answer["model"], "run_id": answer["run_id"]}
 
     def state(self) -> StackState:

@@ -154,7 +154,7 @@ class DataSet:
 
         def make(folder: Path) -> dict[str, Any]:
             with Side.started(folder / "home") as side:
-                trained = side.flow(self.pictures, budget_s, seed)
+                trained = side.flow(self.pictures, budget_s, seed, folder / "flow.log")
                 model = side.model(trained["model"])
                 save_model(self._trained(budget_s, seed), model.spec, model.network.state_dict())
                 trained |= side.trained(trained["run_id"])
