@@ -294,12 +294,17 @@ def _usable(storage: Storage, folder: str) -> _Examined:
     Raises:
         ModelError: there were checkpoints, and none is complete: the run must not start anew by itself.
     """
-    found = _examine(storage, folder, _folders(storage.list(folder), folder))
-    listed = CheckpointList.from_json(_read(storage, join(folder, LIST)))
-    there = {entry.name for entry, _ in found.complete} | found.problems.keys()
-    for entry in listed.checkpoints if listed else ():
-        if entry.name not in there:
-            found.problems[entry.name] = f"{STATE} is missing"
+    while True:
+        # Whoever trains goes on meanwhile: what is entered after the list was read is not in it, and what has left the
+        # list since then was deleted by right, so that all is read again.
+        text = _read(storage, join(folder, LIST))
+        listed = CheckpointList.from_json(text)
+        found = _examine(storage, folder, _folders(storage.list(folder), folder))
+        there = {entry.name for entry, _ in found.complete} | found.problems.keys()
+        gone = [entry.name for entry in (listed.checkpoints if listed else ()) if entry.name not in there]
+        if not gone or _read(storage, join(folder, LIST)) == text:
+            break
+    found.problems.update(dict.fromkeys(gone, f"{STATE} is missing"))
     if found.problems and not found.complete:
         raise _none_whole(folder, found.problems)
     for name, problem in found.problems.items():

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from pipelines.checkpoints import (
 )
 from pipelines.checkpoints.catalog import GRACE_S
 from pipelines.config import Config, compose
-from pipelines.storage import FencedError, Storage
+from pipelines.storage import Entry, FencedError, Storage
 from tests.pipelines.checkpoints.tiny import a_checkpoint
 
 STORAGE = Storage()
@@ -172,6 +173,41 @@ def test_a_first_upload_that_was_killed_is_no_checkpoint(run):
     (run.path / name / "state.json").unlink()
     assert run.newest() is None
     assert newest_checkpoint(run.config, STORAGE) is None
+
+
+class Meanwhile(Storage):
+    """A storage in which something happens just before, or just after, its first listing of files."""
+
+    def __init__(self, before: Callable[[], object] = int, after: Callable[[], object] = int) -> None:
+        super().__init__()
+        self.before, self.after = [before], [after]
+
+    def list(self, uri: str) -> list[Entry]:
+        for happen in self.before[:]:
+            self.before.clear()
+            happen()
+        found = super().list(uri)
+        for happen in self.after[:]:
+            self.after.clear()
+            happen()
+        return found
+
+
+def test_a_first_checkpoint_that_is_entered_while_a_run_is_looked_at_is_not_missed(run):
+    assert newest_checkpoint(run.config, Meanwhile(after=lambda: run.enter(100))) is None
+    assert newest_checkpoint(run.config, STORAGE).images_seen == 100
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_checkpoints_that_give_way_while_a_run_is_looked_at_are_not_missed(run, caplog, keep):
+    def go_on() -> None:
+        run.enter(300, keep=keep)
+        run.enter(400, keep=keep)
+
+    run.enter(100)
+    run.enter(200)
+    assert newest_checkpoint(run.config, Meanwhile(before=go_on)).images_seen == 400
+    assert not caplog.records
 
 
 def test_drivers_are_numbered_and_the_later_ones_checkpoints_are_newer(run):
