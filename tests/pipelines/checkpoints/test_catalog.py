@@ -175,21 +175,22 @@ def test_a_first_upload_that_was_killed_is_no_checkpoint(run):
     assert newest_checkpoint(run.config, STORAGE) is None
 
 
+def nothing() -> None:
+    """What happens at every listing but the first."""
+
+
 class Meanwhile(Storage):
     """A storage in which something happens just before, or just after, its first listing of files."""
 
-    def __init__(self, before: Callable[[], object] = int, after: Callable[[], object] = int) -> None:
+    def __init__(self, before: Callable[[], object] = nothing, after: Callable[[], object] = nothing) -> None:
         super().__init__()
-        self.before, self.after = [before], [after]
+        self.before, self.after = before, after
 
     def list(self, uri: str) -> list[Entry]:
-        for happen in self.before[:]:
-            self.before.clear()
-            happen()
+        self.before()
         found = super().list(uri)
-        for happen in self.after[:]:
-            self.after.clear()
-            happen()
+        self.after()
+        self.before = self.after = nothing
         return found
 
 
