@@ -59,7 +59,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", default=",".join(DATA_SETS), help="names of data sets")
     parser.add_argument("--samples", type=int, default=1_000, help="of every model")
     parser.add_argument(
-        "--quick", action="store_true", help="one data set, seed and trial, four minutes: a test of all parts"
+        "--quick",
+        action="store_true",
+        help="one data set, seed and trial, budgets of four minutes: a test of all parts",
     )
     parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
     options = parser.parse_args(arguments)
