@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 unexport PYTHONDONTWRITEBYTECODE
 UNIT := not slow and not gpu and not integration and not chaos
 
-.PHONY: install demo test test-unit coverage check docs format infra lock release clean
+.PHONY: install demo test test-unit coverage check docs figures format infra lock release clean
 .DEFAULT_GOAL := help
 
 help: ## Show the targets
@@ -46,6 +46,9 @@ coverage: $(STAMP) ## Show which lines of the mathematics no unit test runs
 
 docs: $(STAMP) ## Make the web site in build/site; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+figures: $(STAMP) ## Write the measured figures of docs/ from benchmarks/results
+	$(BIN)/python -m benchmarks.pages
 
 format: $(STAMP) ## Format the code
 	$(BIN)/ruff check --fix .

@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import asdict, is_dataclass
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.digits.tables import Row
-from ddpm.quality import Interval
+if TYPE_CHECKING:
+    from benchmarks.digits.tables import Row
 
 
 def cell(value: Any) -> str:
-    """Return the text of a table cell; an interval is written as value [low, high]."""
-    if isinstance(value, Interval):
-        return f"{value.value:.3g} [{value.low:.3g}, {value.high:.3g}]"
+    """Return the text of a table cell; an interval, or what it is in JSON, is written as value [low, high]."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return f"{value['value']:.3g} [{value['low']:.3g}, {value['high']:.3g}]"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def table(first: str, rows: list[Row]) -> str:
-    """Return a Markdown table of rows, which may lack some columns."""
-    columns = list(dict.fromkeys(key for row in rows for key in row.scores))
+def table(first: str, rows: list[dict[str, Any]]) -> str:
+    """Return a Markdown table of rows, as digits.json has them, which may lack some columns."""
+    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "name"]
     lines = [f"| {first} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for row in rows:
-        cells = [cell(row.scores[c]) if c in row.scores else "" for c in columns]
-        lines.append(f"| {row.name} | {' | '.join(cells)} |")
+        cells = [cell(row[c]) if c in row else "" for c in columns]
+        lines.append(f"| {row['name']} | {' | '.join(cells)} |".replace("|  |", "| |"))
     return "\n".join(lines)
 
 
-def by_budget(rows: list[Row], score: str, budgets: list[int]) -> str:
+def by_budget(rows: list[dict[str, Any]], score: str) -> str:
     """Return a Markdown table of one score, with a row per sampler and a column per budget."""
-    names = list(dict.fromkeys(row.name for row in rows))
-    found = {(row.name, row.scores["budget"]): row.scores[score] for row in rows}
+    budgets = sorted({row["budget"] for row in rows})
+    found = {(row["name"], row["budget"]): cell(row[score]) for row in rows}
     lines = [f"| {score} | {' | '.join(map(str, budgets))} |", "|---" * (len(budgets) + 1) + "|"]
-    for name in names:
-        cells = [cell(found[name, b]) if (name, b) in found else "" for b in budgets]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    for name in dict.fromkeys(row["name"] for row in rows):
+        cells = (found.get((name, budget), "") for budget in budgets)
+        lines.append(f"| {name} | {' | '.join(cells)} |".replace("|  |", "| |"))
     return "\n".join(lines)
+
+
+def _as_stored(rows: list[Row]) -> list[dict[str, Any]]:
+    return [{"name": row.name, **row.scores} for row in rows]
 
 
 def write(found: dict[str, Any], command: str) -> str:
@@ -46,7 +53,7 @@ def write(found: dict[str, Any], command: str) -> str:
     about, likelihood = found["about"], found["likelihood"]
     bits = "\n".join(f"| {name} | {cell(value)} | {likelihood.nfe[name]} |" for name, value in likelihood.bits.items())
     distances = ", ".join(f"{d:.3f} at beta = {beta:g}" for beta, d in found["distances"].items())
-    budgets = sorted({row.scores["budget"] for row in found["samplers"]})
+    rows = {name: _as_stored(found[name]) for name in ("guidance", "samplers", "inpainting", "text")}
     return f"""# What the methods do, on digits
 
 Made by `{command}` ([digits.json](../benchmarks/results/digits.json)) from commit `{about["commit"]}` on
@@ -71,7 +78,9 @@ images are 1 because these are compared with themselves.
 DDIM, 50 steps; the number after a method is its guidance scale. At scale 0 the model gets no label, so its accuracy is
 that of guessing. The rows `classifier` guide the model without its label by a classifier of noisy images.
 
-{table("model", found["guidance"])}
+<!-- table: guidance -->
+
+{table("model", rows["guidance"])}
 
 ![One row per kind of guidance, one column per digit](images/digits-guidance.png)
 
@@ -81,9 +90,13 @@ The model is given the label and not guided; columns are numbers of network eval
 need 2N - 1 evaluations for N steps, so they meet these numbers to within one; ancestral sampling and
 predictor-corrector use the learned variance.
 
-{by_budget(found["samplers"], "Frechet distance", budgets)}
+<!-- table: samplers, Frechet distance -->
 
-{by_budget(found["samplers"], "class accuracy", budgets)}
+{by_budget(rows["samplers"], "Frechet distance")}
+
+<!-- table: samplers, class accuracy -->
+
+{by_budget(rows["samplers"], "class accuracy")}
 
 ![One row per sampler and budget](images/digits-samplers.png)
 
@@ -93,7 +106,9 @@ Random masks (boxes, strokes, halves) over the test split; the label is given to
 the root mean square difference from the true image, that across the seam the mean absolute difference of the step
 from a known pixel to its hidden neighbour. Known pixels are exact in all rows.
 
-{table("method", found["inpainting"])}
+<!-- table: inpainting -->
+
+{table("method", rows["inpainting"])}
 
 ![The image, what is known of it, and what the methods make of it](images/digits-inpainting.png)
 
@@ -103,7 +118,9 @@ A model without classes, conditioned on captions by `{about["encoder"]}` through
 pooled vector, trained on five templates ("a handwritten three", "the digit three", ...) and asked with these
 and with two that it has never seen. Prompt accuracy: the evaluator sees the digit that the prompt names.
 
-{table("prompts", found["text"])}
+<!-- table: text -->
+
+{table("prompts", rows["text"])}
 
 ![Prompts and samples at guidance 2](images/digits-text.png)
 
