@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.config.compose import check_key, compose, conf_dir, groups, hydra_lines, parse_overrides
+from pipelines.config.compose import check_key, compose, conf_dir, fields_and_others, groups, parse_overrides
 from pipelines.config.fields import ConfigField, config_fields, left_out
 from pipelines.config.schema import flatten
 
@@ -98,7 +98,7 @@ def _files(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
             loader = GlobalHydra.instance().config_loader()
-            composed = loader.compute_defaults_list("config", hydra_lines(overrides), RunMode.RUN)
+            composed = loader.compute_defaults_list("config", fields_and_others(overrides)[1], RunMode.RUN)
     except HydraException as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     for each in composed.defaults:

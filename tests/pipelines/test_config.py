@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from omegaconf import OmegaConf
 
 from ddpm.generate import Sampling
 from pipelines.config import (
@@ -221,6 +224,26 @@ def test_sampling_overrides_give_the_settings_back(settings):
 )
 def test_overrides_change_a_models_own_sampling_settings_and_leave_the_others(overrides, wanted):
     assert changed_sampling(HEUN, overrides) == wanted
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["+experiment=digits", "images=5"],
+        ["optim.lr=1e-3", "+experiment=digits", "sampler=heun", "sampler.steps=7", "optim.lr=2e-3"],
+        ["data.source='a b,c=d'", "name=x", "cluster.num_workers=[1,2]"],
+        ["guidance=none", "tracking.sinks=[mlflow,jsonl]", "++optim.grad_clip=null", "name='run-${seed}'"],
+    ],
+)
+def test_what_is_composed_is_what_hydra_itself_composes(overrides):
+    lines = [
+        f"++{line}" if line.split("=")[0] not in (*groups(), "+experiment") and line[0] != "+" else line
+        for line in overrides
+    ]
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):
+        expected = OmegaConf.to_container(hydra_compose("config", lines), resolve=True)
+    assert compose(overrides) == from_dict(expected)
 
 
 def test_fields_that_the_yaml_leaves_at_their_default_can_be_set_all_the_same():
