@@ -4,13 +4,14 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 # Tests start hundreds of processes, each of which would compile the project anew.
 unexport PYTHONDONTWRITEBYTECODE
-UNIT := not slow and not gpu and not integration and not chaos
+ALONE := not slow and not gpu and not integration and not chaos
+UNIT := $(ALONE) and not heavy
 
-.PHONY: install demo test test-unit coverage check docs figures format infra lock release clean
+.PHONY: install demo test test-changed test-unit coverage check docs figures format infra lock release clean
 .DEFAULT_GOAL := help
 
 help: ## Show the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
 
 install: $(STAMP) ## Make .venv and install the project with what its tests need
 
@@ -24,15 +25,19 @@ $(STAMP): pyproject.toml
 demo: $(STAMP) ## Train, evaluate and register a digits model on the local stack
 	$(BIN)/ddpm flow +experiment=digits --out demo-samples
 
-# Integration tests wait for services more than they compute: two streams, each with a stack of its own, take half the
-# time. Chaos tests come alone, for what they kill is to be missed by nobody else.
-test: $(STAMP) ## Unit and integration tests
-	$(BIN)/pytest -n auto -m '$(UNIT)'
-	$(BIN)/pytest -n 2 --dist loadfile --timeout 600 -m 'integration and not chaos and not slow and not gpu'
-	$(BIN)/pytest -m 'chaos and not slow and not gpu'
+# Integration and chaos tests wait for services, and for what was killed, as much as they compute: three streams on two
+# cores, each with a stack of its own. What takes longest comes first, by tests/times.json (`python -m tests.times`).
+test: $(STAMP) ## All tests but those that take minutes each
+	rm -rf build/times
+	$(BIN)/pytest -n auto -m '$(ALONE)' --junitxml build/times/unit.xml
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --timeout 600 --junitxml build/times/services.xml \
+		-m '(integration or chaos) and not slow and not gpu' $$(grep -rlE 'mark\.(integration|chaos)' tests --include='test_*.py')
 
-test-unit: $(STAMP) ## Unit tests only: no Ray, no network
+test-unit: $(STAMP) ## Unit tests only: no Ray, no network, nothing that computes for long
 	$(BIN)/pytest -n auto -m '$(UNIT)'
+
+test-changed: $(STAMP) ## Unit tests of what differs from the last commit (REF=main: from another one)
+	tests="$$($(BIN)/python -m tests.changed $(REF))"; test -z "$$tests" || $(BIN)/pytest -n auto -m '$(UNIT)' $$tests
 
 check: $(STAMP) ## Lint, format, types, import contracts, spelling
 	$(BIN)/ruff check .

@@ -8,9 +8,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import contextlib
 import signal
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
+
+from tests.times import CPU, FIXTURE, ROOT, longest_first
 
 # A shell starts what it runs in the background without SIGINT, and commands that tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -21,6 +24,52 @@ with contextlib.suppress(ImportError):
 
     settings.register_profile("ddpm", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("ddpm")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let streams that share integration tests by their files begin with those that take longest."""
+    if "PYTEST_XDIST_WORKER" in os.environ and all(item.get_closest_marker("integration") for item in items):
+        order = {module: place for place, module in enumerate(longest_first({module_of(item) for item in items}))}
+        items.sort(key=lambda item: order[module_of(item)])
+
+
+def module_of(item: pytest.Item) -> str:
+    return item.path.relative_to(ROOT).as_posix()
+
+
+BEGAN = pytest.StashKey[float]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef, request: pytest.FixtureRequest) -> Iterator[None]:
+    """Record what a fixture of more than one test takes, with the test that is the first to need it."""
+    began = time.perf_counter()
+    try:
+        return (yield)
+    finally:
+        if fixturedef.scope != "function":
+            name = f"{FIXTURE}{fixturedef.baseid}::{fixturedef.argname}"
+            request._pyfuncitem.user_properties.append((name, f"{time.perf_counter() - began:.3f}"))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    item.stash[BEGAN] = cpu_seconds()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    try:
+        return (yield)
+    finally:
+        item.user_properties.append((CPU, f"{cpu_seconds() - item.stash[BEGAN]:.3f}"))
+
+
+def cpu_seconds() -> float:
+    """Return the CPU time of this process and of those that it has waited for."""
+    return sum(os.times()[:4])
 
 
 @pytest.fixture(autouse=True)

@@ -50,6 +50,7 @@ def serving(answer: Callable[[Request], Answer]) -> Iterator[Server]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # else a body waits 40 ms for the acknowledgement of its header
 
         def handle_any(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)

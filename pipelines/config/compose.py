@@ -8,7 +8,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +30,12 @@ def conf_dir() -> Path:
 
 def groups() -> dict[str, list[str]]:
     """Return config groups and their choices, without `conf/search/`, whose studies are not part of a run."""
-    folders = sorted(p for p in conf_dir().iterdir() if p.is_dir() and p.name != "search")
+    return _groups(conf_dir())
+
+
+@cache
+def _groups(folder: Path) -> dict[str, list[str]]:
+    folders = sorted(p for p in folder.iterdir() if p.is_dir() and p.name != "search")
     return {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in folders if any(p.glob("*.yaml"))}
 
 

@@ -140,6 +140,7 @@ class Small(torch.nn.Module):
         return torch.tanh(self.mix(x_t) + row[:, :, None, None] + t[:, None, None, None] / 1000)
 
 
+@pytest.mark.heavy
 def test_a_compiled_network_draws_the_same_pictures_in_batches_of_any_size():
     torch.manual_seed(0)
     network = Small().eval().requires_grad_(False)
@@ -156,6 +157,7 @@ def test_a_compiled_network_draws_the_same_pictures_in_batches_of_any_size():
     assert (theirs - exact).abs().max() > 0.01
 
 
+@pytest.mark.heavy
 def test_a_weaker_model_that_guides_is_compiled_too():
     torch.manual_seed(0)
     networks = [Small().eval().requires_grad_(False) for _ in range(2)]

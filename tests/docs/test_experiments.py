@@ -17,6 +17,9 @@ from tests.docs.modules import load
 experiments = load("experiments")
 NAMES = groups()["experiment"]
 CPU = torch.device("cpu")
+LARGE = {"cifar10", "dit_s"}
+"""Those of which a step on the CPU takes seconds."""
+STEPS = [pytest.param(name, marks=pytest.mark.heavy if name in LARGE else []) for name in NAMES]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +27,7 @@ def counts():
     return experiments.count_all()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", STEPS)
 def test_an_experiment_makes_an_optimizer_step_or_one_forward_pass_without_numbers(name, counts):
     config = experiments.composed(name)
     if not experiments.takes_a_step(counts[name]):

@@ -16,7 +16,7 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 SERVERS = {"serving"}
 """Those that start Ray, with a local stack of their own."""
 RUNS = [
-    pytest.param(path, id=path.stem, marks=[pytest.mark.integration] if path.stem in SERVERS else [])
+    pytest.param(path, id=path.stem, marks=pytest.mark.integration if path.stem in SERVERS else pytest.mark.heavy)
     for path in NOTEBOOKS
 ]
 

@@ -30,6 +30,7 @@ def blocks(path: str) -> list[str]:
     return PYTHON.findall((ROOT / path).read_text())
 
 
+@pytest.mark.heavy
 def test_the_mathematics_is_used_as_its_page_says(model, tmp_path, capsys):
     torch.manual_seed(0)
     classifier = make_classifier(model.spec.network, 10)

@@ -45,6 +45,7 @@ def site(tmp_path_factory):
     return folder
 
 
+@pytest.mark.heavy
 def test_no_page_loads_anything_from_another_server(site):
     pages = list(site.rglob("*.html"))
     assert len(pages) > 35
@@ -53,6 +54,7 @@ def test_no_page_loads_anything_from_another_server(site):
         assert not loaded, (page.name, loaded)
 
 
+@pytest.mark.heavy
 def test_pages_with_diagrams_have_the_script_that_draws_them(site):
     page = (site / "architecture.html").read_text()
     assert 'class="mermaid"' in page
@@ -60,6 +62,7 @@ def test_pages_with_diagrams_have_the_script_that_draws_them(site):
     assert (site / "assets" / "mermaid.min.js").stat().st_size > 1_000_000
 
 
+@pytest.mark.heavy
 def test_links_out_of_the_docs_lead_to_pages_or_to_copies_of_files(site):
     page = (site / "architecture.html").read_text()
     assert 'href="contributing.html#adding-a-choice"' in page
@@ -67,12 +70,14 @@ def test_links_out_of_the_docs_lead_to_pages_or_to_copies_of_files(site):
     assert (site / "files" / "pyproject.toml").read_text() == (ROOT / "pyproject.toml").read_text()
 
 
+@pytest.mark.heavy
 def test_a_function_of_the_mathematics_has_its_docstring_on_its_page(site):
     page = (site / "reference" / "python" / "noise-and-data.html").read_text()
     assert 'id="ddpm.gaussian.q_sample"' in page
     assert "a sample of q(x_t | x_0) if eps is standard normal" in page
 
 
+@pytest.mark.heavy
 def test_a_notebook_is_a_page_with_what_it_drew_and_links_to_pages(site):
     page = (site / "notebooks" / "plane.html").read_text()
     pictures = re.findall(r'src="(plane-[^"]+\.png)"', page)

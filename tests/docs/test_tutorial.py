@@ -20,6 +20,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.heavy
 def test_every_block_runs_and_prints_what_its_chapter_says(tmp_path, monkeypatch, one_thread):
     monkeypatch.chdir(tmp_path)
     namespace = {}

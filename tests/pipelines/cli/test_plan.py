@@ -15,6 +15,7 @@ from pipelines.cli.flow import _training_ends
 from pipelines.config import read_config
 from pipelines.plan.clock import training_ends_s
 from pipelines.plan.make import compose_plan
+from tests.pipelines.plan.brief import measure_briefly
 from tests.pipelines.plan.cases import DIGITS, LAPTOP
 from tests.pipelines.shards.ingest.sources import pictures, write_files
 
@@ -45,6 +46,7 @@ def test_a_folder_that_is_called_digits_is_not_taken_for_the_dataset_of_that_nam
 
 
 def test_a_plan_is_shown_saved_and_answered(monkeypatch, capsys, tmp_path):
+    measure_briefly(monkeypatch)
     monkeypatch.chdir(tmp_path)
     write_files(tmp_path / "pets", pictures(30))
     small = ["model.channels=[32]", "model.attention=[false]", "model.layers_per_block=1", "storage=file"]

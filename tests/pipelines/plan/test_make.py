@@ -13,10 +13,12 @@ from pipelines.flow import Site
 from pipelines.flow.ingest import Ingest, write_dataset
 from pipelines.flow.walk import walk
 from pipelines.plan import make
+from pipelines.plan.facts import Mirror
 from pipelines.plan.make import find_or_make, find_plan
 from pipelines.plan.services import services_config
 from pipelines.shards.index import read_dataset
 from pipelines.storage import Storage
+from tests.pipelines.plan.brief import measure_briefly
 from tests.pipelines.plan.cases import LAPTOP
 from tests.pipelines.shards.ingest.sources import picture, pictures, write_files
 from tests.pipelines.training.loop.ranks import train_here
@@ -35,7 +37,8 @@ def command(tmp_path):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """A machine that needs no measuring."""
+    """A machine that needs no measuring, and images that nobody compares with their mirror images."""
+    monkeypatch.setattr("pipelines.plan.look.tell_mirrored", lambda images, labels: Mirror(0.5, len(images)))
     monkeypatch.setattr(make, "measure", lambda *arguments, **options: LAPTOP)
     monkeypatch.setattr(make, "measure_longer", lambda *arguments, **options: LAPTOP)
 
@@ -47,7 +50,8 @@ def planned(source, overrides, said):
     )
 
 
-def test_a_plan_is_ingested_and_trained_by_and_the_same_command_has_it_again(command, tmp_path):
+def test_a_plan_is_ingested_and_trained_by_and_the_same_command_has_it_again(command, tmp_path, monkeypatch):
+    measure_briefly(monkeypatch)
     said = []
     made = planned(*command, said)
     config = from_dict(made.config)

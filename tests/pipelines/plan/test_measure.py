@@ -33,10 +33,12 @@ from pipelines.plan.networks import candidates, unet
 from pipelines.plan.propose import propose
 from pipelines.storage import Storage
 from pipelines.training.loop.speed import MeasuredSpeed
+from tests.pipelines.plan.brief import measure_briefly
 from tests.pipelines.plan.cases import DIGITS, GPU, LAPTOP, PHOTOS, PICTOGRAMS
 
 
-def test_a_real_step_is_measured_for_each_network_that_the_budget_could_train():
+def test_a_real_step_is_measured_for_each_network_that_the_budget_could_train(monkeypatch):
+    measure_briefly(monkeypatch, 0.1)
     small = replace(DIGITS, shorter_sides=(8, 8, 8), one_size=(8, 8))
     found = measure(small, {"model.channels": [32], "model.attention": [False], "model.layers_per_block": 1}, 600.0)
     (speed,) = found.speeds.values()
@@ -68,6 +70,7 @@ def test_a_measurement_leaves_no_memory_of_a_gpu_to_its_process(monkeypatch, rai
 
 
 def test_a_container_with_a_share_of_its_machine_is_planned_for_as_that_share(monkeypatch):
+    measure_briefly(monkeypatch)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
     monkeypatch.setattr(cgroups, "limit", lambda kind: 2.0)
     small = replace(DIGITS, shorter_sides=(8, 8, 8), one_size=(8, 8))
@@ -75,14 +78,17 @@ def test_a_container_with_a_share_of_its_machine_is_planned_for_as_that_share(mo
     assert (found.cores, found.gpus) == (2, 0)
 
 
-def test_the_time_in_which_a_cluster_is_busy_is_not_that_of_the_measurement():
+def test_the_time_in_which_a_cluster_is_busy_is_not_that_of_the_measurement(monkeypatch):
+    measure_briefly(monkeypatch)
+
     def after_a_while(measurement, gpus):
-        time.sleep(1.0)
+        time.sleep(0.3)
         return measurement()
 
     small, began = replace(DIGITS, shorter_sides=(8, 8, 8), one_size=(8, 8)), time.monotonic()
-    found = measure(small, {}, 1.0, nodes=[{"CPU": 2.0}], run=after_a_while)
-    assert 0 < found.looking_s <= time.monotonic() - began - 1.0
+    settings = {"model.channels": [32], "model.attention": [False]}
+    found = measure(small, settings, 1.0, nodes=[{"CPU": 2.0}], run=after_a_while)
+    assert 0 < found.looking_s <= time.monotonic() - began - 0.3
 
 
 @pytest.mark.parametrize("free", [True, False])
@@ -130,6 +136,7 @@ def test_a_network_that_could_not_see_enough_images_if_it_were_as_fast_as_the_sm
 
     monkeypatch.setattr(measuring, "measure_speed", measured)
     monkeypatch.setattr(measuring, "measure_training", lambda *arguments: 60.0)
+    monkeypatch.setattr(measuring, "speed_together", lambda cores, precision: 1.0)
     monkeypatch.setattr(measuring, "judge_step_seconds", lambda config, classes, device: 0.01)
     # 60 images/s are 18,000 in 300 seconds, and 21,000 in 350: half of the 40,000 that the second network needs.
     assert list(Measurement(DIGITS, {}, 300.0, 1)().speeds) == ["narrow@28"]
@@ -206,18 +213,20 @@ def test_the_other_cores_are_busy_only_while_something_is_measured():
         assert threads() == before
 
 
-def test_candidates_that_a_budget_cannot_train_are_not_measured():
+def test_candidates_that_a_budget_cannot_train_are_not_measured(monkeypatch):
+    measure_briefly(monkeypatch)
     small = replace(DIGITS, shorter_sides=(8, 8, 8), one_size=(8, 8))
     assert list(measure(small, {}, 1.0).speeds) == ["narrow@8"]
 
 
-def test_two_threads_on_one_core_are_each_slower_than_one_alone():
+def test_two_threads_on_one_core_are_each_slower_than_one_alone(monkeypatch):
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(allowed)})
     try:
         assert 0.2 < speed_together(2, "fp32") < 0.85
     finally:
         os.sched_setaffinity(0, allowed)
+    measure_briefly(monkeypatch)
     assert speed_together(1, "bf16") == 1.0
     assert 0 < speed_together(2, "bf16") <= 1.0
 

@@ -57,6 +57,8 @@ class Server:
 @pytest.fixture
 def server(monkeypatch):
     bypass_proxies("http://127.0.0.1")
+    serve = module.ThreadingHTTPServer.serve_forever
+    monkeypatch.setattr(module.ThreadingHTTPServer, "serve_forever", lambda self: serve(self, 0.01))  # ends at once
     made = Server()
     monkeypatch.setattr(tracking, "webhooks", made.webhooks)
     monkeypatch.setattr(tracking, "add_webhook", made.add)

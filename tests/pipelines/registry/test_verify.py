@@ -196,7 +196,7 @@ def test_another_quarantine_does_not_pass(complete, dataset, tmp_path):
     assert found["stream"] == (f"digest {stream_digest(dataset, quarantine)[:12]}, 1 quarantined", False)
 
 
-def test_a_storage_that_is_away_says_so_and_does_not_pass(complete, tmp_path, monkeypatch):
+def test_a_storage_that_is_away_says_so_and_does_not_pass(complete, tmp_path, monkeypatch, no_pauses_of_boto):
     monkeypatch.setattr(sys.modules["pipelines.registry.verify"], "PATIENCE_S", 0.0)
     away = complete.sign(lambda evidence: replace(evidence, dataset_uri="s3://bucket/data"))
     (tmp_path / "credentials").write_text("[default]\naws_access_key_id = a\naws_secret_access_key = b\n")

@@ -29,7 +29,7 @@ WIDTH, SAMPLES = 6, 200
 REAL = torch.randn(600, WIDTH, generator=torch.Generator().manual_seed(0))
 DISTANCES = {
     "frechet_distance": Distance(FeatureMoments.of(REAL), None),
-    "kid": Distance(FeatureMoments.of(REAL), REAL),
+    "kid": Distance(FeatureMoments.of(REAL), REAL[:200]),
 }
 
 

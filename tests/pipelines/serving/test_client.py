@@ -44,7 +44,7 @@ def answering(*answers: tuple[int, str] | None) -> Iterator[tuple[str, list[dict
         do_GET = do_POST  # noqa: N815 - the name of the base class
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
             yield f"http://127.0.0.1:{server.server_port}/", heard
@@ -81,7 +81,7 @@ DONE = (200, json.dumps({"images": []}))
 
 
 def test_a_lost_answer_is_asked_for_again():
-    lost = [(500, "died"), (503, "{}"), (429, json.dumps({"message": "later"})), None, (502, "<html>")]
+    lost = [None, (500, "died"), (503, "{}"), (429, json.dumps({"message": "later"})), (502, "<html>")]
     with answering(*lost, DONE) as (url, heard):
         assert Client(url, "secret").ask({}) == {"images": []}
     assert heard == [{"authorization": "Bearer secret", "path": "/v1/images"}] * 6

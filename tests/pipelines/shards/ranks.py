@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -22,6 +21,7 @@ from pipelines.shards.audit.foreign import index_tars
 from pipelines.shards.index import Dataset, read_dataset
 from pipelines.shards.stream import ShardDataset, StreamSettings
 from pipelines.storage import Storage
+from tests.forked import FORKING
 
 Seen = list[tuple[int, str]]
 """(ordinal, key) of each sample, in order."""
@@ -89,12 +89,10 @@ def run(
     Args:
         kill: chooses a rank and a moment for a SIGKILL; None lets the ranks come to `stop`.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
     notes.mkdir()
     files = [notes / str(rank) for rank in range(world_size)]
     ranks = [
-        context.Process(
+        FORKING.Process(
             target=run_rank,
             args=(reading, rank, world_size, loaders, start, 1 << 40 if kill else stop, files[rank]),
         )

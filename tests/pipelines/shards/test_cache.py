@@ -4,7 +4,6 @@ import fcntl
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -23,6 +22,7 @@ from pipelines.shards.fetch import ShardFetcher
 from pipelines.shards.index import Member, ShardInfo, read_dataset
 from pipelines.shards.stream import ShardDataset, StreamSettings
 from pipelines.storage import Storage, StorageError
+from tests.forked import FORKING
 
 LIMIT = 4 << 20
 SHARDS, SAMPLES, EPOCHS, RANKS, BATCH = 20, 36, 2, 3, 48
@@ -97,10 +97,8 @@ def inodes_of(cache: Path, pids: list[int]) -> dict[int, int]:
 def test_processes_that_share_a_cache_keep_its_limit_on_the_disk_and_read_every_sample(uri, tmp_path):
     cache = tmp_path / "cache"
     cache.mkdir()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
     notes = [tmp_path / str(rank) for rank in range(RANKS)]
-    ranks = [context.Process(target=read_rank, args=(uri, cache, rank, notes[rank])) for rank in range(RANKS)]
+    ranks = [FORKING.Process(target=read_rank, args=(uri, cache, rank, notes[rank])) for rank in range(RANKS)]
     for process in ranks:
         process.start()
     peak, looks = 0, 0
@@ -212,9 +210,8 @@ def test_what_a_killed_process_has_left_is_removed_and_what_a_living_one_fetches
     folder = tmp_path / "cache"
     folder.mkdir()
     (folder / f"{shards[0].sha256}.lock").touch()  # as releases before this one left them
-    context = multiprocessing.get_context("spawn")
-    ready = context.Event()
-    process = context.Process(target=hold, args=(str(folder), shards[0], ready))
+    ready = FORKING.Event()
+    process = FORKING.Process(target=hold, args=(str(folder), shards[0], ready))
     process.start()
     try:
         assert ready.wait(60)

@@ -12,6 +12,7 @@ from pipelines.shards.ingest.write import ingest
 from pipelines.shards.quarantine import Problem, Quarantine, read_quarantine
 from pipelines.shards.stream import ShardDataset, StreamSettings, TrainingStream, open_stream, read_ahead
 from pipelines.storage import Storage
+from tests.forked import FORKING
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def test_loader_workers_keep_the_order_of_one_process(dataset, settings, workers
         source(dataset, settings, rank=1, world_size=2),
         batch_size=None,
         num_workers=workers,
-        multiprocessing_context="spawn",
+        multiprocessing_context=FORKING,
     )
     assert ordinals(loader, 95) == alone
     assert len(set(alone)) == 95

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import ClassVar
 
@@ -27,6 +29,7 @@ from pipelines.storage import (
     is_local,
     join,
 )
+from tests.forked import FORKING
 from tests.gcs import gcs_emulator
 
 STORAGE = Storage()
@@ -47,10 +50,40 @@ def root(request, tmp_path: Path) -> str:
     return join(request.getfixturevalue("bucket"), uuid.uuid4().hex)
 
 
-def elsewhere(code: str, *arguments: str) -> subprocess.Popen[bytes]:
-    """Another process that uses storage."""
-    head = "import sys, time; from pipelines.storage import Storage; s = Storage(); a = sys.argv[1:]\n"
-    return subprocess.Popen([sys.executable, "-c", head + code, *arguments], stdout=subprocess.PIPE)
+@contextmanager
+def elsewhere(function: Callable[[str, Connection], None], uri: str) -> Iterator[tuple[BaseProcess, Connection]]:
+    """Another process that uses storage, and what it says."""
+    heard, said = FORKING.Pipe(duplex=False)
+    arguments = (function, uri, said, os.environ.get("STORAGE_EMULATOR_HOST"))
+    process = FORKING.Process(target=call_elsewhere, args=arguments)
+    process.start()
+    said.close()
+    try:
+        yield process, heard
+    finally:
+        process.kill()
+        process.join()
+
+
+def call_elsewhere(function: Callable[[str, Connection], None], uri: str, said: Connection, gcs: str | None) -> None:
+    if gcs is not None:
+        os.environ["STORAGE_EMULATOR_HOST"] = gcs
+    function(uri, said)
+
+
+def write_five(root: str, said: Connection) -> None:
+    for i in range(5):
+        STORAGE.write(f"{root}/{i}", bytes(i))
+
+
+def read_one(root: str, said: Connection) -> None:
+    said.send((STORAGE.read(f"{root}/3"), STORAGE.exists(f"{root}/9")))
+
+
+def write_for_ever(uri: str, said: Connection) -> None:
+    for number in itertools.count(1):
+        STORAGE.write(uri, bytes([number % 256]) * (1 << 20))
+        said.send(number)
 
 
 def test_objects_round_trip_and_ranges_are_half_open(root):
@@ -114,28 +147,26 @@ def test_files_go_up_and_down_and_across(root, tmp_path):
 
 def test_another_process_sees_at_once_what_this_one_stores(root):
     assert STORAGE.list(root) == []
-    writer = elsewhere("[s.write(f'{a[0]}/{i}', bytes(i)) for i in range(5)]", root)
-    writer.communicate(timeout=60)
-    assert writer.returncode == 0
+    with elsewhere(write_five, root) as (writer, _):
+        writer.join(60)
+        assert writer.exitcode == 0
     assert [entry.size for entry in STORAGE.list(root)] == [0, 1, 2, 3, 4]
     STORAGE.write(join(root, "3"), b"new")
-    reader = elsewhere("print(s.read(f'{a[0]}/3').decode(), s.exists(f'{a[0]}/9'))", root)
-    assert reader.communicate(timeout=60)[0] == b"new False\n"
+    with elsewhere(read_one, root) as (_, heard):
+        assert heard.poll(60)
+        assert heard.recv() == (b"new", False)
 
 
 def test_a_writer_that_is_killed_leaves_the_old_bytes_or_the_new_ones(root):
     uri = join(root, "state")
     STORAGE.write(uri, b"\0" * (1 << 20))
     for _ in range(3):
-        code = "n = 0\nwhile True:\n    n += 1; s.write(a[0], bytes([n % 256]) * (1 << 20)); print(n, flush=True)"
-        writer = elsewhere(code, uri)
-        assert writer.stdout is not None
-        for _ in range(3):
-            writer.stdout.readline()
-            data = STORAGE.read(uri)
-            assert (len(data), len(set(data))) == (1 << 20, 1)
-        writer.send_signal(signal.SIGKILL)
-        writer.communicate()
+        with elsewhere(write_for_ever, uri) as (writer, heard):
+            for _ in range(3):
+                heard.recv()
+                data = STORAGE.read(uri)
+                assert (len(data), len(set(data))) == (1 << 20, 1)
+            assert writer.is_alive()
         data = STORAGE.read(uri)
         assert (len(data), len(set(data))) == (1 << 20, 1)
 

@@ -26,7 +26,7 @@ URI = "s3://bucket/shards/train-000403.tar"
 
 
 @pytest.fixture(autouse=True)
-def _impatient(monkeypatch, tmp_path):
+def _impatient(no_pauses_of_boto, monkeypatch, tmp_path):
     monkeypatch.setattr("pipelines.storage.s3_client.MAX_ATTEMPTS", 1)
     monkeypatch.setattr("pipelines.storage.s3_client.TIMEOUT_S", 0.2)
     monkeypatch.setattr("pipelines.retry.BACKOFF", wait_fixed(0.02))

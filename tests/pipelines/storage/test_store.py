@@ -114,7 +114,7 @@ def test_addresses_are_checked():
         STORAGE.read("file:///nowhere/at/all")
 
 
-def test_an_unreachable_server_is_worth_another_try_and_says_which(tmp_path, monkeypatch):
+def test_an_unreachable_server_is_worth_another_try_and_says_which(tmp_path, monkeypatch, no_pauses_of_boto):
     monkeypatch.setattr("pipelines.storage.s3_client.MAX_ATTEMPTS", 1)
     (tmp_path / "keys").write_text("[default]\naws_access_key_id=a\naws_secret_access_key=b\n")
     away = Storage("http://127.0.0.1:9", str(tmp_path / "keys"))
@@ -122,7 +122,7 @@ def test_an_unreachable_server_is_worth_another_try_and_says_which(tmp_path, mon
         away.read("s3://bucket/key", patience_s=0)
 
 
-def test_a_server_that_stalls_is_worth_another_try(tmp_path, monkeypatch):
+def test_a_server_that_stalls_is_worth_another_try(tmp_path, monkeypatch, no_pauses_of_boto):
     monkeypatch.setattr("pipelines.storage.s3_client.MAX_ATTEMPTS", 1)
     monkeypatch.setattr("pipelines.storage.s3_client.TIMEOUT_S", 0.2)
     (tmp_path / "keys").write_text("[default]\naws_access_key_id=a\naws_secret_access_key=b\n")

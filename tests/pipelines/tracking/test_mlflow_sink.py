@@ -26,7 +26,7 @@ PIXELS = np.zeros((2, 2, 1), np.uint8)
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
-    monkeypatch.setattr(outbox, "RETRY_S", 0.05)
+    monkeypatch.setattr(outbox, "RETRY_S", 0.01)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     client.cache_clear()

@@ -12,7 +12,7 @@ from pipelines.tracking import Tracker, system_metrics
 
 def test_the_end_does_not_wait_for_a_server_that_hangs(monkeypatch):
     monkeypatch.setattr(sys.modules["pipelines.tracking.system_metrics"], "MONITOR_AFTER_S", 0.0)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         tracker = Tracker(f"http://127.0.0.1:{silent.getsockname()[1]}", "r")

@@ -1,5 +1,4 @@
 import json
-import multiprocessing
 import shutil
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from pipelines.evaluation.evaluators.stored import find, store
 from pipelines.evaluation.evaluators.train import Trained, untrained
 from pipelines.shards.index import DatasetError, read_dataset
 from pipelines.storage import Storage
+from tests.forked import FORKING
 
 EARLIER = Path(__file__).parents[3] / "fixtures" / "earlier" / "dataset"
 
@@ -103,9 +103,8 @@ def race(uri, seed, ready, answers):
 
 @pytest.mark.integration
 def test_of_two_first_evaluations_at_once_one_wins_and_nothing_mixes(dataset):
-    spawn = multiprocessing.get_context("spawn")
-    ready, answers = spawn.Barrier(2), spawn.Queue()
-    racers = [spawn.Process(target=race, args=(dataset.uri, seed, ready, answers)) for seed in (0, 1)]
+    ready, answers = FORKING.Barrier(2), FORKING.Queue()
+    racers = [FORKING.Process(target=race, args=(dataset.uri, seed, ready, answers)) for seed in (0, 1)]
     for racer in racers:
         racer.start()
     found = dict(answers.get(timeout=200) for _ in racers)

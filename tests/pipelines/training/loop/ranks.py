@@ -28,6 +28,10 @@ TINY = {
     "dit": ["model=dit_digits", "model.width=32", "model.depth=2", "model.heads=2", "model.checkpointing=true"],
 }
 """Overrides by which every registered kind of network is small."""
+SMALL = ["model.channels=[8]", "model.norm_groups=4", "model.head_dim=8"]
+"""Overrides by which the UNet is still smaller, where a test does not look at what is learnt."""
+NO_GRIDS = "tracking.grid_every=null"
+"""An override with which a run draws nothing, where a test does not look at it."""
 
 
 @dataclass
@@ -158,7 +162,7 @@ def last_checkpoint(folder: Path) -> Path:
 
 
 def run_ranks(rank: int, world: int, rendezvous: Path, dataset: Dataset, runs: Sequence[tuple[Path, Config]]) -> None:
-    """Run several trainings one after the other, as one rank of a group started by `torch.multiprocessing.spawn`."""
+    """Run several trainings one after the other, as one rank of a group started by `start_ranks`."""
     with process_group(rank, world, rendezvous):
         for folder, config in runs:
             train_here(folder, dataset, config, rank, world)

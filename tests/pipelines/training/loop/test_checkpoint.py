@@ -15,13 +15,13 @@ from pipelines.checkpoints import load_checkpoint, save_checkpoint
 from pipelines.shards.read import Batch
 from pipelines.storage import StorageError
 from pipelines.training.loop import step as step_module
-from tests.pipelines.training.loop.ranks import FolderShell, last_checkpoint, tiny_config, train_here
+from tests.pipelines.training.loop.ranks import NO_GRIDS, SMALL, FolderShell, last_checkpoint, tiny_config, train_here
 
 STEPS, BATCH = 6, 25
 
 
 def run(folder, dataset, shell=None, *overrides):
-    often = ["checkpoint.every=75", "checkpoint.publish_every=150"]
+    often = ["checkpoint.every=75", "checkpoint.publish_every=150", *SMALL, NO_GRIDS]
     return train_here(folder, dataset, tiny_config(folder, STEPS * BATCH, BATCH, *often, *overrides), shell=shell)
 
 

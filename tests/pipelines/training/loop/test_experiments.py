@@ -33,6 +33,14 @@ def trained(folder, digits, name, *overrides):
     return load_model(last_checkpoint(folder)), losses
 
 
+@pytest.fixture(scope="module")
+def base(digits, tmp_path_factory):
+    """The checkpoint of a model of v, from which others start."""
+    folder = tmp_path_factory.mktemp("base")
+    trained(folder, digits, "digits")
+    return last_checkpoint(folder)
+
+
 def test_a_learned_variance_is_trained_and_used_by_the_sampler_that_has_one(digits, tmp_path):
     model, losses = trained(tmp_path, digits, "digits_learned_variance", "tracking.log_every=128")
     assert losses[-1] < 0.75 * losses[0]
@@ -56,9 +64,8 @@ def test_the_score_of_a_model_is_walked_along(digits, tmp_path):
     assert not torch.equal(images, model.generate(torch.arange(4), sampling=few, seed=1))
 
 
-def test_known_pixels_are_learned_sooner_from_a_model_that_has_never_seen_them(digits, tmp_path):
-    trained(tmp_path / "base", digits, "digits", "tracking.log_every=128")
-    often, start = "tracking.log_every=128", f"init_from={last_checkpoint(tmp_path / 'base')}"
+def test_known_pixels_are_learned_sooner_from_a_model_that_has_never_seen_them(digits, base, tmp_path):
+    often, start = "tracking.log_every=128", f"init_from={base}"
     model, tuned = trained(tmp_path / "tuned", digits, "digits_inpainting", often, start)
     assert model.spec.network.context_channels == 1
     _, alone = trained(tmp_path / "alone", digits, "digits_inpainting", often)
@@ -66,11 +73,9 @@ def test_known_pixels_are_learned_sooner_from_a_model_that_has_never_seen_them(d
     assert tuned[0] < 0.75 * alone[0]
 
 
-def test_the_demos_model_is_tuned_to_draw_in_two_evaluations_and_one_of_eps_is_refused(digits, tmp_path):
+def test_the_demos_model_is_tuned_to_draw_in_two_evaluations_and_one_of_eps_is_refused(digits, base, tmp_path):
     often = ["tracking.log_every=128", "images=256"]
-    trained(tmp_path / "teacher", digits, "digits", *often)
-    start = f"init_from={last_checkpoint(tmp_path / 'teacher')}"
-    model, losses = trained(tmp_path / "student", digits, "digits_consistency", *often, start)
+    model, losses = trained(tmp_path / "student", digits, "digits_consistency", *often, f"init_from={base}")
     assert torch.tensor(losses).isfinite().all()
     assert model.spec.sampling.sampler == Consistency(steps=2)
     images = model.generate(torch.arange(4))

@@ -10,22 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
-from tests.pipelines.training.loop.ranks import last_checkpoint, run_ranks, tiny_config, trace, train_here
+from tests.forked import FORKING, start_ranks
+from tests.pipelines.training.loop.ranks import SMALL, last_checkpoint, run_ranks, tiny_config, trace, train_here
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]  # two cores, four ranks
-
-# Ranks are forked from a server that has imported everything once.
-CONTEXT = mp.get_context("forkserver")
-CONTEXT.set_forkserver_preload([run_ranks.__module__])
 
 BATCH = 25  # neither two ranks nor four can share it evenly
 TOLERANCE = {"fp64": 1e-9, "fp32": 1e-3}
 CELLS = [("fp64", parallel, parts) for parallel in ("ddp", "fsdp") for parts in (1, 4)]
 CELLS += [("fp32", "ddp", 1), ("fp32", "fsdp", 4)]
-SMALL = ["model.channels=[8]", "model.norm_groups=4", "model.head_dim=8", "optim.warmup_images=0"]
+AT_ONCE = [*SMALL, "optim.warmup_images=0"]
 
 
 def cell_config(root: Path, world: int, steps: int, precision: str, parallel: str, parts: int, *overrides: str):
@@ -38,7 +34,7 @@ def cell_config(root: Path, world: int, steps: int, precision: str, parallel: st
 def run_group(world: int, tmp_path: Path, digits, runs) -> None:
     """The same runs one after the other on `world` processes, which are started once."""
     rendezvous = tmp_path / f"rendezvous-{world}-{time.monotonic_ns()}"
-    mp.start_processes(run_ranks, (world, rendezvous, digits, runs), nprocs=world, start_method="forkserver")
+    start_ranks(run_ranks, (world, rendezvous, digits, runs), world)
 
 
 def assert_same_traces(tmp_path: Path, digits, steps: int, *overrides: str) -> None:
@@ -60,7 +56,7 @@ def assert_same_traces(tmp_path: Path, digits, steps: int, *overrides: str) -> N
 
 
 def test_every_step_has_the_same_loss_on_any_number_of_workers_ddp_or_fsdp_in_any_parts(digits, tmp_path):
-    assert_same_traces(tmp_path, digits, 10, *SMALL)
+    assert_same_traces(tmp_path, digits, 10, *AT_ONCE)
 
 
 METHODS = ["objective.timesteps=log_normal", "objective.weight=edm", "objective.learned_weight=true"]
@@ -71,7 +67,7 @@ def test_a_learned_weight_chosen_noise_and_muon_have_the_same_losses_and_state_o
     configs = {}
     for world, parallel, parts in ((1, "ddp", 1), (2, "ddp", 3), (2, "fsdp", 2)):
         folder = tmp_path / f"{world}-{parallel}"
-        configs[folder] = cell_config(folder, world, 10, "fp64", parallel, parts, *SMALL, *METHODS)
+        configs[folder] = cell_config(folder, world, 10, "fp64", parallel, parts, *AT_ONCE, *METHODS)
     one, *others = configs
     train_here(one, digits, configs[one])
     run_group(2, tmp_path, digits, [(folder, configs[folder]) for folder in others])
@@ -94,9 +90,9 @@ def test_two_hundred_steps_on_digits_have_the_same_losses(digits, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_compiled_network_on_two_ranks_has_the_same_losses(digits, tmp_path, parallel):
-    config = cell_config(tmp_path / "one", 1, 6, "fp32", "ddp", 1, *SMALL)
+    config = cell_config(tmp_path / "one", 1, 6, "fp32", "ddp", 1, *AT_ONCE)
     train_here(tmp_path / "one", digits, config)
-    compiled = cell_config(tmp_path / "two", 2, 6, "fp32", parallel, 2, *SMALL, "cluster.compile=true")
+    compiled = cell_config(tmp_path / "two", 2, 6, "fp32", parallel, 2, *AT_ONCE, "cluster.compile=true")
     run_group(2, tmp_path, digits, [(tmp_path / "two", compiled)])
     reference, found = trace(tmp_path / "one"), trace(tmp_path / "two")
     assert max(abs(found[seen] / loss - 1) for seen, loss in reference.items()) <= TOLERANCE["fp32"]
@@ -106,7 +102,7 @@ def killed_at_random(world: int, tmp_path: Path, folder: Path, digits, config) -
     """Start a group, and end all of it by SIGKILL at a random step after its first checkpoint."""
     rendezvous = tmp_path / f"rendezvous-{time.monotonic_ns()}"
     group = [
-        CONTEXT.Process(target=run_ranks, args=(rank, world, rendezvous, digits, [(folder, config)]))
+        FORKING.Process(target=run_ranks, args=(rank, world, rendezvous, digits, [(folder, config)]))
         for rank in range(world)
     ]
     for process in group:
@@ -132,7 +128,7 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit_and_elsewhere_to_t
 ):
     cell = ("fp32", parallel, 1)
     whole, same, other = (tmp_path / name for name in ("whole", "same", "other"))
-    extra = [*SMALL, "checkpoint.every=50", "optim.power_ema=[0.1]"]
+    extra = [*AT_ONCE, "checkpoint.every=50", "optim.power_ema=[0.1]"]
     configs = {folder: cell_config(folder, 2, 20, *cell, *extra) for folder in (whole, same, other)}
     killed_at_random(2, tmp_path, same, digits, configs[same])
     killed_at_random(2, tmp_path, other, digits, configs[other])

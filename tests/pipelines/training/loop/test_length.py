@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +13,7 @@ from pipelines.checkpoints import verify_checkpoint
 from pipelines.config import ConfigError, compose
 from pipelines.training.loop.length import FIRST, LOOKS, Length
 from pipelines.training.loop.step import learning_rate
+from tests.forked import start_ranks
 from tests.pipelines.training.loop.ranks import last_checkpoint, run_ranks, tiny_config, trace, train_here
 
 BATCH = 20
@@ -88,13 +88,13 @@ def test_a_run_without_seconds_is_as_long_as_configured(digits, tmp_path):
 SECONDS = 4.0
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.heavy)])
 def test_ranks_end_together_near_their_seconds_and_checkpoints_say_where(digits, tmp_path, ranks):
     config = tiny_config(tmp_path, 500_000, BATCH, f"training_s={SECONDS}", "tracking.grid_every=null")
     if ranks == 1:
         train_here(tmp_path, digits, config)
     else:
-        mp.spawn(run_ranks, (ranks, tmp_path / "meeting", digits, [(tmp_path, config)]), nprocs=ranks)
+        start_ranks(run_ranks, (ranks, tmp_path / "meeting", digits, [(tmp_path, config)]), ranks)
     last = verify_checkpoint(last_checkpoint(tmp_path))
     assert last.images_seen == last.length < 500_000
     assert last.ends_at(config) == last.length

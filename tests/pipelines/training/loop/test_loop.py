@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from torch.multiprocessing import ProcessRaisedException
 
 from ddpm import prediction
 from ddpm.model import load_classifier, load_model
@@ -20,15 +20,24 @@ from pipelines.shards.cache import ShardCorruptError
 from pipelines.shards.ingest.write import ingest
 from pipelines.shards.order import SampleOrder
 from pipelines.storage import Storage
+from tests.forked import start_ranks
 from tests.pipelines.shards.ingest.sources import jsonl, pictures, write_files
-from tests.pipelines.training.loop.ranks import last_checkpoint, run_ranks, tiny_config, trace, train_here
+from tests.pipelines.training.loop.ranks import (
+    NO_GRIDS,
+    SMALL,
+    last_checkpoint,
+    run_ranks,
+    tiny_config,
+    trace,
+    train_here,
+)
 
 STEPS, BATCH = 6, 25
 
 
 def run(folder, dataset, *overrides, **requests):
     folder.mkdir(exist_ok=True)
-    return train_here(folder, dataset, tiny_config(folder, STEPS * BATCH, BATCH, *overrides), **requests)
+    return train_here(folder, dataset, tiny_config(folder, STEPS * BATCH, BATCH, *SMALL, *overrides), **requests)
 
 
 def losses(folder):
@@ -39,8 +48,16 @@ def losses(folder):
 def teacher(digits, tmp_path_factory):
     """A model that predicts v, to be tuned."""
     folder = tmp_path_factory.mktemp("teacher")
-    run(folder, digits, "objective.prediction=v")
+    run(folder, digits, "objective.prediction=v", NO_GRIDS)
     return last_checkpoint(folder)
+
+
+@pytest.fixture(scope="module")
+def finished(digits, tmp_path_factory):
+    """The folder of a run that has ended and that nothing changes."""
+    folder = tmp_path_factory.mktemp("finished")
+    run(folder, digits)
+    return folder
 
 
 CONSISTENCY = ["objective=consistency", "objective.prediction=v", "optim=radam", "sampler=consistency"]
@@ -66,7 +83,7 @@ CONSISTENCY = ["objective=consistency", "objective.prediction=v", "optim=radam",
 def test_every_objective_trains_with_a_trace_that_is_the_same_in_parts(digits, teacher, tmp_path, objective):
     objective = [*objective, f"init_from={teacher}"] if "objective=consistency" in objective else objective
     run(tmp_path / "whole", digits, *objective)
-    run(tmp_path / "parts", digits, "micro_batch_size=7", *objective)
+    run(tmp_path / "parts", digits, "micro_batch_size=7", NO_GRIDS, *objective)
     torch.testing.assert_close(losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=1e-3, atol=0)
     model = load_model(last_checkpoint(tmp_path / "whole"))
     labels = torch.tensor([3]) if model.spec.classes else None
@@ -87,9 +104,9 @@ def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(digits, teacher, 
     extra = [*extra, "optim.power_ema=[0.05,0.1]"]
     extra += [f"init_from={teacher}"] if "objective=consistency" in extra else []
     run(tmp_path / "whole", digits, *extra)
-    first, _ = run(tmp_path / "parts", digits, *extra, stop_after=3)
+    first, _ = run(tmp_path / "parts", digits, *extra, NO_GRIDS, stop_after=3)
     assert [r.images_seen for r in first.reports] == [25, 50, 75, 75]  # and once more at its end
-    second, _ = run(tmp_path / "parts", digits, *extra)
+    second, _ = run(tmp_path / "parts", digits, *extra, NO_GRIDS)
     assert {r.resumed_at for r in second.reports} == {75}
     assert trace(tmp_path / "parts") == trace(tmp_path / "whole")
     one, other = last_checkpoint(tmp_path / "whole"), last_checkpoint(tmp_path / "parts")
@@ -99,16 +116,15 @@ def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(digits, teacher, 
     assert (state["images_seen"], state["optimizer_steps"], state["skipped"]) == (STEPS * BATCH, STEPS, 0)
 
 
-def test_a_run_that_has_seen_all_its_images_does_nothing_more(digits, tmp_path):
-    run(tmp_path / "r", digits)
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "r" / "runs").rglob("*")}
-    shell, tracker = run(tmp_path / "r", digits)
+def test_a_run_that_has_seen_all_its_images_does_nothing_more(digits, finished):
+    before = {path: path.stat().st_mtime_ns for path in (finished / "runs").rglob("*")}
+    shell, tracker = run(finished, digits)
     assert (shell.reports, tracker.points) == ([], {})
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "r" / "runs").rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in (finished / "runs").rglob("*")} == before
 
 
 def test_a_requested_checkpoint_is_saved_at_the_step_boundary_and_training_goes_on(digits, tmp_path, caplog):
-    shell, _ = run(tmp_path / "r", digits, checkpoint_after=2)
+    shell, _ = run(tmp_path / "r", digits, NO_GRIDS, checkpoint_after=2)
     assert caplog.messages.count("a node is about to be taken away: a checkpoint is saved at 50 images") == 1
     complete = complete_checkpoints(Storage(), f"file://{tmp_path}/r/runs/digits")
     assert [state.images_seen for _, state in complete] == [STEPS * BATCH, 50]
@@ -126,7 +142,7 @@ def test_the_seconds_of_an_attempt_add_up_and_what_is_stored_is_counted(digits, 
 
 
 def test_curves_are_by_images_seen_and_have_speed_and_health(digits, tmp_path):
-    shell, tracker = run(tmp_path / "r", digits, "tracking.log_every=75", "cluster.peak_tflops=0.1")
+    shell, tracker = run(tmp_path / "r", digits, "tracking.log_every=75", NO_GRIDS, "cluster.peak_tflops=0.1")
     assert sorted(tracker.points) == [75, 150]
     first = tracker.points[75]
     assert list(first)[:2] == ["train/loss", "train/images_per_s"]  # MLflow lists them so
@@ -159,7 +175,7 @@ def test_a_grid_costs_no_more_images_than_asked_for(digits, tmp_path, conditions
 
 
 def test_a_profile_of_the_steps_that_were_asked_for_is_kept(digits, tmp_path):
-    _, tracker = run(tmp_path / "r", digits, "tracking.profile_at=50", "tracking.profile_steps=2")
+    _, tracker = run(tmp_path / "r", digits, "tracking.profile_at=50", "tracking.profile_steps=2", NO_GRIDS)
     events = json.loads(tracker.texts["profile/000000000050.json"])["traceEvents"]
     assert sum(e.get("name", "").startswith("Optimizer.step") for e in events) == 2
 
@@ -170,10 +186,9 @@ def test_updates_that_are_not_finite_are_left_out_and_too_many_in_a_row_stop_the
         run(tmp_path / "nan", digits, *bad)
 
 
-def test_fine_tuning_starts_from_the_averaged_weights_of_a_model(digits, tmp_path):
-    run(tmp_path / "base", digits)
-    base = last_checkpoint(tmp_path / "base")
-    tuned = [f"init_from={base}", "optim.lr=1e-30"]
+def test_fine_tuning_starts_from_the_averaged_weights_of_a_model(digits, finished, tmp_path):
+    base = last_checkpoint(finished)
+    tuned = [f"init_from={base}", "optim.lr=1e-30", NO_GRIDS]
     run(tmp_path / "tuned", digits, *tuned)
     run(tmp_path / "inpaint", digits, *tuned, "model.inpainting=true")
     weights = load_model(base).network.state_dict()
@@ -181,14 +196,14 @@ def test_fine_tuning_starts_from_the_averaged_weights_of_a_model(digits, tmp_pat
         network = load_model(last_checkpoint(tmp_path / name)).network.state_dict()
         network["conv_in.weight"] = network["conv_in.weight"][:, :1]
         assert all(torch.equal(network[k], v) for k, v in weights.items())
-    with pytest.raises(ModelError, match=r"another network than the configuration's:\n  channels: \(32,\) there"):
+    with pytest.raises(ModelError, match=r"another network than the configuration's:\n  channels: \(8,\) there"):
         run(tmp_path / "other", digits, *tuned, "model.channels=[64]")
     with pytest.raises(ModelError, match="names no model"):
         run(tmp_path / "none", digits, "init_from=/nowhere")
 
 
 def test_a_teacher_changes_what_is_learned_and_has_to_be_the_one_that_the_run_began_with(digits, teacher, tmp_path):
-    tuned = [*CONSISTENCY, f"init_from={teacher}"]
+    tuned = [*CONSISTENCY, f"init_from={teacher}", NO_GRIDS]
     run(tmp_path / "plain", digits, *tuned)
     run(tmp_path / "followed", digits, *tuned, "objective.consistency_guidance=1")
     run(tmp_path / "guided", digits, *tuned, "objective.consistency_guidance=2")
@@ -199,7 +214,7 @@ def test_a_teacher_changes_what_is_learned_and_has_to_be_the_one_that_the_run_be
 
 
 def test_a_model_of_x0_is_tuned_with_a_skip_connection(digits, tmp_path):
-    run(tmp_path / "x0", digits, "objective.prediction=x0")
+    run(tmp_path / "x0", digits, "objective.prediction=x0", NO_GRIDS)
     base = f"init_from={last_checkpoint(tmp_path / 'x0')}"
     run(tmp_path / "tuned", digits, *CONSISTENCY, base, "objective.prediction=x0_skip")
     assert load_model(last_checkpoint(tmp_path / "tuned")).spec.prediction == "x0_skip"
@@ -208,8 +223,9 @@ def test_a_model_of_x0_is_tuned_with_a_skip_connection(digits, tmp_path):
 
 
 def test_a_classifier_of_noisy_images_is_trained_by_the_same_loop(digits, tmp_path):
-    config = ["task=classifier", "optim.lr=1e-2", "optim.warmup_images=0", "optim.ema_half_life=400", "batch_size=50"]
-    _, tracker = run(tmp_path / "c", digits, *config, "images=4000", "tracking.grid_every=4000")
+    settings = ["task=classifier", "optim.lr=1e-2", "optim.warmup_images=0", "optim.ema_half_life=400"]
+    config = tiny_config(tmp_path / "c", 4000, 50, *settings, "tracking.grid_every=4000")
+    _, tracker = train_here(tmp_path / "c", digits, config)
     keys = [f"test/accuracy_t{t:04d}" for t in (50, 250, 500, 750)]
     first, last = ([tracker.points[n][key] for key in keys] for n in (50, 4000))
     assert max(first) < 0.2
@@ -248,8 +264,8 @@ TEXT = ["data.num_classes=0", "model.class_conditional=false", "model.text_dim=4
 
 def test_a_network_is_conditioned_on_captions(captioned, tmp_path):
     run(tmp_path / "whole", captioned, *TEXT)
-    run(tmp_path / "parts", captioned, *TEXT, "micro_batch_size=7")
-    run(tmp_path / "blind", captioned, *TEXT, "objective.label_drop=1")
+    run(tmp_path / "parts", captioned, *TEXT, "micro_batch_size=7", NO_GRIDS)
+    run(tmp_path / "blind", captioned, *TEXT, "objective.label_drop=1", NO_GRIDS)
     torch.testing.assert_close(losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=1e-3, atol=0)
     assert not torch.equal(losses(tmp_path / "blind"), losses(tmp_path / "whole"))
     assert load_model(last_checkpoint(tmp_path / "whole")).spec.network.text_dim == 4
@@ -279,12 +295,12 @@ def test_consistency_tuning_has_the_same_trace_on_any_number_of_ranks(digits, te
     for world, parallel, parts in ((1, "ddp", 25), (2, "ddp", 7), (2, "fsdp", 13)):
         folder = tmp_path / f"{world}-{parallel}"
         folder.mkdir()
-        asked = [*CONSISTENCY, f"init_from={teacher}", "objective.consistency_guidance=2", f"micro_batch_size={parts}"]
-        asked += [f"cluster.parallel={parallel}", "optim.precision=fp64"]
+        asked = [*SMALL, *CONSISTENCY, f"init_from={teacher}", f"micro_batch_size={parts}"]
+        asked += ["objective.consistency_guidance=2", f"cluster.parallel={parallel}", "optim.precision=fp64"]
         runs[world, parallel] = folder, tiny_config(folder, images, BATCH, *asked)
     train_here(runs[1, "ddp"][0], digits, runs[1, "ddp"][1])
     both = [runs[2, "ddp"], runs[2, "fsdp"]]
-    mp.spawn(run_ranks, (2, tmp_path / "rendezvous", digits, both), nprocs=2)
+    start_ranks(run_ranks, (2, tmp_path / "rendezvous", digits, both), 2)
     for folder, _ in both:
         torch.testing.assert_close(losses(folder), losses(runs[1, "ddp"][0]), rtol=1e-9, atol=0)
 
@@ -299,7 +315,7 @@ def test_nor_on_the_number_of_ranks(captioned, tmp_path):
         runs[world, parallel] = folder, tiny_config(folder, images, 25, *asked)
     train_here(runs[1, "ddp"][0], captioned, runs[1, "ddp"][1])
     both = [runs[2, "ddp"], runs[2, "fsdp"]]
-    mp.spawn(run_ranks, (2, tmp_path / "rendezvous", captioned, both), nprocs=2)
+    start_ranks(run_ranks, (2, tmp_path / "rendezvous", captioned, both), 2)
     for folder, _ in both:
         torch.testing.assert_close(losses(folder), losses(runs[1, "ddp"][0]), rtol=1e-9, atol=0)
 
@@ -322,7 +338,7 @@ def test_a_compiled_network_has_the_same_trace_and_is_kept_on_disk(digits, tmp_p
 def test_a_damaged_shard_stops_the_run_by_name_after_a_checkpoint_of_what_came_before(tmp_path):
     uri, one_by_one = f"file://{tmp_path}/digits", ["data.lanes=1", "data.window=1"]
     dataset = ingest("digits", uri, Storage(), image_size=8, channels=1, shard_samples=128).dataset
-    run(tmp_path / "whole", dataset, *one_by_one)
+    run(tmp_path / "whole", dataset, *one_by_one, NO_GRIDS)
     counts = [shard.samples for shard in dataset.shards("train")]
     order = SampleOrder(counts, lanes=1, window=1, seed=0, digest=dataset.digest)
     victim = dataset.shards("train")[order.batch(STEPS * BATCH - 1, 1).shards[0]].name
@@ -330,7 +346,7 @@ def test_a_damaged_shard_stops_the_run_by_name_after_a_checkpoint_of_what_came_b
     data[600::1024] = bytes(b ^ 255 for b in data[600::1024])  # in every sample of it
     (tmp_path / "digits" / victim).write_bytes(data)
     with pytest.raises(ShardCorruptError, match=victim.replace(".", r"\.")):
-        run(tmp_path / "broken", dataset, *one_by_one)
+        run(tmp_path / "broken", dataset, *one_by_one, NO_GRIDS)
     whole, seen = trace(tmp_path / "whole"), (STEPS - 1) * BATCH
     assert trace(tmp_path / "broken") == {n: loss for n, loss in whole.items() if n <= seen}
     state = json.loads((last_checkpoint(tmp_path / "broken") / "state.json").read_text())
@@ -367,7 +383,7 @@ def test_where_one_of_two_ranks_meets_a_damaged_shard_both_save_and_end(tmp_path
     folder = tmp_path / "broken"
     folder.mkdir()
     runs = [(folder, tiny_config(folder, images, BATCH, "data.window=1"))]
-    with pytest.raises(mp.ProcessRaisedException, match=victim.replace(".", r"\.")):
-        mp.spawn(ranks_with_a_slow_store, (2, tmp_path / "rendezvous", dataset, runs), nprocs=2)
+    with pytest.raises(ProcessRaisedException, match=victim.replace(".", r"\.")):
+        start_ranks(ranks_with_a_slow_store, (2, tmp_path / "rendezvous", dataset, runs), 2)
     state = json.loads((last_checkpoint(folder) / "state.json").read_text())
     assert state["images_seen"] == number * BATCH

@@ -7,21 +7,28 @@ import logging
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 
 from pipelines.checkpoints import CheckpointState, load_checkpoint
 from pipelines.training.loop import loss_scale
 from pipelines.training.loop.loss_scale import GROWTH_STEPS, LossScale
-from tests.pipelines.training.loop.ranks import last_checkpoint, run_ranks, tiny_config, trace, train_here
+from tests.forked import start_ranks
+from tests.pipelines.training.loop.ranks import (
+    NO_GRIDS,
+    SMALL,
+    last_checkpoint,
+    run_ranks,
+    tiny_config,
+    trace,
+    train_here,
+)
 
 STEPS, BATCH = 4, 25
-SMALL = ["model.channels=[8]", "model.norm_groups=4", "model.head_dim=8"]
 
 
 def run(folder, dataset, *overrides, precision="fp16", **requests):
     folder.mkdir(exist_ok=True)
-    config = tiny_config(folder, STEPS * BATCH, BATCH, f"optim.precision={precision}", *overrides)
+    config = tiny_config(folder, STEPS * BATCH, BATCH, *SMALL, f"optim.precision={precision}", *overrides)
     return train_here(folder, dataset, config, **requests)
 
 
@@ -70,15 +77,15 @@ def test_gradients_are_divided_exactly():
 
 
 def test_a_training_in_fp16_has_the_losses_of_float32_and_resumes_bit_for_bit(digits, tmp_path):
-    run(tmp_path / "fp32", digits, precision="fp32")
-    _, tracker = run(tmp_path / "whole", digits, "tracking.log_every=25")
+    run(tmp_path / "fp32", digits, NO_GRIDS, precision="fp32")
+    _, tracker = run(tmp_path / "whole", digits, "tracking.log_every=25")  # draws, in fp16
     reference = list(trace(tmp_path / "fp32").values())
     assert list(trace(tmp_path / "whole").values()) == pytest.approx(reference, rel=5e-3)
     assert list(trace(tmp_path / "whole").values()) != reference
     assert tracker.points[BATCH]["updates/loss_scale"] == 2.0**16
     assert tracker.texts["precision.txt"] == "fp16"
-    run(tmp_path / "parts", digits, stop_after=2)
-    run(tmp_path / "parts", digits)
+    run(tmp_path / "parts", digits, NO_GRIDS, stop_after=2)
+    run(tmp_path / "parts", digits, NO_GRIDS)
     one, other = last_checkpoint(tmp_path / "whole"), last_checkpoint(tmp_path / "parts")
     for name in ("model.safetensors", "training.safetensors"):
         assert (one / name).read_bytes() == (other / name).read_bytes()
@@ -89,7 +96,7 @@ def test_gradients_that_overflow_lower_the_scale_are_left_out_and_do_not_fail_th
     # 2^20 is far too much for this loss; with two in a row allowed, only steps that are not counted get past it.
     monkeypatch.setattr(loss_scale, "START", 20)
     steps = 8
-    config = [f"images={steps * BATCH}", "optim.max_skipped=2", *SMALL]
+    config = [f"images={steps * BATCH}", "optim.max_skipped=2", NO_GRIDS]
     _, tracker = run(tmp_path / "r", digits, *config, "tracking.log_every=25")
     state, tensors = load_checkpoint(last_checkpoint(tmp_path / "r"))
     assert state.skipped >= 3
@@ -100,7 +107,7 @@ def test_gradients_that_overflow_lower_the_scale_are_left_out_and_do_not_fail_th
 
 
 def test_a_run_that_goes_on_in_another_precision_says_so_and_an_older_checkpoint_has_none(digits, tmp_path, caplog):
-    run(tmp_path / "r", digits, precision="fp32", stop_after=2)
+    run(tmp_path / "r", digits, NO_GRIDS, precision="fp32", stop_after=2)
     folder = last_checkpoint(tmp_path / "r")
     state = CheckpointState.from_json((folder / "state.json").read_text(), "")
     assert state.precision == "fp32"
@@ -108,7 +115,7 @@ def test_a_run_that_goes_on_in_another_precision_says_so_and_an_older_checkpoint
     # The same setting on a machine that resolves it otherwise.
     (folder / "state.json").write_text(json.dumps({**plain, "precision": "bf16"}))
     with caplog.at_level(logging.WARNING):
-        run(tmp_path / "r", digits, precision="fp32", stop_after=1)
+        run(tmp_path / "r", digits, NO_GRIDS, precision="fp32", stop_after=1)
     assert "computed in bf16 so far and goes on in fp32" in caplog.text
     del plain["precision"]
     assert CheckpointState.from_json(json.dumps(plain), "").precision is None
@@ -130,8 +137,7 @@ def test_two_ranks_agree_on_what_overflows_under_ddp_and_fsdp(digits, tmp_path, 
         folder = tmp_path / parallel
         folder.mkdir()
         runs.append((folder, tiny_config(folder, steps * BATCH, BATCH, *own, f"cluster.parallel={parallel}")))
-    arguments = (2, tmp_path / "rendezvous", digits, runs)
-    mp.start_processes(ranks_with_a_large_scale, arguments, nprocs=2, start_method="forkserver")
+    start_ranks(ranks_with_a_large_scale, (2, tmp_path / "rendezvous", digits, runs), 2)
     reference = list(trace(tmp_path / "one").values())
     for folder, _ in runs:
         assert list(trace(folder).values()) == pytest.approx(reference, rel=1e-2)

@@ -6,10 +6,18 @@ import time
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from ddpm.models import NETWORKS
-from tests.pipelines.training.loop.ranks import TINY, last_checkpoint, run_ranks, tiny_config, trace, train_here
+from tests.forked import start_ranks
+from tests.pipelines.training.loop.ranks import (
+    NO_GRIDS,
+    TINY,
+    last_checkpoint,
+    run_ranks,
+    tiny_config,
+    trace,
+    train_here,
+)
 
 STEPS, BATCH = 6, 25
 FROM_THE_FIRST = ["optim.warmup_images=0", "optim.lr=0.01"]  # parts of a network that start at zero take part soon
@@ -28,7 +36,7 @@ def run(folder, dataset, network, *overrides, steps=STEPS, **requests):
 
 def on_two_ranks(tmp_path, dataset, runs):
     rendezvous = tmp_path / f"rendezvous-{time.monotonic_ns()}"
-    mp.start_processes(run_ranks, (2, rendezvous, dataset, runs), nprocs=2, start_method="forkserver")
+    start_ranks(run_ranks, (2, rendezvous, dataset, runs), 2)
 
 
 def worst(found, reference):
@@ -43,7 +51,7 @@ def test_every_registered_network_is_tested_here():
 
 @every_network
 def test_the_loss_on_digits_falls(digits, tmp_path, network):
-    run(tmp_path / "r", digits, network, "optim.lr=0.003", steps=80)
+    run(tmp_path / "r", digits, network, "optim.lr=0.003", NO_GRIDS, steps=80)
     losses = torch.tensor(list(trace(tmp_path / "r").values()))
     assert losses[-20:].mean() < 0.7 * losses[:5].mean()  # of v, of which noise hides more than of eps
 
@@ -51,8 +59,8 @@ def test_the_loss_on_digits_falls(digits, tmp_path, network):
 @every_network
 def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(digits, tmp_path, network):
     run(tmp_path / "whole", digits, network)
-    run(tmp_path / "parts", digits, network, stop_after=3)
-    second, _ = run(tmp_path / "parts", digits, network)
+    run(tmp_path / "parts", digits, network, NO_GRIDS, stop_after=3)
+    second, _ = run(tmp_path / "parts", digits, network, NO_GRIDS)
     assert {r.resumed_at for r in second.reports} == {75}
     assert trace(tmp_path / "parts") == trace(tmp_path / "whole")
     one, other = last_checkpoint(tmp_path / "whole"), last_checkpoint(tmp_path / "parts")
@@ -62,8 +70,8 @@ def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(digits, tmp_path,
 
 @every_network
 def test_two_ranks_have_the_losses_of_one_under_ddp_and_fsdp(digits, tmp_path, network):
-    run(tmp_path / "one", digits, network, "optim.precision=fp64")
-    shared = ["optim.precision=fp64", "micro_batch_size=7"]
+    run(tmp_path / "one", digits, network, "optim.precision=fp64", NO_GRIDS)
+    shared = ["optim.precision=fp64", "micro_batch_size=7", NO_GRIDS]
     runs = {p: config(tmp_path / p, network, *shared, f"cluster.parallel={p}") for p in ("ddp", "fsdp")}
     on_two_ranks(tmp_path, digits, [(tmp_path / parallel, c) for parallel, c in runs.items()])
     reference = trace(tmp_path / "one")

@@ -2,7 +2,6 @@ import json
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,6 +11,7 @@ from pipelines.shards.read import Batch
 from pipelines.training.loop.collectives import all_gather_pieces, broadcast, gather, on_whole
 from pipelines.training.loop.parallel import micro_batches
 from pipelines.training.loop.state import make_network
+from tests.forked import start_ranks
 from tests.pipelines.training.loop.ranks import TINY, process_group, tiny_config, train_here
 
 
@@ -73,7 +73,7 @@ def gather_parts(rank, world, rendezvous):
 @pytest.mark.integration
 @pytest.mark.parametrize("world", [2, 3])
 def test_rank_0_gathers_parts_of_any_number_of_rows(tmp_path, world):
-    mp.start_processes(gather_parts, (world, tmp_path / "rendezvous"), nprocs=world, start_method="forkserver")
+    start_ranks(gather_parts, (world, tmp_path / "rendezvous"), world)
 
 
 def divide_wholes(rank, world, rendezvous):
@@ -90,7 +90,7 @@ def divide_wholes(rank, world, rendezvous):
 @pytest.mark.integration
 @pytest.mark.parametrize("world", [2, 3])
 def test_every_rank_keeps_its_part_of_a_function_of_the_whole(tmp_path, world):
-    mp.start_processes(divide_wholes, (world, tmp_path / "rendezvous"), nprocs=world, start_method="forkserver")
+    start_ranks(divide_wholes, (world, tmp_path / "rendezvous"), world)
 
 
 def gather_pieces(rank, world, rendezvous):
@@ -103,7 +103,7 @@ def gather_pieces(rank, world, rendezvous):
 @pytest.mark.integration
 @pytest.mark.parametrize("world", [2, 3])
 def test_every_rank_gathers_pieces_that_differ_by_a_row(tmp_path, world):
-    mp.start_processes(gather_pieces, (world, tmp_path / "rendezvous"), nprocs=world, start_method="forkserver")
+    start_ranks(gather_pieces, (world, tmp_path / "rendezvous"), world)
 
 
 class Collectives(TorchDispatchMode):
@@ -130,8 +130,7 @@ def collect_collectives(rank, rendezvous, dataset, folder, config):
 @pytest.mark.integration
 def test_a_sharded_run_uses_no_collective_whose_name_gloos_threads_would_write_at_once(digits, tmp_path):
     config = tiny_config(tmp_path, 3 * 10, 10, "cluster.parallel=fsdp", "checkpoint.every=10", "optim.power_ema=[0.1]")
-    arguments = (tmp_path / "rendezvous", digits, tmp_path, config)
-    mp.start_processes(collect_collectives, arguments, nprocs=2, start_method="forkserver")
+    start_ranks(collect_collectives, (tmp_path / "rendezvous", digits, tmp_path, config), 2)
     for rank in range(2):
         names = json.loads((tmp_path / f"collectives-{rank}.json").read_text())
         assert {"c10d.gather_.default", "c10d._allgather_base_.default"} <= set(names)

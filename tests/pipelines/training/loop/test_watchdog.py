@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import socket
 import threading
 import time
@@ -26,6 +25,7 @@ from pipelines.training.loop.progress import Clock
 from pipelines.training.loop.shell import Job
 from pipelines.training.loop.telemetry import StepStatistics
 from pipelines.training.loop.watchdog import EXIT_CODE
+from tests.forked import FORKING
 from tests.pipelines.training.loop.ranks import FolderShell, MemoryTracker, tiny_config
 
 BATCH = 25
@@ -111,13 +111,11 @@ class Ranks:
     """Two ranks of one run, of which one fails."""
 
     def __init__(self, folder, dataset, fault, broken, *, stays=False, timeout_s=LONGER_THAN_ANY_TEST_S):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
         self.folder = folder
         with socket.create_server(("127.0.0.1", 0)) as found:
             port = found.getsockname()[1]
         arguments = [(rank, port, folder, dataset, fault, broken, stays, timeout_s) for rank in range(2)]
-        self.processes = [context.Process(target=rank_main, args=a, daemon=True) for a in arguments]
+        self.processes = [FORKING.Process(target=rank_main, args=a, daemon=True) for a in arguments]
         for process in self.processes:
             process.start()
 

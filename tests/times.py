@@ -1,0 +1,102 @@
+"""What tests and their fixtures cost, as pytest's own JUnit files have recorded it, and which module to begin with.
+
+    python -m tests.times [FILE …]
+
+prints the slowest modules, tests and fixtures of `build/times/*.xml`, which `make test` writes. With `--record` it
+writes the seconds of each module of the integration tests into `tests/times.json`, by which two streams share them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import xml.etree.ElementTree as ET
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RECORDED = ROOT / "tests" / "times.json"
+FIXTURE = "fixture "
+"""How a property of a test begins that says how long a fixture took, which it was the first to need."""
+CPU = "cpu"
+"""The property that says what CPU time a test took, with that of the processes that it has waited for."""
+SHOWN = 25
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A test that has run.
+
+    Attributes:
+        module: path of its file, from the root of the checkout.
+        seconds: what it took, its fixtures included.
+        cpu: CPU seconds of its process, and of those that it has waited for.
+        fixtures: seconds of each fixture that it was the first to need.
+    """
+
+    module: str
+    name: str
+    seconds: float
+    cpu: float
+    fixtures: Mapping[str, float]
+
+
+def read(files: Iterable[Path]) -> Iterator[Timed]:
+    """Yield the tests that JUnit files of pytest record."""
+    for file in files:
+        for case in ET.parse(file).iter("testcase"):
+            said = {p.get("name", ""): p.get("value", "") for p in case.iter("property")}
+            fixtures = {n.removeprefix(FIXTURE): float(v) for n, v in said.items() if n.startswith(FIXTURE)}
+            module, name = module_of(case.get("classname", "")), case.get("name", "")
+            yield Timed(module, name, float(case.get("time", 0)), float(said.get(CPU, 0)), fixtures)
+
+
+def module_of(dotted: str) -> str:
+    """Return the path of a test's file, whose JUnit name may end with a class."""
+    parts = dotted.split(".")
+    while parts and not (ROOT / Path(*parts)).with_suffix(".py").is_file():
+        parts.pop()
+    return "/".join(parts) + ".py" if parts else dotted
+
+
+def seconds_of_modules(tests: Iterable[Timed]) -> Counter[str]:
+    """Return the seconds of each module."""
+    found: Counter[str] = Counter()
+    for test in tests:
+        found[test.module] += test.seconds  # type: ignore[assignment]
+    return found
+
+
+def longest_first(modules: Iterable[str]) -> list[str]:
+    """Return modules in the order of the seconds that are recorded of them; those that are new come first."""
+    recorded: dict[str, float] = json.loads(RECORDED.read_text())
+    return sorted(modules, key=lambda module: (-recorded.get(module, float("inf")), module))
+
+
+def main(arguments: list[str]) -> None:
+    files = [Path(a) for a in arguments if not a.startswith("--")] or sorted((ROOT / "build" / "times").glob("*.xml"))
+    tests = list(read(files))
+    modules = seconds_of_modules(tests)
+    if "--record" in arguments:
+        slow = {name: round(seconds) for name, seconds in sorted(modules.items()) if seconds >= 1}
+        RECORDED.write_text(json.dumps(slow, indent=1) + "\n")
+    fixtures: Counter[str] = Counter()
+    for test in tests:
+        fixtures.update(test.fixtures)  # type: ignore[arg-type]
+    rows = {
+        f"{len(tests):,} tests, {sum(modules.values()):,.0f} s; the slowest modules": modules.most_common(SHOWN),
+        "the slowest tests": [
+            (f"{t.module}::{t.name}", t.seconds) for t in sorted(tests, key=lambda t: -t.seconds)[:SHOWN]
+        ],
+        "the fixtures that cost most": fixtures.most_common(SHOWN),
+    }
+    for title, lines in rows.items():
+        print(title)
+        for name, seconds in lines:
+            print(f"{seconds:8.1f} s  {name}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
