@@ -5,7 +5,7 @@ import torch
 
 from ddpm.bound import vlb_pair_term, vlb_term, vlb_weight
 from ddpm.conditioning import Conditioning
-from ddpm.gaussian import DiagonalGaussian, kl, q_sample
+from ddpm.gaussian import DiagonalGaussian, kl, p_reverse, q_sample
 from ddpm.noise import Purpose, integers, normal
 from ddpm.objectives import Objective, score_matching_loss, simple_loss
 from ddpm.prediction import PARAMETERIZATIONS, coefficients, from_output, target
@@ -194,6 +194,8 @@ def test_at_the_first_step_the_term_is_the_decoder_and_the_posterior_has_no_dens
     x_0, x_t = torch.linspace(-1, 1, 4, dtype=torch.float64).reshape(4, 1, 1, 1), torch.zeros(4, 1, 1, 1).double()
     term = vlb_term(DENOISER(x_t, t), x_0, x_t, t, CHAIN)
     assert (term > 0).all()
+    decoder = p_reverse(DENOISER(x_t, t), x_t, t, t - 1, CHAIN, "small").discretized_log_prob(x_0)
+    torch.testing.assert_close(term, -decoder.flatten(1).mean(1) / math.log(2))
     with pytest.raises(ValueError, match="no density"):
         vlb_pair_term(DENOISER(x_t, t), x_0, x_t, t, CHAIN, x_0=x_0)
     assert torch.isfinite(vlb_pair_term(DENOISER(x_t, t), x_0, x_t, t, CHAIN)).all()

@@ -319,4 +319,103 @@ AROUND = (
     ),
 )
 
-FAULTS = (*MATHEMATICS, *DATA, *TRAINING, *AROUND)
+NEWLY_TESTED = (
+    Fault(
+        "decoder_of_the_loss",
+        "The loss of the bound has the decoder at t = 1, where the posterior has no density.",
+        "ddpm/bound.py",
+        "last = (t == 1).reshape",
+        "last = (t == 0).reshape",
+        (
+            "tests/ddpm/test_objectives.py"
+            "::test_at_the_first_step_the_term_is_the_decoder_and_the_posterior_has_no_density_there",
+        ),
+    ),
+    Fault(
+        "index_of_the_table",
+        "A network is given the index of the table, which is one below the timestep.",
+        "ddpm/objectives.py",
+        "network(x_t, (t - 1).float(), cond)",
+        "network(x_t, t.float(), cond)",
+        (
+            "tests/pipelines/training/loop/test_task.py::test_the_network_is_told_the_index_of_the_table_one_below_the_timestep",
+        ),
+    ),
+    Fault(
+        "upside_down",
+        "Images are mirrored left to right.",
+        "pipelines/training/loop/task.py",
+        "x_0.flip(-1), x_0)",
+        "x_0.flip(-2), x_0)",
+        (
+            "tests/pipelines/training/loop/test_task.py"
+            "::test_half_of_the_images_are_mirrored_left_to_right_and_the_others_are_as_they_were",
+        ),
+    ),
+    Fault(
+        "label_drop",
+        "Labels are dropped sample by sample, as often as asked.",
+        "pipelines/training/loop/task.py",
+        "Purpose.LABEL_DROP)[:, 0] < config.objective.label_drop",
+        "Purpose.LABEL_DROP)[:, 0] > config.objective.label_drop",
+        ("tests/pipelines/training/loop/test_task.py::test_labels_are_dropped_sample_by_sample_and_as_often_as_asked",),
+    ),
+    Fault(
+        "weights_after_a_grid",
+        "Training goes on with its own weights after a grid was drawn from the averaged ones.",
+        "pipelines/training/loop/state.py",
+        "            torch._foreach_copy_(live, kept)",
+        "            pass",
+        (
+            "tests/pipelines/training/loop/test_loop.py"
+            "::test_grids_are_drawn_from_averaged_weights_and_leave_training_as_it_was",
+        ),
+    ),
+    Fault(
+        "weights_of_a_grid",
+        "Grids are drawn from the averaged weights.",
+        "pipelines/training/loop/state.py",
+        "        torch._foreach_copy_(live, [local_part(t) for t in state.ema.shadow.values()])",
+        "        pass",
+        (
+            "tests/pipelines/training/loop/test_loop.py"
+            "::test_grids_are_drawn_from_averaged_weights_and_leave_training_as_it_was",
+        ),
+    ),
+    Fault(
+        "setting_of_one_side",
+        "A run is not resumed with a setting that only it or only the configuration has.",
+        "pipelines/checkpoints/files.py",
+        "state.identity.keys() | now.keys()",
+        "state.identity.keys() & now.keys()",
+        (
+            "tests/pipelines/checkpoints/test_files.py"
+            "::test_a_setting_that_only_one_of_run_and_configuration_has_is_refused_by_name",
+        ),
+    ),
+    Fault(
+        "cut_short",
+        "A checkpoint with a file that was cut short is not complete.",
+        "pipelines/checkpoints/catalog.py",
+        "if sizes.get(file) != size]",
+        "if file not in sizes]",
+        (
+            "tests/pipelines/checkpoints/test_catalog.py::test_a_checkpoint_with_a_file_that_was_cut_short_is_not_complete",
+        ),
+    ),
+    Fault(
+        "state_json_first",
+        "A checkpoint's state.json is uploaded after all its other files.",
+        "pipelines/training/loop/checkpoint.py",
+        "        for file in state.files:\n",
+        "        (folder / checkpoints.STATE).write_text(state.to_json())\n"
+        "        self._put(folder / checkpoints.STATE, uri)\n"
+        "        for file in state.files:\n",
+        (
+            "tests/pipelines/training/loop/test_checkpoint.py::test_state_json_is_uploaded_once_and_after_all_other_files",
+        ),
+    ),
+)
+"""Promises that no test kept when the first faults were seeded."""
+
+FAULTS = (*MATHEMATICS, *DATA, *TRAINING, *AROUND, *NEWLY_TESTED)

@@ -77,6 +77,14 @@ def run(tmp_path):
     return Run(tmp_path)
 
 
+def test_a_checkpoint_with_a_file_that_was_cut_short_is_not_complete(tmp_path):
+    run = Run(tmp_path)
+    whole, cut = run.store(100), run.store(200)
+    path = run.path / cut / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert [listed.name for listed, _ in complete_checkpoints(STORAGE, run.uri)] == [whole]
+
+
 def test_the_newest_stay_and_the_others_are_deleted(run):
     assert run.newest() is None
     names = [run.enter(images) for images in (100, 200, 300)]

@@ -77,6 +77,15 @@ def test_other_settings_or_data_are_refused_by_name(folder):
         check_resumable(state, CONFIG, replace(DATASET, digest="other"))
 
 
+def test_a_setting_that_only_one_of_run_and_configuration_has_is_refused_by_name(folder):
+    state = load_checkpoint(folder)[0]
+    without = {name: value for name, value in state.identity.items() if name != "optim.lr"}
+    with pytest.raises(ModelError, match=r"optim\.lr: None before, 0\.002 now"):
+        check_resumable(replace(state, identity=without), CONFIG, DATASET)
+    with pytest.raises(ModelError, match=r"optim\.gone: 1 before, None now"):
+        check_resumable(replace(state, identity={**state.identity, "optim.gone": 1}), CONFIG, DATASET)
+
+
 def test_a_run_from_before_a_default_changed_is_told_how_it_goes_on(folder):
     by_default, eps = (compose(["+experiment=digits", f"objective.prediction={kind}"]) for kind in ("v", "eps"))
     since = load_checkpoint(folder)[0]

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from pipelines import checkpoints
 from pipelines.checkpoints import load_checkpoint, save_checkpoint
 from pipelines.shards.read import Batch
-from pipelines.storage import StorageError
+from pipelines.storage import Storage, StorageError
 from pipelines.training.loop import step as step_module
 from tests.pipelines.training.loop.ranks import NO_GRIDS, SMALL, FolderShell, last_checkpoint, tiny_config, train_here
 
@@ -36,6 +36,18 @@ class ReportingShell(FolderShell):
         super().progress(progress)
         if len(self.reports) >= self.opens_after:
             self.gate.set()
+
+
+def test_state_json_is_uploaded_once_and_after_all_other_files(digits, tmp_path, monkeypatch):
+    uploaded, upload = [], Storage.upload
+    monkeypatch.setattr(Storage, "upload", lambda self, path, uri: uploaded.append(uri) or upload(self, path, uri))
+    run(tmp_path, digits)
+    folders = {uri.rsplit("/", 1)[0] for uri in uploaded}
+    assert len(folders) == 2
+    for folder in folders:
+        names = [uri.rsplit("/", 1)[1] for uri in uploaded if uri.startswith(f"{folder}/")]
+        assert len(names) == len(set(names)) >= 3
+        assert names[-1] == "state.json"
 
 
 def test_training_goes_on_beside_an_upload_of_the_state_as_it_was_when_saved(digits, tmp_path, monkeypatch):

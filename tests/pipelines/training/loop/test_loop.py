@@ -161,6 +161,18 @@ def test_grids_of_a_model_that_is_served_compiled_are_not(digits, tmp_path, monk
     assert load_model(last_checkpoint(tmp_path / "r")).spec.sampling.arithmetic.compile
 
 
+def test_grids_are_drawn_from_averaged_weights_and_leave_training_as_it_was(digits, tmp_path):
+    def grids(name, *overrides):
+        return run(tmp_path / name, digits, "optim.lr=0.05", "optim.warmup_images=0", *overrides)[0].shown
+
+    grids("without", "tracking.grid_every=null")
+    short, long = (grids(f"{h}", "tracking.grid_every=25", f"optim.ema_half_life={h}") for h in (1, 100_000))
+    assert len(short) == len(long) == STEPS
+    assert not (short[-1] == long[-1]).all()
+    for name in ("1", "100000"):
+        assert trace(tmp_path / name) == trace(tmp_path / "without")
+
+
 @pytest.mark.parametrize(
     "conditions, rows, columns, header",
     [([], 1, 6, 18), (["model.inpainting=true"], 3, 2, 0)],  # captions and known pixels are no columns of a class
