@@ -113,6 +113,7 @@ def _start_ray(home: Path, running: dict[str, Service]) -> Service:
         f"--object-store-memory={OBJECT_STORE_BYTES}",
         "--min-worker-port=0",
         "--max-worker-port=0",
+        "--include-log-monitor=false",  # it reads all logs all the time, for drivers that print them: none of ours does
     ]
     command += [f"--{name}={ports[name]}" for name in options]
     environment = {"OMP_WAIT_POLICY": "PASSIVE", "RAY_TRAIN_V2_ENABLED": "1", "RAY_USAGE_STATS_ENABLED": "0"}

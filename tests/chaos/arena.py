@@ -24,6 +24,7 @@ from pipelines.stack import StackState
 from pipelines.storage import Storage
 from tests.chaos.fault_proxy import FaultProxy
 from tests.integration import command
+from tests.integration.workers import forked_workers
 from tests.processes import family, ray_train_workers
 
 CPUS = os.cpu_count() or 2
@@ -92,7 +93,8 @@ class Arena:
         self.home, self.folder = home, folder
         self.node: subprocess.Popen[str] | None = None
         self.trainings: list[Training] = []
-        self.state: StackState = stack.up(home)
+        with forked_workers():
+            self.state: StackState = stack.up(home)
         self.s3 = Storage(self.state.s3_endpoint, str(self.state.credentials_file), "us-east-1")
         self.s3_proxy = FaultProxy(str(self.state.s3_endpoint)).__enter__()
         self.mlflow_proxy = FaultProxy(str(self.state.tracking_uri)).__enter__()

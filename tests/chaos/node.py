@@ -6,8 +6,15 @@ make theirs. It has an address of its own on the loopback interface, and lives a
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.integration.workers import STARTER, address, start_server
+
+os.environ.update(start_server(address()))  # before Ray is imported, which reads its settings then
 
 from ray._private.node import Node
 from ray._private.parameter import RayParams
@@ -22,6 +29,7 @@ parameters = RayParams(
     min_worker_port=0,
     max_worker_port=0,
     dashboard_agent_listen_port=None,
+    setup_worker_path=STARTER,
 )
 Node(parameters, head=False, shutdown_at_exit=True, spawn_reaper=False)
 print("there", flush=True)

@@ -411,7 +411,7 @@ def test_nothing_is_lost_to_a_short_fault(services, table, tmp_path, monkeypatch
     # A server that sends nothing for longer than a test is noticed sooner than in a run.
     monkeypatch.setattr(s3_client, "TIMEOUT_S", 1.0)
     monkeypatch.setattr(outbox, "RETRY_S", 0.3)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     assert_nothing_is_lost(services, table, tmp_path, name, OUTAGE_S)
 

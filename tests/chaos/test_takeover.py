@@ -16,6 +16,7 @@ from pipelines import stack
 from pipelines.checkpoints import CheckpointList
 from tests.chaos.arena import BATCH, Arena, Training, until
 from tests.chaos.test_chaos import FAR, SETTINGS
+from tests.integration.workers import forked_workers
 from tests.processes import family
 
 pytestmark = [pytest.mark.integration, pytest.mark.chaos, pytest.mark.timeout(600)]
@@ -38,7 +39,8 @@ def elsewhere(arena: Arena, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         "MLFLOW_TRACKING_URI": str(arena.state.tracking_uri),
     }
     try:
-        stack.up(home, ["ray"])
+        with forked_workers():
+            stack.up(home, ["ray"])
         yield environment
     finally:
         stack.down(home)

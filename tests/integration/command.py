@@ -7,6 +7,7 @@ Ray is imported there too: it reads its settings at import, and the command sets
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import select
@@ -103,6 +104,7 @@ def serve() -> None:
     """Fork a command for each request on stdin, and write its exit status when it has ended."""
     for library in LIBRARIES:
         __import__(library)
+    gc.freeze()  # else its collections would copy the memory that forks share
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:

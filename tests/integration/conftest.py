@@ -16,6 +16,7 @@ from pipelines import stack
 from pipelines.stack import StackState
 from pipelines.storage import Storage
 from tests.integration import command
+from tests.integration.workers import forked_workers
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ def local_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StackState
     """SeaweedFS, MLflow and Ray on loopback, ended at the end."""
     home = tmp_path_factory.mktemp("home") / ".ddpm"
     try:
-        yield stack.up(home)
+        with forked_workers():
+            state = stack.up(home)
+        yield state
     finally:
         stack.down(home)
 

@@ -9,6 +9,7 @@ from multiprocessing.synchronize import Barrier
 import pytest
 
 from pipelines.storage import ConflictError, Entry, Storage
+from tests.forked import FORKING
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(280)]
 
@@ -32,11 +33,9 @@ def race(who: int, s3: Storage, root: str, barrier: Barrier, results: multiproce
 
 
 def test_of_many_processes_that_write_a_key_one_wins_each_round(s3: Storage):
-    context = multiprocessing.get_context("forkserver")  # which imports once for all of them
-    context.set_forkserver_preload([__name__])
-    barrier, results = context.Barrier(PROCESSES), context.Queue()
+    barrier, results = FORKING.Barrier(PROCESSES), FORKING.Queue()
     root = "s3://ddpm/race"
-    processes = [context.Process(target=race, args=(who, s3, root, barrier, results)) for who in range(PROCESSES)]
+    processes = [FORKING.Process(target=race, args=(who, s3, root, barrier, results)) for who in range(PROCESSES)]
     for process in processes:
         process.start()
     seen = [results.get(timeout=250) for _ in range(PROCESSES * ROUNDS * 2)]
