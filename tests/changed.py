@@ -1,9 +1,9 @@
 """Which unit tests a change touches, by the imports: `python -m tests.changed [REF]` prints their files.
 
 What is changed is what differs from REF (default: HEAD, so what is not committed yet). A test is touched by a module
-that it imports, or that is imported by one that it imports: tests that are farther away, of which a change in `ddpm/`
-has nearly all, are left to `make test-unit`. Pages and other files are covered by the tests of `tests/docs/`, and the
-configuration's by those of `pipelines/config/`.
+that it imports, or that is imported by one that it imports, and by those of the folder that its own mirrors: tests that
+are farther away, of which a change in `ddpm/` has nearly all, are left to `make test-unit`. Pages and other files are
+covered by the tests of `tests/docs/`, and the configuration's by those of `pipelines/config/`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def module_of(path: str) -> str:
     return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
-class Tests:
+class Imports:
     """The tests of the checkout, and what they import."""
 
     def __init__(self) -> None:
@@ -59,6 +59,7 @@ class Tests:
                 found.add(str(Path(path).parent))
             elif path.endswith(".py") and module in self._graph.modules:
                 found |= self._importers(module)
+                found |= {str(each.relative_to(ROOT)) for each in (ROOT / "tests" / path).parent.glob("test_*.py")}
             else:
                 found |= set(next(tests for start, tests in OTHERS.items() if path.startswith(start)))
         return {path for path in found if (ROOT / path).exists()}
@@ -73,7 +74,7 @@ class Tests:
 
 
 def main(ref: str = "HEAD") -> None:
-    print(*sorted(Tests().of(changed_files(ref))), sep="\n")
+    print(*sorted(Imports().of(changed_files(ref))), sep="\n")
 
 
 if __name__ == "__main__":
