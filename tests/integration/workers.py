@@ -1,6 +1,6 @@
 """Ray's worker processes for tests, forked from one that has imported their libraries.
 
-A worker that Ray starts anew imports Ray twice, torch, MLflow and more, for four seconds of a core, and the tests start
+A worker that Ray starts anew imports Ray twice, torch, MLflow and more, for three seconds of a core, and tests start
 hundreds. Here a raylet asks a process beside it for a fork (`start_worker.py`), which goes on as Ray's own
 `default_worker.py` with the arguments, environment, folder and streams that it would have had. It imports Ray and all
 of the project itself, so that whatever their modules read or set at import is as in a new process. Everything else is
@@ -12,12 +12,14 @@ Ray's own: its scheduling, its protocol, and how workers are watched and ended.
 from __future__ import annotations
 
 import argparse
+import atexit
 import ctypes
 import gc
 import json
 import os
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -45,6 +47,7 @@ LIBRARIES += (
     "scipy.linalg",
 )
 LIBRARIES += ("matplotlib.figure", "google.protobuf.descriptor_pb2", "msgpack", "jsonschema", "aiohttp", "requests")
+"""What workers would import; those that a test can do without may be missing."""
 STARTER = str(Path(__file__).with_name("start_worker.py"))
 PR_SET_PDEATHSIG = 1
 
@@ -71,8 +74,10 @@ def forked_workers() -> Iterator[None]:
 
 
 def address() -> str:
-    """Return a new address for a server; sockets have short ones."""
-    return f"{tempfile.mkdtemp(prefix='ddpm-workers-')}/socket"
+    """Return a new address for a server, whose folder goes with this process; sockets have short addresses."""
+    folder = tempfile.mkdtemp(prefix="ddpm-workers-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return f"{folder}/socket"
 
 
 def start_server(at: str) -> dict[str, str]:
