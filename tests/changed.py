@@ -3,7 +3,7 @@
 What is changed is what differs from REF (default: HEAD, so what is not committed yet). A test is touched by a module
 that it imports, or that is imported by one that it imports, and by those of the folder that its own mirrors: tests that
 are farther away, of which a change in `ddpm/` has nearly all, are left to `make test-unit`. Pages and other files are
-covered by the tests of `tests/docs/`, and the configuration's by those of `pipelines/config/`.
+covered by the tests of `tests/docs/` and those that `OTHERS` names.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def changed_files(ref: str) -> list[str]:
     ]
 
 
-def module_of(path: str) -> str:
+def dotted_name(path: str) -> str:
     """Return the dotted name of a file of Python."""
     return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
@@ -54,7 +54,7 @@ class Imports:
         """Return the files and folders of tests that changed files touch."""
         found: set[str] = set()
         for path in paths:
-            module = module_of(path)
+            module = dotted_name(path)
             if path.endswith("conftest.py"):
                 found.add(str(Path(path).parent))
             elif path.endswith(".py") and module in self._graph.modules:

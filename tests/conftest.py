@@ -30,12 +30,9 @@ with contextlib.suppress(ImportError):
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let streams that share integration tests by their files begin with those that take longest."""
     if "PYTEST_XDIST_WORKER" in os.environ and all(item.get_closest_marker("integration") for item in items):
-        order = {module: place for place, module in enumerate(longest_first({module_of(item) for item in items}))}
-        items.sort(key=lambda item: order[module_of(item)])
-
-
-def module_of(item: pytest.Item) -> str:
-    return item.path.relative_to(ROOT).as_posix()
+        files = {item.path: item.path.relative_to(ROOT).as_posix() for item in items}
+        order = longest_first(files.values())
+        items.sort(key=lambda item: order.index(files[item.path]))
 
 
 BEGAN = pytest.StashKey[float]()

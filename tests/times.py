@@ -2,8 +2,9 @@
 
     python -m tests.times [FILE …]
 
-prints the slowest modules, tests and fixtures of `build/times/*.xml`, which `make test` writes. With `--record` it
-writes the seconds of each module of the integration tests into `tests/times.json`, by which two streams share them.
+prints the slowest modules, tests and fixtures of `build/times/*.xml`, which `make test` writes, and the tests that
+compute most. With `--record` it writes the seconds of each module of the integration tests into `tests/times.json`, by
+which the streams share them.
 """
 
 from __future__ import annotations
@@ -49,11 +50,11 @@ def read(files: Iterable[Path]) -> Iterator[Timed]:
         for case in ET.parse(file).iter("testcase"):
             said = {p.get("name", ""): p.get("value", "") for p in case.iter("property")}
             fixtures = {n.removeprefix(FIXTURE): float(v) for n, v in said.items() if n.startswith(FIXTURE)}
-            module, name = module_of(case.get("classname", "")), case.get("name", "")
+            module, name = file_of(case.get("classname", "")), case.get("name", "")
             yield Timed(module, name, float(case.get("time", 0)), float(said.get(CPU, 0)), fixtures)
 
 
-def module_of(dotted: str) -> str:
+def file_of(dotted: str) -> str:
     """Return the path of a test's file, whose JUnit name may end with a class."""
     parts = dotted.split(".")
     while parts and not (ROOT / Path(*parts)).with_suffix(".py").is_file():
@@ -89,6 +90,9 @@ def main(arguments: list[str]) -> None:
         f"{len(tests):,} tests, {sum(modules.values()):,.0f} s; the slowest modules": modules.most_common(SHOWN),
         "the slowest tests": [
             (f"{t.module}::{t.name}", t.seconds) for t in sorted(tests, key=lambda t: -t.seconds)[:SHOWN]
+        ],
+        "the tests that compute most": [
+            (f"{t.module}::{t.name}", t.cpu) for t in sorted(tests, key=lambda t: -t.cpu)[:SHOWN]
         ],
         "the fixtures that cost most": fixtures.most_common(SHOWN),
     }

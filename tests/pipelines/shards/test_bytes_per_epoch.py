@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.shards.audit.foreign import index_tars
-from pipelines.shards.order import Located, SampleOrder
+from pipelines.shards.order import SampleOrder
 from pipelines.shards.stream import StreamSettings, open_stream
 from pipelines.storage import Storage
 
@@ -43,22 +43,12 @@ def plan(order: SampleOrder, batch_size: int, nodes: int, ranks: int, epoch: int
     body: list[set[int]] = [set() for _ in range(nodes)]
     tail: list[set[int]] = [set() for _ in range(nodes)]
     for start in range(first // batch_size * batch_size, end, batch_size):
-        where = body if start + batch_size <= first_end or first_end == end else tail
-        for rank, piece in enumerate(pieces(order, start, batch_size, nodes * ranks, checked=start <= first)):
+        for rank in range(nodes * ranks):
+            piece = order.piece(start, batch_size, rank, nodes * ranks)
             mine = (first <= piece.ordinals) & (piece.ordinals < end)
+            where = body if start + batch_size <= first_end or first_end == end else tail
             where[rank // ranks] |= set(piece.shards[mine].tolist())
     return [Node(frozenset(b), frozenset(t - b)) for b, t in zip(body, tail, strict=True)]
-
-
-def pieces(order: SampleOrder, start: int, size: int, world: int, *, checked: bool) -> list[Located]:
-    """The pieces of all ranks, cut out of the batch at once, which is faster; `checked` compares with each alone."""
-    whole = order.batch(start, size)
-    spans = [slice(rank * size // world, (rank + 1) * size // world) for rank in range(world)]
-    cut = [Located(whole.ordinals[span], whole.shards[span], whole.indices[span]) for span in spans]
-    for rank, piece in enumerate(cut if checked else ()):
-        assert np.array_equal(piece.ordinals, order.piece(start, size, rank, world).ordinals)
-        assert np.array_equal(piece.shards, order.piece(start, size, rank, world).shards)
-    return cut
 
 
 def fetched(nodes: list[Node], sizes: list[int]) -> tuple[int, int]:
