@@ -47,7 +47,7 @@ check: $(STAMP) ## Lint, format, types, import contracts, spelling
 	$(BIN)/codespell
 
 coverage: $(STAMP) ## Show which lines of the mathematics no unit test runs
-	$(BIN)/pytest -n auto -m '$(UNIT)' --cov=ddpm --cov-report=term:skip-covered
+	$(BIN)/pytest -n auto -m '$(ALONE)' --cov=ddpm --cov-report=term:skip-covered
 
 docs: $(STAMP) ## Make the web site in build/site; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
