@@ -10,6 +10,7 @@ import http.client
 import json
 import os
 import signal
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -245,11 +246,25 @@ def test_two_homes_and_two_callers_at_once(up: StackState, tmp_path: Path) -> No
         assert stack.down(second) == ["s3"]
 
 
-def test_a_service_that_cannot_start_says_why_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_service_that_ends_at_its_start_says_why_and_nothing_that_was_started_with_it_stays(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir(mode=0o700)
-    (home / "mlflow.db").mkdir()  # where MLflow wants a file
-    with pytest.raises(stack.StackError, match=r"(?s)mlflow .*mlflow\.log.*ddpm up"):
-        stack.up(home, ["mlflow"], timeout_s=4)
+    with contextlib.closing(sqlite3.connect(home / "mlflow.db")) as database, database:  # as a later MLflow leaves it
+        database.execute("CREATE TABLE alembic_version (version_num TEXT)")
+        database.execute("INSERT INTO alembic_version VALUES ('of_a_later_one')")
+    with pytest.raises(stack.StackError, match=r"(?s)mlflow ended at once.*mlflow\.log.*of_a_later_one.*ddpm up"):
+        stack.up(home, ["mlflow"])
     assert stack.read_state(home) is None
     assert stack.down(home) == []
+
+
+def test_a_service_that_does_not_answer_in_time_says_so_and_leaves_those_before_it(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    before = stack.up(home, ["s3"])
+    try:
+        (home / "mlflow.db").mkdir()  # where MLflow wants a file, and tries again and again
+        with pytest.raises(stack.StackError, match=r"(?s)mlflow did not answer within 4 s.*mlflow\.log.*ddpm up"):
+            stack.up(home, ["mlflow"], timeout_s=4)
+        assert stack.read_state(home) == before
+    finally:
+        assert stack.down(home) == ["s3"]
