@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import contextlib
+import gc
 import signal
 import sys
 import time
@@ -24,6 +25,20 @@ with contextlib.suppress(ImportError):
 
     settings.register_profile("ddpm", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("ddpm")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Keep the garbage collector from what the test modules import: a million objects, which stay until the end.
+
+    Each of its full passes would walk over all of them, for most of a second.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(trylast=True)

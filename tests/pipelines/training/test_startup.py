@@ -9,10 +9,11 @@ from pipelines.training import startup
 
 
 @pytest.fixture(autouse=True)
-def _as_before():
+def _as_in_a_new_process():
+    gc.unfreeze()  # what the tests import, which is frozen after their collection
     yield
     gc.enable()
-    gc.unfreeze()
+    gc.freeze()
 
 
 def test_the_collector_runs_after_the_startup_and_leaves_what_was_imported_alone():
