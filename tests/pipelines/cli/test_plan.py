@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import typer
@@ -73,16 +71,6 @@ def test_a_plan_is_shown_saved_and_answered(monkeypatch, capsys, tmp_path):
     config = read_config(tmp_path / "pets.yaml")
     assert (config.name, config.data.num_classes, config.images) == ("pets-1h", 3, answer["images"])
     assert not (tmp_path / "root").exists()  # nothing was started or stored
-
-
-def test_ray_is_imported_only_after_its_environment_is_set():
-    """Ray reads its token and the kind of its addresses when it is imported, which the local stack sets."""
-    script = (
-        "import sys; import pipelines.cli.flow, pipelines.connect; from pipelines.plan.budget import parse_budget; "
-        "from pipelines.plan.services import services_config; services_config([]); print('ray' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
 
 
 def test_a_planned_training_ends_with_its_budget_unless_its_length_is_set_by_hand():
