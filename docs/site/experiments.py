@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ddpm.model import make_classifier
+from ddpm.models.base import NetworkConfig
 from ddpm.models.unet import UNetConfig
 from pipelines.config import Config, compose, groups, network_config
 from pipelines.training.loop.hardware import flops_per_image
@@ -93,23 +95,38 @@ def composed(name: str) -> Config:
 
 def build(config: Config) -> nn.Module:
     """Return the network that an experiment trains, on the meta device."""
-    network = network_config(config)
-    with torch.device("meta"):
-        if config.task == "classifier":
-            assert isinstance(network, UNetConfig)
-            return make_classifier(network, config.data.num_classes)
-        return network.build()
+    return _build(network_config(config), _classes(config))
 
 
 def count(config: Config) -> Counts:
     """Return what an experiment's network takes."""
-    network, data = build(config), config.data
-    flops = flops_per_image(network, data.channels, data.image_size)
+    of_network = _count(network_config(config), _classes(config), config.data.channels, config.data.image_size)
+    return replace(of_network, flops=of_network.flops * (1 + _more_passes(config) / 3))
+
+
+@cache  # several experiments train one network, and counting it takes most of a second
+def _count(network: NetworkConfig, classes: int | None, channels: int, size: int) -> Counts:
+    """Return what a network takes, in one pass of an image forward and backward."""
+    built = _build(network, classes)
     return Counts(
-        parameters=sum(p.numel() for p in network.parameters()),
-        flops=flops * (1 + _more_passes(config) / 3),
-        activations=_kept(network, data.channels, data.image_size),
+        parameters=sum(p.numel() for p in built.parameters()),
+        flops=flops_per_image(built, channels, size),
+        activations=_kept(built, channels, size),
     )
+
+
+def _build(network: NetworkConfig, classes: int | None) -> nn.Module:
+    """Return a network on the meta device: a classifier of so many classes, or the one itself where that is None."""
+    with torch.device("meta"):
+        if classes is None:
+            return network.build()
+        assert isinstance(network, UNetConfig)
+        return make_classifier(network, classes)
+
+
+def _classes(config: Config) -> int | None:
+    """Return how many classes an experiment's classifier tells apart; None where it trains none."""
+    return config.data.num_classes if config.task == "classifier" else None
 
 
 def _more_passes(config: Config) -> int:
