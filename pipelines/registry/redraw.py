@@ -5,6 +5,7 @@ It imports nothing of this package, and of `ddpm` only what lies in the version.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -57,4 +58,6 @@ def main(code: str, folder: str, out: str, seed: int, count: int, threads: int) 
 
 
 if __name__ == "__main__":
+    gc.disable()  # what torch brings stays until the end: looking for garbage in it is a third of this process's time
     main(**json.loads(sys.argv[1]))
+    gc.freeze()  # nor is it looked through when Python ends
