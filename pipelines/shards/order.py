@@ -215,13 +215,11 @@ def feistel(x: Ints, size: Ints, key: Ints | int, rounds: int = 6) -> Ints:
     keys = np.broadcast_to(np.asarray(key).astype(np.uint64), size.shape)
 
     def once(value: NDArray[np.uint64], at: NDArray[np.bool_]) -> NDArray[np.uint64]:
-        left, right = value >> half[at], value & mask[at]
+        bits, low, key = half[at], mask[at], keys[at]
+        left, right = value >> bits, value & low
         for i in range(rounds):
-            left, right = (
-                right,
-                left ^ (_mix(right + keys[at] + np.uint64(i * 0x9E3779B97F4A7C15 % 2**64)) & mask[at]),
-            )
-        return (left << half[at]) | right
+            left, right = right, left ^ (_mix(right + key + np.uint64(i * 0x9E3779B97F4A7C15 % 2**64)) & low)
+        return (left << bits) | right
 
     value = np.asarray(x, dtype=np.int64).astype(np.uint64)
     outside = np.ones(size.shape, dtype=bool)
