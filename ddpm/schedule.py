@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -72,8 +73,26 @@ class NoiseSchedule:
         on_grid = t == lower
         if bool(on_grid.all()):
             return at_table
-        between = self.closed_form(t) if self.closed_form is not None else _interpolate(table, t)
+        between = self.closed_form(t) if self.closed_form is not None else self._interpolate(t)
         return torch.where(on_grid, at_table, between)
+
+    def _interpolate(self, t: Tensor) -> Tensor:
+        """Return alpha_bar between table points, by PCHIP interpolation of the angles (Fritsch & Butland 1984)."""
+        angle, tangent = (values.to(t.device) for values in self._angles)
+        i = t.floor().long().clamp(max=self.num_steps - 1)
+        u = t - i
+        h00, h10 = (1 + 2 * u) * (1 - u) ** 2, u * (1 - u) ** 2
+        h01, h11 = u**2 * (3 - 2 * u), u**2 * (u - 1)
+        return (h00 * angle[i] + h10 * tangent[i] + h01 * angle[i + 1] + h11 * tangent[i + 1]).cos().square()
+
+    @cached_property
+    def _angles(self) -> tuple[Tensor, Tensor]:
+        """The angles of the table, and the slopes with which PCHIP goes through them."""
+        angle = torch.atan2((1 - self.alphas_cumprod).sqrt(), self.alphas_cumprod.sqrt())
+        slope = angle.diff()
+        left, right = slope[:-1], slope[1:]
+        inner = torch.where(left * right > 0, 2 * left * right / (left + right), torch.zeros_like(left))
+        return angle, torch.cat([slope[:1], inner, slope[-1:]])
 
     def alpha(self, t: Tensor | float) -> Tensor:
         """Return the signal level sqrt(alpha_bar_t), float64."""
@@ -335,17 +354,3 @@ def make_schedule(
 
 def _sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
-
-
-def _interpolate(table: Tensor, t: Tensor) -> Tensor:
-    """Return alpha_bar between table points, by PCHIP interpolation of the angles (Fritsch & Butland 1984)."""
-    angle = torch.atan2((1 - table).sqrt(), table.sqrt())
-    slope = angle.diff()
-    left, right = slope[:-1], slope[1:]
-    inner = torch.where(left * right > 0, 2 * left * right / (left + right), torch.zeros_like(left))
-    tangent = torch.cat([slope[:1], inner, slope[-1:]])
-    i = t.floor().long().clamp(max=len(table) - 2)
-    u = t - i
-    h00, h10 = (1 + 2 * u) * (1 - u) ** 2, u * (1 - u) ** 2
-    h01, h11 = u**2 * (3 - 2 * u), u**2 * (u - 1)
-    return (h00 * angle[i] + h10 * tangent[i] + h01 * angle[i + 1] + h11 * tangent[i + 1]).cos().square()
