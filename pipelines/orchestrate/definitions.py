@@ -18,6 +18,8 @@ from pipelines.orchestrate.child import CHECK
 from pipelines.orchestrate.settings import Settings
 
 JOB = "flow"
+CHILD = (sys.executable, "-m", "pipelines.orchestrate.child")
+"""Starts the process of a stage."""
 STOP_S = 120.0
 """How long a cancelled run waits until a training has stored its checkpoint."""
 TAGS = {"ddpm/trains": "true"}
@@ -43,7 +45,7 @@ def asset_of(place: Place, partitions: dg.StaticPartitionsDefinition, settings: 
     def materialise(context: dg.AssetExecutionContext, pipes: dg.PipesSubprocessClient) -> Iterator[Any]:
         overrides = settings.partitions[context.partition_key]
         launch = [word for setting in settings.launch for word in ("--launch", setting)]
-        command = [sys.executable, "-m", "pipelines.orchestrate.child", "--stage", place.name, *launch, *overrides]
+        command = [*CHILD, "--stage", place.name, *launch, *overrides]
         try:
             done = pipes.run(context=context, command=command)
         except dg.DagsterError as error:  # the process has ended without a word

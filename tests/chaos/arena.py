@@ -24,7 +24,7 @@ from pipelines.stack import StackState
 from pipelines.storage import Storage
 from tests.chaos.fault_proxy import FaultProxy
 from tests.integration import command
-from tests.integration.workers import forked_workers
+from tests.integration.workers import PACE, forked_workers, pace_file
 from tests.processes import family, ray_train_workers
 
 CPUS = os.cpu_count() or 2
@@ -132,7 +132,8 @@ class Arena:
                 [sys.executable, str(Path(__file__).with_name("node.py")), self.state.ray_address, str(CPUS)],
                 env=self.environment
                 | stack.ray_environment(self.home)
-                | {"RAY_TRAIN_V2_ENABLED": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"},
+                | {"RAY_TRAIN_V2_ENABLED": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+                | {PACE: str(pace_file(self.home))},
                 start_new_session=True,
                 stdout=subprocess.PIPE,
                 text=True,

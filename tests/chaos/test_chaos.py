@@ -20,6 +20,7 @@ from pipelines.training.ledger import read_sessions
 from pipelines.training.log_lines import LogReader
 from tests.chaos.arena import BATCH, CPUS, Arena, Training, until
 from tests.chaos.fault_proxy import Fault, FaultProxy
+from tests.integration.workers import slow_steps
 from tests.networks import TINY_UNET
 
 pytestmark = [pytest.mark.integration, pytest.mark.chaos, pytest.mark.timeout(1200)]
@@ -176,6 +177,9 @@ def run_chaos(
         beside: where the training that nothing happens to runs meanwhile; None: in the same arena, afterwards.
     """
     happened = []
+    slowly = contextlib.ExitStack()
+    if beside is None:
+        slowly.enter_context(slow_steps(arena.home))
     arena.start_node()
     training = arena.train(*SETTINGS, "name=chaos", FAR)
     calm = beside.train(*SETTINGS, "name=calm", FAR, "cluster.num_workers=1") if beside else None
@@ -214,6 +218,7 @@ def run_chaos(
     training.process.send_signal(signal.SIGINT)
     answer = training.answer()
     took = time.time() - began
+    slowly.close()
     assert answer["status"] == "stopped"
     images = answer["images_seen"]
 

@@ -16,7 +16,7 @@ from pipelines import stack
 from pipelines.checkpoints import CheckpointList
 from tests.chaos.arena import BATCH, Arena, Training, until
 from tests.chaos.test_chaos import FAR, SETTINGS
-from tests.integration.workers import forked_workers
+from tests.integration.workers import forked_workers, slow_steps
 from tests.processes import family
 
 pytestmark = [pytest.mark.integration, pytest.mark.chaos, pytest.mark.timeout(600)]
@@ -28,7 +28,10 @@ RUN = [*SETTINGS, "name=taken", FAR, f"checkpoint.every={10 * BATCH}", f"checkpo
 
 @pytest.fixture
 def elsewhere(arena: Arena, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of another Ray cluster, on another machine's cache, with the same storage and MLflow."""
+    """The environment of another Ray cluster, on another machine's cache, with the same storage and MLflow.
+
+    Steps are slow on both.
+    """
     home = tmp_path_factory.mktemp("elsewhere") / ".ddpm"
     environment = arena.environment | {
         "DDPM_HOME": str(home),
@@ -41,7 +44,8 @@ def elsewhere(arena: Arena, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     try:
         with forked_workers():
             stack.up(home, ["ray"])
-        yield environment
+        with slow_steps(arena.home, home):
+            yield environment
     finally:
         stack.down(home)
 

@@ -7,7 +7,6 @@ Ray is imported there too: it reads its settings at import, and the command sets
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import select
@@ -21,8 +20,9 @@ from pathlib import Path
 
 import psutil
 
+from tests.integration.workers import preload
+
 DDPM = str(Path(sys.executable).parent / "ddpm")
-LIBRARIES = ("torch", "mlflow", "boto3", "hydra", "pandas", "rich", "typer")
 
 
 def start(
@@ -44,7 +44,7 @@ def start(
 
 
 class Forks:
-    """Runs commands to their ends, one at a time, each as a fork of one process that has imported `LIBRARIES`."""
+    """Runs commands to their ends, one at a time, each as a fork of one process that has imported their libraries."""
 
     def __init__(self) -> None:
         self._server: subprocess.Popen[bytes] | None = None
@@ -102,9 +102,7 @@ FORKS = Forks()
 
 def serve() -> None:
     """Fork a command for each request on stdin, and write its exit status when it has ended."""
-    for library in LIBRARIES:
-        __import__(library)
-    gc.freeze()  # else its collections would copy the memory that forks share
+    preload("rich", "typer")
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:

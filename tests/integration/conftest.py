@@ -16,7 +16,7 @@ from pipelines import stack
 from pipelines.stack import StackState
 from pipelines.storage import Storage
 from tests.integration import command
-from tests.integration.workers import forked_workers
+from tests.integration.workers import address, forked_workers
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,17 @@ class Shell:
 
 
 @pytest.fixture(scope="session")
-def local_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StackState]:
+def forks() -> str:
+    """Where processes are forked as long as the stack's Ray is there."""
+    return address()
+
+
+@pytest.fixture(scope="session")
+def local_stack(tmp_path_factory: pytest.TempPathFactory, forks: str) -> Iterator[StackState]:
     """SeaweedFS, MLflow and Ray on loopback, ended at the end."""
     home = tmp_path_factory.mktemp("home") / ".ddpm"
     try:
-        with forked_workers():
+        with forked_workers(forks):
             state = stack.up(home)
         yield state
     finally:

@@ -14,6 +14,7 @@ from pipelines import tracking
 from pipelines.checkpoints import list_published
 from pipelines.shards.ingest.write import ingest
 from pipelines.tracking import Tracker
+from tests.integration.workers import slow_steps
 from tests.networks import TINY_UNET
 
 pytestmark = [
@@ -34,11 +35,12 @@ def test_checkpoints_are_scored_on_the_run_and_on_their_logged_models_before_the
     client = MlflowClient(tracking_uri=local_stack.tracking_uri)
     process = shell.start("train", *SETTINGS, "images=100000000", "--json")
     try:
-        tracker = scored(client, deadline=time.monotonic() + 200)
-        assert client.get_run(tracker.run_id).info.status == "RUNNING"
-        assert process.poll() is None
-        os.kill(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        with slow_steps(local_stack.home):
+            tracker = scored(client, deadline=time.monotonic() + 200)
+            assert client.get_run(tracker.run_id).info.status == "RUNNING"
+            assert process.poll() is None
+            os.kill(process.pid, signal.SIGINT)
+            out, err = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 0, err

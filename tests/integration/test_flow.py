@@ -19,6 +19,7 @@ from PIL import Image
 
 from pipelines.storage import Storage
 from tests.integration.conftest import Finished, Shell
+from tests.integration.workers import slow_steps
 from tests.networks import TINY_UNET
 
 pytestmark = pytest.mark.integration
@@ -251,25 +252,26 @@ LONG = [
 ENDLESS = 100_000_000
 
 
-def test_ctrl_c_stops_with_a_checkpoint_and_the_same_name_resumes_there(flow, shell: Shell, client):
-    process = shell.start("train", *LONG, f"images={ENDLESS}", "--json")
-    assert process.stderr is not None
-    assert process.stdout is not None
-    deadline, said = time.monotonic() + 120, ""
-    while not re.search(r"[1-9]\d* images, [\d,]+/s", said):  # a line of progress, not the run's announcement
-        said = process.stderr.readline()
-        assert time.monotonic() < deadline
-    second = shell("train", *LONG, f"images={ENDLESS}")
-    assert (second.code, "is being trained by another driver" in second.err) == (1, True), second.err[-1500:]
-    removed = shell("rm", "interrupted", "--yes")
-    assert (removed.code, "may be being trained" in removed.err) == (1, True), removed.err[-1500:]
-    (row,) = [row for row in shell.ok("runs", "--json").answer["runs"] if row["name"] == "interrupted"]
-    assert row["state"] == "running"
-    follower = shell.start("logs", "interrupted", "--follow", "--json")
-    time.sleep(8)
-    assert follower.poll() is None  # it goes on as long as the run does
-    os.kill(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+def test_ctrl_c_stops_with_a_checkpoint_and_the_same_name_resumes_there(flow, shell: Shell, client, local_stack):
+    with slow_steps(local_stack.home):
+        process = shell.start("train", *LONG, f"images={ENDLESS}", "--json")
+        assert process.stderr is not None
+        assert process.stdout is not None
+        deadline, said = time.monotonic() + 120, ""
+        while not re.search(r"[1-9]\d* images, [\d,]+/s", said):  # a line of progress, not the run's announcement
+            said = process.stderr.readline()
+            assert time.monotonic() < deadline
+        second = shell("train", *LONG, f"images={ENDLESS}")
+        assert (second.code, "is being trained by another driver" in second.err) == (1, True), second.err[-1500:]
+        removed = shell("rm", "interrupted", "--yes")
+        assert (removed.code, "may be being trained" in removed.err) == (1, True), removed.err[-1500:]
+        (row,) = [row for row in shell.ok("runs", "--json").answer["runs"] if row["name"] == "interrupted"]
+        assert row["state"] == "running"
+        follower = shell.start("logs", "interrupted", "--follow", "--json")
+        time.sleep(8)
+        assert follower.poll() is None  # it goes on as long as the run does
+        os.kill(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     _, followed = follower.communicate(timeout=60)
     assert (follower.returncode, "is not being trained (KILLED)" in followed) == (0, True), followed

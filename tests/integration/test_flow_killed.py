@@ -27,7 +27,8 @@ SETTINGS = [
     "+experiment=digits", *TINY_UNET,
     "batch_size=128", "images=1920", "optim.warmup_images=0", f"checkpoint.every={EVERY}", "tracking.log_every=128",
     "tracking.grid_every=1920", "tracking.grid_images=10", "cluster.num_workers=1", "sampler.steps=2",
-    "evaluation.n=90", "evaluation.seeds=1", "evaluation.likelihood_images=4", "registry.n=90",
+    "evaluation.n=90", "evaluation.seeds=1", "evaluation.likelihood_images=4", "evaluation.evaluator_passes=10",
+    "registry.n=90",
 ]  # fmt: skip
 NAMES = [place.name for place in GRAPH]
 LONGEST_S = 4.0

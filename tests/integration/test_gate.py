@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 
 import pytest
 from mlflow import MlflowClient
 
 from pipelines.storage import Storage
 from tests.integration.conftest import Finished, Shell
+from tests.integration.workers import forked
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -18,6 +18,7 @@ NAME = "gated"
 SHORT = [
     "+experiment=digits",
     f"registry.model={NAME}",
+    "cluster.num_workers=1",
     "registry.n=359",
     "checkpoint.every=5120",
     "tracking.grid_every=null",
@@ -40,7 +41,7 @@ def weak(shell: Shell) -> Finished:
 
 @pytest.fixture(scope="module")
 def good(shell: Shell, weak: Finished) -> Finished:
-    return shell.ok("flow", *SHORT, "name=gate-good", "images=20480", "--json")
+    return shell.ok("flow", *SHORT, "name=gate-good", "images=10240", "--json")
 
 
 def aliases(client: MlflowClient) -> dict[str, str]:
@@ -111,17 +112,19 @@ EXPECTED_TOO = {
 """Asked about behind `slow`: each has tests of its own below the gate."""
 
 
-def judged(good: Finished, shell: Shell, *kinds: str) -> dict[str, dict[str, object]]:
+def judged(good: Finished, shell: Shell, forks: str, *kinds: str) -> dict[str, dict[str, object]]:
     """Return what the gate says of versions of these kinds, which are made in this order."""
-    command = [sys.executable, "-m", "tests.integration.gate_versions", NAME, str(good.answer["run_id"]), *kinds]
-    done = subprocess.run(command, env=shell.environment, capture_output=True, text=True, timeout=500, check=False)
+    command, variables = forked(forks, "tests.integration.gate_versions")
+    command += [NAME, str(good.answer["run_id"]), *kinds]
+    environment = shell.environment | variables
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 @pytest.fixture(scope="module")
-def answers(good: Finished, shell: Shell) -> dict[str, dict[str, object]]:
-    return judged(good, shell, *NOT_REFUSED[:-1], *EXPECTED, NOT_REFUSED[-1])
+def answers(good: Finished, shell: Shell, forks: str) -> dict[str, dict[str, object]]:
+    return judged(good, shell, forks, *NOT_REFUSED[:-1], *EXPECTED, NOT_REFUSED[-1])
 
 
 @pytest.mark.parametrize("kind", EXPECTED)
@@ -132,8 +135,8 @@ def test_what_should_not_pass_is_refused_by_name(answers, kind):
 
 
 @pytest.mark.slow
-def test_altered_copies_and_another_stream_are_refused_by_name_too(good, shell):
-    for kind, found in judged(good, shell, *EXPECTED_TOO).items():
+def test_altered_copies_and_another_stream_are_refused_by_name_too(good, shell, forks):
+    for kind, found in judged(good, shell, forks, *EXPECTED_TOO).items():
         assert not found["passed"]
         assert EXPECTED_TOO[kind] in found["failed"]
 

@@ -17,6 +17,7 @@ from pipelines import stack
 from pipelines.flow import GRAPH
 from pipelines.orchestrate.settings import Settings
 from tests.integration.conftest import Shell
+from tests.integration.workers import forked
 from tests.networks import TINY_UNET
 from tests.processes import family, kill
 
@@ -32,6 +33,7 @@ SHORT = (
     "images=1280",
     "sampler.steps=4",
     "evaluation.n=90",
+    "evaluation.evaluator_passes=10",
     "evaluation.seeds=1",
     "evaluation.likelihood_images=4",
     "tracking.grid_images=10",
@@ -83,9 +85,14 @@ def test_webserver_and_daemon_serve_the_assets_on_loopback_and_end_together(tmp_
     assert not [member for member in members if member.is_running()]
 
 
-def test_the_digits_graph_is_materialised_once_and_then_skipped(shell: Shell, local_stack, monkeypatch):
+def test_the_digits_graph_is_materialised_once_and_then_skipped(shell: Shell, local_stack, forks, monkeypatch):
+    from pipelines.orchestrate import definitions
     from pipelines.orchestrate.definitions import JOB, make_definitions
 
+    command, variables = forked(forks, definitions.CHILD[-1])
+    monkeypatch.setattr(definitions, "CHILD", command)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     for name in ("DDPM_HOME", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, shell.environment[name])
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))

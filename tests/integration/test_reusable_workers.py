@@ -26,6 +26,7 @@ from pipelines.training.ledger import read_sessions
 from pipelines.training.ray_train.monitor import request_stop
 from pipelines.training.ray_train.reusable_workers import ReusableWorkers
 from pipelines.training.ray_train.trainer import dedicated_workers
+from tests.integration.workers import slow_steps
 from tests.networks import TINY_UNET
 from tests.processes import ray_train_workers
 
@@ -123,8 +124,9 @@ def run_after_run(storage: Storage, local_stack: StackState, tmp_path: Path) -> 
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, msg=name)
 
 
-def test_a_worker_that_is_killed_is_replaced_and_the_run_goes_on_from_its_checkpoint(drive):
-    drive(a_worker_is_killed)
+def test_a_worker_that_is_killed_is_replaced_and_the_run_goes_on_from_its_checkpoint(drive, local_stack):
+    with slow_steps(local_stack.home):
+        drive(a_worker_is_killed)
 
 
 def a_worker_is_killed(storage: Storage, local_stack: StackState) -> None:

@@ -25,6 +25,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -47,14 +48,45 @@ LIBRARIES += (
     "scipy.linalg",
 )
 LIBRARIES += ("matplotlib.figure", "google.protobuf.descriptor_pb2", "msgpack", "jsonschema", "aiohttp", "requests")
-"""What workers would import; those that a test can do without may be missing."""
+"""What workers and commands would import; those that a test can do without may be missing."""
 STARTER = str(Path(__file__).with_name("start_worker.py"))
 PR_SET_PDEATHSIG = 1
+PACE = "DDPM_TEST_PACE"
+"""Names the file of a stack that says for how many seconds its workers rest after each step, where it is there."""
+
+
+def pace_file(home: Path) -> Path:
+    return home / "pace"
 
 
 @contextmanager
-def forked_workers() -> Iterator[None]:
-    """With Ray heads of the local stack whose workers are forked."""
+def slow_steps(*homes: Path, seconds: float = 0.4) -> Iterator[None]:
+    """With workers on these local stacks that rest after each step, as where a GPU has the work.
+
+    A training to which something is going to happen otherwise computes all the while, and its own undisturbed twin
+    after it once more.
+    """
+    for home in homes:
+        pace_file(home).write_text(str(seconds))
+    try:
+        yield
+    finally:
+        for home in homes:
+            pace_file(home).unlink(missing_ok=True)
+
+
+def pause(file: Path) -> None:
+    with suppress(FileNotFoundError):
+        time.sleep(float(file.read_text() or 0))
+
+
+@contextmanager
+def forked_workers(at: str | None = None) -> Iterator[None]:
+    """With Ray heads of the local stack whose workers are forked.
+
+    Args:
+        at: address at which the one head of this stack forks; None for a new one.
+    """
     import pytest
 
     from pipelines.stack import services
@@ -64,8 +96,9 @@ def forked_workers() -> Iterator[None]:
     def launch(name: str, command: list[str], home: Path, environment: dict[str, str], *rest: Any, **named: Any) -> Any:
         if name == "ray":
             assert command[1:3] == ["-m", "ray.scripts.scripts"]
-            command = [sys.executable, "-m", "tests.integration.workers", address(), *command[3:]]
+            command = [sys.executable, "-m", "tests.integration.workers", at or address(), *command[3:]]
             environment = environment | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+            environment |= {PACE: str(pace_file(home))}
         return plain(name, command, home, environment, *rest, **named)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -78,6 +111,11 @@ def address() -> str:
     folder = tempfile.mkdtemp(prefix="ddpm-workers-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return f"{folder}/socket"
+
+
+def forked(at: str, module: str) -> tuple[list[str], dict[str, str]]:
+    """Return how `python -m MODULE` is started as a fork where workers are forked: a command, and what it has set."""
+    return [sys.executable, STARTER, "-m", module], {VARIABLE: at}
 
 
 def start_server(at: str) -> dict[str, str]:
@@ -152,31 +190,53 @@ class Server:
 
 
 def be(arguments: list[str], folder: str, environment: dict[str, str], streams: list[int]) -> None:
-    """Be the worker, to the interpreter's ordinary end."""
+    """Be the process that was asked for, to the interpreter's ordinary end."""
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
     os.chdir(folder)
     os.setpgrp()
+    os.environ.clear()
+    os.environ.update(environment)
+    try:
+        (be_module if arguments[0] == "-m" else be_worker)(arguments)
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(bool(end.code))
+    sys.exit(status)
+
+
+def be_worker(arguments: list[str]) -> None:
+    """Be what Ray's `setup_worker.py` would start."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--serialized-runtime-env-context")
     parser.add_argument("--language")
     told, (worker, *rest) = parser.parse_known_args(arguments)
     context = json.loads(told.serialized_runtime_env_context or "{}")
     assert not context.get("command_prefix"), context
-    os.environ.clear()
-    os.environ.update(environment | context.get("env_vars", {}))
-    import torch
-
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    os.environ.update(context.get("env_vars", {}))
+    set_up_torch()
     sys.argv = [worker, *rest]
     sys.path[0] = str(Path(worker).parent)
-    try:
-        runpy.run_path(worker, run_name="__main__")
-        status = 0
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(bool(end.code))
-    sys.exit(status)
+    runpy.run_path(worker, run_name="__main__")
+
+
+def be_module(arguments: list[str]) -> None:
+    """Be `python -m MODULE …`."""
+    set_up_torch()
+    sys.argv = arguments[1:]
+    runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+
+
+def set_up_torch() -> None:
+    """Do what torch would have done with the environment, had it been imported now."""
+    import torch
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    if PACE in os.environ:
+        pace = Path(os.environ[PACE])
+        register_optimizer_step_post_hook(lambda *_: pause(pace))
 
 
 def main(at: str, *arguments: str) -> None:
@@ -184,11 +244,20 @@ def main(at: str, *arguments: str) -> None:
         return head(at, list(arguments))
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     server = Server(at)  # raylets may ask from now on
-    for library in LIBRARIES:
+    preload()
+    return server.serve()
+
+
+def preload(*more: str) -> None:
+    """Import what forks need, and what MLflow works out once in a process that logs a model: a second of a core."""
+    for library in (*LIBRARIES, *more):
         with suppress(ImportError):
             __import__(library)
+    with suppress(ImportError, AttributeError):
+        from mlflow.utils import requirements_utils
+
+        requirements_utils._init_modules_to_packages_map()
     gc.freeze()  # else its collections would copy the memory that forks share
-    return server.serve()
 
 
 if __name__ == "__main__":
