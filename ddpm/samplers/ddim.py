@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ddpm.conditioning import Conditioning
@@ -14,6 +15,9 @@ from ddpm.prediction import Denoiser, coefficients
 from ddpm.samplers.base import Sample, StepNoise, SteppedSampler, predict, require_noise
 from ddpm.schedule import NoiseSchedule
 from ddpm.settings import setting
+
+CONTRACTION = 0.7
+"""Share of its error that a correction of an inverted step may leave; estimates that are left more wander off."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,10 @@ class DDIM(SteppedSampler):
         al. 2021a, sec. 4.3; Dhariwal & Nichol 2021, app. F) uses the prediction at (x_s, s) instead, which is correct
         to first order in the step. Each correction evaluates the prediction at the current estimate of x_t, a
         fixed-point iteration (Pan et al. 2023, "Effective Real Image Editing with Accelerated Iterative Diffusion
-        Inversion"), which converges if the step is small enough.
+        Inversion"), which converges if the step is small enough. It iterates on eps, and where noise prevails on x_0,
+        of which errors are then the smaller ones. An image goes on from the estimate whose step down has come nearest
+        to x_s, and is corrected no further once a correction leaves more than `CONTRACTION` of what was missed: where
+        the density of the data has sharp edges the iteration does not converge, and more corrections would do harm.
 
         Args:
             denoiser: the denoiser used for sampling, with the same guidance and clipping.
@@ -84,9 +91,21 @@ class DDIM(SteppedSampler):
         for s, t in itertools.pairwise(reversed(self.levels(schedule, timesteps))):
             (alpha_t, sigma_t), (alpha_s, sigma_s) = coefficients(schedule, t, x_s), coefficients(schedule, s, x_s)
             x_t, level = x_s, max(s, 1.0)  # networks are not trained below t = 1
+            noisy = bool(schedule.sigma(s) > schedule.alpha(s))
+            kept = least = None
             for _ in range(corrections + 1):
                 pred = predict(denoiser, x_t, level, cond)
-                # x_0 is the one that gives x_s with this eps: (x_s - sigma_s eps) / alpha_s.
-                x_t, level = alpha_t / alpha_s * (x_s - sigma_s * pred.eps) + sigma_t * pred.eps, t
-            x_s = x_t
-            yield Sample(x_t, pred.x0, t)
+                missed = (alpha_s * pred.x0 + sigma_s * pred.eps - x_s).flatten(1).norm(dim=1)
+                if noisy:
+                    x_t = alpha_t * pred.x0 + sigma_t / sigma_s * (x_s - alpha_s * pred.x0)
+                else:  # x_0 is the one that gives x_s with this eps: (x_s - sigma_s eps) / alpha_s.
+                    x_t = alpha_t / alpha_s * (x_s - sigma_s * pred.eps) + sigma_t * pred.eps
+                if kept is None or least is None:  # the usual inversion
+                    kept, least, level = Sample(x_t, pred.x0, t), torch.full_like(missed, torch.inf), t
+                    continue
+                nearer = (missed < CONTRACTION * least).view(-1, *[1] * (x_t.dim() - 1))
+                kept = Sample(torch.where(nearer, x_t, kept.x_t), torch.where(nearer, pred.x0, kept.x0), t)
+                least = torch.where(missed < CONTRACTION * least, missed, -1)
+            assert kept is not None
+            x_s = kept.x_t
+            yield kept
