@@ -67,7 +67,7 @@ class ConsistencyTuning(Settings):
     k: float = setting(8.0, "how much farther apart the levels of a pair are where there is little noise", ge=0)
     b: float = setting(1.0, "how fast that falls with sigma / alpha", gt=0)
     stages: int = setting(8, "stages of equal length in images, each with nearer levels", ge=1)
-    huber: float = setting(0.0, "c of the pseudo-Huber loss sqrt(d^2 + c^2) - c; 0 is the distance itself", ge=0)
+    huber: float = setting(0.0, "c of the pseudo-Huber loss sqrt(d^2 + c^2) - c, never below rounding errors", ge=0)
     guidance: float | None = setting(
         None,
         "guidance scale of the init_from model whose trajectories are learned, 1: unguided; None: those of the data",

@@ -30,6 +30,8 @@ CLASSIFIER = "classifier"
 WEAK = "weak"
 TEXT_ENCODER = "text_encoder"
 """Folder, below a model's own, of the text encoder that embedded its training data, where the model carries it."""
+ENCODER_MODULES = ("Transformer", "Pooling", "Normalize")
+"""Classes of `sentence_transformers` that the encoders of sentences are made of."""
 
 
 @dataclass(frozen=True)
@@ -280,6 +282,28 @@ def tensors_digest(tensors: Mapping[str, Tensor], *first: str) -> str:
         found.update(name.encode())
         found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
+
+
+def check_text_encoder(folder: Path) -> None:
+    """Check that the text encoder in a folder is made of known modules only, before anything of it is loaded.
+
+    `modules.json` names the class of each module, and a folder may bring code of its own for them.
+
+    Raises:
+        ValueError: the folder is damaged, or names another class.
+    """
+    listed = folder / "modules.json"
+    if not listed.is_file():  # a model of `transformers` alone, which runs no code from its folder
+        return
+    try:
+        types = [str(entry["type"]) for entry in json.loads(listed.read_text())]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{listed} is damaged ({error!r}): copy the text encoder anew") from error
+    package = "sentence_transformers."
+    foreign = [name for name in types if not name.startswith(package) or name.split(".")[-1] not in ENCODER_MODULES]
+    if foreign:
+        known = ", ".join(ENCODER_MODULES)
+        raise ValueError(f"{listed} names {', '.join(foreign)}: a text encoder is made of {package}*: {known}")
 
 
 def build_network(

@@ -44,7 +44,10 @@ class Trajectories:
 
 @dataclass(frozen=True)
 class StepSearch(Settings):
-    """The settings of a search for time steps; the defaults are those of GITS.
+    """The settings of a search for time steps.
+
+    `grid` and `gamma` are by default those of GITS, whose local errors are measured otherwise, so that it may choose
+    other steps.
 
     The cost of a schedule is the sum of its local errors, each a root mean square per pixel of x_t, those of later
     steps times `gamma` for each step before them:

@@ -29,7 +29,15 @@ from ddpm.models.classifier import NoisyClassifier
 from ddpm.prediction import Parameterization
 from ddpm.settings import settings_of
 from pipelines import tracking
-from pipelines.checkpoints import BEST, ModelError, Published, best_published, list_published, reconstruct_average
+from pipelines.checkpoints import (
+    BEST,
+    ModelError,
+    Published,
+    best_published,
+    fetch_published,
+    list_published,
+    reconstruct_average,
+)
 from pipelines.config import Config, from_dict, network_config, parse_overrides, sampling
 from pipelines.scratch import scratch_folder
 from pipelines.shards.index import Dataset
@@ -415,8 +423,7 @@ def _from_run(reference: str, tracking_uri: str, storage: Storage, scratch: Path
             seen = ", ".join(str(p.images_seen) for p in published) or "none"
             raise ModelError(f"{reference}: no such published checkpoint; the run has: {seen}")
         chosen = wanted[-1]
-    for name in ("model.json", "model.safetensors"):
-        storage.download(f"{chosen.uri}/{name}", scratch / name)
+    fetch_published(chosen, storage, scratch, "model.json", "model.safetensors")
     if width is not None:
         averaged = reconstruct_average(tracker, storage, float(width), chosen.images_seen)
         spec = read_spec(scratch)

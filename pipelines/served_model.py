@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ddpm.conditioning import Conditioning
 from ddpm.inference import draw_table
-from ddpm.model import TEXT_ENCODER, load_model, tensors_digest
+from ddpm.model import TEXT_ENCODER, check_text_encoder, load_model, tensors_digest
 
 
 class DiffusionModel(mlflow.pyfunc.PythonModel):
@@ -76,8 +76,10 @@ class DiffusionModel(mlflow.pyfunc.PythonModel):
         try:
             from sentence_transformers import SentenceTransformer
 
+            if own.is_dir():
+                check_text_encoder(own)
             encoder = SentenceTransformer(name, device="cpu")
-        except (ImportError, OSError) as error:
+        except (ImportError, OSError, ValueError) as error:
             raise ValueError(f"prompts cannot be embedded here by {name}: {error}") from error
         digest = lineage.get("text_encoder_digest")
         if digest is not None and tensors_digest(dict(encoder.named_parameters())) != digest:

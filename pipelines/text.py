@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ddpm.conditioning import Conditioning
-from ddpm.model import tensors_digest
+from ddpm.model import check_text_encoder, tensors_digest
 
+DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
+"""What `sentence-transformers` raises for folders that are not as they should be."""
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
 
@@ -51,11 +54,14 @@ class TextEncoder:
         except ImportError as error:
             raise ValueError("text encoders need the extra `text`: pip install 'ddpm-pipelines[text]'") from error
         disable_progress_bar()  # of reading the weights, among the lines of whoever shows progress
-        try:
-            self._encoder: Any = SentenceTransformer(name, device=device)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"cannot load the text encoder {name!r}: {str(error).splitlines()[0]}") from error
         folder = local_encoder(name)
+        try:
+            if folder is not None:
+                check_text_encoder(folder)
+            self._encoder: Any = SentenceTransformer(name, device=device)
+        except DAMAGED as error:
+            why = (str(error) or repr(error)).splitlines()[0]
+            raise ValueError(f"cannot load the text encoder {name!r}: {why}") from error
         self.name = name if folder is None else str(folder)
         self.digest = tensors_digest(dict(self._encoder.named_parameters()))
         if digest is not None and digest != self.digest:

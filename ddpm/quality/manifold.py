@@ -87,7 +87,7 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5, *, chunk: int = 102
         inside = torch.cdist(rows, real) < radii
         balls.append(inside.sum(1))
         reached |= inside.any(0)
-    return Measured.mean(torch.cat(balls) / k), Measured.mean(reached, over="real")
+    return Measured.mean(torch.cat(balls).double() / k), Measured.mean(reached, over="real")
 
 
 def _centred(real: Tensor, fake: Tensor, k: int) -> tuple[Tensor, Tensor]:

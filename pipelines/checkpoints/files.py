@@ -27,6 +27,7 @@ from pipelines.shards.quarantine import Quarantine, stream_digest
 CHECKPOINT_VERSION = 2
 STATE = "state.json"
 """The file that is written last: a folder with it is complete."""
+POWER_EMA = "power_ema.safetensors"
 _EMA, _POWER = "ema.", "power."  # prefixes of the tensors that are stored in separate files
 
 
@@ -122,7 +123,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> CheckpointState:
     save_model(folder, checkpoint.spec, averaged)
     save_file(rest, folder / "training.safetensors")
     if power:
-        save_file(power, folder / "power_ema.safetensors")
+        save_file(power, folder / POWER_EMA)
     paths = sorted(path for path in folder.iterdir() if path.name != STATE)
     state = CheckpointState(
         checkpoint.images_seen,
@@ -130,7 +131,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> CheckpointState:
         checkpoint.spec.lineage["stream_digest"],
         checkpoint.optimizer_steps,
         checkpoint.skipped,
-        {path.name: _sha256(path) for path in paths},
+        {path.name: file_sha256(path) for path in paths},
         {path.name: path.stat().st_size for path in paths},
         checkpoint.spec.lineage.get("precision"),
         checkpoint.length,
@@ -144,7 +145,7 @@ def with_file(state: CheckpointState, path: Path) -> CheckpointState:
     """Return the state of a checkpoint that has one file more, named as on this disk."""
     return replace(
         state,
-        files={**state.files, path.name: _sha256(path)},
+        files={**state.files, path.name: file_sha256(path)},
         sizes={**state.sizes, path.name: path.stat().st_size},
     )
 
@@ -163,8 +164,8 @@ def load_tensors(folder: Path, state: CheckpointState) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint folder that has been verified, by their names in `Checkpoint`."""
     tensors = load_file(folder / "training.safetensors")
     tensors |= {_EMA + name: tensor for name, tensor in load_file(folder / "model.safetensors").items()}
-    if "power_ema.safetensors" in state.files:
-        tensors |= load_file(folder / "power_ema.safetensors")
+    if POWER_EMA in state.files:
+        tensors |= load_file(folder / POWER_EMA)
     return tensors
 
 
@@ -179,7 +180,7 @@ def verify_checkpoint(folder: Path) -> CheckpointState:
     except FileNotFoundError as error:
         raise ModelError(f"{folder} is not a complete checkpoint: state.json is missing") from error
     for name, digest in state.files.items():
-        if not (folder / name).is_file() or _sha256(folder / name) != digest:
+        if not (folder / name).is_file() or file_sha256(folder / name) != digest:
             raise ModelError(f"{folder / name} is missing or damaged: its SHA-256 is not the recorded one")
     return state
 
@@ -231,6 +232,6 @@ def _require_bare_names(names: Iterable[str], where: str) -> None:
             raise ModelError(f"{where}/{STATE} lists {name!r}, which is no file of a checkpoint: it cannot be used")
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,7 +16,7 @@ from torch import Tensor
 from ddpm.ema import PowerSnapshot, reconstruct
 from ddpm.model import ModelSpec
 from pipelines import tracking
-from pipelines.checkpoints.files import STATE, CheckpointState, ModelError
+from pipelines.checkpoints.files import POWER_EMA, STATE, CheckpointState, ModelError, file_sha256
 from pipelines.scratch import scratch_folder
 from pipelines.storage import Storage, join
 from pipelines.tracking import Tracker
@@ -68,18 +68,57 @@ def publish(storage: Storage, uri: str, target_uri: str, state: CheckpointState)
     for name in state.files:
         storage.copy(join(uri, name), join(target_uri, name))
     storage.write(join(target_uri, STATE), state.to_json().encode())
-    digest = hashlib.sha256(json.dumps(state.files, sort_keys=True).encode()).hexdigest()
-    return Published(target_uri, state.images_seen, digest)
+    return Published(target_uri, state.images_seen, _digest_of(state))
+
+
+def _digest_of(state: CheckpointState) -> str:
+    return hashlib.sha256(json.dumps(state.files, sort_keys=True).encode()).hexdigest()
+
+
+def fetch_published(published: Published, storage: Storage, folder: Path, *names: str) -> CheckpointState:
+    """Download files of a published checkpoint, each of which has to be what was published; return its state.
+
+    Raises:
+        ModelError: a file or `state.json` is not the one whose digest was recorded, or is not there.
+    """
+    state = published_state(published, storage)
+    for name in names:
+        storage.download(join(published.uri, name), folder / name)
+        found = file_sha256(folder / name)
+        if found != state.files.get(name):
+            raise ModelError(
+                f"{join(published.uri, name)} is not the file that was published: its SHA-256 is {found[:12]}, that in "
+                f"{STATE} {state.files.get(name, 'none')[:12]}; it was changed or damaged: use another checkpoint"
+            )
+    return state
+
+
+def published_state(published: Published, storage: Storage) -> CheckpointState:
+    """Return the state of a published checkpoint, which names its files' digests.
+
+    Raises:
+        ModelError: it is damaged, of another version, or of other files than those recorded in MLflow.
+    """
+    state = CheckpointState.from_json(storage.read(join(published.uri, STATE)), published.uri)
+    if _digest_of(state) != published.digest:
+        raise ModelError(
+            f"{join(published.uri, STATE)} names other files than the record in MLflow ({_digest_of(state)[:12]} "
+            f"instead of {published.digest[:12]}): the checkpoint was changed or damaged; use another one"
+        )
+    return state
 
 
 def published_spec(published: Published, storage: Storage) -> ModelSpec:
     """Return the description of the model of a published checkpoint, without its weights.
 
     Raises:
-        ModelError: it is damaged or of another version.
+        ModelError: it is damaged, changed or of another version.
     """
+    with tempfile.TemporaryDirectory(prefix="spec-", dir=scratch_folder()) as scratch:
+        fetch_published(published, storage, Path(scratch), "model.json")
+        text = Path(scratch, "model.json").read_text()
     try:
-        return ModelSpec.from_json(storage.read(join(published.uri, "model.json")).decode())
+        return ModelSpec.from_json(text)
     except ValueError as error:
         raise ModelError(f"{published.uri}: {error}") from error
 
@@ -141,13 +180,14 @@ def reconstruct_average(
     snapshots = []
     with tempfile.TemporaryDirectory(prefix="power-", dir=scratch_folder()) as scratch:
         for published in list_published(tracker):
-            state = CheckpointState.from_json(storage.read(join(published.uri, STATE)), published.uri)
-            if "power_ema.safetensors" not in state.files:
+            state = published_state(published, storage)
+            if POWER_EMA not in state.files:
                 continue
-            path = Path(scratch) / f"{published.images_seen}.safetensors"
-            storage.download(join(published.uri, "power_ema.safetensors"), path)
+            folder = Path(scratch, str(published.images_seen))
+            folder.mkdir()
+            fetch_published(published, storage, folder, POWER_EMA)
             by_width: dict[int, dict[str, Tensor]] = defaultdict(dict)
-            for full, tensor in load_file(path).items():
+            for full, tensor in load_file(folder / POWER_EMA).items():
                 _, number, name = full.split(".", 2)
                 by_width[int(number)][name] = tensor
             widths = state.identity["optim.power_ema"]

@@ -93,12 +93,15 @@ class Compared:
     champion_accuracy: Measured | None = None
 
 
-def gate_seed(model: str, alias: str, champion_digest: str) -> int:
+def gate_seed(model: str, alias: str, champion_digest: str, dry_run: bool = False) -> int:
     """Return the seed of all comparisons with one champion: no study or evaluation uses it, and the next one another.
 
     The samples of the champion are drawn once and kept, for every version that is compared with it.
+
+    Args:
+        dry_run: whether the comparison decides nothing, which has noise of its own.
     """
-    text = f"gate|{model}|{alias}|{champion_digest}"
+    text = f"{'dry run of the gate' if dry_run else 'gate'}|{model}|{alias}|{champion_digest}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 

@@ -77,6 +77,12 @@ class Evidence:
         content = [weights, self.scores.sampling]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def content_digest(self) -> str:
+        """SHA-256 over all files but the pictures of the probe: the model with its description and what it carries."""
+        content = {name: digest for name, digest in self.files.items() if name != PROBE}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
     def tags(self) -> dict[str, str]:
         """Return the tags of the version, which have to be equal to these."""
         scores = self.scores

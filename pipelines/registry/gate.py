@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from pipelines.evaluation.scores import Z_95, Scores
+from pipelines.evaluation.scores import Scores
 from pipelines.registry.comparison import Compared
 from pipelines.registry.verdict import Row
 
@@ -14,6 +15,9 @@ LEVEL = 0.025
 """Chance that a version that is not better passes at the first attempt."""
 POWER = 0.9
 """Chance with which the difference that a number of samples is said to tell is told."""
+ACCURACY_LEVEL = 0.025
+"""Chance that a version of the same accuracy is refused for its accuracy."""
+ACCURACY_Z = NormalDist().inv_cdf(1 - ACCURACY_LEVEL)
 SAMPLES = "same samples of a seed"
 """Line of the gate's table that two versions were scored by as many samples; the comparison draws its own."""
 NAMES = {"frechet_distance": "Frechet distance", "kid": "kernel distance"}
@@ -67,7 +71,7 @@ def decide(compared: Compared, attempt: int, champion: str, margin: float | None
     rows = [Row(asked, f"{distances}: z = {z:.2f}", bound, z >= needed), *_accuracy(compared, champion)]
     failed = [row for row in rows[1:] if not row.passed]
     if z < needed:
-        return Decision(False, _not_passed(ours.n, difference.value, error, needed, distances), tuple(rows))
+        return Decision(False, _not_passed(ours.n, difference.value, error, needed, distances, rows[1:]), tuple(rows))
     if failed:
         return Decision(False, f"{failed[0].name}: {failed[0].figure}, asked for {failed[0].bound}", tuple(rows))
     by = f"by {z:.1f} standard errors of the paired difference, where {needed:.2f} are asked for"
@@ -75,11 +79,15 @@ def decide(compared: Compared, attempt: int, champion: str, margin: float | None
     return Decision(True, f"{word}: {distances}, {by}", tuple(rows))
 
 
-def _not_passed(n: int, gain: float, error: float, needed: float, distances: str) -> str:
-    """Return why a version does not pass: it is worse, or the difference is too small for this many samples."""
+def _not_passed(n: int, gain: float, error: float, needed: float, distances: str, more: Sequence[Row]) -> str:
+    """Return why a version does not pass: it is worse, or the difference is too small for this many samples.
+
+    Args:
+        more: lines that a version has to pass too, each of which refuses an equal one with `ACCURACY_LEVEL`.
+    """
     if gain <= -needed * error:
         return f"worse: {distances}, by {-gain / error:.1f} standard errors of the paired difference"
-    told = (needed + NormalDist().inv_cdf(POWER)) * error
+    told = (needed + NormalDist().inv_cdf(POWER / (1 - ACCURACY_LEVEL) ** len(more))) * error
     return (
         f"not distinguishable: {distances}, {gain / error:.1f} standard errors of the paired difference, where "
         f"{needed:.2f} are asked for. {n:,} samples of each tell a difference of {told:.2g} in {POWER:.0%} of cases; "
@@ -95,8 +103,8 @@ def _accuracy(compared: Compared, champion: str) -> list[Row]:
     name = f"accuracy not below that of {champion}"
     if ours is None or theirs is None:
         return [Row(name, "known of one of them only", "known of both", passed=False)]
-    least = theirs.value - Z_95 * theirs.standard_error
-    bound = f"at least {least:.4f}, the lower end of the interval of {theirs.value:.4f}"
+    least = theirs.value - ACCURACY_Z * (theirs - ours).standard_error
+    bound = f"at least {least:.4f}: {theirs.value:.4f} less {ACCURACY_Z:.2f} standard errors of the paired difference"
     return [Row(name, f"{ours.value:.4f}", bound, ours.value >= least)]
 
 

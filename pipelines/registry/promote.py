@@ -24,7 +24,7 @@ from pipelines.registry.card import describe
 from pipelines.registry.comparison import Compared, Drawing, Subject, compare, gate_seed
 from pipelines.registry.contents import check_version
 from pipelines.registry.envelope import model_folder
-from pipelines.registry.evidence import WEIGHTS, Evidence
+from pipelines.registry.evidence import Evidence
 from pipelines.registry.gate import SAMPLES, comparable, decide
 from pipelines.registry.package import RegistryError
 from pipelines.registry.sign import Signer, Trust, check_signing
@@ -96,7 +96,8 @@ class Gate:
 
         Args:
             margin: distance by which the version may be worse; None where it has to be better.
-            dry_run: whether nothing is recorded or moved.
+            dry_run: whether nothing is recorded or moved. What is compared then is drawn from other noise, so that
+                nobody can choose among versions by the noise that decides.
 
         Raises:
             ConfigError: the decision could not be signed, or would not be believed here.
@@ -108,6 +109,9 @@ class Gate:
             check_signing(self.config.registry)
         number, verdicts = self.log.next_number(), self.log.read()
         if _is(version, self._let_through(verdicts)):
+            wrong = self._wrong(version)
+            if wrong is not None:
+                return _refused(Verdict(False, "", self.model, self.alias, version.version), [wrong])
             if dry_run:
                 reason = f"the alias {self.alias} belongs there by the log of decisions"
                 return Verdict(True, reason, self.model, self.alias, version.version)
@@ -116,7 +120,7 @@ class Gate:
         champion, first = self._champion(verdicts), "the alias has no version yet"
         if _is(version, champion):  # somebody has moved the alias without the gate, which judges it as the first one
             champion, first = None, "no version with the alias has passed yet"
-        opened, verdict = self._judge(version, champion, verdicts, margin, first)
+        opened, verdict = self._judge(version, champion, verdicts, margin, first, dry_run)
         if dry_run or verdict in verdicts:
             return verdict
         if not self.log.add(verdict, Signer.of(self.config.registry), number):
@@ -169,7 +173,7 @@ class Gate:
 
         Raises:
             ConfigError: the decision could not be signed, or would not be believed here.
-            RegistryError: there is none.
+            RegistryError: there is none, or it is no longer what was signed.
         """
         if not dry_run:
             check_signing(self.config.registry)
@@ -180,25 +184,38 @@ class Gate:
                 f"{self.alias} of {self.model} has had no other version that is still there: nothing to go back to"
             )
         version = held[-2]
-        verdict = Verdict(
-            passed=True,
-            reason=f"rolled back from version {held[-1].version}",
-            model=self.model,
-            alias=self.alias,
-            version=version.version,
-            champion=held[-1].version,
-            served_digest=version.tags.get("served_digest", ""),
-            rollback=True,
-            at=now(),
-        )
-        if dry_run:
-            return verdict
-        if not self.log.add(verdict, Signer.of(self.config.registry), number):
-            return self.rollback()
         with self._opened(version) as opened:
+            wrong = next((row for row in opened.rows if not row.passed), None)
+            if wrong is not None or opened.evidence is None:
+                why = f"{wrong.name}: {wrong.figure}" if wrong else "it has no evidence"
+                raise RegistryError(
+                    f"{version.uri}, which had {self.alias} before, is not what was signed ({why}): promote another "
+                    "version, or restore its files"
+                )
+            verdict = Verdict(
+                passed=True,
+                reason=f"rolled back from version {held[-1].version}",
+                model=self.model,
+                alias=self.alias,
+                version=version.version,
+                champion=held[-1].version,
+                served_digest=opened.evidence.served_digest,
+                content_digest=opened.evidence.content_digest,
+                rollback=True,
+                at=now(),
+            )
+            if dry_run:
+                return verdict
+            if not self.log.add(verdict, Signer.of(self.config.registry), number):
+                return self.rollback()
             self._record(verdict, opened)
         self._settle(version, held[-3] if len(held) > 2 else None)
         return verdict
+
+    def _wrong(self, version: ModelVersion) -> Row | None:
+        """Return the first line about the files and tags of a version that does not pass; None where all do."""
+        with self._opened(version) as opened:
+            return next((row for row in opened.rows if not row.passed), None)
 
     def _champion(self, verdicts: Sequence[Verdict]) -> ModelVersion | None:
         """Return the version that the alias belongs to by the log, or by the alias where there is no log yet."""
@@ -239,6 +256,7 @@ class Gate:
         verdicts: Sequence[Verdict],
         margin: float | None,
         first: str,
+        dry_run: bool,
     ) -> tuple[Opened, Verdict]:
         """Return a version and the decision about it; one made before with as many samples is found again.
 
@@ -246,26 +264,27 @@ class Gate:
             first: why it passes where there is no champion.
         """
         with self._opened(version) as candidate:
-            digest = "" if candidate.evidence is None else candidate.evidence.served_digest
+            evidence = candidate.evidence
             verdict = Verdict(
                 passed=False,
                 reason="",
                 model=self.model,
                 alias=self.alias,
                 version=version.version,
-                served_digest=digest,
+                served_digest="" if evidence is None else evidence.served_digest,
+                content_digest="" if evidence is None else evidence.content_digest,
                 champion=None if champion is None else champion.version,
                 at=now(),
             )
             rows = list(candidate.rows)
-            if candidate.evidence is not None:
-                rows += [*check_data(candidate.evidence, self.storage), *absolute_bounds(candidate.evidence.scores)]
+            if evidence is not None:
+                rows += [*check_data(evidence, self.storage), *absolute_bounds(evidence.scores)]
             if not all(row.passed for row in rows):
                 return candidate, _refused(verdict, rows)
             if champion is None:
                 return candidate, replace(verdict, passed=True, reason=first, rows=tuple(rows))
             with self._opened(champion) as present:
-                return candidate, self._against(candidate, present, verdict, rows, verdicts, margin)
+                return candidate, self._against(candidate, present, verdict, rows, verdicts, margin, dry_run)
 
     def _against(
         self,
@@ -275,6 +294,7 @@ class Gate:
         rows: list[Row],
         verdicts: Sequence[Verdict],
         margin: float | None,
+        dry_run: bool,
     ) -> Verdict:
         """Return the decision about a version that is what it should be, against the present one."""
         assert candidate.evidence is not None
@@ -286,18 +306,24 @@ class Gate:
             wrong = next(row for row in champion.rows if not row.passed)
             unlike = [Row(f"{name}: {wrong.name}", wrong.figure, wrong.bound, passed=False)]
         if not all(row.passed for row in unlike):
-            if _same_model(candidate, champion):
+            present = _content_digest(champion, verdicts)
+            if verdict.content_digest == present:
                 reason = f"it is the model of {name}, with evidence that can be compared from now on"
                 return replace(verdict, passed=True, reason=reason, rows=tuple(rows))
             refused = _refused(verdict, [*rows, *unlike])
             command = " ".join(["ddpm register", name, *_other_settings(candidate, champion)])
             mend = f"first `{command}`, which scores it anew, and promote the version that this makes"
+            if present is None:
+                back = f"`ddpm promote models:/{self.model} --alias {self.alias} --rollback`"
+                mend = (
+                    f"nobody who is trusted has signed what {name} serves: trust its signer, or give it back by {back}"
+                )
             return replace(refused, reason=f"{refused.reason}; {mend}")
         assert champion.evidence is not None
         rows += unlike
         dataset, evaluator, real = self._open_data(candidate.evidence)
         against = champion.evidence.served_digest
-        drawing = Drawing.of(self.config, evaluator.encoder.width, gate_seed(self.model, self.alias, against))
+        drawing = Drawing.of(self.config, evaluator.encoder.width, gate_seed(self.model, self.alias, against, dry_run))
         verdict = replace(verdict, champion_digest=against, n=drawing.n, margin=margin)
         judged = _judged_before(verdicts, verdict, unlike)
         if judged is not None:  # one that passed has lost the alias since, and takes it again by what was found then
@@ -419,10 +445,12 @@ def _judged_before(verdicts: Sequence[Verdict], verdict: Verdict, alike: Sequenc
     return None
 
 
-def _same_model(candidate: Opened, champion: Opened) -> bool:
-    """Return whether both versions serve the same weights with the same settings, whatever else is known of them."""
-    files = [opened.folder / WEIGHTS for opened in (candidate, champion)]
-    if not all(file.is_file() for file in files) or files[0].read_bytes() != files[1].read_bytes():
-        return False
-    served = [None if opened.spec is None else opened.spec.sampling for opened in (candidate, champion)]
-    return served[0] is not None and served[0] == served[1]
+def _content_digest(champion: Opened, verdicts: Sequence[Verdict]) -> str | None:
+    """Return what somebody who is trusted has signed of the files of the present version; None without any.
+
+    Its own folder says nothing where it is not believed: it may have been made to look like another one's.
+    """
+    if champion.believed and champion.evidence is not None:
+        return champion.evidence.content_digest
+    signed = [verdict for verdict in standing(verdicts) if verdict.version == champion.version.version]
+    return (signed[-1].content_digest or None) if signed else None

@@ -54,6 +54,8 @@ class Verdict:
         n: samples of each that were compared; 0 where nothing was compared.
         margin: distance by which the version was allowed to be worse; None where it had to be better.
         rollback: whether the alias was given back to a version that had had it before.
+        content_digest: SHA-256 of all files of the model that it serves; empty where it has no evidence, and in
+            decisions of earlier releases.
         rows: the gate's table.
         at: when, in UTC.
     """
@@ -70,6 +72,7 @@ class Verdict:
     n: int = 0
     margin: float | None = None
     rollback: bool = False
+    content_digest: str = ""
     rows: tuple[Row, ...] = ()
     at: str = ""
 

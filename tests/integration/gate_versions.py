@@ -13,6 +13,8 @@ import io
 import json
 import os
 import sys
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -178,6 +180,59 @@ def main(name: str, run_id: str, *kinds: str) -> None:
         storage.delete_folder(COPY)
         return asked(made)
 
+    def champion():
+        return tracking.version(uri, name, alias="champion")
+
+    @contextmanager
+    def overwritten(version, file: str, content: Callable[[bytes], bytes]):
+        """With other bytes in the place of a file of a version."""
+        before: dict[str, bytes] = {}
+
+        def put(at: str) -> None:
+            before[at] = storage.read(at)
+            storage.write(at, content(before[at]))
+
+        _each_artifact(uri, storage, version, file, put)
+        try:
+            yield
+        finally:
+            for at, data in before.items():
+                storage.write(at, data)
+
+    def look_alike() -> dict[str, object]:
+        """Ask about a version whose description was put over that of the champion, so that both look the same."""
+        made = version(good, scored(good, other, steps=12))
+        found: list[bytes] = []
+        _each_artifact(uri, storage, made, "model.json", lambda at: found.append(storage.read(at)))
+        with overwritten(champion(), "model.json", lambda _: found[0]):
+            return asked(made)
+
+    def tampered_champion() -> dict[str, object]:
+        present = champion()
+        with overwritten(present, "model.safetensors", _flipped):
+            return asked(present)
+
+    def tampered_previous() -> dict[str, object]:
+        previous = tracking.version(uri, name, alias="previous")
+        with overwritten(previous, "model.safetensors", _flipped):
+            try:
+                return {"passed": gate.rollback().passed, "failed": []}
+            except PipelineError as error:
+                return {"passed": False, "failed": [], "reason": str(error)}
+
+    def tampered_checkpoint() -> dict[str, object]:
+        """Load a published checkpoint whose weights are another's."""
+        at = f"{good.published.uri}/model.safetensors"
+        before = storage.read(at)
+        storage.write(at, _flipped(before))
+        try:
+            references.resolve(f"runs:/{run_id}", tracking_uri=uri, storage=storage)
+            return {"passed": True, "failed": []}
+        except PipelineError as error:
+            return {"passed": False, "failed": [], "reason": str(error)}
+        finally:
+            storage.write(at, before)
+
     contrastive = config.evaluation.model_copy(update={"evaluator": "contrastive"})
     other = config.model_copy(update={"evaluation": contrastive})
     cases = {
@@ -196,6 +251,10 @@ def main(name: str, run_id: str, *kinds: str) -> None:
         "untrusted key": untrusted_key,
         "other quarantine": other_quarantine,
         "missing dataset": missing_dataset,
+        "look-alike": look_alike,
+        "tampered champion": tampered_champion,
+        "tampered previous": tampered_previous,
+        "tampered checkpoint": tampered_checkpoint,
         "other evaluator": lambda: asked(version(good, scored(good, other, steps=11))),
         "the champion scored anew": lambda: asked(version(good, scored(good, other))),
     }

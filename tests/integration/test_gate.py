@@ -100,7 +100,13 @@ EXPECTED = {
     "tampered tag": "tags",
     "untrusted key": "signature",
     "missing dataset": "data",
+    "look-alike": "models:/gated/2: signature",
+    "tampered champion": "signature",
     "other evaluator": "same evaluator",
+}
+UNUSABLE = {
+    "tampered previous": "is not what was signed (signature: ",
+    "tampered checkpoint": "is not the file that was published",
 }
 NOT_REFUSED = ["the same weights again", "nearly the same settings", "NaN weights", "the champion scored anew"]
 EXPECTED_TOO = {
@@ -124,7 +130,7 @@ def judged(good: Finished, shell: Shell, forks: str, *kinds: str) -> dict[str, d
 
 @pytest.fixture(scope="module")
 def answers(good: Finished, shell: Shell, forks: str) -> dict[str, dict[str, object]]:
-    return judged(good, shell, forks, *NOT_REFUSED[:-1], *EXPECTED, NOT_REFUSED[-1])
+    return judged(good, shell, forks, *NOT_REFUSED[:-1], *EXPECTED, *UNUSABLE, NOT_REFUSED[-1])
 
 
 @pytest.mark.parametrize("kind", EXPECTED)
@@ -132,6 +138,12 @@ def test_what_should_not_pass_is_refused_by_name(answers, kind):
     found = answers[kind]
     assert not found["passed"]
     assert EXPECTED[kind] in found["failed"]
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_what_somebody_has_written_over_is_neither_loaded_nor_given_an_alias(answers, kind):
+    assert not answers[kind]["passed"]
+    assert UNUSABLE[kind] in answers[kind]["reason"]
 
 
 @pytest.mark.slow

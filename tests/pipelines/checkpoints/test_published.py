@@ -1,3 +1,4 @@
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +10,11 @@ from pipelines.checkpoints import (
     ModelError,
     Published,
     best_published,
+    fetch_published,
     list_published,
     load_checkpoint,
     publish,
+    published_spec,
     reconstruct_average,
     record_published,
     record_scores,
@@ -47,6 +50,44 @@ def test_published_checkpoints_are_whole_copies_and_the_best_is_found_by_a_score
         best_published(tracker, "fid", lowest=True)
     with pytest.raises(ModelError, match="no published checkpoint at 7"):
         record_scores(tracker, 7, {})
+
+
+def overwritten(one: Published, name: str) -> None:
+    """Put other bytes in the place of a file of a published checkpoint."""
+    path = Path(one.uri.removeprefix("file://"), name)
+    path.write_bytes(path.read_bytes() + b" ")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.json", "power_ema.safetensors"])
+def test_a_file_that_was_changed_after_publishing_is_not_loaded(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(tiny, "CONFIG", compose(["+experiment=digits", "optim.power_ema=[0.05,0.1]"]))
+    tracker = MemoryTracker()
+    published(tmp_path, tracker, 100)
+    (one,) = list_published(tracker)
+    (tmp_path / "there").mkdir()
+    fetch_published(one, Storage(), tmp_path / "there", name)
+    overwritten(one, name)
+    with pytest.raises(ModelError, match=rf"{name} is not the file that was published"):
+        fetch_published(one, Storage(), tmp_path / "there", name)
+    if name == "model.json":
+        with pytest.raises(ModelError, match="is not the file that was published"):
+            published_spec(one, Storage())
+    if name.startswith("power"):
+        with pytest.raises(ModelError, match="is not the file that was published"):
+            reconstruct_average(tracker, Storage(), 0.1, 100)
+
+
+def test_a_state_that_was_changed_with_a_file_is_not_that_of_the_record_in_mlflow(tmp_path):
+    tracker = MemoryTracker()
+    published(tmp_path, tracker, 100)
+    (one,) = list_published(tracker)
+    folder = Path(one.uri.removeprefix("file://"))
+    before = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    overwritten(one, "model.safetensors")
+    after = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    (folder / "state.json").write_text((folder / "state.json").read_text().replace(before, after))
+    with pytest.raises(ModelError, match=r"state\.json names other files than the record in MLflow"):
+        fetch_published(one, Storage(), tmp_path, "model.safetensors")
 
 
 def test_a_record_is_known_by_its_files_whatever_became_of_them():

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from ddpm.quality import FeatureMoments, FrechetInfluence, Measured
 from pipelines.evaluation.scores import Estimate, Scores
 from pipelines.registry.comparison import Compared, gate_seed
-from pipelines.registry.gate import comparable, decide, level
+from pipelines.registry.gate import ACCURACY_LEVEL, comparable, decide, level
 
 REFERENCE = FeatureMoments.of(torch.randn(4_000, 8, generator=torch.Generator().manual_seed(1)))
 
@@ -89,16 +90,43 @@ def test_a_version_may_be_allowed_to_be_worse_by_a_margin():
     assert not decide(compared(-0.9), 1, "it", margin=1.0).passed
 
 
-def test_distance_is_not_bought_with_accuracy():
-    def accuracy(value):
-        return Measured.mean((torch.arange(1_000) < 1_000 * value).double())
+def accuracy(value: float, seed: int, n: int = 1_000) -> Measured:
+    """The accuracy of samples of which this share is right, whichever these are."""
+    right = torch.arange(n) < n * value
+    return Measured.mean(right[torch.randperm(n, generator=torch.Generator().manual_seed(seed))].double())
 
-    allowed = compared(1.0, candidate_accuracy=accuracy(0.96), champion_accuracy=accuracy(0.97))
+
+def test_distance_is_not_bought_with_accuracy():
+    allowed = compared(1.0, candidate_accuracy=accuracy(0.96, 1), champion_accuracy=accuracy(0.97, 2))
     assert decide(allowed, 1, "it").passed
-    refused = decide(compared(1.0, candidate_accuracy=accuracy(0.90), champion_accuracy=accuracy(0.97)), 1, "it")
+    refused = decide(compared(1.0, candidate_accuracy=accuracy(0.90, 1), champion_accuracy=accuracy(0.97, 2)), 1, "it")
     assert not refused.passed
-    assert refused.reason.startswith("accuracy not below that of it: 0.9000, asked for at least 0.9594")
-    assert not decide(compared(1.0, champion_accuracy=accuracy(0.97)), 1, "it").passed
+    assert refused.reason.startswith("accuracy not below that of it: 0.9000, asked for at least 0.94")
+    assert not decide(compared(1.0, champion_accuracy=accuracy(0.97, 2)), 1, "it").passed
+    # The same samples are right but for a few: then a small difference is one.
+    nested = compared(1.0, candidate_accuracy=accuracy(0.96, 1), champion_accuracy=accuracy(0.97, 1))
+    assert not decide(nested, 1, "it").passed
+
+
+def test_a_version_as_accurate_as_the_present_one_is_refused_for_its_accuracy_in_the_cases_that_are_said():
+    generator, refused, trials = torch.Generator().manual_seed(0), 0, 2_000
+    better = compared(5.0)
+    for _ in range(trials):
+        right = [Measured.mean((torch.rand(better.candidate.n, generator=generator) < 0.9).double()) for _ in range(2)]
+        found = decide(replace(better, candidate_accuracy=right[0], champion_accuracy=right[1]), 1, "it")
+        refused += not found.passed
+    assert refused / trials == pytest.approx(ACCURACY_LEVEL, abs=0.011)  # three standard errors
+
+
+def test_the_line_about_accuracy_counts_in_what_more_samples_are_said_to_tell():
+    def told(found) -> float:
+        return float(found.reason.split("tell a difference of ")[1].split(" ")[0])
+
+    classes = compared(0.0, candidate_accuracy=accuracy(0.9, 1), champion_accuracy=accuracy(0.9, 2))
+    with_line, without = told(decide(classes, 1, "it")), told(decide(compared(0.0), 1, "it"))
+    z = NormalDist().inv_cdf
+    wanted = (z(0.975) + z(0.9 / 0.975)) / (z(0.975) + z(0.9))
+    assert with_line / without == pytest.approx(wanted, rel=0.03)  # both are said with two digits
 
 
 @pytest.mark.parametrize("paired", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,9 +14,10 @@ from pipelines import tracking
 from pipelines.config import ConfigError, compose
 from pipelines.display import Silent
 from pipelines.registry import Gate, Trust, Verdict
+from pipelines.registry.comparison import gate_seed
 from pipelines.registry.gate import SAMPLES, comparable
 from pipelines.registry.keys import public_key
-from pipelines.registry.promote import Opened, _judged_before, _other_settings
+from pipelines.registry.promote import Opened, _content_digest, _judged_before, _other_settings
 from pipelines.registry.verdict import Row, VerdictLog
 from pipelines.storage import Storage
 from pipelines.tracking import ModelVersion
@@ -29,13 +31,13 @@ STORAGE = Storage()
 def world(home, tmp_path, monkeypatch):
     """A gate before `champion` of two versions that passes every one, and what it was asked and has moved."""
     made = [ModelVersion("m", number, "r", {"served_digest": number}, ()) for number in "12"]
-    found = SimpleNamespace(versions=made, aliases={}, judged=[], moved=[])
+    found = SimpleNamespace(versions=made, aliases={}, judged=[], moved=[], wrong=None)
 
     def version(uri, name, *, alias=None, number=None):
         wanted = found.aliases.get(alias) if alias else number
         return next((v for v in made if v.version == wanted), None)
 
-    def judge(self, version, champion, verdicts, margin, first):
+    def judge(self, version, champion, verdicts, margin, first, dry_run):
         found.judged.append((version.version, champion.version if champion else first))
         number = version.version
         return None, Verdict(True, "judged", self.model, self.alias, number, served_digest=number)
@@ -47,6 +49,7 @@ def world(home, tmp_path, monkeypatch):
     monkeypatch.setattr(tracking, "version", version)
     monkeypatch.setattr(tracking, "set_alias", set_alias)
     monkeypatch.setattr(Gate, "_judge", judge)
+    monkeypatch.setattr(Gate, "_wrong", lambda self, version: found.wrong)
     monkeypatch.setattr(Gate, "_record", lambda self, verdict, opened: None)
     found.config = compose(["+experiment=digits", f"storage.root=file://{tmp_path}", "tracking.uri=http://mlflow"])
     found.gate = Gate(found.config, STORAGE, Silent(), lambda: None, "m", "champion")
@@ -84,6 +87,36 @@ def test_a_dry_run_does_not_put_an_alias_back_where_it_belongs(world):
     assert world.moved == []
     world.gate.promote(world.versions[0])
     assert world.moved == [("champion", "1")]
+
+
+def test_a_version_that_has_the_alias_is_refused_once_its_files_are_not_what_was_signed(world):
+    world.gate.promote(world.versions[0])
+    world.moved.clear()
+    world.wrong = Row("signature", "model.safetensors is another", "by somebody who is trusted", False)
+    verdict = world.gate.promote(world.versions[0])
+    assert (verdict.passed, verdict.reason.startswith("signature: model.safetensors is another")) == (False, True)
+    assert (world.moved, world.gate.log.next_number()) == ([], 1)
+    assert not world.gate.promote(world.versions[0], dry_run=True).passed
+
+
+def test_what_a_dry_run_compares_is_drawn_from_other_noise_than_what_decides():
+    seeds = [gate_seed("m", "champion", "d"), gate_seed("m", "champion", "d", dry_run=True)]
+    assert len({*seeds, gate_seed("m", "champion", "e", dry_run=True)}) == 3
+
+
+def present(evidence, *rows: bool, version: str = "1") -> Opened:
+    table = tuple(Row("signature", "", "", passed) for passed in rows)
+    return Opened(ModelVersion("m", version, "r", {}, ()), evidence, table, Path("nowhere"), None)
+
+
+def test_what_the_present_version_serves_is_known_by_what_is_signed_alone():
+    evidence = SimpleNamespace(content_digest="c1")
+    logged = replace(EARLIER, version="1", content_digest="c0")
+    assert _content_digest(present(evidence, True), [logged]) == "c1"
+    assert _content_digest(present(evidence, False), [logged]) == "c0"  # its folder may have been made to look alike
+    assert _content_digest(present(None, False), [logged]) == "c0"
+    assert _content_digest(present(evidence, False), [replace(logged, content_digest="")]) is None
+    assert _content_digest(present(evidence, False, version="3"), [logged]) is None
 
 
 ALIKE = comparable(scores(), scores(), "models:/m/1")
