@@ -75,7 +75,7 @@ class KubeRayLaunch(Launch):
         None, description="storage class of a worker pod's own volume for shards; null: the disk of its node"
     )
     backoff_limit: NonNegativeInt = Field(
-        3, description="how often a lost cluster is replaced by a new one, on which the run resumes"
+        0, description="how often KubeRay starts a new cluster after the command has failed, for whatever reason"
     )
     submitter_backoff_limit: NonNegativeInt = Field(
         4,

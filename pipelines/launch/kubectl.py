@@ -16,7 +16,11 @@ from pipelines.launch.command import ClusterCommand, LaunchError, check_same, de
 from pipelines.launch.kuberay import dump, rayjob
 
 FOLLOW_EVERY_S = 3.0
-ENDED = ("Complete", "Failed")
+ANSWER_S = 120.0
+"""How long one call may take."""
+DELETED_S = 900.0
+"""How long a deletion may take, which waits until the pods have ended."""
+ENDED = ("Complete", "Failed", "ValidationFailed")
 """Values of a RayJob's `jobDeploymentStatus` that it keeps."""
 
 
@@ -31,7 +35,7 @@ class JobState:
         message: why, in words.
         job_id: of the Ray job.
         head_pod: on which `ray` can be called.
-        attempts: clusters that have failed before.
+        attempts: clusters on which the command has failed before.
         entrypoint: the command that it runs, as the shell of its submitter reads it.
     """
 
@@ -57,7 +61,7 @@ class JobState:
     def __str__(self) -> str:
         """In words."""
         said = " ".join(part for part in (self.deployment or "New", self.status.lower()) if part)
-        again = f", after {self.attempts} lost clusters" if self.attempts else ""
+        again = f", after {self.attempts} failed attempt{'s' * (self.attempts > 1)}" if self.attempts else ""
         return f"{said}{again}{f': {self.message}' if self.message else ''}"
 
     @classmethod
@@ -93,13 +97,21 @@ class Kubectl:
             )
         self.words = [found, f"--namespace={namespace}"]
 
-    def __call__(self, *words: str, given: str | None = None) -> str:
+    def __call__(self, *words: str, given: str | None = None, timeout_s: float = ANSWER_S) -> str:
         """Return what a call prints.
 
         Raises:
-            LaunchError: it fails; the message is its own.
+            LaunchError: it fails, where the message is its own, or does not end in time.
         """
-        done = subprocess.run([*self.words, *words], input=given, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(
+                [*self.words, *words], input=given, capture_output=True, text=True, check=False, timeout=timeout_s
+            )
+        except subprocess.TimeoutExpired as error:
+            raise LaunchError(
+                f"kubectl {' '.join(words)} has not ended within {timeout_s:.0f} s: does `kubectl cluster-info` "
+                "answer? The same command goes on from there"
+            ) from error
         if done.returncode:
             raise LaunchError(f"kubectl {' '.join(words)} failed: {done.stderr.strip() or done.stdout.strip()}")
         return done.stdout
@@ -130,7 +142,7 @@ def apply(command: ClusterCommand, notice: StageNotice) -> None:
         return
     if before is not None:
         notice("launch", f"RayJob {before.name} has ended ({before}): a new one resumes its run")
-        kubectl("delete", f"rayjob/{before.name}", "--wait=true")
+        kubectl("delete", f"rayjob/{before.name}", "--wait=true", timeout_s=DELETED_S)
     for line in kubectl("apply", "--filename=-", given=dump(job)).splitlines():
         notice("launch", line)
 
@@ -175,7 +187,7 @@ def stop(kubectl: Kubectl, name: str, notice: StageNotice) -> JobState:
             kubectl("exec", state.head_pod, "--container=ray-head", "--", "ray", "job", "stop", state.job_id)
         except LaunchError as error:
             notice("launch", f"it could not be asked, and resumes from its newest checkpoint: {error}")
-    kubectl("delete", f"rayjob/{name}", "--wait=true")
+    kubectl("delete", f"rayjob/{name}", "--wait=true", timeout_s=DELETED_S)
     notice("launch", f"deleted RayJob {name}; launching the same command resumes its run")
     return state
 

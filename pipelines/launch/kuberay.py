@@ -48,7 +48,8 @@ def rayjob(command: ClusterCommand) -> Plain:
         if cluster.get("enableInTreeAutoscaling"):
             metadata["annotations"][ELASTIC_ANNOTATION] = "true"
     spec: Plain = {
-        # A lost cluster is replaced by a new one. Safe to repeat, because the same name resumes the same run or study.
+        # By default 0: KubeRay cannot tell a lost cluster from a wrong setting, and would start one cluster after the
+        # other for it. Safe to repeat, because the same name resumes the same run or study.
         "backoffLimit": launch.backoff_limit,
         "submissionMode": "K8sJobMode",
         "submitterConfig": {"backoffLimit": launch.submitter_backoff_limit},

@@ -110,6 +110,26 @@ def test_one_that_has_ended_is_replaced_so_that_its_run_resumes(cluster, notice,
     assert "has ended (Failed failed: AppFailed exit code 1): a new one resumes its run" in said[0]
 
 
+INVALID = {"jobDeploymentStatus": "ValidationFailed", "reason": "ValidationFailed", "message": "the name is too long"}
+
+
+def test_a_job_that_kuberay_refuses_has_ended(cluster, notice, said):
+    cluster.answers(INVALID)
+    state = follow(Kubectl("team"), "first", notice, lambda seconds: pytest.fail("it is followed on"))
+    assert state is not None
+    assert (state.ended, state.ok) == (True, False)
+    assert said == ["ValidationFailed: ValidationFailed the name is too long"]
+    apply(training(), notice)
+    assert cluster.verbs() == ["get", "get", "delete", "apply"]
+
+
+def test_a_call_that_does_not_end_is_given_up(cluster):
+    script = cluster.folder / "bin" / "kubectl"
+    script.write_text("#!/bin/sh\nexec sleep 60\n")
+    with pytest.raises(LaunchError, match=r"get rayjob/first has not ended within 0 s: does `kubectl cluster-info`"):
+        Kubectl("team")("get", "rayjob/first", timeout_s=0.2)
+
+
 def test_following_shows_states_and_output_until_the_end(cluster, notice, said, capfd):
     initializing = {"jobDeploymentStatus": "Initializing"}
     cluster.answers(initializing, initializing, RUNNING, DONE | {"failed": 1})
@@ -117,7 +137,7 @@ def test_following_shows_states_and_output_until_the_end(cluster, notice, said, 
     state = follow(Kubectl("team"), "first", notice, slept.append)
     assert state is not None
     assert state.ok
-    assert said == ["Initializing", "Running running", "Complete succeeded, after 1 lost clusters"]
+    assert said == ["Initializing", "Running running", "Complete succeeded, after 1 failed attempt"]
     assert "what the command prints" in capfd.readouterr().out
     assert len(slept) == 3
 
