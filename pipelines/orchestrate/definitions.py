@@ -13,7 +13,7 @@ from typing import Any
 import dagster as dg
 
 from pipelines.errors import PipelineError
-from pipelines.flow.stage import GATE, GRAPH, Place
+from pipelines.flow.stage import GATE, GRAPH, INGEST, TRAIN, Place
 from pipelines.orchestrate.child import CHECK
 from pipelines.orchestrate.settings import Settings
 
@@ -22,8 +22,9 @@ CHILD = (sys.executable, "-m", "pipelines.orchestrate.child")
 """Starts the process of a stage."""
 STOP_S = 120.0
 """How long a cancelled run waits until a training has stored its checkpoint."""
-TAGS = {"ddpm/trains": "true"}
-"""Of every run, by which the instance bounds how many there are at a time; see `pipelines.stack`."""
+POOLS = {INGEST: "ingest", TRAIN: "training"}
+"""Stage -> its concurrency pool, by which the instance bounds how many runs that include it, of jobs, single assets or
+backfills, there are at a time; see `pipelines.stack`."""
 
 
 def asset_of(place: Place, partitions: dg.StaticPartitionsDefinition, settings: Settings) -> dg.AssetsDefinition:
@@ -41,6 +42,7 @@ def asset_of(place: Place, partitions: dg.StaticPartitionsDefinition, settings: 
         group_name="ddpm",
         description=f"{place.title}. Made by the stage `{place.name}`, and skipped where it is there.",
         check_specs=checks if place is GATE else None,
+        pool=POOLS.get(place),
     )
     def materialise(context: dg.AssetExecutionContext, pipes: dg.PipesSubprocessClient) -> Iterator[Any]:
         overrides = settings.partitions[context.partition_key]
@@ -141,7 +143,7 @@ def make_definitions(settings: Settings) -> dg.Definitions:
     partitions = dg.StaticPartitionsDefinition(list(settings.partitions))
     assets = [asset_of(place, partitions, settings) for place in GRAPH]
     # The stages of a run are processes of their own, one after the other: no further process per stage is needed.
-    job = dg.define_asset_job(JOB, selection=assets, tags=TAGS, executor_def=dg.in_process_executor)
+    job = dg.define_asset_job(JOB, selection=assets, executor_def=dg.in_process_executor)
     return dg.Definitions(
         assets=assets,
         jobs=[job],

@@ -19,7 +19,7 @@ VARIABLE = "DDPM_ORCHESTRATE"
 class Settings(BaseModel):
     """What `definitions` is made from."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     partitions: dict[str, tuple[str, ...]] = Field(
         {name: (f"+experiment={name}",) for name in ("digits", "digits_inpainting", "digits_score")},

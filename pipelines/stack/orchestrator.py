@@ -40,13 +40,14 @@ telemetry:
 nux:                                # the page asks nobody for an address
   enabled: false
 concurrency:
+  pools:                            # one run at a time that trains, and one that writes a dataset
+    granularity: run
+    default_limit: 1
   runs:
     tag_concurrency_limits:
       - key: dagster/partition      # never two runs of one experiment at a time
         value:
           applyLimitPerUniqueValue: true
-        limit: 1
-      - key: ddpm/trains            # nor two trainings on one machine
         limit: 1
 run_launcher:
   module: pipelines.orchestrate.launcher

@@ -46,7 +46,8 @@ QUERY = """{
   }) { ... on Repository {
     assetNodes { assetKey { path } partitionKeys } sensors { name sensorState { status } } schedules { name }
   } }
-  instance { daemonHealth { allDaemonStatuses { healthy } } runQueueConfig { tagConcurrencyLimitsYaml } }
+  instance { daemonHealth { allDaemonStatuses { healthy } } runQueueConfig { tagConcurrencyLimitsYaml }
+    poolConfig { poolGranularity defaultPoolLimit } }
 }"""
 
 
@@ -73,7 +74,8 @@ def test_webserver_and_daemon_serve_the_assets_on_loopback_and_end_together(tmp_
         assert assets == {place.gives: list(Settings().partitions) for place in GRAPH}
         assert found["repositoryOrError"]["sensors"] == [{"name": "new_data", "sensorState": {"status": "STOPPED"}}]
         assert found["repositoryOrError"]["schedules"] == [{"name": "retrain"}]
-        assert "ddpm/trains" in found["instance"]["runQueueConfig"]["tagConcurrencyLimitsYaml"]
+        assert "dagster/partition" in found["instance"]["runQueueConfig"]["tagConcurrencyLimitsYaml"]
+        assert found["instance"]["poolConfig"] == {"poolGranularity": "run", "defaultPoolLimit": 1}
         members = [psutil.Process(service.pid) for service in services.values()]
         members += [child for member in members for child in member.children(recursive=True)]
         listening = [c.laddr.ip for p in members for c in p.net_connections("inet") if c.status == "LISTEN"]

@@ -33,6 +33,7 @@ from pipelines.orchestrate.settings import Settings  # noqa: E402
 from pipelines.registry import Verdict  # noqa: E402
 from pipelines.registry.verdict import Row  # noqa: E402
 from pipelines.shards.quarantine import stream_digest  # noqa: E402
+from pipelines.stack.orchestrator import INSTANCE  # noqa: E402
 from pipelines.storage import Storage  # noqa: E402
 from tests.pipelines.checkpoints.tiny import a_checkpoint  # noqa: E402
 from tests.pipelines.shards.ingest.sources import picture, pictures, write_files  # noqa: E402
@@ -49,6 +50,16 @@ def test_the_definitions_load_and_the_assets_depend_on_each_other_as_the_stages_
         assert {key.to_user_string() for key in node.parent_keys} == set(place.needs)
         assert set(node.partitions_def.get_partition_keys()) == set(Settings().partitions)
     assert [key.name for key in graph.asset_check_keys] == [CHECK]
+
+
+def test_one_run_at_a_time_trains_or_writes_a_dataset_whatever_it_was_started_as(tmp_path):
+    graph = make_definitions(Settings()).resolve_asset_graph()
+    pools = {place.name: graph.get(dg.AssetKey(place.gives)).pools for place in GRAPH}
+    assert {name: found for name, found in pools.items() if found} == {"ingest": {"ingest"}, "train": {"training"}}
+    (tmp_path / "dagster.yaml").write_text(INSTANCE.partition("run_launcher:")[0])
+    with dg.DagsterInstance.from_config(str(tmp_path)) as instance:
+        limits = instance.get_concurrency_config().pool_config
+    assert (limits.default_pool_limit, limits.pool_granularity.value) == (1, "run")
 
 
 def test_sensor_and_schedule_are_stopped_until_somebody_starts_them():
