@@ -11,6 +11,7 @@ Configuration files, the command line and the documentation use these definition
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 import types
 import typing
@@ -135,6 +136,8 @@ def _check(field: Setting, value: Any) -> None:
     if allowed and value not in allowed:
         raise ValueError(f"unknown {field.name} {value!r}; allowed: {', '.join(map(str, allowed))}")
     for part in value if isinstance(value, tuple) else (value,):
+        if isinstance(part, numbers.Real) and not math.isfinite(part):
+            raise ValueError(f"{field.name} must be finite, got {value}")
         for name, bound in field.bounds.items():
             holds, _ = _COMPARE[name]
             if part is not None and not holds(part, bound):

@@ -256,6 +256,31 @@ def _kept_encoder(found: _Fetched) -> str | None:
     return shutil.move(own, tempfile.mkdtemp(prefix="encoder-", dir=scratch_folder()))
 
 
+class ReferenceFormError(ModelError):
+    """A MODEL reference that is none, whatever exists."""
+
+    exit_code = 2
+
+
+RUN = re.compile(r"runs:/([0-9a-f]+)(?:/(\d+|best))?(?:/sigma_rel=(0?\.\d+))?")
+VERSION = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d{1,10}))")
+FORMS = {
+    "runs:/": (RUN, "runs:/ID, runs:/ID/IMAGES or runs:/ID/best, and /sigma_rel=0.1 after it"),
+    "models:/": (VERSION, "models:/NAME@alias or models:/NAME/VERSION, with a number of up to ten digits"),
+}
+
+
+def check_form(reference: str) -> None:
+    """Check that what names a run or a version is written as such.
+
+    Raises:
+        ReferenceFormError: it is not.
+    """
+    for start, (form, words) in FORMS.items():
+        if reference.startswith(start.rstrip("/")) and form.fullmatch(reference) is None:
+            raise ReferenceFormError(f"{reference}: write {words}")
+
+
 def find_registered(reference: str, tracking_uri: str | None) -> ModelVersion:
     """Return the version that models:/NAME@alias or models:/NAME/VERSION names.
 
@@ -263,9 +288,9 @@ def find_registered(reference: str, tracking_uri: str | None) -> ModelVersion:
         ModelError: there is none; the message lists those of that name.
     """
     uri = _needs(tracking_uri, reference)
-    match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", reference)
+    match = VERSION.fullmatch(reference)
     if match is None:
-        raise ModelError(f"{reference}: write models:/NAME@alias or models:/NAME/VERSION")
+        raise ReferenceFormError(f"{reference}: write {FORMS['models:/'][1]}")
     name, alias, number = match.groups()
     found = tracking.version(uri, name, alias=alias, number=number)
     if found is None:
@@ -409,9 +434,9 @@ def _folder(reference: str) -> Path:
 
 
 def _from_run(reference: str, tracking_uri: str, storage: Storage, scratch: Path) -> _Fetched:
-    match = re.fullmatch(r"runs:/([0-9a-f]+)(?:/(\d+|best))?(?:/sigma_rel=(0?\.\d+))?", reference)
+    match = RUN.fullmatch(reference)
     if match is None:
-        raise ModelError(f"{reference}: write runs:/ID, runs:/ID/IMAGES or runs:/ID/best, and /sigma_rel=0.1 after it")
+        raise ReferenceFormError(f"{reference}: write {FORMS['runs:/'][1]}")
     run, which, width = match.groups()
     tracker = tracking.get_run(tracking_uri, run)
     if which == "best":

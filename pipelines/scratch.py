@@ -12,6 +12,8 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
+from pipelines.errors import PipelineError
+
 logger = logging.getLogger(__name__)
 _PREFIX = "ddpm-scratch-"
 
@@ -40,6 +42,27 @@ class _Scratch:
 _scratch = _Scratch()
 os.register_at_fork(after_in_child=_scratch.forget)
 atexit.register(_scratch.remove)
+
+
+class ScratchError(PipelineError):
+    """The folder for this user's temporary files cannot be used."""
+
+
+def closed_folder(base: Path | None = None) -> Path:
+    """Return the folder of this user's temporary files that stay, which nobody else may look into.
+
+    Args:
+        base: where it lies; TMPDIR by default.
+
+    Raises:
+        ScratchError: it is another user's, or a link.
+    """
+    closed = (base or Path(tempfile.gettempdir())) / f"ddpm-{os.getuid()}"
+    closed.mkdir(mode=0o700, exist_ok=True)
+    if closed.is_symlink() or closed.stat().st_uid != os.getuid():
+        raise ScratchError(f"{closed} is another user's: remove it, or set TMPDIR to a short path such as /var/tmp")
+    closed.chmod(0o700)
+    return closed
 
 
 def scratch_folder() -> Path:

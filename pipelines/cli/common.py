@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -38,6 +40,18 @@ def check_address(uri: str) -> str:
     return uri.rstrip("/")
 
 
+def finite(value: float | None) -> float | None:
+    """Return a number that is neither infinite nor none at all.
+
+    Raises:
+        BadParameter: it is.
+    """
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
+
+
+LARGEST_SEED = (1 << 63) - 1
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Hydra overrides, such as +experiment=digits optim.lr=1e-3")
 ]
@@ -118,7 +132,14 @@ def connect_for_model(
     Args:
         others: further values, of which some may be MODEL references.
         more: further services that the verb needs.
+
+    Raises:
+        ReferenceFormError: a reference is none, which is said before any service is asked.
     """
+    from pipelines.references import check_form
+
+    for reference in (model, *others):
+        check_form(str(reference))
     kinds = {str(reference).partition(":/")[0] for reference in (model, *others)}
     needed = {*more, *(["s3"] if "runs" in kinds else []), *(["mlflow"] if kinds & {"runs", "models"} else [])}
     return connect(compose(overrides), [service for service in SERVICES if service in needed])
@@ -133,6 +154,8 @@ def read_arguments(arguments: Sequence[str] | None) -> tuple[str | None, str | N
     given = arguments or []
     sources = [text for text in given if "=" not in text and not text.startswith("~")]
     budgets = [text.partition("=")[2] for text in given if text.startswith("budget=")]
+    if "" in budgets:
+        raise typer.BadParameter("budget= names no time: write budget=30m, 2h or 1h30m")
     if len(sources) > 1 or len(budgets) > 1:
         twice = sources if len(sources) > 1 else [f"budget={text}" for text in budgets]
         raise typer.BadParameter(f"{' and '.join(twice)}: one is enough; settings are written KEY=VALUE")
@@ -171,6 +194,46 @@ def check_file(option: str, path: Path, example: str) -> None:
         raise typer.BadParameter(f"{option} {path} is a folder: name a file, such as {path / example}")
     if not os.access(path if os.path.exists(path) else folder, os.W_OK):
         raise typer.BadParameter(f"{option} {path} cannot be written by this user: name another place")
+
+
+def new_folder(path: Path | None) -> Path | None:
+    """Return a folder that is written later and need not be there yet, after making it for a moment.
+
+    Raises:
+        BadParameter: it is a file, or cannot be made or written.
+    """
+    if path is None:
+        return None
+    made, folder = [], path.absolute()
+    while not os.path.lexists(folder):
+        made.append(folder)
+        folder = folder.parent
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "this user may not write into it")
+    except OSError as error:
+        why = "a file is in its place" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
+        raise typer.BadParameter(f"{path} cannot be made or written ({why}): name another folder") from error
+    finally:
+        for folder in made:
+            if folder.is_dir():
+                folder.rmdir()
+    return path
+
+
+def class_names(given: str | None) -> list[str] | None:
+    """Return the names of classes that are given comma-separated; None where nothing is.
+
+    Raises:
+        BadParameter: a name is empty, or there twice.
+    """
+    if given is None:
+        return None
+    names = [name.strip() for name in given.split(",")]
+    if "" in names or len(set(names)) < len(names):
+        raise typer.BadParameter(f"--classes {given}: write names with a comma between each two, each of them once")
+    return names
 
 
 def show_verdict(verdict: Verdict, *, failed_only: bool = False) -> None:

@@ -7,12 +7,21 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli.common import MODEL, Json, Overrides, answer_json, connect_for_model, terminal
+from pipelines.cli.common import (
+    MODEL,
+    Json,
+    Overrides,
+    answer_json,
+    class_names,
+    connect_for_model,
+    new_folder,
+    terminal,
+)
 
 
 def export(
     model: Annotated[str, typer.Argument(help=MODEL)],
-    to: Annotated[Path, typer.Option("--to", help="Folder to write")],
+    to: Annotated[Path, typer.Option("--to", callback=new_folder, help="Folder to write")],
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
@@ -35,7 +44,7 @@ def export(
 
 def import_model(
     folder: Annotated[Path, typer.Argument(help="Folder with a UNet2DModel, as diffusers' save_pretrained writes it")],
-    to: Annotated[Path, typer.Option("--to", help="Model folder to write")],
+    to: Annotated[Path, typer.Option("--to", callback=new_folder, help="Model folder to write")],
     last_row: Annotated[
         str | None,
         typer.Option(help="What the last row of the class embedding is: null (the null condition) or class"),
@@ -49,7 +58,7 @@ def import_model(
     from ddpm.model import save_model
     from pipelines.checkpoints import ModelError
 
-    names = None if classes is None else [name.strip() for name in classes.split(",")]
+    names = class_names(classes)
     try:
         found = import_diffusers(
             folder,

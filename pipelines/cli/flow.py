@@ -18,6 +18,7 @@ from pipelines.cli.common import (
     compose,
     connect,
     find_running,
+    new_folder,
     read_arguments,
     show_verdict,
     terminal,
@@ -42,7 +43,8 @@ def flow(
         Path | None, typer.Option("--config", help="A whole configuration, such as `ddpm plan --save` writes")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for images and a grid of the registered model")
+        Path | None,
+        typer.Option("--out", callback=new_folder, help="Folder for images and a grid of the registered model"),
     ] = None,
     first: Annotated[
         str | None, typer.Option("--from", metavar="STAGE", help="Start here; the results before it have to be there")

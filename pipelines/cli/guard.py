@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli.common import Json, Overrides, answer_json, compose_running, terminal
+from pipelines.cli.common import Json, Overrides, answer_json, compose_running, finite, terminal
 
 
 def guard(
@@ -18,7 +18,9 @@ def guard(
     once: Annotated[bool, typer.Option("--once", help="Look once and end")] = False,
     every: Annotated[
         float | None,
-        typer.Option(min=0.1, help="Seconds between two looks; default 2, or 30 where MLflow tells of changes"),
+        typer.Option(
+            min=0.1, callback=finite, help="Seconds between two looks; default 2, or 30 where MLflow tells of changes"
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -9,12 +9,15 @@ import typer
 
 from pipelines.cli.common import (
     MODEL,
+    SERVICES,
     Json,
     Overrides,
     answer_json,
     compose,
     compose_connected,
+    connect_for_model,
     find_running,
+    finite,
     show_verdict,
     terminal,
 )
@@ -34,7 +37,7 @@ def evaluate(
 
     Samples are drawn with the model's own settings and scored as its run scores them, but for what is set here.
     """
-    config = compose_connected(overrides)
+    config = connect_for_model(model, overrides, more=SERVICES)
 
     from pipelines import references
     from pipelines.evaluation.scoring import score_and_record
@@ -74,7 +77,7 @@ def register(
 
     named = [] if name is None else [quoted_override("registry.model", name)]
     overrides = [*(overrides or []), *named]
-    config = compose_connected(overrides)
+    config = connect_for_model(model, overrides, more=SERVICES)
 
     from pipelines import references, registry
     from pipelines.storage import Storage
@@ -110,7 +113,10 @@ def promote(
     model: Annotated[str, typer.Argument(help="models:/NAME/VERSION or models:/NAME@ALIAS; with --rollback its NAME")],
     alias: Annotated[str, typer.Option(help="The alias to move")],
     not_worse_than: Annotated[
-        float | None, typer.Option(min=0, metavar="MARGIN", help="Pass a version that is not worse by this distance")
+        float | None,
+        typer.Option(
+            min=0, callback=finite, metavar="MARGIN", help="Pass a version that is not worse by this distance"
+        ),
     ] = None,
     rollback: Annotated[bool, typer.Option("--rollback", help="Give the alias back to the version before")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Decide; record and move nothing")] = False,
@@ -119,7 +125,10 @@ def promote(
 ) -> None:
     """Move an alias to a version if the gate allows it. Example: ddpm promote models:/digits/2 --alias champion"""
     from pipelines.config import quoted_override
+    from pipelines.references import check_form
 
+    if not rollback:
+        check_form(model)
     config = compose_connected([*(overrides or []), quoted_override("registry.alias", alias)])
 
     from pipelines import references, registry
@@ -149,6 +158,9 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check whether a version is what was scored, and by whom. Example: ddpm verify models:/digits@champion"""
+    from pipelines.references import check_form
+
+    check_form(model)
     services = ["mlflow"] if model.startswith("models:/") else []
     config = find_running(compose(overrides), services, optional=["s3"])
 

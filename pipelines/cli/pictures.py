@@ -9,14 +9,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipelines.cli.common import MODEL, Json, Overrides, answer_json, connect_for_model, terminal
+from pipelines.cli.common import (
+    LARGEST_SEED,
+    MODEL,
+    Json,
+    Overrides,
+    answer_json,
+    connect_for_model,
+    finite,
+    new_folder,
+    terminal,
+)
 
 if TYPE_CHECKING:
     from pipelines.inference import Request
 
 Reference = Annotated[str, typer.Argument(help=MODEL)]
 Images = Annotated[list[Path], typer.Argument(help="Pictures, brought to the model's size and channels")]
-Out = Annotated[Path, typer.Option("--out", help="Folder for the PNGs, grid.png and manifest.json")]
+Out = Annotated[
+    Path, typer.Option("--out", callback=new_folder, help="Folder for the PNGs, grid.png and manifest.json")
+]
 Labels = Annotated[str | None, typer.Option(help="Class names or indices, comma-separated")]
 Prompts = Annotated[list[str] | None, typer.Option(help="A text, for a model trained on text; repeat for more")]
 PromptFile = Annotated[Path | None, typer.Option(help="File with a prompt on each line")]
@@ -24,13 +36,19 @@ Negative = Annotated[str | None, typer.Option(help="Text to move away from, by t
 Encoder = Annotated[str | None, typer.Option(help="Text encoder; default: the one that the model was trained on")]
 Sampler = Annotated[str | None, typer.Option(help="Kind of sampler, such as dpm_solver; default: the model's own")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps; default: the model's own")]
-Eta = Annotated[float | None, typer.Option(min=0, max=1, help="Noise of a DDIM step; 0 is deterministic")]
-Guidance = Annotated[float | None, typer.Option(min=0, help="Guidance scale; default: the model's own")]
+Eta = Annotated[
+    float | None, typer.Option(min=0, max=1, callback=finite, help="Noise of a DDIM step; 0 is deterministic")
+]
+Guidance = Annotated[
+    float | None, typer.Option(min=0, callback=finite, help="Guidance scale; default: the model's own")
+]
 Interval = Annotated[str | None, typer.Option(help="LOW,HIGH: part of t / T in which guidance is applied")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="FIELD=VALUE of any other sampling setting, such as clip=null")
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the noise; the pictures of one seed are numbered")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the noise; the pictures of one seed are numbered")
+]
 Seeds = Annotated[str | None, typer.Option(help="A seed for each row of pictures, comma-separated, instead of --count")]
 BatchSize = Annotated[
     int, typer.Option(min=1, help="Images to draw at a time; the images depend on it by rounding alone")
@@ -161,7 +179,8 @@ def edit(
     images: Images,
     out: Out,
     strength: Annotated[
-        float, typer.Option(min=0, max=1, help="How far to go: 0 keeps the image, 1 keeps nearly nothing")
+        float,
+        typer.Option(min=0, max=1, callback=finite, help="How far to go: 0 keeps the image, 1 keeps nearly nothing"),
     ] = 0.5,
     invert: Annotated[
         bool, typer.Option("--invert", help="Start from the noise that gives the image, found by DDIM inversion")
@@ -215,10 +234,10 @@ def edit(
 def likelihood(
     model: Reference,
     data: Annotated[str, typer.Argument(help="Address of a dataset, whose test split is taken, or a folder of images")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for likelihood.json and terms.html")],
+    out: Annotated[Path, typer.Option("--out", callback=new_folder, help="Folder for likelihood.json and terms.html")],
     method: Annotated[str, typer.Option(help="bound, with its terms by timestep, or ode")] = "bound",
     images: Annotated[int, typer.Option(min=2, help="Images, spread evenly over the data")] = 256,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise and of the interval")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the noise and of the interval")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images to look at at a time")] = 16,
     overrides: Overrides = None,
     as_json: Json = False,

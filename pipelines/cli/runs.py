@@ -13,7 +13,7 @@ from rich.console import Console, JustifyMethod
 from rich.filesize import decimal
 from rich.table import Table
 
-from pipelines.cli.common import Json, Overrides, answer_json, compose_running, terminal
+from pipelines.cli.common import Json, Overrides, answer_json, compose_running, finite, terminal
 
 if TYPE_CHECKING:
     from pipelines.config import Config
@@ -108,7 +108,10 @@ def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be deleted, and why")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask")] = False,
     older_than: Annotated[
-        float, typer.Option(min=0, help="Hours since the last write; younger things may yet get their record")
+        float,
+        typer.Option(
+            min=0, callback=finite, help="Hours since the last write; younger things may yet get their record"
+        ),
     ] = 24,
     as_json: Json = False,
 ) -> None:

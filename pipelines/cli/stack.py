@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from pipelines.cli.common import Json, Overrides, answer_json, terminal
+from pipelines.cli.terminal import Terminal
 
 HINTS = {
     "s3": "S3 endpoint",
@@ -50,7 +51,7 @@ def up(
             "other users of this machine can read and change what MLflow and S3 hold: "
             "where there are any, `ddpm down`, then `ddpm up --private`",
         )
-    _show_status(as_json, {"home": str(state.home)})
+    _show_status(as_json, {"home": str(state.home)}, terminal)
 
 
 def down(as_json: Json = False) -> None:
@@ -65,7 +66,7 @@ def down(as_json: Json = False) -> None:
 
 def status(as_json: Json = False) -> None:
     """Show the local stack and the URLs to open. Example: ddpm status"""
-    _show_status(as_json, {})
+    _show_status(as_json, {}, _answering(as_json))
 
 
 def doctor(overrides: Overrides = None, as_json: Json = False) -> None:
@@ -73,7 +74,7 @@ def doctor(overrides: Overrides = None, as_json: Json = False) -> None:
     from pipelines.doctor import examine, left_running
 
     checks = examine(overrides or [], os.environ)
-    terminal.checks([(check.status, check.name, check.found, check.fix) for check in checks])
+    _answering(as_json).checks([(check.status, check.name, check.found, check.fix) for check in checks])
     failures = sum(check.status == "failed" for check in checks)
     answer_json(as_json, {"ok": not failures, "checks": [dataclasses.asdict(check) for check in checks]})
     if left_running():
@@ -83,7 +84,12 @@ def doctor(overrides: Overrides = None, as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-def _show_status(as_json: bool, extra: dict[str, Any]) -> None:
+def _answering(as_json: bool) -> Terminal:
+    """Return what shows the lines that a verb was asked for: on stdout, unless the JSON object is what is there."""
+    return terminal if as_json else Terminal(stderr=False)
+
+
+def _show_status(as_json: bool, extra: dict[str, Any], shown: Terminal) -> None:
     """Show every service of the local stack, with its URL; `extra` goes into the JSON answer."""
     from pipelines import stack
 
@@ -91,6 +97,6 @@ def _show_status(as_json: bool, extra: dict[str, Any]) -> None:
     for service in services:
         state = "healthy" if service.healthy else "running, does not answer" if service.running else "not running"
         where = f"  {service.url}  ({HINTS[service.name]})" if service.url else ""
-        terminal.stage(service.name, f"{state}{where}")
+        shown.stage(service.name, f"{state}{where}")
     plain = {s.name: {"running": s.running, "healthy": s.healthy, "url": s.url, "log": str(s.log)} for s in services}
     answer_json(as_json, {**extra, "services": plain})

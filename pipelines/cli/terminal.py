@@ -61,12 +61,15 @@ class LiveBars(Bars):
 class Terminal:
     """The `Display` of the command line: it writes to stderr, because stdout is for results.
 
+    Args:
+        stderr: False where its lines are the result that a verb was asked for.
+
     Attributes:
         quiet: whether only errors are shown, and what does not work.
     """
 
-    def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+    def __init__(self, *, stderr: bool = True) -> None:
+        self.console = Console(stderr=stderr, highlight=False, soft_wrap=True)
         self.bars: LiveBars | None = None
         self.quiet = False
 

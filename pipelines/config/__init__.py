@@ -32,6 +32,7 @@ from pipelines.config.sections import (
     EvaluationConfig,
     OptimConfig,
     RegistryConfig,
+    Seed,
     ServingConfig,
 )
 from pipelines.errors import ConfigError
@@ -50,6 +51,7 @@ __all__ = [
     "OptimConfig",
     "RayLaunch",
     "RegistryConfig",
+    "Seed",
     "ServingConfig",
     "changed_sampling",
     "compose",

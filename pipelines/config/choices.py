@@ -39,7 +39,7 @@ FROM_DATA = ("in_channels", "out_channels", "num_classes", "context_channels")
 class Section(pydantic.BaseModel):
     """A section of the configuration: frozen, and rejecting unknown fields."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid")
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ScheduleSection(Section):

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from ddpm.models import NETWORKS, UNNAMED_NETWORK, UNetConfig
 from ddpm.timesteps import TIMESTEPS
@@ -21,6 +21,7 @@ from pipelines.config.sections import (
     Name,
     OptimConfig,
     RegistryConfig,
+    Seed,
     ServingConfig,
     StorageConfig,
     TrackingConfig,
@@ -74,7 +75,7 @@ class Config(Section):
     init_from: str | None = Field(
         None, description="MODEL reference to a model whose weights a new run starts from; null: random weights"
     )
-    seed: NonNegativeInt = Field(
+    seed: Seed = Field(
         0, description="seed of the order of samples, of their noise and timesteps, and of the first weights"
     )
     images: PositiveInt = Field(description="length of the training: images seen, each as often as it is repeated")

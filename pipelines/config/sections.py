@@ -24,6 +24,7 @@ CANDIDATE = "candidate"
 PREVIOUS = "previous"
 """Alias of the version that had the guarded alias before; nothing guards it."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 Geometry = Literal["crop", "resize", "keep"]
 Encoding = Literal["png", "jpg", "webp", "npy"]
 
@@ -35,7 +36,7 @@ class DataConfig(Section):
         None, description="what `ddpm flow` ingests: `digits`, a folder, a .zip, or a .csv or .jsonl of paths"
     )
     uri: str = Field(description="where the shards and dataset.json are")
-    image_size: PositiveInt = Field(description="height and width in pixels")
+    image_size: PositiveInt = Field(le=4096, description="height and width in pixels")
     channels: Literal[1, 3] = Field(description="1 for grey images, 3 for colour")
     num_classes: NonNegativeInt = Field(description="number of classes; 0 for images without labels")
     lanes: PositiveInt = Field(8, description="places in the data that are read in parallel; must divide batch_size")
@@ -243,7 +244,7 @@ class EvaluationConfig(Section):
     n: Annotated[int, Field(ge=2)] | None = Field(
         None, description="samples drawn from each noise seed; null: as many as the test split has. Papers use 50_000"
     )
-    seed: NonNegativeInt = Field(1, description="first seed of the noise that samples are drawn from")
+    seed: Seed = Field(1, description="first seed of the noise that samples are drawn from")
     seeds: PositiveInt = Field(
         3, description="how many noise seeds are drawn from; scores are means over them, with their spread"
     )

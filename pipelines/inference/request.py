@@ -10,12 +10,12 @@ import pydantic
 from pydantic import ConfigDict, Field, PositiveInt, model_validator
 
 from ddpm.inference import METHODS
+from pipelines.config import Seed
 from pipelines.errors import PipelineError
 
 MANIFEST = "manifest.json"
 """Name of the file beside pictures that holds their request."""
 
-Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 Method = Literal["trained", "replacement", "repaint"]
 assert set(METHODS) == {"trained", "replacement", "repaint"}
 
@@ -34,7 +34,7 @@ class Request(pydantic.BaseModel):
     own noise; with `seeds` a row has one seed, whose noise all its pictures share.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     task: ClassVar[str]
 
     labels: tuple[str | int, ...] | None = Field(None, min_length=1, description="classes by name or index")

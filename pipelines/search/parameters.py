@@ -30,7 +30,7 @@ class Suggester(Protocol):
 class FrozenModel(pydantic.BaseModel):
     """A settings object that refuses unknown fields."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
 
 
 class _Parameter(FrozenModel):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pipelines.credentials import write_private
 from pipelines.errors import PipelineError
+from pipelines.scratch import ScratchError, closed_folder
 
 
 def default_home() -> Path:
@@ -57,11 +58,10 @@ def ray_folder(home: Path) -> Path:
         StackError: the folder is another user's.
     """
     base = Path(tempfile.gettempdir())
-    closed = (base if len(str(base)) <= 16 else Path("/tmp")) / f"ddpm-{os.getuid()}"
-    closed.mkdir(mode=0o700, exist_ok=True)
-    if closed.is_symlink() or closed.stat().st_uid != os.getuid():
-        raise StackError(f"{closed} is another user's: remove it, or set TMPDIR to a short path such as /var/tmp")
-    closed.chmod(0o700)
+    try:
+        closed = closed_folder(base if len(str(base)) <= 16 else Path("/tmp"))
+    except ScratchError as error:
+        raise StackError(str(error)) from error
     return closed / f"ray-{hashlib.sha256(str(home.resolve()).encode()).hexdigest()[:8]}"
 
 

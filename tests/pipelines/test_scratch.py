@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.scratch import _make, remove_leftovers, scratch_folder, warn_if_short
+from pipelines.scratch import ScratchError, _make, closed_folder, remove_leftovers, scratch_folder, warn_if_short
 
 CODE = """
 import os, sys, time
@@ -115,3 +116,15 @@ def test_a_disk_with_too_little_room_for_what_is_to_come_is_warned_of(temporary,
     assert caplog.messages == [
         f"checkpoints may need 3.0 GiB in {temporary}, which has 2.0 GiB left: free some, or set TMPDIR to another disk"
     ]
+
+
+def test_what_stays_lies_in_a_folder_that_is_closed_to_others_and_never_in_somebody_elses(tmp_path, monkeypatch):
+    folder = closed_folder(tmp_path)
+    assert (folder.name, stat.S_IMODE(folder.stat().st_mode)) == (f"ddpm-{os.getuid()}", 0o700)
+    folder.chmod(0o755)
+    assert stat.S_IMODE(closed_folder(tmp_path).stat().st_mode) == 0o700
+    folder.rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ScratchError, match="is another user's: remove it"):
+        closed_folder(tmp_path)

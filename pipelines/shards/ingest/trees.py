@@ -107,6 +107,10 @@ class InMemory:
         return self.data
 
 
+LARGEST = 1 << 30
+"""Bytes of a file in a zip, which is read into memory."""
+
+
 @dataclass(frozen=True, slots=True)
 class ZipMember:
     """Reads a file inside a zip, local or in a store, by one ranged read."""
@@ -123,6 +127,10 @@ class ZipMember:
         """Return the bytes, checked against the zip's CRC."""
         if self.encrypted:
             raise UnreadableError("is encrypted: make the zip without a password")
+        if max(self.size, self.compressed) > LARGEST:
+            raise UnreadableError(
+                f"holds {self.size / 2**30:.1f} GiB, where a picture has at most {LARGEST / 2**30:.0f}"
+            )
         # The length of the local header is not known before it is read; 1 KiB is nearly always enough.
         block = storage.read(self.uri, self.offset, self.offset + 1024 + self.compressed)
         if block[:4] != b"PK\x03\x04" or len(block) < 30:
@@ -329,6 +337,8 @@ def _zip_tree(uri: str, storage: Storage) -> Tree:
             entries = archive.infolist()
     except zipfile.BadZipFile as error:
         raise DatasetError(f"{shown(uri)} is not a readable zip ({error}): make it again, or copy it whole") from error
+    for entry in entries:
+        entry.filename = entry.filename.lstrip("/")  # as whatever unpacks a zip takes it
     top = _top_folder([entry.filename for entry in entries if not _hidden(entry.filename)])
     files: dict[str, File] = {}
     folders, repeated = [], []

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -20,6 +17,7 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from pipelines import tracking
 from pipelines.checkpoints import ModelError
 from pipelines.config import ClusterConfig
+from pipelines.scratch import closed_folder
 from pipelines.shards.cache import ShardCorruptError
 from pipelines.storage import FencedError
 from pipelines.training import STARTED
@@ -110,7 +108,7 @@ def make_trainer(
         ),
         run_config=RunConfig(
             name=name,
-            storage_path=str(Path(tempfile.gettempdir()) / f"ddpm-ray-train-{os.getuid()}"),
+            storage_path=str(closed_folder() / "ray-train"),
             # A group of workers whose resources are not there is tried again until patience_s has passed.
             failure_config=FailureConfig(
                 max_failures=cluster.max_failures,

@@ -13,3 +13,15 @@ def test_json_is_the_last_line_of_stdout(monkeypatch, capsys, tmp_path):
     assert stopped.value.code in (0, None)
     services = json.loads(capsys.readouterr().out.splitlines()[-1])["services"]
     assert [(name, s["running"]) for name, s in services.items()] == [("s3", False), ("mlflow", False), ("ray", False)]
+
+
+@pytest.mark.parametrize("verb, line", [("status", "mlflow  not running"), ("doctor", "python: 3.")])
+def test_what_a_verb_is_asked_for_goes_to_stdout(monkeypatch, capsys, tmp_path, verb, line):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DDPM_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("sys.argv", ["ddpm", verb])
+    with pytest.raises(SystemExit):
+        main()
+    said = capsys.readouterr()
+    assert line in said.out
+    assert said.err == ""

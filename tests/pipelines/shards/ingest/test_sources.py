@@ -322,6 +322,22 @@ def test_bad_entries_of_a_zip_are_named(tmp_path):
     assert not reasons
 
 
+def test_names_of_a_zip_that_begin_with_a_slash_are_those_without_it(tmp_path):
+    files = {"/abs/cat/a.png": b"a", "/abs/dog/b.png": b"b"}
+    source = open_source(str(write_zip(tmp_path / "z.zip", files)), STORAGE)
+    assert source.classes == ("cat", "dog")
+    assert {image.origin: image.read(STORAGE) for image in source.images} == {"cat/a.png": b"a", "dog/b.png": b"b"}
+
+
+def test_what_is_larger_than_any_picture_is_not_unpacked(tmp_path, monkeypatch):
+    path = write_zip(tmp_path / "z.zip", {"cat/a.png": b"\0" * 3_000_000, "cat/b.png": b"b"})
+    monkeypatch.setattr("pipelines.shards.ingest.trees.LARGEST", 1 << 20)
+    images = {image.origin: image for image in open_source(str(path), STORAGE).images}
+    with pytest.raises(UnreadableError, match=r"holds 0\.0 GiB, where a picture has at most"):
+        images["cat/a.png"].read(STORAGE)
+    assert images["cat/b.png"].read(STORAGE) == b"b"
+
+
 def test_a_zip_with_anything_in_front_is_read(tmp_path):
     path = write_zip(tmp_path / "z.zip", {"cat/a.png": b"abc"})
     path.write_bytes(b"#!/bin/sh\nexec true\n" + path.read_bytes())

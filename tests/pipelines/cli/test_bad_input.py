@@ -1,0 +1,75 @@
+"""Commands that cannot be done say so in a line and with status 2, before any service is asked or anything written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipelines.cli import main
+
+DIGITS = ["+experiment=digits"]
+LARGE = "99999999999999999999"
+BAD: dict[str, tuple[list[str], str]] = {
+    "a folder that is a file": (["sample", "runs:/ab", "--out", "FILE"], "a file is in its place"),
+    "a folder below a file": (["sample", "runs:/ab", "--out", "FILE/below"], "a file is in its place"),
+    "a folder that cannot be made": (["sample", "runs:/ab", "--out", "/proc/no/folder"], "cannot be made or written"),
+    "an export to a file": (["export", "runs:/ab", "--to", "FILE"], "a file is in its place"),
+    "an import to a file": (["import", "nowhere", "--to", "FILE"], "a file is in its place"),
+    "likelihoods to a file": (["likelihood", "runs:/ab", "nowhere", "--out", "FILE"], "a file is in its place"),
+    "a flow to a file": (["flow", *DIGITS, "--out", "FILE"], "a file is in its place"),
+    "a run of no id": (["sample", "runs:/XYZ", "--out", "x"], "write runs:/ID, runs:/ID/IMAGES or runs:/ID/best"),
+    "a run at no number": (["sample", "runs:/ab/many", "--out", "x"], "write runs:/ID"),
+    "a run with an odd width": (["sample", "runs:/ab/sigma_rel=2", "--out", "x"], "write runs:/ID"),
+    "runs with one slash": (["evaluate", "runs:ab"], "write runs:/ID"),
+    "a version of no number": (
+        ["sample", "models:/m", "--out", "x"],
+        "write models:/NAME@alias or models:/NAME/VERSION",
+    ),
+    "a version too large": (["sample", f"models:/m/{LARGE}", "--out", "x"], "a number of up to ten digits"),
+    "an evaluation of a version too large": (["evaluate", f"models:/m/{LARGE}"], "a number of up to ten digits"),
+    "two aliases": (["register", "models:/m@a@b"], "write models:/NAME@alias"),
+    "a verified version of no number": (["verify", "models:/m/x"], "write models:/NAME@alias"),
+    "a promoted version of no number": (["promote", "models:/m", "--alias", "champion"], "write models:/NAME@alias"),
+    "an exported run of no id": (["export", "runs:/", "--to", "x"], "write runs:/ID"),
+    "a picture larger than any": (["train", *DIGITS, "data.image_size=1000000"], "data.image_size"),
+    "an infinite rate": (["train", *DIGITS, "optim.lr=inf"], "optim.lr"),
+    "a rate that is no number": (["train", *DIGITS, "optim.lr=nan"], "optim.lr"),
+    "an infinite wait": (["train", *DIGITS, "cluster.step_timeout_s=inf"], "cluster.step_timeout_s"),
+    "an infinite momentum": (["train", *DIGITS, "optim.betas=[0.9,inf]"], "optim.betas"),
+    "an infinite guidance": (["sample", "runs:/ab", "--out", "x", "--guidance", "inf"], "inf is not a finite number"),
+    "a guidance that is no number": (["sample", "runs:/ab", "--out", "x", "--guidance", "nan"], "'--guidance'"),
+    "an eta that is no number": (["sample", "runs:/ab", "--out", "x", "--eta", "nan"], "'--eta'"),
+    "a strength that is no number": (["edit", "runs:/ab", "FILE", "--out", "x", "--strength", "nan"], "'--strength'"),
+    "an infinite margin": (
+        ["promote", "models:/m/1", "--alias", "a", "--not-worse-than", "inf"],
+        "inf is not a finite",
+    ),
+    "an infinite age": (["gc", "--older-than", "inf"], "inf is not a finite number"),
+    "a look each never": (["guard", "--every", "inf"], "inf is not a finite number"),
+    "a seed of twenty digits": (["sample", "runs:/ab", "--out", "x", "--seed", LARGE], "--seed"),
+    "seeds of twenty digits": (["sample", "runs:/ab", "--out", "x", "--seeds", f"1,{LARGE}"], "seeds"),
+    "a run's seed of twenty digits": (["train", *DIGITS, f"seed={LARGE}"], "seed"),
+    "an evaluation's seed": (["train", *DIGITS, f"evaluation.seed={LARGE}"], "evaluation.seed"),
+    "no class between commas": (["index", "file:///tmp/x", "--split", "train", "--classes", ",,"], "--classes ,,"),
+    "a class twice": (["index", "file:///tmp/x", "--split", "train", "--classes", "a,b,a"], "each of them once"),
+    "a budget of no time": (["plan", "digits", "budget="], "budget= names no time"),
+    "two budgets": (["plan", "digits", "budget=1h", "budget=2h"], "one is enough"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_what_cannot_be_done_is_refused_in_a_line_before_a_service_is_asked(kind, monkeypatch, capsys, tmp_path: Path):
+    arguments, message = BAD[kind]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DDPM_HOME", str(tmp_path / "home"))
+    Path("FILE").write_text("a file")
+    monkeypatch.setattr("sys.argv", ["ddpm", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    said = capsys.readouterr()
+    flat = " ".join(said.err.replace("│", " ").split())
+    assert (stopped.value.code, said.out) == (2, ""), flat
+    assert message in flat
+    assert "Traceback" not in flat
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["FILE"]  # nor is the local stack's folder made
