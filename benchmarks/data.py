@@ -292,7 +292,7 @@ class _Body:
         from pipelines.storage.s3 import split_s3
 
         bucket, key = split_s3(url)
-        with _s3_client(storage, os.getpid()).calls(url) as client:
+        with _s3_client(storage, os.getpid()).calls(url, "read") as client:
             body = client.get_object(Bucket=bucket, Key=key)["Body"]
 
         class Raw(io.RawIOBase):

@@ -34,12 +34,16 @@ class Copies:
         features: by the distance of the evaluator's features.
         closest: the samples that are nearest to a training image, nearest first.
         pictures: each of them with its training image, uint8 [pairs, 2, h, w, C].
+        searched: training images that were looked at: the first ones.
+        training: training images that there are.
     """
 
     pixels: Memorisation
     features: Memorisation
     closest: tuple[Pair, ...]
     pictures: NDArray[np.uint8]
+    searched: int
+    training: int
 
     @property
     def named(self) -> bool:
@@ -52,6 +56,8 @@ class Copies:
         by = "pixels" if worse is self.pixels else "features"
         share = f"{worse.share:.1%} of {worse.n:,} samples are as near to a training image as {worse.level:.1%} of real"
         bound = f"{share} test images are ({worse.ratio:.1f} times, at least {worse.bound:.1f}, by {by})"
+        if self.searched < self.training:
+            bound += f", in the {self.searched / self.training:.0%} of the training images that were searched"
         return f"COPIES of training images: {bound}" if self.named else f"none found: {bound}"
 
     def estimates(self) -> dict[str, Estimate]:
@@ -72,6 +78,8 @@ class Copies:
             "pixels": asdict(self.pixels),
             "features": asdict(self.features),
             "closest": [asdict(pair) for pair in self.closest],
+            "searched": self.searched,
+            "training": self.training,
         }
 
     def picture(self) -> NDArray[np.uint8]:
@@ -107,7 +115,7 @@ def look_for_copies(train: RealRows, test: RealRows, drawn: Drawn, n: int) -> Co
     )
     closest = tuple(samples.closest(min(PAIRS, count)))
     pictures = np.stack([np.stack([_image(drawn.pixels, p.image), _image(train.pixels, p.training)]) for p in closest])
-    return Copies(by_pixels, by_features, closest, pictures)
+    return Copies(by_pixels, by_features, closest, pictures, training, len(train.labels))
 
 
 def _spread(rows: Rows, count: int) -> NDArray[Any]:

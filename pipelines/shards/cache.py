@@ -159,6 +159,13 @@ class ShardCache:
         """Return whether a process fetches a shard."""
         return self.partial_path(shard).exists()
 
+    def last_write(self, shard: ShardInfo) -> int | None:
+        """Return when the process that fetches a shard last wrote to it, in nanoseconds; None where none does."""
+        try:
+            return self.partial_path(shard).stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
+
     def path(self, shard: ShardInfo) -> Path:
         """Return the path of a complete shard, whether it exists or not."""
         return self.folder / f"{shard.sha256}.tar"

@@ -32,6 +32,8 @@ FULL_S = 1.0
 """Seconds for which a cache that had no room for a shard, or failed, is not asked for room again."""
 POLL_S = 0.02
 """Seconds between two looks at what another process fetches."""
+STALLED_S = 60.0
+"""Seconds without a byte of another process's fetch, after which it is no longer waited for: it may be stopped."""
 GAP_BYTES = 64 << 10
 """Unneeded bytes between two members that cost less to fetch than a second request."""
 
@@ -142,13 +144,22 @@ class ShardFetcher:
             if partial is not None:
                 _await(partial)  # a shard has its name a moment before its fetcher lets go of it
         for shard in shards:
+            written, since = None, time.monotonic()
             while self.cache.find(shard) is None:
                 partial = self._put_together(shard)
                 if partial is not None:
                     _await(partial)
                 elif self._is_full() or self._closed.is_set() or not self.cache.is_claimed(shard):
                     break  # it is read by ranges
-                else:  # another process fetches it
+                elif (now := self.cache.last_write(shard)) != written:  # another process fetches it
+                    written, since = now, time.monotonic()
+                elif time.monotonic() - since > STALLED_S:
+                    logger.warning(
+                        "the process that fetches %s into %s has written nothing for %.0f s: it is read without it",
+                        *(shard.name, self.cache.folder, STALLED_S),
+                    )
+                    break
+                else:
                     time.sleep(POLL_S)
 
     def close(self) -> None:

@@ -366,3 +366,16 @@ def test_ranged_reading_is_for_shards_in_use_that_do_not_fit():
     assert fits(shards, lanes=4, window=2, limit_bytes=16 * len(DATA))
     assert not fits(shards, lanes=4, window=2, limit_bytes=16 * len(DATA) - 1)
     assert fits(shards[:3], lanes=4, window=2, limit_bytes=3 * len(DATA))
+
+
+def test_a_fetch_of_another_process_that_is_stopped_is_not_waited_for(uri, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(fetch, "STALLED_S", 0.3)
+    cache = ShardCache(tmp_path / "cache", 1 << 30)
+    stopped = cache.claim(SHARD, 1000)  # and never gets on: a lock of a file is that of whoever has opened it
+    assert stopped is not None
+    fetcher = ShardFetcher(uri, Storage(), ShardCache(tmp_path / "cache", 1 << 30))
+    fetcher.require([SHARD])
+    assert cache.find(SHARD) is None
+    assert "has written nothing for 0 s: it is read without it" in caplog.text
+    stopped.give_up(StorageError("it is over"))
+    fetcher.close()
