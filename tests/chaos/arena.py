@@ -175,13 +175,13 @@ class Arena:
         roots += [self.node.pid] if self.node else []
         return [process for root in roots for process in ray_train_workers(root)]
 
-    def kill_service(self, name: str, away_s: float) -> None:
-        """SIGKILL a service of the stack, and start it again after a while, where it was."""
+    def kill_service(self, name: str, away: Callable[[], object]) -> None:
+        """SIGKILL a service of the stack, and start it again where it was when `away` returns."""
         (pid,) = [status.pid for status in stack.status(self.home) if status.name == name]
         assert pid is not None
         for process in family(pid):
             _kill(process)
-        time.sleep(away_s)
+        away()
         assert stack.up(self.home, [name]) == self.state
 
 
