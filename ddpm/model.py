@@ -30,7 +30,7 @@ CLASSIFIER = "classifier"
 WEAK = "weak"
 TEXT_ENCODER = "text_encoder"
 """Folder, below a model's own, of the text encoder that embedded its training data, where the model carries it."""
-ENCODER_MODULES = ("Transformer", "Pooling", "Normalize")
+ENCODER_MODULES = ("Transformer", "Pooling", "Normalize", "Dense")
 """Classes of `sentence_transformers` that the encoders of sentences are made of."""
 
 
@@ -295,12 +295,18 @@ def check_text_encoder(folder: Path) -> None:
     listed = folder / "modules.json"
     if not listed.is_file():  # a model of `transformers` alone, which runs no code from its folder
         return
+    package, activation = "sentence_transformers.", "activation_function"
     try:
-        types = [str(entry["type"]) for entry in json.loads(listed.read_text())]
-    except (ValueError, KeyError, TypeError) as error:
+        entries = [(str(entry["type"]), str(entry["path"])) for entry in json.loads(listed.read_text())]
+        foreign = [
+            name for name, _ in entries if not name.startswith(package) or name.split(".")[-1] not in ENCODER_MODULES
+        ]
+        for path in [path for name, path in entries if name.endswith(".Dense") and name not in foreign]:
+            settings = json.loads((folder / path / "config.json").read_text())
+            named = str(settings.get(activation, "torch.nn."))  # what is imported by its name
+            foreign += [] if named.startswith("torch.nn.") else [named]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{listed} is damaged ({error!r}): copy the text encoder anew") from error
-    package = "sentence_transformers."
-    foreign = [name for name in types if not name.startswith(package) or name.split(".")[-1] not in ENCODER_MODULES]
     if foreign:
         known = ", ".join(ENCODER_MODULES)
         raise ValueError(f"{listed} names {', '.join(foreign)}: a text encoder is made of {package}*: {known}")

@@ -234,16 +234,31 @@ def resolve(reference: str, *, tracking_uri: str | None, storage: Storage, devic
             /sigma_rel=WIDTH to a run reference for the power-function average of that width.
 
     Raises:
-        ModelError: the model does not exist; the message lists what exists.
+        ModelError: the model does not exist, where the message lists what exists, or its weights are no numbers.
     """
     with _fetched(reference, tracking_uri, storage) as found:
         try:
             model = load_model(found.folder, device)
         except ValueError as error:
             raise ModelError(f"{reference}: {error}") from error
+        _require_finite(model, reference)
         encoder = _kept_encoder(found) or model.spec.lineage.get("text_encoder")
     model = guided(model, model.spec.sampling, tracking_uri, storage).to(device)
     return Resolved(reference, model, found.tracker, found.version, found.published, encoder)
+
+
+def _require_finite(model: Model, reference: str) -> None:
+    """Refuse a model that would draw without a word, and nothing.
+
+    Raises:
+        ModelError: a weight is not a finite number.
+    """
+    wrong = next((name for name, weight in model.network.state_dict().items() if not weight.isfinite().all()), None)
+    if wrong is not None:
+        raise ModelError(
+            f"{reference}: weights in {wrong} are not finite numbers, so its training has diverged: name an earlier "
+            "checkpoint, runs:/ID/IMAGES"
+        )
 
 
 def _kept_encoder(found: _Fetched) -> str | None:

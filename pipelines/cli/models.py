@@ -119,7 +119,7 @@ def promote(
         ),
     ] = None,
     rollback: Annotated[bool, typer.Option("--rollback", help="Give the alias back to the version before")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Decide; record and move nothing")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Decide, on other noise; record and move nothing")] = False,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:

@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -33,6 +34,15 @@ SPEC = ModelSpec(UNET, {"kind": "cosine", "num_steps": 50}, "v", 8, CLASSES)
 def test_references_that_name_nothing_say_what_a_reference_is(reference, message):
     with pytest.raises(ModelError, match=message):
         resolve(reference, tracking_uri=None, storage=Storage())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_whose_weights_are_no_numbers_is_not_drawn_from(tmp_path, value):
+    weights = UNet(UNET).state_dict()
+    weights["conv_out.bias"] = torch.full_like(weights["conv_out.bias"], value)
+    save_model(tmp_path / "diverged", SPEC, weights)
+    with pytest.raises(ModelError, match=r"weights in conv_out\.bias are not finite numbers, so its training"):
+        resolve(str(tmp_path / "diverged"), tracking_uri=None, storage=Storage())
 
 
 @pytest.mark.parametrize("reference", ["runs:/XYZ", "runs:/abc/worst", "runs:/abc/sigma_rel=2", "runs:/abc/best/100"])

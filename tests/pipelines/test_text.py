@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ddpm.model import check_text_encoder
 from pipelines.text import TextEncoder, is_path, local_encoder
 
 
@@ -74,7 +75,7 @@ def copied(encoder, folder: Path) -> Path:
     return Path(shutil.copytree(encoder.name, folder))
 
 
-@pytest.mark.parametrize("kind", ["evil.Evil", "sentence_transformers.models.Dense", "os.system"])
+@pytest.mark.parametrize("kind", ["evil.Evil", "sentence_transformers.models.Router", "os.system"])
 def test_code_that_an_encoder_brings_in_its_folder_never_runs(encoder, tmp_path, monkeypatch, kind):
     folder = copied(encoder, tmp_path / "encoder")
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
@@ -84,6 +85,21 @@ def test_code_that_an_encoder_brings_in_its_folder_never_runs(encoder, tmp_path,
     with pytest.raises(ValueError, match=f"names {kind}: a text encoder is made of"):
         TextEncoder(str(folder))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("named, known", [("torch.nn.modules.activation.Tanh", True), ("evil.Evil", False)])
+def test_a_layer_of_an_encoder_may_name_an_activation_of_torch_alone(encoder, tmp_path, named, known):
+    folder = copied(encoder, tmp_path / "encoder")
+    (folder / "3_Dense").mkdir()
+    (folder / "3_Dense" / "config.json").write_text(json.dumps({"activation_function": named}))
+    dense = {"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"}
+    listed = json.loads((folder / "modules.json").read_text())
+    (folder / "modules.json").write_text(json.dumps([*listed, dense]))
+    if known:
+        check_text_encoder(folder)
+    else:
+        with pytest.raises(ValueError, match=r"names evil\.Evil: a text encoder is made of"):
+            check_text_encoder(folder)
 
 
 @pytest.mark.parametrize(
