@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipelines.cli.common import MODEL, SERVICES, Json, Overrides, answer_json, compose, connect, terminal
+from pipelines.cli.common import MODEL, SERVICES, Json, Overrides, answer_json, compose, connect, finite, terminal
 from pipelines.lineage import code_lineage
 
 if TYPE_CHECKING:
@@ -73,7 +73,9 @@ def steps(
     model: Annotated[str, typer.Option(help=MODEL)],
     evaluations: Annotated[int, typer.Option(min=1, help="Network evaluations of an image, one a step, guided or not")],
     sampler: Annotated[str | None, typer.Option(help="ddim, dpm_solver or unipc; default: the model's own")] = None,
-    scale: Annotated[float | None, typer.Option("--guidance", min=0, help="Scale; default: the model's own")] = None,
+    scale: Annotated[
+        float | None, typer.Option("--guidance", min=0, callback=finite, help="Scale; default: the model's own")
+    ] = None,
     trajectories: Annotated[int, typer.Option(min=2, help="Of the model, on the fine grid")] = 256,
     grid: Annotated[int, typer.Option(min=2, help="Levels of the fine grid")] = 60,
     learn: Annotated[
@@ -84,8 +86,12 @@ def steps(
     as_json: Json = False,
 ) -> None:
     """Learn the few steps of a solver. Example: ddpm search steps --model models:/digits@champion --evaluations 6"""
+    if evaluations > grid:
+        raise typer.BadParameter(f"--evaluations {evaluations} of a fine grid of {grid} levels: raise --grid")
+    from pipelines.references import check_form
     from pipelines.search.study_config import study_name
 
+    check_form(model)
     config = compose(overrides)
     name = study_name(study or f"steps-{config.name}")
     config = connect(config, ["s3", "mlflow"])

@@ -51,6 +51,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     "seeds of twenty digits": (["sample", "runs:/ab", "--out", "x", "--seeds", f"1,{LARGE}"], "seeds"),
     "a run's seed of twenty digits": (["train", *DIGITS, f"seed={LARGE}"], "seed"),
     "an evaluation's seed": (["train", *DIGITS, f"evaluation.seed={LARGE}"], "evaluation.seed"),
+    "more steps than levels": (["search", "steps", "--model", "runs:/ab", "--evaluations", "100000"], "raise --grid"),
+    "steps of no model": (["search", "steps", "--model", "runs:/", "--evaluations", "4"], "write runs:/ID"),
     "no class between commas": (["index", "file:///tmp/x", "--split", "train", "--classes", ",,"], "--classes ,,"),
     "a class twice": (["index", "file:///tmp/x", "--split", "train", "--classes", "a,b,a"], "each of them once"),
     "a budget of no time": (["plan", "digits", "budget="], "budget= names no time"),
