@@ -311,7 +311,7 @@ def _ask(
     from pipelines.stack import default_home
 
     local = client_token(token, default_home()) if is_loopback(url) else token  # the own token is for no other host
-    client = Client(url, local)
+    client = Client(url, local, notice=lambda text: terminal.stage(request.task, text))
     if labels is not None and "," in labels:  # the name of a class may have a comma in it
         request = request.model_copy(update={"labels": parse_labels(labels, client.classes(model))})
     pictures, source = client.draw(request, model=model, film=film)

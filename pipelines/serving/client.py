@@ -6,13 +6,15 @@ the process that answers died, or too many requests waited.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import requests
 from tenacity import RetryCallState as Attempt
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay
 
+from pipelines.display import no_notice
 from pipelines.errors import PipelineError
 from pipelines.inference import Pictures, Request, RequestError, Source
 from pipelines.loopback import bypass_proxies
@@ -46,11 +48,13 @@ class Client:
         url: of the server.
         token: that it asks for; None for none.
         patience_s: how long a request is asked again where its answer is lost.
+        notice: called with a line of text before a request is asked again for the first time.
     """
 
     url: str
     token: str | None = None
     patience_s: float = PATIENCE_S
+    notice: Callable[[str], object] = field(default=no_notice, compare=False)
 
     def draw(self, request: Request, *, model: str | None = None, film: bool = False) -> tuple[Pictures, Source]:
         """Return the pictures of a request, and who drew them.
@@ -95,13 +99,23 @@ class Client:
         bypass_proxies(self.url)
         try:
             for attempt in Retrying(
-                retry=retry_if_exception_type(_Later), stop=stop_after_delay(self.patience_s), wait=_wait, reraise=True
+                retry=retry_if_exception_type(_Later),
+                stop=stop_after_delay(self.patience_s),
+                wait=_wait,
+                before_sleep=self._again,
+                reraise=True,
             ):
                 with attempt:
                     return self._once(method, path, body)
         except _Later as later:
             raise ServerError(f"{self.url} does not answer: {later}") from later
         raise AssertionError("a retry ends with an answer or an error")
+
+    def _again(self, attempt: Attempt) -> None:
+        """Say why a request is asked again, once."""
+        if attempt.attempt_number == 1 and attempt.outcome is not None:
+            why = attempt.outcome.exception()
+            self.notice(f"{self.url} does not answer ({why}): it is asked again for {self.patience_s:.0f} s")
 
     def _once(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         headers = {} if self.token is None else {"authorization": f"Bearer {self.token}"}

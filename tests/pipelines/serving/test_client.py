@@ -111,7 +111,11 @@ def test_a_refusal_is_the_users_to_mend_and_is_not_asked_again(status, message, 
 def test_a_server_that_stays_silent_is_an_error_after_a_while():
     with answering((503, "busy")) as (url, _), pytest.raises(ServerError, match="does not answer: 503 busy"):
         Client(url, patience_s=0.3).ask({})
+    said: list[str] = []
     with pytest.raises(ServerError, match="does not answer"):
-        Client("http://127.0.0.1:9", patience_s=0.3).ask({})
+        Client("http://127.0.0.1:9", patience_s=0.3, notice=said.append).ask({})
+    (line,) = said  # at once, and once
+    assert line.startswith("http://127.0.0.1:9 does not answer (")
+    assert line.endswith("): it is asked again for 0 s")
     with answering((200, "<html>")) as (url, _), pytest.raises(RequestError, match="something else than JSON"):
         Client(url).ask({})
