@@ -62,8 +62,18 @@ def write_shards(folder: Path, sizes: Sequence[int]) -> Dataset:
     return index_tars(f"file://{folder}", Storage()).dataset
 
 
-def run_rank(reading: Reading, rank: int, world_size: int, loaders: int, start: int, stop: int, notes: Path) -> None:
-    """Note each batch as soon as it is whole; a process group of its own, so that its loaders die with it."""
+FURTHEST = 40
+"""Batches after which a rank that is going to be killed waits for that."""
+
+
+def run_rank(
+    reading: Reading, rank: int, world_size: int, loaders: int, start: int, stop: int, notes: Path, killed: bool
+) -> None:
+    """Note each batch as soon as it is whole; a process group of its own, so that its loaders die with it.
+
+    Args:
+        killed: whether it waits at `stop` until it is killed.
+    """
     os.setsid()
     loader = DataLoader(
         reading.source(rank, world_size, start),
@@ -74,6 +84,8 @@ def run_rank(reading: Reading, rank: int, world_size: int, loaders: int, start: 
     with notes.open("w") as file:
         for batch, samples in itertools.groupby(loader, key=lambda sample: sample["__ordinal__"] // reading.batch_size):
             if batch * reading.batch_size >= stop:
+                while killed:
+                    signal.pause()
                 break
             file.write(json.dumps([batch, [(s["__ordinal__"], s["__key__"]) for s in samples]]) + "\n")
             file.flush()
@@ -91,10 +103,12 @@ def run(
     """
     notes.mkdir()
     files = [notes / str(rank) for rank in range(world_size)]
+    if kill is not None:  # who kills them may be late, and something has to be left for those that come after
+        stop = start + FURTHEST * reading.batch_size
     ranks = [
         FORKING.Process(
             target=run_rank,
-            args=(reading, rank, world_size, loaders, start, 1 << 40 if kill else stop, files[rank]),
+            args=(reading, rank, world_size, loaders, start, stop, files[rank], kill is not None),
         )
         for rank in range(world_size)
     ]
