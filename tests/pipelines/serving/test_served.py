@@ -73,7 +73,7 @@ def test_tables_and_images_are_drawn_together(tmp_path, drawing):
 
 def test_a_model_that_draws_no_numbers_is_not_served(tmp_path, drawing):
     model = load_model(model_folder(tmp_path))
-    weights = {name: torch.full_like(tensor, float("nan")) for name, tensor in model.network.state_dict().items()}
+    weights = {name: torch.full_like(tensor, 3e38) for name, tensor in model.network.state_dict().items()}
     save_model(tmp_path, model.spec, weights)
     with pytest.raises(ModelError, match="draws something that is not a number: it is not served"):
         load(str(tmp_path), compose([]), Storage(), drawing)
