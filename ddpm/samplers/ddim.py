@@ -90,22 +90,23 @@ class DDIM(SteppedSampler):
         x_s = x_0
         for s, t in itertools.pairwise(reversed(self.levels(schedule, timesteps))):
             (alpha_t, sigma_t), (alpha_s, sigma_s) = coefficients(schedule, t, x_s), coefficients(schedule, s, x_s)
-            x_t, level = x_s, max(s, 1.0)  # networks are not trained below t = 1
             noisy = bool(schedule.sigma(s) > schedule.alpha(s))
-            kept = least = None
-            for _ in range(corrections + 1):
+            x_t, level = x_s, max(s, 1.0)  # networks are not trained below t = 1
+            kept, least = Sample(x_s, x_s, t), x_s.new_full((len(x_s),), torch.inf)
+            for evaluation in range(corrections + 1):
                 pred = predict(denoiser, x_t, level, cond)
                 missed = (alpha_s * pred.x0 + sigma_s * pred.eps - x_s).flatten(1).norm(dim=1)
                 if noisy:
                     x_t = alpha_t * pred.x0 + sigma_t / sigma_s * (x_s - alpha_s * pred.x0)
                 else:  # x_0 is the one that gives x_s with this eps: (x_s - sigma_s eps) / alpha_s.
                     x_t = alpha_t / alpha_s * (x_s - sigma_s * pred.eps) + sigma_t * pred.eps
-                if kept is None or least is None:  # the usual inversion
-                    kept, least, level = Sample(x_t, pred.x0, t), torch.full_like(missed, torch.inf), t
+                level = t
+                if evaluation == 0:  # the usual inversion
+                    kept = Sample(x_t, pred.x0, t)
                     continue
-                nearer = (missed < CONTRACTION * least).view(-1, *[1] * (x_t.dim() - 1))
-                kept = Sample(torch.where(nearer, x_t, kept.x_t), torch.where(nearer, pred.x0, kept.x0), t)
-                least = torch.where(missed < CONTRACTION * least, missed, -1)
-            assert kept is not None
+                nearer = missed < CONTRACTION * least
+                least = torch.where(nearer, missed, -1)
+                chosen = nearer.view(-1, *[1] * (x_t.dim() - 1))
+                kept = Sample(torch.where(chosen, x_t, kept.x_t), torch.where(chosen, pred.x0, kept.x0), t)
             x_s = kept.x_t
             yield kept

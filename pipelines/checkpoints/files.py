@@ -233,5 +233,6 @@ def _require_bare_names(names: Iterable[str], where: str) -> None:
 
 
 def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -56,7 +56,12 @@ class Opened:
     @property
     def believed(self) -> bool:
         """Whether signature, evidence and tags are as they should be."""
-        return self.evidence is not None and all(row.passed for row in self.rows)
+        return self.evidence is not None and self.wrong is None
+
+    @property
+    def wrong(self) -> Row | None:
+        """The first line of the table that does not pass; None where all do, and then there is evidence."""
+        return next((row for row in self.rows if not row.passed), None)
 
 
 @dataclass(frozen=True)
@@ -185,13 +190,12 @@ class Gate:
             )
         version = held[-2]
         with self._opened(version) as opened:
-            wrong = next((row for row in opened.rows if not row.passed), None)
-            if wrong is not None or opened.evidence is None:
-                why = f"{wrong.name}: {wrong.figure}" if wrong else "it has no evidence"
+            if (wrong := opened.wrong) is not None:
                 raise RegistryError(
-                    f"{version.uri}, which had {self.alias} before, is not what was signed ({why}): promote another "
-                    "version, or restore its files"
+                    f"{version.uri}, which had {self.alias} before, is not what was signed ({wrong.name}: "
+                    f"{wrong.figure}): promote another version, or restore its files"
                 )
+            assert opened.evidence is not None
             verdict = Verdict(
                 passed=True,
                 reason=f"rolled back from version {held[-1].version}",
@@ -215,7 +219,7 @@ class Gate:
     def _wrong(self, version: ModelVersion) -> Row | None:
         """Return the first line about the files and tags of a version that does not pass; None where all do."""
         with self._opened(version) as opened:
-            return next((row for row in opened.rows if not row.passed), None)
+            return opened.wrong
 
     def _champion(self, verdicts: Sequence[Verdict]) -> ModelVersion | None:
         """Return the version that the alias belongs to by the log, or by the alias where there is no log yet."""
@@ -303,7 +307,8 @@ class Gate:
             assert champion.evidence is not None
             unlike = comparable(candidate.evidence.scores, champion.evidence.scores, name)
         else:
-            wrong = next(row for row in champion.rows if not row.passed)
+            wrong = champion.wrong
+            assert wrong is not None
             unlike = [Row(f"{name}: {wrong.name}", wrong.figure, wrong.bound, passed=False)]
         if not all(row.passed for row in unlike):
             present = _content_digest(champion, verdicts)
