@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -164,6 +164,7 @@ def plan_removal(
     records: Sequence[RunRecord],
     versions: Sequence[ModelVersion],
     *,
+    own_id: str | None,
     experiment: str,
     now: float,
     force: bool,
@@ -172,13 +173,15 @@ def plan_removal(
 
     Args:
         folder: of the run; without entries where storage has nothing of it.
-        records: MLflow's runs of its name.
+        records: MLflow's runs of its name; those with another id than the folder's are of another folder.
         versions: of all registered models.
+        own_id: the id in the folder; None where it has none.
         force: whether it may go although versions were made from it.
 
     Raises:
         RemovalError: there is no such run, or it may not go; says why and what to do.
     """
+    records = [record for record in records if own_id is None or record.id in (None, own_id)]
     own = tuple(record for record in records if record.of(experiment))
     if not folder.entries and not own:
         raise RemovalError(
@@ -222,10 +225,20 @@ def removal_order(folder: Folder) -> tuple[list[str], list[str]]:
 
 @dataclass(frozen=True)
 class Origin:
-    """What the `model.json` of a published checkpoint says of its origin; None where it says nothing."""
+    """Where a published checkpoint is from, as far as that is known.
 
+    Attributes:
+        id: of the run in whose folder it lies; None in those of earlier releases.
+        run_id: of its MLflow run, by its `model.json`, as are the images seen.
+    """
+
+    id: str | None
     run_id: str | None
     images_seen: int | None
+
+    def named_by(self, named: Iterable[tuple[str, str]], name: str) -> bool:
+        """Return whether (run, name of a checkpoint) is among those that are recorded, for the run's id or MLflow's."""
+        return any((run, name) in named for run in (self.id, self.run_id) if run is not None)
 
 
 @dataclass(frozen=True)
@@ -241,7 +254,7 @@ def judge_published(
     folder: Folder,
     origin: Origin,
     records: Sequence[RunRecord],
-    named: Iterable[str],
+    named: Collection[tuple[str, str]],
     versions: Iterable[ModelVersion],
     now: float,
     grace_s: float = GRACE_S,
@@ -250,16 +263,17 @@ def judge_published(
 
     Args:
         records: MLflow's runs, deleted ones included.
-        named: addresses in the records of published checkpoints of all runs that are not deleted.
+        named: (ID, X) of the published checkpoints that all runs which are not deleted have recorded, with the run's
+            own ID and with MLflow's; not their addresses, which change with the spelling of the root.
     """
     if folder.within(grace_s, now):
         return Verdict(folder, False, _young(grace_s))
-    if folder.address in set(named):
+    if origin.named_by(named, folder.name):
         return Verdict(folder, False, "an MLflow run records it")
     run_name = folder.address.split("/")[-3]
-    if origin.run_id is not None:
-        owners = [record for record in records if record.run_id == origin.run_id]
-    else:  # a copy that was interrupted
+    if origin.id is not None or origin.run_id is not None:
+        owners = [r for r in records if r.run_id == origin.run_id or (r.id is not None and r.id == origin.id)]
+    else:  # a copy that was interrupted, in an earlier release
         owners = [record for record in records if record.name == run_name]
     for version in versions:
         if names_checkpoint(version, {record.run_id for record in owners}, origin.images_seen):

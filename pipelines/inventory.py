@@ -19,6 +19,7 @@ from pipelines.display import Notice
 from pipelines.housekeeping import GRACE_S, Folder, Origin, Removal, RunSummary, Verdict, folders
 from pipelines.storage import NotFoundError, Storage, join
 from pipelines.tracking import ModelVersion, RunRecord, Tracker
+from pipelines.training.run_id import read_run_id
 
 
 def list_runs(config: Config, storage: Storage) -> list[RunSummary]:
@@ -72,6 +73,7 @@ def find_removal(config: Config, storage: Storage, *, force: bool) -> Removal:
         Folder(address, tuple(storage.list(address))),
         tracking.list_runs(uri, config.name),
         tracking.all_versions(uri),
+        own_id=read_run_id(storage, address),
         experiment=config.tracking.experiment,
         now=time.time(),
         force=force,
@@ -113,7 +115,7 @@ def find_garbage(config: Config, storage: Storage, grace_s: float = GRACE_S) -> 
     datasets, scores = _below(storage, join(root, "datasets")), _Scores(uri, records, versions)
     verdicts += _judge_evaluators(datasets, scores, storage, now, grace_s)
     for folder in _below(storage, join(root, "evaluations")):
-        verdicts.append(housekeeping.judge_scored(folder, folder.address in scores.samples, "samples", now, grace_s))
+        verdicts.append(housekeeping.judge_scored(folder, folder.name in scores.samples, "samples", now, grace_s))
     return [verdict for verdict in verdicts if verdict.garbage]
 
 
@@ -151,12 +153,14 @@ def _judge_published(
         own = [record for record in present if record.name == run.name]
         if not published or (own and _waits(run)):
             continue
-        addresses = named.by(own)
-        if any(folder.address not in addresses for folder in published):
-            addresses = named.by(present)
+        run_id = read_run_id(storage, run.address)
+        origins = {folder.address: _origin(folder, run_id, storage) for folder in published}
+        recorded = named.by(own)
+        if not all(origins[folder.address].named_by(recorded, folder.name) for folder in published):
+            recorded = named.by(present)
         for folder in published:
-            origin = _origin(folder, storage)
-            verdicts.append(housekeeping.judge_published(folder, origin, records, addresses, versions, now, grace_s))
+            origin = origins[folder.address]
+            verdicts.append(housekeeping.judge_published(folder, origin, records, recorded, versions, now, grace_s))
     return verdicts
 
 
@@ -182,19 +186,25 @@ def _judge_evaluators(
 
 
 class _Named:
-    """The addresses of the published checkpoints that runs record; each run is asked once."""
+    """The published checkpoints that runs record; each run is asked once."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self.known: dict[str, set[str]] = {}
 
-    def by(self, records: list[RunRecord]) -> set[str]:
-        """Return those that these runs record."""
+    def by(self, records: list[RunRecord]) -> set[tuple[str, str]]:
+        """Return (ID, name) of those that these runs record, with the run's own ID and with MLflow's."""
         for record in records:
             if record.run_id not in self.known:
                 published = list_published(Tracker(self.uri, record.run_id))
-                self.known[record.run_id] = {one.uri for one in published}
-        return {address for record in records for address in self.known[record.run_id]}
+                self.known[record.run_id] = {one.uri.rsplit("/", 1)[-1] for one in published}
+        return {
+            (run, name)
+            for record in records
+            for run in (record.run_id, record.id)
+            if run is not None
+            for name in self.known[record.run_id]
+        }
 
 
 class _Scores:
@@ -218,8 +228,8 @@ class _Scores:
 
     @cached_property
     def samples(self) -> set[str]:
-        """Addresses of the samples."""
-        return {str(scores.get("samples")) for scores in self._all}
+        """Names of the folders of samples, which are digests; not their addresses, which are spelt with the root."""
+        return {str(scores.get("samples")).rsplit("/", 1)[-1] for scores in self._all}
 
     @cached_property
     def features(self) -> set[str]:
@@ -228,9 +238,9 @@ class _Scores:
         return {f"{stream[:16]}-{evaluator[:16]}" for stream, evaluator in found}
 
 
-def _origin(folder: Folder, storage: Storage) -> Origin:
+def _origin(folder: Folder, run_id: str | None, storage: Storage) -> Origin:
     lineage = _read(storage, join(folder.address, "model.json")).get("lineage") or {}
-    return Origin(lineage.get("run_id"), lineage.get("images_seen"))
+    return Origin(run_id, lineage.get("run_id"), lineage.get("images_seen"))
 
 
 def _read(storage: Storage, address: str) -> dict[str, Any]:

@@ -316,7 +316,7 @@ def _none_whole(folder: str, problems: Mapping[str, str]) -> ModelError:
     named = "\n  ".join(f"{name}: {problem}" for name, problem in problems.items())
     return ModelError(
         f"no checkpoint in {folder} is whole:\n  {named}\n"
-        "Bring their files back, or delete the folder to start anew, or use another name=…"
+        "Bring their files back, or use another name=…, or start anew after `ddpm rm NAME`"
     )
 
 

@@ -20,6 +20,7 @@ from pipelines.training.describe import workers_text
 from pipelines.training.driver import TrainingResult
 from pipelines.training.errors import TrainingError
 from pipelines.training.evaluations import has_outstanding
+from pipelines.training.run_id import find_training_run
 
 LEAST_SHARE = 0.25
 """Share of the configured seconds that a training gets, however late it begins."""
@@ -50,6 +51,7 @@ class Train(Stage[TrainingResult]):
 
         Raises:
             ModelError: the run has other settings or data.
+            TrainingError: the MLflow run of its name is that of a run in another folder.
         """
         assert given.dataset is not None
         config, storage = self.config, site.storage
@@ -62,8 +64,7 @@ class Train(Stage[TrainingResult]):
         if state.images_seen < length:
             return Look(None, f"run '{config.name}' has seen {state.images_seen:,} of {length:,} images")
         seen = f"run '{config.name}' has seen its {state.images_seen:,} images already"
-        assert config.tracking.uri is not None
-        tracker = tracking.find_run(config.tracking.uri, config.tracking.experiment, config.name)
+        tracker = find_training_run(config, storage)
         waits = storage.exists(join(self.output, tracking.UNSENT))
         if tracker is None or waits or not tracker.is_finished():
             return Look(None, f"{seen}, and MLflow does not have all of it")

@@ -16,12 +16,10 @@ from torch import Tensor
 
 from ddpm.conditioning import Conditioning
 from ddpm.quality import FeatureMoments
-from pipelines import tracking
 from pipelines.config import Config, ConfigError
 from pipelines.evaluation.evaluators import Encoder
 from pipelines.evaluation.real import Real
 from pipelines.evaluation.samples import balanced_labels
-from pipelines.retry import PATIENCE_S
 from pipelines.search.parameters import Params, Value
 from pipelines.search.rung_judge import RungJudge
 from pipelines.search.seeds import NoiseSeeds
@@ -233,10 +231,8 @@ class TrainingTrial(tune.Trainable):
             self.uri,
         )
         try:
-            assert config.tracking.uri is not None
             below = {"mlflow.parentRunId": shared.parent, "ddpm.study": shared.name}
-            tracking.open_run(config.tracking.uri, config.tracking.experiment, config.name, below, PATIENCE_S)
-            plan = driver.make_plan(config, self.storage, dict(shared.lineage))
+            plan = driver.make_plan(config, self.storage, dict(shared.lineage), below)
             driver.train(replace(plan, job=replace(plan.job, evaluation_hook=judge)), workers=self.workers.provide)
         except BaseException as error:  # noqa: BLE001 - it is raised in Tune's own thread
             self.error = error

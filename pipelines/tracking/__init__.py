@@ -39,7 +39,17 @@ from pipelines.tracking.model_registry import (
     versions,
 )
 from pipelines.tracking.note import describe, pictures_at, pictures_of
-from pipelines.tracking.run import CONFIG, Tracker, find_run, get_run, open_run, recorded_config, to_json
+from pipelines.tracking.run import (
+    CONFIG,
+    ID_TAG,
+    Tracker,
+    find_run,
+    get_run,
+    open_run,
+    recorded_config,
+    runs_of,
+    to_json,
+)
 from pipelines.tracking.run_list import ENDED, RunRecord, delete_run, list_runs, retire_run
 from pipelines.tracking.run_log import UNSENT, RunLog
 from pipelines.tracking.scoring import Scoring, version_of_mlflow
@@ -51,6 +61,7 @@ __all__ = [
     "CONFIG",
     "ENDED",
     "FIRST_ANSWER_S",
+    "ID_TAG",
     "UNSENT",
     "CheckpointModel",
     "Destination",
@@ -90,6 +101,7 @@ __all__ = [
     "recording",
     "register",
     "retire_run",
+    "runs_of",
     "set_alias",
     "set_version_tags",
     "starting_points",

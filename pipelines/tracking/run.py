@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 RUN_TAG = "ddpm.run"
+ID_TAG = "ddpm.id"
+"""Of a training run: the id that is in its folder too."""
 CONFIG = "config.json"
 """The artifact of a training run with its configuration."""
 KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
@@ -234,6 +236,24 @@ def find_run(uri: str, experiment: str, name: str) -> Tracker | None:
     return None if run_id is None else Tracker(uri, run_id)
 
 
+def runs_of(
+    uri: str, experiment: str, name: str, patience_s: float = FIRST_ANSWER_S
+) -> list[tuple[Tracker, str | None]]:
+    """Return the runs of a name in an experiment with their ids, None for those of earlier releases, the newest first.
+
+    Args:
+        patience_s: how long to wait for the first answer.
+
+    Raises:
+        TrackingError: no MLflow server answers at `uri`.
+    """
+    found = first_answer(uri, lambda client: client.get_experiment_by_name(experiment), patience_s)
+    if found is None:
+        return []
+    runs = ask(uri, lambda client: _all_named(client, [str(found.experiment_id)], name))
+    return [(Tracker(uri, run.info.run_id), run.data.tags.get(ID_TAG)) for run in runs]
+
+
 def get_run(uri: str, run_id: str) -> Tracker:
     """Return the run of an ID.
 
@@ -285,6 +305,10 @@ def _experiment_id(uri: str, experiment: str, patience_s: float) -> str:
 
 
 def _named(client: MlflowClient, experiments: list[str], name: str) -> str | None:
-    active = import_mlflow().entities.ViewType.ACTIVE_ONLY
-    runs = client.search_runs(experiments, f"tags.`{RUN_TAG}` = '{name}'", active, max_results=1)
+    runs = _all_named(client, experiments, name)
     return runs[0].info.run_id if runs else None
+
+
+def _all_named(client: MlflowClient, experiments: list[str], name: str) -> list[Any]:
+    active = import_mlflow().entities.ViewType.ACTIVE_ONLY
+    return list(client.search_runs(experiments, f"tags.`{RUN_TAG}` = '{name}'", active))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipelines.tracking.client import client, first_answer, pages, reporting
-from pipelines.tracking.run import RUN_TAG
+from pipelines.tracking.run import ID_TAG, RUN_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -31,6 +31,7 @@ class RunRecord:
         began: seconds since the epoch.
         ended: seconds since the epoch; None for one that has not ended.
         study: the study that it is, or is a trial of; None for others.
+        id: of the training run, which its folder has too; None for others, and in earlier releases.
         metrics: newest (value, step) of every curve by name.
     """
 
@@ -42,6 +43,7 @@ class RunRecord:
     began: float = 0.0
     ended: float | None = None
     study: str | None = None
+    id: str | None = None
     metrics: Mapping[str, tuple[float, int]] = field(default_factory=dict)
 
     def of(self, experiment: str) -> bool:
@@ -106,5 +108,6 @@ def _record(run: Any, experiments: Mapping[str, str]) -> RunRecord:
         began=(info.start_time or 0) / 1000,
         ended=info.end_time / 1000 if info.end_time else None,
         study=tags.get(STUDY_TAG),
+        id=tags.get(ID_TAG),
         metrics={m.key: (m.value, m.step) for m in run.data._metric_objs},
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,6 +44,7 @@ from pipelines.training.ray_train.resources import (
 )
 from pipelines.training.ray_train.trainer import WorkerProvider, dedicated_workers
 from pipelines.training.ray_train.watch import fit_and_watch
+from pipelines.training.run_id import open_training_run
 from pipelines.training.scoring import Evaluate, needs, score_on_ray
 
 logger = logging.getLogger(__name__)
@@ -87,11 +89,15 @@ class Plan:
         return self.resumes_at >= self.length
 
 
-def make_plan(config: Config, storage: Storage, lineage: dict[str, Any]) -> Plan:
+def make_plan(config: Config, storage: Storage, lineage: dict[str, Any], tags: Mapping[str, str] | None = None) -> Plan:
     """Check storage, dataset and earlier checkpoints of this name, open the MLflow run, and return the plan.
 
+    Args:
+        tags: of a trial of a study, whose MLflow server has answered before; for a new MLflow run.
+
     Raises:
-        ConfigError, StorageError, DatasetError, ModelError, TrackingError: what is wrong, before anything starts.
+        ConfigError, StorageError, DatasetError, ModelError, TrackingError, TrainingError: what is wrong, before
+            anything starts.
     """
     if config.guidance.kind != "classifier_free":
         raise ConfigError(
@@ -107,10 +113,9 @@ def make_plan(config: Config, storage: Storage, lineage: dict[str, Any]) -> Plan
     if state is not None:
         checkpoints.check_resumable(state, config, dataset, quarantine)
     initial = initial_lineage(config, storage, new=state is None)
-    assert config.tracking.uri is not None
     # A driver is often restarted together with MLflow, or while it is away.
-    patience_s = FIRST_ANSWER_S if state is None else PATIENCE_S
-    tracker, _ = tracking.open_run(config.tracking.uri, config.tracking.experiment, config.name, {}, patience_s)
+    patience_s = FIRST_ANSWER_S if state is None and tags is None else PATIENCE_S
+    tracker = open_training_run(config, storage, tags, patience_s)
     origin = {**lineage, **initial, **encoder_lineage(config, storage), "run_id": tracker.run_id}
     job = Job(config, dataset, storage, tracker, origin, quarantine)
     return Plan(job, state.images_seen, state.ends_at(config)) if state else Plan(job, 0, config.images)

@@ -100,8 +100,8 @@ def test_the_list_has_the_runs_of_the_experiment_and_what_storage_alone_has_but_
 # --- removing a run ---
 
 
-def plan(stored: Folder, records, versions=(), force=False):
-    return plan_removal(stored, records, versions, experiment="ddpm", now=NOW, force=force)
+def plan(stored: Folder, records, versions=(), force=False, own_id=None):
+    return plan_removal(stored, records, versions, own_id=own_id, experiment="ddpm", now=NOW, force=force)
 
 
 def test_an_ended_run_goes_with_all_that_it_has():
@@ -138,6 +138,15 @@ def test_a_run_that_a_registered_version_was_made_from_or_names_stays_unless_for
     assert plan(folder("runs/first", "x"), [record()], [version("id-other")]).versions == ()
 
 
+def test_the_mlflow_run_of_another_folder_stays():
+    ours, theirs, earlier = replace(record(), id="ours"), replace(record(), id="theirs"), record()
+    stored = folder("runs/first", "x")
+    assert plan(stored, [ours, theirs, earlier], own_id="ours").records == (ours, earlier)
+    assert plan(stored, [replace(theirs, status="RUNNING"), ours], own_id="ours").records == (ours,)
+    with pytest.raises(RemovalError, match="no run 'first'"):
+        plan(folder("runs/first"), [theirs], own_id="ours")
+
+
 def test_a_run_that_does_not_exist_is_named():
     with pytest.raises(RemovalError, match="no run 'nobody'"):
         plan(folder("runs/nobody"), [])
@@ -161,7 +170,7 @@ def test_what_makes_checkpoints_complete_goes_first_and_the_newest_last():
 # --- what nothing names ---
 
 PUBLISHED = folder("runs/first/published/000000000640", "state.json", "model.json")
-ORIGIN = Origin("id-first", 640)
+ORIGIN = Origin(None, "id-first", 640)
 
 
 def judged(**changed):
@@ -172,21 +181,23 @@ def judged(**changed):
 def test_a_published_checkpoint_that_its_finished_run_does_not_record_is_garbage():
     assert judged().garbage
     assert judged(records=[replace(record(), deleted=True)]).garbage
-    assert judged(origin=Origin(None, None)).garbage  # an interrupted copy has no model.json
+    assert judged(origin=Origin(None, None, None)).garbage  # an interrupted copy has no model.json
 
 
 @pytest.mark.parametrize(
     "changed, why",
     [
         ({"folder": replace(PUBLISHED, entries=(*PUBLISHED.entries, Entry("s3://b/x", 1, "t", NEW)))}, "24 hours"),
-        ({"named": [PUBLISHED.address]}, "records it"),
+        ({"named": [("id-first", PUBLISHED.name)]}, "records it"),
+        ({"named": [("own", PUBLISHED.name)], "origin": Origin("own", None, None)}, "records it"),
+        ({"origin": Origin("own", None, 640), "records": [replace(record(status="KILLED"), id="own")]}, "may still"),
         ({"records": [record(status="RUNNING")]}, "may still record it"),
         ({"records": [record(status="KILLED")]}, "may still record it"),
         ({"records": [record("other")]}, "another may"),
         ({"records": []}, "another may"),
         ({"versions": [version(images_seen="640")]}, "was made from it"),
         ({"versions": [version()]}, "was made from it"),
-        ({"versions": [version("x", sampling="runs:/abc0")], "origin": Origin("abc0", 640),
+        ({"versions": [version("x", sampling="runs:/abc0")], "origin": Origin(None, "abc0", 640),
           "records": [replace(record(), run_id="abc0")]}, "names it"),
     ],
 )  # fmt: skip
@@ -197,9 +208,14 @@ def test_a_published_checkpoint_that_anything_may_name_stays(changed, why):
 
 def test_the_checkpoint_that_guides_a_version_of_another_run_stays_whatever_that_one_has_seen():
     guided = version("x", sampling='{"classifier": "runs:/abc0/640"}', images_seen="1280")
-    guide = {"origin": Origin("abc0", 640), "records": [replace(record(), run_id="abc0")]}
+    guide = {"origin": Origin(None, "abc0", 640), "records": [replace(record(), run_id="abc0")]}
     assert not judged(versions=[guided], **guide).garbage
-    assert judged(versions=[guided], **{**guide, "origin": Origin("abc0", 320)}).garbage
+    assert judged(versions=[guided], **{**guide, "origin": Origin(None, "abc0", 320)}).garbage
+
+
+def test_the_records_of_another_run_do_not_keep_a_checkpoint_of_the_same_name():
+    assert judged(named=[("id-other", PUBLISHED.name)]).garbage
+    assert judged(named=[("id-first", "000000001280")]).garbage
 
 
 def test_a_version_of_another_checkpoint_of_the_run_does_not_keep_this_one():
