@@ -37,7 +37,7 @@ from pipelines.evaluation.evaluators.base import Evaluator
 from pipelines.evaluation.evaluators.share import reference_mask
 from pipelines.evaluation.images import thumbnail_size, thumbnails, to_levels
 from pipelines.evaluation.rows import Rows
-from pipelines.evaluation.tasks import finished
+from pipelines.ray_tasks import finished
 from pipelines.shards.index import Dataset
 from pipelines.shards.quarantine import kept_shards, read_quarantine, stream_digest
 from pipelines.shards.read import Batch, opened_split, spread_positions

@@ -32,7 +32,7 @@ from pipelines.evaluation.images import pack_samples, thumbnail_size, thumbnails
 from pipelines.evaluation.likelihoods import Likelihood, likelihood
 from pipelines.evaluation.prompts import PromptRows, Prompts
 from pipelines.evaluation.rows import Rows
-from pipelines.evaluation.tasks import TaskError, fits
+from pipelines.ray_tasks import TaskError, fits
 from pipelines.retry import PATIENCE_S
 from pipelines.storage import NotFoundError, Storage, join
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,9 +21,13 @@ from pipelines.plan.lines import NAME, name_line, source_name
 from pipelines.plan.look import look
 from pipelines.plan.measure import LongerMeasurement, Measurement, measure, measure_longer
 from pipelines.plan.propose import propose
+from pipelines.ray_tasks import finished
 from pipelines.shards.ingest.sources import absolute, source_digest
 from pipelines.storage import Storage
 from pipelines.training.ray_train.resources import alive_nodes, connect_ray, is_free
+
+STALLED_S = 900.0
+"""Seconds after which a measurement on the Ray cluster, which takes some itself, is not waited for any more."""
 
 
 def make_plan(
@@ -185,8 +189,11 @@ def on_ray(measurement: Measurement | LongerMeasurement, gpus: int, *, notice: S
     """Run a measurement in a Ray task, and say so where it has to wait."""
     if not is_free({"CPU": 1.0, "GPU": float(gpus)}):
         notice("measure", "it waits for its turn: all processors of the Ray cluster are in use")
-    call: Callable[..., Any] = ray.remote(num_cpus=1, num_gpus=gpus)(_call)
-    return ray.get(call.remote(measurement))  # type: ignore[attr-defined]
+    call: Any = ray.remote(num_cpus=1, num_gpus=gpus)(_call)
+    needs, what = {"CPU": 1.0, "GPU": float(gpus)}, "measure what a step takes"
+    say = partial(notice, "measure")
+    ((_, measured),) = finished([call.remote(measurement)], needs, what, stalled_s=STALLED_S, notice=say)
+    return measured
 
 
 def _call(measurement: Measurement | LongerMeasurement) -> Any:

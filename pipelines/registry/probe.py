@@ -33,6 +33,8 @@ TOLERANCE = 1
 """Grey levels by which a pixel may differ elsewhere."""
 SHARE = 1e-3
 """Share of the pixels that may differ there."""
+REDRAW_S = 3600.0
+"""Seconds in which a version's pictures are drawn again, which the largest models take minutes for."""
 _SCRIPT = Path(__file__).with_name("redraw.py")
 
 
@@ -148,7 +150,15 @@ def redraw(pyfunc: Path, folder: Path, probe: dict[str, Any]) -> Comparison:
         command = [sys.executable, "-P", "-B", str(_SCRIPT), json.dumps(asked)]
         # Threads that spin at their barriers, as is the default, stand still beside any other busy process.
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, check=False, timeout=REDRAW_S
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ProbeError(
+                f"the packaged code has drawn nothing for {REDRAW_S / 60:.0f} minutes: it stands still, or this "
+                "machine is too slow for the model; verify it on a faster one"
+            ) from error
         if done.returncode:
             last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
             raise ProbeError(f"the packaged code draws nothing: {last}")

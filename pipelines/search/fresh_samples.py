@@ -10,7 +10,7 @@ import torch
 
 from ddpm.generate import Sampling
 from pipelines.config import Config
-from pipelines.evaluation.tasks import finished
+from pipelines.ray_tasks import finished
 from pipelines.search.judge import Drawn, SampleScorer, Subject
 
 SHOWN = 20

@@ -24,7 +24,7 @@ from pipelines.display import Notice
 from pipelines.evaluation.devices import task_device
 from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.real import Real
-from pipelines.evaluation.tasks import finished
+from pipelines.ray_tasks import finished
 from pipelines.search.confirmation import DEFAULT, Candidate, Confirmed, Distance, decide
 from pipelines.search.fresh_samples import draw_all
 from pipelines.search.judge import Subject, scores

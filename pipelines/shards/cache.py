@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import threading
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -15,12 +16,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
+from typing import IO
 
 from pipelines.errors import PipelineError
 from pipelines.shards.index import Member, ShardInfo
 from pipelines.storage import StorageError, join
 
 logger = logging.getLogger(__name__)
+STALLED_S = 60.0
+"""Seconds without a sign of another process, after which it is no longer waited for: it may be stopped."""
 
 
 class ShardCorruptError(PipelineError):
@@ -80,11 +84,14 @@ class ShardCache:
         self.folder = folder
         self.limit_bytes = limit_bytes
         folder.mkdir(parents=True, exist_ok=True)
-        with self._alone():
-            for path in folder.glob("*.lock"):  # of releases before this one
-                path.unlink(missing_ok=True)
-            self._remove_leftovers()
-            self._make_room(0)
+        try:
+            with self._alone():
+                for path in folder.glob("*.lock"):  # of releases before this one
+                    path.unlink(missing_ok=True)
+                self._remove_leftovers()
+                self._make_room(0)
+        except StorageError as error:
+            logger.warning("%s", error)  # whoever claims a shard tries again, and does without the cache
 
     def find(self, shard: ShardInfo) -> Path | None:
         """Return the path of a verified copy, and mark it as used; None where there is none, or the disk fails."""
@@ -176,9 +183,20 @@ class ShardCache:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Keep other threads and processes from making room or beginning to fetch."""
+        """Keep other threads and processes from making room or beginning to fetch, which takes them a moment.
+
+        Raises:
+            StorageError: one of them has kept this one from it for `STALLED_S` seconds.
+        """
         with (self.folder / "room").open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            began = time.monotonic()
+            while not _try_lock(file):
+                if time.monotonic() - began > STALLED_S:
+                    raise StorageError(
+                        f"another process has held {file.name} for {STALLED_S:.0f} s and makes no room in this shard "
+                        "cache: it may be stopped; end it, or set data.cache_dir to another folder"
+                    )
+                time.sleep(0.005)
             yield
 
     @contextmanager
@@ -231,6 +249,15 @@ def _sizes(folder: Path, pattern: str) -> dict[tuple[int, Path], int]:
             stat = path.stat()
             sizes[stat.st_mtime_ns, path] = stat.st_size
     return sizes
+
+
+def _try_lock(file: IO[str]) -> bool:
+    """Return whether this process has got the lock of an open file."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _held(path: Path) -> FileIO | None:

@@ -14,7 +14,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from pipelines.shards.cache import FetchStats, PartialShard, ShardCache, ShardCorruptError, ShardShortError
+from pipelines.shards.cache import (
+    STALLED_S,
+    FetchStats,
+    PartialShard,
+    ShardCache,
+    ShardCorruptError,
+    ShardShortError,
+)
 from pipelines.shards.index import Dataset, DatasetError, Member, ShardIndex, ShardInfo, sidecar
 from pipelines.storage import ShortObjectError, Storage, StorageError, join
 
@@ -32,8 +39,6 @@ FULL_S = 1.0
 """Seconds for which a cache that had no room for a shard, or failed, is not asked for room again."""
 POLL_S = 0.02
 """Seconds between two looks at what another process fetches."""
-STALLED_S = 60.0
-"""Seconds without a byte of another process's fetch, after which it is no longer waited for: it may be stopped."""
 GAP_BYTES = 64 << 10
 """Unneeded bytes between two members that cost less to fetch than a second request."""
 

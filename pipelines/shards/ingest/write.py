@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import reduce
-from itertools import islice
 from operator import add
 
 from pipelines.config.sections import Encoding, Geometry
@@ -43,6 +42,8 @@ __all__ = ["Ingested", "ingest", "source_digest"]
 
 ALONE_S = 20.0
 """Seconds of writing from which on Ray tasks are worth their start, where there is a choice."""
+STALLED_S = 1800.0
+"""Seconds without a finished Ray task, each of up to thousands of large images, after which none is waited for."""
 COMPARED = 500
 """Images that a task takes at a time, to find near-duplicates."""
 SHARD_FILES = (".tar", ".index.json")
@@ -129,7 +130,7 @@ def ingest(
     obstacle, threads = _obstacle_to_ray(source, uri), workers or max(1, len(os.sched_getaffinity(0)) // 2)
     alike: tuple[str, ...] = ()
     if listed.drawn:
-        prints = _fingerprints(listed.images, storage, threads, over_ray=obstacle is None)
+        prints = _fingerprints(listed.images, storage, threads, notice, over_ray=obstacle is None)
         listed, alike = keep_together(listed, prints)
     jobs = plan_shards(listed.images, settings, shard_samples, _recorded(uri, storage))
     if any(job.recorded is None for job in jobs):
@@ -186,15 +187,19 @@ class _Meter:
 
 
 def _fingerprints(
-    images: Sequence[SourceImage], storage: Storage, threads: int, *, over_ray: bool
+    images: Sequence[SourceImage], storage: Storage, threads: int, notice: Notice, *, over_ray: bool
 ) -> list[Fingerprint | None]:
     """Return what images are compared by, of some hundreds at a time, in Ray tasks or in threads."""
     pieces = [images[first : first + COMPARED] for first in range(0, len(images), COMPARED)]
     if over_ray:
         import ray
 
+        from pipelines.ray_tasks import finished
+
         task = ray.remote(num_cpus=1)(fingerprints)
-        found = ray.get([task.remote(piece, storage) for piece in pieces])
+        calls = [task.remote(piece, storage) for piece in pieces]
+        compared = dict(finished(calls, {"CPU": 1}, "compare images", stalled_s=STALLED_S, notice=notice))
+        found = [compared[place] for place in range(len(pieces))]
     else:
         with ThreadPoolExecutor(threads, thread_name_prefix="compare") as pool:
             found = list(pool.map(lambda piece: fingerprints(piece, storage), pieces))
@@ -219,7 +224,7 @@ def _write_shards(
     """
     if obstacle is None:
         notice(f"{len(jobs):,} shards as Ray tasks on {_ray_cpus():,} CPUs")
-        return _write_over_ray(jobs, settings, meter)
+        return _write_over_ray(jobs, settings, meter, notice)
     named = "1 thread" if threads == 1 else f"{threads} threads"
     notice(f"{len(jobs):,} shards by {named} of this process{obstacle and ': ' + obstacle}")
     return _write_in_threads(jobs, settings, meter, threads)
@@ -269,7 +274,9 @@ def _ray_cpus() -> int:
     return int(ray.cluster_resources().get("CPU", 0))
 
 
-def _write_over_ray(jobs: Sequence[ShardJob], settings: Settings, meter: _Meter) -> list[tuple[ShardRecord, bool]]:
+def _write_over_ray(
+    jobs: Sequence[ShardJob], settings: Settings, meter: _Meter, notice: Notice
+) -> list[tuple[ShardRecord, bool]]:
     """Write the shards as Ray tasks, twice as many at a time as the cluster has CPUs; Ray repeats lost tasks.
 
     Returns:
@@ -277,24 +284,19 @@ def _write_over_ray(jobs: Sequence[ShardJob], settings: Settings, meter: _Meter)
     """
     import ray
 
+    from pipelines.ray_tasks import finished
+
     task = ray.remote(num_cpus=1)(write_shard)
-    shared = ray.put(settings)
-    in_flight = 2 * _ray_cpus()
-    waiting, found = iter(jobs), {}
-    running = {task.remote(job, shared): job for job in islice(waiting, in_flight)}
+    shared, found = ray.put(settings), {}
+    calls = (task.remote(job, shared) for job in jobs)
+    written = finished(calls, {"CPU": 1}, "write shards", at_once=2 * _ray_cpus(), stalled_s=STALLED_S, notice=notice)
     try:
-        while running:
-            ready, _ = ray.wait(list(running), num_returns=1)
-            job = running.pop(ready[0])
-            found[job.name] = ray.get(ready[0])
-            meter(len(job.images))
-            running |= {task.remote(job, shared): job for job in islice(waiting, 1)}
+        for place, record in written:
+            found[place] = record
+            meter(len(jobs[place].images))
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
-    finally:
-        for reference in running:
-            ray.cancel(reference)
-    return [found[job.name] for job in jobs]
+    return [found[place] for place in range(len(jobs))]
 
 
 def _publish(

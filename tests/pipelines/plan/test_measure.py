@@ -96,9 +96,8 @@ def test_a_measurement_says_that_it_waits_for_a_busy_cluster_before_it_does(monk
     said, needed = [], []
     monkeypatch.setattr(make, "is_free", lambda needs: needed.append(needs) or free)
     remote = SimpleNamespace(remote=lambda measurement: measurement)
-    monkeypatch.setattr(
-        make, "ray", SimpleNamespace(remote=lambda **asked: lambda call: remote, get=lambda ref: list(said))
-    )
+    monkeypatch.setattr(make, "ray", SimpleNamespace(remote=lambda **asked: lambda call: remote))
+    monkeypatch.setattr(make, "finished", lambda tasks, needs, *rest, **bounds: [(0, list(said))])
     said_before = make.on_ray(Measurement(DIGITS, {}, 1.0, 1), 1, notice=lambda *line: said.append(line))
     assert needed == [{"CPU": 1.0, "GPU": 1.0}]
     waits = ("measure", "it waits for its turn: all processors of the Ray cluster are in use")

@@ -10,6 +10,7 @@ from ddpm.generate import Sampling
 from pipelines.checkpoints import ModelError
 from pipelines.cli import main
 from pipelines.registry import RegistryError, Trust, verify
+from pipelines.registry import probe as probe_module
 from pipelines.registry.evidence import Evidence, code_files
 from pipelines.registry.probe import ProbeError, compare, redraw
 from pipelines.registry.verify import check_data
@@ -79,6 +80,14 @@ def test_pictures_by_other_code_than_that_of_the_version_do_not_count(complete):
     probe = {"seed": 0, "count": 16, "threads": 1}
     with pytest.raises(ProbeError, match=r"ddpm/__init__\.py.* was used, which is not the version's"):
         redraw(complete.folder, complete.inside, probe)
+
+
+def test_code_that_draws_nothing_any_more_is_not_waited_for(complete, monkeypatch):
+    monkeypatch.setattr(probe_module, "REDRAW_S", 0.3)
+    path = complete.folder / "code" / "ddpm" / "__init__.py"
+    path.write_text(f"{path.read_text()}\nimport time\n\ntime.sleep(60)\n")
+    with pytest.raises(ProbeError, match="has drawn nothing for 0 minutes"):
+        redraw(complete.folder, complete.inside, {"seed": 0, "count": 16, "threads": 1})
 
 
 @pytest.mark.parametrize("signed", [True, False])

@@ -111,6 +111,7 @@ def test_more_requests_than_the_queue_holds_are_told_to_come_again():
         with pytest.raises(Refused, match="3 requests wait already, which is the most") as refused:
             await full.ask({})
         assert refused.value.status == 429
+        assert b'ddpm_serve_queue{model="models:/digits@champion"} 3.0' in full._metrics.text()
         assert (await full.ask({"model": "shapes"}))["by"] == OTHER  # another model's queue is its own
         admitted[0].cancel()
         await asyncio.sleep(0.01)

@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import hashlib
 import itertools
 import os
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipelines.shards import cache as cache_module
 from pipelines.shards import fetch
 from pipelines.shards.cache import ShardCache, ShardCorruptError, ShardShortError
 from pipelines.shards.fetch import ShardFetcher, coalesce, fits
@@ -379,3 +381,19 @@ def test_a_fetch_of_another_process_that_is_stopped_is_not_waited_for(uri, tmp_p
     assert "has written nothing for 0 s: it is read without it" in caplog.text
     stopped.give_up(StorageError("it is over"))
     fetcher.close()
+
+
+def test_a_process_that_was_stopped_while_it_made_room_is_not_waited_for(uri, tmp_path, monkeypatch, caplog):
+    folder = tmp_path / "cache"
+    before = ShardCache(folder, 1 << 30)
+    monkeypatch.setattr(cache_module, "STALLED_S", 0.2)
+    with (folder / "room").open("a") as stopped:
+        fcntl.flock(stopped, fcntl.LOCK_EX)  # and never lets go: a lock of a file is that of whoever has opened it
+        with pytest.raises(StorageError, match=r"has held .*/room for 0 s .* set data\.cache_dir"):
+            before.claim(SHARD, 1000)
+        fetcher = ShardFetcher(uri, Storage(), ShardCache(folder, 1 << 30))
+        fetcher.require([SHARD])
+        assert before.find(SHARD) is None
+        assert "shards are read by ranges: another process has held" in caplog.text
+    fetcher.close()
+    assert before.claim(SHARD, 1000) is not None

@@ -71,7 +71,7 @@ def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(digits, tmp_path,
 @every_network
 def test_two_ranks_have_the_losses_of_one_under_ddp_and_fsdp(digits, tmp_path, network):
     run(tmp_path / "one", digits, network, "optim.precision=fp64", NO_GRIDS)
-    shared = ["optim.precision=fp64", "micro_batch_size=7", NO_GRIDS]
+    shared = ["optim.precision=fp64", "micro_batch_size=7"]
     runs = {p: config(tmp_path / p, network, *shared, f"cluster.parallel={p}") for p in ("ddp", "fsdp")}
     on_two_ranks(tmp_path, digits, [(tmp_path / parallel, c) for parallel, c in runs.items()])
     reference = trace(tmp_path / "one")
