@@ -91,7 +91,7 @@ def _add_page(service: Service, config: Config, token_digest: str | None) -> str
 
     limits = Limits.of(config.serving)
     shown = [Shown.of(told, limits) for told in service.models()]
-    return f"{service.add_page(page_application(service.front, shown, token_digest))}/"
+    return f"{service.add_page(page_application(service.front, shown, limits, token_digest))}/"
 
 
 def is_override(argument: str) -> bool:

@@ -372,6 +372,9 @@ class ServingConfig(Section):
         64, description="largest size of an answer's pixels before compression, in MiB"
     )
     max_megapixels: PositiveFloat = Field(16, description="largest size of a picture in a request, in megapixels")
+    max_total_megapixels: PositiveFloat = Field(
+        64, description="largest size of all pictures and masks of a request together, in megapixels"
+    )
     max_queue: PositiveInt = Field(256, description="most requests to a model that wait or are drawn at a time")
     body_s: PositiveFloat = Field(30, description="seconds in which a request must have arrived completely")
 

@@ -54,9 +54,12 @@ def read_body(body: Mapping[str, Any], folder: Path, limits: Limits) -> tuple[Re
             f"{', '.join(sorted(unknown))}: no such field of a request to {kind.task}; "
             f"there are: {', '.join([*OWN, *kind.model_fields])}"
         )
+    pixels = 0
     for name in ("images", "masks"):
         if name in fields:
-            fields[name] = _write_pictures(name, fields[name], folder, limits)
+            fields[name], sizes = _write_pictures(name, fields[name], folder, limits)
+            pixels += sum(sizes)
+    limits.check_total(pixels)
     film = body.get("film") or False
     if not isinstance(film, bool):
         raise RequestError(f"film = {film!r}: write true or false")
@@ -191,20 +194,22 @@ def decode_base64(name: str, text: Any) -> bytes:
         raise RequestError(f"{name} is no base64 text ({error}): send the bytes of a PNG file in base64") from error
 
 
-def _write_pictures(name: str, given: Any, folder: Path, limits: Limits) -> list[Any]:
+def _write_pictures(name: str, given: Any, folder: Path, limits: Limits) -> tuple[list[Any], list[int]]:
+    """Write pictures into files, and return their paths, or how masks are drawn, with the pixels of each file."""
     if not isinstance(given, list):
         raise RequestError(f"{name}: write a list of PNG files in base64")
     written: list[Any] = []
+    sizes: list[int] = []
     for i, text in enumerate(given):
         if name == "masks" and isinstance(text, str) and text.startswith(DRAWN_MASKS):
             written.append(text)
             continue
         data = decode_base64(f"{name}[{i}]", text)
-        limits.check_picture(f"{name}[{i}]", data)
+        sizes.append(limits.check_picture(f"{name}[{i}]", data))
         path = folder / f"{name}-{i}.png"
         path.write_bytes(data)
         written.append(str(path))
-    return written
+    return written, sizes
 
 
 def _text(body: Mapping[str, Any], name: str, default: str) -> str:

@@ -82,7 +82,7 @@ def make_app(backend: Backend, limits: Limits, token_digest: str | None, metrics
     @app.post("/v1/images", dependencies=guarded, openapi_extra=_image_request(), response_class=JSONResponse)
     async def images(request: Request) -> Response:
         """Draw pictures: samples, filled masks, or edits of given pictures."""
-        body = _parse_json(await _read(request, limits))
+        body = _parse_json(await _read(request, limits), limits)
         wanted = answer_format(body)
         answer = await backend.ask(body)
         if wanted == "png":
@@ -97,7 +97,7 @@ def make_app(backend: Backend, limits: Limits, token_digest: str | None, metrics
     @app.post("/invocations", dependencies=guarded, openapi_extra=_table_request(), response_class=JSONResponse)
     async def invocations(request: Request, model: str | None = None) -> Response:
         """Draw a picture for each row of a table, by MLflow's scoring protocol."""
-        body = _parse_json(await _read(request, limits))
+        body = _parse_json(await _read(request, limits), limits)
         text, status, kind = await backend.invoke(body, request.headers["content-type"], model)
         return Response(text, status_code=status, media_type=kind)
 
@@ -170,12 +170,13 @@ async def _read(request: Request, limits: Limits) -> bytes:
     return bytes(data)
 
 
-def _parse_json(data: bytes) -> dict[str, Any]:
+def _parse_json(data: bytes, limits: Limits) -> dict[str, Any]:
     """Return the object of a JSON text.
 
     Raises:
-        Refused: it is none.
+        Refused: it is none, or has too many values: all requests wait while one is parsed.
     """
+    limits.check_values(data)
 
     def no_constant(name: str) -> Any:
         raise ValueError(f"{name} is no JSON number")

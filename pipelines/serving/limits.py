@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -19,6 +20,8 @@ from pipelines.inference import RequestError
 MIB = 2**20
 SETTING = 200
 """Characters of a text that is no prompt: the name of a class or setting, a mask's box."""
+VALUES = 100_000
+"""Values in a body, which the one process that answers HTTP reads: a generalized solver of 400 steps has 80,000."""
 DEPTH = 6
 """Lists and objects inside of each other."""
 PROMPTS = ("prompts", "negative_prompt")
@@ -53,6 +56,7 @@ class Limits:
     max_body: int
     max_answer: int
     max_pixels: int
+    max_total_pixels: int
     max_queue: int
     body_s: float
 
@@ -66,9 +70,20 @@ class Limits:
             int(config.max_body_mib * MIB),
             int(config.max_answer_mib * MIB),
             int(config.max_megapixels * 1e6),
+            int(config.max_total_megapixels * 1e6),
             config.max_queue,
             config.body_s,
         )
+
+    def check_values(self, data: bytes) -> None:
+        """Check how many values a JSON text has, before it is parsed: each has a mark of its own, pictures have one.
+
+        Raises:
+            Refused: they are too many.
+        """
+        values = sum(map(data.count, (b",", b"[", b"{")))
+        if values > VALUES:
+            raise Refused(413, f"the body has about {values:,} values: at most {VALUES:,} are allowed")
 
     def check_body(self, body: Mapping[str, Any]) -> None:
         """Check the size of every part of a body, before any of it is used.
@@ -135,33 +150,56 @@ class Limits:
                 "allowed; ask for fewer pictures" + (", or for no film" if drawing.film else ""),
             )
 
-    def check_picture(self, name: str, data: bytes, *, size: tuple[int, int] | None = None) -> None:
-        """Check an encoded picture by its header, before its pixels are decoded.
+    def check_total(self, pixels: int) -> None:
+        """Check how many pixels all pictures and masks of a request have.
+
+        Raises:
+            Refused: they are too many.
+        """
+        if pixels > self.max_total_pixels:
+            raise Refused(
+                413,
+                f"the pictures and masks have {pixels:,} pixels together: at most {self.max_total_pixels:,} are "
+                "allowed; ask for parts",
+            )
+
+    def check_picture(
+        self,
+        name: str,
+        data: bytes | Path,
+        *,
+        size: tuple[int, int] | None = None,
+        formats: tuple[str, ...] | None = ("PNG",),
+    ) -> int:
+        """Check an encoded picture by its header, before its pixels are decoded; return how many it has.
 
         Args:
             name: of the picture, for the message.
+            data: bytes of the file, or where it is.
             size: (width, height) that it must have; None for any.
+            formats: that it may have, as Pillow calls them; None for any.
 
         Raises:
-            Refused: it is no PNG, or too large.
+            Refused: it is no picture of such a format, or too large.
         """
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+                with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=formats) as image:
                     width, height = image.size
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise Refused(413, f"{name} has too many pixels: at most {self.max_pixels:,} are allowed") from error
         except (OSError, ValueError, SyntaxError) as error:
+            if formats is None:
+                raise Refused(422, f"{name} cannot be read as a picture ({error})") from error
             raise Refused(422, f"{name} is no PNG file ({error}): send one, in base64") from error
         if width * height > self.max_pixels:
-            raise Refused(
-                413, f"{name} has {width:,} x {height:,} pixels: at most {self.max_pixels:,} in all are allowed"
-            )
+            raise Refused(413, f"{name} has {width:,} x {height:,} pixels: at most {self.max_pixels:,} are allowed")
         if size is not None and (width, height) != size:
             raise Refused(
                 422, f"{name} is {width}x{height} pixels, the model's images are {size[0]}x{size[1]}: resize it"
             )
+        return width * height
 
     def _check_names(self, name: str) -> None:
         if len(name) > SETTING:

@@ -5,11 +5,13 @@ The page is a client like any other: what it shows it asks of the server, in the
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
+from pathlib import Path
 from typing import Any, Self
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported, which looks for newer versions else
@@ -24,6 +26,7 @@ from ddpm.samplers import SAMPLERS
 from ddpm.samplers.repaint import RePaint
 from pipelines.inference import RequestError
 from pipelines.serving.application import ask_front
+from pipelines.serving.bodies import decode_base64
 from pipelines.serving.forms import (
     BRUSH,
     HALVES,
@@ -34,7 +37,7 @@ from pipelines.serving.forms import (
     film,
     picture_and_mask,
 )
-from pipelines.serving.limits import Limits
+from pipelines.serving.limits import Limits, Refused
 from pipelines.serving.login import Login
 
 Ask = Callable[[dict[str, Any]], Awaitable[Mapping[str, Any]]]
@@ -111,11 +114,12 @@ class Page:
     Args:
         front: handle of the process that answers requests.
         models: what is served.
+        limits: of a request.
         token_digest: of the token that visitors need; None for none.
     """
 
-    def __init__(self, front: Any, models: Sequence[Shown], token_digest: str | None) -> None:
-        self._front, self._models, self._token_digest = front, models, token_digest
+    def __init__(self, front: Any, models: Sequence[Shown], limits: Limits, token_digest: str | None) -> None:
+        self._front, self._models, self._limits, self._token_digest = front, models, limits, token_digest
 
     async def ask(self, body: dict[str, Any]) -> Mapping[str, Any]:
         """Return the server's answer."""
@@ -123,19 +127,20 @@ class Page:
 
     def __serve_build_asgi_app__(self) -> Any:
         """Return the application that Ray Serve answers HTTP with."""
-        return make_page(self._models, self.ask, self._token_digest)
+        return make_page(self._models, self.ask, self._limits, self._token_digest)
 
 
-def page_application(front: Any, models: Sequence[Shown], token_digest: str | None) -> Any:
+def page_application(front: Any, models: Sequence[Shown], limits: Limits, token_digest: str | None) -> Any:
     """Return the Ray Serve application of the page; the arguments are those of `Page`."""
     deployment = serve.deployment(serve.ingress()(Page), num_replicas=1, ray_actor_options={"num_cpus": 0})
-    return deployment.bind(front, list(models), token_digest)
+    return deployment.bind(front, list(models), limits, token_digest)
 
 
-def make_page(models: Sequence[Shown], ask: Ask, token_digest: str | None) -> FastAPI:
+def make_page(models: Sequence[Shown], ask: Ask, limits: Limits, token_digest: str | None) -> FastAPI:
     """Return the page as an application of its own, at /.
 
     Args:
+        limits: of a request, which what a visitor uploads is held to before it is decoded.
         token_digest: of the token that visitors need; None for none.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -144,8 +149,9 @@ def make_page(models: Sequence[Shown], ask: Ask, token_digest: str | None) -> Fa
     theme = gr.themes.Default(font=FONTS, font_mono=["ui-monospace", "monospace"])
     return gr.mount_gradio_app(
         app,
-        build_page(models, ask),
+        build_page(models, ask, limits),
         path="/",
+        max_file_size=limits.max_body,
         theme=theme,
         css=STYLE,
         footer_links=[],
@@ -157,17 +163,17 @@ def make_page(models: Sequence[Shown], ask: Ask, token_digest: str | None) -> Fa
     )
 
 
-def build_page(models: Sequence[Shown], ask: Ask) -> gr.Blocks:
+def build_page(models: Sequence[Shown], ask: Ask, limits: Limits) -> gr.Blocks:
     """Return the page of some models: a tab for each of them, where there are several."""
     blocks = gr.Blocks(title="Pictures from a diffusion model", analytics_enabled=False, delete_cache=KEPT_S)
     with blocks:
         if len(models) == 1:
-            _Panel(models[0], ask).build()
+            _Panel(models[0], ask, limits).build()
         else:
             with gr.Tabs():
                 for model in models:
                     with gr.Tab(model.name):
-                        _Panel(model, ask).build()
+                        _Panel(model, ask, limits).build()
     # The server puts the requests of different visitors into one batch, and has limits of its own.
     return blocks.queue(default_concurrency_limit=None)
 
@@ -189,11 +195,50 @@ class _Fields:
         return [getattr(self, name) for name in self.__dataclass_fields__]
 
 
+def _limited(field: gr.Image | gr.ImageEditor, limits: Limits) -> Any:
+    """Return a field whose pictures are held to the limits of a request before they are decoded.
+
+    Not a class of its own: gradio would write a file for it beside this one.
+    """
+    decode = field.preprocess
+
+    def preprocess(payload: Any) -> Any:
+        parts = [payload]
+        if isinstance(field, gr.ImageEditor) and payload is not None:  # a drawing may be sent beside the form
+            drawing = payload if payload.id is None else field.blob_storage.get(payload.id)
+            parts = [] if drawing is None else [drawing.background, *(drawing.layers or []), drawing.composite]
+        for part in parts:
+            _check_upload(limits, part)
+        return decode(payload)
+
+    field.preprocess = preprocess  # type: ignore[method-assign]
+    return field
+
+
+def _check_upload(limits: Limits, given: Any) -> None:
+    """Check the size of an uploaded picture: a file, its bytes, or a data URL.
+
+    Raises:
+        gr.Error: it is too large, or no picture.
+    """
+    with _shown_errors():
+        url = getattr(given, "url", None) or ""
+        if given is None:
+            return
+        if isinstance(given, bytes) or url.startswith("data:"):
+            data = given if isinstance(given, bytes) else decode_base64("the picture", url.partition(",")[2])
+            if len(data) > limits.max_body:
+                raise Refused(413, f"the picture has {len(data):,} bytes: at most {limits.max_body:,} are allowed")
+            limits.check_picture("the picture", data, formats=None)
+        elif given.path:
+            limits.check_picture("the picture", Path(given.path), formats=None)
+
+
 class _Panel:
     """The forms of one model."""
 
-    def __init__(self, model: Shown, ask: Ask) -> None:
-        self.model, self.ask = model, ask
+    def __init__(self, model: Shown, ask: Ask, limits: Limits) -> None:
+        self.model, self.ask, self.limits = model, ask, limits
 
     def build(self) -> None:
         """Add the forms to the page that is being made."""
@@ -243,12 +288,12 @@ class _Panel:
 
         async def draw(drawing: Any, filled: str, *values: Any) -> str:
             with _shown_errors():
-                picture, mask = picture_and_mask(drawing, filled, self.model.size)
+                picture, mask = await asyncio.to_thread(picture_and_mask, drawing, filled, self.model.size)
             body = self._body(values, "inpaint", own_steps=self.model.fill_steps, images=[picture], masks=[mask])
             return figures(await self._asked(body))
 
         take.click(self._take, last, editor, api_visibility="private")
-        button.click(draw, [editor, filled, *fields.all()], pictures, api_name="inpaint")
+        button.click(draw, [_limited(editor, self.limits), filled, *fields.all()], pictures, api_name="inpaint")
 
     def _edit(self, last: gr.State) -> None:
         gr.Markdown("The picture is noised and drawn anew from there: its coarse content stays, the rest is new.")
@@ -263,14 +308,17 @@ class _Panel:
         pictures = gr.HTML()
 
         async def draw(given: Any, strength: float, *values: Any) -> str:
-            with _shown_errors():
+            def shaped() -> str:
                 background = None if given is None else np.asarray(given.convert("RGBA"))
-                picture, _ = picture_and_mask({"background": background}, next(iter(HALVES)), self.model.size)
+                return picture_and_mask({"background": background}, next(iter(HALVES)), self.model.size)[0]
+
+            with _shown_errors():
+                picture = await asyncio.to_thread(shaped)
             body = self._body(values, "edit", images=[picture], strength=strength)
             return figures(await self._asked(body))
 
         take.click(self._take, last, given, api_visibility="private")
-        button.click(draw, [given, strength, *fields.all()], pictures, api_name="edit")
+        button.click(draw, [_limited(given, self.limits), strength, *fields.all()], pictures, api_name="edit")
 
     def _film(self) -> None:
         gr.Markdown("From noise to a picture: above x_t, below the x_0 that the model predicts from it.")

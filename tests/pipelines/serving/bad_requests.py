@@ -13,7 +13,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-LIMITS = {"max_pictures": 16, "max_steps": 300, "max_body_mib": 2, "max_megapixels": 1, "body_s": 2}
+LIMITS = {
+    "max_pictures": 16,
+    "max_steps": 300,
+    "max_body_mib": 2,
+    "max_megapixels": 1,
+    "max_total_megapixels": 2,
+    "body_s": 2,
+}
 JSON = {"content-type": "application/json"}
 
 
@@ -86,7 +93,7 @@ BAD: dict[str, Bad] = {
     "empty body": Bad(400, "no JSON text", b""),
     "list for an object": Bad(400, "send an object", b"[1]"),
     "NaN": Bad(400, "NaN is no JSON number", b'{"sampling": {"scale": NaN}}'),
-    "deep nesting": Bad(400, "no JSON text", b'{"a":' + b"[" * 100_000),
+    "deep nesting": Bad(400, "no JSON text", b'{"a":' + b"[" * 90_000),
     "nesting": Bad(422, "nested more than", {"sampling": {"a": [[[[[[[[1]]]]]]]]}}),
     "number of 5,000 digits": Bad(400, "no JSON text", b'{"seed": ' + b"9" * 5_000 + b"}"),
     "too large": Bad(413, "at most 2,097,152 bytes", b'{"a": "' + b"x" * (2 << 20) + b'"}'),
@@ -104,8 +111,10 @@ BAD: dict[str, Bad] = {
     "too many in all": Bad(422, "20 pictures: at most 16 a request", {"count": 2}),
     "too many seeds": Bad(422, "17 entries: at most 16", {"seeds": list(range(17))}),
     "settings without end": Bad(
-        422, "sampling has 100,000 entries: at most 45,450", {"sampling": {"weights": [0] * 100_000}}
+        422, "sampling has 90,000 entries: at most 45,450", {"sampling": {"weights": [0] * 90_000}}
     ),
+    "values without end": Bad(413, "about 200,002 values: at most 100,000", {"sampling": {"weights": [0] * 200_000}}),
+    "brackets without end": Bad(413, "values: at most 100,000", b'{"a":' + b"[" * 1_000_000),
     "too many frames": Bad(422, "at most 16", {"interpolate": [1, 2], "frames": 10**9, "labels": ["1"]}),
     "no pictures": Bad(422, "count = 0", {"count": 0}),
     "negative seed": Bad(422, "seed = -1", {"seed": -1}),
@@ -137,6 +146,12 @@ BAD: dict[str, Bad] = {
     "image as a text": Bad(422, "write a list of PNG files", inpaint(images=png())),
     "PNG bomb": Bad(413, "at most 1,000,000", inpaint(images=[bomb(60_000, 60_000)])),
     "larger picture": Bad(413, "1,001 x 1,000 pixels: at most 1,000,000", inpaint(images=[bomb(1_001, 1_000)])),
+    "many pictures that are large together": Bad(
+        413, "have 3,000,000 pixels together: at most 2,000,000", inpaint(images=[bomb(1_000, 1_000)] * 3)
+    ),
+    "pictures and masks that are large together": Bad(
+        413, "have 3,000,000 pixels together", inpaint(images=[bomb(1_500, 600)] * 2, masks=[bomb(1_000, 600)] * 2)
+    ),
     "truncated PNG": Bad(422, "images-0.png", inpaint(images=[bomb(8, 8)])),
     "mask of another size": Bad(422, "must have the size of", inpaint(masks=[png(5, 5)])),
     "mask without an area": Bad(422, "does not lie within", inpaint(masks=["box:0,0,0,0"])),
@@ -154,7 +169,7 @@ BAD: dict[str, Bad] = {
         {"inputs": {"label": ["1"]}, "parameters": {"steps": 3}},
         path="/invocations",
     ),
-    "deep nesting in a table": Bad(400, "no JSON text", b'{"inputs":' + b"[" * 100_000, path="/invocations"),
+    "deep nesting in a table": Bad(400, "no JSON text", b'{"inputs":' + b"[" * 90_000, path="/invocations"),
     "number of 5,000 digits in a table": Bad(
         400, "no JSON text", b'{"inputs": {"seed": [' + b"9" * 5_000 + b"]}}", path="/invocations"
     ),

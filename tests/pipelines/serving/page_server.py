@@ -35,7 +35,7 @@ def page_of(folder: Path, token_digest: str | None = None) -> Iterator[str]:
     told = {**load(str(folder), config, storage, drawing).describe(), "id": "digits@champion", "card": "# What it is"}
     server = uvicorn.Server(
         uvicorn.Config(
-            make_page([Shown.of(told, limits)], ask, token_digest),
+            make_page([Shown.of(told, limits)], ask, limits, token_digest),
             port=0,
             log_level="warning",
             timeout_graceful_shutdown=1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 
 import pytest
@@ -16,6 +17,7 @@ from pipelines.serving.bodies import encode_png
 from pipelines.serving.forms import OWN
 from pipelines.serving.token import digest_of
 from tests.pipelines.drawing import model_folder, save_picture
+from tests.pipelines.serving.bad_requests import bomb
 from tests.pipelines.serving.page_server import page_of
 
 CLASSES = ("circle", "square", "7", "8", "9")
@@ -99,6 +101,26 @@ def test_what_the_server_refuses_is_said(page):
 def test_nothing_to_fill_is_said(page):
     with pytest.raises(AppError, match="no picture yet"):
         page.predict(None, "the left half", *fields(["circle"]), api_name="/inpaint")
+
+
+def test_what_is_larger_than_a_request_may_be_is_refused_before_it_is_decoded(page, tmp_path):
+    path = tmp_path / "bomb.png"
+    path.write_bytes(base64.b64decode(bomb(8_000, 4_000)))  # of no pixels: decoding it would fail otherwise
+    wrong = "8,000 x 4,000 pixels: at most 16,000,000 are allowed"
+    with pytest.raises(AppError, match=wrong):
+        page.predict(handle_file(str(path)), 0.5, *fields(["circle"]), api_name="/edit")
+    drawing = {"background": handle_file(str(path)), "layers": [], "composite": None}
+    with pytest.raises(AppError, match=wrong):
+        page.predict(drawing, "the left half", *fields(["circle"]), api_name="/inpaint")
+    whole = save_picture(tmp_path / "image.png")
+    drawing = {"background": handle_file(str(whole)), "layers": [handle_file(str(path))], "composite": None}
+    with pytest.raises(AppError, match=wrong):
+        page.predict(drawing, "the left half", *fields(["circle"]), api_name="/inpaint")
+
+
+def test_a_file_that_is_larger_than_a_request_may_be_is_not_taken(page):
+    upload = requests.post(f"{page.src}gradio_api/upload", files={"files": ("a.png", bytes(17 << 20))}, timeout=60)
+    assert upload.status_code == 413
 
 
 def test_the_page_of_a_server_with_a_token_asks_for_it(model):
