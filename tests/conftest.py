@@ -11,10 +11,11 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from tests.times import CPU, FIXTURE, ROOT, longest_first
+from tests.times import CPU, FIXTURE, ROOT, group_of, longest_first
 
 # A shell starts what it runs in the background without SIGINT, and commands that tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -48,6 +49,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         files = {item.path: item.path.relative_to(ROOT).as_posix() for item in items}
         order = longest_first(files.values())
         items.sort(key=lambda item: order.index(files[item.path]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Let one stream have all files of a group, which share what one of them has made."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByGroup(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(super()._split_scope(nodeid))
+
+    return ByGroup(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 BEGAN = pytest.StashKey[float]()

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.times import RECORDED, ROOT, longest_first, read, seconds_of_modules
+from tests.times import GROUPS, RECORDED, ROOT, longest_first, read, seconds_of_modules
 
 TESTS = """
 import time
@@ -59,7 +59,32 @@ def test_seconds_are_summed_by_module(timed):
 
 
 def test_streams_begin_with_new_modules_and_then_with_those_that_take_longest():
-    recorded = json.loads(RECORDED.read_text())
+    recorded = {module: seconds for module, seconds in json.loads(RECORDED.read_text()).items() if module not in GROUPS}
     slow, quick = max(recorded, key=recorded.get), min(recorded, key=recorded.get)
     assert longest_first([quick, slow, "tests/new.py"]) == ["tests/new.py", slow, quick]
-    assert [module for module in recorded if not (ROOT / module).is_file()] == []
+
+
+def test_modules_of_a_group_stay_together_and_take_as_long_as_all_of_them():
+    order = longest_first(json.loads(RECORDED.read_text()))
+    places = [order.index(module) for module in GROUPS if GROUPS[module] == "digits"]
+    assert max(places) - min(places) == len(places) - 1
+    assert longest_first(["tests/integration/test_gate.py", "tests/integration/test_flow.py"])[0].endswith("flow.py")
+
+
+def test_every_module_that_is_named_is_there():
+    named = [*json.loads(RECORDED.read_text()), *GROUPS]
+    assert [module for module in named if not (ROOT / module).is_file()] == []
+
+
+def test_one_stream_runs_all_files_of_a_group(tmp_path):
+    for name in ("a", "b", "c", "d"):
+        (tmp_path / f"test_{name}.py").write_text(
+            "import os, pathlib\n\n"
+            "def test():\n    pathlib.Path(__file__ + '.stream').write_text(os.environ['PYTEST_XDIST_WORKER'])\n"
+        )
+    conftest = (ROOT / "tests" / "conftest.py").read_text()
+    groups = "import tests.times\ntests.times.GROUPS = {f'test_{n}.py': 'all' for n in 'abcd'}\n"
+    (tmp_path / "conftest.py").write_text(f"{conftest}\n{groups}")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", "--dist", "loadfile", "."]
+    subprocess.run(command, cwd=tmp_path, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert len({file.read_text() for file in tmp_path.glob("*.stream")}) == 1

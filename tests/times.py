@@ -24,6 +24,13 @@ FIXTURE = "fixture "
 CPU = "cpu"
 """The property that says what CPU time a test took, with that of the processes that it has waited for."""
 SHOWN = 25
+GROUPS = {
+    "tests/integration/test_flow.py": "digits",
+    "tests/integration/test_gate.py": "digits",
+    "tests/chaos/test_chaos.py": "arena",
+    "tests/chaos/test_takeover.py": "arena",
+}
+"""Modules that share a fixture, after which a group is named: one stream runs them, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +77,22 @@ def seconds_of_modules(tests: Iterable[Timed]) -> Counter[str]:
     return found
 
 
+def group_of(module: str) -> str:
+    """Return the name of the group that a module is of: its own, where it shares nothing with another one."""
+    return GROUPS.get(module, module)
+
+
 def longest_first(modules: Iterable[str]) -> list[str]:
-    """Return modules in the order of the seconds that are recorded of them; those that are new come first."""
+    """Return modules by the seconds that are recorded of their groups; those that are new come first.
+
+    Those of a group stay together.
+    """
+    there = set(modules)
     recorded: dict[str, float] = json.loads(RECORDED.read_text())
-    return sorted(modules, key=lambda module: (-recorded.get(module, float("inf")), module))
+    seconds: Counter[str] = Counter()
+    for module in there:
+        seconds[group_of(module)] += recorded.get(module, float("inf"))  # type: ignore[assignment]
+    return sorted(there, key=lambda module: (-seconds[group_of(module)], group_of(module), module))
 
 
 def main(arguments: list[str]) -> None:

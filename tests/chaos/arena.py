@@ -50,6 +50,7 @@ class Training:
     def __init__(
         self, folder: Path, environment: dict[str, str], arguments: list[str], prefix: Sequence[str] = ()
     ) -> None:
+        self.arguments = arguments
         self.process = command.start(["train", *arguments, "--json"], folder, environment, prefix)
         self.said: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)

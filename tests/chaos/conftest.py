@@ -1,4 +1,4 @@
-"""The stack on which a module's trainings are disturbed."""
+"""The stack on which trainings are disturbed: modules that ask for it belong to the group `arena`, which shares it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from tests.chaos.arena import Arena
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
     arena = Arena(tmp_path_factory.mktemp("home") / ".ddpm", tmp_path_factory.mktemp("work"))
     try:

@@ -26,6 +26,8 @@ from tests.networks import TINY_UNET
 pytestmark = [pytest.mark.integration, pytest.mark.chaos, pytest.mark.timeout(1200)]
 
 EVERY = 20 * BATCH
+OFTEN = 5 * BATCH
+"""Where steps are slow, so that every loss comes after a checkpoint."""
 SOAK_EVERY_S = 30.0
 FAR = "images=10000000"
 # A step is short, so that there are many; the learning rate is small, so that float order, which depends on the number
@@ -104,7 +106,7 @@ def preempt_node(arena: Arena, training: Training, rng: random.Random) -> Traini
 def kill_driver(arena: Arena, training: Training, rng: random.Random) -> Training:
     training.process.kill()
     training.process.wait()
-    return arena.train(*SETTINGS, "name=chaos", FAR)
+    return arena.train(*training.arguments)
 
 
 def disturb_s3(arena: Arena, training: Training, rng: random.Random) -> Training:
@@ -181,17 +183,22 @@ def run_chaos(
     """
     happened = []
     slowly = contextlib.ExitStack()
+    settings = [*SETTINGS, "name=chaos", FAR]
     if beside is None:
         slowly.enter_context(slow_steps(arena.home))
+        settings += [f"checkpoint.every={OFTEN}"]
     arena.start_node()
-    training = arena.train(*SETTINGS, "name=chaos", FAR)
+    training = arena.train(*settings)
     calm = beside.train(*SETTINGS, "name=calm", FAR, "cluster.num_workers=1") if beside else None
     until(lambda: any("follow it at" in line for line in training.said), 120, lambda: "a plan")
     if beside and calm:
         calm.gets_on()
         for worker in beside.workers():
             worker.nice(19)  # it takes what the other one leaves, which is enough, for that one often stands still
+    folder = "s3://ddpm/runs/chaos"
     began = due = time.time()
+    if every_s is None:
+        until(lambda: complete_checkpoints(arena.s3, folder), 120, lambda: f"a checkpoint after {training.said[-5:]}")
     for fault in faults:
         if every_s is None:
             training.gets_on()
@@ -204,7 +211,7 @@ def run_chaos(
             said = "".join(training.said)
             assert training.images() == 0, said[-3000:]
             assert any(refused in said for refused in ("MLflow at http", "the credentials have expired")), said[-3000:]
-            training = arena.train(*SETTINGS, "name=chaos", FAR)
+            training = arena.train(*settings)
         happened.append(fault)
         print(f"{time.time() - began:6.1f} s, {training.images():,} images: {fault.__name__}", flush=True)
         training = fault(arena, training, rng)
@@ -242,7 +249,6 @@ def run_chaos(
     undisturbed = {m.step: m.value for m in history if m.step <= images}
     assert dict(trace) == pytest.approx(undisturbed, rel=1e-3)
 
-    folder = "s3://ddpm/runs/chaos"
     current = CheckpointList.from_json(arena.s3.read(f"{folder}/checkpoints.json"))
     assert current is not None
     assert len(current.checkpoints) == 2
@@ -266,12 +272,14 @@ def run_chaos(
     if miss_mlflow in happened:
         assert any("training goes on without" in message for message in said)
 
-    goodput = measure(read_sessions(arena.s3, folder))
+    sessions = read_sessions(arena.s3, folder)
+    goodput = measure(sessions)
     print(goodput.lines())
     if every_s is None:
         assert goodput.sessions == 1 + sum(fault is kill_driver for fault in happened)
         assert took - 20 < goodput.wall_s < took + 1  # all that the ledger misses is the driver's goodbye
         assert goodput.attempts > sum(fault in (kill_worker, kill_driver) for fault in happened)
+        assert all(session.attempts[-1].resumed_at > 0 for session in sessions)  # a lost worker, and a lost driver
     else:
         print(f"{len(happened)} faults in {took:.0f} s, one every {took / len(happened):.0f} s")
         assert goodput.recomputed_images > 0  # of one loss of a worker there may be none: a checkpoint was just stored

@@ -28,10 +28,7 @@ RUN = [*SETTINGS, "name=taken", FAR, f"checkpoint.every={10 * BATCH}", f"checkpo
 
 @pytest.fixture
 def elsewhere(arena: Arena, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of another Ray cluster, on another machine's cache, with the same storage and MLflow.
-
-    Steps are slow on both.
-    """
+    """The environment of another Ray cluster, on another machine's cache, with the same storage and MLflow."""
     home = tmp_path_factory.mktemp("elsewhere") / ".ddpm"
     environment = arena.environment | {
         "DDPM_HOME": str(home),
@@ -44,8 +41,7 @@ def elsewhere(arena: Arena, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     try:
         with forked_workers():
             stack.up(home, ["ray"])
-        with slow_steps(arena.home, home):
-            yield environment
+        yield environment
     finally:
         stack.down(home)
 
@@ -76,20 +72,21 @@ def history(client: MlflowClient, run_id: str) -> dict[str, list[tuple[int, floa
 
 
 def test_a_driver_that_slept_through_a_takeover_changes_nothing(arena: Arena, elsewhere: dict[str, str]):
-    first = arena.train(*RUN)
-    first.gets_on()
-    until(lambda: arena.s3.exists(f"{FOLDER}/checkpoints.json"), 60, lambda: "a list")
-    until(lambda: listed(arena).checkpoints, 60, lambda: "a checkpoint in the list")
-    asleep = [psutil.Process(first.process.pid), *(p for worker in arena.workers() for p in family(worker.pid))]
-    for process in asleep:
-        process.send_signal(signal.SIGSTOP)
+    with slow_steps(arena.home, Path(elsewhere["DDPM_HOME"])):
+        first = arena.train(*RUN)
+        first.gets_on()
+        until(lambda: arena.s3.exists(f"{FOLDER}/checkpoints.json"), 60, lambda: "a list")
+        until(lambda: listed(arena).checkpoints, 60, lambda: "a checkpoint in the list")
+        asleep = [psutil.Process(first.process.pid), *(p for worker in arena.workers() for p in family(worker.pid))]
+        for process in asleep:
+            process.send_signal(signal.SIGSTOP)
 
-    second = replace_environment(arena, elsewhere)
-    second.gets_on()
-    until(lambda: listed(arena).checkpoints[0].epoch == 2, 60, lambda: "only checkpoints of the second driver")
-    second.process.send_signal(signal.SIGINT)
-    answer = second.answer()
-    assert answer["status"] == "stopped"
+        second = replace_environment(arena, elsewhere)
+        second.gets_on()
+        until(lambda: listed(arena).checkpoints[0].epoch == 2, 60, lambda: "only checkpoints of the second driver")
+        second.process.send_signal(signal.SIGINT)
+        answer = second.answer()
+        assert answer["status"] == "stopped"
     client = MlflowClient(tracking_uri=arena.state.tracking_uri)
     before, curves = everything(arena, client, answer["run_id"]), history(client, answer["run_id"])
     assert before["status"] == "KILLED"

@@ -18,6 +18,19 @@ from pipelines.storage import Storage
 from tests.integration import command
 from tests.integration.workers import address, forked_workers
 
+DIGITS = [
+    "+experiment=digits",
+    "images=6400",
+    "optim.power_ema=[0.05,0.1]",
+    "checkpoint.every=2560",
+    "tracking.log_every=640",
+    "tracking.grid_every=1280",
+    "tracking.grid_images=20",
+]
+"""What the run `digits` is trained by."""
+SCORED = ["sampler.steps=10", "evaluation.seeds=2", "evaluation.likelihood_images=4", "registry.n=359"]
+"""What it is drawn and scored by as `models:/digits/1`."""
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -79,3 +92,9 @@ def shell(local_stack: StackState, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="session")
 def s3(local_stack: StackState) -> Storage:
     return Storage(local_stack.s3_endpoint, str(local_stack.credentials_file), "us-east-1")
+
+
+@pytest.fixture(scope="session")
+def digits(shell: Shell) -> Finished:
+    """The whole way to `models:/digits/1`: modules that ask for it belong to the group `digits`, which shares it."""
+    return shell.ok("flow", *DIGITS, *SCORED, "--out", "flow", "--json")

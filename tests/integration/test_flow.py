@@ -18,30 +18,13 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from pipelines.storage import Storage
-from tests.integration.conftest import Finished, Shell
+from tests.integration.conftest import DIGITS, SCORED, Shell
 from tests.integration.workers import slow_steps
 from tests.networks import TINY_UNET
 
 pytestmark = pytest.mark.integration
 
-SHORT = [
-    "+experiment=digits",
-    "images=6400",
-    "optim.power_ema=[0.05,0.1]",
-    "checkpoint.every=2560",
-    "tracking.log_every=640",
-    "tracking.grid_every=1280",
-    "tracking.grid_images=20",
-    "sampler.steps=10",
-    "evaluation.seeds=2",
-    "evaluation.likelihood_images=4",
-    "registry.n=359",
-]
-
-
-@pytest.fixture(scope="module")
-def flow(shell: Shell) -> Finished:
-    return shell.ok("flow", *SHORT, "--out", "flow", "--json")
+SHORT = [*DIGITS, *SCORED]
 
 
 @pytest.fixture
@@ -49,10 +32,10 @@ def client(local_stack) -> MlflowClient:
     return MlflowClient(tracking_uri=local_stack.tracking_uri)
 
 
-def test_the_run_holds_curves_grids_config_and_lineage(flow, client, tmp_path):
+def test_the_run_holds_curves_grids_config_and_lineage(digits, client, tmp_path):
     experiment = client.get_experiment_by_name("ddpm")
     runs = client.search_runs([experiment.experiment_id], "tags.`ddpm.run` = 'digits'")
-    assert [run.info.run_id for run in runs] == [flow.answer["run_id"]]
+    assert [run.info.run_id for run in runs] == [digits.answer["run_id"]]
     run = runs[0]
     assert run.info.status == "FINISHED"
     steps = [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")]
@@ -62,7 +45,7 @@ def test_the_run_holds_curves_grids_config_and_lineage(flow, client, tmp_path):
     losses = [m.value for m in client.get_metric_history(run.info.run_id, "train/loss")]
     assert losses[-1] < losses[0] / 2
     assert run.data.params["optim.lr"] == "0.002"
-    assert run.data.tags["dataset_digest"] == flow.answer["scores"]["dataset_digest"]
+    assert run.data.tags["dataset_digest"] == digits.answer["scores"]["dataset_digest"]
     assert len(run.data.tags["git_commit"]) >= 7
     grids = [i.path for i in client.list_artifacts(run.info.run_id, "images") if "samples" in i.path]
     assert len([path for path in grids if path.endswith(".png")]) == 6  # one of them before the first step
@@ -73,24 +56,24 @@ def test_the_run_holds_curves_grids_config_and_lineage(flow, client, tmp_path):
     assert run.data.metrics["eval/frechet_floor"] < run.data.metrics["eval/frechet_distance"]
 
 
-def test_the_page_of_the_run_tells_its_score_its_version_its_goodput_and_shows_its_newest_samples(flow, client):
-    run = client.get_run(flow.answer["run_id"])
+def test_the_page_of_the_run_tells_its_score_its_version_its_goodput_and_shows_its_newest_samples(digits, client):
+    run = client.get_run(digits.answer["run_id"])
     note = run.data.tags["mlflow.note.content"]
     labels = re.findall(r"^\*\*(\w+)\.\*\* ", note, re.MULTILINE)
     assert labels == ["Training", "Score", "Registered", "Goodput", "Samples", "Commands"]
-    distance = flow.answer["scores"]["estimates"]["frechet_distance"]["value"]
+    distance = digits.answer["scores"]["estimates"]["frechet_distance"]["value"]
     assert f"Frechet {distance:.2f}" in note
     assert "[digits version 1](#/models/digits/versions/1?workflowType=machine_learning)" in note
-    assert flow.answer["mlflow"].endswith(f"/runs/{run.info.run_id}?workflowType=machine_learning")
+    assert digits.answer["mlflow"].endswith(f"/runs/{run.info.run_id}?workflowType=machine_learning")
     (shown,) = re.findall(r"!\[evaluation\]\((.*?)\)", note)
     assert requests.get(f"{client.tracking_uri}/{shown}", timeout=30).content[:4] == b"\x89PNG"
     assert {key.split("/")[0] for key in run.data.metrics} - {"system"} == {"eval", "train", "updates", "worker"}
 
 
-def test_the_logged_model_has_the_scores_and_the_loss_of_its_images(flow, client):
+def test_the_logged_model_has_the_scores_and_the_loss_of_its_images(digits, client):
     version = client.get_model_version("digits", "1")
     model = client.get_logged_model(version.source.removeprefix("models:/"))
-    assert model.source_run_id == version.run_id == flow.answer["run_id"]
+    assert model.source_run_id == version.run_id == digits.answer["run_id"]
     points = {m.key: m for m in model.metrics}
     assert {"train/loss", "eval/frechet_distance", "eval/class_accuracy"} <= points.keys()
     assert not [key for key in points if key.startswith("system/")]
@@ -103,31 +86,31 @@ STAGES = {
 }  # fmt: skip
 
 
-def test_nothing_but_our_own_lines_is_on_the_terminal_of_a_healthy_run(flow):
+def test_nothing_but_our_own_lines_is_on_the_terminal_of_a_healthy_run(digits):
     """Neither Ray's banners and logs nor anybody's deprecation and other warnings, nor a warning of ours."""
-    foreign = [line for line in flow.err.splitlines() if line[:10].strip() not in STAGES or line[10:12] != "  "]
+    foreign = [line for line in digits.err.splitlines() if line[:10].strip() not in STAGES or line[10:12] != "  "]
     assert foreign == []
-    assert not re.search(r"(?i)warn|deprecat|traceback|rank \d", flow.err)
+    assert not re.search(r"(?i)warn|deprecat|traceback|rank \d", digits.err)
 
 
-def test_a_healthy_runs_workers_have_nothing_to_say(flow, shell):
+def test_a_healthy_runs_workers_have_nothing_to_say(digits, shell):
     said = shell.ok("logs", "digits", "--json")
     assert [line for line in said.answer["lines"] if line["logger"].startswith(("pipelines", "ddpm"))] == []
 
 
-def test_a_report_holds_what_is_recorded_of_a_version_and_is_kept_with_its_run(flow, shell, client, tmp_path):
+def test_a_report_holds_what_is_recorded_of_a_version_and_is_kept_with_its_run(digits, shell, client, tmp_path):
     done = shell.ok("report", "models:/digits/1", "--out", "report.html", "--json")
     expected = ["training", "time", "curves", "scores", "gate", "samples", "growth", "film", "levels", "nearest"]
     assert [name for name in done.answer["sections"] if name != "settings"] == expected  # others may score it too
     text = (shell.folder / done.answer["path"]).read_text()
-    assert set(re.findall(r'(?:src|href)="(?!data:|#)([^"]*)"', text)) == {flow.answer["mlflow"]}
-    distance = flow.answer["scores"]["estimates"]["frechet_distance"]["value"]
+    assert set(re.findall(r'(?:src|href)="(?!data:|#)([^"]*)"', text)) == {digits.answer["mlflow"]}
+    distance = digits.answer["scores"]["estimates"]["frechet_distance"]["value"]
     assert f'<td class="n">{distance:.4g} (' in text
     (goodput,) = re.findall(r"Goodput, here ([\d.]+)%", text)
-    recorded = client.get_run(flow.answer["run_id"]).data.metrics["train/goodput"]
+    recorded = client.get_run(digits.answer["run_id"]).data.metrics["train/goodput"]
     assert float(goodput) == pytest.approx(100 * recorded, abs=2)  # the ledger's last seconds come after the curve's
     assert text.count("<figure data-name=") == 6  # as many as there are grids
-    kept = client.download_artifacts(flow.answer["run_id"], "report.html", str(tmp_path))
+    kept = client.download_artifacts(digits.answer["run_id"], "report.html", str(tmp_path))
     assert Path(kept).read_text() == text
 
     read = shell.ok("report", "digits", "--no-model", "--no-log", "--json")
@@ -138,18 +121,18 @@ def test_a_report_holds_what_is_recorded_of_a_version_and_is_kept_with_its_run(f
     assert "no run 'nowhere' in experiment 'ddpm'" in wrong.err
 
 
-def test_the_registry_holds_version_one_as_champion_with_its_evidence(flow, client):
+def test_the_registry_holds_version_one_as_champion_with_its_evidence(digits, client):
     version = client.get_model_version_by_alias("digits", "champion")
     assert version.version in (1, "1")
-    assert version.run_id == flow.answer["run_id"]
+    assert version.run_id == digits.answer["run_id"]
     scores = json.loads(version.tags["scores"])
-    assert scores == flow.answer["scores"]
+    assert scores == digits.answer["scores"]
     assert scores["n"] == 359
     assert {"git_commit", "dataset_digest", "model_digest", "code_version", "sampling"} <= set(version.tags)
     assert version.tags["gate.champion"].startswith("passed")
 
 
-def test_s3_holds_shards_evaluator_checkpoints_and_artifacts(flow, s3: Storage):
+def test_s3_holds_shards_evaluator_checkpoints_and_artifacts(digits, s3: Storage):
     objects = {entry.uri.removeprefix("s3://ddpm/"): entry.size for entry in s3.list("s3://ddpm")}
     assert {"datasets/digits/dataset.json", "runs/digits/checkpoints.json"} <= set(objects)
     (published,) = {name.split("/")[3] for name in objects if name.startswith("runs/digits/published/")}
@@ -162,7 +145,7 @@ def test_s3_holds_shards_evaluator_checkpoints_and_artifacts(flow, s3: Storage):
     assert not [name for name in objects if name.endswith((".pkl", ".pt", ".pickle")) and "runs/" in name]
 
 
-def test_plain_webdataset_reads_every_image_once(flow, s3: Storage, tmp_path: Path):
+def test_plain_webdataset_reads_every_image_once(digits, s3: Storage, tmp_path: Path):
     s3.download_folder("s3://ddpm/datasets/digits", tmp_path)
     shards = sorted(str(p) for p in tmp_path.glob("*.tar"))
     seen = list(webdataset.WebDataset(shards, shardshuffle=False).decode("pil").to_tuple("__key__", "png", "cls"))
@@ -171,15 +154,15 @@ def test_plain_webdataset_reads_every_image_once(flow, s3: Storage, tmp_path: Pa
     assert {label for _, _, label in seen} == set(range(10))
 
 
-def test_a_second_flow_skips_every_stage(flow, shell, client):
+def test_a_second_flow_skips_every_stage(digits, shell, client):
     again = shell.ok("flow", *SHORT, "--json")
     assert again.answer["skipped"] == ["ingest", "train", "evaluator", "evaluate", "register", "gate"]
-    assert again.answer["scores"] == flow.answer["scores"]
-    assert again.answer["model"] == flow.answer["model"]
+    assert again.answer["scores"] == digits.answer["scores"]
+    assert again.answer["model"] == digits.answer["model"]
     assert len(client.search_model_versions("name = 'digits'")) == 1
 
 
-def test_a_dry_run_says_what_would_run_and_leaves_no_trace(flow, shell, client, s3):
+def test_a_dry_run_says_what_would_run_and_leaves_no_trace(digits, shell, client, s3):
     before = stored(s3), [run.info.run_id for run in client.search_runs(["1"])]
     same = shell.ok("flow", *SHORT, "--dry-run", "--json")
     assert [(stage["name"], stage["runs"]) for stage in same.answer["stages"]] == [
@@ -194,7 +177,7 @@ def test_a_dry_run_says_what_would_run_and_leaves_no_trace(flow, shell, client, 
     assert (stored(s3), [run.info.run_id for run in client.search_runs(["1"])]) == before
 
 
-def test_samples_do_not_depend_on_the_batch_size(flow, shell):
+def test_samples_do_not_depend_on_the_batch_size(digits, shell):
     options = ["--labels", "0,1,2", "--guidance", "2", "--steps", "10", "--count", "3", "--seed", "7"]
     first = shell.ok("sample", "models:/digits@champion", *options, "--batch-size", "9", "--out", "a", "--json")
     second = shell.ok("sample", "models:/digits/1", *options, "--batch-size", "2", "--out", "b", "--json")
@@ -206,7 +189,7 @@ def test_samples_do_not_depend_on_the_batch_size(flow, shell):
     assert Image.open(shell.folder / first.answer["files"][-1]).mode == "RGB"
 
 
-def test_the_registered_pyfunc_gives_the_images_of_ddpm_sample(flow, shell, local_stack):
+def test_the_registered_pyfunc_gives_the_images_of_ddpm_sample(digits, shell, local_stack):
     mlflow.set_tracking_uri(local_stack.tracking_uri)
     model = mlflow.pyfunc.load_model("models:/digits@champion")
     import pandas
@@ -221,8 +204,8 @@ def test_the_registered_pyfunc_gives_the_images_of_ddpm_sample(flow, shell, loca
     assert np.abs(drawn.astype(int) - images[..., 0].astype(int)).max() <= 1
 
 
-def test_published_checkpoints_are_named_by_run_and_images(flow, shell):
-    run = f"runs:/{flow.answer['run_id']}"
+def test_published_checkpoints_are_named_by_run_and_images(digits, shell):
+    run = f"runs:/{digits.answer['run_id']}"
     newest = shell.ok("sample", run, "--labels", "3", "--steps", "5", "--out", "d", "--json")
     named = shell.ok("sample", f"{run}/6400", "--labels", "3", "--steps", "5", "--out", "e", "--json")
     one, other = [(shell.folder / done.answer["files"][0]).read_bytes() for done in (newest, named)]
@@ -237,7 +220,7 @@ def test_published_checkpoints_are_named_by_run_and_images(flow, shell):
 
 
 @pytest.mark.slow  # the gate's own tests refuse a worse version on every run
-def test_a_weaker_model_does_not_take_the_alias(flow, shell, client):
+def test_a_weaker_model_does_not_take_the_alias(digits, shell, client):
     weak = shell.ok("flow", *SHORT, "name=weak", "images=1280", "registry.model=digits", "--json")
     assert not weak.answer["gate"]["passed"]
     assert weak.answer["gate"]["reason"].startswith(("not noise: ", "not collapsed: ", "worse: "))
@@ -252,7 +235,7 @@ LONG = [
 ENDLESS = 100_000_000
 
 
-def test_ctrl_c_stops_with_a_checkpoint_and_the_same_name_resumes_there(flow, shell: Shell, client, local_stack):
+def test_ctrl_c_stops_with_a_checkpoint_and_the_same_name_resumes_there(digits, shell: Shell, client, local_stack):
     with slow_steps(local_stack.home):
         process = shell.start("train", *LONG, f"images={ENDLESS}", "--json")
         assert process.stderr is not None
@@ -307,17 +290,17 @@ def stored(s3: Storage, address: str = "s3://ddpm") -> dict[str, tuple[int, str]
     return {entry.uri: (entry.size, entry.tag) for entry in s3.list(address)}
 
 
-def test_runs_shows_state_images_score_and_size(flow, shell, s3):
+def test_runs_shows_state_images_score_and_size(digits, shell, s3):
     (row,) = [row for row in shell.ok("runs", "--json").answer["runs"] if row["name"] == "digits"]
-    assert (row["state"], row["images_seen"], row["run_id"]) == ("finished", 6400, flow.answer["run_id"])
+    assert (row["state"], row["images_seen"], row["run_id"]) == ("finished", 6400, digits.answer["run_id"])
     name, value = row["score"]
-    scored = flow.answer["scores"]["estimates"]["frechet_distance"]["value"]
+    scored = digits.answer["scores"]["estimates"]["frechet_distance"]["value"]
     assert (name, value) == ("frechet_distance", pytest.approx(scored))
     assert row["size"] == sum(size for size, _ in stored(s3, "s3://ddpm/runs/digits").values())
     assert time.time() - row["when"] < 3600
 
 
-def test_rm_removes_a_run_and_nothing_else_and_no_run_that_the_registry_names(flow, shell, s3, client):
+def test_rm_removes_a_run_and_nothing_else_and_no_run_that_the_registry_names(digits, shell, s3, client):
     before = stored(s3)
     refused = shell("rm", "digits", "--yes")
     assert refused.code == 1
@@ -337,7 +320,7 @@ def test_rm_removes_a_run_and_nothing_else_and_no_run_that_the_registry_names(fl
     assert (again.code, "no run 'copied'" in again.err) == (1, True), again.err
 
 
-def test_gc_finds_a_published_checkpoint_that_nothing_names_and_deletes_only_that(flow, shell, s3):
+def test_gc_finds_a_published_checkpoint_that_nothing_names_and_deletes_only_that(digits, shell, s3):
     before = stored(s3)
     folder = "s3://ddpm/runs/digits/published"
     (published,) = {uri.rsplit("/", 1)[0] for uri in stored(s3, folder)}
@@ -382,7 +365,7 @@ def test_gc_finds_a_published_checkpoint_that_nothing_names_and_deletes_only_tha
         (["ingest", "missing-folder", "--to", "s3://ddpm/datasets/x"], 1, "is not a folder"),
     ],
 )
-def test_mistakes_are_named_before_anything_starts(flow, shell, arguments, code, message):
+def test_mistakes_are_named_before_anything_starts(digits, shell, arguments, code, message):
     failed = shell(*arguments)
     assert (failed.code, message in failed.err) == (code, True), failed.err[-1500:]
     assert "Traceback" not in failed.err

@@ -9,24 +9,14 @@ import pytest
 from mlflow import MlflowClient
 
 from pipelines.storage import Storage
-from tests.integration.conftest import Finished, Shell
+from tests.integration.conftest import DIGITS, Finished, Shell
 from tests.integration.workers import forked
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 NAME = "gated"
-SHORT = [
-    "+experiment=digits",
-    f"registry.model={NAME}",
-    "cluster.num_workers=1",
-    "registry.n=359",
-    "checkpoint.every=5120",
-    "tracking.grid_every=null",
-    "sampler.steps=10",
-    "evaluation.n=200",
-    "evaluation.seeds=1",
-    "evaluation.likelihood_images=0",
-]
+JUDGED = ["registry.n=359", "evaluation.n=200", "evaluation.seeds=1", "evaluation.likelihood_images=0"]
+SHORT = [*DIGITS, f"registry.model={NAME}", "sampler.steps=10", *JUDGED]
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +25,14 @@ def client(local_stack) -> MlflowClient:
 
 
 @pytest.fixture(scope="module")
-def weak(shell: Shell) -> Finished:
-    return shell.ok("flow", *SHORT, "name=gate-weak", "images=5120", "--json")
+def weak(digits: Finished, shell: Shell) -> Finished:
+    """A version that draws with too little guidance."""
+    return shell.ok("flow", *SHORT, "guidance.scale=0.75", "--json")
 
 
 @pytest.fixture(scope="module")
 def good(shell: Shell, weak: Finished) -> Finished:
-    return shell.ok("flow", *SHORT, "name=gate-good", "images=10240", "--json")
+    return shell.ok("flow", *SHORT, "--json")
 
 
 def aliases(client: MlflowClient) -> dict[str, str]:

@@ -91,7 +91,8 @@ def test_the_digits_graph_is_materialised_once_and_then_skipped(shell: Shell, lo
     from pipelines.orchestrate import definitions
     from pipelines.orchestrate.definitions import JOB, make_definitions
 
-    command, variables = forked(forks, definitions.CHILD[-1])
+    child = definitions.CHILD
+    command, variables = forked(forks, child[-1])
     monkeypatch.setattr(definitions, "CHILD", command)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -128,6 +129,13 @@ def test_the_digits_graph_is_materialised_once_and_then_skipped(shell: Shell, lo
         assert again[asset]["skipped"].value is True
         assert again[asset]["why"].value.startswith("skipped: ")
         assert again[asset]["inputs"].value == made[asset]["inputs"].value
+
+    # A stage is a process of its own, which imports what it needs by itself.
+    monkeypatch.setattr(definitions, "CHILD", child)
+    alone = job.execute_in_process(partition_key="short", asset_selection=[dg.AssetKey("dataset")])
+    (event,) = alone.get_asset_materialization_events()
+    assert event.materialization.metadata["skipped"].value is True
+    assert event.materialization.metadata["inputs"].value == made["dataset"]["inputs"].value
 
 
 LAUNCH = """mutation($selector: JobOrPipelineSelector!, $tags: [ExecutionTag!]) {

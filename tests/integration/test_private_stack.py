@@ -21,6 +21,8 @@ from pipelines.credentials import read_mlflow_file
 from pipelines.stack import StackState
 from pipelines.stack.private import client_context
 from pipelines.storage import Storage
+from tests.integration import command
+from tests.networks import TINY_UNET
 
 pytestmark = pytest.mark.integration
 
@@ -129,3 +131,21 @@ def test_the_owner_is_let_in_and_the_next_start_stays_private(private: StackStat
     assert stack.read_private(private.home)
     command_lines = [" ".join(psutil.Process(s.pid).cmdline()) for s in stack.status(private.home) if s.pid]
     assert not [line for line in command_lines if owner[1] in line]
+
+
+@pytest.mark.slow  # a minute of a core, for the imports of each process
+@pytest.mark.timeout(600)
+def test_workers_that_ray_starts_itself_train_on_it(private: StackState, tmp_path: Path) -> None:
+    """Other tests fork theirs from a process that has imported all there is: these import what they need."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "MLFLOW_", "RAY_"))}
+    environment |= {"DDPM_HOME": str(private.home), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    for arguments in (
+        ["ingest", "digits", "--to", "s3://ddpm/datasets/digits"],
+        ["train", "+experiment=digits", *TINY_UNET, "images=384", "cluster.num_workers=1", "sampler.steps=2", "--json"],
+    ):
+        done = command.FORKS.run(arguments, tmp_path, environment, timeout=280)
+        assert done.returncode == 0, done.stderr[-3000:]
+    answer = json.loads(done.stdout.splitlines()[-1])
+    assert (answer["status"], answer["images_seen"]) == ("finished", 384)
+    (head,) = [psutil.Process(s.pid) for s in stack.status(private.home) if s.name == "ray"]
+    assert "tests.integration" not in " ".join(" ".join(p.cmdline()) for p in [head, *head.children(recursive=True)])

@@ -333,7 +333,7 @@ def test_ctrl_c_ends_it_once_every_admitted_request_is_answered(server):
             pool.submit(requests.post, f"{server.url}/v1/images", json=slow, headers=server.headers, timeout=60)
             for _ in range(6)
         ]
-        until(lambda: admitted(server) == before + 6, 20)
+        until(lambda: admitted(server) == before + 6 and waiting(server), 20)
         server.process.send_signal(signal.SIGINT)
         answers = [each.result() for each in asked]
     assert [answer.status_code for answer in answers] == [200] * 6
@@ -347,6 +347,12 @@ def admitted(server: Server) -> int:
     """How many requests for pictures wait, are drawn or were answered."""
     counted = r"^ddpm_serve_(?:queue|requests_total\{path=\"/v1/images\").* ([\d.]+)$"
     return sum(int(float(number)) for number in re.findall(counted, server.get("/metrics").text, re.MULTILINE))
+
+
+def waiting(server: Server) -> int:
+    """How many requests for pictures have no answer yet."""
+    counted = re.findall(r"^ddpm_serve_queue\{.* ([\d.]+)$", server.get("/metrics").text, re.MULTILINE)
+    return sum(int(float(number)) for number in counted)
 
 
 def spoken(server: Server, rest: bytes) -> bytes:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 import time
 
 import pytest
@@ -31,6 +33,7 @@ from tests.pipelines.training.loop.ranks import (
     trace,
     train_here,
 )
+from tests.times import ROOT
 
 STEPS, BATCH = 6, 25
 
@@ -399,3 +402,11 @@ def test_where_one_of_two_ranks_meets_a_damaged_shard_both_save_and_end(tmp_path
         start_ranks(ranks_with_a_slow_store, (2, tmp_path / "rendezvous", dataset, runs), 2)
     state = json.loads((last_checkpoint(folder) / "state.json").read_text())
     assert state["images_seen"] == number * BATCH
+
+
+@pytest.mark.heavy
+def test_a_rank_imports_what_it_needs_by_itself(tmp_path):
+    """Where ranks are forked, from here or from what tests fork workers from, somebody has imported all there is."""
+    command = [sys.executable, "-m", "tests.pipelines.training.loop.fresh", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "60\n"), done.stderr[-3000:]
