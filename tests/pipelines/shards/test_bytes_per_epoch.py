@@ -38,16 +38,18 @@ def tail_start(order: SampleOrder, epoch: int = 0) -> int:
 
 
 def plan(order: SampleOrder, batch_size: int, nodes: int, ranks: int, epoch: int = 0) -> list[Node]:
-    """Per node the shards that the pieces of its ranks lie in."""
+    """Per node the shards that the pieces of its ranks lie in, which are spans of the batch (see test_order.py)."""
+    world = nodes * ranks
     first, first_end, end = epoch * order.total, tail_start(order, epoch), (epoch + 1) * order.total
     body: list[set[int]] = [set() for _ in range(nodes)]
     tail: list[set[int]] = [set() for _ in range(nodes)]
     for start in range(first // batch_size * batch_size, end, batch_size):
-        for rank in range(nodes * ranks):
-            piece = order.piece(start, batch_size, rank, nodes * ranks)
-            mine = (first <= piece.ordinals) & (piece.ordinals < end)
-            where = body if start + batch_size <= first_end or first_end == end else tail
-            where[rank // ranks] |= set(piece.shards[mine].tolist())
+        batch = order.batch(start, batch_size)
+        of_epoch = (first <= batch.ordinals) & (batch.ordinals < end)
+        where = body if start + batch_size <= first_end or first_end == end else tail
+        for rank in range(world):
+            piece = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+            where[rank // ranks] |= set(batch.shards[piece][of_epoch[piece]].tolist())
     return [Node(frozenset(b), frozenset(t - b)) for b, t in zip(body, tail, strict=True)]
 
 
