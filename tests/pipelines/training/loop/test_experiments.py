@@ -64,6 +64,7 @@ def test_the_score_of_a_model_is_walked_along(digits, tmp_path):
     assert not torch.equal(images, model.generate(torch.arange(4), sampling=few, seed=1))
 
 
+@pytest.mark.heavy
 def test_known_pixels_are_learned_sooner_from_a_model_that_has_never_seen_them(digits, base, tmp_path):
     often, start = "tracking.log_every=128", f"init_from={base}"
     model, tuned = trained(tmp_path / "tuned", digits, "digits_inpainting", often, start)

@@ -143,6 +143,7 @@ def test_no_label_drop_is_fine_without_guidance_or_condition():
     assert expected_faults(of_digits("objective.label_drop=0", "model.class_conditional=false")) == []
 
 
+@pytest.mark.heavy
 def test_a_short_training_of_eps_says_what_is_wrong_and_one_of_v_does_not(digits, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(health, "LEAST_STEPS", 20)
     short = ["data.lanes=4", "optim.lr=0.004", "optim.warmup_images=160", "tracking.log_every=320"]

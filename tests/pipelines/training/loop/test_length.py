@@ -88,7 +88,8 @@ def test_a_run_without_seconds_is_as_long_as_configured(digits, tmp_path):
 SECONDS = 4.0
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.heavy)])
+@pytest.mark.heavy
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_ranks_end_together_near_their_seconds_and_checkpoints_say_where(digits, tmp_path, ranks):
     config = tiny_config(tmp_path, 500_000, BATCH, f"training_s={SECONDS}", "tracking.grid_every=null")
     if ranks == 1:

@@ -68,6 +68,7 @@ def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(digits, tmp_path,
         assert (one / name).read_bytes() == (other / name).read_bytes()
 
 
+@pytest.mark.heavy
 @every_network
 def test_two_ranks_have_the_losses_of_one_under_ddp_and_fsdp(digits, tmp_path, network):
     run(tmp_path / "one", digits, network, "optim.precision=fp64", NO_GRIDS)
