@@ -71,7 +71,8 @@ class Store:
 
 @pytest.mark.parametrize("stalls", [True, False], ids=["stalls", "breaks"])
 @pytest.mark.parametrize("broken", [1, 6])  # the transfer manager gives up after five
-def test_a_body_that_breaks_off_is_asked_for_again(tmp_path, stalls, broken):
+def test_a_body_that_breaks_off_is_asked_for_again(tmp_path, monkeypatch, stalls, broken):
+    monkeypatch.setattr("pipelines.storage.s3_client.TIMEOUT_S", 0.05)  # an answer that is late is asked for again, too
     with serving(Store(broken, stalls)) as server:
         storage = storage_at(server.url, tmp_path)
         assert storage.read(URI) == DATA
