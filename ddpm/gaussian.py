@@ -76,15 +76,22 @@ def q_posterior(
     At s = 0 the mean is x_0 and the variance 0.
     """
     bar_t, bar_s = schedule.alpha_bar(t), schedule.alpha_bar(s)
+    return DiagonalGaussian(_posterior_mean(x_t, x_0, bar_t, bar_s), per_sample(_posterior_variance(bar_t, bar_s), x_t))
+
+
+def _posterior_mean(x_t: Tensor, x_0: Tensor, bar_t: Tensor, bar_s: Tensor) -> Tensor:
     step = bar_t / bar_s  # alpha_{t|s}^2
     from_x_0 = per_sample(bar_s.sqrt() * (1 - step) / (1 - bar_t), x_t)
     from_x_t = per_sample(step.sqrt() * (1 - bar_s) / (1 - bar_t), x_t)
-    return DiagonalGaussian(from_x_0 * x_0 + from_x_t * x_t, per_sample(posterior_variance(t, s, schedule), x_t))
+    return from_x_0 * x_0 + from_x_t * x_t
 
 
 def posterior_variance(t: Tensor | float, s: Tensor | float, schedule: NoiseSchedule) -> Tensor:
     """Return the variance of q(x_s | x_t, x_0), float64 (DDPM, eq. 7); 0 at s = 0."""
-    bar_t, bar_s = schedule.alpha_bar(t), schedule.alpha_bar(s)
+    return _posterior_variance(schedule.alpha_bar(t), schedule.alpha_bar(s))
+
+
+def _posterior_variance(bar_t: Tensor, bar_s: Tensor) -> Tensor:
     return (1 - bar_t / bar_s) * (1 - bar_s) / (1 - bar_t)
 
 
@@ -98,13 +105,14 @@ def reverse_variance(
     authors' code. If 2 t > T, the step from T to t is used; if t = T (a chain of one step), the variance is beta_{T|0}.
     """
     t, s = torch.as_tensor(t, dtype=torch.float64), torch.as_tensor(s, dtype=torch.float64)
-    beta = 1 - schedule.alpha_bar(t) / schedule.alpha_bar(s)
+    bar_t, bar_s = schedule.alpha_bar(t), schedule.alpha_bar(s)
+    beta = 1 - bar_t / bar_s
     above = (2 * t).clamp(max=schedule.num_steps)
-    last = torch.where(above > t, posterior_variance(above, t, schedule), beta)
+    last = torch.where(above > t, _posterior_variance(schedule.alpha_bar(above), bar_t), beta)
     if kind == "large":
         return torch.where(s > 0, beta, last)
     if kind == "small":
-        return torch.where(s > 0, posterior_variance(t, s, schedule), last)
+        return torch.where(s > 0, _posterior_variance(bar_t, bar_s), last)
     raise ValueError(f"unknown variance {kind!r}; allowed: small, large")
 
 
@@ -125,12 +133,13 @@ def p_reverse(
         variance: kind of fixed variance, see `reverse_variance`; a learned variance replaces it (Improved DDPM,
             eq. 15).
     """
-    mean = q_posterior(x_t, pred.x0, t, s, schedule).mean
+    bar_t, bar_s = schedule.alpha_bar(t), schedule.alpha_bar(s)
+    mean = _posterior_mean(x_t, pred.x0, bar_t, bar_s)
     if pred.variance_fraction is None:
         var = per_sample(reverse_variance(t, s, schedule, variance), x_t)
     else:
         low = per_sample(reverse_variance(t, s, schedule, "small").log(), x_t)
-        high = per_sample((1 - schedule.alpha_bar(t) / schedule.alpha_bar(s)).log(), x_t)
+        high = per_sample((1 - bar_t / bar_s).log(), x_t)
         var = torch.lerp(low, high, pred.variance_fraction).exp()
     if pred.mean_gradient is not None:
         mean = mean + var * pred.mean_gradient  # Dhariwal & Nichol 2021, algorithm 1

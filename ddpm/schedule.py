@@ -64,26 +64,27 @@ class NoiseSchedule:
         Raises:
             ValueError: t is outside [0, T].
         """
-        t = torch.as_tensor(t, dtype=torch.float64)
-        if bool((t < 0).any()) or bool((t > self.num_steps).any()):
-            raise ValueError(f"t must be in [0, {self.num_steps}], got {t.min().item()}..{t.max().item()}")
-        table = self.alphas_cumprod.to(t.device)
-        lower = t.floor().long()
-        at_table = table[lower]
+        t, last = torch.as_tensor(t, dtype=torch.float64), self.num_steps
+        if not bool((t.clamp(0, last) == t).all()):
+            raise ValueError(f"t must be in [0, {last}], got {t.min().item()}..{t.max().item()}")
+        lower = t.long()
+        at_table = self.alphas_cumprod.to(t.device)[lower]
         on_grid = t == lower
         if bool(on_grid.all()):
             return at_table
-        between = self.closed_form(t) if self.closed_form is not None else self._interpolate(t)
+        between = self.closed_form(t) if self.closed_form is not None else self._interpolate(t, lower)
         return torch.where(on_grid, at_table, between)
 
-    def _interpolate(self, t: Tensor) -> Tensor:
+    def _interpolate(self, t: Tensor, lower: Tensor) -> Tensor:
         """Return alpha_bar between table points, by PCHIP interpolation of the angles (Fritsch & Butland 1984)."""
         angle, tangent = (values.to(t.device) for values in self._angles)
-        i = t.floor().long().clamp(max=self.num_steps - 1)
-        u = t - i
-        h00, h10 = (1 + 2 * u) * (1 - u) ** 2, u * (1 - u) ** 2
-        h01, h11 = u**2 * (3 - 2 * u), u**2 * (u - 1)
-        return (h00 * angle[i] + h10 * tangent[i] + h01 * angle[i + 1] + h11 * tangent[i + 1]).cos().square()
+        i = lower.clamp(max=self.num_steps - 1)
+        j, u = i + 1, t - i
+        v = 1 - u
+        uu, vv = u * u, v * v
+        h00, h10 = (1 + 2 * u) * vv, u * vv
+        h01, h11 = uu * (3 - 2 * u), uu * (u - 1)
+        return (h00 * angle[i] + h10 * tangent[i] + h01 * angle[j] + h11 * tangent[j]).cos().square()
 
     @cached_property
     def _angles(self) -> tuple[Tensor, Tensor]:
