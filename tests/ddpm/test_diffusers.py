@@ -53,7 +53,7 @@ def theirs(folder):
 
 
 @torch.no_grad()
-def their_ddim(unet, scheduler, x_T, labels=None, steps=10):
+def their_ddim(unet, scheduler, x_T, labels=None, steps=5):
     scheduler.set_timesteps(steps)
     x_t = x_T
     for t in scheduler.timesteps:
@@ -62,7 +62,7 @@ def their_ddim(unet, scheduler, x_T, labels=None, steps=10):
     return x_t
 
 
-def our_ddim(model, x_T, cond=None, steps=10):
+def our_ddim(model, x_T, cond=None, steps=5):
     denoiser = model.spec.sampling.wrap(model.denoiser, model.schedule)
     return last(DDIM(steps=steps)(denoiser, model.schedule, x_T, cond))
 
