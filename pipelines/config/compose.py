@@ -78,7 +78,7 @@ def _composed(folder: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
     return typing.cast("dict[str, Any]", plain)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _chosen(folder: Path, lines: tuple[str, ...]) -> Any:
     """Return Hydra's configuration of a folder and those overrides that choose its files; it takes tens of ms."""
     from hydra import compose as hydra_compose
