@@ -172,7 +172,9 @@ class _Reader:
             rows.append(("network", f"{kind}, {parameters(spec):,} parameters"))
         asked = settings.get("images")
         if seen is not None:
-            rows.append(("images seen", f"{seen:,}" + (f" of {asked:,}" if asked not in (None, seen) else "")))
+            # A training that ends by the clock may see more images than its first guess was.
+            ahead = asked is not None and seen < asked
+            rows.append(("images seen", f"{seen:,} of {asked:,}" if ahead else f"{seen:,}"))
         schedule = settings.get("schedule") or {}
         if "kind" in schedule:
             rows.append(("schedule", _word(schedule)))

@@ -133,6 +133,12 @@ def test_every_part_of_a_run_is_read(read):
     assert dict(facts.training)["learning rate"] == "0.002"
 
 
+@pytest.mark.parametrize("images, said", [(4000, "1,000 of 4,000"), (1000, "1,000"), (600, "1,000")])
+def test_a_training_that_went_beyond_its_first_guess_has_no_total(read, tracker, config, images, said):
+    tracker.files["config.json"] = json.dumps({**config.model_dump(mode="json"), "images": images}).encode()
+    assert dict(read().training)["images seen"] == said
+
+
 def test_the_studies_of_this_run_and_of_no_other_are_read(read, config):
     for name, run in (("own", RUN), ("others", "f" * 32)):
         store = StudyStore.of(config, name)
