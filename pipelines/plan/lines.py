@@ -24,6 +24,8 @@ the accuracy with which mirrored ones are told lies below this."""
 NAME = "name"
 """Title of the line about the names, which a plan that is kept may change."""
 COMPARISON = "docs/training-methods.md"
+GENERAL = ("train", "images", "data", "dataset", "metadata")
+"""Names of folders and files that say nothing of what the images show."""
 DECISIVE = ("data.image_size", "data.channels", "data.geometry", "data.text_encoder", "data.test_fraction")
 """What tells datasets of the same source apart."""
 
@@ -313,7 +315,17 @@ def warnings(source: SourceFacts, machine: MachineFacts, basis: Basis, budget_s:
 
 
 def source_name(source: str) -> str:
-    """Return a name for runs and models of a source: that of its folder or file."""
-    last = re.sub(r"\.(zip|csv|jsonl)$", "", source.rstrip("/").rsplit("/", 1)[-1])
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-._")
+    """Return a name for runs and models of a source: that of its folder or file, or of the folder that this is in.
+
+    The second where the first says nothing of the images: photos/train is called photos.
+    """
+    above, _, last = source.rstrip("/").rpartition("/")
+    name = _as_name(last)
+    if name.lower() in GENERAL and _as_name(above.rpartition("/")[2]):
+        return source_name(above)
     return name or "pictures"
+
+
+def _as_name(part: str) -> str:
+    """Return a part of a path as runs and models may be called; "" where nothing of it is left."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", re.sub(r"\.(zip|csv|jsonl)$", "", part)).strip("-._")

@@ -16,6 +16,7 @@ from pipelines.plan import clock
 from pipelines.plan.advice import more_time
 from pipelines.plan.choose import drawing_precision, methods
 from pipelines.plan.facts import Hand, Mirror
+from pipelines.plan.lines import source_name
 from pipelines.plan.measure import trial_config
 from pipelines.plan.networks import candidates
 from pipelines.plan.propose import propose
@@ -390,6 +391,32 @@ def test_runs_of_other_settings_are_other_datasets_and_the_same_model():
         "my-photos-1h",
         hour.data.uri == small.data.uri,
     )
+
+
+@pytest.mark.parametrize(
+    "source, name",
+    [
+        ("/home/ada/photos", "photos"),
+        ("/home/ada/photos/train", "photos"),
+        ("/home/ada/photos/data/Images/", "photos"),
+        ("/home/ada/photos/train.zip", "photos"),
+        ("/home/ada/photos/metadata.csv", "photos"),
+        ("/home/ada/photos/trains", "trains"),
+        ("s3://birds/data", "birds"),
+        ("/data", "data"),
+        ("/data/train", "data"),
+        ("s3://images", "images"),
+        ("/home/été/train", "t"),
+        ("/home/写真/train", "train"),
+        ("/写真", "pictures"),
+        ("digits", "digits"),
+    ],
+)
+def test_a_folder_with_a_name_that_any_has_is_called_as_the_one_that_it_is_in(source, name):
+    assert source_name(source) == name
+    plan = propose(replace(PHOTOS, source=source), LAPTOP, HALF_HOUR)
+    assert (plan.settings["name"], plan.settings["registry.model"]) == (f"{name}-30m", name)
+    assert plan.settings["data.uri"].startswith(f"${{storage.root}}/datasets/{name}-")
 
 
 def test_more_time_is_told_by_what_it_would_train():
