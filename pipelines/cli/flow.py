@@ -23,7 +23,7 @@ from pipelines.cli.common import (
     show_verdict,
     terminal,
 )
-from pipelines.cli.plan import BUDGET, show_plan
+from pipelines.cli.plan import BUDGET, read_budget, show_plan
 from pipelines.flow import GRAPH, Site, select
 from pipelines.flow.stage import REGISTER
 from pipelines.lineage import code_lineage
@@ -161,10 +161,9 @@ def _configured(
 def _planned(source: str, budget: str, overrides: list[str], began: float) -> tuple[Config, StoredPlan]:
     """Return the connected configuration of the plan for a source, and the plan, which is shown."""
     from pipelines.config import from_dict
-    from pipelines.plan.budget import parse_budget
     from pipelines.plan.services import services_config
 
-    budget_s = parse_budget(budget)
+    budget_s = read_budget(budget, overrides)
     services = connect(services_config(overrides), SERVICES)  # before ray is imported
 
     from pipelines.plan.make import find_or_make
@@ -184,10 +183,9 @@ def _planned_before(source: str, budget: str, overrides: list[str]) -> Config:
         ConfigError: it made none, and a plan measures this machine.
     """
     from pipelines.config import ConfigError, from_dict
-    from pipelines.plan.budget import parse_budget
     from pipelines.plan.services import services_config
 
-    budget_s = parse_budget(budget)
+    budget_s = read_budget(budget, overrides)
     services = find_running(services_config(overrides), ["s3", "mlflow"], ["ray"])
 
     from pipelines.plan.make import find_plan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,12 +35,11 @@ def plan(
 
     from pipelines.config import from_dict
     from pipelines.connect import connect_running
-    from pipelines.plan.budget import parse_budget
     from pipelines.plan.keep import to_yaml
     from pipelines.plan.services import services_config
     from pipelines.storage import Storage
 
-    budget_s = parse_budget(budget or BUDGET)
+    budget_s = read_budget(budget or BUDGET, overrides)
     services, missing = connect_running(services_config(overrides), os.environ, SERVICES)
     running = bool(services.storage.endpoint_url or services.tracking.uri)
     start_s = STACK_S if missing and not running else 2.0
@@ -51,6 +51,22 @@ def plan(
         save.write_text(to_yaml(made.plan, from_dict(made.config)))
         terminal.stage("saved", f"{save}: run it with `ddpm flow --config {save}`")
     answer_json(as_json, {**made.plan.to_dict(), "saved": None if save is None else str(save)})
+
+
+def read_budget(budget: str, overrides: Sequence[str]) -> float:
+    """Return a budget in seconds.
+
+    Raises:
+        ConfigError: it is no time, or none in which anything could be trained, unless overrides say for how long.
+    """
+    from pipelines.config import override_settings
+    from pipelines.plan.budget import parse_budget
+    from pipelines.plan.clock import check_budget
+
+    budget_s = parse_budget(budget)
+    if not override_settings(overrides).get("training_s"):
+        check_budget(budget_s)
+    return budget_s
 
 
 def show_plan(made: StoredPlan) -> None:

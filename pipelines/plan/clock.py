@@ -14,6 +14,8 @@ WORKERS_S = 28.0
 """Seconds to connect to Ray, open the run, start the workers, and store the last checkpoint."""
 REGISTER_S = 12.0
 """Seconds to log, sign and register a version and to record the gate's decision."""
+INGEST_S = 1.0
+"""Seconds of an ingest without those of its images."""
 JUDGING_S = {"evaluator": 8.0, "scores": 18.0}
 """Stage -> seconds in which its processes start, and in which scores are computed and plotted."""
 TASKS_S = 8.0
@@ -188,7 +190,7 @@ def fixed_seconds(source: SourceFacts, machine: MachineFacts) -> dict[str, float
     return {
         "look and measure": machine.looking_s,
         "start": machine.start_s + WORKERS_S,
-        "ingest": 1.0 + writing,
+        "ingest": INGEST_S + writing,
         "register": REGISTER_S,
     }
 
@@ -197,6 +199,15 @@ def training_ends_s(plan: Plan) -> float:
     """Return after how many seconds of a plan's budget its training is to end, without the start of the workers."""
     after = WORKERS_S + plan.seconds["scores"] + plan.seconds["register"]
     return plan.budget_s * (1 - SPARE) - after
+
+
+def check_budget(budget_s: float) -> None:
+    """Refuse a budget that no source on any machine could keep, before anything is looked at or measured.
+
+    Raises:
+        ConfigError: names the least budget that may do.
+    """
+    left_for_training(budget_s, {"start": WORKERS_S, "ingest": INGEST_S, **JUDGING_S, "register": REGISTER_S})
 
 
 def left_for_training(budget_s: float, spent: dict[str, float]) -> float:

@@ -56,6 +56,15 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no class between commas": (["index", "file:///tmp/x", "--split", "train", "--classes", ",,"], "--classes ,,"),
     "a class twice": (["index", "file:///tmp/x", "--split", "train", "--classes", "a,b,a"], "each of them once"),
     "a budget of no time": (["plan", "digits", "budget="], "budget= names no time"),
+    "a budget of a second": (
+        ["plan", "digits", "budget=1s"],
+        "budget = 1s leaves no time to train: start 28 s, ingest 1 s, evaluator 8 s, scores 18 s, register 12 s come "
+        "first or last; give budget=2m30s or more",
+    ),
+    "a flow of a minute": (["flow", "digits", "budget=1m"], "give budget=2m30s or more"),
+    "a dry run of a minute": (["flow", "digits", "budget=1m", "--dry-run"], "give budget=2m30s or more"),
+    "a budget in other words": (["plan", "digits", "budget=soon"], "write a time such as budget=90s, budget=30m"),
+    "a budget below nothing": (["plan", "digits", "budget=-1h"], "write a time such as budget=90s, budget=30m"),
     "two budgets": (["plan", "digits", "budget=1h", "budget=2h"], "one is enough"),
 }
 
