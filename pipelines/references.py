@@ -38,7 +38,16 @@ from pipelines.checkpoints import (
     list_published,
     reconstruct_average,
 )
-from pipelines.config import Config, from_dict, network_config, parse_overrides, sampling
+from pipelines.config import (
+    MODEL_NAME,
+    MODEL_NAME_RULE,
+    NAME,
+    Config,
+    from_dict,
+    network_config,
+    parse_overrides,
+    sampling,
+)
 from pipelines.scratch import scratch_folder
 from pipelines.shards.index import Dataset
 from pipelines.shards.quarantine import Quarantine, stream_digest
@@ -278,10 +287,13 @@ class ReferenceFormError(ModelError):
 
 
 RUN = re.compile(r"runs:/([0-9a-f]+)(?:/(\d+|best))?(?:/sigma_rel=(0?\.\d+))?")
-VERSION = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d{1,10}))")
+VERSION = re.compile(rf"models:/({MODEL_NAME})(?:@([^/@]+)|/(\d{{1,10}}))")
 FORMS = {
     "runs:/": (RUN, "runs:/ID, runs:/ID/IMAGES or runs:/ID/best, and /sigma_rel=0.1 after it"),
-    "models:/": (VERSION, "models:/NAME@alias or models:/NAME/VERSION, with a number of up to ten digits"),
+    "models:/": (
+        VERSION,
+        f"models:/NAME@alias or models:/NAME/VERSION, with a number of up to ten digits; {MODEL_NAME_RULE}",
+    ),
 }
 
 
@@ -294,6 +306,31 @@ def check_form(reference: str) -> None:
     for start, (form, words) in FORMS.items():
         if reference.startswith(start.rstrip("/")) and form.fullmatch(reference) is None:
             raise ReferenceFormError(f"{reference}: write {words}")
+
+
+def check_name(name: str) -> None:
+    """Check that the registry can be asked for a registered model of this name.
+
+    Raises:
+        ReferenceFormError: it cannot.
+    """
+    if not re.fullmatch(MODEL_NAME, name):
+        raise ReferenceFormError(f"{name!r}: {MODEL_NAME_RULE}")
+
+
+def check_recorded(reference: str) -> None:
+    """Check that a reference may be one of a run or of a version, before MLflow is asked for it.
+
+    Raises:
+        ReferenceFormError: it cannot be one.
+    """
+    if reference.startswith("models:"):
+        check_form(reference)
+    elif not re.fullmatch(NAME, reference.removeprefix("runs:/")):
+        raise ReferenceFormError(
+            f"{reference} names no run: write its name, as `ddpm runs` shows it, its MLflow ID, models:/NAME/VERSION "
+            "or models:/NAME@ALIAS"
+        )
 
 
 def find_registered(reference: str, tracking_uri: str | None) -> ModelVersion:

@@ -125,9 +125,12 @@ def promote(
 ) -> None:
     """Move an alias to a version if the gate allows it. Example: ddpm promote models:/digits/2 --alias champion"""
     from pipelines.config import quoted_override
-    from pipelines.references import check_form
+    from pipelines.references import check_form, check_name
 
-    if not rollback:
+    name = model.removeprefix("models:/").split("/")[0].split("@")[0]
+    if rollback:
+        check_name(name)
+    else:
         check_form(model)
     config = compose_connected([*(overrides or []), quoted_override("registry.alias", alias)])
 
@@ -138,7 +141,6 @@ def promote(
     storage = Storage.of(config)
     if not rollback:
         config = references.judged_as_before(config, overrides or [], model)
-    name = model.removeprefix("models:/").split("/")[0].split("@")[0]
     gate = registry.Gate(config, storage, terminal, lambda: connect_ray(config, storage), name, alias)
     with terminal.live():
         if rollback:

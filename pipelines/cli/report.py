@@ -27,6 +27,10 @@ def report(
 ) -> None:
     """Write all that is known of a run or model into one HTML file. Example: ddpm report first --out first.html"""
     check_file("--out", out or Path("report-NAME.html"), "report.html")
+
+    from pipelines.references import check_recorded
+
+    check_recorded(reference)
     config = compose_running(overrides, services=["s3", "mlflow"])
 
     from pipelines import report as reports

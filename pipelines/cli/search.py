@@ -32,8 +32,10 @@ def guidance(
     as_json: Json = False,
 ) -> None:
     """Search guidance and sampler of a model. Example: ddpm search guidance --model models:/digits@champion"""
+    from pipelines.references import check_form
     from pipelines.search.study_config import compose_study, study_name
 
+    check_form(model)
     chosen, config, of_run = compose_study(space, "guidance", overrides or [])
     name = study_name(study or f"guidance-{config.name}")
     config = connect(config, SERVICES)
@@ -114,6 +116,9 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Show the trials of a study, running or ended. Example: ddpm search status guidance-digits"""
+    from pipelines.search.study_config import study_name
+
+    study_name(study)
     config = connect(compose(overrides), ["s3"])
 
     from pipelines.search import table

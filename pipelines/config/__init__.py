@@ -26,6 +26,9 @@ from pipelines.config.launch import AwsLaunch, KubeRayLaunch, RayLaunch
 from pipelines.config.schema import FORMER_DEFAULTS, Config, flatten
 from pipelines.config.sections import (
     CANDIDATE,
+    MODEL_NAME,
+    MODEL_NAME_RULE,
+    NAME,
     PREVIOUS,
     ClusterConfig,
     DataConfig,
@@ -40,6 +43,9 @@ from pipelines.errors import ConfigError
 __all__ = [
     "CANDIDATE",
     "FORMER_DEFAULTS",
+    "MODEL_NAME",
+    "MODEL_NAME_RULE",
+    "NAME",
     "PREVIOUS",
     "AwsLaunch",
     "ClusterConfig",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -19,6 +20,10 @@ from pipelines.config.choices import Section
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """What runs, studies and served applications may be called: their names are parts of addresses."""
 Name = Annotated[str, Field(pattern=NAME)]
+MODEL_NAME = r"[^/:@'\\\x00-\x1f\x7f]+"
+"""What registered models may be called: what a MODEL reference divides, and what MLflow's filters cannot hold in the
+quotes in which they ask for a name, is no part of it."""
+MODEL_NAME_RULE = "the name of a model has no / : @ ' or \\ in it, and no control character"
 CANDIDATE = "candidate"
 """Alias of the newest version of a registered model; nothing guards it."""
 PREVIOUS = "previous"
@@ -298,9 +303,7 @@ class EvaluationConfig(Section):
 class RegistryConfig(Section):
     """Under which name a model is registered, which alias the gate guards, who signs and who is believed."""
 
-    model: Annotated[str, Field(pattern=r"^[^/:@]+$")] = Field(
-        description="name under which the model is registered; unless set, the name of the run"
-    )
+    model: str = Field(description="name under which the model is registered; unless set, the name of the run")
     alias: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = Field(
         "champion", description="alias that only a version which passes the gate gets"
     )
@@ -322,6 +325,13 @@ class RegistryConfig(Section):
     trusted_certificates: tuple[str, ...] = Field(
         (), description="root certificates (PEM) below which signatures are believed"
     )
+
+    @field_validator("model")
+    @classmethod
+    def _can_be_asked_for(cls, model: str) -> str:
+        if not re.fullmatch(MODEL_NAME, model):
+            raise ValueError(f"{MODEL_NAME_RULE}: choose another one")
+        return model
 
     @field_validator("alias")
     @classmethod

@@ -39,9 +39,11 @@ def find_subject(reference: str, config: Config) -> Subject:
         config: with the address of the MLflow server.
 
     Raises:
+        ReferenceFormError: it can be the name of none.
         SubjectError, ModelError: there is no such run or version; the message lists what there is.
         TrackingError: no MLflow server answers.
     """
+    references.check_recorded(reference)
     uri = config.tracking.uri
     if uri is None:
         raise ConfigError("no MLflow server is named: set tracking.uri or MLFLOW_TRACKING_URI, or run `ddpm up`")
@@ -56,11 +58,6 @@ def find_subject(reference: str, config: Config) -> Subject:
 
 def _find_run(reference: str, uri: str, experiment: str) -> Tracker:
     name = reference.removeprefix("runs:/")
-    if "/" in name or "'" in name:
-        raise SubjectError(
-            f"{reference} names no run: write its name, as `ddpm runs` shows it, its MLflow ID, models:/NAME/VERSION "
-            "or models:/NAME@ALIAS"
-        )
     found = tracking.find_run(uri, experiment, name)
     if found is not None:
         return found
