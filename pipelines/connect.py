@@ -12,7 +12,7 @@ from pipelines.config import Config, ConfigError
 from pipelines.credentials import MLFLOW_FILE, SETTINGS, TITLES, clean_environment, hand_over, redact, split_address
 from pipelines.display import StageNotice, no_stage_notice
 from pipelines.stack import StackState
-from pipelines.storage import StorageError, check_address
+from pipelines.storage import StorageError, address_forms, check_address
 
 
 def missing_services(config: Config, environ: Mapping[str, str], wanted: Collection[str]) -> list[str]:
@@ -27,6 +27,19 @@ def missing_services(config: Config, environ: Mapping[str, str], wanted: Collect
     return [service for service in stack.SERVICES if service in wanted and not named[service]]
 
 
+def check_addresses(config: Config) -> None:
+    """Check that the configuration names places that can be, before any service is started or asked.
+
+    Raises:
+        ConfigError: no registered storage answers `storage.root` or `data.uri`.
+    """
+    for setting, address in (("storage.root", config.storage.root), ("data.uri", config.data.uri)):
+        try:
+            check_address(address.rstrip("/"))
+        except StorageError:
+            raise ConfigError(f"{setting} = {address}: addresses are {address_forms()}") from None
+
+
 def fill(config: Config, environ: Mapping[str, str], state: StackState | None) -> Config:
     """Return the configuration with every address filled in, and model folders by their absolute paths.
 
@@ -34,13 +47,8 @@ def fill(config: Config, environ: Mapping[str, str], state: StackState | None) -
         state: of the local stack; None where it is not needed.
 
     Raises:
-        ConfigError: no registered storage answers `storage.root`, or the local stack is asked for a bucket that it does
-            not have.
+        ConfigError: the local stack is asked for a bucket that it does not have.
     """
-    try:
-        check_address(config.storage.root)
-    except StorageError as error:
-        raise ConfigError(f"storage.root = {error}") from error
     storage, track, cluster = config.storage, config.tracking, config.cluster
     track = track.model_copy(update={"uri": track.uri or environ.get("MLFLOW_TRACKING_URI") or None})
     cluster = cluster.model_copy(update={"address": cluster.address or environ.get("RAY_ADDRESS") or None})
@@ -158,10 +166,15 @@ def find_running(
 
 
 def _without_secrets_here(config: Config, environ: Mapping[str, str]) -> tuple[Config, dict[str, str]]:
-    """Return configuration and environment with no user info in addresses, which has moved into this process's."""
+    """Return configuration and environment with no user info in addresses, which has moved into this process's.
+
+    Raises:
+        ConfigError: an address is none, or has a password in it that cannot be moved.
+    """
     os.environ.update(clean_environment(os.environ))
     config, variables = without_secrets(config)
     os.environ.update(variables)
+    check_addresses(config)
     return config, {**environ, **clean_environment(environ), **variables}
 
 

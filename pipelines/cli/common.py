@@ -178,6 +178,21 @@ def check_source(source: str) -> None:
         )
 
 
+def check_there(source: str | None) -> None:
+    """Refuse a source that is not on this machine, before any service is asked for what is needed beside it.
+
+    Args:
+        source: None where there is none.
+
+    Raises:
+        NoSourceError: there is no such source, or it is of no kind that is known.
+    """
+    if source not in (None, "digits"):
+        from pipelines.shards.ingest.trees import check_there as check
+
+        check(source)
+
+
 def check_file(option: str, path: Path, example: str) -> None:
     """Check, before any work, that the file can be written that an option names.
 

@@ -15,6 +15,7 @@ from pipelines.cli.common import (
     answer_json,
     check_address,
     check_source,
+    check_there,
     class_names,
     compose,
     connect,
@@ -39,6 +40,7 @@ def ingest(
     """Write images as WebDataset shards. Example: ddpm ingest photos/ --to s3://ddpm/datasets/photos"""
     check_source(source)
     config = _compose_ingest(source, to, overrides or [])
+    check_there(config.data.source)
     # A named cluster writes the shards; without one this process does, for which nothing has to be started.
     over_ray = bool(config.cluster.address or os.environ.get("RAY_ADDRESS"))
     config = connect(config, ["s3"] if any(end.startswith("s3://") for end in (source, to)) else [])

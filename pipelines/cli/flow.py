@@ -15,6 +15,7 @@ from pipelines.cli.common import (
     Json,
     Quiet,
     answer_json,
+    check_there,
     compose,
     connect,
     find_running,
@@ -25,7 +26,7 @@ from pipelines.cli.common import (
 )
 from pipelines.cli.plan import BUDGET, read_budget, show_plan
 from pipelines.flow import GRAPH, Site, select
-from pipelines.flow.stage import REGISTER
+from pipelines.flow.stage import INGEST, REGISTER
 from pipelines.lineage import code_lineage
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ def flow(
     select(GRAPH, first, last)  # before anything starts
     if out is not None and (dry_run or last in _UNREGISTERED):
         raise typer.BadParameter("--out draws the registered model: leave --dry-run out, and --until before register")
-    config, made, overrides = _configured(arguments, config_file, began, dry_run=dry_run)
+    later = first not in (None, INGEST.name)
+    config, made, overrides = _configured(arguments, config_file, began, dry_run=dry_run, begins_later=later)
 
     from pipelines.flow.graph import stages
     from pipelines.flow.walk import preview, walk
@@ -124,17 +126,20 @@ def _drawn(result: FlowResult, config: Config, out: Path) -> str:
 
 
 def _configured(
-    arguments: list[str] | None, config_file: Path | None, began: float, *, dry_run: bool
+    arguments: list[str] | None, config_file: Path | None, began: float, *, dry_run: bool, begins_later: bool
 ) -> tuple[Config, StoredPlan | None, list[str]]:
     """Return the configuration that the arguments ask for, its plan where it has one, and the overrides.
 
     Args:
         began: when the command did, by the monotonic clock.
         dry_run: whether the services are only looked for, and not started.
+        begins_later: whether the images have been ingested before, so that their source may be gone.
     """
     source, budget, overrides = read_arguments(arguments)
 
     def connected(config: Config) -> Config:
+        if not begins_later:
+            check_there(config.data.source)
         return find_running(config, ["s3", "mlflow"], ["ray"]) if dry_run else connect(config, SERVICES)
 
     if config_file is not None:
@@ -164,6 +169,7 @@ def _planned(source: str, budget: str, overrides: list[str], began: float) -> tu
     from pipelines.plan.services import services_config
 
     budget_s = read_budget(budget, overrides)
+    check_there(source)
     services = connect(services_config(overrides), SERVICES)  # before ray is imported
 
     from pipelines.plan.make import find_or_make
@@ -186,6 +192,7 @@ def _planned_before(source: str, budget: str, overrides: list[str]) -> Config:
     from pipelines.plan.services import services_config
 
     budget_s = read_budget(budget, overrides)
+    check_there(source)
     services = find_running(services_config(overrides), ["s3", "mlflow"], ["ray"])
 
     from pipelines.plan.make import find_plan

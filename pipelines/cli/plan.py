@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipelines.cli.common import SERVICES, Arguments, Json, answer_json, check_file, read_arguments, terminal
+from pipelines.cli.common import (
+    SERVICES,
+    Arguments,
+    Json,
+    answer_json,
+    check_file,
+    check_there,
+    read_arguments,
+    terminal,
+)
 
 if TYPE_CHECKING:
     from pipelines.plan.keep import StoredPlan
@@ -40,6 +49,7 @@ def plan(
     from pipelines.storage import Storage
 
     budget_s = read_budget(budget or BUDGET, overrides)
+    check_there(source)
     services, missing = connect_running(services_config(overrides), os.environ, SERVICES)
     running = bool(services.storage.endpoint_url or services.tracking.uri)
     start_s = STACK_S if missing and not running else 2.0

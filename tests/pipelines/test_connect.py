@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.config import ConfigError, compose
-from pipelines.connect import fill, find_running, missing_services
+from pipelines.connect import connect, connect_running, fill, find_running, missing_services
 from pipelines.stack import SERVICES, StackError, StackState
 
 STACK = StackState(
@@ -47,9 +47,14 @@ def test_the_local_stack_has_one_bucket():
     assert fill(compose(["storage.root=s3://ddpm/team"]), {}, STACK).storage.endpoint_url == "http://127.0.0.1:1"
 
 
-def test_a_storage_that_nothing_answers_is_a_configuration_error():
-    with pytest.raises(ConfigError, match=r"storage\.root = gopher://x: addresses are s3://BUCKET/KEY or file:///PATH"):
-        fill(compose(["storage=file", "storage.root=gopher://x"]), {}, None)
+@pytest.mark.parametrize("connecting", [connect, connect_running, find_running])
+@pytest.mark.parametrize("setting", ["storage.root", "data.uri"])
+def test_a_place_that_cannot_be_is_a_configuration_error_before_a_service_is_looked_for(connecting, setting, tmp_path):
+    config = compose(["storage=file", "storage.root=file:///x", f"{setting}=gopher://x"])
+    message = rf"{setting} = gopher://x: addresses are s3://BUCKET/KEY or file:///PATH"
+    with pytest.raises(ConfigError, match=message):
+        connecting(config, {}, ["s3", "mlflow", "ray"], home=tmp_path / "home")
+    assert not (tmp_path / "home").exists()
 
 
 def test_a_model_folder_is_named_by_its_path_because_workers_run_in_other_folders(tmp_path, monkeypatch):

@@ -35,6 +35,12 @@ KINDS = (
 )
 
 
+class NoSourceError(DatasetError):
+    """What names a source names none, as this machine can tell without a service."""
+
+    exit_code = 2
+
+
 class UnreadableError(PipelineError):
     """A file of a source cannot be read, or is not an image; the ingest leaves it out."""
 
@@ -169,6 +175,30 @@ def address(source: str) -> str:
     return f"file://{os.path.abspath(os.path.expanduser(source))}"
 
 
+def check_there(source: str) -> None:
+    """Check that a source on this machine is there, and is of one of the kinds; one in a store is not looked for.
+
+    Raises:
+        NoSourceError: it is not, or its address is none.
+        DatasetError: the system keeps it from this user.
+    """
+    try:
+        uri = address(source)
+    except StorageError as error:
+        raise NoSourceError(f"{error}; {KINDS}") from error
+    if not is_local(uri):
+        return
+    path, single = local_path(uri), uri.lower().endswith((".zip", ".csv", ".jsonl"))
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        if error.errno not in _NO_FILE:
+            raise _closed(error) from error
+        raise NoSourceError(f"{shown(uri)} {'does not exist' if single else 'is not a folder'}; {KINDS}") from error
+    if not (stat.S_ISDIR(mode) or (single and stat.S_ISREG(mode))):
+        raise NoSourceError(f"{shown(uri)} is not a {'file' if single else 'folder'}; {KINDS}")
+
+
 def shown(uri: str) -> str:
     """Return an address as messages show it: as a plain path where it is local."""
     return uri.removeprefix("file://")
@@ -185,11 +215,10 @@ def open_tree(uri: str, storage: Storage) -> Tree:
     Raises:
         DatasetError: there is nothing, or it is neither a folder nor a zip.
     """
+    check_there(uri)
     if uri.lower().endswith(".zip") and not (is_local(uri) and local_path(uri).is_dir()):
         return _zip_tree(uri, storage)
     if is_local(uri):
-        if not local_path(uri).is_dir():
-            raise DatasetError(f"{shown(uri)} is not a folder; {KINDS}")
         return _local_tree(local_path(uri))
     entries = storage.list(uri)
     if not entries:
@@ -229,6 +258,7 @@ def read_table(uri: str, storage: Storage) -> bytes:
     Raises:
         DatasetError: there is no such table.
     """
+    check_there(uri)
     try:
         return storage.read(uri)
     except NotFoundError as error:
@@ -237,9 +267,9 @@ def read_table(uri: str, storage: Storage) -> bytes:
 
 def _size(uri: str, storage: Storage) -> int:
     """Return the size of one object, from the listing of its folder on S3."""
-    if is_local(uri) and local_path(uri).is_file():
+    if is_local(uri):
         return local_path(uri).stat().st_size
-    listed = [] if is_local(uri) else storage.list(uri.rpartition("/")[0])
+    listed = storage.list(uri.rpartition("/")[0])
     size = next((entry.size for entry in listed if entry.uri == uri), None)
     if size is None:
         raise DatasetError(f"{shown(uri)} does not exist; {KINDS}")

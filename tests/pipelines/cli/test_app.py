@@ -26,7 +26,7 @@ def test_every_verb_explains_itself_with_an_example(verb):
         (["plan", "photos", "budget=soon"], 2, "budget = soon: write a time such as budget=90s"),
         (["plan", "photos", "--save", "no/such/plan.yaml"], 2, "--save no/such/plan.yaml: there is no folder no/such"),
         (["plan", "photos", "--save", "."], 2, "--save . is a folder: name a file, such as plan.yaml"),
-        (["plan", "photos", "storage=file", "storage.root=file:///x"], 1, "photos is not a folder"),
+        (["plan", "photos", "storage=file", "storage.root=file:///x"], 2, "photos is not a folder"),
         (["flow", "budget=10m"], 2, "budget=10m is for a SOURCE"),
         (["flow", "photos", "pictures"], 2, "photos and pictures: one is enough"),
         (["flow", "photos", "+experiment=digits", "budget=10m"], 2, "an experiment has a length of its own"),

@@ -136,7 +136,7 @@ KINDS = {
     # -- sources that cannot be: nothing is written
     "a folder that does not exist": (
         alone({}, "none"),
-        1,
+        2,
         "in/none is not a folder; a source is `digits`, a folder of",
     ),
     "a folder of other files": (alone({"x.txt": "x"}), 1, "has no images; expected"),
@@ -158,7 +158,7 @@ KINDS = {
     ),
     "an address of another kind": (
         lambda folder: ["ingest", "https://host/x.zip", "--to", f"file://{folder}/out", *BASE],
-        1,
+        2,
         "https://host/x.zip: addresses are s3://BUCKET/KEY or file:///PATH",
     ),
     "a destination inside the source": (
