@@ -284,11 +284,25 @@ def _row_fault(
 
 
 def _number(rows: Collection[Row]) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Return class names and the index of each label; decimal labels are indices, names are sorted and numbered."""
+    """Return class names and the index of each label; decimal labels are indices, names are sorted and numbered.
+
+    Raises:
+        DatasetError: some labels are numbers, as JSON has them, and others are names, or most indices have no image.
+    """
+    number = next((row for row in rows if isinstance(row.label, int)), None)
+    name = next((row for row in rows if isinstance(row.label, str) and not _is_index(row.label)), None)
+    if number is not None and name is not None:
+        raise DatasetError(
+            f"{number.where} has the label {number.label}, a class index, and {name.where} has {name.label!r}, a class "
+            "name: write indices in all rows, or names in all, and numbers that are names as texts"
+        )
     found = {str(row.label) for row in rows if row.label is not None}
-    if not found or not all(label.isdecimal() and label.isascii() for label in found):
+    if not found or not all(map(_is_index, found)):
         names = sorted(found)
         return tuple(names), {name: i for i, name in enumerate(names)}
+    long = next((label for label in found if len(label.lstrip("0")) > 18), None)
+    if long is not None:
+        raise DatasetError(f"the label {long[:18]}… is too long for a class index: number the classes from 0")
     indices = {label: int(label) for label in found}
     count = max(indices.values()) + 1
     if count > 10 * len(found) + 100:
@@ -297,6 +311,10 @@ def _number(rows: Collection[Row]) -> tuple[tuple[str, ...], dict[str, int]]:
             "number the classes from 0, or give their names as labels"
         )
     return tuple(str(i) for i in range(count)), indices
+
+
+def _is_index(label: str) -> bool:
+    return label.isdecimal() and label.isascii()
 
 
 def _drawn_split(path: str, test_fraction: float) -> str:

@@ -296,6 +296,29 @@ def test_rows_that_do_not_fit_their_source_are_named(tmp_path, rows, reason):
     assert [reason in f"{bad.origin}: {bad.reason}" for bad in source.bad] == [True]
 
 
+@pytest.mark.parametrize("labels", [[0, 1, "a"], ["a", 1, 0], ["cat", 3], ["1", 2, "b"]])
+def test_numbers_and_names_as_labels_of_one_source_are_refused_by_one_of_each(tmp_path, labels):
+    rows = [{"file_name": f"{i}.png", "label": label} for i, label in enumerate(labels)]
+    root = write_files(tmp_path / "t", {"metadata.jsonl": jsonl(rows), **{row["file_name"]: b"" for row in rows}})
+    message = r"jsonl:\d has the label \d, a class index, and metadata.jsonl:\d has '[a-z]+', a class name: write"
+    with pytest.raises(DatasetError, match=message):
+        open_source(str(root), STORAGE)
+
+
+@pytest.mark.parametrize(
+    "labels, classes",
+    [
+        ([0, "1", 2], ("0", "1", "2")),
+        (["0", "1", "a"], ("0", "1", "a")),  # as texts they may be names, of handwritten letters and digits, say
+        (["b", "a", "b"], ("a", "b")),
+    ],
+)
+def test_labels_of_one_kind_are_taken(tmp_path, labels, classes):
+    rows = [{"file_name": f"{i}.png", "label": label} for i, label in enumerate(labels)]
+    root = write_files(tmp_path / "t", {"metadata.jsonl": jsonl(rows), **{row["file_name"]: b"" for row in rows}})
+    assert open_source(str(root), STORAGE).classes == classes
+
+
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_bad_entries_of_a_zip_are_named(tmp_path):
     path = write_zip(tmp_path / "z.zip", {"cat/a.png": b"a" * 100, "dog/b.png": b"b" * 100, "dog/c.png": b"c" * 100})
@@ -362,6 +385,7 @@ def test_a_zip_with_anything_in_front_is_read(tmp_path):
             "l.csv",
             "class indices up to 5,000,000, but only 2 of them are used",
         ),
+        ({"l.csv": f"path,label\na,0\nb,{'9' * 5000}\n"}, "l.csv", "the label 9{18}… is too long for a class index"),
     ],
 )
 def test_sources_that_cannot_be_are_refused_with_the_way_out(tmp_path, files, name, message):
