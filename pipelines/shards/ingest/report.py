@@ -131,6 +131,7 @@ class IngestReport:
         without_caption: images without a caption in a source with captions; they have an empty caption.
         unused: reason -> files and columns that were not used.
         alike: pairs of images that are nearly the same, which are in one split.
+        deeper: images in a folder inside their class folder, which is no class of its own.
     """
 
     source: str
@@ -142,6 +143,7 @@ class IngestReport:
     without_caption: tuple[str, ...] = ()
     unused: dict[str, tuple[str, ...]] = field(default_factory=dict)
     alike: tuple[str, ...] = ()
+    deeper: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """Return the text of the report, with every left-out image; other lists are counts with the first names."""
@@ -149,6 +151,7 @@ class IngestReport:
         plain["bad_count"] = len(self.bad)
         plain["without_caption"] = _some(self.without_caption)
         plain["alike"] = _some(self.alike)
+        plain["deeper"] = _some(self.deeper)
         plain["unused"] = {reason: _some(names) for reason, names in sorted(self.unused.items())}
         return json.dumps({"report_version": REPORT_VERSION, **plain}, indent=1)
 
@@ -160,6 +163,11 @@ class IngestReport:
         if self.alike:
             alike = _images(len(self.alike))
             found.append(f"{alike} nearly the same as another, and in its split, such as {self.alike[0]}")
+        if self.deeper:
+            found.append(
+                f"{_images(len(self.deeper))} in a folder inside a class folder, which makes no class of its own, such "
+                f"as {self.deeper[0]}: for classes of the inner folders, name them in a metadata.jsonl, or move them up"
+            )
         return found + [f"{len(n):,} not used, {why}: such as {n[0]}" for why, n in sorted(self.unused.items()) if n]
 
 
@@ -199,6 +207,7 @@ def compose_report(
     without_caption: Iterable[str],
     unused: Mapping[str, Iterable[str]],
     alike: Iterable[str] = (),
+    deeper: Iterable[str] = (),
 ) -> IngestReport:
     """Return the report of an ingest, from the records of its shards and the findings about its source."""
     samples: dict[str, Counter[int]] = {"train": Counter(), "test": Counter()}
@@ -219,6 +228,7 @@ def compose_report(
         without_caption=tuple(without_caption),
         unused={reason: tuple(names) for reason, names in unused.items()},
         alike=tuple(alike),
+        deeper=tuple(deeper),
     )
 
 

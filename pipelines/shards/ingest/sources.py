@@ -34,6 +34,8 @@ from pipelines.shards.ingest.trees import (
 from pipelines.storage import Storage, is_local, local_path
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif")
+NO_FILE = "a link that leads nowhere, a pipe, a socket or a device"
+"""Why a name in a folder is not used that has no bytes to read."""
 TEST_FOLDERS = ("test", "validation", "val", "valid")
 
 
@@ -68,6 +70,7 @@ class Source:
         bad: rows and files that were left out before any image was opened.
         unused: reason -> names of files and columns that are not used.
         drawn: whether the splits are drawn here, and not the source's own.
+        deeper: paths of images that are in a folder inside their class folder, which is no class.
     """
 
     classes: tuple[str, ...]
@@ -75,6 +78,7 @@ class Source:
     bad: tuple[BadImage, ...] = ()
     unused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     drawn: bool = False
+    deeper: tuple[str, ...] = ()
 
     @property
     def captioned(self) -> bool:
@@ -174,6 +178,7 @@ def _class_folders(where: str, tree: Tree, test_fraction: float) -> Source:
         raise DatasetError(f"{where} has no images; expected {where}/CLASS/*.png, {where}/*.png, or a metadata.jsonl")
     labels = {name: i for i, name in enumerate(classes)}
     images, unused = [], _Unused()
+    unused.add(NO_FILE, *tree.no_files)
     for name, file in tree.files.items():
         prefix = next((p for p in roots if name.startswith(p)), None)
         if prefix is None:
@@ -187,7 +192,14 @@ def _class_folders(where: str, tree: Tree, test_fraction: float) -> Source:
             split = roots[prefix] or _drawn_split(name, test_fraction)
             images.append(SourceImage(split, label, None, name, file.stamp, file.read))
     bad = tuple(BadImage(name, "a second entry of this name in the zip") for name in tree.repeated)
-    return Source(tuple(classes), _in_order(images), bad, unused.by_reason(), drawn=not any(roots.values()))
+    deeper = tuple(sorted(image.origin for image in images if _depth(image.origin, roots) > 1)) if classes else ()
+    drawn = not any(roots.values())
+    return Source(tuple(classes), _in_order(images), bad, unused.by_reason(), drawn=drawn, deeper=deeper)
+
+
+def _depth(name: str, roots: Iterable[str]) -> int:
+    """Return in how many folders a file is below the split folder that it is in."""
+    return name.removeprefix(next(root for root in roots if name.startswith(root))).count("/")
 
 
 def _is_child(folder: str, prefix: str) -> bool:
@@ -235,6 +247,7 @@ def _from_tables(table: Table, tree: Tree, test_fraction: float) -> Source:
         assert split is not None
         images.append(SourceImage(split, label, row.caption, row.path, file.stamp, file.read))
     unused = _Unused()
+    unused.add(NO_FILE, *tree.no_files)
     for column in table.unread_columns:
         unused.add("columns that nothing reads", column)
     for name in tree.files.keys() - seen.keys() - set(table.names):
@@ -338,9 +351,10 @@ class _Unused:
     def __init__(self) -> None:
         self.names: dict[str, list[str]] = {}
 
-    def add(self, reason: str, name: str) -> None:
-        """Add a name."""
-        self.names.setdefault(reason, []).append(name)
+    def add(self, reason: str, *names: str) -> None:
+        """Add names, or none."""
+        if names:
+            self.names.setdefault(reason, []).extend(names)
 
     def by_reason(self) -> dict[str, tuple[str, ...]]:
         """Return reason -> names in sorted order."""

@@ -72,11 +72,13 @@ class Tree:
         files: name -> file.
         folders: the folders that are known to exist.
         repeated: names that a zip has more than once; the first entry is used.
+        no_files: names of what holds no bytes that could be read: links that lead nowhere, pipes, sockets and devices.
     """
 
     files: dict[str, File]
     folders: frozenset[str]
     repeated: tuple[str, ...] = ()
+    no_files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,11 +278,17 @@ def _size(uri: str, storage: Storage) -> int:
     return size
 
 
-def _tree(files: Iterable[File], folders: Iterable[str] = (), repeated: tuple[str, ...] = ()) -> Tree:
+def _tree(
+    files: Iterable[File],
+    folders: Iterable[str] = (),
+    repeated: tuple[str, ...] = (),
+    no_files: Iterable[str] = (),
+) -> Tree:
     """Return a tree of files and folders without hidden ones."""
     kept = {file.name: file for file in files if not _hidden(file.name)}
     above = {str(parent) for name in kept for parent in PurePosixPath(name).parents}
-    return Tree(kept, frozenset(above | {f for f in folders if not _hidden(f)}) - {"."}, repeated)
+    known = frozenset(above | {folder for folder in folders if not _hidden(folder)}) - {"."}
+    return Tree(kept, known, repeated, tuple(name for name in no_files if not _hidden(name)))
 
 
 def _hidden(name: str) -> bool:
@@ -326,7 +334,7 @@ def _local_tree(root: Path) -> Tree:
     def refuse(error: OSError) -> NoReturn:
         raise _closed(error) from error
 
-    files, folders = [], []
+    files, folders, no_files = [], [], []
     ways: dict[str, tuple[str, ...]] = {str(root): (os.path.realpath(root),)}
     for here, below, names in os.walk(root, onerror=refuse, followlinks=True):
         relative = text(Path(here).relative_to(root).as_posix())
@@ -340,7 +348,9 @@ def _local_tree(root: Path) -> Tree:
             path = Path(here, name)
             if stamp := _stamp(path):
                 files.append(File(prefix + text(name), stamp, StoredFile(f"file://{path}")))
-    return _tree(files, folders)
+            else:
+                no_files.append(prefix + text(name))
+    return _tree(files, folders, no_files=no_files)
 
 
 def _way_to(name: str, here: str, way: tuple[str, ...]) -> tuple[str, ...] | None:

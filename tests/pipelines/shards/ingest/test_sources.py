@@ -129,6 +129,37 @@ def test_class_folders_that_are_links_are_followed_and_loops_are_not(tmp_path):
     assert {i.origin for i in source.images} == {"cat/a.png", "dog/b.png"}
 
 
+@pytest.mark.parametrize("described", [False, True])
+def test_what_holds_no_bytes_is_counted_and_not_opened(tmp_path, described):
+    root = write_files(tmp_path / "photos", {"cat/a.png": b"", "dog/b.png": b""})
+    if described:
+        write_files(root, {"metadata.jsonl": jsonl([{"path": "cat/a.png"}, {"path": "dog/b.png"}])})
+    (root / "cat" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (root / "cat" / "round.png").symlink_to(root / "cat" / "round.png")
+    os.mkfifo(root / "dog" / "pipe.png")
+    os.mkfifo(root / ".pipe")
+    source = open_source(str(root), STORAGE)
+    assert sorted(i.origin for i in source.images) == ["cat/a.png", "dog/b.png"]
+    assert source.unused == {
+        "a link that leads nowhere, a pipe, a socket or a device": ("cat/gone.png", "cat/round.png", "dog/pipe.png")
+    }
+
+
+@pytest.mark.parametrize("top", ["", "train/"])
+def test_images_that_are_deeper_than_their_class_folder_are_told(tmp_path, top):
+    names = ["cat/a.png", "cat/wild/b.png", "cat/wild/big/c.png", "dog/d.png", "dog/notes/e.txt"]
+    root = write_files(tmp_path / "photos", {f"{top}{name}": b"" for name in names})
+    source = open_source(str(root), STORAGE)
+    assert source.classes == ("cat", "dog")
+    assert source.deeper == (f"{top}cat/wild/b.png", f"{top}cat/wild/big/c.png")
+
+
+def test_images_without_classes_are_in_no_class_folder(tmp_path):
+    described = {"metadata.jsonl": jsonl([{"path": "a/b/c.png"}, {"path": "a/b/d/e.png"}])}
+    root = write_files(tmp_path / "photos", {"a/b/c.png": b"", "a/b/d/e.png": b"", **described})
+    assert open_source(str(root), STORAGE).deeper == ()
+
+
 def test_links_between_folders_end_where_they_lead_back(tmp_path):
     root = write_files(tmp_path / "links", {"a/1.png": b"1", "b/2.png": b"2"})
     (root / "a" / "more").symlink_to("../b")
