@@ -38,7 +38,7 @@ def grid_choice(labels: NDArray[np.int64], num_classes: int, limit: int) -> NDAr
     """Return which of some labelled images a grid of at most `limit` shows: int64 [rows, columns].
 
     The columns are the classes of `grid_classes`, of those that have an image, with equally many images of each; with
-    one class, or none, the first images row by row. `label_grid(images[choice.ravel()], choice.shape[1], names)` draws
+    one class, or none, the first images row by row. `class_grid(images[choice.ravel()], choice.shape[1], names)` draws
     it.
 
     Args:
@@ -54,13 +54,50 @@ def grid_choice(labels: NDArray[np.int64], num_classes: int, limit: int) -> NDAr
     return np.stack([found[:rows] for found in of_class], axis=1)
 
 
-def label_grid(images: NDArray[np.uint8], columns: int, names: tuple[str, ...] = (), gap: int = 4) -> NDArray[np.uint8]:
+def side_by_side(lines: int, columns: int) -> int:
+    """Return how many of some lines stand side by side in a grid that is about as wide as high, or rather wider.
+
+    Args:
+        columns: images of a line.
+    """
+
+    def longer_by(beside: int) -> float:
+        width, height = beside * columns, -(-lines // beside)
+        return max(width / height, height / width)
+
+    return min(range(math.isqrt(lines) + 1, 0, -1), key=longer_by)
+
+
+def class_grid(images: NDArray[np.uint8], columns: int, names: tuple[str, ...] = ()) -> NDArray[np.uint8]:
+    """Return a grid of images whose columns are classes; of few classes each has several columns, side by side.
+
+    Args:
+        images: uint8 [N, H, W, C], one of each class, then another one of each, and so on.
+        columns: classes.
+        names: of the classes, shown above.
+
+    Returns:
+        uint8 [height, width, 3], about as wide as high, unless the classes alone make it wider.
+    """
+    rows = -(-len(images) // columns)
+    across = side_by_side(rows, columns)
+    tiles = np.full((-(-rows // across), columns, across, *images.shape[1:]), 255, np.uint8)
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        tiles[row // across, column, row % across] = image
+    return label_grid(tiles.reshape(-1, *images.shape[1:]), columns * across, names, across=across)
+
+
+def label_grid(
+    images: NDArray[np.uint8], columns: int, names: tuple[str, ...] = (), gap: int = 4, *, across: int = 1
+) -> NDArray[np.uint8]:
     """Return a grid of images [N, H, W, C], enlarged by a whole factor where they are small.
 
     Args:
         columns: images in a row.
         names: shown above the columns, long ones in several lines.
         gap: pixels between images.
+        across: columns that belong together and share a name, a little apart from the next ones.
 
     Returns:
         uint8 [height, width, 3].
@@ -69,16 +106,23 @@ def label_grid(images: NDArray[np.uint8], columns: int, names: tuple[str, ...] =
     zoom = max(1, -(-MIN_TILE // max(height, width)))
     tile_h, tile_w = height * zoom, width * zoom
     rows = -(-count // columns)
-    titles = [textwrap.wrap(name, max(tile_w // LETTER, 1))[:LINES] for name in names[:columns]]
+    block_w = across * (tile_w + gap) - gap
+    titles = [textwrap.wrap(name, max(block_w // LETTER, 1))[:LINES] for name in names[: columns // across]]
     header = 18 + LINE * (max(1, *map(len, titles)) - 1) if names else 0
-    canvas = Image.new("RGB", (columns * (tile_w + gap) + gap, header + rows * (tile_h + gap) + gap), "white")
+    apart = 2 * gap if across > 1 else 0
+
+    def left(column: int) -> int:
+        return gap + column * (tile_w + gap) + column // across * apart
+
+    size = (left(columns - 1) + tile_w + gap, header + rows * (tile_h + gap) + gap)
+    canvas = Image.new("RGB", size, "white")
     for i, image in enumerate(images):
         pixels = image.repeat(zoom, 0).repeat(zoom, 1)
         tile = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-        canvas.paste(tile, (gap + i % columns * (tile_w + gap), header + gap + i // columns * (tile_h + gap)))
+        canvas.paste(tile, (left(i % columns), header + gap + i // columns * (tile_h + gap)))
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
-    for column, lines in enumerate(titles):
-        middle = gap + column * (tile_w + gap) + tile_w // 2
+    for number, lines in enumerate(titles):
+        middle = left(number * across) + block_w // 2
         for i, line in enumerate(lines):
             draw.text((middle, 11 + LINE * i), line, fill="black", font=font, anchor="mm")
     return np.asarray(canvas)

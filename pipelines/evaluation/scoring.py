@@ -22,7 +22,7 @@ from pipelines.display import Display
 from pipelines.evaluation.evaluate import Evaluation, Request, evaluate
 from pipelines.evaluation.evaluators import Evaluator, find_evaluator, open_evaluator
 from pipelines.evaluation.likelihoods import Likelihood
-from pipelines.evaluation.plots import MAX_COLUMNS, grid_choice, label_grid
+from pipelines.evaluation.plots import MAX_COLUMNS, class_grid, grid_choice
 from pipelines.evaluation.prompts import Prompts, find_prompts, open_prompts
 from pipelines.evaluation.real import open_real
 from pipelines.evaluation.samples import read_images
@@ -329,13 +329,13 @@ def _pictures(
 ) -> dict[str, NDArray[np.uint8]]:
     """Return pictures by their keys: some samples, and those nearest to a training image.
 
-    A column of the samples is a class, or a caption where there are few different ones.
+    The samples stand by class, or by caption where there are few different ones.
     """
     kinds, numbers = _kinds(done, model, prompts)
     shown = grid_choice(numbers, len(kinds), most)
     names = tuple(kinds[number] for number in numbers[shown[0]]) if kinds else ()
     images = read_images(done.plan, storage, model.spec.shape[0], shown.ravel())
-    pictures = {FOLDER: label_grid(images, shown.shape[1], names)}
+    pictures = {FOLDER: class_grid(images, shown.shape[1], names)}
     return pictures if done.copies is None else pictures | {"nearest-training-images": done.copies.picture()}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ddpm.inference import Film
-from pipelines.evaluation.plots import label_grid
+from pipelines.evaluation.plots import class_grid, label_grid, side_by_side
 from pipelines.inference.pictures import Finished, Pictures, Row, encoder_of, picture
 from pipelines.inference.request import MANIFEST, Sample
 from pipelines.lineage import code_lineage
@@ -179,15 +178,16 @@ def _name(number: int, row: Row) -> str:
 
 
 def grid_of(pictures: Pictures) -> NDArray[np.uint8]:
-    """Return all pictures in a grid, uint8 [H, W, 3]; with given images,
-    a line for each picture that shows those beside it.
+    """Return all pictures in a grid, uint8 [H, W, 3]; with given images, each picture is shown beside its own.
+
+    An interpolation is a line from one seed to the other; any other grid is about as wide as high.
     """
     if pictures.originals is None:
         pixels = pictures.pixels
         if _interpolates(pictures):  # a line for each column, from one seed to the other
             turned = pixels.reshape(-1, pictures.columns, *pixels.shape[1:]).swapaxes(0, 1)
             return label_grid(turned.reshape(pixels.shape), turned.shape[1])
-        return label_grid(pixels, _grid_columns(pictures), _column_names(pictures))
+        return class_grid(pixels, pictures.columns, _column_names(pictures))
     lines: list[NDArray[np.uint8]] = []
     for row, result in zip(pictures.rows, pictures.pixels, strict=True):
         assert row.image is not None
@@ -198,16 +198,12 @@ def grid_of(pictures: Pictures) -> NDArray[np.uint8]:
             hidden = pictures.hidden[row.image][..., None]
             lines += [np.where(hidden, np.uint8(128), original), result, original]
     names = ("given", "result") if pictures.hidden is None else ("known", "result", "given")
-    return label_grid(np.stack(lines), len(names), names)
+    beside = side_by_side(len(pictures.rows), len(names))
+    return label_grid(np.stack(lines), beside * len(names), beside * names)
 
 
 def _interpolates(pictures: Pictures) -> bool:
     return isinstance(pictures.request, Sample) and pictures.request.interpolate is not None
-
-
-def _grid_columns(pictures: Pictures) -> int:
-    """Return the columns of the grid: a single column of pictures is drawn as a square of lines."""
-    return pictures.columns if pictures.columns > 1 else math.ceil(math.sqrt(len(pictures.pixels)))
 
 
 def _column_names(pictures: Pictures) -> tuple[str, ...]:
@@ -240,7 +236,7 @@ def _write_film(pictures: Pictures, film: Film, out: Path) -> list[Path]:
     Image.fromarray(film_strip(film)).save(paths[0])
     frames = []
     for x_t, x0 in zip(film.x_t.numpy(), film.x0.numpy(), strict=True):
-        halves = [label_grid(images, _grid_columns(pictures)) for images in (x_t, x0)]
+        halves = [class_grid(images, pictures.columns) for images in (x_t, x0)]
         frames.append(np.concatenate(halves, axis=1))
     animate(paths[1], frames)
     return paths

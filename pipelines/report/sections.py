@@ -218,7 +218,10 @@ def _decision(verdict: Verdict) -> str:
 def _samples(facts: Facts) -> Section | None:
     if facts.samples is None:
         return None
-    how = "These are the first of the samples that were scored, not the best of them; each column is a class or prompt."
+    how = (
+        "These are the first of the samples that were scored, not the best of them; those of a class or prompt stand "
+        "below its name."
+    )
     alt = f"Grid of samples of {facts.name}{_at(facts.images_seen)}, from its evaluation"
     return Section("samples", "Samples", how, [Shown(facts.samples, alt)])
 

@@ -14,6 +14,7 @@ from pipelines.inference import (
     Sample,
     Source,
     encoder_of,
+    grid_of,
     parse_labels,
     picture,
     read_request,
@@ -209,6 +210,19 @@ def test_a_manifest_draws_its_pictures_again(folders, models, image, tmp_path, k
     assert len(plain["model"]["digest"]) == 64
     assert {"code_version", "git_commit", "torch", "device"} <= plain["versions"].keys()
     assert written.grid.exists()
+
+
+@pytest.mark.parametrize("kind", ["one class", "two classes", "inpaint", "edit"])
+def test_a_grid_is_about_as_wide_as_high_whatever_it_shows(models, image, kind):
+    steps = {"steps": 2}
+    request = {
+        "one class": Sample.of(labels=[0], count=9, sampling=steps),
+        "two classes": Sample.of(labels=[0, 3], count=16, sampling=steps),
+        "inpaint": Inpaint.of(images=[image], masks=["half:left"], count=12, method_settings=steps),
+        "edit": Edit.of(images=[image], strength=0.5, count=16, sampling=steps),
+    }[kind]
+    height, width, _ = grid_of(picture(request, models["classes"])).shape
+    assert 0.6 * height < width < 1.4 * height
 
 
 def test_pictures_are_written_batch_by_batch_and_a_manifest_says_that_all_are_there(folders, models, tmp_path):

@@ -18,7 +18,7 @@ from ddpm.masks import inpainting_condition, random_mask
 from ddpm.models.classifier import SAME_TEXT
 from ddpm.noise import Purpose, normal
 from ddpm.prediction import NetworkDenoiser
-from pipelines.evaluation.plots import grid_classes, grid_shape, label_grid
+from pipelines.evaluation.plots import class_grid, grid_classes, grid_shape
 from pipelines.shards.read import Batch, ShardReader
 from pipelines.tracking import RunLog
 from pipelines.training.loop.collectives import all_gather_items, rank_indices
@@ -89,7 +89,7 @@ class Preview:
         drawn = to_uint8(grid).cpu().numpy() if self.log else None
         if self.log and drawn is not None:
             names = tuple(spec.classes[c] for c in classes)
-            self.log.image("samples", label_grid(drawn, columns, names), state.images_seen)
+            self.log.image("samples", class_grid(drawn, columns, names), state.images_seen)
         if "test" in context.job.dataset.splits and not context.config.model.inpainting:
             self._judge(state, drawn)
         return None if drawn is None else drawn[:SHOWN]

@@ -3,7 +3,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.evaluation.plots import MAX_COLUMNS, MIN_TILE, grid_choice, grid_classes, grid_shape, label_grid
+from pipelines.evaluation.plots import (
+    MAX_COLUMNS,
+    MIN_TILE,
+    class_grid,
+    grid_choice,
+    grid_classes,
+    grid_shape,
+    label_grid,
+)
 
 
 def test_small_images_are_enlarged_by_whole_pixels_and_keep_their_values():
@@ -13,6 +21,47 @@ def test_small_images_are_enlarged_by_whole_pixels_and_keep_their_values():
     for i in range(6):
         y, x = 4 + i // 3 * (MIN_TILE + 4), 4 + i % 3 * (MIN_TILE + 4)
         assert (grid[y : y + MIN_TILE, x : x + MIN_TILE] == i * 40).all()
+
+
+@given(st.integers(1, 16), st.integers(1, 64))
+def test_a_grid_of_classes_is_about_as_wide_as_high_and_shows_each_image_below_the_name_of_its_class(classes, rows):
+    values = np.arange(rows * classes) % 200
+    images = values.astype(np.uint8).reshape(-1, 1, 1, 1).repeat(MIN_TILE, 1).repeat(MIN_TILE, 2)
+    grid = class_grid(images, classes)
+    height, width, _ = grid.shape
+    assert height <= 2.1 * width
+    assert width <= max(2.3, 1.1 * classes / rows) * height
+    tile = MIN_TILE + 4
+    starts = [x for x in range(width) if not (grid[4 : 4 + MIN_TILE, x] == 255).all()]
+    across = len(starts) // MIN_TILE // classes
+    lefts = [x for x in starts if x - 1 not in starts]
+    assert len(lefts) == classes * across
+    for i, value in enumerate(values):
+        row, label = divmod(i, classes)
+        y, x = 4 + row // across * tile, lefts[label * across + row % across]
+        assert (grid[y : y + MIN_TILE, x : x + MIN_TILE] == value).all()
+
+
+@pytest.mark.parametrize(
+    "images, classes, rows, columns",
+    [(32, 2, 6, 6), (64, 2, 8, 8), (64, 1, 8, 8), (64, 10, 7, 10), (30, 10, 3, 10), (48, 3, 8, 6), (2, 1, 1, 2)],
+)
+def test_few_classes_have_several_columns_each(images, classes, rows, columns):
+    apart = 8 * (classes - 1) if columns > classes else 0
+    size = (rows * (MIN_TILE + 4) + 4, columns * (MIN_TILE + 4) + 4 + apart, 3)
+    assert class_grid(np.zeros((images, 8, 8, 1), np.uint8), classes).shape == size
+
+
+def test_a_name_stands_above_all_columns_of_its_class_and_has_their_width():
+    images = np.full((32, MIN_TILE, MIN_TILE, 1), 200, np.uint8)
+    grid = class_grid(images, 2, ("a beach in the sun", "b"))
+    shape = class_grid(images, 2).shape
+    assert grid.shape == (shape[0] + 18, shape[1], 3)
+    dark = np.flatnonzero((grid[:18] < 128).any((0, 2)))
+    middle, of_three = shape[1] // 2, 4 + (3 * (MIN_TILE + 4) - 4) / 2
+    first, second = dark[dark < middle], dark[dark > middle]
+    assert abs((first[0] + first[-1]) / 2 - of_three) < 4
+    assert abs((second[0] + second[-1]) / 2 - (shape[1] - of_three)) < 4
 
 
 def test_names_stand_above_their_columns_and_colours_stay():
