@@ -6,11 +6,12 @@ import io
 import json
 import math
 import struct
+import tokenize
 import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -34,6 +35,8 @@ _FORMATS = ("PNG", "JPEG", "WEBP")
 _GREY = ("1", "L", "LA", "La")
 _COLOUR = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 _UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+_NO_ARRAY = (*_UNDECODABLE, TypeError, LookupError, RecursionError, MemoryError, tokenize.TokenError)
+"""Errors of NumPy, which has Python read the header of an array, on damaged ones."""
 
 
 @dataclass(frozen=True)
@@ -175,11 +178,33 @@ def _npy_header(header: bytes) -> tuple[tuple[int, int, int], int] | None:
         if np.lib.format.read_magic(file) != (1, 0):
             return None
         shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
-    except _UNDECODABLE:
+    except _NO_ARRAY:
         return None
     if dtype != np.uint8 or by_columns or len(shape) not in (2, 3):
         return None
     return (*shape, 1)[:3], len(header)  # type: ignore[return-value]
+
+
+def _read_npy(data: bytes | memoryview) -> NDArray[Any]:
+    """Return the array in a `.npy` file.
+
+    Raises:
+        ValueError: it is none, holds objects of Python, or less than its header promises.
+    """
+    file = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, by_columns, dtype = read(file)
+        if dtype.hasobject:
+            raise ValueError("it holds objects of Python")
+        # NumPy's own function makes room for whatever a header promises before it looks at what follows.
+        promised, held = math.prod(shape) * dtype.itemsize, len(data) - file.tell()
+        if promised > held:
+            raise ValueError(f"it promises {promised:,} bytes and holds {held:,}")
+        return np.ndarray(shape, dtype, data, file.tell(), order="F" if by_columns else "C").copy()
+    except _NO_ARRAY as error:
+        raise ValueError(str(error) or type(error).__name__) from error
 
 
 def require_member(members: Mapping[str, T], name: str) -> T:
@@ -200,8 +225,8 @@ def unpack_embedding(data: bytes | memoryview) -> Embedding:
         FlawError: it cannot be read, or has neither field.
     """
     try:
-        record = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    except _UNDECODABLE as error:
+        record = _read_npy(data)
+    except ValueError as error:
         raise FlawError("embedding", f"emb.npy cannot be read: {error}") from error
     names = record.dtype.names or ()
     if not {"pooled", "text"} & set(names):
@@ -219,8 +244,8 @@ def _no_image(names: Collection[str]) -> str:
 def _from_array(data: bytes | memoryview, channels: int | None) -> NDArray[np.uint8]:
     """Decode an image that is stored as a NumPy array; see `decode_image`."""
     try:
-        array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    except _UNDECODABLE as error:
+        array = _read_npy(data)
+    except ValueError as error:
         raise FlawError("decode", f"npy cannot be decoded: {error}") from error
     array = array[..., None] if array.ndim == 2 else array
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] not in (1, 3):
@@ -320,15 +345,15 @@ def _check_texts(members: Mapping[str, bytes]) -> list[Flaw]:
         flaws.append(Flaw("text", f"txt is not UTF-8: {error.reason} at byte {error.start}"))
     try:
         json.loads(members.get("json", b"{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         flaws.append(Flaw("json", f"json cannot be read: {error}"))
     if "emb.npy" in members:
         try:
-            array = np.lib.format.read_array(io.BytesIO(members["emb.npy"]), allow_pickle=False)
+            array = _read_npy(members["emb.npy"])
             # An ingest writes one record of arrays; other tools write a plain array.
             parts = [array[name] for name in array.dtype.names or ()] or [array]
             if not all(part.dtype.kind == "f" and np.isfinite(part).all() for part in parts):
                 flaws.append(Flaw("embedding", f"emb.npy ({array.dtype}) holds values that are no finite floats"))
-        except _UNDECODABLE as error:
+        except ValueError as error:
             flaws.append(Flaw("embedding", f"emb.npy cannot be read: {error}"))
     return flaws

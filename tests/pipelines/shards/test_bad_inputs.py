@@ -47,6 +47,12 @@ def npy(array):
     return buffer.getvalue()
 
 
+def array_header(shape):
+    """A `.npy` file that ends behind a header with such a shape."""
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
+
+
 GOOD = tar_bytes([*sample("a"), *sample("b", 5), *sample("c", 9)])
 """Each member fills a block behind its header: b.png's header is at 2,048, its bytes at 2,560."""
 
@@ -266,6 +272,31 @@ KINDS = {
         indexed([("a.npy", b"PK\x03\x04" + bytes(60)), ("a.cls", b"0")]),
         1,
         "a: npy cannot be decoded: the magic string is not correct",
+    ),
+    "an array that promises more than it holds": (
+        indexed([("a.npy", array_header("(99999, 99999, 3)")), ("a.cls", b"0")]),
+        1,
+        "a: npy cannot be decoded: it promises 29,999,400,003 bytes and holds 0",
+    ),
+    "an array whose header is no header": (
+        indexed([("a.npy", array_header("((((")), ("a.cls", b"0")]),
+        1,
+        "a: npy cannot be decoded: ",
+    ),
+    "an array of objects": (
+        indexed([("a.npy", npy(np.array([{}], object))), ("a.cls", b"0")]),
+        1,
+        "a: npy cannot be decoded: it holds objects of Python",
+    ),
+    "embeddings that promise more than they hold": (
+        indexed([*sample("a"), ("a.emb.npy", array_header("(2,)"))]),
+        1,
+        "a: emb.npy cannot be read: it promises 2 bytes and holds 0",
+    ),
+    "JSON that is nested without end": (
+        indexed([*sample("a"), ("a.json", b"[" * 100_000)]),
+        1,
+        "a: json cannot be read: maximum recursion depth exceeded",
     ),
     "a sample without image": (
         indexed([("a.cls", b"0"), *sample("b")]),

@@ -158,3 +158,15 @@ def test_a_batch_has_the_text_where_it_is_asked_for(tmp_path):
     plain = ShardReader(dataset, "train", fetcher).batch(located)
     assert (plain.text, plain.text_mask, plain.pooled) == (None, None, None)
     assert len(batch[:1]) == len(batch[:1].text) == 1
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("shape", [(), (0, 3), (4,), (3, 5, 2)])
+def test_arrays_come_back_as_they_were_written(order, shape):
+    record = np.zeros((), [("pooled", "<f2", shape)])
+    record["pooled"] = np.random.default_rng(0).normal(size=shape)
+    assert np.array_equal(unpack_embedding(npy(record))[0], record["pooled"])
+    buffer = io.BytesIO()
+    pixels = np.asarray(PIXELS, order=order)
+    np.save(buffer, pixels)
+    assert np.array_equal(decode_image({"npy": buffer.getvalue()}), pixels)

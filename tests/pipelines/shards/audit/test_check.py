@@ -267,7 +267,7 @@ SAMPLE_DAMAGE = {
         "channels",
         r"x  npy is uint8 \[8, 8, 2\]: write",
     ),
-    "pickled": ([("x.npy", npy(np.array([{}], object)))], "decode", r"x  npy cannot be decoded: Object arrays cannot"),
+    "pickled": ([("x.npy", npy(np.array([{}], object)))], "decode", r"x  npy cannot be decoded: it holds objects of"),
     "no image member": ([("x.txt", b"words")], "no-image", r"x  has no image: .*; it has cls, txt"),
     "txt that is no text": ([("x.png", WORSE), ("x.txt", b"\xff\xfe")], "text", r"x  txt is not UTF-8: .* at byte 0"),
     "json that is none": ([("x.png", WORSE), ("x.json", b"{")], "json", r"x  json cannot be read"),
