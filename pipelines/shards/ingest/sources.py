@@ -191,7 +191,7 @@ def _class_folders(where: str, tree: Tree, test_fraction: float) -> Source:
             label = labels[name.removeprefix(prefix).partition("/")[0]] if classes else None
             split = roots[prefix] or _drawn_split(name, test_fraction)
             images.append(SourceImage(split, label, None, name, file.stamp, file.read))
-    bad = tuple(BadImage(name, "a second entry of this name in the zip") for name in tree.repeated)
+    bad = tuple(BadImage(name, reason) for name, reason in tree.bad)
     deeper = tuple(sorted(image.origin for image in images if _depth(image.origin, roots) > 1)) if classes else ()
     drawn = not any(roots.values())
     return Source(tuple(classes), _in_order(images), bad, unused.by_reason(), drawn=drawn, deeper=deeper)
@@ -224,7 +224,7 @@ def _split_folders(tree: Tree) -> dict[str, str]:
 
 def _from_tables(table: Table, tree: Tree, test_fraction: float) -> Source:
     """Return a source of images that are listed in tables."""
-    bad = [*table.bad, *(BadImage(name, "a second entry of this name in the zip") for name in tree.repeated)]
+    bad = [*table.bad, *(BadImage(name, reason) for name, reason in tree.bad)]
     tops = {row.path.partition("/")[0] for row in table.rows if "/" in row.path}
     test = next((name for name in TEST_FOLDERS if name in tops), None)
     folders = {"train": "train", test: "test"} if "train" in tops and test is not None else {}

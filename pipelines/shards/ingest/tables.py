@@ -75,7 +75,8 @@ def parse_table(name: str, data: bytes) -> Table:
         data: bytes of the table.
 
     Raises:
-        DatasetError: it is not UTF-8, has no column of paths, or ends inside a quoted field.
+        DatasetError: it is not UTF-8, has no row, no column of paths or one of them twice, or ends inside a quoted
+            field.
     """
     try:
         text = data.decode("utf-8-sig")
@@ -92,6 +93,8 @@ def parse_table(name: str, data: bytes) -> Table:
             rows.append(_row(where, values, posixpath.dirname(name)))
         except ValueError as error:
             bad.append(BadImage(where, str(error)))
+    if not rows and not bad:
+        raise DatasetError(f"{name} has no row: give it a row with `path` for each image, or remove it")
     return Table((name,), tuple(rows), tuple(bad), frozenset(columns - set(READ)))
 
 
@@ -102,6 +105,9 @@ def _csv(name: str, text: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
     if not set(PATH) & set(columns):
         found = ", ".join(columns) or "nothing"
         raise DatasetError(f"{name} has the columns {found}; it needs `path`, and may have `label`, `caption`, `split`")
+    twice = next((column for column in READ if columns.count(column) > 1), None)
+    if twice is not None:
+        raise DatasetError(f"{name} has the column {twice} {columns.count(twice)} times: one is enough")
     try:
         for values in reader:
             where = f"{name}:{reader.line_num}"
@@ -121,7 +127,7 @@ def _jsonl(name: str, text: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
         where = f"{name}:{number}"
         try:
             values = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             yield where, f"is not JSON: {error}"
             continue
         yield where, values if isinstance(values, dict) else f"is not a JSON object but {line.strip()[:40]}"
@@ -154,6 +160,10 @@ def _row(where: str, values: dict[str, Any], folder: str) -> Row:
         raise ValueError(f"{path} has the label {label!r}: labels are class names, or class indices from 0")
     if isinstance(label, int) and label < 0:
         raise ValueError(f"{path} has the label {label}: class indices start at 0; leave the label out where none is")
+    if isinstance(label, str):
+        label = label.strip()
+        if not label:
+            raise ValueError(f"{path} has an empty label: write the name of its class, or no label in any row")
     split = values.get("split")
     if split not in (None, "train", "test"):
         raise ValueError(f"{path} has the split {split!r}: splits are train and test")

@@ -71,13 +71,13 @@ class Tree:
     Attributes:
         files: name -> file.
         folders: the folders that are known to exist.
-        repeated: names that a zip has more than once; the first entry is used.
+        bad: entries of a zip that are not used, with the reason: a second one of its name, or one with .. in it.
         no_files: names of what holds no bytes that could be read: links that lead nowhere, pipes, sockets and devices.
     """
 
     files: dict[str, File]
     folders: frozenset[str]
-    repeated: tuple[str, ...] = ()
+    bad: tuple[tuple[str, str], ...] = ()
     no_files: tuple[str, ...] = ()
 
 
@@ -115,6 +115,8 @@ class InMemory:
         return self.data
 
 
+WINDOWS = 0
+"""What the programs of Windows and DOS say of themselves in the entries of a zip."""
 LARGEST = 1 << 30
 """Bytes of a file in a zip, which is read into memory."""
 
@@ -136,9 +138,8 @@ class ZipMember:
         if self.encrypted:
             raise UnreadableError("is encrypted: make the zip without a password")
         if max(self.size, self.compressed) > LARGEST:
-            raise UnreadableError(
-                f"holds {self.size / 2**30:.1f} GiB, where a picture has at most {LARGEST / 2**30:.0f}"
-            )
+            held = max(self.size, self.compressed) / 2**30
+            raise UnreadableError(f"holds {held:.1f} GiB, where a picture has at most {LARGEST / 2**30:.0f}")
         # The length of the local header is not known before it is read; 1 KiB is nearly always enough.
         block = storage.read(self.uri, self.offset, self.offset + 1024 + self.compressed)
         if block[:4] != b"PK\x03\x04" or len(block) < 30:
@@ -281,14 +282,14 @@ def _size(uri: str, storage: Storage) -> int:
 def _tree(
     files: Iterable[File],
     folders: Iterable[str] = (),
-    repeated: tuple[str, ...] = (),
+    bad: tuple[tuple[str, str], ...] = (),
     no_files: Iterable[str] = (),
 ) -> Tree:
     """Return a tree of files and folders without hidden ones."""
     kept = {file.name: file for file in files if not _hidden(file.name)}
     above = {str(parent) for name in kept for parent in PurePosixPath(name).parents}
     known = frozenset(above | {folder for folder in folders if not _hidden(folder)}) - {"."}
-    return Tree(kept, known, repeated, tuple(name for name in no_files if not _hidden(name)))
+    return Tree(kept, known, bad, tuple(name for name in no_files if not _hidden(name)))
 
 
 def _hidden(name: str) -> bool:
@@ -374,20 +375,26 @@ def _zip_tree(uri: str, storage: Storage) -> Tree:
     raw = _Ranged(uri, _size(uri, storage), storage)
     try:
         with zipfile.ZipFile(io.BufferedReader(raw, buffer_size=1 << 20)) as archive:
-            entries = archive.infolist()
+            listed = archive.infolist()
     except zipfile.BadZipFile as error:
         raise DatasetError(f"{shown(uri)} is not a readable zip ({error}): make it again, or copy it whole") from error
-    for entry in entries:
-        entry.filename = entry.filename.lstrip("/")  # as whatever unpacks a zip takes it
+    entries, bad = [], []
+    for entry in listed:  # as whatever unpacks a zip takes it; some programs of Windows write backslashes
+        named = entry.filename.replace("\\", "/") if entry.create_system == WINDOWS else entry.filename
+        entry.filename = named.lstrip("/")
+        if ".." in named.split("/"):
+            bad.append((named, "has .. in its name, by which entries leave the folder of a zip"))
+        elif entry.filename:
+            entries.append(entry)
     top = _top_folder([entry.filename for entry in entries if not _hidden(entry.filename)])
     files: dict[str, File] = {}
-    folders, repeated = [], []
+    folders = []
     for entry in entries:
         name = entry.filename.removeprefix(top)
         if entry.is_dir():
             folders.append(name.rstrip("/"))
         elif name in files:
-            repeated.append(name)
+            bad.append((name, "a second entry of this name in the zip"))
         else:
             member = ZipMember(
                 uri,
@@ -399,7 +406,7 @@ def _zip_tree(uri: str, storage: Storage) -> Tree:
                 bool(entry.flag_bits & 1),
             )
             files[name] = File(name, f"{entry.file_size} {entry.CRC:08x}", member)
-    return _tree(files.values(), [f for f in folders if f], tuple(repeated))
+    return _tree(files.values(), [f for f in folders if f], tuple(bad))
 
 
 def _top_folder(names: list[str]) -> str:

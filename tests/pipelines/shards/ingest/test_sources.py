@@ -288,6 +288,10 @@ def test_any_caption_survives_both_kinds_of_table(text):
     [
         ('{"file_name": "a.png"', "m.jsonl:2: is not JSON"),
         ('["a.png"]', "m.jsonl:2: is not a JSON object but"),
+        ("[" * 100_000, "m.jsonl:2: is not JSON: maximum recursion depth exceeded"),
+        ('{"a":' * 100_000, "m.jsonl:2: is not JSON: maximum recursion depth exceeded"),
+        ('{"file_name": "a.png", "label": ' + "9" * 5_000 + "}", "m.jsonl:2: is not JSON: Exceeds the limit"),
+        ('{"file_name": "a.png", "label": " "}', "a.png has an empty label: write the name of its class"),
         ('{"text": "x"}', "m.jsonl:2: has no path in file_name or path"),
         ('{"file_name": 7}', "m.jsonl:2: has no path"),
         ('{"file_name": "a.png", "text": ["x"]}', "which is not a text"),
@@ -342,6 +346,7 @@ def test_numbers_and_names_as_labels_of_one_source_are_refused_by_one_of_each(tm
         ([0, "1", 2], ("0", "1", "2")),
         (["0", "1", "a"], ("0", "1", "a")),  # as texts they may be names, of handwritten letters and digits, say
         (["b", "a", "b"], ("a", "b")),
+        (["cat", " cat", "dog "], ("cat", "dog")),
     ],
 )
 def test_labels_of_one_kind_are_taken(tmp_path, labels, classes):
@@ -383,6 +388,27 @@ def test_names_of_a_zip_that_begin_with_a_slash_are_those_without_it(tmp_path):
     assert {image.origin: image.read(STORAGE) for image in source.images} == {"cat/a.png": b"a", "dog/b.png": b"b"}
 
 
+def test_names_of_a_zip_that_lead_out_of_it_or_nowhere_are_left_out(tmp_path):
+    out = {"../a.png": b"1", "cat/../../b.png": b"2", "/../c.png": b"3"}
+    path = write_zip(tmp_path / "z.zip", {**out, "/": b"", "photos/cat/a.png": b"5", "photos/dog/b.png": b"6"})
+    source = open_source(str(path), STORAGE)
+    assert [bad.origin for bad in source.bad] == list(out)
+    assert all("has .. in its name" in bad.reason for bad in source.bad)
+    assert {image.origin: image.read(STORAGE) for image in source.images} == {"cat/a.png": b"5", "dog/b.png": b"6"}
+
+
+@pytest.mark.parametrize("system, classes", [(0, ("cat", "dog")), (3, ())])
+def test_backslashes_are_slashes_in_a_zip_of_windows_and_letters_in_others(tmp_path, system, classes):
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
+        for name in ("photos\\cat\\a.png", "photos\\dog\\b.png"):
+            entry = zipfile.ZipInfo(name)
+            entry.create_system = system
+            archive.writestr(entry, b"")
+    source = open_source(str(tmp_path / "z.zip"), STORAGE)
+    assert source.classes == classes
+    assert len(source.images) == 2
+
+
 def test_what_is_larger_than_any_picture_is_not_unpacked(tmp_path, monkeypatch):
     path = write_zip(tmp_path / "z.zip", {"cat/a.png": b"\0" * 3_000_000, "cat/b.png": b"b"})
     monkeypatch.setattr("pipelines.shards.ingest.trees.LARGEST", 1 << 20)
@@ -409,6 +435,12 @@ def test_a_zip_with_anything_in_front_is_read(tmp_path):
         ({"p/notes.txt": b""}, "p", "p has no images; expected"),
         ({"l.csv": "file,label\na.png,1\n"}, "l.csv", "l.csv has the columns file, label; it needs `path`"),
         ({"l.csv": b""}, "l.csv", "l.csv has the columns nothing; it needs `path`"),
+        ({"l.csv": "path\n"}, "l.csv", "l.csv has no row: give it a row with `path` for each image"),
+        ({"l.jsonl": "\n\n"}, "l.jsonl", "l.jsonl has no row"),
+        ({"l.csv": "path;label\na.png;cat\n"}, "l.csv", "l.csv has the columns path;label; it needs `path`"),
+        ({"l.csv": "path,label,label\na.png,cat,dog\n"}, "l.csv", "l.csv has the column label 2 times: one is enough"),
+        ({"l.csv": "path\na.png\n".encode("utf-16")}, "l.csv", "l.csv is not UTF-8 .byte 0.: save it as UTF-8"),
+        ({"l.csv": "path,text\na.png," + "x" * 200_000}, "l.csv", "l.csv, after line 1: field larger than field limit"),
         ({"l.csv": b"path\n\xff\xfe\n"}, "l.csv", "l.csv is not UTF-8 .byte 5.: save it as UTF-8"),
         ({"l.csv": 'path\n"a"b.png\n'}, "l.csv", "l.csv, after line 1: .* mend the quotes"),
         (
