@@ -145,14 +145,17 @@ class EncodedImage:
 def encode_image(data: bytes, form: ImageFormat) -> EncodedImage:
     """Decode an image file, give it the format's shape and channels, and encode it.
 
-    An EXIF orientation is applied, and what is transparent becomes white. With `keep`, a file that already has the
-    encoding is stored unchanged.
+    An EXIF orientation is applied, what is transparent becomes white, and of several pictures in a file the first is
+    taken. Pixels are those of the file, whatever colour profile is beside them. With `keep`, a file that already has
+    the encoding is stored unchanged.
 
     Raises:
         UnreadableError: it is damaged, is no image, or cannot be brought into the format.
     """
-    image, kind, _ = _decode(data)
-    image, changes = _turn(image)
+    opened, kind, _ = _decode(data)
+    image, changes = _turn(opened)
+    if _has_frames(opened):
+        changes.append("the first of several pictures in a file")
     size, mode = image.size, image.mode
     image, transparent = on_white(image)
     if transparent:
@@ -288,6 +291,14 @@ def _decode(data: bytes, reduced_to: int | None = None) -> tuple[Image.Image, st
         ) from error
     except _DAMAGED as error:
         raise UnreadableError(f"is damaged: {error or type(error).__name__}") from error
+
+
+def _has_frames(image: Image.Image) -> bool:
+    """Return whether an opened file is animated or has several pages; telephones add a thumbnail or a depth map."""
+    try:
+        return image.format not in ("MPO", "HEIF") and bool(getattr(image, "is_animated", False))
+    except _DAMAGED:
+        return False
 
 
 def _turn(image: Image.Image) -> tuple[Image.Image, list[str]]:
