@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -15,6 +16,8 @@ from pipelines.errors import PipelineError
 
 MANIFEST = "manifest.json"
 """Name of the file beside pictures that holds their request."""
+SHOWN = 100
+"""Letters that a message shows of a value."""
 
 Method = Literal["trained", "replacement", "repaint"]
 assert set(METHODS) == {"trained", "replacement", "repaint"}
@@ -57,7 +60,7 @@ class Request(pydantic.BaseModel):
         try:
             return cls(**{name: value for name, value in given.items() if value is not None})
         except pydantic.ValidationError as error:
-            raise RequestError("\n".join(_line(part, cls) for part in error.errors())) from error
+            raise RequestError("\n".join(_lines(error, cls))) from error
 
     @model_validator(mode="after")
     def _one_source_of_rows(self) -> Self:
@@ -160,10 +163,28 @@ def parse_labels(labels: str, classes: tuple[str, ...] = ()) -> tuple[str, ...]:
     return (labels,) if labels in classes else tuple(part.strip() for part in labels.split(","))
 
 
-def _line(error: Any, cls: type[Request]) -> str:
-    """Return one line of what is wrong with a field."""
-    place = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
+def _lines(error: pydantic.ValidationError, cls: type[Request]) -> list[str]:
+    """Return a line for each field that is wrong; of a list with a wrong entry, for the entry."""
+    parts = [(_place(part["loc"]), part) for part in error.errors()]
+    found: dict[str, list[Any]] = {}
+    for place, part in parts:
+        if not any(place and other.startswith(f"{place}.") for other, _ in parts):
+            found.setdefault(place, []).append(part)
+    return [_line(place, wrong, cls) for place, wrong in found.items()]
+
+
+def _place(path: Sequence[str | int]) -> str:
+    """Return the name of a field or of an entry of a list, without the type that the entry was tried as."""
+    typed = len(path) > 1 and isinstance(path[-1], str) and isinstance(path[-2], int)
+    return ".".join(str(part) for part in (path[:-1] if typed else path))
+
+
+def _line(place: str, wrong: Sequence[Any], cls: type[Request]) -> str:
+    """Return one line of what is wrong with a field, as each of the types that it may have."""
+    kind, given = wrong[0]["type"], repr(wrong[0]["input"])
+    if kind == "extra_forbidden":
         return f"{place}: no such field of a request to {cls.task}; there are: {', '.join(cls.model_fields)}"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{place} = {error['input']!r}: {message}" if place else message
+    if kind == "missing":
+        return f"{place} is missing: a request to {cls.task} needs {cls.model_fields[wrong[0]['loc'][0]].description}"
+    said = " or ".join(part["msg"].removeprefix("Value error, ") for part in wrong)
+    return f"{place} = {given if len(given) <= SHOWN else given[:SHOWN] + '…'}: {said}" if place else said

@@ -31,6 +31,8 @@ from pipelines.shards.ingest.trees import UnreadableError
 
 OWN = ("model", "task", "film", "format")
 """Fields of a body beside those of the typed request."""
+NAMED = 5
+"""Unknown fields that a message names."""
 FORMATS = ("json", "png")
 DRAWN_MASKS = ("box:", "half:")
 """How a mask starts that is no picture."""
@@ -50,8 +52,10 @@ def read_body(body: Mapping[str, Any], folder: Path, limits: Limits) -> tuple[Re
         raise RequestError(f"task = {body['task']!r}: allowed are {', '.join(TASKS)}")
     fields = {name: value for name, value in body.items() if name not in OWN and value is not None}
     if unknown := fields.keys() - kind.model_fields.keys():
+        named = sorted(unknown)
+        more = f" and {len(named) - NAMED:,} more" if len(named) > NAMED else ""
         raise RequestError(
-            f"{', '.join(sorted(unknown))}: no such field of a request to {kind.task}; "
+            f"{', '.join(named[:NAMED])}{more}: no such field of a request to {kind.task}; "
             f"there are: {', '.join([*OWN, *kind.model_fields])}"
         )
     pixels = 0
@@ -60,7 +64,7 @@ def read_body(body: Mapping[str, Any], folder: Path, limits: Limits) -> tuple[Re
             fields[name], sizes = _write_pictures(name, fields[name], folder, limits)
             pixels += sum(sizes)
     limits.check_total(pixels)
-    film = body.get("film") or False
+    film = False if body.get("film") is None else body["film"]
     if not isinstance(film, bool):
         raise RequestError(f"film = {film!r}: write true or false")
     return kind.of(**fields), FRAMES if film else 0
@@ -188,8 +192,10 @@ def decode_base64(name: str, text: Any) -> bytes:
     Raises:
         RequestError: it is none.
     """
+    if not isinstance(text, str):
+        raise RequestError(f"{name} is no text: send the bytes of a PNG file in base64")
     try:
-        return base64.b64decode(str(text).removeprefix("data:image/png;base64,"), validate=True)
+        return base64.b64decode(text.removeprefix("data:image/png;base64,"), validate=True)
     except (binascii.Error, ValueError) as error:
         raise RequestError(f"{name} is no base64 text ({error}): send the bytes of a PNG file in base64") from error
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ddpm.inference import Drawing, Inpainting
 from ddpm.model import Model
@@ -24,6 +24,8 @@ VALUES = 100_000
 """Values in a body, which the one process that answers HTTP reads: a generalized solver of 400 steps has 80,000."""
 DEPTH = 6
 """Lists and objects inside of each other."""
+LARGEST = 10**20
+"""Of whole numbers; a seed has 64 bits at most. A text of JSON may hold thousands of digits."""
 PROMPTS = ("prompts", "negative_prompt")
 PICTURES = ("images", "masks")
 COUNTED = ("labels", "prompts", "seeds", *PICTURES, "source_labels")
@@ -98,6 +100,8 @@ class Limits:
                     self._check_text(name, part)
                 elif isinstance(part, list | dict):
                     self._check_length(name, len(part))
+                elif isinstance(part, int) and abs(part) >= LARGEST:
+                    raise Refused(422, f"{name} has a number of more than 20 digits, which nothing here needs")
         for name in ("count", "frames"):
             value = body.get(name)
             if isinstance(value, int) and value > self.max_pictures:
@@ -189,6 +193,8 @@ class Limits:
                     width, height = image.size
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise Refused(413, f"{name} has too many pixels: at most {self.max_pixels:,} are allowed") from error
+        except UnidentifiedImageError as error:  # whose message shows an object of Python
+            raise Refused(422, f"{name} is no PNG file: send one, in base64") from error
         except (OSError, ValueError, SyntaxError) as error:
             if formats is None:
                 raise Refused(422, f"{name} cannot be read as a picture ({error})") from error
