@@ -269,6 +269,9 @@ def _draw(
     model: str, request: Request, labels: str | None, out: Path, film: bool, overrides: list[str] | None, as_json: bool
 ) -> None:
     """Draw what a request asks for, and write it."""
+    from pipelines.inference import check_given
+
+    check_given(request)
     config = connect_for_model(model, overrides, request.sampling.values())
 
     from pipelines.inference import Source, encoder_of, open_model, parse_labels, picture, write, written_as_drawn
@@ -304,12 +307,13 @@ def _ask(
     as_json: bool,
 ) -> None:
     """Have a server draw what a request asks for, and write it."""
-    from pipelines.inference import parse_labels, write
+    from pipelines.inference import check_given, parse_labels, write
     from pipelines.loopback import is_loopback
     from pipelines.serving.client import Client
     from pipelines.serving.token import client_token
     from pipelines.stack import default_home
 
+    check_given(request)
     local = client_token(token, default_home()) if is_loopback(url) else token  # the own token is for no other host
     client = Client(url, local, notice=lambda text: terminal.stage(request.task, text))
     if labels is not None and "," in labels:  # the name of a class may have a comma in it

@@ -10,6 +10,7 @@ from pipelines.inference.files import (
     write_samples,
     written_as_drawn,
 )
+from pipelines.inference.inputs import check_given
 from pipelines.inference.pictures import (
     Pictures,
     Prepared,
@@ -36,6 +37,7 @@ __all__ = [
     "Source",
     "Written",
     "as_request_error",
+    "check_given",
     "count_pictures",
     "encoder_of",
     "film_strip",

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ddpm.inference import check_mask
 from pipelines.display import Notice
-from pipelines.inference.request import RequestError
+from pipelines.inference.request import Request, RequestError, parse_box
 from pipelines.shards.ingest.encode import ImageFormat, decode_grey, encode_image
 from pipelines.shards.ingest.trees import UnreadableError
 
-HALVES = ("left", "right", "top", "bottom")
+MASKS = "; give a picture, box:X,Y,WIDTH,HEIGHT or half:SIDE"
+"""What else a mask may be, behind what is wrong with one."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,19 @@ class GivenImage:
     path: Path
     size: tuple[int, int]
     pixels: NDArray[np.uint8]
+
+
+def check_given(request: Request) -> None:
+    """Check that the files that a request names are images, before a model is fetched to draw with them.
+
+    Raises:
+        RequestError: one is missing, or is no image.
+    """
+    for image in dict.fromkeys(getattr(request, "images", ())):
+        _grey("image", image)
+    for mask in dict.fromkeys(getattr(request, "masks", ())):
+        if not mask.startswith(("box:", "half:")):
+            _grey("mask", Path(mask), MASKS)
 
 
 def read_images(paths: Sequence[Path], shape: tuple[int, int, int], notice: Notice) -> list[GivenImage]:
@@ -64,11 +78,10 @@ def read_mask(mask: str, image: GivenImage, shape: tuple[int, int, int]) -> NDAr
         ValueError: it hides nothing or everything.
     """
     _, height, width = shape
-    kind, _, value = mask.partition(":")
-    if kind == "box" and value:
-        hidden = _box(mask, value, height, width)
-    elif kind == "half" and value:
-        hidden = _half(mask, value, height, width)
+    if mask.startswith("box:"):
+        hidden = _box(mask, height, width)
+    elif mask.startswith("half:"):
+        hidden = _half(mask, height, width)
     else:
         hidden = _drawn(Path(mask), image, height, width)
     check_mask(f"the mask {mask} of {image.path}", torch.from_numpy(~hidden))  # as the task does, which knows no files
@@ -78,6 +91,20 @@ def read_mask(mask: str, image: GivenImage, shape: tuple[int, int, int]) -> NDAr
 def as_tensor(pixels: NDArray[np.uint8]) -> Tensor:
     """Return images uint8 [N, H, W, C] as float32 [N, C, H, W] in [-1, 1]."""
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).float() / 127.5 - 1
+
+
+def _grey(what: str, path: Path, otherwise: str = "") -> NDArray[np.uint8]:
+    """Return the grey values of an image file, uint8 [H, W].
+
+    Raises:
+        RequestError: it is missing, or is no image.
+    """
+    try:
+        return decode_grey(path.read_bytes())
+    except OSError as error:
+        raise RequestError(f"the {what} {path} cannot be read: {error.strerror or error}{otherwise}") from error
+    except UnreadableError as error:
+        raise RequestError(f"the {what} {path} {error}{otherwise}") from error
 
 
 def _read(path: Path, shape: tuple[int, int, int], notice: Notice) -> GivenImage:
@@ -98,21 +125,17 @@ def _read(path: Path, shape: tuple[int, int, int], notice: Notice) -> GivenImage
     return GivenImage(path, encoded.size, encoded.pixels)
 
 
-def _box(mask: str, value: str, height: int, width: int) -> NDArray[np.bool_]:
-    try:
-        x, y, w, h = (int(part) for part in value.split(","))
-    except ValueError as error:
-        raise RequestError(f"{mask}: write box:X,Y,WIDTH,HEIGHT, four whole numbers of pixels") from error
-    if min(x, y) < 0 or min(w, h) < 1 or x + w > width or y + h > height:
+def _box(mask: str, height: int, width: int) -> NDArray[np.bool_]:
+    x, y, w, h = parse_box(mask)
+    if x + w > width or y + h > height:
         raise RequestError(f"{mask} does not lie within the model's {width}x{height} pixels")
     hidden = np.zeros((height, width), bool)
     hidden[y : y + h, x : x + w] = True
     return hidden
 
 
-def _half(mask: str, side: str, height: int, width: int) -> NDArray[np.bool_]:
-    if side not in HALVES:
-        raise RequestError(f"{mask}: the half that is filled is one of {', '.join(HALVES)}")
+def _half(mask: str, height: int, width: int) -> NDArray[np.bool_]:
+    side = mask.removeprefix("half:")
     hidden = np.zeros((height, width), bool)
     rows = {"top": slice(0, height // 2), "bottom": slice(height - height // 2, None)}.get(side, slice(None))
     columns = {"left": slice(0, width // 2), "right": slice(width - width // 2, None)}.get(side, slice(None))
@@ -122,13 +145,7 @@ def _half(mask: str, side: str, height: int, width: int) -> NDArray[np.bool_]:
 
 def _drawn(mask: Path, image: GivenImage, height: int, width: int) -> NDArray[np.bool_]:
     """Return a mask from a picture; one of the size of the given image is cut and resized as that is."""
-    others = "give a picture, box:X,Y,WIDTH,HEIGHT or half:SIDE"
-    try:
-        picture = Image.fromarray(decode_grey(mask.read_bytes()))
-    except OSError as error:
-        raise RequestError(f"the mask {mask} cannot be read ({error.strerror or error}): {others}") from error
-    except UnreadableError as error:
-        raise RequestError(f"the mask {mask} {error}: {others}") from error
+    picture = Image.fromarray(_grey("mask", mask, MASKS))
     if picture.size == image.size and picture.size != (width, height):
         side = min(picture.size)
         left, top = (picture.width - side) // 2, (picture.height - side) // 2

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import pydantic
-from pydantic import ConfigDict, Field, PositiveInt, model_validator
+from pydantic import ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 from ddpm.inference import METHODS
 from pipelines.config import Seed
@@ -16,6 +16,7 @@ from pipelines.errors import PipelineError
 
 MANIFEST = "manifest.json"
 """Name of the file beside pictures that holds their request."""
+HALVES = ("left", "right", "top", "bottom")
 SHOWN = 100
 """Letters that a message shows of a value."""
 
@@ -110,6 +111,16 @@ class Inpaint(Request):
         {}, description="steps, and for repaint resamplings and jump_length, that differ from the method's own"
     )
 
+    @field_validator("masks")
+    @classmethod
+    def _forms_of_masks(cls, masks: tuple[str, ...]) -> tuple[str, ...]:
+        for mask in masks:
+            if mask.startswith("box:"):
+                parse_box(mask)
+            elif mask.startswith("half:") and mask.removeprefix("half:") not in HALVES:
+                raise ValueError(f"{mask}: the half that is filled is one of {', '.join(HALVES)}")
+        return masks
+
 
 class Edit(Request):
     """Other pictures from images: those that are noised and sampled from there (SDEdit), or inverted."""
@@ -152,6 +163,21 @@ def read_request(manifest: Path) -> Request:
     if "masks" in fields:
         fields["masks"] = [str(manifest.parent / name) for name in fields["masks"]]
     return kind.of(**fields)
+
+
+def parse_box(mask: str) -> tuple[int, int, int, int]:
+    """Return left, top, width and height of a mask box:X,Y,WIDTH,HEIGHT.
+
+    Raises:
+        ValueError: it is written in another way, or no box at all.
+    """
+    try:
+        x, y, width, height = (int(part) for part in mask.removeprefix("box:").split(","))
+    except ValueError as error:
+        raise ValueError(f"{mask}: write box:X,Y,WIDTH,HEIGHT, four whole numbers of pixels") from error
+    if min(x, y) < 0 or min(width, height) < 1:
+        raise ValueError(f"{mask}: a box begins at 0,0 or later and has a pixel at least")
+    return x, y, width, height
 
 
 def parse_labels(labels: str, classes: tuple[str, ...] = ()) -> tuple[str, ...]:

@@ -400,7 +400,7 @@ def test_a_request_that_is_wrong_by_itself_is_refused_before_a_model_is_read(kin
             lambda p: Inpaint.of(images=[p / "8.png"], masks=[str(p / "text.png")]),
             "is not an image of a known",
         ),
-        ("classes", lambda p: Inpaint.of(images=[p / "8.png"], masks=["none.png"]), "cannot be read (No such file or"),
+        ("classes", lambda p: Inpaint.of(images=[p / "8.png"], masks=["none.png"]), "cannot be read: No such file or"),
         ("classes", lambda p: Inpaint.of(images=[p / "8.png"], masks=["box:1,2,9,1"]), "within the model's 8x8 pixels"),
         ("classes", lambda p: Inpaint.of(images=[p / "8.png"], masks=["box:1,2"]), "write box:X,Y,WIDTH,HEIGHT"),
         ("classes", lambda p: Inpaint.of(images=[p / "8.png"], masks=["half:middle"]), "one of left, right, top, bott"),

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pipelines.cli import main
 
 DIGITS = ["+experiment=digits"]
+GIVEN = ["models:/m/1", "PICTURE", "--out", "x"]
 LARGE = "99999999999999999999"
 BAD: dict[str, tuple[list[str], str]] = {
     "a folder that is a file": (["sample", "runs:/ab", "--out", "FILE"], "a file is in its place"),
@@ -58,6 +60,29 @@ BAD: dict[str, tuple[list[str], str]] = {
     "a flow to no address": (["flow", *DIGITS, "data.uri=notanaddress"], "data.uri = notanaddress: addresses are"),
     "a root at no address": (["train", *DIGITS, "storage.root=ddpm"], "storage: root must be s3://BUCKET"),
     "a bucket of no name": (["train", *DIGITS, "data.uri=s3://"], "data.uri = s3://: addresses are s3://BUCKET/KEY"),
+    "a half that is none": (["inpaint", *GIVEN, "--mask", "half:sideways"], "is one of left, right, top, bottom"),
+    "a half of nothing": (["inpaint", *GIVEN, "--mask", "half:"], "is one of left, right, top, bottom"),
+    "a box of two numbers": (["inpaint", *GIVEN, "--mask", "box:1,2"], "write box:X,Y,WIDTH,HEIGHT, four whole"),
+    "a box of words": (["inpaint", *GIVEN, "--mask", "box:a,b,c,d"], "write box:X,Y,WIDTH,HEIGHT, four whole"),
+    "a box of nothing": (["inpaint", *GIVEN, "--mask", "box:"], "write box:X,Y,WIDTH,HEIGHT, four whole numbers"),
+    "a box without an area": (["inpaint", *GIVEN, "--mask", "box:0,0,0,4"], "a box begins at 0,0 or later and has"),
+    "a box before the first pixel": (["inpaint", *GIVEN, "--mask", "box:-1,0,4,4"], "a box begins at 0,0 or later"),
+    "an image that is not there": (
+        ["edit", "models:/m/1", "no.png", "--out", "x"],
+        "the image no.png cannot be read: No such file or directory",
+    ),
+    "an image that is a folder": (["edit", "models:/m/1", ".", "--out", "x"], "the image . cannot be read: Is a dir"),
+    "an image that is a text": (["edit", "models:/m/1", "FILE", "--out", "x"], "the image FILE is not an image of a"),
+    "an image that is a text, for a server": (
+        ["edit", "m", "FILE", "--out", "x", "--url", "http://127.0.0.1:9"],
+        "the image FILE is not an image of a known kind",
+    ),
+    "a mask that is a text": (
+        ["inpaint", *GIVEN, "--mask", "FILE"],
+        "the mask FILE is not an image of a known kind (PNG, JPEG, WEBP, BMP, TIFF, GIF, AVIF, HEIF), or its beginning "
+        "is damaged; give a picture, box:X,Y,WIDTH,HEIGHT or half:SIDE",
+    ),
+    "a mask that is not there": (["inpaint", *GIVEN, "--mask", "no.png"], "the mask no.png cannot be read: No such"),
     "an exported run of no id": (["export", "runs:/", "--to", "x"], "write runs:/ID"),
     "a picture larger than any": (["train", *DIGITS, "data.image_size=1000000"], "data.image_size"),
     "an infinite rate": (["train", *DIGITS, "optim.lr=inf"], "optim.lr"),
@@ -102,6 +127,7 @@ def test_what_cannot_be_done_is_refused_in_a_line_before_a_service_is_asked(kind
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DDPM_HOME", str(tmp_path / "home"))
     Path("FILE").write_text("a file")
+    Image.new("L", (8, 8)).save("PICTURE", "png")
     monkeypatch.setattr("sys.argv", ["ddpm", *arguments])
     with pytest.raises(SystemExit) as stopped:
         main()
@@ -110,4 +136,4 @@ def test_what_cannot_be_done_is_refused_in_a_line_before_a_service_is_asked(kind
     assert (stopped.value.code, said.out) == (2, ""), flat
     assert message in flat
     assert "Traceback" not in flat
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["FILE"]  # nor is the local stack's folder made
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["FILE", "PICTURE"]  # nor a local stack's folder

@@ -154,7 +154,7 @@ BAD: dict[str, Bad] = {
     ),
     "truncated PNG": Bad(422, "images-0.png", inpaint(images=[bomb(8, 8)])),
     "mask of another size": Bad(422, "must have the size of", inpaint(masks=[png(5, 5)])),
-    "mask without an area": Bad(422, "does not lie within", inpaint(masks=["box:0,0,0,0"])),
+    "mask without an area": Bad(422, "has a pixel at least", inpaint(masks=["box:0,0,0,0"])),
     "mask outside": Bad(422, "does not lie within", inpaint(masks=["box:0,0,9,9"])),
     "no images": Bad(422, "images", {"task": "inpaint", "masks": ["half:left"]}),
     "two masks, one image": Bad(422, "as many of each", inpaint(masks=["half:left"] * 3, images=[png()] * 2)),
