@@ -307,6 +307,8 @@ def _ask(
     as_json: bool,
 ) -> None:
     """Have a server draw what a request asks for, and write it."""
+    if not url.startswith(("http://", "https://")):
+        raise typer.BadParameter(f"{url}: write the address of a server, http://HOST:PORT", param_hint="--url")
     from pipelines.inference import check_given, parse_labels, write
     from pipelines.loopback import is_loopback
     from pipelines.serving.client import Client
@@ -343,7 +345,7 @@ def _numbers(option: str, text: str | None, count: int | None = None) -> list[in
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts) or len(parts) != (count or len(parts)):
+    if not all(part.isdecimal() and len(part) <= 20 for part in parts) or len(parts) != (count or len(parts)):
         raise typer.BadParameter(
             f"{text!r}: write {'A,B' if count == 2 else 'whole numbers such as 0,1,2'}", param_hint=option
         )
@@ -387,10 +389,12 @@ def _sampling(
         fields["interval"] = [low, high]
     for text in settings or []:
         name, equals, value = text.partition("=")
-        if not equals:
+        if not equals or not name:
             raise typer.BadParameter(f"{text!r}: write FIELD=VALUE such as clip=null", param_hint="--set")
         try:
             fields[name] = json.loads(value)
         except json.JSONDecodeError:
             fields[name] = value
+        except (ValueError, RecursionError) as error:
+            raise typer.BadParameter(f"{name}: its value cannot be read: {error}", param_hint="--set") from error
     return fields

@@ -182,6 +182,10 @@ def parse_overrides(overrides: Sequence[str]) -> Sequence[Any]:
         return OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
         raise ConfigError(f"cannot read the overrides {' '.join(overrides)!r}: {str(error).splitlines()[0]}") from error
+    except ValueError as error:
+        raise ConfigError(f"an override has a number of too many digits: {error}") from error
+    except RecursionError as error:
+        raise ConfigError("an override has more brackets inside of each other than can be read") from error
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -206,8 +210,12 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         plain = OmegaConf.to_container(merged, resolve=True)
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file") from error
-    except (OmegaConfBaseException, YAMLError, OSError, TypeError) as error:
-        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
+    except (OmegaConfBaseException, YAMLError, OSError, TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        line = getattr(getattr(error, "problem_mark", None), "line", None)  # YAML's own message begins with the context
+        said = str(error).splitlines()[0] if line is None else f"{getattr(error, 'problem', error)}, line {line + 1}"
+        raise ConfigError(f"{path}: {said}") from error
     return from_dict(typing.cast("dict[str, Any]", plain)).portable()
 
 
@@ -236,6 +244,9 @@ def suggest(word: str, allowed: Iterable[str]) -> str:
 def _check_override(key: str, value: Any, line: str) -> None:
     choices = groups()
     if key in choices:
+        names = value if isinstance(value, list) else [value]
+        if not line.startswith("~") and any(name is None or isinstance(name, bool | int | float) for name in names):
+            raise ConfigError(f"{line}: {key} is chosen by a name. Allowed: {', '.join(choices[key])}")
         if isinstance(value, str) and value not in choices[key]:
             raise ConfigError(
                 f"{line}: no '{value}' in {key}. Allowed: {', '.join(choices[key])}.{suggest(value, choices[key])}"
@@ -260,6 +271,8 @@ def check_key(key: str, line: str) -> None:
     path = ""
     for part in key.split("."):
         fields = {name: f.annotation for model in types_here for name, f in model.model_fields.items()}
+        if not types_here:
+            raise ConfigError(f"{line}: {path.rstrip('.')} is a field, which has none below it")
         if part not in fields:
             where = f"in {path.rstrip('.')}" if path else "at the top"
             allowed = set(fields) | (set() if path else set(choices))

@@ -78,7 +78,9 @@ class Config(Section):
     seed: Seed = Field(
         0, description="seed of the order of samples, of their noise and timesteps, and of the first weights"
     )
-    images: PositiveInt = Field(description="length of the training: images seen, each as often as it is repeated")
+    images: PositiveInt = Field(
+        le=10**15, description="length of the training: images seen, each as often as it is repeated"
+    )
     training_s: PositiveFloat | None = Field(
         None,
         description="seconds of training steps after which the run ends: `images` is a first guess then, which is "

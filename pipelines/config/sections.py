@@ -19,7 +19,7 @@ from pipelines.config.choices import Section
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """What runs, studies and served applications may be called: their names are parts of addresses."""
-Name = Annotated[str, Field(pattern=NAME)]
+Name = Annotated[str, Field(pattern=NAME, max_length=200)]
 MODEL_NAME = r"[^/:@'\\\x00-\x1f\x7f]+"
 """What registered models may be called: what a MODEL reference divides, and what MLflow's filters cannot hold in the
 quotes in which they ask for a name, is no part of it."""

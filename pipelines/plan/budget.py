@@ -7,6 +7,7 @@ import re
 from pipelines.errors import ConfigError
 
 _UNITS = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
+MOST_DAYS = 1_000
 _PART = re.compile(r"(\d+(?:\.\d+)?)([dhms])")
 
 
@@ -17,12 +18,15 @@ def parse_budget(text: str) -> float:
         text: numbers with the units d, h, m, s, such as 90s, 10m, 1h or 1h30m.
 
     Raises:
-        ConfigError: it is written in another way, or no time.
+        ConfigError: it is written in another way, or no time, or longer than anything trains.
     """
     compact = text.strip().lower().replace(" ", "")
     seconds = sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(compact))
     if _PART.sub("", compact) or not seconds:
         raise ConfigError(f"budget = {text}: write a time such as budget=90s, budget=30m, budget=2h or budget=1h30m")
+    if seconds > MOST_DAYS * _UNITS["d"]:
+        shown = text if len(text) <= 20 else f"{text[:20]}…"
+        raise ConfigError(f"budget = {shown}: at most {MOST_DAYS}d can be planned for")
     return seconds
 
 

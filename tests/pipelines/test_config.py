@@ -381,3 +381,27 @@ def test_a_configuration_file_that_cannot_be_read_is_named(tmp_path, text, overr
         path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_config(path, overrides)
+
+
+def test_of_two_overrides_of_a_field_the_last_one_counts():
+    assert compose(["+experiment=digits", "optim.lr=1e-3", "optim.lr=0.5"]).optim.lr == 0.5
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("name: a\nname: b\n", "found duplicate key name, line 2"),
+        ("[" * 5_000, "maximum recursion depth exceeded"),
+        ("a: !!python/object/apply:os.system [x]\n", "could not determine a constructor for the tag"),
+        ("[1, 2]", "a configuration is a mapping from names to values, this is none"),
+        ("name: 'a\n", "found unexpected end of stream, line 2"),
+    ],
+)
+def test_a_file_that_holds_no_configuration_is_refused_in_a_line(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as raised:
+        read_config(path)
+    assert str(raised.value).startswith(f"{path}: ")
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
