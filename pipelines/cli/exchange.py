@@ -66,7 +66,7 @@ def import_model(
             classes=names,
             image_size=image_size,
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise ModelError(str(error)) from error
     save_model(to, found.spec, found.network.state_dict())
     size, kinds = found.spec.image_size, len(found.spec.classes)

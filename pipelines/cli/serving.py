@@ -44,6 +44,7 @@ def serve(
     from pipelines import references
 
     for model in models:  # before anything starts
+        references.check_form(model)
         references.check_exists(model, None)
     kinds = {model.partition(":/")[0] for model in models}
     needs = {"ray", *(["s3"] if "runs" in kinds else []), *(["mlflow"] if kinds & {"runs", "models"} else [])}

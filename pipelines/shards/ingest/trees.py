@@ -185,6 +185,8 @@ def check_there(source: str) -> None:
         NoSourceError: it is not, or its address is none.
         DatasetError: the system keeps it from this user.
     """
+    if not source.strip():  # such as a variable of the shell that is not set, by which the folder here would be read
+        raise NoSourceError(f"the source has no name; {KINDS}")
     try:
         uri = address(source)
     except StorageError as error:

@@ -40,6 +40,7 @@ def test_every_verb_explains_itself_with_an_example(verb):
         (["report", "first", "--out", "."], 2, "--out . is a folder: name a file, such as report.html"),
         (["report", "first", "--out", "no/such.html"], 2, "--out no/such.html: there is no folder no"),
         (["promote", "models:/m/1", "--alias", "prod.eu"], 2, "registry.alias"),
+        (["import", __file__, "--to", "x"], 1, "Not a directory: "),
         (["check"], 2, "Missing argument"),
         (["check", "data/birds"], 2, "data/birds is no address: write s3://BUCKET/PATH or file:///PATH"),
         (["check", "file:///nowhere", "--threads", "0"], 2, "--threads"),
