@@ -6,6 +6,7 @@ While a training goes on a terminal shows, below its bar, how well it does and a
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and line breaks
 PLAIN_EVERY_S = 5.0
 """Seconds between two plain lines of progress."""
 
@@ -117,12 +119,12 @@ class Terminal:
         """Print one line of a stage."""
         wrong = NOT_WORKING in text
         if wrong or not self.quiet:
-            shown = (redact(text), "yellow" if wrong else "")
+            shown = (_visible(redact(text)), "yellow" if wrong else "")
             self.console.print(Text.assemble((f"{name:>10}", "bold cyan"), "  ", shown))
 
     def error(self, kind: str, error: Exception) -> None:
         """Print an error, without user info in addresses; square brackets in its message are not markup."""
-        self.console.print(Text.assemble((kind, "bold red"), "\n", redact(str(error))))
+        self.console.print(Text.assemble((kind, "bold red"), "\n", _visible(redact(str(error)))))
 
     def checks(self, checks: Sequence[tuple[str, str, str, str | None]]) -> None:
         """Show findings, each as (status, name, what was found, what mends it): aligned and wrapped on a terminal."""
@@ -254,3 +256,8 @@ def _small_picture(samples: NDArray[np.uint8], width: int) -> RenderableType:
         at = (i % columns * (wide + 1), i // columns * (high + 2))
         picture.paste(image.resize((wide, high), Image.Resampling.BOX), at)
     return Pixels.from_image(picture)
+
+
+def _visible(text: str) -> str:
+    """Return a text whose control characters are written out, as names of files may hold what a terminal would obey."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)

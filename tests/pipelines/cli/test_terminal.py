@@ -15,6 +15,16 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
     return [line.split() for line in capsys.readouterr().err.splitlines()]
 
 
+def test_what_a_name_would_make_a_terminal_do_is_written_out(capsys):
+    name = "cat/\x1b[31m\x07\x9b2J.png"
+    Terminal().stage("left out", f"{name}: is damaged")
+    Terminal().error("error", ValueError(f"{name} cannot be read\nwrite it again"))
+    said = capsys.readouterr().err
+    assert said.count("cat/\\x1b[31m\\x07\\x9b2J.png") == 2
+    assert said.endswith("cannot be read\nwrite it again\n")
+    assert not any(letter < " " and letter != "\n" for letter in said)
+
+
 def test_a_counter_prints_its_first_and_its_last_value(capsys):
     progress = Terminal().counter("check", "MiB")
     for done in range(4):
