@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import socket
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
@@ -116,11 +118,14 @@ class Service:
                 self._say_moves()
 
     def stop(self) -> None:
-        """End what was started: requests that were admitted are answered first."""
-        for name in reversed(self._started):
-            serve.delete(name)
-        if self._brought_serve and not serve.status().applications:
-            serve.shutdown()
+        """End what was started, and leave the cluster: requests that were admitted are answered first."""
+        # Ray prints to stdout that the controller which is ended here does not answer any more.
+        with redirect_stdout(io.StringIO()):
+            for name in reversed(self._started):
+                serve.delete(name)
+            if self._brought_serve and not serve.status().applications:
+                serve.shutdown()
+            ray.shutdown()
 
     def _say_moves(self) -> None:
         """Say which version is served, where that has changed."""
