@@ -6,6 +6,8 @@ STAMP := .venv/.installed
 unexport PYTHONDONTWRITEBYTECODE
 ALONE := not slow and not gpu and not integration and not chaos
 UNIT := $(ALONE) and not heavy
+# One process more than there are cores: now and then a test waits.
+PROCESSES := $(shell expr $$(nproc 2>/dev/null || echo 4) + 1)
 
 .PHONY: install demo test test-changed test-unit coverage check docs figures format infra lock release clean
 .DEFAULT_GOAL := help
@@ -29,15 +31,15 @@ demo: $(STAMP) ## Train, evaluate and register a digits model on the local stack
 # cores, each with a stack of its own. What takes longest comes first, by tests/times.json (`python -m tests.times`).
 test: $(STAMP) ## All tests but those that take minutes each
 	rm -rf build/times
-	$(BIN)/pytest -n auto -m '$(ALONE)' --junitxml build/times/unit.xml
+	$(BIN)/pytest -n $(PROCESSES) -m '$(ALONE)' --junitxml build/times/unit.xml
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --timeout 600 --junitxml build/times/services.xml \
 		-m '(integration or chaos) and not slow and not gpu' $$(grep -rlE 'mark\.(integration|chaos)' tests --include='test_*.py')
 
 test-unit: $(STAMP) ## Unit tests only: no Ray, no network, nothing that computes for long
-	$(BIN)/pytest -n auto -m '$(UNIT)'
+	$(BIN)/pytest -n $(PROCESSES) -m '$(UNIT)'
 
 test-changed: $(STAMP) ## Unit tests of what differs from the last commit (REF=main: from another one)
-	tests="$$($(BIN)/python -m tests.changed $(REF))"; test -z "$$tests" || $(BIN)/pytest -n auto -m '$(UNIT)' $$tests
+	tests="$$($(BIN)/python -m tests.changed $(REF))"; test -z "$$tests" || $(BIN)/pytest -n $(PROCESSES) -m '$(UNIT)' $$tests
 
 check: $(STAMP) ## Lint, format, types, import contracts, spelling
 	$(BIN)/ruff check .
@@ -47,7 +49,7 @@ check: $(STAMP) ## Lint, format, types, import contracts, spelling
 	$(BIN)/codespell
 
 coverage: $(STAMP) ## Show which lines of the mathematics no unit test runs
-	$(BIN)/pytest -n auto -m '$(ALONE)' --cov=ddpm --cov-report=term:skip-covered
+	$(BIN)/pytest -n $(PROCESSES) -m '$(ALONE)' --cov=ddpm --cov-report=term:skip-covered
 
 docs: $(STAMP) ## Make the web site in build/site; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from tests import conftest
 from tests.times import GROUPS, RECORDED, ROOT, longest_first, read, seconds_of_modules
 
 TESTS = """
@@ -76,15 +77,13 @@ def test_every_module_that_is_named_is_there():
     assert [module for module in named if not (ROOT / module).is_file()] == []
 
 
-def test_one_stream_runs_all_files_of_a_group(tmp_path):
-    for name in ("a", "b", "c", "d"):
-        (tmp_path / f"test_{name}.py").write_text(
-            "import os, pathlib\n\n"
-            "def test():\n    pathlib.Path(__file__ + '.stream').write_text(os.environ['PYTEST_XDIST_WORKER'])\n"
-        )
-    conftest = (ROOT / "tests" / "conftest.py").read_text()
-    groups = "import tests.times\ntests.times.GROUPS = {f'test_{n}.py': 'all' for n in 'abcd'}\n"
-    (tmp_path / "conftest.py").write_text(f"{conftest}\n{groups}")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", "--dist", "loadfile", "."]
-    subprocess.run(command, cwd=tmp_path, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert len({file.read_text() for file in tmp_path.glob("*.stream")}) == 1
+def test_one_stream_runs_all_files_of_a_group(pytestconfig, monkeypatch):
+    monkeypatch.setattr(pytestconfig.option, "dist", "loadfile", raising=False)
+    monkeypatch.setattr(pytestconfig.option, "tx", ["2*popen"], raising=False)
+    scheduler = conftest.pytest_xdist_make_scheduler(pytestconfig, None)
+    flow, gate, other = (
+        scheduler._split_scope(f"tests/integration/test_{n}.py::test") for n in ("flow", "gate", "search")
+    )
+    assert flow == gate != other
+    monkeypatch.setattr(pytestconfig.option, "dist", "load")
+    assert conftest.pytest_xdist_make_scheduler(pytestconfig, None) is None  # pytest-xdist's own

@@ -17,9 +17,9 @@ from tests.docs.modules import load
 experiments = load("experiments")
 NAMES = groups()["experiment"]
 CPU = torch.device("cpu")
-LARGE = {"cifar10", "dit_s"}
-"""Those of which a step on the CPU takes seconds."""
-STEPS = [pytest.param(name, marks=pytest.mark.heavy if name in LARGE else []) for name in NAMES]
+SMALL = {"digits", "digits_inpainting"}
+"""Those whose step is tried by the unit tests too: all together take ten seconds of a core, and some of them more."""
+STEPS = [pytest.param(name, marks=[] if name in SMALL else pytest.mark.heavy) for name in NAMES]
 
 
 @pytest.mark.parametrize("name", STEPS)
