@@ -362,7 +362,7 @@ def test_gc_finds_a_published_checkpoint_that_nothing_names_and_deletes_only_tha
         (["sample", "models:/nobody@champion", "--out", "x"], 1, "not in the registry"),
         (["sample", "models:/digits@champion", "--labels", "eleven", "--out", "x"], 2, "no class 'eleven'"),
         (["sample", "nowhere", "--out", "x"], 1, "names no model"),
-        (["ingest", "missing-folder", "--to", "s3://ddpm/datasets/x"], 1, "is not a folder"),
+        (["ingest", "missing-folder", "--to", "s3://ddpm/datasets/x"], 2, "is not a folder"),
     ],
 )
 def test_mistakes_are_named_before_anything_starts(digits, shell, arguments, code, message):
