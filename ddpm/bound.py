@@ -7,6 +7,7 @@ nearly equal Gaussians. Random numbers depend on (seed, image id), never on the 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -121,7 +122,6 @@ class Bound:
         return self.prior + self.terms.sum(1)
 
 
-@torch.no_grad()
 def variational_bound(
     denoiser: Denoiser,
     schedule: NoiseSchedule,
@@ -134,7 +134,34 @@ def variational_bound(
     variance: ReverseVariance = "small",
     levels: int | None = 256,
 ) -> Bound:
+    """Return the bound of one chain; see `variational_bounds`.
+
+    Args:
+        variance: fixed variance of p(x_s | x_t), used where it is not learned; see `reverse_variance` for s = 0.
+    """
+    found = variational_bounds(
+        denoiser, schedule, x_0, cond, seed=seed, image_ids=image_ids, steps=steps, variances=(variance,), levels=levels
+    )
+    return found[variance]
+
+
+@torch.no_grad()
+def variational_bounds(
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    x_0: Tensor,
+    cond: Conditioning | None = None,
+    *,
+    seed: int,
+    image_ids: Tensor,
+    steps: int | None = None,
+    variances: Sequence[ReverseVariance] = ("small", "large"),
+    levels: int | None = 256,
+) -> dict[ReverseVariance, Bound]:
     """Return an unbiased estimate of every term of DDPM's bound (Ho et al. 2020, eq. 5), with fresh noise for each t.
+
+    A chain has a bound for each fixed variance of its steps, all of the same predictions of the network. Which of them
+    is the tighter depends on the data and the schedule: DDPM, sec. 3.2, says for which data each one is optimal.
 
     Each term draws its own x_t from q(x_t | x_0). One trajectory for all terms would correlate them. The noise is
     `step_noise(seed, image_ids, shape)(t)`.
@@ -146,9 +173,12 @@ def variational_bound(
         seed: seed of the noise.
         image_ids: id of each image, int64 [B]; an image with the same seed and id has the same bound in every batch.
         steps: steps of the reverse chain; None uses every step of the schedule, a smaller number respaces it.
-        variance: fixed variance of p(x_s | x_t), used where it is not learned; see `reverse_variance` for s = 0.
+        variances: fixed variances of p(x_s | x_t), used where it is not learned; see `reverse_variance` for s = 0.
         levels: number of grey levels of the data, for the discretized decoder (DDPM, eq. 13). None is for continuous
             data: the decoder is a density, so the bound is on a log-density and may be negative.
+
+    Returns:
+        variance -> bound.
 
     Raises:
         ValueError: `steps` is out of range, `image_ids` does not have one id per image, or x_0 has values that are not
@@ -160,18 +190,19 @@ def variational_bound(
     dtype, x_0 = x_0.dtype, x_0.double()
     noise = step_noise(seed, image_ids.to(x_0.device), tuple(x_0.shape[1:]))
     pairs = list(schedule.pairs(schedule.num_steps if steps is None else steps))[::-1]
-    terms = []
+    terms: dict[ReverseVariance, list[Tensor]] = {variance: [] for variance in variances}
     for t, s in pairs:
         x_t = q_sample(x_0, t, noise(t).double(), schedule)
         pred = in_float64(predict(denoiser, x_t.to(dtype), t, cond))
-        p = p_reverse(pred, x_t, t, s, schedule, variance)
-        if s > 0:
-            nats = kl(q_posterior(x_t, x_0, t, s, schedule), p)
-        else:
-            nats = -(p.log_prob(x_0) if levels is None else p.discretized_log_prob(x_0, levels))
-        terms.append(bits_per_dim(nats))
-    timesteps = torch.tensor([t for t, _ in pairs])
-    return Bound(_prior_term(x_0, schedule), torch.stack(terms, dim=1), timesteps)
+        for variance in variances:
+            p = p_reverse(pred, x_t, t, s, schedule, variance)
+            if s > 0:
+                nats = kl(q_posterior(x_t, x_0, t, s, schedule), p)
+            else:
+                nats = -(p.log_prob(x_0) if levels is None else p.discretized_log_prob(x_0, levels))
+            terms[variance].append(bits_per_dim(nats))
+    prior, timesteps = _prior_term(x_0, schedule), torch.tensor([t for t, _ in pairs])
+    return {variance: Bound(prior, torch.stack(found, dim=1), timesteps) for variance, found in terms.items()}
 
 
 def _prior_term(x_0: Tensor, schedule: NoiseSchedule) -> Tensor:

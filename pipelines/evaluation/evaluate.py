@@ -18,7 +18,7 @@ from pipelines.evaluation.compare import Comparison
 from pipelines.evaluation.copies import Copies, look_for_copies
 from pipelines.evaluation.evaluators.base import Evaluator
 from pipelines.evaluation.likelihoods import BATCH as LIKELIHOOD_BATCH
-from pipelines.evaluation.likelihoods import Likelihood
+from pipelines.evaluation.likelihoods import Bounds, Likelihood
 from pipelines.evaluation.prompts import Prompts
 from pipelines.evaluation.real import Real
 from pipelines.evaluation.rows import Rows
@@ -125,7 +125,7 @@ def evaluate(
         estimates = comparison.estimates(evaluator)
         copies = look_for_copies(comparison.train, comparison.test, drawn, plan.n)
         if likelihoods is not None:
-            estimates["bits_per_dim"] = _mean(likelihoods.bound)
+            estimates["bits_per_dim"] = _mean(likelihoods.bounds.totals[likelihoods.bounds.tighter])
             estimates["bits_per_dim_ode"] = _mean(likelihoods.ode)
         if copies is not None:
             estimates |= copies.estimates()
@@ -146,6 +146,7 @@ def evaluate(
         memorisation=None if copies is None else copies.to_plain(),
         samples=plan.folder,
         prompts=None if prompts is None else prompts.record(),
+        bound_variance=None if likelihoods is None else likelihoods.bounds.tighter,
     )
     return Evaluation(scores, plan, likelihoods, copies)
 
@@ -163,12 +164,7 @@ def _likelihoods(actors: SamplingActors, model: Model, real: Real, request: Requ
         calls.append((images[span], None if labels is None else labels[span], first, request.seeds[0]))
     found = dict(actors.map("likelihood", calls))
     parts = [found[i] for i in range(len(calls))]
-    return Likelihood(
-        np.concatenate([part.bound for part in parts]),
-        np.concatenate([part.terms for part in parts]),
-        parts[0].timesteps,
-        np.concatenate([part.ode for part in parts]),
-    )
+    return Likelihood(Bounds.joined([part.bounds for part in parts]), np.concatenate([part.ode for part in parts]))
 
 
 def _prompt_accuracies(prompts: Prompts, plan: Plan, vectors: Rows) -> list[Measured]:

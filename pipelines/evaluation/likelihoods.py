@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddpm.bound import variational_bound
+from ddpm.bound import variational_bounds
 from ddpm.conditioning import Conditioning
 from ddpm.likelihood import ode_bits_per_dim
 from ddpm.model import Model
@@ -23,19 +24,46 @@ BATCH = 16
 
 
 @dataclass(frozen=True)
+class Bounds:
+    """The variational bound of images in bits per dimension, for each fixed variance of the chain's steps.
+
+    A network that learns the variance has one bound, under "learned".
+
+    Attributes:
+        totals: variance -> upper bound on -log2 p(x_0), float64 [B].
+        terms: variance -> its terms by increasing noise, the prior last, float64 [B, steps + 1].
+        timesteps: t of each term, int64 [steps + 1].
+    """
+
+    totals: Mapping[str, NDArray[np.float64]]
+    terms: Mapping[str, NDArray[np.float64]]
+    timesteps: NDArray[np.int64]
+
+    @property
+    def tighter(self) -> str:
+        """The variance whose bound has the lower mean."""
+        return min(self.totals, key=lambda variance: float(self.totals[variance].mean()))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Bounds]) -> Bounds:
+        """Return the bounds of the images of all parts."""
+
+        def join(of: Callable[[Bounds], Mapping[str, NDArray[np.float64]]]) -> dict[str, NDArray[np.float64]]:
+            return {variance: np.concatenate([of(part)[variance] for part in parts]) for variance in of(parts[0])}
+
+        return cls(join(lambda part: part.totals), join(lambda part: part.terms), parts[0].timesteps)
+
+
+@dataclass(frozen=True)
 class Likelihood:
     """Bits per dimension of images, by both methods.
 
     Attributes:
-        bound: upper bound on -log2 p(x_0), float64 [B].
-        terms: its terms by increasing noise, the prior last, float64 [B, steps + 1].
-        timesteps: t of each term, int64 [steps + 1].
+        bounds: upper bounds on -log2 p(x_0).
         ode: -log2 p(x_0) by the probability-flow ODE, float64 [B].
     """
 
-    bound: NDArray[np.float64]
-    terms: NDArray[np.float64]
-    timesteps: NDArray[np.int64]
+    bounds: Bounds
     ode: NDArray[np.float64]
 
 
@@ -61,17 +89,12 @@ def likelihood(
     image_ids = torch.arange(first, first + len(images), device=device)
     conditional = labels is not None and bool(model.spec.classes)
     cond = replace(text or Conditioning(), label=torch.from_numpy(labels).to(device)) if conditional else text
-    bound, terms, timesteps = bound_bits(model, x_0, cond, image_ids, seed)
-    ode = ode_bits(model, x_0, cond, image_ids, seed)
-    return Likelihood(bound.cpu().numpy(), terms.cpu().numpy(), timesteps.cpu().numpy(), ode.cpu().numpy())
+    bounds = bound_bits(model, x_0, cond, image_ids, seed)
+    return Likelihood(bounds, ode_bits(model, x_0, cond, image_ids, seed).cpu().numpy())
 
 
-def bound_bits(
-    model: Model, x_0: Tensor, cond: Conditioning | None, image_ids: Tensor, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the variational bound of images in bits per dimension: total [B], terms and their timesteps.
-
-    The terms, [B, steps + 1], are by increasing noise, the prior last.
+def bound_bits(model: Model, x_0: Tensor, cond: Conditioning | None, image_ids: Tensor, seed: int) -> Bounds:
+    """Return the variational bounds of images in bits per dimension.
 
     Args:
         x_0: images in [-1, 1] on the model's device, [B, C, H, W].
@@ -80,7 +103,8 @@ def bound_bits(
         seed: of the noise.
     """
     schedule = model.schedule
-    bound = variational_bound(
+    learned = model.spec.network.out_channels == 2 * model.spec.shape[0]
+    found = variational_bounds(
         model.spec.sampling.clipping.wrap(model.denoiser, schedule),
         schedule,
         x_0,
@@ -88,10 +112,16 @@ def bound_bits(
         seed=seed,
         image_ids=image_ids,
         steps=min(BOUND_STEPS, schedule.num_steps),
+        variances=("small",) if learned else ("small", "large"),
     )
-    terms = torch.cat([bound.terms, bound.prior[:, None]], 1)
-    timesteps = torch.cat([bound.timesteps, bound.timesteps.new_tensor([schedule.num_steps])])
-    return bound.total.double(), terms.double(), timesteps
+    named = {"learned": found["small"]} if learned else found
+    totals = {str(variance): bound.total.double().cpu().numpy() for variance, bound in named.items()}
+    terms = {
+        str(variance): torch.cat([bound.terms, bound.prior[:, None]], 1).double().cpu().numpy()
+        for variance, bound in named.items()
+    }
+    timesteps = found["small"].timesteps
+    return Bounds(totals, terms, np.append(timesteps.cpu().numpy(), schedule.num_steps))
 
 
 def ode_bits(model: Model, x_0: Tensor, cond: Conditioning | None, image_ids: Tensor, seed: int) -> Tensor:

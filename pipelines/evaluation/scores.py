@@ -109,6 +109,8 @@ class Scores:
         samples: folder of the sample shards; empty where they are not kept.
         prompts: what samples were drawn from, and among how many captions each one's own had to match best, as
             `pipelines.evaluation.prompts` records it; None for samples without prompts.
+        bound_variance: variance of the chain's steps whose bound `bits_per_dim` is, the tighter of "small" and "large",
+            or "learned"; None without likelihoods, and in scores of an earlier release, whose bound was of "small".
     """
 
     estimates: dict[str, Estimate]
@@ -125,6 +127,7 @@ class Scores:
     memorisation: dict[str, Any] | None = None
     samples: str = ""
     prompts: dict[str, Any] | None = None
+    bound_variance: str | None = None
 
     def __getitem__(self, name: str) -> Estimate:
         """Return the estimate of a score."""
@@ -160,8 +163,13 @@ class Scores:
             "bits/dim": ("bits_per_dim", "bits_per_dim_ode"),
         }
         short = {"bits_per_dim": "bound", "bits_per_dim_ode": "ODE"}
+        more = {"bits_per_dim": f" (variance {self.bound_variance})" if self.bound_variance else ""}
         for name, members in groups.items():
-            there = [f"{short.get(member, member)} {_short(self[member])}" for member in members if member in self]
+            there = [
+                f"{short.get(member, member)} {_short(self[member])}{more.get(member, '')}"
+                for member in members
+                if member in self
+            ]
             if there:
                 found.append((name, ", ".join(there)))
         if self.memorisation is not None:

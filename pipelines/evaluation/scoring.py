@@ -35,6 +35,8 @@ from pipelines.tracking import CheckpointModel, Tracker
 
 FOLDER = "evaluation"
 """Of the scores among the artifacts of a run."""
+BOUND = "the tighter bound"
+"""What decides the bound of scores, beside the request."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,9 @@ def score(
     if scores is not None:
         notice("skipped: this model was scored with these settings already")
         return Scored(scores, artifact, images_seen, name_and_digest, {}, None, None)
+    before = _artifact(images_seen, model_digest, evaluator, prompts, stream, request, earlier=True)
+    if tracker and before != artifact and before in tracker.names(FOLDER):
+        notice("scored again: the bound of an earlier release was that of the smaller variance, not of the tighter one")
     connect()
     real = open_real(
         dataset,
@@ -229,15 +234,24 @@ def find_scores(
 
 
 def _artifact(
-    images_seen: int, model_digest: str, evaluator: Evaluator, prompts: Prompts | None, stream: str, request: Request
+    images_seen: int,
+    model_digest: str,
+    evaluator: Evaluator,
+    prompts: Prompts | None,
+    stream: str,
+    request: Request,
+    *,
+    earlier: bool = False,
 ) -> str:
     """Return the name of the artifact of a run that has the scores of all this.
 
     Args:
         stream: digest of the data with their quarantine.
+        earlier: whether it is that of an earlier release, whose bound was always of the smaller variance.
     """
     decisive: list[Any] = [model_digest, evaluator.digest, stream, request.n, request.seeds, request.likelihood_images]
     decisive += [] if prompts is None else [list(prompts.record().values())]
+    decisive += [BOUND] if request.likelihood_images and not earlier else []
     key = hashlib.sha256(json.dumps([*decisive, request.sampling.key()]).encode()).hexdigest()[:16]
     return f"{FOLDER}/{images_seen:012d}-{key}.json"
 
@@ -355,5 +369,6 @@ def _terms(likelihoods: Likelihood | None) -> str | None:
     """Return the terms of the bound by timestep, as the JSON of an artifact."""
     if likelihoods is None:
         return None
-    terms = likelihoods.terms.mean(0).tolist()
-    return tracking.to_json({"timesteps": likelihoods.timesteps.tolist(), "bits_per_dim": terms})
+    bounds = likelihoods.bounds
+    terms = bounds.terms[bounds.tighter].mean(0).tolist()
+    return tracking.to_json({"timesteps": bounds.timesteps.tolist(), "bits_per_dim": terms, "variance": bounds.tighter})

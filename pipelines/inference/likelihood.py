@@ -19,7 +19,7 @@ from ddpm.model import Model
 from pipelines.config import Config
 from pipelines.display import Notice, Progress, no_notice, no_progress
 from pipelines.evaluation.images import to_levels
-from pipelines.evaluation.likelihoods import bound_bits, ode_bits
+from pipelines.evaluation.likelihoods import Bounds, bound_bits, ode_bits
 from pipelines.inference.inputs import as_tensor, read_images
 from pipelines.inference.request import RequestError
 from pipelines.lineage import code_lineage
@@ -61,6 +61,8 @@ class Bits:
         terms: means of the terms of the bound over the images, by increasing noise, the prior last; None for the ODE.
         timesteps: of the terms.
         seed: of the noise and of the interval.
+        variance: of the chain's steps whose bound it is: the tighter of "small" and "large", or "learned"; None for the
+            ODE.
     """
 
     method: Method
@@ -69,12 +71,14 @@ class Bits:
     terms: NDArray[np.float64] | None
     timesteps: NDArray[np.int64] | None
     seed: int
+    variance: str | None = None
 
     def to_plain(self) -> dict[str, Any]:
         """Return the mean with its interval as JSON types."""
         mean = mean_bits_per_dim(self.images, seed=self.seed, level=LEVEL)
         return {
             "method": self.method,
+            "variance": self.variance,
             "source": self.source,
             "images": len(self.images),
             "seed": self.seed,
@@ -84,10 +88,10 @@ class Bits:
     def line(self) -> str:
         """Return the result in words."""
         mean = mean_bits_per_dim(self.images, seed=self.seed, level=LEVEL)
-        kind = "at most" if self.method == "bound" else "by the ODE"
+        kind, more = ("at most", f", variance {self.variance}") if self.method == "bound" else ("by the ODE", "")
         return (
             f"{kind} {mean.value:.3f} in [{mean.low:.3f}, {mean.high:.3f}] ({LEVEL:.0%} interval, "
-            f"{len(self.images)} images of {self.source})"
+            f"{len(self.images)} images of {self.source}{more})"
         )
 
 
@@ -143,7 +147,8 @@ def measure(
         progress: called with the number of images.
     """
     device = next(model.network.parameters()).device
-    bits, terms, timesteps = [], [], None
+    bits: list[Tensor] = []
+    bounds: list[Bounds] = []
     for first in range(0, len(data.images), batch_size):
         span = slice(first, first + batch_size)
         x_0, cond = data.images[span].to(device), None if data.cond is None else data.cond[span].to(device)
@@ -151,13 +156,14 @@ def measure(
         if method == "ode":
             bits.append(ode_bits(model, x_0, cond, ids, seed).cpu())
         else:
-            total, parts, timesteps = bound_bits(model, x_0, cond, ids, seed)
-            bits.append(total.cpu())
-            terms.append(parts.cpu())
+            bounds.append(bound_bits(model, x_0, cond, ids, seed))
         progress(first + len(x_0), len(data.images))
-    means = torch.cat(terms).mean(0).numpy() if terms else None
-    times = None if timesteps is None else timesteps.cpu().numpy()
-    return Bits(method, data.source, torch.cat(bits), means, times, seed)
+    if method == "ode":
+        return Bits(method, data.source, torch.cat(bits), None, None, seed)
+    found = Bounds.joined(bounds)
+    best = found.tighter
+    total, terms = torch.from_numpy(found.totals[best]), found.terms[best].mean(0)
+    return Bits(method, data.source, total, terms, found.timesteps, seed, best)
 
 
 def write(bits: Bits, out: Path, resolved: Resolved) -> list[Path]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ddpm.bound import mean_bits_per_dim, variational_bound
+from ddpm.bound import mean_bits_per_dim, variational_bound, variational_bounds
 from ddpm.conditioning import Conditioning
 from ddpm.likelihood import dequantize, log_density, ode_bits_per_dim, rademacher
 from ddpm.models.unet import UNet, UNetConfig
@@ -42,6 +42,18 @@ def assert_mean(values, expected, sigmas=4.5):
     error = values.std(0) / len(values) ** 0.5
     assert (((values.mean(0) - expected) / error).abs() < sigmas).all(), (values.mean(0), expected, error)
     return error
+
+
+@dataclass
+class Counting:
+    """A denoiser that counts its calls."""
+
+    denoiser: GaussianDenoiser
+    calls: int = 0
+
+    def __call__(self, x_t, t, cond=None):
+        self.calls += 1
+        return self.denoiser(x_t, t, cond)
 
 
 @dataclass(frozen=True)
@@ -210,6 +222,17 @@ def test_the_noise_is_the_images_own_and_fresh_for_every_seed():
     part = variational_bound(denoiser, SHORT, x_0[2:4], seed=3, image_ids=images[2:4])
     torch.testing.assert_close(part.terms, whole.terms[2:4], rtol=1e-12, atol=0)
     assert (variational_bound(denoiser, SHORT, x_0, seed=4, image_ids=images).terms != whole.terms).any(0).all()
+
+
+def test_the_bounds_of_both_variances_are_of_the_same_predictions_and_noise():
+    denoiser, x_0 = Counting(GaussianDenoiser(SHORT)), on_grid()
+    images = torch.arange(len(x_0))
+    found = variational_bounds(denoiser, SHORT, x_0, seed=3, image_ids=images)
+    assert denoiser.calls == SHORT.num_steps
+    for variance in ("small", "large"):
+        alone = variational_bound(denoiser, SHORT, x_0, seed=3, image_ids=images, variance=variance)
+        torch.testing.assert_close(found[variance].terms, alone.terms, rtol=0, atol=0)
+    assert (found["small"].terms != found["large"].terms).any()
 
 
 def test_labels_reach_the_denoiser():
