@@ -193,12 +193,13 @@ class Limits:
                     width, height = image.size
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise Refused(413, f"{name} has too many pixels: at most {self.max_pixels:,} are allowed") from error
-        except UnidentifiedImageError as error:  # whose message shows an object of Python
-            raise Refused(422, f"{name} is no PNG file: send one, in base64") from error
         except (OSError, ValueError, SyntaxError) as error:
-            if formats is None:
-                raise Refused(422, f"{name} cannot be read as a picture ({error})") from error
-            raise Refused(422, f"{name} is no PNG file ({error}): send one, in base64") from error
+            # The message of the first kind shows an object of Python.
+            why = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
+            wrong = (
+                f"cannot be read as a picture{why}" if formats is None else f"is no PNG file{why}: send one, in base64"
+            )
+            raise Refused(422, f"{name} {wrong}") from error
         if width * height > self.max_pixels:
             raise Refused(413, f"{name} has {width:,} x {height:,} pixels: at most {self.max_pixels:,} are allowed")
         if size is not None and (width, height) != size:

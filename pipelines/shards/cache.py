@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from pipelines.errors import PipelineError
 from pipelines.shards.index import Member, ShardInfo
@@ -251,7 +251,7 @@ def _sizes(folder: Path, pattern: str) -> dict[tuple[int, Path], int]:
     return sizes
 
 
-def _try_lock(file: IO[str]) -> bool:
+def _try_lock(file: IO[Any]) -> bool:
     """Return whether this process has got the lock of an open file."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -264,11 +264,10 @@ def _held(path: Path) -> FileIO | None:
     """Return a file, created if need be, which this process alone uses until it closes it; None where another does."""
     file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+        if _try_lock(file) and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return file
-    except (BlockingIOError, FileNotFoundError):
-        pass  # another process has it, or has just renamed or deleted it
+    except FileNotFoundError:
+        pass  # another process has just renamed or deleted it
     except BaseException:
         file.close()
         raise

@@ -177,7 +177,7 @@ def _class_folders(where: str, tree: Tree, test_fraction: float) -> Source:
     if not classes and not any(name.lower().endswith(SUFFIXES) for name in tree.files):
         raise DatasetError(f"{where} has no images; expected {where}/CLASS/*.png, {where}/*.png, or a metadata.jsonl")
     labels = {name: i for i, name in enumerate(classes)}
-    images, unused = [], _Unused()
+    images, deeper, unused = [], [], _Unused()
     unused.add(NO_FILE, *tree.no_files)
     for name, file in tree.files.items():
         prefix = next((p for p in roots if name.startswith(p)), None)
@@ -191,15 +191,11 @@ def _class_folders(where: str, tree: Tree, test_fraction: float) -> Source:
             label = labels[name.removeprefix(prefix).partition("/")[0]] if classes else None
             split = roots[prefix] or _drawn_split(name, test_fraction)
             images.append(SourceImage(split, label, None, name, file.stamp, file.read))
+            if classes and name.removeprefix(prefix).count("/") > 1:
+                deeper.append(name)
     bad = tuple(BadImage(name, reason) for name, reason in tree.bad)
-    deeper = tuple(sorted(image.origin for image in images if _depth(image.origin, roots) > 1)) if classes else ()
     drawn = not any(roots.values())
-    return Source(tuple(classes), _in_order(images), bad, unused.by_reason(), drawn=drawn, deeper=deeper)
-
-
-def _depth(name: str, roots: Iterable[str]) -> int:
-    """Return in how many folders a file is below the split folder that it is in."""
-    return name.removeprefix(next(root for root in roots if name.startswith(root))).count("/")
+    return Source(tuple(classes), _in_order(images), bad, unused.by_reason(), drawn, tuple(sorted(deeper)))
 
 
 def _is_child(folder: str, prefix: str) -> bool:

@@ -118,6 +118,12 @@ def test_what_is_larger_than_a_request_may_be_is_refused_before_it_is_decoded(pa
         page.predict(drawing, "the left half", *fields(["circle"]), api_name="/inpaint")
 
 
+def test_what_is_no_picture_is_said(page, tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(AppError, match="the picture cannot be read as a picture"):
+        page.predict(handle_file(str(tmp_path / "text.png")), 0.5, *fields(["circle"]), api_name="/edit")
+
+
 def test_a_file_that_is_larger_than_a_request_may_be_is_not_taken(page):
     upload = requests.post(f"{page.src}gradio_api/upload", files={"files": ("a.png", bytes(17 << 20))}, timeout=60)
     assert upload.status_code == 413
