@@ -224,16 +224,13 @@ def open_run(
 
 
 def find_run(uri: str, experiment: str, name: str) -> Tracker | None:
-    """Return the run of a name in an experiment; None where there is none.
+    """Return the run of a name in an experiment, the newest of several; None where there is none.
 
     Raises:
         TrackingError: no MLflow server answers at `uri`.
     """
-    found = first_answer(uri, lambda client: client.get_experiment_by_name(experiment))
-    if found is None:
-        return None
-    run_id = ask(uri, lambda client: _named(client, [str(found.experiment_id)], name))
-    return None if run_id is None else Tracker(uri, run_id)
+    found = runs_of(uri, experiment, name)
+    return found[0][0] if found else None
 
 
 def runs_of(
