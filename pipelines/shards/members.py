@@ -6,12 +6,13 @@ import io
 import json
 import math
 import struct
+import threading
 import tokenize
 import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import cv2
 import numpy as np
@@ -37,6 +38,7 @@ _COLOUR = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HS
 _UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 _NO_ARRAY = (*_UNDECODABLE, TypeError, LookupError, RecursionError, MemoryError, tokenize.TokenError)
 """Errors of NumPy, which has Python read the header of an array, on damaged ones."""
+_PARSING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -146,10 +148,16 @@ def _decode_fast(name: str, data: memoryview, channels: int) -> NDArray[np.uint8
     OpenCV releases the interpreter's lock, so that threads decode in parallel.
     """
     if name == "npy":
-        header = _npy_header(bytes(data[: 10 + int.from_bytes(data[8:10], "little")])) if len(data) > 10 else None
-        if header is None or header[0][-1] != channels or math.prod(header[0]) + header[1] != len(data):
+        try:
+            header = _npy_header(data)
+        except ValueError:
             return None
-        return np.frombuffer(data, np.uint8, offset=header[1]).reshape(header[0])
+        shape = (*header.shape, 1)[:3]
+        if len(header.shape) not in (2, 3) or header.dtype != np.uint8 or header.by_columns or shape[-1] != channels:
+            return None
+        if math.prod(shape) + header.bytes != len(data):
+            return None
+        return np.frombuffer(data, np.uint8, offset=header.bytes).reshape(shape)
     if name == "png":
         # Only 8 bits, grey or RGB, without palette or transparency.
         whole = len(data) > 34 and data[-8:-4] == b"IEND"
@@ -167,42 +175,59 @@ def _decode_fast(name: str, data: memoryview, channels: int) -> NDArray[np.uint8
     return None if pixels is None else pixels.reshape(*pixels.shape[:2], channels)
 
 
-@lru_cache(maxsize=64)
-def _npy_header(header: bytes) -> tuple[tuple[int, int, int], int] | None:
-    """Return (shape [H, W, C], offset of the data) of a row-major uint8 array; None for any other array.
-
-    The result is cached, because all samples of a dataset have the same header.
-    """
-    try:
-        file = io.BytesIO(header)
-        if np.lib.format.read_magic(file) != (1, 0):
-            return None
-        shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
-    except _NO_ARRAY:
-        return None
-    if dtype != np.uint8 or by_columns or len(shape) not in (2, 3):
-        return None
-    return (*shape, 1)[:3], len(header)  # type: ignore[return-value]
-
-
 def _read_npy(data: bytes | memoryview) -> NDArray[Any]:
     """Return the array in a `.npy` file.
 
     Raises:
         ValueError: it is none, holds objects of Python, or less than its header promises.
     """
-    file = io.BytesIO(data)
+    header = _npy_header(data)
+    if header.dtype.hasobject:
+        raise ValueError("it holds objects of Python")
+    # NumPy's own function makes room for whatever a header promises before it looks at what follows.
+    promised, held = math.prod(header.shape) * header.dtype.itemsize, len(data) - header.bytes
+    if promised > held:
+        raise ValueError(f"it promises {promised:,} bytes and holds {held:,}")
     try:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, by_columns, dtype = read(file)
-        if dtype.hasobject:
-            raise ValueError("it holds objects of Python")
-        # NumPy's own function makes room for whatever a header promises before it looks at what follows.
-        promised, held = math.prod(shape) * dtype.itemsize, len(data) - file.tell()
-        if promised > held:
-            raise ValueError(f"it promises {promised:,} bytes and holds {held:,}")
-        return np.ndarray(shape, dtype, data, file.tell(), order="F" if by_columns else "C").copy()
+        order: Literal["F", "C"] = "F" if header.by_columns else "C"
+        return np.ndarray(header.shape, header.dtype, data, header.bytes, order=order).copy()
+    except _NO_ARRAY as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+class _NpyHeader(NamedTuple):
+    """What a `.npy` file says of its array, and the length of that header in bytes."""
+
+    shape: tuple[int, ...]
+    by_columns: bool
+    dtype: np.dtype[Any]
+    bytes: int
+
+
+def _npy_header(data: bytes | memoryview) -> _NpyHeader:
+    """Return the header of a `.npy` file.
+
+    Raises:
+        ValueError: it has none.
+    """
+    # The first version writes the length of what follows in two bytes, later ones in four.
+    fixed = 10 if bytes(data[6:7]) == b"\x01" else 12
+    return _parse_npy_header(bytes(data[: fixed + int.from_bytes(data[8:fixed], "little")]))
+
+
+@lru_cache(maxsize=64)
+def _parse_npy_header(header: bytes) -> _NpyHeader:
+    """Return what a header says. The result is cached, because all samples of a dataset have the same header.
+
+    NumPy has Python parse it. CPython 3.11 counts the depth of that for all threads together, so that it fails with a
+    `SystemError` where another thread parses in between, as may happen when garbage is collected: one at a time.
+    """
+    file = io.BytesIO(header)
+    try:
+        with _PARSING:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            return _NpyHeader(*read(file), len(header))
     except _NO_ARRAY as error:
         raise ValueError(str(error) or type(error).__name__) from error
 

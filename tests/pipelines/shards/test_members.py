@@ -1,7 +1,10 @@
 """The fast way to pixels gives the pixels of the thorough one, whatever the file."""
 
+import gc
 import hashlib
 import io
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -170,3 +173,22 @@ def test_arrays_come_back_as_they_were_written(order, shape):
     pixels = np.asarray(PIXELS, order=order)
     np.save(buffer, pixels)
     assert np.array_equal(decode_image({"npy": buffer.getvalue()}), pixels)
+
+
+def test_threads_read_arrays_while_garbage_is_collected():
+    """CPython 3.11 counts how deep it parses for all threads together (see `_parse_npy_header`)."""
+
+    def give_way(phase, info):
+        time.sleep(1e-5)
+
+    files = [npy(np.zeros((1, width, 1), np.uint8)) for width in range(1, 8001)]
+    threshold = gc.get_threshold()
+    gc.callbacks.append(give_way)
+    gc.set_threshold(5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            shapes = [image.shape for image in pool.map(lambda data: decode_image({"npy": data}), files)]
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(give_way)
+    assert shapes == [(1, width, 1) for width in range(1, 8001)]
