@@ -137,10 +137,13 @@ class Gate:
         return verdict
 
     def holds(self, version: ModelVersion) -> Verdict | None:
-        """Return that the alias is at a version, by the log and in MLflow; None where it is not. Nothing is written."""
+        """Return that the alias is at a version, by the log and in MLflow, and that the version is what was signed.
+
+        None where one of them does not hold. Nothing is written.
+        """
         present = tracking.version(self.uri, self.model, alias=self.alias)
         there = _is(version, present) and _is(version, self._let_through(self.log.read()))
-        return self._there(version) if there else None
+        return self._there(version) if there and self._wrong(version) is None else None
 
     def taken(self, version: ModelVersion) -> Verdict | None:
         """Return the rollback that took the alias from a version, unless it got it again. Nothing is written."""

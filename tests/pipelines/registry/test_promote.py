@@ -93,6 +93,7 @@ def test_a_version_that_has_the_alias_is_refused_once_its_files_are_not_what_was
     world.gate.promote(world.versions[0])
     world.moved.clear()
     world.wrong = Row("signature", "model.safetensors is another", "by somebody who is trusted", False)
+    assert world.gate.holds(world.versions[0]) is None
     verdict = world.gate.promote(world.versions[0])
     assert (verdict.passed, verdict.reason.startswith("signature: model.safetensors is another")) == (False, True)
     assert (world.moved, world.gate.log.next_number()) == ([], 1)
