@@ -219,6 +219,7 @@ class Power(nn.Module):
         return Prediction(x_0, eps_from_x0(x_0, x_t, t, SCHEDULE))
 
 
+@pytest.mark.heavy
 def test_a_student_of_gaussian_data_goes_from_the_denoiser_to_the_exact_function():
     """The exponent within 0.005 of 1/2, the mean within 0.01 of 0.2, the standard deviation within 1 % of 0.3."""
     student, batch, steps, lr = Power(), 64, 400, 0.02

@@ -259,6 +259,7 @@ def test_repaint_approaches_the_conditional_that_replacement_misses():
     assert mended < 0.2
 
 
+@pytest.mark.heavy
 def test_more_resamplings_and_finer_steps_mend_and_more_steps_alone_do_not():
     by_resamplings = [mean_error(50, 1, u) for u in (1, 2, 5, 20)]
     assert all(more < 0.6 * fewer for fewer, more in itertools.pairwise(by_resamplings))

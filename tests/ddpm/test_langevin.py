@@ -104,6 +104,7 @@ def share_below(x: Tensor) -> float:
     return (x < 0).double().mean().item()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("step_size", [0.2, 1.0])
 def test_annealing_finds_the_weights_of_the_modes_and_one_level_alone_does_not(step_size):
     denoiser = MixtureDenoiser(COSINE)

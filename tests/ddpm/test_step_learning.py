@@ -87,6 +87,7 @@ def test_on_gaussian_data_the_learned_solver_is_exact(solver):
     assert all(s < t for t, s in zip(learned.timesteps, learned.timesteps[1:], strict=False))
 
 
+@pytest.mark.heavy
 def test_where_trajectories_part_and_conditions_guide_it_ends_nearer_than_any_known_solver():
     """On a mixture in the plane with guidance, from noise that nothing was learned from."""
     means = torch.tensor([[-0.6, 0.2], [0.5, 0.5], [0.3, -0.7]], dtype=torch.float64)

@@ -50,6 +50,7 @@ def planned(source, overrides, said):
     )
 
 
+@pytest.mark.heavy
 def test_a_plan_is_ingested_and_trained_by_and_the_same_command_has_it_again(command, tmp_path, monkeypatch):
     measure_briefly(monkeypatch)
     said = []

@@ -37,6 +37,7 @@ from tests.pipelines.plan.brief import measure_briefly
 from tests.pipelines.plan.cases import DIGITS, GPU, LAPTOP, PHOTOS, PICTOGRAMS
 
 
+@pytest.mark.heavy
 def test_a_real_step_is_measured_for_each_network_that_the_budget_could_train(monkeypatch):
     measure_briefly(monkeypatch, 0.1)
     small = replace(DIGITS, shorter_sides=(8, 8, 8), one_size=(8, 8))
@@ -212,12 +213,14 @@ def test_the_other_cores_are_busy_only_while_something_is_measured():
         assert threads() == before
 
 
+@pytest.mark.heavy
 def test_candidates_that_a_budget_cannot_train_are_not_measured(monkeypatch):
     measure_briefly(monkeypatch)
     small = replace(DIGITS, shorter_sides=(8, 8, 8), one_size=(8, 8))
     assert list(measure(small, {}, 1.0).speeds) == ["narrow@8"]
 
 
+@pytest.mark.heavy
 def test_two_threads_on_one_core_are_each_slower_than_one_alone(monkeypatch):
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(allowed)})

@@ -49,6 +49,7 @@ def confirmed(distance: Distance, features: list[torch.Tensor]):
     return decide(candidates, measured, {name: {} for name in names}, distance.measure)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("measure, repeats", [("frechet_distance", 1000), ("kid", 200)])
 def test_the_chance_of_any_false_winner_is_kept_whatever_the_number_of_equal_settings(measure, repeats):
     generator, numbers = torch.Generator().manual_seed(1), (1, 3, 8)

@@ -57,6 +57,7 @@ def test_samples_are_those_of_the_request(page, model):
     assert "square, seed 5" in html
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("steps, asked", [(FILL_STEPS, {}), (4, {"steps": 4}), (20, {"steps": 20})])
 def test_half_of_a_picture_is_filled_as_by_the_request_in_as_many_steps(page, model, tmp_path, steps, asked):
     path = save_picture(tmp_path / "image.png")

@@ -105,6 +105,7 @@ def test_the_page_has_the_table_that_it_says_it_has():
     assert len(TABLE) == 4
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("line", TABLE, ids=lambda line: "-".join(line[:3]))
 def test_the_table_of_the_page_on_datasets_is_of_the_order_of_samples(line):
     shards, lanes, window = (int(number.replace(",", "")) for number in line[:3])

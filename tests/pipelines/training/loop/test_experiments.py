@@ -41,6 +41,7 @@ def base(digits, tmp_path_factory):
     return last_checkpoint(folder)
 
 
+@pytest.mark.heavy
 def test_a_learned_variance_is_trained_and_used_by_the_sampler_that_has_one(digits, tmp_path):
     model, losses = trained(tmp_path, digits, "digits_learned_variance", "tracking.log_every=128")
     assert losses[-1] < 0.75 * losses[0]
@@ -53,6 +54,7 @@ def test_a_learned_variance_is_trained_and_used_by_the_sampler_that_has_one(digi
     assert images.isfinite().all()
 
 
+@pytest.mark.heavy
 def test_the_score_of_a_model_is_walked_along(digits, tmp_path):
     model, losses = trained(tmp_path, digits, "digits_score", "tracking.log_every=128")
     assert losses[-1] < 0.75 * losses[0]

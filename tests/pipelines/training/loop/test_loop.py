@@ -237,6 +237,7 @@ def test_a_model_of_x0_is_tuned_with_a_skip_connection(digits, tmp_path):
         run(tmp_path / "wrong", digits, *CONSISTENCY, base)
 
 
+@pytest.mark.heavy
 def test_a_classifier_of_noisy_images_is_trained_by_the_same_loop(digits, tmp_path):
     settings = ["task=classifier", "optim.lr=1e-2", "optim.warmup_images=0", "optim.ema_half_life=400"]
     config = tiny_config(tmp_path / "c", 4000, 50, *settings, "tracking.grid_every=4000")
@@ -286,6 +287,7 @@ def test_a_network_is_conditioned_on_captions(captioned, tmp_path):
     assert load_model(last_checkpoint(tmp_path / "whole")).spec.network.text_dim == 4
 
 
+@pytest.mark.heavy
 def test_a_classifier_of_captions_is_trained_by_the_same_loop(captioned, tmp_path):
     config = ["task=classifier", *TEXT, "optim.lr=1e-2", "optim.warmup_images=0", "optim.ema_half_life=200"]
     _, tracker = run(tmp_path / "c", captioned, *config, "images=3000", "tracking.grid_every=3000")

@@ -49,6 +49,7 @@ def test_every_registered_network_is_tested_here():
     assert set(TINY) == set(NETWORKS)
 
 
+@pytest.mark.heavy
 @every_network
 def test_the_loss_on_digits_falls(digits, tmp_path, network):
     run(tmp_path / "r", digits, network, "optim.lr=0.003", NO_GRIDS, steps=80)
