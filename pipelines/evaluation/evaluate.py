@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm.generate import Sampling
 from ddpm.model import Model
 from ddpm.quality import Measured
 from pipelines.display import Notice, Progress, no_notice, no_progress
@@ -22,38 +21,13 @@ from pipelines.evaluation.likelihoods import Bounds, Likelihood
 from pipelines.evaluation.prompts import Prompts
 from pipelines.evaluation.real import Real
 from pipelines.evaluation.rows import Rows
-from pipelines.evaluation.samples import Plan, SamplingActors, draw, processors
+from pipelines.evaluation.samples import Plan, Request, SamplingActors, draw
 from pipelines.evaluation.scores import Estimate, Scores
 from pipelines.scratch import scratch_folder
 from pipelines.storage import Storage
 
 NOISE_IMAGES = 1_024
 """Images of noise, at most, of which the ceilings are."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked of an evaluation.
-
-    Attributes:
-        sampling: settings with which the samples are drawn.
-        n: samples of each noise seed; as many as the test split has, where None.
-        seeds: seeds of the noise.
-        batch_size: images that are drawn together.
-        likelihood_images: test images whose likelihood is computed; 0 for none.
-        actors: how many draw at a time; as many as the cluster has processors or GPUs, where None.
-        use_gpu: whether each has a GPU.
-        root: folder of all evaluations.
-    """
-
-    sampling: Sampling
-    n: int | None
-    seeds: tuple[int, ...]
-    batch_size: int
-    likelihood_images: int
-    actors: int | None
-    use_gpu: bool
-    root: str
 
 
 @dataclass(frozen=True)
@@ -94,33 +68,13 @@ def evaluate(
         model_digest: SHA-256 of its weights, under which its samples are kept.
         prompts: captions that samples are drawn from; None for a model that is not on text, or data without captions.
     """
-    plan = Plan(
-        model_digest,
-        request.sampling,
-        request.n or real.test.count,
-        request.seeds,
-        real.train.class_counts if model.spec.classes else (),
-        request.batch_size,
-        request.root,
-        None if prompts is None else prompts.plan,
-    )
+    plan = Plan.of(model, model_digest, request, real, prompts)
     with tempfile.TemporaryDirectory(prefix="evaluation-", dir=scratch_folder()) as scratch:
-        folder = Path(scratch)
-        actors = SamplingActors(
-            model,
-            evaluator,
-            storage,
-            min(request.actors or processors(use_gpu=request.use_gpu), len(plan.units())),
-            prompts=prompts,
-            use_gpu=request.use_gpu,
-            notice=notice,
-        )
-        try:
+        folder, units = Path(scratch), len(plan.units())
+        with SamplingActors(model, evaluator, storage, request, units, prompts=prompts, notice=notice) as actors:
             drawn = draw(actors, plan, evaluator, model, folder, progress)
             ((_, noise),) = actors.map("noise", [(min(plan.n, NOISE_IMAGES), plan.seeds[0])])
             likelihoods = _likelihoods(actors, model, real, request)
-        finally:
-            actors.close()
         comparison = Comparison.of(plan, drawn, real, noise, folder)
         estimates = comparison.estimates(evaluator)
         copies = look_for_copies(comparison.train, comparison.test, drawn, plan.n)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,20 +25,64 @@ from safetensors.numpy import load, save
 
 from ddpm.generate import Sampling, to_uint8
 from ddpm.model import Model
+from pipelines.config import Config
 from pipelines.display import Notice, Progress
 from pipelines.evaluation.devices import task_device
 from pipelines.evaluation.evaluators.base import Evaluator
 from pipelines.evaluation.images import pack_samples, thumbnail_size, thumbnails, to_levels, unpack_samples
 from pipelines.evaluation.likelihoods import Likelihood, likelihood
 from pipelines.evaluation.prompts import PromptRows, Prompts
+from pipelines.evaluation.real import Real
 from pipelines.evaluation.rows import Rows
 from pipelines.ray_tasks import TaskError, fits
-from pipelines.retry import PATIENCE_S
 from pipelines.storage import NotFoundError, Storage, join
 
 LOOK_EVERY_S = 5.0
 RETRIES = 3
 """How often all actors may be lost, with their nodes, before an evaluation gives up."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of samples: how many, with which settings, and with what they are drawn.
+
+    Attributes:
+        sampling: settings with which the samples are drawn.
+        n: samples of each noise seed; as many as the test split has, where None.
+        seeds: seeds of the noise.
+        batch_size: images that are drawn together.
+        likelihood_images: test images whose likelihood is computed too; 0 for none.
+        actors: how many draw at a time; as many as the cluster has processors or GPUs, where None.
+        use_gpu: whether each has a GPU.
+        patience_s: seconds to wait for a node, and for an actor that does not answer.
+        root: folder of all evaluations.
+    """
+
+    sampling: Sampling
+    n: int | None
+    seeds: tuple[int, ...]
+    batch_size: int
+    likelihood_images: int
+    actors: int | None
+    use_gpu: bool
+    patience_s: float
+    root: str
+
+    @classmethod
+    def of(cls, config: Config, settings: Sampling) -> Request:
+        """Return what the configuration asks of an evaluation."""
+        asked = config.evaluation
+        return cls(
+            sampling=settings,
+            n=asked.n,
+            seeds=tuple(range(asked.seed, asked.seed + asked.seeds)),
+            batch_size=asked.batch_size,
+            likelihood_images=asked.likelihood_images,
+            actors=asked.actors,
+            use_gpu=config.cluster.gpus_per_worker > 0,
+            patience_s=config.cluster.patience_s,
+            root=join(config.storage.root, "evaluations"),
+        )
 
 
 @dataclass(frozen=True)
@@ -64,6 +108,20 @@ class Plan:
     batch_size: int
     root: str
     prompts: PromptRows | None = None
+
+    @classmethod
+    def of(cls, model: Model, model_digest: str, request: Request, real: Real, prompts: Prompts | None) -> Plan:
+        """Return which samples of a model are asked for, to be compared with real images."""
+        return cls(
+            model_digest,
+            request.sampling,
+            request.n or real.test.count,
+            request.seeds,
+            real.train.class_counts if model.spec.classes else (),
+            request.batch_size,
+            request.root,
+            None if prompts is None else prompts.plan,
+        )
 
     @property
     def folder(self) -> str:
@@ -157,10 +215,13 @@ class Drawn:
 class SamplingActors:
     """Actors that draw samples and compute likelihoods: model and evaluator are loaded once in each.
 
+    Used as a context, at whose end they end.
+
     Args:
-        count: number of actors at most; those that the cluster has no room for begin when it has.
+        request: says how many there are, and whether each has a GPU; those that the cluster has no room for begin when
+            it has.
+        units: parts of the work, of which there are not fewer than actors.
         prompts: captions that are drawn from, with what judges them; None without prompts.
-        use_gpu: whether each has a GPU.
     """
 
     def __init__(
@@ -168,21 +229,32 @@ class SamplingActors:
         model: Model,
         evaluator: Evaluator,
         storage: Storage,
-        count: int,
+        request: Request,
+        units: int,
         *,
         prompts: Prompts | None = None,
-        use_gpu: bool = False,
         notice: Notice,
-        patience_s: float = PATIENCE_S,
     ) -> None:
         self.shared, self.storage = ray.put((model.to("cpu"), evaluator, prompts)), storage
-        self.kind = ray.remote(_SamplingActor).options(num_cpus=1, num_gpus=1 if use_gpu else 0)
-        self.needs = {"CPU": 1.0, **({"GPU": 1.0} if use_gpu else {})}
-        self.actors, self.idle, self.lost, self.count = list[Any](), list[Any](), 0, count
+        # A second thread answers while the first one draws.
+        options = {"num_cpus": 1, "num_gpus": int(request.use_gpu), "max_concurrency": 2}
+        self.kind = ray.remote(_SamplingActor).options(**options)
+        self.needs = {"CPU": 1.0, **({"GPU": 1.0} if request.use_gpu else {})}
+        self.count = min(request.actors or processors(use_gpu=request.use_gpu), units)
+        self.notice, self.patience_s = notice, request.patience_s
+        self.actors, self.idle, self.lost = list[Any](), list[Any](), 0
         self.starting: dict[Any, Any] = {}
-        for _ in range(count):
+        self.asked: dict[Any, tuple[Any, float]] = {}
+        self.looked = time.monotonic()
+        for _ in range(self.count):
             self._start()
-        self.notice, self.patience_s = notice, patience_s
+
+    def __enter__(self) -> SamplingActors:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for actor in self.actors:
+            ray.kill(actor)
 
     def _start(self) -> None:
         """Start an actor, when the cluster has room for it."""
@@ -201,9 +273,30 @@ class SamplingActors:
             raise error
         self._start()
 
-    def close(self) -> None:
-        """End the actors."""
-        for actor in self.actors:
+    def _end_silent(self, busy: Iterable[Any]) -> None:
+        """End those that have not answered for `patience_s`: what they were asked for then fails, and is done again.
+
+        A process that was stopped, or a node that hangs, would be waited for without end: Ray notices only those that
+        are gone.
+
+        Args:
+            busy: actors that have a call.
+        """
+        now = time.monotonic()
+        if now - self.looked < LOOK_EVERY_S:
+            return
+        self.looked, before, self.asked = now, self.asked, {}
+        for actor in busy:
+            question, since = before.get(actor) or (actor.ready.remote(), now)
+            if ray.wait([question], timeout=0)[0]:
+                question, since = actor.ready.remote(), now
+            if now - since < self.patience_s:
+                self.asked[actor] = question, since
+                continue
+            self.notice(
+                f"an actor that draws samples has not answered for {now - since:.0f} s: its process or its node stands "
+                "still; it is ended, and another does its work"
+            )
             ray.kill(actor)
 
     def map(self, method: str, calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
@@ -235,6 +328,7 @@ class SamplingActors:
                 self.idle.append(actor)
                 if call is not None:
                     yield call[0], result
+            self._end_silent([actor for _, actor in running.values()])
             if done or running or self.idle:
                 short_since = None
                 continue
@@ -268,7 +362,7 @@ class _SamplingActor:
         self.storage = storage
 
     def ready(self) -> None:
-        """Answer when the actor has started."""
+        """Answer: the actor has started, and its process runs."""
 
     def draw(self, unit: Unit, plan: Plan) -> dict[str, NDArray[Any]]:
         """Return the rows of a batch of samples, see `Drawn`; what is stored is not made again."""

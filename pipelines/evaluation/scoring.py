@@ -19,18 +19,18 @@ from pipelines import references, tracking
 from pipelines.checkpoints import list_published, record_scores
 from pipelines.config import Config
 from pipelines.display import Display
-from pipelines.evaluation.evaluate import Evaluation, Request, evaluate
+from pipelines.evaluation.evaluate import Evaluation, evaluate
 from pipelines.evaluation.evaluators import Evaluator, find_evaluator, open_evaluator
 from pipelines.evaluation.likelihoods import Likelihood
 from pipelines.evaluation.plots import MAX_COLUMNS, class_grid, grid_choice
 from pipelines.evaluation.prompts import Prompts, find_prompts, open_prompts
 from pipelines.evaluation.real import open_real
-from pipelines.evaluation.samples import read_images
+from pipelines.evaluation.samples import Request, read_images
 from pipelines.evaluation.scores import Scores
 from pipelines.references import Resolved
 from pipelines.shards.index import Dataset, DatasetError, read_dataset
 from pipelines.shards.quarantine import read_quarantine, stream_digest
-from pipelines.storage import Storage, join
+from pipelines.storage import Storage
 from pipelines.tracking import CheckpointModel, Tracker
 
 FOLDER = "evaluation"
@@ -160,7 +160,7 @@ def score(
     evaluator = open_evaluator(config, dataset, storage, notice, connect=connect)
     prompts = open_prompts(model.spec, dataset, config, storage, notice, connect=connect)
     model_digest = resolved.published.digest if resolved.published else weights_digest(model)
-    request = request_of(config, settings)
+    request = Request.of(config, settings)
     images_seen = int(model.spec.lineage.get("images_seen", 0))
     stream = stream_digest(dataset, read_quarantine(dataset.uri, storage))
     artifact = _artifact(images_seen, model_digest, evaluator, prompts, stream, request)
@@ -229,7 +229,7 @@ def find_scores(
     prompts = find_prompts(spec, dataset, config, storage)
     images_seen = int(spec.lineage.get("images_seen", 0))
     stream = stream_digest(dataset, read_quarantine(dataset.uri, storage))
-    request = request_of(config, settings)
+    request = Request.of(config, settings)
     return _recorded(tracker, _artifact(images_seen, model_digest, evaluator, prompts, stream, request))
 
 
@@ -316,21 +316,6 @@ def check_fits(spec: ModelSpec, dataset: Dataset) -> None:
         raise DatasetError(
             f"{dataset.uri} has other classes than the model: {differing[0]}; name other data with data.uri"
         )
-
-
-def request_of(config: Config, settings: Sampling) -> Request:
-    """Return what the configuration asks of an evaluation."""
-    asked = config.evaluation
-    return Request(
-        sampling=settings,
-        n=asked.n,
-        seeds=tuple(range(asked.seed, asked.seed + asked.seeds)),
-        batch_size=asked.batch_size,
-        likelihood_images=asked.likelihood_images,
-        actors=asked.actors,
-        use_gpu=config.cluster.gpus_per_worker > 0,
-        root=join(config.storage.root, "evaluations"),
-    )
 
 
 def weights_digest(model: Model) -> str:

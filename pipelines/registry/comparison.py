@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,10 +19,10 @@ from pipelines.evaluation.compare import FRECHET_FEATURES, NEIGHBOURS, measured_
 from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.prompts import Prompts
 from pipelines.evaluation.real import Real
-from pipelines.evaluation.samples import Drawn, Plan, SamplingActors, draw, processors
+from pipelines.evaluation.samples import Drawn, Plan, Request, SamplingActors, draw
 from pipelines.evaluation.scores import IMAGES_PER_FEATURE
 from pipelines.scratch import scratch_folder
-from pipelines.storage import Storage, join
+from pipelines.storage import Storage
 
 LEAST = 5_000
 """Samples of each model, by default, where the evaluator has few features."""
@@ -40,39 +41,6 @@ class Subject:
     model: Model
     digest: str
     sampling: Sampling
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """How many samples of each model are compared, and of which noise.
-
-    Attributes:
-        n: samples of each.
-        seed: of noise and labels.
-        batch_size: images that are drawn together.
-        actors: how many draw at a time; None for as many as the cluster has processors or GPUs.
-        use_gpu: whether each has a GPU.
-        root: folder of all evaluations.
-    """
-
-    n: int
-    seed: int
-    batch_size: int
-    actors: int | None
-    use_gpu: bool
-    root: str
-
-    @classmethod
-    def of(cls, config: Config, features: int, seed: int) -> Drawing:
-        """Return what the configuration asks for, with an evaluator of so many features."""
-        return cls(
-            n=config.registry.n or max(LEAST, IMAGES_PER_FEATURE * features),
-            seed=seed,
-            batch_size=config.evaluation.batch_size,
-            actors=config.evaluation.actors,
-            use_gpu=config.cluster.gpus_per_worker > 0,
-            root=join(config.storage.root, "evaluations"),
-        )
 
 
 @dataclass(frozen=True)
@@ -105,10 +73,16 @@ def gate_seed(model: str, alias: str, champion_digest: str, dry_run: bool = Fals
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
+def request_of(config: Config, features: int, seed: int) -> Request:
+    """Return which samples the configuration asks for to compare two versions, by an evaluator of so many features."""
+    n = config.registry.n or max(LEAST, IMAGES_PER_FEATURE * features)
+    return replace(Request.of(config, Sampling()), n=n, seeds=(seed,), likelihood_images=0)
+
+
 def compare(
     candidate: Subject,
     champion: Subject,
-    drawing: Drawing,
+    request: Request,
     real: Real,
     evaluator: Evaluator,
     storage: Storage,
@@ -120,6 +94,7 @@ def compare(
     Samples that are stored are not drawn again, so an interrupted comparison goes on where it was.
 
     Args:
+        request: with one seed; each model is drawn with the settings that it serves.
         prompts: captions that samples of models on text are drawn from.
     """
     with tempfile.TemporaryDirectory(prefix="comparison-", dir=scratch_folder()) as scratch:
@@ -127,48 +102,17 @@ def compare(
         for name, subject in (("champion", champion), ("candidate", candidate)):
             folder = Path(scratch) / name
             folder.mkdir()
-            plan = Plan(
-                subject.digest,
-                subject.sampling,
-                drawing.n,
-                (drawing.seed,),
-                real.train.class_counts if subject.model.spec.classes else (),
-                drawing.batch_size,
-                drawing.root,
-                None if prompts is None else prompts.plan,
+            asked = replace(request, sampling=subject.sampling)
+            plan, say = Plan.of(subject.model, subject.digest, asked, real, prompts), partial(display.stage, "gate")
+            pool = SamplingActors(
+                subject.model, evaluator, storage, asked, len(plan.units()), prompts=prompts, notice=say
             )
-            drawn = _draw(subject, plan, drawing, evaluator, prompts, storage, folder, display, name)
+            with pool as actors:
+                progress = display.counter("gate", f"{name} images")
+                drawn = draw(actors, plan, evaluator, subject.model, folder, progress)
             found.append(_measure(drawn, plan, real, evaluator, prompts, folder))
     (measure, theirs, their_accuracy), (_, ours, our_accuracy) = found
     return Compared(measure, ours, theirs, our_accuracy, their_accuracy)
-
-
-def _draw(
-    subject: Subject,
-    plan: Plan,
-    drawing: Drawing,
-    evaluator: Evaluator,
-    prompts: Prompts | None,
-    storage: Storage,
-    folder: Path,
-    display: Display,
-    name: str,
-) -> Drawn:
-    """Draw the samples of one model."""
-    room = drawing.actors or processors(use_gpu=drawing.use_gpu)
-    actors = SamplingActors(
-        subject.model,
-        evaluator,
-        storage,
-        min(room, len(plan.units())),
-        prompts=prompts,
-        use_gpu=drawing.use_gpu,
-        notice=lambda text: display.stage("gate", text),
-    )
-    try:
-        return draw(actors, plan, evaluator, subject.model, folder, display.counter("gate", f"{name} images"))
-    finally:
-        actors.close()
 
 
 def _measure(

@@ -16,12 +16,13 @@ from pipelines.display import Display
 from pipelines.evaluation.evaluators import Evaluator, open_evaluator
 from pipelines.evaluation.prompts import Prompts, open_prompts
 from pipelines.evaluation.real import Real, open_real
+from pipelines.evaluation.samples import Request
 from pipelines.evaluation.scores import Scores
 from pipelines.evaluation.scoring import check_fits
 from pipelines.references import guided
 from pipelines.registry.bounds import absolute_bounds
 from pipelines.registry.card import describe
-from pipelines.registry.comparison import Compared, Drawing, Subject, compare, gate_seed
+from pipelines.registry.comparison import Compared, Subject, compare, gate_seed, request_of
 from pipelines.registry.contents import check_version
 from pipelines.registry.envelope import model_folder
 from pipelines.registry.evidence import Evidence
@@ -331,27 +332,28 @@ class Gate:
         rows += unlike
         dataset, evaluator, real = self._open_data(candidate.evidence)
         against = champion.evidence.served_digest
-        drawing = Drawing.of(self.config, evaluator.encoder.width, gate_seed(self.model, self.alias, against, dry_run))
-        verdict = replace(verdict, champion_digest=against, n=drawing.n, margin=margin)
+        request = request_of(self.config, evaluator.encoder.width, gate_seed(self.model, self.alias, against, dry_run))
+        assert request.n is not None
+        verdict = replace(verdict, champion_digest=against, n=request.n, margin=margin)
         judged = _judged_before(verdicts, verdict, unlike)
         if judged is not None:  # one that passed has lost the alias since, and takes it again by what was found then
             return replace(judged, version=verdict.version, at=now() if judged.passed else judged.at)
-        compared = self._compare(candidate, champion, drawing, dataset, evaluator, real)
+        compared = self._compare(candidate, champion, request, dataset, evaluator, real)
         attempts = [v.attempt for v in verdicts if v.champion_digest == verdict.champion_digest]
         attempt = 1 + max(attempts, default=0)
         found = decide(compared, attempt, name, margin)
         return replace(verdict, passed=found.passed, reason=found.reason, attempt=attempt, rows=(*rows, *found.rows))
 
     def _compare(
-        self, candidate: Opened, champion: Opened, drawing: Drawing, dataset: Dataset, evaluator: Evaluator, real: Real
+        self, candidate: Opened, champion: Opened, request: Request, dataset: Dataset, evaluator: Evaluator, real: Real
     ) -> Compared:
         """Draw the samples of both versions, and measure them."""
         self.display.stage(
-            "gate", f"{drawing.n:,} samples of {candidate.version.uri} and of {champion.version.uri}, on the same noise"
+            "gate", f"{request.n:,} samples of {candidate.version.uri} and of {champion.version.uri}, on the same noise"
         )
         sides = [self._subject(opened, dataset) for opened in (candidate, champion)]
         prompts = self._prompts(sides, dataset)
-        return compare(sides[0], sides[1], drawing, real, evaluator, self.storage, self.display, prompts)
+        return compare(sides[0], sides[1], request, real, evaluator, self.storage, self.display, prompts)
 
     def _prompts(self, sides: Sequence[Subject], dataset: Dataset) -> Prompts | None:
         """Return the captions that samples are drawn from, where both models are on the same kind of text."""

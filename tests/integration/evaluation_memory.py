@@ -18,10 +18,11 @@ from ddpm.generate import Sampling
 from ddpm.model import Model, ModelSpec
 from ddpm.models import UNetConfig
 from pipelines.config import compose
-from pipelines.evaluation.evaluate import Request, evaluate
+from pipelines.evaluation.evaluate import evaluate
 from pipelines.evaluation.evaluators.base import Evaluator
 from pipelines.evaluation.evaluators.classifier import Classifier
 from pipelines.evaluation.real import open_real
+from pipelines.evaluation.samples import Request
 from pipelines.shards.index import read_dataset
 from pipelines.storage import Storage
 
@@ -63,9 +64,9 @@ def main(dataset_uri: str, root: str, n: int) -> None:
             except psutil.Error:
                 continue
 
-    request = Request(
-        Sampling.of(steps=1), n, (1,), batch_size=500, likelihood_images=0, actors=2, use_gpu=False, root=f"file://{root}/{n}"
-    )  # fmt: skip
+    asked = [f"evaluation.n={n}", "evaluation.seeds=1", "evaluation.batch_size=500", "evaluation.likelihood_images=0"]
+    asked += ["evaluation.actors=2", f"storage.root=file://{root}/{n}"]
+    request = Request.of(compose(["+experiment=digits", *asked]), Sampling.of(steps=1))
     done = evaluate(
         model, f"stub-{n}", request, real, evaluator, storage, dataset_digest=dataset.digest, progress=watch
     )

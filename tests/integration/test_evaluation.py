@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
+from pipelines import stack
 from pipelines.evaluation.images import unpack_samples
 from pipelines.shards.ingest.write import ingest
 from pipelines.storage import Entry, Storage
@@ -32,6 +37,32 @@ def stored(s3: Storage, root: str, ending: str) -> list[Entry]:
 
 def evaluate(root: str, actors: int) -> list[str]:
     return ["evaluate", MODEL, f"data.uri={DATA}", f"storage.root={root}", f"evaluation.actors={actors}", *SETTINGS]
+
+
+@contextmanager
+def one_stopped(title: str, home: Path) -> Iterator[None]:
+    """With the first worker of a local stack that has a title stopped as soon as it is there."""
+    (head,) = [psutil.Process(service.pid) for service in stack.status(home) if service.name == "ray"]
+    stopped: list[psutil.Process] = []
+    over = threading.Event()
+
+    def stop() -> None:
+        while not stopped and not over.wait(0.05):
+            for process in head.children(recursive=True):
+                with suppress(psutil.Error):
+                    if process.cmdline()[:1] == [title]:
+                        process.suspend()
+                        stopped.append(process)
+                        break
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+    assert stopped
 
 
 def test_an_evaluation_goes_on_where_it_was_killed_and_gives_the_same_from_any_number_of_actors(
@@ -58,7 +89,11 @@ def test_an_evaluation_goes_on_where_it_was_killed_and_gives_the_same_from_any_n
             "AWS_SHARED_CREDENTIALS_FILE": str(local_stack.credentials_file),
             "AWS_DEFAULT_REGION": "us-east-1",
         }
-        other = replace(shell, environment=environment).ok(*evaluate("s3://ddpm/three", 3), "--json").answer
+        three = [*evaluate("s3://ddpm/three", 3), "cluster.patience_s=5"]
+        with one_stopped("ray::_SamplingActor.draw", local_stack.home):  # which is no end that Ray notices
+            done = replace(shell, environment=environment).ok(*three, "--json")
+        other = done.answer
+        assert "an actor that draws samples has not answered for" in done.err
         # A second evaluation needs no real image: what the first has computed of them is stored beside the dataset.
         read = [path for path in proxy.asked if "/datasets/scored/" in path]
         assert any("/features/" in path for path in read)
