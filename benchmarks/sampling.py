@@ -34,10 +34,10 @@ from torch import Tensor, nn
 from benchmarks.results import ROOT, commit, publish
 from benchmarks.train_step import machine
 from ddpm.conditioning import Conditioning
-from ddpm.generate import Sampling, generate, trajectory
+from ddpm.generate import Sampling, generate
 from ddpm.models.unet import UNet, UNetConfig
 from ddpm.prediction import NetworkDenoiser
-from ddpm.samplers import initial_noise, last
+from ddpm.samplers import initial_noise, last, step_noise
 from ddpm.schedule import make_schedule
 
 CONFIG = UNetConfig(
@@ -170,7 +170,8 @@ def ours(
 
     @torch.no_grad()
     def sample() -> Tensor:
-        return last(trajectory(denoiser, schedule, settings, cond=None, image_ids=ids, shape=shape, seed=SEED))
+        x_T, noise = initial_noise(SEED, ids, shape), step_noise(SEED, ids, shape)
+        return last(settings.sampler(settings.wrap(denoiser, schedule), schedule, x_T, None, noise=noise))
 
     return sample
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,9 +11,8 @@ from torch import Tensor
 
 from ddpm.conditioning import Conditioning
 from ddpm.guidance import GUIDANCE, ClassifierFree, Guidance, Guides
-from ddpm.noise import Seed
 from ddpm.prediction import Arithmetic, Clipping, Denoiser
-from ddpm.samplers import DDIM, SAMPLERS, Sample, Sampler, initial_noise, last, step_noise
+from ddpm.samplers import DDIM, SAMPLERS, Sampler
 from ddpm.schedule import NoiseSchedule
 from ddpm.settings import settings_of
 
@@ -169,25 +168,6 @@ class Sampling:
         return self.arithmetic.wrap(self.clipping.wrap(self.arithmetic.of_network(denoiser), schedule))
 
 
-def trajectory(
-    denoiser: Denoiser,
-    schedule: NoiseSchedule,
-    sampling: Sampling,
-    *,
-    cond: Conditioning | None,
-    image_ids: Tensor,
-    shape: tuple[int, ...],
-    seed: Seed,
-    guides: Guides | None = None,
-) -> Iterator[Sample]:
-    """Return the sampler's steps for the images with these ids, int64 [B]; see `generate`."""
-    x_T = initial_noise(seed, image_ids, shape)
-    guided = sampling.wrap(denoiser, schedule, guides)
-    return sampling.sampler(guided, schedule, x_T, cond, noise=step_noise(seed, image_ids, shape))
-
-
-# Not inference mode: classifier guidance differentiates through x_t.
-@torch.no_grad()
 def generate(
     denoiser: Denoiser,
     schedule: NoiseSchedule,
@@ -219,19 +199,19 @@ def generate(
     Raises:
         ValueError: the number of images is not given, or the guidance needs a network that is missing.
     """
+    from ddpm.inference.draw import Painter, paint  # which needs `Sampling`
+    from ddpm.inference.noise import Noise
+    from ddpm.inference.tasks import FromNoise
+
     total = len(cond) if cond is not None else len(image_ids) if image_ids is not None else count
     if total is None:
         raise ValueError("give cond, image_ids or count: the number of images is not known")
-    numbers = torch.arange(total, device=device) if image_ids is None else image_ids
-    parts = []
-    for i in range(0, total, batch_size):
-        span = slice(i, i + batch_size)
-        some = None if cond is None else cond[span]
-        steps = trajectory(
-            denoiser, schedule, sampling, cond=some, image_ids=numbers[span], shape=shape, seed=seed, guides=guides
-        )
-        parts.append(last(steps).clamp(-1, 1))
-    return torch.cat(parts)
+    where = torch.device(device or "cpu") if image_ids is None else image_ids.device
+    ids = torch.arange(total, device=where) if image_ids is None else image_ids
+    painter = Painter(denoiser, schedule, guides or Guides(), shape, where)
+    noise = Noise(torch.full_like(ids, seed), ids)
+    away = painter.guides.negative
+    return paint(painter, noise, cond, FromNoise(), sampling=sampling, negative=away, batch_size=batch_size).images
 
 
 def to_uint8(images: Tensor) -> Tensor:

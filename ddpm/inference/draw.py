@@ -11,11 +11,14 @@ from torch import Tensor
 
 from ddpm.conditioning import Conditioning
 from ddpm.generate import Sampling, to_uint8
+from ddpm.guidance import Guides
 from ddpm.inference.checks import check_condition, check_count, check_steps
 from ddpm.inference.noise import Noise
 from ddpm.inference.tasks import Batch, FromNoise, Task
 from ddpm.model import Model
+from ddpm.prediction import Denoiser
 from ddpm.samplers import Sample, last
+from ddpm.schedule import NoiseSchedule
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,24 @@ class Drawn:
     film: Film | None = None
 
 
-# Not inference mode: classifier guidance differentiates through x_t.
-@torch.no_grad()
+@dataclass(frozen=True)
+class Painter:
+    """What draws pictures: a denoiser, without guidance and clipping, and what it needs.
+
+    Attributes:
+        schedule: its noise schedule.
+        guides: what the guidance needs.
+        shape: of a picture, (C, H, W).
+        device: on which pictures are drawn.
+    """
+
+    denoiser: Denoiser
+    schedule: NoiseSchedule
+    guides: Guides
+    shape: tuple[int, ...]
+    device: torch.device
+
+
 def draw(
     model: Model,
     noise: Noise,
@@ -80,21 +99,56 @@ def draw(
     """
     task, sampling = task or FromNoise(), sampling or model.spec.sampling
     check_drawing(model, task, sampling, noise, cond, negative)
-    device, schedule = next(model.network.parameters()).device, model.schedule
+    device = next(model.network.parameters()).device
+    painter = Painter(model.denoiser, model.schedule, model.guides, model.spec.shape, device)
+    return paint(
+        painter,
+        noise,
+        cond,
+        task,
+        sampling=sampling,
+        negative=negative,
+        batch_size=batch_size,
+        film=film,
+        progress=progress,
+        finished=finished,
+    )
+
+
+# Not inference mode: classifier guidance differentiates through x_t.
+@torch.no_grad()
+def paint(
+    painter: Painter,
+    noise: Noise,
+    cond: Conditioning | None,
+    task: Task,
+    *,
+    sampling: Sampling,
+    negative: Conditioning | None = None,
+    batch_size: int = 64,
+    film: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+    finished: Callable[[int, Tensor], None] | None = None,
+) -> Drawn:
+    """Return pictures, without a check that they can be drawn; see `draw`.
+
+    Every picture of this package comes from here: what is judged is drawn as what is served.
+    """
+    device, shape = painter.device, painter.shape
     starts = range(0, len(noise), batch_size)
-    each = task.evaluations(sampling, schedule)
+    each = task.evaluations(sampling, painter.schedule)
     parts, films = [], []
     for number, first in enumerate(starts):
         span = slice(first, first + batch_size)
         own = noise.map(lambda tensor, span=span: tensor[span].to(device))  # type: ignore[misc]
         batch = Batch(
-            model.denoiser,
-            schedule,
+            painter.denoiser,
+            painter.schedule,
             sampling,
-            replace(model.guides, negative=None if negative is None else negative[span].to(device)),
+            replace(painter.guides, negative=None if negative is None else negative[span].to(device)),
             None if cond is None else cond[span].to(device),
-            own.initial(model.spec.shape),
-            own.steps(model.spec.shape),
+            own.initial(shape),
+            own.steps(shape),
         )
         reel = _Reel(each, film)
         steps = reel.watch(task.part(span, device)(batch))
