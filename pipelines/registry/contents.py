@@ -9,8 +9,8 @@ from ddpm.generate import Sampling
 from ddpm.model import read_spec
 from pipelines.registry.envelope import differing_envelope, model_folder, signature_file
 from pipelines.registry.evidence import WEIGHTS, Evidence, EvidenceError
-from pipelines.registry.sign import SignatureError, Trust
 from pipelines.registry.verdict import Row
+from pipelines.signing import SignatureError, Trust
 
 SHOWN = 5
 """Differences that a row names; of the others it gives the number."""

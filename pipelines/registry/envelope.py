@@ -22,10 +22,9 @@ from pipelines.registry.evidence import (
     SIGNATURE,
     Evidence,
     code_files,
-    differences,
-    files_below,
     requirements,
 )
+from pipelines.signing.folder import differences, files_below
 
 ARTIFACTS = "artifacts"
 WRITTEN = ("MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt", "registered_model_meta")

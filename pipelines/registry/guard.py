@@ -19,8 +19,8 @@ from pipelines import tracking
 from pipelines.display import Notice
 from pipelines.errors import PipelineError
 from pipelines.registry.notices import Notices
-from pipelines.registry.sign import SignatureError, Trust
 from pipelines.registry.verdict import Verdict, last_passed, now, read_entry
+from pipelines.signing import SignatureError, Trust
 from pipelines.storage import Entry, NotFoundError, Storage, join
 from pipelines.tracking import TrackingError, UnreachableError
 

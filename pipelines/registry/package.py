@@ -33,8 +33,8 @@ from pipelines.registry.evidence import (
     requirements,
 )
 from pipelines.registry.probe import draw_probe
-from pipelines.registry.sign import Signer
 from pipelines.scratch import scratch_folder
+from pipelines.signing import Signer
 from pipelines.text import is_path, local_encoder
 from pipelines.tracking import ModelVersion, Pyfunc, Tracker
 

@@ -28,11 +28,11 @@ from pipelines.registry.envelope import model_folder
 from pipelines.registry.evidence import Evidence
 from pipelines.registry.gate import SAMPLES, comparable, decide
 from pipelines.registry.package import RegistryError
-from pipelines.registry.sign import Signer, Trust, check_signing
 from pipelines.registry.verdict import Row, Verdict, VerdictLog, now, standing
 from pipelines.registry.verify import check_data
 from pipelines.scratch import scratch_folder
 from pipelines.shards.index import Dataset, read_dataset
+from pipelines.signing import Signer, Trust, check_signing
 from pipelines.storage import Storage
 from pipelines.tracking import ModelVersion
 

@@ -14,7 +14,7 @@ from pipelines.evaluation.scores import Scores
 from pipelines.evaluation.scoring import score_and_record
 from pipelines.references import Resolved
 from pipelines.registry.package import digest_of, register, run_of
-from pipelines.registry.sign import Signer, check_signing
+from pipelines.signing import Signer, check_signing
 from pipelines.storage import Storage
 from pipelines.tracking import ModelVersion, links
 

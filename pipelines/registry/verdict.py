@@ -9,15 +9,17 @@ an alias was asked for, and where it belongs; the tags of a version are copies f
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
 
-from pipelines.registry.sign import SignatureError, Signer, Trust
+from pipelines.signing import SignatureError, Signer, Trust, seal, unseal
 from pipelines.storage import ConflictError, Storage, join
+
+FIELD = "verdict"
+"""Of an entry's file, that holds the decision."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +130,7 @@ class VerdictLog:
         Where another decision has it, nothing is added: read the log and decide anew.
         """
         uri = join(self.uri, f"{number:06d}.json")
-        text = json.dumps({**verdict.to_plain(), "place": _place(uri)}, sort_keys=True)
-        entry = json.dumps({"verdict": text, "signature": signer.sign_text(text)}).encode()
+        entry = seal(verdict.to_plain(), _place(uri), signer, FIELD)
         try:
             self.storage.write_if(uri, entry, None)
         except ConflictError:
@@ -166,16 +167,7 @@ def read_entry(uri: str, storage: Storage, trust: Trust) -> Verdict:
         SignatureError: it is damaged, nobody who is trusted has signed it, or it was signed for another place.
         NotFoundError: it is not there.
     """
-    try:
-        entry = json.loads(storage.read(uri))
-        text, signature = str(entry["verdict"]), str(entry["signature"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise SignatureError(f"it is damaged ({error!r})") from error
-    trust.check_text(text, signature)
-    plain = json.loads(text)
-    if plain["place"] != _place(uri):
-        raise SignatureError(f"it is a copy of {plain['place']}")
-    return Verdict.from_plain(plain)
+    return Verdict.from_plain(unseal(storage.read(uri), _place(uri), trust, FIELD))
 
 
 def last_passed(verdicts: Sequence[Verdict]) -> Verdict | None:

@@ -18,11 +18,11 @@ from pipelines.registry.envelope import model_folder
 from pipelines.registry.evidence import Evidence
 from pipelines.registry.package import RegistryError
 from pipelines.registry.probe import ProbeError, redraw
-from pipelines.registry.sign import Trust
 from pipelines.registry.verdict import Row
 from pipelines.scratch import scratch_folder
 from pipelines.shards.index import read_dataset
 from pipelines.shards.quarantine import read_quarantine, stream_digest
+from pipelines.signing import Trust
 from pipelines.storage import Storage, StorageError, join
 
 PATIENCE_S = 10.0

@@ -16,8 +16,8 @@ from mlflow.exceptions import MlflowException
 
 from pipelines.config import RegistryConfig
 from pipelines.registry.notices import NAME
-from pipelines.registry.sign import Signer, Trust
 from pipelines.registry.verdict import Verdict, VerdictLog, now
+from pipelines.signing import Signer, Trust
 from pipelines.stack import StackState
 from pipelines.storage import Storage
 from tests.integration.conftest import Shell

@@ -16,8 +16,8 @@ from pipelines.stack import StackState
 from pipelines.storage import Storage
 from tests.integration.conftest import Shell
 from tests.pipelines.checkpoints.tiny import DATASET
-from tests.pipelines.registry.authority import issue
 from tests.pipelines.registry.version import CONFIG, a_model, scores
+from tests.pipelines.signing.authority import issue
 
 pytestmark = pytest.mark.integration
 

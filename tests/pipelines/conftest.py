@@ -31,3 +31,9 @@ def _brief_back_off(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 def no_pauses_of_boto(monkeypatch: pytest.MonkeyPatch) -> None:
     """boto3 tries again as often as ever, and waits for nothing in between."""
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda self, context: 0.0)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("DDPM_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"

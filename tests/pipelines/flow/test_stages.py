@@ -28,8 +28,8 @@ from pipelines.flow.judge import Promote, Register
 from pipelines.flow.renew import for_data
 from pipelines.flow.train import Train
 from pipelines.registry import Signer, Verdict, VerdictLog
-from pipelines.registry.sign import Trust
 from pipelines.shards.index import make_dataset
+from pipelines.signing import Trust
 from pipelines.storage import Storage
 from pipelines.tracking import ModelVersion, Tracker, client
 from pipelines.training import driver

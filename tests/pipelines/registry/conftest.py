@@ -12,12 +12,6 @@ import torch
 from tests.pipelines.registry.version import Version, a_model, a_version, scores
 
 
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("DDPM_HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
-
-
 @pytest.fixture(scope="session")
 def _made(tmp_path_factory) -> tuple[Path, Version]:
     folder = tmp_path_factory.mktemp("version")

@@ -6,7 +6,7 @@ import yaml
 
 from pipelines.registry.contents import check_version
 from pipelines.registry.envelope import signature_file
-from pipelines.registry.sign import Signer, Trust
+from pipelines.signing import Signer, Trust
 from tests.pipelines.registry.version import CONFIG, a_model, a_version, scores
 
 

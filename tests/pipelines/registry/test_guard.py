@@ -6,8 +6,8 @@ from pipelines import tracking
 from pipelines.config import RegistryConfig
 from pipelines.registry import guard as module
 from pipelines.registry.guard import Correction, Guard, Logs, correction, watch
-from pipelines.registry.sign import Signer, Trust
 from pipelines.registry.verdict import Verdict, VerdictLog
+from pipelines.signing import Signer, Trust
 from pipelines.storage import Storage, TransientStorageError
 from pipelines.tracking import ModelVersion, TrackingError, UnreachableError
 

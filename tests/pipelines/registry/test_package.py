@@ -14,7 +14,7 @@ from pipelines.references import Resolved
 from pipelines.registry.evidence import Evidence, EvidenceError, code_files, requirements
 from pipelines.registry.package import RegistryError, bundled_encoder, register, write_version
 from pipelines.registry.probe import ProbeError
-from pipelines.registry.sign import Signer, Trust
+from pipelines.signing import Signer, Trust
 from tests.pipelines.registry.version import CONFIG, SAMPLING, SPEC, UNET, a_model, scores
 
 

@@ -16,13 +16,13 @@ from pipelines.display import Silent
 from pipelines.registry import Gate, Trust, Verdict
 from pipelines.registry.comparison import gate_seed
 from pipelines.registry.gate import SAMPLES, comparable
-from pipelines.registry.keys import public_key
 from pipelines.registry.promote import Opened, _content_digest, _judged_before, _other_settings
 from pipelines.registry.verdict import Row, VerdictLog
+from pipelines.signing.keys import public_key
 from pipelines.storage import Storage
 from pipelines.tracking import ModelVersion
-from tests.pipelines.registry.authority import write_key
 from tests.pipelines.registry.version import SPEC, scores
+from tests.pipelines.signing.authority import write_key
 
 STORAGE = Storage()
 

@@ -19,7 +19,7 @@ from pipelines.evaluation.scores import Estimate, Scores
 from pipelines.registry.envelope import model_folder, signature_file
 from pipelines.registry.evidence import FILE, Evidence, file_digests
 from pipelines.registry.package import pyfunc_of, write_version
-from pipelines.registry.sign import Signer
+from pipelines.signing import Signer
 from tests.pipelines.checkpoints.tiny import SMALL
 
 CONFIG = RegistryConfig(model="digits")

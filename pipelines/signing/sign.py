@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 
 from pipelines.config import RegistryConfig
 from pipelines.errors import ConfigError, PipelineError
-from pipelines.registry.evidence import differences, files_below, sha256
-from pipelines.registry.keys import (
+from pipelines.scratch import scratch_folder
+from pipelines.signing.folder import differences, files_below, sha256
+from pipelines.signing.keys import (
     check_public_key,
     check_signing_certificate,
     load_certificates,
@@ -28,7 +29,6 @@ from pipelines.registry.keys import (
     own_key_path,
     public_key,
 )
-from pipelines.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from model_signing import signing, verifying

@@ -9,10 +9,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from pipelines.config import ConfigError, RegistryConfig
 from pipelines.credentials import create_private
-from pipelines.registry import keys
-from pipelines.registry.keys import own_key, public_key
-from pipelines.registry.sign import Signer, Trust, check_signing
-from tests.pipelines.registry.authority import write_key
+from pipelines.signing import Signer, Trust, check_signing, keys
+from pipelines.signing.keys import own_key, public_key
+from tests.pipelines.signing.authority import write_key
 
 
 def test_a_key_is_made_on_first_use_for_its_owner_alone_and_kept(home):

@@ -4,9 +4,9 @@ import json
 import pytest
 
 from pipelines.config import ConfigError, RegistryConfig
-from pipelines.registry.keys import own_key, public_key
-from pipelines.registry.sign import SignatureError, Signer, Trust, check_signing
-from tests.pipelines.registry.authority import DAY, NOW, issue
+from pipelines.signing import SignatureError, Signer, Trust, check_signing
+from pipelines.signing.keys import own_key, public_key
+from tests.pipelines.signing.authority import DAY, NOW, issue
 
 
 @pytest.fixture
