@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ddpm.model import Model
 from ddpm.quality import Measured
 from pipelines.display import Notice, Progress, no_notice, no_progress
+from pipelines.evaluation.actors import SamplingActors, draw
 from pipelines.evaluation.compare import Comparison
 from pipelines.evaluation.copies import Copies, look_for_copies
 from pipelines.evaluation.evaluators.base import Evaluator
@@ -21,9 +22,10 @@ from pipelines.evaluation.likelihoods import Bounds, Likelihood
 from pipelines.evaluation.prompts import Prompts
 from pipelines.evaluation.real import Real
 from pipelines.evaluation.rows import Rows
-from pipelines.evaluation.samples import Plan, Request, SamplingActors, draw
+from pipelines.evaluation.samples import Plan, Request, SampleFiles
 from pipelines.evaluation.scores import Estimate, Scores
 from pipelines.scratch import scratch_folder
+from pipelines.signing import Authority
 from pipelines.storage import Storage
 
 NOISE_IMAGES = 1_024
@@ -55,6 +57,7 @@ def evaluate(
     storage: Storage,
     *,
     dataset_digest: str,
+    authority: Authority | None = None,
     prompts: Prompts | None = None,
     progress: Progress = no_progress,
     notice: Notice = no_notice,
@@ -66,13 +69,15 @@ def evaluate(
     Args:
         model: with the guiding networks that the settings need.
         model_digest: SHA-256 of its weights, under which its samples are kept.
+        authority: says whose stored samples are believed, and signs the new ones; None to draw all of them.
         prompts: captions that samples are drawn from; None for a model that is not on text, or data without captions.
     """
     plan = Plan.of(model, model_digest, request, real, prompts)
     with tempfile.TemporaryDirectory(prefix="evaluation-", dir=scratch_folder()) as scratch:
         folder, units = Path(scratch), len(plan.units())
         with SamplingActors(model, evaluator, storage, request, units, prompts=prompts, notice=notice) as actors:
-            drawn = draw(actors, plan, evaluator, model, folder, progress)
+            files = SampleFiles(plan, storage, authority, notice)
+            drawn = draw(actors, files, evaluator, model, folder, progress)
             ((_, noise),) = actors.map("noise", [(min(plan.n, NOISE_IMAGES), plan.seeds[0])])
             likelihoods = _likelihoods(actors, model, real, request)
         comparison = Comparison.of(plan, drawn, real, noise, folder)

@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from ddpm.generate import Sampling
 from ddpm.model import Model, ModelSpec, tensors_digest
+from ddpm.settings import settings_of
 from pipelines import references, tracking
 from pipelines.checkpoints import list_published, record_scores
 from pipelines.config import Config
-from pipelines.display import Display
+from pipelines.display import Display, Notice, no_notice
 from pipelines.evaluation.evaluate import Evaluation, evaluate
 from pipelines.evaluation.evaluators import Evaluator, find_evaluator, open_evaluator
 from pipelines.evaluation.likelihoods import Likelihood
@@ -30,11 +32,14 @@ from pipelines.evaluation.scores import Scores
 from pipelines.references import Resolved
 from pipelines.shards.index import Dataset, DatasetError, read_dataset
 from pipelines.shards.quarantine import read_quarantine, stream_digest
+from pipelines.signing import Authority, SignatureError, Signer, Trust, seal, unseal
 from pipelines.storage import Storage
 from pipelines.tracking import CheckpointModel, Tracker
 
 FOLDER = "evaluation"
 """Of the scores among the artifacts of a run."""
+SIGNATURES = "signatures"
+"""Folder of the signatures of scores, under their names, among the artifacts of a run."""
 BOUND = "the tighter bound"
 """What decides the bound of scores, beside the request."""
 
@@ -65,12 +70,21 @@ class Scored:
         """Whether the scores were computed now."""
         return self.at_ms is not None
 
-    def record(self, tracker: Tracker, model: CheckpointModel | None, *, own: bool = True, shown: bool = True) -> None:
+    def record(
+        self,
+        tracker: Tracker,
+        model: CheckpointModel | None,
+        signer: Signer | None,
+        *,
+        own: bool = True,
+        shown: bool = True,
+    ) -> None:
         """Record scores and pictures in a run; the file last, by which a later evaluation finds the scores.
 
         Done again after an interruption, everything is there once.
 
         Args:
+            signer: signs the scores; None where nobody can, and then the next who needs them scores the model again.
             model: the logged model of the checkpoint, which gets the scores too; None where it has none.
             own: whether the run scores its checkpoints so; pictures of another evaluation have keys of their own.
             shown: whether the curves of the run and its Score line get them; no others take the place of its own.
@@ -86,7 +100,10 @@ class Scored:
                 tracker.image(key, picture, self.images_seen)
         if self.terms is not None:
             tracker.text(self.terms, self.artifact.replace(FOLDER, "bound", 1))
-        tracker.text(tracking.to_json(self.scores.to_plain()), self.artifact)
+        text = tracking.to_json(self.scores.to_plain())
+        if signer is not None:
+            tracker.text(seal({"sha256": _sha256(text)}, self.artifact, signer).decode(), _signature(self.artifact))
+        tracker.text(text, self.artifact)
         if shown:
             scored = "; ".join(f"{name} {text}" for name, text in self.scores.lines())
             tracking.describe(tracker, {"Score": f"at {self.images_seen:,} images: {scored}."})
@@ -106,7 +123,8 @@ def score_and_record(
     Returns:
         The scores, and whether they were computed now.
     """
-    scored = score(resolved, settings, config, storage, display, connect, dataset_uri)
+    authority = Authority.of(config.registry)
+    scored = score(resolved, settings, config, storage, display, connect, dataset_uri, authority)
     tracker, published, spec = resolved.tracker, resolved.published, resolved.model.spec
     if tracker is None:
         return scored.scores, scored.fresh
@@ -121,12 +139,13 @@ def score_and_record(
     if own and published is not None:
         if scored.fresh or not scored.scores.metrics().items() <= published.scores.items():
             # They may be there, and not in the record: of an evaluation that was interrupted, or asked for otherwise.
-            scored.record(tracker, tracking.checkpoint_models(tracker).get(scored.images_seen))
+            logged = tracking.checkpoint_models(tracker).get(scored.images_seen)
+            scored.record(tracker, logged, authority.signer)
             record_scores(tracker, published.images_seen, scored.scores.metrics())
     elif scored.fresh:
         of_run = [published] if published is not None else list_published(tracker, deleted=True)
         has_own = any(one.scores for one in of_run if one.images_seen == scored.images_seen)
-        scored.record(tracker, None, own=False, shown=not has_own)
+        scored.record(tracker, None, authority.signer, own=False, shown=not has_own)
     return scored.scores, scored.fresh
 
 
@@ -138,6 +157,7 @@ def score(
     display: Display,
     connect: Callable[[], None],
     dataset_uri: str | None = None,
+    authority: Authority | None = None,
 ) -> Scored:
     """Score a model, or read the scores that its run has for the same model, settings, data and evaluator.
 
@@ -145,6 +165,7 @@ def score(
         settings: with which the samples are drawn.
         connect: connects this process to the Ray cluster; called only where something has to be computed.
         dataset_uri: of the data to compare with; by default, those that the model was trained on.
+        authority: says whose stored scores and samples are believed, and signs samples; None to believe none.
 
     Raises:
         DatasetError, ConfigError: the data cannot be used to score a model.
@@ -160,12 +181,13 @@ def score(
     evaluator = open_evaluator(config, dataset, storage, notice, connect=connect)
     prompts = open_prompts(model.spec, dataset, config, storage, notice, connect=connect)
     model_digest = resolved.published.digest if resolved.published else weights_digest(model)
+    model_digest = _guided_digest(model_digest, model, settings)
     request = Request.of(config, settings)
     images_seen = int(model.spec.lineage.get("images_seen", 0))
     stream = stream_digest(dataset, read_quarantine(dataset.uri, storage))
     artifact = _artifact(images_seen, model_digest, evaluator, prompts, stream, request)
     name_and_digest = dataset.uri.rstrip("/").rsplit("/", 1)[-1], dataset.digest
-    scores = _recorded(tracker, artifact) if tracker else None
+    scores = _recorded(tracker, artifact, authority.trust, notice) if tracker and authority else None
     if scores is not None:
         notice("skipped: this model was scored with these settings already")
         return Scored(scores, artifact, images_seen, name_and_digest, {}, None, None)
@@ -192,6 +214,7 @@ def score(
         evaluator,
         storage,
         dataset_digest=dataset.digest,
+        authority=authority,
         prompts=prompts,
         progress=display.counter("evaluate", "images"),
         notice=notice,
@@ -229,8 +252,10 @@ def find_scores(
     prompts = find_prompts(spec, dataset, config, storage)
     images_seen = int(spec.lineage.get("images_seen", 0))
     stream = stream_digest(dataset, read_quarantine(dataset.uri, storage))
-    request = Request.of(config, settings)
-    return _recorded(tracker, _artifact(images_seen, model_digest, evaluator, prompts, stream, request))
+    guides = references.guided(Model(spec, nn.Module()), settings, config.tracking.uri, storage)
+    digest = _guided_digest(model_digest, guides, settings)
+    artifact = _artifact(images_seen, digest, evaluator, prompts, stream, Request.of(config, settings))
+    return _recorded(tracker, artifact, Trust.of(config.registry))
 
 
 def _artifact(
@@ -285,9 +310,30 @@ def find_artifact(tracker: Tracker, scores: Scores, images_seen: int) -> str | N
     return None
 
 
-def _recorded(tracker: Tracker, artifact: str) -> Scores | None:
-    """Return the scores in an artifact of a run; None where it has no such artifact."""
-    return read_scores(tracker, artifact) if artifact in tracker.names(FOLDER) else None
+def _recorded(tracker: Tracker, artifact: str, trust: Trust, notice: Notice = no_notice) -> Scores | None:
+    """Return the scores in an artifact of a run; None where it has none that somebody who is trusted has signed."""
+    if artifact not in tracker.names(FOLDER):
+        return None
+    text = tracker.read_text(artifact)
+    try:
+        if _signature(artifact) not in tracker.names(SIGNATURES):
+            raise SignatureError("they are not signed")
+        signed = unseal(tracker.read_text(_signature(artifact)).encode(), artifact, trust)
+        if signed["sha256"] != _sha256(text):
+            raise SignatureError("they were changed after they were signed")
+    except SignatureError as error:
+        notice(f"scored again: the scores that the run has, {artifact}, are not believed: {error}")
+        return None
+    return Scores.from_plain(json.loads(text))
+
+
+def _signature(artifact: str) -> str:
+    """Return the name of the artifact that has the signature of scores."""
+    return artifact.replace(FOLDER, SIGNATURES, 1)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_scores(tracker: Tracker, artifact: str) -> Scores:
@@ -316,6 +362,20 @@ def check_fits(spec: ModelSpec, dataset: Dataset) -> None:
         raise DatasetError(
             f"{dataset.uri} has other classes than the model: {differing[0]}; name other data with data.uri"
         )
+
+
+def _guided_digest(model_digest: str, model: Model, settings: Sampling) -> str:
+    """Return the digest of everything that draws: of the model, and of the networks that the settings name to guide it.
+
+    Without any it is that of the model alone.
+    """
+    decisive: list[str] = []
+    for setting in settings_of(type(settings.guidance)):
+        if setting.reference and getattr(settings.guidance, setting.name) is not None:
+            guide = getattr(model, setting.name)
+            network = guide.network if isinstance(guide, Model) else guide
+            decisive += [setting.name, tensors_digest(network.state_dict())]
+    return _sha256(json.dumps([model_digest, *decisive])) if decisive else model_digest
 
 
 def weights_digest(model: Model) -> str:

@@ -1,10 +1,11 @@
 """The model registry: versions that carry signed evidence, and aliases that move through a gate.
 
-`package` makes a version and `scored` scores a model first, `evidence` is what it carries, signed, `contents` whether all
-is as it was then, and `verify` looks at a version as a whole, its data and the pictures that it draws included; `card`
-describes it on its page. `bounds` is what every version has to be, `comparison` draws samples of two of them on the same
-noise, `gate` decides, `verdict` is what was decided and the log of all decisions, and `promote` records a decision and
-moves the alias. `guard` puts an alias back that was moved otherwise, `notices` has MLflow tell it at once.
+`package` makes a version and `scored` scores a model first, `evidence` is what it carries, signed, `contents` whether
+all is as it was then, and `verify` looks at a version as a whole, its data and the pictures that it draws included;
+`card` describes it on its page. `bounds` is what every version has to be, `comparison` draws samples of two of them
+on the same noise, `gate` decides, `verdict` is what was decided and the log of all decisions, and `promote` records a
+decision and moves the alias. `guard` puts an alias back that was moved otherwise, `notices` has MLflow tell it at
+once.
 """
 
 from pipelines.registry.card import describe

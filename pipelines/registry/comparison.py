@@ -15,13 +15,15 @@ from ddpm.model import Model
 from ddpm.quality import Measured, measured_kid
 from pipelines.config import Config
 from pipelines.display import Display
+from pipelines.evaluation.actors import SamplingActors, draw
 from pipelines.evaluation.compare import FRECHET_FEATURES, NEIGHBOURS, measured_accuracy, measured_frechet, moments_of
 from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.prompts import Prompts
 from pipelines.evaluation.real import Real
-from pipelines.evaluation.samples import Drawn, Plan, Request, SamplingActors, draw
+from pipelines.evaluation.samples import Drawn, Plan, Request, SampleFiles
 from pipelines.evaluation.scores import IMAGES_PER_FEATURE
 from pipelines.scratch import scratch_folder
+from pipelines.signing import Authority
 from pipelines.storage import Storage
 
 LEAST = 5_000
@@ -87,6 +89,7 @@ def compare(
     evaluator: Evaluator,
     storage: Storage,
     display: Display,
+    authority: Authority,
     prompts: Prompts | None = None,
 ) -> Compared:
     """Draw the samples of both models on the Ray cluster, and measure them against the real train images.
@@ -94,6 +97,7 @@ def compare(
     Samples that are stored are not drawn again, so an interrupted comparison goes on where it was.
 
     Args:
+        authority: says whose stored samples are believed, and signs the new ones.
         request: with one seed; each model is drawn with the settings that it serves.
         prompts: captions that samples of models on text are drawn from.
     """
@@ -109,7 +113,8 @@ def compare(
             )
             with pool as actors:
                 progress = display.counter("gate", f"{name} images")
-                drawn = draw(actors, plan, evaluator, subject.model, folder, progress)
+                files = SampleFiles(plan, storage, authority, say)
+                drawn = draw(actors, files, evaluator, subject.model, folder, progress)
             found.append(_measure(drawn, plan, real, evaluator, prompts, folder))
     (measure, theirs, their_accuracy), (_, ours, our_accuracy) = found
     return Compared(measure, ours, theirs, our_accuracy, their_accuracy)

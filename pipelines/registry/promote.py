@@ -32,7 +32,7 @@ from pipelines.registry.verdict import Row, Verdict, VerdictLog, now, standing
 from pipelines.registry.verify import check_data
 from pipelines.scratch import scratch_folder
 from pipelines.shards.index import Dataset, read_dataset
-from pipelines.signing import Signer, Trust, check_signing
+from pipelines.signing import Authority, Signer, Trust, check_signing
 from pipelines.storage import Storage
 from pipelines.tracking import ModelVersion
 
@@ -353,7 +353,8 @@ class Gate:
         )
         sides = [self._subject(opened, dataset) for opened in (candidate, champion)]
         prompts = self._prompts(sides, dataset)
-        return compare(sides[0], sides[1], request, real, evaluator, self.storage, self.display, prompts)
+        authority = Authority.of(self.config.registry)
+        return compare(sides[0], sides[1], request, real, evaluator, self.storage, self.display, authority, prompts)
 
     def _prompts(self, sides: Sequence[Subject], dataset: Dataset) -> Prompts | None:
         """Return the captions that samples are drawn from, where both models are on the same kind of text."""

@@ -18,9 +18,10 @@ from pipelines import checkpoints, tracking
 from pipelines.checkpoints import BEST, PUBLISHED, Published
 from pipelines.config import Config
 from pipelines.display import Notice
-from pipelines.errors import PipelineError
+from pipelines.errors import ConfigError, PipelineError
 from pipelines.evaluation.scoring import Scored
 from pipelines.retry import TransientError
+from pipelines.signing import Signer
 from pipelines.storage import FencedError
 from pipelines.tracking import CheckpointModel, Tracker
 from pipelines.training.loop.progress import passes
@@ -269,7 +270,7 @@ class Evaluations:
             return
         model = self.models[images]
         self._check_fence()
-        done.record(self.tracker, model)
+        done.record(self.tracker, model, self._signer())
         self.models[images] = tracking.tag_checkpoint_model(self.tracker, model, {STATE_TAG: "scored"})
         scored = replace(current, scores={**current.scores, **done.scores.metrics()})
         checkpoints.record_published(self.tracker, scored)
@@ -277,6 +278,14 @@ class Evaluations:
         self.unrecorded, self._retire_next = None, True
         for name, text in done.scores.lines():
             self.notice(f"at {images:,} images: {name} {text}")
+
+    def _signer(self) -> Signer | None:
+        """Return who signs scores; None where the key is not on this machine."""
+        try:
+            return Signer.of(self.config.registry)
+        except ConfigError as error:
+            self._say_once(f"scores are not signed, so that a registration scores the model again: {error}")
+            return None
 
     def _failed(self, images: int, error: Exception) -> None:
         first = (str(error).strip() or "no reason is given").splitlines()[0]

@@ -35,6 +35,14 @@ def stored(s3: Storage, root: str, ending: str) -> list[Entry]:
     return [entry for entry in s3.list(f"{root}/evaluations") if entry.uri.endswith(ending)]
 
 
+def recorded(s3: Storage, root: str) -> list[Entry]:
+    """The rows of samples that the signed record of their evaluation names."""
+    files = [json.loads(json.loads(s3.read(entry.uri))["record"])["files"] for entry in stored(s3, root, "record.json")]
+    return [
+        row for row in stored(s3, root, ".safetensors") if any(row.uri.endswith(name) for of in files for name in of)
+    ]
+
+
 def evaluate(root: str, actors: int) -> list[str]:
     return ["evaluate", MODEL, f"data.uri={DATA}", f"storage.root={root}", f"evaluation.actors={actors}", *SETTINGS]
 
@@ -71,7 +79,7 @@ def test_an_evaluation_goes_on_where_it_was_killed_and_gives_the_same_from_any_n
     shell.ok("ingest", "digits", "--to", DATA)
     killed = shell.start(*evaluate("s3://ddpm/one", 1))
     deadline = time.monotonic() + 200
-    while len(before := stored(s3, "s3://ddpm/one", ".safetensors")) < 2:
+    while len(before := recorded(s3, "s3://ddpm/one")) < 2:
         assert killed.poll() is None, killed.communicate()[1][-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.1)

@@ -1,3 +1,4 @@
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,7 +10,7 @@ import torch
 
 from ddpm.generate import Sampling
 from ddpm.model import Model, ModelSpec
-from pipelines import tracking
+from pipelines import references, tracking
 from pipelines.checkpoints import Published
 from pipelines.config import compose, sampling
 from pipelines.display import Silent
@@ -17,9 +18,12 @@ from pipelines.evaluation import scoring
 from pipelines.evaluation.scoring import Scored, check_fits, find_scores, score, score_and_record
 from pipelines.references import Resolved
 from pipelines.shards.index import Dataset, DatasetError
+from pipelines.signing import Authority, Signer, seal
 from pipelines.storage import Storage
 from tests.pipelines.checkpoints.tiny import SMALL
 from tests.pipelines.registry.version import scores
+
+pytestmark = pytest.mark.usefixtures("home")  # whose key signs
 
 CLASSES = tuple("0123456789")
 DATA = Dataset("file:///data", {"train": (), "test": ()}, CLASSES, 1, 8, (0.0,), (1.0,), "d")
@@ -47,27 +51,40 @@ def test_other_data_is_refused_by_what_differs(change, message):
 
 
 class Recorded:
-    """A run that has whatever scores it is asked for, and remembers what that was."""
+    """A run that has whatever signed scores it is asked for, and remembers what that was."""
 
     uri, run_id = "u", "r"
 
-    def __init__(self, there: bool = True) -> None:
+    def __init__(self, there: bool = True, **changed: str) -> None:
         self.asked: list[str] = []
-        self.there = there
+        self.there, self.changed = there, changed
 
     def names(self, folder):
-        return self
-
-    def __contains__(self, name):
-        self.asked.append(name)
-        return self.there
+        return Names(self, folder) if self.there and folder not in self.changed else []
 
     def read_text(self, name):
-        return json.dumps(scores().to_plain())
+        text = json.dumps(scores().to_plain())
+        if name.startswith("evaluation/"):
+            return self.changed.get("text", text)
+        place = self.changed.get("place", name.replace("signatures/", "evaluation/"))
+        signer = Signer.of(compose(["+experiment=digits"]).registry)
+        return seal({"sha256": hashlib.sha256(text.encode()).hexdigest()}, place, signer).decode()
+
+
+class Names:
+    """All names of a folder, each of which its run remembers."""
+
+    def __init__(self, run: Recorded, folder: str) -> None:
+        self.run, self.folder = run, folder
+
+    def __contains__(self, name):
+        if self.folder == "evaluation":
+            self.run.asked.append(name)
+        return True
 
 
 @pytest.fixture
-def judged(monkeypatch, tmp_path):
+def judged(home, monkeypatch, tmp_path):
     """The data and the evaluator of a model, which is loaded where a test asks for more than a look."""
     evaluator = SimpleNamespace(digest="e", kind="classifier")
     monkeypatch.setattr(scoring, "read_dataset", lambda uri, storage: replace(DATA, uri=f"file://{tmp_path}"))
@@ -94,7 +111,8 @@ def test_scores_are_found_without_a_model_where_an_evaluation_would_have_found_t
         settings = Sampling.of(steps=config.sampler.steps)
         found = find_scores(looked, spec, "digest", settings, config, Storage())  # type: ignore[arg-type]
         tracked = replace(resolved, tracker=run)  # type: ignore[arg-type]
-        scored = score(tracked, settings, config, Storage(), Silent(), lambda: None)
+        authority = Authority.of(config.registry)
+        scored = score(tracked, settings, config, Storage(), Silent(), lambda: None, None, authority)
         assert (found, scored.fresh) == (scored.scores, False)
         assert looked.asked == run.asked == [scored.artifact]
         asked += looked.asked
@@ -104,9 +122,52 @@ def test_scores_are_found_without_a_model_where_an_evaluation_would_have_found_t
 def test_there_are_no_scores_where_the_run_has_none_or_the_evaluator_is_not_trained(judged, monkeypatch):
     config, settings, run = compose(["+experiment=digits"]), Sampling.of(steps=9), Recorded(there=False)
     assert find_scores(run, SPEC, "digest", settings, config, Storage()) is None  # type: ignore[arg-type]
-    assert len(run.asked) == 1
+    assert run.asked == []
     monkeypatch.setattr(scoring, "find_evaluator", lambda *arguments: None)
     assert find_scores(Recorded(), SPEC, "digest", settings, config, Storage()) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "changed, reason",
+    [
+        ({"text": json.dumps(scores().to_plain()).replace("0.9", "0.99")}, "changed after they were signed"),
+        ({"signatures": "gone"}, "they are not signed"),
+        ({"place": "evaluation/000000000640-of-another-model.json"}, "it is a copy of evaluation/000000000640-of-an"),
+    ],
+)
+def test_scores_that_nobody_who_is_trusted_has_signed_are_named_and_not_used(judged, monkeypatch, changed, reason):
+    config, settings, said = compose(["+experiment=digits"]), Sampling.of(steps=9), []
+    spec = replace(SPEC, lineage={"images_seen": 640})
+    assert find_scores(Recorded(**changed), spec, "digest", settings, config, Storage()) is None  # type: ignore[arg-type]
+
+    class AgainError(Exception):
+        """The model is scored."""
+
+    def again(*arguments, **options):
+        raise AgainError
+
+    monkeypatch.setattr(scoring, "open_real", again)
+    display = SimpleNamespace(stage=lambda stage, text: said.append(text), counter=lambda *of: None)
+    resolved = Resolved("x", Model(spec, torch.nn.Identity()), Recorded(**changed), Published("u", 640, "digest"))
+    with pytest.raises(AgainError):
+        score(resolved, settings, config, Storage(), display, lambda: None, None, Authority.of(config.registry))
+    assert "scored again: the scores that the run has, evaluation/000000000640-" in said[0]
+    assert reason in said[0]
+
+
+def test_scores_of_a_model_are_those_of_the_networks_that_guide_it_too(judged, monkeypatch):
+    """The weaker model is named by the same reference, and has other weights."""
+    config, settings = compose(["+experiment=digits"]), Sampling.of(guidance="auto", weak="weak", scale=2.0)
+    spec, asked = replace(SPEC, lineage={"images_seen": 640}), []
+    for bias in (0.0, 0.0, 1.0):
+        weak = Model(SPEC, torch.nn.Linear(1, 1))
+        torch.nn.init.constant_(weak.network.bias, bias)
+        torch.nn.init.zeros_(weak.network.weight)
+        monkeypatch.setattr(references, "guided", lambda model, *of, weak=weak: replace(model, weak=weak))
+        run = Recorded()
+        find_scores(run, spec, "digest", settings, config, Storage())  # type: ignore[arg-type]
+        asked += run.asked
+    assert asked[0] == asked[1] != asked[2]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +183,7 @@ def test_there_are_no_scores_where_the_run_has_none_or_the_evaluator_is_not_trai
     ],
 )
 def test_only_scores_that_compare_with_its_runs_go_into_the_record_of_a_checkpoint(
-    monkeypatch, overrides, data, compares
+    home, monkeypatch, overrides, data, compares
 ):
     trained, config = compose(["+experiment=digits"]), compose(["+experiment=digits", *overrides])
     run = SimpleNamespace(
@@ -142,7 +203,7 @@ def watched(monkeypatch, *, fresh: bool = True) -> list[object]:
     """
     said: list[object] = []
     scored = SimpleNamespace(fresh=fresh, scores=scores(), images_seen=640)
-    scored.record = lambda tracker, model, own=True, shown=True: said.append((model, own, shown))
+    scored.record = lambda tracker, model, signer, own=True, shown=True: said.append((model, own, shown))
     monkeypatch.setattr(scoring, "score", lambda *arguments: scored)
     monkeypatch.setattr(tracking, "checkpoint_models", lambda tracker: {640: "its logged model"})
     monkeypatch.setattr(scoring, "record_scores", lambda tracker, images, metrics: said.append(images))
@@ -193,8 +254,22 @@ def test_curves_and_score_line_get_only_scores_that_are_shown(monkeypatch, shown
     run = SimpleNamespace(metrics=lambda *given: written.append("curves"), text=lambda text, name: written.append(name))
     monkeypatch.setattr(tracking, "describe", lambda tracker, parts: written.append("line"))
     scored = Scored(scores(), "evaluation/000000000640-0123abcd4567.json", 640, ("d", "e"), {}, None, 1)
-    scored.record(run, None, own=False, shown=shown)  # type: ignore[arg-type]
+    scored.record(run, None, None, own=False, shown=shown)  # type: ignore[arg-type]
     assert written == (["curves", scored.artifact, "line"] if shown else [scored.artifact])
+
+
+def test_scores_are_believed_as_they_were_recorded(home):
+    written: dict[str, str] = {}
+    run = SimpleNamespace(
+        text=lambda text, name: written.update({name: text}),
+        names=lambda folder: [name for name in written if name.startswith(folder)],
+        read_text=written.get,
+    )
+    authority = Authority.of(compose(["+experiment=digits"]).registry)
+    scored = Scored(scores(), "evaluation/000000000640-0123abcd4567.json", 640, ("d", "e"), {}, None, 1)
+    scored.record(run, None, authority.signer, own=False, shown=False)  # type: ignore[arg-type]
+    assert list(written) == [scored.artifact.replace("evaluation", "signatures"), scored.artifact]
+    assert scoring._recorded(run, scored.artifact, authority.trust) == scored.scores  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("own, key", [(True, "evaluation"), (False, "evaluation-0123abcd")])
@@ -209,5 +284,5 @@ def test_pictures_of_another_evaluation_have_keys_of_their_own(monkeypatch, own,
     monkeypatch.setattr(tracking, "describe", lambda tracker, parts: None)
     artifact = "evaluation/000000000640-0123abcd4567.json"
     scored = Scored(scores(), artifact, 640, ("d", "e"), {"evaluation": np.zeros((2, 2, 3), np.uint8)}, None, 1)
-    scored.record(run, None, own=own)  # type: ignore[arg-type]
+    scored.record(run, None, None, own=own)  # type: ignore[arg-type]
     assert drawn == [(key, 640)]
