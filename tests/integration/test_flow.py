@@ -369,3 +369,25 @@ def test_mistakes_are_named_before_anything_starts(digits, shell, arguments, cod
     failed = shell(*arguments)
     assert (failed.code, message in failed.err) == (code, True), failed.err[-1500:]
     assert "Traceback" not in failed.err
+
+
+def test_edited_scores_and_samples_are_named_and_made_again_as_they_were(
+    digits, shell: Shell, s3: Storage, client, tmp_path
+):
+    run_id, scores = digits.answer["run_id"], digits.answer["scores"]
+    paths = [info.path for info in client.list_artifacts(run_id, "evaluation")]
+    texts = {path: Path(client.download_artifacts(run_id, path, str(tmp_path))).read_text() for path in paths}
+    (artifact,) = [path for path, text in texts.items() if json.loads(text) == scores]
+    edited = json.loads(texts[artifact])
+    edited["estimates"]["class_accuracy"]["value"] = 0.9999
+    client.log_text(run_id, json.dumps(edited), artifact)
+    rows = [entry.uri for entry in s3.list(scores["samples"]) if entry.uri.endswith(".safetensors")]
+    s3.write(rows[0], s3.read(rows[1]))
+
+    again = shell.ok("evaluate", f"runs:/{run_id}", *SHORT, "--json")
+    assert f"scored again: the scores that the run has, {artifact}, are not believed: they were changed" in again.err
+    assert f"{rows[0]} was made again: it is gone, or not what was stored" in again.err
+    assert again.answer["estimates"] == scores["estimates"]
+    read = shell.ok("evaluate", f"runs:/{run_id}", *SHORT, "--json")
+    assert "scored with these settings already" in read.err
+    assert read.answer["estimates"] == scores["estimates"]
