@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from typing import Annotated
@@ -16,19 +16,13 @@ from pipelines.cli.common import Json, Overrides, answer_json, compose_running, 
 def guard(
     overrides: Overrides = None,
     once: Annotated[bool, typer.Option("--once", help="Look once and end")] = False,
-    every: Annotated[
-        float | None,
-        typer.Option(
-            min=0.1, callback=finite, help="Seconds between two looks; default 2, or 30 where MLflow tells of changes"
-        ),
-    ] = None,
+    every: Annotated[float, typer.Option(min=0.1, callback=finite, help="Seconds between two looks")] = 2.0,
     as_json: Json = False,
 ) -> None:
     """Put aliases back that were moved without the gate, until Ctrl-C. Example: ddpm guard --once"""
     config = compose_running(overrides, services=["s3", "mlflow"])
 
-    from pipelines import stack
-    from pipelines.registry import Guard, Logs, Notices, Trust, watch
+    from pipelines.registry import Guard, Logs, Trust, watch
     from pipelines.storage import Storage
 
     say, uri = partial(terminal.stage, "guard"), config.tracking.uri
@@ -38,14 +32,10 @@ def guard(
     if once:
         guarding.settle()
     else:
-        # Only the local stack's MLflow can reach this process, and keeps the secrets of webhooks readable.
-        local = stack.read_state()
-        with ExitStack() as context, suppress(KeyboardInterrupt):
+        with suppress(KeyboardInterrupt):
             signal.signal(signal.SIGTERM, signal.default_int_handler)
-            told = local is not None and local.tracking_uri == uri
-            notices = context.enter_context(Notices(uri, say)) if told else None
             say(f"aliases in MLflow at {uri}, by the verdicts at {logs.folder}; Ctrl-C ends it")
-            watch(guarding, notices, every)
+            watch(guarding, every)
     say(f"{len(guarding.corrections)} corrections; guarded: {', '.join(map('/'.join, sorted(guarding.guarded)))}")
     answer_json(
         as_json,

@@ -4,15 +4,13 @@
 all is as it was then, and `verify` looks at a version as a whole, its data and the pictures that it draws included;
 `card` describes it on its page. `bounds` is what every version has to be, `comparison` draws samples of two of them
 on the same noise, `gate` decides, `verdict` is what was decided and the log of all decisions, and `promote` records a
-decision and moves the alias. `guard` puts an alias back that was moved otherwise, `notices` has MLflow tell it at
-once.
+decision and moves the alias. `guard` puts an alias back that was moved otherwise.
 """
 
 from pipelines.registry.card import describe
 from pipelines.registry.contents import check_version
 from pipelines.registry.evidence import Evidence, EvidenceError
 from pipelines.registry.guard import Guard, Logs, watch
-from pipelines.registry.notices import Notices
 from pipelines.registry.package import RegistryError, bundled_encoder, digest_of, register, write_version
 from pipelines.registry.promote import Gate
 from pipelines.registry.scored import find_version, is_candidate, register_once, register_scored
@@ -26,7 +24,6 @@ __all__ = [
     "Gate",
     "Guard",
     "Logs",
-    "Notices",
     "RegistryError",
     "Row",
     "SignatureError",

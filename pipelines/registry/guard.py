@@ -18,7 +18,6 @@ from types import TracebackType
 from pipelines import tracking
 from pipelines.display import Notice
 from pipelines.errors import PipelineError
-from pipelines.registry.notices import Notices
 from pipelines.registry.verdict import Verdict, last_passed, now, read_entry
 from pipelines.signing import SignatureError, Trust
 from pipelines.storage import Entry, NotFoundError, Storage, join
@@ -27,12 +26,8 @@ from pipelines.tracking import TrackingError, UnreachableError
 Alias = tuple[str, str]
 """(registered model, alias)."""
 
-POLL_S = 2.0
-"""Seconds between two looks where nobody tells that something has changed."""
-NOTIFIED_S = 30.0
-"""Seconds between two looks where MLflow tells it: a notice may be lost."""
-APART_S = 0.5
-"""Seconds that lie at least between two looks, however many notices there are."""
+EVERY_S = 2.0
+"""Seconds between two looks."""
 ROUNDS = 5
 """Looks that follow each other at once while there is something to correct."""
 
@@ -248,31 +243,24 @@ class Guard:
                 self.say(f"version {version} of {wrong.model} could not be tagged with it: {error}")
 
 
-def watch(guard: Guard, notices: Notices | None, every_s: float | None) -> None:
-    """Guard until Ctrl-C: look when MLflow tells of a change, and every few seconds.
+def watch(guard: Guard, every_s: float = EVERY_S) -> None:
+    """Guard until Ctrl-C.
 
     Args:
-        notices: MLflow's; None to look every few seconds only.
-        every_s: seconds between two looks at most; None for `POLL_S`, or `NOTIFIED_S` while notices come.
+        every_s: seconds between two looks.
 
     Raises:
         KeyboardInterrupt: Ctrl-C.
     """
     waiting: type[PipelineError] | None = None
     while True:
-        began, wait_s = time.monotonic(), every_s or POLL_S
         try:
             guard.settle()
             if waiting is not None:
                 guard.say("MLflow and storage answer again")
             waiting = None
-            if notices is not None and notices.come():
-                wait_s = every_s or NOTIFIED_S
         except PipelineError as error:
             if waiting is not type(error):  # its words may differ each time
-                guard.say(f"waiting, and trying again every {wait_s:g} s: {error}")
+                guard.say(f"waiting, and trying again every {every_s:g} s: {error}")
             waiting = type(error)
-        if notices is None:
-            time.sleep(wait_s)
-        elif notices.wait(wait_s):
-            time.sleep(max(0.0, APART_S - (time.monotonic() - began)))
+        time.sleep(every_s)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import os
 import shutil
 import sys
@@ -13,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipelines.cgroups import whole_cores
-from pipelines.credentials import write_private
 from pipelines.loopback import bypass_proxies
 from pipelines.stack.home import StackError, ray_folder
 from pipelines.stack.orchestrator import start_daemon, start_webserver
@@ -74,30 +72,12 @@ def _start_mlflow(home: Path, running: dict[str, Service]) -> Service:
     command += ["--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}", "--serve-artifacts"]
     command += ["--artifacts-destination", f"s3://{BUCKET}/mlflow"]
     environment = s3_environment(home, running) | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    environment |= webhook_environment(home)
     private = read_private(home)
     if private:
         command += ["--app-name", "basic-auth"]
         environment |= mlflow_environment(home)
     url = f"http://127.0.0.1:{port}"
     return launch("mlflow", command, home, environment, url, url, (f"{url}/health",), private)
-
-
-def webhook_environment(home: Path) -> dict[str, str]:
-    """Return the variables with which the MLflow server tells `ddpm guard`, on loopback, of changed aliases at once.
-
-    It encrypts the secrets of webhooks. With a key that it makes anew at each start, it could read none of those that
-    were registered before, and would tell nobody anything.
-    """
-    key = home / "mlflow-webhook-key"
-    if not key.exists():
-        write_private(key, base64.urlsafe_b64encode(os.urandom(32)).decode())
-    return {
-        "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
-        "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
-        "MLFLOW_WEBHOOK_CACHE_TTL": "1",  # seconds that it may not know of a new webhook
-        "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": key.read_text(),
-    }
 
 
 def _start_ray(home: Path, running: dict[str, Service]) -> Service:

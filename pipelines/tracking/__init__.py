@@ -2,8 +2,7 @@
 
 `run` is one MLflow run, `note` its description, `links` the addresses of pages, `model_registry` the versions and
 aliases, `scoring` the protocol by which servers are asked, `run_log` what rank 0 logs while it trains, sent to every
-sink through an `outbox` each. A sink is a class in one file and one line in `run_log.SINKS`. `webhooks` has MLflow tell
-of changed aliases.
+sink through an `outbox` each. A sink is a class in one file and one line in `run_log.SINKS`.
 """
 
 from pipelines.tracking.client import (
@@ -55,7 +54,6 @@ from pipelines.tracking.run_log import UNSENT, RunLog
 from pipelines.tracking.scoring import Scoring, version_of_mlflow
 from pipelines.tracking.sink import Destination, Sink
 from pipelines.tracking.system_metrics import system_metrics
-from pipelines.tracking.webhooks import Webhook, add_webhook, delete_webhook, is_signed, webhooks
 
 __all__ = [
     "CONFIG",
@@ -74,15 +72,12 @@ __all__ = [
     "Tracker",
     "TrackingError",
     "UnreachableError",
-    "Webhook",
-    "add_webhook",
     "aliases",
     "all_versions",
     "authenticate",
     "checkpoint_models",
     "delete_alias",
     "delete_run",
-    "delete_webhook",
     "describe",
     "describe_version",
     "download_version",
@@ -90,7 +85,6 @@ __all__ = [
     "environment",
     "find_run",
     "get_run",
-    "is_signed",
     "list_runs",
     "log_pyfunc",
     "log_scores",
@@ -112,5 +106,4 @@ __all__ = [
     "version_description",
     "version_of_mlflow",
     "versions",
-    "webhooks",
 ]

@@ -15,7 +15,6 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from pipelines.config import RegistryConfig
-from pipelines.registry.notices import NAME
 from pipelines.registry.verdict import Verdict, VerdictLog, now
 from pipelines.signing import Signer, Trust
 from pipelines.stack import StackState
@@ -25,9 +24,7 @@ from tests.integration.conftest import Shell
 pytestmark = pytest.mark.integration
 
 WITHIN_S = 15.0
-"""How soon an alias is back: far sooner than the next look without a notice, however busy the machine is."""
-REGISTERED_S = 60.0
-"""How soon MLflow has the webhook; what it refuses once is asked for again 30 s later."""
+"""How soon an alias is back, however busy the machine is."""
 READY = "aliases in MLflow at"
 
 
@@ -121,27 +118,15 @@ def until(happened: Callable[[], bool], within_s: float, lines: Sequence[str] = 
     return time.monotonic() - began
 
 
-def webhooks(registry: Registry) -> list[str]:
-    return [hook.url for hook in registry.mlflow.list_webhooks() if hook.name == NAME]
-
-
-@pytest.mark.parametrize("told", [True, False], ids=["webhook", "polling"])
 def test_whatever_is_done_to_an_alias_it_is_where_the_gate_let_it_go(
-    told: bool, registry: Registry, shell: Shell, local_stack: StackState, tmp_path, monkeypatch
+    registry: Registry, shell: Shell, tmp_path, monkeypatch
 ):
-    model = f"guarded-{told}"
+    model, unproven = "guarded", "unproven"
     registry.make(model)
     registry.let_through(model, "1")
     registry.point(model, "1")
-    unproven = f"unproven-{told}"
     registry.make(unproven)
-    # By another name of the same address the guard does not take it for the local stack's server.
-    uri = local_stack.tracking_uri if told else local_stack.tracking_uri.replace("127.0.0.1", "localhost")
-    with guarding(shell, f"registry.model={unproven}", f"tracking.uri={uri}") as guard:
-        until(lambda: len(webhooks(registry)) == told, REGISTERED_S, guard.lines)
-        # By then it looks every 30 s where it is told of changes: what is back sooner was told.
-        time.sleep(5)
-
+    with guarding(shell, f"registry.model={unproven}") as guard:
         registry.point(model, "2")
         took = until(lambda: registry.at(model) == "1", WITHIN_S)
         print(f"an alias was back after {took:.2f} s")
@@ -176,7 +161,6 @@ def test_whatever_is_done_to_an_alias_it_is_where_the_gate_let_it_go(
         assert guard.process.returncode == 0, guard.lines
         assert guard.process.stdout is not None
         assert f'"{model}/champion"' in guard.process.stdout.read()
-    assert webhooks(registry) == []
     assert registry.at(model) == "2"
 
 
@@ -190,13 +174,3 @@ def test_a_promotion_that_has_written_its_verdict_may_find_its_alias_moved(regis
     assert [(c["found"], c["belongs"]) for c in done.answer["corrections"] if c["model"] == "half"] == [("1", "2")]
     registry.point("half", "2")
     assert shell.ok("guard", "registry.model=half", "--once", "--json").answer["corrections"] == []
-
-
-def test_the_webhook_of_a_killed_guard_goes_with_the_next_one(registry: Registry, shell: Shell):
-    with guarding(shell, "registry.model=half") as killed:
-        until(lambda: len(webhooks(registry)) == 1, REGISTERED_S, killed.lines)
-        before = webhooks(registry)
-        killed.process.kill()
-        killed.process.wait()
-    with guarding(shell, "registry.model=half"):
-        until(lambda: len(webhooks(registry)) == 1 and webhooks(registry) != before, REGISTERED_S)

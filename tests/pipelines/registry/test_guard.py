@@ -291,7 +291,7 @@ def test_an_outage_is_waited_for_and_said_once(registry, gate, monkeypatch):
     monkeypatch.setattr(tracking, "aliases", find)
     monkeypatch.setattr(module.time, "sleep", sleep)
     with pytest.raises(KeyboardInterrupt):
-        watch(gate.guard(), None, None)
+        watch(gate.guard())
     assert registry.aliases == {"champion": "1"}
     assert waits == [2.0] * 4
     assert [line.partition(":")[0] for line in gate.said] == [
