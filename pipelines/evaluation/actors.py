@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
-from ray.exceptions import RayActorError
 from safetensors.numpy import load, save
 
 from ddpm.generate import to_uint8
@@ -26,150 +22,34 @@ from pipelines.evaluation.likelihoods import Likelihood, likelihood
 from pipelines.evaluation.prompts import Prompts
 from pipelines.evaluation.rows import Rows
 from pipelines.evaluation.samples import Drawn, DrawnUnit, Plan, Request, SampleFiles, Unit
-from pipelines.ray_tasks import TaskError, fits
+from pipelines.ray_actors import ActorPool, PooledActor, processors
 from pipelines.storage import NotFoundError, Storage, join
 
-LOOK_EVERY_S = 5.0
-RETRIES = 3
-"""How often all actors may be lost, with their nodes, before an evaluation gives up."""
 
-
-class SamplingActors:
-    """Actors that draw samples and compute likelihoods: model and evaluator are loaded once in each.
-
-    Used as a context, at whose end they end.
+def sampling_actors(
+    model: Model,
+    evaluator: Evaluator,
+    storage: Storage,
+    request: Request,
+    units: int,
+    *,
+    prompts: Prompts | None = None,
+    notice: Notice,
+) -> ActorPool:
+    """Return actors that draw samples and compute likelihoods: model and evaluator are loaded once in each.
 
     Args:
-        request: says how many there are, and whether each has a GPU; those that the cluster has no room for begin when
-            it has.
+        request: says how many there are, and whether each has a GPU.
         units: parts of the work, of which there are not fewer than actors.
         prompts: captions that are drawn from, with what judges them; None without prompts.
     """
-
-    def __init__(
-        self,
-        model: Model,
-        evaluator: Evaluator,
-        storage: Storage,
-        request: Request,
-        units: int,
-        *,
-        prompts: Prompts | None = None,
-        notice: Notice,
-    ) -> None:
-        self.shared, self.storage = ray.put((model.to("cpu"), evaluator, prompts)), storage
-        # A second thread answers while the first one draws.
-        options = {"num_cpus": 1, "num_gpus": int(request.use_gpu), "max_concurrency": 2}
-        self.kind = ray.remote(_SamplingActor).options(**options)
-        self.needs = {"CPU": 1.0, **({"GPU": 1.0} if request.use_gpu else {})}
-        self.count = min(request.actors or processors(use_gpu=request.use_gpu), units)
-        self.notice, self.patience_s = notice, request.patience_s
-        self.actors, self.idle, self.lost = list[Any](), list[Any](), 0
-        self.starting: dict[Any, Any] = {}
-        self.asked: dict[Any, tuple[Any, float]] = {}
-        self.looked = time.monotonic()
-        for _ in range(self.count):
-            self._start()
-
-    def __enter__(self) -> SamplingActors:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for actor in self.actors:
-            ray.kill(actor)
-
-    def _start(self) -> None:
-        """Start an actor, when the cluster has room for it."""
-        actor = self.kind.remote(self.shared, self.storage)
-        self.actors.append(actor)
-        self.starting[actor.ready.remote()] = actor
-
-    def _replace(self, error: RayActorError) -> None:
-        """Start an actor in the place of one whose node or process is lost.
-
-        Raises:
-            RayActorError: too many were lost.
-        """
-        self.lost += 1
-        if self.lost > RETRIES * self.count:
-            raise error
-        self._start()
-
-    def _end_silent(self, busy: Iterable[Any]) -> None:
-        """End those that have not answered for `patience_s`: what they were asked for then fails, and is done again.
-
-        A process that was stopped, or a node that hangs, would be waited for without end: Ray notices only those that
-        are gone.
-
-        Args:
-            busy: actors that have a call.
-        """
-        now = time.monotonic()
-        if now - self.looked < LOOK_EVERY_S:
-            return
-        self.looked, before, self.asked = now, self.asked, {}
-        for actor in busy:
-            question, since = before.get(actor) or (actor.ready.remote(), now)
-            if ray.wait([question], timeout=0)[0]:
-                question, since = actor.ready.remote(), now
-            if now - since < self.patience_s:
-                self.asked[actor] = question, since
-                continue
-            self.notice(
-                f"an actor that draws samples has not answered for {now - since:.0f} s: its process or its node stands "
-                "still; it is ended, and another does its work"
-            )
-            ray.kill(actor)
-
-    def map(self, method: str, calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-        """Yield (place in `calls`, result) of a method called with each of these arguments, as they finish.
-
-        Only an actor that has started gets a call, so a cluster with room for one of them has it do all the work.
-
-        Raises:
-            TaskError: no node of the cluster can hold an actor.
-        """
-        waiting, running = deque(enumerate(calls)), dict[Any, tuple[int, Any]]()
-        began, said, short_since = time.monotonic(), False, None
-        while waiting or running:
-            while waiting and self.idle:
-                actor = self.idle.pop()
-                place, arguments = waiting.popleft()
-                running[getattr(actor, method).remote(*arguments)] = place, actor
-            done, _ = ray.wait([*running, *self.starting], num_returns=1, timeout=LOOK_EVERY_S)
-            for ref in done:
-                call = running.pop(ref, None)
-                actor = self.starting.pop(ref) if call is None else call[1]
-                try:
-                    result = ray.get(ref)
-                except RayActorError as error:
-                    if call is not None:
-                        waiting.appendleft((call[0], calls[call[0]]))
-                    self._replace(error)
-                    continue
-                self.idle.append(actor)
-                if call is not None:
-                    yield call[0], result
-            self._end_silent([actor for _, actor in running.values()])
-            if done or running or self.idle:
-                short_since = None
-                continue
-            now = time.monotonic()
-            if fits(self.needs):
-                if not said and now - began >= 2 * LOOK_EVERY_S:
-                    said = True
-                    self.notice("it waits for its turn: all processors of the Ray cluster are in use")
-                continue
-            short_since = now if short_since is None else short_since
-            if now - short_since >= self.patience_s:
-                asked = " and ".join(f"{need:g} {name}" for name, need in self.needs.items())
-                raise TaskError(
-                    f"an evaluation needs {asked} on one node, and for {self.patience_s:.0f} s no node of the Ray "
-                    "cluster has had that: add such a node, or lower cluster.gpus_per_worker"
-                )
+    shared = ray.put((model.to("cpu"), evaluator, prompts))
+    count = min(request.actors or processors(use_gpu=request.use_gpu), units)
+    needs = {"CPU": 1.0, "GPU": float(request.use_gpu)}
+    return ActorPool(_SamplingActor, (shared, storage), needs, count, request.patience_s, notice)
 
 
-class _SamplingActor:
+class _SamplingActor(PooledActor):
     """An actor with a model and an evaluator."""
 
     def __init__(self, shared: tuple[Model, Evaluator, Prompts | None], storage: Storage) -> None:
@@ -182,9 +62,6 @@ class _SamplingActor:
         self.model = model.to(self.device)
         self.encode = self.evaluator.encoder.to(self.device)
         self.storage = storage
-
-    def ready(self) -> None:
-        """Answer: the actor has started, and its process runs."""
 
     def draw(self, unit: Unit, plan: Plan, believed: Mapping[str, str]) -> DrawnUnit:
         """Return the rows of a batch of samples; what is stored, and believed, is not made again.
@@ -265,13 +142,8 @@ class _SamplingActor:
         return likelihood(self.model, images, labels, first, seed, self.device, text)
 
 
-def processors(*, use_gpu: bool) -> int:
-    """Return how many processors or GPUs the Ray cluster has, in use or not."""
-    return max(int(ray.cluster_resources().get("GPU" if use_gpu else "CPU", 1)), 1)
-
-
 def draw(
-    actors: SamplingActors, files: SampleFiles, evaluator: Evaluator, model: Model, folder: Path, progress: Progress
+    actors: ActorPool, files: SampleFiles, evaluator: Evaluator, model: Model, folder: Path, progress: Progress
 ) -> Drawn:
     """Draw the samples of a plan, and return their rows in files below `folder`.
 

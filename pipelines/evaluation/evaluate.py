@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ddpm.model import Model
 from ddpm.quality import Measured
 from pipelines.display import Notice, Progress, no_notice, no_progress
-from pipelines.evaluation.actors import SamplingActors, draw
+from pipelines.evaluation.actors import draw, sampling_actors
 from pipelines.evaluation.compare import Comparison
 from pipelines.evaluation.copies import Copies, look_for_copies
 from pipelines.evaluation.evaluators.base import Evaluator
@@ -24,6 +24,7 @@ from pipelines.evaluation.real import Real
 from pipelines.evaluation.rows import Rows
 from pipelines.evaluation.samples import Plan, Request, SampleFiles
 from pipelines.evaluation.scores import Estimate, Scores
+from pipelines.ray_actors import ActorPool
 from pipelines.scratch import scratch_folder
 from pipelines.signing import Authority
 from pipelines.storage import Storage
@@ -75,7 +76,7 @@ def evaluate(
     plan = Plan.of(model, model_digest, request, real, prompts)
     with tempfile.TemporaryDirectory(prefix="evaluation-", dir=scratch_folder()) as scratch:
         folder, units = Path(scratch), len(plan.units())
-        with SamplingActors(model, evaluator, storage, request, units, prompts=prompts, notice=notice) as actors:
+        with sampling_actors(model, evaluator, storage, request, units, prompts=prompts, notice=notice) as actors:
             files = SampleFiles(plan, storage, authority, notice)
             drawn = draw(actors, files, evaluator, model, folder, progress)
             ((_, noise),) = actors.map("noise", [(min(plan.n, NOISE_IMAGES), plan.seeds[0])])
@@ -110,7 +111,7 @@ def evaluate(
     return Evaluation(scores, plan, likelihoods, copies)
 
 
-def _likelihoods(actors: SamplingActors, model: Model, real: Real, request: Request) -> Likelihood | None:
+def _likelihoods(actors: ActorPool, model: Model, real: Real, request: Request) -> Likelihood | None:
     """Return the likelihood of test images."""
     if not request.likelihood_images:
         return None

@@ -15,7 +15,7 @@ from ddpm.model import Model
 from ddpm.quality import Measured, measured_kid
 from pipelines.config import Config
 from pipelines.display import Display
-from pipelines.evaluation.actors import SamplingActors, draw
+from pipelines.evaluation.actors import draw, sampling_actors
 from pipelines.evaluation.compare import FRECHET_FEATURES, NEIGHBOURS, measured_accuracy, measured_frechet, moments_of
 from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.prompts import Prompts
@@ -108,7 +108,7 @@ def compare(
             folder.mkdir()
             asked = replace(request, sampling=subject.sampling)
             plan, say = Plan.of(subject.model, subject.digest, asked, real, prompts), partial(display.stage, "gate")
-            pool = SamplingActors(
+            pool = sampling_actors(
                 subject.model, evaluator, storage, asked, len(plan.units()), prompts=prompts, notice=say
             )
             with pool as actors:

@@ -24,6 +24,7 @@ from ddpm.model import Model
 from ddpm.models.classifier import NoisyClassifier
 from pipelines.config import Config, from_dict, sampling
 from pipelines.config.choices import VARIANTS
+from pipelines.display import Notice
 from pipelines.references import classifier_for, weaker_for
 from pipelines.scratch import scratch_folder
 from pipelines.search.confirmation import DEFAULT, Candidate, Confirmed, Distance, decide, winner_of
@@ -208,7 +209,13 @@ def run_trials(
 
 
 def confirm(
-    subject: Subject, study: StudyConfig, base: Config, records: Sequence[TrialRecord], distance: Distance, seed: int
+    subject: Subject,
+    study: StudyConfig,
+    base: Config,
+    records: Sequence[TrialRecord],
+    distance: Distance,
+    seed: int,
+    notice: Notice,
 ) -> list[Confirmed]:
     """Judge the default and the best settings again, with more samples and noise that no trial has used.
 
@@ -225,21 +232,23 @@ def confirm(
         if settings != candidates[DEFAULT].settings and len(candidates) <= study.confirm:
             candidates[record.trial] = Candidate(record.trial, record.params, settings)
     shared = ray.put(subject)
-    drawn = draw_all([(shared, c.settings) for c in candidates.values()], study.confirm_samples, seed, base)
+    drawn = draw_all([(shared, c.settings) for c in candidates.values()], study.confirm_samples, seed, base, notice)
     by_trial = dict(zip(candidates, drawn, strict=True))
     measured = {trial: distance(samples.features) for trial, samples in by_trial.items()}
     values = {trial: scores(subject, samples)[0] for trial, samples in by_trial.items()}
     return decide(candidates, measured, values, distance.measure)
 
 
-def draw_front(subject: Subject, base: Config, front: Sequence[TrialRecord], seed: int) -> dict[str, Any]:
+def draw_front(
+    subject: Subject, base: Config, front: Sequence[TrialRecord], seed: int, notice: Notice
+) -> dict[str, Any]:
     """Draw the same few images with the settings of each trial on the front.
 
     Returns:
         trial -> images, uint8 [N, H, W, C].
     """
     shared = ray.put(subject)
-    drawn = draw_all([(shared, sampling(apply(base, record.params))) for record in front], SHOWN, seed, base)
+    drawn = draw_all([(shared, sampling(apply(base, record.params))) for record in front], SHOWN, seed, base, notice)
     return {record.trial: found.pixels for record, found in zip(front, drawn, strict=True)}
 
 
@@ -251,6 +260,7 @@ def search(
     observer: Observer,
     records: Sequence[TrialRecord],
     distance: Distance,
+    notice: Notice,
     first: Sequence[Params] = (),
 ) -> GuidanceResult:
     """Run a whole guidance study: trials, confirmation, and images of the front.
@@ -263,6 +273,7 @@ def search(
         observer: records and logs the trials.
         records: the trials so far.
         distance: decides the confirmation.
+        notice: called with lines for the user.
         first: parameters to try after the model's present setting and before any other.
     """
     seeds = NoiseSeeds.of(base, store.name)
@@ -270,5 +281,5 @@ def search(
     run_trials(subject, study, base, records, observer, seeds.trials, first)
     records = store.records()
     front, fresh = pareto_front(records, study.objectives), seeds.confirmation(ended(records))
-    confirmed = confirm(subject, study, base, records, distance, fresh)
-    return GuidanceResult(records, front, confirmed, draw_front(subject, base, front, seeds.trials), fresh)
+    confirmed = confirm(subject, study, base, records, distance, fresh, notice)
+    return GuidanceResult(records, front, confirmed, draw_front(subject, base, front, seeds.trials, notice), fresh)

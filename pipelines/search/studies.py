@@ -110,7 +110,7 @@ def guidance_study(
     with _opened_run(config, name, study, reference) as tracker:
         observer = Observer(store, study, tracker, config.tracking.experiment, study.samples, on_change)
         distance = Distance.of(real)
-        found = guidance_search.search(subject, study, base, store, observer, records, distance, first)
+        found = guidance_search.search(subject, study, base, store, observer, records, distance, say, first)
         observer.settle()
         version = register_winner(found.winner, resolved, name, config, storage, notice)
         return _publish_guidance(found, resolved, version, study, base, store, tracker, time.monotonic() - began)

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import ray
-import torch
 from torch import Tensor
 
 from ddpm.conditioning import Conditioning
@@ -21,14 +19,11 @@ from pipelines import references
 from pipelines.checkpoints import ModelError
 from pipelines.config import Config, ConfigError, sampling
 from pipelines.display import Notice
-from pipelines.evaluation.devices import task_device
 from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.real import Real
-from pipelines.ray_tasks import finished
 from pipelines.search.confirmation import DEFAULT, Candidate, Confirmed, Distance, decide
-from pipelines.search.fresh_samples import draw_all
+from pipelines.search.fresh_samples import bounds, draw_all
 from pipelines.search.judge import Subject, scores
-from pipelines.search.rung_judge import conditions, held_out_bound
 from pipelines.search.space import apply
 from pipelines.search.study import TrialRecord, loss, trial_name
 from pipelines.search.study_config import StudyConfig
@@ -115,40 +110,13 @@ def confirm(
     settings = {trial: sampling(apply(base, selected[trial].params)) for trial in models}
     candidates = {trial: Candidate(trial, selected[trial].params, settings[trial]) for trial in models}
     shared = {trial: ray.put(replace(subject, model=model)) for trial, model in models.items()}
-    drawn = draw_all([(shared[t], settings[t]) for t in models], study.confirm_samples, seed, base)
+    drawn = draw_all([(shared[t], settings[t]) for t in models], study.confirm_samples, seed, base, notice)
     by_trial = dict(zip(models, drawn, strict=True))
     values = {trial: scores(subject, samples)[0] for trial, samples in by_trial.items()}
     if study.objectives == ("bits_per_dim",):
-        bounds = _bounds([shared[trial] for trial in models], fresh, seed, base)
-        measured = {trial: Measured.mean(bound) for trial, bound in zip(models, bounds, strict=True)}
+        found = bounds([shared[trial] for trial in models], *fresh, seed, base, notice)
+        measured = {trial: Measured.mean(bound) for trial, bound in zip(models, found, strict=True)}
         return decide(candidates, measured, values, "bits_per_dim")
     distance = Distance.of(real)
     measured = {trial: distance(samples.features) for trial, samples in by_trial.items()}
     return decide(candidates, measured, values, distance.measure)
-
-
-def _bounds(
-    subjects: Sequence[Any], images: tuple[Tensor, Conditioning | None], seed: int, base: Config
-) -> list[Tensor]:
-    """Return the bound of each image for each of the subjects, references in Ray's object store, [N] each."""
-    needs = {"CPU": 1, "GPU": min(base.cluster.gpus_per_worker, 1)}
-    task = ray.remote(num_cpus=needs["CPU"], num_gpus=needs["GPU"])(_bound)
-    waiting = [task.remote(subject, *images, seed) for subject in subjects]
-    return [bound for _, bound in sorted(finished(waiting, needs, "compute the bound"), key=lambda pair: pair[0])]
-
-
-def _bound(subject: Subject, images: Tensor, cond: Conditioning | None, seed: int) -> Tensor:
-    """Return the bound of each image [N] in a Ray task."""
-    torch.set_num_threads(1)
-    device = task_device()
-    model, image_ids = subject.model.to(device), torch.arange(len(images))
-    with torch.no_grad():
-        return held_out_bound(
-            model.denoiser,
-            model.schedule,
-            model.spec,
-            images.to(device),
-            conditions(cond, image_ids, model.spec, device),
-            seed=seed,
-            image_ids=image_ids.to(device),
-        ).cpu()

@@ -101,7 +101,7 @@ def test_an_evaluation_goes_on_where_it_was_killed_and_gives_the_same_from_any_n
         with one_stopped("ray::_SamplingActor.draw", local_stack.home):  # which is no end that Ray notices
             done = replace(shell, environment=environment).ok(*three, "--json")
         other = done.answer
-        assert "an actor that draws samples has not answered for" in done.err
+        assert "an actor of this work has not answered for" in done.err
         # A second evaluation needs no real image: what the first has computed of them is stored beside the dataset.
         read = [path for path in proxy.asked if "/datasets/scored/" in path]
         assert any("/features/" in path for path in read)

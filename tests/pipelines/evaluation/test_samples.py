@@ -1,20 +1,17 @@
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import ray
 import torch
 from cryptography.hazmat.primitives.asymmetric import ec
-from ray.exceptions import RayActorError
 
 from ddpm.generate import Sampling
 from ddpm.model import load_model
 from pipelines.config import compose
-from pipelines.evaluation.actors import LOOK_EVERY_S, SamplingActors, _SamplingActor
+from pipelines.evaluation.actors import _SamplingActor
 from pipelines.evaluation.evaluators.classifier import Classifier
-from pipelines.evaluation.samples import Plan, Request, SampleFiles, balanced_labels
+from pipelines.evaluation.samples import Plan, SampleFiles, balanced_labels
 from pipelines.signing import Authority
 from pipelines.storage import Storage
 from tests.pipelines.signing.authority import write_key
@@ -61,98 +58,6 @@ def test_what_decides_an_image_decides_where_it_is_kept(change):
 
 def test_more_seeds_are_kept_beside_those_that_are_there():
     assert replace(PLAN, seeds=(1, 2, 3)).folder == PLAN.folder
-
-
-class Actors:
-    """Actors whose calls are done at once, but for the losses of a test."""
-
-    def __init__(self, monkeypatch, losses):
-        self.started, self.losses = 0, losses  # number of the actor -> calls that it answers before it is lost
-        monkeypatch.setattr(ray, "put", lambda value: value)
-        monkeypatch.setattr(ray, "remote", lambda kind: self)
-        monkeypatch.setattr(ray, "wait", lambda refs, num_returns=1, timeout=None: (refs[:1], refs[1:]))
-        monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8})
-        monkeypatch.setattr(ray, "get", self.get)
-        monkeypatch.setattr(ray, "kill", lambda actor: None)
-
-    def options(self, **_):
-        return self
-
-    def remote(self, *_):
-        self.started += 1
-        return Actor(self.started)
-
-    def get(self, ref):
-        number, answer, ready = ref
-        if not ready:
-            self.losses[number] = self.losses.get(number, 100) - 1
-            if self.losses[number] < 0:
-                raise RayActorError
-        return answer
-
-
-class Actor:
-    def __init__(self, number):
-        self.number = number
-        self.ready = SimpleNamespace(remote=lambda: (number, None, True))
-        self.draw = SimpleNamespace(remote=lambda unit: (number, unit.upper(), False))
-
-
-def sampling_actors(count, notice=print):
-    request = Request.of(compose(["+experiment=digits", f"evaluation.actors={count}"]), Sampling())
-    return SamplingActors(SimpleNamespace(to=lambda device: None), None, None, request, 100, notice=notice)
-
-
-def test_the_work_of_a_lost_actor_is_done_by_another(monkeypatch):
-    actors = Actors(monkeypatch, {1: 1, 2: 0})
-    assert sorted(sampling_actors(2).map("draw", [(word,) for word in "abcde"])) == list(enumerate("ABCDE"))
-    assert actors.started == 4
-
-
-def test_an_evaluation_gives_up_where_every_actor_is_lost(monkeypatch):
-    Actors(monkeypatch, dict.fromkeys(range(100), 0))
-    with pytest.raises(RayActorError):
-        list(sampling_actors(2).map("draw", [("a",), ("b",)]))
-
-
-class Silent(Actors):
-    """Actors of which the first one stands still as soon as it is asked to draw, until it is ended."""
-
-    def __init__(self, monkeypatch):
-        super().__init__(monkeypatch, {})
-        self.now, self.ended, self.drawing = 0.0, [], False
-        monkeypatch.setattr(ray, "wait", self.wait)
-        monkeypatch.setattr(ray, "kill", lambda actor: self.ended.append((actor.number, self.now)))
-        monkeypatch.setattr(time, "monotonic", lambda: self.now)
-
-    def wait(self, refs, num_returns=1, timeout=None):
-        def answers(ref):
-            number, _, ready = ref
-            self.drawing |= number == 1 and not ready
-            return number != 1 or not self.drawing or bool(self.ended)
-
-        done = [ref for ref in refs if answers(ref)]
-        if not done:
-            self.now += timeout
-        return done[:1], [ref for ref in refs if ref not in done[:1]]
-
-    def get(self, ref):
-        if self.ended and ref[0] == 1:
-            raise RayActorError
-        return ref[1]
-
-
-def test_an_actor_that_stands_still_is_named_and_ended_and_its_work_done_by_another(monkeypatch):
-    actors, said = Silent(monkeypatch), []
-    assert sorted(sampling_actors(2, said.append).map("draw", [(word,) for word in "abcde"])) == list(
-        enumerate("ABCDE")
-    )
-    ((number, at),) = actors.ended
-    assert number == 1
-    patience_s = compose(["+experiment=digits"]).cluster.patience_s
-    assert patience_s <= at <= patience_s + 3 * LOOK_EVERY_S
-    assert len(said) == 1
-    assert "has not answered for" in said[0]
 
 
 @pytest.fixture

@@ -19,9 +19,8 @@ from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.evaluators.contrastive import Contrastive
 from pipelines.evaluation.images import to_levels
 from pipelines.evaluation.real import Real, RealSplit
-from pipelines.search import training_confirmation
+from pipelines.search import fresh_samples, training_confirmation
 from pipelines.search.confirmation import DEFAULT
-from pipelines.search.judge import SampleScorer
 from pipelines.search.rung_judge import held_out_images
 from pipelines.search.study import TrialRecord, trial_name
 from pipelines.search.study_config import StudyConfig
@@ -101,22 +100,20 @@ class Bench:
         self.real = Real(f"file://{folder}", "s", split, split, features.shape[1], (1, 8, 8), Storage())
         self.images, self.models, self.seeds, self.said = images, {}, [], []
         monkeypatch.setattr(references, "resolve", self.resolve)
-        monkeypatch.setattr(ray, "put", lambda value: value)
-        monkeypatch.setattr(training_confirmation, "draw_all", self.draw_all)
-        monkeypatch.setattr(training_confirmation, "_bounds", self.bounds)
+        monkeypatch.setattr(ray, "put", lambda value: SimpleNamespace(value=value))
+        monkeypatch.setattr(ray, "get", lambda reference: reference.value)
+        monkeypatch.setattr(fresh_samples, "_call", self.call)
 
     def resolve(self, reference, **_):
         if reference not in self.models:
             raise ModelError(f"{reference}: no such published checkpoint")
         return SimpleNamespace(model=self.models[reference])
 
-    def draw_all(self, asked, samples, seed, base):
-        self.seeds.append(seed)
-        return [SampleScorer(subject).draw(s, torch.arange(samples), seed=seed) for subject, s in asked]
-
-    def bounds(self, subjects, images, seed, base):
-        self.seeds.append(seed)
-        return [training_confirmation._bound(subject, *images, seed) for subject in subjects]
+    def call(self, method, calls, base, notice):
+        """What the actors of a cluster do, one call after another."""
+        self.seeds.append(calls[0][3])
+        scorer = fresh_samples._Scorer()
+        return [getattr(scorer, method)(*arguments) for arguments in calls]
 
     def trained(self, run_id, lr, distance, text_dim=0, classes=()):
         """The record of a trial that trained to its end, and its model."""
