@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pipelines import stack
@@ -98,3 +101,29 @@ def s3(local_stack: StackState) -> Storage:
 def digits(shell: Shell) -> Finished:
     """The whole way to `models:/digits/1`: modules that ask for it belong to the group `digits`, which shares it."""
     return shell.ok("flow", *DIGITS, *SCORED, "--out", "flow", "--json")
+
+
+@contextmanager
+def one_stopped(title: str, home: Path) -> Iterator[None]:
+    """With the first worker of a local stack that has a title stopped as soon as it is there."""
+    (head,) = [psutil.Process(service.pid) for service in stack.status(home) if service.name == "ray"]
+    stopped: list[psutil.Process] = []
+    over = threading.Event()
+
+    def stop() -> None:
+        while not stopped and not over.wait(0.05):
+            for process in head.children(recursive=True):
+                with suppress(psutil.Error):
+                    if process.cmdline()[:1] == [title]:
+                        process.suspend()
+                        stopped.append(process)
+                        break
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+    assert stopped

@@ -52,7 +52,7 @@ def main(name: str, run_id: str, *kinds: str) -> None:
     from pipelines.shards.index import read_dataset
     from pipelines.shards.quarantine import Problem, make_quarantine
     from pipelines.shards.read import opened_split, read_split
-    from pipelines.signing import own_key
+    from pipelines.signing.keys import own_key
     from pipelines.storage import Storage
     from pipelines.training.ray_train.resources import connect_ray
 

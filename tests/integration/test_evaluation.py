@@ -5,24 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 from PIL import Image
 
-from pipelines import stack
 from pipelines.evaluation.images import unpack_samples
 from pipelines.shards.ingest.write import ingest
 from pipelines.storage import Entry, Storage
 from tests.chaos.fault_proxy import FaultProxy
-from tests.integration.conftest import Shell
+from tests.integration.conftest import Shell, one_stopped
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
@@ -45,32 +40,6 @@ def recorded(s3: Storage, root: str) -> list[Entry]:
 
 def evaluate(root: str, actors: int) -> list[str]:
     return ["evaluate", MODEL, f"data.uri={DATA}", f"storage.root={root}", f"evaluation.actors={actors}", *SETTINGS]
-
-
-@contextmanager
-def one_stopped(title: str, home: Path) -> Iterator[None]:
-    """With the first worker of a local stack that has a title stopped as soon as it is there."""
-    (head,) = [psutil.Process(service.pid) for service in stack.status(home) if service.name == "ray"]
-    stopped: list[psutil.Process] = []
-    over = threading.Event()
-
-    def stop() -> None:
-        while not stopped and not over.wait(0.05):
-            for process in head.children(recursive=True):
-                with suppress(psutil.Error):
-                    if process.cmdline()[:1] == [title]:
-                        process.suspend()
-                        stopped.append(process)
-                        break
-
-    thread = threading.Thread(target=stop)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-    assert stopped
 
 
 def test_an_evaluation_goes_on_where_it_was_killed_and_gives_the_same_from_any_number_of_actors(

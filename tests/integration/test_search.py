@@ -27,7 +27,7 @@ from pipelines.search.study_config import load_study
 from pipelines.shards.index import read_dataset
 from pipelines.storage import Storage
 from tests.chaos.fault_proxy import FaultProxy
-from tests.integration.conftest import Finished, Shell
+from tests.integration.conftest import Finished, Shell, one_stopped
 from tests.networks import TINY_UNET
 
 pytestmark = pytest.mark.integration
@@ -117,7 +117,10 @@ def test_the_winner_of_a_study_becomes_a_new_version_that_serves_it_and_the_sear
     own = [line for line in TINY if not line.startswith("sampler.")]  # those of the version are what has to be beaten
     study = ["--model", "models:/searched/1", "--study", "poor", *own, *GUIDANCE, *SCORED]
     study += ["search.trials=4", "search.confirm_samples=192", "search.samples=96"]
-    done = shell.ok("search", "guidance", *study, "search.space.guidance.scale.uniform=[0.9,1.1]", "--json")
+    study += ["search.space.guidance.scale.uniform=[0.9,1.1]", "cluster.patience_s=5"]
+    with one_stopped("ray::_Scorer.draw", local_stack.home):
+        done = shell.ok("search", "guidance", *study, "--json")
+    assert "an actor of this work has not answered for" in done.err
     assert done.answer["version"] == "models:/searched/2"
     (winner,) = [c for c in done.answer["confirmed"] if c["trial"] == done.answer["winner"]]
     assert (winner["better"], winner["gain"]["low"] > 0, winner["p"] < 0.025) == (True, True, True)
