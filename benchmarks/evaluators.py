@@ -28,10 +28,10 @@ from torch import Tensor
 
 from benchmarks.results import commit, mean, publish
 from ddpm.quality import FeatureMoments
+from pipelines.evaluation.compare import measured_frechet
 from pipelines.evaluation.evaluators.base import Encoded, Encoder
 from pipelines.evaluation.evaluators.classifier import train_classifier
 from pipelines.evaluation.evaluators.contrastive import Contrastive, train_contrastive
-from pipelines.search.judge import measured_frechet
 from pipelines.shards.ingest.sources import open_source
 from pipelines.storage import Storage
 

@@ -47,9 +47,9 @@ from ddpm.samplers import initial_noise
 from ddpm.step_learning import StepLearning
 from ddpm.step_search import StepSearch
 from pipelines.config import Config, compose
+from pipelines.evaluation.compare import measured_frechet
 from pipelines.evaluation.images import to_levels
 from pipelines.evaluation.plots import label_grid
-from pipelines.search.judge import measured_frechet
 from pipelines.search.steps import LEVELS_OF, learn_steps
 from pipelines.shards.read import Batch
 

@@ -42,8 +42,8 @@ from benchmarks.results import ROOT, commit, mean, publish
 from ddpm.conditioning import Conditioning
 from ddpm.generate import generate
 from pipelines.config import Config, compose, sampling
+from pipelines.evaluation.compare import measured_frechet
 from pipelines.evaluation.images import to_levels
-from pipelines.search.judge import measured_frechet
 from pipelines.shards.index import read_dataset
 from pipelines.shards.ingest.write import ingest
 from pipelines.storage import Storage

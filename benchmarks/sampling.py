@@ -220,8 +220,8 @@ def quality(quick: bool, work: Path) -> dict[str, Any]:
         from benchmarks.digits.data import load_digits
         from benchmarks.images import denoiser_of, trained
         from pipelines.config import compose
+        from pipelines.evaluation.compare import measured_frechet
         from pipelines.evaluation.images import to_levels
-        from pipelines.search.judge import measured_frechet
         from pipelines.shards.read import Batch
     except ImportError as error:
         return {"missing": [error.name]}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,6 +29,7 @@ from pipelines.evaluation.real import Real, RealRows
 from pipelines.evaluation.rows import Rows
 from pipelines.evaluation.samples import Drawn, Plan
 from pipelines.evaluation.scores import Estimate
+from pipelines.scratch import scratch_folder
 
 NEIGHBOURS = 10_000
 """Images of each side, at most, that are compared one by one."""
@@ -35,6 +38,36 @@ NEAREST = 6
 CHUNK = 4_096
 FRECHET_FEATURES = 256
 """Features above which two models are compared by the kernel distance: of so many, a covariance needs more samples."""
+
+
+@dataclass(frozen=True, eq=False)
+class Distance:
+    """The distance of samples to real images by which models and settings are compared with each other.
+
+    Attributes:
+        moments: of the features of the real images.
+        real: features of real images [N, D] for the kernel distance; None where the Frechet distance decides.
+    """
+
+    moments: FeatureMoments
+    real: Tensor | None
+
+    @classmethod
+    def of(cls, real: Real) -> Distance:
+        """Return the distance to the reference images: the kernel distance above `FRECHET_FEATURES` features."""
+        if real.width <= FRECHET_FEATURES:
+            return cls(real.train.moments, None)
+        with tempfile.TemporaryDirectory(prefix="real-", dir=scratch_folder()) as scratch:
+            return cls(real.train.moments, real.reference(Path(scratch), NEIGHBOURS))
+
+    @property
+    def measure(self) -> Literal["frechet_distance", "kid"]:
+        """Name of the score."""
+        return "frechet_distance" if self.real is None else "kid"
+
+    def __call__(self, features: Tensor) -> Measured:
+        """Return the distance of samples with features [N, D]."""
+        return measured_frechet(self.moments, features) if self.real is None else measured_kid(self.real, features)
 
 
 @dataclass(frozen=True)
@@ -79,7 +112,7 @@ class Comparison:
         moments = moments_of(self.drawn.features, start, stop)
         found: dict[str, Measured] = {}
         for name, split in (("frechet_distance", self.real.train), ("frechet_distance_test", self.real.test)):
-            found[name] = measured_frechet(split.moments, moments, self.drawn.features, start, stop)
+            found[name] = frechet_of_rows(split.moments, moments, self.drawn.features, start, stop)
         finite = float(self.drawn.finite.read(start, stop).mean())
         found["finite"] = Measured(finite, torch.zeros(stop - start, dtype=torch.float64))  # counted, not estimated
         features = _tensor(self.drawn.features, start, min(stop, start + NEIGHBOURS))
@@ -174,7 +207,13 @@ def moments_of(rows: Rows, start: int, stop: int) -> FeatureMoments:
     return total
 
 
-def measured_frechet(reference: FeatureMoments, moments: FeatureMoments, rows: Rows, start: int, stop: int) -> Measured:
+def measured_frechet(reference: FeatureMoments, features: Tensor) -> Measured:
+    """Return the Frechet distance of samples' features [N, D] to the reference, with the influence of each sample."""
+    parts = FrechetInfluence.of(reference, FeatureMoments.of(features))
+    return Measured(parts.distance, parts(features))
+
+
+def frechet_of_rows(reference: FeatureMoments, moments: FeatureMoments, rows: Rows, start: int, stop: int) -> Measured:
     """Return the Frechet distance of feature rows [start, stop), whose moments these are, to the reference."""
     influence = FrechetInfluence.of(reference, moments)
     parts = [influence(torch.from_numpy(chunk)) for chunk in _chunks(rows, start, stop)]

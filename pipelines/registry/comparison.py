@@ -12,11 +12,11 @@ import torch
 
 from ddpm.generate import Sampling
 from ddpm.model import Model
-from ddpm.quality import Measured, measured_kid
+from ddpm.quality import Measured
 from pipelines.config import Config
 from pipelines.display import Display
 from pipelines.evaluation.actors import draw, sampling_actors
-from pipelines.evaluation.compare import FRECHET_FEATURES, NEIGHBOURS, measured_accuracy, measured_frechet, moments_of
+from pipelines.evaluation.compare import Distance, measured_accuracy
 from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.prompts import Prompts
 from pipelines.evaluation.real import Real
@@ -102,7 +102,7 @@ def compare(
         prompts: captions that samples of models on text are drawn from.
     """
     with tempfile.TemporaryDirectory(prefix="comparison-", dir=scratch_folder()) as scratch:
-        found = []
+        found, distance = [], Distance.of(real)
         for name, subject in (("champion", champion), ("candidate", candidate)):
             folder = Path(scratch) / name
             folder.mkdir()
@@ -115,15 +115,15 @@ def compare(
                 progress = display.counter("gate", f"{name} images")
                 files = SampleFiles(plan, storage, authority, say)
                 drawn = draw(actors, files, evaluator, subject.model, folder, progress)
-            found.append(_measure(drawn, plan, real, evaluator, prompts, folder))
-    (measure, theirs, their_accuracy), (_, ours, our_accuracy) = found
-    return Compared(measure, ours, theirs, our_accuracy, their_accuracy)
+            found.append(_measure(drawn, plan, distance, evaluator, prompts))
+    (theirs, their_accuracy), (ours, our_accuracy) = found
+    return Compared(distance.measure, ours, theirs, our_accuracy, their_accuracy)
 
 
 def _measure(
-    drawn: Drawn, plan: Plan, real: Real, evaluator: Evaluator, prompts: Prompts | None, folder: Path
-) -> tuple[str, Measured, Measured | None]:
-    """Return the measure that decides, its value, and the accuracy of the samples of one model."""
+    drawn: Drawn, plan: Plan, distance: Distance, evaluator: Evaluator, prompts: Prompts | None
+) -> tuple[Measured, Measured | None]:
+    """Return the distance that decides, and the accuracy of the samples of one model."""
     accuracy, labels = None, plan.labels(plan.seeds[0])
     if labels is not None and evaluator.labels and drawn.probabilities is not None:
         accuracy = measured_accuracy(drawn.probabilities, labels, 0)
@@ -131,9 +131,4 @@ def _measure(
         rows = plan.rows(plan.seeds[0])
         assert rows is not None
         accuracy = prompts.accuracy(drawn.vectors, 0, rows, plan.seeds[0])
-    if evaluator.encoder.width <= FRECHET_FEATURES:
-        moments = moments_of(drawn.features, 0, plan.n)
-        return "frechet_distance", measured_frechet(real.train.moments, moments, drawn.features, 0, plan.n), accuracy
-    reference = real.reference(folder, NEIGHBOURS)
-    features = torch.from_numpy(drawn.features.read(0, plan.n))
-    return "kid", measured_kid(reference, features), accuracy
+    return distance(torch.from_numpy(drawn.features.read(0, plan.n))), accuracy

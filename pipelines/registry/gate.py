@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
+from pipelines.evaluation.paired import level, paired_test
 from pipelines.evaluation.scores import Scores
 from pipelines.registry.comparison import Compared
 from pipelines.registry.verdict import Row
 
-LEVEL = 0.025
-"""Chance that a version that is not better passes at the first attempt."""
 POWER = 0.9
 """Chance with which the difference that a number of samples is said to tell is told."""
 ACCURACY_LEVEL = 0.025
@@ -38,15 +37,6 @@ class Decision:
     rows: tuple[Row, ...]
 
 
-def level(attempt: int) -> float:
-    """Return the level at which attempt k against one champion is tested, `LEVEL` / k^2.
-
-    Over any number of attempts the chance of a wrong promotion is at most pi^2 / 6 times `LEVEL`, 4.1 %, whatever the
-    attempts have to do with each other.
-    """
-    return LEVEL / attempt**2
-
-
 def decide(compared: Compared, attempt: int, champion: str, margin: float | None = None) -> Decision:
     """Decide by the paired difference of two versions' distances, in its standard errors, one-sided.
 
@@ -66,7 +56,7 @@ def decide(compared: Compared, attempt: int, champion: str, margin: float | None
         why = "a distance that is not a number" if not math.isfinite(difference.value) else "the same samples"
         row = Row(asked, distances, "a difference that can be measured", passed=False)
         return Decision(False, f"the two versions give {why}: {distances}", (row,))
-    z = (difference.value + (margin or 0.0)) / error
+    z, _ = paired_test(difference, margin or 0.0)
     bound = f"z >= {needed:.2f} (attempt {attempt}, level {level(attempt):.3g})"
     rows = [Row(asked, f"{distances}: z = {z:.2f}", bound, z >= needed), *_accuracy(compared, champion)]
     failed = [row for row in rows[1:] if not row.passed]

@@ -7,25 +7,15 @@ step-down method: where no setting is better, the chance that any is called bett
 
 from __future__ import annotations
 
-import math
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from torch import Tensor
-
 from ddpm.generate import Sampling
-from ddpm.quality import FeatureMoments, Interval, Measured, measured_kid
-from pipelines.evaluation.compare import FRECHET_FEATURES, NEIGHBOURS
-from pipelines.evaluation.real import Real
-from pipelines.scratch import scratch_folder
-from pipelines.search.judge import measured_frechet
+from ddpm.quality import Interval, Measured
+from pipelines.evaluation.paired import holm, paired_test
 from pipelines.search.parameters import Params, Value
 
-LEVEL = 0.025
-"""Chance that any setting is called better than the default where none is, one-sided."""
 DEFAULT = "default"
 """Name of the present setting among those that are confirmed."""
 Measure = Literal["frechet_distance", "kid", "bits_per_dim"]
@@ -76,36 +66,6 @@ class Confirmed:
     better: bool = False
 
 
-@dataclass(frozen=True, eq=False)
-class Distance:
-    """The distance of samples to real images by which settings are confirmed.
-
-    Attributes:
-        moments: of the features of the real images.
-        real: features of real images [N, D] for the kernel distance; None where the Frechet distance decides.
-    """
-
-    moments: FeatureMoments
-    real: Tensor | None
-
-    @classmethod
-    def of(cls, real: Real) -> Distance:
-        """Return the distance to the reference images: the kernel distance above `FRECHET_FEATURES` features."""
-        if real.width <= FRECHET_FEATURES:
-            return cls(real.train.moments, None)
-        with tempfile.TemporaryDirectory(prefix="real-", dir=scratch_folder()) as scratch:
-            return cls(real.train.moments, real.reference(Path(scratch), NEIGHBOURS))
-
-    @property
-    def measure(self) -> Measure:
-        """Name of the score."""
-        return "frechet_distance" if self.real is None else "kid"
-
-    def __call__(self, features: Tensor) -> Measured:
-        """Return the distance of samples with features [N, D]."""
-        return measured_frechet(self.moments, features) if self.real is None else measured_kid(self.real, features)
-
-
 def decide(
     candidates: Mapping[str, Candidate],
     measured: Mapping[str, Measured],
@@ -121,7 +81,7 @@ def decide(
         measure: name of the score that decides.
     """
     gains = {trial: measured[DEFAULT] - measured[trial] for trial in candidates if trial != DEFAULT}
-    tests = {trial: z_test(gain) for trial, gain in gains.items()}
+    tests = {trial: paired_test(gain) for trial, gain in gains.items()}
     accepted = holm({trial: p for trial, (_, p) in tests.items()})
     found = []
     for trial, candidate in candidates.items():
@@ -146,28 +106,3 @@ def decide(
 def winner_of(confirmed: list[Confirmed]) -> Confirmed | None:
     """Return the best setting that is better than the default, or None."""
     return next((c for c in confirmed if c.better), None)
-
-
-def z_test(gain: Measured) -> tuple[float, float]:
-    """Return (z, one-sided p-value) of a difference that is 0 or less where nothing is gained.
-
-    What cannot be tested, such as a difference without any variance, is no gain: z is 0.
-    """
-    error = gain.standard_error
-    z = gain.value / error if error > 0 else 0.0
-    z = z if math.isfinite(z) else 0.0
-    return z, math.erfc(z / math.sqrt(2)) / 2  # the distribution function of -z would round to 0
-
-
-def holm(p_values: Mapping[str, float], level: float = LEVEL) -> set[str]:
-    """Return the names whose hypotheses are rejected by the step-down method (Holm 1979).
-
-    The smallest of k p-values is compared with level / k, the next one with level / (k - 1), and so on until one is
-    larger. Whatever the dependence of the tests, a true hypothesis is rejected with a chance of at most `level`.
-    """
-    rejected: set[str] = set()
-    for place, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
-        if not p_values[name] <= level / (len(p_values) - place):
-            break
-        rejected.add(name)
-    return rejected

@@ -25,9 +25,10 @@ from ddpm.models.classifier import NoisyClassifier
 from pipelines.config import Config, from_dict, sampling
 from pipelines.config.choices import VARIANTS
 from pipelines.display import Notice
+from pipelines.evaluation.compare import Distance
 from pipelines.references import classifier_for, weaker_for
 from pipelines.scratch import scratch_folder
-from pipelines.search.confirmation import DEFAULT, Candidate, Confirmed, Distance, decide, winner_of
+from pipelines.search.confirmation import DEFAULT, Candidate, Confirmed, decide, winner_of
 from pipelines.search.fresh_samples import SHOWN, draw_all
 from pipelines.search.judge import Drawn, SampleScorer, Subject, hopeless, rungs, scores
 from pipelines.search.observer import Observer

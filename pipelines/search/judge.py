@@ -16,8 +16,8 @@ from ddpm.conditioning import Conditioning
 from ddpm.generate import Sampling
 from ddpm.model import Model
 from ddpm.models.classifier import NoisyClassifier
-from ddpm.quality import FeatureMoments, FrechetInfluence, Measured, precision_recall
-from pipelines.evaluation.compare import NEIGHBOURS
+from ddpm.quality import FeatureMoments, Measured, precision_recall
+from pipelines.evaluation.compare import NEIGHBOURS, measured_frechet
 from pipelines.evaluation.devices import task_device
 from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.images import to_levels
@@ -207,12 +207,6 @@ class Drawn:
             correct = torch.cat([self.correct, other.correct])
         evaluations = (n * self.evaluations + m * other.evaluations) / (n + m)
         return Drawn(torch.cat([self.features, other.features]), correct, self.pixels, evaluations)
-
-
-def measured_frechet(reference: FeatureMoments, features: Tensor) -> Measured:
-    """Return the Frechet distance of samples' features [N, D] to the reference, with the influence of each sample."""
-    parts = FrechetInfluence.of(reference, FeatureMoments.of(features))
-    return Measured(parts.distance, parts(features))
 
 
 def scores(subject: Subject, drawn: Drawn) -> tuple[dict[str, float], Tensor]:

@@ -15,10 +15,10 @@ from ddpm.model import ModelSpec
 from ddpm.prediction import Denoiser, NetworkDenoiser
 from ddpm.quality import FeatureMoments
 from ddpm.schedule import NoiseSchedule, make_schedule
+from pipelines.evaluation.compare import measured_frechet
 from pipelines.evaluation.evaluators import Encoder
 from pipelines.evaluation.images import to_levels
 from pipelines.evaluation.real import Real
-from pipelines.search.judge import measured_frechet
 from pipelines.shards.captions import Captions
 from pipelines.storage import Storage, join
 from pipelines.training.loop.collectives import all_gather_items, rank_indices

@@ -16,12 +16,13 @@ import ray
 from pipelines import references, registry, tracking
 from pipelines.config import Config, ConfigError, changed_sampling, sampling_overrides
 from pipelines.display import Notice, StageNotice
+from pipelines.evaluation.compare import Distance
 from pipelines.evaluation.evaluators import Evaluator, open_evaluator
 from pipelines.evaluation.prompts import open_captions
 from pipelines.evaluation.real import HELD_OUT, Real, open_real
 from pipelines.references import Resolved
 from pipelines.search import guidance_search, training_confirmation, training_search
-from pipelines.search.confirmation import Confirmed, Distance, winner_of
+from pipelines.search.confirmation import Confirmed, winner_of
 from pipelines.search.guidance_search import GuidanceResult, base_of, guides_of
 from pipelines.search.judge import Subject
 from pipelines.search.observer import Observer, OnChange

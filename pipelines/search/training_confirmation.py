@@ -19,9 +19,10 @@ from pipelines import references
 from pipelines.checkpoints import ModelError
 from pipelines.config import Config, ConfigError, sampling
 from pipelines.display import Notice
+from pipelines.evaluation.compare import Distance
 from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.real import Real
-from pipelines.search.confirmation import DEFAULT, Candidate, Confirmed, Distance, decide
+from pipelines.search.confirmation import DEFAULT, Candidate, Confirmed, decide
 from pipelines.search.fresh_samples import bounds, draw_all
 from pipelines.search.judge import Subject, scores
 from pipelines.search.space import apply

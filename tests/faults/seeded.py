@@ -247,7 +247,7 @@ AROUND = (
     Fault(
         "level_of_an_attempt",
         "Attempts at an alias are tested at levels whose sum is bounded, however many there are.",
-        "pipelines/registry/gate.py",
+        "pipelines/evaluation/paired.py",
         "return LEVEL / attempt**2",
         "return LEVEL / attempt",
         ("tests/pipelines/registry/test_gate.py::test_every_attempt_is_tested_at_a_smaller_level",),
@@ -312,10 +312,10 @@ AROUND = (
     Fault(
         "holm",
         "A study compares the smallest p-value with the level divided by the number of settings (Holm 1979).",
-        "pipelines/search/confirmation.py",
-        "<= level / (len(p_values) - place):",
-        "<= level / (place + 1):",
-        ("tests/pipelines/search/test_confirmation.py::test_holm_takes_the_next_step_at_a_larger_level",),
+        "pipelines/evaluation/paired.py",
+        "<= at / (len(p_values) - place):",
+        "<= at / (place + 1):",
+        ("tests/pipelines/evaluation/test_paired.py::test_holm_takes_the_next_step_at_a_larger_level",),
     ),
 )
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from ddpm.quality import FeatureMoments, FrechetInfluence, Measured
+from pipelines.evaluation.paired import level
 from pipelines.evaluation.scores import Estimate, Scores
 from pipelines.registry.comparison import Compared, gate_seed
-from pipelines.registry.gate import ACCURACY_LEVEL, comparable, decide, level
+from pipelines.registry.gate import ACCURACY_LEVEL, comparable, decide
 
 REFERENCE = FeatureMoments.of(torch.randn(4_000, 8, generator=torch.Generator().manual_seed(1)))
 

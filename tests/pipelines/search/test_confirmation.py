@@ -6,23 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from ddpm.generate import Sampling
 from ddpm.quality import FeatureMoments, Measured
+from pipelines.evaluation.compare import Distance
+from pipelines.evaluation.paired import LEVEL, holm, paired_test
 from pipelines.evaluation.real import Real, RealSplit
-from pipelines.search.confirmation import (
-    DEFAULT,
-    LEVEL,
-    Candidate,
-    Distance,
-    decide,
-    holm,
-    winner_of,
-    z_test,
-)
+from pipelines.search.confirmation import DEFAULT, Candidate, decide, winner_of
 from pipelines.storage import Storage
 
 WIDTH, SAMPLES = 6, 200
@@ -56,7 +47,7 @@ def test_the_chance_of_any_false_winner_is_kept_whatever_the_number_of_equal_set
     found, uncorrected = dict.fromkeys(numbers, 0), 0
     for _ in range(repeats):
         measured = [DISTANCES[measure](features) for features in drawn(9, generator)]
-        p_values = {str(i): z_test(measured[0] - one)[1] for i, one in enumerate(measured[1:])}
+        p_values = {str(i): paired_test(measured[0] - one)[1] for i, one in enumerate(measured[1:])}
         for k in numbers:
             found[k] += bool(holm({name: p_values[name] for name in list(p_values)[:k]}))
         uncorrected += min(p_values.values()) <= LEVEL
@@ -95,34 +86,6 @@ def test_one_of_many_has_to_be_better_by_more_than_one_alone():
     assert (of_eight.z, of_eight.better) == (pytest.approx(2.2), False)
     few = {name: candidates[name] for name in (DEFAULT, "t0")}
     assert decide(few, measured, {name: {} for name in measured}, "frechet_distance")[0].better
-
-
-@given(st.dictionaries(st.text(min_size=1), st.floats(0, 1), max_size=9))
-def test_holm_lies_between_bonferroni_and_no_correction_and_rejects_the_smallest(p_values):
-    rejected = holm(p_values)
-    assert {n for n, p in p_values.items() if p <= LEVEL / len(p_values)} <= rejected
-    assert rejected <= {n for n, p in p_values.items() if p <= LEVEL}
-    assert all(p_values[a] <= p_values[b] for a in rejected for b in p_values.keys() - rejected)
-
-
-def test_holm_takes_the_next_step_at_a_larger_level():
-    assert holm({"a": LEVEL / 3, "b": LEVEL / 2, "c": LEVEL}) == {"a", "b", "c"}
-    assert holm({"a": LEVEL / 2, "b": LEVEL / 2, "c": LEVEL / 2}) == set()
-    assert holm({"a": LEVEL / 3, "b": LEVEL / 1.9, "c": 0.9}) == {"a"}
-
-
-@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
-def test_what_cannot_be_tested_is_no_gain(value):
-    z, p = z_test(Measured(value, torch.zeros(100)))
-    assert (z, p) == (0, 0.5)
-    assert not holm({"a": p})
-
-
-def test_a_gain_far_beyond_chance_has_a_small_p_value_and_not_0():
-    influence = torch.tensor([1.0, -1.0]).repeat(50)
-    z, p = z_test(Measured(10 * Measured(0.0, influence).standard_error, influence))
-    assert z == pytest.approx(10)
-    assert p == pytest.approx(7.62e-24, rel=0.01)  # tables of the normal distribution
 
 
 @pytest.mark.parametrize("width, measure", [(256, "frechet_distance"), (257, "kid")])

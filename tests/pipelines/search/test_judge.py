@@ -13,11 +13,12 @@ from ddpm.model import Model, ModelSpec
 from ddpm.models.classifier import NoisyClassifier
 from ddpm.models.unet import UNet
 from ddpm.quality import FeatureMoments, frechet_distance
+from pipelines.evaluation.compare import measured_frechet
 from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.evaluators.classifier import Classifier
 from pipelines.evaluation.evaluators.contrastive import Contrastive
 from pipelines.evaluation.images import to_levels
-from pipelines.search.judge import SampleScorer, Subject, hopeless, measured_frechet, rungs, scores
+from pipelines.search.judge import SampleScorer, Subject, hopeless, rungs, scores
 from tests.pipelines.checkpoints.tiny import SMALL
 
 CLASSES = ("a", "b")

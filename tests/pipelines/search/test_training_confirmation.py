@@ -15,11 +15,12 @@ from ddpm.quality import FeatureMoments
 from pipelines import references
 from pipelines.checkpoints import ModelError
 from pipelines.config import ConfigError, compose
+from pipelines.evaluation.compare import Distance
 from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.evaluators.contrastive import Contrastive
 from pipelines.evaluation.images import to_levels
 from pipelines.evaluation.real import Real, RealSplit
-from pipelines.search import fresh_samples, training_confirmation
+from pipelines.search import fresh_samples
 from pipelines.search.confirmation import DEFAULT
 from pipelines.search.rung_judge import held_out_images
 from pipelines.search.study import TrialRecord, trial_name
@@ -145,7 +146,7 @@ def test_trained_models_are_judged_by_new_samples_on_the_noise_of_the_confirmati
         None, seed=6, sampling=found[DEFAULT].settings, image_ids=torch.arange(64), batch_size=64
     )
     features = bench.evaluator.encoder(to_levels(wanted)).features
-    value = training_confirmation.Distance.of(bench.real)(features).value
+    value = Distance.of(bench.real)(features).value
     assert found[records[1].trial].distance.value == pytest.approx(value, rel=1e-3)
     assert found[DEFAULT].params == {"optim.lr": BASE.optim.lr}
 
