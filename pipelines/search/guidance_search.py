@@ -6,12 +6,9 @@ configuration for the next trial.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -26,25 +23,19 @@ from pipelines.config import Config, from_dict, sampling
 from pipelines.config.choices import VARIANTS
 from pipelines.display import Notice
 from pipelines.evaluation.compare import Distance
+from pipelines.ray_actors import processors
 from pipelines.references import classifier_for, weaker_for
-from pipelines.scratch import scratch_folder
 from pipelines.search.confirmation import DEFAULT, Candidate, Confirmed, decide, winner_of
 from pipelines.search.fresh_samples import SHOWN, draw_all
 from pipelines.search.judge import Drawn, SampleScorer, Subject, hopeless, rungs, scores
 from pipelines.search.observer import Observer
-from pipelines.search.optuna_search import searcher
 from pipelines.search.parameters import Params, Value
 from pipelines.search.seeds import NoiseSeeds
 from pipelines.search.space import apply
 from pipelines.search.study import StudyStore, TrialRecord, ended, loss, pareto_front
 from pipelines.search.study_config import StudyConfig
+from pipelines.search.tune_trials import run_trials
 from pipelines.storage import Storage
-
-# Tune's own tables and log files are switched off: a study has its own.
-os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-# Tune would take Ctrl-C for the end of the trials, and the study would be concluded; it is broken off, to be resumed.
-os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 
 
 @dataclass(frozen=True)
@@ -162,53 +153,6 @@ class Hopeless(Stopper):
         return False
 
 
-def run_trials(
-    subject: Subject,
-    study: StudyConfig,
-    base: Config,
-    records: Sequence[TrialRecord],
-    observer: Observer,
-    seed: int,
-    first: Sequence[Params] = (),
-) -> None:
-    """Run the trials that the study still lacks; the observer records them.
-
-    Args:
-        records: the trials so far.
-        seed: of the noise, the same for all trials.
-        first: parameters to try after the present setting and before any other.
-    """
-    left = study.trials - sum(record.state != "running" for record in records)
-    if left <= 0:
-        return
-    room = int(ray.cluster_resources().get("GPU" if base.cluster.gpus_per_worker else "CPU", 1))
-    resources = {"cpu": 1, "gpu": 1} if base.cluster.gpus_per_worker else {"cpu": 1}
-    trainable = tune.with_resources(
-        tune.with_parameters(GuidanceTrial, shared={"subject": subject, "study": study, "base": base, "seed": seed}),
-        resources,
-    )
-    # Tune needs a folder for its own state, which is not used: the records are the state of the study.
-    with tempfile.TemporaryDirectory(prefix="tune-", dir=scratch_folder(), ignore_cleanup_errors=True) as scratch:
-        tune.Tuner(
-            trainable,
-            tune_config=tune.TuneConfig(
-                search_alg=searcher(study, base, records, Path(scratch), first=[study.nearest(base), *first]),
-                num_samples=left,
-                max_concurrent_trials=min(study.concurrent or room, room),
-                reuse_actors=True,
-            ),
-            run_config=tune.RunConfig(
-                name="study",
-                storage_path=scratch,
-                # `Hopeless` looks at distance and cost only; a setting may be good in another objective.
-                stop=Hopeless() if set(study.objectives) <= {"frechet_distance", "evaluations"} else None,
-                callbacks=[observer],
-                verbose=0,
-                failure_config=tune.FailureConfig(max_failures=0),
-            ),
-        ).fit()
-
-
 def confirm(
     subject: Subject,
     study: StudyConfig,
@@ -279,7 +223,22 @@ def search(
     """
     seeds = NoiseSeeds.of(base, store.name)
     observer.begin(records)
-    run_trials(subject, study, base, records, observer, seeds.trials, first)
+    use_gpu = base.cluster.gpus_per_worker > 0
+    room = processors(use_gpu=use_gpu)
+    shared = {"subject": subject, "study": study, "base": base, "seed": seeds.trials}
+    # `Hopeless` looks at distance and cost only; a setting may be good in another objective.
+    stop = Hopeless() if set(study.objectives) <= {"frechet_distance", "evaluations"} else None
+    run_trials(
+        tune.with_parameters(GuidanceTrial, shared=shared),
+        {"cpu": 1, **({"gpu": 1} if use_gpu else {})},
+        study,
+        base,
+        records,
+        observer,
+        min(study.concurrent or room, room),
+        first,
+        stop=stop,
+    )
     records = store.records()
     front, fresh = pareto_front(records, study.objectives), seeds.confirmation(ended(records))
     confirmed = confirm(subject, study, base, records, distance, fresh, notice)

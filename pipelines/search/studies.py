@@ -208,7 +208,7 @@ def training_study(
         observer = Observer(store, study, tracker, config.tracking.experiment, config.images, on_change)
         observer.begin(records)
         shared = Shared.of(study, config, name, lineage, tracker.run_id, evaluator.encoder, real, captions, held_out)
-        training_search.run_trials(shared, records, observer, first)
+        training_search.run_all(shared, records, observer, first)
         observer.settle()
         records = store.records()
         seed = seeds.confirmation(ended(records))

@@ -7,10 +7,7 @@ stops trials that are behind at a rung, and Optuna chooses the parameters of the
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,19 +16,12 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler
 
 from pipelines.config import Config
-from pipelines.scratch import scratch_folder
 from pipelines.search.observer import Observer, identify
-from pipelines.search.optuna_search import searcher
 from pipelines.search.parameters import Params
 from pipelines.search.study import StudyError, TrialRecord, trial_name
 from pipelines.search.study_config import DIRECTIONS, StudyConfig
 from pipelines.search.training_trial import Shared, TrainingTrial, rungs
-
-# Tune's own tables and log files are switched off: a study has its own.
-os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-# Tune would take Ctrl-C for the end of the trials, and the study would be concluded; it is broken off, to be resumed.
-os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+from pipelines.search.tune_trials import run_trials
 
 
 class StopBehind(AsyncHyperBandScheduler):
@@ -82,48 +72,22 @@ def concurrency(study: StudyConfig, base: Config, resources: Mapping[str, float]
     return min(room, study.concurrent or room)
 
 
-def run_trials(
-    shared: Shared, records: Sequence[TrialRecord], observer: Observer, first: Sequence[Params] = ()
-) -> None:
-    """Run the trials that the study still lacks; the observer records them.
-
-    Args:
-        records: the trials so far.
-        first: parameters to try after the values of the configuration and before any other.
-    """
+def run_all(shared: Shared, records: Sequence[TrialRecord], observer: Observer, first: Sequence[Params] = ()) -> None:
+    """Run the trials that the study still lacks; see `run_trials`."""
     study, base = shared.study, shared.base
-    ended = [record for record in records if record.state != "running"]
-    left = study.trials - len(ended)
-    if left <= 0:
-        return
-    at = rungs(base.images, base.batch_size, study)
+    at, concurrent = rungs(base.images, base.batch_size, study), concurrency(study, base, ray.cluster_resources())
+    scheduler = StopBehind(
+        # The confirmation compares with the configuration as it stands, so that has to be trained.
+        trial_name(study.nearest(base)),
+        [record for record in records if record.state != "running"],  # those that were running report again
+        time_attr="images_seen",
+        metric=study.objectives[0],
+        mode=DIRECTIONS[study.objectives[0]],
+        max_t=at[-1],
+        grace_period=at[0],
+        reduction_factor=study.reduction,
+    )
+    trainable = tune.with_parameters(TrainingTrial, shared=shared)
     # A trial itself needs no CPU, because its workers reserve their own resources.
-    trainable = tune.with_resources(tune.with_parameters(TrainingTrial, shared=shared), {"cpu": 0, "memory": 1 << 20})
-    with tempfile.TemporaryDirectory(prefix="tune-", dir=scratch_folder(), ignore_cleanup_errors=True) as scratch:
-        tune.Tuner(
-            trainable,
-            tune_config=tune.TuneConfig(
-                search_alg=searcher(study, base, records, Path(scratch), first=[study.nearest(base), *first]),
-                scheduler=StopBehind(
-                    # The confirmation compares with the configuration as it stands, so that has to be trained.
-                    trial_name(study.nearest(base)),
-                    ended,  # those that were running report again
-                    time_attr="images_seen",
-                    metric=study.objectives[0],
-                    mode=DIRECTIONS[study.objectives[0]],
-                    max_t=at[-1],
-                    grace_period=at[0],
-                    reduction_factor=study.reduction,
-                ),
-                num_samples=left,
-                max_concurrent_trials=concurrency(study, base, ray.cluster_resources()),
-                reuse_actors=True,
-            ),
-            run_config=tune.RunConfig(
-                name="study",
-                storage_path=scratch,
-                callbacks=[observer],
-                verbose=0,
-                failure_config=tune.FailureConfig(max_failures=0),
-            ),
-        ).fit()
+    needs = {"cpu": 0, "memory": 1 << 20}
+    run_trials(trainable, needs, study, base, records, observer, concurrent, first, scheduler=scheduler)
