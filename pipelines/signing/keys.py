@@ -37,6 +37,9 @@ def own_key() -> Path:
     """Return the private key of this user, which is made where there is none; only its owner reads it.
 
     Of several processes that make it at the same time one succeeds, and all get its key.
+
+    Raises:
+        ConfigError: it can neither be read nor made there.
     """
     path = own_key_path()
     if not path.exists():
@@ -47,8 +50,14 @@ def own_key() -> Path:
         pem = key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        create_private(path, pem.decode())
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            create_private(path, pem.decode())
+        except OSError as error:
+            raise ConfigError(
+                f"no key can be made at {path} ({error.strerror}): name one with registry.signing_key, or a folder "
+                "that can be written with DDPM_HOME"
+            ) from error
     public_key(path)
     return path
 

@@ -115,3 +115,10 @@ def test_files_of_something_else_are_named_by_their_field(tmp_path):
         value = [path] if field.startswith("trusted") or field.endswith("chain") else path
         with pytest.raises(ConfigError, match=rf"registry\.{field} = .*{said}"):
             check_signing(RegistryConfig(model="digits", **{"signing_key": str(key), field: value}))
+
+
+def test_a_home_in_which_no_key_can_be_made_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("DDPM_HOME", str(tmp_path / "file" / "home"))
+    with pytest.raises(ConfigError, match=r"no key can be made at .*: name one with registry.signing_key"):
+        own_key()
