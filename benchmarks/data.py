@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,7 +38,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 
-from benchmarks.results import ROOT, commit, publish
+from benchmarks.results import ROOT, Size, commit, make_parser, publish
+from benchmarks.stacks import stack_of
 from pipelines import stack
 from pipelines.shards.index import read_dataset
 from pipelines.shards.ingest.write import ingest
@@ -54,36 +55,29 @@ Make = Callable[[int], Iterator[Any]]
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark and publish its result."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer images and turns, within 3 minutes on 2 cores")
-    parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
+    parser = make_parser("data", __doc__, quick="fewer images and turns")
     parser.add_argument("--child", nargs=4, metavar=("SYSTEM", "MEASURE", "WORKERS", "CACHE"), help=argparse.SUPPRESS)
-    parser.add_argument("--home", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--home", type=Path, help="folder of a stack that runs; default: one of its own")
     options = parser.parse_args(arguments)
     if options.child:
         system, measure, workers, cache = options.child
         print(json.dumps(child(system, measure, int(workers), Path(cache), options.home)))
         return
-    publish(run(options.quick), "data", options.quick)
+    publish(run(options.size, options.home), "data", options)
 
 
 # --- the parent ----------------------------------------------------------------------------------------------
 
 
-def run(quick: bool) -> dict[str, Any]:
+def run(size: Size, home: Path | None) -> dict[str, Any]:
     """Write the data, measure all systems and return the summary."""
-    images, turns = (8_000, 1) if quick else (16_000, 5)
-    with tempfile.TemporaryDirectory(prefix="ddpm-bench-") as scratch:
-        home = Path(scratch) / "home"
-        state = stack.up(home, ["s3"])
-        try:
-            storage = Storage(state.s3_endpoint, str(state.credentials_file), "us-east-1")
-            say(f"writing {images:,} images")
-            systems = write_data(storage, Path(scratch), images)
-            rows = measure(systems, Path(scratch), home, turns)
-        finally:
-            stack.down(home)
-    return summary(rows, systems, images, quick)
+    images, turns, measures = size.of((16_000, 5, MEASURES), (8_000, 1, MEASURES), (1_024, 1, FEW_MEASURES))
+    with stack_of(home, ["s3"]) as state, tempfile.TemporaryDirectory(prefix="ddpm-bench-") as scratch:
+        storage = Storage(state.s3_endpoint, str(state.credentials_file), "us-east-1")
+        say(f"writing {images:,} images")
+        systems = write_data(storage, Path(scratch), images)
+        rows = measure(systems, Path(scratch), state.home, turns, measures)
+    return summary(rows, systems, images, size)
 
 
 def write_data(storage: Storage, scratch: Path, images: int) -> list[str]:
@@ -115,17 +109,21 @@ def write_data(storage: Storage, scratch: Path, images: int) -> list[str]:
 
 MEASURES = {1: ("cold", "warm", "resume10", "resume50", "resume90"), 2: ("cold",)}
 """Number of cores -> what is measured."""
+FEW_MEASURES = {1: ("cold", "resume50"), 2: ("cold",)}
+"""As many with `--smoke`."""
 
 
-def measure(systems: list[str], scratch: Path, home: Path, turns: int) -> list[dict[str, Any]]:
+def measure(
+    systems: list[str], scratch: Path, home: Path, turns: int, measures: Mapping[int, Sequence[str]]
+) -> list[dict[str, Any]]:
     """Return one row per measurement, each from a fresh process, with the systems alternating."""
     rows = []
     for turn in range(turns):
-        for cores in (1, 2):
+        for cores, names in measures.items():
             for system in systems:
                 cache = scratch / f"cache-{system}-{cores}"
                 shutil.rmtree(cache, ignore_errors=True)
-                for name in MEASURES[cores]:
+                for name in names:
                     if name.startswith("resume"):
                         shutil.rmtree(cache, ignore_errors=True)  # a resumed run may be on a new node
                     row = in_process(system, name, cores, cache, home)
@@ -145,7 +143,7 @@ def in_process(system: str, name: str, cores: int, cache: Path, home: Path) -> d
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def summary(rows: list[dict[str, Any]], systems: list[str], images: int, quick: bool) -> dict[str, Any]:
+def summary(rows: list[dict[str, Any]], systems: list[str], images: int, size: Size) -> dict[str, Any]:
     """Return medians by system and number of cores, and the ratios."""
 
     def median(system: str, measure_: str, cores: int, key: str) -> float:
@@ -160,10 +158,14 @@ def summary(rows: list[dict[str, Any]], systems: list[str], images: int, quick: 
                 "first_batch_s_cold": median(system, "cold", cores, "first_batch_s"),
                 "peak_rss_mib": median(system, "cold", cores, "anonymous_mib"),
             }
-        table[f"{system}_1"]["samples_per_s_warm"] = median(system, "warm", 1, "samples_per_s")
-        table[f"{system}_1"]["first_batch_s_warm"] = median(system, "warm", 1, "first_batch_s")
+        measured = {row["measure"] for row in rows}
+        if "warm" in measured:
+            table[f"{system}_1"]["samples_per_s_warm"] = median(system, "warm", 1, "samples_per_s")
+            table[f"{system}_1"]["first_batch_s_warm"] = median(system, "warm", 1, "first_batch_s")
         table[f"{system}_1"]["resume_first_batch_s"] = {
-            f"{p}": median(system, f"resume{p}", 1, "first_batch_s") for p in (10, 50, 90)
+            name.removeprefix("resume"): median(system, name, 1, "first_batch_s")
+            for name in sorted(measured)
+            if name.startswith("resume")
         }
     ratios = {
         f"speedup_{peer}" + ("" if cores == 1 else "_2_cores"): table[f"ours_{cores}"]["samples_per_s"]
@@ -173,7 +175,7 @@ def summary(rows: list[dict[str, Any]], systems: list[str], images: int, quick: 
     }
     return {
         "benchmark": "data",
-        "quick": quick,
+        "quick": size is not Size.FULL,
         "commit": commit(),
         "machine": f"{os.cpu_count()} CPU cores ({platform.machine()})",
         "versions": {name: _version(package) for name, package in SYSTEMS.items()},

@@ -9,7 +9,6 @@ distance is given as a multiple of the floor, the distance of the unchanged test
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import platform
@@ -26,7 +25,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from benchmarks.results import commit, mean, publish
+from benchmarks.results import Size, commit, make_parser, mean, publish
 from ddpm.quality import FeatureMoments
 from pipelines.evaluation.compare import measured_frechet
 from pipelines.evaluation.evaluators.base import Encoded, Encoder
@@ -105,20 +104,17 @@ ROWS = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Train and measure every evaluator, and publish the table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.evaluators", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--quick", action="store_true", help="one seed and one pass: a test of all parts")
-    options = parser.parse_args(arguments)
+    options = make_parser("evaluators", __doc__, quick="one seed and one pass").parse_args(arguments)
+    size = options.size
     torch.set_num_threads(1)
-    digits, seeds, rows = Digits.read(), range(1 if options.quick else SEEDS), {}
+    digits, seeds, rows = Digits.read(), range(size.of(SEEDS, 1, 1)), {}
     for name, row in ROWS.items():
-        found = [measure(digits, row, seed, 1 if options.quick else row.passes) for seed in seeds]
+        found = [measure(digits, row, seed, size.of(row.passes, 1, 1)) for seed in seeds]
         rows[name] = summary(found)
         print(f"{name}: {rows[name]}", flush=True)
     result = {
         "benchmark": "evaluators",
-        "quick": options.quick,
+        "quick": size is not Size.FULL,
         "commit": commit(),
         "machine": f"CPU ({platform.machine()}), one thread, torch {torch.__version__.split('+')[0]}",
         "train_images": len(digits.train),
@@ -127,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
         "group": GROUP,
         "evaluators": rows,
     }
-    publish(result, "evaluators", options.quick)
+    publish(result, "evaluators", options)
 
 
 def measure(digits: Digits, row: Row, seed: int, passes: int) -> dict[str, float]:

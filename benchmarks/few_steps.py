@@ -14,12 +14,11 @@ few samples of every kind is docs/images/few-steps.png, one of the tunings docs/
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,8 +31,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.images import Labelled, denoiser_of, load_labelled, trained
-from benchmarks.results import ROOT, commit, publish
+from benchmarks.images import SMALLEST, Labelled, denoiser_of, evaluator_of, load_labelled, trained
+from benchmarks.results import Size, commit, make_parser, out_folder, publish, work_folder
 from benchmarks.single_pass import Generator, Vae, train_gan, train_vae
 from benchmarks.time_to_quality.pictures import DATA_SETS
 from ddpm.bound import variational_bound
@@ -80,6 +79,7 @@ class Setup:
         whole: whether the whole chain, its bound, and models of one pass are there as well.
         scale: of the guidance with which the teacher draws; the student of such a one learns its guided trajectories.
         precision: in which samples are drawn.
+        searched: images for which levels are chosen and learned.
     """
 
     teacher: tuple[str, ...]
@@ -92,19 +92,28 @@ class Setup:
     whole: bool = False
     scale: float = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
+    searched: int = 256
 
-    def teacher_config(self, quick: bool) -> Config:
+    def smallest(self) -> Setup:
+        """Return the setup with a small network, the fewest steps that all rows need, and few solvers."""
+        less = (*SMALLEST, "schedule.num_steps=64")
+        teacher, student = (*self.teacher, *less), (*self.student, *less)
+        return replace(
+            self, teacher=teacher, student=student, solvers=("unipc",), evaluations=(2, 4), finest=2, searched=16
+        )
+
+    def teacher_config(self, size: Size) -> Config:
         """Return the configuration of the teacher; a quick one has a hundredth of the images."""
-        return compose([*self.teacher, f"images={_whole(self.images[0], quick)}"])
+        return compose([*self.teacher, f"images={_whole(self.images[0], size)}"])
 
-    def student_config(self, quick: bool, length: float = 1.0) -> Config:
+    def student_config(self, size: Size, length: float = 1.0) -> Config:
         """Return the configuration of the student.
 
         Args:
-            quick: a hundredth of the images.
+            size: a quick one has a hundredth of the images.
             length: of its tuning, in that of the setup; its average is shorter or longer in proportion.
         """
-        student = compose([*self.student, f"images={_whole(self.images[1], quick)}"])
+        student = compose([*self.student, f"images={_whole(self.images[1], size)}"])
         steps = max(1, round(length * student.images / student.batch_size))
         shorter = [
             f"images={steps * student.batch_size}",
@@ -113,9 +122,9 @@ class Setup:
         return compose([*self.student, *shorter])
 
 
-def _whole(images: int, quick: bool) -> int:
-    """Return a number of images, or a hundredth of it, rounded down to batches of 128; at least one."""
-    return 128 * max(1, int(images / (100 if quick else 1)) // 128)
+def _whole(images: int, size: Size) -> int:
+    """Return a number of images, or as much of it as a size has, rounded down to batches of 128; at least one."""
+    return 128 * max(1, images // size.of(1, 100, images) // 128)
 
 
 # The network, the methods and the settings of a plan for ten minutes.
@@ -165,32 +174,32 @@ SETUPS = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Train what is missing, draw every row, and publish the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.few_steps", description=(__doc__ or "").splitlines()[0])
+    parser = make_parser("few_steps", __doc__, quick="a hundredth of the training", keeps="trained models")
     parser.add_argument("--data", choices=SETUPS, default="digits")
-    parser.add_argument("--work", type=Path, default=ROOT / ".ddpm" / "few_steps", help="keeps trained models")
     parser.add_argument("--samples", type=int, default=1_000, help="of every row")
-    parser.add_argument("--quick", action="store_true", help="a hundredth of the training: a test of all parts")
     alone = parser.add_mutually_exclusive_group()
     alone.add_argument("--students", action="store_true", help="compare ways to tune the consistency model, alone")
     alone.add_argument("--costs", action="store_true", help="compare longer and shorter tunings, alone")
-    parser.add_argument("--json", action="store_true", help="print the result as the last line, as it does anyway")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    work = options.work / options.data / ("quick" if options.quick else "full")
-    work.mkdir(parents=True, exist_ok=True)
-    setup, samples = SETUPS[options.data], 200 if options.quick else options.samples
+    size, work = options.size, work_folder(options, options.data)
+    setup, samples = SETUPS[options.data], size.of(options.samples, 200, 20)
+    setup = size.of(setup, setup, setup.smallest())
     source = str(DATA_SETS[options.data](work).given) if options.data in DATA_SETS else options.data
-    pictures = load_labelled(work, source, setup.teacher)
-    table = Table(setup, work, pictures, samples, options.quick)
+    pictures = load_labelled(work, source, [*setup.teacher, *evaluator_of(size)])
+    table = Table(setup, work, pictures, samples, size)
     if options.students or options.costs:
         end = "costs" if options.costs else "students"
-        table.compare(_costs(setup, options.quick) if options.costs else _ways(setup, table.student.images))
+        table.compare(_costs(setup, size) if options.costs else _ways(setup, table.student.images))
     else:
         end = ""
         table.everything()
-    publish(about(options.data, samples, pictures) | table.result(), file_name(options.data, end), options.quick)
-    if options.costs and not options.quick:
-        plot_costs(ROOT / "docs" / "images" / "few-steps-costs.png")
+    images = out_folder(options, "docs/images")
+    publish(about(options.data, samples, pictures) | table.result(), file_name(options.data, end), options)
+    if options.costs:
+        plot_costs(out_folder(options, "benchmarks/results"), images / "few-steps-costs.png")
+    elif setup.whole and not options.students:
+        table.picture(images / "few-steps.png")
 
 
 def file_name(data: str, end: str) -> str:
@@ -206,14 +215,14 @@ def _ways(setup: Setup, images: int) -> dict[str, tuple[str, Config]]:
     }
 
 
-def _costs(setup: Setup, quick: bool) -> dict[str, tuple[str, Config]]:
+def _costs(setup: Setup, size: Size) -> dict[str, tuple[str, Config]]:
     """Return tunings of LENGTHS, each with the name of its file and its configuration."""
-    configs = [setup.student_config(quick, length) for length in LENGTHS]
+    configs = [setup.student_config(size, length) for length in LENGTHS]
     return {f"student, {config.images:,} images": ("student", config) for config in configs}
 
 
-def plot_costs(path: Path) -> None:
-    """Plot the distances of tunings against what they cost, for every data set of which there is a result.
+def plot_costs(results_folder: Path, path: Path) -> None:
+    """Plot the distances of tunings against what they cost, for every data set of which a folder has a result.
 
     Bands are the intervals of the difference from the teacher, paired by sample.
     """
@@ -221,7 +230,7 @@ def plot_costs(path: Path) -> None:
     import matplotlib.pyplot as plt
 
     mpl.use("Agg")
-    files = {data: ROOT / "benchmarks" / "results" / f"{file_name(data, 'costs')}.json" for data in SETUPS}
+    files = {data: results_folder / f"{file_name(data, 'costs')}.json" for data in SETUPS}
     results = {data: json.loads(file.read_text()) for data, file in files.items() if file.exists()}
     figure, panels = plt.subplots(
         1, len(results), figsize=(1 + 4.5 * len(results), 3.4), layout="constrained", squeeze=False
@@ -276,11 +285,11 @@ class Table:
         setup: what is trained, and which rows there are.
         work: folder that keeps trained models.
         samples: of every row.
-        quick: whether little is trained: a test of all parts.
+        size: how much is trained and drawn.
     """
 
-    def __init__(self, setup: Setup, work: Path, pictures: Labelled, samples: int, quick: bool) -> None:
-        self.setup, self.work, self.pictures, self.quick = setup, work, pictures, quick
+    def __init__(self, setup: Setup, work: Path, pictures: Labelled, samples: int, size: Size) -> None:
+        self.setup, self.work, self.pictures, self.size = setup, work, pictures, size
         self.shape, self.labels = tuple(pictures.train.shape[1:]), torch.arange(samples) % 10
         self.real = pictures.evaluator.encoder(to_levels(pictures.train)).features
         self.models: dict[str, NetworkDenoiser] = {}
@@ -289,7 +298,7 @@ class Table:
         self.fine: Measured | None = None
         self.bits: dict[str, float] = {}
         self.shown: dict[str, Tensor] = {}
-        self.config, self.student = setup.teacher_config(quick), setup.student_config(quick)
+        self.config, self.student = setup.teacher_config(size), setup.student_config(size)
         self.train("teacher", self.config)
         self.sample("teacher", "ddim trailing", self.sampling("ddim", FINE))
         if setup.scale != 1:
@@ -336,11 +345,10 @@ class Table:
         self.sample("teacher", "dpm_solver trailing", self.sampling("dpm_solver", self.setup.finest))
         self.solvers()
         if self.setup.learned:
-            self.learned_steps(2 if self.quick else StepLearning().updates)
+            self.learned_steps(self.size.of(StepLearning().updates, 2, 1))
         if self.setup.whole:
             self.whole_chain()
             self.single_pass()
-            self.picture(self.work / "few-steps.png" if self.quick else ROOT / "docs" / "images" / "few-steps.png")
 
     def compare(self, tunings: dict[str, tuple[str, Config]]) -> None:
         """Add consistency models.
@@ -387,7 +395,7 @@ class Table:
     def learned_steps(self, updates: int) -> None:
         """Add levels that were chosen for the teacher, and levels and weights that were learned for it."""
         denoiser = self.models["teacher"]
-        exact, ids = self.sampling("ddim", FINE).wrap(denoiser, denoiser.schedule), torch.arange(256)
+        exact, ids = self.sampling("ddim", FINE).wrap(denoiser, denoiser.schedule), torch.arange(self.setup.searched)
         noise, cond = initial_noise(SEARCH_SEED, ids, self.shape), Conditioning(label=ids % 10)
         learning = StepLearning(updates=updates)
         followed = StepSearch().trajectories(exact, denoiser.schedule, noise, cond)
@@ -461,7 +469,7 @@ class Table:
     def picture(self, path: Path) -> None:
         """Write a grid with a column for each of some rows, and a line for each class."""
         columns = {
-            "teacher ancestral 1000": "1000",
+            f"teacher ancestral {self.config.schedule.num_steps}": f"{self.config.schedule.num_steps}",
             f"teacher ddim trailing {FINE}": str(FINE),
             "teacher unipc learned 4": "4",
             "teacher unipc learned 2": "2",

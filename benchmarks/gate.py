@@ -15,7 +15,6 @@ that `ddpm promote` calls:
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from torch import Tensor
 from benchmarks.digits.data import load_captions, load_digits
 from benchmarks.digits.training import Zoo
 from benchmarks.images import Labelled
-from benchmarks.results import ROOT, commit, publish
+from benchmarks.results import Size, commit, make_parser, out_folder, publish, work_folder
 from ddpm.conditioning import Conditioning
 from ddpm.generate import Sampling, generate
 from ddpm.quality import FeatureMoments, FrechetInfluence, Measured, frechet_distance
@@ -46,19 +45,11 @@ POWER = 0.9
 
 def main(arguments: list[str] | None = None) -> None:
     """Record features, ask the gate, and publish how often it said what."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gate", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--work", type=Path, default=ROOT / ".ddpm" / "gate", help="folder of the model and its features"
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer samples and comparisons")
-    parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
+    parser = make_parser("gate", __doc__, quick="fewer samples and comparisons", keeps="the model and its features")
     options = parser.parse_args(arguments)
-    work = options.work / ("quick" if options.quick else "full")
-    work.mkdir(parents=True, exist_ok=True)
-    result = run(work, options.quick)
-    if not options.quick:
-        plot(result, ROOT / "docs" / "images" / "gate-power.png")
-    publish(result, "gate", options.quick)
+    result = run(work_folder(options), options.size)
+    plot(result, out_folder(options, "docs/images") / "gate-power.png")
+    publish(result, "gate", options)
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -68,7 +59,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     mpl.use("Agg")
     figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
-    for n in POWER_N:
+    for n in dict.fromkeys(row["n"] for row in result["power"]):
         rows = [row for row in result["power"] if row["n"] == n]
         axes.plot([row["difference"] for row in rows], [row["power"] for row in rows], "o-", ms=3, label=f"n = {n:,}")
     axes.axhline(POWER, color="grey", lw=0.8)
@@ -81,16 +72,17 @@ def plot(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def run(work: Path, quick: bool) -> dict[str, Any]:
+def run(work: Path, size: Size) -> dict[str, Any]:
     """Return how often the gate passed what it should not, and the differences that it tells."""
-    digits = load_digits(work)
-    pool = Pool.of(digits, work, 2_000 if quick else 12_000, 0.1 if quick else 0.5)
-    times, series = (100, 20) if quick else (1_000, 1_000)
+    digits = load_digits(work, size)
+    pool = Pool.of(digits, work, *size.of((12_000, 0.5), (2_000, 0.1), (40, 0.0)))
+    times, series = size.of((1_000, 1_000), (100, 20), (2, 1))
+    counts, asked = size.of((POWER_N, 200), (POWER_N, 50), (POWER_N[:1], 1))
     floor = frechet_distance(pool.reference, FeatureMoments.of(_features(digits, digits.test)))
     return {
         "benchmark": "gate",
         "commit": commit(),
-        "quick": quick,
+        "quick": size is not Size.FULL,
         "samples": len(pool.guided),
         "floor": floor,
         "type_i": {
@@ -100,7 +92,7 @@ def run(work: Path, quick: bool) -> dict[str, Any]:
             "unpaired": pool.wrong(times, SAMPLES["type_i"], paired=False),
         },
         "attempts": {"series": series, "length": 20, "with_a_pass": pool.series(series, 20, SAMPLES["attempts"])},
-        "power": [row for n in POWER_N for row in pool.power(n, 50 if quick else 200)],
+        "power": [row for n in counts for row in pool.power(n, asked)],
     }
 
 

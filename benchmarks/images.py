@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.results import Size
 from ddpm.prediction import Denoiser, NetworkDenoiser
 from ddpm.quality import FeatureMoments
 from pipelines.config import Config, compose, noise_schedule
@@ -47,6 +48,15 @@ class Labelled:
     test_labels: Tensor
     evaluator: Evaluator
     reference: FeatureMoments
+
+
+SMALLEST = ("model.channels=[32]", "model.attention=[true]", "model.layers_per_block=1", "model.head_dim=32")
+"""The network of `--smoke`."""
+
+
+def evaluator_of(size: Size) -> list[str]:
+    """Return the settings of the evaluator of a benchmark of some size, where they are not the experiment's own."""
+    return size.of([], [], ["evaluation.evaluator_passes=1"])
 
 
 def load_labelled(work: Path, source: str, settings: Sequence[str]) -> Labelled:

@@ -37,8 +37,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from torch import Tensor
 
-from benchmarks.images import RealImages, denoiser_of, load_images, trained
-from benchmarks.results import ROOT, commit, mean, publish
+from benchmarks.images import SMALLEST, RealImages, denoiser_of, load_images, trained
+from benchmarks.results import commit, make_parser, mean, publish, work_folder
 from ddpm.conditioning import Conditioning
 from ddpm.generate import generate
 from pipelines.config import Config, compose, sampling
@@ -123,22 +123,22 @@ class Plan:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train and judge the rows of this part that are missing, and publish the table of all that are there."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.methods", description=(__doc__ or "").splitlines()[0])
+    parser = make_parser("methods", __doc__, quick="one seed, four steps of every training", keeps="results")
     parser.add_argument("--experiment", default="digits", help="settings of every row (default: digits)")
     parser.add_argument("--data", help="address of the dataset; default: digits, ingested into the work folder")
     parser.add_argument("--images", type=int, help="images of every training; default: the experiment's")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of every method")
     parser.add_argument("--samples", type=int, default=2_000, help="of every row")
-    parser.add_argument("--methods", default=",".join(METHODS), help="names, separated by commas (default: all)")
+    parser.add_argument("--methods", help="names, separated by commas; default: all")
     parser.add_argument("--name", help="of the result's file; default: methods, and the experiment if it is not digits")
     parser.add_argument("--part", default="1/1", help="I/N: every N-th row from the I-th on")
-    parser.add_argument("--work", type=Path, default=ROOT / ".ddpm" / "methods", help="keeps results")
-    parser.add_argument("--quick", action="store_true", help="four steps of every training: a test of all parts")
     parser.add_argument("overrides", nargs="*", help="settings of every row, such as model.channels=[32,64,64]")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     plan = make_plan(options)
-    names = re.split(r",(?![^\[]*\])", options.methods)  # a list in brackets has commas of its own
+    few = ("base", "learned_weight+muon", "batch_x2+sqrt")
+    default = ",".join(options.size.of(METHODS, METHODS, few))
+    names = re.split(r",(?![^\[]*\])", options.methods or default)  # a list in brackets has commas of its own
     for unknown in (name for name in names if name not in METHODS and "=" not in name):
         parser.error(f"unknown method {unknown!r}; allowed: settings such as optim.lr=0.002, {', '.join(METHODS)}")
     part, parts = (int(number) for number in options.part.split("/"))
@@ -151,13 +151,12 @@ def main(arguments: list[str] | None = None) -> None:
         if not plan.path(method, seed).exists():
             write(plan.path(method, seed), measure(plan, method, seed))
     name = options.name or ("methods" if options.experiment == "digits" else f"methods_{options.experiment}")
-    publish(summary(plan, rows, options.experiment, options.overrides), name, options.quick)
+    publish(summary(plan, rows, options.experiment, options.overrides), name, options)
 
 
 def make_plan(options: argparse.Namespace) -> Plan:
     """Return what the rows have in common: the images are read, and an evaluator is trained where there is none."""
-    work = (options.work / options.experiment / ("quick" if options.quick else "full")).resolve()
-    work.mkdir(parents=True, exist_ok=True)
+    size, work = options.size, work_folder(options, options.experiment)
     storage = Storage()
     places = ["storage=file", f"storage.root=file://{work}", f"data.cache_dir={work}/cache"]
     base = [f"+experiment={options.experiment}", "objective.prediction=v", *places, *options.overrides]
@@ -169,12 +168,14 @@ def make_plan(options: argparse.Namespace) -> Plan:
     else:
         dataset = read_dataset(options.data, storage)
     double = 2 * config.batch_size  # every row sees equally many images
-    images = 2 * double if options.quick else max(1, (options.images or config.images) // double) * double
-    base += [f"images={images}", *(["sampler.steps=3", "evaluation.evaluator_passes=1"] if options.quick else [])]
+    all_images = max(1, (options.images or config.images) // double) * double
+    base += [f"images={size.of(all_images, 2 * double, double)}"]
+    less = ["sampler.steps=3", "evaluation.evaluator_passes=1"]
+    base += size.of([], less, [*less, *SMALLEST])
     real = load_images(compose(base), dataset, storage)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    seeds = range(1 if options.quick else options.seeds)
-    return Plan(tuple(base), seeds, 100 if options.quick else options.samples, real, work, device)
+    seeds = range(size.of(options.seeds, 1, 1))
+    return Plan(tuple(base), seeds, size.of(options.samples, 100, 20), real, work, device)
 
 
 def measure(plan: Plan, method: str, seed: int) -> dict[str, Any]:

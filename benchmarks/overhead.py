@@ -2,7 +2,7 @@
 
     python -m benchmarks.overhead [--scaling | --evaluation | --restarts] [--quick] [--json]
 
-It starts its own local stack. Runs alternate between a plain process with its images in memory and the driver of `ddpm
+It starts its own local stack, unless one is named by --home. Runs alternate between a plain process with its images in memory and the driver of `ddpm
 train`, with the same model, batch size and number of threads. `ratio` is the driver's images/s over the plain
 process's, with one worker of one thread; `scaling` is that of two workers of one thread over one plain process of two
 threads. `pair` is that of two workers over two plain processes of one thread at once, which is what the cores give, and
@@ -37,6 +37,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from benchmarks.results import Size, commit, make_parser, publish
 
 if TYPE_CHECKING:
     from pipelines.display import TrainingStatus
@@ -96,28 +98,22 @@ CASES = {case.name: case for case in (DIGITS, *SCALING)}
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark and publish its result."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="shorter and fewer turns")
+    parser = make_parser("overhead", __doc__, quick="shorter and fewer turns")
+    parser.add_argument("--home", type=Path, help="folder of a stack that runs; default: one of its own")
     parser.add_argument("--scaling", action="store_true", help="two workers, each with a batch of its own")
     parser.add_argument("--evaluation", action="store_true", help="with and without evaluation while training goes on")
     parser.add_argument("--restarts", action="store_true", help="only the restarts of a worker")
-    parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
     parser.add_argument("--bare", nargs=3, metavar=("CASE", "THREADS", "SECONDS"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.bare:
         case, threads, seconds = options.bare
         print(json.dumps({"images_per_s": bare(CASES[case], int(threads), float(seconds))}))
         return
-    from benchmarks.results import publish
-
-    if options.scaling:
-        publish(run_scaling(options.quick), "overhead_scaling", options.quick)
-    elif options.evaluation:
-        publish(run_evaluation(options.quick), "overhead_evaluation", options.quick)
-    elif options.restarts:
-        publish(run_restarts(options.quick), "overhead_restarts", options.quick)
-    else:
-        publish(run(options.quick), "overhead", options.quick)
+    ways = {"scaling": run_scaling, "evaluation": run_evaluation, "restarts": run_restarts}
+    way = next((way for way in ways if getattr(options, way)), None)
+    with _runs(options.home, SCALING if options.scaling else (DIGITS,)) as bench:
+        result = ways[way](bench, options.size) if way else run(bench, options.size)
+    publish(result, f"overhead_{way}" if way else "overhead", options)
 
 
 def bare(case: Case, threads: int, seconds: float) -> float:
@@ -158,30 +154,26 @@ def bare(case: Case, threads: int, seconds: float) -> float:
 
 
 @contextlib.contextmanager
-def _own_stack(*cases: Case) -> Iterator[_Bench]:
-    """Provide the benchmark's runs of some cases on a local stack of its own."""
+def _runs(home: Path | None, cases: Sequence[Case]) -> Iterator[_Bench]:
+    """Provide the benchmark's runs of some cases on a local stack."""
+    from benchmarks.stacks import stack_of
     from pipelines import stack
 
-    with tempfile.TemporaryDirectory(prefix="ddpm-overhead-") as folder:
-        home = Path(folder) / ".ddpm"
+    with tempfile.TemporaryDirectory(prefix="ddpm-overhead-") as folder, stack_of(home) as state:
         os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
-        state = stack.up(home)
-        os.environ.update(stack.ray_environment(home))
+        os.environ.update(stack.ray_environment(state.home))
         try:
             yield _Bench(state, cases)
         finally:
             import ray
 
             ray.shutdown()
-            stack.down(home)
 
 
-def run_evaluation(quick: bool) -> dict[str, Any]:
-    """Return the measurements with and without evaluation while training goes on, alternating on their own stack."""
-    from benchmarks.results import commit
-
-    seconds, turns = (20.0, 2) if quick else (120.0, 5)
-    with _own_stack(DIGITS) as bench, contextlib.closing(bench.reusable_workers()) as workers:
+def run_evaluation(bench: _Bench, size: Size) -> dict[str, Any]:
+    """Return the measurements with and without evaluation while training goes on, by turns."""
+    seconds, turns = size.of((120.0, 5), (20.0, 2), (1.0, 1))
+    with contextlib.closing(bench.reusable_workers()) as workers:
         rate = _bare(1, seconds / 2)
         # The evaluator of the dataset is trained now, and the worker starts.
         bench.watched(workers, "warm-up", 40 * BATCH, evaluate=True)
@@ -195,7 +187,7 @@ def run_evaluation(quick: bool) -> dict[str, Any]:
     added = _median(scored, "driver_cpu_s_per_1000") - _median(without, "driver_cpu_s_per_1000")
     return {
         "benchmark": "overhead_evaluation",
-        "quick": quick,
+        "quick": size is not Size.FULL,
         "commit": commit(),
         "machine": f"CPU ({platform.machine()}), {os.cpu_count()} cores, load {os.getloadavg()[1]:.1f} at the end",
         "batch": BATCH,
@@ -209,15 +201,14 @@ def run_evaluation(quick: bool) -> dict[str, Any]:
     }
 
 
-def run(quick: bool) -> dict[str, Any]:
-    """Return the measurements of both, alternating on their own stack."""
-    seconds, turns = (20.0, 2) if quick else (90.0, 5)
-    with _own_stack(DIGITS) as bench:
-        first = _bare(1, seconds)
-        one = [bench.turn(DIGITS, 1, seconds, first, f"one-{i}") for i in range(turns)]
-        two = [bench.turn(DIGITS, 2, seconds, first, f"two-{i}") for i in range(max(1, turns // 2))]
+def run(bench: _Bench, size: Size) -> dict[str, Any]:
+    """Return the measurements of both, by turns."""
+    seconds, turns = size.of((90.0, 5), (20.0, 2), (0.5, 1))
+    first = _bare(1, seconds)
+    one = [bench.turn(DIGITS, 1, seconds, first, f"one-{i}") for i in range(turns)]
+    two = [bench.turn(DIGITS, 2, seconds, first, f"two-{i}") for i in range(max(1, turns // 2))]
     return {
-        **_about("overhead", quick),
+        **_about("overhead", size),
         "seconds_per_turn": seconds,
         "ratio": _median(one, "ratio"),
         "scaling": _median(two, "ratio"),
@@ -230,34 +221,32 @@ def run(quick: bool) -> dict[str, Any]:
     }
 
 
-def run_scaling(quick: bool) -> dict[str, Any]:
-    """Return the measurements of two workers, alternating with plain processes on their own stack."""
-    seconds, turns = (15.0, 1) if quick else (45.0, 2)
+def run_scaling(bench: _Bench, size: Size) -> dict[str, Any]:
+    """Return the measurements of two workers, by turns with plain processes."""
+    seconds, turns = size.of((45.0, 2), (15.0, 1), (0.5, 1))
     cases = {}
-    with _own_stack(*SCALING) as bench:
-        for number, case in enumerate(SCALING):
-            first = _bare(1, seconds / 2, case)
-            rows = [bench.turn(case, 2, seconds, first, f"two-{number}-{i}") for i in range(turns)]
-            cases[case.name] = {
-                "batch_alone": case.alone,
-                "batch_together": case.together,
-                "threads": _median(rows, "ratio"),
-                "pair": _median(rows, "pair_ratio"),
-                "pair_beside_stack": _median(rows, "pair_ratio_beside_stack"),
-                "stack_cpu": _median(rows, "stack_cpu"),
-                "turns": rows,
-            }
-    return {**_about("overhead_scaling", quick), "seconds_per_turn": seconds, "cases": cases}
+    for number, case in enumerate(SCALING):
+        first = _bare(1, seconds / 2, case)
+        rows = [bench.turn(case, 2, seconds, first, f"two-{number}-{i}") for i in range(turns)]
+        cases[case.name] = {
+            "batch_alone": case.alone,
+            "batch_together": case.together,
+            "threads": _median(rows, "ratio"),
+            "pair": _median(rows, "pair_ratio"),
+            "pair_beside_stack": _median(rows, "pair_ratio_beside_stack"),
+            "stack_cpu": _median(rows, "stack_cpu"),
+            "turns": rows,
+        }
+    return {**_about("overhead_scaling", size), "seconds_per_turn": seconds, "cases": cases}
 
 
-def run_restarts(quick: bool) -> dict[str, Any]:
+def run_restarts(bench: _Bench, size: Size) -> dict[str, Any]:
     """Return what it takes to start a killed worker again, in a number of runs."""
-    with _own_stack(DIGITS) as bench:
-        rate = _bare(1, 20)
-        bench.train("warm-up", 1, 10 * BATCH, 10 * BATCH)
-        restarts = [bench.restart(rate, f"restart-{i}") for i in range(1 if quick else 9)]
+    rate = _bare(1, size.of(20, 20, 0.5))
+    bench.train("warm-up", 1, 10 * BATCH, 10 * BATCH)
+    restarts = [bench.restart(rate, f"restart-{i}") for i in range(size.of(9, 1, 1))]
     return {
-        **_about("overhead_restarts", quick),
+        **_about("overhead_restarts", size),
         "bare_images_per_s": round(rate, 1),
         "restart_ray_s": _median(restarts, "ray_s"),
         "restart_ours_s": _median(restarts, "ours_s"),
@@ -265,12 +254,10 @@ def run_restarts(quick: bool) -> dict[str, Any]:
     }
 
 
-def _about(name: str, quick: bool) -> dict[str, Any]:
+def _about(name: str, size: Size) -> dict[str, Any]:
     """Return what a result says of itself: of which benchmark, commit and machine it is."""
-    from benchmarks.results import commit
-
     machine = f"CPU ({platform.machine()}), {os.cpu_count()} cores"
-    return {"benchmark": name, "quick": quick, "commit": commit(), "machine": machine, "batch": BATCH}
+    return {"benchmark": name, "quick": size is not Size.FULL, "commit": commit(), "machine": machine, "batch": BATCH}
 
 
 def _median(rows: list[dict[str, float]], key: str) -> float:

@@ -1,29 +1,85 @@
-"""Publishing of benchmark results, with the commit they were measured on; means over seeds."""
+"""What all benchmarks have in common: how much they measure, where they write, the commit, and means over seeds."""
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import statistics
 import subprocess
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).parents[1]
+T = TypeVar("T")
+
+
+class Size(Enum):
+    """How much a benchmark measures: all that is published, what takes three minutes, or the least of everything."""
+
+    FULL = "full"
+    QUICK = "quick"
+    SMOKE = "smoke"
+
+    def of(self, full: T, quick: T, smoke: T) -> T:
+        """Return the one of three values that is for this size."""
+        return {Size.FULL: full, Size.QUICK: quick, Size.SMOKE: smoke}[self]
+
+
+def make_parser(program: str, doc: str | None, quick: str, keeps: str | None = None) -> argparse.ArgumentParser:
+    """Return a parser of the options that benchmarks share.
+
+    Args:
+        program: its name in `benchmarks`.
+        doc: its docstring, of which the first line describes it.
+        quick: what is less with `--quick`.
+        keeps: what it keeps in its work folder, if it has one.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{program}", description=(doc or "").splitlines()[0])
+    parser.set_defaults(size=Size.FULL)
+    sizes = parser.add_mutually_exclusive_group()
+    for size, means in (
+        (Size.QUICK, f"{quick}; within 3 minutes on 2 cores"),
+        (Size.SMOKE, "the least of everything, which measures nothing: a test of all parts"),
+    ):
+        sizes.add_argument(f"--{size.value}", action="store_const", dest="size", const=size, help=means)
+    parser.add_argument(
+        "--out", type=Path, help="written to as if it were the checkout; default: that, or build/benchmarks if not full"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
+    if keeps is not None:
+        work = Path(os.environ.get("DDPM_HOME", ROOT / ".ddpm")) / program
+        parser.add_argument("--work", type=Path, default=work, help=f"folder that keeps {keeps}")
+    return parser
+
+
+def work_folder(options: argparse.Namespace, *parts: str) -> Path:
+    """Return the folder that keeps what a benchmark of this size need not make again."""
+    folder = Path(options.work, *parts, options.size.value).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def out_folder(options: argparse.Namespace, published: str) -> Path:
+    """Return the folder that is written to in place of one of the checkout; the full size writes to that itself."""
+    own = ROOT if options.size is Size.FULL else ROOT / "build" / "benchmarks" / options.size.value
+    folder = Path(options.out or own, published)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def publish(result: dict[str, Any], name: str, options: argparse.Namespace) -> None:
+    """Write a result to `benchmarks/results/`, or where the options say, and print it as one line."""
+    (out_folder(options, "benchmarks/results") / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
 
 
 def commit() -> str:
     """Return the short hash of the checked-out commit."""
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     return git.stdout.strip() or "unknown"
-
-
-def publish(result: dict[str, Any], name: str, quick: bool) -> None:
-    """Write a result to `benchmarks/results/` (a quick one to a file that git ignores) and print it as one line."""
-    folder = ROOT / "benchmarks" / "results"
-    folder.mkdir(exist_ok=True)
-    (folder / f"{name}{'-quick' if quick else ''}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
 
 
 def mean(name: str, values: Sequence[float]) -> dict[str, float]:

@@ -16,11 +16,11 @@ Speed needs torch only; where anything else is not installed, it is listed as mi
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from torch import Tensor, nn
 
-from benchmarks.results import ROOT, commit, publish
+from benchmarks.results import Size, commit, make_parser, publish, work_folder
 from benchmarks.train_step import machine
 from ddpm.conditioning import Conditioning
 from ddpm.generate import Sampling, generate
@@ -57,38 +57,39 @@ BATCHES = (1, 64)
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark and publish its result."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sampling", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer images, steps and turns")
-    parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
-    parser.add_argument("--work", type=Path, default=ROOT / ".ddpm" / "sampling", help="keeps the evaluator of digits")
+    parser = make_parser("sampling", __doc__, quick="fewer images, steps and turns", keeps="the evaluator of digits")
     options = parser.parse_args(arguments)
+    size = options.size
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result = {
         "benchmark": "sampling",
-        "quick": options.quick,
+        "quick": size is not Size.FULL,
         "commit": commit(),
         "machine": machine(device),
         "torch": torch.__version__,
-        **speed(options.quick, device),
-        "few_steps": few_steps(options.quick),
-        "distance": quality(options.quick, options.work),
+        **speed(size, device),
+        "few_steps": few_steps(size),
+        "distance": quality(size, work_folder(options)),
     }
-    publish(result, "sampling", options.quick)
+    publish(result, "sampling", options)
 
 
-def speed(quick: bool, device: torch.device) -> dict[str, Any]:
+def speed(size: Size, device: torch.device) -> dict[str, Any]:
     """Return images a second of all systems by threads and sampler, with runs alternating."""
-    batch, steps, turns = (4, 5, 3) if quick else (16, 20, 5)
+    batch, steps, turns = size.of((16, 20, 5), (4, 5, 3), (2, 2, 1))
     if device.type == "cuda":
         batch *= 16
     torch.manual_seed(0)
-    network = UNet(CONFIG).eval().requires_grad_(False).to(device)
+    smaller = replace(CONFIG, channels=(32, 32), layers_per_block=1, attention=(False, True), head_dim=32)
+    network = UNet(size.of(CONFIG, CONFIG, smaller)).eval().requires_grad_(False).to(device)
     x_T = initial_noise(SEED, torch.arange(batch, device=device), SHAPE)
+    # Compiling takes longer than all else.
+    chosen = {name: fields for name, fields in SYSTEMS.items() if size is Size.FULL or "compile" not in fields}
     table = []
     for threads in (1,) if device.type == "cuda" else (1, 2):
         torch.set_num_threads(threads)
         for sampler in SAMPLERS:
-            systems = {name: ours(network, batch, sampler, steps, fields) for name, fields in SYSTEMS.items()}
+            systems = {name: ours(network, batch, sampler, steps, fields) for name, fields in chosen.items()}
             peer = diffusers_(network, x_T, sampler, steps)
             if peer is not None:
                 systems["diffusers"] = peer
@@ -118,14 +119,14 @@ def compared(systems: dict[str, Callable[[], Tensor]], batch: int, turns: int, d
     row: dict[str, Any] = {"images_per_s": {name: round(r, 3) for name, r in rate.items()}, "seconds": seconds}
     row["first_s"] = first
     if "diffusers" in systems:
-        row["speedup"] = {name: round(rate[name] / rate["diffusers"], 3) for name in SYSTEMS}
+        row["speedup"] = {name: round(rate[name] / rate["diffusers"], 3) for name in rate if name in SYSTEMS}
         row["largest_difference"] = (images["ours"] - images["diffusers"]).abs().max().item()
     else:
         row["missing"] = ["diffusers"]
     return row
 
 
-def few_steps(quick: bool) -> list[dict[str, Any]]:
+def few_steps(size: Size) -> list[dict[str, Any]]:
     """Return images a second of the network of digits, on one thread and in float32, by sampler, steps and batch."""
     try:
         from pipelines.config import compose
@@ -134,11 +135,11 @@ def few_steps(quick: bool) -> list[dict[str, Any]]:
         return [{"missing": error.name}]
     config = compose(["+experiment=digits"])
     network = make_network(config).eval().requires_grad_(False)
-    shape, turns = (config.data.channels, config.data.image_size, config.data.image_size), 1 if quick else 5
+    shape, turns = (config.data.channels, config.data.image_size, config.data.image_size), size.of(5, 1, 1)
+    quick = {sampler: counts for sampler, counts in BY_STEPS.items() if sampler != "ancestral"}
+    steps_of = size.of(BY_STEPS, quick, dict.fromkeys(BY_STEPS, (2,)))
     rows = []
-    for sampler, steps in ((sampler, count) for sampler, counts in BY_STEPS.items() for count in counts):
-        if quick and sampler == "ancestral":
-            continue
+    for sampler, steps in ((sampler, count) for sampler, counts in steps_of.items() for count in counts):
         row: dict[str, Any] = {"sampler": sampler, "steps": steps}
         for batch in BATCHES:
             draw = ours(network, batch, sampler, steps, {}, shape)
@@ -182,17 +183,18 @@ def diffusers_(network: UNet, x_T: Tensor, sampler: str, steps: int) -> Callable
         from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DModel, UniPCMultistepScheduler
     except ImportError:
         return None
-    down = ["AttnDownBlock2D" if a else "DownBlock2D" for a in CONFIG.attention]
-    up = ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(CONFIG.attention)]
+    config = network.config
+    down = ["AttnDownBlock2D" if a else "DownBlock2D" for a in config.attention]
+    up = ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.attention)]
     twin = UNet2DModel(
         sample_size=32,
         in_channels=3,
         out_channels=3,
-        block_out_channels=CONFIG.channels,
-        layers_per_block=CONFIG.layers_per_block,
+        block_out_channels=config.channels,
+        layers_per_block=config.layers_per_block,
         down_block_types=down,
         up_block_types=up,
-        attention_head_dim=CONFIG.head_dim,
+        attention_head_dim=config.head_dim,
     )
     twin.load_state_dict(network.state_dict())
     twin = twin.eval().requires_grad_(False).to(x_T.device)
@@ -214,7 +216,7 @@ def diffusers_(network: UNet, x_T: Tensor, sampler: str, steps: int) -> Callable
     return sample
 
 
-def quality(quick: bool, work: Path) -> dict[str, Any]:
+def quality(size: Size, work: Path) -> dict[str, Any]:
     """Return the Frechet distances of digits drawn in float32 and in bf16, and their difference, paired by sample."""
     try:
         from benchmarks.digits.data import load_digits
@@ -225,9 +227,8 @@ def quality(quick: bool, work: Path) -> dict[str, Any]:
         from pipelines.shards.read import Batch
     except ImportError as error:
         return {"missing": [error.name]}
-    work.mkdir(parents=True, exist_ok=True)
-    digits, samples = load_digits(work), 200 if quick else 2_000
-    config = compose(["+experiment=digits", f"images={1_280 if quick else 76_800}"])
+    digits, samples = load_digits(work, size), size.of(2_000, 200, 20)
+    config = compose(["+experiment=digits", f"images={size.of(76_800, 1_280, 128)}"])
     images = Batch(torch.arange(len(digits.train)), digits.train, digits.train_labels)
     denoiser = denoiser_of(config, trained(config, images, say=lambda text: None))
     labels = torch.arange(samples) % 10
@@ -236,7 +237,7 @@ def quality(quick: bool, work: Path) -> dict[str, Any]:
         drawn = generate(
             denoiser,
             denoiser.schedule,
-            Sampling.of(kind="ddim", steps=20, precision=precision),
+            Sampling.of(kind="ddim", steps=size.of(20, 20, 2), precision=precision),
             cond=Conditioning(label=labels),
             shape=(1, 8, 8),
             seed=SEED,

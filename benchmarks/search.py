@@ -17,7 +17,6 @@ are a low distance and few evaluations.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import math
@@ -33,7 +32,7 @@ from typing import Any
 import optuna
 import torch
 
-from benchmarks.results import ROOT, commit, publish
+from benchmarks.results import ROOT, commit, make_parser, publish
 from ddpm.quality import FeatureMoments, frechet_distance
 from pipelines.config import compose
 from pipelines.search.optuna_search import past_of, sampler
@@ -59,14 +58,12 @@ SHARE = 0.9
 
 def main(arguments: list[str] | None = None) -> None:
     """Record the table, or replay it and publish the result."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.search", description=(__doc__ or "").split("\n")[0])
+    parser = make_parser("search", __doc__, quick="5 replays")
     parser.add_argument("--record", metavar="MODEL", help="judge the whole grid for this model first")
-    parser.add_argument("--quick", action="store_true", help="5 replays")
-    parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
     options = parser.parse_args(arguments)
     if options.record:
         record(options.record)
-    publish(run(5 if options.quick else REPLAYS), "search", options.quick)
+    publish(run(options.size.of(REPLAYS, 5, 1)), "search", options)
 
 
 def study_of(trials: int = TRIALS) -> StudyConfig:

@@ -11,7 +11,6 @@ asked; and the memory of the server's processes is read along the way. Each proc
 
 from __future__ import annotations
 
-import argparse
 import base64
 import io
 import json
@@ -29,7 +28,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.results import Size, commit, make_parser, publish, work_folder
+
+if TYPE_CHECKING:
+    from pipelines.stack import StackState
 
 NAME, ALIAS = "serving", "champion"
 MODEL = f"models:/{NAME}@{ALIAS}"
@@ -37,16 +41,25 @@ STEPS = (5, 10)
 
 
 @dataclass(frozen=True)
-class Size:
-    """How much is measured."""
+class Load:
+    """What the servers are asked for.
+
+    Attributes:
+        clients: at once.
+        requests: of a round.
+        rounds: of every server.
+        again: how often the requests are asked while something happens.
+        training: of the model, as a share of that of the page of digits.
+    """
 
     clients: int
     requests: int
     rounds: int
+    again: int
     training: float
 
 
-FULL, QUICK = Size(100, 1_000, 5, 0.5), Size(20, 80, 1, 0.02)
+FULL, QUICK, SMOKE = Load(100, 1_000, 5, 2, 0.5), Load(20, 80, 1, 4, 0.02), Load(2, 4, 1, 8, 0.0)
 
 
 @dataclass(frozen=True)
@@ -72,54 +85,44 @@ Send = Callable[[Ask], tuple[str | None, Any]]
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark and publish its result."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--work", type=Path, help="folder of the trained model; default: one that is removed")
-    parser.add_argument("--quick", action="store_true", help="fewer clients, requests and rounds")
-    parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
+    parser = make_parser("serving", __doc__, quick="fewer clients, requests and rounds", keeps="the trained model")
+    parser.add_argument("--home", type=Path, help="folder of a stack that runs; default: one of its own")
     options = parser.parse_args(arguments)
-    from benchmarks.results import publish
+    from benchmarks.stacks import stack_of
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with tempfile.TemporaryDirectory() as scratch:
-        work = (options.work or Path(scratch)).resolve()
-        work.mkdir(parents=True, exist_ok=True)
-        os.environ["DDPM_HOME"] = str(Path(scratch) / ".ddpm")
-        publish(run(work, QUICK if options.quick else FULL, options.quick), "serving", options.quick)
+    with stack_of(options.home) as state:
+        os.environ["DDPM_HOME"] = str(state.home)
+        load = options.size.of(FULL, QUICK, SMOKE)
+        publish(run(state, work_folder(options), load, options.size), "serving", options)
 
 
-def run(work: Path, size: Size, quick: bool) -> dict[str, Any]:
+def run(state: StackState, work: Path, load: Load, size: Size) -> dict[str, Any]:
     """Return the figures of both servers."""
-    from benchmarks.results import commit
-    from pipelines import stack
-
-    state = stack.up()
-    try:
-        models = _register(work, size, str(state.tracking_uri))
-        asked = _requests(size.requests)
-        wanted = {version: _wanted(model, asked) for version, model in models.items()}
-        _point(str(state.tracking_uri), "1")
-        with _ours(state.home) as (url, headers), _theirs(str(state.tracking_uri)) as their_url:
-            ours, table = _image_sender(url, headers), _table_sender(url, headers)
-            theirs = _table_sender(their_url, {})
-            rounds: dict[str, list[dict[str, Any]]] = {}
-            for _ in range(size.rounds):
-                for system, send in (("ddpm", ours), ("ddpm_invocations", table), ("mlflow", theirs)):
-                    rounds.setdefault(system, []).append(_measure(send, asked, size.clients, wanted))
-            memory = [_memory(state.home)]
-            moved = _disturbed(ours, asked, size, wanted, lambda: _move(str(state.tracking_uri)))
-            memory.append(_memory(state.home))
-            killed = _disturbed(ours, asked, size, wanted, lambda: _kill(state.home))
-            batches = _batches(url, headers)
-    finally:
-        stack.down()
+    models = _register(work, load, size, str(state.tracking_uri))
+    asked = _requests(load.requests)
+    wanted = {version: _wanted(model, asked) for version, model in models.items()}
+    _point(str(state.tracking_uri), "1")
+    with _ours(state.home) as (url, headers), _theirs(str(state.tracking_uri)) as their_url:
+        ours, table = _image_sender(url, headers), _table_sender(url, headers)
+        theirs = _table_sender(their_url, {})
+        rounds: dict[str, list[dict[str, Any]]] = {}
+        for _ in range(load.rounds):
+            for system, send in (("ddpm", ours), ("ddpm_invocations", table), ("mlflow", theirs)):
+                rounds.setdefault(system, []).append(_measure(send, asked, load.clients, wanted))
+        memory = [_memory(state.home)]
+        moved = _disturbed(ours, asked, load, wanted, lambda: _move(str(state.tracking_uri)))
+        memory.append(_memory(state.home))
+        killed = _disturbed(ours, asked, load, wanted, lambda: _kill(state.home))
+        batches = _batches(url, headers)
     middle = {system: _median(of) for system, of in rounds.items()}
     speed = {system: of["images_per_s"] for system, of in middle.items()}
     return {
         "benchmark": "serving",
         "commit": commit(),
-        "quick": quick,
-        "clients": size.clients,
-        "requests": size.requests,
+        "quick": size is not Size.FULL,
+        "clients": load.clients,
+        "requests": load.requests,
         "cores": os.cpu_count(),
         "systems": middle,
         "speedup_mlflow": speed["ddpm_invocations"] / speed["mlflow"],
@@ -131,7 +134,7 @@ def run(work: Path, size: Size, quick: bool) -> dict[str, Any]:
     }
 
 
-def _register(work: Path, size: Size, uri: str) -> dict[str, Any]:
+def _register(work: Path, load: Load, size: Size, uri: str) -> dict[str, Any]:
     """Register the model after all of its training (version 1) and after an eighth of it; return both."""
     from dataclasses import replace
 
@@ -147,7 +150,7 @@ def _register(work: Path, size: Size, uri: str) -> dict[str, Any]:
     from pipelines.registry.package import pyfunc_of
 
     torch.set_num_threads(1)
-    zoo = Zoo(load_digits(work), load_captions(), work, size.training, lambda text: print(text, file=sys.stderr))
+    zoo = Zoo(load_digits(work, size), load_captions(), work, load.training, lambda text: print(text, file=sys.stderr))
     settings = Sampling.of(kind="dpm_solver", steps=STEPS[1], scale=1.5)
     classes = tuple(map(str, range(10)))
     spec = ModelSpec(SHAPE, {"kind": "cosine", "num_steps": 1000}, "eps", 8, classes, settings)
@@ -255,13 +258,13 @@ def _judge(told: Sequence[Told | Exception], asked: Sequence[Ask], wanted: dict[
 
 
 def _disturbed(
-    send: Send, asked: Sequence[Ask], size: Size, wanted: dict[str, dict[Ask, Any]], disturb: Callable[[], None]
+    send: Send, asked: Sequence[Ask], load: Load, wanted: dict[str, dict[Ask, Any]], disturb: Callable[[], None]
 ) -> dict[str, Any]:
     """Return the figures of requests while something happens, from a second after their start."""
     timer = threading.Timer(1, disturb)
     timer.start()
-    many = list(asked) * max(1, 2 if size is FULL else 4)
-    told, _ = _load(send, many, size.clients)
+    many = list(asked) * load.again
+    told, _ = _load(send, many, load.clients)
     timer.join()
     return _judge(told, many, wanted)
 

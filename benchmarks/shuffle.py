@@ -14,7 +14,6 @@ epochs of each order are measured in batches of 256:
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import platform
 import time
@@ -27,7 +26,7 @@ import numpy as np
 import webdataset
 from numpy.typing import NDArray
 
-from benchmarks.results import commit, publish
+from benchmarks.results import Size, commit, make_parser, publish
 from pipelines.config import DataConfig, compose
 from pipelines.shards.order import SampleOrder
 
@@ -49,6 +48,11 @@ class Stored:
     classes: int
 
     @property
+    def title(self) -> str:
+        """Its name in a table."""
+        return f"{self.classes:,} classes, {self.shards:,} shards of {self.shard_samples:,}"
+
+    @property
     def total(self) -> int:
         """The number of samples."""
         return self.shards * self.shard_samples
@@ -60,29 +64,25 @@ class Stored:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark and publish its result."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.shuffle", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one epoch of the smaller data")
-    parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
-    options = parser.parse_args(arguments)
-    kinds = {"10 classes, 100 shards of 1,000": Stored(100, 1000, 10)}
-    if not options.quick:
-        kinds["1,000 classes, 1,280 shards of 1,000"] = Stored(1280, 1000, 1000)
+    options = make_parser("shuffle", __doc__, quick="one epoch of the smaller data").parse_args(arguments)
+    size, few = options.size, Stored(100, 1000, 10)
+    kinds = size.of([few, Stored(1280, 1000, 1000)], [few], [Stored(20, 100, 10)])
     began = time.perf_counter()
     rows = [
-        {"data": name, "system": system, **measure(order, stored, 1 if options.quick else EPOCHS)}
-        for name, stored in kinds.items()
+        {"data": stored.title, "system": system, **measure(order, stored, size.of(EPOCHS, 1, 1))}
+        for stored in kinds
         for system, order in orders(stored).items()
     ]
     result = {
         "benchmark": "shuffle",
-        "quick": options.quick,
+        "quick": size is not Size.FULL,
         "commit": commit(),
         "versions": {"python": platform.python_version(), "webdataset": version("webdataset")},
         "batch_size": BATCH,
         "seconds": round(time.perf_counter() - began, 1),
         "rows": rows,
     }
-    publish(result, "shuffle", options.quick)
+    publish(result, "shuffle", options)
 
 
 def orders(stored: Stored) -> dict[str, Order]:

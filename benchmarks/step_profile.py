@@ -8,7 +8,6 @@ fused and has no names, and sums the time of each operation without that of thos
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import time
@@ -21,8 +20,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.results import commit, publish
-from benchmarks.train_step import MODELS, UPDATE, best_method, machine, ours, prepared, say
+from benchmarks.results import commit, make_parser, publish
+from benchmarks.train_step import UPDATE, best_method, machine, models, ours, prepared, say
 
 KINDS = {
     "convolutions": ("conv",),
@@ -41,11 +40,7 @@ HEAVY = ("convolutions", "attention", "matrix products")
 
 def main(arguments: list[str] | None = None) -> None:
     """Profile the step of every model, and publish the shares."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.step_profile", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--quick", action="store_true", help="small batches, one step")
-    parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
+    parser = make_parser("step_profile", __doc__, quick="small batches, one step")
     parser.add_argument("--threads", type=int, default=1, help="of the process")
     parser.add_argument("--channels-last", action="store_true", help="on a CPU too, where it is slower")
     parser.add_argument("--name", default="step_profile", help="of the result's file, where machines have one each")
@@ -54,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # On a CPU channels-last pays for a compiled network alone.
     last = device.type == "cuda" or options.channels_last
-    method = dataclasses.replace(best_method(device, options.quick), compile=False, channels_last=last)
+    method = dataclasses.replace(best_method(device, options.size), compile=False, channels_last=last)
     result: dict[str, Any] = {
         "benchmark": "step_profile",
         "commit": commit(),
@@ -64,12 +59,12 @@ def main(arguments: list[str] | None = None) -> None:
         "method": method.title,
         "models": {},
     }
-    for name, model in MODELS.items():
-        network, x_0 = prepared(model, device, options.quick)
+    for name, model in models(options.size).items():
+        network, x_0 = prepared(model, device, options.size)
         step = ours(network, x_0, method)
         step()  # what is set up at the first step is no part of the others
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-        steps = 1 if options.quick else 3
+        steps = options.size.of(3, 1, 1)
         began = time.perf_counter()
         with profile(activities=activities) as profiled:
             for _ in range(steps):
@@ -83,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
             "others": 1 - sum(shares[k] for k in HEAVY),
         }
         say(f"{name}: " + ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items()))
-    publish(result, options.name, options.quick)
+    publish(result, options.name, options)
 
 
 def by_kind(events: Iterable[Any], device: torch.device) -> dict[str, float]:

@@ -9,7 +9,6 @@ The studies must not be there yet: a study is not run twice under one name.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -18,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import commit, publish
+from benchmarks.results import commit, make_parser, publish
 from pipelines import stack
 from pipelines.config import Config, compose
 from pipelines.connect import fill
@@ -33,16 +32,16 @@ STUDIES = {
 """What follows `ddpm search`, by the kind of the study."""
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run both studies, which must not be there yet, and keep what they found."""
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    options = make_parser("studies", __doc__, quick="three trials of each").parse_args(arguments)
     ddpm = Path(sys.executable).with_name("ddpm")
     for command in STUDIES.values():
-        subprocess.run([str(ddpm), "search", *command.split()], check=True)
+        subprocess.run([str(ddpm), "search", *command.split(), *options.size.of([], QUICK, SMOKE)], check=True)
     config = fill(compose(["+experiment=digits"]), {}, stack.read_state())
     found = {kind: read(config, kind, command.split("--study ")[1].split()[0]) for kind, command in STUDIES.items()}
     machine = f"CPU ({platform.machine()}), {os.cpu_count()} cores"
-    publish({"benchmark": "studies", "commit": commit(), "machine": machine, "studies": found}, "studies", quick=False)
+    publish({"benchmark": "studies", "commit": commit(), "machine": machine, "studies": found}, "studies", options)
 
 
 def read(config: Config, kind: str, name: str) -> dict[str, Any]:

@@ -19,7 +19,6 @@ numbers. Every loop clips gradients and averages weights.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
 import math
@@ -41,7 +40,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.profiler import record_function
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.results import commit, publish
+from benchmarks.results import Size, commit, make_parser, publish
 from ddpm.ema import EMA
 from ddpm.models.unet import UNet, UNetConfig
 from ddpm.noise import Purpose, normal
@@ -66,7 +65,7 @@ class Model:
     Attributes:
         config: configuration of our network, from which diffusers' is derived.
         lucidrains: options of lucidrains' network with the same widths.
-        batch: images per step on a CPU, on a CPU with --quick, and on CUDA.
+        batch: images per step on a CPU, on a CPU where it is not all measured, and on CUDA.
     """
 
     config: UNetConfig
@@ -108,9 +107,7 @@ class Method:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark and publish its result."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="small batches, few turns, nothing compiled")
-    parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
+    parser = make_parser("train_step", __doc__, quick="small batches, few turns, nothing compiled")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every system; default: all cores")
     parser.add_argument("--methods", action="store_true", help="compare the methods for our own step instead")
     parser.add_argument("--name", help="of the result's file; default: train_step, or train_step_methods")
@@ -118,16 +115,16 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision("high")  # TF32, for every system; no effect on a CPU without it
     measure, name = (compare_methods, "train_step_methods") if options.methods else (run, "train_step")
-    publish(measure(options.quick, options.threads), options.name or name, options.quick)
+    publish(measure(options.size, options.threads), options.name or name, options)
 
 
-def run(quick: bool, threads: int) -> dict[str, Any]:
+def run(size: Size, threads: int) -> dict[str, Any]:
     """Return the measurements of every model."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    method = best_method(device, quick)
+    method = best_method(device, size)
     result: dict[str, Any] = {
         "benchmark": "train_step",
-        "quick": quick,
+        "quick": size is not Size.FULL,
         "commit": commit(),
         "machine": machine(device),
         "threads": threads,
@@ -135,26 +132,29 @@ def run(quick: bool, threads: int) -> dict[str, Any]:
         "method": vars(method),
         "models": {},
     }
-    for name, model in MODELS.items():
-        result["models"][name] = measure(model, method, device, quick)
+    for name, model in models(size).items():
+        result["models"][name] = measure(model, method, device, size)
         say(
             f"{name}: " + ", ".join(f"{k} {v}" for k, v in result["models"][name]["images_per_s"].items()) + " images/s"
         )
     return result
 
 
-def compare_methods(quick: bool, threads: int) -> dict[str, Any]:
+def compare_methods(size: Size, threads: int) -> dict[str, Any]:
     """Return the rates of our own step on the smaller model by every method that this machine has instructions for."""
-    device, (name, model) = torch.device("cuda" if torch.cuda.is_available() else "cpu"), next(iter(MODELS.items()))
-    network, x_0 = prepared(model, device, quick)
+    device, (name, model) = (
+        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        next(iter(models(size).items())),
+    )
+    network, x_0 = prepared(model, device, size)
     bf16 = computes_bf16(device) or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
-    choices = (bf16, not quick, True)
+    choices = (bf16, size is Size.FULL, True)
     methods = [
         Method(*each) for each in itertools.product(*[(False, True) if there else (False,) for there in choices])
     ]
     systems = {method.title: ours(network, x_0, method) for method in methods}
     first = {title: round(timed(step, 1, device), 2) for title, step in systems.items()}
-    seconds = alternate(systems, 2 if quick else 5, 20 if device.type == "cuda" else 1, device)
+    seconds = alternate(systems, size.of(5, 2, 1), 20 if device.type == "cuda" else 1, device)
     return {
         "benchmark": "train_step_methods",
         "commit": commit(),
@@ -169,9 +169,15 @@ def compare_methods(quick: bool, threads: int) -> dict[str, Any]:
     }
 
 
-def prepared(model: Model, device: torch.device, quick: bool) -> tuple[UNet, Tensor]:
+def models(size: Size) -> dict[str, Model]:
+    """Return the networks to train, by name."""
+    config = UNetConfig(channels=(32, 32), layers_per_block=1, attention=(False, True), head_dim=32)
+    return size.of(MODELS, MODELS, {"small": Model(config, {"dim": 32, "dim_mults": (1, 1)}, (2, 2, 2))})
+
+
+def prepared(model: Model, device: torch.device, size: Size) -> tuple[UNet, Tensor]:
     """Return our network with its first weights, and a batch of images in [-1, 1], the same in every call."""
-    batch = model.batch[2 if device.type == "cuda" else 1 if quick else 0]
+    batch = model.batch[2 if device.type == "cuda" else 0 if size is Size.FULL else 1]
     torch.manual_seed(0)
     network = UNet(model.config).to(device)
     return network, (torch.rand(batch, 3, SIZE, SIZE) * 2 - 1).to(device)
@@ -187,7 +193,7 @@ def alternate(systems: dict[str, Step], turns: int, steps: int, device: torch.de
     return seconds
 
 
-def best_method(device: torch.device, quick: bool) -> Method:
+def best_method(device: torch.device, size: Size) -> Method:
     """Return the fastest method on this machine.
 
     Emulated bf16 is slower than float32, and so is that of Intel's processors without AMX. With AMD's AVX512-BF16, bf16
@@ -195,9 +201,9 @@ def best_method(device: torch.device, quick: bool) -> Method:
     1.37 s, compiled 1.38 s, both 1.31 s.
     """
     if device.type == "cuda":
-        return Method(bf16=computes_bf16(device), compile=not quick, channels_last=True)
+        return Method(bf16=computes_bf16(device), compile=size is Size.FULL, channels_last=True)
     amx = torch.cpu._is_amx_tile_supported()
-    return Method(bf16=computes_bf16(device), compile=amx and not quick, channels_last=amx)
+    return Method(bf16=computes_bf16(device), compile=amx and size is Size.FULL, channels_last=amx)
 
 
 def machine(device: torch.device) -> str:
@@ -213,16 +219,16 @@ def machine(device: torch.device) -> str:
     return f"CPU ({platform.machine()}; {', '.join(units) or 'no vector units known of'})"
 
 
-def measure(model: Model, method: Method, device: torch.device, quick: bool) -> dict[str, Any]:
+def measure(model: Model, method: Method, device: torch.device, size: Size) -> dict[str, Any]:
     """Return the measurements of all systems on one model, with runs alternating."""
-    turns, steps = (3 if quick else 7), (20 if device.type == "cuda" else 1)
-    network, x_0 = prepared(model, device, quick)
+    turns, steps = size.of(7, 3, 1), (20 if device.type == "cuda" else 1)
+    network, x_0 = prepared(model, device, size)
     batch = len(x_0)
     flops = step_flops(network, x_0)
     systems: dict[str, Step] = {"ours": ours(network, x_0, method)}
     twin, missing, not_measured = diffusers_twin(network), [], {}
-    size = {"ours": {"parameters": count(network), "gflop_per_image": round(flops / batch / 1e9, 2)}}
-    row: dict[str, Any] = {"batch": batch, "size": size}
+    networks = {"ours": {"parameters": count(network), "gflop_per_image": round(flops / batch / 1e9, 2)}}
+    row: dict[str, Any] = {"batch": batch, "size": networks}
     if twin is None:
         missing.append("diffusers")
     else:
@@ -234,13 +240,13 @@ def measure(model: Model, method: Method, device: torch.device, quick: bool) -> 
             not_measured["bf16"] = "this machine only emulates bf16: a step takes more than ten times stock's"
             row["speedup_bf16"] = None
         if device.type == "cuda":
-            systems["diffusers"] = diffusers_(copy.deepcopy(twin), x_0, bf16=True, tuned=not quick)
+            systems["diffusers"] = diffusers_(copy.deepcopy(twin), x_0, bf16=True, tuned=size is Size.FULL)
     peer = lucidrains_network(model, device)
     if peer is None:
         missing.append("lucidrains")
     else:
         per_image = round(step_flops(peer, x_0) / batch / 1e9, 2)
-        size["lucidrains"] = {"parameters": count(peer), "gflop_per_image": per_image}
+        networks["lucidrains"] = {"parameters": count(peer), "gflop_per_image": per_image}
         systems["lucidrains"] = lucidrains(peer, x_0)
     row["first_step_s"] = {name: round(timed(step, 1, device), 2) for name, step in systems.items()}
     seconds = alternate(systems, turns, steps, device)
@@ -397,7 +403,7 @@ def step_flops(network: nn.Module, x_0: Tensor) -> float:
 
 
 def mfu(flop_per_s: float, device: torch.device) -> float | None:
-    """Return the share of the device's peak FLOP/s, or None if the peak is unknown."""
+    """Return the share of the device's peak FLOP/s, or None if the peak is unparser."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else ""
     peak = next((p for part, p in PEAK_BF16.items() if part in name), None)
     return None if peak is None else round(flop_per_s / peak, 3)

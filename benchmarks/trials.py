@@ -15,7 +15,6 @@ three rungs that are evaluated and reported.
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import statistics
@@ -26,26 +25,24 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from benchmarks.results import commit, publish
+from benchmarks.results import Size, commit, make_parser, publish
 from pipelines.config import Config, compose
 from pipelines.connect import connect
 
 WORK_S, REPORTS = 1.0, 3
-FEW, MANY = 2, 8
+TRIALS = 2, 8
 """Numbers of trials; costs per study, such as loading the evaluator, cancel in their difference."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark and publish its result."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.trials", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one turn")
-    parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
-    options = parser.parse_args(arguments)
-    publish(run(1 if options.quick else 3, options.quick), "trials", options.quick)
+    options = make_parser("trials", __doc__, quick="one turn").parse_args(arguments)
+    publish(run(options.size), "trials", options)
 
 
-def run(turns: int, quick: bool) -> dict[str, Any]:
+def run(size: Size) -> dict[str, Any]:
     """Return the measurements of both, with runs alternating."""
+    turns, (few, many) = size.of((3, TRIALS), (1, TRIALS), (1, (0, 1)))
     overrides = [
         "+experiment=digits", "images=1536", "cluster.num_workers=1", "sampler.steps=2", "guidance=none",
         "model.channels=[32]", "model.attention=[true]", "model.layers_per_block=1",
@@ -70,25 +67,25 @@ def run(turns: int, quick: bool) -> dict[str, Any]:
     parts: list[dict[str, float]] = []
     for turn in range(turns):
         idle: dict[str, list[float]] = {"usual": [], "ours": []}
-        for trials in (FEW, MANY):
+        for trials in (few, many):
             began = time.monotonic()
             usual(trials, at_a_time, config)
             idle["usual"].append((time.monotonic() - began) * at_a_time - trials * WORK_S)
             began = time.monotonic()
             work, spent = ours(trials, config)
             idle["ours"].append((time.monotonic() - began) * at_a_time - work)
-        for name, (few, many) in idle.items():
-            overhead[name].append((many - few) / (MANY - FEW))
+        for name, (less, more) in idle.items():
+            overhead[name].append((more - less) / (many - few))
         parts.append(spent)
         say(f"turn {turn + 1} of {turns}: " + ", ".join(f"{name} {v[-1]:.1f} s" for name, v in overhead.items()))
     median = {name: statistics.median(values) for name, values in overhead.items()}
     return {
         "benchmark": "trials",
-        "quick": quick,
+        "quick": size is not Size.FULL,
         "commit": commit(),
         "machine": f"CPU ({platform.machine()}, {os.cpu_count()} cores)",
         "ray": ray.__version__,
-        "trials": [FEW, MANY],
+        "trials": [few, many],
         "at_a_time": at_a_time,
         "overhead_s": {name: round(seconds, 2) for name, seconds in median.items()},
         "trial_seconds": {part: round(statistics.median(p[part] for p in parts), 2) for part in parts[0]},

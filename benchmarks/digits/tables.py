@@ -68,7 +68,7 @@ def draw(denoiser: Denoiser, cond: Conditioning | None, count: int, **settings: 
 
 
 def guidance(zoo: Zoo) -> Iterator[Row]:
-    """Yield a row for every kind of guidance of one model, for DDIM with 50 steps and the test split's labels."""
+    """Yield a row for every kind of guidance of one model, for DDIM and the test split's labels."""
     digits, model = zoo.digits, zoo.classes()
     labels, n = digits.test_labels, len(digits.test_labels)
     cond = Conditioning(label=labels)
@@ -76,19 +76,19 @@ def guidance(zoo: Zoo) -> Iterator[Row]:
     free = [("no label (scale 0)", 0.0), ("label, no guidance (scale 1)", 1.0)]
     free += [(f"classifier-free {s:g}", s) for s in (1.5, 2.0, 3.0)]
     for name, scale in free:
-        images = draw(model, cond, n, scale=scale)
+        images = draw(model, cond, n, steps=zoo.steps, scale=scale)
         yield Row(name, quality(images, labels, digits), images)
     options = {"scale": 3.0, "rescale": 0.7}
-    images = draw(model, cond, n, **options)
+    images = draw(model, cond, n, steps=zoo.steps, **options)
     yield Row("classifier-free 3, rescale 0.7", quality(images, labels, digits), images)
-    images = draw(model, cond, n, scale=3.0, interval=(0.2, 0.8))
+    images = draw(model, cond, n, steps=zoo.steps, scale=3.0, interval=(0.2, 0.8))
     yield Row("classifier-free 3 in 0.2..0.8 T", quality(images, labels, digits), images)
     for scale in (1.0, 2.0, 4.0):
         guided = ClassifierGuided(scale).wrap(model, SCHEDULE, Guides(log_prob=zoo.classifier().class_log_prob))
-        images = draw(guided, cond, n)
+        images = draw(guided, cond, n, steps=zoo.steps)
         yield Row(f"classifier {scale:g}", quality(images, labels, digits), images)
     for scale in (1.5, 2.0):
-        images = draw(Autoguided(scale).wrap(model, SCHEDULE, Guides(weak=zoo.weak())), cond, n)
+        images = draw(Autoguided(scale).wrap(model, SCHEDULE, Guides(weak=zoo.weak())), cond, n, steps=zoo.steps)
         yield Row(f"autoguidance {scale:g}", quality(images, labels, digits), images)
 
 
@@ -115,7 +115,7 @@ def samplers(zoo: Zoo, budgets: tuple[int, ...], longest: int) -> Iterator[Row]:
 
 def inpainting(zoo: Zoo) -> Iterator[Row]:
     """Yield a row for each of three ways to fill hidden pixels of the test split, all with the class given."""
-    digits = zoo.digits
+    digits, steps = zoo.digits, zoo.steps
     truth, labels, n = digits.test, digits.test_labels, len(digits.test)
     numbers = torch.arange(n)
     mask = random_mask(SEED, numbers, SHAPE[1:])
@@ -127,25 +127,27 @@ def inpainting(zoo: Zoo) -> Iterator[Row]:
     hidden = torch.where(mask, truth, 0.0)
     yield Row("what is known", _inpainting_scores(hidden, truth, mask, labels, digits), hidden)
     ways: list[tuple[str, int, Iterator[Sample]]] = [
-        ("replacement", 50, Replacement(steps=50)(model, SCHEDULE, x_T, cond, known=truth, mask=mask, noise=noise)),
-        ("replacement", 250, Replacement(steps=250)(model, SCHEDULE, x_T, cond, known=truth, mask=mask, noise=noise)),
+        *(
+            ("replacement", n, Replacement(steps=n)(model, SCHEDULE, x_T, cond, known=truth, mask=mask, noise=noise))
+            for n in (steps, 5 * steps)
+        ),
         (
-            "RePaint (50 steps, jump 1, 5 resamplings)",
-            50 + 4 * 49,
-            RePaint(steps=50, jump_length=1, resamplings=5)(
+            f"RePaint ({steps} steps, jump 1, 5 resamplings)",
+            steps + 4 * (steps - 1),
+            RePaint(steps=steps, jump_length=1, resamplings=5)(
                 model, SCHEDULE, x_T, cond, known=truth, mask=mask, noise=noise
             ),
         ),
     ]
-    for name, nfe, steps in ways:
+    for name, nfe, samples in ways:
         with torch.no_grad():
-            images = last(steps).clamp(-1, 1)
+            images = last(samples).clamp(-1, 1)
         yield Row(name, {"evaluations": nfe, **_inpainting_scores(images, truth, mask, labels, digits)}, images)
     asked = inpainting_condition(truth, mask, cond)
     for kind in ("ancestral", "ddim"):
-        drawn = draw(tuned, asked, n, kind=kind, steps=50, clip=None)
+        drawn = draw(tuned, asked, n, kind=kind, steps=steps, clip=None)
         images = paste(truth, drawn, mask)
-        scores = {"evaluations": 50, **_inpainting_scores(images, truth, mask, labels, digits)}
+        scores = {"evaluations": steps, **_inpainting_scores(images, truth, mask, labels, digits)}
         yield Row(f"fine-tuned model, {kind}", scores, images)
 
 
@@ -177,7 +179,7 @@ def text(zoo: Zoo) -> Iterator[Row]:
             ("classifier-free 2", model, 2.0),
             ("classifier of text 3", ClassifierGuided(3.0).wrap(model, SCHEDULE, reader), 1.0),
         ):
-            images = draw(denoiser, cond, n, scale=scale)
+            images = draw(denoiser, cond, n, steps=zoo.steps, scale=scale)
             scores = quality(images, labels, digits)
             named = {"guidance": how, "prompt accuracy": scores.pop("class accuracy"), **scores}
             yield Row(name, named, images)
@@ -191,7 +193,9 @@ def prompted(zoo: Zoo) -> list[tuple[str, Tensor]]:
     for label, _ in enumerate(WORDS):
         template = label % len(templates)
         cond = captions.of(torch.full((8,), label), torch.full((8,), template))
-        pictures.append((templates[template].format(WORDS[label]), draw(zoo.text(), cond, 8, scale=2.0)))
+        pictures.append(
+            (templates[template].format(WORDS[label]), draw(zoo.text(), cond, 8, steps=zoo.steps, scale=2.0))
+        )
     return pictures
 
 
@@ -234,7 +238,7 @@ class Likelihoods:
     truncation_cost: float
 
 
-def likelihood(zoo: Zoo, batch_size: int = 128, steps: int | None = None) -> Likelihoods:
+def likelihood(zoo: Zoo, batch_size: int = 128, steps: int | None = None, tolerance: float = 1e-5) -> Likelihoods:
     """Return the bound for three variances, all with the same noise, and the ODE with Hutchinson's trace estimate."""
     digits = zoo.digits
     # Clipped, as in sampling: near T the x_0 computed from the predicted eps is otherwise unbounded.
@@ -252,7 +256,8 @@ def likelihood(zoo: Zoo, batch_size: int = 128, steps: int | None = None) -> Lik
         for variance in get_args(ReverseVariance):
             bound = variational_bound(fixed, SCHEDULE, x_0, cond, variance=variance, **options)
             parts[f"bound, variance {variance}"].append(bound)
-        flows.append(ode_bits_per_dim(model, SCHEDULE, x_0, cond, seed=SEED, image_ids=numbers))
+        close: dict[str, Any] = {"rtol": tolerance, "atol": tolerance}
+        flows.append(ode_bits_per_dim(model, SCHEDULE, x_0, cond, seed=SEED, image_ids=numbers, **close))
     bits = {name: mean_bits_per_dim(torch.cat([b.total for b in bounds])) for name, bounds in parts.items()}
     bits["probability-flow ODE"] = mean_bits_per_dim(torch.cat([f.bits_per_dim for f in flows]))
     evaluations = dict.fromkeys(parts, steps or SCHEDULE.num_steps) | {

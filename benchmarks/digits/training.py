@@ -89,11 +89,19 @@ class Zoo:
     Args:
         work: folder of the weights, with the number of training images in each file name.
         scale: factor on the number of training images; 1 for the page.
+        steps: of samplers, where a table does not compare them.
     """
 
     def __init__(
-        self, digits: Labelled, captions: Captions, work: Path, scale: float, say: Callable[[str], None]
+        self,
+        digits: Labelled,
+        captions: Captions,
+        work: Path,
+        scale: float,
+        say: Callable[[str], None],
+        steps: int = 50,
     ) -> None:
+        self.steps = steps
         self.digits, self.captions, self.work, self.scale, self.say = digits, captions, work, scale, say
         self.images = {
             name: max(int(images * scale) // BATCH * BATCH, BATCH)
