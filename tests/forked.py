@@ -11,7 +11,7 @@ from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from typing import Any
 
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import start_processes
 
 FORKING: ForkServerContext = multiprocessing.get_context("forkserver")
 # No modules of the tests: the server finds them only where it is started in the root of the checkout.
@@ -26,4 +26,4 @@ def start_ranks(function: Callable[..., None], arguments: tuple[Any, ...], world
     Raises:
         ProcessRaisedException: one of them has raised an error, and the others were ended.
     """
-    mp.start_processes(function, arguments, nprocs=world, start_method="forkserver")
+    start_processes(function, arguments, nprocs=world, start_method="forkserver")

@@ -73,7 +73,7 @@ def seconds_of_modules(tests: Iterable[Timed]) -> Counter[str]:
     """Return the seconds of each module."""
     found: Counter[str] = Counter()
     for test in tests:
-        found[test.module] += test.seconds  # type: ignore[assignment]
+        found[test.module] += test.seconds
     return found
 
 
@@ -91,7 +91,7 @@ def longest_first(modules: Iterable[str]) -> list[str]:
     recorded: dict[str, float] = json.loads(RECORDED.read_text())
     seconds: Counter[str] = Counter()
     for module in there:
-        seconds[group_of(module)] += recorded.get(module, float("inf"))  # type: ignore[assignment]
+        seconds[group_of(module)] += recorded.get(module, float("inf"))
     return sorted(there, key=lambda module: (-seconds[group_of(module)], group_of(module), module))
 
 
@@ -104,8 +104,8 @@ def main(arguments: list[str]) -> None:
         RECORDED.write_text(json.dumps(slow, indent=1) + "\n")
     fixtures: Counter[str] = Counter()
     for test in tests:
-        fixtures.update(test.fixtures)  # type: ignore[arg-type]
-    rows = {
+        fixtures.update(test.fixtures)
+    rows: dict[str, list[tuple[str, float]]] = {
         f"{len(tests):,} tests, {sum(modules.values()):,.0f} s; the slowest modules": modules.most_common(SHOWN),
         "the slowest tests": [
             (f"{t.module}::{t.name}", t.seconds) for t in sorted(tests, key=lambda t: -t.seconds)[:SHOWN]

@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import evaluators
 from benchmarks.evaluators import Digits, Row
+from ddpm.quality import FeatureMoments
 from pipelines.evaluation.evaluators.base import Encoded
 
 
@@ -37,8 +38,13 @@ def digits():
 @pytest.mark.parametrize("half", [True, False])
 def test_what_an_evaluator_was_shown(digits, half, monkeypatch):
     encoder, references = Columns(), []
-    of = evaluators.FeatureMoments.of
-    monkeypatch.setattr(evaluators.FeatureMoments, "of", lambda features: references.append(features) or of(features))
+    of = FeatureMoments.of
+
+    def noted(features):
+        references.append(features)
+        return of(features)
+
+    monkeypatch.setattr(FeatureMoments, "of", noted)
     found = evaluators.measure(digits, Row(encoder.train, half=half, passes=1), 0, 1)
     shown = {image.numpy().tobytes() for image in encoder.trained_on}
     features = encoder(digits.train).features

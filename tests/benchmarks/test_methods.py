@@ -42,7 +42,7 @@ def published(tmp_path, monkeypatch):
     plan = methods.Plan(base, range(2), 20, real, tmp_path, torch.device("cpu"))
     found = []
     monkeypatch.setattr(methods, "make_plan", lambda options: plan)
-    monkeypatch.setattr(methods, "publish", lambda result, name, quick: found.append(result))
+    monkeypatch.setattr(methods, "publish", lambda result, name, options: found.append(result))
     return found
 
 
@@ -52,7 +52,12 @@ def test_a_run_that_was_cut_off_trains_only_what_is_missing(published, tmp_path,
     assert published[-1]["missing"] == ["muon, seed 0", "base, seed 1", "muon, seed 1"]
     measured = []
     measure = methods.measure
-    monkeypatch.setattr(methods, "measure", lambda plan, *row: measured.append(row) or measure(plan, *row))
+
+    def noted(plan, *row):
+        measured.append(row)
+        return measure(plan, *row)
+
+    monkeypatch.setattr(methods, "measure", noted)
     methods.main(["--methods", "base,muon"])
     assert measured == [("muon", 0), ("base", 1), ("muon", 1)]
     assert published[-1]["missing"] == []

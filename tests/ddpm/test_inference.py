@@ -61,7 +61,7 @@ ONE = RePaint(steps=5, jump_length=2, resamplings=2)
         (MODEL, None, SETTINGS),
         (MODEL, None, Sampling.of(kind="ancestral", steps=6, scale=2.0)),
         (MODEL, Inpainting(IMAGES, MASK, ONE), SETTINGS),
-        (MODEL, Inpainting(IMAGES, MASK, INPAINTERS["replacement"](steps=6)), SETTINGS),
+        (MODEL, Inpainting(IMAGES, MASK, INPAINTERS["replacement"](steps=6)), SETTINGS),  # type: ignore[call-arg]
         (PAINTER, Inpainting(IMAGES, MASK), SETTINGS),
         (MODEL, Editing(IMAGES, 0.5), SETTINGS),
         (MODEL, Editing(IMAGES, 0.5), Sampling.of(kind="ancestral", steps=6)),
@@ -97,7 +97,7 @@ def test_an_interpolation_starts_and_ends_with_the_pictures_of_its_seeds(kind):
     assert (between.diff(dim=0).abs().amax((1, 2, 3)) > 0.01).all()
 
 
-@pytest.mark.parametrize("model, method", [(MODEL, ONE), (MODEL, INPAINTERS["replacement"](steps=6)), (PAINTER, None)])
+@pytest.mark.parametrize("model, method", [(MODEL, ONE), (MODEL, INPAINTERS["replacement"](steps=6)), (PAINTER, None)])  # type: ignore[call-arg]
 def test_known_pixels_come_out_exactly_and_the_others_do_not(model, method):
     drawn = draw(model, Noise.numbered(0, 5), LABELS, Inpainting(IMAGES, MASK, method)).images
     assert torch.equal(drawn[MASK], IMAGES[MASK])

@@ -128,7 +128,11 @@ def test_heun_evaluates_twice_a_step_except_at_the_ends():
     seen = []
 
     def counting(denoiser):
-        return lambda x_t, t, cond: seen.append(t[0].item()) or denoiser(x_t, t, cond)
+        def counted(x_t, t, cond):
+            seen.append(t[0].item())
+            return denoiser(x_t, t, cond)
+
+        return counted
 
     last(Heun(steps=4)(counting(GaussianDenoiser(UNIFORM)), UNIFORM, noise()))
     assert seen == [1024, 768, 768, 512, 512, 256, 256]

@@ -56,9 +56,9 @@ def test_clipping_keeps_image_and_noise_on_the_line_through_x_t():
 def test_unknown_parameterizations_are_named():
     x = torch.zeros(1, 1, 2, 2)
     with pytest.raises(ValueError, match="allowed: eps, x0, v, score, x0_skip"):
-        from_output(x, x, 1, SCHEDULE, "noise")  # type: ignore[arg-type]
+        from_output(x, x, 1, SCHEDULE, "noise")
     with pytest.raises(ValueError, match="allowed: eps, x0, v, score, x0_skip"):
-        target(x, x, 1, SCHEDULE, "noise")  # type: ignore[arg-type]
+        target(x, x, 1, SCHEDULE, "noise")
 
 
 def test_a_network_is_given_the_table_index_of_t():

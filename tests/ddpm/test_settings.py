@@ -78,7 +78,7 @@ def test_an_unknown_choice_is_refused_with_the_nearest_name():
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("guidance", GUIDANCE)
 def test_sampling_survives_json_for_every_pair_of_kinds(sampler, guidance):
-    made = Sampling(SAMPLERS[sampler](steps=7), GUIDANCE[guidance](scale=2.0, interval=(0.1, 0.9)), Clipping(clip=0.5))
+    made = Sampling(SAMPLERS[sampler](steps=7), GUIDANCE[guidance](scale=2.0, interval=(0.1, 0.9)), Clipping(clip=0.5))  # type: ignore[call-arg]
     plain = json.loads(json.dumps(made.to_json()))
     assert Sampling.from_json(plain) == made
     assert (plain["kind"], plain["guidance"], plain["steps"], plain["scale"]) == (sampler, guidance, 7, 2.0)

@@ -68,7 +68,7 @@ def test_weights_go_where_kind_or_number_of_steps_change_and_are_stored_where_th
     assert settings.with_fields(scale=2.0).sampler == settings.sampler
     assert settings.with_fields(steps=4).sampler == GeneralizedSolver(steps=4)
     assert settings.with_fields(kind="ddim").sampler == DDIM(steps=3)
-    assert settings.key()["weights"] == list(settings.sampler.weights)
+    assert settings.key()["weights"] == list(settings.sampler.weights)  # type: ignore[attr-defined]
     assert "weights" not in Sampling(GeneralizedSolver(steps=4)).key()
 
 

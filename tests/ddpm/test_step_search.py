@@ -28,7 +28,7 @@ def found():
 def error(denoiser, exact, kind, levels, seed=7):
     """Root mean square distance of samples to the ends of their trajectories, on noise that no search has seen."""
     x_T = initial_noise(seed, torch.arange(200), SHAPE).double()
-    drawn = last(SAMPLERS[kind](steps=len(levels) - 1)(denoiser, SCHEDULE, x_T, timesteps=levels))
+    drawn = last(SAMPLERS[kind](steps=len(levels) - 1)(denoiser, SCHEDULE, x_T, timesteps=levels))  # type: ignore[call-arg]
     return (drawn - exact(x_T, torch.full((200,), levels[0], dtype=torch.float64)).x0).square().mean().sqrt().item()
 
 
@@ -40,7 +40,7 @@ def test_a_local_error_is_that_of_the_samplers_own_step(found, kind):
     errors = local_errors(found, SCHEDULE, kind)
     for i, j in ((0, 5), (10, 11), (20, 45), (50, 60)):
         step = last(
-            SAMPLERS[kind](steps=1)(DENOISER, SCHEDULE, states[i], timesteps=[found.levels[i], found.levels[j]])
+            SAMPLERS[kind](steps=1)(DENOISER, SCHEDULE, states[i], timesteps=[found.levels[i], found.levels[j]])  # type: ignore[call-arg]
         )
         assert errors[i, i, j].item() == pytest.approx(
             (step - states[j]).square().mean().sqrt().item(), rel=1e-4, abs=1e-8
@@ -101,7 +101,7 @@ def test_they_beat_uniform_ones_where_trajectories_part_and_conditions_guide():
         levels, _ = SEARCH.find(trajectories, SCHEDULE, kind, 5)
         errors = []
         for grid in (levels, SPACINGS["trailing"](SCHEDULE, 5), SPACINGS["karras"](SCHEDULE, 5)):
-            drawn = last(SAMPLERS[kind](steps=5)(guided, SCHEDULE, fresh, labels, timesteps=grid))
+            drawn = last(SAMPLERS[kind](steps=5)(guided, SCHEDULE, fresh, labels, timesteps=grid))  # type: ignore[call-arg]
             errors.append((drawn - ends).square().mean().sqrt().item())
         assert errors[0] < min(errors[1:]), (kind, errors)
 

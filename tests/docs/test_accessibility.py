@@ -69,7 +69,7 @@ def driver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     size, scheme = request.param
     with browser(WIDTHS[size], tmp_path_factory.mktemp("profile")) as opened:
         prefer(opened, scheme)
-        opened.screen = f"{size}-{scheme}"
+        opened.screen = f"{size}-{scheme}"  # type: ignore[attr-defined]
         yield opened
 
 
@@ -83,7 +83,7 @@ def prefer(driver: webdriver.Chrome, scheme: str) -> None:
 def test_a_page_has_no_serious_finding_and_fits_its_screen(driver: webdriver.Chrome, address: str, axe: str, page: str):
     driver.get(f"{address}/{page}.html")
     scheme = driver.execute_script("return document.body.dataset.mdColorScheme")
-    assert scheme == ("slate" if driver.screen.endswith("dark") else "default")
+    assert scheme == ("slate" if driver.screen.endswith("dark") else "default")  # type: ignore[attr-defined]
     driver.execute_script(axe)
     found = driver.execute_async_script("axe.run().then(arguments[arguments.length - 1])")
     serious = [
@@ -92,7 +92,7 @@ def test_a_page_has_no_serious_finding_and_fits_its_screen(driver: webdriver.Chr
         if finding["impact"] in ("serious", "critical")
     ]
     if folder := os.environ.get("DDPM_SCREENSHOTS"):
-        name = f"{page.replace('/', '-')}-{driver.screen}"
+        name = f"{page.replace('/', '-')}-{driver.screen}"  # type: ignore[attr-defined]
         driver.save_screenshot(str(Path(folder) / f"{name}.png"))
     assert not serious, "\n".join(serious)
     wide = driver.execute_script("return document.documentElement.scrollWidth - document.documentElement.clientWidth")

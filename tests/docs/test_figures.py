@@ -26,8 +26,8 @@ Ours is ahead."""
 def test_the_figures_of_a_page_are_those_of_its_files(page):
     text, lines = (ROOT / "docs" / f"{page}.md").read_text(), figures(page)
     assert len(lines.splitlines()) >= 4
-    parts = (each.splitlines(keepends=True) for each in (text, updated(text, lines)))
-    differences = "".join(difflib.unified_diff(*parts, f"docs/{page}.md", "what `make figures` writes there"))
+    there, wanted = (each.splitlines(keepends=True) for each in (text, updated(text, lines)))
+    differences = "".join(difflib.unified_diff(there, wanted, f"docs/{page}.md", "what `make figures` writes there"))
     assert not differences, differences
 
 

@@ -28,7 +28,7 @@ def instructions() -> list[tuple[str, str]]:
     """The Dockerfile as (instruction, arguments), comments dropped and continued lines joined."""
     lines = [line for line in DOCKERFILE.read_text().splitlines() if not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
-    return [tuple(line.split(maxsplit=1)) for line in joined.splitlines() if line.strip()]
+    return [tuple(line.split(maxsplit=1)) for line in joined.splitlines() if line.strip()]  # type: ignore[misc]
 
 
 def final_stage() -> list[tuple[str, str]]:

@@ -91,8 +91,9 @@ class Forks:
     def _end(self) -> None:
         """Kill the process and the command that it has forked."""
         if self._server is not None:
-            for process in (*psutil.Process(self._server.pid).children(), self._server):
-                process.kill()
+            for child in psutil.Process(self._server.pid).children():
+                child.kill()
+            self._server.kill()
             self._server.wait()
             self._server = None
 

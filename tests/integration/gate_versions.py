@@ -62,7 +62,7 @@ def main(name: str, run_id: str, *kinds: str) -> None:
 
         pictures: Tensor | None = None
 
-        def generate(self, labels, *, image_ids, **_):
+        def generate(self, labels, *, image_ids, **_):  # type: ignore[override]
             assert self.pictures is not None
             return self.pictures[labels, image_ids % self.pictures.shape[1]]
 

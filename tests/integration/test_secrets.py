@@ -47,7 +47,7 @@ def planted(local_stack: StackState) -> list[str]:
 @pytest.fixture
 def planted_secrets(local_stack: StackState) -> list[bytes]:
     key = re.search(r"aws_secret_access_key = (.+)", (local_stack.home / "credentials").read_text())
-    return [PASSWORD.encode(), key[1].encode()]  # type: ignore[index]
+    return [PASSWORD.encode(), key[1].encode()]
 
 
 def processes() -> Iterator[tuple[int, bytes]]:

@@ -89,9 +89,9 @@ def forked_workers(at: str | None = None) -> Iterator[None]:
     """
     import pytest
 
-    from pipelines.stack import services
+    from pipelines.stack import processes, services
 
-    plain = services.launch
+    plain = processes.launch
 
     def launch(name: str, command: list[str], home: Path, environment: dict[str, str], *rest: Any, **named: Any) -> Any:
         if name == "ray":
@@ -132,7 +132,7 @@ def head(at: str, arguments: list[str]) -> None:
     from ray.scripts import scripts
 
     init = parameter.RayParams.__init__
-    parameter.RayParams.__init__ = lambda self, *given, **named: init(  # type: ignore[method-assign]
+    parameter.RayParams.__init__ = lambda self, *given, **named: init(
         self, *given, **{"setup_worker_path": STARTER, **named}
     )
     sys.argv = ["ray", *arguments]
@@ -165,7 +165,8 @@ class Server:
             self._selector.close()
             self._listening.close()
             connection.close()
-            be(*json.loads(request), streams)
+            arguments, folder, environment = json.loads(request)
+            be(arguments, folder, environment, streams)
         for stream in streams:
             os.close(stream)
         ended = os.pidfd_open(pid)

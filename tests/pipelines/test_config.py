@@ -255,7 +255,7 @@ def test_a_configuration_is_frozen_and_comes_back_from_plain_values():
     config = compose(["+experiment=digits"])
     assert from_dict(config.model_dump(mode="json")) == config
     with pytest.raises(ValueError, match="frozen"):
-        config.seed = 3
+        config.seed = 3  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ def test_a_method_without_a_sampler_refuses_what_only_a_sampler_has(models, imag
     painted = {"images": [image], "masks": ["half:top"], "method_settings": {"resamplings": 1, "jump_length": 1}}
     own = models["classes"].spec.sampling.to_json()
     request = Inpaint.of(**painted, sampling={"steps": 4, "kind": own["kind"], "scale": 1.5})
-    assert picture(request, models["classes"]).request.method_settings["steps"] == 4
+    assert picture(request, models["classes"]).request.method_settings["steps"] == 4  # type: ignore[attr-defined]
     other = "heun" if own["kind"] != "heun" else "ddim"
     with pytest.raises(
         RequestError, match="repaint takes the steps of a sampler's settings, and not kind: leave that out"
@@ -147,9 +147,9 @@ def test_a_method_without_a_sampler_refuses_what_only_a_sampler_has(models, imag
 
 def test_the_method_follows_what_the_model_was_trained_for(models, image):
     default = Inpaint.of(images=[image], masks=["half:top"], method_settings={"steps": 4})
-    assert picture(default, models["classes"]).request.method == "repaint"
+    assert picture(default, models["classes"]).request.method == "repaint"  # type: ignore[attr-defined]
     trained = Inpaint.of(images=[image], masks=["half:top"])
-    assert picture(trained, models["painter"]).request.method == "trained"
+    assert picture(trained, models["painter"]).request.method == "trained"  # type: ignore[attr-defined]
     with pytest.raises(RequestError, match=r"not trained for inpainting .* use the method replacement or repaint"):
         picture(Inpaint.of(images=[image], masks=["half:top"], method="trained"), models["classes"])
 
@@ -256,7 +256,7 @@ def test_files_of_any_class_lie_in_the_folder_and_can_be_told_apart(folders, mod
         "00003-плюс.png",
     ]
     assert [path.name for path in written.others] == ["film.png", "film.webp"]
-    assert Image.open(written.others[1]).n_frames == 4  # as many as there are steps
+    assert Image.open(written.others[1]).n_frames == 4  # type: ignore[attr-defined]  # as many as there are steps
 
 
 def test_an_ordinary_name_stays_as_it_is():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import ray
 import requests
 
 from pipelines.config import compose
@@ -50,8 +51,8 @@ def test_the_probes_of_the_local_stack_go_past_the_proxy(server: Server, tmp_pat
 
 
 def test_ray_is_reached_past_the_proxy(monkeypatch):
-    monkeypatch.setattr(resources.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(resources.ray, "init", lambda **settings: None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **settings: None)
     resources.connect_ray(compose(["cluster.address=127.0.0.1:6379"]), Storage())
     assert "127.0.0.1" in os.environ["NO_PROXY"].split(",")
 

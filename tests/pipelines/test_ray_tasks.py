@@ -1,9 +1,10 @@
 """Waiting for tasks, without the cluster that would run them."""
 
+import time
+
 import pytest
 import ray
 
-from pipelines import ray_tasks
 from pipelines.ray_tasks import TaskError, finished
 
 GPU_NODE = {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 1.0}}
@@ -20,7 +21,7 @@ class Cluster:
         monkeypatch.setattr(ray, "get", str.upper)
         monkeypatch.setattr(ray, "cancel", self.cancelled.append)
         monkeypatch.setattr(ray, "nodes", lambda: self.nodes)
-        monkeypatch.setattr(ray_tasks.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
 
     def wait(self, waiting, num_returns, timeout):
         assert num_returns == 1
@@ -80,7 +81,13 @@ def test_every_finished_task_begins_the_deadline_anew(monkeypatch):
 def test_so_many_are_taken_at_once_and_another_one_as_each_finishes(monkeypatch):
     taken = []
     cluster = Cluster(monkeypatch, [(task, [CPU_NODE]) for task in "bacd"])
-    results = finished((taken.append(task) or task for task in "abcd"), {"CPU": 1}, "draw", at_once=2)
+
+    def tasks():
+        for task in "abcd":
+            taken.append(task)
+            yield task
+
+    results = finished(tasks(), {"CPU": 1}, "draw", at_once=2)
     assert next(results) == (1, "B")
     assert taken == ["a", "b", "c"]
     assert [*results] == [(0, "A"), (2, "C"), (3, "D")]
@@ -91,5 +98,5 @@ def test_what_nobody_waits_for_any_more_is_cancelled(monkeypatch):
     cluster = Cluster(monkeypatch, [("a", [CPU_NODE])])
     results = finished(["a", "b", "c"], {"CPU": 1}, "draw")
     next(results)
-    results.close()
+    results.close()  # type: ignore[attr-defined]
     assert cluster.cancelled == ["b", "c"]

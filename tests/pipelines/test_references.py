@@ -10,7 +10,7 @@ from ddpm.generate import Sampling
 from ddpm.model import Model, ModelSpec, load_model, save_guides, save_model
 from ddpm.models.classifier import NoisyClassifier
 from ddpm.models.unet import UNet
-from pipelines import references
+from pipelines import tracking
 from pipelines.checkpoints import ModelError
 from pipelines.config import compose
 from pipelines.references import guided, judged_as_before, resolve
@@ -69,7 +69,7 @@ class Run:
 def test_a_model_is_judged_as_by_its_run_but_for_what_overrides_set(monkeypatch):
     recorded = ["evaluation.n=64", "evaluation.seeds=2", "evaluation.evaluator=contrastive", "registry.n=80"]
     run = Run(compose([*recorded, "registry.model=photos", "evaluation.actors=7"]).model_dump(mode="json"))
-    monkeypatch.setattr(references.tracking, "get_run", lambda uri, run_id: run)
+    monkeypatch.setattr(tracking, "get_run", lambda uri, run_id: run)
     given = ["evaluation.n=32", "tracking.uri=http://127.0.0.1:9"]
     plain = compose(given)
     found = judged_as_before(plain, given, "runs:/abc/best")

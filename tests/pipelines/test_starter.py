@@ -24,7 +24,7 @@ def commands(folder, *targets, **variables):
 
 def test_every_command_of_the_makefile_is_understood(tmp_path):
     write_starter(tmp_path / "my pets")
-    verbs = typer.main.get_command(app).commands
+    verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     found = commands(tmp_path / "my pets", "doctor", "plan", "train", "samples", "page", "status", "stop")
     assert [words[0] for words in found] == ["doctor", "plan", "flow", "sample", "serve", "status", "down"]
     for verb, *arguments in found:

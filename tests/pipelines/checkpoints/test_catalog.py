@@ -194,7 +194,7 @@ class Meanwhile(Storage):
         super().__init__()
         self.before, self.after = before, after
 
-    def list(self, uri: str) -> list[Entry]:
+    def list(self, uri: str) -> list[Entry]:  # type: ignore[override]
         self.before()
         found = super().list(uri)
         self.after()

@@ -91,7 +91,7 @@ def test_an_interpolation_ends_at_the_samples_of_its_seeds(ddpm, model):
     _, ends, _ = ddpm("sample", model, "--out", "b", "--labels", 0, "--seeds", "1,2")
     for here, there in ((0, 0), (2, 1)):
         assert np.abs(pixels(between["files"][here]).astype(int) - pixels(ends["files"][there])).max() <= 1
-    assert Image.open("a/interpolation.webp").n_frames == 4  # there and back
+    assert Image.open("a/interpolation.webp").n_frames == 4  # type: ignore[attr-defined]  # there and back
 
 
 def test_inpaint_fills_and_shows_known_result_and_original(ddpm, model, tmp_path):

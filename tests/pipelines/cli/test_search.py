@@ -37,7 +37,7 @@ def test_a_training_study_is_called_after_the_file_of_its_space_wherever_that_li
     own = tmp_path / "mine.yaml"
     own.write_text((conf_dir() / "search" / "schedule.yaml").read_text())
     for space in ("schedule", str(own)):
-        start(lambda space=space: search.training(space=space, overrides=["+experiment=digits"]))
+        start(lambda space=space: search.training(space=space, overrides=["+experiment=digits"]))  # type: ignore[misc]
     start(lambda: search.training(study="other", overrides=["+experiment=digits"]))
     assert [name for _, name, *_ in begun] == ["schedule-digits", "mine-digits", "other"]
 

@@ -109,8 +109,8 @@ def test_scores_are_found_without_a_model_where_an_evaluation_would_have_found_t
     for overrides in SETTINGS:
         config, looked, run = compose(["+experiment=digits", *overrides]), Recorded(), Recorded()
         settings = Sampling.of(steps=config.sampler.steps)
-        found = find_scores(looked, spec, "digest", settings, config, Storage())  # type: ignore[arg-type]
-        tracked = replace(resolved, tracker=run)  # type: ignore[arg-type]
+        found = find_scores(looked, spec, "digest", settings, config, Storage())
+        tracked = replace(resolved, tracker=run)
         authority = Authority.of(config.registry)
         scored = score(tracked, settings, config, Storage(), Silent(), lambda: None, None, authority)
         assert (found, scored.fresh) == (scored.scores, False)
@@ -121,10 +121,10 @@ def test_scores_are_found_without_a_model_where_an_evaluation_would_have_found_t
 
 def test_there_are_no_scores_where_the_run_has_none_or_the_evaluator_is_not_trained(judged, monkeypatch):
     config, settings, run = compose(["+experiment=digits"]), Sampling.of(steps=9), Recorded(there=False)
-    assert find_scores(run, SPEC, "digest", settings, config, Storage()) is None  # type: ignore[arg-type]
+    assert find_scores(run, SPEC, "digest", settings, config, Storage()) is None
     assert run.asked == []
     monkeypatch.setattr(scoring, "find_evaluator", lambda *arguments: None)
-    assert find_scores(Recorded(), SPEC, "digest", settings, config, Storage()) is None  # type: ignore[arg-type]
+    assert find_scores(Recorded(), SPEC, "digest", settings, config, Storage()) is None
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_there_are_no_scores_where_the_run_has_none_or_the_evaluator_is_not_trai
 def test_scores_that_nobody_who_is_trusted_has_signed_are_named_and_not_used(judged, monkeypatch, changed, reason):
     config, settings, said = compose(["+experiment=digits"]), Sampling.of(steps=9), []
     spec = replace(SPEC, lineage={"images_seen": 640})
-    assert find_scores(Recorded(**changed), spec, "digest", settings, config, Storage()) is None  # type: ignore[arg-type]
+    assert find_scores(Recorded(**changed), spec, "digest", settings, config, Storage()) is None
 
     class AgainError(Exception):
         """The model is scored."""
@@ -165,7 +165,7 @@ def test_scores_of_a_model_are_those_of_the_networks_that_guide_it_too(judged, m
         torch.nn.init.zeros_(weak.network.weight)
         monkeypatch.setattr(references, "guided", lambda model, *of, weak=weak: replace(model, weak=weak))
         run = Recorded()
-        find_scores(run, spec, "digest", settings, config, Storage())  # type: ignore[arg-type]
+        find_scores(run, spec, "digest", settings, config, Storage())
         asked += run.asked
     assert asked[0] == asked[1] != asked[2]
 
@@ -212,7 +212,7 @@ def watched(monkeypatch, *, fresh: bool = True) -> list[object]:
 
 def of_run(monkeypatch, published: Published | None, recorded: Sequence[Published] = (), **lineage: str) -> Resolved:
     """Return a model of a run that scores it as the configuration says."""
-    monkeypatch.setattr(scoring.references, "scored_alike", lambda *arguments: True)
+    monkeypatch.setattr(references, "scored_alike", lambda *arguments: True)
     monkeypatch.setattr(scoring, "list_published", lambda tracker, deleted: list(recorded))
     spec = replace(SPEC, sampling=sampling(compose(["+experiment=digits"])), lineage=lineage)
     return Resolved("x", Model(spec, torch.nn.Identity()), tracker=SimpleNamespace(), published=published)
@@ -254,7 +254,7 @@ def test_curves_and_score_line_get_only_scores_that_are_shown(monkeypatch, shown
     run = SimpleNamespace(metrics=lambda *given: written.append("curves"), text=lambda text, name: written.append(name))
     monkeypatch.setattr(tracking, "describe", lambda tracker, parts: written.append("line"))
     scored = Scored(scores(), "evaluation/000000000640-0123abcd4567.json", 640, ("d", "e"), {}, None, 1)
-    scored.record(run, None, None, own=False, shown=shown)  # type: ignore[arg-type]
+    scored.record(run, None, None, own=False, shown=shown)
     assert written == (["curves", scored.artifact, "line"] if shown else [scored.artifact])
 
 
@@ -267,9 +267,9 @@ def test_scores_are_believed_as_they_were_recorded(home):
     )
     authority = Authority.of(compose(["+experiment=digits"]).registry)
     scored = Scored(scores(), "evaluation/000000000640-0123abcd4567.json", 640, ("d", "e"), {}, None, 1)
-    scored.record(run, None, authority.signer, own=False, shown=False)  # type: ignore[arg-type]
+    scored.record(run, None, authority.signer, own=False, shown=False)
     assert list(written) == [scored.artifact.replace("evaluation", "signatures"), scored.artifact]
-    assert scoring._recorded(run, scored.artifact, authority.trust) == scored.scores  # type: ignore[arg-type]
+    assert scoring._recorded(run, scored.artifact, authority.trust) == scored.scores
 
 
 @pytest.mark.parametrize("own, key", [(True, "evaluation"), (False, "evaluation-0123abcd")])
@@ -284,5 +284,5 @@ def test_pictures_of_another_evaluation_have_keys_of_their_own(monkeypatch, own,
     monkeypatch.setattr(tracking, "describe", lambda tracker, parts: None)
     artifact = "evaluation/000000000640-0123abcd4567.json"
     scored = Scored(scores(), artifact, 640, ("d", "e"), {"evaluation": np.zeros((2, 2, 3), np.uint8)}, None, 1)
-    scored.record(run, None, None, own=own)  # type: ignore[arg-type]
+    scored.record(run, None, None, own=own)
     assert drawn == [(key, 640)]

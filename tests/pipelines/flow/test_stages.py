@@ -210,7 +210,7 @@ def test_a_version_counts_where_it_has_the_weights_and_the_scores(registered, di
 
 def looked_for(config, digest):
     run = TrainingResult(tracking.Tracker("u", "r"), "complete", 1, Published("u", 1, digest), None)
-    return Register(config).look(SITE, Results(run=run, evaluation=Plain()))  # type: ignore[arg-type]
+    return Register(config).look(SITE, Results(run=run, evaluation=Plain()))
 
 
 @pytest.mark.parametrize("candidate", [None, "1"])

@@ -99,7 +99,7 @@ def test_a_setting_may_stand_after_an_option_without_a_value(words, overrides):
 
 
 def test_the_options_without_a_value_are_those_of_the_verbs():
-    verbs = typer.main.get_command(app).commands
+    verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     commands = [verbs[verb] for verb in VERBS if verb != "search"]
     commands += [verbs["search"].commands[kind] for kind in ("training", "guidance")]
     flags = [option for command in commands for option in command.params if getattr(option, "is_flag", False)]

@@ -83,7 +83,7 @@ def test_the_schedule_asks_for_every_experiment_once_at_a_time():
 # --- what a child says ---
 
 
-class Child(dg.PipesSubprocessClient):  # type: ignore[misc]
+class Child(dg.PipesSubprocessClient):  # type: ignore[name-defined]
     """Runs nothing, and gives what a child would have said."""
 
     def __init__(self, results, messages):
@@ -190,7 +190,7 @@ def test_the_verdict_of_the_gate_is_a_check_with_its_table_and_a_refusal_is_no_m
     result = FlowResult(Results(version=version, champion=verdict), {}, ("gate",), {"gate": {"served": "s"}})
     told = Told()
     config = compose(["+experiment=digits", "tracking.uri=http://mlflow"])
-    report("gate", result, config, told)  # type: ignore[arg-type]
+    report("gate", result, config, told)
     ((name, check),) = told.checks
     assert (name, check["passed"], check["severity"]) == (CHECK, passed, "ERROR")
     mark = "ok" if passed else "NO"

@@ -19,8 +19,8 @@ from tests.pipelines.registry.version import scores
 TRACKER = SimpleNamespace(url="http://mlflow/run", run_id="r")
 RESULTS = Results(
     dataset=DATASET,
-    run=TrainingResult(TRACKER, "complete", 640, Published("s3://b/published/640", 640, "d" * 64), None),  # type: ignore[arg-type]
-    evaluator=Evaluator(None, "classifier", "e" * 64, "trained on file:///data", "scaled", True, 0.99),  # type: ignore[arg-type]
+    run=TrainingResult(TRACKER, "complete", 640, Published("s3://b/published/640", 640, "d" * 64), None),
+    evaluator=Evaluator(None, "classifier", "e" * 64, "trained on file:///data", "scaled", True, 0.99),
     evaluation=scores(),
     version=ModelVersion("m", "3", "r", {"served_digest": "served", "model_digest": "d" * 64}, ()),
     champion=Verdict(True, "why", "m", "champion", "3"),
@@ -39,7 +39,7 @@ EXPECTED = {
 def test_a_result_is_told_by_its_address_its_digest_and_its_figures(place):
     metadata, digest = facts(place.gives, RESULTS, "http://mlflow")
     expected, version = EXPECTED[place.gives]
-    assert expected.items() <= metadata.items()
+    assert expected.items() <= metadata.items()  # type: ignore[attr-defined]
     assert digest == (version or metadata["digest"])
     if place.gives not in ("dataset", "evaluator"):
         assert metadata["mlflow"]["type"] == "url"

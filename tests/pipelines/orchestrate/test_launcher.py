@@ -41,7 +41,7 @@ def server(answer: bool | str) -> SimpleNamespace:
 
 
 @pytest.fixture
-def instance(tmp_path) -> Iterator[dg.DagsterInstance]:
+def instance(tmp_path) -> Iterator[dg.DagsterInstance]:  # type: ignore[name-defined]
     """An instance as a stack has it, with a run that has started."""
     (tmp_path / "dagster.yaml").write_text(INSTANCE)
     with dg.DagsterInstance.from_config(str(tmp_path)) as instance:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -128,8 +129,13 @@ def test_a_run_of_changed_data_has_the_dataset_and_the_registered_model_of_its_e
 )
 def test_a_job_that_fails_is_an_error_and_one_that_dagster_cancels_is_stopped(monkeypatch, state, message):
     called = []
+
+    def call(name, answer, *arguments):
+        called.append(name)
+        return answer
+
     for name, answer in {"apply": None, "follow": state, "stop": None}.items():
-        monkeypatch.setattr(kubectl, name, lambda *a, name=name, answer=answer: called.append(name) or answer)
+        monkeypatch.setattr(kubectl, name, partial(call, name, answer))
     monkeypatch.setattr(kubectl, "kubectl_of", lambda command: None)
     command = command_of("train", OVERRIDES, LAUNCH, compose(OVERRIDES))
     if message is None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines import tracking
 from pipelines.config import from_dict
 from pipelines.display import Silent
 from pipelines.flow import Site
@@ -14,6 +15,7 @@ from pipelines.flow.ingest import Ingest, write_dataset
 from pipelines.flow.walk import walk
 from pipelines.plan import make
 from pipelines.plan.facts import Mirror
+from pipelines.plan.look import look
 from pipelines.plan.make import find_or_make, find_plan
 from pipelines.plan.services import services_config
 from pipelines.shards.index import read_dataset
@@ -54,7 +56,7 @@ def planned(source, overrides, said):
 def test_a_plan_is_ingested_and_trained_by_and_the_same_command_has_it_again(command, tmp_path, monkeypatch):
     measure_briefly(monkeypatch)
     said = []
-    made = planned(*command, said)
+    made = planned(command[0], command[1], said)
     config = from_dict(made.config)
     assert (config.name, config.registry.model) == ("pets-30m", "pets")
     assert config.data.uri.startswith(f"file://{tmp_path}/root/datasets/pets-8px-")
@@ -64,21 +66,19 @@ def test_a_plan_is_ingested_and_trained_by_and_the_same_command_has_it_again(com
     _, tracker = train_here(tmp_path / "run", dataset, config.model_copy(update={"storage": config.storage}))
     assert max(tracker.points) == 64
 
-    again = planned(*command, said)
+    again = planned(command[0], command[1], said)
     assert again == made
     assert said[-1] == "plan: this command was given before: run pets-30m goes on by its plan"
     assert walk([Ingest(from_dict(again.config))], Site(STORAGE, {}, Silent())).ran == ()
 
 
 def test_the_time_in_which_the_source_is_looked_at_is_part_of_the_budget(command, measured, monkeypatch):
-    look = make.look
-
     def slowly(*arguments, **options):
         time.sleep(0.5)
         return look(*arguments, **options)
 
     monkeypatch.setattr(make, "look", slowly)
-    made = planned(*command, [])
+    made = planned(command[0], command[1], [])
     assert made.machine.looking_s >= LAPTOP.looking_s + 0.5
     assert made.plan.seconds["look and measure"] == made.machine.looking_s
 
@@ -93,7 +93,7 @@ def test_time_for_the_gates_samples_is_kept_where_a_version_has_the_alias(comman
         asked.append((uri, name, alias))
         return "1" if alias == "champion" else None
 
-    monkeypatch.setattr(make.tracking, "version", version)
+    monkeypatch.setattr(tracking, "version", version)
     served = [*overrides, "tracking.uri=http://mlflow"]
     beside = planned(source, served, [])
     alone = planned(source, [*served, "registry.alias=staging"], [])

@@ -95,7 +95,12 @@ def test_the_time_in_which_a_cluster_is_busy_is_not_that_of_the_measurement(monk
 @pytest.mark.parametrize("free", [True, False])
 def test_a_measurement_says_that_it_waits_for_a_busy_cluster_before_it_does(monkeypatch, free):
     said, needed = [], []
-    monkeypatch.setattr(make, "is_free", lambda needs: needed.append(needs) or free)
+
+    def is_free(needs):
+        needed.append(needs)
+        return free
+
+    monkeypatch.setattr(make, "is_free", is_free)
     remote = SimpleNamespace(remote=lambda measurement: measurement)
     monkeypatch.setattr(make, "ray", SimpleNamespace(remote=lambda **asked: lambda call: remote))
     monkeypatch.setattr(make, "finished", lambda tasks, needs, *rest, **bounds: [(0, list(said))])
@@ -183,7 +188,11 @@ def test_drawing_is_measured_beside_busy_cores_and_the_evaluator_alone(monkeypat
         done.append("free")
 
     def known(name, value):
-        return lambda *arguments: done.append(name) or value
+        def call(*arguments):
+            done.append(name)
+            return value
+
+        return call
 
     monkeypatch.setattr(measuring, "others_busy", others_busy)
     monkeypatch.setattr(measuring, "measure_drawing", known("measure_drawing", 7.0))

@@ -1,3 +1,4 @@
+import time
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -289,7 +290,7 @@ def test_an_outage_is_waited_for_and_said_once(registry, gate, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(tracking, "aliases", find)
-    monkeypatch.setattr(module.time, "sleep", sleep)
+    monkeypatch.setattr(time, "sleep", sleep)
     with pytest.raises(KeyboardInterrupt):
         watch(gate.guard())
     assert registry.aliases == {"champion": "1"}

@@ -146,7 +146,7 @@ def opened(data: str, trained: str | None = "file:///old", **fields) -> Opened:
     evidence = None if data == "" else SimpleNamespace(scores=scores(**fields), dataset_uri=data)
     spec = None if trained is None else replace(SPEC, lineage={"dataset_uri": trained})
     assert spec is None or isinstance(spec, ModelSpec)
-    return Opened(None, evidence, (Row("signature", "", "", passed=True),), None, spec)  # type: ignore[arg-type]
+    return Opened(None, evidence, (Row("signature", "", "", passed=True),), None, spec)
 
 
 @pytest.mark.parametrize(

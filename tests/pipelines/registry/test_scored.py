@@ -9,12 +9,13 @@ import torch
 
 from ddpm.generate import Sampling
 from ddpm.model import Model, ModelSpec
-from pipelines import tracking
+from pipelines import references, tracking
 from pipelines.config import compose
 from pipelines.display import Silent
 from pipelines.evaluation.scores import Estimate, Scores
 from pipelines.references import Resolved
 from pipelines.registry import RegistryError, register_scored, scored
+from pipelines.signing import Signer
 from pipelines.tracking import ModelVersion
 from tests.pipelines.checkpoints.tiny import SMALL
 
@@ -53,7 +54,7 @@ def world(monkeypatch):
     def guided(model, settings, uri, storage):
         return replace(model, weak=f"the network of {getattr(settings.guidance, 'weak', None)}")
 
-    monkeypatch.setattr(scored.references, "guided", guided)
+    monkeypatch.setattr(references, "guided", guided)
     monkeypatch.setattr(scored, "check_signing", lambda config: None)
     monkeypatch.setattr(scored, "score_and_record", score)
     monkeypatch.setattr(scored, "register", register)
@@ -67,7 +68,7 @@ def world(monkeypatch):
     monkeypatch.setattr(tracking, "version", version)
     monkeypatch.setattr(tracking, "describe", lambda tracker, parts: found.notes.append(parts["Registered"]))
     monkeypatch.setattr(scored, "digest_of", lambda resolved: "m")
-    monkeypatch.setattr(scored.Signer, "of", lambda config: None)
+    monkeypatch.setattr(Signer, "of", lambda config: None)
     monkeypatch.setattr(tracking, "versions", lambda uri, name: [v for v in found.versions if v.name == name])
     return found
 

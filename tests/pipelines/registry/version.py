@@ -33,7 +33,7 @@ def a_model(seed: int = 0, **parts: Any) -> Model:
     network = UNet(UNET).eval()
     with torch.no_grad():
         for parameter in network.parameters():  # the last layer starts at 0
-            parameter += 0.1 * torch.randn_like(parameter)
+            parameter += 0.1 * torch.randn_like(parameter)  # type: ignore[misc]
     return Model(SPEC, network, **parts)
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipelines.search import observer as module
+from pipelines import tracking
 from pipelines.search.observer import Observer
 from pipelines.search.study import StudyStore
 from pipelines.search.study_config import StudyConfig
@@ -20,9 +20,9 @@ class Mlflow:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.away, self.tags, self.states = False, {}, {}
-        monkeypatch.setattr(module.tracking, "open_run", self.open_run)
+        monkeypatch.setattr(tracking, "open_run", self.open_run)
         for name in ("tags", "params", "metric", "metrics", "tag", "status"):
-            monkeypatch.setattr(module.Tracker, name, self.call(name))
+            monkeypatch.setattr(Tracker, name, self.call(name))
 
     def open_run(self, uri, experiment, name, tags, patience_s):
         self.answer()

@@ -6,18 +6,23 @@ import signal
 from types import SimpleNamespace
 
 import pytest
+import ray
 import torch
 from ray.tune.tune import _setup_signal_catching
 
 from ddpm.generate import Sampling
 from ddpm.model import ModelSpec
+from pipelines import references, tracking
 from pipelines.config import ConfigError, compose, sampling
 from pipelines.display import no_stage_notice
+from pipelines.evaluation.compare import Distance
 from pipelines.evaluation.real import HELD_OUT
-from pipelines.search import studies
+from pipelines.search import guidance_search, studies
 from pipelines.search.guidance_search import base_of
+from pipelines.search.judge import Subject
 from pipelines.search.study import StudyError, StudyStore
 from pipelines.search.study_config import StudyConfig
+from pipelines.search.training_trial import Shared
 from pipelines.tracking import Tracker
 from tests.pipelines.checkpoints.tiny import DATASET, SMALL
 
@@ -38,14 +43,14 @@ class Bench:
         self.ends_with: BaseException = KeyboardInterrupt()
         for method in ("text", "status"):
             monkeypatch.setattr(Tracker, method, self._note(method))
-        monkeypatch.setattr(studies.tracking, "open_run", lambda *given: (Tracker("http://nowhere", "parent"), False))
-        monkeypatch.setattr(studies.references, "resolve", lambda *given, **options: resolved)
+        monkeypatch.setattr(tracking, "open_run", lambda *given: (Tracker("http://nowhere", "parent"), False))
+        monkeypatch.setattr(references, "resolve", lambda *given, **options: resolved)
         monkeypatch.setattr(studies, "read_dataset", lambda uri, storage: DATASET)
         monkeypatch.setattr(studies, "_open_evaluation", lambda *given: (None, SimpleNamespace(encoder=None)))
-        monkeypatch.setattr(studies.Subject, "of", lambda *given: None)
-        monkeypatch.setattr(studies.Distance, "of", lambda real: None)
+        monkeypatch.setattr(Subject, "of", lambda *given: None)
+        monkeypatch.setattr(Distance, "of", lambda real: None)
         monkeypatch.setattr(studies, "connect_ray", lambda config, storage: None)
-        monkeypatch.setattr(studies.guidance_search, "search", self._search)
+        monkeypatch.setattr(guidance_search, "search", self._search)
 
     def _note(self, method):
         return lambda tracker, *given: self.told.append((method, given))
@@ -142,8 +147,8 @@ def test_a_training_study_judges_by_the_captions_of_all_stored_test_images(bench
     monkeypatch.setattr(studies, "open_captions", open_captions)
     monkeypatch.setattr(studies, "held_out_images", lambda real, captions: (torch.zeros(HELD_OUT, 1, 8, 8), captions))
     monkeypatch.setattr(studies, "fresh_images", lambda study, images, cond: None)
-    monkeypatch.setattr(studies.ray, "cluster_resources", lambda: {"CPU": 4.0})
-    monkeypatch.setattr(studies.Shared, "of", share)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    monkeypatch.setattr(Shared, "of", share)
     trained = StudyConfig.model_validate({"kind": "training", "trials": 1, "space": searched})
     silent = {"on_change": lambda observer: None, "notice": no_stage_notice}
     with pytest.raises(KeyboardInterrupt):

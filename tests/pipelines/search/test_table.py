@@ -35,7 +35,7 @@ RECORDS = [
 def rendered(width: int, limit: int | None) -> str:
     console = Console(file=StringIO(), width=width, soft_wrap=True)  # as the command line has it
     console.print(table(load_study("guidance"), RECORDS, limit))
-    return console.file.getvalue()
+    return console.file.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("width", [80, 100, 200])

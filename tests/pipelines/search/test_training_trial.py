@@ -28,7 +28,7 @@ def test_rungs_are_whole_batches_that_end_where_the_run_does(images, batch_size,
 
 def test_a_trial_is_scored_at_its_rungs_alone_whatever_the_base_asks_of_a_run():
     base = compose(["+experiment=digits", "evaluation.every=640", "checkpoint.keep_best=1"])
-    config = trial_config(Shared(study(), base, "s", {}, "parent", None, None, None, None, None), {})  # type: ignore[arg-type]
+    config = trial_config(Shared(study(), base, "s", {}, "parent", None, None, None, None, None), {})
     assert (config.evaluation.every, config.checkpoint.keep_best) == (None, None)
     assert config.evaluation.seed == base.evaluation.seed
 
@@ -40,13 +40,13 @@ def test_trials_on_text_are_judged_by_the_captions_of_test_images():
     held = some_captions([f"b {i}" for i in range(5)], labels=[0, 1, 0, 1, 0]).condition(torch.arange(5), labels=True)
     images = torch.zeros(5, 1, 1, 1)
     chosen, base = study(samples=4, bits_per_dim_images=2), compose(["+experiment=digits"])
-    shared = Shared.of(chosen, base, "s", {}, "parent", None, real, drawn, (images, held))  # type: ignore[arg-type]
+    shared = Shared.of(chosen, base, "s", {}, "parent", None, real, drawn, (images, held))
     order = drawn.shuffled(shared.seed)
     assert torch.equal(shared.cond.pooled, order.pooled[:4])
     assert torch.equal(shared.cond.label, order.labels[:4])
     assert torch.equal(shared.held_out_cond.pooled, held.pooled[:2])
     assert (shared.held_out_cond.label.tolist(), len(shared.held_out)) == ([0, 1], 2)
     labels = replace(held, text=None, text_mask=None, pooled=None)
-    without = Shared.of(chosen, base, "s", {}, "parent", None, real, None, (images, labels))  # type: ignore[arg-type]
+    without = Shared.of(chosen, base, "s", {}, "parent", None, real, None, (images, labels))
     assert (without.cond.present, without.cond.label.bincount().tolist()) == (("label",), [2, 3])
     assert without.held_out_cond.present == ("label",)

@@ -11,7 +11,6 @@ from ddpm.quality import Interval
 from pipelines import registry, tracking
 from pipelines.config import compose
 from pipelines.registry import RegistryError
-from pipelines.search import winner
 from pipelines.search.confirmation import Confirmed
 from pipelines.search.study import StudyStore
 from pipelines.search.winner import register_winner, write_best
@@ -96,7 +95,7 @@ def test_without_a_winner_or_a_registered_version_nothing_is_registered(made, mo
     def refuse(*_):
         raise RegistryError("something is missing")
 
-    monkeypatch.setattr(winner.registry, "register_scored", refuse)
+    monkeypatch.setattr(registry, "register_scored", refuse)
     resolved.version = ModelVersion("digits", "1", "run", {}, ())
     assert register_winner(confirmed(), resolved, "s", BASE, Storage(), notice) is None
     assert said[-1].startswith("the winner is not registered: something is missing; register it with `ddpm register")

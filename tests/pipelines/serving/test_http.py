@@ -219,7 +219,7 @@ def test_a_request_may_have_more_settings_than_pictures(client):
 def test_a_table_is_answered_as_mlflow_answers_it(client, backend):
     rows = {"label": ["3", "8", "3"], "seed": [1, 1, 2]}
     split = {"columns": list(rows), "data": [list(row) for row in zip(*rows.values(), strict=True)]}
-    records = [dict(zip(rows, row, strict=True)) for row in split["data"]]
+    records = [dict(zip(rows, row, strict=True)) for row in split["data"]]  # type: ignore[attr-defined]
     params = {"steps": 3, "scale": 2.5}
     wanted = draw_table(backend.served.model, rows, params).numpy()
     for body in ({"dataframe_split": split}, {"dataframe_records": records}, {"inputs": rows}):

@@ -105,7 +105,7 @@ def test_processes_that_share_a_cache_keep_its_limit_on_the_disk_and_read_every_
     deadline = time.monotonic() + 120
     while any(process.is_alive() for process in ranks):
         assert time.monotonic() < deadline, "the ranks are stuck"
-        found = occupied(cache, [process.pid for process in ranks])
+        found = occupied(cache, [process.pid for process in ranks])  # type: ignore[misc]
         if found is not None:
             peak, looks = max(peak, found), looks + 1
     assert [process.exitcode for process in ranks] == [0] * RANKS

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm.prediction import Conditioning
+from ddpm.conditioning import Conditioning
 from pipelines.shards.fetch import ShardFetcher
 from pipelines.shards.index import ShardInfo, index_tar, make_dataset, sidecar
 from pipelines.shards.ingest.encode import npy, pack_embeddings

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from pipelines.shards import read
 from pipelines.shards.index import DatasetError
 from pipelines.shards.ingest.write import ingest
+from pipelines.shards.members import decode_pixels
 from pipelines.shards.quarantine import Problem, Quarantine, read_quarantine
 from pipelines.shards.stream import ShardDataset, StreamSettings, TrainingStream, open_stream, read_ahead
 from pipelines.storage import Storage
@@ -60,7 +61,7 @@ def test_samples_are_those_of_the_training_stream(dataset, settings):
 
 def test_pixels_that_are_kept_in_memory_are_the_same_and_decoded_once(dataset, settings, monkeypatch):
     decoded = []
-    decode = read.decode_pixels
+    decode = decode_pixels
 
     def counted(*arguments):
         decoded.append(arguments)

@@ -84,7 +84,7 @@ def test_keys_of_other_kinds_are_refused_by_name(tmp_path, kind):
     with pytest.raises(ConfigError, match=rf"registry\.signing_key = .*{kind}; signatures need a key on P-256, P-384"):
         Signer.of(RegistryConfig(model="digits", signing_key=str(path)))
     form = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    path.write_bytes(key.public_key().public_bytes(*form))
+    path.write_bytes(key.public_key().public_bytes(*form))  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match=rf"registry\.trusted_keys = .*{kind}"):
         Trust.of(RegistryConfig(model="digits", trusted_keys=[str(path)]))
 

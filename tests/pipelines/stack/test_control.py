@@ -28,7 +28,8 @@ def sleeping(monkeypatch) -> dict[str, subprocess.Popen]:
         def start(home, running):
             made[name] = subprocess.Popen(SLEEP, start_new_session=True)
             process = psutil.Process(made[name].pid)
-            return Service(process.pid, process.create_time(), *[f"http://{name}"] * 2, (f"http://{name}/health",))
+            url = f"http://{name}"
+            return Service(process.pid, process.create_time(), url, url, (f"{url}/health",))
 
         return start
 

@@ -1,3 +1,4 @@
+import importlib.util
 import stat
 
 import pytest
@@ -7,7 +8,7 @@ from pipelines.stack.private import choose_private
 
 
 def test_dagster_keeps_its_state_in_the_stacks_folder_and_the_users_settings_stay(tmp_path, monkeypatch):
-    monkeypatch.setattr(orchestrator.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     orchestrator.prepare(tmp_path)
     settings = tmp_path / orchestrator.SETTINGS_FILE
     assert stat.S_IMODE((tmp_path / "dagster").stat().st_mode) == 0o700
@@ -23,14 +24,14 @@ def test_dagster_keeps_its_state_in_the_stacks_folder_and_the_users_settings_sta
 
 
 def test_a_private_stack_has_no_page_without_a_password(tmp_path, monkeypatch):
-    monkeypatch.setattr(orchestrator.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     choose_private(tmp_path, True)
     with pytest.raises(StackError, match=r"asks nobody for a password.*ddpm up --shared --orchestrator"):
         orchestrator.prepare(tmp_path)
 
 
 def test_what_is_not_installed_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(orchestrator.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(StackError, match=r"dagster and dagster_webserver.*ddpm-pipelines\[orchestrate\]"):
         orchestrator.prepare(tmp_path)
     assert not (tmp_path / "dagster").exists()

@@ -98,7 +98,7 @@ def test_a_stream_that_breaks_off_says_so_in_time(tmp_path):
     [
         urllib3.exceptions.SSLError("bad record mac"),
         urllib3.exceptions.ProtocolError("broken"),
-        urllib3.exceptions.ReadTimeoutError(None, "/", "timed out"),  # type: ignore[arg-type]
+        urllib3.exceptions.ReadTimeoutError(None, "/", "timed out"),
         ssl.SSLError(1, "decryption failed or bad record mac"),
         socket.gaierror(-3, "Temporary failure in name resolution"),
         TimeoutError("timed out"),
@@ -280,7 +280,12 @@ def test_leave_to_read_is_no_leave_to_write(tmp_path):
 def test_threads_share_a_client_and_make_one_new_one_when_it_expires(tmp_path, monkeypatch):
     made = []
     make = S3Client._make
-    monkeypatch.setattr(S3Client, "_make", lambda self: made.append(1) or make(self))
+
+    def counted(self):
+        made.append(1)
+        return make(self)
+
+    monkeypatch.setattr(S3Client, "_make", counted)
     guard = Guard("old", "ExpiredToken", 400)
     with serving(guard) as server:
         storage = storage_at(server.url, tmp_path, keys="old", token="t")

@@ -96,7 +96,7 @@ def test_what_was_stored_for_a_version_that_was_never_made_is_deleted_and_nothin
 
     monkeypatch.setattr(importlib.import_module("mlflow.pyfunc"), "log_model", log_model)
     monkeypatch.setattr(Pyfunc, "arguments", lambda self: {})
-    pyfunc = Pyfunc({}, Path(), (), (), {}, None, {})  # type: ignore[arg-type]
+    pyfunc = Pyfunc({}, Path(), (), (), {}, None, {})
     kept = {tracking.enter_checkpoint_model(tracker, 640, {}).model_id}
     first = tracking.log_pyfunc(tracker, pyfunc, 640)
     assert tracking.register(tracker, "deleted", first, {}).version == "1"
@@ -123,7 +123,7 @@ def test_a_run_has_the_status_afterwards_that_it_had_before_a_version_was_made_o
 
     monkeypatch.setattr(importlib.import_module("mlflow.pyfunc"), "log_model", log_model)
     monkeypatch.setattr(Pyfunc, "arguments", lambda self: {})
-    pyfunc = Pyfunc({}, Path(), (), (), {}, None, {})  # type: ignore[arg-type]
+    pyfunc = Pyfunc({}, Path(), (), (), {}, None, {})
     tracker.status(status)
     assert tracking.log_pyfunc(tracker, pyfunc, 640) == "m"
     assert client.get_run(tracker.run_id).info.status == status

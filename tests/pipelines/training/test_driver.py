@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from ray.exceptions import ActorUnavailableError
 from ray.train import ControllerError
 
 from ddpm.model import load_model, tensors_digest
+from pipelines import tracking
 from pipelines.checkpoints import ModelError
 from pipelines.config import compose
 from pipelines.storage import Fence, FencedError, Storage
@@ -39,7 +41,7 @@ def job(tmp_path, monkeypatch):
     monkeypatch.setattr(driver, "only_driver", only_driver)
     places = ["storage=file", f"storage.root=file://{tmp_path}", f"data.cache_dir={tmp_path}/cache"]
     config = compose(["+experiment=digits", "images=100", *places])
-    return Job(config, None, Storage(), Tracker(NOBODY, "r", patience_s=0), {})  # type: ignore[arg-type]
+    return Job(config, None, Storage(), Tracker(NOBODY, "r", patience_s=0), {})
 
 
 def fit_to(images: int, error: BaseException | None = None, length: int | None = None):
@@ -107,7 +109,7 @@ def test_only_a_run_that_has_seen_all_its_images_waits_for_evaluations(job, monk
 
 def test_a_complete_run_takes_the_run_over_only_where_something_is_left_to_score(job, monkeypatch):
     recorder, left = Recorder(), []
-    recorder.outstanding = lambda: bool(left)
+    recorder.outstanding = lambda: bool(left)  # type: ignore[attr-defined]
     monkeypatch.setattr(driver, "_evaluations", lambda *arguments: recorder)
     monkeypatch.setattr(driver, "send_unsent", lambda job: None)
     monkeypatch.setattr(Tracker, "is_finished", lambda self: True)
@@ -143,9 +145,9 @@ def test_a_worker_lost_while_it_is_started_is_one_of_the_failures_that_are_allow
     monkeypatch.setattr(driver, "newest_checkpoint", lambda *arguments: SimpleNamespace(images_seen=now[0]))
     cluster = job.config.cluster.model_copy(update={"max_failures": 2})
     config, fence = job.config.model_copy(update={"cluster": cluster}), Fence.take(job.storage, f"{job.run_uri}/driver")
-    job = driver.replace(job, config=config, fence=fence)
+    job = replace(job, config=config, fence=fence)
     said = []
-    found = driver._fit_until_stuck(job, None, None, None, said.append, lambda job, monitor: None)  # type: ignore[arg-type]
+    found = driver._fit_until_stuck(job, None, None, None, said.append, lambda job, monitor: None)
     assert found is error or str(error) in str(found)
     assert len(left_over) == left
     assert all("starting again at" in text for text in said)
@@ -154,7 +156,7 @@ def test_a_worker_lost_while_it_is_started_is_one_of_the_failures_that_are_allow
 
 def test_what_does_not_work_is_told_on_the_terminal_and_on_the_page_of_the_run(job, monkeypatch):
     pages, said = [], []
-    monkeypatch.setattr(driver.tracking, "describe", lambda tracker, parts: pages.append((tracker.patience_s, parts)))
+    monkeypatch.setattr(tracking, "describe", lambda tracker, parts: pages.append((tracker.patience_s, parts)))
     tell = driver.on_the_page(job.tracker, said.append)
     for text in (
         "rank 0: update left out",
@@ -177,10 +179,10 @@ def test_what_the_configuration_shows_is_told_before_the_workers_start(job, monk
         assert any("guidance.scale=1" in text for text in said)
 
     monkeypatch.setattr(driver, "_fit_until_stuck", fit)
-    monkeypatch.setattr(driver.tracking, "describe", lambda *arguments: None)
+    monkeypatch.setattr(tracking, "describe", lambda *arguments: None)
     objective = job.config.objective.model_copy(update={"label_drop": 0.0})
     config = job.config.model_copy(update={"objective": objective})
-    train(Plan(driver.replace(job, config=config), 0, 100), notice=said.append)
+    train(Plan(replace(job, config=config), 0, 100), notice=said.append)
     assert said[0].startswith("not working: guidance.scale = 1.5 needs samples without a condition")
 
 

@@ -37,7 +37,7 @@ def test_what_was_made_in_the_startup_is_freed_after_its_job():
 
     gc.disable()
     node = Node()
-    node.itself = node
+    node.itself = node  # type: ignore[attr-defined]
     gone = weakref.ref(node)
     startup.end_startup()
     del node

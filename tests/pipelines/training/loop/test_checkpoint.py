@@ -15,6 +15,7 @@ from pipelines.checkpoints import load_checkpoint, save_checkpoint
 from pipelines.shards.read import Batch
 from pipelines.storage import Storage, StorageError
 from pipelines.training.loop import step as step_module
+from pipelines.training.loop.task import losses
 from tests.pipelines.training.loop.ranks import NO_GRIDS, SMALL, FolderShell, last_checkpoint, tiny_config, train_here
 
 STEPS, BATCH = 6, 25
@@ -40,7 +41,12 @@ class ReportingShell(FolderShell):
 
 def test_state_json_is_uploaded_once_and_after_all_other_files(digits, tmp_path, monkeypatch):
     uploaded, upload = [], Storage.upload
-    monkeypatch.setattr(Storage, "upload", lambda self, path, uri: uploaded.append(uri) or upload(self, path, uri))
+
+    def noted(self, path, uri):
+        uploaded.append(uri)
+        upload(self, path, uri)
+
+    monkeypatch.setattr(Storage, "upload", noted)
     run(tmp_path, digits)
     folders = {uri.rsplit("/", 1)[0] for uri in uploaded}
     assert len(folders) == 2
@@ -142,7 +148,6 @@ def test_an_update_that_is_not_finite_changes_nothing_but_the_count(digits, tmp_
         found = losses(context, network, batch, *others)
         return torch.where(batch.ordinals == 60, torch.nan, found)
 
-    losses = step_module.losses
     monkeypatch.setattr(step_module, "losses", poisoned)
     shell, tracker = run(tmp_path / "r", digits, None, "tracking.log_every=25")
     assert [math.isfinite(r.loss) for r in shell.reports[:STEPS]] == [True, True, False, True, True, True]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from pipelines.storage import Storage
+from pipelines.storage import Storage, StorageError
 from pipelines.tracking import UnreachableError, outbox
 from pipelines.training.loop import log as run_log
 from pipelines.training.loop.log import finish_log, open_log, send_unsent
@@ -37,7 +37,7 @@ def _impatient(monkeypatch):
 
 def job_of(folder, config, tracker) -> Job:
     storage = config.storage.model_copy(update={"root": f"file://{folder}"})
-    return Job(config.model_copy(update={"storage": storage}), None, Storage(), tracker, {})  # type: ignore[arg-type]
+    return Job(config.model_copy(update={"storage": storage}), None, Storage(), tracker, {})
 
 
 def test_a_finished_run_ends_well_and_another_node_sends_what_mlflow_had_not_taken(
@@ -71,7 +71,7 @@ def test_a_store_that_is_away_as_well_leaves_the_points_on_the_node_and_says_so(
     job = job_of(tmp_path / "r", config, Away())
     log = open_log(job)
     log.metrics({"train/loss": 1.0}, 25)
-    monkeypatch.setattr(Storage, "write", lambda *a, **k: (_ for _ in ()).throw(run_log.StorageError("s3 is away")))
+    monkeypatch.setattr(Storage, "write", lambda *a, **k: (_ for _ in ()).throw(StorageError("s3 is away")))
     finish_log(job, log)
     log.close()
     assert "when the same command runs on this node again (s3 is away)" in caplog.text

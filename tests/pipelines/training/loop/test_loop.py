@@ -10,11 +10,11 @@ import time
 
 import pytest
 import torch
-from torch.multiprocessing import ProcessRaisedException
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 from ddpm import prediction
+from ddpm.conditioning import Conditioning
 from ddpm.model import load_classifier, load_model
-from ddpm.prediction import Conditioning
 from pipelines import checkpoints
 from pipelines.checkpoints import ModelError, complete_checkpoints
 from pipelines.evaluation.plots import MIN_TILE

@@ -82,7 +82,7 @@ def divide_wholes(rank, world, rendezvous):
         mesh = init_device_mesh("cpu", (world,))
         for tensor in whole.values():
             found = on_whole(lambda x: x / x.sum(), distribute_tensor(tensor, mesh, [Shard(0)]))
-            assert torch.equal(found.to_local(), distribute_tensor(tensor / tensor.sum(), mesh, [Shard(0)]).to_local())
+            assert torch.equal(found.to_local(), distribute_tensor(tensor / tensor.sum(), mesh, [Shard(0)]).to_local())  # type: ignore[attr-defined]
             assert found.shape == tensor.shape
             assert torch.equal(on_whole(lambda x: x / x.sum(), tensor), tensor / tensor.sum())
 

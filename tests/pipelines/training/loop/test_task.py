@@ -25,7 +25,7 @@ class Recorder(torch.nn.Module):
 
 def context_of(tmp_path, digits, *overrides) -> RunContext:
     config = tiny_config(tmp_path, 1_000, N, *SMALL, *overrides)
-    job = Job(config, digits, Storage(), MemoryTracker(), {})  # type: ignore[arg-type]
+    job = Job(config, digits, Storage(), MemoryTracker(), {})
     return RunContext.of(job, rank=0, world_size=1, device=torch.device("cpu"))
 
 

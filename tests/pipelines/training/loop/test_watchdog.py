@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch._C import _distributed_c10d
 
+from pipelines import checkpoints
 from pipelines.shards.stream import TrainingStream
 from pipelines.storage import Storage, StorageError
 from pipelines.training.loop import checkpoint, watchdog
@@ -73,7 +74,7 @@ def break_rank(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     elif fault == "checkpoint":
         monkeypatch.setattr(checkpoint, "gather", fail)
     elif fault == "restore":
-        monkeypatch.setattr(checkpoint.checkpoints, "fetch_newest", fail)
+        monkeypatch.setattr(checkpoints, "fetch_newest", fail)
     elif fault == "batch":
         load = TrainingStream._load
         monkeypatch.setattr(TrainingStream, "_load", lambda self, first: broken_read(self, first, load))
@@ -97,7 +98,7 @@ def rank_main(
         often = ["tracking.grid_every=50", "checkpoint.every=50", "tracking.log_every=50"]
         config = tiny_config(folder, 6 * BATCH, BATCH, *often, f"cluster.step_timeout_s={timeout_s}")
         hook = Hook(broken) if fault == "evaluation" else None
-        job = Job(config, dataset, Storage(), MemoryTracker(), {}, evaluation_hook=hook)  # type: ignore[arg-type]
+        job = Job(config, dataset, Storage(), MemoryTracker(), {}, evaluation_hook=hook)
         context = RunContext.of(job, rank=rank, world_size=2, device=torch.device("cpu"))
         try:
             train_rank(context, FolderShell(folder, rank))

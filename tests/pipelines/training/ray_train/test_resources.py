@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import ray
 
 from pipelines.config import ClusterConfig, compose
 from pipelines.storage import Storage
@@ -58,7 +59,7 @@ def test_an_evaluation_on_a_gpu_needs_one_that_no_worker_wants():
 def test_processes_of_a_training_know_which_cluster_is_theirs(monkeypatch, address, told):
     """There may be two on a machine, and Ray's own helpers ask for the only one."""
     settings = {}
-    monkeypatch.setattr(resources.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(resources.ray, "init", lambda **given: settings.update(given))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **given: settings.update(given))
     resources.connect_ray(compose([f"cluster.address={address}"]), Storage())
     assert settings["runtime_env"]["env_vars"].get("RAY_ADDRESS") == told
