@@ -38,7 +38,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 
-from benchmarks.results import ROOT, Size, commit, make_parser, publish
+from benchmarks.results import ROOT, Size, commit, make_parser, publish, python_m
 from benchmarks.stacks import stack_of
 from pipelines import stack
 from pipelines.shards.index import read_dataset
@@ -135,7 +135,7 @@ def measure(
 
 def in_process(system: str, name: str, cores: int, cache: Path, home: Path) -> dict[str, Any]:
     """Return one measurement, made in a process of its own on `cores` cores."""
-    command = [sys.executable, "-m", "benchmarks.data", "--home", str(home)]
+    command = [*python_m("benchmarks.data"), "--home", str(home)]
     command += ["--child", system, name, str(cores), str(cache)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -94,12 +94,14 @@ class Setup:
     precision: Literal["fp32", "bf16"] = "fp32"
     searched: int = 256
 
-    def smallest(self) -> Setup:
-        """Return the setup with a small network, the fewest steps that all rows need, and few solvers."""
-        less = (*SMALLEST, "schedule.num_steps=64")
-        teacher, student = (*self.teacher, *less), (*self.student, *less)
+    def of(self, size: Size) -> Setup:
+        """Return the setup for a size; all but the full one have a short chain, and few solvers."""
+        if size is Size.FULL:
+            return self
+        less = size.of((), ("schedule.num_steps=200",), (*SMALLEST, "schedule.num_steps=64"))
+        teacher, student, searched = (*self.teacher, *less), (*self.student, *less), size.of(256, 64, 16)
         return replace(
-            self, teacher=teacher, student=student, solvers=("unipc",), evaluations=(2, 4), finest=2, searched=16
+            self, teacher=teacher, student=student, solvers=("unipc",), evaluations=(2, 4), finest=2, searched=searched
         )
 
     def teacher_config(self, size: Size) -> Config:
@@ -183,8 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     size, work = options.size, work_folder(options, options.data)
-    setup, samples = SETUPS[options.data], size.of(options.samples, 200, 20)
-    setup = size.of(setup, setup, setup.smallest())
+    setup, samples = SETUPS[options.data].of(size), size.of(options.samples, 200, 20)
     source = str(DATA_SETS[options.data](work).given) if options.data in DATA_SETS else options.data
     pictures = load_labelled(work, source, [*setup.teacher, *evaluator_of(size)])
     table = Table(setup, work, pictures, samples, size)

@@ -2,11 +2,11 @@
 
     python -m benchmarks.overhead [--scaling | --evaluation | --restarts] [--quick] [--json]
 
-It starts its own local stack, unless one is named by --home. Runs alternate between a plain process with its images in memory and the driver of `ddpm
-train`, with the same model, batch size and number of threads. `ratio` is the driver's images/s over the plain
-process's, with one worker of one thread; `scaling` is that of two workers of one thread over one plain process of two
-threads. `pair` is that of two workers over two plain processes of one thread at once, which is what the cores give, and
-`pair_beside_stack` the same where the share of the cores that the stack computes on is left out.
+It starts its own local stack, unless --home names one. Runs alternate between a plain process with its images in memory
+and the driver of `ddpm train`, with the same model, batch size and number of threads. `ratio` is the driver's images/s
+over the plain process's, with one worker of one thread; `scaling` is that of two workers of one thread over one plain
+process of two threads. `pair` is that of two workers over two plain processes of one thread at once, which is what the
+cores give, and `pair_beside_stack` the same where the share of the cores that the stack computes on is left out.
 
 There two workers share a batch. With `--scaling` each of them has a batch as large as that of one worker alone, on
 digits and on images of 32x32 with a network for these.
@@ -29,7 +29,6 @@ import os
 import platform
 import statistics
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -38,7 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.results import Size, commit, make_parser, publish
+from benchmarks.results import Size, commit, make_parser, publish, python_m
 
 if TYPE_CHECKING:
     from pipelines.display import TrainingStatus
@@ -267,7 +266,7 @@ def _median(rows: list[dict[str, float]], key: str) -> float:
 def _bare(threads: int, seconds: float, case: Case = DIGITS, processes: int = 1) -> float:
     """Return the images/s of bare loops in processes of their own, all at once."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [sys.executable, "-m", "benchmarks.overhead", "--bare", case.name, str(threads), str(seconds)]
+    command = [*python_m("benchmarks.overhead"), "--bare", case.name, str(threads), str(seconds)]
     running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
     said = [process.communicate()[0] for process in running]
     for process in running:

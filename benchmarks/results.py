@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
+import sys
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
@@ -34,14 +36,14 @@ def make_parser(program: str, doc: str | None, quick: str, keeps: str | None = N
     Args:
         program: its name in `benchmarks`.
         doc: its docstring, of which the first line describes it.
-        quick: what is less with `--quick`.
+        quick: what is less with `--quick`, which ends within three minutes on two cores unless this says otherwise.
         keeps: what it keeps in its work folder, if it has one.
     """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{program}", description=(doc or "").splitlines()[0])
     parser.set_defaults(size=Size.FULL)
     sizes = parser.add_mutually_exclusive_group()
     for size, means in (
-        (Size.QUICK, f"{quick}; within 3 minutes on 2 cores"),
+        (Size.QUICK, quick),
         (Size.SMOKE, "the least of everything, which measures nothing: a test of all parts"),
     ):
         sizes.add_argument(f"--{size.value}", action="store_const", dest="size", const=size, help=means)
@@ -50,7 +52,7 @@ def make_parser(program: str, doc: str | None, quick: str, keeps: str | None = N
     )
     parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
     if keeps is not None:
-        work = Path(os.environ.get("DDPM_HOME", ROOT / ".ddpm")) / program
+        work = Path(os.environ.get("DDPM_HOME", ROOT / ".ddpm")) / program.partition(".")[0]
         parser.add_argument("--work", type=Path, default=work, help=f"folder that keeps {keeps}")
     return parser
 
@@ -74,6 +76,14 @@ def publish(result: dict[str, Any], name: str, options: argparse.Namespace) -> N
     """Write a result to `benchmarks/results/`, or where the options say, and print it as one line."""
     (out_folder(options, "benchmarks/results") / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
+
+
+def python_m(module: str) -> list[str]:
+    """Return the command that runs a module in a process of its own.
+
+    Tests name an interpreter that has imported torch before, in the environment.
+    """
+    return [*shlex.split(os.environ.get("DDPM_BENCHMARK_PYTHON", sys.executable)), "-m", module]
 
 
 def commit() -> str:

@@ -51,7 +51,8 @@ SYSTEMS: dict[str, dict[str, Any]] = {
 }
 """Settings of sampling by which ours is measured."""
 SHAPE, SEED = (3, 32, 32), 1
-BY_STEPS = {"ancestral": (1000,), "ddim": (50,), "dpm_solver": (15,), "unipc": (4,), "consistency": (2, 1)}
+Counts = dict[str, tuple[int, ...]]
+BY_STEPS: Counts = {"ancestral": (1000,), "ddim": (50,), "dpm_solver": (15,), "unipc": (4,), "consistency": (2, 1)}
 BATCHES = (1, 64)
 
 
@@ -136,8 +137,9 @@ def few_steps(size: Size) -> list[dict[str, Any]]:
     config = compose(["+experiment=digits"])
     network = make_network(config).eval().requires_grad_(False)
     shape, turns = (config.data.channels, config.data.image_size, config.data.image_size), size.of(5, 1, 1)
-    quick = {sampler: counts for sampler, counts in BY_STEPS.items() if sampler != "ancestral"}
-    steps_of = size.of(BY_STEPS, quick, dict.fromkeys(BY_STEPS, (2,)))
+    quick: Counts = {sampler: counts for sampler, counts in BY_STEPS.items() if sampler != "ancestral"}
+    smoke: Counts = dict.fromkeys(BY_STEPS, (2,))
+    steps_of = size.of(BY_STEPS, quick, smoke)
     rows = []
     for sampler, steps in ((sampler, count) for sampler, counts in steps_of.items() for count in counts):
         row: dict[str, Any] = {"sampler": sampler, "steps": steps}

@@ -30,6 +30,9 @@ STUDIES = {
     "cluster.num_workers=1 guidance=none sampler=dpm_solver sampler.steps=10",
 }
 """What follows `ddpm search`, by the kind of the study."""
+QUICK = ["search.trials=3", "search.confirm=1", "search.confirm_samples=64"]
+SMOKE = ["search.trials=1", "search.confirm=1", "search.confirm_samples=64", "search.samples=8", "search.rungs=1"]
+"""What else follows, where less is measured."""
 
 
 def main(arguments: list[str] | None = None) -> None:

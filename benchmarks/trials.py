@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(size: Size) -> dict[str, Any]:
     """Return the measurements of both, with runs alternating."""
-    turns, (few, many) = size.of((3, TRIALS), (1, TRIALS), (1, (0, 1)))
+    turns, (few, many) = size.of((3, TRIALS), (1, TRIALS), (1, (1, 2)))
     overrides = [
         "+experiment=digits", "images=1536", "cluster.num_workers=1", "sampler.steps=2", "guidance=none",
         "model.channels=[32]", "model.attention=[true]", "model.layers_per_block=1",

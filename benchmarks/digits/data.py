@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -22,9 +22,7 @@ UNSEEN = ("a scan of the numeral {}", "please draw a {} for me")
 
 def load_digits(work: Path, size: Size) -> Labelled:
     """Return the digits, ingested into `work`, with the pixels and splits of `ddpm flow +experiment=digits`."""
-    found = load_labelled(work, "digits", ["+experiment=digits", *evaluator_of(size)])
-    test = slice(size.of(None, None, 30))
-    return replace(found, test=found.test[test], test_labels=found.test_labels[test])
+    return load_labelled(work, "digits", ["+experiment=digits", *evaluator_of(size)])
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from benchmarks.digits.data import SEEN, UNSEEN, WORDS
 from benchmarks.digits.training import SCHEDULE, Zoo
-from benchmarks.images import Labelled
 from ddpm.bound import Bound, mean_bits_per_dim, variational_bound
 from ddpm.conditioning import Conditioning
 from ddpm.gaussian import ReverseVariance
@@ -27,7 +26,6 @@ from pipelines.evaluation.images import to_levels
 
 SEED = 1
 SHAPE = (1, 8, 8)
-DRAWS = 200
 
 
 @dataclass(frozen=True)
@@ -39,8 +37,9 @@ class Row:
     images: Tensor
 
 
-def quality(images: Tensor, labels: Tensor, digits: Labelled) -> dict[str, Any]:
+def quality(images: Tensor, labels: Tensor, zoo: Zoo) -> dict[str, Any]:
     """Return class accuracy, Frechet distance to the reference, and precision and recall against the test split."""
+    digits = zoo.digits
     found = digits.evaluator.encoder(to_levels(images))
     real = digits.evaluator.encoder(to_levels(digits.test)).features
     assert found.probabilities is not None
@@ -51,7 +50,7 @@ def quality(images: Tensor, labels: Tensor, digits: Labelled) -> dict[str, Any]:
 
     return {
         "class accuracy": (found.probabilities.argmax(1) == labels).double().mean().item(),
-        "Frechet distance": bootstrap(distance, found.features, draws=DRAWS, seed=0),
+        "Frechet distance": bootstrap(distance, found.features, draws=zoo.draws, seed=0),
         "precision": manifold.precision,
         "recall": manifold.recall,
     }
@@ -72,24 +71,24 @@ def guidance(zoo: Zoo) -> Iterator[Row]:
     digits, model = zoo.digits, zoo.classes()
     labels, n = digits.test_labels, len(digits.test_labels)
     cond = Conditioning(label=labels)
-    yield Row("real test images", quality(digits.test, labels, digits), digits.test)
+    yield Row("real test images", quality(digits.test, labels, zoo), digits.test)
     free = [("no label (scale 0)", 0.0), ("label, no guidance (scale 1)", 1.0)]
     free += [(f"classifier-free {s:g}", s) for s in (1.5, 2.0, 3.0)]
     for name, scale in free:
         images = draw(model, cond, n, steps=zoo.steps, scale=scale)
-        yield Row(name, quality(images, labels, digits), images)
+        yield Row(name, quality(images, labels, zoo), images)
     options = {"scale": 3.0, "rescale": 0.7}
     images = draw(model, cond, n, steps=zoo.steps, **options)
-    yield Row("classifier-free 3, rescale 0.7", quality(images, labels, digits), images)
+    yield Row("classifier-free 3, rescale 0.7", quality(images, labels, zoo), images)
     images = draw(model, cond, n, steps=zoo.steps, scale=3.0, interval=(0.2, 0.8))
-    yield Row("classifier-free 3 in 0.2..0.8 T", quality(images, labels, digits), images)
+    yield Row("classifier-free 3 in 0.2..0.8 T", quality(images, labels, zoo), images)
     for scale in (1.0, 2.0, 4.0):
         guided = ClassifierGuided(scale).wrap(model, SCHEDULE, Guides(log_prob=zoo.classifier().class_log_prob))
         images = draw(guided, cond, n, steps=zoo.steps)
-        yield Row(f"classifier {scale:g}", quality(images, labels, digits), images)
+        yield Row(f"classifier {scale:g}", quality(images, labels, zoo), images)
     for scale in (1.5, 2.0):
         images = draw(Autoguided(scale).wrap(model, SCHEDULE, Guides(weak=zoo.weak())), cond, n, steps=zoo.steps)
-        yield Row(f"autoguidance {scale:g}", quality(images, labels, digits), images)
+        yield Row(f"autoguidance {scale:g}", quality(images, labels, zoo), images)
 
 
 # --- samplers ------------------------------------------------------------------------------------------------
@@ -106,7 +105,7 @@ def samplers(zoo: Zoo, budgets: tuple[int, ...], longest: int) -> Iterator[Row]:
             steps = budget if kind in ("ddim", "dpm_solver", "ancestral") else (budget + 1) // 2
             nfe = steps if kind in ("ddim", "dpm_solver", "ancestral") else 2 * steps - 1
             images = draw(model, cond, n, kind=kind, steps=steps)
-            scores = {"budget": budget, "evaluations": nfe, **quality(images, digits.test_labels, digits)}
+            scores = {"budget": budget, "evaluations": nfe, **quality(images, digits.test_labels, zoo)}
             yield Row(kind, scores, images)
 
 
@@ -125,7 +124,7 @@ def inpainting(zoo: Zoo) -> Iterator[Row]:
     tuned = Clipped(zoo.inpainting(), SCHEDULE)
 
     hidden = torch.where(mask, truth, 0.0)
-    yield Row("what is known", _inpainting_scores(hidden, truth, mask, labels, digits), hidden)
+    yield Row("what is known", _inpainting_scores(hidden, truth, mask, labels, zoo), hidden)
     ways: list[tuple[str, int, Iterator[Sample]]] = [
         *(
             ("replacement", n, Replacement(steps=n)(model, SCHEDULE, x_T, cond, known=truth, mask=mask, noise=noise))
@@ -142,21 +141,21 @@ def inpainting(zoo: Zoo) -> Iterator[Row]:
     for name, nfe, samples in ways:
         with torch.no_grad():
             images = last(samples).clamp(-1, 1)
-        yield Row(name, {"evaluations": nfe, **_inpainting_scores(images, truth, mask, labels, digits)}, images)
+        yield Row(name, {"evaluations": nfe, **_inpainting_scores(images, truth, mask, labels, zoo)}, images)
     asked = inpainting_condition(truth, mask, cond)
     for kind in ("ancestral", "ddim"):
         drawn = draw(tuned, asked, n, kind=kind, steps=steps, clip=None)
         images = paste(truth, drawn, mask)
-        scores = {"evaluations": steps, **_inpainting_scores(images, truth, mask, labels, digits)}
+        scores = {"evaluations": steps, **_inpainting_scores(images, truth, mask, labels, zoo)}
         yield Row(f"fine-tuned model, {kind}", scores, images)
 
 
-def _inpainting_scores(images: Tensor, truth: Tensor, mask: Tensor, labels: Tensor, digits: Labelled) -> dict[str, Any]:
+def _inpainting_scores(images: Tensor, truth: Tensor, mask: Tensor, labels: Tensor, zoo: Zoo) -> dict[str, Any]:
     errors = {
-        "error in the hidden region": bootstrap(_mean, masked_error(images, truth, mask), draws=DRAWS, seed=0),
-        "error across the seam": bootstrap(_mean, seam_error(images, truth, mask), draws=DRAWS, seed=0),
+        "error in the hidden region": bootstrap(_mean, masked_error(images, truth, mask), draws=zoo.draws, seed=0),
+        "error across the seam": bootstrap(_mean, seam_error(images, truth, mask), draws=zoo.draws, seed=0),
     }
-    scores = quality(images, labels, digits)
+    scores = quality(images, labels, zoo)
     return {**errors, "class accuracy": scores["class accuracy"], "Frechet distance": scores["Frechet distance"]}
 
 
@@ -180,7 +179,7 @@ def text(zoo: Zoo) -> Iterator[Row]:
             ("classifier of text 3", ClassifierGuided(3.0).wrap(model, SCHEDULE, reader), 1.0),
         ):
             images = draw(denoiser, cond, n, steps=zoo.steps, scale=scale)
-            scores = quality(images, labels, digits)
+            scores = quality(images, labels, zoo)
             named = {"guidance": how, "prompt accuracy": scores.pop("class accuracy"), **scores}
             yield Row(name, named, images)
 

@@ -90,6 +90,7 @@ class Zoo:
         work: folder of the weights, with the number of training images in each file name.
         scale: factor on the number of training images; 1 for the page.
         steps: of samplers, where a table does not compare them.
+        draws: of the bootstrap intervals.
     """
 
     def __init__(
@@ -100,8 +101,9 @@ class Zoo:
         scale: float,
         say: Callable[[str], None],
         steps: int = 50,
+        draws: int = 200,
     ) -> None:
-        self.steps = steps
+        self.steps, self.draws = steps, draws
         self.digits, self.captions, self.work, self.scale, self.say = digits, captions, work, scale, say
         self.images = {
             name: max(int(images * scale) // BATCH * BATCH, BATCH)

@@ -9,43 +9,31 @@ them. Data sets are measured each within itself: the published file keeps those 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
-from pathlib import Path
 
-from benchmarks.results import ROOT, publish
+from benchmarks.results import out_folder, publish
 from benchmarks.time_to_quality.pictures import DATA_SETS
-from benchmarks.time_to_quality.run import DataSet, conditions
+from benchmarks.time_to_quality.run import DataSet, conditions, parse, work_of
 
 SCALES = (1.0, 1.5, 2.0, 3.0)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run what is missing, and publish the result."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.time_to_quality.guidance", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--work", type=Path, default=ROOT / ".ddpm" / "time_to_quality", help="keeps all parts")
-    parser.add_argument("--budget", type=float, default=600.0, help="seconds of a training")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--data", default="mnist,cifar10", help="names of data sets")
-    parser.add_argument("--samples", type=int, default=1_000, help="with every scale")
-    parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
-    options = parser.parse_args(arguments)
-    work = options.work.resolve() / f"{options.budget:.0f}s"
-    work.mkdir(parents=True, exist_ok=True)
-    path = ROOT / "benchmarks" / "results" / "guidance_scales.json"
+    options = parse(arguments, "time_to_quality.guidance", __doc__, "mnist,cifar10")
+    work = work_of(options)
+    path = out_folder(options, "benchmarks/results") / "guidance_scales.json"
     data = json.loads(path.read_text())["data"] if path.exists() else {}
     for name in options.data.split(","):
         found = DataSet(DATA_SETS[name](options.work.resolve()), work, options.samples)
         rows = [
             found.at_scale(scale, options.budget, seed)
-            for seed, scale in itertools.product(range(options.seeds), SCALES)
+            for seed, scale in itertools.product(range(options.seeds), options.size.of(SCALES, SCALES, SCALES[:1]))
         ]
         judge = {"floor": found.judge.floor, "accuracy": found.judge.accuracy}
         data[name] = conditions(options.samples) | {"budget_s": options.budget, "judge": judge, "rows": rows}
-    publish({"benchmark": "guidance_scales", "data": data}, "guidance_scales", False)
+    publish({"benchmark": "guidance_scales", "data": data}, "guidance_scales", options)
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ class Training:
         self._take_the_fastest()
         shadow = {name: value.clone() for name, value in self.network.state_dict().items()}
         from_s = time.time() - BEGAN
-        length, steps = self.settings.budget_s - from_s, 0
+        length, steps = max(self.settings.budget_s - from_s, 1e-9), 0  # of one step where nothing is left
         while (gone := (time.time() - BEGAN - from_s) / length) < 1:
             # One cycle: a linear warm-up, then half a cosine that ends with the budget.
             rate = self.settings.lr * min(gone / 0.05, 0.5 * (1 + math.cos(math.pi * gone)))

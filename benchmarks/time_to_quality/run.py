@@ -22,7 +22,6 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -32,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from benchmarks.results import ROOT, commit, publish
+from benchmarks.results import ROOT, Size, commit, make_parser, out_folder, publish, python_m
 from benchmarks.time_to_quality.judge import Judge
 from benchmarks.time_to_quality.ours import Side, draw
 from benchmarks.time_to_quality.peer import Settings
@@ -44,44 +43,49 @@ TRIALS = tuple(itertools.product(("eps", "v"), (3e-4, 1e-3)))
 """Prediction and learning rate of the peer's trials."""
 SEED, TRIAL_SAMPLES = 0, 300
 """Of trials."""
-QUICK_BUDGETS_S = 210.0, 240.0
-"""Of `--quick`; a flow of less than three and a half minutes may have no time left to train."""
+QUICK_BUDGET_S = 210.0
+"""Of `--quick`, which has one; a flow of less than three and a half minutes may have no time left to train."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run what is missing, and publish the result and its picture."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.time_to_quality", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--work", type=Path, default=ROOT / ".ddpm" / "time_to_quality", help="keeps all parts")
-    parser.add_argument("--budget", type=float, default=600.0, help="seconds of a training, the longer of two")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--data", default=",".join(DATA_SETS), help="names of data sets")
-    parser.add_argument("--samples", type=int, default=1_000, help="of every model")
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="one data set, seed and trial, budgets of four minutes: a test of all parts",
-    )
-    parser.add_argument("--json", action="store_true", help="print the result as the last line (always done)")
-    options = parser.parse_args(arguments)
-    budgets, trials = (options.budget / 3, options.budget), TRIALS
-    if options.quick:
-        budgets, trials = QUICK_BUDGETS_S, TRIALS[-1:]
-        options.seeds, options.data, options.samples = 1, "mnist", 200
-    work = options.work.resolve() / ("quick" if options.quick else f"{options.budget:.0f}s")
-    work.mkdir(parents=True, exist_ok=True)
-    path = ROOT / "benchmarks" / "results" / "time_to_quality.json"
-    data = {} if options.quick else json.loads(path.read_text())["data"]
+    options = parse(arguments, "time_to_quality", __doc__, ",".join(DATA_SETS))
+    budgets = options.size.of((options.budget / 3, options.budget), (options.budget,) * 2, (options.budget,) * 2)
+    trials = options.size.of(TRIALS, TRIALS[-1:], TRIALS[-1:])
+    work = work_of(options)
+    path = out_folder(options, "benchmarks/results") / "time_to_quality.json"
+    data = json.loads(path.read_text())["data"] if path.exists() else {}
     for name in options.data.split(","):
         measured = DataSet(DATA_SETS[name](options.work.resolve()), work, options.samples).measure(
             budgets, options.seeds, trials
         )
         data[name] = conditions(options.samples) | {"budgets_s": budgets} | measured
-    result = {"benchmark": "time_to_quality", "quick": options.quick, "data": data}
-    if not options.quick:
-        plot(data, ROOT / "docs" / "images" / "time-to-quality.png")
-    publish(result, "time_to_quality", options.quick)
+    result = {"benchmark": "time_to_quality", "quick": options.size is not Size.FULL, "data": data}
+    plot(data, out_folder(options, "docs/images") / "time-to-quality.png")
+    publish(result, "time_to_quality", options)
+
+
+def parse(arguments: list[str] | None, program: str, doc: str | None, data: str) -> argparse.Namespace:
+    """Return the options of this benchmark, or of the one beside it; `data` is the default of theirs."""
+    parser = make_parser(program, doc, "one data set, seed and trial, the shortest flow; takes 11 minutes", "all parts")
+    parser.add_argument("--budget", type=float, default=600.0, help="seconds of a training, the longer of two")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--data", default=data, help="names of data sets")
+    parser.add_argument("--samples", type=int, default=1_000, help="of every model")
+    options = parser.parse_args(arguments)
+    if options.size is not Size.FULL:
+        options.seeds, options.data = 1, "mnist"
+        options.samples, options.budget = options.size.of((0, 0.0), (200, QUICK_BUDGET_S), (20, 1.0))
+    return options
+
+
+def work_of(options: argparse.Namespace) -> Path:
+    """Return the folder which keeps the parts of the trainings with a budget."""
+    folder: Path = options.work.resolve() / (
+        f"{options.budget:.0f}s" if options.size is Size.FULL else options.size.value
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def conditions(samples: int) -> dict[str, Any]:
@@ -205,13 +209,7 @@ class DataSet:
             plain = asdict(self.pictures) | {n: str(path) for n, path in self._folders().items()}
             (folder / "pictures.json").write_text(json.dumps(plain))
             (folder / "settings.json").write_text(json.dumps(asdict(chosen)))
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.time_to_quality.peer",
-                str(folder / "settings.json"),
-                str(folder),
-            ]
+            command = [*python_m("benchmarks.time_to_quality.peer"), str(folder / "settings.json"), str(folder)]
             threads = {"OMP_NUM_THREADS": str(os.cpu_count())}
             subprocess.run(command, env=os.environ | threads, cwd=ROOT, check=True)
             drawn = torch.load(folder / "samples.pt")

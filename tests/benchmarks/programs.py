@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.results import ROOT
 
-SERVICES = ("data", "overhead", "serving", "studies", "time_to_quality", "trials")
+SERVICES = ("data", "overhead", "serving", "studies", "time_to_quality", "time_to_quality.guidance", "trials")
 """Those which need S3, MLflow or Ray."""
+MAIN = "\ndef main(arguments: list[str] | None = None)"
 RESULTS = ROOT / "benchmarks" / "results"
 
 
 def programs() -> list[str]:
     """Return the names of what runs as `python -m benchmarks.NAME` and measures: whatever has a `main`."""
-    files = {path.stem: path for path in (ROOT / "benchmarks").glob("*.py")}
-    files |= {path.parent.name: path for path in (ROOT / "benchmarks").glob("*/run.py")}
-    return sorted(name for name, path in files.items() if "\ndef main(" in path.read_text())
+    found = [path for path in (ROOT / "benchmarks").rglob("*.py") if MAIN in path.read_text()]
+    return sorted(
+        ".".join(path.relative_to(ROOT / "benchmarks").with_suffix("").parts).removesuffix(".run") for path in found
+    )
 
 
-def module_of(name: str) -> str:
-    """Return the module which has the `main` of a program."""
-    return f"benchmarks.{name}.run" if (ROOT / "benchmarks" / name).is_dir() else f"benchmarks.{name}"
+def main_of(name: str) -> Callable[[list[str]], None]:
+    """Return the `main` of a program."""
+    module = f"benchmarks.{name}.run" if (ROOT / "benchmarks" / name).is_dir() else f"benchmarks.{name}"
+    main: Callable[[list[str]], None] = importlib.import_module(module).main
+    return main
 
 
 def files_of_results() -> dict[str, tuple[int, int]]:
@@ -32,11 +37,15 @@ def files_of_results() -> dict[str, tuple[int, int]]:
     return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in RESULTS.rglob("*")}
 
 
+FILES = {"time_to_quality.guidance": "guidance_scales"}
+"""Programs whose results have other names than theirs."""
+
+
 def check(name: str, stdout: str, out: Path) -> None:
     """Make sure that the last line is the result, as it was written, with the figures that are published by name."""
-    found = json.loads(stdout.strip().splitlines()[-1])
-    assert found == json.loads((out / "benchmarks" / "results" / f"{name}.json").read_text())
-    published = json.loads((RESULTS / f"{name}.json").read_text())
+    found, file = json.loads(stdout.strip().splitlines()[-1]), f"{FILES.get(name, name)}.json"
+    assert found == json.loads((out / "benchmarks" / "results" / file).read_text())
+    published = json.loads((RESULTS / file).read_text())
     assert [path for path, value in numbers(found) if not math.isfinite(value)] == []
     assert found.keys() <= published.keys() | {"quick"}
     lacking = {key for key in published if key not in found and not key.startswith("speedup_")}

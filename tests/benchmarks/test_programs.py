@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
+import os
+import subprocess
 
 import pytest
 import torch
 
-from tests.benchmarks.programs import SERVICES, check, files_of_results, module_of, programs
+from benchmarks.results import ROOT, python_m
+from tests.benchmarks.programs import SERVICES, check, files_of_results, main_of, programs
+
+ALONE = sorted({*programs()} - {*SERVICES})
+"""Those which need no service."""
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +31,26 @@ def _settings_of_torch():
 
 
 @pytest.mark.usefixtures("_settings_of_torch")
-@pytest.mark.parametrize("name", sorted({*programs()} - {*SERVICES}))
+@pytest.mark.parametrize("name", ALONE)
 def test_a_benchmark_runs_with_the_least_of_everything(name, home, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("DDPM_HOME", str(home))
     before = files_of_results()
-    importlib.import_module(module_of(name)).main(["--smoke", "--out", str(tmp_path)])
+    main_of(name)(["--smoke", "--out", str(tmp_path)])
     check(name, capsys.readouterr().out, tmp_path)
     assert files_of_results() == before
+
+
+def test_whatever_needs_services_is_there():
+    assert {*SERVICES} <= {*programs()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALONE)
+def test_the_quick_form_ends_within_three_minutes(name, home, tmp_path):
+    command = [*python_m(f"benchmarks.{name}"), "--quick", "--out", str(tmp_path)]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("OMP_")}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment | {"DDPM_HOME": str(home)}, stdout=subprocess.PIPE, text=True, timeout=240
+    )
+    assert done.returncode == 0
+    check(name, done.stdout, tmp_path)
