@@ -25,6 +25,7 @@ CPU = "cpu"
 """The property that says what CPU time a test took, with that of the processes that it has waited for."""
 SHOWN = 25
 GROUPS = {
+    "tests/integration/test_benchmarks.py": "digits",
     "tests/integration/test_flow.py": "digits",
     "tests/integration/test_gate.py": "digits",
     "tests/chaos/test_chaos.py": "arena",
