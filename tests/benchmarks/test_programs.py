@@ -30,6 +30,7 @@ def _settings_of_torch():
     torch.set_float32_matmul_precision(precision)
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("_settings_of_torch")
 @pytest.mark.parametrize("name", ALONE)
 def test_a_benchmark_runs_with_the_least_of_everything(name, home, tmp_path, capsys, monkeypatch):
