@@ -11,6 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,6 +173,11 @@ class Unit:
         """Name of the file of its images."""
         return f"samples-{self.first:09d}.tar"
 
+    @property
+    def name(self) -> str:
+        """Its name among those of the plan."""
+        return f"seed-{self.seed}/{self.first:09d}"
+
     def rows(self, judges: Sequence[str]) -> str:
         """Return the name of the file of what these evaluators say of its images, see `Drawn`."""
         return f"rows-{'-'.join(judges)}-{self.first:09d}.safetensors"
@@ -205,30 +211,34 @@ class SampleFiles:
     def __init__(self, plan: Plan, storage: Storage, authority: Authority | None, notice: Notice) -> None:
         self.plan, self.storage, self.authority, self.notice = plan, storage, authority, notice
         self.uri, self.place = join(plan.folder, RECORD), f"{plan.folder.rsplit('/', 1)[-1]}/{RECORD}"
-        self.digests, self._written = self._read(), time.monotonic()
-
-    def _read(self) -> dict[str, str]:
-        if self.authority is None:
-            return {}
+        self._written = time.monotonic()
         try:
-            return dict(self.authority.unseal(self.storage.read(self.uri), self.place)["files"])
-        except NotFoundError:
-            return {}
+            self.digests = self._read()
         except SignatureError as error:
-            self.notice(f"the samples in {self.plan.folder} are drawn again: who has drawn them is not known ({error})")
-            return {}
+            notice(f"the samples in {plan.folder} are drawn again: who has drawn them is not known ({error})")
+            self.digests = {}
+
+    def _read(self) -> dict[str, dict[str, str]]:
+        """Return unit -> name of a file -> its SHA-256, as they are recorded.
+
+        Raises:
+            SignatureError: nobody who is believed has signed the record.
+        """
+        try:
+            known = {} if self.authority is None else self.authority.unseal(self.storage.read(self.uri), self.place)
+        except NotFoundError:
+            known = {}
+        return dict(known.get("units", {}))
 
     def of(self, unit: Unit) -> dict[str, str]:
         """Return name -> SHA-256 of the files of a unit."""
-        start = f"seed-{unit.seed}/"
-        own = {name.removeprefix(start): digest for name, digest in self.digests.items() if name.startswith(start)}
-        return {name: digest for name, digest in own.items() if f"-{unit.first:09d}." in name}
+        return self.digests.get(unit.name, {})
 
     def add(self, unit: Unit, drawn: DrawnUnit) -> None:
         """Note the files of a unit, and write the record now and then."""
         for name in drawn.changed:
             self.notice(f"{join(unit.folder, name)} was made again: it is gone, or not what was stored")
-        self.digests |= {f"seed-{unit.seed}/{name}": digest for name, digest in drawn.files.items()}
+        self.digests[unit.name] = self.of(unit) | drawn.files
         if time.monotonic() - self._written >= RECORD_EVERY_S:
             self.write()
 
@@ -236,8 +246,10 @@ class SampleFiles:
         """Write the record, with what others have added meanwhile."""
         self._written = time.monotonic()
         if self.authority is not None:
-            self.digests = {**self._read(), **self.digests}
-            self.storage.write(self.uri, self.authority.seal({"files": self.digests}, self.place))
+            with suppress(SignatureError):  # a record by somebody else gives way to this one
+                for unit, files in self._read().items():
+                    self.digests[unit] = files | self.digests.get(unit, {})
+            self.storage.write(self.uri, self.authority.seal({"units": self.digests}, self.place))
 
 
 def balanced_labels(n: int, class_counts: Sequence[int], seed: int) -> NDArray[np.int64]:

@@ -32,10 +32,9 @@ def stored(s3: Storage, root: str, ending: str) -> list[Entry]:
 
 def recorded(s3: Storage, root: str) -> list[Entry]:
     """The rows of samples that the signed record of their evaluation names."""
-    files = [json.loads(json.loads(s3.read(entry.uri))["record"])["files"] for entry in stored(s3, root, "record.json")]
-    return [
-        row for row in stored(s3, root, ".safetensors") if any(row.uri.endswith(name) for of in files for name in of)
-    ]
+    records = [json.loads(json.loads(s3.read(entry.uri))["record"]) for entry in stored(s3, root, "record.json")]
+    files = [name for record in records for unit in record["units"].values() for name in unit]
+    return [row for row in stored(s3, root, ".safetensors") if row.uri.rpartition("/")[2] in files]
 
 
 def evaluate(root: str, actors: int) -> list[str]:

@@ -132,7 +132,8 @@ def test_what_is_stored_is_believed_by_its_signature_and_place(home, drawing, tm
     stranger = own_authority(
         f"registry.signing_key={write_key(tmp_path / 'other.pem', ec.generate_private_key(ec.SECP256R1()))}"
     )
-    assert signing(drawing, said, stranger).of(drawing.unit) == {}
+    theirs = signing(drawing, said, stranger)
+    assert theirs.of(drawing.unit) == {}
     assert "drawn again: who has drawn them is not known" in said[-1]
 
     other = SimpleNamespace(**vars(drawing) | {"plan": replace(drawing.plan, model_digest="another")})
@@ -144,8 +145,9 @@ def test_what_is_stored_is_believed_by_its_signature_and_place(home, drawing, tm
 def test_two_evaluations_at_once_add_to_one_record(home, drawing):
     authority, said = own_authority(), []
     ours, theirs = (signing(drawing, said, authority) for _ in range(2))
-    ours.digests["seed-1/a"], theirs.digests["seed-1/b"] = "1", "2"
+    ours.digests["seed-1/0"], theirs.digests["seed-1/1"] = {"a": "1"}, {"b": "2"}
+    theirs.digests["seed-1/0"] = {"c": "3"}  # of another evaluator
     ours.write()
     theirs.write()
-    assert signing(drawing, said, authority).digests == {"seed-1/a": "1", "seed-1/b": "2"}
+    assert signing(drawing, said, authority).digests == {"seed-1/0": {"a": "1", "c": "3"}, "seed-1/1": {"b": "2"}}
     assert said == []
