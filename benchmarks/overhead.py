@@ -202,7 +202,7 @@ def run_evaluation(bench: _Bench, size: Size) -> dict[str, Any]:
 
 def run(bench: _Bench, size: Size) -> dict[str, Any]:
     """Return the measurements of both, by turns."""
-    seconds, turns = size.of((90.0, 5), (20.0, 2), (0.5, 1))
+    seconds, turns = size.of((90.0, 5), (10.0, 1), (0.5, 1))
     first = _bare(1, seconds)
     one = [bench.turn(DIGITS, 1, seconds, first, f"one-{i}") for i in range(turns)]
     two = [bench.turn(DIGITS, 2, seconds, first, f"two-{i}") for i in range(max(1, turns // 2))]

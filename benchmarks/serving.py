@@ -86,7 +86,8 @@ Send = Callable[[Ask], tuple[str | None, Any]]
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark and publish its result."""
     parser = make_parser("serving", __doc__, quick="fewer clients, requests and rounds", keeps="the trained model")
-    parser.add_argument("--home", type=Path, help="folder of a stack that runs; default: one of its own")
+    home = "folder of a stack that runs and has no model `serving`; default: one of its own"
+    parser.add_argument("--home", type=Path, help=home)
     options = parser.parse_args(arguments)
     from benchmarks.stacks import stack_of
 
