@@ -148,6 +148,17 @@ def main(name: str, run_id: str, *kinds: str) -> None:
         )
         return asked(made)
 
+    def code_in_an_encoder() -> dict[str, object]:
+        """Ask about a version into which an encoder of texts was put that would bring code of its own."""
+        made = version(good, own)
+        module = json.dumps([{"idx": 0, "name": "0", "path": "", "type": "evil.Module"}]).encode()
+
+        def put(at: str) -> None:
+            storage.write(at.replace("/model.json", "/text_encoder/modules.json"), module)
+
+        _each_artifact(uri, storage, made, "model.json", put)
+        return asked(made)
+
     def tampered_tag() -> dict[str, object]:
         made = version(good, own)
         tracking.set_version_tags(uri, name, made.version, {"frechet_distance": "0.0001"})
@@ -247,6 +258,7 @@ def main(name: str, run_id: str, *kinds: str) -> None:
         "shifted copies": lambda: drawn(replay(torch.roll(by_class, 1, dims=-1))),
         "unsigned": unsigned,
         "tampered weights": tampered_weights,
+        "code in an encoder": code_in_an_encoder,
         "tampered tag": tampered_tag,
         "untrusted key": untrusted_key,
         "other quarantine": other_quarantine,

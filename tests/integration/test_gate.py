@@ -65,6 +65,20 @@ def test_a_worse_version_is_refused_and_judged_once(good, shell, client):
     assert aliases(client)["champion"] == "2"
 
 
+@pytest.mark.slow
+def test_a_dry_run_tells_nothing_of_the_noise_that_decides_and_is_no_attempt(good, shell, client, s3: Storage):
+    log = f"s3://ddpm/registry/{NAME}/champion"
+    asked = ["promote", f"models:/{NAME}/1", "--alias", "champion", *SHORT, "registry.n=380", "--json"]
+    entries = len(s3.list(log))
+    told = shell(*asked, "--dry-run").answer
+    assert len(s3.list(log)) == entries
+    assert shell(*asked, "--dry-run").answer["reason"] == told["reason"]
+    decided = shell(*asked).answer
+    assert len(s3.list(log)) == entries + 1
+    assert (told["passed"], decided["passed"]) == (False, False)
+    assert told["reason"] != decided["reason"]  # the distances of other samples
+
+
 def test_a_rollback_gives_the_alias_back_and_is_told_before_it_is_done(good, shell, client, s3: Storage):
     entries = len(s3.list(f"s3://ddpm/registry/{NAME}/champion"))
     asked = ["promote", f"models:/{NAME}", "--alias", "champion", "--rollback", *SHORT]
@@ -88,6 +102,7 @@ EXPECTED = {
     "copies": "not copies",
     "unsigned": "signature",
     "tampered weights": "signature",
+    "code in an encoder": "signature",
     "tampered tag": "tags",
     "untrusted key": "signature",
     "missing dataset": "data",
