@@ -235,7 +235,8 @@ def find_scores(
 ) -> Scores | None:
     """Return the scores that a run has of a model with the same settings, data and evaluator; None without any.
 
-    Neither is the model loaded, nor an evaluator trained, nor anything written.
+    Neither is the model loaded, but for networks that the settings name to guide it, nor an evaluator trained, nor
+    anything written.
 
     Args:
         spec: description of the model.
@@ -373,8 +374,8 @@ def _guided_digest(model_digest: str, model: Model, settings: Sampling) -> str:
     for setting in settings_of(type(settings.guidance)):
         if setting.reference and getattr(settings.guidance, setting.name) is not None:
             guide = getattr(model, setting.name)
-            network = guide.network if isinstance(guide, Model) else guide
-            decisive += [setting.name, tensors_digest(network.state_dict())]
+            digest = weights_digest(guide) if isinstance(guide, Model) else tensors_digest(guide.state_dict())
+            decisive += [setting.name, digest]
     return _sha256(json.dumps([model_digest, *decisive])) if decisive else model_digest
 
 
