@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from pipelines.display import Notice
-from pipelines.ray_tasks import TaskError, fits
+from pipelines.ray_tasks import TaskError, fits, named
 
 LOOK_EVERY_S = 5.0
 RETRIES = 3
@@ -148,10 +148,9 @@ class ActorPool:
                 continue
             short_since = now if short_since is None else short_since
             if now - short_since >= self.patience_s:
-                asked = " and ".join(f"{need:g} {name}" for name, need in self.needs.items())
                 raise TaskError(
-                    f"this work needs {asked} on one node, and for {self.patience_s:.0f} s no node of the Ray "
-                    "cluster has had that: add such a node, or lower cluster.gpus_per_worker"
+                    f"this work needs {named(self.needs)} on one node, and for {self.patience_s:.0f} s no node of the "
+                    "Ray cluster has had that: add such a node, or lower cluster.gpus_per_worker"
                 )
 
 

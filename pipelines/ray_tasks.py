@@ -71,7 +71,7 @@ def finished(
                 short_since = now
             if short_since is not None and now - short_since >= patience_s:
                 raise TaskError(
-                    f"tasks that {what}, {len(places)} of them, wait for {_named(needs)} on one node, and for "
+                    f"tasks that {what}, {len(places)} of them, wait for {named(needs)} on one node, and for "
                     f"{patience_s:.0f} s no node of the Ray cluster has had that: add such a node, or lower "
                     "cluster.gpus_per_worker"
                 )
@@ -96,5 +96,6 @@ def fits(needs: Mapping[str, float]) -> bool:
     return any(all(node.get(name, 0.0) >= need for name, need in needs.items()) for node in nodes)
 
 
-def _named(needs: Mapping[str, float]) -> str:
+def named(needs: Mapping[str, float]) -> str:
+    """Return in words what a task or actor asks for, by Ray's names."""
     return " and ".join(f"{need:g} {name}" for name, need in needs.items() if need)

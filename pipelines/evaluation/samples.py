@@ -27,7 +27,7 @@ from pipelines.evaluation.images import unpack_samples
 from pipelines.evaluation.prompts import PromptRows, Prompts
 from pipelines.evaluation.real import Real
 from pipelines.evaluation.rows import Rows
-from pipelines.signing import Authority, SignatureError
+from pipelines.signing import Authority, SignatureError, seal, unseal
 from pipelines.storage import NotFoundError, Storage, join
 
 RECORD = "record.json"
@@ -224,11 +224,13 @@ class SampleFiles:
         Raises:
             SignatureError: nobody who is believed has signed the record.
         """
+        if self.authority is None:
+            return {}
         try:
-            known = {} if self.authority is None else self.authority.unseal(self.storage.read(self.uri), self.place)
+            content = self.storage.read(self.uri)
         except NotFoundError:
-            known = {}
-        return dict(known.get("units", {}))
+            return {}
+        return dict(unseal(content, self.place, self.authority.trust)["units"])
 
     def of(self, unit: Unit) -> dict[str, str]:
         """Return name -> SHA-256 of the files of a unit."""
@@ -249,7 +251,7 @@ class SampleFiles:
             with suppress(SignatureError):  # a record by somebody else gives way to this one
                 for unit, files in self._read().items():
                     self.digests[unit] = files | self.digests.get(unit, {})
-            self.storage.write(self.uri, self.authority.seal({"units": self.digests}, self.place))
+            self.storage.write(self.uri, seal({"units": self.digests}, self.place, self.authority.signer))
 
 
 def balanced_labels(n: int, class_counts: Sequence[int], seed: int) -> NDArray[np.int64]:

@@ -64,15 +64,3 @@ class Authority:
         """
         signer = Signer.of(config)
         return cls(signer, Trust.of(config))
-
-    def seal(self, plain: Mapping[str, Any], place: str) -> bytes:
-        """Return a record as the content of a file, signed."""
-        return seal(plain, place, self.signer)
-
-    def unseal(self, content: bytes, place: str) -> dict[str, Any]:
-        """Return what a file records.
-
-        Raises:
-            SignatureError: nobody who is believed has signed it for this place.
-        """
-        return unseal(content, place, self.trust)

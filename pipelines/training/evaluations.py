@@ -20,6 +20,7 @@ from pipelines.config import Config
 from pipelines.display import Notice
 from pipelines.errors import ConfigError, PipelineError
 from pipelines.evaluation.scoring import Scored
+from pipelines.ray_tasks import named
 from pipelines.retry import TransientError
 from pipelines.signing import Signer
 from pipelines.storage import FencedError
@@ -199,7 +200,7 @@ class Evaluations:
         if ended and older:
             self._leave_out(older)
         elif not ended and not self.has_room():
-            asked = " and ".join(f"{need:g} {name}" for name, need in needs(self.config).items())
+            asked = named(needs(self.config))
             self._say_once(
                 f"the evaluation at {newest.images_seen:,} images, and later ones, wait: no node of the cluster has "
                 f"{asked} free beside what the training may want. When it has ended, the newest checkpoint is scored",
