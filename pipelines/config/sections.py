@@ -325,6 +325,9 @@ class RegistryConfig(Section):
     trusted_certificates: tuple[str, ...] = Field(
         (), description="root certificates (PEM) below which signatures are believed"
     )
+    trusted_evaluators: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = Field(
+        (), description="SHA-256 of records of evaluators that are believed although nobody who is trusted signed them"
+    )
 
     @field_validator("model")
     @classmethod

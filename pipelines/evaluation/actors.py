@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,7 +22,8 @@ from pipelines.evaluation.prompts import Prompts
 from pipelines.evaluation.rows import Rows
 from pipelines.evaluation.samples import Drawn, DrawnUnit, Plan, Request, SampleFiles, Unit
 from pipelines.ray_actors import ActorPool, PooledActor, processors
-from pipelines.storage import NotFoundError, Storage, join
+from pipelines.signing import Derived
+from pipelines.storage import Storage
 
 
 def sampling_actors(
@@ -70,10 +70,11 @@ class _SamplingActor(PooledActor):
             believed: name of a file -> its SHA-256.
         """
         name = unit.rows(self.judges)
-        data = self._stored(unit, name, believed)
+        stored = plan.stored(self.storage)
+        data = stored.read(unit.path(name), believed.get(name))
         if data is not None:
             return DrawnUnit(load(data), {name: believed[name]}, ())
-        images, finite, files = self._images(unit, plan, believed)
+        images, finite, files = self._images(unit, plan, stored, believed)
         # Drawn and stored images may differ in the stride of a single channel, by which convolutions choose how to add.
         levels = torch.from_numpy(images).permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
         encoded = self.encode(levels.to(self.device))
@@ -82,29 +83,17 @@ class _SamplingActor(PooledActor):
             rows["probabilities"] = encoded.probabilities.numpy()
         if self.match is not None:
             rows["vectors"] = self.match(levels.to(self.device)).features.numpy()
-        data = save(rows)
-        self.storage.write(join(unit.folder, name), data)
-        files |= {name: hashlib.sha256(data).hexdigest()}
+        files |= {name: stored.write(unit.path(name), save(rows))}
         return DrawnUnit(rows, files, tuple(name for name in (unit.shard, name) if name in believed))
 
-    def _stored(self, unit: Unit, name: str, believed: Mapping[str, str]) -> bytes | None:
-        """Return a stored file of a unit; None where it is not there, or not what is believed."""
-        if name not in believed:
-            return None
-        try:
-            data = self.storage.read(join(unit.folder, name))
-        except NotFoundError:
-            return None
-        return data if hashlib.sha256(data).hexdigest() == believed[name] else None
-
     def _images(
-        self, unit: Unit, plan: Plan, believed: Mapping[str, str]
+        self, unit: Unit, plan: Plan, stored: Derived, believed: Mapping[str, str]
     ) -> tuple[NDArray[np.uint8], NDArray[np.bool_], dict[str, str]]:
         """Return the samples of a unit, uint8 [N, H, W, C], which are finite, and their file's SHA-256 by its name.
 
         They are the stored ones, else new ones.
         """
-        data = self._stored(unit, unit.shard, believed)
+        data = stored.read(unit.path(unit.shard), believed.get(unit.shard))
         if data is not None:
             return *unpack_samples(data, self.model.spec.shape[0]), {unit.shard: believed[unit.shard]}
         labels = None if unit.labels is None else torch.from_numpy(unit.labels).to(self.device)
@@ -123,8 +112,7 @@ class _SamplingActor(PooledActor):
         finite = images.isfinite().flatten(1).all(1).cpu().numpy()
         levels = to_uint8(images).cpu().numpy()
         data = pack_samples(levels, unit.labels, unit.first, finite)
-        self.storage.write(join(unit.folder, unit.shard), data)
-        return levels, finite, {unit.shard: hashlib.sha256(data).hexdigest()}
+        return levels, finite, {unit.shard: stored.write(unit.path(unit.shard), data)}
 
     def noise(self, count: int, seed: int) -> NDArray[np.float32]:
         """Return the features of images of noise, which no model should be as bad as."""

@@ -16,7 +16,7 @@ from pipelines.display import Notice, Progress, no_notice, no_progress
 from pipelines.evaluation.actors import draw, sampling_actors
 from pipelines.evaluation.compare import Comparison
 from pipelines.evaluation.copies import Copies, look_for_copies
-from pipelines.evaluation.evaluators.base import Evaluator
+from pipelines.evaluation.data import EvaluationData
 from pipelines.evaluation.likelihoods import BATCH as LIKELIHOOD_BATCH
 from pipelines.evaluation.likelihoods import Bounds, Likelihood
 from pipelines.evaluation.prompts import Prompts
@@ -27,7 +27,6 @@ from pipelines.evaluation.scores import Estimate, Scores
 from pipelines.ray_actors import ActorPool
 from pipelines.scratch import scratch_folder
 from pipelines.signing import Authority
-from pipelines.storage import Storage
 
 NOISE_IMAGES = 1_024
 """Images of noise, at most, of which the ceilings are."""
@@ -38,13 +37,13 @@ class Evaluation:
     """Scores, and what they are of.
 
     Attributes:
-        plan: which samples were drawn, and where they are.
+        files: the samples that were drawn.
         likelihoods: of some test images; None where none was asked for.
         copies: what was found of copies of training images; None where there are too few images to say.
     """
 
     scores: Scores
-    plan: Plan
+    files: SampleFiles
     likelihoods: Likelihood | None
     copies: Copies | None
 
@@ -53,11 +52,8 @@ def evaluate(
     model: Model,
     model_digest: str,
     request: Request,
-    real: Real,
-    evaluator: Evaluator,
-    storage: Storage,
+    data: EvaluationData,
     *,
-    dataset_digest: str,
     authority: Authority | None = None,
     prompts: Prompts | None = None,
     progress: Progress = no_progress,
@@ -70,14 +66,16 @@ def evaluate(
     Args:
         model: with the guiding networks that the settings need.
         model_digest: SHA-256 of its weights, under which its samples are kept.
+        data: what judges the samples.
         authority: says whose stored samples are believed, and signs the new ones; None to draw all of them.
         prompts: captions that samples are drawn from; None for a model that is not on text, or data without captions.
     """
+    real, evaluator = data.real, data.evaluator
     plan = Plan.of(model, model_digest, request, real, prompts)
     with tempfile.TemporaryDirectory(prefix="evaluation-", dir=scratch_folder()) as scratch:
         folder, units = Path(scratch), len(plan.units())
-        with sampling_actors(model, evaluator, storage, request, units, prompts=prompts, notice=notice) as actors:
-            files = SampleFiles(plan, storage, authority, notice)
+        with sampling_actors(model, evaluator, data.storage, request, units, prompts=prompts, notice=notice) as actors:
+            files = SampleFiles(plan, data.storage, authority, notice)
             drawn = draw(actors, files, evaluator, model, folder, progress)
             ((_, noise),) = actors.map("noise", [(min(plan.n, NOISE_IMAGES), plan.seeds[0])])
             likelihoods = _likelihoods(actors, model, real, request)
@@ -99,7 +97,7 @@ def evaluate(
         evaluator_digest=evaluator.digest,
         features=evaluator.encoder.width,
         real_accuracy=evaluator.accuracy,
-        dataset_digest=dataset_digest,
+        dataset_digest=data.dataset.digest,
         stream_digest=real.stream_digest,
         real={"train": real.train.moments.count, "test": real.test.moments.count},
         sampling=request.sampling.to_json(),
@@ -108,7 +106,7 @@ def evaluate(
         prompts=None if prompts is None else prompts.record(),
         bound_variance=None if likelihoods is None else likelihoods.bounds.tighter,
     )
-    return Evaluation(scores, plan, likelihoods, copies)
+    return Evaluation(scores, files, likelihoods, copies)
 
 
 def _likelihoods(actors: ActorPool, model: Model, real: Real, request: Request) -> Likelihood | None:

@@ -7,7 +7,6 @@ train split says whether a sample's own caption is the best match among several 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,11 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddpm.conditioning import Conditioning
-from ddpm.model import ModelSpec
 from ddpm.quality import Measured
 from pipelines.config import Config
 from pipelines.display import Notice, no_notice
-from pipelines.evaluation.evaluators import Evaluator, find_matcher, open_matcher
+from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.evaluators.matcher import Matcher, choices, matched
 from pipelines.evaluation.evaluators.train import prompt_captions
 from pipelines.evaluation.real import held_out_positions
@@ -155,53 +153,6 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
-def open_prompts(
-    spec: ModelSpec,
-    dataset: Dataset,
-    config: Config,
-    storage: Storage,
-    notice: Notice = no_notice,
-    *,
-    connect: Callable[[], object] = lambda: None,
-) -> Prompts | None:
-    """Return the prompts of a model's samples: the test split's captions, and the matcher, which is trained where new.
-
-    Args:
-        notice: called with why there are none, and before the matcher is trained.
-        connect: as for `open_evaluator`.
-
-    Returns:
-        None for a model that is not conditioned on text, and for data without fitting captions.
-    """
-
-    def matcher() -> Evaluator:
-        return open_matcher(config, dataset, storage, notice, connect=connect)
-
-    captions = open_captions(spec.network.text_dim, dataset, config, storage, notice)
-    return _prompts(spec, dataset, captions, matcher)
-
-
-def find_prompts(spec: ModelSpec, dataset: Dataset, config: Config, storage: Storage) -> Prompts | None:
-    """Return the prompts as `open_prompts` does, without a matcher where that was not trained yet."""
-    captions = open_captions(spec.network.text_dim, dataset, config, storage)
-    return _prompts(spec, dataset, captions, lambda: find_matcher(dataset, storage))
-
-
-def _prompts(
-    spec: ModelSpec,
-    dataset: Dataset,
-    found: tuple[Captions, Captions] | None,
-    matcher: Callable[[], Evaluator | None],
-) -> Prompts | None:
-    """Return the prompts of captions; the matcher is asked for where there is something to tell apart."""
-    if found is None:
-        return None
-    captions, held_out = found
-    judge = matcher() if len(captions.different[0]) > 1 else None
-    labelled = bool(spec.classes) and spec.classes == dataset.classes
-    return Prompts(captions, held_out, labelled, judge)
-
-
 def open_captions(
     width: int,
     dataset: Dataset,
@@ -217,7 +168,7 @@ def open_captions(
         held_out: how many of the images of `Real.held_out` these are; None for those of an evaluation.
 
     Returns:
-        None as for `open_prompts`.
+        None for a model that is not conditioned on text, and for data without fitting captions.
     """
     if not width:
         return None

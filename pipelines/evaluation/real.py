@@ -8,12 +8,13 @@ Below `datasets/NAME/features/STREAM-EVALUATOR/` there are
     SPLIT-000000000.safetensors …   features, labels and small copies of the images
     moments.safetensors             of the features of each split
     held-out.safetensors            some test images as they are, for likelihoods
-    real.json                       written last
+    real.json                       names them all with their SHA-256, signed, and is written last
+
+What nobody who is trusted has signed is computed anew: the images and the evaluator are all that decides it.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -38,10 +39,11 @@ from pipelines.evaluation.evaluators.share import reference_mask
 from pipelines.evaluation.images import thumbnail_size, thumbnails, to_levels
 from pipelines.evaluation.rows import Rows
 from pipelines.ray_tasks import finished
-from pipelines.shards.index import Dataset
+from pipelines.shards.index import Dataset, DatasetError
 from pipelines.shards.quarantine import kept_shards, read_quarantine, stream_digest
 from pipelines.shards.read import Batch, opened_split, spread_positions
-from pipelines.storage import NotFoundError, Storage, join
+from pipelines.signing import Authority, Derived, SignatureError
+from pipelines.storage import Storage, join
 
 PART = 4096
 """Images of one stored part, and of one Ray task."""
@@ -51,7 +53,9 @@ HELD_OUT = 256
 IN_FLIGHT = 64
 """Tasks that are submitted at a time."""
 SPLITS = ("train", "test")
-FORMAT = 1
+FORMAT = 2
+"""Of the record; that of earlier releases, 1, was not signed."""
+RECORD, MOMENTS, HELD_OUT_FILE = "real.json", "moments.safetensors", "held-out.safetensors"
 
 
 @dataclass(frozen=True)
@@ -74,18 +78,19 @@ class Real:
     """The real images of a dataset, as an evaluator sees them.
 
     Attributes:
-        uri: the folder in which all of it is stored.
+        stored: the folder in which all of it is.
+        files: names of the files in it -> their SHA-256, as they were signed.
         stream_digest: digest of the dataset with its quarantine.
         train, test: the splits.
     """
 
-    uri: str
+    stored: Derived
+    files: Mapping[str, str]
     stream_digest: str
     train: RealSplit
     test: RealSplit
     width: int
     thumbnail: tuple[int, int, int]
-    storage: Storage
 
     def load(self, split: str, folder: Path, most: int | None = None) -> RealRows:
         """Return features, labels and small copies of the images of a split, in files below `folder`.
@@ -98,7 +103,7 @@ class Real:
         if len(rows.labels) >= count:
             return rows
         for first in range(0, count, PART):
-            part = numpy_load(self.storage.read(join(self.uri, _part_name(split, first))))
+            part = numpy_load(self._read(_part_name(split, first)))
             rows.write(first, {name: array[: count - first] for name, array in part.items()})
         return rows
 
@@ -114,8 +119,22 @@ class Real:
 
     def held_out(self) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
         """Return up to `HELD_OUT` test images, uint8 [N, C, H, W], and their labels [N], if any."""
-        part = numpy_load(self.storage.read(join(self.uri, "held-out.safetensors")))
+        part = numpy_load(self._read(HELD_OUT_FILE))
         return part["images"], part.get("labels")
+
+    def _read(self, name: str) -> bytes:
+        """Return a file.
+
+        Raises:
+            DatasetError: it is gone, or not what was signed.
+        """
+        data = self.stored.read(name, self.files.get(name))
+        if data is None:
+            raise DatasetError(
+                f"{join(self.stored.folder, name)} is gone, or not what {RECORD} beside it says: delete "
+                f"{self.stored.folder}, and the next evaluation reads and encodes the real images anew"
+            )
+        return data
 
 
 @dataclass(frozen=True)
@@ -162,30 +181,39 @@ def open_real(
     """Return what an evaluator says of the real images; they are read and encoded on the Ray cluster the first time.
 
     Args:
-        config: names the cache of shards, and says whether tasks have a GPU.
+        config: names the cache of shards, says whether tasks have a GPU, who signs and who is believed.
 
     Raises:
         DatasetError: the dataset has no train or no test split.
     """
-    quarantine = read_quarantine(dataset.uri, storage)
+    quarantine, authority = read_quarantine(dataset.uri, storage), Authority.of(config.registry)
     stream = stream_digest(dataset, quarantine)
-    uri = join(dataset.uri, "features", f"{stream[:16]}-{evaluator.digest[:16]}")
+    parts = "features", f"{stream[:16]}-{evaluator.digest[:16]}"
+    stored = Derived(storage, join(dataset.uri, *parts), RECORD, "/".join(parts))
     size = thumbnail_size(dataset.image_size, dataset.image_size)
     thumbnail = (dataset.channels, *size)
+    record, why = None, "once for this evaluator"
     try:
-        record = json.loads(storage.read(join(uri, "real.json")))
-    except NotFoundError:
-        notice("the real images are read and encoded, once for this evaluator")
+        record = stored.find(authority.trust)
+    except SignatureError as error:
+        why = f"because what is stored of them in {stored.folder} is not believed: {error}"
+    data = None if record is None else stored.read(MOMENTS, record["files"].get(MOMENTS))
+    if record is not None and data is None:
+        why = f"because {join(stored.folder, MOMENTS)} is gone, or not what was stored"
+    if record is None or data is None:
+        notice(f"the real images are read and encoded, {why}")
         access = _Access(dataset, storage, config.data.cache_dir, config.data.cache_gib)
-        record = _compute(access, evaluator, uri, stream, config.cluster.gpus_per_worker > 0, progress)
-    tensors = load(storage.read(join(uri, "moments.safetensors")))
+        record = _compute(access, evaluator, stored, stream, config.cluster.gpus_per_worker > 0, progress)
+        stored.record(record, authority.signer)
+        data = storage.read(join(stored.folder, MOMENTS))
+    tensors = load(data)
 
     def split(name: str) -> RealSplit:
         described = record["splits"][name]
         moments = FeatureMoments(described["reference"], tensors[f"{name}.mean"], tensors[f"{name}.scatter"])
         return RealSplit(described["count"], tuple(described["class_counts"]), moments)
 
-    return Real(uri, stream, split("train"), split("test"), evaluator.encoder.width, thumbnail, storage)
+    return Real(stored, record["files"], stream, split("train"), split("test"), evaluator.encoder.width, thumbnail)
 
 
 @dataclass(frozen=True)
@@ -212,55 +240,64 @@ class _Access:
 def _compute(
     access: _Access,
     evaluator: Evaluator,
-    uri: str,
+    stored: Derived,
     stream: str,
     use_gpu: bool,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Encode every real image in Ray tasks, and store what a later evaluation needs; `real.json` last."""
+    """Encode every real image in Ray tasks, store what a later evaluation needs, and return the record of it."""
     counts = {split: sum(access.counts(split)) for split in SPLITS}
     total, done = sum(counts.values()), 0
     shared = ray.put(evaluator)
     task = ray.remote(num_cpus=1, num_gpus=1 if use_gpu else 0)(_encode_part)
     splits: dict[str, Any] = {}
     tensors: dict[str, torch.Tensor] = {}
+    files: dict[str, str] = {}
     for split in SPLITS:
         firsts = list(range(0, counts[split], PART))
         found: dict[int, _Part] = {}
         for begin in range(0, len(firsts), IN_FLIGHT):
             some = firsts[begin : begin + IN_FLIGHT]
             spans = [(first, min(first + PART, counts[split])) for first in some]
-            pending = [task.remote(access, split, span, shared, uri) for span in spans]
+            pending = [task.remote(access, split, span, shared, stored) for span in spans]
             for place, part in finished(pending, {"CPU": 1, "GPU": int(use_gpu)}, "encode real images"):
                 found[begin + place] = part
                 done += spans[place][1] - spans[place][0]
                 progress(done, total)
         parts = [found[i] for i in range(len(firsts))]  # always in this order, whatever finished first
+        files |= {_part_name(split, first): part.digest for first, part in zip(firsts, parts, strict=True)}
         moments = reduce(lambda a, b: a + b, [part.moments for part in parts if part.moments is not None])
         tensors |= {f"{split}.mean": moments.mean, f"{split}.scatter": moments.scatter}
         classes = np.sum([part.class_counts for part in parts], axis=0).tolist()
         splits[split] = {"count": counts[split], "reference": moments.count, "class_counts": classes}
-    access.storage.write(join(uri, "held-out.safetensors"), _held_out(access, counts["test"]))
-    access.storage.write(join(uri, "moments.safetensors"), save(tensors))
-    record = {
+    files |= {
+        HELD_OUT_FILE: stored.write(HELD_OUT_FILE, _held_out(access, counts["test"])),
+        MOMENTS: stored.write(MOMENTS, save(tensors)),
+    }
+    return {
         "format": FORMAT,
         "stream_digest": stream,
         "evaluator": evaluator.record(),
         "splits": splits,
+        "files": files,
     }
-    access.storage.write(join(uri, "real.json"), json.dumps(record, indent=1).encode())
-    return record
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What a task returns of the images that it encoded; `moments` is None where none of them is a reference."""
+    """What a task returns of the images that it encoded.
+
+    Attributes:
+        moments: None where none of them is a reference.
+        digest: SHA-256 of the file of their rows.
+    """
 
     moments: FeatureMoments | None
     class_counts: tuple[int, ...]
+    digest: str
 
 
-def _encode_part(access: _Access, split: str, span: tuple[int, int], evaluator: Evaluator, uri: str) -> _Part:
+def _encode_part(access: _Access, split: str, span: tuple[int, int], evaluator: Evaluator, stored: Derived) -> _Part:
     """Encode the images at the positions [start, stop) of a split, and store their rows."""
     torch.set_num_threads(1)
     encode = evaluator.encoder.to(task_device())
@@ -281,12 +318,13 @@ def _encode_part(access: _Access, split: str, span: tuple[int, int], evaluator: 
         "reference": np.concatenate(reference),
         "pixels": np.concatenate(pixels),
     }
-    access.storage.write(join(uri, _part_name(split, span[0])), numpy_save(part))
+    digest = stored.write(_part_name(split, span[0]), numpy_save(part))
     classes = len(access.dataset.classes)
     chosen = part["features"][part["reference"]]
     return _Part(
         FeatureMoments.of(torch.from_numpy(chosen)) if len(chosen) else None,
         tuple(np.bincount(part["labels"], minlength=classes).tolist()) if classes else (),
+        digest,
     )
 
 

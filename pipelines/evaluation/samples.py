@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +27,8 @@ from pipelines.evaluation.images import unpack_samples
 from pipelines.evaluation.prompts import PromptRows, Prompts
 from pipelines.evaluation.real import Real
 from pipelines.evaluation.rows import Rows
-from pipelines.signing import Authority, SignatureError, seal, unseal
-from pipelines.storage import NotFoundError, Storage, join
+from pipelines.signing import Authority, Derived, SignatureError
+from pipelines.storage import Storage, StorageError, join
 
 RECORD = "record.json"
 """Name of the record of the files of a plan's samples."""
@@ -123,6 +123,10 @@ class Plan:
         decisive += [] if self.prompts is None else [self.prompts.digest]
         return join(self.root, hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:20])
 
+    def stored(self, storage: Storage) -> Derived:
+        """Return the folder of the samples with its record."""
+        return Derived(storage, self.folder, RECORD, f"{self.folder.rsplit('/', 1)[-1]}/{RECORD}")
+
     def labels(self, seed: int) -> NDArray[np.int64] | None:
         """Return the label of each sample of a noise seed, int64 [n]; None without classes."""
         rows = self.rows(seed)
@@ -142,8 +146,7 @@ class Plan:
             for first in range(0, self.n, self.batch_size):
                 stop = min(first + self.batch_size, self.n)
                 of_unit = [None if every is None else every[first:stop] for every in (labels, rows)]
-                folder, row = join(self.folder, f"seed-{seed}"), place * self.n + first
-                units.append(Unit(folder, seed, first, stop, of_unit[0], row, of_unit[1]))
+                units.append(Unit(seed, first, stop, of_unit[0], place * self.n + first, of_unit[1]))
         return units
 
 
@@ -152,7 +155,6 @@ class Unit:
     """A batch of samples.
 
     Attributes:
-        folder: where it is stored.
         seed: of the noise.
         first, stop: numbers of its images.
         labels: of its images, int64 [stop - first]; None without classes.
@@ -160,13 +162,16 @@ class Unit:
         captions: places of the captions of its images, int64 [stop - first]; None without prompts.
     """
 
-    folder: str
     seed: int
     first: int
     stop: int
     labels: NDArray[np.int64] | None
     row: int
     captions: NDArray[np.int64] | None = None
+
+    def path(self, name: str) -> str:
+        """Return where a file of it lies, below the folder of the plan."""
+        return f"seed-{self.seed}/{name}"
 
     @property
     def shard(self) -> str:
@@ -209,28 +214,23 @@ class SampleFiles:
     """
 
     def __init__(self, plan: Plan, storage: Storage, authority: Authority | None, notice: Notice) -> None:
-        self.plan, self.storage, self.authority, self.notice = plan, storage, authority, notice
-        self.uri, self.place = join(plan.folder, RECORD), f"{plan.folder.rsplit('/', 1)[-1]}/{RECORD}"
-        self._written = time.monotonic()
+        self.plan, self.authority, self.notice = plan, authority, notice
+        self.stored = plan.stored(storage)
+        self._written, self._new = time.monotonic(), False
         try:
-            self.digests = self._read()
+            self.digests = self._recorded()
         except SignatureError as error:
             notice(f"the samples in {plan.folder} are drawn again: who has drawn them is not known ({error})")
             self.digests = {}
 
-    def _read(self) -> dict[str, dict[str, str]]:
-        """Return unit -> name of a file -> its SHA-256, as they are recorded.
+    def _recorded(self) -> dict[str, dict[str, str]]:
+        """Return unit -> name of a file -> its SHA-256.
 
         Raises:
             SignatureError: nobody who is believed has signed the record.
         """
-        if self.authority is None:
-            return {}
-        try:
-            content = self.storage.read(self.uri)
-        except NotFoundError:
-            return {}
-        return dict(unseal(content, self.place, self.authority.trust)["units"])
+        found = None if self.authority is None else self.stored.find(self.authority.trust)
+        return {} if found is None else dict(found["units"])
 
     def of(self, unit: Unit) -> dict[str, str]:
         """Return name -> SHA-256 of the files of a unit."""
@@ -239,19 +239,33 @@ class SampleFiles:
     def add(self, unit: Unit, drawn: DrawnUnit) -> None:
         """Note the files of a unit, and write the record now and then."""
         for name in drawn.changed:
-            self.notice(f"{join(unit.folder, name)} was made again: it is gone, or not what was stored")
-        self.digests[unit.name] = self.of(unit) | drawn.files
+            self.notice(f"{join(self.plan.folder, unit.path(name))} was made again: it is gone, or not what was stored")
+        self.add_files({unit.name: drawn.files})
         if time.monotonic() - self._written >= RECORD_EVERY_S:
             self.write()
 
+    def add_files(self, digests: Mapping[str, Mapping[str, str]]) -> None:
+        """Note files by unit and name."""
+        for unit, files in digests.items():
+            known = self.digests.get(unit, {})
+            self._new |= not files.items() <= known.items()
+            self.digests[unit] = known | dict(files)
+
+    def signed(self, authority: Authority) -> None:
+        """Write the record of files that were drawn where nobody could sign it."""
+        mine = SampleFiles(self.plan, self.stored.storage, authority, self.notice)
+        mine.add_files(self.digests)
+        mine.write()
+
     def write(self) -> None:
-        """Write the record, with what others have added meanwhile."""
+        """Write the record, with what others have added meanwhile, unless nothing is new."""
         self._written = time.monotonic()
-        if self.authority is not None:
+        if self.authority is not None and self._new:
             with suppress(SignatureError):  # a record by somebody else gives way to this one
-                for unit, files in self._read().items():
+                for unit, files in self._recorded().items():
                     self.digests[unit] = files | self.digests.get(unit, {})
-            self.storage.write(self.uri, seal({"units": self.digests}, self.place, self.authority.signer))
+            self.stored.record({"units": self.digests}, self.authority.signer)
+            self._new = False
 
 
 def balanced_labels(n: int, class_counts: Sequence[int], seed: int) -> NDArray[np.int64]:
@@ -285,12 +299,19 @@ class Drawn:
     vectors: Rows | None = None
 
 
-def read_images(plan: Plan, storage: Storage, channels: int, chosen: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Return samples of the first noise seed by their numbers [N], uint8 [N, H, W, C], from their shards."""
+def read_images(files: SampleFiles, channels: int, chosen: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Return samples of the first noise seed by their numbers [N], uint8 [N, H, W, C], from their shards.
+
+    Raises:
+        StorageError: a shard is gone, or is not what was drawn.
+    """
     found: dict[int, NDArray[np.uint8]] = {}
-    for unit in plan.units():
+    for unit in files.plan.units():
         inside = [int(number) for number in chosen if unit.first <= number < unit.stop]
-        if unit.seed == plan.seeds[0] and inside:
-            images, _ = unpack_samples(storage.read(join(unit.folder, unit.shard)), channels)
+        if unit.seed == files.plan.seeds[0] and inside:
+            data = files.stored.read(unit.path(unit.shard), files.of(unit).get(unit.shard))
+            if data is None:
+                raise StorageError(f"{join(files.plan.folder, unit.path(unit.shard))} is not what was drawn: try again")
+            images, _ = unpack_samples(data, channels)
             found |= {number: images[number - unit.first] for number in inside}
     return np.stack([found[int(number)] for number in chosen])

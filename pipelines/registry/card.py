@@ -19,8 +19,8 @@ import torch
 from ddpm.model import ModelSpec
 from ddpm.models import NETWORKS
 from pipelines import tracking
+from pipelines.evaluation.recorded import evaluation_pictures, find_artifact
 from pipelines.evaluation.scores import LABELS, Estimate, Scores
-from pipelines.evaluation.scoring import evaluation_pictures, find_artifact
 from pipelines.registry.evidence import Evidence
 from pipelines.registry.verdict import Verdict
 from pipelines.shards.index import Dataset, DatasetError, read_dataset

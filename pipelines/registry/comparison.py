@@ -17,14 +17,13 @@ from pipelines.config import Config
 from pipelines.display import Display
 from pipelines.evaluation.actors import draw, sampling_actors
 from pipelines.evaluation.compare import Distance, measured_accuracy
+from pipelines.evaluation.data import EvaluationData
 from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.prompts import Prompts
-from pipelines.evaluation.real import Real
 from pipelines.evaluation.samples import Drawn, Plan, Request, SampleFiles
 from pipelines.evaluation.scores import IMAGES_PER_FEATURE
 from pipelines.scratch import scratch_folder
 from pipelines.signing import Authority
-from pipelines.storage import Storage
 
 LEAST = 5_000
 """Samples of each model, by default, where the evaluator has few features."""
@@ -85,37 +84,39 @@ def compare(
     candidate: Subject,
     champion: Subject,
     request: Request,
-    real: Real,
-    evaluator: Evaluator,
-    storage: Storage,
+    data: EvaluationData,
+    prompts: Prompts | None,
     display: Display,
     authority: Authority,
-    prompts: Prompts | None = None,
 ) -> Compared:
     """Draw the samples of both models on the Ray cluster, and measure them against the real train images.
 
     Samples that are stored are not drawn again, so an interrupted comparison goes on where it was.
 
     Args:
-        authority: says whose stored samples are believed, and signs the new ones.
         request: with one seed; each model is drawn with the settings that it serves.
+        data: what judges the samples.
         prompts: captions that samples of models on text are drawn from.
+        authority: says whose stored samples are believed, and signs the new ones.
     """
     with tempfile.TemporaryDirectory(prefix="comparison-", dir=scratch_folder()) as scratch:
-        found, distance = [], Distance.of(real)
+        found, distance = [], Distance.of(data.real)
         for name, subject in (("champion", champion), ("candidate", candidate)):
             folder = Path(scratch) / name
             folder.mkdir()
             asked = replace(request, sampling=subject.sampling)
-            plan, say = Plan.of(subject.model, subject.digest, asked, real, prompts), partial(display.stage, "gate")
+            plan, say = (
+                Plan.of(subject.model, subject.digest, asked, data.real, prompts),
+                partial(display.stage, "gate"),
+            )
             pool = sampling_actors(
-                subject.model, evaluator, storage, asked, len(plan.units()), prompts=prompts, notice=say
+                subject.model, data.evaluator, data.storage, asked, len(plan.units()), prompts=prompts, notice=say
             )
             with pool as actors:
                 progress = display.counter("gate", f"{name} images")
-                files = SampleFiles(plan, storage, authority, say)
-                drawn = draw(actors, files, evaluator, subject.model, folder, progress)
-            found.append(_measure(drawn, plan, distance, evaluator, prompts))
+                files = SampleFiles(plan, data.storage, authority, say)
+                drawn = draw(actors, files, data.evaluator, subject.model, folder, progress)
+            found.append(_measure(drawn, plan, distance, data.evaluator, prompts))
     (theirs, their_accuracy), (ours, our_accuracy) = found
     return Compared(distance.measure, ours, theirs, our_accuracy, their_accuracy)
 

@@ -7,18 +7,17 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from ddpm.model import ModelSpec, load_model, read_spec
 from pipelines import tracking
 from pipelines.config import PREVIOUS, Config
 from pipelines.display import Display
-from pipelines.evaluation.evaluators import Evaluator, open_evaluator
-from pipelines.evaluation.prompts import Prompts, open_prompts
-from pipelines.evaluation.real import Real, open_real
+from pipelines.evaluation.data import EvaluationData
+from pipelines.evaluation.prompts import Prompts
 from pipelines.evaluation.samples import Request
 from pipelines.evaluation.scores import Scores
-from pipelines.evaluation.scoring import check_fits
 from pipelines.references import guided
 from pipelines.registry.bounds import absolute_bounds
 from pipelines.registry.card import describe
@@ -31,7 +30,6 @@ from pipelines.registry.package import RegistryError
 from pipelines.registry.verdict import Row, Verdict, VerdictLog, now, standing
 from pipelines.registry.verify import check_data
 from pipelines.scratch import scratch_folder
-from pipelines.shards.index import Dataset, read_dataset
 from pipelines.signing import Authority, Signer, Trust, check_signing
 from pipelines.storage import Storage
 from pipelines.tracking import ModelVersion
@@ -330,77 +328,58 @@ class Gate:
             return replace(refused, reason=f"{refused.reason}; {mend}")
         assert champion.evidence is not None
         rows += unlike
-        dataset, evaluator, real = self._open_data(candidate.evidence)
+        data = self._open_data(candidate.evidence)
         against = champion.evidence.served_digest
-        request = request_of(self.config, evaluator.encoder.width, gate_seed(self.model, self.alias, against, dry_run))
+        request = request_of(
+            self.config, data.evaluator.encoder.width, gate_seed(self.model, self.alias, against, dry_run)
+        )
         assert request.n is not None
         verdict = replace(verdict, champion_digest=against, n=request.n, margin=margin)
         judged = _judged_before(verdicts, verdict, unlike)
         if judged is not None:  # one that passed has lost the alias since, and takes it again by what was found then
             return replace(judged, version=verdict.version, at=now() if judged.passed else judged.at)
-        compared = self._compare(candidate, champion, request, dataset, evaluator, real)
+        compared = self._compare(candidate, champion, request, data)
         attempts = [v.attempt for v in verdicts if v.champion_digest == verdict.champion_digest]
         attempt = 1 + max(attempts, default=0)
         found = decide(compared, attempt, name, margin)
         return replace(verdict, passed=found.passed, reason=found.reason, attempt=attempt, rows=(*rows, *found.rows))
 
-    def _compare(
-        self, candidate: Opened, champion: Opened, request: Request, dataset: Dataset, evaluator: Evaluator, real: Real
-    ) -> Compared:
+    def _compare(self, candidate: Opened, champion: Opened, request: Request, data: EvaluationData) -> Compared:
         """Draw the samples of both versions, and measure them."""
         self.display.stage(
             "gate", f"{request.n:,} samples of {candidate.version.uri} and of {champion.version.uri}, on the same noise"
         )
-        sides = [self._subject(opened, dataset) for opened in (candidate, champion)]
-        prompts = self._prompts(sides, dataset)
-        authority = Authority.of(self.config.registry)
-        return compare(sides[0], sides[1], request, real, evaluator, self.storage, self.display, authority, prompts)
+        ours, theirs = (self._subject(opened, data) for opened in (candidate, champion))
+        prompts: Prompts | None = None
+        if ours.model.spec.network.text_dim == theirs.model.spec.network.text_dim:  # both are on the same kind of text
+            prompts = data.prompts(ours.model.spec)
+        return compare(ours, theirs, request, data, prompts, self.display, Authority.of(self.config.registry))
 
-    def _prompts(self, sides: Sequence[Subject], dataset: Dataset) -> Prompts | None:
-        """Return the captions that samples are drawn from, where both models are on the same kind of text."""
-        specs = [side.model.spec for side in sides]
-        if specs[0].network.text_dim != specs[1].network.text_dim:
-            return None
-        return open_prompts(specs[0], dataset, self.config, self.storage, lambda text: self.display.stage("gate", text))
-
-    def _subject(self, opened: Opened, dataset: Dataset) -> Subject:
+    def _subject(self, opened: Opened, data: EvaluationData) -> Subject:
         """Return the model of a version with its guiding networks."""
         assert opened.evidence is not None
         model = load_model(opened.folder)
-        check_fits(model.spec, dataset)
+        data.check(model.spec)
         model = guided(model, model.spec.sampling, self.uri, self.storage)
         return Subject(model, opened.evidence.served_digest, model.spec.sampling)
 
-    def _open_data(self, evidence: Evidence) -> tuple[Dataset, Evaluator, Real]:
-        """Return the dataset of a version, with the evaluator that scored it and what that says of the real images.
+    def _open_data(self, evidence: Evidence) -> EvaluationData:
+        """Return what judges samples of a version: its dataset, and the evaluator that scored it.
 
         Raises:
             RegistryError: the evaluator is another one now.
         """
-        config, storage = self.config, self.storage
-
-        def say(text: str) -> None:
-            self.display.stage("gate", text)
-
-        dataset = read_dataset(evidence.dataset_uri, storage)
+        say, progress = partial(self.display.stage, "gate"), self.display.counter("gate", "real images")
+        data = EvaluationData.of(evidence.dataset_uri, self.config, self.storage, self.connect, say, progress)
         self.connect()
-        evaluator = open_evaluator(config, dataset, storage, say)
-        if evaluator.digest != evidence.scores.evaluator_digest:
+        if data.evaluator.digest != evidence.scores.evaluator_digest:
             raise RegistryError(
                 f"the version was scored by the evaluator {evidence.scores.evaluator_digest[:12]} "
-                f"({evidence.scores.evaluator}), and that of this configuration is {evaluator.digest[:12]} "
-                f"({evaluator.kind}): set evaluation.evaluator and evaluation.weights to what scored it, or register "
-                "the version anew"
+                f"({evidence.scores.evaluator}), and that of this configuration is {data.evaluator.digest[:12]} "
+                f"({data.evaluator.kind}): set evaluation.evaluator and evaluation.weights to what scored it, or "
+                "register the version anew"
             )
-        real = open_real(
-            dataset,
-            evaluator,
-            config,
-            storage,
-            progress=self.display.counter("gate", "real images"),
-            notice=say,
-        )
-        return dataset, evaluator, real
+        return data
 
     @contextmanager
     def _opened(self, version: ModelVersion) -> Iterator[Opened]:

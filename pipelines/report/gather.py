@@ -22,8 +22,8 @@ from pipelines.checkpoints import Published, list_published, published_spec
 from pipelines.config import Config
 from pipelines.display import Notice, no_notice
 from pipelines.errors import PipelineError
+from pipelines.evaluation.recorded import FOLDER, evaluation_pictures, read_scores
 from pipelines.evaluation.scores import Scores
-from pipelines.evaluation.scoring import FOLDER, evaluation_pictures, read_scores
 from pipelines.registry import Verdict
 from pipelines.registry.card import PICTURES, parameters
 from pipelines.registry.gate import comparable

@@ -3,7 +3,7 @@
 Whose signatures are believed is decided by the configuration of whoever verifies, never by what is signed.
 """
 
-from pipelines.signing.record import Authority, seal, unseal
+from pipelines.signing.record import Authority, Derived, said, seal, unseal
 from pipelines.signing.sign import SignatureError, Signer, Trust, check_signing
 
-__all__ = ["Authority", "SignatureError", "Signer", "Trust", "check_signing", "seal", "unseal"]
+__all__ = ["Authority", "Derived", "SignatureError", "Signer", "Trust", "check_signing", "said", "seal", "unseal"]

@@ -19,10 +19,10 @@ from pipelines.checkpoints import BEST, PUBLISHED, Published
 from pipelines.config import Config
 from pipelines.display import Notice
 from pipelines.errors import ConfigError, PipelineError
-from pipelines.evaluation.scoring import Scored
+from pipelines.evaluation.recorded import Scored
 from pipelines.ray_tasks import named
 from pipelines.retry import TransientError
-from pipelines.signing import Signer
+from pipelines.signing import Authority
 from pipelines.storage import FencedError
 from pipelines.tracking import CheckpointModel, Tracker
 from pipelines.training.loop.progress import passes
@@ -271,7 +271,7 @@ class Evaluations:
             return
         model = self.models[images]
         self._check_fence()
-        done.record(self.tracker, model, self._signer())
+        done.record(self.tracker, model, self._authority())
         self.models[images] = tracking.tag_checkpoint_model(self.tracker, model, {STATE_TAG: "scored"})
         scored = replace(current, scores={**current.scores, **done.scores.metrics()})
         checkpoints.record_published(self.tracker, scored)
@@ -280,10 +280,10 @@ class Evaluations:
         for name, text in done.scores.lines():
             self.notice(f"at {images:,} images: {name} {text}")
 
-    def _signer(self) -> Signer | None:
-        """Return who signs scores; None where the key is not on this machine."""
+    def _authority(self) -> Authority | None:
+        """Return who signs scores and samples; None where the key is not on this machine."""
         try:
-            return Signer.of(self.config.registry)
+            return Authority.of(self.config.registry)
         except ConfigError as error:
             self._say_once(f"scores are not signed, so that a registration scores the model again: {error}")
             return None

@@ -9,13 +9,14 @@ import ray
 import torch
 from ray.exceptions import RayTaskError
 
-from pipelines import references
+from pipelines import checkpoints, references
 from pipelines.checkpoints import Published
 from pipelines.config import Config
 from pipelines.display import Silent
 from pipelines.errors import PipelineError
 from pipelines.evaluation import scoring as evaluation
-from pipelines.evaluation.scoring import Scored
+from pipelines.evaluation.data import EvaluationData
+from pipelines.evaluation.recorded import Scored
 from pipelines.storage import Storage
 from pipelines.tracking import Tracker
 
@@ -36,10 +37,13 @@ def needs(config: Config) -> dict[str, float]:
 
 
 def score_on_ray(config: Config, storage: Storage, tracker: Tracker) -> Evaluate:
-    """Return the function that scores checkpoints of a run in a Ray task, away from the driver and its workers."""
+    """Return the function that scores checkpoints of a run in a Ray task, away from the driver and its workers.
+
+    What judges them is opened by the driver, which has the key with which it was signed.
+    """
 
     def evaluate(published: Published, cancelled: threading.Event) -> Scored:
-        task = _score.remote(config, storage, tracker, published)
+        task = _score.remote(tracker, published, evaluation_data(published, config, storage))
         while True:
             done, _ = ray.wait([task], timeout=_LOOK_EVERY_S)
             if done:
@@ -55,18 +59,27 @@ def score_on_ray(config: Config, storage: Storage, tracker: Tracker) -> Evaluate
     return evaluate
 
 
-# While the task waits for the tasks in which it draws, Ray gives its core to them.
-@ray.remote(num_cpus=1, max_retries=2)
-def _score(config: Config, storage: Storage, tracker: Tracker, published: Published) -> Scored:
-    torch.set_num_threads(1)
-    return score(config, storage, tracker, published)
-
-
-def score(config: Config, storage: Storage, tracker: Tracker, published: Published) -> Scored:
-    """Score a published checkpoint with the sampling settings in it, or return the scores that its run has already."""
-    reference = f"runs:/{tracker.run_id}/{published.images_seen}"
-    resolved = references.resolve(reference, tracking_uri=tracker.uri, storage=storage)
-    settings = resolved.model.spec.sampling
+def evaluation_data(published: Published, config: Config, storage: Storage) -> EvaluationData:
+    """Return all that judges samples of a published checkpoint, opened."""
     # One at a time: more would take the cores of workers that start again.
     config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"actors": 1})})
-    return evaluation.score(resolved, settings, config, storage, Silent(), connect=lambda: None)
+    spec = checkpoints.published_spec(published, storage)
+    return EvaluationData.of(spec.lineage.get("dataset_uri", config.data.uri), config, storage).opened(spec)
+
+
+# While the task waits for the tasks in which it draws, Ray gives its core to them.
+@ray.remote(num_cpus=1, max_retries=2)
+def _score(tracker: Tracker, published: Published, data: EvaluationData) -> Scored:
+    torch.set_num_threads(1)
+    return score(tracker, published, data)
+
+
+def score(tracker: Tracker, published: Published, data: EvaluationData) -> Scored:
+    """Score a published checkpoint with the sampling settings in it; nothing is signed.
+
+    Args:
+        data: what judges it, opened.
+    """
+    reference = f"runs:/{tracker.run_id}/{published.images_seen}"
+    resolved = references.resolve(reference, tracking_uri=tracker.uri, storage=data.storage)
+    return evaluation.score(resolved, resolved.model.spec.sampling, data, Silent(), None)

@@ -18,10 +18,10 @@ from ddpm.generate import Sampling
 from ddpm.model import Model, ModelSpec
 from ddpm.models import UNetConfig
 from pipelines.config import compose
+from pipelines.evaluation.data import EvaluationData
 from pipelines.evaluation.evaluate import evaluate
 from pipelines.evaluation.evaluators.base import Evaluator
 from pipelines.evaluation.evaluators.classifier import Classifier
-from pipelines.evaluation.real import open_real
 from pipelines.evaluation.samples import Request
 from pipelines.shards.index import read_dataset
 from pipelines.storage import Storage
@@ -52,7 +52,8 @@ def main(dataset_uri: str, root: str, n: int) -> None:
     judge = Classifier(dataset.channels, dataset.image_size, len(dataset.classes)).eval()
     evaluator = Evaluator(judge, "classifier", "stub", "untrained", "none", labels=True, accuracy=None)
     config = compose(["+experiment=digits", f"data.cache_dir={root}/cache", "data.cache_gib=1"])
-    real = open_real(dataset, evaluator, config, storage)
+    data = EvaluationData(dataset, config, storage)
+    vars(data)["evaluator"] = evaluator
     peaks = {"actors": 0}
 
     def watch(done: int, total: int) -> None:
@@ -67,9 +68,7 @@ def main(dataset_uri: str, root: str, n: int) -> None:
     asked = [f"evaluation.n={n}", "evaluation.seeds=1", "evaluation.batch_size=500", "evaluation.likelihood_images=0"]
     asked += ["evaluation.actors=2", f"storage.root=file://{root}/{n}"]
     request = Request.of(compose(["+experiment=digits", *asked]), Sampling.of(steps=1))
-    done = evaluate(
-        model, f"stub-{n}", request, real, evaluator, storage, dataset_digest=dataset.digest, progress=watch
-    )
+    done = evaluate(model, f"stub-{n}", request, data, progress=watch)
     assert done.scores.n == n
     print(json.dumps({"n": n, "driver_kib": peak(psutil.Process()), "actor_kib": peaks["actors"]}))
 

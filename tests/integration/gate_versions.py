@@ -46,6 +46,7 @@ def main(name: str, run_id: str, *kinds: str) -> None:
 
     from ddpm.model import Model
     from pipelines import references, registry, tracking
+    from pipelines.evaluation.data import EvaluationData
     from pipelines.evaluation.scoring import score
     from pipelines.references import Resolved
     from pipelines.registry import Gate, Signer
@@ -106,9 +107,8 @@ def main(name: str, run_id: str, *kinds: str) -> None:
 
     def scored(resolved: Resolved, asked=config, **changes):
         sampling = resolved.model.spec.sampling.with_fields(**changes)
-        return score(
-            resolved, sampling, asked, storage, Silent(), lambda: connect_ray(config, storage), dataset_uri
-        ).scores
+        data = EvaluationData.of(dataset_uri, asked, storage, lambda: connect_ray(config, storage))
+        return score(resolved, sampling, data, Silent(), None).scores
 
     def version(resolved: Resolved, scores, *, signer=None, where=dataset_uri):
         real = replace(resolved, model=Model(resolved.model.spec, resolved.model.network))

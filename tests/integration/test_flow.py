@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlflow
@@ -369,6 +370,40 @@ def test_mistakes_are_named_before_anything_starts(digits, shell, arguments, cod
     failed = shell(*arguments)
     assert (failed.code, message in failed.err) == (code, True), failed.err[-1500:]
     assert "Traceback" not in failed.err
+
+
+@contextmanager
+def edited(s3: Storage, uri: str, change):
+    """Change a file that the tests share, and put it back."""
+    before = s3.read(uri)
+    s3.write(uri, change(before))
+    try:
+        yield
+    finally:
+        s3.write(uri, before)
+
+
+def test_an_edited_evaluator_and_edited_features_of_real_images_are_named_and_not_used(digits, shell, s3: Storage):
+    run, fewer = f"runs:/{digits.answer['run_id']}", (*SHORT, "evaluation.n=40")  # which were not scored yet
+    there = {entry.uri.rpartition("/")[2]: entry.uri for entry in s3.list("s3://ddpm/datasets/digits")}
+
+    with edited(s3, there["evaluator.json"], lambda content: json.loads(content)["record"].encode()):
+        for verb in ("evaluate", "register"):
+            refused = shell(verb, run, *fewer)
+            assert refused.code == 1
+            assert f"{there['evaluator.json']}: this evaluator decides every score, and is not believed" in refused.err
+
+    other = s3.read(there["test-000000000.safetensors"])
+    with edited(s3, there["train-000000000.safetensors"], lambda content: other):
+        refused = shell("evaluate", run, *fewer)
+    assert refused.code == 1
+    assert f"{there['train-000000000.safetensors']} is gone, or not what real.json beside it says" in refused.err
+
+    believed = shell.ok("evaluate", run, *fewer, "--json").answer
+    with edited(s3, there["real.json"], lambda content: content.replace(b"class_counts", b"class_count5")):
+        again = shell.ok("evaluate", run, *fewer, "evaluation.seed=50", "--json")
+    assert "the real images are read and encoded, because what is stored of them in" in again.err
+    assert again.answer["estimates"]["frechet_distance"]["floor"] == believed["estimates"]["frechet_distance"]["floor"]
 
 
 def test_edited_scores_and_samples_are_named_and_made_again_as_they_were(

@@ -33,7 +33,7 @@ def judged(model, settings, tmp_path):
     plan = Plan("digest", settings, COUNT, (SEED,), (5,) * 10, COUNT, f"file://{tmp_path}")
     (unit,) = plan.units()
     _SamplingActor((model, evaluator, None), Storage()).draw(unit, plan, {})
-    images, finite = unpack_samples(Storage().read(f"{unit.folder}/{unit.shard}"), 1)
+    images, finite = unpack_samples(Storage().read(f"{plan.folder}/{unit.path(unit.shard)}"), 1)
     assert finite.all()
     return images, torch.from_numpy(unit.labels)
 

@@ -20,6 +20,7 @@ from pipelines.evaluation.evaluators.stored import find, store
 from pipelines.evaluation.evaluators.train import Trainable, Training, train_on_ray
 from pipelines.scratch import scratch_folder
 from pipelines.shards.index import Dataset
+from pipelines.signing import check_signing
 from pipelines.storage import Storage
 
 __all__ = [
@@ -30,7 +31,6 @@ __all__ = [
     "check_evaluator",
     "evaluator_kind",
     "find_evaluator",
-    "find_matcher",
     "open_evaluator",
     "open_matcher",
     "reference_mask",
@@ -93,7 +93,7 @@ def open_evaluator(
     It is trained in a Ray task where this process is connected to a cluster, else in this process.
 
     Args:
-        config: names the evaluator.
+        config: names the evaluator, who signs one that is trained, and whose are believed.
         dataset: whose images are judged.
         storage: where the dataset is.
         notice: called before an evaluator is trained.
@@ -101,7 +101,7 @@ def open_evaluator(
 
     Raises:
         ConfigError: there is none for this dataset; `check_evaluator` says so earlier.
-        DatasetError: the stored weights are not those that their record names.
+        DatasetError: the stored one was signed by nobody who is believed, or its weights are not what its record names.
         TaskError: no node of the Ray cluster can hold the training.
     """
     found = find_evaluator(config, dataset, storage)
@@ -126,7 +126,7 @@ def find_evaluator(config: Config, dataset: Dataset, storage: Storage) -> Evalua
             with _local(config.evaluation.weights, storage) as path:
                 return open_encoder(path, config.evaluation, dataset)
         case "classifier" | "contrastive" as kind:
-            return find(kind, dataset, storage)
+            return find(kind, dataset, storage, config.registry)
         case kind:
             raise ConfigError(f"evaluation.evaluator = {kind}: there is no such evaluator")
 
@@ -143,17 +143,8 @@ def open_matcher(
 
     Its encoder is a `Matcher`, and its accuracy the share of real test images whose own caption matches best.
     """
-    found = find_matcher(dataset, storage)
+    found = find("captions", dataset, storage, config.registry)
     return _train("captions", config, dataset, storage, notice, connect) if found is None else found
-
-
-def find_matcher(dataset: Dataset, storage: Storage) -> Evaluator | None:
-    """Return the matcher of images and captions of a dataset; None where it was not trained yet.
-
-    Raises:
-        DatasetError: the stored weights are not those that their record names.
-    """
-    return find("captions", dataset, storage)
 
 
 def _train(
@@ -165,12 +156,13 @@ def _train(
     connect: Callable[[], object],
 ) -> Evaluator:
     """Train an evaluator on the dataset, and store it beside it."""
-    notice(f"training the evaluator ({kind}) on real images, once for this dataset")
     connect()
+    check_signing(config.registry)
+    notice(f"training the evaluator ({kind}) on real images, once for this dataset")
     training = Training.of(config, kind, dataset, storage)
     use_gpu = config.cluster.gpus_per_worker > 0
     trained = train_on_ray(training, use_gpu=use_gpu) if ray.is_initialized() else training()
-    return store(kind, trained, dataset, storage)
+    return store(kind, trained, dataset, storage, config.registry)
 
 
 @contextmanager

@@ -1,9 +1,10 @@
 """Evaluators that were trained on a dataset, stored under it: one of each kind, trained once and then the same for all.
 
     evaluator/DATASET_DIGEST/KIND/DIGEST.safetensors    the weights, under a name of their own
-    evaluator/DATASET_DIGEST/KIND/evaluator.json        which of them, written last and by the first who can
+    evaluator/DATASET_DIGEST/KIND/evaluator.json        which of them, signed, written last and by the first who can
 
-Earlier releases stored a classifier as `evaluator.safetensors` and `evaluator.json`, without the folder of its kind.
+Earlier releases stored a classifier as `evaluator.safetensors` and `evaluator.json`, without the folder of its kind,
+and signed none of them.
 """
 
 from __future__ import annotations
@@ -15,40 +16,47 @@ from typing import Any
 
 from safetensors.torch import load
 
+from pipelines.config import RegistryConfig
 from pipelines.evaluation.evaluators.base import Evaluator
 from pipelines.evaluation.evaluators.classifier import MAX_SIDE
 from pipelines.evaluation.evaluators.share import Share
 from pipelines.evaluation.evaluators.train import SEED, Trainable, Trained, untrained
 from pipelines.shards.index import Dataset, DatasetError
-from pipelines.storage import ConflictError, NotFoundError, Storage, join
+from pipelines.signing import Authority, Derived, SignatureError, Trust, said
+from pipelines.storage import ConflictError, Storage, join
 
 RECORD = "evaluator.json"
 
 
-def find(kind: Trainable, dataset: Dataset, storage: Storage) -> Evaluator | None:
+def find(kind: Trainable, dataset: Dataset, storage: Storage, config: RegistryConfig) -> Evaluator | None:
     """Return the stored evaluator of a dataset; None where none was trained yet.
 
+    Args:
+        config: says whose evaluators are believed.
+
     Raises:
-        DatasetError: the stored weights are not those that the record names.
+        DatasetError: nobody who is believed has signed the record, or the stored weights are not those that it names.
     """
-    above = join(dataset.uri, "evaluator", dataset.digest[:16])
     # What an earlier release has stored goes first: scores that were made with it stay comparable.
-    for folder in [above, join(above, kind)] if kind == "classifier" else [join(above, kind)]:
-        try:
-            record = json.loads(storage.read(join(folder, RECORD)))
-        except NotFoundError:
-            continue
-        return _opened(kind, dataset, storage, folder, record)
+    kinds: list[Trainable | None] = [None, kind] if kind == "classifier" else [kind]
+    for of in kinds:
+        place = _place(of, dataset, storage)
+        record = _believed(place, config)
+        if record is not None:
+            return _opened(kind, dataset, place, record)
     return None
 
 
-def store(kind: Trainable, trained: Trained, dataset: Dataset, storage: Storage) -> Evaluator:
+def store(kind: Trainable, trained: Trained, dataset: Dataset, storage: Storage, config: RegistryConfig) -> Evaluator:
     """Store an evaluator, unless another process has stored one meanwhile, and return the one that is stored.
 
+    Args:
+        config: says who signs, and whose evaluators are believed.
+
     Raises:
-        DatasetError: the weights that another process has stored are not those that its record names.
+        DatasetError: another process has stored one that is not believed, or whose weights its record does not name.
     """
-    folder = join(dataset.uri, "evaluator", dataset.digest[:16], kind)
+    place, authority = _place(kind, dataset, storage), Authority.of(config)
     weights_digest = hashlib.sha256(trained.weights).hexdigest()
     name = f"{weights_digest[:16]}.safetensors"
     side = min(dataset.image_size, MAX_SIDE)
@@ -67,24 +75,54 @@ def store(kind: Trainable, trained: Trained, dataset: Dataset, storage: Storage)
         "trained_on": trained.share.count,
         "writer": uuid.uuid4().hex,  # a write whose answer was lost is told from another process's by it
     }
-    storage.write(join(folder, name), trained.weights)
+    place.write(name, trained.weights)
     try:
-        storage.write_if(join(folder, RECORD), json.dumps(record, indent=1).encode(), None)
+        storage.write_if(place.uri, place.sealed(record, authority.signer), None)
     except ConflictError:
-        record = json.loads(storage.read(join(folder, RECORD)))
+        theirs = _believed(place, config)
+        assert theirs is not None
+        record = theirs
         if record["weights"] != name:
-            storage.delete(join(folder, name))
-    return _opened(kind, dataset, storage, folder, record)
+            storage.delete(join(place.folder, name))
+    return _opened(kind, dataset, place, record)
 
 
-def _opened(kind: Trainable, dataset: Dataset, storage: Storage, folder: str, record: dict[str, Any]) -> Evaluator:
+def _place(kind: Trainable | None, dataset: Dataset, storage: Storage) -> Derived:
+    """Return where the evaluator of a kind lies; without a kind, that of an earlier release."""
+    parts = ["evaluator", dataset.digest[:16], *([] if kind is None else [kind])]
+    return Derived(storage, join(dataset.uri, *parts), RECORD, "/".join(parts))
+
+
+def _believed(place: Derived, config: RegistryConfig) -> dict[str, Any] | None:
+    """Return the record of an evaluator; None where there is none.
+
+    Raises:
+        DatasetError: nobody who is trusted has signed it, and it is none of `registry.trusted_evaluators`.
+    """
+    try:
+        return place.find(Trust.of(config))
+    except SignatureError as error:
+        content = place.storage.read(place.uri)
+        digest, record = hashlib.sha256(content).hexdigest(), said(content)
+        if digest in config.trusted_evaluators:
+            return record
+        raise DatasetError(
+            f"{place.uri}: this evaluator decides every score, and is not believed: {error}. If you know whose it is "
+            f"(its digest is {str(record.get('digest'))[:12]}, which the scores and versions that it has judged name), "
+            f"believe it with registry.trusted_evaluators=[{digest}] or trust its signer; else delete {place.folder}, "
+            "and the next evaluation trains one anew"
+        ) from error
+
+
+def _opened(kind: Trainable, dataset: Dataset, place: Derived, record: dict[str, Any]) -> Evaluator:
     """Load the weights that a record names."""
     # Those of an earlier release were trained on the whole split at its size; the digest was that of the weights alone.
     earlier = "weights" not in record
-    weights = storage.read(join(folder, "evaluator.safetensors" if earlier else record["weights"]))
-    if hashlib.sha256(weights).hexdigest() != record["digest" if earlier else "weights_digest"]:
+    name, digest = ("evaluator.safetensors", "digest") if earlier else (record["weights"], "weights_digest")
+    weights = place.read(name, record[digest])
+    if weights is None:
         raise DatasetError(
-            f"{folder}: the evaluator's weights are not those that {RECORD} records; delete this folder, "
+            f"{place.folder}: the evaluator's weights are not those that {RECORD} records; delete this folder, "
             "and the next evaluation trains an evaluator anew"
         )
     side = record.get("image_size", dataset.image_size)

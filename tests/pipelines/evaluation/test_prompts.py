@@ -10,7 +10,8 @@ from ddpm.model import ModelSpec
 from pipelines.config import compose
 from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.evaluators.matcher import Matcher
-from pipelines.evaluation.prompts import PromptRows, Prompts, open_prompts, wilson
+from pipelines.evaluation.data import EvaluationData
+from pipelines.evaluation.prompts import PromptRows, Prompts, wilson
 from pipelines.evaluation.rows import Rows
 from pipelines.evaluation.samples import Plan
 from pipelines.shards.captions import Captions
@@ -113,24 +114,29 @@ def write(folder, encoder, count=60):
     return ingest(str(source), f"file://{folder}/data", Storage(), text_encoder=encoder, **options).dataset
 
 
+def asked(dataset, config, said):
+    return EvaluationData(dataset, config, Storage(), notice=said.append)
+
+
+@pytest.mark.usefixtures("home")  # whose key signs the matcher
 def test_a_model_on_text_is_asked_for_the_captions_of_test_images(tmp_path, config):
     dataset, said = write(tmp_path, embed), []
-    found = open_prompts(spec(WIDTH), dataset, config, Storage(), said.append)
+    found = asked(dataset, config, said).prompts(spec(WIDTH))
     assert set(found.captions.texts) <= set(captions())
     assert len(found.captions) == dataset.samples("test")
     assert found.matcher.kind == "captions"
     assert len(found.held_out) == min(32, dataset.samples("test"))
-    again = open_prompts(spec(WIDTH), dataset, config, Storage(), said.append)
+    again = asked(dataset, config, said).prompts(spec(WIDTH))
     assert again.record() == found.record()
     assert len(said) == 1
 
 
 def test_other_models_and_data_without_fitting_captions_have_no_prompts(tmp_path, config):
     said = []
-    assert open_prompts(spec(0), write(tmp_path / "1", embed), config, Storage(), said.append) is None
+    assert asked(write(tmp_path / "1", embed), config, said).prompts(spec(0)) is None
     assert said == []
-    assert open_prompts(spec(WIDTH), write(tmp_path / "2", None), config, Storage(), said.append) is None
-    assert open_prompts(spec(8), write(tmp_path / "3", embed), config, Storage(), said.append) is None
+    assert asked(write(tmp_path / "2", None), config, said).prompts(spec(WIDTH)) is None
+    assert asked(write(tmp_path / "3", embed), config, said).prompts(spec(8)) is None
     assert "no embeddings of captions: samples are drawn without prompts" in said[0]
     assert "embeddings of 16 numbers, the model takes 8" in said[1]
 

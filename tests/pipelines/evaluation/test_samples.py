@@ -44,7 +44,7 @@ def test_units_cover_every_image_of_every_seed_once():
     for seed in PLAN.seeds:
         labels = np.concatenate([u.labels for u in units if u.seed == seed])
         np.testing.assert_array_equal(labels, PLAN.labels(seed))
-    assert len({(u.folder, u.shard) for u in units}) == len(units)
+    assert len({u.path(u.shard) for u in units}) == len(units)
 
 
 @pytest.mark.parametrize(
@@ -145,8 +145,8 @@ def test_what_is_stored_is_believed_by_its_signature_and_place(home, drawing, tm
 def test_two_evaluations_at_once_add_to_one_record(home, drawing):
     authority, said = own_authority(), []
     ours, theirs = (signing(drawing, said, authority) for _ in range(2))
-    ours.digests["seed-1/0"], theirs.digests["seed-1/1"] = {"a": "1"}, {"b": "2"}
-    theirs.digests["seed-1/0"] = {"c": "3"}  # of another evaluator
+    ours.add_files({"seed-1/0": {"a": "1"}})
+    theirs.add_files({"seed-1/1": {"b": "2"}, "seed-1/0": {"c": "3"}})  # that of another evaluator
     ours.write()
     theirs.write()
     assert signing(drawing, said, authority).digests == {"seed-1/0": {"a": "1", "c": "3"}, "seed-1/1": {"b": "2"}}

@@ -14,8 +14,10 @@ from pipelines import references, tracking
 from pipelines.checkpoints import Published
 from pipelines.config import compose, sampling
 from pipelines.display import Silent
-from pipelines.evaluation import scoring
-from pipelines.evaluation.scoring import Scored, check_fits, find_scores, score, score_and_record
+from pipelines.evaluation import data, scoring
+from pipelines.evaluation.data import EvaluationData
+from pipelines.evaluation.recorded import Scored, recorded
+from pipelines.evaluation.scoring import find_scores, score, score_and_record
 from pipelines.references import Resolved
 from pipelines.shards.index import Dataset, DatasetError
 from pipelines.signing import Authority, Signer, seal
@@ -30,10 +32,14 @@ DATA = Dataset("file:///data", {"train": (), "test": ()}, CLASSES, 1, 8, (0.0,),
 SPEC = ModelSpec(SMALL, {"kind": "cosine", "num_steps": 20}, "v", 8, CLASSES)
 
 
+def fits(spec, dataset):
+    return EvaluationData(dataset, compose(["+experiment=digits"]), Storage()).check(spec)
+
+
 def test_data_of_the_models_shape_and_classes_fit():
-    check_fits(SPEC, DATA)
-    check_fits(replace(SPEC, classes=()), DATA)
-    check_fits(SPEC, replace(DATA, classes=()))
+    fits(SPEC, DATA)
+    fits(replace(SPEC, classes=()), DATA)
+    fits(SPEC, replace(DATA, classes=()))
 
 
 @pytest.mark.parametrize(
@@ -47,7 +53,7 @@ def test_data_of_the_models_shape_and_classes_fit():
 )
 def test_other_data_is_refused_by_what_differs(change, message):
     with pytest.raises(DatasetError, match=message):
-        check_fits(SPEC, replace(DATA, **change))
+        fits(SPEC, replace(DATA, **change))
 
 
 class Recorded:
@@ -87,9 +93,8 @@ class Names:
 def judged(home, monkeypatch, tmp_path):
     """The data and the evaluator of a model, which is loaded where a test asks for more than a look."""
     evaluator = SimpleNamespace(digest="e", kind="classifier")
-    monkeypatch.setattr(scoring, "read_dataset", lambda uri, storage: replace(DATA, uri=f"file://{tmp_path}"))
-    monkeypatch.setattr(scoring, "find_evaluator", lambda *arguments: evaluator)
-    monkeypatch.setattr(scoring, "open_evaluator", lambda *arguments, **options: evaluator)
+    monkeypatch.setattr(data, "read_dataset", lambda uri, storage: replace(DATA, uri=f"file://{tmp_path}"))
+    monkeypatch.setattr(data, "open_evaluator", lambda *arguments, **options: evaluator)
     return evaluator
 
 
@@ -112,7 +117,7 @@ def test_scores_are_found_without_a_model_where_an_evaluation_would_have_found_t
         found = find_scores(looked, spec, "digest", settings, config, Storage())
         tracked = replace(resolved, tracker=run)
         authority = Authority.of(config.registry)
-        scored = score(tracked, settings, config, Storage(), Silent(), lambda: None, None, authority)
+        scored = score(tracked, settings, EvaluationData.of("", config, Storage()), Silent(), authority)
         assert (found, scored.fresh) == (scored.scores, False)
         assert looked.asked == run.asked == [scored.artifact]
         asked += looked.asked
@@ -123,7 +128,11 @@ def test_there_are_no_scores_where_the_run_has_none_or_the_evaluator_is_not_trai
     config, settings, run = compose(["+experiment=digits"]), Sampling.of(steps=9), Recorded(there=False)
     assert find_scores(run, SPEC, "digest", settings, config, Storage()) is None
     assert run.asked == []
-    monkeypatch.setattr(scoring, "find_evaluator", lambda *arguments: None)
+
+    def untrained(*arguments, connect):
+        connect()
+
+    monkeypatch.setattr(data, "open_evaluator", untrained)
     assert find_scores(Recorded(), SPEC, "digest", settings, config, Storage()) is None
 
 
@@ -146,11 +155,11 @@ def test_scores_that_nobody_who_is_trusted_has_signed_are_named_and_not_used(jud
     def again(*arguments, **options):
         raise AgainError
 
-    monkeypatch.setattr(scoring, "open_real", again)
+    monkeypatch.setattr(data, "open_real", again)
     display = SimpleNamespace(stage=lambda stage, text: said.append(text), counter=lambda *of: None)
     resolved = Resolved("x", Model(spec, torch.nn.Identity()), Recorded(**changed), Published("u", 640, "digest"))
     with pytest.raises(AgainError):
-        score(resolved, settings, config, Storage(), display, lambda: None, None, Authority.of(config.registry))
+        score(resolved, settings, EvaluationData.of("", config, Storage()), display, Authority.of(config.registry))
     assert "scored again: the scores that the run has, evaluation/000000000640-" in said[0]
     assert reason in said[0]
 
@@ -171,7 +180,7 @@ def test_scores_of_a_model_are_those_of_the_networks_that_guide_it_too(judged, m
 
 
 @pytest.mark.parametrize(
-    "overrides, data, compares",
+    "overrides, other, compares",
     [
         ([], None, True),
         (["evaluation.likelihood_images=0", "evaluation.batch_size=7"], None, True),
@@ -183,7 +192,7 @@ def test_scores_of_a_model_are_those_of_the_networks_that_guide_it_too(judged, m
     ],
 )
 def test_only_scores_that_compare_with_its_runs_go_into_the_record_of_a_checkpoint(
-    home, monkeypatch, overrides, data, compares
+    judged, monkeypatch, overrides, other, compares
 ):
     trained, config = compose(["+experiment=digits"]), compose(["+experiment=digits", *overrides])
     run = SimpleNamespace(
@@ -192,7 +201,7 @@ def test_only_scores_that_compare_with_its_runs_go_into_the_record_of_a_checkpoi
     spec = replace(SPEC, sampling=sampling(trained))
     resolved = Resolved("x", Model(spec, torch.nn.Identity()), tracker=run, published=Published("u", 640, "digest"))
     said = watched(monkeypatch)
-    score_and_record(resolved, sampling(config), config, Storage(), Silent(), lambda: None, data)
+    score_and_record(resolved, sampling(config), config, Storage(), Silent(), lambda: None, other)
     assert said == ([("its logged model", True, True), 640] if compares else [(None, False, True)])
 
 
@@ -210,10 +219,10 @@ def watched(monkeypatch, *, fresh: bool = True) -> list[object]:
     return said
 
 
-def of_run(monkeypatch, published: Published | None, recorded: Sequence[Published] = (), **lineage: str) -> Resolved:
+def of_run(monkeypatch, published: Published | None, others: Sequence[Published] = (), **lineage: str) -> Resolved:
     """Return a model of a run that scores it as the configuration says."""
     monkeypatch.setattr(references, "scored_alike", lambda *arguments: True)
-    monkeypatch.setattr(scoring, "list_published", lambda tracker, deleted: list(recorded))
+    monkeypatch.setattr(scoring, "list_published", lambda tracker, deleted: list(others))
     spec = replace(SPEC, sampling=sampling(compose(["+experiment=digits"])), lineage=lineage)
     return Resolved("x", Model(spec, torch.nn.Identity()), tracker=SimpleNamespace(), published=published)
 
@@ -223,7 +232,7 @@ def recorded_of(resolved: Resolved, *overrides: str) -> None:
     score_and_record(resolved, sampling(config), config, Storage(), Silent(), lambda: None)
 
 
-def test_scores_that_are_there_go_into_the_record_of_a_checkpoint_that_has_them_not(monkeypatch):
+def test_scores_that_are_there_go_into_the_record_of_a_checkpoint_that_has_them_not(judged, monkeypatch):
     said, published = watched(monkeypatch, fresh=False), Published("u", 640, "digest")
     recorded_of(of_run(monkeypatch, replace(published, scores=scores().metrics())))
     assert said == []
@@ -234,17 +243,17 @@ def test_scores_that_are_there_go_into_the_record_of_a_checkpoint_that_has_them_
     assert said == []
 
 
-def test_scores_on_data_that_were_quarantined_since_do_not_take_the_place_of_a_checkpoints_own(monkeypatch):
+def test_scores_on_data_that_were_quarantined_since_do_not_take_the_place_of_a_checkpoints_own(judged, monkeypatch):
     said, published = watched(monkeypatch), Published("u", 640, "digest", scores().metrics())
     recorded_of(of_run(monkeypatch, published, stream_digest="another"))
     assert said == [(None, False, False)]
 
 
-def test_the_curves_of_a_run_keep_its_own_scores_where_another_evaluation_has_the_same_images(monkeypatch):
+def test_the_curves_of_a_run_keep_its_own_scores_where_another_evaluation_has_the_same_images(judged, monkeypatch):
     said, published = watched(monkeypatch), Published("u", 640, "digest")
     own = replace(published, scores=scores().metrics())
-    for of, recorded in ((own, []), (None, [own]), (None, [published])):
-        recorded_of(of_run(monkeypatch, of, recorded), "sampler.steps=7")
+    for of, others in ((own, []), (None, [own]), (None, [published])):
+        recorded_of(of_run(monkeypatch, of, others), "sampler.steps=7")
     assert said == [(None, False, False), (None, False, False), (None, False, True)]
 
 
@@ -267,9 +276,9 @@ def test_scores_are_believed_as_they_were_recorded(home):
     )
     authority = Authority.of(compose(["+experiment=digits"]).registry)
     scored = Scored(scores(), "evaluation/000000000640-0123abcd4567.json", 640, ("d", "e"), {}, None, 1)
-    scored.record(run, None, authority.signer, own=False, shown=False)
+    scored.record(run, None, authority, own=False, shown=False)
     assert list(written) == [scored.artifact.replace("evaluation", "signatures"), scored.artifact]
-    assert scoring._recorded(run, scored.artifact, authority.trust) == scored.scores
+    assert recorded(run, scored.artifact, authority.trust) == scored.scores
 
 
 @pytest.mark.parametrize("own, key", [(True, "evaluation"), (False, "evaluation-0123abcd")])

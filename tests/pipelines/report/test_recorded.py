@@ -10,7 +10,7 @@ import pytest
 from pipelines import tracking
 from pipelines.checkpoints import Published
 from pipelines.config import compose
-from pipelines.evaluation.scoring import evaluation_pictures, find_artifact
+from pipelines.evaluation.recorded import evaluation_pictures, find_artifact
 from pipelines.report.gather import gather
 from pipelines.report.sections import sections
 from pipelines.report.subject import Subject

@@ -15,8 +15,8 @@ from pipelines import tracking
 from pipelines.checkpoints import BEST, PUBLISHED, Published, list_published, record_published, run_folder
 from pipelines.config import compose
 from pipelines.errors import PipelineError
+from pipelines.evaluation.recorded import Scored
 from pipelines.evaluation.scores import Estimate, Scores
-from pipelines.evaluation.scoring import Scored
 from pipelines.retry import TransientError
 from pipelines.storage import Fence, Storage
 from pipelines.tracking import Tracker, client

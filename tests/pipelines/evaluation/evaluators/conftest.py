@@ -51,7 +51,7 @@ def unlabelled(_stored, tmp_path):
 
 
 @pytest.fixture
-def config(tmp_path):
+def config(tmp_path, home):  # whose key signs evaluators
     """Return a function from overrides to a configuration."""
 
     def make(*overrides):

@@ -1,4 +1,3 @@
-import json
 import math
 
 import pytest
@@ -8,6 +7,7 @@ from torch.nn import functional as F  # noqa: N812
 from pipelines.evaluation.evaluators import open_matcher
 from pipelines.evaluation.evaluators.matcher import Matcher, choices, clip_loss, matched, train_matcher
 from pipelines.shards.ingest.write import ingest
+from pipelines.signing import said as said_by
 from pipelines.storage import Storage
 from tests.pipelines.captioned import embed, write_shapes
 from tests.pipelines.evaluation.evaluators.bars import bars
@@ -77,4 +77,4 @@ def test_it_is_trained_once_for_a_dataset_and_stored_beside_the_other_evaluators
     pixels = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
     assert torch.equal(again.encoder(pixels).features, found.encoder(pixels).features)
     stored = tmp_path / "captioned" / "evaluator" / dataset.digest[:16] / "captions" / "evaluator.json"
-    assert json.loads(stored.read_text())["text_dim"] == embed(["a"]).pooled.shape[1]
+    assert said_by(stored.read_bytes())["text_dim"] == embed(["a"]).pooled.shape[1]

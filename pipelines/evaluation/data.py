@@ -1,0 +1,126 @@
+"""What samples of models are judged by: a dataset, its evaluator, and what that says of the real images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from ddpm.model import ModelSpec
+from pipelines.config import Config
+from pipelines.display import Notice, Progress, no_notice, no_progress
+from pipelines.evaluation.evaluators import Evaluator, open_evaluator, open_matcher
+from pipelines.evaluation.prompts import Prompts, open_captions
+from pipelines.evaluation.real import Real, open_real
+from pipelines.shards.index import Dataset, DatasetError, read_dataset
+from pipelines.shards.quarantine import read_quarantine, stream_digest
+from pipelines.storage import Storage
+
+
+def _connected() -> None:
+    """Do nothing, in a process that is connected to the Ray cluster."""
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """What judges samples of the models of a dataset: each part is opened and verified when it is first asked for.
+
+    What nobody has made yet is made then: an evaluator is trained, and the real images are encoded.
+
+    Attributes:
+        dataset: whose images samples are compared with.
+        config: names the evaluator, who signs and who is believed.
+        connect: connects this process to the Ray cluster; called only where something has to be computed.
+        notice: called with lines for the user.
+        progress: of encoding the real images.
+    """
+
+    dataset: Dataset
+    config: Config
+    storage: Storage
+    connect: Callable[[], object] = _connected
+    notice: Notice = no_notice
+    progress: Progress = no_progress
+
+    @classmethod
+    def of(
+        cls,
+        uri: str,
+        config: Config,
+        storage: Storage,
+        connect: Callable[[], object] = _connected,
+        notice: Notice = no_notice,
+        progress: Progress = no_progress,
+    ) -> EvaluationData:
+        """Return what judges samples of models of the dataset at an address.
+
+        Raises:
+            DatasetError: there is none.
+        """
+        return cls(read_dataset(uri, storage), config, storage, connect, notice, progress)
+
+    @cached_property
+    def stream(self) -> str:
+        """Digest of the dataset with its quarantine."""
+        return stream_digest(self.dataset, read_quarantine(self.dataset.uri, self.storage))
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        """Maps images to features."""
+        return open_evaluator(self.config, self.dataset, self.storage, self.notice, connect=self.connect)
+
+    @cached_property
+    def matcher(self) -> Evaluator:
+        """Says which caption fits an image."""
+        return open_matcher(self.config, self.dataset, self.storage, self.notice, connect=self.connect)
+
+    @cached_property
+    def real(self) -> Real:
+        """What the evaluator says of the real images."""
+        evaluator = self.evaluator
+        self.connect()
+        return open_real(self.dataset, evaluator, self.config, self.storage, progress=self.progress, notice=self.notice)
+
+    def prompts(self, spec: ModelSpec) -> Prompts | None:
+        """Return the captions of test images that samples of a model are drawn from, and what judges samples by them.
+
+        Returns:
+            None for a model that is not conditioned on text, and for data without fitting captions.
+        """
+        found = open_captions(spec.network.text_dim, self.dataset, self.config, self.storage, self.notice)
+        if found is None:
+            return None
+        labelled = bool(spec.classes) and spec.classes == self.dataset.classes
+        # Where all captions are the same, there is nothing to tell apart.
+        return Prompts(*found, labelled, self.matcher if len(found[0].different[0]) > 1 else None)
+
+    def opened(self, spec: ModelSpec) -> EvaluationData:
+        """Return this with all that judges samples of a model opened, to be sent to where no key is."""
+        prompts, there = self.prompts(spec), {"evaluator": self.evaluator, "real": self.real, "stream": self.stream}
+        if prompts is not None and prompts.matcher is not None:
+            there["matcher"] = prompts.matcher
+        sent = EvaluationData(self.dataset, self.config, self.storage)
+        vars(sent).update(there)
+        return sent
+
+    def check(self, spec: ModelSpec) -> None:
+        """Check that samples of a model can be compared with the images of the dataset.
+
+        Raises:
+            DatasetError: they have another shape, or the labels of one mean something else for the other.
+        """
+        shape = (self.dataset.channels, self.dataset.image_size, self.dataset.image_size)
+        if spec.shape != shape:
+            raise DatasetError(
+                f"{self.dataset.uri} has images of shape {shape} and the model draws {spec.shape}: ingest the data at "
+                "the model's size (data.image_size, data.channels), or name other data with data.uri"
+            )
+        if spec.classes and self.dataset.classes and spec.classes != self.dataset.classes:
+            differing = [
+                f"class {number} is {there!r} there and {here!r} in the model"
+                for number, (here, there) in enumerate(zip(spec.classes, self.dataset.classes, strict=False))
+                if here != there
+            ] or [f"it has {len(self.dataset.classes)} classes and the model {len(spec.classes)}"]
+            raise DatasetError(
+                f"{self.dataset.uri} has other classes than the model: {differing[0]}; name other data with data.uri"
+            )
