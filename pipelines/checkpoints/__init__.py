@@ -41,7 +41,7 @@ from pipelines.checkpoints.published import (
     record_published,
     record_scores,
 )
-from pipelines.checkpoints.retention import mentions, names_checkpoint, retire, superseded
+from pipelines.checkpoints.retention import mentioned, mentions, names_checkpoint, retire, superseded
 
 __all__ = [
     "BEST",
@@ -65,6 +65,7 @@ __all__ = [
     "list_published",
     "load_checkpoint",
     "load_tensors",
+    "mentioned",
     "mentions",
     "names_checkpoint",
     "newest_checkpoint",

@@ -31,9 +31,14 @@ def names_checkpoint(version: ModelVersion, run_ids: Container[str], images_seen
 def mentions(text: str, run_ids: Container[str], images_seen: int | None) -> bool:
     """Return whether a text has a MODEL reference to a published checkpoint of these runs; see `names_checkpoint`."""
     return any(
-        run_id in run_ids and (not at or images_seen is None or int(at) == images_seen)
-        for run_id, at in _MODEL.findall(text)
+        run_id in run_ids and (at is None or images_seen is None or int(at) == images_seen)
+        for run_id, at in mentioned(text)
     )
+
+
+def mentioned(text: str) -> list[tuple[str, str | None]]:
+    """Return the MODEL references to checkpoints in a text: (MLflow's run, images seen or None for any)."""
+    return [(run_id, at or None) for run_id, at in _MODEL.findall(text)]
 
 
 def superseded(

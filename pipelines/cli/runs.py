@@ -60,10 +60,10 @@ def runs(overrides: Overrides = None, as_json: Json = False) -> None:
     """List the runs, with their state, last score and size on storage. Example: ddpm runs"""
     config = compose_running(overrides, services=["s3", "mlflow"])
 
-    from pipelines import inventory
+    from pipelines import housekeeping
     from pipelines.storage import Storage
 
-    found = inventory.list_runs(config, Storage.of(config))
+    found = housekeeping.list_runs(config, Storage.of(config))
     table = _table("run", "state", "images>", "last score", "size>", "when")
     for row in found:
         score = f"{row.score[0]} {row.score[1]:.4g}" if row.score else ""
@@ -88,17 +88,17 @@ def rm(
     """Delete a run's folder on storage and its MLflow run, after a question. Example: ddpm rm first"""
     config = compose_running(overrides, name=run, services=["s3", "mlflow"], optional=["ray"])
 
-    from pipelines import inventory
+    from pipelines import housekeeping
     from pipelines.storage import Storage
 
     storage = Storage.of(config)
-    removal = inventory.find_removal(config, storage, force=force)
-    with inventory.kept_from_training(config, storage, lambda text: terminal.stage("rm", text)):
+    removal = housekeeping.find_removal(config, storage, force=force)
+    with housekeeping.kept_from_training(config, storage, lambda text: terminal.stage("rm", text)):
         for text in removal.lines():
             terminal.stage("rm", text)
         _ask(yes, f"Delete all that there is of run '{run}'?")
-        removal = inventory.find_removal(config, storage, force=force)  # it may have been asked for long ago
-        inventory.remove(removal, config, storage)
+        removal = housekeeping.find_removal(config, storage, force=force)  # it may have been asked for long ago
+        housekeeping.remove(removal, config, storage)
     terminal.stage("rm", f"deleted run '{run}', {decimal(removal.folder.size)}")
     answer_json(as_json, {"run": run, "size": removal.folder.size, "run_ids": [r.run_id for r in removal.records]})
 
@@ -118,11 +118,11 @@ def gc(
     """Delete checkpoints, studies, evaluators, samples and features that nothing names. Example: ddpm gc --dry-run"""
     config = compose_running(overrides, services=["s3", "mlflow"])
 
-    from pipelines import inventory
+    from pipelines import housekeeping
     from pipelines.storage import Storage
 
     storage, grace_s = Storage.of(config), older_than * 3600
-    found = inventory.find_garbage(config, storage, grace_s)
+    found = housekeeping.find_garbage(config, storage, grace_s)
     table = _table("address", "size>", "why")
     for verdict in found:
         table.add_row(verdict.folder.address, decimal(verdict.folder.size), verdict.why)
@@ -134,9 +134,9 @@ def gc(
     if found and not dry_run:
         _ask(yes, f"Delete these, {decimal(sum(v.folder.size for v in found))} in all?")
         shown = {verdict.folder.address for verdict in found}
-        for verdict in inventory.find_garbage(config, storage, grace_s):  # it may have been asked for long ago
+        for verdict in housekeeping.find_garbage(config, storage, grace_s):  # it may have been asked for long ago
             if verdict.folder.address in shown:
-                inventory.collect(verdict, storage)
+                housekeeping.collect(verdict, storage)
                 deleted.append(verdict)
         terminal.stage("gc", f"deleted {len(deleted)}, {decimal(sum(v.folder.size for v in deleted))}")
     plain = [{"address": v.folder.address, "size": v.folder.size, "why": v.why} for v in found]

@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from pipelines.config.choices import Section
+from pipelines.errors import ConfigError
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """What runs, studies and served applications may be called: their names are parts of addresses."""
@@ -223,6 +224,17 @@ class TrackingConfig(Section):
                 f"sinks = {list(self.sinks)}: name each once, mlflow among them, which records the run's checkpoints"
             )
         return self
+
+    @property
+    def server(self) -> str:
+        """Address of the MLflow server.
+
+        Raises:
+            ConfigError: none is named.
+        """
+        if self.uri is None:
+            raise ConfigError("no MLflow server is named: set tracking.uri or MLFLOW_TRACKING_URI, or run `ddpm up`")
+        return self.uri
 
 
 class CheckpointConfig(Section):

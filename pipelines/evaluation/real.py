@@ -38,6 +38,7 @@ from pipelines.evaluation.evaluators.base import Evaluator
 from pipelines.evaluation.evaluators.share import reference_mask
 from pipelines.evaluation.images import thumbnail_size, thumbnails, to_levels
 from pipelines.evaluation.rows import Rows
+from pipelines.evaluation.scores import features_name
 from pipelines.ray_tasks import finished
 from pipelines.shards.index import Dataset, DatasetError
 from pipelines.shards.quarantine import kept_shards, read_quarantine, stream_digest
@@ -188,7 +189,7 @@ def open_real(
     """
     quarantine, authority = read_quarantine(dataset.uri, storage), Authority.of(config.registry)
     stream = stream_digest(dataset, quarantine)
-    parts = "features", f"{stream[:16]}-{evaluator.digest[:16]}"
+    parts = "features", features_name(stream, evaluator.digest)
     stored = Derived(storage, join(dataset.uri, *parts), RECORD, "/".join(parts))
     size = thumbnail_size(dataset.image_size, dataset.image_size)
     thumbnail = (dataset.channels, *size)

@@ -241,6 +241,24 @@ class Scores:
         )
 
 
+def rests_on(plain: Mapping[str, Any]) -> set[str]:
+    """Return the names of what scores were computed from: the samples, the evaluators, and the features of real images.
+
+    Args:
+        plain: scores as they are recorded, by any release.
+    """
+    evaluators = [plain.get("evaluator_digest"), (plain.get("prompts") or {}).get("evaluator_digest")]
+    names = {f"evaluator/{digest[:16]}" for digest in evaluators if digest}
+    if plain.get("samples"):  # an address, which is spelt with the root; its last part is a digest
+        names.add(f"samples/{str(plain['samples']).rsplit('/', 1)[-1]}")
+    return names | {f"features/{features_name(str(plain.get('stream_digest')), str(evaluators[0]))}"}
+
+
+def features_name(stream_digest: str, evaluator_digest: str) -> str:
+    """Return the name of the folder of what an evaluator says of the real images."""
+    return f"{stream_digest[:16]}-{evaluator_digest[:16]}"
+
+
 def _short(estimate: Estimate) -> str:
     """Return a value with half the width of its interval."""
     if estimate.low is None or estimate.high is None:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from pipelines import references, tracking
-from pipelines.config import Config, ConfigError
+from pipelines.config import Config
 from pipelines.errors import PipelineError
 from pipelines.tracking import ModelVersion, Tracker, TrackingError
 
@@ -44,9 +44,7 @@ def find_subject(reference: str, config: Config) -> Subject:
         TrackingError: no MLflow server answers.
     """
     references.check_recorded(reference)
-    uri = config.tracking.uri
-    if uri is None:
-        raise ConfigError("no MLflow server is named: set tracking.uri or MLFLOW_TRACKING_URI, or run `ddpm up`")
+    uri = config.tracking.server
     if reference.startswith("models:/"):
         version = references.find_registered(reference, uri)
         return Subject(reference, _run_of(version, uri), version)

@@ -8,9 +8,9 @@ from torch.nn import functional as F  # noqa: N812
 from ddpm.generate import Sampling
 from ddpm.model import ModelSpec
 from pipelines.config import compose
+from pipelines.evaluation.data import EvaluationData
 from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.evaluators.matcher import Matcher
-from pipelines.evaluation.data import EvaluationData
 from pipelines.evaluation.prompts import PromptRows, Prompts, wilson
 from pipelines.evaluation.rows import Rows
 from pipelines.evaluation.samples import Plan

@@ -1,4 +1,4 @@
-"""What may be deleted, decided on lists."""
+"""The list of runs and the removal of one: decided on lists, and done on files with a list in place of MLflow."""
 
 from __future__ import annotations
 
@@ -6,37 +6,20 @@ from dataclasses import replace
 
 import pytest
 
+from pipelines.checkpoints import newest_checkpoint, run_folder
 from pipelines.housekeeping import (
     Folder,
-    Origin,
     RemovalError,
+    find_removal,
     folders,
-    judge_evaluators,
-    judge_published,
-    judge_scored,
-    judge_study,
     plan_removal,
     removal_order,
+    remove,
     summaries,
 )
-from pipelines.storage import Entry
-from pipelines.tracking import ModelVersion, RunRecord
-
-NOW = 1_000_000_000.0
-OLD, NEW = NOW - 2 * 86_400, NOW - 5
-ROOT = "s3://b"
-
-
-def folder(address: str, *names: str, modified: float | None = OLD) -> Folder:
-    return Folder(f"{ROOT}/{address}", tuple(Entry(f"{ROOT}/{address}/{name}", 10, "t", modified) for name in names))
-
-
-def record(name: str = "first", status: str = "FINISHED", **fields) -> RunRecord:
-    return RunRecord(f"id-{name}", name, "ddpm", status, began=OLD, **fields)
-
-
-def version(run_id: str = "id-first", **tags: str) -> ModelVersion:
-    return ModelVersion("digits", "1", run_id, tags, ("champion",))
+from pipelines.storage import Entry, Storage, StorageError
+from pipelines.tracking import RunRecord
+from tests.pipelines.housekeeping.stored import LEFT, NEW, NOW, OLD, Stubborn, age, folder, record, store_run, version
 
 
 def test_folders_have_all_that_is_below_them_and_loose_objects_are_none():
@@ -167,83 +150,29 @@ def test_what_makes_checkpoints_complete_goes_first_and_the_newest_last():
     assert sorted([*first, *rest]) == sorted(entry.uri for entry in stored.entries)
 
 
-# --- what nothing names ---
-
-PUBLISHED = folder("runs/first/published/000000000640", "state.json", "model.json")
-ORIGIN = Origin(None, "id-first", 640)
-
-
-def judged(**changed):
-    given = {"folder": PUBLISHED, "origin": ORIGIN, "records": [record()], "named": [], "versions": [], "now": NOW}
-    return judge_published(**{**given, **changed})
-
-
-def test_a_published_checkpoint_that_its_finished_run_does_not_record_is_garbage():
-    assert judged().garbage
-    assert judged(records=[replace(record(), deleted=True)]).garbage
-    assert judged(origin=Origin(None, None, None)).garbage  # an interrupted copy has no model.json
-
-
-@pytest.mark.parametrize(
-    "changed, why",
-    [
-        ({"folder": replace(PUBLISHED, entries=(*PUBLISHED.entries, Entry("s3://b/x", 1, "t", NEW)))}, "24 hours"),
-        ({"named": [("id-first", PUBLISHED.name)]}, "records it"),
-        ({"named": [("own", PUBLISHED.name)], "origin": Origin("own", None, None)}, "records it"),
-        ({"origin": Origin("own", None, 640), "records": [replace(record(status="KILLED"), id="own")]}, "may still"),
-        ({"records": [record(status="RUNNING")]}, "may still record it"),
-        ({"records": [record(status="KILLED")]}, "may still record it"),
-        ({"records": [record("other")]}, "another may"),
-        ({"records": []}, "another may"),
-        ({"versions": [version(images_seen="640")]}, "was made from it"),
-        ({"versions": [version()]}, "was made from it"),
-        ({"versions": [version("x", sampling="runs:/abc0")], "origin": Origin(None, "abc0", 640),
-          "records": [replace(record(), run_id="abc0")]}, "names it"),
-    ],
-)  # fmt: skip
-def test_a_published_checkpoint_that_anything_may_name_stays(changed, why):
-    verdict = judged(**changed)
-    assert (verdict.garbage, why in verdict.why) == (False, True), verdict.why
+def test_a_removal_that_is_interrupted_anywhere_leaves_the_run_as_it_was_or_none_and_a_repeat_ends_it(config, records):
+    objects = store_run(config)
+    for after in range(1, objects):
+        store_run(config)
+        records[:] = [RunRecord("id", "first", "ddpm", "KILLED")]
+        LEFT[0] = after
+        with pytest.raises(StorageError, match="interrupted"):
+            remove(find_removal(config, Storage(), force=False), config, Stubborn())
+        newest = newest_checkpoint(config, Storage())
+        assert newest is None or newest.images_seen == 2, after  # never an older one
+        if not records:
+            assert newest is None
+            assert not [e for e in Storage().list(run_folder(config)) if e.uri.endswith("state.json")]
+        records[:] = records or [RunRecord("id", "first", "ddpm", "KILLED", deleted=True)]
+        if records[0].deleted:
+            age(config)  # without a word of MLflow's, what was written a moment ago is not touched
+        remove(find_removal(config, Storage(), force=False), config, Storage())
+        assert Storage().list(run_folder(config)) == []
 
 
-def test_the_checkpoint_that_guides_a_version_of_another_run_stays_whatever_that_one_has_seen():
-    guided = version("x", sampling='{"classifier": "runs:/abc0/640"}', images_seen="1280")
-    guide = {"origin": Origin(None, "abc0", 640), "records": [replace(record(), run_id="abc0")]}
-    assert not judged(versions=[guided], **guide).garbage
-    assert judged(versions=[guided], **{**guide, "origin": Origin(None, "abc0", 320)}).garbage
-
-
-def test_the_records_of_another_run_do_not_keep_a_checkpoint_of_the_same_name():
-    assert judged(named=[("id-other", PUBLISHED.name)]).garbage
-    assert judged(named=[("id-first", "000000001280")]).garbage
-
-
-def test_a_version_of_another_checkpoint_of_the_run_does_not_keep_this_one():
-    assert judged(versions=[version(images_seen="1280")]).garbage
-
-
-def test_a_study_is_garbage_when_its_runs_are_deleted_and_no_version_has_its_settings():
-    study = folder("studies/s", "study.json", "trials/a.json")
-    gone = [replace(record("study-s", study="s"), deleted=True)]
-    assert judge_study(study, gone, [], NOW).garbage
-    assert not judge_study(study, [*gone, record("s-a", study="s")], [], NOW).garbage
-    assert not judge_study(study, gone, [version(study="s")], NOW).garbage
-    assert not judge_study(study, [], [], NOW).garbage
-    assert not judge_study(folder("studies/s", "study.json", modified=NEW), gone, [], NOW).garbage
-
-
-def test_evaluators_are_garbage_when_their_dataset_has_changed_and_no_score_names_one_of_them():
-    evaluators = folder("datasets/d/evaluator/0123456789abcdef", "evaluator.json", "contrastive/evaluator.json")
-    digests = {"w", "c"}
-    assert judge_evaluators(evaluators, digests, "f" * 64, ["other"], NOW).garbage
-    assert not judge_evaluators(evaluators, digests, "0123456789abcdef" + "0" * 48, [], NOW).garbage
-    for named in digests:
-        assert not judge_evaluators(evaluators, digests, "f" * 64, [named], NOW).garbage
-    assert not judge_evaluators(evaluators, digests, None, [], NOW).garbage
-
-
-def test_samples_and_features_are_garbage_when_no_score_names_them():
-    samples = folder("evaluations/0123", "samples.tar")
-    assert judge_scored(samples, False, "samples", NOW).garbage
-    assert not judge_scored(samples, True, "samples", NOW).garbage
-    assert not judge_scored(folder("evaluations/0123", "samples.tar", modified=NEW), False, "samples", NOW).garbage
+def test_a_removed_run_leaves_no_folder_and_is_no_longer_known(config, records, tmp_path):
+    store_run(config)
+    remove(find_removal(config, Storage(), force=False), config, Storage())
+    assert not (tmp_path / "runs" / "first").exists()
+    with pytest.raises(RemovalError, match="no run 'first'"):
+        find_removal(config, Storage(), force=False)

@@ -1,24 +1,30 @@
-"""What may be deleted, and why: decisions about values that were read from storage and MLflow; nothing is read here.
+"""The runs that storage and MLflow have: their list, and the removal of one.
 
-`pipelines.inventory` reads, asks these functions, and deletes. Whatever is not certain is kept.
+What is read is decided about by functions that read nothing. Everything is read anew for every decision; where MLflow
+does not answer, nothing is decided and nothing is deleted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal
 
 from rich.filesize import decimal
 
+from pipelines import tracking
 from pipelines.checkpoints import epoch_of, names_checkpoint
+from pipelines.config import Config
+from pipelines.display import Notice
 from pipelines.errors import PipelineError
-from pipelines.storage import Entry, join
+from pipelines.housekeeping.folders import Folder, folders, folders_at
+from pipelines.storage import Storage, join
 from pipelines.tracking import ENDED, ModelVersion, RunRecord
 from pipelines.training.log_lines import LIVE_S
+from pipelines.training.run_id import read_run_id
 
-GRACE_S = 86_400.0
-"""Seconds for which nothing is garbage: its record may be on its way."""
 State = Literal["running", "stopped", "finished", "failed", "unrecorded"]
 _STATES: Mapping[str, State] = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}
 
@@ -27,47 +33,15 @@ class RemovalError(PipelineError):
     """A run is not removed; says why and what to do."""
 
 
-@dataclass(frozen=True)
-class Folder:
-    """A folder on storage, with every object below it."""
+def list_runs(config: Config, storage: Storage) -> list[RunSummary]:
+    """Return the runs of the configuration's experiment and storage, the newest first.
 
-    address: str
-    entries: tuple[Entry, ...] = field(repr=False)
-
-    @property
-    def name(self) -> str:
-        """The last part of the address."""
-        return self.address.rsplit("/", 1)[-1]
-
-    @property
-    def size(self) -> int:
-        """Bytes of all that is in it."""
-        return sum(entry.size for entry in self.entries)
-
-    @property
-    def modified(self) -> float | None:
-        """When anything in it was last written, in seconds since the epoch; None where that is not sure."""
-        times = [entry.modified for entry in self.entries]
-        known = [time for time in times if time is not None]
-        return max(known) if known and len(known) == len(times) else None
-
-    def within(self, seconds: float, now: float) -> bool:
-        """Return whether something was written in the last so many seconds, as far as one knows."""
-        return self.modified is None or now - self.modified < seconds
-
-
-def folders(entries: Iterable[Entry], parent: str) -> list[Folder]:
-    """Return the folders directly below an address, in order of name, each with all that is in it."""
-    found: dict[str, list[Entry]] = {}
-    for entry in entries:
-        if entry.uri.startswith(f"{parent}/"):
-            name, below, _ = entry.uri[len(parent) + 1 :].partition("/")
-            if below:
-                found.setdefault(name, []).append(entry)
-    return [Folder(join(parent, name), tuple(found[name])) for name in sorted(found)]
-
-
-# --- The list of runs ----------------------------------------------------------------------------------------
+    Raises:
+        TrackingError, StorageError: a service does not answer.
+    """
+    records = tracking.list_runs(config.tracking.server)
+    stored = folders_at(storage, join(config.storage.root, "runs"))
+    return summaries(records, stored, config.tracking.experiment, time.time())
 
 
 @dataclass(frozen=True)
@@ -126,9 +100,6 @@ def _score(metrics: Mapping[str, tuple[float, int]]) -> tuple[str, float] | None
         return None
     last = max(scores, key=lambda key: (scores[key][1], key == "eval/frechet_distance"))
     return last.removeprefix("eval/"), scores[last][0]
-
-
-# --- Removing a run ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -220,143 +191,67 @@ def removal_order(folder: Folder) -> tuple[list[str], list[str]]:
     return first, [e.uri for e in folder.entries if e.uri not in set(first)]
 
 
-# --- What nothing names --------------------------------------------------------------------------------------
+@contextmanager
+def kept_from_training(config: Config, storage: Storage, notice: Notice) -> Iterator[None]:
+    """Keep drivers on the Ray cluster of the configuration, where one answers, from training a run meanwhile.
 
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a published checkpoint is from, as far as that is known.
-
-    Attributes:
-        id: of the run in whose folder it lies; None in those of earlier releases.
-        run_id: of its MLflow run, by its `model.json`, as are the images seen.
+    Raises:
+        TrainingError: the run is being trained.
     """
+    if config.cluster.address is None:
+        yield
+        return
+    # Not at the top: the list of runs needs no Ray.
+    import ray
 
-    id: str | None
-    run_id: str | None
-    images_seen: int | None
+    from pipelines.training.errors import TrainingError
+    from pipelines.training.ray_train.monitor import only_driver
+    from pipelines.training.ray_train.resources import connect_ray
 
-    def named_by(self, named: Iterable[tuple[str, str]], name: str) -> bool:
-        """Return whether (run, name of a checkpoint) is among those that are recorded, for the run's id or MLflow's."""
-        return any((run, name) in named for run in (self.id, self.run_id) if run is not None)
+    try:
+        connect_ray(config, storage)
+    except TrainingError as error:
+        notice(f"{error}; whether the run is being trained is judged by what it has written last")
+        yield
+        return
+    try:
+        with only_driver(config, wait_s=0):
+            yield
+    finally:
+        ray.shutdown()
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a folder is garbage, and why or why not."""
+def find_removal(config: Config, storage: Storage, *, force: bool) -> Removal:
+    """Return all that belongs to the run of the configuration, and whether it may be removed."""
+    uri, address = config.tracking.server, join(config.storage.root, "runs", config.name)
+    return plan_removal(
+        Folder(address, tuple(storage.list(address))),
+        tracking.list_runs(uri, config.name),
+        tracking.all_versions(uri),
+        own_id=read_run_id(storage, address),
+        experiment=config.tracking.experiment,
+        now=time.time(),
+        force=force,
+    )
 
-    folder: Folder
-    garbage: bool
-    why: str
 
+def remove(removal: Removal, config: Config, storage: Storage) -> None:
+    """Delete a run, in an order in which no interruption leaves something that looks usable; a repeat does the rest.
 
-def judge_published(
-    folder: Folder,
-    origin: Origin,
-    records: Sequence[RunRecord],
-    named: Collection[tuple[str, str]],
-    versions: Iterable[ModelVersion],
-    now: float,
-    grace_s: float = GRACE_S,
-) -> Verdict:
-    """Decide about a published checkpoint, `runs/RUN/published/X`.
-
-    Args:
-        records: MLflow's runs, deleted ones included.
-        named: (ID, X) of the published checkpoints that all runs which are not deleted have recorded, with the run's
-            own ID and with MLflow's; not their addresses, which change with the spelling of the root.
+    What makes checkpoints complete goes first, then the MLflow run, then the files.
     """
-    if folder.within(grace_s, now):
-        return Verdict(folder, False, _young(grace_s))
-    if origin.named_by(named, folder.name):
-        return Verdict(folder, False, "an MLflow run records it")
-    run_name = folder.address.split("/")[-3]
-    if origin.id is not None or origin.run_id is not None:
-        owners = [r for r in records if r.run_id == origin.run_id or (r.id is not None and r.id == origin.id)]
-    else:  # a copy that was interrupted, in an earlier release
-        owners = [record for record in records if record.name == run_name]
-    for version in versions:
-        if names_checkpoint(version, {record.run_id for record in owners}, origin.images_seen):
-            return Verdict(folder, False, f"{version.uri} was made from it, or names it")
-    if not owners:
-        return Verdict(folder, False, "this MLflow server does not know its run: another may")
-    present = [record for record in owners if not record.deleted]
-    if not present:
-        return Verdict(folder, True, f"the MLflow run of '{run_name}' is deleted")
-    if any(record.status != "FINISHED" for record in present):
-        return Verdict(folder, False, "its run has not finished and may still record it")
-    return Verdict(folder, True, f"run '{run_name}' has finished and does not record it")
-
-
-def judge_study(
-    folder: Folder,
-    records: Sequence[RunRecord],
-    versions: Iterable[ModelVersion],
-    now: float,
-    grace_s: float = GRACE_S,
-) -> Verdict:
-    """Decide about a study, `studies/NAME`."""
-    if folder.within(grace_s, now):
-        return Verdict(folder, False, _young(grace_s))
-    runs = [record for record in records if record.study == folder.name]
-    if any(not record.deleted for record in runs):
-        return Verdict(folder, False, "its MLflow run is there")
-    for version in versions:
-        if version.tags.get("study") == folder.name:
-            return Verdict(folder, False, f"{version.uri} has its sampling settings from it")
-    if not runs:
-        return Verdict(folder, False, "this MLflow server does not know it: another may")
-    return Verdict(folder, True, "the MLflow runs of the study and of its trials are deleted")
-
-
-def judge_evaluators(
-    folder: Folder,
-    digests: Iterable[str],
-    dataset_digest: str | None,
-    named: Iterable[str],
-    now: float,
-    grace_s: float = GRACE_S,
-) -> Verdict:
-    """Decide about the evaluators that were trained on a dataset, one of each kind, `datasets/NAME/evaluator/X`.
-
-    Args:
-        digests: of those whose record is there.
-        dataset_digest: of the dataset as it is now; None where there is none.
-        named: digests of the evaluators of all scores of runs and registered versions.
-    """
-    if folder.within(grace_s, now):
-        return Verdict(folder, False, _young(grace_s))
-    if dataset_digest is None:
-        return Verdict(folder, False, "its dataset has no dataset.json at the moment")
-    if folder.name == dataset_digest[:16]:
-        return Verdict(folder, False, "it has the evaluators of the dataset")
-    if set(digests) & set(named):
-        return Verdict(folder, False, "scores of a run or a registered version name one of them")
-    return Verdict(folder, True, "the dataset has changed since, and no score names one of them")
-
-
-def judge_scored(folder: Folder, named: bool, what: str, now: float, grace_s: float = GRACE_S) -> Verdict:
-    """Decide about what an evaluation keeps: samples, `evaluations/X`, or features, `datasets/NAME/features/X`.
-
-    Args:
-        named: whether the scores of a run or of a registered version were computed from it.
-        what: it is, in words.
-    """
-    if folder.within(grace_s, now):
-        return Verdict(folder, False, _young(grace_s))
-    if named:
-        return Verdict(folder, False, "scores of a run or a registered version name it")
-    return Verdict(folder, True, f"no score names these {what}, which an evaluation can make again")
+    first, rest = removal_order(removal.folder)
+    for address in first:
+        storage.delete(address)
+    for record in removal.records:
+        end = tracking.retire_run if removal.versions else tracking.delete_run
+        end(config.tracking.server, record.run_id)
+    for address in rest:
+        storage.delete(address)
+    if not storage.list(removal.folder.address):
+        storage.delete_folder(removal.folder.address)
 
 
 def _listed(versions: Iterable[ModelVersion]) -> str:
     """Return versions with their aliases, in words."""
     return ", ".join(" ".join([v.uri, *(f"@{alias}" for alias in v.aliases)]) for v in versions)
-
-
-def _young(grace_s: float) -> str:
-    return f"it was written in {_span(grace_s)}"
-
-
-def _span(seconds: float) -> str:
-    return f"the last {seconds / 3600:g} hours"

@@ -1,0 +1,37 @@
+"""What is stored and recorded of runs: their list, the removal of one, and of what nothing names any more."""
+
+from pipelines.housekeeping.folders import Folder, folders
+from pipelines.housekeeping.garbage import GRACE_S, Stored, Verdict, collect, find_garbage, judge
+from pipelines.housekeeping.runs import (
+    Removal,
+    RemovalError,
+    RunSummary,
+    find_removal,
+    kept_from_training,
+    list_runs,
+    plan_removal,
+    removal_order,
+    remove,
+    summaries,
+)
+
+__all__ = [
+    "GRACE_S",
+    "Folder",
+    "Removal",
+    "RemovalError",
+    "RunSummary",
+    "Stored",
+    "Verdict",
+    "collect",
+    "find_garbage",
+    "find_removal",
+    "folders",
+    "judge",
+    "kept_from_training",
+    "list_runs",
+    "plan_removal",
+    "removal_order",
+    "remove",
+    "summaries",
+]
