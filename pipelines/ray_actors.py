@@ -21,8 +21,18 @@ RETRIES = 3
 class PooledActor:
     """What every actor of a pool answers."""
 
-    def ready(self) -> None:
-        """Answer: the actor has started, and its process runs."""
+    _finished = 0
+
+    def ready(self) -> int:
+        """Return how many calls it has finished: the actor has started, and its process runs."""
+        return self._finished
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Return the result of one of its methods."""
+        try:
+            return getattr(self, method)(*arguments)
+        finally:
+            self._finished += 1
 
 
 class ActorPool:
@@ -52,6 +62,7 @@ class ActorPool:
         self.count, self.patience_s, self.notice = count, patience_s, notice
         self.actors, self.idle, self.lost = list[Any](), list[Any](), 0
         self.starting: dict[Any, Any] = {}
+        self.calls: dict[Any, int] = {}
         self.asked: dict[Any, tuple[Any, float]] = {}
         self.looked = time.monotonic()
 
@@ -82,10 +93,11 @@ class ActorPool:
         self._start()
 
     def _end_silent(self, busy: Iterable[Any]) -> None:
-        """End those that have not answered for `patience_s`: what they were asked for then fails, and is done again.
+        """End those that have not worked for `patience_s`: what they were asked for then fails, and is done again.
 
         A process that was stopped, or a node that hangs, would be waited for without end: Ray notices only those that
-        are gone.
+        are gone. Where the node's raylet alone stands still, the actor answers that it has finished its call, and the
+        result does not come.
 
         Args:
             busy: actors that have a call.
@@ -97,13 +109,14 @@ class ActorPool:
         for actor in busy:
             question, since = before.get(actor) or (actor.ready.remote(), now)
             if ray.wait([question], timeout=0)[0]:
-                question, since = actor.ready.remote(), now
+                since = now if ray.get(question) < self.calls[actor] else since
+                question = actor.ready.remote()
             if now - since < self.patience_s:
                 self.asked[actor] = question, since
                 continue
             self.notice(
-                f"an actor of this work has not answered for {now - since:.0f} s: its process or its node stands "
-                "still; it is ended, and another does its work"
+                f"an actor of this work has not answered for {now - since:.0f} s, or its result has not come: its "
+                "process or its node stands still; it is ended, and another does its work"
             )
             ray.kill(actor)
 
@@ -121,7 +134,8 @@ class ActorPool:
             while waiting and self.idle:
                 actor = self.idle.pop()
                 place, arguments = waiting.popleft()
-                running[getattr(actor, method).remote(*arguments)] = place, actor
+                self.calls[actor] = self.calls.get(actor, 0) + 1
+                running[actor.call.remote(method, *arguments)] = place, actor
             done, _ = ray.wait([*running, *self.starting], num_returns=1, timeout=LOOK_EVERY_S)
             for ref in done:
                 call = running.pop(ref, None)

@@ -66,7 +66,7 @@ def test_an_evaluation_goes_on_where_it_was_killed_and_gives_the_same_from_any_n
             "AWS_DEFAULT_REGION": "us-east-1",
         }
         three = [*evaluate("s3://ddpm/three", 3), "cluster.patience_s=5"]
-        with one_stopped("ray::_SamplingActor.draw", local_stack.home):  # which is no end that Ray notices
+        with one_stopped("ray::_SamplingActor.call", local_stack.home):  # which is no end that Ray notices
             done = replace(shell, environment=environment).ok(*three, "--json")
         other = done.answer
         assert "an actor of this work has not answered for" in done.err

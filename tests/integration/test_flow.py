@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import requests
 import webdataset
 from mlflow import MlflowClient
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from pipelines.storage import Storage
 from tests.integration.conftest import DIGITS, SCORED, Shell
@@ -426,3 +428,17 @@ def test_edited_scores_and_samples_are_named_and_made_again_as_they_were(
     read = shell.ok("evaluate", f"runs:/{run_id}", *SHORT, "--json")
     assert "scored with these settings already" in read.err
     assert read.answer["estimates"] == scores["estimates"]
+
+
+def test_another_network_under_the_name_of_a_guide_makes_other_scores(digits, shell: Shell, tmp_path):
+    weak = shutil.copytree("tests/fixtures/earlier/version/model", tmp_path / "weak")
+    guided = ("guidance=auto", f"guidance.weak={weak}", "guidance.scale=2", "evaluation.n=40", "evaluation.seeds=1")
+    asked = ("evaluate", f"runs:/{digits.answer['run_id']}", *SHORT, *guided, "--json")
+    first = shell.ok(*asked)
+    assert "scored with these settings already" in shell.ok(*asked).err
+    weights = load_file(weak / "model.safetensors")
+    save_file({name: 0.5 * tensor for name, tensor in weights.items()}, weak / "model.safetensors")
+    swapped = shell.ok(*asked)
+    assert "scored with these settings already" not in swapped.err
+    assert swapped.answer["samples"] != first.answer["samples"]
+    assert swapped.answer["estimates"] != first.answer["estimates"]

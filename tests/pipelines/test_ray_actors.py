@@ -39,8 +39,9 @@ class Actors:
 class Actor:
     def __init__(self, number):
         self.number = number
-        self.ready = SimpleNamespace(remote=lambda: (number, None, True))
-        self.draw = SimpleNamespace(remote=lambda unit: (number, unit.upper(), False))
+        self.finished = 0
+        self.ready = SimpleNamespace(remote=lambda: (number, self.finished, True))
+        self.call = SimpleNamespace(remote=lambda method, unit: (number, unit.upper(), False))
 
 
 PATIENCE_S = 300.0
@@ -100,3 +101,34 @@ def test_an_actor_that_stands_still_is_named_and_ended_and_its_work_done_by_anot
     assert PATIENCE_S <= at <= PATIENCE_S + 3 * LOOK_EVERY_S
     assert len(said) == 1
     assert "has not answered for" in said[0]
+
+
+class Kept(Silent):
+    """Actors of which the first one has finished its call and answers, and whose result does not come."""
+
+    def __init__(self, monkeypatch):
+        super().__init__(monkeypatch)
+        self.made = []
+
+    def remote(self, *_):
+        self.made.append(super().remote())
+        return self.made[-1]
+
+    def wait(self, refs, num_returns=1, timeout=None):
+        if not self.ended and any(ref[0] == 1 and not ref[2] for ref in refs):
+            self.made[0].finished = 1
+            done = [ref for ref in refs if ref[0] != 1]
+        else:
+            done = refs
+        if not done:
+            self.now += timeout
+        return done[:1], [ref for ref in refs if ref not in done[:1]]
+
+
+def test_an_actor_that_works_for_long_is_waited_for_and_one_whose_result_does_not_come_is_ended(monkeypatch):
+    actors, said = Kept(monkeypatch), []
+    assert answers(2, "abcde", said) == list(enumerate("ABCDE"))
+    number, at = actors.ended[0]
+    assert number == 1
+    assert PATIENCE_S <= at <= PATIENCE_S + 3 * LOOK_EVERY_S
+    assert "or its result has not come" in said[0]
