@@ -1,47 +1,30 @@
-"""Compare two models on samples of the same labels and noise, drawn for this comparison alone."""
+"""Compare two versions on samples of the same labels and noise, drawn for this comparison alone."""
 
 from __future__ import annotations
 
 import hashlib
-import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from ddpm.generate import Sampling
-from ddpm.model import Model
+from ddpm.model import load_model
 from ddpm.quality import Measured
 from pipelines.config import Config
 from pipelines.display import Display
-from pipelines.evaluation.actors import draw, sampling_actors
-from pipelines.evaluation.compare import Distance, measured_accuracy
 from pipelines.evaluation.data import EvaluationData
-from pipelines.evaluation.evaluators import Evaluator
-from pipelines.evaluation.prompts import Prompts
-from pipelines.evaluation.samples import Drawn, Plan, Request, SampleFiles
+from pipelines.evaluation.measure import Subject, measure
+from pipelines.evaluation.samples import Request
 from pipelines.evaluation.scores import IMAGES_PER_FEATURE
-from pipelines.scratch import scratch_folder
+from pipelines.references import guided
+from pipelines.registry.evidence import Evidence
+from pipelines.registry.package import RegistryError
 from pipelines.signing import Authority
+from pipelines.storage import Storage
 
 LEAST = 5_000
 """Samples of each model, by default, where the evaluator has few features."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model that is compared.
-
-    Attributes:
-        model: with the guiding networks that its settings need.
-        digest: of its weights, under which its samples are kept.
-        sampling: the settings that it serves.
-    """
-
-    model: Model
-    digest: str
-    sampling: Sampling
 
 
 @dataclass(frozen=True)
@@ -80,56 +63,48 @@ def request_of(config: Config, features: int, seed: int) -> Request:
     return replace(Request.of(config, Sampling()), n=n, seeds=(seed,), likelihood_images=0)
 
 
+def open_data(
+    evidence: Evidence, config: Config, storage: Storage, display: Display, connect: Callable[[], None]
+) -> EvaluationData:
+    """Return what judges samples of a version: its dataset, and the evaluator that scored it.
+
+    Raises:
+        RegistryError: the evaluator is another one now.
+    """
+    say, progress = partial(display.stage, "gate"), display.counter("gate", "real images")
+    data = EvaluationData.of(evidence.dataset_uri, config, storage, connect, say, progress)
+    connect()
+    if data.evaluator.digest != evidence.scores.evaluator_digest:
+        raise RegistryError(
+            f"the version was scored by the evaluator {evidence.scores.evaluator_digest[:12]} "
+            f"({evidence.scores.evaluator}), and that of this configuration is {data.evaluator.digest[:12]} "
+            f"({data.evaluator.kind}): set evaluation.evaluator and evaluation.weights to what scored it, or register "
+            "the version anew"
+        )
+    return data
+
+
+def subject_of(folder: Path, evidence: Evidence, data: EvaluationData) -> Subject:
+    """Return the model in the folder of a version, with its guiding networks and the settings that it serves."""
+    model = load_model(folder)
+    data.check(model.spec)
+    settings = model.spec.sampling
+    return Subject(guided(model, settings, data.config.tracking.uri, data.storage), evidence.served_digest, settings)
+
+
 def compare(
-    candidate: Subject,
-    champion: Subject,
-    request: Request,
-    data: EvaluationData,
-    prompts: Prompts | None,
-    display: Display,
-    authority: Authority,
+    candidate: Subject, champion: Subject, request: Request, data: EvaluationData, display: Display
 ) -> Compared:
     """Draw the samples of both models on the Ray cluster, and measure them against the real train images.
-
-    Samples that are stored are not drawn again, so an interrupted comparison goes on where it was.
 
     Args:
         request: with one seed; each model is drawn with the settings that it serves.
         data: what judges the samples.
-        prompts: captions that samples of models on text are drawn from.
-        authority: says whose stored samples are believed, and signs the new ones.
     """
-    with tempfile.TemporaryDirectory(prefix="comparison-", dir=scratch_folder()) as scratch:
-        found, distance = [], Distance.of(data.real)
-        for name, subject in (("champion", champion), ("candidate", candidate)):
-            folder = Path(scratch) / name
-            folder.mkdir()
-            asked = replace(request, sampling=subject.sampling)
-            plan, say = (
-                Plan.of(subject.model, subject.digest, asked, data.real, prompts),
-                partial(display.stage, "gate"),
-            )
-            pool = sampling_actors(
-                subject.model, data.evaluator, data.storage, asked, len(plan.units()), prompts=prompts, notice=say
-            )
-            with pool as actors:
-                progress = display.counter("gate", f"{name} images")
-                files = SampleFiles(plan, data.storage, authority, say)
-                drawn = draw(actors, files, data.evaluator, subject.model, folder, progress)
-            found.append(_measure(drawn, plan, distance, data.evaluator, prompts))
-    (theirs, their_accuracy), (ours, our_accuracy) = found
-    return Compared(distance.measure, ours, theirs, our_accuracy, their_accuracy)
-
-
-def _measure(
-    drawn: Drawn, plan: Plan, distance: Distance, evaluator: Evaluator, prompts: Prompts | None
-) -> tuple[Measured, Measured | None]:
-    """Return the distance that decides, and the accuracy of the samples of one model."""
-    accuracy, labels = None, plan.labels(plan.seeds[0])
-    if labels is not None and evaluator.labels and drawn.probabilities is not None:
-        accuracy = measured_accuracy(drawn.probabilities, labels, 0)
-    elif prompts is not None and drawn.vectors is not None:
-        rows = plan.rows(plan.seeds[0])
-        assert rows is not None
-        accuracy = prompts.accuracy(drawn.vectors, 0, rows, plan.seeds[0])
-    return distance(torch.from_numpy(drawn.features.read(0, plan.n))), accuracy
+    specs, prompts = [candidate.model.spec, champion.model.spec], None
+    if specs[0].network.text_dim == specs[1].network.text_dim:  # both are on the same kind of text
+        prompts = data.prompts(specs[0])
+    both, authority = {"champion": champion, "candidate": candidate}, Authority.of(data.config.registry)
+    found = measure(both, request, data, prompts, authority, display, "gate")
+    ours, theirs = found["candidate"], found["champion"]
+    return Compared(ours.measure, ours.distance, theirs.distance, ours.accuracy, theirs.accuracy)

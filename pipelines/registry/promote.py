@@ -7,21 +7,16 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
-from ddpm.model import ModelSpec, load_model, read_spec
+from ddpm.model import ModelSpec, read_spec
 from pipelines import tracking
 from pipelines.config import PREVIOUS, Config
 from pipelines.display import Display
-from pipelines.evaluation.data import EvaluationData
-from pipelines.evaluation.prompts import Prompts
-from pipelines.evaluation.samples import Request
 from pipelines.evaluation.scores import Scores
-from pipelines.references import guided
 from pipelines.registry.bounds import absolute_bounds
 from pipelines.registry.card import describe
-from pipelines.registry.comparison import Compared, Subject, compare, gate_seed, request_of
+from pipelines.registry.comparison import compare, gate_seed, open_data, request_of, subject_of
 from pipelines.registry.contents import check_version
 from pipelines.registry.envelope import model_folder
 from pipelines.registry.evidence import Evidence
@@ -30,7 +25,7 @@ from pipelines.registry.package import RegistryError
 from pipelines.registry.verdict import Row, Verdict, VerdictLog, now, standing
 from pipelines.registry.verify import check_data
 from pipelines.scratch import scratch_folder
-from pipelines.signing import Authority, Signer, Trust, check_signing
+from pipelines.signing import Signer, Trust, check_signing
 from pipelines.storage import Storage
 from pipelines.tracking import ModelVersion
 
@@ -328,7 +323,7 @@ class Gate:
             return replace(refused, reason=f"{refused.reason}; {mend}")
         assert champion.evidence is not None
         rows += unlike
-        data = self._open_data(candidate.evidence)
+        data = open_data(candidate.evidence, self.config, self.storage, self.display, self.connect)
         against = champion.evidence.served_digest
         request = request_of(
             self.config, data.evaluator.encoder.width, gate_seed(self.model, self.alias, against, dry_run)
@@ -338,48 +333,14 @@ class Gate:
         judged = _judged_before(verdicts, verdict, unlike)
         if judged is not None:  # one that passed has lost the alias since, and takes it again by what was found then
             return replace(judged, version=verdict.version, at=now() if judged.passed else judged.at)
-        compared = self._compare(candidate, champion, request, data)
+        self.display.stage("gate", f"{request.n:,} samples of {candidate.version.uri} and of {name}, on the same noise")
+        ours = subject_of(candidate.folder, candidate.evidence, data)
+        theirs = subject_of(champion.folder, champion.evidence, data)
+        compared = compare(ours, theirs, request, data, self.display)
         attempts = [v.attempt for v in verdicts if v.champion_digest == verdict.champion_digest]
         attempt = 1 + max(attempts, default=0)
         found = decide(compared, attempt, name, margin)
         return replace(verdict, passed=found.passed, reason=found.reason, attempt=attempt, rows=(*rows, *found.rows))
-
-    def _compare(self, candidate: Opened, champion: Opened, request: Request, data: EvaluationData) -> Compared:
-        """Draw the samples of both versions, and measure them."""
-        self.display.stage(
-            "gate", f"{request.n:,} samples of {candidate.version.uri} and of {champion.version.uri}, on the same noise"
-        )
-        ours, theirs = (self._subject(opened, data) for opened in (candidate, champion))
-        prompts: Prompts | None = None
-        if ours.model.spec.network.text_dim == theirs.model.spec.network.text_dim:  # both are on the same kind of text
-            prompts = data.prompts(ours.model.spec)
-        return compare(ours, theirs, request, data, prompts, self.display, Authority.of(self.config.registry))
-
-    def _subject(self, opened: Opened, data: EvaluationData) -> Subject:
-        """Return the model of a version with its guiding networks."""
-        assert opened.evidence is not None
-        model = load_model(opened.folder)
-        data.check(model.spec)
-        model = guided(model, model.spec.sampling, self.uri, self.storage)
-        return Subject(model, opened.evidence.served_digest, model.spec.sampling)
-
-    def _open_data(self, evidence: Evidence) -> EvaluationData:
-        """Return what judges samples of a version: its dataset, and the evaluator that scored it.
-
-        Raises:
-            RegistryError: the evaluator is another one now.
-        """
-        say, progress = partial(self.display.stage, "gate"), self.display.counter("gate", "real images")
-        data = EvaluationData.of(evidence.dataset_uri, self.config, self.storage, self.connect, say, progress)
-        self.connect()
-        if data.evaluator.digest != evidence.scores.evaluator_digest:
-            raise RegistryError(
-                f"the version was scored by the evaluator {evidence.scores.evaluator_digest[:12]} "
-                f"({evidence.scores.evaluator}), and that of this configuration is {data.evaluator.digest[:12]} "
-                f"({data.evaluator.kind}): set evaluation.evaluator and evaluation.weights to what scored it, or "
-                "register the version anew"
-            )
-        return data
 
     @contextmanager
     def _opened(self, version: ModelVersion) -> Iterator[Opened]:
