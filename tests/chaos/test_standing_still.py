@@ -20,7 +20,9 @@ pytestmark = [pytest.mark.integration, pytest.mark.chaos, pytest.mark.slow, pyte
 
 MODEL = str(Path("tests/fixtures/earlier/version/model").resolve())
 DATA = "s3://ddpm/datasets/digits"
-SHORT = ["evaluation.n=180", "evaluation.seeds=1", "evaluation.batch_size=30", "evaluation.likelihood_images=0"]
+SHORT = ["evaluation.seeds=1", "evaluation.batch_size=30", "evaluation.likelihood_images=0", "sampler.steps=60"]
+LONG = "evaluation.n=900"
+"""So that actors on the second node get some of it."""
 PATIENCE = "cluster.patience_s=5"
 
 
@@ -76,7 +78,7 @@ def said(arena: Arena, *arguments: str) -> tuple[str, dict[str, object]]:
 @pytest.mark.parametrize("raylet_alone", [True, False])
 def test_an_evaluation_goes_on_without_a_node_that_stands_still(arena, raylet_alone):
     root = f"s3://ddpm/still-{raylet_alone}"
-    asked = ["evaluate", MODEL, f"data.uri={DATA}", *SHORT, PATIENCE]
+    asked = ["evaluate", MODEL, f"data.uri={DATA}", *SHORT, LONG, PATIENCE]
     expected = said(arena, *asked, "storage.root=s3://ddpm/alone", "evaluation.actors=1")[1]
     with standing_still(arena, "ray::_SamplingActor.call", raylet_alone=raylet_alone):
         err, found = said(arena, *asked, f"storage.root={root}", "evaluation.actors=4")
@@ -88,9 +90,8 @@ def test_an_evaluation_goes_on_without_a_node_that_stands_still(arena, raylet_al
 def versions(arena):
     """A champion, and another version of its model with other settings."""
     trained = ["+experiment=digits", "name=still", f"data.uri={DATA}", "images=1280", "checkpoint.every=1280"]
-    drawn = ["sampler.steps=2", *SHORT]
-    said(arena, "flow", *trained, *drawn)
-    said(arena, "register", "models:/still/1", *drawn, "sampler.steps=3", "--name", "still")
+    said(arena, "flow", *trained, *SHORT, "evaluation.n=60")
+    said(arena, "register", "models:/still/1", *SHORT, "evaluation.n=60", "sampler.steps=70", "--name", "still")
 
 
 def test_the_gate_decides_without_a_node_that_stands_still(arena, versions):
@@ -112,8 +113,8 @@ def test_the_gate_decides_without_a_node_that_stands_still(arena, versions):
 
 
 def test_a_study_confirms_without_a_node_that_stands_still(arena, versions):
-    study = ["search.trials=2", "search.samples=32", "search.confirm_samples=600", "search.random_trials=2", PATIENCE]
-    with standing_still(arena, "ray::_Scorer.call", raylet_alone=True):
+    study = ["search.trials=2", "search.samples=32", "search.confirm_samples=2048", "search.random_trials=2", PATIENCE]
+    with standing_still(arena, "ray::_Scorer.call", raylet_alone=False):
         err, found = said(arena, "search", "guidance", "--model", "models:/still/1", "--study", "still", *study, *SHORT)
     assert "its process or its node stands still" in err
     assert found["confirmed"]
