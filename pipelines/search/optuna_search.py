@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config import Config
-from pipelines.search.parameters import Choice, Int, Log, Params, Uniform, Value
+from pipelines.search.parameters import Params
 from pipelines.search.study import TrialRecord, trial_name
 from pipelines.search.study_config import DIRECTIONS, StudyConfig
 
@@ -30,17 +30,19 @@ def past_of(study: StudyConfig, records: Iterable[TrialRecord], storage: Any = N
         directions=["minimize" if DIRECTIONS[o] == "min" else "maximize" for o in study.objectives],
     )
     for record in records:
-        values = [record.scores.get(metric, math.nan) for metric in study.objectives]
-        judged = record.state in ("finished", "stopped") and all(map(math.isfinite, values))
-        state = optuna.trial.TrialState.COMPLETE if judged else optuna.trial.TrialState.FAIL
         if record.state == "running":
             continue
+        values = [record.scores.get(metric, math.nan) for metric in study.objectives]
+        judged = record.state in ("finished", "stopped") and all(map(math.isfinite, values))
+        tried = optuna.trial.FixedTrial(record.params)
+        for path in record.params:
+            study.space[path].ask(tried, path)
         past.add_trial(
             optuna.trial.create_trial(
-                state=state,
+                state=optuna.trial.TrialState.COMPLETE if judged else optuna.trial.TrialState.FAIL,
                 values=values if judged else None,
-                params=dict(record.params),
-                distributions={path: _distribution(study, path) for path in record.params},
+                params=tried.params,
+                distributions=tried.distributions,
                 user_attrs={"trial": record.trial},
             )
         )
@@ -71,7 +73,7 @@ def searcher(
     modes = [DIRECTIONS[objective] for objective in study.objectives]
     points = {trial_name(p): dict(p) for p in (*again, *new)}  # each once
     return OptunaSearch(
-        space=partial(_suggest, study, base),
+        space=partial(study.suggest, base=base),
         metric=list(study.objectives) if len(study.objectives) > 1 else study.objectives[0],
         mode=modes if len(modes) > 1 else modes[0],
         points_to_evaluate=list(points.values()) or None,
@@ -100,23 +102,3 @@ def sampler(seed: int, random_trials: int) -> Any:
             n_startup_trials=random_trials,
             constant_liar=True,  # so that concurrent trials differ
         )
-
-
-def _suggest(study: StudyConfig, base: Config, trial: Any) -> dict[str, Value]:
-    """Return the parameters of Optuna's next trial; a module-level function, so that it can be pickled."""
-    return study.suggest(trial, base)
-
-
-def _distribution(study: StudyConfig, path: str) -> Any:
-    """Return the Optuna distribution of a parameter."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    parameter = study.space[path]
-    if isinstance(parameter, Uniform):
-        return FloatDistribution(*parameter.uniform)
-    if isinstance(parameter, Log):
-        return FloatDistribution(*parameter.log, log=True)
-    if isinstance(parameter, Int):
-        return IntDistribution(*parameter.bounds)
-    assert isinstance(parameter, Choice)
-    return CategoricalDistribution(parameter.choice)

@@ -1,149 +1,103 @@
-"""The distributions of a search space: what values a parameter can take, and when it exists."""
+"""The parameters of a search space: what values they can take, when they exist, and where they are in a configuration."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Protocol
+from functools import reduce
+from typing import TYPE_CHECKING, Annotated, Any
 
-import pydantic
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from pipelines.config import ConfigError, suggest
+from pipelines.config.choices import Section
+
+if TYPE_CHECKING:
+    from optuna.trial import BaseTrial
 
 Value = bool | int | float | str | None
 Params = Mapping[str, Value]
 """The parameters of one trial: path in the configuration -> value."""
+DISTRIBUTIONS = {"uniform", "log", "int", "choice"}
 
 
-class Suggester(Protocol):
-    """The part of an Optuna trial that a space uses."""
+class Parameter(Section):
+    """What values a parameter can take, by exactly one distribution of Optuna's, and when it exists.
 
-    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-        """Return a real number."""
+    Attributes:
+        uniform: ends of a range of real numbers, distributed uniformly.
+        log: ends of a range of positive numbers, distributed uniformly on a logarithmic scale.
+        integers: ends of a range of integers, both included, distributed uniformly; `int` where it is written.
+        choice: values that are all equally likely.
+        when: paths -> the value, or a list of the values, with which alone the parameter exists.
+    """
 
-    def suggest_int(self, name: str, low: int, high: int) -> int:
-        """Return an integer."""
+    uniform: tuple[float, float] | None = None
+    log: tuple[PositiveFloat, PositiveFloat] | None = None
+    integers: tuple[int, int] | None = Field(default=None, alias="int")
+    choice: Annotated[tuple[Value, ...], Field(min_length=1)] | None = None
+    when: dict[str, Value | list[Value]] = Field(default_factory=dict)
 
-    def suggest_categorical(self, name: str, choices: Sequence[Value]) -> Value:
-        """Return one of the choices."""
+    @model_validator(mode="before")
+    @classmethod
+    def _has_one_distribution(cls, plain: Any) -> Any:
+        """Refuse what is none of the four forms in which a parameter is written."""
+        if isinstance(plain, dict) and (len(plain.keys() - {"when"}) != 1 or not DISTRIBUTIONS & plain.keys()):
+            raise ValueError(
+                "a parameter is {uniform: [a, b]}, {log: [a, b]}, {int: [a, b]} or {choice: [...]}, and may have `when`"
+            )
+        return plain
 
+    @model_serializer(mode="wrap")
+    def _as_written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in write(self).items() if value is not None}
 
-class FrozenModel(pydantic.BaseModel):
-    """A settings object that refuses unknown fields."""
+    @property
+    def corners(self) -> Sequence[Value]:
+        """The ends of the range, or all choices: where a wrong range fails."""
+        return self.choice or self.integers or self.log or self.uniform or ()
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
-
-
-class _Parameter(FrozenModel):
-    """What all distributions have: the condition under which the parameter exists."""
-
-    when: dict[str, Value | list[Value]] = Field(
-        default_factory=dict, description="exists only where these paths have one of these values"
-    )
-
-    def exists(self, values: Callable[[str], Value]) -> bool:
-        """Return whether the parameter exists in a trial.
-
-        Args:
-            values: returns the value of another path in that trial.
-        """
-        return all(
-            values(path) in (wanted if isinstance(wanted, list) else [wanted]) for path, wanted in self.when.items()
-        )
-
-
-class Uniform(_Parameter):
-    """A real number, distributed uniformly."""
-
-    uniform: tuple[float, float]
-
-    def nearest(self, value: Value) -> Value:
-        """Return the value of the range that is closest to `value`."""
-        return _clamped(value, self.uniform)
-
-    def ask(self, path: str, trial: Suggester) -> Value:
-        """Return the value that Optuna suggests for this trial."""
-        return trial.suggest_float(path, *self.uniform)
-
-    def corners(self) -> list[Value]:
-        """Return the ends of the range or all choices: where a wrong range fails."""
-        return list(self.uniform)
-
-    def draw(self, rng: random.Random) -> Value:
-        """Return a random value."""
-        return rng.uniform(*self.uniform)
-
-
-class Log(_Parameter):
-    """A positive number, distributed uniformly on a logarithmic scale."""
-
-    log: tuple[PositiveFloat, PositiveFloat]
+    def ask(self, trial: BaseTrial, path: str) -> Value:
+        """Return the value that a trial of Optuna's has, or suggests, for the parameter at this path."""
+        if self.choice is not None:
+            return trial.suggest_categorical(path, self.choice)
+        if self.integers is not None:
+            return trial.suggest_int(path, *self.integers)
+        low, high = self.log or self.uniform or ()
+        return trial.suggest_float(path, low, high, log=self.log is not None)
 
     def nearest(self, value: Value) -> Value:
-        """Return the value of the range that is closest to `value`."""
-        return _clamped(value, self.log)
-
-    def ask(self, path: str, trial: Suggester) -> Value:
-        """Return the value that Optuna suggests for this trial."""
-        return trial.suggest_float(path, *self.log, log=True)
-
-    def corners(self) -> list[Value]:
-        """Return the ends of the range or all choices: where a wrong range fails."""
-        return list(self.log)
-
-    def draw(self, rng: random.Random) -> Value:
-        """Return a random value."""
-        low, high = self.log
-        return low * (high / low) ** rng.random()
+        """Return the value that is closest: of a choice the first for one that is none, of a range the middle."""
+        if self.choice is not None:
+            return value if value in self.choice else self.choice[0]
+        low, high = self.integers or self.log or self.uniform or ()
+        closest = min(max(float(value), low), high) if isinstance(value, int | float) else (low + high) / 2
+        return closest if self.integers is None else round(closest)
 
 
-class Int(_Parameter):
-    """An integer, distributed uniformly, both ends included."""
-
-    bounds: tuple[int, int] = Field(alias="int")
-
-    def nearest(self, value: Value) -> Value:
-        """Return the value of the range that is closest to `value`."""
-        return round(_clamped(value, self.bounds))
-
-    def ask(self, path: str, trial: Suggester) -> Value:
-        """Return the value that Optuna suggests for this trial."""
-        return trial.suggest_int(path, *self.bounds)
-
-    def corners(self) -> list[Value]:
-        """Return the ends of the range or all choices: where a wrong range fails."""
-        return list(self.bounds)
-
-    def draw(self, rng: random.Random) -> Value:
-        """Return a random value."""
-        return rng.randint(*self.bounds)
+def get_value(plain: Any, path: str) -> Any:
+    """Return the value at a path such as `guidance.interval.1` of a plain (JSON) configuration, or None without one."""
+    return reduce(_child, path.split("."), plain)
 
 
-class Choice(_Parameter):
-    """One of several values, all equally likely."""
+def set_value(plain: Any, path: str, value: Value) -> None:
+    """Set the value at a path of a plain configuration, in place.
 
-    choice: Annotated[list[Value], Field(min_length=1)]
-
-    def nearest(self, value: Value) -> Value:
-        """Return `value` where it is one of the choices, else the first choice."""
-        return value if value in self.choice else self.choice[0]
-
-    def ask(self, path: str, trial: Suggester) -> Value:
-        """Return the value that Optuna suggests for this trial."""
-        return trial.suggest_categorical(path, self.choice)
-
-    def corners(self) -> list[Value]:
-        """Return the ends of the range or all choices: where a wrong range fails."""
-        return list(self.choice)
-
-    def draw(self, rng: random.Random) -> Value:
-        """Return a random value."""
-        return rng.choice(self.choice)
+    Raises:
+        ConfigError: a group on the path does not exist, or an index is out of range.
+    """
+    *parents, last = path.split(".")
+    for part in parents:
+        group = _child(plain, part)
+        if not isinstance(group, dict | list):
+            allowed = list(plain) if isinstance(plain, dict) else []
+            raise ConfigError(f"{path}: there is no '{part}' here.{suggest(part, allowed)}")
+        plain = group
+    if isinstance(plain, list) and not (last.isdecimal() and int(last) < len(plain)):
+        raise ConfigError(f"{path}: write an index from 0 to {len(plain) - 1} for '{last}'")
+    plain[int(last) if isinstance(plain, list) else last] = value
 
 
-Parameter = Uniform | Log | Int | Choice
-
-
-def _clamped(value: Value, bounds: tuple[float, float]) -> float:
-    """Return a number clamped to the bounds, or their middle for a value that is no number."""
-    low, high = bounds
-    return min(max(float(value), low), high) if isinstance(value, int | float) else (low + high) / 2
+def _child(plain: Any, part: str) -> Any:
+    if isinstance(plain, list):
+        return plain[int(part)] if part.isdecimal() and int(part) < len(plain) else None
+    return plain.get(part) if isinstance(plain, Mapping) else None

@@ -6,8 +6,6 @@ A space is an ordered mapping from paths such as `optim.lr` or `guidance.interva
 
 from __future__ import annotations
 
-import itertools
-import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,8 +13,7 @@ from ddpm.guidance import GUIDANCE
 from ddpm.settings import settings_of
 from pipelines.config import Config, ConfigError, from_dict
 from pipelines.config.choices import VARIANTS
-from pipelines.search.parameters import Parameter, Params, Value
-from pipelines.search.paths import get_value, set_value
+from pipelines.search.parameters import Params, Value, get_value, set_value
 from pipelines.search.study_config import StudyConfig
 
 FIXED = {
@@ -29,6 +26,8 @@ FIXED = {
 """Fields that the trials of a study share, so that a space cannot vary them, by kind of study."""
 RANDOM_CHECKS = 64
 """Random trials whose configuration is checked before a study starts."""
+MOST_DRAWS = 512
+"""Random trials in none of which a parameter exists: it never does."""
 
 
 def apply(base: Config, params: Params) -> Config:
@@ -62,44 +61,45 @@ def check_space(study: StudyConfig, base: Config) -> None:
     Raises:
         ConfigError: one of them is not valid; the message names path, value and reason.
     """
+    plain = base.model_dump(mode="json")
     for path, parameter in study.space.items():
         fixed = next((f for f in FIXED[study.kind] if path == f or path.startswith(f + ".")), None)
         if fixed is not None:
             raise ConfigError(f"search space: {path} cannot be searched by a {study.kind} study: trials share {fixed}")
         for condition in parameter.when:
-            if condition not in study.space:
-                _get_or_fail(base.model_dump(mode="json"), condition, f"{path} depends on {condition}")
-    for params in itertools.chain(_corners(study, base), _random(study, base)):
+            if condition not in study.space and get_value(plain, condition) is None:
+                raise ConfigError(
+                    f"search space: {path} depends on {condition}, which is neither in the space nor has a value in "
+                    "the configuration"
+                )
+    for params in _trials(study, base):
         try:
             apply(base, params)
         except ConfigError as error:
             tried = ", ".join(f"{path}={value}" for path, value in params.items())
             raise ConfigError(f"search space, with {tried}:\n{error}") from error
-    never = set(study.space) - {path for params in _random(study, base, 512) for path in params}
-    if never:
-        raise ConfigError(f"search space: {', '.join(sorted(never))}: `when` is never met")
 
 
-def _corners(study: StudyConfig, base: Config) -> Iterator[dict[str, Value]]:
-    """Yield trials for each end of each range and each choice, with random values of the other parameters."""
-    rng = random.Random(0)
+def _trials(study: StudyConfig, base: Config) -> Iterator[dict[str, Value]]:
+    """Yield trials with each end of each range and each choice, and random ones.
+
+    Raises:
+        ConfigError: a parameter exists in none.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    drawn = optuna.create_study(sampler=optuna.samplers.RandomSampler(study.seed))
     for path, parameter in study.space.items():
-        for corner in parameter.corners():
-
-            def pick(other: str, p: Parameter, path: str = path, corner: Value = corner) -> Value:
-                return corner if other == path else p.draw(rng)
-
-            for _ in range(64):  # conditions of others are drawn until they let it exist
-                params = study._choose(pick, base)
-                if path in params:
+        for corner in parameter.corners:
+            for _ in range(MOST_DRAWS):  # the conditions of others are drawn until they let it exist
+                drawn.enqueue_trial({path: corner})
+                if path in (params := study.suggest(drawn.ask(), base)):
                     yield params
                     break
-
-
-def _random(study: StudyConfig, base: Config, count: int = RANDOM_CHECKS) -> Iterator[dict[str, Value]]:
-    """Yield random trials."""
-    rng = random.Random(study.seed)
-    return (study.draw(rng, base) for _ in range(count))
+            else:
+                raise ConfigError(f"search space: {path}: `when` is never met")
+    yield from (study.suggest(drawn.ask(), base) for _ in range(RANDOM_CHECKS))
 
 
 def _shared(group: str, kind: str, before: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,13 +116,3 @@ def _guidance_of(kind: str, before: Mapping[str, Any]) -> dict[str, Any]:
     own = {setting.name for setting in settings_of(GUIDANCE[kind])} if kind in GUIDANCE else set()
     references = {s.name for cls in GUIDANCE.values() for s in settings_of(cls) if s.reference}
     return {name: value for name, value in before.items() if name in own | references | {"kind"}}
-
-
-def _get_or_fail(plain: Mapping[str, Any], path: str, what: str) -> None:
-    """Raise `ConfigError` where the configuration has no value at a path.
-
-    Args:
-        what: says who needs the value, for the message.
-    """
-    if get_value(plain, path) is None:
-        raise ConfigError(f"search space: {what}, which is neither in the space nor has a value in the configuration")

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import random
 import re
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from pipelines.config import Config, ConfigError, compose, conf_dir, suggest
+from pipelines.config.choices import Section
 from pipelines.config.sections import NAME
-from pipelines.search.parameters import Choice, FrozenModel, Int, Log, Parameter, Suggester, Uniform, Value
-from pipelines.search.paths import get_value
+from pipelines.search.parameters import Parameter, Value, get_value
+
+if TYPE_CHECKING:
+    from optuna.trial import BaseTrial
 
 Objective = Literal["frechet_distance", "bits_per_dim", "precision", "recall", "class_accuracy", "evaluations"]
 DIRECTIONS: dict[Objective, Literal["min", "max"]] = {
@@ -29,7 +31,7 @@ DIRECTIONS: dict[Objective, Literal["min", "max"]] = {
 """The objectives that a study can have, and whether lower or higher is better."""
 
 
-class StudyConfig(FrozenModel):
+class StudyConfig(Section):
     """The settings of a study: what it searches, for how long, and how trials are judged.
 
     Attributes:
@@ -93,48 +95,43 @@ class StudyConfig(FrozenModel):
             raise ValueError("space is empty: name at least one path with a distribution")
         before: set[str] = set()
         for path, parameter in self.space.items():
-            if isinstance(parameter, Uniform | Log | Int) and parameter.corners()[0] > parameter.corners()[1]:  # type: ignore[operator]
-                raise ValueError(f"space: {path}: the range {parameter.corners()} must be [low, high]")
+            if parameter.choice is None and parameter.corners[0] > parameter.corners[1]:  # type: ignore[operator]
+                raise ValueError(f"space: {path}: the range {list(parameter.corners)} must be [low, high]")
             later = [other for other in parameter.when if other in self.space and other not in before]
             if later:
                 raise ValueError(f"space: {path} depends on {', '.join(later)}, which must come before it")
             before.add(path)
         return self
 
-    def suggest(self, trial: Suggester, base: Config) -> dict[str, Value]:
-        """Return the parameters of the next trial, asked from Optuna one by one (define by run)."""
-        return self._choose(lambda path, parameter: parameter.ask(path, trial), base)
+    def suggest(self, trial: BaseTrial, base: Config) -> dict[str, Value]:
+        """Return the parameters that exist in a trial of Optuna's, asked for one by one (define by run)."""
+        plain, chosen = base.model_dump(mode="json"), dict[str, Value]()
 
-    def draw(self, rng: random.Random, base: Config) -> dict[str, Value]:
-        """Return the parameters of a random trial."""
-        return self._choose(lambda path, parameter: parameter.draw(rng), base)
+        def met(path: str, wanted: Value | list[Value]) -> bool:
+            # A searched path that does not exist in this trial has no value, whatever the configuration says.
+            value = chosen.get(path) if path in self.space else get_value(plain, path)
+            return value in (wanted if isinstance(wanted, list) else [wanted])
+
+        for path, parameter in self.space.items():
+            if all(met(*condition) for condition in parameter.when.items()):
+                chosen[path] = parameter.ask(trial, path)
+        return chosen
 
     def nearest(self, base: Config) -> dict[str, Value]:
         """Return the parameters that are closest to the values of the configuration."""
-        plain = base.model_dump(mode="json")
-        return self._choose(lambda path, parameter: parameter.nearest(get_value(plain, path)), base)
+        from optuna.trial import FixedTrial
 
-    def values(self, path: str, base: Config) -> list[Value]:
+        plain = base.model_dump(mode="json")
+        closest = {path: parameter.nearest(get_value(plain, path)) for path, parameter in self.space.items()}
+        return self.suggest(FixedTrial(closest), base)
+
+    def values(self, path: str, base: Config) -> Sequence[Value]:
         """Return the values that a path can have in trials: all choices, or the ends of its range.
 
         Where it is not searched, it has that of the configuration.
         """
         searched = self.space.get(path)
-        return [get_value(base.model_dump(mode="json"), path)] if searched is None else searched.corners()
-
-    def _choose(self, pick: Callable[[str, Parameter], Value], base: Config) -> dict[str, Value]:
-        """Return the parameters that exist in a trial, with the values that `pick` chooses."""
-        chosen: dict[str, Value] = {}
-        plain = base.model_dump(mode="json")
-
-        def value(path: str) -> Value:
-            # A searched path that does not exist in this trial has no value, whatever the configuration says.
-            return chosen.get(path) if path in self.space else get_value(plain, path)
-
-        for path, parameter in self.space.items():
-            if parameter.exists(value):
-                chosen[path] = pick(path, parameter)
-        return chosen
+        return [get_value(base.model_dump(mode="json"), path)] if searched is None else searched.corners
 
 
 def study_name(name: str) -> str:
@@ -239,12 +236,6 @@ def _override(plain: dict[str, Any], line: str) -> None:
 
 def _explain(where: str, error: Any) -> str:
     """Return one pydantic error in words, with the field's path in the file."""
-    names = {cls.__name__ for cls in (Uniform, Log, Int, Choice)}
-    path = ".".join(str(part) for part in error["loc"] if part not in names)
-    if error["loc"][:1] == ("space",) != error["loc"] and error["type"] in ("extra_forbidden", "missing"):
-        return (
-            f"{where}: {'.'.join(map(str, error['loc'][:2]))}: a parameter is {{uniform: [a, b]}}, {{log: [a, b]}}, "
-            "{int: [a, b]} or {choice: [...]}, and may have `when`"
-        )
+    path = ".".join(map(str, error["loc"]))
     got = "" if isinstance(error["input"], dict) else f", got {error['input']!r}"
     return f"{where}: {path + ': ' if path else ''}{error['msg'].removeprefix('Value error, ')}{got}"

@@ -1,7 +1,5 @@
 """A space gives configurations that are valid, or says which value of which path is not."""
 
-import random
-
 import optuna
 import pytest
 
@@ -31,8 +29,8 @@ def test_the_kinds_of_guidance_need_their_networks():
 
 def test_conditions_decide_what_a_trial_has():
     shipped = load_study("schedule")
-    rng = random.Random(3)
-    drawn = [shipped.draw(rng, BASE) for _ in range(200)]
+    search = optuna.create_study(sampler=optuna.samplers.RandomSampler(3))
+    drawn = [shipped.suggest(search.ask(), BASE) for _ in range(200)]
     for params in drawn:
         assert ("schedule.s" in params) == (params["schedule.kind"] == "cosine")
         assert ("schedule.tau" in params) == (params["schedule.kind"] == "sigmoid")

@@ -12,7 +12,7 @@ from pipelines.config import compose
 from pipelines.search.observer import describe_params
 from pipelines.search.optuna_search import past_of
 from pipelines.search.page import Page
-from pipelines.search.parameters import Choice
+from pipelines.search.parameters import Parameter
 from pipelines.search.seeds import NoiseSeeds
 from pipelines.search.study import StudyError, StudyStore, TrialRecord, best, earlier_points, pareto_front, trial_name
 from pipelines.search.study_config import StudyConfig
@@ -139,7 +139,7 @@ def test_what_earlier_studies_found_outside_of_a_space_is_not_tried_and_that_is_
     assert point == record(3, 7.0, **{"guidance.scale": 2.0}).params
     assert isinstance(point["guidance.scale"], float)
     assert said == ["of the best 3 trials of 'first' 2 are not tried: not in this space"]
-    elsewhere = STUDY.model_copy(update={"space": {"sampler.spacing": Choice(choice=["karras", "vp"])}})
+    elsewhere = STUDY.model_copy(update={"space": {"sampler.spacing": Parameter(choice=("karras", "vp"))}})
     assert earlier_points(elsewhere, BASE, [store]) == []
 
 
