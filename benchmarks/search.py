@@ -35,11 +35,10 @@ import torch
 from benchmarks.results import ROOT, commit, make_parser, publish
 from ddpm.quality import FeatureMoments, frechet_distance
 from pipelines.config import compose
-from pipelines.search.optuna_search import past_of, sampler
-from pipelines.search.parameters import Params
-from pipelines.search.space import apply
+from pipelines.search.space import Params, apply
 from pipelines.search.study import trial_name
 from pipelines.search.study_config import StudyConfig
+from pipelines.search.tune_trials import past_of, sampler
 
 TABLE = ROOT / "benchmarks" / "results" / "guidance_table.json"
 SPACE: dict[str, Any] = {

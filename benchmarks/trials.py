@@ -10,7 +10,7 @@ three rungs that are evaluated and reported.
 | figure | meaning |
 |---|---|
 | `overhead_s` | seconds of core time per additional trial minus its work, from the difference between 8 and 2 trials |
-| `trial_seconds` | medians over our complete trials: see `pipelines.search.trial_seconds` |
+| `trial_seconds` | medians over our complete trials: see `pipelines.search.training_trial` |
 """
 
 from __future__ import annotations
@@ -97,10 +97,10 @@ def run(size: Size) -> dict[str, Any]:
 def ours(trials: int, config: Config) -> tuple[float, dict[str, float]]:
     """Run a study; return the seconds of training and evaluation of all trials, and medians by part of a trial."""
     from pipelines.display import no_stage_notice
-    from pipelines.search import studies
     from pipelines.search.study import StudyStore
     from pipelines.search.study_config import StudyConfig
-    from pipelines.search.trial_seconds import trial_sessions
+    from pipelines.search.training_search import TrainingSearch
+    from pipelines.search.training_trial import trial_sessions
 
     space = {"optim.lr": {"log": [5e-4, 5e-3]}}
     plain: dict[str, Any] = {
@@ -113,14 +113,13 @@ def ours(trials: int, config: Config) -> tuple[float, dict[str, float]]:
     plain |= {"confirm": 1, "confirm_samples": 64}  # the same work, and little, for any number of trials
     study = StudyConfig.model_validate({**plain, "space": space, "bits_per_dim_images": 4, "reduction": 2})
     name = f"benchmark-{uuid.uuid4().hex[:8]}"
-    found = studies.training_study(
-        config, name, study, {}, resume=False, after=[], on_change=lambda observer: None, notice=no_stage_notice
-    )
+    search = TrainingSearch(config, name, study, no_stage_notice, {})
+    _, answer = search.run(resume=False, after=[], on_change=lambda observer: None)
     store, work = StudyStore.of(config, name), 0.0
     for record in store.records():  # trials stopped by ASHA did less work
         for session in trial_sessions(record, config, name, store.storage):
             work += sum(attempt.seconds[kind] for attempt in session.attempts for kind in ("step", "data", "grid"))
-    return work, found.answer["trial_seconds"]
+    return work, answer["trial_seconds"]
 
 
 def usual(trials: int, at_a_time: int, config: Config) -> None:

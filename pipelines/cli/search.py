@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +11,7 @@ from pipelines.cli.common import MODEL, SERVICES, Json, Overrides, answer_json, 
 from pipelines.lineage import code_lineage
 
 if TYPE_CHECKING:
-    from pipelines.search.studies import StudyResult
+    from pipelines.search.studies import Search
 
 app = typer.Typer(no_args_is_help=True, help="Search hyperparameters with Ray Tune and Optuna.")
 Study = Annotated[str | None, typer.Option(help="Name of the study; default: from the space and the run")]
@@ -41,11 +39,10 @@ def guidance(
     config = connect(config, SERVICES)
 
     from pipelines import references
-    from pipelines.search import studies
+    from pipelines.search.guidance_search import GuidanceSearch
 
     config = references.judged_as_before(config, of_run, model)
-    run = partial(studies.guidance_study, config, of_run, model, name, chosen)
-    _show_study(partial(run, resume=resume, after=after or [], notice=terminal.stage), as_json)
+    _run(GuidanceSearch(config, name, chosen, terminal.stage, model, of_run), resume, after, as_json)
 
 
 @app.command()
@@ -64,10 +61,9 @@ def training(
     name = study_name(study or f"{Path(space).stem}-{config.name}")
     config = connect(config, SERVICES)
 
-    from pipelines.search import studies
+    from pipelines.search.training_search import TrainingSearch
 
-    run = partial(studies.training_study, config, name, chosen, code_lineage())
-    _show_study(partial(run, resume=resume, after=after or [], notice=terminal.stage), as_json)
+    _run(TrainingSearch(config, name, chosen, terminal.stage, code_lineage()), resume, after, as_json)
 
 
 @app.command()
@@ -131,18 +127,14 @@ def status(
     answer_json(as_json, {"study": study, "trials": count_states(records)})
 
 
-def _show_study(run: Callable[..., StudyResult], as_json: bool) -> None:
-    """Run a study with a live table of its trials, then show its result.
-
-    Args:
-        run: runs the study; takes `on_change`.
-    """
+def _run(search: Search, resume: bool, after: list[str] | None, as_json: bool) -> None:
+    """Run a study with a live table of its trials, then show its result."""
     from pipelines.search import table
 
     with table.shown(terminal.console, terminal.stage) as on_change:
-        result = run(on_change=on_change)
-    if result.best is not None:
-        terminal.stage("best", table.line(result.best))
-    terminal.stage("page", result.page)
-    terminal.stage("mlflow", result.tracker.url)
-    answer_json(as_json, result.answer)
+        best, answer = search.run(resume=resume, after=after or [], on_change=on_change)
+    if best is not None:
+        terminal.stage("best", table.line(best))
+    terminal.stage("page", answer["page"])
+    terminal.stage("mlflow", answer["url"])
+    answer_json(as_json, answer)

@@ -29,7 +29,7 @@ from pipelines.registry.card import PICTURES, parameters
 from pipelines.registry.gate import comparable
 from pipelines.report.facts import Facts, Picture, Point, Tried
 from pipelines.report.subject import Subject
-from pipelines.search.parameters import get_value
+from pipelines.search.space import get_value
 from pipelines.search.study import StudyStore, TrialRecord
 from pipelines.shards.index import read_dataset
 from pipelines.shards.read import spread_positions

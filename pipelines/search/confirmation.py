@@ -7,33 +7,18 @@ step-down method: where no setting is better, the chance that any is called bett
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from ddpm.generate import Sampling
 from ddpm.quality import Interval, Measured
 from pipelines.evaluation.paired import holm, paired_test
-from pipelines.search.parameters import Params, Value
+from pipelines.search.space import Params, Value
 
 DEFAULT = "default"
 """Name of the present setting among those that are confirmed."""
 Measure = Literal["frechet_distance", "kid", "bits_per_dim"]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A setting, or a trained model, that is judged again.
-
-    Attributes:
-        trial: name of the trial; `DEFAULT` for the present setting.
-        params: the searched parameters.
-        settings: the complete sampling settings.
-    """
-
-    trial: str
-    params: Params
-    settings: Sampling
 
 
 @dataclass(frozen=True)
@@ -65,44 +50,51 @@ class Confirmed:
     p: float | None = None
     better: bool = False
 
+    @property
+    def gained(self) -> str:
+        """By how much it is better than the default, in words."""
+        gain = self.gain
+        assert gain is not None
+        return f"{gain.value:.4g} in {self.measure} (95 %: {gain.low:.4g} to {gain.high:.4g}; p = {self.p:.2g})"
+
 
 def decide(
-    candidates: Mapping[str, Candidate],
+    params: Mapping[str, Params],
+    settings: Mapping[str, Sampling],
     measured: Mapping[str, Measured],
     scores: Mapping[str, dict[str, float]],
     measure: Measure,
 ) -> list[Confirmed]:
-    """Return what the scores say of each candidate against the default, best first.
+    """Return what the scores say of each setting, or trained model, against the default, best first.
 
     Args:
-        candidates: by trial, `DEFAULT` among them.
+        params: trial -> the searched parameters, `DEFAULT` among the trials.
+        settings: trial -> the complete sampling settings.
         measured: trial -> the score that decides, all over the same noise and labels.
         scores: trial -> the other scores.
         measure: name of the score that decides.
     """
-    gains = {trial: measured[DEFAULT] - measured[trial] for trial in candidates if trial != DEFAULT}
+    gains = {trial: measured[DEFAULT] - measured[trial] for trial in params if trial != DEFAULT}
     tests = {trial: paired_test(gain) for trial, gain in gains.items()}
     accepted = holm({trial: p for trial, (_, p) in tests.items()})
-    found = []
-    for trial, candidate in candidates.items():
-        z, p = tests.get(trial, (None, None))
-        found.append(
-            Confirmed(
-                trial,
-                dict(candidate.params),
-                candidate.settings,
-                measure,
-                measured[trial].interval(),
-                scores[trial],
-                gains[trial].interval() if trial in gains else None,
-                z,
-                p,
-                trial in accepted,
-            )
+    found = [
+        Confirmed(
+            trial,
+            dict(given),
+            settings[trial],
+            measure,
+            measured[trial].interval(),
+            scores[trial],
+            gains[trial].interval() if trial in gains else None,
+            z=tests[trial][0] if trial in tests else None,
+            p=tests[trial][1] if trial in tests else None,
+            better=trial in accepted,
         )
+        for trial, given in params.items()
+    ]
     return sorted(found, key=lambda c: c.distance.value)
 
 
-def winner_of(confirmed: list[Confirmed]) -> Confirmed | None:
+def winner_of(confirmed: Iterable[Confirmed]) -> Confirmed | None:
     """Return the best setting that is better than the default, or None."""
     return next((c for c in confirmed if c.better), None)

@@ -6,60 +6,39 @@ configuration for the next trial.
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray
 import torch
 from ray import tune
-from ray.tune import Stopper
 
 from ddpm.generate import Sampling
 from ddpm.model import Model
 from ddpm.models.classifier import NoisyClassifier
-from pipelines.config import Config, from_dict, sampling
+from pipelines import references, registry, tracking
+from pipelines.config import Config, changed_sampling, from_dict, sampling, sampling_overrides
 from pipelines.config.choices import VARIANTS
-from pipelines.display import Notice
-from pipelines.evaluation.compare import Distance
+from pipelines.display import Silent, StageNotice
+from pipelines.errors import PipelineError
+from pipelines.evaluation.prompts import open_captions
 from pipelines.ray_actors import processors
 from pipelines.references import classifier_for, weaker_for
-from pipelines.search.confirmation import DEFAULT, Candidate, Confirmed, decide, winner_of
+from pipelines.search.confirmation import DEFAULT, Confirmed, winner_of
 from pipelines.search.fresh_samples import SHOWN, draw_all
 from pipelines.search.judge import Drawn, SampleScorer, Subject, hopeless, rungs, scores
 from pipelines.search.observer import Observer
-from pipelines.search.parameters import Params, Value
-from pipelines.search.seeds import NoiseSeeds
-from pipelines.search.space import apply
-from pipelines.search.study import StudyStore, TrialRecord, ended, loss, pareto_front
+from pipelines.search.space import Params, Value, apply
+from pipelines.search.studies import Search
+from pipelines.search.study import TrialRecord, done, loss, pareto_front
 from pipelines.search.study_config import StudyConfig
-from pipelines.search.tune_trials import run_trials
+from pipelines.search.tune_trials import Trial, run_trials
+from pipelines.shards.index import Dataset, read_dataset
 from pipelines.storage import Storage
-
-
-@dataclass(frozen=True)
-class GuidanceResult:
-    """The result of a guidance study.
-
-    Attributes:
-        records: all trials.
-        front: the Pareto front of the study's objectives, ordered by the last of them.
-        confirmed: the default and the best settings, judged with fresh seeds, best first.
-        pictures: trial -> its images, uint8 [N, H, W, C].
-        confirmation_seed: of the noise of `confirmed`.
-    """
-
-    records: list[TrialRecord]
-    front: list[TrialRecord]
-    confirmed: list[Confirmed]
-    pictures: dict[str, Any]
-    confirmation_seed: int
-
-    @property
-    def winner(self) -> Confirmed | None:
-        """Return the best setting that is significantly better than the default, or None."""
-        return winner_of(self.confirmed)
+from pipelines.tracking import ModelVersion, Tracker
 
 
 def guides_of(model: Model, study: StudyConfig, base: Config, storage: Storage) -> dict[str, NoisyClassifier | Model]:
@@ -68,19 +47,14 @@ def guides_of(model: Model, study: StudyConfig, base: Config, storage: Storage) 
     Raises:
         ModelError: one of them does not exist or does not fit the model.
     """
-    kinds, uri = _values(study, base, "guidance.kind"), base.tracking.uri
-    found: dict[str, NoisyClassifier | Model] = {}
-    if "classifier" in kinds:
-        names = _values(study, base, "guidance.classifier")
-        found |= {name: classifier_for(model, name, uri, storage) for name in names}
-    if "auto" in kinds:
-        found |= {name: weaker_for(model, name, uri, storage) for name in _values(study, base, "guidance.weak")}
-    return found
-
-
-def _values(study: StudyConfig, base: Config, path: str) -> list[str]:
-    """Return the values that a path can have in a study, without None."""
-    return [str(value) for value in study.values(path, base) if value is not None]
+    kinds, uri = study.values("guidance.kind", base), base.tracking.uri
+    loaders: dict[str, tuple[str, Callable[..., NoisyClassifier | Model]]] = {
+        "classifier": ("guidance.classifier", classifier_for),
+        "auto": ("guidance.weak", weaker_for),
+    }
+    asked = [loaders[kind] for kind in loaders if kind in kinds]
+    named = {str(name): load for path, load in asked for name in study.values(path, base) if name is not None}
+    return {name: load(model, name, uri, storage) for name, load in named.items()}
 
 
 def base_of(config: Config, settings: Sampling) -> Config:
@@ -97,17 +71,14 @@ def base_of(config: Config, settings: Sampling) -> Config:
     return from_dict(plain)
 
 
-class GuidanceTrial(tune.Trainable):
+class GuidanceTrial(Trial):
     """A Ray Tune trial of one setting: draws growing numbers of images and reports their scores."""
 
-    def setup(self, config: dict[str, Value], *, shared: Mapping[str, Any]) -> None:
+    def setup(self, config: dict[str, Value], *, subject: Subject, study: StudyConfig, base: Config, seed: int) -> None:
         """Load the networks; called once per actor."""
         torch.set_num_threads(1)
-        self.subject: Subject = shared["subject"]
-        self.study: StudyConfig = shared["study"]
-        self.base: Config = shared["base"]
-        self.seed: int = shared["seed"]
-        self.scorer = SampleScorer(self.subject)
+        self.subject, self.study, self.base, self.seed = subject, study, base, seed
+        self.scorer = SampleScorer(subject)
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Value]) -> bool:
@@ -127,119 +98,147 @@ class GuidanceTrial(tune.Trainable):
         values, influence = scores(self.subject, self.drawn)
         return {**values, "influence": influence.float().numpy(), "done": stop == counts[-1]}
 
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Save nothing: a trial takes seconds, and ended trials are recorded."""
 
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        """Load nothing, because nothing is saved."""
+def stop_hopeless() -> Callable[[str, dict[str, Any]], bool]:
+    """Return what says at each report whether a trial is much worse than a cheaper one; see `judge.hopeless`."""
+    seen: dict[float, dict[str, dict[str, Any]]] = defaultdict(dict)
 
-
-class Hopeless(Stopper):
-    """Stop trials that are significantly worse than a cheaper one; see `judge.hopeless`."""
-
-    def __init__(self) -> None:
-        self.seen: dict[float, dict[str, dict[str, Any]]] = defaultdict(dict)
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Return whether the trial stops at this report."""
-        others = self.seen[result["samples"]]
+    def stops(trial_id: str, result: dict[str, Any]) -> bool:
+        others = seen[result["samples"]]
         stop = hopeless(result, [scores for other, scores in others.items() if other != trial_id])
-        names = ("frechet_distance", "influence", "evaluations", "samples")
-        others[trial_id] = {name: result[name] for name in names}
+        others[trial_id] = {n: result[n] for n in ("frechet_distance", "influence", "evaluations", "samples")}
         return stop and not result["done"]
 
-    def stop_all(self) -> bool:
-        """Return False: trials stop one by one."""
-        return False
+    return stops
 
 
-def confirm(
-    subject: Subject,
-    study: StudyConfig,
-    base: Config,
-    records: Sequence[TrialRecord],
-    distance: Distance,
-    seed: int,
-    notice: Notice,
-) -> list[Confirmed]:
-    """Judge the default and the best settings again, with more samples and noise that no trial has used.
+@dataclass(frozen=True)
+class _Lines(Silent):
+    """A `Display` of lines alone, for work beside the live table of a study."""
 
-    Args:
-        distance: decides.
-        seed: of the noise.
+    notice: StageNotice
 
-    Returns:
-        The scores, best first.
+    def stage(self, name: str, text: str) -> None:
+        """Show one line of a stage."""
+        self.notice(name, text)
+
+
+@dataclass
+class GuidanceSearch(Search):
+    """The study behind `ddpm search guidance`.
+
+    Attributes:
+        reference: the model, such as `models:/NAME@alias`.
+        overrides: of the configuration; they change the model's own sampling settings, which else replace those in it.
     """
-    candidates = {DEFAULT: Candidate(DEFAULT, {}, sampling(base))}
-    for record in sorted(pareto_front(records, study.objectives), key=lambda r: loss(r, study.objectives[0])):
-        settings = sampling(apply(base, record.params))
-        if settings != candidates[DEFAULT].settings and len(candidates) <= study.confirm:
-            candidates[record.trial] = Candidate(record.trial, record.params, settings)
-    shared = ray.put(subject)
-    drawn = draw_all([(shared, c.settings) for c in candidates.values()], study.confirm_samples, seed, base, notice)
-    by_trial = dict(zip(candidates, drawn, strict=True))
-    measured = {trial: distance(samples.features) for trial, samples in by_trial.items()}
-    values = {trial: scores(subject, samples)[0] for trial, samples in by_trial.items()}
-    return decide(candidates, measured, values, distance.measure)
 
+    COMMAND = "ddpm search guidance --model {search.reference} --study {search.name}"
 
-def draw_front(
-    subject: Subject, base: Config, front: Sequence[TrialRecord], seed: int, notice: Notice
-) -> dict[str, Any]:
-    """Draw the same few images with the settings of each trial on the front.
+    reference: str
+    overrides: Sequence[str]
 
-    Returns:
-        trial -> images, uint8 [N, H, W, C].
-    """
-    shared = ray.put(subject)
-    drawn = draw_all([(shared, sampling(apply(base, record.params))) for record in front], SHOWN, seed, base, notice)
-    return {record.trial: found.pixels for record, found in zip(front, drawn, strict=True)}
+    def begin(self) -> Dataset:
+        """Find the model, and begin with its own sampling settings."""
+        config, self.subject = self.config, self.reference
+        resolved = references.resolve(self.reference, tracking_uri=config.tracking.uri, storage=self.storage)
+        if resolved.version is not None:
+            registry.check_signing(config.registry)  # the winner becomes a version
+        self.resolved, spec = resolved, resolved.model.spec
+        self.base = base_of(config, changed_sampling(spec.sampling, self.overrides))
+        known = ("run_id", "images_seen", "dataset_digest", "sigma_rel")  # equal for equal weights
+        self.identity = json.dumps({key: spec.lineage[key] for key in known if key in spec.lineage}, sort_keys=True)
+        return read_dataset(spec.lineage.get("dataset_uri", config.data.uri), self.storage)
 
+    def open(self, dataset: Dataset) -> None:
+        """Load the networks that may guide the model, and what scores its samples."""
+        model = self.resolved.model
+        guides = guides_of(model, self.study, self.base, self.storage)
+        found = open_captions(model.spec.network.text_dim, dataset, self.config, self.storage, self.say)
+        self.data = Subject.of(model, self.evaluator, self.real, guides, self.noise_seed, found[0] if found else None)
 
-def search(
-    subject: Subject,
-    study: StudyConfig,
-    base: Config,
-    store: StudyStore,
-    observer: Observer,
-    records: Sequence[TrialRecord],
-    distance: Distance,
-    notice: Notice,
-    first: Sequence[Params] = (),
-) -> GuidanceResult:
-    """Run a whole guidance study: trials, confirmation, and images of the front.
+    def run_trials(self, records: Sequence[TrialRecord], observer: Observer, first: Sequence[Params]) -> None:
+        """Run the trials that the study still lacks, on as many processors as there are."""
+        study, use_gpu = self.study, self.base.cluster.gpus_per_worker > 0
+        room = processors(use_gpu=use_gpu)
+        # `hopeless` looks at distance and cost only; a setting may be good in another objective.
+        cheap = set(study.objectives) <= {"frechet_distance", "evaluations"}
+        run_trials(
+            tune.with_parameters(GuidanceTrial, subject=self.data, study=study, base=self.base, seed=self.noise_seed),
+            {"cpu": 1, **({"gpu": 1} if use_gpu else {})},
+            study,
+            self.base,
+            records,
+            observer,
+            min(study.concurrent or room, room),
+            first,
+            stop=stop_hopeless() if cheap else None,
+        )
 
-    Args:
-        subject: the model and the data that score it.
-        study: the settings of the study.
-        base: the configuration with the model's present sampling settings.
-        store: holds the records.
-        observer: records and logs the trials.
-        records: the trials so far.
-        distance: decides the confirmation.
-        notice: called with lines for the user.
-        first: parameters to try after the model's present setting and before any other.
-    """
-    seeds = NoiseSeeds.of(base, store.name)
-    observer.begin(records)
-    use_gpu = base.cluster.gpus_per_worker > 0
-    room = processors(use_gpu=use_gpu)
-    shared = {"subject": subject, "study": study, "base": base, "seed": seeds.trials}
-    # `Hopeless` looks at distance and cost only; a setting may be good in another objective.
-    stop = Hopeless() if set(study.objectives) <= {"frechet_distance", "evaluations"} else None
-    run_trials(
-        tune.with_parameters(GuidanceTrial, shared=shared),
-        {"cpu": 1, **({"gpu": 1} if use_gpu else {})},
-        study,
-        base,
-        records,
-        observer,
-        min(study.concurrent or room, room),
-        first,
-        stop=stop,
-    )
-    records = store.records()
-    front, fresh = pareto_front(records, study.objectives), seeds.confirmation(ended(records))
-    confirmed = confirm(subject, study, base, records, distance, fresh, notice)
-    return GuidanceResult(records, front, confirmed, draw_front(subject, base, front, seeds.trials, notice), fresh)
+    def confirm(self, records: Sequence[TrialRecord], seed: int) -> list[Confirmed]:
+        """Judge the default and the best settings of the Pareto front again."""
+        default, chosen = sampling(self.base), dict[str, Params]({DEFAULT: {}})
+        front = pareto_front(records, self.study.objectives)
+        for record in sorted(front, key=lambda r: loss(r, self.study.objectives[0])):
+            if sampling(apply(self.base, record.params)) != default and len(chosen) <= self.study.confirm:
+                chosen[record.trial] = record.params
+        return self.judge_again(chosen, dict.fromkeys(chosen, ray.put(self.data)), self.data, seed)
+
+    def conclude(
+        self, records: Sequence[TrialRecord], confirmed: Sequence[Confirmed], tracker: Tracker
+    ) -> tuple[dict[str, Any], list[str], Mapping[str, Any]]:
+        """Register the winner's settings as a version, and draw the same few images with each setting of the front."""
+        winner, base = winner_of(confirmed), self.base
+        version = None if winner is None else self.register(winner)
+        if winner is not None:
+            with tracking.recording("has not got the best settings"):
+                tracker.text(tracking.to_json(winner.settings.to_json()), "best/sampling.json")
+                tracker.text("\n".join(sampling_overrides(winner.settings)), "best/overrides.txt")
+        front = pareto_front(records, self.study.objectives)
+        shared = ray.put(self.data)
+        asked = [(shared, sampling(apply(base, record.params))) for record in front]
+        drawn = draw_all(asked, SHOWN, self.noise_seed, base, self.say)
+        pictures = {record.trial: found.pixels for record, found in zip(front, drawn, strict=True)}
+        answer = {"front": [asdict(record) for record in front], "version": None if version is None else version.uri}
+        return answer, [self._cost(records, confirmed)], pictures
+
+    def register(self, winner: Confirmed) -> ModelVersion | None:
+        """Score a registered version with the winner's settings and register that as a new one; no guarded alias moves.
+
+        Returns:
+            The new version; None where the model is no registered version, or it cannot be registered.
+        """
+        resolved, config = self.resolved, self.config
+        overrides = " ".join(sampling_overrides(winner.settings))
+        at_hand = f"register it with `ddpm register {resolved.reference} {overrides}`"
+        if resolved.version is None:
+            self.say(f"the model is no registered version: {at_hand}")
+            return None
+        named = {"registry": config.registry.model_copy(update={"model": resolved.version.name})}
+        try:
+            version = registry.register_scored(
+                resolved,
+                winner.settings,
+                config.model_copy(update=named),
+                self.storage,
+                _Lines(self.notice),
+                lambda: None,  # the study is connected
+            )
+        except PipelineError as error:  # what the study found is not lost for it
+            self.say(f"the winner is not registered: {error}; {at_hand}")
+            return None
+        assert resolved.tracker is not None
+        if "study" not in version.tags:  # of an earlier study that found the same
+            tags = {"study": self.name, "study.gain": winner.gained}
+            tracking.set_version_tags(resolved.tracker.uri, version.name, version.version, tags)
+        self.say(f"{version.uri} serves these settings; `ddpm promote {version.uri} --alias {config.registry.alias}`")
+        return version
+
+    def _cost(self, records: Sequence[TrialRecord], confirmed: Sequence[Confirmed]) -> str:
+        """Return the cost of the study in network evaluations, compared with that of the model's training, in words."""
+        trials = sum(r.scores.get("evaluations", 0) * r.scores.get("samples", 0) for r in done(records))
+        confirming = sum(c.scores["evaluations"] * self.study.confirm_samples for c in confirmed)
+        # A training step costs about three evaluations per image: a forward pass, and a backward pass that costs two.
+        seen = int(self.resolved.model.spec.lineage.get("images_seen") or 0)
+        beside = f"; the training of the model took about {3 * seen:,} (3 for each of {seen:,} images)" if seen else ""
+        shares = f"{trials:,.0f} in trials, {confirming:,.0f} to confirm"
+        return f"{trials + confirming:,.0f} network evaluations ({shares}){beside}."

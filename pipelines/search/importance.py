@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import optuna
 
-from pipelines.search.optuna_search import past_of
+from ddpm.quality import Interval
 from pipelines.search.study import TrialRecord, loss
 from pipelines.search.study_config import StudyConfig
+from pipelines.search.tune_trials import past_of
 
 TRIALS_PER_PARAMETER = 6
 """Finished trials for each parameter, below which importances are not shown.
@@ -29,29 +31,18 @@ COVERAGE = 0.9
 
 
 @dataclass(frozen=True)
-class Share:
-    """The share of the variance of the scores that a parameter explains, 0..1.
-
-    Attributes:
-        low, high: between them lie `COVERAGE` of the shares in fits to resampled trials.
-    """
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class Importances:
     """The importances of the parameters that all finished trials have.
 
     Attributes:
-        shares: by parameter, the largest first; empty where there are too few trials to say anything.
+        shares: of the variance of the scores that a parameter explains, 0..1, by parameter, the largest first; the
+            interval holds `COVERAGE` of those in fits to resampled trials. Empty where there are too few trials to say
+            anything.
         remark: how far they can be trusted, or why there are none, in a sentence or two.
     """
 
     remark: str
-    shares: dict[str, Share] = field(default_factory=dict)
+    shares: dict[str, Interval] = field(default_factory=dict)
 
 
 def importances(study: StudyConfig, records: Sequence[TrialRecord]) -> Importances:
@@ -72,35 +63,25 @@ def importances(study: StudyConfig, records: Sequence[TrialRecord]) -> Importanc
     fits = [fit for i, some in enumerate([judged, *resampled]) if (fit := _fanova(study, some, varied, seed=i))]
     if len(fits) < 2:
         return Importances("All trials have the same score: no parameter matters.")
-    spread = {
-        path: np.quantile([fit[path] for fit in fits[1:]], [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2]) for path in varied
-    }
-    shares = {path: Share(fits[0][path], *map(float, spread[path])) for path in varied}
-    ordered = dict(sorted(shares.items(), key=lambda item: -item[1].value))
-    return Importances(_trust(ordered, len(judged)), ordered)
+    ends = [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2]
+    spread = {path: np.quantile([fit[path] for fit in fits[1:]], ends).tolist() for path in varied}
+    shares = {path: Interval(fits[0][path], low, high, (len(judged),)) for path, (low, high) in spread.items()}
+    first, *others = ordered = sorted(varied, key=lambda path: -shares[path].value)
+    level = [path for path in others if shares[path].high >= shares[first].low]
+    remark = f"Of {len(judged)} finished trials; the bars hold {COVERAGE:.0%} of {REFITS} fits to resampled trials."
+    if level:
+        remark += f" {', '.join([first, *level])}: which of these matters most cannot be told from so few trials."
+    elif others:
+        remark += f" {first} matters most in all of them."
+    return Importances(remark, {path: shares[path] for path in ordered})
 
 
 def _fanova(study: StudyConfig, records: Sequence[TrialRecord], paths: list[str], seed: int) -> dict[str, float]:
     """Return the importances by one forest; nothing where all scores, or all values of a parameter, are equal."""
-    import optuna
-
-    past = past_of(study, records)
-    target = (lambda trial: trial.values[0]) if len(past.directions) > 1 else None
-    evaluator = optuna.importance.FanovaImportanceEvaluator(n_trees=TREES, seed=seed)
+    past = past_of(study, records, study.objectives[:1])
+    fanova = optuna.importance.FanovaImportanceEvaluator(n_trees=TREES, seed=seed)
     try:
-        found = optuna.importance.get_param_importances(past, evaluator=evaluator, params=paths, target=target)
+        found = optuna.importance.get_param_importances(past, evaluator=fanova, params=paths)
     except (RuntimeError, ValueError):  # there is no variance to explain
         return {}
     return {path: float(found.get(path, 0.0)) for path in paths}
-
-
-def _trust(shares: dict[str, Share], trials: int) -> str:
-    """Return in words what the shares, the largest first, say beyond chance."""
-    basis = f"Of {trials} finished trials; the bars hold {COVERAGE:.0%} of {REFITS} fits to resampled trials."
-    first, *others = shares
-    level = [path for path in others if shares[path].high >= shares[first].low]
-    if not others:
-        return basis
-    if not level:
-        return f"{basis} {first} matters most in all of them."
-    return f"{basis} {', '.join([first, *level])}: which of these matters most cannot be told from so few trials."

@@ -15,8 +15,8 @@ from typing import Any
 from ray.tune import Callback
 
 from pipelines import tracking
-from pipelines.search.parameters import Value
-from pipelines.search.study import StudyStore, TrialRecord, best, trial_name
+from pipelines.search.space import Value
+from pipelines.search.study import StudyStore, TrialRecord, trial_name
 from pipelines.search.study_config import StudyConfig
 from pipelines.tracking import Tracker, TrackingError
 
@@ -56,7 +56,6 @@ class Observer(Callback):
     ) -> None:
         self.store, self.study, self.tracker, self.experiment = store, study, tracker, experiment
         self.length, self.on_change = length, on_change
-        self.name = store.name
         self.records: dict[str, TrialRecord] = {}
         self.unlogged: set[str] = set()
         self.began = time.monotonic()
@@ -82,25 +81,18 @@ class Observer(Callback):
         if known is None or known.state != "running":
             known = TrialRecord(name, params, "running")
         # One that was broken off reports again what it had reported: it starts anew, or its scores are stored.
-        known = replace(known, scores={}, history=[])
-        self._keep(known, log=self.study.kind != "training")
+        self._keep(replace(known, scores={}, history=[]), log=self.study.kind != "training")
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """Record the scores that a trial reports."""
-        name, _ = identify(trial)
-        numbers = {
-            key: float(value)
-            for key, value in result.items()
-            if key in _SCORES and isinstance(value, int | float) and not isinstance(value, bool)
-        }
-        self._keep(self.records[name].reported(numbers))
+        scores = {name: float(result[name]) for name in _SCORES if name in result}
+        self._keep(self.records[identify(trial)[0]].reported(scores))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record that a trial ends, by itself or because other trials are better."""
-        name, _ = identify(trial)
-        record = self.records[name]
+        record = self.records[identify(trial)[0]]
         complete = record.scores.get(AXIS[self.study.kind], 0) >= self.length
         if not all(math.isfinite(record.scores.get(objective, math.nan)) for objective in self.study.objectives):
             self._keep(record.ended("failed", "its scores are not finite: the training diverged"))
@@ -125,24 +117,16 @@ class Observer(Callback):
                 "%d trials are not logged to MLflow: %s; `ddpm search` with --resume does it", len(self.unlogged), error
             )
 
-    @property
-    def best(self) -> TrialRecord | None:
-        """Return the best trial so far, or None."""
-        return best(self.records.values(), self.study.objectives[0])
-
     def _keep(self, record: TrialRecord, log: bool = True) -> None:
         """Write a record, log it, and report the change."""
         self.records[record.trial] = record
-        if not log:
-            self.store.record(record)
-            self.on_change(self)
-            return
-        if record.run_id is None:
+        if log and record.run_id is None:
             # Recorded before its MLflow run is opened: a driver that is killed in between resumes the trial and finds
             # that run again.
             self.store.record(record)
         try:
-            self._log(record, patience_s=0)
+            if log:
+                self._log(record, patience_s=0)
         except TrackingError as error:
             logger.warning("trial %s is logged to MLflow later: %s", record.trial, error)
             self.unlogged.add(record.trial)
@@ -151,10 +135,11 @@ class Observer(Callback):
 
     def _log(self, record: TrialRecord, patience_s: float) -> None:
         """Log what MLflow does not have yet: parameters, scores by axis, and the state of an ended trial."""
-        run_name = f"{self.name}-{record.trial}"
         if record.run_id is None:
-            parent = {"mlflow.parentRunId": self.tracker.run_id, "ddpm.study": self.name}
-            tracker, _ = tracking.open_run(self.tracker.uri, self.experiment, run_name, parent, patience_s)
+            parent = {"mlflow.parentRunId": self.tracker.run_id, "ddpm.study": self.store.name}
+            tracker, _ = tracking.open_run(
+                self.tracker.uri, self.experiment, f"{self.store.name}-{record.trial}", parent, patience_s
+            )
             tracker = replace(tracker, patience_s=patience_s)
             tracker.tags(parent)
             tracker.params(record.params)

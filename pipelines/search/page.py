@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from optuna import visualization as show
 from PIL import Image
+from plotly.graph_objects import Bar, Figure
 
 from pipelines.evaluation.plots import label_grid
 from pipelines.search.importance import Importances, importances
-from pipelines.search.observer import describe_params
-from pipelines.search.study import TrialRecord, best, done, loss, pareto_front
-from pipelines.search.study_config import DIRECTIONS, Objective, StudyConfig
+from pipelines.search.observer import AXIS, describe_params
+from pipelines.search.study import TrialRecord, best, count_states, done, loss, pareto_front
+from pipelines.search.study_config import Objective, StudyConfig
+from pipelines.search.tune_trials import past_of
 
 if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
-
     from pipelines.search.confirmation import Confirmed
 
 MIN_JUDGED = 4
@@ -71,14 +70,28 @@ class Page:
 
     def figures(self) -> dict[str, Figure]:
         """Return the interactive figures by name; figures that need more trials are missing."""
-        objectives = self.study.objectives
-        found = {"history": history(self.records, objectives[0])}
-        for other in objectives[:-1]:
-            found[f"pareto_{other}"] = pareto(self.records, objectives, other)
+        study, objectives, judged = self.study, self.study.objectives, done(self.records)
+        label, past = LABELS[objectives[0]], past_of(study, self.records, objectives[:1])
+        found: dict[str, Figure] = {}
+        if pareto_front(self.records, objectives):
+            # A stopped trial was judged with less: it is in no history and on no front, but keeps its number.
+            finished = [r if r.state == "finished" else replace(r, state="failed") for r in self.records]
+            history = show.plot_optimization_history(past_of(study, finished, objectives[:1]), target_name=label)
+            history.update_traces(text=[describe_params(r.params) for r in finished], selector={"mode": "markers"})
+            history.update_traces(line={"shape": "hv"}, selector={"mode": "lines"})
+            found["history"] = _titled(history, "Optimisation history", "trial", label)
+            found |= {f"pareto_{other}": pareto(study, finished, other) for other in objectives[:-1]}
+        if judged:
+            reports = show.plot_intermediate_values(past)
+            found["reports"] = _titled(reports, "Scores on the way", AXIS[study.kind].replace("_", " "), label)
         if self.importances.shares:
             found["importances"] = importance_figure(self.importances, objectives[0])
-        if len(done(self.records)) >= MIN_JUDGED:
-            found["parallel"] = parallel(self.records, objectives[0])
+        if len(judged) >= MIN_JUDGED:
+            # A line needs all parameters: those that only some trials have are in the slices.
+            lines = sorted(set.intersection(*(set(record.params) for record in judged)))
+            parallel = show.plot_parallel_coordinate(past, params=lines, target_name=label)
+            found["parallel"] = _titled(parallel, "Parallel coordinates", "", "", top=110)
+            found["slices"] = show.plot_slice(past, target_name=label).update_layout(template="plotly_white")
         return found
 
     def html(self) -> str:
@@ -105,65 +118,39 @@ class Page:
             describe=describe_params,
             grids={trial: _inline(pixels) for trial, pixels in (self.pictures or {}).items()},
             points=front,
-            states=_count(record.state for record in self.records),
+            states=", ".join(f"{count} {state}" for state, count in count_states(self.records).items() if count),
         )
 
 
-def history(records: Sequence[TrialRecord], objective: Objective) -> Figure:
-    """Plot each trial's score in the order of the trials, and the best so far."""
-    import plotly.graph_objects as go
+def pareto(study: StudyConfig, records: Sequence[TrialRecord], shown: Objective) -> Figure:
+    """Plot one objective of the finished trials against the last one, with the Pareto front.
 
-    figure = go.Figure()
-    numbered = [(i, r) for i, r in enumerate(records, 1) if math.isfinite(loss(r, objective))]
-    for state, symbol in (("finished", "circle"), ("stopped", "x-thin-open"), ("failed", "triangle-down-open")):
-        some = [(i, r) for i, r in numbered if r.state == state]
-        figure.add_scatter(
-            x=[i for i, _ in some],
-            y=[r.scores[objective] for _, r in some],
-            mode="markers",
-            name=state,
-            marker={"symbol": symbol, "size": 9},
-            text=[describe_params(r.params) for _, r in some],
-            hovertemplate="trial %{x}: %{y:.3f}<br>%{text}",
-        )
-    finished = [(i, r.scores[objective]) for i, r in numbered if r.state == "finished"]
-    better = min if DIRECTIONS[objective] == "min" else max
-    so_far = [better(score for _, score in finished[: k + 1]) for k in range(len(finished))]
-    figure.add_scatter(x=[i for i, _ in finished], y=so_far, mode="lines", line={"shape": "hv"}, name="best so far")
-    return _titled(figure, "Optimisation history", "trial", LABELS[objective], log_y=objective == "frechet_distance")
-
-
-def pareto(records: Sequence[TrialRecord], objectives: Sequence[Objective], shown: Objective) -> Figure:
-    """Plot one objective against the last one, with the Pareto front; of two objectives, its trials are joined."""
-    import plotly.graph_objects as go
-
-    across = objectives[-1]
-    front = pareto_front(records, objectives)
-    rest = [r for r in records if r.state == "finished" and r not in front]
-    joined = "lines+markers" if len(objectives) == 2 else "markers"
-    figure = go.Figure()
-    for some, name, mode in ((rest, "beaten", "markers"), (front, "Pareto front", joined)):
-        error = [1.96 * r.scores.get("standard_error", 0) for r in some]
-        with_error = name == "Pareto front" and shown == "frechet_distance"
-        figure.add_scatter(
-            x=[r.scores[across] for r in some],
-            y=[r.scores[shown] for r in some],
-            error_y={"type": "data", "array": error, "thickness": 1} if with_error else None,
-            mode=mode,
-            name=name,
-            line={"shape": "hv"},
-            text=[describe_params(r.params) for r in some],
-            hovertemplate="%{y:.3f} at %{x:.1f}<br>%{text}",
-        )
+    What Optuna's figure lacks is added to the front: the 95 % intervals of the Frechet distance, and the line that
+    joins its trials where there are two objectives.
+    """
+    objectives = study.objectives
+    place, across, front = objectives.index(shown), objectives[-1], pareto_front(records, objectives)
+    figure = show.plot_pareto_front(
+        past_of(study, records),
+        targets=lambda trial: (trial.values[-1], trial.values[place]),
+        target_names=[LABELS[across], LABELS[shown]],
+    )
+    error = [1.96 * r.scores.get("standard_error", 0) for r in front]
+    figure.add_scatter(
+        x=[r.scores[across] for r in front],
+        y=[r.scores[shown] for r in front],
+        error_y={"type": "data", "array": error, "thickness": 1} if shown == "frechet_distance" else None,
+        mode="lines" if len(objectives) == 2 else "markers",
+        line={"shape": "hv", "color": "firebrick"},
+        name="Pareto front",
+        showlegend=False,
+    )
     title = f"{LABELS[shown]} against {LABELS[across]}"
-    title = title[:1].upper() + title[1:]
-    return _titled(figure, title, LABELS[across], LABELS[shown], log_y=shown == "frechet_distance")
+    return _titled(figure, title[:1].upper() + title[1:], LABELS[across], LABELS[shown])
 
 
 def importance_figure(found: Importances, objective: Objective) -> Figure:
     """Plot how much of an objective's variance each parameter explains, with the spread over resampled trials."""
-    import plotly.graph_objects as go
-
     paths, shares = list(found.shares)[::-1], list(found.shares.values())[::-1]
     spread = {
         "type": "data",
@@ -172,51 +159,23 @@ def importance_figure(found: Importances, objective: Objective) -> Figure:
         "arrayminus": [max(share.value - share.low, 0.0) for share in shares],
         "thickness": 1,
     }
-    figure = go.Figure(go.Bar(x=[share.value for share in shares], y=paths, orientation="h", error_x=spread))
+    figure = Figure(Bar(x=[share.value for share in shares], y=paths, orientation="h", error_x=spread))
     return _titled(figure, "Parameter importances", f"share of the variance of {LABELS[objective]}", "")
-
-
-def parallel(records: Sequence[TrialRecord], objective: Objective) -> Figure:
-    """Plot a line for each trial through its parameters, coloured by an objective."""
-    import plotly.graph_objects as go
-
-    judged = done(records)
-    paths = list(dict.fromkeys(path for record in judged for path in record.params))
-    dimensions: list[dict[str, Any]] = []
-    for path in paths:
-        values = [record.params.get(path) for record in judged]
-        if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
-            dimensions.append({"label": path, "values": values})
-        else:  # words, and parameters that not every trial has
-            numeric = [v for v in values if isinstance(v, float)]
-            words = [f"{v:.2g}" if isinstance(v, float) else "—" if v is None else str(v) for v in values]
-            order = sorted(set(words), key=lambda w: (w == "—", float(w) if numeric and w != "—" else 0, w))
-            ticks = {"tickvals": list(range(len(order))), "ticktext": order} if len(order) <= 12 else {}
-            dimensions.append({"label": path, "values": [order.index(w) for w in words], **ticks})
-    scores = [record.scores[objective] for record in judged]
-    dimensions.append({"label": LABELS[objective], "values": scores})
-    colors = [math.log(max(s, 1e-9)) for s in scores] if objective == "frechet_distance" else scores
-    line = {"color": colors, "colorscale": "Viridis", "reversescale": DIRECTIONS[objective] == "min"}
-    figure = go.Figure(go.Parcoords(dimensions=dimensions, line=line, labelangle=-12))
-    return _titled(figure, "Parallel coordinates", "", "", top=110)
 
 
 def png(figure: Figure) -> bytes | None:
     """Render a figure as PNG; None where plotly finds no browser to render with."""
     try:
-        return bytes(figure.to_image("png", width=1000, height=480))
+        return bytes(figure.to_image("png", width=figure.layout.width or 1000, height=480))
     except (ValueError, RuntimeError, ImportError, OSError):
         return None
 
 
-def _titled(figure: Figure, title: str, x: str, y: str, *, log_y: bool = False, top: int = 60) -> Figure:
-    """Return the figure with title, axis titles and margins set."""
-    figure.update_layout(
-        title=title, xaxis_title=x, yaxis_title=y, template="plotly_white", margin={"t": top, "l": 70, "r": 30, "b": 60}
-    )
-    if log_y:
-        figure.update_yaxes(type="log")
-    return figure
+def _titled(figure: Figure, title: str, x: str, y: str, top: int = 60) -> Figure:
+    """Return the figure with title, axis titles and margins set; distances are on a logarithmic axis."""
+    margins = {"t": top, "l": 70, "r": 30, "b": 60}
+    figure.update_layout(title=title, xaxis_title=x, yaxis_title=y, template="plotly_white", margin=margins)
+    return figure.update_yaxes(type="log") if y == LABELS["frechet_distance"] else figure
 
 
 def _inline(pixels: Any) -> str:
@@ -224,9 +183,3 @@ def _inline(pixels: Any) -> str:
     buffer = io.BytesIO()
     Image.fromarray(label_grid(pixels, min(len(pixels), 10))).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _count(states: Iterable[str]) -> str:
-    """Return the number of trials in each state, in words."""
-    listed = list(states)
-    return html.escape(", ".join(f"{listed.count(s)} {s}" for s in dict.fromkeys(listed)))

@@ -1,33 +1,83 @@
-"""A search space against the configuration that its trials share: a trial's configuration, and checks up front.
+"""The parameters of a search space, and the configuration of a trial: that which all trials share, with its parameters.
 
-A space is an ordered mapping from paths such as `optim.lr` or `guidance.interval.1` to distributions. A parameter with
-`when` exists only where earlier ones, or the configuration itself, have the values that it names.
+A parameter is a path such as `optim.lr` or `guidance.interval.1` with a distribution. One with `when` exists only where
+earlier ones, or the configuration itself, have the values that it names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, PositiveFloat, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from ddpm.guidance import GUIDANCE
 from ddpm.settings import settings_of
-from pipelines.config import Config, ConfigError, from_dict
-from pipelines.config.choices import VARIANTS
-from pipelines.search.parameters import Params, Value, get_value, set_value
-from pipelines.search.study_config import StudyConfig
+from pipelines.config import Config, ConfigError, from_dict, suggest
+from pipelines.config.choices import VARIANTS, Section
 
-FIXED = {
-    "training": (
-        *("name", "seed", "images", "data.uri", "cluster.address"),
-        *("storage", "tracking", "registry", "evaluation", "checkpoint"),
-    ),
-    "guidance": tuple(name for name in Config.model_fields if name not in ("guidance", "sampler")),
-}
-"""Fields that the trials of a study share, so that a space cannot vary them, by kind of study."""
-RANDOM_CHECKS = 64
-"""Random trials whose configuration is checked before a study starts."""
-MOST_DRAWS = 512
-"""Random trials in none of which a parameter exists: it never does."""
+if TYPE_CHECKING:
+    from optuna.trial import BaseTrial
+
+Value = bool | int | float | str | None
+Params = Mapping[str, Value]
+"""The parameters of one trial: path in the configuration -> value."""
+DISTRIBUTIONS = {"uniform", "log", "int", "choice"}
+
+
+class Parameter(Section):
+    """What values a parameter can take, by exactly one distribution of Optuna's, and when it exists.
+
+    Attributes:
+        uniform: ends of a range of real numbers, distributed uniformly.
+        log: ends of a range of positive numbers, distributed uniformly on a logarithmic scale.
+        integers: ends of a range of integers, both included, distributed uniformly; `int` where it is written.
+        choice: values that are all equally likely.
+        when: paths -> the value, or a list of the values, with which alone the parameter exists.
+    """
+
+    uniform: tuple[float, float] | None = None
+    log: tuple[PositiveFloat, PositiveFloat] | None = None
+    integers: tuple[int, int] | None = Field(default=None, alias="int")
+    choice: Annotated[tuple[Value, ...], Field(min_length=1)] | None = None
+    when: dict[str, Value | list[Value]] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_one_distribution(cls, plain: Any) -> Any:
+        """Refuse what is none of the four forms in which a parameter is written."""
+        if isinstance(plain, dict) and (len(plain.keys() - {"when"}) != 1 or not DISTRIBUTIONS & plain.keys()):
+            raise ValueError(
+                "a parameter is {uniform: [a, b]}, {log: [a, b]}, {int: [a, b]} or {choice: [...]}, and may have `when`"
+            )
+        return plain
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in write(self).items() if value is not None}
+
+    @property
+    def corners(self) -> Sequence[Value]:
+        """The ends of the range, or all choices: where a wrong range fails."""
+        return self.choice or self.integers or self.log or self.uniform or ()
+
+    def ask(self, trial: BaseTrial, path: str) -> Value:
+        """Return the value that a trial of Optuna's has, or suggests, for the parameter at this path."""
+        if self.choice is not None:
+            return trial.suggest_categorical(path, self.choice)
+        if self.integers is not None:
+            return trial.suggest_int(path, *self.integers)
+        low, high = self.log or self.uniform or ()  # type: ignore[misc]  # one of them is there
+        return trial.suggest_float(path, low, high, log=self.log is not None)
+
+    def nearest(self, value: Value) -> Value:
+        """Return the value that is closest: of a choice the first for one that is none, of a range the middle."""
+        if self.choice is not None:
+            return value if value in self.choice else self.choice[0]
+        low, high = self.integers or self.log or self.uniform or ()  # type: ignore[misc]  # one of them is there
+        closest = min(max(float(value), low), high) if isinstance(value, int | float) else (low + high) / 2
+        return closest if self.integers is None else round(closest)
 
 
 def apply(base: Config, params: Params) -> Config:
@@ -40,13 +90,11 @@ def apply(base: Config, params: Params) -> Config:
         ConfigError: a path does not exist, or a value is not allowed.
     """
     plain = base.model_dump(mode="json")
-    for group in VARIANTS:
-        kind = params.get(f"{group}.kind")
-        if kind is not None and kind != plain[group]["kind"]:
-            plain[group] = {"kind": kind, **_shared(group, str(kind), plain[group])}
-    kind = params.get("guidance.kind")
-    if kind is not None and kind != plain["guidance"]["kind"]:
-        plain["guidance"] = _guidance_of(str(kind), plain["guidance"])
+    for group in (*VARIANTS, "guidance"):
+        before, kind = plain[group], params.get(f"{group}.kind")
+        if kind is not None and kind != before["kind"]:
+            kept = _kept(group, str(kind))
+            plain[group] = {"kind": kind, **{name: value for name, value in before.items() if name in kept}}
     for path, value in params.items():
         set_value(plain, path, value)
     sampler, own = plain["sampler"], base.sampler
@@ -55,64 +103,40 @@ def apply(base: Config, params: Params) -> Config:
     return from_dict(plain)
 
 
-def check_space(study: StudyConfig, base: Config) -> None:
-    """Check the configurations at the ends of every range, at every choice, and of random trials.
+def get_value(plain: Any, path: str) -> Any:
+    """Return the value at a path such as `guidance.interval.1` of a plain (JSON) configuration, or None without one."""
+    return reduce(_child, path.split("."), plain)
+
+
+def set_value(plain: Any, path: str, value: Value) -> None:
+    """Set the value at a path of a plain configuration, in place.
 
     Raises:
-        ConfigError: one of them is not valid; the message names path, value and reason.
+        ConfigError: a group on the path does not exist, or an index is out of range.
     """
-    plain = base.model_dump(mode="json")
-    for path, parameter in study.space.items():
-        fixed = next((f for f in FIXED[study.kind] if path == f or path.startswith(f + ".")), None)
-        if fixed is not None:
-            raise ConfigError(f"search space: {path} cannot be searched by a {study.kind} study: trials share {fixed}")
-        for condition in parameter.when:
-            if condition not in study.space and get_value(plain, condition) is None:
-                raise ConfigError(
-                    f"search space: {path} depends on {condition}, which is neither in the space nor has a value in "
-                    "the configuration"
-                )
-    for params in _trials(study, base):
-        try:
-            apply(base, params)
-        except ConfigError as error:
-            tried = ", ".join(f"{path}={value}" for path, value in params.items())
-            raise ConfigError(f"search space, with {tried}:\n{error}") from error
+    *parents, last = path.split(".")
+    for part in parents:
+        group = _child(plain, part)
+        if not isinstance(group, dict | list):
+            raise ConfigError(
+                f"{path}: there is no '{part}' here.{suggest(part, plain if isinstance(plain, dict) else ())}"
+            )
+        plain = group
+    if isinstance(plain, list) and not (last.isdecimal() and int(last) < len(plain)):
+        raise ConfigError(f"{path}: write an index from 0 to {len(plain) - 1} for '{last}'")
+    plain[int(last) if isinstance(plain, list) else last] = value
 
 
-def _trials(study: StudyConfig, base: Config) -> Iterator[dict[str, Value]]:
-    """Yield trials with each end of each range and each choice, and random ones.
-
-    Raises:
-        ConfigError: a parameter exists in none.
-    """
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    drawn = optuna.create_study(sampler=optuna.samplers.RandomSampler(study.seed))
-    for path, parameter in study.space.items():
-        for corner in parameter.corners:
-            for _ in range(MOST_DRAWS):  # the conditions of others are drawn until they let it exist
-                drawn.enqueue_trial({path: corner})
-                if path in (params := study.suggest(drawn.ask(), base)):
-                    yield params
-                    break
-            else:
-                raise ConfigError(f"search space: {path}: `when` is never met")
-    yield from (study.suggest(drawn.ask(), base) for _ in range(RANDOM_CHECKS))
+def _child(plain: Any, part: str) -> Any:
+    if isinstance(plain, list):
+        return plain[int(part)] if part.isdecimal() and int(part) < len(plain) else None
+    return plain.get(part) if isinstance(plain, Mapping) else None
 
 
-def _shared(group: str, kind: str, before: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a group that its new kind has too."""
-    if kind not in VARIANTS[group]:
-        return {}
+def _kept(group: str, kind: str) -> set[str]:
+    """Return the fields of a group that stay as they are where its kind becomes this one."""
+    if group == "guidance":
+        own = {setting.name for setting in settings_of(GUIDANCE[kind])} if kind in GUIDANCE else set()
+        return own | {s.name for cls in GUIDANCE.values() for s in settings_of(cls) if s.reference}
     # The number of steps is a choice of its own for every sampler; all else that both have stays.
-    kept = set(VARIANTS[group][kind].model_fields) - {"kind", "steps"}
-    return {name: value for name, value in before.items() if name in kept}
-
-
-def _guidance_of(kind: str, before: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the guidance section for another kind: references to networks stay, and settings that the kind has."""
-    own = {setting.name for setting in settings_of(GUIDANCE[kind])} if kind in GUIDANCE else set()
-    references = {s.name for cls in GUIDANCE.values() for s in settings_of(cls) if s.reference}
-    return {name: value for name, value in before.items() if name in own | references | {"kind"}}
+    return set(VARIANTS[group][kind].model_fields) - {"kind", "steps"} if kind in VARIANTS[group] else set()

@@ -30,8 +30,7 @@ from pipelines.display import StageNotice
 from pipelines.evaluation.devices import task_device
 from pipelines.evaluation.prompts import open_captions
 from pipelines.references import Resolved
-from pipelines.search.seeds import NoiseSeeds
-from pipelines.search.study import StudyStore
+from pipelines.search.study import StudyStore, confirmation_seed, open_study_run, trials_seed
 from pipelines.shards.captions import Captions
 from pipelines.shards.index import read_dataset
 from pipelines.storage import Storage, join
@@ -57,10 +56,6 @@ class FoundSteps:
 
     settings: Sampling
     distances: dict[str, float]
-
-    def to_plain(self) -> dict[str, Any]:
-        """Return it as JSON types."""
-        return {"sampling": self.settings.to_json(), "distances": self.distances}
 
 
 def find_steps(
@@ -105,9 +100,11 @@ def find_steps(
         found[LEARNED] = learn_steps(found[CHOSEN], learning, exact, schedule, noise, followed.ends, cond, on_check)
 
     def ends(sampler: Any) -> Tensor:
-        parts = zip(fresh.split(64), _parts(cond, trajectories), strict=True)
+        parts = [slice(i, i + 64) for i in range(0, trajectories, 64)]
         with torch.no_grad():
-            return torch.cat([last(sampler(exact, schedule, x_T, some)) for x_T, some in parts])
+            return torch.cat(
+                [last(sampler(exact, schedule, fresh[p], None if cond is None else cond[p])) for p in parts]
+            )
 
     fine = ends(DPMSolver(steps=search.grid, spacing=search.spacing))
     own = getattr(settings.sampler, "spacing", COMPARED[0])
@@ -167,10 +164,9 @@ def search_steps(
     )
     try:
         settings = _settings(resolved, changes)
-        seeds = NoiseSeeds.of(config, name)
-        pair = seeds.trials, seeds.confirmation([])
-        captions = _captions(resolved, config, storage, notice, seeds.trials)
-        found = find_steps(resolved.model, settings, search, learning, trajectories, pair, captions, notice)
+        seeds = trials_seed(config, name), confirmation_seed(config, name, [])
+        captions = _captions(resolved, config, storage, notice, seeds[0])
+        found = find_steps(resolved.model, settings, search, learning, trajectories, seeds, captions, notice)
     except ValueError as error:
         raise ConfigError(f"search steps: {error}") from error
     for spacing, distance in sorted(found.distances.items(), key=lambda item: item[1]):
@@ -217,19 +213,18 @@ def _conditions(model: Model, ids: Tensor, captions: Captions | None) -> Conditi
     return Conditioning(label=ids % classes) if classes else None
 
 
-def _parts(cond: Conditioning | None, count: int) -> list[Conditioning | None]:
-    return [None if cond is None else cond[slice(i, i + 64)] for i in range(0, count, 64)]
-
-
 def _store(found: FoundSteps, config: Config, name: str, reference: str, storage: Storage) -> dict[str, Any]:
     """Write what was found into the folder of the study and an MLflow run, and return it as JSON types."""
-    assert config.tracking.uri is not None
-    store = StudyStore.of(config, name)
     note = f"Time steps that were {LEARNED if LEARNED in found.distances else CHOSEN} for {reference}."
-    tags = {"ddpm.study": name, "ddpm.study.kind": "steps", "mlflow.note.content": note}
-    tracker, _ = tracking.open_run(config.tracking.uri, config.tracking.experiment, f"study-{name}", tags)
-    plain = {"study": name, "model": reference, "run_id": tracker.run_id, **found.to_plain()}
-    storage.write(join(store.uri, "steps.json"), json.dumps(plain, indent=1).encode())
+    tracker = open_study_run(config, name, "steps", note)
+    plain = {
+        "study": name,
+        "model": reference,
+        "run_id": tracker.run_id,
+        "sampling": found.settings.to_json(),
+        "distances": found.distances,
+    }
+    storage.write(join(StudyStore.of(config, name).uri, "steps.json"), json.dumps(plain, indent=1).encode())
     with tracking.recording("has not got the steps"):
         tracker.text(tracking.to_json(found.settings.to_json()), "best/sampling.json")
         tracker.text("\n".join(sampling_overrides(found.settings)), "best/overrides.txt")

@@ -1,4 +1,4 @@
-"""The records of a study: one file for each trial, with its parameters, state and scores.
+"""The records of a study, one file for each trial, with its parameters, state and scores; and its noise.
 
 They are the only state of a study. A resumed study reads them, gives the ended trials to Optuna, runs those that were
 running again, and counts both towards its number of trials.
@@ -7,6 +7,7 @@ running again, and counts both towards its number of trials.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import time
@@ -16,14 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from pipelines import tracking
 from pipelines.config import Config, ConfigError
 from pipelines.display import Notice, no_notice
 from pipelines.errors import PipelineError
-from pipelines.search.parameters import Params, Value
-from pipelines.search.seeds import NoiseSeeds
-from pipelines.search.space import apply
+from pipelines.search.space import Params, Value, apply
 from pipelines.search.study_config import DIRECTIONS, Objective, StudyConfig, study_name
 from pipelines.storage import NotFoundError, Storage, join
+from pipelines.tracking import Tracker
 
 State = Literal["finished", "stopped", "failed", "running"]
 
@@ -60,8 +61,7 @@ class TrialRecord:
 
     def reported(self, scores: Mapping[str, float]) -> TrialRecord:
         """Return the record with one more report of scores."""
-        plain = {name: float(value) for name, value in scores.items()}
-        return replace(self, scores=plain, history=[*self.history, plain])
+        return replace(self, scores=dict(scores), history=[*self.history, dict(scores)])
 
     def ended(self, state: State, error: str | None = None) -> TrialRecord:
         """Return the record of a trial that has ended in a state."""
@@ -111,7 +111,7 @@ class StudyStore:
         Raises:
             StudyError: it exists and `resume` is false, or it has other settings.
         """
-        described = {**self.describe(study, base, subject), "noise_seed": NoiseSeeds.of(base, self.name).trials}
+        described = {**self.describe(study, base, subject), "noise_seed": trials_seed(base, self.name)}
         where, text = join(self.uri, "study.json"), json.dumps(described, indent=1).encode()
         try:
             before = json.loads(self.storage.read(where))
@@ -181,19 +181,48 @@ class StudyStore:
         """Write what the last confirmation found, JSON types, as `confirmation.json`."""
         self.storage.write(join(self.uri, "confirmation.json"), json.dumps(found, indent=1).encode())
 
-    def get(self, trial: str) -> TrialRecord | None:
-        """Return the record of a trial, or None where it has not begun."""
-        try:
-            return TrialRecord(**json.loads(self.storage.read(join(self.uri, "trials", f"{trial}.json"))))
-        except NotFoundError:
-            return None
-
     def records(self) -> list[TrialRecord]:
         """Return all records, in the order in which the trials began."""
         found = self.storage.list(join(self.uri, "trials"))
         with ThreadPoolExecutor(8) as pool:
             records = pool.map(lambda entry: TrialRecord(**json.loads(self.storage.read(entry.uri))), found)
         return sorted(records, key=lambda record: record.began)
+
+
+def open_study_run(config: Config, name: str, kind: str, note: str) -> Tracker:
+    """Return the MLflow run of a study, the one that there is or a new one.
+
+    Args:
+        kind: of the study.
+        note: shown as the run's description.
+    """
+    assert config.tracking.uri is not None
+    tags = {"ddpm.study": name, "ddpm.study.kind": kind, "mlflow.note.content": note}
+    return tracking.open_run(config.tracking.uri, config.tracking.experiment, f"study-{name}", tags)[0]
+
+
+# --- noise seeds ---------------------------------------------------------------------------------------------
+# They are functions of a study's name, so that no two studies select and confirm on the same noise: a study that takes
+# its first trials from another one would otherwise be given again the noise on which these have been chosen. No study
+# uses the seeds of `ddpm evaluate`.
+
+
+def trials_seed(config: Config, study: str) -> int:
+    """Return the seed of all trials of the study of this name, which are compared on the same noise."""
+    return _hashed(f"trials|{study}", config)
+
+
+def confirmation_seed(config: Config, study: str, trials: Iterable[str]) -> int:
+    """Return the seed of the confirmation after these trials: another one when the study has gone on."""
+    return _hashed(f"confirmation|{study}|{','.join(sorted(trials))}", config, trials_seed(config, study))
+
+
+def _hashed(text: str, config: Config, *taken: int) -> int:
+    """Return a number below 2^48 that is a function of a text, and no seed that is taken or of evaluations."""
+    asked = config.evaluation
+    found = (hashlib.sha256(f"{text}|{attempt}".encode()).digest() for attempt in itertools.count())
+    seeds = (int.from_bytes(digest[:6]) for digest in found)
+    return next(seed for seed in seeds if seed not in (*range(asked.seed, asked.seed + asked.seeds), *taken))
 
 
 # --- comparison of records -----------------------------------------------------------------------------------
@@ -258,8 +287,8 @@ def earlier_points(
     found: dict[str, Params] = {}
     for store in stores:
         store.description()
-        judged = [r for r in store.records() if r.state == "finished"]
-        taken, outside = sorted(judged, key=lambda r: loss(r, study.objectives[0]))[:each], 0
+        finished = (record for record in store.records() if record.state == "finished")
+        taken, outside = sorted(finished, key=lambda r: loss(r, study.objectives[0]))[:each], 0
         for record in taken:
             shared = {path: value for path, value in record.params.items() if path in study.space}
             # What is in a range is its own nearest value; that has the range's type, as a whole number may be a float.

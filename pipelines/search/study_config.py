@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,8 +12,9 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from pipelines.config import Config, ConfigError, compose, conf_dir, suggest
 from pipelines.config.choices import Section
+from pipelines.config.compose import parse_overrides
 from pipelines.config.sections import NAME
-from pipelines.search.parameters import Parameter, Value, get_value
+from pipelines.search.space import Parameter, Value, apply, get_value
 
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial
@@ -29,6 +29,18 @@ DIRECTIONS: dict[Objective, Literal["min", "max"]] = {
     "evaluations": "min",
 }
 """The objectives that a study can have, and whether lower or higher is better."""
+FIXED = {
+    "training": (
+        *("name", "seed", "images", "data.uri", "cluster.address"),
+        *("storage", "tracking", "registry", "evaluation", "checkpoint"),
+    ),
+    "guidance": tuple(name for name in Config.model_fields if name not in ("guidance", "sampler")),
+}
+"""Fields that the trials of a study share, so that a space cannot vary them, by kind of study."""
+RANDOM_CHECKS = 64
+"""Random trials whose configuration is checked before a study starts."""
+MOST_DRAWS = 512
+"""Random trials in none of which a parameter exists: it never does."""
 
 
 class StudyConfig(Section):
@@ -54,7 +66,12 @@ class StudyConfig(Section):
 
     kind: Literal["training", "guidance"]
     space: dict[str, Parameter]
-    objectives: Annotated[tuple[Objective, ...], Field(min_length=1)] = ("frechet_distance",)
+    objectives: Annotated[tuple[Objective, ...], Field(min_length=1)] = Field(
+        default_factory=lambda given: (
+            "frechet_distance",
+            *(("evaluations",) if given.get("kind") == "guidance" else ()),
+        )
+    )
     trials: PositiveInt
     random_trials: PositiveInt = 10
     seed: NonNegativeInt = 0
@@ -65,14 +82,6 @@ class StudyConfig(Section):
     bits_per_dim_images: NonNegativeInt = 64
     confirm: PositiveInt = 3
     confirm_samples: Annotated[int, Field(ge=64)] = 1024
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_objectives(cls, plain: Any) -> Any:
-        """Fill in the default objectives of a guidance study."""
-        if isinstance(plain, dict) and plain.get("kind") == "guidance" and plain.get("objectives") is None:
-            return {**plain, "objectives": ("frechet_distance", "evaluations")}
-        return plain
 
     @model_validator(mode="after")
     def _check_objectives(self) -> StudyConfig:
@@ -93,14 +102,12 @@ class StudyConfig(Section):
         """Refuse empty spaces, empty ranges, and conditions on later parameters."""
         if not self.space:
             raise ValueError("space is empty: name at least one path with a distribution")
-        before: set[str] = set()
-        for path, parameter in self.space.items():
+        for place, (path, parameter) in enumerate(self.space.items()):
             if parameter.choice is None and parameter.corners[0] > parameter.corners[1]:  # type: ignore[operator]
                 raise ValueError(f"space: {path}: the range {list(parameter.corners)} must be [low, high]")
-            later = [other for other in parameter.when if other in self.space and other not in before]
+            later = [other for other in parameter.when if other in [*self.space][place:]]
             if later:
                 raise ValueError(f"space: {path} depends on {', '.join(later)}, which must come before it")
-            before.add(path)
         return self
 
     def suggest(self, trial: BaseTrial, base: Config) -> dict[str, Value]:
@@ -134,6 +141,53 @@ class StudyConfig(Section):
         return [get_value(base.model_dump(mode="json"), path)] if searched is None else searched.corners
 
 
+def check_space(study: StudyConfig, base: Config) -> None:
+    """Check the configurations at the ends of every range, at every choice, and of random trials.
+
+    Raises:
+        ConfigError: one of them is not valid; the message names path, value and reason.
+    """
+    plain = base.model_dump(mode="json")
+    for path, parameter in study.space.items():
+        fixed = next((f for f in FIXED[study.kind] if path == f or path.startswith(f + ".")), None)
+        if fixed is not None:
+            raise ConfigError(f"search space: {path} cannot be searched by a {study.kind} study: trials share {fixed}")
+        for condition in parameter.when:
+            if condition not in study.space and get_value(plain, condition) is None:
+                raise ConfigError(
+                    f"search space: {path} depends on {condition}, which is neither in the space nor has a value in "
+                    "the configuration"
+                )
+    for params in _trials(study, base):
+        try:
+            apply(base, params)
+        except ConfigError as error:
+            tried = ", ".join(f"{path}={value}" for path, value in params.items())
+            raise ConfigError(f"search space, with {tried}:\n{error}") from error
+
+
+def _trials(study: StudyConfig, base: Config) -> Iterator[dict[str, Value]]:
+    """Yield trials with each end of each range and each choice, and random ones.
+
+    Raises:
+        ConfigError: a parameter exists in none.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    drawn = optuna.create_study(sampler=optuna.samplers.RandomSampler(study.seed))
+    for path, parameter in study.space.items():
+        for corner in parameter.corners:
+            for _ in range(MOST_DRAWS):  # the conditions of others are drawn until they let it exist
+                drawn.enqueue_trial({path: corner})
+                if path in (params := study.suggest(drawn.ask(), base)):
+                    yield params
+                    break
+            else:
+                raise ConfigError(f"search space: {path}: `when` is never met")
+    yield from (study.suggest(drawn.ask(), base) for _ in range(RANDOM_CHECKS))
+
+
 def study_name(name: str) -> str:
     """Return the name of a study, which is a part of addresses and of the names of its runs.
 
@@ -159,19 +213,17 @@ def load_study(name: str, overrides: Sequence[str] = ()) -> StudyConfig:
     from yaml import YAMLError
 
     shipped = sorted(path.stem for path in (conf_dir() / "search").glob("*.yaml"))
-    path = conf_dir() / "search" / f"{name}.yaml" if name in shipped else None
-    if path is None and name.endswith((".yaml", ".yml")):
-        path = Path(name)
-    if path is None or not path.is_file():
+    path = conf_dir() / "search" / f"{name}.yaml" if name in shipped else Path(name)
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
         raise ConfigError(
             f"no study {name!r}: choose one of {', '.join(shipped)}, or give a YAML file.{suggest(name, shipped)}"
         )
     try:
-        plain = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        plain: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
         if not isinstance(plain, dict):
             raise ConfigError(f"{path.name}: a study is a mapping from names to values, this is none")
         for line in overrides:
-            _override(typing.cast("dict[str, Any]", plain), line)
+            _override(plain, line)
         return StudyConfig.model_validate(plain)
     except YAMLError as error:
         raise ConfigError(f"{path.name} is no YAML: {' '.join(str(error).split())}") from error
@@ -209,22 +261,16 @@ def _override(plain: dict[str, Any], line: str) -> None:
     keeps the `when` of the parameter.
 
     Raises:
-        ConfigError: it has no value, or one that is no YAML.
+        ConfigError: it has no value, or one that cannot be read.
     """
-    from omegaconf import OmegaConf
-    from yaml import YAMLError
-
-    key, equals, text = line.removeprefix("search.").partition("=")
     try:
-        read: Any = OmegaConf.to_container(OmegaConf.create(f"value: {text}"))
-    except YAMLError:
-        read = None
-    if not equals or read is None:
+        (read,) = parse_overrides([line.removeprefix("search.")])
+    except ConfigError as error:
         raise ConfigError(
             f"{line}: cannot be read: write search.FIELD=VALUE, such as search.trials=8 or "
             "search.space.optim.lr.log=[1e-4,1e-2]"
-        )
-    value, space = read["value"], plain.get("space") or {}
+        ) from error
+    key, value, space = str(read.key_or_group), read.value(), plain.get("space") or {}
     if not key.startswith("space.") or not isinstance(space, dict):
         plain[key] = value
         return

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -28,7 +28,12 @@ def shown(console: Console, notice: StageNotice) -> Iterator[OnChange]:
     """Yield a callback that shows a study: as a live table on a terminal, else as a line for each trial that ends."""
     if console.is_terminal:
         with Live(console=console, refresh_per_second=4) as live:
-            yield lambda observer: live.update(_view(observer))
+            yield lambda observer: live.update(
+                Group(
+                    table(observer.study, list(observer.records.values()), SHOWN),
+                    Text(progress(observer), style="bold cyan"),
+                )
+            )
         return
     printed: set[tuple[str, str]] = set()
 
@@ -60,7 +65,7 @@ def progress(observer: Observer) -> str:
     ended_here = ended - observer.before
     elapsed = time.monotonic() - observer.began
     left = (observer.study.trials - ended) * elapsed / ended_here if ended_here else None
-    first = observer.best
+    first = best(records, observer.study.objectives[0])
     return ", ".join(
         part
         for part in (
@@ -86,28 +91,14 @@ def table(study: StudyConfig, records: Sequence[TrialRecord], limit: int | None 
         columns.add_column(name, justify="left" if name in ("trial", "state") else "right", no_wrap=True)
     columns.add_column("parameters")  # the only one that a narrow terminal may narrow
     second = "bits_per_dim" if study.kind == "training" else "evaluations"
+    forms = {AXIS[study.kind]: ",.0f", "frechet_distance": ".3f", second: ".2f"}
     for record in ordered:
         style = "bold green" if first and record.trial == first.trial else "dim" if record.state == "stopped" else ""
         columns.add_row(
             record.trial,
             record.state,
-            _number(record, AXIS[study.kind], ",.0f"),
-            _number(record, "frechet_distance", ".3f"),
-            _number(record, second, ".2f"),
+            *(format(record.scores[name], form) if name in record.scores else "" for name, form in forms.items()),
             Text(record.error or describe_params(record.params), overflow="ellipsis", no_wrap=limit is not None),
             style="red" if record.state == "failed" else style,
         )
     return columns
-
-
-def _number(record: TrialRecord, name: str, form: str) -> str:
-    """Return a score in a format, or nothing where the trial has none."""
-    return format(record.scores[name], form) if name in record.scores else ""
-
-
-def _view(observer: Observer) -> Table:
-    """Return the live table with the progress below it."""
-    view = Table.grid()
-    view.add_row(table(observer.study, list(observer.records.values()), SHOWN))
-    view.add_row(Text(progress(observer), style="bold cyan"))
-    return view

@@ -8,20 +8,46 @@ stops trials that are behind at a rung, and Optuna chooses the parameters of the
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
 import ray
+import torch
 from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler
+from torch import Tensor
 
-from pipelines.config import Config
+from ddpm.conditioning import Conditioning
+from ddpm.model import Model
+from ddpm.quality import Measured
+from pipelines import references, tracking
+from pipelines.checkpoints import ModelError
+from pipelines.config import Config, ConfigError
+from pipelines.evaluation.prompts import open_captions
+from pipelines.evaluation.real import HELD_OUT
+from pipelines.evaluation.samples import balanced_labels
+from pipelines.search.confirmation import DEFAULT, Confirmed, winner_of
+from pipelines.search.fresh_samples import bounds
+from pipelines.search.judge import Subject
 from pipelines.search.observer import Observer, identify
-from pipelines.search.parameters import Params
-from pipelines.search.study import StudyError, TrialRecord, trial_name
+from pipelines.search.rung_judge import RungJudge, held_out_images
+from pipelines.search.space import Params, apply
+from pipelines.search.studies import Search
+from pipelines.search.study import StudyError, TrialRecord, best, loss, trial_name
 from pipelines.search.study_config import DIRECTIONS, StudyConfig
-from pipelines.search.training_trial import Shared, TrainingTrial, rungs
+from pipelines.search.training_trial import TrainingTrial, median_seconds, rungs
 from pipelines.search.tune_trials import run_trials
+from pipelines.shards.captions import Captions
+from pipelines.shards.index import Dataset, read_dataset
+from pipelines.storage import join
+from pipelines.tracking import Tracker
+from pipelines.training.driver import check_dataset
+
+BOUND_IMAGES = 32
+"""Real test images, at least, that have judged no trial and on which the bound is confirmed."""
+CONFIRMED, UNCONFIRMED = "config", "config-unconfirmed"
+"""Names of the configuration of a winner, and of that of the best trial where nothing is confirmed."""
 
 
 class StopBehind(AsyncHyperBandScheduler):
@@ -51,11 +77,6 @@ class StopBehind(AsyncHyperBandScheduler):
         return action
 
 
-def text_width(study: StudyConfig, base: Config) -> int:
-    """Return the width of the embeddings of captions that trials take; 0 where none is on text."""
-    return max(int(width or 0) for width in (base.model.text_dim, *study.values("model.text_dim", base)))
-
-
 def concurrency(study: StudyConfig, base: Config, resources: Mapping[str, float]) -> int:
     """Return how many trials the cluster can run at a time, each with all its workers.
 
@@ -72,22 +93,209 @@ def concurrency(study: StudyConfig, base: Config, resources: Mapping[str, float]
     return min(room, study.concurrent or room)
 
 
-def run_all(shared: Shared, records: Sequence[TrialRecord], observer: Observer, first: Sequence[Params] = ()) -> None:
-    """Run the trials that the study still lacks; see `run_trials`."""
-    study, base = shared.study, shared.base
-    at, concurrent = rungs(base.images, base.batch_size, study), concurrency(study, base, ray.cluster_resources())
-    scheduler = StopBehind(
-        # The confirmation compares with the configuration as it stands, so that has to be trained.
-        trial_name(study.nearest(base)),
-        [record for record in records if record.state != "running"],  # those that were running report again
-        time_attr="images_seen",
-        metric=study.objectives[0],
-        mode=DIRECTIONS[study.objectives[0]],
-        max_t=at[-1],
-        grace_period=at[0],
-        reduction_factor=study.reduction,
-    )
-    trainable = tune.with_parameters(TrainingTrial, shared=shared)
-    # A trial itself needs no CPU, because its workers reserve their own resources.
-    needs = {"cpu": 0, "memory": 1 << 20}
-    run_trials(trainable, needs, study, base, records, observer, concurrent, first, scheduler=scheduler)
+def fresh_images(study: StudyConfig, images: Tensor, cond: Conditioning | None) -> tuple[Tensor, Conditioning | None]:
+    """Return those of the stored test images that judge no trial, with their classes and captions, if any.
+
+    Args:
+        images, cond: of `held_out_images`.
+
+    Raises:
+        ConfigError: the study optimises bits/dim, and they are too few to confirm that.
+    """
+    used = study.bits_per_dim_images
+    if study.objectives == ("bits_per_dim",) and len(images) - used < BOUND_IMAGES:
+        raise ConfigError(
+            f"search.bits_per_dim_images = {used}: of the {len(images)} stored test images {BOUND_IMAGES} at least "
+            f"have to be left to confirm the best trial: use {max(len(images) - BOUND_IMAGES, 0)} at most"
+        )
+    return images[used:], None if cond is None else cond[used:]
+
+
+def chosen(study: StudyConfig, base: Config, records: Sequence[TrialRecord]) -> dict[str, TrialRecord]:
+    """Return the trials to confirm by name: `DEFAULT`, the configuration as it stands, and the best others.
+
+    There is nothing to compare with where the default did not train to its end: the result is empty.
+    """
+    name = trial_name(study.nearest(base))
+    there = [record for record in records if record.state == "finished"]
+    default = [record for record in there if record.trial == name]
+    others = sorted((r for r in there if r.trial != name), key=lambda r: loss(r, study.objectives[0]))
+    return {DEFAULT: default[0]} | {r.trial: r for r in others[: study.confirm]} if default else {}
+
+
+@dataclass
+class TrainingSearch(Search):
+    """The study behind `ddpm search training`.
+
+    Attributes:
+        lineage: which code runs, see `pipelines.lineage`.
+    """
+
+    COMMAND = "ddpm search training --study {search.name} …"
+
+    lineage: dict[str, Any]
+
+    def begin(self) -> Dataset:
+        """Check that trials of this configuration can be compared, and that the dataset is of it."""
+        self.base = config = self.config
+        if config.training_s is not None:
+            raise ConfigError(
+                f"training_s = {config.training_s:g}: trials are compared after as many images each, so set images, "
+                "and leave training_s at null"
+            )
+        rungs(config.images, config.batch_size, self.study)
+        dataset = read_dataset(config.data.uri, self.storage)
+        check_dataset(dataset, config)
+        self.subject, self.identity = dataset.uri, dataset.digest
+        return dataset
+
+    def open(self, dataset: Dataset) -> None:
+        """Load captions and test images, and check that the cluster has room for a trial."""
+        config, asked = self.config, (self.config.model.text_dim, *self.study.values("model.text_dim", self.config))
+        width = max(int(width or 0) for width in asked)  # 0 where no trial is on text
+        found = open_captions(width, dataset, config, self.storage, self.say, held_out=HELD_OUT)
+        self.captions: Captions | None
+        self.captions, held = found or (None, None)
+        self.held_out = held_out_images(self.real, held)
+        self.fresh = fresh_images(self.study, *self.held_out)
+        self.concurrent = concurrency(self.study, config, ray.cluster_resources())
+
+    def run_trials(self, records: Sequence[TrialRecord], observer: Observer, first: Sequence[Params]) -> None:
+        """Run the trials that the study still lacks, stopped by ASHA where they are behind."""
+        study, base = self.study, self.base
+        at = rungs(base.images, base.batch_size, study)
+        scheduler = StopBehind(
+            # The confirmation compares with the configuration as it stands, so that has to be trained.
+            trial_name(study.nearest(base)),
+            [record for record in records if record.state != "running"],  # those that were running report again
+            time_attr="images_seen",
+            metric=study.objectives[0],
+            mode=DIRECTIONS[study.objectives[0]],
+            max_t=at[-1],
+            grace_period=at[0],
+            reduction_factor=study.reduction,
+        )
+        run_trials(
+            tune.with_parameters(
+                TrainingTrial,
+                study=study,
+                base=base,
+                name=self.name,
+                lineage=self.lineage,
+                parent=observer.tracker.run_id,
+                judge=self.judge(),
+            ),
+            {
+                "cpu": 0,
+                "memory": 1 << 20,
+            },  # a trial itself needs no CPU, because its workers reserve their own resources
+            study,
+            base,
+            records,
+            observer,
+            self.concurrent,
+            first,
+            scheduler=scheduler,
+        )
+
+    def judge(self) -> RungJudge:
+        """Return what judges all trials on the same noise; a trial adds its rungs and where its scores are written."""
+        study, train, seed = self.study, self.real.train, self.noise_seed
+        cond: Conditioning | None = None
+        if self.captions is not None:
+            places = torch.arange(min(study.samples, len(self.captions)))
+            cond = self.captions.shuffled(seed).condition(places, labels=True)
+        elif train.class_counts:
+            cond = Conditioning(label=torch.from_numpy(balanced_labels(self.real.test.count, train.class_counts, seed)))
+        images, held_out_cond = self.held_out
+        judging = slice(study.bits_per_dim_images)
+        return RungJudge(
+            (),
+            study.samples,
+            cond,
+            self.evaluator.encoder,
+            train.moments,
+            images[judging].clone(),  # of a part, the whole would be pickled
+            None if held_out_cond is None else held_out_cond[judging].map(torch.clone),
+            seed,
+            self.storage,
+            "",
+        )
+
+    def confirm(self, records: Sequence[TrialRecord], seed: int) -> list[Confirmed]:
+        """Judge the models of the best trials and of the default again.
+
+        Another training of the same settings with another seed would give another model, so a model that is better
+        beyond the noise of its samples says less of its settings.
+
+        Returns:
+            The scores, best first; none where the default did not train to its end.
+        """
+        selected = chosen(self.study, self.base, records)
+        if not selected:
+            self.say("nothing is confirmed: the configuration as it stands did not train to its end, see its trial")
+            return []
+        models: dict[str, Model] = {}
+        for trial, record in selected.items():
+            try:
+                models[trial] = references.resolve(
+                    f"runs:/{record.run_id}/{int(record.scores['images_seen'])}",
+                    tracking_uri=self.base.tracking.uri,
+                    storage=self.storage,
+                ).model
+            except ModelError as error:
+                self.say(f"trial {record.trial} is not confirmed: {error}")
+        if DEFAULT not in models or len(models) == 1:
+            self.say("nothing is confirmed: a comparison needs the model of the default and that of another trial")
+            return []
+        data = Subject.of(models[DEFAULT], self.evaluator, self.real, {}, self.noise_seed, self.captions)
+        subjects = {trial: ray.put(replace(data, model=model)) for trial, model in models.items()}
+        params, bound = {trial: selected[trial].params for trial in models}, None
+        if self.study.objectives == ("bits_per_dim",):
+            parts = bounds([*subjects.values()], *self.fresh, seed, self.base, self.say)
+            bound = {trial: Measured.mean(part) for trial, part in zip(models, parts, strict=True)}
+        return self.judge_again(params, subjects, data, seed, bound)
+
+    def conclude(
+        self, records: Sequence[TrialRecord], confirmed: Sequence[Confirmed], tracker: Tracker
+    ) -> tuple[dict[str, Any], list[str], Mapping[str, Any]]:
+        """Write the configuration of the winner, or of the best trial."""
+        top, images = best(records, self.study.objectives[0]), self.config.images
+        seen = sum(r.scores.get("images_seen", 0) for r in records)
+        spent = median_seconds(records, self.config, self.name, self.storage)
+        notes = [
+            f"Each trial trains on up to {images:,} images; together they saw {seen:,.0f}, where training each to its "
+            f"end would have taken {images * len(records):,}."
+        ]
+        if spent:
+            listed = ", ".join(f"{part} {value:.1f}" for part, value in spent.items())
+            notes.append(f"Median seconds of a trial: {listed}.")
+        answer = {
+            "best": None if top is None else asdict(top),
+            "config": self.write_best(top, winner_of(confirmed), tracker),
+            "failed": {r.trial: r.error for r in records if r.state == "failed"},
+            "trial_seconds": spent,
+        }
+        return answer, notes, {}
+
+    def write_best(self, top: TrialRecord | None, winner: Confirmed | None, tracker: Tracker) -> str | None:
+        """Write the configuration of the winner, or of the best trial under a name that says what it is.
+
+        Args:
+            top: the best trial by its own score.
+
+        Returns:
+            The address of the file, ready for `ddpm train --config`; None where no trial finished.
+        """
+        found = winner or top
+        if found is None:
+            return None
+        name, other = (CONFIRMED, UNCONFIRMED) if winner is not None else (UNCONFIRMED, CONFIRMED)
+        config = apply(self.config, found.params).model_copy(update={"name": f"{self.name}-best"})
+        text = tracking.to_json(config.model_dump(mode="json"))
+        with tracking.recording("has not got the best configuration"):
+            tracker.text(text, f"best/{name}.json")
+        where = join(self.store.uri, "best", f"{name}.json")
+        self.storage.write(where, text.encode())
+        self.storage.delete(join(self.store.uri, "best", f"{other}.json"))  # of an earlier call of this study
+        return where

@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
-from ray import tune
-from torch import Tensor
-
-from ddpm.conditioning import Conditioning
-from ddpm.quality import FeatureMoments
 from pipelines.config import Config, ConfigError
-from pipelines.evaluation.evaluators import Encoder
-from pipelines.evaluation.real import Real
-from pipelines.evaluation.samples import balanced_labels
-from pipelines.search.parameters import Params, Value
 from pipelines.search.rung_judge import RungJudge
-from pipelines.search.seeds import NoiseSeeds
-from pipelines.search.space import apply
-from pipelines.search.study import trial_name
+from pipelines.search.space import Params, Value, apply
+from pipelines.search.study import TrialRecord, trial_name
 from pipelines.search.study_config import StudyConfig
-from pipelines.shards.captions import Captions
+from pipelines.search.tune_trials import Trial
 from pipelines.storage import Storage, join
 from pipelines.training import driver
 from pipelines.training.errors import TrainingError
+from pipelines.training.goodput import Session
+from pipelines.training.ledger import read_sessions
 from pipelines.training.ray_train.monitor import request_stop
 from pipelines.training.ray_train.reusable_workers import ReusableWorkers
 
@@ -38,77 +30,6 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
 
 STOP_S = 120.0
 """Seconds that a run may take to stop: at most its start, a step, and a checkpoint."""
-
-
-@dataclass(frozen=True)
-class Shared:
-    """What all trials share, put into Ray's object store once.
-
-    Attributes:
-        study: the settings of the study.
-        base: the configuration that the trials vary.
-        name: of the study.
-        lineage: which code runs, see `pipelines.lineage`.
-        parent: ID of the study's MLflow run.
-        encoder, reference, cond, held_out, held_out_cond: see `RungJudge`.
-    """
-
-    study: StudyConfig
-    base: Config
-    name: str
-    lineage: Mapping[str, Any]
-    parent: str
-    encoder: Encoder
-    reference: FeatureMoments
-    cond: Conditioning | None
-    held_out: Tensor
-    held_out_cond: Conditioning | None
-
-    @classmethod
-    def of(
-        cls,
-        study: StudyConfig,
-        base: Config,
-        name: str,
-        lineage: Mapping[str, Any],
-        parent: str,
-        encoder: Encoder,
-        real: Real,
-        captions: Captions | None,
-        held_out: tuple[Tensor, Conditioning | None],
-    ) -> Shared:
-        """Return what trials share, of the real images as the evaluator sees them.
-
-        Args:
-            captions: that samples of trials on text are drawn from.
-            held_out: of `held_out_images`.
-        """
-        counts, seed = real.train.class_counts, NoiseSeeds.of(base, name).trials
-        cond: Conditioning | None = None
-        if captions is not None:
-            places = torch.arange(min(study.samples, len(captions)))
-            cond = captions.shuffled(seed).condition(places, labels=True)
-        elif counts:
-            cond = Conditioning(label=torch.from_numpy(balanced_labels(real.test.count, counts, seed)))
-        images, held_out_cond = held_out
-        judging = slice(study.bits_per_dim_images)
-        return cls(
-            study,
-            base,
-            name,
-            lineage,
-            parent,
-            encoder,
-            real.train.moments,
-            cond,
-            images[judging].clone(),  # of a part, the whole would be pickled
-            None if held_out_cond is None else held_out_cond[judging].map(torch.clone),
-        )
-
-    @property
-    def seed(self) -> int:
-        """The seed of the noise by which all trials are judged."""
-        return NoiseSeeds.of(self.base, self.name).trials
 
 
 def rungs(images: int, batch_size: int, study: StudyConfig) -> tuple[int, ...]:
@@ -126,16 +47,19 @@ def rungs(images: int, batch_size: int, study: StudyConfig) -> tuple[int, ...]:
     return (*found, -(-images // batch_size) * batch_size)
 
 
-def trial_config(shared: Shared, params: Params) -> Config:
+def trial_config(study: StudyConfig, base: Config, name: str, params: Params) -> Config:
     """Return the configuration of a trial's run: no sample grids, and one checkpoint, from the first rung on.
 
     At its end a run publishes its checkpoint, whose averaged weights the confirmation loads.
+
+    Args:
+        name: of the study.
     """
-    config, study = apply(shared.base, params), shared.study
+    config = apply(base, params)
     first = rungs(config.images, config.batch_size, study)[0]
     return config.model_copy(
         update={
-            "name": f"{shared.name}-{trial_name(params)}",
+            "name": f"{name}-{trial_name(params)}",
             "tracking": config.tracking.model_copy(update={"grid_every": None}),
             "checkpoint": config.checkpoint.model_copy(
                 update={"every": first, "keep": 1, "publish_every": 2 * config.images, "keep_best": None}
@@ -147,24 +71,40 @@ def trial_config(shared: Shared, params: Params) -> Config:
     )
 
 
-class TrainingTrial(tune.Trainable):
+class TrainingTrial(Trial):
     """A Ray Tune trial that runs a training and reports its scores; the actor and its workers are reused.
 
     The run trains in a thread. A trial that ASHA stops is asked to stop at a step boundary, as by Ctrl-C, before the
     next one begins. If the actor were killed instead, Ray would free its workers and their resources only later.
     """
 
-    shared: Shared
-    workers: ReusableWorkers
-    run_config: Config
     thread: threading.Thread
     reported: float
     error: BaseException | None
 
-    def setup(self, config: dict[str, Value], *, shared: Shared) -> None:
-        """Create the workers of this actor, and begin the first trial."""
-        self.shared = shared
-        self.workers = ReusableWorkers(shared.name)
+    def setup(
+        self,
+        config: dict[str, Value],
+        *,
+        study: StudyConfig,
+        base: Config,
+        name: str,
+        lineage: Mapping[str, Any],
+        parent: str,
+        judge: RungJudge,
+    ) -> None:
+        """Create the workers of this actor, and begin the first trial.
+
+        Args:
+            base: the configuration that the trials vary.
+            name: of the study.
+            lineage: which code runs, see `pipelines.lineage`.
+            parent: ID of the study's MLflow run.
+            judge: of all trials, but for a trial's rungs and the folder of its scores.
+        """
+        self.study, self.base, self.name, self.judge = study, base, name, judge
+        self.lineage, self.below = dict(lineage), {"mlflow.parentRunId": parent, "ddpm.study": name}
+        self.workers = ReusableWorkers(name)
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Value]) -> bool:
@@ -185,7 +125,7 @@ class TrainingTrial(tune.Trainable):
                 self.workers.close()
                 raise self.error
             unreported = self._scores_above(self.reported)
-            last = bool(unreported) and unreported[0]["images_seen"] >= self.rungs[-1]
+            last = bool(unreported) and unreported[0]["images_seen"] >= self.judge.rungs[-1]
             if unreported and (ended or not last):
                 self.reported = unreported[0]["images_seen"]
                 return {**unreported[0], "done": last}
@@ -198,51 +138,30 @@ class TrainingTrial(tune.Trainable):
         self._end()
         self.workers.close()
 
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Save nothing: the run has its own checkpoints."""
-
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        """Load nothing: the run resumes from its own checkpoints."""
-
     def _begin(self, params: Params) -> None:
         """Start the run of a trial in a thread."""
-        shared = self.shared
-        config = self.run_config = trial_config(shared, params)
-        self.storage = Storage.of(config)
-        self.uri = join(config.storage.root, "runs", config.name, "scores")
-        self.rungs = rungs(config.images, config.batch_size, shared.study)
+        config = self.run_config = trial_config(self.study, self.base, self.name, params)
+        at = rungs(config.images, config.batch_size, self.study)
+        self.judge = replace(self.judge, rungs=at, uri=join(config.storage.root, "runs", config.name, "scores"))
         self.reported, self.error = -1.0, None
         self.thread = threading.Thread(target=self._fit, name="fit", daemon=True)
         self.thread.start()
 
     def _fit(self) -> None:
         """Train the run to its end; an error is kept for `step`."""
-        shared, config = self.shared, self.run_config
-        judge = RungJudge(
-            self.rungs,
-            shared.study.samples,
-            shared.cond,
-            shared.encoder,
-            shared.reference,
-            shared.held_out,
-            shared.held_out_cond,
-            shared.seed,
-            self.storage,
-            self.uri,
-        )
         try:
-            below = {"mlflow.parentRunId": shared.parent, "ddpm.study": shared.name}
-            plan = driver.make_plan(config, self.storage, dict(shared.lineage), below)
-            driver.train(replace(plan, job=replace(plan.job, evaluation_hook=judge)), workers=self.workers.provide)
+            plan = driver.make_plan(self.run_config, self.judge.storage, self.lineage, self.below)
+            driver.train(replace(plan, job=replace(plan.job, evaluation_hook=self.judge)), workers=self.workers.provide)
         except BaseException as error:  # noqa: BLE001 - it is raised in Tune's own thread
             self.error = error
 
     def _scores_above(self, images_seen: float) -> list[dict[str, float]]:
         """Return the scores of rungs above a number of images, in order."""
         # The files are named by images seen, so that earlier ones need not be read.
-        names = sorted(entry.uri for entry in self.storage.list(self.uri))
+        storage = self.judge.storage
+        names = sorted(entry.uri for entry in storage.list(self.judge.uri))
         found = [uri for uri in names if int(uri.rsplit("/", 1)[-1].removesuffix(".json")) > images_seen]
-        return [json.loads(self.storage.read(uri)) for uri in found]
+        return [json.loads(storage.read(uri)) for uri in found]
 
     def _end(self) -> None:
         """Stop the run and wait until it has.
@@ -257,3 +176,43 @@ class TrainingTrial(tune.Trainable):
             self.thread.join(0.5)
             if time.monotonic() > deadline:
                 raise TrainingError(f"run '{self.run_config.name}' does not stop")
+
+
+# --- where the wall time went --------------------------------------------------------------------------------
+
+
+def trial_seconds(record: TrialRecord, sessions: Sequence[Session]) -> dict[str, float] | None:
+    """Return how the wall time of a finished trial divides, in the order of time.
+
+    Args:
+        record: the trial.
+        sessions: the ledger of its run.
+
+    Returns:
+        Seconds by what they were spent on; None where the trial did not finish, or was interrupted.
+    """
+    attempts = [attempt for session in sessions for attempt in session.attempts]
+    if record.state != "finished" or len(attempts) != 1:
+        return None
+    (attempt,) = attempts
+    spent = attempt.seconds
+    return {
+        "placement": attempt.began - record.began,
+        "start-up": spent["startup"],
+        "training": spent["step"] + spent["data"],
+        "judging": spent["grid"],
+        "checkpoints": spent["checkpoint"],
+        "teardown": record.began + record.seconds - attempt.ended,
+    }
+
+
+def trial_sessions(record: TrialRecord, config: Config, name: str, storage: Storage) -> Sequence[Session]:
+    """Return the ledger of a trial's run in the study of this name."""
+    return read_sessions(storage, join(config.storage.root, "runs", f"{name}-{record.trial}"))
+
+
+def median_seconds(records: Sequence[TrialRecord], config: Config, name: str, storage: Storage) -> dict[str, float]:
+    """Return the medians of `trial_seconds` over a study's trials; empty where no trial finished in one go."""
+    found = [trial_seconds(record, trial_sessions(record, config, name, storage)) for record in records]
+    spent = [seconds for seconds in found if seconds is not None]
+    return {part: statistics.median(s[part] for s in spent) for part in spent[0]} if spent else {}

@@ -10,21 +10,21 @@ import pytest
 from pipelines.cli import search
 from pipelines.config import conf_dir
 from pipelines.errors import PipelineError
-from pipelines.search import studies
+from pipelines.search.studies import Search
 
 
 @pytest.fixture
-def begun(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """The arguments of every study that begins, which is all that it does; no service is there."""
-    found: list[tuple[Any, ...]] = []
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every study that begins, which is all that it does; no service is there."""
+    found: list[Any] = []
 
-    def begin(*given: Any, **options: Any) -> None:
-        found.append(given)
+    def begin(study: Any, **options: Any) -> None:
+        found.append(study)
         raise PipelineError("begun")
 
     monkeypatch.setattr(search, "connect", lambda config, services: config)
-    monkeypatch.setattr(studies, "training_study", begin)
-    monkeypatch.setattr(studies, "guidance_study", begin)
+    monkeypatch.setattr(Search, "__post_init__", lambda study: None)
+    monkeypatch.setattr(Search, "run", begin)
     return found
 
 
@@ -39,13 +39,13 @@ def test_a_training_study_is_called_after_the_file_of_its_space_wherever_that_li
     for space in ("schedule", str(own)):
         start(lambda space=space: search.training(space=space, overrides=["+experiment=digits"]))  # type: ignore[misc]
     start(lambda: search.training(study="other", overrides=["+experiment=digits"]))
-    assert [name for _, name, *_ in begun] == ["schedule-digits", "mine-digits", "other"]
+    assert [study.name for study in begun] == ["schedule-digits", "mine-digits", "other"]
 
 
 def test_overrides_of_the_run_reach_a_guidance_study_and_those_of_the_study_do_not(begun):
     given = ["+experiment=digits", "search.trials=3", "sampler.precision=bf16"]
     start(lambda: search.guidance(model="/a/folder", overrides=given))
-    ((config, overrides, reference, name, chosen),) = begun
-    assert overrides == ["+experiment=digits", "sampler.precision=bf16"]
-    assert (reference, name) == ("/a/folder", "guidance-digits")
-    assert (config.sampler.precision, chosen.trials) == ("bf16", 3)
+    (study,) = begun
+    assert study.overrides == ["+experiment=digits", "sampler.precision=bf16"]
+    assert (study.reference, study.name) == ("/a/folder", "guidance-digits")
+    assert (study.config.sampler.precision, study.study.trials) == ("bf16", 3)

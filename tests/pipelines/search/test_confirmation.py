@@ -13,7 +13,7 @@ from ddpm.quality import FeatureMoments, Measured
 from pipelines.evaluation.compare import Distance
 from pipelines.evaluation.paired import LEVEL, holm, paired_test
 from pipelines.evaluation.real import Real, RealSplit
-from pipelines.search.confirmation import DEFAULT, Candidate, decide, winner_of
+from pipelines.search.confirmation import DEFAULT, decide, winner_of
 from pipelines.storage import Storage
 
 WIDTH, SAMPLES = 6, 200
@@ -35,9 +35,9 @@ def drawn(count: int, generator: torch.Generator, gains: tuple[float, ...] = ())
 def confirmed(distance: Distance, features: list[torch.Tensor]):
     """The decision about settings, the first of which is the default."""
     names = [DEFAULT, *(f"trial-{i}" for i in range(1, len(features)))]
-    candidates = {name: Candidate(name, {}, Sampling()) for name in names}
+    nothing, settings = {name: {} for name in names}, dict.fromkeys(names, Sampling())
     measured = {name: distance(some) for name, some in zip(names, features, strict=True)}
-    return decide(candidates, measured, {name: {} for name in names}, distance.measure)
+    return decide(nothing, settings, measured, nothing, distance.measure)
 
 
 @pytest.mark.heavy
@@ -79,13 +79,12 @@ def test_one_of_many_has_to_be_better_by_more_than_one_alone():
     default = Measured(2.2 * influence.std().item() / 16, influence)
     measured = {DEFAULT: default} | {f"t{i}": Measured(9.0, 0 * influence) for i in range(8)}
     measured["t0"] = Measured(0.0, 0 * influence)
-    candidates = {name: Candidate(name, {}, Sampling()) for name in measured}
-    of_eight = decide(candidates, measured, {name: {} for name in measured}, "frechet_distance")[0]
+    nothing, settings = {name: {} for name in measured}, dict.fromkeys(measured, Sampling())
+    of_eight = decide(nothing, settings, measured, nothing, "frechet_distance")[0]
     assert of_eight.trial == "t0"
     assert of_eight.gain.low > 0
     assert (of_eight.z, of_eight.better) == (pytest.approx(2.2), False)
-    few = {name: candidates[name] for name in (DEFAULT, "t0")}
-    assert decide(few, measured, {name: {} for name in measured}, "frechet_distance")[0].better
+    assert decide({DEFAULT: {}, "t0": {}}, settings, measured, nothing, "frechet_distance")[0].better
 
 
 @pytest.mark.parametrize("width, measure", [(256, "frechet_distance"), (257, "kid")])

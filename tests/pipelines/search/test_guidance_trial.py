@@ -27,7 +27,7 @@ def test_a_model_of_data_without_labels_is_searched_by_a_contrastive_evaluator()
     space = {"sampler.steps": {"int": [2, 4]}}
     study = StudyConfig.model_validate({"kind": "guidance", "trials": 2, "samples": 16, "rungs": 2, "space": space})
     trial = GuidanceTrial.__new__(GuidanceTrial)
-    trial.setup({"sampler.steps": 2}, shared={"subject": subject, "study": study, "base": base, "seed": 5})
+    trial.setup({"sampler.steps": 2}, subject=subject, study=study, base=base, seed=5)
     first, last = trial.step(), trial.step()
     assert (first["samples"], first["done"], last["samples"], last["done"]) == (8, False, 16, True)
     assert last["evaluations"] == 2

@@ -12,7 +12,7 @@ from pipelines.search import importance
 from pipelines.search.confirmation import Confirmed
 from pipelines.search.page import Page
 from pipelines.search.study_config import StudyConfig
-from tests.pipelines.search.test_study import STUDY, record
+from tests.pipelines.search.test_study import SPACE, STUDY, record
 
 
 def test_the_page_holds_everything_and_loads_nothing():
@@ -24,7 +24,7 @@ def test_the_page_holds_everything_and_loads_nothing():
     text = Page("first", STUDY, "models:/digits@champion", records, pictures=pictures, command="ddpm search").html()
     for one in records:
         assert one.trial in text
-    assert text.count("Plotly.newPlot") == 3
+    assert text.count("Plotly.newPlot") == 5
     assert "cannot be told from 7 finished trials: their 3 parameters need at least 18" in text
     own = re.sub(r"<script\b[^>]*>.*?</script>", "", text, flags=re.DOTALL)  # the library has much in its strings
     assert own.count('src="data:image/png;base64,') == 1
@@ -41,8 +41,29 @@ def test_importances_are_shown_with_how_far_they_can_be_trusted_where_there_are_
     assert sorted(bar.y) == ["guidance.scale", "sampler.kind", "sampler.steps"]
     assert len(bar.error_x.array) == 3
     text = page.html()
-    assert text.count("Plotly.newPlot") == 4
+    assert text.count("Plotly.newPlot") == 6
     assert "Of 18 finished trials; the bars hold 90% of 4 fits" in text
+
+
+def test_the_history_and_the_front_are_of_finished_trials_and_what_was_stopped_is_among_the_reports():
+    first, better, cheap = record(0, 9.0, 20.0), record(2, 4.0, 30.0), record(3, 20.0, 5.0)
+    first.scores["standard_error"] = cheap.scores["standard_error"] = 0.5
+    stopped = record(1, 1.0, 1.0, state="stopped")
+    figures = Page("first", STUDY, "a model", [first, stopped, better, cheap]).figures()
+    best = next(trace for trace in figures["history"].data if trace.mode == "lines")
+    assert [*best.y] == [9.0, 9.0, 4.0, 4.0]
+    front = figures["pareto_frechet_distance"].data[-1]
+    assert [(x, y, error) for x, y, error in zip(front.x, front.y, front.error_y.array, strict=True)] == [
+        (5.0, 20.0, 0.98),
+        (20.0, 9.0, 0.98),
+        (30.0, 4.0, 0.0),
+    ]
+    assert [trace.y for trace in figures["reports"].data] == [(9.0,), (1.0,), (4.0,), (20.0,)]
+    eta = record(4, 5.0, **{"sampler.kind": "ddim", "sampler.eta": 0.25})
+    shown = Page("first", STUDY, "a model", [first, better, cheap, eta]).figures()
+    lines = [trace for trace in shown["parallel"].data if trace.mode == "lines"]
+    assert [len(line.x) for line in lines] == [4] * 4  # what only some trials have leaves none of them out
+    assert [trace.x for trace in shown["slices"].data if len(trace.x) == 1] == [(0.25,)]
 
 
 def test_a_page_of_a_study_that_has_just_begun():
@@ -66,5 +87,5 @@ def test_the_page_shows_what_the_confirmation_found_and_for_what_it_holds():
     assert "Noise seeds: trials 17, confirmation 18." in page.html()
     caveat = "What is compared are these trained models"
     assert caveat not in page.html()
-    trained = StudyConfig.model_validate({"kind": "training", "trials": 1, "space": {"optim.lr": {"uniform": [0, 1]}}})
+    trained = StudyConfig.model_validate({"kind": "training", "trials": 1, "space": SPACE})
     assert caveat in Page("s", trained, "data", [record(1, 5.0)], found).html()

@@ -4,8 +4,8 @@ import optuna
 import pytest
 
 from pipelines.config import ConfigError, compose
-from pipelines.search.space import apply, check_space
-from pipelines.search.study_config import StudyConfig, load_study
+from pipelines.search.space import apply
+from pipelines.search.study_config import StudyConfig, check_space, load_study
 
 BASE = compose(["+experiment=digits"])
 

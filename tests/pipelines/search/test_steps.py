@@ -35,7 +35,7 @@ def test_what_is_found_are_settings_that_can_be_stored_registered_and_drawn(mode
     assert len(said) == (2 if learning else 0)
     levels = found.settings.sampler.timesteps  # type: ignore[attr-defined]
     assert len(levels) == 4
-    assert Sampling.from_json(json.loads(json.dumps(found.to_plain()))["sampling"]) == found.settings
+    assert Sampling.from_json(json.loads(json.dumps(found.settings.to_json()))) == found.settings
     assert sampling(compose(sampling_overrides(found.settings))) == found.settings
     images = model.generate(torch.arange(3), sampling=found.settings)
     assert torch.equal(images, model.generate(torch.arange(3), sampling=found.settings))

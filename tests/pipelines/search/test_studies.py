@@ -15,14 +15,13 @@ from ddpm.model import ModelSpec
 from pipelines import references, tracking
 from pipelines.config import ConfigError, compose, sampling
 from pipelines.display import no_stage_notice
-from pipelines.evaluation.compare import Distance
 from pipelines.evaluation.real import HELD_OUT
-from pipelines.search import guidance_search, studies
-from pipelines.search.guidance_search import base_of
+from pipelines.search import guidance_search, studies, training_search
+from pipelines.search.guidance_search import GuidanceSearch, base_of
 from pipelines.search.judge import Subject
 from pipelines.search.study import StudyError, StudyStore
 from pipelines.search.study_config import StudyConfig
-from pipelines.search.training_trial import Shared
+from pipelines.search.training_search import TrainingSearch
 from pipelines.tracking import Tracker
 from tests.pipelines.checkpoints.tiny import DATASET, SMALL
 
@@ -45,24 +44,26 @@ class Bench:
             monkeypatch.setattr(Tracker, method, self._note(method))
         monkeypatch.setattr(tracking, "open_run", lambda *given: (Tracker("http://nowhere", "parent"), False))
         monkeypatch.setattr(references, "resolve", lambda *given, **options: resolved)
-        monkeypatch.setattr(studies, "read_dataset", lambda uri, storage: DATASET)
-        monkeypatch.setattr(studies, "_open_evaluation", lambda *given: (None, SimpleNamespace(encoder=None)))
-        monkeypatch.setattr(Subject, "of", lambda *given: None)
-        monkeypatch.setattr(Distance, "of", lambda real: None)
+        for kind in (guidance_search, training_search):
+            monkeypatch.setattr(kind, "read_dataset", lambda uri, storage: DATASET)
+            monkeypatch.setattr(kind, "run_trials", self._run_trials)
+        monkeypatch.setattr(guidance_search, "processors", lambda use_gpu: 1)
+        monkeypatch.setattr(studies, "open_evaluator", lambda *given: SimpleNamespace(encoder=None))
+        monkeypatch.setattr(studies, "open_real", lambda *given, notice: None)
         monkeypatch.setattr(studies, "connect_ray", lambda config, storage: None)
-        monkeypatch.setattr(guidance_search, "search", self._search)
+        monkeypatch.setattr(Subject, "of", lambda *given: None)
 
     def _note(self, method):
         return lambda tracker, *given: self.told.append((method, given))
 
-    def _search(self, *given, **options) -> None:
+    def _run_trials(self, *given, **options) -> None:
         self.searched.append(given)
         raise self.ends_with
 
     def study(self, *overrides: str, resume: bool = False) -> None:
         """Run a study up to its trials, where it is broken off."""
-        silent = {"on_change": lambda observer: None, "notice": no_stage_notice}
-        studies.guidance_study(self.config, overrides, "/a/model", "s", STUDY, resume=resume, after=[], **silent)
+        search = GuidanceSearch(self.config, "s", STUDY, no_stage_notice, "/a/model", overrides)
+        search.run(resume=resume, after=[], on_change=lambda observer: None)
 
     @property
     def states(self) -> list[str]:
@@ -113,7 +114,8 @@ def test_a_study_that_is_broken_off_has_ended_in_mlflow_and_runs_when_it_goes_on
 def test_a_guidance_study_begins_with_the_models_own_settings_and_what_overrides_change(bench, overrides, changes):
     with pytest.raises(KeyboardInterrupt):
         bench.study(*overrides)
-    ((_, _, base, *_),) = bench.searched
+    ((_, _, study, base, *_),) = bench.searched
+    assert study == STUDY
     assert sampling(base) == OWN.with_fields(**changes)
 
 
@@ -134,28 +136,32 @@ def test_a_guidance_study_that_is_refused_has_changed_nothing_in_mlflow(bench):
     ],
 )
 def test_a_training_study_judges_by_the_captions_of_all_stored_test_images(bench, monkeypatch, searched, width):
-    asked, shared = [], []
+    asked, judging = [], []
 
     def open_captions(width, *given, held_out):
         asked.append((width, held_out))
         return "drawn", "held"
 
-    def share(*given):
-        shared.append(given)
+    def judge(search):
+        judging.append((search.captions, *search.held_out))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(studies, "open_captions", open_captions)
-    monkeypatch.setattr(studies, "held_out_images", lambda real, captions: (torch.zeros(HELD_OUT, 1, 8, 8), captions))
-    monkeypatch.setattr(studies, "fresh_images", lambda study, images, cond: None)
+    monkeypatch.setattr(training_search, "open_captions", open_captions)
+    images = torch.zeros(HELD_OUT, 1, 8, 8)
+    monkeypatch.setattr(training_search, "held_out_images", lambda real, captions: (images, captions))
+    monkeypatch.setattr(training_search, "fresh_images", lambda study, images, cond: None)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
-    monkeypatch.setattr(Shared, "of", share)
+    monkeypatch.setattr(TrainingSearch, "judge", judge)
     trained = StudyConfig.model_validate({"kind": "training", "trials": 1, "space": searched})
-    silent = {"on_change": lambda observer: None, "notice": no_stage_notice}
     with pytest.raises(KeyboardInterrupt):
-        studies.training_study(bench.config, "t", trained, {}, resume=False, after=[], **silent)
+        run_training(bench.config, trained)
     assert asked == [(width, HELD_OUT)]
-    captions, (images, cond) = shared[0][-2:]
+    ((captions, images, cond),) = judging
     assert (captions, len(images), cond) == ("drawn", HELD_OUT, "held")
+
+
+def run_training(config, study) -> None:
+    TrainingSearch(config, "t", study, no_stage_notice, {}).run(resume=False, after=[], on_change=lambda observer: None)
 
 
 def test_a_training_study_of_runs_of_open_length_is_refused(bench):
@@ -163,7 +169,6 @@ def test_a_training_study_of_runs_of_open_length_is_refused(bench):
     trained = StudyConfig.model_validate(
         {"kind": "training", "trials": 1, "space": {"optim.lr": {"log": [1e-4, 1e-2]}}}
     )
-    silent = {"on_change": lambda observer: None, "notice": no_stage_notice}
     with pytest.raises(ConfigError, match="trials are compared after as many images each"):
-        studies.training_study(timed, "t", trained, {}, resume=False, after=[], **silent)
+        run_training(timed, trained)
     assert not bench.told

@@ -10,12 +10,20 @@ from hypothesis import strategies as st
 
 from pipelines.config import compose
 from pipelines.search.observer import describe_params
-from pipelines.search.optuna_search import past_of
 from pipelines.search.page import Page
-from pipelines.search.parameters import Parameter
-from pipelines.search.seeds import NoiseSeeds
-from pipelines.search.study import StudyError, StudyStore, TrialRecord, best, earlier_points, pareto_front, trial_name
+from pipelines.search.space import Parameter
+from pipelines.search.study import (
+    StudyError,
+    StudyStore,
+    TrialRecord,
+    best,
+    earlier_points,
+    pareto_front,
+    trial_name,
+    trials_seed,
+)
 from pipelines.search.study_config import StudyConfig
+from pipelines.search.tune_trials import past_of
 from pipelines.storage import Storage
 
 SPACE = {
@@ -47,8 +55,7 @@ def test_records_come_back_in_the_order_in_which_they_began(store):
     for one in (record(2, 5.0), record(1, 6.0, state="failed"), record(3, math.nan)):
         store.record(one)
     assert [r.began for r in store.records()] == [1.0, 2.0, 3.0]
-    assert store.get(record(2, 5.0).trial) == record(2, 5.0)
-    assert store.get("nothing") is None
+    assert store.records()[1] == record(2, 5.0)
 
 
 def test_a_study_that_is_not_there_yet_is_begun_by_a_command_that_would_resume_it(store):
@@ -68,7 +75,7 @@ def test_a_study_is_begun_once_and_resumed_as_what_it_was(store):
     assert len(store.open(longer, BASE, "model", resume=True)) == 1
     assert store.study().trials == 20  # as it was last started
     noise = json.loads(store.storage.read(f"{store.uri}/study.json"))["noise_seed"]
-    assert noise == NoiseSeeds.of(BASE, "first").trials
+    assert noise == trials_seed(BASE, "first")
     elsewhere = compose(
         ["+experiment=digits", "data.cache_dir=/mnt/fast", "data.decode_threads=8", "cluster.num_workers=4"]
     )
@@ -163,6 +170,39 @@ def test_a_study_may_be_about_anything_that_is_measured():
 def test_a_trial_in_a_line_names_every_parameter():
     params = {"guidance.kind": "auto", "sampler.kind": "heun", "sampler.steps": 7, "guidance.interval.0": 0.125}
     assert describe_params(params) == 'guidance.kind="auto" sampler.kind="heun" steps=7 interval.0=0.125'
+
+
+def test_a_space_that_an_earlier_release_stored_is_read_resumed_and_learned_from(tmp_path):
+    (tmp_path / "study").mkdir()
+    store = StudyStore(Storage(), f"file://{tmp_path}/study")
+    space = {
+        "guidance.scale": {"when": {}, "uniform": [0.5, 4.0]},
+        "sampler.kind": {"when": {}, "choice": ["ddim", "heun"]},
+        "sampler.steps": {"when": {}, "int": [4, 50]},
+        "guidance.rescale": {"when": {"sampler.kind": ["heun"]}, "log": [0.001, 1.0]},
+    }
+    plain = {"kind": "guidance", "objectives": ["frechet_distance", "evaluations"], "random_trials": 10, "seed": 0}
+    plain |= {"concurrent": None, "samples": 256, "rungs": 3, "reduction": 2, "bits_per_dim_images": 64}
+    stored = {
+        "space": {**plain, "space": space, "confirm": 3, "confirm_samples": 1024},
+        "subject": "model",
+        "trials": 8,
+    }
+    study = StudyConfig.model_validate({"kind": "guidance", "trials": 8, "space": space})
+    stored |= {"config": store.describe(study, BASE, "model")["config"], "noise_seed": trials_seed(BASE, "study")}
+    (tmp_path / "study" / "study.json").write_text(json.dumps(stored))
+    done = record(30, 5.0, **{"guidance.rescale": 0.5})
+    store.record(done)
+    assert store.open(study, BASE, "model", resume=True) == [done]
+    assert store.study() == study
+    (trial,) = past_of(store.study(), store.records()).trials
+    assert trial.params == done.params
+    assert {path: repr(distribution) for path, distribution in trial.distributions.items()} == {
+        "guidance.scale": "FloatDistribution(high=4.0, log=False, low=0.5, step=None)",
+        "sampler.kind": "CategoricalDistribution(choices=('ddim', 'heun'))",
+        "sampler.steps": "IntDistribution(high=50, log=False, low=4, step=1)",
+        "guidance.rescale": "FloatDistribution(high=1.0, log=True, low=0.001, step=None)",
+    }
 
 
 def test_a_study_of_a_release_that_lacked_a_field_is_resumed_where_the_field_has_its_default(tmp_path):

@@ -58,6 +58,9 @@ def test_a_study_that_is_not_there_or_wrong_is_named(arguments, message):
             r"schedule\.s depends on schedule\.kind, which must come before it",
         ),
         ({"optim.lr": {"choice": []}}, "at least 1 item"),
+        ({"optim.lr": {"log": [1e-4, 1e-2], "uniform": [0, 1]}}, r"a parameter is \{uniform: \[a, b\]\}, \{log: "),
+        ({"optim.lr": {"when": {"schedule.kind": "cosine"}}}, r"a parameter is \{uniform: \[a, b\]\}, \{log: "),
+        ({"optim.lr": {"log": [0, 1]}}, "should be greater than 0"),
     ],
 )
 def test_a_space_that_makes_no_sense_in_itself_is_refused(space, message):

@@ -23,9 +23,9 @@ from pipelines.evaluation.real import Real, RealSplit
 from pipelines.search import fresh_samples
 from pipelines.search.confirmation import DEFAULT
 from pipelines.search.rung_judge import held_out_images
-from pipelines.search.study import TrialRecord, trial_name
+from pipelines.search.study import TrialRecord, trial_name, trials_seed
 from pipelines.search.study_config import StudyConfig
-from pipelines.search.training_confirmation import chosen, confirm, fresh_images
+from pipelines.search.training_search import TrainingSearch, chosen, fresh_images
 from pipelines.storage import Storage
 from tests.pipelines.captioned import WIDTH
 from tests.pipelines.checkpoints.tiny import SMALL
@@ -83,6 +83,8 @@ class Bench:
             "model.class_conditional=false",
             "guidance=none",
             "sampler.steps=2",
+            "storage=file",
+            "storage.root=file:///nowhere",
         ]
     )
 
@@ -126,9 +128,10 @@ class Bench:
         return replace(trial(lr, distance), scores=scores, run_id=run_id)
 
     def confirm(self, study, records, captions=None, held=None):
-        options = {"notice": self.said.append, "trials_seed": 5, "seed": 6}
-        fresh = fresh_images(study, *held_out_images(self.real, held))
-        return confirm(study, self.base, self.evaluator, self.real, records, Storage(), captions, fresh, **options)
+        search = TrainingSearch(self.base, "s", study, lambda stage, text: self.said.append(text), {})
+        search.base, search.evaluator, search.real, search.captions = self.base, self.evaluator, self.real, captions
+        search.fresh = fresh_images(study, *held_out_images(self.real, held))
+        return search.confirm(records, seed=6)
 
 
 @pytest.fixture
@@ -165,9 +168,9 @@ def test_models_on_text_are_confirmed_by_captions(bench):
     seen = []
     bench.models["runs:/b2/640"].network.register_forward_pre_hook(lambda module, given: seen.extend(given[2:]))
     bench.confirm(study(objectives=["bits_per_dim"], confirm_samples=64), records, drawn, held)
-    in_trials = drawn.shuffled(5)  # the seed of the trials
-    assert torch.equal(seen[0].pooled, in_trials.pooled[torch.arange(64) % 7])
-    assert torch.equal(seen[-1].pooled, held.pooled[64:])
+    in_trials = drawn.shuffled(trials_seed(bench.base, "s"))
+    assert torch.equal(seen[0].pooled, held.pooled[64:])
+    assert torch.equal(seen[-1].pooled, in_trials.pooled[torch.arange(64) % 7])
 
 
 @pytest.mark.parametrize("default, other", [((), ("a", "b")), (("a", "b"), ())])

@@ -7,9 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.config import ConfigError, compose
-from pipelines.search.training_trial import Shared, rungs, trial_config
+from pipelines.display import no_stage_notice
+from pipelines.search.study import trials_seed
+from pipelines.search.training_search import TrainingSearch
+from pipelines.search.training_trial import rungs, trial_config
 from tests.pipelines.evaluation.test_prompts import some_captions
 from tests.pipelines.search.test_training_search import study
+
+BASE = compose(["+experiment=digits", "storage=file", "storage.root=file:///nowhere"])
 
 
 @given(st.integers(1, 10_000_000), st.integers(1, 512), st.integers(1, 6), st.integers(2, 5))
@@ -28,7 +33,7 @@ def test_rungs_are_whole_batches_that_end_where_the_run_does(images, batch_size,
 
 def test_a_trial_is_scored_at_its_rungs_alone_whatever_the_base_asks_of_a_run():
     base = compose(["+experiment=digits", "evaluation.every=640", "checkpoint.keep_best=1"])
-    config = trial_config(Shared(study(), base, "s", {}, "parent", None, None, None, None, None), {})
+    config = trial_config(study(), base, "s", {})
     assert (config.evaluation.every, config.checkpoint.keep_best) == (None, None)
     assert config.evaluation.seed == base.evaluation.seed
 
@@ -39,14 +44,17 @@ def test_trials_on_text_are_judged_by_the_captions_of_test_images():
     drawn = some_captions([f"a {i}" for i in range(6)], labels=[1, 0, 0, 1, 1, 0])
     held = some_captions([f"b {i}" for i in range(5)], labels=[0, 1, 0, 1, 0]).condition(torch.arange(5), labels=True)
     images = torch.zeros(5, 1, 1, 1)
-    chosen, base = study(samples=4, bits_per_dim_images=2), compose(["+experiment=digits"])
-    shared = Shared.of(chosen, base, "s", {}, "parent", None, real, drawn, (images, held))
-    order = drawn.shuffled(shared.seed)
-    assert torch.equal(shared.cond.pooled, order.pooled[:4])
-    assert torch.equal(shared.cond.label, order.labels[:4])
-    assert torch.equal(shared.held_out_cond.pooled, held.pooled[:2])
-    assert (shared.held_out_cond.label.tolist(), len(shared.held_out)) == ([0, 1], 2)
+    search = TrainingSearch(BASE, "s", study(samples=4, bits_per_dim_images=2), no_stage_notice, {})
+    search.real, search.evaluator = real, SimpleNamespace(encoder=None)
+    search.captions, search.held_out = drawn, (images, held)
+    judge = search.judge()
+    order = drawn.shuffled(trials_seed(BASE, "s"))
+    assert torch.equal(judge.cond.pooled, order.pooled[:4])
+    assert torch.equal(judge.cond.label, order.labels[:4])
+    assert torch.equal(judge.held_out_cond.pooled, held.pooled[:2])
+    assert (judge.held_out_cond.label.tolist(), len(judge.held_out)) == ([0, 1], 2)
     labels = replace(held, text=None, text_mask=None, pooled=None)
-    without = Shared.of(chosen, base, "s", {}, "parent", None, real, None, (images, labels))
+    search.captions, search.held_out = None, (images, labels)
+    without = search.judge()
     assert (without.cond.present, without.cond.label.bincount().tolist()) == (("label",), [2, 3])
     assert without.held_out_cond.present == ("label",)

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from pipelines.search.study import TrialRecord
-from pipelines.search.trial_seconds import trial_seconds
+from pipelines.search.training_trial import trial_seconds
 from pipelines.training.goodput import Attempt, Session
 
 

@@ -4,8 +4,8 @@ import math
 
 import optuna
 
-from pipelines.search.optuna_search import past_of, searcher
 from pipelines.search.study import trial_name
+from pipelines.search.tune_trials import past_of, searcher
 from tests.pipelines.search.test_study import BASE, STUDY, record
 
 

@@ -10,15 +10,15 @@ from ddpm.generate import Sampling
 from ddpm.quality import Interval
 from pipelines import registry, tracking
 from pipelines.config import compose
+from pipelines.display import no_stage_notice
 from pipelines.registry import RegistryError
 from pipelines.search.confirmation import Confirmed
-from pipelines.search.study import StudyStore
-from pipelines.search.winner import register_winner, write_best
-from pipelines.storage import Storage
+from pipelines.search.guidance_search import GuidanceSearch
+from pipelines.search.training_search import TrainingSearch
 from pipelines.tracking import ModelVersion
-from tests.pipelines.search.test_study import record
+from tests.pipelines.search.test_study import STUDY, record
 
-BASE = compose(["+experiment=digits"])
+BASE = compose(["+experiment=digits", "storage=file", "storage.root=file:///nowhere"])
 SETTINGS = Sampling.of(kind="heun", steps=7, scale=1.6, interval=(0.0, 0.5))
 
 
@@ -40,13 +40,14 @@ class Texts:
 
 
 def test_a_configuration_is_called_confirmed_only_where_it_is(tmp_path):
-    store, tracker = StudyStore(Storage(), f"file://{tmp_path}/studies/s"), Texts()
+    config = compose(["+experiment=digits", "storage=file", f"storage.root=file://{tmp_path}"])
+    search, tracker = TrainingSearch(config, "s", STUDY, no_stage_notice, {}), Texts()
     folder = tmp_path / "studies" / "s" / "best"
     top = record(3, 5.0, **{"sampler.kind": "heun"})
-    assert write_best(BASE, None, None, store, tracker) is None
-    assert write_best(BASE, top, None, store, tracker) == f"{store.uri}/best/config-unconfirmed.json"
+    assert search.write_best(None, None, tracker) is None
+    assert search.write_best(top, None, tracker) == f"file://{tmp_path}/studies/s/best/config-unconfirmed.json"
     assert [path.name for path in folder.iterdir()] == ["config-unconfirmed.json"]
-    where = write_best(BASE, top, confirmed({"optim.lr": 0.5}), store, tracker)
+    where = search.write_best(top, confirmed({"optim.lr": 0.5}), tracker)
     assert [path.name for path in folder.iterdir()] == ["config.json"]
     written = json.loads(Path(where.removeprefix("file://")).read_text())
     assert (written["optim"]["lr"], written["name"]) == (0.5, "s-best")
@@ -72,7 +73,9 @@ def test_a_winner_becomes_a_new_version_and_the_old_one_stays_as_it_was(made):
     resolved = SimpleNamespace(version=old, tracker=Texts(), reference="models:/digits/1")
     said = []
     other = BASE.model_copy(update={"registry": BASE.registry.model_copy(update={"model": "other"})})
-    found = register_winner(confirmed(), resolved, "s", other, Storage(), lambda name, text: said.append(text))
+    search = GuidanceSearch(other, "s", STUDY, lambda name, text: said.append(text), resolved.reference, [])
+    search.resolved = resolved
+    found = search.register(confirmed())
     assert found.version == "2"
     assert made.registered == [(SETTINGS, "digits")]  # below the name of the model that was searched
     ((_, name, number, tags),) = made.tags
@@ -81,14 +84,15 @@ def test_a_winner_becomes_a_new_version_and_the_old_one_stays_as_it_was(made):
     assert "ddpm promote models:/digits/2 --alias champion" in said[-1]
 
 
-def test_without_a_winner_or_a_registered_version_nothing_is_registered(made, monkeypatch):
+def test_without_a_registered_version_nothing_is_registered(made, monkeypatch):
     resolved, said = SimpleNamespace(version=None, tracker=Texts(), reference="runs:/abc"), []
 
     def notice(name, text):
         said.append(text)
 
-    assert register_winner(None, resolved, "s", BASE, Storage(), notice) is None
-    assert register_winner(confirmed(), resolved, "s", BASE, Storage(), notice) is None
+    search = GuidanceSearch(BASE, "s", STUDY, notice, resolved.reference, [])
+    search.resolved = resolved
+    assert search.register(confirmed()) is None
     assert "ddpm register runs:/abc sampler=heun guidance.kind=classifier_free guidance.scale=1.6" in said[-1]
     assert made.registered == []
 
@@ -97,5 +101,5 @@ def test_without_a_winner_or_a_registered_version_nothing_is_registered(made, mo
 
     monkeypatch.setattr(registry, "register_scored", refuse)
     resolved.version = ModelVersion("digits", "1", "run", {}, ())
-    assert register_winner(confirmed(), resolved, "s", BASE, Storage(), notice) is None
+    assert search.register(confirmed()) is None
     assert said[-1].startswith("the winner is not registered: something is missing; register it with `ddpm register")
