@@ -149,12 +149,13 @@ class GuidanceSearch(Search):
         self.identity = json.dumps({key: spec.lineage[key] for key in known if key in spec.lineage}, sort_keys=True)
         return read_dataset(spec.lineage.get("dataset_uri", config.data.uri), self.storage)
 
-    def open(self, dataset: Dataset) -> None:
+    def open(self) -> None:
         """Load the networks that may guide the model, and what scores its samples."""
-        model = self.resolved.model
+        model, data = self.resolved.model, self.data
         guides = guides_of(model, self.study, self.base, self.storage)
-        found = open_captions(model.spec.network.text_dim, dataset, self.config, self.storage, self.say)
-        self.data = Subject.of(model, self.evaluator, self.real, guides, self.noise_seed, found[0] if found else None)
+        found = open_captions(model.spec.network.text_dim, data.dataset, self.config, self.storage, self.say)
+        captions = found[0] if found else None
+        self.model = Subject.of(model, data.evaluator, data.real, guides, self.noise_seed, captions)
 
     def run_trials(self, records: Sequence[TrialRecord], observer: Observer, first: Sequence[Params]) -> None:
         """Run the trials that the study still lacks, on as many processors as there are."""
@@ -163,7 +164,7 @@ class GuidanceSearch(Search):
         # `hopeless` looks at distance and cost only; a setting may be good in another objective.
         cheap = set(study.objectives) <= {"frechet_distance", "evaluations"}
         run_trials(
-            tune.with_parameters(GuidanceTrial, subject=self.data, study=study, base=self.base, seed=self.noise_seed),
+            tune.with_parameters(GuidanceTrial, subject=self.model, study=study, base=self.base, seed=self.noise_seed),
             {"cpu": 1, **({"gpu": 1} if use_gpu else {})},
             study,
             self.base,
@@ -181,7 +182,7 @@ class GuidanceSearch(Search):
         for record in sorted(front, key=lambda r: loss(r, self.study.objectives[0])):
             if sampling(apply(self.base, record.params)) != default and len(chosen) <= self.study.confirm:
                 chosen[record.trial] = record.params
-        return self.judge_again(chosen, dict.fromkeys(chosen, ray.put(self.data)), self.data, seed)
+        return self.judge_again(chosen, dict.fromkeys(chosen, ray.put(self.model)), self.model, seed)
 
     def conclude(
         self, records: Sequence[TrialRecord], confirmed: Sequence[Confirmed], tracker: Tracker
@@ -194,7 +195,7 @@ class GuidanceSearch(Search):
                 tracker.text(tracking.to_json(winner.settings.to_json()), "best/sampling.json")
                 tracker.text("\n".join(sampling_overrides(winner.settings)), "best/overrides.txt")
         front = pareto_front(records, self.study.objectives)
-        shared = ray.put(self.data)
+        shared = ray.put(self.model)
         asked = [(shared, sampling(apply(base, record.params))) for record in front]
         drawn = draw_all(asked, SHOWN, self.noise_seed, base, self.say)
         pictures = {record.trial: found.pixels for record, found in zip(front, drawn, strict=True)}

@@ -15,8 +15,7 @@ from pipelines import tracking
 from pipelines.config import Config, sampling
 from pipelines.display import StageNotice
 from pipelines.evaluation.compare import Distance
-from pipelines.evaluation.evaluators import open_evaluator
-from pipelines.evaluation.real import open_real
+from pipelines.evaluation.data import EvaluationData
 from pipelines.search.confirmation import Confirmed, decide, winner_of
 from pipelines.search.fresh_samples import draw_all
 from pipelines.search.judge import Subject, scores
@@ -53,6 +52,7 @@ class Search(ABC):
         base: the configuration that its trials vary.
         subject: the model, or the address of the dataset, that it is about.
         identity: equal for equal subjects; a study can only be resumed with the same.
+        data: what its samples are judged by.
     """
 
     COMMAND: ClassVar[str]
@@ -65,6 +65,7 @@ class Search(ABC):
     base: Config = field(init=False)
     subject: str = field(init=False)
     identity: str = field(init=False)
+    data: EvaluationData = field(init=False)
 
     def __post_init__(self) -> None:
         self.say = partial(self.notice, "study")
@@ -76,8 +77,8 @@ class Search(ABC):
         """Set `base`, `subject` and `identity`, and return the dataset, before anything is connected."""
 
     @abstractmethod
-    def open(self, dataset: Dataset) -> None:
-        """Load what trials share beside `evaluator` and `real`, and check that trials can run."""
+    def open(self) -> None:
+        """Load what trials share of `data`, by which samples are judged, and check that trials can run."""
 
     @abstractmethod
     def run_trials(self, records: Sequence[TrialRecord], observer: Observer, first: Sequence[Params]) -> None:
@@ -105,7 +106,7 @@ class Search(ABC):
         self,
         chosen: Mapping[str, Params],
         subjects: Mapping[str, Any],
-        data: Subject,
+        scored_by: Subject,
         seed: int,
         bounds: Mapping[str, Measured] | None = None,
     ) -> list[Confirmed]:
@@ -114,15 +115,15 @@ class Search(ABC):
         Args:
             chosen: trial -> its parameters, `DEFAULT` among the trials.
             subjects: trial -> the `Subject` that draws the samples, a reference in Ray's object store.
-            data: scores the samples of all of them.
+            scored_by: scores the samples of all of them.
             seed: of the noise.
             bounds: trial -> the bound of its model on test images that have judged no trial.
         """
         settings = {trial: sampling(apply(self.base, params)) for trial, params in chosen.items()}
         asked = [(subjects[trial], settings[trial]) for trial in chosen]
         drawn = dict(zip(chosen, draw_all(asked, self.study.confirm_samples, seed, self.base, self.say), strict=True))
-        distance = Distance.of(self.real)
-        scored = {trial: scores(data, samples)[0] for trial, samples in drawn.items()}
+        distance = Distance.of(self.data.real)
+        scored = {trial: scores(scored_by, samples)[0] for trial, samples in drawn.items()}
         measured = bounds or {trial: distance(samples.features) for trial, samples in drawn.items()}
         return decide(chosen, settings, measured, scored, "bits_per_dim" if bounds else distance.measure)
 
@@ -149,9 +150,8 @@ class Search(ABC):
             self.study, self.base, (StudyStore.of(config, other) for other in after), notice=self.say
         )
         connect_ray(config, self.storage)
-        self.evaluator = open_evaluator(config, dataset, self.storage, self.say)
-        self.real = open_real(dataset, self.evaluator, config, self.storage, notice=self.say)
-        self.open(dataset)
+        self.data = EvaluationData(dataset, config, self.storage, notice=self.say)
+        self.open()
         records = self.store.open(self.study, self.base, self.identity, resume=resume)
         with self._opened_run() as tracker:
             length = config.images if self.study.kind == "training" else self.study.samples

@@ -149,14 +149,14 @@ class TrainingSearch(Search):
         self.subject, self.identity = dataset.uri, dataset.digest
         return dataset
 
-    def open(self, dataset: Dataset) -> None:
+    def open(self) -> None:
         """Load captions and test images, and check that the cluster has room for a trial."""
         config, asked = self.config, (self.config.model.text_dim, *self.study.values("model.text_dim", self.config))
         width = max(int(width or 0) for width in asked)  # 0 where no trial is on text
-        found = open_captions(width, dataset, config, self.storage, self.say, held_out=HELD_OUT)
+        found = open_captions(width, self.data.dataset, config, self.storage, self.say, held_out=HELD_OUT)
         self.captions: Captions | None
         self.captions, held = found or (None, None)
-        self.held_out = held_out_images(self.real, held)
+        self.held_out = held_out_images(self.data.real, held)
         self.fresh = fresh_images(self.study, *self.held_out)
         self.concurrent = concurrency(self.study, config, ray.cluster_resources())
 
@@ -200,20 +200,22 @@ class TrainingSearch(Search):
 
     def judge(self) -> RungJudge:
         """Return what judges all trials on the same noise; a trial adds its rungs and where its scores are written."""
-        study, train, seed = self.study, self.real.train, self.noise_seed
+        study, train, seed = self.study, self.data.real.train, self.noise_seed
         cond: Conditioning | None = None
         if self.captions is not None:
             places = torch.arange(min(study.samples, len(self.captions)))
             cond = self.captions.shuffled(seed).condition(places, labels=True)
         elif train.class_counts:
-            cond = Conditioning(label=torch.from_numpy(balanced_labels(self.real.test.count, train.class_counts, seed)))
+            cond = Conditioning(
+                label=torch.from_numpy(balanced_labels(self.data.real.test.count, train.class_counts, seed))
+            )
         images, held_out_cond = self.held_out
         judging = slice(study.bits_per_dim_images)
         return RungJudge(
             (),
             study.samples,
             cond,
-            self.evaluator.encoder,
+            self.data.evaluator.encoder,
             train.moments,
             images[judging].clone(),  # of a part, the whole would be pickled
             None if held_out_cond is None else held_out_cond[judging].map(torch.clone),
@@ -248,7 +250,7 @@ class TrainingSearch(Search):
         if DEFAULT not in models or len(models) == 1:
             self.say("nothing is confirmed: a comparison needs the model of the default and that of another trial")
             return []
-        data = Subject.of(models[DEFAULT], self.evaluator, self.real, {}, self.noise_seed, self.captions)
+        data = Subject.of(models[DEFAULT], self.data.evaluator, self.data.real, {}, self.noise_seed, self.captions)
         subjects = {trial: ray.put(replace(data, model=model)) for trial, model in models.items()}
         params, bound = {trial: selected[trial].params for trial in models}, None
         if self.study.objectives == ("bits_per_dim",):

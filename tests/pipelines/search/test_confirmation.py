@@ -14,6 +14,7 @@ from pipelines.evaluation.compare import Distance
 from pipelines.evaluation.paired import LEVEL, holm, paired_test
 from pipelines.evaluation.real import Real, RealSplit
 from pipelines.search.confirmation import DEFAULT, decide, winner_of
+from pipelines.signing import Derived
 from pipelines.storage import Storage
 
 WIDTH, SAMPLES = 6, 200
@@ -93,9 +94,10 @@ def test_the_kernel_distance_decides_above_256_features_and_is_to_the_reference_
     reference = np.array([True, False, True, True, False])
     rows = {"features": features, "labels": np.arange(5), "reference": reference}
     rows["pixels"] = np.zeros((5, 1, 2, 2), np.uint8)
-    (tmp_path / "train-000000000.safetensors").write_bytes(save(rows))
+    stored = Derived(Storage(), f"file://{tmp_path}", "real.json", "the real images")
+    files = {"train-000000000.safetensors": stored.write("train-000000000.safetensors", save(rows))}
     split = RealSplit(5, (), FeatureMoments.of(torch.from_numpy(features[reference])))
-    real = Real(f"file://{tmp_path}", "s", split, split, width, (1, 2, 2), Storage())
+    real = Real(stored, files, "s", split, split, width, (1, 2, 2))
     distance = Distance.of(real)
     assert distance.measure == measure
     if measure == "kid":

@@ -15,6 +15,7 @@ from ddpm.model import ModelSpec
 from pipelines import references, tracking
 from pipelines.config import ConfigError, compose, sampling
 from pipelines.display import no_stage_notice
+from pipelines.evaluation.data import EvaluationData
 from pipelines.evaluation.real import HELD_OUT
 from pipelines.search import guidance_search, studies, training_search
 from pipelines.search.guidance_search import GuidanceSearch, base_of
@@ -48,8 +49,8 @@ class Bench:
             monkeypatch.setattr(kind, "read_dataset", lambda uri, storage: DATASET)
             monkeypatch.setattr(kind, "run_trials", self._run_trials)
         monkeypatch.setattr(guidance_search, "processors", lambda use_gpu: 1)
-        monkeypatch.setattr(studies, "open_evaluator", lambda *given: SimpleNamespace(encoder=None))
-        monkeypatch.setattr(studies, "open_real", lambda *given, notice: None)
+        monkeypatch.setattr(EvaluationData, "evaluator", SimpleNamespace(encoder=None))
+        monkeypatch.setattr(EvaluationData, "real", None)
         monkeypatch.setattr(studies, "connect_ray", lambda config, storage: None)
         monkeypatch.setattr(Subject, "of", lambda *given: None)
 

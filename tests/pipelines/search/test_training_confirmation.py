@@ -26,6 +26,7 @@ from pipelines.search.rung_judge import held_out_images
 from pipelines.search.study import TrialRecord, trial_name, trials_seed
 from pipelines.search.study_config import StudyConfig
 from pipelines.search.training_search import TrainingSearch, chosen, fresh_images
+from pipelines.signing import Derived
 from pipelines.storage import Storage
 from tests.pipelines.captioned import WIDTH
 from tests.pipelines.checkpoints.tiny import SMALL
@@ -96,11 +97,12 @@ class Bench:
         features = self.evaluator.encoder(images).features.numpy()
         rows = {"features": features, "labels": np.full(120, -1), "reference": np.ones(120, bool)}
         rows["pixels"] = np.zeros((120, 1, 8, 8), np.uint8)
-        for split in ("train", "test"):
-            (folder / f"{split}-000000000.safetensors").write_bytes(save(rows))
-        (folder / "held-out.safetensors").write_bytes(save({"images": images.numpy()}))
+        stored = Derived(Storage(), f"file://{folder}", "real.json", "the real images")
+        contents = {f"{split}-000000000.safetensors": save(rows) for split in ("train", "test")}
+        contents["held-out.safetensors"] = save({"images": images.numpy()})
+        files = {name: stored.write(name, content) for name, content in contents.items()}
         split = RealSplit(120, (), FeatureMoments.of(torch.from_numpy(features)))
-        self.real = Real(f"file://{folder}", "s", split, split, features.shape[1], (1, 8, 8), Storage())
+        self.real = Real(stored, files, "s", split, split, features.shape[1], (1, 8, 8))
         self.images, self.models, self.seeds, self.said = images, {}, [], []
         monkeypatch.setattr(references, "resolve", self.resolve)
         monkeypatch.setattr(ray, "put", lambda value: SimpleNamespace(value=value))
@@ -129,7 +131,8 @@ class Bench:
 
     def confirm(self, study, records, captions=None, held=None):
         search = TrainingSearch(self.base, "s", study, lambda stage, text: self.said.append(text), {})
-        search.base, search.evaluator, search.real, search.captions = self.base, self.evaluator, self.real, captions
+        search.base, search.captions = self.base, captions
+        search.data = SimpleNamespace(evaluator=self.evaluator, real=self.real)
         search.fresh = fresh_images(study, *held_out_images(self.real, held))
         return search.confirm(records, seed=6)
 

@@ -45,7 +45,7 @@ def test_trials_on_text_are_judged_by_the_captions_of_test_images():
     held = some_captions([f"b {i}" for i in range(5)], labels=[0, 1, 0, 1, 0]).condition(torch.arange(5), labels=True)
     images = torch.zeros(5, 1, 1, 1)
     search = TrainingSearch(BASE, "s", study(samples=4, bits_per_dim_images=2), no_stage_notice, {})
-    search.real, search.evaluator = real, SimpleNamespace(encoder=None)
+    search.data = SimpleNamespace(real=real, evaluator=SimpleNamespace(encoder=None))
     search.captions, search.held_out = drawn, (images, held)
     judge = search.judge()
     order = drawn.shuffled(trials_seed(BASE, "s"))
