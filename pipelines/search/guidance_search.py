@@ -100,7 +100,7 @@ class GuidanceTrial(Trial):
 
 
 def stop_hopeless() -> Callable[[str, dict[str, Any]], bool]:
-    """Return what says at each report whether a trial is much worse than a cheaper one; see `judge.hopeless`."""
+    """Return what says at a report whether a trial is significantly worse than a cheaper one; see `hopeless`."""
     seen: dict[float, dict[str, dict[str, Any]]] = defaultdict(dict)
 
     def stops(trial_id: str, result: dict[str, Any]) -> bool:

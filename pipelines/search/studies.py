@@ -42,7 +42,7 @@ from pipelines.training.ray_train.resources import connect_ray
 
 @dataclass
 class Search(ABC):
-    """The way of a study. What its trials run, and how they are judged and confirmed, is for its kind.
+    """The steps of a study, from its start to its page; what its trials run and how they are judged is for its kind.
 
     Attributes:
         config: the configuration.
