@@ -199,9 +199,8 @@ def generate(
     Raises:
         ValueError: the number of images is not given, or the guidance needs a network that is missing.
     """
-    from ddpm.inference.draw import Painter, paint  # which needs `Sampling`
+    from ddpm.inference.drawing import Drawing, Painter, paint  # which needs `Sampling`
     from ddpm.inference.noise import Noise
-    from ddpm.inference.tasks import FromNoise
 
     total = len(cond) if cond is not None else len(image_ids) if image_ids is not None else count
     if total is None:
@@ -209,9 +208,8 @@ def generate(
     where = torch.device(device or "cpu") if image_ids is None else image_ids.device
     ids = torch.arange(total, device=where) if image_ids is None else image_ids
     painter = Painter(denoiser, schedule, guides or Guides(), shape, where)
-    noise = Noise(torch.full_like(ids, seed), ids)
-    away = painter.guides.negative
-    return paint(painter, noise, cond, FromNoise(), sampling=sampling, negative=away, batch_size=batch_size).images
+    drawing = Drawing(Noise(torch.full_like(ids, seed), ids), sampling, cond, negative=painter.guides.negative)
+    return paint(painter, drawing, batch_size=batch_size).images
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -24,8 +24,7 @@ from ddpm.inference.checks import (
     check_steps,
     class_indices,
 )
-from ddpm.inference.draw import Drawn, Film, draw
-from ddpm.inference.drawing import Drawing, cut, join
+from ddpm.inference.drawing import Drawing, Drawn, Film, cut, draw, join
 from ddpm.inference.noise import Noise
 from ddpm.inference.table import COLUMNS, draw_table, inpainting_method, parameters, table_drawings
 from ddpm.inference.tasks import INPAINTERS, METHODS, TRAINED, Editing, FromNoise, Inpainting, Inverting, Task

@@ -1,30 +1,83 @@
-"""What is to be drawn, as a value that can be joined with others into one network batch and cut out of it again."""
+"""What is to be drawn as a value, and its drawing in batches, with a film of the way to the pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ddpm.conditioning import Conditioning
-from ddpm.generate import Sampling
-from ddpm.inference.draw import Drawn, check_drawing, draw
+from ddpm.generate import Sampling, to_uint8
+from ddpm.guidance import Guides
+from ddpm.inference.checks import check_condition, check_count, check_steps
 from ddpm.inference.noise import Noise
-from ddpm.inference.tasks import FromNoise, Task
+from ddpm.inference.tasks import Batch, FromNoise, Task
 from ddpm.model import Model
+from ddpm.prediction import Denoiser
+from ddpm.samplers import Sample, last
+from ddpm.schedule import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class Film:
+    """States on the way to the pictures, F of them.
+
+    Attributes:
+        t: noise level of each.
+        x_t: the noisy pictures, uint8 [F, N, H, W, C].
+        x0: the clean pictures that the model predicts from them, uint8 [F, N, H, W, C].
+    """
+
+    t: tuple[float, ...]
+    x_t: Tensor
+    x0: Tensor
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What was drawn.
+
+    Attributes:
+        images: [N, C, H, W] in [-1, 1], on the model's device.
+        film: the way to them, where that was asked for.
+    """
+
+    images: Tensor
+    film: Film | None = None
+
+
+@dataclass(frozen=True)
+class Painter:
+    """What draws pictures: a denoiser, without guidance and clipping, and what it needs.
+
+    Attributes:
+        schedule: its noise schedule.
+        guides: what the guidance needs.
+        shape: of a picture, (C, H, W).
+        device: on which pictures are drawn.
+    """
+
+    denoiser: Denoiser
+    schedule: NoiseSchedule
+    guides: Guides
+    shape: tuple[int, ...]
+    device: torch.device
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """What is to be drawn; see `draw` for its parts.
+    """What is to be drawn, as a value that can be joined with others into one network batch.
 
     Attributes:
         noise: of each of N pictures.
         sampling: the settings.
         cond: labels or text of the pictures; None for none.
         task: how they are drawn.
-        negative: label or text to move away from; None for none.
+        negative: label or text to move away from, instead of the null condition, in classifier-free guidance; None for
+            none.
         film: number of states to keep of the way to the pictures; 0 for none.
     """
 
@@ -51,7 +104,16 @@ class Drawing:
         Raises:
             ValueError: it cannot; the message says what it can.
         """
-        check_drawing(model, self.task, self.sampling, self.noise, self.cond, self.negative)
+        count, spec, negative = len(self), model.spec, self.negative
+        check_count(count, spec)
+        check_steps(self.sampling.sampler.steps, model.schedule)
+        for name, given in (("the condition", self.cond), ("the negative condition", negative)):
+            if given is not None:
+                check_condition(name, given, spec, count)
+        if negative is not None and self.sampling.guidance.scale == 1:
+            raise ValueError("a negative prompt has no effect at guidance scale 1: use a larger one")
+        self.task.check(model, self.sampling, count)
+        self.sampling.wrap(model.denoiser, model.schedule, replace(model.guides, negative=negative))  # or raise
 
     def evaluations(self, model: Model) -> int:
         """Return the steps in which a model draws a picture."""
@@ -65,19 +127,76 @@ class Drawing:
         progress: Callable[[int, int], None] | None = None,
         finished: Callable[[int, Tensor], None] | None = None,
     ) -> Drawn:
-        """Return the pictures; see `draw`."""
-        return draw(
-            model,
-            self.noise,
-            self.cond,
-            self.task,
-            sampling=self.sampling,
-            negative=self.negative,
-            batch_size=batch_size,
-            film=self.film,
-            progress=progress,
-            finished=finished,
+        """Return the pictures, on the model's device.
+
+        Args:
+            batch_size: pictures per network call.
+            progress: called with (done, total) in sampling steps.
+            finished: called with each batch as soon as it is drawn: the index of its first picture, and its pictures
+                [B, C, H, W].
+
+        Raises:
+            ValueError: the model cannot do what is asked; the message says what it can.
+        """
+        self.check(model)
+        device = next(model.network.parameters()).device
+        painter = Painter(model.denoiser, model.schedule, model.guides, model.spec.shape, device)
+        return paint(painter, self, batch_size=batch_size, progress=progress, finished=finished)
+
+
+def draw(
+    model: Model,
+    noise: Noise,
+    cond: Conditioning | None = None,
+    task: Task | None = None,
+    *,
+    sampling: Sampling | None = None,
+    negative: Conditioning | None = None,
+    film: int = 0,
+    batch_size: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+    finished: Callable[[int, Tensor], None] | None = None,
+) -> Drawn:
+    """Return pictures of a model, by default from noise and with the model's own settings; see `Drawing.draw`."""
+    drawing = Drawing(noise, sampling or model.spec.sampling, cond, task or FromNoise(), negative, film)
+    return drawing.draw(model, batch_size=batch_size, progress=progress, finished=finished)
+
+
+# Not inference mode: classifier guidance differentiates through x_t.
+@torch.no_grad()
+def paint(
+    painter: Painter,
+    drawing: Drawing,
+    *,
+    batch_size: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+    finished: Callable[[int, Tensor], None] | None = None,
+) -> Drawn:
+    """Return pictures, without a check that they can be drawn; see `Drawing.draw`.
+
+    Every picture of this package comes from here: what is judged is drawn as what is served.
+    """
+    device, shape, sampling = painter.device, painter.shape, drawing.sampling
+    starts = range(0, len(drawing), batch_size)
+    each = drawing.task.evaluations(sampling, painter.schedule)
+    parts, films = [], []
+    for number, first in enumerate(starts):
+        span = slice(first, first + batch_size)
+        noise = drawing.noise.map(lambda tensor, span=span: tensor[span].to(device))  # type: ignore[misc]
+        cond, negative = (
+            None if given is None else given[span].to(device) for given in (drawing.cond, drawing.negative)
         )
+        guides = replace(painter.guides, negative=negative)
+        batch = Batch(
+            painter.denoiser, painter.schedule, sampling, guides, cond, noise.initial(shape), noise.steps(shape)
+        )
+        reel = _Reel(each, drawing.film)
+        steps = reel.watch(drawing.task.part(span, device)(batch))
+        parts.append(last(_counted(steps, number * each, each, len(starts) * each, progress)).clamp(-1, 1))
+        films.append(reel)
+        if finished is not None:
+            finished(first, parts[-1])
+    return Drawn(torch.cat(parts), _spliced(films) if drawing.film else None)
 
 
 def join(drawings: Sequence[Drawing]) -> Drawing:
@@ -111,3 +230,40 @@ def cut(drawn: Drawn, counts: Sequence[int]) -> list[Drawn]:
 def _joined(conditions: Sequence[Conditioning | None]) -> Conditioning | None:
     given = [cond for cond in conditions if cond is not None]
     return Conditioning.join(given) if given else None
+
+
+def _counted(
+    samples: Iterator[Sample], before: int, each: int, total: int, progress: Callable[[int, int], None] | None
+) -> Iterator[Sample]:
+    """Pass samples through, and report how many there have been of all batches."""
+    for i, sample in enumerate(samples, 1):
+        if progress is not None:
+            progress(before + min(i, each), total)
+        yield sample
+
+
+class _Reel:
+    """The states of one batch that a film keeps: the first, the last, and others evenly between them."""
+
+    def __init__(self, steps: int, frames: int) -> None:
+        self.kept = {round(i * (steps - 1) / max(frames - 1, 1)) for i in range(frames)}
+        self.has_end = frames > 1
+        self.frames: list[tuple[float, Tensor, Tensor]] = []
+
+    def watch(self, samples: Iterator[Sample]) -> Iterator[Sample]:
+        for i, sample in enumerate(samples):
+            beyond = self.has_end and i > max(self.kept)  # annealed Langevin dynamics yield their end as well
+            if beyond:
+                self.frames.pop()
+            if i in self.kept or beyond:
+                self.frames.append((sample.t, to_uint8(sample.x_t).cpu(), to_uint8(sample.x0).cpu()))
+            yield sample
+
+
+def _spliced(reels: list[_Reel]) -> Film:
+    """Return the film of all batches."""
+    states: Any = zip(*(reel.frames for reel in reels), strict=True)
+    rows = [(states_at[0][0], *(torch.cat([s[k] for s in states_at]) for k in (1, 2))) for states_at in states]
+    return Film(
+        tuple(t for t, _, _ in rows), torch.stack([x for _, x, _ in rows]), torch.stack([x for _, _, x in rows])
+    )

@@ -60,7 +60,7 @@ MODULES = {
         "step_search",
         "step_learning",
     ],
-    "Models and what they say": ["model", "inference.draw", "likelihood", "memorisation", "settings", "choices"],
+    "Models and what they say": ["model", "inference.drawing", "likelihood", "memorisation", "settings", "choices"],
 }
 """Modules of `ddpm` by page."""
 
