@@ -175,7 +175,8 @@ def _requests(count: int) -> list[Ask]:
 
 def _wanted(model: Any, asked: Sequence[Ask]) -> dict[Ask, Any]:
     """Return what the model draws for each request by itself."""
-    from pipelines.inference import Sample, picture
+    from pipelines.inference.pictures import picture
+    from pipelines.inference.request import Sample
 
     def alone(ask: Ask) -> Any:
         return picture(Sample.of(labels=[ask.label], seeds=[ask.seed], sampling={"steps": ask.steps}), model).pixels[0]

@@ -53,13 +53,13 @@ class Choices(Mapping[str, T], Generic[T]):
         Raises:
             ValueError: the name is unknown; the message lists the known ones.
         """
-        if name not in self._choices():
+        if not isinstance(name, str) or name not in self._choices():
             raise ValueError(self.unknown(name))
         return self._choices()[name]
 
     def unknown(self, name: str) -> str:
         """Return the error message for an unknown name."""
-        close = difflib.get_close_matches(name, list(self), n=1, cutoff=0.5)
+        close = difflib.get_close_matches(str(name), list(self), n=1, cutoff=0.5)
         return f"unknown {self.kind} {name!r}; allowed: {', '.join(self)}." + (
             f" Did you mean '{close[0]}'?" if close else ""
         )

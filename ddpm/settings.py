@@ -15,7 +15,7 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Self, TypeVar
@@ -86,6 +86,26 @@ class Setting:
         """Whether its values are tuples, or may be."""
         return any(typing.get_origin(kind) is tuple for kind in self._kinds)
 
+    def check(self, value: Any) -> None:
+        """Check a value; a list stands for a tuple.
+
+        Raises:
+            ValueError: it is of another type or out of range; the message has the name and the allowed values.
+        """
+        value = tuple(value) if isinstance(value, list) else value
+        if not _is_of(self.type, value):
+            raise ValueError(f"{self.name} must be {_in_words(self.type)}, got {value!r}")
+        allowed = list(_allowed(self.type))
+        if allowed and value not in allowed:
+            raise ValueError(f"unknown {self.name} {value!r}; allowed: {', '.join(map(str, allowed))}")
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, numbers.Real) and not math.isfinite(part):
+                raise ValueError(f"{self.name} must be finite, got {value}")
+            for name, bound in self.bounds.items():
+                holds, _ = _COMPARE[name]
+                if part is not None and not holds(part, bound):
+                    raise ValueError(f"{self.name} must be {_range(self.bounds)}, got {value}")
+
     @property
     def _kinds(self) -> tuple[Any, ...]:
         """The types that its values may have."""
@@ -104,7 +124,7 @@ class Settings:
     def __post_init__(self) -> None:
         for field in settings_of(type(self)):
             value = getattr(self, field.name)
-            _check(field, value)
+            field.check(value)
             if field.fractional and value is not None:  # 2 and 2.0 are one value, and are stored as one text
                 exact = tuple(map(float, value)) if isinstance(value, tuple) else float(value)
                 object.__setattr__(self, field.name, exact)
@@ -129,19 +149,31 @@ def _settings_of(cls: Any) -> tuple[Setting, ...]:
     )
 
 
-def _check(field: Setting, value: Any) -> None:
-    if not _is_of(field.type, value):
-        raise ValueError(f"{field.name} must be {_in_words(field.type)}, got {value!r}")
-    allowed = list(_allowed(field.type))
-    if allowed and value not in allowed:
-        raise ValueError(f"unknown {field.name} {value!r}; allowed: {', '.join(map(str, allowed))}")
-    for part in value if isinstance(value, tuple) else (value,):
-        if isinstance(part, numbers.Real) and not math.isfinite(part):
-            raise ValueError(f"{field.name} must be finite, got {value}")
-        for name, bound in field.bounds.items():
-            holds, _ = _COMPARE[name]
-            if part is not None and not holds(part, bound):
-                raise ValueError(f"{field.name} must be {_range(field.bounds)}, got {value}")
+def check_settings(what: str, kinds: Iterable[Any], values: Mapping[str, Any]) -> None:
+    """Check settings of one kind of algorithm of several, where it is not known yet of which.
+
+    Args:
+        what: the settings are of, for the message.
+        kinds: classes of settings.
+        values: of some settings, by their names.
+
+    Raises:
+        ValueError: no kind has a setting of this name, or none that has it takes the value.
+    """
+    there: dict[str, list[Setting]] = {}
+    for field in (field for kind in kinds for field in settings_of(kind)):
+        there.setdefault(field.name, []).append(field)
+    if unknown := values.keys() - there.keys():
+        raise ValueError(f"{', '.join(sorted(unknown))}: no setting of {what}; there are: {', '.join(there)}")
+    for name, value in values.items():
+        problems = []
+        for field in there[name]:
+            try:
+                field.check(value)
+            except ValueError as error:
+                problems.append(error)
+        if len(problems) == len(there[name]):
+            raise problems[0]
 
 
 def _range(bounds: Mapping[str, float]) -> str:

@@ -115,7 +115,7 @@ def _decode(value: Any, channels: int, what: str) -> Tensor:
                 image.alpha_composite(opened.convert("RGBA"))
             pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
     except damaged as error:
-        raise ValueError(f"a picture cannot be read ({error}): send a PNG file, or its base64 text") from error
+        raise ValueError(f"the {what} cannot be read ({error}): send a PNG file, or its base64 text") from error
     return torch.from_numpy(pixels).reshape(*pixels.shape[:2], channels)
 
 

@@ -22,11 +22,20 @@ from ddpm.inference.checks import (
     check_mask,
     check_names,
     check_steps,
+    check_takes_text,
     class_indices,
 )
 from ddpm.inference.drawing import Drawing, Drawn, Film, cut, draw, join
 from ddpm.inference.noise import Noise
-from ddpm.inference.table import COLUMNS, draw_table, inpainting_method, parameters, table_drawings
+from ddpm.inference.table import (
+    COLUMNS,
+    check_method,
+    check_sampling,
+    draw_table,
+    inpainting_method,
+    parameters,
+    table_drawings,
+)
 from ddpm.inference.tasks import INPAINTERS, METHODS, TRAINED, Editing, FromNoise, Inpainting, Inverting, Task
 
 __all__ = [
@@ -49,8 +58,11 @@ __all__ = [
     "check_count",
     "check_images",
     "check_mask",
+    "check_method",
     "check_names",
+    "check_sampling",
     "check_steps",
+    "check_takes_text",
     "class_indices",
     "cut",
     "draw",

@@ -16,15 +16,18 @@ MAX_VALUES = 1 << 30
 """Values of all pictures of one call, at most: 4 GiB of float32."""
 
 
-def class_indices(labels: Sequence[str | int], classes: Sequence[str]) -> list[int]:
+def class_indices(labels: Sequence[str | int], classes: Sequence[str], field: str = "labels") -> list[int]:
     """Return the index of each class, given by its name or index.
+
+    Args:
+        field: that the labels were given as, for the message.
 
     Raises:
         ValueError: the model has no classes, or no such class.
     """
     if not classes:
         raise ValueError("this model has no classes: leave the labels out")
-    return [_class_index(label, classes) for label in labels]
+    return [_class_index(label, classes, field) for label in labels]
 
 
 def check_names(what: str, names: Iterable[object], allowed: Iterable[str]) -> None:
@@ -69,6 +72,19 @@ def check_steps(steps: int, schedule: NoiseSchedule) -> None:
         raise ValueError(f"steps must be in 1..{schedule.num_steps} for this model, got {steps}")
 
 
+def check_takes_text(spec: ModelSpec, field: str) -> None:
+    """Raise if a model was not trained on text.
+
+    Args:
+        field: that a text was given as, for the message.
+
+    Raises:
+        ValueError: it was not.
+    """
+    if not spec.network.text_dim:
+        raise ValueError(f"{field}: this model was not trained on text (model.text_dim), leave it out")
+
+
 def check_condition(name: str, cond: Conditioning, spec: ModelSpec, count: int) -> None:
     """Check that a condition is of so many pictures, and one that the model was trained on.
 
@@ -83,9 +99,8 @@ def check_condition(name: str, cond: Conditioning, spec: ModelSpec, count: int) 
         if bool((cond.label < 0).any()) or bool((cond.label >= len(spec.classes)).any()):
             raise ValueError(f"labels must be in 0..{len(spec.classes) - 1}, got {cond.label.unique().tolist()}")
     if cond.pooled is not None or cond.text is not None:
+        check_takes_text(spec, "prompts")
         width = spec.network.text_dim
-        if not width:
-            raise ValueError("this model was not trained on text (model.text_dim): leave the prompts out")
         found = {e.shape[-1] for e in (cond.text, cond.pooled) if e is not None}
         if found != {width}:
             raise ValueError(
@@ -122,7 +137,7 @@ def check_mask(name: str, known: Tensor) -> None:
         raise ValueError(f"{name} hides {what}: it must hide some, which are filled, and keep others")
 
 
-def _class_index(label: str | int, classes: Sequence[str]) -> int:
+def _class_index(label: str | int, classes: Sequence[str], field: str) -> int:
     text = str(label).strip()
     for name in (label, text) if isinstance(label, str) else ():  # a name may have spaces of its own around it
         if name in classes:
@@ -132,4 +147,4 @@ def _class_index(label: str | int, classes: Sequence[str]) -> int:
     shown = ", ".join(classes[:20]) + (", …" if len(classes) > 20 else "")
     close = difflib.get_close_matches(text, classes, n=1, cutoff=0.5)
     hint = f" Did you mean '{close[0]}'?" if close else ""
-    raise ValueError(f"no class {text!r}; the model has: {shown}.{hint}")
+    raise ValueError(f"{field}: no class {text!r}; the model has: {shown}.{hint}")

@@ -15,14 +15,14 @@ from torch import Tensor
 from ddpm.conditioning import Conditioning
 from ddpm.generate import OF_ALL_KINDS, to_uint8
 from ddpm.guidance import GUIDANCE
-from ddpm.inference.checks import can_inpaint, check_count, check_names, class_indices
+from ddpm.inference.checks import can_inpaint, check_count, check_names, check_takes_text, class_indices
 from ddpm.inference.drawing import Drawing
 from ddpm.inference.noise import Noise
 from ddpm.inference.tasks import INPAINTERS, METHODS, TRAINED, Editing, FromNoise, Inpainting, Task
 from ddpm.model import Model
 from ddpm.samplers import SAMPLERS
 from ddpm.samplers.repaint import Inpainter
-from ddpm.settings import settings_of
+from ddpm.settings import check_settings, settings_of
 
 COLUMNS: dict[str, str] = {
     "label": "any",
@@ -138,7 +138,7 @@ def table_drawings(
     cond = _condition(model, columns, encode)
     negative = None
     if own["negative_prompt"] is not None:
-        negative = _embed(encode, [own["negative_prompt"]] * rows)
+        negative = _embed(model, encode, "negative_prompt", [own["negative_prompt"]] * rows)
     return [
         (
             place,
@@ -172,30 +172,57 @@ def inpainting_method(
         ValueError: there is no such method, or it has no such setting, or no such value of it.
     """
     name = method or (TRAINED if can_inpaint(model.spec) else "repaint")
-    if name not in METHODS:
-        raise ValueError(f"unknown method of inpainting {name!r}; allowed: {', '.join(METHODS)}")
+    check_method(name, settings)
     if name == TRAINED:
-        if settings:
-            named = ", ".join(settings)
-            raise ValueError(
-                f"{named}: settings of {' and '.join(INPAINTERS)}; a trained model has those of its sampler"
-            )
         return name, None
     kind: Any = INPAINTERS[name]
-    allowed = {setting.name: setting.default for setting in settings_of(kind)}
-    if unknown := settings.keys() - allowed.keys():
-        raise ValueError(f"{', '.join(sorted(unknown))}: no setting of {name}; there are: {', '.join(allowed)}")
     own, of_samplers = model.spec.sampling.to_json(), {s.name for kind in SAMPLERS.values() for s in settings_of(kind)}
     idle = [n for n, value in asked.items() if n in {"kind", *of_samplers} - {"steps"} and own.get(n) != value]
     if idle:
         raise ValueError(f"{name} takes the steps of a sampler's settings, and not {', '.join(idle)}: leave that out")
-    steps = asked.get("steps", min(allowed["steps"], model.schedule.num_steps))
-    filled = {"steps": steps, **settings}
+    own_steps = min(kind().steps, model.schedule.num_steps)
+    filled = {"steps": asked.get("steps", own_steps), **settings}
     if name == "repaint":
         filled.setdefault("jump_length", max(1, math.ceil(filled["steps"] / 25)))
         if filled["steps"] == 1:
             filled.setdefault("resamplings", 1)
     return name, kind(**filled)
+
+
+def check_method(method: str | None, settings: Mapping[str, Any]) -> None:
+    """Check what can be known of a method of inpainting without a model.
+
+    Args:
+        method: one of `METHODS`; None where it is the model's.
+        settings: those that differ from the method's own.
+
+    Raises:
+        ValueError: there is no such method, or it has no such setting, or no such value of it.
+    """
+    if method is not None and method not in METHODS:
+        raise ValueError(f"unknown method of inpainting {method!r}; allowed: {', '.join(METHODS)}")
+    if method == TRAINED and settings:
+        raise ValueError(
+            f"{', '.join(settings)}: settings of {' and '.join(INPAINTERS)}; a trained model has those of its sampler"
+        )
+    kinds = [INPAINTERS[method]] if method in INPAINTERS else list(INPAINTERS.values())
+    check_settings(method or "a method of inpainting", kinds, settings)
+
+
+def check_sampling(fields: Mapping[str, Any]) -> None:
+    """Check what can be known of fields of `Sampling` without the model whose settings they change.
+
+    Raises:
+        ValueError: a kind is unknown, no kind has a field, or none takes its value.
+    """
+    given = dict(fields)
+    named: list[Any] = [given.pop(name, None) for name in ("kind", "guidance")]
+    groups: tuple[Any, ...] = (SAMPLERS, GUIDANCE)
+    kinds: list[Any] = []
+    for choices, name in zip(groups, named, strict=True):
+        kinds += choices.values() if name is None else [choices.find(name)]
+    what = "sampling" if named[0] is None else f"the sampler {named[0]!r}"
+    check_settings(what, [*kinds, *OF_ALL_KINDS], given)
 
 
 def _check_values(columns: Mapping[str, Sequence[Any]], given: Mapping[str, Any]) -> None:
@@ -219,13 +246,14 @@ def _condition(model: Model, columns: Mapping[str, Sequence[Any]], encode: Encod
     labels, prompts = columns.get("label"), columns.get("prompt")
     if not model.spec.classes and prompts is None:
         return None  # the labels of a model without classes are its rows
-    text = Conditioning() if prompts is None else _embed(encode, prompts)
+    text = Conditioning() if prompts is None else _embed(model, encode, "prompt", prompts)
     if labels is None:
         return None if prompts is None else text
-    return replace(text, label=torch.tensor(class_indices(list(labels), model.spec.classes)))
+    return replace(text, label=torch.tensor(class_indices(list(labels), model.spec.classes, "label")))
 
 
-def _embed(encode: Encode | None, texts: Sequence[str]) -> Conditioning:
+def _embed(model: Model, encode: Encode | None, field: str, texts: Sequence[str]) -> Conditioning:
+    check_takes_text(model.spec, field)
     if encode is None:
         raise ValueError("prompts need a text encoder, and there is none")
     different = list(dict.fromkeys(texts))

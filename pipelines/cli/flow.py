@@ -115,7 +115,7 @@ def _show(result: FlowResult, config: Config) -> None:
 def _drawn(result: FlowResult, config: Config, out: Path) -> str:
     """Draw images of the registered model into a folder, and return the path of their grid."""
     from pipelines import references
-    from pipelines.inference import write_samples
+    from pipelines.inference.files import write_samples
     from pipelines.storage import Storage
 
     version, scores = result.results.version, result.results.evaluation

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,44 +16,23 @@ from pipelines.cli.common import (
     Overrides,
     answer_json,
     connect_for_model,
-    finite,
     new_folder,
     terminal,
 )
+from pipelines.inference.request import Edit, Inpaint, Option, Request, Sample, options, plain_value, read_fields
 
 if TYPE_CHECKING:
-    from pipelines.inference import Request
+    from pipelines.inference.files import Source
+    from pipelines.inference.pictures import Pictures
 
 Reference = Annotated[str, typer.Argument(help=MODEL)]
-Images = Annotated[list[Path], typer.Argument(help="Pictures, brought to the model's size and channels")]
 Out = Annotated[
     Path, typer.Option("--out", callback=new_folder, help="Folder for the PNGs, grid.png and manifest.json")
 ]
-Labels = Annotated[str | None, typer.Option(help="Class names or indices, comma-separated")]
-Prompts = Annotated[list[str] | None, typer.Option(help="A text, for a model trained on text; repeat for more")]
 PromptFile = Annotated[Path | None, typer.Option(help="File with a prompt on each line")]
-Negative = Annotated[str | None, typer.Option(help="Text to move away from, by the guidance scale")]
-Encoder = Annotated[str | None, typer.Option(help="Text encoder; default: the one that the model was trained on")]
-Sampler = Annotated[str | None, typer.Option(help="Kind of sampler, such as dpm_solver; default: the model's own")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps; default: the model's own")]
-Eta = Annotated[
-    float | None, typer.Option(min=0, max=1, callback=finite, help="Noise of a DDIM step; 0 is deterministic")
-]
-Guidance = Annotated[
-    float | None, typer.Option(min=0, callback=finite, help="Guidance scale; default: the model's own")
-]
-Interval = Annotated[str | None, typer.Option(help="LOW,HIGH: part of t / T in which guidance is applied")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="FIELD=VALUE of any other sampling setting, such as clip=null")
 ]
-Seed = Annotated[
-    int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the noise; the pictures of one seed are numbered")
-]
-Seeds = Annotated[str | None, typer.Option(help="A seed for each row of pictures, comma-separated, instead of --count")]
-BatchSize = Annotated[
-    int, typer.Option(min=1, help="Images to draw at a time; the images depend on it by rounding alone")
-]
-Film = Annotated[bool, typer.Option("--film", help="Write film.png and film.webp: x_t and the predicted x_0")]
 Url = Annotated[str | None, typer.Option(help="Ask this server of `ddpm serve`; MODEL is a name or reference there")]
 Token = Annotated[
     str | None,
@@ -64,171 +43,94 @@ Config = Annotated[
 ]
 
 
-def sample(
+def _draw(
+    kind: type[Request],
     model: Reference,
     out: Out,
-    labels: Annotated[
-        str | None, typer.Option(help="Class names or indices, comma-separated; default: all classes")
-    ] = None,
-    prompts: Prompts = None,
     prompt_file: PromptFile = None,
-    negative_prompt: Negative = None,
-    text_encoder: Encoder = None,
-    count: Annotated[int, typer.Option(min=1, help="Images per label or prompt, or in total without them")] = 1,
-    seed: Seed = 0,
-    seeds: Seeds = None,
-    interpolate: Annotated[str | None, typer.Option(help="A,B: seeds between whose noise to interpolate")] = None,
-    frames: Annotated[int, typer.Option(min=2, help="Images of an interpolation, both ends included")] = 8,
-    sampler: Sampler = None,
-    steps: Steps = None,
-    eta: Eta = None,
-    guidance: Guidance = None,
-    interval: Interval = None,
     setting: Set = None,
-    film: Film = False,
-    batch_size: BatchSize = 64,
     url: Url = None,
     token: Token = None,
     overrides: Overrides = None,
     as_json: Json = False,
+    **given: Any,
 ) -> None:
-    """Draw images. Example: ddpm sample models:/digits@champion --labels 0,1,2 --guidance 2 --steps 50 --out samples"""
-    from pipelines.inference import Sample
+    """Draw what a request asks for, here or by a server, and write it.
 
-    request = Sample.of(
-        labels=_words(labels),
-        prompts=_prompts(prompts, prompt_file),
-        negative_prompt=negative_prompt,
-        text_encoder=text_encoder,
-        count=count,
-        seed=seed,
-        seeds=_numbers("--seeds", seeds),
-        interpolate=_numbers("--interpolate", interpolate, 2),
-        frames=frames,
-        sampling=_sampling(sampler, steps, eta, guidance, interval, setting),
-        batch_size=batch_size,
+    Args:
+        given: what was written for the options of the request.
+    """
+    if prompt_file is not None:
+        given["prompts"] = [*(given["prompts"] or []), *_lines(prompt_file)]
+    settings = dict(_setting(text) for text in setting or [])
+
+    def request(classes: Sequence[str] = ()) -> Request:
+        fields = read_fields(kind, given, classes)
+        return kind.of(**{**fields, "sampling": {**fields.get("sampling", {}), **settings}})
+
+    from pipelines.inference.files import write
+    from pipelines.inference.inputs import check_given
+
+    check_given(request())
+    if url is None:
+        pictures, source = _drawn_here(model, request, out, overrides)
+    else:
+        pictures, source = _drawn_by(url, token, model, request)
+    written = write(pictures, out, source, as_drawn=url is None)
+    by = "" if url is None else f", drawn by {source.reference}"
+    terminal.stage(kind.task, f"{len(written.files)} images and {written.grid}{by}")
+    answer_json(as_json, written.to_plain())
+
+
+def _verb(kind: type[Request], says: str) -> Callable[..., None]:
+    """Return the verb that draws requests of a kind, with their options."""
+
+    def verb(**given: Any) -> None:
+        _draw(kind, **given)
+
+    own = dict(inspect.signature(_draw, eval_str=True).parameters)
+    of_request = [_parameter(option) for option in options(kind)]
+    if "images" in kind.model_fields:  # of which there are as many as are written
+        own["overrides"] = own["overrides"].replace(annotation=Config)
+    first, last = [own.pop(name) for name in ("model", "out")], [own[name] for name in list(own)[1:-1]]
+    parameters = sorted([*first, *of_request, *last], key=lambda each: each.default is not inspect.Parameter.empty)
+    keywords = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
+    verb.__name__, verb.__doc__ = kind.task, says
+    verb.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
+    return verb
+
+
+def _parameter(option: Option) -> inspect.Parameter:
+    """Return an option of a request as a parameter of a Typer command."""
+    kind: Any = str if option.several else option.type
+    says, shown = option.meaning[0].upper() + option.meaning[1:], None
+    if option.several == "repeat":
+        kind, says = list[option.type], f"{says}; repeat for more"  # type: ignore[name-defined]
+    elif option.several:
+        shown = f"<{option.several.lower()}>"
+    if option.type is Path:
+        more: Any = typer.Argument(help=says)
+    else:
+        name = f"--{option.name.replace('_', '-')}"
+        more = typer.Option(name, min=option.low, max=option.high, metavar=shown, help=says)
+    default = inspect.Parameter.empty if option.required else option.default
+    kind = kind | None if default is None else kind
+    return inspect.Parameter(
+        option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, more]
     )
-    if url is not None:
-        _ask(url, token, model, request, labels, out, film, as_json)
-        return
-    _draw(model, request, labels, out, film, overrides, as_json)
 
 
-def inpaint(
-    model: Reference,
-    images: Images,
-    mask: Annotated[
-        list[str],
-        typer.Option(
-            help="Picture whose white pixels are filled, box:X,Y,WIDTH,HEIGHT or half:left|right|top|bottom; repeat "
-            "for one for each image, or for several of one image"
-        ),
-    ],
-    out: Out,
-    method: Annotated[
-        str | None,
-        typer.Option(help="trained, repaint or replacement; default: trained if the model was, else repaint"),
-    ] = None,
-    labels: Labels = None,
-    prompts: Prompts = None,
-    negative_prompt: Negative = None,
-    text_encoder: Encoder = None,
-    count: Annotated[int, typer.Option(min=1, help="Results for each image")] = 1,
-    seed: Seed = 0,
-    seeds: Seeds = None,
-    sampler: Sampler = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the method, before jumps of repaint")] = None,
-    resamplings: Annotated[int | None, typer.Option(min=1, help="How often repaint samples each section")] = None,
-    jump_length: Annotated[int | None, typer.Option(min=1, help="Length of repaint's jumps, in steps")] = None,
-    guidance: Guidance = None,
-    interval: Interval = None,
-    setting: Set = None,
-    film: Film = False,
-    batch_size: BatchSize = 64,
-    url: Url = None,
-    token: Token = None,
-    overrides: Config = None,
-    as_json: Json = False,
-) -> None:
-    """Fill what a mask hides. Example: ddpm inpaint models:/digits@champion seven.png --mask half:left --out filled"""
-    from pipelines.inference import Inpaint
-
-    request = Inpaint.of(
-        images=images,
-        masks=mask,
-        method=method,
-        method_settings=_given(resamplings=resamplings, jump_length=jump_length),
-        labels=_words(labels),
-        prompts=prompts or None,
-        negative_prompt=negative_prompt,
-        text_encoder=text_encoder,
-        count=count,
-        seed=seed,
-        seeds=_numbers("--seeds", seeds),
-        sampling=_sampling(sampler, steps, None, guidance, interval, setting),
-        batch_size=batch_size,
-    )
-    if url is not None:
-        _ask(url, token, model, request, labels, out, film, as_json)
-        return
-    _draw(model, request, labels, out, film, overrides, as_json)
-
-
-def edit(
-    model: Reference,
-    images: Images,
-    out: Out,
-    strength: Annotated[
-        float,
-        typer.Option(min=0, max=1, callback=finite, help="How far to go: 0 keeps the image, 1 keeps nearly nothing"),
-    ] = 0.5,
-    invert: Annotated[
-        bool, typer.Option("--invert", help="Start from the noise that gives the image, found by DDIM inversion")
-    ] = False,
-    source_labels: Annotated[str | None, typer.Option(help="Classes of the images, for --invert")] = None,
-    labels: Labels = None,
-    prompts: Prompts = None,
-    negative_prompt: Negative = None,
-    text_encoder: Encoder = None,
-    count: Annotated[int, typer.Option(min=1, help="Results for each image")] = 1,
-    seed: Seed = 0,
-    seeds: Seeds = None,
-    sampler: Sampler = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps of a whole sampling, of which an edit does its part")
-    ] = None,
-    guidance: Guidance = None,
-    interval: Interval = None,
-    setting: Set = None,
-    film: Film = False,
-    batch_size: BatchSize = 64,
-    url: Url = None,
-    token: Token = None,
-    overrides: Config = None,
-    as_json: Json = False,
-) -> None:
-    """Draw images anew from noised ones. Example: ddpm edit models:/digits@champion 3.png --labels 8 --out edited"""
-    from pipelines.inference import Edit
-
-    request = Edit.of(
-        images=images,
-        strength=strength,
-        invert=invert,
-        source_labels=_words(source_labels),
-        labels=_words(labels),
-        prompts=prompts or None,
-        negative_prompt=negative_prompt,
-        text_encoder=text_encoder,
-        count=count,
-        seed=seed,
-        seeds=_numbers("--seeds", seeds),
-        sampling=_sampling(sampler, steps, None, guidance, interval, setting),
-        batch_size=batch_size,
-    )
-    if url is not None:
-        _ask(url, token, model, request, labels, out, film, as_json)
-        return
-    _draw(model, request, labels, out, film, overrides, as_json)
+sample = _verb(
+    Sample,
+    "Draw images. Example: ddpm sample models:/digits@champion --labels 0,1,2 --guidance 2 --steps 50 --out samples",
+)
+inpaint = _verb(
+    Inpaint,
+    "Fill what a mask hides. Example: ddpm inpaint models:/digits@champion seven.png --mask half:left --out filled",
+)
+edit = _verb(
+    Edit, "Draw images anew from noised ones. Example: ddpm edit models:/digits@champion 3.png --labels 8 --out edited"
+)
 
 
 def likelihood(
@@ -265,136 +167,73 @@ def likelihood(
     answer_json(as_json, {**found.to_plain(), "files": [str(path) for path in files]})
 
 
-def _draw(
-    model: str, request: Request, labels: str | None, out: Path, film: bool, overrides: list[str] | None, as_json: bool
-) -> None:
-    """Draw what a request asks for, and write it."""
-    from pipelines.inference import check_given
+def _drawn_here(
+    model: str, request: Callable[[Sequence[str]], Request], out: Path, overrides: list[str] | None
+) -> tuple[Pictures, Source]:
+    """Return the pictures of a request to a model, and who drew them; each batch is written as soon as it is drawn.
 
-    check_given(request)
-    config = connect_for_model(model, overrides, request.sampling.values())
+    Args:
+        request: returns the request, for the classes of the model.
+    """
+    first = request(())
+    config = connect_for_model(model, overrides, first.sampling.values())
 
-    from pipelines.inference import Source, encoder_of, open_model, parse_labels, picture, write, written_as_drawn
-    from pipelines.inference.files import FRAMES
+    from pipelines.inference.files import Source, written_as_drawn
+    from pipelines.inference.pictures import encoder_of, open_model, picture
     from pipelines.storage import Storage
 
-    resolved = open_model(model, request, config, Storage.of(config))
-    if labels is not None:  # the name of a class may have a comma in it
-        request = request.model_copy(update={"labels": parse_labels(labels, resolved.model.spec.classes)})
+    resolved = open_model(model, first, config, Storage.of(config))
+    asked = request(resolved.model.spec.classes)
     with terminal.live():
         pictures = picture(
-            request,
+            asked,
             resolved.model,
-            encode=encoder_of(resolved, request),
-            film=FRAMES if film else 0,
-            progress=terminal.counter(request.task, "steps"),
+            encode=encoder_of(resolved, asked),
+            progress=terminal.counter(asked.task, "steps"),
             notice=lambda text: terminal.stage("note", text),
             finished=written_as_drawn(out),
         )
-    written = write(pictures, out, Source.of(resolved), as_drawn=True)
-    terminal.stage(request.task, f"{len(written.files)} images and {written.grid}")
-    answer_json(as_json, written.to_plain())
+    return pictures, Source.of(resolved)
 
 
-def _ask(
-    url: str,
-    token: str | None,
-    model: str,
-    request: Request,
-    labels: str | None,
-    out: Path,
-    film: bool,
-    as_json: bool,
-) -> None:
-    """Have a server draw what a request asks for, and write it."""
+def _drawn_by(
+    url: str, token: str | None, model: str, request: Callable[[Sequence[str]], Request]
+) -> tuple[Pictures, Source]:
+    """Return the pictures of a request to a server, and who drew them; see `_drawn_here`."""
     if not url.startswith(("http://", "https://")):
         raise typer.BadParameter(f"{url}: write the address of a server, http://HOST:PORT", param_hint="--url")
-    from pipelines.inference import check_given, parse_labels, write
     from pipelines.loopback import is_loopback
     from pipelines.serving.client import Client
     from pipelines.serving.token import client_token
     from pipelines.stack import default_home
 
-    check_given(request)
     local = client_token(token, default_home()) if is_loopback(url) else token  # the own token is for no other host
-    client = Client(url, local, notice=lambda text: terminal.stage(request.task, text))
-    if labels is not None and "," in labels:  # the name of a class may have a comma in it
-        request = request.model_copy(update={"labels": parse_labels(labels, client.classes(model))})
-    pictures, source = client.draw(request, model=model, film=film)
-    written = write(pictures, out, source)
-    terminal.stage(request.task, f"{len(written.files)} images and {written.grid}, drawn by {source.reference}")
-    answer_json(as_json, written.to_plain())
+    asked = request(())
+    client = Client(url, local, notice=lambda text: terminal.stage(asked.task, text))
+    if len(asked.labels or ()) > 1:  # perhaps the name of one class that has a comma in it
+        asked = request(client.classes(model))
+    return client.draw(asked, model=model)
 
 
-def _given(**values: Any) -> dict[str, Any]:
-    """Return the values that are not None."""
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _words(text: str | None) -> list[str] | None:
-    """Return the parts of a text between commas."""
-    return None if text is None else [part.strip() for part in text.split(",")]
-
-
-def _numbers(option: str, text: str | None, count: int | None = None) -> list[int] | None:
-    """Return whole numbers that are separated by commas.
-
-    Raises:
-        BadParameter: a part is none, or there are not `count` of them.
-    """
-    if text is None:
-        return None
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and len(part) <= 20 for part in parts) or len(parts) != (count or len(parts)):
-        raise typer.BadParameter(
-            f"{text!r}: write {'A,B' if count == 2 else 'whole numbers such as 0,1,2'}", param_hint=option
-        )
-    return [int(part) for part in parts]
-
-
-def _prompts(prompts: Sequence[str] | None, file: Path | None) -> list[str] | None:
-    """Return the prompts of the command line and of a file.
+def _lines(file: Path) -> list[str]:
+    """Return the lines of a file that are not empty.
 
     Raises:
         BadParameter: the file cannot be read.
     """
-    found = list(prompts or [])
-    if file is not None:
-        try:
-            found += [line.strip() for line in file.read_text().splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise typer.BadParameter(f"{file} cannot be read: {error}", param_hint="--prompt-file") from error
-    return found or None
+    try:
+        return [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"{file} cannot be read: {error}", param_hint="--prompt-file") from error
 
 
-def _sampling(
-    sampler: str | None,
-    steps: int | None,
-    eta: float | None,
-    guidance: float | None,
-    interval: str | None,
-    settings: Sequence[str] | None,
-) -> dict[str, Any]:
-    """Return the fields of `Sampling` that the command line sets.
+def _setting(text: str) -> tuple[str, Any]:
+    """Return the name and the value of a setting.
 
     Raises:
-        BadParameter: a text is not of the option's form.
+        BadParameter: the text does not have its form.
     """
-    fields = _given(kind=sampler, steps=steps, eta=eta, scale=guidance)
-    if interval is not None:
-        try:
-            low, high = (float(part) for part in interval.split(","))
-        except ValueError:
-            raise typer.BadParameter(f"{interval!r}: write LOW,HIGH such as 0.2,0.8", param_hint="--interval") from None
-        fields["interval"] = [low, high]
-    for text in settings or []:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise typer.BadParameter(f"{text!r}: write FIELD=VALUE such as clip=null", param_hint="--set")
-        try:
-            fields[name] = json.loads(value)
-        except json.JSONDecodeError:
-            fields[name] = value
-        except (ValueError, RecursionError) as error:
-            raise typer.BadParameter(f"{name}: its value cannot be read: {error}", param_hint="--set") from error
-    return fields
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise typer.BadParameter(f"{text!r}: write FIELD=VALUE such as clip=null", param_hint="--set")
+    return name, plain_value(name, value)

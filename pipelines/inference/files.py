@@ -27,8 +27,6 @@ NAME_BYTES = 200
 """Of a class or prompt in a file's name; file systems allow 255 in all."""
 FILMED = 8
 """Pictures that a strip of film shows, at most, and the states of each."""
-FRAMES = 48
-"""States that a film keeps."""
 FRAME_MS, LAST_MS = 80, 1500
 """Milliseconds for which an animation shows a frame, and the last one."""
 MANIFEST_VERSION = 1

@@ -128,7 +128,7 @@ def _read(path: Path, shape: tuple[int, int, int], notice: Notice) -> GivenImage
 def _box(mask: str, height: int, width: int) -> NDArray[np.bool_]:
     x, y, w, h = parse_box(mask)
     if x + w > width or y + h > height:
-        raise RequestError(f"{mask} does not lie within the model's {width}x{height} pixels")
+        raise RequestError(f"the mask {mask} does not lie within the model's {width}x{height} pixels")
     hidden = np.zeros((height, width), bool)
     hidden[y : y + h, x : x + w] = True
     return hidden

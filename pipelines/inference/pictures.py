@@ -26,6 +26,7 @@ from ddpm.inference import (
     Noise,
     Task,
     check_count,
+    check_takes_text,
     class_indices,
     inpainting_method,
 )
@@ -42,6 +43,8 @@ from pipelines.text import TextEncoder
 
 Encode = Callable[[Sequence[str]], Conditioning]
 """Maps texts to their embeddings."""
+FRAMES = 48
+"""States that a film keeps."""
 Finished = Callable[[int, Sequence["Row"], NDArray[np.uint8]], None]
 """Takes some pictures as soon as they are drawn: the index of the first, their rows, and uint8 [B, H, W, C]."""
 
@@ -148,7 +151,6 @@ def picture(
     model: Model,
     *,
     encode: Encode | None = None,
-    film: int = 0,
     progress: Progress = no_progress,
     notice: Notice = no_notice,
     finished: Finished | None = None,
@@ -162,7 +164,7 @@ def picture(
     Raises:
         RequestError: the model cannot do what is asked; the message says what it can.
     """
-    prepared = prepare(request, model, encode=encode, film=film, notice=notice)
+    prepared = prepare(request, model, encode=encode, notice=notice)
 
     def pass_on(first: int, images: Tensor) -> None:
         if finished is not None:
@@ -173,22 +175,19 @@ def picture(
     return prepared.pictures(drawn)
 
 
-def prepare(
-    request: Request, model: Model, *, encode: Encode | None = None, film: int = 0, notice: Notice = no_notice
-) -> Prepared:
+def prepare(request: Request, model: Model, *, encode: Encode | None = None, notice: Notice = no_notice) -> Prepared:
     """Return what a model has to draw for a request, and everything that can be known before.
 
     Args:
         model: on the device to use, with the networks that guide it.
         encode: text encoder to use instead of the one that the request or the model names.
-        film: number of states to keep of the way to the pictures.
         notice: called with what was changed in given images.
 
     Raises:
         RequestError: the model cannot do what is asked; the message says what it can.
     """
     with as_request_error():
-        prepared = _Resolving(request, model, encode, notice).prepare(film)
+        prepared = _Resolving(request, model, encode, notice).prepare()
         prepared.drawing.check(model)
         return prepared
 
@@ -234,7 +233,7 @@ class _Resolving:
         """The number of pictures."""
         return self.columns * self.request.draws
 
-    def prepare(self, film: int) -> Prepared:
+    def prepare(self) -> Prepared:
         """Return what is to be drawn."""
         check_count(self.count, self.spec)
         noise, request = self._noise(), self.request
@@ -252,7 +251,7 @@ class _Resolving:
             task = self._editing(request, originals)
         prompts = None if request.prompts is None else self._spread(request.prompts)
         cond = self._condition(None if self.labels is None else self._spread(self.labels), prompts)
-        drawing = Drawing(noise, self.sampling, cond, task, self._negative(self.count), film)
+        drawing = Drawing(noise, self.sampling, cond, task, self._negative(self.count), FRAMES if request.film else 0)
         return Prepared(drawing, self._rows(noise), self.columns, self._complete(request), originals, hidden)
 
     def _columns(self) -> int:
@@ -286,17 +285,20 @@ class _Resolving:
     def _condition(self, labels: Sequence[int] | None, prompts: Sequence[str] | None) -> Conditioning | None:
         if labels is None and prompts is None:
             return None
-        text = Conditioning() if prompts is None else self._embed(prompts)
+        text = Conditioning() if prompts is None else self._embed("prompts", prompts)
         return replace(text, label=None if labels is None else torch.tensor(labels))
 
     def _negative(self, total: int) -> Conditioning | None:
         text = self.request.negative_prompt
-        return None if text is None else self._embed([text]).map(lambda t: t.expand(total, *t.shape[1:]))
+        return (
+            None
+            if text is None
+            else self._embed("negative_prompt", [text]).map(lambda t: t.expand(total, *t.shape[1:]))
+        )
 
-    def _embed(self, prompts: Sequence[str]) -> Conditioning:
+    def _embed(self, field: str, prompts: Sequence[str]) -> Conditioning:
         """Return the embeddings of texts; each different one is encoded once."""
-        if not self.spec.network.text_dim:
-            raise ValueError("this model was not trained on text (model.text_dim): leave the prompts out")
+        check_takes_text(self.spec, field)
         if self.encode is None:
             name = self.request.text_encoder or self.spec.lineage.get("text_encoder")
             if name is None:
@@ -334,7 +336,7 @@ class _Resolving:
         if not request.invert:
             return Editing(images, request.strength)
         given = request.source_labels
-        source = None if given is None else self._spread(class_indices(given, self.spec.classes))
+        source = None if given is None else self._spread(class_indices(given, self.spec.classes, "source_labels"))
         return Inverting(images, request.strength, self._condition(source, None))
 
     def _rows(self, noise: Noise) -> tuple[Row, ...]:
@@ -368,7 +370,5 @@ class _Resolving:
 
 def _sampling(request: Request, spec: ModelSpec) -> Sampling:
     """Return the model's settings with those of the request."""
-    try:
+    with as_request_error():
         return spec.sampling.with_fields(**request.sampling)
-    except (ValueError, TypeError) as error:
-        raise RequestError(f"sampling: {error}") from error

@@ -24,8 +24,10 @@ from pipelines.display import Notice, no_notice
 from pipelines.errors import PipelineError
 from pipelines.evaluation.devices import task_device
 from pipelines.evaluation.plots import label_grid
-from pipelines.inference import Sample, encoder_of, film_strip, picture
+from pipelines.inference.files import film_strip
 from pipelines.inference.likelihood import Data, read_data
+from pipelines.inference.pictures import encoder_of, picture
+from pipelines.inference.request import Sample
 from pipelines.references import Resolved
 from pipelines.report.facts import Facts, Film, Levels, Picture, Point
 from pipelines.report.subject import Subject
@@ -34,8 +36,6 @@ from pipelines.storage import Storage
 
 FILMED = 4
 """Pictures of the film."""
-STATES = 8
-"""States of the film that are shown."""
 FILLED = 6
 """Test images of which a part is filled."""
 MEASURED, MEASURED_LEVELS = 32, 24
@@ -93,8 +93,9 @@ def film(resolved: Resolved, prompts: list[str] | None) -> Film:
         prompts=prompts[: len(some) or FILMED] if prompts and spec.network.text_dim else None,
         count=1 if some or (prompts and spec.network.text_dim) else FILMED,
         sampling={} if sampling == spec.sampling else {"steps": sampling.sampler.steps},
+        film=True,
     )
-    drawn = picture(request, resolved.model, encode=encoder_of(resolved, request), film=STATES)
+    drawn = picture(request, resolved.model, encode=encoder_of(resolved, request))
     assert drawn.film is not None
     return Film(Picture.of_pixels(film_strip(drawn.film)), _words(sampling))
 

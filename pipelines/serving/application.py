@@ -23,7 +23,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, sto
 
 from pipelines import references, tracking
 from pipelines.config import Config, ServingConfig
-from pipelines.inference import RequestError
+from pipelines.inference.request import RequestError
 from pipelines.serving.bodies import known_names
 from pipelines.serving.follow import Follower
 from pipelines.serving.http import make_app

@@ -23,23 +23,22 @@ from PIL import Image
 from torch import Tensor
 
 from ddpm.inference import Film
-from pipelines.inference import FRAMES, Pictures, Request, RequestError, Row, Source, grid_of
-from pipelines.inference.request import TASKS
+from pipelines.inference.files import Source, grid_of
+from pipelines.inference.pictures import Pictures, Row
+from pipelines.inference.request import TASKS, Request, RequestError, check_fields
 from pipelines.serving.limits import Limits
 from pipelines.shards.ingest.encode import as_png
 from pipelines.shards.ingest.trees import UnreadableError
 
-OWN = ("model", "task", "film", "format")
+OWN = ("model", "task", "format")
 """Fields of a body beside those of the typed request."""
-NAMED = 5
-"""Unknown fields that a message names."""
 FORMATS = ("json", "png")
 DRAWN_MASKS = ("box:", "half:")
 """How a mask starts that is no picture."""
 
 
-def read_body(body: Mapping[str, Any], folder: Path, limits: Limits) -> tuple[Request, int]:
-    """Return the typed request of a body, and how many states its film has; 0 for none.
+def read_body(body: Mapping[str, Any], folder: Path, limits: Limits) -> Request:
+    """Return the typed request of a body.
 
     Args:
         folder: where given pictures are put; it must outlive the use of the request.
@@ -51,23 +50,14 @@ def read_body(body: Mapping[str, Any], folder: Path, limits: Limits) -> tuple[Re
     if kind is None:
         raise RequestError(f"task = {body['task']!r}: allowed are {', '.join(TASKS)}")
     fields = {name: value for name, value in body.items() if name not in OWN and value is not None}
-    if unknown := fields.keys() - kind.model_fields.keys():
-        named = sorted(unknown)
-        more = f" and {len(named) - NAMED:,} more" if len(named) > NAMED else ""
-        raise RequestError(
-            f"{', '.join(named[:NAMED])}{more}: no such field of a request to {kind.task}; "
-            f"there are: {', '.join([*OWN, *kind.model_fields])}"
-        )
+    check_fields(kind, fields, OWN)
     pixels = 0
     for name in ("images", "masks"):
         if name in fields:
             fields[name], sizes = _write_pictures(name, fields[name], folder, limits)
             pixels += sum(sizes)
     limits.check_total(pixels)
-    film = False if body.get("film") is None else body["film"]
-    if not isinstance(film, bool):
-        raise RequestError(f"film = {film!r}: write true or false")
-    return kind.of(**fields), FRAMES if film else 0
+    return kind.of(**fields)
 
 
 def answer_format(body: Mapping[str, Any]) -> str:
@@ -132,7 +122,7 @@ def one_picture(answer: Mapping[str, Any]) -> bytes:
     return base64.b64decode(answer["grid"] or answer["images"][0])
 
 
-def write_body(request: Request, film: bool) -> dict[str, Any]:
+def write_body(request: Request) -> dict[str, Any]:
     """Return the body that asks a server for a request.
 
     Raises:
@@ -142,7 +132,7 @@ def write_body(request: Request, film: bool) -> dict[str, Any]:
     for name in ("images", "masks"):
         if name in fields:
             fields[name] = [text if str(text).startswith(DRAWN_MASKS) else _read_file(text) for text in fields[name]]
-    return {"task": request.task, **fields, "film": film}
+    return {"task": request.task, **fields}
 
 
 def read_answer(answer: Mapping[str, Any]) -> tuple[Pictures, Source]:

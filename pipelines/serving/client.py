@@ -16,7 +16,9 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay
 
 from pipelines.display import no_notice
 from pipelines.errors import PipelineError
-from pipelines.inference import Pictures, Request, RequestError, Source
+from pipelines.inference.files import Source
+from pipelines.inference.pictures import Pictures
+from pipelines.inference.request import Request, RequestError
 from pipelines.loopback import bypass_proxies
 from pipelines.serving.bodies import known_names, read_answer, write_body
 
@@ -56,7 +58,7 @@ class Client:
     patience_s: float = PATIENCE_S
     notice: Callable[[str], object] = field(default=no_notice, compare=False)
 
-    def draw(self, request: Request, *, model: str | None = None, film: bool = False) -> tuple[Pictures, Source]:
+    def draw(self, request: Request, *, model: str | None = None) -> tuple[Pictures, Source]:
         """Return the pictures of a request, and who drew them.
 
         Args:
@@ -66,7 +68,7 @@ class Client:
             RequestError: the model cannot do what is asked; the message says what it can.
             ServerError: the server does not answer.
         """
-        body = write_body(request, film)
+        body = write_body(request)
         return read_answer(self.ask(body if model is None else {**body, "model": model}))
 
     def ask(self, body: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the page sends and shows: the body of a request from the fields of a form, and pictures as HTML.
+"""What the page sends and shows: the body of a request from what a form holds, and pictures as HTML.
 
 Nothing here knows the page's library, so that everything the page decides can be tested without a browser.
 """
@@ -6,15 +6,14 @@ Nothing here knows the page's library, so that everything the page decides can b
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines.inference import RequestError
+from pipelines.inference.request import Request, RequestError, read_fields
 from pipelines.serving.bodies import decode_png, encode_png
 from pipelines.shards.members import on_white
 
@@ -32,47 +31,22 @@ SHOWN_PIXELS = 320
 """Width at which a given picture is brushed on, at least: pictures of models are small."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The fields that every form has; None, or `OWN`, leaves the model's own.
+def write_form(
+    kind: type[Request], model: str, given: Mapping[str, Any], own: Mapping[str, Any], **more: Any
+) -> dict[str, Any]:
+    """Return the body of a request from what a form holds, by the names of the request's options.
 
-    Attributes:
-        labels: classes by name.
-        prompt, negative_prompt: texts; "" for none.
-        sampler: kind of sampler.
-        steps, scale: sampling steps, and guidance scale.
-        seed: of the noise.
-        count: pictures of each label or prompt.
+    Args:
+        model: that is asked.
+        own: what the model and the request have by themselves, which is not asked for.
+        more: fields that are no part of the form.
+
+    Raises:
+        RequestError: something cannot be read.
     """
-
-    labels: Sequence[str] = ()
-    prompt: str = ""
-    negative_prompt: str = ""
-    sampler: str | None = None
-    steps: int | None = None
-    scale: float | None = None
-    seed: int = 0
-    count: int = 1
-
-    def body(self, model: str, task: str, **more: Any) -> dict[str, Any]:
-        """Return the body of a request to a model; fields that are not given are left out."""
-        sampling = {
-            "kind": None if self.sampler == OWN else self.sampler,
-            "steps": None if self.steps is None else int(self.steps),
-            "scale": self.scale,
-        }
-        body = {
-            "model": model,
-            "task": task,
-            "labels": list(self.labels) or None,
-            "prompts": [self.prompt.strip()] if self.prompt.strip() else None,
-            "negative_prompt": self.negative_prompt.strip() or None,
-            "seed": int(self.seed),
-            "count": int(self.count),
-            "sampling": {name: value for name, value in sampling.items() if value is not None} or None,
-            **more,
-        }
-        return {name: value for name, value in body.items() if value is not None}
+    written = {name: value.strip() if isinstance(value, str) else value for name, value in given.items()}
+    asked = {name: value for name, value in written.items() if value != [] and value != own.get(name)}
+    return {"model": model, "task": kind.task, **read_fields(kind, asked), **more}
 
 
 def enlarged(picture: str) -> Image.Image:

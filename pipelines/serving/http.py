@@ -17,8 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipelines.inference import RequestError
-from pipelines.inference.request import TASKS
+from pipelines.inference.request import TASKS, RequestError
 from pipelines.serving.bodies import FORMATS, answer_format, one_picture
 from pipelines.serving.limits import Limits, Refused
 from pipelines.serving.metrics import CONTENT_TYPE, Metrics
@@ -177,12 +176,8 @@ def _parse_json(data: bytes, limits: Limits) -> dict[str, Any]:
         Refused: it is none, or has too many values: all requests wait while one is parsed.
     """
     limits.check_values(data)
-
-    def no_constant(name: str) -> Any:
-        raise ValueError(f"{name} is no JSON number")
-
     try:
-        body = json.loads(data, parse_constant=no_constant)
+        body = json.loads(data)  # NaN too, which the field that holds it refuses
         # Halves of surrogate pairs, which JSON may hold, are no text that an answer or a tokenizer can write.
         json.dumps(body, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
@@ -236,7 +231,6 @@ def _image_request() -> dict[str, Any]:
     """Return the schema of a body of `/v1/images`, for the page that shows it."""
     own = {
         "model": {"type": "string", "description": "one of those served; default: the first"},
-        "film": {"type": "boolean", "description": "also answer the states on the way to the pictures"},
         "format": {"enum": list(FORMATS), "description": "png: the one picture, or the grid"},
     }
     kinds = []

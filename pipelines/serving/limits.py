@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from ddpm.inference import Drawing, Inpainting
 from ddpm.model import Model
 from pipelines.config import ServingConfig
-from pipelines.inference import RequestError
+from pipelines.inference.request import RequestError
 
 MIB = 2**20
 SETTING = 200

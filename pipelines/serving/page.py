@@ -10,7 +10,7 @@ import os
 import random
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,18 +24,18 @@ from ray import serve
 from ddpm.generate import Sampling
 from ddpm.samplers import SAMPLERS
 from ddpm.samplers.repaint import RePaint
-from pipelines.inference import RequestError
+from pipelines.inference.request import Edit, Inpaint, Option, Request, RequestError, Sample, options
 from pipelines.serving.application import ask_front
 from pipelines.serving.bodies import decode_base64
 from pipelines.serving.forms import (
     BRUSH,
     HALVES,
     OWN,
-    Settings,
     enlarged,
     figures,
     film,
     picture_and_mask,
+    write_form,
 )
 from pipelines.serving.limits import Limits, Refused
 from pipelines.serving.login import Login
@@ -52,8 +52,8 @@ STYLE = """
 .film { display: flex; gap: 8px; overflow-x: auto; padding-bottom: 8px; }
 .film .state { flex: 0 0 96px; display: grid; gap: 6px; }
 """
-UNTOUCHED = astuple(Settings())
-"""What a field without a value means."""
+ELSEWHERE = ("images", "mask", "film", "text_encoder", "batch_size")
+"""Options that are no field of a form: pictures are dropped or brushed, a film has a tab, the rest is the server's."""
 KEPT_S = (600, 3600)
 """Every so many seconds, uploads older than so many are deleted."""
 FONTS = ["system-ui", "sans-serif"]
@@ -178,23 +178,6 @@ def build_page(models: Sequence[Shown], ask: Ask, limits: Limits) -> gr.Blocks:
     return blocks.queue(default_concurrency_limit=None)
 
 
-@dataclass(frozen=True)
-class _Fields:
-    """The components of a form in the order of `Settings`."""
-
-    labels: gr.components.Component
-    prompt: gr.components.Component
-    negative_prompt: gr.components.Component
-    sampler: gr.components.Component
-    steps: gr.components.Component
-    scale: gr.components.Component
-    seed: gr.components.Component
-    count: gr.components.Component
-
-    def all(self) -> list[gr.components.Component]:
-        return [getattr(self, name) for name in self.__dataclass_fields__]
-
-
 def _limited(field: gr.Image | gr.ImageEditor, limits: Limits) -> Any:
     """Return a field whose pictures are held to the limits of a request before they are decoded.
 
@@ -226,12 +209,12 @@ def _check_upload(limits: Limits, given: Any) -> None:
         if given is None:
             return
         if isinstance(given, bytes) or url.startswith("data:"):
-            data = given if isinstance(given, bytes) else decode_base64("the picture", url.partition(",")[2])
+            data = given if isinstance(given, bytes) else decode_base64("the image", url.partition(",")[2])
             if len(data) > limits.max_body:
-                raise Refused(413, f"the picture has {len(data):,} bytes: at most {limits.max_body:,} are allowed")
-            limits.check_picture("the picture", data, formats=None)
+                raise Refused(413, f"the image has {len(data):,} bytes: at most {limits.max_body:,} are allowed")
+            limits.check_picture("the image", data, formats=None)
         elif given.path:
-            limits.check_picture("the picture", Path(given.path), formats=None)
+            limits.check_picture("the image", Path(given.path), formats=None)
 
 
 class _Panel:
@@ -256,15 +239,15 @@ class _Panel:
 
     def _sample(self) -> gr.State:
         """Add the form of samples, and return the first picture of the last ones."""
-        fields = self._settings(many=True)
+        form = _Form(Sample, self.model, many=True)
         button = gr.Button("Sample", variant="primary")
         pictures, last = gr.HTML(), gr.State(None)
 
         async def draw(*values: Any) -> tuple[str, str]:
-            answer = await self._asked(self._body(values, "sample"))
+            answer = await self._asked(form, values)
             return figures(answer), answer["images"][0]
 
-        button.click(draw, fields.all(), [pictures, last], api_name="sample")
+        button.click(draw, form.components, [pictures, last], api_name="sample")
         return last
 
     def _inpaint(self, last: gr.State) -> None:
@@ -282,111 +265,144 @@ class _Panel:
             height=400,
         )
         filled = gr.Radio([BRUSH, *HALVES], value=BRUSH, label="Fill")
-        fields = self._settings(own_steps=self.model.fill_steps)
+        form = _Form(Inpaint, self.model)
         button = gr.Button("Fill", variant="primary")
         pictures = gr.HTML()
 
         async def draw(drawing: Any, filled: str, *values: Any) -> str:
             with _shown_errors():
                 picture, mask = await asyncio.to_thread(picture_and_mask, drawing, filled, self.model.size)
-            body = self._body(values, "inpaint", own_steps=self.model.fill_steps, images=[picture], masks=[mask])
-            return figures(await self._asked(body))
+            return figures(await self._asked(form, values, images=[picture], masks=[mask]))
 
         take.click(self._take, last, editor, api_visibility="private")
-        button.click(draw, [_limited(editor, self.limits), filled, *fields.all()], pictures, api_name="inpaint")
+        button.click(draw, [_limited(editor, self.limits), filled, *form.components], pictures, api_name="inpaint")
 
     def _edit(self, last: gr.State) -> None:
         gr.Markdown("The picture is noised and drawn anew from there: its coarse content stays, the rest is new.")
         take = gr.Button("Take the first sampled picture", size="sm")
         # Not as an array: that of a GIF file has no colours, but indices of them.
         given = gr.Image(label="Picture", type="pil", image_mode="RGBA", sources=["upload", "clipboard"], height=320)
-        strength = gr.Slider(
-            0, 1, value=0.5, step=0.05, label="Strength", info="0 keeps the picture, 1 keeps nearly nothing of it"
-        )
-        fields = self._settings()
+        form = _Form(Edit, self.model, first=("strength",))
         button = gr.Button("Draw anew", variant="primary")
         pictures = gr.HTML()
 
-        async def draw(given: Any, strength: float, *values: Any) -> str:
+        async def draw(given: Any, *values: Any) -> str:
             def shaped() -> str:
                 background = None if given is None else np.asarray(given.convert("RGBA"))
                 return picture_and_mask({"background": background}, next(iter(HALVES)), self.model.size)[0]
 
             with _shown_errors():
                 picture = await asyncio.to_thread(shaped)
-            body = self._body(values, "edit", images=[picture], strength=strength)
-            return figures(await self._asked(body))
+            return figures(await self._asked(form, values, images=[picture]))
 
         take.click(self._take, last, given, api_visibility="private")
-        button.click(draw, [_limited(given, self.limits), strength, *fields.all()], pictures, api_name="edit")
+        button.click(draw, [_limited(given, self.limits), *form.components], pictures, api_name="edit")
 
     def _film(self) -> None:
         gr.Markdown("From noise to a picture: above x_t, below the x_0 that the model predicts from it.")
-        fields = self._settings()
+        form = _Form(Sample, self.model)
         button = gr.Button("Show the way", variant="primary")
         shown = gr.HTML()
 
         async def draw(*values: Any) -> str:
-            return film(await self._asked(self._body(values, "sample", film=True)))
+            return film(await self._asked(form, values, film=True))
 
-        button.click(draw, fields.all(), shown, api_name="film")
+        button.click(draw, form.components, shown, api_name="film")
 
-    def _settings(self, many: bool = False, own_steps: int | None = None) -> _Fields:
-        """Return the fields that all forms have.
-
-        Args:
-            many: whether several labels and several pictures of each can be asked for.
-            own_steps: of the model for this form's task; None for those of its sampler.
-        """
-        model = self.model
-        shown_steps = min(model.steps if own_steps is None else own_steps, model.most_steps)
-        classes = list(model.classes)
-        with gr.Row():
-            labels = gr.Dropdown(
-                classes,
-                value=classes[:10] if many else classes[:1],
-                multiselect=True,
-                max_choices=None if many else 1,
-                label="Labels" if many else "Label",
-                visible=bool(classes),
-            )
-            prompt = gr.Textbox(label="Prompt", visible=model.text, max_length=1000)
-            negative = gr.Textbox(label="Negative prompt", visible=model.text, max_length=1000)
-        with gr.Row():
-            with gr.Column(min_width=220):
-                seed = gr.Number(0, label="Seed", precision=0, minimum=0)
-                again = gr.Button("Another seed", size="sm")
-            count = gr.Slider(1, min(model.most_pictures, 16), value=1, step=1, label="Pictures of each", visible=many)
-        with gr.Accordion("Sampler, steps and guidance", open=False):
-            sampler = gr.Dropdown([OWN, *SAMPLERS], value=OWN, label="Sampler", info=f"its own is {model.sampler}")
-            steps = gr.Slider(1, model.most_steps, value=shown_steps, step=1, label="Steps")
-            scale = gr.Slider(0, 10, value=model.scale, step=0.1, label="Guidance scale", info="1 is without guidance")
-        again.click(lambda: random.randrange(1 << 31), None, seed, api_visibility="private")
-        return _Fields(labels, prompt, negative, sampler, steps, scale, seed, count)
-
-    def _body(self, values: Sequence[Any], task: str, own_steps: int | None = None, **more: Any) -> dict[str, Any]:
-        """Return the body of a request from the values of a form; what is as the model has it is not asked for.
-
-        Args:
-            own_steps: of the model for this task; None for those of its sampler.
-        """
-        given = [field if value is None else value for field, value in zip(UNTOUCHED, values, strict=True)]
-        settings = Settings(*given)
-        if settings.steps == (self.model.steps if own_steps is None else own_steps):
-            settings = replace(settings, steps=None)
-        if settings.scale == self.model.scale:
-            settings = replace(settings, scale=None)
-        return settings.body(self.model.name, task, **more)
-
-    async def _asked(self, body: dict[str, Any]) -> Mapping[str, Any]:
+    async def _asked(self, form: _Form, values: Sequence[Any], **more: Any) -> Mapping[str, Any]:
+        """Return the answer to what a form holds, and to fields that are no part of it."""
         with _shown_errors():
-            return await self.ask(body)
+            return await self.ask(form.body(values, **more))
 
     def _take(self, last: str | None) -> Any:
         with _shown_errors():
             if last is None:
                 raise RequestError("no picture is sampled yet: sample one first")
             return enlarged(last)
+
+
+class _Form:
+    """The fields of a form: one for each option of a request that the page does not show otherwise.
+
+    Args:
+        kind: of the request.
+        model: that is asked.
+        first: options that come before those of every form.
+        many: whether several labels and several pictures of each can be asked for.
+
+    Attributes:
+        components: the fields.
+    """
+
+    def __init__(self, kind: type[Request], model: Shown, first: Sequence[str] = (), many: bool = False) -> None:
+        self._kind, self._model, self._many = kind, model, many
+        there = {option.name: option for option in options(kind) if option.name not in ELSEWHERE}
+        steps = min(model.fill_steps if kind is Inpaint else model.steps, model.most_steps)
+        self._own = {name: option.default for name, option in there.items()} | {
+            "sampler": OWN,
+            "steps": steps,
+            "guidance": model.scale,
+        }
+        self._fields: dict[str, gr.components.Component] = {}
+
+        def show(*names: str) -> None:
+            self._fields |= {name: self._component(there.pop(name)) for name in names}
+
+        show(*first)
+        with gr.Row():
+            show("labels", "prompts", "negative_prompt")
+        with gr.Row():
+            with gr.Column(min_width=220):
+                show("seed")
+                again = gr.Button("Another seed", size="sm")
+            show("count")
+        with gr.Accordion("Sampler, steps and guidance", open=False):
+            show("sampler", "steps", "guidance")
+        with gr.Accordion("More", open=False):
+            show(*there)
+        again.click(lambda: random.randrange(1 << 31), None, self._fields["seed"], api_visibility="private")
+
+    @property
+    def components(self) -> list[gr.components.Component]:
+        """The fields, in order."""
+        return list(self._fields.values())
+
+    def body(self, values: Sequence[Any], **more: Any) -> dict[str, Any]:
+        """Return the body of a request from the values of the fields, and from others.
+
+        Raises:
+            RequestError: a value cannot be read.
+        """
+        return write_form(self._kind, self._model.name, dict(zip(self._fields, values, strict=True)), self._own, **more)
+
+    def _component(self, option: Option) -> gr.components.Component:
+        model, own, classes = self._model, self._own[option.name], list(self._model.classes)
+        label = option.name.replace("_", " ").capitalize()
+        match option.name:
+            case "labels":
+                value, most = (classes[:10], None) if self._many else (classes[:1], 1)
+                shown = bool(classes)
+                return gr.Dropdown(classes, value=value, multiselect=True, max_choices=most, label=label, visible=shown)
+            case "source_labels":
+                return gr.Dropdown(classes, value=[], multiselect=True, label=label, info=option.meaning)
+            case "prompts" | "negative_prompt":
+                return gr.Textbox(label=label, visible=model.text, max_length=1000)
+            case "sampler":
+                return gr.Dropdown([OWN, *SAMPLERS], value=OWN, label=label, info=f"its own is {model.sampler}")
+            case "steps":
+                return gr.Slider(1, model.most_steps, value=own, step=1, label=label)
+            case "guidance":
+                return gr.Slider(0, 10, value=own, step=0.1, label="Guidance scale", info="1 is without guidance")
+            case "seed":
+                return gr.Number(own, label=label, precision=0, minimum=option.low)
+            case "count":
+                most = min(model.most_pictures, 16)
+                return gr.Slider(1, most, value=own, step=1, label="Pictures of each", visible=self._many)
+        if option.type is bool:
+            return gr.Checkbox(own, label=label, info=option.meaning)
+        if option.type is float and option.low is not None and option.high is not None:
+            return gr.Slider(option.low, option.high, value=own, step=0.05, label=label, info=option.meaning)
+        return gr.Textbox("" if own is None else str(own), label=label, info=option.meaning)
 
 
 @contextmanager

@@ -25,8 +25,9 @@ from pipelines import references, tracking
 from pipelines.checkpoints import ModelError
 from pipelines.config import Config
 from pipelines.evaluation.devices import task_device
-from pipelines.inference import Prepared, RequestError, Source, as_request_error, count_pictures, prepare
-from pipelines.inference.pictures import Encode
+from pipelines.inference.files import Source
+from pipelines.inference.pictures import Encode, Prepared, as_request_error, count_pictures, prepare
+from pipelines.inference.request import RequestError
 from pipelines.references import Resolved
 from pipelines.scratch import scratch_folder
 from pipelines.serving.batcher import Batcher
@@ -145,21 +146,16 @@ class Served:
         self.limits.check_body(body)
         with tempfile.TemporaryDirectory(prefix="request-", dir=scratch_folder()) as folder:
             try:
-                request, film = read_body(body, Path(folder), self.limits)
+                request = read_body(body, Path(folder), self.limits)
                 if request.text_encoder not in (None, self.model.spec.lineage.get("text_encoder")):
                     raise Refused(422, "text_encoder: a server embeds texts by the encoder of its model; leave it out")
                 self._check_settings(request.sampling)
                 self.limits.check_count(count_pictures(request, self.model))
-                prepared = prepare(request, self.model, encode=self.encode, film=film)
+                prepared = prepare(request, self.model, encode=self.encode)
             except Refused:
                 raise
             except RequestError as error:  # names files that are ours
                 raise RequestError(str(error).replace(f"{folder}/", "")) from error
-            except (TypeError, ArithmeticError, LookupError, AttributeError) as error:
-                # Settings are checked by comparing them, which fails in many ways for values of other types.
-                raise RequestError(
-                    f"sampling, method_settings: a value is of another type than it should be: {error}"
-                ) from error
         self.limits.check_drawing(prepared.drawing, self.model)
         return prepared
 
@@ -181,15 +177,15 @@ class Served:
 
     def _decode(self, value: Any, channels: int, what: str) -> Tensor:
         """Return the pixels of an image, on white, or of a mask of a table, uint8 [H, W, C], of the model's size."""
-        data = decode_base64("a picture", value) if isinstance(value, str) else bytes(value)
+        data = decode_base64(f"the {what}", value) if isinstance(value, str) else bytes(value)
         _, height, width = self.model.spec.shape
-        self.limits.check_picture("a picture", data, size=(width, height))
+        self.limits.check_picture(f"the {what}", data, size=(width, height))
         try:
             if what == "mask":
                 return torch.from_numpy(decode_grey(data))[..., None]
             return torch.tensor(encode_image(data, ImageFormat(height, channels, "keep", "npy")).pixels)
         except UnreadableError as error:
-            raise RequestError(f"a picture {error}") from error
+            raise RequestError(f"the {what} {error}") from error
 
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
         """Check that a request has no network read or compiled: others would wait for it."""

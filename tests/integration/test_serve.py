@@ -30,7 +30,8 @@ from PIL import Image
 
 from ddpm.model import Model, load_model
 from pipelines import tracking
-from pipelines.inference import Sample, picture
+from pipelines.inference.pictures import picture
+from pipelines.inference.request import Sample
 from pipelines.references import Resolved
 from pipelines.registry import Signer, register
 from pipelines.serving.client import Client
@@ -208,7 +209,7 @@ def test_a_picture_is_the_same_by_every_way_to_ask_for_it(server, shell, version
     assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))  # of equal batches: exactly
     here, there = (json.loads(Path(answer["manifest"]).read_text()) for answer in (local, asked))
     assert there["model"]["digest"] == here["model"]["digest"]
-    assert (there["request"], there["pictures"]) == (here["request"], here["pictures"])
+    assert (there["request"], there["pictures"]) == (here["request"] | {"film": True}, here["pictures"])
     assert [Path(path).name for path in asked["others"]] == ["film.png", "film.webp"]
 
     one = requests.post(
@@ -262,7 +263,7 @@ def test_the_page_draws_what_the_server_draws_for_whoever_has_sent_the_token(ser
     assert browser.post(page, data={"token": server.token}, timeout=30).status_code == 200
     cookie = "; ".join(f"{name}={value}" for name, value in browser.cookies.items())
     visitor = gradio_client.Client(page, headers={"cookie": cookie}, verbose=False)
-    fields = [["3"], "", "", OWN, 3, versions.models["1"].spec.sampling.guidance.scale, 7, 1]
+    fields = [["3"], "", "", 7, 1, OWN, 3, versions.models["1"].spec.sampling.guidance.scale]
     shown = visitor.predict(*fields, api_name="/sample")
     (picture_of_it,) = re.findall(r"data:image/png;base64,([^\"]+)", shown)
     asked = server.ask(model=CHAMPION, labels=["3"], seed=7, sampling={"steps": 3})

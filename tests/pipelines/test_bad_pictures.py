@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.inference import Edit, Inpaint, RequestError, check_given
-from pipelines.inference.inputs import read_images, read_mask
+from pipelines.inference.inputs import check_given, read_images, read_mask
+from pipelines.inference.request import Edit, Inpaint, RequestError
 
 SHAPE = (3, 8, 8)
 ORIENTATION = 0x0112

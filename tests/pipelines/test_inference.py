@@ -7,21 +7,9 @@ import pytest
 from PIL import Image
 
 from ddpm.model import load_model
-from pipelines.inference import (
-    Edit,
-    Inpaint,
-    RequestError,
-    Sample,
-    Source,
-    encoder_of,
-    grid_of,
-    parse_labels,
-    picture,
-    read_request,
-    write,
-    written_as_drawn,
-)
-from pipelines.inference.files import file_name
+from pipelines.inference.files import Source, file_name, grid_of, write, written_as_drawn
+from pipelines.inference.pictures import encoder_of, picture
+from pipelines.inference.request import Edit, Inpaint, RequestError, Sample, read_fields, read_request
 from pipelines.references import Resolved
 from tests.pipelines.drawing import CLASSES, WORDS, encode, model_folder, save_picture
 
@@ -246,7 +234,7 @@ def test_pictures_are_written_batch_by_batch_and_a_manifest_says_that_all_are_th
 
 def test_files_of_any_class_lie_in_the_folder_and_can_be_told_apart(folders, models, tmp_path):
     resolved = Resolved(str(folders["classes"]), models["classes"])
-    written = write(picture(Sample.of(count=1), models["classes"], film=5), tmp_path / "out", Source.of(resolved))
+    written = write(picture(Sample.of(count=1, film=True), models["classes"]), tmp_path / "out", Source.of(resolved))
     everything = [*written.files, written.grid, written.manifest, *written.others]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(path.name for path in everything)
     assert [path.name for path in written.files[:4]] == [
@@ -266,8 +254,9 @@ def test_an_ordinary_name_stays_as_it_is():
 
 
 def test_labels_are_separated_by_commas_unless_a_class_is_named_so():
-    assert parse_labels("a, b", CLASSES) == ("a, b",)
-    assert parse_labels("cat/dog, 1", CLASSES) == ("cat/dog", "1")
+    for field in ("labels", "source_labels"):
+        assert read_fields(Edit, {field: "a, b"}, CLASSES) == {field: ["a, b"]}
+        assert read_fields(Edit, {field: "cat/dog, 1"}, CLASSES) == {field: ["cat/dog", "1"]}
 
 
 def test_a_request_from_a_manifest_is_embedded_by_the_encoder_that_the_model_carries(tmp_path, monkeypatch):
@@ -342,7 +331,7 @@ def test_a_mask_is_turned_as_its_exif_says_and_its_16_bits_are_scaled(models, im
 @pytest.mark.parametrize(
     "kind, given, message",
     [
-        (Sample, {"count": 0}, "count = 0: Input should be greater than 0"),
+        (Sample, {"count": 0}, "count = 0: Input should be greater than or equal to 1"),
         (Sample, {"seed": -1}, "seed = -1"),
         (Sample, {"colour": "red"}, "colour: no such field of a request to sample; there are: labels, prompts"),
         (Sample, {"seeds": [1, 2], "count": 3}, "2 seeds and a count of 3: give only one"),
@@ -351,7 +340,11 @@ def test_a_mask_is_turned_as_its_exif_says_and_its_16_bits_are_scaled(models, im
         (Edit, {"images": ["x.png"], "source_labels": [1]}, "for an inversion"),
         (Edit, {"images": []}, "images = "),
         (Inpaint, {"images": ["x.png"]}, "masks"),
-        (Inpaint, {"images": ["x.png"], "masks": ["half:left"], "method": "magic"}, "'trained', 'replacement' or 're"),
+        (
+            Inpaint,
+            {"images": ["x.png"], "masks": ["half:left"], "method": "magic"},
+            "unknown method of inpainting 'magic'",
+        ),
     ],
 )
 def test_a_request_that_is_wrong_by_itself_is_refused_before_a_model_is_read(kind, given, message):
@@ -366,7 +359,7 @@ def test_a_request_that_is_wrong_by_itself_is_refused_before_a_model_is_read(kin
     [
         ("classes", lambda p: Sample.of(labels=["cat"]), "no class 'cat'; the model has: cat/dog"),
         ("plain", lambda p: Sample.of(labels=["0"]), "has no classes: leave the labels out"),
-        ("classes", lambda p: Sample.of(prompts=["a cat"]), "not trained on text (model.text_dim): leave the prompts"),
+        ("classes", lambda p: Sample.of(prompts=["a cat"]), "not trained on text (model.text_dim), leave it"),
         ("text", lambda p: Sample.of(prompts=["a cat"]), "does not say which text encoder embedded its training data"),
         (
             "text",
@@ -375,9 +368,9 @@ def test_a_request_that_is_wrong_by_itself_is_refused_before_a_model_is_read(kin
         ),
         ("classes", lambda p: Sample.of(labels=[0, 1, 2], prompts=["a", "b"]), "3 labels, 2 prompts: give as many of"),
         ("classes", lambda p: Sample.of(sampling={"steps": 51}), "steps must be in 1..50 for this model, got 51"),
-        ("classes", lambda p: Sample.of(sampling={"stepps": 5}), "stepps: no setting of the sampler 'ddim'"),
+        ("classes", lambda p: Sample.of(sampling={"stepps": 5}), "stepps: no setting of sampling; there are: steps"),
         ("classes", lambda p: Sample.of(sampling={"kind": "dpm"}), "unknown sampler 'dpm'; allowed: ddim"),
-        ("classes", lambda p: Sample.of(sampling={"scale": "much"}), "sampling: "),
+        ("classes", lambda p: Sample.of(sampling={"scale": "much"}), "scale must be a number, got 'much'"),
         (
             "classes",
             lambda p: Sample.of(count=10**8),
@@ -418,7 +411,7 @@ def test_a_request_that_is_wrong_by_itself_is_refused_before_a_model_is_read(kin
         (
             "classes",
             lambda p: Inpaint.of(images=[p / "8.png"], masks=["half:left"], method_settings={"jumps": 6}),
-            "there are: steps, spacing, timesteps, jump_length, resamplings, variance",
+            "jumps: no setting of a method of inpainting; there are: steps, spacing, timesteps, variance, jump_length",
         ),
     ],
 )

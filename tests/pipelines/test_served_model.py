@@ -23,7 +23,8 @@ from ddpm.generate import to_uint8
 from ddpm.inference import COLUMNS, parameters
 from ddpm.model import load_model
 from pipelines.config import compose
-from pipelines.inference import Edit, Inpaint, Sample, picture
+from pipelines.inference.pictures import picture
+from pipelines.inference.request import Edit, Inpaint, Sample
 from pipelines.serving.served import load
 from pipelines.shards.ingest.encode import ImageFormat, encode_image
 from pipelines.storage import Storage
@@ -281,10 +282,10 @@ def test_a_picture_that_promises_too_many_pixels_is_refused(served):
         ({"image": ["8"], "mask": [["8"]]}, {}, r"mask = \['8'\] in row 0: write the bytes of a PNG file"),
         ({"label": [0]}, {"steps": 51}, r"steps must be in 1\.\.50"),
         ({"label": [0]}, {"kind": "euler"}, "unknown sampler 'euler'"),
-        ({"prompt": ["a heart"]}, {}, "does not say which text encoder"),
+        ({"prompt": ["a heart"]}, {}, "prompt: this model was not trained on text"),
         ({"mask": ["x"]}, {}, "the column mask needs the column image"),
         ({"image": ["x"]}, {}, "needs either a mask"),
-        ({"image": ["eA=="], "strength": [0.5]}, {}, "a picture cannot be read"),
+        ({"image": ["eA=="], "strength": [0.5]}, {}, "the image cannot be read"),
         ({"image": ["8"], "strength": [1.5]}, {}, r"strength must be in \[0, 1\]"),
         ({"image": ["9"], "strength": [0.5]}, {}, "the image is 9x8 pixels, the model's images are 8x8"),
         ({"image": ["8"], "mask": ["8"]}, {"method": "magic"}, "unknown method of inpainting 'magic'"),

@@ -124,9 +124,9 @@ BAD: dict[str, tuple[list[str], str]] = {
     ),
     "seeds of thousands of digits": (
         ["sample", "runs:/ab", "--out", "x", "--seeds", "9" * 5_000],
-        "write whole numbers such as 0,1,2",
+        "seeds: its value cannot be read: Exceeds the limit",
     ),
-    "an interval of words": (["sample", "runs:/ab", "--out", "x", "--interval", "a,b"], "write LOW,HIGH such as 0.2"),
+    "an interval of words": (["sample", "runs:/ab", "--out", "x", "--interval", "a,b"], "interval must be 2 numbers"),
     "prompts that are not there": (
         ["sample", "runs:/ab", "--out", "x", "--prompt-file", "no.txt"],
         "no.txt cannot be read",
@@ -157,10 +157,19 @@ BAD: dict[str, tuple[list[str], str]] = {
     "a rate that is no number": (["train", *DIGITS, "optim.lr=nan"], "optim.lr"),
     "an infinite wait": (["train", *DIGITS, "cluster.step_timeout_s=inf"], "cluster.step_timeout_s"),
     "an infinite momentum": (["train", *DIGITS, "optim.betas=[0.9,inf]"], "optim.betas"),
-    "an infinite guidance": (["sample", "runs:/ab", "--out", "x", "--guidance", "inf"], "inf is not a finite number"),
-    "a guidance that is no number": (["sample", "runs:/ab", "--out", "x", "--guidance", "nan"], "'--guidance'"),
-    "an eta that is no number": (["sample", "runs:/ab", "--out", "x", "--eta", "nan"], "'--eta'"),
-    "a strength that is no number": (["edit", "runs:/ab", "FILE", "--out", "x", "--strength", "nan"], "'--strength'"),
+    "an infinite guidance": (
+        ["sample", "runs:/ab", "--out", "x", "--guidance", "inf"],
+        "scale must be finite",
+    ),
+    "a guidance that is no number": (
+        ["sample", "runs:/ab", "--out", "x", "--guidance", "nan"],
+        "scale must be finite",
+    ),
+    "an eta that is no number": (["sample", "runs:/ab", "--out", "x", "--eta", "nan"], "eta must be finite, got nan"),
+    "a strength that is no number": (
+        ["edit", "runs:/ab", "FILE", "--out", "x", "--strength", "nan"],
+        "Invalid value for '--strength': Input should",
+    ),
     "an infinite margin": (
         ["promote", "models:/m/1", "--alias", "a", "--not-worse-than", "inf"],
         "inf is not a finite",

@@ -177,9 +177,13 @@ def test_a_model_is_the_same_after_export_and_import(ddpm, model):
     "arguments, code, message",
     [
         (["sample", "{model}", "--labels", "triangle"], 2, "no class 'triangle'; the model has: circle, square, a, b"),
-        (["sample", "{model}", "--seeds", "1,x"], 2, "'1,x': write whole numbers such as 0,1,2"),
-        (["sample", "{model}", "--interpolate", "1"], 2, "'1': write A,B"),
-        (["sample", "{model}", "--interval", "0.5"], 2, "write LOW,HIGH"),
+        (["sample", "{model}", "--seeds", "1,x"], 2, "seeds.1 = 'x': Input should be a valid integer"),
+        (
+            ["sample", "{model}", "--interpolate", "1"],
+            2,
+            "interpolate.1 is missing: a request to sample needs",
+        ),
+        (["sample", "{model}", "--interval", "0.5"], 2, "interval must be 2 numbers in a list, got (0.5,)"),
         (["sample", "{model}", "--set", "clip"], 2, "write FIELD=VALUE"),
         (["sample", "{model}", "--prompt-file", "none.txt"], 2, "none.txt cannot be read"),
         (["sample", "{model}", "--prompts", "a red heart"], 2, "was not trained on text"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipelines.inference import RequestError, Sample
+from pipelines.inference.request import RequestError, Sample
 from pipelines.serving.bodies import decode_png, encode_png
-from pipelines.serving.forms import BRUSH, HALVES, OWN, Settings, enlarged, figures, film, picture_and_mask
+from pipelines.serving.forms import BRUSH, HALVES, OWN, enlarged, figures, film, picture_and_mask, write_form
 
 
 def drawing(size: int = 80, brushed: tuple[slice, slice] | None = None) -> dict:
@@ -21,20 +21,23 @@ def drawing(size: int = 80, brushed: tuple[slice, slice] | None = None) -> dict:
 
 
 def test_a_form_that_nobody_touched_asks_with_the_models_own_settings():
-    body = Settings(sampler=OWN).body("champion", "sample")
-    assert body == {"model": "champion", "task": "sample", "seed": 0, "count": 1}
+    given = {"labels": [], "prompts": " ", "sampler": OWN, "steps": 4, "seed": None, "eta": "", "frames": "8"}
+    body = write_form(Sample, "champion", given, {"sampler": OWN, "steps": 4, "frames": "8"})
+    assert body == {"model": "champion", "task": "sample"}
 
 
 def test_the_body_of_a_form_is_a_request():
-    settings = Settings(["3", "7"], " a heart ", "", "ddim", 20, 2.5, 7.0, 3.0)
-    body = settings.body("champion", "sample")
+    given = {"labels": ["3", "7"], "prompts": " a heart ", "negative_prompt": "", "sampler": "ddim", "steps": 20}
+    more = {"guidance": 2.5, "seed": 7.0, "count": 3.0, "interval": "0.2, 0.8", "interpolate": "", "frames": "12"}
+    body = write_form(Sample, "champion", given | more, {})
     fields = {name: value for name, value in body.items() if name not in ("model", "task")}
     request = Sample.of(**fields)
     assert request.labels == ("3", "7")
     assert request.prompts == ("a heart",)
     assert request.seed == 7
     assert request.count == 3
-    assert request.sampling == {"kind": "ddim", "steps": 20, "scale": 2.5}
+    assert request.frames == 12
+    assert request.sampling == {"kind": "ddim", "steps": 20, "scale": 2.5, "interval": [0.2, 0.8]}
 
 
 def test_a_brushed_part_is_what_the_mask_hides():

@@ -21,7 +21,9 @@ from ddpm.samplers import SAMPLERS
 from ddpm.samplers.repaint import RePaint
 from ddpm.settings import settings_of
 from pipelines.config import compose
-from pipelines.inference import Edit, Inpaint, RequestError, Sample, Source, picture
+from pipelines.inference.files import Source
+from pipelines.inference.pictures import picture
+from pipelines.inference.request import Edit, Inpaint, RequestError, Sample
 from pipelines.serving.bodies import read_answer, write_body
 from pipelines.serving.http import make_app
 from pipelines.serving.limits import Limits, Refused
@@ -30,37 +32,11 @@ from pipelines.serving.served import Served, load
 from pipelines.serving.token import Token
 from pipelines.storage import Storage
 from tests.pipelines.drawing import model_folder, save_picture
+from tests.pipelines.serving.alone import Alone
 from tests.pipelines.serving.bad_requests import BAD, JSON, LIMITS, Bad, inpaint, png
 
 TOKEN = Token("a token of some length", "a test")
 NAMES = tuple(str(i) for i in range(10))
-
-
-class Alone:
-    """Answers by one model in this process."""
-
-    def __init__(self, served) -> None:
-        self.served, self.callers = served, ThreadPoolExecutor(8)
-        self.failing = False
-
-    async def ask(self, body):
-        if self.failing:
-            raise MemoryError("the secret of the house")
-        if body.get("model") is not None:
-            raise Refused(404, f"there is no model {body['model']!r}; served are: one")
-        return await self.served.ask(body)
-
-    async def invoke(self, body, content_type, model):
-        return (await self.served.invoke(body, content_type, self.callers))[0]
-
-    async def models(self):
-        return [self.served.describe()]
-
-    async def version(self):
-        return "3"
-
-    async def silent(self):
-        return ["one"] if self.failing else []
 
 
 @pytest.fixture(scope="module")
@@ -151,13 +127,13 @@ def test_whatever_a_table_holds_it_is_answered_or_refused(client, rows, params, 
 def test_an_answer_is_what_the_same_request_draws_here(client, backend, tmp_path, task, film):
     image = save_picture(tmp_path / "image.png", 10, 12)
     request = {
-        "sample": Sample.of(labels=["3", 7], seeds=[5, 9], sampling={"steps": 3}),
-        "interpolate": Sample.of(labels=["3"], interpolate=(1, 2), frames=3),
-        "inpaint": Inpaint.of(images=[image], masks=["half:left"], method_settings={"steps": 3}, count=2),
-        "edit": Edit.of(images=[image], strength=0.6, labels=["3", "8"]),
+        "sample": Sample.of(labels=["3", 7], seeds=[5, 9], sampling={"steps": 3}, film=film),
+        "interpolate": Sample.of(labels=["3"], interpolate=(1, 2), frames=3, film=film),
+        "inpaint": Inpaint.of(images=[image], masks=["half:left"], method_settings={"steps": 3}, count=2, film=film),
+        "edit": Edit.of(images=[image], strength=0.6, labels=["3", "8"], film=film),
     }[task]
-    wanted = picture(request, backend.served.model, film=48 if film else 0)
-    answer = asked(client, write_body(request, film))
+    wanted = picture(request, backend.served.model)
+    answer = asked(client, write_body(request))
     found, source = read_answer(answer)
     assert near(found.pixels, wanted.pixels)
     assert found.rows == wanted.rows

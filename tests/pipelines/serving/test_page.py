@@ -12,7 +12,8 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 from ddpm.model import load_model
-from pipelines.inference import Edit, Inpaint, Sample, picture
+from pipelines.inference.pictures import picture
+from pipelines.inference.request import Edit, Inpaint, Sample
 from pipelines.serving.bodies import encode_png
 from pipelines.serving.forms import OWN
 from pipelines.serving.token import digest_of
@@ -38,7 +39,7 @@ def page(model):
 
 
 def fields(labels, *, sampler=OWN, steps=4, scale=2.0, seed=0, count=1):
-    return [labels, "", "", sampler, steps, scale, seed, count]
+    return [labels, "", "", seed, count, sampler, steps, scale]
 
 
 def shown(html):
@@ -121,7 +122,7 @@ def test_what_is_larger_than_a_request_may_be_is_refused_before_it_is_decoded(pa
 
 def test_what_is_no_picture_is_said(page, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(AppError, match="the picture cannot be read as a picture"):
+    with pytest.raises(AppError, match="the image cannot be read as a picture"):
         page.predict(handle_file(str(tmp_path / "text.png")), 0.5, *fields(["circle"]), api_name="/edit")
 
 

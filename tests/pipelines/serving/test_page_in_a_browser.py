@@ -21,7 +21,8 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
 from ddpm.model import load_model
-from pipelines.inference import Sample, picture
+from pipelines.inference.pictures import picture
+from pipelines.inference.request import Sample
 from pipelines.serving.bodies import decode_png
 from pipelines.serving.token import digest_of
 from tests.browser import DESK, PHONE, browser

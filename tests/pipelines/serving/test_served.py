@@ -13,7 +13,8 @@ import torch
 from ddpm.model import load_model, save_model
 from pipelines.checkpoints import ModelError
 from pipelines.config import compose
-from pipelines.inference import Sample, picture
+from pipelines.inference.pictures import picture
+from pipelines.inference.request import Sample
 from pipelines.serving.bodies import read_answer
 from pipelines.serving.limits import Refused
 from pipelines.serving.served import Served, load
