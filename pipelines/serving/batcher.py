@@ -3,6 +3,10 @@
 A request waits until its batch is full, or the batch wait is over, or longer where the network is busy; in that time
 more requests gather. Batches are drawn one at a time, the one that has waited longest first, so that no request is
 overtaken for ever. What a request gets does not depend on who else was in its batch, up to float rounding.
+
+Ray Serve's `@serve.batch` is not enough for that: it has no groups (requests are told apart by the name of a model
+only, after a batch is full), closes a batch though the network is still busy, puts what does not fit behind what came
+later, refuses a request larger than a batch, and fails all of a batch with one.
 """
 
 from __future__ import annotations

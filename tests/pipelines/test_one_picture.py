@@ -1,22 +1,36 @@
 """A picture of a seed, number, class and setting is one, whoever asks for it: judged is what is served."""
 
+import re
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from types import SimpleNamespace
 
 import numpy as np
+import pandas
 import pytest
 import torch
+from fastapi.testclient import TestClient
 
 from ddpm.conditioning import Conditioning
 from ddpm.generate import Sampling, generate, to_uint8
 from ddpm.inference import Noise, draw, draw_table
 from ddpm.model import load_model
+from pipelines.config import compose
 from pipelines.evaluation.actors import _SamplingActor
 from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.evaluators.classifier import Classifier
 from pipelines.evaluation.images import unpack_samples
 from pipelines.evaluation.samples import Plan
+from pipelines.inference.pictures import picture
+from pipelines.inference.request import Sample
 from pipelines.search.judge import SampleScorer, Subject
+from pipelines.served_model import DiffusionModel
+from pipelines.serving.bodies import decode_png
+from pipelines.serving.http import make_app
+from pipelines.serving.metrics import Metrics
+from pipelines.serving.served import load
 from pipelines.storage import Storage
+from tests.pipelines.serving.alone import Alone, Page
 from tests.pipelines.test_earlier_release import EARLIER
 
 COUNT, SEED = 6, 11
@@ -46,8 +60,32 @@ def of_a_trial(model, settings, labels):
     return scorer.draw(settings, torch.arange(COUNT), seed=SEED, keep=COUNT).pixels
 
 
+@pytest.fixture(scope="module")
+def server():
+    """The model behind HTTP and behind the page, in this process; each belongs to an event loop of its own."""
+    drawing = ThreadPoolExecutor(1, "draw", torch.set_num_threads, (1,))
+    with drawing:
+        served, shown = (load(str(EARLIER / "version" / "model"), compose([]), Storage(), drawing) for _ in range(2))
+        app = make_app(Alone(served), served.limits, None, Metrics(dict))
+        with TestClient(app) as client, closing(Page(shown)) as page:
+            yield SimpleNamespace(client=client, page=page)
+
+
+def decoded(pictures):
+    return np.stack([decode_png(text) for text in pictures])
+
+
+def by_the_page(page, labels, asked):
+    """By the form of samples, in the words of its options."""
+    options = {"kind": "sampler", "scale": "guidance"}
+    written = {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in asked.items()}
+    form = {options.get(name, name): str(value) if name == "eta" else value for name, value in written.items()}
+    shown, _ = page.send("sample", {"labels": labels, "seed": SEED, **form})
+    return decoded(re.findall(r"data:image/png;base64,([^\"]+)", shown))
+
+
 @pytest.mark.parametrize("settings", SETTINGS, ids=["ddim", "ancestral", "dpm_solver"])
-def test_evaluation_gate_study_preview_command_and_registered_model_draw_the_same_to_the_bit(settings, tmp_path):
+def test_who_judges_shows_and_serves_a_model_draws_the_same_to_the_bit(settings, server, tmp_path):
     torch.set_num_threads(1)
     model = load_model(EARLIER / "version" / "model")
     expected, labels = judged(model, settings, tmp_path)
@@ -55,17 +93,27 @@ def test_evaluation_gate_study_preview_command_and_registered_model_draw_the_sam
     assert len({image.tobytes() for image in expected}) == COUNT
 
     cond = Conditioning(label=labels)
-    asked = draw(model, Noise.numbered(SEED, COUNT), cond, sampling=settings).images
+    asked_here = draw(model, Noise.numbered(SEED, COUNT), cond, sampling=settings).images
     preview = generate(  # as a training does, which has no `Model`
         model.denoiser, model.schedule, settings, cond=cond, shape=model.spec.shape, seed=SEED, count=COUNT
     )
+    names, asked = [model.spec.classes[label] for label in labels], changed(settings)
+    request = Sample.of(labels=names, seed=SEED, sampling=asked)
+    table, params = {"label": names}, {"seed": SEED, **asked}
+    pyfunc = DiffusionModel()
+    pyfunc.load_context(SimpleNamespace(artifacts={"model": str(EARLIER / "version" / "model")}))
+    body = {"labels": names, "seed": SEED, "sampling": asked}
+    rows = {"dataframe_split": {"columns": ["label"], "data": [[name] for name in names]}, "params": params}
     found = {
         "study": of_a_trial(model, settings, labels),
-        "command and server": to_uint8(asked).numpy(),
+        "library": to_uint8(asked_here).numpy(),
         "preview": to_uint8(preview).numpy(),
-        "registered model": draw_table(
-            model, {"label": [model.spec.classes[label] for label in labels]}, {"seed": SEED, **changed(settings)}
-        ).numpy(),
+        "command": picture(request, model).pixels,
+        "server": decoded(server.client.post("/v1/images", json=body).json()["images"]),
+        "server, by MLflow's protocol": np.uint8(server.client.post("/invocations", json=rows).json()["predictions"]),
+        "page": by_the_page(server.page, names, asked),
+        "registered model": pyfunc.predict(None, pandas.DataFrame(table), params),
+        "table": draw_table(model, table, params).numpy(),
     }
     for who, pictures in found.items():
         np.testing.assert_array_equal(pictures, expected, err_msg=who)

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -174,8 +175,8 @@ def ways(tmp_path_factory):
     with ThreadPoolExecutor(1) as executor:
         served, shown = (load(str(model), config, Storage(), executor) for _ in range(2))  # one of each event loop
         front = make_app(Alone(served), served.limits, None, Metrics(dict))
-        with TestClient(front, raise_server_exceptions=False) as client:
-            yield SimpleNamespace(folder=folder, client=client, page=Page(shown), pyfunc=pyfunc)
+        with TestClient(front, raise_server_exceptions=False) as client, closing(Page(shown)) as page:
+            yield SimpleNamespace(folder=folder, client=client, page=page, pyfunc=pyfunc)
 
 
 def told_by_the_command(ways, command, monkeypatch, capsys):

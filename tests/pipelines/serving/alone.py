@@ -50,8 +50,12 @@ class Page:
     def __init__(self, served: Served) -> None:
         told = {**served.describe(), "id": "one", "card": None}
         blocks = build_page([Shown.of(told, served.limits)], self._ask, served.limits)
-        self._served = served
+        self._served, self._loop = served, asyncio.Runner()
         self._handlers: dict[Any, Any] = {handler.api_name: handler for handler in blocks.fns.values()}
+
+    def close(self) -> None:
+        """End the event loop that the model belongs to."""
+        self._loop.close()
 
     async def _ask(self, body: dict[str, Any]) -> dict[str, Any]:
         return await self._served.ask({**body, "model": None})
@@ -82,7 +86,7 @@ class Page:
                 value = component.preprocess(uploaded(component, str(picture)))
             values.append(value)
         assert not left, f"the form {form} has no {', '.join(left)}"
-        return asyncio.run(handler.fn(*values))
+        return self._loop.run(handler.fn(*values))
 
 
 def uploaded(component: Any, path: str) -> Any:
