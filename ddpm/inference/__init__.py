@@ -34,9 +34,20 @@ from ddpm.inference.table import (
     draw_table,
     inpainting_method,
     parameters,
+    row_drawings,
     table_drawings,
 )
-from ddpm.inference.tasks import INPAINTERS, METHODS, TRAINED, Editing, FromNoise, Inpainting, Inverting, Task
+from ddpm.inference.tasks import (
+    INPAINTERS,
+    METHODS,
+    TRAINED,
+    Editing,
+    FromNoise,
+    Inpainting,
+    Inverting,
+    Task,
+    method_name,
+)
 
 __all__ = [
     "COLUMNS",
@@ -69,6 +80,8 @@ __all__ = [
     "draw_table",
     "inpainting_method",
     "join",
+    "method_name",
     "parameters",
+    "row_drawings",
     "table_drawings",
 ]

@@ -18,7 +18,7 @@ from ddpm.guidance import GUIDANCE
 from ddpm.inference.checks import can_inpaint, check_count, check_names, check_takes_text, class_indices
 from ddpm.inference.drawing import Drawing
 from ddpm.inference.noise import Noise
-from ddpm.inference.tasks import INPAINTERS, METHODS, TRAINED, Editing, FromNoise, Inpainting, Task
+from ddpm.inference.tasks import INPAINTERS, METHODS, TRAINED, Editing, FromNoise, Inpainting, Inverting, Task
 from ddpm.model import Model
 from ddpm.samplers import SAMPLERS
 from ddpm.samplers.repaint import Inpainter
@@ -130,15 +130,60 @@ def table_drawings(
     check_count(rows, model.spec)
     _check_values(columns, given)
     own = {name: default for name, (_, default) in OWN.items()} | {n: v for n, v in given.items() if n in OWN}
-    changed = {name: value for name, value in given.items() if name not in OWN}
-    sampling = model.spec.sampling.with_fields(**changed)
-    noise = (
-        Noise.of([int(seed) for seed in columns["seed"]]) if "seed" in columns else Noise.numbered(own["seed"], rows)
+    seeds = columns.get("seed")
+    noise = Noise.numbered(own["seed"], rows) if seeds is None else Noise.of([int(seed) for seed in seeds])
+    return row_drawings(
+        model,
+        columns,
+        noise,
+        {name: value for name, value in given.items() if name not in OWN},
+        negative_prompt=own["negative_prompt"],
+        method=own["method"],
+        settings={name: own[name] for name in ("resamplings", "jump_length") if own[name] is not None},
+        encode=encode,
+        decode=decode,
     )
-    cond = _condition(model, columns, encode)
-    negative = None
-    if own["negative_prompt"] is not None:
-        negative = _embed(model, encode, "negative_prompt", [own["negative_prompt"]] * rows)
+
+
+def row_drawings(
+    model: Model,
+    columns: Mapping[str, Sequence[Any]],
+    noise: Noise,
+    changed: Mapping[str, Any],
+    *,
+    negative_prompt: str | None = None,
+    method: str | None = None,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+    invert: bool = False,
+    encode: Encode | None = None,
+    decode: Decode | None = None,
+) -> list[tuple[Tensor, Drawing]]:
+    """Return what is to be drawn for rows whose noise is known, each with the numbers of its rows.
+
+    Args:
+        columns: `label`, `prompt`, `image` with `mask` or `strength`, and for an inversion `source_label`, as for
+            `table_drawings`; pictures may also be pixels already, uint8 [H, W, C].
+        noise: of each row.
+        changed: sampling settings that differ from the model's, flat.
+        negative_prompt: text that all rows move away from.
+        method, settings: of inpainting, as for `inpainting_method`.
+        invert: whether images are inverted instead of noised.
+        encode, decode: as for `table_drawings`.
+
+    Raises:
+        ValueError: the model cannot do what is asked.
+    """
+    sampling, rows = model.spec.sampling.with_fields(**changed), len(noise)
+    cond, negative = _condition(model, columns, encode), None
+    if negative_prompt is not None:
+        negative = _embed(model, encode, "negative_prompt", [negative_prompt] * rows)
+    everything = torch.arange(rows)
+    tasks: list[tuple[Tensor, Task]] = [(everything, FromNoise())]
+    if "image" in columns:
+        filling = inpainting_method(model, method, settings, changed) if "mask" in columns else None
+        tasks = _tasks_of_images(model, columns, invert, filling, decode)
+    elif uses := columns.keys() & {"mask", "strength"}:
+        raise ValueError(f"the column {', '.join(sorted(uses))} needs the column image")
     return [
         (
             place,
@@ -150,14 +195,14 @@ def table_drawings(
                 None if negative is None else negative[place],
             ),
         )
-        for place, task in _tasks(model, columns, own, changed, decode)
+        for place, task in tasks
     ]
 
 
 def inpainting_method(
     model: Model, method: str | None, settings: Mapping[str, Any], asked: Mapping[str, Any] = MappingProxyType({})
-) -> tuple[str, Inpainter | None]:
-    """Return the name of a method of inpainting, and the method; None for the one that a model was trained for.
+) -> Inpainter | None:
+    """Return a method of inpainting; None for the one that a model was trained for.
 
     Jumps of RePaint are by default as long a part of the chain as the authors', 10 of 250 steps, because known and
     hidden pixels agree only down to the noise level that a jump reaches.
@@ -174,7 +219,7 @@ def inpainting_method(
     name = method or (TRAINED if can_inpaint(model.spec) else "repaint")
     check_method(name, settings)
     if name == TRAINED:
-        return name, None
+        return None
     kind: Any = INPAINTERS[name]
     own, of_samplers = model.spec.sampling.to_json(), {s.name for kind in SAMPLERS.values() for s in settings_of(kind)}
     idle = [n for n, value in asked.items() if n in {"kind", *of_samplers} - {"steps"} and own.get(n) != value]
@@ -186,7 +231,7 @@ def inpainting_method(
         filled.setdefault("jump_length", max(1, math.ceil(filled["steps"] / 25)))
         if filled["steps"] == 1:
             filled.setdefault("resamplings", 1)
-    return name, kind(**filled)
+    return kind(**filled)
 
 
 def check_method(method: str | None, settings: Mapping[str, Any]) -> None:
@@ -260,41 +305,40 @@ def _embed(model: Model, encode: Encode | None, field: str, texts: Sequence[str]
     return encode(different)[torch.tensor([different.index(text) for text in texts])]
 
 
-def _tasks(
+def _tasks_of_images(
     model: Model,
     columns: Mapping[str, Sequence[Any]],
-    own: Mapping[str, Any],
-    changed: Mapping[str, Any],
+    invert: bool,
+    filling: Inpainter | None,
     decode: Decode | None,
 ) -> list[tuple[Tensor, Task]]:
-    """Return the tasks of a table, each with the numbers of its rows."""
-    rows = len(next(iter(columns.values())))
-    everything = torch.arange(rows)
-    uses = {name for name in ("mask", "strength") if name in columns}
-    if "image" not in columns:
-        if uses:
-            raise ValueError(f"the column {', '.join(sorted(uses))} needs the column image")
-        return [(everything, FromNoise())]
-    if len(uses) != 1:
+    """Return the tasks of rows with images, each with the numbers of its rows."""
+    if ("mask" in columns) == ("strength" in columns):
         raise ValueError("an image needs either a mask, to fill what it hides, or a strength, to draw it anew")
-    if decode is None:
-        raise ValueError("pictures need a decoder, and there is none")
     images = torch.stack([_pixels(value, decode, model.spec.shape, "image") for value in columns["image"]])
     images = images.permute(0, 3, 1, 2).float() / 127.5 - 1
     if "mask" in columns:
         form = (1, *model.spec.shape[1:])
         masks = torch.stack([_pixels(value, decode, form, "mask") for value in columns["mask"]])
-        settings = {name: own[name] for name in ("resamplings", "jump_length") if own[name] is not None}
-        _, method = inpainting_method(model, own["method"], settings, changed)
-        return [(everything, Inpainting(images, masks.permute(0, 3, 1, 2) < 128, method))]
+        return [(torch.arange(len(images)), Inpainting(images, masks.permute(0, 3, 1, 2) < 128, filling))]
+    source = None
+    if "source_label" in columns:
+        source = Conditioning(label=torch.tensor(class_indices(columns["source_label"], model.spec.classes)))
     strengths = [float(strength) for strength in columns["strength"]]
     places = {s: torch.tensor([i for i, other in enumerate(strengths) if other == s]) for s in dict.fromkeys(strengths)}
-    return [(place, Editing(images[place], strength)) for strength, place in places.items()]
+    if not invert:
+        return [(place, Editing(images[place], strength)) for strength, place in places.items()]
+    return [
+        (place, Inverting(images[place], strength, None if source is None else source[place]))
+        for strength, place in places.items()
+    ]
 
 
-def _pixels(value: Any, decode: Decode, shape: tuple[int, int, int], what: str) -> Tensor:
+def _pixels(value: Any, decode: Decode | None, shape: tuple[int, int, int], what: str) -> Tensor:
     channels, height, width = shape
-    pixels = decode(value, channels, what)
+    if decode is None and not isinstance(value, Tensor):
+        raise ValueError("pictures need a decoder, and there is none")
+    pixels = value if decode is None else decode(value, channels, what)
     if list(pixels.shape) != [height, width, channels]:
         found = f"{pixels.shape[1]}x{pixels.shape[0]}"
         raise ValueError(f"the {what} is {found} pixels, the model's images are {width}x{height}: resize it")

@@ -31,6 +31,11 @@ TRAINED = "trained"
 METHODS = (TRAINED, *INPAINTERS)
 
 
+def method_name(method: Inpainter | None) -> str:
+    """Return the one of `METHODS` that a method of inpainting is; None is the one that a network was trained for."""
+    return next((name for name, kind in INPAINTERS.items() if type(method) is kind), TRAINED)
+
+
 @dataclass(frozen=True)
 class Batch:
     """A batch that a task draws.

@@ -18,24 +18,21 @@ from ddpm.generate import Sampling, to_uint8
 from ddpm.inference import (
     Drawing,
     Drawn,
-    Editing,
     Film,
-    FromNoise,
     Inpainting,
-    Inverting,
     Noise,
-    Task,
     check_count,
     check_takes_text,
     class_indices,
-    inpainting_method,
+    method_name,
+    row_drawings,
 )
 from ddpm.model import Model, ModelSpec
 from pipelines import references
 from pipelines.config import Config
 from pipelines.display import Notice, Progress, no_notice, no_progress
 from pipelines.evaluation.devices import task_device
-from pipelines.inference.inputs import GivenImage, as_tensor, read_images, read_mask
+from pipelines.inference.inputs import read_images, read_mask
 from pipelines.inference.request import Edit, Inpaint, Request, RequestError, Sample
 from pipelines.references import Resolved
 from pipelines.storage import Storage
@@ -218,12 +215,13 @@ class _Resolving:
 
     def __init__(self, request: Request, model: Model, encode: Encode | None, notice: Notice) -> None:
         self.request, self.model, self.spec, self.encode, self.notice = request, model, model.spec, encode, notice
-        self.sampling = _sampling(request, self.spec)
         self.images: tuple[Any, ...] = request.images if isinstance(request, Inpaint | Edit) else ()
         labels = request.labels
         if labels is None and isinstance(request, Sample) and request.prompts is None and self.spec.classes:
             labels = tuple(range(len(self.spec.classes)))
         self.labels = None if labels is None else class_indices(labels, self.spec.classes)
+        source = request.source_labels if isinstance(request, Edit) else None
+        self.source_labels = None if source is None else class_indices(source, self.spec.classes, "source_labels")
         self.columns = self._columns()
         if isinstance(request, Inpaint) and len(self.images) == 1:
             self.images *= len(request.masks)  # one image with several masks is an image for each of them
@@ -235,24 +233,36 @@ class _Resolving:
 
     def prepare(self) -> Prepared:
         """Return what is to be drawn."""
+        request = self.request
         check_count(self.count, self.spec)
-        noise, request = self._noise(), self.request
-        originals = hidden = None
-        task: Task = FromNoise()
+        if request.prompts is not None:
+            check_takes_text(self.spec, "prompts")
+        noise, hidden = self._noise(), None
         images = read_images(self.images, self.spec.shape, self.notice)
-        if images:
-            originals = np.stack([image.pixels for image in images])
+        columns: dict[str, Sequence[Any] | None] = {"label": self.labels, "prompt": request.prompts}
+        more: dict[str, Any] = {}
+        originals = np.stack([image.pixels for image in images]) if images else None
+        columns["image"] = None if originals is None else [torch.from_numpy(pixels) for pixels in originals]
         if isinstance(request, Inpaint):
-            assert originals is not None
-            hidden = self._hidden(request, images)
-            request, task = self._inpainting(request, originals, hidden)
+            pairs = zip(self._one_each(request.masks), images, strict=True)
+            hidden = np.stack([read_mask(mask, image, self.spec.shape) for mask, image in pairs])
+            columns["mask"] = [torch.from_numpy(mask[..., None] * np.uint8(255)) for mask in hidden]
+            more = {"method": request.method, "settings": request.method_settings}
         elif isinstance(request, Edit):
-            assert originals is not None
-            task = self._editing(request, originals)
-        prompts = None if request.prompts is None else self._spread(request.prompts)
-        cond = self._condition(None if self.labels is None else self._spread(self.labels), prompts)
-        drawing = Drawing(noise, self.sampling, cond, task, self._negative(self.count), FRAMES if request.film else 0)
-        return Prepared(drawing, self._rows(noise), self.columns, self._complete(request), originals, hidden)
+            columns |= {"strength": [request.strength], "source_label": self.source_labels}
+            more = {"invert": request.invert}
+        ((_, drawing),) = row_drawings(
+            self.model,
+            {name: self._spread(values) for name, values in columns.items() if values is not None},
+            noise,
+            request.sampling,
+            negative_prompt=request.negative_prompt,
+            encode=self._encode,
+            **more,
+        )
+        drawing = replace(drawing, film=FRAMES if request.film else 0)
+        complete = self._complete(drawing)
+        return Prepared(drawing, self._rows(noise), self.columns, complete, originals, hidden)
 
     def _columns(self) -> int:
         request = self.request
@@ -261,7 +271,7 @@ class _Resolving:
             "prompts": request.prompts,
             "images": self.images or None,
             "masks": request.masks if isinstance(request, Inpaint) else None,
-            "source_labels": request.source_labels if isinstance(request, Edit) else None,
+            "source_labels": self.source_labels,
         }
         lengths = {name: len(values) for name, values in given.items() if values is not None}
         columns = max(lengths.values(), default=1)
@@ -282,23 +292,8 @@ class _Resolving:
             return Noise.of(request.seeds).map(lambda t: t.repeat_interleave(columns))
         return Noise.numbered(request.seed, columns * request.draws)
 
-    def _condition(self, labels: Sequence[int] | None, prompts: Sequence[str] | None) -> Conditioning | None:
-        if labels is None and prompts is None:
-            return None
-        text = Conditioning() if prompts is None else self._embed("prompts", prompts)
-        return replace(text, label=None if labels is None else torch.tensor(labels))
-
-    def _negative(self, total: int) -> Conditioning | None:
-        text = self.request.negative_prompt
-        return (
-            None
-            if text is None
-            else self._embed("negative_prompt", [text]).map(lambda t: t.expand(total, *t.shape[1:]))
-        )
-
-    def _embed(self, field: str, prompts: Sequence[str]) -> Conditioning:
-        """Return the embeddings of texts; each different one is encoded once."""
-        check_takes_text(self.spec, field)
+    def _encode(self, texts: Sequence[str]) -> Conditioning:
+        """Return the embeddings of texts."""
         if self.encode is None:
             name = self.request.text_encoder or self.spec.lineage.get("text_encoder")
             if name is None:
@@ -306,38 +301,10 @@ class _Resolving:
                     "the model does not say which text encoder embedded its training data: name it (text_encoder)"
                 )
             self.encode = TextEncoder(name, digest=self.spec.lineage.get("text_encoder_digest"))
-        different = list(dict.fromkeys(prompts))
-        places = torch.tensor([different.index(prompt) for prompt in prompts])
-        return self.encode(different)[places]
-
-    def _hidden(self, request: Inpaint, images: Sequence[GivenImage]) -> NDArray[np.bool_]:
-        pairs = zip(self._one_each(request.masks), images, strict=True)
-        return np.stack([read_mask(mask, image, self.spec.shape) for mask, image in pairs])
+        return self.encode(texts)
 
     def _one_each(self, values: Sequence[Any]) -> list[Any]:
         return list(values) * (len(self.images) if len(values) == 1 else 1)
-
-    def _of_images(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a row for each picture, of rows for each image."""
-        return tensor[torch.tensor(self._spread(range(len(self.images))))]
-
-    def _inpainting(
-        self, request: Inpaint, originals: NDArray[np.uint8], hidden: NDArray[np.bool_]
-    ) -> tuple[Inpaint, Task]:
-        """Return the request with its method and that method's settings filled in, and the task."""
-        known, mask = self._of_images(as_tensor(originals)), self._of_images(torch.from_numpy(~hidden)[:, None])
-        name, method = inpainting_method(self.model, request.method, request.method_settings, request.sampling)
-        complete = {} if method is None else dict(vars(method))
-        filled = request.model_copy(update={"method": name, "method_settings": complete})
-        return filled, Inpainting(known, mask, method)
-
-    def _editing(self, request: Edit, originals: NDArray[np.uint8]) -> Task:
-        images = self._of_images(as_tensor(originals))
-        if not request.invert:
-            return Editing(images, request.strength)
-        given = request.source_labels
-        source = None if given is None else self._spread(class_indices(given, self.spec.classes, "source_labels"))
-        return Inverting(images, request.strength, self._condition(source, None))
 
     def _rows(self, noise: Noise) -> tuple[Row, ...]:
         request = self.request
@@ -357,15 +324,17 @@ class _Resolving:
             for i in range(len(noise))
         )
 
-    def _complete(self, request: Request) -> Request:
-        """Return the request with labels by name, the text encoder, and every sampling setting."""
-        encoder = request.text_encoder
+    def _complete(self, drawing: Drawing) -> Request:
+        """Return the request with labels by name, the text encoder, every sampling setting, and those of a method."""
+        request, encoder = self.request, self.request.text_encoder
         if request.prompts is not None or request.negative_prompt is not None:
             encoder = encoder or self.spec.lineage.get("text_encoder")
         names = None if self.labels is None else tuple(self.spec.classes[i] for i in self.labels)
-        return request.model_copy(
-            update={"labels": names, "text_encoder": encoder, "sampling": self.sampling.to_json()}
-        )
+        update = {"labels": names, "text_encoder": encoder, "sampling": drawing.sampling.to_json()}
+        if isinstance(drawing.task, Inpainting):
+            method = drawing.task.method
+            update |= {"method": method_name(method), "method_settings": {} if method is None else dict(vars(method))}
+        return request.model_copy(update=update)
 
 
 def _sampling(request: Request, spec: ModelSpec) -> Sampling:

@@ -129,7 +129,7 @@ def inpainting(model: Model, data: Data, seed: int = 0) -> Picture:
     chosen = torch.from_numpy(spread_positions(len(data.images), FILLED))
     known, cond = data.images[chosen], None if data.cond is None else data.cond[chosen]
     mask = random_mask(seed, torch.arange(len(known)), (known.shape[2], known.shape[3]))
-    _, method = inpainting_method(model, None, {})
+    method = inpainting_method(model, None, {})
     drawing = Drawing(
         Noise.numbered(seed, len(known)), _short(model.spec.sampling), cond, Inpainting(known, mask, method)
     )
