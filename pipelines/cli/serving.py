@@ -87,8 +87,9 @@ def serve(
 
 def _add_page(service: Service, config: Config, token_digest: str | None) -> str:
     """Start the page of what is served, and return its address."""
+    from pipelines.serving.forms import Shown
     from pipelines.serving.limits import Limits
-    from pipelines.serving.page import Shown, page_application
+    from pipelines.serving.page import page_application
 
     limits = Limits.of(config.serving)
     shown = [Shown.of(told, limits) for told in service.models()]

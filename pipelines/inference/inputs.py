@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from pipelines.inference.request import Request, RequestError, parse_box
 from pipelines.shards.ingest.encode import ImageFormat, decode_grey, encode_image
 from pipelines.shards.ingest.trees import UnreadableError
 
+T = TypeVar("T")
+DRAWN = ("box:", "half:")
+"""How a mask starts that is no picture."""
 MASKS = "; give a picture, box:X,Y,WIDTH,HEIGHT or half:SIDE"
 """What else a mask may be, behind what is wrong with one."""
 
@@ -44,10 +48,10 @@ def check_given(request: Request) -> None:
         RequestError: one is missing, or is no image.
     """
     for image in dict.fromkeys(getattr(request, "images", ())):
-        _grey("image", image)
+        read_file("image", image, decode_grey)
     for mask in dict.fromkeys(getattr(request, "masks", ())):
-        if not mask.startswith(("box:", "half:")):
-            _grey("mask", Path(mask), MASKS)
+        if not mask.startswith(DRAWN):
+            read_file("mask", Path(mask), decode_grey, MASKS)
 
 
 def read_images(paths: Sequence[Path], shape: tuple[int, int, int], notice: Notice) -> list[GivenImage]:
@@ -78,10 +82,12 @@ def read_mask(mask: str, image: GivenImage, shape: tuple[int, int, int]) -> NDAr
         ValueError: it hides nothing or everything.
     """
     _, height, width = shape
-    if mask.startswith("box:"):
-        hidden = _box(mask, height, width)
-    elif mask.startswith("half:"):
-        hidden = _half(mask, height, width)
+    if mask.startswith(DRAWN):
+        x, y, w, h = _box_of_half(mask, width, height) if mask.startswith("half:") else parse_box(mask)
+        if x + w > width or y + h > height:
+            raise RequestError(f"the mask {mask} does not lie within the model's {width}x{height} pixels")
+        hidden = np.zeros((height, width), bool)
+        hidden[y : y + h, x : x + w] = True
     else:
         hidden = _drawn(Path(mask), image, height, width)
     check_mask(f"the mask {mask} of {image.path}", torch.from_numpy(~hidden))  # as the task does, which knows no files
@@ -93,14 +99,18 @@ def as_tensor(pixels: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).float() / 127.5 - 1
 
 
-def _grey(what: str, path: Path, otherwise: str = "") -> NDArray[np.uint8]:
-    """Return the grey values of an image file, uint8 [H, W].
+def read_file(what: str, path: Path, decode: Callable[[bytes], T], otherwise: str = "") -> T:
+    """Return what a function makes of the bytes of a picture's file.
+
+    Args:
+        what: the picture is, for the message.
+        otherwise: what else could be given, behind what is wrong.
 
     Raises:
-        RequestError: it is missing, or is no image.
+        RequestError: the file is missing, or is no image.
     """
     try:
-        return decode_grey(path.read_bytes())
+        return decode(path.read_bytes())
     except OSError as error:
         raise RequestError(f"the {what} {path} cannot be read: {error.strerror or error}{otherwise}") from error
     except UnreadableError as error:
@@ -109,12 +119,7 @@ def _grey(what: str, path: Path, otherwise: str = "") -> NDArray[np.uint8]:
 
 def _read(path: Path, shape: tuple[int, int, int], notice: Notice) -> GivenImage:
     channels, size, _ = shape
-    try:
-        encoded = encode_image(path.read_bytes(), ImageFormat(size, channels))
-    except OSError as error:
-        raise RequestError(f"the image {path} cannot be read: {error.strerror or error}") from error
-    except UnreadableError as error:
-        raise RequestError(f"the image {path} {error}") from error
+    encoded = read_file("image", path, lambda data: encode_image(data, ImageFormat(size, channels)))
     changes, (width, height) = list(encoded.changes), encoded.size
     if width != height:
         changes.append(f"cut to the central square of {width}x{height} pixels")
@@ -125,27 +130,20 @@ def _read(path: Path, shape: tuple[int, int, int], notice: Notice) -> GivenImage
     return GivenImage(path, encoded.size, encoded.pixels)
 
 
-def _box(mask: str, height: int, width: int) -> NDArray[np.bool_]:
-    x, y, w, h = parse_box(mask)
-    if x + w > width or y + h > height:
-        raise RequestError(f"the mask {mask} does not lie within the model's {width}x{height} pixels")
-    hidden = np.zeros((height, width), bool)
-    hidden[y : y + h, x : x + w] = True
-    return hidden
-
-
-def _half(mask: str, height: int, width: int) -> NDArray[np.bool_]:
-    side = mask.removeprefix("half:")
-    hidden = np.zeros((height, width), bool)
-    rows = {"top": slice(0, height // 2), "bottom": slice(height - height // 2, None)}.get(side, slice(None))
-    columns = {"left": slice(0, width // 2), "right": slice(width - width // 2, None)}.get(side, slice(None))
-    hidden[rows, columns] = True
-    return hidden
+def _box_of_half(mask: str, width: int, height: int) -> tuple[int, int, int, int]:
+    """Return left, top, width and height of a mask half:SIDE; of an odd number of pixels the smaller half."""
+    w, h = width // 2, height // 2
+    return {
+        "left": (0, 0, w, height),
+        "right": (width - w, 0, w, height),
+        "top": (0, 0, width, h),
+        "bottom": (0, height - h, width, h),
+    }[mask.removeprefix("half:")]
 
 
 def _drawn(mask: Path, image: GivenImage, height: int, width: int) -> NDArray[np.bool_]:
     """Return a mask from a picture; one of the size of the given image is cut and resized as that is."""
-    picture = Image.fromarray(_grey("mask", mask, MASKS))
+    picture = Image.fromarray(read_file("mask", mask, decode_grey, MASKS))
     if picture.size == image.size and picture.size != (width, height):
         side = min(picture.size)
         left, top = (picture.width - side) // 2, (picture.height - side) // 2

@@ -24,17 +24,15 @@ from torch import Tensor
 
 from ddpm.inference import Film
 from pipelines.inference.files import Source, grid_of
+from pipelines.inference.inputs import DRAWN, read_file
 from pipelines.inference.pictures import Pictures, Row
 from pipelines.inference.request import TASKS, Request, RequestError, check_fields
 from pipelines.serving.limits import Limits
 from pipelines.shards.ingest.encode import as_png
-from pipelines.shards.ingest.trees import UnreadableError
 
 OWN = ("model", "task", "format")
 """Fields of a body beside those of the typed request."""
 FORMATS = ("json", "png")
-DRAWN_MASKS = ("box:", "half:")
-"""How a mask starts that is no picture."""
 
 
 def read_body(body: Mapping[str, Any], folder: Path, limits: Limits) -> Request:
@@ -131,7 +129,12 @@ def write_body(request: Request) -> dict[str, Any]:
     fields = request.model_dump(mode="json", exclude_defaults=True)
     for name in ("images", "masks"):
         if name in fields:
-            fields[name] = [text if str(text).startswith(DRAWN_MASKS) else _read_file(text) for text in fields[name]]
+            fields[name] = [
+                text
+                if text.startswith(DRAWN)
+                else read_file("picture", Path(text), lambda data: base64.b64encode(as_png(data)).decode())
+                for text in fields[name]
+            ]
     return {"task": request.task, **fields}
 
 
@@ -197,7 +200,7 @@ def _write_pictures(name: str, given: Any, folder: Path, limits: Limits) -> tupl
     written: list[Any] = []
     sizes: list[int] = []
     for i, text in enumerate(given):
-        if name == "masks" and isinstance(text, str) and text.startswith(DRAWN_MASKS):
+        if name == "masks" and isinstance(text, str) and text.startswith(DRAWN):
             written.append(text)
             continue
         data = decode_base64(f"{name}[{i}]", text)
@@ -213,16 +216,6 @@ def _text(body: Mapping[str, Any], name: str, default: str) -> str:
     if value is not None and not isinstance(value, str):
         raise RequestError(f"{name} = {value!r}: write a text")
     return value or default
-
-
-def _read_file(path: str) -> str:
-    """Return a picture file as a PNG file in base64, upright."""
-    try:
-        return base64.b64encode(as_png(Path(path).read_bytes())).decode()
-    except OSError as error:
-        raise RequestError(f"the picture {path} cannot be read: {error.strerror or error}") from error
-    except UnreadableError as error:
-        raise RequestError(f"the picture {path} {error}") from error
 
 
 def _write_film(film: Film) -> dict[str, Any]:

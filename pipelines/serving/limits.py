@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from ddpm.inference import Drawing, Inpainting
 from ddpm.model import Model
 from pipelines.config import ServingConfig
+from pipelines.inference.inputs import DRAWN
 from pipelines.inference.request import RequestError
 
 MIB = 2**20
@@ -219,7 +220,7 @@ class Limits:
             raise Refused(422, f"{name} has {length:,} entries: at most {most:,} are allowed")
 
     def _check_text(self, name: str, text: str) -> None:
-        if name in PICTURES and not (name == "masks" and text.startswith(("box:", "half:"))):
+        if name in PICTURES and not (name == "masks" and text.startswith(DRAWN)):
             return  # the body's size bounds it
         most = self.max_prompt if name in PROMPTS else SETTING
         if len(text) > most:

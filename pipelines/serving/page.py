@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported, which looks for newer versions else
 
@@ -21,21 +19,18 @@ import numpy as np
 from fastapi import FastAPI
 from ray import serve
 
-from ddpm.generate import Sampling
-from ddpm.samplers import SAMPLERS
-from ddpm.samplers.repaint import RePaint
-from pipelines.inference.request import Edit, Inpaint, Option, Request, RequestError, Sample, options
+from pipelines.inference.request import Edit, Inpaint, RequestError, Sample
 from pipelines.serving.application import ask_front
 from pipelines.serving.bodies import decode_base64
+from pipelines.serving.fields import Form
 from pipelines.serving.forms import (
     BRUSH,
     HALVES,
-    OWN,
+    Shown,
     enlarged,
     figures,
     film,
     picture_and_mask,
-    write_form,
 )
 from pipelines.serving.limits import Limits, Refused
 from pipelines.serving.login import Login
@@ -52,60 +47,10 @@ STYLE = """
 .film { display: flex; gap: 8px; overflow-x: auto; padding-bottom: 8px; }
 .film .state { flex: 0 0 96px; display: grid; gap: 6px; }
 """
-ELSEWHERE = ("images", "mask", "film", "text_encoder", "batch_size")
-"""Options that are no field of a form: pictures are dropped or brushed, a film has a tab, the rest is the server's."""
 KEPT_S = (600, 3600)
 """Every so many seconds, uploads older than so many are deleted."""
 FONTS = ["system-ui", "sans-serif"]
 """Fonts that are there without a network."""
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A served model, as the page shows it.
-
-    Attributes:
-        name: that requests name it by.
-        classes: names of its classes; () for a model without.
-        text: whether it can be prompted.
-        size: of its images, in pixels.
-        sampler: kind of its own sampler.
-        steps, scale: its own sampling steps and guidance scale.
-        fill_steps: steps in which it fills hidden pixels, where a request says nothing.
-        most_steps: sampling steps of one request, at most.
-        most_pictures: pictures of one request, at most.
-        about: its model card, Markdown.
-    """
-
-    name: str
-    classes: tuple[str, ...]
-    text: bool
-    size: int
-    sampler: str
-    steps: int
-    scale: float
-    fill_steps: int
-    most_steps: int
-    most_pictures: int
-    about: str
-
-    @classmethod
-    def of(cls, told: Mapping[str, Any], limits: Limits) -> Self:
-        """Return what the server tells of a model, as in `GET /v1/models`, under the limits of a request."""
-        sampling = Sampling.from_json(told["sampling"])
-        return cls(
-            told["id"],
-            tuple(told["classes"]),
-            told["text"],
-            told["shape"][-1],
-            SAMPLERS.name_of(type(sampling.sampler)),
-            sampling.sampler.steps,
-            sampling.guidance.scale,
-            sampling.sampler.steps if told["inpainting"] else min(RePaint().steps, told["num_steps"]),
-            min(told["num_steps"], limits.max_steps),
-            limits.max_pictures,
-            told["card"] or "This model has no card: it is not a version of the registry.",
-        )
 
 
 class Page:
@@ -239,7 +184,7 @@ class _Panel:
 
     def _sample(self) -> gr.State:
         """Add the form of samples, and return the first picture of the last ones."""
-        form = _Form(Sample, self.model, many=True)
+        form = Form(Sample, self.model, many=True)
         button = gr.Button("Sample", variant="primary")
         pictures, last = gr.HTML(), gr.State(None)
 
@@ -265,7 +210,7 @@ class _Panel:
             height=400,
         )
         filled = gr.Radio([BRUSH, *HALVES], value=BRUSH, label="Fill")
-        form = _Form(Inpaint, self.model)
+        form = Form(Inpaint, self.model)
         button = gr.Button("Fill", variant="primary")
         pictures = gr.HTML()
 
@@ -282,7 +227,7 @@ class _Panel:
         take = gr.Button("Take the first sampled picture", size="sm")
         # Not as an array: that of a GIF file has no colours, but indices of them.
         given = gr.Image(label="Picture", type="pil", image_mode="RGBA", sources=["upload", "clipboard"], height=320)
-        form = _Form(Edit, self.model, first=("strength",))
+        form = Form(Edit, self.model, first=("strength",))
         button = gr.Button("Draw anew", variant="primary")
         pictures = gr.HTML()
 
@@ -300,7 +245,7 @@ class _Panel:
 
     def _film(self) -> None:
         gr.Markdown("From noise to a picture: above x_t, below the x_0 that the model predicts from it.")
-        form = _Form(Sample, self.model)
+        form = Form(Sample, self.model)
         button = gr.Button("Show the way", variant="primary")
         shown = gr.HTML()
 
@@ -309,7 +254,7 @@ class _Panel:
 
         button.click(draw, form.components, shown, api_name="film")
 
-    async def _asked(self, form: _Form, values: Sequence[Any], **more: Any) -> Mapping[str, Any]:
+    async def _asked(self, form: Form, values: Sequence[Any], **more: Any) -> Mapping[str, Any]:
         """Return the answer to what a form holds, and to fields that are no part of it."""
         with _shown_errors():
             return await self.ask(form.body(values, **more))
@@ -319,90 +264,6 @@ class _Panel:
             if last is None:
                 raise RequestError("no picture is sampled yet: sample one first")
             return enlarged(last)
-
-
-class _Form:
-    """The fields of a form: one for each option of a request that the page does not show otherwise.
-
-    Args:
-        kind: of the request.
-        model: that is asked.
-        first: options that come before those of every form.
-        many: whether several labels and several pictures of each can be asked for.
-
-    Attributes:
-        components: the fields.
-    """
-
-    def __init__(self, kind: type[Request], model: Shown, first: Sequence[str] = (), many: bool = False) -> None:
-        self._kind, self._model, self._many = kind, model, many
-        there = {option.name: option for option in options(kind) if option.name not in ELSEWHERE}
-        steps = min(model.fill_steps if kind is Inpaint else model.steps, model.most_steps)
-        self._own = {name: option.default for name, option in there.items()} | {
-            "sampler": OWN,
-            "steps": steps,
-            "guidance": model.scale,
-        }
-        self._fields: dict[str, gr.components.Component] = {}
-
-        def show(*names: str) -> None:
-            self._fields |= {name: self._component(there.pop(name)) for name in names}
-
-        show(*first)
-        with gr.Row():
-            show("labels", "prompts", "negative_prompt")
-        with gr.Row():
-            with gr.Column(min_width=220):
-                show("seed")
-                again = gr.Button("Another seed", size="sm")
-            show("count")
-        with gr.Accordion("Sampler, steps and guidance", open=False):
-            show("sampler", "steps", "guidance")
-        with gr.Accordion("More", open=False):
-            show(*there)
-        again.click(lambda: random.randrange(1 << 31), None, self._fields["seed"], api_visibility="private")
-
-    @property
-    def components(self) -> list[gr.components.Component]:
-        """The fields, in order."""
-        return list(self._fields.values())
-
-    def body(self, values: Sequence[Any], **more: Any) -> dict[str, Any]:
-        """Return the body of a request from the values of the fields, and from others.
-
-        Raises:
-            RequestError: a value cannot be read.
-        """
-        return write_form(self._kind, self._model.name, dict(zip(self._fields, values, strict=True)), self._own, **more)
-
-    def _component(self, option: Option) -> gr.components.Component:
-        model, own, classes = self._model, self._own[option.name], list(self._model.classes)
-        label = option.name.replace("_", " ").capitalize()
-        match option.name:
-            case "labels":
-                value, most = (classes[:10], None) if self._many else (classes[:1], 1)
-                shown = bool(classes)
-                return gr.Dropdown(classes, value=value, multiselect=True, max_choices=most, label=label, visible=shown)
-            case "source_labels":
-                return gr.Dropdown(classes, value=[], multiselect=True, label=label, info=option.meaning)
-            case "prompts" | "negative_prompt":
-                return gr.Textbox(label=label, visible=model.text, max_length=1000)
-            case "sampler":
-                return gr.Dropdown([OWN, *SAMPLERS], value=OWN, label=label, info=f"its own is {model.sampler}")
-            case "steps":
-                return gr.Slider(1, model.most_steps, value=own, step=1, label=label)
-            case "guidance":
-                return gr.Slider(0, 10, value=own, step=0.1, label="Guidance scale", info="1 is without guidance")
-            case "seed":
-                return gr.Number(own, label=label, precision=0, minimum=option.low)
-            case "count":
-                most = min(model.most_pictures, 16)
-                return gr.Slider(1, most, value=own, step=1, label="Pictures of each", visible=self._many)
-        if option.type is bool:
-            return gr.Checkbox(own, label=label, info=option.meaning)
-        if option.type is float and option.low is not None and option.high is not None:
-            return gr.Slider(option.low, option.high, value=own, step=0.05, label=label, info=option.meaning)
-        return gr.Textbox("" if own is None else str(own), label=label, info=option.meaning)
 
 
 @contextmanager

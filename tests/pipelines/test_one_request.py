@@ -24,9 +24,9 @@ from pipelines.cli.app import app, main
 from pipelines.config import compose
 from pipelines.inference.request import TASKS, options
 from pipelines.served_model import DiffusionModel
+from pipelines.serving.forms import ELSEWHERE
 from pipelines.serving.http import make_app
 from pipelines.serving.metrics import Metrics
-from pipelines.serving.page import ELSEWHERE
 from pipelines.serving.served import load
 from pipelines.storage import Storage
 from tests.pipelines.drawing import model_folder, save_picture

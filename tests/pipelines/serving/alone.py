@@ -9,8 +9,9 @@ from typing import Any
 from gradio.components.image_editor import EditorData, ImageEditor
 from gradio.data_classes import FileData, ImageData
 
+from pipelines.serving.forms import Shown
 from pipelines.serving.limits import Refused
-from pipelines.serving.page import Shown, build_page
+from pipelines.serving.page import build_page
 from pipelines.serving.served import Served
 
 OTHERWISE = {"guidance": "Guidance scale", "count": "Pictures of each"}

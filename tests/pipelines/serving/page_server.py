@@ -13,8 +13,9 @@ import torch
 import uvicorn
 
 from pipelines.config import compose
+from pipelines.serving.forms import Shown
 from pipelines.serving.limits import Limits
-from pipelines.serving.page import Shown, make_page
+from pipelines.serving.page import make_page
 from pipelines.serving.served import Served, load
 from pipelines.storage import Storage
 
