@@ -99,19 +99,17 @@ class Client:
     def _patiently(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return an answer, asked for again where it is lost."""
         bypass_proxies(self.url)
+        patient = Retrying(
+            retry=retry_if_exception_type(_Later),
+            stop=stop_after_delay(self.patience_s),
+            wait=_wait,
+            before_sleep=self._again,
+            reraise=True,
+        )
         try:
-            for attempt in Retrying(
-                retry=retry_if_exception_type(_Later),
-                stop=stop_after_delay(self.patience_s),
-                wait=_wait,
-                before_sleep=self._again,
-                reraise=True,
-            ):
-                with attempt:
-                    return self._once(method, path, body)
+            return patient(self._once, method, path, body)
         except _Later as later:
             raise ServerError(f"{self.url} does not answer: {later}") from later
-        raise AssertionError("a retry ends with an answer or an error")
 
     def _again(self, attempt: Attempt) -> None:
         """Say why a request is asked again, once."""
