@@ -80,10 +80,12 @@ class Source:
     def of(cls, resolved: Resolved) -> Source:
         """Return what there is to say of a model that draws in this process."""
         device = next(resolved.model.network.parameters()).device
+        version = resolved.version
+        recorded = None if version is None else version.tags.get("model_digest")
         return cls(
             resolved.reference,
-            _digest(resolved),
-            None if resolved.version is None else resolved.version.uri,
+            recorded or digest_of(resolved),
+            None if version is None else version.uri,
             resolved.model.spec.lineage,
             {
                 **code_lineage(),
@@ -257,12 +259,6 @@ def _rows_as_frames(pictures: Pictures) -> list[NDArray[np.uint8]]:
     columns, count = pictures.columns, len(pictures.pixels)
     rows = [label_grid(pictures.pixels[i : i + columns], columns) for i in range(0, count, columns)]
     return rows + rows[-2:0:-1]
-
-
-def _digest(resolved: Resolved) -> str:
-    """Return the digest under which the weights are known where they come from."""
-    recorded = None if resolved.version is None else resolved.version.tags.get("model_digest")
-    return recorded or digest_of(resolved)
 
 
 def _manifest(

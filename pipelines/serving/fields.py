@@ -76,7 +76,8 @@ class Form:
                 shown = bool(classes)
                 return gr.Dropdown(classes, value=value, multiselect=True, max_choices=most, label=label, visible=shown)
             case "source_labels":
-                return gr.Dropdown(classes, value=[], multiselect=True, label=label, info=option.meaning)
+                shown = bool(classes)
+                return gr.Dropdown(classes, value=[], multiselect=True, label=label, info=option.meaning, visible=shown)
             case "prompts" | "negative_prompt":
                 return gr.Textbox(label=label, visible=model.text, max_length=1000)
             case "sampler":
