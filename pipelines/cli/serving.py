@@ -87,13 +87,11 @@ def serve(
 
 def _add_page(service: Service, config: Config, token_digest: str | None) -> str:
     """Start the page of what is served, and return its address."""
-    from pipelines.serving.forms import Shown
     from pipelines.serving.limits import Limits
     from pipelines.serving.page import page_application
 
-    limits = Limits.of(config.serving)
-    shown = [Shown.of(told, limits) for told in service.models()]
-    return f"{service.add_page(page_application(service.front, shown, limits, token_digest))}/"
+    page = page_application(service.front, service.models(), Limits.of(config.serving), token_digest)
+    return f"{service.add_page(page)}/"
 
 
 def is_override(argument: str) -> bool:

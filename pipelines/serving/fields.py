@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gradio as gr
 
+from ddpm.generate import Sampling
 from ddpm.samplers import SAMPLERS
+from ddpm.samplers.repaint import RePaint
 from pipelines.inference.request import Inpaint, Option, Request, options
-from pipelines.serving.forms import ELSEWHERE, OWN, Shown, write_form
+from pipelines.serving.forms import ELSEWHERE, OWN, write_form
+from pipelines.serving.limits import Limits
 
 
 class Form:
@@ -18,7 +21,8 @@ class Form:
 
     Args:
         kind: of the request.
-        model: that is asked.
+        told: what the server tells of the model that is asked, as in `GET /v1/models`.
+        limits: of a request.
         first: options that come before those of every form.
         many: whether several labels and several pictures of each can be asked for.
 
@@ -26,14 +30,23 @@ class Form:
         components: the fields.
     """
 
-    def __init__(self, kind: type[Request], model: Shown, first: Sequence[str] = (), many: bool = False) -> None:
-        self._kind, self._model, self._many = kind, model, many
+    def __init__(
+        self,
+        kind: type[Request],
+        told: Mapping[str, Any],
+        limits: Limits,
+        first: Sequence[str] = (),
+        many: bool = False,
+    ) -> None:
+        self._kind, self._told, self._limits, self._many = kind, told, limits, many
         there = {option.name: option for option in options(kind) if option.name not in ELSEWHERE}
-        steps = min(model.fill_steps if kind is Inpaint else model.steps, model.most_steps)
+        sampling = Sampling.from_json(told["sampling"])
+        self._most_steps = min(told["num_steps"], limits.max_steps)
+        steps = RePaint().steps if kind is Inpaint and not told["inpainting"] else sampling.sampler.steps
         self._own = {name: option.default for name, option in there.items()} | {
             "sampler": OWN,
-            "steps": steps,
-            "guidance": model.scale,
+            "steps": min(steps, told["num_steps"]),
+            "guidance": sampling.guidance.scale,
         }
         self._fields: dict[str, gr.components.Component] = {}
 
@@ -65,10 +78,10 @@ class Form:
         Raises:
             RequestError: a value cannot be read.
         """
-        return write_form(self._kind, self._model.name, dict(zip(self._fields, values, strict=True)), self._own, **more)
+        return write_form(self._kind, self._told["id"], dict(zip(self._fields, values, strict=True)), self._own, **more)
 
     def _component(self, option: Option) -> gr.components.Component:
-        model, own, classes = self._model, self._own[option.name], list(self._model.classes)
+        told, own, classes = self._told, self._own[option.name], list(self._told["classes"])
         label = option.name.replace("_", " ").capitalize()
         match option.name:
             case "labels":
@@ -79,17 +92,19 @@ class Form:
                 shown = bool(classes)
                 return gr.Dropdown(classes, value=[], multiselect=True, label=label, info=option.meaning, visible=shown)
             case "prompts" | "negative_prompt":
-                return gr.Textbox(label=label, visible=model.text, max_length=1000)
+                return gr.Textbox(label=label, visible=told["text"], max_length=1000)
             case "sampler":
-                return gr.Dropdown([OWN, *SAMPLERS], value=OWN, label=label, info=f"its own is {model.sampler}")
+                return gr.Dropdown(
+                    [OWN, *SAMPLERS], value=OWN, label=label, info=f"its own is {told['sampling']['kind']}"
+                )
             case "steps":
-                return gr.Slider(1, model.most_steps, value=own, step=1, label=label)
+                return gr.Slider(1, self._most_steps, value=min(own, self._most_steps), step=1, label=label)
             case "guidance":
                 return gr.Slider(0, 10, value=own, step=0.1, label="Guidance scale", info="1 is without guidance")
             case "seed":
                 return gr.Number(own, label=label, precision=0, minimum=option.low)
             case "count":
-                most = min(model.most_pictures, 16)
+                most = min(self._limits.max_pictures, 16)
                 return gr.Slider(1, most, value=own, step=1, label="Pictures of each", visible=self._many)
         if option.type is bool:
             return gr.Checkbox(own, label=label, info=option.meaning)

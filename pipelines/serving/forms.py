@@ -7,19 +7,14 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ddpm.generate import Sampling
-from ddpm.samplers import SAMPLERS
-from ddpm.samplers.repaint import RePaint
 from pipelines.inference.request import Request, RequestError, read_fields
 from pipelines.serving.bodies import decode_png, encode_png
-from pipelines.serving.limits import Limits
 from pipelines.shards.members import on_white
 
 ELSEWHERE = ("images", "mask", "film", "text_encoder", "batch_size")
@@ -36,54 +31,6 @@ HALVES = {
 """Choice of what is filled, beside `BRUSH` -> mask of a request."""
 SHOWN_PIXELS = 320
 """Width at which a given picture is brushed on, at least: pictures of models are small."""
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A served model, as the page shows it.
-
-    Attributes:
-        name: that requests name it by.
-        classes: names of its classes; () for a model without.
-        text: whether it can be prompted.
-        size: of its images, in pixels.
-        sampler: kind of its own sampler.
-        steps, scale: its own sampling steps and guidance scale.
-        fill_steps: steps in which it fills hidden pixels, where a request says nothing.
-        most_steps: sampling steps of one request, at most.
-        most_pictures: pictures of one request, at most.
-        about: its model card, Markdown.
-    """
-
-    name: str
-    classes: tuple[str, ...]
-    text: bool
-    size: int
-    sampler: str
-    steps: int
-    scale: float
-    fill_steps: int
-    most_steps: int
-    most_pictures: int
-    about: str
-
-    @classmethod
-    def of(cls, told: Mapping[str, Any], limits: Limits) -> Self:
-        """Return what the server tells of a model, as in `GET /v1/models`, under the limits of a request."""
-        sampling = Sampling.from_json(told["sampling"])
-        return cls(
-            told["id"],
-            tuple(told["classes"]),
-            told["text"],
-            told["shape"][-1],
-            SAMPLERS.name_of(type(sampling.sampler)),
-            sampling.sampler.steps,
-            sampling.guidance.scale,
-            sampling.sampler.steps if told["inpainting"] else min(RePaint().steps, told["num_steps"]),
-            min(told["num_steps"], limits.max_steps),
-            limits.max_pictures,
-            told["card"] or "This model has no card: it is not a version of the registry.",
-        )
 
 
 def write_form(

@@ -26,7 +26,6 @@ from pipelines.serving.fields import Form
 from pipelines.serving.forms import (
     BRUSH,
     HALVES,
-    Shown,
     enlarged,
     figures,
     film,
@@ -47,6 +46,7 @@ STYLE = """
 .film { display: flex; gap: 8px; overflow-x: auto; padding-bottom: 8px; }
 .film .state { flex: 0 0 96px; display: grid; gap: 6px; }
 """
+NO_CARD = "This model has no card: it is not a version of the registry."
 KEPT_S = (600, 3600)
 """Every so many seconds, uploads older than so many are deleted."""
 FONTS = ["system-ui", "sans-serif"]
@@ -58,12 +58,14 @@ class Page:
 
     Args:
         front: handle of the process that answers requests.
-        models: what is served.
+        models: what is served, as in `GET /v1/models`.
         limits: of a request.
         token_digest: of the token that visitors need; None for none.
     """
 
-    def __init__(self, front: Any, models: Sequence[Shown], limits: Limits, token_digest: str | None) -> None:
+    def __init__(
+        self, front: Any, models: Sequence[Mapping[str, Any]], limits: Limits, token_digest: str | None
+    ) -> None:
         self._front, self._models, self._limits, self._token_digest = front, models, limits, token_digest
 
     async def ask(self, body: dict[str, Any]) -> Mapping[str, Any]:
@@ -75,13 +77,13 @@ class Page:
         return make_page(self._models, self.ask, self._limits, self._token_digest)
 
 
-def page_application(front: Any, models: Sequence[Shown], limits: Limits, token_digest: str | None) -> Any:
+def page_application(front: Any, models: Sequence[Mapping[str, Any]], limits: Limits, token_digest: str | None) -> Any:
     """Return the Ray Serve application of the page; the arguments are those of `Page`."""
     deployment = serve.deployment(serve.ingress()(Page), num_replicas=1, ray_actor_options={"num_cpus": 0})
     return deployment.bind(front, list(models), limits, token_digest)
 
 
-def make_page(models: Sequence[Shown], ask: Ask, limits: Limits, token_digest: str | None) -> FastAPI:
+def make_page(models: Sequence[Mapping[str, Any]], ask: Ask, limits: Limits, token_digest: str | None) -> FastAPI:
     """Return the page as an application of its own, at /.
 
     Args:
@@ -108,7 +110,7 @@ def make_page(models: Sequence[Shown], ask: Ask, limits: Limits, token_digest: s
     )
 
 
-def build_page(models: Sequence[Shown], ask: Ask, limits: Limits) -> gr.Blocks:
+def build_page(models: Sequence[Mapping[str, Any]], ask: Ask, limits: Limits) -> gr.Blocks:
     """Return the page of some models: a tab for each of them, where there are several."""
     blocks = gr.Blocks(title="Pictures from a diffusion model", analytics_enabled=False, delete_cache=KEPT_S)
     with blocks:
@@ -117,7 +119,7 @@ def build_page(models: Sequence[Shown], ask: Ask, limits: Limits) -> gr.Blocks:
         else:
             with gr.Tabs():
                 for model in models:
-                    with gr.Tab(model.name):
+                    with gr.Tab(model["id"]):
                         _Panel(model, ask, limits).build()
     # The server puts the requests of different visitors into one batch, and has limits of its own.
     return blocks.queue(default_concurrency_limit=None)
@@ -165,12 +167,12 @@ def _check_upload(limits: Limits, given: Any) -> None:
 class _Panel:
     """The forms of one model."""
 
-    def __init__(self, model: Shown, ask: Ask, limits: Limits) -> None:
-        self.model, self.ask, self.limits = model, ask, limits
+    def __init__(self, told: Mapping[str, Any], ask: Ask, limits: Limits) -> None:
+        self.told, self.ask, self.limits = told, ask, limits
 
     def build(self) -> None:
         """Add the forms to the page that is being made."""
-        gr.Markdown(f"# {self.model.name}")
+        gr.Markdown(f"# {self.told['id']}")
         with gr.Tab("Sample"):
             last = self._sample()
         with gr.Tab("Inpaint"):
@@ -180,11 +182,11 @@ class _Panel:
         with gr.Tab("Film"):
             self._film()
         with gr.Tab("About this model"):
-            gr.Markdown(self.model.about)
+            gr.Markdown(self.told["card"] or NO_CARD)
 
     def _sample(self) -> gr.State:
         """Add the form of samples, and return the first picture of the last ones."""
-        form = Form(Sample, self.model, many=True)
+        form = Form(Sample, self.told, self.limits, many=True)
         button = gr.Button("Sample", variant="primary")
         pictures, last = gr.HTML(), gr.State(None)
 
@@ -210,13 +212,13 @@ class _Panel:
             height=400,
         )
         filled = gr.Radio([BRUSH, *HALVES], value=BRUSH, label="Fill")
-        form = Form(Inpaint, self.model)
+        form = Form(Inpaint, self.told, self.limits)
         button = gr.Button("Fill", variant="primary")
         pictures = gr.HTML()
 
         async def draw(drawing: Any, filled: str, *values: Any) -> str:
             with _shown_errors():
-                picture, mask = await asyncio.to_thread(picture_and_mask, drawing, filled, self.model.size)
+                picture, mask = await asyncio.to_thread(picture_and_mask, drawing, filled, self.told["shape"][-1])
             return figures(await self._asked(form, values, images=[picture], masks=[mask]))
 
         take.click(self._take, last, editor, api_visibility="private")
@@ -227,14 +229,14 @@ class _Panel:
         take = gr.Button("Take the first sampled picture", size="sm")
         # Not as an array: that of a GIF file has no colours, but indices of them.
         given = gr.Image(label="Picture", type="pil", image_mode="RGBA", sources=["upload", "clipboard"], height=320)
-        form = Form(Edit, self.model, first=("strength",))
+        form = Form(Edit, self.told, self.limits, first=("strength",))
         button = gr.Button("Draw anew", variant="primary")
         pictures = gr.HTML()
 
         async def draw(given: Any, *values: Any) -> str:
             def shaped() -> str:
                 background = None if given is None else np.asarray(given.convert("RGBA"))
-                return picture_and_mask({"background": background}, next(iter(HALVES)), self.model.size)[0]
+                return picture_and_mask({"background": background}, next(iter(HALVES)), self.told["shape"][-1])[0]
 
             with _shown_errors():
                 picture = await asyncio.to_thread(shaped)
@@ -245,7 +247,7 @@ class _Panel:
 
     def _film(self) -> None:
         gr.Markdown("From noise to a picture: above x_t, below the x_0 that the model predicts from it.")
-        form = Form(Sample, self.model)
+        form = Form(Sample, self.told, self.limits)
         button = gr.Button("Show the way", variant="primary")
         shown = gr.HTML()
 

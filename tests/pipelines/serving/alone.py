@@ -9,7 +9,6 @@ from typing import Any
 from gradio.components.image_editor import EditorData, ImageEditor
 from gradio.data_classes import FileData, ImageData
 
-from pipelines.serving.forms import Shown
 from pipelines.serving.limits import Refused
 from pipelines.serving.page import build_page
 from pipelines.serving.served import Served
@@ -50,7 +49,7 @@ class Page:
 
     def __init__(self, served: Served) -> None:
         told = {**served.describe(), "id": "one", "card": None}
-        blocks = build_page([Shown.of(told, served.limits)], self._ask, served.limits)
+        blocks = build_page([told], self._ask, served.limits)
         self._served, self._loop = served, asyncio.Runner()
         self._handlers: dict[Any, Any] = {handler.api_name: handler for handler in blocks.fns.values()}
 

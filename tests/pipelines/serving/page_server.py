@@ -13,7 +13,6 @@ import torch
 import uvicorn
 
 from pipelines.config import compose
-from pipelines.serving.forms import Shown
 from pipelines.serving.limits import Limits
 from pipelines.serving.page import make_page
 from pipelines.serving.served import Served, load
@@ -36,7 +35,7 @@ def page_of(folder: Path, token_digest: str | None = None) -> Iterator[str]:
     told = {**load(str(folder), config, storage, drawing).describe(), "id": "digits@champion", "card": "# What it is"}
     server = uvicorn.Server(
         uvicorn.Config(
-            make_page([Shown.of(told, limits)], ask, limits, token_digest),
+            make_page([told], ask, limits, token_digest),
             port=0,
             log_level="warning",
             timeout_graceful_shutdown=1,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import re
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import pytest
 import requests
@@ -12,12 +14,16 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 from ddpm.model import load_model
+from pipelines.config import compose
 from pipelines.inference.pictures import picture
 from pipelines.inference.request import Edit, Inpaint, Sample
 from pipelines.serving.bodies import encode_png
 from pipelines.serving.forms import OWN
+from pipelines.serving.served import load
 from pipelines.serving.token import digest_of
+from pipelines.storage import Storage
 from tests.pipelines.drawing import model_folder, save_picture
+from tests.pipelines.serving.alone import Page
 from tests.pipelines.serving.bad_requests import bomb
 from tests.pipelines.serving.page_server import page_of
 
@@ -93,6 +99,13 @@ def test_a_film_ends_with_the_sample(page, model):
     final = encoded(picture(Sample.of(labels=["7"], seed=2), load_model(model)))
     assert len(shown(html)) == 2 * 4
     assert shown(html)[-2:] == final * 2
+
+
+def test_a_form_that_nobody_touched_asks_for_no_more_steps_than_are_allowed(model):
+    config = compose(["serving.max_steps=3"])  # of which the model has four by itself
+    with ThreadPoolExecutor(1) as executor, closing(Page(load(str(model), config, Storage(), executor))) as here:
+        html, _ = here.send("sample", {"labels": ["7"]})
+    assert shown(html) == encoded(picture(Sample.of(labels=["7"], sampling={"steps": 3}), load_model(model)))
 
 
 def test_what_the_server_refuses_is_said(page):
