@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.digits.data import load_captions, load_digits
+from benchmarks.digits.data import load_digits
 from benchmarks.digits.training import Zoo
 from benchmarks.images import Labelled
 from benchmarks.results import Size, commit, make_parser, out_folder, publish, work_folder
@@ -116,7 +116,7 @@ class Pool:
         """Return the recorded features; they are drawn the first time."""
         path = work / f"features-{count}.safetensors"
         if not path.exists():
-            zoo = Zoo(digits, load_captions(), work, scale, print)
+            zoo = Zoo(digits, work, scale, print)
             trained, early = zoo.classes(), zoo.weak()
             labels = torch.from_numpy(balanced_labels(count, digits.train_labels.bincount().tolist(), 0))
             drawn = {}

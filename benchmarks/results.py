@@ -36,7 +36,7 @@ def make_parser(program: str, doc: str | None, quick: str, keeps: str | None = N
     Args:
         program: its name in `benchmarks`.
         doc: its docstring, of which the first line describes it.
-        quick: what is less with `--quick`, which ends within three minutes on two cores unless this says otherwise.
+        quick: what is less with `--quick`, which ends within three minutes on two cores.
         keeps: what it keeps in its work folder, if it has one.
     """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{program}", description=(doc or "").splitlines()[0])
@@ -84,6 +84,11 @@ def python_m(module: str) -> list[str]:
     Tests name an interpreter that has imported torch before, in the environment.
     """
     return [*shlex.split(os.environ.get("DDPM_BENCHMARK_PYTHON", sys.executable)), "-m", module]
+
+
+def ddpm() -> list[str]:
+    """Return the command `ddpm`; tests name another, as for `python_m`."""
+    return shlex.split(os.environ.get("DDPM_BENCHMARK_DDPM", str(Path(sys.executable).with_name("ddpm"))))
 
 
 def commit() -> str:

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.results import Size, commit, make_parser, publish, work_folder
+from benchmarks.results import Size, commit, ddpm, make_parser, publish, work_folder
 
 if TYPE_CHECKING:
     from pipelines.stack import StackState
@@ -104,7 +104,8 @@ def run(state: StackState, work: Path, load: Load, size: Size) -> dict[str, Any]
     asked = _requests(load.requests)
     wanted = {version: _wanted(model, asked) for version, model in models.items()}
     _point(str(state.tracking_uri), "1")
-    with _ours(state.home) as (url, headers), _theirs(str(state.tracking_uri)) as their_url:
+    with _theirs(str(state.tracking_uri)) as (their_url, answers), _ours(state.home) as (url, headers):
+        answers()
         ours, table = _image_sender(url, headers), _table_sender(url, headers)
         theirs = _table_sender(their_url, {})
         rounds: dict[str, list[dict[str, Any]]] = {}
@@ -141,7 +142,7 @@ def _register(work: Path, load: Load, size: Size, uri: str) -> dict[str, Any]:
 
     import torch
 
-    from benchmarks.digits.data import load_captions, load_digits
+    from benchmarks.digits.data import load_digits
     from benchmarks.digits.training import SHAPE, Zoo
     from ddpm.generate import Sampling
     from ddpm.model import Model, ModelSpec, save_model
@@ -151,7 +152,7 @@ def _register(work: Path, load: Load, size: Size, uri: str) -> dict[str, Any]:
     from pipelines.registry.package import pyfunc_of
 
     torch.set_num_threads(1)
-    zoo = Zoo(load_digits(work, size), load_captions(), work, load.training, lambda text: print(text, file=sys.stderr))
+    zoo = Zoo(load_digits(work, size), work, load.training, lambda text: print(text, file=sys.stderr))
     settings = Sampling.of(kind="dpm_solver", steps=STEPS[1], scale=1.5)
     classes = tuple(map(str, range(10)))
     spec = ModelSpec(SHAPE, {"kind": "cosine", "num_steps": 1000}, "eps", 8, classes, settings)
@@ -282,7 +283,7 @@ def _median(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _ours(home: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Run `ddpm serve`; yield its address and the headers that it asks for."""
     settings = ["serving.port=0", "serving.follow_s=0.5", "serving.cpus_per_replica=0.5", "serving.max_queue=1000"]
-    command = [sys.executable, "-c", "from pipelines.cli import main; main()", "serve", MODEL, *settings, "--json"]
+    command = [*ddpm(), "serve", MODEL, *settings, "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=sys.stderr, text=True)
     try:
         assert process.stdout is not None
@@ -294,8 +295,8 @@ def _ours(home: Path) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 @contextmanager
-def _theirs(uri: str) -> Iterator[str]:
-    """Run `mlflow models serve` of the same version; yield its address."""
+def _theirs(uri: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Run `mlflow models serve` of the same version; yield its address, and what waits until it answers there."""
     import requests
 
     from pipelines.serving.service import free_port
@@ -306,7 +307,8 @@ def _theirs(uri: str) -> Iterator[str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # where it finds uvicorn
     environment = {**os.environ, "MLFLOW_TRACKING_URI": uri, "PATH": path}
     process = subprocess.Popen(command, env=environment, stdout=sys.stderr, start_new_session=True)
-    try:
+
+    def answers() -> None:
         deadline = time.monotonic() + 180
         while True:
             try:
@@ -316,7 +318,9 @@ def _theirs(uri: str) -> Iterator[str]:
                 if time.monotonic() > deadline or process.poll() is not None:
                     raise
                 time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}"
+
+    try:
+        yield f"http://127.0.0.1:{port}", answers
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.digits import figures, page, tables
-from benchmarks.digits.data import load_captions, load_digits
+from benchmarks.digits.data import load_digits
 from benchmarks.digits.tables import Row
 from benchmarks.digits.training import Zoo
 from benchmarks.results import Size, commit, make_parser, out_folder, publish, work_folder
@@ -64,7 +64,7 @@ def zoo(work: Path, size: Size) -> Zoo:
     torch.set_num_threads(1)
     digits, some = load_digits(work, size), slice(size.of(None, 100, 30))
     digits = replace(digits, test=digits.test[some], test_labels=digits.test_labels[some])
-    return Zoo(digits, load_captions(), work, size.of(1.0, 0.01, 0.0), say, *size.of((50, 200), (10, 50), (2, 40)))
+    return Zoo(digits, work, size.of(1.0, 0.01, 0.0), say, *size.of((50, 200), (10, 50), (2, 40)))
 
 
 def train(work: Path, size: Size, names: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.digits.data import Captions, drawn_template
+from benchmarks.digits.data import Captions, drawn_template, load_captions
 from benchmarks.images import Labelled
 from ddpm.conditioning import Conditioning
 from ddpm.ema import EMA
@@ -96,7 +96,6 @@ class Zoo:
     def __init__(
         self,
         digits: Labelled,
-        captions: Captions,
         work: Path,
         scale: float,
         say: Callable[[str], None],
@@ -104,13 +103,18 @@ class Zoo:
         draws: int = 200,
     ) -> None:
         self.steps, self.draws = steps, draws
-        self.digits, self.captions, self.work, self.scale, self.say = digits, captions, work, scale, say
+        self.digits, self.work, self.scale, self.say = digits, work, scale, say
         self.images = {
             name: max(int(images * scale) // BATCH * BATCH, BATCH)
             for name, images in {
                 "classes": 200_000, "classifier": 80_000, "inpainting": 200_000, "text": 200_000, "reader": 80_000,
             }.items()
         }  # fmt: skip
+
+    @property
+    def captions(self) -> Captions:
+        """The captions of models on text, encoded when the first of these needs them."""
+        return load_captions()
 
     def unet(self, config: UNetConfig, start: dict[str, Tensor] | None = None) -> UNet:
         """Return a new network, with given weights if any."""

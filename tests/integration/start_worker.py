@@ -23,6 +23,7 @@ def main() -> None:
         socket.send_fds(connection, [len(request).to_bytes(8, "big")], [0, 1, 2])
         connection.sendall(request)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, lambda number, _: connection.sendall(bytes([number])))
         status = connection.recv(1)  # when the worker has ended
     os._exit(status[0] if status else 1)
 

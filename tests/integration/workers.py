@@ -174,10 +174,12 @@ class Server:
         self._selector.register(connection, selectors.EVENT_READ, partial(self._kill, ended, connection))
 
     def _kill(self, ended: int, connection: socket.socket) -> None:
-        """Kill a worker whose asker has been killed."""
-        self._selector.unregister(connection)
+        """Kill a worker whose asker has been killed, or pass on a signal that its asker was sent."""
+        sent = connection.recv(1)
+        if not sent:
+            self._selector.unregister(connection)
         with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(ended, signal.SIGKILL)
+            signal.pidfd_send_signal(ended, sent[0] if sent else signal.SIGKILL)
 
     def _tell(self, ended: int, pid: int, connection: socket.socket) -> None:
         _, status = os.waitpid(pid, 0)
@@ -224,6 +226,7 @@ def be_worker(arguments: list[str]) -> None:
 
 def be_module(arguments: list[str]) -> None:
     """Be `python -m MODULE …`."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     set_up_torch()
     sys.argv = arguments[1:]
     runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
