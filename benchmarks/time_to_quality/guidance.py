@@ -13,8 +13,7 @@ import itertools
 import json
 
 from benchmarks.results import out_folder, publish
-from benchmarks.time_to_quality.pictures import DATA_SETS
-from benchmarks.time_to_quality.run import DataSet, conditions, parse, work_of
+from benchmarks.time_to_quality.run import conditions, data_set, parse, work_of
 
 SCALES = (1.0, 1.5, 2.0, 3.0)
 
@@ -26,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
     path = out_folder(options, "benchmarks/results") / "guidance_scales.json"
     data = json.loads(path.read_text())["data"] if path.exists() else {}
     for name in options.data.split(","):
-        found = DataSet(DATA_SETS[name](options.work.resolve()), work, options.samples)
+        found = data_set(options, name, work)
         rows = [
             found.at_scale(scale, options.budget, seed)
             for seed, scale in itertools.product(range(options.seeds), options.size.of(SCALES, SCALES, SCALES[:1]))

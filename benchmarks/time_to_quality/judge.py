@@ -58,7 +58,7 @@ class Judge:
     accuracy: float
 
     @classmethod
-    def of(cls, pictures: Pictures, work: Path, passes: int = 30) -> Judge:
+    def of(cls, pictures: Pictures, work: Path, passes: int) -> Judge:
         """Return the judge of a data set, trained where it is not there yet."""
         path = work / "judges" / f"{pictures.name}-{passes}.safetensors"
         images, labels = pictures.read(pictures.given)

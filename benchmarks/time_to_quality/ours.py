@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.results import ddpm
 from benchmarks.time_to_quality.pictures import Pictures
 from ddpm.conditioning import Conditioning
 from ddpm.generate import generate
 from ddpm.model import Model
 from pipelines.stack import StackState, read_state
-
-DDPM = str(Path(sys.executable).with_name("ddpm"))
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,8 @@ class Side:
         Raises:
             CalledProcessError: it fails; what it said is in its `stderr`, which is shown.
         """
-        done = subprocess.run([DDPM, *arguments], env=self.environment(), capture_output=True, text=True, check=False)
+        command = [*ddpm(), *arguments]
+        done = subprocess.run(command, env=self.environment(), capture_output=True, text=True, check=False)
         if log is not None:
             log.write_text(done.stderr)
         if done.returncode:
@@ -70,17 +70,17 @@ class Side:
         last = done.stdout.strip().splitlines()[-1:]
         return json.loads(last[0]) if last and last[0].startswith("{") else {}
 
-    def flow(self, pictures: Pictures, budget_s: float, seed: int, log: Path) -> dict[str, Any]:
-        """Train within a budget; return the model's address, its MLflow run, and the seconds to its registration.
+    def flow(self, pictures: Pictures, name: str, seed: int, length: Sequence[str], log: Path) -> dict[str, Any]:
+        """Train a model; return its address, its MLflow run, and the seconds to its registration.
 
         Args:
+            name: of the run.
+            length: the budget, or what is set in its place.
             log: keeps the plan and what every stage said.
         """
         began = time.monotonic()
-        name = f"name={pictures.name}-{budget_s:.0f}-{seed}"
-        answer = self.ddpm(
-            "flow", str(pictures.given), f"budget={budget_s:.0f}s", f"seed={seed}", name, "--json", log=log
-        )
+        set_ = [*length, f"seed={seed}", f"name={name}"]
+        answer = self.ddpm("flow", str(pictures.given), *set_, "--json", log=log)
         return {"seconds": time.monotonic() - began, "model": answer["model"], "run_id": answer["run_id"]}
 
     def state(self) -> StackState:

@@ -23,6 +23,7 @@ import os
 import statistics
 import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,11 @@ TRIALS = tuple(itertools.product(("eps", "v"), (3e-4, 1e-3)))
 """Prediction and learning rate of the peer's trials."""
 SEED, TRIAL_SAMPLES = 0, 300
 """Of trials."""
-QUICK_BUDGET_S = 210.0
-"""Of `--quick`, which has one; a flow of less than three and a half minutes may have no time left to train."""
+LESS = ("budget=4m", "data.image_size=8", "model.channels=[32]", "model.attention=[true]", "model.layers_per_block=1",
+        "batch_size=64", "evaluation.n=48", "evaluation.seeds=1", "sampler.steps=4")  # fmt: skip
+"""What a flow is given where less is measured. A plan refuses a budget of less than minutes, but not a training of
+seconds in one that it does not need."""
+QUICK, SMOKE = (*LESS, "training_s=15"), (*LESS, "training_s=1")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -56,9 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     path = out_folder(options, "benchmarks/results") / "time_to_quality.json"
     data = json.loads(path.read_text())["data"] if path.exists() else {}
     for name in options.data.split(","):
-        measured = DataSet(DATA_SETS[name](options.work.resolve()), work, options.samples).measure(
-            budgets, options.seeds, trials
-        )
+        measured = data_set(options, name, work).measure(budgets, options.seeds, trials)
         data[name] = conditions(options.samples) | {"budgets_s": budgets} | measured
     result = {"benchmark": "time_to_quality", "quick": options.size is not Size.FULL, "data": data}
     plot(data, out_folder(options, "docs/images") / "time-to-quality.png")
@@ -67,7 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def parse(arguments: list[str] | None, program: str, doc: str | None, data: str) -> argparse.Namespace:
     """Return the options of this benchmark, or of the one beside it; `data` is the default of theirs."""
-    parser = make_parser(program, doc, "one data set, seed and trial, the shortest flow; takes 11 minutes", "all parts")
+    parser = make_parser(program, doc, "one data set, seed and trial, a tiny network, seconds of training", "all parts")
+    parser.add_argument("--home", type=Path, help="folder of a stack that runs; default: one of each training's own")
     parser.add_argument("--budget", type=float, default=600.0, help="seconds of a training, the longer of two")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--data", default=data, help="names of data sets")
@@ -75,7 +78,7 @@ def parse(arguments: list[str] | None, program: str, doc: str | None, data: str)
     options = parser.parse_args(arguments)
     if options.size is not Size.FULL:
         options.seeds, options.data = 1, "mnist"
-        options.samples, options.budget = options.size.of((0, 0.0), (200, QUICK_BUDGET_S), (20, 1.0))
+        options.samples, options.budget = options.size.of((0, 0.0), (200, 20.0), (20, 1.0))
     return options
 
 
@@ -86,6 +89,12 @@ def work_of(options: argparse.Namespace) -> Path:
     )
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def data_set(options: argparse.Namespace, name: str, work: Path) -> DataSet:
+    """Return the measurements on the data set of this name, whose parts are kept in the work folder."""
+    pictures, flow = DATA_SETS[name](options.work.resolve()), options.size.of((), QUICK, SMOKE)
+    return DataSet(pictures, work, options.samples, flow, options.size.of(30, 3, 3), options.home)
 
 
 def conditions(samples: int) -> dict[str, Any]:
@@ -126,12 +135,18 @@ class DataSet:
     Args:
         work: where every part is kept.
         samples: of every model.
+        flow: what a flow of ours is given in place of a budget; nothing: the budget.
+        passes: of the judge's training over the given pictures.
+        home: folder of a stack that runs, on which ours trains; None for a new one for each training.
     """
 
-    def __init__(self, pictures: Pictures, work: Path, samples: int) -> None:
+    def __init__(
+        self, pictures: Pictures, work: Path, samples: int, flow: Sequence[str], passes: int, home: Path | None
+    ) -> None:
         self.pictures, self.work, self.samples = pictures, work / pictures.name, samples
+        self.flow, self.home = flow, home
         self.work.mkdir(exist_ok=True)
-        self.judge = Judge.of(pictures, work.parent)
+        self.judge = Judge.of(pictures, work.parent, passes)
 
     def measure(self, budgets: tuple[float, float], seeds: int, trials: Sequence[tuple[str, float]]) -> dict[str, Any]:
         """Return the rows of both sides, and what they come to.
@@ -167,8 +182,10 @@ class DataSet:
         """Return the row of a training of ours."""
 
         def make(folder: Path) -> dict[str, Any]:
-            with Side.started(folder / "home") as side:
-                trained = side.flow(self.pictures, budget_s, seed, folder / "flow.log")
+            with Side.started(folder / "home") if self.home is None else nullcontext(Side(self.home)) as side:
+                length = self.flow or (f"budget={budget_s:.0f}s",)
+                name = f"{self.pictures.name}-{budget_s:.0f}-{seed}"
+                trained = side.flow(self.pictures, name, seed, length, folder / "flow.log")
                 model = side.model(trained["model"])
                 save_model(self._trained(budget_s, seed), model.spec, model.network.state_dict())
                 trained |= side.trained(trained["run_id"])
