@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -12,75 +11,68 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from tests.benchmarks.programs import check, files_of_results
+from tests.benchmarks.programs import SERVICES, check, files_of_results, quick
 from tests.integration.workers import STARTER, forked
 
 pytestmark = pytest.mark.integration
-HOME = ("data", "overhead", "serving")
-"""Those which start a stack of their own unless one is named."""
+ON_DIGITS = ("studies", "trials")
+"""Those which take the model and the evaluator of digits as given, and measure on whichever stack runs: no `--home`."""
+
+
+def draw_pictures(work, count):
+    """Write digits of scikit-learn where the time to quality keeps those of MNIST, brighter ones after the first 1,797."""
+    images, labels = load_digits(return_X_y=True)
+    for number in range(count):
+        digit, pixels = labels[number % len(labels)], images[number % len(images)].reshape(8, 8)
+        folder = work / "pictures" / "mnist" / ("held_out" if number % 10 == 0 else "given") / str(digit)
+        folder.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray((pixels * (10 + number // len(images))).astype(np.uint8))
+        image.resize((28, 28)).save(folder / f"{number}.png")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """The work folder of the time to quality and of the program beside it, which goes on from there."""
+    folder = tmp_path_factory.mktemp("work")
+    draw_pictures(folder, 150)
+    return folder
 
 
 @pytest.fixture
-def run(shell, forks, local_stack, tmp_path):
-    """Run a benchmark with the least of everything, and check its result."""
-
-    def run_(name, *arguments, size="--smoke"):
-        before = files_of_results()
-        command, environment = forked(forks, f"benchmarks.{name}")
-        environment |= shell.environment | {"DDPM_BENCHMARK_PYTHON": f"{sys.executable} {STARTER}"}
-        environment["PATH"] = f"{os.path.dirname(sys.executable)}{os.pathsep}{environment['PATH']}"
-        home = ["--home", str(local_stack.home)] if name in HOME else []
-        command += [size, "--out", str(tmp_path), *home, *arguments]
-        done = subprocess.run(
-            command, env=environment, cwd=shell.folder, capture_output=True, text=True, timeout=280, check=False
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        check(name, done.stdout, tmp_path)
-        assert files_of_results() == before
-
-    return run_
+def command(request, name, shell, forks, tmp_path):
+    """The command of a program without its size, and its environment."""
+    if name.startswith("time_to_quality"):
+        pytest.importorskip("diffusers")
+    if name in ON_DIGITS:
+        request.getfixturevalue("digits")
+    words, environment = forked(forks, f"benchmarks.{name}")
+    fork = f"{sys.executable} {STARTER}"
+    environment |= shell.environment | {"DDPM_BENCHMARK_PYTHON": fork}
+    environment |= {"DDPM_BENCHMARK_DDPM": f"{fork} -m tests.integration.ddpm"}
+    environment["PATH"] = f"{os.path.dirname(sys.executable)}{os.pathsep}{environment['PATH']}"
+    return [*words, "--out", str(tmp_path)], environment
 
 
-SLOW = [pytest.param("trials", marks=pytest.mark.slow)]
-"""What starts as many workers as it has trials, with the least of everything too."""
-
-
-@pytest.mark.parametrize("name", [*HOME, *SLOW])
-def test_a_benchmark_runs_with_the_least_of_everything(name, run):
-    run(name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["data", "overhead", "serving", "trials"])
-def test_the_quick_form_ends_within_three_minutes(name, run):
-    run(name, size="--quick")
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_benchmark_runs_with_the_least_of_everything(name, command, shell, local_stack, work, tmp_path):
+    words, environment = command
+    words += ["--smoke", *([] if name in ON_DIGITS else ["--home", str(local_stack.home)])]
+    words += ["--work", str(work)] if name.startswith("time_to_quality") else []
+    before = files_of_results()
+    done = subprocess.run(
+        words, env=environment, cwd=shell.folder, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    check(name, done.stdout, tmp_path)
+    assert files_of_results() == before
 
 
 @pytest.mark.slow
-def test_the_studies_run_with_the_least_of_everything(run, digits):
-    run("studies")
-
-
-OURS = {
-    "network": {"channels": [32], "layers_per_block": 1, "attention": [True], "head_dim": 32},
-    "shape": [1, 8, 8],
-    "sampling": {"scale": 1.0},
-    "settings": {"batch_size": "32", "data.flip": "False"},
-    "seconds": 1.0, "distance": 1.0, "standard_error": 0.1, "accuracy": 0.5, "precision": 0.5, "recall": 0.5,
-    "machine": "none", "commit": "none",
-}  # fmt: skip
-
-
-def test_time_to_quality_runs_with_the_least_of_everything_but_a_flow(run, tmp_path):
-    """A flow with a budget takes minutes: its row is there, as of a benchmark that is taken up again."""
-    pytest.importorskip("diffusers")
-    for digit, pixels in zip(*(load_digits()[part][:150] for part in ("target", "images")), strict=True):
-        number = len(list(tmp_path.rglob(f"{digit}/*.png")))
-        folder = tmp_path / "pictures" / "mnist" / ("held_out" if number % 10 == 0 else "given") / str(digit)
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((pixels * 15).astype(np.uint8)).resize((28, 28)).save(folder / f"{number}.png")
-    kept = tmp_path / "smoke" / "mnist" / "ours-1-0.json"
-    kept.parent.mkdir(parents=True)
-    kept.write_text(json.dumps(OURS))
-    for name in ("time_to_quality", "time_to_quality.guidance"):
-        run(name, "--work", str(tmp_path))
+@pytest.mark.parametrize("name", SERVICES)
+def test_the_quick_form_ends_within_three_minutes(name, command, shell, tmp_path):
+    """Each but the two on a stack of its own, as whoever calls it would have it."""
+    words, environment = command
+    if name.startswith("time_to_quality"):
+        draw_pictures(tmp_path, 10_000)
+        words += ["--work", str(tmp_path)]
+    check(name, quick([*words, "--quick"], cwd=shell.folder, env=environment), tmp_path)
