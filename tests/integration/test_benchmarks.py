@@ -20,7 +20,7 @@ ON_DIGITS = ("studies", "trials")
 
 
 def draw_pictures(work, count):
-    """Write digits of scikit-learn where the time to quality keeps those of MNIST, brighter ones after the first 1,797."""
+    """Write digits of scikit-learn where the time to quality keeps those of MNIST; each further pass is brighter."""
     images, labels = load_digits(return_X_y=True)
     for number in range(count):
         digit, pixels = labels[number % len(labels)], images[number % len(images)].reshape(8, 8)
