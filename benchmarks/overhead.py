@@ -300,10 +300,10 @@ class _Bench:
         self.state, self.size = state, size
         self.fill = lambda overrides: fill(compose([*SETTINGS, *overrides]), {}, state)
         self.storage = Storage.of(self.fill([]))
-        for uri, size in {case.dataset: case.size for case in cases}.items():
+        for uri, side in {case.dataset: case.size for case in cases}.items():
             with tempfile.TemporaryDirectory(prefix="ddpm-digits-") as folder:
-                source = "digits" if size == 8 else _enlarged_digits(Path(folder), size, self.storage)
-                ingest(source, uri, self.storage, image_size=size, channels=1, shard_samples=1000)
+                source = "digits" if side == 8 else _enlarged_digits(Path(folder), side, self.storage)
+                ingest(source, uri, self.storage, image_size=side, channels=1, shard_samples=1000)
 
     def reusable_workers(self) -> Any:
         """Return a worker that trains one run after another."""

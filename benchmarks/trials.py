@@ -90,7 +90,11 @@ def run(size: Size) -> dict[str, Any]:
 
 
 def both(trials: int, at_a_time: int, config: Config) -> tuple[dict[str, float], dict[str, float]]:
-    """Run a study each way; return the seconds of core time without their work, and medians by part of our trials."""
+    """Run a study each way; return the seconds of core time without their work, and medians by part of our trials.
+
+    Args:
+        trials: of each study; 0, from which the least of everything counts, runs none.
+    """
     if not trials:
         return {"usual": 0.0, "ours": 0.0}, {}
     began = time.monotonic()
