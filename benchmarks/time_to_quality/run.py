@@ -94,7 +94,7 @@ def work_of(options: argparse.Namespace) -> Path:
 def data_set(options: argparse.Namespace, name: str, work: Path) -> DataSet:
     """Return the measurements on the data set of this name, whose parts are kept in the work folder."""
     pictures, flow = DATA_SETS[name](options.work.resolve()), options.size.of((), QUICK, SMOKE)
-    return DataSet(pictures, work, options.samples, flow, options.size.of(30, 3, 3), options.home)
+    return DataSet(pictures, work, options.samples, flow, options.size.of(30, 1, 1), options.home)
 
 
 def conditions(samples: int) -> dict[str, Any]:
