@@ -96,7 +96,7 @@ def versions(arena):
 
 def test_the_gate_decides_without_a_node_that_stands_still(arena, versions):
     asked = ["promote", "models:/digits/2", "--alias", "champion", "registry.n=3000", "evaluation.batch_size=30"]
-    with standing_still(arena, "ray::_SamplingActor.call", raylet_alone=True):
+    with standing_still(arena, "ray::_SamplingActor.call", raylet_alone=False):
         done = command.FORKS.run(
             [*asked, PATIENCE, "evaluation.actors=4", "--json"], arena.folder, arena.environment, timeout=400
         )
