@@ -43,7 +43,7 @@ from pipelines.ray_tasks import finished
 from pipelines.shards.index import Dataset, DatasetError
 from pipelines.shards.quarantine import kept_shards, read_quarantine, stream_digest
 from pipelines.shards.read import Batch, opened_split, spread_positions
-from pipelines.signing import Authority, Derived, SignatureError
+from pipelines.signing import Derived, SignatureError, Signer, Trust
 from pipelines.storage import Storage, join
 
 PART = 4096
@@ -187,7 +187,7 @@ def open_real(
     Raises:
         DatasetError: the dataset has no train or no test split.
     """
-    quarantine, authority = read_quarantine(dataset.uri, storage), Authority.of(config.registry)
+    quarantine = read_quarantine(dataset.uri, storage)
     stream = stream_digest(dataset, quarantine)
     parts = "features", features_name(stream, evaluator.digest)
     stored = Derived(storage, join(dataset.uri, *parts), RECORD, "/".join(parts))
@@ -195,17 +195,18 @@ def open_real(
     thumbnail = (dataset.channels, *size)
     record, why = None, "once for this evaluator"
     try:
-        record = stored.find(authority.trust)
+        record = stored.find(Trust.of(config.registry))
     except SignatureError as error:
         why = f"because what is stored of them in {stored.folder} is not believed: {error}"
     data = None if record is None else stored.read(MOMENTS, record["files"].get(MOMENTS))
     if record is not None and data is None:
         why = f"because {join(stored.folder, MOMENTS)} is gone, or not what was stored"
     if record is None or data is None:
+        signer = Signer.of(config.registry)  # before anything is computed
         notice(f"the real images are read and encoded, {why}")
         access = _Access(dataset, storage, config.data.cache_dir, config.data.cache_gib)
         record = _compute(access, evaluator, stored, stream, config.cluster.gpus_per_worker > 0, progress)
-        stored.record(record, authority.signer)
+        stored.record(record, signer)
         data = storage.read(join(stored.folder, MOMENTS))
     tensors = load(data)
 
