@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -153,7 +154,8 @@ def test_one_of_an_earlier_release_is_found_where_it_is_named_and_was_trained_on
     assert find("contrastive", dataset) is None
 
 
-def race(uri, seed, ready, answers):
+def race(uri, seed, home, ready, answers):
+    os.environ["DDPM_HOME"] = home  # the server that forks this process began before the test had its own
     dataset = read_dataset(uri, Storage())
     mine = trained(dataset, seed)
     ready.wait()
@@ -161,9 +163,9 @@ def race(uri, seed, ready, answers):
 
 
 @pytest.mark.integration
-def test_of_two_first_evaluations_at_once_one_wins_and_nothing_mixes(dataset):
+def test_of_two_first_evaluations_at_once_one_wins_and_nothing_mixes(dataset, home):
     ready, answers = FORKING.Barrier(2), FORKING.Queue()
-    racers = [FORKING.Process(target=race, args=(dataset.uri, seed, ready, answers)) for seed in (0, 1)]
+    racers = [FORKING.Process(target=race, args=(dataset.uri, seed, str(home), ready, answers)) for seed in (0, 1)]
     for racer in racers:
         racer.start()
     found = dict(answers.get(timeout=200) for _ in racers)
