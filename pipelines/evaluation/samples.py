@@ -311,7 +311,10 @@ def read_images(files: SampleFiles, channels: int, chosen: NDArray[np.int64]) ->
         if unit.seed == files.plan.seeds[0] and inside:
             data = files.stored.read(unit.path(unit.shard), files.of(unit).get(unit.shard))
             if data is None:
-                raise StorageError(f"{join(files.plan.folder, unit.path(unit.shard))} is not what was drawn: try again")
+                raise StorageError(
+                    f"{join(files.plan.folder, unit.path(unit.shard))} is gone, or not what was drawn: delete "
+                    f"{files.plan.folder}, and the samples are drawn again"
+                )
             images, _ = unpack_samples(data, channels)
             found |= {number: images[number - unit.first] for number in inside}
     return np.stack([found[int(number)] for number in chosen])
