@@ -217,10 +217,12 @@ class ShardCache:
         if sum(sizes.values()) + needed > self.limit_bytes:
             self._remove_leftovers()
             sizes = _sizes(self.folder, "*.part")
-        fetched = sum(sizes.values())
-        if fetched + needed > self.limit_bytes:
+        if sum(sizes.values()) + needed > self.limit_bytes:
             return False
         shards = _sizes(self.folder, "*.tar")
+        # A shard that has become complete between the two looks is in both.
+        complete = {path.stem for _, path in shards}
+        fetched = sum(size for (_, path), size in sizes.items() if path.stem not in complete)
         excess = fetched + sum(shards.values()) + needed - self.limit_bytes
         for (_, path), size in sorted(shards.items()):
             if excess <= 0:

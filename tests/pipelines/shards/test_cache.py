@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipelines.shards import cache as shard_cache
 from pipelines.shards.audit.foreign import index_tars
 from pipelines.shards.cache import ShardCache
 from pipelines.shards.fetch import ShardFetcher
@@ -177,6 +178,23 @@ def test_shards_that_were_required_can_be_deleted_at_once(tmp_path, monkeypatch)
     assert all(cache.path(info).exists() for info in shards)
     ShardCache(cache.folder, 500)
     assert not any(cache.path(info).exists() for info in shards)
+
+
+def test_a_shard_that_is_completed_while_room_is_made_counts_once(tmp_path, monkeypatch):
+    shards = stored(tmp_path / "data", 2, 1000)
+    cache, list_sizes = ShardCache(tmp_path / "cache", 2500), shard_cache._sizes
+    partial = cache.claim(shards[0], 1000)
+    partial.put(0, (tmp_path / "data" / shards[0].name).read_bytes())
+
+    def completed_meanwhile(folder: Path, pattern: str):
+        found = list_sizes(folder, pattern)
+        if pattern == "*.part" and cache.find(shards[0]) is None:
+            assert partial.admit()
+        return found
+
+    monkeypatch.setattr(shard_cache, "_sizes", completed_meanwhile)
+    assert cache.claim(shards[1], 1000) is not None
+    assert cache.find(shards[0]) is not None
 
 
 def test_a_cache_full_of_partial_shards_has_no_room_and_deletes_nothing_for_it(tmp_path, caplog):
