@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import psutil
 
@@ -31,4 +33,35 @@ def ray_train_workers(pid: int) -> list[psutil.Process]:
         with suppress(psutil.Error):
             if process.name().startswith("ray::RayTrain") or "RayTrainWorker" in " ".join(process.cmdline()):
                 found.append(process)
+    return found
+
+
+@contextmanager
+def standing_still(find: Callable[[], list[psutil.Process]]) -> Iterator[None]:
+    """With processes stopped as soon as there are any that `find` gives."""
+    stopped, over = list[psutil.Process](), threading.Event()
+
+    def stop() -> None:
+        while not stopped and not over.wait(0.05):
+            for process in find():
+                with suppress(psutil.Error):
+                    process.suspend()
+                    stopped.append(process)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+    assert stopped
+
+
+def commands(processes: list[psutil.Process]) -> list[tuple[psutil.Process, str]]:
+    """Processes with their command lines, or the title that they have in its place."""
+    found = []
+    for process in processes:
+        with suppress(psutil.Error):
+            found.append((process, " ".join(process.cmdline()).strip()))
     return found

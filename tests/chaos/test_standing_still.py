@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import subprocess
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -15,7 +14,7 @@ import pytest
 from tests.chaos.arena import Arena
 from tests.integration import command
 from tests.integration.conftest import DIGITS, SCORED
-from tests.processes import family
+from tests.processes import commands, family, standing_still
 
 pytestmark = [pytest.mark.integration, pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -39,32 +38,23 @@ def arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
 
 
 @contextmanager
-def standing_still(arena: Arena, title: str, *, raylet_alone: bool) -> Iterator[None]:
+def node_stopped(arena: Arena, title: str, *, raylet_alone: bool) -> Iterator[None]:
     """With the second node, or its raylet, stopped as soon as it has a process of a title."""
     arena.start_node()
     assert arena.node is not None
-    root, stopped, over = arena.node.pid, list[psutil.Process](), threading.Event()
+    root = arena.node.pid
 
-    def stop() -> None:
-        while not stopped and not over.wait(0.05):
-            there = []
-            for process in family(root):
-                with suppress(psutil.Error):
-                    there.append((process, " ".join(process.cmdline())))
-            if any(text.startswith(title) for _, text in there):
-                stopped.extend(process for process, text in there if "/raylet " in text or not raylet_alone)
-                for process in stopped:
-                    process.suspend()
+    def found() -> list[psutil.Process]:
+        there = commands(family(root))
+        if not any(text.startswith(title) for _, text in there):
+            return []
+        return [process for process, text in there if "/raylet " in text or not raylet_alone]
 
-    thread = threading.Thread(target=stop)
-    thread.start()
     try:
-        yield
+        with standing_still(found):
+            yield
     finally:
-        over.set()
-        thread.join()
         arena.kill_node()
-    assert stopped
 
 
 def said(arena: Arena, *arguments: str) -> tuple[str, dict[str, object]]:
@@ -81,7 +71,7 @@ def test_an_evaluation_goes_on_without_a_node_that_stands_still(arena, raylet_al
     root = f"s3://ddpm/still-{raylet_alone}"
     asked = ["evaluate", MODEL, f"data.uri={DATA}", *SHORT, LONG, PATIENCE]
     expected = said(arena, *asked, "storage.root=s3://ddpm/alone", "evaluation.actors=1")[1]
-    with standing_still(arena, "ray::_SamplingActor.call", raylet_alone=raylet_alone):
+    with node_stopped(arena, "ray::_SamplingActor.call", raylet_alone=raylet_alone):
         err, found = said(arena, *asked, f"storage.root={root}", "evaluation.actors=4")
     assert "its process or its node stands still" in err
     assert found["estimates"] == expected["estimates"]
@@ -96,7 +86,7 @@ def versions(arena):
 
 def test_the_gate_decides_without_a_node_that_stands_still(arena, versions):
     asked = ["promote", "models:/digits/2", "--alias", "champion", "registry.n=3000", "evaluation.batch_size=30"]
-    with standing_still(arena, "ray::_SamplingActor.call", raylet_alone=False):
+    with node_stopped(arena, "ray::_SamplingActor.call", raylet_alone=False):
         done = command.FORKS.run(
             [*asked, PATIENCE, "evaluation.actors=4", "--json"], arena.folder, arena.environment, timeout=400
         )
@@ -107,7 +97,7 @@ def test_the_gate_decides_without_a_node_that_stands_still(arena, versions):
 def test_a_study_confirms_without_a_node_that_stands_still(arena, versions):
     study = ["search.trials=2", "search.samples=32", "search.confirm_samples=2048", "search.random_trials=2", PATIENCE]
     asked = ["search", "guidance", "--model", "models:/digits/1", "--study", "still", *study, *SCORED]
-    with standing_still(arena, "ray::_Scorer.call", raylet_alone=False):
+    with node_stopped(arena, "ray::_Scorer.call", raylet_alone=False):
         err, found = said(arena, *asked)
     assert "its process or its node stands still" in err
     assert found["confirmed"]

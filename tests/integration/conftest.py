@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from pipelines import stack
@@ -20,6 +18,7 @@ from pipelines.stack import StackState
 from pipelines.storage import Storage
 from tests.integration import command
 from tests.integration.workers import address, forked_workers
+from tests.processes import commands, family, standing_still
 
 DIGITS = [
     "+experiment=digits",
@@ -103,27 +102,8 @@ def digits(shell: Shell) -> Finished:
     return shell.ok("flow", *DIGITS, *SCORED, "--out", "flow", "--json")
 
 
-@contextmanager
-def one_stopped(title: str, home: Path) -> Iterator[None]:
+def one_stopped(title: str, home: Path) -> AbstractContextManager[None]:
     """With the first worker of a local stack that has a title stopped as soon as it is there."""
-    (head,) = [psutil.Process(service.pid) for service in stack.status(home) if service.name == "ray"]
-    stopped: list[psutil.Process] = []
-    over = threading.Event()
-
-    def stop() -> None:
-        while not stopped and not over.wait(0.05):
-            for process in head.children(recursive=True):
-                with suppress(psutil.Error):
-                    if process.cmdline()[:1] == [title]:
-                        process.suspend()
-                        stopped.append(process)
-                        break
-
-    thread = threading.Thread(target=stop)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-    assert stopped
+    (head,) = [service.pid for service in stack.status(home) if service.name == "ray"]
+    assert head is not None
+    return standing_still(lambda: [process for process, text in commands(family(head)) if text == title][:1])
