@@ -87,20 +87,30 @@ class EvaluationData:
         Returns:
             None for a model that is not conditioned on text, and for data without fitting captions.
         """
-        found = open_captions(spec.network.text_dim, self.dataset, self.config, self.storage, self.notice)
+        key = spec.network.text_dim, spec.classes
+        if key not in self._prompts:
+            self._prompts[key] = self._open_prompts(*key)
+        return self._prompts[key]
+
+    @cached_property
+    def _prompts(self) -> dict[tuple[int, tuple[str, ...]], Prompts | None]:
+        """Those that were opened, by what of a model they depend on."""
+        return {}
+
+    def _open_prompts(self, width: int, classes: tuple[str, ...]) -> Prompts | None:
+        found = open_captions(width, self.dataset, self.config, self.storage, self.notice)
         if found is None:
             return None
-        labelled = bool(spec.classes) and spec.classes == self.dataset.classes
+        labelled = bool(classes) and classes == self.dataset.classes
         # Where all captions are the same, there is nothing to tell apart.
         return Prompts(*found, labelled, self.matcher if len(found[0].different[0]) > 1 else None)
 
     def opened(self, spec: ModelSpec) -> EvaluationData:
         """Return this with all that judges samples of a model opened, to be sent to where no key is."""
-        prompts, there = self.prompts(spec), {"evaluator": self.evaluator, "real": self.real, "stream": self.stream}
-        if prompts is not None and prompts.matcher is not None:
-            there["matcher"] = prompts.matcher
+        self.prompts(spec)
         sent = EvaluationData(self.dataset, self.config, self.storage)
-        vars(sent).update(there)
+        opened = {"evaluator": self.evaluator, "real": self.real, "stream": self.stream, "_prompts": self._prompts}
+        vars(sent).update(opened)
         return sent
 
     def check(self, spec: ModelSpec) -> None:

@@ -1,3 +1,4 @@
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ from torch.nn import functional as F  # noqa: N812
 from ddpm.generate import Sampling
 from ddpm.model import ModelSpec
 from pipelines.config import compose
+from pipelines.evaluation import data
 from pipelines.evaluation.data import EvaluationData
 from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.evaluators.matcher import Matcher
@@ -129,6 +131,17 @@ def test_a_model_on_text_is_asked_for_the_captions_of_test_images(tmp_path, conf
     again = asked(dataset, config, said).prompts(spec(WIDTH))
     assert again.record() == found.record()
     assert len(said) == 1
+
+
+@pytest.mark.usefixtures("home")  # whose key signs the evaluators
+def test_what_is_sent_to_a_task_has_its_prompts_and_reads_none_again(tmp_path, config, monkeypatch):
+    dataset = write(tmp_path, embed)
+    opened = asked(dataset, config, [])
+    vars(opened).update(evaluator="the evaluator", real="what it says")
+    sent = pickle.loads(pickle.dumps(opened.opened(spec(WIDTH))))
+    monkeypatch.setattr(data, "open_captions", lambda *of: pytest.fail("captions are read again"))
+    assert sent.prompts(spec(WIDTH)).record() == opened.prompts(spec(WIDTH)).record()
+    assert (sent.evaluator, sent.real, sent.stream) == ("the evaluator", "what it says", opened.stream)
 
 
 def test_other_models_and_data_without_fitting_captions_have_no_prompts(tmp_path, config):
