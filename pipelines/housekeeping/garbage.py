@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,10 +70,14 @@ def judge(stored: Sequence[Stored], named: Mapping[str, str], now: float, grace_
         if reason := young or one.kept or next(iter(by), None):
             stay[one.folder.address] = reason
     todo = [one for one in stored if one.folder.address in stay]
+    by_name: dict[str, list[Stored]] = defaultdict(list)
+    for one in stored:
+        for name in one.names:
+            by_name[name].append(one)
     while todo:
         one = todo.pop()
-        for other in stored:
-            if other.folder.address not in stay and other.names & one.rests_on:
+        for other in (found for name in sorted(one.rests_on) for found in by_name[name]):
+            if other.folder.address not in stay:
                 stay[other.folder.address] = f"{one.folder.address} rests on it"
                 todo.append(other)
     return [
@@ -128,10 +133,11 @@ def _named(versions: Iterable[ModelVersion], records: Iterable[RunRecord], uri: 
     for record in records:
         if record.deleted:
             continue
-        tracker = Tracker(uri, record.run_id)
         found = {f"study/{record.study}"} if record.study is not None else set()
-        for name in tracker.names("evaluation") if scores else ():
-            found |= rests_on(json.loads(tracker.read_text(name)))
+        if scores:
+            tracker = Tracker(uri, record.run_id)
+            for name in tracker.names("evaluation"):
+                found |= rests_on(json.loads(tracker.read_text(name)))
         named |= dict.fromkeys(found, f"the MLflow run of '{record.name}' names it")
     return named
 
