@@ -61,6 +61,12 @@ class Training:
         for line in self.process.stderr:
             self.said.append(line)
 
+    @property
+    def name(self) -> str:
+        """That of its run."""
+        (name,) = [setting.removeprefix("name=") for setting in self.arguments if setting.startswith("name=")]
+        return name
+
     def images(self) -> int:
         """Images seen, as last said."""
         for line in reversed(self.said):

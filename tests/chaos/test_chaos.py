@@ -75,14 +75,6 @@ def bounce_node(arena: Arena, training: Training, rng: random.Random) -> Trainin
     return training
 
 
-def lose_node(arena: Arena, training: Training, rng: random.Random) -> Training:
-    arena.kill_node()
-    training.gets_on()  # with fewer
-    arena.start_node()
-    until(lambda: len(arena.workers()) == 2, 90, lambda: "two workers again")
-    return training
-
-
 def preempt_node(arena: Arena, training: Training, rng: random.Random) -> Training:
     """A node is announced to go, as spot instances are: a checkpoint is taken at once, whatever the interval."""
     # Ray announces a loss to the workers that train at the time, if one of them is on that node.
@@ -91,7 +83,7 @@ def preempt_node(arena: Arena, training: Training, rng: random.Random) -> Traini
     complete: set[str] = set()
 
     def announced() -> bool:
-        listed = [entry.uri.split("/") for entry in arena.s3.list("s3://ddpm/runs/chaos")]
+        listed = [entry.uri.split("/") for entry in arena.s3.list(f"s3://ddpm/runs/{training.name}")]
         complete.update(parts[-2] for parts in listed if parts[-1] == "state.json")  # some are deleted soon
         said = re.findall(r"about to be taken away: a checkpoint is saved at ([\d,]+) images", "".join(training.said))
         wanted = [f"checkpoint_{int(images.replace(',', '')):012d}-" for images in said]
@@ -100,7 +92,15 @@ def preempt_node(arena: Arena, training: Training, rng: random.Random) -> Traini
     assert not announced()
     arena.drain_node(deadline_s=20)
     until(announced, 30, lambda: f"a checkpoint on notice in {sorted(complete)} after {''.join(training.said)[-1500:]}")
-    return lose_node(arena, training, rng)
+    arena.kill_node()
+    training.gets_on()  # with fewer
+    return training
+
+
+def return_node(arena: Arena, training: Training, rng: random.Random) -> Training:
+    arena.start_node()
+    until(lambda: len(arena.workers()) == 2, 90, lambda: "two workers again")
+    return training
 
 
 def kill_driver(arena: Arena, training: Training, rng: random.Random) -> Training:
@@ -134,6 +134,11 @@ PARTS = [kill_worker, kill_s3, preempt_node, miss_mlflow, kill_driver]
 
 def test_a_training_survives_the_loss_of_every_part(arena: Arena, tmp_path: Path):
     run_chaos(arena, tmp_path, PARTS, random.Random(0))
+
+
+@pytest.mark.slow
+def test_a_training_grows_again_with_a_node_that_comes_back(arena: Arena, tmp_path: Path):
+    run_chaos(arena, tmp_path, [preempt_node, return_node, kill_worker], random.Random(0), name="grown")
 
 
 @pytest.mark.slow
@@ -174,28 +179,30 @@ def run_chaos(
     rng: random.Random,
     every_s: float | None = None,
     beside: Arena | None = None,
+    name: str = "chaos",
 ) -> None:
     """Train while faults happen, and compare with a training that nothing happens to.
 
     Args:
         every_s: mean time from one fault to the next; None where each waits until the training goes on again.
         beside: where the training that nothing happens to runs meanwhile; None: in the same arena, afterwards.
+        name: of the training.
     """
     happened = []
     slowly = contextlib.ExitStack()
-    settings = [*SETTINGS, "name=chaos", FAR]
+    settings = [*SETTINGS, f"name={name}", FAR]
     if beside is None:
         slowly.enter_context(slow_steps(arena.home))
         settings += [f"checkpoint.every={OFTEN}"]
     arena.start_node()
     training = arena.train(*settings)
-    calm = beside.train(*SETTINGS, "name=calm", FAR, "cluster.num_workers=1") if beside else None
+    calm = beside.train(*SETTINGS, f"name={name}-calm", FAR, "cluster.num_workers=1") if beside else None
     until(lambda: any("follow it at" in line for line in training.said), 120, lambda: "a plan")
     if beside and calm:
         calm.gets_on()
         for worker in beside.workers():
             worker.nice(19)  # it takes what the other one leaves, which is enough, for that one often stands still
-    folder = "s3://ddpm/runs/chaos"
+    folder = f"s3://ddpm/runs/{name}"
     began = due = time.time()
     if every_s is None:
         until(lambda: complete_checkpoints(arena.s3, folder), 120, lambda: f"a checkpoint after {training.said[-5:]}")
@@ -218,7 +225,7 @@ def run_chaos(
     training.gets_on(timeout_s=300)
     client = MlflowClient(tracking_uri=arena.state.tracking_uri)
     experiment = client.get_experiment_by_name("ddpm")
-    (run,) = client.search_runs([experiment.experiment_id], "tags.`ddpm.run` = 'chaos'")
+    (run,) = client.search_runs([experiment.experiment_id], f"tags.`ddpm.run` = '{name}'")
     # A training that is stopped before it is where a lost one was has points in its trace that it has not come to yet.
     furthest = max(m.step for m in client.get_metric_history(run.info.run_id, "train/loss"))
     until(lambda: training.images() > furthest, 120, lambda: f"{furthest:,} images at {training.images():,}")
@@ -240,7 +247,7 @@ def run_chaos(
     assert sorted(step for step, _ in trace) == list(range(BATCH, images + 1, BATCH))
     # … and has the loss that it has where nothing happens.
     if calm is None:
-        calm = arena.train(*SETTINGS, "name=calm", f"images={images}")
+        calm = arena.train(*SETTINGS, f"name={name}-calm", f"images={images}")
     else:
         until(lambda: calm.images() >= images, 600 + images / 200, lambda: f"{images:,} images at {calm.images():,}")
         calm.process.send_signal(signal.SIGINT)
