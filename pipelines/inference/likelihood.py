@@ -23,6 +23,8 @@ from pipelines.evaluation.likelihoods import Bounds, bound_bits, ode_bits
 from pipelines.inference.inputs import as_tensor, read_images
 from pipelines.inference.request import RequestError
 from pipelines.lineage import code_lineage
+from pipelines.presentation import html
+from pipelines.presentation.blocks import Interactive, Section
 from pipelines.references import Resolved
 from pipelines.registry import digest_of
 from pipelines.shards.index import DatasetError, read_dataset
@@ -190,10 +192,10 @@ def _plot(bits: Bits) -> str:
     assert bits.timesteps is not None
     figure = go.Figure(go.Scatter(x=bits.timesteps[:-1], y=bits.terms[:-1], mode="lines+markers", name="terms"))
     figure.add_scatter(x=bits.timesteps[-1:], y=bits.terms[-1:], mode="markers", name="prior")
-    title = f"Terms of the variational bound: {bits.line()}"
-    figure.update_layout(title=title, xaxis_title="t", yaxis_title="bits per dimension", template="plotly_white")
+    figure.update_layout(xaxis_title="t", yaxis_title="bits per dimension", template="plotly_white")
     figure.update_yaxes(type="log")
-    return str(figure.to_html(include_plotlyjs=True))
+    section = Section("terms", "Bits per dimension by timestep", [Interactive(figure)])
+    return html.page("Terms of the variational bound", bits.line(), [section], "Made by ddpm likelihood.")
 
 
 def _test_split(uri: str, model: Model, most: int, config: Config, storage: Storage) -> Data:

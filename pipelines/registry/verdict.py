@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
 
+from pipelines.presentation.blocks import Block, Table, Text
 from pipelines.signing import SignatureError, Signer, Trust, seal, unseal
 from pipelines.storage import ConflictError, Storage, join
 
@@ -96,6 +97,19 @@ class Verdict:
         """Read what `to_plain` gave."""
         known = {f.name: plain[f.name] for f in fields(cls) if f.name in plain}
         return cls(**{**known, "rows": tuple(Row(**row) for row in plain["rows"])})
+
+
+def verdict_blocks(verdict: Verdict) -> list[Block]:
+    """Return a decision in a sentence, and the table that it rests on."""
+    at = verdict.at.replace("T", " ").replace("+00:00", " UTC")
+    text = f"Alias {verdict.alias}, version {verdict.version}, {at}: {verdict}"
+    if verdict.champion is not None:
+        text += f"; compared with version {verdict.champion}"
+    if verdict.n:
+        text += f" on {verdict.n:,} samples of each, attempt {verdict.attempt}"
+    rows = [("yes" if row.passed else "NO", row.name, row.figure, row.bound) for row in verdict.rows]
+    table = [Table(("passed", "asked for", "found", "has to be"), rows, headed=False)] if rows else []
+    return [Text(f"{text}."), *table]
 
 
 @dataclass(frozen=True)

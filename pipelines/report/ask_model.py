@@ -28,8 +28,10 @@ from pipelines.inference.files import film_strip
 from pipelines.inference.likelihood import Data, read_data
 from pipelines.inference.pictures import encoder_of, picture
 from pipelines.inference.request import Sample
+from pipelines.presentation.charts import Point
+from pipelines.presentation.images import Picture
 from pipelines.references import Resolved
-from pipelines.report.facts import Facts, Film, Levels, Picture, Point
+from pipelines.report.facts import Facts, Film, Levels
 from pipelines.report.subject import Subject
 from pipelines.shards.read import spread_positions
 from pipelines.storage import Storage

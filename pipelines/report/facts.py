@@ -2,70 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-
 from pipelines.evaluation.scores import Scores
+from pipelines.presentation.charts import Point
+from pipelines.presentation.images import Picture
 from pipelines.registry import Verdict
 from pipelines.training.goodput import Goodput
-
-LARGE_BYTES = 64_000
-"""Of a PNG, above which a picture is kept as WebP, so that a page with many of them can be sent by mail."""
-QUALITY = 85
-"""Of such a WebP, 0 to 100."""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture that the page holds.
-
-    Attributes:
-        data: the file, PNG or WebP.
-        width, height: in pixels.
-    """
-
-    data: bytes
-    width: int
-    height: int
-
-    @classmethod
-    def of_file(cls, data: bytes) -> Picture:
-        """Return the picture in a file, which is encoded anew where it is large."""
-        with Image.open(io.BytesIO(data)) as image:
-            if len(data) > LARGE_BYTES:
-                smaller = io.BytesIO()
-                image.convert("RGB").save(smaller, "WEBP", quality=QUALITY)
-                data = min(data, smaller.getvalue(), key=len)
-            return cls(data, *image.size)
-
-    @classmethod
-    def of_pixels(cls, pixels: NDArray[np.uint8]) -> Picture:
-        """Return pixels, uint8 [H, W, 3], as a picture."""
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
-        return cls.of_file(buffer.getvalue())
-
-    @property
-    def url(self) -> str:
-        """The picture as a data URL."""
-        kind = "webp" if self.data[:4] == b"RIFF" else "png"
-        return f"data:image/{kind};base64,{base64.b64encode(self.data).decode()}"
-
-
-@dataclass(frozen=True)
-class Point:
-    """A point of a curve, with its 95 % interval where one is known."""
-
-    x: float
-    y: float
-    low: float | None = None
-    high: float | None = None
 
 
 @dataclass(frozen=True)

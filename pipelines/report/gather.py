@@ -24,10 +24,12 @@ from pipelines.display import Notice, no_notice
 from pipelines.errors import PipelineError
 from pipelines.evaluation.recorded import FOLDER, evaluation_pictures, read_scores
 from pipelines.evaluation.scores import Scores
+from pipelines.presentation.charts import Point
+from pipelines.presentation.images import Picture
 from pipelines.registry import Verdict
 from pipelines.registry.card import PICTURES, parameters
 from pipelines.registry.gate import comparable
-from pipelines.report.facts import Facts, Picture, Point, Tried
+from pipelines.report.facts import Facts, Tried
 from pipelines.report.subject import Subject
 from pipelines.search.space import get_value
 from pipelines.search.study import StudyStore, TrialRecord

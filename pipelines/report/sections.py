@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable
 
-from pipelines.evaluation.scores import LABELS, Estimate, Scores
-from pipelines.registry import Verdict
-from pipelines.report.charts import Chart, Series
-from pipelines.report.facts import Facts, Picture, Point
+from pipelines.evaluation.score_blocks import score_table, what_was_scored
+from pipelines.presentation.blocks import Bar, Block, Charts, Section, Slides, Table, Text, number
+from pipelines.presentation.charts import Chart, Point, Series
+from pipelines.registry.verdict import verdict_blocks
+from pipelines.report.facts import Facts
 from pipelines.report.gather import ACCURACY, DISTANCE
 
 LEAST_S = 0.05
@@ -18,87 +17,6 @@ LEAST_S = 0.05
 MOST_SERIES = 4
 """In one chart."""
 _FRECHET = "Frechet distance"
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table.
-
-    Attributes:
-        head: names of the columns.
-        rows: cells, as many as there are columns.
-        numbers: columns that hold numbers.
-        headed: whether the first cell of a row names it.
-    """
-
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    numbers: frozenset[int] = frozenset()
-    headed: bool = True
-    kind: Literal["table"] = "table"
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A picture with its caption, and its text for who does not see it."""
-
-    picture: Picture
-    alt: str
-    caption: str = ""
-    kind: Literal["picture"] = "picture"
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Charts, side by side where there is room."""
-
-    charts: Sequence[Chart]
-    kind: Literal["charts"] = "charts"
-
-
-@dataclass(frozen=True)
-class Slides:
-    """Pictures of which one is shown at a time: (what it is, the picture with its text)."""
-
-    slides: Sequence[tuple[str, Shown]]
-    kind: Literal["slides"] = "slides"
-
-
-@dataclass(frozen=True)
-class Bar:
-    """Shares of a whole, as (name, share in 0..1)."""
-
-    parts: Sequence[tuple[str, float]]
-    alt: str
-    kind: Literal["bar"] = "bar"
-
-
-@dataclass(frozen=True)
-class Text:
-    """A paragraph."""
-
-    text: str
-    kind: Literal["text"] = "text"
-
-
-Block = Table | Shown | Drawn | Slides | Bar | Text
-
-
-@dataclass(frozen=True)
-class Section:
-    """A section of a report.
-
-    Attributes:
-        name: in addresses and in the answer of `--json`.
-        title: above it.
-        how: how to read it, in a sentence.
-        blocks: what it shows, in order.
-    """
-
-    name: str
-    title: str
-    how: str
-    blocks: Sequence[Block]
 
 
 def sections(facts: Facts) -> tuple[Section, ...]:
@@ -113,7 +31,7 @@ def _training(facts: Facts) -> Section | None:
         Table(("", title), rows) for title, rows in (("the training", facts.training), ("its data", facts.data)) if rows
     ]
     how = "These settings, on these data and with this code, are what the model comes from; the digest names the data."
-    return Section("training", "What was trained", how, blocks) if blocks else None
+    return Section("training", "What was trained", blocks, how) if blocks else None
 
 
 def _time(facts: Facts) -> Section | None:
@@ -122,7 +40,7 @@ def _time(facts: Facts) -> Section | None:
         if facts.wall_s is None:
             return None
         how = "From the start of the run to its end, by the clock."
-        return Section("time", "How long it took", how, [Text(duration(facts.wall_s))])
+        return Section("time", "How long it took", [Text(duration(facts.wall_s))], how)
     wall = max(goodput.wall_s, 1e-9)
     parts = [(name, seconds / wall) for name, seconds in goodput.parts().items() if seconds >= LEAST_S]
     how = (
@@ -133,7 +51,7 @@ def _time(facts: Facts) -> Section | None:
     nothing = [name for name, seconds in goodput.parts().items() if seconds < LEAST_S]
     rows = [row for row in goodput.table() if row[0] not in nothing]
     table = Table(("", "time", "what that is"), rows, frozenset([1]))
-    return Section("time", f"How long it took: {duration(goodput.wall_s)}", how, [Bar(parts, alt), table])
+    return Section("time", f"How long it took: {duration(goodput.wall_s)}", [Bar(parts, alt), table], how)
 
 
 def _curves(facts: Facts) -> Section | None:
@@ -157,62 +75,28 @@ def _curves(facts: Facts) -> Section | None:
         "All curves are by images seen, so that runs on any number of machines compare; a falling loss with a distance "
         "that rises is overfitting, and a shaded band is the 95 % interval."
     )
-    return Section("curves", "Curves", how, [Drawn(charts)]) if charts else None
+    return Section("curves", "Curves", [Charts(charts)], how) if charts else None
 
 
 def _scores(facts: Facts) -> Section | None:
     scores = facts.scores
     if scores is None:
         return None
-    theirs = None if facts.champion is None else facts.champion[1]
-    head = ["score", "value (95\u00a0% interval)", "real test images", "noise"]
-    if facts.champion is not None:
-        head.insert(2, facts.champion[0])
-    order = [*(name for name in LABELS if name in scores), *(name for name in scores.estimates if name not in LABELS)]
-    rows = []
-    for name in order:
-        estimate = scores[name]
-        real = scores.real_accuracy if name == "class_accuracy" and estimate.floor is None else estimate.floor
-        row = [LABELS.get(name, name), _with_interval(estimate), figure(real), figure(estimate.ceiling)]
-        if theirs is not None:
-            row.insert(2, _with_interval(theirs[name]) if name in theirs else "")
-        rows.append(row)
     how = (
         "Distances, bits and shares of copies are better when they are lower, the other scores when they are higher; "
         "two models differ where their intervals do not overlap, and the gate's paired comparison tells finer."
     )
-    blocks: list[Block] = [Table(head, rows, frozenset(range(1, len(head)))), Text(_what_was_scored(scores))]
-    blocks += [Text(note) for note in (facts.champion_note, *scores.notes()) if note]
-    return Section("scores", "Scores", how, blocks)
-
-
-def _what_was_scored(scores: Scores) -> str:
-    drawn = f"{scores.n:,} samples" if len(scores.seeds) == 1 else f"{len(scores.seeds)} x {scores.n:,} samples"
-    against = " and ".join(f"{count:,} {split}" for split, count in scores.real.items())
-    against = f" against {against} images" if against else ""
     settings = ", ".join(f"{name} {value}" for name, value in scores.sampling.items() if value is not None)
-    return f"Of {drawn}, judged by the {scores.evaluator}{against}, drawn with {settings}."
+    about = f"{what_was_scored(scores)} They were drawn with {settings}."
+    blocks: list[Block] = [score_table(scores, facts.champion), Text(about)]
+    blocks += [Text(note) for note in (facts.champion_note, *scores.notes()) if note]
+    return Section("scores", "Scores", blocks, how)
 
 
 def _gate(facts: Facts) -> Section | None:
-    blocks: list[Block] = []
-    for verdict in facts.verdicts:
-        blocks.append(Text(_decision(verdict)))
-        rows = [("yes" if row.passed else "NO", row.name, row.figure, row.bound) for row in verdict.rows]
-        if rows:
-            blocks.append(Table(("passed", "asked for", "found", "has to be"), rows, headed=False))
+    blocks = [block for verdict in facts.verdicts for block in verdict_blocks(verdict)]
     how = "An alias moves to a version only where every line passes; the reason is the decision in a sentence."
-    return Section("gate", "The gate", how, blocks) if blocks else None
-
-
-def _decision(verdict: Verdict) -> str:
-    at = verdict.at.replace("T", " ").replace("+00:00", " UTC")
-    text = f"Alias {verdict.alias}, version {verdict.version}, {at}: {verdict}"
-    if verdict.champion is not None:
-        text += f"; compared with version {verdict.champion}"
-    if verdict.n:
-        text += f" on {verdict.n:,} samples of each, attempt {verdict.attempt}"
-    return f"{text}."
+    return Section("gate", "The gate", blocks, how) if blocks else None
 
 
 def _samples(facts: Facts) -> Section | None:
@@ -223,7 +107,7 @@ def _samples(facts: Facts) -> Section | None:
         "below its name."
     )
     alt = f"Grid of samples of {facts.name}{_at(facts.images_seen)}, from its evaluation"
-    return Section("samples", "Samples", how, [Shown(facts.samples, alt)])
+    return Section("samples", "Samples", [facts.samples.shown(alt)], how)
 
 
 def _growth(facts: Facts) -> Section | None:
@@ -234,10 +118,10 @@ def _growth(facts: Facts) -> Section | None:
         "followed from one to the next."
     )
     slides = [
-        (f"{seen:,} images seen", Shown(picture, f"Grid of samples of {facts.name} after {seen:,} images of training"))
+        (f"{seen:,} images seen", picture.shown(f"Grid of samples of {facts.name} after {seen:,} images of training"))
         for seen, picture in facts.growth
     ]
-    return Section("growth", "Samples while it trained", how, [Slides(slides)])
+    return Section("growth", "Samples while it trained", [Slides(slides)], how)
 
 
 def _film(facts: Facts) -> Section | None:
@@ -248,9 +132,8 @@ def _film(facts: Facts) -> Section | None:
         "clean x_0 that the model predicts from it."
     )
     alt = f"Film strip of {facts.name}: noisy pictures above the clean ones that the model predicts, by time"
-    return Section(
-        "film", "From noise to pictures", how, [Shown(facts.film.picture, alt, f"Drawn by {facts.film.text}.")]
-    )
+    shown = facts.film.picture.shown(alt, f"Drawn by {facts.film.text}.")
+    return Section("film", "From noise to pictures", [shown], how)
 
 
 def _levels(facts: Facts) -> Section | None:
@@ -264,13 +147,13 @@ def _levels(facts: Facts) -> Section | None:
         charts.append(Chart("Terms of the variational bound", "timestep t", "bits per dimension", series, log_y=True))
         whole = math.fsum(point.y for point in facts.bound)
         texts.append(
-            Text(f"The terms add up to {figure(whole)} bits per dimension, {prior.y:.2g} of them in the prior.")
+            Text(f"The terms add up to {number(whole)} bits per dimension, {prior.y:.2g} of them in the prior.")
         )
     how = (
         "Little noise (small t) is hard to tell from detail, and much noise (large t) is easy to tell from an image; "
         "the terms of the bound add up to its bits per dimension, most of which lie at small t."
     )
-    return Section("levels", "Loss and bound by timestep", how, [Drawn(charts), *texts]) if charts else None
+    return Section("levels", "Loss and bound by timestep", [Charts(charts), *texts], how) if charts else None
 
 
 def _settings(facts: Facts) -> Section | None:
@@ -294,7 +177,7 @@ def _settings(facts: Facts) -> Section | None:
         "Each point is the same model with other sampling settings; lower is better, points of one colour compare, and "
         "those of different colours do not where their numbers of samples differ."
     )
-    return Section("settings", "Quality by sampling settings", how, [Drawn(charts)]) if charts else None
+    return Section("settings", "Quality by sampling settings", [Charts(charts)], how) if charts else None
 
 
 def _inpainting(facts: Facts) -> Section | None:
@@ -305,26 +188,26 @@ def _inpainting(facts: Facts) -> Section | None:
         "they are, of which the model saw the known pixels alone."
     )
     alt = "Inpainting: test images with a hidden part above, filled by the model in the middle, as they are below"
-    return Section("inpainting", "Filling what a mask hides", how, [Shown(facts.inpainting, alt)])
+    return Section("inpainting", "Filling what a mask hides", [facts.inpainting.shown(alt)], how)
 
 
 def _nearest(facts: Facts) -> Section | None:
     blocks: list[Block] = []
     if facts.nearest is not None:
         alt = "Samples above, and below each the training image that is nearest to it"
-        blocks.append(Shown(facts.nearest, alt))
+        blocks.append(facts.nearest.shown(alt))
     if facts.copies:
         blocks.append(Text(f"Copies of training images: {facts.copies}."))
     how = (
         "Above are the samples that are nearest to a training image, below each that image: alike is fine where real "
         "test images are as near, the same picture again and again is memorisation."
     )
-    return Section("nearest", "Nearest training images", how, blocks) if blocks else None
+    return Section("nearest", "Nearest training images", blocks, how) if blocks else None
 
 
 def _notes(facts: Facts) -> Section | None:
     how = "These parts could not be read or computed when the report was made, and are not in it."
-    return Section("notes", "What is missing", how, [Text(note) for note in facts.notes]) if facts.notes else None
+    return Section("notes", "What is missing", [Text(note) for note in facts.notes], how) if facts.notes else None
 
 
 def duration(seconds: float) -> str:
@@ -336,21 +219,6 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
 
 
-def figure(value: float | None) -> str:
-    """Return a number with four digits; nothing where there is none."""
-    if value is None:
-        return ""
-    if not math.isfinite(value):
-        return "not a number"
-    return f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:.4g}"
-
-
-def _with_interval(estimate: Estimate) -> str:
-    if estimate.low is None or estimate.high is None:
-        return figure(estimate.value)
-    return f"{figure(estimate.value)} ({figure(estimate.low)} to {figure(estimate.high)})"
-
-
 def _positive(points: Iterable[Point], *, only: bool = True) -> list[Point]:
     """Return the points that a chart can show: finite ones, and positive ones where it is logarithmic."""
     return [p for p in points if math.isfinite(p.x) and math.isfinite(p.y) and (p.y > 0 or not only)]
@@ -358,13 +226,3 @@ def _positive(points: Iterable[Point], *, only: bool = True) -> list[Point]:
 
 def _at(images_seen: int | None) -> str:
     return "" if images_seen is None else f" after {images_seen:,} images of training"
-
-
-def pictures(found: Sequence[Section]) -> Iterator[Shown]:
-    """Yield every picture of some sections, those of slides included."""
-    for section in found:
-        for block in section.blocks:
-            if isinstance(block, Shown):
-                yield block
-            elif isinstance(block, Slides):
-                yield from (shown for _, shown in block.slides)

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from optuna import visualization as show
-from PIL import Image
 from plotly.graph_objects import Bar, Figure
 
 from pipelines.evaluation.plots import label_grid
+from pipelines.presentation import html
+from pipelines.presentation.blocks import (
+    Block,
+    Code,
+    Gallery,
+    Interactive,
+    Listing,
+    Section,
+    Strong,
+    Table,
+    Text,
+    Words,
+    number,
+    with_interval,
+)
+from pipelines.presentation.images import Picture
 from pipelines.search.importance import Importances, importances
 from pipelines.search.observer import AXIS, describe_params
 from pipelines.search.study import TrialRecord, best, count_states, done, loss, pareto_front
@@ -35,6 +47,23 @@ LABELS: dict[str, str] = {
     "class_accuracy": "class accuracy",
     "evaluations": "network evaluations per image",
 }
+
+MEASURED = ("frechet_distance", "bits_per_dim", "evaluations")
+"""Scores that are told of the best trial."""
+SCORED = ("frechet_distance", "evaluations", "class_accuracy", "precision", "recall")
+"""Scores that the table of the confirmation has beside the one that decides."""
+NONE = "\u2014"
+"""What stands for a figure that there is not."""
+HOLM = (
+    "All settings are compared with the default on the same noise; z is the paired difference in its standard errors, "
+    "p one-sided. Holm's method keeps the chance that any of them is called better at 2.5 % where none is. The "
+    "intervals are of each setting alone and not corrected for their number; they are around the expectation at this "
+    "number of samples."
+)
+TRAINED = (
+    " What is compared are these trained models: another training with the same settings and another seed gives "
+    "another model, which may differ by more."
+)
 
 
 @dataclass(frozen=True)
@@ -96,30 +125,97 @@ class Page:
 
     def html(self) -> str:
         """Return the page as HTML."""
-        figures = self.figures()
-        drawn = {
-            # Plotly's library is embedded once, so that the page opens offline.
-            name: figure.to_html(full_html=False, include_plotlyjs=i == 0, default_height="440px")
-            for i, (name, figure) in enumerate(figures.items())
-        }
-        objectives = self.study.objectives
-        front = pareto_front(self.records, objectives) if len(objectives) > 1 else []
-        environment = Environment(
-            loader=PackageLoader("pipelines.search"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-        )
-        return environment.get_template("study.html.j2").render(
-            page=self,
-            figures=drawn,
-            best=best(self.records, objectives[0]),
-            front={record.trial for record in front},
-            labels=[LABELS[objective] for objective in objectives],
-            measures=LABELS,
-            rows=sorted(self.records, key=lambda r: loss(r, objectives[0])),
-            describe=describe_params,
-            grids={trial: _inline(pixels) for trial, pixels in (self.pictures or {}).items()},
-            points=front,
-            states=", ".join(f"{count} {state}" for state, count in count_states(self.records).items() if count),
-        )
+        states = ", ".join(f"{count} {state}" for state, count in count_states(self.records).items() if count)
+        subtitle = f"{self.study.kind} study of {self.subject} · {len(self.records)} trials: {states}"
+        makers = (self._cost, self._best, self._confirmed, self._figures, self._images, self._trials)
+        sections = [section for make in makers if (section := make()) is not None]
+        return html.page(f"Study {self.name}", subtitle, sections, "This file holds all that it shows.")
+
+    def _cost(self) -> Section | None:
+        blocks: list[Block] = [Text(note) for note in self.notes]
+        if self.command:
+            blocks.append(Listing(self.command))
+        return Section("cost", "How it was run", blocks) if blocks else None
+
+    def _best(self) -> Section | None:
+        found = best(self.records, self.study.objectives[0])
+        if found is None:
+            return None
+        scores = [f"{LABELS[name]} {number(found.scores[name])}" for name in MEASURED if name in found.scores]
+        params = "\n".join(f"{path}={value}" for path, value in found.params.items())
+        blocks: list[Block] = [Text(["Trial ", Code(found.trial), f": {', '.join(scores)}."]), Listing(params)]
+        return Section("best", "Best of the trials, by their own scores", blocks)
+
+    def _confirmed(self) -> Section | None:
+        if not self.confirmed:
+            return None
+        measure = self.confirmed[0].measure
+        others = [name for name in SCORED if name != measure]
+        head = ["setting", f"{LABELS[measure]} (95 %)", "better than the default by (95 %, alone)", "z", "p"]
+        head += ["better (Holm)", *(LABELS[name] for name in others), "parameters"]
+        rows: list[list[Words]] = []
+        for c in self.confirmed:
+            row: list[Words] = [Code(c.trial), with_interval(c.distance.value, c.distance.low, c.distance.high)]
+            if c.gain is None or c.z is None or c.p is None:
+                row += [NONE] * 4
+            else:
+                gain = with_interval(c.gain.value, c.gain.low, c.gain.high)
+                row += [gain, f"{c.z:.2f}", f"{c.p:.2g}", "yes" if c.better else "no"]
+            row += [number(c.scores.get(name)) or NONE for name in others]
+            rows.append([*row, describe_params(c.params) if c.params else "the model's own"])
+        marked = frozenset(i for i, c in enumerate(self.confirmed) if c.better)
+        blocks: list[Block] = [Table(head, rows, frozenset(range(1, len(head) - 1)) - {5}, marked=marked)]
+        blocks.append(Text(HOLM + (TRAINED if self.study.kind == "training" else ""), faint=True))
+        if self.seeds:
+            seeds = ", ".join(f"{what} {seed}" for what, seed in self.seeds.items())
+            blocks.append(Text(f"Noise seeds: {seeds}.", faint=True))
+        return Section("confirmed", "Confirmed on noise that no trial has used", blocks)
+
+    def _figures(self) -> Section:
+        remark = Text(self.importances.remark, faint=True)
+        return Section("figures", "Figures", [*map(Interactive, self.figures().values()), remark])
+
+    def _images(self) -> Section | None:
+        front, grids = pareto_front(self.records, self.study.objectives), self.pictures or {}
+        shown = [
+            Picture.of_pixels(label_grid(grids[r.trial], min(len(grids[r.trial]), 10))).shown(
+                f"images of trial {r.trial}",
+                [
+                    Strong(number(r.scores["evaluations"])),
+                    " evaluations, distance ",
+                    Strong(number(r.scores["frechet_distance"])),
+                    f": {describe_params(r.params)}",
+                ],
+            )
+            for r in front
+            if r.trial in grids and len(self.study.objectives) > 1
+        ]
+        return Section("images", "Images along the front", [Gallery(shown)]) if shown else None
+
+    def _trials(self) -> Section:
+        objectives, guidance = self.study.objectives, self.study.kind == "guidance"
+        several, top = len(objectives) > 1, best(self.records, objectives[0])
+        front = {record.trial for record in pareto_front(self.records, objectives)} if several else set()
+        second, axis = ("evaluations", "samples") if guidance else ("bits_per_dim", "images_seen")
+        head = ["trial", "state", LABELS["frechet_distance"], LABELS[second], axis.replace("_", " "), "seconds"]
+        ranked = sorted(self.records, key=lambda r: loss(r, objectives[0]))
+        rows: list[list[Words]] = [
+            [
+                [Code(r.trial), " ◆" if r.trial in front else ""],
+                r.state,
+                *(number(r.scores.get(name)) or NONE for name in ("frechet_distance", second, axis)),
+                f"{r.seconds:.1f}",
+                describe_params(r.params) + (f": {r.error}" if r.error else ""),
+            ]
+            for r in ranked
+        ]
+        marked = frozenset(i for i, r in enumerate(ranked) if top is not None and r.trial == top.trial)
+        blocks: list[Block] = [Table([*head, "parameters"], rows, frozenset(range(2, 6)), marked=marked)]
+        if front:
+            labels = ", ".join(LABELS[name] for name in objectives)
+            remark = f"◆ on the Pareto front: no other trial is better in one of {labels} and as good in the rest."
+            blocks.append(Text(remark, faint=True))
+        return Section("trials", "Trials", blocks)
 
 
 def pareto(study: StudyConfig, records: Sequence[TrialRecord], shown: Objective) -> Figure:
@@ -176,10 +272,3 @@ def _titled(figure: Figure, title: str, x: str, y: str, top: int = 60) -> Figure
     margins = {"t": top, "l": 70, "r": 30, "b": 60}
     figure.update_layout(title=title, xaxis_title=x, yaxis_title=y, template="plotly_white", margin=margins)
     return figure.update_yaxes(type="log") if y == LABELS["frechet_distance"] else figure
-
-
-def _inline(pixels: Any) -> str:
-    """Return a grid of images as a data URL."""
-    buffer = io.BytesIO()
-    Image.fromarray(label_grid(pixels, min(len(pixels), 10))).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

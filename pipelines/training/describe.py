@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import getpass
 import os
-from html import escape
 
 from pipelines import tracking
 from pipelines.config import Config
+from pipelines.presentation import html
+from pipelines.presentation.blocks import Section, Table
 from pipelines.shards.index import Dataset
 from pipelines.tracking import Tracker, links
 from pipelines.training.goodput import Goodput
@@ -63,16 +64,8 @@ def goodput_text(goodput: Goodput) -> str:
 
 def goodput_page(goodput: Goodput) -> str:
     """Return the table of a run's ledger as HTML."""
-    cells = "".join(
-        f"<tr><th>{escape(what)}</th><td class=n>{escape(much)}</td><td>{escape(meaning)}</td></tr>"
-        for what, much, meaning in goodput.table()
-    )
-    return (
-        "<!doctype html><meta charset=utf-8><title>Goodput</title><style>body{font:14px/1.6 system-ui,sans-serif}"
-        "table{border-collapse:collapse}th,td{text-align:left;padding:4px 14px;border-bottom:1px solid #dfe3ea}"
-        ".n{text-align:right;white-space:nowrap}</style>"
-        f"<h3>Where the time of the run went</h3><table>{cells}</table>"
-    )
+    table = Table(("", "time", "what that is"), goodput.table(), frozenset([1]))
+    return html.page("Where the time of the run went", "", [Section("time", "Goodput", [table])], "")
 
 
 def user_name() -> str:

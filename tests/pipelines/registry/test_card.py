@@ -108,15 +108,15 @@ def text_of(evidence=EVIDENCE, spec=SPEC, verdict=VERDICT, origin=ORIGIN) -> str
         f"Draws 8x8 grey images of 3 classes: a denoising diffusion model (unet, {parameters(SPEC):,} parameters) of "
         "the run [`digits`](#/experiments/1/runs/r), after 76,800 images.",
         "![evaluation](get-artifact?run_uuid=r&path=images/e.png)",
-        "| class accuracy | &emsp;0.9907 | &emsp;0.985 to 0.996 | &emsp;0.9944 |  |",
-        "| Frechet distance to the train split | &emsp;0.87 | &emsp;0.65 to 1.09 | &emsp;2.76 | &emsp;52.3 |",
-        "3 x 2,000 samples (noise seeds 1, 2, 3), judged by the classifier `eeeeeeeeeeee` against 719 train images and "
-        "359 test images.",
+        "| class accuracy | &emsp;0.9907 (0.985 to 0.996) | &emsp;0.9944 |  |",
+        "| Frechet distance to the train split | &emsp;0.87 (0.65 to 1.09) | &emsp;2.76 | &emsp;52.3 |",
+        "Of 3 x 2,000 samples (noise seeds 1, 2, 3), judged by the classifier against 719 train and 359 test images. "
+        "The evaluator is `eeeeeeeeeeee`.",
         "Copies of training images: none found: 1.1% of 1,000 samples.",
-        "`champion`: **passed** on 2026-11-26T03:00:00+00:00, better: 0.87 against 1.90; compared with version 1 on "
-        "5,000 samples of each, attempt 2.",
-        "| Frechet distance | &emsp;0.87 | &emsp;&lt; 1.90 | &emsp;yes |",
-        "| copies | &emsp;12 % | &emsp;at most 2 % | &emsp;no |",
+        "Alias champion, version 2, 2026-11-26 03:00:00 UTC: passed: better: 0.87 against 1.90; compared with version "
+        "1 on 5,000 samples of each, attempt 2.",
+        "| yes | &emsp;Frechet distance | &emsp;0.87 | &emsp;&lt; 1.90 |",
+        "| NO | &emsp;copies | &emsp;12 % | &emsp;at most 2 % |",
         "- The evaluator names the class of 99.44% of real test images: a class accuracy near or above that tells no "
         "more.",
         "ddpm sample models:/digits/2 --labels 0,1 --out samples",
@@ -136,8 +136,8 @@ def text_of(evidence=EVIDENCE, spec=SPEC, verdict=VERDICT, origin=ORIGIN) -> str
         "- precision: bf16",
         "- code: 1.2.3, commit `abc123`",
         "- packages: ray 2.60.0, torch 2.9.0",
-        'kind "ddim", guidance "classifier_free", scale 2.0, interval [0.0, 1.0], rescale 0.0, steps 50, spacing '
-        '"trailing", eta 0.0, clip 1.0, clip_when "after_guidance", precision "fp32", compile false.',
+        '`kind "ddim", guidance "classifier_free", scale 2.0, interval [0.0, 1.0], rescale 0.0, steps 50, spacing '
+        '"trailing", eta 0.0, clip 1.0, clip_when "after_guidance", precision "fp32", compile false`',
     ],
 )
 def test_the_card_tells(line):
@@ -165,7 +165,7 @@ def test_limits_follow_from_the_scores():
     assert "It was judged without labels" in text
     assert "was not looked at: there were too few images" in text
     assert "The scores have no intervals" in text
-    assert "| Frechet distance to the train split | &emsp;0.87 |  |  |  |" in text
+    assert "| Frechet distance to the train split | &emsp;0.87 |  |  |" in text
 
 
 def test_a_model_without_classes_is_used_without_labels():
@@ -277,7 +277,7 @@ def test_the_card_of_a_model_on_text_says_how_prompts_were_judged_and_shows_one(
     scores = replace(SCORES, estimates=estimates, prompts={**asked, "real_accuracy": 0.97}, real_accuracy=None)
     spec = replace(SPEC, network=network, classes=())
     text = card("models:/shapes/1", replace(EVIDENCE, scores=scores), spec, None, Origin())
-    assert "| prompt accuracy | &emsp;0.93 | &emsp;0.9 to 0.96 | &emsp;0.97 | &emsp;0.1 |" in text
+    assert "| prompt accuracy | &emsp;0.93 (0.9 to 0.96) | &emsp;0.97 | &emsp;0.1 |" in text
     assert "drawn from 40 captions of test images; each has to match its own best of 10 different ones, which" in text
     assert "judged without labels" not in text
     assert 'ddpm sample models:/shapes/1 --prompts "a red circle" --out samples' in text

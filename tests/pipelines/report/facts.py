@@ -9,8 +9,10 @@ import numpy as np
 
 from ddpm.generate import Sampling
 from pipelines.evaluation.scores import Estimate, Scores
+from pipelines.presentation.charts import Point
+from pipelines.presentation.images import Picture
 from pipelines.registry import Row, Verdict
-from pipelines.report.facts import Facts, Film, Levels, Picture, Point, Tried
+from pipelines.report.facts import Facts, Film, Levels, Tried
 from pipelines.training.goodput import Attempt, Session, measure
 
 SCORES = Scores(

@@ -5,9 +5,10 @@ import pytest
 from ddpm.generate import Sampling
 from pipelines.config import ConfigError, compose
 from pipelines.evaluation.scores import Estimate
+from pipelines.presentation.blocks import number
 from pipelines.report import find_subject
 from pipelines.report.gather import own_scores, tried_by_evaluations, tried_in_trial
-from pipelines.report.sections import duration, figure
+from pipelines.report.sections import duration
 from pipelines.search.study import TrialRecord
 from tests.pipelines.report.facts import SCORES
 
@@ -63,7 +64,7 @@ def test_finished_trials_are_points_with_their_interval_and_unfinished_ones_none
 
 def test_times_and_figures_are_said_shortly():
     assert [duration(s) for s in (4.2, 65, 3_700, 90_000)] == ["4 s", "1 min 5 s", "1 h 1 min", "25 h 0 min"]
-    assert [figure(v) for v in (None, 0.12345, 12_345.6, float("nan"))] == ["", "0.1235", "12,346", "not a number"]
+    assert [number(v) for v in (None, 0.12345, 12_345.6, float("nan"))] == ["", "0.1235", "12,346", "not a number"]
 
 
 def test_a_report_needs_an_mlflow_server_and_says_how_to_name_one():

@@ -77,12 +77,13 @@ def test_the_page_shows_what_the_confirmation_found_and_for_what_it_holds():
     found = [better, replace(better, trial="lucky", z=2.0, p=0.02275, better=False)]
     found.append(Confirmed("default", {}, Sampling(), "kid", gain, scores))
     page = Page("s", STUDY, "a model", [record(1, 5.0)], found, seeds={"trials": 17, "confirmation": 18})
-    rows = re.findall(r"<tr( class=\"best\")?><td><code>(\w+)</code></td>(.*?)</tr>", page.html(), re.DOTALL)
+    row = r'<tr( class="marked")?><th scope="row"><code>(\w+)</code></th>(.*?)</tr>'
+    rows = re.findall(row, page.html(), re.DOTALL)[:3]
     cells = {name: re.findall(r"<td[^>]*>(.*?)</td>", rest, re.DOTALL) for _, name, rest in rows}
     assert [bool(marked) for marked, *_ in rows] == [True, False, False]
-    assert cells["best"][:6] == ["0.52 (0.21 to 0.83)", "0.52 (0.21 to 0.83)", "3.27", "0.00054", "yes", "4.000"]
+    assert cells["best"][:6] == ["0.52 (0.21 to 0.83)", "0.52 (0.21 to 0.83)", "3.27", "0.00054", "yes", "4"]
     assert cells["lucky"][2:5] == ["2.00", "0.023", "no"]
-    assert cells["default"][1:5] == ["—", "—", "—", "—"]
+    assert cells["default"][1:5] == ["\u2014"] * 4
     assert "kernel distance (95 %)" in page.html()
     assert "Noise seeds: trials 17, confirmation 18." in page.html()
     caveat = "What is compared are these trained models"

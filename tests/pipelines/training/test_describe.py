@@ -44,7 +44,9 @@ def test_the_goodput_is_told_in_a_sentence_and_in_one_table_that_has_every_part(
     assert goodput_text(goodput) == (
         "80.0% of the time was training that lasts: 200 of 250 s with a driver, 400 images were computed twice."
     )
-    rows = re.findall(r"<tr><th>(.*?)</th><td class=n>(.*?)</td><td>(.*?)</td></tr>", goodput_page(goodput))
+    rows = re.findall(
+        r'<tr><th scope="row">(.*?)</th><td class="n">(.*?)</td><td>(.*?)</td></tr>', goodput_page(goodput)
+    )
     assert rows == goodput.table()
     shown = {what: much for what, much, _ in rows}
     assert shown.keys() >= goodput.parts().keys()

@@ -15,8 +15,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from pipelines.report.facts import Point
-
 # Colours that stand for the page's, which are put in their place: a renderer of curves knows no variables of CSS.
 _INK, _RULE = "#010203", "#010204"
 _SERIES = ("#010205", "#010206", "#010207", "#010208")
@@ -26,6 +24,16 @@ _VARIABLES = {_INK: "var(--faint)", _RULE: "var(--line)"} | {
 _SIZE = (5.2, 3.0)  # inches: letters of 10 points are as large as small text on a phone
 MOST_POINTS = 400
 """Of a curve that are drawn; of longer ones, every so many are joined to their mean."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of a curve, with its 95 % interval where one is known."""
+
+    x: float
+    y: float
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from pipelines.report.charts import MOST_POINTS, Chart, Series, number, thinned
-from pipelines.report.facts import Point
+from pipelines.presentation.charts import MOST_POINTS, Chart, Point, Series, number, thinned
 
 
 def points(*values: float) -> list[Point]:
