@@ -17,6 +17,9 @@ from typing import Any, TypeVar
 ROOT = Path(__file__).parents[1]
 T = TypeVar("T")
 
+LINE, ROW = 120, 360
+"""The longest line of a file of results, and the longest one that is a row of a table."""
+
 
 class Size(Enum):
     """How much a benchmark measures: all that is published, what takes three minutes, or the least of everything."""
@@ -74,8 +77,36 @@ def out_folder(options: argparse.Namespace, published: str) -> Path:
 
 def publish(result: dict[str, Any], name: str, options: argparse.Namespace) -> None:
     """Write a result to `benchmarks/results/`, or where the options say, and print it as one line."""
-    (out_folder(options, "benchmarks/results") / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    result = rounded(result)
+    (out_folder(options, "benchmarks/results") / f"{name}.json").write_text(to_text(result))
     print(json.dumps(result))
+
+
+def rounded(value: Any) -> Any:
+    """Return a JSON value with its floats rounded to six significant digits, more than any measurement here has."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    return [rounded(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def to_text(result: Any) -> str:
+    """Return a JSON value as a text that people can read and compare: each row of a table is a line."""
+    return _lines(result, LINE, "") + "\n"
+
+
+def _lines(value: Any, width: int, indent: str) -> str:
+    """Return a value on one line where it fits into the width, else each of its parts below the other."""
+    line = json.dumps(value)
+    if len(line) <= width or not isinstance(value, dict | list | tuple):
+        return line
+    inner = indent + " "
+    if isinstance(value, dict):
+        parts = [f"{json.dumps(key)}: {_lines(each, width, inner)}" for key, each in value.items()]
+        return "{\n" + ",\n".join(inner + part for part in parts) + f"\n{indent}}}"
+    parts = [_lines(each, ROW, inner) for each in value]
+    return "[\n" + ",\n".join(inner + part for part in parts) + f"\n{indent}]"
 
 
 def python_m(module: str) -> list[str]:

@@ -32,7 +32,7 @@ from typing import Any
 import optuna
 import torch
 
-from benchmarks.results import ROOT, commit, make_parser, publish
+from benchmarks.results import ROOT, commit, make_parser, publish, rounded, to_text
 from ddpm.quality import FeatureMoments, frechet_distance
 from pipelines.config import compose
 from pipelines.search.space import Params, apply
@@ -137,7 +137,7 @@ def record(reference: str) -> None:
         "seconds": round(time.monotonic() - began, 1),
         "rows": rows,
     }
-    TABLE.write_text(json.dumps(table, indent=1) + "\n")
+    TABLE.write_text(to_text(rounded(table)))
 
 
 # --- the replay ---------------------------------------------------------------------------------------------

@@ -137,7 +137,6 @@ def as_json(found: dict[str, Any], size: Size) -> dict[str, Any]:
         },
         "likelihood": {name: tables.plain(value) for name, value in likelihood.bits.items()},
         "ode": {"t_min": likelihood.t_min, "truncation_cost": likelihood.truncation_cost},
-        "bound_terms": likelihood.terms,
     }
 
 

@@ -44,6 +44,9 @@ TRIALS = tuple(itertools.product(("eps", "v"), (3e-4, 1e-3)))
 """Prediction and learning rate of the peer's trials."""
 SEED, TRIAL_SAMPLES = 0, 300
 """Of trials."""
+PUBLISHED = ("budget_s", "seed", "seconds", "images", "prediction", "lr", "batch", "sampler", "distance",
+             "standard_error", "accuracy", "precision", "recall", "machine", "commit")  # fmt: skip
+"""What the published file has of each training."""
 LESS = ("budget=4m", "data.image_size=8", "model.channels=[32]", "model.attention=[true]", "model.layers_per_block=1",
         "batch_size=64", "sampler.steps=4", "evaluation.n=48", "evaluation.seeds=1",
         "evaluation.evaluator_passes=1")  # fmt: skip
@@ -125,6 +128,11 @@ def plot(data: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def published(row: dict[str, Any]) -> dict[str, Any]:
+    """Return what the published file has of a training; the work folder keeps all of it."""
+    return {name: row[name] for name in PUBLISHED if name in row}
+
+
 def _median(rows: list[dict[str, Any]], budget_s: float, key: str = "distance") -> float:
     """Return the median of a figure of a budget's trainings."""
     return statistics.median(float(row[key]) for row in rows if row["budget_s"] == budget_s)
@@ -171,9 +179,9 @@ class DataSet:
             "judge": {"floor": self.judge.floor, "accuracy": self.judge.accuracy},
             "peer_over_ours": {f"{budget:.0f}": _median(peer, budget) / _median(ours, budget) for budget in budgets},
             "peer_over_ours_at_a_third": _median(peer, more) / _median(ours, less),
-            "ours": ours,
-            "peer": peer,
-            "peer_trials": tuned,
+            "ours": [published(row) for row in ours],
+            "peer": [published(row) for row in peer],
+            "peer_trials": [published(row) for row in tuned],
         }
 
     def _folders(self) -> dict[str, Path]:
