@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.results import Size, commit, make_parser, publish, python_m
 
 if TYPE_CHECKING:
-    from pipelines.display import TrainingStatus
+    from pipelines.presentation.progress import TrainingStatus
     from pipelines.storage import Storage
 
 BATCH = 128
@@ -293,8 +293,8 @@ class _Bench:
 
     def __init__(self, state: Any, cases: Sequence[Case], size: Size) -> None:
         from pipelines.config import compose
-        from pipelines.connect import fill
         from pipelines.shards.ingest.write import ingest
+        from pipelines.stack.connect import fill
         from pipelines.storage import Storage
 
         self.state, self.size = state, size

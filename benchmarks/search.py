@@ -85,14 +85,14 @@ def settings() -> Iterator[dict[str, Any]]:
 
 def record(reference: str) -> None:
     """Evaluate every setting on the local stack and write the table."""
-    from pipelines.connect import connect
+    from pipelines.stack.connect import connect
 
     # Before ray is imported, because it reads the address of the local head from the environment.
     config = connect(compose(["+experiment=digits"]), os.environ, ["s3", "mlflow", "ray"])
 
     import ray
 
-    from pipelines import references
+    from pipelines.checkpoints import references
     from pipelines.config import sampling
     from pipelines.evaluation.evaluators import open_evaluator
     from pipelines.evaluation.real import open_real

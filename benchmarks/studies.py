@@ -19,8 +19,8 @@ from typing import Any
 from benchmarks.results import commit, ddpm, make_parser, publish
 from pipelines import stack
 from pipelines.config import Config, compose
-from pipelines.connect import fill
 from pipelines.search.study import StudyStore, pareto_front
+from pipelines.stack.connect import fill
 from pipelines.storage import join
 
 STUDIES = {

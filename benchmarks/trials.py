@@ -27,7 +27,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks.results import Size, commit, make_parser, publish
 from pipelines.config import Config, compose
-from pipelines.connect import connect
+from pipelines.stack.connect import connect
 
 WORK_S, REPORTS = 1.0, 3
 TRIALS = 2, 8
@@ -107,7 +107,7 @@ def both(trials: int, at_a_time: int, config: Config) -> tuple[dict[str, float],
 
 def ours(trials: int, config: Config) -> tuple[float, dict[str, float]]:
     """Run a study; return the seconds of training and evaluation of all trials, and medians by part of a trial."""
-    from pipelines.display import no_stage_notice
+    from pipelines.presentation.progress import no_stage_notice
     from pipelines.search.study import StudyStore
     from pipelines.search.study_config import StudyConfig
     from pipelines.search.training_search import TrainingSearch

@@ -22,7 +22,7 @@ def test_a_fault_in_a_file_is_caught_by_tests_that_the_change_of_the_file_touche
 def test_a_change_of_a_page_touches_the_tests_of_the_docs_and_one_of_a_fixture_its_folder(tests):
     assert tests.of(["docs/search.md"]) == tests.of(["README.md"]) == {"tests/docs"}
     assert tests.of(["tests/pipelines/training/conftest.py"]) == {"tests/pipelines/training"}
-    assert "tests/pipelines/test_config.py" in tests.of(["conf/experiment/digits.yaml"])
+    assert "tests/pipelines/config/test_config.py" in tests.of(["conf/experiment/digits.yaml"])
 
 
 def test_a_changed_test_touches_itself(tests):

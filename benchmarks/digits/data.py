@@ -13,7 +13,7 @@ from benchmarks.images import Labelled, evaluator_of, load_labelled
 from benchmarks.results import Size
 from ddpm.conditioning import Conditioning
 from ddpm.noise import Purpose, integers
-from pipelines.text import DEFAULT_ENCODER, TextEncoder
+from pipelines.shards.text import DEFAULT_ENCODER, TextEncoder
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SEEN = ("a handwritten {}", "the digit {}", "{}", "a small grey picture of a {}", "number {}")

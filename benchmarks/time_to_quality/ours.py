@@ -91,7 +91,7 @@ class Side:
 
     def model(self, reference: str) -> Model:
         """Return a registered model."""
-        from pipelines import references
+        from pipelines.checkpoints import references
         from pipelines.storage import Storage
 
         state = self.state()

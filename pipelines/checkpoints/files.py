@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ddpm.model import ModelSpec, save_model
 from pipelines.config import FORMER_DEFAULTS, Config, override_value
-from pipelines.errors import PipelineError
+from pipelines.presentation.errors import PipelineError
 from pipelines.shards.index import Dataset
 from pipelines.shards.quarantine import Quarantine, stream_digest
 

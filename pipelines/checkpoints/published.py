@@ -17,7 +17,7 @@ from ddpm.ema import PowerSnapshot, reconstruct
 from ddpm.model import ModelSpec
 from pipelines import tracking
 from pipelines.checkpoints.files import POWER_EMA, STATE, CheckpointState, ModelError, file_sha256
-from pipelines.scratch import scratch_folder
+from pipelines.environment.scratch import scratch_folder
 from pipelines.storage import Storage, join
 from pipelines.tracking import Tracker
 

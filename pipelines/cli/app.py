@@ -31,8 +31,8 @@ from pipelines.cli import (
 )
 from pipelines.cli.common import terminal
 from pipelines.cli.version import show_version
-from pipelines.credentials import clean_arguments
-from pipelines.errors import ConfigError, PipelineError
+from pipelines.environment.credentials import clean_arguments
+from pipelines.presentation.errors import ConfigError, PipelineError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 for verb in (

@@ -75,7 +75,7 @@ def connect(config: Config, services: Sequence[str]) -> Config:
     Args:
         services: of "s3", "mlflow" and "ray", those that the verb needs.
     """
-    from pipelines.connect import connect as connect_services
+    from pipelines.stack.connect import connect as connect_services
 
     with terminal.services() as notice:
         return connect_services(config, os.environ, services, notice=notice)
@@ -88,7 +88,7 @@ def find_running(config: Config, services: Sequence[str], optional: Sequence[str
         services: of "s3", "mlflow" and "ray", those that the verb needs.
         optional: those that it uses where they are running.
     """
-    from pipelines.connect import find_running as find_running_services
+    from pipelines.stack.connect import find_running as find_running_services
 
     return find_running_services(config, os.environ, services, optional=optional)
 
@@ -136,7 +136,7 @@ def connect_for_model(
     Raises:
         ReferenceFormError: a reference is none, which is said before any service is asked.
     """
-    from pipelines.references import check_form
+    from pipelines.checkpoints.references import check_form
 
     for reference in (model, *others):
         check_form(str(reference))

@@ -29,8 +29,7 @@ def export(
     config = connect_for_model(model, overrides)
 
     from ddpm.diffusers import export_diffusers
-    from pipelines import references
-    from pipelines.checkpoints import ModelError
+    from pipelines.checkpoints import ModelError, references
     from pipelines.storage import Storage
 
     resolved = references.resolve(model, tracking_uri=config.tracking.uri, storage=Storage.of(config))

@@ -25,9 +25,9 @@ from pipelines.cli.common import (
     terminal,
 )
 from pipelines.cli.plan import BUDGET, read_budget, show_plan
+from pipelines.environment.lineage import code_lineage
 from pipelines.flow import GRAPH, Site, select
 from pipelines.flow.stage import INGEST, REGISTER
-from pipelines.lineage import code_lineage
 
 if TYPE_CHECKING:
     from pipelines.config import Config
@@ -114,7 +114,7 @@ def _show(result: FlowResult, config: Config) -> None:
 
 def _drawn(result: FlowResult, config: Config, out: Path) -> str:
     """Draw images of the registered model into a folder, and return the path of their grid."""
-    from pipelines import references
+    from pipelines.checkpoints import references
     from pipelines.inference.files import write_samples
     from pipelines.storage import Storage
 

@@ -44,8 +44,8 @@ def launch(
     The name of the run decides what is resumed: launching the same command again follows it while it runs, and resumes
     it once it has ended. Settings of the launch are overrides: launch.image=… (see docs/clusters.md).
     """
-    from pipelines.connect import without_secrets
     from pipelines.launch import overrides_of, parse_command, with_addresses
+    from pipelines.stack.connect import without_secrets
 
     given = words or []
     named = stop or status

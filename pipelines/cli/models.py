@@ -24,8 +24,8 @@ from pipelines.cli.common import (
 
 if TYPE_CHECKING:
     from ddpm.generate import Sampling
+    from pipelines.checkpoints.references import Resolved
     from pipelines.config import Config
-    from pipelines.references import Resolved
 
 
 def evaluate(
@@ -39,7 +39,7 @@ def evaluate(
     """
     config = connect_for_model(model, overrides, more=SERVICES)
 
-    from pipelines import references
+    from pipelines.checkpoints import references
     from pipelines.evaluation.scoring import score_and_record
     from pipelines.storage import Storage
     from pipelines.training.ray_train.resources import connect_ray
@@ -79,7 +79,8 @@ def register(
     overrides = [*(overrides or []), *named]
     config = connect_for_model(model, overrides, more=SERVICES)
 
-    from pipelines import references, registry
+    from pipelines import registry
+    from pipelines.checkpoints import references
     from pipelines.storage import Storage
     from pipelines.training.ray_train.resources import connect_ray
 
@@ -124,8 +125,8 @@ def promote(
     as_json: Json = False,
 ) -> None:
     """Move an alias to a version if the gate allows it. Example: ddpm promote models:/digits/2 --alias champion"""
+    from pipelines.checkpoints.references import check_form, check_name
     from pipelines.config import quoted_override
-    from pipelines.references import check_form, check_name
 
     name = model.removeprefix("models:/").split("/")[0].split("@")[0]
     if rollback:
@@ -134,7 +135,8 @@ def promote(
         check_form(model)
     config = compose_connected([*(overrides or []), quoted_override("registry.alias", alias)])
 
-    from pipelines import references, registry
+    from pipelines import registry
+    from pipelines.checkpoints import references
     from pipelines.storage import Storage
     from pipelines.training.ray_train.resources import connect_ray
 
@@ -160,7 +162,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check whether a version is what was scored, and by whom. Example: ddpm verify models:/digits@champion"""
-    from pipelines.references import check_form
+    from pipelines.checkpoints.references import check_form
 
     check_form(model)
     services = ["mlflow"] if model.startswith("models:/") else []

@@ -150,7 +150,7 @@ def likelihood(
     chosen = bits.parse_method(method)
     config = connect_for_model(model, overrides, more=["s3"] if data.startswith("s3://") else [])
 
-    from pipelines import references
+    from pipelines.checkpoints import references
     from pipelines.evaluation.devices import task_device
     from pipelines.storage import Storage
 
@@ -202,7 +202,7 @@ def _drawn_by(
     """Return the pictures of a request to a server, and who drew them; see `_drawn_here`."""
     if not url.startswith(("http://", "https://")):
         raise typer.BadParameter(f"{url}: write the address of a server, http://HOST:PORT", param_hint="--url")
-    from pipelines.loopback import is_loopback
+    from pipelines.environment.loopback import is_loopback
     from pipelines.serving.client import Client
     from pipelines.serving.token import client_token
     from pipelines.stack import default_home

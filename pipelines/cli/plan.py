@@ -43,9 +43,9 @@ def plan(
         check_file("--save", save, "plan.yaml")
 
     from pipelines.config import from_dict
-    from pipelines.connect import connect_running
     from pipelines.plan.keep import to_yaml
     from pipelines.plan.services import services_config
+    from pipelines.stack.connect import connect_running
     from pipelines.storage import Storage
 
     budget_s = read_budget(budget or BUDGET, overrides)

@@ -28,7 +28,7 @@ def report(
     """Write all that is known of a run or model into one HTML file. Example: ddpm report first --out first.html"""
     check_file("--out", out or Path("report-NAME.html"), "report.html")
 
-    from pipelines.references import check_recorded
+    from pipelines.checkpoints.references import check_recorded
 
     check_recorded(reference)
     config = compose_running(overrides, services=["s3", "mlflow"])

@@ -177,7 +177,7 @@ def _until_the_end(show: Callable[[], None], config: Config, storage: Storage, f
     Storage or MLflow may be away for a while: the next look is in a moment.
     """
     from pipelines import tracking
-    from pipelines.errors import PipelineError
+    from pipelines.presentation.errors import PipelineError
     from pipelines.training.log_lines import has_ended, last_write
 
     try:

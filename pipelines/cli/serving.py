@@ -33,7 +33,7 @@ def serve(
     needed = ["fastapi", "grpc_reflection", "prometheus_client", *(["gradio"] if page else [])]
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise typer.BadParameter(f"{', '.join(missing)} is not installed: pip install 'ddpm-pipelines[serve]'")
-    from pipelines.connect import anywhere
+    from pipelines.stack.connect import anywhere
 
     # The replicas run in folders of their own.
     models = list(dict.fromkeys(anywhere(argument) for argument in arguments if not is_override(argument)))
@@ -41,7 +41,7 @@ def serve(
         raise typer.BadParameter(f"name a model to serve: {MODEL}", param_hint="MODEL")
     config = compose([argument for argument in arguments if is_override(argument)])
 
-    from pipelines import references
+    from pipelines.checkpoints import references
 
     for model in models:  # before anything starts
         references.check_form(model)

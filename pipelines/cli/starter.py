@@ -15,7 +15,7 @@ def init(
     as_json: Json = False,
 ) -> None:
     """Write a starter project for your own pictures. Example: ddpm init pets"""
-    from pipelines.starter import write_starter
+    from pipelines.config.starter import write_starter
 
     written = write_starter(folder)
     for path in written:

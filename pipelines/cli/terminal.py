@@ -27,8 +27,8 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.credentials import redact
-from pipelines.display import NOT_WORKING, Progress, Report, StageNotice, TimeBreakdown, TrainingStatus
+from pipelines.environment.credentials import redact
+from pipelines.presentation.progress import NOT_WORKING, Progress, Report, StageNotice, TimeBreakdown, TrainingStatus
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pipelines.cli.common import SERVICES, Json, Overrides, Quiet, answer_json, compose_connected, connect, terminal
-from pipelines.lineage import code_lineage
+from pipelines.environment.lineage import code_lineage
 
 
 def train(

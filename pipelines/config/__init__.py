@@ -38,7 +38,7 @@ from pipelines.config.sections import (
     Seed,
     ServingConfig,
 )
-from pipelines.errors import ConfigError
+from pipelines.presentation.errors import ConfigError
 
 __all__ = [
     "CANDIDATE",

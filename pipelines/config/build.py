@@ -18,7 +18,7 @@ from ddpm.timesteps import TIMESTEPS, TimestepSampler
 from ddpm.weights import WEIGHTS
 from pipelines.config.choices import FROM_DATA, chosen
 from pipelines.config.schema import Config
-from pipelines.errors import ConfigError
+from pipelines.presentation.errors import ConfigError
 
 
 def network_config(config: Config) -> NetworkConfig:

@@ -17,7 +17,7 @@ import pydantic
 from ddpm.generate import Sampling
 from pipelines.config.build import network_config, noise_schedule, sampling, sampling_overrides, training_objective
 from pipelines.config.schema import Config, flatten
-from pipelines.errors import ConfigError
+from pipelines.presentation.errors import ConfigError
 
 
 def conf_dir() -> Path:

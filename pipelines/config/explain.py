@@ -93,7 +93,7 @@ def _files(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
     from hydra.errors import HydraException
     from hydra.types import RunMode
 
-    from pipelines.errors import ConfigError
+    from pipelines.presentation.errors import ConfigError
 
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(conf_dir())):

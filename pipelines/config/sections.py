@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from pipelines.config.choices import Section
-from pipelines.errors import ConfigError
+from pipelines.presentation.errors import ConfigError
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """What runs, studies and served applications may be called: their names are parts of addresses."""
@@ -196,7 +196,7 @@ class StorageConfig(Section):
 
     @model_validator(mode="after")
     def _known_scheme(self) -> StorageConfig:
-        # Which schemes there are is checked by `pipelines.connect`: storage is built on the configuration.
+        # Which schemes there are is checked by `pipelines.stack.connect`: storage is built on the configuration.
         scheme, separator, rest = self.root.partition("://")
         if not (scheme and separator and rest) or (scheme == "file" and not rest.startswith("/")):
             raise ValueError(f"root must be s3://BUCKET[/PREFIX] or file:///PATH, got {self.root!r}")

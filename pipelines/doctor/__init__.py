@@ -43,9 +43,9 @@ def _probes(overrides: Sequence[str], environ: Mapping[str, str]) -> dict[str, P
     """Return the probes of a configuration by the name that a probe without a result is shown under."""
     from pipelines import stack
     from pipelines.config import compose
-    from pipelines.connect import connect_running
     from pipelines.doctor import services
     from pipelines.shards.read import default_cache_dir
+    from pipelines.stack.connect import connect_running
 
     config, needed = connect_running(compose(overrides), environ, stack.SERVICES)
     home, cluster, data = stack.default_home(), config.cluster, config.data

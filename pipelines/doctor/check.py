@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from pipelines.errors import PipelineError
+from pipelines.presentation.errors import PipelineError
 
 Status = Literal["ok", "warning", "failed"]
 

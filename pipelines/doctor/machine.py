@@ -15,8 +15,8 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from pipelines import cgroups
 from pipelines.doctor.check import Check, failed, ok, warning
+from pipelines.environment import cgroups
 
 GIB = 2**30
 DISTRIBUTION = "ddpm-pipelines"

@@ -17,9 +17,9 @@ from urllib.parse import urlsplit
 
 from pipelines import tracking
 from pipelines.config import Config
-from pipelines.credentials import redact
 from pipelines.doctor.check import Check, failed, ok, warning
-from pipelines.loopback import bypass_proxies
+from pipelines.environment.credentials import redact
+from pipelines.environment.loopback import bypass_proxies
 from pipelines.stack import ServiceStatus
 from pipelines.tracking.probe import ServerAnswers, ask_server
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipelines.config import Config
-from pipelines.credentials import redact
 from pipelines.doctor.check import Check, failed, ok
 from pipelines.doctor.services import closed_port, http_date, skew_check
+from pipelines.environment.credentials import redact
 from pipelines.storage import ConflictError, Storage, StorageError, join
 
 MULTIPART_BYTES = (8 << 20) + 1

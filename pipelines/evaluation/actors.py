@@ -13,7 +13,6 @@ from safetensors.numpy import load, save
 
 from ddpm.generate import to_uint8
 from ddpm.model import Model
-from pipelines.display import Notice, Progress
 from pipelines.evaluation.devices import task_device
 from pipelines.evaluation.evaluators.base import Evaluator
 from pipelines.evaluation.images import pack_samples, thumbnail_size, thumbnails, to_levels, unpack_samples
@@ -21,7 +20,8 @@ from pipelines.evaluation.likelihoods import Likelihood, likelihood
 from pipelines.evaluation.prompts import Prompts
 from pipelines.evaluation.rows import Rows
 from pipelines.evaluation.samples import Drawn, DrawnUnit, Plan, Request, SampleFiles, Unit
-from pipelines.ray_actors import ActorPool, PooledActor, processors
+from pipelines.presentation.progress import Notice, Progress
+from pipelines.remote.actors import ActorPool, PooledActor, processors
 from pipelines.signing import Derived
 from pipelines.storage import Storage
 

@@ -24,12 +24,12 @@ from ddpm.quality import (
     measured_kid,
     measured_precision_recall,
 )
+from pipelines.environment.scratch import scratch_folder
 from pipelines.evaluation.evaluators.base import Evaluator
 from pipelines.evaluation.real import Real, RealRows
 from pipelines.evaluation.rows import Rows
 from pipelines.evaluation.samples import Drawn, Plan
 from pipelines.evaluation.scores import Estimate
-from pipelines.scratch import scratch_folder
 
 NEIGHBOURS = 10_000
 """Images of each side, at most, that are compared one by one."""

@@ -8,10 +8,10 @@ from functools import cached_property
 
 from ddpm.model import ModelSpec
 from pipelines.config import Config
-from pipelines.display import Notice, Progress, no_notice, no_progress
 from pipelines.evaluation.evaluators import Evaluator, open_evaluator, open_matcher
 from pipelines.evaluation.prompts import Prompts, open_captions
 from pipelines.evaluation.real import Real, open_real
+from pipelines.presentation.progress import Notice, Progress, no_notice, no_progress
 from pipelines.shards.index import Dataset, DatasetError, read_dataset
 from pipelines.shards.quarantine import read_quarantine, stream_digest
 from pipelines.storage import Storage

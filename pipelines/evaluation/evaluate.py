@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ddpm.model import Model
 from ddpm.quality import Measured
-from pipelines.display import Notice, Progress, no_notice, no_progress
+from pipelines.environment.scratch import scratch_folder
 from pipelines.evaluation.actors import draw, sampling_actors
 from pipelines.evaluation.compare import Comparison
 from pipelines.evaluation.copies import Copies, look_for_copies
@@ -24,8 +24,8 @@ from pipelines.evaluation.real import Real
 from pipelines.evaluation.rows import Rows
 from pipelines.evaluation.samples import Plan, Request, SampleFiles
 from pipelines.evaluation.scores import Estimate, Scores
-from pipelines.ray_actors import ActorPool
-from pipelines.scratch import scratch_folder
+from pipelines.presentation.progress import Notice, Progress, no_notice, no_progress
+from pipelines.remote.actors import ActorPool
 from pipelines.signing import Authority
 
 NOISE_IMAGES = 1_024

@@ -14,14 +14,14 @@ import torch
 from ddpm.generate import Sampling
 from ddpm.model import Model
 from ddpm.quality import Measured
-from pipelines.display import Display
+from pipelines.environment.scratch import scratch_folder
 from pipelines.evaluation.actors import draw, sampling_actors
 from pipelines.evaluation.compare import Distance, measured_accuracy
 from pipelines.evaluation.data import EvaluationData
 from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.prompts import Prompts
 from pipelines.evaluation.samples import Drawn, Plan, Request, SampleFiles
-from pipelines.scratch import scratch_folder
+from pipelines.presentation.progress import Display
 from pipelines.signing import Authority
 
 

@@ -18,13 +18,13 @@ from torch import Tensor
 from ddpm.conditioning import Conditioning
 from ddpm.quality import Measured
 from pipelines.config import Config
-from pipelines.display import Notice, no_notice
 from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.evaluators.matcher import Matcher, choices, matched
 from pipelines.evaluation.evaluators.train import prompt_captions
 from pipelines.evaluation.real import held_out_positions
 from pipelines.evaluation.rows import Rows
 from pipelines.evaluation.scores import Z_95, Estimate
+from pipelines.presentation.progress import Notice, no_notice
 from pipelines.shards.captions import Captions, caption_width, read_captions
 from pipelines.shards.index import Dataset
 from pipelines.shards.read import opened_split

@@ -32,14 +32,14 @@ from torch import Tensor
 
 from ddpm.quality import FeatureMoments
 from pipelines.config import Config
-from pipelines.display import Notice, Progress, no_notice, no_progress
 from pipelines.evaluation.devices import task_device
 from pipelines.evaluation.evaluators.base import Evaluator
 from pipelines.evaluation.evaluators.share import reference_mask
 from pipelines.evaluation.images import thumbnail_size, thumbnails, to_levels
 from pipelines.evaluation.rows import Rows
 from pipelines.evaluation.scores import features_name
-from pipelines.ray_tasks import finished
+from pipelines.presentation.progress import Notice, Progress, no_notice, no_progress
+from pipelines.remote.tasks import finished
 from pipelines.shards.index import Dataset, DatasetError
 from pipelines.shards.quarantine import kept_shards, read_quarantine, stream_digest
 from pipelines.shards.read import Batch, opened_split, spread_positions

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines import tracking
-from pipelines.display import Notice, no_notice
 from pipelines.evaluation.samples import SampleFiles
 from pipelines.evaluation.scores import Scores
+from pipelines.presentation.progress import Notice, no_notice
 from pipelines.signing import Authority, SignatureError, Trust, seal, unseal
 from pipelines.tracking import CheckpointModel, Tracker
 

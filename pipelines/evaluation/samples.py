@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from ddpm.generate import Sampling
 from ddpm.model import Model
 from pipelines.config import Config
-from pipelines.display import Notice
 from pipelines.evaluation.images import unpack_samples
 from pipelines.evaluation.prompts import PromptRows, Prompts
 from pipelines.evaluation.real import Real
 from pipelines.evaluation.rows import Rows
+from pipelines.presentation.progress import Notice
 from pipelines.signing import Authority, Derived, SignatureError
 from pipelines.storage import Storage, StorageError, join
 

@@ -17,11 +17,10 @@ from torch import nn
 from ddpm.generate import Sampling
 from ddpm.model import Model, ModelSpec, tensors_digest
 from ddpm.settings import settings_of
-from pipelines import references, tracking
-from pipelines.checkpoints import list_published, record_scores
+from pipelines import tracking
+from pipelines.checkpoints import list_published, record_scores, references
+from pipelines.checkpoints.references import Resolved
 from pipelines.config import Config
-from pipelines.display import Display, Notice, no_notice
-from pipelines.errors import PipelineError
 from pipelines.evaluation.data import EvaluationData
 from pipelines.evaluation.evaluate import Evaluation, evaluate
 from pipelines.evaluation.likelihoods import Likelihood
@@ -30,7 +29,8 @@ from pipelines.evaluation.prompts import Prompts
 from pipelines.evaluation.recorded import FOLDER, Scored, recorded
 from pipelines.evaluation.samples import Request, read_images
 from pipelines.evaluation.scores import Scores
-from pipelines.references import Resolved
+from pipelines.presentation.errors import PipelineError
+from pipelines.presentation.progress import Display, Notice, no_notice
 from pipelines.signing import Authority, Trust
 from pipelines.storage import Storage
 from pipelines.tracking import Tracker

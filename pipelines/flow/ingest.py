@@ -10,8 +10,8 @@ from functools import partial
 from typing import ClassVar
 
 from pipelines.config import Config, ConfigError
-from pipelines.display import Display
 from pipelines.flow.stage import INGEST, Look, Place, Results, Site, Stage
+from pipelines.presentation.progress import Display
 from pipelines.shards.index import Dataset, DatasetError, read_dataset
 from pipelines.shards.ingest.encode import CaptionEncoder
 from pipelines.shards.ingest.write import Ingested, ingest, source_digest
@@ -161,7 +161,7 @@ def _text_encoder(name: str | None) -> CaptionEncoder | None:
     """
     if name is None:
         return None
-    from pipelines.text import TextEncoder
+    from pipelines.shards.text import TextEncoder
 
     try:
         return TextEncoder(name)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
-from pipelines import checkpoints, references, registry, tracking
+from pipelines import checkpoints, registry, tracking
+from pipelines.checkpoints import references
+from pipelines.checkpoints.references import Resolved
 from pipelines.config import CANDIDATE, sampling
-from pipelines.errors import PipelineError
 from pipelines.evaluation.evaluators import (
     Evaluator,
     check_evaluator,
@@ -22,7 +23,7 @@ from pipelines.evaluation.evaluators import (
 from pipelines.evaluation.scores import Scores
 from pipelines.evaluation.scoring import find_scores, score_and_record
 from pipelines.flow.stage import EVALUATE, EVALUATOR, GATE, REGISTER, Look, Place, Results, Site, Stage
-from pipelines.references import Resolved
+from pipelines.presentation.errors import PipelineError
 from pipelines.registry import Gate, Verdict, check_signing
 from pipelines.shards.quarantine import read_quarantine, stream_digest
 from pipelines.storage import Storage, join

@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from pipelines.errors import ConfigError
+from pipelines.presentation.errors import ConfigError
 
 if TYPE_CHECKING:
     from pipelines.config import Config
-    from pipelines.display import Display
     from pipelines.evaluation.evaluators import Evaluator
     from pipelines.evaluation.scores import Scores
+    from pipelines.presentation.progress import Display
     from pipelines.registry import Verdict
     from pipelines.shards.index import Dataset
     from pipelines.storage import Storage
@@ -93,7 +93,7 @@ class Site:
 
     Attributes:
         storage: reads and writes what is stored.
-        lineage: which code runs, see `pipelines.lineage`.
+        lineage: which code runs, see `pipelines.environment.lineage`.
         display: shows what is done.
         training_ends: `time.monotonic()` at which a new training that has seconds is to end, if it began at once; None
             where its configuration alone says how many it has.

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 from pipelines import checkpoints, tracking
 from pipelines.config import Config
-from pipelines.display import Display, TimeBreakdown, no_report
 from pipelines.flow.stage import TRAIN, Look, Place, Results, Site, Stage
+from pipelines.presentation.progress import Display, TimeBreakdown, no_report
 from pipelines.shards.quarantine import read_quarantine, stream_digest
 from pipelines.storage import Storage, join
 from pipelines.training import driver

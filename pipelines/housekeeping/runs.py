@@ -17,9 +17,9 @@ from rich.filesize import decimal
 from pipelines import tracking
 from pipelines.checkpoints import epoch_of, names_checkpoint
 from pipelines.config import Config
-from pipelines.display import Notice
-from pipelines.errors import PipelineError
 from pipelines.housekeeping.folders import Folder, folders, folders_at
+from pipelines.presentation.errors import PipelineError
+from pipelines.presentation.progress import Notice
 from pipelines.storage import Storage, join
 from pipelines.tracking import ENDED, ModelVersion, RunRecord
 from pipelines.training.log_lines import LIVE_S

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from ddpm.inference import check_mask
-from pipelines.display import Notice
 from pipelines.inference.request import Request, RequestError, parse_box
+from pipelines.presentation.progress import Notice
 from pipelines.shards.ingest.encode import ImageFormat, decode_grey, encode_image
 from pipelines.shards.ingest.trees import UnreadableError
 

@@ -16,16 +16,16 @@ from torch import Tensor
 from ddpm.bound import mean_bits_per_dim
 from ddpm.conditioning import Conditioning
 from ddpm.model import Model
+from pipelines.checkpoints.references import Resolved
 from pipelines.config import Config
-from pipelines.display import Notice, Progress, no_notice, no_progress
+from pipelines.environment.lineage import code_lineage
 from pipelines.evaluation.images import to_levels
 from pipelines.evaluation.likelihoods import Bounds, bound_bits, ode_bits
 from pipelines.inference.inputs import as_tensor, read_images
 from pipelines.inference.request import RequestError
-from pipelines.lineage import code_lineage
 from pipelines.presentation import html
 from pipelines.presentation.blocks import Interactive, Section
-from pipelines.references import Resolved
+from pipelines.presentation.progress import Notice, Progress, no_notice, no_progress
 from pipelines.registry import digest_of
 from pipelines.shards.index import DatasetError, read_dataset
 from pipelines.shards.ingest.sources import SUFFIXES

@@ -28,15 +28,15 @@ from ddpm.inference import (
     row_drawings,
 )
 from ddpm.model import Model, ModelSpec
-from pipelines import references
+from pipelines.checkpoints import references
+from pipelines.checkpoints.references import Resolved
 from pipelines.config import Config
-from pipelines.display import Notice, Progress, no_notice, no_progress
 from pipelines.evaluation.devices import task_device
 from pipelines.inference.inputs import read_images, read_mask
 from pipelines.inference.request import Edit, Inpaint, Request, RequestError, Sample
-from pipelines.references import Resolved
+from pipelines.presentation.progress import Notice, Progress, no_notice, no_progress
+from pipelines.shards.text import TextEncoder
 from pipelines.storage import Storage
-from pipelines.text import TextEncoder
 
 Encode = Callable[[Sequence[str]], Conditioning]
 """Maps texts to their embeddings."""

@@ -20,7 +20,7 @@ import pydantic
 from pydantic import ConfigDict, Field, StrictBool, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from pipelines.errors import PipelineError
+from pipelines.presentation.errors import PipelineError
 
 MANIFEST = "manifest.json"
 """Name of the file beside pictures that holds their request."""

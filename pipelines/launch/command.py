@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from pipelines.config import Config, ConfigError, conf_dir
-from pipelines.credentials import split_address
-from pipelines.display import StageNotice
-from pipelines.errors import PipelineError
-from pipelines.loopback import is_loopback
+from pipelines.environment.credentials import split_address
+from pipelines.environment.loopback import is_loopback
+from pipelines.presentation.errors import PipelineError
+from pipelines.presentation.progress import StageNotice
 
 VERBS = ("ingest", "train", "evaluate", "register", "flow", "search")
 """What may run on a cluster: verbs that work on a run or a dataset and write to storage, not to the caller's disk."""

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.config import ConfigError, KubeRayLaunch
-from pipelines.display import StageNotice
 from pipelines.launch.command import ClusterCommand, LaunchError, check_same, detachable
 from pipelines.launch.kuberay import dump, rayjob
+from pipelines.presentation.progress import StageNotice
 
 FOLLOW_EVERY_S = 3.0
 ANSWER_S = 120.0

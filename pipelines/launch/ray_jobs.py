@@ -23,9 +23,9 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
 from pipelines.config import RayLaunch
-from pipelines.display import StageNotice
+from pipelines.environment.loopback import bypass_proxies
 from pipelines.launch.command import ClusterCommand, LaunchError, check_same, detachable
-from pipelines.loopback import bypass_proxies
+from pipelines.presentation.progress import StageNotice
 
 AGAIN = "@"
 """Stands in a submission ID between the job's name, which cannot have it, and the number of the submission."""

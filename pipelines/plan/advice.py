@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipelines.errors import ConfigError
 from pipelines.plan.budget import written
 from pipelines.plan.facts import MachineFacts, Plan, SourceFacts
 from pipelines.plan.propose import propose
+from pipelines.presentation.errors import ConfigError
 
 FACTORS = (2, 4, 12)
 

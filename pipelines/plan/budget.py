@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from pipelines.errors import ConfigError
+from pipelines.presentation.errors import ConfigError
 
 _UNITS = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
 MOST_DAYS = 1_000

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.errors import ConfigError
 from pipelines.plan import clock
 from pipelines.plan.facts import Hand, MachineFacts, SourceFacts, Speed
 from pipelines.plan.networks import Candidate, candidates
+from pipelines.presentation.errors import ConfigError
 
 STEPS = 15
 """Network evaluations of a sample by DPM-Solver++: on digits 8 are as good as 50 of DDIM, see docs/few-steps.md."""

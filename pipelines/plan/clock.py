@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pipelines.errors import ConfigError
 from pipelines.plan.budget import spoken, written
 from pipelines.plan.facts import MachineFacts, Plan, SourceFacts, Speed
+from pipelines.presentation.errors import ConfigError
 from pipelines.shards.ingest.write import ALONE_S
 
 WORKERS_S = 28.0

@@ -12,15 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines.errors import ConfigError
 from pipelines.plan.facts import Mirror, SourceFacts
 from pipelines.plan.mirror import tell_mirrored
+from pipelines.presentation.errors import ConfigError
 from pipelines.shards.ingest.encode import ImageFormat, open_image
 from pipelines.shards.ingest.sources import SourceImage, open_source
 from pipelines.shards.ingest.tasks import seconds_of_image
 from pipelines.shards.ingest.trees import UnreadableError
+from pipelines.shards.text import DEFAULT_ENCODER, TextEncoder
 from pipelines.storage import Storage
-from pipelines.text import DEFAULT_ENCODER, TextEncoder
 
 OPENED, LEAST_OPENED = 1_000, 16
 """Images that are opened at most, and at least, whatever the time."""

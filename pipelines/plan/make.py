@@ -13,7 +13,6 @@ import ray
 
 from pipelines import tracking
 from pipelines.config import Config, ConfigError, compose, override_settings
-from pipelines.display import StageNotice
 from pipelines.plan.budget import spoken
 from pipelines.plan.facts import Hand, MachineFacts, Plan, SourceFacts
 from pipelines.plan.keep import PlanBook, StoredPlan, command_key
@@ -21,7 +20,8 @@ from pipelines.plan.lines import NAME, name_line, source_name
 from pipelines.plan.look import look
 from pipelines.plan.measure import LongerMeasurement, Measurement, measure, measure_longer
 from pipelines.plan.propose import propose
-from pipelines.ray_tasks import finished
+from pipelines.presentation.progress import StageNotice
+from pipelines.remote.tasks import finished
 from pipelines.shards.ingest.sources import absolute, source_digest
 from pipelines.storage import Storage
 from pipelines.training.ray_train.resources import alive_nodes, connect_ray, is_free

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from pipelines.cgroups import whole_cores
 from pipelines.config import Config, compose, override_value
+from pipelines.environment.cgroups import whole_cores
 from pipelines.evaluation.devices import one_thread
 from pipelines.evaluation.evaluators.classifier import BATCH as JUDGE_BATCH
 from pipelines.evaluation.evaluators.classifier import MAX_SIDE, train_classifier

@@ -11,13 +11,13 @@ from pathlib import Path
 from ddpm.generate import Sampling
 from ddpm.model import load_model
 from ddpm.quality import Measured
+from pipelines.checkpoints.references import guided
 from pipelines.config import Config
-from pipelines.display import Display
 from pipelines.evaluation.data import EvaluationData
 from pipelines.evaluation.measure import Subject, measure
 from pipelines.evaluation.samples import Request
 from pipelines.evaluation.scores import IMAGES_PER_FEATURE
-from pipelines.references import guided
+from pipelines.presentation.progress import Display
 from pipelines.registry.evidence import Evidence
 from pipelines.registry.package import RegistryError
 from pipelines.signing import Authority

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import ddpm
-from pipelines.errors import PipelineError
 from pipelines.evaluation.scores import Scores
+from pipelines.presentation.errors import PipelineError
 from pipelines.signing.folder import differences, files_below, sha256
 
 MODEL = "model"

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 
 from pipelines import tracking
-from pipelines.display import Notice
-from pipelines.errors import PipelineError
+from pipelines.presentation.errors import PipelineError
+from pipelines.presentation.progress import Notice
 from pipelines.registry.verdict import Verdict, last_passed, now, read_entry
 from pipelines.signing import SignatureError, Trust
 from pipelines.storage import Entry, NotFoundError, Storage, join

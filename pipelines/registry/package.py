@@ -15,10 +15,11 @@ from ddpm.inference import COLUMNS, parameters
 from ddpm.model import TEXT_ENCODER, Model, save_guides, save_model
 from ddpm.settings import settings_of
 from pipelines import tracking
-from pipelines.errors import PipelineError
+from pipelines.checkpoints.references import Resolved
+from pipelines.environment.scratch import scratch_folder
 from pipelines.evaluation.scores import Scores
 from pipelines.evaluation.scoring import weights_digest
-from pipelines.references import Resolved
+from pipelines.presentation.errors import PipelineError
 from pipelines.registry.evidence import (
     COMPILED,
     FILE,
@@ -33,9 +34,8 @@ from pipelines.registry.evidence import (
     requirements,
 )
 from pipelines.registry.probe import draw_probe
-from pipelines.scratch import scratch_folder
+from pipelines.shards.text import is_path, local_encoder
 from pipelines.signing import Signer
-from pipelines.text import is_path, local_encoder
 from pipelines.tracking import ModelVersion, Pyfunc, Tracker
 
 

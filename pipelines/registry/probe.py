@@ -18,9 +18,9 @@ from torch import Tensor
 from ddpm.conditioning import Conditioning
 from ddpm.generate import to_uint8
 from ddpm.model import Model
-from pipelines.errors import PipelineError
+from pipelines.environment.scratch import scratch_folder
+from pipelines.presentation.errors import PipelineError
 from pipelines.registry.evidence import PROBE
-from pipelines.scratch import scratch_folder
 
 PROBES = 16
 """Pictures that a version draws when it is made."""

@@ -12,8 +12,9 @@ from pathlib import Path
 from ddpm.model import ModelSpec, read_spec
 from pipelines import tracking
 from pipelines.config import PREVIOUS, Config
-from pipelines.display import Display
+from pipelines.environment.scratch import scratch_folder
 from pipelines.evaluation.scores import Scores
+from pipelines.presentation.progress import Display
 from pipelines.registry.bounds import absolute_bounds
 from pipelines.registry.card import describe
 from pipelines.registry.comparison import compare, gate_seed, open_data, request_of, subject_of
@@ -24,7 +25,6 @@ from pipelines.registry.gate import SAMPLES, comparable, decide
 from pipelines.registry.package import RegistryError
 from pipelines.registry.verdict import Row, Verdict, VerdictLog, now, standing
 from pipelines.registry.verify import check_data
-from pipelines.scratch import scratch_folder
 from pipelines.signing import Signer, Trust, check_signing
 from pipelines.storage import Storage
 from pipelines.tracking import ModelVersion

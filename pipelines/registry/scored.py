@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ddpm.generate import Sampling
-from pipelines import references, tracking
+from pipelines import tracking
+from pipelines.checkpoints import references
+from pipelines.checkpoints.references import Resolved
 from pipelines.config import CANDIDATE, Config
-from pipelines.display import Display
 from pipelines.evaluation.scores import Scores
 from pipelines.evaluation.scoring import score_and_record
-from pipelines.references import Resolved
+from pipelines.presentation.progress import Display
 from pipelines.registry.package import digest_of, register, run_of
 from pipelines.signing import Signer, check_signing
 from pipelines.storage import Storage

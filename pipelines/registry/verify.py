@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import tracking
-from pipelines.display import Notice, no_notice
-from pipelines.errors import PipelineError
-from pipelines.references import find_registered
+from pipelines.checkpoints.references import find_registered
+from pipelines.environment.scratch import scratch_folder
+from pipelines.presentation.errors import PipelineError
+from pipelines.presentation.progress import Notice, no_notice
 from pipelines.registry.contents import check_version
 from pipelines.registry.envelope import model_folder
 from pipelines.registry.evidence import Evidence
 from pipelines.registry.package import RegistryError
 from pipelines.registry.probe import ProbeError, redraw
 from pipelines.registry.verdict import Row
-from pipelines.scratch import scratch_folder
 from pipelines.shards.index import read_dataset
 from pipelines.shards.quarantine import read_quarantine, stream_digest
 from pipelines.signing import Trust

@@ -18,10 +18,9 @@ from ddpm.inference import Drawing, Inpainting, Noise, can_inpaint, inpainting_m
 from ddpm.masks import random_mask
 from ddpm.model import Model
 from ddpm.samplers.base import predict, step_noise
-from pipelines import references
+from pipelines.checkpoints import references
+from pipelines.checkpoints.references import Resolved
 from pipelines.config import Config
-from pipelines.display import Notice, no_notice
-from pipelines.errors import PipelineError
 from pipelines.evaluation.devices import task_device
 from pipelines.evaluation.plots import label_grid
 from pipelines.inference.files import film_strip
@@ -29,8 +28,9 @@ from pipelines.inference.likelihood import Data, read_data
 from pipelines.inference.pictures import encoder_of, picture
 from pipelines.inference.request import Sample
 from pipelines.presentation.charts import Point
+from pipelines.presentation.errors import PipelineError
 from pipelines.presentation.images import Picture
-from pipelines.references import Resolved
+from pipelines.presentation.progress import Notice, no_notice
 from pipelines.report.facts import Facts, Film, Levels
 from pipelines.report.subject import Subject
 from pipelines.shards.read import spread_positions

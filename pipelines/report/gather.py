@@ -20,12 +20,12 @@ from ddpm.models import NETWORKS
 from pipelines import tracking
 from pipelines.checkpoints import Published, list_published, published_spec
 from pipelines.config import Config
-from pipelines.display import Notice, no_notice
-from pipelines.errors import PipelineError
 from pipelines.evaluation.recorded import FOLDER, evaluation_pictures, read_scores
 from pipelines.evaluation.scores import Scores
 from pipelines.presentation.charts import Point
+from pipelines.presentation.errors import PipelineError
 from pipelines.presentation.images import Picture
+from pipelines.presentation.progress import Notice, no_notice
 from pipelines.registry import Verdict
 from pipelines.registry.card import PICTURES, parameters
 from pipelines.registry.gate import comparable

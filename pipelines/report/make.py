@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipelines.config import Config
-from pipelines.display import Notice, no_notice
 from pipelines.inference.files import file_name
+from pipelines.presentation.progress import Notice, no_notice
 from pipelines.report.ask_model import ask_model
 from pipelines.report.gather import gather
 from pipelines.report.page import page

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from pipelines import references, tracking
+from pipelines import tracking
+from pipelines.checkpoints import references
 from pipelines.config import Config
-from pipelines.errors import PipelineError
+from pipelines.presentation.errors import PipelineError
 from pipelines.tracking import ModelVersion, Tracker, TrackingError
 
 _ID = re.compile(r"[0-9a-f]{32}")

@@ -14,8 +14,8 @@ from torch import Tensor
 from ddpm.conditioning import Conditioning
 from ddpm.generate import Sampling
 from pipelines.config import Config
-from pipelines.display import Notice
-from pipelines.ray_actors import ActorPool, PooledActor, processors
+from pipelines.presentation.progress import Notice
+from pipelines.remote.actors import ActorPool, PooledActor, processors
 from pipelines.search.judge import Drawn, SampleScorer, Subject
 from pipelines.search.rung_judge import conditions, held_out_bound
 

@@ -19,14 +19,15 @@ from ray import tune
 from ddpm.generate import Sampling
 from ddpm.model import Model
 from ddpm.models.classifier import NoisyClassifier
-from pipelines import references, registry, tracking
+from pipelines import registry, tracking
+from pipelines.checkpoints import references
+from pipelines.checkpoints.references import classifier_for, weaker_for
 from pipelines.config import Config, changed_sampling, from_dict, sampling, sampling_overrides
 from pipelines.config.choices import VARIANTS
-from pipelines.display import Silent, StageNotice
-from pipelines.errors import PipelineError
 from pipelines.evaluation.prompts import open_captions
-from pipelines.ray_actors import processors
-from pipelines.references import classifier_for, weaker_for
+from pipelines.presentation.errors import PipelineError
+from pipelines.presentation.progress import Silent, StageNotice
+from pipelines.remote.actors import processors
 from pipelines.search.confirmation import DEFAULT, Confirmed, winner_of
 from pipelines.search.fresh_samples import SHOWN, draw_all
 from pipelines.search.judge import Drawn, SampleScorer, Subject, hopeless, rungs, scores

@@ -17,13 +17,13 @@ from ddpm.generate import Sampling
 from ddpm.model import Model
 from ddpm.models.classifier import NoisyClassifier
 from ddpm.quality import FeatureMoments, Measured, precision_recall
+from pipelines.environment.scratch import scratch_folder
 from pipelines.evaluation.compare import NEIGHBOURS, measured_frechet
 from pipelines.evaluation.devices import task_device
 from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.images import to_levels
 from pipelines.evaluation.real import Real
 from pipelines.evaluation.samples import balanced_labels
-from pipelines.scratch import scratch_folder
 from pipelines.shards.captions import Captions
 
 

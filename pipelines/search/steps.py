@@ -24,12 +24,13 @@ from ddpm.samplers.generalized import weights_of
 from ddpm.schedule import NoiseSchedule
 from ddpm.step_learning import StepLearning
 from ddpm.step_search import StepSearch
-from pipelines import references, tracking
+from pipelines import tracking
+from pipelines.checkpoints import references
+from pipelines.checkpoints.references import Resolved
 from pipelines.config import Config, ConfigError, sampling_overrides
-from pipelines.display import StageNotice
 from pipelines.evaluation.devices import task_device
 from pipelines.evaluation.prompts import open_captions
-from pipelines.references import Resolved
+from pipelines.presentation.progress import StageNotice
 from pipelines.search.study import StudyStore, confirmation_seed, open_study_run, trials_seed
 from pipelines.shards.captions import Captions
 from pipelines.shards.index import read_dataset

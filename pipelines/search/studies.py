@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 from ddpm.quality import Measured
 from pipelines import tracking
 from pipelines.config import Config, sampling
-from pipelines.display import StageNotice
 from pipelines.evaluation.compare import Distance
 from pipelines.evaluation.data import EvaluationData
+from pipelines.presentation.progress import StageNotice
 from pipelines.search.confirmation import Confirmed, decide, winner_of
 from pipelines.search.fresh_samples import draw_all
 from pipelines.search.judge import Subject, scores

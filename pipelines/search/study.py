@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 from pipelines import tracking
 from pipelines.config import Config, ConfigError
-from pipelines.display import Notice, no_notice
-from pipelines.errors import PipelineError
+from pipelines.presentation.errors import PipelineError
+from pipelines.presentation.progress import Notice, no_notice
 from pipelines.search.space import Params, Value, apply
 from pipelines.search.study_config import DIRECTIONS, Objective, StudyConfig, study_name
 from pipelines.storage import NotFoundError, Storage, join

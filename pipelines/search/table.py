@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.display import StageNotice
+from pipelines.presentation.progress import StageNotice
 from pipelines.search.observer import AXIS, Observer, OnChange, describe_params
 from pipelines.search.study import TrialRecord, best
 from pipelines.search.study_config import StudyConfig

@@ -21,8 +21,8 @@ from torch import Tensor
 from ddpm.conditioning import Conditioning
 from ddpm.model import Model
 from ddpm.quality import Measured
-from pipelines import references, tracking
-from pipelines.checkpoints import ModelError
+from pipelines import tracking
+from pipelines.checkpoints import ModelError, references
 from pipelines.config import Config, ConfigError
 from pipelines.evaluation.prompts import open_captions
 from pipelines.evaluation.real import HELD_OUT
@@ -128,7 +128,7 @@ class TrainingSearch(Search):
     """The study behind `ddpm search training`.
 
     Attributes:
-        lineage: which code runs, see `pipelines.lineage`.
+        lineage: which code runs, see `pipelines.environment.lineage`.
     """
 
     COMMAND = "ddpm search training --study {search.name} …"

@@ -98,7 +98,7 @@ class TrainingTrial(Trial):
         Args:
             base: the configuration that the trials vary.
             name: of the study.
-            lineage: which code runs, see `pipelines.lineage`.
+            lineage: which code runs, see `pipelines.environment.lineage`.
             parent: ID of the study's MLflow run.
             judge: of all trials, but for a trial's rungs and the folder of its scores.
         """

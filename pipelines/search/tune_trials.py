@@ -20,7 +20,7 @@ from ray import tune
 from ray.tune.search.optuna import OptunaSearch
 
 from pipelines.config import Config
-from pipelines.scratch import scratch_folder
+from pipelines.environment.scratch import scratch_folder
 from pipelines.search.observer import AXIS, Observer
 from pipelines.search.space import Params
 from pipelines.search.study import TrialRecord, ended, trial_name

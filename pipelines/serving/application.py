@@ -21,7 +21,8 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
-from pipelines import references, tracking
+from pipelines import tracking
+from pipelines.checkpoints import references
 from pipelines.config import Config, ServingConfig
 from pipelines.inference.request import RequestError
 from pipelines.serving.bodies import known_names

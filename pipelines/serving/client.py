@@ -14,12 +14,12 @@ import requests
 from tenacity import RetryCallState as Attempt
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay
 
-from pipelines.display import no_notice
-from pipelines.errors import PipelineError
+from pipelines.environment.loopback import bypass_proxies
 from pipelines.inference.files import Source
 from pipelines.inference.pictures import Pictures
 from pipelines.inference.request import Request, RequestError
-from pipelines.loopback import bypass_proxies
+from pipelines.presentation.errors import PipelineError
+from pipelines.presentation.progress import no_notice
 from pipelines.serving.bodies import known_names, read_answer, write_body
 
 PATIENCE_S = 60.0

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from pipelines.display import Notice
-from pipelines.errors import PipelineError
+from pipelines.presentation.errors import PipelineError
+from pipelines.presentation.progress import Notice
 
 T = TypeVar("T")
 LONGEST_PAUSE = 64

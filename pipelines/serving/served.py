@@ -21,22 +21,22 @@ from ddpm.generate import to_uint8
 from ddpm.inference import COLUMNS, Drawing, Drawn, Noise, can_inpaint, parameters, table_drawings
 from ddpm.model import Model
 from ddpm.settings import settings_of
-from pipelines import references, tracking
-from pipelines.checkpoints import ModelError
+from pipelines import tracking
+from pipelines.checkpoints import ModelError, references
+from pipelines.checkpoints.references import Resolved
 from pipelines.config import Config
+from pipelines.environment.scratch import scratch_folder
 from pipelines.evaluation.devices import task_device
 from pipelines.inference.files import Source
 from pipelines.inference.pictures import Encode, Prepared, as_request_error, count_pictures, prepare
 from pipelines.inference.request import RequestError
-from pipelines.references import Resolved
-from pipelines.scratch import scratch_folder
 from pipelines.serving.batcher import Batcher
 from pipelines.serving.bodies import decode_base64, model_of, read_body, write_answer
 from pipelines.serving.limits import Limits, Refused
 from pipelines.shards.ingest.encode import ImageFormat, decode_grey, encode_image
 from pipelines.shards.ingest.trees import UnreadableError
+from pipelines.shards.text import TextEncoder
 from pipelines.storage import Storage
-from pipelines.text import TextEncoder
 from pipelines.tracking import Scoring
 
 

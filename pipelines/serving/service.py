@@ -17,9 +17,9 @@ from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 
 from pipelines.config import Config, ConfigError
-from pipelines.display import Notice
-from pipelines.errors import PipelineError
-from pipelines.loopback import bypass_proxies, is_loopback
+from pipelines.environment.loopback import bypass_proxies, is_loopback
+from pipelines.presentation.errors import PipelineError
+from pipelines.presentation.progress import Notice
 from pipelines.serving.application import build
 from pipelines.storage import Storage
 from pipelines.training.ray_train.resources import alive_nodes, possible_workers

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.credentials import create_private
-from pipelines.errors import ConfigError
+from pipelines.environment.credentials import create_private
+from pipelines.presentation.errors import ConfigError
 
 VARIABLE = "DDPM_SERVE_TOKEN"
 NAME = "serve-token"

@@ -18,7 +18,7 @@ from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
-from pipelines.errors import PipelineError
+from pipelines.presentation.errors import PipelineError
 from pipelines.shards.index import Member, ShardInfo
 from pipelines.storage import StorageError, join
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.errors import PipelineError
+from pipelines.presentation.errors import PipelineError
 from pipelines.storage import NotFoundError, Storage, join
 
 SCHEMA_VERSION = 1

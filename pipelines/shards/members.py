@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from pipelines.errors import PipelineError
+from pipelines.presentation.errors import PipelineError
 
 IMAGE_MEMBERS = ("png", "jpg", "jpeg", "webp", "npy")
 """Extensions of images, in order of preference: of several images in a sample, the first one is used."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from pipelines.errors import PipelineError
+from pipelines.presentation.errors import PipelineError
 from pipelines.shards.cache import ShardCorruptError
 from pipelines.shards.fetch import ShardFetcher
 from pipelines.shards.index import Dataset, Member, ShardIndex, ShardInfo

@@ -13,9 +13,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.credentials import create_private
-from pipelines.errors import ConfigError
-from pipelines.scratch import scratch_folder
+from pipelines.environment.credentials import create_private
+from pipelines.environment.scratch import scratch_folder
+from pipelines.presentation.errors import ConfigError
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric import ec

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.config import RegistryConfig
-from pipelines.errors import ConfigError, PipelineError
-from pipelines.scratch import scratch_folder
+from pipelines.environment.scratch import scratch_folder
+from pipelines.presentation.errors import ConfigError, PipelineError
 from pipelines.signing.folder import differences, files_below, sha256
 from pipelines.signing.keys import (
     check_public_key,

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.display import StageNotice, no_stage_notice
-from pipelines.loopback import bypass_proxies
+from pipelines.environment.loopback import bypass_proxies
+from pipelines.presentation.progress import StageNotice, no_stage_notice
 from pipelines.stack.home import StackError, default_home, ensure_credentials, locked
 from pipelines.stack.private import choose_private, credentials_file, read_private
 from pipelines.stack.processes import Service, alive_services, end, read_services, write_services

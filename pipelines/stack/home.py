@@ -12,9 +12,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipelines.credentials import write_private
-from pipelines.errors import PipelineError
-from pipelines.scratch import ScratchError, closed_folder
+from pipelines.environment.credentials import write_private
+from pipelines.environment.scratch import ScratchError, closed_folder
+from pipelines.presentation.errors import PipelineError
 
 
 def default_home() -> Path:

@@ -15,9 +15,9 @@ from pipelines.stack.private import read_private
 from pipelines.stack.processes import Service, choose_ports, launch
 
 ORCHESTRATOR = ("dagster", "dagster-daemon")
-DEFINITIONS = "pipelines.orchestrate.definitions"
+DEFINITIONS = "pipelines.flow.orchestrate.definitions"
 SETTINGS_FILE = "orchestrate.yaml"
-"""In the stack's folder; which experiments there are, see `pipelines.orchestrate.settings`."""
+"""In the stack's folder; which experiments there are, see `pipelines.flow.orchestrate.settings`."""
 
 SETTINGS = """\
 # Which experiments Dagster has assets for, and when they run by themselves. `ddpm down` and `ddpm up --orchestrator`
@@ -50,7 +50,7 @@ concurrency:
           applyLimitPerUniqueValue: true
         limit: 1
 run_launcher:
-  module: pipelines.orchestrate.launcher
+  module: pipelines.flow.orchestrate.launcher
   class: ProcessRunLauncher
 run_monitoring:                     # a run whose process is gone, with its daemon say, fails …
   enabled: true

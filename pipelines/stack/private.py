@@ -18,7 +18,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.credentials import write_private
+from pipelines.environment.credentials import write_private
 from pipelines.stack.home import StackError
 
 if TYPE_CHECKING:

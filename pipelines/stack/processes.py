@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from pipelines.credentials import write_private
+from pipelines.environment.credentials import write_private
 from pipelines.stack.home import StackError
 
 

@@ -11,8 +11,8 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from pipelines.cgroups import whole_cores
-from pipelines.loopback import bypass_proxies
+from pipelines.environment.cgroups import whole_cores
+from pipelines.environment.loopback import bypass_proxies
 from pipelines.stack.home import StackError, ray_folder
 from pipelines.stack.orchestrator import start_daemon, start_webserver
 from pipelines.stack.private import client_context, mlflow_environment, read_private

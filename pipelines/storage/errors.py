@@ -8,8 +8,8 @@ import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pipelines.errors import PipelineError
-from pipelines.retry import TransientError
+from pipelines.presentation.errors import PipelineError
+from pipelines.storage.retry import TransientError
 
 _DISK_FULL = "free some, or set storage.root (and TMPDIR, where checkpoints are written first) to another disk"
 _HINTS = {

@@ -12,8 +12,8 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.retry import PATIENCE_S
 from pipelines.storage.errors import NotFoundError, StorageError
+from pipelines.storage.retry import PATIENCE_S
 from pipelines.storage.store import Storage
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines.loopback import is_loopback
+from pipelines.environment.loopback import is_loopback
 from pipelines.storage.backend import Connection
 from pipelines.storage.errors import StorageError, TransientStorageError, reporting_os_errors
 from pipelines.storage.s3_errors import CredentialsRefusedError, ExpiredCredentialsError, sort_error

@@ -17,8 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from pipelines.config import Config
-from pipelines.retry import PATIENCE_S, retry
-from pipelines.scratch import scratch_folder
+from pipelines.environment.scratch import scratch_folder
 from pipelines.storage.backend import Backend, Connection, Entry
 from pipelines.storage.errors import (
     ConflictError,
@@ -30,6 +29,7 @@ from pipelines.storage.errors import (
 )
 from pipelines.storage.fsspec_backend import PROTOCOLS, FsspecBackend
 from pipelines.storage.local import LocalBackend, local_path
+from pipelines.storage.retry import PATIENCE_S, retry
 from pipelines.storage.s3 import S3Backend
 
 BACKENDS: dict[str, type[Backend]] = {

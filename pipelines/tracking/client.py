@@ -15,10 +15,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pipelines.credentials import MLFLOW_FILE, read_mlflow_file
-from pipelines.errors import PipelineError
-from pipelines.loopback import bypass_proxies
-from pipelines.retry import PATIENCE_S, TransientError, retry
+from pipelines.environment.credentials import MLFLOW_FILE, read_mlflow_file
+from pipelines.environment.loopback import bypass_proxies
+from pipelines.presentation.errors import PipelineError
+from pipelines.storage.retry import PATIENCE_S, TransientError, retry
 from pipelines.storage.s3_errors import sort_error
 
 os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")

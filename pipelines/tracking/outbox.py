@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.errors import PipelineError
-from pipelines.retry import TransientError
+from pipelines.presentation.errors import PipelineError
 from pipelines.storage import Fence, FencedError
+from pipelines.storage.retry import TransientError
 from pipelines.tracking.client import UnreachableError
 from pipelines.tracking.sink import Sink
 

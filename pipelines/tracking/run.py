@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 
 from numpy.typing import NDArray
 
-from pipelines.retry import PATIENCE_S
-from pipelines.scratch import scratch_folder
+from pipelines.environment.scratch import scratch_folder
+from pipelines.storage.retry import PATIENCE_S
 from pipelines.tracking.client import FIRST_ANSWER_S, TrackingError, ask, first_answer, import_mlflow, recording
 from pipelines.tracking.links import run_page
 

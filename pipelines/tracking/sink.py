@@ -16,9 +16,9 @@ class Sink(Protocol):
     """One place where a run's curves, pictures and texts are recorded.
 
     An `Outbox` calls it from one thread, in order of steps, and waits where it is away: every method makes a single
-    try. It raises `pipelines.retry.TransientError` where another try may help, and another `PipelineError` for what is
-    refused for good, which is then left out. When a method has returned, what it was given is durable. A sink that
-    has no place for pictures or texts ignores them.
+    try. It raises `pipelines.storage.retry.TransientError` where another try may help, and another `PipelineError` for
+    what is refused for good, which is then left out. When a method has returned, what it was given is durable. A sink
+    that has no place for pictures or texts ignores them.
     """
 
     @property

@@ -14,17 +14,17 @@ from typing import Any
 from ray.exceptions import RayActorError
 from ray.train import ControllerError
 
-from pipelines import checkpoints, references, tracking
-from pipelines.checkpoints import CheckpointState, Published, newest_checkpoint
+from pipelines import checkpoints, tracking
+from pipelines.checkpoints import CheckpointState, Published, newest_checkpoint, references
 from pipelines.config import Config, ConfigError
-from pipelines.display import NOT_WORKING, Notice, Report, TrainingStatus, no_notice, no_report
-from pipelines.retry import PATIENCE_S
+from pipelines.presentation.progress import NOT_WORKING, Notice, Report, TrainingStatus, no_notice, no_report
 from pipelines.shards.captions import caption_width
 from pipelines.shards.index import Dataset, DatasetError, read_dataset
 from pipelines.shards.ingest.report import recorded_encoder
 from pipelines.shards.quarantine import read_quarantine
+from pipelines.shards.text import is_path, local_encoder
 from pipelines.storage import FencedError, Storage, StorageError
-from pipelines.text import is_path, local_encoder
+from pipelines.storage.retry import PATIENCE_S
 from pipelines.tracking import FIRST_ANSWER_S, Tracker
 from pipelines.training.describe import describe_run, report_goodput
 from pipelines.training.errors import TrainingError

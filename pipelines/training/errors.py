@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipelines.errors import PipelineError
+from pipelines.presentation.errors import PipelineError
 
 
 class TrainingError(PipelineError):

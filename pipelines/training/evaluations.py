@@ -17,13 +17,13 @@ from dataclasses import replace
 from pipelines import checkpoints, tracking
 from pipelines.checkpoints import BEST, PUBLISHED, Published
 from pipelines.config import Config
-from pipelines.display import Notice
-from pipelines.errors import ConfigError, PipelineError
 from pipelines.evaluation.recorded import Scored
-from pipelines.ray_tasks import named
-from pipelines.retry import TransientError
+from pipelines.presentation.errors import ConfigError, PipelineError
+from pipelines.presentation.progress import Notice
+from pipelines.remote.tasks import named
 from pipelines.signing import Authority
 from pipelines.storage import FencedError
+from pipelines.storage.retry import TransientError
 from pipelines.tracking import CheckpointModel, Tracker
 from pipelines.training.loop.progress import passes
 from pipelines.training.loop.shell import Job

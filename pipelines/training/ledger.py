@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
-from pipelines.retry import PATIENCE_S
 from pipelines.storage import NotFoundError, Storage, StorageError, join
+from pipelines.storage.retry import PATIENCE_S
 from pipelines.training.goodput import Attempt, Goodput, Session, measure
 
 VERSION = 1

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
-from pipelines.errors import PipelineError
+from pipelines.presentation.errors import PipelineError
 from pipelines.storage import NotFoundError, Storage, join
 from pipelines.tracking import ENDED
 

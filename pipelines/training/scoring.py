@@ -9,14 +9,14 @@ import ray
 import torch
 from ray.exceptions import RayTaskError
 
-from pipelines import checkpoints, references
-from pipelines.checkpoints import Published
+from pipelines import checkpoints
+from pipelines.checkpoints import Published, references
 from pipelines.config import Config
-from pipelines.display import Silent
-from pipelines.errors import PipelineError
 from pipelines.evaluation import scoring as evaluation
 from pipelines.evaluation.data import EvaluationData
 from pipelines.evaluation.recorded import Scored
+from pipelines.presentation.errors import PipelineError
+from pipelines.presentation.progress import Silent
 from pipelines.storage import Storage
 from pipelines.tracking import Tracker
 

@@ -42,10 +42,10 @@ from pipelines.checkpoints import (
     save_checkpoint,
     take_over,
 )
+from pipelines.checkpoints.references import model_spec
 from pipelines.config import compose
-from pipelines.errors import PipelineError
 from pipelines.evaluation.evaluators import open_evaluator
-from pipelines.references import model_spec
+from pipelines.presentation.errors import PipelineError
 from pipelines.shards.audit.check import check
 from pipelines.shards.index import Dataset, read_dataset
 from pipelines.shards.ingest.write import ingest

@@ -17,8 +17,8 @@ from pipelines.cli.common import read_arguments
 from pipelines.cli.serving import is_override
 from pipelines.config import Config, compose, groups
 from pipelines.config.fields import config_fields
+from pipelines.flow.orchestrate.settings import Settings
 from pipelines.launch import overrides_of
-from pipelines.orchestrate.settings import Settings
 from pipelines.search.study_config import StudyConfig, compose_study
 from tests.docs import terminal
 from tests.docs.modules import ROOT, load

@@ -218,7 +218,7 @@ TRAINING = (
         "pipelines/config/schema.py",
         'decisive = {"task", "init_from", "seed", "batch_size",',
         'decisive = {"task", "init_from", "batch_size",',
-        ("tests/pipelines/test_config.py::test_the_identity_covers_what_decides_the_trace_and_nothing_else",),
+        ("tests/pipelines/config/test_config.py::test_the_identity_covers_what_decides_the_trace_and_nothing_else",),
     ),
     Fault(
         "mean_of_means",
@@ -282,10 +282,10 @@ AROUND = (
     Fault(
         "secret_in_an_address",
         "No address that others may see keeps its password.",
-        "pipelines/credentials.py",
+        "pipelines/environment/credentials.py",
         'return bare if has_scheme else bare.removeprefix("//"), {',
         'return address if has_scheme else bare.removeprefix("//"), {',
-        ("tests/pipelines/test_credentials.py::test_user_info_becomes_variables",),
+        ("tests/pipelines/environment/test_credentials.py::test_user_info_becomes_variables",),
     ),
     Fault(
         "point_sent_twice",

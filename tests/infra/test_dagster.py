@@ -13,10 +13,10 @@ import pytest
 import yaml
 
 from pipelines.config import KubeRayLaunch, compose
+from pipelines.flow.orchestrate.on_kubernetes import command_of
+from pipelines.flow.orchestrate.settings import VARIABLE, Settings
 from pipelines.launch.kuberay import rayjob
 from pipelines.launch.pods import SIGNING_FOLDER
-from pipelines.orchestrate.on_kubernetes import command_of
-from pipelines.orchestrate.settings import VARIABLE, Settings
 from pipelines.stack.orchestrator import DEFINITIONS, INSTANCE
 
 FOLDER = Path(__file__).parents[2] / "infra/dagster"

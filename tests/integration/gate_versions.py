@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipelines.config import compose
-from pipelines.connect import connect
-from pipelines.display import Silent
-from pipelines.errors import PipelineError
+from pipelines.presentation.errors import PipelineError
+from pipelines.presentation.progress import Silent
+from pipelines.stack.connect import connect
 
 SERVICES = ("s3", "mlflow", "ray")
 COPY = "s3://ddpm/datasets/gate-copy"
@@ -45,10 +45,11 @@ def main(name: str, run_id: str, *kinds: str) -> None:
     from torch import Tensor
 
     from ddpm.model import Model
-    from pipelines import references, registry, tracking
+    from pipelines import registry, tracking
+    from pipelines.checkpoints import references
+    from pipelines.checkpoints.references import Resolved
     from pipelines.evaluation.data import EvaluationData
     from pipelines.evaluation.scoring import score
-    from pipelines.references import Resolved
     from pipelines.registry import Gate, Signer
     from pipelines.shards.index import read_dataset
     from pipelines.shards.quarantine import Problem, make_quarantine

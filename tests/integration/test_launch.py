@@ -11,8 +11,8 @@ import pytest
 
 from pipelines import stack
 from pipelines.config import compose
-from pipelines.display import Silent
 from pipelines.flow.ingest import write_dataset
+from pipelines.presentation.progress import Silent
 from pipelines.stack import StackState
 from pipelines.storage import Storage
 from tests.integration.conftest import Shell

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 
 from pipelines import stack
 from pipelines.flow import GRAPH
-from pipelines.orchestrate.settings import Settings
+from pipelines.flow.orchestrate.settings import Settings
 from tests.integration.conftest import Shell
 from tests.integration.workers import forked
 from tests.networks import TINY_UNET
@@ -42,7 +42,7 @@ SHORT = (
 
 QUERY = """{
   repositoryOrError(repositorySelector: {
-    repositoryName: "__repository__", repositoryLocationName: "pipelines.orchestrate.definitions"
+    repositoryName: "__repository__", repositoryLocationName: "pipelines.flow.orchestrate.definitions"
   }) { ... on Repository {
     assetNodes { assetKey { path } partitionKeys } sensors { name sensorState { status } } schedules { name }
   } }
@@ -88,8 +88,8 @@ def test_webserver_and_daemon_serve_the_assets_on_loopback_and_end_together(tmp_
 
 
 def test_the_digits_graph_is_materialised_once_and_then_skipped(shell: Shell, local_stack, forks, monkeypatch):
-    from pipelines.orchestrate import definitions
-    from pipelines.orchestrate.definitions import JOB, make_definitions
+    from pipelines.flow.orchestrate import definitions
+    from pipelines.flow.orchestrate.definitions import JOB, make_definitions
 
     child = definitions.CHILD
     command, variables = forked(forks, child[-1])
@@ -166,7 +166,7 @@ def posted(url: str, query: str, **variables: Any) -> dict[str, Any]:
 def test_a_daemon_that_is_killed_in_a_training_goes_on_with_it_and_what_it_has_made_is_skipped_afterwards(
     shell: Shell, local_stack, s3, monkeypatch
 ):
-    from pipelines.orchestrate.definitions import JOB, make_definitions
+    from pipelines.flow.orchestrate.definitions import JOB, make_definitions
 
     home = local_stack.home
     monkeypatch.setenv("DDPM_HOME", shell.environment["DDPM_HOME"])
@@ -178,7 +178,7 @@ def test_a_daemon_that_is_killed_in_a_training_goes_on_with_it_and_what_it_has_m
         stack.up(home, services=stack.ORCHESTRATOR)
         pids = {service.name: service.pid for service in stack.status(home) if service.running}
         (url,) = [service.url for service in stack.status(home) if service.name == "dagster"]
-        location = "pipelines.orchestrate.definitions"
+        location = "pipelines.flow.orchestrate.definitions"
         selector = {"repositoryLocationName": location, "repositoryName": "__repository__", "jobName": "flow"}
         tags = [{"key": "dagster/partition", "value": "short"}]
         launched = posted(url, LAUNCH, selector=selector, tags=tags)["launchRun"]

@@ -17,7 +17,7 @@ import pytest
 import requests
 
 from pipelines import stack
-from pipelines.credentials import read_mlflow_file
+from pipelines.environment.credentials import read_mlflow_file
 from pipelines.stack import StackState
 from pipelines.stack.private import client_context
 from pipelines.storage import Storage

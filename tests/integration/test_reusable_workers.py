@@ -17,9 +17,9 @@ import torch
 from pipelines import stack
 from pipelines.checkpoints import complete_checkpoints, fetch_newest, load_checkpoint, newest_checkpoint, run_folder
 from pipelines.config import Config, compose
-from pipelines.connect import fill
 from pipelines.shards.ingest.write import ingest
 from pipelines.stack import StackState
+from pipelines.stack.connect import fill
 from pipelines.storage import Storage
 from pipelines.training import driver
 from pipelines.training.ledger import read_sessions

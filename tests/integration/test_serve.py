@@ -30,9 +30,9 @@ from PIL import Image
 
 from ddpm.model import Model, load_model
 from pipelines import tracking
+from pipelines.checkpoints.references import Resolved
 from pipelines.inference.pictures import picture
 from pipelines.inference.request import Sample
-from pipelines.references import Resolved
 from pipelines.registry import Signer, register
 from pipelines.serving.client import Client
 from pipelines.serving.forms import OWN

@@ -7,7 +7,7 @@ import json
 import pytest
 from mlflow import MlflowClient
 
-from pipelines import references
+from pipelines.checkpoints import references
 from pipelines.config import compose
 from pipelines.storage import Storage
 from tests.integration.conftest import Shell

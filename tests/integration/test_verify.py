@@ -9,7 +9,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipelines import tracking
-from pipelines.references import Resolved
+from pipelines.checkpoints.references import Resolved
 from pipelines.registry import Signer, register
 from pipelines.shards.index import make_dataset
 from pipelines.stack import StackState

@@ -9,7 +9,7 @@ import botocore.loaders
 import pytest
 from tenacity import wait_fixed
 
-from pipelines import retry
+from pipelines.storage import retry
 
 
 @pytest.fixture(scope="session", autouse=True)

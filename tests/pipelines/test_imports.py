@@ -12,9 +12,10 @@ import sys
 
 import pytest
 
-from pipelines import connect, registry
+from pipelines import registry
 from pipelines.cli import flow
 from pipelines.plan import budget, services
+from pipelines.stack import connect
 from pipelines.training import driver
 
 # By their names, so that a change of one of them touches these tests.

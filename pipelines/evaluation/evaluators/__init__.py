@@ -10,15 +10,15 @@ from pathlib import Path
 import ray
 
 from pipelines.config import Config
-from pipelines.display import Notice, no_notice
-from pipelines.errors import ConfigError
+from pipelines.environment.scratch import scratch_folder
 from pipelines.evaluation.evaluators.base import Encoded, Encoder, Evaluator
 from pipelines.evaluation.evaluators.encoder import check_encoder, open_encoder
 from pipelines.evaluation.evaluators.inception import check_inception, open_inception
 from pipelines.evaluation.evaluators.share import Share, reference_mask, reference_part
 from pipelines.evaluation.evaluators.stored import find, store
 from pipelines.evaluation.evaluators.train import Trainable, Training, train_on_ray
-from pipelines.scratch import scratch_folder
+from pipelines.presentation.errors import ConfigError
+from pipelines.presentation.progress import Notice, no_notice
 from pipelines.shards.index import Dataset
 from pipelines.signing import check_signing
 from pipelines.storage import Storage

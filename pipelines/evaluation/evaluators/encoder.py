@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from pipelines.config import EvaluationConfig
-from pipelines.errors import ConfigError
+from pipelines.environment.scratch import scratch_folder
 from pipelines.evaluation.evaluators.base import Encoded, Evaluator, in_parts
 from pipelines.evaluation.evaluators.pixels import Preparation
-from pipelines.scratch import scratch_folder
+from pipelines.presentation.errors import ConfigError
 from pipelines.shards.index import Dataset
 
 PART = 32

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipelines.errors import ConfigError
+from pipelines.environment.scratch import scratch_folder
 from pipelines.evaluation.evaluators.base import Encoded, Evaluator, in_parts
 from pipelines.evaluation.evaluators.pixels import rgb
-from pipelines.scratch import scratch_folder
+from pipelines.presentation.errors import ConfigError
 
 ADDRESS = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 PREPARATION = (

@@ -20,7 +20,7 @@ from pipelines.evaluation.evaluators.contrastive import Contrastive, train_contr
 from pipelines.evaluation.evaluators.matcher import Matcher, matched, train_matcher
 from pipelines.evaluation.evaluators.share import Share, default_share, split_positions
 from pipelines.evaluation.images import to_levels
-from pipelines.ray_tasks import finished
+from pipelines.remote.tasks import finished
 from pipelines.shards.captions import Captions, read_captions
 from pipelines.shards.index import Dataset
 from pipelines.shards.read import Batch, ShardReader, opened_split, split_batches, spread_positions

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.display import Progress, StageNotice, no_progress
+from pipelines.presentation.progress import Progress, StageNotice, no_progress
 from pipelines.shards.audit.foreign import default_threads, tars
 from pipelines.shards.audit.scan import ByteCounter, ObjectStream, ShardScan, in_threads, scan_shard
 from pipelines.shards.index import Dataset, DatasetError, Member, ShardIndex, ShardInfo, read_dataset, sidecar

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.display import Progress, no_progress
+from pipelines.presentation.progress import Progress, no_progress
 from pipelines.shards.audit.scan import ByteCounter, ObjectStream, TarFaultError, in_threads, read_samples, scan_shard
 from pipelines.shards.index import Dataset, DatasetError, ShardInfo, make_dataset, read_dataset, sidecar
 from pipelines.shards.members import MAX_CLASSES, Examined, FlawError, Form, decode_image

@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import IO, TypeVar, cast
 
-from pipelines.display import Progress
-from pipelines.errors import PipelineError
+from pipelines.presentation.errors import PipelineError
+from pipelines.presentation.progress import Progress
 from pipelines.shards.index import Member, ShardIndex, split_name
 from pipelines.shards.members import KNOWN_MEMBERS, Examined, Flaw, Form, examine
 from pipelines.shards.quarantine import Problem

@@ -24,7 +24,7 @@ from typing import Any
 import PIL
 import webdataset
 
-from pipelines.scratch import scratch_folder
+from pipelines.environment.scratch import scratch_folder
 from pipelines.shards.index import index_tar, sidecar
 from pipelines.shards.ingest.encode import CaptionEncoder, ImageFormat, encode_image, pack_embeddings
 from pipelines.shards.ingest.report import BadImage, PixelSums, ShardRecord

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
-from pipelines.errors import PipelineError
+from pipelines.presentation.errors import PipelineError
 from pipelines.shards.index import DatasetError
 from pipelines.storage import (
     SYSTEM_FOLDERS,

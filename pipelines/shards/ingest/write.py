@@ -17,7 +17,7 @@ from functools import reduce
 from operator import add
 
 from pipelines.config.sections import Encoding, Geometry
-from pipelines.display import Notice, Progress, no_notice, no_progress
+from pipelines.presentation.progress import Notice, Progress, no_notice, no_progress
 from pipelines.shards.index import Dataset, DatasetError, ShardInfo, make_dataset, sidecar
 from pipelines.shards.ingest.alike import Fingerprint, fingerprints, keep_together
 from pipelines.shards.ingest.encode import CaptionEncoder, ImageFormat
@@ -194,7 +194,7 @@ def _fingerprints(
     if over_ray:
         import ray
 
-        from pipelines.ray_tasks import finished
+        from pipelines.remote.tasks import finished
 
         task = ray.remote(num_cpus=1)(fingerprints)
         calls = [task.remote(piece, storage) for piece in pieces]
@@ -284,7 +284,7 @@ def _write_over_ray(
     """
     import ray
 
-    from pipelines.ray_tasks import finished
+    from pipelines.remote.tasks import finished
 
     task = ray.remote(num_cpus=1)(write_shard)
     shared, found = ray.put(settings), {}

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint, CheckpointState, ModelError
-from pipelines.errors import PipelineError
-from pipelines.scratch import scratch_folder
+from pipelines.environment.scratch import scratch_folder
+from pipelines.presentation.errors import PipelineError
 from pipelines.storage import join
 from pipelines.tracking import UNSENT, RunLog
 from pipelines.training.loop.collectives import broadcast, broadcast_object, gather

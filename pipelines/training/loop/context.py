@@ -11,7 +11,7 @@ from ddpm.model import ModelSpec
 from ddpm.objectives import Objective
 from ddpm.prediction import Denoiser
 from ddpm.schedule import NoiseSchedule
-from pipelines import references
+from pipelines.checkpoints import references
 from pipelines.config import Config, noise_schedule, training_objective
 from pipelines.training.loop.collectives import broadcast_object
 from pipelines.training.loop.hardware import Precision, resolve_precision

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.config import Config
-from pipelines.display import NOT_WORKING
+from pipelines.presentation.progress import NOT_WORKING
 
 logger = logging.getLogger(__name__)
 LOW_SNR = 1 / 400

@@ -10,8 +10,8 @@ from ddpm.consistency import ConsistencyTuning
 from ddpm.guidance import ClassifierFree
 from ddpm.prediction import NetworkDenoiser, Parameterization
 from pipelines.checkpoints import ModelError
-from pipelines.errors import PipelineError
-from pipelines.references import InitialModel, initial_model
+from pipelines.checkpoints.references import InitialModel, initial_model
+from pipelines.presentation.errors import PipelineError
 from pipelines.training.loop.collectives import broadcast, broadcast_object
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.hardware import place_network, weight_dtype

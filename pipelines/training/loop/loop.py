@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from pipelines.scratch import warn_if_short
+from pipelines.environment.scratch import warn_if_short
 from pipelines.shards.cache import ShardCorruptError
 from pipelines.shards.read import Batch, default_cache_dir
 from pipelines.training.loop import hardware

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from pipelines.scratch import scratch_folder
+from pipelines.environment.scratch import scratch_folder
 from pipelines.tracking import RunLog
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.hardware import flops_per_image, memory_gib, peak_flops

@@ -10,7 +10,7 @@ import ray
 
 from pipelines import tracking
 from pipelines.config import ClusterConfig, Config
-from pipelines.loopback import bypass_proxies
+from pipelines.environment.loopback import bypass_proxies
 from pipelines.storage import Storage
 from pipelines.training.errors import TrainingError
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
 from ray.train.v2._internal.execution.context import get_train_context
 
-from pipelines.errors import PipelineError
+from pipelines.presentation.errors import PipelineError
 from pipelines.training.loop.progress import Progress
 
 POST_EVERY_S = 0.5

@@ -17,7 +17,7 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from pipelines import tracking
 from pipelines.checkpoints import ModelError
 from pipelines.config import ClusterConfig
-from pipelines.scratch import closed_folder
+from pipelines.environment.scratch import closed_folder
 from pipelines.shards.cache import ShardCorruptError
 from pipelines.storage import FencedError
 from pipelines.training import STARTED

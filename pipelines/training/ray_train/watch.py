@@ -12,7 +12,7 @@ from typing import Any
 from ray.exceptions import RayError
 
 from pipelines.config import ClusterConfig
-from pipelines.display import Notice, Report, TrainingStatus
+from pipelines.presentation.progress import Notice, Report, TrainingStatus
 from pipelines.storage import FencedError, StorageError
 from pipelines.training.errors import TrainingError
 from pipelines.training.ledger import Ledger

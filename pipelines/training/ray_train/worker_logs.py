@@ -20,7 +20,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from pipelines.errors import PipelineError
+from pipelines.presentation.errors import PipelineError
 from pipelines.storage import Storage
 from pipelines.training.log_lines import Line, encode, log_address
 

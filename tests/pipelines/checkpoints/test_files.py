@@ -11,8 +11,8 @@ from pipelines.checkpoints import (
     save_checkpoint,
     with_file,
 )
+from pipelines.checkpoints.references import resolve
 from pipelines.config import compose
-from pipelines.references import resolve
 from pipelines.storage import Storage
 from tests.pipelines.checkpoints.tiny import CONFIG, DATASET, a_checkpoint
 

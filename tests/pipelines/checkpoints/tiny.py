@@ -8,8 +8,8 @@ import torch
 
 from ddpm.models.unet import UNet, UNetConfig
 from pipelines.checkpoints import Checkpoint
+from pipelines.checkpoints.references import model_spec
 from pipelines.config import compose
-from pipelines.references import model_spec
 from pipelines.shards.index import ShardInfo, make_dataset
 
 CONFIG = compose(["+experiment=digits"])

@@ -9,7 +9,7 @@ import pytest
 
 from pipelines.cli import search
 from pipelines.config import conf_dir
-from pipelines.errors import PipelineError
+from pipelines.presentation.errors import PipelineError
 from pipelines.search.studies import Search
 
 

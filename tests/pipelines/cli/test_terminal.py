@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pipelines.cli.terminal import Terminal
-from pipelines.display import NOT_WORKING, TimeBreakdown, TrainingStatus
+from pipelines.presentation.progress import NOT_WORKING, TimeBreakdown, TrainingStatus
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[list[str]]:

@@ -15,7 +15,7 @@ from pipelines.config import compose
 from pipelines.doctor import services
 from pipelines.doctor.check import ok, run_probes
 from pipelines.doctor.services import check_mlflow, check_ray, closed_port, ray_check, stack_check
-from pipelines.errors import PipelineError
+from pipelines.presentation.errors import PipelineError
 from pipelines.stack import ServiceStatus
 from tests.pipelines.doctor import servers
 

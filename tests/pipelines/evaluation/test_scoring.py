@@ -10,15 +10,15 @@ import torch
 
 from ddpm.generate import Sampling
 from ddpm.model import Model, ModelSpec
-from pipelines import references, tracking
-from pipelines.checkpoints import Published
+from pipelines import tracking
+from pipelines.checkpoints import Published, references
+from pipelines.checkpoints.references import Resolved
 from pipelines.config import compose, sampling
-from pipelines.display import Silent
 from pipelines.evaluation import data, scoring
 from pipelines.evaluation.data import EvaluationData
 from pipelines.evaluation.recorded import Scored, recorded
 from pipelines.evaluation.scoring import find_scores, score, score_and_record
-from pipelines.references import Resolved
+from pipelines.presentation.progress import Silent
 from pipelines.shards.index import Dataset, DatasetError
 from pipelines.signing import Authority, Signer, seal
 from pipelines.storage import Storage

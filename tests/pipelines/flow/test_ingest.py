@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from pipelines.config import ConfigError, compose
-from pipelines.display import Silent
-from pipelines.errors import PipelineError
 from pipelines.flow import Results, Site
 from pipelines.flow import ingest as flow
 from pipelines.flow.walk import walk
+from pipelines.presentation.errors import PipelineError
+from pipelines.presentation.progress import Silent
 from pipelines.shards.index import read_dataset
 from pipelines.shards.ingest import write as writing
 from pipelines.shards.ingest.write import ingest

@@ -10,23 +10,24 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipelines import references, registry, tracking
+from pipelines import registry, tracking
 from pipelines.checkpoints import (
     Listed,
     Published,
     checkpoint_name,
     enter_checkpoint,
     record_published,
+    references,
     run_folder,
     save_checkpoint,
 )
 from pipelines.config import compose
-from pipelines.display import Silent
-from pipelines.errors import PipelineError
 from pipelines.flow import Results, Site
 from pipelines.flow.judge import Promote, Register
 from pipelines.flow.renew import for_data
 from pipelines.flow.train import Train
+from pipelines.presentation.errors import PipelineError
+from pipelines.presentation.progress import Silent
 from pipelines.registry import Signer, Verdict, VerdictLog
 from pipelines.shards.index import make_dataset
 from pipelines.signing import Trust

@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.config import ConfigError, compose
-from pipelines.display import Silent
-from pipelines.errors import PipelineError
 from pipelines.flow import GRAPH, Look, Place, Results, Site, Stage, select
 from pipelines.flow.graph import stages
 from pipelines.flow.stage import independent
 from pipelines.flow.walk import preview, walk
+from pipelines.presentation.errors import PipelineError
+from pipelines.presentation.progress import Silent
 from pipelines.storage import NotFoundError, Storage, join
 
 STORAGE = Storage()

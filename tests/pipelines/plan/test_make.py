@@ -9,7 +9,6 @@ import pytest
 
 from pipelines import tracking
 from pipelines.config import from_dict
-from pipelines.display import Silent
 from pipelines.flow import Site
 from pipelines.flow.ingest import Ingest, write_dataset
 from pipelines.flow.walk import walk
@@ -18,6 +17,7 @@ from pipelines.plan.facts import Mirror
 from pipelines.plan.look import look
 from pipelines.plan.make import find_or_make, find_plan
 from pipelines.plan.services import services_config
+from pipelines.presentation.progress import Silent
 from pipelines.shards.index import read_dataset
 from pipelines.storage import Storage
 from tests.pipelines.plan.brief import measure_briefly

@@ -13,8 +13,8 @@ import pytest
 import torch
 import yaml
 
-from pipelines import cgroups
 from pipelines.config import ConfigError, compose, from_dict, read_config
+from pipelines.environment import cgroups
 from pipelines.plan import make
 from pipelines.plan import measure as measuring
 from pipelines.plan.facts import Hand

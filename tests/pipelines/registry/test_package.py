@@ -10,7 +10,7 @@ from ddpm.generate import Sampling, to_uint8
 from ddpm.model import Model, load_model
 from ddpm.models.classifier import NoisyClassifier
 from ddpm.models.unet import UNet
-from pipelines.references import Resolved
+from pipelines.checkpoints.references import Resolved
 from pipelines.registry.evidence import Evidence, EvidenceError, code_files, requirements
 from pipelines.registry.package import RegistryError, bundled_encoder, register, write_version
 from pipelines.registry.probe import ProbeError

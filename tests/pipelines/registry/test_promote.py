@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from ddpm.model import ModelSpec
 from pipelines import tracking
 from pipelines.config import ConfigError, compose
-from pipelines.display import Silent
+from pipelines.presentation.progress import Silent
 from pipelines.registry import Gate, Trust, Verdict
 from pipelines.registry.comparison import gate_seed
 from pipelines.registry.gate import SAMPLES, comparable

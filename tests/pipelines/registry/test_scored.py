@@ -9,11 +9,12 @@ import torch
 
 from ddpm.generate import Sampling
 from ddpm.model import Model, ModelSpec
-from pipelines import references, tracking
+from pipelines import tracking
+from pipelines.checkpoints import references
+from pipelines.checkpoints.references import Resolved
 from pipelines.config import compose
-from pipelines.display import Silent
 from pipelines.evaluation.scores import Estimate, Scores
-from pipelines.references import Resolved
+from pipelines.presentation.progress import Silent
 from pipelines.registry import RegistryError, register_scored, scored
 from pipelines.signing import Signer
 from pipelines.tracking import ModelVersion

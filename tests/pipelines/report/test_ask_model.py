@@ -12,8 +12,8 @@ from ddpm.conditioning import Conditioning
 from ddpm.generate import Sampling, to_uint8
 from ddpm.model import Model, ModelSpec
 from ddpm.models.unet import UNet
+from pipelines.checkpoints.references import Resolved
 from pipelines.inference.likelihood import Data
-from pipelines.references import Resolved
 from pipelines.report.ask_model import FILLED, FILMED, MOST_STEPS, film, inpainting, levels
 from tests.pipelines.checkpoints.tiny import SMALL
 

@@ -10,7 +10,7 @@ from ddpm.generate import Sampling
 from ddpm.quality import Interval
 from pipelines import registry, tracking
 from pipelines.config import compose
-from pipelines.display import no_stage_notice
+from pipelines.presentation.progress import no_stage_notice
 from pipelines.registry import RegistryError
 from pipelines.search.confirmation import Confirmed
 from pipelines.search.guidance_search import GuidanceSearch

@@ -11,8 +11,8 @@ from ddpm.generate import Sampling
 from ddpm.model import load_model
 from ddpm.step_learning import StepLearning
 from ddpm.step_search import StepSearch
+from pipelines.checkpoints.references import Resolved
 from pipelines.config import compose, sampling, sampling_overrides
-from pipelines.references import Resolved
 from pipelines.search.steps import CHOSEN, LEARNED, _conditions, _settings, find_steps
 from tests.pipelines.drawing import model_folder
 from tests.pipelines.evaluation.test_prompts import some_captions

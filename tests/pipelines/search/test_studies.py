@@ -12,11 +12,12 @@ from ray.tune.tune import _setup_signal_catching
 
 from ddpm.generate import Sampling
 from ddpm.model import ModelSpec
-from pipelines import references, tracking
+from pipelines import tracking
+from pipelines.checkpoints import references
 from pipelines.config import ConfigError, compose, sampling
-from pipelines.display import no_stage_notice
 from pipelines.evaluation.data import EvaluationData
 from pipelines.evaluation.real import HELD_OUT
+from pipelines.presentation.progress import no_stage_notice
 from pipelines.search import guidance_search, studies, training_search
 from pipelines.search.guidance_search import GuidanceSearch, base_of
 from pipelines.search.judge import Subject

@@ -12,8 +12,7 @@ from safetensors.numpy import save
 from ddpm.model import Model, ModelSpec
 from ddpm.models.unet import UNet
 from ddpm.quality import FeatureMoments
-from pipelines import references
-from pipelines.checkpoints import ModelError
+from pipelines.checkpoints import ModelError, references
 from pipelines.config import ConfigError, compose
 from pipelines.evaluation.compare import Distance
 from pipelines.evaluation.evaluators import Evaluator

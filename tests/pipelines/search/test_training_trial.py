@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.config import ConfigError, compose
-from pipelines.display import no_stage_notice
+from pipelines.presentation.progress import no_stage_notice
 from pipelines.search.study import trials_seed
 from pipelines.search.training_search import TrainingSearch
 from pipelines.search.training_trial import rungs, trial_config

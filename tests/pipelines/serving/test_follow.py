@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from pipelines.errors import PipelineError
+from pipelines.presentation.errors import PipelineError
 from pipelines.serving.follow import Follower
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines.errors import ConfigError
+from pipelines.presentation.errors import ConfigError
 from pipelines.serving.token import client_token, is_allowed, server_token
 
 

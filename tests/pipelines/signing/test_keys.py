@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from pipelines.config import ConfigError, RegistryConfig
-from pipelines.credentials import create_private
+from pipelines.environment.credentials import create_private
 from pipelines.signing import Signer, Trust, check_signing, keys
 from pipelines.signing.keys import own_key, public_key
 from tests.pipelines.signing.authority import write_key

@@ -6,7 +6,7 @@ import tomllib
 import pytest
 
 from pipelines import stack
-from pipelines.credentials import read_mlflow_file
+from pipelines.environment.credentials import read_mlflow_file
 from pipelines.stack.home import StackError
 from pipelines.stack.private import choose_private, client_context, credentials_file, read_private
 from pipelines.stack.processes import Service

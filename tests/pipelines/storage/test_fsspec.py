@@ -252,7 +252,7 @@ class Sftp(AbstractFileSystem):
 
 @pytest.fixture
 def sftp(monkeypatch):
-    monkeypatch.setattr("pipelines.retry.BACKOFF", wait_none())
+    monkeypatch.setattr("pipelines.storage.retry.BACKOFF", wait_none())
     monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "sftp", Sftp)
     monkeypatch.setattr(Sftp, "made", 0)
     Sftp.clear_instance_cache()

@@ -29,7 +29,7 @@ URI = "s3://bucket/shards/train-000403.tar"
 def _impatient(no_pauses_of_boto, monkeypatch, tmp_path):
     monkeypatch.setattr("pipelines.storage.s3_client.MAX_ATTEMPTS", 1)
     monkeypatch.setattr("pipelines.storage.s3_client.TIMEOUT_S", 0.2)
-    monkeypatch.setattr("pipelines.retry.BACKOFF", wait_fixed(0.02))
+    monkeypatch.setattr("pipelines.storage.retry.BACKOFF", wait_fixed(0.02))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
 

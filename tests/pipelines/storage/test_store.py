@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from pipelines.config import compose
-from pipelines.retry import retry
 from pipelines.storage import (
     NotFoundError,
     Storage,
@@ -18,6 +17,7 @@ from pipelines.storage import (
     is_local,
     join,
 )
+from pipelines.storage.retry import retry
 from pipelines.storage.s3 import split_s3
 
 STORAGE = Storage()

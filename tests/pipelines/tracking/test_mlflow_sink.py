@@ -14,7 +14,7 @@ import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
 from mlflow.exceptions import MlflowException, RestException
 
-from pipelines.retry import TransientError
+from pipelines.storage.retry import TransientError
 from pipelines.tracking import Tracker, TrackingError, UnreachableError, outbox
 from pipelines.tracking.client import client, http_status, reporting
 from pipelines.tracking.mlflow_sink import MlflowSink

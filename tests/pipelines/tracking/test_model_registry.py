@@ -55,7 +55,7 @@ class Registry:
 def registry(monkeypatch):
     made = Registry()
     monkeypatch.setattr(client, "client", lambda uri: made)
-    monkeypatch.setattr("pipelines.retry.BACKOFF", wait_none())
+    monkeypatch.setattr("pipelines.storage.retry.BACKOFF", wait_none())
     return made
 
 

@@ -14,11 +14,11 @@ from mlflow import MlflowClient
 from pipelines import tracking
 from pipelines.checkpoints import BEST, PUBLISHED, Published, list_published, record_published, run_folder
 from pipelines.config import compose
-from pipelines.errors import PipelineError
 from pipelines.evaluation.recorded import Scored
 from pipelines.evaluation.scores import Estimate, Scores
-from pipelines.retry import TransientError
+from pipelines.presentation.errors import PipelineError
 from pipelines.storage import Fence, Storage
+from pipelines.storage.retry import TransientError
 from pipelines.tracking import Tracker, client
 from pipelines.training import evaluations as module
 from pipelines.training.evaluations import STATE_TAG, Evaluations, due, has_outstanding, to_score

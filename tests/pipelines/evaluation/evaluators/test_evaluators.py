@@ -6,9 +6,9 @@ import pytest
 import ray
 import torch
 
-from pipelines.errors import ConfigError
 from pipelines.evaluation.evaluators import check_evaluator, evaluator_kind, open_evaluator
 from pipelines.evaluation.evaluators.train import Training
+from pipelines.presentation.errors import ConfigError
 from pipelines.storage import Storage
 from tests.pipelines.evaluation.evaluators.test_stored import trained
 

@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 from ddpm.quality import FeatureMoments, frechet_distance
-from pipelines.errors import ConfigError
 from pipelines.evaluation.evaluators import check_evaluator, open_evaluator
 from pipelines.evaluation.evaluators.inception import Inception
+from pipelines.presentation.errors import ConfigError
 from pipelines.storage import Storage
 
 pytest.importorskip("torch_fidelity")

@@ -25,8 +25,8 @@ from pipelines.shards.ingest.report import PixelSums, ShardRecord
 from pipelines.shards.ingest.trees import UnreadableError
 from pipelines.shards.ingest.write import ingest
 from pipelines.shards.members import unpack_embedding
+from pipelines.shards.text import TextEncoder
 from pipelines.storage import Storage, StorageError
-from pipelines.text import TextEncoder
 from tests.pipelines.shards.ingest.sources import Bucket, every_kind, jsonl, picture, pictures, write_files
 
 STORAGE = Storage()

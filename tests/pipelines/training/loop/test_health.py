@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipelines.config import compose, groups
-from pipelines.display import NOT_WORKING
+from pipelines.presentation.progress import NOT_WORKING
 from pipelines.training.loop import health
 from pipelines.training.loop.health import Health, blank, expected_faults
 from tests.docs.modules import load

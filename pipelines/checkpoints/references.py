@@ -1,0 +1,523 @@
+"""Loading of models by MODEL reference (of a run, the registry or a folder), and the model description of a run."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ddpm.generate import Sampling
+from ddpm.model import (
+    TEXT_ENCODER,
+    Model,
+    ModelSpec,
+    load_classifier,
+    load_model,
+    read_spec,
+    save_model,
+    tensors_digest,
+)
+from ddpm.models.classifier import NoisyClassifier
+from ddpm.prediction import Parameterization
+from ddpm.settings import settings_of
+from pipelines import tracking
+from pipelines.checkpoints import (
+    BEST,
+    ModelError,
+    Published,
+    best_published,
+    fetch_published,
+    list_published,
+    reconstruct_average,
+)
+from pipelines.config import (
+    MODEL_NAME,
+    MODEL_NAME_RULE,
+    NAME,
+    Config,
+    from_dict,
+    network_config,
+    parse_overrides,
+    sampling,
+)
+from pipelines.environment.scratch import scratch_folder
+from pipelines.shards.index import Dataset
+from pipelines.shards.quarantine import Quarantine, stream_digest
+from pipelines.storage import Storage
+from pipelines.tracking import ModelVersion, Tracker, TrackingError
+
+
+def model_spec(
+    config: Config, dataset: Dataset, lineage: Mapping[str, Any], quarantine: Quarantine | None = None
+) -> ModelSpec:
+    """Return the model description of a run, which is stored as `model.json`."""
+    data = {
+        "dataset_digest": dataset.digest,
+        "dataset_uri": dataset.uri,
+        "stream_digest": stream_digest(dataset, quarantine),
+        "quarantined": 0 if quarantine is None else len(quarantine.excluded),
+    }
+    return ModelSpec(
+        network=network_config(config),
+        schedule=config.schedule.model_dump(),
+        prediction=config.objective.prediction,
+        image_size=dataset.image_size,
+        task=config.task,
+        classes=dataset.classes if _has_classes(config) else (),
+        sampling=sampling(config),
+        lineage={"run": config.name, **data, **lineage},
+    )
+
+
+def _has_classes(config: Config) -> bool:
+    """Return whether the model of a run knows classes; a classifier learns either these or captions."""
+    if config.task == "classifier":
+        return config.model.text_dim == 0
+    return bool(config.model.class_conditional)
+
+
+def guided(model: Model, settings: Sampling, tracking_uri: str | None, storage: Storage) -> Model:
+    """Return the model with the guiding networks that the settings name.
+
+    Those that came in the model's own folder stay where the settings name what its stored ones do.
+
+    Raises:
+        ModelError: a guiding network does not exist or does not fit the model; the message says what differs.
+    """
+    for setting in settings_of(type(settings.guidance)):
+        reference = getattr(settings.guidance, setting.name)
+        own = getattr(model.spec.sampling.guidance, setting.name, None) == reference
+        if setting.reference and reference is not None and not (own and getattr(model, setting.name) is not None):
+            found: Any = {setting.name: _GUIDES[setting.name](model, reference, tracking_uri, storage)}
+            model = replace(model, **found)
+    return model
+
+
+def classifier_for(model: Model, reference: str, tracking_uri: str | None, storage: Storage) -> NoisyClassifier:
+    """Return the classifier of noisy images that a MODEL reference names, for classifier guidance of a model.
+
+    Raises:
+        ModelError: the classifier does not exist, or its classes or texts, image shape or noise schedule differ from
+            the model's.
+    """
+    with _fetched(reference, tracking_uri, storage) as found:
+        try:
+            spec, classifier = load_classifier(found.folder)
+        except ValueError as error:
+            raise ModelError(f"guidance.classifier = {reference}: {error}") from error
+    if classifier.text:
+        _same("guidance.classifier", reference, _of_texts(spec), _of_texts(model.spec))
+    else:
+        _same("guidance.classifier", reference, _of_classes(spec), _of_classes(model.spec))
+    return classifier
+
+
+def weaker_for(model: Model, reference: str, tracking_uri: str | None, storage: Storage) -> Model:
+    """Return the weaker model that a MODEL reference names, for autoguidance of a model.
+
+    Raises:
+        ModelError: the weaker model does not exist, or its classes, image shape or noise schedule differ.
+    """
+    weak = resolve(reference, tracking_uri=tracking_uri, storage=storage).model
+    _same("guidance.weak", reference, _of_classes(weak.spec), _of_classes(model.spec))
+    return weak
+
+
+_GUIDES: dict[str, Callable[..., Any]] = {"classifier": classifier_for, "weak": weaker_for}
+"""Guidance setting that names a network -> function that loads it."""
+
+
+def _of_classes(spec: ModelSpec) -> dict[str, Any]:
+    """Return what a network that guides a model by its classes, or as a weaker one, shares with it."""
+    return {name: getattr(spec, name) for name in ("schedule", "classes", "shape")}
+
+
+def _of_texts(spec: ModelSpec) -> dict[str, Any]:
+    """Return what a network that guides a model by texts shares with it; the encoder as far as both know it."""
+    return {
+        "schedule": spec.schedule,
+        "shape": spec.shape,
+        "text_dim": spec.network.text_dim,
+        "text_encoder_digest": spec.lineage.get("text_encoder_digest"),
+    }
+
+
+def _same(field: str, reference: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    pairs = {name: (there, ours[name]) for name, there in theirs.items()}
+    differing = [
+        f"{name}: {a} there, {b} in the model" for name, (a, b) in pairs.items() if a != b and None not in (a, b)
+    ]
+    if differing:
+        raise ModelError(
+            f"{field} = {reference} does not go with the model:\n  " + "\n  ".join(differing) + "\n"
+            "Name one that was trained on the same data and noise schedule"
+        )
+
+
+@dataclass(frozen=True)
+class InitialModel:
+    """The model that `init_from` names, for the network of the configuration.
+
+    Attributes:
+        weights: by the names of that network.
+        prediction: parameterization that they were trained for.
+        digest: SHA-256 of the model's own weights.
+    """
+
+    weights: dict[str, Tensor]
+    prediction: Parameterization
+    digest: str
+
+
+def initial_model(config: Config, tracking_uri: str | None, storage: Storage) -> InitialModel:
+    """Return the model that `init_from` names, for the network of the configuration.
+
+    An inpainting network can start from a network without inpainting; its initial outputs are the same.
+
+    Raises:
+        ModelError: the model does not exist, or has another network or parameterization; the message names every field
+            that differs.
+    """
+    assert config.init_from is not None
+    model = resolve(config.init_from, tracking_uri=tracking_uri, storage=storage).model
+    weights: dict[str, Tensor] = dict(model.network.state_dict())
+    digest = tensors_digest(weights)
+    wanted, there = network_config(config), model.spec.network
+    if wanted.context_channels and not there.context_channels and type(wanted) is type(there):
+        weights = wanted.extend_for_inpainting(weights)
+        there = replace(there, context_channels=wanted.context_channels)
+    ours, theirs = vars(wanted), vars(there)
+    named = [name for name, value in theirs.items() if value != ours.get(name) and name != "dropout"]
+    differing = [f"{name}: {theirs[name]} there, {ours.get(name)} here" for name in named]
+    skipping = (model.spec.prediction, config.objective.prediction) == ("x0", "x0_skip")  # alike where noise prevails
+    if model.spec.prediction != config.objective.prediction and not skipping:
+        raise ModelError(
+            f"init_from = {config.init_from} predicts {model.spec.prediction}, and objective.prediction = "
+            f"{config.objective.prediction}: its weights are of no use for that; set "
+            f"objective.prediction={model.spec.prediction}, or start without init_from"
+        )
+    if differing:
+        listed = "\n  ".join(differing)
+        raise ModelError(
+            f"init_from = {config.init_from} is another network than the configuration's:\n  {listed}\n"
+            "Set model.* to what it has, or start without init_from"
+        )
+    return InitialModel(weights, model.spec.prediction, digest)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The model that a MODEL reference names, with its origin.
+
+    Attributes:
+        model: the loaded model, ready to sample.
+        tracker: tracker of its MLflow run, or None.
+        version: its registered model version, or None.
+        published: its published checkpoint, or None.
+        text_encoder: hub name or folder of the encoder that embedded its training data; a version's own, where it
+            carries one. None where the model says nothing of it.
+    """
+
+    reference: str
+    model: Model
+    tracker: Tracker | None = None
+    version: ModelVersion | None = None
+    published: Published | None = None
+    text_encoder: str | None = None
+
+
+def resolve(reference: str, *, tracking_uri: str | None, storage: Storage, device: str = "cpu") -> Resolved:
+    """Return the model that a MODEL reference names, with the guiding networks of its stored settings.
+
+    Args:
+        reference: models:/NAME@alias, models:/NAME/VERSION, a folder, or a published checkpoint of a run: runs:/ID (the
+            newest), runs:/ID/IMAGES, runs:/ID/best (with the lowest recorded Frechet distance). Append
+            /sigma_rel=WIDTH to a run reference for the power-function average of that width.
+
+    Raises:
+        ModelError: the model does not exist, where the message lists what exists, or its weights are no numbers.
+    """
+    with _fetched(reference, tracking_uri, storage) as found:
+        try:
+            model = load_model(found.folder, device)
+        except ValueError as error:
+            raise ModelError(f"{reference}: {error}") from error
+        _require_finite(model, reference)
+        encoder = _kept_encoder(found) or model.spec.lineage.get("text_encoder")
+    model = guided(model, model.spec.sampling, tracking_uri, storage).to(device)
+    return Resolved(reference, model, found.tracker, found.version, found.published, encoder)
+
+
+def _require_finite(model: Model, reference: str) -> None:
+    """Refuse a model that would draw without a word, and nothing.
+
+    Raises:
+        ModelError: a weight is not a finite number.
+    """
+    wrong = next((name for name, weight in model.network.state_dict().items() if not weight.isfinite().all()), None)
+    if wrong is not None:
+        raise ModelError(
+            f"{reference}: weights in {wrong} are not finite numbers, so its training has diverged: name an earlier "
+            "checkpoint, runs:/ID/IMAGES"
+        )
+
+
+def _kept_encoder(found: _Fetched) -> str | None:
+    """Return the folder of the text encoder that a model carries, which stays until this process ends."""
+    own = found.folder / TEXT_ENCODER
+    if not own.is_dir():
+        return None
+    if found.version is None:  # a folder that the user has named
+        return str(own.resolve())
+    return shutil.move(own, tempfile.mkdtemp(prefix="encoder-", dir=scratch_folder()))
+
+
+class ReferenceFormError(ModelError):
+    """A MODEL reference that is none, whatever exists."""
+
+    exit_code = 2
+
+
+RUN = re.compile(r"runs:/([0-9a-f]+)(?:/(\d+|best))?(?:/sigma_rel=(0?\.\d+))?")
+VERSION = re.compile(rf"models:/({MODEL_NAME})(?:@([^/@]+)|/(\d{{1,10}}))")
+FORMS = {
+    "runs:/": (RUN, "runs:/ID, runs:/ID/IMAGES or runs:/ID/best, and /sigma_rel=0.1 after it"),
+    "models:/": (
+        VERSION,
+        f"models:/NAME@alias or models:/NAME/VERSION, with a number of up to ten digits; {MODEL_NAME_RULE}",
+    ),
+}
+
+
+def check_form(reference: str) -> None:
+    """Check that what names a run or a version is written as such.
+
+    Raises:
+        ReferenceFormError: it is not.
+    """
+    for start, (form, words) in FORMS.items():
+        if reference.startswith(start.rstrip("/")) and form.fullmatch(reference) is None:
+            raise ReferenceFormError(f"{reference}: write {words}")
+
+
+def check_name(name: str) -> None:
+    """Check that the registry can be asked for a registered model of this name.
+
+    Raises:
+        ReferenceFormError: it cannot.
+    """
+    if not re.fullmatch(MODEL_NAME, name):
+        raise ReferenceFormError(f"{name!r}: {MODEL_NAME_RULE}")
+
+
+def check_recorded(reference: str) -> None:
+    """Check that a reference may be one of a run or of a version, before MLflow is asked for it.
+
+    Raises:
+        ReferenceFormError: it cannot be one.
+    """
+    if reference.startswith("models:"):
+        check_form(reference)
+    elif not re.fullmatch(NAME, reference.removeprefix("runs:/")):
+        raise ReferenceFormError(
+            f"{reference} names no run: write its name, as `ddpm runs` shows it, its MLflow ID, models:/NAME/VERSION "
+            "or models:/NAME@ALIAS"
+        )
+
+
+def find_registered(reference: str, tracking_uri: str | None) -> ModelVersion:
+    """Return the version that models:/NAME@alias or models:/NAME/VERSION names.
+
+    Raises:
+        ModelError: there is none; the message lists those of that name.
+    """
+    uri = _needs(tracking_uri, reference)
+    match = VERSION.fullmatch(reference)
+    if match is None:
+        raise ReferenceFormError(f"{reference}: write {FORMS['models:/'][1]}")
+    name, alias, number = match.groups()
+    found = tracking.version(uri, name, alias=alias, number=number)
+    if found is None:
+        there = tracking.versions(uri, name)
+        listed = ", ".join(v.version + "".join(f" @{a}" for a in v.aliases) for v in there) or "no version of that name"
+        raise ModelError(f"{reference} is not in the registry at {uri}; it has: {listed}")
+    return found
+
+
+COMPARING = (
+    *("n", "seed", "seeds", "evaluator", "evaluator_passes", "weights"),
+    *("encoder_size", "encoder_mean", "encoder_std"),
+)
+"""Settings of an evaluation without which its distances do not compare with those of another one."""
+JUDGING = {"evaluation": (*COMPARING, "batch_size", "likelihood_images"), "registry": ("model", "n")}
+"""Settings of a run, by section, that decide how its model is scored, what it is registered as, and how many samples
+the gate compares."""
+
+
+def judged_as_before(config: Config, overrides: Sequence[str], reference: str) -> Config:
+    """Return the configuration with the settings by which a model was scored and registered.
+
+    So a version that is made of it has scores that can be compared with those that are there. These settings are those
+    of its run; a version that was registered later with others has its own. What overrides set is left alone, and so is
+    everything for a model in a folder.
+
+    Args:
+        config: of the overrides, with the address of the MLflow server.
+        reference: the model; a version is registered under its own name again.
+
+    Raises:
+        ModelError: there is no such version or run.
+    """
+    if not reference.startswith(("models:/", "runs:/")):
+        return config
+    uri = _needs(config.tracking.uri, reference)
+    recorded: dict[str, Any]
+    if reference.startswith("models:/"):
+        version = find_registered(reference, uri)
+        recorded = _recorded(Tracker(uri, version.run_id)) | _scored(version) | {"registry.model": version.name}
+    else:
+        recorded = _recorded(tracking.get_run(uri, reference.removeprefix("runs:/").partition("/")[0]))
+    given = {str(override.key_or_group) for override in parse_overrides(overrides)}
+    plain = config.model_dump(mode="json")
+    for key, value in recorded.items():
+        section, _, field = key.partition(".")
+        if not {section, key} & given:
+            plain[section][field] = value
+    return from_dict(plain)
+
+
+def scored_alike(config: Config, tracker: Tracker) -> bool:
+    """Return whether a configuration scores models as a run does, so that its distances compare with the run's own."""
+    ours = config.evaluation.model_dump(mode="json")
+    recorded = {key.removeprefix("evaluation."): value for key, value in _recorded(tracker).items()}
+    return all(ours[name] == recorded[name] for name in COMPARING if name in recorded)
+
+
+def _recorded(tracker: Tracker) -> dict[str, Any]:
+    """Return the `JUDGING` settings of a run, flat; of an earlier release those that it had."""
+    try:
+        stored = tracking.recorded_config(tracker) if tracking.CONFIG in tracker.names() else {}
+    except TrackingError as error:
+        if error.status not in (400, 404):
+            raise
+        stored = {}  # the run is deleted, and its version is not
+    return {
+        f"{section}.{name}": stored[section][name]
+        for section, names in JUDGING.items()
+        for name in names
+        if name in stored.get(section, {})
+    }
+
+
+def _scored(version: ModelVersion) -> dict[str, Any]:
+    """Return how many samples of which noise a version was scored by, and by which of the dataset's own evaluators."""
+    scores = json.loads(version.tags.get("scores", "{}"))
+    if not scores:
+        return {}
+    found = {
+        "evaluation.n": scores["n"],
+        "evaluation.seed": scores["seeds"][0],
+        "evaluation.seeds": len(scores["seeds"]),
+    }
+    own = scores["evaluator"] in ("classifier", "contrastive")  # others are named together with their weights
+    return found | ({"evaluation.evaluator": scores["evaluator"]} if own else {})
+
+
+def check_exists(reference: str, tracking_uri: str | None) -> None:
+    """Check that a MODEL exists, as far as that can be told without reading its weights.
+
+    Args:
+        tracking_uri: address of the MLflow server; None where only folders can be checked.
+
+    Raises:
+        ModelError: it does not; the message lists what exists.
+    """
+    if reference.startswith("models:/"):
+        if tracking_uri is not None:
+            find_registered(reference, tracking_uri)
+    elif reference.startswith("runs:/"):
+        if tracking_uri is not None:
+            tracking.get_run(tracking_uri, reference.removeprefix("runs:/").partition("/")[0])
+    else:
+        try:
+            read_spec(_folder(reference))
+        except ValueError as error:
+            raise ModelError(f"{reference}: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """A model folder, valid inside the context of `_fetched`, and its origin."""
+
+    folder: Path
+    tracker: Tracker | None = None
+    version: ModelVersion | None = None
+    published: Published | None = None
+
+
+@contextmanager
+def _fetched(reference: str, tracking_uri: str | None, storage: Storage) -> Iterator[_Fetched]:
+    """Yield the model folder that a MODEL reference names, downloaded if necessary."""
+    with tempfile.TemporaryDirectory(prefix="model-", dir=scratch_folder()) as scratch:
+        if reference.startswith("runs:/"):
+            yield _from_run(reference, _needs(tracking_uri, reference), storage, Path(scratch))
+        elif reference.startswith("models:/"):
+            yield _from_registry(reference, _needs(tracking_uri, reference), Path(scratch))
+        else:
+            yield _Fetched(_folder(reference))
+
+
+def _folder(reference: str) -> Path:
+    folder = Path(reference.removeprefix("file://"))
+    if not folder.is_dir():
+        raise ModelError(
+            f"{reference} names no model; MODEL is "
+            "runs:/ID[/IMAGES|/best][/sigma_rel=WIDTH], models:/NAME@alias, models:/NAME/VERSION or a folder"
+        )
+    return folder
+
+
+def _from_run(reference: str, tracking_uri: str, storage: Storage, scratch: Path) -> _Fetched:
+    match = RUN.fullmatch(reference)
+    if match is None:
+        raise ReferenceFormError(f"{reference}: write {FORMS['runs:/'][1]}")
+    run, which, width = match.groups()
+    tracker = tracking.get_run(tracking_uri, run)
+    if which == "best":
+        chosen = best_published(tracker, BEST, lowest=True)
+    else:
+        published = list_published(tracker)
+        wanted = [p for p in published if which is None or p.images_seen == int(which)]
+        if not wanted:
+            seen = ", ".join(str(p.images_seen) for p in published) or "none"
+            raise ModelError(f"{reference}: no such published checkpoint; the run has: {seen}")
+        chosen = wanted[-1]
+    fetch_published(chosen, storage, scratch, "model.json", "model.safetensors")
+    if width is not None:
+        averaged = reconstruct_average(tracker, storage, float(width), chosen.images_seen)
+        spec = read_spec(scratch)
+        save_model(scratch, replace(spec, lineage={**spec.lineage, "sigma_rel": float(width)}), averaged)
+        return _Fetched(scratch, tracker)  # not the checkpoint's weights, so its scores do not apply
+    return _Fetched(scratch, tracker, published=chosen)
+
+
+def _from_registry(reference: str, tracking_uri: str, scratch: Path) -> _Fetched:
+    found = find_registered(reference, tracking_uri)
+    folder = tracking.download_version(tracking_uri, found, scratch) / "artifacts" / "model"
+    return _Fetched(folder, Tracker(tracking_uri, found.run_id), found)
+
+
+def _needs(tracking_uri: str | None, reference: str) -> str:
+    if tracking_uri is None:
+        raise ModelError(
+            f"{reference} needs an MLflow server: set tracking.uri or MLFLOW_TRACKING_URI, or run `ddpm up`"
+        )
+    return tracking_uri
