@@ -16,34 +16,38 @@ from pipelines.cli import (
     data,
     exchange,
     flow,
-    guard,
     launch,
     models,
     pictures,
     plan,
-    report,
     runs,
     search,
     serving,
     stack,
-    starter,
-    training,
 )
 from pipelines.cli.common import terminal
-from pipelines.cli.version import show_version
 from pipelines.environment.credentials import clean_arguments
 from pipelines.presentation.errors import ConfigError, PipelineError
+
+
+def _show_version(asked: bool) -> None:
+    """Print the versions of the package and of what it runs on, where they are asked for, and exit."""
+    if not asked:
+        return
+    from pipelines.environment.lineage import installed_versions
+
+    for name, version in installed_versions().items():
+        typer.echo(f"{name} {version or ('not in a git checkout' if name == 'commit' else 'not installed')}")
+    raise typer.Exit
+
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 for verb in (
     *(stack.up, stack.down, stack.status, stack.doctor),
-    *(starter.init, config.config),
+    *(plan.init, config.config),
     *(data.ingest, data.index, data.check),
-    training.train,
-    *(runs.runs, runs.logs, runs.rm, runs.gc),
-    *(models.evaluate, models.register, models.promote, models.verify),
-    report.report,
-    guard.guard,
+    *(runs.train, runs.runs, runs.logs, runs.rm, runs.gc),
+    *(models.evaluate, models.register, models.promote, models.verify, models.report, models.guard),
     *(pictures.sample, pictures.inpaint, pictures.edit, pictures.likelihood),
     serving.serve,
     exchange.export,
@@ -60,7 +64,7 @@ app.add_typer(search.app, name="search")
 def ddpm(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=show_version, is_eager=True, help="Show the versions that run, and exit."),
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the versions that run, and exit."),
     ] = False,
 ) -> None:
     """Train denoising diffusion models on a Ray cluster, from images to a registered model."""

@@ -1,8 +1,13 @@
-"""`ddpm evaluate`, `register`, `promote` and `verify`: models that were trained before."""
+"""`ddpm evaluate`, `report`, `register`, `promote`, `verify` and `guard`: models that were trained before."""
 
 from __future__ import annotations
 
 import json
+import signal
+from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,8 +18,10 @@ from pipelines.cli.common import (
     Json,
     Overrides,
     answer_json,
+    check_file,
     compose,
     compose_connected,
+    compose_running,
     connect_for_model,
     find_running,
     finite,
@@ -191,3 +198,73 @@ def verify(
     answer_json(as_json, found.to_plain())
     if not found.passed:
         raise typer.Exit(1)
+
+
+def guard(
+    overrides: Overrides = None,
+    once: Annotated[bool, typer.Option("--once", help="Look once and end")] = False,
+    every: Annotated[float, typer.Option(min=0.1, callback=finite, help="Seconds between two looks")] = 2.0,
+    as_json: Json = False,
+) -> None:
+    """Put aliases back that were moved without the gate, until Ctrl-C. Example: ddpm guard --once"""
+    config = compose_running(overrides, services=["s3", "mlflow"])
+
+    from pipelines.registry import Guard, Logs, Trust, watch
+    from pipelines.storage import Storage
+
+    say, uri = partial(terminal.stage, "guard"), config.tracking.uri
+    assert uri is not None
+    logs = Logs(config.storage.root, Storage.of(config), Trust.of(config.registry), say)
+    guarding = Guard(uri, logs, (config.registry.model, config.registry.alias), say)
+    if once:
+        guarding.settle()
+    else:
+        with suppress(KeyboardInterrupt):
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            say(f"aliases in MLflow at {uri}, by the verdicts at {logs.folder}; Ctrl-C ends it")
+            watch(guarding, every)
+    say(f"{len(guarding.corrections)} corrections; guarded: {', '.join(map('/'.join, sorted(guarding.guarded)))}")
+    answer_json(
+        as_json,
+        {
+            "guarded": ["/".join(alias) for alias in sorted(guarding.guarded)],
+            "corrections": [asdict(done) for done in guarding.corrections],
+        },
+    )
+
+
+def report(
+    reference: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL", help="Name or MLflow ID of a run, models:/NAME/VERSION or models:/NAME@ALIAS"
+        ),
+    ],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The file; default: report-NAME.html")] = None,
+    model: Annotated[
+        bool, typer.Option("--model/--no-model", help="Draw a few pictures with the model, and measure its error")
+    ] = True,
+    log: Annotated[bool, typer.Option("--log/--no-log", help="Keep it among the artifacts of the MLflow run")] = True,
+    as_json: Json = False,
+) -> None:
+    """Write all that is known of a run or model into one HTML file. Example: ddpm report first --out first.html"""
+    check_file("--out", out or Path("report-NAME.html"), "report.html")
+
+    from pipelines.checkpoints.references import check_recorded
+
+    check_recorded(reference)
+    config = compose_running(overrides, services=["s3", "mlflow"])
+
+    from pipelines import report as reports
+    from pipelines.storage import Storage
+
+    storage = Storage.of(config)
+    made = reports.make(reference, config, storage, lambda text: terminal.stage("note", text), with_model=model)
+    path = out or Path(made.file_name)
+    path.write_text(made.html, encoding="utf-8")
+    terminal.stage("report", f"{path}: {', '.join(made.sections)}")
+    where = made.log() if log else None
+    if where is not None:
+        terminal.stage("mlflow", where)
+    answer_json(as_json, {"path": str(path), "sections": list(made.sections), "mlflow": where})

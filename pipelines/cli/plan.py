@@ -1,4 +1,4 @@
-"""`ddpm plan`: the configuration that a source of images and a budget of time call for."""
+"""`ddpm init` and `ddpm plan`: a starter project, and the configuration that images and a budget of time call for."""
 
 from __future__ import annotations
 
@@ -87,3 +87,17 @@ def show_plan(made: StoredPlan) -> None:
     terminal.stage("time", summary(made.plan))
     for text in made.plan.warnings:
         terminal.stage("note", text)
+
+
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make; it must be empty or not be there")],
+    as_json: Json = False,
+) -> None:
+    """Write a starter project for your own pictures. Example: ddpm init pets"""
+    from pipelines.config.starter import write_starter
+
+    written = write_starter(folder)
+    for path in written:
+        terminal.stage("written", str(path))
+    terminal.stage("next", f"put pictures into {folder / 'photos'}, then: cd {folder} && make plan")
+    answer_json(as_json, {"folder": str(folder), "files": [str(path) for path in written]})

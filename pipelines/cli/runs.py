@@ -1,4 +1,4 @@
-"""`ddpm runs`, `logs`, `rm` and `gc`: what there is of earlier runs, what their workers said, and removing it."""
+"""`ddpm train`, `runs`, `logs`, `rm` and `gc`: train a run, list runs, show what their workers said, remove them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,7 +14,19 @@ from rich.console import Console, JustifyMethod
 from rich.filesize import decimal
 from rich.table import Table
 
-from pipelines.cli.common import Json, Overrides, answer_json, compose_running, finite, terminal
+from pipelines.cli.common import (
+    SERVICES,
+    Json,
+    Overrides,
+    Quiet,
+    answer_json,
+    compose_connected,
+    compose_running,
+    connect,
+    finite,
+    terminal,
+)
+from pipelines.environment.lineage import code_lineage
 
 if TYPE_CHECKING:
     from pipelines.config import Config
@@ -194,3 +207,40 @@ def _until_the_end(show: Callable[[], None], config: Config, storage: Storage, f
             time.sleep(FOLLOW_EVERY_S)
     except KeyboardInterrupt:
         terminal.stage("logs", f"no longer following run '{config.name}', which goes on")
+
+
+def train(
+    overrides: Overrides = None,
+    config_file: Annotated[
+        Path | None, typer.Option("--config", help="A complete configuration, such as a run's config.json")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Train a run, or resume the run of this name. Example: ddpm train +experiment=digits name=first"""
+    terminal.quiet = quiet
+    if config_file is None:
+        config = compose_connected(overrides)
+    else:
+        from pipelines.config import read_config
+
+        config = connect(read_config(config_file, overrides or []), SERVICES)
+
+    from pipelines.flow.train import train as run_training
+    from pipelines.storage import Storage
+
+    with terminal.live():
+        result = run_training(config, Storage.of(config), code_lineage(), terminal)
+    terminal.stage("train", f"{result.status} at {result.images_seen:,} images; runs:/{result.tracker.run_id}")
+    published = asdict(result.published) if result.published else None
+    answer_json(
+        as_json,
+        {
+            "status": result.status,
+            "run_id": result.tracker.run_id,
+            "images_seen": result.images_seen,
+            "published": published,
+            "goodput": result.goodput.to_dict() if result.goodput else None,
+            "mlflow": result.tracker.url,
+        },
+    )

@@ -108,16 +108,16 @@ def sensor_of(job: Any, settings: Settings) -> dg.SensorDefinition:
 
 
 def _look(overrides: Sequence[str]) -> Any:
-    """Look at the data of an experiment; see `news.look`."""
+    """Look at the data of an experiment; see `facts.data_change`."""
     from pipelines.config import compose
     from pipelines.stack.connect import find_running
 
     config = find_running(compose(overrides), os.environ, ["s3"])
 
-    from pipelines.flow.orchestrate.news import look
+    from pipelines.flow.orchestrate.facts import data_change
     from pipelines.storage import Storage
 
-    return look(config, Storage.of(config))
+    return data_change(config, Storage.of(config))
 
 
 def schedule_of(job: Any, settings: Settings) -> dg.ScheduleDefinition:

@@ -1,22 +1,65 @@
-"""What Dagster is told of the result of a stage: addresses, digests, scores, and the gate's table."""
+"""What Dagster is told: of a stage's result its addresses, digests and scores, and whether there are new data."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from pipelines.checkpoints import newest_checkpoint
+from pipelines.config import Config
 from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.scores import Scores
-from pipelines.flow.stage import Results
+from pipelines.flow.ingest import Ingest
+from pipelines.flow.renew import for_data
+from pipelines.flow.stage import Results, Site
+from pipelines.presentation.progress import Silent
 from pipelines.registry import Verdict
 from pipelines.shards.index import Dataset
+from pipelines.shards.quarantine import read_quarantine, stream_digest
+from pipelines.storage import Storage
 from pipelines.tracking import ModelVersion, links
 from pipelines.training.driver import TrainingResult
 
 Metadata = dict[str, Any]
 """As `dagster_pipes` takes it: plain values, or {"type": …, "raw_value": …}."""
+
+
+@dataclass(frozen=True)
+class DataChange:
+    """Whether an experiment has data that none of its runs has seen.
+
+    Attributes:
+        digest: of the source's state and the settings of an ingest, without a source of the dataset; and of what is in
+            quarantine.
+        new: whether no run has seen these data.
+        reason: in words.
+    """
+
+    digest: str
+    new: bool
+    reason: str
+
+
+def data_change(config: Config, storage: Storage) -> DataChange:
+    """Look whether there are data that no run of an experiment has seen; nothing is started or written.
+
+    Raises:
+        PipelineError: there are no data, or they cannot be reached.
+    """
+    found = Ingest(config).look(Site(storage, {}, Silent()), Results())
+    if found.result is None:
+        return DataChange(found.inputs["source"], True, found.reason)
+    quarantine = read_quarantine(config.data.uri, storage)
+    stream = stream_digest(found.result, quarantine)
+    # An ingest turns a source into a dataset, and that is no news.
+    digest = found.inputs.get("source", found.result.digest) + (quarantine.digest if quarantine else "")
+    current = for_data(config, storage)
+    if newest_checkpoint(current, storage) is None:
+        return DataChange(digest, True, f"no run has seen the data of digest {stream[:12]}")
+    return DataChange(digest, False, f"run '{current.name}' is of the data of digest {stream[:12]}")
 
 
 def facts(gives: str, results: Results, tracking_uri: str) -> tuple[Metadata, str]:
