@@ -2,7 +2,6 @@
 them stay (`retention`)."""
 
 from pipelines.checkpoints.catalog import (
-    FOLDER,
     CheckpointList,
     Listed,
     checkpoint_name,
@@ -17,7 +16,6 @@ from pipelines.checkpoints.catalog import (
     take_over,
 )
 from pipelines.checkpoints.files import (
-    STATE,
     Checkpoint,
     CheckpointState,
     ModelError,
@@ -30,7 +28,6 @@ from pipelines.checkpoints.files import (
 )
 from pipelines.checkpoints.published import (
     BEST,
-    PUBLISHED,
     Published,
     best_published,
     fetch_published,
@@ -45,9 +42,6 @@ from pipelines.checkpoints.retention import mentioned, mentions, names_checkpoin
 
 __all__ = [
     "BEST",
-    "FOLDER",
-    "PUBLISHED",
-    "STATE",
     "Checkpoint",
     "CheckpointList",
     "CheckpointState",

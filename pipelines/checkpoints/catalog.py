@@ -19,18 +19,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.checkpoints.files import STATE, CheckpointState, ModelError, verify_checkpoint
+from pipelines.checkpoints.files import CheckpointState, ModelError, verify_checkpoint
 from pipelines.config import Config
-from pipelines.storage import Entry, Fence, NotFoundError, Storage, StorageError, fenced, join
+from pipelines.storage import Entry, Fence, NotFoundError, Storage, StorageError, fenced, join, layout
 
 logger = logging.getLogger(__name__)
 
-LIST = "checkpoints.json"
 LIST_VERSION = 1
-FOLDER = "checkpoint_"
 GRACE_S = 3600.0
 """How long a checkpoint folder without use stays: whoever writes it may still be at it."""
-_NAME = re.compile(FOLDER + r"(?P<images>\d+)-e(?P<epoch>\d+)-")
+_NAME = re.compile(layout.CHECKPOINT_PREFIX + r"(?P<images>\d+)-e(?P<epoch>\d+)-")
 
 
 @dataclass(frozen=True, order=True)
@@ -79,12 +77,12 @@ class CheckpointList:
 
 def run_folder(config: Config) -> str:
     """Return the address of all that a run stores: checkpoints and their list, published ones, the goodput ledger."""
-    return join(config.storage.root, "runs", config.name)
+    return layout.run_folder(config.storage.root, config.name)
 
 
 def checkpoint_name(images_seen: int, epoch: int) -> str:
     """Return a name for a checkpoint's folder that no other has."""
-    return f"{FOLDER}{images_seen:012d}-e{epoch}-{uuid.uuid4().hex[:8]}"
+    return f"{layout.CHECKPOINT_PREFIX}{images_seen:012d}-e{epoch}-{uuid.uuid4().hex[:8]}"
 
 
 def epoch_of(name: str) -> int:
@@ -119,7 +117,7 @@ def newest_lineage(config: Config, storage: Storage) -> dict[str, Any]:
     found = _usable(storage, folder).complete
     if not found:
         return {}
-    stored = json.loads(storage.read(join(folder, found[0][0].name, "model.json")))
+    stored = json.loads(storage.read(join(folder, found[0][0].name, layout.MODEL)))
     return dict(stored["lineage"])
 
 
@@ -165,13 +163,13 @@ def enter_checkpoint(
     def change(stored: bytes | None) -> bytes:
         before = _current(stored, storage, folder, listed)
         if before.epoch > listed.epoch:
-            raise fenced(join(folder, LIST))
+            raise fenced(join(folder, layout.CHECKPOINT_LIST))
         entries = sorted({*before.checkpoints, listed})
         kept = [entry for entry in entries if entry.name not in damaged][-keep:]
         dropped[:] = [entry for entry in entries if entry not in kept]
         return CheckpointList(listed.epoch, tuple(kept)).to_json()
 
-    storage.update(join(folder, LIST), change)
+    storage.update(join(folder, layout.CHECKPOINT_LIST), change)
     for old in dropped:
         delete_checkpoint(storage, join(folder, old.name))
 
@@ -183,9 +181,9 @@ def take_over(storage: Storage, folder: str) -> Fence:
     any more is entered.
     """
     folders = _folders(storage.list(folder), folder)
-    known = CheckpointList.from_json(_read(storage, join(folder, LIST)))
+    known = CheckpointList.from_json(_read(storage, join(folder, layout.CHECKPOINT_LIST)))
     above = max([known.epoch if known else 0, *(epoch_of(name) for name in folders)])
-    fence = Fence.take(storage, join(folder, "driver"), above)
+    fence = Fence.take(storage, join(folder, layout.DRIVER), above)
 
     def change(stored: bytes | None) -> bytes:
         before = _current(stored, storage, folder)
@@ -195,7 +193,7 @@ def take_over(storage: Storage, folder: str) -> Fence:
         later = [listed for listed, _ in complete_checkpoints(storage, folder) if listed > newest]
         return CheckpointList(fence.epoch, tuple(sorted({*before.checkpoints, *later}))).to_json()
 
-    storage.update(join(folder, LIST), change)
+    storage.update(join(folder, layout.CHECKPOINT_LIST), change)
     return fence
 
 
@@ -210,7 +208,7 @@ def sweep(storage: Storage, folder: str, epoch: int | None = None) -> list[str]:
     """
     entries = storage.list(folder)
     folders = _folders(entries, folder)
-    current = CheckpointList.from_json(_read(storage, join(folder, LIST)))
+    current = CheckpointList.from_json(_read(storage, join(folder, layout.CHECKPOINT_LIST)))
     if current is None or not current.checkpoints:
         return []
     now = max((e.modified for e in entries if e.modified is not None), default=0.0)
@@ -239,7 +237,9 @@ def _current(stored: bytes | None, storage: Storage, folder: str, new: Listed | 
         complete = sorted(listed for listed, _ in complete_checkpoints(storage, folder) if listed != new)
         found = CheckpointList(max((listed.epoch for listed in complete), default=0), tuple(complete))
         if complete:
-            logger.warning("%s is lost: made again from %d folders", join(folder, LIST), len(complete))
+            logger.warning(
+                "%s is lost: made again from %d folders", join(folder, layout.CHECKPOINT_LIST), len(complete)
+            )
     return found
 
 
@@ -248,7 +248,7 @@ def _folders(entries: Iterable[Entry], folder: str) -> dict[str, list[Entry]]:
     found: dict[str, list[Entry]] = defaultdict(list)
     for entry in entries:
         parts = entry.uri[len(folder.rstrip("/")) + 1 :].split("/")
-        if len(parts) == 2 and parts[0].startswith(FOLDER):
+        if len(parts) == 2 and parts[0].startswith(layout.CHECKPOINT_PREFIX):
             found[parts[0]].append(entry)
     return found
 
@@ -271,10 +271,10 @@ def _examine(storage: Storage, folder: str, folders: Mapping[str, list[Entry]]) 
     for name, files in folders.items():
         uri = join(folder, name)
         sizes = {entry.uri[len(uri) + 1 :]: entry.size for entry in files}
-        if STATE not in sizes:
+        if layout.TRAINING_STATE not in sizes:
             continue
         try:
-            state = CheckpointState.from_json(storage.read(join(uri, STATE)), uri)
+            state = CheckpointState.from_json(storage.read(join(uri, layout.TRAINING_STATE)), uri)
         except NotFoundError:  # deleted meanwhile
             continue
         except ModelError as error:
@@ -297,14 +297,14 @@ def _usable(storage: Storage, folder: str) -> _Examined:
     while True:
         # Whoever trains goes on meanwhile: what is entered after the list was read is not in it, and what has left the
         # list since then was deleted by right, so that all is read again.
-        text = _read(storage, join(folder, LIST))
+        text = _read(storage, join(folder, layout.CHECKPOINT_LIST))
         listed = CheckpointList.from_json(text)
         found = _examine(storage, folder, _folders(storage.list(folder), folder))
         there = {entry.name for entry, _ in found.complete} | found.problems.keys()
         gone = [entry.name for entry in (listed.checkpoints if listed else ()) if entry.name not in there]
-        if not gone or _read(storage, join(folder, LIST)) == text:
+        if not gone or _read(storage, join(folder, layout.CHECKPOINT_LIST)) == text:
             break
-    found.problems.update(dict.fromkeys(gone, f"{STATE} is missing"))
+    found.problems.update(dict.fromkeys(gone, f"{layout.TRAINING_STATE} is missing"))
     if found.problems and not found.complete:
         raise _none_whole(folder, found.problems)
     for name, problem in found.problems.items():
@@ -326,17 +326,17 @@ def _download(storage: Storage, address: str, folder: Path) -> None:
     Raises:
         ModelError, NotFoundError: it is not complete.
     """
-    text = storage.read(join(address, STATE))
+    text = storage.read(join(address, layout.TRAINING_STATE))
     state = CheckpointState.from_json(text, address)
     for name in state.files:
         storage.download(join(address, name), folder / name)
-    (folder / STATE).write_bytes(text)
+    (folder / layout.TRAINING_STATE).write_bytes(text)
 
 
 def delete_checkpoint(storage: Storage, folder: str) -> None:
     """Delete a checkpoint folder, `state.json` first; what cannot be deleted now is left to the next sweep."""
     try:
-        storage.delete(join(folder, STATE))
+        storage.delete(join(folder, layout.TRAINING_STATE))
         storage.delete_folder(folder)
     except StorageError as error:
         logger.warning("an old checkpoint stays for now: %s", error)

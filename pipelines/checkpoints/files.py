@@ -23,11 +23,10 @@ from pipelines.config import FORMER_DEFAULTS, Config, override_value
 from pipelines.presentation.errors import PipelineError
 from pipelines.shards.index import Dataset
 from pipelines.shards.quarantine import Quarantine, stream_digest
+from pipelines.storage import layout
 
 CHECKPOINT_VERSION = 2
-STATE = "state.json"
 """The file that is written last: a folder with it is complete."""
-POWER_EMA = "power_ema.safetensors"
 _EMA, _POWER = "ema.", "power."  # prefixes of the tensors that are stored in separate files
 
 
@@ -121,10 +120,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> CheckpointState:
         else:
             rest[name] = tensor
     save_model(folder, checkpoint.spec, averaged)
-    save_file(rest, folder / "training.safetensors")
+    save_file(rest, folder / layout.TRAINING_TENSORS)
     if power:
-        save_file(power, folder / POWER_EMA)
-    paths = sorted(path for path in folder.iterdir() if path.name != STATE)
+        save_file(power, folder / layout.POWER_EMA)
+    paths = sorted(path for path in folder.iterdir() if path.name != layout.TRAINING_STATE)
     state = CheckpointState(
         checkpoint.images_seen,
         checkpoint.identity,
@@ -137,7 +136,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> CheckpointState:
         checkpoint.length,
         checkpoint.trained_s,
     )
-    (folder / STATE).write_text(state.to_json())
+    (folder / layout.TRAINING_STATE).write_text(state.to_json())
     return state
 
 
@@ -162,10 +161,10 @@ def load_checkpoint(folder: Path) -> tuple[CheckpointState, dict[str, Tensor]]:
 
 def load_tensors(folder: Path, state: CheckpointState) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint folder that has been verified, by their names in `Checkpoint`."""
-    tensors = load_file(folder / "training.safetensors")
-    tensors |= {_EMA + name: tensor for name, tensor in load_file(folder / "model.safetensors").items()}
-    if POWER_EMA in state.files:
-        tensors |= load_file(folder / POWER_EMA)
+    tensors = load_file(folder / layout.TRAINING_TENSORS)
+    tensors |= {_EMA + name: tensor for name, tensor in load_file(folder / layout.WEIGHTS).items()}
+    if layout.POWER_EMA in state.files:
+        tensors |= load_file(folder / layout.POWER_EMA)
     return tensors
 
 
@@ -176,7 +175,7 @@ def verify_checkpoint(folder: Path) -> CheckpointState:
         ModelError: the checkpoint is incomplete, damaged or of another version.
     """
     try:
-        state = CheckpointState.from_json((folder / STATE).read_bytes(), str(folder))
+        state = CheckpointState.from_json((folder / layout.TRAINING_STATE).read_bytes(), str(folder))
     except FileNotFoundError as error:
         raise ModelError(f"{folder} is not a complete checkpoint: state.json is missing") from error
     for name, digest in state.files.items():
@@ -228,8 +227,10 @@ def _require_bare_names(names: Iterable[str], where: str) -> None:
         ModelError: names the first one.
     """
     for name in names:
-        if name in ("", ".", "..") or "/" in name or "\\" in name or name == STATE:
-            raise ModelError(f"{where}/{STATE} lists {name!r}, which is no file of a checkpoint: it cannot be used")
+        if name in ("", ".", "..") or "/" in name or "\\" in name or name == layout.TRAINING_STATE:
+            raise ModelError(
+                f"{where}/{layout.TRAINING_STATE} lists {name!r}, which is no file of a checkpoint: it cannot be used"
+            )
 
 
 def file_sha256(path: Path) -> str:

@@ -16,13 +16,11 @@ from torch import Tensor
 from ddpm.ema import PowerSnapshot, reconstruct
 from ddpm.model import ModelSpec
 from pipelines import tracking
-from pipelines.checkpoints.files import POWER_EMA, STATE, CheckpointState, ModelError, file_sha256
+from pipelines.checkpoints.files import CheckpointState, ModelError, file_sha256
 from pipelines.environment.scratch import scratch_folder
-from pipelines.storage import Storage, join
+from pipelines.storage import Storage, join, layout
 from pipelines.tracking import Tracker
 
-PUBLISHED = "checkpoints"
-"""Folder of the records among the artifacts of the MLflow run."""
 BEST = "eval/frechet_distance"
 """The score by which the best checkpoint of a run is chosen; lower is better."""
 
@@ -51,7 +49,7 @@ class Published:
     @property
     def name(self) -> str:
         """Name of the artifact that records it in the MLflow run; names order by images seen."""
-        return f"{PUBLISHED}/{self.images_seen:012d}.json"
+        return f"{layout.CHECKPOINTS_RECORDED}/{layout.numbered(self.images_seen)}"
 
     @property
     def mark(self) -> str:
@@ -67,7 +65,7 @@ def publish(storage: Storage, uri: str, target_uri: str, state: CheckpointState)
     """Copy a checkpoint's stored files to an address where they stay, `state.json` last, and return their record."""
     for name in state.files:
         storage.copy(join(uri, name), join(target_uri, name))
-    storage.write(join(target_uri, STATE), state.to_json().encode())
+    storage.write(join(target_uri, layout.TRAINING_STATE), state.to_json().encode())
     return Published(target_uri, state.images_seen, _digest_of(state))
 
 
@@ -88,7 +86,8 @@ def fetch_published(published: Published, storage: Storage, folder: Path, *names
         if found != state.files.get(name):
             raise ModelError(
                 f"{join(published.uri, name)} is not the file that was published: its SHA-256 is {found[:12]}, that in "
-                f"{STATE} {state.files.get(name, 'none')[:12]}; it was changed or damaged: use another checkpoint"
+                f"{layout.TRAINING_STATE} {state.files.get(name, 'none')[:12]}; it was changed or damaged: "
+                "use another checkpoint"
             )
     return state
 
@@ -99,11 +98,12 @@ def published_state(published: Published, storage: Storage) -> CheckpointState:
     Raises:
         ModelError: it is damaged, of another version, or of other files than those recorded in MLflow.
     """
-    state = CheckpointState.from_json(storage.read(join(published.uri, STATE)), published.uri)
+    state = CheckpointState.from_json(storage.read(join(published.uri, layout.TRAINING_STATE)), published.uri)
     if _digest_of(state) != published.digest:
         raise ModelError(
-            f"{join(published.uri, STATE)} names other files than the record in MLflow ({_digest_of(state)[:12]} "
-            f"instead of {published.digest[:12]}): the checkpoint was changed or damaged; use another one"
+            f"{join(published.uri, layout.TRAINING_STATE)} names other files than the record in MLflow "
+            f"({_digest_of(state)[:12]} instead of {published.digest[:12]}): the checkpoint was "
+            "changed or damaged; use another one"
         )
     return state
 
@@ -115,8 +115,8 @@ def published_spec(published: Published, storage: Storage) -> ModelSpec:
         ModelError: it is damaged, changed or of another version.
     """
     with tempfile.TemporaryDirectory(prefix="spec-", dir=scratch_folder()) as scratch:
-        fetch_published(published, storage, Path(scratch), "model.json")
-        text = Path(scratch, "model.json").read_text()
+        fetch_published(published, storage, Path(scratch), layout.MODEL)
+        text = Path(scratch, layout.MODEL).read_text()
     try:
         return ModelSpec.from_json(text)
     except ValueError as error:
@@ -134,7 +134,7 @@ def list_published(tracker: Tracker, *, deleted: bool = False) -> list[Published
     Args:
         deleted: whether those are among them whose files were deleted again; their scores stay.
     """
-    records = [Published.read(tracker, name) for name in sorted(tracker.names(PUBLISHED))]
+    records = [Published.read(tracker, name) for name in sorted(tracker.names(layout.CHECKPOINTS_RECORDED))]
     return [published for published in records if deleted or not published.deleted]
 
 
@@ -181,13 +181,13 @@ def reconstruct_average(
     with tempfile.TemporaryDirectory(prefix="power-", dir=scratch_folder()) as scratch:
         for published in list_published(tracker):
             state = published_state(published, storage)
-            if POWER_EMA not in state.files:
+            if layout.POWER_EMA not in state.files:
                 continue
             folder = Path(scratch, str(published.images_seen))
             folder.mkdir()
-            fetch_published(published, storage, folder, POWER_EMA)
+            fetch_published(published, storage, folder, layout.POWER_EMA)
             by_width: dict[int, dict[str, Tensor]] = defaultdict(dict)
-            for full, tensor in load_file(folder / POWER_EMA).items():
+            for full, tensor in load_file(folder / layout.POWER_EMA).items():
                 _, number, name = full.split(".", 2)
                 by_width[int(number)][name] = tensor
             widths = state.identity["optim.power_ema"]

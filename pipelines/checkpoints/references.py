@@ -51,7 +51,7 @@ from pipelines.config import (
 from pipelines.environment.scratch import scratch_folder
 from pipelines.shards.index import Dataset
 from pipelines.shards.quarantine import Quarantine, stream_digest
-from pipelines.storage import Storage
+from pipelines.storage import Storage, layout
 from pipelines.tracking import ModelVersion, Tracker, TrackingError
 
 
@@ -404,7 +404,7 @@ def scored_alike(config: Config, tracker: Tracker) -> bool:
 def _recorded(tracker: Tracker) -> dict[str, Any]:
     """Return the `JUDGING` settings of a run, flat; of an earlier release those that it had."""
     try:
-        stored = tracking.recorded_config(tracker) if tracking.CONFIG in tracker.names() else {}
+        stored = tracking.recorded_config(tracker) if layout.CONFIG in tracker.names() else {}
     except TrackingError as error:
         if error.status not in (400, 404):
             raise
@@ -500,7 +500,7 @@ def _from_run(reference: str, tracking_uri: str, storage: Storage, scratch: Path
             seen = ", ".join(str(p.images_seen) for p in published) or "none"
             raise ModelError(f"{reference}: no such published checkpoint; the run has: {seen}")
         chosen = wanted[-1]
-    fetch_published(chosen, storage, scratch, "model.json", "model.safetensors")
+    fetch_published(chosen, storage, scratch, layout.MODEL, layout.WEIGHTS)
     if width is not None:
         averaged = reconstruct_average(tracker, storage, float(width), chosen.images_seen)
         spec = read_spec(scratch)

@@ -48,10 +48,10 @@ def logs(
     """Show the warnings and errors of a run's workers, from storage. Example: ddpm logs first --follow"""
     config = compose_running(overrides, name=run, services=["s3"], optional=["mlflow"])
 
-    from pipelines.storage import Storage, join
+    from pipelines.storage import Storage, layout
     from pipelines.training.log_lines import LogReader, last_write
 
-    storage, folder = Storage.of(config), join(config.storage.root, "runs", run)
+    storage, folder = Storage.of(config), layout.run_folder(config.storage.root, run)
     last_write(storage, folder)  # raises where there is no such run
     reader, lines = LogReader(storage, folder, rank), []
 
@@ -74,7 +74,7 @@ def runs(overrides: Overrides = None, as_json: Json = False) -> None:
     config = compose_running(overrides, services=["s3", "mlflow"])
 
     from pipelines import housekeeping
-    from pipelines.storage import Storage
+    from pipelines.storage import Storage, layout
 
     found = housekeeping.list_runs(config, Storage.of(config))
     table = _table("run", "state", "images>", "last score", "size>", "when")
@@ -85,7 +85,8 @@ def runs(overrides: Overrides = None, as_json: Json = False) -> None:
     if found:
         _show(table, as_json)
     else:
-        terminal.stage("runs", f"none in experiment '{config.tracking.experiment}' and at {config.storage.root}/runs")
+        where = f"{config.storage.root}/{layout.RUNS}"
+        terminal.stage("runs", f"none in experiment '{config.tracking.experiment}' and at {where}")
     answer_json(as_json, {"runs": [asdict(row) for row in found]})
 
 

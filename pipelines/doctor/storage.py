@@ -13,7 +13,7 @@ from pipelines.config import Config
 from pipelines.doctor.check import Check, failed, ok
 from pipelines.doctor.services import closed_port, http_date, skew_check
 from pipelines.environment.credentials import redact
-from pipelines.storage import ConflictError, Storage, StorageError, join
+from pipelines.storage import ConflictError, Storage, StorageError, join, layout
 
 MULTIPART_BYTES = (8 << 20) + 1
 """A byte more than boto3 sends in one piece."""
@@ -40,7 +40,7 @@ def check_storage(config: Config) -> list[Check]:
 
 def storage_checks(storage: Storage, root: str) -> list[Check]:
     """Return whether objects can be written (in one piece, in parts, on a condition), read, listed and deleted."""
-    folder = join(root, f".ddpm-doctor-{uuid.uuid4().hex}")
+    folder = layout.probe_folder(root, f"doctor-{uuid.uuid4().hex}")
     small, large, raced = (join(folder, name) for name in ("small", "large", "raced"))
 
     def read_back() -> None:

@@ -44,7 +44,7 @@ from pipelines.shards.index import Dataset, DatasetError
 from pipelines.shards.quarantine import kept_shards, read_quarantine, stream_digest
 from pipelines.shards.read import Batch, opened_split, spread_positions
 from pipelines.signing import Derived, SignatureError, Signer, Trust
-from pipelines.storage import Storage, join
+from pipelines.storage import Storage, join, layout
 
 PART = 4096
 """Images of one stored part, and of one Ray task."""
@@ -56,7 +56,6 @@ IN_FLIGHT = 64
 SPLITS = ("train", "test")
 FORMAT = 2
 """Of the record; that of earlier releases, 1, was not signed."""
-RECORD, MOMENTS, HELD_OUT_FILE = "real.json", "moments.safetensors", "held-out.safetensors"
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ class Real:
 
     def held_out(self) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
         """Return up to `HELD_OUT` test images, uint8 [N, C, H, W], and their labels [N], if any."""
-        part = numpy_load(self._read(HELD_OUT_FILE))
+        part = numpy_load(self._read(layout.REAL_HELD_OUT))
         return part["images"], part.get("labels")
 
     def _read(self, name: str) -> bytes:
@@ -132,7 +131,7 @@ class Real:
         data = self.stored.read(name, self.files.get(name))
         if data is None:
             raise DatasetError(
-                f"{join(self.stored.folder, name)} is gone, or not what {RECORD} beside it says: delete "
+                f"{join(self.stored.folder, name)} is gone, or not what {layout.REAL} beside it says: delete "
                 f"{self.stored.folder}, and the next evaluation reads and encodes the real images anew"
             )
         return data
@@ -189,8 +188,8 @@ def open_real(
     """
     quarantine = read_quarantine(dataset.uri, storage)
     stream = stream_digest(dataset, quarantine)
-    parts = "features", features_name(stream, evaluator.digest)
-    stored = Derived(storage, join(dataset.uri, *parts), RECORD, "/".join(parts))
+    parts = layout.FEATURES, features_name(stream, evaluator.digest)
+    stored = Derived(storage, join(dataset.uri, *parts), layout.REAL, "/".join(parts))
     size = thumbnail_size(dataset.image_size, dataset.image_size)
     thumbnail = (dataset.channels, *size)
     record, why = None, "once for this evaluator"
@@ -198,16 +197,16 @@ def open_real(
         record = stored.find(Trust.of(config.registry))
     except SignatureError as error:
         why = f"because what is stored of them in {stored.folder} is not believed: {error}"
-    data = None if record is None else stored.read(MOMENTS, record["files"].get(MOMENTS))
+    data = None if record is None else stored.read(layout.REAL_MOMENTS, record["files"].get(layout.REAL_MOMENTS))
     if record is not None and data is None:
-        why = f"because {join(stored.folder, MOMENTS)} is gone, or not what was stored"
+        why = f"because {join(stored.folder, layout.REAL_MOMENTS)} is gone, or not what was stored"
     if record is None or data is None:
         signer = Signer.of(config.registry)  # before anything is computed
         notice(f"the real images are read and encoded, {why}")
         access = _Access(dataset, storage, config.data.cache_dir, config.data.cache_gib)
         record = _compute(access, evaluator, stored, stream, config.cluster.gpus_per_worker > 0, progress)
         stored.record(record, signer)
-        data = storage.read(join(stored.folder, MOMENTS))
+        data = storage.read(join(stored.folder, layout.REAL_MOMENTS))
     tensors = load(data)
 
     def split(name: str) -> RealSplit:
@@ -273,8 +272,8 @@ def _compute(
         classes = np.sum([part.class_counts for part in parts], axis=0).tolist()
         splits[split] = {"count": counts[split], "reference": moments.count, "class_counts": classes}
     files |= {
-        HELD_OUT_FILE: stored.write(HELD_OUT_FILE, _held_out(access, counts["test"])),
-        MOMENTS: stored.write(MOMENTS, save(tensors)),
+        layout.REAL_HELD_OUT: stored.write(layout.REAL_HELD_OUT, _held_out(access, counts["test"])),
+        layout.REAL_MOMENTS: stored.write(layout.REAL_MOMENTS, save(tensors)),
     }
     return {
         "format": FORMAT,

@@ -17,12 +17,8 @@ from pipelines.evaluation.samples import SampleFiles
 from pipelines.evaluation.scores import Scores
 from pipelines.presentation.progress import Notice, no_notice
 from pipelines.signing import Authority, SignatureError, Trust, seal, unseal
+from pipelines.storage import layout
 from pipelines.tracking import CheckpointModel, Tracker
-
-FOLDER = "evaluation"
-"""Of the scores among the artifacts of a run."""
-SIGNATURES = "signatures"
-"""Folder of the signatures of scores, under their names, among the artifacts of a run."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,7 @@ class Scored:
             if model is None or not tracker.has_picture(key, self.images_seen):
                 tracker.image(key, picture, self.images_seen)
         if self.terms is not None:
-            tracker.text(self.terms, self.artifact.replace(FOLDER, "bound", 1))
+            tracker.text(self.terms, self.artifact.replace(layout.SCORES_RECORDED, layout.BOUND_TERMS, 1))
         text = tracking.to_json(self.scores.to_plain())
         if authority is not None:
             if self.files is not None:
@@ -117,8 +113,8 @@ def evaluation_pictures(names: Iterable[str], artifact: str | None, images_seen:
 
 def find_artifact(tracker: Tracker, scores: Scores, images_seen: int) -> str | None:
     """Return the artifact of a run that has these scores of its model; None without one."""
-    for name in tracker.names(FOLDER):
-        if name.startswith(f"{FOLDER}/{images_seen:012d}-"):
+    for name in tracker.names(layout.SCORES_RECORDED):
+        if name.startswith(f"{layout.SCORES_RECORDED}/{images_seen:012d}-"):
             with suppress(LookupError, TypeError, ValueError):  # those of a newer release may not be understood
                 if read_scores(tracker, name) == scores:
                     return name
@@ -127,11 +123,11 @@ def find_artifact(tracker: Tracker, scores: Scores, images_seen: int) -> str | N
 
 def recorded(tracker: Tracker, artifact: str, trust: Trust, notice: Notice = no_notice) -> Scores | None:
     """Return the scores in an artifact of a run; None where it has none that somebody who is trusted has signed."""
-    if artifact not in tracker.names(FOLDER):
+    if artifact not in tracker.names(layout.SCORES_RECORDED):
         return None
     text = tracker.read_text(artifact)
     try:
-        if _signature(artifact) not in tracker.names(SIGNATURES):
+        if _signature(artifact) not in tracker.names(layout.SIGNATURES):
             raise SignatureError("they are not signed")
         signed = unseal(tracker.read_text(_signature(artifact)).encode(), artifact, trust)
         if signed["sha256"] != _sha256(text):
@@ -144,7 +140,7 @@ def recorded(tracker: Tracker, artifact: str, trust: Trust, notice: Notice = no_
 
 def _signature(artifact: str) -> str:
     """Return the name of the artifact that has the signature of scores."""
-    return artifact.replace(FOLDER, SIGNATURES, 1)
+    return artifact.replace(layout.SCORES_RECORDED, layout.SIGNATURES, 1)
 
 
 def _sha256(text: str) -> str:

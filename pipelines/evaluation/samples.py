@@ -28,10 +28,8 @@ from pipelines.evaluation.real import Real
 from pipelines.evaluation.rows import Rows
 from pipelines.presentation.progress import Notice
 from pipelines.signing import Authority, Derived, SignatureError
-from pipelines.storage import Storage, StorageError, join
+from pipelines.storage import Storage, StorageError, join, layout
 
-RECORD = "record.json"
-"""Name of the record of the files of a plan's samples."""
 RECORD_EVERY_S = 1.0
 
 
@@ -74,7 +72,7 @@ class Request:
             actors=asked.actors,
             use_gpu=config.cluster.gpus_per_worker > 0,
             patience_s=config.cluster.patience_s,
-            root=join(config.storage.root, "evaluations"),
+            root=join(config.storage.root, layout.EVALUATIONS),
         )
 
 
@@ -125,7 +123,7 @@ class Plan:
 
     def stored(self, storage: Storage) -> Derived:
         """Return the folder of the samples with its record."""
-        return Derived(storage, self.folder, RECORD, f"{self.folder.rsplit('/', 1)[-1]}/{RECORD}")
+        return Derived(storage, self.folder, layout.SAMPLES, f"{self.folder.rsplit('/', 1)[-1]}/{layout.SAMPLES}")
 
     def labels(self, seed: int) -> NDArray[np.int64] | None:
         """Return the label of each sample of a noise seed, int64 [n]; None without classes."""

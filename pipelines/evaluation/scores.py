@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ddpm.generate import Sampling
+from pipelines.storage import layout
 
 Z_95 = 1.959964
 IMAGES_PER_FEATURE = 20
@@ -248,10 +249,10 @@ def rests_on(plain: Mapping[str, Any]) -> set[str]:
         plain: scores as they are recorded, by any release.
     """
     evaluators = [plain.get("evaluator_digest"), (plain.get("prompts") or {}).get("evaluator_digest")]
-    names = {f"evaluator/{digest[:16]}" for digest in evaluators if digest}
+    names = {f"{layout.EVALUATORS}/{digest[:16]}" for digest in evaluators if digest}
     if plain.get("samples"):  # an address, which is spelt with the root; its last part is a digest
         names.add(f"samples/{str(plain['samples']).rsplit('/', 1)[-1]}")
-    return names | {f"features/{features_name(str(plain.get('stream_digest')), str(evaluators[0]))}"}
+    return names | {f"{layout.FEATURES}/{features_name(str(plain.get('stream_digest')), str(evaluators[0]))}"}
 
 
 def features_name(stream_digest: str, evaluator_digest: str) -> str:

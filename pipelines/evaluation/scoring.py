@@ -26,13 +26,13 @@ from pipelines.evaluation.evaluate import Evaluation, evaluate
 from pipelines.evaluation.likelihoods import Likelihood
 from pipelines.evaluation.plots import MAX_COLUMNS, class_grid, grid_choice
 from pipelines.evaluation.prompts import Prompts
-from pipelines.evaluation.recorded import FOLDER, Scored, recorded
+from pipelines.evaluation.recorded import Scored, recorded
 from pipelines.evaluation.samples import Request, read_images
 from pipelines.evaluation.scores import Scores
 from pipelines.presentation.errors import PipelineError
 from pipelines.presentation.progress import Display, Notice, no_notice
 from pipelines.signing import Authority, Trust
-from pipelines.storage import Storage
+from pipelines.storage import Storage, layout
 from pipelines.tracking import Tracker
 
 BOUND = "the tighter bound"
@@ -84,13 +84,13 @@ class _Asked:
         decisive += [] if prompts is None else [list(prompts.record().values())]
         decisive += [BOUND] if asked.likelihood_images and not earlier else []
         key = hashlib.sha256(json.dumps([*decisive, asked.sampling.key()]).encode()).hexdigest()[:16]
-        return f"{FOLDER}/{self.images_seen:012d}-{key}.json"
+        return f"{layout.SCORES_RECORDED}/{self.images_seen:012d}-{key}.json"
 
     def found(self, tracker: Tracker, trust: Trust, notice: Notice = no_notice) -> Scores | None:
         """Return the scores where a run has them, signed by somebody who is trusted; else None, and say why."""
         scores = recorded(tracker, self.artifact(), trust, notice)
         before = self.artifact(earlier=True)
-        if scores is None and before != self.artifact() and before in tracker.names(FOLDER):
+        if scores is None and before != self.artifact() and before in tracker.names(layout.SCORES_RECORDED):
             notice(
                 "scored again: the bound of an earlier release was that of the smaller variance, not of the tighter one"
             )
@@ -254,7 +254,7 @@ def _pictures(done: Evaluation, model: Model, prompts: Prompts | None, most: int
     shown = grid_choice(numbers, len(kinds), most)
     names = tuple(kinds[number] for number in numbers[shown[0]]) if kinds else ()
     images = read_images(done.files, model.spec.shape[0], shown.ravel())
-    pictures = {FOLDER: class_grid(images, shown.shape[1], names)}
+    pictures = {layout.SCORES_RECORDED: class_grid(images, shown.shape[1], names)}
     return pictures if done.copies is None else pictures | {"nearest-training-images": done.copies.picture()}
 
 

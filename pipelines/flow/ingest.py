@@ -15,12 +15,10 @@ from pipelines.presentation.progress import Display
 from pipelines.shards.index import Dataset, DatasetError, read_dataset
 from pipelines.shards.ingest.encode import CaptionEncoder
 from pipelines.shards.ingest.write import Ingested, ingest, source_digest
-from pipelines.storage import NotFoundError, Storage, join
+from pipelines.storage import NotFoundError, Storage, join, layout
 from pipelines.training import driver
 from pipelines.training.ray_train.resources import connect_ray
 
-INGEST_KEY = "ingest-key"
-"""Name of the file beside a dataset that holds the digest of its input and settings."""
 INGEST_SETTINGS = (
     "image_size",
     "channels",
@@ -63,7 +61,7 @@ class Ingest(Stage[Dataset]):
             dataset = read_dataset(data.uri, storage)
             return Look(dataset, f"data.source is not set, {data.uri} is used as it is")
         try:
-            recorded = storage.read(join(data.uri, INGEST_KEY)).decode()
+            recorded = storage.read(join(data.uri, layout.INGEST_KEY)).decode()
         except NotFoundError:
             return Look(None, f"{data.uri} holds no dataset that a flow has finished")
         if recorded != inputs["source"]:
@@ -106,7 +104,7 @@ def write_dataset(
     data = config.data
     assert data.source is not None
     key, encoder = ingest_key(config, storage), _text_encoder(data.text_encoder)
-    storage.delete(join(data.uri, INGEST_KEY))  # an interrupted ingest must not look finished
+    storage.delete(join(data.uri, layout.INGEST_KEY))  # an interrupted ingest must not look finished
     display.stage("ingest", f"{data.source} -> {data.uri}")
     done = ingest(
         data.source,
@@ -124,7 +122,7 @@ def write_dataset(
         notice=lambda text: display.stage("ingest", text),
         connect=connect,
     )
-    storage.write(join(data.uri, INGEST_KEY), key.encode())
+    storage.write(join(data.uri, layout.INGEST_KEY), key.encode())
     show_ingested(done, display)
     return done
 
@@ -142,7 +140,7 @@ def show_ingested(done: Ingested, display: Display) -> None:
     counts = ", ".join(f"{dataset.samples(split):,} {split}" for split in dataset.splits)
     classes = f"{len(dataset.classes)} classes, digest {dataset.digest[:12]}"
     display.stage("dataset", f"{dataset.uri}: {counts}, {classes}, {len(done.bad)} left out")
-    display.stage("report", join(dataset.uri, "ingest-report.json"))
+    display.stage("report", join(dataset.uri, layout.INGEST_REPORT))
 
 
 def _show_some(display: Display, name: str, lines: list[str]) -> None:

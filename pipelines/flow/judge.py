@@ -26,7 +26,7 @@ from pipelines.flow.stage import EVALUATE, EVALUATOR, GATE, REGISTER, Look, Plac
 from pipelines.presentation.errors import PipelineError
 from pipelines.registry import Gate, Verdict, check_signing
 from pipelines.shards.quarantine import read_quarantine, stream_digest
-from pipelines.storage import Storage, join
+from pipelines.storage import Storage, join, layout
 from pipelines.tracking import ModelVersion
 from pipelines.training import driver
 from pipelines.training.driver import TrainingResult
@@ -44,7 +44,7 @@ class MakeEvaluator(Stage[Evaluator]):
     @property
     def output(self) -> str:
         """Where evaluators that are trained on a dataset are stored."""
-        return join(self.config.data.uri, "evaluator")
+        return join(self.config.data.uri, layout.EVALUATORS)
 
     def inputs(self, site: Site, given: Results) -> dict[str, str]:
         """Return the digest of the data, and the kind of the evaluator."""
@@ -95,7 +95,7 @@ class Evaluate(Stage[Scores]):
     @property
     def output(self) -> str:
         """Where scores are: among the artifacts of the MLflow run."""
-        return f"{self.config.tracking.uri}, run '{self.config.name}', evaluation/"
+        return f"{self.config.tracking.uri}, run '{self.config.name}', {layout.SCORES_RECORDED}/"
 
     def inputs(self, site: Site, given: Results) -> dict[str, str]:
         """Return the digests of the checkpoint, of the data that it is compared with, and of the settings."""

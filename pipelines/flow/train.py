@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from pipelines import checkpoints, tracking
+from pipelines import checkpoints
 from pipelines.config import Config
 from pipelines.flow.stage import TRAIN, Look, Place, Results, Site, Stage
 from pipelines.presentation.progress import Display, TimeBreakdown, no_report
 from pipelines.shards.quarantine import read_quarantine, stream_digest
-from pipelines.storage import Storage, join
+from pipelines.storage import Storage, join, layout
 from pipelines.training import driver
 from pipelines.training.describe import workers_text
 from pipelines.training.driver import TrainingResult
@@ -65,7 +65,7 @@ class Train(Stage[TrainingResult]):
             return Look(None, f"run '{config.name}' has seen {state.images_seen:,} of {length:,} images")
         seen = f"run '{config.name}' has seen its {state.images_seen:,} images already"
         tracker = find_training_run(config, storage)
-        waits = storage.exists(join(self.output, tracking.UNSENT))
+        waits = storage.exists(join(self.output, layout.UNSENT))
         if tracker is None or waits or not tracker.is_finished():
             return Look(None, f"{seen}, and MLflow does not have all of it")
         published = checkpoints.list_published(tracker)

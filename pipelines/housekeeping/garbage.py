@@ -20,7 +20,7 @@ from pipelines.config import Config
 from pipelines.evaluation.scores import rests_on
 from pipelines.housekeeping.folders import Folder, folders, folders_at
 from pipelines.signing import said
-from pipelines.storage import NotFoundError, Storage, join
+from pipelines.storage import NotFoundError, Storage, join, layout
 from pipelines.tracking import ModelVersion, RunRecord, Tracker
 from pipelines.training.run_id import read_run_id
 
@@ -93,12 +93,12 @@ def find_garbage(config: Config, storage: Storage, grace_s: float = GRACE_S) -> 
     """
     now, uri, root = time.time(), config.tracking.server, config.storage.root
     records, versions = tracking.list_runs(uri), tracking.all_versions(uri)
-    published = _published(folders_at(storage, join(root, "runs")), records, storage, uri)
-    studies = _studies(folders_at(storage, join(root, "studies")), records, storage)
-    scored = _judges(folders_at(storage, join(root, "datasets")), storage)
+    published = _published(folders_at(storage, join(root, layout.RUNS)), records, storage, uri)
+    studies = _studies(folders_at(storage, join(root, layout.STUDIES)), records, storage)
+    scored = _judges(folders_at(storage, join(root, layout.DATASETS)), storage)
     scored += [
         Stored(folder, frozenset({f"samples/{folder.name}"}), _again("samples"))
-        for folder in folders_at(storage, join(root, "evaluations"))
+        for folder in folders_at(storage, join(root, layout.EVALUATIONS))
     ]
     named = _named(versions, records, uri, scores=bool(scored))
     verdicts = judge([*published, *studies, *scored], named, now, grace_s)
@@ -110,7 +110,7 @@ def collect(verdict: Verdict, storage: Storage) -> None:
 
     The origin of a checkpoint is in its `model.json`, which goes last: a repeat decides alike after an interruption.
     """
-    place = {"state.json": 0, "model.json": 2}
+    place = {layout.TRAINING_STATE: 0, layout.MODEL: 2}
     for entry in sorted(verdict.folder.entries, key=lambda entry: place.get(entry.uri.rsplit("/", 1)[-1], 1)):
         storage.delete(entry.uri)
     if not storage.list(verdict.folder.address):
@@ -136,7 +136,7 @@ def _named(versions: Iterable[ModelVersion], records: Iterable[RunRecord], uri: 
         found = {f"study/{record.study}"} if record.study is not None else set()
         if scores:
             tracker = Tracker(uri, record.run_id)
-            for name in tracker.names("evaluation"):
+            for name in tracker.names(layout.SCORES_RECORDED):
                 found |= rests_on(json.loads(tracker.read_text(name)))
         named |= dict.fromkeys(found, f"the MLflow run of '{record.name}' names it")
     return named
@@ -157,13 +157,13 @@ def _published(runs: Iterable[Folder], records: Sequence[RunRecord], storage: St
     """Return the published checkpoints of runs."""
     found = []
     for run in runs:
-        published = folders(run.entries, join(run.address, "published"))
+        published = folders(run.entries, join(run.address, layout.PUBLISHED))
         own_id = read_run_id(storage, run.address) if published else None
-        waits = any(entry.uri == join(run.address, tracking.UNSENT) for entry in run.entries)
+        waits = any(entry.uri == join(run.address, layout.UNSENT) for entry in run.entries)
         waits &= any(record.name == run.name and not record.deleted for record in records)
         recorded: dict[str, set[str]] = {}
         for folder in published:
-            model = _read(storage, join(folder.address, "model.json"))
+            model = _read(storage, join(folder.address, layout.MODEL))
             lineage = model.get("lineage") or {}
             run_id, images = lineage.get("run_id"), lineage.get("images_seen", "unknown")
             owners = [r for r in records if r.run_id == run_id or (r.id is not None and r.id == own_id)]
@@ -204,7 +204,7 @@ def _studies(studies: Iterable[Folder], records: Sequence[RunRecord], storage: S
     for folder in studies:
         known = any(record.study == folder.name for record in records)
         kept = None if known else "this MLflow server does not know it: another may"
-        models = _mentioned(json.dumps(_read(storage, join(folder.address, "study.json"))))
+        models = _mentioned(json.dumps(_read(storage, join(folder.address, layout.STUDY))))
         why = "the MLflow runs of the study and of its trials are deleted"
         found.append(Stored(folder, frozenset({f"study/{folder.name}"}), why, kept, frozenset(models)))
     return found
@@ -214,19 +214,19 @@ def _judges(datasets: Iterable[Folder], storage: Storage) -> list[Stored]:
     """Return the evaluators that were trained on datasets, and the features that evaluators gave the real images."""
     found = []
     for dataset in datasets:
-        digest = _read(storage, join(dataset.address, "dataset.json")).get("digest")
-        for folder in folders(dataset.entries, join(dataset.address, "evaluator")):
+        digest = _read(storage, join(dataset.address, layout.DATASET)).get("digest")
+        for folder in folders(dataset.entries, join(dataset.address, layout.EVALUATORS)):
             # One of each kind, in a folder of its own; an earlier release had one in all, without such a folder.
-            there = [entry.uri for entry in folder.entries if entry.uri.endswith("/evaluator.json")]
-            names = {f"evaluator/{str(_read(storage, uri).get('digest'))[:16]}" for uri in there}
+            there = [entry.uri for entry in folder.entries if entry.uri.endswith(f"/{layout.EVALUATOR}")]
+            names = {f"{layout.EVALUATORS}/{str(_read(storage, uri).get('digest'))[:16]}" for uri in there}
             kept = "its dataset has no dataset.json at the moment" if digest is None else None
             if digest is not None and folder.name == digest[:16]:
                 kept = "it has the evaluators of the dataset"
             why = "the dataset has changed since, and no score names one of them"
             found.append(Stored(folder, frozenset(names), why, kept))
-        for folder in folders(dataset.entries, join(dataset.address, "features")):
-            evaluator = f"evaluator/{folder.name.rpartition('-')[2]}"
-            names = {f"features/{folder.name}"}
+        for folder in folders(dataset.entries, join(dataset.address, layout.FEATURES)):
+            evaluator = f"{layout.EVALUATORS}/{folder.name.rpartition('-')[2]}"
+            names = {f"{layout.FEATURES}/{folder.name}"}
             found.append(Stored(folder, frozenset(names), _again("features"), None, frozenset({evaluator})))
     return found
 

@@ -20,7 +20,7 @@ from pipelines.config import Config
 from pipelines.housekeeping.folders import Folder, folders, folders_at
 from pipelines.presentation.errors import PipelineError
 from pipelines.presentation.progress import Notice
-from pipelines.storage import Storage, join
+from pipelines.storage import Storage, join, layout
 from pipelines.tracking import ENDED, ModelVersion, RunRecord
 from pipelines.training.log_lines import LIVE_S
 from pipelines.training.run_id import read_run_id
@@ -40,7 +40,7 @@ def list_runs(config: Config, storage: Storage) -> list[RunSummary]:
         TrackingError, StorageError: a service does not answer.
     """
     records = tracking.list_runs(config.tracking.server)
-    stored = folders_at(storage, join(config.storage.root, "runs"))
+    stored = folders_at(storage, join(config.storage.root, layout.RUNS))
     return summaries(records, stored, config.tracking.experiment, time.time())
 
 
@@ -117,7 +117,7 @@ class Removal:
 
     def lines(self) -> list[str]:
         """Return what goes and what stays, in words."""
-        published = folders(self.folder.entries, join(self.folder.address, "published"))
+        published = folders(self.folder.entries, join(self.folder.address, layout.PUBLISHED))
         size, objects = decimal(self.folder.size), len(self.folder.entries)
         lines = [f"{self.folder.address}: {size} in {objects:,} objects"]
         if published:
@@ -184,8 +184,8 @@ def removal_order(folder: Folder) -> tuple[list[str], list[str]]:
     directly in the folder, such as the list of the checkpoints, goes just before.
     """
     direct = [e.uri for e in folder.entries if "/" not in e.uri[len(folder.address) + 1 :]]
-    states = [e.uri for e in folder.entries if e.uri.endswith("/state.json") and e.uri not in direct]
-    published = [uri for uri in states if uri.startswith(join(folder.address, "published"))]
+    states = [e.uri for e in folder.entries if e.uri.endswith(f"/{layout.TRAINING_STATE}") and e.uri not in direct]
+    published = [uri for uri in states if uri.startswith(join(folder.address, layout.PUBLISHED))]
     kept = sorted(set(states) - set(published), key=lambda uri: (epoch_of(uri.split("/")[-2]), uri))
     first = [*published, *kept[:-1], *direct, *kept[-1:]]
     return first, [e.uri for e in folder.entries if e.uri not in set(first)]
@@ -223,7 +223,7 @@ def kept_from_training(config: Config, storage: Storage, notice: Notice) -> Iter
 
 def find_removal(config: Config, storage: Storage, *, force: bool) -> Removal:
     """Return all that belongs to the run of the configuration, and whether it may be removed."""
-    uri, address = config.tracking.server, join(config.storage.root, "runs", config.name)
+    uri, address = config.tracking.server, layout.run_folder(config.storage.root, config.name)
     return plan_removal(
         Folder(address, tuple(storage.list(address))),
         tracking.list_runs(uri, config.name),

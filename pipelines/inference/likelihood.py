@@ -30,7 +30,7 @@ from pipelines.registry import digest_of
 from pipelines.shards.index import DatasetError, read_dataset
 from pipelines.shards.ingest.sources import SUFFIXES
 from pipelines.shards.read import opened_split, spread_positions
-from pipelines.storage import NotFoundError, Storage, join
+from pipelines.storage import NotFoundError, Storage, join, layout
 
 Method = Literal["bound", "ode"]
 LEVEL = 0.95
@@ -112,7 +112,7 @@ def read_data(data: str, model: Model, most: int, config: Config, storage: Stora
     """
     uri = data if "://" in data else Path(data).absolute().as_uri()
     try:
-        storage.read(join(uri, "dataset.json"))
+        storage.read(join(uri, layout.DATASET))
     except NotFoundError:
         if not uri.startswith("file://"):
             read_dataset(uri, storage)  # raises, and says how to write one

@@ -8,13 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from pipelines.config import AwsLaunch, Config
+from pipelines.storage import layout
 
-FOLDERS = ("datasets", "runs", "studies", "evaluations", "registry", "plans")
-"""What this program keeps below `storage.root`."""
-BESIDE_DATA = ("evaluator", "features")
-"""What evaluations keep below a dataset's own address."""
-TRANSIENT = ".ddpm-"
-"""Start of the names of probes: objects that are written and deleted at once to see whether that is allowed."""
 VERSION = "2012-10-17"
 ABORT_DAYS = 7
 TRANSIENT_DAYS = 1
@@ -29,9 +24,9 @@ def worker_policy(config: Config) -> dict[str, Any]:
     the bucket, and such a request has no prefix. Without it, "not there" would be "forbidden".
     """
     bucket, prefix = split(config.storage.root)
-    folders = [*(f"{prefix}{folder}/*" for folder in FOLDERS), f"{prefix}{TRANSIENT}*"]
+    folders = [*(f"{prefix}{folder}/*" for folder in layout.FOLDERS), f"{prefix}{layout.PROBE_PREFIX}*"]
     statements = [
-        _list("ListFolders", bucket, [f"{prefix}{folder}/*" for folder in FOLDERS]),
+        _list("ListFolders", bucket, [f"{prefix}{folder}/*" for folder in layout.FOLDERS]),
         {
             "Sid": "ReadAndWriteFolders",
             "Effect": "Allow",
@@ -41,7 +36,7 @@ def worker_policy(config: Config) -> dict[str, Any]:
     ]
     if config.data.uri.startswith("s3://"):
         data_bucket, data_prefix = split(config.data.uri)
-        if data_bucket != bucket or not data_prefix.startswith(f"{prefix}datasets/"):
+        if data_bucket != bucket or not data_prefix.startswith(f"{prefix}{layout.DATASETS}/"):
             statements += [
                 _list("ListData", data_bucket, [f"{data_prefix}*"]),
                 {
@@ -54,7 +49,9 @@ def worker_policy(config: Config) -> dict[str, Any]:
                     "Sid": "KeepWhatJudges",
                     "Effect": "Allow",
                     "Action": ["s3:PutObject"],
-                    "Resource": [f"arn:aws:s3:::{data_bucket}/{data_prefix}{folder}/*" for folder in BESIDE_DATA],
+                    "Resource": [
+                        f"arn:aws:s3:::{data_bucket}/{data_prefix}{folder}/*" for folder in layout.BESIDE_DATA
+                    ],
                 },
             ]
     return {"Version": VERSION, "Statement": statements}
@@ -150,7 +147,7 @@ def lifecycle(root: str) -> dict[str, Any]:
             {
                 "ID": "ddpm-expire-probes",
                 "Status": "Enabled",
-                "Filter": {"Prefix": f"{prefix}{TRANSIENT}"},
+                "Filter": {"Prefix": f"{prefix}{layout.PROBE_PREFIX}"},
                 "Expiration": {"Days": TRANSIENT_DAYS},
             },
         ]

@@ -14,9 +14,7 @@ import yaml
 from pipelines.config import Config
 from pipelines.plan.budget import spoken
 from pipelines.plan.facts import Line, MachineFacts, Plan, SourceFacts
-from pipelines.storage import NotFoundError, Storage, join
-
-FOLDER = "plans"
+from pipelines.storage import NotFoundError, Storage, join, layout
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class PlanBook:
             name: of the run that a new plan would have.
             key: of the command, see `command_key`.
         """
-        for entry in self.storage.list(join(self.root, FOLDER)):
+        for entry in self.storage.list(join(self.root, layout.PLANS)):
             if entry.uri.rsplit("/", 1)[-1].startswith(name):
                 found = self._read(entry.uri)
                 if found is not None and found.key == key:
@@ -87,7 +85,7 @@ class PlanBook:
 
     def free_name(self, name: str) -> str:
         """Return the name, or with a number after it where another command's plan has the name."""
-        taken = {entry.uri.rsplit("/", 1)[-1] for entry in self.storage.list(join(self.root, FOLDER))}
+        taken = {entry.uri.rsplit("/", 1)[-1] for entry in self.storage.list(join(self.root, layout.PLANS))}
         number, found = 1, name
         while f"{found}.json" in taken:
             number += 1
@@ -101,7 +99,7 @@ class PlanBook:
             source: as plans have it, absolute.
         """
         sources: dict[str, set[str]] = {}
-        for entry in self.storage.list(join(self.root, FOLDER)):
+        for entry in self.storage.list(join(self.root, layout.PLANS)):
             plan = self._read(entry.uri)
             if plan is not None:
                 sources.setdefault(str(plan.config["registry"]["model"]), set()).add(plan.source.source)
@@ -110,7 +108,7 @@ class PlanBook:
 
     def add(self, plan: StoredPlan) -> None:
         """Store a plan under the name of its run."""
-        self.storage.write(join(self.root, FOLDER, f"{plan.config['name']}.json"), plan.to_json())
+        self.storage.write(layout.plan_file(self.root, plan.config["name"]), plan.to_json())
 
     def _read(self, uri: str) -> StoredPlan | None:
         try:

@@ -15,6 +15,7 @@ from pipelines.plan.budget import spoken, written
 from pipelines.plan.choose import MOST_PASSES, PIECE, STEPS, Basis, drawing_precision, methods, most_images
 from pipelines.plan.facts import Hand, Line, MachineFacts, SourceFacts
 from pipelines.plan.networks import RATES, candidates, native_size
+from pipelines.storage import layout
 
 FEW = 500
 """Train images below which a model that is trained for long remembers them one by one."""
@@ -52,7 +53,7 @@ def data_lines(source: SourceFacts, basis: Basis, hand: Hand) -> list[Line]:
             {
                 "data": "folder",
                 "data.source": source.source,
-                "data.uri": f"${{storage.root}}/datasets/{name}-{size}px-{digest}",
+                "data.uri": layout.dataset_folder("${storage.root}", f"{name}-{size}px-{digest}"),
                 "data.num_classes": classes,
                 "data.shard_samples": shards,
                 "data.lanes": math.gcd(4, basis.batch),

@@ -8,9 +8,10 @@ from pathlib import Path
 from ddpm.generate import Sampling
 from ddpm.model import read_spec
 from pipelines.registry.envelope import differing_envelope, model_folder, signature_file
-from pipelines.registry.evidence import WEIGHTS, Evidence, EvidenceError
+from pipelines.registry.evidence import Evidence, EvidenceError
 from pipelines.registry.verdict import Row
 from pipelines.signing import SignatureError, Trust
+from pipelines.storage import layout
 
 SHOWN = 5
 """Differences that a row names; of the others it gives the number."""
@@ -39,8 +40,8 @@ def check_version(folder: Path, tags: Mapping[str, str] | None, trust: Trust) ->
     if tags is not None:
         differing = [_tag(name, evidence.tags()[name], tags) for name in evidence.differing_tags(tags)]
         rows.append(_row("tags", differing, f"{len(evidence.tags())} tags are equal", "as in the evidence"))
-    weights = evidence.files.get(WEIGHTS, "")[:12]
-    equal = f"{len(evidence.files)} files, {WEIGHTS} is {weights}"
+    weights = evidence.files.get(layout.WEIGHTS, "")[:12]
+    equal = f"{len(evidence.files)} files, {layout.WEIGHTS} is {weights}"
     rows += [
         _row("weights", evidence.differing_files(inside), equal, "the files of the evidence"),
         _row("settings", _differing_settings(inside, evidence), "of model.json are those of the scores", "as scored"),

@@ -15,16 +15,12 @@ import ddpm
 from pipelines.evaluation.scores import Scores
 from pipelines.presentation.errors import PipelineError
 from pipelines.signing.folder import differences, files_below, sha256
+from pipelines.storage import layout
 
 MODEL = "model"
 """Name of the signed folder, among the artifacts of a version."""
 SIGNATURE = "model.sig"
 """Name of its signature, beside it."""
-FILE = "evidence.json"
-PROBE = "probe.safetensors"
-"""Pictures that the version has drawn when it was made, which `ddpm verify` draws again."""
-WEIGHTS = "model.safetensors"
-SPEC = "model.json"
 FORMAT = 1
 PACKAGES = ("mlflow", "numpy", "ray", "safetensors", "torch")
 """Packages whose releases are recorded."""
@@ -54,7 +50,7 @@ class Evidence:
         dataset_uri: of the data that it was scored on.
         code: SHA-256 of every file of the code that travels with the version, by its path there; see `code_files`.
         packages: package -> release.
-        probe: how the pictures of `PROBE` were drawn: `seed`, `count`, and on what; see `pipelines.registry.probe`.
+        probe: how the pictures were drawn: `seed`, `count`, and on what; see `pipelines.registry.probe`.
     """
 
     scores: Scores
@@ -74,14 +70,14 @@ class Evidence:
     @property
     def served_digest(self) -> str:
         """SHA-256 over the weights, those that guide included, and the settings: the same serve the same pictures."""
-        weights = {name: digest for name, digest in self.files.items() if name.endswith(WEIGHTS)}
+        weights = {name: digest for name, digest in self.files.items() if name.endswith(layout.WEIGHTS)}
         content = [weights, self.scores.sampling]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def content_digest(self) -> str:
         """SHA-256 over all files but the pictures of the probe: the model with its description and what it carries."""
-        content = {name: digest for name, digest in self.files.items() if name != PROBE}
+        content = {name: digest for name, digest in self.files.items() if name != layout.PROBE}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def tags(self) -> dict[str, str]:
@@ -117,14 +113,14 @@ class Evidence:
         try:
             plain = json.loads(text)
             if plain.pop("format") != FORMAT:
-                raise EvidenceError(f"{FILE} is of another format than {FORMAT}: register the model anew")
+                raise EvidenceError(f"{layout.EVIDENCE} is of another format than {FORMAT}: register the model anew")
             found = cls(**{**plain, "scores": Scores.from_plain(plain["scores"])})
             for digests in (found.files, found.code, found.packages):
                 if not all(isinstance(value, str) for value in digests.values()):
                     raise TypeError("a digest or release is no text")
             found.tags()  # asks for all the rest
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise EvidenceError(f"{FILE} is damaged ({error!r}): register the model anew") from error
+            raise EvidenceError(f"{layout.EVIDENCE} is damaged ({error!r}): register the model anew") from error
         return found
 
     @classmethod
@@ -135,10 +131,10 @@ class Evidence:
             EvidenceError: there is none.
         """
         try:
-            return cls.from_json((folder / FILE).read_bytes())
+            return cls.from_json((folder / layout.EVIDENCE).read_bytes())
         except FileNotFoundError as error:
             raise EvidenceError(
-                f"it carries no {FILE}, as those of earlier releases: register the model anew"
+                f"it carries no {layout.EVIDENCE}, as those of earlier releases: register the model anew"
             ) from error
 
     def differing_tags(self, tags: Mapping[str, str]) -> list[str]:
@@ -191,4 +187,4 @@ def code_files(
 
 def file_digests(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file in a folder but the evidence itself, by its path there."""
-    return {name: sha256(folder / name) for name in files_below(folder) if name != FILE}
+    return {name: sha256(folder / name) for name in files_below(folder) if name != layout.EVIDENCE}

@@ -20,7 +20,7 @@ from pipelines.presentation.errors import PipelineError
 from pipelines.presentation.progress import Notice
 from pipelines.registry.verdict import Verdict, last_passed, now, read_entry
 from pipelines.signing import SignatureError, Trust
-from pipelines.storage import Entry, NotFoundError, Storage, join
+from pipelines.storage import Entry, NotFoundError, Storage, join, layout
 from pipelines.tracking import TrackingError, UnreachableError
 
 Alias = tuple[str, str]
@@ -100,7 +100,7 @@ class Logs:
     @property
     def folder(self) -> str:
         """Address of the folder of all logs."""
-        return join(self.root, "registry")
+        return join(self.root, layout.REGISTRY)
 
     def read(self) -> dict[Alias, list[Verdict]]:
         """Return alias -> its verdicts, oldest first; none where nobody who is trusted has signed any."""

@@ -22,7 +22,6 @@ from pipelines.evaluation.scoring import weights_digest
 from pipelines.presentation.errors import PipelineError
 from pipelines.registry.evidence import (
     COMPILED,
-    FILE,
     MODEL,
     PACKAGE,
     SERVED_HERE,
@@ -36,6 +35,7 @@ from pipelines.registry.evidence import (
 from pipelines.registry.probe import draw_probe
 from pipelines.shards.text import is_path, local_encoder
 from pipelines.signing import Signer
+from pipelines.storage import layout
 from pipelines.tracking import ModelVersion, Pyfunc, Tracker
 
 
@@ -148,7 +148,7 @@ def write_version(
         packages=packages(text=model.spec.network.text_dim > 0),
         probe=probe,
     )
-    (inside / FILE).write_text(evidence.to_json())
+    (inside / layout.EVIDENCE).write_text(evidence.to_json())
     signer.sign_folder(inside, folder / SIGNATURE)
     return evidence
 

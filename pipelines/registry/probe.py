@@ -20,7 +20,7 @@ from ddpm.generate import to_uint8
 from ddpm.model import Model
 from pipelines.environment.scratch import scratch_folder
 from pipelines.presentation.errors import PipelineError
-from pipelines.registry.evidence import PROBE
+from pipelines.storage import layout
 
 PROBES = 16
 """Pictures that a version draws when it is made."""
@@ -43,7 +43,7 @@ class ProbeError(PipelineError):
 
 
 def draw_probe(model: Model, folder: Path) -> dict[str, Any]:
-    """Draw a model's pictures, write them to the file `PROBE` of a folder, and return how they were drawn.
+    """Draw a model's pictures, write them to the file `probe.safetensors` of a folder, and return how they were drawn.
 
     Returns:
         `seed`, `count`, and what `machine` says of this process.
@@ -67,7 +67,7 @@ def draw_probe(model: Model, folder: Path) -> dict[str, Any]:
     )
     if not bool(images.isfinite().all()):
         raise ProbeError("the model draws pictures that are not numbers: its weights, or what they lead to, overflowed")
-    save_file({"images": to_uint8(images).contiguous(), **asked}, folder / PROBE)
+    save_file({"images": to_uint8(images).contiguous(), **asked}, folder / layout.PROBE)
     return {"seed": SEED, "count": PROBES, **machine(torch.get_num_threads())}
 
 
@@ -137,7 +137,7 @@ def redraw(pyfunc: Path, folder: Path, probe: dict[str, Any]) -> Comparison:
     """
     threads = min(int(probe["threads"]), os.cpu_count() or 1)
     with tempfile.TemporaryDirectory(prefix="redraw-", dir=scratch_folder()) as scratch:
-        out = Path(scratch) / PROBE
+        out = Path(scratch) / layout.PROBE
         asked = {
             "code": str((pyfunc / "code").resolve()),
             "folder": str(folder.resolve()),
@@ -163,7 +163,7 @@ def redraw(pyfunc: Path, folder: Path, probe: dict[str, Any]) -> Comparison:
             last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
             raise ProbeError(f"the packaged code draws nothing: {last}")
         drawn = load_file(out)["images"]
-    return compare(drawn, load_file(folder / PROBE)["images"], probe, machine(threads))
+    return compare(drawn, load_file(folder / layout.PROBE)["images"], probe, machine(threads))
 
 
 def compare(drawn: Tensor, recorded: Tensor, probe: dict[str, Any], here: dict[str, Any]) -> Comparison:

@@ -17,7 +17,7 @@ from typing import Any
 
 from pipelines.presentation.blocks import Block, Table, Text
 from pipelines.signing import SignatureError, Signer, Trust, seal, unseal
-from pipelines.storage import ConflictError, Storage, join
+from pipelines.storage import ConflictError, Storage, join, layout
 
 FIELD = "verdict"
 """Of an entry's file, that holds the decision."""
@@ -128,7 +128,7 @@ class VerdictLog:
     @classmethod
     def of(cls, root: str, model: str, alias: str, storage: Storage, trust: Trust) -> VerdictLog:
         """Return the log of an alias below a storage root."""
-        return cls(join(root, "registry", model, alias), storage, trust)
+        return cls(layout.verdict_folder(root, model, alias), storage, trust)
 
     def read(self) -> list[Verdict]:
         """Return the decisions that somebody who is trusted has signed, oldest first."""
@@ -143,7 +143,7 @@ class VerdictLog:
 
         Where another decision has it, nothing is added: read the log and decide anew.
         """
-        uri = join(self.uri, f"{number:06d}.json")
+        uri = join(self.uri, layout.numbered(number, 6))
         entry = seal(verdict.to_plain(), _place(uri), signer, FIELD)
         try:
             self.storage.write_if(uri, entry, None)

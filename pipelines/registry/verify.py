@@ -23,7 +23,7 @@ from pipelines.registry.verdict import Row
 from pipelines.shards.index import read_dataset
 from pipelines.shards.quarantine import read_quarantine, stream_digest
 from pipelines.signing import Trust
-from pipelines.storage import Storage, StorageError, join
+from pipelines.storage import Storage, StorageError, join, layout
 
 PATIENCE_S = 10.0
 """Seconds to wait for a storage that is away."""
@@ -93,7 +93,7 @@ def check_data(evidence: Evidence, storage: Storage) -> list[Row]:
     uri, scores = evidence.dataset_uri, evidence.scores
     wanted = f"digest {scores.dataset_digest[:12]}"
     try:
-        storage.exists(join(uri, "dataset.json"), patience_s=PATIENCE_S)
+        storage.exists(join(uri, layout.DATASET), patience_s=PATIENCE_S)
     except StorageError as error:
         return [Row("data", f"cannot be reached: {error}", wanted, False)]
     try:

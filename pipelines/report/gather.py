@@ -20,7 +20,7 @@ from ddpm.models import NETWORKS
 from pipelines import tracking
 from pipelines.checkpoints import Published, list_published, published_spec
 from pipelines.config import Config
-from pipelines.evaluation.recorded import FOLDER, evaluation_pictures, read_scores
+from pipelines.evaluation.recorded import evaluation_pictures, read_scores
 from pipelines.evaluation.scores import Scores
 from pipelines.presentation.charts import Point
 from pipelines.presentation.errors import PipelineError
@@ -35,7 +35,7 @@ from pipelines.search.space import get_value
 from pipelines.search.study import StudyStore, TrialRecord
 from pipelines.shards.index import read_dataset
 from pipelines.shards.read import spread_positions
-from pipelines.storage import Storage, join
+from pipelines.storage import Storage, join, layout
 from pipelines.tracking import ModelVersion
 from pipelines.training.ledger import goodput_of, read_sessions
 
@@ -157,7 +157,7 @@ class _Reader:
     def _time(self, settings: Mapping[str, Any], name: str) -> dict[str, Any]:
         """Return where the time went, and how long it took by the ledger, or else by MLflow."""
         root = get_value(settings, "storage.root") or self.config.storage.root
-        goodput = goodput_of(read_sessions(self.storage, join(root, "runs", name)))
+        goodput = goodput_of(read_sessions(self.storage, layout.run_folder(root, name)))
         if goodput is not None:
             return {"goodput": goodput, "wall_s": goodput.wall_s}
         tracker = self.subject.tracker
@@ -228,7 +228,7 @@ class _Reader:
     def _recorded(self) -> list[tuple[str, Scores]]:
         """Return (artifact, scores) of every evaluation of the run, those of fewest images first."""
         tracker, found = self.subject.tracker, []
-        for name in sorted(name for name in tracker.names(FOLDER) if name.endswith(".json")):
+        for name in sorted(name for name in tracker.names(layout.SCORES_RECORDED) if name.endswith(".json")):
             with self._part(f"the scores {name}"):
                 found.append((name, read_scores(tracker, name)))
         return found
@@ -301,7 +301,7 @@ class _Reader:
     def _bound(self, artifact: str | None) -> tuple[Point, ...]:
         """Return the terms that the evaluation of the shown scores recorded; the prior's is the last."""
         tracker = self.subject.tracker
-        terms = "" if artifact is None else artifact.replace(FOLDER, "bound", 1)
+        terms = "" if artifact is None else artifact.replace(layout.SCORES_RECORDED, layout.BOUND_TERMS, 1)
         if terms not in tracker.names("bound"):
             return ()
         plain = json.loads(tracker.read_text(terms))
@@ -309,7 +309,7 @@ class _Reader:
 
     def _tried_by_studies(self) -> list[Tried]:
         """Return the finished trials of studies of guidance that sampled a model of this run."""
-        root = join(self.config.storage.root, "studies")
+        root = join(self.config.storage.root, layout.STUDIES)
         below = {entry.uri[len(root) + 1 :].split("/")[0] for entry in self.storage.list(root)}
         found = []
         for name in sorted(below):

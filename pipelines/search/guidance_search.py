@@ -38,7 +38,7 @@ from pipelines.search.study import TrialRecord, done, loss, pareto_front
 from pipelines.search.study_config import StudyConfig
 from pipelines.search.tune_trials import Trial, run_trials
 from pipelines.shards.index import Dataset, read_dataset
-from pipelines.storage import Storage
+from pipelines.storage import Storage, layout
 from pipelines.tracking import ModelVersion, Tracker
 
 
@@ -193,8 +193,8 @@ class GuidanceSearch(Search):
         version = None if winner is None else self.register(winner)
         if winner is not None:
             with tracking.recording("has not got the best settings"):
-                tracker.text(tracking.to_json(winner.settings.to_json()), "best/sampling.json")
-                tracker.text("\n".join(sampling_overrides(winner.settings)), "best/overrides.txt")
+                tracker.text(tracking.to_json(winner.settings.to_json()), layout.BEST_SAMPLING)
+                tracker.text("\n".join(sampling_overrides(winner.settings)), layout.BEST_OVERRIDES)
         front = pareto_front(records, self.study.objectives)
         shared = ray.put(self.model)
         asked = [(shared, sampling(apply(base, record.params))) for record in front]

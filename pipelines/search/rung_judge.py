@@ -20,7 +20,7 @@ from pipelines.evaluation.evaluators import Encoder
 from pipelines.evaluation.images import to_levels
 from pipelines.evaluation.real import Real
 from pipelines.shards.captions import Captions
-from pipelines.storage import Storage, join
+from pipelines.storage import Storage, join, layout
 from pipelines.training.loop.collectives import all_gather_items, rank_indices
 from pipelines.training.loop.state import TrainingState, ema_weights
 
@@ -99,7 +99,7 @@ class RungJudge:
                 scores["bits_per_dim"] = all_gather_items(bound, len(self.held_out)).mean().item()
         if rank == 0:
             scores |= {"images_seen": float(state.images_seen), "samples": float(self.samples)}
-            uri = join(self.uri, f"{state.images_seen:012d}.json")
+            uri = join(self.uri, layout.numbered(state.images_seen))
             self.storage.write(uri, json.dumps(scores).encode())
 
 

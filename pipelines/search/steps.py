@@ -34,7 +34,7 @@ from pipelines.presentation.progress import StageNotice
 from pipelines.search.study import StudyStore, confirmation_seed, open_study_run, trials_seed
 from pipelines.shards.captions import Captions
 from pipelines.shards.index import read_dataset
-from pipelines.storage import Storage, join
+from pipelines.storage import Storage, join, layout
 
 COMPARED = ("trailing", "karras", "exponential")
 """Spacings that the chosen levels are compared with, beside that of the model's own settings."""
@@ -225,10 +225,10 @@ def _store(found: FoundSteps, config: Config, name: str, reference: str, storage
         "sampling": found.settings.to_json(),
         "distances": found.distances,
     }
-    storage.write(join(StudyStore.of(config, name).uri, "steps.json"), json.dumps(plain, indent=1).encode())
+    storage.write(join(StudyStore.of(config, name).uri, layout.STEPS), json.dumps(plain, indent=1).encode())
     with tracking.recording("has not got the steps"):
-        tracker.text(tracking.to_json(found.settings.to_json()), "best/sampling.json")
-        tracker.text("\n".join(sampling_overrides(found.settings)), "best/overrides.txt")
+        tracker.text(tracking.to_json(found.settings.to_json()), layout.BEST_SAMPLING)
+        tracker.text("\n".join(sampling_overrides(found.settings)), layout.BEST_OVERRIDES)
         tracker.metrics({f"steps/{spacing}": distance for spacing, distance in found.distances.items()}, 0)
         tracker.status("FINISHED")
     return plain

@@ -35,7 +35,7 @@ from pipelines.search.study import (
 )
 from pipelines.search.study_config import StudyConfig, check_space
 from pipelines.shards.index import Dataset
-from pipelines.storage import join
+from pipelines.storage import join, layout
 from pipelines.tracking import Tracker
 from pipelines.training.ray_train.resources import connect_ray
 
@@ -186,14 +186,14 @@ class Search(ABC):
         seconds, command = time.monotonic() - began, self.COMMAND.format(search=self)
         notes = [*notes, f"{seconds:,.0f} s for this call."]
         page = Page(self.name, self.study, self.subject, records, confirmed, pictures, seeds, command, notes)
-        text, where = page.html(), join(self.store.uri, "study.html")
+        text, where = page.html(), join(self.store.uri, layout.STUDY_PAGE)
         self.storage.write(where, text.encode())
         with tracking.recording(f"has not got all of the study's page, which is {where}"):
-            tracker.text(text, "study.html")
+            tracker.text(text, layout.STUDY_PAGE)
             for name, figure in page.figures().items():
-                tracker.text(figure.to_json(), f"figures/{name}.json")
+                tracker.text(figure.to_json(), f"{layout.FIGURES}/{name}.json")
                 if (picture := png(figure)) is not None:
-                    tracker.file(picture, f"figures/{name}.png")
+                    tracker.file(picture, f"{layout.FIGURES}/{name}.png")
             if top is not None:
                 tracker.metrics({"search/frechet_distance": top.scores["frechet_distance"]}, len(records))
                 tracker.tags({"ddpm.best": top.trial})
@@ -213,7 +213,7 @@ class Search(ABC):
         tracker = open_study_run(self.config, self.name, kind, f"{kind} study of {self.subject}; {about}")
         try:
             tracker.status("RUNNING")  # a study that goes on has the status with which it stopped
-            tracker.text(tracking.to_json(self.study.model_dump(mode="json", by_alias=True)), "study.json")
+            tracker.text(tracking.to_json(self.study.model_dump(mode="json", by_alias=True)), layout.STUDY)
             yield tracker
         except BaseException as error:
             # Ctrl-C, and SIGTERM, by which a job on a cluster is stopped: Ray makes it a SystemExit.

@@ -23,7 +23,7 @@ from pipelines.presentation.errors import PipelineError
 from pipelines.presentation.progress import Notice, no_notice
 from pipelines.search.space import Params, Value, apply
 from pipelines.search.study_config import DIRECTIONS, Objective, StudyConfig, study_name
-from pipelines.storage import NotFoundError, Storage, join
+from pipelines.storage import NotFoundError, Storage, join, layout
 from pipelines.tracking import Tracker
 
 State = Literal["finished", "stopped", "failed", "running"]
@@ -90,7 +90,7 @@ class StudyStore:
         Raises:
             ConfigError: no study can be called that.
         """
-        return cls(Storage.of(config), join(config.storage.root, "studies", study_name(name)))
+        return cls(Storage.of(config), layout.study_folder(config.storage.root, study_name(name)))
 
     @property
     def name(self) -> str:
@@ -112,7 +112,7 @@ class StudyStore:
             StudyError: it exists and `resume` is false, or it has other settings.
         """
         described = {**self.describe(study, base, subject), "noise_seed": trials_seed(base, self.name)}
-        where, text = join(self.uri, "study.json"), json.dumps(described, indent=1).encode()
+        where, text = join(self.uri, layout.STUDY), json.dumps(described, indent=1).encode()
         try:
             before = json.loads(self.storage.read(where))
         except NotFoundError:
@@ -157,7 +157,7 @@ class StudyStore:
             StudyError: there is no such study.
         """
         try:
-            return json.loads(self.storage.read(join(self.uri, "study.json")))
+            return json.loads(self.storage.read(join(self.uri, layout.STUDY)))
         except NotFoundError as error:
             folder = self.uri.rpartition("/")[0]
             there = sorted({e.uri[len(folder) + 1 :].split("/")[0] for e in self.storage.list(folder)})
@@ -174,16 +174,16 @@ class StudyStore:
 
     def record(self, record: TrialRecord) -> None:
         """Write the record of a trial."""
-        where = join(self.uri, "trials", f"{record.trial}.json")
+        where = layout.trial_file(self.uri, record.trial)
         self.storage.write(where, json.dumps(asdict(record), indent=1).encode())
 
     def record_confirmation(self, found: Mapping[str, Any]) -> None:
         """Write what the last confirmation found, JSON types, as `confirmation.json`."""
-        self.storage.write(join(self.uri, "confirmation.json"), json.dumps(found, indent=1).encode())
+        self.storage.write(join(self.uri, layout.CONFIRMATION), json.dumps(found, indent=1).encode())
 
     def records(self) -> list[TrialRecord]:
         """Return all records, in the order in which the trials began."""
-        found = self.storage.list(join(self.uri, "trials"))
+        found = self.storage.list(join(self.uri, layout.TRIALS))
         with ThreadPoolExecutor(8) as pool:
             records = pool.map(lambda entry: TrialRecord(**json.loads(self.storage.read(entry.uri))), found)
         return sorted(records, key=lambda record: record.began)

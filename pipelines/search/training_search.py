@@ -40,7 +40,7 @@ from pipelines.search.training_trial import TrainingTrial, median_seconds, rungs
 from pipelines.search.tune_trials import run_trials
 from pipelines.shards.captions import Captions
 from pipelines.shards.index import Dataset, read_dataset
-from pipelines.storage import join
+from pipelines.storage import layout
 from pipelines.tracking import Tracker
 from pipelines.training.driver import check_dataset
 
@@ -296,8 +296,8 @@ class TrainingSearch(Search):
         config = apply(self.config, found.params).model_copy(update={"name": f"{self.name}-best"})
         text = tracking.to_json(config.model_dump(mode="json"))
         with tracking.recording("has not got the best configuration"):
-            tracker.text(text, f"best/{name}.json")
-        where = join(self.store.uri, "best", f"{name}.json")
+            tracker.text(text, f"{layout.BEST}/{name}.json")
+        where = layout.best_file(self.store.uri, name)
         self.storage.write(where, text.encode())
-        self.storage.delete(join(self.store.uri, "best", f"{other}.json"))  # of an earlier call of this study
+        self.storage.delete(layout.best_file(self.store.uri, other))  # of an earlier call of this study
         return where

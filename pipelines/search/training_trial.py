@@ -17,7 +17,7 @@ from pipelines.search.space import Params, Value, apply
 from pipelines.search.study import TrialRecord, trial_name
 from pipelines.search.study_config import StudyConfig
 from pipelines.search.tune_trials import Trial
-from pipelines.storage import Storage, join
+from pipelines.storage import Storage, join, layout
 from pipelines.training import driver
 from pipelines.training.errors import TrainingError
 from pipelines.training.goodput import Session
@@ -142,7 +142,9 @@ class TrainingTrial(Trial):
         """Start the run of a trial in a thread."""
         config = self.run_config = trial_config(self.study, self.base, self.name, params)
         at = rungs(config.images, config.batch_size, self.study)
-        self.judge = replace(self.judge, rungs=at, uri=join(config.storage.root, "runs", config.name, "scores"))
+        self.judge = replace(
+            self.judge, rungs=at, uri=join(layout.run_folder(config.storage.root, config.name), layout.RUNG_SCORES)
+        )
         self.reported, self.error = -1.0, None
         self.thread = threading.Thread(target=self._fit, name="fit", daemon=True)
         self.thread.start()
@@ -208,7 +210,7 @@ def trial_seconds(record: TrialRecord, sessions: Sequence[Session]) -> dict[str,
 
 def trial_sessions(record: TrialRecord, config: Config, name: str, storage: Storage) -> Sequence[Session]:
     """Return the ledger of a trial's run in the study of this name."""
-    return read_sessions(storage, join(config.storage.root, "runs", f"{name}-{record.trial}"))
+    return read_sessions(storage, layout.run_folder(config.storage.root, f"{name}-{record.trial}"))
 
 
 def median_seconds(records: Sequence[TrialRecord], config: Config, name: str, storage: Storage) -> dict[str, float]:

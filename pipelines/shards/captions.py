@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ddpm.conditioning import Conditioning
 from pipelines.shards.cache import ShardCorruptError
-from pipelines.shards.index import Dataset, DatasetError, ShardIndex, sidecar
+from pipelines.shards.index import Dataset, DatasetError, ShardIndex
 from pipelines.shards.members import FlawError, decode_label, require_member, unpack_embedding
 from pipelines.shards.read import ShardReader
-from pipelines.storage import Storage, join
+from pipelines.storage import Storage, join, layout
 
 LOOKED_AT = 10
 """Samples that are looked at for the width of a dataset's embeddings: the first ones may be damaged."""
@@ -126,7 +126,7 @@ def caption_width(dataset: Dataset, split: str, storage: Storage) -> int | None:
         DatasetError: they cannot be read, or a network cannot be conditioned on them.
     """
     shard = dataset.shards(split)[0]
-    index = ShardIndex.from_json(storage.read(join(dataset.uri, sidecar(shard.name))))
+    index = ShardIndex.from_json(storage.read(join(dataset.uri, layout.index_name(shard.name))))
     column = index.columns.get("emb.npy")
     there = [] if column is None else [row for row in column.tolist() if row[0] >= 0]
     problem: FlawError | None = None

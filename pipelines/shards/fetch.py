@@ -22,8 +22,8 @@ from pipelines.shards.cache import (
     ShardCorruptError,
     ShardShortError,
 )
-from pipelines.shards.index import Dataset, DatasetError, Member, ShardIndex, ShardInfo, sidecar
-from pipelines.storage import ShortObjectError, Storage, StorageError, join
+from pipelines.shards.index import Dataset, DatasetError, Member, ShardIndex, ShardInfo
+from pipelines.storage import ShortObjectError, Storage, StorageError, join, layout
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -336,8 +336,8 @@ class ShardFetcher:
         if zlib.crc32(data) != member.crc32:
             raise ShardCorruptError(
                 f"{join(self.uri, shard.name)}: bytes {start:,} to {stop:,} do not have the CRC that "
-                f"{sidecar(shard.name)} records, on two reads: the shard is damaged: write it again, or leave it out "
-                f"with `ddpm check {self.uri} --quarantine`"
+                f"{layout.index_name(shard.name)} records, on two reads: the shard is damaged: write it again, or "
+                f"leave it out with `ddpm check {self.uri} --quarantine`"
             )
         return data
 
@@ -394,7 +394,7 @@ class ShardFetcher:
 
     def _read_index(self, shard: ShardInfo) -> ShardIndex:
         """Read the sidecar of a shard."""
-        where = join(self.uri, sidecar(shard.name))
+        where = join(self.uri, layout.index_name(shard.name))
         try:
             index = ShardIndex.from_json(self.storage.read(where))
         except DatasetError as error:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.presentation.errors import PipelineError
-from pipelines.storage import NotFoundError, Storage, join
+from pipelines.storage import NotFoundError, Storage, join, layout
 
 SCHEMA_VERSION = 1
 SIDECAR_VERSION = 2
@@ -107,7 +107,7 @@ def read_dataset(uri: str, storage: Storage) -> Dataset:
         DatasetError: there is none, or it is of an unknown version or damaged.
     """
     try:
-        plain = json.loads(storage.read(join(uri, "dataset.json")))
+        plain = json.loads(storage.read(join(uri, layout.DATASET)))
     except NotFoundError as error:
         raise DatasetError(
             f"no dataset at {uri} (dataset.json is missing): write one with `ddpm ingest`, or describe the tars "
@@ -221,11 +221,6 @@ class ShardIndex:
 
 
 _COLUMN = ("offset", "size", "crc32")
-
-
-def sidecar(shard: str) -> str:
-    """Return the name of a shard's sidecar."""
-    return shard.removesuffix(".tar") + ".index.json"
 
 
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")

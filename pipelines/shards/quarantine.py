@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 from pipelines.shards.index import Dataset, DatasetError, ShardIndex, ShardInfo
-from pipelines.storage import NotFoundError, Storage, join
+from pipelines.storage import NotFoundError, Storage, join, layout
 
 SCHEMA_VERSION = 1
 
@@ -93,7 +93,7 @@ def read_quarantine(uri: str, storage: Storage) -> Quarantine | None:
     Raises:
         DatasetError: it is of an unknown version, or damaged.
     """
-    where = join(uri, "quarantine.json")
+    where = join(uri, layout.QUARANTINE)
     try:
         plain = json.loads(storage.read(where))
         version, recorded = plain["schema_version"], plain["digest"]
@@ -122,7 +122,7 @@ def drop_stale_quarantine(dataset: Dataset, storage: Storage) -> None:
     except DatasetError:
         quarantine = None
     if quarantine is None or quarantine.dataset_digest != dataset.digest:
-        storage.delete(join(dataset.uri, "quarantine.json"))
+        storage.delete(join(dataset.uri, layout.QUARANTINE))
 
 
 def stream_digest(dataset: Dataset, quarantine: Quarantine | None) -> str:

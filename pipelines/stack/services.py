@@ -17,6 +17,7 @@ from pipelines.stack.home import StackError, ray_folder
 from pipelines.stack.orchestrator import start_daemon, start_webserver
 from pipelines.stack.private import client_context, mlflow_environment, read_private
 from pipelines.stack.processes import Service, choose_ports, find_process, launch
+from pipelines.storage import layout
 
 SERVICES = ("s3", "mlflow", "ray")
 BUCKET = "ddpm"
@@ -70,7 +71,7 @@ def _start_mlflow(home: Path, running: dict[str, Service]) -> Service:
     port = choose_ports(home, "mlflow", ["port"])["port"]
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}", "--serve-artifacts"]
-    command += ["--artifacts-destination", f"s3://{BUCKET}/mlflow"]
+    command += ["--artifacts-destination", layout.mlflow_artifacts(BUCKET)]
     environment = s3_environment(home, running) | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     private = read_private(home)
     if private:

@@ -39,7 +39,6 @@ from pipelines.tracking.model_registry import (
 )
 from pipelines.tracking.note import describe, pictures_at, pictures_of
 from pipelines.tracking.run import (
-    CONFIG,
     ID_TAG,
     Tracker,
     find_run,
@@ -50,17 +49,15 @@ from pipelines.tracking.run import (
     to_json,
 )
 from pipelines.tracking.run_list import ENDED, RunRecord, delete_run, list_runs, retire_run
-from pipelines.tracking.run_log import UNSENT, RunLog
+from pipelines.tracking.run_log import RunLog
 from pipelines.tracking.scoring import Scoring, version_of_mlflow
 from pipelines.tracking.sink import Destination, Sink
 from pipelines.tracking.system_metrics import system_metrics
 
 __all__ = [
-    "CONFIG",
     "ENDED",
     "FIRST_ANSWER_S",
     "ID_TAG",
-    "UNSENT",
     "CheckpointModel",
     "Destination",
     "ModelVersion",

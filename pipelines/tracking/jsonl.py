@@ -16,7 +16,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from pipelines.storage import ConflictError, NotFoundError, StorageError, TransientStorageError, join
+from pipelines.storage import ConflictError, NotFoundError, StorageError, TransientStorageError, join, layout
 from pipelines.tracking.sink import Destination
 
 PART_BYTES = 1 << 20
@@ -31,7 +31,7 @@ class JsonLines:
     """
 
     def __init__(self, run: Destination) -> None:
-        self.storage, self.parts = run.storage, join(run.folder, "metrics")
+        self.storage, self.parts = run.storage, join(run.folder, layout.METRICS)
         self.current: bytes | None = None
         self.tag: str | None = None
         self.count = 0
@@ -78,7 +78,7 @@ class JsonLines:
         line = json.dumps({**about, **finite}).encode() + b"\n"
         try:
             if len(self.current) >= PART_BYTES:
-                part = join(self.parts, f"{self.count + 1:06d}.jsonl")
+                part = join(self.parts, layout.metrics_part(self.count + 1))
                 self.storage.write_if(part, self.current, None, patience_s=0)
                 self.count, self.current = self.count + 1, b""
             self.tag = self.storage.write_if(self.uri, self.current + line, self.tag, patience_s=0)

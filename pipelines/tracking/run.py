@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from numpy.typing import NDArray
 
 from pipelines.environment.scratch import scratch_folder
+from pipelines.storage import layout
 from pipelines.storage.retry import PATIENCE_S
 from pipelines.tracking.client import FIRST_ANSWER_S, TrackingError, ask, first_answer, import_mlflow, recording
 from pipelines.tracking.links import run_page
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 RUN_TAG = "ddpm.run"
 ID_TAG = "ddpm.id"
 """Of a training run: the id that is in its folder too."""
-CONFIG = "config.json"
-"""The artifact of a training run with its configuration."""
 KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
 T = TypeVar("T")
 
@@ -272,7 +271,7 @@ def recorded_config(tracker: Tracker) -> dict[str, Any]:
     Raises:
         TrackingError: it has none.
     """
-    config: dict[str, Any] = json.loads(tracker.read_text(CONFIG))
+    config: dict[str, Any] = json.loads(tracker.read_text(layout.CONFIG))
     return config
 
 

@@ -22,8 +22,6 @@ SINKS: dict[str, Callable[[Destination], Sink]] = {
     "jsonl": JsonLines,
 }
 """By the name in `tracking.sinks`."""
-UNSENT = "unsent.zip"
-"""File of what waits, in a checkpoint or in the folder of a run."""
 FIRST = "mlflow"
 """The sink whose waiting points lie at the top of the folder and of the packed file; others have one of their own."""
 

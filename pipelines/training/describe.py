@@ -10,6 +10,7 @@ from pipelines.config import Config
 from pipelines.presentation import html
 from pipelines.presentation.blocks import Section, Table
 from pipelines.shards.index import Dataset
+from pipelines.storage import layout
 from pipelines.tracking import Tracker, links
 from pipelines.training.goodput import Goodput
 from pipelines.training.loop.shell import Job
@@ -38,7 +39,7 @@ def describe_run(job: Job) -> None:
     )
     counts = {split: job.dataset.samples(split) for split in job.dataset.splits}
     tracker.dataset(job.dataset.uri.rsplit("/", 1)[-1], job.dataset.digest, job.dataset.uri, counts)
-    tracker.text(tracking.to_json(config.model_dump(mode="json")), tracking.CONFIG)
+    tracker.text(tracking.to_json(config.model_dump(mode="json")), layout.CONFIG)
     resume = (
         f"resume with `ddpm train … name={config.name}`, sample with `ddpm sample runs:/{tracker.run_id} --out DIR`."
     )

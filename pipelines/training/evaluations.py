@@ -15,14 +15,14 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import replace
 
 from pipelines import checkpoints, tracking
-from pipelines.checkpoints import BEST, PUBLISHED, Published
+from pipelines.checkpoints import BEST, Published
 from pipelines.config import Config
 from pipelines.evaluation.recorded import Scored
 from pipelines.presentation.errors import ConfigError, PipelineError
 from pipelines.presentation.progress import Notice
 from pipelines.remote.tasks import named
 from pipelines.signing import Authority
-from pipelines.storage import FencedError
+from pipelines.storage import FencedError, layout
 from pipelines.storage.retry import TransientError
 from pipelines.tracking import CheckpointModel, Tracker
 from pipelines.training.loop.progress import passes
@@ -84,7 +84,7 @@ def has_outstanding(tracker: Tracker, config: Config, end: int) -> bool:
     Raises:
         TrackingError: MLflow does not answer.
     """
-    records = [Published.read(tracker, name) for name in tracker.names(PUBLISHED)]
+    records = [Published.read(tracker, name) for name in tracker.names(layout.CHECKPOINTS_RECORDED)]
     models = tracking.checkpoint_models(tracker)
     tried = {images for images, model in models.items() if model.tags.get(STATE_TAG)}
     unentered = any(published.images_seen not in models for published in records)
@@ -214,7 +214,7 @@ class Evaluations:
         if self.models is None:
             self.models = tracking.checkpoint_models(self.tracker)
             self.tried = {images for images, model in self.models.items() if model.tags.get(STATE_TAG)}
-        names = sorted(self.tracker.names(PUBLISHED))
+        names = sorted(self.tracker.names(layout.CHECKPOINTS_RECORDED))
         for name in names:
             if name not in self.records or name == names[-1]:
                 self._enter(Published.read(self.tracker, name))

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
-from pipelines.storage import NotFoundError, Storage, StorageError, join
+from pipelines.storage import NotFoundError, Storage, StorageError, join, layout
 from pipelines.storage.retry import PATIENCE_S
 from pipelines.training.goodput import Attempt, Goodput, Session, measure
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 def read_sessions(storage: Storage, folder: str) -> tuple[Session, ...]:
     """Return the sessions of a run so far, in the order of its drivers; none where nothing is recorded."""
     # An earlier release kept the sessions of all drivers in one file.
-    uris = [join(folder, "goodput.json"), *(entry.uri for entry in storage.list(join(folder, "goodput")))]
+    uris = [join(folder, layout.EARLIER_GOODPUT), *(entry.uri for entry in storage.list(join(folder, layout.GOODPUT)))]
     found: list[Session] = []
     for uri in uris:
         try:
@@ -45,7 +45,9 @@ def write_session(
         epoch: number of the driver.
     """
     plain = {"version": VERSION, "sessions": [asdict(session)]}
-    storage.write(join(folder, "goodput", f"{epoch:06d}.json"), json.dumps(plain).encode(), patience_s=patience_s)
+    storage.write(
+        join(folder, layout.GOODPUT, layout.numbered(epoch, 6)), json.dumps(plain).encode(), patience_s=patience_s
+    )
 
 
 class Ledger:

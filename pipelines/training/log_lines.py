@@ -13,10 +13,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 from pipelines.presentation.errors import PipelineError
-from pipelines.storage import NotFoundError, Storage, join
+from pipelines.storage import NotFoundError, Storage, join, layout
 from pipelines.tracking import ENDED
 
-LOGS = "logs"
 LIVE_S = 60.0
 """Seconds without a write in a run's folder after which no driver can be alive: it writes there every few seconds."""
 _NAME = re.compile(r"(?P<epoch>\d+)-rank-(?P<rank>\d+)-(?P<attempt>\w+)\.(?P<part>\d+)\.log")
@@ -62,7 +61,7 @@ def log_address(folder: str, epoch: int, rank: int, attempt: str, part: int) -> 
         epoch: of the driver that the rank belongs to.
         attempt: letters and digits that no other attempt of this rank and driver has.
     """
-    return join(folder, LOGS, f"{epoch:06d}-rank-{rank}-{attempt}.{part:03d}.log")
+    return join(folder, layout.LOGS, layout.log_part(epoch, rank, attempt, part))
 
 
 class LogReader:
@@ -80,7 +79,7 @@ class LogReader:
     def new_lines(self) -> list[Line]:
         """Return the lines that no earlier call returned, in order of time."""
         found: list[Line] = []
-        for entry in self.storage.list(join(self.folder, LOGS)):
+        for entry in self.storage.list(join(self.folder, layout.LOGS)):
             name = _NAME.fullmatch(entry.uri.rsplit("/", 1)[-1])
             tag, seen = self._read.get(entry.uri, ("", 0))
             if name is None or entry.tag == tag or self.rank not in (None, int(name["rank"])):

@@ -12,12 +12,10 @@ from collections.abc import Mapping
 
 from pipelines import checkpoints, tracking
 from pipelines.config import Config
-from pipelines.storage import ConflictError, NotFoundError, Storage, join
+from pipelines.storage import ConflictError, NotFoundError, Storage, join, layout
 from pipelines.tracking import FIRST_ANSWER_S, ID_TAG, Tracker
 from pipelines.training.errors import TrainingError
 
-RUN = "run.json"
-"""The file of a run's folder that holds its id."""
 VERSION = 1
 
 
@@ -28,13 +26,13 @@ def read_run_id(storage: Storage, folder: str) -> str | None:
         TrainingError: the file that holds it is damaged.
     """
     try:
-        return str(json.loads(storage.read(join(folder, RUN)))["id"])
+        return str(json.loads(storage.read(join(folder, layout.RUN)))["id"])
     except NotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise TrainingError(
-            f'{join(folder, RUN)} is damaged: it should hold {{"id": …}} with what the tag {ID_TAG} of the run\'s '
-            "MLflow run says; write that, or bring the file back"
+            f'{join(folder, layout.RUN)} is damaged: it should hold {{"id": …}} with what the tag {ID_TAG} of '
+            "the run's MLflow run says; write that, or bring the file back"
         ) from error
 
 
@@ -99,7 +97,7 @@ def _given_id(storage: Storage, folder: str) -> str:
             return found
         made = uuid.uuid4().hex
         try:
-            storage.write_if(join(folder, RUN), json.dumps({"version": VERSION, "id": made}).encode(), None)
+            storage.write_if(join(folder, layout.RUN), json.dumps({"version": VERSION, "id": made}).encode(), None)
         except ConflictError:
             continue
         return made
@@ -114,7 +112,7 @@ def _is_of(tracker: Tracker, config: Config, storage: Storage) -> bool:
     if lineage:
         return lineage.get("run_id") in (None, tracker.run_id)
     folder = checkpoints.run_folder(config)
-    return any(entry.uri != join(folder, RUN) for entry in storage.list(folder))
+    return any(entry.uri != join(folder, layout.RUN) for entry in storage.list(folder))
 
 
 def _uri(config: Config) -> str:

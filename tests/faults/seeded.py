@@ -178,7 +178,7 @@ TRAINING = (
         "fence",
         "A driver that was replaced can enter no checkpoint.",
         "pipelines/checkpoints/catalog.py",
-        "        if before.epoch > listed.epoch:\n            raise fenced(join(folder, LIST))\n",
+        "        if before.epoch > listed.epoch:\n            raise fenced(join(folder, layout.CHECKPOINT_LIST))\n",
         "",
         ("tests/pipelines/checkpoints/test_catalog.py::test_a_replaced_driver_can_neither_enter_nor_delete",),
     ),
@@ -408,8 +408,8 @@ NEWLY_TESTED = (
         "A checkpoint's state.json is uploaded after all its other files.",
         "pipelines/training/loop/checkpoint.py",
         "        for file in state.files:\n",
-        "        (folder / checkpoints.STATE).write_text(state.to_json())\n"
-        "        self._put(folder / checkpoints.STATE, uri)\n"
+        "        (folder / layout.TRAINING_STATE).write_text(state.to_json())\n"
+        "        self._put(folder / layout.TRAINING_STATE, uri)\n"
         "        for file in state.files:\n",
         (
             "tests/pipelines/training/loop/test_checkpoint.py::test_state_json_is_uploaded_once_and_after_all_other_files",

@@ -23,9 +23,7 @@ from pipelines.evaluation.evaluators.share import Share
 from pipelines.evaluation.evaluators.train import SEED, Trainable, Trained, untrained
 from pipelines.shards.index import Dataset, DatasetError
 from pipelines.signing import Authority, Derived, SignatureError, Trust, said
-from pipelines.storage import ConflictError, Storage, join
-
-RECORD = "evaluator.json"
+from pipelines.storage import ConflictError, Storage, join, layout
 
 
 def find(kind: Trainable, dataset: Dataset, storage: Storage, config: RegistryConfig) -> Evaluator | None:
@@ -89,8 +87,8 @@ def store(kind: Trainable, trained: Trained, dataset: Dataset, storage: Storage,
 
 def _place(kind: Trainable | None, dataset: Dataset, storage: Storage) -> Derived:
     """Return where the evaluator of a kind lies; without a kind, that of an earlier release."""
-    parts = ["evaluator", dataset.digest[:16], *([] if kind is None else [kind])]
-    return Derived(storage, join(dataset.uri, *parts), RECORD, "/".join(parts))
+    parts = [layout.EVALUATORS, dataset.digest[:16], *([] if kind is None else [kind])]
+    return Derived(storage, join(dataset.uri, *parts), layout.EVALUATOR, "/".join(parts))
 
 
 def _believed(place: Derived, config: RegistryConfig) -> dict[str, Any] | None:
@@ -118,12 +116,12 @@ def _opened(kind: Trainable, dataset: Dataset, place: Derived, record: dict[str,
     """Load the weights that a record names."""
     # Those of an earlier release were trained on the whole split at its size; the digest was that of the weights alone.
     earlier = "weights" not in record
-    name, digest = ("evaluator.safetensors", "digest") if earlier else (record["weights"], "weights_digest")
+    name, digest = (layout.EARLIER_EVALUATOR_WEIGHTS, "digest") if earlier else (record["weights"], "weights_digest")
     weights = place.read(name, record[digest])
     if weights is None:
         raise DatasetError(
-            f"{place.folder}: the evaluator's weights are not those that {RECORD} records; delete this folder, "
-            "and the next evaluation trains an evaluator anew"
+            f"{place.folder}: the evaluator's weights are not those that {layout.EVALUATOR} records; delete this "
+            "folder, and the next evaluation trains an evaluator anew"
         )
     side = record.get("image_size", dataset.image_size)
     network = untrained(kind, dataset, side, record.get("text_dim", 0)).eval().requires_grad_(False)

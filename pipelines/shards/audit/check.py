@@ -15,10 +15,10 @@ from rich.text import Text
 from pipelines.presentation.progress import Progress, StageNotice, no_progress
 from pipelines.shards.audit.foreign import default_threads, tars
 from pipelines.shards.audit.scan import ByteCounter, ObjectStream, ShardScan, in_threads, scan_shard
-from pipelines.shards.index import Dataset, DatasetError, Member, ShardIndex, ShardInfo, read_dataset, sidecar
+from pipelines.shards.index import Dataset, DatasetError, Member, ShardIndex, ShardInfo, read_dataset
 from pipelines.shards.members import Form
 from pipelines.shards.quarantine import Problem, Quarantine, make_quarantine, read_quarantine
-from pipelines.storage import Entry, NotFoundError, Storage, join
+from pipelines.storage import Entry, NotFoundError, Storage, join, layout
 
 SHOWN = 100
 """Problems that are shown; `--json` has all of them."""
@@ -114,7 +114,7 @@ def write_quarantine(report: CheckReport, storage: Storage) -> CheckReport:
     Returns:
         The result with the new quarantine.
     """
-    where = join(report.dataset.uri, "quarantine.json")
+    where = join(report.dataset.uri, layout.QUARANTINE)
     quarantine = make_quarantine(report.dataset, report.problems)
     if not quarantine.excluded:
         storage.delete(where)
@@ -181,7 +181,7 @@ def _check_sidecar(
     info: ShardInfo, scan: ShardScan, dataset: Dataset, storage: Storage, damaged: bool
 ) -> list[Problem]:
     """Compare the sidecar with the tar; return its problem, or the lost samples where the tar is `damaged`."""
-    name = sidecar(info.name)
+    name = layout.index_name(info.name)
     again = f"write it again with `ddpm index {dataset.uri} --replace`"
     whole = partial(Problem, info.name, None, None, "sidecar")
     try:
@@ -233,7 +233,7 @@ def _difference(index: ShardIndex, scan: ShardScan) -> str:
 
 def _read_quarantine(dataset: Dataset, storage: Storage) -> tuple[Quarantine | None, list[Problem]]:
     """Return the quarantine of a dataset, and its problems, for which readers would refuse it."""
-    problem = partial(Problem, "quarantine.json", None, None, "quarantine")
+    problem = partial(Problem, layout.QUARANTINE, None, None, "quarantine")
     try:
         quarantine = read_quarantine(dataset.uri, storage)
     except DatasetError as error:

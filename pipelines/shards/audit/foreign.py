@@ -14,10 +14,10 @@ import numpy as np
 
 from pipelines.presentation.progress import Progress, no_progress
 from pipelines.shards.audit.scan import ByteCounter, ObjectStream, TarFaultError, in_threads, read_samples, scan_shard
-from pipelines.shards.index import Dataset, DatasetError, ShardInfo, make_dataset, read_dataset, sidecar
+from pipelines.shards.index import Dataset, DatasetError, ShardInfo, make_dataset, read_dataset
 from pipelines.shards.members import MAX_CLASSES, Examined, FlawError, Form, decode_image
 from pipelines.shards.quarantine import Problem, Quarantine, kept_shards, make_quarantine
-from pipelines.storage import Entry, Storage, join
+from pipelines.storage import Entry, Storage, join, layout
 
 SHOWN = 20
 """Problems that an error message lists."""
@@ -242,10 +242,10 @@ def index_tars(
     for split in splits:
         kept_shards(dataset, split, left_out)  # raises where nothing is left of a split
     if left_out is None:
-        storage.delete(join(uri, "quarantine.json"))
+        storage.delete(join(uri, layout.QUARANTINE))
     else:
-        storage.write(join(uri, "quarantine.json"), left_out.to_json().encode())
-    storage.write(join(uri, "dataset.json"), dataset.to_json().encode())
+        storage.write(join(uri, layout.QUARANTINE), left_out.to_json().encode())
+    storage.write(join(uri, layout.DATASET), dataset.to_json().encode())
     return Indexed(dataset, left_out)
 
 
@@ -260,7 +260,7 @@ def _described(uri: str, storage: Storage, replace: bool) -> Dataset | None:
     Raises:
         DatasetError: there is one, and `replace` is false.
     """
-    if not storage.exists(join(uri, "dataset.json")):
+    if not storage.exists(join(uri, layout.DATASET)):
         return None
     if not replace:
         raise DatasetError(
@@ -310,7 +310,7 @@ def _scan(named: tuple[str, Entry], *, uri: str, storage: Storage, form: Form, c
     name, entry = named
     tally = Tally()
     found = scan_shard(name, ObjectStream(entry.uri, entry.size, storage, counter.add), form, tally.add)
-    storage.write(join(uri, sidecar(name)), found.index.to_json().encode())
+    storage.write(join(uri, layout.index_name(name)), found.index.to_json().encode())
     return _Scanned(ShardInfo(name, len(found.index), found.bytes, found.sha256), found.problems, tally)
 
 

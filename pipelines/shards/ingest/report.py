@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.storage import NotFoundError, Storage, join
+from pipelines.storage import NotFoundError, Storage, join, layout
 
-REPORT = "ingest-report.json"
-"""Name of the report, beside the shards."""
 REPORT_VERSION = 1
 EXAMPLES = 100
 """Names that the report lists of each kind."""
@@ -191,7 +189,7 @@ class RecordedEncoder:
 def recorded_encoder(uri: str, storage: Storage) -> RecordedEncoder:
     """Return which text encoder embedded the captions of a dataset, as the report of its ingest says."""
     try:
-        settings = json.loads(storage.read(join(uri, REPORT)))["settings"]
+        settings = json.loads(storage.read(join(uri, layout.INGEST_REPORT)))["settings"]
         return RecordedEncoder(settings["text_encoder"] or None, settings.get("text_encoder_digest"))
     except (NotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return RecordedEncoder()

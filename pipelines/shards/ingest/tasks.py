@@ -25,12 +25,12 @@ import PIL
 import webdataset
 
 from pipelines.environment.scratch import scratch_folder
-from pipelines.shards.index import index_tar, sidecar
+from pipelines.shards.index import index_tar
 from pipelines.shards.ingest.encode import CaptionEncoder, ImageFormat, encode_image, pack_embeddings
 from pipelines.shards.ingest.report import BadImage, PixelSums, ShardRecord
 from pipelines.shards.ingest.sources import SourceImage
 from pipelines.shards.ingest.trees import UnreadableError, is_remote
-from pipelines.storage import NotFoundError, Storage, join
+from pipelines.storage import NotFoundError, Storage, join, layout
 
 LAYOUT_VERSION = 2  # of the members of a sample; with another version every shard is written again
 PROBED = 32  # images from which the size of a sample is estimated
@@ -43,8 +43,6 @@ TAR_END = 6144  # two empty blocks, and on average half a record of 20 blocks
 MTIME = 0
 WRITE_S = 7e-4
 """Seconds to compare an image with the others and to add it to a shard, beside those to read, decode and encode it."""
-PROGRESS = "ingest-progress"
-"""Folder of the records of finished shards, below the dataset."""
 
 Tick = Callable[[int], None]
 """Called with a number of images that were just finished."""
@@ -153,8 +151,8 @@ def write_shard(job: ShardJob, settings: Settings, tick: Tick = lambda count: No
         record = tally.record(job, tar, index)
         if record.samples:
             storage.upload(tar, join(uri, job.name))
-            storage.write(join(uri, sidecar(job.name)), index)
-        storage.write(join(uri, record_name(job.name)), record.to_json().encode())
+            storage.write(join(uri, layout.index_name(job.name)), index)
+        storage.write(join(uri, layout.progress_name(job.name)), record.to_json().encode())
     return record, False
 
 
@@ -188,18 +186,13 @@ def seconds_of_image(images: Sequence[SourceImage], storage: Storage, form: Imag
     return WRITE_S + (time.monotonic() - began) / max(count, 1)
 
 
-def record_name(shard: str) -> str:
-    """Return the path of a finished shard's record, relative to the dataset."""
-    return f"{PROGRESS}/{shard.removesuffix('.tar')}.json"
-
-
 def _is_whole(record: ShardRecord, settings: Settings, scratch: Path) -> bool:
     """Return whether tar and sidecar are at the destination with the recorded checksums."""
     if not record.samples:
         return True
     copy = scratch / "copy"
     try:
-        index = settings.storage.read(join(settings.uri, sidecar(record.name)))
+        index = settings.storage.read(join(settings.uri, layout.index_name(record.name)))
         if hashlib.sha256(index).hexdigest() != record.index_sha256:
             return False
         settings.storage.download(join(settings.uri, record.name), copy)

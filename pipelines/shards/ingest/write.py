@@ -18,17 +18,15 @@ from operator import add
 
 from pipelines.config.sections import Encoding, Geometry
 from pipelines.presentation.progress import Notice, Progress, no_notice, no_progress
-from pipelines.shards.index import Dataset, DatasetError, ShardInfo, make_dataset, sidecar
+from pipelines.shards.index import Dataset, DatasetError, ShardInfo, make_dataset
 from pipelines.shards.ingest.alike import Fingerprint, fingerprints, keep_together
 from pipelines.shards.ingest.encode import CaptionEncoder, ImageFormat
-from pipelines.shards.ingest.report import REPORT, BadImage, IngestReport, ShardRecord, compose_report
+from pipelines.shards.ingest.report import BadImage, IngestReport, ShardRecord, compose_report
 from pipelines.shards.ingest.sources import Source, SourceImage, open_source, source_digest
 from pipelines.shards.ingest.tasks import (
-    PROGRESS,
     Settings,
     ShardJob,
     plan_shards,
-    record_name,
     samples_for,
     seconds_of_image,
     write_shard,
@@ -36,7 +34,7 @@ from pipelines.shards.ingest.tasks import (
 from pipelines.shards.ingest.tasks import identify as identify_encoder
 from pipelines.shards.ingest.trees import address, shown
 from pipelines.shards.quarantine import drop_stale_quarantine
-from pipelines.storage import Storage, is_local, join
+from pipelines.storage import Storage, is_local, join, layout
 
 __all__ = ["Ingested", "ingest", "source_digest"]
 
@@ -46,7 +44,7 @@ STALLED_S = 1800.0
 """Seconds without a finished Ray task, each of up to thousands of large images, after which none is waited for."""
 COMPARED = 500
 """Images that a task takes at a time, to find near-duplicates."""
-SHARD_FILES = (".tar", ".index.json")
+SHARD_FILES = (layout.SHARD_SUFFIX, layout.INDEX_SUFFIX)
 """Ends of the names of files that belong to a shard."""
 
 
@@ -135,7 +133,7 @@ def ingest(
     jobs = plan_shards(listed.images, settings, shard_samples, _recorded(uri, storage))
     if any(job.recorded is None for job in jobs):
         # From here on shards of an earlier dataset are overwritten, so that its description is no longer true.
-        storage.delete(join(uri, "dataset.json"))
+        storage.delete(join(uri, layout.DATASET))
     meter = _Meter(sum(len(job.images) for job in jobs), progress)
     records = _write_shards(jobs, settings, meter, threads, notice, obstacle)
     return _publish(source, listed, settings, jobs, records, alike)
@@ -161,7 +159,7 @@ def _check_settings(
 
 def _recorded(uri: str, storage: Storage) -> dict[str, ShardRecord]:
     """Return the records of an earlier ingest at the destination, by shard."""
-    found = storage.list(join(uri, PROGRESS))
+    found = storage.list(join(uri, layout.INGEST_PROGRESS))
     with ThreadPoolExecutor(16) as pool:
         records = pool.map(lambda entry: ShardRecord.from_json(storage.read(entry.uri)), found)
     return {record.name: record for record in records if record is not None}
@@ -322,7 +320,7 @@ def _publish(
         alike=alike,
         deeper=listed.deeper,
     )
-    storage.write(join(uri, REPORT), report.to_json().encode())
+    storage.write(join(uri, layout.INGEST_REPORT), report.to_json().encode())
     splits = {
         split: tuple(ShardInfo(r.name, r.samples, r.size, r.sha256) for r in records if r.split == split and r.samples)
         for split in ("train", "test")
@@ -341,7 +339,7 @@ def _publish(
         std=pixels.std(),
     )
     drop_stale_quarantine(dataset, storage)
-    storage.write(join(uri, "dataset.json"), dataset.to_json().encode())
+    storage.write(join(uri, layout.DATASET), dataset.to_json().encode())
     _remove_stale(uri, {s.name for shards in splits.values() for s in shards}, {job.name for job in jobs}, storage)
     reused = sum(found for _, found in written)
     return Ingested(dataset, report.bad, report.empty_classes, report, reused)
@@ -350,7 +348,7 @@ def _publish(
 def _explain_empty(source: str, split: str, listed: Source, report: IngestReport) -> str:
     """Return the error message for a split without readable images."""
     named = "".join(f"\n  {bad.origin}: {bad.reason}" for bad in report.bad[:5])
-    more = f"\n  and {len(report.bad) - 5:,} more: see ingest-report.json" if len(report.bad) > 5 else ""
+    more = f"\n  and {len(report.bad) - 5:,} more: see {layout.INGEST_REPORT}" if len(report.bad) > 5 else ""
     if any(image.split == split for image in listed.images):
         return f"{source}: no readable image for the {split} split{named}{more}"
     other = sum(image.split != split for image in listed.images)
@@ -360,10 +358,12 @@ def _explain_empty(source: str, split: str, listed: Source, report: IngestReport
 
 def _remove_stale(uri: str, shards: set[str], planned: set[str], storage: Storage) -> None:
     """Delete shards, sidecars and records that do not belong to the new dataset."""
-    current = {name for shard in shards for name in (shard, sidecar(shard))} | {record_name(name) for name in planned}
+    current = {name for shard in shards for name in (shard, layout.index_name(shard))} | {
+        layout.progress_name(name) for name in planned
+    }
     for entry in storage.list(uri):
         name = entry.uri[len(uri.rstrip("/")) + 1 :]
         # A write to a folder that was killed leaves a hidden temporary file.
         ours = name.lstrip(".").startswith(("train-", "test-")) and (name[0] == "." or name.endswith(SHARD_FILES))
-        if (ours or name.startswith(f"{PROGRESS}/")) and name not in current:
+        if (ours or name.startswith(f"{layout.INGEST_PROGRESS}/")) and name not in current:
             storage.delete(entry.uri)

@@ -19,8 +19,8 @@ from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint, CheckpointState, ModelError
 from pipelines.environment.scratch import scratch_folder
 from pipelines.presentation.errors import PipelineError
-from pipelines.storage import join
-from pipelines.tracking import UNSENT, RunLog
+from pipelines.storage import join, layout
+from pipelines.tracking import RunLog
 from pipelines.training.loop.collectives import broadcast, broadcast_object, gather
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.hardware import precision_change
@@ -118,11 +118,11 @@ class Checkpointer:
                 # It travels with the checkpoint too: sent again after a resume, it must not take the scores away.
                 self.log.text(*published.record(), state.images_seen, mark=published.mark)
         if self.log and (unsent := self.log.pack()):
-            (folder / UNSENT).write_bytes(unsent)
-            state = checkpoints.with_file(state, folder / UNSENT)
-            self._put(folder / UNSENT, uri)
-        (folder / checkpoints.STATE).write_text(state.to_json())
-        self._put(folder / checkpoints.STATE, uri)
+            (folder / layout.UNSENT).write_bytes(unsent)
+            state = checkpoints.with_file(state, folder / layout.UNSENT)
+            self._put(folder / layout.UNSENT, uri)
+        (folder / layout.TRAINING_STATE).write_text(state.to_json())
+        self._put(folder / layout.TRAINING_STATE, uri)
         listed = checkpoints.Listed(job.epoch, state.images_seen, name)
         checkpoints.enter_checkpoint(storage, job.run_uri, listed, job.config.checkpoint.keep, self.damaged)
 
@@ -192,8 +192,8 @@ def _read(context: RunContext, state: TrainingState, log: RunLog | None) -> tupl
             differing = {n for n, s in shapes.items() ^ {n: tuple(t.shape) for n, t in tensors.items()}.items()}
             if differing:
                 raise ModelError(f"the checkpoint holds other tensors than this release's: {sorted(differing)[:5]}")
-            if log and (folder / UNSENT).exists():
-                log.adopt(folder / UNSENT)
+            if log and (folder / layout.UNSENT).exists():
+                log.adopt(folder / layout.UNSENT)
             return _Found(stored, None, damaged), tensors
     except PipelineError as error:
         return _Found(None, error), {}

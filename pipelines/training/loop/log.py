@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import logging
 
-from pipelines.storage import NotFoundError, StorageError, join
-from pipelines.tracking import UNSENT, Destination, RunLog, UnreachableError
+from pipelines.storage import NotFoundError, StorageError, join, layout
+from pipelines.tracking import Destination, RunLog, UnreachableError
 from pipelines.training.loop.data import stream_settings
 from pipelines.training.loop.shell import Job
 
@@ -23,7 +23,7 @@ def open_log(job: Job) -> RunLog:
     destination = Destination(job.tracker, job.storage, job.run_uri, job.fence)
     folder = stream_settings(job.config).cache_dir.parent / "unsent" / job.tracker.run_id
     log = RunLog.open(job.config.tracking.sinks, destination, folder, held=True)
-    left = join(job.run_uri, UNSENT)
+    left = join(job.run_uri, layout.UNSENT)
     try:
         packed = job.storage.read(left)
     except NotFoundError:
@@ -40,7 +40,7 @@ def finish_log(job: Job, log: RunLog) -> None:
         return
     except UnreachableError as error:
         reason = error
-    packed, left = log.pack(), join(job.run_uri, UNSENT)
+    packed, left = log.pack(), join(job.run_uri, layout.UNSENT)
     if packed is None:  # sent meanwhile
         return
     try:

@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 
 from ddpm.model import ModelSpec
-from pipelines.checkpoints import FOLDER, run_folder
+from pipelines.checkpoints import run_folder
 from pipelines.config import Config
 from pipelines.shards.index import Dataset
 from pipelines.shards.quarantine import Quarantine
-from pipelines.storage import Fence, Storage, join
+from pipelines.storage import Fence, Storage, join, layout
 from pipelines.tracking import Tracker
 from pipelines.training.loop.progress import Progress
 
@@ -87,4 +87,4 @@ class Job:
 
     def published_uri(self, name: str) -> str:
         """Return where the checkpoint of this name is copied to, to stay: an address that no other writer has."""
-        return join(self.run_uri, "published", name.removeprefix(FOLDER))
+        return join(self.run_uri, layout.PUBLISHED, name.removeprefix(layout.CHECKPOINT_PREFIX))

@@ -21,7 +21,7 @@ from pipelines.evaluation.scoring import find_scores, score, score_and_record
 from pipelines.presentation.progress import Silent
 from pipelines.shards.index import Dataset, DatasetError
 from pipelines.signing import Authority, Signer, seal
-from pipelines.storage import Storage
+from pipelines.storage import Storage, layout
 from tests.pipelines.checkpoints.tiny import SMALL
 from tests.pipelines.registry.version import scores
 
@@ -195,9 +195,7 @@ def test_only_scores_that_compare_with_its_runs_go_into_the_record_of_a_checkpoi
     judged, monkeypatch, overrides, other, compares
 ):
     trained, config = compose(["+experiment=digits"]), compose(["+experiment=digits", *overrides])
-    run = SimpleNamespace(
-        names=lambda: [tracking.CONFIG], read_text=lambda name: tracking.to_json(trained.model_dump())
-    )
+    run = SimpleNamespace(names=lambda: [layout.CONFIG], read_text=lambda name: tracking.to_json(trained.model_dump()))
     spec = replace(SPEC, sampling=sampling(trained))
     resolved = Resolved("x", Model(spec, torch.nn.Identity()), tracker=run, published=Published("u", 640, "digest"))
     said = watched(monkeypatch)

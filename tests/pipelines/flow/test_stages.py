@@ -31,7 +31,7 @@ from pipelines.presentation.progress import Silent
 from pipelines.registry import Signer, Verdict, VerdictLog
 from pipelines.shards.index import make_dataset
 from pipelines.signing import Trust
-from pipelines.storage import Storage
+from pipelines.storage import Storage, layout
 from pipelines.tracking import ModelVersion, Tracker, client
 from pipelines.training import driver
 from pipelines.training.driver import TrainingResult
@@ -93,7 +93,7 @@ def test_a_run_is_trained_when_it_has_seen_all_its_images_and_mlflow_has_all_of_
     assert found.reason == seen
     assert found.result is not None
     assert (found.result.tracker, found.result.published.digest) == (tracker, "d")
-    STORAGE.write(f"{run_folder(config)}/{tracking.UNSENT}", b"something")
+    STORAGE.write(f"{run_folder(config)}/{layout.UNSENT}", b"something")
     assert looked(config).reason == f"{seen}, and MLflow does not have all of it"
 
 

@@ -13,7 +13,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from pipelines.config import ConfigError
 from pipelines.launch import aws
-from pipelines.launch.aws_policies import FOLDERS, lifecycle
+from pipelines.launch.aws_policies import lifecycle
+from pipelines.storage import layout
 from tests.pipelines.launch.rendered import GPU, TRAIN, command
 
 AWS = ["launch.image=registry/ddpm:1-cuda", "launch.head_image=registry/ddpm:1-cpu", *GPU]
@@ -125,7 +126,7 @@ def test_ec2_and_ssm_know_every_action_by_that_name():
 def test_objects_may_be_changed_below_the_folders_of_this_program_alone():
     objects = policy("worker")["ReadAndWriteFolders"]
     assert set(objects["Action"]) == {"s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload"}
-    wanted = {f"arn:aws:s3:::bucket/team/{folder}/*" for folder in FOLDERS} | {"arn:aws:s3:::bucket/team/.ddpm-*"}
+    wanted = {f"arn:aws:s3:::bucket/team/{name}/*" for name in layout.FOLDERS} | {"arn:aws:s3:::bucket/team/.ddpm-*"}
     assert set(objects["Resource"]) == wanted
     assert set(policy("worker")) == {"ListFolders", "ReadAndWriteFolders"}
 
@@ -156,7 +157,7 @@ def test_no_rule_of_the_bucket_can_delete_what_a_run_has_written(root):
     """What expires by age lies outside every folder that this program writes to, checkpoints and all."""
     prefix = root.removeprefix("s3://bucket").strip("/")
     prefix = f"{prefix}/" if prefix else ""
-    written = [f"{prefix}{folder}/x" for folder in FOLDERS]
+    written = [f"{prefix}{folder}/x" for folder in layout.FOLDERS]
     written += [f"{prefix}runs/first/checkpoint_000000100-e1-x/state.json", f"{prefix}runs/first/checkpoints.json"]
     rules = lifecycle(root)["Rules"]
     for rule in rules:

@@ -17,9 +17,10 @@ from ddpm.models.unet import UNet
 from pipelines.config import RegistryConfig
 from pipelines.evaluation.scores import Estimate, Scores
 from pipelines.registry.envelope import model_folder, signature_file
-from pipelines.registry.evidence import FILE, Evidence, file_digests
+from pipelines.registry.evidence import Evidence, file_digests
 from pipelines.registry.package import pyfunc_of, write_version
 from pipelines.signing import Signer
+from pipelines.storage import layout
 from tests.pipelines.checkpoints.tiny import SMALL
 
 CONFIG = RegistryConfig(model="digits")
@@ -70,7 +71,7 @@ class Version:
         """Sign the folder anew, as whoever has the key could, with changed evidence and its tags."""
         evidence = change(Evidence.read(self.inside))
         evidence = replace(evidence, files=file_digests(self.inside))
-        (self.inside / FILE).write_text(evidence.to_json())
+        (self.inside / layout.EVIDENCE).write_text(evidence.to_json())
         Signer.of(CONFIG).sign_folder(self.inside, signature_file(self.folder))
         return replace(self, tags=evidence.tags())
 

@@ -13,12 +13,12 @@ from PIL import Image
 
 from ddpm.conditioning import Conditioning
 from pipelines.shards.fetch import ShardFetcher
-from pipelines.shards.index import ShardInfo, index_tar, make_dataset, sidecar
+from pipelines.shards.index import ShardInfo, index_tar, make_dataset
 from pipelines.shards.ingest.encode import npy, pack_embeddings
 from pipelines.shards.members import FlawError, decode_image, decode_pixels, unpack_embedding
 from pipelines.shards.order import Located
 from pipelines.shards.read import ShardReader
-from pipelines.storage import Storage
+from pipelines.storage import Storage, layout
 from tests.pipelines.shards.tars import tar_bytes
 
 SIZE = 12
@@ -146,7 +146,7 @@ def test_a_batch_has_the_text_where_it_is_asked_for(tmp_path):
     data = tar_bytes(entries)
     shard = ShardInfo("train-0.tar", 2, len(data), hashlib.sha256(data).hexdigest())
     (tmp_path / shard.name).write_bytes(data)
-    (tmp_path / sidecar(shard.name)).write_text(index_tar(tmp_path / shard.name).to_json())
+    (tmp_path / layout.index_name(shard.name)).write_text(index_tar(tmp_path / shard.name).to_json())
     dataset = make_dataset(
         f"file://{tmp_path}", splits={"train": (shard,)}, classes=(), channels=3, image_size=SIZE, mean=(), std=()
     )

@@ -12,12 +12,12 @@ import pytest
 from mlflow import MlflowClient
 
 from pipelines import tracking
-from pipelines.checkpoints import BEST, PUBLISHED, Published, list_published, record_published, run_folder
+from pipelines.checkpoints import BEST, Published, list_published, record_published, run_folder
 from pipelines.config import compose
 from pipelines.evaluation.recorded import Scored
 from pipelines.evaluation.scores import Estimate, Scores
 from pipelines.presentation.errors import PipelineError
-from pipelines.storage import Fence, Storage
+from pipelines.storage import Fence, Storage, layout
 from pipelines.storage.retry import TransientError
 from pipelines.tracking import Tracker, client
 from pipelines.training import evaluations as module
@@ -183,10 +183,10 @@ def test_whether_something_is_left_to_do_is_told_without_a_trace(run):
     config = run.driver().config
 
     def left(**fields) -> bool:
-        before = run.tracker.names(PUBLISHED), run.states()
+        before = run.tracker.names(layout.CHECKPOINTS_RECORDED), run.states()
         asked = config.model_copy(update={"evaluation": config.evaluation.model_copy(update=fields)})
         found = has_outstanding(run.tracker, asked, asked.images)
-        assert (run.tracker.names(PUBLISHED), run.states()) == before
+        assert (run.tracker.names(layout.CHECKPOINTS_RECORDED), run.states()) == before
         return found
 
     assert not left()

@@ -13,10 +13,10 @@ import pytest
 from pipelines import tracking
 from pipelines.checkpoints import Listed, checkpoint_name, enter_checkpoint, run_folder, save_checkpoint
 from pipelines.config import Config, compose
-from pipelines.storage import Storage, join
+from pipelines.storage import Storage, join, layout
 from pipelines.tracking import ID_TAG, Tracker, client
 from pipelines.training.errors import TrainingError
-from pipelines.training.run_id import RUN, find_training_run, open_training_run, read_run_id
+from pipelines.training.run_id import find_training_run, open_training_run, read_run_id
 from tests.pipelines.checkpoints.tiny import a_checkpoint
 
 STORAGE = Storage()
@@ -109,7 +109,7 @@ def test_a_training_of_the_same_name_in_another_root_is_refused_with_what_to_set
 def test_two_roots_that_began_at_the_same_moment_each_find_their_own(config, tmp_path):
     other = elsewhere(config, f"file://{tmp_path}/other")
     own = open_training_run(config, STORAGE)
-    STORAGE.write(join(run_folder(other), RUN), json.dumps({"id": "theirs"}).encode())
+    STORAGE.write(join(run_folder(other), layout.RUN), json.dumps({"id": "theirs"}).encode())
     mlflow = client.client(str(config.tracking.uri))
     experiment = mlflow.get_experiment_by_name("ddpm").experiment_id
     made = mlflow.create_run(experiment, tags={"ddpm.run": config.name, ID_TAG: "theirs"}).info.run_id
@@ -142,7 +142,7 @@ def test_a_run_of_an_earlier_release_that_was_lost_before_its_first_checkpoint_g
 def test_an_id_that_was_given_and_not_tagged_any_more_is_tagged_at_the_next_start(config):
     tracker = earlier(config)
     store(config, tracker)
-    STORAGE.write(join(run_folder(config), RUN), json.dumps({"id": "given"}).encode())
+    STORAGE.write(join(run_folder(config), layout.RUN), json.dumps({"id": "given"}).encode())
     assert open_training_run(config, STORAGE) == tracker
     assert tracker.tag(ID_TAG) == "given"
 
@@ -177,6 +177,6 @@ def test_a_run_in_the_trash_of_mlflow_is_followed_by_one_with_the_same_id(config
 @pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"id": '])
 def test_a_damaged_id_is_named_with_what_it_should_be(config, text):
     open_training_run(config, STORAGE)
-    STORAGE.write(join(run_folder(config), RUN), text)
+    STORAGE.write(join(run_folder(config), layout.RUN), text)
     with pytest.raises(TrainingError, match=r"run\.json is damaged: .*ddpm\.id"):
         open_training_run(config, STORAGE)

@@ -21,12 +21,12 @@ from pipelines.shards.audit.foreign import IndexRefusedError, SplitRule, assign_
 from pipelines.shards.audit.scan import ObjectStream, TarFaultError, read_samples
 from pipelines.shards.cache import ShardCache
 from pipelines.shards.fetch import ShardFetcher
-from pipelines.shards.index import DatasetError, ShardIndex, read_dataset, sidecar, split_name
+from pipelines.shards.index import DatasetError, ShardIndex, read_dataset, split_name
 from pipelines.shards.ingest.write import ingest
 from pipelines.shards.order import Located, SampleOrder
 from pipelines.shards.quarantine import kept_samples, read_quarantine
 from pipelines.shards.read import ShardReader, read_split
-from pipelines.storage import Storage
+from pipelines.storage import Storage, layout
 from tests.pipelines.shards.tars import tar_bytes
 
 STORAGE = Storage()
@@ -73,7 +73,7 @@ def ours(dataset, split, cache, quarantine=None):
     reader = open_reader(dataset, split, cache, quarantine)
     found = []
     for s, shard in enumerate(reader.shards):
-        index = ShardIndex.from_json(STORAGE.read(f"{dataset.uri}/{sidecar(shard.name)}"))
+        index = ShardIndex.from_json(STORAGE.read(f"{dataset.uri}/{layout.index_name(shard.name)}"))
         keys = kept_samples(shard.name, index, quarantine).keys
         count = np.arange(len(keys))
         here = reader.samples(Located(count, np.full(len(keys), s), count))
@@ -259,7 +259,7 @@ def test_folders_are_splits_and_sidecars_lie_beside_the_tars(tmp_path):
     dataset = index_tars(f"file://{tmp_path}", STORAGE, classes=["x", "y", "z"]).dataset
     assert [s.name for s in dataset.shards("train")] == ["train/000.tar", "train/001.tar"]
     assert dataset.classes == ("x", "y", "z")
-    assert ShardIndex.from_json((tmp_path / sidecar("train/000.tar")).read_text()).keys == ("a", "b")
+    assert ShardIndex.from_json((tmp_path / layout.index_name("train/000.tar")).read_text()).keys == ("a", "b")
     assert ours(dataset, "test", tmp_path / "cache") == foreign(paths(dataset, "test"))
 
 

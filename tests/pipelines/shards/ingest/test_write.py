@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from ddpm.conditioning import Conditioning
-from pipelines.shards.index import DatasetError, ShardIndex, index_tar, read_dataset, sidecar
+from pipelines.shards.index import DatasetError, ShardIndex, index_tar, read_dataset
 from pipelines.shards.ingest.encode import ImageFormat, encode_image, pack_embeddings
 from pipelines.shards.ingest.report import PixelSums, ShardRecord
 from pipelines.shards.ingest.trees import UnreadableError
 from pipelines.shards.ingest.write import ingest
 from pipelines.shards.members import unpack_embedding
 from pipelines.shards.text import TextEncoder
-from pipelines.storage import Storage, StorageError
+from pipelines.storage import Storage, StorageError, layout
 from tests.pipelines.shards.ingest.sources import Bucket, every_kind, jsonl, picture, pictures, write_files
 
 STORAGE = Storage()
@@ -198,7 +198,7 @@ def test_what_is_damaged_or_gone_at_the_destination_is_made_again(photos, tmp_pa
     data[700] ^= 1
     (tmp_path / "ds" / names[0]).write_bytes(data)
     (tmp_path / "ds" / names[1]).unlink()
-    (tmp_path / "ds" / sidecar(names[2])).write_text("{}")
+    (tmp_path / "ds" / layout.index_name(names[2])).write_text("{}")
     record = tmp_path / "ds" / "ingest-progress" / names[3].replace("tar", "json")
     record.write_text("nonsense")
     again = write(photos, tmp_path / "ds")
@@ -237,7 +237,7 @@ def test_nothing_stale_remains(photos, tmp_path):
     (tmp_path / "ds" / "evaluator" / "weights").write_bytes(b"keep")
     dataset = write(photos, tmp_path / "ds", shard_samples=20).dataset
     shards = [s.name for split in dataset.splits.values() for s in split]
-    expected = {"dataset.json", "ingest-report.json", "evaluator/weights", *shards, *map(sidecar, shards)}
+    expected = {"dataset.json", "ingest-report.json", "evaluator/weights", *shards, *map(layout.index_name, shards)}
     assert set(stored(tmp_path / "ds")) == expected | {f"ingest-progress/{s[:-4]}.json" for s in shards}
 
 
@@ -564,7 +564,7 @@ def test_records_round_trip_and_foreign_ones_do_not_count(photos, tmp_path):
         record = ShardRecord.from_json(path.read_text())
         assert record is not None
         assert record.to_json() == path.read_text()
-        assert ShardIndex.from_json((tmp_path / "ds" / sidecar(record.name)).read_text()) == index_tar(
+        assert ShardIndex.from_json((tmp_path / "ds" / layout.index_name(record.name)).read_text()) == index_tar(
             tmp_path / "ds" / record.name
         )
     for text in ("", "[]", "{}", '{"schema_version": 2}', '{"schema_version": 1}'):

@@ -9,13 +9,13 @@ from PIL import Image
 
 from pipelines.shards.cache import ShardCache, ShardCorruptError
 from pipelines.shards.fetch import ShardFetcher
-from pipelines.shards.index import DatasetError, ShardIndex, index_tar, read_dataset, sidecar
+from pipelines.shards.index import DatasetError, ShardIndex, index_tar, read_dataset
 from pipelines.shards.ingest.sources import Source
 from pipelines.shards.ingest.write import ingest, source_digest
 from pipelines.shards.order import SampleOrder
 from pipelines.shards.read import ShardReader, read_split
 from pipelines.shards.stream import TrainingStream
-from pipelines.storage import Storage
+from pipelines.storage import Storage, layout
 
 STORAGE = Storage()
 
@@ -109,7 +109,7 @@ def test_sidecars_give_the_bytes_that_webdataset_reads(folder, tmp_path):
     dataset = write(folder, f"file://{tmp_path}/ds").dataset
     for shard in dataset.shards("train"):
         path = tmp_path / "ds" / shard.name
-        index = ShardIndex.from_json((tmp_path / "ds" / sidecar(shard.name)).read_text())
+        index = ShardIndex.from_json((tmp_path / "ds" / layout.index_name(shard.name)).read_text())
         assert index == index_tar(path)
         data = path.read_bytes()
         for i, sample in enumerate(webdataset.WebDataset(str(path), shardshuffle=False)):
