@@ -25,7 +25,7 @@ from pipelines.storage import Storage
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.speed import made_up_job
 from pipelines.training.loop.state import load_weights, make_network, make_state
-from pipelines.training.loop.step import step
+from pipelines.training.loop.train import step
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def trained(
     """
     context = RunContext.of(made_up_job(config), rank=0, world_size=1, device=device or torch.device("cpu"))
     context = replace(context, teacher=teacher)
-    state = make_state(context)
+    state = make_state(context.config, context.device, context.precision)
     if start is not None:
         load_weights(state, start, context.device)
     order, epoch, size = torch.empty(0, dtype=torch.long), 0, config.batch_size

@@ -16,7 +16,7 @@ from torch.multiprocessing.spawn import start_processes
 FORKING: ForkServerContext = multiprocessing.get_context("forkserver")
 # No modules of the tests: the server finds them only where it is started in the root of the checkout.
 FORKING.set_forkserver_preload(
-    ["pytest", "hypothesis", "gcsfs", "pipelines.training.loop.loop", "pipelines.shards.ingest.write"]
+    ["pytest", "hypothesis", "gcsfs", "pipelines.training.loop.train", "pipelines.shards.ingest.write"]
 )
 
 

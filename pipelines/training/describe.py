@@ -13,7 +13,7 @@ from pipelines.shards.index import Dataset
 from pipelines.storage import layout
 from pipelines.tracking import Tracker, links
 from pipelines.training.goodput import Goodput
-from pipelines.training.loop.shell import Job
+from pipelines.training.loop.context import Job
 
 GOODPUT_PAGE = "goodput.html"
 """The artifact of a run with the table of its ledger."""

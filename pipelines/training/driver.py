@@ -31,9 +31,9 @@ from pipelines.training.errors import TrainingError
 from pipelines.training.evaluations import Evaluations
 from pipelines.training.goodput import Goodput
 from pipelines.training.ledger import Ledger, goodput_of, read_sessions
+from pipelines.training.loop.context import Job
 from pipelines.training.loop.health import expected_faults
 from pipelines.training.loop.log import send_unsent
-from pipelines.training.loop.shell import Job
 from pipelines.training.ray_train.monitor import only_driver
 from pipelines.training.ray_train.resources import (
     alive_nodes,

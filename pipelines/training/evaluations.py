@@ -25,8 +25,8 @@ from pipelines.signing import Authority
 from pipelines.storage import FencedError, layout
 from pipelines.storage.retry import TransientError
 from pipelines.tracking import CheckpointModel, Tracker
+from pipelines.training.loop.context import Job
 from pipelines.training.loop.progress import passes
-from pipelines.training.loop.shell import Job
 from pipelines.training.scoring import CancelledError, Evaluate, needs
 
 logger = logging.getLogger(__name__)

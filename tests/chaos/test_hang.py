@@ -48,4 +48,4 @@ def test_a_stopped_worker_is_replaced_and_the_trace_is_unbroken(arena: Arena):
     said = "\n".join(line.message for line in LogReader(arena.s3, "s3://ddpm/runs/hang").new_lines())
     # The other waits in the all-reduce of the step.
     assert re.search(r"has made no progress for 1\d s in the phase 'step' \(cluster.step_timeout_s\)", said)
-    assert "training/loop/step.py" in said
+    assert "training/loop/train.py" in said

@@ -11,7 +11,7 @@ from pipelines.config import compose, groups
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.speed import made_up, made_up_job
 from pipelines.training.loop.state import make_state
-from pipelines.training.loop.step import step
+from pipelines.training.loop.train import step
 from tests.docs.modules import load
 
 experiments = load("experiments")
@@ -34,7 +34,7 @@ def test_an_experiment_makes_an_optimizer_step_or_one_forward_pass_without_numbe
     few = ["batch_size=2", "data.lanes=1", "cluster=local", "cluster.num_workers=1", "optim.warmup_images=0"]
     config = compose([f"+experiment={name}", *experiments.NEEDED.get(name, []), *few])
     context = RunContext.of(made_up_job(config), rank=0, world_size=1, device=CPU)
-    state = make_state(context)
+    state = make_state(context.config, context.device, context.precision)
     before = {key: value.clone() for key, value in state.network.state_dict().items()}
     result = step(context, state, made_up(config))
     assert result.updated

@@ -204,11 +204,11 @@ TRAINING = (
     Fault(
         "resumed_stream",
         "A resumed run goes on with the sample after the last one of its checkpoint.",
-        "pipelines/training/loop/loop.py",
+        "pipelines/training/loop/train.py",
         "self.stream = training_stream(context, self.resumed_at)",
         "self.stream = training_stream(context, 0)",
         (
-            "tests/pipelines/training/loop/test_loop.py"
+            "tests/pipelines/training/loop/test_train.py"
             "::test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit[simple]",
         ),
     ),
@@ -223,13 +223,13 @@ TRAINING = (
     Fault(
         "mean_of_means",
         "Gradients are weighted by samples, so that a batch in unequal parts gives the same as a whole one.",
-        "pipelines/training/loop/step.py",
+        "pipelines/training/loop/train.py",
         "loss = mean = weight * (weights.to(each) * each).sum() / config.batch_size",
         "loss = mean = weight * (weights.to(each) * each).mean() / (\n"
         "                    math.ceil(config.batch_size / (config.micro_batch_size or config.batch_size))\n"
         "                )",
         (
-            "tests/pipelines/training/loop/test_loop.py"
+            "tests/pipelines/training/loop/test_train.py"
             "::test_every_objective_trains_with_a_trace_that_is_the_same_in_parts[min_snr]",
         ),
     ),
@@ -367,7 +367,7 @@ NEWLY_TESTED = (
         "            torch._foreach_copy_(live, kept)",
         "            pass",
         (
-            "tests/pipelines/training/loop/test_loop.py"
+            "tests/pipelines/training/loop/test_train.py"
             "::test_grids_are_drawn_from_averaged_weights_and_leave_training_as_it_was",
         ),
     ),
@@ -378,7 +378,7 @@ NEWLY_TESTED = (
         "        torch._foreach_copy_(live, [local_part(t) for t in state.ema.shadow.values()])",
         "        pass",
         (
-            "tests/pipelines/training/loop/test_loop.py"
+            "tests/pipelines/training/loop/test_train.py"
             "::test_grids_are_drawn_from_averaged_weights_and_leave_training_as_it_was",
         ),
     ),

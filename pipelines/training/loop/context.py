@@ -1,21 +1,99 @@
-"""What is fixed during one attempt of one rank; every part of the loop reads it from here."""
+"""A rank is given a job, a shell around its loop, and its place among the ranks: Ray is one shell, a test another."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ddpm.consistency import ConsistencyTuning
 from ddpm.model import ModelSpec
 from ddpm.objectives import Objective
 from ddpm.prediction import Denoiser
 from ddpm.schedule import NoiseSchedule
-from pipelines.checkpoints import references
+from pipelines.checkpoints import references, run_folder
 from pipelines.config import Config, noise_schedule, training_objective
+from pipelines.shards.index import Dataset
+from pipelines.shards.quarantine import Quarantine
+from pipelines.storage import Fence, Storage, join, layout
+from pipelines.tracking import Tracker
 from pipelines.training.loop.collectives import broadcast_object
 from pipelines.training.loop.hardware import Precision, resolve_precision
-from pipelines.training.loop.shell import Job
+from pipelines.training.loop.progress import Progress
+
+if TYPE_CHECKING:  # a type of arguments only; nothing here makes or reads a state
+    from pipelines.training.loop.state import TrainingState
+
+
+class Shell(Protocol):
+    """The surroundings of the loop: who is shown progress, and who may ask the loop to stop."""
+
+    def progress(self, progress: Progress) -> None:
+        """Report progress; called on rank 0 after every step and once more at the end, must not block."""
+
+    def samples(self, images: NDArray[np.uint8]) -> None:
+        """Show samples [N, H, W, C] of the averaged weights; called on rank 0, must not block."""
+
+    def stop_requested(self) -> bool:
+        """Return whether to stop at the next step boundary, with a checkpoint; rank 0 only, must not block."""
+
+    def checkpoint_requested(self) -> bool:
+        """Return whether to save a checkpoint at the next step boundary and go on; any rank, must not block.
+
+        A node that is about to be preempted is the reason. Each request is returned once.
+        """
+
+
+class EvaluationHook(Protocol):
+    """Scores a model while it trains, such as a trial of a study at its rungs; it must pickle."""
+
+    def due(self, before: int, seen: int) -> bool:
+        """Return whether a step from `before` to `seen` images calls for it; the same on every rank."""
+
+    def __call__(self, state: TrainingState, spec: ModelSpec, device: torch.device) -> None:
+        """Score the averaged weights; called by every rank at the same step."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that the workers need for a run; it must pickle.
+
+    Attributes:
+        config: the configuration of the run.
+        dataset: the shards and their index.
+        storage: reads shards, stores checkpoints.
+        tracker: the MLflow run.
+        lineage: what the model's description says of its origin, such as commit and run ID.
+        quarantine: samples that are left out of the dataset, if any.
+        evaluation_hook: called while training goes on, if any.
+        fence: of the driver whose workers train; None where there is no driver, as in a test.
+    """
+
+    config: Config
+    dataset: Dataset
+    storage: Storage
+    tracker: Tracker
+    lineage: dict[str, Any]
+    quarantine: Quarantine | None = None
+    evaluation_hook: EvaluationHook | None = None
+    fence: Fence | None = None
+
+    @property
+    def epoch(self) -> int:
+        """The number of the driver, counted from 1; 0 without one."""
+        return self.fence.epoch if self.fence else 0
+
+    @property
+    def run_uri(self) -> str:
+        """The folder with everything that the run stores."""
+        return run_folder(self.config)
+
+    def published_uri(self, name: str) -> str:
+        """Return where the checkpoint of this name is copied to, to stay: an address that no other writer has."""
+        return join(self.run_uri, layout.PUBLISHED, name.removeprefix(layout.CHECKPOINT_PREFIX))
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.config import Config
+from pipelines.config import Config, OptimConfig
 from pipelines.presentation.progress import NOT_WORKING
+from pipelines.training.loop.progress import StepResult
 
 logger = logging.getLogger(__name__)
 LOW_SNR = 1 / 400
@@ -219,3 +220,36 @@ def _statistic(images: NDArray[np.uint8], name: str) -> NDArray[np.float64]:
     """Return the mean or deviation of each image's pixels, of 0..1."""
     found: NDArray[np.float64] = getattr(images.reshape(len(images), -1) / 255.0, name)(axis=1)
     return found
+
+
+class SkipGuard:
+    """Stops a run whose losses or gradients stay not finite, and names the samples they came from."""
+
+    def __init__(self, optim: OptimConfig, batch_size: int) -> None:
+        self.optim, self.batch_size = optim, batch_size
+        self.in_row = 0
+
+    def check(self, result: StepResult, images_seen: int) -> str | None:
+        """Return a warning about a step that ended at `images_seen`; None where it updated the weights.
+
+        A step that lowered the loss scale of fp16 is no reason for concern and not counted: that is how the scale is
+        found.
+
+        Raises:
+            FloatingPointError: `optim.max_skipped` updates in a row were left out.
+        """
+        if result.updated:
+            self.in_row = 0
+            return None
+        if result.rescaled:
+            return None
+        self.in_row += 1
+        found = f"loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}"
+        if self.in_row >= self.optim.max_skipped:
+            first = images_seen - self.in_row * self.batch_size
+            raise FloatingPointError(
+                f"{self.in_row} updates in a row were not finite ({found}), on samples {first}..{images_seen - 1} of "
+                "the stream: lower optim.lr, set optim.grad_clip, or use optim.precision=fp32"
+            )
+        first = images_seen - self.batch_size
+        return f"update left out: {found} on samples {first}..{images_seen - 1} of the stream"

@@ -7,8 +7,8 @@ import logging
 
 from pipelines.storage import NotFoundError, StorageError, join, layout
 from pipelines.tracking import Destination, RunLog, UnreachableError
+from pipelines.training.loop.context import Job
 from pipelines.training.loop.data import stream_settings
-from pipelines.training.loop.shell import Job
 
 logger = logging.getLogger(__name__)
 FLUSH_S = 300.0

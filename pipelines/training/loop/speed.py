@@ -15,10 +15,9 @@ from pipelines.shards.index import ShardInfo, make_dataset
 from pipelines.shards.read import Batch
 from pipelines.storage import Storage
 from pipelines.tracking import Tracker
-from pipelines.training.loop.context import RunContext
-from pipelines.training.loop.shell import Job
+from pipelines.training.loop.context import Job, RunContext
 from pipelines.training.loop.state import TrainingState, ema_weights, make_state
-from pipelines.training.loop.step import step
+from pipelines.training.loop.train import step
 
 TOKENS = 16
 """Length of made-up captions."""
@@ -85,7 +84,7 @@ def _drawing(
 
 def _prepared(config: Config, device: torch.device) -> tuple[RunContext, TrainingState, Batch]:
     context = RunContext.of(made_up_job(config), rank=0, world_size=1, device=device)
-    return context, make_state(context), made_up(config)
+    return context, make_state(context.config, context.device, context.precision), made_up(config)
 
 
 def made_up(config: Config) -> Batch:

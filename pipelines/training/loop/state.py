@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +14,12 @@ from ddpm.ema import EMA, PowerEMA
 from ddpm.learned_weight import LearnedWeight
 from ddpm.model import make_classifier
 from ddpm.models.unet import UNetConfig
-from ddpm.muon import Muon, hidden_matrices
 from ddpm.timesteps import TimestepSampler
-from pipelines.config import Config, OptimConfig, learned_weight, network_config, timestep_sampler
-from pipelines.training.loop.collectives import broadcast, local_part, on_whole
-from pipelines.training.loop.context import RunContext
-from pipelines.training.loop.hardware import place_network, weight_dtype
+from pipelines.config import Config, learned_weight, network_config, timestep_sampler
+from pipelines.training.loop.collectives import broadcast, local_part
+from pipelines.training.loop.hardware import Precision, place_network, weight_dtype
 from pipelines.training.loop.loss_scale import LossScale
+from pipelines.training.loop.optimizer import make_optimizer
 from pipelines.training.loop.parallel import apply_fsdp, wrap
 
 RESIDUAL, LOSS_SCALE = "residual.", "loss_scale"
@@ -100,9 +98,13 @@ class TrainingState:
             self.power_ema.update(self.network, self.images_seen, batch_size)
 
 
-def make_state(context: RunContext) -> TrainingState:
-    """Return a fresh network, the same on every rank, with its optimizer and averages."""
-    config, device, optim = context.config, context.device, context.config.optim
+def make_state(config: Config, device: torch.device, precision: Precision) -> TrainingState:
+    """Return a fresh network, the same on every rank, with its optimizer and averages.
+
+    Args:
+        precision: what forward and backward compute in.
+    """
+    optim = config.optim
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = make_network(config)
@@ -111,14 +113,12 @@ def make_state(context: RunContext) -> TrainingState:
     return TrainingState(
         network,
         wrap(network, config.cluster, device),
-        make_optimizer(
-            network, optim, torch.bfloat16 if context.precision == "bf16" and device.type == "cuda" else None
-        ),
+        make_optimizer(network, optim, torch.bfloat16 if precision == "bf16" and device.type == "cuda" else None),
         EMA(network, optim.ema_half_life),
         PowerEMA(network, optim.power_ema) if optim.power_ema else None,
         timestep_sampler(config),
         learned_weight(config),
-        LossScale(enabled=context.precision == "fp16"),
+        LossScale(enabled=precision == "fp16"),
         config.images,
     )
 
@@ -130,41 +130,6 @@ def make_network(config: Config) -> nn.Module:
         return shape.build()
     assert isinstance(shape, UNetConfig)  # checked with the configuration
     return make_classifier(shape, config.data.num_classes)
-
-
-def make_optimizer(
-    network: nn.Module, optim: OptimConfig, muon_dtype: torch.dtype | None = None
-) -> torch.optim.Optimizer:
-    """Return an optimizer that has its state already, so that checkpoints of all steps have the same tensors.
-
-    It is a fused AdamW, or RAdam with AdamW's weight decay, or Muon with AdamW for what is no hidden matrix.
-
-    Args:
-        muon_dtype: what Muon makes matrices orthogonal in; None: the dtype of the weights.
-    """
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    settings: dict[str, Any] = {"lr": 0.0, "betas": optim.betas, "weight_decay": optim.weight_decay}
-    optimizer: torch.optim.Optimizer
-    if optim.kind == "radam":
-        optimizer = torch.optim.RAdam(parameters, **settings, decoupled_weight_decay=True)
-    elif optim.kind == "muon":
-        matrices = hidden_matrices(network)
-        ids = {id(matrix) for matrix in matrices}
-        others = [parameter for parameter in parameters if id(parameter) not in ids]
-        optimizer = Muon(
-            matrices, others, **settings, momentum=optim.muon_momentum, dtype=muon_dtype, on_whole=on_whole
-        )
-    else:
-        optimizer = torch.optim.AdamW(parameters, **settings, fused=True)
-    # A step with zero gradients at rate 0 creates the state and changes no weight.
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-    for entries in optimizer.state.values():
-        for value in entries.values():
-            local_part(value).zero_()
-    return optimizer
 
 
 def load_weights(state: TrainingState, weights: Mapping[str, Tensor], device: torch.device) -> None:

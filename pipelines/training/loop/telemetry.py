@@ -12,9 +12,9 @@ from pipelines.environment.scratch import scratch_folder
 from pipelines.tracking import RunLog
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.hardware import flops_per_image, memory_gib, peak_flops
-from pipelines.training.loop.progress import Clock
+from pipelines.training.loop.optimizer import learning_rate
+from pipelines.training.loop.progress import Clock, StepResult
 from pipelines.training.loop.state import TrainingState, make_network
-from pipelines.training.loop.step import StepResult, learning_rate
 
 
 class StepStatistics:

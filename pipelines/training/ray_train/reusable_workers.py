@@ -23,7 +23,7 @@ from ray.exceptions import RayError
 from pipelines.config import ClusterConfig
 from pipelines.training import STARTED
 from pipelines.training.errors import TrainingError
-from pipelines.training.loop.shell import Job
+from pipelines.training.loop.context import Job
 from pipelines.training.ray_train.answers import answer
 from pipelines.training.ray_train.mailboxes import JobQueue
 from pipelines.training.ray_train.shell import get_reply

@@ -21,7 +21,7 @@ from pipelines.environment.scratch import closed_folder
 from pipelines.shards.cache import ShardCorruptError
 from pipelines.storage import FencedError
 from pipelines.training import STARTED
-from pipelines.training.loop.shell import Job
+from pipelines.training.loop.context import Job
 from pipelines.training.ray_train.answers import answer
 from pipelines.training.ray_train.quick_start import QuickStart, run
 from pipelines.training.ray_train.reservations import FreeWorkers, take_over_reservation
@@ -50,7 +50,7 @@ def train_rank(job: Job, monitor: Any, started: float) -> None:
     from ray.train.torch import get_device
 
     from pipelines.training.loop.context import RunContext
-    from pipelines.training.loop.loop import train_rank as run_rank
+    from pipelines.training.loop.train import train_rank as run_rank
     from pipelines.training.ray_train.shell import RayShell
 
     if answer(monitor.final_error.remote(), "errors that no restart mends") is not None:

@@ -16,7 +16,7 @@ from pipelines.presentation.progress import Notice, Report, TrainingStatus
 from pipelines.storage import FencedError, StorageError
 from pipelines.training.errors import TrainingError
 from pipelines.training.ledger import Ledger
-from pipelines.training.loop.shell import Job
+from pipelines.training.loop.context import Job
 from pipelines.training.ray_train.answers import answer
 from pipelines.training.ray_train.resources import alive_nodes, shortage
 from pipelines.training.ray_train.worker_logs import Heard

@@ -35,7 +35,7 @@ from pipelines.storage import Storage, layout
 from pipelines.tracking import ModelVersion, Tracker, client
 from pipelines.training import driver
 from pipelines.training.driver import TrainingResult
-from pipelines.training.loop.shell import Job
+from pipelines.training.loop.context import Job
 from tests.pipelines.checkpoints.tiny import DATASET, a_checkpoint
 from tests.pipelines.registry.version import scores
 

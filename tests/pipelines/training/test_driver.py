@@ -21,7 +21,7 @@ from pipelines.training import driver
 from pipelines.training.driver import Plan, initial_lineage, train
 from pipelines.training.errors import TrainingError
 from pipelines.training.goodput import Attempt
-from pipelines.training.loop.shell import Job
+from pipelines.training.loop.context import Job
 from tests.pipelines.training.loop.ranks import last_checkpoint, tiny_config, train_here
 
 NOBODY = "http://127.0.0.1:9"

@@ -22,7 +22,7 @@ from pipelines.storage.retry import TransientError
 from pipelines.tracking import Tracker, client
 from pipelines.training import evaluations as module
 from pipelines.training.evaluations import STATE_TAG, Evaluations, due, has_outstanding, to_score
-from pipelines.training.loop.shell import Job
+from pipelines.training.loop.context import Job
 from pipelines.training.scoring import CancelledError
 
 # --- what is due ---

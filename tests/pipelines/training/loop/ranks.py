@@ -17,10 +17,9 @@ from pipelines import checkpoints
 from pipelines.config import Config, compose
 from pipelines.shards.index import Dataset
 from pipelines.storage import Storage
-from pipelines.training.loop.context import RunContext
-from pipelines.training.loop.loop import train_rank
+from pipelines.training.loop.context import Job, RunContext
 from pipelines.training.loop.progress import Progress
-from pipelines.training.loop.shell import Job
+from pipelines.training.loop.train import train_rank
 from tests.networks import TINY_UNET
 
 TINY = {

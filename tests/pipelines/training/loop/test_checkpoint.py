@@ -14,7 +14,7 @@ from pipelines import checkpoints
 from pipelines.checkpoints import load_checkpoint, save_checkpoint
 from pipelines.shards.read import Batch
 from pipelines.storage import Storage, StorageError
-from pipelines.training.loop import step as step_module
+from pipelines.training.loop import train as train_module
 from pipelines.training.loop.task import losses
 from tests.pipelines.training.loop.ranks import NO_GRIDS, SMALL, FolderShell, last_checkpoint, tiny_config, train_here
 
@@ -148,7 +148,7 @@ def test_an_update_that_is_not_finite_changes_nothing_but_the_count(digits, tmp_
         found = losses(context, network, batch, *others)
         return torch.where(batch.ordinals == 60, torch.nan, found)
 
-    monkeypatch.setattr(step_module, "losses", poisoned)
+    monkeypatch.setattr(train_module, "losses", poisoned)
     shell, tracker = run(tmp_path / "r", digits, None, "tracking.log_every=25")
     assert [math.isfinite(r.loss) for r in shell.reports[:STEPS]] == [True, True, False, True, True, True]
     assert [tracker.points[seen]["updates/skipped"] for seen in (50, 75, 150)] == [0, 1, 1]

@@ -10,7 +10,8 @@ import pytest
 from pipelines.config import compose, groups
 from pipelines.presentation.progress import NOT_WORKING
 from pipelines.training.loop import health
-from pipelines.training.loop.health import Health, blank, expected_faults
+from pipelines.training.loop.health import Health, SkipGuard, blank, expected_faults
+from pipelines.training.loop.progress import StepResult
 from tests.docs.modules import load
 from tests.pipelines.training.loop.ranks import tiny_config, train_here
 
@@ -156,3 +157,16 @@ def test_a_short_training_of_eps_says_what_is_wrong_and_one_of_v_does_not(digits
         said[prediction] = [record.getMessage() for record in caplog.records if NOT_WORKING in record.getMessage()]
     assert said["v"] == []
     assert any("as far off as the mean image" in text and "objective.prediction=v" in text for text in said["eps"])
+
+
+def test_only_updates_in_a_row_stop_a_run_and_the_samples_of_all_of_them_are_named():
+    guard = SkipGuard(compose(["optim.max_skipped=3"]).optim, batch_size=10)
+    bad, good = StepResult(float("nan"), 1.0, False, False, False), StepResult(1.0, 1.0, True, False, False)
+    assert "samples 10..19 " in guard.check(bad, 20)
+    assert guard.check(good, 30) is None
+    guard.check(bad, 40)
+    overflow = StepResult(1.0, float("inf"), False, False, False, rescaled=True)
+    assert guard.check(overflow, 40) is None  # neither counted nor a success
+    guard.check(bad, 50)
+    with pytest.raises(FloatingPointError, match=r"3 updates in a row .*samples 30\.\.59 "):
+        guard.check(bad, 60)

@@ -10,8 +10,8 @@ import pytest
 from pipelines.storage import Storage, StorageError
 from pipelines.tracking import UnreachableError, outbox
 from pipelines.training.loop import log as run_log
+from pipelines.training.loop.context import Job
 from pipelines.training.loop.log import finish_log, open_log, send_unsent
-from pipelines.training.loop.shell import Job
 from tests.pipelines.training.loop import ranks
 from tests.pipelines.training.loop.ranks import MemoryTracker, tiny_config, train_here
 

@@ -7,8 +7,7 @@ import torch
 
 from pipelines.shards.read import Batch
 from pipelines.storage import Storage
-from pipelines.training.loop.context import RunContext
-from pipelines.training.loop.shell import Job
+from pipelines.training.loop.context import Job, RunContext
 from pipelines.training.loop.task import conditions, losses
 from tests.pipelines.training.loop.ranks import SMALL, MemoryTracker, tiny_config
 

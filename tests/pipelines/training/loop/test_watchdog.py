@@ -19,12 +19,11 @@ from pipelines import checkpoints
 from pipelines.shards.stream import TrainingStream
 from pipelines.storage import Storage, StorageError
 from pipelines.training.loop import checkpoint, watchdog
-from pipelines.training.loop.context import RunContext
-from pipelines.training.loop.loop import train_rank
+from pipelines.training.loop.context import Job, RunContext
 from pipelines.training.loop.preview import Preview
 from pipelines.training.loop.progress import Clock
-from pipelines.training.loop.shell import Job
 from pipelines.training.loop.telemetry import StepStatistics
+from pipelines.training.loop.train import train_rank
 from pipelines.training.loop.watchdog import EXIT_CODE
 from tests.forked import FORKING
 from tests.pipelines.training.loop.ranks import FolderShell, MemoryTracker, tiny_config

@@ -1,7 +1,7 @@
 import pytest
 
 from pipelines.config import compose
-from pipelines.training.loop.step import SkipGuard, StepResult, learning_rate
+from pipelines.training.loop.optimizer import learning_rate
 
 
 def run(*overrides):
@@ -28,16 +28,3 @@ def test_the_learning_rate_is_scaled_from_the_batch_that_it_is_given_for(rule, f
     assert learning_rate(run("batch_size=128", f"optim.lr_scaling=[{rule},128]"), 5_000) == learning_rate(run(), 5_000)
     assert scaled.identity()["optim.lr_scaling"] == [rule, 128]
     assert "optim.lr_scaling" not in plain.identity()
-
-
-def test_only_updates_in_a_row_stop_a_run_and_the_samples_of_all_of_them_are_named():
-    guard = SkipGuard(compose(["optim.max_skipped=3"]).optim, batch_size=10)
-    bad, good = StepResult(float("nan"), 1.0, False, False, False), StepResult(1.0, 1.0, True, False, False)
-    assert "samples 10..19 " in guard.check(bad, 20)
-    assert guard.check(good, 30) is None
-    guard.check(bad, 40)
-    overflow = StepResult(1.0, float("inf"), False, False, False, rescaled=True)
-    assert guard.check(overflow, 40) is None  # neither counted nor a success
-    guard.check(bad, 50)
-    with pytest.raises(FloatingPointError, match=r"3 updates in a row .*samples 30\.\.59 "):
-        guard.check(bad, 60)
