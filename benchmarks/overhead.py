@@ -34,10 +34,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.results import Size, commit, make_parser, publish, python_m
+from benchmarks.results import Size, commit, make_parser, out_folder, publish, python_m, to_text
+from pipelines.plan.calibration import FILE as CALIBRATION_FILE
+from pipelines.plan.calibration import Calibration
 
 if TYPE_CHECKING:
     from pipelines.presentation.progress import TrainingStatus
@@ -113,6 +116,8 @@ def main(arguments: list[str] | None = None) -> None:
     with _runs(options.home, SCALING if options.scaling else (DIGITS,), options.size) as bench:
         result = ways[way](bench, options.size) if way else run(bench, options.size)
     publish(result, f"overhead_{way}" if way else "overhead", options)
+    if options.scaling:
+        calibrate(result, out_folder(options, "pipelines/plan") / "calibration.json")
 
 
 def bare(case: Case, threads: int, seconds: float) -> float:
@@ -237,6 +242,15 @@ def run_scaling(bench: _Bench, size: Size) -> dict[str, Any]:
             "turns": rows,
         }
     return {**_about("overhead_scaling", size), "seconds_per_turn": seconds, "cases": cases}
+
+
+def calibrate(result: dict[str, Any], path: Path) -> None:
+    """Write the speed of workers that share a machine, where steps are long, into the constants of plans."""
+    plain = json.loads(CALIBRATION_FILE.read_text())
+    speed = round(result["cases"][SCALING[-1].name]["pair"], 2)
+    plain["workers"] |= {"date": date.today().isoformat(), "machine": result["machine"], "shared_speed": speed}
+    Calibration.model_validate(plain)
+    path.write_text(to_text(plain))
 
 
 def run_restarts(bench: _Bench, size: Size) -> dict[str, Any]:

@@ -7,15 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.plan import clock
+from pipelines.plan.calibration import CALIBRATION
 from pipelines.plan.facts import Hand, MachineFacts, SourceFacts, Speed
 from pipelines.plan.networks import Candidate, candidates
 from pipelines.presentation.errors import ConfigError
 
-STEPS = 15
-"""Network evaluations of a sample by DPM-Solver++: on digits 8 are as good as 50 of DDIM, see docs/few-steps.md."""
-SCALE, SHORT_SCALE, SHORT = 1.5, 2.0, 30_000
-"""Of guidance; that of a training on fewer images of up to 32 pixels than this, whose samples would otherwise often not
-be of their class: see docs/performance.md."""
+SAMPLING = CALIBRATION.sampling
 PIECE = {"cpu": 32, "cuda": 128}
 """Images of a measured step; fewer of large ones on a CPU."""
 MOST_PASSES = 1_000
@@ -59,7 +56,8 @@ class Basis:
     @property
     def scale(self) -> float:
         """The guidance scale of samples."""
-        return SHORT_SCALE if self.images < SHORT * self.candidate.effort else SCALE
+        short = self.images < SAMPLING.short_training_images * self.candidate.effort
+        return SAMPLING.short_guidance_scale if short else SAMPLING.guidance_scale
 
 
 def check_source(source: SourceFacts) -> None:
@@ -119,8 +117,12 @@ def _basis(
     """
     labels = bool(hand.get("model.class_conditional", len(source.class_counts) > 1))
     texts = bool(hand.get("model.text_dim", source.encoder_width if uses_captions(source, hand) else 0))
-    guided = (labels or texts) and hand.get("guidance.scale", SCALE) != 1 and hand.get("guidance", "") != "none"
-    evaluations = int(hand.get("sampler.steps", STEPS)) * (2 if guided else 1)
+    guided = (
+        (labels or texts)
+        and hand.get("guidance.scale", SAMPLING.guidance_scale) != 1
+        and hand.get("guidance", "") != "none"
+    )
+    evaluations = int(hand.get("sampler.steps", SAMPLING.steps)) * (2 if guided else 1)
     speed = machine.speeds[candidate.key]
     judging = clock.judging(source, machine, speed, candidate.size, budget_s, evaluations, texts, compared)
     fixed = clock.fixed_seconds(source, machine) | judging.seconds

@@ -6,47 +6,21 @@ import math
 from dataclasses import dataclass
 
 from pipelines.plan.budget import spoken, written
+from pipelines.plan.calibration import CALIBRATION
 from pipelines.plan.facts import MachineFacts, Plan, SourceFacts, Speed
 from pipelines.presentation.errors import ConfigError
 from pipelines.shards.ingest.write import ALONE_S
 
-WORKERS_S = 28.0
-"""Seconds to connect to Ray, open the run, start the workers, and store the last checkpoint."""
-REGISTER_S = 12.0
-"""Seconds to log, sign and register a version and to record the gate's decision."""
-INGEST_S = 1.0
-"""Seconds of an ingest without those of its images."""
-JUDGING_S = {"evaluator": 8.0, "scores": 18.0}
-"""Stage -> seconds in which its processes start, and in which scores are computed and plotted."""
-TASKS_S = 8.0
-"""Seconds until Ray tasks write the first image."""
-ENCODE_SHARE = 1 / 3
-"""What an evaluator takes to look at a real image, as a share of a step of its training."""
 SPARE = 0.05
 """Share of the budget that stays free, because speeds vary."""
 JUDGE_SHARE, SCORE_SHARE, LIKELIHOOD_SHARE, GRID_SHARE = 0.12, 0.15, 0.03, 0.04
-"""Largest shares of the budget for the evaluator's training, for drawing samples that are scored, for likelihoods, and
-of the training for sample grids, unless those are `LEAST_GRID` images."""
+"""Largest shares of the budget for training the evaluator, for drawing samples that are scored and for likelihoods, and
+of the training for sample grids, which have at least `LEAST_GRID` images."""
 LEAST_GRID = 8
 LEAST_TRAINING_S = 15.0
-SHARED = 0.88
-"""Speed of one of several workers on the cores of one machine, beside services, relative to bare processes that compute
-at once, where steps are long: measured, see docs/performance.md."""
-EXCHANGE_S = 0.06
-"""Seconds by which a step of several such workers is longer for every million parameters, whose gradients they exchange
-when the slowest of them is done. Trainings of 1.6 to 1.8 million in batches of 16 and 32 took 0.77 to 1.15 times as
-long as this and `SHARED` say, on one host on three days: a plan's length is a first guess, see `Config.training_s`."""
-ALONE = 0.94
-"""Speed of one worker relative to its bare steps, measured there too."""
 WORTH = 1.1
-"""How many times as fast as one worker several must be: parts of a batch take longer by image than all of it."""
+"""Speed-up over one worker from which on several are used: parts of a batch take longer per image than all of it."""
 JUDGE_BATCH = 64
-JUDGE_PASSES = {"classifier": 40, "contrastive": 20}
-"""Passes over its images by which an evaluator is trained where the time does not matter."""
-LEAST_PASSES = 2
-"""By two passes over 4,000 digits it knows 96.7 % of others, by three 96.9 %, by one 91.8 %."""
-LIKELIHOOD_EVALUATIONS = 2_400
-"""Network evaluations of the bound and of the ODE for one image, with the default schedule."""
 SAMPLES, LEAST_SAMPLES = 1_000, 48
 
 
@@ -93,21 +67,22 @@ def processes(machine: MachineFacts) -> int:
 
 def together(machine: MachineFacts) -> float:
     """Return the speed of each of these processes beside services, relative to bare ones that compute at once."""
-    return SHARED if not machine.gpus and machine.cores > 1 else ALONE
+    several = not machine.gpus and machine.cores > 1
+    return CALIBRATION.workers.shared_speed if several else CALIBRATION.exchange.alone_speed
 
 
 def training_rate(speed: Speed, machine: MachineFacts, workers: int, batch: int) -> float:
     """Return images per second of some workers that share a batch."""
     alone = speed.train_in_steps_of(batch / workers)
     if workers == 1:
-        return alone * ALONE / machine.together  # the other cores are free then
-    exchange_s = 0.0 if machine.gpus else EXCHANGE_S * speed.parameters / 1e6
+        return alone * CALIBRATION.exchange.alone_speed / machine.together  # the other cores are free then
+    exchange_s = 0.0 if machine.gpus else CALIBRATION.exchange.seconds_per_million * speed.parameters / 1e6
     return batch / (batch / workers / (alone * together(machine)) + exchange_s)
 
 
 def gain_of_workers(machine: MachineFacts) -> float:
     """Return how many times as fast as one worker as many of them train as there are processes."""
-    return processes(machine) * machine.together * together(machine) / ALONE
+    return processes(machine) * machine.together * together(machine) / CALIBRATION.exchange.alone_speed
 
 
 def workers(machine: MachineFacts) -> int:
@@ -162,7 +137,10 @@ def judging(
     shown = source.train_images if source.train_images < 1_000 else min(source.train_images // 2, 50_000)
     judge_step_s = machine.judge_step_s.get(size, 0.02) * (2 if texts else 1)
     of_pass = math.ceil(shown / JUDGE_BATCH) * judge_step_s
-    passes = min(JUDGE_PASSES[kind], max(LEAST_PASSES, int(JUDGE_SHARE * budget_s / max(of_pass, 1e-9))))
+    passes = min(
+        CALIBRATION.judging.passes[kind],
+        max(CALIBRATION.judging.least_passes, int(JUDGE_SHARE * budget_s / max(of_pass, 1e-9))),
+    )
     rate = drawing_rate(speed, machine)
     affordable = int(SCORE_SHARE * budget_s * rate / evaluations)
     # Each seed's samples once for the scores; the gate draws the first of them of two versions. There are as many of a
@@ -170,34 +148,38 @@ def judging(
     most = max(LEAST_SAMPLES, min(max(source.test_images, 256), SAMPLES))
     seeds = 3 if affordable >= 5 * min(most, 256) else 1
     n = max(LEAST_SAMPLES, min(most, affordable // (seeds + 2)))
-    of_likelihood = LIKELIHOOD_EVALUATIONS / _of_all(speed.evaluate, machine)
+    of_likelihood = CALIBRATION.judging.likelihood_evaluations / _of_all(speed.evaluate, machine)
     likely = int(LIKELIHOOD_SHARE * budget_s / of_likelihood)
     likelihood = min(32, likely, source.test_images) if likely >= 4 else 0
     drawn = n * (seeds + (2 if compared else 0)) * evaluations / rate + likelihood * of_likelihood
-    encoded = source.images / _of_all(JUDGE_BATCH / (ENCODE_SHARE * judge_step_s), machine)
+    encoded = source.images / _of_all(JUDGE_BATCH / (CALIBRATION.judging.encode_share * judge_step_s), machine)
     # What judges prompts is trained as long as the evaluator, when the scores are computed.
     trained, of_prompts = (of_pass * passes / 2, of_pass * passes / 2) if texts else (of_pass * passes, 0.0)
     spent = {"evaluator": trained, "scores": of_prompts + drawn + encoded}
-    seconds = {stage: JUDGING_S[stage] + own for stage, own in spent.items()}
+    seconds = {stage: fixed + spent[stage] for stage, fixed in _judging_seconds().items()}
     return Judging(kind, passes, n, seeds, likelihood, seconds)
+
+
+def _judging_seconds() -> dict[str, float]:
+    return {"evaluator": CALIBRATION.stages.evaluator_s, "scores": CALIBRATION.stages.scores_s}
 
 
 def fixed_seconds(source: SourceFacts, machine: MachineFacts) -> dict[str, float]:
     """Return the seconds of the stages whose length no choice changes."""
     writing = source.images * source.write_s + source.captions * source.caption_s
     if writing > ALONE_S:
-        writing = TASKS_S + writing / machine.cores
+        writing = CALIBRATION.stages.tasks_s + writing / machine.cores
     return {
         "look and measure": machine.looking_s,
-        "start": machine.start_s + WORKERS_S,
-        "ingest": INGEST_S + writing,
-        "register": REGISTER_S,
+        "start": machine.start_s + CALIBRATION.stages.workers_s,
+        "ingest": CALIBRATION.stages.ingest_s + writing,
+        "register": CALIBRATION.stages.register_s,
     }
 
 
 def training_ends_s(plan: Plan) -> float:
     """Return after how many seconds of a plan's budget its training is to end, without the start of the workers."""
-    after = WORKERS_S + plan.seconds["scores"] + plan.seconds["register"]
+    after = CALIBRATION.stages.workers_s + plan.seconds["scores"] + plan.seconds["register"]
     return plan.budget_s * (1 - SPARE) - after
 
 
@@ -207,7 +189,9 @@ def check_budget(budget_s: float) -> None:
     Raises:
         ConfigError: names the least budget that may do.
     """
-    left_for_training(budget_s, {"start": WORKERS_S, "ingest": INGEST_S, **JUDGING_S, "register": REGISTER_S})
+    stages = CALIBRATION.stages
+    before = {"start": stages.workers_s, "ingest": stages.ingest_s}
+    left_for_training(budget_s, before | _judging_seconds() | {"register": stages.register_s})
 
 
 def left_for_training(budget_s: float, spent: dict[str, float]) -> float:

@@ -12,9 +12,10 @@ from pipelines.config import override_value
 from pipelines.evaluation.copies import LEAST
 from pipelines.plan import clock
 from pipelines.plan.budget import spoken, written
-from pipelines.plan.choose import MOST_PASSES, PIECE, STEPS, Basis, drawing_precision, methods, most_images
+from pipelines.plan.calibration import CALIBRATION
+from pipelines.plan.choose import MOST_PASSES, PIECE, SAMPLING, Basis, drawing_precision, methods, most_images
 from pipelines.plan.facts import Hand, Line, MachineFacts, SourceFacts
-from pipelines.plan.networks import RATES, candidates, native_size
+from pipelines.plan.networks import candidates, native_size
 from pipelines.storage import layout
 
 FEW = 500
@@ -140,7 +141,7 @@ def _condition_line(source: SourceFacts, basis: Basis, hand: Hand) -> Line:
 def optim_lines(source: SourceFacts, machine: MachineFacts, basis: Basis, hand: Hand) -> list[Line]:
     """Return the lines about the optimization."""
     images, batch = basis.images, basis.batch
-    rate = RATES[basis.candidate.network] * math.sqrt(min(batch, 512) / 128)
+    rate = CALIBRATION.networks.learning_rates[basis.candidate.network] * math.sqrt(min(batch, 512) / 128)
     passes = images / source.train_images
     capped = images + batch > most_images(source) and not hand.sets("images")
     known = capped or hand.sets("images") or hand.get("objective", hand.get("objective.loss", "")) == "consistency"
@@ -245,8 +246,8 @@ def judging_lines(source: SourceFacts, machine: MachineFacts, basis: Basis, budg
     return [
         hand.line(
             "sampler",
-            {"sampler": "dpm_solver", "sampler.steps": STEPS, "sampler.precision": precision, **guidance},
-            f"DPM-Solver++, {STEPS} steps"
+            {"sampler": "dpm_solver", "sampler.steps": SAMPLING.steps, "sampler.precision": precision, **guidance},
+            f"DPM-Solver++, {SAMPLING.steps} steps"
             + (f", guidance {basis.scale:g}" if basis.guided else "")
             + (", in bf16" if precision == "bf16" else ""),
             "on digits 8 steps of it are as good as 50 of DDIM (docs/few-steps.md)"

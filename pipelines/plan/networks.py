@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipelines.plan.calibration import CALIBRATION
 from pipelines.plan.facts import Hand, SourceFacts
 
 SIZES = (16, 32, 64, 128, 256)
@@ -13,10 +14,6 @@ LARGEST_NATIVE = 64
 """Images that all have one small size are trained on at that size."""
 WIDTHS = {"narrow": (32, 64), "plain": (64, 64), "wide": (64, 128), "widest": (128, 256)}
 """Network -> channels of the finest level and of the others."""
-NEEDED = {"narrow": 15_000, "plain": 40_000, "wide": 250_000, "widest": 2_000_000, "hand": 0}
-"""Images of up to 32 pixels that a network should see, for it to beat the next smaller one in the same time."""
-RATES = {"narrow": 2e-3, "plain": 1e-3, "wide": 8e-4, "widest": 3e-4, "hand": 3e-4}
-"""Learning rate of a network at a batch of 128."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class Candidate:
     @property
     def needed(self) -> int:
         """Images that it should see at least."""
-        return round(NEEDED[self.network] * self.effort)
+        return round(CALIBRATION.networks.images_needed[self.network] * self.effort)
 
 
 def candidates(source: SourceFacts, hand: Hand) -> tuple[Candidate, ...]:

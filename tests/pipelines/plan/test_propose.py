@@ -14,6 +14,7 @@ from benchmarks.results import ROOT
 from pipelines.config import ConfigError, compose, override_settings
 from pipelines.plan import clock
 from pipelines.plan.advice import more_time
+from pipelines.plan.calibration import CALIBRATION
 from pipelines.plan.choose import drawing_precision, methods
 from pipelines.plan.facts import Hand, Mirror
 from pipelines.plan.lines import source_name
@@ -63,12 +64,14 @@ def test_digits_keep_their_size_are_grey_conditioned_and_never_mirrored():
 @pytest.mark.parametrize("batch", [16, 128])
 def test_workers_on_cores_exchange_the_gradients_of_the_network_in_every_step(batch):
     speed, gpus = LAPTOP.speeds["wide@32"], machine(cores=16, gpus=2)
-    exchanged_s = clock.EXCHANGE_S * speed.parameters / 1e6
+    exchanged_s = CALIBRATION.exchange.seconds_per_million * speed.parameters / 1e6
     step_s = batch / clock.training_rate(speed, LAPTOP, 2, batch)
-    assert step_s == pytest.approx(batch / 2 / (speed.train * clock.SHARED) + exchanged_s)
+    assert step_s == pytest.approx(batch / 2 / (speed.train * CALIBRATION.workers.shared_speed) + exchanged_s)
     alone = clock.training_rate(speed, LAPTOP, 1, batch)
-    assert alone == pytest.approx(speed.train / LAPTOP.together * clock.ALONE)
-    assert clock.training_rate(speed, gpus, 2, batch) == pytest.approx(2 * speed.train * clock.ALONE)
+    assert alone == pytest.approx(speed.train / LAPTOP.together * CALIBRATION.exchange.alone_speed)
+    assert clock.training_rate(speed, gpus, 2, batch) == pytest.approx(
+        2 * speed.train * CALIBRATION.exchange.alone_speed
+    )
 
 
 @pytest.mark.parametrize("source", [DIGITS, PICTOGRAMS, PHOTOS], ids=["digits", "pictograms", "photos"])
@@ -105,9 +108,9 @@ def test_prompts_are_judged_by_a_network_that_is_trained_as_long_as_the_evaluato
     )
     assert both.passes == alone.passes
     assert both.seconds["evaluator"] == pytest.approx(alone.seconds["evaluator"])
-    encoded = PICTOGRAMS.images * clock.ENCODE_SHARE * LAPTOP.judge_step_s[32] / clock.JUDGE_BATCH
+    encoded = PICTOGRAMS.images * CALIBRATION.judging.encode_share * LAPTOP.judge_step_s[32] / clock.JUDGE_BATCH
     encoded /= 2 * clock.together(LAPTOP)
-    trained = alone.seconds["evaluator"] - clock.JUDGING_S["evaluator"]
+    trained = alone.seconds["evaluator"] - CALIBRATION.stages.evaluator_s
     assert both.seconds["scores"] - alone.seconds["scores"] == pytest.approx(trained + encoded, rel=0.01)
 
 
@@ -312,14 +315,14 @@ def test_the_time_of_a_training_has_room_for_its_grids(budget_s):
 def test_a_training_ends_when_what_comes_after_it_still_fits(kind):
     plan = propose(SOURCES[kind], LAPTOP, HALF_HOUR)
     before = sum(plan.seconds[stage] for stage in ("look and measure", "start", "ingest", "evaluator"))
-    ends = before - clock.WORKERS_S + plan.seconds["train"]  # the workers' start does not count
+    ends = before - CALIBRATION.stages.workers_s + plan.seconds["train"]  # the workers' start does not count
     assert clock.training_ends_s(plan) == pytest.approx(ends, rel=0.01)
     assert clock.training_ends_s(plan) + plan.seconds["scores"] + plan.seconds["register"] < HALF_HOUR
 
 
 def test_more_real_images_take_longer_to_look_at():
     few, many = (propose(replace(DIGITS, images=count), LAPTOP, HALF_HOUR) for count in (10_000, 20_000))
-    of_image = clock.ENCODE_SHARE * LAPTOP.judge_step_s[28] / clock.JUDGE_BATCH
+    of_image = CALIBRATION.judging.encode_share * LAPTOP.judge_step_s[28] / clock.JUDGE_BATCH
     more = 10_000 * of_image / (2 * clock.together(LAPTOP))
     assert many.seconds["scores"] - few.seconds["scores"] == pytest.approx(more, rel=0.01)
 
