@@ -118,7 +118,7 @@ def record(reference: str) -> None:
         def judge(self, params: Params) -> dict[str, Any]:
             chosen = sampling(apply(base, params))
             drawn = self.scorer.draw(chosen, torch.arange(SAMPLES), seed=base.evaluation.seed)
-            distance = frechet_distance(self.scorer.subject.reference, FeatureMoments.of(drawn.features))
+            distance = frechet_distance(self.scorer.subject.reference.moments, FeatureMoments.of(drawn.features))
             return {"params": params, "frechet_distance": distance, "evaluations": drawn.evaluations}
 
     shared = ray.put(Subject.of(model, evaluator, real, {}, base.evaluation.seed))

@@ -1,66 +1,176 @@
-"""Actors of a Ray cluster that draw samples and compute likelihoods."""
+"""Actors of a Ray cluster that draw samples and compute likelihoods, of one model after another."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
+from torch import Tensor
 
-from ddpm.generate import to_uint8
+from ddpm.conditioning import Conditioning
+from ddpm.generate import Sampling, to_uint8
 from ddpm.model import Model
+from pipelines.evaluation.cost import Meter
+from pipelines.evaluation.data import EvaluationData
 from pipelines.evaluation.devices import task_device
 from pipelines.evaluation.evaluators.base import Evaluator
 from pipelines.evaluation.images import pack_samples, thumbnail_size, thumbnails, to_levels, unpack_samples
-from pipelines.evaluation.likelihoods import Likelihood, likelihood
+from pipelines.evaluation.likelihoods import BATCH, Bounds, Likelihood, conditions, held_out_bound, likelihood
 from pipelines.evaluation.prompts import Prompts
 from pipelines.evaluation.rows import Rows
-from pipelines.evaluation.samples import Drawn, DrawnUnit, Plan, Request, SampleFiles, Unit
+from pipelines.evaluation.samples import Drawn, DrawnUnit, Plan, Request, SampleFiles, Subject, Unit
 from pipelines.presentation.progress import Notice, Progress
 from pipelines.remote.actors import ActorPool, PooledActor, processors
-from pipelines.signing import Derived
+from pipelines.signing import Authority, Derived
 from pipelines.storage import Storage
 
 
-def sampling_actors(
-    model: Model,
-    evaluator: Evaluator,
-    storage: Storage,
-    request: Request,
-    units: int,
-    *,
-    prompts: Prompts | None = None,
-    notice: Notice,
-) -> ActorPool:
-    """Return actors that draw samples and compute likelihoods: model and evaluator are loaded once in each.
+@dataclass(frozen=True)
+class Sampled:
+    """The samples of a subject.
+
+    Attributes:
+        rows: what the evaluator says of them.
+        files: that hold them.
+    """
+
+    plan: Plan
+    rows: Drawn
+    files: SampleFiles
+
+
+class SamplingActors:
+    """Actors that draw and judge samples of subjects. Used as a context, at whose end they end.
+
+    The evaluator is loaded once in each; the networks of the last subject stay loaded.
 
     Args:
-        request: says how many there are, and whether each has a GPU.
-        units: parts of the work, of which there are not fewer than actors.
-        prompts: captions that are drawn from, with what judges them; None without prompts.
+        data: what judges the samples.
+        request: how many samples are drawn of each subject, by how many actors, and whether each has a GPU.
+        authority: says whose stored samples are believed, and signs the new ones; None to draw all of them.
+        notice: called where an actor is lost, and where what is stored is not believed.
     """
-    shared = ray.put((model.to("cpu"), evaluator, prompts))
-    count = min(request.actors or processors(use_gpu=request.use_gpu), units)
-    needs = {"CPU": 1.0, "GPU": float(request.use_gpu)}
-    return ActorPool(_SamplingActor, (shared, storage), needs, count, request.patience_s, notice)
+
+    def __init__(self, data: EvaluationData, request: Request, authority: Authority | None, notice: Notice) -> None:
+        self.data, self.request, self.authority, self.notice = data, request, authority, notice
+        n = request.n or data.real.test.count
+        units = len(request.seeds) * -(-n // request.batch_size)
+        count = min(request.actors or processors(use_gpu=request.use_gpu), units)
+        needs = {"CPU": 1.0, "GPU": float(request.use_gpu)}
+        shared = ray.put(data.evaluator)
+        self.pool = ActorPool(_SamplingActor, (shared, data.storage), needs, count, request.patience_s, notice)
+        self._shared: dict[str, Any] = {}
+
+    def __enter__(self) -> SamplingActors:
+        self.pool.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.pool.__exit__(*error)
+
+    def _ask(self, subject: Subject, method: str, calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        """Yield (place, result) of calls of a method of `Drawer` for a subject, as they finish."""
+        if subject.digest not in self._shared:
+            self._shared[subject.digest] = ray.put((subject.model.to("cpu"), subject.prompts))
+        # Ray resolves an argument that is a reference at each call, and one in a list not.
+        reference = [self._shared[subject.digest]]
+        return self.pool.map("of", [(reference, method, call) for call in calls])
+
+    def draw(self, subject: Subject, folder: Path, progress: Progress) -> Sampled:
+        """Draw the samples of a subject, with their rows in files below `folder`; those that are stored are read."""
+        model, evaluator = subject.model, self.data.evaluator
+        channels, height, width = model.spec.shape
+        small = (channels, *thumbnail_size(height, width))
+        plan = subject.plan(self.request, self.data.real)
+        files, units = SampleFiles(plan, self.data.storage, self.authority, self.notice), plan.units()
+        rows = {
+            "features": Rows(folder / "features", (evaluator.encoder.width,), np.float32),
+            "pixels": Rows(folder / "pixels", small, np.uint8),
+            "finite": Rows(folder / "finite", (), np.bool_),
+        }
+        done, total = 0, len(plan.seeds) * plan.n
+        try:
+            for place, drawn in self._ask(subject, "draw", [(unit, plan, files.of(unit)) for unit in units]):
+                unit = units[place]
+                files.add(unit, drawn)
+                for name, found in drawn.rows.items():
+                    if name not in rows:  # what not every evaluator says
+                        rows[name] = Rows(folder / name, found.shape[1:], np.float32)
+                    rows[name].write(unit.row, found)
+                done += unit.stop - unit.first
+                progress(done, total)
+        finally:
+            files.write()
+        return Sampled(plan, Drawn(**rows), files)
+
+    def evaluations(self, subject: Subject, plan: Plan) -> float:
+        """Return how many network evaluations an image of a subject takes; see `Meter`."""
+        ((_, found),) = self._ask(subject, "evaluations", [(plan.units()[0], plan.sampling)])
+        return float(found)
+
+    def noise(self, subject: Subject, count: int, seed: int) -> NDArray[np.float32]:
+        """Return the features of images of noise [N, D], which no model should be as bad as."""
+        ((_, found),) = self._ask(subject, "noise", [(count, seed)])
+        return np.asarray(found)
+
+    def likelihood(
+        self, subject: Subject, images: NDArray[np.uint8], labels: NDArray[np.int64] | None, seed: int
+    ) -> Likelihood:
+        """Return the likelihood of real images, uint8 [N, C, H, W], with their classes [N]."""
+        spans = [slice(first, first + BATCH) for first in range(0, len(images), BATCH)]
+        calls = [(images[span], None if labels is None else labels[span], span.start, seed) for span in spans]
+        found = dict(self._ask(subject, "likelihood", calls))
+        parts = [found[place] for place in range(len(calls))]
+        return Likelihood(Bounds.joined([part.bounds for part in parts]), np.concatenate([part.ode for part in parts]))
+
+    def bound(self, subject: Subject, images: Tensor, cond: Conditioning | None, seed: int) -> Tensor:
+        """Return the bound of each of some real images [N], in [-1, 1]; see `held_out_bound`."""
+        ((_, found),) = self._ask(subject, "bound", [(images, cond, seed)])
+        assert isinstance(found, Tensor)
+        return found
 
 
 class _SamplingActor(PooledActor):
-    """An actor with a model and an evaluator."""
+    """An actor with an evaluator, and a model."""
 
-    def __init__(self, shared: tuple[Model, Evaluator, Prompts | None], storage: Storage) -> None:
+    def __init__(self, evaluator: Evaluator, storage: Storage) -> None:
         torch.set_num_threads(1)
-        self.device = task_device()
-        model, self.evaluator, self.prompts = shared
-        judge = None if self.prompts is None else self.prompts.matcher
+        self.evaluator, self.storage = evaluator, storage
+        self._subject: Sequence[Any] = ()
+        self._drawer: Drawer | None = None
+
+    def of(self, subject: Sequence[Any], method: str, arguments: tuple[Any, ...]) -> Any:
+        """Return the result of a method of the `Drawer` of a subject, by its reference in Ray's object store."""
+        if self._subject != subject:
+            self._drawer = None  # its networks leave the device first
+            model, prompts = ray.get(subject[0])
+            self._drawer = Drawer(model, prompts, self.evaluator, self.storage)
+            self._subject = subject
+        return getattr(self._drawer, method)(*arguments)
+
+
+class Drawer:
+    """What draws and judges samples of one model, loaded in this process.
+
+    Args:
+        prompts: captions that are drawn from, with what judges them; None without prompts.
+        storage: where samples are kept.
+    """
+
+    def __init__(self, model: Model, prompts: Prompts | None, evaluator: Evaluator, storage: Storage) -> None:
+        self.device, self.prompts = task_device(), prompts
+        judge = None if prompts is None else prompts.matcher
         self.match = None if judge is None else judge.encoder.to(self.device)
-        self.judges = (self.evaluator.digest[:16], *(() if judge is None else (judge.digest[:16],)))
+        self.judges = (evaluator.digest[:16], *(() if judge is None else (judge.digest[:16],)))
         self.model = model.to(self.device)
-        self.encode = self.evaluator.encoder.to(self.device)
+        self.encode = evaluator.encoder.to(self.device)
         self.storage = storage
 
     def draw(self, unit: Unit, plan: Plan, believed: Mapping[str, str]) -> DrawnUnit:
@@ -96,23 +206,35 @@ class _SamplingActor(PooledActor):
         data = stored.read(unit.path(unit.shard), believed.get(unit.shard))
         if data is not None:
             return *unpack_samples(data, self.model.spec.shape[0]), {unit.shard: believed[unit.shard]}
-        labels = None if unit.labels is None else torch.from_numpy(unit.labels).to(self.device)
-        text = None
-        if unit.captions is not None:
-            assert self.prompts is not None
-            text = self.prompts.condition(unit.captions).to(self.device)
-        images = self.model.generate(
-            labels,
-            text=text,
-            sampling=plan.sampling,
-            seed=unit.seed,
-            image_ids=torch.arange(unit.first, unit.stop, device=self.device),
-            batch_size=plan.batch_size,
-        )
+        images = self._generate(unit, plan.sampling, plan.batch_size)
         finite = images.isfinite().flatten(1).all(1).cpu().numpy()
         levels = to_uint8(images).cpu().numpy()
         data = pack_samples(levels, unit.labels, unit.first, finite)
         return levels, finite, {unit.shard: stored.write(unit.path(unit.shard), data)}
+
+    def _generate(self, unit: Unit, sampling: Sampling, batch_size: int) -> Tensor:
+        """Return new samples of a unit in [-1, 1], [N, C, H, W]."""
+        text = None
+        if unit.captions is not None:
+            assert self.prompts is not None
+            text = self.prompts.condition(unit.captions).to(self.device)
+        return self.model.generate(
+            None if unit.labels is None else torch.from_numpy(unit.labels).to(self.device),
+            text=text,
+            sampling=sampling,
+            seed=unit.seed,
+            image_ids=torch.arange(unit.first, unit.stop, device=self.device),
+            batch_size=batch_size,
+        )
+
+    def evaluations(self, unit: Unit, sampling: Sampling) -> float:
+        """Return how many network evaluations the first image of a unit takes."""
+        meter = Meter(self.model)
+        labels, captions = (None if of is None else of[:1] for of in (unit.labels, unit.captions))
+        first = replace(unit, stop=unit.first + 1, labels=labels, captions=captions)
+        self._generate(first, sampling.with_fields(compile=False), 1)
+        meter.close()
+        return meter.count
 
     def noise(self, count: int, seed: int) -> NDArray[np.float32]:
         """Return the features of images of noise, which no model should be as bad as."""
@@ -129,35 +251,17 @@ class _SamplingActor(PooledActor):
         text = None if self.prompts is None else self.prompts.likelihood_condition(span).to(self.device)
         return likelihood(self.model, images, labels, first, seed, self.device, text)
 
-
-def draw(
-    actors: ActorPool, files: SampleFiles, evaluator: Evaluator, model: Model, folder: Path, progress: Progress
-) -> Drawn:
-    """Draw the samples of a plan, and return their rows in files below `folder`.
-
-    Args:
-        files: that are stored of it.
-    """
-    channels, height, width = model.spec.shape
-    small = (channels, *thumbnail_size(height, width))
-    plan, units = files.plan, files.plan.units()
-    features = Rows(folder / "features", (evaluator.encoder.width,), np.float32)
-    pixels = Rows(folder / "pixels", small, np.uint8)
-    finite = Rows(folder / "finite", (), np.bool_)
-    optional: dict[str, Rows] = {}
-    done, total = 0, len(plan.seeds) * plan.n
-    for place, drawn in actors.map("draw", [(unit, plan, files.of(unit)) for unit in units]):
-        unit, rows = units[place], drawn.rows
-        files.add(unit, drawn)
-        features.write(unit.row, rows["features"])
-        pixels.write(unit.row, rows["pixels"])
-        finite.write(unit.row, rows["finite"])
-        for name in ("probabilities", "vectors"):
-            if name in rows:
-                if name not in optional:
-                    optional[name] = Rows(folder / name, rows[name].shape[1:], np.float32)
-                optional[name].write(unit.row, rows[name])
-        done += unit.stop - unit.first
-        progress(done, total)
-    files.write()
-    return Drawn(features, optional.get("probabilities"), pixels, finite, optional.get("vectors"))
+    def bound(self, images: Tensor, cond: Conditioning | None, seed: int) -> Tensor:
+        """Return the bound of each image, [N]."""
+        model, image_ids = self.model, torch.arange(len(images))
+        mine = conditions(cond, image_ids, model.spec, self.device)
+        with torch.no_grad():
+            return held_out_bound(
+                model.denoiser,
+                model.schedule,
+                model.spec,
+                images.to(self.device),
+                mine,
+                seed=seed,
+                image_ids=image_ids.to(self.device),
+            ).cpu()

@@ -10,22 +10,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm.model import Model
 from ddpm.quality import Measured
 from pipelines.environment.scratch import scratch_folder
-from pipelines.evaluation.actors import draw, sampling_actors
+from pipelines.evaluation.actors import SamplingActors
 from pipelines.evaluation.compare import Comparison
 from pipelines.evaluation.copies import Copies, look_for_copies
 from pipelines.evaluation.data import EvaluationData
-from pipelines.evaluation.likelihoods import BATCH as LIKELIHOOD_BATCH
-from pipelines.evaluation.likelihoods import Bounds, Likelihood
+from pipelines.evaluation.likelihoods import Likelihood
 from pipelines.evaluation.prompts import Prompts
-from pipelines.evaluation.real import Real
 from pipelines.evaluation.rows import Rows
-from pipelines.evaluation.samples import Plan, Request, SampleFiles
+from pipelines.evaluation.samples import Plan, Request, SampleFiles, Subject
 from pipelines.evaluation.scores import Estimate, Scores
 from pipelines.presentation.progress import Notice, Progress, no_notice, no_progress
-from pipelines.remote.actors import ActorPool
 from pipelines.signing import Authority
 
 NOISE_IMAGES = 1_024
@@ -49,13 +45,11 @@ class Evaluation:
 
 
 def evaluate(
-    model: Model,
-    model_digest: str,
+    subject: Subject,
     request: Request,
     data: EvaluationData,
     *,
     authority: Authority | None = None,
-    prompts: Prompts | None = None,
     progress: Progress = no_progress,
     notice: Notice = no_notice,
 ) -> Evaluation:
@@ -64,21 +58,21 @@ def evaluate(
     Neither memory of this process nor that of an actor grows with the number of samples: features lie in files.
 
     Args:
-        model: with the guiding networks that the settings need.
-        model_digest: SHA-256 of its weights, under which its samples are kept.
         data: what judges the samples.
         authority: says whose stored samples are believed, and signs the new ones; None to draw all of them.
-        prompts: captions that samples are drawn from; None for a model that is not on text, or data without captions.
     """
-    real, evaluator = data.real, data.evaluator
-    plan = Plan.of(model, model_digest, request, real, prompts)
+    real, evaluator, prompts = data.real, data.evaluator, subject.prompts
     with tempfile.TemporaryDirectory(prefix="evaluation-", dir=scratch_folder()) as scratch:
-        folder, units = Path(scratch), len(plan.units())
-        with sampling_actors(model, evaluator, data.storage, request, units, prompts=prompts, notice=notice) as actors:
-            files = SampleFiles(plan, data.storage, authority, notice)
-            drawn = draw(actors, files, evaluator, model, folder, progress)
-            ((_, noise),) = actors.map("noise", [(min(plan.n, NOISE_IMAGES), plan.seeds[0])])
-            likelihoods = _likelihoods(actors, model, real, request)
+        folder = Path(scratch)
+        with SamplingActors(data, request, authority, notice) as actors:
+            sampled = actors.draw(subject, folder, progress)
+            plan, drawn = sampled.plan, sampled.rows
+            noise = actors.noise(subject, min(plan.n, NOISE_IMAGES), plan.seeds[0])
+            likelihoods = None
+            if most := request.likelihood_images:
+                images, labels = real.held_out()
+                labels = None if labels is None else labels[:most]
+                likelihoods = actors.likelihood(subject, images[:most], labels, plan.seeds[0])
         comparison = Comparison.of(plan, drawn, real, noise, folder)
         estimates = comparison.estimates(evaluator)
         copies = look_for_copies(comparison.train, comparison.test, drawn, plan.n)
@@ -100,29 +94,13 @@ def evaluate(
         dataset_digest=data.dataset.digest,
         stream_digest=real.stream_digest,
         real={"train": real.train.moments.count, "test": real.test.moments.count},
-        sampling=request.sampling.to_json(),
+        sampling=subject.sampling.to_json(),
         memorisation=None if copies is None else copies.to_plain(),
         samples=plan.folder,
         prompts=None if prompts is None else prompts.record(),
         bound_variance=None if likelihoods is None else likelihoods.bounds.tighter,
     )
-    return Evaluation(scores, files, likelihoods, copies)
-
-
-def _likelihoods(actors: ActorPool, model: Model, real: Real, request: Request) -> Likelihood | None:
-    """Return the likelihood of test images."""
-    if not request.likelihood_images:
-        return None
-    images, labels = real.held_out()
-    images = images[: request.likelihood_images]
-    labels = None if labels is None else labels[: len(images)]
-    calls = []
-    for first in range(0, len(images), LIKELIHOOD_BATCH):
-        span = slice(first, first + LIKELIHOOD_BATCH)
-        calls.append((images[span], None if labels is None else labels[span], first, request.seeds[0]))
-    found = dict(actors.map("likelihood", calls))
-    parts = [found[i] for i in range(len(calls))]
-    return Likelihood(Bounds.joined([part.bounds for part in parts]), np.concatenate([part.ode for part in parts]))
+    return Evaluation(scores, sampled.files, likelihoods, copies)
 
 
 def _prompt_accuracies(prompts: Prompts, plan: Plan, vectors: Rows) -> list[Measured]:

@@ -1,43 +1,26 @@
-"""Measure several models, or settings of one, on samples of the same labels and noise, so that they can be compared."""
+"""Measure models, or settings of one, on samples of the same numbers and noise, so that they can be compared."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from ddpm.generate import Sampling
-from ddpm.model import Model
+from ddpm.conditioning import Conditioning
 from ddpm.quality import Measured
 from pipelines.environment.scratch import scratch_folder
-from pipelines.evaluation.actors import draw, sampling_actors
+from pipelines.evaluation.actors import Sampled, SamplingActors
 from pipelines.evaluation.compare import Distance, measured_accuracy
 from pipelines.evaluation.data import EvaluationData
-from pipelines.evaluation.evaluators import Evaluator
-from pipelines.evaluation.prompts import Prompts
-from pipelines.evaluation.samples import Drawn, Plan, Request, SampleFiles
+from pipelines.evaluation.samples import Request, SampleFiles, Subject
 from pipelines.presentation.progress import Display
 from pipelines.signing import Authority
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model that is measured.
-
-    Attributes:
-        model: with the guiding networks that its settings need.
-        digest: of all that draws, under which its samples are kept.
-        sampling: the settings that it is drawn with.
-    """
-
-    model: Model
-    digest: str
-    sampling: Sampling
 
 
 @dataclass(frozen=True)
@@ -47,23 +30,36 @@ class Measures:
     Attributes:
         measure: "frechet_distance" or "kid".
         distance: by that measure, of which less is better, see `Distance`.
-        accuracy: share of samples of the class asked for, else of those that match their prompt best; None without
-            classes and prompts.
+        class_accuracy: share of samples of the class asked for; None without classes that the evaluator knows.
+        prompt_accuracy: share of samples that match their prompt best; None without prompts.
+        features: of the samples [N, D].
+        evaluations: network evaluations of an image.
+        files: that hold the samples.
+        bound: of real images, in bits per dimension; None where none was asked for.
     """
 
     measure: Literal["frechet_distance", "kid"]
     distance: Measured
-    accuracy: Measured | None
+    class_accuracy: Measured | None
+    prompt_accuracy: Measured | None
+    features: Tensor
+    evaluations: float
+    files: SampleFiles
+    bound: Measured | None = None
+
+    @property
+    def accuracy(self) -> Measured | None:
+        """Share of samples that are what was asked for: of the class, else by the prompt; None without either."""
+        return self.prompt_accuracy if self.class_accuracy is None else self.class_accuracy
 
 
 def measure(
     subjects: Mapping[str, Subject],
     request: Request,
     data: EvaluationData,
-    prompts: Prompts | None,
-    authority: Authority,
     display: Display,
     stage: str,
+    held_out: tuple[Tensor, Conditioning | None] | None = None,
 ) -> dict[str, Measures]:
     """Draw samples of each subject on the Ray cluster, and measure them against the real train images.
 
@@ -71,40 +67,39 @@ def measure(
 
     Args:
         subjects: by their names, which progress is shown under.
-        request: with one seed; each subject is drawn with its own settings.
-        data: what judges the samples.
-        prompts: captions that samples of models on text are drawn from.
-        authority: says whose stored samples are believed, and signs the new ones.
+        request: with one seed.
+        data: what judges the samples; its configuration says whose stored samples are believed.
         stage: that shows what is done.
+        held_out: real images [N, C, H, W] in [-1, 1] and what they are of, for the bound; None for no bound.
     """
-    found, distance, say = {}, Distance.of(data.real), partial(display.stage, stage)
-    with tempfile.TemporaryDirectory(prefix="measures-", dir=scratch_folder()) as scratch:
+    found, distance, authority = {}, Distance.of(data.real), Authority.of(data.config.registry)
+    with (
+        tempfile.TemporaryDirectory(prefix="measures-", dir=scratch_folder()) as scratch,
+        SamplingActors(data, request, authority, partial(display.stage, stage)) as actors,
+    ):
         for number, (name, subject) in enumerate(subjects.items()):
             (folder := Path(scratch) / str(number)).mkdir()
-            asked = replace(request, sampling=subject.sampling)
-            plan = Plan.of(subject.model, subject.digest, asked, data.real, prompts)
-            pool = sampling_actors(
-                subject.model, data.evaluator, data.storage, asked, len(plan.units()), prompts=prompts, notice=say
+            sampled = actors.draw(subject, folder, display.counter(stage, f"{name} images"))
+            features = torch.from_numpy(sampled.rows.features.read(0, sampled.plan.n))
+            found[name] = Measures(
+                distance.measure,
+                distance(features),
+                *_accuracies(sampled, subject, data),
+                features,
+                actors.evaluations(subject, sampled.plan),
+                sampled.files,
+                held_out and Measured.mean(actors.bound(subject, *held_out, request.seeds[0])),
             )
-            with pool as actors:
-                files = SampleFiles(plan, data.storage, authority, say)
-                drawn = draw(
-                    actors, files, data.evaluator, subject.model, folder, display.counter(stage, f"{name} images")
-                )
-            features = torch.from_numpy(drawn.features.read(0, plan.n))
-            accuracy = _accuracy(drawn, plan, data.evaluator, prompts)
-            found[name] = Measures(distance.measure, distance(features), accuracy)
     return found
 
 
-def _accuracy(drawn: Drawn, plan: Plan, evaluator: Evaluator, prompts: Prompts | None) -> Measured | None:
-    """Return the share of samples of one model that are what was asked for."""
-    seed = plan.seeds[0]
-    labels = plan.labels(seed)
-    if labels is not None and evaluator.labels and drawn.probabilities is not None:
-        return measured_accuracy(drawn.probabilities, labels, 0)
-    if prompts is not None and drawn.vectors is not None:
-        rows = plan.rows(seed)
-        assert rows is not None
-        return prompts.accuracy(drawn.vectors, 0, rows, seed)
-    return None
+def _accuracies(sampled: Sampled, subject: Subject, data: EvaluationData) -> tuple[Measured | None, Measured | None]:
+    """Return the share of samples of their class, and of those that match their prompt best."""
+    plan, drawn, prompts = sampled.plan, sampled.rows, subject.prompts
+    seed, by_class, by_prompt = plan.seeds[0], None, None
+    labels, rows = plan.labels(seed), plan.rows(seed)
+    if labels is not None and data.evaluator.labels and drawn.probabilities is not None:
+        by_class = measured_accuracy(drawn.probabilities, labels, 0)
+    if prompts is not None and rows is not None and drawn.vectors is not None:
+        by_prompt = prompts.accuracy(drawn.vectors, 0, rows, seed)
+    return by_class, by_prompt

@@ -35,10 +35,9 @@ RECORD_EVERY_S = 1.0
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of samples: how many, with which settings, and with what they are drawn.
+    """What is asked of samples: how many, and with what they are drawn.
 
     Attributes:
-        sampling: settings with which the samples are drawn.
         n: samples of each noise seed; as many as the test split has, where None.
         seeds: seeds of the noise.
         batch_size: images that are drawn together.
@@ -49,7 +48,6 @@ class Request:
         root: folder of all evaluations.
     """
 
-    sampling: Sampling
     n: int | None
     seeds: tuple[int, ...]
     batch_size: int
@@ -60,11 +58,10 @@ class Request:
     root: str
 
     @classmethod
-    def of(cls, config: Config, settings: Sampling) -> Request:
+    def of(cls, config: Config) -> Request:
         """Return what the configuration asks of an evaluation."""
         asked = config.evaluation
         return cls(
-            sampling=settings,
             n=asked.n,
             seeds=tuple(range(asked.seed, asked.seed + asked.seeds)),
             batch_size=asked.batch_size,
@@ -73,6 +70,36 @@ class Request:
             use_gpu=config.cluster.gpus_per_worker > 0,
             patience_s=config.cluster.patience_s,
             root=join(config.storage.root, layout.EVALUATIONS),
+        )
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that draws samples with given settings.
+
+    Attributes:
+        model: with the guiding networks that its settings need.
+        digest: of all that draws, under which its samples are kept.
+        sampling: the settings that it is drawn with.
+        prompts: captions that its samples are drawn from; None for a model that is not on text, or data without them.
+    """
+
+    model: Model
+    digest: str
+    sampling: Sampling
+    prompts: Prompts | None = None
+
+    def plan(self, request: Request, real: Real) -> Plan:
+        """Return which samples of it are asked for, to be compared with real images."""
+        return Plan(
+            self.digest,
+            self.sampling,
+            request.n or real.test.count,
+            request.seeds,
+            real.train.class_counts if self.model.spec.classes else (),
+            request.batch_size,
+            request.root,
+            None if self.prompts is None else self.prompts.plan,
         )
 
 
@@ -99,20 +126,6 @@ class Plan:
     batch_size: int
     root: str
     prompts: PromptRows | None = None
-
-    @classmethod
-    def of(cls, model: Model, model_digest: str, request: Request, real: Real, prompts: Prompts | None) -> Plan:
-        """Return which samples of a model are asked for, to be compared with real images."""
-        return cls(
-            model_digest,
-            request.sampling,
-            request.n or real.test.count,
-            request.seeds,
-            real.train.class_counts if model.spec.classes else (),
-            request.batch_size,
-            request.root,
-            None if prompts is None else prompts.plan,
-        )
 
     @property
     def folder(self) -> str:
@@ -280,20 +293,20 @@ def balanced_labels(n: int, class_counts: Sequence[int], seed: int) -> NDArray[n
 
 @dataclass(frozen=True)
 class Drawn:
-    """Rows of all samples, one noise seed after another, in files.
+    """Rows of all samples of a plan, one noise seed after another, in files.
 
     Attributes:
         features: float32 [seeds * n, width].
-        probabilities: float32 [seeds * n, C]; None for an evaluator without classes.
         pixels: small copies of the samples, uint8 [seeds * n, C, h, w].
         finite: whether all numbers of a sample were finite before they were rounded, bool [seeds * n].
+        probabilities: float32 [seeds * n, C]; None for an evaluator without classes.
         vectors: of the samples, as a matcher of captions gives them, float32 [seeds * n, J]; None without one.
     """
 
     features: Rows
-    probabilities: Rows | None
     pixels: Rows
     finite: Rows
+    probabilities: Rows | None = None
     vectors: Rows | None = None
 
 

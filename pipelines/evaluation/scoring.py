@@ -25,9 +25,8 @@ from pipelines.evaluation.data import EvaluationData
 from pipelines.evaluation.evaluate import Evaluation, evaluate
 from pipelines.evaluation.likelihoods import Likelihood
 from pipelines.evaluation.plots import MAX_COLUMNS, class_grid, grid_choice
-from pipelines.evaluation.prompts import Prompts
 from pipelines.evaluation.recorded import Scored, recorded
-from pipelines.evaluation.samples import Request, read_images
+from pipelines.evaluation.samples import Request, Subject, read_images
 from pipelines.evaluation.scores import Scores
 from pipelines.presentation.errors import PipelineError
 from pipelines.presentation.progress import Display, Notice, no_notice
@@ -45,17 +44,11 @@ class _NotMadeError(PipelineError):
 
 @dataclass(frozen=True)
 class _Asked:
-    """The scores that are asked for: of everything that draws, judged by everything that judges.
+    """The scores that are asked for: of everything that draws, judged by everything that judges."""
 
-    Attributes:
-        model_digest: of the model and of the networks that guide it.
-    """
-
-    images_seen: int
-    model_digest: str
+    subject: Subject
     request: Request
     data: EvaluationData
-    prompts: Prompts | None
 
     @classmethod
     def of(cls, model: Model, digest: str, settings: Sampling, data: EvaluationData) -> _Asked:
@@ -68,9 +61,12 @@ class _Asked:
             DatasetError, ConfigError: the data cannot be used to score the model.
         """
         data.check(model.spec)
-        images_seen = int(model.spec.lineage.get("images_seen", 0))
-        digest, request = _guided_digest(digest, model, settings), Request.of(data.config, settings)
-        return cls(images_seen, digest, request, data, data.prompts(model.spec))
+        return cls(subject_of(model, digest, settings, data), Request.of(data.config), data)
+
+    @property
+    def images_seen(self) -> int:
+        """Images that the model has seen in its training."""
+        return int(self.subject.model.spec.lineage.get("images_seen", 0))
 
     def artifact(self, *, earlier: bool = False) -> str:
         """Return the name of the artifact of a run that has them.
@@ -78,12 +74,13 @@ class _Asked:
         Args:
             earlier: whether it is that of an earlier release, whose bound was always of the smaller variance.
         """
-        asked, prompts = self.request, self.prompts
-        decisive: list[Any] = [self.model_digest, self.data.evaluator.digest, self.data.stream]
+        asked, subject = self.request, self.subject
+        prompts = subject.prompts
+        decisive: list[Any] = [subject.digest, self.data.evaluator.digest, self.data.stream]
         decisive += [asked.n, asked.seeds, asked.likelihood_images]
         decisive += [] if prompts is None else [list(prompts.record().values())]
         decisive += [BOUND] if asked.likelihood_images and not earlier else []
-        key = hashlib.sha256(json.dumps([*decisive, asked.sampling.key()]).encode()).hexdigest()[:16]
+        key = hashlib.sha256(json.dumps([*decisive, subject.sampling.key()]).encode()).hexdigest()[:16]
         return f"{layout.SCORES_RECORDED}/{self.images_seen:012d}-{key}.json"
 
     def found(self, tracker: Tracker, trust: Trust, notice: Notice = no_notice) -> Scores | None:
@@ -159,8 +156,7 @@ def score(
     """
     config, storage, notice = data.config, data.storage, _said(display)
     model = references.guided(resolved.model, settings, config.tracking.uri, storage)
-    digest = resolved.published.digest if resolved.published else weights_digest(model)
-    asked = _Asked.of(model, digest, settings, data)
+    asked = _Asked.of(model, digest_of(resolved), settings, data)
     of_data = data.dataset.uri.rstrip("/").rsplit("/", 1)[-1], data.dataset.digest
     tracker = resolved.tracker
     scores = asked.found(tracker, authority.trust, notice) if tracker and authority else None
@@ -171,22 +167,14 @@ def score(
     n = request.n or data.real.test.count
     drawn = f"{n:,} samples" if len(request.seeds) == 1 else f"{len(request.seeds)} x {n:,} samples"
     notice(f"{drawn} at guidance scale {settings.guidance.scale:g}, judged by the {data.evaluator.kind}")
-    done = evaluate(
-        model,
-        asked.model_digest,
-        request,
-        data,
-        authority=authority,
-        prompts=asked.prompts,
-        progress=display.counter("evaluate", "images"),
-        notice=notice,
-    )
+    images = display.counter("evaluate", "images")
+    done = evaluate(asked.subject, request, data, authority=authority, progress=images, notice=notice)
     return Scored(
         done.scores,
         asked.artifact(),
         asked.images_seen,
         of_data,
-        _pictures(done, model, asked.prompts, config.tracking.grid_images),
+        _pictures(done, asked.subject, config.tracking.grid_images),
         _terms(done.likelihoods),
         int(time.time() * 1000),
         done.files,
@@ -226,10 +214,12 @@ def _said(display: Display) -> Notice:
     return partial(display.stage, "evaluate")
 
 
-def _guided_digest(model_digest: str, model: Model, settings: Sampling) -> str:
-    """Return the digest of everything that draws: of the model, and of the networks that the settings name to guide it.
+def subject_of(model: Model, model_digest: str, settings: Sampling, data: EvaluationData) -> Subject:
+    """Return a model as what draws samples, under the digest of all networks that its settings name.
 
-    Without any it is that of the model alone.
+    Args:
+        model: with these networks.
+        model_digest: of the model alone, see `digest_of`.
     """
     decisive: list[str] = []
     for setting in settings_of(type(settings.guidance)):
@@ -237,7 +227,14 @@ def _guided_digest(model_digest: str, model: Model, settings: Sampling) -> str:
             guide = getattr(model, setting.name)
             digest = weights_digest(guide) if isinstance(guide, Model) else tensors_digest(guide.state_dict())
             decisive += [setting.name, digest]
-    return hashlib.sha256(json.dumps([model_digest, *decisive]).encode()).hexdigest() if decisive else model_digest
+    if decisive:
+        model_digest = hashlib.sha256(json.dumps([model_digest, *decisive]).encode()).hexdigest()
+    return Subject(model, model_digest, settings, data.prompts(model.spec))
+
+
+def digest_of(resolved: Resolved) -> str:
+    """Return the SHA-256 under which the weights of a model are known: of the published checkpoint where it is one."""
+    return resolved.published.digest if resolved.published else weights_digest(resolved.model)
 
 
 def weights_digest(model: Model) -> str:
@@ -245,22 +242,22 @@ def weights_digest(model: Model) -> str:
     return tensors_digest(model.network.state_dict(), model.spec.to_json())
 
 
-def _pictures(done: Evaluation, model: Model, prompts: Prompts | None, most: int) -> dict[str, NDArray[np.uint8]]:
+def _pictures(done: Evaluation, subject: Subject, most: int) -> dict[str, NDArray[np.uint8]]:
     """Return pictures by their keys: some samples, and those nearest to a training image.
 
     The samples stand by class, or by caption where there are few different ones.
     """
-    kinds, numbers = _kinds(done, model, prompts)
+    kinds, numbers = _kinds(done, subject)
     shown = grid_choice(numbers, len(kinds), most)
     names = tuple(kinds[number] for number in numbers[shown[0]]) if kinds else ()
-    images = read_images(done.files, model.spec.shape[0], shown.ravel())
+    images = read_images(done.files, subject.model.spec.shape[0], shown.ravel())
     pictures = {layout.SCORES_RECORDED: class_grid(images, shown.shape[1], names)}
     return pictures if done.copies is None else pictures | {"nearest-training-images": done.copies.picture()}
 
 
-def _kinds(done: Evaluation, model: Model, prompts: Prompts | None) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+def _kinds(done: Evaluation, subject: Subject) -> tuple[tuple[str, ...], NDArray[np.int64]]:
     """Return the kinds of samples of the first seed by their names, and the kind of each sample, int64 [n]."""
-    plan = done.files.plan
+    plan, prompts = done.files.plan, subject.prompts
     seed = plan.seeds[0]
     rows = plan.rows(seed)
     if prompts is not None and rows is not None:
@@ -268,7 +265,7 @@ def _kinds(done: Evaluation, model: Model, prompts: Prompts | None) -> tuple[tup
         if len(first) <= MAX_COLUMNS:
             return tuple(prompts.captions.texts[place] for place in first), numbers.numpy()[rows]
     labels = plan.labels(seed)
-    return ((), np.zeros(plan.n, np.int64)) if labels is None else (model.spec.classes, labels)
+    return ((), np.zeros(plan.n, np.int64)) if labels is None else (subject.model.spec.classes, labels)
 
 
 def _terms(likelihoods: Likelihood | None) -> str | None:

@@ -18,9 +18,9 @@ from ddpm.inference import Film
 from pipelines.checkpoints.references import Resolved
 from pipelines.environment.lineage import code_lineage
 from pipelines.evaluation.plots import class_grid, label_grid, side_by_side
+from pipelines.evaluation.scoring import digest_of
 from pipelines.inference.pictures import Finished, Pictures, Row, encoder_of, picture
 from pipelines.inference.request import MANIFEST, Sample
-from pipelines.registry import digest_of
 from pipelines.shards.read import spread_positions
 
 NAME_BYTES = 200

@@ -21,12 +21,12 @@ from pipelines.config import Config
 from pipelines.environment.lineage import code_lineage
 from pipelines.evaluation.images import to_levels
 from pipelines.evaluation.likelihoods import Bounds, bound_bits, ode_bits
+from pipelines.evaluation.scoring import digest_of
 from pipelines.inference.inputs import as_tensor, read_images
 from pipelines.inference.request import RequestError
 from pipelines.presentation import html
 from pipelines.presentation.blocks import Interactive, Section
 from pipelines.presentation.progress import Notice, Progress, no_notice, no_progress
-from pipelines.registry import digest_of
 from pipelines.shards.index import DatasetError, read_dataset
 from pipelines.shards.ingest.sources import SUFFIXES
 from pipelines.shards.read import opened_split, spread_positions

@@ -8,19 +8,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ddpm.generate import Sampling
 from ddpm.model import load_model
 from ddpm.quality import Measured
 from pipelines.checkpoints.references import guided
 from pipelines.config import Config
 from pipelines.evaluation.data import EvaluationData
-from pipelines.evaluation.measure import Subject, measure
-from pipelines.evaluation.samples import Request
+from pipelines.evaluation.measure import measure
+from pipelines.evaluation.samples import Request, Subject
 from pipelines.evaluation.scores import IMAGES_PER_FEATURE
 from pipelines.presentation.progress import Display
 from pipelines.registry.evidence import Evidence
 from pipelines.registry.package import RegistryError
-from pipelines.signing import Authority
 from pipelines.storage import Storage
 
 LEAST = 5_000
@@ -60,7 +58,7 @@ def gate_seed(model: str, alias: str, champion_digest: str, dry_run: bool = Fals
 def request_of(config: Config, features: int, seed: int) -> Request:
     """Return which samples the configuration asks for to compare two versions, by an evaluator of so many features."""
     n = config.registry.n or max(LEAST, IMAGES_PER_FEATURE * features)
-    return replace(Request.of(config, Sampling()), n=n, seeds=(seed,), likelihood_images=0)
+    return replace(Request.of(config), n=n, seeds=(seed,), likelihood_images=0)
 
 
 def open_data(
@@ -104,7 +102,7 @@ def compare(
     specs, prompts = [candidate.model.spec, champion.model.spec], None
     if specs[0].network.text_dim == specs[1].network.text_dim:  # both are on the same kind of text
         prompts = data.prompts(specs[0])
-    both, authority = {"champion": champion, "candidate": candidate}, Authority.of(data.config.registry)
-    found = measure(both, request, data, prompts, authority, display, "gate")
+    both = {"champion": replace(champion, prompts=prompts), "candidate": replace(candidate, prompts=prompts)}
+    found = measure(both, request, data, display, "gate")
     ours, theirs = found["candidate"], found["champion"]
     return Compared(ours.measure, ours.distance, theirs.distance, ours.accuracy, theirs.accuracy)

@@ -18,7 +18,7 @@ from pipelines import tracking
 from pipelines.checkpoints.references import Resolved
 from pipelines.environment.scratch import scratch_folder
 from pipelines.evaluation.scores import Scores
-from pipelines.evaluation.scoring import weights_digest
+from pipelines.evaluation.scoring import digest_of
 from pipelines.presentation.errors import PipelineError
 from pipelines.registry.evidence import (
     COMPILED,
@@ -170,11 +170,6 @@ def pyfunc_of(folder: Path, shape: tuple[int, int, int], releases: Mapping[str, 
         output=np.zeros((2, height, width, channels), dtype=np.uint8),
         params=parameters(),
     )
-
-
-def digest_of(resolved: Resolved) -> str:
-    """Return the SHA-256 under which the weights of a model are known: of the published checkpoint where it is one."""
-    return resolved.published.digest if resolved.published else weights_digest(resolved.model)
 
 
 def _check_guides(model: Model) -> None:

@@ -12,9 +12,9 @@ from pipelines.checkpoints import references
 from pipelines.checkpoints.references import Resolved
 from pipelines.config import CANDIDATE, Config
 from pipelines.evaluation.scores import Scores
-from pipelines.evaluation.scoring import score_and_record
+from pipelines.evaluation.scoring import digest_of, score_and_record
 from pipelines.presentation.progress import Display
-from pipelines.registry.package import digest_of, register, run_of
+from pipelines.registry.package import register, run_of
 from pipelines.signing import Signer, check_signing
 from pipelines.storage import Storage
 from pipelines.tracking import ModelVersion, links

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import ray
+import numpy as np
 import torch
 from ray import tune
 
@@ -24,22 +24,25 @@ from pipelines.checkpoints import references
 from pipelines.checkpoints.references import classifier_for, weaker_for
 from pipelines.config import Config, changed_sampling, from_dict, sampling, sampling_overrides
 from pipelines.config.choices import VARIANTS
-from pipelines.evaluation.prompts import open_captions
+from pipelines.evaluation import samples
+from pipelines.evaluation.samples import read_images
+from pipelines.evaluation.scoring import digest_of, subject_of
 from pipelines.presentation.errors import PipelineError
-from pipelines.presentation.progress import Silent, StageNotice
 from pipelines.remote.actors import processors
 from pipelines.search.confirmation import DEFAULT, Confirmed, winner_of
-from pipelines.search.fresh_samples import SHOWN, draw_all
-from pipelines.search.judge import Drawn, SampleScorer, Subject, hopeless, rungs, scores
+from pipelines.search.judge import Drawn, SampleScorer, Subject, hopeless, rungs
 from pipelines.search.observer import Observer
 from pipelines.search.space import Params, Value, apply
-from pipelines.search.studies import Search
+from pipelines.search.studies import Lines, Search
 from pipelines.search.study import TrialRecord, done, loss, pareto_front
 from pipelines.search.study_config import StudyConfig
 from pipelines.search.tune_trials import Trial, run_trials
 from pipelines.shards.index import Dataset, read_dataset
 from pipelines.storage import Storage, layout
 from pipelines.tracking import ModelVersion, Tracker
+
+SHOWN = 20
+"""Images that are drawn with each setting of the Pareto front, for the study's page."""
 
 
 def guides_of(model: Model, study: StudyConfig, base: Config, storage: Storage) -> dict[str, NoisyClassifier | Model]:
@@ -96,7 +99,8 @@ class GuidanceTrial(Trial):
         stop = next(n for n in counts if n > first)
         more = self.scorer.draw(self.settings, torch.arange(first, stop), seed=self.seed)
         self.drawn = more if self.drawn is None else self.drawn + more
-        values, influence = scores(self.subject, self.drawn)
+        drawn = self.drawn
+        values, influence = self.subject.reference.scores(drawn.features, drawn.accuracy, drawn.evaluations)
         return {**values, "influence": influence.float().numpy(), "done": stop == counts[-1]}
 
 
@@ -111,17 +115,6 @@ def stop_hopeless() -> Callable[[str, dict[str, Any]], bool]:
         return stop and not result["done"]
 
     return stops
-
-
-@dataclass(frozen=True)
-class _Lines(Silent):
-    """A `Display` of lines alone, for work beside the live table of a study."""
-
-    notice: StageNotice
-
-    def stage(self, name: str, text: str) -> None:
-        """Show one line of a stage."""
-        self.notice(name, text)
 
 
 @dataclass
@@ -154,9 +147,14 @@ class GuidanceSearch(Search):
         """Load the networks that may guide the model, and what scores its samples."""
         model, data = self.resolved.model, self.data
         guides = guides_of(model, self.study, self.base, self.storage)
-        found = open_captions(model.spec.network.text_dim, data.dataset, self.config, self.storage, self.say)
-        captions = found[0] if found else None
+        prompts = data.prompts(model.spec)
+        captions = None if prompts is None else prompts.captions
         self.model = Subject.of(model, data.evaluator, data.real, guides, self.noise_seed, captions)
+
+    def drawing(self, params: Params) -> samples.Subject:
+        """Return the model with the settings of a trial."""
+        settings = sampling(apply(self.base, params))
+        return subject_of(self.model.guided(settings), digest_of(self.resolved), settings, self.data)
 
     def run_trials(self, records: Sequence[TrialRecord], observer: Observer, first: Sequence[Params]) -> None:
         """Run the trials that the study still lacks, on as many processors as there are."""
@@ -183,23 +181,22 @@ class GuidanceSearch(Search):
         for record in sorted(front, key=lambda r: loss(r, self.study.objectives[0])):
             if sampling(apply(self.base, record.params)) != default and len(chosen) <= self.study.confirm:
                 chosen[record.trial] = record.params
-        return self.judge_again(chosen, dict.fromkeys(chosen, ray.put(self.model)), self.model, seed)
+        return self.judge_again(chosen, {trial: self.drawing(params) for trial, params in chosen.items()}, seed)
 
     def conclude(
         self, records: Sequence[TrialRecord], confirmed: Sequence[Confirmed], tracker: Tracker
     ) -> tuple[dict[str, Any], list[str], Mapping[str, Any]]:
         """Register the winner's settings as a version, and draw the same few images with each setting of the front."""
-        winner, base = winner_of(confirmed), self.base
+        winner = winner_of(confirmed)
         version = None if winner is None else self.register(winner)
         if winner is not None:
             with tracking.recording("has not got the best settings"):
                 tracker.text(tracking.to_json(winner.settings.to_json()), layout.BEST_SAMPLING)
                 tracker.text("\n".join(sampling_overrides(winner.settings)), layout.BEST_OVERRIDES)
         front = pareto_front(records, self.study.objectives)
-        shared = ray.put(self.model)
-        asked = [(shared, sampling(apply(base, record.params))) for record in front]
-        drawn = draw_all(asked, SHOWN, self.noise_seed, base, self.say)
-        pictures = {record.trial: found.pixels for record, found in zip(front, drawn, strict=True)}
+        drawn = self.measure({record.trial: self.drawing(record.params) for record in front}, SHOWN, self.noise_seed)
+        channels = self.model.model.spec.shape[0]
+        pictures = {trial: read_images(found.files, channels, np.arange(SHOWN)) for trial, found in drawn.items()}
         answer = {"front": [asdict(record) for record in front], "version": None if version is None else version.uri}
         return answer, [self._cost(records, confirmed)], pictures
 
@@ -222,7 +219,7 @@ class GuidanceSearch(Search):
                 winner.settings,
                 config.model_copy(update=named),
                 self.storage,
-                _Lines(self.notice),
+                Lines(self.notice),
                 lambda: None,  # the study is connected
             )
         except PipelineError as error:  # what the study found is not lost for it

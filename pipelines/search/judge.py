@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
 from ddpm.conditioning import Conditioning
 from ddpm.generate import Sampling
 from ddpm.model import Model
 from ddpm.models.classifier import NoisyClassifier
 from ddpm.quality import FeatureMoments, Measured, precision_recall
-from pipelines.environment.scratch import scratch_folder
 from pipelines.evaluation.compare import NEIGHBOURS, measured_frechet
+from pipelines.evaluation.cost import Meter
 from pipelines.evaluation.devices import task_device
 from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.images import to_levels
@@ -28,14 +25,45 @@ from pipelines.shards.captions import Captions
 
 
 @dataclass(frozen=True)
+class Reference:
+    """What the evaluator says of the real images that trials are compared with.
+
+    Attributes:
+        moments: of the features of the train images.
+        test: features of test images [N, D], for precision and recall.
+    """
+
+    moments: FeatureMoments
+    test: Tensor
+
+    @classmethod
+    def of(cls, real: Real) -> Reference:
+        """Return it from what is stored of the real images."""
+        return cls(real.train.moments, real.test_features(NEIGHBOURS))
+
+    def scores(
+        self, features: Tensor, class_accuracy: Measured | None, evaluations: float
+    ) -> tuple[dict[str, float], Tensor]:
+        """Return the scores of samples [N, D], and the influence of each on the distance, for `hopeless`."""
+        distance = measured_frechet(self.moments, features)
+        values = {"frechet_distance": distance.value, "standard_error": distance.standard_error}
+        values |= {"samples": float(len(features)), "evaluations": evaluations}
+        if class_accuracy is not None:
+            values["class_accuracy"] = class_accuracy.value
+        if min(len(self.test), len(features)) > 3:
+            both = precision_recall(self.test, features)
+            values |= {"precision": both.precision, "recall": both.recall}
+        return values, distance.influence
+
+
+@dataclass(frozen=True)
 class Subject:
     """The model of a study and the data that score it; picklable, put into Ray's object store once for all trials.
 
     Attributes:
         model: the model that is sampled, on the CPU.
         evaluator: the network whose features are compared, with its record.
-        reference: moments of the features of the real images that are the reference.
-        real: features of the real test split [N, D], for precision and recall.
+        reference: the real images.
         labels: of the drawn images [N]; image i has label i modulo N, where the model has classes. None for data
             without classes.
         guides: reference -> classifier or weaker model that a setting may name.
@@ -45,8 +73,7 @@ class Subject:
 
     model: Model
     evaluator: Evaluator
-    reference: FeatureMoments
-    real: Tensor
+    reference: Reference
     labels: Tensor | None
     guides: Mapping[str, NoisyClassifier | Model] = field(default_factory=dict)
     captions: Captions | None = None
@@ -68,8 +95,6 @@ class Subject:
             seed: of the order of the labels and captions.
             captions: that a model on text is asked for, with the classes of their images.
         """
-        with tempfile.TemporaryDirectory(prefix="real-", dir=scratch_folder()) as scratch:
-            test = real.load("test", Path(scratch), most=NEIGHBOURS).features.read(0, NEIGHBOURS)
         captions = None if captions is None else captions.shuffled(seed)
         counts = real.train.class_counts
         labels = torch.from_numpy(balanced_labels(real.test.count, counts, seed)) if counts else None
@@ -78,62 +103,29 @@ class Subject:
         return cls(
             model=replace(model, classifier=None, weak=None).to("cpu"),
             evaluator=evaluator,
-            reference=real.train.moments,
-            real=torch.from_numpy(test),
+            reference=Reference.of(real),
             labels=labels,
             guides=guides,
             captions=captions,
         )
 
-
-class Meter:
-    """Count the network evaluations of sampling, in evaluations of the model's own network on one image.
-
-    An evaluation of a guiding network counts as the ratio of its floating-point operations to those of the model's
-    network; a classifier's backward pass is included.
-    """
-
-    def __init__(self, model: Model) -> None:
-        self.count = 0.0
-        self._shape = model.spec.shape
-        self._unit = self._flops(model.network)
-        self._watch(model.network, 1.0)
-
-    def guide(self, guide: NoisyClassifier | Model) -> None:
-        """Count the evaluations of a guiding network as well."""
-        network = guide.network if isinstance(guide, Model) else guide
-        self._watch(network, self._flops(network, backward=isinstance(guide, NoisyClassifier)) / self._unit)
-
-    def _watch(self, network: nn.Module, cost: float) -> None:
-        """Count `cost` for every image of every evaluation of a network."""
-
-        def count(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            self.count += cost * len(inputs[0])
-
-        network.register_forward_pre_hook(count)
-
-    def _flops(self, network: nn.Module, backward: bool = False) -> int:
-        """Return the floating-point operations of one evaluation on one image."""
-        device = next(network.parameters()).device
-        x = torch.zeros(1, *self._shape, device=device, requires_grad=backward)
-        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
-            output = network(x, torch.zeros(1, device=device))
-            if backward:
-                output.sum().backward()
-        return counter.get_total_flops()
+    def guided(self, settings: Sampling) -> Model:
+        """Return the model with the guides that settings name."""
+        named = settings.to_json()
+        found: Any = {name: self.guides.get(named.get(name) or "") for name in ("classifier", "weak")}
+        return replace(self.model, **found)
 
 
 class SampleScorer:
     """Draw and score images of a subject with any sampling settings; the networks are loaded once per process."""
 
     def __init__(self, subject: Subject) -> None:
-        device = task_device()
-        self.subject, self.device = subject, device
-        self.model = subject.model.to(device)
+        self.device = device = task_device()
         self.encoder = subject.evaluator.encoder.to(device)
-        self.guides = {name: guide.to(device) for name, guide in subject.guides.items()}
-        self.meter = Meter(self.model)
-        for guide in self.guides.values():
+        guides = {name: guide.to(device) for name, guide in subject.guides.items()}
+        self.subject = replace(subject, model=subject.model.to(device), guides=guides)
+        self.meter = Meter(self.subject.model)
+        for guide in guides.values():
             self.meter.guide(guide)
 
     def draw(self, settings: Sampling, image_ids: Tensor, *, seed: int, keep: int = 0, batch_size: int = 64) -> Drawn:
@@ -148,17 +140,10 @@ class SampleScorer:
             keep: number of images whose pixels are kept.
             batch_size: images to draw at a time.
         """
-        subject, before = self.subject, self.meter.count
-        named = settings.to_json()
-        model: Any = replace(
-            self.model,
-            classifier=self.guides.get(named.get("classifier") or ""),  # type: ignore[arg-type]
-            weak=self.guides.get(named.get("weak") or ""),  # type: ignore[arg-type]
-        )
-        labels = None
-        if subject.labels is not None and self.model.spec.classes:
+        subject, before, labels = self.subject, self.meter.count, None
+        if subject.labels is not None and subject.model.spec.classes:
             labels = subject.labels[image_ids % len(subject.labels)]
-        images = model.generate(
+        images = subject.guided(settings).generate(
             None if labels is None else labels.to(self.device),
             text=self._text(image_ids),
             seed=seed,
@@ -177,7 +162,7 @@ class SampleScorer:
     def _text(self, image_ids: Tensor) -> Conditioning | None:
         """Return the embeddings of the captions that images are drawn from, if any and if the model takes them."""
         captions = self.subject.captions
-        if captions is None or not self.model.spec.network.text_dim:
+        if captions is None or not self.subject.model.spec.network.text_dim:
             return None
         return captions.condition(image_ids % len(captions), labels=False).to(self.device)
 
@@ -199,6 +184,11 @@ class Drawn:
     pixels: Any
     evaluations: float
 
+    @property
+    def accuracy(self) -> Measured | None:
+        """Share of samples of the requested class; None where the model or the evaluator has no classes."""
+        return None if self.correct is None else Measured.mean(self.correct)
+
     def __add__(self, other: Drawn) -> Drawn:
         """Return the samples of both, with the pixels of the first."""
         n, m = len(self.features), len(other.features)
@@ -207,19 +197,6 @@ class Drawn:
             correct = torch.cat([self.correct, other.correct])
         evaluations = (n * self.evaluations + m * other.evaluations) / (n + m)
         return Drawn(torch.cat([self.features, other.features]), correct, self.pixels, evaluations)
-
-
-def scores(subject: Subject, drawn: Drawn) -> tuple[dict[str, float], Tensor]:
-    """Return the scores that a trial reports, and the influence of each sample on the distance, for `hopeless`."""
-    distance = measured_frechet(subject.reference, drawn.features)
-    values = {"frechet_distance": distance.value, "standard_error": distance.standard_error}
-    values |= {"samples": float(len(drawn.features)), "evaluations": drawn.evaluations}
-    if drawn.correct is not None:
-        values["class_accuracy"] = drawn.correct.double().mean().item()
-    if min(len(subject.real), len(drawn.features)) > 3:
-        both = precision_recall(subject.real, drawn.features)
-        values |= {"precision": both.precision, "recall": both.recall}
-    return values, distance.influence
 
 
 def hopeless(mine: Mapping[str, Any], others: Iterable[Mapping[str, Any]], level: float = 2.33) -> bool:

@@ -8,24 +8,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ddpm.bound import variational_bound
 from ddpm.conditioning import Conditioning
 from ddpm.generate import generate
 from ddpm.model import ModelSpec
-from ddpm.prediction import Denoiser, NetworkDenoiser
+from ddpm.prediction import NetworkDenoiser
 from ddpm.quality import FeatureMoments
-from ddpm.schedule import NoiseSchedule, make_schedule
+from ddpm.schedule import make_schedule
 from pipelines.evaluation.compare import measured_frechet
 from pipelines.evaluation.evaluators import Encoder
 from pipelines.evaluation.images import to_levels
+from pipelines.evaluation.likelihoods import conditions, held_out_bound
 from pipelines.evaluation.real import Real
 from pipelines.shards.captions import Captions
 from pipelines.storage import Storage, join, layout
 from pipelines.training.loop.collectives import all_gather_items, rank_indices
 from pipelines.training.loop.state import TrainingState, ema_weights
 
-BOUND_STEPS = 64
-"""Steps of the chain whose bound judges a trial, respaced from the schedule's own; each is one network evaluation."""
 BATCH = 64
 
 
@@ -114,36 +112,3 @@ def held_out_images(real: Real, captions: Captions | None) -> tuple[Tensor, Cond
     if labels is not None:
         cond = replace(cond, label=torch.from_numpy(labels))
     return torch.from_numpy(images).float() / 127.5 - 1, cond if cond.present else None
-
-
-def conditions(
-    cond: Conditioning | None, image_ids: Tensor, spec: ModelSpec, device: torch.device
-) -> Conditioning | None:
-    """Return what a model takes of the conditions of images by their numbers; image i has condition i modulo N."""
-    if cond is not None and not spec.classes:
-        cond = replace(cond, label=None)
-    if cond is not None and not spec.network.text_dim:
-        cond = replace(cond, text=None, text_mask=None, pooled=None)
-    return None if cond is None or not cond.present else cond[image_ids % len(cond)].to(device)
-
-
-def held_out_bound(
-    denoiser: Denoiser,
-    schedule: NoiseSchedule,
-    spec: ModelSpec,
-    images: Tensor,
-    cond: Conditioning | None,
-    *,
-    seed: int,
-    image_ids: Tensor,
-) -> Tensor:
-    """Return the variational bound of real images [B, C, H, W] on a chain of `BOUND_STEPS` steps, bits/dim, [B]."""
-    return variational_bound(
-        spec.sampling.clipping.wrap(denoiser, schedule),
-        schedule,
-        images,
-        cond,
-        seed=seed,
-        image_ids=image_ids,
-        steps=min(BOUND_STEPS, schedule.num_steps),
-    ).total

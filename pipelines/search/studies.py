@@ -10,18 +10,17 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
-from ddpm.quality import Measured
 from pipelines import tracking
-from pipelines.config import Config, sampling
-from pipelines.evaluation.compare import Distance
+from pipelines.config import Config
 from pipelines.evaluation.data import EvaluationData
-from pipelines.presentation.progress import StageNotice
-from pipelines.search.confirmation import Confirmed, decide, winner_of
-from pipelines.search.fresh_samples import draw_all
-from pipelines.search.judge import Subject, scores
+from pipelines.evaluation.measure import Measures, measure
+from pipelines.evaluation.samples import Request, Subject
+from pipelines.presentation.progress import Silent, StageNotice
+from pipelines.search.confirmation import DEFAULT, Confirmed, decide, winner_of
+from pipelines.search.judge import Reference
 from pipelines.search.observer import Observer, OnChange
 from pipelines.search.page import Page, png
-from pipelines.search.space import Params, apply
+from pipelines.search.space import Params
 from pipelines.search.study import (
     StudyStore,
     TrialRecord,
@@ -38,6 +37,17 @@ from pipelines.shards.index import Dataset
 from pipelines.storage import join, layout
 from pipelines.tracking import Tracker
 from pipelines.training.ray_train.resources import connect_ray
+
+
+@dataclass(frozen=True)
+class Lines(Silent):
+    """A `Display` of lines alone, for work beside the live table of a study."""
+
+    notice: StageNotice
+
+    def stage(self, name: str, text: str) -> None:
+        """Show one line of a stage."""
+        self.notice(name, text)
 
 
 @dataclass
@@ -102,30 +112,30 @@ class Search(ABC):
             What the answer has beside that of all studies, notes on the cost, and trial -> images, uint8 [N, H, W, C].
         """
 
+    def measure(self, subjects: Mapping[str, Subject], n: int, seed: int, **options: Any) -> dict[str, Measures]:
+        """Return what n new samples of each subject say, all on the same noise; see `pipelines.evaluation.measure`."""
+        request = replace(Request.of(self.base), n=n, seeds=(seed,))
+        return measure(subjects, request, self.data, Lines(self.notice), "study", **options)
+
     def judge_again(
-        self,
-        chosen: Mapping[str, Params],
-        subjects: Mapping[str, Any],
-        scored_by: Subject,
-        seed: int,
-        bounds: Mapping[str, Measured] | None = None,
+        self, chosen: Mapping[str, Params], subjects: Mapping[str, Subject], seed: int, **options: Any
     ) -> list[Confirmed]:
-        """Return the scores of new samples, best first; their distance decides, or the bounds where they are given.
+        """Return the scores of new samples, best first; their distance decides, or the bounds where they are asked for.
 
         Args:
             chosen: trial -> its parameters, `DEFAULT` among the trials.
-            subjects: trial -> the `Subject` that draws the samples, a reference in Ray's object store.
-            scored_by: scores the samples of all of them.
+            subjects: trial -> what draws the samples.
             seed: of the noise.
-            bounds: trial -> the bound of its model on test images that have judged no trial.
+            options: of `measure`.
         """
-        settings = {trial: sampling(apply(self.base, params)) for trial, params in chosen.items()}
-        asked = [(subjects[trial], settings[trial]) for trial in chosen]
-        drawn = dict(zip(chosen, draw_all(asked, self.study.confirm_samples, seed, self.base, self.say), strict=True))
-        distance = Distance.of(self.data.real)
-        scored = {trial: scores(scored_by, samples)[0] for trial, samples in drawn.items()}
-        measured = bounds or {trial: distance(samples.features) for trial, samples in drawn.items()}
-        return decide(chosen, settings, measured, scored, "bits_per_dim" if bounds else distance.measure)
+        found = self.measure(subjects, self.study.confirm_samples, seed, **options)
+        reference = Reference.of(self.data.real)
+        scored = {
+            trial: reference.scores(of.features, of.class_accuracy, of.evaluations)[0] for trial, of in found.items()
+        }
+        measured = {trial: of.bound or of.distance for trial, of in found.items()}
+        measure = "bits_per_dim" if found[DEFAULT].bound else found[DEFAULT].measure
+        return decide(chosen, {trial: of.sampling for trial, of in subjects.items()}, measured, scored, measure)
 
     def run(
         self, *, resume: bool, after: Sequence[str], on_change: OnChange

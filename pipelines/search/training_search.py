@@ -8,7 +8,7 @@ stops trials that are behind at a rung, and Optuna chooses the parameters of the
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,17 +19,14 @@ from ray.tune.schedulers import AsyncHyperBandScheduler
 from torch import Tensor
 
 from ddpm.conditioning import Conditioning
-from ddpm.model import Model
-from ddpm.quality import Measured
 from pipelines import tracking
 from pipelines.checkpoints import ModelError, references
-from pipelines.config import Config, ConfigError
+from pipelines.config import Config, ConfigError, sampling
 from pipelines.evaluation.prompts import open_captions
 from pipelines.evaluation.real import HELD_OUT
-from pipelines.evaluation.samples import balanced_labels
+from pipelines.evaluation.samples import Subject, balanced_labels
+from pipelines.evaluation.scoring import digest_of, subject_of
 from pipelines.search.confirmation import DEFAULT, Confirmed, winner_of
-from pipelines.search.fresh_samples import bounds
-from pipelines.search.judge import Subject
 from pipelines.search.observer import Observer, identify
 from pipelines.search.rung_judge import RungJudge, held_out_images
 from pipelines.search.space import Params, apply
@@ -237,26 +234,23 @@ class TrainingSearch(Search):
         if not selected:
             self.say("nothing is confirmed: the configuration as it stands did not train to its end, see its trial")
             return []
-        models: dict[str, Model] = {}
+        models: dict[str, Subject] = {}
         for trial, record in selected.items():
             try:
-                models[trial] = references.resolve(
+                found = references.resolve(
                     f"runs:/{record.run_id}/{int(record.scores['images_seen'])}",
                     tracking_uri=self.base.tracking.uri,
                     storage=self.storage,
-                ).model
+                )
+                settings = sampling(apply(self.base, record.params))
+                models[trial] = subject_of(found.model, digest_of(found), settings, self.data)
             except ModelError as error:
                 self.say(f"trial {record.trial} is not confirmed: {error}")
         if DEFAULT not in models or len(models) == 1:
             self.say("nothing is confirmed: a comparison needs the model of the default and that of another trial")
             return []
-        data = Subject.of(models[DEFAULT], self.data.evaluator, self.data.real, {}, self.noise_seed, self.captions)
-        subjects = {trial: ray.put(replace(data, model=model)) for trial, model in models.items()}
-        params, bound = {trial: selected[trial].params for trial in models}, None
-        if self.study.objectives == ("bits_per_dim",):
-            parts = bounds([*subjects.values()], *self.fresh, seed, self.base, self.say)
-            bound = {trial: Measured.mean(part) for trial, part in zip(models, parts, strict=True)}
-        return self.judge_again(params, subjects, data, seed, bound)
+        held_out = self.fresh if self.study.objectives == ("bits_per_dim",) else None
+        return self.judge_again({trial: selected[trial].params for trial in models}, models, seed, held_out=held_out)
 
     def conclude(
         self, records: Sequence[TrialRecord], confirmed: Sequence[Confirmed], tracker: Tracker

@@ -97,7 +97,7 @@ def test_the_gate_decides_without_a_node_that_stands_still(arena, versions):
 def test_a_study_confirms_without_a_node_that_stands_still(arena, versions):
     study = ["search.trials=2", "search.samples=32", "search.confirm_samples=2048", "search.random_trials=2", PATIENCE]
     asked = ["search", "guidance", "--model", "models:/digits/1", "--study", "still", *study, *SCORED]
-    with node_stopped(arena, "ray::_Scorer.call", raylet_alone=False):
+    with node_stopped(arena, "ray::_SamplingActor.call", raylet_alone=False):
         err, found = said(arena, *asked)
     assert "its process or its node stands still" in err
     assert found["confirmed"]

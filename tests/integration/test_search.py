@@ -118,7 +118,7 @@ def test_the_winner_of_a_study_becomes_a_new_version_that_serves_it_and_the_sear
     study = ["--model", "models:/searched/1", "--study", "poor", *own, *GUIDANCE, *SCORED]
     study += ["search.trials=4", "search.confirm_samples=192", "search.samples=96"]
     study += ["search.space.guidance.scale.uniform=[0.9,1.1]", "cluster.patience_s=5"]
-    with one_stopped("ray::_Scorer.call", local_stack.home):
+    with one_stopped("ray::_SamplingActor.call", local_stack.home):
         done = shell.ok("search", "guidance", *study, "--json")
     assert "an actor of this work has not answered for" in done.err
     assert done.answer["version"] == "models:/searched/2"

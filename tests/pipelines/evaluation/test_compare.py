@@ -34,7 +34,7 @@ def comparison(folder, samples: int, test: int, train: int = 40) -> Comparison:
     real = SimpleNamespace(**{name: SimpleNamespace(moments=found) for name, found in moments.items()})
     finite = Rows(folder / "finite", (), np.bool_)
     finite.write(0, np.ones(samples, bool))
-    drawn = Drawn(rows("samples", samples), None, Rows(folder / "pixels", (1, 2, 2), np.uint8), finite)
+    drawn = Drawn(rows("samples", samples), Rows(folder / "pixels", (1, 2, 2), np.uint8), finite)
     plan = Plan("d", Sampling.of(), samples, (1,), (), 8, "file:///none")
     reference = torch.from_numpy(splits["train"].features.read(0, train))
     noise = torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(0)) + 9

@@ -33,7 +33,7 @@ def pictures():
 
 def drawn(folder, pictures) -> Drawn:
     found = split(folder, pictures)
-    return Drawn(found.features, None, found.pixels, found.reference)
+    return Drawn(found.features, found.pixels, found.reference)
 
 
 def test_copies_of_training_images_are_named(tmp_path, pictures):

@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from ddpm.generate import Sampling
 from ddpm.model import load_model
 from pipelines.config import compose
-from pipelines.evaluation.actors import _SamplingActor
+from pipelines.evaluation.actors import Drawer
 from pipelines.evaluation.evaluators.classifier import Classifier
 from pipelines.evaluation.samples import Plan, SampleFiles, balanced_labels
 from pipelines.signing import Authority
@@ -65,7 +65,7 @@ def drawing(tmp_path):
     """An actor, the one unit of its plan, and the files that are stored."""
     torch.manual_seed(0)
     evaluator = SimpleNamespace(digest="e" * 32, encoder=Classifier(1, 8, 10).eval())
-    actor = _SamplingActor((load_model(EARLIER / "version" / "model"), evaluator, None), Storage())
+    actor = Drawer(load_model(EARLIER / "version" / "model"), None, evaluator, Storage())
     plan = Plan("digest", Sampling.of(steps=2), 30, (1,), (3,) * 10, 30, f"file://{tmp_path}")
     (unit,) = plan.units()
     return SimpleNamespace(actor=actor, plan=plan, unit=unit, folder=tmp_path)

@@ -16,7 +16,7 @@ from ddpm.generate import Sampling, generate, to_uint8
 from ddpm.inference import Noise, draw, draw_table
 from ddpm.model import load_model
 from pipelines.config import compose
-from pipelines.evaluation.actors import _SamplingActor
+from pipelines.evaluation.actors import Drawer
 from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.evaluators.classifier import Classifier
 from pipelines.evaluation.images import unpack_samples
@@ -46,7 +46,7 @@ def judged(model, settings, tmp_path):
     evaluator = SimpleNamespace(digest="e" * 32, encoder=Classifier(1, 8, 10).eval())
     plan = Plan("digest", settings, COUNT, (SEED,), (5,) * 10, COUNT, f"file://{tmp_path}")
     (unit,) = plan.units()
-    _SamplingActor((model, evaluator, None), Storage()).draw(unit, plan, {})
+    Drawer(model, None, evaluator, Storage()).draw(unit, plan, {})
     images, finite = unpack_samples(Storage().read(f"{plan.folder}/{unit.path(unit.shard)}"), 1)
     assert finite.all()
     return images, torch.from_numpy(unit.labels)
@@ -56,7 +56,7 @@ def of_a_trial(model, settings, labels):
     """By a study of guidance."""
     judge = Classifier(1, 8, 10).eval()
     evaluator = Evaluator(judge, "classifier", "d", "here", "none", labels=True, accuracy=None)
-    scorer = SampleScorer(Subject(model, evaluator, None, None, labels))
+    scorer = SampleScorer(Subject(model, evaluator, None, labels))
     return scorer.draw(settings, torch.arange(COUNT), seed=SEED, keep=COUNT).pixels
 
 

@@ -18,7 +18,7 @@ from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.evaluators.classifier import Classifier
 from pipelines.evaluation.evaluators.contrastive import Contrastive
 from pipelines.evaluation.images import to_levels
-from pipelines.search.judge import SampleScorer, Subject, hopeless, rungs, scores
+from pipelines.search.judge import Reference, SampleScorer, Subject, hopeless, rungs
 from tests.pipelines.checkpoints.tiny import SMALL
 
 CLASSES = ("a", "b")
@@ -91,7 +91,7 @@ def subject():
     weak = Model(spec, UNet(network).eval().requires_grad_(False))
     classifier = NoisyClassifier(network, 2).eval().requires_grad_(False)
     guides = {"weaker": weak, "judge": classifier}
-    return Subject(model, evaluator, FeatureMoments.of(features), features, torch.arange(60) % 2, guides)
+    return Subject(model, evaluator, Reference(FeatureMoments.of(features), features), torch.arange(60) % 2, guides)
 
 
 @pytest.mark.parametrize(
@@ -143,12 +143,12 @@ def test_rungs_add_up_to_the_whole(subject):
     assert together.evaluations == whole.evaluations == 2
     assert torch.equal(together.correct, whole.correct)
     assert (together.pixels == whole.pixels).all()
-    found, influence = scores(subject, whole)
+    found, influence = subject.reference.scores(whole.features, whole.accuracy, whole.evaluations)
     assert found["samples"] == 24
     assert {"precision", "recall", "class_accuracy", "standard_error"} <= found.keys()
     assert found["standard_error"] == pytest.approx(influence.std().item() / 24**0.5)
     assert found["frechet_distance"] == pytest.approx(
-        frechet_distance(subject.reference, FeatureMoments.of(whole.features))
+        frechet_distance(subject.reference.moments, FeatureMoments.of(whole.features))
     )
 
 
@@ -156,7 +156,7 @@ def test_an_evaluator_without_labels_judges_by_its_features_alone(subject):
     evaluator = Evaluator(Contrastive(1, 8).eval(), "contrastive", "d", "here", "none", labels=False, accuracy=None)
     drawn = SampleScorer(replace(subject, evaluator=evaluator)).draw(Sampling.of(steps=2), torch.arange(6), seed=1)
     assert drawn.correct is None
-    found, _ = scores(subject, drawn)
+    found, _ = subject.reference.scores(drawn.features, drawn.accuracy, drawn.evaluations)
     assert "class_accuracy" not in found
     assert {"frechet_distance", "precision", "recall"} <= found.keys()
 
@@ -164,7 +164,7 @@ def test_an_evaluator_without_labels_judges_by_its_features_alone(subject):
 def test_settings_are_told_apart_better_on_the_same_noise(subject):
     scorer, image_ids = SampleScorer(subject), torch.arange(60)
     one, two = (
-        measured_frechet(subject.reference, scorer.draw(Sampling.of(steps=n), image_ids, seed=3).features)
+        measured_frechet(subject.reference.moments, scorer.draw(Sampling.of(steps=n), image_ids, seed=3).features)
         for n in (5, 6)
     )
     assert (one - two).standard_error < one.standard_error / 2

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import ray
 import torch
 from safetensors.numpy import save
 
@@ -14,21 +13,23 @@ from ddpm.models.unet import UNet
 from ddpm.quality import FeatureMoments
 from pipelines.checkpoints import ModelError, references
 from pipelines.config import ConfigError, compose
+from pipelines.evaluation.actors import Drawer
 from pipelines.evaluation.compare import Distance
 from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.evaluators.contrastive import Contrastive
 from pipelines.evaluation.images import to_levels
+from pipelines.evaluation.prompts import Prompts
 from pipelines.evaluation.real import Real, RealSplit
-from pipelines.search import fresh_samples
 from pipelines.search.confirmation import DEFAULT
 from pipelines.search.rung_judge import held_out_images
-from pipelines.search.study import TrialRecord, trial_name, trials_seed
+from pipelines.search.study import TrialRecord, trial_name
 from pipelines.search.study_config import StudyConfig
 from pipelines.search.training_search import TrainingSearch, chosen, fresh_images
 from pipelines.signing import Derived
 from pipelines.storage import Storage
 from tests.pipelines.captioned import WIDTH
 from tests.pipelines.checkpoints.tiny import SMALL
+from tests.pipelines.evaluation.in_process import draw_here
 from tests.pipelines.evaluation.test_prompts import some_captions
 
 BASE = compose(["+experiment=digits"])
@@ -83,12 +84,16 @@ class Bench:
             "model.class_conditional=false",
             "guidance=none",
             "sampler.steps=2",
+            "evaluation.batch_size=32",
             "storage=file",
             "storage.root=file:///nowhere",
         ]
     )
 
     def __init__(self, monkeypatch, folder):
+        self.base = self.base.model_copy(
+            update={"storage": self.base.storage.model_copy(update={"root": f"file://{folder}"})}
+        )
         self.evaluator = Evaluator(
             Contrastive(1, 8).eval(), "contrastive", "d", "here", "none", labels=False, accuracy=None
         )
@@ -102,22 +107,25 @@ class Bench:
         files = {name: stored.write(name, content) for name, content in contents.items()}
         split = RealSplit(120, (), FeatureMoments.of(torch.from_numpy(features)))
         self.real = Real(stored, files, "s", split, split, features.shape[1], (1, 8, 8))
-        self.images, self.models, self.seeds, self.said = images, {}, [], []
+        self.images, self.models, self.said = images, {}, []
+        self.units, self.ends_at = [], 1_000
         monkeypatch.setattr(references, "resolve", self.resolve)
-        monkeypatch.setattr(ray, "put", lambda value: SimpleNamespace(value=value))
-        monkeypatch.setattr(ray, "get", lambda reference: reference.value)
-        monkeypatch.setattr(fresh_samples, "_call", self.call)
+        draw_here(monkeypatch)
+        generate = Drawer._generate
+
+        def noted(drawer, unit, *given):
+            if unit.stop - unit.first > 1:  # not to count its network evaluations
+                if len(self.units) == self.ends_at:
+                    raise KeyboardInterrupt
+                self.units.append(unit)
+            return generate(drawer, unit, *given)
+
+        monkeypatch.setattr(Drawer, "_generate", noted)
 
     def resolve(self, reference, **_):
         if reference not in self.models:
             raise ModelError(f"{reference}: no such published checkpoint")
-        return SimpleNamespace(model=self.models[reference])
-
-    def call(self, method, calls, base, notice):
-        """What the actors of a cluster do, one call after another."""
-        self.seeds.append(calls[0][3])
-        scorer = fresh_samples._Scorer()
-        return [getattr(scorer, method)(*arguments) for arguments in calls]
+        return SimpleNamespace(model=self.models[reference], published=None)
 
     def trained(self, run_id, lr, distance, text_dim=0, classes=()):
         """The record of a trial that trained to its end, and its model."""
@@ -130,14 +138,17 @@ class Bench:
 
     def confirm(self, study, records, captions=None, held=None):
         search = TrainingSearch(self.base, "s", study, lambda stage, text: self.said.append(text), {})
-        search.base, search.captions = self.base, captions
-        search.data = SimpleNamespace(evaluator=self.evaluator, real=self.real)
+        search.base = self.base
+        prompts = None if captions is None else Prompts(captions, held, False, None)
+        search.data = SimpleNamespace(
+            evaluator=self.evaluator, real=self.real, config=self.base, storage=Storage(), prompts=lambda spec: prompts
+        )
         search.fresh = fresh_images(study, *held_out_images(self.real, held))
         return search.confirm(records, seed=6)
 
 
 @pytest.fixture
-def bench(monkeypatch, tmp_path):
+def bench(monkeypatch, tmp_path, home):
     torch.manual_seed(0)
     return Bench(monkeypatch, tmp_path)
 
@@ -146,7 +157,7 @@ def test_trained_models_are_judged_by_new_samples_on_the_noise_of_the_confirmati
     records = [bench.trained("a1", BASE.optim.lr, 5.0), bench.trained("b2", 0.003, 4.0)]
     found = {c.trial: c for c in bench.confirm(study(confirm_samples=64), records)}
     assert set(found) == {DEFAULT, records[1].trial}
-    assert bench.seeds == [6]
+    assert {unit.seed for unit in bench.units} == {6}
     wanted = bench.models["runs:/b2/640"].generate(
         None, seed=6, sampling=found[DEFAULT].settings, image_ids=torch.arange(64), batch_size=64
     )
@@ -161,7 +172,6 @@ def test_a_study_of_bits_per_dim_is_decided_by_the_bound_of_unseen_test_images(b
     found = bench.confirm(study(objectives=["bits_per_dim"], confirm_samples=64), records)
     assert {c.measure for c in found} == {"bits_per_dim"}
     assert {c.distance.n for c in found} == {(120 - 64,)}
-    assert bench.seeds == [6, 6]
 
 
 def test_models_on_text_are_confirmed_by_captions(bench):
@@ -170,9 +180,9 @@ def test_models_on_text_are_confirmed_by_captions(bench):
     seen = []
     bench.models["runs:/b2/640"].network.register_forward_pre_hook(lambda module, given: seen.extend(given[2:]))
     bench.confirm(study(objectives=["bits_per_dim"], confirm_samples=64), records, drawn, held)
-    in_trials = drawn.shuffled(trials_seed(bench.base, "s"))
-    assert torch.equal(seen[0].pooled, held.pooled[64:])
-    assert torch.equal(seen[-1].pooled, in_trials.pooled[torch.arange(64) % 7])
+    assert torch.equal(seen[-1].pooled, held.pooled[64:])
+    places = Prompts(drawn, held, False, None).plan.rows(64, 6)
+    assert torch.equal(seen[0].pooled, drawn.pooled[places[:32]])
 
 
 @pytest.mark.parametrize("default, other", [((), ("a", "b")), (("a", "b"), ())])
@@ -188,8 +198,8 @@ def test_each_model_is_confirmed_by_the_classes_that_it_has_whatever_the_default
         bench.models[f"runs:/{run_id}/640"].network.register_forward_pre_hook(note)
     found = bench.confirm(study(confirm_samples=64), records)
     assert {c.trial for c in found} == {DEFAULT, records[1].trial}
-    steps = bench.base.sampler.steps
-    assert [labels["a1"], labels["b2"]] == [[[0, 1]] * steps if classes else [] for classes in (default, other)]
+    for run_id, classes in (("a1", default), ("b2", other)):
+        assert {number for asked in labels[run_id] for number in asked} == ({0, 1} if classes else set())
 
 
 def test_a_trial_whose_model_is_gone_is_left_out_and_without_the_default_nothing_is_confirmed(bench):
@@ -201,3 +211,18 @@ def test_a_trial_whose_model_is_gone_is_left_out_and_without_the_default_nothing
     del bench.models["runs:/a1/640"]
     assert bench.confirm(study(confirm_samples=64), records) == []
     assert "nothing is confirmed" in bench.said[-1]
+
+
+def test_a_confirmation_that_was_broken_off_goes_on_and_draws_only_what_is_missing(bench):
+    records = [bench.trained("a1", BASE.optim.lr, 5.0), bench.trained("b2", 0.003, 4.0)]
+    asked = study(confirm_samples=64)
+    bench.ends_at = 3  # of 2 units of each model
+    with pytest.raises(KeyboardInterrupt):
+        bench.confirm(asked, records)
+    drawn, bench.units, bench.ends_at = bench.units, [], 1_000
+    resumed = bench.confirm(asked, records)
+    assert [(unit.first, unit.stop) for unit in drawn + bench.units] == [(0, 32), (32, 64)] * 2
+    again = bench.confirm(asked, records)
+    assert len(bench.units) == 1
+    assert [c.distance.value for c in again] == [c.distance.value for c in resumed]
+    assert [c.scores for c in again] == [c.scores for c in resumed]

@@ -1,0 +1,36 @@
+"""Actors of an evaluation in this process, one call after another, without Ray."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import ray
+
+from pipelines.evaluation import actors
+
+
+class Pool:
+    """What an `ActorPool` of one actor does."""
+
+    def __init__(self, kind: Any, arguments: tuple[Any, ...], *_: Any) -> None:
+        self.actor = kind(*(getattr(given, "value", given) for given in arguments))
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def map(self, method: str, calls: Any) -> Any:
+        """Yield (place, result) of each call."""
+        for place, arguments in enumerate(calls):
+            yield place, self.actor.call(method, *arguments)
+
+
+def draw_here(monkeypatch: Any) -> None:
+    """Let samples be drawn in this process."""
+    monkeypatch.setattr(ray, "put", lambda value: SimpleNamespace(value=value))
+    monkeypatch.setattr(ray, "get", lambda reference: reference.value)
+    monkeypatch.setattr(actors, "processors", lambda *, use_gpu: 1)
+    monkeypatch.setattr(actors, "ActorPool", Pool)
