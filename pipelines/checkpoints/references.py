@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,21 +36,17 @@ from pipelines.checkpoints import (
     list_published,
     reconstruct_average,
 )
+from pipelines.checkpoints.lookup import FORMS, RUN, ReferenceFormError, find_registered, model_folder, needs_server
 from pipelines.config import (
-    MODEL_NAME,
-    MODEL_NAME_RULE,
-    NAME,
     Config,
-    from_dict,
     network_config,
-    parse_overrides,
     sampling,
 )
 from pipelines.environment.scratch import scratch_folder
 from pipelines.shards.index import Dataset
 from pipelines.shards.quarantine import Quarantine, stream_digest
 from pipelines.storage import Storage, layout
-from pipelines.tracking import ModelVersion, Tracker, TrackingError
+from pipelines.tracking import ModelVersion, Tracker
 
 
 def model_spec(
@@ -280,179 +274,6 @@ def _kept_encoder(found: _Fetched) -> str | None:
     return shutil.move(own, tempfile.mkdtemp(prefix="encoder-", dir=scratch_folder()))
 
 
-class ReferenceFormError(ModelError):
-    """A MODEL reference that is none, whatever exists."""
-
-    exit_code = 2
-
-
-RUN = re.compile(r"runs:/([0-9a-f]+)(?:/(\d+|best))?(?:/sigma_rel=(0?\.\d+))?")
-VERSION = re.compile(rf"models:/({MODEL_NAME})(?:@([^/@]+)|/(\d{{1,10}}))")
-FORMS = {
-    "runs:/": (RUN, "runs:/ID, runs:/ID/IMAGES or runs:/ID/best, and /sigma_rel=0.1 after it"),
-    "models:/": (
-        VERSION,
-        f"models:/NAME@alias or models:/NAME/VERSION, with a number of up to ten digits; {MODEL_NAME_RULE}",
-    ),
-}
-
-
-def check_form(reference: str) -> None:
-    """Check that what names a run or a version is written as such.
-
-    Raises:
-        ReferenceFormError: it is not.
-    """
-    for start, (form, words) in FORMS.items():
-        if reference.startswith(start.rstrip("/")) and form.fullmatch(reference) is None:
-            raise ReferenceFormError(f"{reference}: write {words}")
-
-
-def check_name(name: str) -> None:
-    """Check that the registry can be asked for a registered model of this name.
-
-    Raises:
-        ReferenceFormError: it cannot.
-    """
-    if not re.fullmatch(MODEL_NAME, name):
-        raise ReferenceFormError(f"{name!r}: {MODEL_NAME_RULE}")
-
-
-def check_recorded(reference: str) -> None:
-    """Check that a reference may be one of a run or of a version, before MLflow is asked for it.
-
-    Raises:
-        ReferenceFormError: it cannot be one.
-    """
-    if reference.startswith("models:"):
-        check_form(reference)
-    elif not re.fullmatch(NAME, reference.removeprefix("runs:/")):
-        raise ReferenceFormError(
-            f"{reference} names no run: write its name, as `ddpm runs` shows it, its MLflow ID, models:/NAME/VERSION "
-            "or models:/NAME@ALIAS"
-        )
-
-
-def find_registered(reference: str, tracking_uri: str | None) -> ModelVersion:
-    """Return the version that models:/NAME@alias or models:/NAME/VERSION names.
-
-    Raises:
-        ModelError: there is none; the message lists those of that name.
-    """
-    uri = _needs(tracking_uri, reference)
-    match = VERSION.fullmatch(reference)
-    if match is None:
-        raise ReferenceFormError(f"{reference}: write {FORMS['models:/'][1]}")
-    name, alias, number = match.groups()
-    found = tracking.version(uri, name, alias=alias, number=number)
-    if found is None:
-        there = tracking.versions(uri, name)
-        listed = ", ".join(v.version + "".join(f" @{a}" for a in v.aliases) for v in there) or "no version of that name"
-        raise ModelError(f"{reference} is not in the registry at {uri}; it has: {listed}")
-    return found
-
-
-COMPARING = (
-    *("n", "seed", "seeds", "evaluator", "evaluator_passes", "weights"),
-    *("encoder_size", "encoder_mean", "encoder_std"),
-)
-"""Settings of an evaluation without which its distances do not compare with those of another one."""
-JUDGING = {"evaluation": (*COMPARING, "batch_size", "likelihood_images"), "registry": ("model", "n")}
-"""Settings of a run, by section, that decide how its model is scored, what it is registered as, and how many samples
-the gate compares."""
-
-
-def judged_as_before(config: Config, overrides: Sequence[str], reference: str) -> Config:
-    """Return the configuration with the settings by which a model was scored and registered.
-
-    So a version that is made of it has scores that can be compared with those that are there. These settings are those
-    of its run; a version that was registered later with others has its own. What overrides set is left alone, and so is
-    everything for a model in a folder.
-
-    Args:
-        config: of the overrides, with the address of the MLflow server.
-        reference: the model; a version is registered under its own name again.
-
-    Raises:
-        ModelError: there is no such version or run.
-    """
-    if not reference.startswith(("models:/", "runs:/")):
-        return config
-    uri = _needs(config.tracking.uri, reference)
-    recorded: dict[str, Any]
-    if reference.startswith("models:/"):
-        version = find_registered(reference, uri)
-        recorded = _recorded(Tracker(uri, version.run_id)) | _scored(version) | {"registry.model": version.name}
-    else:
-        recorded = _recorded(tracking.get_run(uri, reference.removeprefix("runs:/").partition("/")[0]))
-    given = {str(override.key_or_group) for override in parse_overrides(overrides)}
-    plain = config.model_dump(mode="json")
-    for key, value in recorded.items():
-        section, _, field = key.partition(".")
-        if not {section, key} & given:
-            plain[section][field] = value
-    return from_dict(plain)
-
-
-def scored_alike(config: Config, tracker: Tracker) -> bool:
-    """Return whether a configuration scores models as a run does, so that its distances compare with the run's own."""
-    ours = config.evaluation.model_dump(mode="json")
-    recorded = {key.removeprefix("evaluation."): value for key, value in _recorded(tracker).items()}
-    return all(ours[name] == recorded[name] for name in COMPARING if name in recorded)
-
-
-def _recorded(tracker: Tracker) -> dict[str, Any]:
-    """Return the `JUDGING` settings of a run, flat; of an earlier release those that it had."""
-    try:
-        stored = tracking.recorded_config(tracker) if layout.CONFIG in tracker.names() else {}
-    except TrackingError as error:
-        if error.status not in (400, 404):
-            raise
-        stored = {}  # the run is deleted, and its version is not
-    return {
-        f"{section}.{name}": stored[section][name]
-        for section, names in JUDGING.items()
-        for name in names
-        if name in stored.get(section, {})
-    }
-
-
-def _scored(version: ModelVersion) -> dict[str, Any]:
-    """Return how many samples of which noise a version was scored by, and by which of the dataset's own evaluators."""
-    scores = json.loads(version.tags.get("scores", "{}"))
-    if not scores:
-        return {}
-    found = {
-        "evaluation.n": scores["n"],
-        "evaluation.seed": scores["seeds"][0],
-        "evaluation.seeds": len(scores["seeds"]),
-    }
-    own = scores["evaluator"] in ("classifier", "contrastive")  # others are named together with their weights
-    return found | ({"evaluation.evaluator": scores["evaluator"]} if own else {})
-
-
-def check_exists(reference: str, tracking_uri: str | None) -> None:
-    """Check that a MODEL exists, as far as that can be told without reading its weights.
-
-    Args:
-        tracking_uri: address of the MLflow server; None where only folders can be checked.
-
-    Raises:
-        ModelError: it does not; the message lists what exists.
-    """
-    if reference.startswith("models:/"):
-        if tracking_uri is not None:
-            find_registered(reference, tracking_uri)
-    elif reference.startswith("runs:/"):
-        if tracking_uri is not None:
-            tracking.get_run(tracking_uri, reference.removeprefix("runs:/").partition("/")[0])
-    else:
-        try:
-            read_spec(_folder(reference))
-        except ValueError as error:
-            raise ModelError(f"{reference}: {error}") from error
-
-
 @dataclass(frozen=True)
 class _Fetched:
     """A model folder, valid inside the context of `_fetched`, and its origin."""
@@ -468,21 +289,11 @@ def _fetched(reference: str, tracking_uri: str | None, storage: Storage) -> Iter
     """Yield the model folder that a MODEL reference names, downloaded if necessary."""
     with tempfile.TemporaryDirectory(prefix="model-", dir=scratch_folder()) as scratch:
         if reference.startswith("runs:/"):
-            yield _from_run(reference, _needs(tracking_uri, reference), storage, Path(scratch))
+            yield _from_run(reference, needs_server(tracking_uri, reference), storage, Path(scratch))
         elif reference.startswith("models:/"):
-            yield _from_registry(reference, _needs(tracking_uri, reference), Path(scratch))
+            yield _from_registry(reference, needs_server(tracking_uri, reference), Path(scratch))
         else:
-            yield _Fetched(_folder(reference))
-
-
-def _folder(reference: str) -> Path:
-    folder = Path(reference.removeprefix("file://"))
-    if not folder.is_dir():
-        raise ModelError(
-            f"{reference} names no model; MODEL is "
-            "runs:/ID[/IMAGES|/best][/sigma_rel=WIDTH], models:/NAME@alias, models:/NAME/VERSION or a folder"
-        )
-    return folder
+            yield _Fetched(model_folder(reference))
 
 
 def _from_run(reference: str, tracking_uri: str, storage: Storage, scratch: Path) -> _Fetched:
@@ -513,11 +324,3 @@ def _from_registry(reference: str, tracking_uri: str, scratch: Path) -> _Fetched
     found = find_registered(reference, tracking_uri)
     folder = tracking.download_version(tracking_uri, found, scratch) / "artifacts" / "model"
     return _Fetched(folder, Tracker(tracking_uri, found.run_id), found)
-
-
-def _needs(tracking_uri: str | None, reference: str) -> str:
-    if tracking_uri is None:
-        raise ModelError(
-            f"{reference} needs an MLflow server: set tracking.uri or MLFLOW_TRACKING_URI, or run `ddpm up`"
-        )
-    return tracking_uri

@@ -136,7 +136,7 @@ def connect_for_model(
     Raises:
         ReferenceFormError: a reference is none, which is said before any service is asked.
     """
-    from pipelines.checkpoints.references import check_form
+    from pipelines.checkpoints.lookup import check_form
 
     for reference in (model, *others):
         check_form(str(reference))

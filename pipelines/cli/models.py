@@ -46,12 +46,12 @@ def evaluate(
     """
     config = connect_for_model(model, overrides, more=SERVICES)
 
-    from pipelines.checkpoints import references
+    from pipelines.checkpoints import lookup, references
     from pipelines.evaluation.scoring import score_and_record
     from pipelines.storage import Storage
     from pipelines.training.ray_train.resources import connect_ray
 
-    storage, config = Storage.of(config), references.judged_as_before(config, overrides or [], model)
+    storage, config = Storage.of(config), lookup.judged_as_before(config, overrides or [], model)
     resolved = references.resolve(model, tracking_uri=config.tracking.uri, storage=storage)
     settings, dataset_uri = _asked(resolved, config, overrides)
     with terminal.live():
@@ -87,11 +87,11 @@ def register(
     config = connect_for_model(model, overrides, more=SERVICES)
 
     from pipelines import registry
-    from pipelines.checkpoints import references
+    from pipelines.checkpoints import lookup, references
     from pipelines.storage import Storage
     from pipelines.training.ray_train.resources import connect_ray
 
-    storage, config = Storage.of(config), references.judged_as_before(config, overrides, model)
+    storage, config = Storage.of(config), lookup.judged_as_before(config, overrides, model)
     resolved = references.resolve(model, tracking_uri=config.tracking.uri, storage=storage)
     settings, dataset_uri = _asked(resolved, config, overrides)
     with terminal.live():
@@ -132,7 +132,7 @@ def promote(
     as_json: Json = False,
 ) -> None:
     """Move an alias to a version if the gate allows it. Example: ddpm promote models:/digits/2 --alias champion"""
-    from pipelines.checkpoints.references import check_form, check_name
+    from pipelines.checkpoints.lookup import check_form, check_name
     from pipelines.config import quoted_override
 
     name = model.removeprefix("models:/").split("/")[0].split("@")[0]
@@ -143,19 +143,19 @@ def promote(
     config = compose_connected([*(overrides or []), quoted_override("registry.alias", alias)])
 
     from pipelines import registry
-    from pipelines.checkpoints import references
+    from pipelines.checkpoints import lookup
     from pipelines.storage import Storage
     from pipelines.training.ray_train.resources import connect_ray
 
     storage = Storage.of(config)
     if not rollback:
-        config = references.judged_as_before(config, overrides or [], model)
+        config = lookup.judged_as_before(config, overrides or [], model)
     gate = registry.Gate(config, storage, terminal, lambda: connect_ray(config, storage), name, alias)
     with terminal.live():
         if rollback:
             verdict = gate.rollback(dry_run=dry_run)
         else:
-            version = references.find_registered(model, config.tracking.uri)
+            version = lookup.find_registered(model, config.tracking.uri)
             verdict = gate.promote(version, margin=not_worse_than, dry_run=dry_run)
     show_verdict(verdict)
     answer_json(as_json, verdict.to_plain())
@@ -169,7 +169,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check whether a version is what was scored, and by whom. Example: ddpm verify models:/digits@champion"""
-    from pipelines.checkpoints.references import check_form
+    from pipelines.checkpoints.lookup import check_form
 
     check_form(model)
     services = ["mlflow"] if model.startswith("models:/") else []
@@ -251,7 +251,7 @@ def report(
     """Write all that is known of a run or model into one HTML file. Example: ddpm report first --out first.html"""
     check_file("--out", out or Path("report-NAME.html"), "report.html")
 
-    from pipelines.checkpoints.references import check_recorded
+    from pipelines.checkpoints.lookup import check_recorded
 
     check_recorded(reference)
     config = compose_running(overrides, services=["s3", "mlflow"])

@@ -30,7 +30,7 @@ def guidance(
     as_json: Json = False,
 ) -> None:
     """Search guidance and sampler of a model. Example: ddpm search guidance --model models:/digits@champion"""
-    from pipelines.checkpoints.references import check_form
+    from pipelines.checkpoints.lookup import check_form
     from pipelines.search.study_config import compose_study, study_name
 
     check_form(model)
@@ -38,10 +38,10 @@ def guidance(
     name = study_name(study or f"guidance-{config.name}")
     config = connect(config, SERVICES)
 
-    from pipelines.checkpoints import references
+    from pipelines.checkpoints import lookup
     from pipelines.search.guidance_search import GuidanceSearch
 
-    config = references.judged_as_before(config, of_run, model)
+    config = lookup.judged_as_before(config, of_run, model)
     _run(GuidanceSearch(config, name, chosen, terminal.stage, model, of_run), resume, after, as_json)
 
 
@@ -86,7 +86,7 @@ def steps(
     """Learn the few steps of a solver. Example: ddpm search steps --model models:/digits@champion --evaluations 6"""
     if evaluations > grid:
         raise typer.BadParameter(f"--evaluations {evaluations} of a fine grid of {grid} levels: raise --grid")
-    from pipelines.checkpoints.references import check_form
+    from pipelines.checkpoints.lookup import check_form
     from pipelines.search.study_config import study_name
 
     check_form(model)

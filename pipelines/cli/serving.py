@@ -41,11 +41,11 @@ def serve(
         raise typer.BadParameter(f"name a model to serve: {MODEL}", param_hint="MODEL")
     config = compose([argument for argument in arguments if is_override(argument)])
 
-    from pipelines.checkpoints import references
+    from pipelines.checkpoints import lookup
 
     for model in models:  # before anything starts
-        references.check_form(model)
-        references.check_exists(model, None)
+        lookup.check_form(model)
+        lookup.check_exists(model, None)
     kinds = {model.partition(":/")[0] for model in models}
     needs = {"ray", *(["s3"] if "runs" in kinds else []), *(["mlflow"] if kinds & {"runs", "models"} else [])}
     config = connect(config, [service for service in SERVICES if service in needs])
@@ -57,7 +57,7 @@ def serve(
     from pipelines.training.ray_train.resources import connect_ray
 
     for model in models:
-        references.check_exists(model, config.tracking.uri)
+        lookup.check_exists(model, config.tracking.uri)
     token = None if no_token else server_token(config.serving.token_file, default_home())
     connect_ray(config, Storage.of(config))
     service = Service(models, config, lambda text: terminal.stage("serve", text))

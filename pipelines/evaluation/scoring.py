@@ -18,7 +18,7 @@ from ddpm.generate import Sampling
 from ddpm.model import Model, ModelSpec, tensors_digest
 from ddpm.settings import settings_of
 from pipelines import tracking
-from pipelines.checkpoints import list_published, record_scores, references
+from pipelines.checkpoints import list_published, lookup, record_scores, references
 from pipelines.checkpoints.references import Resolved
 from pipelines.config import Config
 from pipelines.evaluation.data import EvaluationData
@@ -126,7 +126,7 @@ def score_and_record(
         and settings == spec.sampling
         and dataset_uri is None
         and scored.scores.stream_digest == spec.lineage.get("stream_digest", scored.scores.stream_digest)
-        and references.scored_alike(config, tracker)
+        and lookup.scored_alike(config, tracker)
     )
     if own and published is not None:
         if scored.fresh or not scored.scores.metrics().items() <= published.scores.items():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import tracking
-from pipelines.checkpoints.references import find_registered
+from pipelines.checkpoints.lookup import find_registered
 from pipelines.environment.scratch import scratch_folder
 from pipelines.presentation.errors import PipelineError
 from pipelines.presentation.progress import Notice, no_notice

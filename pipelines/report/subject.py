@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from pipelines import tracking
-from pipelines.checkpoints import references
+from pipelines.checkpoints import lookup
 from pipelines.config import Config
 from pipelines.presentation.errors import PipelineError
 from pipelines.tracking import ModelVersion, Tracker, TrackingError
@@ -44,10 +44,10 @@ def find_subject(reference: str, config: Config) -> Subject:
         SubjectError, ModelError: there is no such run or version; the message lists what there is.
         TrackingError: no MLflow server answers.
     """
-    references.check_recorded(reference)
+    lookup.check_recorded(reference)
     uri = config.tracking.server
     if reference.startswith("models:/"):
-        version = references.find_registered(reference, uri)
+        version = lookup.find_registered(reference, uri)
         return Subject(reference, _run_of(version, uri), version)
     tracker = _find_run(reference, uri, config.tracking.experiment)
     of_run = [version for version in tracking.all_versions(uri) if version.run_id == tracker.run_id]

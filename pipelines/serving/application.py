@@ -22,7 +22,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from pipelines import tracking
-from pipelines.checkpoints import references
+from pipelines.checkpoints import lookup
 from pipelines.config import Config, ServingConfig
 from pipelines.inference.request import RequestError
 from pipelines.serving.bodies import known_names
@@ -60,7 +60,7 @@ class ModelReplica:
         self._callers = ThreadPoolExecutor(config.serving.max_queue, "invoke")
 
         def find() -> str:
-            return references.find_registered(reference, config.tracking.uri).uri
+            return lookup.find_registered(reference, config.tracking.uri).uri
 
         def load_version(version: str) -> Served:
             return load(version, config, storage, drawing)

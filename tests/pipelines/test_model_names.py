@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.utils.search_utils import SearchModelVersionUtils
 
-from pipelines.checkpoints.references import ReferenceFormError, check_form, check_name
+from pipelines.checkpoints.lookup import ReferenceFormError, check_form, check_name
 from pipelines.config import MODEL_NAME, ConfigError, compose, quoted_override
 
 LETTERS = st.sampled_from(string.printable + "é写\x00\x7f")

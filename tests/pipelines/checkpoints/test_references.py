@@ -12,7 +12,8 @@ from ddpm.models.classifier import NoisyClassifier
 from ddpm.models.unet import UNet
 from pipelines import tracking
 from pipelines.checkpoints import ModelError
-from pipelines.checkpoints.references import guided, judged_as_before, resolve
+from pipelines.checkpoints.lookup import judged_as_before
+from pipelines.checkpoints.references import guided, resolve
 from pipelines.config import compose
 from pipelines.storage import Storage
 from pipelines.tracking import TrackingError
