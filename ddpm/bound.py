@@ -49,6 +49,15 @@ def vlb_term(
         t: timesteps 1..T, int64 [B].
         variance: fixed variance of p, used where the network does not learn it.
         levels: number of grey levels of the data.
+
+    Examples:
+        >>> from ddpm.prediction import from_output
+        >>> from ddpm.schedule import Linear
+        >>> schedule, t = Linear().make(1000), torch.tensor([500])
+        >>> x_t, x_0 = torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
+        >>> pred = from_output(x_0, x_t, t, schedule, "x0")  # the truth
+        >>> vlb_term(pred, x_0, x_t, t, schedule).item()
+        0.0
     """
     p = p_reverse(pred, x_t, t, t - 1, schedule, variance)
     q = q_posterior(x_t, x_0, t, t - 1, schedule)
@@ -80,6 +89,15 @@ def vlb_pair_term(
     Args:
         pred: the denoiser's prediction at (x_t, t).
         x_s: x_{t-1}, drawn together with x_t, [B, C, H, W].
+
+    Examples:
+        >>> from ddpm.prediction import from_output
+        >>> from ddpm.schedule import Linear
+        >>> schedule, t = Linear().make(1000), torch.tensor([500])
+        >>> x, x_0 = torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
+        >>> pred = from_output(x_0, x, t, schedule, "x0")  # the truth
+        >>> vlb_pair_term(pred, x, x, t, schedule, x_0=x_0).item()
+        0.0
     """
     p = p_reverse(pred, x_t, t, t - 1, schedule, variance)
     if x_0 is None:
@@ -95,6 +113,12 @@ def vlb_weight(schedule: NoiseSchedule, t: Tensor, variance: ReverseVariance = "
     """Return the weight of |eps - eps_theta|^2 in the bound's term at t, in nats, float64 of t's shape (DDPM, eq. 12).
 
     It is beta^2 / (2 var (1 - beta) (1 - alpha_bar)), where var is the fixed variance of p. L_simple has weight 1.
+
+    Examples:
+        >>> from ddpm.schedule import Linear
+        >>> weight = vlb_weight(Linear().make(1000), torch.tensor([2, 100, 1000]))
+        >>> bool((weight.diff() < 0).all())  # unlike L_simple, the bound emphasises low noise
+        True
     """
     beta = schedule.betas.to(t.device)[t - 1]
     var = reverse_variance(t, t - 1, schedule, variance)
@@ -110,6 +134,11 @@ class Bound:
         terms: [B, steps], by increasing noise: column 0 is the decoder's -log p(x_0 | x_t), column i > 0 is
             KL(q(x_s | x_t, x_0) || p(x_s | x_t)).
         timesteps: t of each column, int64 [steps]; s is the t of the previous column, 0 for column 0.
+
+    Examples:
+        >>> bound = Bound(prior=torch.tensor([0.25]), terms=torch.tensor([[2.0, 1.0]]), timesteps=torch.tensor([1, 2]))
+        >>> bound.total.item()
+        3.25
     """
 
     prior: Tensor
@@ -138,6 +167,15 @@ def variational_bound(
 
     Args:
         variance: fixed variance of p(x_s | x_t), used where it is not learned; see `reverse_variance` for s = 0.
+
+    Examples:
+        >>> from ddpm.prediction import NetworkDenoiser
+        >>> from ddpm.schedule import Linear
+        >>> schedule, x_0 = Linear().make(1000), torch.full((2, 1, 2, 2), -1.0)
+        >>> black = NetworkDenoiser(lambda x, row, cond: torch.full_like(x, -1.0), schedule, "x0")
+        >>> found = variational_bound(black, schedule, x_0, seed=0, image_ids=torch.arange(2), steps=5)
+        >>> found.terms.shape, found.timesteps.tolist(), bool((found.terms[:, 1:] < 1e-9).all())
+        (torch.Size([2, 5]), [200, 400, 600, 800, 1000], True)
     """
     found = variational_bounds(
         denoiser, schedule, x_0, cond, seed=seed, image_ids=image_ids, steps=steps, variances=(variance,), levels=levels
@@ -183,6 +221,15 @@ def variational_bounds(
     Raises:
         ValueError: `steps` is out of range, `image_ids` does not have one id per image, or x_0 has values that are not
             one of the grey levels.
+
+    Examples:
+        >>> from ddpm.prediction import NetworkDenoiser
+        >>> from ddpm.schedule import Linear
+        >>> schedule, x_0 = Linear().make(1000), torch.full((1, 1, 2, 2), -1.0)
+        >>> black = NetworkDenoiser(lambda x, row, cond: torch.full_like(x, -1.0), schedule, "x0")
+        >>> found = variational_bounds(black, schedule, x_0, seed=0, image_ids=torch.arange(1), steps=5)
+        >>> bool(found["small"].total < found["large"].total)  # best where the data is one image
+        True
     """
     check_image_ids(image_ids, x_0)
     if levels is not None:
@@ -225,6 +272,11 @@ def mean_bits_per_dim(bits: Tensor, *, seed: int = 0, draws: int = 1000, level: 
 
     Raises:
         ValueError: `bits` is not a vector of finite numbers, or `bootstrap` rejects its arguments.
+
+    Examples:
+        >>> found = mean_bits_per_dim(torch.tensor([3.0, 4.0, 5.0, 4.0]), draws=100)
+        >>> found.value, found.low <= found.value <= found.high
+        (4.0, True)
     """
     if bits.dim() != 1 or not bool(bits.isfinite().all()):
         raise ValueError(f"bits must be finite, [N], got shape {tuple(bits.shape)}, finite: {bits.isfinite().all()}")
@@ -232,7 +284,12 @@ def mean_bits_per_dim(bits: Tensor, *, seed: int = 0, draws: int = 1000, level: 
 
 
 def in_float64(pred: Prediction) -> Prediction:
-    """Return the same prediction in float64."""
+    """Return the same prediction in float64.
+
+    Examples:
+        >>> in_float64(Prediction(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2))).x0.dtype
+        torch.float64
+    """
     fraction, gradient = pred.variance_fraction, pred.mean_gradient
     return Prediction(
         pred.x0.double(),
@@ -243,7 +300,12 @@ def in_float64(pred: Prediction) -> Prediction:
 
 
 def bits_per_dim(nats: Tensor) -> Tensor:
-    """Convert nats per element [B, C, H, W] to bits per dimension [B]."""
+    """Convert nats per element [B, C, H, W] to bits per dimension [B].
+
+    Examples:
+        >>> bits_per_dim(torch.full((2, 3, 4, 4), math.log(256), dtype=torch.float64)).tolist()  # all grey levels alike
+        [8.0, 8.0]
+    """
     return nats.flatten(1).mean(1) / math.log(2)
 
 
@@ -252,6 +314,12 @@ def check_image_ids(image_ids: Tensor, x_0: Tensor) -> None:
 
     Raises:
         ValueError: `image_ids` is not [B], or the batch is empty.
+
+    Examples:
+        >>> check_image_ids(torch.arange(3), torch.zeros(2, 1, 8, 8))
+        Traceback (most recent call last):
+            ...
+        ValueError: image_ids must be one number per image, [2], got shape (3,)
     """
     if image_ids.shape != x_0.shape[:1] or len(image_ids) == 0:
         raise ValueError(f"image_ids must be one number per image, [{len(x_0)}], got shape {tuple(image_ids.shape)}")
@@ -262,6 +330,13 @@ def check_grid(x_0: Tensor, levels: int) -> None:
 
     Raises:
         ValueError: there are fewer than 2 levels, or a value is not one of them.
+
+    Examples:
+        >>> check_grid(torch.tensor([-1.0, 1 / 3]), levels=4)
+        >>> check_grid(torch.tensor([0.5]), levels=4)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ValueError: x_0 must lie on the grid of 4 levels from -1 to 1, but is off it by up to ...
     """
     if levels < 2:
         raise ValueError(f"levels must be >= 2, got {levels}")

@@ -23,6 +23,15 @@ class Choices(Mapping[str, T], Generic[T]):
         kind: name of one choice in messages, such as "sampler".
         group: entry-point group for the choices of other packages, such as "ddpm.samplers".
         choices: the choices of this package.
+
+    Examples:
+        >>> shapes = Choices("shape", "example.shapes", {"circle": complex, "square": float})
+        >>> list(shapes), shapes.name_of(1.5)
+        (['circle', 'square'], 'square')
+        >>> shapes.find("sqare")
+        Traceback (most recent call last):
+            ...
+        ValueError: unknown shape 'sqare'; allowed: circle, square. Did you mean 'square'?
     """
 
     def __init__(self, kind: str, group: str, choices: Mapping[str, T]) -> None:

@@ -24,6 +24,15 @@ class Conditioning:
         context: the clean image [B, C, H, W]; the network sees only the pixels where `mask` is 1.
         drop: bool [B]; True replaces the sample's label and text by the network's null condition. Mask and context are
             never dropped.
+
+    Examples:
+        >>> cond = Conditioning(label=torch.tensor([3, 7]))
+        >>> len(cond), cond[:1].label.tolist(), cond.present
+        (2, [3], ('label',))
+        >>> cond.dropped(torch.tensor([True, False])).drop.tolist()
+        [True, False]
+        >>> Conditioning.join([cond, cond]).label.tolist()
+        [3, 7, 3, 7]
     """
 
     label: Tensor | None = None

@@ -59,6 +59,13 @@ class ConsistencyTuning(Settings):
         k_r = k_t (1 - n(k_t) / q^(stage + 1)),   n(k) = 1 + k_factor sigmoid(-b k),   at least 0,
     from diffusion training, where most r are 0, towards r -> t. The stages are equally long in images seen. A level is
     at least that of table index 1, the least that networks are trained on, and at most where sampling starts.
+
+    Examples:
+        >>> settings = ConsistencyTuning(q=2.0, k=0.0)
+        >>> settings.stage(torch.tensor([0, 500, 999]), images=1000).tolist()
+        [0, 4, 7]
+        >>> settings.nearer(torch.tensor([1.0, 1.0]), torch.tensor([0, 1])).tolist()
+        [0.5, 0.75]
     """
 
     p_mean: float = setting(-1.1, "mean of log(sigma / alpha) of the noisier of two levels")
@@ -144,7 +151,15 @@ class ConsistencyTuning(Settings):
 
 
 def refusal(prediction: Parameterization, schedule: NoiseSchedule) -> str | None:
-    """Return why a model of this parameterization cannot be tuned to a consistency model; None where it can."""
+    """Return why a model of this parameterization cannot be tuned to a consistency model; None where it can.
+
+    Examples:
+        >>> from ddpm.schedule import Cosine
+        >>> refusal("v", Cosine().make(1000)) is None
+        True
+        >>> refusal("x0", Cosine().make(1000)).partition(",")[0]
+        'a network that predicts x0 does not give the image itself at t = 0'
+    """
     if prediction == "x0":
         return (
             "a network that predicts x0 does not give the image itself at t = 0, as a consistency function must: set "

@@ -26,6 +26,11 @@ class EMA:
     Attributes:
         shadow: name -> averaged float32 tensor, detached.
         residual: name -> average minus `shadow`, float32, at most half a unit in the last place of `shadow`.
+
+    Examples:
+        >>> average = EMA(nn.Linear(1, 1), half_life=100, ramp=1.0)
+        >>> average.decay(images_seen=1000, batch_size=100), average.decay(images_seen=50, batch_size=100)
+        (0.5, 0.25)
     """
 
     def __init__(self, module: nn.Module, half_life: float, ramp: float = 0.05) -> None:
@@ -69,6 +74,12 @@ def gamma_from_sigma_rel(sigma_rel: float) -> float:
 
     Raises:
         ValueError: `sigma_rel` is outside (0, `WIDEST`].
+
+    Examples:
+        >>> round(gamma_from_sigma_rel(0.1), 2), gamma_from_sigma_rel(WIDEST) < 1e-6
+        (6.94, True)
+        >>> round(sigma_rel_from_gamma(gamma_from_sigma_rel(0.1)), 12)
+        0.1
     """
     if not 0 < sigma_rel <= WIDEST:
         raise ValueError(
@@ -84,6 +95,12 @@ def sigma_rel_from_gamma(gamma: float) -> float:
 
     Raises:
         ValueError: `gamma` is negative.
+
+    Examples:
+        >>> sigma_rel_from_gamma(0.0) == WIDEST  # the plain mean
+        True
+        >>> round(sigma_rel_from_gamma(6.94), 3)
+        0.1
     """
     if not gamma >= 0:
         raise ValueError(f"gamma must be >= 0, got {gamma}: below 0 the earliest weights would count most")
@@ -119,6 +136,15 @@ class PowerEMA:
         shadows: for each width, name -> averaged float32 tensor, detached.
         residuals: for each width, name -> average minus shadow, float32.
         images_seen: number of images included in the averages.
+
+    Examples:
+        >>> network = nn.Linear(1, 1, bias=False)
+        >>> average = PowerEMA(network, sigma_rels=(WIDEST,))  # gamma = 0: the mean of the weights after every image
+        >>> for step, weight in enumerate([1.0, 2.0, 6.0], 1):
+        ...     _ = network.load_state_dict({"weight": torch.tensor([[weight]])})
+        ...     average.update(network, images_seen=10 * step, batch_size=10)
+        >>> round(average.shadows[0]["weight"].item(), 4)
+        3.0
     """
 
     def __init__(self, module: nn.Module, sigma_rels: Sequence[float] = (0.05, 0.10), images_seen: int = 0) -> None:
@@ -214,6 +240,12 @@ def power_decay(gamma: float, images_seen: int, batch_size: int) -> float:
 
     The product over consecutive batches telescopes to (n' / n)^(gamma + 1), so the profile is independent of batch
     size.
+
+    Examples:
+        >>> round(power_decay(1.0, images_seen=20, batch_size=10), 6)
+        0.25
+        >>> round(power_decay(1.0, 20, 10) * power_decay(1.0, 40, 20), 6), round(power_decay(1.0, 40, 30), 6)
+        (0.0625, 0.0625)
     """
     if batch_size >= images_seen:
         return 0.0
@@ -239,6 +271,12 @@ def posthoc_weights(
     Raises:
         ValueError: there are no snapshots or duplicates, a width or number of images is out of range, or the target is
             later than the last snapshot.
+
+    Examples:
+        >>> posthoc_weights([10, 20], [0.1, 0.1], target_images=20, target_sigma_rel=0.1)
+        [0.0, 1.0]
+        >>> round(sum(posthoc_weights([10, 20, 20], [0.1, 0.1, 0.2], 20, 0.15)), 9)
+        1.0
     """
     snapshots = list(zip(images_seen, sigma_rels, strict=True))
     if not snapshots or len(set(snapshots)) < len(snapshots):
@@ -278,6 +316,12 @@ def reconstruct(snapshots: Sequence[PowerSnapshot], images_seen: int, sigma_rel:
 
     Raises:
         ValueError: as for `posthoc_weights`; or the snapshots are of different networks.
+
+    Examples:
+        >>> weights = {"weight": torch.tensor([2.0])}
+        >>> snapshots = [PowerSnapshot(weights, 100, sigma_rel) for sigma_rel in (0.05, 0.1)]
+        >>> reconstruct(snapshots, images_seen=100, sigma_rel=0.07)["weight"].tolist()  # weights that never changed
+        [2.0]
     """
     coefficients = posthoc_weights(
         [s.images_seen for s in snapshots], [s.sigma_rel for s in snapshots], images_seen, sigma_rel

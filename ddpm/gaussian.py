@@ -17,7 +17,16 @@ ReverseVariance = Literal["small", "large"]
 
 @dataclass(frozen=True)
 class DiagonalGaussian:
-    """N(mean, diag(variance)); `variance` broadcasts against `mean`."""
+    """N(mean, diag(variance)); `variance` broadcasts against `mean`.
+
+    Examples:
+        >>> normal = DiagonalGaussian(torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64))
+        >>> normal.log_prob(torch.zeros(1)).exp().item() == (2 * math.pi) ** -0.5
+        True
+        >>> bins = normal.discretized_log_prob(torch.linspace(-1, 1, 256, dtype=torch.float64))
+        >>> round(bins.exp().sum().item(), 6)
+        1.0
+    """
 
     mean: Tensor
     variance: Tensor
@@ -51,19 +60,45 @@ class DiagonalGaussian:
 
 
 def kl(q: DiagonalGaussian, p: DiagonalGaussian) -> Tensor:
-    """Return KL(q || p) of each element, in nats, of the means' shape."""
+    """Return KL(q || p) of each element, in nats, of the means' shape.
+
+    Examples:
+        >>> def normal(mean, variance):
+        ...     return DiagonalGaussian(torch.tensor(mean), torch.tensor(variance))
+        >>> kl(normal(1.0, 1.0), normal(0.0, 1.0)).item()  # mean^2 / 2
+        0.5
+        >>> kl(normal(0.5, 2.0), normal(0.5, 2.0)).item()
+        0.0
+    """
     ratio = q.variance / p.variance
     return ((q.mean - p.mean).square() / p.variance + ratio - 1 - ratio.log()) / 2
 
 
 def q_sample(x_0: Tensor, t: Tensor | float, eps: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """Return x_t = alpha_t x_0 + sigma_t eps, a sample of q(x_t | x_0) if eps is standard normal (DDPM, eq. 4)."""
+    """Return x_t = alpha_t x_0 + sigma_t eps, a sample of q(x_t | x_0) if eps is standard normal (DDPM, eq. 4).
+
+    Examples:
+        >>> from ddpm.schedule import Linear
+        >>> schedule, x_0, eps = Linear().make(1000), torch.full((2, 1, 1, 1), 0.5).double(), torch.ones(2, 1, 1, 1)
+        >>> q_sample(x_0, torch.tensor([0, 1000]), eps, schedule).flatten().round(decimals=2).tolist()
+        [0.5, 1.0]
+    """
     alpha, sigma = coefficients(schedule, t, x_0)
     return alpha * x_0 + sigma * eps
 
 
 def q_transition(x_s: Tensor, s: Tensor | float, t: Tensor | float, schedule: NoiseSchedule) -> DiagonalGaussian:
-    """Return q(x_t | x_s) for s < t: one step of the forward chain (DDPM, eq. 2) if s = t - 1, else several at once."""
+    """Return q(x_t | x_s) for s < t: one step of the forward chain (DDPM, eq. 2) if s = t - 1, else several at once.
+
+    Examples:
+        >>> from ddpm.schedule import Linear
+        >>> schedule = Linear().make(1000)
+        >>> step = q_transition(torch.ones(1, 1, 1, 1, dtype=torch.float64), 499, 500, schedule)
+        >>> torch.allclose(step.variance, schedule.betas[499])
+        True
+        >>> round((step.mean.square() + step.variance).item(), 6)  # variance is preserved
+        1.0
+    """
     step = schedule.alpha_bar(t) / schedule.alpha_bar(s)
     return DiagonalGaussian(per_sample(step.sqrt(), x_s) * x_s, per_sample(1 - step, x_s))
 
@@ -74,6 +109,13 @@ def q_posterior(
     """Return q(x_s | x_t, x_0) for s < t (DDPM, eq. 6-7, for any two levels of the chain).
 
     At s = 0 the mean is x_0 and the variance 0.
+
+    Examples:
+        >>> from ddpm.schedule import Linear
+        >>> x_t, x_0 = torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1), 0.5)
+        >>> last = q_posterior(x_t, x_0, 1, 0, Linear().make(1000))
+        >>> last.mean.item(), last.variance.item()
+        (0.5, 0.0)
     """
     bar_t, bar_s = schedule.alpha_bar(t), schedule.alpha_bar(s)
     return DiagonalGaussian(_posterior_mean(x_t, x_0, bar_t, bar_s), per_sample(_posterior_variance(bar_t, bar_s), x_t))
@@ -87,7 +129,16 @@ def _posterior_mean(x_t: Tensor, x_0: Tensor, bar_t: Tensor, bar_s: Tensor) -> T
 
 
 def posterior_variance(t: Tensor | float, s: Tensor | float, schedule: NoiseSchedule) -> Tensor:
-    """Return the variance of q(x_s | x_t, x_0), float64 (DDPM, eq. 7); 0 at s = 0."""
+    """Return the variance of q(x_s | x_t, x_0), float64 (DDPM, eq. 7); 0 at s = 0.
+
+    Examples:
+        >>> from ddpm.schedule import Linear
+        >>> schedule = Linear().make(1000)
+        >>> posterior_variance(1, 0, schedule).item()
+        0.0
+        >>> bool(posterior_variance(500, 499, schedule) < schedule.betas[499])
+        True
+    """
     return _posterior_variance(schedule.alpha_bar(t), schedule.alpha_bar(s))
 
 
@@ -103,6 +154,13 @@ def reverse_variance(
     See DDPM, sec. 3.2. At s = 0 the posterior variance is 0, which gives no finite likelihood. There both kinds use the
     posterior variance of the next step up of the same length, from 2 t to t: for single steps that of t = 2, as in the
     authors' code. If 2 t > T, the step from T to t is used; if t = T (a chain of one step), the variance is beta_{T|0}.
+
+    Examples:
+        >>> from ddpm.schedule import Linear
+        >>> schedule = Linear().make(1000)
+        >>> small, large = (reverse_variance(500, 499, schedule, kind) for kind in ("small", "large"))
+        >>> torch.equal(small, posterior_variance(500, 499, schedule)), torch.allclose(large, schedule.betas[499])
+        (True, True)
     """
     t, s = torch.as_tensor(t, dtype=torch.float64), torch.as_tensor(s, dtype=torch.float64)
     bar_t, bar_s = schedule.alpha_bar(t), schedule.alpha_bar(s)
@@ -132,6 +190,14 @@ def p_reverse(
         pred: the denoiser's prediction at (x_t, t).
         variance: kind of fixed variance, see `reverse_variance`; a learned variance replaces it (Improved DDPM,
             eq. 15).
+
+    Examples:
+        >>> from ddpm.prediction import from_output
+        >>> from ddpm.schedule import Linear
+        >>> schedule, x_t, x_0 = Linear().make(1000), torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1), 0.5)
+        >>> p = p_reverse(from_output(x_0, x_t, 500, schedule, "x0"), x_t, 500, 499, schedule)
+        >>> kl(q_posterior(x_t, x_0, 500, 499, schedule), p).item()  # the prediction is the truth
+        0.0
     """
     bar_t, bar_s = schedule.alpha_bar(t), schedule.alpha_bar(s)
     mean = _posterior_mean(x_t, pred.x0, bar_t, bar_s)

@@ -29,7 +29,13 @@ WIDEST = 10.0
 
 @dataclass(frozen=True)
 class LearnedWeighting(Settings):
-    """The settings of a `LearnedWeight`."""
+    """The settings of a `LearnedWeight`.
+
+    Examples:
+        >>> from ddpm.schedule import Linear
+        >>> LearnedWeighting().make(Linear().make(1000), seed=0).factors(torch.tensor([1, 500, 1000])).tolist()
+        [1.0, 1.0, 1.0]
+    """
 
     channels: int = setting(128, "Fourier features of the noise level by which the learned weight is described", ge=1)
     lr: float = setting(0.01, "learning rate of the learned weight, by Adam", gt=0)
@@ -53,6 +59,15 @@ class LearnedWeight:
         weight: [C]; u = features @ weight.
         first, second: Adam's averages of the gradient and of its square, [C].
         updates: number of updates, [1].
+
+    Examples:
+        >>> from ddpm.schedule import Linear
+        >>> weight = LearnedWeight(Linear().make(1000), seed=0, channels=16, lr=0.1)
+        >>> t = torch.tensor([500])
+        >>> for _ in range(200):
+        ...     weight.update(t, losses=torch.tensor([4.0]), weights=torch.ones(1))
+        >>> round(weight.factors(t).item(), 2)  # one over the loss
+        0.25
     """
 
     def __init__(self, schedule: NoiseSchedule, seed: int, channels: int, lr: float) -> None:

@@ -39,6 +39,13 @@ def random_mask(seed: int, ordinals: Tensor, size: tuple[int, int], kind: MaskKi
 
     Raises:
         ValueError: `size` or `kind` is not allowed, or `ordinals` is not [B].
+
+    Examples:
+        >>> mask = random_mask(0, torch.arange(3), (8, 8), "half")
+        >>> mask.shape, mask.sum(dim=(1, 2, 3)).tolist()
+        (torch.Size([3, 1, 8, 8]), [32, 32, 32])
+        >>> torch.equal(mask[2:], random_mask(0, torch.tensor([2]), (8, 8), "half"))
+        True
     """
     if len(size) != 2 or not all(4 <= side <= 1 << 14 for side in size):
         raise ValueError(f"size must be (H, W) with both in 4..16384, got {size}")
@@ -128,6 +135,12 @@ def inpainting_condition(known: Tensor, mask: Tensor, cond: Conditioning | None 
 
     Raises:
         ValueError: the mask does not fit the images.
+
+    Examples:
+        >>> mask = torch.tensor([[1.0, 0.0]]).reshape(1, 1, 1, 2)
+        >>> cond = inpainting_condition(torch.tensor([[0.5, torch.nan]]).reshape(1, 1, 1, 2), mask)
+        >>> cond.context.flatten().tolist(), cond.mask.flatten().tolist()
+        ([0.5, 0.0], [True, False])
     """
     mask = checked_mask(mask, known)
     # Not known * mask: hidden pixels may be nan, and 0 * nan is nan.
@@ -139,6 +152,11 @@ def paste(known: Tensor, sample: Tensor, mask: Tensor) -> Tensor:
 
     Raises:
         ValueError: the shapes do not fit each other.
+
+    Examples:
+        >>> known, sample = torch.zeros(1, 1, 1, 2), torch.ones(1, 1, 1, 2)
+        >>> paste(known, sample, torch.tensor([True, False]).reshape(1, 1, 1, 2)).flatten().tolist()
+        [0.0, 1.0]
     """
     same_shape(known, sample, "known and sample")
     return torch.where(checked_mask(mask, known), known, sample)
@@ -149,6 +167,12 @@ def masked_error(sample: Tensor, truth: Tensor, mask: Tensor) -> Tensor:
 
     Raises:
         ValueError: the shapes do not fit each other, or an image has no hidden pixels.
+
+    Examples:
+        >>> sample, truth = torch.tensor([9.0, 3.0]).reshape(1, 1, 1, 2), torch.zeros(1, 1, 1, 2)
+        >>> mask = torch.tensor([True, False]).reshape(1, 1, 1, 2)
+        >>> masked_error(sample, truth, mask).tolist()  # hidden pixels only
+        [3.0]
     """
     same_shape(sample, truth, "sample and truth")
     hidden = ~checked_mask(mask, truth)
@@ -163,6 +187,13 @@ def seam_error(sample: Tensor, truth: Tensor, mask: Tensor) -> Tensor:
 
     Raises:
         ValueError: the shapes do not fit each other, or an image has no such pairs.
+
+    Examples:
+        >>> truth, mask = torch.zeros(1, 1, 1, 4), torch.tensor([1, 1, 0, 0]).reshape(1, 1, 1, 4)
+        >>> seam_error(torch.tensor([0.0, 0.0, 0.5, 0.5]).reshape(1, 1, 1, 4), truth, mask).tolist()
+        [0.5]
+        >>> seam_error(truth + 0.5, truth, mask).tolist()  # brighter as a whole, but without a seam
+        [0.0]
     """
     same_shape(sample, truth, "sample and truth")
     mask, error = checked_mask(mask, truth), sample - truth
@@ -185,6 +216,10 @@ def checked_mask(mask: Tensor, image: Tensor) -> Tensor:
     Raises:
         ValueError: the images are not floating point [B, C, H, W], or the mask has another shape or values besides 0
             and 1.
+
+    Examples:
+        >>> checked_mask(torch.tensor([1, 0]).reshape(1, 1, 1, 2), torch.zeros(1, 3, 1, 2)).flatten().tolist()
+        [True, False]
     """
     if image.dim() != 4 or not image.is_floating_point():
         raise ValueError(f"images must be floating point [B, C, H, W], got {image.dtype} {list(image.shape)}")
@@ -205,6 +240,12 @@ def same_shape(one: Tensor, other: Tensor, names: str) -> None:
 
     Raises:
         ValueError: the shapes differ; the message names the tensors by `names`.
+
+    Examples:
+        >>> same_shape(torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 8), "image and noise")
+        Traceback (most recent call last):
+            ...
+        ValueError: image and noise must have one shape [B, C, H, W], got [1, 3, 8, 8] and [1, 1, 8, 8]
     """
     if one.shape != other.shape:
         raise ValueError(f"{names} must have one shape [B, C, H, W], got {list(one.shape)} and {list(other.shape)}")

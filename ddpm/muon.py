@@ -30,6 +30,12 @@ def orthogonalized(matrix: Tensor, dtype: torch.dtype, steps: int = STEPS) -> Te
 
     Args:
         dtype: of the iteration; the result has that of the matrix.
+
+    Examples:
+        >>> matrix = torch.tensor([[3.0, 0.0], [0.0, -2.0]], dtype=torch.float64)
+        >>> found = orthogonalized(matrix, torch.float64)
+        >>> found.sign().tolist(), found.diagonal().abs().round(decimals=1).tolist()
+        ([[1.0, 0.0], [0.0, -1.0]], [1.1, 0.7])
     """
     a, b, c = COEFFICIENTS
     x = matrix.T if len(matrix) > matrix.shape[1] else matrix  # the smaller Gram matrix
@@ -45,6 +51,11 @@ def hidden_matrices(network: nn.Module) -> list[Tensor]:
     """Return the weights of a network's hidden linear layers and convolutions: all but those of its first and last one.
 
     First and last are meant in the order of their definition. Embeddings, norms and biases are no hidden matrices.
+
+    Examples:
+        >>> network = nn.Sequential(nn.Linear(2, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 2))
+        >>> [tuple(matrix.shape) for matrix in hidden_matrices(network)]
+        [(8, 8)]
     """
     layers = [
         module for module in network.modules() if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
@@ -76,6 +87,13 @@ class Muon(torch.optim.Optimizer):
         dtype: of the iteration; None: that of the weights.
         on_whole: applies a function, which keeps the shape, to a matrix. Where a process holds parts of the matrices,
             it has to gather the whole of this one first, and to return the part that the process holds of the result.
+
+    Examples:
+        >>> matrix = nn.Parameter(torch.zeros(8, 8))
+        >>> matrix.grad = torch.diag(torch.arange(1.0, 9.0))
+        >>> Muon([matrix], [], lr=0.1).step()
+        >>> round(matrix.square().mean().sqrt().item() / 0.1, 1)  # `RMS`
+        0.2
     """
 
     def __init__(

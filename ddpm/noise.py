@@ -43,7 +43,13 @@ class Purpose(IntEnum):
 def philox(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Seed, Seed]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the result of ten rounds of Philox 4x32 on int64 tensors of 32-bit words (broadcast together)."""
+    """Return the result of ten rounds of Philox 4x32 on int64 tensors of 32-bit words (broadcast together).
+
+    Examples:
+        >>> zero = torch.zeros(1, dtype=torch.int64)
+        >>> [f"{word.item():08x}" for word in philox((zero, zero, zero, zero), (0, 0))]  # the authors' known answer
+        ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -68,6 +74,11 @@ def words(seed: Seed, ordinals: Tensor, purpose: Purpose, count: int, *, draw: i
 
     Raises:
         ValueError: a seed is out of range, or the number of seeds is not that of the ordinals.
+
+    Examples:
+        >>> a, b = (words(7, torch.tensor(ids), Purpose.NOISE, 2) for ids in ([0, 1, 2], [2, 5]))
+        >>> a.shape, torch.equal(a[2], b[0])
+        (torch.Size([3, 2]), True)
     """
     if isinstance(seed, Tensor):
         if seed.shape != ordinals.shape or bool((seed < 0).any()):
@@ -85,7 +96,13 @@ def words(seed: Seed, ordinals: Tensor, purpose: Purpose, count: int, *, draw: i
 
 
 def uniform(seed: Seed, ordinals: Tensor, purpose: Purpose, count: int = 1) -> Tensor:
-    """Return uniform float64 numbers in (0, 1), [B, count]: centres of 2^32 equal cells, never 0 or 1."""
+    """Return uniform float64 numbers in (0, 1), [B, count]: centres of 2^32 equal cells, never 0 or 1.
+
+    Examples:
+        >>> u = uniform(7, torch.arange(1000), Purpose.TIMESTEP)
+        >>> u.shape, bool((0 < u.min()) & (u.max() < 1))
+        (torch.Size([1000, 1]), True)
+    """
     return (words(seed, ordinals, purpose, count).double() + 0.5) * 2.0**-32
 
 
@@ -94,6 +111,13 @@ def normal(seed: Seed, ordinals: Tensor, purpose: Purpose, shape: tuple[int, ...
 
     Args:
         draw: which one of independent draws of this shape; see `words`.
+
+    Examples:
+        >>> eps = normal(7, torch.arange(100), Purpose.NOISE, (1, 8, 8))
+        >>> eps.shape, torch.equal(eps[3:5], normal(7, torch.tensor([3, 4]), Purpose.NOISE, (1, 8, 8)))
+        (torch.Size([100, 1, 8, 8]), True)
+        >>> round(eps.std().item(), 1)
+        1.0
     """
     count = math.prod(shape)
     bits = words(seed, ordinals, purpose, count + count % 2, draw=draw)
@@ -114,6 +138,12 @@ def slerp(start: Tensor, end: Tensor, fraction: Tensor) -> Tensor:
     Args:
         start, end: noise [B, ...].
         fraction: of the way, in [0, 1], [B].
+
+    Examples:
+        >>> start, end = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+        >>> middle = slerp(start, end, torch.tensor([0.5]))
+        >>> round(middle.norm().item(), 6), round(((start + end) / 2).norm().item(), 6)  # the line leaves the sphere
+        (1.0, 0.707107)
     """
     a, b = start.flatten(1).double(), end.flatten(1).double()
     cosine = torch.nn.functional.cosine_similarity(a, b, dim=1).clamp(-1, 1)
@@ -127,7 +157,13 @@ def slerp(start: Tensor, end: Tensor, fraction: Tensor) -> Tensor:
 
 
 def integers(seed: Seed, ordinals: Tensor, purpose: Purpose, high: int) -> Tensor:
-    """Return int64 [B] in [0, high), floor(word * high / 2^32), biased by at most high / 2^32; high <= 2^31."""
+    """Return int64 [B] in [0, high), floor(word * high / 2^32), biased by at most high / 2^32; high <= 2^31.
+
+    Examples:
+        >>> drawn = integers(7, torch.arange(100), Purpose.TIMESTEP, high=4)
+        >>> drawn.unique().tolist()
+        [0, 1, 2, 3]
+    """
     if not 1 <= high <= 1 << 31:
         raise ValueError(f"high must be in 1..2^31, got {high}")
     return (words(seed, ordinals, purpose, 1)[:, 0] * high) >> 32

@@ -27,6 +27,12 @@ def nearest_noise(x_0: Tensor, seed: Seed, ordinals: Tensor, candidates: int) ->
 
     Raises:
         ValueError: there is no candidate.
+
+    Examples:
+        >>> x_0 = torch.ones(4, 1, 8, 8)
+        >>> one, best = (nearest_noise(x_0, 7, torch.arange(4), k) for k in (1, 8))
+        >>> bool(((best - x_0).flatten(1).norm(dim=1) <= (one - x_0).flatten(1).norm(dim=1)).all())
+        True
     """
     if candidates < 1:
         raise ValueError(f"candidates must be >= 1, got {candidates}")

@@ -29,6 +29,14 @@ class Objective(Settings):
     The loss is one of "simple", the squared error of the output (DDPM, eq. 14); "hybrid", which adds `vlb_weight` L_vlb
     to train only a learned variance (Improved DDPM, eq. 16); and "vlb", L_vlb alone. L_vlb is the sum over the
     timesteps, in bits per dimension.
+
+    Examples:
+        >>> from ddpm.schedule import Linear
+        >>> schedule, x_0, t = Linear().make(1000), torch.zeros(2, 1, 8, 8), torch.tensor([1, 500])
+        >>> def nothing(x_t, row, cond):
+        ...     return torch.zeros_like(x_t)
+        >>> Objective(prediction="eps").losses(nothing, schedule, x_0, t, torch.ones_like(x_0)).tolist()
+        [1.0, 1.0]
     """
 
     prediction: Parameterization = setting("v", "parameterization: what the network's output is")
@@ -92,7 +100,15 @@ def simple_loss(
     *,
     prediction: Parameterization = "eps",
 ) -> Tensor:
-    """Return L_simple per sample, [B]: the mean squared error of the output (DDPM, Ho et al. 2020, eq. 14)."""
+    """Return L_simple per sample, [B]: the mean squared error of the output (DDPM, Ho et al. 2020, eq. 14).
+
+    Examples:
+        >>> from ddpm.schedule import Linear
+        >>> eps = torch.full((2, 1, 8, 8), 2.0)
+        >>> t = torch.tensor([1, 500])
+        >>> simple_loss(lambda x_t, row, cond: eps - 0.5, Linear().make(1000), torch.zeros_like(eps), t, eps).tolist()
+        [0.25, 0.25]
+    """
     return Objective(prediction=prediction).losses(network, schedule, x_0, t, eps, cond)
 
 
@@ -104,5 +120,12 @@ def score_matching_loss(score: Tensor, eps: Tensor, t: Tensor, schedule: NoiseSc
 
     Args:
         score: the model's score at x_t = alpha_t x_0 + sigma_t eps, [B, C, H, W].
+
+    Examples:
+        >>> from ddpm.schedule import Linear
+        >>> schedule, eps, t = Linear().make(1000), torch.ones(1, 1, 8, 8), torch.tensor([500])
+        >>> loss = score_matching_loss(torch.zeros_like(eps), eps, t, schedule)
+        >>> round((loss * schedule.sigma(t).square()).item(), 5)  # L_simple of a network that predicts 0
+        1.0
     """
     return (score - target(torch.zeros_like(eps), eps, t, schedule, "score")).square().flatten(1).mean(1)

@@ -58,18 +58,36 @@ class Denoiser(Protocol):
 
 
 def coefficients(schedule: NoiseSchedule, t: Tensor | float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (alpha_t, sigma_t) in the dtype and on the device of `like`, shaped to broadcast over [B, C, H, W]."""
+    """Return (alpha_t, sigma_t) in the dtype and on the device of `like`, shaped to broadcast over [B, C, H, W].
+
+    Examples:
+        >>> schedule = NoiseSchedule(torch.tensor([1, 0.36]).double())  # alpha_1 = 0.6, sigma_1 = 0.8
+        >>> alpha, sigma = coefficients(schedule, torch.tensor([0, 1]), torch.zeros(2, 3, 8, 8))
+        >>> alpha.shape, round(sigma[1].item(), 4)
+        (torch.Size([2, 1, 1, 1]), 0.8)
+    """
     alpha_bar = schedule.alpha_bar(t)
     return per_sample(alpha_bar.sqrt(), like), per_sample((1 - alpha_bar).sqrt(), like)
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """Return a scalar or [B] in the dtype and on the device of `like`, shaped to broadcast over [B, C, H, W]."""
+    """Return a scalar or [B] in the dtype and on the device of `like`, shaped to broadcast over [B, C, H, W].
+
+    Examples:
+        >>> per_sample(torch.tensor([1.0, 2.0]), torch.zeros(2, 3, 8, 8)).shape
+        torch.Size([2, 1, 1, 1])
+    """
     return values.to(device=like.device, dtype=like.dtype).reshape(-1, *(1,) * (like.dim() - 1))
 
 
 def skip_coefficients(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the factors of x_t and of the output in the x_0 of "x0_skip"; see the module's text."""
+    """Return the factors of x_t and of the output in the x_0 of "x0_skip"; see the module's text.
+
+    Examples:
+        >>> skip, out = skip_coefficients(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))
+        >>> skip.tolist(), out.tolist()
+        ([1.0, 0.0], [0.0, 1.0])
+    """
     total = sigma.square() + (SIGMA_DATA * alpha).square()
     return SIGMA_DATA**2 * alpha / total, sigma / total.sqrt()
 
@@ -81,6 +99,11 @@ def from_output(
 
     Raises:
         ValueError: the kind is unknown, or the output does not determine x_0 at this t (eps at alpha_t = 0).
+
+    Examples:
+        >>> schedule = NoiseSchedule(torch.tensor([1, 0.36]).double())  # alpha_1 = 0.6, sigma_1 = 0.8
+        >>> from_output(torch.zeros(1), torch.ones(1), 1, schedule, "v")
+        Prediction(x0=tensor([0.6000]), eps=tensor([0.8000]), variance_fraction=None, mean_gradient=None)
     """
     alpha, sigma = coefficients(schedule, t, x_t)
     if kind == "v":
@@ -100,7 +123,13 @@ def from_output(
 
 
 def target(x_0: Tensor, eps: Tensor, t: Tensor | float, schedule: NoiseSchedule, kind: Parameterization) -> Tensor:
-    """Return the regression target of this parameterization for x_t = alpha_t x_0 + sigma_t eps."""
+    """Return the regression target of this parameterization for x_t = alpha_t x_0 + sigma_t eps.
+
+    Examples:
+        >>> schedule = NoiseSchedule(torch.tensor([1, 0.36]).double())  # alpha_1 = 0.6, sigma_1 = 0.8
+        >>> [round(target(torch.zeros(1), torch.ones(1), 1, schedule, k).item(), 4) for k in ("eps", "v", "score")]
+        [1.0, 0.6, -1.25]
+    """
     alpha, sigma = coefficients(schedule, t, x_0)
     if kind == "eps":
         return eps
@@ -117,7 +146,13 @@ def target(x_0: Tensor, eps: Tensor, t: Tensor | float, schedule: NoiseSchedule,
 
 
 def eps_from_x0(x_0: Tensor, x_t: Tensor, t: Tensor | float, schedule: NoiseSchedule) -> Tensor:
-    """Return the eps with x_t = alpha_t x_0 + sigma_t eps; 0 at t = 0, where sigma_t is 0."""
+    """Return the eps with x_t = alpha_t x_0 + sigma_t eps; 0 at t = 0, where sigma_t is 0.
+
+    Examples:
+        >>> schedule = NoiseSchedule(torch.tensor([1, 0.36]).double())  # alpha_1 = 0.6, sigma_1 = 0.8
+        >>> round(eps_from_x0(torch.tensor([1.0]), torch.tensor([2.2]), 1, schedule).item(), 4)
+        2.0
+    """
     alpha, sigma = coefficients(schedule, t, x_t)
     return torch.where(sigma > 0, (x_t - alpha * x_0) / torch.where(sigma > 0, sigma, 1), torch.zeros_like(x_t))
 
@@ -125,7 +160,14 @@ def eps_from_x0(x_0: Tensor, x_t: Tensor, t: Tensor | float, schedule: NoiseSche
 def clip_x0(
     prediction: Prediction, x_t: Tensor, t: Tensor | float, schedule: NoiseSchedule, bound: float
 ) -> Prediction:
-    """Return the prediction with x_0 clipped to [-bound, bound] and eps recomputed to match x_t."""
+    """Return the prediction with x_0 clipped to [-bound, bound] and eps recomputed to match x_t.
+
+    Examples:
+        >>> schedule = NoiseSchedule(torch.tensor([1, 0.36]).double())  # alpha_1 = 0.6, sigma_1 = 0.8
+        >>> clipped = clip_x0(Prediction(torch.tensor([3.0]), torch.zeros(1)), torch.tensor([1.4]), 1, schedule, 1.0)
+        >>> clipped.x0.item(), round(clipped.eps.item(), 4)
+        (1.0, 1.0)
+    """
     x_0 = prediction.x0.clamp(-bound, bound)
     return replace(prediction, x0=x_0, eps=eps_from_x0(x_0, x_t, t, schedule))
 
@@ -185,7 +227,13 @@ class DynamicThreshold:
 
 @dataclass(frozen=True)
 class Clipping(Settings):
-    """The settings that keep a predicted x_0 within the range of images."""
+    """The settings that keep a predicted x_0 within the range of images.
+
+    Examples:
+        >>> schedule = NoiseSchedule(torch.tensor([1, 0.36]).double())  # alpha_1 = 0.6, sigma_1 = 0.8
+        >>> [type(Clipping(threshold=q).wrap(nn.Identity(), schedule)).__name__ for q in (None, 0.995)]
+        ['Clipped', 'DynamicThreshold']
+    """
 
     clip: float | None = setting(1.0, "bound on the predicted |x_0|; null for no clipping", gt=0)
     threshold: float | None = setting(None, "quantile of dynamic thresholding, instead of clipping", gt=0, le=1)
@@ -248,7 +296,12 @@ class HalfPrecision:
 
 @dataclass(frozen=True)
 class Arithmetic(Settings):
-    """The settings of the arithmetic in which a model draws."""
+    """The settings of the arithmetic in which a model draws.
+
+    Examples:
+        >>> type(Arithmetic(precision="bf16").wrap(nn.Identity())).__name__
+        'HalfPrecision'
+    """
 
     precision: Literal["fp32", "bf16"] = setting(
         "fp32",
@@ -272,6 +325,12 @@ def check_parameterization(kind: str) -> None:
 
     Raises:
         ValueError: `kind` is not in `PARAMETERIZATIONS`.
+
+    Examples:
+        >>> check_parameterization("noise")
+        Traceback (most recent call last):
+            ...
+        ValueError: unknown parameterization 'noise'; allowed: eps, x0, v, score, x0_skip
     """
     if kind not in PARAMETERIZATIONS:
         raise ValueError(f"unknown parameterization {kind!r}; allowed: {', '.join(PARAMETERIZATIONS)}")
@@ -282,6 +341,11 @@ def split_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
 
     A network with twice as many output channels learns the variance: the second half, mapped from [-1, 1] to [0, 1] but
     not clamped, is the variance fraction (Improved DDPM, Nichol & Dhariwal 2021, sec. 3.1). Otherwise it is None.
+
+    Examples:
+        >>> prediction, fraction = split_output(torch.ones(2, 6, 8, 8), channels=3)
+        >>> prediction.shape, fraction.max().item()
+        (torch.Size([2, 3, 8, 8]), 1.0)
     """
     if output.shape[1] == 2 * channels:
         prediction, raw = output.split(channels, dim=1)
@@ -311,6 +375,13 @@ class NetworkDenoiser:
         kind: parameterization of the network's output.
         compiled: whether `torch.compile` translates the network at its first call. A second batch size is translated
             once more, for all sizes; those of a training step are not touched.
+
+    Examples:
+        >>> schedule = NoiseSchedule(torch.tensor([1, 0.36]).double())  # alpha_1 = 0.6, sigma_1 = 0.8
+        >>> gaussian = NetworkDenoiser(lambda x, row, cond: 0 * x, schedule, "v")  # the best denoiser of N(0, I)
+        >>> pred = gaussian(torch.ones(1, 1, 1, 1), torch.tensor([1]))
+        >>> round(pred.x0.item(), 4), round(pred.eps.item(), 4)
+        (0.6, 0.8)
     """
 
     network: nn.Module

@@ -49,6 +49,17 @@ def setting(
         meaning: description for users in one line, with the unit.
         gt, ge, lt, le: bounds on the value, or on each element of a tuple; a value of None is always allowed.
         reference: whether the value is a MODEL reference to another network, which the caller has to load.
+
+    Examples:
+        >>> @dataclass(frozen=True)
+        ... class Blur(Settings):
+        ...     width: float = setting(1.0, "standard deviation in pixels", gt=0)
+        >>> Blur(width=2).width
+        2.0
+        >>> Blur(width=0.0)
+        Traceback (most recent call last):
+            ...
+        ValueError: width must be > 0, got 0.0
     """
     bounds = {name: bound for name, bound in (("gt", gt), ("ge", ge), ("lt", lt), ("le", le)) if bound is not None}
     metadata = {_MEANING: meaning, _BOUNDS: bounds, _REFERENCE: reference}
@@ -119,6 +130,13 @@ class Settings:
 
     Raises:
         ValueError: a value is out of range; the message has the field's name and the allowed values.
+
+    Examples:
+        >>> @dataclass(frozen=True)
+        ... class Blur(Settings):
+        ...     width: float = setting(1.0, "standard deviation in pixels", gt=0)
+        >>> Blur().replaced(width=2.5).width
+        2.5
     """
 
     def __post_init__(self) -> None:
@@ -135,7 +153,13 @@ class Settings:
 
 
 def settings_of(cls: Any) -> tuple[Setting, ...]:
-    """Return the fields of a settings class that were made by `setting`, in order."""
+    """Return the fields of a settings class that were made by `setting`, in order.
+
+    Examples:
+        >>> from ddpm.schedule import Cosine
+        >>> [(field.name, field.default, dict(field.bounds)) for field in settings_of(Cosine)]
+        [('s', 0.008, {'ge': 0})]
+    """
     return _settings_of(cls)
 
 
@@ -159,6 +183,14 @@ def check_settings(what: str, kinds: Iterable[Any], values: Mapping[str, Any]) -
 
     Raises:
         ValueError: no kind has a setting of this name, or none that has it takes the value.
+
+    Examples:
+        >>> from ddpm.schedule import Cosine, Linear
+        >>> check_settings("schedules", [Cosine, Linear], {"s": 0.01, "beta_end": 0.03})
+        >>> check_settings("schedules", [Cosine], {"tau": 1.0})
+        Traceback (most recent call last):
+            ...
+        ValueError: tau: no setting of schedules; there are: s
     """
     there: dict[str, list[Setting]] = {}
     for field in (field for kind in kinds for field in settings_of(kind)):

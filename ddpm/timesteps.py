@@ -69,7 +69,15 @@ class _Fixed:
 
 @dataclass(frozen=True)
 class UniformTimesteps(Settings):
-    """t uniform in 1..T, independently for each sample (DDPM, Ho et al. 2020, algorithm 1)."""
+    """t uniform in 1..T, independently for each sample (DDPM, Ho et al. 2020, algorithm 1).
+
+    Examples:
+        >>> from ddpm.schedule import Linear
+        >>> sampler = UniformTimesteps().make(Linear().make(1000), batch_size=4, seed=0)
+        >>> whole, (part, weights) = sampler.sample(torch.arange(8))[0], sampler.sample(torch.arange(2, 4))
+        >>> torch.equal(part, whole[2:4]), weights.tolist()
+        (True, [1.0, 1.0])
+    """
 
     def make(self, schedule: NoiseSchedule, batch_size: int, seed: int) -> TimestepSampler:
         """See `Timesteps`."""
@@ -94,6 +102,12 @@ class StratifiedTimesteps(Settings):
     permutation per batch, and a random place within it. (The low-variance sampler of Kingma et al. 2021, app. I.1, uses
     one offset for the batch, u_0 + i / k: its samples are evenly spaced, these are jittered.) The result is a function
     of (seed, ordinal), independent of how the batch is split over ranks.
+
+    Examples:
+        >>> from ddpm.schedule import Linear
+        >>> t, _ = StratifiedTimesteps().make(Linear().make(1000), batch_size=4, seed=0).sample(torch.arange(4))
+        >>> ((t - 1) // 250).sort().values.tolist()  # one in each quarter
+        [0, 1, 2, 3]
     """
 
     def make(self, schedule: NoiseSchedule, batch_size: int, seed: int) -> TimestepSampler:
@@ -114,7 +128,12 @@ class _Stratified(_Fixed):
 
 
 def stratified(seed: int, ordinals: Tensor, batch_size: int) -> Tensor:
-    """Return a uniform number in (0, 1) for each sample, float64 [B], with one in each stratum of a global batch."""
+    """Return a uniform number in (0, 1) for each sample, float64 [B], with one in each stratum of a global batch.
+
+    Examples:
+        >>> (stratified(0, torch.arange(4), 4) * 4).long().sort().values.tolist()
+        [0, 1, 2, 3]
+    """
     strata = permuted_places(seed, ordinals, batch_size)
     return (strata + uniform(seed, ordinals, Purpose.TIMESTEP)[:, 0]) / batch_size
 
@@ -125,6 +144,13 @@ def permuted_places(seed: int, ordinals: Tensor, batch_size: int) -> Tensor:
     Args:
         ordinals: ordinals of any part of one or more global batches, int64 [B].
         batch_size: global batch size; batch i has the ordinals from i batch_size to (i + 1) batch_size - 1.
+
+    Examples:
+        >>> places = permuted_places(0, torch.arange(8), batch_size=4)
+        >>> places[:4].sort().values.tolist(), places[4:].sort().values.tolist()
+        ([0, 1, 2, 3], [0, 1, 2, 3])
+        >>> torch.equal(permuted_places(0, torch.tensor([6]), 4), places[6:7])
+        True
     """
     batches, which = torch.unique(ordinals // batch_size, return_inverse=True)
     members = batches[:, None] * batch_size + torch.arange(batch_size, device=ordinals.device)
@@ -138,6 +164,12 @@ class LowDiscrepancyTimesteps(Settings):
 
     The k samples of a batch share one offset u_0 and have u_0 + i / k modulo 1, where i is the sample's place in a
     random permutation of the batch. `StratifiedTimesteps` instead draws a random place within each stratum.
+
+    Examples:
+        >>> from ddpm.schedule import Linear
+        >>> t, _ = LowDiscrepancyTimesteps().make(Linear().make(1000), batch_size=4, seed=0).sample(torch.arange(4))
+        >>> t.sort().values.diff().tolist()
+        [250, 250, 250]
     """
 
     def make(self, schedule: NoiseSchedule, batch_size: int, seed: int) -> TimestepSampler:
@@ -166,6 +198,13 @@ class LogNormalTimesteps(Settings):
     The distribution of Karras et al. (2022), sec. 5 and table 1, on a schedule's discrete levels: a timestep has the
     probability of the values of ln k that are nearest to its own, so the first and the last one have what lies beyond.
     Losses are not weighted back to uniform timesteps: which levels are drawn is a part of the objective, as there.
+
+    Examples:
+        >>> from ddpm.schedule import Linear
+        >>> schedule = Linear().make(1000)
+        >>> t, _ = LogNormalTimesteps(p_mean=-1.2).make(schedule, batch_size=64, seed=0).sample(torch.arange(64))
+        >>> round(schedule.ratio(t).log().median().item(), 1)
+        -1.2
     """
 
     unbiased: ClassVar[bool] = False
@@ -212,6 +251,13 @@ class ImportanceTimesteps(Settings):
     """t with probability proportional to sqrt(E[L_t^2]) over the last losses (Improved DDPM, sec. 3.3, eq. 18).
 
     t is uniform until every timestep has `history` losses.
+
+    Examples:
+        >>> from ddpm.schedule import Linear
+        >>> sampler = ImportanceTimesteps().make(Linear().make(1000), batch_size=4, seed=0)
+        >>> t, weights = sampler.sample(torch.arange(4))  # uniform as long as there are no losses
+        >>> weights.round(decimals=6).tolist()
+        [1.0, 1.0, 1.0, 1.0]
     """
 
     history: int = setting(10, "number of last losses kept for each timestep", ge=1)
@@ -231,6 +277,12 @@ class ImportanceSampler:
     Attributes:
         losses: the last losses of each timestep, float64 [T, history].
         counts: number of losses of each timestep, int64 [T].
+
+    Examples:
+        >>> sampler = ImportanceSampler(num_steps=2, seed=0, history=1, uniform_fraction=0.0)
+        >>> sampler.record(torch.tensor([1, 2]), torch.tensor([3.0, 1.0]))
+        >>> sampler.probabilities().tolist()
+        [0.75, 0.25]
     """
 
     learns: ClassVar[bool] = True

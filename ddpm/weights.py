@@ -23,7 +23,13 @@ class Weight(Protocol):
 
 @dataclass(frozen=True)
 class Uniform(Settings):
-    """The weight 1 for every timestep: L_simple (DDPM, Ho et al. 2020, eq. 14)."""
+    """The weight 1 for every timestep: L_simple (DDPM, Ho et al. 2020, eq. 14).
+
+    Examples:
+        >>> from ddpm.schedule import Linear
+        >>> Uniform()(Linear().make(1000), torch.tensor([1, 1000]), "v").tolist()
+        [1.0, 1.0]
+    """
 
     def __call__(self, schedule: NoiseSchedule, t: Tensor, prediction: Parameterization) -> Tensor:
         """See `Weight`."""
@@ -36,6 +42,13 @@ class MinSNR(Settings):
 
     The x_0 error is sigma / alpha times the eps error, sigma times the v error, and sigma^2 / alpha times the score
     error, which gives the factors.
+
+    Examples:
+        >>> from ddpm.schedule import Linear
+        >>> schedule = Linear().make(1000)
+        >>> weight = MinSNR(gamma=5.0)(schedule, torch.tensor([1, 1000]), "x0")
+        >>> weight[0].item(), bool(weight[1] == schedule.snr(1000))
+        (5.0, True)
     """
 
     gamma: float = setting(5.0, "signal-to-noise ratio above which the weight of an x_0 error stops growing", gt=0)
@@ -61,6 +74,11 @@ class P2(Settings):
     """P2 (Choi et al. 2022, eq. 8): weight 1 / (k + SNR)^gamma on the eps error for every parameterization.
 
     Compared with L_simple, it reduces the weight of low noise levels, where only imperceptible detail is learned.
+
+    Examples:
+        >>> from ddpm.schedule import Linear
+        >>> P2(gamma=0.0)(Linear().make(1000), torch.tensor([1, 1000]), "eps").tolist()  # L_simple
+        [1.0, 1.0]
     """
 
     gamma: float = setting(1.0, "exponent of P2's weight; 0 is uniform for eps, the paper uses 0.5 and 1", ge=0)
@@ -88,6 +106,14 @@ class EDM(Settings):
     That is 1 / s^2 + SNR. It gives an output the same weight at every level where that output is the paper's: 1 for v
     with s = 1, whose x_0 is EDM's skip connection for data of that standard deviation, and 1 / 0.5^2 for "x0_skip" with
     s = 0.5. The paper draws the levels by `LogNormalTimesteps`.
+
+    Examples:
+        >>> from ddpm.schedule import Linear
+        >>> t = torch.tensor([1, 500, 1000])
+        >>> EDM(sigma_data=1.0)(Linear().make(1000), t, "v").tolist()
+        [1.0, 1.0, 1.0]
+        >>> EDM(sigma_data=0.5)(Linear().make(1000), t, "x0_skip").round(decimals=6).tolist()
+        [4.0, 4.0, 4.0]
     """
 
     sigma_data: float = setting(0.5, "standard deviation of the data, s of the weight 1 / s^2 + SNR", gt=0)
