@@ -337,11 +337,12 @@ class _Bench:
     ) -> Any:
         """Return the result of a training through the driver."""
         from pipelines.training import driver
+        from pipelines.training.prepare import prepare_run
 
         batch = case.alone if workers == 1 else case.together
         config = self.fill([*case.overrides, f"name={name}", f"images={images}", f"batch_size={batch}",
                             f"cluster.num_workers={workers}", f"checkpoint.every={every}"])  # fmt: skip
-        return driver.train(driver.make_plan(config, self.storage, {}), watch)
+        return driver.train(prepare_run(config, self.storage, {}), watch)
 
     def turn(self, case: Case, workers: int, seconds: float, rate: float, name: str) -> dict[str, float]:
         """Return the ratio of a run through Ray to the mean of bare runs before and after, and where time is lost.
@@ -388,6 +389,7 @@ class _Bench:
             evaluate: whether the four checkpoints that it publishes are scored.
         """
         from pipelines.training import driver
+        from pipelines.training.prepare import prepare_run
 
         every = images // 4
         found: list[Any] = []
@@ -403,7 +405,7 @@ class _Bench:
         config = self.fill([*DIGITS.overrides, f"name={name}", f"images={images}", "cluster.num_workers=1",
                             f"checkpoint.every={every}", f"checkpoint.publish_every={every}",
                             f"evaluation.every={scored}"])  # fmt: skip
-        result = driver.train(driver.make_plan(config, self.storage, {}), sample, workers=workers.provide)
+        result = driver.train(prepare_run(config, self.storage, {}), sample, workers=workers.provide)
         first, last = seen[0], seen[-1]
         thousands = max(last[0] - first[0], 1) / 1_000
         return {

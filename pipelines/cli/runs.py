@@ -227,11 +227,13 @@ def train(
 
         config = connect(read_config(config_file, overrides or []), SERVICES)
 
-    from pipelines.flow.train import train as run_training
+    from pipelines.flow.train import begin, show_end
     from pipelines.storage import Storage
+    from pipelines.training import driver
 
     with terminal.live():
-        result = run_training(config, Storage.of(config), code_lineage(), terminal)
+        result = driver.train(*begin(config, Storage.of(config), code_lineage(), terminal))
+        show_end(result, terminal)
     terminal.stage("train", f"{result.status} at {result.images_seen:,} images; runs:/{result.tracker.run_id}")
     published = asdict(result.published) if result.published else None
     answer_json(

@@ -16,7 +16,7 @@ from pipelines.shards.index import Dataset, DatasetError, read_dataset
 from pipelines.shards.ingest.encode import CaptionEncoder
 from pipelines.shards.ingest.write import Ingested, ingest, source_digest
 from pipelines.storage import NotFoundError, Storage, join, layout
-from pipelines.training import driver
+from pipelines.training import prepare
 from pipelines.training.ray_train.resources import connect_ray
 
 INGEST_SETTINGS = (
@@ -68,7 +68,7 @@ class Ingest(Stage[Dataset]):
             return Look(None, f"{data.uri} was made from another state of {data.source}, or with other settings")
         try:
             dataset = read_dataset(data.uri, storage)
-            driver.check_dataset(dataset, self.config)
+            prepare.check_dataset(dataset, self.config)
         except DatasetError as error:
             return Look(None, str(error))
         return Look(dataset, f"{data.uri} holds this input already (digest {dataset.digest[:12]})")
@@ -84,7 +84,7 @@ class Ingest(Stage[Dataset]):
         if not local:
             connect()
         dataset = write_dataset(self.config, site.storage, site.display, connect if local else None).dataset
-        driver.check_dataset(dataset, self.config)
+        prepare.check_dataset(dataset, self.config)
         return dataset
 
 

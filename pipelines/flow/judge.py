@@ -28,7 +28,7 @@ from pipelines.registry import Gate, Verdict, check_signing
 from pipelines.shards.quarantine import read_quarantine, stream_digest
 from pipelines.storage import Storage, join, layout
 from pipelines.tracking import ModelVersion
-from pipelines.training import driver
+from pipelines.training import prepare
 from pipelines.training.driver import TrainingResult
 from pipelines.training.ray_train.resources import alive_nodes, connect_ray, has_room_beside
 from pipelines.training.scoring import needs
@@ -172,7 +172,7 @@ class Register(Stage[ModelVersion]):
         """
         check_signing(self.config.registry)
         if given.dataset is not None and self.config.model.text_dim:
-            registry.bundled_encoder(driver.encoder_lineage(self.config, site.storage)["text_encoder"])
+            registry.bundled_encoder(prepare.encoder_lineage(self.config, site.storage)["text_encoder"])
 
     def done(self, site: Site, given: Results, inputs: Mapping[str, str]) -> Look[ModelVersion]:
         """Look whether a version has this checkpoint with these scores."""

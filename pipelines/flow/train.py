@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from pipelines import checkpoints
 from pipelines.config import Config
 from pipelines.flow.stage import TRAIN, Look, Place, Results, Site, Stage
-from pipelines.presentation.progress import Display, TimeBreakdown, no_report
+from pipelines.presentation.progress import Display, Notice, Report, TimeBreakdown, no_report
 from pipelines.shards.quarantine import read_quarantine, stream_digest
 from pipelines.storage import Storage, join, layout
 from pipelines.training import driver
@@ -20,6 +20,7 @@ from pipelines.training.describe import workers_text
 from pipelines.training.driver import TrainingResult
 from pipelines.training.errors import TrainingError
 from pipelines.training.evaluations import has_outstanding
+from pipelines.training.prepare import PreparedRun, prepare_run
 from pipelines.training.run_id import find_training_run
 
 LEAST_SHARE = 0.25
@@ -85,7 +86,8 @@ class Train(Stage[TrainingResult]):
         Raises:
             TrainingError: it was stopped before it saw all its images, or MLflow does not name its checkpoint.
         """
-        result = train(self.config, site.storage, site.lineage, site.display, site.training_ends)
+        result = driver.train(*begin(self.config, site.storage, site.lineage, site.display, site.training_ends))
+        show_end(result, site.display)
         if result.status == "stopped":
             raise TrainingError(f"stopped at {result.images_seen} images; the same command goes on from there")
         if result.published is None:
@@ -95,35 +97,41 @@ class Train(Stage[TrainingResult]):
         return result
 
 
-def train(
+def begin(
     config: Config, storage: Storage, lineage: Mapping[str, Any], display: Display, ends: float | None = None
-) -> TrainingResult:
-    """Train a new run, resume it, or return its result where it has seen all its images.
+) -> tuple[PreparedRun, Report, Notice]:
+    """Prepare a run, and say whether it is new, resumed or complete.
 
     Args:
         ends: as `Site.training_ends`.
+
+    Returns:
+        What `driver.train` takes.
     """
-    plan = driver.make_plan(config, storage, dict(lineage))
-    if ends is not None and config.training_s is not None and plan.resumes_at == 0:
+    run = prepare_run(config, storage, dict(lineage))
+    if ends is not None and config.training_s is not None and run.resumes_at == 0:
         # What came before took more or less time than was expected.
         training_s = max(LEAST_SHARE * config.training_s, ends - time.monotonic())
         config = config.model_copy(update={"training_s": training_s})
-        plan = replace(plan, job=replace(plan.job, config=config))
-    if plan.complete:
-        display.stage("train", f"skipped: run '{config.name}' has seen its {plan.resumes_at:,} images already")
-    elif plan.resumes_at:
-        display.stage("train", f"resuming run '{config.name}' at {plan.resumes_at:,} of {plan.length:,} images")
+        run = replace(run, job=replace(run.job, config=config))
+    if run.complete:
+        display.stage("train", f"skipped: run '{config.name}' has seen its {run.resumes_at:,} images already")
+    elif run.resumes_at:
+        display.stage("train", f"resuming run '{config.name}' at {run.resumes_at:,} of {run.length:,} images")
     else:
         timed = "" if config.training_s is None else f", or what fits {config.training_s:,.0f} s"
         display.stage("train", f"new run '{config.name}', {config.images:,} images{timed}, {workers_text(config)}")
-    if not plan.complete:
-        display.stage("train", f"follow it at {plan.job.tracker.url}")
-    report = no_report if plan.complete else display.training(plan.length, plan.resumes_at)
-    result = driver.train(plan, report, lambda text: display.stage("train", text))
+    if not run.complete:
+        display.stage("train", f"follow it at {run.job.tracker.url}")
+    report = no_report if run.complete else display.training(run.length, run.resumes_at)
+    return run, report, lambda text: display.stage("train", text)
+
+
+def show_end(result: TrainingResult, display: Display) -> None:
+    """Show where a training that was stopped goes on, and where the time of a run went."""
     if result.status == "stopped":
         display.stage("train", f"stopped with a checkpoint at {result.images_seen:,} images")
     if result.goodput is not None and result.status != "complete":
         goodput = result.goodput
-        title = f"{goodput.fraction:.1%} of the time was training that lasts"
+        title = f"goodput {goodput.fraction:.1%}"
         display.breakdown(TimeBreakdown("goodput", title, goodput.parts(), goodput.wall_s, goodput.lines()))
-    return result

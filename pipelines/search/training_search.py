@@ -39,7 +39,7 @@ from pipelines.shards.captions import Captions
 from pipelines.shards.index import Dataset, read_dataset
 from pipelines.storage import layout
 from pipelines.tracking import Tracker
-from pipelines.training.driver import check_dataset
+from pipelines.training.prepare import check_dataset
 
 BOUND_IMAGES = 32
 """Real test images, at least, that have judged no trial and on which the bound is confirmed."""

@@ -22,6 +22,7 @@ from pipelines.training import driver
 from pipelines.training.errors import TrainingError
 from pipelines.training.goodput import Session
 from pipelines.training.ledger import read_sessions
+from pipelines.training.prepare import prepare_run
 from pipelines.training.ray_train.monitor import request_stop
 from pipelines.training.ray_train.reusable_workers import ReusableWorkers
 
@@ -152,8 +153,8 @@ class TrainingTrial(Trial):
     def _fit(self) -> None:
         """Train the run to its end; an error is kept for `step`."""
         try:
-            plan = driver.make_plan(self.run_config, self.judge.storage, self.lineage, self.below)
-            driver.train(replace(plan, job=replace(plan.job, evaluation_hook=self.judge)), workers=self.workers.provide)
+            run = prepare_run(self.run_config, self.judge.storage, self.lineage, self.below)
+            driver.train(replace(run, job=replace(run.job, evaluation_hook=self.judge)), workers=self.workers.provide)
         except BaseException as error:  # noqa: BLE001 - it is raised in Tune's own thread
             self.error = error
 

@@ -23,6 +23,7 @@ from pipelines.stack.connect import fill
 from pipelines.storage import Storage
 from pipelines.training import driver
 from pipelines.training.ledger import read_sessions
+from pipelines.training.prepare import prepare_run
 from pipelines.training.ray_train.monitor import request_stop
 from pipelines.training.ray_train.reusable_workers import ReusableWorkers
 from pipelines.training.ray_train.trainer import dedicated_workers
@@ -64,7 +65,7 @@ def config_of(local_stack: StackState, name: str, *overrides: str) -> Config:
 
 def train(config: Config, storage: Storage, workers: ReusableWorkers | None = None) -> driver.TrainingResult:
     provider = workers.provide if workers else dedicated_workers
-    return driver.train(driver.make_plan(config, storage, {}), workers=provider)
+    return driver.train(prepare_run(config, storage, {}), workers=provider)
 
 
 def worker_processes(local_stack: StackState) -> list[psutil.Process]:

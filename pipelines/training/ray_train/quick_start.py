@@ -7,7 +7,6 @@ free. It costs most where torch is imported.
 from __future__ import annotations
 
 import gc
-import pickle
 from collections.abc import Callable
 
 import ray
@@ -35,13 +34,3 @@ def _receive() -> QuickStart:
     if ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None:
         gc.disable()
     return QuickStart()
-
-
-def run(call: dict[str, bytes]) -> None:
-    """Load a function and its settings, which imports all that they need, and call it.
-
-    Args:
-        call: under "pickled", the pickle of (function, settings), which Ray Train's controller need not load.
-    """
-    function, settings = pickle.loads(call["pickled"])
-    function(settings)

@@ -24,10 +24,11 @@ from pipelines.config import ClusterConfig
 from pipelines.training import STARTED
 from pipelines.training.errors import TrainingError
 from pipelines.training.loop.context import Job
+from pipelines.training.ray_train import worker
 from pipelines.training.ray_train.answers import answer
 from pipelines.training.ray_train.mailboxes import JobQueue
-from pipelines.training.ray_train.shell import get_reply
-from pipelines.training.ray_train.trainer import dedicated_workers, make_trainer, train_rank
+from pipelines.training.ray_train.shell import failed_for_good, get_reply, open_rank
+from pipelines.training.ray_train.trainer import dedicated_workers, make_trainer
 from pipelines.training.startup import collect_all
 
 POLL_S = 0.1
@@ -142,14 +143,17 @@ class _Group:
 
     def _fit(self) -> None:
         try:
-            make_trainer(worker_main, {"queue": self.queue}, self.cluster, self.name).fit()
+            make_trainer(worker.train_one_after_another, self.queue, self.cluster, self.name).fit()
         except BaseException as error:  # noqa: BLE001 - `wait` raises it
             self.error = error
 
 
-def worker_main(settings: dict[str, Any]) -> None:
-    """Train job after job as one worker of a group, until there are no more; an error in one ends the group."""
-    queue = settings["queue"]
+def train_jobs(queue: Any) -> None:
+    """Train job after job as one worker of a group, until there are no more; an error in one ends the group.
+
+    Args:
+        queue: handle of the driver's job queue.
+    """
     rank = ray.train.get_context().get_world_rank()
     if rank == 0:
         answer(queue.group_started.remote(), "the start of the reusable workers")
@@ -166,7 +170,13 @@ def worker_main(settings: dict[str, Any]) -> None:
 
 
 def _train_job(started: float, job: Job, monitor: Any) -> None:
-    train_rank(job, monitor, started)
+    # Not at the top: the driver imports this module too, and this takes it a second.
+    from pipelines.training.loop.train import train_rank
+
+    if failed_for_good(monitor):
+        return
+    with open_rank(job, monitor, started) as (context, shell):
+        train_rank(context, shell, started)
     # Leave the process as a new one would be: without this run's memory and compiled graphs.
     collect_all()
     if torch.cuda.is_available():

@@ -1,20 +1,33 @@
-"""The shell of the training loop in a Ray Train worker: progress goes to the driver, its requests come back."""
+"""A rank in a Ray Train worker, and the shell of its loop: progress goes to the driver, its requests come back."""
 
 from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import ray
+import torch
 from numpy.typing import NDArray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
+from ray.train.torch import get_device
 from ray.train.v2._internal.execution.context import get_train_context
 
+from pipelines import tracking
+from pipelines.checkpoints import ModelError
 from pipelines.presentation.errors import PipelineError
+from pipelines.shards.cache import ShardCorruptError
+from pipelines.storage import FencedError
+from pipelines.training.loop.context import Job, RunContext
 from pipelines.training.loop.progress import Progress
+from pipelines.training.ray_train.answers import answer
+from pipelines.training.ray_train.worker_logs import recorded
 
+FINAL_ERRORS = (FloatingPointError, ShardCorruptError, ModelError, FencedError)
+"""Errors that come again however often the workers are started: stream, data and checkpoints are the same."""
 POST_EVERY_S = 0.5
 ORPHANED_S = 30.0
 """How long a worker without a driver waits for Ray to end it."""
@@ -22,6 +35,37 @@ ORPHANED_S = 30.0
 
 class DriverLostError(PipelineError):
     """The driver of this worker has ended. Another may have taken over, so this worker must not write any more."""
+
+
+@contextmanager
+def open_rank(job: Job, monitor: Any, started: float) -> Iterator[tuple[RunContext, RayShell]]:
+    """Yield this Ray Train worker's place in a run, for `train_rank`; inside, what is logged reaches the driver.
+
+    Args:
+        monitor: handle of the run's monitor actor, which is told of an error that would come again.
+        started: `time.monotonic()` when this attempt began.
+    """
+    torch.set_num_threads(job.config.cluster.threads_per_worker)
+    worker = ray.train.get_context()
+    rank, node = worker.get_world_rank(), f"node-{worker.get_node_rank()}"
+    shell = RayShell(monitor, started)
+    with (
+        recorded(job.storage, job.run_uri, monitor, epoch=job.epoch, rank=rank, attempt=shell.attempt[:8]),
+        tracking.system_metrics(job.tracker, node, job.fence) if worker.get_local_rank() == 0 else nullcontext(),
+    ):
+        try:
+            if job.fence is not None:
+                job.fence.check()  # a driver that was replaced may be starting its workers again
+            yield RunContext.of(job, rank=rank, world_size=worker.get_world_size(), device=get_device()), shell
+        except FINAL_ERRORS as error:
+            answer(monitor.set_final_error.remote(str(error)), f"an error that no restart cures ({error})")
+            raise  # the others may be waiting for this rank: Ray Train ends them
+        shell.close()
+
+
+def failed_for_good(monitor: Any) -> bool:
+    """Return whether a worker of the run has met an error that would come again."""
+    return answer(monitor.final_error.remote(), "errors that no restart cures") is not None
 
 
 class RayShell:

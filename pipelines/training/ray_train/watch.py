@@ -1,128 +1,172 @@
-"""The driver's watch over its workers: progress, Ctrl-C, and a cluster that no longer holds them."""
+"""The driver's watch over its workers: their progress and messages, Ctrl-C, and what ends them."""
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
+from ray.train import ControllerError
 
-from pipelines.config import ClusterConfig
+from pipelines.checkpoints import newest_checkpoint
+from pipelines.config import Config
 from pipelines.presentation.progress import Notice, Report, TrainingStatus
-from pipelines.storage import FencedError, StorageError
+from pipelines.storage import FencedError, Storage, StorageError
+from pipelines.storage.retry import PATIENCE_S
 from pipelines.training.errors import TrainingError
 from pipelines.training.ledger import Ledger
 from pipelines.training.loop.context import Job
+from pipelines.training.prepare import PreparedRun
 from pipelines.training.ray_train.answers import answer
 from pipelines.training.ray_train.resources import alive_nodes, shortage
 from pipelines.training.ray_train.worker_logs import Heard
+from pipelines.training.states import AnotherDriver, Event, NodesCounted, WorkersEnded, WorkersUnreachable
 
+logger = logging.getLogger(__name__)
 WATCH_EVERY_S = 0.5
 SHORTAGE_EVERY_S = 5.0
 TAKEOVER_EVERY_S = 10.0
 
 
-def fit_and_watch(
-    job: Job, monitor: Any, fit: Callable[[], object], ledger: Ledger, report: Report, notice: Notice
-) -> BaseException | None:
-    """Call `fit` in a thread, and return the error that ended it, None where it finished or stopped on request.
+class Fit(threading.Thread):
+    """A call that trains a job to its end, in a thread: the driver's own has Ctrl-C to listen to.
 
-    The calling thread keeps the ledger, reports progress and handles Ctrl-C.
+    Attributes:
+        error: what ended the training, None where it ended well or goes on.
+    """
+
+    def __init__(self, fit: Callable[[], object]) -> None:
+        super().__init__(name="ray-train", daemon=True)
+        self.fit = fit
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """Train."""
+        try:
+            self.fit()
+        except BaseException as error:  # noqa: BLE001 - the driver decides what follows
+            self.error = error
+
+
+class Watch:
+    """Turns what the driver can observe of its workers into events; keeps the ledger and shows progress on the way.
 
     Args:
+        run: that is trained.
         monitor: handle of the run's monitor actor.
-        fit: trains the job to its end.
+        report: called with the newest progress.
+        notice: called with messages of the workers.
     """
-    ended: list[BaseException | None] = []
 
-    def run() -> None:
-        try:
-            fit()
-            ended.append(None)
-        except BaseException as error:  # noqa: BLE001 - it is returned by the main thread
-            ended.append(error)
+    def __init__(self, run: PreparedRun, monitor: Any, ledger: Ledger, report: Report, notice: Notice) -> None:
+        self.run, self.job, self.monitor, self.ledger, self.report = run, run.job, monitor, ledger, report
+        self.heard = Heard(notice, self.job.config.name)
+        self.patience_s = self.job.config.cluster.patience_s
+        self.asked_nodes_at = self.asked_fence_at = time.monotonic()
 
-    thread = threading.Thread(target=run, name="ray-train", daemon=True)
-    lasting_shortage, takeover = LastingShortage(job.config.cluster), Takeover(job)
-    heard, patience_s = Heard(notice, job.config.name), job.config.cluster.patience_s
-    with _stop_on_interrupt(monitor, notice), closing(heard):
-        thread.start()
-        while thread.is_alive():
-            thread.join(WATCH_EVERY_S)
+    def next_event(self, fit: Fit) -> Event:
+        """Wait for the next event of a training, and return it."""
+        while True:
+            fit.join(WATCH_EVERY_S)
+            ended = not fit.is_alive()
             try:
-                news = answer(monitor.take.remote(), "the progress of the workers", patience_s)
-                short = lasting_shortage.check()
-            except TrainingError as error:
-                return error
-            except RayError as error:
-                return TrainingError(f"the Ray cluster is lost, the same command resumes on another: {error}")
-            ledger.update(news.attempts)
-            heard.add(news.lines)
-            if news.attempts:
-                goodput = ledger.goodput()
-                fraction = goodput.fraction if goodput else None
-                newest = news.attempts[-1]
-                report(
-                    TrainingStatus(newest.images_seen, news.loss, fraction, samples=news.samples, length=newest.length)
-                )
-            if fenced := takeover.check():
-                return fenced
-            if short:
-                return TrainingError(short)
-        try:
-            heard.add(answer(monitor.take.remote(), "the messages of the workers", patience_s).lines)
-            final = answer(monitor.final_error.remote(), "the errors of the workers", patience_s)
-        except (TrainingError, RayError) as error:
-            return ended[0] or TrainingError(f"how the workers ended is not known, the same command finds out: {error}")
-    return ended[0] if final is None else TrainingError(f"training '{job.config.name}' failed: {final}")
+                self._read_progress()
+                final = self._ask(self.monitor.final_error, "the errors of the workers") if ended else None
+                shortage = None if ended else self._shortage()
+            except (TrainingError, RayError) as error:
+                return self._end(fit, None) if fit.error else WorkersUnreachable(_unreachable(error, ended))
+            if ended:
+                return self._end(fit, final)
+            if shortage is not None:
+                return shortage
+            if taken_over := self._taken_over():
+                return taken_over
 
+    def close(self) -> None:
+        """Show what workers have said so far."""
+        self.heard.close()
 
-class LastingShortage:
-    """Detects that the cluster has been too small for the workers for long: Ray Train would wait for ever."""
+    def _ask(self, method: Any, what: str) -> Any:
+        return answer(method.remote(), what, self.patience_s)
 
-    def __init__(self, cluster: ClusterConfig) -> None:
-        self.cluster = cluster
-        self.checked_at = time.monotonic()
-        self.short_since: float | None = None
+    def _read_progress(self) -> None:
+        news = self._ask(self.monitor.take, "the progress of the workers")
+        self.ledger.update(news.attempts)
+        self.heard.add(news.lines)
+        if news.attempts:
+            goodput, newest = self.ledger.goodput(), news.attempts[-1]
+            fraction = goodput.fraction if goodput else None
+            self.report(
+                TrainingStatus(newest.images_seen, news.loss, fraction, samples=news.samples, length=newest.length)
+            )
 
-    def check(self) -> str | None:
-        """Return what is missing where that has lasted `cluster.patience_s`; asks Ray every few seconds only."""
-        now = time.monotonic()
-        if now - self.checked_at < SHORTAGE_EVERY_S:
+    def _end(self, fit: Fit, final: str | None) -> WorkersEnded:
+        """Return how the workers ended.
+
+        Args:
+            final: the error that would come again however often they are started; None where there is none.
+        """
+        config, storage = self.job.config, self.job.storage
+        error = fit.error if final is None else TrainingError(f"training '{config.name}' failed: {final}")
+        lost = isinstance(error, ControllerError) and isinstance(error.controller_failure, RayActorError)
+        seen, length = self.run.progress(self.ledger.goodput())
+        return WorkersEnded(error, lost, checkpoint_images(config, storage), seen >= length)
+
+    def _shortage(self) -> NodesCounted | None:
+        """Ask Ray every few seconds only."""
+        now_s = time.monotonic()
+        if now_s - self.asked_nodes_at < SHORTAGE_EVERY_S:
             return None
-        self.checked_at = now
-        short = shortage(self.cluster, alive_nodes())
-        self.short_since = None if short is None else self.short_since or now
-        return short if self.short_since is not None and now - self.short_since > self.cluster.patience_s else None
+        self.asked_nodes_at = now_s
+        return NodesCounted(now_s, shortage(self.job.config.cluster, alive_nodes()))
 
-
-class Takeover:
-    """Notices that another driver has taken over the run: this one's workers would train in vain."""
-
-    def __init__(self, job: Job) -> None:
-        self.fence = job.fence
-        self.checked_at = time.monotonic()
-
-    def check(self) -> FencedError | None:
-        """Return the error where that has happened; asks the store every few seconds only, and never waits for it."""
-        if self.fence is None or time.monotonic() - self.checked_at < TAKEOVER_EVERY_S:
+    def _taken_over(self) -> AnotherDriver | None:
+        """Ask the store every few seconds only, and never wait for it."""
+        if time.monotonic() - self.asked_fence_at < TAKEOVER_EVERY_S:
             return None
-        self.checked_at = time.monotonic()
-        try:
-            self.fence.check(patience_s=0)
-        except FencedError as error:
-            return error
-        except StorageError:
-            return None  # the store is away: whoever writes to it will learn it
-        return None
+        self.asked_fence_at = time.monotonic()
+        return taken_over(self.job, patience_s=0)
+
+
+def _unreachable(error: Exception, ended: bool) -> TrainingError:
+    """Return the error of a driver that cannot learn how its workers do."""
+    if ended:
+        return TrainingError(f"how the workers ended is not known, the same command finds out: {error}")
+    if isinstance(error, TrainingError):
+        return error
+    return TrainingError(f"the Ray cluster is lost, the same command resumes on another: {error}")
+
+
+def checkpoint_images(config: Config, storage: Storage) -> int | None:
+    """Return how many images the newest checkpoint of a run has seen; None where there is none."""
+    state = newest_checkpoint(config, storage)
+    return None if state is None else state.images_seen
+
+
+def taken_over(job: Job, patience_s: float = PATIENCE_S) -> AnotherDriver | None:
+    """Return the event that another driver has taken over a run; None where none has, or the store is away.
+
+    Args:
+        patience_s: how long to wait for a store that is away; whoever writes to it will learn it, too.
+    """
+    assert job.fence is not None
+    try:
+        job.fence.check(patience_s=patience_s)
+    except FencedError as error:
+        return AnotherDriver(error)
+    except StorageError as error:
+        if patience_s:
+            logger.warning("whether another driver has taken over cannot be known: %s", error)
+    return None
 
 
 @contextmanager
-def _stop_on_interrupt(monitor: Any, notice: Notice) -> Iterator[None]:
+def stop_on_interrupt(monitor: Any, notice: Notice) -> Iterator[None]:
     """Handle Ctrl-C: the first stops at a step boundary with a checkpoint, the second raises KeyboardInterrupt."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -16,7 +16,7 @@ from pipelines.shards.index import read_dataset
 from pipelines.shards.ingest import write as writing
 from pipelines.shards.ingest.write import ingest
 from pipelines.storage import Storage
-from pipelines.training.driver import check_captions, encoder_lineage
+from pipelines.training.prepare import check_captions, encoder_lineage
 from tests.pipelines.captioned import embed, write_shapes
 from tests.pipelines.shards.ingest.sources import jsonl, picture, pictures, write_files
 

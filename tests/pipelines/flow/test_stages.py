@@ -23,6 +23,7 @@ from pipelines.checkpoints import (
 )
 from pipelines.config import compose
 from pipelines.flow import Results, Site
+from pipelines.flow import train as flow_train
 from pipelines.flow.judge import Promote, Register
 from pipelines.flow.renew import for_data
 from pipelines.flow.train import Train
@@ -36,6 +37,7 @@ from pipelines.tracking import ModelVersion, Tracker, client
 from pipelines.training import driver
 from pipelines.training.driver import TrainingResult
 from pipelines.training.loop.context import Job
+from pipelines.training.prepare import PreparedRun
 from tests.pipelines.checkpoints.tiny import DATASET, a_checkpoint
 from tests.pipelines.registry.version import scores
 
@@ -114,15 +116,15 @@ def test_a_run_that_has_seconds_is_trained_when_it_has_seen_what_fitted_them(con
 def test_a_new_training_gets_the_seconds_that_are_left(config, monkeypatch, left_s, resumes_at, expected):
     timed, trained = config.model_copy(update={"training_s": 60.0}), []
 
-    def make_plan(config, storage, lineage):
+    def prepare_run(config, storage, lineage):
         tracker = Tracker(config.tracking.uri, "none", patience_s=0)
-        return driver.Plan(Job(config, DATASET, storage, tracker, {}), resumes_at, 1000)
+        return PreparedRun(Job(config, DATASET, storage, tracker, {}), resumes_at, 1000)
 
-    def train(plan, report, notice):
-        trained.append(plan.job.config)
-        return TrainingResult(plan.job.tracker, "finished", 1000, Published("uri", 1000, "d"), None)
+    def train(run, report, notice):
+        trained.append(run.job.config)
+        return TrainingResult(run.job.tracker, "finished", 1000, Published("uri", 1000, "d"), None)
 
-    monkeypatch.setattr(driver, "make_plan", make_plan)
+    monkeypatch.setattr(flow_train, "prepare_run", prepare_run)
     monkeypatch.setattr(driver, "train", train)
     ends = None if left_s is None else time.monotonic() + left_s
     stage, site = Train(timed), replace(SITE, training_ends=ends)

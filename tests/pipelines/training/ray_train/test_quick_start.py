@@ -1,24 +1,10 @@
-"""What reaches a worker before it imports torch, and what it then loads."""
+"""Modules that Ray Train loads in its controller, and in a worker before anything else."""
 
-import pickle
 import subprocess
 import sys
 
-from pipelines.training.ray_train.quick_start import run
 
-called = []
-
-
-def note(settings):
-    called[:] = [settings]
-
-
-def test_what_a_worker_runs_is_loaded_and_called():
-    run({"pickled": pickle.dumps((note, {"name": "digits"}))})
-    assert called == [{"name": "digits"}]
-
-
-def test_callbacks_reach_a_worker_without_torch_which_is_to_be_imported_while_the_collector_rests():
-    modules = "pipelines.training.ray_train.quick_start, pipelines.training.ray_train.reservations"
+def test_callbacks_and_functions_of_workers_load_without_torch_which_is_imported_while_the_collector_rests():
+    modules = ", ".join(f"pipelines.training.ray_train.{name}" for name in ("quick_start", "reservations", "worker"))
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

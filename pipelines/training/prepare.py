@@ -1,0 +1,168 @@
+"""Everything that is checked, and opened, before a training starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines import checkpoints
+from pipelines.checkpoints import newest_checkpoint, references
+from pipelines.config import Config, ConfigError
+from pipelines.shards.captions import caption_width
+from pipelines.shards.index import Dataset, DatasetError, read_dataset
+from pipelines.shards.ingest.report import recorded_encoder
+from pipelines.shards.quarantine import read_quarantine
+from pipelines.shards.text import is_path, local_encoder
+from pipelines.storage import Storage
+from pipelines.storage.retry import PATIENCE_S
+from pipelines.tracking import FIRST_ANSWER_S
+from pipelines.training.goodput import Goodput
+from pipelines.training.loop.context import Job
+from pipelines.training.run_id import open_training_run
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A run whose configuration, data and checkpoints have been checked, and whose training has not started.
+
+    Attributes:
+        job: what the workers need.
+        resumes_at: images seen by the newest checkpoint; 0 for a new run.
+        length: images after which the run ends, as far as is known.
+    """
+
+    job: Job
+    resumes_at: int
+    length: int
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run has seen all its images already."""
+        return self.resumes_at >= self.length
+
+    def progress(self, goodput: Goodput | None) -> tuple[int, int]:
+        """Return (images seen, images after which the run ends), by what is recorded of the training since."""
+        seen = 0 if goodput is None else goodput.images_seen
+        return max(self.resumes_at, seen), (goodput and goodput.length) or self.length
+
+
+def prepare_run(
+    config: Config, storage: Storage, lineage: dict[str, Any], tags: Mapping[str, str] | None = None
+) -> PreparedRun:
+    """Check storage, dataset and earlier checkpoints of this name, and open the MLflow run.
+
+    Args:
+        tags: of a trial of a study, whose MLflow server has answered before; for a new MLflow run.
+
+    Raises:
+        ConfigError, StorageError, DatasetError, ModelError, TrackingError, TrainingError: what is wrong, before
+            anything starts.
+    """
+    if config.guidance.kind != "classifier_free":
+        raise ConfigError(
+            f"guidance.kind = {config.guidance.kind}: a training draws its grids by itself; leave it at "
+            "classifier_free, and choose guidance by another network in `ddpm evaluate` or `ddpm search guidance`"
+        )
+    storage.require(config.storage.root)
+    dataset = read_dataset(config.data.uri, storage)
+    check_dataset(dataset, config)
+    check_captions(dataset, config, storage)
+    quarantine = read_quarantine(config.data.uri, storage)
+    state = newest_checkpoint(config, storage)
+    if state is not None:
+        checkpoints.check_resumable(state, config, dataset, quarantine)
+    initial = initial_lineage(config, storage, new=state is None)
+    # A driver is often restarted together with MLflow, or while it is away.
+    patience_s = FIRST_ANSWER_S if state is None and tags is None else PATIENCE_S
+    tracker = open_training_run(config, storage, tags, patience_s)
+    origin = {**lineage, **initial, **encoder_lineage(config, storage), "run_id": tracker.run_id}
+    job = Job(config, dataset, storage, tracker, origin, quarantine)
+    if state is None:
+        return PreparedRun(job, 0, config.images)
+    return PreparedRun(job, state.images_seen, state.ends_at(config))
+
+
+def initial_lineage(config: Config, storage: Storage, *, new: bool) -> dict[str, Any]:
+    """Return which model a run starts from; nothing for a run that starts from new weights.
+
+    Args:
+        new: whether the run has no checkpoint yet; otherwise what its newest one has recorded stays.
+
+    Returns:
+        `init_from` and `init_from_digest`, the SHA-256 of the weights that it named when the run began.
+
+    Raises:
+        ModelError: there is no such model, or it does not fit the configuration.
+    """
+    if config.init_from is None:
+        return {}
+    if new:
+        found = references.initial_model(config, config.tracking.uri, storage)
+        return {"init_from": config.init_from, "init_from_digest": found.digest}
+    stored = checkpoints.newest_lineage(config, storage)
+    return {key: stored[key] for key in ("init_from", "init_from_digest") if key in stored}
+
+
+def encoder_lineage(config: Config, storage: Storage) -> dict[str, Any]:
+    """Return which encoder has embedded the captions of a run on text; nothing for other runs.
+
+    It is the one that the report of the dataset's ingest names, where it is a hub name or a folder that is here, else
+    that of the configuration: the same encoder in another place.
+
+    Returns:
+        `text_encoder`, by which the model can be given prompts, and `text_encoder_digest` of its weights, by which
+        another one is told from it, where that is known.
+    """
+    if config.model.text_dim == 0:
+        return {}
+    recorded = recorded_encoder(config.data.uri, storage)
+    there = recorded.name is not None and (local_encoder(recorded.name) is not None or not is_path(recorded.name))
+    name = recorded.name if there else config.data.text_encoder or recorded.name
+    return {"text_encoder": name, **({"text_encoder_digest": recorded.digest} if recorded.digest else {})}
+
+
+def check_captions(dataset: Dataset, config: Config, storage: Storage) -> None:
+    """Refuse data on whose captions the network of the configuration cannot be conditioned.
+
+    Raises:
+        DatasetError: they have no embeddings.
+        ConfigError: the embeddings are of another width than the network's.
+    """
+    width = config.model.text_dim
+    for split in ("train", "test"):
+        if not width or split not in dataset.splits:
+            continue
+        found = caption_width(dataset, split, storage)
+        if found is None:
+            raise DatasetError(
+                f"{dataset.uri} has no embeddings of captions (emb.npy) in its split {split!r}, and model.text_dim = "
+                f"{width} asks for them: ingest it with data.text_encoder from a source with captions, or set "
+                "model.text_dim=0"
+            )
+        if found != width:
+            raise ConfigError(
+                f"model.text_dim = {width}, and the embeddings of the captions of {dataset.uri} have {found} numbers: "
+                f"set model.text_dim={found}"
+            )
+
+
+def check_dataset(dataset: Dataset, config: Config) -> None:
+    """Refuse a dataset that does not fit the configuration.
+
+    Raises:
+        DatasetError: names each field that differs.
+    """
+    data = config.data
+    pairs = {
+        "image_size": (dataset.image_size, data.image_size),
+        "channels": (dataset.channels, data.channels),
+        "num_classes": (len(dataset.classes), data.num_classes),
+    }
+    wrong = [
+        f"data.{key} is {configured} in the config, {found} in the dataset"
+        for key, (found, configured) in pairs.items()
+        if found != configured
+    ]
+    if wrong:
+        raise DatasetError(f"{dataset.uri} does not fit the configuration: {'; '.join(wrong)}")
