@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pipelines.flow.walk import FlowResult
     from pipelines.plan.keep import StoredPlan
 
-_UNREGISTERED = tuple(place.name for place in select(GRAPH, REGISTER.name, None)[0])
+_UNREGISTERED = tuple(spec.name for spec in select(GRAPH, REGISTER.name, None)[0])
 """Stages after which there is no registered model yet."""
 
 
@@ -232,9 +232,10 @@ def _what_it_took(made: StoredPlan, overrides: list[str], took_s: float, trained
     """
     from pipelines.config import override_settings
     from pipelines.plan.advice import more_time
-    from pipelines.plan.budget import spoken
+    from pipelines.plan.budget import format_duration
 
-    terminal.stage("time", f"{spoken(took_s)} of {spoken(made.plan.budget_s)}, {spoken(made.plan.total_s)} expected")
+    took, budget, expected = map(format_duration, (took_s, made.plan.budget_s, made.plan.total_s))
+    terminal.stage("time", f"{took} of {budget}, {expected} expected")
     more = more_time(made.plan, made.source, made.machine, override_settings(overrides), trained)
     if more:
         terminal.stage("more", more)

@@ -5,6 +5,6 @@ those of which no result is there. There is no record of finished stages beside 
 own (`ingest` the dataset, `train` the run, `judge` scores, version and alias) and compares digests.
 """
 
-from pipelines.flow.stage import GRAPH, Look, Place, Results, Site, Stage, select
+from pipelines.flow.stage import GRAPH, Results, Site, Stage, StageSpec, StageStatus, select
 
-__all__ = ["GRAPH", "Look", "Place", "Results", "Site", "Stage", "select"]
+__all__ = ["GRAPH", "Results", "Site", "Stage", "StageSpec", "StageStatus", "select"]

@@ -10,7 +10,7 @@ from functools import partial
 from typing import ClassVar
 
 from pipelines.config import Config, ConfigError
-from pipelines.flow.stage import INGEST, Look, Place, Results, Site, Stage
+from pipelines.flow.stage import INGEST, Results, Site, Stage, StageSpec, StageStatus
 from pipelines.presentation.progress import Display
 from pipelines.shards.index import Dataset, DatasetError, read_dataset
 from pipelines.shards.ingest.encode import CaptionEncoder
@@ -37,7 +37,7 @@ SHOWN = 20
 class Ingest(Stage[Dataset]):
     """Write `data.source` as shards to `data.uri`; without a source, what lies there is used as it is."""
 
-    place: ClassVar[Place] = INGEST
+    spec: ClassVar[StageSpec] = INGEST
 
     @property
     def output(self) -> str:
@@ -50,7 +50,7 @@ class Ingest(Stage[Dataset]):
             return {}
         return {"source": ingest_key(self.config, site.storage)}
 
-    def done(self, site: Site, given: Results, inputs: Mapping[str, str]) -> Look[Dataset]:
+    def done(self, site: Site, given: Results, inputs: Mapping[str, str]) -> StageStatus[Dataset]:
         """Look whether the dataset was written from this source, as it is now, with these settings.
 
         Raises:
@@ -59,19 +59,19 @@ class Ingest(Stage[Dataset]):
         data, storage = self.config.data, site.storage
         if data.source is None:
             dataset = read_dataset(data.uri, storage)
-            return Look(dataset, f"data.source is not set, {data.uri} is used as it is")
+            return StageStatus(dataset, f"data.source is not set, {data.uri} is used as it is")
         try:
             recorded = storage.read(join(data.uri, layout.INGEST_KEY)).decode()
         except NotFoundError:
-            return Look(None, f"{data.uri} holds no dataset that a flow has finished")
+            return StageStatus(None, f"{data.uri} holds no dataset that a flow has finished")
         if recorded != inputs["source"]:
-            return Look(None, f"{data.uri} was made from another state of {data.source}, or with other settings")
+            return StageStatus(None, f"{data.uri} was made from another state of {data.source}, or with other settings")
         try:
             dataset = read_dataset(data.uri, storage)
             prepare.check_dataset(dataset, self.config)
         except DatasetError as error:
-            return Look(None, str(error))
-        return Look(dataset, f"{data.uri} holds this input already (digest {dataset.digest[:12]})")
+            return StageStatus(None, str(error))
+        return StageStatus(dataset, f"{data.uri} holds this input already (digest {dataset.digest[:12]})")
 
     def run(self, site: Site, given: Results) -> Dataset:
         """Write the dataset.

@@ -22,7 +22,7 @@ from pipelines.evaluation.evaluators import (
 )
 from pipelines.evaluation.scores import Scores
 from pipelines.evaluation.scoring import find_scores, score_and_record
-from pipelines.flow.stage import EVALUATE, EVALUATOR, GATE, REGISTER, Look, Place, Results, Site, Stage
+from pipelines.flow.stage import EVALUATE, EVALUATOR, GATE, REGISTER, Results, Site, Stage, StageSpec, StageStatus
 from pipelines.presentation.errors import PipelineError
 from pipelines.registry import Gate, Verdict, check_signing
 from pipelines.shards.quarantine import read_quarantine, stream_digest
@@ -38,7 +38,7 @@ from pipelines.training.scoring import needs
 class MakeEvaluator(Stage[Evaluator]):
     """Train the evaluator of the dataset, where it is one that is trained on the dataset."""
 
-    place: ClassVar[Place] = EVALUATOR
+    spec: ClassVar[StageSpec] = EVALUATOR
     on_ray: ClassVar[bool] = True
 
     @property
@@ -65,13 +65,13 @@ class MakeEvaluator(Stage[Evaluator]):
         connect_ray(self.config, site.storage)
         return has_room_beside(self.config.cluster, alive_nodes(), needs(self.config))
 
-    def done(self, site: Site, given: Results, inputs: Mapping[str, str]) -> Look[Evaluator]:
+    def done(self, site: Site, given: Results, inputs: Mapping[str, str]) -> StageStatus[Evaluator]:
         """Look whether the evaluator is there: stored with the dataset, or loaded from `evaluation.weights`."""
         assert given.dataset is not None
         found = find_evaluator(self.config, given.dataset, site.storage)
         if found is None:
-            return Look(None, f"{given.dataset.uri} has no evaluator ({inputs['kind']}) yet")
-        return Look(found, f"the evaluator ({found.kind}) is there already (digest {found.digest[:12]})")
+            return StageStatus(None, f"{given.dataset.uri} has no evaluator ({inputs['kind']}) yet")
+        return StageStatus(found, f"the evaluator ({found.kind}) is there already (digest {found.digest[:12]})")
 
     def run(self, site: Site, given: Results) -> Evaluator:
         """Train the evaluator in a Ray task, and store it."""
@@ -90,7 +90,7 @@ class MakeEvaluator(Stage[Evaluator]):
 class Evaluate(Stage[Scores]):
     """Score the newest published checkpoint of the run with the configuration's sampling settings."""
 
-    place: ClassVar[Place] = EVALUATE
+    spec: ClassVar[StageSpec] = EVALUATE
 
     @property
     def output(self) -> str:
@@ -118,7 +118,7 @@ class Evaluate(Stage[Scores]):
         if given.dataset is not None:
             check_evaluator(self.config, given.dataset)
 
-    def done(self, site: Site, given: Results, inputs: Mapping[str, str]) -> Look[Scores]:
+    def done(self, site: Site, given: Results, inputs: Mapping[str, str]) -> StageStatus[Scores]:
         """Look whether the run has scores of this checkpoint with these settings, data and evaluator."""
         assert given.run is not None
         published = given.run.published
@@ -127,8 +127,10 @@ class Evaluate(Stage[Scores]):
         settings = sampling(self.config)
         scores = find_scores(given.run.tracker, spec, inputs["model"], settings, self.config, site.storage)
         if scores is None:
-            return Look(None, f"the model of {published.images_seen:,} images was not scored with these settings yet")
-        return Look(scores, "this model was scored with these settings already")
+            return StageStatus(
+                None, f"the model of {published.images_seen:,} images was not scored with these settings yet"
+            )
+        return StageStatus(scores, "this model was scored with these settings already")
 
     def run(self, site: Site, given: Results) -> Scores:
         """Draw samples on the Ray cluster and score them."""
@@ -149,7 +151,7 @@ class Evaluate(Stage[Scores]):
 class Register(Stage[ModelVersion]):
     """Register the scored checkpoint as a version of the configuration's model."""
 
-    place: ClassVar[Place] = REGISTER
+    spec: ClassVar[StageSpec] = REGISTER
 
     @property
     def output(self) -> str:
@@ -174,7 +176,7 @@ class Register(Stage[ModelVersion]):
         if given.dataset is not None and self.config.model.text_dim:
             registry.bundled_encoder(prepare.encoder_lineage(self.config, site.storage)["text_encoder"])
 
-    def done(self, site: Site, given: Results, inputs: Mapping[str, str]) -> Look[ModelVersion]:
+    def done(self, site: Site, given: Results, inputs: Mapping[str, str]) -> StageStatus[ModelVersion]:
         """Look whether a version has this checkpoint with these scores."""
         assert given.run is not None
         assert given.run.published is not None
@@ -182,10 +184,10 @@ class Register(Stage[ModelVersion]):
         name = self.config.registry.model
         found = registry.find_version(given.run.tracker.uri, name, given.evaluation, inputs["model"])
         if found is None:
-            return Look(None, f"no version of {name} has this model with these scores")
+            return StageStatus(None, f"no version of {name} has this model with these scores")
         if not registry.is_candidate(given.run.tracker.uri, found):
-            return Look(None, f"version {found.version} of {name} lacks the alias {CANDIDATE}")
-        return Look(found, f"this model is {name} version {found.version} already")
+            return StageStatus(None, f"version {found.version} of {name} lacks the alias {CANDIDATE}")
+        return StageStatus(found, f"this model is {name} version {found.version} already")
 
     def run(self, site: Site, given: Results) -> ModelVersion:
         """Register the version, and say so on the page of its run, unless that was done."""
@@ -200,7 +202,7 @@ class Register(Stage[ModelVersion]):
 class Promote(Stage[Verdict]):
     """Ask the gate whether the alias may move to the version."""
 
-    place: ClassVar[Place] = GATE
+    spec: ClassVar[StageSpec] = GATE
 
     @property
     def output(self) -> str:
@@ -212,21 +214,21 @@ class Promote(Stage[Verdict]):
         assert given.version is not None
         return {"served": given.version.tags.get("served_digest", "")}
 
-    def done(self, site: Site, given: Results, inputs: Mapping[str, str]) -> Look[Verdict]:
+    def done(self, site: Site, given: Results, inputs: Mapping[str, str]) -> StageStatus[Verdict]:
         """Look whether the alias is at the version, by the gate's log and in MLflow, or was taken from it again."""
         assert given.version is not None
         gate = self.gate(site)
         verdict = gate.holds(given.version)
         if verdict is not None:
-            return Look(verdict, f"{gate.alias} is at version {given.version.version} already")
+            return StageStatus(verdict, f"{gate.alias} is at version {given.version.version} already")
         taken = gate.taken(given.version)
         if taken is None:
-            return Look(None, f"{gate.alias} of {gate.model} is not at version {given.version.version}")
+            return StageStatus(None, f"{gate.alias} of {gate.model} is not at version {given.version.version}")
         version = given.version.version
         reason = f"a rollback took {gate.alias} from version {version}"
         again = f"`ddpm promote {given.version.uri} --alias {gate.alias}` gives it back"
         verdict = Verdict(False, f"{reason} at {taken.at}; {again}", gate.model, gate.alias, version, at=taken.at)
-        return Look(verdict, reason)
+        return StageStatus(verdict, reason)
 
     def run(self, site: Site, given: Results) -> Verdict:
         """Return the gate's verdict, by which the alias has moved or has not; a refusal is a result too.

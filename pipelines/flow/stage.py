@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Place:
+class StageSpec:
     """The place of a stage in the graph, whatever the configuration.
 
     Attributes:
@@ -43,25 +43,27 @@ class Place:
     title: str
 
 
-INGEST = Place("ingest", "dataset", (), "Shards of the source's images, with their index")
-TRAIN = Place("train", "run", ("dataset",), "A run that has seen all its images, with published checkpoints")
-EVALUATOR = Place("evaluator", "evaluator", ("dataset",), "The network that judges samples, the same for all runs")
-EVALUATE = Place(
+INGEST = StageSpec("ingest", "dataset", (), "Shards of the source's images, with their index")
+TRAIN = StageSpec("train", "run", ("dataset",), "A run that has seen all its images, with published checkpoints")
+EVALUATOR = StageSpec("evaluator", "evaluator", ("dataset",), "The network that judges samples, the same for all runs")
+EVALUATE = StageSpec(
     "evaluate", "evaluation", ("dataset", "run", "evaluator"), "Scores of the run's newest published checkpoint"
 )
-REGISTER = Place("register", "version", ("dataset", "run", "evaluation"), "A signed model version with its evidence")
-GATE = Place("gate", "champion", ("version",), "The guarded alias at the version, where the gate lets it pass")
+REGISTER = StageSpec(
+    "register", "version", ("dataset", "run", "evaluation"), "A signed model version with its evidence"
+)
+GATE = StageSpec("gate", "champion", ("version",), "The guarded alias at the version, where the gate lets it pass")
 
 GRAPH = (INGEST, TRAIN, EVALUATOR, EVALUATE, REGISTER, GATE)
 """The stages in an order in which they can run."""
 
 
-def independent(one: Place, other: Place, graph: Sequence[Place] = GRAPH) -> bool:
+def independent(one: StageSpec, other: StageSpec, graph: Sequence[StageSpec] = GRAPH) -> bool:
     """Return whether neither of two places needs, over any number of stages between them, the result of the other."""
 
-    def below(place: Place) -> set[str]:
-        needed = [found for found in graph if found.gives in place.needs]
-        return {place.gives}.union(*map(below, needed))
+    def below(spec: StageSpec) -> set[str]:
+        needed = [found for found in graph if found.gives in spec.needs]
+        return {spec.gives}.union(*map(below, needed))
 
     return one.gives not in below(other) and other.gives not in below(one)
 
@@ -77,14 +79,14 @@ class Results:
     version: ModelVersion | None = None
     champion: Verdict | None = None
 
-    def having(self, place: Place, result: Any) -> Results:
+    def having(self, spec: StageSpec, result: Any) -> Results:
         """Return these results with that of a stage."""
-        given: dict[str, Any] = {place.gives: result}
+        given: dict[str, Any] = {spec.gives: result}
         return replace(self, **given)
 
-    def missing(self, place: Place) -> tuple[str, ...]:
+    def missing(self, spec: StageSpec) -> tuple[str, ...]:
         """Return the names of results that a stage needs and that are not there."""
-        return tuple(name for name in place.needs if getattr(self, name) is None)
+        return tuple(name for name in spec.needs if getattr(self, name) is None)
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Look(Generic[T]):
+class StageStatus(Generic[T]):
     """What storage, MLflow and the registry say of the result of a stage.
 
     Attributes:
@@ -128,7 +130,7 @@ class Stage(ABC, Generic[T]):
         config: the run, with every address filled in.
     """
 
-    place: ClassVar[Place]
+    spec: ClassVar[StageSpec]
     on_ray: ClassVar[bool] = False
     """Whether all of its work is done in Ray tasks, so that it may run in a thread beside another stage."""
     config: Config
@@ -136,7 +138,7 @@ class Stage(ABC, Generic[T]):
     @property
     def name(self) -> str:
         """Name of the stage."""
-        return self.place.name
+        return self.spec.name
 
     @property
     @abstractmethod
@@ -172,7 +174,7 @@ class Stage(ABC, Generic[T]):
         """
         return False
 
-    def look(self, site: Site, given: Results) -> Look[T]:
+    def look(self, site: Site, given: Results) -> StageStatus[T]:
         """Look whether the result is there, made from what is there now; nothing is started or written.
 
         Arguments and errors are those of `done`.
@@ -181,7 +183,7 @@ class Stage(ABC, Generic[T]):
         return replace(self.done(site, given, inputs), inputs=inputs)
 
     @abstractmethod
-    def done(self, site: Site, given: Results, inputs: Mapping[str, str]) -> Look[T]:
+    def done(self, site: Site, given: Results, inputs: Mapping[str, str]) -> StageStatus[T]:
         """Look whether the result is there, made from these inputs; nothing is started or written.
 
         Args:
@@ -204,7 +206,7 @@ class Stage(ABC, Generic[T]):
         """
 
 
-S = TypeVar("S", Place, Stage[Any])
+S = TypeVar("S", StageSpec, Stage[Any])
 
 
 def select(stages: Sequence[S], first: str | None, last: str | None) -> tuple[tuple[S, ...], tuple[S, ...]]:

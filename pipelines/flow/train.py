@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from pipelines import checkpoints
 from pipelines.config import Config
-from pipelines.flow.stage import TRAIN, Look, Place, Results, Site, Stage
+from pipelines.flow.stage import TRAIN, Results, Site, Stage, StageSpec, StageStatus
 from pipelines.presentation.progress import Display, Notice, Report, TimeBreakdown, no_report
 from pipelines.shards.quarantine import read_quarantine, stream_digest
 from pipelines.storage import Storage, join, layout
@@ -31,7 +31,7 @@ LEAST_SHARE = 0.25
 class Train(Stage[TrainingResult]):
     """Train the run of the configuration's name to its end."""
 
-    place: ClassVar[Place] = TRAIN
+    spec: ClassVar[StageSpec] = TRAIN
 
     @property
     def output(self) -> str:
@@ -47,7 +47,7 @@ class Train(Stage[TrainingResult]):
             "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
         }
 
-    def done(self, site: Site, given: Results, inputs: Mapping[str, str]) -> Look[TrainingResult]:
+    def done(self, site: Site, given: Results, inputs: Mapping[str, str]) -> StageStatus[TrainingResult]:
         """Look whether the run has seen all its images, and MLflow has all of it.
 
         Raises:
@@ -58,23 +58,23 @@ class Train(Stage[TrainingResult]):
         config, storage = self.config, site.storage
         state = checkpoints.newest_checkpoint(config, storage)
         if state is None:
-            return Look(None, f"run '{config.name}' has no checkpoint")
+            return StageStatus(None, f"run '{config.name}' has no checkpoint")
         quarantine = read_quarantine(config.data.uri, storage)
         checkpoints.check_resumable(state, config, given.dataset, quarantine)
         length = state.ends_at(config)
         if state.images_seen < length:
-            return Look(None, f"run '{config.name}' has seen {state.images_seen:,} of {length:,} images")
+            return StageStatus(None, f"run '{config.name}' has seen {state.images_seen:,} of {length:,} images")
         seen = f"run '{config.name}' has seen its {state.images_seen:,} images already"
         tracker = find_training_run(config, storage)
         waits = storage.exists(join(self.output, layout.UNSENT))
         if tracker is None or waits or not tracker.is_finished():
-            return Look(None, f"{seen}, and MLflow does not have all of it")
+            return StageStatus(None, f"{seen}, and MLflow does not have all of it")
         published = checkpoints.list_published(tracker)
         if not published:
-            return Look(None, f"{seen}, and MLflow names no published checkpoint")
+            return StageStatus(None, f"{seen}, and MLflow names no published checkpoint")
         if has_outstanding(tracker, config, length):
-            return Look(None, f"{seen}, and a published checkpoint is not scored")
-        return Look(TrainingResult(tracker, "complete", state.images_seen, published[-1], None), seen)
+            return StageStatus(None, f"{seen}, and a published checkpoint is not scored")
+        return StageStatus(TrainingResult(tracker, "complete", state.images_seen, published[-1], None), seen)
 
     def fills_time(self, site: Site) -> bool:
         """Return whether the run is to end at a time."""

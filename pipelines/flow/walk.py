@@ -135,17 +135,17 @@ class _Walk:
         """Return the stages that have to run and can; those whose results are there are skipped."""
         ready = []
         for stage in tuple(self.waiting):
-            if self.given.missing(stage.place):
+            if self.given.missing(stage.spec):
                 continue
-            look = stage.look(self.site, self.given)
-            self.inputs[stage.name] = look.inputs
-            if look.result is None:
+            status = stage.look(self.site, self.given)
+            self.inputs[stage.name] = status.inputs
+            if status.result is None:
                 ready.append(stage)
                 continue
-            self.site.display.stage(stage.name, f"skipped: {look.reason}")
-            self.skipped[stage.name] = look.reason
+            self.site.display.stage(stage.name, f"skipped: {status.reason}")
+            self.skipped[stage.name] = status.reason
             self.waiting.remove(stage)
-            self.given = self.given.having(stage.place, look.result)
+            self.given = self.given.having(stage.spec, status.result)
         return ready
 
     def _run(self, here: Stage[Any], others: Sequence[Stage[Any]]) -> None:
@@ -183,7 +183,7 @@ class _Walk:
 
     def _take(self, stage: Stage[Any], result: Any) -> None:
         self.ran.add(stage.name)
-        self.given = self.given.having(stage.place, result)
+        self.given = self.given.having(stage.spec, result)
 
 
 def preview(
@@ -199,21 +199,21 @@ def preview(
     given = _results(before, chosen, site)
     found = []
     for stage in chosen:
-        missing = given.missing(stage.place)
+        missing = given.missing(stage.spec)
         if missing:
             reason = f"it is made from the {missing[0]}, which is not there yet"
             found.append(Preview(stage.name, True, reason, stage.output, {}))
             continue
-        look = stage.look(site, given)
-        found.append(Preview(stage.name, look.result is None, look.reason, stage.output, look.inputs))
-        if look.result is not None:
-            given = given.having(stage.place, look.result)
+        status = stage.look(site, given)
+        found.append(Preview(stage.name, status.result is None, status.reason, stage.output, status.inputs))
+        if status.result is not None:
+            given = given.having(stage.spec, status.result)
     running = [stage for stage, row in zip(chosen, found, strict=True) if row.runs]
-    graph = [stage.place for stage in stages]
+    graph = [stage.spec for stage in stages]
 
     def beside(stage: Stage[Any]) -> tuple[str, ...]:
         others = [other for other in running if stage.on_ray or other.on_ray]
-        return tuple(other.name for other in others if independent(stage.place, other.place, graph))
+        return tuple(other.name for other in others if independent(stage.spec, other.spec, graph))
 
     return tuple(
         replace(row, beside=beside(stage)) if row.runs else row for stage, row in zip(chosen, found, strict=True)
@@ -226,17 +226,17 @@ def _results(before: Sequence[Stage[Any]], chosen: Sequence[Stage[Any]], site: S
     Raises:
         ConfigError: one is not there.
     """
-    given, needed = Results(), {name for stage in chosen for name in stage.place.needs}
+    given, needed = Results(), {name for stage in chosen for name in stage.spec.needs}
     for stage in reversed(before):
-        needed |= set(stage.place.needs) if stage.place.gives in needed else set()
+        needed |= set(stage.spec.needs) if stage.spec.gives in needed else set()
     for stage in before:
-        if stage.place.gives not in needed:
+        if stage.spec.gives not in needed:
             continue
-        look = stage.look(site, given)
-        if look.result is None:
+        status = stage.look(site, given)
+        if status.result is None:
             raise ConfigError(
-                f"the result of {stage.name}, which comes before, is not there: {look.reason}. "
+                f"the result of {stage.name}, which comes before, is not there: {status.reason}. "
                 f"Start with --from {stage.name}, or without --from"
             )
-        given = given.having(stage.place, look.result)
+        given = given.having(stage.spec, status.result)
     return given

@@ -30,7 +30,7 @@ def parse_budget(text: str) -> float:
     return seconds
 
 
-def spoken(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return a span of time for people: 45 s, 9 m 30 s, 2 h 10 m."""
     whole = round(seconds)
     if whole < 60:

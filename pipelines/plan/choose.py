@@ -8,7 +8,7 @@ from typing import Any
 
 from pipelines.plan import clock
 from pipelines.plan.calibration import CALIBRATION
-from pipelines.plan.facts import Hand, MachineFacts, SourceFacts, Speed
+from pipelines.plan.facts import MachineFacts, SourceFacts, Speed, UserOverrides
 from pipelines.plan.networks import Candidate, candidates
 from pipelines.presentation.errors import ConfigError
 
@@ -75,7 +75,7 @@ def check_source(source: SourceFacts) -> None:
         )
 
 
-def choose(source: SourceFacts, machine: MachineFacts, budget_s: float, hand: Hand, compared: bool) -> Basis:
+def choose(source: SourceFacts, machine: MachineFacts, budget_s: float, user: UserOverrides, compared: bool) -> Basis:
     """Return the network, size, batch and length that fit the budget.
 
     The largest size comes first at which a network that is not the narrowest sees the images that it needs, and of that
@@ -88,7 +88,7 @@ def choose(source: SourceFacts, machine: MachineFacts, budget_s: float, hand: Ha
         ConfigError: nothing fits, or the source has too few images; says what to do.
     """
     check_source(source)
-    measured = [candidate for candidate in candidates(source, hand) if candidate.key in machine.speeds]
+    measured = [candidate for candidate in candidates(source, user) if candidate.key in machine.speeds]
     if not measured:
         raise ConfigError(
             f"no network could be measured on {machine.where}: choose a smaller one with model.channels=…, "
@@ -97,7 +97,7 @@ def choose(source: SourceFacts, machine: MachineFacts, budget_s: float, hand: Ha
     found: list[Basis] = []
     for candidate in measured:
         try:
-            found.append(_basis(source, machine, budget_s, hand, candidate, compared))
+            found.append(_basis(source, machine, budget_s, user, candidate, compared))
         except ConfigError:
             if candidate is measured[0]:
                 raise
@@ -108,35 +108,40 @@ def choose(source: SourceFacts, machine: MachineFacts, budget_s: float, hand: Ha
 
 
 def _basis(
-    source: SourceFacts, machine: MachineFacts, budget_s: float, hand: Hand, candidate: Candidate, compared: bool
+    source: SourceFacts,
+    machine: MachineFacts,
+    budget_s: float,
+    user: UserOverrides,
+    candidate: Candidate,
+    compared: bool,
 ) -> Basis:
     """Return what a candidate comes to.
 
     Raises:
         ConfigError: the budget leaves no time to train it.
     """
-    labels = bool(hand.get("model.class_conditional", len(source.class_counts) > 1))
-    texts = bool(hand.get("model.text_dim", source.encoder_width if uses_captions(source, hand) else 0))
+    labels = bool(user.get("model.class_conditional", len(source.class_counts) > 1))
+    texts = bool(user.get("model.text_dim", source.encoder_width if uses_captions(source, user) else 0))
     guided = (
         (labels or texts)
-        and hand.get("guidance.scale", SAMPLING.guidance_scale) != 1
-        and hand.get("guidance", "") != "none"
+        and user.get("guidance.scale", SAMPLING.guidance_scale) != 1
+        and user.get("guidance", "") != "none"
     )
-    evaluations = int(hand.get("sampler.steps", SAMPLING.steps)) * (2 if guided else 1)
+    evaluations = int(user.get("sampler.steps", SAMPLING.steps)) * (2 if guided else 1)
     speed = machine.speeds[candidate.key]
     judging = clock.judging(source, machine, speed, candidate.size, budget_s, evaluations, texts, compared)
     fixed = clock.fixed_seconds(source, machine) | judging.seconds
-    training_s = float(hand.get("training_s", None) or clock.left_for_training(budget_s, fixed))
-    workers = _workers(machine, hand)
+    training_s = float(user.get("training_s", None) or clock.left_for_training(budget_s, fixed))
+    workers = _workers(machine, user)
 
     grids = clock.grids(speed, machine, training_s, evaluations)
 
     def possible(batch: int) -> float:
         return max(0.0, training_s - grids.seconds) * clock.training_rate(speed, machine, workers, batch)
 
-    batch = int(hand.get("batch_size", batch_size(possible, machine)))
+    batch = int(user.get("batch_size", batch_size(possible, machine)))
     rate = clock.training_rate(speed, machine, workers, batch)
-    images = int(hand.get("images", max(1, min(int(possible(batch)), most_images(source)) // batch) * batch))
+    images = int(user.get("images", max(1, min(int(possible(batch)), most_images(source)) // batch) * batch))
     grids = clock.grids(speed, machine, images / rate / (1 - clock.GRID_SHARE), evaluations)
     seconds = fixed | {"train": images / rate + grids.seconds}
     ordered = ["look and measure", "start", "ingest", "train", "evaluator", "scores", "register"]
@@ -160,38 +165,38 @@ def most_images(source: SourceFacts) -> int:
     return max(MOST_PASSES * source.train_images, LEAST_CAP)
 
 
-def drawing_precision(training: str, hand: Hand) -> str:
+def drawing_precision(training: str, user: UserOverrides) -> str:
     """Return the precision in which samples are drawn: bf16 where the training computes in it.
 
     Args:
         training: what forward and backward compute in.
     """
-    if hand.sets("sampler.precision"):  # or the group, whose default is fp32
-        return str(hand.get("sampler.precision", "fp32"))
+    if user.sets("sampler.precision"):  # or the group, whose default is fp32
+        return str(user.get("sampler.precision", "fp32"))
     return "bf16" if training == "bf16" else "fp32"
 
 
-def uses_captions(source: SourceFacts, hand: Hand) -> bool:
+def uses_captions(source: SourceFacts, user: UserOverrides) -> bool:
     """Return whether the network is conditioned on captions: where there are some, and an encoder for them."""
-    encoder = hand.get("data.text_encoder", source.encoder)
+    encoder = user.get("data.text_encoder", source.encoder)
     return source.captions > 0 and encoder is not None
 
 
-def methods(hand: Hand) -> dict[str, Any]:
+def methods(user: UserOverrides) -> dict[str, Any]:
     """Return the settings of the loss and the optimizer, which the comparison of training methods has chosen.
 
     Args:
-        hand: what the user has set; a method that cannot go with it is left out.
+        user: what the user has set; a method that cannot go with it is left out.
     """
     found: dict[str, Any] = {"objective": "simple", "objective.prediction": "v", "optim.kind": "muon"}
-    if hand.get("objective.loss", "simple") == "simple":
+    if user.get("objective.loss", "simple") == "simple":
         found["objective.learned_weight"] = True
     return found
 
 
-def _workers(machine: MachineFacts, hand: Hand) -> int:
+def _workers(machine: MachineFacts, user: UserOverrides) -> int:
     """Return the number of workers."""
-    given = hand.get("cluster.num_workers", None)
+    given = user.get("cluster.num_workers", None)
     if given is not None:
         return int(given[-1] if isinstance(given, list | tuple) else given)
     return clock.workers(machine)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pipelines.plan.budget import spoken, written
+from pipelines.plan.budget import format_duration, written
 from pipelines.plan.calibration import CALIBRATION
 from pipelines.plan.facts import MachineFacts, Plan, SourceFacts, Speed
 from pipelines.presentation.errors import ConfigError
@@ -204,7 +204,7 @@ def left_for_training(budget_s: float, spent: dict[str, float]) -> float:
     if left < LEAST_TRAINING_S:
         fixed = sum(spent.values()) + LEAST_TRAINING_S
         least = math.ceil(fixed / (1 - SPARE - JUDGE_SHARE - SCORE_SHARE) / 30) * 30
-        parts = ", ".join(f"{name} {spoken(seconds)}" for name, seconds in spent.items())
+        parts = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in spent.items())
         raise ConfigError(
             f"budget = {written(budget_s)} leaves no time to train: {parts} come first or last; "
             f"give budget={written(max(least, budget_s + 30))} or more"

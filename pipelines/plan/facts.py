@@ -219,7 +219,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Hand:
+class UserOverrides:
     """What the user has set, which the plan leaves as it is.
 
     Attributes:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from pipelines.config import Config
-from pipelines.plan.budget import spoken
+from pipelines.plan.budget import format_duration
 from pipelines.plan.facts import Line, MachineFacts, Plan, SourceFacts
 from pipelines.storage import NotFoundError, Storage, join, layout
 
@@ -129,7 +129,7 @@ def to_yaml(plan: Plan, config: Config) -> str:
     `ddpm flow --config FILE` and `ddpm train --config FILE` take it; addresses of a local stack are left out.
     """
     reasons = [f"# {line.title}: {line.value}. {line.reason[:1].upper()}{line.reason[1:]}." for line in plan.lines]
-    times = ", ".join(f"{name} {spoken(seconds)}" for name, seconds in plan.seconds.items())
-    heading = [f"# A plan for {spoken(plan.budget_s)}, of `ddpm plan`: {times}."]
+    times = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in plan.seconds.items())
+    heading = [f"# A plan for {format_duration(plan.budget_s)}, of `ddpm plan`: {times}."]
     body = yaml.safe_dump(config.portable().model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     return "\n".join([*heading, *reasons, body])

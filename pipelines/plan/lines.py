@@ -11,10 +11,10 @@ from typing import Any
 from pipelines.config import override_value
 from pipelines.evaluation.copies import LEAST
 from pipelines.plan import clock
-from pipelines.plan.budget import spoken, written
+from pipelines.plan.budget import format_duration, written
 from pipelines.plan.calibration import CALIBRATION
 from pipelines.plan.choose import MOST_PASSES, PIECE, SAMPLING, Basis, drawing_precision, methods, most_images
-from pipelines.plan.facts import Hand, Line, MachineFacts, SourceFacts
+from pipelines.plan.facts import Line, MachineFacts, SourceFacts, UserOverrides
 from pipelines.plan.networks import candidates, native_size
 from pipelines.storage import layout
 
@@ -32,7 +32,7 @@ DECISIVE = ("data.image_size", "data.channels", "data.geometry", "data.text_enco
 """What tells datasets of the same source apart."""
 
 
-def data_lines(source: SourceFacts, basis: Basis, hand: Hand) -> list[Line]:
+def data_lines(source: SourceFacts, basis: Basis, user: UserOverrides) -> list[Line]:
     """Return the lines about the data."""
     size, name = basis.candidate.size, source_name(source.source)
     low, usual, high = source.shorter_sides
@@ -43,13 +43,13 @@ def data_lines(source: SourceFacts, basis: Basis, hand: Hand) -> list[Line]:
         why_size, geometry = f"{mixed}; the largest size at which this budget trains a good network", "crop"
     channels = 1 if source.grey else 3
     shapes = {"data.image_size": size, "data.geometry": geometry, "data.channels": channels}
-    decided = {key: hand.get(key, shapes.get(key)) for key in DECISIVE}
+    decided = {key: user.get(key, shapes.get(key)) for key in DECISIVE}
     digest = hashlib.sha256(json.dumps([source.source, decided], default=str).encode()).hexdigest()[:8]
     classes = len(source.class_counts)
     shards = max(16, min(1000, source.train_images // 16))
     flips, why_flip = mirrored(source)
     return [
-        hand.line(
+        user.line(
             "dataset",
             {
                 "data": "folder",
@@ -63,14 +63,14 @@ def data_lines(source: SourceFacts, basis: Basis, hand: Hand) -> list[Line]:
             f"{source.images:,} images" + (f", {classes} classes" if classes else ""),
             f"{source.test_images:,} of them are kept for testing",
         ),
-        hand.line("image size", {"data.image_size": size, "data.geometry": geometry}, f"{size}x{size}", why_size),
-        hand.line(
+        user.line("image size", {"data.image_size": size, "data.geometry": geometry}, f"{size}x{size}", why_size),
+        user.line(
             "channels",
             {"data.channels": channels},
             "grey" if source.grey else "colour",
             f"of {source.opened:,} opened images {'none has' if source.grey else 'some have'} colour",
         ),
-        hand.line("mirroring", {"data.flip": flips}, "yes" if flips else "no", why_flip),
+        user.line("mirroring", {"data.flip": flips}, "yes" if flips else "no", why_flip),
     ]
 
 
@@ -88,28 +88,28 @@ def mirrored(source: SourceFacts) -> tuple[bool, str]:
     return True, f"{told}, hardly more than by guessing"
 
 
-def network_lines(source: SourceFacts, basis: Basis, hand: Hand) -> list[Line]:
+def network_lines(source: SourceFacts, basis: Basis, user: UserOverrides) -> list[Line]:
     """Return the lines about the network, its conditions, the objective and the schedule."""
     candidate, millions = basis.candidate, basis.speed.parameters / 1e6
     larger = next(
-        (c for c in candidates(source, hand) if c.size == candidate.size and c.needed > candidate.needed), None
+        (c for c in candidates(source, user) if c.size == candidate.size and c.needed > candidate.needed), None
     )
     why = "the largest that sees the images it needs"
     if larger is not None:
         why = f"the next larger one would not see the {larger.needed:,} images that it needs to be better"
-    objective = {key: value for key, value in methods(hand).items() if key.partition(".")[0] == "objective"}
+    objective = {key: value for key, value in methods(user).items() if key.partition(".")[0] == "objective"}
     weight = ", learned weight" if "objective.learned_weight" in objective else ""
     shift = 2 * math.log(64 / candidate.size) if candidate.size > 64 else 0.0
-    network = hand.line("network", candidate.settings, f"{candidate.network} UNet, {millions:.1f} M parameters", why)
+    network = user.line("network", candidate.settings, f"{candidate.network} UNet, {millions:.1f} M parameters", why)
     if candidate.network == "hand":
-        given = {key: value for key, value in hand.settings.items() if key.partition(".")[0] == "model"}
+        given = {key: value for key, value in user.settings.items() if key.partition(".")[0] == "model"}
         text = ", ".join(f"{key}={override_value(value)}" for key, value in given.items())
         network = Line("network", {}, f"{text}: {millions:.1f} M parameters", "set by hand")
     return [
         network,
-        _condition_line(source, basis, hand),
-        hand.line("objective", objective, f"v-prediction{weight}", f"the best of those compared ({COMPARISON})"),
-        hand.line(
+        _condition_line(source, basis, user),
+        user.line("objective", objective, f"v-prediction{weight}", f"the best of those compared ({COMPARISON})"),
+        user.line(
             "schedule",
             {"schedule": "cosine", "schedule.log_snr_shift": round(shift, 3)},
             "cosine" + (f", shifted by {shift:.2f}" if shift else ""),
@@ -120,7 +120,7 @@ def network_lines(source: SourceFacts, basis: Basis, hand: Hand) -> list[Line]:
     ]
 
 
-def _condition_line(source: SourceFacts, basis: Basis, hand: Hand) -> Line:
+def _condition_line(source: SourceFacts, basis: Basis, user: UserOverrides) -> Line:
     """Return the line about what the network is conditioned on."""
     settings: dict[str, Any] = {"model.class_conditional": basis.labels}
     parts = [f"{len(source.class_counts)} classes"] if basis.labels else []
@@ -135,32 +135,32 @@ def _condition_line(source: SourceFacts, basis: Basis, hand: Hand) -> Line:
         settings |= {"objective.label_drop": 0.1}
     elif len(source.class_counts) == 1:
         why = "one class tells nothing"
-    return hand.line("conditions", settings, " and ".join(parts) or "none", why)
+    return user.line("conditions", settings, " and ".join(parts) or "none", why)
 
 
-def optim_lines(source: SourceFacts, machine: MachineFacts, basis: Basis, hand: Hand) -> list[Line]:
+def optim_lines(source: SourceFacts, machine: MachineFacts, basis: Basis, user: UserOverrides) -> list[Line]:
     """Return the lines about the optimization."""
     images, batch = basis.images, basis.batch
     rate = CALIBRATION.networks.learning_rates[basis.candidate.network] * math.sqrt(min(batch, 512) / 128)
     passes = images / source.train_images
-    capped = images + batch > most_images(source) and not hand.sets("images")
-    known = capped or hand.sets("images") or hand.get("objective", hand.get("objective.loss", "")) == "consistency"
+    capped = images + batch > most_images(source) and not user.sets("images")
+    known = capped or user.sets("images") or user.get("objective", user.get("objective.loss", "")) == "consistency"
     length = {"images": images} if known else {"images": images, "training_s": round(basis.training_s)}
     rate_s = images / basis.training_s
-    why = f"{spoken(basis.training_s)} at {rate_s:,.0f} images/s; each image is seen {passes:.0f} times" + (
+    why = f"{format_duration(basis.training_s)} at {rate_s:,.0f} images/s; each image is seen {passes:.0f} times" + (
         "" if known else "; corrected by its own speed while it trains"
     )
-    optimizer = {"optim.kind": methods(hand)["optim.kind"]}
+    optimizer = {"optim.kind": methods(user)["optim.kind"]}
     return [
-        hand.line("optimizer", optimizer, "Muon", f"the better one of those compared ({COMPARISON})"),
-        hand.line(
+        user.line("optimizer", optimizer, "Muon", f"the better one of those compared ({COMPARISON})"),
+        user.line(
             "length",
             length,
             f"{images:,} images" if known else f"about {images:,} images",
             f"each image is seen {MOST_PASSES:,} times, more of that only learns them by heart" if capped else why,
         ),
-        _batch_line(machine, basis, hand),
-        hand.line(
+        _batch_line(machine, basis, user),
+        user.line(
             "learning rate",
             {
                 "optim.lr": float(f"{rate:.2g}"),
@@ -172,7 +172,7 @@ def optim_lines(source: SourceFacts, machine: MachineFacts, basis: Basis, hand: 
             f"{rate:.2g}, falling to the end",
             "wider networks need lower ones; it ends with the budget",
         ),
-        hand.line(
+        user.line(
             "average",
             {"optim.ema_half_life": max(batch, images // 20)},
             f"half-life {max(batch, images // 20):,} images",
@@ -181,23 +181,23 @@ def optim_lines(source: SourceFacts, machine: MachineFacts, basis: Basis, hand: 
     ]
 
 
-def _batch_line(machine: MachineFacts, basis: Basis, hand: Hand) -> Line:
+def _batch_line(machine: MachineFacts, basis: Basis, user: UserOverrides) -> Line:
     """Return the line about the images of a step; a GPU computes no more of them at once than it was tried with."""
     settings, why = {"batch_size": basis.batch}, f"{max(1, basis.images // basis.batch):,} steps"
     if machine.gpus and math.ceil(basis.batch / basis.workers) > PIECE["cuda"]:
         settings["micro_batch_size"] = PIECE["cuda"]
         why += f"; a GPU computes {PIECE['cuda']} images at once, which were tried and fit its memory"
-    return hand.line("batch", settings, str(basis.batch), why)
+    return user.line("batch", settings, str(basis.batch), why)
 
 
-def machine_lines(machine: MachineFacts, basis: Basis, hand: Hand) -> list[Line]:
+def machine_lines(machine: MachineFacts, basis: Basis, user: UserOverrides) -> list[Line]:
     """Return the lines about the workers and what is stored on the way."""
     images, batch = basis.images, basis.batch
     marks = 4 if basis.training_s < 1_800 else 12
     every = max(batch, images // marks // batch * batch)
     grids = basis.grids
     return [
-        hand.line(
+        user.line(
             "workers",
             {
                 "cluster.num_workers": basis.workers,
@@ -207,13 +207,13 @@ def machine_lines(machine: MachineFacts, basis: Basis, hand: Hand) -> list[Line]
             f"{basis.workers} of one {'GPU' if machine.gpus else 'core'}, {machine.precision}",
             _why_workers(machine, basis),
         ),
-        hand.line(
+        user.line(
             "checkpoints",
             {"checkpoint.every": every, "checkpoint.publish_every": 10 * images},  # the last one is, in any case
             f"every {every:,} images",
-            f"after a crash at most {spoken(basis.training_s / marks)} are computed again",
+            f"after a crash at most {format_duration(basis.training_s / marks)} are computed again",
         ),
-        hand.line(
+        user.line(
             "grids",
             {
                 "tracking.grid_every": max(batch, images // grids.count // batch * batch),
@@ -235,16 +235,18 @@ def _why_workers(machine: MachineFacts, basis: Basis) -> str:
     return f"{cores} would be {gain}: cores that share their units" if basis.workers == 1 else f"{gain} as one"
 
 
-def judging_lines(source: SourceFacts, machine: MachineFacts, basis: Basis, budget_s: float, hand: Hand) -> list[Line]:
+def judging_lines(
+    source: SourceFacts, machine: MachineFacts, basis: Basis, budget_s: float, user: UserOverrides
+) -> list[Line]:
     """Return the lines about sampling, scores and the registered model."""
     judging, name = basis.judging, source_name(source.source)
-    precision = drawing_precision(machine.precision, hand)
+    precision = drawing_precision(machine.precision, user)
     guidance: dict[str, Any] = {"guidance": "classifier_free" if basis.guided else "none"}
     if basis.guided:
         guidance["guidance.scale"] = basis.scale
     judge = "contrastive network" if judging.kind == "contrastive" else judging.kind
     return [
-        hand.line(
+        user.line(
             "sampler",
             {"sampler": "dpm_solver", "sampler.steps": SAMPLING.steps, "sampler.precision": precision, **guidance},
             f"DPM-Solver++, {SAMPLING.steps} steps"
@@ -253,7 +255,7 @@ def judging_lines(source: SourceFacts, machine: MachineFacts, basis: Basis, budg
             "on digits 8 steps of it are as good as 50 of DDIM (docs/few-steps.md)"
             + ("; bf16 draws as good samples in less time (docs/performance.md)" if precision == "bf16" else ""),
         ),
-        hand.line(
+        user.line(
             "scores",
             {
                 "evaluation.n": judging.n,
@@ -267,13 +269,13 @@ def judging_lines(source: SourceFacts, machine: MachineFacts, basis: Basis, budg
             f"{judging.seeds} x {judging.n:,} samples, judged by a {judge}",
             f"they take at most {clock.SCORE_SHARE:.0%} of the budget; its training is {judging.passes} passes",
         ),
-        name_line(f"{name}-{written(budget_s)}", name, hand),
+        name_line(f"{name}-{written(budget_s)}", name, user),
     ]
 
 
-def name_line(run: str, model: str, hand: Hand) -> Line:
+def name_line(run: str, model: str, user: UserOverrides) -> Line:
     """Return the line about the names of the run and of the registered model."""
-    return hand.line(
+    return user.line(
         NAME,
         {"name": run, "registry.model": model},
         f"run {run}, model {model}",
@@ -306,7 +308,9 @@ def warnings(source: SourceFacts, machine: MachineFacts, basis: Basis, budget_s:
         )
     total_s = sum(basis.seconds.values())
     if total_s > budget_s:
-        found.append(f"what is set by hand takes {spoken(total_s)}, more than the budget of {spoken(budget_s)}")
+        found.append(
+            f"what is set by hand takes {format_duration(total_s)}, more than the budget of {format_duration(budget_s)}"
+        )
     if source.captions and not basis.texts:
         found.append(f"the captions of {source.captions:,} images are not used")
     if 0 < source.captions < source.images:

@@ -13,8 +13,8 @@ import ray
 
 from pipelines import tracking
 from pipelines.config import Config, ConfigError, compose, override_settings
-from pipelines.plan.budget import spoken
-from pipelines.plan.facts import Hand, MachineFacts, Plan, SourceFacts
+from pipelines.plan.budget import format_duration
+from pipelines.plan.facts import MachineFacts, Plan, SourceFacts, UserOverrides
 from pipelines.plan.keep import PlanBook, StoredPlan, command_key
 from pipelines.plan.lines import NAME, name_line, source_name
 from pipelines.plan.look import look
@@ -112,13 +112,13 @@ def find_or_make(
     if found is not None:
         notice("plan", f"this command was given before: run {found.config['name']} goes on by its plan")
         return found
-    hand, model = Hand(settings), str(settings.get("registry.model", source_name(where)))
-    own_model = model if hand.sets("registry.model") else book.model_of(where, model)
+    user, model = UserOverrides(settings), str(settings.get("registry.model", source_name(where)))
+    own_model = model if user.sets("registry.model") else book.model_of(where, model)
     compared = _has_version(services, own_model, settings)
     start_s += time.monotonic() - began
     made = make_plan(source, overrides, budget_s, services, storage, notice, start_s=start_s, compared=compared)
     made, run = replace(made, key=key), str(made.config["name"])
-    own_run = run if hand.sets("name") else book.free_name(run)
+    own_run = run if user.sets("name") else book.free_name(run)
     if own_run != run:
         notice("plan", f"the run is called {own_run}, because another command has a run {run}")
     if own_model != model:
@@ -153,7 +153,7 @@ def _has_version(services: Config, model: str, settings: Mapping[str, Any]) -> b
 
 def _renamed(made: StoredPlan, run: str, model: str, overrides: Sequence[str]) -> StoredPlan:
     """Return a plan with these names of its run and model, where the user has not set them."""
-    named = name_line(run, model, Hand(override_settings(overrides)))
+    named = name_line(run, model, UserOverrides(override_settings(overrides)))
     plan = replace(made.plan, lines=tuple(named if line.title == NAME else line for line in made.plan.lines))
     config = compose([*plan.overrides(), *overrides])
     return replace(made, plan=plan, config=config.model_dump(mode="json"))
@@ -202,5 +202,5 @@ def _call(measurement: Measurement | LongerMeasurement) -> Any:
 
 def summary(plan: Plan) -> str:
     """Return how a plan's budget divides, in a line."""
-    parts = ", ".join(f"{name} {spoken(seconds)}" for name, seconds in plan.seconds.items())
-    return f"{spoken(plan.total_s)} of {spoken(plan.budget_s)}: {parts}"
+    parts = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in plan.seconds.items())
+    return f"{format_duration(plan.total_s)} of {format_duration(plan.budget_s)}: {parts}"

@@ -22,7 +22,7 @@ from pipelines.evaluation.evaluators.classifier import BATCH as JUDGE_BATCH
 from pipelines.evaluation.evaluators.classifier import MAX_SIDE, train_classifier
 from pipelines.evaluation.evaluators.contrastive import train_contrastive
 from pipelines.plan.choose import PIECE, choose, drawing_precision, methods, uses_captions
-from pipelines.plan.facts import Hand, MachineFacts, SourceFacts, Speed
+from pipelines.plan.facts import MachineFacts, SourceFacts, Speed, UserOverrides
 from pipelines.plan.networks import Candidate, candidates
 from pipelines.training.loop.hardware import resolve_precision
 from pipelines.training.loop.speed import MeasuredSpeed, measure_drawing, measure_speed, measure_training
@@ -85,7 +85,7 @@ class Measurement:
         speeds: dict[str, Speed] = {}
         judge: dict[int, float] = {}
         precision = ""
-        hand, by_size = Hand(self.settings), _by_size(candidates(self.source, Hand(self.settings)))
+        user, by_size = UserOverrides(self.settings), _by_size(candidates(self.source, UserOverrides(self.settings)))
         for size, of_size in by_size.items():
             if judge and not any(key.endswith(f"@{max(judge)}") for key in speeds):
                 break  # the size below was too slow already
@@ -94,7 +94,7 @@ class Measurement:
                 if smaller is not None and not self._reaches(candidate, smaller):
                     break  # a larger network is no faster
                 piece = PIECE[device.type] if size <= 32 or device.type == "cuda" else PIECE["cpu"] // 4
-                config = trial_config(candidate, self.source, hand, piece, device)
+                config = trial_config(candidate, self.source, user, piece, device)
                 precision = resolve_precision(config.optim, device)
                 try:
                     with others_busy(device, precision):
@@ -158,7 +158,7 @@ class LongerMeasurement:
     def __call__(self) -> MeasuredLonger:
         """Return what was measured."""
         began, device = time.monotonic(), torch.device("cpu")
-        config = trial_config(self.candidate, self.source, Hand(self.settings), self.piece, device)
+        config = trial_config(self.candidate, self.source, UserOverrides(self.settings), self.piece, device)
         with one_thread():
             with others_busy(device, resolve_precision(config.optim, device)):
                 draw = measure_drawing(config, device, self.seconds)
@@ -224,7 +224,7 @@ def measure_longer(
     """
     if machine.gpus:
         return machine
-    basis = choose(source, machine, budget_s, Hand(settings), compared)
+    basis = choose(source, machine, budget_s, UserOverrides(settings), compared)
     least, most = LONGER_S
     seconds = min(most, max(least, LONGER_SHARE * budget_s))
     measurement = LongerMeasurement(source, settings, basis.candidate, basis.speed.piece, seconds)
@@ -252,7 +252,9 @@ def _step_seconds(config: Config, found: MeasuredSpeed, device: torch.device) ->
     return max(0.0, large - config.batch_size * per_image)
 
 
-def trial_config(candidate: Candidate, source: SourceFacts, hand: Hand, batch: int, device: torch.device) -> Config:
+def trial_config(
+    candidate: Candidate, source: SourceFacts, user: UserOverrides, batch: int, device: torch.device
+) -> Config:
     """Return the configuration of a candidate for its measurement on a device."""
     classes = len(source.class_counts)
     settings: dict[str, Any] = {
@@ -263,16 +265,16 @@ def trial_config(candidate: Candidate, source: SourceFacts, hand: Hand, batch: i
         "data.image_size": candidate.size,
         "data.channels": 1 if source.grey else 3,
         "model.class_conditional": classes > 1,
-        **methods(hand),
+        **methods(user),
         **candidate.settings,
     }
-    if uses_captions(source, hand):
+    if uses_captions(source, user):
         settings["model.text_dim"] = source.encoder_width
-    given = {key: value for key, value in hand.settings.items() if key.partition(".")[0] in _DECIDING}
-    settings = {key: value for key, value in settings.items() if not hand.sets(key)} | given
+    given = {key: value for key, value in user.settings.items() if key.partition(".")[0] in _DECIDING}
+    settings = {key: value for key, value in settings.items() if not user.sets(key)} | given
     settings |= {"batch_size": batch, "data.lanes": 1, "cluster.num_workers": 1, "micro_batch_size": None}
     config = compose([f"{key}={override_value(settings[key])}" for key in sorted(settings, key=lambda key: "." in key)])
-    drawn_in = drawing_precision(resolve_precision(config.optim, device), hand)
+    drawn_in = drawing_precision(resolve_precision(config.optim, device), user)
     return config.model_copy(update={"sampler": config.sampler.model_copy(update={"precision": drawn_in})})
 
 

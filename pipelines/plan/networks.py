@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipelines.plan.calibration import CALIBRATION
-from pipelines.plan.facts import Hand, SourceFacts
+from pipelines.plan.facts import SourceFacts, UserOverrides
 
 SIZES = (16, 32, 64, 128, 256)
 LARGEST_NATIVE = 64
@@ -46,10 +46,10 @@ class Candidate:
         return round(CALIBRATION.networks.images_needed[self.network] * self.effort)
 
 
-def candidates(source: SourceFacts, hand: Hand) -> tuple[Candidate, ...]:
+def candidates(source: SourceFacts, user: UserOverrides) -> tuple[Candidate, ...]:
     """Return what is worth measuring, by size and then by network, smallest first."""
-    sizes = (int(hand.get("data.image_size", 0)),) if "data.image_size" in hand.settings else image_sizes(source)
-    if hand.sets_network():
+    sizes = (int(user.get("data.image_size", 0)),) if "data.image_size" in user.settings else image_sizes(source)
+    if user.sets_network():
         return tuple(Candidate(size, "hand") for size in sizes)
     return tuple(Candidate(size, name, unet(size, *widths)) for size in sizes for name, widths in WIDTHS.items())
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipelines.plan import lines
 from pipelines.plan.choose import choose
-from pipelines.plan.facts import Hand, MachineFacts, Plan, SourceFacts
+from pipelines.plan.facts import MachineFacts, Plan, SourceFacts, UserOverrides
 
 
 def propose(
@@ -30,14 +30,14 @@ def propose(
     Raises:
         ConfigError: the source has too few images, or the budget leaves no time to train; says what to do.
     """
-    hand = Hand(settings or {})
-    basis = choose(source, machine, budget_s, hand, compared)
+    user = UserOverrides(settings or {})
+    basis = choose(source, machine, budget_s, user, compared)
     found = (
-        *lines.data_lines(source, basis, hand),
-        *lines.network_lines(source, basis, hand),
-        *lines.optim_lines(source, machine, basis, hand),
-        *lines.machine_lines(machine, basis, hand),
-        *lines.judging_lines(source, machine, basis, budget_s, hand),
+        *lines.data_lines(source, basis, user),
+        *lines.network_lines(source, basis, user),
+        *lines.optim_lines(source, machine, basis, user),
+        *lines.machine_lines(machine, basis, user),
+        *lines.judging_lines(source, machine, basis, budget_s, user),
     )
     warnings = lines.warnings(source, machine, basis, budget_s)
     return Plan(budget_s, found, basis.seconds, basis.images, basis.candidate.key, warnings)

@@ -120,14 +120,14 @@ def report(stage: str, result: FlowResult, config: Config, context: PipesContext
     """Tell Dagster what came of a stage: a materialisation, or of a version that the gate refuses, only that."""
     from pipelines.flow.orchestrate.facts import facts, gate_table, plain_json, text_table
 
-    (place,) = [place for place in GRAPH if place.name == stage]
+    (spec,) = [spec for spec in GRAPH if spec.name == stage]
     assert config.tracking.uri is not None
-    metadata, digest = facts(place.gives, result.results, config.tracking.uri)
+    metadata, digest = facts(spec.gives, result.results, config.tracking.uri)
     why = result.skipped.get(stage)
     metadata |= {"skipped": why is not None, "inputs": plain_json(result.inputs[stage])}
     metadata["why"] = "its result was not there" if why is None else f"skipped: {why}"
     verdict = result.results.champion
-    if place is GATE and verdict is not None:
+    if spec is GATE and verdict is not None:
         table = text_table(gate_table(verdict))
         compared = {"n": verdict.n, "attempt": verdict.attempt} if verdict.n else {}  # Dagster plots every number
         about = {"reason": verdict.reason, "table": table, **compared}
@@ -141,7 +141,7 @@ def report(stage: str, result: FlowResult, config: Config, context: PipesContext
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stage that the arguments name, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.flow.orchestrate.child", description=__doc__)
-    parser.add_argument("--stage", required=True, choices=[place.name for place in GRAPH])
+    parser.add_argument("--stage", required=True, choices=[spec.name for spec in GRAPH])
     parser.add_argument(
         "--launch", action="append", default=[], help="launch.FIELD=VALUE of a RayJob in which it runs; once for each"
     )

@@ -14,7 +14,7 @@ import dagster as dg
 
 from pipelines.flow.orchestrate.child import CHECK
 from pipelines.flow.orchestrate.settings import Settings
-from pipelines.flow.stage import GATE, GRAPH, INGEST, TRAIN, Place
+from pipelines.flow.stage import GATE, GRAPH, INGEST, TRAIN, StageSpec
 from pipelines.presentation.errors import PipelineError
 
 JOB = "flow"
@@ -27,27 +27,27 @@ POOLS = {INGEST: "ingest", TRAIN: "training"}
 backfills, there are at a time; see `pipelines.stack`."""
 
 
-def asset_of(place: Place, partitions: dg.StaticPartitionsDefinition, settings: Settings) -> dg.AssetsDefinition:
+def asset_of(spec: StageSpec, partitions: dg.StaticPartitionsDefinition, settings: Settings) -> dg.AssetsDefinition:
     """Return the asset of the result of a stage, which is made by the stage's own process.
 
     Args:
         partitions: one for each experiment.
     """
-    checks = [dg.AssetCheckSpec(CHECK, asset=place.gives, description="What the gate decided, with its table")]
+    checks = [dg.AssetCheckSpec(CHECK, asset=spec.gives, description="What the gate decided, with its table")]
 
     @dg.asset(
-        name=place.gives,
-        deps=list(place.needs),
+        name=spec.gives,
+        deps=list(spec.needs),
         partitions_def=partitions,
         group_name="ddpm",
-        description=f"{place.title}. Made by the stage `{place.name}`, and skipped where it is there.",
-        check_specs=checks if place is GATE else None,
-        pool=POOLS.get(place),
+        description=f"{spec.title}. Made by the stage `{spec.name}`, and skipped where it is there.",
+        check_specs=checks if spec is GATE else None,
+        pool=POOLS.get(spec),
     )
     def materialise(context: dg.AssetExecutionContext, pipes: dg.PipesSubprocessClient) -> Iterator[Any]:
         overrides = settings.partitions[context.partition_key]
         launch = [word for setting in settings.launch for word in ("--launch", setting)]
-        command = [*CHILD, "--stage", place.name, *launch, *overrides]
+        command = [*CHILD, "--stage", spec.name, *launch, *overrides]
         try:
             done = pipes.run(context=context, command=command)
         except dg.DagsterError as error:  # the process has ended without a word
@@ -141,7 +141,7 @@ def schedule_of(job: Any, settings: Settings) -> dg.ScheduleDefinition:
 def make_definitions(settings: Settings) -> dg.Definitions:
     """Return the definitions for the experiments of the settings."""
     partitions = dg.StaticPartitionsDefinition(list(settings.partitions))
-    assets = [asset_of(place, partitions, settings) for place in GRAPH]
+    assets = [asset_of(spec, partitions, settings) for spec in GRAPH]
     # The stages of a run are processes of their own, one after the other: no further process per stage is needed.
     job = dg.define_asset_job(JOB, selection=assets, executor_def=dg.in_process_executor)
     return dg.Definitions(

@@ -66,7 +66,7 @@ def facts(gives: str, results: Results, tracking_uri: str) -> tuple[Metadata, st
     """Return the metadata of a result, and its digest, which is the version of the asset's data.
 
     Args:
-        gives: name of the result, see `Place`.
+        gives: name of the result, see `StageSpec`.
         results: with that one among them.
         tracking_uri: address of the MLflow server.
     """

@@ -86,4 +86,4 @@ def _refused(stages: Sequence[Stage[Any]], site: Site, inputs: Any) -> FlowResul
     said = [verdict for verdict in gate.gate(site).log.read() if verdict.version == version.version]
     if not said:
         raise LaunchError(f"the RayJob of the gate has ended, and its log has no decision about {version.uri}")
-    return FlowResult(before.results.having(gate.place, said[-1]), {}, (gate.name,), {gate.name: inputs})
+    return FlowResult(before.results.having(gate.spec, said[-1]), {}, (gate.name,), {gate.name: inputs})

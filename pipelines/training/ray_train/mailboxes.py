@@ -13,7 +13,7 @@ HEARD_LINES = 1_000
 """Lines of workers that wait for the driver; of more the newest stay."""
 
 
-class News(NamedTuple):
+class ProgressUpdate(NamedTuple):
     """What the driver learns of its workers in one answer, because each one costs the training step its time.
 
     Attributes:
@@ -84,12 +84,12 @@ class Monitor:
         """Return (the attempts so far, the newest last; the newest loss)."""
         return list(self.attempts.values()), self.loss
 
-    def take(self) -> News:
+    def take(self) -> ProgressUpdate:
         """Return the state of the run, and what workers have said and shown since the last call."""
         lines, samples = list(self.lines), self.samples
         self.lines.clear()
         self.samples = None
-        return News(*self.snapshot(), lines, samples)
+        return ProgressUpdate(*self.snapshot(), lines, samples)
 
 
 class JobQueue:

@@ -24,7 +24,7 @@ from pipelines.training.loop.context import Job
 from pipelines.training.prepare import PreparedRun
 from pipelines.training.ray_train.answers import answer
 from pipelines.training.ray_train.resources import alive_nodes, shortage
-from pipelines.training.ray_train.worker_logs import Heard
+from pipelines.training.ray_train.worker_logs import LogDeduplicator
 from pipelines.training.states import AnotherDriver, Event, NodesCounted, WorkersEnded, WorkersUnreachable
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class Watch:
 
     def __init__(self, run: PreparedRun, monitor: Any, ledger: Ledger, report: Report, notice: Notice) -> None:
         self.run, self.job, self.monitor, self.ledger, self.report = run, run.job, monitor, ledger, report
-        self.heard = Heard(notice, self.job.config.name)
+        self.messages = LogDeduplicator(notice, self.job.config.name)
         self.patience_s = self.job.config.cluster.patience_s
         self.asked_nodes_at = self.asked_fence_at = time.monotonic()
 
@@ -89,20 +89,20 @@ class Watch:
 
     def close(self) -> None:
         """Show what workers have said so far."""
-        self.heard.close()
+        self.messages.close()
 
     def _ask(self, method: Any, what: str) -> Any:
         return answer(method.remote(), what, self.patience_s)
 
     def _read_progress(self) -> None:
-        news = self._ask(self.monitor.take, "the progress of the workers")
-        self.ledger.update(news.attempts)
-        self.heard.add(news.lines)
-        if news.attempts:
-            goodput, newest = self.ledger.goodput(), news.attempts[-1]
+        update = self._ask(self.monitor.take, "the progress of the workers")
+        self.ledger.update(update.attempts)
+        self.messages.add(update.lines)
+        if update.attempts:
+            goodput, newest = self.ledger.goodput(), update.attempts[-1]
             fraction = goodput.fraction if goodput else None
             self.report(
-                TrainingStatus(newest.images_seen, news.loss, fraction, samples=news.samples, length=newest.length)
+                TrainingStatus(newest.images_seen, update.loss, fraction, samples=update.samples, length=newest.length)
             )
 
     def _end(self, fit: Fit, final: str | None) -> WorkersEnded:

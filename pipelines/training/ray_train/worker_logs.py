@@ -199,7 +199,7 @@ def _failure(error: BaseException) -> logging.LogRecord:
     return logging.LogRecord(__name__, logging.ERROR, __file__, 0, text, None, info)
 
 
-class Heard:
+class LogDeduplicator:
     """Shows what workers say on the driver's terminal: each text once, and how often it came where it repeats.
 
     Texts that differ in their numbers only are the same one.

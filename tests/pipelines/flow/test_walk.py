@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.config import ConfigError, compose
-from pipelines.flow import GRAPH, Look, Place, Results, Site, Stage, select
+from pipelines.flow import GRAPH, Results, Site, Stage, StageSpec, StageStatus, select
 from pipelines.flow.graph import stages
 from pipelines.flow.stage import independent
 from pipelines.flow.walk import preview, walk
@@ -22,14 +22,14 @@ from pipelines.presentation.progress import Silent
 from pipelines.storage import NotFoundError, Storage, join
 
 STORAGE = Storage()
-NAMES = [place.name for place in GRAPH]
+NAMES = [spec.name for spec in GRAPH]
 
 
 @dataclass(frozen=True)
 class Written(Stage[str]):
     """A stage whose result is a file with the digest of its inputs, and of a source where it needs nothing."""
 
-    place: Place  # type: ignore[misc]
+    spec: StageSpec  # type: ignore[misc]
     ran: list[str] = field(default_factory=list)
     checked: list[tuple[str, str]] = field(default_factory=list)
     aside: bool = False
@@ -43,10 +43,10 @@ class Written(Stage[str]):
 
     @property
     def output(self) -> str:
-        return join(self.config.storage.root, self.place.gives)
+        return join(self.config.storage.root, self.spec.gives)
 
     def inputs(self, site, given):
-        needed = {name: getattr(given, name) for name in self.place.needs}
+        needed = {name: getattr(given, name) for name in self.spec.needs}
         return needed or {"source": site.storage.read(join(self.config.storage.root, "source")).decode()}
 
     def content(self, inputs):
@@ -59,8 +59,12 @@ class Written(Stage[str]):
         try:
             stored = site.storage.read(self.output).decode()
         except NotFoundError:
-            return Look(None, "there is none")
-        return Look(stored, "there it is") if stored == self.content(inputs) else Look(None, "it is of other inputs")
+            return StageStatus(None, "there is none")
+        return (
+            StageStatus(stored, "there it is")
+            if stored == self.content(inputs)
+            else StageStatus(None, "it is of other inputs")
+        )
 
     def fills_time(self, site):
         return self.fills
@@ -85,7 +89,7 @@ class World:
         config = compose(["+experiment=digits", "storage=file", f"storage.root=file://{folder}"])
         self.ran: list[str] = []
         self.checked: list[tuple[str, str]] = []
-        self.stages = tuple(Written(place, config, self.ran, self.checked) for place in GRAPH)
+        self.stages = tuple(Written(spec, config, self.ran, self.checked) for spec in GRAPH)
         self.site = Site(STORAGE, {}, Silent())
         self.change("first")
 
@@ -113,16 +117,16 @@ def world(tmp_path):
 
 def test_every_stage_comes_after_what_it_needs_and_gives_a_result_of_its_own():
     there = set()
-    for place in GRAPH:
-        assert set(place.needs) <= there
-        assert place.gives not in there
-        assert hasattr(Results(), place.gives)
-        there.add(place.gives)
+    for spec in GRAPH:
+        assert set(spec.needs) <= there
+        assert spec.gives not in there
+        assert hasattr(Results(), spec.gives)
+        there.add(spec.gives)
 
 
 def test_the_stages_of_a_configuration_have_the_places_of_the_graph():
     config = compose(["+experiment=digits"])
-    assert tuple(stage.place for stage in stages(config)) == GRAPH
+    assert tuple(stage.spec for stage in stages(config)) == GRAPH
     assert [stage.output for stage in stages(config)] == [
         "s3://ddpm/datasets/digits",
         "s3://ddpm/runs/digits",
@@ -141,13 +145,13 @@ def test_a_second_walk_runs_nothing_and_gives_the_same(world):
     assert set(again.skipped.values()) == {"there it is"}
 
 
-@given(lost=st.sets(st.sampled_from([place.gives for place in GRAPH])), first=st.sampled_from(NAMES))
+@given(lost=st.sets(st.sampled_from([spec.gives for spec in GRAPH])), first=st.sampled_from(NAMES))
 def test_what_is_lost_and_nothing_else_is_made_again(tmp_path_factory, lost, first):
     world = World(tmp_path_factory.mktemp("walk"))
     world.walk()
     before = world.files()
     world.remove(*lost)
-    expected = [place.name for place in GRAPH if place.gives in lost]
+    expected = [spec.name for spec in GRAPH if spec.gives in lost]
     needed = [name for name in expected if NAMES.index(name) < NAMES.index(first)]
     if needed:
         with pytest.raises(ConfigError, match=f"the result of {needed[0]}, which comes before, is not there"):
@@ -180,7 +184,7 @@ def test_from_and_until_choose_a_part_of_the_order(first, last):
         return
     before, chosen = select(GRAPH, first, last)
     assert (*before, *chosen) == GRAPH[: end + 1]
-    assert [place.name for place in chosen] == NAMES[start : end + 1]
+    assert [spec.name for spec in chosen] == NAMES[start : end + 1]
 
 
 def test_until_leaves_the_rest_for_later(world):

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.config import ConfigError
-from pipelines.plan.budget import parse_budget, spoken, written
+from pipelines.plan.budget import format_duration, parse_budget, written
 
 
 @pytest.mark.parametrize(
@@ -22,4 +22,4 @@ def test_what_is_no_time_is_refused_with_examples(text):
 @given(st.integers(1, 10**7))
 def test_a_budget_is_written_as_it_is_read(seconds):
     assert parse_budget(written(seconds)) == seconds
-    assert spoken(seconds)
+    assert format_duration(seconds)

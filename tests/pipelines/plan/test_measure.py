@@ -17,7 +17,7 @@ from pipelines.config import ConfigError, compose, from_dict, read_config
 from pipelines.environment import cgroups
 from pipelines.plan import make
 from pipelines.plan import measure as measuring
-from pipelines.plan.facts import Hand
+from pipelines.plan.facts import UserOverrides
 from pipelines.plan.keep import PlanBook, StoredPlan, to_yaml
 from pipelines.plan.make import compose_plan
 from pipelines.plan.measure import (
@@ -197,14 +197,14 @@ def test_drawing_is_measured_beside_busy_cores_and_the_evaluator_alone(monkeypat
     monkeypatch.setattr(measuring, "others_busy", others_busy)
     monkeypatch.setattr(measuring, "measure_drawing", known("measure_drawing", 7.0))
     monkeypatch.setattr(measuring, "judge_step_seconds", known("judge_step_seconds", 0.5))
-    found = LongerMeasurement(DIGITS, {}, candidates(DIGITS, Hand())[0], 8, 0.8)()
+    found = LongerMeasurement(DIGITS, {}, candidates(DIGITS, UserOverrides())[0], 8, 0.8)()
     assert done == ["busy", "measure_drawing", "free", "judge_step_seconds"]
     assert (found.draw, found.judge_step_s) == (7.0, 0.5)
 
 
 def test_a_longer_measurement_gives_speeds_of_this_machine():
     small = replace(DIGITS, shorter_sides=(8, 8, 8), one_size=(8, 8))
-    found = LongerMeasurement(small, {}, candidates(small, Hand())[0], 8, 0.2)()
+    found = LongerMeasurement(small, {}, candidates(small, UserOverrides())[0], 8, 0.2)()
     assert found.draw > 1
     assert 0 < found.judge_step_s < 1
     assert found.took_s >= 0.4
@@ -249,10 +249,12 @@ def test_every_candidate_is_a_network_for_its_images():
             assert 4 <= size >> (len(settings["model.channels"]) - 1) <= 16
             assert sum(settings["model.attention"]) == 1
             assert len(settings["model.attention"]) == len(settings["model.channels"])
-    sizes = [candidate.size for candidate in candidates(PHOTOS, Hand())]
+    sizes = [candidate.size for candidate in candidates(PHOTOS, UserOverrides())]
     assert sorted(set(sizes)) == [32, 64, 128, 256]
-    assert {candidate.size for candidate in candidates(DIGITS, Hand())} == {28}
-    assert {c.key for c in candidates(PHOTOS, Hand({"data.image_size": 48, "model": "dit_small"}))} == {"hand@48"}
+    assert {candidate.size for candidate in candidates(DIGITS, UserOverrides())} == {28}
+    assert {c.key for c in candidates(PHOTOS, UserOverrides({"data.image_size": 48, "model": "dit_small"}))} == {
+        "hand@48"
+    }
 
 
 def test_a_plan_is_kept_for_the_command_that_it_was_made_for(tmp_path):

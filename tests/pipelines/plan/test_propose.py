@@ -16,7 +16,7 @@ from pipelines.plan import clock
 from pipelines.plan.advice import more_time
 from pipelines.plan.calibration import CALIBRATION
 from pipelines.plan.choose import drawing_precision, methods
-from pipelines.plan.facts import Hand, Mirror
+from pipelines.plan.facts import Mirror, UserOverrides
 from pipelines.plan.lines import source_name
 from pipelines.plan.measure import trial_config
 from pipelines.plan.networks import candidates
@@ -258,14 +258,20 @@ def test_the_methods_that_compare_best_are_planned_where_they_go_with_what_is_se
     settings = override_settings(hand)
     config = composed(propose(DIGITS, LAPTOP, HALF_HOUR, settings), *hand)
     assert (config.optim.kind, config.objective.learned_weight) == (kind, learned)
-    trial = trial_config(candidates(DIGITS, Hand(settings))[0], DIGITS, Hand(settings), 32, torch.device("cpu"))
+    trial = trial_config(
+        candidates(DIGITS, UserOverrides(settings))[0], DIGITS, UserOverrides(settings), 32, torch.device("cpu")
+    )
     assert (trial.optim.kind, trial.objective.learned_weight) == (kind, learned)
 
 
 @pytest.mark.parametrize("name", ["methods", "methods_mnist", "methods_cifar10"])
 def test_the_planned_methods_win_the_comparison_on_each_data_set_or_cannot_be_told_from_the_winner(name):
     table = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["methods"]
-    planned = {key: value for key, value in methods(Hand()).items() if key not in ("objective", "objective.prediction")}
+    planned = {
+        key: value
+        for key, value in methods(UserOverrides()).items()
+        if key not in ("objective", "objective.prediction")
+    }
     (own,) = [method for method, changes in METHODS.items() if override_settings(changes) == planned]
     repeated = {method: row for method, row in table.items() if row["seeds"] > 1}
     best = min(repeated.values(), key=lambda row: row["distance"])
@@ -288,7 +294,7 @@ def test_the_planned_methods_win_the_comparison_on_each_data_set_or_cannot_be_to
 def test_samples_are_drawn_in_bf16_where_the_machine_trains_in_it(trains_in, hand, drawn_in):
     plan = propose(DIGITS, replace(LAPTOP, precision=trains_in), HALF_HOUR, override_settings(hand))
     assert composed(plan, *hand).sampler.precision == drawn_in
-    assert drawing_precision(trains_in, Hand(override_settings(hand))) == drawn_in
+    assert drawing_precision(trains_in, UserOverrides(override_settings(hand))) == drawn_in
 
 
 def test_a_first_version_is_trained_in_the_time_that_the_gates_samples_would_take():

@@ -45,16 +45,16 @@ def test_the_definitions_load_and_the_assets_depend_on_each_other_as_the_stages_
     defs = make_definitions(Settings())
     dg.Definitions.validate_loadable(defs)
     graph = defs.resolve_asset_graph()
-    for place in GRAPH:
-        node = graph.get(dg.AssetKey(place.gives))
-        assert {key.to_user_string() for key in node.parent_keys} == set(place.needs)
+    for spec in GRAPH:
+        node = graph.get(dg.AssetKey(spec.gives))
+        assert {key.to_user_string() for key in node.parent_keys} == set(spec.needs)
         assert set(node.partitions_def.get_partition_keys()) == set(Settings().partitions)
     assert [key.name for key in graph.asset_check_keys] == [CHECK]
 
 
 def test_one_run_at_a_time_trains_or_writes_a_dataset_whatever_it_was_started_as(tmp_path):
     graph = make_definitions(Settings()).resolve_asset_graph()
-    pools = {place.name: graph.get(dg.AssetKey(place.gives)).pools for place in GRAPH}
+    pools = {spec.name: graph.get(dg.AssetKey(spec.gives)).pools for spec in GRAPH}
     assert {name: found for name, found in pools.items() if found} == {"ingest": {"ingest"}, "train": {"training"}}
     (tmp_path / "dagster.yaml").write_text(INSTANCE.partition("run_launcher:")[0])
     with dg.DagsterInstance.from_config(str(tmp_path)) as instance:
@@ -101,19 +101,19 @@ class Child(dg.PipesSubprocessClient):  # type: ignore[name-defined]
 SETTINGS = Settings(partitions={"tiny": ("+experiment=digits", "images=1280")}, retries=0)
 
 
-def materialised(place, child, settings=SETTINGS):
-    asset = asset_of(place, dg.StaticPartitionsDefinition(list(settings.partitions)), settings)
+def materialised(spec, child, settings=SETTINGS):
+    asset = asset_of(spec, dg.StaticPartitionsDefinition(list(settings.partitions)), settings)
     return dg.materialize([asset], partition_key="tiny", resources={"pipes": child}, raise_on_error=False)
 
 
 def test_each_asset_starts_its_stage_with_the_overrides_of_its_partition():
-    for place in GRAPH:
-        checks = [dg.AssetCheckResult(passed=True, check_name=CHECK)] if place.gives == "champion" else []
+    for spec in GRAPH:
+        checks = [dg.AssetCheckResult(passed=True, check_name=CHECK)] if spec.gives == "champion" else []
         child = Child([dg.MaterializeResult(metadata={"skipped": True}), *checks], [])
-        assert materialised(place, child).success
+        assert materialised(spec, child).success
         (command,) = child.commands
         assert command == [
-            *(sys.executable, "-m", "pipelines.flow.orchestrate.child", "--stage", place.name),
+            *(sys.executable, "-m", "pipelines.flow.orchestrate.child", "--stage", spec.name),
             *("+experiment=digits", "images=1280"),
         ]
 

@@ -35,13 +35,13 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("place", GRAPH, ids=lambda place: place.gives)
-def test_a_result_is_told_by_its_address_its_digest_and_its_figures(place):
-    metadata, digest = facts(place.gives, RESULTS, "http://mlflow")
-    expected, version = EXPECTED[place.gives]
+@pytest.mark.parametrize("spec", GRAPH, ids=lambda spec: spec.gives)
+def test_a_result_is_told_by_its_address_its_digest_and_its_figures(spec):
+    metadata, digest = facts(spec.gives, RESULTS, "http://mlflow")
+    expected, version = EXPECTED[spec.gives]
     assert expected.items() <= metadata.items()  # type: ignore[attr-defined]
     assert digest == (version or metadata["digest"])
-    if place.gives not in ("dataset", "evaluator"):
+    if spec.gives not in ("dataset", "evaluator"):
         assert metadata["mlflow"]["type"] == "url"
         assert metadata["mlflow"]["raw_value"].startswith("http://mlflow/")
     for value in metadata.values():

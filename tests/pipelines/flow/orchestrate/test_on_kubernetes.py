@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipelines.config import ConfigError, compose
-from pipelines.flow import Look
+from pipelines.flow import StageStatus
 from pipelines.flow.judge import Promote
 from pipelines.flow.orchestrate import on_kubernetes
 from pipelines.flow.orchestrate.on_kubernetes import command_of, launch_stage, walk_on_kubernetes
@@ -76,12 +76,12 @@ def test_a_version_that_the_gate_has_refused_there_is_told_by_the_gates_log(worl
     @dataclass(frozen=True)
     class Registered(Written):
         def done(self, site, given, inputs):
-            return Look(version, "there")
+            return StageStatus(version, "there")
 
     @dataclass(frozen=True)
     class Refusing(Promote):
         def done(self, site, given, inputs):
-            return Look(None, "not there")
+            return StageStatus(None, "not there")
 
         def gate(self, site):
             return SimpleNamespace(log=SimpleNamespace(read=lambda: said))

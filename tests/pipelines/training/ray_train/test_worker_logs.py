@@ -14,7 +14,7 @@ from pipelines.storage import Storage, TransientStorageError
 from pipelines.training.log_lines import Line, LogReader, log_address
 from pipelines.training.ray_train import worker_logs
 from pipelines.training.ray_train.mailboxes import HEARD_LINES, Monitor
-from pipelines.training.ray_train.worker_logs import Heard, recorded
+from pipelines.training.ray_train.worker_logs import LogDeduplicator, recorded
 
 ours = logging.getLogger("pipelines.somewhere")
 theirs = logging.getLogger("another.package")
@@ -89,7 +89,7 @@ def test_a_failing_rank_leaves_its_traceback_and_the_error_goes_on(folder):
         _ = 1 / 0
     ((rank, text),) = handle.monitor.take().lines
     said: list[str] = []
-    Heard(said.append, "first").add([(rank, text)])
+    LogDeduplicator(said.append, "first").add([(rank, text)])
     assert said == ["rank 2: failed: ZeroDivisionError: division by zero"]
     (line,) = stored(folder)
     assert line.level == "ERROR"
@@ -202,7 +202,7 @@ def test_the_monitor_keeps_the_newest_lines_where_nobody_takes_them():
 
 def test_a_text_is_shown_once_and_counted_where_it_repeats():
     said: list[str] = []
-    heard = Heard(said.append, "first")
+    heard = LogDeduplicator(said.append, "first")
     heard.add([(0, "S3 is away"), (1, "S3 is away"), (1, "update 17 left out")])
     assert said == ["ranks 0, 1: S3 is away", "rank 1: update 17 left out"]
     heard.add([(rank, "S3 is away") for rank in range(8)])
@@ -216,8 +216,8 @@ def test_a_text_is_shown_once_and_counted_where_it_repeats():
 
 def test_a_terminal_is_not_flooded_by_ever_new_texts():
     said: list[str] = []
-    heard = Heard(said.append, "first")
+    heard = LogDeduplicator(said.append, "first")
     heard.add([(0, f"batch {'x' * number} is odd") for number in range(2_000)])
     heard.close()
-    assert len(said) < Heard.MOST + 10
+    assert len(said) < LogDeduplicator.MOST + 10
     assert "`ddpm logs first` shows" in said[-1]
