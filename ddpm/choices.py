@@ -28,10 +28,10 @@ class Choices(Mapping[str, T], Generic[T]):
         >>> shapes = Choices("shape", "example.shapes", {"circle": complex, "square": float})
         >>> list(shapes), shapes.name_of(1.5)
         (['circle', 'square'], 'square')
-        >>> shapes.find("sqare")
+        >>> shapes.find("squares")
         Traceback (most recent call last):
             ...
-        ValueError: unknown shape 'sqare'; allowed: circle, square. Did you mean 'square'?
+        ValueError: unknown shape 'squares'; allowed: circle, square. Did you mean 'square'?
     """
 
     def __init__(self, kind: str, group: str, choices: Mapping[str, T]) -> None:

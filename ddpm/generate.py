@@ -61,6 +61,13 @@ class Sampling:
         guidance: the kind of guidance and its scale.
         clipping: how the predicted x_0 is kept within the range of images.
         arithmetic: in what precision the networks compute, and whether they are compiled.
+
+    Examples:
+        >>> sampling = Sampling.of(kind="heun", steps=10, scale=2.0)
+        >>> Sampling.from_json(sampling.to_json()) == sampling
+        True
+        >>> sampling.with_fields(kind="ddim").sampler
+        DDIM(steps=10, spacing='trailing', timesteps=None, eta=0.0)
     """
 
     sampler: Sampler = DDIM()
@@ -198,6 +205,17 @@ def generate(
 
     Raises:
         ValueError: the number of images is not given, or the guidance needs a network that is missing.
+
+    Examples:
+        >>> from ddpm.prediction import NetworkDenoiser
+        >>> from ddpm.schedule import Linear
+        >>> schedule = Linear().make(1000)
+        >>> gaussian = NetworkDenoiser(lambda x, row, cond: 0 * x, schedule, "v")
+        >>> given = {"cond": None, "shape": (1, 2, 2), "seed": 0}
+        >>> images = generate(gaussian, schedule, Sampling(DDIM(steps=5)), **given, count=3)
+        >>> alone = generate(gaussian, schedule, Sampling(DDIM(steps=5)), **given, image_ids=torch.tensor([2]))
+        >>> images.shape, torch.allclose(alone, images[2:])  # an image does not depend on its batch
+        (torch.Size([3, 1, 2, 2]), True)
     """
     from ddpm.inference.drawing import Drawing, Painter, paint  # which needs `Sampling`
     from ddpm.inference.noise import Noise
@@ -213,5 +231,11 @@ def generate(
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Convert images from float [N, C, H, W] in [-1, 1] to uint8 [N, H, W, C] in 0..255, rounded."""
+    """Convert images from float [N, C, H, W] in [-1, 1] to uint8 [N, H, W, C] in 0..255, rounded.
+
+    Examples:
+        >>> images = torch.tensor([-1.0, 0.0, 1.0, 2.0]).reshape(1, 1, 1, 4)
+        >>> to_uint8(images).shape, to_uint8(images).flatten().tolist()
+        (torch.Size([1, 1, 4, 1]), [0, 128, 255, 255])
+    """
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)

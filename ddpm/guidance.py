@@ -88,6 +88,15 @@ class ClassifierFree(_Guidance):
 
     A negative prompt takes the place of the null condition (as in Stable Diffusion's web UIs; Liu et al. 2022, sec.
     4.2, derive it as a negation): negative + scale (cond - negative). Scale 0 is then exactly the negative condition.
+
+    Examples:
+        >>> from ddpm.schedule import Linear
+        >>> def denoiser(x_t, t, cond):  # x_0 is 1 with the label, and 0 without
+        ...     x_0 = torch.where(cond.drop, 0.0, 1.0).reshape(-1, 1, 1, 1)
+        ...     return Prediction(x_0, x_0)
+        >>> guided = ClassifierFree(scale=3.0).wrap(denoiser, Linear().make(1000))
+        >>> guided(torch.zeros(1, 1, 1, 1), torch.tensor([500]), Conditioning(label=torch.tensor([0]))).x0.item()
+        3.0
     """
 
     rescale: float = setting(
@@ -143,6 +152,14 @@ class ClassifierGuided(_Guidance):
     The base is the unconditional model: scale 0 is exactly that, and by Bayes' rule scale 1 is the conditional one. To
     guide a conditional model, as the authors also do, wrap it in `ConditionedOn`, which fixes its condition. Guidance
     is not applied where alpha_t = 0, because x_t is pure noise there.
+
+    Examples:
+        >>> from ddpm.schedule import Linear
+        >>> schedule, x_t, cond = Linear().make(1000), torch.zeros(1, 1, 1, 1), Conditioning(label=torch.tensor([0]))
+        >>> guides = Guides(log_prob=lambda x_t, t, cond: x_t.sum((1, 2, 3)))  # whose gradient is 1
+        >>> guided = ClassifierGuided(scale=2.0).wrap(lambda x_t, t, cond: Prediction(x_t, 0 * x_t), schedule, guides)
+        >>> round(guided(x_t, torch.tensor([500]), cond).eps.item() / schedule.sigma(500).item(), 4)
+        -2.0
     """
 
     shift: Literal["score", "mean"] = setting("score", "what the classifier's gradient moves: the score, or the mean")
@@ -178,6 +195,14 @@ class Autoguided(_Guidance):
 
     Scale 1 is exactly the model and scale 0 exactly the weak one; outside `interval` the model is used without
     guidance. Both get the same condition, so this works for unconditional models too, unlike the other kinds.
+
+    Examples:
+        >>> from ddpm.schedule import Linear
+        >>> guides = Guides(weak=lambda x_t, t, cond: Prediction(x_t, x_t))
+        >>> denoiser = lambda x_t, t, cond: Prediction(x_t + 1, x_t)
+        >>> guided = Autoguided(scale=3.0).wrap(denoiser, Linear().make(1000), guides)
+        >>> guided(torch.zeros(1, 1, 1, 1), torch.tensor([500])).x0.item()
+        3.0
     """
 
     weak: str | None = setting(None, "MODEL that is smaller or less trained", reference=True)

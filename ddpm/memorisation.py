@@ -150,6 +150,13 @@ def memorisation(
 
     Raises:
         ValueError: a set is empty, the searches differ, or an option is out of range.
+
+    Examples:
+        >>> training = torch.arange(40.0).unsqueeze(1)
+        >>> held_out, copies = torch.arange(20.0).unsqueeze(1) + 0.5, training[:20]
+        >>> found = memorisation(feature_neighbours(copies, training), feature_neighbours(held_out, training))
+        >>> found.share, found.copies
+        (1.0, True)
     """
     if min(len(samples), len(held_out)) < 1:
         raise ValueError(f"need samples and held-out images, got {len(samples)} and {len(held_out)}")
@@ -259,6 +266,12 @@ def pixel_neighbours(
 
     Raises:
         ValueError: the shapes or types do not fit, or there are too few training images.
+
+    Examples:
+        >>> training = torch.arange(3 * 16, dtype=torch.uint8).reshape(3, 1, 4, 4)
+        >>> found = pixel_neighbours(training[1:2].flip(3), training, k=1)  # a mirrored copy
+        >>> found.index.item(), found.mirrored.item(), found.distance.item()
+        (1, True, 0.0)
     """
     if images.ndim != 4 or training.ndim != 4 or images.shape[1:] != training.shape[1:]:
         raise ValueError(
@@ -286,6 +299,11 @@ def feature_neighbours(features: Array, training: Array, *, k: int = 6, exclude:
 
     Raises:
         ValueError: the shapes do not fit, a feature is not finite, or there are too few training images.
+
+    Examples:
+        >>> found = feature_neighbours(torch.tensor([[0.0, 0.0]]), torch.tensor([[6.0, 8.0], [3.0, 4.0]]), k=2)
+        >>> found.index.tolist(), found.distance.round(decimals=4).tolist()
+        ([[1, 0]], [[5.0, 10.0]])
     """
     if features.ndim != 2 or training.ndim != 2 or features.shape[1] != training.shape[1]:
         raise ValueError(f"features must be [N, D] and [M, D], got {tuple(features.shape)} and {tuple(training.shape)}")

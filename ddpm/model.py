@@ -48,6 +48,11 @@ class ModelSpec:
         lineage: origin of the weights: run, images seen, dataset digest, ...
         task: "denoiser", or "classifier" for a `NoisyClassifier` with the shape `network` (of a UNet): of `classes`, or
             of texts where the network's `text_dim` is not 0.
+
+    Examples:
+        >>> spec = ModelSpec(UNetConfig(), {"kind": "cosine"}, "v", image_size=32, classes=("cat", "dog"))
+        >>> spec.shape, ModelSpec.from_json(spec.to_json()) == spec
+        ((3, 32, 32), True)
     """
 
     network: NetworkConfig
@@ -184,7 +189,17 @@ class Model:
 
 
 def save_model(folder: Path, spec: ModelSpec, weights: Mapping[str, Tensor]) -> None:
-    """Write a model folder, with the weights as float32."""
+    """Write a model folder, with the weights as float32.
+
+    Examples:
+        >>> import tempfile
+        >>> config = UNetConfig(channels=(8,), attention=(False,), norm_groups=4, head_dim=None, layers_per_block=1)
+        >>> spec = ModelSpec(config, {"kind": "linear"}, "eps", image_size=8)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_model(Path(folder), spec, config.build().state_dict())
+        ...     sorted(path.name for path in Path(folder).iterdir()), load_model(Path(folder)).spec == spec
+        (['model.json', 'model.safetensors'], True)
+    """
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
         {name: w.detach().float().cpu().contiguous() for name, w in weights.items()},
@@ -194,7 +209,17 @@ def save_model(folder: Path, spec: ModelSpec, weights: Mapping[str, Tensor]) -> 
 
 
 def save_guides(folder: Path, model: Model) -> None:
-    """Write the networks that guide a model, if it has any, as model folders below its own: `classifier`, `weak`."""
+    """Write the networks that guide a model, if it has any, as model folders below its own: `classifier`, `weak`.
+
+    Examples:
+        >>> import tempfile
+        >>> config = UNetConfig(channels=(8,), attention=(False,), norm_groups=4, head_dim=None, layers_per_block=1)
+        >>> alone = Model(ModelSpec(config, {"kind": "linear"}, "eps", image_size=8), config.build())
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_guides(Path(folder), replace(alone, weak=alone))
+        ...     [path.name for path in Path(folder).iterdir()]
+        ['weak']
+    """
     if model.classifier is not None:
         own = model.classifier
         shape = replace(own.config, text_dim=own.outputs) if own.text else own.config
@@ -243,6 +268,11 @@ def make_classifier(network: UNetConfig, classes: int) -> NoisyClassifier:
     Args:
         network: a UNet's shape, of which it is the way down.
         classes: their number.
+
+    Examples:
+        >>> shape = UNetConfig(channels=(8,), attention=(False,), norm_groups=4, head_dim=None, layers_per_block=1)
+        >>> make_classifier(shape, classes=10)(torch.zeros(2, 3, 8, 8), torch.zeros(2)).shape
+        torch.Size([2, 10])
     """
     classifier = NoisyClassifier(network, network.text_dim or classes, text=network.text_dim > 0)
     classifier.log_temperature.requires_grad_(network.text_dim > 0)
@@ -254,6 +284,12 @@ def read_spec(folder: Path) -> ModelSpec:
 
     Raises:
         ValueError: the file is missing, damaged or of another version.
+
+    Examples:
+        >>> read_spec(Path("no-such-folder"))
+        Traceback (most recent call last):
+            ...
+        ValueError: no-such-folder is not a model folder: model.json is missing
     """
     try:
         return ModelSpec.from_json((folder / "model.json").read_text())
@@ -266,6 +302,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     Raises:
         ValueError: the file is missing or damaged.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_file({"bias": torch.ones(2)}, Path(folder) / "model.safetensors")
+        ...     read_weights(Path(folder) / "model.safetensors")["bias"].tolist()
+        [1.0, 1.0]
     """
     try:
         return load_file(path)
@@ -276,7 +319,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def tensors_digest(tensors: Mapping[str, Tensor], *first: str) -> str:
-    """Return the SHA-256 over tensors by name and value, and over some text before them."""
+    """Return the SHA-256 over tensors by name and value, and over some text before them.
+
+    Examples:
+        >>> a, b = torch.zeros(2), torch.ones(2)
+        >>> tensors_digest({"a": a, "b": b}) == tensors_digest({"b": b, "a": a})
+        True
+        >>> tensors_digest({"a": a, "b": b}) == tensors_digest({"a": b, "b": a})
+        False
+    """
     found = hashlib.sha256("".join(first).encode())
     for name, tensor in sorted(tensors.items()):
         found.update(name.encode())
@@ -291,6 +342,15 @@ def check_text_encoder(folder: Path) -> None:
 
     Raises:
         ValueError: the folder is damaged, or names another class.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:  # doctest: +ELLIPSIS
+        ...     _ = (Path(folder) / "modules.json").write_text('[{"type": "stranger.Module", "path": ""}]')
+        ...     check_text_encoder(Path(folder))
+        Traceback (most recent call last):
+            ...
+        ValueError: ... names stranger.Module: a text encoder is made of ...
     """
     listed = folder / "modules.json"
     if not listed.is_file():  # a model of `transformers` alone, which runs no code from its folder
@@ -319,6 +379,12 @@ def build_network(
 
     Raises:
         ValueError: the weights are those of another network.
+
+    Examples:
+        >>> config = UNetConfig(channels=(8,), attention=(False,), norm_groups=4, head_dim=None, layers_per_block=1)
+        >>> network = build_network(config, config.build().state_dict())
+        >>> network.training, any(parameter.requires_grad for parameter in network.parameters())
+        (False, False)
     """
     network = config.build()
     _load(network, weights)

@@ -27,7 +27,22 @@ HELD_OUT = 4
 
 @dataclass(frozen=True)
 class StepLearning(Settings):
-    """The settings of learning a solver's levels and weights."""
+    """The settings of learning a solver's levels and weights.
+
+    Examples:
+        >>> from ddpm.prediction import NetworkDenoiser
+        >>> from ddpm.samplers import DDIM
+        >>> from ddpm.samplers.generalized import weights_of
+        >>> from ddpm.schedule import Linear
+        >>> schedule, x_T, levels = Linear().make(1000), torch.ones(4, 1, 1, 1), (1000.0, 500.0, 0.0)
+        >>> gaussian = NetworkDenoiser(lambda x, row, cond: 0 * x, schedule, "v")
+        >>> weights, errors = weights_of(DDIM(steps=2), schedule, levels), []
+        >>> given = (gaussian, levels, weights, x_T, x_T)  # trajectories of N(0, I) end where they begin
+        >>> settings = StepLearning(updates=20, check_every=10)
+        >>> solver = settings.learn(*given, on_check=lambda n, error: errors.append(error))
+        >>> errors[-1] < errors[0], solver.steps
+        (True, 2)
+    """
 
     updates: int = setting(200, "updates of levels and weights, each by a batch of trajectories", ge=1)
     batch_size: int = setting(32, "trajectories of an update", ge=1)

@@ -52,6 +52,16 @@ class StepSearch(Settings):
     The cost of a schedule is the sum of its local errors, each a root mean square per pixel of x_t, those of later
     steps times `gamma` for each step before them:
         cost(step 1) + gamma (cost(step 2) + gamma (cost(step 3) + ...)).
+
+    Examples:
+        >>> from ddpm.prediction import NetworkDenoiser
+        >>> from ddpm.schedule import Linear
+        >>> schedule, search = Linear().make(1000), StepSearch(grid=8)
+        >>> gaussian = NetworkDenoiser(lambda x, row, cond: 0 * x, schedule, "v")
+        >>> found = search.trajectories(gaussian, schedule, torch.ones(1, 1, 2, 2))
+        >>> levels, cost = search.find(found, schedule, "ddim", steps=3)
+        >>> len(levels), set(levels) <= set(found.levels)
+        (4, True)
     """
 
     grid: int = setting(60, "levels of the fine grid among which steps are chosen", ge=2)
@@ -138,6 +148,16 @@ def local_errors(found: Trajectories, schedule: NoiseSchedule, kind: str) -> Ten
     It is the root mean square per pixel of the step's result minus the state at j, for a step that begins at the state
     and with the predictions of the trajectory. h = i is the first step of a sampler. It is infinite where i or j does
     not lie behind.
+
+    Examples:
+        >>> from ddpm.prediction import NetworkDenoiser
+        >>> from ddpm.schedule import Linear
+        >>> schedule = Linear().make(1000)
+        >>> gaussian = NetworkDenoiser(lambda x, row, cond: 0 * x, schedule, "v")
+        >>> found = StepSearch(grid=4).trajectories(gaussian, schedule, torch.ones(1, 1, 2, 2))
+        >>> errors = local_errors(found, schedule, "ddim")
+        >>> errors.shape, bool(errors[0, 0, 3] > errors[0, 0, 1])  # a longer step errs by more
+        (torch.Size([5, 5, 5]), True)
     """
     levels = torch.tensor(found.levels, dtype=torch.float64)
     last = len(levels) - 1

@@ -94,6 +94,11 @@ def unet_fields(spec: ModelSpec) -> dict[str, Any]:
 
     Raises:
         ValueError: `UNet2DModel` cannot express the network.
+
+    Examples:
+        >>> fields = unet_fields(ModelSpec(UNetConfig(num_classes=10), {"kind": "linear"}, "eps", image_size=32))
+        >>> fields["sample_size"], fields["down_block_types"][:2], fields["num_class_embeds"]  # with the null class
+        (32, ['DownBlock2D', 'AttnDownBlock2D'], 11)
     """
     config = spec.network
     if not isinstance(config, UNetConfig):
@@ -132,6 +137,11 @@ def unet_config(given: Mapping[str, Any]) -> UNetConfig:
 
     Raises:
         ValueError: our UNet does not support the value of a field.
+
+    Examples:
+        >>> network = UNetConfig(channels=(64, 128), attention=(False, True))
+        >>> unet_config(unet_fields(ModelSpec(network, {"kind": "linear"}, "eps", image_size=32))) == network
+        True
     """
     check_allowed("_class_name", given.get("_class_name", "UNet2DModel"), "UNet2DModel")
     unknown = sorted(name for name in given.keys() - UNET_DEFAULTS.keys() if not name.startswith("_"))
@@ -187,6 +197,11 @@ def scheduler_fields(spec: ModelSpec) -> dict[str, Any]:
 
     Raises:
         ValueError: diffusers does not have the parameterization.
+
+    Examples:
+        >>> fields = scheduler_fields(ModelSpec(UNetConfig(), {"kind": "linear"}, "v", image_size=32))
+        >>> fields["prediction_type"], round(fields["trained_betas"][-1], 6)
+        ('v_prediction', 0.02)
     """
     if spec.prediction not in PREDICTION_TYPES:
         raise ValueError(
@@ -218,6 +233,11 @@ def scheduler_settings(given: Mapping[str, Any]) -> tuple[dict[str, Any], Parame
 
     Raises:
         ValueError: we do not support the value of a field.
+
+    Examples:
+        >>> schedule, prediction, sampling = scheduler_settings({"beta_schedule": "squaredcos_cap_v2"})
+        >>> schedule, prediction, sampling.sampler.steps
+        ({'kind': 'cosine', 'num_steps': 1000}, 'eps', 50)
     """
     name = check_allowed("_class_name", given.get("_class_name", "DDIMScheduler"), "DDIMScheduler", "DDPMScheduler")
     fields = {**SCHEDULER_DEFAULTS, **given}
@@ -290,7 +310,16 @@ def _refusal(name: str, value: Any, *allowed: Any) -> str | None:
 
 
 def check_allowed(name: str, value: Any, *allowed: Any) -> Any:
-    """Return the element of `allowed` that equals the value, for example 1 for 1.0 in JSON."""
+    """Return the element of `allowed` that equals the value, for example 1 for 1.0 in JSON.
+
+    Examples:
+        >>> check_allowed("freq_shift", 1.0, 0, 1)
+        1
+        >>> check_allowed("freq_shift", 2, 0, 1)
+        Traceback (most recent call last):
+            ...
+        ValueError: freq_shift = 2 cannot be expressed, allowed: 0, 1
+    """
     refusal = _refusal(name, value, *allowed)
     if refusal:
         raise ValueError(refusal)
@@ -298,14 +327,32 @@ def check_allowed(name: str, value: Any, *allowed: Any) -> Any:
 
 
 def whole(name: str, value: Any) -> int:
-    """Return the value if it is an integer >= 1; otherwise raise."""
+    """Return the value if it is an integer >= 1; otherwise raise.
+
+    Examples:
+        >>> whole("in_channels", 3)
+        3
+        >>> whole("in_channels", 2.5)
+        Traceback (most recent call last):
+            ...
+        ValueError: in_channels = 2.5 must be a whole number >= 1
+    """
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} = {json.dumps(value)} must be a whole number >= 1")
     return value
 
 
 def number(name: str, value: Any) -> float:
-    """Return the value if it is a finite number; otherwise raise."""
+    """Return the value if it is a finite number; otherwise raise.
+
+    Examples:
+        >>> number("dropout", 0)
+        0.0
+        >>> number("dropout", "a lot")
+        Traceback (most recent call last):
+            ...
+        ValueError: dropout = "a lot" must be a number
+    """
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         raise ValueError(f"{name} = {json.dumps(value)} must be a number")
     return float(value)

@@ -52,6 +52,18 @@ def export_diffusers(model: Model, folder: Path) -> None:
 
     Raises:
         ValueError: diffusers' `UNet2DModel` with `DDIMScheduler` cannot express the model.
+
+    Examples:
+        >>> import tempfile
+        >>> from ddpm.models import UNetConfig
+        >>> config = UNetConfig(channels=(8,), attention=(False,), norm_groups=4, head_dim=8, layers_per_block=1)
+        >>> model = Model(ModelSpec(config, {"kind": "linear"}, "v", image_size=8), config.build())  # untrained
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export_diffusers(model, Path(folder))
+        ...     sorted(path.name for path in Path(folder).iterdir())
+        ...     import_diffusers(Path(folder)).spec.network == config
+        ['model.json', 'model_index.json', 'scheduler', 'unet']
+        True
     """
     unet, scheduler = unet_fields(model.spec), scheduler_fields(model.spec)
     (folder / "unet").mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,14 @@ def class_indices(labels: Sequence[str | int], classes: Sequence[str], field: st
 
     Raises:
         ValueError: the model has no classes, or no such class.
+
+    Examples:
+        >>> class_indices(["dog", 0, "1"], ["cat", "dog"])
+        [1, 0, 1]
+        >>> class_indices(["dgo"], ["cat", "dog"])
+        Traceback (most recent call last):
+            ...
+        ValueError: labels: no class 'dgo'; the model has: cat, dog. Did you mean 'dog'?
     """
     if not classes:
         raise ValueError("this model has no classes: leave the labels out")
@@ -38,6 +46,12 @@ def check_names(what: str, names: Iterable[object], allowed: Iterable[str]) -> N
 
     Raises:
         ValueError: there are; names them, and those that are allowed.
+
+    Examples:
+        >>> check_names("columns", ["label", "colour"], ["label", "seed"])
+        Traceback (most recent call last):
+            ...
+        ValueError: unknown columns colour; there are: label, seed
     """
     known = list(allowed)
     if unknown := {str(name) for name in names} - set(known):
@@ -49,6 +63,14 @@ def check_count(count: int, spec: ModelSpec) -> None:
 
     Raises:
         ValueError: it is so.
+
+    Examples:
+        >>> from ddpm.models import UNetConfig
+        >>> spec = ModelSpec(UNetConfig(), {"kind": "linear"}, "v", image_size=32)
+        >>> check_count(1_000_000, spec)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ValueError: 1,000,000 pictures are too many at a time, at most 349,525: draw them in ...
     """
     if count < 1:
         raise ValueError("no pictures were asked for: the count must be at least 1")
@@ -58,7 +80,14 @@ def check_count(count: int, spec: ModelSpec) -> None:
 
 
 def can_inpaint(spec: ModelSpec) -> bool:
-    """Return whether a model was trained to fill hidden pixels."""
+    """Return whether a model was trained to fill hidden pixels.
+
+    Examples:
+        >>> from ddpm.models import UNetConfig
+        >>> network = UNetConfig(context_channels=3)
+        >>> can_inpaint(ModelSpec(network, {"kind": "linear"}, "v", image_size=32))
+        True
+    """
     return spec.network.context_channels > 0
 
 
@@ -67,6 +96,13 @@ def check_steps(steps: int, schedule: NoiseSchedule) -> None:
 
     Raises:
         ValueError: it has.
+
+    Examples:
+        >>> from ddpm.schedule import Linear
+        >>> check_steps(2000, Linear().make(1000))
+        Traceback (most recent call last):
+            ...
+        ValueError: steps must be in 1..1000 for this model, got 2000
     """
     if not 1 <= steps <= schedule.num_steps:
         raise ValueError(f"steps must be in 1..{schedule.num_steps} for this model, got {steps}")
@@ -80,6 +116,13 @@ def check_takes_text(spec: ModelSpec, field: str) -> None:
 
     Raises:
         ValueError: it was not.
+
+    Examples:
+        >>> from ddpm.models import UNetConfig
+        >>> check_takes_text(ModelSpec(UNetConfig(), {"kind": "linear"}, "v", image_size=32), "prompts")
+        Traceback (most recent call last):
+            ...
+        ValueError: prompts: this model was not trained on text (model.text_dim), leave it out
     """
     if not spec.network.text_dim:
         raise ValueError(f"{field}: this model was not trained on text (model.text_dim), leave it out")
@@ -90,6 +133,15 @@ def check_condition(name: str, cond: Conditioning, spec: ModelSpec, count: int) 
 
     Raises:
         ValueError: it is not; names the condition, what it has and what the model takes.
+
+    Examples:
+        >>> import torch
+        >>> from ddpm.models import UNetConfig
+        >>> spec = ModelSpec(UNetConfig(num_classes=2), {"kind": "linear"}, "v", image_size=32, classes=("cat", "dog"))
+        >>> check_condition("the condition", Conditioning(label=torch.tensor([0, 5])), spec, count=2)
+        Traceback (most recent call last):
+            ...
+        ValueError: labels must be in 0..1, got [0, 5]
     """
     if len(cond) != count:
         raise ValueError(f"{name} has {len(cond)} rows for {count} pictures")
@@ -114,6 +166,15 @@ def check_images(images: Tensor, spec: ModelSpec, count: int) -> None:
 
     Raises:
         ValueError: they are not.
+
+    Examples:
+        >>> import torch
+        >>> from ddpm.models import UNetConfig
+        >>> spec = ModelSpec(UNetConfig(), {"kind": "linear"}, "v", image_size=32)
+        >>> check_images(torch.zeros(1, 3, 8, 8), spec, count=1)
+        Traceback (most recent call last):
+            ...
+        ValueError: images must be [1, 3, 32, 32] for this model, got [1, 3, 8, 8]
     """
     if list(images.shape) != [count, *spec.shape]:
         raise ValueError(f"images must be {[count, *spec.shape]} for this model, got {list(images.shape)}")
@@ -130,6 +191,13 @@ def check_mask(name: str, known: Tensor) -> None:
 
     Raises:
         ValueError: it does.
+
+    Examples:
+        >>> import torch
+        >>> check_mask("the mask", torch.zeros(1, 8, 8, dtype=torch.bool))
+        Traceback (most recent call last):
+            ...
+        ValueError: the mask hides every pixel: it must hide some, which are filled, and keep others
     """
     everything = bool(known.all())
     if everything or not bool(known.any()):

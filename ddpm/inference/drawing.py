@@ -157,7 +157,16 @@ def draw(
     progress: Callable[[int, int], None] | None = None,
     finished: Callable[[int, Tensor], None] | None = None,
 ) -> Drawn:
-    """Return pictures of a model, by default from noise and with the model's own settings; see `Drawing.draw`."""
+    """Return pictures of a model, by default from noise and with the model's own settings; see `Drawing.draw`.
+
+    Examples:
+        >>> from ddpm.model import ModelSpec
+        >>> from ddpm.models import UNetConfig
+        >>> config = UNetConfig(channels=(8,), attention=(False,), norm_groups=4, head_dim=None, layers_per_block=1)
+        >>> model = Model(ModelSpec(config, {"kind": "linear"}, "v", image_size=8), config.build())  # untrained
+        >>> draw(model, Noise.of([7, 8]), sampling=Sampling.of(steps=2)).images.shape
+        torch.Size([2, 3, 8, 8])
+    """
     drawing = Drawing(noise, sampling or model.spec.sampling, cond, task or FromNoise(), negative, film)
     return drawing.draw(model, batch_size=batch_size, progress=progress, finished=finished)
 
@@ -175,6 +184,16 @@ def paint(
     """Return pictures, without a check that they can be drawn; see `Drawing.draw`.
 
     Every picture of this package comes from here: what is judged is drawn as what is served.
+
+    Examples:
+        >>> from ddpm.prediction import NetworkDenoiser
+        >>> from ddpm.schedule import Linear
+        >>> schedule = Linear().make(1000)
+        >>> grey = NetworkDenoiser(lambda x, row, cond: 0 * x + 0.5, schedule, "x0")
+        >>> painter = Painter(grey, schedule, Guides(), (1, 2, 2), torch.device("cpu"))
+        >>> drawn = paint(painter, Drawing(Noise.of([7, 8]), Sampling.of(steps=4), film=2))
+        >>> drawn.images.shape, drawn.images.unique().tolist(), drawn.film.t
+        (torch.Size([2, 1, 2, 2]), [0.5], (750, 0))
     """
     device, shape, sampling = painter.device, painter.shape, drawing.sampling
     starts = range(0, len(drawing), batch_size)
@@ -200,7 +219,13 @@ def paint(
 
 
 def join(drawings: Sequence[Drawing]) -> Drawing:
-    """Return the drawing of the pictures of several, which are equal in `shared`, one after another."""
+    """Return the drawing of the pictures of several, which are equal in `shared`, one after another.
+
+    Examples:
+        >>> drawings = [Drawing(Noise.of(seeds), Sampling()) for seeds in ([1, 2], [3])]
+        >>> join(drawings).noise.seeds.tolist()
+        [1, 2, 3]
+    """
     first, *others = drawings
     if not others:
         return first
@@ -219,6 +244,10 @@ def cut(drawn: Drawn, counts: Sequence[int]) -> list[Drawn]:
 
     Args:
         counts: pictures of each part; they add up to all.
+
+    Examples:
+        >>> [len(part.images) for part in cut(Drawn(torch.zeros(3, 1, 8, 8)), [2, 1])]
+        [2, 1]
     """
     images, film = drawn.images.split(list(counts)), drawn.film
     if film is None:

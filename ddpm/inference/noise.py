@@ -22,6 +22,12 @@ class Noise:
         ids: number of each picture among those of its seed, int64 [N].
         other: seeds at the far end of an interpolation, int64 [N]; None where there is none.
         fraction: of the way from `seeds` to `other`, in [0, 1], float64 [N].
+
+    Examples:
+        >>> one, arc = Noise.of([7, 8]), Noise.between(7, 8, 3)
+        >>> ends = arc.initial((1, 8, 8))[[0, -1]]
+        >>> torch.equal(ends, one.initial((1, 8, 8)))
+        True
     """
 
     seeds: Tensor

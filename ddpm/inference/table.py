@@ -71,6 +71,10 @@ def parameters() -> dict[str, tuple[str, Any]]:
     """Return every parameter of a request -> (type, default): the fields of `Sampling`, and `OWN`.
 
     None, or [] for a list, leaves the model's own setting. Settings that name another network are not among them.
+
+    Examples:
+        >>> parameters()["steps"], parameters()["seed"], "weak" in parameters()  # that one names another network
+        (('long', None), ('long', 0), False)
     """
     kinds: list[Any] = [*SAMPLERS.values(), *GUIDANCE.values(), *OF_ALL_KINDS]
     found: dict[str, tuple[str, Any]] = {"kind": ("string", None), "guidance": ("string", None)}
@@ -94,6 +98,14 @@ def draw_table(
 
     Raises:
         ValueError: a column or parameter is unknown, or the model cannot do what is asked.
+
+    Examples:
+        >>> from ddpm.model import ModelSpec
+        >>> from ddpm.models import UNetConfig
+        >>> config = UNetConfig(channels=(8,), attention=(False,), norm_groups=4, head_dim=None, layers_per_block=1)
+        >>> model = Model(ModelSpec(config, {"kind": "linear"}, "v", image_size=8), config.build())  # untrained
+        >>> draw_table(model, {"seed": [7, 8]}, {"steps": 2}).shape
+        torch.Size([2, 8, 8, 3])
     """
     parts = table_drawings(model, columns, given, encode=encode, decode=decode)
     drawn = torch.empty(sum(len(place) for place, _ in parts), *model.spec.shape)
@@ -121,6 +133,14 @@ def table_drawings(
 
     Raises:
         ValueError: a column or parameter is unknown, or the model cannot do what is asked.
+
+    Examples:
+        >>> from ddpm.model import ModelSpec
+        >>> from ddpm.models import UNetConfig
+        >>> model = Model(ModelSpec(UNetConfig(), {"kind": "linear"}, "v", image_size=32), torch.nn.Identity())
+        >>> [(place, drawing)] = table_drawings(model, {"seed": [7, 8]}, {"steps": 10})
+        >>> place.tolist(), drawing.noise.seeds.tolist(), drawing.sampling.sampler.steps
+        ([0, 1], [7, 8], 10)
     """
     check_names("columns", columns, COLUMNS)
     check_names("parameters", given, parameters())
@@ -172,6 +192,14 @@ def row_drawings(
 
     Raises:
         ValueError: the model cannot do what is asked.
+
+    Examples:
+        >>> from ddpm.model import ModelSpec
+        >>> from ddpm.models import UNetConfig
+        >>> model = Model(ModelSpec(UNetConfig(), {"kind": "linear"}, "v", image_size=32), torch.nn.Identity())
+        >>> [(place, drawing)] = row_drawings(model, {}, Noise.numbered(7, 3), {"scale": 2.0})
+        >>> place.tolist(), drawing.noise.ids.tolist(), drawing.sampling.guidance.scale
+        ([0, 1, 2], [0, 1, 2], 2.0)
     """
     sampling, rows = model.spec.sampling.with_fields(**changed), len(noise)
     cond, negative = _condition(model, columns, encode), None
@@ -215,6 +243,13 @@ def inpainting_method(
 
     Raises:
         ValueError: there is no such method, or it has no such setting, or no such value of it.
+
+    Examples:
+        >>> from ddpm.model import ModelSpec
+        >>> from ddpm.models import UNetConfig
+        >>> model = Model(ModelSpec(UNetConfig(), {"kind": "linear"}, "v", image_size=32), torch.nn.Identity())
+        >>> [inpainting_method(model, "repaint", {}, {"steps": steps}).jump_length for steps in (50, 250)]
+        [2, 10]
     """
     name = method or (TRAINED if can_inpaint(model.spec) else "repaint")
     check_method(name, settings)
@@ -243,6 +278,13 @@ def check_method(method: str | None, settings: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: there is no such method, or it has no such setting, or no such value of it.
+
+    Examples:
+        >>> check_method("repaint", {"jump_length": 5})
+        >>> check_method("replacement", {"jump_length": 5})  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ValueError: jump_length: no setting of replacement; there are: steps, spacing, ...
     """
     if method is not None and method not in METHODS:
         raise ValueError(f"unknown method of inpainting {method!r}; allowed: {', '.join(METHODS)}")
@@ -259,6 +301,13 @@ def check_sampling(fields: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: a kind is unknown, no kind has a field, or none takes its value.
+
+    Examples:
+        >>> check_sampling({"kind": "ddim", "eta": 0.5})
+        >>> check_sampling({"eta": 2.0})
+        Traceback (most recent call last):
+            ...
+        ValueError: eta must be in [0, 1], got 2.0
     """
     given = dict(fields)
     named: list[Any] = [given.pop(name, None) for name in ("kind", "guidance")]

@@ -32,7 +32,13 @@ METHODS = (TRAINED, *INPAINTERS)
 
 
 def method_name(method: Inpainter | None) -> str:
-    """Return the one of `METHODS` that a method of inpainting is; None is the one that a network was trained for."""
+    """Return the one of `METHODS` that a method of inpainting is; None is the one that a network was trained for.
+
+    Examples:
+        >>> from ddpm.samplers.repaint import RePaint
+        >>> method_name(RePaint()), method_name(None)
+        ('repaint', 'trained')
+    """
     return next((name for name, kind in INPAINTERS.items() if type(method) is kind), TRAINED)
 
 

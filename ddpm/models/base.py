@@ -72,6 +72,12 @@ def extend_first_layer(config: NetworkConfig, weights: Mapping[str, Tensor], nam
 
     Raises:
         ValueError: see `NetworkConfig.extend_for_inpainting`.
+
+    Examples:
+        >>> config = NetworkConfig(in_channels=3, context_channels=3)
+        >>> extended = extend_first_layer(config, {"conv_in.weight": torch.ones(8, 3, 3, 3)}, "conv_in.weight")
+        >>> extended["conv_in.weight"].sum((0, 2, 3)).tolist()  # mask and known image: 0
+        [72.0, 72.0, 72.0, 0.0, 0.0, 0.0, 0.0]
     """
     if config.context_channels < 1:
         raise ValueError(
@@ -94,6 +100,12 @@ def check_conditions(config: NetworkConfig, cond: Conditioning) -> None:
 
     Raises:
         ValueError: there is one; names the setting that gives a network this kind.
+
+    Examples:
+        >>> check_conditions(NetworkConfig(), Conditioning(label=torch.tensor([0])))
+        Traceback (most recent call last):
+            ...
+        ValueError: label was given to a network without: set num_classes, or pass no label
     """
     needs = {
         "label": ("num_classes", config.num_classes),
@@ -108,7 +120,13 @@ def check_conditions(config: NetworkConfig, cond: Conditioning) -> None:
 
 
 def class_rows(config: NetworkConfig, cond: Conditioning, x_t: Tensor) -> Tensor:
-    """Return the row of each sample in a class embedding, int64 [B]; dropped and absent labels take the last, null."""
+    """Return the row of each sample in a class embedding, int64 [B]; dropped and absent labels take the last, null.
+
+    Examples:
+        >>> cond = Conditioning(label=torch.tensor([3, 7]), drop=torch.tensor([False, True]))
+        >>> class_rows(NetworkConfig(num_classes=10), cond, torch.zeros(2, 3, 8, 8)).tolist()
+        [3, 10]
+    """
     null = config.num_classes
     if cond.label is None:
         return torch.full((len(x_t),), null, dtype=torch.long, device=x_t.device)
@@ -127,6 +145,11 @@ def text_vectors(cond: Conditioning, null_text: Tensor, x_t: Tensor) -> tuple[Te
 
     Raises:
         ValueError: tokens without their pooled embedding, or the reverse.
+
+    Examples:
+        >>> tokens, mask, pooled = text_vectors(Conditioning(), torch.arange(4.0), torch.zeros(2, 3, 8, 8))
+        >>> tokens.shape, mask.tolist(), pooled.shape  # the null token alone
+        (torch.Size([2, 1, 4]), [[True], [True]], torch.Size([2, 4]))
     """
     width, dtype, batch = null_text.shape, x_t.dtype, len(x_t)
     null = F.layer_norm(null_text, width).to(dtype)
@@ -150,6 +173,10 @@ def with_context(config: NetworkConfig, x_t: Tensor, cond: Conditioning) -> Tens
 
     Raises:
         ValueError: a mask without its context, or the reverse.
+
+    Examples:
+        >>> with_context(NetworkConfig(context_channels=3), torch.zeros(2, 3, 8, 8), Conditioning()).shape
+        torch.Size([2, 7, 8, 8])
     """
     channels = config.context_channels
     if channels == 0:

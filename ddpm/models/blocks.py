@@ -40,7 +40,12 @@ class BlockConfig(NetworkConfig):
 
 
 def timestep_embedding(t: Tensor, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: int = 0) -> Tensor:
-    """Return the sinusoidal embedding of t [B], float32 [B, dim], frequencies 1 .. 1/10000 (DDPM, app. B)."""
+    """Return the sinusoidal embedding of t [B], float32 [B, dim], frequencies 1 .. 1/10000 (DDPM, app. B).
+
+    Examples:
+        >>> timestep_embedding(torch.tensor([0.0]), 6).tolist()  # cosines, then sines
+        [[1.0, 1.0, 1.0, 0.0, 0.0, 0.0]]
+    """
     half = dim // 2
     steps = torch.arange(half, dtype=torch.float32, device=t.device)
     angles = t.float()[:, None] * torch.exp(-math.log(10000) * steps / (half - freq_shift))[None]

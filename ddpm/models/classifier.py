@@ -89,6 +89,14 @@ def class_loss(
         t: timesteps 1..T, int64 [B].
         eps: standard normal noise like x_0.
         label: classes, int64 [B].
+
+    Examples:
+        >>> from ddpm.schedule import Linear
+        >>> x_0, t = torch.zeros(2, 1, 8, 8), torch.tensor([1, 500])
+        >>> undecided = lambda x_t, row: torch.zeros(2, 10)
+        >>> loss = class_loss(undecided, Linear().make(1000), x_0, t, torch.ones_like(x_0), torch.tensor([3, 7]))
+        >>> loss.exp().round(decimals=4).tolist()  # one of ten classes
+        [10.0, 10.0]
     """
     x_t = q_sample(x_0, t, eps, schedule)
     return F.cross_entropy(classifier(x_t, (t - 1).float()), label, reduction="none")
@@ -101,6 +109,14 @@ def text_loss(
 
     Args:
         pooled: text embeddings [B, D].
+
+    Examples:
+        >>> from ddpm.schedule import Linear
+        >>> x_0, t = torch.zeros(2, 1, 8, 8), torch.tensor([1, 500])
+        >>> undecided = lambda x_t, row: torch.zeros(2, 4)
+        >>> loss = text_loss(undecided, Linear().make(1000), x_0, t, torch.ones_like(x_0), torch.eye(2, 4))
+        >>> loss.exp().round(decimals=4).tolist()  # one of two texts
+        [2.0, 2.0]
     """
     return match_losses(classifier(q_sample(x_0, t, eps, schedule), (t - 1).float()), pooled, pooled)
 
@@ -114,6 +130,11 @@ def match_losses(scores: Tensor, own: Tensor, texts: Tensor) -> Tensor:
         scores: of a classifier of texts for B images, [B, D].
         own: embeddings of the images' own texts [B, D].
         texts: those of the whole batch [M, D], with the own ones among them.
+
+    Examples:
+        >>> texts = torch.eye(2)
+        >>> match_losses(100 * texts, texts, texts).tolist(), match_losses(100 * texts, texts.flip(0), texts).tolist()
+        ([0.0, 0.0], [100.0, 100.0])
     """
     with torch.autocast(scores.device.type, enabled=False):  # half precision is too coarse for cosines
         own, texts = (F.normalize(each.to(scores.dtype), dim=1) for each in (own, texts))
@@ -121,7 +142,12 @@ def match_losses(scores: Tensor, own: Tensor, texts: Tensor) -> Tensor:
 
 
 def same_text(one: Tensor, other: Tensor) -> Tensor:
-    """Whether texts are equal, bool [N, M], by their embeddings' directions, [N, D] and [M, D] of length 1."""
+    """Whether texts are equal, bool [N, M], by their embeddings' directions, [N, D] and [M, D] of length 1.
+
+    Examples:
+        >>> same_text(torch.eye(2), torch.eye(2)).tolist()
+        [[True, False], [False, True]]
+    """
     return one @ other.T > SAME_TEXT
 
 
@@ -131,6 +157,11 @@ def shared_cross_entropy(logits: Tensor, right: Tensor) -> Tensor:
     Args:
         logits: [N, M].
         right: bool [N, M], with a right answer in each row.
+
+    Examples:
+        >>> right = torch.tensor([[True, False, True, False]])  # two of four equally likely answers
+        >>> round(shared_cross_entropy(torch.zeros(1, 4), right).exp().item(), 4)
+        2.0
     """
     return logits.logsumexp(1) - logits.masked_fill(~right, -torch.inf).logsumexp(1)
 

@@ -41,6 +41,11 @@ class DiTConfig(NetworkConfig):
     Height and width may differ from image to image: positions are computed from them. Text tokens are attended to in
     every block, the pooled embedding joins that of time. With `context_channels` a patch has the pixels of x_t, of the
     mask of what is known, and of the known image.
+
+    Examples:
+        >>> network = DiTConfig(width=8, depth=1, heads=2, patch_size=4).build()
+        >>> network(torch.zeros(2, 3, 8, 16), torch.zeros(2)).shape  # of any size that patches fill
+        torch.Size([2, 3, 8, 16])
     """
 
     patch_size: int = setting(2, "height and width of a patch in pixels", ge=1)
@@ -90,6 +95,11 @@ def position_embedding(rows: int, columns: int, width: int, device: torch.device
     """Return sines and cosines of each patch's column, then of its row, float32 [rows * columns, width].
 
     Patches go row by row. Frequencies are 1 .. 1/10000 (Vaswani et al. 2017, sec. 3.5, in two dimensions).
+
+    Examples:
+        >>> positions = position_embedding(rows=2, columns=3, width=8, device=torch.device("cpu"))
+        >>> positions.shape, torch.equal(positions[0, :4], positions[3, :4])  # the same column
+        (torch.Size([6, 8]), True)
     """
     quarter = width // 4
     frequencies = torch.exp(-math.log(10000) * torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
@@ -103,7 +113,13 @@ def position_embedding(rows: int, columns: int, width: int, device: torch.device
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Return the layer norm of x [B, N, W], scaled and shifted by the condition, [B, W] each (adaLN)."""
+    """Return the layer norm of x [B, N, W], scaled and shifted by the condition, [B, W] each (adaLN).
+
+    Examples:
+        >>> x = torch.tensor([[[1.0, 3.0]]])
+        >>> modulated_norm(x, shift=torch.full((1, 2), 10.0), scale=torch.full((1, 2), 4.0)).round().tolist()
+        [[[5.0, 15.0]]]
+    """
     return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * (1 + scale[:, None]) + shift[:, None]
 
 

@@ -43,6 +43,11 @@ class UNetConfig(BlockConfig):
     on the way up); the resolution halves between levels. Text tokens are attended to wherever there is self-attention,
     the pooled embedding joins that of time. With `context_channels` the first convolution sees x_t, the mask of what is
     known, and the known pixels.
+
+    Examples:
+        >>> config = UNetConfig(channels=(8, 16), attention=(False, False), norm_groups=4, head_dim=None)
+        >>> config.downsampling, config.build()(torch.zeros(2, 3, 8, 8), torch.zeros(2)).shape
+        (2, torch.Size([2, 3, 8, 8]))
     """
 
     channels: tuple[int, ...] = setting((128, 256, 256, 256), "width of each resolution level, finest first", ge=1)

@@ -21,6 +21,17 @@ class Ancestral(SteppedSampler):
     """Ancestral sampling: draw x_s ~ p(x_s | x_t) from T to 0; with fewer steps the chain is respaced.
 
     The mean is that of q(x_s | x_t, x_0) at the predicted x_0. A learned variance replaces `variance`.
+
+    Examples:
+        >>> import torch
+        >>> from ddpm.prediction import NetworkDenoiser
+        >>> from ddpm.samplers import last, step_noise
+        >>> from ddpm.schedule import Linear
+        >>> schedule, x_T = Linear().make(1000), torch.ones(2, 1, 1, 1)
+        >>> grey = NetworkDenoiser(lambda x, row, cond: 0 * x + 0.5, schedule, "x0")  # of data that is 0.5 everywhere
+        >>> noise = step_noise(0, torch.arange(2), (1, 1, 1))
+        >>> last(Ancestral(steps=10)(grey, schedule, x_T, noise=noise)).flatten().tolist()
+        [0.5, 0.5]
     """
 
     steps: int = setting(1000, "steps from T to 0, one network evaluation each", ge=1)

@@ -31,6 +31,17 @@ class AnnealedLangevin(SteppedSampler):
     but right at low noise, which determines the result. Steps above 2 overshoot.
 
     Step j at level i (both from 0) uses the noise of key i steps_per_level + j, which is unique.
+
+    Examples:
+        >>> import torch
+        >>> from ddpm.prediction import NetworkDenoiser
+        >>> from ddpm.samplers import last, step_noise
+        >>> from ddpm.schedule import Linear
+        >>> schedule, x_T = Linear().make(1000), torch.ones(2, 1, 1, 1)
+        >>> grey = NetworkDenoiser(lambda x, row, cond: 0 * x + 0.5, schedule, "x0")  # of data that is 0.5 everywhere
+        >>> noise = step_noise(0, torch.arange(2), (1, 1, 1))
+        >>> last(AnnealedLangevin(steps=3, steps_per_level=2)(grey, schedule, x_T, noise=noise)).flatten().tolist()
+        [0.5, 0.5]
     """
 
     steps: int = setting(100, "number of noise levels above 0", ge=1)

@@ -107,6 +107,15 @@ def check_levels(schedule: NoiseSchedule, timesteps: Sequence[float]) -> list[fl
 
     Raises:
         ValueError: they are not two or more strictly decreasing levels in [0, T].
+
+    Examples:
+        >>> from ddpm.schedule import Linear
+        >>> check_levels(Linear().make(1000), (1000, 250.5, 0))
+        [1000, 250.5, 0]
+        >>> check_levels(Linear().make(1000), (0, 1000))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ValueError: timesteps must be at least 2 strictly decreasing levels within [1000, 0], ...
     """
     grid = list(timesteps)
     falling = all(s < t for t, s in itertools.pairwise(grid))
@@ -127,6 +136,11 @@ def predict(
 
     Raises:
         ValueError: the prediction has a `mean_gradient`, which the sampler does not support.
+
+    Examples:
+        >>> denoiser = lambda x_t, t, cond: Prediction(x0=x_t, eps=t)
+        >>> predict(denoiser, torch.zeros(2, 1, 8, 8), 3.5, None).eps.tolist()  # what it gets for t
+        [3.5, 3.5]
     """
     pred = denoiser(x_t, torch.full((len(x_t),), t, dtype=torch.float64, device=x_t.device), cond)
     if pred.mean_gradient is not None and not has_variance:
@@ -142,6 +156,12 @@ def require_noise(noise: StepNoise | None, sampler: str) -> StepNoise:
 
     Raises:
         ValueError: `noise` is None.
+
+    Examples:
+        >>> require_noise(None, "Ancestral")
+        Traceback (most recent call last):
+            ...
+        ValueError: Ancestral needs noise: pass noise=step_noise(seed, image_ids, shape)
     """
     if noise is None:
         raise ValueError(f"{sampler} needs noise: pass noise=step_noise(seed, image_ids, shape)")
@@ -149,7 +169,13 @@ def require_noise(noise: StepNoise | None, sampler: str) -> StepNoise:
 
 
 def last(samples: Iterable[Sample]) -> Tensor:
-    """Run a sampler to its end and return the images [B, C, H, W]."""
+    """Run a sampler to its end and return the images [B, C, H, W].
+
+    Examples:
+        >>> x = torch.zeros(1, 1, 1, 1)
+        >>> last(Sample(x + t, x, t) for t in (3, 2, 0)).item()
+        0.0
+    """
     sample = None
     for sample in samples:  # noqa: B007
         pass
@@ -165,6 +191,11 @@ def initial_noise(seed: Seed, image_ids: Tensor, shape: tuple[int, ...]) -> Tens
         seed: one for all images, or int64 [B] with one for each.
         image_ids: int64 [B].
         shape: (C, H, W).
+
+    Examples:
+        >>> x_T = initial_noise(7, torch.arange(4), (3, 8, 8))
+        >>> x_T.shape, torch.equal(initial_noise(7, torch.tensor([2]), (3, 8, 8)), x_T[2:3])
+        (torch.Size([4, 3, 8, 8]), True)
     """
     return normal(seed, image_ids, Purpose.SAMPLING, shape)
 
@@ -173,6 +204,11 @@ def step_noise(seed: Seed, image_ids: Tensor, shape: tuple[int, ...]) -> StepNoi
     """Return a function from a key, usually the level s that a step ends at, to N(0, I) noise per image id.
 
     Keys are rounded to multiples of 1/256, so levels between table points have their own noise.
+
+    Examples:
+        >>> noise = step_noise(7, torch.arange(4), (3, 8, 8))
+        >>> torch.equal(noise(20), noise(20)), torch.equal(noise(20), noise(10))
+        (True, False)
     """
 
     def noise(s: float) -> Tensor:

@@ -25,6 +25,16 @@ class Consistency(Settings):
     defaults are those of Easy Consistency Tuning (Geng et al. 2024) for one and two evaluations, 80 and 0.821.
 
     Other models give the mean of all images at once, not one of them.
+
+    Examples:
+        >>> import torch
+        >>> from ddpm.prediction import NetworkDenoiser
+        >>> from ddpm.samplers import last
+        >>> from ddpm.schedule import Linear
+        >>> schedule = Linear().make(1000)
+        >>> grey = NetworkDenoiser(lambda x, row, cond: 0 * x + 0.5, schedule, "x0")
+        >>> last(Consistency(steps=1)(grey, schedule, torch.ones(1, 1, 1, 1))).item()
+        0.5
     """
 
     steps: int = setting(2, "network evaluations; each after the first adds noise to the image before it", ge=1)
@@ -73,5 +83,11 @@ class Consistency(Settings):
 
 
 def top_ratio(schedule: NoiseSchedule, at_most: float = K_MAX) -> float:
-    """Return the sigma / alpha of the first evaluation: that of T, or `at_most` where T has more."""
+    """Return the sigma / alpha of the first evaluation: that of T, or `at_most` where T has more.
+
+    Examples:
+        >>> from ddpm.schedule import Cosine
+        >>> top_ratio(Cosine().make(1000)), round(top_ratio(Cosine().make(1000), at_most=1e9), -3)
+        (80.0, 20000.0)
+    """
     return min(schedule.ratio(schedule.num_steps).item(), at_most)

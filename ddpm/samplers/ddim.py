@@ -22,7 +22,17 @@ CONTRACTION = 0.7
 
 @dataclass(frozen=True)
 class DDIM(SteppedSampler):
-    """DDIM sampling: each step recombines the predicted image and the predicted noise at the next level (eq. 12)."""
+    """DDIM sampling: each step recombines the predicted image and the predicted noise at the next level (eq. 12).
+
+    Examples:
+        >>> from ddpm.prediction import NetworkDenoiser
+        >>> from ddpm.samplers import last
+        >>> from ddpm.schedule import Linear
+        >>> schedule, x_T = Linear().make(1000), torch.ones(1, 1, 1, 1)
+        >>> gaussian = NetworkDenoiser(lambda x, row, cond: 0 * x, schedule, "v")  # of N(0, I): its ODE keeps x
+        >>> [round(last(DDIM(steps=n)(gaussian, schedule, x_T)).item(), 2) for n in (10, 100)]
+        [0.83, 0.98]
+    """
 
     steps: int = setting(50, "steps from T to 0, one network evaluation each", ge=1)
     eta: float = setting(

@@ -25,6 +25,16 @@ class DPM2(SteppedSampler):
         y_s = y_t + (k_s - k_t) eps_m,   eps_m at the end of Euler's step to the geometric middle k_m = sqrt(k_t k_s).
     This is k-diffusion's `sample_dpm_2` without churn. The step to t = 0 and steps from levels with k > 80 are Euler
     steps (which are DDIM's), for the reasons given in `Heun`.
+
+    Examples:
+        >>> import torch
+        >>> from ddpm.prediction import NetworkDenoiser
+        >>> from ddpm.samplers import DDIM, last
+        >>> from ddpm.schedule import Linear
+        >>> schedule, x_T = Linear().make(1000), torch.ones(1, 1, 1, 1)
+        >>> gaussian = NetworkDenoiser(lambda x, row, cond: 0 * x, schedule, "v")  # of N(0, I): its ODE keeps x
+        >>> [round(last(sampler(gaussian, schedule, x_T)).item(), 2) for sampler in (DDIM(49), DPM2(25))]
+        [0.96, 1.0]
     """
 
     steps: int = setting(25, "steps from T to 0, two network evaluations each (one in the last)", ge=1)

@@ -24,6 +24,16 @@ class DPMSolver(SteppedSampler):
     In the first step and where h is infinite, D is x0_t, which is DDIM's step; so the step to t = 0 returns x0_t. (The
     authors use order 1 for the last step if steps < 15; here the step to t = 0 always has order 1.) Zero terminal SNR
     needs no special case: h_previous is infinite after the first step, and so is r.
+
+    Examples:
+        >>> import torch
+        >>> from ddpm.prediction import NetworkDenoiser
+        >>> from ddpm.samplers import DDIM, last
+        >>> from ddpm.schedule import Linear
+        >>> schedule, x_T = Linear().make(1000), torch.ones(1, 1, 1, 1)
+        >>> gaussian = NetworkDenoiser(lambda x, row, cond: 0 * x, schedule, "v")  # of N(0, I): its ODE keeps x
+        >>> [round(last(sampler(gaussian, schedule, x_T)).item(), 2) for sampler in (DDIM(20), DPMSolver(20))]
+        [0.91, 1.0]
     """
 
     steps: int = setting(20, "steps from T to 0, one network evaluation each", ge=1)

@@ -33,6 +33,16 @@ class GeneralizedSolver(SteppedSampler):
     Every deterministic sampler of one evaluation a step has this form, DDIM, DPM-Solver++ and UniPC each with weights
     that follow from the levels (`weights_of`). Here they are numbers, as `ddpm.step_learning` finds them for one model,
     and so are the levels, which only tell the network how noisy its input is.
+
+    Examples:
+        >>> from ddpm.prediction import NetworkDenoiser
+        >>> from ddpm.samplers import last
+        >>> from ddpm.schedule import Linear
+        >>> schedule, x_T = Linear().make(1000), torch.ones(1, 1, 1, 1)
+        >>> gaussian = NetworkDenoiser(lambda x, row, cond: 0 * x, schedule, "v")
+        >>> own, ddim = (last(sampler(gaussian, schedule, x_T)) for sampler in (GeneralizedSolver(6), DDIM(6)))
+        >>> torch.allclose(own, ddim)  # whose weights it has, where none are given
+        True
     """
 
     steps: int = setting(6, "steps from T to 0, one network evaluation each", ge=1)
@@ -83,7 +93,12 @@ class GeneralizedSolver(SteppedSampler):
 
 
 def rows(weights: Sequence[T]) -> Iterator[Sequence[T]]:
-    """Yield the weights of each step: 2 of the first, 3 of the second, and so on."""
+    """Yield the weights of each step: 2 of the first, 3 of the second, and so on.
+
+    Examples:
+        >>> [list(row) for row in rows([1, 2, 3, 4, 5])]
+        [[1, 2], [3, 4, 5]]
+    """
     start = 0
     for count in itertools.count(2):
         if start >= len(weights):
@@ -93,7 +108,12 @@ def rows(weights: Sequence[T]) -> Iterator[Sequence[T]]:
 
 
 def combine(weights: Sequence[float | Tensor], vectors: Sequence[Tensor]) -> Tensor:
-    """Return the linear combination of x_T and predictions, each [B, C, H, W]."""
+    """Return the linear combination of x_T and predictions, each [B, C, H, W].
+
+    Examples:
+        >>> combine([0.5, 2.0], [torch.tensor([4.0]), torch.tensor([1.0])]).tolist()
+        [4.0]
+    """
     total = weights[0] * vectors[0]
     for weight, vector in zip(weights[1:], vectors[1:], strict=True):
         total = total + weight * vector
@@ -107,6 +127,12 @@ def weights_of(sampler: Sampler, schedule: NoiseSchedule, levels: Sequence[float
 
     Raises:
         ValueError: the sampler evaluates the network other than once a step.
+
+    Examples:
+        >>> from ddpm.schedule import Linear
+        >>> weights = weights_of(DDIM(steps=2), Linear().make(1000), [1000, 500, 0])
+        >>> len(weights), [abs(round(weight, 4)) for weight in weights[2:]]  # the last step gives x_0 alone
+        (5, [0.0, 0.0, 1.0])
     """
     steps = len(levels) - 1
     units = torch.eye(steps + 1, dtype=torch.float64).reshape(steps + 1, 1, 1, 1, -1)

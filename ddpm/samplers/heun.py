@@ -28,6 +28,16 @@ class Heun(SteppedSampler):
     The step to t = 0 is an Euler step (which is DDIM's), as in the paper. So are steps from levels with k > 80, which
     EDM does not have: the first step of a variance-preserving schedule may go from k = 20,000 (cosine), or infinity
     (zero terminal SNR), down to 16, and the trapezoidal rule would multiply the small difference of two eps by that.
+
+    Examples:
+        >>> import torch
+        >>> from ddpm.prediction import NetworkDenoiser
+        >>> from ddpm.samplers import DDIM, last
+        >>> from ddpm.schedule import Linear
+        >>> schedule, x_T = Linear().make(1000), torch.ones(1, 1, 1, 1)
+        >>> gaussian = NetworkDenoiser(lambda x, row, cond: 0 * x, schedule, "v")  # of N(0, I): its ODE keeps x
+        >>> [round(last(sampler(gaussian, schedule, x_T)).item(), 2) for sampler in (DDIM(49), Heun(25))]
+        [0.96, 1.0]
     """
 
     steps: int = setting(25, "steps from T to 0, two network evaluations each (one in the last)", ge=1)

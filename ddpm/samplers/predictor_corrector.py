@@ -29,6 +29,17 @@ class PredictorCorrector(SteppedSampler):
 
     At level s the predictor's noise has the key s (corrector_steps + 1), and the j-th corrector step's key is larger by
     j, so each step has a unique key where the levels are table timesteps. Of other levels, keys are rounded to 1/256.
+
+    Examples:
+        >>> import torch
+        >>> from ddpm.prediction import NetworkDenoiser
+        >>> from ddpm.samplers import last, step_noise
+        >>> from ddpm.schedule import Linear
+        >>> schedule, x_T = Linear().make(1000), torch.ones(2, 1, 1, 1)
+        >>> grey = NetworkDenoiser(lambda x, row, cond: 0 * x + 0.5, schedule, "x0")  # of data that is 0.5 everywhere
+        >>> noise = step_noise(0, torch.arange(2), (1, 1, 1))
+        >>> last(PredictorCorrector(steps=10)(grey, schedule, x_T, noise=noise)).flatten().tolist()
+        [0.5, 0.5]
     """
 
     steps: int = setting(500, "predictor steps from T to 0, one network evaluation each", ge=1)

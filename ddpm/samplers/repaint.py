@@ -62,6 +62,17 @@ class RePaint(SteppedSampler):
     make it consistent with the known pixels. There are steps + (resamplings - 1) jump_length floor((steps - 1) /
     jump_length) network evaluations, 2,410 with the defaults, which are the authors'. Known and hidden pixels agree
     only down to the noise level that a jump reaches: use short jumps with few steps.
+
+    Examples:
+        >>> from ddpm.prediction import NetworkDenoiser
+        >>> from ddpm.samplers import last, step_noise
+        >>> from ddpm.schedule import Linear
+        >>> schedule, x_T = Linear().make(1000), torch.ones(1, 1, 1, 2)
+        >>> grey = NetworkDenoiser(lambda x, row, cond: 0 * x + 0.5, schedule, "x0")
+        >>> around = {"known": 0 * x_T - 1, "mask": torch.tensor([1, 0]).reshape(1, 1, 1, 2)}
+        >>> noise = step_noise(0, torch.arange(1), (1, 1, 2))
+        >>> last(RePaint(5, jump_length=2)(grey, schedule, x_T, **around, noise=noise)).flatten().tolist()
+        [-1.0, 0.5]
     """
 
     steps: int = setting(250, "steps from T to 0", ge=1)
@@ -106,6 +117,17 @@ class Replacement(SteppedSampler):
     The hidden pixels depend on noisy known pixels, once per level, so the result is not a sample of the conditional
     distribution of the data, however many steps there are. `RePaint` reduces this bias with more network evaluations
     (Lugmayr et al. 2022, sec. 4.2). This is `RePaint` with one resampling, so noise has the keys 0, 1, 2, ...
+
+    Examples:
+        >>> from ddpm.prediction import NetworkDenoiser
+        >>> from ddpm.samplers import last, step_noise
+        >>> from ddpm.schedule import Linear
+        >>> schedule, x_T = Linear().make(1000), torch.ones(1, 1, 1, 2)
+        >>> grey = NetworkDenoiser(lambda x, row, cond: 0 * x + 0.5, schedule, "x0")
+        >>> around = {"known": 0 * x_T - 1, "mask": torch.tensor([1, 0]).reshape(1, 1, 1, 2)}
+        >>> noise = step_noise(0, torch.arange(1), (1, 1, 2))
+        >>> last(Replacement(5)(grey, schedule, x_T, **around, noise=noise)).flatten().tolist()
+        [-1.0, 0.5]
     """
 
     steps: int = setting(1000, "steps from T to 0, one network evaluation each", ge=1)
@@ -145,6 +167,10 @@ def repaint_levels(grid: Sequence[float], *, jump_length: int, resamplings: int)
 
     Raises:
         ValueError: a number is out of range, the grid is too short for a jump, or it does not decrease to 0.
+
+    Examples:
+        >>> repaint_levels([4, 3, 2, 1, 0], jump_length=1, resamplings=2)
+        [4, 3, 4, 3, 2, 3, 2, 1, 2, 1, 0]
     """
     steps = len(grid) - 1
     if jump_length < 1 or resamplings < 1:

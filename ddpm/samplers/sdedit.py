@@ -27,6 +27,14 @@ def noised_start(
 
     Raises:
         ValueError: `strength` or `steps` is out of range, or the noise has another shape than the image.
+
+    Examples:
+        >>> import torch
+        >>> from ddpm.schedule import Linear
+        >>> image = torch.zeros(1, 1, 8, 8)
+        >>> x_t, levels = noised_start(Linear().make(1000), image, 0.5, torch.ones_like(image), steps=5)
+        >>> x_t.shape, levels
+        (torch.Size([1, 1, 8, 8]), [500.0, 400.0, 300.0, 200.0, 100.0, 0.0])
     """
     timesteps = edit_levels(schedule, strength, steps=steps)
     same_shape(image, noise, "image and noise")
@@ -38,6 +46,11 @@ def edit_levels(schedule: NoiseSchedule, strength: float, *, steps: int = 50) ->
 
     Raises:
         ValueError: `strength` or `steps` is out of range.
+
+    Examples:
+        >>> from ddpm.schedule import Linear
+        >>> edit_levels(Linear().make(1000), strength=0.2, steps=4)
+        [200.0, 150.0, 100.0, 50.0, 0.0]
     """
     if not 0 < strength <= 1 or steps < 1:
         raise ValueError(f"need strength in (0, 1] and steps >= 1, got strength={strength} and steps={steps}")

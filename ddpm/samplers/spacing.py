@@ -35,19 +35,37 @@ K_MAX = 80.0
 
 
 def trailing(schedule: NoiseSchedule, steps: int) -> list[float]:
-    """Return levels from T down to 0, as evenly spaced as integers allow."""
+    """Return levels from T down to 0, as evenly spaced as integers allow.
+
+    Examples:
+        >>> from ddpm.schedule import Linear
+        >>> trailing(Linear().make(1000), 4)
+        [1000, 750, 500, 250, 0]
+    """
     return list(schedule.timesteps(steps))
 
 
 def leading(schedule: NoiseSchedule, steps: int) -> list[float]:
-    """Return the multiples of floor(T / steps) plus 1, in descending order, and 0."""
+    """Return the multiples of floor(T / steps) plus 1, in descending order, and 0.
+
+    Examples:
+        >>> from ddpm.schedule import Linear
+        >>> leading(Linear().make(1000), 4)
+        [751.0, 501.0, 251.0, 1.0, 0.0]
+    """
     schedule.check_steps(steps)
     stride = schedule.num_steps // steps
     return [float(i * stride + 1) for i in reversed(range(steps))] + [0.0]
 
 
 def linspace(schedule: NoiseSchedule, steps: int) -> list[float]:
-    """Return `steps` values from T to 1, ends included, as evenly spaced as integers allow, and 0."""
+    """Return `steps` values from T to 1, ends included, as evenly spaced as integers allow, and 0.
+
+    Examples:
+        >>> from ddpm.schedule import Linear
+        >>> linspace(Linear().make(1000), 4)
+        [1000.0, 667.0, 334.0, 1.0, 0.0]
+    """
     schedule.check_steps(steps)
     if steps == 1:
         return [float(schedule.num_steps), 0.0]
@@ -57,17 +75,37 @@ def linspace(schedule: NoiseSchedule, steps: int) -> list[float]:
 
 
 def karras(schedule: NoiseSchedule, steps: int) -> list[float]:
-    """Return levels evenly spaced in k^(1/7)."""
+    """Return levels evenly spaced in k^(1/7).
+
+    Examples:
+        >>> from ddpm.schedule import Linear
+        >>> schedule = Linear().make(1000)
+        >>> (schedule.ratio(torch.tensor(karras(schedule, 4)[:-1])) ** (1 / 7)).diff().round(decimals=4).tolist()
+        [-0.4507, -0.4507, -0.4507]
+    """
     return _by_ratio(schedule, steps, karras_ratios)
 
 
 def exponential(schedule: NoiseSchedule, steps: int) -> list[float]:
-    """Return levels evenly spaced in log k."""
+    """Return levels evenly spaced in log k.
+
+    Examples:
+        >>> from ddpm.schedule import Linear
+        >>> schedule = Linear().make(1000)
+        >>> schedule.log_snr(torch.tensor(exponential(schedule, 4)[:-1])).diff().round(decimals=4).tolist()
+        [5.9914, 5.9914, 5.9914]
+    """
     return _by_ratio(schedule, steps, exponential_ratios)
 
 
 def vp(schedule: NoiseSchedule, steps: int) -> list[float]:
-    """Return levels evenly spaced in the time of the continuous VP process."""
+    """Return levels evenly spaced in the time of the continuous VP process.
+
+    Examples:
+        >>> from ddpm.schedule import Linear
+        >>> [round(level) for level in vp(Linear().make(1000), 4)]
+        [931, 622, 312, 1, 0]
+    """
     return _by_ratio(schedule, steps, vp_ratios)
 
 
@@ -86,17 +124,33 @@ SPACINGS: Choices[Spacing] = Choices(
 
 
 def karras_ratios(low: float, high: float, count: int, rho: float = 7.0) -> Tensor:
-    """Return `count` values of k from high to low, evenly spaced in k^(1/rho), float64 (EDM, eq. 5)."""
+    """Return `count` values of k from high to low, evenly spaced in k^(1/rho), float64 (EDM, eq. 5).
+
+    Examples:
+        >>> karras_ratios(1.0, 16.0, 3, rho=2.0).round(decimals=6).tolist()
+        [16.0, 6.25, 1.0]
+    """
     return torch.linspace(high ** (1 / rho), low ** (1 / rho), count, dtype=torch.float64) ** rho
 
 
 def exponential_ratios(low: float, high: float, count: int) -> Tensor:
-    """Return `count` values of k from high to low, evenly spaced in log k, float64."""
+    """Return `count` values of k from high to low, evenly spaced in log k, float64.
+
+    Examples:
+        >>> exponential_ratios(0.01, 100.0, 5).round(decimals=6).tolist()
+        [100.0, 10.0, 1.0, 0.1, 0.01]
+    """
     return torch.linspace(math.log(high), math.log(low), count, dtype=torch.float64).exp()
 
 
 def vp_ratios(low: float, high: float, count: int, beta_d: float = 19.9, beta_min: float = 0.1) -> Tensor:
-    """Return `count` values of k = sqrt(exp(beta_d u^2 / 2 + beta_min u) - 1), high to low, evenly spaced in u."""
+    """Return `count` values of k = sqrt(exp(beta_d u^2 / 2 + beta_min u) - 1), high to low, evenly spaced in u.
+
+    Examples:
+        >>> k = vp_ratios(0.01, 100.0, 3)
+        >>> [round(x, 6) for x in (k[0].item(), k[-1].item())]
+        [100.0, 0.01]
+    """
 
     def time(k: float) -> float:
         exponent = math.log1p(k * k)

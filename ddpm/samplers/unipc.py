@@ -33,6 +33,15 @@ class UniPC(SteppedSampler):
     next step. The predictor of order p uses p levels; the corrector raises the order by one (theorem 3.1). The first
     steps have the orders 1, 2, ... The step to t = 0, where h is infinite, returns the predicted x_0 without
     correction. With zero terminal SNR the first step is DDIM's and does not enter the history.
+
+    Examples:
+        >>> from ddpm.prediction import NetworkDenoiser
+        >>> from ddpm.samplers import DDIM, last
+        >>> from ddpm.schedule import Linear
+        >>> schedule, x_T = Linear().make(1000), torch.ones(1, 1, 1, 1)
+        >>> gaussian = NetworkDenoiser(lambda x, row, cond: 0 * x, schedule, "v")  # of N(0, I): its ODE keeps x
+        >>> [round(last(sampler(gaussian, schedule, x_T)).item(), 2) for sampler in (DDIM(20), UniPC(20))]
+        [0.91, 1.0]
     """
 
     steps: int = setting(10, "steps from T to 0, one network evaluation each", ge=1)
