@@ -221,15 +221,6 @@ def variational_bounds(
     Raises:
         ValueError: `steps` is out of range, `image_ids` does not have one id per image, or x_0 has values that are not
             one of the grey levels.
-
-    Examples:
-        >>> from ddpm.prediction import NetworkDenoiser
-        >>> from ddpm.schedule import Linear
-        >>> schedule, x_0 = Linear().make(1000), torch.full((1, 1, 2, 2), -1.0)
-        >>> black = NetworkDenoiser(lambda x, row, cond: torch.full_like(x, -1.0), schedule, "x0")
-        >>> found = variational_bounds(black, schedule, x_0, seed=0, image_ids=torch.arange(1), steps=5)
-        >>> bool(found["small"].total < found["large"].total)  # best where the data is one image
-        True
     """
     check_image_ids(image_ids, x_0)
     if levels is not None:

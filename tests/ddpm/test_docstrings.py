@@ -17,6 +17,7 @@ from ddpm.settings import Settings
 
 MODULES = sorted(module.name for module in pkgutil.walk_packages(ddpm.__path__, "ddpm."))
 WITHOUT = {
+    "ddpm.bound.variational_bounds": "is variational_bound, which has one, for several variances at a time",
     "ddpm.diffusers.folder.import_diffusers": "is the second half of the example of export_diffusers",
     "ddpm.model.load_classifier": "reads the folder of a trained classifier",
     "ddpm.model.load_model": "is the second half of the example of save_model",
